@@ -1,0 +1,1 @@
+"""Callbacks: what may watch, steer or stop a noise optimisation."""

@@ -1,0 +1,1 @@
+"""Objectives, regularizers, noise optimizers and the pipelines that carry the optimisation hook."""

@@ -1,0 +1,1 @@
+"""Rewards: images and prompts in, one number per image out. Knows nothing of diffusion."""

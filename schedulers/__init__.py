@@ -1,0 +1,1 @@
+"""Where sampling starts: noise samplers and the x0 that a scheduler predicts."""
