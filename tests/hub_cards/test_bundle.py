@@ -255,3 +255,12 @@ def test_same_third_party_name_in_two_modules(bundled):
     files = entry("from .b import B\nimport torch.nn.functional as F\nimport torch")
     source = bundled(files | {"pipelines/b.py": "import torch\nfrom torch.nn import functional as F\nclass B: pass"})
     assert source.count("import torch\n") == 1
+
+
+def test_every_module_of_the_package_can_meet_every_other(bundling, root):
+    """One namespace for all: any pipeline may come to import any module."""
+    folders = [root / name for name in ("rewards", "schedulers", "callbacks", "pipelines")]
+    paths = [path for folder in folders for path in sorted(folder.glob("*.py")) if path.name != "__init__.py"]
+    for path in paths:
+        bundling.bundle(path, root)
+    bundling.check_names([bundling.Module.read(path, root) for path in paths])

@@ -1,0 +1,117 @@
+"""The layout: who may import whom, what a build takes along, and what keeps the tools seeing one package."""
+
+import ast
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = ("callbacks", "pipelines", "rewards", "schedulers")
+MAY_IMPORT = {"pipelines": FOLDERS} | {folder: (folder,) for folder in FOLDERS if folder != "pipelines"}
+MODULES = [path for folder in FOLDERS for path in sorted((ROOT / folder).glob("*.py"))]
+SETUPTOOLS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+
+
+def imported_folders(path: Path) -> Iterator[str]:
+    """The folders that a module imports from, and `noiseopt` for an import that is not relative."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from ("noiseopt" for alias in node.names if alias.name.split(".")[0] == "noiseopt")
+        elif isinstance(node, ast.ImportFrom) and node.level == 1:
+            yield path.parent.name
+        elif isinstance(node, ast.ImportFrom) and node.level > 1:
+            yield from [node.module.split(".")[0]] if node.module else [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "noiseopt":
+            yield "noiseopt"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_who_may_import_whom(path):
+    assert set(imported_folders(path)) <= set(MAY_IMPORT[path.parent.name])
+
+
+def test_folders_are_flat():
+    assert not [path for folder in FOLDERS for path in (ROOT / folder).glob("*/**/*.py")]
+
+
+def package_folders() -> dict[str, str]:
+    """The packages of the tree and their real folders."""
+    found = {f"noiseopt.{folder}": folder for folder in FOLDERS}
+    for folder, _, files in os.walk(ROOT / "src/noiseopt"):
+        if "__init__.py" in files:
+            path = Path(folder).relative_to(ROOT)
+            found[".".join(path.parts[1:])] = path.as_posix()
+    return found
+
+
+def test_packages_are_those_of_the_tree():
+    assert SETUPTOOLS["package-dir"] == package_folders()
+    assert sorted(SETUPTOOLS["packages"]) == sorted(package_folders())
+    assert all((ROOT / folder / "__init__.py").is_file() for folder in package_folders().values())
+
+
+def test_pytest_and_python_see_no_package_at_the_root():
+    for name in ("__init__.py", "conftest.py", "tests/__init__.py"):
+        assert not (ROOT / name).exists()
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_links_for_the_tools_are_relative(folder):
+    assert os.readlink(ROOT / "src/noiseopt" / folder) == f"../../{folder}"
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    """A wheel built from a copy of the checkout: a build leaves folders behind."""
+    checkout, out = tmp_path_factory.mktemp("checkout"), tmp_path_factory.mktemp("dist")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, checkout / name)
+    for name in ("src", *FOLDERS):
+        ignore = shutil.ignore_patterns("__pycache__", "*.egg-info")
+        shutil.copytree(ROOT / name, checkout / name, symlinks=True, ignore=ignore)
+    build = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", build, str(out)], cwd=checkout, check=True, capture_output=True, timeout=60)
+    return next(out.glob("*.whl"))
+
+
+def test_wheel_holds_every_module_and_weight(wheel):
+    folders = {name.replace(".", "/"): ROOT / folder for name, folder in package_folders().items()}
+    expected = {f"{name}/{path.name}" for name, folder in folders.items() for path in folder.glob("*.py")}
+    weights = (path for path in (ROOT / "src/noiseopt/shapes_world/weights").rglob("*") if path.is_file())
+    expected |= {path.relative_to(ROOT / "src").as_posix() for path in weights} | {"noiseopt/py.typed"}
+    assert {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name} == expected
+
+
+def test_wheel_imports(wheel, tmp_path):
+    """Every module imports from the unpacked wheel, and none from the checkout."""
+    zipfile.ZipFile(wheel).extractall(tmp_path)
+    program = """
+import importlib, pathlib, sys
+target = pathlib.Path(sys.argv[1]).resolve()
+sys.path.insert(0, str(target))
+for path in sorted(target.rglob("*.py")):
+    if path.name != "__main__.py":
+        parts = path.relative_to(target).with_suffix("").parts
+        module = importlib.import_module(".".join(parts).removesuffix(".__init__"))
+        assert pathlib.Path(module.__file__).resolve() == path, module
+"""
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(
+        [sys.executable, "-I", "-c", program, str(tmp_path)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert run.returncode == 0, run.stderr
