@@ -1,0 +1,155 @@
+"""Captions of the shapes world: writing them, reading them, and which of them no model has been trained on."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import re
+from dataclasses import dataclass
+
+from .world import COLORS, KINDS, OPPOSITE, RELATIONS, Scene, sample_shapes
+
+OBJECTS = tuple(itertools.product(COLORS, KINDS))
+COUNTS = {"two": 2, "three": 3}
+CATEGORIES = ("single", "counting", "binding", "position")
+WORDS = ("a", "and", "of", *COUNTS, *COLORS, *KINDS, *(k + "es" if k == "cross" else k + "s" for k in KINDS))
+WORDS += ("left", "right", "above", "below")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a prompt asks for.
+
+    Args:
+        objects: (color, kind) of each shape; for a count the same one, repeated.
+        relation: How the first lies to the second, one of `RELATIONS`, or None where the prompt leaves it open.
+    """
+
+    objects: tuple[tuple[str, str], ...]
+    relation: str | None = None
+
+    @property
+    def category(self) -> str:
+        """One of `CATEGORIES`."""
+        if len(self.objects) == 1:
+            return "single"
+        if len(set(self.objects)) == 1:
+            return "counting"
+        return "position" if self.relation else "binding"
+
+    def __str__(self) -> str:
+        first, *others = self.objects
+        if self.category == "single":
+            return f"a {first[0]} {first[1]}"
+        if self.category == "counting":
+            number = next(word for word, count in COUNTS.items() if count == len(self.objects))
+            return f"{number} {first[0]} {_plural(first[1])}"
+        (second,) = others
+        return f"a {' '.join(first)} {self.relation or 'and'} a {' '.join(second)}"
+
+
+def _plural(kind: str) -> str:
+    return kind + ("es" if kind == "cross" else "s")
+
+
+_OBJECT = rf"a ({'|'.join(COLORS)}) ({'|'.join(KINDS)})"
+_ONE_OR_TWO = re.compile(rf"{_OBJECT}(?: (and|{'|'.join(RELATIONS)}) {_OBJECT})?")
+_COUNT = re.compile(rf"({'|'.join(COUNTS)}) ({'|'.join(COLORS)}) ({'|'.join(_plural(k) for k in KINDS)})")
+
+
+def parse(prompt: str) -> Request:
+    """Reads a prompt of the shapes world; case, extra spaces and a final full stop do not matter.
+
+    Raises:
+        ValueError: If the prompt asks for something else than the world can draw.
+    """
+    words = " ".join(prompt.lower().rstrip(" .").split())
+    if match := _ONE_OR_TWO.fullmatch(words):
+        color, kind, link, *second = match.groups()
+        objects = ((color, kind), (second[0], second[1])) if link else ((color, kind),)
+        return Request(objects, link if link in RELATIONS else None)
+    if match := _COUNT.fullmatch(words):
+        number, color, kinds = match.groups()
+        return Request(((color, next(k for k in KINDS if _plural(k) == kinds)),) * COUNTS[number])
+    raise ValueError(
+        f"Expected a prompt of the shapes world, but got {prompt!r}. It can draw 'a red circle', 'two red circles', "
+        f"'a red circle and a blue star' and 'a red circle left of a blue star', with the shapes {', '.join(KINDS)}, "
+        f"the colors {', '.join(COLORS)}, the counts two and three, and the relations {', '.join(RELATIONS)}."
+    )
+
+
+def category(prompt: str) -> str:
+    """The category of a prompt: "single", "counting", "binding" or "position"."""
+    return parse(prompt).category
+
+
+def caption(scene: Scene, rng: random.Random | None = None) -> str:
+    """Writes a caption that is true of the scene.
+
+    Args:
+        scene: One shape, two or three of the same, or two different ones.
+        rng: Chooses between the true captions (order, relation or "and"); without it the fullest one in scene order.
+    """
+    objects = tuple((s.color, s.kind) for s in scene.shapes)
+    relation = scene.relation
+    if rng is not None and len(objects) == 2:
+        relation = relation if rng.random() < 0.75 else None
+        if rng.random() < 0.5:
+            objects, relation = objects[::-1], OPPOSITE[relation] if relation else None
+    request = Request(objects, relation if len(set(objects)) > 1 else None)
+    return str(request)
+
+
+def _split() -> tuple[dict[str, list[frozenset]], dict[str, list[Request]]]:
+    """Deals the object pairs and the counts to "train", "validation" and "held_out", always in the same way."""
+    rng = random.Random(0)
+    pairs = [frozenset(pair) for pair in itertools.combinations(OBJECTS, 2)]
+    counts = [Request((thing,) * n) for thing in OBJECTS for n in COUNTS.values()]
+    rng.shuffle(pairs)
+    rng.shuffle(counts)
+    return (
+        {"validation": pairs[:33], "held_out": pairs[33:65], "train": pairs[65:]},
+        {"validation": counts[:5], "held_out": counts[5:10], "train": counts[10:]},
+    )
+
+
+_PAIRS, _COUNTS = _split()
+_TRAIN_PAIRS = [tuple(sorted(pair)) for pair in _PAIRS["train"]]
+
+
+def _prompts(split: str) -> tuple[str, ...]:
+    """All prompts of a split, shuffled: any first part of them is a fair sample of its categories."""
+    rng = random.Random(1)
+    requests = [Request((thing,)) for thing in OBJECTS] if split == "train" else []
+    requests += _COUNTS[split]
+    for pair in _PAIRS[split]:
+        first, second = sorted(pair)
+        for relation in (None, *RELATIONS):
+            objects = (first, second) if rng.random() < 0.5 else (second, first)
+            requests.append(Request(objects, relation))
+    rng.shuffle(requests)
+    return tuple(str(request) for request in requests)
+
+
+TRAIN_PROMPTS = _prompts("train")
+VALIDATION_PROMPTS = _prompts("validation")
+HELD_OUT_PROMPTS = _prompts("held_out")
+
+
+def sample_scene(rng: random.Random, request: Request | None = None) -> Scene:
+    """Draws a scene at random.
+
+    Args:
+        rng: Source of everything random.
+        request: What it must show. Without one, something that the models are trained on: 28% single shapes, 12% counts,
+            60% pairs, none of them of a validation or held-out pair or count.
+    """
+    if request is not None:
+        return sample_shapes(request.objects, rng, request.relation)
+    share = rng.random()
+    if share < 0.28:
+        return sample_shapes([rng.choice(OBJECTS)], rng)
+    if share < 0.40:
+        return sample_shapes(rng.choice(_COUNTS["train"]).objects, rng)
+    pair = rng.choice(_TRAIN_PAIRS)
+    return sample_shapes(rng.sample(pair, 2), rng)
