@@ -1,1 +1,9 @@
 """Callbacks: what may watch, steer or stop a noise optimisation."""
+
+from .early_stopping import EarlyStopping, TimeBudget
+from .noise_callback import NoiseCallback
+from .noise_state import NoiseState
+from .progress import ProgressBar
+from .recording import History, StepImages
+
+__all__ = ["EarlyStopping", "History", "NoiseCallback", "NoiseState", "ProgressBar", "StepImages", "TimeBudget"]

@@ -1,1 +1,60 @@
 """noiseopt: choose and optimise the initial noise of diffusers text-to-image pipelines."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from .callbacks import EarlyStopping, History, NoiseCallback, NoiseState, ProgressBar, StepImages, TimeBudget
+from .pipelines import (
+    BestOfN,
+    ChiPrior,
+    FunctionObjective,
+    NoiseOptimizationMixin,
+    NoiseOptimizer,
+    NoiseResult,
+    Objective,
+    ReNO,
+    ReNOStableDiffusionPipeline,
+    ReNOTurboPipeline,
+    RewardObjective,
+    list_noise_optimizers,
+    optimize_noise,
+    register_noise_optimizer,
+)
+from .rewards import AutoReward, CLIPScore, ColorChannel, Reward, RewardSum, list_rewards, register_reward
+from .schedulers import predict_x0
+
+try:
+    __version__ = version("noiseopt")
+except PackageNotFoundError:  # the folder is on the path, not installed
+    __version__ = "0+unknown"
+
+__all__ = [
+    "AutoReward",
+    "BestOfN",
+    "CLIPScore",
+    "ChiPrior",
+    "ColorChannel",
+    "EarlyStopping",
+    "FunctionObjective",
+    "History",
+    "NoiseCallback",
+    "NoiseOptimizationMixin",
+    "NoiseOptimizer",
+    "NoiseResult",
+    "NoiseState",
+    "Objective",
+    "ProgressBar",
+    "ReNO",
+    "ReNOStableDiffusionPipeline",
+    "ReNOTurboPipeline",
+    "Reward",
+    "RewardObjective",
+    "RewardSum",
+    "StepImages",
+    "TimeBudget",
+    "list_noise_optimizers",
+    "list_rewards",
+    "optimize_noise",
+    "predict_x0",
+    "register_noise_optimizer",
+    "register_reward",
+]

@@ -1,0 +1,48 @@
+"""Callbacks that end a run early."""
+
+import torch
+
+from .noise_callback import NoiseCallback
+from .noise_state import NoiseState
+
+
+class EarlyStopping(NoiseCallback):
+    """Stop a sample when its best loss has not fallen by `min_delta` for `patience` steps.
+
+    Each sample of a batch has its own patience, so the result does not depend on the batch that it ran in.
+
+    Args:
+        patience: Steps without progress, at least 1.
+        min_delta: The least decrease of the loss that counts as progress, at least 0.
+    """
+
+    def __init__(self, patience: int, min_delta: float = 0.0) -> None:
+        if patience < 1 or min_delta < 0:
+            raise ValueError(f"Expected patience >= 1 and min_delta >= 0, but got {patience} and {min_delta}.")
+        self.patience, self.min_delta = patience, min_delta
+
+    def on_run_start(self, state: NoiseState) -> None:
+        self.reference = torch.full((len(state.noise),), torch.inf, device=state.noise.device)
+        self.waited = torch.zeros(len(state.noise), dtype=torch.long, device=state.noise.device)
+
+    def on_step_end(self, state: NoiseState) -> None:
+        assert state.best_loss is not None
+        progress = state.best_loss < self.reference - self.min_delta
+        self.reference = torch.where(progress, state.best_loss, self.reference)
+        self.waited = torch.where(progress, 0, self.waited + 1)
+        state.stop("patience", self.waited >= self.patience)
+
+
+class TimeBudget(NoiseCallback):
+    """Stop after the step in which `seconds` have passed since the optimisation began."""
+
+    def __init__(self, seconds: float) -> None:
+        if seconds <= 0:
+            raise ValueError(f"Expected a time budget of more than 0 seconds, but got {seconds}.")
+        self.seconds = seconds
+
+    def on_step_end(self, state: NoiseState) -> None:
+        if state.noise.is_cuda:
+            torch.cuda.synchronize(state.noise.device)
+        if state.elapsed >= self.seconds:
+            state.stop("time budget")

@@ -1,0 +1,26 @@
+"""The progress bar of a noise optimisation."""
+
+from .noise_callback import NoiseCallback
+from .noise_state import NoiseState
+
+
+class ProgressBar(NoiseCallback):
+    """One tick per evaluation, with the mean best loss. `pipe.set_progress_bar_config` applies."""
+
+    bar = None
+
+    def on_run_start(self, state: NoiseState) -> None:
+        self.bar = state.pipeline.progress_bar(total=state.steps)
+        self.bar.set_description("Optimising noise")
+
+    def on_step_end(self, state: NoiseState) -> None:
+        if self.bar is None:
+            return
+        if not self.bar.disable:  # reading the loss waits for the device: only for those who look
+            self.bar.set_postfix(best_loss=f"{state.best_loss.mean():.4f}", refresh=False)  # pyright: ignore
+        self.bar.update()
+
+    def on_run_end(self, state: NoiseState) -> None:
+        if self.bar is not None:
+            self.bar.close()
+        self.bar = None

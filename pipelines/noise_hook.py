@@ -1,0 +1,201 @@
+"""The optimisation hook in `prepare_latents`, and `optimize_noise` for pipelines that already exist."""
+
+import contextlib
+import copy
+import functools
+import inspect
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from ..callbacks.noise_callback import CallbackSpec, as_callbacks
+from .latent_space import LatentSpace
+from .methods import as_noise_optimizer
+from .module_state import frozen_modules, refuse_offload
+from .noise_optimizer import NoiseOptimizer, NoiseProblem
+from .noise_result import NoiseResult
+from .objectives import Objective
+from .sampling import PipelineSampler, RandomState, stock_call
+
+class NoiseFound(Exception):
+    """Ends a pipeline call once its noise is known, when nobody asked for the final image."""
+
+
+class NoiseRun:
+    """One pipeline call under optimisation: what it was asked for, encoded, and found."""
+
+    def __init__(
+        self,
+        pipe,
+        method: NoiseOptimizer,
+        request: dict[str, Any],
+        callbacks: CallbackSpec | Iterable[CallbackSpec] | None,
+        render: bool = True,
+    ) -> None:
+        self.method, self.request, self.render = method, request, render
+        self.callbacks = as_callbacks(callbacks)
+        method.check()
+        if torch.is_inference_mode_enabled():
+            raise ValueError("Expected a call outside `torch.inference_mode()`, where no gradient exists. Remove it.")
+        refuse_offload(pipe)
+        self.objective: Objective = method.objective(pipe)
+        self.prompts = prompts_of(request, self.objective.requires_prompt)
+        check_latents(request, len(self.prompts))
+        self.encoded: list[Any] = []
+        self.result: NoiseResult | None = None
+
+    def encode_prompt(self, encode, *args, **kwargs):
+        """Record what the stock method returns, for the inner runs."""
+        self.encoded.append(encode(*args, **kwargs))
+        return self.encoded[-1]
+
+    def prepare_latents(self, pipe, *args, **kwargs):
+        """The hook: draw the base noise as the stock method does, optimise it, prepare the result."""
+        space = LatentSpace(pipe, args, kwargs)
+        device = torch.device(space.arguments.get("device") or pipe._execution_device)
+        random_state = RandomState(self.request.get("generator"), device)
+        noise, drew = space.draw(pipe)
+        sampler = PipelineSampler(pipe, self.request, self.encoded, space, random_state, drew, self.method.clamp)
+        master = noise.detach().to(torch.promote_types(noise.dtype, torch.float32))
+        problem = NoiseProblem(pipe, sampler, space, master, self.prompts, noise.dtype, self.request)
+        with torch.enable_grad():
+            self.result = self.method.run(problem, self.objective, self.callbacks)
+        if not self.render:
+            raise NoiseFound
+        return space.prepare(pipe, self.result.noise.to(noise.dtype))
+
+
+def prompts_of(request: dict[str, Any], required: bool) -> list[str]:
+    """The prompt of each image, in the order in which pipelines lay them out."""
+    prompt, embeds = request.get("prompt"), request.get("prompt_embeds")
+    if prompt is None and embeds is None:
+        raise ValueError("Expected `prompt` or `prompt_embeds`, but got neither.")
+    if prompt is None and required:
+        raise ValueError(
+            "Expected the text of the prompt for the rewards, but got `prompt_embeds` only. Name it in the method: "
+            "`ReNO(..., reward_prompt=...)`."
+        )
+    texts = [""] * len(embeds) if prompt is None else [prompt] if isinstance(prompt, str) else list(prompt)
+    return [text for text in texts for _ in range(request.get("num_images_per_prompt") or 1)]
+
+
+def check_latents(request: dict[str, Any], batch: int) -> None:
+    latents, generator = request.get("latents"), request.get("generator")
+    if latents is not None and len(latents) != batch:
+        raise ValueError(
+            f"Expected `latents` for {batch} images (prompts × `num_images_per_prompt`), but got {len(latents)}."
+        )
+    if isinstance(generator, list) and len(generator) != batch:
+        raise ValueError(f"Expected one generator for each of {batch} images, but got {len(generator)}.")
+
+
+class NoiseOptimizationMixin:
+    """Gives any diffusers text-to-image pipeline an optimisation hook in `prepare_latents`.
+
+    `class ReNOTurboPipeline(NoiseOptimizationMixin, StableDiffusionXLPipeline)` is all that a pipeline needs. With
+    `noise_optimizer=None` every call goes straight to the stock class and is bit-identical to it.
+
+    The stock `__call__` runs once as it is. When it reaches `prepare_latents`, its prompts are encoded; there the noise is
+    optimised, each evaluation being the same stock `__call__` on a shallow twin (see `PipelineSampler`). Then the call
+    goes on with the noise that was found: only this final run fires `callback_on_step_end`.
+    """
+
+    _noise_run: NoiseRun | None = None
+
+    def __call__(
+        self,
+        *args,
+        noise_optimizer: NoiseOptimizer | None = None,
+        callback_on_optimization_step_end: CallbackSpec | Iterable[CallbackSpec] | None = None,
+        **kwargs,
+    ):
+        """The stock call, with the initial noise optimised first if `noise_optimizer` is given.
+
+        Args:
+            noise_optimizer: A method, such as `ReNO(rewards={"clipscore": 1.0})`.
+            callback_on_optimization_step_end: Callbacks per optimisation step; see `NoiseCallback`.
+            args, kwargs: Those of the stock pipeline.
+
+        Returns:
+            What the stock pipeline returns; unless `return_dict=False` with a `noise_result` attribute.
+        """
+        stock = super().__call__  # pyright: ignore[reportAttributeAccessIssue]
+        if noise_optimizer is None:
+            return stock(*args, **kwargs)
+        run = NoiseRun(self, noise_optimizer, bind_request(self, args, kwargs), callback_on_optimization_step_end)
+        with frozen_modules(self):
+            self._noise_run = run
+            try:
+                output = stock(*args, **kwargs)
+            finally:
+                self._noise_run = None
+        if not isinstance(output, tuple):
+            output.noise_result = run.result
+        return output
+
+    def encode_prompt(self, *args, **kwargs):
+        """The stock method; under optimisation its results are kept for the inner runs."""
+        encode = super().encode_prompt  # pyright: ignore[reportAttributeAccessIssue]
+        run = self._noise_run
+        return encode(*args, **kwargs) if run is None else run.encode_prompt(encode, *args, **kwargs)
+
+    def prepare_latents(self, *args, **kwargs):
+        """The stock method, or under optimisation the hook: its noise is optimised before it is handed on."""
+        run = self._noise_run
+        if run is None:
+            return super().prepare_latents(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        return run.prepare_latents(self, *args, **kwargs)
+
+
+def bind_request(pipe, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a stock call by name. Raises `TypeError` for an unknown one."""
+    bound = dict(inspect.signature(stock_call(type(pipe))).bind(pipe, *args, **kwargs).arguments)
+    extra = bound.pop("kwargs", {})
+    return {name: value for name, value in {**bound, **extra}.items() if name != "self"}
+
+
+@functools.lru_cache(maxsize=None)
+def hooked(cls: type) -> type:
+    """A subclass of a pipeline class with the hook, unless it has one."""
+    if hasattr(cls, "_noise_run"):
+        return cls
+    return type(cls.__name__, (NoiseOptimizationMixin, cls), {"__module__": cls.__module__})
+
+
+def optimize_noise(
+    pipe,
+    prompt: str | list[str] | None,
+    method: NoiseOptimizer | str,
+    *,
+    method_kwargs: dict[str, Any] | None = None,
+    callbacks: CallbackSpec | Iterable[CallbackSpec] | None = None,
+    **call_kwargs,
+) -> NoiseResult:
+    """Find the initial noise of a call to any diffusers text-to-image pipeline, which stays as it is.
+
+    Args:
+        pipe: A loaded pipeline of any family whose `prepare_latents` draws Gaussian noise.
+        prompt: As in the pipeline's call. Each image is a problem of its own.
+        method: Such as `ReNO(rewards={"pickscore": 1.0})`, or a name of `list_noise_optimizers()`.
+        method_kwargs: The settings of a method given by name.
+        callbacks: Per optimisation step; see `NoiseCallback`.
+        call_kwargs: What `pipe(prompt, ...)` takes: steps, guidance, size, generator, latents ...
+
+    Returns:
+        The result; `pipe(prompt, latents=result.latents, **call_kwargs)` draws it.
+
+    Raises:
+        ValueError: Before any model runs, for settings or a pipeline state that cannot work.
+        TypeError: For an argument that the pipeline does not take, or a pipeline without a noise to optimise.
+    """
+    optimizer = as_noise_optimizer(method, method_kwargs)
+    twin = copy.copy(pipe)
+    twin.__class__ = hooked(type(pipe))
+    request = bind_request(twin, (), {"prompt": prompt, **call_kwargs})
+    run = NoiseRun(twin, optimizer, request, callbacks, render=False)
+    vars(twin)["_noise_run"] = run
+    with frozen_modules(twin), torch.no_grad(), contextlib.suppress(NoiseFound):
+        stock_call(type(pipe))(twin, **request)
+    assert run.result is not None
+    return run.result

@@ -1,0 +1,237 @@
+"""The loop that every method shares: evaluate, keep the best, tell the callbacks, move the noise."""
+
+import dataclasses
+import math
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+
+from ..callbacks.noise_callback import CallbackSpec, NoiseCallback, as_callbacks
+from ..callbacks.noise_state import NoiseState
+from ..callbacks.progress import ProgressBar
+from ..rewards.reward import NonFiniteReward
+from .noise_problem import NoiseProblem
+from .noise_result import NoiseResult
+from .objectives import Objective
+from .provenance import provenance_of
+from .regularizers import per_image, per_sample_norm
+from .sampling import Gradient, Sample
+
+
+class NoiseOptimizer:
+    """A method: what it looks at, how it moves the noise, what it returns. `run` owns the loop.
+
+    Subclasses are frozen, keyword-only dataclasses whose fields are the method's settings.
+
+    Attributes:
+        steps: Evaluations, the plain result included: the noise is moved `steps − 1` times.
+        gradient: "full", "frozen" or `None`; see `PipelineSampler.images`.
+        preview: Look at the x0 estimate of one model call instead of the whole chain.
+        clamp: "straight_through" or "hard"; see `PipelineSampler`.
+        returns: "best" or "last".
+    """
+
+    steps: int
+    gradient: Gradient = "full"
+    preview: bool = False
+    clamp: Literal["straight_through", "hard"] = "straight_through"
+    returns: ClassVar[Literal["best", "last"]] = "best"
+
+    def objective(self, pipe) -> Objective:
+        """What is minimised. Called once, before any model runs: the place to refuse bad settings."""
+        raise NotImplementedError(f"{type(self).__name__} must define `objective(pipe)`.")
+
+    def regularizer(self, noise: torch.Tensor) -> torch.Tensor | float:
+        """`(B,)` penalty that steers the noise but does not count when the best is chosen."""
+        return 0.0
+
+    def start(self, problem: NoiseProblem) -> Any:
+        """What the method remembers from step to step, such as momentum."""
+        return None
+
+    def step(self, noise: torch.Tensor, gradient: torch.Tensor | None, memory: Any) -> torch.Tensor:
+        """The method: the next noise, from this one and the gradient of its loss, both `(B, C, H, W)`."""
+        raise NotImplementedError(f"{type(self).__name__} must define `step(noise, gradient, memory)`.")
+
+    def check(self) -> None:
+        """Raise `ValueError` for settings that cannot work."""
+        if not isinstance(self.steps, int) or self.steps < 1:
+            raise ValueError(f"Expected `steps` to be an integer of 1 or more, but got {self.steps!r}.")
+        choices = {"gradient": ("full", "frozen", None), "clamp": ("straight_through", "hard")}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"Expected `{name}` to be one of {allowed}, but got {getattr(self, name)!r}.")
+
+    def settings(self) -> dict[str, Any]:
+        """The settings as plain values, for the provenance."""
+        fields = dataclasses.fields(self) if dataclasses.is_dataclass(self) else ()
+        values = {field.name: getattr(self, field.name) for field in fields}
+        return {name: value for name, value in values.items() if isinstance(value, bool | int | float | str | None)}
+
+    def run(
+        self,
+        problem: NoiseProblem,
+        objective: Objective,
+        callbacks: CallbackSpec | Iterable[CallbackSpec] | None = None,
+    ) -> NoiseResult:
+        """Optimise. An exception on the way carries what was found so far as its `noise_result`."""
+        state = NoiseState(problem.pipe, problem.prompts, self.steps, problem.noise)
+        loop = OptimizationLoop(self, problem, objective, state, [ProgressBar(), *as_callbacks(callbacks)])
+        try:
+            loop.start()
+            for step in range(self.steps):
+                loop.evaluate(step)
+                if state.stopped or step == self.steps - 1:
+                    break
+                loop.move()
+                if state.stopped:
+                    break
+        except BaseException as error:
+            if loop.losses:
+                vars(error)["noise_result"] = loop.result()
+            raise
+        finally:
+            loop.end()
+        return loop.result()
+
+
+class OptimizationLoop:
+    """One run of a method: its current noise, its best, its history. See `NoiseOptimizer.run`."""
+
+    def __init__(
+        self,
+        method: NoiseOptimizer,
+        problem: NoiseProblem,
+        objective: Objective,
+        state: NoiseState,
+        callbacks: Sequence[NoiseCallback],
+    ) -> None:
+        self.method, self.problem, self.objective = method, problem, objective
+        self.state, self.callbacks = state, callbacks
+        self.losses: list[torch.Tensor] = []
+        self.norms: list[torch.Tensor] = []
+        self.scores: list[dict[str, torch.Tensor]] = []
+        self.initial_images: torch.Tensor | None = None
+        self.total: torch.Tensor | None = None
+        self.leaf = problem.noise
+
+    def start(self) -> None:
+        self.memory = self.method.start(self.problem)
+        for callback in self.callbacks:
+            if hasattr(callback, "on_run_start"):
+                callback.on_run_start(self.state)
+
+    def end(self) -> None:
+        for callback in self.callbacks:
+            if hasattr(callback, "on_run_end"):
+                callback.on_run_end(self.state)
+
+    def evaluate(self, step: int) -> None:
+        """Score the current noise, keep it where it is the best, and ask the callbacks."""
+        state, method = self.state, self.method
+        moves_on = step < method.steps - 1
+        gradient = method.gradient if moves_on else None  # nothing is moved after the last evaluation
+        self.leaf = state.noise.detach().requires_grad_(gradient is not None)
+        sample = Sample(self.problem.sampler, self.leaf, state.prompts, gradient, method.preview)
+        try:
+            with torch.set_grad_enabled(gradient is not None):
+                loss, scores = self.objective.evaluate(sample)
+                self.check_loss(loss, gradient, step)
+                self.total = loss + method.regularizer(self.leaf)
+        except NonFiniteReward as error:
+            if step == 0:
+                raise
+            return self.give_up(str(error))
+        state.step, state.images, state.scores = step, sample.drawn_images, scores
+        state.loss = loss.detach().where(state.active, torch.nan)
+        self.record()
+        for callback in self.callbacks:
+            if callback.on_step_end(state) is False:
+                state.stop()
+
+    def check_loss(self, loss: torch.Tensor, gradient: Gradient, step: int) -> None:
+        batch = len(self.state.noise)
+        if not isinstance(loss, torch.Tensor) or loss.shape != (batch,):
+            got = tuple(loss.shape) if isinstance(loss, torch.Tensor) else type(loss).__name__
+            raise ValueError(f"Expected the objective to return a tensor of shape ({batch},), but got {got}.")
+        if gradient is not None and not loss.requires_grad:
+            raise ValueError(
+                "Expected a loss that depends differentiably on the noise, but it carries no gradient. Remove "
+                "`.detach()`, `.item()` and numpy from the objective, or use a method without gradients, such as "
+                "`BestOfN`."
+            )
+        if step == 0 and not loss.detach().isfinite().all():
+            raise NonFiniteReward(f"Expected a finite loss for the plain result, but got {loss.tolist()}.")
+
+    def record(self) -> None:
+        state = self.state
+        assert state.loss is not None
+        self.losses.append(state.loss)
+        self.norms.append(per_sample_norm(state.noise) / math.sqrt(state.noise[0].numel()))
+        self.scores.append(state.scores)
+        if state.step == 0:
+            self.initial_images = state.images
+            state.best_loss = torch.full_like(state.loss, torch.inf)
+            state.best_step = torch.zeros_like(state.loss, dtype=torch.long)
+            state.best_noise, state.best_images = state.noise, state.images
+        assert state.best_loss is not None and state.best_step is not None and state.best_noise is not None
+        better = state.loss < state.best_loss  # strictly: of equals the first wins; false for NaN
+        state.best_loss = torch.where(better, state.loss, state.best_loss)
+        state.best_step = torch.where(better, state.step, state.best_step)
+        state.best_noise = torch.where(per_image(better, state.noise), state.noise, state.best_noise)
+        if state.images is not None and state.best_images is not None:
+            state.best_images = torch.where(per_image(better, state.images), state.images, state.best_images)
+
+    def move(self) -> None:
+        """Take the gradient where the method wants one, and the method's step."""
+        state, gradient = self.state, None
+        if self.leaf.requires_grad:
+            assert self.total is not None
+            (gradient,) = torch.autograd.grad(self.total.sum(), self.leaf)
+            finite = gradient.flatten(1).isfinite().all(1)
+            gradient = gradient.nan_to_num(0, 0, 0) * per_image(finite, gradient)
+            self.drop_samples(state.active & ~finite)
+        self.total = None
+        moved = self.method.step(state.noise, gradient, self.memory).detach()
+        state.noise = torch.where(per_image(state.active, moved), moved, state.noise)
+
+    def drop_samples(self, broken: torch.Tensor) -> None:
+        """Stop the samples whose gradient is not finite; the others go on."""
+        if broken.any():
+            self.state.stop("non-finite gradient", broken)
+            warnings.warn(
+                f"The gradient of sample {broken.nonzero().flatten().tolist()} is not finite after step "
+                f"{self.state.step}: it keeps its best noise so far.",
+                stacklevel=2,
+            )
+
+    def give_up(self, why: str) -> None:
+        """End the run with what it has."""
+        self.state.stop("non-finite reward")
+        warnings.warn(f"The run stops after step {self.state.step} and keeps the best so far: {why}", stacklevel=2)
+
+    def result(self) -> NoiseResult:
+        problem, state = self.problem, self.state
+        assert state.best_noise is not None and state.best_step is not None
+        last = self.method.returns == "last"
+        noise = state.noise if last else state.best_noise
+        step = torch.full_like(state.best_step, len(self.losses) - 1) if last else state.best_step
+        latents = problem.space.to_latents(problem.pipe, noise.to(problem.dtype))
+        return NoiseResult(
+            noise=noise.detach(),
+            latents=latents.detach(),
+            scores={name: torch.stack([scores[name] for scores in self.scores]) for name in self.scores[0]},
+            losses=torch.stack(self.losses),
+            norms=torch.stack(self.norms),
+            best_step=step,
+            provenance={
+                "method": type(self.method).__name__,
+                "settings": self.method.settings(),
+                **provenance_of(problem, self.objective, state),
+            },
+            generator_states=problem.sampler.states_after_draw(),
+            images=state.images if last else state.best_images,
+            initial_images=self.initial_images,
+        )

@@ -1,0 +1,60 @@
+"""One pipeline call whose noise is to be found."""
+
+import dataclasses
+from typing import Any
+
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+
+from .latent_space import LatentSpace
+from .sampling import PipelineSampler
+
+
+@dataclasses.dataclass(eq=False)
+class NoiseProblem:
+    """One pipeline call whose noise is to be found.
+
+    Attributes:
+        pipe: The pipeline.
+        sampler: Noise to images.
+        space: Noise to latents.
+        noise: `(B, C, H, W)`, the base noise, float32 or better.
+        prompts: `B` prompts for the rewards.
+        dtype: What the pipeline draws its noise in.
+        request: The arguments of the call, for the provenance.
+    """
+
+    pipe: Any
+    sampler: PipelineSampler
+    space: LatentSpace
+    noise: torch.Tensor
+    prompts: list[str]
+    dtype: torch.dtype
+    request: dict[str, Any]
+
+    def candidates(self) -> "CandidateNoise":
+        """A source of fresh noises, from the run's own generators."""
+        return CandidateNoise(self)
+
+
+class CandidateNoise:
+    """Fresh Gaussian noises of a problem: the same for the same seeds, whatever batch they are drawn in.
+
+    The streams are seeded from the base noise of each sample, so that they neither repeat the pipeline's own draws nor
+    depend on the other samples of the batch.
+    """
+
+    def __init__(self, problem: NoiseProblem) -> None:
+        self.like = problem.noise
+        self.streams = [torch.Generator().manual_seed(seed_from(noise)) for noise in problem.noise]
+
+    def draw(self) -> torch.Tensor:
+        """`(B, C, H, W)` standard Gaussian."""
+        return randn_tensor(tuple(self.like.shape), self.streams, self.like.device, self.like.dtype)
+
+
+def seed_from(noise: torch.Tensor) -> int:
+    """A 63-bit seed that is a function of the values of a noise."""
+    bits = noise.detach().flatten().cpu().to(torch.float32).view(torch.int32).to(torch.int64)
+    weights = torch.arange(1, len(bits) + 1).mul(0x9E3779B97F4A7C15 - 2**64)  # odd multiples spread over 64 bits
+    return int((bits * weights).sum().item()) & (2**63 - 1)

@@ -1,0 +1,102 @@
+"""The noise that an optimisation found, with its scores and where it came from: replayable for ever."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+FILE_FORMAT = "noiseopt-result-1"
+
+
+@dataclasses.dataclass(eq=False)
+class NoiseResult:
+    """What `optimize_noise` returns, for `B` independent noises.
+
+    `pipe(prompt, latents=result.latents, ...)` with the arguments of the run draws the best images again. For a sampler
+    that adds noise on the way pass `generator=result.generator()` too.
+
+    Attributes:
+        noise: `(B, C, H, W)` float32, unit variance: the best noise, or the last for methods that return it.
+        latents: The same as the pipeline takes it as `latents=`: in its dtype, packed where the family packs.
+        scores: Name to `(steps, B)`: each reward at each step, raw units, higher is better.
+        losses: `(steps, B)`, lower is better, without the regularizer. NaN where a sample had stopped.
+        norms: `(steps, B)`, ‖noise‖ / √d at each step: 1 is what a Gaussian has.
+        best_step: `(B,)`, the step whose noise is returned.
+        provenance: Model, scheduler, dtype, prompts, seeds, versions, method and its settings: plain values.
+        generator_states: The state of each random stream after the base noise was drawn.
+        images: `(B, 3, H, W)` in [0, 1], the images of `noise`. Not saved.
+        initial_images: `(B, 3, H, W)`, the plain result. Not saved.
+    """
+
+    noise: torch.Tensor
+    latents: torch.Tensor
+    scores: dict[str, torch.Tensor]
+    losses: torch.Tensor
+    norms: torch.Tensor
+    best_step: torch.Tensor
+    provenance: dict[str, Any]
+    generator_states: list[tuple[str, torch.Tensor]] = dataclasses.field(default_factory=list)
+    images: torch.Tensor | None = None
+    initial_images: torch.Tensor | None = None
+
+    @property
+    def best_scores(self) -> dict[str, torch.Tensor]:
+        """Name to `(B,)`: the rewards of the returned noise."""
+        return {name: self.at_best(values) for name, values in self.scores.items()}
+
+    @property
+    def initial_scores(self) -> dict[str, torch.Tensor]:
+        """Name to `(B,)`: the rewards of the plain result."""
+        return {name: values[0] for name, values in self.scores.items()}
+
+    @property
+    def best_loss(self) -> torch.Tensor:
+        """`(B,)`: the loss of the returned noise."""
+        return self.at_best(self.losses)
+
+    def at_best(self, values: torch.Tensor) -> torch.Tensor:
+        return values.gather(0, self.best_step.to(values.device)[None])[0]
+
+    def generator(self) -> torch.Generator | list[torch.Generator] | None:
+        """Fresh generators that continue where the base noise ended; a list if the run had one for each image."""
+        fresh = []
+        for device, state in self.generator_states:
+            fresh.append(torch.Generator(device))
+            fresh[-1].set_state(state)
+        return fresh if self.provenance.get("generators") == "list" else (fresh or [None])[0]
+
+    def save(self, path: str | Path) -> None:
+        """Write one safetensors file: the tensors, and the provenance as JSON in its header."""
+        tensors = {"noise": self.noise, "latents": self.latents, "losses": self.losses, "norms": self.norms}
+        tensors["best_step"] = self.best_step
+        tensors.update({f"scores.{name}": values for name, values in self.scores.items()})
+        devices = []
+        for index, (device, state) in enumerate(self.generator_states):
+            tensors[f"generator_states.{index}"] = state
+            devices.append(device)
+        header = {"format": FILE_FORMAT, "provenance": self.provenance, "generator_devices": devices}
+        # clones: safetensors refuses tensors that share memory, as noise and latents do in float32
+        tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, path, metadata={"noiseopt": json.dumps(header)})
+
+    @classmethod
+    def load(cls, path: str | Path, device: str | torch.device = "cpu") -> "NoiseResult":
+        """Read what `save` wrote. Raises `ValueError` for a safetensors file that is none of ours."""
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            header = json.loads((file.metadata() or {}).get("noiseopt", "{}"))
+            if header.get("format") != FILE_FORMAT:
+                raise ValueError(f"Expected a file that `NoiseResult.save` wrote, but {path} has no {FILE_FORMAT} header.")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        states = [
+            (kind, tensors.pop(f"generator_states.{index}").cpu())
+            for index, kind in enumerate(header["generator_devices"])
+        ]
+        scores = {
+            name.removeprefix("scores."): tensors.pop(name) for name in list(tensors) if name.startswith("scores.")
+        }
+        return cls(**tensors, scores=scores, provenance=header["provenance"], generator_states=states)

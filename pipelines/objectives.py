@@ -1,0 +1,64 @@
+"""What a noise optimisation minimises."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from ..rewards.reward_sum import RewardSum
+from .sampling import Sample
+
+
+class Objective:
+    """`objective(sample) -> (B,)`, lower is better. `evaluate` also reports what it is made of.
+
+    Attributes:
+        requires_prompt: Whether the prompts are looked at.
+    """
+
+    requires_prompt: bool = False
+
+    def evaluate(self, sample: Sample) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The loss `(B,)` with its graph, and named raw scores `(B,)` without."""
+        raise NotImplementedError(f"{type(self).__name__} must define `evaluate(sample)`.")
+
+    def __call__(self, sample: Sample) -> torch.Tensor:
+        return self.evaluate(sample)[0]
+
+    def describe(self) -> Any:
+        """What goes into the provenance of a result: plain values."""
+        return type(self).__name__
+
+
+class FunctionObjective(Objective):
+    """A plain function `(sample) -> (B,)` as an objective."""
+
+    def __init__(self, function: Callable[[Sample], torch.Tensor]) -> None:
+        self.function = function
+
+    def evaluate(self, sample: Sample) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        return self.function(sample), {}
+
+    def describe(self) -> str:
+        return getattr(self.function, "__name__", type(self.function).__name__)
+
+
+class RewardObjective(Objective):
+    """The negative weighted sum of rewards of the images: `−Σᵢ λᵢ·rewardᵢ(images, prompts)`.
+
+    Args:
+        rewards: Anything that `RewardSum` takes, or a `RewardSum`.
+        prompts: Ask the rewards about these instead of the pipeline's prompts: one, or one for each image.
+    """
+
+    def __init__(self, rewards: Any, prompts: str | Sequence[str] | None = None) -> None:
+        self.rewards = rewards if hasattr(rewards, "weights") else RewardSum(rewards)
+        self.prompts = prompts
+        self.requires_prompt = self.rewards.requires_prompt and prompts is None
+
+    def evaluate(self, sample: Sample) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        output = self.rewards(sample.images, self.prompts if self.prompts is not None else sample.prompts)
+        return -output.total, output.components
+
+    def describe(self) -> dict[str, float]:
+        return dict(self.rewards.weights)

@@ -1,0 +1,70 @@
+"""What the ReNO pipelines share: a call that takes rewards by name."""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from ..rewards.reward_sum import RewardSum, reward_weight_pairs
+from .noise_hook import NoiseOptimizationMixin
+from .noise_optimizer import NoiseOptimizer
+from .reno import ReNO
+
+
+class ReNOMixin(NoiseOptimizationMixin):
+    """Adds `rewards=` and plain-value settings of ReNO to the call of a stock pipeline."""
+
+    def __call__(
+        self,
+        *args,
+        rewards: Any = None,
+        optimization_steps: int | None = None,
+        mode: Literal["default", "parity"] | None = None,
+        reno_kwargs: Mapping[str, Any] | None = None,
+        noise_optimizer: NoiseOptimizer | None = None,
+        callback_on_optimization_step_end: Any = None,
+        **kwargs,
+    ):
+        """The stock call; with `rewards` the initial noise is first optimised by ReNO.
+
+        Args:
+            rewards: A name, Hub id or folder (`"clipscore"`), a callable `(images, prompts) -> (B,)`, a dict of these to
+                weights (`{"clipscore": 1.0, "red": 0.1}`), or a list of (reward, weight). `None` leaves the pipeline
+                bit-identical to the stock class. Rewards given by name are loaded once per pipeline.
+            optimization_steps: Evaluations of ReNO, 50 by default.
+            mode: "default", or "parity" for the released loop step by step.
+            reno_kwargs: More settings of `ReNO`, by name: `{"learning_rate": 10.0}`.
+            noise_optimizer: Another method instead of ReNO.
+            callback_on_optimization_step_end: Callbacks per optimisation step: functions of the state, or objects with
+                `on_step_end(state)`; return `False` to stop.
+            args, kwargs: Those of the stock pipeline.
+
+        Returns:
+            What the stock pipeline returns; unless `return_dict=False` with a `noise_result` attribute.
+
+        Raises:
+            ValueError: For settings that cannot work, before any model runs.
+        """
+        given = {"steps": optimization_steps, "mode": mode, **(reno_kwargs or {})}
+        settings = {name: value for name, value in given.items() if value is not None}
+        if rewards is None and settings:
+            raise ValueError(f"Expected `rewards` beside {sorted(settings)}, but got none: there is nothing to optimise.")
+        if rewards is not None and noise_optimizer is not None:
+            raise ValueError("Expected `rewards` or `noise_optimizer`, but got both. Give the rewards to the method.")
+        if rewards is not None:
+            noise_optimizer = ReNO(rewards=self.load_rewards(rewards), **settings)
+        return super().__call__(
+            *args,
+            noise_optimizer=noise_optimizer,
+            callback_on_optimization_step_end=callback_on_optimization_step_end,
+            **kwargs,
+        )
+
+    def load_rewards(self, rewards: Any) -> RewardSum:
+        """A `RewardSum` on the pipeline's device; what has a name is loaded at its first use and kept."""
+        device = self._execution_device  # pyright: ignore[reportAttributeAccessIssue]
+        kept = vars(self).setdefault("_loaded_rewards", {})
+        pairs = reward_weight_pairs(rewards, None)
+        total = RewardSum([(kept.get(str(name), name), weight) for name, weight in pairs], device=device)
+        for (name, _), reward in zip(pairs, total.rewards, strict=True):
+            if isinstance(name, str):
+                kept[name] = reward
+        return total

@@ -1,0 +1,235 @@
+"""A stock pipeline as a function of its initial noise, differentiable from image to noise."""
+
+import contextlib
+import copy
+import functools
+import inspect
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+
+from ..schedulers.x0_prediction import predict_x0
+from .latent_space import LatentSpace
+from .module_state import float32_decoder, without_gradient
+
+Gradient = Literal["full", "frozen"] | None
+DENOISERS = ("unet", "transformer", "transformer_2", "unet_2")
+
+
+def stock_call(cls: type):
+    """The `__call__` of the stock pipeline class under our hook, without its `@torch.no_grad`."""
+    for base in cls.__mro__:
+        if "__call__" in vars(base) and not hasattr(base, "_noise_run"):
+            return inspect.unwrap(vars(base)["__call__"])
+    raise TypeError(f"Expected a diffusers pipeline with a `__call__`, but {cls.__name__} has none.")
+
+
+class RandomState:
+    """The random streams of a call, as they were at one moment: every inner run starts from the same state."""
+
+    def __init__(self, generator: torch.Generator | list[torch.Generator] | None, device: torch.device) -> None:
+        self.several = isinstance(generator, list)
+        streams = generator if isinstance(generator, list) else [generator or default_generator(device)]
+        self.states = [(stream.device, stream.get_state(), stream.initial_seed()) for stream in streams]
+
+    @property
+    def seeds(self) -> list[int]:
+        return [seed for _, _, seed in self.states]
+
+    def generator(self) -> torch.Generator | list[torch.Generator]:
+        """Fresh generators in this state, in the form that the pipeline was given."""
+        fresh = []
+        for device, state, _ in self.states:
+            fresh.append(torch.Generator(device))
+            fresh[-1].set_state(state)
+        return fresh if self.several else fresh[0]
+
+
+def default_generator(device: torch.device) -> torch.Generator:
+    """The generator that torch draws from on `device` when none is given."""
+    if device.type == "cuda":
+        return torch.cuda.default_generators[device.index if device.index is not None else torch.cuda.current_device()]
+    if device.type == "mps":
+        return torch.mps._get_default_mps_generator()
+    return torch.default_generator
+
+
+class PipelineSampler:
+    """One pipeline call as `images(noise)` and `x0(noise)`.
+
+    Works on a shallow twin of the pipeline that shares its modules: the scheduler is a copy, `encode_prompt` replays what
+    the outer call recorded, in call order, and `prepare_latents` returns our noise through the stock scaling and packing.
+
+    Args:
+        pipe: The pipeline whose call is under way, after its prompts were encoded.
+        request: The arguments of that call.
+        encoded: What `encode_prompt` returned, in call order.
+        space: The noise and latents of the call.
+        random_state: The streams before the base noise was drawn.
+        drew: Whether the outer call drew its base noise; if so each inner call draws and discards, to leave samplers
+            that add noise on the way the same stream.
+        clamp: How pixels are brought into [0, 1]: "straight_through" keeps the gradient of saturated pixels, so that
+            they can come back; "hard" (as stock pipelines do) has none there. The values are equal.
+    """
+
+    def __init__(
+        self,
+        pipe,
+        request: dict[str, Any],
+        encoded: list,
+        space: LatentSpace,
+        random_state: RandomState,
+        drew: bool,
+        clamp: Literal["straight_through", "hard"] = "straight_through",
+    ) -> None:
+        self.space, self.encoded, self.random_state, self.drew = space, encoded, random_state, drew
+        self.call = stock_call(type(pipe))
+        ours = ("latents", "generator", "output_type", "return_dict", "callback_on_step_end", "callback")
+        self.request = {name: value for name, value in request.items() if name not in ours}
+        self.twin = self.make_twin(pipe, clamp)
+        # copied before any gradient run: schedulers hold the graph afterwards, and then cannot be copied
+        self.scheduler = copy.deepcopy(pipe.scheduler)
+
+    def make_twin(self, pipe, clamp: str):
+        twin = copy.copy(pipe)
+        attributes = vars(twin)
+        attributes.pop("_noise_run", None)
+        attributes["_progress_bar_config"] = {"disable": True}
+        # both go through numpy, which no gradient passes; the final run has them
+        attributes.update({name: None for name in ("safety_checker", "watermark") if name in attributes})
+        vae = attributes.get("vae")
+        if vae is not None and vae.config.get("force_upcast") and vae.dtype == torch.float16:
+            attributes["vae"] = float32_decoder(vae)
+        if clamp == "straight_through" and hasattr(pipe, "image_processor"):
+            attributes["image_processor"] = copy.copy(pipe.image_processor)
+            vars(twin.image_processor)["denormalize"] = denormalize_straight_through
+        return twin
+
+    def states_after_draw(self) -> list[tuple[str, torch.Tensor]]:
+        """The random streams once the base noise is drawn: device type and state of each."""
+        generator = self.random_state.generator()
+        if self.drew:
+            self.space.on(self.twin, randn_tensor, generator=generator)
+        streams = generator if isinstance(generator, list) else [generator]
+        return [(stream.device.type, stream.get_state()) for stream in streams]
+
+    def images(self, noise: torch.Tensor, gradient: Gradient = None, preview: bool = False) -> torch.Tensor:
+        """`noise` (B, C, H, W) to images (B, 3, H, W) in [0, 1], float32.
+
+        Args:
+            noise: The initial noise.
+            gradient: "full" back-propagates through the whole chain; "frozen" holds the model's outputs constant, so no
+                graph is kept in the denoiser; `None` keeps no graph at all.
+            preview: Draw the x0 estimate of the first model call instead of the whole chain.
+        """
+        return self.run(noise, gradient, preview, "pt").float()
+
+    def x0(self, noise: torch.Tensor, gradient: Gradient = None) -> torch.Tensor:
+        """`noise` (B, C, H, W) to the x0 estimate of the first model call, in the layout of the noise."""
+        latents = self.run(noise, gradient, True, "latent")
+        return self.space.unpack(self.twin, latents)
+
+    def run(self, noise: torch.Tensor, gradient: Gradient, preview: bool, output_type: str) -> torch.Tensor:
+        twin = self.fresh_twin(noise, gradient)
+        with first_step_only(twin.scheduler) if preview else contextlib.nullcontext():
+            with torch.set_grad_enabled(gradient is not None and noise.requires_grad):
+                output = self.call(
+                    twin,
+                    **self.request,
+                    generator=twin.sampling_generator,
+                    output_type=output_type,
+                    return_dict=False,
+                )[0]
+        if noise.requires_grad and gradient is not None and not output.requires_grad:
+            raise ValueError(
+                f"Expected {type(twin).__name__} to be differentiable from image to noise, but its result carries no "
+                "gradient. Use a method without gradients, such as `BestOfN`."
+            )
+        return output
+
+    def fresh_twin(self, noise: torch.Tensor, gradient: Gradient):
+        twin = copy.copy(self.twin)
+        generator = self.random_state.generator()
+        replay = iter(self.encoded)
+
+        def prepare_latents(*_, **__):
+            if self.drew:
+                self.space.on(twin, randn_tensor, generator=generator)
+            return self.space.prepare(twin, noise, generator=generator)
+
+        vars(twin).update(
+            scheduler=self.scheduler,
+            encode_prompt=lambda *_, **__: next(replay),
+            prepare_latents=prepare_latents,
+            sampling_generator=generator,
+        )
+        if gradient == "frozen":
+            parts = {name: getattr(twin, name, None) for name in DENOISERS}
+            vars(twin).update({name: without_gradient(part) for name, part in parts.items() if part is not None})
+        return twin
+
+
+@contextlib.contextmanager
+def first_step_only(scheduler) -> Iterator[None]:
+    """Let a pipeline make one model call, whose `step` returns the x0 estimate. `scheduler` must be a copy.
+
+    Cutting the list of timesteps stops the loop of every family, also of those that have no interrupt.
+    """
+    set_timesteps, step = scheduler.set_timesteps, scheduler.step
+
+    @functools.wraps(set_timesteps)
+    def set_one(*args, **kwargs):
+        set_timesteps(*args, **kwargs)
+        scheduler.timesteps = scheduler.timesteps[:1]
+
+    @functools.wraps(step)
+    def estimate(model_output, timestep, sample, *_, **__):
+        x0 = predict_x0(scheduler, model_output, timestep, sample).to(model_output.dtype)
+        return (x0, x0)
+
+    vars(scheduler).update(set_timesteps=set_one, step=estimate)
+    try:
+        yield
+    finally:
+        del scheduler.set_timesteps, scheduler.step
+
+
+def denormalize_straight_through(images: torch.Tensor) -> torch.Tensor:
+    """[-1, 1] to [0, 1] as diffusers does it, with the clamp's value and the identity's gradient."""
+    pixels = images * 0.5 + 0.5
+    clamped = pixels.clamp(0, 1)
+    return clamped.detach() + (pixels - pixels.detach()) if pixels.requires_grad else clamped  # adds exactly 0
+
+
+class Sample:
+    """What an objective may look at, computed once and only if asked for.
+
+    Attributes:
+        noise: `(B, C, H, W)`, the initial noise.
+        prompts: `B` prompts.
+        images: `(B, 3, H, W)` in [0, 1]: the result of the whole chain, or of one model call for a preview.
+        x0: `(B, C, H, W)`: the estimate of the clean latents after one model call.
+    """
+
+    def __init__(
+        self, sampler: PipelineSampler, noise: torch.Tensor, prompts: list[str], gradient: Gradient, preview: bool = False
+    ) -> None:
+        self.sampler, self.noise, self.prompts = sampler, noise, prompts
+        self.gradient: Gradient = gradient
+        self.preview = preview
+
+    @functools.cached_property
+    def images(self) -> torch.Tensor:
+        return self.sampler.images(self.noise, self.gradient, self.preview)
+
+    @functools.cached_property
+    def x0(self) -> torch.Tensor:
+        return self.sampler.x0(self.noise, self.gradient)
+
+    @property
+    def drawn_images(self) -> torch.Tensor | None:
+        """The images if the objective asked for them, without their graph."""
+        images = vars(self).get("images")
+        return None if images is None else images.detach()
