@@ -1,0 +1,65 @@
+"""The shapes world: a small text-to-image world with a renderer, an exact judge and trained models, all embedded.
+
+    >>> from diffusers import DiffusionPipeline
+    >>> from noiseopt import shapes_world
+    >>> pipe = DiffusionPipeline.from_pretrained(shapes_world.path("turbo"))
+    >>> images = pipe(["a red circle left of a blue star"], num_inference_steps=1, guidance_scale=0.0, output_type="pt").images
+    >>> shapes_world.judge(images, "a red circle left of a blue star")[0].found
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .captions import (
+    CATEGORIES,
+    HELD_OUT_PROMPTS,
+    OBJECTS,
+    TRAIN_PROMPTS,
+    VALIDATION_PROMPTS,
+    Request,
+    caption,
+    category,
+    parse,
+    sample_scene,
+)
+from .judge import Thing, Verdict, judge, see
+from .world import COLORS, KINDS, RELATIONS, SIZE, Scene, Shape, render
+
+__all__ = [
+    "CATEGORIES",
+    "COLORS",
+    "HELD_OUT_PROMPTS",
+    "KINDS",
+    "OBJECTS",
+    "RELATIONS",
+    "SIZE",
+    "TRAIN_PROMPTS",
+    "VALIDATION_PROMPTS",
+    "Request",
+    "Scene",
+    "Shape",
+    "Thing",
+    "Verdict",
+    "caption",
+    "category",
+    "judge",
+    "parse",
+    "path",
+    "render",
+    "sample_scene",
+    "see",
+]
+
+
+def path(name: str) -> str:
+    """The folder of a trained model, for `from_pretrained`.
+
+    Args:
+        name: "turbo", a one-step `StableDiffusionPipeline`; "guided", its teacher, for several steps and guidance 3;
+            "clip", a `CLIPModel` with tokenizer and image processor.
+    """
+    folder = Path(__file__).parent / "weights" / name
+    if name not in ("turbo", "guided", "clip"):
+        raise ValueError(f'Expected "turbo", "guided" or "clip", but got {name!r}.')
+    return str(folder)

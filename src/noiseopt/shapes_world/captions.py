@@ -7,7 +7,7 @@ import random
 import re
 from dataclasses import dataclass
 
-from .world import COLORS, KINDS, OPPOSITE, RELATIONS, Scene, sample_shapes
+from .world import COLORS, KINDS, LAYOUT, OPPOSITE, RELATIONS, Scene, lay_out
 
 OBJECTS = tuple(itertools.product(COLORS, KINDS))
 COUNTS = {"two": 2, "three": 3}
@@ -136,20 +136,21 @@ VALIDATION_PROMPTS = _prompts("validation")
 HELD_OUT_PROMPTS = _prompts("held_out")
 
 
-def sample_scene(rng: random.Random, request: Request | None = None) -> Scene:
-    """Draws a scene at random.
+def sample_request(rng: random.Random) -> Request:
+    """Something the models are trained on: 28% single shapes, 12% counts, 60% pairs, one in four without a relation.
 
-    Args:
-        rng: Source of everything random.
-        request: What it must show. Without one, something that the models are trained on: 28% single shapes, 12% counts,
-            60% pairs, none of them of a validation or held-out pair or count.
+    Never a validation or held-out pair or count.
     """
-    if request is not None:
-        return sample_shapes(request.objects, rng, request.relation)
     share = rng.random()
     if share < 0.28:
-        return sample_shapes([rng.choice(OBJECTS)], rng)
+        return Request((rng.choice(OBJECTS),))
     if share < 0.40:
-        return sample_shapes(rng.choice(_COUNTS["train"]).objects, rng)
-    pair = rng.choice(_TRAIN_PAIRS)
-    return sample_shapes(rng.sample(pair, 2), rng)
+        return rng.choice(_COUNTS["train"])
+    pair = tuple(rng.sample(rng.choice(_TRAIN_PAIRS), 2))
+    return Request(pair, rng.choice(RELATIONS) if rng.random() < 0.75 else None)
+
+
+def sample_scene(rng: random.Random, request: Request | None = None) -> Scene:
+    """Draws a scene at random: of the request, or of one that the models are trained on."""
+    request = request or sample_request(rng)
+    return lay_out(request.objects, [rng.random() for _ in range(LAYOUT)], request.relation)

@@ -8,7 +8,6 @@ scene can differ.
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -28,6 +27,7 @@ COLORS = {
 RELATIONS = ("left of", "right of", "above", "below")
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 GAP = 2.0  # pixels between the boxes of two shapes
+LAYOUT, LOOKS = 8, 12  # how many chances a scene leaves to its layout and to its ground and brightness
 
 
 @dataclass(frozen=True)
@@ -80,31 +80,74 @@ def relation_of(dx: float, dy: float, ratio: float) -> str | None:
     return None
 
 
-def sample_shapes(objects: Sequence[tuple[str, str]], rng: random.Random, relation: str | None = None) -> Scene:
-    """Places the given (color, kind) objects at random so that their boxes do not touch.
+def lay_out(objects: Sequence[tuple[str, str]], chance: Sequence[float], relation: str | None = None) -> Scene:
+    """Places objects so that their boxes do not touch; a continuous function of `chance` almost everywhere.
 
     Args:
         objects: One to three (color, kind) pairs.
-        rng: Source of radii and places.
-        relation: If given, how the first of the two objects must lie to the second.
+        chance: `LAYOUT` numbers in [0, 1]: x, y of a first and a second object, their radii, and the direction from one
+            to the other, which counts only where no relation is requested.
+        relation: How the first of two objects must lie to the second.
     """
-    low, high = (10.0, 15.0) if len(objects) < 3 else (9.0, 11.0)
-    while True:
-        radii = [rng.uniform(low, high) for _ in objects]
-        places = [(rng.uniform(r + 1, SIZE - r - 1), rng.uniform(r + 1, SIZE - r - 1)) for r in radii]
-        if not _apart(places, radii):
-            continue
-        scene = Scene(tuple(Shape(kind, color, x, y, r) for (color, kind), (x, y), r in zip(objects, places, radii)))
-        if relation is None or scene.relation == relation:
-            return scene
+    xa, ya, xb, yb, ra, rb, across, along = chance
+    if len(objects) == 1:
+        radius = _between(10.0, 15.0, ra)
+        centres = [(_inside(radius, xa), _inside(radius, ya))]
+        radii = [radius]
+    elif len(objects) == 2:
+        radii = [_between(10.0, 15.0, ra), _between(10.0, 15.0, rb)]
+        relation = relation or relation_of(across - 0.5, along - 0.5, ratio=1.0) or "above"
+        sideways = relation in ("left of", "right of")
+        ahead, beside = ((xa, xb), (ya, yb)) if sideways else ((ya, yb), (xa, xb))
+        main, cross = _in_a_row(radii, ahead, beside, turned=relation in ("right of", "below"))
+        centres = list(zip(main, cross)) if sideways else list(zip(cross, main))
+    else:
+        radii = [_between(9.0, 10.0, ra)] * 3
+        (left, right), (top, bottom) = _spread(radii[:2], (xa, xb)), _spread(radii[:2], (ya, yb))
+        row, other = (top, bottom) if across < 0.5 else (bottom, top)
+        centres = [(left, row), (right, row), (_inside(radii[2], along), other)]
+    return Scene(tuple(Shape(k, c, x, y, r) for (c, k), (x, y), r in zip(objects, centres, radii)))
 
 
-def _apart(places: Sequence[tuple[float, float]], radii: Sequence[float]) -> bool:
-    return all(
-        max(abs(places[i][0] - places[j][0]), abs(places[i][1] - places[j][1])) > radii[i] + radii[j] + GAP
-        for i in range(len(radii))
-        for j in range(i)
-    )
+def _between(low: float, high: float, share: float) -> float:
+    return low + (high - low) * share
+
+
+def _inside(radius: float, share: float) -> float:
+    return _between(radius + 1, SIZE - radius - 1, share)
+
+
+def _spread(radii: Sequence[float], chance: Sequence[float]) -> tuple[float, float]:
+    """Two centres along an axis, the lower first, with at least `GAP` between the boxes."""
+    slack = SIZE - 2 - GAP - 2 * sum(radii)
+    return 1 + radii[0] + slack * min(chance), SIZE - 1 - radii[1] - slack * (1 - max(chance))
+
+
+def _in_a_row(
+    radii: Sequence[float], ahead: Sequence[float], beside: Sequence[float], turned: bool
+) -> tuple[Sequence[float], Sequence[float]]:
+    """Coordinates of two centres along the axis of their relation and across it, where they differ clearly less."""
+    order = slice(None, None, -1) if turned else slice(None)
+    main = _spread(radii[order], ahead)[order]
+    cross = [_inside(radius, share) for radius, share in zip(radii, beside)]
+    excess = abs(cross[0] - cross[1]) - abs(main[0] - main[1]) / 1.3
+    if excess > 0:
+        step = math.copysign(excess / 2, cross[1] - cross[0])
+        cross = [_clamp(cross[0] + step, radii[0]), _clamp(cross[1] - step, radii[1])]
+    return main, cross
+
+
+def _clamp(centre: float, radius: float) -> float:
+    return min(max(centre, radius + 1), SIZE - radius - 1)
+
+
+def relation_of(dx: float, dy: float, ratio: float) -> str | None:
+    """The relation for an offset of the first centre from the second, in pixels, or None if no axis dominates."""
+    if abs(dx) > ratio * abs(dy):
+        return "left of" if dx < 0 else "right of"
+    if abs(dy) > ratio * abs(dx):
+        return "above" if dy < 0 else "below"
+    return None
 
 
 def _circle(x: Tensor, y: Tensor) -> Tensor:
@@ -185,41 +228,43 @@ def coverage(scenes: Sequence[Scene], generator: torch.Generator | None = None) 
     return alpha.view(len(scenes), 3, SIZE, SIZE)
 
 
-def backgrounds(count: int, generator: torch.Generator | None = None) -> Tensor:
-    """Random grounds, (count, 3, 64, 64) in [0, 1]: grey level, tint, directional gradient and one of four textures."""
-
-    def uniform(low: float, high: float, *channels: int) -> Tensor:
-        return torch.empty(count, *(channels or (1,)), 1, 1).uniform_(low, high, generator=generator)
-
+def _grounds(chance: Tensor) -> Tensor:
+    """Grounds, (B, 3, 64, 64) in [0, 1], of numbers (B, 11) in [0, 1]: grey, tint, gradient and one of four textures."""
+    grey, red, green, blue, slope_x, slope_y, texture, waves, phase_x, phase_y, depth = chance[:, :, None, None].unbind(1)
     axis = torch.linspace(-1.0, 1.0, SIZE)
-    x, y = axis[None, None, None, :], axis[None, None, :, None]
-    angle, waves = uniform(0.0, 2 * math.pi), uniform(2.0, 4.5) * math.pi
-    gradient = uniform(0.0, 0.12) * (torch.cos(angle) * x + torch.sin(angle) * y)
-    along_x, along_y = torch.sin(waves * x + uniform(0.0, 6.28)), torch.sin(waves * y + uniform(0.0, 6.28))
-    texture = torch.randint(0, 4, (count, 1, 1, 1), generator=generator)
-    stripes = (texture == 1) * along_x + (texture == 2) * along_y + (texture == 3) * along_x * along_y
-    ground = uniform(0.14, 0.92) + uniform(-0.04, 0.04, 3) + gradient + uniform(0.02, 0.07) * stripes
-    return ground.clamp(0.0, 1.0)
+    x, y = axis, axis[:, None]
+    gradient = 0.16 * ((slope_x - 0.5) * x + (slope_y - 0.5) * y)
+    waves = (2.0 + 2.5 * waves) * math.pi
+    along_x, along_y = torch.sin(waves * x + 2 * math.pi * phase_x), torch.sin(waves * y + 2 * math.pi * phase_y)
+    which = (4 * texture).long()
+    stripes = (which == 1) * along_x + (which == 2) * along_y + (which == 3) * along_x * along_y
+    level = 0.14 + 0.78 * grey + gradient + (0.02 + 0.05 * depth) * stripes
+    tint = torch.stack((red, green, blue), 1) * 0.08 - 0.04
+    return (level[:, None] + tint).clamp(0.0, 1.0)
 
 
-def render(scenes: Scene | Sequence[Scene], generator: torch.Generator | None = None) -> Tensor:
+def render(
+    scenes: Scene | Sequence[Scene], generator: torch.Generator | None = None, chance: Tensor | None = None
+) -> Tensor:
     """Draws scenes.
 
     Args:
         scenes: One scene or several.
         generator: Source of what scenes leave open: ground and colour jitter. Same generator state, same pictures.
+        chance: (B, `LOOKS`) in [0, 1], to say what the ground and the brightness are instead.
 
     Returns:
         (B, 3, 64, 64) in [0, 1]; B is 1 for a single scene.
     """
     scenes = [scenes] if isinstance(scenes, Scene) else list(scenes)
-    image = backgrounds(len(scenes), generator)
+    if chance is None:
+        chance = torch.rand(len(scenes), LOOKS, generator=generator)
+    image = _grounds(chance[:, 1:])
     alpha = coverage(scenes, generator)
-    jitter = torch.empty(len(scenes), 3, 1).uniform_(0.92, 1.08, generator=generator)
-    jitter = jitter + torch.empty(len(scenes), 3, 3).uniform_(-0.03, 0.03, generator=generator)
+    jitter = torch.empty(len(scenes), 3, 3).uniform_(-0.03, 0.03, generator=generator)
     black = (0.0, 0.0, 0.0)
     colors = [[COLORS[s.color] for s in scene.shapes] + [black] * (3 - len(scene.shapes)) for scene in scenes]
-    colors = (torch.tensor(colors) * jitter).clamp(0.0, 1.0)
+    colors = (torch.tensor(colors) * (0.92 + 0.16 * chance[:, :1, None] + jitter)).clamp(0.0, 1.0)
     for slot in range(3):
         image = torch.lerp(image, colors[:, slot, :, None, None], alpha[:, slot, None])
     return image
