@@ -1,1 +1,29 @@
 """Rewards: images and prompts in, one number per image out. Knows nothing of diffusion."""
+
+from .clip_score import CLIPScore
+from .color_channel import ColorChannel
+from .registry import AutoReward, list_rewards, register_reward
+from .reward import CallableReward, NonDifferentiableReward, NonFiniteReward, Reward, check_gradient
+from .reward_sum import RewardSum, RewardSumOutput
+from .transforms import ImageTransform, center_crop, longest_edge_pad, normalize, resize, shortest_edge
+
+__all__ = [
+    "AutoReward",
+    "CLIPScore",
+    "CallableReward",
+    "ColorChannel",
+    "ImageTransform",
+    "NonDifferentiableReward",
+    "NonFiniteReward",
+    "Reward",
+    "RewardSum",
+    "RewardSumOutput",
+    "center_crop",
+    "check_gradient",
+    "list_rewards",
+    "longest_edge_pad",
+    "normalize",
+    "register_reward",
+    "resize",
+    "shortest_edge",
+]

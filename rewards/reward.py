@@ -1,0 +1,272 @@
+"""The contract that every reward meets, and the wrapper that makes a plain callable meet it."""
+
+import functools
+import itertools
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from .transforms import at_least_float32
+
+RewardT = TypeVar("RewardT", bound="Reward")
+
+
+class NonFiniteReward(ValueError):
+    """A reward, its gradient or the images it was given are NaN or infinite."""
+
+
+class NonDifferentiableReward(ValueError):
+    """A gradient was asked of a reward that gives none."""
+
+
+class Reward(nn.Module):
+    """Scores images: `reward(images, prompts) -> (B,)`, float32, higher is better, in the published units.
+
+    A subclass implements `score`; one with text features also `encode_text`, one with weights also `load`. It hands its
+    modules to this constructor, which freezes them. The gradient from the scores to the images is always kept.
+
+    Attributes:
+        name: the name under which scores are reported.
+        differentiable: whether the scores have a gradient with respect to the images.
+        requires_prompt: whether `prompts=None` is refused.
+        range: the lowest and highest possible score, where the formula bounds it.
+        license: the licence of the default checkpoint.
+        default_checkpoint: the Hub id that `from_pretrained()` loads.
+    """
+
+    name: str = "reward"
+    differentiable: bool = True
+    requires_prompt: bool = True
+    range: tuple[float, float] | None = None
+    license: str | None = None
+    default_checkpoint: str | None = None
+
+    def __init__(self, **modules: nn.Module):
+        super().__init__()
+        for name, module in modules.items():
+            self.add_module(name, module.requires_grad_(False))
+        # The text of a run is encoded once, not once per step; about 4 kB per prompt.
+        self.prompt_features: dict[tuple[str, torch.dtype], Tensor] = {}
+        self.eval()
+
+    def train(self: RewardT, mode: bool = True) -> RewardT:
+        """Stay in evaluation mode: the dropout of a scoring head would make the scores random."""
+        return super().train(False)
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where the weights are, or None for a reward without any."""
+        tensor = next(itertools.chain(self.parameters(), self.buffers()), None)
+        return None if tensor is None else tensor.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision of the weights, float32 for a reward without any."""
+        return next((p.dtype for p in self.parameters() if p.is_floating_point()), torch.float32)
+
+    def forward(self, images: Tensor, prompts: str | Sequence[str] | None = None) -> Tensor:
+        """Check the input, score it, check the scores.
+
+        Args:
+            images: (B, 3, H, W), floating point, in [0, 1], on any device.
+            prompts: one per image, or a single one for all.
+
+        Returns:
+            (B,) float32, on the device of `images`.
+
+        Raises:
+            ValueError: images or prompts that do not meet the contract, or scores of another shape than (B,).
+            NonFiniteReward: NaN images, or scores that are not finite.
+            NonDifferentiableReward: the images require a gradient and a reward with `differentiable = True` cut it.
+        """
+        check_images(images, self.name)
+        texts = prompts_per_image(prompts, len(images), self.name, self.requires_prompt)
+        device = self.device or images.device
+        pixels = at_least_float32(images if self.differentiable else images.detach()).to(device)
+        scores = self.score(pixels, texts)
+        check_scores(scores, len(images), self.name)
+        if pixels.requires_grad and torch.is_grad_enabled() and not scores.requires_grad:
+            raise NonDifferentiableReward(
+                f"Expected a gradient from reward '{self.name}', but its scores are detached from the images. Remove "
+                "`.detach()`, `.item()`, `no_grad` and round trips through NumPy or PIL from it, or set "
+                "`differentiable = False` on it and use a method without gradients, such as best-of-N."
+            )
+        return scores.to(images.device, torch.float32)
+
+    def score(self, images: Tensor, prompts: list[str]) -> Tensor:
+        """(B, 3, H, W) float32 images in [0, 1], on this reward's device, and B prompts -> (B,).
+
+        The input has been checked. `prompts` are empty strings when none were given to a reward that requires none.
+        """
+        raise NotImplementedError(f"`{type(self).__name__}` does not implement `score`.")
+
+    def encode_text(self, prompt: str) -> Tensor:
+        """The features of one prompt, any shape. Called once per prompt, without gradients."""
+        raise NotImplementedError(f"`{type(self).__name__}` does not implement `encode_text`.")
+
+    def encode_prompt(self, prompts: str | Sequence[str]) -> Tensor:
+        """(N, ...) features of N prompts, float32; each distinct prompt is encoded once and kept."""
+        texts = [prompts] if isinstance(prompts, str) else prompts
+        for text in dict.fromkeys(texts):
+            if (text, self.dtype) not in self.prompt_features:
+                # Tensors made in inference mode could never enter a graph later.
+                with torch.inference_mode(False), torch.no_grad():
+                    self.prompt_features[text, self.dtype] = at_least_float32(self.encode_text(text))
+        return torch.stack([self.prompt_features[text, self.dtype] for text in texts]).to(self.device)
+
+    @classmethod
+    def from_pretrained(
+        cls: type[RewardT],
+        checkpoint: str | None = None,
+        *,
+        revision: str | None = None,
+        cache_dir: str | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> RewardT:
+        """Load from a Hub id or a folder, by default `default_checkpoint`.
+
+        `dtype` is that of the weights, by default bfloat16 on CUDA and float32 elsewhere. Scores are float32 anyway.
+        """
+        checkpoint = checkpoint or cls.default_checkpoint
+        if checkpoint is None:
+            raise ValueError(f"`{cls.__name__}` has no default checkpoint. Pass a Hub id or a folder.")
+        hub = {"revision": revision, "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
+        on_cuda = device is not None and torch.device(device).type == "cuda"
+        reward = cls.load(str(checkpoint), hub)
+        return reward.to(device=device, dtype=dtype or (torch.bfloat16 if on_cuda else torch.float32))
+
+    @classmethod
+    def load(cls: type[RewardT], checkpoint: str, hub: dict[str, Any]) -> RewardT:
+        """Build the reward in float32 from a checkpoint. `hub` holds `from_pretrained`'s revision, cache_dir, token and
+        local_files_only."""
+        raise NotImplementedError(f"`{cls.__name__}` has no weights to load: build it with its constructor.")
+
+
+class CallableReward(Reward):
+    """Any callable `(images, prompts) -> (B,)` as a reward, under its own name and with its own class facts.
+
+    `name`, `differentiable`, `requires_prompt`, `range` and `license` are read from the callable where it has them. A
+    module is frozen and set to evaluation mode.
+    """
+
+    function: Callable[[Tensor, list[str]], Tensor]
+
+    def __init__(self, function: Callable[[Tensor, list[str]], Tensor]):
+        super().__init__(**({"function": function} if isinstance(function, nn.Module) else {}))
+        if not isinstance(function, nn.Module):
+            self.function = function
+        self.name = callable_name(function)
+        source = function.func if isinstance(function, functools.partial) else function
+        self.differentiable = getattr(source, "differentiable", True)
+        self.requires_prompt = getattr(source, "requires_prompt", True)
+        self.range = getattr(source, "range", None)
+        self.license = getattr(source, "license", None)
+
+    def score(self, images: Tensor, prompts: list[str]) -> Tensor:
+        return self.function(images, prompts)
+
+
+def callable_name(function: Any) -> str:
+    """The `name` or `__name__` of a callable, the class name of an object, "reward" for a lambda."""
+    if isinstance(function, functools.partial):
+        function = function.func
+    for name in (getattr(function, "name", None), getattr(function, "__name__", None), type(function).__name__):
+        if isinstance(name, str):
+            return "reward" if name == "<lambda>" else name
+    return "reward"
+
+
+def check_images(images: Tensor, name: str) -> None:
+    """Raise unless `images` is a (B, 3, H, W) floating-point tensor in [0, 1], with 0.05 of tolerance."""
+    if not isinstance(images, Tensor) or not images.is_floating_point() or images.ndim != 4 or images.shape[1] != 3:
+        got = f"{images.dtype} {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
+        raise ValueError(
+            f"Expected images for reward '{name}' as a floating-point tensor (B, 3, H, W), but got {got}. Call the "
+            'pipeline with `output_type="pt"`.'
+        )
+    low, high = (bound.item() for bound in images.detach().aminmax())
+    if low != low or high != high:
+        raise NonFiniteReward(
+            f"Expected pixels in [0, 1] for reward '{name}', but got NaN. A VAE that overflows in float16 "
+            "needs float32 or bfloat16."
+        )
+    # Models trained on [0, 1] score [-1, 1] images without complaint, and finite gradients hide the mistake.
+    if low < -0.05 or high > 1.05:
+        raise ValueError(
+            f"Expected pixels in [0, 1] for reward '{name}', but got values from {low:.3g} to {high:.3g}. Map decoder "
+            "output in [-1, 1] with `(images / 2 + 0.5).clamp(0, 1)`."
+        )
+
+
+def prompts_per_image(prompts: str | Sequence[str] | None, batch: int, name: str, required: bool) -> list[str]:
+    """`batch` prompts: a single one is repeated; None becomes empty strings unless `required`."""
+    if prompts is None:
+        if required:
+            raise ValueError(
+                f"Expected a prompt for reward '{name}', but got None. Pass `prompts`, also beside "
+                "embeddings, or set `requires_prompt = False` on a reward that does not read it."
+            )
+        return [""] * batch
+    texts = [prompts] * batch if isinstance(prompts, str) else list(prompts)
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError(
+            f"Expected prompts for reward '{name}' as strings, but got {[type(t).__name__ for t in texts]}."
+        )
+    if len(texts) != batch:
+        raise ValueError(
+            f"Expected {batch} prompts for reward '{name}', one per image, but got {len(texts)}. Pass a single "
+            "string to use it for every image."
+        )
+    return texts
+
+
+def check_scores(scores: Tensor, batch: int, name: str) -> None:
+    """Raise unless `scores` is a finite tensor of shape (batch,)."""
+    if not isinstance(scores, Tensor) or scores.shape != (batch,):
+        got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+        raise ValueError(
+            f"Expected reward '{name}' to return a tensor of shape ({batch},), one score per image, but got {got}. "
+            "Average each image's values over everything but the batch, as in `values.flatten(1).mean(1)`."
+        )
+    finite = scores.detach().isfinite()
+    if not finite.all():
+        where = (~finite).nonzero().flatten().tolist()
+        raise NonFiniteReward(
+            f"Expected finite scores from reward '{name}', but those of images {where} are NaN or infinite. Load "
+            "it with `dtype=torch.float32` if it ran in half precision."
+        )
+
+
+def check_gradient(reward: Reward, prompts: str | None = "a photo", height: int = 64, width: int = 64) -> None:
+    """Score one random image and see that a gradient reaches its pixels, before any diffusion model runs.
+
+    Warns when the gradient is zero everywhere, as it is behind a `round()`. The global random state is left alone.
+
+    Raises:
+        NonDifferentiableReward: the reward says so, or cuts the graph.
+        NonFiniteReward: the score or its gradient is NaN or infinite.
+    """
+    if not reward.differentiable:
+        raise NonDifferentiableReward(f"Expected a reward with a gradient, but '{reward.name}' is not differentiable.")
+    images = torch.rand(1, 3, height, width, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    with torch.enable_grad():
+        (gradient,) = torch.autograd.grad(reward(images, prompts).sum(), images, allow_unused=True)
+    if gradient is None:
+        raise NonDifferentiableReward(
+            f"Expected a gradient from reward '{reward.name}', but its scores do not depend on the images."
+        )
+    if not gradient.isfinite().all():
+        raise NonFiniteReward(
+            f"Expected a finite gradient from reward '{reward.name}', but it has NaN or infinite values."
+        )
+    if not gradient.any():
+        warnings.warn(
+            f"The gradient of reward '{reward.name}' is zero on a random image, as behind `round` or a threshold.",
+            stacklevel=2,
+        )

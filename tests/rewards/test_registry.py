@@ -1,0 +1,98 @@
+"""Registration and lookup of rewards."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from noiseopt.rewards import AutoReward, CLIPScore, ColorChannel, Reward, list_rewards, register_reward, registry
+
+
+@pytest.fixture(autouse=True)
+def own_tables(monkeypatch: pytest.MonkeyPatch):
+    """Registrations of a test end with it."""
+    monkeypatch.setattr(registry, "REWARDS", dict(registry.REWARDS))
+    monkeypatch.setattr(registry, "REWARD_MODEL_TYPES", dict(registry.REWARD_MODEL_TYPES))
+
+
+def define_brightness() -> type[Reward]:
+    """Each call defines the class anew, as executing its module again does."""
+
+    class Brightness(Reward):
+        name = "brightness"
+        requires_prompt = False
+
+        def score(self, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+            return images.mean((1, 2, 3))
+
+    return Brightness
+
+
+def test_lists_names_without_aliases():
+    register_reward("brightness", "luma")(define_brightness())
+    assert list_rewards() == ["blue", "brightness", "clipscore", "green", "red"]
+    assert AutoReward.from_pretrained("luma").name == "brightness"
+
+
+def test_registering_the_same_code_again_replaces_it():
+    first, second = define_brightness(), define_brightness()
+    assert register_reward("brightness")(first) is first
+    register_reward("brightness")(second)
+    assert type(AutoReward.from_pretrained("brightness")) is second
+
+
+def test_a_taken_name_is_refused_and_nothing_is_registered():
+    with pytest.raises(ValueError, match="Expected a free reward name, but 'red' is taken by `red_channel`"):
+        register_reward("brightness", "red")(define_brightness())
+    assert "brightness" not in list_rewards()
+    with pytest.raises(ValueError, match="'clip' is taken by `CLIPScore`"):
+        register_reward("brightness", model_type="clip")(define_brightness())
+
+
+def test_a_factory_can_be_registered():
+    @register_reward("crimson")
+    def crimson() -> ColorChannel:
+        return ColorChannel("red")
+
+    assert AutoReward.from_pretrained("crimson", dtype=torch.float16, device="cpu")(torch.zeros(1, 3, 2, 2)) == 0
+
+
+def test_a_name_loads_the_default_checkpoint(clip_folder: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(CLIPScore, "default_checkpoint", str(clip_folder))
+    assert isinstance(AutoReward.from_pretrained("clipscore"), CLIPScore)
+
+
+def test_an_unknown_name_lists_what_exists():
+    with pytest.raises(
+        ValueError, match=r"\['blue', 'clipscore', 'green', 'red'\].*'CLIPScor'.*Did you mean 'clipscore'"
+    ):
+        AutoReward.from_pretrained("CLIPScor")
+    for missing in ("nothing-like-it", "./no/such/folder", "/no/such/folder", "a/b/c"):
+        with pytest.raises(ValueError, match="Expected a reward name out of"):
+            AutoReward.from_pretrained(missing)
+
+
+def test_a_checkpoint_of_another_model_type_is_refused(tmp_path: Path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    with pytest.raises(ValueError, match=r"Expected a checkpoint of model type \['clip'\].*of type 'bert'"):
+        AutoReward.from_pretrained(tmp_path)
+
+
+def test_a_new_class_can_claim_a_model_type(tmp_path: Path):
+    @register_reward("bertscore", model_type="bert")
+    class BertScore(Reward):
+        @classmethod
+        def load(cls, checkpoint, hub):
+            assert checkpoint == str(tmp_path) and hub["local_files_only"]
+            return cls()
+
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    assert isinstance(AutoReward.from_pretrained(tmp_path, local_files_only=True), BertScore)
+
+
+def test_a_class_without_a_checkpoint_says_so():
+    with pytest.raises(ValueError, match="`Brightness` has no default checkpoint. Pass a Hub id or a folder"):
+        define_brightness().from_pretrained()
+    with pytest.raises(NotImplementedError, match="`Brightness` has no weights to load"):
+        define_brightness().from_pretrained("org/name")

@@ -1,0 +1,189 @@
+"""The forms of `rewards=`, the weighted sum and its errors."""
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import noiseopt.rewards.reward_sum
+from noiseopt.rewards import CLIPScore, ColorChannel, NonDifferentiableReward, NonFiniteReward, RewardSum
+
+IMAGES = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+def brightness(images: Tensor, prompts: list[str]) -> Tensor:
+    return images.mean((1, 2, 3))
+
+
+def black_box(images: Tensor, prompts: list[str]) -> Tensor:
+    return torch.tensor([float(len(prompt)) for prompt in prompts])
+
+
+black_box.differentiable = False  # type: ignore
+
+
+@pytest.mark.parametrize(
+    "rewards, weights",
+    [
+        ("red", {"red": 1.0}),
+        (brightness, {"brightness": 1.0}),
+        (ColorChannel("blue"), {"blue": 1.0}),
+        ({"red": 2, brightness: 0.5}, {"red": 2.0, "brightness": 0.5}),
+        ([("red", 2.0), (brightness, 0.0)], {"red": 2.0, "brightness": 0.0}),
+        ([["red", 2.0], "blue"], {"red": 2.0, "blue": 1.0}),
+        (("red", brightness), {"red": 1.0, "brightness": 1.0}),
+        (RewardSum({"red": 3.0, "blue": 1.0}), {"red": 3.0, "blue": 1.0}),
+        (["red", brightness, "red", "red"], {"red": 1.0, "brightness": 1.0, "red_2": 1.0, "red_3": 1.0}),
+    ],
+)
+def test_accepts_every_form(rewards, weights: dict[str, float]):
+    total = RewardSum(rewards)
+    assert total.weights == weights
+    assert total.names == list(weights)
+    output = total(IMAGES, "a cat")
+    expected = sum(weight * output.components[name] for name, weight in weights.items())
+    torch.testing.assert_close(output.total, expected)
+
+
+def test_weights_can_stand_beside_a_list():
+    assert RewardSum(["red", brightness], [2.0, 3.0]).weights == {"red": 2.0, "brightness": 3.0}
+
+
+def test_a_folder_is_loaded_and_named_by_its_reward(clip_folder: Path):
+    total = RewardSum({str(clip_folder): 0.01, clip_folder: 1.0}, dtype=torch.bfloat16)
+    assert total.names == ["clipscore", "clipscore_2"]
+    assert total.rewards[0].dtype == torch.bfloat16
+    assert total.requires_prompt
+
+
+def test_components_are_unweighted_and_detached_and_the_gradient_is_the_weighted_sum():
+    images = IMAGES.clone().requires_grad_()
+    output = RewardSum({"red": 2.0, "green": 0.5, "blue": 0.0})(images, None)
+    assert output.total.dtype == torch.float32
+    assert not any(scores.requires_grad for scores in output.components.values())
+    torch.testing.assert_close(output.components["blue"], ColorChannel("blue")(IMAGES))
+    output.total.sum().backward()
+    expected = torch.tensor([2.0 - 0.5, 0.5 - 2.0, -2.5])[:, None, None].expand_as(images) / 32**2
+    torch.testing.assert_close(images.grad, expected)
+
+
+def test_can_return_a_tuple():
+    total, components = RewardSum("red")(IMAGES, return_dict=False)
+    assert torch.equal(total, components["red"])
+
+
+def test_rewards_run_in_their_own_precision_and_the_sum_is_float32(make_clip_score: Callable[..., CLIPScore]):
+    images = IMAGES.bfloat16().requires_grad_()
+    output = RewardSum([(make_clip_score().bfloat16(), 0.01), (brightness, 1.0)])(images, "a cat")
+    assert output.total.dtype == torch.float32
+    output.total.sum().backward()
+    assert images.grad is not None and images.grad.dtype == torch.bfloat16 and images.grad.any()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a second device")
+def test_images_are_moved_to_the_reward_and_scores_back(make_clip_score: Callable[..., CLIPScore]):
+    images = IMAGES.clone().requires_grad_()
+    total = RewardSum([make_clip_score().cuda(), brightness])(images, "a cat").total
+    assert total.device == images.device
+    total.sum().backward()
+    assert images.grad is not None and images.grad.any()
+
+
+def test_a_black_box_counts_but_gives_no_gradient():
+    images = IMAGES.clone().requires_grad_()
+    output = RewardSum({black_box: 1.0, brightness: 1.0})(images, "a cat")
+    torch.testing.assert_close(output.total, 5 + brightness(IMAGES, []))
+    output.total.sum().backward()
+    assert images.grad is not None
+
+
+def test_check_differentiable_names_the_black_boxes_that_are_optimised():
+    total = RewardSum({black_box: 1.0, "red": 1.0})
+    assert not total.differentiable
+    with pytest.raises(
+        NonDifferentiableReward, match=r"\['black_box'\] are not differentiable. Give them weight 0.*best-of"
+    ):
+        total.check_differentiable()
+    reported_only = RewardSum({black_box: 0.0, "red": 1.0})
+    assert reported_only.differentiable
+    reported_only.check_differentiable(height=16, width=16)
+
+
+def test_check_differentiable_tries_callables_at_the_given_size():
+    sizes = []
+
+    def cut(images: Tensor, prompts: list[str]) -> Tensor:
+        sizes.append(tuple(images.shape))
+        return brightness(images.detach(), prompts)
+
+    total = RewardSum({cut: 1.0})
+    total.check_differentiable()
+    assert not sizes
+    with pytest.raises(NonDifferentiableReward, match="from reward 'cut'"):
+        total.check_differentiable(height=16, width=24)
+    assert sizes == [(1, 3, 16, 24)]
+
+
+def test_names_the_component_that_is_not_finite():
+    def broken(images: Tensor, prompts: list[str]) -> Tensor:
+        return brightness(images, prompts) / 0
+
+    with pytest.raises(NonFiniteReward, match="from reward 'broken'"):
+        RewardSum({"red": 1.0, broken: 1.0})(IMAGES, "a cat")
+
+
+@pytest.mark.parametrize(
+    "rewards, weights, error, message",
+    [
+        ("clip-score", None, ValueError, "Expected a reward name out of .*Did you mean 'clipscore'"),
+        ({"red": -1.0}, None, ValueError, "at least 0 for reward 'red', but got -1.0. To minimise it.*-reward"),
+        ([(brightness, float("nan"))], None, ValueError, "finite number as the weight of reward 'brightness'"),
+        ({"red": float("inf")}, None, ValueError, "finite number as the weight of reward 'red'"),
+        ([("red", "blue")], None, ValueError, "finite number as the weight of reward 'red', but got 'blue'"),
+        ({"red": 0, "blue": 0}, None, ValueError, "all weights are 0"),
+        ([], None, ValueError, "Expected at least one reward"),
+        ({}, None, ValueError, "Expected at least one reward"),
+        (None, None, TypeError, "Expected a reward name, .*but got None"),
+        (["red", 1.0], None, TypeError, r"but got 1.0. Weighted rewards are written `{reward: weight}`"),
+        ([("red", 1.0, 2.0)], None, ValueError, r"Expected \(reward, weight\) pairs"),
+        (CLIPScore, None, TypeError, "got the class `CLIPScore`. Pass an instance"),
+        ({"red": 1.0}, [1.0], ValueError, "Expected weights once"),
+        (["red", "blue"], [1.0], ValueError, "Expected 2 weights, one per reward, but got 1"),
+    ],
+)
+def test_errors_name_the_remedy(rewards, weights, error: type[Exception], message: str):
+    with pytest.raises(error, match=message):
+        RewardSum(rewards, weights)
+
+
+def test_everything_is_checked_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(CLIPScore, "load", lambda *_: pytest.fail("weights were loaded"))
+    with pytest.raises(ValueError, match="Expected a reward name out of"):
+        RewardSum({"clipscore": 1.0, "hpsv9": 1.0})
+    with pytest.raises(ValueError, match="at least 0"):
+        RewardSum({"clipscore": 1.0, "red": -1.0})
+
+
+def test_a_copy_of_the_code_accepts_rewards_and_sums_of_the_original(
+    make_clip_score: Callable[..., CLIPScore], monkeypatch: pytest.MonkeyPatch
+):
+    """A pipeline from the Hub carries its own copy of these classes."""
+    package = Path(str(noiseopt.rewards.__file__)).parent
+    spec = importlib.util.spec_from_file_location("copied_rewards", package / "__init__.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "copied_rewards", module)
+    spec.loader.exec_module(module)
+    try:
+        original = RewardSum([(make_clip_score(), 2.0), ("red", 1.0)])
+        for rewards in (original, [(make_clip_score(), 2.0), (ColorChannel("red"), 1.0)]):
+            copy = module.RewardSum(rewards)
+            assert copy.names == ["clipscore", "red"]
+            assert torch.equal(copy(IMAGES, "a cat").total, original(IMAGES, "a cat").total)
+    finally:
+        for name in [name for name in sys.modules if name.startswith("copied_rewards.")]:
+            del sys.modules[name]
