@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -11,7 +11,7 @@ from .methods import register_noise_optimizer
 from .noise_optimizer import NoiseOptimizer
 from .noise_problem import CandidateNoise, NoiseProblem
 from .objectives import RewardObjective
-from .sampling import Gradient
+from .sampling import Clamp, Gradient
 
 
 @register_noise_optimizer("best_of_n")
@@ -34,7 +34,7 @@ class BestOfN(NoiseOptimizer):
     reward_prompt: str | Sequence[str] | None = None
     preview: bool = False
     gradient: Gradient = dataclasses.field(default=None, init=False)
-    clamp: Literal["straight_through", "hard"] = dataclasses.field(default="hard", init=False)
+    clamp: Clamp = dataclasses.field(default="hard", init=False)
 
     def objective(self, pipe) -> RewardObjective:
         return RewardObjective(RewardSum(self.rewards, device=pipe._execution_device), self.reward_prompt)
@@ -42,5 +42,5 @@ class BestOfN(NoiseOptimizer):
     def start(self, problem: NoiseProblem) -> CandidateNoise:
         return problem.candidates()
 
-    def step(self, noise: torch.Tensor, gradient: torch.Tensor | None, memory: CandidateNoise) -> torch.Tensor:
+    def step(self, noise: torch.Tensor, gradient: None, memory: CandidateNoise) -> torch.Tensor:
         return memory.draw()

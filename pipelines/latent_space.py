@@ -28,9 +28,7 @@ def drawing_function(cls: type) -> Callable[..., types.FunctionType]:
 def with_globals(function: types.FunctionType, **replaced: Any) -> types.FunctionType:
     """A copy of a function that sees other values under some of its global names."""
     names = {**function.__globals__, **replaced}
-    twin = types.FunctionType(
-        function.__code__, names, function.__name__, function.__defaults__, function.__closure__
-    )
+    twin = types.FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
     twin.__kwdefaults__ = function.__kwdefaults__
     return twin
 

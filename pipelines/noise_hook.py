@@ -18,6 +18,7 @@ from .noise_result import NoiseResult
 from .objectives import Objective
 from .sampling import PipelineSampler, RandomState, stock_call
 
+
 class NoiseFound(Exception):
     """Ends a pipeline call once its noise is known, when nobody asked for the final image."""
 

@@ -17,7 +17,7 @@ from .noise_result import NoiseResult
 from .objectives import Objective
 from .provenance import provenance_of
 from .regularizers import per_image, per_sample_norm
-from .sampling import Gradient, Sample
+from .sampling import Clamp, Gradient, Sample
 
 
 class NoiseOptimizer:
@@ -36,7 +36,7 @@ class NoiseOptimizer:
     steps: int
     gradient: Gradient = "full"
     preview: bool = False
-    clamp: Literal["straight_through", "hard"] = "straight_through"
+    clamp: Clamp = "straight_through"
     returns: ClassVar[Literal["best", "last"]] = "best"
 
     def objective(self, pipe) -> Objective:
@@ -51,8 +51,11 @@ class NoiseOptimizer:
         """What the method remembers from step to step, such as momentum."""
         return None
 
-    def step(self, noise: torch.Tensor, gradient: torch.Tensor | None, memory: Any) -> torch.Tensor:
-        """The method: the next noise, from this one and the gradient of its loss, both `(B, C, H, W)`."""
+    def step(self, noise: torch.Tensor, gradient: Any, memory: Any) -> torch.Tensor:
+        """The method: the next noise, from this one and the gradient of its loss, both `(B, C, H, W)`.
+
+        `gradient` is `None` for a method without gradients; `memory` is what `start` returned.
+        """
         raise NotImplementedError(f"{type(self).__name__} must define `step(noise, gradient, memory)`.")
 
     def check(self) -> None:

@@ -90,7 +90,9 @@ class NoiseResult:
         with safe_open(path, framework="pt", device=str(device)) as file:
             header = json.loads((file.metadata() or {}).get("noiseopt", "{}"))
             if header.get("format") != FILE_FORMAT:
-                raise ValueError(f"Expected a file that `NoiseResult.save` wrote, but {path} has no {FILE_FORMAT} header.")
+                raise ValueError(
+                    f"Expected a file that `NoiseResult.save` wrote, but {path} has no {FILE_FORMAT} header."
+                )
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         states = [
             (kind, tensors.pop(f"generator_states.{index}").cpu())

@@ -3,6 +3,7 @@
 import importlib.metadata
 import platform
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from ..callbacks.noise_state import NoiseState
@@ -48,7 +49,7 @@ def revision_of(pipe) -> str | None:
     """The commit of the Hub snapshot that the modules were loaded from, if they were."""
     for part in pipe.components.values():
         config = getattr(part, "config", None)
-        path = getattr(part, "name_or_path", None) or (config or {}).get("_name_or_path", "")
+        path = config.get("_name_or_path") if isinstance(config, Mapping) else getattr(part, "name_or_path", None)
         if match := re.search(r"snapshots[/\\]([0-9a-f]{40})", str(path)):
             return match[1]
     return None

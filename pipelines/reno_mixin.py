@@ -46,7 +46,9 @@ class ReNOMixin(NoiseOptimizationMixin):
         given = {"steps": optimization_steps, "mode": mode, **(reno_kwargs or {})}
         settings = {name: value for name, value in given.items() if value is not None}
         if rewards is None and settings:
-            raise ValueError(f"Expected `rewards` beside {sorted(settings)}, but got none: there is nothing to optimise.")
+            raise ValueError(
+                f"Expected `rewards` beside {sorted(settings)}, but got none: there is nothing to optimise."
+            )
         if rewards is not None and noise_optimizer is not None:
             raise ValueError("Expected `rewards` or `noise_optimizer`, but got both. Give the rewards to the method.")
         if rewards is not None:

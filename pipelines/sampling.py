@@ -15,6 +15,7 @@ from .latent_space import LatentSpace
 from .module_state import float32_decoder, without_gradient
 
 Gradient = Literal["full", "frozen"] | None
+Clamp = Literal["straight_through", "hard"]
 DENOISERS = ("unet", "transformer", "transformer_2", "unet_2")
 
 
@@ -82,7 +83,7 @@ class PipelineSampler:
         space: LatentSpace,
         random_state: RandomState,
         drew: bool,
-        clamp: Literal["straight_through", "hard"] = "straight_through",
+        clamp: Clamp = "straight_through",
     ) -> None:
         self.space, self.encoded, self.random_state, self.drew = space, encoded, random_state, drew
         self.call = stock_call(type(pipe))
@@ -116,7 +117,7 @@ class PipelineSampler:
         return [(stream.device.type, stream.get_state()) for stream in streams]
 
     def images(self, noise: torch.Tensor, gradient: Gradient = None, preview: bool = False) -> torch.Tensor:
-        """`noise` (B, C, H, W) to images (B, 3, H, W) in [0, 1], float32.
+        """`noise` (B, C, H, W) to images (B, 3, H, W) in [0, 1], float32 or better.
 
         Args:
             noise: The initial noise.
@@ -124,7 +125,8 @@ class PipelineSampler:
                 graph is kept in the denoiser; `None` keeps no graph at all.
             preview: Draw the x0 estimate of the first model call instead of the whole chain.
         """
-        return self.run(noise, gradient, preview, "pt").float()
+        images = self.run(noise, gradient, preview, "pt")
+        return images.to(torch.promote_types(images.dtype, torch.float32))
 
     def x0(self, noise: torch.Tensor, gradient: Gradient = None) -> torch.Tensor:
         """`noise` (B, C, H, W) to the x0 estimate of the first model call, in the layout of the noise."""
@@ -214,7 +216,12 @@ class Sample:
     """
 
     def __init__(
-        self, sampler: PipelineSampler, noise: torch.Tensor, prompts: list[str], gradient: Gradient, preview: bool = False
+        self,
+        sampler: PipelineSampler,
+        noise: torch.Tensor,
+        prompts: list[str],
+        gradient: Gradient,
+        preview: bool = False,
     ) -> None:
         self.sampler, self.noise, self.prompts = sampler, noise, prompts
         self.gradient: Gradient = gradient

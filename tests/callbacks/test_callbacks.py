@@ -1,0 +1,145 @@
+"""What watches, stops and records a run."""
+
+import csv
+
+import pytest
+import torch
+from PIL import Image
+from tiny_pipelines import SIZE, quiet, sd_pipeline, tiny_pipeline
+
+from noiseopt import (
+    BestOfN,
+    EarlyStopping,
+    History,
+    NoiseCallback,
+    NoiseState,
+    ReNO,
+    StepImages,
+    TimeBudget,
+    optimize_noise,
+)
+
+ARGUMENTS = {"num_inference_steps": 1, "guidance_scale": 0.0, **SIZE}
+
+
+def brightness(images, prompts):
+    return images.mean((1, 2, 3)) * 10
+
+
+def run(callbacks, prompt="a", method=None, **arguments):
+    method = method or ReNO(rewards=brightness, steps=5)
+    seed = torch.Generator().manual_seed(0)
+    return optimize_noise(
+        tiny_pipeline("sd"), prompt, method, callbacks=callbacks, generator=seed, **ARGUMENTS, **arguments
+    )
+
+
+def state_with(losses: torch.Tensor) -> NoiseState:
+    state = NoiseState(None, [""] * len(losses), 10, torch.zeros(len(losses), 1, 2, 2))
+    state.best_loss = losses
+    return state
+
+
+def test_a_callback_sees_each_evaluation_and_the_ends_of_the_run():
+    events = []
+
+    class Watch(NoiseCallback):
+        def on_run_start(self, state):
+            events.append("start")
+
+        def on_step_end(self, state):
+            assert state.images.shape == (1, 3, 32, 32) and not state.images.requires_grad
+            assert state.scores["brightness"].shape == state.loss.shape == (1,)
+            events.append(state.step)
+
+        def on_run_end(self, state):
+            events.append("end")
+
+    run(Watch())
+    assert events == ["start", 0, 1, 2, 3, 4, "end"]
+
+
+def test_a_plain_function_may_stop_the_run():
+    result = run(lambda state: state.step < 2)
+    assert len(result.losses) == 3 and result.provenance["stopped"] == "callback"
+
+
+def test_what_is_no_callback_is_refused_before_any_model_runs():
+    with pytest.raises(TypeError, match="on_step_end"):
+        run([3])
+
+
+def test_early_stopping_counts_steps_without_progress():
+    stopping, state = EarlyStopping(patience=2, min_delta=0.5), state_with(torch.tensor([5.0, 5.0]))
+    stopping.on_run_start(state)
+    for losses, active in [([5.0, 5.0], [1, 1]), ([4.0, 4.8], [1, 1]), ([3.0, 4.6], [1, 0]), ([2.9, 1.0], [1, 0])]:
+        state.best_loss = torch.tensor(losses)
+        stopping.on_step_end(state)
+        assert state.active.tolist() == [bool(flag) for flag in active]
+    assert state.stopped is None
+    stopping.on_step_end(state)
+    assert state.stopped == "patience"
+
+
+def test_a_stopped_sample_keeps_its_best_and_does_not_disturb_the_others():
+    def stop_first(state):
+        if state.step == 1:
+            state.stop("callback", torch.tensor([True, False]))
+
+    prompts, arguments = ["a", "b"], {"latents": torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(1))}
+    stopped, whole = run(stop_first, prompts, **arguments), run(None, prompts, **arguments)
+    assert stopped.losses[2:, 0].isnan().all() and not stopped.losses[:, 1].isnan().any()
+    assert torch.equal(stopped.noise[1], whole.noise[1])
+    assert stopped.best_step[0] <= 1
+    assert stopped.best_loss[0] == stopped.losses[:2, 0].min()
+
+
+def test_time_budget_ends_the_run_after_the_step_in_which_it_is_spent():
+    result = run(TimeBudget(0.5), method=BestOfN(rewards=brightness, steps=100_000))
+    assert 1 <= len(result.losses) < 100_000
+    assert result.provenance["stopped"] == "time budget"
+    assert 0.5 <= result.provenance["seconds"] < 5
+
+
+@pytest.mark.parametrize("make", [lambda: TimeBudget(0), lambda: EarlyStopping(0), lambda: StepImages(every=0)])
+def test_settings_that_cannot_work_are_refused(make):
+    with pytest.raises(ValueError, match="Expected"):
+        make()
+
+
+def test_history_is_a_table_of_plain_numbers(tmp_path):
+    history = History()
+    result = run(history, ["a", "b"])
+    assert len(history.rows) == 2 * 5
+    assert [row["loss"] for row in history.rows if row["sample"] == 1] == result.losses[:, 1].tolist()
+    with open(tmp_path / "history.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, history.rows[0].keys())
+        writer.writeheader()
+        writer.writerows(history.rows)
+    columns = {"step", "sample", "prompt", "seconds", "loss", "norm", "brightness"}
+    assert set(history.rows[0]) == columns
+
+
+def test_step_images_are_kept_and_written(tmp_path):
+    images = StepImages(every=2, folder=tmp_path / "steps")
+    result = run(images)
+    assert sorted(images.images) == [0, 2, 4]
+    assert torch.equal(images.images[0], result.initial_images)
+    names = sorted(path.name for path in (tmp_path / "steps").iterdir())
+    assert names == [f"step_00{step}_sample_0.png" for step in (0, 2, 4)]
+    with Image.open(tmp_path / "steps" / names[0]) as image:
+        pixels = (
+            torch.tensor(list(image.get_flattened_data()), dtype=torch.float32).view(32, 32, 3).permute(2, 0, 1) / 255
+        )
+    assert (pixels - result.initial_images[0]).abs().max() <= 0.5 / 255 + 1e-6
+
+
+def test_the_progress_bar_obeys_the_pipeline(capsys):
+    pipe = quiet(sd_pipeline())
+    method = ReNO(rewards=brightness, steps=2)
+    optimize_noise(pipe, "a", method, **ARGUMENTS)
+    assert "Optimising" not in capsys.readouterr().err
+    pipe.set_progress_bar_config(disable=False, ncols=100)
+    optimize_noise(pipe, "a", method, **ARGUMENTS)
+    shown = capsys.readouterr().err
+    assert "Optimising noise" in shown and "2/2" in shown and shown.count("1/1") == 0

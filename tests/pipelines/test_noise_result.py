@@ -1,0 +1,124 @@
+"""Results on disk, and runs that end in numbers that are none."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from tiny_pipelines import SIZE, call_arguments, save_tiny_clip, tiny_pipeline
+
+from noiseopt import NoiseResult, ReNO, ReNOStableDiffusionPipeline, optimize_noise
+
+ARGUMENTS = {"num_inference_steps": 1, "guidance_scale": 0.0, **SIZE}
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def redness(images, prompts):
+    return (images[:, 0] - images[:, 1]).mean((1, 2)) * 10
+
+
+@pytest.mark.parametrize("family", ["sd", "flux"])
+def test_a_loaded_result_redraws_the_best_image_exactly(family, tmp_path):
+    pipe, arguments = tiny_pipeline(family), call_arguments(family)
+    path = tmp_path / "results" / "found.safetensors"
+    method = ReNO(rewards=redness, steps=3)
+    result = optimize_noise(
+        pipe, ["a", "b"], method, generator=[generator(1), generator(2)], **arguments | batch(family)
+    )
+    result.save(path)
+    loaded = NoiseResult.load(path)
+    for name in ("noise", "latents", "losses", "norms", "best_step"):
+        assert torch.equal(getattr(loaded, name), getattr(result, name))
+    assert loaded.provenance == result.provenance
+    assert torch.equal(loaded.best_scores["redness"], result.best_scores["redness"])
+    arguments |= batch(family)
+    again = pipe(["a", "b"], latents=loaded.latents, generator=loaded.generator(), output_type="pt", **arguments).images
+    assert torch.equal(again, result.images)
+
+
+def batch(family: str) -> dict:
+    return {"negative_prompt": ["b", "b"]} if family == "flux" else {}
+
+
+def test_provenance_says_where_a_noise_came_from():
+    arguments = {"generator": generator(7), "num_inference_steps": 1, "guidance_scale": 0.0, **SIZE}
+    result = optimize_noise(tiny_pipeline("sd"), "a", ReNO(rewards={"red": 2.0, "green": 0.0}, steps=2), **arguments)
+    found = result.provenance
+    assert found["method"] == "ReNO" and found["settings"]["learning_rate"] == 5.0
+    assert found["objective"] == {"red": 2.0, "green": 0.0}
+    assert found["prompts"] == ["a"] and found["seeds"] == [7] and found["dtype"] == "float32"
+    assert found["scheduler"]["class"] == "EulerDiscreteScheduler"
+    assert found["arguments"] == {"num_inference_steps": 1, "guidance_scale": 0.0, **SIZE}
+    assert set(found["versions"]) == {"python", "torch", "diffusers", "transformers"}
+    assert found["steps"] == 2 and found["stopped"] is None
+
+
+def test_scores_are_raw_and_a_reward_of_weight_zero_is_reported_only():
+    result = optimize_noise(tiny_pipeline("sd"), "a", ReNO(rewards={"red": 2.0, "green": 0.0}, steps=3), **ARGUMENTS)
+    torch.testing.assert_close(result.losses, -2 * result.scores["red"])
+    assert result.scores["green"].shape == result.losses.shape == (3, 1)
+    assert result.best_scores["red"] == result.scores["red"].max()
+
+
+def test_a_file_that_is_not_ours_is_refused(tmp_path):
+    save_file({"noise": torch.zeros(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match="NoiseResult.save"):
+        NoiseResult.load(tmp_path / "other.safetensors")
+
+
+class Breaks:
+    """A reward that turns into NaN, or whose gradient does, from its third call on."""
+
+    def __init__(self, how: str):
+        self.how, self.calls = how, 0
+        self.__name__ = "breaks"
+
+    def __call__(self, images, prompts):
+        self.calls += 1
+        if self.calls > 2:
+            factor = images.mean() * torch.nan if self.how == "reward" else (images.flatten()[0] * 0).sqrt()
+            return redness(images, prompts) + factor
+        return redness(images, prompts)
+
+
+@pytest.mark.parametrize("how", ["reward", "gradient"])
+def test_numbers_that_are_none_stop_the_run_and_keep_the_best(how):
+    with pytest.warns(UserWarning, match="best"):
+        method = ReNO(rewards=Breaks(how), steps=6)
+        result = optimize_noise(tiny_pipeline("sd"), "a", method, generator=generator(), **ARGUMENTS)
+    assert result.provenance["stopped"] == f"non-finite {how}"
+    assert result.noise.isfinite().all() and result.best_loss.item() == result.losses.min().item()
+    assert len(result.losses) == (2 if how == "reward" else 3)
+
+
+def test_a_reward_that_is_not_a_number_from_the_start_is_an_error():
+    def broken(images, prompts):
+        return images.mean((1, 2, 3)) * torch.nan
+
+    with pytest.raises(ValueError, match="broken"):
+        optimize_noise(tiny_pipeline("sd"), "a", ReNO(rewards=broken), **ARGUMENTS)
+
+
+def test_rewards_given_by_name_are_loaded_once_per_pipeline(tmp_path, monkeypatch):
+    from transformers import CLIPModel
+
+    folder, loads = save_tiny_clip(tmp_path), []
+    load = CLIPModel.from_pretrained.__func__
+    monkeypatch.setattr(
+        CLIPModel, "from_pretrained", classmethod(lambda cls, *a, **k: loads.append(a) or load(cls, *a, **k))
+    )
+    pipe = ReNOStableDiffusionPipeline(**tiny_pipeline("sd").components)
+    pipe.set_progress_bar_config(disable=True)
+    for weight in (1.0, 2.0):
+        output = pipe("a", rewards={folder: weight, "red": 1.0}, optimization_steps=2, **ARGUMENTS)
+        assert list(output.noise_result.scores) == ["clipscore", "red"]
+    assert len(loads) == 1
+
+
+def test_settings_without_rewards_and_rewards_beside_a_method_are_refused():
+    pipe = ReNOStableDiffusionPipeline(**tiny_pipeline("sd").components)
+    with pytest.raises(ValueError, match="nothing to optimise"):
+        pipe("a", optimization_steps=3, **ARGUMENTS)
+    with pytest.raises(ValueError, match="both"):
+        pipe("a", rewards="red", noise_optimizer=ReNO(rewards="red"), **ARGUMENTS)
