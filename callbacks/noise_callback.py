@@ -41,9 +41,9 @@ def as_callbacks(callbacks: CallbackSpec | Iterable[CallbackSpec] | None) -> lis
     """
     if callbacks is None:
         return []
-    if hasattr(callbacks, "on_step_end") or callable(callbacks):
-        callbacks = [callbacks]  # pyright: ignore[reportAssignmentType]
-    return [as_callback(each) for each in callbacks]  # pyright: ignore[reportGeneralTypeIssues]
+    if isinstance(callbacks, Iterable):
+        return [as_callback(each) for each in callbacks]
+    return [as_callback(callbacks)]
 
 
 def as_callback(callback: CallbackSpec) -> NoiseCallback:

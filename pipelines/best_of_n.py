@@ -19,8 +19,8 @@ from .sampling import Clamp, Gradient
 class BestOfN(NoiseOptimizer):
     """Draw `steps` independent noises, the given one first, and return the one with the highest reward.
 
-    Needs no gradient: any reward does, a black box too. With a `TimeBudget` callback and a large `steps` it is the control
-    at equal wall-clock.
+    Needs no gradient: any reward does, a black box too. With a `TimeBudget` callback and a large `steps` it is the
+    control at equal wall-clock.
 
     Args:
         rewards: What `RewardSum` takes.

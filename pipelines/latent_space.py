@@ -20,8 +20,8 @@ def drawing_function(cls: type) -> Callable[..., types.FunctionType]:
         if "randn_tensor" in function.__code__.co_names:
             return lambda draw: with_globals(function, randn_tensor=draw)
     raise TypeError(
-        f"Expected a text-to-image pipeline whose `prepare_latents` draws its noise with diffusers' `randn_tensor`, but "
-        f"{cls.__name__} has none."
+        "Expected a text-to-image pipeline whose `prepare_latents` draws its noise with diffusers' `randn_tensor`, but "
+        f"that of {cls.__name__} does not."
     )
 
 
@@ -110,7 +110,7 @@ class LatentSpace:
             shapes.append(torch.Size(shape))
             return torch.arange(shapes[-1][1:].numel(), dtype=torch.float64).view(1, *shape[1:]).expand(shape)
 
-        overrides = {"dtype": torch.float64} if "dtype" in self.arguments else {}
+        overrides: dict[str, Any] = {"dtype": torch.float64} if "dtype" in self.arguments else {}
         packed = first_of(self.on(pipe, number, **overrides))
         return shapes[0], packed
 

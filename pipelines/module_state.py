@@ -63,7 +63,7 @@ def without_gradient(module: nn.Module) -> nn.Module:
     return twin
 
 
-def float32_decoder(vae: nn.Module) -> nn.Module:
+def float32_decoder(vae):
     """A float32 copy of a VAE that takes latents of any dtype.
 
     A half-precision pipeline whose VAE has `force_upcast` casts the shared VAE up to decode and down again, which swaps

@@ -43,6 +43,8 @@ class NoiseRun:
         self.objective: Objective = method.objective(pipe)
         self.prompts = prompts_of(request, self.objective.requires_prompt)
         check_latents(request, len(self.prompts))
+        if size := image_size(pipe, request):
+            self.objective.try_out(self.prompts[0], *size, gradient=method.gradient is not None)
         self.encoded: list[Any] = []
         self.result: NoiseResult | None = None
 
@@ -77,7 +79,9 @@ def prompts_of(request: dict[str, Any], required: bool) -> list[str]:
             "Expected the text of the prompt for the rewards, but got `prompt_embeds` only. Name it in the method: "
             "`ReNO(..., reward_prompt=...)`."
         )
-    texts = [""] * len(embeds) if prompt is None else [prompt] if isinstance(prompt, str) else list(prompt)
+    if prompt is None:
+        prompt = [""] * len(embeds)  # pyright: ignore[reportArgumentType]
+    texts = [prompt] if isinstance(prompt, str) else list(prompt)
     return [text for text in texts for _ in range(request.get("num_images_per_prompt") or 1)]
 
 
@@ -91,15 +95,25 @@ def check_latents(request: dict[str, Any], batch: int) -> None:
         raise ValueError(f"Expected one generator for each of {batch} images, but got {len(generator)}.")
 
 
+def image_size(pipe, request: dict[str, Any]) -> tuple[int, int] | None:
+    """Height and width of the images in pixels, if they can be told before the call."""
+    if request.get("height") and request.get("width"):
+        return request["height"], request["width"]
+    denoiser = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
+    side = getattr(pipe, "default_sample_size", None) or getattr(getattr(denoiser, "config", None), "sample_size", None)
+    scale = getattr(pipe, "vae_scale_factor", None)
+    return (side * scale, side * scale) if isinstance(side, int) and isinstance(scale, int) else None
+
+
 class NoiseOptimizationMixin:
     """Gives any diffusers text-to-image pipeline an optimisation hook in `prepare_latents`.
 
     `class ReNOTurboPipeline(NoiseOptimizationMixin, StableDiffusionXLPipeline)` is all that a pipeline needs. With
     `noise_optimizer=None` every call goes straight to the stock class and is bit-identical to it.
 
-    The stock `__call__` runs once as it is. When it reaches `prepare_latents`, its prompts are encoded; there the noise is
-    optimised, each evaluation being the same stock `__call__` on a shallow twin (see `PipelineSampler`). Then the call
-    goes on with the noise that was found: only this final run fires `callback_on_step_end`.
+    The stock `__call__` runs once as it is. When it reaches `prepare_latents`, its prompts are encoded; there the noise
+    is optimised, each evaluation being the same stock `__call__` on a shallow twin (see `PipelineSampler`). Then the
+    call goes on with the noise that was found: only this final run fires `callback_on_step_end`.
     """
 
     _noise_run: NoiseRun | None = None
@@ -156,7 +170,7 @@ def bind_request(pipe, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in {**bound, **extra}.items() if name != "self"}
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def hooked(cls: type) -> type:
     """A subclass of a pipeline class with the hook, unless it has one."""
     if hasattr(cls, "_noise_run"):

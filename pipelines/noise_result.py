@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 FILE_FORMAT = "noiseopt-result-1"
 
 
-@dataclasses.dataclass(eq=False)
+@dataclasses.dataclass(eq=False, repr=False)
 class NoiseResult:
     """What `optimize_noise` returns, for `B` independent noises.
 
@@ -42,6 +42,11 @@ class NoiseResult:
     generator_states: list[tuple[str, torch.Tensor]] = dataclasses.field(default_factory=list)
     images: torch.Tensor | None = None
     initial_images: torch.Tensor | None = None
+
+    def __repr__(self) -> str:
+        shape = "×".join(map(str, self.noise.shape))
+        best = ", ".join(f"{name} {values.mean():.4g}" for name, values in self.best_scores.items())
+        return f"NoiseResult({shape}, best of {len(self.losses)} steps at {self.best_step.tolist()}: {best})"
 
     @property
     def best_scores(self) -> dict[str, torch.Tensor]:

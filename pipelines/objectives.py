@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from ..rewards.reward import check_gradient
 from ..rewards.reward_sum import RewardSum
 from .sampling import Sample
 
@@ -24,6 +25,9 @@ class Objective:
 
     def __call__(self, sample: Sample) -> torch.Tensor:
         return self.evaluate(sample)[0]
+
+    def try_out(self, prompt: str, height: int, width: int, gradient: bool) -> None:
+        """Raise for user code that cannot work on images of this size, before any model runs."""
 
     def describe(self) -> Any:
         """What goes into the provenance of a result: plain values."""
@@ -59,6 +63,19 @@ class RewardObjective(Objective):
     def evaluate(self, sample: Sample) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         output = self.rewards(sample.images, self.prompts if self.prompts is not None else sample.prompts)
         return -output.total, output.components
+
+    def try_out(self, prompt: str, height: int, width: int, gradient: bool) -> None:
+        """Score one random image with each plain callable: its shape, its numbers and, if asked for, its gradient.
+
+        The project's own rewards are tested to meet the contract and are not run.
+        """
+        for name, reward in zip(self.rewards.names, self.rewards.rewards, strict=True):
+            if not hasattr(reward, "function"):
+                continue
+            if gradient and self.rewards.weights[name]:
+                check_gradient(reward, prompt, height, width)  # pyright: ignore[reportArgumentType]
+            else:
+                reward(torch.rand(1, 3, height, width, generator=torch.Generator().manual_seed(0)), prompt)
 
     def describe(self) -> dict[str, float]:
         return dict(self.rewards.weights)

@@ -25,13 +25,13 @@ RENO_SIZE = 4 * 64 * 64  # entries of the noise that the paper's learning rate w
 class ReNO(NoiseOptimizer):
     """Gradient ascent on rewards with momentum; returns the noise of the best image.
 
-    "ReNO: Enhancing One-step Text-to-Image Models through Reward-based Noise Optimization", Eyring et al., NeurIPS 2024,
-    https://arxiv.org/abs/2406.04312.
+    "ReNO: Enhancing One-step Text-to-Image Models through Reward-based Noise Optimization", Eyring et al., NeurIPS
+    2024, https://arxiv.org/abs/2406.04312.
 
-    `mode="parity"` is the released loop step by step: SGD with Nesterov momentum 0.9, the summed gradient of rewards and χ
-    prior clipped to 0.1, `steps` evaluations and `steps − 1` updates, the best image by the rewards without the prior, and
-    rewards that see un-clamped bicubic pixels. It differs in that clip, prior and best are per image, and that noise,
-    momentum and norms are float32.
+    `mode="parity"` is the released loop step by step: SGD with Nesterov momentum 0.9, the summed gradient of rewards
+    and χ prior clipped to 0.1, `steps` evaluations and `steps − 1` updates, the best image by the rewards without the
+    prior, and rewards that see un-clamped bicubic pixels. It differs in that clip, prior and best are per image, and
+    that noise, momentum and norms are float32.
 
     `mode="default"` keeps the update and changes three things: the norm of the noise stays what it was, by projection
     instead of a prior; the learning rate is in units of √(d / 16384), so that the same value suits any latent size (the
@@ -43,7 +43,7 @@ class ReNO(NoiseOptimizer):
         mode: "default" or "parity".
         learning_rate: η, at least 0.
         momentum: Of Nesterov's method, in [0, 1).
-        max_grad_norm: The gradient of each image is clipped to this L2 norm; it and `learning_rate` set the step length.
+        max_grad_norm: The gradient of each image is clipped to this L2 norm; with η it sets the length of a step.
         regularization: λ_reg, the weight of the χ prior; `None` is 0.01 for parity, and the projection otherwise.
         reward_prompt: Ask the rewards about this instead of the pipeline's prompt: one, or one for each image.
         gradient: "full" through the whole chain; "frozen" holds the model's outputs constant.

@@ -26,8 +26,8 @@ class ReNOMixin(NoiseOptimizationMixin):
         """The stock call; with `rewards` the initial noise is first optimised by ReNO.
 
         Args:
-            rewards: A name, Hub id or folder (`"clipscore"`), a callable `(images, prompts) -> (B,)`, a dict of these to
-                weights (`{"clipscore": 1.0, "red": 0.1}`), or a list of (reward, weight). `None` leaves the pipeline
+            rewards: A name, Hub id or folder (`"clipscore"`), a callable `(images, prompts) -> (B,)`, a dict of these
+                to weights (`{"clipscore": 1.0, "red": 0.1}`), or a list of (reward, weight). `None` leaves the pipeline
                 bit-identical to the stock class. Rewards given by name are loaded once per pipeline.
             optimization_steps: Evaluations of ReNO, 50 by default.
             mode: "default", or "parity" for the released loop step by step.

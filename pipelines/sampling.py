@@ -60,8 +60,9 @@ def default_generator(device: torch.device) -> torch.Generator:
 class PipelineSampler:
     """One pipeline call as `images(noise)` and `x0(noise)`.
 
-    Works on a shallow twin of the pipeline that shares its modules: the scheduler is a copy, `encode_prompt` replays what
-    the outer call recorded, in call order, and `prepare_latents` returns our noise through the stock scaling and packing.
+    Works on a shallow twin of the pipeline that shares its modules: the scheduler is a copy, `encode_prompt` replays
+    what the outer call recorded, in call order, and `prepare_latents` returns our noise through the stock scaling and
+    packing.
 
     Args:
         pipe: The pipeline whose call is under way, after its prompts were encoded.
@@ -135,15 +136,10 @@ class PipelineSampler:
 
     def run(self, noise: torch.Tensor, gradient: Gradient, preview: bool, output_type: str) -> torch.Tensor:
         twin = self.fresh_twin(noise, gradient)
-        with first_step_only(twin.scheduler) if preview else contextlib.nullcontext():
-            with torch.set_grad_enabled(gradient is not None and noise.requires_grad):
-                output = self.call(
-                    twin,
-                    **self.request,
-                    generator=twin.sampling_generator,
-                    output_type=output_type,
-                    return_dict=False,
-                )[0]
+        one_call = first_step_only(twin.scheduler) if preview else contextlib.nullcontext()
+        ours = {"generator": twin.sampling_generator, "output_type": output_type, "return_dict": False}
+        with one_call, torch.set_grad_enabled(gradient is not None and noise.requires_grad):
+            output = self.call(twin, **self.request, **ours)[0]
         if noise.requires_grad and gradient is not None and not output.requires_grad:
             raise ValueError(
                 f"Expected {type(twin).__name__} to be differentiable from image to noise, but its result carries no "

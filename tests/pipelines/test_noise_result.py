@@ -76,7 +76,7 @@ class Breaks:
 
     def __call__(self, images, prompts):
         self.calls += 1
-        if self.calls > 2:
+        if self.calls > 3:  # the first call only tries it out
             factor = images.mean() * torch.nan if self.how == "reward" else (images.flatten()[0] * 0).sqrt()
             return redness(images, prompts) + factor
         return redness(images, prompts)
