@@ -44,19 +44,33 @@ class Module:
         return Refused(f"{self.name}:{line}: {reason}")
 
 
-def bundle(entry: Path, root: Path) -> str:
-    """The source of one self-contained file for the pipeline module `entry`; `root` holds `pipelines/`, `rewards/` …"""
-    modules = in_order(entry.resolve(), root.resolve())
+def bundle(entry: Path, root: Path, registering: Path | None = None) -> str:
+    """The source of one self-contained file for a pipeline module.
+
+    Args:
+        entry: The module, in one of the folders that become sub-packages: `root/pipelines/x.py`.
+        root: The folder that holds `pipelines/`, `rewards/` …
+        registering: A package folder all of whose public modules are wanted too, imported by `entry` or not: those that
+            its `__init__.py` imports. So what is looked up by name in a bundle is what is found in the package.
+    """
+    root = root.resolve()
+    wanted = [*public_modules(registering.resolve(), root), entry.resolve()] if registering else [entry.resolve()]
+    modules = in_order(wanted, root)
     for module in modules:
         check_text(module)
     check_names(modules)
-    parts = [f"# {module.name}\n\n{body}" for module in modules if (body := own_code(module))]
     top = f"{header(modules[-1])}\n\n{hoisted(modules)}".rstrip()
+    parts = [f"# {module.name}\n\n\n{body}" for module in modules if (body := own_code(module))]
     return "\n\n\n".join([top, *parts]) + "\n"
 
 
-def in_order(entry: Path, root: Path) -> list[Module]:
-    """The modules that `entry` needs, dependencies first and `entry` last."""
+def public_modules(folder: Path, root: Path) -> list[Path]:
+    """The modules that a package's `__init__.py` imports from."""
+    return [target for _, target in dependencies(Module.read(folder / "__init__.py", root), root)]
+
+
+def in_order(wanted: Iterable[Path], root: Path) -> list[Module]:
+    """The wanted modules and all that they need: dependencies first, the last one wanted last."""
     done: dict[Path, Module] = {}
 
     def visit(path: Path, pending: tuple[Path, ...]) -> None:
@@ -67,10 +81,11 @@ def in_order(entry: Path, root: Path) -> list[Module]:
                 raise module.refuse(node.lineno, f"circular import {chain}")
             if target not in done:
                 visit(target, (*pending, path))
-            check_defined(module, node, done[target])
         done[path] = module
 
-    visit(entry, ())
+    for path in wanted:
+        if path not in done:
+            visit(path, ())
     return list(done.values())
 
 
@@ -104,16 +119,6 @@ def resolve(module: Module, node: ast.ImportFrom, root: Path) -> Path:
     if not target.is_file():
         raise module.refuse(node.lineno, f"no file {node.module.replace('.', '/')}.py: import from the defining module")
     return target
-
-
-def check_defined(module: Module, node: ast.ImportFrom, target: Module) -> None:
-    """Names imported from `target` are defined there rather than passed on, so that they are defined once."""
-    defined = {name for name, _, source in bindings(target.tree) if source is None}
-    for alias in node.names:
-        if alias.name not in defined:
-            raise module.refuse(
-                node.lineno, f"{target.name} does not define `{alias.name}`: import it from where it is"
-            )
 
 
 def check_text(module: Module) -> None:

@@ -2,13 +2,24 @@
 
 import importlib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
-HUB_CARDS = ROOT / "hub_cards"
+
+
+def script(name: str) -> ModuleType:
+    """Import `<folder>/<name>.py` as a program in that folder would: with the folder first on the path."""
+    path = ROOT / name
+    sys.path.insert(0, str(path.parent))
+    try:
+        return importlib.import_module(path.name)
+    finally:
+        sys.path.remove(str(path.parent))
 
 
 @pytest.fixture(scope="session")
@@ -17,15 +28,26 @@ def root() -> Path:
     return ROOT
 
 
-def script(name: str) -> ModuleType:
-    """Import `hub_cards/<name>.py` the way `python hub_cards/build.py` does: its folder first on the path."""
-    sys.path.insert(0, str(HUB_CARDS))
-    try:
-        return importlib.import_module(name)
-    finally:
-        sys.path.remove(str(HUB_CARDS))
+@pytest.fixture(scope="session")
+def bundling() -> ModuleType:
+    """`hub_cards/bundle.py`."""
+    return script("hub_cards/bundle")
 
 
 @pytest.fixture(scope="session")
-def bundling() -> ModuleType:
-    return script("bundle")
+def cards() -> ModuleType:
+    """`hub_cards/cards.py`."""
+    return script("hub_cards/cards")
+
+
+@pytest.fixture(scope="session")
+def build() -> ModuleType:
+    """`hub_cards/build.py`."""
+    return script("hub_cards/build")
+
+
+@pytest.fixture
+def hub(tmp_path) -> Iterator[Any]:
+    """A running `LoopbackHub` without repositories."""
+    with script("tests/hub_cards/loopback_hub").running_hub(tmp_path / "hub") as running:
+        yield running

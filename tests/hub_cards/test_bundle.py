@@ -87,6 +87,7 @@ from dataclasses import dataclass
 
 # rewards/redness.py
 
+
 TABLE = """
 # not a comment
 
@@ -102,6 +103,7 @@ class Redness:
 
 # rewards/sums.py
 
+
 Reward = Callable[[], float]
 
 
@@ -114,6 +116,7 @@ class RewardSum:
 
 
 # pipelines/noisy.py
+
 
 # Comments between definitions stay.
 class Noisy:
@@ -195,14 +198,6 @@ REFUSED = {
         entry("from ..rewards import A") | {"rewards/__init__.py": "from .a import A"},
         "noisy.py:2: no file rewards.py: import from the defining module",
     ),
-    "passed on": (
-        entry("from .b import A") | {"pipelines/b.py": "from .a import A"},
-        "noisy.py:2: pipelines/b.py does not define `A`",
-    ),
-    "third party, passed on": (
-        entry("from .b import pi") | {"pipelines/b.py": "from math import pi"},
-        "noisy.py:2: pipelines/b.py does not define `pi`",
-    ),
     "missing": (entry("from ..rewards.nowhere import A"), "noisy.py:2: no file rewards/nowhere.py"),
     "in a function": (entry("def f():\n    from .a import A"), "noisy.py:3: a relative import has to stand"),
     "for type checkers": (
@@ -257,10 +252,23 @@ def test_same_third_party_name_in_two_modules(bundled):
     assert source.count("import torch\n") == 1
 
 
+def test_registering_folder(bundling, bundled, tmp_path):
+    """All that the `__init__.py` of a folder imports is part of the bundle, since it may be asked for by name."""
+    bundled(
+        GOOD
+        | {"rewards/__init__.py": "from .sums import RewardSum\nfrom .blueness import Blueness"}
+        | {"rewards/blueness.py": "class Blueness: pass", "rewards/unused.py": "class Unused: pass"}
+    )
+    source = bundling.bundle(tmp_path / "pipelines/noisy.py", tmp_path, registering=tmp_path / "rewards")
+    parts = ["rewards/redness.py", "rewards/sums.py", "rewards/blueness.py", "pipelines/noisy.py"]
+    assert [line[2:] for line in source.splitlines() if line.startswith("# ") and line.endswith(".py")] == parts
+
+
 def test_every_module_of_the_package_can_meet_every_other(bundling, root):
     """One namespace for all: any pipeline may come to import any module."""
     folders = [root / name for name in ("rewards", "schedulers", "callbacks", "pipelines")]
     paths = [path for folder in folders for path in sorted(folder.glob("*.py")) if path.name != "__init__.py"]
-    for path in paths:
-        bundling.bundle(path, root)
-    bundling.check_names([bundling.Module.read(path, root) for path in paths])
+    modules = bundling.in_order(paths, root)
+    bundling.check_names(modules)
+    for module in modules:
+        bundling.check_text(module)

@@ -1,0 +1,2453 @@
+"""ReNO for models of the Stable Diffusion kind: SD-Turbo, and the embedded model.
+
+Generated from pipelines/reno_stable_diffusion.py by `python hub_cards/build.py`. Edit the source, not this file.
+"""
+
+import contextlib
+import copy
+import dataclasses
+import difflib
+import functools
+import importlib.metadata
+import inspect
+import itertools
+import json
+import math
+import numbers
+import os
+import platform
+import re
+import time
+import types
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal, TypeVar, cast
+
+import torch
+import torch.nn.functional as F
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+from diffusers.utils.torch_utils import randn_tensor
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoTokenizer, CLIPModel, ImageProcessingMixin, PreTrainedTokenizerBase
+
+
+# rewards/transforms.py
+
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+Resample = Literal["bicubic", "bilinear"]
+PIL_RESAMPLE: dict[int, Resample] = {2: "bilinear", 3: "bicubic"}
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Half precision becomes float32; float64 stays, for numerical checks."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def straight_through_clamp(x: Tensor) -> Tensor:
+    """Clamp to [0, 1] in the forward pass; the gradient passes as if there were no clamp."""
+    return x + (x.clamp(0, 1) - x).detach()
+
+
+def resize(images: Tensor, size: tuple[int, int], resample: Resample = "bicubic", single_pass: bool = False) -> Tensor:
+    """Resize (B, C, H, W) images in [0, 1] to `size` = (height, width), antialiased, in float32 or more.
+
+    Pillow resizes uint8 images in two passes, each of which is rounded and clipped. Doing the same on float images,
+    without the rounding, agrees with it to 1.13/255 in the worst case. One unclamped pass (`single_pass=True`, what
+    torchvision and ReNO do on float tensors) is off by up to 22/255 on sharp edges.
+    """
+    images = at_least_float32(images)
+    if single_pass:
+        return F.interpolate(images, size, mode=resample, antialias=True, align_corners=False)
+    # The clamps are straight-through: in a saturated area the resized values lie at 1 plus or minus a rounding error,
+    # and a hard clamp would drop the gradient of every pixel that was rounded up, so it could never darken again.
+    for target in (first_pass_size(images.shape[-2], images.shape[-1], size), size):
+        images = F.interpolate(images, target, mode=resample, antialias=True, align_corners=False)
+        images = straight_through_clamp(images)
+    return images
+
+
+def first_pass_size(height: int, width: int, size: tuple[int, int]) -> tuple[int, int]:
+    """What the first of Pillow's two passes makes of (height, width) on the way to `size`.
+
+    The width goes first, unless the height loses more than twice as many pixels (since Pillow 13). The order is visible
+    because of the clipping in between: up to 13/255 on a checkerboard.
+    """
+    if height - size[0] > max(0, 2 * (width - size[1])):
+        return size[0], width
+    return height, size[1]
+
+
+def shortest_edge(height: int, width: int, edge: int) -> tuple[int, int]:
+    """The (height, width) that brings the shorter side to `edge`; the longer one is truncated, as transformers does."""
+    return (edge, int(edge * width / height)) if height <= width else (int(edge * height / width), edge)
+
+
+def center_crop(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """Centre crop of (..., H, W) to `size`; a side that is too short is padded with zeros, as transformers does."""
+    (height, width), (crop_height, crop_width) = images.shape[-2:], size
+    top, left = (height - crop_height) // 2, (width - crop_width) // 2
+    return F.pad(images, (-left, crop_width - width + left, -top, crop_height - height + top))
+
+
+def longest_edge_pad(images: Tensor, edge: int = 224) -> Tensor:
+    """Bring the longer side to `edge` and pad with zeros to a square: the preprocessing of HPSv2.
+
+    One pass without a clamp, since the original resizes float tensors.
+    Source: https://github.com/tgxs002/HPSv2, `ResizeMaxSize`.
+    """
+    scale = edge / max(images.shape[-2:])
+    size = (round(images.shape[-2] * scale), round(images.shape[-1] * scale))
+    images = resize(images, size, single_pass=True)
+    top, left = (edge - size[0]) // 2, (edge - size[1]) // 2
+    return F.pad(images, (left, edge - size[1] - left, top, edge - size[0] - top))
+
+
+def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """`(images - mean) / std` per channel of (B, C, H, W)."""
+    return (images - images.new_tensor(mean)[:, None, None]) / images.new_tensor(std)[:, None, None]
+
+
+@dataclass(frozen=True)
+class ImageTransform:
+    """Images (B, 3, H, W) in [0, 1] -> the pixels a vision tower expects, in float32. The defaults are CLIP's.
+
+    Args:
+        size: the shorter side's length, an exact (height, width), or None not to resize.
+        crop: (height, width) of the centre crop, or None.
+        mean, std: per channel, or None not to normalise.
+        resample: the filter, always antialiased.
+        single_pass: resize as float-tensor code does (one pass, no clamp) and not as Pillow does. ReNO's released code
+            needs it: `dataclasses.replace(reward.image_transform, single_pass=True)`.
+    """
+
+    size: int | tuple[int, int] | None = 224
+    crop: tuple[int, int] | None = (224, 224)
+    mean: tuple[float, ...] | None = CLIP_MEAN
+    std: tuple[float, ...] | None = CLIP_STD
+    resample: Resample = "bicubic"
+    single_pass: bool = False
+
+    def __call__(self, images: Tensor) -> Tensor:
+        images = at_least_float32(images)
+        if not self.single_pass:
+            # Decoders overshoot. A hard clamp would give those pixels no gradient, and they would stay saturated.
+            images = straight_through_clamp(images)
+        size = self.size
+        if isinstance(size, int):
+            size = shortest_edge(images.shape[-2], images.shape[-1], size)
+        if size is not None:
+            images = resize(images, size, self.resample, self.single_pass)
+        if self.crop is not None:
+            images = center_crop(images, self.crop)
+        if self.mean is not None and self.std is not None:
+            images = normalize(images, self.mean, self.std)
+        return images
+
+    @classmethod
+    def from_processor_config(
+        cls,
+        config: Mapping[str, Any] | str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        cache_dir: str | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+    ) -> "ImageTransform":
+        """Read a checkpoint's image processor settings; what they leave out is as in transformers' CLIP processor.
+
+        Args:
+            config: the settings as a dict, or the Hub id or folder that holds `preprocessor_config.json`.
+
+        Raises:
+            ValueError: for a `size` or `resample` that has no differentiable equivalent here.
+            OSError: when there is no such file.
+        """
+        if not isinstance(config, Mapping):
+            config, _ = ImageProcessingMixin.get_image_processor_dict(
+                config, revision=revision, cache_dir=cache_dir, token=token, local_files_only=local_files_only
+            )
+        size = processor_size(config.get("size", 224))
+        # Processors that squash to an exact size (BLIP, SigLIP) leave `do_center_crop` out and do not crop.
+        cropped = config.get("do_center_crop", isinstance(size, int))
+        return cls(
+            size=size if config.get("do_resize", True) else None,
+            crop=processor_crop(config.get("crop_size", 224)) if cropped else None,
+            mean=tuple(config.get("image_mean", CLIP_MEAN)) if config.get("do_normalize", True) else None,
+            std=tuple(config.get("image_std", CLIP_STD)) if config.get("do_normalize", True) else None,
+            resample=processor_resample(config.get("resample", 3)),
+        )
+
+
+def processor_size(size: int | Mapping[str, int | None]) -> int | tuple[int, int]:
+    """The `size` of a processor config: an int for the shorter side, a (height, width) for an exact size."""
+    if isinstance(size, int):
+        return size
+    given = {key: value for key, value in size.items() if value is not None}
+    if given.keys() == {"shortest_edge"}:
+        return given["shortest_edge"]
+    if given.keys() == {"height", "width"}:
+        return given["height"], given["width"]
+    raise ValueError(
+        f"Expected the image processor's `size` to be an int, {{'shortest_edge'}} or {{'height', 'width'}}, but got "
+        f"{size}. Pass your own `image_transform` to the reward."
+    )
+
+
+def processor_crop(size: int | Mapping[str, int]) -> tuple[int, int]:
+    """The `crop_size` of a processor config as (height, width)."""
+    return (size, size) if isinstance(size, int) else (size["height"], size["width"])
+
+
+def processor_resample(resample: int) -> Resample:
+    """The `resample` code of Pillow as a mode of `torch.nn.functional.interpolate`."""
+    if resample not in PIL_RESAMPLE:
+        raise ValueError(
+            f"Expected the image processor's `resample` to be 2 (bilinear) or 3 (bicubic), but got {resample}. Pass "
+            "your own `image_transform` to the reward."
+        )
+    return PIL_RESAMPLE[resample]
+
+
+# rewards/reward.py
+
+
+RewardT = TypeVar("RewardT", bound="Reward")
+
+
+class NonFiniteReward(ValueError):
+    """A reward, its gradient or the images it was given are NaN or infinite."""
+
+
+class NonDifferentiableReward(ValueError):
+    """A gradient was asked of a reward that gives none."""
+
+
+class Reward(nn.Module):
+    """Scores images: `reward(images, prompts) -> (B,)`, float32, higher is better, in the published units.
+
+    A subclass implements `score`; one with text features also `encode_text`, one with weights also `load`. It hands its
+    modules to this constructor, which freezes them. The gradient from the scores to the images is always kept.
+
+    Attributes:
+        name: the name under which scores are reported.
+        differentiable: whether the scores have a gradient with respect to the images.
+        requires_prompt: whether `prompts=None` is refused.
+        range: the lowest and highest possible score, where the formula bounds it.
+        license: the licence of the default checkpoint.
+        default_checkpoint: the Hub id that `from_pretrained()` loads.
+    """
+
+    name: str = "reward"
+    differentiable: bool = True
+    requires_prompt: bool = True
+    range: tuple[float, float] | None = None
+    license: str | None = None
+    default_checkpoint: str | None = None
+
+    def __init__(self, **modules: nn.Module):
+        super().__init__()
+        for name, module in modules.items():
+            self.add_module(name, module.requires_grad_(False))
+        # The text of a run is encoded once, not once per step; about 4 kB per prompt.
+        self.prompt_features: dict[tuple[str, torch.dtype], Tensor] = {}
+        self.eval()
+
+    def train(self: RewardT, mode: bool = True) -> RewardT:
+        """Stay in evaluation mode: the dropout of a scoring head would make the scores random."""
+        return super().train(False)
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where the weights are, or None for a reward without any."""
+        tensor = next(itertools.chain(self.parameters(), self.buffers()), None)
+        return None if tensor is None else tensor.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision of the weights, float32 for a reward without any."""
+        return next((p.dtype for p in self.parameters() if p.is_floating_point()), torch.float32)
+
+    def forward(self, images: Tensor, prompts: str | Sequence[str] | None = None) -> Tensor:
+        """Check the input, score it, check the scores.
+
+        Args:
+            images: (B, 3, H, W), floating point, in [0, 1], on any device.
+            prompts: one per image, or a single one for all.
+
+        Returns:
+            (B,) float32, on the device of `images`.
+
+        Raises:
+            ValueError: images or prompts that do not meet the contract, or scores of another shape than (B,).
+            NonFiniteReward: NaN images, or scores that are not finite.
+            NonDifferentiableReward: the images require a gradient and a reward with `differentiable = True` cut it.
+        """
+        check_images(images, self.name)
+        texts = prompts_per_image(prompts, len(images), self.name, self.requires_prompt)
+        device = self.device or images.device
+        pixels = at_least_float32(images if self.differentiable else images.detach()).to(device)
+        scores = self.score(pixels, texts)
+        check_scores(scores, len(images), self.name)
+        if pixels.requires_grad and torch.is_grad_enabled() and not scores.requires_grad:
+            raise NonDifferentiableReward(
+                f"Expected a gradient from reward '{self.name}', but its scores are detached from the images. Remove "
+                "`.detach()`, `.item()`, `no_grad` and round trips through NumPy or PIL from it, or set "
+                "`differentiable = False` on it and use a method without gradients, such as best-of-N."
+            )
+        return scores.to(images.device, torch.float32)
+
+    def score(self, images: Tensor, prompts: list[str]) -> Tensor:
+        """(B, 3, H, W) float32 images in [0, 1], on this reward's device, and B prompts -> (B,).
+
+        The input has been checked. `prompts` are empty strings when none were given to a reward that requires none.
+        """
+        raise NotImplementedError(f"`{type(self).__name__}` does not implement `score`.")
+
+    def encode_text(self, prompt: str) -> Tensor:
+        """The features of one prompt, any shape. Called once per prompt, without gradients."""
+        raise NotImplementedError(f"`{type(self).__name__}` does not implement `encode_text`.")
+
+    def encode_prompt(self, prompts: str | Sequence[str]) -> Tensor:
+        """(N, ...) features of N prompts, float32; each distinct prompt is encoded once and kept."""
+        texts = [prompts] if isinstance(prompts, str) else prompts
+        for text in dict.fromkeys(texts):
+            if (text, self.dtype) not in self.prompt_features:
+                # Tensors made in inference mode could never enter a graph later.
+                with torch.inference_mode(False), torch.no_grad():
+                    self.prompt_features[text, self.dtype] = at_least_float32(self.encode_text(text))
+        return torch.stack([self.prompt_features[text, self.dtype] for text in texts]).to(self.device)
+
+    @classmethod
+    def from_pretrained(
+        cls: type[RewardT],
+        checkpoint: str | None = None,
+        *,
+        revision: str | None = None,
+        cache_dir: str | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> RewardT:
+        """Load from a Hub id or a folder, by default `default_checkpoint`.
+
+        `dtype` is that of the weights, by default bfloat16 on CUDA and float32 elsewhere. Scores are float32 anyway.
+        """
+        checkpoint = checkpoint or cls.default_checkpoint
+        if checkpoint is None:
+            raise ValueError(f"`{cls.__name__}` has no default checkpoint. Pass a Hub id or a folder.")
+        hub = {"revision": revision, "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
+        on_cuda = device is not None and torch.device(device).type == "cuda"
+        reward = cls.load(str(checkpoint), hub)
+        return reward.to(device=device, dtype=dtype or (torch.bfloat16 if on_cuda else torch.float32))
+
+    @classmethod
+    def load(cls: type[RewardT], checkpoint: str, hub: dict[str, Any]) -> RewardT:
+        """Build the reward in float32 from a checkpoint. `hub` holds `from_pretrained`'s revision, cache_dir, token and
+        local_files_only."""
+        raise NotImplementedError(f"`{cls.__name__}` has no weights to load: build it with its constructor.")
+
+
+class CallableReward(Reward):
+    """Any callable `(images, prompts) -> (B,)` as a reward, under its own name and with its own class facts.
+
+    `name`, `differentiable`, `requires_prompt`, `range` and `license` are read from the callable where it has them. A
+    module is frozen and set to evaluation mode.
+    """
+
+    function: Callable[[Tensor, list[str]], Tensor]
+
+    def __init__(self, function: Callable[[Tensor, list[str]], Tensor]):
+        super().__init__(**({"function": function} if isinstance(function, nn.Module) else {}))
+        if not isinstance(function, nn.Module):
+            self.function = function
+        self.name = callable_name(function)
+        source = function.func if isinstance(function, functools.partial) else function
+        self.differentiable = getattr(source, "differentiable", True)
+        self.requires_prompt = getattr(source, "requires_prompt", True)
+        self.range = getattr(source, "range", None)
+        self.license = getattr(source, "license", None)
+
+    def score(self, images: Tensor, prompts: list[str]) -> Tensor:
+        return self.function(images, prompts)
+
+
+def callable_name(function: Any) -> str:
+    """The `name` or `__name__` of a callable, the class name of an object, "reward" for a lambda."""
+    if isinstance(function, functools.partial):
+        function = function.func
+    for name in (getattr(function, "name", None), getattr(function, "__name__", None), type(function).__name__):
+        if isinstance(name, str):
+            return "reward" if name == "<lambda>" else name
+    return "reward"
+
+
+def check_images(images: Tensor, name: str) -> None:
+    """Raise unless `images` is a (B, 3, H, W) floating-point tensor in [0, 1], with 0.05 of tolerance."""
+    if not isinstance(images, Tensor) or not images.is_floating_point() or images.ndim != 4 or images.shape[1] != 3:
+        got = f"{images.dtype} {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
+        raise ValueError(
+            f"Expected images for reward '{name}' as a floating-point tensor (B, 3, H, W), but got {got}. Call the "
+            'pipeline with `output_type="pt"`.'
+        )
+    low, high = (bound.item() for bound in images.detach().aminmax())
+    if low != low or high != high:
+        raise NonFiniteReward(
+            f"Expected pixels in [0, 1] for reward '{name}', but got NaN. A VAE that overflows in float16 "
+            "needs float32 or bfloat16."
+        )
+    # Models trained on [0, 1] score [-1, 1] images without complaint, and finite gradients hide the mistake.
+    if low < -0.05 or high > 1.05:
+        raise ValueError(
+            f"Expected pixels in [0, 1] for reward '{name}', but got values from {low:.3g} to {high:.3g}. Map decoder "
+            "output in [-1, 1] with `(images / 2 + 0.5).clamp(0, 1)`."
+        )
+
+
+def prompts_per_image(prompts: str | Sequence[str] | None, batch: int, name: str, required: bool) -> list[str]:
+    """`batch` prompts: a single one is repeated; None becomes empty strings unless `required`."""
+    if prompts is None:
+        if required:
+            raise ValueError(
+                f"Expected a prompt for reward '{name}', but got None. Pass `prompts`, also beside "
+                "embeddings, or set `requires_prompt = False` on a reward that does not read it."
+            )
+        return [""] * batch
+    texts = [prompts] * batch if isinstance(prompts, str) else list(prompts)
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError(
+            f"Expected prompts for reward '{name}' as strings, but got {[type(t).__name__ for t in texts]}."
+        )
+    if len(texts) != batch:
+        raise ValueError(
+            f"Expected {batch} prompts for reward '{name}', one per image, but got {len(texts)}. Pass a single "
+            "string to use it for every image."
+        )
+    return texts
+
+
+def check_scores(scores: Tensor, batch: int, name: str) -> None:
+    """Raise unless `scores` is a finite tensor of shape (batch,)."""
+    if not isinstance(scores, Tensor) or scores.shape != (batch,):
+        got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+        raise ValueError(
+            f"Expected reward '{name}' to return a tensor of shape ({batch},), one score per image, but got {got}. "
+            "Average each image's values over everything but the batch, as in `values.flatten(1).mean(1)`."
+        )
+    finite = scores.detach().isfinite()
+    if not finite.all():
+        where = (~finite).nonzero().flatten().tolist()
+        raise NonFiniteReward(
+            f"Expected finite scores from reward '{name}', but those of images {where} are NaN or infinite. Load "
+            "it with `dtype=torch.float32` if it ran in half precision."
+        )
+
+
+def check_gradient(reward: Reward, prompts: str | None = "a photo", height: int = 64, width: int = 64) -> None:
+    """Score one random image and see that a gradient reaches its pixels, before any diffusion model runs.
+
+    Warns when the gradient is zero everywhere, as it is behind a `round()`. The global random state is left alone.
+
+    Raises:
+        NonDifferentiableReward: the reward says so, or cuts the graph.
+        NonFiniteReward: the score or its gradient is NaN or infinite.
+    """
+    if not reward.differentiable:
+        raise NonDifferentiableReward(f"Expected a reward with a gradient, but '{reward.name}' is not differentiable.")
+    images = torch.rand(1, 3, height, width, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    with torch.enable_grad():
+        (gradient,) = torch.autograd.grad(reward(images, prompts).sum(), images, allow_unused=True)
+    if gradient is None:
+        raise NonDifferentiableReward(
+            f"Expected a gradient from reward '{reward.name}', but its scores do not depend on the images."
+        )
+    if not gradient.isfinite().all():
+        raise NonFiniteReward(
+            f"Expected a finite gradient from reward '{reward.name}', but it has NaN or infinite values."
+        )
+    if not gradient.any():
+        warnings.warn(
+            f"The gradient of reward '{reward.name}' is zero on a random image, as behind `round` or a threshold.",
+            stacklevel=2,
+        )
+
+
+# rewards/registry.py
+
+
+RewardFactory = Callable[..., Reward]
+RewardFactoryT = TypeVar("RewardFactoryT", bound=RewardFactory)
+
+# name or alias -> (name, what builds it); `model_type` of a config.json -> the class that loads it
+REWARDS: dict[str, tuple[str, RewardFactory]] = {}
+REWARD_MODEL_TYPES: dict[str, tuple[str, type[Reward]]] = {}
+
+
+def register_reward(
+    name: str, *aliases: str, model_type: str | None = None
+) -> Callable[[RewardFactoryT], RewardFactoryT]:
+    """Register a `Reward` class, or a function that returns a reward, under a name.
+
+    Args:
+        name: what users write in `rewards=` and read in results.
+        aliases: further names it is found by.
+        model_type: the `model_type` of the checkpoints that the class loads when only a Hub id or folder is given.
+
+    Raises:
+        ValueError: a name that something else has. Registering again what has the same qualified name replaces it,
+            since diffusers executes the code of a Hub pipeline twice per load.
+    """
+
+    def register(factory: RewardFactoryT) -> RewardFactoryT:
+        claims = [(REWARDS, key) for key in (name, *aliases)]
+        if model_type is not None:
+            claims.append((REWARD_MODEL_TYPES, model_type))
+        for table, key in claims:
+            taken_by = table[key][1].__qualname__ if key in table else factory.__qualname__
+            if taken_by != factory.__qualname__:
+                raise ValueError(f"Expected a free reward name, but '{key}' is taken by `{taken_by}`. Choose another.")
+        for table, key in claims:
+            table[key] = (name, factory)
+        return factory
+
+    return register
+
+
+def list_rewards() -> list[str]:
+    """The registered names, sorted, without aliases."""
+    return sorted({name for name, _ in REWARDS.values()})
+
+
+def find_reward(name_or_path: str) -> RewardFactory | None:
+    """What is registered under a name or alias, or None for a Hub id or an existing folder.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    if name_or_path in REWARDS:
+        return REWARDS[name_or_path][1]
+    if os.path.isdir(name_or_path) or re.fullmatch(r"\w[\w.-]*/[\w.-]+", name_or_path):
+        return None
+    close = difflib.get_close_matches(name_or_path.lower(), REWARDS)
+    hint = f" Did you mean {' or '.join(repr(match) for match in close)}?" if close else ""
+    raise ValueError(
+        f"Expected a reward name out of {list_rewards()}, a Hub id such as 'org/name' or a folder, but got "
+        f"'{name_or_path}'.{hint} A callable `(images, prompts) -> (B,)` works too."
+    )
+
+
+class AutoReward:
+    """Loads the reward that a name, a Hub id or a folder stands for."""
+
+    @staticmethod
+    def from_pretrained(
+        name_or_path: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        cache_dir: str | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> Reward:
+        """A registered name gives that reward with its default checkpoint; for a Hub id or folder, `model_type` in its
+        config.json selects the class. A registered name wins over a folder of the same name.
+
+        The keyword arguments are those of `Reward.from_pretrained`; a reward without weights needs none of them.
+
+        Raises:
+            ValueError: an unknown name, or a model type that no reward loads.
+        """
+        path = os.fspath(name_or_path)
+        hub = {"revision": revision, "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
+        factory = find_reward(path)
+        if factory is None:
+            model_type = AutoConfig.from_pretrained(path, **hub).model_type
+            return reward_class_of(model_type, path).from_pretrained(path, dtype=dtype, device=device, **hub)
+        if isinstance(factory, type) and issubclass(factory, Reward) and factory.default_checkpoint:
+            return factory.from_pretrained(dtype=dtype, device=device, **hub)
+        return factory().to(device=device, dtype=dtype)
+
+
+def reward_class_of(model_type: str, path: str) -> type[Reward]:
+    """The class that loads checkpoints of this `model_type`; `path` is for the message."""
+    if model_type not in REWARD_MODEL_TYPES:
+        raise ValueError(
+            f"Expected a checkpoint of model type {sorted(REWARD_MODEL_TYPES)}, but '{path}' is of type "
+            f"'{model_type}'. Load it yourself and pass a callable `(images, prompts) -> (B,)`."
+        )
+    return REWARD_MODEL_TYPES[model_type][1]
+
+
+# rewards/clip_score.py
+
+
+@register_reward("clipscore", model_type="clip")
+class CLIPScore(Reward):
+    """`exp(logit_scale) * cos(image, text)` of a CLIP model: about 100 times the cosine.
+
+    CLIPScore: https://arxiv.org/abs/2104.08718; in this form, with the raw prompt and without a clamp at 0, in ReNO:
+    https://arxiv.org/abs/2406.04312. Norms, dot product and scale are float32 whatever the precision of the weights.
+
+    Args:
+        model: the CLIP model; it is frozen.
+        tokenizer: the tokenizer of that model.
+        image_transform: images in [0, 1] -> its pixels; by default CLIP's transform at the model's image size.
+    """
+
+    name = "clipscore"
+    range = (-100.0, 100.0)
+    license = "mit"
+    default_checkpoint = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+    model: CLIPModel
+
+    def __init__(
+        self,
+        model: CLIPModel,
+        tokenizer: PreTrainedTokenizerBase,
+        image_transform: Callable[[Tensor], Tensor] | None = None,
+    ):
+        super().__init__(model=model)
+        edge = cast(int, model.vision_model.config.image_size)
+        self.tokenizer = tokenizer
+        self.image_transform = image_transform or ImageTransform(size=edge, crop=(edge, edge))
+        # A number and not the parameter: bfloat16 turns a scale of 100 into 98.9.
+        self.logit_scale = model.logit_scale.detach().double().exp().item()
+
+    def score(self, images: Tensor, prompts: list[str]) -> Tensor:
+        return self.logit_scale * (self.encode_image(images) * self.encode_prompt(prompts)).sum(-1)
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) images in [0, 1] -> (B, D) unit vectors, float32."""
+        pixels = self.image_transform(images).to(self.dtype)
+        pooled = self.model.vision_model(pixel_values=pixels).pooler_output
+        return F.normalize(at_least_float32(self.model.visual_projection(pooled)), dim=-1)
+
+    def encode_text(self, prompt: str) -> Tensor:
+        """(D,) unit vector of the prompt, truncated to the length the model was trained with."""
+        config = self.model.text_model.config
+        # One prompt at a time: no padding, so a tokenizer without a padding token works too.
+        tokens = self.tokenizer(prompt, truncation=True, max_length=config.max_position_embeddings)
+        ids = torch.tensor([tokens["input_ids"]], device=self.device)
+        # CLIP reads the text feature at the end token, and silently at the *first* token if there is none. (Under the
+        # legacy value 2 it looks for the highest id instead.)
+        if config.eos_token_id != 2 and config.eos_token_id not in tokens["input_ids"]:
+            raise ValueError(
+                f"Expected the tokenizer to end prompts with the model's `eos_token_id` {config.eos_token_id}, but got "
+                f"{tokens['input_ids']}. Use the tokenizer of this model, or build the model with the `eos_token_id` "
+                "of this tokenizer."
+            )
+        pooled = self.model.text_model(input_ids=ids).pooler_output
+        return F.normalize(at_least_float32(self.model.text_projection(pooled)), dim=-1)[0]
+
+    @classmethod
+    def load(cls, checkpoint: str, hub: dict[str, Any]) -> "CLIPScore":
+        model = CLIPModel.from_pretrained(checkpoint, dtype=torch.float32, **hub)
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint, **hub)
+        return cls(model, tokenizer, ImageTransform.from_processor_config(checkpoint, **hub))
+
+
+# rewards/color_channel.py
+
+
+ColorChannelName = Literal["red", "green", "blue"]
+COLOR_CHANNELS: tuple[ColorChannelName, ...] = ("red", "green", "blue")
+
+
+class ColorChannel(Reward):
+    """Mean over the pixels of `x[c] - x[c1] - x[c2]`, the wanted channel minus the two others, in [-2, 1].
+
+    The demonstration criterion of the ReNO slides (https://arxiv.org/abs/2406.04312). No weights, no prompt.
+
+    Raises:
+        ValueError: a channel other than "red", "green" and "blue".
+    """
+
+    requires_prompt = False
+    range = (-2.0, 1.0)
+
+    def __init__(self, channel: ColorChannelName):
+        if channel not in COLOR_CHANNELS:
+            raise ValueError(f"Expected a channel out of {COLOR_CHANNELS}, but got {channel!r}.")
+        super().__init__()
+        self.name = channel
+        self.channel = COLOR_CHANNELS.index(channel)
+
+    def score(self, images: Tensor, prompts: list[str]) -> Tensor:
+        means = images.mean((-2, -1))
+        return 2 * means[:, self.channel] - means.sum(1)
+
+
+@register_reward("red")
+def red_channel() -> ColorChannel:
+    """`ColorChannel("red")`."""
+    return ColorChannel("red")
+
+
+@register_reward("green")
+def green_channel() -> ColorChannel:
+    """`ColorChannel("green")`."""
+    return ColorChannel("green")
+
+
+@register_reward("blue")
+def blue_channel() -> ColorChannel:
+    """`ColorChannel("blue")`."""
+    return ColorChannel("blue")
+
+
+# rewards/reward_sum.py
+
+
+RewardLike = str | os.PathLike[str] | Callable[..., Any]
+RewardsLike = RewardLike | Mapping[Any, float] | Sequence[Any]
+
+
+@dataclass(frozen=True)
+class RewardSumOutput:
+    """Scores of B images.
+
+    Attributes:
+        total: (B,) float32, the weighted sum, with its gradient.
+        components: name -> (B,) float32, each in its own units, unweighted and detached: they are for reporting.
+    """
+
+    total: Tensor
+    components: dict[str, Tensor]
+
+
+class RewardSum(nn.Module):
+    """`sum_i weight_i * reward_i(images, prompts)`, higher is better.
+
+    Args:
+        rewards: a registered name, Hub id or folder; a `Reward` or any callable `(images, prompts) -> (B,)`; a dict of
+            these to weights; a list of them, or of (reward, weight) pairs; or another `RewardSum`.
+        weights: one per entry of a list without pairs; 1 by default. A reward of weight 0 is evaluated and reported,
+            not optimised.
+        dtype, device: of the rewards that are loaded by name.
+
+    Attributes:
+        rewards: the rewards, in the order given.
+        names: their names; the second `clipscore` becomes `clipscore_2`.
+        weights: name -> weight.
+
+    Raises:
+        TypeError: something that is no reward.
+        ValueError: an unknown name, or weights that are negative, not finite, or all zero. It is raised before anything
+            is loaded.
+    """
+
+    def __init__(
+        self,
+        rewards: RewardsLike,
+        weights: Sequence[float] | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ):
+        super().__init__()
+        pairs = reward_weight_pairs(rewards, weights)
+        for reward, weight in pairs:
+            check_reward_pair(reward, weight)
+        if not any(weight for _, weight in pairs):
+            raise ValueError(
+                "Expected a reward with a weight above 0, but all weights are 0: nothing would be optimised."
+            )
+        self.rewards = nn.ModuleList(as_reward(reward, dtype, device) for reward, _ in pairs)
+        self.names = distinct_names([str(reward.name) for reward in self.rewards])
+        self.weights = {name: float(weight) for name, (_, weight) in zip(self.names, pairs, strict=True)}
+
+    @property
+    def differentiable(self) -> bool:
+        """Whether every reward that is optimised has a gradient."""
+        return not self.without_gradient()
+
+    @property
+    def requires_prompt(self) -> bool:
+        return any(reward.requires_prompt for reward in self.rewards)
+
+    def without_gradient(self) -> list[str]:
+        """The names of the rewards that are optimised and have no gradient."""
+        entries = zip(self.weights.items(), self.rewards, strict=True)
+        return [name for (name, weight), reward in entries if weight and not reward.differentiable]
+
+    def check_differentiable(
+        self, height: int | None = None, width: int | None = None, prompts: str | None = "a photo"
+    ) -> None:
+        """What a method with gradients calls before any model runs.
+
+        With the size of the images it also tries each optimised reward on a random image (see `check_gradient`), which
+        finds callables that cut the graph.
+
+        Raises:
+            NonDifferentiableReward: naming the rewards that give no gradient.
+            NonFiniteReward: a score or gradient that is NaN or infinite.
+        """
+        if names := self.without_gradient():
+            raise NonDifferentiableReward(
+                f"Expected rewards with a gradient, but {names} are not differentiable. Give them weight 0 to have "
+                "them reported only, or use a method without gradients, such as best-of-N."
+            )
+        if height is not None and width is not None:
+            for weight, reward in zip(self.weights.values(), self.rewards, strict=True):
+                if weight and isinstance(reward, Reward):
+                    check_gradient(reward, prompts, height, width)
+
+    def forward(
+        self, images: Tensor, prompts: str | Sequence[str] | None = None, return_dict: bool = True
+    ) -> RewardSumOutput | tuple[Tensor, dict[str, Tensor]]:
+        """Score (B, 3, H, W) images in [0, 1]; see `Reward.forward` for the arguments and errors."""
+        total, components = images.new_zeros(len(images), dtype=torch.float32), {}
+        for (name, weight), reward in zip(self.weights.items(), self.rewards, strict=True):
+            scores = reward(images if weight else images.detach(), prompts)
+            components[name] = scores.detach()
+            if weight:
+                total = total + weight * scores
+        return RewardSumOutput(total, components) if return_dict else (total, components)
+
+
+def reward_weight_pairs(rewards: RewardsLike, weights: Sequence[float] | None) -> list[tuple[Any, Any]]:
+    """Every accepted form of `rewards=` as a list of (reward, weight)."""
+    entries = reward_entries(rewards)
+    malformed = [entry for entry in entries if isinstance(entry, tuple) and len(entry) != 2]
+    if malformed:
+        raise ValueError(f"Expected (reward, weight) pairs, but got {malformed[0]!r}.")
+    if not entries:
+        raise ValueError("Expected at least one reward, but got none. Pass for example `rewards={'clipscore': 1.0}`.")
+    if weights is None:
+        return [entry if isinstance(entry, tuple) else (entry, 1.0) for entry in entries]
+    if any(isinstance(entry, tuple) for entry in entries):
+        raise ValueError(
+            "Expected weights once, but got them within `rewards` and as `weights`. Leave one of them out."
+        )
+    if len(weights) != len(entries):
+        raise ValueError(f"Expected {len(entries)} weights, one per reward, but got {len(weights)}.")
+    return list(zip(entries, weights, strict=True))
+
+
+def reward_entries(rewards: RewardsLike) -> list[Any]:
+    """The entries of `rewards=`: a reward each, or a (reward, weight) tuple."""
+    if isinstance(rewards, Mapping):
+        return list(rewards.items())
+    if isinstance(rewards, (list, tuple)):
+        return [tuple(entry) if isinstance(entry, list) else entry for entry in rewards]
+    # A sum is known by its attributes: a pipeline from the Hub has its own copy of the class.
+    parts, weights = getattr(rewards, "rewards", None), getattr(rewards, "weights", None)
+    if isinstance(parts, nn.ModuleList) and isinstance(weights, Mapping):
+        return list(zip(parts, weights.values(), strict=True))
+    return [rewards]
+
+
+def check_reward_pair(reward: Any, weight: Any) -> None:
+    """Raise unless `reward` can become a reward and `weight` is a finite number of at least 0."""
+    if isinstance(reward, (str, os.PathLike)):
+        find_reward(os.fspath(reward))
+    elif isinstance(reward, type):
+        raise TypeError(f"Expected a reward, but got the class `{reward.__name__}`. Pass an instance of it.")
+    elif not callable(reward):
+        raise TypeError(
+            f"Expected a reward name, a Hub id, a folder or a callable `(images, prompts) -> (B,)`, but got "
+            f"{reward!r}. Weighted rewards are written `{{reward: weight}}` or `[(reward, weight), ...]`."
+        )
+    name = reward if isinstance(reward, str) else callable_name(reward)
+    if not isinstance(weight, numbers.Real) or not math.isfinite(weight):
+        raise ValueError(f"Expected a finite number as the weight of reward '{name}', but got {weight!r}.")
+    if weight < 0:
+        raise ValueError(
+            f"Expected a weight of at least 0 for reward '{name}', but got {weight}. To minimise it, pass a callable "
+            "that returns the negated score: `lambda images, prompts: -reward(images, prompts)`."
+        )
+
+
+def as_reward(reward: RewardLike, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Reward:
+    """A name, Hub id or folder is loaded, a plain callable is wrapped, a `Reward` stays as it is."""
+    if isinstance(reward, Reward):
+        return reward
+    if isinstance(reward, (str, os.PathLike)):
+        return AutoReward.from_pretrained(reward, dtype=dtype, device=device)
+    return CallableReward(reward)
+
+
+def distinct_names(names: Sequence[str]) -> list[str]:
+    """The names, with `_2`, `_3` ... appended to those that have been taken."""
+    distinct: list[str] = []
+    for name in names:
+        numbered = (f"{name}_{count}" for count in itertools.count(2))
+        distinct.append(name if name not in distinct else next(new for new in numbered if new not in distinct))
+    return distinct
+
+
+# callbacks/noise_state.py
+
+
+@dataclasses.dataclass(eq=False)
+class NoiseState:
+    """A running optimisation of `B` independent noises.
+
+    Attributes:
+        pipeline: The pipeline whose noise is optimised.
+        prompts: The `B` prompts that rewards are asked about.
+        steps: How many evaluations the method plans.
+        noise: `(B, C, H, W)`, unit variance, the noise that was evaluated in this step.
+        step: Index of this evaluation, from 0: step 0 is the plain result.
+        images: `(B, 3, H, W)` in [0, 1], what the noise draws; `None` if the objective did not ask for images.
+        loss: `(B,)`, lower is better, without the regularizer.
+        scores: Name to `(B,)`, the raw rewards of this step, higher is better.
+        best_loss: `(B,)`, the lowest loss so far.
+        best_step: `(B,)`, the step of the lowest loss.
+        best_noise: `(B, C, H, W)`, the noise of the lowest loss.
+        best_images: `(B, 3, H, W)` or `None`, the images of the lowest loss.
+        active: `(B,)` bool. A sample that is not active keeps its best and is not recorded any more.
+        stopped: Why the run ended before its last step, or `None`.
+    """
+
+    pipeline: Any
+    prompts: list[str]
+    steps: int
+    noise: torch.Tensor
+    step: int = -1
+    images: torch.Tensor | None = None
+    loss: torch.Tensor | None = None
+    scores: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
+    best_loss: torch.Tensor | None = None
+    best_step: torch.Tensor | None = None
+    best_noise: torch.Tensor | None = None
+    best_images: torch.Tensor | None = None
+    active: torch.Tensor = dataclasses.field(init=False)
+    stopped: str | None = None
+    started: float = dataclasses.field(default_factory=time.perf_counter)
+
+    def __post_init__(self) -> None:
+        self.active = torch.ones(len(self.noise), dtype=torch.bool, device=self.noise.device)
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the optimisation began."""
+        return time.perf_counter() - self.started
+
+    def stop(self, reason: str = "callback", samples: torch.Tensor | None = None) -> None:
+        """End the run after this step, or only for the samples where the `(B,)` bool mask `samples` is true."""
+        self.active = self.active & ~samples if samples is not None else torch.zeros_like(self.active)
+        if not self.active.any():
+            self.stopped = reason
+
+
+# callbacks/noise_callback.py
+
+
+class NoiseCallback:
+    """Base of callbacks per *optimisation* step. (diffusers' `callback_on_step_end` is per denoising step.)
+
+    Subclasses override what they need. A plain function `(state) -> bool | None` does where one hook is enough.
+    """
+
+    def on_run_start(self, state: NoiseState) -> None:
+        """Called once, before the first evaluation."""
+
+    def on_step_end(self, state: NoiseState) -> bool | None:
+        """Called after each evaluation. Return `False`, or call `state.stop()`, to end the run."""
+
+    def on_run_end(self, state: NoiseState) -> None:
+        """Called once at the end, also when the run ends in an exception."""
+
+
+class FunctionCallback(NoiseCallback):
+    """A plain function as a callback."""
+
+    def __init__(self, function: Callable[[NoiseState], bool | None]) -> None:
+        self.function = function
+
+    def on_step_end(self, state: NoiseState) -> bool | None:
+        return self.function(state)
+
+
+CallbackSpec = NoiseCallback | Callable[[NoiseState], bool | None]
+
+
+def as_callbacks(callbacks: CallbackSpec | Iterable[CallbackSpec] | None) -> list[NoiseCallback]:
+    """One callback, several, or none, as a list. Raises `TypeError` for what is neither callback nor function.
+
+    Anything with an `on_step_end` counts, whichever copy of `NoiseCallback` it derives from.
+    """
+    if callbacks is None:
+        return []
+    if isinstance(callbacks, Iterable):
+        return [as_callback(each) for each in callbacks]
+    return [as_callback(callbacks)]
+
+
+def as_callback(callback: CallbackSpec) -> NoiseCallback:
+    if hasattr(callback, "on_step_end"):
+        return callback  # pyright: ignore[reportReturnType]
+    if callable(callback):
+        return FunctionCallback(callback)
+    raise TypeError(
+        f"Expected a callback with `on_step_end(state)` or a function of `state`, but got {type(callback).__name__}."
+    )
+
+
+# pipelines/latent_space.py
+
+
+def drawing_function(cls: type) -> Callable[..., types.FunctionType]:
+    """`draw -> prepare_latents`: the stock function of `cls` with `draw` in the place of its `randn_tensor`.
+
+    A copy of the function with that one global replaced hands our noise to the stock scaling and packing: no global
+    patch, and differentiable. Raises `TypeError` if no class in the method resolution order draws that way.
+    """
+    for base in cls.__mro__:
+        function = inspect.unwrap(vars(base).get("prepare_latents", None) or (lambda: None))
+        if "randn_tensor" in function.__code__.co_names:
+            return lambda draw: with_globals(function, randn_tensor=draw)
+    raise TypeError(
+        "Expected a text-to-image pipeline whose `prepare_latents` draws its noise with diffusers' `randn_tensor`, but "
+        f"that of {cls.__name__} does not."
+    )
+
+
+def with_globals(function: types.FunctionType, **replaced: Any) -> types.FunctionType:
+    """A copy of a function that sees other values under some of its global names."""
+    names = {**function.__globals__, **replaced}
+    twin = types.FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
+    twin.__kwdefaults__ = function.__kwdefaults__
+    return twin
+
+
+def first_of(prepared):
+    """What `prepare_latents` returns is the latents, or a tuple that begins with them."""
+    return prepared[0] if isinstance(prepared, tuple) else prepared
+
+
+class LatentSpace:
+    """Between unit, spatial noise and the latents of one call of `pipe.prepare_latents(*args, **kwargs)`.
+
+    * noise: `(B, C, H, W)`, what the pipeline draws, before scaling and packing (`(B, 1, C, H, W)` for Qwen-Image).
+    * prepared: what `prepare_latents` returns: scaled by `init_noise_sigma`, packed into tokens where the family packs.
+    * latents: what the pipeline accepts as `latents=`: packed, not scaled.
+
+    No family is named here: the stock function does the packing, and is asked which form it takes back.
+    """
+
+    def __init__(self, pipe, args: tuple, kwargs: dict[str, Any]) -> None:
+        self.with_draw = drawing_function(type(pipe))
+        bound = inspect.signature(self.with_draw(randn_tensor)).bind(pipe, *args, **kwargs)
+        arguments = dict(bound.arguments)
+        self.given = arguments.pop("latents", None)
+        extra = arguments.pop("kwargs", {})
+        self.arguments = {name: value for name, value in {**arguments, **extra}.items() if name != "self"}
+
+    def on(self, pipe, draw: Callable[..., torch.Tensor], latents: torch.Tensor | None = None, **overrides):
+        """Run the stock function on `pipe` with `draw(shape, **kwargs)` for its random numbers."""
+        return self.with_draw(draw)(pipe, **{**self.arguments, "latents": latents, **overrides})
+
+    def draw(self, pipe) -> tuple[torch.Tensor, bool]:
+        """The base noise of the call, and whether it was drawn (rather than given as `latents=`)."""
+        drawn: list[torch.Tensor] = []
+
+        def record(*args, **kwargs):
+            drawn.append(randn_tensor(*args, **kwargs))
+            return drawn[-1]
+
+        self.on(pipe, record, self.given)
+        return (drawn[0], True) if drawn else (self.to_noise(pipe, self.given), False)
+
+    def prepare(self, pipe, noise: torch.Tensor, **overrides):
+        """Noise to what `prepare_latents` returns, differentiable."""
+        return self.on(pipe, lambda *_, **kwargs: noise.to(kwargs.get("dtype") or noise.dtype), **overrides)
+
+    def to_latents(self, pipe, noise: torch.Tensor) -> torch.Tensor:
+        """Noise to what the pipeline takes as `latents=`, in the pipeline's dtype."""
+        prepared = first_of(self.prepare(pipe, noise))
+        for candidate in (noise.to(prepared.dtype), prepared):
+            if self.accepts(pipe, candidate, prepared):
+                return candidate
+        raise TypeError(f"{type(pipe).__name__} takes neither its own noise nor its own latents as `latents=`.")
+
+    def to_noise(self, pipe, latents: torch.Tensor) -> torch.Tensor:
+        """What a user passed as `latents=` to noise. Raises `ValueError` if the shape fits neither form."""
+        shape, packed = self.unpacking(pipe)
+        if latents.shape == shape:
+            return latents
+        if latents.shape != packed.shape:
+            raise ValueError(
+                f"Expected `latents` of shape {tuple(shape)} or {tuple(packed.shape)}, but got {tuple(latents.shape)}."
+            )
+        return self.unpack(pipe, latents)
+
+    def unpack(self, pipe, latents: torch.Tensor) -> torch.Tensor:
+        """Latents in the layout of the denoiser to the spatial layout of the noise, differentiable."""
+        shape, packed = self.unpacking(pipe)
+        if latents.shape == shape:
+            return latents
+        order = packed.flatten(1).long().to(latents.device)
+        return torch.zeros_like(latents).flatten(1).scatter(1, order, latents.flatten(1)).view(shape)
+
+    def unpacking(self, pipe) -> tuple[torch.Size, torch.Tensor]:
+        """The shape of the noise, and where packing puts each entry: packing only permutes, so it can number them."""
+        shapes: list[torch.Size] = []
+
+        def number(shape, *_, **__):
+            shapes.append(torch.Size(shape))
+            return torch.arange(shapes[-1][1:].numel(), dtype=torch.float64).view(1, *shape[1:]).expand(shape)
+
+        overrides: dict[str, Any] = {"dtype": torch.float64} if "dtype" in self.arguments else {}
+        packed = first_of(self.on(pipe, number, **overrides))
+        return shapes[0], packed
+
+    def accepts(self, pipe, latents: torch.Tensor, prepared: torch.Tensor) -> bool:
+        try:
+            returned = first_of(self.on(pipe, randn_tensor, latents))
+        except ValueError:  # the family checks the shape of given latents
+            return False
+        return returned.shape == prepared.shape and torch.equal(returned, prepared)
+
+
+# callbacks/progress.py
+
+
+class ProgressBar(NoiseCallback):
+    """One tick per evaluation, with the mean best loss. `pipe.set_progress_bar_config` applies."""
+
+    bar = None
+
+    def on_run_start(self, state: NoiseState) -> None:
+        self.bar = state.pipeline.progress_bar(total=state.steps)
+        self.bar.set_description("Optimising noise")
+
+    def on_step_end(self, state: NoiseState) -> None:
+        if self.bar is None:
+            return
+        if not self.bar.disable:  # reading the loss waits for the device: only for those who look
+            self.bar.set_postfix(best_loss=f"{state.best_loss.mean():.4f}", refresh=False)  # pyright: ignore
+        self.bar.update()
+
+    def on_run_end(self, state: NoiseState) -> None:
+        if self.bar is not None:
+            self.bar.close()
+        self.bar = None
+
+
+# schedulers/x0_prediction.py
+
+
+MULTISTEP_X0 = ("dpmsolver++", "sde-dpmsolver++")
+
+
+def predict_x0(
+    scheduler, model_output: torch.Tensor, timestep: torch.Tensor | float, sample: torch.Tensor
+) -> torch.Tensor:
+    """The x0 estimate of one model call, differentiable in `sample` and in `model_output`.
+
+    Which formula holds follows from the space that the scheduler works in: flow matching x0 = x − σ·v; sigma space
+    (Euler, Heun) x0 = x − σ·ε; variance preserving (DDIM, DDPM, LCM, TCD, PNDM) x0 = (x − √(1−ᾱ)·ε) / √ᾱ; multistep
+    solvers convert by themselves. See Karras et al. (https://arxiv.org/abs/2206.00364), table 1, and Salimans & Ho
+    (https://arxiv.org/abs/2202.00512), appendix D, for v-prediction.
+
+    Args:
+        scheduler: The scheduler in use, after `set_timesteps`.
+        model_output: `(B, ...)`, already guided, as handed to `scheduler.step`.
+        timestep: The timestep of this call.
+        sample: `(B, ...)`, the noisy latents of this call, as handed to `scheduler.step`.
+
+    Returns:
+        `(B, ...)`, the estimate of the clean latents.
+    """
+    name, config = type(scheduler).__name__, scheduler.config
+    kind = config.get("prediction_type", "epsilon")
+    if hasattr(scheduler, "_init_step_index") and scheduler.step_index is None:
+        scheduler._init_step_index(timestep)
+    if name.startswith("FlowMatch") or kind == "flow_prediction" or config.get("use_flow_sigmas"):
+        return sample - scheduler.sigmas[scheduler.step_index].to(sample) * model_output
+    if config.get("algorithm_type") in MULTISTEP_X0 or name.startswith("UniPC"):
+        return scheduler.convert_model_output(model_output, sample=sample)
+    if kind == "sample":
+        return model_output
+    if name.startswith(("Euler", "Heun")):
+        return x0_from_sigma(scheduler.sigmas[scheduler.step_index].to(sample), kind, model_output, sample)
+    alpha_bar = scheduler.alphas_cumprod.to(sample.device)[int(timestep)].to(sample)
+    if kind == "v_prediction":
+        return alpha_bar.sqrt() * sample - (1 - alpha_bar).sqrt() * model_output
+    return (sample - (1 - alpha_bar).sqrt() * model_output) / alpha_bar.sqrt()
+
+
+def x0_from_sigma(sigma: torch.Tensor, kind: str, model_output: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
+    """x0 in sigma space, x = x0 + σ·ε, for `kind` "epsilon" or "v_prediction"."""
+    if kind == "v_prediction":
+        return sample / (sigma**2 + 1) - model_output * sigma / (sigma**2 + 1).sqrt()
+    return sample - sigma * model_output
+
+
+# pipelines/module_state.py
+
+
+def modules_of(pipe) -> dict[str, nn.Module]:
+    """The pipeline's components that are torch modules, by name."""
+    return {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+
+
+@contextlib.contextmanager
+def frozen_modules(pipe) -> Iterator[None]:
+    """All modules in `eval()` and without parameter gradients inside; exactly as before outside."""
+    modules = [module for root in modules_of(pipe).values() for module in root.modules()]
+    trained = [module for module in modules if module.training]
+    learning = [parameter for module in modules for parameter in module.parameters(False) if parameter.requires_grad]
+    try:
+        for module in trained:
+            module.training = False
+        for parameter in learning:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for module in trained:
+            module.training = True
+        for parameter in learning:
+            parameter.requires_grad_(True)
+
+
+def refuse_offload(pipe) -> None:
+    """Raise `ValueError` if a module is offloaded: weights that move between forward and backward break gradients."""
+    for name, root in modules_of(pipe).items():
+        for module in root.modules():
+            if offloads(getattr(module, "_hf_hook", None)) or group_offloaded(module):
+                raise ValueError(
+                    f"Expected all weights on one device, but `{name}` is offloaded, and weights that move between the "
+                    "forward and the backward pass break the gradient. Call `pipe.remove_all_hooks()` (or load the "
+                    "pipeline without offloading) and `pipe.to(device)` first."
+                )
+
+
+def offloads(hook) -> bool:
+    """Whether an accelerate hook moves weights: `CpuOffload`, or `AlignDevicesHook(offload=True)`, alone or nested."""
+    nested = getattr(hook, "hooks", ())
+    return type(hook).__name__ == "CpuOffload" or bool(getattr(hook, "offload", False)) or any(map(offloads, nested))
+
+
+def group_offloaded(module: nn.Module) -> bool:
+    registry = getattr(module, "_diffusers_hook", None)
+    return registry is not None and any("group_offloading" in name for name in getattr(registry, "hooks", {}))
+
+
+def without_gradient(module: nn.Module) -> nn.Module:
+    """A shallow copy that shares all weights and whose forward pass leaves no graph."""
+    twin = copy.copy(module)
+    vars(twin)["forward"] = torch.no_grad()(module.forward)
+    return twin
+
+
+def float32_decoder(vae):
+    """A float32 copy of a VAE that takes latents of any dtype.
+
+    A half-precision pipeline whose VAE has `force_upcast` casts the shared VAE up to decode and down again, which swaps
+    the weights under the graph. The copy decodes the same values and leaves the shared one alone.
+    """
+    twin = copy.deepcopy(vae).float()
+    decode = twin.decode
+    vars(twin)["decode"] = functools.wraps(decode)(lambda z, *args, **kwargs: decode(z.float(), *args, **kwargs))
+    return twin
+
+
+# pipelines/sampling.py
+
+
+Gradient = Literal["full", "frozen"] | None
+Clamp = Literal["straight_through", "hard"]
+DENOISERS = ("unet", "transformer", "transformer_2", "unet_2")
+
+
+def stock_call(cls: type):
+    """The `__call__` of the stock pipeline class under our hook, without its `@torch.no_grad`."""
+    for base in cls.__mro__:
+        if "__call__" in vars(base) and not hasattr(base, "_noise_run"):
+            return inspect.unwrap(vars(base)["__call__"])
+    raise TypeError(f"Expected a diffusers pipeline with a `__call__`, but {cls.__name__} has none.")
+
+
+class RandomState:
+    """The random streams of a call, as they were at one moment: every inner run starts from the same state."""
+
+    def __init__(self, generator: torch.Generator | list[torch.Generator] | None, device: torch.device) -> None:
+        self.several = isinstance(generator, list)
+        streams = generator if isinstance(generator, list) else [generator or default_generator(device)]
+        self.states = [(stream.device, stream.get_state(), stream.initial_seed()) for stream in streams]
+
+    @property
+    def seeds(self) -> list[int]:
+        return [seed for _, _, seed in self.states]
+
+    def generator(self) -> torch.Generator | list[torch.Generator]:
+        """Fresh generators in this state, in the form that the pipeline was given."""
+        fresh = []
+        for device, state, _ in self.states:
+            fresh.append(torch.Generator(device))
+            fresh[-1].set_state(state)
+        return fresh if self.several else fresh[0]
+
+
+def default_generator(device: torch.device) -> torch.Generator:
+    """The generator that torch draws from on `device` when none is given."""
+    if device.type == "cuda":
+        return torch.cuda.default_generators[device.index if device.index is not None else torch.cuda.current_device()]
+    if device.type == "mps":
+        return torch.mps._get_default_mps_generator()
+    return torch.default_generator
+
+
+class PipelineSampler:
+    """One pipeline call as `images(noise)` and `x0(noise)`.
+
+    Works on a shallow twin of the pipeline that shares its modules: the scheduler is a copy, `encode_prompt` replays
+    what the outer call recorded, in call order, and `prepare_latents` returns our noise through the stock scaling and
+    packing.
+
+    Args:
+        pipe: The pipeline whose call is under way, after its prompts were encoded.
+        request: The arguments of that call.
+        encoded: What `encode_prompt` returned, in call order.
+        space: The noise and latents of the call.
+        random_state: The streams before the base noise was drawn.
+        drew: Whether the outer call drew its base noise; if so each inner call draws and discards, to leave samplers
+            that add noise on the way the same stream.
+        clamp: How pixels are brought into [0, 1]: "straight_through" keeps the gradient of saturated pixels, so that
+            they can come back; "hard" (as stock pipelines do) has none there. The values are equal.
+    """
+
+    def __init__(
+        self,
+        pipe,
+        request: dict[str, Any],
+        encoded: list,
+        space: LatentSpace,
+        random_state: RandomState,
+        drew: bool,
+        clamp: Clamp = "straight_through",
+    ) -> None:
+        self.space, self.encoded, self.random_state, self.drew = space, encoded, random_state, drew
+        self.call = stock_call(type(pipe))
+        ours = ("latents", "generator", "output_type", "return_dict", "callback_on_step_end", "callback")
+        self.request = {name: value for name, value in request.items() if name not in ours}
+        self.twin = self.make_twin(pipe, clamp)
+        # copied before any gradient run: schedulers hold the graph afterwards, and then cannot be copied
+        self.scheduler = copy.deepcopy(pipe.scheduler)
+
+    def make_twin(self, pipe, clamp: str):
+        twin = copy.copy(pipe)
+        attributes = vars(twin)
+        attributes.pop("_noise_run", None)
+        attributes["_progress_bar_config"] = {"disable": True}
+        # both go through numpy, which no gradient passes; the final run has them
+        attributes.update({name: None for name in ("safety_checker", "watermark") if name in attributes})
+        vae = attributes.get("vae")
+        if vae is not None and vae.config.get("force_upcast") and vae.dtype == torch.float16:
+            attributes["vae"] = float32_decoder(vae)
+        if clamp == "straight_through" and hasattr(pipe, "image_processor"):
+            attributes["image_processor"] = copy.copy(pipe.image_processor)
+            vars(twin.image_processor)["denormalize"] = denormalize_straight_through
+        return twin
+
+    def states_after_draw(self) -> list[tuple[str, torch.Tensor]]:
+        """The random streams once the base noise is drawn: device type and state of each."""
+        generator = self.random_state.generator()
+        if self.drew:
+            self.space.on(self.twin, randn_tensor, generator=generator)
+        streams = generator if isinstance(generator, list) else [generator]
+        return [(stream.device.type, stream.get_state()) for stream in streams]
+
+    def images(self, noise: torch.Tensor, gradient: Gradient = None, preview: bool = False) -> torch.Tensor:
+        """`noise` (B, C, H, W) to images (B, 3, H, W) in [0, 1], float32 or better.
+
+        Args:
+            noise: The initial noise.
+            gradient: "full" back-propagates through the whole chain; "frozen" holds the model's outputs constant, so no
+                graph is kept in the denoiser; `None` keeps no graph at all.
+            preview: Draw the x0 estimate of the first model call instead of the whole chain.
+        """
+        images = self.run(noise, gradient, preview, "pt")
+        return images.to(torch.promote_types(images.dtype, torch.float32))
+
+    def x0(self, noise: torch.Tensor, gradient: Gradient = None) -> torch.Tensor:
+        """`noise` (B, C, H, W) to the x0 estimate of the first model call, in the layout of the noise."""
+        latents = self.run(noise, gradient, True, "latent")
+        return self.space.unpack(self.twin, latents)
+
+    def run(self, noise: torch.Tensor, gradient: Gradient, preview: bool, output_type: str) -> torch.Tensor:
+        twin = self.fresh_twin(noise, gradient)
+        one_call = first_step_only(twin.scheduler) if preview else contextlib.nullcontext()
+        ours = {"generator": twin.sampling_generator, "output_type": output_type, "return_dict": False}
+        with one_call, torch.set_grad_enabled(gradient is not None and noise.requires_grad):
+            output = self.call(twin, **self.request, **ours)[0]
+        if noise.requires_grad and gradient is not None and not output.requires_grad:
+            raise ValueError(
+                f"Expected {type(twin).__name__} to be differentiable from image to noise, but its result carries no "
+                "gradient. Use a method without gradients, such as `BestOfN`."
+            )
+        return output
+
+    def fresh_twin(self, noise: torch.Tensor, gradient: Gradient):
+        twin = copy.copy(self.twin)
+        generator = self.random_state.generator()
+        replay = iter(self.encoded)
+
+        def prepare_latents(*_, **__):
+            if self.drew:
+                self.space.on(twin, randn_tensor, generator=generator)
+            return self.space.prepare(twin, noise, generator=generator)
+
+        vars(twin).update(
+            scheduler=self.scheduler,
+            encode_prompt=lambda *_, **__: next(replay),
+            prepare_latents=prepare_latents,
+            sampling_generator=generator,
+        )
+        if gradient == "frozen":
+            parts = {name: getattr(twin, name, None) for name in DENOISERS}
+            vars(twin).update({name: without_gradient(part) for name, part in parts.items() if part is not None})
+        return twin
+
+
+@contextlib.contextmanager
+def first_step_only(scheduler) -> Iterator[None]:
+    """Let a pipeline make one model call, whose `step` returns the x0 estimate. `scheduler` must be a copy.
+
+    Cutting the list of timesteps stops the loop of every family, also of those that have no interrupt.
+    """
+    set_timesteps, step = scheduler.set_timesteps, scheduler.step
+
+    @functools.wraps(set_timesteps)
+    def set_one(*args, **kwargs):
+        set_timesteps(*args, **kwargs)
+        scheduler.timesteps = scheduler.timesteps[:1]
+
+    @functools.wraps(step)
+    def estimate(model_output, timestep, sample, *_, **__):
+        x0 = predict_x0(scheduler, model_output, timestep, sample).to(model_output.dtype)
+        return (x0, x0)
+
+    vars(scheduler).update(set_timesteps=set_one, step=estimate)
+    try:
+        yield
+    finally:
+        del scheduler.set_timesteps, scheduler.step
+
+
+def denormalize_straight_through(images: torch.Tensor) -> torch.Tensor:
+    """[-1, 1] to [0, 1] as diffusers does it, with the clamp's value and the identity's gradient."""
+    pixels = images * 0.5 + 0.5
+    clamped = pixels.clamp(0, 1)
+    return clamped.detach() + (pixels - pixels.detach()) if pixels.requires_grad else clamped  # adds exactly 0
+
+
+class Sample:
+    """What an objective may look at, computed once and only if asked for.
+
+    Attributes:
+        noise: `(B, C, H, W)`, the initial noise.
+        prompts: `B` prompts.
+        images: `(B, 3, H, W)` in [0, 1]: the result of the whole chain, or of one model call for a preview.
+        x0: `(B, C, H, W)`: the estimate of the clean latents after one model call.
+    """
+
+    def __init__(
+        self,
+        sampler: PipelineSampler,
+        noise: torch.Tensor,
+        prompts: list[str],
+        gradient: Gradient,
+        preview: bool = False,
+    ) -> None:
+        self.sampler, self.noise, self.prompts = sampler, noise, prompts
+        self.gradient: Gradient = gradient
+        self.preview = preview
+
+    @functools.cached_property
+    def images(self) -> torch.Tensor:
+        return self.sampler.images(self.noise, self.gradient, self.preview)
+
+    @functools.cached_property
+    def x0(self) -> torch.Tensor:
+        return self.sampler.x0(self.noise, self.gradient)
+
+    @property
+    def drawn_images(self) -> torch.Tensor | None:
+        """The images if the objective asked for them, without their graph."""
+        images = vars(self).get("images")
+        return None if images is None else images.detach()
+
+
+# pipelines/noise_problem.py
+
+
+@dataclasses.dataclass(eq=False)
+class NoiseProblem:
+    """One pipeline call whose noise is to be found.
+
+    Attributes:
+        pipe: The pipeline.
+        sampler: Noise to images.
+        space: Noise to latents.
+        noise: `(B, C, H, W)`, the base noise, float32 or better.
+        prompts: `B` prompts for the rewards.
+        dtype: What the pipeline draws its noise in.
+        request: The arguments of the call, for the provenance.
+    """
+
+    pipe: Any
+    sampler: PipelineSampler
+    space: LatentSpace
+    noise: torch.Tensor
+    prompts: list[str]
+    dtype: torch.dtype
+    request: dict[str, Any]
+
+    def candidates(self) -> "CandidateNoise":
+        """A source of fresh noises, from the run's own generators."""
+        return CandidateNoise(self)
+
+
+class CandidateNoise:
+    """Fresh Gaussian noises of a problem: the same for the same seeds, whatever batch they are drawn in.
+
+    The streams are seeded from the base noise of each sample, so that they neither repeat the pipeline's own draws nor
+    depend on the other samples of the batch.
+    """
+
+    def __init__(self, problem: NoiseProblem) -> None:
+        self.like = problem.noise
+        self.streams = [torch.Generator().manual_seed(seed_from(noise)) for noise in problem.noise]
+
+    def draw(self) -> torch.Tensor:
+        """`(B, C, H, W)` standard Gaussian."""
+        return randn_tensor(tuple(self.like.shape), self.streams, self.like.device, self.like.dtype)
+
+
+def seed_from(noise: torch.Tensor) -> int:
+    """A 63-bit seed that is a function of the values of a noise."""
+    bits = noise.detach().flatten().cpu().to(torch.float32).view(torch.int32).to(torch.int64)
+    weights = torch.arange(1, len(bits) + 1).mul(0x9E3779B97F4A7C15 - 2**64)  # odd multiples spread over 64 bits
+    return int((bits * weights).sum().item()) & (2**63 - 1)
+
+
+# pipelines/noise_result.py
+
+
+FILE_FORMAT = "noiseopt-result-1"
+
+
+@dataclasses.dataclass(eq=False, repr=False)
+class NoiseResult:
+    """What `optimize_noise` returns, for `B` independent noises.
+
+    `pipe(prompt, latents=result.latents, ...)` with the arguments of the run draws the best images again. For a sampler
+    that adds noise on the way pass `generator=result.generator()` too.
+
+    Attributes:
+        noise: `(B, C, H, W)` float32, unit variance: the best noise, or the last for methods that return it.
+        latents: The same as the pipeline takes it as `latents=`: in its dtype, packed where the family packs.
+        scores: Name to `(steps, B)`: each reward at each step, raw units, higher is better.
+        losses: `(steps, B)`, lower is better, without the regularizer. NaN where a sample had stopped.
+        norms: `(steps, B)`, ‖noise‖ / √d at each step: 1 is what a Gaussian has.
+        best_step: `(B,)`, the step whose noise is returned.
+        provenance: Model, scheduler, dtype, prompts, seeds, versions, method and its settings: plain values.
+        generator_states: The state of each random stream after the base noise was drawn.
+        images: `(B, 3, H, W)` in [0, 1], the images of `noise`. Not saved.
+        initial_images: `(B, 3, H, W)`, the plain result. Not saved.
+    """
+
+    noise: torch.Tensor
+    latents: torch.Tensor
+    scores: dict[str, torch.Tensor]
+    losses: torch.Tensor
+    norms: torch.Tensor
+    best_step: torch.Tensor
+    provenance: dict[str, Any]
+    generator_states: list[tuple[str, torch.Tensor]] = dataclasses.field(default_factory=list)
+    images: torch.Tensor | None = None
+    initial_images: torch.Tensor | None = None
+
+    def __repr__(self) -> str:
+        shape = "×".join(map(str, self.noise.shape))
+        best = ", ".join(f"{name} {values.mean():.4g}" for name, values in self.best_scores.items())
+        return f"NoiseResult({shape}, best of {len(self.losses)} steps at {self.best_step.tolist()}: {best})"
+
+    @property
+    def best_scores(self) -> dict[str, torch.Tensor]:
+        """Name to `(B,)`: the rewards of the returned noise."""
+        return {name: self.at_best(values) for name, values in self.scores.items()}
+
+    @property
+    def initial_scores(self) -> dict[str, torch.Tensor]:
+        """Name to `(B,)`: the rewards of the plain result."""
+        return {name: values[0] for name, values in self.scores.items()}
+
+    @property
+    def best_loss(self) -> torch.Tensor:
+        """`(B,)`: the loss of the returned noise."""
+        return self.at_best(self.losses)
+
+    def at_best(self, values: torch.Tensor) -> torch.Tensor:
+        return values.gather(0, self.best_step.to(values.device)[None])[0]
+
+    def generator(self) -> torch.Generator | list[torch.Generator] | None:
+        """Fresh generators that continue where the base noise ended; a list if the run had one for each image."""
+        fresh = []
+        for device, state in self.generator_states:
+            fresh.append(torch.Generator(device))
+            fresh[-1].set_state(state)
+        return fresh if self.provenance.get("generators") == "list" else (fresh or [None])[0]
+
+    def save(self, path: str | Path) -> None:
+        """Write one safetensors file: the tensors, and the provenance as JSON in its header."""
+        tensors = {"noise": self.noise, "latents": self.latents, "losses": self.losses, "norms": self.norms}
+        tensors["best_step"] = self.best_step
+        tensors.update({f"scores.{name}": values for name, values in self.scores.items()})
+        devices = []
+        for index, (device, state) in enumerate(self.generator_states):
+            tensors[f"generator_states.{index}"] = state
+            devices.append(device)
+        header = {"format": FILE_FORMAT, "provenance": self.provenance, "generator_devices": devices}
+        # clones: safetensors refuses tensors that share memory, as noise and latents do in float32
+        tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, path, metadata={"noiseopt": json.dumps(header)})
+
+    @classmethod
+    def load(cls, path: str | Path, device: str | torch.device = "cpu") -> "NoiseResult":
+        """Read what `save` wrote. Raises `ValueError` for a safetensors file that is none of ours."""
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            header = json.loads((file.metadata() or {}).get("noiseopt", "{}"))
+            if header.get("format") != FILE_FORMAT:
+                raise ValueError(
+                    f"Expected a file that `NoiseResult.save` wrote, but {path} has no {FILE_FORMAT} header."
+                )
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        states = [
+            (kind, tensors.pop(f"generator_states.{index}").cpu())
+            for index, kind in enumerate(header["generator_devices"])
+        ]
+        scores = {
+            name.removeprefix("scores."): tensors.pop(name) for name in list(tensors) if name.startswith("scores.")
+        }
+        return cls(**tensors, scores=scores, provenance=header["provenance"], generator_states=states)
+
+
+# pipelines/objectives.py
+
+
+class Objective:
+    """`objective(sample) -> (B,)`, lower is better. `evaluate` also reports what it is made of.
+
+    Attributes:
+        requires_prompt: Whether the prompts are looked at.
+    """
+
+    requires_prompt: bool = False
+
+    def evaluate(self, sample: Sample) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The loss `(B,)` with its graph, and named raw scores `(B,)` without."""
+        raise NotImplementedError(f"{type(self).__name__} must define `evaluate(sample)`.")
+
+    def __call__(self, sample: Sample) -> torch.Tensor:
+        return self.evaluate(sample)[0]
+
+    def try_out(self, prompt: str, height: int, width: int, gradient: bool) -> None:
+        """Raise for user code that cannot work on images of this size, before any model runs."""
+
+    def describe(self) -> Any:
+        """What goes into the provenance of a result: plain values."""
+        return type(self).__name__
+
+
+class FunctionObjective(Objective):
+    """A plain function `(sample) -> (B,)` as an objective."""
+
+    def __init__(self, function: Callable[[Sample], torch.Tensor]) -> None:
+        self.function = function
+
+    def evaluate(self, sample: Sample) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        return self.function(sample), {}
+
+    def describe(self) -> str:
+        return getattr(self.function, "__name__", type(self.function).__name__)
+
+
+class RewardObjective(Objective):
+    """The negative weighted sum of rewards of the images: `−Σᵢ λᵢ·rewardᵢ(images, prompts)`.
+
+    Args:
+        rewards: Anything that `RewardSum` takes, or a `RewardSum`.
+        prompts: Ask the rewards about these instead of the pipeline's prompts: one, or one for each image.
+    """
+
+    def __init__(self, rewards: Any, prompts: str | Sequence[str] | None = None) -> None:
+        self.rewards = rewards if hasattr(rewards, "weights") else RewardSum(rewards)
+        self.prompts = prompts
+        self.requires_prompt = self.rewards.requires_prompt and prompts is None
+
+    def evaluate(self, sample: Sample) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        output = self.rewards(sample.images, self.prompts if self.prompts is not None else sample.prompts)
+        return -output.total, output.components
+
+    def try_out(self, prompt: str, height: int, width: int, gradient: bool) -> None:
+        """Score one random image with each plain callable: its shape, its numbers and, if asked for, its gradient.
+
+        The project's own rewards are tested to meet the contract and are not run.
+        """
+        for name, reward in zip(self.rewards.names, self.rewards.rewards, strict=True):
+            if not hasattr(reward, "function"):
+                continue
+            if gradient and self.rewards.weights[name]:
+                check_gradient(reward, prompt, height, width)  # pyright: ignore[reportArgumentType]
+            else:
+                reward(torch.rand(1, 3, height, width, generator=torch.Generator().manual_seed(0)), prompt)
+
+    def describe(self) -> dict[str, float]:
+        return dict(self.rewards.weights)
+
+
+# pipelines/provenance.py
+
+
+def provenance_of(problem: NoiseProblem, objective: Objective, state: NoiseState) -> dict[str, Any]:
+    """Where a result came from, in plain values that JSON takes. The method adds itself."""
+    pipe, scheduler = problem.pipe, problem.pipe.scheduler
+    arguments = {name: value for name, value in problem.request.items() if name not in ("prompt", "latents")}
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "transformers")}
+    return {
+        "objective": objective.describe(),
+        "prompts": problem.prompts,
+        "seeds": problem.sampler.random_state.seeds,
+        "generators": "list" if problem.sampler.random_state.several else "single",
+        "model": pipe.config.get("_name_or_path") or None,
+        "revision": revision_of(pipe),
+        "pipeline": type(pipe).__name__,
+        "scheduler": {"class": type(scheduler).__name__, **plain(dict(scheduler.config))},
+        "dtype": str(problem.dtype).removeprefix("torch."),
+        "arguments": plain(arguments),
+        "steps": state.step + 1,
+        "stopped": state.stopped,
+        "seconds": round(state.elapsed, 3),
+        "versions": {"python": platform.python_version(), **versions},
+    }
+
+
+def plain(values: dict[str, Any]) -> dict[str, Any]:
+    """The entries that JSON takes as they are."""
+    kept = (bool, int, float, str, type(None))
+    flat = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+    return {
+        name: value
+        for name, value in flat.items()
+        if isinstance(value, kept) or isinstance(value, list) and all(isinstance(item, kept) for item in value)
+    }
+
+
+def revision_of(pipe) -> str | None:
+    """The commit of the Hub snapshot that the modules were loaded from, if they were."""
+    for part in pipe.components.values():
+        config = getattr(part, "config", None)
+        path = config.get("_name_or_path") if isinstance(config, Mapping) else getattr(part, "name_or_path", None)
+        if match := re.search(r"snapshots[/\\]([0-9a-f]{40})", str(path)):
+            return match[1]
+    return None
+
+
+# pipelines/regularizers.py
+
+
+@dataclasses.dataclass(frozen=True)
+class ChiPrior:
+    """Negative log-density of the norm of a d-dimensional standard Gaussian, up to a constant.
+
+    ReNO, https://arxiv.org/abs/2406.04312, equation 4: `weight · (r²/2 − (d−1)·ln r)` with `r = ‖noise‖₂`. Its minimum
+    is at `r = √(d−1)`, where the curvature is `2·weight`. It constrains the norm alone and is blind to the spectrum.
+
+    Args:
+        weight: λ_reg, at least 0. The paper uses 0.01.
+    """
+
+    weight: float = 0.01
+
+    def __post_init__(self) -> None:
+        if not self.weight >= 0 or math.isinf(self.weight):
+            raise ValueError(f"Expected a prior weight of 0 or more, but got {self.weight}.")
+
+    def __call__(self, noise: torch.Tensor) -> torch.Tensor:
+        """`noise` (B, ...) to the penalty `(B,)`, each sample by itself; at least float32 whatever the noise is."""
+        norm = per_sample_norm(noise)
+        return self.weight * (norm.square() / 2 - (noise[0].numel() - 1) * norm.log())
+
+
+def per_sample_norm(noise: torch.Tensor) -> torch.Tensor:
+    """`(B, ...)` to the L2 norms `(B,)`, in float32 or better: in bfloat16 the spacing of numbers near 256 is 2."""
+    return noise.flatten(1).to(torch.promote_types(noise.dtype, torch.float32)).norm(dim=1)
+
+
+def per_image(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """`(B,)` values in a shape that broadcasts over `like` (B, ...)."""
+    return values.view(-1, *[1] * (like.ndim - 1))
+
+
+def clip_per_sample(gradient: torch.Tensor, max_norm: float) -> torch.Tensor:
+    """`(B, ...)` scaled down where a sample's norm exceeds `max_norm`, as `clip_grad_norm_` does for a whole tensor."""
+    factor = (max_norm / (per_sample_norm(gradient) + 1e-6)).clamp(max=1)
+    return gradient * per_image(factor, gradient)
+
+
+# pipelines/noise_optimizer.py
+
+
+class NoiseOptimizer:
+    """A method: what it looks at, how it moves the noise, what it returns. `run` owns the loop.
+
+    Subclasses are frozen, keyword-only dataclasses whose fields are the method's settings.
+
+    Attributes:
+        steps: Evaluations, the plain result included: the noise is moved `steps − 1` times.
+        gradient: "full", "frozen" or `None`; see `PipelineSampler.images`.
+        preview: Look at the x0 estimate of one model call instead of the whole chain.
+        clamp: "straight_through" or "hard"; see `PipelineSampler`.
+        returns: "best" or "last".
+    """
+
+    steps: int
+    gradient: Gradient = "full"
+    preview: bool = False
+    clamp: Clamp = "straight_through"
+    returns: ClassVar[Literal["best", "last"]] = "best"
+
+    def objective(self, pipe) -> Objective:
+        """What is minimised. Called once, before any model runs: the place to refuse bad settings."""
+        raise NotImplementedError(f"{type(self).__name__} must define `objective(pipe)`.")
+
+    def regularizer(self, noise: torch.Tensor) -> torch.Tensor | float:
+        """`(B,)` penalty that steers the noise but does not count when the best is chosen."""
+        return 0.0
+
+    def start(self, problem: NoiseProblem) -> Any:
+        """What the method remembers from step to step, such as momentum."""
+        return None
+
+    def step(self, noise: torch.Tensor, gradient: Any, memory: Any) -> torch.Tensor:
+        """The method: the next noise, from this one and the gradient of its loss, both `(B, C, H, W)`.
+
+        `gradient` is `None` for a method without gradients; `memory` is what `start` returned.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define `step(noise, gradient, memory)`.")
+
+    def check(self) -> None:
+        """Raise `ValueError` for settings that cannot work."""
+        if not isinstance(self.steps, int) or self.steps < 1:
+            raise ValueError(f"Expected `steps` to be an integer of 1 or more, but got {self.steps!r}.")
+        choices = {"gradient": ("full", "frozen", None), "clamp": ("straight_through", "hard")}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"Expected `{name}` to be one of {allowed}, but got {getattr(self, name)!r}.")
+
+    def settings(self) -> dict[str, Any]:
+        """The settings as plain values, for the provenance."""
+        fields = dataclasses.fields(self) if dataclasses.is_dataclass(self) else ()
+        values = {field.name: getattr(self, field.name) for field in fields}
+        return {name: value for name, value in values.items() if isinstance(value, bool | int | float | str | None)}
+
+    def run(
+        self,
+        problem: NoiseProblem,
+        objective: Objective,
+        callbacks: CallbackSpec | Iterable[CallbackSpec] | None = None,
+    ) -> NoiseResult:
+        """Optimise. An exception on the way carries what was found so far as its `noise_result`."""
+        state = NoiseState(problem.pipe, problem.prompts, self.steps, problem.noise)
+        loop = OptimizationLoop(self, problem, objective, state, [ProgressBar(), *as_callbacks(callbacks)])
+        try:
+            loop.start()
+            for step in range(self.steps):
+                loop.evaluate(step)
+                if state.stopped or step == self.steps - 1:
+                    break
+                loop.move()
+                if state.stopped:
+                    break
+        except BaseException as error:
+            if loop.losses:
+                vars(error)["noise_result"] = loop.result()
+            raise
+        finally:
+            loop.end()
+        return loop.result()
+
+
+class OptimizationLoop:
+    """One run of a method: its current noise, its best, its history. See `NoiseOptimizer.run`."""
+
+    def __init__(
+        self,
+        method: NoiseOptimizer,
+        problem: NoiseProblem,
+        objective: Objective,
+        state: NoiseState,
+        callbacks: Sequence[NoiseCallback],
+    ) -> None:
+        self.method, self.problem, self.objective = method, problem, objective
+        self.state, self.callbacks = state, callbacks
+        self.losses: list[torch.Tensor] = []
+        self.norms: list[torch.Tensor] = []
+        self.scores: list[dict[str, torch.Tensor]] = []
+        self.initial_images: torch.Tensor | None = None
+        self.total: torch.Tensor | None = None
+        self.leaf = problem.noise
+
+    def start(self) -> None:
+        self.memory = self.method.start(self.problem)
+        for callback in self.callbacks:
+            if hasattr(callback, "on_run_start"):
+                callback.on_run_start(self.state)
+
+    def end(self) -> None:
+        for callback in self.callbacks:
+            if hasattr(callback, "on_run_end"):
+                callback.on_run_end(self.state)
+
+    def evaluate(self, step: int) -> None:
+        """Score the current noise, keep it where it is the best, and ask the callbacks."""
+        state, method = self.state, self.method
+        moves_on = step < method.steps - 1
+        gradient = method.gradient if moves_on else None  # nothing is moved after the last evaluation
+        self.leaf = state.noise.detach().requires_grad_(gradient is not None)
+        sample = Sample(self.problem.sampler, self.leaf, state.prompts, gradient, method.preview)
+        try:
+            with torch.set_grad_enabled(gradient is not None):
+                loss, scores = self.objective.evaluate(sample)
+                self.check_loss(loss, gradient, step)
+                self.total = loss + method.regularizer(self.leaf)
+        except NonFiniteReward as error:
+            if step == 0:
+                raise
+            return self.give_up(str(error))
+        state.step, state.images, state.scores = step, sample.drawn_images, scores
+        state.loss = loss.detach().where(state.active, torch.nan)
+        self.record()
+        for callback in self.callbacks:
+            if callback.on_step_end(state) is False:
+                state.stop()
+
+    def check_loss(self, loss: torch.Tensor, gradient: Gradient, step: int) -> None:
+        batch = len(self.state.noise)
+        if not isinstance(loss, torch.Tensor) or loss.shape != (batch,):
+            got = tuple(loss.shape) if isinstance(loss, torch.Tensor) else type(loss).__name__
+            raise ValueError(f"Expected the objective to return a tensor of shape ({batch},), but got {got}.")
+        if gradient is not None and not loss.requires_grad:
+            raise ValueError(
+                "Expected a loss that depends differentiably on the noise, but it carries no gradient. Remove "
+                "`.detach()`, `.item()` and numpy from the objective, or use a method without gradients, such as "
+                "`BestOfN`."
+            )
+        if step == 0 and not loss.detach().isfinite().all():
+            raise NonFiniteReward(f"Expected a finite loss for the plain result, but got {loss.tolist()}.")
+
+    def record(self) -> None:
+        state = self.state
+        assert state.loss is not None
+        self.losses.append(state.loss)
+        self.norms.append(per_sample_norm(state.noise) / math.sqrt(state.noise[0].numel()))
+        self.scores.append(state.scores)
+        if state.step == 0:
+            self.initial_images = state.images
+            state.best_loss = torch.full_like(state.loss, torch.inf)
+            state.best_step = torch.zeros_like(state.loss, dtype=torch.long)
+            state.best_noise, state.best_images = state.noise, state.images
+        assert state.best_loss is not None and state.best_step is not None and state.best_noise is not None
+        better = state.loss < state.best_loss  # strictly: of equals the first wins; false for NaN
+        state.best_loss = torch.where(better, state.loss, state.best_loss)
+        state.best_step = torch.where(better, state.step, state.best_step)
+        state.best_noise = torch.where(per_image(better, state.noise), state.noise, state.best_noise)
+        if state.images is not None and state.best_images is not None:
+            state.best_images = torch.where(per_image(better, state.images), state.images, state.best_images)
+
+    def move(self) -> None:
+        """Take the gradient where the method wants one, and the method's step."""
+        state, gradient = self.state, None
+        if self.leaf.requires_grad:
+            assert self.total is not None
+            (gradient,) = torch.autograd.grad(self.total.sum(), self.leaf)
+            finite = gradient.flatten(1).isfinite().all(1)
+            gradient = gradient.nan_to_num(0, 0, 0) * per_image(finite, gradient)
+            self.drop_samples(state.active & ~finite)
+        self.total = None
+        moved = self.method.step(state.noise, gradient, self.memory).detach()
+        state.noise = torch.where(per_image(state.active, moved), moved, state.noise)
+
+    def drop_samples(self, broken: torch.Tensor) -> None:
+        """Stop the samples whose gradient is not finite; the others go on."""
+        if broken.any():
+            self.state.stop("non-finite gradient", broken)
+            warnings.warn(
+                f"The gradient of sample {broken.nonzero().flatten().tolist()} is not finite after step "
+                f"{self.state.step}: it keeps its best noise so far.",
+                stacklevel=2,
+            )
+
+    def give_up(self, why: str) -> None:
+        """End the run with what it has."""
+        self.state.stop("non-finite reward")
+        warnings.warn(f"The run stops after step {self.state.step} and keeps the best so far: {why}", stacklevel=2)
+
+    def result(self) -> NoiseResult:
+        problem, state = self.problem, self.state
+        assert state.best_noise is not None and state.best_step is not None
+        last = self.method.returns == "last"
+        noise = state.noise if last else state.best_noise
+        step = torch.full_like(state.best_step, len(self.losses) - 1) if last else state.best_step
+        latents = problem.space.to_latents(problem.pipe, noise.to(problem.dtype))
+        return NoiseResult(
+            noise=noise.detach(),
+            latents=latents.detach(),
+            scores={name: torch.stack([scores[name] for scores in self.scores]) for name in self.scores[0]},
+            losses=torch.stack(self.losses),
+            norms=torch.stack(self.norms),
+            best_step=step,
+            provenance={
+                "method": type(self.method).__name__,
+                "settings": self.method.settings(),
+                **provenance_of(problem, self.objective, state),
+            },
+            generator_states=problem.sampler.states_after_draw(),
+            images=state.images if last else state.best_images,
+            initial_images=self.initial_images,
+        )
+
+
+# pipelines/methods.py
+
+
+METHODS: dict[str, type[NoiseOptimizer]] = {}
+
+
+def register_noise_optimizer(name: str):
+    """Class decorator: make a method known by name. The same class may come again, as it does when code is reloaded."""
+
+    def register(cls):
+        known = METHODS.get(name)
+        if known is not None and known.__qualname__ != cls.__qualname__:
+            raise ValueError(f"The method name {name!r} is taken by {known.__qualname__}.")
+        METHODS[name] = cls
+        return cls
+
+    return register
+
+
+def list_noise_optimizers() -> list[str]:
+    """The names that `optimize_noise` takes."""
+    return sorted(METHODS)
+
+
+def as_noise_optimizer(method: Any, settings: dict[str, Any] | None = None) -> NoiseOptimizer:
+    """A method by its name and settings, or a method as it is. Raises `ValueError` or `TypeError` otherwise."""
+    if isinstance(method, str):
+        if method not in METHODS:
+            raise ValueError(f"Unknown method {method!r}. Available: {', '.join(list_noise_optimizers())}.")
+        return METHODS[method](**(settings or {}))
+    if settings:
+        raise ValueError("Expected `method_kwargs` only beside the name of a method, but got a method object as well.")
+    if isinstance(method, type) or not hasattr(method, "run"):
+        raise TypeError(
+            f"Expected a method such as `ReNO(rewards=...)` or one of the names {list_noise_optimizers()}, but got "
+            f"{method!r}."
+        )
+    return method
+
+
+# pipelines/noise_hook.py
+
+
+class NoiseFound(Exception):
+    """Ends a pipeline call once its noise is known, when nobody asked for the final image."""
+
+
+class NoiseRun:
+    """One pipeline call under optimisation: what it was asked for, encoded, and found."""
+
+    def __init__(
+        self,
+        pipe,
+        method: NoiseOptimizer,
+        request: dict[str, Any],
+        callbacks: CallbackSpec | Iterable[CallbackSpec] | None,
+        render: bool = True,
+    ) -> None:
+        self.method, self.request, self.render = method, request, render
+        self.callbacks = as_callbacks(callbacks)
+        method.check()
+        if torch.is_inference_mode_enabled():
+            raise ValueError("Expected a call outside `torch.inference_mode()`, where no gradient exists. Remove it.")
+        refuse_offload(pipe)
+        self.objective: Objective = method.objective(pipe)
+        self.prompts = prompts_of(request, self.objective.requires_prompt)
+        check_latents(request, len(self.prompts))
+        if size := image_size(pipe, request):
+            self.objective.try_out(self.prompts[0], *size, gradient=method.gradient is not None)
+        self.encoded: list[Any] = []
+        self.result: NoiseResult | None = None
+
+    def encode_prompt(self, encode, *args, **kwargs):
+        """Record what the stock method returns, for the inner runs."""
+        self.encoded.append(encode(*args, **kwargs))
+        return self.encoded[-1]
+
+    def prepare_latents(self, pipe, *args, **kwargs):
+        """The hook: draw the base noise as the stock method does, optimise it, prepare the result."""
+        space = LatentSpace(pipe, args, kwargs)
+        device = torch.device(space.arguments.get("device") or pipe._execution_device)
+        random_state = RandomState(self.request.get("generator"), device)
+        noise, drew = space.draw(pipe)
+        sampler = PipelineSampler(pipe, self.request, self.encoded, space, random_state, drew, self.method.clamp)
+        master = noise.detach().to(torch.promote_types(noise.dtype, torch.float32))
+        problem = NoiseProblem(pipe, sampler, space, master, self.prompts, noise.dtype, self.request)
+        with torch.enable_grad():
+            self.result = self.method.run(problem, self.objective, self.callbacks)
+        if not self.render:
+            raise NoiseFound
+        return space.prepare(pipe, self.result.noise.to(noise.dtype))
+
+
+def prompts_of(request: dict[str, Any], required: bool) -> list[str]:
+    """The prompt of each image, in the order in which pipelines lay them out."""
+    prompt, embeds = request.get("prompt"), request.get("prompt_embeds")
+    if prompt is None and embeds is None:
+        raise ValueError("Expected `prompt` or `prompt_embeds`, but got neither.")
+    if prompt is None and required:
+        raise ValueError(
+            "Expected the text of the prompt for the rewards, but got `prompt_embeds` only. Name it in the method: "
+            "`ReNO(..., reward_prompt=...)`."
+        )
+    if prompt is None:
+        prompt = [""] * len(embeds)  # pyright: ignore[reportArgumentType]
+    texts = [prompt] if isinstance(prompt, str) else list(prompt)
+    return [text for text in texts for _ in range(request.get("num_images_per_prompt") or 1)]
+
+
+def check_latents(request: dict[str, Any], batch: int) -> None:
+    latents, generator = request.get("latents"), request.get("generator")
+    if latents is not None and len(latents) != batch:
+        raise ValueError(
+            f"Expected `latents` for {batch} images (prompts × `num_images_per_prompt`), but got {len(latents)}."
+        )
+    if isinstance(generator, list) and len(generator) != batch:
+        raise ValueError(f"Expected one generator for each of {batch} images, but got {len(generator)}.")
+
+
+def image_size(pipe, request: dict[str, Any]) -> tuple[int, int] | None:
+    """Height and width of the images in pixels, if they can be told before the call."""
+    if request.get("height") and request.get("width"):
+        return request["height"], request["width"]
+    denoiser = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
+    side = getattr(pipe, "default_sample_size", None) or getattr(getattr(denoiser, "config", None), "sample_size", None)
+    scale = getattr(pipe, "vae_scale_factor", None)
+    return (side * scale, side * scale) if isinstance(side, int) and isinstance(scale, int) else None
+
+
+class NoiseOptimizationMixin:
+    """Gives any diffusers text-to-image pipeline an optimisation hook in `prepare_latents`.
+
+    `class ReNOTurboPipeline(NoiseOptimizationMixin, StableDiffusionXLPipeline)` is all that a pipeline needs. With
+    `noise_optimizer=None` every call goes straight to the stock class and is bit-identical to it.
+
+    The stock `__call__` runs once as it is. When it reaches `prepare_latents`, its prompts are encoded; there the noise
+    is optimised, each evaluation being the same stock `__call__` on a shallow twin (see `PipelineSampler`). Then the
+    call goes on with the noise that was found: only this final run fires `callback_on_step_end`.
+    """
+
+    _noise_run: NoiseRun | None = None
+
+    def __call__(
+        self,
+        *args,
+        noise_optimizer: NoiseOptimizer | None = None,
+        callback_on_optimization_step_end: CallbackSpec | Iterable[CallbackSpec] | None = None,
+        **kwargs,
+    ):
+        """The stock call, with the initial noise optimised first if `noise_optimizer` is given.
+
+        Args:
+            noise_optimizer: A method, such as `ReNO(rewards={"clipscore": 1.0})`.
+            callback_on_optimization_step_end: Callbacks per optimisation step; see `NoiseCallback`.
+            args, kwargs: Those of the stock pipeline.
+
+        Returns:
+            What the stock pipeline returns; unless `return_dict=False` with a `noise_result` attribute.
+        """
+        stock = super().__call__  # pyright: ignore[reportAttributeAccessIssue]
+        if noise_optimizer is None:
+            return stock(*args, **kwargs)
+        run = NoiseRun(self, noise_optimizer, bind_request(self, args, kwargs), callback_on_optimization_step_end)
+        with frozen_modules(self):
+            self._noise_run = run
+            try:
+                output = stock(*args, **kwargs)
+            finally:
+                self._noise_run = None
+        if not isinstance(output, tuple):
+            output.noise_result = run.result
+        return output
+
+    def encode_prompt(self, *args, **kwargs):
+        """The stock method; under optimisation its results are kept for the inner runs."""
+        encode = super().encode_prompt  # pyright: ignore[reportAttributeAccessIssue]
+        run = self._noise_run
+        return encode(*args, **kwargs) if run is None else run.encode_prompt(encode, *args, **kwargs)
+
+    def prepare_latents(self, *args, **kwargs):
+        """The stock method, or under optimisation the hook: its noise is optimised before it is handed on."""
+        run = self._noise_run
+        if run is None:
+            return super().prepare_latents(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        return run.prepare_latents(self, *args, **kwargs)
+
+
+def bind_request(pipe, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a stock call by name. Raises `TypeError` for an unknown one."""
+    bound = dict(inspect.signature(stock_call(type(pipe))).bind(pipe, *args, **kwargs).arguments)
+    extra = bound.pop("kwargs", {})
+    return {name: value for name, value in {**bound, **extra}.items() if name != "self"}
+
+
+@functools.cache
+def hooked(cls: type) -> type:
+    """A subclass of a pipeline class with the hook, unless it has one."""
+    if hasattr(cls, "_noise_run"):
+        return cls
+    return type(cls.__name__, (NoiseOptimizationMixin, cls), {"__module__": cls.__module__})
+
+
+def optimize_noise(
+    pipe,
+    prompt: str | list[str] | None,
+    method: NoiseOptimizer | str,
+    *,
+    method_kwargs: dict[str, Any] | None = None,
+    callbacks: CallbackSpec | Iterable[CallbackSpec] | None = None,
+    **call_kwargs,
+) -> NoiseResult:
+    """Find the initial noise of a call to any diffusers text-to-image pipeline, which stays as it is.
+
+    Args:
+        pipe: A loaded pipeline of any family whose `prepare_latents` draws Gaussian noise.
+        prompt: As in the pipeline's call. Each image is a problem of its own.
+        method: Such as `ReNO(rewards={"pickscore": 1.0})`, or a name of `list_noise_optimizers()`.
+        method_kwargs: The settings of a method given by name.
+        callbacks: Per optimisation step; see `NoiseCallback`.
+        call_kwargs: What `pipe(prompt, ...)` takes: steps, guidance, size, generator, latents ...
+
+    Returns:
+        The result; `pipe(prompt, latents=result.latents, **call_kwargs)` draws it.
+
+    Raises:
+        ValueError: Before any model runs, for settings or a pipeline state that cannot work.
+        TypeError: For an argument that the pipeline does not take, or a pipeline without a noise to optimise.
+    """
+    optimizer = as_noise_optimizer(method, method_kwargs)
+    twin = copy.copy(pipe)
+    twin.__class__ = hooked(type(pipe))
+    request = bind_request(twin, (), {"prompt": prompt, **call_kwargs})
+    run = NoiseRun(twin, optimizer, request, callbacks, render=False)
+    vars(twin)["_noise_run"] = run
+    with frozen_modules(twin), torch.no_grad(), contextlib.suppress(NoiseFound):
+        stock_call(type(pipe))(twin, **request)
+    assert run.result is not None
+    return run.result
+
+
+# pipelines/reno.py
+
+
+RENO_PRIOR = 0.01
+RENO_SIZE = 4 * 64 * 64  # entries of the noise that the paper's learning rate was chosen for
+
+
+@register_noise_optimizer("reno")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReNO(NoiseOptimizer):
+    """Gradient ascent on rewards with momentum; returns the noise of the best image.
+
+    "ReNO: Enhancing One-step Text-to-Image Models through Reward-based Noise Optimization", Eyring et al., NeurIPS
+    2024, https://arxiv.org/abs/2406.04312.
+
+    `mode="parity"` is the released loop step by step: SGD with Nesterov momentum 0.9, the summed gradient of rewards
+    and χ prior clipped to 0.1, `steps` evaluations and `steps − 1` updates, the best image by the rewards without the
+    prior, and rewards that see un-clamped bicubic pixels. It differs in that clip, prior and best are per image, and
+    that noise, momentum and norms are float32.
+
+    `mode="default"` keeps the update and changes three things: the norm of the noise stays what it was, by projection
+    instead of a prior; the learning rate is in units of √(d / 16384), so that the same value suits any latent size (the
+    paper's 5 at 512 px, and its 10 at 1024 px); saturated pixels keep their gradient.
+
+    Args:
+        rewards: What `RewardSum` takes: a name, a callable, a dict to weights, or a list of (reward, weight).
+        steps: Evaluations, the plain result included. The paper: 50.
+        mode: "default" or "parity".
+        learning_rate: η, at least 0.
+        momentum: Of Nesterov's method, in [0, 1).
+        max_grad_norm: The gradient of each image is clipped to this L2 norm; with η it sets the length of a step.
+        regularization: λ_reg, the weight of the χ prior; `None` is 0.01 for parity, and the projection otherwise.
+        reward_prompt: Ask the rewards about this instead of the pipeline's prompt: one, or one for each image.
+        gradient: "full" through the whole chain; "frozen" holds the model's outputs constant.
+        preview: Reward the x0 estimate of one model call instead of the whole chain.
+    """
+
+    rewards: Any
+    steps: int = 50
+    mode: Literal["default", "parity"] = "default"
+    learning_rate: float = 5.0
+    momentum: float = 0.9
+    max_grad_norm: float = 0.1
+    regularization: float | None = None
+    reward_prompt: str | Sequence[str] | None = None
+    gradient: Gradient = "full"
+    preview: bool = False
+
+    @property
+    def clamp(self) -> Clamp:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return "hard" if self.mode == "parity" else "straight_through"
+
+    @property
+    def prior(self) -> ChiPrior | None:
+        """The χ prior, or `None` where the norm is kept by projection."""
+        if self.regularization is None and self.mode == "default":
+            return None
+        return ChiPrior(RENO_PRIOR if self.regularization is None else self.regularization)
+
+    def check(self) -> None:
+        super().check()
+        if self.mode not in ("default", "parity"):
+            raise ValueError(f'Expected `mode` to be "default" or "parity", but got {self.mode!r}.')
+        if self.gradient is None:
+            raise ValueError('Expected `gradient` to be "full" or "frozen" for ReNO. Without one, use `BestOfN`.')
+        if not (self.learning_rate >= 0 and self.max_grad_norm > 0 and 0 <= self.momentum < 1):
+            raise ValueError(
+                "Expected learning_rate >= 0, max_grad_norm > 0 and momentum in [0, 1), but got "
+                f"{self.learning_rate}, {self.max_grad_norm} and {self.momentum}."
+            )
+        _ = self.prior
+
+    def objective(self, pipe) -> RewardObjective:
+        rewards = RewardSum(self.rewards, device=pipe._execution_device)
+        rewards.check_differentiable()
+        return RewardObjective(on_released_pixels(rewards) if self.mode == "parity" else rewards, self.reward_prompt)
+
+    def regularizer(self, noise: torch.Tensor) -> torch.Tensor | float:
+        return self.prior(noise) if self.prior else 0.0
+
+    def start(self, problem: NoiseProblem) -> dict[str, torch.Tensor]:
+        return {"velocity": torch.zeros_like(problem.noise), "radius": per_sample_norm(problem.noise)}
+
+    def step(self, noise: torch.Tensor, gradient: torch.Tensor, memory: dict[str, torch.Tensor]) -> torch.Tensor:
+        gradient = clip_per_sample(gradient, self.max_grad_norm)
+        memory["velocity"] = self.momentum * memory["velocity"] + gradient
+        moved = noise - self.step_size(noise) * (gradient + self.momentum * memory["velocity"])
+        return moved if self.prior else moved * per_image(memory["radius"] / per_sample_norm(moved), moved)
+
+    def step_size(self, noise: torch.Tensor) -> float:
+        """η, in units that suit the size of the noise unless the released loop is followed."""
+        scale = 1.0 if self.mode == "parity" else math.sqrt(noise[0].numel() / RENO_SIZE)
+        return self.learning_rate * scale
+
+
+def on_released_pixels(rewards: RewardSum) -> RewardSum:
+    """The same rewards, weights shared, on pixels as the released loop makes them: one bicubic pass, not clamped."""
+    pairs = []
+    for reward, weight in zip(rewards.rewards, rewards.weights.values(), strict=True):
+        twin = copy.copy(reward)
+        if dataclasses.is_dataclass(transform := getattr(reward, "image_transform", None)):
+            twin.image_transform = dataclasses.replace(transform, single_pass=True)  # pyright: ignore
+        pairs.append((twin, weight))
+    return RewardSum(pairs)
+
+
+# pipelines/reno_mixin.py
+
+
+class ReNOMixin(NoiseOptimizationMixin):
+    """Adds `rewards=` and plain-value settings of ReNO to the call of a stock pipeline."""
+
+    def __call__(
+        self,
+        *args,
+        rewards: Any = None,
+        optimization_steps: int | None = None,
+        mode: Literal["default", "parity"] | None = None,
+        reno_kwargs: Mapping[str, Any] | None = None,
+        noise_optimizer: NoiseOptimizer | None = None,
+        callback_on_optimization_step_end: Any = None,
+        **kwargs,
+    ):
+        """The stock call; with `rewards` the initial noise is first optimised by ReNO.
+
+        Args:
+            rewards: A name, Hub id or folder (`"clipscore"`), a callable `(images, prompts) -> (B,)`, a dict of these
+                to weights (`{"clipscore": 1.0, "red": 0.1}`), or a list of (reward, weight). `None` leaves the pipeline
+                bit-identical to the stock class. Rewards given by name are loaded once per pipeline.
+            optimization_steps: Evaluations of ReNO, 50 by default.
+            mode: "default", or "parity" for the released loop step by step.
+            reno_kwargs: More settings of `ReNO`, by name: `{"learning_rate": 10.0}`.
+            noise_optimizer: Another method instead of ReNO.
+            callback_on_optimization_step_end: Callbacks per optimisation step: functions of the state, or objects with
+                `on_step_end(state)`; return `False` to stop.
+            args, kwargs: Those of the stock pipeline.
+
+        Returns:
+            What the stock pipeline returns; unless `return_dict=False` with a `noise_result` attribute.
+
+        Raises:
+            ValueError: For settings that cannot work, before any model runs.
+        """
+        given = {"steps": optimization_steps, "mode": mode, **(reno_kwargs or {})}
+        settings = {name: value for name, value in given.items() if value is not None}
+        if rewards is None and settings:
+            raise ValueError(
+                f"Expected `rewards` beside {sorted(settings)}, but got none: there is nothing to optimise."
+            )
+        if rewards is not None and noise_optimizer is not None:
+            raise ValueError("Expected `rewards` or `noise_optimizer`, but got both. Give the rewards to the method.")
+        if rewards is not None:
+            noise_optimizer = ReNO(rewards=self.load_rewards(rewards), **settings)
+        return super().__call__(
+            *args,
+            noise_optimizer=noise_optimizer,
+            callback_on_optimization_step_end=callback_on_optimization_step_end,
+            **kwargs,
+        )
+
+    def load_rewards(self, rewards: Any) -> RewardSum:
+        """A `RewardSum` on the pipeline's device; what has a name is loaded at its first use and kept."""
+        device = self._execution_device  # pyright: ignore[reportAttributeAccessIssue]
+        kept = vars(self).setdefault("_loaded_rewards", {})
+        pairs = reward_weight_pairs(rewards, None)
+        total = RewardSum([(kept.get(str(name), name), weight) for name, weight in pairs], device=device)
+        for (name, _), reward in zip(pairs, total.rewards, strict=True):
+            if isinstance(name, str):
+                kept[name] = reward
+        return total
+
+
+# pipelines/reno_stable_diffusion.py
+
+
+class ReNOStableDiffusionPipeline(ReNOMixin, StableDiffusionPipeline):
+    """`StableDiffusionPipeline` whose initial noise is optimised for rewards. See `ReNOMixin.__call__`.
+
+    Reward-based Noise Optimization, https://arxiv.org/abs/2406.04312.
+
+    Examples:
+        >>> pipe = ReNOStableDiffusionPipeline.from_pretrained("stabilityai/sd-turbo", dtype=torch.bfloat16).to("cuda")
+        >>> image = pipe(
+        ...     "a blue scooter in front of a green car",
+        ...     rewards={"clipscore": 1.0},
+        ...     num_inference_steps=1,
+        ...     guidance_scale=0.0,
+        ... ).images[0]
+    """

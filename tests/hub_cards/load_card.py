@@ -1,0 +1,57 @@
+"""Run by `test_loading.py` in a fresh process: load a card from its folder and from the Hub, and compare the images.
+
+Local pipelines share one module name, and the Hub's address is read at import: hence one process for each card.
+Arguments: the class; the diffusers class under it; the module it has in the package; the card's folder; its Hub id; the
+Hub's folder of repositories. Prints one JSON object.
+"""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from tiny_pipelines import TINY_PIPELINES, save_tiny_clip
+
+REWARDS: dict[str, float] = {"red": 1.0, "tiny/clip": 0.1}
+
+
+def draw(pipe: Any, **kwargs: Any) -> Any:
+    """Two steps of optimisation, or none, from one seed."""
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(7)
+    settings: dict[str, Any] = {"num_inference_steps": 1, "guidance_scale": 0.0, "output_type": "pt"}
+    return pipe("a red cat", generator=generator, **settings, **kwargs)
+
+
+def optimized(pipe: Any) -> torch.Tensor:
+    return draw(pipe, rewards=REWARDS, optimization_steps=3).images
+
+
+def main(name: str, stock_name: str, module: str, folder: str, repository: str, hub: Path) -> dict[str, bool]:
+    """What is true of the card."""
+    stock = TINY_PIPELINES[stock_name]()
+    weights = hub / "tiny" / name.lower()
+    stock.save_pretrained(weights)
+    save_tiny_clip(str(hub / "tiny" / "clip"))
+
+    local = DiffusionPipeline.from_pretrained(weights, custom_pipeline=folder, trust_remote_code=True)
+    remote = DiffusionPipeline.from_pretrained(
+        f"tiny/{weights.name}", custom_pipeline=repository, trust_remote_code=True
+    )
+    image = optimized(remote)
+    facts = {
+        "folder and Hub draw the same": torch.equal(image, optimized(local)),
+        "the noise was optimised": not torch.equal(image, draw(stock).images),
+        "without rewards it is the stock pipeline": torch.equal(draw(remote).images, draw(stock).images),
+        "the package was not needed": "noiseopt" not in sys.modules,
+    }
+    package = getattr(importlib.import_module(module), name).from_pretrained(weights)
+    facts["the package draws the same"] = torch.equal(image, optimized(package))
+    return facts
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(*sys.argv[1:6], hub=Path(sys.argv[6]))))

@@ -1,0 +1,142 @@
+"""What lies in the card folders: up to date, self-contained, and true to what it says."""
+
+import ast
+import functools
+import re
+import sys
+
+import pytest
+from huggingface_hub import ModelCard
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+# Packages that the declared dependencies bring: each is required by diffusers, transformers or huggingface_hub.
+BROUGHT_ALONG = {"numpy", "PIL", "tqdm", "huggingface_hub"}
+
+
+def card_folders(root):
+    return sorted(path.parent for path in (root / "hub_cards").glob("*/README.md"))
+
+
+@pytest.fixture(scope="module")
+def readmes(root):
+    return {folder.name: (folder / "README.md").read_text(encoding="utf-8") for folder in card_folders(root)}
+
+
+@pytest.fixture(scope="module")
+def bundles(root):
+    return {
+        folder.name: ast.parse((folder / "pipeline.py").read_text(encoding="utf-8")) for folder in card_folders(root)
+    }
+
+
+@pytest.fixture(scope="module")
+def dependencies(root):
+    """The requirements that pyproject.toml declares."""
+    return tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
+
+
+def test_nothing_has_drifted(build):
+    assert build.drifted() == [], "run `python hub_cards/build.py`"
+
+
+def test_check_names_what_drifted(build, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(build, "HUB_CARDS", tmp_path)
+    monkeypatch.setattr(build, "bundle", functools.cache(build.bundle))
+    assert build.main([]) == 0
+    assert build.main(["--check"]) == 0
+    (tmp_path / "reno-turbo/pipeline.py").write_text("# edited by hand\n")
+    (tmp_path / "reno-stable-diffusion/README.md").unlink()
+    (tmp_path / "renamed").mkdir()
+    (tmp_path / "renamed/pipeline.py").write_text("# of a card that is no more\n")
+    assert build.main(["--check"]) == 1
+    named = re.findall(r"^hub_cards/(\S+) is out of date", capsys.readouterr().err, flags=re.MULTILINE)
+    assert named == ["renamed/pipeline.py", "reno-stable-diffusion/README.md", "reno-turbo/pipeline.py"]
+
+
+def test_refusal_is_an_exit_status(build, monkeypatch, capsys):
+    def refuse(*_, **__):
+        raise build.Refused("pipelines/x.py:7: a starred import")
+
+    monkeypatch.setattr(build, "bundle", refuse)
+    assert build.main(["--check"]) == 1
+    assert capsys.readouterr().err == "pipelines/x.py:7: a starred import\n"
+
+
+def test_push_needs_an_account(build, capsys):
+    with pytest.raises(SystemExit):
+        build.main(["--push", "reno-turbo"])
+    assert "--push and --namespace go together" in capsys.readouterr().err
+
+
+def test_every_card_has_a_folder(build, root):
+    assert [folder.name for folder in card_folders(root)] == sorted(card.name for card in build.CARDS)
+
+
+def test_bundle_defines_one_pipeline(bundles):
+    for tree in bundles.values():
+        classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
+        assert sum(ast.unparse(base).endswith("Pipeline") for node in classes for base in node.bases) == 1
+
+
+def test_bundle_imports_declared_packages_only(bundles, dependencies):
+    declared = {re.split(r"[^\w-]", requirement)[0] for requirement in dependencies}
+    for tree in bundles.values():
+        assert set(imported_packages(tree)) <= declared | BROUGHT_ALONG | set(sys.stdlib_module_names)
+
+
+def imported_packages(tree):
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level and node.module
+            yield node.module.split(".")[0]
+
+
+def test_front_matter(build, readmes):
+    for card in build.CARDS:
+        data = ModelCard(readmes[card.name]).data.to_dict()
+        assert {"diffusers", "custom-pipeline"} <= set(data.pop("tags"))
+        assert data == {
+            "library_name": "diffusers",
+            "pipeline_tag": "text-to-image",
+            "license": "apache-2.0",
+            "base_model": card.base_model,
+        }
+
+
+def test_snippets_compile_and_fit_the_card(build, readmes):
+    for card in build.CARDS:
+        first, second = re.findall(r"```python\n(.*?)```", readmes[card.name], flags=re.DOTALL)
+        compile(second, card.name, "exec")
+        keywords = {
+            keyword.arg: keyword.value.value
+            for keyword in ast.walk(ast.parse(first))
+            if isinstance(keyword, ast.keyword) and isinstance(keyword.value, ast.Constant)
+        }
+        assert keywords["custom_pipeline"] == f"noiseopt/{card.name}"
+        assert keywords["trust_remote_code"] is True
+        assert card.base_model in first
+
+
+def test_snippet_uses_arguments_and_rewards_that_exist(readmes):
+    for text in readmes.values():
+        assert {"`rewards`", "`clipscore`"} <= {line.split(" | ")[0][2:] for line in text.splitlines()}
+
+
+def test_every_argument_is_explained(readmes):
+    """The tables come from docstrings: an empty cell is an argument that its docstring leaves out."""
+    for text in readmes.values():
+        rows = re.findall(r"^\| `\w+` \| .* \| (.*) \|$", text.split("## Rewards")[0], flags=re.MULTILINE)
+        assert len(rows) > 5
+        assert all(rows)
+
+
+def test_readme_names_the_required_packages(cards, readmes, dependencies):
+    assert set(cards.REQUIREMENTS) <= set(dependencies)
+    for text in readmes.values():
+        assert all(f'"{requirement}"' in text for requirement in cards.REQUIREMENTS)

@@ -1,0 +1,60 @@
+"""Cards as users load them: through diffusers' own download code, on tiny pipelines, against a loopback Hub."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from huggingface_hub import HfApi
+
+# card -> its class, and the diffusers class that it extends
+CLASSES = {
+    "reno-stable-diffusion": ("ReNOStableDiffusionPipeline", "StableDiffusionPipeline"),
+    "reno-turbo": ("ReNOTurboPipeline", "StableDiffusionXLPipeline"),
+}
+
+
+@pytest.fixture
+def pushed(build, hub):
+    """pushed(name) -> the card, uploaded to an account on the loopback Hub."""
+    api = HfApi(endpoint=hub.url, token="hf_loopback")
+
+    def push(name):
+        card = next(card for card in build.CARDS if card.name == name)
+        assert build.push(card, "someone", api) == f"{hub.url}/someone/{name}"
+        return card
+
+    return push
+
+
+def test_all_cards_are_loaded(build):
+    assert sorted(card.name for card in build.CARDS) == sorted(CLASSES)
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_card_draws_what_the_package_draws(name, pushed, hub, root, tmp_path):
+    module = "noiseopt." + pushed(name).module.removesuffix(".py").replace("/", ".")
+    arguments = [*CLASSES[name], module, root / "hub_cards" / name, f"someone/{name}", hub.root]
+    run = subprocess.run(
+        [sys.executable, root / "tests/hub_cards/load_card.py", *arguments],
+        env=hub.environment(tmp_path / "cache") | {"PYTHONPATH": str(root / "src")},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert run.returncode == 0, run.stderr
+    assert "might require the following packages" not in run.stderr
+    facts = json.loads(run.stdout.splitlines()[-1])
+    assert all(facts.values()), facts
+    assert any(request.startswith(f"GET /someone/{name}/resolve/") for request in hub.requests)
+    assert any(request.startswith("GET /tiny/clip/resolve/") for request in hub.requests)
+
+
+def test_push_replaces_and_names_the_account(pushed, hub):
+    pushed("reno-turbo")
+    repository = hub.root / "someone/reno-turbo"
+    (repository / "pipeline.py").write_text("# of an earlier release\n")
+    pushed("reno-turbo")
+    assert sorted(path.name for path in repository.iterdir()) == ["README.md", "pipeline.py"]
+    assert "class ReNOTurboPipeline" in (repository / "pipeline.py").read_text(encoding="utf-8")
+    assert 'custom_pipeline="someone/reno-turbo"' in (repository / "README.md").read_text(encoding="utf-8")
