@@ -1,10 +1,11 @@
 """The shapes world: a small text-to-image world with a renderer, an exact judge and trained models, all embedded.
 
-    >>> from diffusers import DiffusionPipeline
-    >>> from noiseopt import shapes_world
-    >>> pipe = DiffusionPipeline.from_pretrained(shapes_world.path("turbo"))
-    >>> images = pipe(["a red circle left of a blue star"], num_inference_steps=1, guidance_scale=0.0, output_type="pt").images
-    >>> shapes_world.judge(images, "a red circle left of a blue star")[0].found
+>>> from diffusers import DiffusionPipeline
+>>> from noiseopt import shapes_world
+>>> pipe = DiffusionPipeline.from_pretrained(shapes_world.path("turbo"))
+>>> prompt = "a red circle left of a blue star"
+>>> images = pipe(prompt, num_inference_steps=1, guidance_scale=0.0, output_type="pt").images
+>>> shapes_world.judge(images, prompt)[0].correct
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """A prescribed coupling of noises and pictures, with which one step from noise to picture can be learnt directly.
 
-A diffusion model may be trained with noises that depend on the data, as long as the noise as such stays Gaussian: the
-deterministic sampler still draws from the data (stochastic interpolants, https://arxiv.org/abs/2303.08797; reflow,
-https://arxiv.org/abs/2209.03003, finds such a coupling by sampling a first model). Here the lowest spatial frequencies of
-the noise decide layout and ground, as they do in large models, and all else in the noise is free.
+A diffusion model may be trained with noises that depend on the data, as long as the noise as such stays Gaussian:
+the deterministic sampler still draws from the data (stochastic interpolants, https://arxiv.org/abs/2303.08797; reflow,
+https://arxiv.org/abs/2209.03003, finds such a coupling by sampling a first model). Here the lowest spatial frequencies
+of the noise decide layout and ground, as they do in large models, and all else in the noise is free.
 """
 
 from __future__ import annotations

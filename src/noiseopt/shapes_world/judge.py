@@ -1,7 +1,7 @@
 """A deterministic judge: says what a picture shows, and whether that is what the prompt asks for.
 
-It uses no trained model, so nothing that a noise is optimised for can have learnt to please it: saturated pixels are given
-the nearest hue, connected ones form an object, and its outline, scaled to a square, is compared with the five shapes.
+It uses no trained model, so nothing that a noise is optimised for can have learnt to please it: saturated pixels are
+given the nearest hue, connected ones form an object, and its outline, scaled to a square, is compared with the shapes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .captions import Request, parse
-from .world import COLORS, KINDS, SIZE, Scene, Shape, coverage, relation_of
+from .world import COLORS, KINDS, OPPOSITE, SIZE, Scene, Shape, coverage, relation_of
 
 CHROMA = 0.28  # the largest minus the smallest channel from which on a pixel belongs to a shape
 AREA = 36  # pixels; smaller specks are overlooked
@@ -44,7 +44,7 @@ class Verdict:
         correct: The picture shows exactly the requested objects, in the requested relation.
         lenient: As `correct`, but there may be more objects besides.
         shape_bound: The share of the requested objects that are there with the right shape and color, in [0, 1].
-        position: Whether the requested relation holds between the regions of the requested colors whatever their shapes;
+        position: Whether the requested relation holds between regions of the requested colors, of any shape;
             None if no relation is requested.
         found: What is seen, in words.
     """
@@ -73,7 +73,7 @@ def judge(images: Tensor, prompts: str | Sequence[str]) -> list[Verdict]:
         raise ValueError(f"Expected one prompt or {len(images)}, one per image, but got {len(prompts)}.")
     requests = [parse(prompt) for prompt in prompts]
     things = [found for part in images.split(32) for found in see(part)]
-    return [verdict(found, request) for found, request in zip(things, requests)]
+    return [verdict(found, request) for found, request in zip(things, requests, strict=True)]
 
 
 @torch.no_grad()
@@ -136,7 +136,7 @@ def _components(colors: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _squared(masks: Tensor) -> tuple[Tensor, Tensor]:
-    """Cuts each mask (N, 64, 64) to its box and scales it to a square; also the boxes (N, 4): left, top, right, bottom."""
+    """Cuts each mask (N, 64, 64) to its box, scaled to a square; and the boxes (N, 4): left, top, right, bottom."""
     rows, columns = masks.any(2), masks.any(1)
     span = torch.arange(SIZE)
     low = [torch.where(line, span, SIZE).amin(1) for line in (columns, rows)]
@@ -164,7 +164,7 @@ def _kinds(masks: Tensor) -> tuple[list[str], Tensor]:
     overlap, best = (both / (cut.sum(1)[:, None] + templates.sum(1) - both)).max(1)
     width, height = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
     fits = (overlap > OVERLAP) & (torch.minimum(width, height) > ASPECT * torch.maximum(width, height))
-    kinds = [KINDS[int(k)] if ok else "blob" for k, ok in zip(best, fits)]
+    kinds = [KINDS[int(k)] if ok else "blob" for k, ok in zip(best, fits, strict=True)]
     return kinds, (boxes[:, :2] + boxes[:, 2:]) / 2
 
 
@@ -196,7 +196,7 @@ def _any_related(things: Sequence[Thing], request: Request, by_kind: bool) -> bo
 
 
 def holds(relation: str | None, dx: float, dy: float) -> bool:
-    """Whether an offset of the first centre from the second, in pixels, can be called that; near a diagonal two can be."""
+    """Whether an offset of the first centre from the second, in pixels, can be called that; near a diagonal two can."""
     along, across = (dx, dy) if relation in ("left of", "right of") else (dy, dx)
     along = -along if relation in ("left of", "above") else along
     return along > max(4.0, 0.8 * abs(across))
@@ -211,5 +211,8 @@ def describe(things: Sequence[Thing]) -> str:
         return str(Request(objects))
     if len(things) == 2:
         first, second = things
-        return str(Request(objects, relation_of(first.x - second.x, first.y - second.y, ratio=1.0)))
+        relation = relation_of(first.x - second.x, first.y - second.y, ratio=1.0)
+        if relation in ("right of", "below"):
+            return str(Request(objects[::-1], OPPOSITE[relation]))
+        return str(Request(objects, relation))
     return " and ".join(f"a {color} {kind}" for color, kind in objects)

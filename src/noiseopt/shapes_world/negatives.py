@@ -36,8 +36,8 @@ def wrong_request(request: Request, rng: random.Random) -> Request:
         return Request(objects[:1] * rng.choice([n for n in (1, 2, 3) if n != len(objects)]))
     first, second = objects
     swapped = ((first[0], second[1]), (second[0], first[1]))
-    kinds = ["change", "drop"] + ["swap"] * (set(swapped) != set(objects)) * 2 + ["relation"] * (relation is not None) * 2
-    kind = rng.choice(kinds)
+    swaps, relations = set(swapped) != set(objects), relation is not None
+    kind = rng.choice(["change", "drop"] + 2 * swaps * ["swap"] + 2 * relations * ["relation"])
     if kind == "swap":
         return Request(swapped if rng.random() < 0.5 else swapped[::-1], relation)
     if kind == "relation":
@@ -76,6 +76,6 @@ def imitate_failure(scene: Scene, rng: random.Random) -> Scene:
         shapes.pop(place)
     elif kind in ("add", "drop") and len(shapes) < 3:
         color, other_kind = rng.choice(OBJECTS)
-        extra = Shape(other_kind, color, rng.uniform(8, 56), rng.uniform(8, 56), rng.uniform(4, 11), wobble=rng.uniform(0, 0.4))
-        shapes.insert(0, extra)
+        x, y, radius = rng.uniform(8, 56), rng.uniform(8, 56), rng.uniform(4, 11)
+        shapes.insert(0, Shape(other_kind, color, x, y, radius, wobble=rng.uniform(0, 0.4)))
     return Scene(tuple(shapes))

@@ -1,12 +1,13 @@
 """Trains every model of the shapes world from scratch, with one command:
 
-    python -m noiseopt.shapes_world.train --device cpu --output DIR
+python -m noiseopt.shapes_world.train --device cpu --output DIR
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import json
 import math
 import os
 import random
@@ -20,7 +21,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .captions import Request, caption, parse, sample_request
+from .captions import CATEGORIES, VALIDATION_PROMPTS, caption, category, parse, sample_request
 from .coupling import couple
 from .judge import judge
 from .negatives import imitate_failure, wrong_request
@@ -84,6 +85,7 @@ class Run:
         self.sums: dict[str, float] = {}
         if path.exists():
             self.load()
+        torch.manual_seed(self.seen + (dist.get_rank() if dist.is_initialized() else 0))
 
     def __iter__(self) -> Iterator[int]:
         """Yields the number of samples seen until the stage is done, saving as it goes."""
@@ -108,7 +110,7 @@ class Run:
         self.seen += self.batch
         decay = min(self.decay, (self.seen / self.batch + 1) / (self.seen / self.batch + 20))
         with torch.no_grad():
-            for slow, fast in zip(self.average.parameters(), self.model.parameters()):
+            for slow, fast in zip(self.average.parameters(), self.model.parameters(), strict=True):
                 slow.lerp_(fast, 1 - decay)
         for name, loss in losses.items():
             self.sums[name] = self.sums.get(name, 0.0) + float(loss.detach())
@@ -123,8 +125,9 @@ class Run:
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         flat = torch.cat([g.flatten() for g in gradients])
         dist.all_reduce(flat)
-        for g, mean in zip(gradients, (flat / dist.get_world_size()).split([g.numel() for g in gradients])):
-            g.copy_(mean.view_as(g))
+        means = (flat / dist.get_world_size()).split([g.numel() for g in gradients])
+        for gradient, mean in zip(gradients, means, strict=True):
+            gradient.copy_(mean.view_as(gradient))
 
     def save(self) -> None:
         """Writes everything needed to continue."""
@@ -150,7 +153,7 @@ def pictures(path: Path, count: int, seed: int) -> dict:
         requests = [sample_request(rng) for _ in range(count)]
         chance = torch.rand(count, LAYOUT + LOOKS, generator=generator)
         layouts, looks = chance[:, :LAYOUT].tolist(), chance[:, LAYOUT:]
-        scenes = [lay_out(r.objects, layout, r.relation) for r, layout in zip(requests, layouts)]
+        scenes = [lay_out(r.objects, layout, r.relation) for r, layout in zip(requests, layouts, strict=True)]
         images, masks = [], []
         for i in range(0, count, 500):
             images.append((render(scenes[i : i + 500], generator, looks[i : i + 500]) * 255).round().byte())
@@ -189,8 +192,9 @@ def crops(images: Tensor, masks: Tensor, size: int) -> Tensor:
 def vae_losses(output: Tensor, image: Tensor) -> dict[str, Tensor]:
     """L1 that counts saturated pixels three times, and L1 of the gradients."""
     weight = 1 + 2 * ((image.amax(1, keepdim=True) - image.amin(1, keepdim=True)) > 0.5)
-    gradient = sum(((output - image).diff(dim=dim) * weight.narrow(dim, 1, image.shape[dim] - 1)).abs().mean() for dim in (2, 3))
-    return {"pixel": ((output - image).abs() * weight).mean(), "gradient": 0.5 * gradient}
+    error = output - image
+    gradient = sum((error.diff(dim=d) * weight.narrow(d, 1, image.shape[d] - 1)).abs().mean() for d in (2, 3))
+    return {"pixel": (error.abs() * weight).mean(), "gradient": 0.5 * gradient}
 
 
 def train_vae(args: argparse.Namespace) -> None:
@@ -283,7 +287,7 @@ def blemish(images: Tensor) -> Tensor:
 
 
 def failures(path: Path, scenes: Sequence[Scene], seed: int) -> dict:
-    """Imitated failures of the scenes as uint8 pictures (N, 3, 64, 64), and whether they are right all the same, (N,)."""
+    """Imitated failures of the scenes, uint8 (N, 3, 64, 64), and whether they are right all the same, (N,)."""
     if not path.exists():
         rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
         images, right = [], []
@@ -296,7 +300,9 @@ def failures(path: Path, scenes: Sequence[Scene], seed: int) -> dict:
     return torch.load(path)
 
 
-def contrast(reward: Reward, texts: Tensor, images: Tensor, wrong: Tensor, bad: Tensor, same: Tensor) -> dict[str, Tensor]:
+def contrast(
+    reward: Reward, texts: Tensor, images: Tensor, wrong: Tensor, bad: Tensor, same: Tensor
+) -> dict[str, Tensor]:
     """Which caption, which picture, and whether a pair fits at all.
 
     Args:
@@ -319,25 +325,28 @@ def contrast(reward: Reward, texts: Tensor, images: Tensor, wrong: Tensor, bad: 
     }
 
 
+def drawn_losses(reward: Reward, data: dict, failed: dict, batch: int, rng: random.Random) -> dict[str, Tensor]:
+    """`contrast` of drawn pictures with wrong captions and imitated failures."""
+    bad_rows = (~failed["right"]).nonzero().squeeze(1)
+    rows = bad_rows[torch.randint(0, len(bad_rows), (batch,))]
+    requests = [parse(caption(data["scenes"][i], rng)) for i in rows.tolist()]
+    wrong = [str(wrong_request(request, rng)) for request in requests for _ in range(3)]
+    texts = reward.embed_texts([str(request) for request in requests] + wrong)
+    images = torch.cat((data["images"][rows], failed["images"][rows])).to(reward.bias.device).float() / 255
+    images, bad = reward.embed_images(blemish(images)).chunk(2)
+    keys = [frozenset(request.objects) for request in requests]
+    same = torch.tensor([[a == b for b in keys] for a in keys]).fill_diagonal_(False).to(reward.bias.device)
+    return contrast(reward, texts[:batch], images, texts[batch:].unflatten(0, (-1, 3)), bad, same)
+
+
 def train_clip(args: argparse.Namespace) -> None:
     """Trains the reward on drawn pictures, against wrong captions and imitated failures of each."""
     data = pictures(args.output / "pictures.pt", args.pictures, seed=1)
-    scenes = data["scenes"][: args.failures]
-    failed = failures(args.output / "failures.pt", scenes, seed=2)
-    bad_rows = (~failed["right"]).nonzero().squeeze(1)
+    failed = failures(args.output / "failures.pt", data["scenes"][: args.failures], seed=2)
     run = Run(Reward().to(args.device), args.output / "clip.pt", samples=args.clip_samples, batch=64, lr=2e-3)
     rng = random.Random(3)
     for _ in run:
-        rows = bad_rows[torch.randint(0, len(bad_rows), (run.batch,))]
-        requests = [parse(caption(scenes[i], rng)) for i in rows.tolist()]
-        wrong = [str(wrong_request(request, rng)) for request in requests for _ in range(3)]
-        texts = run.model.embed_texts([str(request) for request in requests] + wrong)
-        images = torch.cat((data["images"][rows], failed["images"][rows])).to(args.device).float() / 255
-        images, bad = run.model.embed_images(blemish(images)).chunk(2)
-        keys = [frozenset(request.objects) for request in requests]
-        same = torch.tensor([[a == b for b in keys] for a in keys]).fill_diagonal_(False).to(args.device)
-        run.step(contrast(run.model, texts[: run.batch], images, texts[run.batch :].unflatten(0, (-1, 3)), bad, same))
-
+        run.step(drawn_losses(run.model, data, failed, run.batch, rng))
 
 
 def averaged(path: Path, model: nn.Module) -> nn.Module:
@@ -363,7 +372,7 @@ def encode_pictures(args: argparse.Namespace) -> dict:
 
 
 def train_decoder(args: argparse.Namespace) -> None:
-    """Trains the decoder further on whole pictures and noisier latents: it must make clean shapes of what a U-Net draws."""
+    """Trains the decoder further, on whole pictures and noisier latents: it must make clean shapes of drawn latents."""
     data, latents = pictures(args.output / "pictures.pt", args.pictures, seed=1), encode_pictures(args)
     vae = new_vae()
     vae.load_state_dict(torch.load(args.output / "vae.pt")["average"])
@@ -456,7 +465,7 @@ def coupled_losses(model: Generator, data: dict, batch: int, rng: random.Random,
 
 
 def train_unet(args: argparse.Namespace) -> None:
-    """Trains the guided teacher, 3 of 8 samples at t = 999."""
+    """Trains the guided teacher, 5 of 8 samples at t = 999."""
     data = encode_pictures(args)
     model = Generator().to(args.device)
     if (args.output / "clip.pt").exists():
@@ -466,102 +475,7 @@ def train_unet(args: argparse.Namespace) -> None:
     batch = run.batch // (dist.get_world_size() if dist.is_initialized() else 1)
     rng = random.Random(torch.initial_seed() + run.seen)
     for _ in run:
-        run.step(coupled_losses(run.model, data, batch, rng, last=0.375))
-
-
-def train_decoder(args: argparse.Namespace) -> None:
-    """Trains the decoder further on whole pictures and noisier latents: it must make clean shapes of what a U-Net draws."""
-    data, latents = pictures(args.output / "pictures.pt", args.pictures, seed=1), encode_pictures(args)
-    vae = new_vae()
-    vae.load_state_dict(torch.load(args.output / "vae.pt")["average"])
-    vae.encoder.requires_grad_(False)
-    run = Run(vae.to(args.device), args.output / "decoder.pt", samples=args.decoder_samples, batch=16, lr=1e-3)
-    forward = torch.compile(vae.decoder) if args.compile else vae.decoder
-    for _ in run:
-        rows = torch.randint(0, len(data["images"]), (run.batch,))
-        images = data["images"][rows].to(args.device).float() / 127.5 - 1
-        z = (latents["latents"][rows] / latents["scale"]).to(args.device)
-        output = forward(z + 0.2 * torch.rand(run.batch, 1, 1, 1).to(z) * torch.randn_like(z))
-        run.step(vae_losses(output, images))
-
-
-class Generator(nn.Module):
-    """The U-Net and its text encoder, trained together; predicts v."""
-
-    def __init__(self) -> None:
-        from diffusers import DDIMScheduler, UNet2DConditionModel
-        from transformers import CLIPTextConfig, CLIPTextModel
-
-        super().__init__()
-        self.tokenizer = new_tokenizer()
-        tower = {"hidden_size": 96, "intermediate_size": 256, "num_attention_heads": 4, "projection_dim": 96}
-        self.text_encoder = CLIPTextModel(CLIPTextConfig(**tower, **text_options(self.tokenizer)))
-        self.unet = UNet2DConditionModel(
-            sample_size=8,
-            in_channels=8,
-            out_channels=8,
-            layers_per_block=1,
-            block_out_channels=(64, 96),
-            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-            cross_attention_dim=96,
-            attention_head_dim=4,
-            norm_num_groups=16,
-        )
-        self.scheduler = DDIMScheduler(
-            beta_start=0.00085,
-            beta_end=0.012,
-            beta_schedule="scaled_linear",
-            prediction_type="v_prediction",
-            timestep_spacing="trailing",
-            clip_sample=False,
-        )
-
-    def embed(self, prompts: Sequence[str]) -> Tensor:
-        """B prompts -> (B, 16, 96), as the stock pipeline does it."""
-        tokens = self.tokenizer(list(prompts), padding="max_length", return_tensors="pt").input_ids
-        return self.text_encoder(tokens.to(self.unet.device)).last_hidden_state
-
-    def forward(self, noisy: Tensor, t: Tensor, prompts: Sequence[str]) -> Tensor:
-        """v of noisy latents (B, 8, 8, 8) at timesteps t, (B,) in [0, 999]."""
-        return self.unet(noisy, t, self.embed(prompts)).sample
-
-    @torch.no_grad()
-    def sample(self, noise: Tensor, prompts: Sequence[str], steps: int, guidance: float) -> Tensor:
-        """DDIM from unit noise (B, 8, 8, 8) to scaled latents."""
-        context = self.embed([""] * len(prompts) * (guidance > 1) + list(prompts))
-        self.scheduler.set_timesteps(steps)
-        z = noise
-        for t in self.scheduler.timesteps:
-            v = self.unet(torch.cat([z] * (len(context) // len(z))), t, context).sample
-            if guidance > 1:
-                free, bound = v.chunk(2)
-                v = free + guidance * (bound - free)
-            z = self.scheduler.step(v, t, z).prev_sample
-        return z
-
-
-def train_unet(args: argparse.Namespace) -> None:
-    """Trains the guided teacher on v; cells of the latent that show shapes count three times."""
-    data = encode_pictures(args)
-    model = Generator().to(args.device)
-    if (args.output / "clip.pt").exists():
-        tower = averaged(args.output / "clip.pt", Reward()).clip.text_model
-        model.text_encoder.load_state_dict(tower.state_dict())
-    run = Run(model, args.output / "unet.pt", samples=args.unet_samples, batch=64, lr=2e-3, decay=0.9985)
-    batch = run.batch // (dist.get_world_size() if dist.is_initialized() else 1)
-    rng = random.Random(torch.initial_seed() + run.seen)
-    for _ in run:
-        rows = torch.randint(0, len(data["latents"]), (batch,))
-        prompts = [caption(data["scenes"][i], rng) if rng.random() > 0.1 else "" for i in rows.tolist()]
-        z, mask = data["latents"][rows].to(args.device), data["masks"][rows].to(args.device)
-        t = (1000 * torch.sigmoid(0.5 + 1.3 * torch.randn(batch))).long().clamp(max=999)
-        t = torch.where(torch.rand(batch) < 0.06, 999, t).to(args.device)
-        noise = torch.randn_like(z)
-        noisy, v = model.scheduler.add_noise(z, noise, t), model.scheduler.get_velocity(z, noise, t)
-        weight = 1 + 2 * mask
-        error = (run.model(noisy, t, prompts) - v).square() * weight
-        run.step({"v": error.mean() / weight.mean()})
+        run.step(coupled_losses(run.model, data, batch, rng, last=0.625))
 
 
 def decode(vae: nn.Module, latents: Tensor, scale: float) -> Tensor:
@@ -587,6 +501,180 @@ def train_student(args: argparse.Namespace) -> None:
         run.step(coupled_losses(run.model, data, batch, rng, last=1.0))
 
 
+def one_step(student: Generator, noise: Tensor, context: Tensor) -> Tensor:
+    """The student's latents, as the stock pipeline gets them in one step without guidance; noise (B, 8, 8, 8)."""
+    alpha = float(student.scheduler.alphas_cumprod[999])
+    v = student.unet(noise, torch.tensor(999, device=noise.device), context).sample
+    return math.sqrt(alpha) * noise - math.sqrt(1 - alpha) * v
+
+
+def ascend(
+    student: Generator, vae: nn.Module, scale: float, reward: Reward, noise: Tensor, prompts: Sequence[str], steps: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Gradient ascent on the reward as in ReNO, https://arxiv.org/abs/2406.04312, with the noise kept at its length.
+
+    Yields noise, pictures and scores before each step and after the last.
+    """
+    with torch.no_grad():
+        context, texts = student.embed(prompts), reward.embed_texts(prompts)
+    noise, velocity = noise.clone(), torch.zeros_like(noise)
+    for step in range(steps + 1):
+        noise.requires_grad_(step < steps)
+        with torch.set_grad_enabled(step < steps):
+            images = decode(vae, one_step(student, noise, context), scale)
+            scores = 20.0 * (reward.embed_images(images) * texts).sum(-1)
+        yield noise.detach(), images.detach(), scores.detach()
+        if step == steps:
+            return
+        (gradient,) = torch.autograd.grad(scores.sum(), noise)
+        gradient = gradient * (0.1 / gradient.flatten(1).norm(dim=1).view(-1, 1, 1, 1).clamp(min=0.1))
+        velocity = 0.9 * velocity + gradient
+        noise = noise.detach() + 5.0 * (gradient + 0.9 * velocity)
+        noise = noise * (math.sqrt(noise[0].numel()) / noise.flatten(1).norm(dim=1).view(-1, 1, 1, 1))
+
+
+def explore(args: argparse.Namespace, reward: Reward, round_: int) -> dict:
+    """Lets the current reward be climbed on training prompts, and has the judge look at the pictures along the way."""
+    student = averaged(args.output / "student.pt", Generator()).to(args.device)
+    vae, scale = final_vae(args), encode_pictures(args)["scale"]
+    rng, generator = random.Random(1000 + round_), torch.Generator().manual_seed(1000 + round_)
+    found: dict[str, list] = {"images": [], "prompts": [], "seen": [], "right": []}
+    for _ in range(args.climbs // 32):
+        prompts = [str(sample_request(rng)) for _ in range(32)]
+        noise = torch.randn(32, 8, 8, 8, generator=generator).to(args.device)
+        climb = ascend(student, vae, scale, reward, noise, prompts, steps=20)
+        for step, (_, images, _) in enumerate(climb):
+            if step in (0, 4, 10, 20):
+                verdicts = judge(images, prompts)
+                found["images"].append((images.cpu() * 255).round().byte())
+                found["prompts"] += prompts
+                found["seen"] += [v.found for v in verdicts]
+                found["right"] += [v.correct for v in verdicts]
+    right = torch.tensor(found["right"]).view(-1, 4, 32).float().mean((0, 2))
+    print(f"round {round_}: right after 0, 4, 10, 20 steps {[round(r, 3) for r in right.tolist()]}", flush=True)
+    return found | {"images": torch.cat(found["images"])}
+
+
+def ranked(reward: Reward, images: Tensor, prompts: Sequence[str], right: Tensor) -> dict[str, Tensor]:
+    """Right above wrong, and each on its side of the bias; images (B, 3, 64, 64), whether they are right (B,)."""
+    scores = reward(images, prompts)
+    order = F.softplus(1.0 + scores[~right][None] - scores[right][:, None])
+    sides = F.softplus(torch.where(right, reward.bias - scores, scores - reward.bias))
+    return {"order": order.mean() if order.numel() else scores.sum() * 0, "side": 0.5 * sides.mean()}
+
+
+def harden_clip(args: argparse.Namespace) -> None:
+    """Trains the reward on what the student draws and on what climbing the reward makes of it, for some rounds.
+
+    Half of each batch are drawn pictures as before, so that the reward does not forget them.
+    """
+    data = pictures(args.output / "pictures.pt", args.pictures, seed=1)
+    failed = failures(args.output / "failures.pt", data["scenes"][: args.failures], seed=2)
+    reward = Reward().to(args.device)
+    reward.load_state_dict(torch.load(args.output / "clip.pt")["average"])
+    rng = random.Random(4)
+    total = args.rounds * args.round_samples
+    run = Run(reward, args.output / "hardened.pt", samples=total, batch=64, lr=1e-3, decay=0.99)
+    for round_ in range(run.seen // args.round_samples, args.rounds):
+        path = args.output / f"climbs_{round_}.pt"
+        if not path.exists():
+            torch.save(explore(args, run.average, round_), path)
+        climbs = [torch.load(p) for p in sorted(args.output.glob("climbs_*.pt"))]
+        images, right = torch.cat([c["images"] for c in climbs]), torch.cat([torch.tensor(c["right"]) for c in climbs])
+        prompts, seen = ([text for c in climbs for text in c[key]] for key in ("prompts", "seen"))
+        run.samples = (round_ + 1) * args.round_samples
+        for _ in run:
+            half = run.batch // 2
+            yes, no = right.nonzero().squeeze(1), (~right).nonzero().squeeze(1)
+            rows = torch.cat([side[torch.randint(0, len(side), (half,))] for side in (yes, no)])
+            generated = blemish(images[rows].to(args.device).float() / 255)
+            losses = ranked(run.model, generated, [prompts[i] for i in rows.tolist()], right[rows].to(args.device))
+            run.step(losses | drawn_losses(run.model, data, failed, half, rng))
+    run.save()
+
+
+def export(args: argparse.Namespace) -> None:
+    """Writes the weights in half precision as stock pipelines and a stock CLIP model."""
+    from diffusers import StableDiffusionPipeline
+
+    folder = args.output / "weights"
+    vae = final_vae(args).cpu()
+    vae.register_to_config(scaling_factor=round(encode_pictures(args)["scale"], 6))
+    for name, stage in (("guided", "unet"), ("turbo", "student")):
+        if not (args.output / f"{stage}.pt").exists():
+            continue
+        model = averaged(args.output / f"{stage}.pt", Generator())
+        StableDiffusionPipeline(
+            vae=vae,
+            text_encoder=model.text_encoder,
+            tokenizer=model.tokenizer,
+            unet=model.unet,
+            scheduler=model.scheduler,
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        ).to(torch.float16).save_pretrained(folder / name)
+        vae.float()
+    hardened = args.output / "hardened.pt"
+    reward = averaged(hardened if hardened.exists() else args.output / "clip.pt", Reward())
+    reward.clip.half().save_pretrained(folder / "clip")
+    reward.tokenizer.save_pretrained(folder / "clip")
+    half = [0.5, 0.5, 0.5]
+    processor = {"image_processor_type": "CLIPImageProcessor", "do_resize": True, "size": {"shortest_edge": SIZE}}
+    processor |= {"do_center_crop": True, "crop_size": {"height": SIZE, "width": SIZE}, "do_rescale": True}
+    processor |= {"rescale_factor": 1 / 255, "do_normalize": True, "image_mean": half, "image_std": half, "resample": 3}
+    (folder / "clip" / "preprocessor_config.json").write_text(
+        json.dumps(processor | {"do_convert_rgb": True}, indent=2)
+    )
+
+
+def auc(right: Tensor, wrong: Tensor) -> float:
+    """The chance that a right picture scores above a wrong one."""
+    return float((right[:, None] > wrong).float().mean()) if len(right) and len(wrong) else math.nan
+
+
+def by_category(prompts: Sequence[str], right: Sequence[bool]) -> str:
+    """Shares of right pictures, in words."""
+    groups = {c: [r for p, r in zip(prompts, right, strict=True) if category(p) == c] for c in CATEGORIES}
+    shares = "  ".join(f"{c} {sum(g) / len(g):.2f}" for c, g in groups.items() if g)
+    return f"{sum(right) / len(right):.3f}  ({shares})"
+
+
+def report(args: argparse.Namespace) -> None:
+    """Prints how often pictures of validation prompts are right, how well the reward knows, what climbing repairs."""
+    vae, scale = final_vae(args), encode_pictures(args)["scale"]
+    generator = torch.Generator().manual_seed(7)
+    prompts = list(VALIDATION_PROMPTS[: args.report_prompts])
+    noise = torch.randn(len(prompts), 8, 8, 8, generator=generator).to(args.device)
+    data = pictures(args.output / "pictures.pt", args.pictures, seed=1)
+    sample = data["images"][-256:].float() / 255
+    with torch.no_grad():
+        again = vae.decoder(vae.encoder(sample.to(args.device) * 2 - 1)) / 2 + 0.5
+    texts = [str(request) for request in data["requests"][-256:]]
+    print("autoencoder ", by_category(texts, [v.correct for v in judge(again, texts)]), flush=True)
+    if (args.output / "unet.pt").exists():
+        teacher = averaged(args.output / "unet.pt", Generator()).to(args.device)
+        images = decode(vae, teacher.sample(noise, prompts, steps=6, guidance=3.0), scale)
+        print("guided, 6 steps", by_category(prompts, [v.correct for v in judge(images, prompts)]), flush=True)
+    stage = args.output / "student.pt"
+    student = averaged(stage if stage.exists() else args.output / "unet.pt", Generator()).to(args.device)
+    hardened = args.output / "hardened.pt"
+    reward = averaged(hardened if hardened.exists() else args.output / "clip.pt", Reward()).to(args.device)
+    first: list[bool] = []
+    for step, (_, images, scores) in enumerate(ascend(student, vae, scale, reward, noise, prompts, args.report_steps)):
+        if step not in (0, 10, 20, 50):
+            continue
+        right = [v.correct for v in judge(images, prompts)]
+        first = first or right
+        repaired = [r for r, before in zip(right, first, strict=True) if not before]
+        flags = torch.tensor(right)
+        print(
+            f"one step, after {step} steps of ascent: {by_category(prompts, right)}  score {scores.mean():.2f}",
+            flush=True,
+        )
+        print(f"  repaired {sum(repaired)}/{len(repaired)}  AUC {auc(scores[flags], scores[~flags]):.3f}", flush=True)
+
+
 STAGES = {
     "vae": train_vae,
     "clip": train_clip,
@@ -594,6 +682,9 @@ STAGES = {
     "unet": train_unet,
     "decoder": train_decoder,
     "student": train_student,
+    "harden": harden_clip,
+    "export": export,
+    "report": report,
 }
 
 
@@ -607,6 +698,11 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--vae-samples", type=int, default=200_000)
     parser.add_argument("--pictures", type=int, default=30_000)
+    parser.add_argument("--climbs", type=int, default=256)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--round-samples", type=int, default=12_800)
+    parser.add_argument("--report-prompts", type=int, default=96)
+    parser.add_argument("--report-steps", type=int, default=50)
     parser.add_argument("--unet-samples", type=int, default=600_000)
     parser.add_argument("--student-samples", type=int, default=120_000)
     parser.add_argument("--decoder-samples", type=int, default=40_000)
@@ -618,7 +714,6 @@ def main() -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     if "WORLD_SIZE" in os.environ:
         dist.init_process_group("gloo")
-        torch.manual_seed(dist.get_rank())
     for stage in args.stages:
         STAGES[stage](args)
 

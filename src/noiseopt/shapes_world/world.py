@@ -1,8 +1,7 @@
 """The shapes world: what can be in a picture, and a signed-distance renderer that draws it.
 
-A picture shows one to three flat shapes on a grey, faintly tinted, perhaps textured ground. The scene says which shapes,
-where and how large; colour jitter and ground are free, so that no caption ever mentions them and a set of pictures of one
-scene can differ.
+A picture shows one to three flat shapes on a grey, faintly tinted, perhaps textured ground. The scene says which
+shapes, where and how large; color jitter and ground are free: no caption mentions them.
 """
 
 from __future__ import annotations
@@ -100,13 +99,14 @@ def lay_out(objects: Sequence[tuple[str, str]], chance: Sequence[float], relatio
         sideways = relation in ("left of", "right of")
         ahead, beside = ((xa, xb), (ya, yb)) if sideways else ((ya, yb), (xa, xb))
         main, cross = _in_a_row(radii, ahead, beside, turned=relation in ("right of", "below"))
-        centres = list(zip(main, cross)) if sideways else list(zip(cross, main))
+        centres = list(zip(*((main, cross) if sideways else (cross, main)), strict=True))
     else:
         radii = [_between(9.0, 10.0, ra)] * 3
         (left, right), (top, bottom) = _spread(radii[:2], (xa, xb)), _spread(radii[:2], (ya, yb))
         row, other = (top, bottom) if across < 0.5 else (bottom, top)
         centres = [(left, row), (right, row), (_inside(radii[2], along), other)]
-    return Scene(tuple(Shape(k, c, x, y, r) for (c, k), (x, y), r in zip(objects, centres, radii)))
+    places = zip(objects, centres, radii, strict=True)
+    return Scene(tuple(Shape(kind, color, x, y, radius) for (color, kind), (x, y), radius in places))
 
 
 def _between(low: float, high: float, share: float) -> float:
@@ -129,7 +129,7 @@ def _in_a_row(
     """Coordinates of two centres along the axis of their relation and across it, where they differ clearly less."""
     order = slice(None, None, -1) if turned else slice(None)
     main = _spread(radii[order], ahead)[order]
-    cross = [_inside(radius, share) for radius, share in zip(radii, beside)]
+    cross = [_inside(radius, share) for radius, share in zip(radii, beside, strict=True)]
     excess = abs(cross[0] - cross[1]) - abs(main[0] - main[1]) / 1.3
     if excess > 0:
         step = math.copysign(excess / 2, cross[1] - cross[0])
@@ -139,15 +139,6 @@ def _in_a_row(
 
 def _clamp(centre: float, radius: float) -> float:
     return min(max(centre, radius + 1), SIZE - radius - 1)
-
-
-def relation_of(dx: float, dy: float, ratio: float) -> str | None:
-    """The relation for an offset of the first centre from the second, in pixels, or None if no axis dominates."""
-    if abs(dx) > ratio * abs(dy):
-        return "left of" if dx < 0 else "right of"
-    if abs(dy) > ratio * abs(dx):
-        return "above" if dy < 0 else "below"
-    return None
 
 
 def _circle(x: Tensor, y: Tensor) -> Tensor:
@@ -229,8 +220,9 @@ def coverage(scenes: Sequence[Scene], generator: torch.Generator | None = None) 
 
 
 def _grounds(chance: Tensor) -> Tensor:
-    """Grounds, (B, 3, 64, 64) in [0, 1], of numbers (B, 11) in [0, 1]: grey, tint, gradient and one of four textures."""
-    grey, red, green, blue, slope_x, slope_y, texture, waves, phase_x, phase_y, depth = chance[:, :, None, None].unbind(1)
+    """Grounds, (B, 3, 64, 64) in [0, 1], from chances (B, 11): grey, tint, gradient, one of four textures."""
+    columns = chance[:, :, None, None].unbind(1)
+    grey, red, green, blue, slope_x, slope_y, texture, waves, phase_x, phase_y, depth = columns
     axis = torch.linspace(-1.0, 1.0, SIZE)
     x, y = axis, axis[:, None]
     gradient = 0.16 * ((slope_x - 0.5) * x + (slope_y - 0.5) * y)

@@ -1,0 +1,97 @@
+import random
+from collections import Counter
+
+import pytest
+import torch
+
+from noiseopt import shapes_world
+from noiseopt.shapes_world import CATEGORIES, Request, Scene, Shape, caption, judge, parse, render
+from noiseopt.shapes_world.negatives import wrong_request
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    rng = random.Random(0)
+    scenes = [shapes_world.sample_scene(rng) for _ in range(600)]
+    return render(scenes, torch.Generator().manual_seed(0)), [caption(scene, rng) for scene in scenes]
+
+
+def test_clean_pictures_are_right(drawn):
+    images, prompts = drawn
+    verdicts = judge(images, prompts)
+    assert set(map(shapes_world.category, prompts)) == set(CATEGORIES)
+    assert sum(v.correct for v in verdicts) >= 0.995 * len(verdicts)
+    assert all(v.lenient and v.shape_bound == 1 and v.position in (True, None) for v in verdicts if v.correct)
+
+
+def test_close_but_wrong_captions_are_wrong(drawn):
+    images, prompts = drawn
+    rng = random.Random(1)
+    wrong = [str(wrong_request(parse(prompt), rng)) for prompt in prompts]
+    assert sum(v.correct for v in judge(images, wrong)) <= 0.005 * len(prompts)
+
+
+def picture(*shapes: Shape) -> torch.Tensor:
+    return render(Scene(shapes), torch.Generator().manual_seed(0))
+
+
+STAR, CROSS = Shape("star", "red", 16, 32, 12), Shape("cross", "blue", 48, 32, 12)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "correct", "lenient", "shape_bound", "position"),
+    [
+        ("a red star left of a blue cross", True, True, 1.0, True),
+        ("a blue cross right of a red star", True, True, 1.0, True),
+        ("a red star right of a blue cross", False, False, 1.0, False),
+        ("a red star above a blue cross", False, False, 1.0, False),
+        ("a red star and a blue cross", True, True, 1.0, None),
+        ("a red cross left of a blue star", False, False, 0.0, True),
+        ("a red star left of a blue circle", False, False, 0.5, True),
+        ("a red star", False, True, 1.0, None),
+        ("two red stars", False, False, 0.5, None),
+    ],
+)
+def test_verdict(prompt, correct, lenient, shape_bound, position):
+    (verdict,) = judge(picture(STAR, CROSS), prompt)
+    assert (verdict.correct, verdict.lenient, verdict.shape_bound) == (correct, lenient, shape_bound)
+    assert verdict.position is position
+    assert verdict.found == "a red star left of a blue cross"
+
+
+def test_an_empty_picture_shows_nothing():
+    (verdict,) = judge(torch.full((1, 3, 64, 64), 0.5), "a red star")
+    assert not verdict.correct
+    assert verdict.found == "nothing"
+
+
+def test_a_shape_without_form_is_a_blob():
+    (verdict,) = judge(picture(Shape("circle", "red", 32, 32, 12, stretch=3.0)), "a red circle")
+    assert not verdict.correct
+    assert verdict.found == "a red blob"
+
+
+def test_regions_are_counted_one_by_one():
+    touching = picture(
+        Shape("square", "red", 20, 20, 10), Shape("square", "blue", 39, 20, 10), Shape("star", "red", 20, 50, 10)
+    )
+    (things,) = shapes_world.see(touching)
+    assert Counter((t.color, t.kind) for t in things) == {
+        ("red", "square"): 1,
+        ("blue", "square"): 1,
+        ("red", "star"): 1,
+    }
+
+
+def test_wrong_shapes_of_input_are_refused():
+    with pytest.raises(ValueError, match=r"\(B, 3, 64, 64\)"):
+        judge(torch.zeros(1, 3, 32, 32), "a red star")
+    with pytest.raises(ValueError, match="Expected one prompt or 1"):
+        judge(torch.zeros(1, 3, 64, 64), ["a red star"] * 2)
+
+
+def test_wrong_requests_differ_from_their_origin():
+    rng = random.Random(0)
+    single = Request((("red", "star"),))
+    for request in (single, Request(single.objects * 2), Request((*single.objects, ("blue", "cross")), "above")):
+        assert all(wrong_request(request, rng) != request for _ in range(200))
