@@ -19,15 +19,15 @@ REWARDS: dict[str, float] = {"red": 1.0, "tiny/clip": 0.1}
 
 
 def draw(pipe: Any, **kwargs: Any) -> Any:
-    """Two steps of optimisation, or none, from one seed."""
+    """One image from one seed."""
     pipe.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(7)
     settings: dict[str, Any] = {"num_inference_steps": 1, "guidance_scale": 0.0, "output_type": "pt"}
     return pipe("a red cat", generator=generator, **settings, **kwargs)
 
 
-def optimized(pipe: Any) -> torch.Tensor:
-    return draw(pipe, rewards=REWARDS, optimization_steps=3).images
+def optimized(pipe: Any) -> Any:
+    return draw(pipe, rewards=REWARDS, optimization_steps=3)
 
 
 def main(name: str, stock_name: str, module: str, folder: str, repository: str, hub: Path) -> dict[str, bool]:
@@ -41,15 +41,21 @@ def main(name: str, stock_name: str, module: str, folder: str, repository: str, 
     remote = DiffusionPipeline.from_pretrained(
         f"tiny/{weights.name}", custom_pipeline=repository, trust_remote_code=True
     )
-    image = optimized(remote)
+    output = optimized(remote)
+    image, noise_file = output.images, hub / "noise.safetensors"
+    output.noise_result.save(noise_file)
     facts = {
-        "folder and Hub draw the same": torch.equal(image, optimized(local)),
+        "folder and Hub draw the same": torch.equal(image, optimized(local).images),
         "the noise was optimised": not torch.equal(image, draw(stock).images),
         "without rewards it is the stock pipeline": torch.equal(draw(remote).images, draw(stock).images),
         "the package was not needed": "noiseopt" not in sys.modules,
     }
     package = getattr(importlib.import_module(module), name).from_pretrained(weights)
-    facts["the package draws the same"] = torch.equal(image, optimized(package))
+    facts["the package draws the same"] = torch.equal(image, optimized(package).images)
+    noise = importlib.import_module("noiseopt.pipelines.noise_result").NoiseResult.load(noise_file)
+    facts["the package draws it again from the saved noise"] = torch.equal(
+        image, draw(package, latents=noise.latents).images
+    )
     return facts
 
 
