@@ -1,0 +1,109 @@
+"""The command line: `noiseopt demo`."""
+
+import argparse
+import contextlib
+import importlib.util
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run one command.
+
+    Args:
+        argv: The words after the program's name; those of the process if `None`.
+
+    Raises:
+        SystemExit: With code 2 for arguments that cannot work, with code 1 and a message for a machine that lacks
+            something, with code 130 if interrupted.
+    """
+    with contextlib.suppress(AttributeError):  # a terminal that has no arrow shows a question mark, not an exception
+        sys.stdout.reconfigure(errors="replace")  # pyright: ignore[reportAttributeAccessIssue]
+    arguments = build_parser().parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All commands. Each sets `run`, a function of the parsed arguments."""
+    parser = argparse.ArgumentParser(
+        prog="noiseopt", description="Optimise the initial noise of text-to-image diffusion."
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    add_demo(commands)
+    return parser
+
+
+def add_demo(commands) -> None:
+    parser = commands.add_parser(
+        "demo",
+        help="optimise the noise of an embedded model and show what changes; offline, under a minute",
+        description="Draw prompts with an embedded one-step model before and after ReNO, and let a judge compare the "
+        "pictures with the prompts. Needs no download and no GPU.",
+    )
+    parser.add_argument(
+        "--prompt",
+        action="append",
+        type=shapes_prompt,
+        dest="prompts",
+        metavar="TEXT",
+        help="a prompt such as 'a red circle left of a blue star'; may be repeated (default: 8 validation prompts)",
+    )
+    parser.add_argument("--seed", type=natural, default=0, help="seed of the first prompt, the next has the next (0)")
+    parser.add_argument("--steps", type=positive, default=50, help="evaluations for each prompt (50)")
+    parser.add_argument("--output", type=Path, default=Path("noiseopt-demo"), help="folder to write to (noiseopt-demo)")
+    parser.set_defaults(run=demo)
+
+
+def demo(arguments: argparse.Namespace) -> None:
+    """`noiseopt demo`: what can fail for want of something is asked for before any model runs."""
+    require_plots("noiseopt demo")
+    make_folder(arguments.output)
+    from .demo import DEFAULT_PROMPTS, run_demo
+
+    run_demo(arguments.prompts or DEFAULT_PROMPTS, arguments.seed, arguments.steps, arguments.output)
+
+
+def require_plots(command: str) -> None:
+    if importlib.util.find_spec("matplotlib") is None:
+        raise SystemExit(f"{command} draws with matplotlib, which is not installed. Run `pip install noiseopt[plots]`.")
+
+
+def make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SystemExit(f"Expected a folder to write to, but got {path}: {error.strerror}.") from None
+
+
+def positive(text: str) -> int:
+    """An integer of 1 or more, as an argparse type."""
+    return integer(text, least=1)
+
+
+def natural(text: str) -> int:
+    """An integer from 0 to what a generator takes as its seed, as an argparse type."""
+    return integer(text, least=0)
+
+
+def integer(text: str, least: int) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = None
+    if value is None or not least <= value < 2**62:
+        raise argparse.ArgumentTypeError(f"Expected an integer of {least} or more, but got {text!r}.")
+    return value
+
+
+def shapes_prompt(text: str) -> str:
+    """A prompt that the embedded world can draw, as an argparse type."""
+    from . import shapes_world
+
+    try:
+        return str(shapes_world.parse(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None

@@ -1,0 +1,169 @@
+"""The figures of the demo. Drawn without pyplot: no window, no global state."""
+
+import textwrap
+from collections.abc import Collection
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from PIL import Image
+
+if TYPE_CHECKING:
+    from .demo import Story
+
+INK, MUTED, RIGHT, WRONG, CURVE = "#1f2328", "#6e7781", "#1a7f37", "#cf222e", "#0969da"
+DPI = 200  # twice what a README shows at its full width
+WIDTH, MARGIN, COLUMNS, GUTTER = 10.0, 0.15, 4, 0.25  # inches
+CELL = (WIDTH - 2 * MARGIN - (COLUMNS - 1) * GUTTER) / COLUMNS
+
+
+class Page:
+    """A white figure whose parts are placed in inches from its top left corner."""
+
+    def __init__(self, height: float, width: float = WIDTH) -> None:
+        self.height, self.width = height, width
+        self.figure = Figure(figsize=(width, height), dpi=DPI, facecolor="white")
+
+    def axes(self, left: float, top: float, width: float, height: float) -> Axes:
+        bottom = self.height - top - height
+        box = (left / self.width, bottom / self.height, width / self.width, height / self.height)
+        return self.figure.add_axes(box)
+
+    def text(self, left: float, top: float, text: str, size: float = 10, color: str = INK, **style) -> None:
+        x, y = left / self.width, 1 - top / self.height
+        self.figure.text(x, y, text, size=size, color=color, **{"va": "top", **style})
+
+    def title(self, left: float, bottom: float, prompt: str) -> None:
+        """A prompt in as many lines as it needs, the last of which stands at `bottom`."""
+        for line, words in enumerate(reversed(wrapped(prompt))):
+            self.text(left, bottom - 0.16 * line, words, va="baseline")
+
+    def image(self, left: float, top: float, side: float, image: torch.Tensor, correct: bool) -> None:
+        """An image `(3, H, W)` in [0, 1], enlarged smoothly, in a frame that says what the judge finds."""
+        axes = self.axes(left, top, side, side)
+        axes.imshow(enlarged(image, round(side * DPI)), interpolation="nearest")
+        axes.set(xticks=[], yticks=[])
+        for spine in axes.spines.values():
+            spine.set(color=RIGHT if correct else WRONG, linewidth=2)
+
+    def caption(self, left: float, top: float, side: float, text: str, correct: bool) -> None:
+        """A line under an image: the judge's mark, and a text."""
+        mark = "✓" if correct else "✗"
+        color = RIGHT if correct else WRONG
+        self.text(left + side / 2, top + side + 0.06, f"{mark} {text}", size=9, color=color, ha="center")
+
+    def save(self, path: Path) -> None:
+        self.figure.savefig(path)
+
+
+def enlarged(image: torch.Tensor, side: int) -> Image.Image:
+    pixels = (image.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    return Image.fromarray(pixels).resize((side, side), Image.Resampling.LANCZOS)
+
+
+def cell(sample: int, top: float, height: float) -> tuple[float, float]:
+    """The left and top of a prompt's cell in a grid of `COLUMNS`."""
+    row, column = divmod(sample, COLUMNS)
+    return MARGIN + column * (CELL + GUTTER), top + row * height
+
+
+def rows(story: "Story") -> int:
+    return -(-len(story.prompts) // COLUMNS)
+
+
+def wrapped(prompt: str, width: int = 26) -> list[str]:
+    """As few lines as fit, about equally long."""
+    lines = len(textwrap.wrap(prompt, width))
+    narrower = (textwrap.wrap(prompt, w) for w in range(1, width + 1))
+    return next(wrap for wrap in narrower if len(wrap) <= lines)
+
+
+def draw_before_after(story: "Story", path: Path) -> None:
+    """The plain and the returned image of each prompt, side by side."""
+    head, title, arrow = 0.45, 0.42, 0.28
+    side = (CELL - arrow) / 2
+    height = title + side + 0.42
+    columns = min(COLUMNS, len(story.prompts))
+    page = Page(head + rows(story) * height, width=max(5.6, 2 * MARGIN + columns * (CELL + GUTTER) - GUTTER))
+    steps = len(story.rewards)
+    explanation = f"Plain → after {steps} steps of ReNO. Below: the judge's verdict and the reward."
+    page.text(MARGIN, 0.12, explanation, color=MUTED)
+    for sample, prompt in enumerate(story.prompts):
+        left, top = cell(sample, head, height)
+        page.title(left, top + title - 0.1, prompt)
+        for offset, step in zip((0, side + arrow), story.ends(sample), strict=True):
+            correct, reward = story.verdicts[step][sample].correct, story.rewards[step, sample]
+            page.image(left + offset, top + title, side, story.images[step, sample], correct)
+            page.caption(left + offset, top + title, side, f"{reward:.1f}", correct)
+        page.text(left + CELL / 2, top + title + side / 2, "→", size=13, color=MUTED, ha="center", va="center")
+    page.save(path)
+
+
+def draw_trajectory(story: "Story", path: Path) -> None:
+    """The reward of each prompt over the steps, and film strips of up to two prompts."""
+    height, frame, strip = 1.75, 0.98, 1.75
+    shown = film_prompts(story)
+    head = 0.45
+    strips_top = head + rows(story) * height + 0.1
+    page = Page(strips_top + len(shown) * strip)
+    page.text(MARGIN, 0.12, "Reward over the steps: the best so far (bold), and of each step.", color=MUTED)
+    page.text(WIDTH - MARGIN, 0.12, "Green: the judge finds the image right.", color=RIGHT, ha="right")
+    for sample in range(len(story.prompts)):
+        left, top = cell(sample, head, height)
+        draw_curve(page.axes(left + 0.3, top + 0.42, CELL - 0.3, height - 0.8), story, sample)
+        page.title(left, top + 0.32, story.prompts[sample])
+    for row, sample in enumerate(shown):
+        draw_strip(page, strips_top + row * strip, frame, story, sample)
+    page.save(path)
+
+
+def draw_curve(axes: Axes, story: "Story", sample: int) -> None:
+    rewards = story.rewards[:, sample].nan_to_num(-torch.inf)
+    for step, row in enumerate(story.verdicts):
+        if row[sample].correct:
+            axes.axvspan(step - 0.5, step + 0.5, color=RIGHT, alpha=0.16, linewidth=0)
+    axes.plot(rewards, color=CURVE, linewidth=0.8, alpha=0.5)
+    axes.plot(rewards.cummax(0).values, color=CURVE, linewidth=1.8)
+    axes.plot(story.best(sample), rewards[story.best(sample)], "o", color=CURVE, markersize=4)
+    known = story.rewards[story.rewards.isfinite()]
+    margin = 0.05 * float(known.max() - known.min()) + 0.01
+    axes.set(xlim=(-0.5, len(rewards) - 0.5), ylim=(float(known.min()) - margin, float(known.max()) + margin))
+    axes.tick_params(labelsize=8, colors=MUTED, length=2)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(MUTED)
+
+
+def film_prompts(story: "Story", count: int = 2) -> list[int]:
+    """Prompts for the film strips: those that turn from wrong to right, then the others, in the order given."""
+
+    def repaired(sample: int) -> bool:
+        before, after = (story.verdicts[step][sample].correct for step in story.ends(sample))
+        return after and not before
+
+    return sorted(range(len(story.prompts)), key=lambda sample: not repaired(sample))[:count]
+
+
+def film_steps(landmarks: Collection[int], steps: int, count: int) -> list[int]:
+    """`count` of the steps: the landmarks, and each time the one that is farthest from those chosen.
+
+    Distances are those of the square roots, since most happens early.
+    """
+    chosen = set(landmarks)
+    while len(chosen) < min(count, steps):
+        chosen.add(max(range(steps), key=lambda step: min(abs(step**0.5 - other**0.5) for other in chosen)))
+    return sorted(chosen)
+
+
+def draw_strip(page: Page, top: float, side: float, story: "Story", sample: int, count: int = 9) -> None:
+    first, best = story.first_right(sample), story.best(sample)
+    landmarks = {0, best} | ({first} if first is not None else set())
+    page.text(MARGIN, top, story.prompts[sample], size=10)
+    gap = (WIDTH - 2 * MARGIN - count * side) / (count - 1)
+    for column, step in enumerate(film_steps(landmarks, len(story.rewards), count)):
+        left, correct = MARGIN + column * (side + gap), story.verdicts[step][sample].correct
+        page.image(left, top + 0.24, side, story.images[step, sample], correct)
+        page.caption(left, top + 0.24, side, f"step {step}", correct)
+        note = " and ".join(name for name, at in (("first right", first), ("returned", best)) if at == step)
+        page.text(left + side / 2, top + 0.24 + side + 0.22, note, size=8, color=MUTED, ha="center")

@@ -1,0 +1,125 @@
+"""The command line: what `noiseopt demo` writes and says, and how it refuses what it cannot do."""
+
+import contextlib
+import io
+import sys
+from pathlib import Path
+
+import matplotlib
+import pytest
+import torch
+from diffusers.utils import logging as diffusers_logging
+from PIL import Image
+from transformers.utils import logging as transformers_logging
+
+from noiseopt import NoiseResult, plots, shapes_world
+from noiseopt.cli import main
+from noiseopt.demo import DEFAULT_PROMPTS, ONE_STEP, load_pipeline, quiet_libraries
+
+PROMPT = "a red circle left of a blue star"
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory) -> tuple[Path, str]:
+    """The folder that a short demo wrote to, and what it printed."""
+    folder, printed = tmp_path_factory.mktemp("demo") / "new" / "folder", io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        main(["demo", "--steps", "2", "--seed", "3", "--prompt", PROMPT, "--output", str(folder)])
+    return folder, printed.getvalue()
+
+
+def test_demo_says_what_happened(demo):
+    folder, printed = demo
+    assert PROMPT in printed
+    assert printed.count("right") + printed.count("wrong: ") >= 2
+    assert "judge: " in printed and " of 1 right → " in printed
+    for name in ("before_after.png", "trajectory.png", "noise.safetensors"):
+        assert (folder / name).is_file() and f"wrote {folder / name}" in printed
+
+
+@pytest.mark.parametrize("name", ["before_after.png", "trajectory.png"])
+def test_demo_draws(demo, name):
+    with Image.open(demo[0] / name) as picture:
+        assert plots.WIDTH / 2 <= picture.width / plots.DPI <= plots.WIDTH
+        assert picture.width / 5 < picture.height < picture.width * 2
+        assert len(set(picture.convert("RGB").resize((64, 64)).get_flattened_data())) > 50
+
+
+def test_demo_saves_a_noise_that_draws_its_image(demo):
+    result = NoiseResult.load(demo[0] / "noise.safetensors")
+    assert result.provenance["prompts"] == [PROMPT] and result.provenance["seeds"] == [3]
+    assert result.losses.shape == (2, 1)
+    pipe = load_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    plain = pipe(PROMPT, generator=torch.Generator().manual_seed(3), output_type="pt", **ONE_STEP).images
+    found = pipe(PROMPT, latents=result.latents, output_type="pt", **ONE_STEP).images
+    assert found.shape == (1, 3, 64, 64)
+    assert torch.equal(found, plain) == (result.best_step.item() == 0)
+
+
+def test_figures_leave_matplotlib_as_it_was(tmp_path):
+    before = dict(matplotlib.rcParams)
+    main(["demo", "--steps", "1", "--output", str(tmp_path)])
+    assert dict(matplotlib.rcParams) == before
+
+
+def test_default_prompts_are_the_first_of_the_validation_split():
+    categories = [shapes_world.category(prompt) for prompt in DEFAULT_PROMPTS]
+    assert categories == ["position"] * 4 + ["binding"] * 2 + ["counting"] * 2
+    for category in set(categories):
+        split = [prompt for prompt in shapes_world.VALIDATION_PROMPTS if shapes_world.category(prompt) == category]
+        ours = [prompt for prompt in DEFAULT_PROMPTS if shapes_world.category(prompt) == category]
+        assert ours == split[: len(ours)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], "COMMAND"),
+        (["paint"], "invalid choice: 'paint'"),
+        (["demo", "--steps", "0"], "Expected an integer of 1 or more, but got '0'"),
+        (["demo", "--steps", "many"], "Expected an integer of 1 or more, but got 'many'"),
+        (["demo", "--seed", "-1"], "Expected an integer of 0 or more, but got '-1'"),
+        (["demo", "--prompt", "a cat on a mat"], "It can draw 'a red circle'"),
+    ],
+)
+def test_bad_arguments_are_refused(arguments, expected, capsys):
+    with pytest.raises(SystemExit) as refused:
+        main(arguments)
+    message = capsys.readouterr().err
+    assert refused.value.code == 2
+    assert expected in message and "Traceback" not in message
+
+
+def test_missing_matplotlib_is_said_before_anything_runs(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(SystemExit, match=r"pip install noiseopt\[plots\]"):
+        main(["demo", "--output", str(tmp_path / "folder")])
+    assert not (tmp_path / "folder").exists()
+
+
+def test_output_that_is_a_file_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match="Expected a folder to write to"):
+        main(["demo", "--output", str(tmp_path / "file")])
+
+
+def test_quiet_libraries_restores_them():
+    libraries = (diffusers_logging, transformers_logging)
+    before = [(library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries]
+    with pytest.raises(RuntimeError), quiet_libraries():
+        assert not any(library.is_progress_bar_enabled() for library in libraries)
+        raise RuntimeError
+    assert [(library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries] == before
+
+
+@pytest.mark.parametrize(("landmarks", "steps", "count"), [({0}, 1, 9), ({0, 3}, 5, 9), ({0, 17, 42}, 50, 9)])
+def test_film_steps_hold_the_landmarks(landmarks, steps, count):
+    chosen = plots.film_steps(landmarks, steps, count)
+    assert landmarks <= set(chosen) <= set(range(steps))
+    assert chosen == sorted(chosen) and len(chosen) == min(count, steps)
+
+
+def test_titles_are_wrapped_evenly():
+    assert plots.wrapped("two green circles") == ["two green circles"]
+    assert plots.wrapped("a cyan square below a red cross") == ["a cyan square", "below a red cross"]
