@@ -1,8 +1,8 @@
 """Run by `test_loading.py` in a fresh process: load a card from its folder and from the Hub, and compare the images.
 
 Local pipelines share one module name, and the Hub's address is read at import: hence one process for each card.
-Arguments: the class; the diffusers class under it; the module it has in the package; the card's folder; its Hub id; the
-Hub's folder of repositories. Prints one JSON object.
+Arguments: the class; its family in `tiny_pipelines`; the module it has in the package; the card's folder; its Hub id;
+the Hub's folder of repositories. Prints one JSON object.
 """
 
 import importlib
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-from tiny_pipelines import TINY_PIPELINES, save_tiny_clip
+from tiny_pipelines import BUILDERS, quiet, save_tiny_clip
 
 REWARDS: dict[str, float] = {"red": 1.0, "tiny/clip": 0.1}
 
@@ -30,12 +30,12 @@ def optimized(pipe: Any) -> Any:
     return draw(pipe, rewards=REWARDS, optimization_steps=3)
 
 
-def main(name: str, stock_name: str, module: str, folder: str, repository: str, hub: Path) -> dict[str, bool]:
+def main(name: str, family: str, module: str, folder: str, repository: str, hub: Path) -> dict[str, bool]:
     """What is true of the card."""
-    stock = TINY_PIPELINES[stock_name]()
+    stock = quiet(BUILDERS[family]())
     weights = hub / "tiny" / name.lower()
     stock.save_pretrained(weights)
-    save_tiny_clip(str(hub / "tiny" / "clip"))
+    save_tiny_clip(hub / "tiny" / "clip")
 
     local = DiffusionPipeline.from_pretrained(weights, custom_pipeline=folder, trust_remote_code=True)
     remote = DiffusionPipeline.from_pretrained(

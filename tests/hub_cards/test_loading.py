@@ -1,16 +1,17 @@
 """Cards as users load them: through diffusers' own download code, on tiny pipelines, against a loopback Hub."""
 
 import json
+import os
 import subprocess
 import sys
 
 import pytest
 from huggingface_hub import HfApi
 
-# card -> its class, and the diffusers class that it extends
+# card -> its class and its family in `tiny_pipelines`
 CLASSES = {
-    "reno-stable-diffusion": ("ReNOStableDiffusionPipeline", "StableDiffusionPipeline"),
-    "reno-turbo": ("ReNOTurboPipeline", "StableDiffusionXLPipeline"),
+    "reno-stable-diffusion": ("ReNOStableDiffusionPipeline", "sd"),
+    "reno-turbo": ("ReNOTurboPipeline", "sdxl"),
 }
 
 
@@ -35,13 +36,10 @@ def test_all_cards_are_loaded(build):
 def test_card_draws_what_the_package_draws(name, pushed, hub, root, tmp_path):
     module = "noiseopt." + pushed(name).module.removesuffix(".py").replace("/", ".")
     arguments = [*CLASSES[name], module, root / "hub_cards" / name, f"someone/{name}", hub.root]
-    run = subprocess.run(
-        [sys.executable, root / "tests/hub_cards/load_card.py", *arguments],
-        env=hub.environment(tmp_path / "cache") | {"PYTHONPATH": str(root / "src")},
-        capture_output=True,
-        text=True,
-        timeout=100,
-    )
+    environment = hub.environment(tmp_path / "cache")
+    environment["PYTHONPATH"] = os.pathsep.join([str(root / "src"), str(root / "tests")])
+    command = [sys.executable, root / "tests/hub_cards/load_card.py", *arguments]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
     assert run.returncode == 0, run.stderr
     assert "might require the following packages" not in run.stderr
     facts = json.loads(run.stdout.splitlines()[-1])
