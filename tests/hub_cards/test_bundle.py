@@ -210,8 +210,8 @@ REFUSED = {
         "b.py:1: circular import noisy -> b -> noisy",
     ),
     "same definition": (
-        entry("from .b import B\n\ndef helper(): pass") | {"pipelines/b.py": "helper = 1\nclass B: pass"},
-        "noisy.py:4: `helper` means something else in pipelines/b.py:1",
+        entry("from .b import B\n\ndef mean(): pass") | {"pipelines/b.py": "mean = 1\nclass B: pass"},
+        "noisy.py:4: `mean` means something else in pipelines/b.py:1",
     ),
     "same definition under try": (
         entry("from .b import B\ntry:\n    x = 1\nexcept ValueError:\n    x = 2")
