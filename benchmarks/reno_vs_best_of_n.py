@@ -4,6 +4,7 @@ python benchmarks/reno_vs_best_of_n.py --limit 40 --output reno.json
 """
 
 import argparse
+import collections
 import dataclasses
 import itertools
 import json
@@ -17,6 +18,7 @@ import torch
 from bootstrap import Estimate, bootstrap, paired_bootstrap
 from tqdm import tqdm
 
+import noiseopt
 from noiseopt import (
     AutoReward,
     BestOfN,
@@ -171,18 +173,21 @@ class Table:
         )
         return paired_bootstrap(*(total / count for total, count in sides))
 
+    def categories(self) -> dict[str, Callable[[dict[str, Any]], bool]]:
+        """Each category with its number of prompts, and whether a row belongs to it."""
+        category_of = {row["index"]: row["category"] for row in self.rows}
+        counts = collections.Counter(category_of.values())
+        return {
+            f"{name} (n = {counts[name]})": lambda row, name=name: row["category"] == name
+            for name in shapes_world.CATEGORIES
+            if counts[name]
+        }
+
     def estimates(self, method: str) -> dict[str, Estimate]:
         """All numbers of one method."""
-        categories = sorted({row["category"] for row in self.rows})
-        by_category = {
-            f"right, {category}": self.mean(
-                method, "correct", lambda row, category=category: row["category"] == category
-            )
-            for category in categories
-        }
         return {
             "right": self.mean(method, "correct"),
-            **by_category,
+            **{f"right, {name}": self.mean(method, "correct", keep) for name, keep in self.categories().items()},
             "failures repaired": self.mean(method, "correct", lambda row: not row["plain"]["correct"]),
             "right ones kept": self.mean(method, "correct", lambda row: row["plain"]["correct"]),
             "reward": self.mean(method, "reward"),
@@ -272,7 +277,12 @@ def warm_up(pipe, reward: Reward, problems: Sequence[Problem]) -> None:
 def settings(arguments: argparse.Namespace) -> dict[str, Any]:
     """What the numbers depend on besides the code."""
     given = {name: value for name, value in vars(arguments).items() if name != "output"}
-    machine = {"torch": torch.__version__, "threads": torch.get_num_threads(), "machine": platform.machine()}
+    machine = {
+        "noiseopt": noiseopt.__version__,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "machine": platform.machine(),
+    }
     return given | machine
 
 
