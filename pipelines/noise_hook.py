@@ -13,7 +13,8 @@ from ..callbacks.noise_callback import CallbackSpec, as_callbacks
 from .latent_space import LatentSpace
 from .methods import as_noise_optimizer
 from .module_state import frozen_modules, refuse_offload
-from .noise_optimizer import NoiseOptimizer, NoiseProblem
+from .noise_optimizer import NoiseOptimizer
+from .noise_problem import NoiseProblem
 from .noise_result import NoiseResult
 from .objectives import Objective
 from .sampling import PipelineSampler, RandomState, stock_call

@@ -43,8 +43,11 @@ class ReNOMixin(NoiseOptimizationMixin):
         Raises:
             ValueError: For settings that cannot work, before any model runs.
         """
-        given = {"steps": optimization_steps, "mode": mode, **(reno_kwargs or {})}
-        settings = {name: value for name, value in given.items() if value is not None}
+        named = {"steps": optimization_steps, "mode": mode}
+        settings = {name: value for name, value in named.items() if value is not None}
+        if twice := sorted(settings.keys() & (reno_kwargs or {}).keys()):
+            raise ValueError(f"Expected each setting once, but got {twice} by argument and in `reno_kwargs` too.")
+        settings |= reno_kwargs or {}
         if rewards is None and settings:
             raise ValueError(
                 f"Expected `rewards` beside {sorted(settings)}, but got none: there is nothing to optimise."

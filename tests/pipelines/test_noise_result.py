@@ -122,3 +122,5 @@ def test_settings_without_rewards_and_rewards_beside_a_method_are_refused():
         pipe("a", optimization_steps=3, **ARGUMENTS)
     with pytest.raises(ValueError, match="both"):
         pipe("a", rewards="red", noise_optimizer=ReNO(rewards="red"), **ARGUMENTS)
+    with pytest.raises(ValueError, match="once"):
+        pipe("a", rewards="red", optimization_steps=3, reno_kwargs={"steps": 4}, **ARGUMENTS)
