@@ -18,9 +18,9 @@ from .world import LAYOUT, LOOKS
 _FLAT, _ACROSS, _DOWN = (0, 0), (0, 1), (1, 0)
 # (channel, (vertical, horizontal) frequency) of each chance of the layout, then of the looks, in the order of `world`.
 FEATURES = (
-    *((0, _ACROSS), (0, _DOWN), (1, _ACROSS), (1, _DOWN), (0, _FLAT), (1, _FLAT), (2, _ACROSS), (2, _DOWN)),
-    *((2, _FLAT), (3, _FLAT), (4, _FLAT), (5, _FLAT), (6, _FLAT), (3, _ACROSS), (3, _DOWN)),
-    *((7, _FLAT), (4, _ACROSS), (7, _ACROSS), (7, _DOWN), (4, _DOWN)),
+    *((0, _FLAT), (1, _FLAT), (2, _FLAT), (3, _FLAT), (4, _FLAT), (5, _FLAT), (6, _FLAT), (0, _ACROSS)),
+    *((1, _ACROSS), (7, _FLAT), (2, _ACROSS), (3, _ACROSS), (4, _ACROSS), (7, _ACROSS), (7, _DOWN)),
+    *((5, _ACROSS), (5, _DOWN), (6, _ACROSS), (6, _DOWN), (4, _DOWN)),
 )
 
 

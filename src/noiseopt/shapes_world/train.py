@@ -93,7 +93,7 @@ class Run:
         while self.seen < self.samples:
             yield self.seen
             steps += 1
-            if steps % 200 == 0:
+            if steps % 100 == 0:
                 self.save()
         self.save()
 
@@ -371,22 +371,6 @@ def encode_pictures(args: argparse.Namespace) -> dict:
     return torch.load(path, weights_only=False)
 
 
-def train_decoder(args: argparse.Namespace) -> None:
-    """Trains the decoder further, on whole pictures and noisier latents: it must make clean shapes of drawn latents."""
-    data, latents = pictures(args.output / "pictures.pt", args.pictures, seed=1), encode_pictures(args)
-    vae = new_vae()
-    vae.load_state_dict(torch.load(args.output / "vae.pt")["average"])
-    vae.encoder.requires_grad_(False)
-    run = Run(vae.to(args.device), args.output / "decoder.pt", samples=args.decoder_samples, batch=16, lr=1e-3)
-    forward = torch.compile(vae.decoder) if args.compile else vae.decoder
-    for _ in run:
-        rows = torch.randint(0, len(data["images"]), (run.batch,))
-        images = data["images"][rows].to(args.device).float() / 127.5 - 1
-        z = (latents["latents"][rows] / latents["scale"]).to(args.device)
-        output = forward(z + 0.2 * torch.rand(run.batch, 1, 1, 1).to(z) * torch.randn_like(z))
-        run.step(vae_losses(output, images))
-
-
 class Generator(nn.Module):
     """The U-Net and its text encoder, trained together; predicts v."""
 
@@ -417,6 +401,7 @@ class Generator(nn.Module):
             prediction_type="v_prediction",
             timestep_spacing="trailing",
             clip_sample=False,
+            steps_offset=1,
         )
 
     def embed(self, prompts: Sequence[str]) -> Tensor:
@@ -465,7 +450,7 @@ def coupled_losses(model: Generator, data: dict, batch: int, rng: random.Random,
 
 
 def train_unet(args: argparse.Namespace) -> None:
-    """Trains the guided teacher, 5 of 8 samples at t = 999."""
+    """Trains the guided teacher, 3 of 4 samples at t = 999."""
     data = encode_pictures(args)
     model = Generator().to(args.device)
     if (args.output / "clip.pt").exists():
@@ -475,7 +460,7 @@ def train_unet(args: argparse.Namespace) -> None:
     batch = run.batch // (dist.get_world_size() if dist.is_initialized() else 1)
     rng = random.Random(torch.initial_seed() + run.seen)
     for _ in run:
-        run.step(coupled_losses(run.model, data, batch, rng, last=0.625))
+        run.step(coupled_losses(run.model, data, batch, rng, last=0.75))
 
 
 def decode(vae: nn.Module, latents: Tensor, scale: float) -> Tensor:
@@ -487,6 +472,12 @@ def final_vae(args: argparse.Namespace) -> nn.Module:
     """The autoencoder with the decoder as far as it has been trained."""
     path = args.output / "decoder.pt"
     return averaged(path if path.exists() else args.output / "vae.pt", new_vae()).to(args.device)
+
+
+def final_student(args: argparse.Namespace) -> Generator:
+    """The one-step student, or the teacher it starts from."""
+    path = args.output / "student.pt"
+    return averaged(path if path.exists() else args.output / "unet.pt", Generator()).to(args.device)
 
 
 def train_student(args: argparse.Namespace) -> None:
@@ -533,9 +524,35 @@ def ascend(
         noise = noise * (math.sqrt(noise[0].numel()) / noise.flatten(1).norm(dim=1).view(-1, 1, 1, 1))
 
 
+def train_decoder(args: argparse.Namespace) -> None:
+    """Trains the decoder further on whole pictures: from noisier latents and, half of the batch, from the student's.
+
+    It learns to make clean shapes of what a U-Net draws.
+    """
+    data, latents = pictures(args.output / "pictures.pt", args.pictures, seed=1), encode_pictures(args)
+    vae = new_vae()
+    vae.load_state_dict(torch.load(args.output / "vae.pt")["average"])
+    vae.encoder.requires_grad_(False)
+    run = Run(vae.to(args.device), args.output / "decoder.pt", samples=args.decoder_samples, batch=16, lr=1e-3)
+    forward = torch.compile(vae.decoder) if args.compile else vae.decoder
+    student = final_student(args)
+    for _ in run:
+        rows = torch.randint(0, len(data["images"]), (run.batch,))
+        images = data["images"][rows].to(args.device).float() / 127.5 - 1
+        z = latents["latents"][rows].to(args.device)
+        z = z + 0.25 * torch.rand(run.batch, 1, 1, 1).to(z) * torch.randn_like(z)
+        half = run.batch // 2
+        with torch.no_grad():
+            noise = couple(torch.randn_like(z[:half]), latents["chance"][rows[:half]])
+            z[:half] = one_step(
+                student, noise, student.embed([str(latents["requests"][i]) for i in rows[:half].tolist()])
+            )
+        run.step(vae_losses(forward(z / latents["scale"]), images))
+
+
 def explore(args: argparse.Namespace, reward: Reward, round_: int) -> dict:
     """Lets the current reward be climbed on training prompts, and has the judge look at the pictures along the way."""
-    student = averaged(args.output / "student.pt", Generator()).to(args.device)
+    student = final_student(args)
     vae, scale = final_vae(args), encode_pictures(args)["scale"]
     rng, generator = random.Random(1000 + round_), torch.Generator().manual_seed(1000 + round_)
     found: dict[str, list] = {"images": [], "prompts": [], "seen": [], "right": []}
@@ -656,8 +673,7 @@ def report(args: argparse.Namespace) -> None:
         teacher = averaged(args.output / "unet.pt", Generator()).to(args.device)
         images = decode(vae, teacher.sample(noise, prompts, steps=6, guidance=3.0), scale)
         print("guided, 6 steps", by_category(prompts, [v.correct for v in judge(images, prompts)]), flush=True)
-    stage = args.output / "student.pt"
-    student = averaged(stage if stage.exists() else args.output / "unet.pt", Generator()).to(args.device)
+    student = final_student(args)
     hardened = args.output / "hardened.pt"
     reward = averaged(hardened if hardened.exists() else args.output / "clip.pt", Reward()).to(args.device)
     first: list[bool] = []
@@ -680,8 +696,8 @@ STAGES = {
     "clip": train_clip,
     "latents": encode_pictures,
     "unet": train_unet,
-    "decoder": train_decoder,
     "student": train_student,
+    "decoder": train_decoder,
     "harden": harden_clip,
     "export": export,
     "report": report,
@@ -705,7 +721,7 @@ def main() -> None:
     parser.add_argument("--report-steps", type=int, default=50)
     parser.add_argument("--unet-samples", type=int, default=600_000)
     parser.add_argument("--student-samples", type=int, default=120_000)
-    parser.add_argument("--decoder-samples", type=int, default=40_000)
+    parser.add_argument("--decoder-samples", type=int, default=16_000)
     parser.add_argument("--clip-samples", type=int, default=120_000)
     parser.add_argument("--failures", type=int, default=16_000)
     args = parser.parse_args()
