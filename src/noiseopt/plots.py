@@ -123,7 +123,7 @@ def draw_curve(axes: Axes, story: "Story", sample: int) -> None:
     rewards = story.rewards[:, sample].nan_to_num(-torch.inf)
     for step, row in enumerate(story.verdicts):
         if row[sample].correct:
-            axes.axvspan(step - 0.5, step + 0.5, color=RIGHT, alpha=0.16, linewidth=0)
+            axes.axvspan(step - 0.5, step + 0.5, color=RIGHT, alpha=0.16, linewidth=0, antialiased=False)
     axes.plot(rewards, color=CURVE, linewidth=0.8, alpha=0.5)
     axes.plot(rewards.cummax(0).values, color=CURVE, linewidth=1.8)
     axes.plot(story.best(sample), rewards[story.best(sample)], "o", color=CURVE, markersize=4)
@@ -136,13 +136,13 @@ def draw_curve(axes: Axes, story: "Story", sample: int) -> None:
 
 
 def film_prompts(story: "Story", count: int = 2) -> list[int]:
-    """Prompts for the film strips: those that turn from wrong to right, then the others, in the order given."""
+    """Prompts for the film strips: those that turn right, then those that stay wrong, then the others."""
 
-    def repaired(sample: int) -> bool:
+    def order(sample: int) -> tuple[bool, bool]:
         before, after = (story.verdicts[step][sample].correct for step in story.ends(sample))
-        return after and not before
+        return before, not after
 
-    return sorted(range(len(story.prompts)), key=lambda sample: not repaired(sample))[:count]
+    return sorted(range(len(story.prompts)), key=order)[:count]
 
 
 def film_steps(landmarks: Collection[int], steps: int, count: int) -> list[int]:
