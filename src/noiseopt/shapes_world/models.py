@@ -1,0 +1,164 @@
+"""The untrained models of the shapes world, in stock classes, and how they draw."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .optimization import averaged
+from .text import MAX_LENGTH, new_tokenizer
+from .world import SIZE
+
+if TYPE_CHECKING:
+    from transformers import CLIPTokenizer
+
+
+def new_vae() -> nn.Module:
+    """An untrained autoencoder: 64x64 pixels to 8x8 latents of 8 channels."""
+    from diffusers import AutoencoderTiny
+
+    return AutoencoderTiny(
+        latent_channels=8,
+        encoder_block_out_channels=(32,) * 4,
+        decoder_block_out_channels=(32,) * 4,
+        num_encoder_blocks=(0, 0, 2, 3),
+        num_decoder_blocks=(3, 2, 1, 0),
+        scaling_factor=1.0,
+    )
+
+
+def text_options(tokenizer: CLIPTokenizer) -> dict:
+    """What the text towers of the reward and of the generators have in common."""
+    return {
+        "vocab_size": len(tokenizer),
+        "num_hidden_layers": 2,
+        "max_position_embeddings": MAX_LENGTH,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.eos_token_id,
+    }
+
+
+def new_clip() -> nn.Module:
+    """An untrained dual encoder with a fixed temperature: scores are 20 times the cosine."""
+    from transformers import CLIPConfig, CLIPModel
+
+    tokenizer = new_tokenizer()
+    tower = {"hidden_size": 96, "intermediate_size": 256, "num_attention_heads": 4, "projection_dim": 96}
+    config = CLIPConfig(
+        text_config=tower | text_options(tokenizer),
+        vision_config=tower | {"num_hidden_layers": 3, "image_size": SIZE, "patch_size": 8},
+        projection_dim=96,
+        logit_scale_init_value=math.log(20.0),
+    )
+    model = CLIPModel(config)
+    model.logit_scale.requires_grad_(False)
+    return model
+
+
+class Reward(nn.Module):
+    """A CLIP model with a bias that says from which score on a picture is right; only the CLIP model ships."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.clip = new_clip()
+        self.bias = nn.Parameter(torch.tensor(10.0))
+        self.tokenizer = new_tokenizer()
+
+    def embed_images(self, images: Tensor) -> Tensor:
+        """(B, 3, 64, 64) in [0, 1] -> (B, 96) of unit length."""
+        pooled = self.clip.vision_model(pixel_values=images * 2 - 1).pooler_output
+        return F.normalize(self.clip.visual_projection(pooled), dim=-1)
+
+    def embed_texts(self, prompts: Sequence[str]) -> Tensor:
+        """B prompts -> (B, 96) of unit length."""
+        tokens = self.tokenizer(list(prompts), padding=True, return_tensors="pt").to(self.bias.device)
+        pooled = self.clip.text_model(input_ids=tokens.input_ids).pooler_output
+        return F.normalize(self.clip.text_projection(pooled), dim=-1)
+
+
+class Generator(nn.Module):
+    """The U-Net and its text encoder, trained together; predicts v."""
+
+    def __init__(self) -> None:
+        from diffusers import DDIMScheduler, UNet2DConditionModel
+        from transformers import CLIPTextConfig, CLIPTextModel
+
+        super().__init__()
+        self.tokenizer = new_tokenizer()
+        tower = {"hidden_size": 96, "intermediate_size": 256, "num_attention_heads": 4, "projection_dim": 96}
+        self.text_encoder = CLIPTextModel(CLIPTextConfig(**tower, **text_options(self.tokenizer)))
+        self.unet = UNet2DConditionModel(
+            sample_size=8,
+            in_channels=8,
+            out_channels=8,
+            layers_per_block=1,
+            block_out_channels=(64, 96),
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            cross_attention_dim=96,
+            attention_head_dim=4,
+            norm_num_groups=16,
+        )
+        self.scheduler = DDIMScheduler(
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            prediction_type="v_prediction",
+            timestep_spacing="trailing",
+            clip_sample=False,
+            steps_offset=1,
+        )
+
+    def embed(self, prompts: Sequence[str]) -> Tensor:
+        """B prompts -> (B, 16, 96), as the stock pipeline does it."""
+        tokens = self.tokenizer(list(prompts), padding="max_length", return_tensors="pt").input_ids
+        return self.text_encoder(tokens.to(self.unet.device)).last_hidden_state
+
+    def forward(self, noisy: Tensor, t: Tensor, prompts: Sequence[str]) -> Tensor:
+        """v of noisy latents (B, 8, 8, 8) at timesteps t, (B,) in [0, 999]."""
+        return self.unet(noisy, t, self.embed(prompts)).sample
+
+    @torch.no_grad()
+    def sample(self, noise: Tensor, prompts: Sequence[str], steps: int, guidance: float) -> Tensor:
+        """DDIM from unit noise (B, 8, 8, 8) to scaled latents."""
+        context = self.embed([""] * len(prompts) * (guidance > 1) + list(prompts))
+        self.scheduler.set_timesteps(steps)
+        z = noise
+        for t in self.scheduler.timesteps:
+            v = self.unet(torch.cat([z] * (len(context) // len(z))), t, context).sample
+            if guidance > 1:
+                free, bound = v.chunk(2)
+                v = free + guidance * (bound - free)
+            z = self.scheduler.step(v, t, z).prev_sample
+        return z
+
+
+def one_step(student: Generator, noise: Tensor, context: Tensor) -> Tensor:
+    """The student's latents, as the stock pipeline gets them in one step without guidance; noise (B, 8, 8, 8)."""
+    alpha = float(student.scheduler.alphas_cumprod[999])
+    v = student.unet(noise, torch.tensor(999, device=noise.device), context).sample
+    return math.sqrt(alpha) * noise - math.sqrt(1 - alpha) * v
+
+
+def decode(vae: nn.Module, latents: Tensor, scale: float) -> Tensor:
+    """Scaled latents (B, 8, 8, 8) -> pictures (B, 3, 64, 64) in [0, 1]."""
+    return (vae.decoder(latents / scale) / 2 + 0.5).clamp(0.0, 1.0)
+
+
+def final_vae(args: argparse.Namespace) -> nn.Module:
+    """The autoencoder with the decoder as far as it has been trained."""
+    path = args.output / "decoder.pt"
+    return averaged(path if path.exists() else args.output / "vae.pt", new_vae()).to(args.device)
+
+
+def final_student(args: argparse.Namespace) -> Generator:
+    """The one-step student, or the teacher it starts from."""
+    path = args.output / "student.pt"
+    return averaged(path if path.exists() else args.output / "unet.pt", Generator()).to(args.device)

@@ -1,0 +1,133 @@
+"""What every stage of the training shares: the optimiser, the moving average, the schedule and the checkpoints."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum with orthogonalised updates for weight matrices, Adam for everything else.
+
+    https://kellerjordan.github.io/posts/muon, with the update scaled to Adam's size as in https://arxiv.org/abs/2502.16982,
+    so that one learning rate serves both. On these models it needs about half of Adam's samples.
+    """
+
+    def __init__(self, params: Iterable[nn.Parameter], lr: float, weight_decay: float = 0.01) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """Updates every parameter that has a gradient."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                p.mul_(1 - group["lr"] * group["weight_decay"] * (p.ndim > 1))
+                matrix = p.ndim > 1 and min(p.shape[0], p[0].numel()) > 8
+                p.sub_(group["lr"] * (self._orthogonal(p) if matrix else self._adam(p)))
+
+    def _orthogonal(self, p: nn.Parameter) -> Tensor:
+        momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+        momentum.lerp_(p.grad, 0.05)
+        update = p.grad.lerp(momentum, 0.95).flatten(1)
+        wide = update if update.shape[0] <= update.shape[1] else update.T
+        x = wide / (wide.norm() + 1e-7)
+        for _ in range(3):
+            a = x @ x.T
+            x = torch.addmm(x, torch.addmm(a, a, a, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+        x = x if update.shape[0] <= update.shape[1] else x.T
+        return 0.2 * math.sqrt(max(x.shape)) * x.view_as(p)
+
+    def _adam(self, p: nn.Parameter) -> Tensor:
+        state = self.state[p]
+        first, second = (state.setdefault(key, torch.zeros_like(p)) for key in ("first", "second"))
+        state["steps"] = state.get("steps", 0) + 1
+        first.lerp_(p.grad, 0.1)
+        second.lerp_(p.grad.square(), 0.01)
+        return first / (1 - 0.9 ** state["steps"]) / ((second / (1 - 0.99 ** state["steps"])).sqrt() + 1e-8)
+
+
+class Run:
+    """The optimiser, the moving average, the schedule and the checkpoints of one stage."""
+
+    def __init__(self, model: nn.Module, path: Path, samples: int, batch: int, lr: float, decay: float = 0.998) -> None:
+        self.model, self.path, self.samples, self.batch, self.lr, self.decay = model, path, samples, batch, lr, decay
+        self.average = copy.deepcopy(model).requires_grad_(False).eval()
+        self.optimizer = Muon([p for p in model.parameters() if p.requires_grad], lr)
+        self.seen, self.started = 0, time.time()
+        self.sums: dict[str, float] = {}
+        if path.exists():
+            self.load()
+        torch.manual_seed(self.seen + (dist.get_rank() if dist.is_initialized() else 0))
+
+    def __iter__(self) -> Iterator[int]:
+        """Yields the number of samples seen until the stage is done, saving as it goes."""
+        steps = 0
+        while self.seen < self.samples:
+            yield self.seen
+            steps += 1
+            if steps % 100 == 0:
+                self.save()
+        self.save()
+
+    def step(self, losses: dict[str, Tensor]) -> None:
+        """One update by the sum of the losses; warm-up of 100 steps, then cosine to 2%."""
+        self.optimizer.zero_grad(set_to_none=True)
+        sum(losses.values()).backward()
+        self._share_gradients()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        warm = min(1.0, (self.seen / self.batch + 1) / 100)
+        cosine = 0.51 + 0.49 * math.cos(math.pi * min(1.0, self.seen / self.samples))
+        self.optimizer.param_groups[0]["lr"] = self.lr * warm * cosine
+        self.optimizer.step()
+        self.seen += self.batch
+        decay = min(self.decay, (self.seen / self.batch + 1) / (self.seen / self.batch + 20))
+        with torch.no_grad():
+            for slow, fast in zip(self.average.parameters(), self.model.parameters(), strict=True):
+                slow.lerp_(fast, 1 - decay)
+        for name, loss in losses.items():
+            self.sums[name] = self.sums.get(name, 0.0) + float(loss.detach())
+        if (self.seen // self.batch) % 100 == 0 and not (dist.is_initialized() and dist.get_rank()):
+            means = "  ".join(f"{name} {total / 100:.4f}" for name, total in self.sums.items())
+            print(f"{self.path.stem} {self.seen:>8d}  {means}  {time.time() - self.started:.0f} s", flush=True)
+            self.sums = {}
+
+    def _share_gradients(self) -> None:
+        if not dist.is_initialized():
+            return
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        flat = torch.cat([g.flatten() for g in gradients])
+        dist.all_reduce(flat)
+        means = (flat / dist.get_world_size()).split([g.numel() for g in gradients])
+        for gradient, mean in zip(gradients, means, strict=True):
+            gradient.copy_(mean.view_as(gradient))
+
+    def save(self) -> None:
+        """Writes everything needed to continue."""
+        if dist.is_initialized() and dist.get_rank() > 0:
+            return
+        state = {"model": self.model.state_dict(), "average": self.average.state_dict(), "seen": self.seen}
+        torch.save(state | {"optimizer": self.optimizer.state_dict()}, self.path.with_suffix(".tmp"))
+        self.path.with_suffix(".tmp").replace(self.path)
+
+    def load(self) -> None:
+        """Continues from the last checkpoint."""
+        state = torch.load(self.path)
+        self.model.load_state_dict(state["model"])
+        self.average.load_state_dict(state["average"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.seen = state["seen"]
+
+
+def averaged(path: Path, model: nn.Module) -> nn.Module:
+    """Loads the moving average of a stage's weights."""
+    model.load_state_dict(torch.load(path)["average"])
+    return model.requires_grad_(False).eval()
