@@ -16,10 +16,11 @@ from .text import MAX_LENGTH, new_tokenizer
 from .world import SIZE
 
 if TYPE_CHECKING:
-    from transformers import CLIPTokenizer
+    from diffusers import AutoencoderTiny
+    from transformers import CLIPModel, CLIPTokenizer
 
 
-def new_vae() -> nn.Module:
+def new_vae() -> AutoencoderTiny:
     """An untrained autoencoder: 64x64 pixels to 8x8 latents of 8 channels."""
     from diffusers import AutoencoderTiny
 
@@ -45,7 +46,7 @@ def text_options(tokenizer: CLIPTokenizer) -> dict:
     }
 
 
-def new_clip() -> nn.Module:
+def new_clip() -> CLIPModel:
     """An untrained dual encoder with a fixed temperature: scores are 20 times the cosine."""
     from transformers import CLIPConfig, CLIPModel
 
@@ -147,12 +148,12 @@ def one_step(student: Generator, noise: Tensor, context: Tensor) -> Tensor:
     return math.sqrt(alpha) * noise - math.sqrt(1 - alpha) * v
 
 
-def decode(vae: nn.Module, latents: Tensor, scale: float) -> Tensor:
+def decode(vae: AutoencoderTiny, latents: Tensor, scale: float) -> Tensor:
     """Scaled latents (B, 8, 8, 8) -> pictures (B, 3, 64, 64) in [0, 1]."""
     return (vae.decoder(latents / scale) / 2 + 0.5).clamp(0.0, 1.0)
 
 
-def final_vae(args: argparse.Namespace) -> nn.Module:
+def final_vae(args: argparse.Namespace) -> AutoencoderTiny:
     """The autoencoder with the decoder as far as it has been trained."""
     path = args.output / "decoder.pt"
     return averaged(path if path.exists() else args.output / "vae.pt", new_vae()).to(args.device)

@@ -7,10 +7,13 @@ import math
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 class Muon(torch.optim.Optimizer):
@@ -55,10 +58,10 @@ class Muon(torch.optim.Optimizer):
         return first / (1 - 0.9 ** state["steps"]) / ((second / (1 - 0.99 ** state["steps"])).sqrt() + 1e-8)
 
 
-class Run:
+class Run(Generic[Model]):
     """The optimiser, the moving average, the schedule and the checkpoints of one stage."""
 
-    def __init__(self, model: nn.Module, path: Path, samples: int, batch: int, lr: float, decay: float = 0.998) -> None:
+    def __init__(self, model: Model, path: Path, samples: int, batch: int, lr: float, decay: float = 0.998) -> None:
         self.model, self.path, self.samples, self.batch, self.lr, self.decay = model, path, samples, batch, lr, decay
         self.average = copy.deepcopy(model).requires_grad_(False).eval()
         self.optimizer = Muon([p for p in model.parameters() if p.requires_grad], lr)
@@ -127,7 +130,7 @@ class Run:
         self.seen = state["seen"]
 
 
-def averaged(path: Path, model: nn.Module) -> nn.Module:
+def averaged(path: Path, model: Model) -> Model:
     """Loads the moving average of a stage's weights."""
     model.load_state_dict(torch.load(path)["average"])
     return model.requires_grad_(False).eval()

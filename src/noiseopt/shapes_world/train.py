@@ -2,12 +2,12 @@
 
     python -m noiseopt.shapes_world.train --device cpu --output DIR
 
-Stages can be chosen with `--stages`, and each continues from its last checkpoint. On several cores start one process per
-core with `RANK`, `WORLD_SIZE`, `MASTER_ADDR` and `MASTER_PORT` set, as torch.distributed has it.
+Stages can be chosen with `--stages`, and each continues from its last checkpoint. On several cores start one process
+per core with `RANK`, `WORLD_SIZE`, `MASTER_ADDR` and `MASTER_PORT` set, as torch.distributed has it.
 
 The weights that ship took 85 minutes on two virtual CPU cores without a GPU, shared with other work: 90 thousand 32x32
 windows for the autoencoder and 11 thousand pictures for its decoder, 166 thousand samples for the U-Net and 10 thousand
-more for the student, 102 thousand for the reward and 29 thousand, in nine rounds, for its hardening.
+more for the student, 102 thousand for the reward and 35 thousand, in eleven rounds, for its hardening.
 """
 
 from __future__ import annotations

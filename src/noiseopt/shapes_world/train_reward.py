@@ -167,4 +167,4 @@ def harden_clip(args: argparse.Namespace) -> None:
             run.step(losses | drawn_losses(run.model, data, failed, half, rng))
             if run.seen >= (round_ + 1) * args.round_samples:
                 break
-    run.save()
+        run.save()
