@@ -13,7 +13,8 @@ import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 
 from noiseopt import CLIPScore, ReNO, optimize_noise, shapes_world
-from noiseopt.demo import ONE_STEP, load_pipeline, quiet_libraries, seeded
+from noiseopt.demo import ONE_STEP, load_pipeline, seeded
+from noiseopt.quiet import quiet_libraries
 
 
 class BareLoop:

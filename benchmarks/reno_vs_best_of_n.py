@@ -30,7 +30,8 @@ from noiseopt import (
     optimize_noise,
     shapes_world,
 )
-from noiseopt.demo import ONE_STEP, load_pipeline, quiet_libraries
+from noiseopt.demo import ONE_STEP, load_pipeline
+from noiseopt.quiet import quiet_libraries
 
 SPLITS = {"validation": "VALIDATION_PROMPTS", "held-out": "HELD_OUT_PROMPTS"}
 METHODS = {

@@ -1,5 +1,6 @@
 """What a noise optimisation minimises."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -7,6 +8,8 @@ import torch
 
 from ..rewards.reward import check_gradient
 from ..rewards.reward_sum import RewardSum
+from ..rewards.views import random_views
+from .noise_problem import seed_from
 from .sampling import Sample
 
 
@@ -53,16 +56,34 @@ class RewardObjective(Objective):
     Args:
         rewards: Anything that `RewardSum` takes, or a `RewardSum`.
         prompts: Ask the rewards about these instead of the pipeline's prompts: one, or one for each image.
+        views: The value stays that of the image itself, but the gradient is the mean of so many random views of it; see
+            `random_views`. 0 for the gradient of the image itself.
     """
 
-    def __init__(self, rewards: Any, prompts: str | Sequence[str] | None = None) -> None:
+    def __init__(self, rewards: Any, prompts: str | Sequence[str] | None = None, views: int = 0) -> None:
         self.rewards = rewards if hasattr(rewards, "weights") else RewardSum(rewards)
         self.prompts = prompts
         self.requires_prompt = self.rewards.requires_prompt and prompts is None
+        self.views = views
 
     def evaluate(self, sample: Sample) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        output = self.rewards(sample.images, self.prompts if self.prompts is not None else sample.prompts)
-        return -output.total, output.components
+        prompts = self.prompts if self.prompts is not None else sample.prompts
+        images = sample.images
+        by_views = self.views > 0 and images.requires_grad
+        output = self.rewards(images.detach() if by_views else images, prompts)
+        if not by_views:
+            return -output.total, output.components
+        seeds = [seed_from(noise) for noise in sample.noise]
+        total = (
+            sum(self.optimised(view, prompts).total for view in random_views(images, self.views, seeds)) / self.views
+        )
+        return -(output.total + (total - total.detach())), output.components  # adds exactly 0
+
+    @functools.cached_property
+    def optimised(self) -> RewardSum:
+        """The rewards that have a weight."""
+        pairs = zip(self.rewards.rewards, self.rewards.weights.values(), strict=True)
+        return RewardSum([(reward, weight) for reward, weight in pairs if weight])
 
     def try_out(self, prompt: str, height: int, width: int, gradient: bool) -> None:
         """Score one random image with each plain callable: its shape, its numbers and, if asked for, its gradient.

@@ -21,7 +21,7 @@ def provenance_of(problem: NoiseProblem, objective: Objective, state: NoiseState
         "prompts": problem.prompts,
         "seeds": problem.sampler.random_state.seeds,
         "generators": "list" if problem.sampler.random_state.several else "single",
-        "model": pipe.config.get("_name_or_path") or None,
+        "model": str(pipe.config.get("_name_or_path") or "") or None,
         "revision": revision_of(pipe),
         "pipeline": type(pipe).__name__,
         "scheduler": {"class": type(scheduler).__name__, **plain(dict(scheduler.config))},

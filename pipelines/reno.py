@@ -17,6 +17,7 @@ from .regularizers import ChiPrior, clip_per_sample, per_image, per_sample_norm
 from .sampling import Clamp, Gradient
 
 RENO_PRIOR = 0.01
+RENO_VIEWS = 4
 RENO_SIZE = 4 * 64 * 64  # entries of the noise that the paper's learning rate was chosen for
 
 
@@ -33,9 +34,11 @@ class ReNO(NoiseOptimizer):
     prior, and rewards that see un-clamped bicubic pixels. It differs in that clip, prior and best are per image, and
     that noise, momentum and norms are float32.
 
-    `mode="default"` keeps the update and changes three things: the norm of the noise stays what it was, by projection
-    instead of a prior; the learning rate is in units of √(d / 16384), so that the same value suits any latent size (the
-    paper's 5 at 512 px, and its 10 at 1024 px); saturated pixels keep their gradient.
+    `mode="default"` keeps the update and changes four things. The gradient is that of several slightly moved and noisy
+    views of the image, which leaves out what only one exact grid of pixels shows; scores, losses and the choice of the
+    best are still those of the image itself. The norm of the noise stays what it was, by projection instead of a prior.
+    The learning rate is in units of √(d / 16384), so that the same value suits any latent size: the paper's 5 at 512
+    px, and its 10 at 1024 px. Saturated pixels keep their gradient.
 
     Args:
         rewards: What `RewardSum` takes: a name, a callable, a dict to weights, or a list of (reward, weight).
@@ -45,6 +48,8 @@ class ReNO(NoiseOptimizer):
         momentum: Of Nesterov's method, in [0, 1).
         max_grad_norm: The gradient of each image is clipped to this L2 norm; with η it sets the length of a step.
         regularization: λ_reg, the weight of the χ prior; `None` is 0.01 for parity, and the projection otherwise.
+        views: How many views give the gradient; each costs one more pass of the rewards. 0 is the image itself, `None`
+            0 for parity and 4 otherwise.
         reward_prompt: Ask the rewards about this instead of the pipeline's prompt: one, or one for each image.
         gradient: "full" through the whole chain; "frozen" holds the model's outputs constant.
         preview: Reward the x0 estimate of one model call instead of the whole chain.
@@ -57,6 +62,7 @@ class ReNO(NoiseOptimizer):
     momentum: float = 0.9
     max_grad_norm: float = 0.1
     regularization: float | None = None
+    views: int | None = None
     reward_prompt: str | Sequence[str] | None = None
     gradient: Gradient = "full"
     preview: bool = False
@@ -83,12 +89,17 @@ class ReNO(NoiseOptimizer):
                 "Expected learning_rate >= 0, max_grad_norm > 0 and momentum in [0, 1), but got "
                 f"{self.learning_rate}, {self.max_grad_norm} and {self.momentum}."
             )
+        if self.views is not None and not (isinstance(self.views, int) and self.views >= 0):
+            raise ValueError(f"Expected `views` to be an integer of 0 or more, but got {self.views!r}.")
         _ = self.prior
 
     def objective(self, pipe) -> RewardObjective:
         rewards = RewardSum(self.rewards, device=pipe._execution_device)
         rewards.check_differentiable()
-        return RewardObjective(on_released_pixels(rewards) if self.mode == "parity" else rewards, self.reward_prompt)
+        if self.mode == "parity":
+            rewards = on_released_pixels(rewards)
+        views = self.views if self.views is not None else 0 if self.mode == "parity" else RENO_VIEWS
+        return RewardObjective(rewards, self.reward_prompt, views)
 
     def regularizer(self, noise: torch.Tensor) -> torch.Tensor | float:
         return self.prior(noise) if self.prior else 0.0

@@ -6,6 +6,7 @@ from .registry import AutoReward, list_rewards, register_reward
 from .reward import CallableReward, NonDifferentiableReward, NonFiniteReward, Reward, check_gradient
 from .reward_sum import RewardSum, RewardSumOutput
 from .transforms import ImageTransform, center_crop, longest_edge_pad, normalize, resize, shortest_edge
+from .views import random_views
 
 __all__ = [
     "AutoReward",
@@ -23,6 +24,7 @@ __all__ = [
     "list_rewards",
     "longest_edge_pad",
     "normalize",
+    "random_views",
     "register_reward",
     "resize",
     "shortest_edge",

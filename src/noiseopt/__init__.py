@@ -1,26 +1,29 @@
 """noiseopt: choose and optimise the initial noise of diffusers text-to-image pipelines."""
 
+import importlib
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
 
-from .callbacks import EarlyStopping, History, NoiseCallback, NoiseState, ProgressBar, StepImages, TimeBudget
-from .pipelines import (
-    BestOfN,
-    ChiPrior,
-    FunctionObjective,
-    NoiseOptimizationMixin,
-    NoiseOptimizer,
-    NoiseResult,
-    Objective,
-    ReNO,
-    ReNOStableDiffusionPipeline,
-    ReNOTurboPipeline,
-    RewardObjective,
-    list_noise_optimizers,
-    optimize_noise,
-    register_noise_optimizer,
-)
-from .rewards import AutoReward, CLIPScore, ColorChannel, Reward, RewardSum, list_rewards, register_reward
-from .schedulers import predict_x0
+if TYPE_CHECKING:
+    from .callbacks import EarlyStopping, History, NoiseCallback, NoiseState, ProgressBar, StepImages, TimeBudget
+    from .pipelines import (
+        BestOfN,
+        ChiPrior,
+        FunctionObjective,
+        NoiseOptimizationMixin,
+        NoiseOptimizer,
+        NoiseResult,
+        Objective,
+        ReNO,
+        ReNOStableDiffusionPipeline,
+        ReNOTurboPipeline,
+        RewardObjective,
+        list_noise_optimizers,
+        optimize_noise,
+        register_noise_optimizer,
+    )
+    from .rewards import AutoReward, CLIPScore, ColorChannel, Reward, RewardSum, list_rewards, register_reward
+    from .schedulers import predict_x0
 
 try:
     __version__ = version("noiseopt")
@@ -58,3 +61,17 @@ __all__ = [
     "register_noise_optimizer",
     "register_reward",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name at its first use: diffusers takes seconds, and `noiseopt --help` needs nothing of it."""
+    if name in __all__:
+        for folder in ("callbacks", "schedulers", "rewards", "pipelines"):
+            module = importlib.import_module(f".{folder}", __name__)
+            if name in module.__all__:
+                return getattr(module, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -62,7 +62,10 @@ def demo(arguments: argparse.Namespace) -> None:
     """`noiseopt demo`: what can fail for want of something is asked for before any model runs."""
     require_plots("noiseopt demo")
     make_folder(arguments.output)
-    from .demo import DEFAULT_PROMPTS, run_demo
+    from .quiet import quiet_libraries
+
+    with quiet_libraries():  # as some modules are imported, transformers says what else could be installed
+        from .demo import DEFAULT_PROMPTS, run_demo
 
     run_demo(arguments.prompts or DEFAULT_PROMPTS, arguments.seed, arguments.steps, arguments.output)
 

@@ -1,18 +1,16 @@
 """The demo: what ReNO changes in the pictures of an embedded model, told by a judge that no method can please."""
 
-import contextlib
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-from diffusers.utils import logging as diffusers_logging
-from transformers.utils import logging as transformers_logging
 
 from . import shapes_world
 from .callbacks import StepImages
 from .pipelines import NoiseResult, ReNO, optimize_noise
+from .quiet import quiet_libraries
 from .shapes_world.judge import Verdict
 
 ONE_STEP = {"num_inference_steps": 1, "guidance_scale": 0.0}
@@ -28,23 +26,6 @@ def first_of_each(prompts: Iterable[str], counts: dict[str, int]) -> list[str]:
 
 # The first of a list that is shuffled once for all: not chosen by how well they come out.
 DEFAULT_PROMPTS = first_of_each(shapes_world.VALIDATION_PROMPTS, {"position": 4, "binding": 2, "counting": 2})
-
-
-@contextlib.contextmanager
-def quiet_libraries() -> Iterator[None]:
-    """diffusers and transformers without notices and loading bars inside; as before outside."""
-    libraries = (diffusers_logging, transformers_logging)
-    before = [(library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries]
-    for library in libraries:
-        library.set_verbosity_error()
-        library.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for library, (verbosity, bars) in zip(libraries, before, strict=True):
-            library.set_verbosity(verbosity)
-            if bars:
-                library.enable_progress_bar()
 
 
 def load_pipeline(name: str = "turbo") -> DiffusionPipeline:
