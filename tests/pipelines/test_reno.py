@@ -168,7 +168,7 @@ def test_n_evaluations_and_n_minus_one_updates():
     def keep(state: NoiseState):
         noises.append(state.noise)
 
-    method = ReNO(rewards=watched, steps=4)
+    method = ReNO(rewards=watched, steps=4, views=0)
     optimize_noise(tiny_pipeline("sd"), "a", method, generator=generator(), callbacks=keep, **ARGUMENTS)
     assert len(noises) == 4 and len(gradients) == 1 + 3  # one more to try the callable out
 
@@ -180,6 +180,17 @@ def test_default_mode_keeps_the_norm_and_scales_its_step_with_the_size_of_the_no
     assert method.step_size(torch.zeros(1, 4, 64, 64)) == 5.0
     assert method.step_size(torch.zeros(1, 4, 128, 128)) == 10.0
     assert method.step_size(torch.zeros(1, 8, 8, 8)) == pytest.approx(5.0 * math.sqrt(512 / 16384))
+
+
+def test_views_leave_values_alone_and_change_the_gradient():
+    def run(views):
+        method = ReNO(rewards=redness, steps=2, views=views)
+        return optimize_noise(tiny_pipeline("sd"), "a", method, generator=generator(), **ARGUMENTS)
+
+    plain, views = run(0), run(4)
+    assert torch.equal(plain.losses[0], views.losses[0])
+    assert not torch.equal(plain.losses[1], views.losses[1])
+    assert torch.equal(views.losses, run(4).losses)
 
 
 @pytest.mark.parametrize(
