@@ -79,10 +79,10 @@ def judge(images: Tensor, prompts: str | Sequence[str]) -> list[Verdict]:
 @torch.no_grad()
 def see(images: Tensor) -> list[list[Thing]]:
     """Finds the objects of each picture, the largest first; images (B, 3, 64, 64) in [0, 1]."""
-    labels, colors = _components(_hues(images.detach().float().cpu().clamp(0.0, 1.0)))
+    colors = _hues(images.detach().float().cpu().clamp(0.0, 1.0))
+    labels = _components(colors)
     area = torch.bincount(labels.flatten(), minlength=labels.numel())
     roots = (area >= AREA).nonzero().squeeze(1)
-    roots = roots[colors.flatten()[roots] >= 0]
     found: list[list[Thing]] = [[] for _ in images]
     if len(roots) == 0:
         return found
@@ -98,41 +98,41 @@ def see(images: Tensor) -> list[list[Thing]]:
 
 def _hues(images: Tensor) -> Tensor:
     """Index of the nearest color of each pixel by hue, (B, 64, 64); -1 where the pixel is too grey."""
-    hue, chroma = _hue(images)
-    wanted, _ = _hue(torch.tensor(list(COLORS.values()))[:, :, None, None])
-    turn = (hue[:, None] - wanted.view(1, -1, 1, 1)).remainder(1.0)
-    nearest = torch.minimum(turn, 1.0 - turn).argmin(1)
-    return torch.where(chroma > CHROMA, nearest, -1)
+    saturated = images.amax(1) - images.amin(1) > CHROMA
+    turn = _hue(images.movedim(1, -1)[saturated])[:, None] - _hue(torch.tensor(list(COLORS.values())))
+    nearest = torch.full(saturated.shape, -1)
+    nearest[saturated] = (turn - turn.round()).abs().argmin(1)
+    return nearest
 
 
-def _hue(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Hue in [0, 1) and chroma in [0, 1]; (B, 3, H, W) -> two of (B, H, W)."""
-    high, which = images.max(1)
-    chroma = high - images.amin(1)
-    red, green, blue = images.unbind(1)
-    sides = torch.stack((green - blue, blue - red, red - green)).gather(0, which[None])[0]
-    return ((sides / chroma.clamp(min=1e-6) + 2.0 * which) / 6.0).remainder(1.0), chroma
+def _hue(pixels: Tensor) -> Tensor:
+    """Hue in [0, 1) of saturated pixels, (N, 3) in [0, 1] -> (N,)."""
+    high, which = pixels.max(1)
+    red, green, blue = pixels.unbind(1)
+    sides = torch.stack((green - blue, blue - red, red - green), 1).gather(1, which[:, None])[:, 0]
+    return ((sides / (high - pixels.amin(1)) + 2.0 * which) / 6.0).remainder(1.0)
 
 
-def _components(colors: Tensor) -> tuple[Tensor, Tensor]:
-    """Labels 4-connected regions of equal color by the largest index in them; (B, H, W) in and out.
+def _components(colors: Tensor) -> Tensor:
+    """Labels 4-connected regions of equal color by the largest index in them; (B, H, W) in and out; no color is -1.
 
-    Label propagation with pointer jumping, https://en.wikipedia.org/wiki/Pointer_jumping.
+    Hooking and pointer jumping, as in FastSV, https://arxiv.org/abs/1910.05971.
     """
-    labels = torch.arange(colors.numel()).view_as(colors)
+    labels = torch.arange(colors.numel())
+    ends = []
+    for dim in (1, 2):
+        near, far = (colors.narrow(dim, start, colors.shape[dim] - 1) for start in (0, 1))
+        same = (near == far) & (near >= 0)
+        ends.append([labels.view_as(colors).narrow(dim, start, colors.shape[dim] - 1)[same] for start in (0, 1)])
+    here, there = (torch.cat(side) for side in zip(*ends, strict=True))
     while True:
         before = labels
-        for dim in (1, 2):
-            size = colors.shape[dim]
-            for here, there in ((0, 1), (1, 0)):
-                same = colors.narrow(dim, here, size - 1) == colors.narrow(dim, there, size - 1)
-                mine, theirs = labels.narrow(dim, here, size - 1), labels.narrow(dim, there, size - 1)
-                better = torch.where(same, torch.maximum(mine, theirs), mine)
-                rest = labels.narrow(dim, size - 1 if here == 0 else 0, 1)
-                labels = torch.cat((better, rest) if here == 0 else (rest, better), dim)
-        labels = labels.flatten()[labels.flatten()[labels]]
+        highest = torch.maximum(labels[here], labels[there])
+        for hooked in (here, there, labels[here], labels[there]):
+            labels = labels.scatter_reduce(0, hooked, highest, "amax")
+        labels = labels[labels]
         if torch.equal(labels, before):
-            return labels, colors
+            return labels.view_as(colors)
 
 
 def _squared(masks: Tensor) -> tuple[Tensor, Tensor]:
