@@ -137,7 +137,7 @@ class Generator(nn.Module):
             if guidance > 1:
                 free, bound = v.chunk(2)
                 v = free + guidance * (bound - free)
-            z = self.scheduler.step(v, t, z).prev_sample
+            (z,) = self.scheduler.step(v, int(t), z, return_dict=False)[:1]
         return z
 
 

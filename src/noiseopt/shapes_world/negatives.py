@@ -40,7 +40,7 @@ def wrong_request(request: Request, rng: random.Random) -> Request:
     kind = rng.choice(["change", "drop"] + 2 * swaps * ["swap"] + 2 * relations * ["relation"])
     if kind == "swap":
         return Request(swapped if rng.random() < 0.5 else swapped[::-1], relation)
-    if kind == "relation":
+    if kind == "relation" and relation:
         other = OPPOSITE[relation] if rng.random() < 0.6 else _other(RELATIONS, relation, rng)
         return Request(objects, other)
     if kind == "drop":

@@ -27,7 +27,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Updates every parameter that has a gradient."""
         for group in self.param_groups:
             for p in group["params"]:
@@ -35,12 +35,12 @@ class Muon(torch.optim.Optimizer):
                     continue
                 p.mul_(1 - group["lr"] * group["weight_decay"] * (p.ndim > 1))
                 matrix = p.ndim > 1 and min(p.shape[0], p[0].numel()) > 8
-                p.sub_(group["lr"] * (self._orthogonal(p) if matrix else self._adam(p)))
+                p.sub_(group["lr"] * (self._orthogonal(p, p.grad) if matrix else self._adam(p, p.grad)))
 
-    def _orthogonal(self, p: nn.Parameter) -> Tensor:
+    def _orthogonal(self, p: nn.Parameter, gradient: Tensor) -> Tensor:
         momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
-        momentum.lerp_(p.grad, 0.05)
-        update = p.grad.lerp(momentum, 0.95).flatten(1)
+        momentum.lerp_(gradient, 0.05)
+        update = gradient.lerp(momentum, 0.95).flatten(1)
         wide = update if update.shape[0] <= update.shape[1] else update.T
         x = wide / (wide.norm() + 1e-7)
         for _ in range(3):
@@ -49,12 +49,12 @@ class Muon(torch.optim.Optimizer):
         x = x if update.shape[0] <= update.shape[1] else x.T
         return 0.2 * math.sqrt(max(x.shape)) * x.view_as(p)
 
-    def _adam(self, p: nn.Parameter) -> Tensor:
+    def _adam(self, p: nn.Parameter, gradient: Tensor) -> Tensor:
         state = self.state[p]
         first, second = (state.setdefault(key, torch.zeros_like(p)) for key in ("first", "second"))
         state["steps"] = state.get("steps", 0) + 1
-        first.lerp_(p.grad, 0.1)
-        second.lerp_(p.grad.square(), 0.01)
+        first.lerp_(gradient, 0.1)
+        second.lerp_(gradient.square(), 0.01)
         return first / (1 - 0.9 ** state["steps"]) / ((second / (1 - 0.99 ** state["steps"])).sqrt() + 1e-8)
 
 
@@ -84,7 +84,7 @@ class Run(Generic[Model]):
     def step(self, losses: dict[str, Tensor]) -> None:
         """One update by the sum of the losses; warm-up of 100 steps, then cosine to 2%."""
         self.optimizer.zero_grad(set_to_none=True)
-        sum(losses.values()).backward()
+        torch.stack(list(losses.values())).sum().backward()
         self._share_gradients()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         warm = min(1.0, (self.seen / self.batch + 1) / 100)

@@ -31,4 +31,5 @@ def new_tokenizer() -> CLIPTokenizer:
                 merges.append(pair)
     tokens += [left + right for left, right in merges] + ["<|startoftext|>", "<|endoftext|>"]
     vocab = {token: i for i, token in enumerate(tokens)}
-    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=MAX_LENGTH)
+    # transformers annotates merges as strings, but takes pairs as well.
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=MAX_LENGTH)  # pyright: ignore[reportArgumentType]

@@ -5,9 +5,19 @@
 Stages can be chosen with `--stages`, and each continues from its last checkpoint. On several cores start one process
 per core with `RANK`, `WORLD_SIZE`, `MASTER_ADDR` and `MASTER_PORT` set, as torch.distributed has it.
 
-The weights that ship took 85 minutes on two virtual CPU cores without a GPU, shared with other work: 90 thousand 32x32
-windows for the autoencoder and 11 thousand pictures for its decoder, 166 thousand samples for the U-Net and 10 thousand
-more for the student, 102 thousand for the reward and 35 thousand, in eleven rounds, for its hardening.
+The weights that ship took 95 minutes on two virtual CPU cores without a GPU, shared with other work: 90 thousand
+32x32 windows for the autoencoder and 11 thousand pictures for its decoder, 166 thousand samples for the U-Net and 10
+thousand more for the student, 102 thousand for the reward and 35 thousand, in eleven rounds, for its hardening.
+Stages were stopped before their last sample when they were good enough, and some settings were found on the way: the
+noises were coupled as they are now from sample 26 thousand of the U-Net on, the share of t = 999 grew from 3 of 8 to
+3 of 4, and the rounds grew from 20 steps of ascent to 40. Expect other weights of the same kind from another run, not
+the same ones.
+
+How good they are (`--stages report`): 93% of pictures stay right in the autoencoder. Of the 170 validation prompts
+the student gets .60 right, the guided teacher (6 steps, guidance 3) .38. The reward puts right pictures of the
+student above wrong ones with an AUC of .83. On 64 prompts 50 steps of ascent lift the share from .59 to .78 and
+repair 13 of 26 failures; the best of 109 noises by the same reward, in the same processor time, reaches .69 and
+repairs 7.
 """
 
 from __future__ import annotations
@@ -19,11 +29,12 @@ import os
 import random
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from .captions import CATEGORIES, VALIDATION_PROMPTS, category
 from .coupling import couple
@@ -34,13 +45,16 @@ from .optimization import Run, averaged
 from .train_reward import ascend, harden_clip, train_clip
 from .world import SIZE
 
+if TYPE_CHECKING:
+    from diffusers import AutoencoderTiny
+
 
 def vae_losses(output: Tensor, image: Tensor) -> dict[str, Tensor]:
     """L1 that counts saturated pixels three times, and L1 of the gradients."""
     weight = 1 + 2 * ((image.amax(1, keepdim=True) - image.amin(1, keepdim=True)) > 0.5)
     error = output - image
-    gradient = sum((error.diff(dim=d) * weight.narrow(d, 1, image.shape[d] - 1)).abs().mean() for d in (2, 3))
-    return {"pixel": (error.abs() * weight).mean(), "gradient": 0.5 * gradient}
+    across, down = ((error.diff(dim=d) * weight.narrow(d, 1, image.shape[d] - 1)).abs().mean() for d in (3, 2))
+    return {"pixel": (error.abs() * weight).mean(), "gradient": 0.5 * (across + down)}
 
 
 def train_vae(args: argparse.Namespace) -> None:
@@ -59,7 +73,7 @@ def train_vae(args: argparse.Namespace) -> None:
         run.step(vae_losses(output, images) | {"size": inside_tanh})
 
 
-def _autoencode(vae: nn.Module, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+def _autoencode(vae: AutoencoderTiny, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
     z = vae.encoder(images)
     return vae.decoder(z + noise), z
 
@@ -75,7 +89,8 @@ def coupled_losses(model: Generator, data: dict, batch: int, rng: random.Random,
     z, weight = data["latents"][rows].to(device), 1 + 2 * data["masks"][rows].to(device)
     noise = couple(torch.randn_like(z), data["chance"][rows])
     t = (1000 * torch.sigmoid(0.3 + 1.3 * torch.randn(batch))).long().clamp(max=998).to(device)
-    noisy, v = model.scheduler.add_noise(z, noise, t), model.scheduler.get_velocity(z, noise, t)
+    level = model.scheduler.alphas_cumprod.to(device)[t].view(-1, 1, 1, 1)
+    noisy, v = level.sqrt() * z + (1 - level).sqrt() * noise, level.sqrt() * noise - (1 - level).sqrt() * z
     count = round(last * batch)
     alpha = float(model.scheduler.alphas_cumprod[999])
     t[:count], noisy[:count] = 999, noise[:count]
@@ -148,16 +163,10 @@ def export(args: argparse.Namespace) -> None:
         if not (args.output / f"{stage}.pt").exists():
             continue
         model = averaged(args.output / f"{stage}.pt", Generator())
-        StableDiffusionPipeline(
-            vae=vae,
-            text_encoder=model.text_encoder,
-            tokenizer=model.tokenizer,
-            unet=model.unet,
-            scheduler=model.scheduler,
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-        ).to(torch.float16).save_pretrained(folder / name)
+        parts: dict[str, Any] = {"vae": vae, "text_encoder": model.text_encoder, "tokenizer": model.tokenizer}
+        parts |= {"unet": model.unet, "scheduler": model.scheduler, "safety_checker": None, "feature_extractor": None}
+        pipe = StableDiffusionPipeline(**parts, requires_safety_checker=False)
+        pipe.to(torch.float16).save_pretrained(folder / name)
         vae.float()
     hardened = args.output / "hardened.pt"
     reward = averaged(hardened if hardened.exists() else args.output / "clip.pt", Reward())
@@ -203,19 +212,19 @@ def report(args: argparse.Namespace) -> None:
     student = final_student(args)
     hardened = args.output / "hardened.pt"
     reward = averaged(hardened if hardened.exists() else args.output / "clip.pt", Reward()).to(args.device)
-    first: list[bool] = []
-    for step, (_, images, scores) in enumerate(ascend(student, vae, scale, reward, noise, prompts, args.report_steps)):
-        if step not in (0, 10, 20, 50):
-            continue
-        right = [v.correct for v in judge(images, prompts)]
+    best, right, first = torch.full((len(prompts),), -math.inf), [False] * len(prompts), None
+    climb = ascend(student, vae, scale, reward, noise, prompts, args.report_steps, rate=2.0)
+    for step, (_, images, scores) in enumerate(climb):
+        verdicts = judge(images, prompts)
+        better = scores.cpu() > best
+        best = torch.where(better, scores.cpu(), best)
+        right = [v.correct if new else old for v, new, old in zip(verdicts, better.tolist(), right, strict=True)]
         first = first or right
-        repaired = [r for r, before in zip(right, first, strict=True) if not before]
-        flags = torch.tensor(right)
-        print(
-            f"one step, after {step} steps of ascent: {by_category(prompts, right)}  score {scores.mean():.2f}",
-            flush=True,
-        )
-        print(f"  repaired {sum(repaired)}/{len(repaired)}  AUC {auc(scores[flags], scores[~flags]):.3f}", flush=True)
+        if step in (0, 10, 20, 30, 50):
+            repaired = [now for now, before in zip(right, first, strict=True) if not before]
+            flags = torch.tensor(right)
+            print(f"one step, best of {step} steps of ascent: {by_category(prompts, right)}  score {best.mean():.2f}")
+            print(f"  repaired {sum(repaired)}/{len(repaired)}  AUC {auc(best[flags], best[~flags]):.3f}", flush=True)
 
 
 STAGES = {
@@ -239,18 +248,18 @@ def main() -> None:
     parser.add_argument("--stages", nargs="+", default=list(STAGES), choices=list(STAGES))
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--vae-samples", type=int, default=200_000)
+    parser.add_argument("--vae-samples", type=int, default=140_000)
     parser.add_argument("--pictures", type=int, default=30_000)
-    parser.add_argument("--climbs", type=int, default=256)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--round-samples", type=int, default=12_800)
-    parser.add_argument("--report-prompts", type=int, default=96)
+    parser.add_argument("--climbs", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--round-samples", type=int, default=3_200)
+    parser.add_argument("--report-prompts", type=int, default=170)
     parser.add_argument("--report-steps", type=int, default=50)
-    parser.add_argument("--unet-samples", type=int, default=600_000)
-    parser.add_argument("--student-samples", type=int, default=120_000)
-    parser.add_argument("--decoder-samples", type=int, default=16_000)
+    parser.add_argument("--unet-samples", type=int, default=190_000)
+    parser.add_argument("--student-samples", type=int, default=10_240)
+    parser.add_argument("--decoder-samples", type=int, default=11_200)
     parser.add_argument("--clip-samples", type=int, default=120_000)
-    parser.add_argument("--failures", type=int, default=16_000)
+    parser.add_argument("--failures", type=int, default=5_000)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)

@@ -6,10 +6,11 @@ import argparse
 import math
 import random
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from .captions import caption, parse, sample_request
 from .data import blemish, encode_pictures, failures, pictures
@@ -17,6 +18,9 @@ from .judge import judge
 from .models import Generator, Reward, decode, final_student, final_vae, one_step
 from .negatives import wrong_request
 from .optimization import Run
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderTiny
 
 
 def contrast(
@@ -69,7 +73,14 @@ def train_clip(args: argparse.Namespace) -> None:
 
 
 def ascend(
-    student: Generator, vae: nn.Module, scale: float, reward: Reward, noise: Tensor, prompts: Sequence[str], steps: int
+    student: Generator,
+    vae: AutoencoderTiny,
+    scale: float,
+    reward: Reward,
+    noise: Tensor,
+    prompts: Sequence[str],
+    steps: int,
+    rate: float = 5.0,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Gradient ascent on the reward as in ReNO, https://arxiv.org/abs/2406.04312, with the noise kept at its length.
 
@@ -89,7 +100,7 @@ def ascend(
         (gradient,) = torch.autograd.grad(scores.sum(), noise)
         gradient = gradient * (0.1 / gradient.flatten(1).norm(dim=1).view(-1, 1, 1, 1).clamp(min=0.1))
         velocity = 0.9 * velocity + gradient
-        noise = noise.detach() + 5.0 * (gradient + 0.9 * velocity)
+        noise = noise.detach() + rate * (gradient + 0.9 * velocity)
         noise = noise * (math.sqrt(noise[0].numel()) / noise.flatten(1).norm(dim=1).view(-1, 1, 1, 1))
 
 
@@ -159,6 +170,10 @@ def harden_clip(args: argparse.Namespace) -> None:
         images, right = torch.cat([c["images"] for c in climbs]), torch.cat([torch.tensor(c["right"]) for c in climbs])
         prompts = [prompt for c in climbs for prompt in c["prompts"]]
         sides, half = pairs(prompts, right), run.batch // 2
+        if not sides:
+            raise RuntimeError(
+                "Expected the student to be right for some noises of a prompt. Train the U-Net for longer."
+            )
         for _ in run:
             chosen = rng.choices(sides, k=half)
             rows = [rng.choice(yes.tolist()) for yes, _ in chosen] + [rng.choice(no.tolist()) for _, no in chosen]
