@@ -56,7 +56,7 @@ class OurLoop(BareLoop):
     """ReNO through `optimize_noise`, all of it: hook, twin, prompt encoding, result."""
 
     def __call__(self) -> None:
-        method = ReNO(rewards=self.reward, steps=self.steps)
+        method = ReNO(rewards=self.reward, steps=self.steps, views=0)  # the work that the bare loop does
         generator = seeded(0, len(self.prompts))
         optimize_noise(self.pipe, self.prompts, method, generator=generator, **ONE_STEP)
 

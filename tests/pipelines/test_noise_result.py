@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 from safetensors.torch import save_file
 from tiny_pipelines import SIZE, call_arguments, save_tiny_clip, tiny_pipeline
 
@@ -54,6 +55,14 @@ def test_provenance_says_where_a_noise_came_from():
     assert found["steps"] == 2 and found["stopped"] is None
 
 
+def test_a_pipeline_loaded_from_a_path_names_its_model(tmp_path):
+    tiny_pipeline("sd").save_pretrained(tmp_path / "model")
+    pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "model", safety_checker=None)
+    result = optimize_noise(pipe, "a", ReNO(rewards="red", steps=1), **ARGUMENTS)
+    result.save(tmp_path / "result.safetensors")
+    assert NoiseResult.load(tmp_path / "result.safetensors").provenance["model"] == str(tmp_path / "model")
+
+
 def test_scores_are_raw_and_a_reward_of_weight_zero_is_reported_only():
     result = optimize_noise(tiny_pipeline("sd"), "a", ReNO(rewards={"red": 2.0, "green": 0.0}, steps=3), **ARGUMENTS)
     torch.testing.assert_close(result.losses, -2 * result.scores["red"])
@@ -85,7 +94,7 @@ class Breaks:
 @pytest.mark.parametrize("how", ["reward", "gradient"])
 def test_numbers_that_are_none_stop_the_run_and_keep_the_best(how):
     with pytest.warns(UserWarning, match="best"):
-        method = ReNO(rewards=Breaks(how), steps=6)
+        method = ReNO(rewards=Breaks(how), steps=6, views=0)
         result = optimize_noise(tiny_pipeline("sd"), "a", method, generator=generator(), **ARGUMENTS)
     assert result.provenance["stopped"] == f"non-finite {how}"
     assert result.noise.isfinite().all() and result.best_loss.item() == result.losses.min().item()

@@ -79,7 +79,8 @@ def judge(images: Tensor, prompts: str | Sequence[str]) -> list[Verdict]:
 @torch.no_grad()
 def see(images: Tensor) -> list[list[Thing]]:
     """Finds the objects of each picture, the largest first; images (B, 3, 64, 64) in [0, 1]."""
-    colors = _hues(images.detach().float().cpu().clamp(0.0, 1.0))
+    images = images.detach().float().cpu().clamp(0.0, 1.0)
+    colors, chroma = _hues(images), images.amax(1) - images.amin(1)
     labels = _components(colors)
     area = torch.bincount(labels.flatten(), minlength=labels.numel())
     roots = (area >= AREA).nonzero().squeeze(1)
@@ -87,8 +88,9 @@ def see(images: Tensor) -> list[list[Thing]]:
     if len(roots) == 0:
         return found
     picture = roots // (SIZE * SIZE)
-    mask = labels[picture] == roots[:, None, None]
-    kinds, centres = _kinds(mask)
+    inside = torch.where(labels[picture] == roots[:, None, None], chroma[picture], 0.0)
+    # relative to its own strongest pixel: then a soft outline lies where a sharp one would, and does not fatten a star
+    kinds, centres = _kinds(inside / inside.amax((1, 2), keepdim=True))
     for i in area[roots].argsort(descending=True, stable=True).tolist():
         color = list(COLORS)[int(colors.flatten()[roots[i]])]
         thing = Thing(color, kinds[i], *centres[i].tolist(), area=int(area[roots[i]]))
@@ -135,9 +137,12 @@ def _components(colors: Tensor) -> Tensor:
             return labels.view_as(colors)
 
 
-def _squared(masks: Tensor) -> tuple[Tensor, Tensor]:
-    """Cuts each mask (N, 64, 64) to its box, scaled to a square; and the boxes (N, 4): left, top, right, bottom."""
-    rows, columns = masks.any(2), masks.any(1)
+def _squared(covers: Tensor) -> tuple[Tensor, Tensor]:
+    """Cuts each object (N, 64, 64), its share of each pixel, to its box, scaled to a square mask (N, 24, 24).
+
+    Also returns the boxes (N, 4): left, top, right, bottom.
+    """
+    rows, columns = (covers > 0.5).any(2), (covers > 0.5).any(1)
     span = torch.arange(SIZE)
     low = [torch.where(line, span, SIZE).amin(1) for line in (columns, rows)]
     high = [torch.where(line, span, -1).amax(1) + 1 for line in (columns, rows)]
@@ -145,19 +150,19 @@ def _squared(masks: Tensor) -> tuple[Tensor, Tensor]:
     steps = (torch.arange(_SIDE) + 0.5) / _SIDE
     x, y = (boxes[:, i, None] + steps * (boxes[:, i + 2] - boxes[:, i])[:, None] for i in (0, 1))
     grid = torch.stack(torch.broadcast_tensors(x[:, None, :], y[:, :, None]), -1) * (2 / SIZE) - 1
-    cut = F.grid_sample(masks[:, None].float(), grid, padding_mode="border", align_corners=False)
+    cut = F.grid_sample(covers[:, None], grid, padding_mode="border", align_corners=False)
     return cut[:, 0] > 0.5, boxes
 
 
 @functools.cache
 def _templates() -> Tensor:
     scenes = [Scene((Shape(kind, "red", SIZE / 2, SIZE / 2, 26.0),)) for kind in KINDS]
-    return _squared(coverage(scenes)[:, 0] > 0.5)[0]
+    return _squared(coverage(scenes)[:, 0])[0]
 
 
-def _kinds(masks: Tensor) -> tuple[list[str], Tensor]:
-    """The best kind of each mask (N, 64, 64), or "blob"; and the centre (x, y) of its box, (N, 2)."""
-    cut, boxes = _squared(masks)
+def _kinds(covers: Tensor) -> tuple[list[str], Tensor]:
+    """The best kind of each object (N, 64, 64), or "blob"; and the centre (x, y) of its box, (N, 2)."""
+    cut, boxes = _squared(covers)
     templates = _templates().flatten(1).float()
     cut = cut.flatten(1).float()
     both = cut @ templates.T

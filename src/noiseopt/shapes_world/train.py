@@ -251,7 +251,7 @@ def main() -> None:
     parser.add_argument("--vae-samples", type=int, default=140_000)
     parser.add_argument("--pictures", type=int, default=30_000)
     parser.add_argument("--climbs", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--rounds", type=int, default=16)
     parser.add_argument("--round-samples", type=int, default=3_200)
     parser.add_argument("--report-prompts", type=int, default=170)
     parser.add_argument("--report-steps", type=int, default=50)
