@@ -137,7 +137,8 @@ class OptimizationLoop:
         moves_on = step < method.steps - 1
         gradient = method.gradient if moves_on else None  # nothing is moved after the last evaluation
         self.leaf = state.noise.detach().requires_grad_(gradient is not None)
-        sample = Sample(self.problem.sampler, self.leaf, state.prompts, gradient, method.preview)
+        seeds = [seed + step for seed in self.problem.seeds]
+        sample = Sample(self.problem.sampler, self.leaf, state.prompts, seeds, gradient, method.preview)
         try:
             with torch.set_grad_enabled(gradient is not None):
                 loss, scores = self.objective.evaluate(sample)

@@ -1,6 +1,7 @@
 """One pipeline call whose noise is to be found."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import torch
@@ -32,6 +33,11 @@ class NoiseProblem:
     dtype: torch.dtype
     request: dict[str, Any]
 
+    @functools.cached_property
+    def seeds(self) -> list[int]:
+        """One for each image, from the bits of its base noise: none depends on the rest of the batch."""
+        return [seed_from(noise) for noise in self.noise]
+
     def candidates(self) -> "CandidateNoise":
         """A source of fresh noises, from the run's own generators."""
         return CandidateNoise(self)
@@ -46,7 +52,7 @@ class CandidateNoise:
 
     def __init__(self, problem: NoiseProblem) -> None:
         self.like = problem.noise
-        self.streams = [torch.Generator().manual_seed(seed_from(noise)) for noise in problem.noise]
+        self.streams = [torch.Generator().manual_seed(seed) for seed in problem.seeds]
 
     def draw(self) -> torch.Tensor:
         """`(B, C, H, W)` standard Gaussian."""
@@ -54,7 +60,7 @@ class CandidateNoise:
 
 
 def seed_from(noise: torch.Tensor) -> int:
-    """A 63-bit seed that is a function of the values of a noise."""
+    """A 62-bit seed that is a function of the values of a noise."""
     bits = noise.detach().flatten().cpu().to(torch.float32).view(torch.int32).to(torch.int64)
     weights = torch.arange(1, len(bits) + 1).mul(0x9E3779B97F4A7C15 - 2**64)  # odd multiples spread over 64 bits
-    return int((bits * weights).sum().item()) & (2**63 - 1)
+    return int((bits * weights).sum().item()) & (2**62 - 1)

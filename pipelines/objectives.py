@@ -9,7 +9,6 @@ import torch
 from ..rewards.reward import check_gradient
 from ..rewards.reward_sum import RewardSum
 from ..rewards.views import random_views
-from .noise_problem import seed_from
 from .sampling import Sample
 
 
@@ -73,10 +72,8 @@ class RewardObjective(Objective):
         output = self.rewards(images.detach() if by_views else images, prompts)
         if not by_views:
             return -output.total, output.components
-        seeds = [seed_from(noise) for noise in sample.noise]
-        total = (
-            sum(self.optimised(view, prompts).total for view in random_views(images, self.views, seeds)) / self.views
-        )
+        views = random_views(images, self.views, sample.seeds)
+        total = torch.stack([self.optimised(view, prompts).total for view in views]).mean(0)
         return -(output.total + (total - total.detach())), output.components  # adds exactly 0
 
     @functools.cached_property

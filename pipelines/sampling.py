@@ -207,6 +207,7 @@ class Sample:
     Attributes:
         noise: `(B, C, H, W)`, the initial noise.
         prompts: `B` prompts.
+        seeds: `B` integers that differ from step to step and from image to image: for objectives that draw at random.
         images: `(B, 3, H, W)` in [0, 1]: the result of the whole chain, or of one model call for a preview.
         x0: `(B, C, H, W)`: the estimate of the clean latents after one model call.
     """
@@ -216,10 +217,11 @@ class Sample:
         sampler: PipelineSampler,
         noise: torch.Tensor,
         prompts: list[str],
+        seeds: list[int],
         gradient: Gradient,
         preview: bool = False,
     ) -> None:
-        self.sampler, self.noise, self.prompts = sampler, noise, prompts
+        self.sampler, self.noise, self.prompts, self.seeds = sampler, noise, prompts, seeds
         self.gradient: Gradient = gradient
         self.preview = preview
 

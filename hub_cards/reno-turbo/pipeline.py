@@ -1483,6 +1483,7 @@ class Sample:
     Attributes:
         noise: `(B, C, H, W)`, the initial noise.
         prompts: `B` prompts.
+        seeds: `B` integers that differ from step to step and from image to image: for objectives that draw at random.
         images: `(B, 3, H, W)` in [0, 1]: the result of the whole chain, or of one model call for a preview.
         x0: `(B, C, H, W)`: the estimate of the clean latents after one model call.
     """
@@ -1492,10 +1493,11 @@ class Sample:
         sampler: PipelineSampler,
         noise: torch.Tensor,
         prompts: list[str],
+        seeds: list[int],
         gradient: Gradient,
         preview: bool = False,
     ) -> None:
-        self.sampler, self.noise, self.prompts = sampler, noise, prompts
+        self.sampler, self.noise, self.prompts, self.seeds = sampler, noise, prompts, seeds
         self.gradient: Gradient = gradient
         self.preview = preview
 
@@ -1539,6 +1541,11 @@ class NoiseProblem:
     dtype: torch.dtype
     request: dict[str, Any]
 
+    @functools.cached_property
+    def seeds(self) -> list[int]:
+        """One for each image, from the bits of its base noise: none depends on the rest of the batch."""
+        return [seed_from(noise) for noise in self.noise]
+
     def candidates(self) -> "CandidateNoise":
         """A source of fresh noises, from the run's own generators."""
         return CandidateNoise(self)
@@ -1553,7 +1560,7 @@ class CandidateNoise:
 
     def __init__(self, problem: NoiseProblem) -> None:
         self.like = problem.noise
-        self.streams = [torch.Generator().manual_seed(seed_from(noise)) for noise in problem.noise]
+        self.streams = [torch.Generator().manual_seed(seed) for seed in problem.seeds]
 
     def draw(self) -> torch.Tensor:
         """`(B, C, H, W)` standard Gaussian."""
@@ -1561,10 +1568,10 @@ class CandidateNoise:
 
 
 def seed_from(noise: torch.Tensor) -> int:
-    """A 63-bit seed that is a function of the values of a noise."""
+    """A 62-bit seed that is a function of the values of a noise."""
     bits = noise.detach().flatten().cpu().to(torch.float32).view(torch.int32).to(torch.int64)
     weights = torch.arange(1, len(bits) + 1).mul(0x9E3779B97F4A7C15 - 2**64)  # odd multiples spread over 64 bits
-    return int((bits * weights).sum().item()) & (2**63 - 1)
+    return int((bits * weights).sum().item()) & (2**62 - 1)
 
 
 # pipelines/noise_result.py
@@ -1733,10 +1740,8 @@ class RewardObjective(Objective):
         output = self.rewards(images.detach() if by_views else images, prompts)
         if not by_views:
             return -output.total, output.components
-        seeds = [seed_from(noise) for noise in sample.noise]
-        total = (
-            sum(self.optimised(view, prompts).total for view in random_views(images, self.views, seeds)) / self.views
-        )
+        views = random_views(images, self.views, sample.seeds)
+        total = torch.stack([self.optimised(view, prompts).total for view in views]).mean(0)
         return -(output.total + (total - total.detach())), output.components  # adds exactly 0
 
     @functools.cached_property
@@ -1971,7 +1976,8 @@ class OptimizationLoop:
         moves_on = step < method.steps - 1
         gradient = method.gradient if moves_on else None  # nothing is moved after the last evaluation
         self.leaf = state.noise.detach().requires_grad_(gradient is not None)
-        sample = Sample(self.problem.sampler, self.leaf, state.prompts, gradient, method.preview)
+        seeds = [seed + step for seed in self.problem.seeds]
+        sample = Sample(self.problem.sampler, self.leaf, state.prompts, seeds, gradient, method.preview)
         try:
             with torch.set_grad_enabled(gradient is not None):
                 loss, scores = self.objective.evaluate(sample)

@@ -6,7 +6,7 @@ import torch
 from noiseopt import BestOfN, ReNO, ReNOStableDiffusionPipeline, optimize_noise, shapes_world
 from noiseopt.demo import ONE_STEP, load_pipeline, seeded
 
-PROMPTS = shapes_world.VALIDATION_PROMPTS[:32]
+PROMPTS = shapes_world.VALIDATION_PROMPTS[:24]
 
 
 @pytest.fixture(scope="module")
@@ -25,9 +25,9 @@ def run(pipe, method):
 
 
 def test_reno_repairs_pictures_that_the_plain_model_gets_wrong(pipe):
-    result = run(pipe, ReNO(rewards=shapes_world.path("clip"), steps=30))
+    result = run(pipe, ReNO(rewards=shapes_world.path("clip"), steps=25))
     before, after = right(result.initial_images), right(result.images)
-    assert (~before).sum() >= 5, "there must be something to repair"
+    assert (~before).sum() >= 4, "there must be something to repair"
     assert after[~before].float().mean() >= 0.25
     assert after.sum() > before.sum()
     assert (result.best_scores["clipscore"] >= result.initial_scores["clipscore"]).all()

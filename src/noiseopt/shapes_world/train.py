@@ -179,6 +179,8 @@ def export(args: argparse.Namespace) -> None:
     (folder / "clip" / "preprocessor_config.json").write_text(
         json.dumps(processor | {"do_convert_rgb": True}, indent=2)
     )
+    for path in folder.glob("**/config.json"):  # half is how the weights are stored; transformers would run them so too
+        path.write_text(path.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
 
 
 def auc(right: Tensor, wrong: Tensor) -> float:
