@@ -40,7 +40,7 @@ class BestOfN(NoiseOptimizer):
         return RewardObjective(RewardSum(self.rewards, device=pipe._execution_device), self.reward_prompt)
 
     def start(self, problem: NoiseProblem) -> CandidateNoise:
-        return problem.candidates()
+        return CandidateNoise(problem)
 
     def step(self, noise: torch.Tensor, gradient: None, memory: CandidateNoise) -> torch.Tensor:
         return memory.draw()

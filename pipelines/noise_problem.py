@@ -38,10 +38,6 @@ class NoiseProblem:
         """One for each image, from the bits of its base noise: none depends on the rest of the batch."""
         return [seed_from(noise) for noise in self.noise]
 
-    def candidates(self) -> "CandidateNoise":
-        """A source of fresh noises, from the run's own generators."""
-        return CandidateNoise(self)
-
 
 class CandidateNoise:
     """Fresh Gaussian noises of a problem: the same for the same seeds, whatever batch they are drawn in.

@@ -60,7 +60,7 @@ class RewardObjective(Objective):
     """
 
     def __init__(self, rewards: Any, prompts: str | Sequence[str] | None = None, views: int = 0) -> None:
-        self.rewards = rewards if hasattr(rewards, "weights") else RewardSum(rewards)
+        self.rewards = rewards if isinstance(rewards, RewardSum) else RewardSum(rewards)
         self.prompts = prompts
         self.requires_prompt = self.rewards.requires_prompt and prompts is None
         self.views = views

@@ -16,7 +16,7 @@ from .module_state import float32_decoder, without_gradient
 
 Gradient = Literal["full", "frozen"] | None
 Clamp = Literal["straight_through", "hard"]
-DENOISERS = ("unet", "transformer", "transformer_2", "unet_2")
+DENOISERS = ("unet", "transformer", "transformer_2")
 
 
 def stock_call(cls: type):

@@ -1292,7 +1292,7 @@ def float32_decoder(vae):
 
 Gradient = Literal["full", "frozen"] | None
 Clamp = Literal["straight_through", "hard"]
-DENOISERS = ("unet", "transformer", "transformer_2", "unet_2")
+DENOISERS = ("unet", "transformer", "transformer_2")
 
 
 def stock_call(cls: type):
@@ -1546,10 +1546,6 @@ class NoiseProblem:
         """One for each image, from the bits of its base noise: none depends on the rest of the batch."""
         return [seed_from(noise) for noise in self.noise]
 
-    def candidates(self) -> "CandidateNoise":
-        """A source of fresh noises, from the run's own generators."""
-        return CandidateNoise(self)
-
 
 class CandidateNoise:
     """Fresh Gaussian noises of a problem: the same for the same seeds, whatever batch they are drawn in.
@@ -1728,7 +1724,7 @@ class RewardObjective(Objective):
     """
 
     def __init__(self, rewards: Any, prompts: str | Sequence[str] | None = None, views: int = 0) -> None:
-        self.rewards = rewards if hasattr(rewards, "weights") else RewardSum(rewards)
+        self.rewards = rewards if isinstance(rewards, RewardSum) else RewardSum(rewards)
         self.prompts = prompts
         self.requires_prompt = self.rewards.requires_prompt and prompts is None
         self.views = views
