@@ -10,8 +10,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from .captions import (
     CATEGORIES,
     HELD_OUT_PROMPTS,
@@ -24,6 +22,7 @@ from .captions import (
     parse,
     sample_scene,
 )
+from .embedded import MODELS, EmbeddedModel, path
 from .judge import Thing, Verdict, judge, see
 from .world import COLORS, KINDS, RELATIONS, SIZE, Scene, Shape, render
 
@@ -32,11 +31,13 @@ __all__ = [
     "COLORS",
     "HELD_OUT_PROMPTS",
     "KINDS",
+    "MODELS",
     "OBJECTS",
     "RELATIONS",
     "SIZE",
     "TRAIN_PROMPTS",
     "VALIDATION_PROMPTS",
+    "EmbeddedModel",
     "Request",
     "Scene",
     "Shape",
@@ -52,15 +53,3 @@ __all__ = [
     "see",
 ]
 
-
-def path(name: str) -> str:
-    """The folder of a trained model, for `from_pretrained`.
-
-    Args:
-        name: "turbo", a one-step `StableDiffusionPipeline`; "guided", its teacher, for several steps and guidance 3;
-            "clip", a `CLIPModel` with tokenizer and image processor.
-    """
-    folder = Path(__file__).parent / "weights" / name
-    if name not in ("turbo", "guided", "clip"):
-        raise ValueError(f'Expected "turbo", "guided" or "clip", but got {name!r}.')
-    return str(folder)

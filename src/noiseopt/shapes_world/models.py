@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,8 @@ from .world import SIZE
 if TYPE_CHECKING:
     from diffusers import AutoencoderTiny
     from transformers import CLIPModel, CLIPTokenizer
+
+    from .families import SD3Generator
 
 
 def new_vae() -> AutoencoderTiny:
@@ -84,8 +86,50 @@ class Reward(nn.Module):
         return F.normalize(self.clip.text_projection(pooled), dim=-1)
 
 
-class Generator(nn.Module):
-    """The U-Net and its text encoder, trained together; predicts v."""
+class VPGenerator(nn.Module):
+    """What generators with a variance-preserving schedule share; subclasses give `unet`, `embed` and `predict`."""
+
+    last = 999.0  # the timestep of pure noise
+    unet: nn.Module
+    scheduler: Any
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.unet.parameters()).device
+
+    def embed(self, prompts: Sequence[str]) -> Any:
+        """What the U-Net is told of B prompts, as the stock pipeline does it."""
+        raise NotImplementedError
+
+    def predict(self, noisy: Tensor, t: Tensor, context: Any) -> Tensor:
+        """v, from what `embed` returns."""
+        raise NotImplementedError
+
+    def times(self, count: int) -> Tensor:
+        """Random timesteps of the training, (count,) in [0, 998]."""
+        return (1000 * torch.sigmoid(0.3 + 1.3 * torch.randn(count))).floor().clamp(max=998)
+
+    def corrupt(self, z: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Noisy latents at timesteps t, (B,), and their v; at t = 999 pure noise and the v that leads to z from it."""
+        level = self.scheduler.alphas_cumprod.to(self.device)[t.long()].view(-1, 1, 1, 1)
+        noisy, v = level.sqrt() * z + (1 - level).sqrt() * noise, level.sqrt() * noise - (1 - level).sqrt() * z
+        pure = (t == self.last).view(-1, 1, 1, 1)
+        straight = (level.sqrt() * noise - z) / (1 - level).sqrt()
+        return torch.where(pure, noise, noisy), torch.where(pure, straight, v)
+
+    def picture(self, noise: Tensor, v: Tensor) -> Tensor:
+        """The scaled latents that v leads to from pure noise."""
+        alpha = float(self.scheduler.alphas_cumprod[int(self.last)])
+        return math.sqrt(alpha) * noise - math.sqrt(1 - alpha) * v
+
+    def forward(self, noisy: Tensor, t: Tensor, prompts: Sequence[str]) -> Tensor:
+        """v of noisy latents (B, 8, 8, 8) at timesteps t, (B,) in [0, 999]."""
+        return self.predict(noisy, t, self.embed(prompts))
+
+
+class Generator(VPGenerator):
+    """The U-Net of the SD kind and its text encoder, trained together; predicts v."""
 
     def __init__(self) -> None:
         from diffusers import DDIMScheduler, UNet2DConditionModel
@@ -118,13 +162,13 @@ class Generator(nn.Module):
         )
 
     def embed(self, prompts: Sequence[str]) -> Tensor:
-        """B prompts -> (B, 16, 96), as the stock pipeline does it."""
+        """B prompts -> (B, 16, 96)."""
         tokens = self.tokenizer(list(prompts), padding="max_length", return_tensors="pt").input_ids
-        return self.text_encoder(tokens.to(self.unet.device)).last_hidden_state
+        return self.text_encoder(tokens.to(self.device)).last_hidden_state
 
-    def forward(self, noisy: Tensor, t: Tensor, prompts: Sequence[str]) -> Tensor:
-        """v of noisy latents (B, 8, 8, 8) at timesteps t, (B,) in [0, 999]."""
-        return self.unet(noisy, t, self.embed(prompts)).sample
+    def predict(self, noisy: Tensor, t: Tensor, context: Tensor) -> Tensor:
+        """v, from what `embed` returns."""
+        return self.unet(noisy, t, context).sample
 
     @torch.no_grad()
     def sample(self, noise: Tensor, prompts: Sequence[str], steps: int, guidance: float) -> Tensor:
@@ -133,7 +177,7 @@ class Generator(nn.Module):
         self.scheduler.set_timesteps(steps)
         z = noise
         for t in self.scheduler.timesteps:
-            v = self.unet(torch.cat([z] * (len(context) // len(z))), t, context).sample
+            v = self.predict(torch.cat([z] * (len(context) // len(z))), t, context)
             if guidance > 1:
                 free, bound = v.chunk(2)
                 v = free + guidance * (bound - free)
@@ -146,6 +190,12 @@ def one_step(student: Generator, noise: Tensor, context: Tensor) -> Tensor:
     alpha = float(student.scheduler.alphas_cumprod[999])
     v = student.unet(noise, torch.tensor(999, device=noise.device), context).sample
     return math.sqrt(alpha) * noise - math.sqrt(1 - alpha) * v
+
+
+def from_noise(model: VPGenerator | SD3Generator, noise: Tensor, prompts: Sequence[str]) -> Tensor:
+    """What any of the generators makes of unit noise (B, 8, 8, 8) in one step without guidance: scaled latents."""
+    t = torch.full((len(noise),), model.last, device=noise.device)
+    return model.picture(noise, model.predict(noise, t, model.embed(prompts)))
 
 
 def decode(vae: AutoencoderTiny, latents: Tensor, scale: float) -> Tensor:

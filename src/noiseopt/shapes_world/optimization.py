@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Generic, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -59,26 +60,54 @@ class Muon(torch.optim.Optimizer):
 
 
 class Run(Generic[Model]):
-    """The optimiser, the moving average, the schedule and the checkpoints of one stage."""
+    """The optimiser, the moving average, the schedule, the learning curve and the checkpoints of one stage.
 
-    def __init__(self, model: Model, path: Path, samples: int, batch: int, lr: float, decay: float = 0.998) -> None:
+    Args:
+        model: What is trained.
+        path: The checkpoint; if it exists, the run continues from it.
+        samples: How many samples the stage takes.
+        batch: Samples of one update, over all processes.
+        lr: The highest learning rate.
+        decay: Of the moving average.
+        look: Called with the averaged model and a path to draw sample pictures at, every tenth of the run.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        path: Path,
+        samples: int,
+        batch: int,
+        lr: float,
+        decay: float = 0.998,
+        look: Callable[[Model, Path], None] | None = None,
+    ) -> None:
         self.model, self.path, self.samples, self.batch, self.lr, self.decay = model, path, samples, batch, lr, decay
         self.average = copy.deepcopy(model).requires_grad_(False).eval()
         self.optimizer = Muon([p for p in model.parameters() if p.requires_grad], lr)
-        self.seen, self.started = 0, time.time()
-        self.sums: dict[str, float] = {}
+        self.seen, self.seconds, self.look = 0, 0.0, look
+        self.curve: list[dict[str, float]] = []
+        self._sums: dict[str, float] = {}
         if path.exists():
             self.load()
         torch.manual_seed(self.seen + (dist.get_rank() if dist.is_initialized() else 0))
 
     def __iter__(self) -> Iterator[int]:
         """Yields the number of samples seen until the stage is done, saving as it goes."""
-        steps = 0
-        while self.seen < self.samples:
-            yield self.seen
-            steps += 1
-            if steps % 100 == 0:
-                self.save()
+        first = not (dist.is_initialized() and dist.get_rank())
+        steps, before, clock = 0, self.seconds, time.time()
+        with tqdm(total=self.samples, initial=self.seen, desc=self.path.stem, disable=not first, mininterval=5) as bar:
+            while self.seen < self.samples:
+                looks = 10 * self.seen // self.samples
+                yield self.seen
+                steps += 1
+                bar.update(self.seen - bar.n)
+                self.seconds = before + time.time() - clock
+                if first and steps % 100 == 0:
+                    bar.set_postfix(self._record())
+                    self.save()
+                if first and self.look and 10 * self.seen // self.samples > looks:
+                    self.look(self.average, self.path.with_name(f"{self.path.stem}_{self.seen}.png"))
         self.save()
 
     def step(self, losses: dict[str, Tensor]) -> None:
@@ -97,11 +126,16 @@ class Run(Generic[Model]):
             for slow, fast in zip(self.average.parameters(), self.model.parameters(), strict=True):
                 slow.lerp_(fast, 1 - decay)
         for name, loss in losses.items():
-            self.sums[name] = self.sums.get(name, 0.0) + float(loss.detach())
-        if (self.seen // self.batch) % 100 == 0 and not (dist.is_initialized() and dist.get_rank()):
-            means = "  ".join(f"{name} {total / 100:.4f}" for name, total in self.sums.items())
-            print(f"{self.path.stem} {self.seen:>8d}  {means}  {time.time() - self.started:.0f} s", flush=True)
-            self.sums = {}
+            self._sums[name] = self._sums.get(name, 0.0) + float(loss.detach())
+        self._sums["updates"] = self._sums.get("updates", 0.0) + 1
+
+    def _record(self) -> dict[str, float]:
+        """Adds the mean losses since the last record to the curve."""
+        updates = self._sums.pop("updates")
+        means = {name: round(total / updates, 5) for name, total in self._sums.items()}
+        self.curve.append({"samples": self.seen, "seconds": round(self.seconds, 1)} | means)
+        self._sums = {}
+        return means
 
     def _share_gradients(self) -> None:
         if not dist.is_initialized():
@@ -118,7 +152,8 @@ class Run(Generic[Model]):
         if dist.is_initialized() and dist.get_rank() > 0:
             return
         state = {"model": self.model.state_dict(), "average": self.average.state_dict(), "seen": self.seen}
-        torch.save(state | {"optimizer": self.optimizer.state_dict()}, self.path.with_suffix(".tmp"))
+        state |= {"seconds": self.seconds, "curve": self.curve, "optimizer": self.optimizer.state_dict()}
+        torch.save(state, self.path.with_suffix(".tmp"))
         self.path.with_suffix(".tmp").replace(self.path)
 
     def load(self) -> None:
@@ -127,7 +162,7 @@ class Run(Generic[Model]):
         self.model.load_state_dict(state["model"])
         self.average.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.seen = state["seen"]
+        self.seen, self.seconds, self.curve = state["seen"], state["seconds"], state["curve"]
 
 
 def averaged(path: Path, model: Model) -> Model:

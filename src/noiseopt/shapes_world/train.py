@@ -22,6 +22,7 @@ the share from .78 to .89 and repair 30 of 38 failures.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import os
@@ -33,13 +34,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from .captions import CATEGORIES, VALIDATION_PROMPTS, category
 from .coupling import couple
 from .data import crops, encode_pictures, pictures
 from .judge import judge
-from .models import Generator, Reward, decode, final_student, final_vae, new_vae, one_step
+from .families import SD3Generator, SDXLGenerator
+from .models import Generator, Reward, VPGenerator, decode, final_student, final_vae, from_noise, new_vae, one_step
 from .optimization import Run, averaged
 from .train_reward import ascend, harden_clip, train_clip
 from .world import SIZE
@@ -77,52 +80,92 @@ def _autoencode(vae: AutoencoderTiny, images: Tensor, noise: Tensor) -> tuple[Te
     return vae.decoder(z + noise), z
 
 
-def coupled_losses(model: Generator, data: dict, batch: int, rng: random.Random, last: float) -> dict[str, Tensor]:
-    """Error of v at random times and, for a share `last` of the batch, of x0 from pure noise at t = 999.
+def coupled_losses(
+    model: VPGenerator | SD3Generator, data: dict, batch: int, rng: random.Random, last: float
+) -> dict[str, Tensor]:
+    """Error of the prediction at random times and, for a share `last` of the batch, from pure noise.
 
     Cells of the latent that show shapes count three times.
     """
-    device = model.unet.device
     rows = torch.randint(0, len(data["latents"]), (batch,))
     prompts = [str(data["requests"][i]) if rng.random() > 0.08 else "" for i in rows.tolist()]
-    z, weight = data["latents"][rows].to(device), 1 + 2 * data["masks"][rows].to(device)
+    z, weight = data["latents"][rows].to(model.device), 1 + 2 * data["masks"][rows].to(model.device)
     noise = couple(torch.randn_like(z), data["chance"][rows])
-    t = (1000 * torch.sigmoid(0.3 + 1.3 * torch.randn(batch))).long().clamp(max=998).to(device)
-    level = model.scheduler.alphas_cumprod.to(device)[t].view(-1, 1, 1, 1)
-    noisy, v = level.sqrt() * z + (1 - level).sqrt() * noise, level.sqrt() * noise - (1 - level).sqrt() * z
-    count = round(last * batch)
-    alpha = float(model.scheduler.alphas_cumprod[999])
-    t[:count], noisy[:count] = 999, noise[:count]
-    v[:count] = (math.sqrt(alpha) * noise[:count] - z[:count]) / math.sqrt(1 - alpha)
-    error = (model(noisy, t, prompts) - v).square() * weight
+    t, count = model.times(batch), round(last * batch)
+    t[:count] = model.last
+    noisy, target = model.corrupt(z, noise, t.to(model.device))
+    error = (model(noisy, t.to(model.device), prompts) - target).square() * weight
     losses = {"last": error[:count].sum() / weight.sum() / 8}
-    return losses | ({"v": error[count:].sum() / weight.sum() / 8} if count < batch else {})
+    return losses | ({"between": error[count:].sum() / weight.sum() / 8} if count < batch else {})
+
+
+@torch.no_grad()
+def draw(args: argparse.Namespace, model: VPGenerator | SD3Generator, path: Path) -> None:
+    """Writes what the model draws of 24 validation prompts in one step, to look at while it trains."""
+    prompts = list(VALIDATION_PROMPTS[:24])
+    noise = torch.randn(len(prompts), 8, 8, 8, generator=torch.Generator().manual_seed(7)).to(args.device)
+    images = decode(final_vae(args), from_noise(model, noise, prompts), encode_pictures(args)["scale"])
+    rows = images.cpu().unflatten(0, (3, 8)).permute(0, 3, 1, 4, 2).reshape(3 * SIZE, 8 * SIZE, 3)
+    Image.fromarray((rows * 255).round().byte().numpy()).resize((1536, 576)).save(path)
+
+
+def train_generator(
+    args: argparse.Namespace,
+    stage: str,
+    model: VPGenerator | SD3Generator,
+    last: float,
+    lr: float = 2e-3,
+    decay: float = 0.998,
+) -> None:
+    """Trains a generator on coupled noises, a share `last` of the samples from pure noise."""
+    data = encode_pictures(args)
+    samples = vars(args)[f"{stage.replace('-', '_')}_samples"]
+    path = args.output / f"{stage}.pt"
+    run = Run(model.to(args.device), path, samples, batch=64, lr=lr, decay=decay, look=functools.partial(draw, args))
+    batch = run.batch // (dist.get_world_size() if dist.is_initialized() else 1)
+    rng = random.Random(torch.initial_seed() + run.seen)
+    for _ in run:
+        run.step(coupled_losses(run.model, data, batch, rng, last))
 
 
 def train_unet(args: argparse.Namespace) -> None:
-    """Trains the guided teacher, 3 of 4 samples at t = 999."""
-    data = encode_pictures(args)
-    model = Generator().to(args.device)
+    """Trains the U-Net that the others start from, 3 of 4 samples from pure noise."""
+    model = Generator()
     if (args.output / "clip.pt").exists():
         tower = averaged(args.output / "clip.pt", Reward()).clip.text_model
         model.text_encoder.load_state_dict(tower.state_dict())
-    run = Run(model, args.output / "unet.pt", samples=args.unet_samples, batch=64, lr=2.5e-3, decay=0.998)
-    batch = run.batch // (dist.get_world_size() if dist.is_initialized() else 1)
-    rng = random.Random(torch.initial_seed() + run.seen)
-    for _ in run:
-        run.step(coupled_losses(run.model, data, batch, rng, last=0.75))
+    train_generator(args, "unet", model, last=0.75, lr=2.5e-3)
+
+
+def train_guided(args: argparse.Namespace) -> None:
+    """Trains the U-Net further for sampling in several steps with guidance."""
+    train_generator(args, "guided", averaged(args.output / "unet.pt", Generator()).requires_grad_(), last=0.125)
 
 
 def train_student(args: argparse.Namespace) -> None:
-    """Trains the teacher further as a one-step student: only from pure noise at t = 999."""
-    data = encode_pictures(args)
-    model = Generator().to(args.device)
-    model.load_state_dict(torch.load(args.output / "unet.pt")["average"])
-    run = Run(model, args.output / "student.pt", samples=args.student_samples, batch=64, lr=8e-4, decay=0.99)
-    batch = run.batch // (dist.get_world_size() if dist.is_initialized() else 1)
-    rng = random.Random(torch.initial_seed() + run.seen)
-    for _ in run:
-        run.step(coupled_losses(run.model, data, batch, rng, last=1.0))
+    """Trains the U-Net further as a one-step student: only from pure noise."""
+    model = averaged(args.output / "unet.pt", Generator()).requires_grad_()
+    train_generator(args, "student", model, last=1.0, lr=8e-4, decay=0.99)
+
+
+def train_sdxl(args: argparse.Namespace) -> None:
+    """Trains the SDXL kind for sampling in several steps with guidance, from the U-Net of the SD kind."""
+    base, model = averaged(args.output / "unet.pt", Generator()), SDXLGenerator()
+    model.begin_with(base.unet.state_dict(), base.text_encoder.state_dict())
+    train_generator(args, "sdxl", model, last=0.25)
+
+
+def train_sdxl_turbo(args: argparse.Namespace) -> None:
+    """Trains the SDXL kind further as a one-step student: only from pure noise."""
+    model = averaged(args.output / "sdxl.pt", SDXLGenerator()).requires_grad_()
+    train_generator(args, "sdxl-turbo", model, last=1.0, lr=8e-4, decay=0.99)
+
+
+def train_sd3(args: argparse.Namespace) -> None:
+    """Trains the flow-matching transformer for sampling in several steps with guidance."""
+    model = SD3Generator()
+    model.begin_with(averaged(args.output / "unet.pt", Generator()).text_encoder.state_dict())
+    train_generator(args, "sd3", model, last=0.25)
 
 
 def train_decoder(args: argparse.Namespace) -> None:
@@ -233,7 +276,11 @@ STAGES = {
     "clip": train_clip,
     "latents": encode_pictures,
     "unet": train_unet,
+    "guided": train_guided,
     "student": train_student,
+    "sdxl": train_sdxl,
+    "sdxl-turbo": train_sdxl_turbo,
+    "sd3": train_sd3,
     "decoder": train_decoder,
     "harden": harden_clip,
     "export": export,
@@ -257,6 +304,10 @@ def main() -> None:
     parser.add_argument("--report-prompts", type=int, default=170)
     parser.add_argument("--report-steps", type=int, default=50)
     parser.add_argument("--unet-samples", type=int, default=190_000)
+    parser.add_argument("--guided-samples", type=int, default=200_000)
+    parser.add_argument("--sdxl-samples", type=int, default=100_000)
+    parser.add_argument("--sdxl-turbo-samples", type=int, default=20_000)
+    parser.add_argument("--sd3-samples", type=int, default=320_000)
     parser.add_argument("--student-samples", type=int, default=10_240)
     parser.add_argument("--decoder-samples", type=int, default=11_200)
     parser.add_argument("--clip-samples", type=int, default=120_000)

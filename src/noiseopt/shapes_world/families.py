@@ -1,0 +1,182 @@
+"""The untrained generators of the SDXL and SD3 kinds, in stock classes: two text encoders each, and how they embed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from .models import VPGenerator, text_options
+from .text import new_tokenizer
+from .world import SIZE
+
+if TYPE_CHECKING:
+    from transformers import CLIPTextConfig, CLIPTokenizer
+
+WIDTHS = 96, 128  # of the two text encoders
+EMPTY_TOKENS = 16  # `max_sequence_length` that the embedded SD3 model is called with; its default is 256
+
+
+def text_config(tokenizer: CLIPTokenizer, width: int) -> CLIPTextConfig:
+    """A text encoder of three layers: its users look at what comes before the last, and at the pooled output."""
+    from transformers import CLIPTextConfig
+
+    tower = {"hidden_size": width, "intermediate_size": 256, "num_attention_heads": 4, "projection_dim": width}
+    return CLIPTextConfig(**tower | text_options(tokenizer) | {"num_hidden_layers": 3})
+
+
+class SDXLGenerator(VPGenerator):
+    """A U-Net with two text encoders, a pooled embedding and the six size conditions; predicts v."""
+
+    def __init__(self) -> None:
+        from diffusers import EulerDiscreteScheduler, UNet2DConditionModel
+        from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+        super().__init__()
+        self.tokenizer = new_tokenizer()
+        self.text_encoder = CLIPTextModel(text_config(self.tokenizer, WIDTHS[0]))
+        self.text_encoder_2 = CLIPTextModelWithProjection(text_config(self.tokenizer, WIDTHS[1]))
+        self.unet = UNet2DConditionModel(
+            sample_size=8,
+            in_channels=8,
+            out_channels=8,
+            layers_per_block=1,
+            block_out_channels=(64, 96),
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            cross_attention_dim=sum(WIDTHS),
+            attention_head_dim=4,
+            norm_num_groups=16,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=16,
+            projection_class_embeddings_input_dim=6 * 16 + WIDTHS[1],
+        )
+        self.scheduler = EulerDiscreteScheduler(
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            prediction_type="v_prediction",
+            timestep_spacing="trailing",
+            steps_offset=1,
+        )
+
+    def begin_with(self, unet_weights: dict[str, Tensor], text_weights: dict[str, Tensor]) -> None:
+        """Takes over the SD-type U-Net and text encoder: what is new starts without effect."""
+        with torch.no_grad():
+            for name, ours in self.unet.named_parameters():
+                theirs = unet_weights.get(name)
+                if theirs is None:
+                    continue
+                ours.zero_()
+                ours[tuple(slice(size) for size in theirs.shape)] = theirs
+            new = self.unet.add_embedding.linear_2  # pyright: ignore[reportAttributeAccessIssue]
+            nn.init.zeros_(new.weight), nn.init.zeros_(new.bias)
+        self.text_encoder.load_state_dict(text_weights, strict=False)
+
+    def embed(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """B prompts -> (B, 16, 224) and pooled (B, 128); both are zero for an empty prompt, as in the stock pipeline."""
+        tokens = self.tokenizer(list(prompts), padding="max_length", return_tensors="pt").input_ids.to(self.device)
+        first = self.text_encoder(tokens, output_hidden_states=True).hidden_states[-2]
+        second = self.text_encoder_2(tokens, output_hidden_states=True)
+        said = torch.tensor([bool(prompt) for prompt in prompts], device=self.device)
+        context = torch.cat((first, second.hidden_states[-2]), -1) * said[:, None, None]
+        return context, second.text_embeds * said[:, None]
+
+    def predict(self, noisy: Tensor, t: Tensor, context: tuple[Tensor, Tensor]) -> Tensor:
+        """v, from what `embed` returns."""
+        sizes = torch.tensor([SIZE, SIZE, 0, 0, SIZE, SIZE], device=self.device).expand(len(noisy), -1)
+        added = {"text_embeds": context[1], "time_ids": sizes}
+        return self.unet(noisy, t, context[0], added_cond_kwargs=added).sample
+
+
+class _OneForMany(TorchFunctionMode):
+    """Makes the last key of every attention count as `many` equal ones."""
+
+    def __init__(self, many: int) -> None:
+        super().__init__()
+        self.many = many
+
+    def __torch_function__(self, func, types, args=(), kwargs=None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is F.scaled_dot_product_attention:
+            bias = args[1].new_zeros(args[1].shape[-2])
+            bias[-1] = math.log(self.many)
+            kwargs["attn_mask"] = bias.expand(args[0].shape[-2], -1)
+        return func(*args, **kwargs)
+
+
+class SD3Generator(nn.Module):
+    """A flow-matching transformer of the SD3 kind without its third text encoder; predicts noise minus picture.
+
+    Where that encoder is missing, the stock pipeline fills in empty tokens. The transformer knows no positions of text:
+    equal tokens stay equal, and any number of them is one that counts as many. Training draws how many.
+    """
+
+    last = 1000.0  # the timestep of pure noise
+
+    def __init__(self) -> None:
+        from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
+        from transformers import CLIPTextModelWithProjection
+
+        super().__init__()
+        self.tokenizer = new_tokenizer()
+        self.text_encoder = CLIPTextModelWithProjection(text_config(self.tokenizer, WIDTHS[0]))
+        self.text_encoder_2 = CLIPTextModelWithProjection(text_config(self.tokenizer, WIDTHS[1]))
+        self.transformer = SD3Transformer2DModel(
+            sample_size=8,
+            patch_size=1,
+            in_channels=8,
+            out_channels=8,
+            num_layers=4,
+            attention_head_dim=32,
+            num_attention_heads=4,
+            joint_attention_dim=sum(WIDTHS),
+            caption_projection_dim=128,
+            pooled_projection_dim=sum(WIDTHS),
+            pos_embed_max_size=8,
+            qk_norm="rms_norm",
+        )
+        self.scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.transformer.device
+
+    def begin_with(self, text_weights: dict[str, Tensor]) -> None:
+        """Takes over the layers of the SD-type text encoder."""
+        self.text_encoder.text_model.load_state_dict(text_weights, strict=False)
+
+    def embed(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """B prompts -> (B, 17, 224), the last token empty, and pooled (B, 224)."""
+        tokens = self.tokenizer(list(prompts), padding="max_length", return_tensors="pt").input_ids.to(self.device)
+        both = [encoder(tokens, output_hidden_states=True) for encoder in (self.text_encoder, self.text_encoder_2)]
+        context = torch.cat([out.hidden_states[-2] for out in both], -1)
+        return F.pad(context, (0, 0, 0, 1)), torch.cat([out.text_embeds for out in both], -1)
+
+    def predict(self, noisy: Tensor, t: Tensor, context: tuple[Tensor, Tensor], empty: int = EMPTY_TOKENS) -> Tensor:
+        """The velocity, from what `embed` returns, as if there were `empty` empty tokens."""
+        with _OneForMany(empty):
+            return self.transformer(noisy, context[0], context[1], t.expand(len(noisy))).sample
+
+    def times(self, count: int) -> Tensor:
+        """Random timesteps of the training, (count,) in (0, 1000]."""
+        return 1000 * torch.sigmoid(0.6 + 1.2 * torch.randn(count))
+
+    def corrupt(self, z: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Noisy latents at timesteps t, (B,), and what is to be predicted of them."""
+        sigma = (t / 1000).view(-1, 1, 1, 1)
+        return torch.lerp(z, noise, sigma), noise - z
+
+    def picture(self, noise: Tensor, velocity: Tensor) -> Tensor:
+        """The scaled latents that the velocity leads to from pure noise."""
+        return noise - velocity
+
+    def forward(self, noisy: Tensor, t: Tensor, prompts: Sequence[str]) -> Tensor:
+        """The velocity of noisy latents (B, 8, 8, 8), with a random number of empty tokens."""
+        return self.predict(noisy, t, self.embed(prompts), empty=int(2 ** (4 + 4 * torch.rand(()))))
