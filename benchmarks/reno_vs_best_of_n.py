@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bootstrap import Estimate, bootstrap, paired_bootstrap
 from tqdm import tqdm
 
 import noiseopt
@@ -31,6 +30,7 @@ from noiseopt import (
     shapes_world,
 )
 from noiseopt.demo import ONE_STEP, load_pipeline
+from noiseopt.evaluation.bootstrap import Estimate, bootstrap, paired_bootstrap
 from noiseopt.quiet import quiet_libraries
 
 SPLITS = {"validation": "VALIDATION_PROMPTS", "held-out": "HELD_OUT_PROMPTS"}

@@ -4,7 +4,8 @@ import math
 
 import pytest
 import torch
-from bootstrap import Estimate, bootstrap, paired_bootstrap  # pyright: ignore[reportMissingImports]
+
+from noiseopt.evaluation.bootstrap import Estimate, bootstrap, paired_bootstrap
 
 
 def binomial_quantile(level: float, count: int, share: float) -> int:

@@ -1,0 +1,190 @@
+"""How much images of one prompt differ: similarity, effective number, coverage of references, and layout.
+
+All but `layout_spread` work on features, one vector an image, and compute in float64 whatever the features are.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..shapes_world import SIZE, Thing, parse, see
+
+Place = tuple[float, float]
+
+
+def mean_pairwise_similarity(features: Tensor) -> Tensor:
+    """Mean cosine of all pairs of different images, the MSS of CADS, https://arxiv.org/abs/2310.17347; lower is more
+    diverse.
+
+    Args:
+        features: (..., N, D), sets of at least 2 images.
+
+    Returns:
+        (...) in [-1 / (N - 1), 1], float64, with a gradient.
+
+    Raises:
+        ValueError: for fewer than 2 images.
+    """
+    kernel = cosine_kernel(features)
+    count = kernel.shape[-1]
+    if count < 2:
+        raise ValueError(
+            f"Expected features (..., N, D) of at least 2 images, but got {tuple(features.shape)}. Draw several images "
+            "of a prompt to measure how much they differ."
+        )
+    pairs = kernel.sum((-2, -1)) - kernel.diagonal(dim1=-2, dim2=-1).sum(-1)
+    return pairs / (count * (count - 1))
+
+
+def vendi_score(features: Tensor, q: float = 1.0) -> Tensor:
+    """The effective number of different images: exp of the Rényi entropy of the eigenvalues λ of the cosine kernel / N.
+
+    Vendi score (q = 1, Shannon): https://arxiv.org/abs/2210.02410. Other orders: https://arxiv.org/abs/2310.12952,
+    `(Σ λ^q)^(1 / (1 - q))`; the smaller the order, the more a rare image counts. Order 0 is the number of eigenvalues
+    that are not zero, order ∞ is `1 / max λ`, and order 2 is `1 / ‖K / N‖²`, which needs no eigenvalues.
+
+    Below order 1 an eigenvalue made of rounding errors would count, so those below N · ε · max λ, with the ε of the
+    features' type, are taken for zero, as in `torch.linalg.matrix_rank`.
+
+    Args:
+        features: (..., N, D), sets of at least 1 image.
+        q: the order, at least 0; `math.inf` is one.
+
+    Returns:
+        (...) in [1, N], float64, with a gradient, which is zero everywhere for order 0.
+    """
+    if not q >= 0:
+        raise ValueError(f"Expected an order of 0 or more for the Vendi score, but got {q}.")
+    kernel = cosine_kernel(features) / features.shape[-2]
+    if q == 2:
+        return 1 / kernel.square().sum((-2, -1))
+    shares = torch.linalg.eigvalsh(kernel)
+    if q == math.inf:
+        return 1 / shares[..., -1]
+    dtype = features.dtype if q < 1 else kernel.dtype
+    return hill_number(shares, q, floor=features.shape[-2] * torch.finfo(dtype).eps)
+
+
+def hill_number(shares: Tensor, q: float, floor: float) -> Tensor:
+    """`(Σ λ^q)^(1 / (1 - q))` of (..., N) shares over those above `floor` times the largest, or its limit for q = 1."""
+    counted = shares > floor * shares.amax(-1, keepdim=True)
+    # Not the zeros themselves: their logarithm would make the gradient of all others NaN.
+    shares = shares.where(counted, 1.0)
+    if q == 1:
+        return (-(shares * shares.log()).sum(-1)).exp()
+    return (shares.pow(q) * counted).sum(-1).pow(1 / (1 - q))
+
+
+def cosine_kernel(features: Tensor) -> Tensor:
+    """(..., N, N) cosines of (..., N, D) features, float64."""
+    if features.ndim < 2 or features.shape[-2] < 1:
+        raise ValueError(f"Expected features of shape (..., N, D), but got {tuple(features.shape)}.")
+    directions = F.normalize(features.double(), dim=-1)
+    return directions @ directions.mT
+
+
+def coverage(features: Tensor, references: Tensor, k: int = 5) -> Tensor:
+    """The share of the references near which there is an image, https://arxiv.org/abs/2002.09797.
+
+    Near is closer, in Euclidean distance, than the reference's k-th nearest other reference.
+
+    Args:
+        features: (N, D).
+        references: (M, D), with M > k.
+        k: 1 or more; the paper uses 5.
+
+    Returns:
+        A scalar in [0, 1], float64, without a gradient.
+    """
+    return inside_balls(features, references, k).any(1).double().mean()
+
+
+def density(features: Tensor, references: Tensor, k: int = 5) -> Tensor:
+    """In how many references' balls an image is on average, over k; https://arxiv.org/abs/2002.09797.
+
+    Arguments as for `coverage`. A scalar of at least 0, and about 1 for images distributed as the references are.
+    """
+    return inside_balls(features, references, k).double().sum(0).mean() / k
+
+
+@torch.no_grad()
+def inside_balls(features: Tensor, references: Tensor, k: int) -> Tensor:
+    """(M, N) booleans: whether an image is closer to a reference than the k-th nearest other reference is."""
+    check_neighbours(features, references, k)
+    features, references = features.double(), references.double()
+    # Each reference is its own nearest: hence k + 1.
+    radii = distances(references, references).kthvalue(k + 1, dim=1).values
+    return distances(references, features) < radii[:, None]
+
+
+def distances(left: Tensor, right: Tensor) -> Tensor:
+    """Euclidean distances; not by a matrix product, which loses half the digits of small ones."""
+    return torch.cdist(left, right, compute_mode="donot_use_mm_for_euclid_dist")
+
+
+def check_neighbours(features: Tensor, references: Tensor, k: int) -> None:
+    """Raise unless both are matrices of one width, and each reference has k others."""
+    if features.ndim != 2 or references.ndim != 2 or features.shape[1] != references.shape[1] or len(features) == 0:
+        raise ValueError(
+            f"Expected features (N, D) and references (M, D), but got {tuple(features.shape)} and "
+            f"{tuple(references.shape)}. Take both from the same model."
+        )
+    if not 1 <= k < len(references):
+        raise ValueError(
+            f"Expected k from 1 to {len(references) - 1}, the number of the other references, but got {k}. Pass more "
+            "references or a smaller k."
+        )
+
+
+def layout_spread(images: Tensor, prompt: str) -> float:
+    """How far apart the places of the requested objects are in a set of images of one prompt, in pixels.
+
+    For each requested object, the root mean square distance of its centre from its mean place over the images that show
+    it; then the mean over the objects. An object is the largest thing of its color, whatever its shape: what is drawn
+    wrongly has a place, too. Requested objects of one color are interchangeable: each two images are matched in the
+    best way, and the mean square distance from the mean is half that of two images drawn with replacement.
+
+    Args:
+        images: (N, 3, 64, 64) in [0, 1], of the shapes world.
+        prompt: a prompt of the shapes world.
+
+    Returns:
+        Pixels, at least 0; NaN if no requested color is in two images.
+    """
+    if images.ndim != 4 or images.shape[1:] != (3, SIZE, SIZE):
+        raise ValueError(f"Expected images of shape (N, 3, {SIZE}, {SIZE}), but got {tuple(images.shape)}.")
+    wanted = Counter(color for color, _ in parse(prompt).objects)
+    pictures = [things for part in images.split(32) for things in see(part)]
+    total, objects = 0.0, 0
+    for color, count in wanted.items():
+        shown = [found for things in pictures if (found := largest_of_color(things, color, count))]
+        if len(shown) > 1:
+            total, objects = total + count * spread(shown), objects + count
+    return total / objects if objects else math.nan
+
+
+def largest_of_color(things: Sequence[Thing], color: str, count: int) -> list[Place]:
+    """The centres of the `count` largest things of a color, fewer if there are not as many; `things` are in order."""
+    return [(thing.x, thing.y) for thing in things if thing.color == color][:count]
+
+
+def spread(sets: Sequence[Sequence[Place]]) -> float:
+    """Root mean square distance from the mean place, from the distances of all pairs of sets of places."""
+    squares = [matched_square(left, right) for left, right in itertools.combinations(sets, 2)]
+    return math.sqrt(sum(squares)) / len(sets)
+
+
+def matched_square(left: Sequence[Place], right: Sequence[Place]) -> float:
+    """Mean square distance of the places of two images under their best match; extra places of the longer are left."""
+    few, many = sorted((left, right), key=len)
+    return min(
+        sum(math.dist(a, b) ** 2 for a, b in zip(few, order, strict=True)) / len(few)
+        for order in itertools.permutations(many, len(few))
+    )

@@ -1,0 +1,177 @@
+"""Prompt sets from small files in the layouts of the published benchmarks."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from noiseopt import shapes_world
+from noiseopt.evaluation.prompt_sets import Prompt, PromptSet, load_prompts
+
+GENEVAL = [
+    {"tag": "single_object", "include": [{"class": "bench", "count": 1}], "prompt": "a photo of a bench"},
+    {
+        "tag": "counting",
+        "include": [{"class": "cow", "count": 2}],
+        "exclude": [{"class": "cow", "count": 3}],
+        "prompt": "a photo of two cows",
+    },
+]
+GENEVAL_2 = [
+    {"prompt": "two toys", "atom_count": 2, "vqa_list": [["How many toys?", "two"]], "skills": ["count"]},
+    {"prompt": "a pig", "atom_count": 1, "vqa_list": [["Is there a pig?", "Yes"]], "skills": ["object"]},
+]
+PARTI = (
+    "Prompt\tCategory\tChallenge\tNote\n"
+    "bond\tAbstract\tBasic\tBiology-inspired concepts\n"
+    '"GIGGLE" painted on a wall. \tIllustrations\tWriting & Symbols\t\n'
+)
+SIMPLE = {
+    "animals": [{"prompt": "a dog and a frog", "indices": [2, 5]}],
+    "objects": [{"prompt": "a pink crown and a purple bow", "indices": [3, 7]}],
+}
+COCO = {
+    "info": {},
+    "images": [{"id": 7}, {"id": 8}],
+    "annotations": [
+        {"image_id": 8, "id": 1, "caption": "A bicycle with a clock as the front wheel."},
+        {"image_id": 7, "id": 2, "caption": "A room with blue walls. \n"},
+        {"image_id": 8, "id": 3, "caption": "A black Honda motorcycle."},
+    ],
+}
+
+
+def lines(*objects: dict) -> str:
+    return "\n".join(map(json.dumps, objects)) + "\n"
+
+
+def pairs(prompts: PromptSet) -> list[tuple[str, str | None]]:
+    return [(prompt.text, prompt.category) for prompt in prompts.prompts]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "format", "expected"),
+    [
+        ("mine.txt", "a red fox\n\n  an owl \r\n", "text", [("a red fox", None), ("an owl", None)]),
+        ("mine.txt", "[V] dog\n{x}", "text", [("[V] dog", None), ("{x}", None)]),
+        ("mine", "Prompted by nothing", "text", [("Prompted by nothing", None)]),
+        ("color_val.txt", "a green bench\r\n", "t2i-compbench", [("a green bench", "color")]),
+        ("3d_spatial.txt", "a cat behind a boy\n", "t2i-compbench", [("a cat behind a boy", "3d_spatial")]),
+        ("non_spatial_train.txt", "a man runs", "t2i-compbench", [("a man runs", "non_spatial")]),
+        ("complex_val_action.txt", "The cat slept.\n", "t2i-compbench", [("The cat slept.", "complex")]),
+        ("evaluation_metadata.jsonl", lines(*GENEVAL), "geneval",
+         [("a photo of a bench", "single_object"), ("a photo of two cows", "counting")]),
+        ("geneval2_data.jsonl", lines(*GENEVAL_2), "geneval", [("two toys", "2 atoms"), ("a pig", "1 atoms")]),
+        ("one.jsonl", lines(GENEVAL[0]), "geneval", [("a photo of a bench", "single_object")]),
+        ("mine.jsonl", lines({"prompt": "a", "category": "x"}, {"text": "b", "tag": "y"}, {"caption": "c"}), "jsonl",
+         [("a", "x"), ("b", "y"), ("c", None)]),
+        ("PartiPrompts.tsv", PARTI, "partiprompts",
+         [("bond", "Abstract"), ('"GIGGLE" painted on a wall.', "Illustrations")]),
+        ("simple_cases.json", json.dumps(SIMPLE), "noise-diffusion",
+         [("a dog and a frog", "animals"), ("a pink crown and a purple bow", "objects")]),
+        ("complex_cases.json", json.dumps(SIMPLE["animals"]), "noise-diffusion", [("a dog and a frog", None)]),
+        ("captions_val2014.json", json.dumps(COCO), "coco",
+         [("A bicycle with a clock as the front wheel.", None), ("A room with blue walls.", None)]),
+        ("captions_val2014.json", json.dumps(COCO, indent=1), "coco",
+         [("A bicycle with a clock as the front wheel.", None), ("A room with blue walls.", None)]),
+    ],
+)  # fmt: skip
+def test_layouts_are_read_by_name_and_by_their_looks(tmp_path, name, content, format, expected):
+    path = tmp_path / name
+    for encoding in ("utf-8", "utf-8-sig"):
+        path.write_bytes(content.encode(encoding))
+        assert pairs(load_prompts(str(path))) == expected
+        assert pairs(load_prompts(str(path), format)) == expected
+    assert load_prompts(str(path)).name == path.stem
+    assert load_prompts(str(path), limit=1).prompts == load_prompts(str(path)).prompts[:1]
+
+
+def first(path: Path, content: str) -> Prompt:
+    path.write_text(content, encoding="utf-8")
+    return load_prompts(str(path)).prompts[0]
+
+
+def test_what_else_is_known_is_metadata(tmp_path):
+    assert first(tmp_path / "a.jsonl", lines(GENEVAL[1])).metadata == {
+        key: GENEVAL[1][key] for key in ("include", "exclude")
+    }
+    assert first(tmp_path / "b.jsonl", lines(GENEVAL_2[0])).metadata["skills"] == ["count"]
+    assert first(tmp_path / "c.tsv", PARTI).metadata == {"challenge": "Basic", "note": "Biology-inspired concepts"}
+    assert first(tmp_path / "d.json", json.dumps(SIMPLE)).metadata == {"indices": [2, 5]}
+    assert first(tmp_path / "e.json", json.dumps(COCO)).metadata == {"image_id": 8, "id": 1}
+    assert first(tmp_path / "f.txt", "a cat").metadata == {}
+
+
+def test_a_file_of_another_name_is_its_own_category(tmp_path):
+    path = tmp_path / "toys.txt"
+    path.write_text("a toy\n")
+    assert pairs(load_prompts(str(path), "t2i-compbench")) == [("a toy", "toys")]
+
+
+def test_unusual_characters_do_not_end_a_line(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    path.write_text(json.dumps({"prompt": "Dalí\u2028at night"}, ensure_ascii=False), encoding="utf-8")
+    assert load_prompts(str(path)).prompts == (Prompt("Dalí\u2028at night"),)
+
+
+@pytest.mark.parametrize(
+    ("split", "texts"),
+    [
+        ("train", shapes_world.TRAIN_PROMPTS),
+        ("validation", shapes_world.VALIDATION_PROMPTS),
+        ("held-out", shapes_world.HELD_OUT_PROMPTS),
+    ],
+)
+def test_splits_of_the_shapes_world(split, texts):
+    prompts = load_prompts(split)
+    assert prompts.name == split
+    assert pairs(prompts) == [(text, shapes_world.category(text)) for text in texts]
+    assert load_prompts(split, limit=7).prompts == prompts.prompts[:7]
+
+
+def test_prompts_can_be_keys():
+    assert len({Prompt("a", "x", {"n": 1}), Prompt("a", "x", {"n": 1}), Prompt("a", "y")}) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "format", "message"),
+    [
+        ("mine.txt", " \n\n", None, "Expected prompts in .*mine.txt, but got none"),
+        ("mine.jsonl", "", None, "but got none"),
+        ("mine.jsonl", '{"prompt": "a"}\n\nb c\n', None, "Expected JSON in .*mine.jsonl:3, but got b c: "),
+        ("mine.jsonl", '{"prompt": "a"}\n["b"]\n', "jsonl", r"Expected an object in .*mine.jsonl:2, but got \['b'\]"),
+        ("mine.jsonl", '{"prompt": "a"}\n{"promt": "b", "id": 3}\n', None,
+         "'prompt', 'text', 'caption' in .*mine.jsonl:2, but got the keys 'promt', 'id'"),
+        ("mine.jsonl", '{"prompt": ["a"]}', "jsonl", "Expected a text under 'prompt'"),
+        ("mine.jsonl", '{"prompt": "a"}', "geneval", "`tag` or an `atom_count` in .*mine.jsonl:1, .* keys 'prompt'"),
+        ("mine.tsv", "Text\tCategory\na\tb\n", "partiprompts", "'Prompt' in .*mine.tsv, but got 'Text', 'Category'"),
+        ("mine.tsv", "Prompt\tCategory\na\tb\n\tc\n", None, "mine.tsv:3, but got the keys 'category'"),
+        ("mine.json", '{"animals": [{"indices": [2, 5]}]}', None, "item 1 of 'animals', but got the keys 'indices'"),
+        ("mine.json", '{"animals": 3}', None, "Expected a list in .*mine.json, animals, but got 3"),
+        ("mine.json", '{\n"animals": [\n}', "noise-diffusion", "Expected JSON in .*mine.json:3"),
+        ("mine.json", '{"images": []}', "coco", "`annotations` in .*mine.json, but got the keys 'images'"),
+        ("mine.json", '{"annotations": [{"id": 1}]}', None, "annotation 1, but got the keys 'id'"),
+    ],
+)  # fmt: skip
+def test_broken_files_are_refused(tmp_path, name, content, format, message):
+    path = tmp_path / name
+    path.write_text(content)
+    with pytest.raises(ValueError, match=message):
+        load_prompts(str(path), format)
+
+
+def test_wrong_arguments_are_refused(tmp_path):
+    with pytest.raises(
+        ValueError, match="'train', 'validation', 'held-out' or a file of prompts, but got .*nothing.txt"
+    ):
+        load_prompts(str(tmp_path / "nothing.txt"))
+    with pytest.raises(ValueError, match="'coco', but got 'csv'"):
+        load_prompts("validation", "csv")
+    with pytest.raises(ValueError, match="no format for the split 'train'"):
+        load_prompts("train", "text")
+    with pytest.raises(ValueError, match="limit of 1 prompt or more, but got 0"):
+        load_prompts("train", limit=0)
+    latin = tmp_path / "latin.txt"
+    latin.write_bytes("Dalí".encode("latin-1"))
+    with pytest.raises(ValueError, match="Expected UTF-8 text in .*latin.txt"):
+        load_prompts(str(latin))
