@@ -79,7 +79,7 @@ class SDXLGenerator(VPGenerator):
         self.text_encoder.load_state_dict(text_weights, strict=False)
 
     def embed(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """B prompts -> (B, 16, 224) and pooled (B, 128); both are zero for an empty prompt, as in the stock pipeline."""
+        """B prompts -> (B, 16, 224) and pooled (B, 128); zero for an empty prompt, as in the stock pipeline."""
         tokens = self.tokenizer(list(prompts), padding="max_length", return_tensors="pt").input_ids.to(self.device)
         first = self.text_encoder(tokens, output_hidden_states=True).hidden_states[-2]
         second = self.text_encoder_2(tokens, output_hidden_states=True)

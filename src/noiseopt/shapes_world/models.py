@@ -170,20 +170,6 @@ class Generator(VPGenerator):
         """v, from what `embed` returns."""
         return self.unet(noisy, t, context).sample
 
-    @torch.no_grad()
-    def sample(self, noise: Tensor, prompts: Sequence[str], steps: int, guidance: float) -> Tensor:
-        """DDIM from unit noise (B, 8, 8, 8) to scaled latents."""
-        context = self.embed([""] * len(prompts) * (guidance > 1) + list(prompts))
-        self.scheduler.set_timesteps(steps)
-        z = noise
-        for t in self.scheduler.timesteps:
-            v = self.predict(torch.cat([z] * (len(context) // len(z))), t, context)
-            if guidance > 1:
-                free, bound = v.chunk(2)
-                v = free + guidance * (bound - free)
-            (z,) = self.scheduler.step(v, int(t), z, return_dict=False)[:1]
-        return z
-
 
 def one_step(student: Generator, noise: Tensor, context: Tensor) -> Tensor:
     """The student's latents, as the stock pipeline gets them in one step without guidance; noise (B, 8, 8, 8)."""

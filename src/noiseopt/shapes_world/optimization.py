@@ -152,7 +152,8 @@ class Run(Generic[Model]):
         if dist.is_initialized() and dist.get_rank() > 0:
             return
         state = {"model": self.model.state_dict(), "average": self.average.state_dict(), "seen": self.seen}
-        state |= {"seconds": self.seconds, "curve": self.curve, "optimizer": self.optimizer.state_dict()}
+        state |= {"batch": self.batch, "seconds": self.seconds, "curve": self.curve}
+        state["optimizer"] = self.optimizer.state_dict()
         torch.save(state, self.path.with_suffix(".tmp"))
         self.path.with_suffix(".tmp").replace(self.path)
 

@@ -23,13 +23,11 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
-import math
 import os
 import random
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -37,14 +35,17 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from .captions import CATEGORIES, VALIDATION_PROMPTS, category
+from .captions import VALIDATION_PROMPTS
 from .coupling import couple
 from .data import crops, encode_pictures, pictures
-from .judge import judge
+from .export import export
 from .families import SD3Generator, SDXLGenerator
+from .gallery import gallery
 from .models import Generator, Reward, VPGenerator, decode, final_student, final_vae, from_noise, new_vae, one_step
 from .optimization import Run, averaged
-from .train_reward import ascend, harden_clip, train_clip
+from .report import report
+from .train_readers import train_tower, train_vqa
+from .train_reward import harden_clip, refine_clip, train_clip
 from .world import SIZE
 
 if TYPE_CHECKING:
@@ -194,83 +195,6 @@ def train_decoder(args: argparse.Namespace) -> None:
         run.step(vae_losses(forward(z / latents["scale"]), images))
 
 
-def export(args: argparse.Namespace) -> None:
-    """Writes the weights in half precision as stock pipelines and a stock CLIP model."""
-    from diffusers import StableDiffusionPipeline
-
-    folder = args.output / "weights"
-    vae = final_vae(args).cpu()
-    vae.register_to_config(scaling_factor=round(encode_pictures(args)["scale"], 6))
-    for name, stage in (("guided", "unet"), ("turbo", "student")):
-        if not (args.output / f"{stage}.pt").exists():
-            continue
-        model = averaged(args.output / f"{stage}.pt", Generator())
-        parts: dict[str, Any] = {"vae": vae, "text_encoder": model.text_encoder, "tokenizer": model.tokenizer}
-        parts |= {"unet": model.unet, "scheduler": model.scheduler, "safety_checker": None, "feature_extractor": None}
-        pipe = StableDiffusionPipeline(**parts, requires_safety_checker=False)
-        pipe.to(torch.float16).save_pretrained(folder / name)
-        vae.float()
-    hardened = args.output / "hardened.pt"
-    reward = averaged(hardened if hardened.exists() else args.output / "clip.pt", Reward())
-    reward.clip.half().save_pretrained(folder / "clip")
-    reward.tokenizer.save_pretrained(folder / "clip")
-    half = [0.5, 0.5, 0.5]
-    processor = {"image_processor_type": "CLIPImageProcessor", "do_resize": True, "size": {"shortest_edge": SIZE}}
-    processor |= {"do_center_crop": True, "crop_size": {"height": SIZE, "width": SIZE}, "do_rescale": True}
-    processor |= {"rescale_factor": 1 / 255, "do_normalize": True, "image_mean": half, "image_std": half, "resample": 3}
-    (folder / "clip" / "preprocessor_config.json").write_text(
-        json.dumps(processor | {"do_convert_rgb": True}, indent=2)
-    )
-    for path in folder.glob("**/config.json"):  # half is how the weights are stored; transformers would run them so too
-        path.write_text(path.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
-
-
-def auc(right: Tensor, wrong: Tensor) -> float:
-    """The chance that a right picture scores above a wrong one."""
-    return float((right[:, None] > wrong).float().mean()) if len(right) and len(wrong) else math.nan
-
-
-def by_category(prompts: Sequence[str], right: Sequence[bool]) -> str:
-    """Shares of right pictures, in words."""
-    groups = {c: [r for p, r in zip(prompts, right, strict=True) if category(p) == c] for c in CATEGORIES}
-    shares = "  ".join(f"{c} {sum(g) / len(g):.2f}" for c, g in groups.items() if g)
-    return f"{sum(right) / len(right):.3f}  ({shares})"
-
-
-def report(args: argparse.Namespace) -> None:
-    """Prints how often pictures of validation prompts are right, how well the reward knows, what climbing repairs."""
-    vae, scale = final_vae(args), encode_pictures(args)["scale"]
-    generator = torch.Generator().manual_seed(7)
-    prompts = list(VALIDATION_PROMPTS[: args.report_prompts])
-    noise = torch.randn(len(prompts), 8, 8, 8, generator=generator).to(args.device)
-    data = pictures(args.output / "pictures.pt", args.pictures, seed=1)
-    sample = data["images"][-256:].float() / 255
-    with torch.no_grad():
-        again = vae.decoder(vae.encoder(sample.to(args.device) * 2 - 1)) / 2 + 0.5
-    texts = [str(request) for request in data["requests"][-256:]]
-    print("autoencoder ", by_category(texts, [v.correct for v in judge(again, texts)]), flush=True)
-    if (args.output / "unet.pt").exists():
-        teacher = averaged(args.output / "unet.pt", Generator()).to(args.device)
-        images = decode(vae, teacher.sample(noise, prompts, steps=6, guidance=3.0), scale)
-        print("guided, 6 steps", by_category(prompts, [v.correct for v in judge(images, prompts)]), flush=True)
-    student = final_student(args)
-    hardened = args.output / "hardened.pt"
-    reward = averaged(hardened if hardened.exists() else args.output / "clip.pt", Reward()).to(args.device)
-    best, right, first = torch.full((len(prompts),), -math.inf), [False] * len(prompts), None
-    climb = ascend(student, vae, scale, reward, noise, prompts, args.report_steps, rate=2.0)
-    for step, (_, images, scores) in enumerate(climb):
-        verdicts = judge(images, prompts)
-        better = scores.cpu() > best
-        best = torch.where(better, scores.cpu(), best)
-        right = [v.correct if new else old for v, new, old in zip(verdicts, better.tolist(), right, strict=True)]
-        first = first or right
-        if step in (0, 10, 20, 30, 50):
-            repaired = [now for now, before in zip(right, first, strict=True) if not before]
-            flags = torch.tensor(right)
-            print(f"one step, best of {step} steps of ascent: {by_category(prompts, right)}  score {best.mean():.2f}")
-            print(f"  repaired {sum(repaired)}/{len(repaired)}  AUC {auc(best[flags], best[~flags]):.3f}", flush=True)
-
-
 STAGES = {
     "vae": train_vae,
     "clip": train_clip,
@@ -283,36 +207,55 @@ STAGES = {
     "sd3": train_sd3,
     "decoder": train_decoder,
     "harden": harden_clip,
+    "gallery": gallery,
+    "refine": refine_clip,
+    "tower": train_tower,
+    "vqa": train_vqa,
     "export": export,
     "report": report,
 }
 
 
-def main() -> None:
-    """Reads the command line and runs the stages."""
+SAMPLES = {  # of each stage that counts them; what the embedded weights took
+    "vae": 89_600,
+    "clip": 102_400,
+    "unet": 166_400,
+    "guided": 28_800,
+    "student": 10_240,
+    "decoder": 11_200,
+    "sdxl": 24_000,
+    "sdxl-turbo": 1_920,
+    "sd3": 190_000,
+    "refine": 120_000,
+    "tower": 40_000,
+    "vqa": 96_000,
+}
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description="Trains the models of the shapes world.")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--stages", nargs="+", default=list(STAGES), choices=list(STAGES))
+    parser.add_argument("--output", type=Path, required=True, help="checkpoints, sample pictures, and `weights`")
+    parser.add_argument("--stages", nargs="+", default=list(STAGES), choices=list(STAGES), metavar="STAGE")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--vae-samples", type=int, default=140_000)
-    parser.add_argument("--pictures", type=int, default=30_000)
-    parser.add_argument("--climbs", type=int, default=128)
+    parser.add_argument("--compile", action="store_true", help="compile the autoencoder")
+    parser.add_argument("--pictures", type=int, default=30_000, help="drawn once, then read")
+    parser.add_argument("--failures", type=int, default=5_000, help="imitated ones among them")
+    parser.add_argument("--gallery", type=int, default=3_200, help="pictures by each one-step model, 1/4 by the others")
+    parser.add_argument("--climbs", type=int, default=128, help="of each round of hardening")
     parser.add_argument("--rounds", type=int, default=16)
     parser.add_argument("--round-samples", type=int, default=3_200)
     parser.add_argument("--report-prompts", type=int, default=170)
-    parser.add_argument("--report-steps", type=int, default=50)
-    parser.add_argument("--unet-samples", type=int, default=190_000)
-    parser.add_argument("--guided-samples", type=int, default=200_000)
-    parser.add_argument("--sdxl-samples", type=int, default=100_000)
-    parser.add_argument("--sdxl-turbo-samples", type=int, default=20_000)
-    parser.add_argument("--sd3-samples", type=int, default=320_000)
-    parser.add_argument("--student-samples", type=int, default=10_240)
-    parser.add_argument("--decoder-samples", type=int, default=11_200)
-    parser.add_argument("--clip-samples", type=int, default=120_000)
-    parser.add_argument("--failures", type=int, default=5_000)
-    args = parser.parse_args()
+    parser.add_argument("--report-seeds", type=int, default=1)
+    for stage, samples in SAMPLES.items():
+        parser.add_argument(f"--{stage}-samples", type=int, default=samples, metavar="N", help=f"default {samples}")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Reads the command line and runs the stages."""
+    args = parse_arguments(argv)
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     args.output.mkdir(parents=True, exist_ok=True)

@@ -14,10 +14,12 @@ from torch import Tensor
 
 from .captions import caption, parse, sample_request
 from .data import blemish, encode_pictures, failures, pictures
-from .judge import judge
+from .gallery import gallery
+from .judge import judge, verdict
 from .models import Generator, Reward, decode, final_student, final_vae, one_step
 from .negatives import wrong_request
-from .optimization import Run
+from .optimization import Run, averaged
+from .train_readers import Seen
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderTiny
@@ -183,3 +185,35 @@ def harden_clip(args: argparse.Namespace) -> None:
             if run.seen >= (round_ + 1) * args.round_samples:
                 break
         run.save()
+
+
+def refine_clip(args: argparse.Namespace) -> None:
+    """Trains the hardened reward further on what all generators draw, with many questions about each picture."""
+    data = pictures(args.output / "pictures.pt", args.pictures, seed=1)
+    failed = failures(args.output / "failures.pt", data["scenes"][: args.failures], seed=2)
+    drawn = [gallery(args), *(torch.load(path) for path in sorted(args.output.glob("climbs_*.pt")))]
+    seen = Seen(torch.cat([d["images"] for d in drawn]), [prompt for d in drawn for prompt in d["prompts"]])
+    right = [verdict(things, parse(p)).correct for things, p in zip(seen.things, seen.prompts, strict=True)]
+    sides = pairs(seen.prompts, torch.tensor(right))
+    reward = averaged(args.output / "hardened.pt", Reward()).requires_grad_()
+    reward.clip.logit_scale.requires_grad_(False)
+    run = Run(reward.to(args.device), args.output / "refined.pt", args.refine_samples, batch=96, lr=1.5e-3)
+    rng, third = random.Random(torch.initial_seed()), run.batch // 3
+    for _ in run:
+        chosen = rng.choices(sides, k=third)
+        rows = [rng.choice(yes.tolist()) for yes, _ in chosen] + [rng.choice(no.tolist()) for _, no in chosen]
+        images = blemish(seen.images[rows].to(args.device).float() / 255)
+        losses = ranked(run.model, images, [seen.prompts[i] for i in rows[:third]])
+        run.step(
+            losses | answered(run.model, images, seen, rows, rng) | drawn_losses(run.model, data, failed, third, rng)
+        )
+
+
+def answered(reward: Reward, images: Tensor, seen: Seen, rows: Sequence[int], rng: random.Random) -> dict[str, Tensor]:
+    """Whether each picture shows exactly what four requests ask for, as the side of the bias that it scores on."""
+    asked = [[seen.question(row, rng) for _ in range(4)] for row in rows]
+    correct = [[verdict(seen.things[row], r).correct for r in each] for row, each in zip(rows, asked, strict=True)]
+    texts = reward.embed_texts([str(request) for each in asked for request in each]).unflatten(0, (-1, 4))
+    logits = 20.0 * torch.einsum("bd,bkd->bk", reward.embed_images(images), texts) - reward.bias
+    target = torch.tensor(correct, dtype=logits.dtype, device=logits.device)
+    return {"answer": F.binary_cross_entropy_with_logits(logits, target)}

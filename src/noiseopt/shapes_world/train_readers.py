@@ -1,0 +1,117 @@
+"""The training of the models that look at pictures: the held-out image tower, and the one that answers yes or no."""
+
+from __future__ import annotations
+
+import argparse
+import random
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .captions import OBJECTS, Request, parse
+from .data import blemish, failures, pictures
+from .gallery import gallery
+from .judge import Thing, describe, see, verdict
+from .negatives import wrong_request
+from .optimization import Run
+from .readers import HOLDS, PATCH, SHOWS, Questions, TowerTraining, new_question_tokenizer, new_vlm
+from .world import LAYOUT, Scene, coverage
+
+
+def tower_targets(scenes: Sequence[Scene]) -> tuple[Tensor, Tensor, Tensor]:
+    """What each patch shows (B, 64), how many of each object there are (B, 30), which patches show any (B, 64)."""
+    cover = F.avg_pool2d(coverage(scenes), PATCH).flatten(2)
+    names = [[OBJECTS.index((s.color, s.kind)) for s in scene.shapes] for scene in scenes]
+    slots = torch.tensor([row + [0] * (3 - len(row)) for row in names])
+    most, which = cover.max(1)
+    shown = torch.where(most > 0.25, slots.gather(1, which), len(OBJECTS))
+    counts = torch.stack([torch.bincount(torch.tensor(row), minlength=len(OBJECTS)) for row in names])
+    return shown, counts, (most > 0.25).float()
+
+
+def train_tower(args: argparse.Namespace) -> None:
+    """Trains the image tower to read drawn pictures, without any text: features that no method optimises."""
+    data = pictures(args.output / "pictures.pt", args.pictures, seed=1)
+    run = Run(TowerTraining().to(args.device), args.output / "dinov2.pt", args.tower_samples, batch=64, lr=2e-3)
+    for _ in run:
+        rows = torch.randint(0, len(data["images"]), (run.batch,))
+        shown, counts, where = (t.to(args.device) for t in tower_targets([data["scenes"][i] for i in rows.tolist()]))
+        images = blemish(data["images"][rows].to(args.device).float() / 255)
+        patch, count, place, ground = run.model(images)
+        looks = data["chance"][rows, LAYOUT:].to(args.device)
+        run.step(
+            {
+                "patch": F.cross_entropy(patch.flatten(0, 1), shown.flatten()),
+                "count": 3 * F.cross_entropy(count, counts),
+                "where": F.binary_cross_entropy_with_logits(place, where),
+                "ground": 3 * F.mse_loss(ground, looks),
+            }
+        )
+
+
+class Seen:
+    """Pictures of all kinds with what is seen in them, so that any question about them has a known answer."""
+
+    def __init__(self, images: Tensor, prompts: Sequence[str]) -> None:
+        self.images, self.prompts = images, prompts
+        self.things = [found for part in images.split(256) for found in see(part.float() / 255)]
+
+    def question(self, row: int, rng: random.Random) -> Request:
+        """A request that a picture fulfils, or nearly: its own or what is seen in it, as it is or with a change."""
+        request = parse(self.prompts[row])
+        if rng.random() < 0.4:
+            request = seen_request(self.things[row]) or request
+        return request if rng.random() < 0.4 else wrong_request(request, rng)
+
+    def ask(self, row: int, rng: random.Random) -> tuple[str, int]:
+        """A question and its answer, 0 or 1: mostly whether it shows exactly that, else whether it holds it."""
+        request = self.question(row, rng)
+        answer = verdict(self.things[row], request)
+        if rng.random() < 0.75:
+            return SHOWS.format(request), int(answer.correct)
+        return HOLDS.format(request), int(answer.lenient)
+
+
+def seen_request(things: Sequence[Thing]) -> Request | None:
+    """What is seen as a request, if it can be asked for."""
+    try:
+        return parse(describe(things))
+    except ValueError:
+        return None
+
+
+class VLMTraining(nn.Module):
+    """The vision-language model with the packing of its questions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokenizer = new_question_tokenizer()
+        self.vlm = new_vlm(self.tokenizer)
+        self.questions = Questions(self.tokenizer)
+
+    def forward(self, images: Tensor, asked: Sequence[Sequence[tuple[str, int]]]) -> Tensor:
+        """Cross entropy of the answers, and of the end after them, to B times K questions on (B, 3, 64, 64)."""
+        logits = self.questions(self.vlm, images, asked)
+        return F.cross_entropy(logits.flatten(0, 2), self.questions.targets(asked).flatten().to(images.device))
+
+
+def train_vqa(args: argparse.Namespace) -> None:
+    """Trains the vision-language model on drawn pictures, imitated failures and what the generators draw."""
+    data = pictures(args.output / "pictures.pt", args.pictures, seed=1)
+    failed = failures(args.output / "failures.pt", data["scenes"][: args.failures], seed=2)
+    drawn = gallery(args)
+    texts = [str(request) for request in data["requests"]]
+    sources = [
+        Seen(data["images"][: args.failures], texts[: args.failures]),
+        Seen(failed["images"], texts[: len(failed["images"])]),
+        Seen(drawn["images"], drawn["prompts"]),
+    ]
+    run = Run(VLMTraining().to(args.device), args.output / "vqa.pt", args.vqa_samples, batch=48, lr=2e-3)
+    rng = random.Random(torch.initial_seed())
+    for _ in run:
+        chosen = [(s, rng.randrange(len(s.images))) for s in rng.choices(sources, weights=(1, 1, 3), k=run.batch)]
+        asked = [[s.ask(row, rng) for _ in range(5)] for s, row in chosen]
+        images = blemish(torch.stack([s.images[row] for s, row in chosen]).to(args.device).float() / 255)
+        run.step({"answer": 2 * run.model(images, asked)})
