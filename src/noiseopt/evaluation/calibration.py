@@ -1,0 +1,48 @@
+"""How large an N of best-of-N takes as long as a method: measured once, before anything is compared."""
+
+import math
+import statistics
+from typing import Any
+
+from ..callbacks.early_stopping import TimeBudget
+from ..pipelines.best_of_n import BestOfN
+from .plan import MethodChoice
+from .unit import Studio
+
+REPEATS = 3
+WITHOUT_END = 1_000_000
+
+
+def calibrate(studio: Studio, choice: MethodChoice) -> dict[str, Any]:
+    """The N whose best-of-N takes at least as long as a method on the same images, and what it was derived from.
+
+    The two take turns at going first, so that what else the machine does hits both. From the seconds `T` of the method
+    and those of best-of-N, `f` for all that is done once and `e` for each noise, N is the median of `(T - f) / e` over
+    the repeats, rounded up: where the two cannot be equal, the control gets the time.
+
+    Returns:
+        "n", and lists over the repeats: "method seconds", "seconds per noise" and "ratio".
+    """
+    method = choice.build(studio.instruments.rewards)
+    found: dict[str, list[float]] = {"method seconds": [], "seconds per noise": [], "ratio": []}
+    seconds = None
+    for repeat in range(REPEATS):
+        index = repeat % len(studio.plan.prompts.prompts)
+        if seconds is None or repeat % 2 == 0:
+            seconds = studio.draw(method, index).cost.seconds
+            once, each = control_seconds(studio, index, seconds)
+        else:
+            once, each = control_seconds(studio, index, seconds)
+            seconds = studio.draw(method, index).cost.seconds
+        for name, value in zip(found, (seconds, each, (seconds - once) / each), strict=True):
+            found[name].append(value)
+    return {"n": max(1, math.ceil(statistics.median(found["ratio"]))), **found}
+
+
+def control_seconds(studio: Studio, index: int, budget: float) -> tuple[float, float]:
+    """Seconds that best-of-N needs once, and for each noise, from a run of about `budget` seconds."""
+    ends: list[float] = []
+    method = BestOfN(rewards=studio.instruments.rewards, steps=WITHOUT_END)
+    callbacks = [lambda state: ends.append(state.elapsed), TimeBudget(budget)]
+    total = studio.draw(method, index, callbacks=callbacks).cost.seconds
+    return total - ends[-1], ends[-1] / len(ends)

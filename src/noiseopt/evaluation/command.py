@@ -1,0 +1,216 @@
+"""`noiseopt evaluate`: its arguments, and what they mean where they are left out."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..cli import make_folder, positive, require_plots
+
+if TYPE_CHECKING:
+    from .evaluate import Evaluation
+    from .plan import Plan
+
+FIRST_LOOK = 12  # prompts, where none are asked for
+DESCRIPTION = """\
+Measure methods of noise optimisation: each model draws each prompt with each method, from the same initial noises, and
+what comes out is compared with two controls that always run: plain sampling, and best-of-N by the same reward in the
+same wall-clock time. Without arguments: ReNO on the embedded one-step model, offline, in a few minutes.
+"""
+
+EPILOG = """\
+results, in the folder given by --output:
+  table.md, table.csv    accuracy by the judge (shapes world), rewards, diversity of the images of a prompt, statistics
+                         of the noise, and paired differences, with 95% bootstrap intervals over prompts
+  cost.md, cost.csv      seconds, model calls and memory: measurements, which no two runs share
+  results.json           all of it, and each image's numbers
+  *.png                  accuracy (or rewards), reward against seconds, spectrum of the noise, images side by side
+  units/                 the finished work: noise, images and numbers of each model, method and prompt
+
+interrupted? The same command goes on where it was. More processes or GPUs:
+  accelerate launch -m noiseopt evaluate ...
+split the prompts, with the same table. N of best-of-N is measured once, before anything is compared, and kept in the
+folder. The table depends on it, so for one that repeats elsewhere give the N that was printed as --best-of.
+
+examples:
+  noiseopt evaluate --method reno --method "reno:steps=20,mode=parity" --limit 48
+  noiseopt evaluate --model turbo --model guided --prompts held-out --seeds 4 --output results
+  noiseopt evaluate --model stabilityai/sdxl-turbo --call num_inference_steps=1,guidance_scale=0.0 \\
+      --prompts prompts.txt --reward clipscore --watch imagereward
+"""
+
+
+def add_evaluate(commands) -> None:
+    """The parser of the command; `commands` is what `add_subparsers` returned."""
+    parser = commands.add_parser(
+        "evaluate",
+        help="measure methods on models, prompts and seeds, against plain sampling and best-of-N at equal time",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_subject(parser)
+    add_measures(parser)
+    add_machine(parser)
+    parser.set_defaults(run=lambda arguments: evaluate(arguments, parser))
+
+
+def add_subject(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("what is compared")
+    group.add_argument(
+        "--model",
+        action="append",
+        dest="models",
+        metavar="NAME",
+        help="embedded model (turbo, guided, sdxl, sdxl-turbo, sd3), Hub id or folder; may be repeated (turbo)",
+    )
+    group.add_argument(
+        "--method",
+        action="append",
+        dest="methods",
+        metavar="NAME[:SETTING=VALUE,...]",
+        help="method with its settings, such as 'reno:steps=20'; may be repeated (reno)",
+    )
+    group.add_argument(
+        "--prompts",
+        metavar="SOURCE",
+        help="train, validation or held-out of the shapes world, or a file: text, JSONL or one of the field's formats "
+        "(validation)",
+    )
+    group.add_argument(
+        "--limit", type=positive, metavar="COUNT", help="only the first prompts (all; 12 without --prompts)"
+    )
+    group.add_argument("--seeds", type=positive, default=2, help="images of each prompt, which form a set (2)")
+    group.add_argument(
+        "--call",
+        default="",
+        metavar="NAME=VALUE,...",
+        help="arguments of the pipeline's call, such as num_inference_steps=1,guidance_scale=0.0; embedded models have "
+        "their own",
+    )
+
+
+def add_measures(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("how it is measured")
+    group.add_argument(
+        "--reward",
+        action="append",
+        dest="rewards",
+        metavar="NAME[=WEIGHT]",
+        help="what the methods and best-of-N optimise; may be repeated (clip, the embedded one, for embedded models)",
+    )
+    group.add_argument(
+        "--watch",
+        action="append",
+        dest="watched",
+        metavar="NAME",
+        help="reward that is only measured; may be repeated (vqa, where it is, for embedded models)",
+    )
+    group.add_argument(
+        "--features",
+        metavar="NAME",
+        help="embedding for similarity, Vendi score and coverage: dinov2 and clip are embedded; Hub id, folder or none "
+        "(dinov2, or facebook/dinov2-base for other models)",
+    )
+    group.add_argument(
+        "--references",
+        metavar="FOLDER",
+        help="images that all images together should cover; without it the shapes world covers renders of each prompt",
+    )
+    group.add_argument("--best-of", type=positive, metavar="N", help="fix the N of best-of-N instead of measuring it")
+
+
+def add_machine(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("where it runs")
+    group.add_argument("--device", help="cpu, cuda, cuda:1, mps (an accelerator if there is one)")
+    group.add_argument(
+        "--dtype", choices=("float32", "float16", "bfloat16"), help="of the models (bfloat16 on CUDA, else float32)"
+    )
+    group.add_argument(
+        "--threads", type=positive, default=1, help="of each process on a CPU; the last digits depend on it (1)"
+    )
+    group.add_argument(
+        "--output", type=Path, default=Path("noiseopt-evaluation"), help="folder to write to (noiseopt-evaluation)"
+    )
+
+
+def evaluate(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Check all arguments, run, and say where everything is."""
+    require_plots("noiseopt evaluate")
+    from ..quiet import quiet_libraries
+
+    with quiet_libraries():  # as some modules are imported, transformers says what else could be installed
+        from .evaluate import Evaluation
+        from .folder import CannotEvaluate
+    try:
+        plan = plan_of(arguments)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    make_folder(arguments.output)
+    evaluation = Evaluation(plan, arguments.output)
+    try:
+        run(evaluation, arguments.output)
+    except CannotEvaluate as error:
+        raise SystemExit(str(error)) from None
+
+
+def plan_of(arguments: argparse.Namespace) -> "Plan":
+    """The plan that the arguments describe. Raises `ValueError` and `OSError` for what cannot be."""
+    from .plan import HELD_OUT_FEATURES, MethodChoice, ModelChoice, Plan, at_hand, parse_settings
+    from .prompt_sets import load_prompts
+
+    limit = arguments.limit or (None if arguments.prompts else FIRST_LOOK)
+    call = parse_settings(arguments.call)
+    models = tuple(ModelChoice.parse(name, call) for name in arguments.models or ["turbo"])
+    embedded = all(model.embedded for model in models)
+    rewards = arguments.rewards or (["clip"] if embedded else [])
+    watched = arguments.watched if arguments.watched is not None else ["vqa"] if embedded and at_hand("vqa") else []
+    held_out = ("dinov2" if at_hand("dinov2") else "clip") if embedded else HELD_OUT_FEATURES
+    features = None if arguments.features == "none" else arguments.features or held_out
+    return Plan(
+        models=models,
+        methods=tuple(MethodChoice.parse(text) for text in arguments.methods or ["reno"]),
+        prompts=load_prompts(arguments.prompts or "validation", limit=limit),
+        source=arguments.prompts or "",
+        seeds=arguments.seeds,
+        rewards=tuple(weighted(text) for text in rewards),
+        watched=tuple(name for name in watched if name not in rewards),
+        features=features,
+        references=arguments.references,
+        best_of=arguments.best_of,
+        device=arguments.device,
+        dtype=arguments.dtype,
+        threads=arguments.threads,
+    )
+
+
+def weighted(text: str) -> tuple[str, float]:
+    """`"clip"` or `"clip=0.5"`."""
+    name, equals, weight = text.rpartition("=")
+    try:
+        return (name, float(weight)) if equals else (text, 1.0)
+    except ValueError:
+        raise ValueError(f"Expected a reward as NAME or NAME=WEIGHT, but got {text!r}.") from None
+
+
+def run(evaluation: "Evaluation", output: Path) -> None:
+    plan = evaluation.plan
+    if evaluation.leads:
+        prompts, seeds = len(plan.prompts.prompts), plan.seeds
+        print(f"Evaluating {names(plan)} on {prompts} prompts of {plan.prompts.name} × {seeds} seeds ...", flush=True)
+    try:
+        results = evaluation.run()
+    except KeyboardInterrupt:
+        if evaluation.leads:
+            print(f"\nInterrupted. What is finished is in {output}: the same command goes on.", file=sys.stderr)
+        raise
+    if results is not None:
+        print((output / "table.md").read_text(encoding="utf-8"))
+        print((output / "cost.md").read_text(encoding="utf-8"))
+        for path in sorted(path for path in output.iterdir() if path.is_file() and not path.name.startswith(".")):
+            print(f"wrote {path}")
+
+
+def names(plan: "Plan") -> str:
+    methods, models = [method.label for method in plan.methods], [model.name for model in plan.models]
+    return f"{', '.join(methods)} on {', '.join(models)}"

@@ -1,0 +1,241 @@
+"""The figures of an evaluation. Drawn without pyplot: no window, no global state."""
+
+import math
+import textwrap
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+from PIL import Image
+
+from ..plots import INK, MARGIN, MUTED, RIGHT, WIDTH, WRONG, Page
+from .folder import ResultFolder
+from .noise_statistics import gaussian_limits
+from .plan import PLAIN, Contender, ModelChoice, slug
+from .table import COST, Entry, Metric, Numbers, Results, mean
+from .unit import image_path
+
+COLORS = ("#0969da", "#bc4c00", "#8250df", "#116329", "#a40e26", "#0a7ea4")  # of methods and their controls
+GROUND = "#d0d7de"
+FACET = 1.9  # inches, the width of a small plot
+ROWS, IMAGES = 8, 3  # of a grid: prompts, and images of each prompt and method
+
+
+def draw_figures(results: Results, folder: ResultFolder) -> None:
+    """All figures, into the folder of the evaluation."""
+    judged = [metric for metric in results.metrics if metric.group == "judge"]
+    shown = judged or [metric for metric in results.metrics if metric.group == "rewards"]
+    draw_estimates(results, shown, folder.path / ("accuracy.png" if judged else "rewards.png"))
+    draw_reward_vs_seconds(results, folder.path / "reward_vs_seconds.png")
+    draw_spectrum(results, folder.path / "spectrum.png")
+    for model in results.plan.models:
+        draw_grid(results, folder, model, folder.path / f"grid_{grid_name(results, model)}.png")
+
+
+def grid_name(results: Results, model: ModelChoice) -> str:
+    """The last part of a model's name, if no other model has the same."""
+    ends = [short(other.name) for other in results.plan.models]
+    return slug(short(model.name) if ends.count(short(model.name)) == 1 else model.name)
+
+
+def color(results: Results, contender: Contender) -> str:
+    """That of its method, grey for plain sampling; a control is drawn hollow or dashed in its method's."""
+    if contender.method is None:
+        return MUTED
+    return COLORS[results.plan.methods.index(contender.method) % len(COLORS)]
+
+
+def labels(results: Results, model: str, width: int) -> list[str]:
+    """The contenders' titles, broken where they are long: between settings, if they have any."""
+    titles = (results.title(model, contender).replace(",", ", ") for contender in results.plan.contenders)
+    return ["\n".join(textwrap.wrap(title, width, break_on_hyphens=False)) for title in titles]
+
+
+def quiet_axes(axes: Axes) -> None:
+    axes.tick_params(labelsize=8, colors=MUTED, length=2)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(GROUND)
+
+
+def draw_estimates(results: Results, metrics: Sequence[Metric], path: Path) -> None:
+    """Each metric of each contender as a point with its interval: a column for each metric, a row for each model."""
+    left, head, foot = 2.15, 0.62, 0.38
+    lines = max(title.count("\n") + 1 for model in results.plan.models for title in labels(results, model.name, 30))
+    height = max(0.36, 0.14 * lines + 0.08) * len(results.plan.contenders)
+    block = head + height + foot
+    page = Page(0.35 + block * len(results.plan.models), left + (FACET + 0.25) * len(metrics) + MARGIN)
+    page.text(MARGIN, 0.12, "Means with 95% bootstrap intervals over prompts.", size=9, color=MUTED)
+    for row, model in enumerate(results.plan.models):
+        top = 0.35 + row * block
+        page.text(MARGIN, top + 0.15, short(model.name), size=11, weight="bold")
+        for column, metric in enumerate(metrics):
+            axes = page.axes(left + column * (FACET + 0.25), top + head, FACET, height)
+            draw_column(axes, results, model, metric, with_labels=column == 0)
+    page.save(path)
+
+
+def draw_column(axes: Axes, results: Results, model: ModelChoice, metric: Metric, with_labels: bool) -> None:
+    scale = 100 if metric.percent else 1
+    entries = [results.entry(model.name, contender, metric) for contender in results.plan.contenders]
+    for place, (contender, entry) in enumerate(zip(results.plan.contenders, entries, strict=True)):
+        draw_point(axes, entry, place, scale, color(results, contender), contender.control)
+    quiet_axes(axes)
+    axes.grid(axis="x", color=GROUND, linewidth=0.5)
+    axes.set_axisbelow(True)
+    axes.set(ylim=(len(entries) - 0.4, -0.6), yticks=range(len(entries)))
+    axes.set_yticklabels(labels(results, model.name, 30) if with_labels else [""] * len(entries), color=INK)
+    if metric.percent:
+        axes.set(xlim=(-4, 104), xticks=(0, 25, 50, 75, 100))
+    count = max(entry.prompts for entry in entries)
+    name = short(metric.name.removeprefix("right: ")) + ", %" * metric.percent + "*" * metric.optimised
+    axes.set_title(f"{name}\nn = {count}", size=9, color=INK, loc="left")
+
+
+def draw_point(axes: Axes, entry: Entry, place: int, scale: float, ink: str, hollow: bool) -> None:
+    estimate = entry.estimate
+    if math.isnan(estimate.value):
+        return
+    axes.plot([scale * estimate.low, scale * estimate.high], [place, place], color=ink, linewidth=1.6)
+    axes.plot(scale * estimate.value, place, "o", color=ink, markersize=6, markerfacecolor="white" if hollow else ink)
+
+
+def draw_panels(
+    results: Results, path: Path, title: str, draw: Callable[[Axes, ModelChoice], None], width: float = 4.2
+) -> None:
+    """A panel for each model, up to two in a row, and a legend of the contenders below."""
+    head, height, foot, gap = 0.5, 2.6, 0.6, 0.75
+    models = results.plan.models
+    columns = min(2, len(models))
+    rows = -(-len(models) // columns)
+    legend = 0.22 * len(results.plan.contenders) + 0.15
+    page = Page(0.3 + rows * (head + height + foot) + legend, max(6.0, MARGIN + columns * (gap + width) + MARGIN))
+    page.text(MARGIN, 0.12, title, size=9, color=MUTED)
+    for number, model in enumerate(models):
+        row, column = divmod(number, columns)
+        top, left = 0.3 + row * (head + height + foot) + head, MARGIN + column * (gap + width) + gap - 0.1
+        page.text(left, top - 0.27, short(model.name), size=11, weight="bold")
+        axes = page.axes(left, top, width, height)
+        draw(axes, model)
+        quiet_axes(axes)
+    draw_legend(page, results, page.height - legend)
+    page.save(path)
+
+
+def draw_legend(page: Page, results: Results, top: float) -> None:
+    axes = page.axes(0, top, page.width, page.height - top)
+    axes.set_axis_off()
+    single = results.plan.models[0].name if len(results.plan.models) == 1 else ""
+    handles = [
+        Line2D([], [], color=color(results, contender), linestyle="--" if contender.control else "-", marker="o",
+               markerfacecolor="white" if contender.control else None, label=results.title(single, contender))
+        for contender in results.plan.contenders
+    ]  # fmt: skip
+    axes.legend(handles=handles, loc="upper left", fontsize=8, frameon=False, bbox_to_anchor=(0.05, 1))
+
+
+def draw_reward_vs_seconds(results: Results, path: Path) -> None:
+    """The first optimised reward against the seconds for one image."""
+    metric = next(metric for metric in results.metrics if metric.optimised and metric.group == "rewards")
+
+    def draw(axes: Axes, model: ModelChoice) -> None:
+        for contender in results.plan.contenders:
+            seconds = mean([COST["seconds per image"](unit) for unit in results.units[model.name, contender.key]])
+            estimate, ink = results.entry(model.name, contender, metric).estimate, color(results, contender)
+            axes.plot([seconds, seconds], [estimate.low, estimate.high], color=ink, linewidth=1.6)
+            face = "white" if contender.control else ink
+            axes.plot(seconds, estimate.value, "o", color=ink, markersize=7, markerfacecolor=face)
+        axes.set_xscale("log")
+        low, high = axes.get_xlim()
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high > 10 * low else (1, 1.5, 2, 3, 5, 7)))
+        axes.xaxis.set_major_formatter(lambda value, place: f"{value:g}")
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set_xlabel("seconds for one image", size=8, color=MUTED)
+        axes.set_ylabel(short(metric.name), size=8, color=MUTED)
+        axes.margins(x=0.15)
+
+    draw_panels(results, path, f"The reward {short(metric.name)}, which is optimised, against the time it takes.", draw)
+
+
+def draw_spectrum(results: Results, path: Path) -> None:
+    """The mean power of the noise by spatial frequency, and where that of a Gaussian noise is."""
+
+    def draw(axes: Axes, model: ModelChoice) -> None:
+        error = [2 * each for each in spectrum_error(results.units[model.name, PLAIN.key])]
+        low, high = ([1 + sign * each for each in error] for sign in (-1, 1))
+        axes.fill_between(range(len(error)), low, high, color=GROUND, alpha=0.5, linewidth=0)
+        for contender in results.plan.contenders:
+            power = mean_spectrum(results.units[model.name, contender.key])
+            style = "--" if contender.control else "-"
+            axes.plot(power, style, color=color(results, contender), linewidth=1.4)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_xlabel("frequency, cycles across the noise", size=8, color=MUTED)
+        axes.set_ylabel("power", size=8, color=MUTED)
+
+    title = "The power of the noise by frequency. A Gaussian noise is in the grey band 19 times out of 20."
+    draw_panels(results, path, title, draw)
+
+
+def mean_spectrum(units: Sequence[Numbers]) -> list[float]:
+    """The mean of the units' spectra, band by band."""
+    return [mean(band) for band in zip(*(unit["noise"]["spectrum"] for unit in units), strict=True)]
+
+
+def spectrum_error(units: Sequence[Numbers]) -> list[float]:
+    """The standard error of `mean_spectrum` for Gaussian noise, band by band."""
+    images, *shape = units[0]["noise shape"]
+    shape = [math.prod(shape[:-2]), *shape[-2:]]
+    return list(gaussian_limits((images * len(units), *shape)).standard_error.spectrum)
+
+
+def shown_prompts(results: Results, count: int = ROWS) -> list[int]:
+    """The first prompts, taken in turns from the categories: not chosen by how well they come out."""
+    units = results.units[results.plan.models[0].name, PLAIN.key]
+    turn: dict[str, int] = {}
+    order = []
+    for unit in units:
+        turn[unit["category"]] = turn.get(unit["category"], 0) + 1
+        order.append((turn[unit["category"]], unit["index"]))
+    return sorted(index for _, index in sorted(order)[:count])
+
+
+def draw_grid(results: Results, folder: ResultFolder, model: ModelChoice, path: Path) -> None:
+    """Images side by side: a row for each of some prompts, a group of columns for each contender."""
+    contenders, prompts = results.plan.contenders, shown_prompts(results)
+    images, text, gap = min(IMAGES, results.plan.seeds), 1.55, 0.18
+    side = min(1.15, max(0.6, ((WIDTH - text) / len(contenders) - gap) / images))
+    group = images * side + gap
+    titles = labels(results, model.name, max(10, int(group * 12)))
+    head = 0.55 + 0.16 * max(title.count("\n") + 1 for title in titles)
+    page = Page(head + len(prompts) * (side + 0.1) + 0.05, max(5.0, MARGIN + text + len(contenders) * group))
+    legend = "Green: the judge finds the image right. " * results.judged(model.name)
+    page.text(MARGIN, 0.12, f"{short(model.name)}. {legend}Same place, same first noise.", size=9, color=MUTED)
+    for column, title in enumerate(titles):
+        page.text(MARGIN + text + column * group, head - 0.08, title, size=9, va="bottom")
+    for row, index in enumerate(prompts):
+        top = head + row * (side + 0.1)
+        prompt = textwrap.shorten(results.plan.prompts.prompts[index].text, int(80 * side), placeholder=" …")
+        page.text(MARGIN, top + side / 2, "\n".join(textwrap.wrap(prompt, 20)), size=8.5, va="center")
+        for column, contender in enumerate(contenders):
+            unit, file = results.units[model.name, contender.key][index], folder.unit_path(model.name, contender, index)
+            for image in range(images):
+                left = MARGIN + text + column * group + image * side
+                right = unit["judge"]["right"][image] if unit["judge"] else None
+                draw_image(page, left, top, side - 0.04, image_path(file, image), right)
+    page.save(path)
+
+
+def draw_image(page: Page, left: float, top: float, side: float, file: Path, right: bool | None) -> None:
+    """A picture in a frame that says what the judge finds, without one where there is no judge."""
+    axes = page.axes(left, top, side, side)
+    with Image.open(file) as picture:
+        axes.imshow(picture.convert("RGB"), interpolation="lanczos")
+    axes.set(xticks=[], yticks=[])
+    for spine in axes.spines.values():
+        spine.set(color=GROUND if right is None else RIGHT if right else WRONG, linewidth=0.5 if right is None else 2)
+
+
+def short(name: str) -> str:
+    """The last part of a Hub id or path."""
+    return name.rstrip("/").rpartition("/")[2] or name

@@ -1,0 +1,149 @@
+"""What the pictures are measured with: rewards, an embedding of images, the judge of the shapes world, references."""
+
+import dataclasses
+import functools
+import random
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from .. import shapes_world
+from ..pipelines.noise_result import NoiseResult
+from ..rewards.registry import AutoReward
+from ..rewards.reward import Reward
+from ..rewards.reward_sum import RewardSum, as_reward
+from ..shapes_world.vqa import YesNo
+from .features import ImageFeatures
+from .metrics import coverage, layout_spread, mean_pairwise_similarity, vendi_score
+from .noise_statistics import gaussian_limits, noise_statistics
+from .plan import EMBEDDED_FEATURES, EMBEDDED_REWARDS, Plan
+
+RENDERS = 16  # references for the coverage of one prompt
+NEIGHBORS = 5
+PICTURES = {".png", ".jpg", ".jpeg", ".webp"}
+
+
+def load_reward(name: str, device: torch.device) -> Reward:
+    """The reward that a name stands for, which reports under that name."""
+    if name == "vqa":
+        answers = YesNo()
+        answers.model.to(device)  # pyright: ignore[reportArgumentType]
+        return as_reward(answers)
+    reward = AutoReward.from_pretrained(weights_of(name, EMBEDDED_REWARDS), device=device)
+    reward.name = name
+    return reward
+
+
+def weights_of(name: str, embedded: Collection[str]) -> str:
+    """What `from_pretrained` takes for a name: the folder of an embedded model, or the name itself."""
+    return shapes_world.path(name) if name in embedded else name
+
+
+@dataclasses.dataclass(eq=False)
+class Instruments:
+    """All that a plan measures with, loaded.
+
+    Attributes:
+        rewards: The optimised rewards with their weights: what methods take as `rewards`.
+        watched: Rewards that are only measured.
+        features: `(B, 3, H, W)` in [0, 1] -> `(B, D)`, or `None`.
+    """
+
+    rewards: list[tuple[Reward, float]]
+    watched: list[Reward]
+    features: ImageFeatures | None
+
+    @classmethod
+    def load(cls, plan: Plan, device: torch.device) -> "Instruments":
+        """Raises `ValueError` if a method of the plan needs a gradient that a reward does not have."""
+        rewards = [(load_reward(name, device), weight) for name, weight in plan.rewards]
+        if any(method.takes_rewards and method.build(rewards).gradient for method in plan.methods):
+            RewardSum(rewards).check_differentiable()
+        return cls(rewards, [load_reward(name, device) for name in plan.watched], load_features(plan.features, device))
+
+    def scores(self, images: torch.Tensor, prompt: str) -> dict[str, list[float]]:
+        """Each reward of images `(B, 3, H, W)`, by name."""
+        every = [*(reward for reward, _ in self.rewards), *self.watched]
+        with torch.no_grad():
+            return {str(reward.name): reward(images, prompt).tolist() for reward in every}
+
+    def embed(self, images: torch.Tensor) -> torch.Tensor | None:
+        """`(B, 3, H, W)` in [0, 1] -> `(B, D)` float32 on the CPU."""
+        if self.features is None:
+            return None
+        with torch.no_grad():
+            return self.features(images).float().cpu()
+
+    @functools.lru_cache(maxsize=64)  # noqa: B019  lives as long as the process measures
+    def renders(self, prompt: str) -> torch.Tensor | None:
+        """`(RENDERS, D)`: the features of pictures that show a prompt of the shapes world."""
+        return self.embed(render_references(prompt))
+
+
+def load_features(name: str | None, device: torch.device) -> ImageFeatures | None:
+    if name is None:
+        return None
+    return ImageFeatures.from_pretrained(weights_of(name, EMBEDDED_FEATURES), device=device)
+
+
+def render_references(prompt: str) -> torch.Tensor:
+    """`(RENDERS, 3, 64, 64)`: the same renders of scenes that a prompt asks for, whoever asks."""
+    request = shapes_world.parse(prompt)
+    chance = random.Random(str(request))  # a string seeds alike in every process
+    scenes = [shapes_world.sample_scene(chance, request) for _ in range(RENDERS)]
+    return shapes_world.render(scenes, torch.Generator().manual_seed(chance.getrandbits(32)))
+
+
+def read_images(folder: str, instruments: Instruments) -> torch.Tensor:
+    """`(N, D)`: the features of all pictures in a folder. Raises `ValueError` if there are too few to be covered."""
+    paths = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in PICTURES)
+    if len(paths) <= NEIGHBORS:
+        raise ValueError(f"Expected more than {NEIGHBORS} images as references, but {folder} has {len(paths)}.")
+    found = []
+    for path in paths:
+        with Image.open(path) as picture:
+            image = torch.frombuffer(bytearray(picture.convert("RGB").tobytes()), dtype=torch.uint8)
+            image = image.view(picture.height, picture.width, 3).movedim(2, 0)[None] / 255
+        found.append(instruments.embed(image))
+    return torch.cat(found)
+
+
+def set_measures(
+    images: torch.Tensor, features: torch.Tensor | None, references: torch.Tensor | None, prompt: str | None
+) -> dict[str, float]:
+    """How the images of one prompt differ from one another, as far as there are several and they can be measured.
+
+    Args:
+        images: `(B, 3, H, W)` in [0, 1].
+        features: `(B, D)`, or `None`.
+        references: `(N, D)` for coverage, or `None`.
+        prompt: Of the shapes world, or `None` for others, which have no layout that can be read.
+    """
+    found = {}
+    several = len(images) > 1
+    if features is not None and several:
+        found["mss"] = float(mean_pairwise_similarity(features))
+        found["vendi"] = float(vendi_score(features))
+    if features is not None and references is not None:
+        found["coverage"] = float(coverage(features, references, NEIGHBORS))
+    if prompt is not None and several:
+        found["layout spread"] = layout_spread(images, prompt)
+    return found
+
+
+def verdicts(images: torch.Tensor, prompt: str) -> dict[str, Any]:
+    """What the judge says of `(B, 3, 64, 64)` images in [0, 1]."""
+    found: Sequence[shapes_world.Verdict] = shapes_world.judge(images, prompt)
+    return {"right": [verdict.correct for verdict in found], "found": [verdict.found for verdict in found]}
+
+
+def noise_measures(result: NoiseResult) -> dict[str, Any]:
+    """How Gaussian the noise of a set is: `NoiseStatistics`, and as "... z" by how many standard errors each is off."""
+    noise = result.noise
+    noise = noise.flatten(1, -3) if noise.ndim > 4 else noise  # (B, 1, C, H, W) where a family draws videos
+    statistics = noise_statistics(noise)
+    scores = dataclasses.asdict(gaussian_limits(tuple(noise.shape)).z_scores(statistics))
+    return {**dataclasses.asdict(statistics), **{f"{name} z": value for name, value in scores.items()}}

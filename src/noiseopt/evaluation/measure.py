@@ -1,0 +1,117 @@
+"""What drawing an image costs: seconds, passes through the denoiser, and memory on top of the models."""
+
+import contextlib
+import ctypes
+import dataclasses
+import gc
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..pipelines.sampling import DENOISERS
+
+MEBIBYTE = 2**20
+
+
+@dataclasses.dataclass
+class Cost:
+    """Of a call, all images together.
+
+    Attributes:
+        seconds: By the clock on the wall.
+        model_calls: Images that went forward through the denoiser; one that is guided counts twice.
+        memory: The peak in MiB above what was held before, `None` where the system does not tell.
+    """
+
+    seconds: float = 0.0
+    model_calls: int = 0
+    memory: float | None = None
+
+
+@contextlib.contextmanager
+def measured(pipe, device: torch.device) -> Iterator[Cost]:
+    """Fills in the cost of what happens inside, which runs `pipe` or twins of it on `device`."""
+    cost, memory = Cost(), PeakMemory(device)
+    with counted_calls(pipe, cost):
+        memory.start()
+        synchronize(device)
+        started = time.perf_counter()
+        yield cost
+        synchronize(device)
+        cost.seconds = time.perf_counter() - started
+        cost.memory = memory.peak()
+
+
+@contextlib.contextmanager
+def counted_calls(pipe, cost: Cost) -> Iterator[None]:
+    """Adds the images that go through the denoisers of a pipeline. Shallow copies of a module share its hooks."""
+
+    def count(module, args: tuple, kwargs: dict[str, Any]) -> None:
+        sample = args[0] if args else next(kwargs[name] for name in ("sample", "hidden_states") if name in kwargs)
+        cost.model_calls += len(sample)
+
+    parts = [part for name in DENOISERS if (part := getattr(pipe, name, None)) is not None]
+    handles = [part.register_forward_pre_hook(count, with_kwargs=True) for part in parts]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for what was asked of an accelerator."""
+    if device.type in ("cuda", "mps", "xpu"):
+        getattr(torch, device.type).synchronize()
+
+
+class PeakMemory:
+    """The most memory that was held between `start` and `peak`, above what was held at the start.
+
+    On CUDA what torch's allocator handed out; on Linux the resident memory of this process, whose peak the kernel keeps
+    and resets (`/proc/self/clear_refs`, see proc(5)).
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.before: float | None = None
+
+    def start(self) -> None:
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self.before = torch.cuda.memory_allocated(self.device) / MEBIBYTE
+        elif self.device.type == "cpu":
+            self.before = reset_resident_peak()
+
+    def peak(self) -> float | None:
+        """In MiB, or `None` where it is not known."""
+        if self.before is None:
+            return None
+        on_cuda = self.device.type == "cuda"
+        held = torch.cuda.max_memory_allocated(self.device) / MEBIBYTE if on_cuda else resident("VmHWM")
+        return None if held is None else max(0.0, held - self.before)
+
+
+def reset_resident_peak() -> float | None:
+    """Let the kernel forget the peak; the resident memory in MiB, `None` where there is no such kernel."""
+    with contextlib.suppress(OSError, AttributeError):  # what was freed goes back first, or it would hide new needs
+        ctypes.CDLL(None).malloc_trim(0)
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return None
+    return resident("VmRSS")
+
+
+def resident(field: str) -> float | None:
+    """A line of `/proc/self/status` in MiB."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    found = [line.split()[1] for line in lines if line.startswith(field + ":")]
+    return int(found[0]) / 1024 if found else None

@@ -1,0 +1,323 @@
+"""What an evaluation is to measure: read from words, and checked before any model is loaded."""
+
+import ast
+import dataclasses
+import functools
+import hashlib
+import importlib.metadata
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import __version__, shapes_world
+from ..pipelines.best_of_n import BestOfN
+from ..pipelines.methods import METHODS, list_noise_optimizers
+from ..pipelines.noise_optimizer import NoiseOptimizer
+from ..rewards.registry import find_reward
+from ..shapes_world.embedded import WEIGHTS
+from .prompt_sets import PromptSet
+
+HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
+DTYPES = ("float32", "float16", "bfloat16")
+EMBEDDED_REWARDS, EMBEDDED_FEATURES = ("clip", "vqa"), ("dinov2", "clip")
+HELD_OUT_FEATURES = "facebook/dinov2-base"  # for models of the real world
+OURS = ("prompt", "generator", "latents", "output_type", "num_images_per_prompt", "return_dict")
+
+
+def parse_settings(text: str) -> dict[str, Any]:
+    """`"steps=20, mode=parity"` as a dictionary; values are Python literals or plain words.
+
+    Raises:
+        ValueError: For anything else.
+    """
+    try:
+        call = ast.parse(f"settings({text})", mode="eval").body
+    except SyntaxError:
+        call = None
+    if not isinstance(call, ast.Call) or call.args or not all(keyword.arg for keyword in call.keywords):
+        raise ValueError(f"Expected settings such as 'steps=20,mode=parity', but got {text!r}.")
+    return {str(keyword.arg): literal(keyword.value) for keyword in call.keywords}
+
+
+def literal(node: ast.expr) -> Any:
+    if isinstance(node, ast.Name):
+        return node.id
+    try:
+        return ast.literal_eval(node)
+    except ValueError:
+        raise ValueError(f"Expected a Python literal or a word, but got {ast.unparse(node)!r}. Quote it.") from None
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelChoice:
+    """A model by the name of an embedded one, a Hub id or a folder, with the arguments that it is called with."""
+
+    name: str
+    call: Mapping[str, Any]
+
+    @property
+    def embedded(self) -> bool:
+        return self.name in shapes_world.MODELS
+
+    @property
+    def source(self) -> str:
+        """What `from_pretrained` takes."""
+        return shapes_world.path(self.name) if self.embedded else self.name
+
+    @classmethod
+    def parse(cls, name: str, call: Mapping[str, Any]) -> "ModelChoice":
+        """Raises `ValueError` for what is no model, and for arguments of a call that the evaluation sets itself."""
+        if taken := [argument for argument in call if argument in OURS]:
+            raise ValueError(f"Expected `--call` without {taken[0]}, which the evaluation sets itself.")
+        known = shapes_world.MODELS.get(name)
+        if known is not None and known.is_pipeline:
+            return cls(name, {**known.call, **call})
+        if known is None and (os.path.isdir(name) or HUB_ID.fullmatch(name)):
+            return cls(name, dict(call))
+        pipelines = [model.name for model in shapes_world.MODELS.values() if model.is_pipeline]
+        raise ValueError(
+            f"Expected a model out of {', '.join(pipelines)}, a Hub id such as 'org/name', or a folder, but got "
+            f"{name!r}."
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class MethodChoice:
+    """A registered method with settings, under the words that it was asked for with."""
+
+    label: str
+    name: str
+    settings: Mapping[str, Any]
+
+    @property
+    def takes_rewards(self) -> bool:
+        return any(field.name == "rewards" for field in dataclasses.fields(METHODS[self.name]) if field.init)  # pyright: ignore
+
+    @property
+    def has_control(self) -> bool:
+        """Whether it is compared with best-of-N at equal time, as all are that are not best-of-N themselves."""
+        return not issubclass(METHODS[self.name], BestOfN)
+
+    def build(self, rewards: Any) -> NoiseOptimizer:
+        """The method, on these rewards if it takes any."""
+        return METHODS[self.name](**self.settings, **({"rewards": rewards} if self.takes_rewards else {}))
+
+    @classmethod
+    def parse(cls, text: str) -> "MethodChoice":
+        """Reads `"reno"` or `"reno:steps=20,mode=parity"`. Raises `ValueError` for what no method takes."""
+        name, _, settings = text.partition(":")
+        if name not in METHODS:
+            raise ValueError(f"Expected a method out of {', '.join(list_noise_optimizers())}, but got {name!r}.")
+        choice = cls(text, name, parse_settings(settings))
+        choice.check()
+        return choice
+
+    def check(self) -> None:
+        fields = [field.name for field in dataclasses.fields(METHODS[self.name]) if field.init]  # pyright: ignore
+        if "rewards" in self.settings:
+            raise ValueError(f"Expected the rewards of {self.label!r} as `--reward`, the same for all methods.")
+        if unknown := [name for name in self.settings if name not in fields]:
+            known = ", ".join(name for name in fields if name != "rewards")
+            raise ValueError(f"Expected settings of {self.name} out of {known}, but got {unknown[0]!r}.")
+        try:
+            self.build(lambda images, prompts: images.mean((1, 2, 3))).check()
+        except TypeError as error:
+            raise ValueError(f"Expected settings that {self.name} takes, but got {self.label!r}: {error}.") from None
+
+
+@dataclasses.dataclass(frozen=True)
+class Contender:
+    """One way to choose the noise: plain sampling, a method, or the control of a method.
+
+    Attributes:
+        key: What it is called in files.
+        method: The method, or the one that this is the control of; `None` for plain sampling.
+        control: Whether it is best-of-N at the time of `method`.
+    """
+
+    key: str
+    method: MethodChoice | None = None
+    control: bool = False
+
+    @property
+    def folder(self) -> str:
+        return slug(self.key)
+
+
+PLAIN = Contender("plain")
+
+
+def control_of(method: MethodChoice) -> Contender:
+    """Best-of-N at the time of a method."""
+    return Contender(f"best-of-N for {method.label}", method, control=True)
+
+
+def slug(text: str) -> str:
+    """A name for a file: the text itself, or what is left of it and a hash."""
+    kept = re.sub(r"[^\w.=,+-]+", "-", text)
+    return kept if kept == text else f"{kept}-{hashlib.sha256(text.encode()).hexdigest()[:6]}"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Model × method × prompts × seeds, and what each picture is measured with.
+
+    Attributes:
+        models, methods: At least one each, without repetitions.
+        prompts: The prompts; their order numbers them.
+        source: Where they were read, for messages.
+        seeds: Images of each prompt, which are drawn in one call and form a set.
+        rewards: Name and weight of what the methods optimise, at least one.
+        watched: Names of rewards that are only measured.
+        features: The embedding for similarity, diversity and coverage, or `None`.
+        references: A folder of images for coverage, or `None`.
+        best_of: N of best-of-N; `None` to measure what fits in each method's time.
+        device, dtype: Of the models; `None` for what suits them.
+        threads: Of the arithmetic on a CPU, whose last digits depend on it.
+    """
+
+    models: tuple[ModelChoice, ...]
+    methods: tuple[MethodChoice, ...]
+    prompts: PromptSet
+    source: str = ""
+    seeds: int
+    rewards: tuple[tuple[str, float], ...]
+    watched: tuple[str, ...] = ()
+    features: str | None = None
+    references: str | None = None
+    best_of: int | None = None
+    device: str | None = None
+    dtype: str | None = None
+    threads: int = 1
+
+    def __post_init__(self) -> None:
+        distinct("model", [model.name for model in self.models])
+        distinct("method", [method.label for method in self.methods])
+        distinct("reward", [*(name for name, _ in self.rewards), *self.watched])
+        for name in (*(name for name, _ in self.rewards), *self.watched):
+            check_reward(name)
+        if not all(weight > 0 for _, weight in self.rewards):
+            raise ValueError("Expected weights above 0. What is only to be measured is given as `--watch`.")
+        if not self.rewards:
+            raise ValueError("Expected at least one `--reward`: best-of-N, the control, chooses by it.")
+        check_device(self.device)
+        if self.references is not None and not os.path.isdir(self.references):
+            raise ValueError(f"Expected a folder of images as references, but got {self.references!r}.")
+        if self.features is not None:
+            check_features(self.features)
+        self.check_prompts()
+
+    def check_prompts(self) -> None:
+        """Raise `ValueError` for a prompt that an embedded model cannot draw."""
+        if not self.prompts.prompts:
+            raise ValueError(f"Expected at least one prompt, but {self.prompts.name} has none.")
+        if not any(model.embedded for model in self.models):
+            return
+        for number, prompt in enumerate(self.prompts.prompts, 1):
+            try:
+                shapes_world.parse(prompt.text)
+            except ValueError as error:
+                raise ValueError(f"{self.place_of(prompt.text, number)}: {error}") from None
+
+    def place_of(self, prompt: str, number: int) -> str:
+        """The file and line of a prompt, or what it is called where it is not as it stands in a line of a file."""
+        if os.path.isfile(self.source):
+            lines = Path(self.source).read_text(encoding="utf-8-sig").split("\n")
+            if found := [line for line, text in enumerate(lines, 1) if prompt in text]:
+                return f"{self.source}:{found[0]}"
+        return f"prompt {number} of {self.prompts.name}"
+
+    def category(self, index: int) -> str | None:
+        """Of a prompt: what its source says, or what the shapes world calls it."""
+        prompt = self.prompts.prompts[index]
+        known = prompt.category is not None or not self.of_shapes_world
+        return prompt.category if known else shapes_world.category(prompt.text)
+
+    @functools.cached_property
+    def of_shapes_world(self) -> bool:
+        """Whether the judge can read what the prompts ask for."""
+        try:
+            return all(shapes_world.parse(prompt.text) is not None for prompt in self.prompts.prompts)
+        except ValueError:
+            return False
+
+    @property
+    def contenders(self) -> tuple[Contender, ...]:
+        """Plain sampling, and each method after its control."""
+        found = [PLAIN]
+        for method in self.methods:
+            if method.has_control:
+                found.append(control_of(method))
+            found.append(Contender(method.label, method))
+        return tuple(found)
+
+    @property
+    def reward_names(self) -> list[str]:
+        """Of all rewards that are measured, the optimised ones first."""
+        return [name for name, _ in self.rewards] + list(self.watched)
+
+    def seed(self, prompt: int, image: int) -> int:
+        """Of the noise that every method starts from."""
+        return 1_000_003 * image + prompt
+
+    def settings(self, device: str) -> dict[str, Any]:
+        """All that the numbers depend on, as plain values."""
+        texts = "\n".join(prompt.text for prompt in self.prompts.prompts)
+        versions = {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "transformers")}
+        return {
+            "models": {model.name: dict(model.call) for model in self.models},
+            "methods": {method.label: {"name": method.name, **method.settings} for method in self.methods},
+            "prompts": f"{self.prompts.name}: {len(self.prompts.prompts)}",
+            "prompts sha256": hashlib.sha256(texts.encode()).hexdigest(),
+            "seeds": self.seeds,
+            "rewards": dict(self.rewards),
+            "watched": list(self.watched),
+            "features": self.features,
+            "references": self.references and str(Path(self.references).resolve()),
+            "best of": self.best_of,
+            "device": device,
+            "dtype": self.dtype,
+            "threads": self.threads,
+            "versions": {"noiseopt": __version__, **versions},
+        }
+
+
+def distinct(what: str, names: Sequence[str]) -> None:
+    """Raise `ValueError` unless there are names, each once."""
+    if what != "reward" and not names:
+        raise ValueError(f"Expected at least one {what}.")
+    if repeated := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"Expected each {what} once, but got {repeated[0]!r} {names.count(repeated[0])} times.")
+
+
+def check_device(name: str | None) -> None:
+    """Raise `ValueError` for a device that torch does not have here."""
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"Expected a device that this machine has, but got {name!r}: {reason}") from None
+
+
+def check_reward(name: str) -> None:
+    """Raise `ValueError` for what is no embedded reward, registered one, Hub id or folder."""
+    if name not in EMBEDDED_REWARDS:
+        find_reward(name)
+
+
+def check_features(name: str) -> None:
+    """Raise `ValueError` for what is no embedded image tower, Hub id or folder."""
+    if name not in EMBEDDED_FEATURES and not os.path.isdir(name) and not HUB_ID.fullmatch(name):
+        raise ValueError(
+            f"Expected features out of {', '.join(EMBEDDED_FEATURES)}, a Hub id such as {HELD_OUT_FEATURES!r} or a "
+            f"folder, but got {name!r}."
+        )
+
+
+def at_hand(name: str) -> bool:
+    """Whether the weights of an embedded model are in the package or the checkout."""
+    return (WEIGHTS / name).is_dir()

@@ -1,0 +1,377 @@
+"""From the units of an evaluation to estimates over prompts, and to tables of them."""
+
+import csv
+import dataclasses
+import io
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from .. import shapes_world
+from .bootstrap import Estimate, bootstrap, paired_bootstrap
+from .plan import PLAIN, Contender, Plan, control_of
+
+Numbers = Mapping[str, Any]  # what a unit's JSON file holds
+SETS = {"mss": "MSS", "vendi": "Vendi", "coverage": "Coverage", "layout spread": "layout spread"}
+FROM_FEATURES = ("mss", "vendi", "coverage")
+NOISE = {
+    "norm": "norm / √d",
+    "norm z": "norm, z",
+    "mean": "mean",
+    "variance": "variance",
+    "skewness": "skewness",
+    "excess_kurtosis": "excess kurtosis",
+    "spectral_slope": "spectral slope",
+    "spectral_slope z": "spectral slope, z",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Metric:
+    """One column.
+
+    Attributes:
+        name: As in the files.
+        group: The table it stands in.
+        value: Of one unit, the mean over its images; NaN where it does not apply.
+        percent: Whether it is a share.
+        optimised: Whether the methods were free to raise it, which makes it no evidence.
+    """
+
+    name: str
+    group: str
+    value: Callable[[Numbers], float]
+    percent: bool = False
+    optimised: bool = False
+
+    @property
+    def is_quality(self) -> bool:
+        """Whether it says how well an image fits its prompt."""
+        return self.group == "rewards" or self.name == "right"
+
+    @property
+    def title(self) -> str:
+        return self.name + "\\*" * self.optimised + ", %" * self.percent
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """An estimate of a metric, of a contender or of the difference of two, with the number of prompts it is over."""
+
+    model: str
+    method: str
+    metric: Metric
+    estimate: Estimate
+    prompts: int
+
+    def text(self, sign: str = "") -> str:
+        """With its interval, in percent for a share."""
+        value, low, high = dataclasses.astuple(self.estimate)
+        if math.isnan(value):
+            return "–"
+        scale, form = (100, f"{sign}.1f") if self.metric.percent else (1, f"{sign}.4g")
+        interval = "" if math.isnan(low) else f" [{scale * low:{form}}, {scale * high:{form}}]"
+        return f"{scale * value:{form}}{interval}".replace("-", "−")
+
+    @property
+    def excludes_zero(self) -> bool:
+        return self.estimate.low > 0 or self.estimate.high < 0
+
+
+def mean(values: Sequence[Any] | None) -> float:
+    """Of numbers or truth values; NaN for none."""
+    return sum(values) / len(values) if values else math.nan
+
+
+def right(numbers: Numbers) -> float:
+    """The share of a unit's images that the judge finds right."""
+    return mean(numbers["judge"]["right"]) if numbers["judge"] else math.nan
+
+
+def metrics_of(plan: Plan, categories: Iterable[str]) -> list[Metric]:
+    """All columns of a plan; those that apply to no unit are left out later."""
+    optimised = dict(plan.rewards)
+    seen = plan.features in optimised
+    judge = [Metric("right", "judge", right, percent=True)]
+    judge += [Metric(f"right: {name}", "judge", right_within(name), percent=True) for name in categories]
+    rewards = [
+        Metric(name, "rewards", reading("rewards", name), optimised=name in optimised) for name in plan.reward_names
+    ]
+    sets = [
+        Metric(title, "sets", reading("set", name), optimised=seen and name in FROM_FEATURES)
+        for name, title in SETS.items()
+    ]
+    return judge + rewards + sets + [Metric(title, "noise", reading("noise", name)) for name, title in NOISE.items()]
+
+
+def right_within(category: str) -> Callable[[Numbers], float]:
+    """The share of right images of a unit of this category; NaN for others."""
+    return lambda unit: right(unit) if unit["category"] == category else math.nan
+
+
+def reading(part: str, name: str) -> Callable[[Numbers], float]:
+    """A number of a unit, or the mean of a list that has one for each image; NaN where there is none."""
+
+    def read(unit: Numbers) -> float:
+        value = unit[part].get(name)
+        return mean(value) if isinstance(value, list) else math.nan if value is None else float(value)
+
+    return read
+
+
+class Results:
+    """All units of a plan as estimates over prompts; a prompt counts once however many seeds it has.
+
+    Args:
+        plan: What was measured.
+        units: The numbers of all units.
+        best_of: N of the control, by model and the label of its method.
+        pooled: Coverage of a folder of references by all images of a model and contender's key, if there is one.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        units: Iterable[Numbers],
+        best_of: Mapping[tuple[str, str], int],
+        pooled: Mapping[tuple[str, str], float] | None = None,
+    ) -> None:
+        self.plan, self.best_of, self.pooled = plan, best_of, pooled or {}
+        self.units: dict[tuple[str, str], list[Numbers]] = {}
+        for unit in sorted(units, key=lambda unit: unit["index"]):
+            self.units.setdefault((unit["model"], unit["method"]), []).append(unit)
+        known = {unit["category"] for unit in self.all_units() if unit["category"]}
+        order = [name for name in shapes_world.CATEGORIES if name in known]
+        self.categories = order + sorted(known.difference(order))
+        self.metrics = [metric for metric in metrics_of(plan, self.categories) if self.applies(metric)]
+
+    def all_units(self) -> list[Numbers]:
+        return [unit for group in self.units.values() for unit in group]
+
+    def applies(self, metric: Metric) -> bool:
+        pooled = metric.name == "Coverage" and bool(self.pooled)
+        return pooled or not all(math.isnan(metric.value(unit)) for unit in self.all_units())
+
+    def title(self, model: str, contender: Contender) -> str:
+        """What a contender is called in a table: its key, with the N of best-of-N."""
+        n = self.best_of.get((model, contender.method.label)) if contender.control and contender.method else None
+        return contender.key if n is None else contender.key.replace("best-of-N", f"best-of-{n}")
+
+    def values(self, model: str, key: str, metric: Metric) -> torch.Tensor:
+        """`(P,)` float64, by prompt; NaN where the metric does not apply."""
+        return torch.tensor([metric.value(unit) for unit in self.units[model, key]], dtype=torch.float64)
+
+    def entry(self, model: str, contender: Contender, metric: Metric) -> Entry:
+        """One cell of a table."""
+        if metric.name == "Coverage" and (pooled := self.pooled.get((model, contender.key))) is not None:
+            estimate = Estimate(pooled, math.nan, math.nan)
+            return Entry(model, contender.key, metric, estimate, len(self.plan.prompts.prompts))
+        values = self.values(model, contender.key, metric)
+        values = values[~values.isnan()]
+        return Entry(model, contender.key, metric, bootstrap(values), len(values))
+
+    def entries(self) -> list[Entry]:
+        """Every metric of every contender, and what became of images that were wrong and right in plain sampling."""
+        found = []
+        for model in self.plan.models:
+            for contender in self.plan.contenders:
+                found += [self.entry(model.name, contender, metric) for metric in self.metrics]
+                found += self.changes(model.name, contender)
+        return found
+
+    def changes(self, model: str, contender: Contender) -> list[Entry]:
+        """The shares of plain failures repaired and of plain successes kept, over images of the same initial noise."""
+        if contender == PLAIN or not self.judged(model):
+            return []
+        before = self.verdicts(model, PLAIN.key)
+        after = self.verdicts(model, contender.key)
+        found = []
+        for name, cases in (("failures repaired", ~before), ("right ones kept", before)):
+            metric = Metric(name, "judge", right, percent=True)
+            counts, kept = cases.sum(1), (cases & after).sum(1)
+            estimate = bootstrap(kept, counts) if counts.any() else bootstrap(kept[:0])
+            found.append(Entry(model, contender.key, metric, estimate, int((counts > 0).sum())))
+        return found
+
+    def judged(self, model: str) -> bool:
+        return all(unit["judge"] is not None for unit in self.units[model, PLAIN.key])
+
+    def verdicts(self, model: str, key: str) -> torch.Tensor:
+        """`(P, seeds)` bool: which images are right."""
+        return torch.tensor([unit["judge"]["right"] for unit in self.units[model, key]])
+
+    def differences(self) -> list[Entry]:
+        """Each method minus plain sampling and minus its control, on the same prompts."""
+        metrics = [metric for metric in self.metrics if metric.is_quality or metric.name in ("MSS", "Vendi")]
+        return [
+            self.difference(model.name, ours, theirs, metric)
+            for model in self.plan.models
+            for ours, theirs in self.pairs()
+            for metric in metrics
+        ]
+
+    def pairs(self) -> list[tuple[Contender, Contender]]:
+        """The comparisons: with plain sampling, and of a method with its control."""
+        found = []
+        for contender in self.plan.contenders:
+            if contender.method and not contender.control:
+                found.append((contender, PLAIN))
+                found += [(contender, other) for other in self.plan.contenders if other == control_of(contender.method)]
+        return found
+
+    def difference(self, model: str, ours: Contender, theirs: Contender, metric: Metric) -> Entry:
+        sides = [self.values(model, contender.key, metric) for contender in (ours, theirs)]
+        known = ~(sides[0] - sides[1]).isnan()
+        estimate = paired_bootstrap(*(side[known] for side in sides))
+        return Entry(model, f"{ours.key} − {theirs.key}", metric, estimate, int(known.sum()))
+
+    def warnings(self) -> list[str]:
+        """Methods that raise what they optimise and lower what they do not: they exploit the reward."""
+        found = []
+        for model in self.plan.models:
+            for ours, theirs in self.pairs():
+                gaps = [
+                    self.difference(model.name, ours, theirs, metric) for metric in self.metrics if metric.is_quality
+                ]
+                up = [gap.metric.name for gap in gaps if gap.metric.optimised and gap.estimate.low > 0]
+                down = [gap.metric.name for gap in gaps if not gap.metric.optimised and gap.estimate.high < 0]
+                if theirs == PLAIN and up and down:
+                    found.append(
+                        f"{ours.key} on {model.name} raises {' and '.join(up)}, which it optimises, and lowers "
+                        f"{' and '.join(down)}, which it does not see: it exploits the reward."
+                    )
+        return found
+
+
+COST = {
+    "seconds per image": lambda unit: unit["cost"]["seconds"] / len(unit["seeds"]),
+    "model calls per image": lambda unit: unit["cost"]["model_calls"] / len(unit["seeds"]),
+    "peak memory, MiB": reading("cost", "memory"),
+}
+
+
+def costs(results: Results) -> list[dict[str, Any]]:
+    """One row for each model and contender: means over prompts, the highest peak, and the time beside the method's."""
+    rows = []
+    for model in results.plan.models:
+        seconds = {}
+        for contender in results.plan.contenders:
+            units = results.units[model.name, contender.key]
+            numbers = {name: [value(unit) for unit in units] for name, value in COST.items()}
+            seconds[contender.key] = mean(numbers["seconds per image"])
+            peak = max(numbers.pop("peak memory, MiB"))
+            rows.append(
+                {"model": model.name, "method": results.title(model.name, contender)}
+                | {name: mean(values) for name, values in numbers.items()}
+                | {"peak memory, MiB": peak}
+            )
+        for row, contender in zip(rows[-len(results.plan.contenders) :], results.plan.contenders, strict=True):
+            of = contender.method.label if contender.control and contender.method else None
+            row["time / method's"] = math.nan if of is None else row["seconds per image"] / seconds[of]
+    return rows
+
+
+def grid(rows: Sequence[Sequence[str]]) -> str:
+    """A markdown table; the first row is its head."""
+    head, *body = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([head, "|" + "---|" * len(rows[0]), *body])
+
+
+GROUPS = {
+    "judge": "Right by the judge",
+    "rewards": "Rewards",
+    "sets": "Sets of images",
+    "noise": "The noise",
+}
+
+
+def markdown(results: Results) -> str:
+    """All estimates, as tables with a row for each model and contender, and the differences that matter."""
+    parts = [heading(results.plan)]
+    entries = results.entries()
+    for group, title in GROUPS.items():
+        columns = list(dict.fromkeys(entry.metric.title for entry in entries if entry.metric.group == group))
+        if columns:
+            cells = {(entry.model, entry.method, entry.metric.title): entry.text() for entry in entries}
+            rows = [["model", "method", *columns]]
+            for model in results.plan.models:
+                for contender in results.plan.contenders:
+                    row = [cells.get((model.name, contender.key, column), "–") for column in columns]
+                    rows.append([model.name, results.title(model.name, contender), *row])
+            parts.append(f"## {title}\n\n{grid(rows)}")
+    parts.append(f"## Differences on the same prompts\n\n{difference_table(results)}")
+    return "\n\n".join([*parts, *notes(results)]) + "\n"
+
+
+def heading(plan: Plan) -> str:
+    prompts, images = plural(len(plan.prompts.prompts), "prompt"), plural(plan.seeds, "image")
+    return (
+        f"# Evaluation\n\n{plan.prompts.name}: {prompts}, {images} of each. "
+        "Brackets are 95% bootstrap intervals over prompts."
+    )
+
+
+def plural(count: int, noun: str) -> str:
+    return f"{count} {noun}" + "s" * (count != 1)
+
+
+def difference_table(results: Results) -> str:
+    entries = results.differences()
+    columns = list(dict.fromkeys(entry.metric.title for entry in entries))
+    cells = {(entry.model, entry.method, entry.metric.title): entry for entry in entries}
+    rows = [["model", "difference", *columns]]
+    for model in results.plan.models:
+        for ours, theirs in results.pairs():
+            found = [cells[model.name, f"{ours.key} − {theirs.key}", column] for column in columns]
+            texts = [f"**{entry.text('+')}**" if entry.excludes_zero else entry.text("+") for entry in found]
+            control = results.title(model.name, theirs).partition(" for ")[0]
+            rows.append([model.name, f"{ours.key} − {control}", *texts])
+    return grid(rows)
+
+
+def notes(results: Results) -> list[str]:
+    """What a reader must know to read the tables."""
+    plan, found = results.plan, []
+    names = ", ".join(name for name, _ in plan.rewards)
+    found.append(
+        f"\\* {names}: optimised by the methods that take rewards, so a higher value is no evidence by itself."
+    )
+    if plan.features is not None:
+        kind = "" if plan.features not in dict(plan.rewards) else ", which is optimised too"
+        found.append(f"MSS, Vendi and Coverage are those of {plan.features} features{kind}.")
+    found.append("Bold differences have an interval without 0.")
+    found.append("A Gaussian noise has norm / √d 1, variance 1 and else 0; z is in standard errors of a single set.")
+    return found + [f"**Warning:** {warning}" for warning in results.warnings()]
+
+
+def cost_markdown(results: Results) -> str:
+    """The measurements that no two runs share."""
+    rows = costs(results)
+    texts = [[value if isinstance(value, str) else plain_number(value) for value in row.values()] for row in rows]
+    return f"## Cost\n\n{grid([list(rows[0]), *texts])}\n"
+
+
+def plain_number(value: float) -> str:
+    return "–" if math.isnan(value) else f"{value:.4g}"
+
+
+def table_csv(entries: Sequence[Entry]) -> str:
+    """Long form: model, method, metric, value, low, high, prompts; empty for what is not known."""
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(["model", "method", "metric", "value", "low", "high", "prompts"])
+    for entry in entries:
+        numbers = ["" if math.isnan(value) else f"{value:.6g}" for value in dataclasses.astuple(entry.estimate)]
+        writer.writerow([entry.model, entry.method, entry.metric.name, *numbers, entry.prompts])
+    return file.getvalue()
+
+
+def cost_csv(results: Results) -> str:
+    file = io.StringIO()
+    rows = costs(results)
+    writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({name: "" if value != value else value for name, value in row.items()} for row in rows)
+    return file.getvalue()

@@ -1,0 +1,76 @@
+"""The cost of a call: passes through the denoiser, seconds, and the peak of the memory."""
+
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_pipelines import call_arguments, tiny_pipeline
+
+from noiseopt import BestOfN, ReNO, optimize_noise
+from noiseopt.evaluation import measure
+from noiseopt.evaluation.measure import measured
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("family", ["sd", "sd3", "flux"])
+def test_every_image_of_every_pass_is_counted(family):
+    pipe, call = tiny_pipeline(family), call_arguments(family)
+    with measured(pipe, CPU) as cost:
+        pipe("a", num_images_per_prompt=3, output_type="latent", **call)
+    assert cost.model_calls == 3 * 2 * 2  # images, steps, with and without the prompt
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        BestOfN(rewards="red", steps=3),
+        ReNO(rewards="red", steps=3),
+        ReNO(rewards="red", steps=3, gradient="frozen"),
+        ReNO(rewards="red", steps=6, preview=True),
+    ],
+)
+def test_passes_of_a_method_are_counted(method):
+    pipe = tiny_pipeline("sd")
+    with measured(pipe, CPU) as cost:
+        optimize_noise(pipe, "a", method, **call_arguments("sd"))
+    assert cost.model_calls == 3 * 2 * 2  # evaluations, steps (one for a preview), with and without the prompt
+
+
+def test_no_hook_stays_behind():
+    pipe = tiny_pipeline("sd")
+    before = len(pipe.unet._forward_pre_hooks)
+    with pytest.raises(KeyboardInterrupt), measured(pipe, CPU):
+        raise KeyboardInterrupt
+    assert len(pipe.unet._forward_pre_hooks) == before
+
+
+def test_seconds_are_those_on_the_wall():
+    with measured(tiny_pipeline("sd"), CPU) as cost:
+        time.sleep(0.05)
+    assert 0.05 <= cost.seconds < 5
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak is kept by the kernel of Linux")
+@pytest.mark.parametrize("mebibytes", [64, 256])
+def test_memory_is_the_peak_above_what_was_held(mebibytes):
+    held = torch.ones(128 * 2**20, dtype=torch.uint8)
+    with measured(tiny_pipeline("sd"), CPU) as cost:
+        del held
+        first = torch.ones(mebibytes * 2**20 + 128 * 2**20, dtype=torch.uint8)
+        del first
+        torch.ones(2**20, dtype=torch.uint8)
+    assert cost.memory == pytest.approx(mebibytes, abs=16)
+
+
+def test_memory_is_not_known_where_the_system_does_not_tell(monkeypatch):
+    def refuse(self, text):
+        raise PermissionError
+
+    monkeypatch.setattr(Path, "write_text", refuse)
+    assert measure.reset_resident_peak() is None
+    with measured(tiny_pipeline("sd"), CPU) as cost:
+        pass
+    assert cost.memory is None

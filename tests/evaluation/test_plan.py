@@ -1,0 +1,141 @@
+"""What a plan reads from words, and how it refuses what cannot work before any model is loaded."""
+
+import pytest
+
+from noiseopt import BestOfN, ReNO
+from noiseopt.evaluation.folder import differences
+from noiseopt.evaluation.plan import PLAIN, MethodChoice, ModelChoice, Plan, control_of, parse_settings, slug
+from noiseopt.evaluation.prompt_sets import Prompt, PromptSet
+
+PROMPTS = PromptSet("two", (Prompt("a red circle"), Prompt("two blue stars", "pairs")))
+
+
+def plan(**changes) -> Plan:
+    settings = {"models": (ModelChoice.parse("turbo", {}),), "methods": (MethodChoice.parse("reno"),)}
+    settings |= {"prompts": PROMPTS, "seeds": 2, "rewards": (("clip", 1.0),)}
+    return Plan(**{**settings, **changes})
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", {}),
+        ("steps=20, mode=parity", {"steps": 20, "mode": "parity"}),
+        ("a=-1.5e-3,b=None,c=(1, 2),d='x,y=z'", {"a": -1.5e-3, "b": None, "c": (1, 2), "d": "x,y=z"}),
+    ],
+)
+def test_settings_are_literals_or_words(text, expected):
+    assert parse_settings(text) == expected
+
+
+@pytest.mark.parametrize("text", ["20", "steps", "steps=", "steps=f(1)", "steps=1)+(2", "**{}", "a=1;b=2"])
+def test_other_settings_are_refused(text):
+    with pytest.raises(ValueError, match="Expected"):
+        parse_settings(text)
+
+
+def test_a_method_is_built_with_its_settings_and_the_rewards():
+    choice = MethodChoice.parse("reno:steps=7,mode=parity")
+    method = choice.build({"red": 2.0})
+    assert isinstance(method, ReNO) and (method.steps, method.mode, method.rewards) == (7, "parity", {"red": 2.0})
+    assert choice.has_control and not MethodChoice.parse("best_of_n").has_control
+    assert isinstance(MethodChoice.parse("best_of_n:steps=3").build("red"), BestOfN)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("renoir", "Expected a method out of .*reno.*, but got 'renoir'"),
+        ("reno:step=3", "Expected settings of reno out of steps, mode.*, but got 'step'"),
+        ("reno:steps=0", "Expected `steps` to be an integer of 1 or more"),
+        ("reno:rewards=red", "as `--reward`"),
+        ("best_of_n:gradient=full", "but got 'gradient'"),
+    ],
+)
+def test_a_method_that_cannot_be_is_refused(text, expected):
+    with pytest.raises(ValueError, match=expected):
+        MethodChoice.parse(text)
+
+
+def test_an_embedded_model_brings_its_call():
+    assert ModelChoice.parse("turbo", {}).call == {"num_inference_steps": 1, "guidance_scale": 0.0}
+    assert ModelChoice.parse("turbo", {"num_inference_steps": 2}).call["num_inference_steps"] == 2
+    assert ModelChoice.parse("some/model", {"eta": 1.0}).call == {"eta": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("name", "call", "expected"),
+    [
+        ("trubo", {}, "Expected a model out of turbo, guided.*, but got 'trubo'"),
+        ("clip", {}, "but got 'clip'"),
+        ("turbo", {"generator": None}, "without generator"),
+    ],
+)
+def test_what_is_no_model_is_refused(name, call, expected):
+    with pytest.raises(ValueError, match=expected):
+        ModelChoice.parse(name, call)
+
+
+def test_contenders_are_plain_sampling_and_each_method_after_its_control():
+    reno, other = MethodChoice.parse("reno"), MethodChoice.parse("best_of_n:steps=2")
+    contenders = plan(methods=(reno, other)).contenders
+    assert contenders[:2] == (PLAIN, control_of(reno))
+    assert [contender.key for contender in contenders[2:]] == ["reno", "best_of_n:steps=2"]
+
+
+def test_seeds_depend_on_prompt_and_image_only():
+    seeds = {plan().seed(prompt, image) for prompt in range(100) for image in range(100)}
+    assert len(seeds) == 10_000
+    assert plan(methods=(MethodChoice.parse("best_of_n"),)).seed(3, 1) == plan().seed(3, 1)
+
+
+def test_the_world_says_the_category_where_the_source_does_not():
+    assert [plan().category(index) for index in range(2)] == ["single", "pairs"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"methods": (MethodChoice.parse("reno"),) * 2}, "Expected each method once, but got 'reno' 2 times"),
+        ({"methods": ()}, "Expected at least one method"),
+        ({"rewards": ()}, "at least one `--reward`"),
+        ({"rewards": (("clip", 0.0),)}, "weights above 0"),
+        ({"watched": ("clip",)}, "Expected each reward once"),
+        ({"watched": ("clipscor",)}, "Did you mean 'clipscore'"),
+        ({"features": "dino"}, "Expected features out of dinov2, clip"),
+        ({"references": "no such folder"}, "Expected a folder of images"),
+        ({"device": "abacus"}, "Expected a device that this machine has, but got 'abacus'"),
+        ({"prompts": PromptSet("none", ())}, "Expected at least one prompt"),
+    ],
+)
+def test_a_plan_that_cannot_be_is_refused(changes, expected):
+    with pytest.raises(ValueError, match=expected):
+        plan(**changes)
+
+
+def test_a_prompt_outside_the_world_is_named_with_its_file_and_line(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("a red circle\n\na cat\n")
+    prompts = PromptSet("prompts", (Prompt("a red circle"), Prompt("a cat")))
+    with pytest.raises(ValueError, match=r"prompts\.txt:3: .*'a cat'"):
+        plan(prompts=prompts, source=str(file))
+    with pytest.raises(ValueError, match="prompt 2 of prompts: "):
+        plan(prompts=prompts)
+    assert not plan(prompts=prompts, models=(ModelChoice.parse("some/model", {}),)).of_shapes_world
+
+
+def test_settings_tell_plans_apart():
+    known = plan().settings("cpu")
+    assert differences(known, plan().settings("cpu")) == []
+    other = plan(seeds=3, models=(ModelChoice.parse("guided", {}),)).settings("cpu")
+    assert [each for each in differences(known, other) if each.startswith("seeds")] == ["seeds was 2 and is 3"]
+    assert any(each.startswith("models guided was None and is {") for each in differences(known, other))
+    reordered = plan(prompts=PromptSet("two", PROMPTS.prompts[::-1])).settings("cpu")
+    assert [each.partition(" was ")[0] for each in differences(known, reordered)] == ["prompts sha256"]
+
+
+def test_names_of_folders_are_safe_and_distinct():
+    texts = ["reno:a=[1]", "reno:a=(1)", "org/model", "reno", "../.."]
+    names = [slug(text) for text in texts]
+    assert len(set(names)) == len(texts) and names[3] == "reno"
+    assert not any(set(name) & set('/\\:*?"<>| ') for name in names)
