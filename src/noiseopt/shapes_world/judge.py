@@ -1,13 +1,16 @@
 """A deterministic judge: says what a picture shows, and whether that is what the prompt asks for.
 
 It uses no trained model, so nothing that a noise is optimised for can have learnt to please it: saturated pixels are
-given the nearest hue, connected ones form an object, and its outline, scaled to a square, is compared with the shapes.
+given the nearest hue, connected ones form an object, and its mask, scaled to unit area around its centre of mass, is
+compared with the shapes, also with their corners rounded and somewhat deformed, as generators draw them.
 """
 
 from __future__ import annotations
 
 import collections
 import functools
+import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,16 +21,18 @@ from torch import Tensor
 from .captions import Request, parse
 from .world import COLORS, KINDS, OPPOSITE, SIZE, Scene, Shape, coverage, relation_of
 
-CHROMA = 0.28  # the largest minus the smallest channel from which on a pixel belongs to a shape
+CHROMA = 0.33  # the largest minus the smallest channel from which on a pixel belongs to a shape
 AREA = 36  # pixels; smaller specks are overlooked
-OVERLAP = 0.70  # intersection over union with the best template below which an object is no shape
-ASPECT = 0.6
-_SIDE = 24
+OVERLAP = 0.76  # intersection over union with the best template below which an object is no shape
+CLEARLY = 0.8  # what the best kind misses of a full overlap, relative to what the second best misses, at most
+ROUNDINGS = (0.0, 0.1, 0.2)  # widths of the blur that rounds the templates' corners, in radii
+TURN, LEAN, STRETCH = math.radians(12), 0.15, 1.25  # how far a template is deformed: angle, shear, width over height
+_SIDE, _RADIUS, _REACH = 32, 18.0, 16
 
 
 @dataclass(frozen=True)
 class Thing:
-    """A connected region of one color: its best kind ("blob" if none fits), its box's centre in pixels and its area."""
+    """A connected region of one color: its kind ("blob" if none fits clearly), its box's centre and area in pixels."""
 
     color: str
     kind: str
@@ -90,7 +95,8 @@ def see(images: Tensor) -> list[list[Thing]]:
     picture = roots // (SIZE * SIZE)
     inside = torch.where(labels[picture] == roots[:, None, None], chroma[picture], 0.0)
     # relative to its own strongest pixel: then a soft outline lies where a sharp one would, and does not fatten a star
-    kinds, centres = _kinds(inside / inside.amax((1, 2), keepdim=True))
+    covers = inside / inside.amax((1, 2), keepdim=True)
+    kinds, centres = _kinds(covers), _centres(covers)
     for i in area[roots].argsort(descending=True, stable=True).tolist():
         color = list(COLORS)[int(colors.flatten()[roots[i]])]
         thing = Thing(color, kinds[i], *centres[i].tolist(), area=int(area[roots[i]]))
@@ -137,40 +143,70 @@ def _components(colors: Tensor) -> Tensor:
             return labels.view_as(colors)
 
 
-def _squared(covers: Tensor) -> tuple[Tensor, Tensor]:
-    """Cuts each object (N, 64, 64), its share of each pixel, to its box, scaled to a square mask (N, 24, 24).
+def _normalized(covers: Tensor) -> Tensor:
+    """Cuts each object (N, 64, 64), its share of each pixel, around its centre of mass, scaled to unit area.
 
-    Also returns the boxes (N, 4): left, top, right, bottom.
+    Returns masks (N, 32, 32) that span two roots of the area. Unlike a box, mass hardly moves when thin tips fade.
     """
-    rows, columns = (covers > 0.5).any(2), (covers > 0.5).any(1)
-    span = torch.arange(SIZE)
-    low = [torch.where(line, span, SIZE).amin(1) for line in (columns, rows)]
-    high = [torch.where(line, span, -1).amax(1) + 1 for line in (columns, rows)]
-    boxes = torch.stack((*low, *high), 1).float()
-    steps = (torch.arange(_SIDE) + 0.5) / _SIDE
-    x, y = (boxes[:, i, None] + steps * (boxes[:, i + 2] - boxes[:, i])[:, None] for i in (0, 1))
+    inside = (covers > 0.5).float()
+    area = inside.sum((1, 2))
+    pixel = torch.arange(SIZE) + 0.5
+    steps = ((torch.arange(_SIDE) + 0.5) / _SIDE * 2 - 1) * area.sqrt()[:, None]
+    x, y = (steps + ((inside.sum(dim) * pixel).sum(1) / area)[:, None] for dim in (1, 2))
     grid = torch.stack(torch.broadcast_tensors(x[:, None, :], y[:, :, None]), -1) * (2 / SIZE) - 1
-    cut = F.grid_sample(covers[:, None], grid, padding_mode="border", align_corners=False)
-    return cut[:, 0] > 0.5, boxes
+    cut = F.grid_sample(covers[:, None], grid, align_corners=False)
+    return (cut[:, 0] > 0.5).float()
+
+
+def _rounded(covers: Tensor, width: float) -> Tensor:
+    """Rounds the corners of shapes (N, 64, 64): blurs by a Gaussian of `width` pixels and sharpens again."""
+    if width == 0:
+        return covers
+    offsets = torch.arange(-_REACH, _REACH + 1)
+    weights = torch.softmax(-((offsets / width) ** 2) / 2, 0)
+    blurred = F.conv2d(covers[:, None], weights.view(1, 1, -1, 1), padding=(_REACH, 0))
+    blurred = F.conv2d(blurred, weights.view(1, 1, 1, -1), padding=(0, _REACH))
+    return (8 * (blurred[:, 0] - 0.5) + 0.5).clamp(0.0, 1.0)
+
+
+def _deformations() -> list[Tensor]:
+    """Matrices (2, 2) that lean, turn or stretch a shape as weak generators do: at most two of the three at a time."""
+    leans = [torch.tensor([[1.0, lean], [0.0, 1.0]]) for lean in (0.0, -LEAN, LEAN)]
+    turns = [torch.tensor([[math.cos(t), -math.sin(t)], [math.sin(t), math.cos(t)]]) for t in (0.0, -TURN, TURN)]
+    stretches = [torch.tensor([[s, 0.0], [0.0, 1 / s]]) for s in (1.0, STRETCH**-0.5, STRETCH**0.5)]
+    picks = [pick for pick in itertools.product(range(3), repeat=3) if 0 in pick]
+    return [turns[turn] @ leans[lean] @ stretches[stretch] for turn, lean, stretch in picks]
 
 
 @functools.cache
 def _templates() -> Tensor:
-    scenes = [Scene((Shape(kind, "red", SIZE / 2, SIZE / 2, 26.0),)) for kind in KINDS]
-    return _squared(coverage(scenes)[:, 0])[0]
+    """Each kind, rounded and deformed in all ways: masks (5, T, 1024)."""
+    sharp = coverage([Scene((Shape(kind, "red", SIZE / 2, SIZE / 2, _RADIUS),)) for kind in KINDS])[:, 0]
+    masks = []
+    for rounding, matrix in itertools.product(ROUNDINGS, _deformations()):
+        shapes = _rounded(sharp, rounding * _RADIUS)
+        theta = torch.cat((matrix, torch.zeros(2, 1)), 1).expand(len(KINDS), 2, 3)
+        grid = F.affine_grid(theta, [len(KINDS), 1, SIZE, SIZE], align_corners=False)
+        masks.append(_normalized(F.grid_sample(shapes[:, None], grid, align_corners=False)[:, 0]).flatten(1))
+    return torch.stack(masks, 1)
 
 
-def _kinds(covers: Tensor) -> tuple[list[str], Tensor]:
-    """The best kind of each object (N, 64, 64), or "blob"; and the centre (x, y) of its box, (N, 2)."""
-    cut, boxes = _squared(covers)
-    templates = _templates().flatten(1).float()
-    cut = cut.flatten(1).float()
-    both = cut @ templates.T
-    overlap, best = (both / (cut.sum(1)[:, None] + templates.sum(1) - both)).max(1)
-    width, height = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
-    fits = (overlap > OVERLAP) & (torch.minimum(width, height) > ASPECT * torch.maximum(width, height))
-    kinds = [KINDS[int(k)] if ok else "blob" for k, ok in zip(best, fits, strict=True)]
-    return kinds, (boxes[:, :2] + boxes[:, 2:]) / 2
+def _kinds(covers: Tensor) -> list[str]:
+    """The kind of each object (N, 64, 64), or "blob" if none fits well, or none clearly better than the next."""
+    masks, templates = _normalized(covers).flatten(1), _templates().flatten(0, 1)
+    both = masks @ templates.T
+    overlap = both / (masks.sum(1)[:, None] + templates.sum(1) - both)
+    (first, second), (best, _) = (part.T for part in overlap.view(len(masks), len(KINDS), -1).amax(2).topk(2, 1))
+    fits = (first > OVERLAP) & (1 - first < CLEARLY * (1 - second))
+    return [KINDS[int(kind)] if ok else "blob" for kind, ok in zip(best, fits, strict=True)]
+
+
+def _centres(covers: Tensor) -> Tensor:
+    """The centre (x, y) of the box of each object (N, 64, 64), in pixels, (N, 2)."""
+    span = torch.arange(SIZE)
+    lines = [(covers > 0.5).any(dim) for dim in (1, 2)]
+    low, high = ([torch.where(line, span, out) for line in lines] for out in (SIZE, -1))
+    return torch.stack([(a.amin(1) + b.amax(1) + 1) / 2 for a, b in zip(low, high, strict=True)], 1)
 
 
 def verdict(things: Sequence[Thing], request: Request) -> Verdict:
@@ -204,7 +240,7 @@ def holds(relation: str | None, dx: float, dy: float) -> bool:
     """Whether an offset of the first centre from the second, in pixels, can be called that; near a diagonal two can."""
     along, across = (dx, dy) if relation in ("left of", "right of") else (dy, dx)
     along = -along if relation in ("left of", "above") else along
-    return along > max(4.0, 0.8 * abs(across))
+    return along > max(4.0, 0.9 * abs(across))
 
 
 def describe(things: Sequence[Thing]) -> str:

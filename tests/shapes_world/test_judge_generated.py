@@ -1,0 +1,82 @@
+"""Whether the judge can be trusted: on generated images against labels made by looking, and on renders."""
+
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from noiseopt import shapes_world
+from noiseopt.shapes_world import COLORS, KINDS, RELATIONS, Request, caption, judge, parse, render
+
+FOLDER = Path(__file__).parent / "generated"
+
+
+def other(options, value, rng: random.Random):
+    return rng.choice([option for option in options if option != value])
+
+
+def changed(request: Request, attribute: str, rng: random.Random) -> Request | None:
+    """The request with one attribute changed, or None if it has no such attribute."""
+    if attribute == "relation":
+        return Request(request.objects, other(RELATIONS, request.relation, rng)) if request.relation else None
+    first = request.objects[0]
+    if attribute == "count":
+        same = len(set(request.objects)) == 1
+        return Request((first,) * other((1, 2, 3), len(request.objects), rng)) if same else None
+    one = rng.choice(request.objects)
+    color, kind = one
+    new = (other(COLORS, color, rng), kind) if attribute == "color" else (color, other(KINDS, kind, rng))
+    objects = tuple(new if thing == one else thing for thing in request.objects)
+    return Request(objects, request.relation if len(set(objects)) > 1 else None)
+
+
+@pytest.fixture(scope="module")
+def renders() -> tuple[torch.Tensor, list[str]]:
+    rng = random.Random(8)
+    scenes = [shapes_world.sample_scene(rng) for _ in range(1600)]
+    return render(scenes, torch.Generator().manual_seed(8)), [caption(scene, rng) for scene in scenes]
+
+
+@pytest.mark.parametrize("attribute", ["color", "kind", "relation", "count"])
+def test_one_wrong_attribute_is_wrong(renders, attribute):
+    images, prompts = renders
+    rng = random.Random(9)
+    wrong = [(i, ask) for i, p in enumerate(prompts) if (ask := changed(parse(p), attribute, rng))][:640]
+    assert len(wrong) >= 600
+    verdicts = judge(images[[i for i, _ in wrong]], [str(request) for _, request in wrong])
+    assert sum(v.correct for v in verdicts) <= 0.005 * len(wrong)
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.04])
+def test_renders_are_right(renders, noise):
+    images, prompts = renders[0][:600], renders[1][:600]
+    images = (images + noise * torch.randn(images.shape, generator=torch.Generator().manual_seed(0))).clamp(0, 1)
+    assert sum(v.correct for v in judge(images, prompts)) >= 0.995 * len(prompts)
+
+
+@pytest.fixture(scope="module")
+def compared() -> list[tuple[dict, shapes_world.Verdict]]:
+    """Each labelled image's tile and the judge's verdict."""
+    tiles = json.loads((FOLDER / "labels.json").read_text())["tiles"]
+    sheet = torch.from_numpy(np.array(Image.open(FOLDER / "images.png"))).float() / 255
+    images = sheet.view(10, 64, 20, 64, 3).permute(0, 2, 4, 1, 3).reshape(200, 3, 64, 64)
+    return list(zip(tiles, judge(images, [tile["prompt"] for tile in tiles]), strict=True))
+
+
+@pytest.mark.parametrize(("steps", "percent"), [("1 step", 95), ("6 steps", 78)])
+def test_judge_agrees_with_labels_made_by_looking(compared, steps, percent):
+    """95% of what is drawn in one step; what is drawn in six is often so soft that readers may disagree, and less."""
+    asked = [(i, *pair) for i, pair in enumerate(compared) if steps in pair[0]["source"]]
+    against = [(i, tile, verdict.found) for i, tile, verdict in asked if tile["right"] != verdict.correct]
+    assert len(asked) >= 80
+    assert 100 * (len(asked) - len(against)) >= percent * len(asked), "\n".join(map(str, against))
+
+
+def test_both_labels_are_frequent(compared):
+    right = sum(tile["right"] for tile, _ in compared)
+    assert len(compared) == 200
+    assert 50 <= right <= 150
