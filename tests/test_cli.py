@@ -1,9 +1,11 @@
 """The command line: what `noiseopt demo` writes and says, and how it refuses what it cannot do."""
 
 import contextlib
+import dataclasses
 import io
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 import matplotlib
 import pytest
@@ -12,9 +14,12 @@ from diffusers.utils import logging as diffusers_logging
 from PIL import Image
 from transformers.utils import logging as transformers_logging
 
-from noiseopt import NoiseResult, plots, shapes_world
+from noiseopt import FunctionObjective, NoiseOptimizer, NoiseResult, plots, shapes_world
 from noiseopt.cli import main
-from noiseopt.demo import DEFAULT_PROMPTS, ONE_STEP, load_pipeline, quiet_libraries
+from noiseopt.demo import DEFAULT_PROMPTS, ONE_STEP, SET, Choice, load_pipeline, optimize_and_judge, quiet_libraries
+from noiseopt.pipelines.methods import METHODS
+from noiseopt.pipelines.sampling import Gradient
+from noiseopt.shapes_world import embedded
 
 PROMPT = "a red circle left of a blue star"
 
@@ -30,7 +35,7 @@ def demo(tmp_path_factory) -> tuple[Path, str]:
 
 def test_demo_says_what_happened(demo):
     folder, printed = demo
-    assert PROMPT in printed
+    assert PROMPT in printed and "ReNO on turbo, the one-step student of the SD kind" in printed
     assert printed.count("right") + printed.count("wrong: ") >= 2
     assert "judge: " in printed and " of 1 right → " in printed
     for name in ("before_after.png", "trajectory.png", "noise.safetensors"):
@@ -57,6 +62,88 @@ def test_demo_saves_a_noise_that_draws_its_image(demo):
     assert torch.equal(found, plain) == (result.best_step.item() == 0)
 
 
+def test_demo_of_another_method_and_model(tmp_path, capsys):
+    arguments = ["demo", "--method", "best_of_n", "--model", "guided", "--steps", "2", "--prompt", PROMPT]
+    main([*arguments, "--output", str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert "BestOfN on guided, the guided model of the SD kind" in printed and "ReNO" not in printed
+    result = NoiseResult.load(tmp_path / "noise.safetensors")
+    assert result.provenance["method"] == "BestOfN" and result.losses.shape == (2, 1)
+    assert result.provenance["arguments"]["num_inference_steps"] == 6
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Neighbours(NoiseOptimizer):
+    """Mixes the noises of a set, without looking at images, and returns the last."""
+
+    steps: int = 3
+    gradient: Gradient = None
+    returns: ClassVar = "last"
+
+    def objective(self, pipe):
+        return FunctionObjective(lambda sample: sample.x0.flatten(1).std(1))
+
+    def step(self, noise, gradient, memory):
+        return 0.8 * noise + 0.6 * noise.roll(1, 0)
+
+
+@pytest.fixture
+def neighbours(monkeypatch):
+    monkeypatch.setitem(METHODS, "neighbours", Neighbours)
+
+
+def test_method_without_rewards_gets_sets(neighbours):
+    """Images that the method did not draw are those that the stock pipeline draws from its noise."""
+    prompts = [PROMPT, "two green circles"]
+    story = optimize_and_judge(Choice.of("neighbours"), prompts, seed=3)
+    assert story.prompts == [PROMPT] * SET + ["two green circles"] * SET
+    assert story.images.shape == (3, 2 * SET, 3, 64, 64) and len(story.results) == 2
+    assert story.measure == "loss" and torch.equal(story.values[:, SET:], story.results[1].losses)
+    pipe = load_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    call = {**ONE_STEP, "num_images_per_prompt": SET, "output_type": "pt"}
+    for number, (prompt, result) in enumerate(zip(prompts, story.results, strict=True)):
+        seeds = list(range(3 + SET * number, 3 + SET * (number + 1)))
+        assert result.provenance["prompts"] == [prompt] * SET and result.provenance["seeds"] == seeds
+        plain = pipe(prompt, generator=[torch.Generator().manual_seed(seed) for seed in seeds], **call).images
+        found = pipe(prompt, latents=result.latents, **call).images
+        ours = slice(SET * number, SET * (number + 1))
+        assert torch.equal(story.end_images(0)[ours], plain) and torch.equal(story.end_images(1)[ours], found)
+
+
+def test_demo_of_sets(neighbours, tmp_path, capsys):
+    main(["demo", "--method", "neighbours", "--prompt", PROMPT, "--prompt", PROMPT, "--output", str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert f"{SET} images of 2 prompts, 3 steps" in printed and "Neighbours on turbo" in printed
+    assert f" of {2 * SET} right → " in printed and "pixels from their mean place" in printed
+    names = {"before_after.png", "trajectory.png", "noise_1.safetensors", "noise_2.safetensors"}
+    assert {path.name for path in tmp_path.iterdir()} == names
+
+
+@pytest.mark.parametrize(
+    ("method", "model", "asked", "steps"),
+    [
+        ("reno", "turbo", None, 50),
+        ("reno", "guided", None, 20),
+        ("neighbours", "turbo", None, 3),
+        ("reno", "sd3", 30, 30),
+    ],
+)
+def test_default_steps_suit_method_and_model(method, model, asked, steps, neighbours):
+    assert Choice.of(method, model, asked).steps == steps
+
+
+def test_weights_that_are_nowhere_are_said_before_anything_runs(monkeypatch, tmp_path):
+    def offline(repository):
+        raise ConnectionError(f"no way to {repository}")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
+    monkeypatch.setattr(embedded, "WEIGHTS", tmp_path)
+    with pytest.raises(SystemExit, match="weights of 'sdxl' .*: no way to noiseopt/shapes-sdxl. .* use a checkout"):
+        main(["demo", "--model", "sdxl", "--output", str(tmp_path / "folder")])
+    assert not (tmp_path / "folder").exists()
+
+
 def test_figures_leave_matplotlib_as_it_was(tmp_path):
     before = dict(matplotlib.rcParams)
     main(["demo", "--steps", "1", "--output", str(tmp_path)])
@@ -81,6 +168,8 @@ def test_default_prompts_are_the_first_of_the_validation_split():
         (["demo", "--steps", "many"], "Expected an integer of 1 or more, but got 'many'"),
         (["demo", "--seed", "-1"], "Expected an integer of 0 or more, but got '-1'"),
         (["demo", "--prompt", "a cat on a mat"], "It can draw 'a red circle'"),
+        (["demo", "--method", "magic"], "Expected a method out of best_of_n, "),
+        (["demo", "--model", "clip"], "Expected a model out of turbo, guided, sdxl, sdxl-turbo, sd3, but got 'clip'"),
     ],
 )
 def test_bad_arguments_are_refused(arguments, expected, capsys):

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from noiseopt.shapes_world import MODELS
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
@@ -85,12 +87,34 @@ def wheel(tmp_path_factory) -> Path:
     return next(out.glob("*.whl"))
 
 
-def test_wheel_holds_every_module_and_weight(wheel):
+def test_package_data_is_the_weights_of_the_wheel():
+    """Each model that is in the wheel by its pattern, and no other."""
+    package = ROOT / "src/noiseopt/shapes_world"
+    patterns = SETUPTOOLS["package-data"]["noiseopt.shapes_world"]
+    assert patterns == [f"weights/{model.name}/**/*" for model in MODELS.values() if model.in_wheel]
+    found = {path.relative_to(package).parts[1] for pattern in patterns for path in package.glob(pattern)}
+    assert found == {model.name for model in MODELS.values() if model.in_wheel}
+
+
+def carried_weights() -> list[Path]:
+    """The files of the models that are in the wheel."""
+    folder = ROOT / "src/noiseopt/shapes_world/weights"
+    carried = [folder / model.name for model in MODELS.values() if model.in_wheel]
+    return [path for model in carried for path in model.rglob("*") if path.is_file()]
+
+
+def test_wheel_holds_every_module_and_its_weights(wheel):
     folders = {name.replace(".", "/"): ROOT / folder for name, folder in package_folders().items()}
     expected = {f"{name}/{path.name}" for name, folder in folders.items() for path in folder.glob("*.py")}
-    weights = (path for path in (ROOT / "src/noiseopt/shapes_world/weights").rglob("*") if path.is_file())
-    expected |= {path.relative_to(ROOT / "src").as_posix() for path in weights} | {"noiseopt/py.typed"}
+    expected |= {path.relative_to(ROOT / "src").as_posix() for path in carried_weights()} | {"noiseopt/py.typed"}
     assert {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name} == expected
+
+
+def test_weights_are_small(wheel):
+    """15 MB in the wheel, 40 MB in the repository."""
+    everything = (path for path in (ROOT / "src/noiseopt/shapes_world/weights").rglob("*") if path.is_file())
+    assert wheel.stat().st_size <= 15e6
+    assert sum(path.stat().st_size for path in everything) <= 40e6
 
 
 def test_wheel_imports(wheel, tmp_path):

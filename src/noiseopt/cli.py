@@ -1,4 +1,4 @@
-"""The command line: `noiseopt demo`."""
+"""The command line: `noiseopt demo` and `noiseopt evaluate`."""
 
 import argparse
 import contextlib
@@ -6,6 +6,10 @@ import importlib.util
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .demo import Choice
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -29,11 +33,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     """All commands. Each sets `run`, a function of the parsed arguments."""
+    from .evaluation.command import add_evaluate  # here: it takes its argument types from this module
+
     parser = argparse.ArgumentParser(
         prog="noiseopt", description="Optimise the initial noise of text-to-image diffusion."
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     add_demo(commands)
+    add_evaluate(commands)
     return parser
 
 
@@ -41,8 +48,17 @@ def add_demo(commands) -> None:
     parser = commands.add_parser(
         "demo",
         help="optimise the noise of an embedded model and show what changes; offline, under a minute",
-        description="Draw prompts with an embedded one-step model before and after ReNO, and let a judge compare the "
-        "pictures with the prompts. Needs no download and no GPU.",
+        description="Draw prompts with an embedded model before and after a method chose the noise, and let a judge "
+        "compare the pictures with the prompts. Needs no GPU, and with the models turbo and guided no download.",
+    )
+    parser.add_argument(
+        "--method", default="reno", metavar="NAME", help="of list_noise_optimizers(), such as best_of_n (reno)"
+    )
+    parser.add_argument(
+        "--model",
+        default="turbo",
+        metavar="NAME",
+        help="turbo or guided, which the package carries; sdxl, sdxl-turbo or sd3 from a checkout or the Hub (turbo)",
     )
     parser.add_argument(
         "--prompt",
@@ -53,21 +69,36 @@ def add_demo(commands) -> None:
         help="a prompt such as 'a red circle left of a blue star'; may be repeated (default: 8 validation prompts)",
     )
     parser.add_argument("--seed", type=natural, default=0, help="seed of the first prompt, the next has the next (0)")
-    parser.add_argument("--steps", type=positive, default=50, help="evaluations for each prompt (50)")
+    parser.add_argument(
+        "--steps",
+        type=positive,
+        help="evaluations of each noise (the method's own number, at most 50, or 20 for models of several steps)",
+    )
     parser.add_argument("--output", type=Path, default=Path("noiseopt-demo"), help="folder to write to (noiseopt-demo)")
-    parser.set_defaults(run=demo)
+    parser.set_defaults(run=lambda arguments: demo(arguments, parser))
 
 
-def demo(arguments: argparse.Namespace) -> None:
+def demo(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     """`noiseopt demo`: what can fail for want of something is asked for before any model runs."""
     require_plots("noiseopt demo")
-    make_folder(arguments.output)
     from .quiet import quiet_libraries
 
     with quiet_libraries():  # as some modules are imported, transformers says what else could be installed
-        from .demo import DEFAULT_PROMPTS, run_demo
+        from .demo import Choice, run_demo
+    try:
+        choice = Choice.of(arguments.method, arguments.model, arguments.steps)
+    except ValueError as error:
+        parser.error(str(error))
+    require_weights(choice)
+    make_folder(arguments.output)
+    run_demo(choice, arguments.prompts or choice.prompts, arguments.seed, arguments.output)
 
-    run_demo(arguments.prompts or DEFAULT_PROMPTS, arguments.seed, arguments.steps, arguments.output)
+
+def require_weights(choice: "Choice") -> None:
+    try:
+        choice.weights()
+    except FileNotFoundError as error:
+        raise SystemExit(str(error)) from None
 
 
 def require_plots(command: str) -> None:

@@ -1,19 +1,28 @@
-"""The demo: what ReNO changes in the pictures of an embedded model, told by a judge that no method can please."""
+"""The demo: what a method changes in the pictures of an embedded model, told by a judge that no method can please."""
 
 import dataclasses
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 from . import shapes_world
 from .callbacks import StepImages
-from .pipelines import NoiseResult, ReNO, optimize_noise
+from .callbacks.noise_callback import NoiseCallback
+from .callbacks.noise_state import NoiseState
+from .evaluation.metrics import layout_spread
+from .pipelines import NoiseOptimizer, NoiseResult, list_noise_optimizers, optimize_noise
+from .pipelines.methods import METHODS
 from .quiet import quiet_libraries
+from .shapes_world.embedded import EmbeddedModel
 from .shapes_world.judge import Verdict
 
 ONE_STEP = {"num_inference_steps": 1, "guidance_scale": 0.0}
+SET = 4  # images of a prompt, for methods that look at how they differ
+STEPS, STEPS_OF_CHAINS = 50, 20  # what eight prompts take well under a minute for, on two cores
 
 
 def first_of_each(prompts: Iterable[str], counts: dict[str, int]) -> list[str]:
@@ -30,8 +39,9 @@ DEFAULT_PROMPTS = first_of_each(shapes_world.VALIDATION_PROMPTS, {"position": 4,
 
 def load_pipeline(name: str = "turbo") -> DiffusionPipeline:
     """An embedded pipeline of the shapes world, in float32 on the CPU. "turbo" takes the arguments `ONE_STEP`."""
+    folder, parts = shapes_world.path(name), shapes_world.MODELS[name].load
     with quiet_libraries():
-        pipe = DiffusionPipeline.from_pretrained(shapes_world.path(name), dtype=torch.float32)
+        pipe = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32, **parts)
     pipe.set_progress_bar_config(disable=None, leave=False)  # `None`: a bar for people, nothing in a log file
     return pipe
 
@@ -41,30 +51,119 @@ def seeded(seed: int, count: int) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(seed + i) for i in range(count)]
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Story:
-    """What happened to `B` prompts, step by step.
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """A method by its name in `list_noise_optimizers()`, on an embedded model.
 
     Attributes:
-        prompts: `B` prompts.
-        result: What `optimize_noise` returned.
-        images: `(steps, B, 3, 64, 64)` in [0, 1].
-        verdicts: What the judge says of each image, by step and prompt.
+        method: A name of the registry.
+        model: An embedded pipeline.
+        steps: Evaluations of each noise; by default the method's own number, but no more than suits the model.
     """
 
+    method: str
+    model: EmbeddedModel
+    steps: int
+
+    @classmethod
+    def of(cls, method: str = "reno", model: str = "turbo", steps: int | None = None) -> "Choice":
+        """Raises `ValueError` for unknown names."""
+        pipelines = [name for name, known in shapes_world.MODELS.items() if known.is_pipeline]
+        for what, name, names in (("method", method, list_noise_optimizers()), ("model", model, pipelines)):
+            if name not in names:
+                raise ValueError(f"Expected a {what} out of {', '.join(names)}, but got {name!r}.")
+        embedded = shapes_world.MODELS[model]
+        limit = STEPS if embedded.call["num_inference_steps"] == 1 else STEPS_OF_CHAINS
+        return cls(method, embedded, steps or min(METHODS[method].steps, limit))
+
+    @property
+    def takes_rewards(self) -> bool:
+        return any(field.name == "rewards" for field in dataclasses.fields(METHODS[self.method]))  # pyright: ignore
+
+    @property
+    def count(self) -> int:
+        """Images of each prompt: one, or a set for a method without rewards, which makes images differ."""
+        return 1 if self.takes_rewards else SET
+
+    @property
+    def prompts(self) -> list[str]:
+        """What is drawn if nothing else is asked for."""
+        return DEFAULT_PROMPTS if self.count == 1 else DEFAULT_PROMPTS[::2]
+
+    @property
+    def keeps_best(self) -> bool:
+        """Whether the best step is returned, not the last."""
+        return METHODS[self.method].returns == "best"
+
+    def build(self) -> NoiseOptimizer:
+        """The method, on the embedded reward if it takes any."""
+        settings: dict[str, Any] = {"steps": self.steps}
+        if self.takes_rewards:
+            settings["rewards"] = shapes_world.path("clip")
+        return METHODS[self.method](**settings)
+
+    def weights(self) -> list[str]:
+        """The folders of all weights that it needs. Raises `FileNotFoundError` for what cannot be had."""
+        return [shapes_world.path(name) for name in (self.model.name, *["clip"] * self.takes_rewards)]
+
+    def __str__(self) -> str:
+        return f"{METHODS[self.method].__name__} on {self.model.name}, the {self.model.title}"
+
+
+class StepNoises(NoiseCallback):
+    """Keep the noise of every step, `(B, C, H, W)` each."""
+
+    def __init__(self) -> None:
+        self.noises: list[torch.Tensor] = []
+
+    def on_step_end(self, state: NoiseState) -> None:
+        self.noises.append(state.noise)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Story:
+    """What happened to `B` noises, step by step.
+
+    Attributes:
+        choice: The method and the model.
+        prompts: The prompt of each noise; those of a set follow one another.
+        results: What `optimize_noise` returned: of all prompts, or of each set.
+        images: `(steps, B, 3, 64, 64)` in [0, 1].
+        verdicts: What the judge says of each image, by step and sample.
+    """
+
+    choice: Choice
     prompts: Sequence[str]
-    result: NoiseResult
+    results: Sequence[NoiseResult]
     images: torch.Tensor
     verdicts: list[list[Verdict]]
 
     @property
-    def rewards(self) -> torch.Tensor:
-        """`(steps, B)`, the weighted sum of the rewards, higher is better."""
-        return -self.result.losses
+    def values(self) -> torch.Tensor:
+        """`(steps, B)`: the weighted sum of the rewards, which is to rise, or the loss of a method without, to fall."""
+        return -self.direction * torch.cat([result.losses for result in self.results], dim=1)
+
+    @property
+    def direction(self) -> int:
+        """1 if higher values are better, else −1."""
+        return 1 if self.choice.takes_rewards else -1
+
+    @property
+    def measure(self) -> str:
+        """What `values` are called."""
+        return "reward" if self.choice.takes_rewards else "loss"
+
+    def value(self, step: int, sample: int) -> str:
+        """One of `values` in as many digits as its kind needs."""
+        return f"{self.values[step, sample]:.{1 if self.choice.takes_rewards else 3}f}"
+
+    @property
+    def seconds(self) -> float:
+        return sum(result.provenance["seconds"] for result in self.results)
 
     def best(self, sample: int) -> int:
         """The step whose image is returned."""
-        return int(self.result.best_step[sample])
+        return int(torch.cat([result.best_step for result in self.results])[sample])
 
     def first_right(self, sample: int) -> int | None:
         """The first step whose image the judge finds right, if any."""
@@ -74,33 +173,64 @@ class Story:
         """The steps before and after: the plain image, and the one that is returned."""
         return 0, self.best(sample)
 
+    def end_images(self, end: int) -> torch.Tensor:
+        """`(B, 3, 64, 64)`: all images before (0) or after (1)."""
+        return torch.stack([self.images[self.ends(sample)[end], sample] for sample in range(len(self.prompts))])
 
-def optimize_and_judge(prompts: Sequence[str], seed: int, steps: int) -> Story:
-    """Optimise the noise of each prompt with ReNO on the embedded one-step model, and judge the image of every step."""
-    pipe, frames = load_pipeline(), StepImages()
+
+def optimize_and_judge(choice: Choice, prompts: Sequence[str], seed: int) -> Story:
+    """Optimise the noise of each prompt on an embedded model, and judge the image of every step.
+
+    A method with rewards takes all prompts in one call; one that looks at sets takes one prompt in each.
+    """
+    pipe, call = load_pipeline(choice.model.name), {**choice.model.call, "num_images_per_prompt": choice.count}
+    groups = [list(prompts)] if choice.count == 1 else [[prompt] for prompt in prompts]
     with quiet_libraries():
-        method = ReNO(rewards=shapes_world.path("clip"), steps=steps)
-        generators = seeded(seed, len(prompts))
-        result = optimize_noise(pipe, list(prompts), method, callbacks=frames, generator=generators, **ONE_STEP)
-    images = torch.stack([frames.images[step] for step in sorted(frames.images)])
-    return Story(prompts, result, images, [shapes_world.judge(row, prompts) for row in images])
+        method, parts = choice.build(), []
+        for group in groups:
+            generators = seeded(seed, len(group) * choice.count)
+            parts.append(optimize(pipe, group, method, {**call, "generator": generators}))
+            seed += len(generators)
+    every = [prompt for prompt in prompts for _ in range(choice.count)]
+    images = torch.cat([images for _, images in parts], dim=1)
+    verdicts = [shapes_world.judge(row, every) for row in images]
+    return Story(choice, every, [result for result, _ in parts], images, verdicts)
 
 
-def run_demo(prompts: Sequence[str], seed: int, steps: int, output: Path) -> Story:
-    """Optimise, print a table, and write `before_after.png`, `trajectory.png` and `noise.safetensors` into a folder."""
+def optimize(
+    pipe, prompts: list[str], method: NoiseOptimizer, call: dict[str, Any]
+) -> tuple[NoiseResult, torch.Tensor]:
+    """One call of a pipeline for `B` images: its result, and `(steps, B, 3, 64, 64)` what each step's noise draws."""
+    frames, noises = StepImages(), StepNoises()
+    result = optimize_noise(pipe, prompts, method, callbacks=[frames, noises], **call)
+    if not method.preview and len(frames.images) == len(noises.noises):
+        return result, torch.stack([frames.images[step] for step in sorted(frames.images)])
+    # the method looked at something else than the finished images; embedded models take unit noise as their latents
+    again = {**call, "generator": result.generator(), "output_type": "pt"}
+    return result, torch.stack([pipe(prompts, latents=noise, **again).images for noise in noises.noises])
+
+
+def run_demo(choice: Choice, prompts: Sequence[str], seed: int, output: Path) -> Story:
+    """Optimise, print a table, and write `before_after.png`, `trajectory.png` and the noises into a folder."""
     from . import plots  # here, so that the rest of this file needs no matplotlib
 
-    print(f"Optimising the noise of {plural(len(prompts), 'prompt')}, {plural(steps, 'step')}, seed {seed} ...")
-    story = optimize_and_judge(prompts, seed, steps)
+    images = f"{choice.count} images of " * (choice.count > 1) + plural(len(prompts), "prompt")
+    print(f"Optimising the noise of {images}, {plural(choice.steps, 'step')}, seed {seed}: {choice} ...")
+    story = optimize_and_judge(choice, prompts, seed)
     print("\n" + table(story) + "\n\n" + summary(story) + "\n")
-    for name, write in {
-        "before_after.png": lambda path: plots.draw_before_after(story, path),
-        "trajectory.png": lambda path: plots.draw_trajectory(story, path),
-        "noise.safetensors": story.result.save,
-    }.items():
-        write(output / name)
+    write = {"before_after.png": lambda path: plots.draw_before_after(story, path)}
+    write["trajectory.png"] = lambda path: plots.draw_trajectory(story, path)
+    for name, result in zip(noise_files(len(story.results)), story.results, strict=True):
+        write[name] = result.save
+    for name, save in write.items():
+        save(output / name)
         print(f"wrote {output / name}")
     return story
+
+
+def noise_files(count: int) -> list[str]:
+    """The names of so many results."""
+    return ["noise.safetensors"] if count == 1 else [f"noise_{number}.safetensors" for number in range(1, count + 1)]
 
 
 def plural(count: int, noun: str) -> str:
@@ -109,13 +239,13 @@ def plural(count: int, noun: str) -> str:
 
 def table(story: Story) -> str:
     """Two lines for each prompt: the plain image and the one that is returned."""
-    rows = [("prompt", "reward", "judge")]
+    rows = [("prompt", story.measure, "judge")]
     for sample, prompt in enumerate(story.prompts):
         for label, step in zip((prompt, ""), story.ends(sample), strict=True):
-            reward = f"{'' if label else '→ '}{story.rewards[step, sample]:.1f}"
-            rows.append((label, reward, in_words(story.verdicts[step][sample])))
+            value = f"{'' if label else '→ '}{story.value(step, sample)}"
+            rows.append((label, value, in_words(story.verdicts[step][sample])))
     first, second = (max(len(row[column]) for row in rows) for column in (0, 1))
-    return "\n".join(f"{prompt:<{first}}  {reward:>{second}}  {verdict}" for prompt, reward, verdict in rows)
+    return "\n".join(f"{prompt:<{first}}  {value:>{second}}  {verdict}" for prompt, value, verdict in rows)
 
 
 def in_words(verdict: Verdict) -> str:
@@ -123,13 +253,23 @@ def in_words(verdict: Verdict) -> str:
 
 
 def summary(story: Story) -> str:
-    """How many images the judge finds right, before and after."""
+    """How many images the judge finds right, before and after; of sets also how far their layouts differ."""
     count = len(story.prompts)
     before, after = (
         sum(story.verdicts[story.ends(sample)[end]][sample].correct for sample in range(count)) for end in (0, 1)
     )
-    seconds = story.result.provenance["seconds"]
-    return (
-        f"judge: {before} of {count} right → {after} of {count} right in {seconds:.0f} s\n"
-        "The judge reads colors, shapes and places off the pixels. It is no model, and nothing here optimises it."
-    )
+    lines = [
+        f"judge: {before} of {count} right → {after} of {count} right in {story.seconds:.0f} s",
+        "The judge reads colors, shapes and places off the pixels. It is no model, and nothing here optimises it.",
+    ]
+    if story.choice.count > 1:
+        apart = " → ".join(f"{mean_spread(story, end):.1f}" for end in (0, 1))
+        lines.append(f"layout: the same objects are {apart} pixels from their mean place in the images of a prompt")
+    return "\n".join(lines)
+
+
+def mean_spread(story: Story, end: int) -> float:
+    """The mean `layout_spread` of the sets before (0) or after (1), in pixels; NaN if no place can be compared."""
+    sets = zip(story.prompts[:: story.choice.count], story.end_images(end).split(story.choice.count), strict=True)
+    found = [spread for prompt, images in sets if math.isfinite(spread := layout_spread(images, prompt))]
+    return sum(found) / len(found) if found else math.nan

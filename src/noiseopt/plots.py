@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 if TYPE_CHECKING:
@@ -82,34 +83,39 @@ def wrapped(prompt: str, width: int = 26) -> list[str]:
 
 def draw_before_after(story: "Story", path: Path) -> None:
     """The plain and the returned image of each prompt, side by side."""
-    head, title, arrow = 0.45, 0.42, 0.28
+    title, arrow = 0.42, 0.28
     side = (CELL - arrow) / 2
     height = title + side + 0.42
     columns = min(COLUMNS, len(story.prompts))
-    page = Page(head + rows(story) * height, width=max(5.6, 2 * MARGIN + columns * (CELL + GUTTER) - GUTTER))
-    steps = len(story.rewards)
-    explanation = f"Plain → after {steps} steps of ReNO. Below: the judge's verdict and the reward."
-    page.text(MARGIN, 0.12, explanation, color=MUTED)
+    width = max(5.6, 2 * MARGIN + columns * (CELL + GUTTER) - GUTTER)
+    after = f"Plain → after {len(story.values)} step{'s' * (len(story.values) != 1)} of {story.choice}."
+    explanation = textwrap.wrap(f"{after} Below: the judge's verdict and the {story.measure}.", int(13 * width))
+    head = 0.27 + 0.18 * len(explanation)
+    page = Page(head + rows(story) * height, width)
+    for line, words in enumerate(explanation):
+        page.text(MARGIN, 0.12 + 0.18 * line, words, color=MUTED)
     for sample, prompt in enumerate(story.prompts):
         left, top = cell(sample, head, height)
         page.title(left, top + title - 0.1, prompt)
         for offset, step in zip((0, side + arrow), story.ends(sample), strict=True):
-            correct, reward = story.verdicts[step][sample].correct, story.rewards[step, sample]
+            correct = story.verdicts[step][sample].correct
             page.image(left + offset, top + title, side, story.images[step, sample], correct)
-            page.caption(left + offset, top + title, side, f"{reward:.1f}", correct)
+            page.caption(left + offset, top + title, side, story.value(step, sample), correct)
         page.text(left + CELL / 2, top + title + side / 2, "→", size=13, color=MUTED, ha="center", va="center")
     page.save(path)
 
 
 def draw_trajectory(story: "Story", path: Path) -> None:
-    """The reward of each prompt over the steps, and film strips of up to two prompts."""
+    """The reward or loss of each image over the steps, and film strips of up to two images."""
     height, frame, strip = 1.75, 0.98, 1.75
     shown = film_prompts(story)
-    head = 0.45
+    head = 0.63
     strips_top = head + rows(story) * height + 0.1
     page = Page(strips_top + len(shown) * strip)
-    page.text(MARGIN, 0.12, "Reward over the steps: the best so far (bold), and of each step.", color=MUTED)
-    page.text(WIDTH - MARGIN, 0.12, "Green: the judge finds the image right.", color=RIGHT, ha="right")
+    curves = "the best so far (bold), and of each step" if story.choice.keeps_best else "the last is returned"
+    page.text(MARGIN, 0.12, f"{story.choice}.", color=MUTED)
+    page.text(MARGIN, 0.3, f"{story.measure.capitalize()} over the steps: {curves}.", color=MUTED)
+    page.text(WIDTH - MARGIN, 0.3, "Green: the judge finds the image right.", color=RIGHT, ha="right")
     for sample in range(len(story.prompts)):
         left, top = cell(sample, head, height)
         draw_curve(page.axes(left + 0.3, top + 0.42, CELL - 0.3, height - 0.8), story, sample)
@@ -120,16 +126,22 @@ def draw_trajectory(story: "Story", path: Path) -> None:
 
 
 def draw_curve(axes: Axes, story: "Story", sample: int) -> None:
-    rewards = story.rewards[:, sample].nan_to_num(-torch.inf)
+    values = story.values[:, sample]
     for step, row in enumerate(story.verdicts):
         if row[sample].correct:
             axes.axvspan(step - 0.5, step + 0.5, color=RIGHT, alpha=0.16, linewidth=0, antialiased=False)
-    axes.plot(rewards, color=CURVE, linewidth=0.8, alpha=0.5)
-    axes.plot(rewards.cummax(0).values, color=CURVE, linewidth=1.8)
-    axes.plot(story.best(sample), rewards[story.best(sample)], "o", color=CURVE, markersize=4)
-    known = story.rewards[story.rewards.isfinite()]
+    if not story.choice.keeps_best:
+        axes.plot(values, color=CURVE, linewidth=1.8)
+    else:
+        axes.plot(values, color=CURVE, linewidth=0.8, alpha=0.5)
+        better = story.direction * values
+        best = better.nan_to_num(-torch.inf).cummax(0).values
+        axes.plot(story.direction * best, color=CURVE, linewidth=1.8)
+    axes.plot(story.best(sample), values[story.best(sample)], "o", color=CURVE, markersize=4)
+    known = story.values[story.values.isfinite()]
     margin = 0.05 * float(known.max() - known.min()) + 0.01
-    axes.set(xlim=(-0.5, len(rewards) - 0.5), ylim=(float(known.min()) - margin, float(known.max()) + margin))
+    axes.set(xlim=(-0.5, len(values) - 0.5), ylim=(float(known.min()) - margin, float(known.max()) + margin))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
     axes.tick_params(labelsize=8, colors=MUTED, length=2)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(MUTED)
@@ -161,7 +173,7 @@ def draw_strip(page: Page, top: float, side: float, story: "Story", sample: int,
     landmarks = {0, best} | ({first} if first is not None else set())
     page.text(MARGIN, top, story.prompts[sample], size=10)
     gap = (WIDTH - 2 * MARGIN - count * side) / (count - 1)
-    for column, step in enumerate(film_steps(landmarks, len(story.rewards), count)):
+    for column, step in enumerate(film_steps(landmarks, len(story.values), count)):
         left, correct = MARGIN + column * (side + gap), story.verdicts[step][sample].correct
         page.image(left, top + 0.24, side, story.images[step, sample], correct)
         page.caption(left, top + 0.24, side, f"step {step}", correct)

@@ -141,6 +141,9 @@ def test_questions_have_the_answers_of_the_judge():
     images = (shapes_world.render([scene] * 2, torch.Generator().manual_seed(0)) * 255).byte()
     seen, rng = Seen(images, ["a red star left of a blue cross", "a red star"]), random.Random(0)
     asked = {seen.ask(row, rng) for row in (0, 1) for _ in range(300)}
+    mirrored = {seen.ask(row, rng) for row in (2, 3) for _ in range(300)}
+    assert seen.prompts[2:] == ["a red star right of a blue cross", "a red star"]
+    assert ('does this figure show "a red star right of a blue cross" ? please answer yes or no .', 1) in mirrored
     assert ('does this figure show "a red star left of a blue cross" ? please answer yes or no .', 1) in asked
     assert ('does this figure show "a red star" ? please answer yes or no .', 0) in asked, "there is a cross too"
     assert ('is there "a red star" in this figure ? please answer yes or no .', 1) in asked
@@ -178,7 +181,7 @@ def test_a_stage_continues_where_it_was_interrupted(tmp_path):
 
 
 def test_one_command_trains_and_exports_everything(tmp_path):
-    small = ["--pictures", "200", "--failures", "100", "--gallery", "64", "--report-prompts", "4"]
+    small = ["--pictures", "100", "--failures", "64", "--gallery", "64", "--report-prompts", "2"]
     for stage, samples in {**dict.fromkeys(train.SAMPLES, 64), "vqa": 48}.items():
         small += [f"--{stage}-samples", str(samples)]
     stages = [stage for stage in train.STAGES if stage not in ("harden", "refine")]  # they need a model that can draw

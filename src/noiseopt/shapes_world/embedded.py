@@ -19,12 +19,14 @@ class EmbeddedModel:
         name: Its folder under `weights`.
         title: What it is, in a line.
         call: Arguments its pipeline is meant to be called with; empty for what is no pipeline.
+        load: Arguments its `from_pretrained` needs: what the pipeline has no weights for.
         in_wheel: Whether an installed package carries the weights; the others are in a checkout or on the Hub.
     """
 
     name: str
     title: str
     call: Mapping[str, Any] = field(default_factory=dict)
+    load: Mapping[str, Any] = field(default_factory=dict)
     in_wheel: bool = False
 
     @property
@@ -49,7 +51,10 @@ MODELS = {
         EmbeddedModel(name="sdxl", title="guided model of the SDXL kind", call=_GUIDED),
         EmbeddedModel(name="sdxl-turbo", title="one-step student of the SDXL kind", call=_ONE_STEP),
         EmbeddedModel(
-            name="sd3", title="guided flow-matching model of the SD3 kind", call=_GUIDED | {"max_sequence_length": 16}
+            name="sd3",
+            title="guided flow-matching model of the SD3 kind, without its third text encoder",
+            call=_GUIDED | {"max_sequence_length": 16},
+            load={"text_encoder_3": None, "tokenizer_3": None},
         ),
         EmbeddedModel(name="clip", title="dual encoder, the reward", in_wheel=True),
         EmbeddedModel(name="dinov2", title="image tower that no method optimises, for held-out features"),
@@ -63,12 +68,28 @@ def path(name: str) -> str:
 
     Args:
         name: A key of `MODELS`.
+
+    Raises:
+        ValueError: For another name.
+        FileNotFoundError: If they are neither in the package nor in the Hub's cache and cannot be downloaded.
     """
     if name not in MODELS:
         raise ValueError(f"Expected one of {', '.join(map(repr, MODELS))}, but got {name!r}.")
     folder = WEIGHTS / name
-    if folder.is_dir():
-        return str(folder)
+    return str(folder) if folder.is_dir() else download(MODELS[name])
+
+
+def download(model: EmbeddedModel) -> str:
+    """The folder of a model in the Hub's cache, which is filled if it has to be. Raises `FileNotFoundError`."""
     from huggingface_hub import snapshot_download
 
-    return snapshot_download(MODELS[name].hub_id)
+    try:
+        return snapshot_download(model.hub_id)
+    except OSError as error:  # no connection, offline mode without a copy in the cache, no such repository
+        reason = str(error).strip().partition("\n")[0].rstrip(".")
+        carried = ", ".join(other.name for other in MODELS.values() if other.in_wheel)
+        raise FileNotFoundError(
+            f"Expected the weights of {model.name!r} in {WEIGHTS / model.name} or on the Hub as {model.hub_id}, but "
+            f"found neither: {reason}. An installed package carries {carried} only: use a checkout of the repository, "
+            f"or download once with `hf download {model.hub_id}`."
+        ) from error

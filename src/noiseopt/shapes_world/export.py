@@ -18,10 +18,10 @@ from .world import SIZE
 
 # The stages that the weights of each model went through, in their order; a missing one is left out.
 STAGES_OF = {
-    "turbo": ("vae", "decoder", "unet", "student"),
-    "guided": ("vae", "decoder", "unet", "guided"),
-    "sdxl": ("vae", "decoder", "unet", "sdxl"),
-    "sdxl-turbo": ("vae", "decoder", "unet", "sdxl", "sdxl-turbo"),
+    "turbo": ("vae", "decoder", "base", "unet", "student"),
+    "guided": ("vae", "decoder", "base", "unet", "guided"),
+    "sdxl": ("vae", "decoder", "base", "unet", "sdxl"),
+    "sdxl-turbo": ("vae", "decoder", "base", "sdxl-turbo"),
     "sd3": ("vae", "decoder", "sd3"),
     "clip": ("clip", "hardened", "refined"),
     "dinov2": ("dinov2",),
@@ -110,7 +110,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def draw_curves(stages: list[dict[str, Any]], path: Path) -> None:
-    """Draws the losses of each stage against its samples, side by side, both axes logarithmic."""
+    """Draws the losses of each stage against its samples, side by side."""
     from matplotlib.figure import Figure
 
     stages = [stage for stage in stages if len(stage["curve"]) > 1]
@@ -118,9 +118,12 @@ def draw_curves(stages: list[dict[str, Any]], path: Path) -> None:
         return
     figure = Figure(figsize=(3.2 * len(stages), 2.8), dpi=120, layout="constrained")
     for axes, stage in zip(figure.subplots(1, len(stages), squeeze=False)[0], stages, strict=True):
+        values = []
         for name in [key for key in stage["curve"][-1] if key not in ("samples", "seconds")]:
-            points = [(point["samples"], point[name]) for point in stage["curve"] if name in point]
+            points = [(point["samples"] / 1000, point[name]) for point in stage["curve"] if name in point]
+            values += [value for _, value in points]
             axes.plot(*zip(*points, strict=True), label=name)
-        axes.set(title=stage["stage"], xlabel="samples", xscale="log", yscale="log")
+        wide = max(values) > 10 * min(values) > 0
+        axes.set(title=stage["stage"], xlabel="thousand samples", yscale="log" if wide else "linear")
         axes.legend(fontsize=7)
     figure.savefig(path)

@@ -5,18 +5,16 @@
 Stages can be chosen with `--stages`, and each continues from its last checkpoint. On several cores start one process
 per core with `RANK`, `WORLD_SIZE`, `MASTER_ADDR` and `MASTER_PORT` set, as torch.distributed has it.
 
-The weights that ship took 115 minutes on two virtual CPU cores without a GPU, shared with other work: 90 thousand
-32x32 windows for the autoencoder and 11 thousand pictures for its decoder, 166 thousand samples for the U-Net and 10
-thousand more for the student, 102 thousand for the reward and 51 thousand, in sixteen rounds, for its hardening.
-Stages were stopped before their last sample when they were good enough, and some settings were found on the way: the
-noises were coupled as they are now from sample 26 thousand of the U-Net on, the share of t = 999 grew from 3 of 8 to
-3 of 4, and the rounds grew from 20 steps of ascent to 40. Expect other weights of the same kind from another run, not
-the same ones.
+While a stage runs there is a progress bar, and the generators draw 24 validation prompts at every tenth of it into DIR.
 
-How good they are (`--stages report`, 170 validation prompts): 97% of pictures stay right in the autoencoder. The
-student gets .78 right, the guided teacher (6 steps, guidance 3) .41. The reward puts the student's right pictures above
-its wrong ones with an AUC of .78. 50 steps of plain ascent, without the views that `ReNO` takes its gradient from, lift
-the share from .78 to .89 and repair 30 of 38 failures.
+The weights that ship were trained on two virtual CPU cores without a GPU, shared with other work. `training.json` beside
+each model, and its card in `hub_cards`, say what each stage took and how its losses fell; `metrics.json`, written by
+`--stages report`, says how good the model is. They did not come from one run of this command: some settings were found
+on the way. The noises were coupled as they are now from sample 26 thousand of the U-Net on, and its share of pure noise
+grew from 3 of 8 to 3 of 4; the rounds of hardening grew from 20 steps of ascent to 40; the reward was refined first on
+8704 generated pictures, then on a larger gallery and mirror images; half of the questions of the vision-language model
+are about the picture's own prompt since its sample 88 thousand; the judge became milder with soft outlines in between.
+Expect other weights of the same kind from another run, not the same ones.
 """
 
 from __future__ import annotations
@@ -129,12 +127,18 @@ def train_generator(
         run.step(coupled_losses(run.model, data, batch, rng, last))
 
 
-def train_unet(args: argparse.Namespace) -> None:
-    """Trains the U-Net that the others start from, 3 of 4 samples from pure noise."""
+def train_base(args: argparse.Namespace) -> None:
+    """Trains the U-Net that all others start from, 3 of 4 samples from pure noise."""
     model = Generator()
     if (args.output / "clip.pt").exists():
         tower = averaged(args.output / "clip.pt", Reward()).clip.text_model
         model.text_encoder.load_state_dict(tower.state_dict())
+    train_generator(args, "base", model, last=0.75, lr=2.5e-3)
+
+
+def train_unet(args: argparse.Namespace) -> None:
+    """Trains the U-Net further in the same way."""
+    model = averaged(args.output / "base.pt", Generator()).requires_grad_()
     train_generator(args, "unet", model, last=0.75, lr=2.5e-3)
 
 
@@ -149,17 +153,21 @@ def train_student(args: argparse.Namespace) -> None:
     train_generator(args, "student", model, last=1.0, lr=8e-4, decay=0.99)
 
 
-def train_sdxl(args: argparse.Namespace) -> None:
-    """Trains the SDXL kind for sampling in several steps with guidance, from the U-Net of the SD kind."""
-    base, model = averaged(args.output / "unet.pt", Generator()), SDXLGenerator()
+def begun(args: argparse.Namespace, stage: str) -> SDXLGenerator:
+    """The SDXL kind as it begins: as the U-Net of the SD kind at a stage."""
+    base, model = averaged(args.output / f"{stage}.pt", Generator()), SDXLGenerator()
     model.begin_with(base.unet.state_dict(), base.text_encoder.state_dict())
-    train_generator(args, "sdxl", model, last=0.25)
+    return model
+
+
+def train_sdxl(args: argparse.Namespace) -> None:
+    """Trains the SDXL kind for sampling in several steps with guidance."""
+    train_generator(args, "sdxl", begun(args, "unet"), last=0.25)
 
 
 def train_sdxl_turbo(args: argparse.Namespace) -> None:
-    """Trains the SDXL kind further as a one-step student: only from pure noise."""
-    model = averaged(args.output / "sdxl.pt", SDXLGenerator()).requires_grad_()
-    train_generator(args, "sdxl-turbo", model, last=1.0, lr=8e-4, decay=0.99)
+    """Trains the SDXL kind for one step, only from pure noise; from less, so that more is left to repair."""
+    train_generator(args, "sdxl-turbo", begun(args, "base"), last=1.0)
 
 
 def train_sd3(args: argparse.Namespace) -> None:
@@ -199,6 +207,7 @@ STAGES = {
     "vae": train_vae,
     "clip": train_clip,
     "latents": encode_pictures,
+    "base": train_base,
     "unet": train_unet,
     "guided": train_guided,
     "student": train_student,
@@ -219,16 +228,17 @@ STAGES = {
 SAMPLES = {  # of each stage that counts them; what the embedded weights took
     "vae": 89_600,
     "clip": 102_400,
-    "unet": 166_400,
+    "base": 102_400,
+    "unet": 64_000,
     "guided": 28_800,
     "student": 10_240,
     "decoder": 11_200,
     "sdxl": 24_000,
-    "sdxl-turbo": 1_920,
+    "sdxl-turbo": 22_400,
     "sd3": 190_000,
-    "refine": 120_000,
+    "refine": 160_000,
     "tower": 40_000,
-    "vqa": 96_000,
+    "vqa": 132_000,
 }
 
 
@@ -242,7 +252,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--compile", action="store_true", help="compile the autoencoder")
     parser.add_argument("--pictures", type=int, default=30_000, help="drawn once, then read")
     parser.add_argument("--failures", type=int, default=5_000, help="imitated ones among them")
-    parser.add_argument("--gallery", type=int, default=3_200, help="pictures by each one-step model, 1/4 by the others")
+    parser.add_argument("--gallery", type=int, default=9_600, help="pictures by each one-step model, 1/4 by the others")
     parser.add_argument("--climbs", type=int, default=128, help="of each round of hardening")
     parser.add_argument("--rounds", type=int, default=16)
     parser.add_argument("--round-samples", type=int, default=3_200)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,7 @@ from .judge import Thing, describe, see, verdict
 from .negatives import wrong_request
 from .optimization import Run
 from .readers import HOLDS, PATCH, SHOWS, Questions, TowerTraining, new_question_tokenizer, new_vlm
-from .world import LAYOUT, Scene, coverage
+from .world import LAYOUT, OPPOSITE, SIZE, Scene, coverage
 
 
 def tower_targets(scenes: Sequence[Scene]) -> tuple[Tensor, Tensor, Tensor]:
@@ -52,11 +53,13 @@ def train_tower(args: argparse.Namespace) -> None:
 
 
 class Seen:
-    """Pictures of all kinds with what is seen in them, so that any question about them has a known answer."""
+    """Pictures of all kinds, and their mirror images, with what is seen in them: any question has a known answer."""
 
     def __init__(self, images: Tensor, prompts: Sequence[str]) -> None:
-        self.images, self.prompts = images, prompts
-        self.things = [found for part in images.split(256) for found in see(part.float() / 255)]
+        self.images = torch.cat((images, images.flip(-1)))
+        self.prompts = [*prompts, *map(mirrored_prompt, prompts)]
+        things = [found for part in images.split(256) for found in see(part.float() / 255)]
+        self.things = things + [[replace(thing, x=SIZE - thing.x) for thing in found] for found in things]
 
     def question(self, row: int, rng: random.Random) -> Request:
         """A request that a picture fulfils, or nearly: its own or what is seen in it, as it is or with a change."""
@@ -66,12 +69,23 @@ class Seen:
         return request if rng.random() < 0.4 else wrong_request(request, rng)
 
     def ask(self, row: int, rng: random.Random) -> tuple[str, int]:
-        """A question and its answer, 0 or 1: mostly whether it shows exactly that, else whether it holds it."""
-        request = self.question(row, rng)
+        """A question and its answer, 0 or 1: mostly whether it shows exactly that, else whether it holds it.
+
+        Half of the questions are whether a picture shows its own prompt: what the model is for, and calibrated for.
+        """
+        own = rng.random() < 0.5
+        request = parse(self.prompts[row]) if own else self.question(row, rng)
         answer = verdict(self.things[row], request)
-        if rng.random() < 0.75:
+        if own or rng.random() < 0.6:
             return SHOWS.format(request), int(answer.correct)
         return HOLDS.format(request), int(answer.lenient)
+
+
+def mirrored_prompt(prompt: str) -> str:
+    """What a picture shows in a mirror."""
+    request = parse(prompt)
+    sideways = request.relation in ("left of", "right of")
+    return str(Request(request.objects, OPPOSITE[str(request.relation)]) if sideways else request)
 
 
 def seen_request(things: Sequence[Thing]) -> Request | None:
