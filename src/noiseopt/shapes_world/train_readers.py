@@ -68,15 +68,15 @@ class Seen:
             request = seen_request(self.things[row]) or request
         return request if rng.random() < 0.4 else wrong_request(request, rng)
 
-    def ask(self, row: int, rng: random.Random) -> tuple[str, int]:
+    def ask(self, row: int, rng: random.Random, own: float = 0.5) -> tuple[str, int]:
         """A question and its answer, 0 or 1: mostly whether it shows exactly that, else whether it holds it.
 
-        Half of the questions are whether a picture shows its own prompt: what the model is for, and calibrated for.
+        A share `own` of the questions is whether a picture shows its own prompt: what the model will be asked.
         """
-        own = rng.random() < 0.5
-        request = parse(self.prompts[row]) if own else self.question(row, rng)
+        asks_own = rng.random() < own
+        request = parse(self.prompts[row]) if asks_own else self.question(row, rng)
         answer = verdict(self.things[row], request)
-        if own or rng.random() < 0.6:
+        if asks_own or rng.random() < 0.6:
             return SHOWS.format(request), int(answer.correct)
         return HOLDS.format(request), int(answer.lenient)
 
@@ -112,7 +112,10 @@ class VLMTraining(nn.Module):
 
 
 def train_vqa(args: argparse.Namespace) -> None:
-    """Trains the vision-language model on drawn pictures, imitated failures and what the generators draw."""
+    """Trains the vision-language model on drawn pictures, imitated failures and what the generators draw.
+
+    The last 6% ask mostly what the model will be asked, own prompts of generated pictures: that calibrates it.
+    """
     data = pictures(args.output / "pictures.pt", args.pictures, seed=1)
     failed = failures(args.output / "failures.pt", data["scenes"][: args.failures], seed=2)
     drawn = gallery(args)
@@ -125,7 +128,9 @@ def train_vqa(args: argparse.Namespace) -> None:
     run = Run(VLMTraining().to(args.device), args.output / "vqa.pt", args.vqa_samples, batch=48, lr=2e-3)
     rng = random.Random(torch.initial_seed())
     for _ in run:
-        chosen = [(s, rng.randrange(len(s.images))) for s in rng.choices(sources, weights=(1, 1, 3), k=run.batch)]
-        asked = [[s.ask(row, rng) for _ in range(5)] for s, row in chosen]
+        last = run.seen >= 0.94 * run.samples
+        weights, own, count = ((0, 0, 1), 0.9, 1) if last else ((1, 1, 3), 0.5, 5)
+        chosen = [(s, rng.randrange(len(s.images))) for s in rng.choices(sources, weights, k=run.batch)]
+        asked = [[s.ask(row, rng, own) for _ in range(count)] for s, row in chosen]
         images = blemish(torch.stack([s.images[row] for s, row in chosen]).to(args.device).float() / 255)
         run.step({"answer": 2 * run.model(images, asked)})
