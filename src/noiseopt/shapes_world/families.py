@@ -26,8 +26,9 @@ def text_config(tokenizer: CLIPTokenizer, width: int) -> CLIPTextConfig:
     """A text encoder of three layers: its users look at what comes before the last, and at the pooled output."""
     from transformers import CLIPTextConfig
 
-    tower = {"hidden_size": width, "intermediate_size": 256, "num_attention_heads": 4, "projection_dim": width}
-    return CLIPTextConfig(**tower | text_options(tokenizer) | {"num_hidden_layers": 3})
+    tower: dict[str, Any] = text_options(tokenizer)
+    tower.update(num_hidden_layers=3, hidden_size=width, intermediate_size=256, num_attention_heads=4)
+    return CLIPTextConfig(**tower, projection_dim=width)
 
 
 class SDXLGenerator(VPGenerator):
@@ -74,8 +75,9 @@ class SDXLGenerator(VPGenerator):
                     continue
                 ours.zero_()
                 ours[tuple(slice(size) for size in theirs.shape)] = theirs
-            new = self.unet.add_embedding.linear_2  # pyright: ignore[reportAttributeAccessIssue]
-            nn.init.zeros_(new.weight), nn.init.zeros_(new.bias)
+            added: Any = self.unet.add_embedding
+            nn.init.zeros_(added.linear_2.weight)
+            nn.init.zeros_(added.linear_2.bias)
         self.text_encoder.load_state_dict(text_weights, strict=False)
 
     def embed(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:

@@ -54,12 +54,8 @@ def assemble(args: argparse.Namespace, name: str, vae: AutoencoderTiny) -> Diffu
         return StableDiffusionPipeline(**parts, requires_safety_checker=False)
     parts |= {"text_encoder_2": model.text_encoder_2, "tokenizer_2": model.tokenizer}
     if isinstance(model, SD3Generator):
-        return StableDiffusion3Pipeline(
-            **parts,
-            transformer=model.transformer,
-            text_encoder_3=None,
-            tokenizer_3=None,  # pyright: ignore
-        )
+        parts |= {"transformer": model.transformer, "text_encoder_3": None, "tokenizer_3": None}
+        return StableDiffusion3Pipeline(**parts)
     if name == "sdxl-turbo":  # as the model it is named after
         parts["scheduler"] = EulerAncestralDiscreteScheduler.from_config(model.scheduler.config)
     return StableDiffusionXLPipeline(**parts, unet=model.unet, add_watermarker=False)
@@ -73,7 +69,7 @@ def gallery(args: argparse.Namespace) -> dict:
         rng, generator = random.Random(5), torch.Generator().manual_seed(5)
         images, asked = [], []
         for name in [name for name, (stage, _) in GENERATORS.items() if (args.output / f"{stage}.pt").exists()]:
-            pipe = assemble(args, name, vae)
+            pipe: Any = assemble(args, name, vae)
             pipe.set_progress_bar_config(disable=True)
             count = args.gallery // (1 if MODELS[name].call["num_inference_steps"] == 1 else 4)
             for _ in tqdm(range(count // 64), desc=f"gallery of {name}", mininterval=5):

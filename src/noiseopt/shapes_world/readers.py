@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -79,7 +79,7 @@ def new_question_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def new_vlm(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGeneration:
+def new_vlm(tokenizer: Any) -> LlavaForConditionalGeneration:
     """An untrained LLaVA: a CLIP vision tower of 4 layers and a Llama of 4 layers, both 96 wide."""
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
@@ -123,9 +123,9 @@ class Questions:
     at a time (a test shows it): the picture is read once.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+    def __init__(self, tokenizer: Any) -> None:
         self.head = tokenizer("USER : " + "<image>" * PATCHES).input_ids
-        self.answers = tokenizer.convert_tokens_to_ids(["no", "yes"])
+        self.answers: list[int] = tokenizer.convert_tokens_to_ids(["no", "yes"])
         self.end, self.tokenizer = int(tokenizer.eos_token_id), tokenizer
 
     def tails(self, asked: Sequence[Sequence[tuple[str, int]]]) -> list[list[list[int]]]:

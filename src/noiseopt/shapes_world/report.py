@@ -52,7 +52,7 @@ def draw_all(folder: Path, args: argparse.Namespace) -> tuple[Tensor, list[str]]
     from diffusers import DiffusionPipeline
 
     model = MODELS[folder.name]
-    pipe = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32, **model.load).to(args.device)
+    pipe: Any = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32, **model.load).to(args.device)
     pipe.set_progress_bar_config(disable=True)
     prompts = list(VALIDATION_PROMPTS[: args.report_prompts]) * args.report_seeds
     images = []
@@ -68,7 +68,8 @@ def kept(folder: Path) -> float:
     """The share of 512 drawn pictures that are right after the autoencoder."""
     from diffusers import AutoencoderTiny
 
-    vae, rng = AutoencoderTiny.from_pretrained(folder, subfolder="vae", torch_dtype=torch.float32), random.Random(98)
+    vae: Any = AutoencoderTiny.from_pretrained(folder, subfolder="vae", torch_dtype=torch.float32)
+    rng = random.Random(98)
     scenes = [sample_scene(rng) for _ in range(512)]
     images = render(scenes, torch.Generator().manual_seed(98))
     again = vae.decode(vae.encode(images * 2 - 1).latents).sample / 2 + 0.5
