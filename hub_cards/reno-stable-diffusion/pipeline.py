@@ -289,7 +289,7 @@ class Reward(nn.Module):
             NonFiniteReward: NaN images, or scores that are not finite.
             NonDifferentiableReward: the images require a gradient and a reward with `differentiable = True` cut it.
         """
-        check_images(images, self.name)
+        check_images(images, f"reward '{self.name}'")
         texts = prompts_per_image(prompts, len(images), self.name, self.requires_prompt)
         device = self.device or images.device
         pixels = at_least_float32(images if self.differentiable else images.detach()).to(device)
@@ -389,24 +389,24 @@ def callable_name(function: Any) -> str:
     return "reward"
 
 
-def check_images(images: Tensor, name: str) -> None:
-    """Raise unless `images` is a (B, 3, H, W) floating-point tensor in [0, 1], with 0.05 of tolerance."""
+def check_images(images: Tensor, who: str) -> None:
+    """Raise unless `images` is a (B, 3, H, W) floating-point tensor in [0, 1], with 0.05 of tolerance, for `who`."""
     if not isinstance(images, Tensor) or not images.is_floating_point() or images.ndim != 4 or images.shape[1] != 3:
         got = f"{images.dtype} {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
         raise ValueError(
-            f"Expected images for reward '{name}' as a floating-point tensor (B, 3, H, W), but got {got}. Call the "
+            f"Expected images for {who} as a floating-point tensor (B, 3, H, W), but got {got}. Call the "
             'pipeline with `output_type="pt"`.'
         )
     low, high = (bound.item() for bound in images.detach().aminmax())
     if low != low or high != high:
         raise NonFiniteReward(
-            f"Expected pixels in [0, 1] for reward '{name}', but got NaN. A VAE that overflows in float16 "
+            f"Expected pixels in [0, 1] for {who}, but got NaN. A VAE that overflows in float16 "
             "needs float32 or bfloat16."
         )
     # Models trained on [0, 1] score [-1, 1] images without complaint, and finite gradients hide the mistake.
     if low < -0.05 or high > 1.05:
         raise ValueError(
-            f"Expected pixels in [0, 1] for reward '{name}', but got values from {low:.3g} to {high:.3g}. Map decoder "
+            f"Expected pixels in [0, 1] for {who}, but got values from {low:.3g} to {high:.3g}. Map decoder "
             "output in [-1, 1] with `(images / 2 + 0.5).clamp(0, 1)`."
         )
 

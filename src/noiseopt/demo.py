@@ -14,6 +14,7 @@ from .callbacks import StepImages
 from .callbacks.noise_callback import NoiseCallback
 from .callbacks.noise_state import NoiseState
 from .evaluation.metrics import layout_spread
+from .evaluation.plan import MethodChoice
 from .pipelines import NoiseOptimizer, NoiseResult, list_noise_optimizers, optimize_noise
 from .pipelines.methods import METHODS
 from .quiet import quiet_libraries
@@ -78,7 +79,7 @@ class Choice:
 
     @property
     def takes_rewards(self) -> bool:
-        return any(field.name == "rewards" for field in dataclasses.fields(METHODS[self.method]))  # pyright: ignore
+        return MethodChoice.parse(self.method).takes_rewards
 
     @property
     def count(self) -> int:

@@ -88,7 +88,7 @@ def test_from_pure_noise_the_target_leads_to_the_picture(kind):
     noisy, target = model.corrupt(z, noise, torch.full((3,), model.last))
     assert torch.equal(noisy, noise)
     torch.testing.assert_close(model.picture(noise, target), z, rtol=1e-4, atol=1e-4)
-    assert from_noise(model, noise, [*PROMPTS, ""]).shape == z.shape
+    assert from_noise(model, noise, model.embed([*PROMPTS, ""])).shape == z.shape
 
 
 def test_many_questions_at_once_are_answered_as_one_at_a_time():

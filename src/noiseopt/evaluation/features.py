@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
 
+from ..rewards.reward import check_images
 from ..rewards.transforms import ImageTransform
 
 FeatureKind = Literal["cls", "patch"]
@@ -46,7 +47,7 @@ class ImageFeatures(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [0, 1], on any device, to features (B, D) or (B, P, D), float32."""
-        check_pixels(images)
+        check_images(images, f"the features of {self.name}")
         pixels = self.image_transform(images.to(self.model.device)).to(self.model.dtype)
         features = self.pooled(pixels) if self.kind == "cls" else self.patches(pixels)
         return features.float()
@@ -99,18 +100,3 @@ class ImageFeatures(nn.Module):
         transform = ImageTransform.from_processor_config(checkpoint, **hub)
         model = AutoModel.from_pretrained(checkpoint, dtype=dtype or torch.float32, **hub)
         return cls(model.to(device) if device is not None else model, transform, kind)
-
-
-def check_pixels(images: Tensor) -> None:
-    """Raise unless `images` is a (B, 3, H, W) floating-point tensor in [0, 1], with 0.05 of tolerance."""
-    if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
-        raise ValueError(
-            f"Expected images as a floating-point tensor (B, 3, H, W), but got {images.dtype} {tuple(images.shape)}. "
-            'Call the pipeline with `output_type="pt"`.'
-        )
-    low, high = (bound.item() for bound in images.detach().aminmax())
-    if not (low >= -0.05 and high <= 1.05):
-        raise ValueError(
-            f"Expected pixels in [0, 1], but got values from {low:.3g} to {high:.3g}. Map decoder output in [-1, 1] "
-            "with `(images / 2 + 0.5).clamp(0, 1)`."
-        )

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .models import VPGenerator, text_options
+from .models import SCHEDULE, UNET, VPGenerator, text_options
 from .text import new_tokenizer
 from .world import SIZE
 
@@ -43,28 +43,13 @@ class SDXLGenerator(VPGenerator):
         self.text_encoder = CLIPTextModel(text_config(self.tokenizer, WIDTHS[0]))
         self.text_encoder_2 = CLIPTextModelWithProjection(text_config(self.tokenizer, WIDTHS[1]))
         self.unet = UNet2DConditionModel(
-            sample_size=8,
-            in_channels=8,
-            out_channels=8,
-            layers_per_block=1,
-            block_out_channels=(64, 96),
-            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            **UNET,
             cross_attention_dim=sum(WIDTHS),
-            attention_head_dim=4,
-            norm_num_groups=16,
             addition_embed_type="text_time",
             addition_time_embed_dim=16,
             projection_class_embeddings_input_dim=6 * 16 + WIDTHS[1],
         )
-        self.scheduler = EulerDiscreteScheduler(
-            beta_start=0.00085,
-            beta_end=0.012,
-            beta_schedule="scaled_linear",
-            prediction_type="v_prediction",
-            timestep_spacing="trailing",
-            steps_offset=1,
-        )
+        self.scheduler = EulerDiscreteScheduler(**SCHEDULE)
 
     def begin_with(self, unet_weights: dict[str, Tensor], text_weights: dict[str, Tensor]) -> None:
         """Takes over the SD-type U-Net and text encoder: what is new starts without effect."""

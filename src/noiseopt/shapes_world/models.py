@@ -21,6 +21,27 @@ if TYPE_CHECKING:
 
     from .families import SD3Generator
 
+# What the U-Nets of the SD and SDXL kinds, and their schedulers, have in common.
+UNET: dict[str, Any] = {
+    "sample_size": 8,
+    "in_channels": 8,
+    "out_channels": 8,
+    "layers_per_block": 1,
+    "block_out_channels": (64, 96),
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    "attention_head_dim": 4,
+    "norm_num_groups": 16,
+}
+SCHEDULE: dict[str, Any] = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "prediction_type": "v_prediction",
+    "timestep_spacing": "trailing",
+    "steps_offset": 1,
+}
+
 
 def new_vae() -> AutoencoderTiny:
     """An untrained autoencoder: 64x64 pixels to 8x8 latents of 8 channels."""
@@ -139,27 +160,8 @@ class Generator(VPGenerator):
         self.tokenizer = new_tokenizer()
         tower = {"hidden_size": 96, "intermediate_size": 256, "num_attention_heads": 4, "projection_dim": 96}
         self.text_encoder = CLIPTextModel(CLIPTextConfig(**tower, **text_options(self.tokenizer)))
-        self.unet = UNet2DConditionModel(
-            sample_size=8,
-            in_channels=8,
-            out_channels=8,
-            layers_per_block=1,
-            block_out_channels=(64, 96),
-            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-            cross_attention_dim=96,
-            attention_head_dim=4,
-            norm_num_groups=16,
-        )
-        self.scheduler = DDIMScheduler(
-            beta_start=0.00085,
-            beta_end=0.012,
-            beta_schedule="scaled_linear",
-            prediction_type="v_prediction",
-            timestep_spacing="trailing",
-            clip_sample=False,
-            steps_offset=1,
-        )
+        self.unet = UNet2DConditionModel(**UNET, cross_attention_dim=96)
+        self.scheduler = DDIMScheduler(**SCHEDULE, clip_sample=False)
 
     def embed(self, prompts: Sequence[str]) -> Tensor:
         """B prompts -> (B, 16, 96)."""
@@ -171,17 +173,13 @@ class Generator(VPGenerator):
         return self.unet(noisy, t, context).sample
 
 
-def one_step(student: Generator, noise: Tensor, context: Tensor) -> Tensor:
-    """The student's latents, as the stock pipeline gets them in one step without guidance; noise (B, 8, 8, 8)."""
-    alpha = float(student.scheduler.alphas_cumprod[999])
-    v = student.unet(noise, torch.tensor(999, device=noise.device), context).sample
-    return math.sqrt(alpha) * noise - math.sqrt(1 - alpha) * v
+def from_noise(model: VPGenerator | SD3Generator, noise: Tensor, context: Any) -> Tensor:
+    """What a generator makes of unit noise (B, 8, 8, 8) in one step without guidance: scaled latents.
 
-
-def from_noise(model: VPGenerator | SD3Generator, noise: Tensor, prompts: Sequence[str]) -> Tensor:
-    """What any of the generators makes of unit noise (B, 8, 8, 8) in one step without guidance: scaled latents."""
+    `context` is what its `embed` returns.
+    """
     t = torch.full((len(noise),), model.last, device=noise.device)
-    return model.picture(noise, model.predict(noise, t, model.embed(prompts)))
+    return model.picture(noise, model.predict(noise, t, context))
 
 
 def decode(vae: AutoencoderTiny, latents: Tensor, scale: float) -> Tensor:

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .captions import CATEGORIES, VALIDATION_PROMPTS, caption, category, sample_scene
+from .captions import CATEGORIES, VALIDATION_PROMPTS, caption, category, parse, sample_scene
 from .embedded import MODELS
 from .export import write_json
 from .gallery import GENERATORS
 from .judge import judge
+from .negatives import wrong_request
 from .optimization import averaged
 from .readers import TowerTraining
 from .train_readers import tower_targets
@@ -35,7 +36,10 @@ def report(args: argparse.Namespace) -> None:
     truth = {name: torch.tensor([v.correct for v in judge(*pair)]) for name, pair in drawn.items()}
     for name, reward in readers(folder).items():
         scores = {source: scored(reward, *pair) for source, pair in drawn.items()}
-        record(folder / name, judged(scores, truth, folder / name), args)
+        found = judged(scores, truth, folder / name)
+        if name == "vqa":
+            found |= {"prefers a true to a nearly true caption": preference(reward)}
+        record(folder / name, found, args)
     if (args.output / "dinov2.pt").exists():
         record(folder / "dinov2", tower_accuracy(args), args)
 
@@ -101,6 +105,15 @@ def scored(reward: Any, images: Tensor, prompts: list[str]) -> Tensor:
     """The scores of pictures, (B,)."""
     parts = [reward(images[i : i + 32], prompts[i : i + 32]) for i in range(0, len(images), 32)]
     return torch.cat(parts)
+
+
+def preference(reward: Any) -> float:
+    """How often a drawn picture's own caption scores above one that is wrong in something, of 512."""
+    rng = random.Random(97)
+    scenes = [sample_scene(rng) for _ in range(512)]
+    images, prompts = render(scenes, torch.Generator().manual_seed(97)), [caption(scene, rng) for scene in scenes]
+    wrong = [str(wrong_request(parse(prompt), rng)) for prompt in prompts]
+    return round(float((scored(reward, images, prompts) > scored(reward, images, wrong)).float().mean()), 3)
 
 
 def auc(right: Tensor, wrong: Tensor) -> float:

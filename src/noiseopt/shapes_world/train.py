@@ -39,7 +39,7 @@ from .data import crops, encode_pictures, pictures
 from .export import export
 from .families import SD3Generator, SDXLGenerator
 from .gallery import gallery
-from .models import Generator, Reward, VPGenerator, decode, final_student, final_vae, from_noise, new_vae, one_step
+from .models import Generator, Reward, VPGenerator, decode, final_student, final_vae, from_noise, new_vae
 from .optimization import Run, averaged
 from .report import report
 from .train_readers import train_tower, train_vqa
@@ -103,7 +103,7 @@ def draw(args: argparse.Namespace, model: VPGenerator | SD3Generator, path: Path
     """Writes what the model draws of 24 validation prompts in one step, to look at while it trains."""
     prompts = list(VALIDATION_PROMPTS[:24])
     noise = torch.randn(len(prompts), 8, 8, 8, generator=torch.Generator().manual_seed(7)).to(args.device)
-    images = decode(final_vae(args), from_noise(model, noise, prompts), encode_pictures(args)["scale"])
+    images = decode(final_vae(args), from_noise(model, noise, model.embed(prompts)), encode_pictures(args)["scale"])
     rows = images.cpu().unflatten(0, (3, 8)).permute(0, 3, 1, 4, 2).reshape(3 * SIZE, 8 * SIZE, 3)
     Image.fromarray((rows * 255).round().byte().numpy()).resize((1536, 576)).save(path)
 
@@ -197,9 +197,8 @@ def train_decoder(args: argparse.Namespace) -> None:
         half = run.batch // 2
         with torch.no_grad():
             noise = couple(torch.randn_like(z[:half]), latents["chance"][rows[:half]])
-            z[:half] = one_step(
-                student, noise, student.embed([str(latents["requests"][i]) for i in rows[:half].tolist()])
-            )
+            asked = [str(latents["requests"][i]) for i in rows[:half].tolist()]
+            z[:half] = from_noise(student, noise, student.embed(asked))
         run.step(vae_losses(forward(z / latents["scale"]), images))
 
 

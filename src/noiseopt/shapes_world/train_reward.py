@@ -16,7 +16,7 @@ from .captions import caption, parse, sample_request
 from .data import blemish, encode_pictures, failures, pictures
 from .gallery import gallery
 from .judge import judge, verdict
-from .models import Generator, Reward, decode, final_student, final_vae, one_step
+from .models import Generator, Reward, decode, final_student, final_vae, from_noise
 from .negatives import wrong_request
 from .optimization import Run, averaged
 from .train_readers import Seen
@@ -94,7 +94,7 @@ def ascend(
     for step in range(steps + 1):
         noise.requires_grad_(step < steps)
         with torch.set_grad_enabled(step < steps):
-            images = decode(vae, one_step(student, noise, context), scale)
+            images = decode(vae, from_noise(student, noise, context), scale)
             scores = 20.0 * (reward.embed_images(images) * texts).sum(-1)
         yield noise.detach(), images.detach(), scores.detach()
         if step == steps:
