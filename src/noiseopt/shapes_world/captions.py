@@ -115,6 +115,16 @@ def _split() -> tuple[dict[str, list[frozenset]], dict[str, list[Request]]]:
 
 _PAIRS, _COUNTS = _split()
 _TRAIN_PAIRS = [tuple(sorted(pair)) for pair in _PAIRS["train"]]
+_TRAINED = frozenset(_TRAIN_PAIRS)
+
+
+def trained_on(request: Request) -> bool:
+    """Whether models may be trained on a request: all that is neither in the validation nor in the held-out split."""
+    if request.category == "single":
+        return True
+    if request.category == "counting":
+        return request in _COUNTS["train"]
+    return tuple(sorted(request.objects)) in _TRAINED
 
 
 def _prompts(split: str) -> tuple[str, ...]:

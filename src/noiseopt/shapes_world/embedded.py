@@ -41,7 +41,7 @@ class EmbeddedModel:
 
 
 _ONE_STEP = {"num_inference_steps": 1, "guidance_scale": 0.0}
-_GUIDED = {"num_inference_steps": 6, "guidance_scale": 3.0}
+_GUIDED = {"num_inference_steps": 6, "guidance_scale": 2.0}
 
 MODELS = {
     model.name: model

@@ -25,9 +25,10 @@ CHROMA = 0.33  # the largest minus the smallest channel from which on a pixel be
 AREA = 36  # pixels; smaller specks are overlooked
 OVERLAP = 0.76  # intersection over union with the best template below which an object is no shape
 CLEARLY = 0.8  # what the best kind misses of a full overlap, relative to what the second best misses, at most
+ROUND = 1.1  # how far a circle may reach out in any direction, relative to its mean radius: no corners, no stubs
 ROUNDINGS = (0.0, 0.1, 0.2)  # widths of the blur that rounds the templates' corners, in radii
 TURN, LEAN, STRETCH = math.radians(12), 0.15, 1.25  # how far a template is deformed: angle, shear, width over height
-_SIDE, _RADIUS, _REACH = 32, 18.0, 16
+_SIDE, _RADIUS, _REACH, _SECTORS = 32, 18.0, 16, 16
 
 
 @dataclass(frozen=True)
@@ -198,7 +199,29 @@ def _kinds(covers: Tensor) -> list[str]:
     overlap = both / (masks.sum(1)[:, None] + templates.sum(1) - both)
     (first, second), (best, _) = (part.T for part in overlap.view(len(masks), len(KINDS), -1).amax(2).topk(2, 1))
     fits = (first > OVERLAP) & (1 - first < CLEARLY * (1 - second))
+    fits &= (best != KINDS.index("circle")) | (_bulge(masks) < ROUND)
     return [KINDS[int(kind)] if ok else "blob" for kind, ok in zip(best, fits, strict=True)]
+
+
+@functools.cache
+def _sectors() -> Tensor:
+    """Which pixels of a cut lie in which direction from its middle, (_SECTORS, 1024)."""
+    steps = (torch.arange(_SIDE) + 0.5) / _SIDE * 2 - 1
+    turn = torch.atan2(steps[:, None].expand(_SIDE, _SIDE), steps.expand(_SIDE, _SIDE)) / (2 * math.pi) + 0.5
+    return F.one_hot((turn * _SECTORS).long().clamp(max=_SECTORS - 1).flatten(), _SECTORS).T.float()
+
+
+def _radii(masks: Tensor) -> Tensor:
+    """Mean radius of masks (N, 1024) in each direction, relative to the mean over all, (N, _SECTORS)."""
+    share = masks @ (_sectors() / _sectors().sum(1, keepdim=True)).T
+    return (share / share.mean(1, keepdim=True)).sqrt()
+
+
+def _bulge(masks: Tensor) -> Tensor:
+    """How far masks (N, 1024) reach out in some direction, relative to a disk on the same pixels, (N,)."""
+    steps = (torch.arange(_SIDE) + 0.5) / _SIDE * 2 - 1
+    disk = (steps**2 + steps[:, None] ** 2 < 1 / math.pi).float().flatten()[None]
+    return (_radii(masks) / _radii(disk)).amax(1)
 
 
 def _centres(covers: Tensor) -> Tensor:

@@ -42,6 +42,7 @@ from .gallery import gallery
 from .models import Generator, Reward, VPGenerator, decode, final_student, final_vae, from_noise, new_vae
 from .optimization import Run, averaged
 from .report import report
+from .slips import slip
 from .train_readers import train_tower, train_vqa
 from .train_reward import harden_clip, refine_clip, train_clip
 from .world import SIZE
@@ -80,14 +81,16 @@ def _autoencode(vae: AutoencoderTiny, images: Tensor, noise: Tensor) -> tuple[Te
 
 
 def coupled_losses(
-    model: VPGenerator | SD3Generator, data: dict, batch: int, rng: random.Random, last: float
+    model: VPGenerator | SD3Generator, data: dict, batch: int, rng: random.Random, last: float, slips: float = 0.0
 ) -> dict[str, Tensor]:
     """Error of the prediction at random times and, for a share `last` of the batch, from pure noise.
 
-    Cells of the latent that show shapes count three times.
+    Cells of the latent that show shapes count three times. A share `slips` of the captions is careless.
     """
     rows = torch.randint(0, len(data["latents"]), (batch,))
-    prompts = [str(data["requests"][i]) if rng.random() > 0.08 else "" for i in rows.tolist()]
+    shown = [data["requests"][i] for i in rows.tolist()]
+    asked = [slip(request, rng, slips) for request in shown]
+    prompts = [str(request) if rng.random() > 0.08 else "" for request in asked]
     z, weight = data["latents"][rows].to(model.device), 1 + 2 * data["masks"][rows].to(model.device)
     noise = couple(torch.randn_like(z), data["chance"][rows])
     t, count = model.times(batch), round(last * batch)
@@ -115,6 +118,7 @@ def train_generator(
     last: float,
     lr: float = 2e-3,
     decay: float = 0.998,
+    slips: float = 0.0,
 ) -> None:
     """Trains a generator on coupled noises, a share `last` of the samples from pure noise."""
     data = encode_pictures(args)
@@ -124,7 +128,7 @@ def train_generator(
     batch = run.batch // (dist.get_world_size() if dist.is_initialized() else 1)
     rng = random.Random(torch.initial_seed() + run.seen)
     for _ in run:
-        run.step(coupled_losses(run.model, data, batch, rng, last))
+        run.step(coupled_losses(run.model, data, batch, rng, last, slips))
 
 
 def train_base(args: argparse.Namespace) -> None:
@@ -144,7 +148,8 @@ def train_unet(args: argparse.Namespace) -> None:
 
 def train_guided(args: argparse.Namespace) -> None:
     """Trains the U-Net further for sampling in several steps with guidance."""
-    train_generator(args, "guided", averaged(args.output / "unet.pt", Generator()).requires_grad_(), last=0.125)
+    model = averaged(args.output / "unet.pt", Generator()).requires_grad_()
+    train_generator(args, "guided", model, last=0.25, slips=0.45)
 
 
 def train_student(args: argparse.Namespace) -> None:
@@ -162,7 +167,7 @@ def begun(args: argparse.Namespace, stage: str) -> SDXLGenerator:
 
 def train_sdxl(args: argparse.Namespace) -> None:
     """Trains the SDXL kind for sampling in several steps with guidance."""
-    train_generator(args, "sdxl", begun(args, "unet"), last=0.25)
+    train_generator(args, "sdxl", begun(args, "unet"), last=0.25, slips=0.2)
 
 
 def train_sdxl_turbo(args: argparse.Namespace) -> None:
@@ -174,7 +179,7 @@ def train_sd3(args: argparse.Namespace) -> None:
     """Trains the flow-matching transformer for sampling in several steps with guidance."""
     model = SD3Generator()
     model.begin_with(averaged(args.output / "unet.pt", Generator()).text_encoder.state_dict())
-    train_generator(args, "sd3", model, last=0.25)
+    train_generator(args, "sd3", model, last=0.25, slips=0.2)
 
 
 def train_decoder(args: argparse.Namespace) -> None:
