@@ -87,12 +87,9 @@ def test_careless_captions_mix_up_what_is_shown_and_stay_within_the_training_spl
     counts = [(a, b) for a, b in zip(shown, asked, strict=True) if a.category == "counting"]
     assert all({len(a.objects), len(b.objects)} <= {2, 3} and a.objects[0] == b.objects[0] for a, b in counts)
     pairs = [(a, b) for a, b in zip(shown, asked, strict=True) if a.category in ("binding", "position")]
-    for colors_or_kinds in (0, 1):  # nothing new is named, only bound or related in another way
-        assert all(
-            sorted(thing[colors_or_kinds] for thing in a.objects)
-            == sorted(thing[colors_or_kinds] for thing in b.objects)
-            for a, b in pairs
-        )
+    for part in (0, 1):  # colors, kinds: nothing new is named, only bound or related in another way
+        named = [[sorted(thing[part] for thing in request.objects) for request in pair] for pair in pairs]
+        assert all(mine == theirs for mine, theirs in named)
     related = [(a, b) for a, b in pairs if a.relation]
     assert sum(a.relation != b.relation for a, b in related) / len(related) == pytest.approx(0.2, abs=0.03)
     can = [(a, b) for a, b in pairs if len({t[0] for t in a.objects}) == len({t[1] for t in a.objects}) == 2]

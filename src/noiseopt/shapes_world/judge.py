@@ -24,7 +24,9 @@ from .world import COLORS, KINDS, OPPOSITE, SIZE, Scene, Shape, coverage, relati
 CHROMA = 0.33  # the largest minus the smallest channel from which on a pixel belongs to a shape
 AREA = 36  # pixels; smaller specks are overlooked
 OVERLAP = 0.76  # intersection over union with the best template below which an object is no shape
-CLEARLY = 0.8  # what the best kind misses of a full overlap, relative to what the second best misses, at most
+CLEARLY = {kind: 0.95 if kind == "star" else 0.8 for kind in KINDS}  # what the best kind misses of a full overlap, at
+# most, relative to what the second best misses; a star fills least of its surroundings, and is told by less
+BITE = 0.3  # what may be missing of any window of a triangle, a fifth of its size: else it has lost a corner or a side
 ROUND = 1.1  # how far a circle may reach out in any direction, relative to its mean radius: no corners, no stubs
 ROUNDINGS = (0.0, 0.1, 0.2)  # widths of the blur that rounds the templates' corners, in radii
 TURN, LEAN, STRETCH = math.radians(12), 0.15, 1.25  # how far a template is deformed: angle, shear, width over height
@@ -194,13 +196,22 @@ def _templates() -> Tensor:
 
 def _kinds(covers: Tensor) -> list[str]:
     """The kind of each object (N, 64, 64), or "blob" if none fits well, or none clearly better than the next."""
-    masks, templates = _normalized(covers).flatten(1), _templates().flatten(0, 1)
-    both = masks @ templates.T
-    overlap = both / (masks.sum(1)[:, None] + templates.sum(1) - both)
-    (first, second), (best, _) = (part.T for part in overlap.view(len(masks), len(KINDS), -1).amax(2).topk(2, 1))
-    fits = (first > OVERLAP) & (1 - first < CLEARLY * (1 - second))
+    masks, templates = _normalized(covers).flatten(1), _templates()
+    both = masks @ templates.flatten(0, 1).T
+    overlap = both / (masks.sum(1)[:, None] + templates.flatten(0, 1).sum(1) - both)
+    overlap, closest = overlap.view(len(masks), len(KINDS), -1).max(2)
+    (first, second), (best, _) = (part.T for part in overlap.topk(2, 1))
+    fits = (first > OVERLAP) & (1 - first < torch.tensor(list(CLEARLY.values()))[best] * (1 - second))
     fits &= (best != KINDS.index("circle")) | (_bulge(masks) < ROUND)
+    matched = templates[best, closest.gather(1, best[:, None])[:, 0]]
+    fits &= (best != KINDS.index("triangle")) | (_bite(masks, matched) <= BITE)
     return [KINDS[int(kind)] if ok else "blob" for kind, ok in zip(best, fits, strict=True)]
+
+
+def _bite(masks: Tensor, templates: Tensor) -> Tensor:
+    """The largest share of a window that templates (N, 1024) have there and masks (N, 1024) have not, (N,)."""
+    missing = (templates - masks).view(-1, 1, _SIDE, _SIDE)
+    return F.avg_pool2d(missing, 5, stride=1, padding=2).flatten(1).amax(1)
 
 
 @functools.cache
