@@ -17,7 +17,6 @@ NAMESPACE = "noiseopt"
 REQUIREMENTS = ("torch>=2.6", "diffusers>=0.42", "transformers>=5", "accelerate>=1")
 
 
-
 @dataclass(frozen=True, kw_only=True)
 class Method:
     """What the cards of one method share.
@@ -29,7 +28,7 @@ class Method:
         summary: What it does to a `{model}`, and what leaves the `{stock}` as it is; Markdown.
         example: What the first program of a card does with its `pipe`.
         limits: A Markdown list.
-        takes_rewards: Whether the call takes rewards by name: the bundle then holds all of them, and the card lists them.
+        takes_rewards: Whether the call takes rewards by name: then the bundle holds all, and the card lists them.
     """
 
     name: str
@@ -115,11 +114,11 @@ CNO = Method(
   year      = {2026}
 }""",
     summary="""\
-Draws images of one prompt that **differ**. Before {model} samples, the **initial noises** of a prompt are moved apart:
-one model call at the first timestep estimates the clean latents of each (x0, Tweedie), and a contrastive loss pushes
-the estimates away from each other and pulls each towards where it began. By default this costs three more calls of the
-denoiser for each image and no backward pass through it; weights and sampler stay as they are. With
-`optimization_steps=0` the pipeline is bit-identical to the stock `{stock}`.""",
+Draws images of one prompt that **differ**. Before {model} samples, the **initial noises** of the
+prompt are moved apart: one model call at the first timestep estimates the clean latents of each (x0, Tweedie), and a
+contrastive loss pushes the estimates away from each other and pulls each towards where it began. By default this costs
+three more calls of the denoiser for each image and no backward pass through it; weights and sampler stay as they are.
+With `optimization_steps=0` the pipeline is bit-identical to the stock `{stock}`.""",
     example="""\
 output = pipe(
     "A blue scooter is parked near a curb in front of a green vintage car",
@@ -133,8 +132,8 @@ output.noise_result.save("scooter.safetensors")  # the five noises and where the
     limits="""\
 * At least 2 images of each prompt; images of different prompts or calls do not see each other. Those of a call are one
   batch, so memory grows with `num_images_per_prompt` as it does in plain sampling.
-* A model that predicts x0 itself, or a schedule with zero terminal SNR, needs `stop_gradient=False`: its first estimate
-  depends on the noise through the denoiser alone. That back-propagates through the denoiser and takes the memory for it.
+* A model that predicts x0 itself, or a schedule with zero terminal SNR, needs `stop_gradient=False`: there the first
+  estimate depends on the noise through the denoiser alone. The backward pass through it then takes its memory.
 * Offloading and `torch.inference_mode()` are refused.""",
     takes_rewards=False,
 )
