@@ -35,7 +35,8 @@ def files(card: Card | ModelCard, namespace: str = NAMESPACE) -> dict[str, str]:
     """What is generated for the repository of a card: file name -> text."""
     if isinstance(card, ModelCard):
         return card.files(namespace)
-    source = bundle(ROOT / card.module, ROOT, registering=ROOT / "rewards")
+    registering = ROOT / "rewards" if card.method.takes_rewards else None
+    source = bundle(ROOT / card.module, ROOT, registering=registering)
     return {"README.md": readme(card, namespace, source), "pipeline.py": source}
 
 

@@ -1,7 +1,7 @@
 """The cards, as data, and the text of their README files.
 
 What a card says about arguments, rewards and defaults is read from the bundled source, so that it cannot disagree with
-the code. A new card is one more entry in `CARDS`.
+the code. A new card is one more entry in `CARDS`; what the cards of a method have in common is its `Method`.
 """
 
 from __future__ import annotations
@@ -16,18 +16,29 @@ from typing import Any
 NAMESPACE = "noiseopt"
 REQUIREMENTS = ("torch>=2.6", "diffusers>=0.42", "transformers>=5", "accelerate>=1")
 
-RENO_PAPER = "https://arxiv.org/abs/2406.04312"
-RENO_BIBTEX = """\
-@inproceedings{eyring2024reno,
-  title     = {ReNO: Enhancing One-step Text-to-Image Models through Reward-based Noise Optimization},
-  author    = {Eyring, Luca and Karthik, Shyamgopal and Roth, Karsten and Dosovitskiy, Alexey and Akata, Zeynep},
-  booktitle = {Advances in Neural Information Processing Systems},
-  year      = {2024}
-}"""
-RENO_SUMMARY = """\
-Optimises the **initial noise** of {model} for reward models at inference time. The weights stay as they are: the
-gradient of the rewards flows through the image and the one-step model back to the noise, and the best image seen is
-returned. Without `rewards` the pipeline is bit-identical to the stock `{stock}`."""
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """What the cards of one method share.
+
+    Attributes:
+        name: The class whose fields are its settings.
+        settings_argument: The argument of the call that takes those settings.
+        paper, bibtex: Where it comes from.
+        summary: What it does to a `{model}`, and what leaves the `{stock}` as it is; Markdown.
+        example: What the first program of a card does with its `pipe`.
+        limits: A Markdown list.
+        takes_rewards: Whether the call takes rewards by name: then the bundle holds all, and the card lists them.
+    """
+
+    name: str
+    settings_argument: str
+    paper: str
+    bibtex: str
+    summary: str
+    example: str
+    limits: str
+    takes_rewards: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,49 +48,144 @@ class Card:
     Attributes:
         name: Its folder here and its name on the Hub.
         module: The pipeline's source, relative to the repository root.
+        method: What the pipeline does.
         base_model: Hub id of the weights that the example loads.
-        title, summary: What it is; Markdown.
-        method: The class whose fields are the settings of the method.
-        settings_argument: The argument of the call that takes those settings.
-        paper, bibtex: Where the method comes from.
+        model: What people call that model.
+        stock: The diffusers class under the pipeline.
     """
 
     name: str
     module: str
+    method: Method
     base_model: str
-    title: str
-    summary: str
-    method: str
-    settings_argument: str
-    paper: str
-    bibtex: str
+    model: str
+    stock: str
+
+    @property
+    def title(self) -> str:
+        return f"{self.method.name} for {self.model}"
 
 
-def reno_card(name: str, module: str, base_model: str, model: str, stock: str) -> Card:
-    """A card of a ReNO pipeline; `stock` is the diffusers class under it."""
-    return Card(
-        name=name,
-        module=module,
-        base_model=base_model,
-        title=f"ReNO for {model}",
-        summary=RENO_SUMMARY.format(model=model, stock=stock),
-        method="ReNO",
-        settings_argument="reno_kwargs",
-        paper=RENO_PAPER,
-        bibtex=RENO_BIBTEX,
-    )
+RENO = Method(
+    name="ReNO",
+    settings_argument="reno_kwargs",
+    paper="https://arxiv.org/abs/2406.04312",
+    bibtex="""\
+@inproceedings{eyring2024reno,
+  title     = {ReNO: Enhancing One-step Text-to-Image Models through Reward-based Noise Optimization},
+  author    = {Eyring, Luca and Karthik, Shyamgopal and Roth, Karsten and Dosovitskiy, Alexey and Akata, Zeynep},
+  booktitle = {Advances in Neural Information Processing Systems},
+  year      = {2024}
+}""",
+    summary="""\
+Optimises the **initial noise** of {model} for reward models at inference time. The weights stay as they are: the
+gradient of the rewards flows through the image and the one-step model back to the noise, and the best image seen is
+returned. Without `rewards` the pipeline is bit-identical to the stock `{stock}`.""",
+    example="""\
+output = pipe(
+    "A blue scooter is parked near a curb in front of a green vintage car",
+    rewards={"clipscore": 1.0},
+    num_inference_steps=1,
+    guidance_scale=0.0,
+    generator=torch.Generator("cuda").manual_seed(0),
+)
+output.images[0].save("scooter.png")
 
+result = output.noise_result
+print(result.initial_scores, result.best_scores)
+result.save("scooter.safetensors")  # the noise, its scores and where it came from""",
+    limits="""\
+* Each optimisation step costs a forward and a backward pass through denoiser, decoder and rewards. Made for models of
+  1 to 4 steps: gradients through long chains explode or vanish.
+* Offloading moves weights between forward and backward and is refused. `torch.inference_mode()` rules gradients out.
+* A reward that is optimised stops being a fair judge: compare images by one that was not.""",
+    takes_rewards=True,
+)
+
+CNO = Method(
+    name="CNO",
+    settings_argument="cno_kwargs",
+    paper="https://arxiv.org/abs/2510.03813",
+    bibtex="""\
+@inproceedings{kim2026cno,
+  title     = {Diverse Text-to-Image Generation via Contrastive Noise Optimization},
+  author    = {Kim, Byungjun and Um, Soobin and Ye, Jong Chul},
+  booktitle = {International Conference on Learning Representations},
+  year      = {2026}
+}""",
+    summary="""\
+Draws images of one prompt that **differ**. Before {model} samples, the **initial noises** of the
+prompt are moved apart: one model call at the first timestep estimates the clean latents of each (x0, Tweedie), and a
+contrastive loss pushes the estimates away from each other and pulls each towards where it began. By default this costs
+three more calls of the denoiser for each image and no backward pass through it; weights and sampler stay as they are.
+With `optimization_steps=0` the pipeline is bit-identical to the stock `{stock}`.""",
+    example="""\
+output = pipe(
+    "A blue scooter is parked near a curb in front of a green vintage car",
+    num_images_per_prompt=5,
+    generator=torch.Generator("cuda").manual_seed(0),
+)
+for index, image in enumerate(output.images):
+    image.save(f"scooter_{index}.png")
+
+output.noise_result.save("scooter.safetensors")  # the five noises and where they came from""",
+    limits="""\
+* At least 2 images of each prompt; images of different prompts or calls do not see each other. Those of a call are one
+  batch, so memory grows with `num_images_per_prompt` as it does in plain sampling.
+* A model that predicts x0 itself, or a schedule with zero terminal SNR, needs `stop_gradient=False`: there the first
+  estimate depends on the noise through the denoiser alone. The backward pass through it then takes its memory.
+* Offloading and `torch.inference_mode()` are refused.""",
+    takes_rewards=False,
+)
 
 CARDS = (
-    reno_card(
-        "reno-turbo", "pipelines/reno_turbo.py", "stabilityai/sdxl-turbo", "SDXL-Turbo", "StableDiffusionXLPipeline"
+    Card(
+        name="reno-turbo",
+        module="pipelines/reno_turbo.py",
+        method=RENO,
+        base_model="stabilityai/sdxl-turbo",
+        model="SDXL-Turbo",
+        stock="StableDiffusionXLPipeline",
     ),
-    reno_card(
-        "reno-stable-diffusion",
-        "pipelines/reno_stable_diffusion.py",
-        "stabilityai/sd-turbo",
-        "SD-Turbo",
-        "StableDiffusionPipeline",
+    Card(
+        name="reno-stable-diffusion",
+        module="pipelines/reno_stable_diffusion.py",
+        method=RENO,
+        base_model="stabilityai/sd-turbo",
+        model="SD-Turbo",
+        stock="StableDiffusionPipeline",
+    ),
+    Card(
+        name="cno-stable-diffusion",
+        module="pipelines/cno_stable_diffusion.py",
+        method=CNO,
+        base_model="stable-diffusion-v1-5/stable-diffusion-v1-5",
+        model="Stable Diffusion 1.5",
+        stock="StableDiffusionPipeline",
+    ),
+    Card(
+        name="cno-stable-diffusion-xl",
+        module="pipelines/cno_stable_diffusion_xl.py",
+        method=CNO,
+        base_model="stabilityai/stable-diffusion-xl-base-1.0",
+        model="SDXL",
+        stock="StableDiffusionXLPipeline",
+    ),
+    Card(
+        name="cno-stable-diffusion-3",
+        module="pipelines/cno_stable_diffusion_3.py",
+        method=CNO,
+        base_model="stabilityai/stable-diffusion-3.5-medium",
+        model="Stable Diffusion 3.5",
+        stock="StableDiffusion3Pipeline",
+    ),
+    Card(
+        name="cno-flux",
+        module="pipelines/cno_flux.py",
+        method=CNO,
+        base_model="black-forest-labs/FLUX.1-dev",
+        model="FLUX.1",
+        stock="FluxPipeline",
     ),
 )
 
@@ -113,18 +219,7 @@ pipe = DiffusionPipeline.from_pretrained(
     dtype=torch.bfloat16,
 ).to("cuda")
 
-output = pipe(
-    "A blue scooter is parked near a curb in front of a green vintage car",
-    rewards={"clipscore": 1.0},
-    num_inference_steps=1,
-    guidance_scale=0.0,
-    generator=torch.Generator("cuda").manual_seed(0),
-)
-output.images[0].save("scooter.png")
-
-result = output.noise_result
-print(result.initial_scores, result.best_scores)
-result.save("scooter.safetensors")  # the noise, its scores and where it came from
+$example
 ```
 
 ## Arguments
@@ -136,14 +231,7 @@ $arguments
 Settings of the method, in `$settings_argument={"name": value}`, and their defaults:
 
 $settings
-
-## Rewards
-
-Known by name. A Hub id or a local folder with a checkpoint of the same kind works as well, and so does any callable
-`(images, prompts) -> (B,)` on images `(B, 3, H, W)` in [0, 1]. Higher is better. Checkpoints are downloaded when used.
-
 $rewards
-
 ## As a package
 
 The same class without `pipeline.py`, where `noiseopt` is installed:
@@ -160,13 +248,10 @@ class loaded from the Hub is another object than the package's: give it plain Py
 
 ## Limits
 
-* Each optimisation step costs a forward and a backward pass through denoiser, decoder and rewards. Made for models of
-  1 to 4 steps: gradients through long chains explode or vanish.
-* Offloading moves weights between forward and backward and is refused. `torch.inference_mode()` rules gradients out.
-* A reward that is optimised stops being a fair judge: compare images by one that was not.
+$limits
 * `save_pretrained` keeps the weights and not this code: load again with `custom_pipeline=`. diffusers asks the Hub for
   the code at each load, so offline use needs a local copy of this folder as `custom_pipeline="./$name"`.
-* This repository holds code only. Model and reward checkpoints keep their own licences.
+* This repository holds code only. $checkpoints keep their own licences.
 
 ## Citation
 
@@ -177,22 +262,40 @@ $bibtex
 Generated from `$module` by `python hub_cards/build.py`.
 """)
 
+REWARDS = Template("""
+## Rewards
+
+Known by name. A Hub id or a local folder with a checkpoint of the same kind works as well, and so does any callable
+`(images, prompts) -> (B,)` on images `(B, 3, H, W)` in [0, 1]. Higher is better. Checkpoints are downloaded when used.
+
+$table
+""")
+
 
 def readme(card: Card, namespace: str, source: str) -> str:
     """The README of a card; `source` is its bundled pipeline."""
-    tree = ast.parse(source)
+    tree, method = ast.parse(source), card.method
     classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
     pipeline = pipeline_class(classes)
     return README.substitute(
-        vars(card),
+        vars(method) | vars(card),
+        title=card.title,
+        summary=method.summary.format(model=card.model, stock=card.stock),
         namespace=namespace,
         requirements=" ".join(f'"{requirement}"' for requirement in REQUIREMENTS),
         package_module="noiseopt." + card.module.removesuffix(".py").replace("/", "."),
         class_name=pipeline.name,
         arguments=table(("Argument", "Default", "Meaning"), call_arguments(pipeline, classes)),
-        settings=table(("Setting", "Default", "Meaning"), settings(classes[card.method])),
-        rewards=table(("Name", "Checkpoint", "Licence of the checkpoint"), rewards(tree, classes)),
+        settings=table(("Setting", "Default", "Meaning"), settings(classes[method.name])),
+        rewards=rewards_section(tree, classes) if method.takes_rewards else "",
+        checkpoints="Model and reward checkpoints" if method.takes_rewards else "Model checkpoints",
     )
+
+
+def rewards_section(tree: ast.Module, classes: dict[str, ast.ClassDef]) -> str:
+    """What a card says about the rewards in its bundle."""
+    rows = rewards(tree, classes)
+    return REWARDS.substitute(table=table(("Name", "Checkpoint", "Licence of the checkpoint"), rows))
 
 
 def pipeline_class(classes: dict[str, ast.ClassDef]) -> ast.ClassDef:
@@ -219,10 +322,12 @@ def inherited(node: ast.ClassDef, method: str, classes: dict[str, ast.ClassDef])
 
 
 def settings(method: ast.ClassDef) -> Iterator[tuple[str, str, str]]:
-    """Name, default and description of the fields of a method that have one."""
+    """Name, default and description of the fields of a method that have a default; a `ClassVar` is none."""
     text = described(ast.get_docstring(method) or "")
     for item in method.body:
-        if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name) and item.value:
+        if not isinstance(item, ast.AnnAssign) or "ClassVar" in ast.unparse(item.annotation):
+            continue
+        if isinstance(item.target, ast.Name) and item.value:
             yield code(item.target.id), code(ast.unparse(item.value)), text.get(item.target.id, "")
 
 

@@ -1,6 +1,12 @@
 """Objectives, regularizers, noise optimizers and the pipelines that carry the optimisation hook."""
 
 from .best_of_n import BestOfN
+from .cno import CNO
+from .cno_flux import CNOFluxPipeline
+from .cno_stable_diffusion import CNOStableDiffusionPipeline
+from .cno_stable_diffusion_3 import CNOStableDiffusion3Pipeline
+from .cno_stable_diffusion_xl import CNOStableDiffusionXLPipeline
+from .contrast import ContrastiveObjective
 from .methods import list_noise_optimizers, register_noise_optimizer
 from .noise_hook import NoiseOptimizationMixin, optimize_noise
 from .noise_optimizer import NoiseOptimizer
@@ -14,7 +20,13 @@ from .sampling import PipelineSampler, Sample
 
 __all__ = [
     "BestOfN",
+    "CNO",
+    "CNOFluxPipeline",
+    "CNOStableDiffusion3Pipeline",
+    "CNOStableDiffusionPipeline",
+    "CNOStableDiffusionXLPipeline",
     "ChiPrior",
+    "ContrastiveObjective",
     "FunctionObjective",
     "NoiseOptimizationMixin",
     "NoiseOptimizer",

@@ -1,5 +1,6 @@
 """The methods by name."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from .noise_optimizer import NoiseOptimizer
@@ -23,6 +24,17 @@ def register_noise_optimizer(name: str):
 def list_noise_optimizers() -> list[str]:
     """The names that `optimize_noise` takes."""
     return sorted(METHODS)
+
+
+def call_settings(named: dict[str, Any], others: Mapping[str, Any] | None, argument: str) -> dict[str, Any]:
+    """The settings of a method from a pipeline call: arguments that are not `None`, and a dict of others.
+
+    Raises `ValueError` for a setting that is given both ways; `argument` is what the dict is called.
+    """
+    settings = {name: value for name, value in named.items() if value is not None}
+    if twice := sorted(settings.keys() & (others or {}).keys()):
+        raise ValueError(f"Expected each setting once, but got {twice} by argument and in `{argument}` too.")
+    return {**settings, **(others or {})}
 
 
 def as_noise_optimizer(method: Any, settings: dict[str, Any] | None = None) -> NoiseOptimizer:

@@ -43,6 +43,8 @@ class NoiseRun:
         refuse_offload(pipe)
         self.objective: Objective = method.objective(pipe)
         self.prompts = prompts_of(request, self.objective.requires_prompt)
+        self.groups = groups_of(request)
+        self.objective.check_groups(self.groups)
         check_latents(request, len(self.prompts))
         if size := image_size(pipe, request):
             self.objective.try_out(self.prompts[0], *size, gradient=method.gradient is not None)
@@ -62,7 +64,8 @@ class NoiseRun:
         noise, drew = space.draw(pipe)
         sampler = PipelineSampler(pipe, self.request, self.encoded, space, random_state, drew, self.method.clamp)
         master = noise.detach().to(torch.promote_types(noise.dtype, torch.float32))
-        problem = NoiseProblem(pipe, sampler, space, master, self.prompts, noise.dtype, self.request)
+        prompts, groups = self.prompts, self.groups
+        problem = NoiseProblem(pipe, sampler, space, master, prompts, groups, noise.dtype, self.request)
         with torch.enable_grad():
             self.result = self.method.run(problem, self.objective, self.callbacks)
         if not self.render:
@@ -84,6 +87,18 @@ def prompts_of(request: dict[str, Any], required: bool) -> list[str]:
         prompt = [""] * len(embeds)  # pyright: ignore[reportArgumentType]
     texts = [prompt] if isinstance(prompt, str) else list(prompt)
     return [text for text in texts for _ in range(request.get("num_images_per_prompt") or 1)]
+
+
+def groups_of(request: dict[str, Any]) -> list[int]:
+    """For each image the index of the first prompt, or the first embedding, that equals its own."""
+    prompt, embeds = request.get("prompt"), request.get("prompt_embeds")
+    if prompt is not None:
+        texts = [prompt] if isinstance(prompt, str) else list(prompt)
+        first = [texts.index(text) for text in texts]
+    else:
+        rows = list(embeds)  # pyright: ignore[reportArgumentType]
+        first = [next(i for i, other in enumerate(rows) if torch.equal(row, other)) for row in rows]
+    return [group for group in first for _ in range(request.get("num_images_per_prompt") or 1)]
 
 
 def check_latents(request: dict[str, Any], batch: int) -> None:

@@ -26,11 +26,12 @@ class NoiseOptimizer:
     Subclasses are frozen, keyword-only dataclasses whose fields are the method's settings.
 
     Attributes:
-        steps: Evaluations, the plain result included: the noise is moved `steps − 1` times.
+        steps: Evaluations, the plain result included: the noise is moved `steps − 1` times, or after each of them by a
+            method that returns the last.
         gradient: "full", "frozen" or `None`; see `PipelineSampler.images`.
         preview: Look at the x0 estimate of one model call instead of the whole chain.
         clamp: "straight_through" or "hard"; see `PipelineSampler`.
-        returns: "best" or "last".
+        returns: "best", the noise of the lowest loss, or "last", the noise after the last move, which is not evaluated.
     """
 
     steps: int
@@ -86,7 +87,7 @@ class NoiseOptimizer:
             loop.start()
             for step in range(self.steps):
                 loop.evaluate(step)
-                if state.stopped or step == self.steps - 1:
+                if state.stopped or not loop.moves_after(step):
                     break
                 loop.move()
                 if state.stopped:
@@ -131,14 +132,18 @@ class OptimizationLoop:
             if hasattr(callback, "on_run_end"):
                 callback.on_run_end(self.state)
 
+    def moves_after(self, step: int) -> bool:
+        """Whether the noise is moved after this step: a best noise has been evaluated, a last one need not be."""
+        return self.method.returns == "last" or step < self.method.steps - 1
+
     def evaluate(self, step: int) -> None:
         """Score the current noise, keep it where it is the best, and ask the callbacks."""
         state, method = self.state, self.method
-        moves_on = step < method.steps - 1
-        gradient = method.gradient if moves_on else None  # nothing is moved after the last evaluation
+        gradient = method.gradient if self.moves_after(step) else None
         self.leaf = state.noise.detach().requires_grad_(gradient is not None)
         seeds = [seed + step for seed in self.problem.seeds]
-        sample = Sample(self.problem.sampler, self.leaf, state.prompts, seeds, gradient, method.preview)
+        groups = self.problem.groups
+        sample = Sample(self.problem.sampler, self.leaf, state.prompts, groups, seeds, gradient, method.preview)
         try:
             with torch.set_grad_enabled(gradient is not None):
                 loss, scores = self.objective.evaluate(sample)

@@ -21,6 +21,7 @@ class NoiseProblem:
         space: Noise to latents.
         noise: `(B, C, H, W)`, the base noise, float32 or better.
         prompts: `B` prompts for the rewards.
+        groups: `B` integers, equal where images share their prompt.
         dtype: What the pipeline draws its noise in.
         request: The arguments of the call, for the provenance.
     """
@@ -30,6 +31,7 @@ class NoiseProblem:
     space: LatentSpace
     noise: torch.Tensor
     prompts: list[str]
+    groups: list[int]
     dtype: torch.dtype
     request: dict[str, Any]
 

@@ -28,6 +28,9 @@ class Objective:
     def __call__(self, sample: Sample) -> torch.Tensor:
         return self.evaluate(sample)[0]
 
+    def check_groups(self, groups: Sequence[int]) -> None:
+        """Raise `ValueError` for a batch that cannot be compared, before any model runs; see `Sample.groups`."""
+
     def try_out(self, prompt: str, height: int, width: int, gradient: bool) -> None:
         """Raise for user code that cannot work on images of this size, before any model runs."""
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from ..rewards.reward_sum import RewardSum, reward_weight_pairs
+from .methods import call_settings
 from .noise_hook import NoiseOptimizationMixin
 from .noise_optimizer import NoiseOptimizer
 from .reno import ReNO
@@ -43,11 +44,7 @@ class ReNOMixin(NoiseOptimizationMixin):
         Raises:
             ValueError: For settings that cannot work, before any model runs.
         """
-        named = {"steps": optimization_steps, "mode": mode}
-        settings = {name: value for name, value in named.items() if value is not None}
-        if twice := sorted(settings.keys() & (reno_kwargs or {}).keys()):
-            raise ValueError(f"Expected each setting once, but got {twice} by argument and in `reno_kwargs` too.")
-        settings |= reno_kwargs or {}
+        settings = call_settings({"steps": optimization_steps, "mode": mode}, reno_kwargs, "reno_kwargs")
         if rewards is None and settings:
             raise ValueError(
                 f"Expected `rewards` beside {sorted(settings)}, but got none: there is nothing to optimise."

@@ -136,7 +136,7 @@ class PipelineSampler:
 
     def run(self, noise: torch.Tensor, gradient: Gradient, preview: bool, output_type: str) -> torch.Tensor:
         twin = self.fresh_twin(noise, gradient)
-        one_call = first_step_only(twin.scheduler) if preview else contextlib.nullcontext()
+        one_call = first_step_only(twin) if preview else contextlib.nullcontext()
         ours = {"generator": twin.sampling_generator, "output_type": output_type, "return_dict": False}
         with one_call, torch.set_grad_enabled(gradient is not None and noise.requires_grad):
             output = self.call(twin, **self.request, **ours)[0]
@@ -170,12 +170,18 @@ class PipelineSampler:
 
 
 @contextlib.contextmanager
-def first_step_only(scheduler) -> Iterator[None]:
-    """Let a pipeline make one model call, whose `step` returns the x0 estimate. `scheduler` must be a copy.
+def first_step_only(pipe) -> Iterator[None]:
+    """Let a pipeline make one model call, whose `step` returns the x0 estimate. Its scheduler must be a copy.
 
     Cutting the list of timesteps stops the loop of every family, also of those that have no interrupt.
+
+    Raises:
+        TypeError: If the pipeline takes no step, or takes one before a denoiser was called.
     """
+    scheduler = pipe.scheduler
     set_timesteps, step = scheduler.set_timesteps, scheduler.step
+    calls: list[int] = []
+    stepped: list[bool] = []  # for each step whether a denoiser had been called
 
     @functools.wraps(set_timesteps)
     def set_one(*args, **kwargs):
@@ -184,14 +190,24 @@ def first_step_only(scheduler) -> Iterator[None]:
 
     @functools.wraps(step)
     def estimate(model_output, timestep, sample, *_, **__):
+        stepped.append(bool(calls))
         x0 = predict_x0(scheduler, model_output, timestep, sample).to(model_output.dtype)
         return (x0, x0)
 
     vars(scheduler).update(set_timesteps=set_one, step=estimate)
+    parts = [part for name in DENOISERS if (part := getattr(pipe, name, None)) is not None]
+    handles = [part.register_forward_pre_hook(lambda *_: calls.append(1)) for part in parts]
     try:
         yield
     finally:
         del scheduler.set_timesteps, scheduler.step
+        for handle in handles:
+            handle.remove()
+    if not all(stepped or [False]):
+        raise TypeError(
+            f"Expected a pipeline that calls its denoiser ({', '.join(DENOISERS)}) before the first `scheduler.step`, "
+            f"but {type(pipe).__name__} does not, and no x0 can be estimated. Use a method that looks at images."
+        )
 
 
 def denormalize_straight_through(images: torch.Tensor) -> torch.Tensor:
@@ -207,6 +223,7 @@ class Sample:
     Attributes:
         noise: `(B, C, H, W)`, the initial noise.
         prompts: `B` prompts.
+        groups: `B` integers, equal where images share their prompt.
         seeds: `B` integers that differ from step to step and from image to image: for objectives that draw at random.
         images: `(B, 3, H, W)` in [0, 1]: the result of the whole chain, or of one model call for a preview.
         x0: `(B, C, H, W)`: the estimate of the clean latents after one model call.
@@ -217,11 +234,13 @@ class Sample:
         sampler: PipelineSampler,
         noise: torch.Tensor,
         prompts: list[str],
+        groups: list[int],
         seeds: list[int],
         gradient: Gradient,
         preview: bool = False,
     ) -> None:
-        self.sampler, self.noise, self.prompts, self.seeds = sampler, noise, prompts, seeds
+        self.sampler, self.noise, self.prompts = sampler, noise, prompts
+        self.groups, self.seeds = groups, seeds
         self.gradient: Gradient = gradient
         self.preview = preview
 

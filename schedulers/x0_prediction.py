@@ -1,49 +1,341 @@
-"""The clean latents (Tweedie estimate x0) that one model output implies, for any diffusers scheduler."""
+"""The clean latents (Tweedie estimate x0) that one model output implies, for every image scheduler of diffusers."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 
-MULTISTEP_X0 = ("dpmsolver++", "sde-dpmsolver++")
+AffineCoefficients = tuple[torch.Tensor, torch.Tensor]
 
 
 def predict_x0(
-    scheduler, model_output: torch.Tensor, timestep: torch.Tensor | float, sample: torch.Tensor
+    scheduler: Any, model_output: torch.Tensor, timestep: torch.Tensor | float, sample: torch.Tensor
 ) -> torch.Tensor:
     """The x0 estimate of one model call, differentiable in `sample` and in `model_output`.
 
-    Which formula holds follows from the space that the scheduler works in: flow matching x0 = x − σ·v; sigma space
-    (Euler, Heun) x0 = x − σ·ε; variance preserving (DDIM, DDPM, LCM, TCD, PNDM) x0 = (x − √(1−ᾱ)·ε) / √ᾱ; multistep
-    solvers convert by themselves. See Karras et al. (https://arxiv.org/abs/2206.00364), table 1, and Salimans & Ho
-    (https://arxiv.org/abs/2202.00512), appendix D, for v-prediction.
+    It is affine in both, x0 = skip·sample + out·model_output, and the two coefficients follow from the noise level
+    x = a·x0 + b·ε of the call and from what the model predicts. The level is, with σ and ᾱ from the scheduler's tables,
+
+    * variance preserving (DDIM, DDPM, LCM, TCD, PNDM, UnCLIP, Würstchen): a = √ᾱ, b = √(1−ᾱ), by timestep;
+    * sigma space (Euler, Heun, KDPM2, LMS, DPMSolverSDE): a = 1, b = σ;
+    * multistep solvers (DPMSolver, UniPC, DEIS, SASolver): a = 1/√(1+σ²), b = σ·a, or a = 1−σ, b = σ with flow sigmas;
+    * flow matching: a = 1−σ, b = σ; TrigFlow (SCM): a = cos t, b = sin t; IPNDM: its own tables;
+    * EDM and consistency models precondition: their scheduler's c_skip and c_out are the coefficients.
+
+    See Karras et al. (https://arxiv.org/abs/2206.00364), table 1, for the preconditioning, Salimans & Ho
+    (https://arxiv.org/abs/2202.00512), appendix D, for v-prediction, Lu & Song (https://arxiv.org/abs/2410.11081),
+    section 3, for TrigFlow.
+
+    The value is the one that the scheduler itself goes on with: where its `step` clips x0 (`clip_sample`) or thresholds
+    it (`thresholding`), so does this function. The gradient is that of the unclipped estimate (straight-through), since
+    a hard clip has no gradient exactly where x0 is too large and has to come back. What LCM reports as `denoised` is
+    this x0 after its boundary scaling, which gives the sample a weight below 1e-5 from timestep 16 on; what TCD reports
+    is noised again. With `s_churn > 0` Euler perturbs the sample inside `step`, which nothing here knows.
+
+    The only thing that changes in the scheduler is its step index: where it is unset, the scheduler sets it itself,
+    as its first `step` would, from `begin_index` or from `timestep`.
 
     Args:
-        scheduler: The scheduler in use, after `set_timesteps`.
-        model_output: `(B, ...)`, already guided, as handed to `scheduler.step`.
-        timestep: The timestep of this call.
-        sample: `(B, ...)`, the noisy latents of this call, as handed to `scheduler.step`.
+        scheduler: The scheduler in use, after `set_timesteps`. A subclass of a known one counts as that one.
+        model_output: `(B, C, ...)`, already guided, as handed to `scheduler.step`; with a learned variance
+            `(B, 2C, ...)`, of which the first C channels are the prediction.
+        timestep: The timestep of this call: a number, a tensor with one or with `(B,)` entries.
+        sample: `(B, C, ...)`, the noisy latents of this call, as handed to `scheduler.step`: not yet scaled by
+            `scale_model_input`.
 
     Returns:
-        `(B, ...)`, the estimate of the clean latents.
+        `(B, C, ...)`, the estimate of the clean latents in float32, or in float64 if `sample` is.
+
+    Raises:
+        TypeError: The scheduler has no x0 estimate or is unknown.
+        ValueError: The scheduler's `prediction_type` does not go with its noise level, there is no signal to predict x0
+            from (ε-prediction at zero terminal SNR), or `model_output` has not the shape of `sample`.
     """
-    name, config = type(scheduler).__name__, scheduler.config
-    kind = config.get("prediction_type", "epsilon")
-    if hasattr(scheduler, "_init_step_index") and scheduler.step_index is None:
+    space = space_of(scheduler)
+    dtype = torch.promote_types(sample.dtype, torch.float32)
+    sample, output = sample.to(dtype), prediction_channels(scheduler, model_output, sample).to(dtype)
+    skip, out = (spread_over_images(coefficient, sample) for coefficient in space.coefficients(scheduler, timestep))
+    x0 = skip * sample + out * output
+    if space.bound is None:
+        return x0
+    return space.bound(scheduler, x0.detach()) + (x0 - x0.detach())  # adds exactly 0
+
+
+def prediction_channels(scheduler: Any, model_output: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
+    """`model_output` without the channels of a learned variance: it has the shape of `sample` then."""
+    learned = scheduler.config.get("variance_type") in ("learned", "learned_range")
+    if learned and model_output.shape[1] == 2 * sample.shape[1]:
+        model_output = model_output[:, : sample.shape[1]]
+    if model_output.shape != sample.shape:
+        raise ValueError(
+            f"Expected a model output of the shape {tuple(sample.shape)} of the sample, but got "
+            f"{tuple(model_output.shape)}. If the rest is a learned variance, pass the prediction only, or use "
+            f'`{type(scheduler).__name__}.from_config(scheduler.config, variance_type="learned_range")`.'
+        )
+    return model_output
+
+
+def spread_over_images(coefficient: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
+    """`coefficient`, one number or `(B,)`, in a shape, dtype and device that multiplies `sample` image by image."""
+    return coefficient.to(sample).reshape(-1, *[1] * (sample.ndim - 1))
+
+
+def exact(entry: torch.Tensor | float) -> torch.Tensor:
+    """An entry of a scheduler's table in float64, which not every device has."""
+    return torch.as_tensor(entry).detach().cpu().double()
+
+
+def index_of_call(scheduler: Any, timestep: torch.Tensor | float) -> int:
+    """Where the scheduler is in its list of sigmas; at the first call it finds out by itself."""
+    if scheduler.step_index is None:
         scheduler._init_step_index(timestep)
-    if name.startswith("FlowMatch") or kind == "flow_prediction" or config.get("use_flow_sigmas"):
-        return sample - scheduler.sigmas[scheduler.step_index].to(sample) * model_output
-    if config.get("algorithm_type") in MULTISTEP_X0 or name.startswith("UniPC"):
-        return scheduler.convert_model_output(model_output, sample=sample)
-    if kind == "sample":
-        return model_output
-    if name.startswith(("Euler", "Heun")):
-        return x0_from_sigma(scheduler.sigmas[scheduler.step_index].to(sample), kind, model_output, sample)
-    alpha_bar = scheduler.alphas_cumprod.to(sample.device)[int(timestep)].to(sample)
-    if kind == "v_prediction":
-        return alpha_bar.sqrt() * sample - (1 - alpha_bar).sqrt() * model_output
-    return (sample - (1 - alpha_bar).sqrt() * model_output) / alpha_bar.sqrt()
+    return scheduler._step_index
 
 
-def x0_from_sigma(sigma: torch.Tensor, kind: str, model_output: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
-    """x0 in sigma space, x = x0 + σ·ε, for `kind` "epsilon" or "v_prediction"."""
-    if kind == "v_prediction":
-        return sample / (sigma**2 + 1) - model_output * sigma / (sigma**2 + 1).sqrt()
-    return sample - sigma * model_output
+def affine_in_prediction(
+    scheduler: Any, prediction: str, signal: torch.Tensor, noise: torch.Tensor, flow: bool = False
+) -> AffineCoefficients:
+    """(skip, out) of x0 = skip·sample + out·model_output for a model that predicts `prediction`.
+
+    v is defined on the circle, so a level off it is first scaled back to it: with r² = signal² + noise²,
+    x/r = cos φ·x0 + sin φ·ε and v = cos φ·ε − sin φ·x0. A flow velocity is ε − x0, on the line signal + noise = 1.
+    """
+    if prediction == "sample":
+        return torch.zeros_like(signal), torch.ones_like(signal)
+    if prediction == "epsilon":
+        require_signal(scheduler, signal)
+        return 1 / signal, -noise / signal
+    if prediction == "flow_prediction" and flow:
+        return torch.ones_like(noise), -noise
+    if prediction == "v_prediction" and not flow:
+        squared = signal**2 + noise**2
+        return signal / squared, -noise / squared.sqrt()
+    raise unknown_prediction(scheduler, ("epsilon", "sample", "flow_prediction" if flow else "v_prediction"))
+
+
+def require_signal(scheduler: Any, signal: torch.Tensor) -> None:
+    """ε says nothing about x0 where the sample is nothing but ε."""
+    if (signal == 0).any():
+        raise ValueError(
+            f'Expected some signal in the sample of {type(scheduler).__name__} with `prediction_type="epsilon"`, but '
+            'got a timestep with zero SNR. Pass `rescale_betas_zero_snr=False`, `timestep_spacing="leading"`, or use a '
+            "model with v-prediction."
+        )
+
+
+def unknown_prediction(scheduler: Any, known: tuple[str, ...]) -> ValueError:
+    """The error about a `prediction_type` that the space of `scheduler` gives no meaning."""
+    name = type(scheduler).__name__
+    return ValueError(
+        f"Expected `prediction_type` of {name} to be one of {', '.join(known)}, but got "
+        f"{scheduler.config.get('prediction_type')!r}. Pass what the model was trained with: "
+        f"`{name}.from_config(scheduler.config, prediction_type=...)`; where the scheduler has `use_flow_sigmas`, "
+        "flow_prediction goes with True and v_prediction with False."
+    )
+
+
+def configured_prediction(scheduler: Any) -> str:
+    """What the config says that the model predicts; Euler also knows an older name of "sample"."""
+    prediction = scheduler.config.get("prediction_type", "epsilon")
+    return "sample" if prediction == "original_sample" else prediction
+
+
+def from_alphas(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficients:
+    """Variance preserving: ᾱ is looked up by timestep."""
+    steps = torch.as_tensor(timestep).to(scheduler.alphas_cumprod.device, torch.long)
+    alpha_bar = exact(scheduler.alphas_cumprod[steps])
+    return affine_in_prediction(scheduler, configured_prediction(scheduler), alpha_bar.sqrt(), (1 - alpha_bar).sqrt())
+
+
+def from_cosine_time(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficients:
+    """Würstchen and Stable Cascade: the timestep is a ratio in [0, 1] and ᾱ a function of it; they predict ε."""
+    time = torch.as_tensor(timestep)
+    alpha_bar = exact(scheduler._alpha_cumprod(time, time.device))
+    return affine_in_prediction(scheduler, "epsilon", alpha_bar.sqrt(), (1 - alpha_bar).sqrt())
+
+
+def from_sigma(scheduler: Any, sigma: torch.Tensor) -> AffineCoefficients:
+    """Variance exploding: x = x0 + σ·ε."""
+    sigma = exact(sigma)
+    return affine_in_prediction(scheduler, configured_prediction(scheduler), torch.ones_like(sigma), sigma)
+
+
+def from_sigmas(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficients:
+    """The sigma of the step; a second-order scheduler that evaluates at the end of a step lists that sigma twice."""
+    return from_sigma(scheduler, scheduler.sigmas[index_of_call(scheduler, timestep)])
+
+
+def from_interpolated_sigmas(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficients:
+    """KDPM2: every second call is at a sigma between two steps."""
+    index = index_of_call(scheduler, timestep)
+    table = scheduler.sigmas if scheduler.state_in_first_order else scheduler.sigmas_interpol
+    return from_sigma(scheduler, table[index])
+
+
+def from_ancestral_interpolated_sigmas(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficients:
+    """Ancestral KDPM2 keeps the sigma between two steps at the index of the first of them."""
+    index = index_of_call(scheduler, timestep)
+    first_order = scheduler.state_in_first_order
+    return from_sigma(scheduler, scheduler.sigmas[index] if first_order else scheduler.sigmas_interpol[index - 1])
+
+
+def from_midpoint_sigmas(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficients:
+    """DPMSolverSDE remembers the sigma between two steps that it evaluates at."""
+    sigma = scheduler.sigmas[index_of_call(scheduler, timestep)]
+    return from_sigma(scheduler, sigma if scheduler.state_in_first_order else scheduler.mid_point_sigma)
+
+
+def from_solver_sigmas(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficients:
+    """Multistep solvers, whether they go on with x0 or with ε: sigma is b/a, or b with flow sigmas."""
+    sigma = exact(scheduler.sigmas[index_of_call(scheduler, timestep)])
+    flow = bool(scheduler.config.get("use_flow_sigmas"))
+    signal = 1 - sigma if flow else (1 + sigma**2).rsqrt()
+    noise = sigma if flow else sigma * signal
+    return affine_in_prediction(scheduler, configured_prediction(scheduler), signal, noise, flow)
+
+
+def from_flow_sigmas(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficients:
+    """Flow matching, x0 = x − σ·v; with `invert_sigmas` sigma counts the signal and the velocity points to it."""
+    sigma = exact(scheduler.sigmas[index_of_call(scheduler, timestep)])
+    return torch.ones_like(sigma), 1 - sigma if scheduler.config.get("invert_sigmas") else -sigma
+
+
+def from_angle(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficients:
+    """TrigFlow (Sana-Sprint): the timestep is the angle, the output a velocity on the circle of radius `sigma_data`."""
+    if scheduler.config.get("prediction_type") != "trigflow":
+        raise unknown_prediction(scheduler, ("trigflow",))
+    angle = exact(scheduler.timesteps[index_of_call(scheduler, timestep)])
+    return angle.cos(), -angle.sin()
+
+
+def from_own_tables(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficients:
+    """IPNDM: `alphas` is the signal and `betas` the noise, and its models predict v."""
+    index = index_of_call(scheduler, timestep)
+    return exact(scheduler.alphas[index]), -exact(scheduler.betas[index])
+
+
+def from_edm(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficients:
+    """EDM: `prediction_type` is no more than the sign of the preconditioned output."""
+    signs = {"epsilon": 1.0, "v_prediction": -1.0}
+    if configured_prediction(scheduler) not in signs:
+        raise unknown_prediction(scheduler, tuple(signs))
+    sigma = exact(scheduler.sigmas[index_of_call(scheduler, timestep)])
+    data = scheduler.config["sigma_data"]
+    total = sigma**2 + data**2
+    return data**2 / total, signs[configured_prediction(scheduler)] * sigma * data / total.sqrt()
+
+
+def from_consistency(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficients:
+    """Consistency models: as EDM, with the identity as boundary condition at the smallest sigma."""
+    sigma = exact(scheduler.sigmas[index_of_call(scheduler, timestep)])
+    return scheduler.get_scalings_for_boundary_condition(sigma)
+
+
+def clipped(scheduler: Any, x0: torch.Tensor) -> torch.Tensor:
+    """`clip_sample`: to a fixed range."""
+    limit = scheduler.config.get("clip_sample_range", 1.0)
+    return x0.clamp(-limit, limit) if scheduler.config.get("clip_sample") else x0
+
+
+def thresholded(scheduler: Any, x0: torch.Tensor) -> torch.Tensor:
+    """`thresholding`: to a percentile of each image (https://arxiv.org/abs/2205.11487, section 2.3)."""
+    return scheduler._threshold_sample(x0) if scheduler.config.get("thresholding") else x0
+
+
+def thresholded_or_clipped(scheduler: Any, x0: torch.Tensor) -> torch.Tensor:
+    """Thresholding takes the place of clipping."""
+    return thresholded(scheduler, x0) if scheduler.config.get("thresholding") else clipped(scheduler, x0)
+
+
+def thresholded_if_x0(scheduler: Any, x0: torch.Tensor) -> torch.Tensor:
+    """UniPC thresholds only if x0 is what it goes on with."""
+    return thresholded(scheduler, x0) if scheduler.predict_x0 else x0
+
+
+def clipped_to_images(scheduler: Any, x0: torch.Tensor) -> torch.Tensor:
+    """`clip_denoised` of consistency models, which have no latents."""
+    return x0.clamp(-1, 1) if scheduler.config.get("clip_denoised") else x0
+
+
+class SampleSpace(NamedTuple):
+    """What a scheduler means by its sample and by its model's output.
+
+    Attributes:
+        coefficients: `(scheduler, timestep) -> (skip, out)` of x0 = skip·sample + out·model_output.
+        bound: `(scheduler, x0) -> x0`: what `step` does to its x0. None where it does nothing, whatever the config
+            says: `from_config` keeps settings of the scheduler before, so one counts only where the class reads it.
+    """
+
+    coefficients: Callable[[Any, Any], AffineCoefficients]
+    bound: Callable[[Any, torch.Tensor], torch.Tensor] | None = None
+
+
+SAMPLE_SPACES = {
+    "DDIMScheduler": SampleSpace(from_alphas, thresholded_or_clipped),
+    "DDIMParallelScheduler": SampleSpace(from_alphas, thresholded_or_clipped),
+    "DDPMScheduler": SampleSpace(from_alphas, thresholded_or_clipped),
+    "DDPMParallelScheduler": SampleSpace(from_alphas, thresholded_or_clipped),
+    "LCMScheduler": SampleSpace(from_alphas, thresholded_or_clipped),
+    "UnCLIPScheduler": SampleSpace(from_alphas, clipped),
+    "PNDMScheduler": SampleSpace(from_alphas),
+    "TCDScheduler": SampleSpace(from_alphas),
+    "DDPMWuerstchenScheduler": SampleSpace(from_cosine_time),
+    "EulerDiscreteScheduler": SampleSpace(from_sigmas),
+    "EulerAncestralDiscreteScheduler": SampleSpace(from_sigmas),
+    "HeunDiscreteScheduler": SampleSpace(from_sigmas, clipped),
+    "LMSDiscreteScheduler": SampleSpace(from_sigmas),
+    "KDPM2DiscreteScheduler": SampleSpace(from_interpolated_sigmas),
+    "KDPM2AncestralDiscreteScheduler": SampleSpace(from_ancestral_interpolated_sigmas),
+    "DPMSolverSDEScheduler": SampleSpace(from_midpoint_sigmas),
+    "DPMSolverMultistepScheduler": SampleSpace(from_solver_sigmas, thresholded),
+    "DPMSolverSinglestepScheduler": SampleSpace(from_solver_sigmas, thresholded),
+    "DEISMultistepScheduler": SampleSpace(from_solver_sigmas, thresholded),
+    "SASolverScheduler": SampleSpace(from_solver_sigmas, thresholded),
+    "UniPCMultistepScheduler": SampleSpace(from_solver_sigmas, thresholded_if_x0),
+    "FlowMatchEulerDiscreteScheduler": SampleSpace(from_flow_sigmas),
+    "FlowMatchHeunDiscreteScheduler": SampleSpace(from_flow_sigmas),
+    "FlowMatchLCMScheduler": SampleSpace(from_flow_sigmas),
+    "SCMScheduler": SampleSpace(from_angle),
+    "IPNDMScheduler": SampleSpace(from_own_tables),
+    "EDMEulerScheduler": SampleSpace(from_edm),
+    "EDMDPMSolverMultistepScheduler": SampleSpace(from_edm, thresholded),
+    "CosineDPMSolverMultistepScheduler": SampleSpace(from_edm),
+    "CMStochasticIterativeScheduler": SampleSpace(from_consistency, clipped_to_images),
+}
+
+WITHOUT_ESTIMATE = {
+    "AmusedScheduler": "samples discrete tokens",
+    "BlockRefinementScheduler": "samples discrete tokens",
+    "DiscreteDDIMScheduler": "samples discrete tokens",
+    "EntropyBoundScheduler": "samples discrete tokens",
+    "VQDiffusionScheduler": "samples discrete tokens",
+    "DDIMInverseScheduler": "runs from an image to its noise",
+    "DPMSolverMultistepInverseScheduler": "runs from an image to its noise",
+    "CogVideoXDDIMScheduler": "is made for video",
+    "CogVideoXDPMScheduler": "is made for video",
+    "HeliosScheduler": "is made for video",
+    "HeliosDMDScheduler": "is made for video",
+    "LTXEulerAncestralRFScheduler": "is made for video",
+    "MiniMaxH3Scheduler": "is made for video",
+    "RFD4ProteinaScheduler": "is made for proteins",
+    "PiflowScheduler": "takes a policy over many times from its model",
+    "FlowMapEulerDiscreteScheduler": "takes a mean velocity between two times from its model",
+    "ScoreSdeVeScheduler": "takes a score from its model",
+    "ScoreSdeVpScheduler": "takes a score from its model",
+    "KarrasVeScheduler": "takes two noise levels for a step",
+    "RePaintScheduler": "takes a known image and a mask for a step",
+    "ConsistencyDecoderScheduler": "decodes latents",
+}
+
+
+def space_of(scheduler: Any) -> SampleSpace:
+    """The space of a scheduler by the names of its classes: a copy from the Hub is another class of the same name."""
+    names = [cls.__name__ for cls in type(scheduler).__mro__]
+    known = next((name for name in names if name in SAMPLE_SPACES or name in WITHOUT_ESTIMATE), None)
+    if known in SAMPLE_SPACES:
+        return SAMPLE_SPACES[known]
+    raise TypeError(
+        f"Expected an image scheduler of diffusers whose x0 estimate is known, but got {names[0]}, which "
+        f"{WITHOUT_ESTIMATE.get(known or '', 'is not one of them')}. Give the pipeline another one, such as "
+        "`DDIMScheduler.from_config(pipe.scheduler.config)`, or `FlowMatchEulerDiscreteScheduler` for flow matching."
+    )

@@ -23,7 +23,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar, cast
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -1027,6 +1027,31 @@ def as_callback(callback: CallbackSpec) -> NoiseCallback:
     )
 
 
+# callbacks/progress.py
+
+
+class ProgressBar(NoiseCallback):
+    """One tick per evaluation, with the mean best loss. `pipe.set_progress_bar_config` applies."""
+
+    bar = None
+
+    def on_run_start(self, state: NoiseState) -> None:
+        self.bar = state.pipeline.progress_bar(total=state.steps)
+        self.bar.set_description("Optimising noise")
+
+    def on_step_end(self, state: NoiseState) -> None:
+        if self.bar is None:
+            return
+        if not self.bar.disable:  # reading the loss waits for the device: only for those who look
+            self.bar.set_postfix(best_loss=f"{state.best_loss.mean():.4f}", refresh=False)  # pyright: ignore
+        self.bar.update()
+
+    def on_run_end(self, state: NoiseState) -> None:
+        if self.bar is not None:
+            self.bar.close()
+        self.bar = None
+
+
 # pipelines/latent_space.py
 
 
@@ -1143,79 +1168,343 @@ class LatentSpace:
         return returned.shape == prepared.shape and torch.equal(returned, prepared)
 
 
-# callbacks/progress.py
-
-
-class ProgressBar(NoiseCallback):
-    """One tick per evaluation, with the mean best loss. `pipe.set_progress_bar_config` applies."""
-
-    bar = None
-
-    def on_run_start(self, state: NoiseState) -> None:
-        self.bar = state.pipeline.progress_bar(total=state.steps)
-        self.bar.set_description("Optimising noise")
-
-    def on_step_end(self, state: NoiseState) -> None:
-        if self.bar is None:
-            return
-        if not self.bar.disable:  # reading the loss waits for the device: only for those who look
-            self.bar.set_postfix(best_loss=f"{state.best_loss.mean():.4f}", refresh=False)  # pyright: ignore
-        self.bar.update()
-
-    def on_run_end(self, state: NoiseState) -> None:
-        if self.bar is not None:
-            self.bar.close()
-        self.bar = None
-
-
 # schedulers/x0_prediction.py
 
 
-MULTISTEP_X0 = ("dpmsolver++", "sde-dpmsolver++")
+AffineCoefficients = tuple[torch.Tensor, torch.Tensor]
 
 
 def predict_x0(
-    scheduler, model_output: torch.Tensor, timestep: torch.Tensor | float, sample: torch.Tensor
+    scheduler: Any, model_output: torch.Tensor, timestep: torch.Tensor | float, sample: torch.Tensor
 ) -> torch.Tensor:
     """The x0 estimate of one model call, differentiable in `sample` and in `model_output`.
 
-    Which formula holds follows from the space that the scheduler works in: flow matching x0 = x − σ·v; sigma space
-    (Euler, Heun) x0 = x − σ·ε; variance preserving (DDIM, DDPM, LCM, TCD, PNDM) x0 = (x − √(1−ᾱ)·ε) / √ᾱ; multistep
-    solvers convert by themselves. See Karras et al. (https://arxiv.org/abs/2206.00364), table 1, and Salimans & Ho
-    (https://arxiv.org/abs/2202.00512), appendix D, for v-prediction.
+    It is affine in both, x0 = skip·sample + out·model_output, and the two coefficients follow from the noise level
+    x = a·x0 + b·ε of the call and from what the model predicts. The level is, with σ and ᾱ from the scheduler's tables,
+
+    * variance preserving (DDIM, DDPM, LCM, TCD, PNDM, UnCLIP, Würstchen): a = √ᾱ, b = √(1−ᾱ), by timestep;
+    * sigma space (Euler, Heun, KDPM2, LMS, DPMSolverSDE): a = 1, b = σ;
+    * multistep solvers (DPMSolver, UniPC, DEIS, SASolver): a = 1/√(1+σ²), b = σ·a, or a = 1−σ, b = σ with flow sigmas;
+    * flow matching: a = 1−σ, b = σ; TrigFlow (SCM): a = cos t, b = sin t; IPNDM: its own tables;
+    * EDM and consistency models precondition: their scheduler's c_skip and c_out are the coefficients.
+
+    See Karras et al. (https://arxiv.org/abs/2206.00364), table 1, for the preconditioning, Salimans & Ho
+    (https://arxiv.org/abs/2202.00512), appendix D, for v-prediction, Lu & Song (https://arxiv.org/abs/2410.11081),
+    section 3, for TrigFlow.
+
+    The value is the one that the scheduler itself goes on with: where its `step` clips x0 (`clip_sample`) or thresholds
+    it (`thresholding`), so does this function. The gradient is that of the unclipped estimate (straight-through), since
+    a hard clip has no gradient exactly where x0 is too large and has to come back. What LCM reports as `denoised` is
+    this x0 after its boundary scaling, which gives the sample a weight below 1e-5 from timestep 16 on; what TCD reports
+    is noised again. With `s_churn > 0` Euler perturbs the sample inside `step`, which nothing here knows.
+
+    The only thing that changes in the scheduler is its step index: where it is unset, the scheduler sets it itself,
+    as its first `step` would, from `begin_index` or from `timestep`.
 
     Args:
-        scheduler: The scheduler in use, after `set_timesteps`.
-        model_output: `(B, ...)`, already guided, as handed to `scheduler.step`.
-        timestep: The timestep of this call.
-        sample: `(B, ...)`, the noisy latents of this call, as handed to `scheduler.step`.
+        scheduler: The scheduler in use, after `set_timesteps`. A subclass of a known one counts as that one.
+        model_output: `(B, C, ...)`, already guided, as handed to `scheduler.step`; with a learned variance
+            `(B, 2C, ...)`, of which the first C channels are the prediction.
+        timestep: The timestep of this call: a number, a tensor with one or with `(B,)` entries.
+        sample: `(B, C, ...)`, the noisy latents of this call, as handed to `scheduler.step`: not yet scaled by
+            `scale_model_input`.
 
     Returns:
-        `(B, ...)`, the estimate of the clean latents.
+        `(B, C, ...)`, the estimate of the clean latents in float32, or in float64 if `sample` is.
+
+    Raises:
+        TypeError: The scheduler has no x0 estimate or is unknown.
+        ValueError: The scheduler's `prediction_type` does not go with its noise level, there is no signal to predict x0
+            from (ε-prediction at zero terminal SNR), or `model_output` has not the shape of `sample`.
     """
-    name, config = type(scheduler).__name__, scheduler.config
-    kind = config.get("prediction_type", "epsilon")
-    if hasattr(scheduler, "_init_step_index") and scheduler.step_index is None:
+    space = space_of(scheduler)
+    dtype = torch.promote_types(sample.dtype, torch.float32)
+    sample, output = sample.to(dtype), prediction_channels(scheduler, model_output, sample).to(dtype)
+    skip, out = (spread_over_images(coefficient, sample) for coefficient in space.coefficients(scheduler, timestep))
+    x0 = skip * sample + out * output
+    if space.bound is None:
+        return x0
+    return space.bound(scheduler, x0.detach()) + (x0 - x0.detach())  # adds exactly 0
+
+
+def prediction_channels(scheduler: Any, model_output: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
+    """`model_output` without the channels of a learned variance: it has the shape of `sample` then."""
+    learned = scheduler.config.get("variance_type") in ("learned", "learned_range")
+    if learned and model_output.shape[1] == 2 * sample.shape[1]:
+        model_output = model_output[:, : sample.shape[1]]
+    if model_output.shape != sample.shape:
+        raise ValueError(
+            f"Expected a model output of the shape {tuple(sample.shape)} of the sample, but got "
+            f"{tuple(model_output.shape)}. If the rest is a learned variance, pass the prediction only, or use "
+            f'`{type(scheduler).__name__}.from_config(scheduler.config, variance_type="learned_range")`.'
+        )
+    return model_output
+
+
+def spread_over_images(coefficient: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
+    """`coefficient`, one number or `(B,)`, in a shape, dtype and device that multiplies `sample` image by image."""
+    return coefficient.to(sample).reshape(-1, *[1] * (sample.ndim - 1))
+
+
+def exact(entry: torch.Tensor | float) -> torch.Tensor:
+    """An entry of a scheduler's table in float64, which not every device has."""
+    return torch.as_tensor(entry).detach().cpu().double()
+
+
+def index_of_call(scheduler: Any, timestep: torch.Tensor | float) -> int:
+    """Where the scheduler is in its list of sigmas; at the first call it finds out by itself."""
+    if scheduler.step_index is None:
         scheduler._init_step_index(timestep)
-    if name.startswith("FlowMatch") or kind == "flow_prediction" or config.get("use_flow_sigmas"):
-        return sample - scheduler.sigmas[scheduler.step_index].to(sample) * model_output
-    if config.get("algorithm_type") in MULTISTEP_X0 or name.startswith("UniPC"):
-        return scheduler.convert_model_output(model_output, sample=sample)
-    if kind == "sample":
-        return model_output
-    if name.startswith(("Euler", "Heun")):
-        return x0_from_sigma(scheduler.sigmas[scheduler.step_index].to(sample), kind, model_output, sample)
-    alpha_bar = scheduler.alphas_cumprod.to(sample.device)[int(timestep)].to(sample)
-    if kind == "v_prediction":
-        return alpha_bar.sqrt() * sample - (1 - alpha_bar).sqrt() * model_output
-    return (sample - (1 - alpha_bar).sqrt() * model_output) / alpha_bar.sqrt()
+    return scheduler._step_index
 
 
-def x0_from_sigma(sigma: torch.Tensor, kind: str, model_output: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
-    """x0 in sigma space, x = x0 + σ·ε, for `kind` "epsilon" or "v_prediction"."""
-    if kind == "v_prediction":
-        return sample / (sigma**2 + 1) - model_output * sigma / (sigma**2 + 1).sqrt()
-    return sample - sigma * model_output
+def affine_in_prediction(
+    scheduler: Any, prediction: str, signal: torch.Tensor, noise: torch.Tensor, flow: bool = False
+) -> AffineCoefficients:
+    """(skip, out) of x0 = skip·sample + out·model_output for a model that predicts `prediction`.
+
+    v is defined on the circle, so a level off it is first scaled back to it: with r² = signal² + noise²,
+    x/r = cos φ·x0 + sin φ·ε and v = cos φ·ε − sin φ·x0. A flow velocity is ε − x0, on the line signal + noise = 1.
+    """
+    if prediction == "sample":
+        return torch.zeros_like(signal), torch.ones_like(signal)
+    if prediction == "epsilon":
+        require_signal(scheduler, signal)
+        return 1 / signal, -noise / signal
+    if prediction == "flow_prediction" and flow:
+        return torch.ones_like(noise), -noise
+    if prediction == "v_prediction" and not flow:
+        squared = signal**2 + noise**2
+        return signal / squared, -noise / squared.sqrt()
+    raise unknown_prediction(scheduler, ("epsilon", "sample", "flow_prediction" if flow else "v_prediction"))
+
+
+def require_signal(scheduler: Any, signal: torch.Tensor) -> None:
+    """ε says nothing about x0 where the sample is nothing but ε."""
+    if (signal == 0).any():
+        raise ValueError(
+            f'Expected some signal in the sample of {type(scheduler).__name__} with `prediction_type="epsilon"`, but '
+            'got a timestep with zero SNR. Pass `rescale_betas_zero_snr=False`, `timestep_spacing="leading"`, or use a '
+            "model with v-prediction."
+        )
+
+
+def unknown_prediction(scheduler: Any, known: tuple[str, ...]) -> ValueError:
+    """The error about a `prediction_type` that the space of `scheduler` gives no meaning."""
+    name = type(scheduler).__name__
+    return ValueError(
+        f"Expected `prediction_type` of {name} to be one of {', '.join(known)}, but got "
+        f"{scheduler.config.get('prediction_type')!r}. Pass what the model was trained with: "
+        f"`{name}.from_config(scheduler.config, prediction_type=...)`; where the scheduler has `use_flow_sigmas`, "
+        "flow_prediction goes with True and v_prediction with False."
+    )
+
+
+def configured_prediction(scheduler: Any) -> str:
+    """What the config says that the model predicts; Euler also knows an older name of "sample"."""
+    prediction = scheduler.config.get("prediction_type", "epsilon")
+    return "sample" if prediction == "original_sample" else prediction
+
+
+def from_alphas(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficients:
+    """Variance preserving: ᾱ is looked up by timestep."""
+    steps = torch.as_tensor(timestep).to(scheduler.alphas_cumprod.device, torch.long)
+    alpha_bar = exact(scheduler.alphas_cumprod[steps])
+    return affine_in_prediction(scheduler, configured_prediction(scheduler), alpha_bar.sqrt(), (1 - alpha_bar).sqrt())
+
+
+def from_cosine_time(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficients:
+    """Würstchen and Stable Cascade: the timestep is a ratio in [0, 1] and ᾱ a function of it; they predict ε."""
+    time = torch.as_tensor(timestep)
+    alpha_bar = exact(scheduler._alpha_cumprod(time, time.device))
+    return affine_in_prediction(scheduler, "epsilon", alpha_bar.sqrt(), (1 - alpha_bar).sqrt())
+
+
+def from_sigma(scheduler: Any, sigma: torch.Tensor) -> AffineCoefficients:
+    """Variance exploding: x = x0 + σ·ε."""
+    sigma = exact(sigma)
+    return affine_in_prediction(scheduler, configured_prediction(scheduler), torch.ones_like(sigma), sigma)
+
+
+def from_sigmas(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficients:
+    """The sigma of the step; a second-order scheduler that evaluates at the end of a step lists that sigma twice."""
+    return from_sigma(scheduler, scheduler.sigmas[index_of_call(scheduler, timestep)])
+
+
+def from_interpolated_sigmas(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficients:
+    """KDPM2: every second call is at a sigma between two steps."""
+    index = index_of_call(scheduler, timestep)
+    table = scheduler.sigmas if scheduler.state_in_first_order else scheduler.sigmas_interpol
+    return from_sigma(scheduler, table[index])
+
+
+def from_ancestral_interpolated_sigmas(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficients:
+    """Ancestral KDPM2 keeps the sigma between two steps at the index of the first of them."""
+    index = index_of_call(scheduler, timestep)
+    first_order = scheduler.state_in_first_order
+    return from_sigma(scheduler, scheduler.sigmas[index] if first_order else scheduler.sigmas_interpol[index - 1])
+
+
+def from_midpoint_sigmas(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficients:
+    """DPMSolverSDE remembers the sigma between two steps that it evaluates at."""
+    sigma = scheduler.sigmas[index_of_call(scheduler, timestep)]
+    return from_sigma(scheduler, sigma if scheduler.state_in_first_order else scheduler.mid_point_sigma)
+
+
+def from_solver_sigmas(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficients:
+    """Multistep solvers, whether they go on with x0 or with ε: sigma is b/a, or b with flow sigmas."""
+    sigma = exact(scheduler.sigmas[index_of_call(scheduler, timestep)])
+    flow = bool(scheduler.config.get("use_flow_sigmas"))
+    signal = 1 - sigma if flow else (1 + sigma**2).rsqrt()
+    noise = sigma if flow else sigma * signal
+    return affine_in_prediction(scheduler, configured_prediction(scheduler), signal, noise, flow)
+
+
+def from_flow_sigmas(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficients:
+    """Flow matching, x0 = x − σ·v; with `invert_sigmas` sigma counts the signal and the velocity points to it."""
+    sigma = exact(scheduler.sigmas[index_of_call(scheduler, timestep)])
+    return torch.ones_like(sigma), 1 - sigma if scheduler.config.get("invert_sigmas") else -sigma
+
+
+def from_angle(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficients:
+    """TrigFlow (Sana-Sprint): the timestep is the angle, the output a velocity on the circle of radius `sigma_data`."""
+    if scheduler.config.get("prediction_type") != "trigflow":
+        raise unknown_prediction(scheduler, ("trigflow",))
+    angle = exact(scheduler.timesteps[index_of_call(scheduler, timestep)])
+    return angle.cos(), -angle.sin()
+
+
+def from_own_tables(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficients:
+    """IPNDM: `alphas` is the signal and `betas` the noise, and its models predict v."""
+    index = index_of_call(scheduler, timestep)
+    return exact(scheduler.alphas[index]), -exact(scheduler.betas[index])
+
+
+def from_edm(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficients:
+    """EDM: `prediction_type` is no more than the sign of the preconditioned output."""
+    signs = {"epsilon": 1.0, "v_prediction": -1.0}
+    if configured_prediction(scheduler) not in signs:
+        raise unknown_prediction(scheduler, tuple(signs))
+    sigma = exact(scheduler.sigmas[index_of_call(scheduler, timestep)])
+    data = scheduler.config["sigma_data"]
+    total = sigma**2 + data**2
+    return data**2 / total, signs[configured_prediction(scheduler)] * sigma * data / total.sqrt()
+
+
+def from_consistency(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficients:
+    """Consistency models: as EDM, with the identity as boundary condition at the smallest sigma."""
+    sigma = exact(scheduler.sigmas[index_of_call(scheduler, timestep)])
+    return scheduler.get_scalings_for_boundary_condition(sigma)
+
+
+def clipped(scheduler: Any, x0: torch.Tensor) -> torch.Tensor:
+    """`clip_sample`: to a fixed range."""
+    limit = scheduler.config.get("clip_sample_range", 1.0)
+    return x0.clamp(-limit, limit) if scheduler.config.get("clip_sample") else x0
+
+
+def thresholded(scheduler: Any, x0: torch.Tensor) -> torch.Tensor:
+    """`thresholding`: to a percentile of each image (https://arxiv.org/abs/2205.11487, section 2.3)."""
+    return scheduler._threshold_sample(x0) if scheduler.config.get("thresholding") else x0
+
+
+def thresholded_or_clipped(scheduler: Any, x0: torch.Tensor) -> torch.Tensor:
+    """Thresholding takes the place of clipping."""
+    return thresholded(scheduler, x0) if scheduler.config.get("thresholding") else clipped(scheduler, x0)
+
+
+def thresholded_if_x0(scheduler: Any, x0: torch.Tensor) -> torch.Tensor:
+    """UniPC thresholds only if x0 is what it goes on with."""
+    return thresholded(scheduler, x0) if scheduler.predict_x0 else x0
+
+
+def clipped_to_images(scheduler: Any, x0: torch.Tensor) -> torch.Tensor:
+    """`clip_denoised` of consistency models, which have no latents."""
+    return x0.clamp(-1, 1) if scheduler.config.get("clip_denoised") else x0
+
+
+class SampleSpace(NamedTuple):
+    """What a scheduler means by its sample and by its model's output.
+
+    Attributes:
+        coefficients: `(scheduler, timestep) -> (skip, out)` of x0 = skip·sample + out·model_output.
+        bound: `(scheduler, x0) -> x0`: what `step` does to its x0. None where it does nothing, whatever the config
+            says: `from_config` keeps settings of the scheduler before, so one counts only where the class reads it.
+    """
+
+    coefficients: Callable[[Any, Any], AffineCoefficients]
+    bound: Callable[[Any, torch.Tensor], torch.Tensor] | None = None
+
+
+SAMPLE_SPACES = {
+    "DDIMScheduler": SampleSpace(from_alphas, thresholded_or_clipped),
+    "DDIMParallelScheduler": SampleSpace(from_alphas, thresholded_or_clipped),
+    "DDPMScheduler": SampleSpace(from_alphas, thresholded_or_clipped),
+    "DDPMParallelScheduler": SampleSpace(from_alphas, thresholded_or_clipped),
+    "LCMScheduler": SampleSpace(from_alphas, thresholded_or_clipped),
+    "UnCLIPScheduler": SampleSpace(from_alphas, clipped),
+    "PNDMScheduler": SampleSpace(from_alphas),
+    "TCDScheduler": SampleSpace(from_alphas),
+    "DDPMWuerstchenScheduler": SampleSpace(from_cosine_time),
+    "EulerDiscreteScheduler": SampleSpace(from_sigmas),
+    "EulerAncestralDiscreteScheduler": SampleSpace(from_sigmas),
+    "HeunDiscreteScheduler": SampleSpace(from_sigmas, clipped),
+    "LMSDiscreteScheduler": SampleSpace(from_sigmas),
+    "KDPM2DiscreteScheduler": SampleSpace(from_interpolated_sigmas),
+    "KDPM2AncestralDiscreteScheduler": SampleSpace(from_ancestral_interpolated_sigmas),
+    "DPMSolverSDEScheduler": SampleSpace(from_midpoint_sigmas),
+    "DPMSolverMultistepScheduler": SampleSpace(from_solver_sigmas, thresholded),
+    "DPMSolverSinglestepScheduler": SampleSpace(from_solver_sigmas, thresholded),
+    "DEISMultistepScheduler": SampleSpace(from_solver_sigmas, thresholded),
+    "SASolverScheduler": SampleSpace(from_solver_sigmas, thresholded),
+    "UniPCMultistepScheduler": SampleSpace(from_solver_sigmas, thresholded_if_x0),
+    "FlowMatchEulerDiscreteScheduler": SampleSpace(from_flow_sigmas),
+    "FlowMatchHeunDiscreteScheduler": SampleSpace(from_flow_sigmas),
+    "FlowMatchLCMScheduler": SampleSpace(from_flow_sigmas),
+    "SCMScheduler": SampleSpace(from_angle),
+    "IPNDMScheduler": SampleSpace(from_own_tables),
+    "EDMEulerScheduler": SampleSpace(from_edm),
+    "EDMDPMSolverMultistepScheduler": SampleSpace(from_edm, thresholded),
+    "CosineDPMSolverMultistepScheduler": SampleSpace(from_edm),
+    "CMStochasticIterativeScheduler": SampleSpace(from_consistency, clipped_to_images),
+}
+
+WITHOUT_ESTIMATE = {
+    "AmusedScheduler": "samples discrete tokens",
+    "BlockRefinementScheduler": "samples discrete tokens",
+    "DiscreteDDIMScheduler": "samples discrete tokens",
+    "EntropyBoundScheduler": "samples discrete tokens",
+    "VQDiffusionScheduler": "samples discrete tokens",
+    "DDIMInverseScheduler": "runs from an image to its noise",
+    "DPMSolverMultistepInverseScheduler": "runs from an image to its noise",
+    "CogVideoXDDIMScheduler": "is made for video",
+    "CogVideoXDPMScheduler": "is made for video",
+    "HeliosScheduler": "is made for video",
+    "HeliosDMDScheduler": "is made for video",
+    "LTXEulerAncestralRFScheduler": "is made for video",
+    "MiniMaxH3Scheduler": "is made for video",
+    "RFD4ProteinaScheduler": "is made for proteins",
+    "PiflowScheduler": "takes a policy over many times from its model",
+    "FlowMapEulerDiscreteScheduler": "takes a mean velocity between two times from its model",
+    "ScoreSdeVeScheduler": "takes a score from its model",
+    "ScoreSdeVpScheduler": "takes a score from its model",
+    "KarrasVeScheduler": "takes two noise levels for a step",
+    "RePaintScheduler": "takes a known image and a mask for a step",
+    "ConsistencyDecoderScheduler": "decodes latents",
+}
+
+
+def space_of(scheduler: Any) -> SampleSpace:
+    """The space of a scheduler by the names of its classes: a copy from the Hub is another class of the same name."""
+    names = [cls.__name__ for cls in type(scheduler).__mro__]
+    known = next((name for name in names if name in SAMPLE_SPACES or name in WITHOUT_ESTIMATE), None)
+    if known in SAMPLE_SPACES:
+        return SAMPLE_SPACES[known]
+    raise TypeError(
+        f"Expected an image scheduler of diffusers whose x0 estimate is known, but got {names[0]}, which "
+        f"{WITHOUT_ESTIMATE.get(known or '', 'is not one of them')}. Give the pipeline another one, such as "
+        "`DDIMScheduler.from_config(pipe.scheduler.config)`, or `FlowMatchEulerDiscreteScheduler` for flow matching."
+    )
 
 
 # pipelines/module_state.py
@@ -1412,7 +1701,7 @@ class PipelineSampler:
 
     def run(self, noise: torch.Tensor, gradient: Gradient, preview: bool, output_type: str) -> torch.Tensor:
         twin = self.fresh_twin(noise, gradient)
-        one_call = first_step_only(twin.scheduler) if preview else contextlib.nullcontext()
+        one_call = first_step_only(twin) if preview else contextlib.nullcontext()
         ours = {"generator": twin.sampling_generator, "output_type": output_type, "return_dict": False}
         with one_call, torch.set_grad_enabled(gradient is not None and noise.requires_grad):
             output = self.call(twin, **self.request, **ours)[0]
@@ -1446,12 +1735,18 @@ class PipelineSampler:
 
 
 @contextlib.contextmanager
-def first_step_only(scheduler) -> Iterator[None]:
-    """Let a pipeline make one model call, whose `step` returns the x0 estimate. `scheduler` must be a copy.
+def first_step_only(pipe) -> Iterator[None]:
+    """Let a pipeline make one model call, whose `step` returns the x0 estimate. Its scheduler must be a copy.
 
     Cutting the list of timesteps stops the loop of every family, also of those that have no interrupt.
+
+    Raises:
+        TypeError: If the pipeline takes no step, or takes one before a denoiser was called.
     """
+    scheduler = pipe.scheduler
     set_timesteps, step = scheduler.set_timesteps, scheduler.step
+    calls: list[int] = []
+    stepped: list[bool] = []  # for each step whether a denoiser had been called
 
     @functools.wraps(set_timesteps)
     def set_one(*args, **kwargs):
@@ -1460,14 +1755,24 @@ def first_step_only(scheduler) -> Iterator[None]:
 
     @functools.wraps(step)
     def estimate(model_output, timestep, sample, *_, **__):
+        stepped.append(bool(calls))
         x0 = predict_x0(scheduler, model_output, timestep, sample).to(model_output.dtype)
         return (x0, x0)
 
     vars(scheduler).update(set_timesteps=set_one, step=estimate)
+    parts = [part for name in DENOISERS if (part := getattr(pipe, name, None)) is not None]
+    handles = [part.register_forward_pre_hook(lambda *_: calls.append(1)) for part in parts]
     try:
         yield
     finally:
         del scheduler.set_timesteps, scheduler.step
+        for handle in handles:
+            handle.remove()
+    if not all(stepped or [False]):
+        raise TypeError(
+            f"Expected a pipeline that calls its denoiser ({', '.join(DENOISERS)}) before the first `scheduler.step`, "
+            f"but {type(pipe).__name__} does not, and no x0 can be estimated. Use a method that looks at images."
+        )
 
 
 def denormalize_straight_through(images: torch.Tensor) -> torch.Tensor:
@@ -1483,6 +1788,7 @@ class Sample:
     Attributes:
         noise: `(B, C, H, W)`, the initial noise.
         prompts: `B` prompts.
+        groups: `B` integers, equal where images share their prompt.
         seeds: `B` integers that differ from step to step and from image to image: for objectives that draw at random.
         images: `(B, 3, H, W)` in [0, 1]: the result of the whole chain, or of one model call for a preview.
         x0: `(B, C, H, W)`: the estimate of the clean latents after one model call.
@@ -1493,11 +1799,13 @@ class Sample:
         sampler: PipelineSampler,
         noise: torch.Tensor,
         prompts: list[str],
+        groups: list[int],
         seeds: list[int],
         gradient: Gradient,
         preview: bool = False,
     ) -> None:
-        self.sampler, self.noise, self.prompts, self.seeds = sampler, noise, prompts, seeds
+        self.sampler, self.noise, self.prompts = sampler, noise, prompts
+        self.groups, self.seeds = groups, seeds
         self.gradient: Gradient = gradient
         self.preview = preview
 
@@ -1529,6 +1837,7 @@ class NoiseProblem:
         space: Noise to latents.
         noise: `(B, C, H, W)`, the base noise, float32 or better.
         prompts: `B` prompts for the rewards.
+        groups: `B` integers, equal where images share their prompt.
         dtype: What the pipeline draws its noise in.
         request: The arguments of the call, for the provenance.
     """
@@ -1538,6 +1847,7 @@ class NoiseProblem:
     space: LatentSpace
     noise: torch.Tensor
     prompts: list[str]
+    groups: list[int]
     dtype: torch.dtype
     request: dict[str, Any]
 
@@ -1691,6 +2001,9 @@ class Objective:
 
     def __call__(self, sample: Sample) -> torch.Tensor:
         return self.evaluate(sample)[0]
+
+    def check_groups(self, groups: Sequence[int]) -> None:
+        """Raise `ValueError` for a batch that cannot be compared, before any model runs; see `Sample.groups`."""
 
     def try_out(self, prompt: str, height: int, width: int, gradient: bool) -> None:
         """Raise for user code that cannot work on images of this size, before any model runs."""
@@ -1861,11 +2174,12 @@ class NoiseOptimizer:
     Subclasses are frozen, keyword-only dataclasses whose fields are the method's settings.
 
     Attributes:
-        steps: Evaluations, the plain result included: the noise is moved `steps − 1` times.
+        steps: Evaluations, the plain result included: the noise is moved `steps − 1` times, or after each of them by a
+            method that returns the last.
         gradient: "full", "frozen" or `None`; see `PipelineSampler.images`.
         preview: Look at the x0 estimate of one model call instead of the whole chain.
         clamp: "straight_through" or "hard"; see `PipelineSampler`.
-        returns: "best" or "last".
+        returns: "best", the noise of the lowest loss, or "last", the noise after the last move, which is not evaluated.
     """
 
     steps: int
@@ -1921,7 +2235,7 @@ class NoiseOptimizer:
             loop.start()
             for step in range(self.steps):
                 loop.evaluate(step)
-                if state.stopped or step == self.steps - 1:
+                if state.stopped or not loop.moves_after(step):
                     break
                 loop.move()
                 if state.stopped:
@@ -1966,14 +2280,18 @@ class OptimizationLoop:
             if hasattr(callback, "on_run_end"):
                 callback.on_run_end(self.state)
 
+    def moves_after(self, step: int) -> bool:
+        """Whether the noise is moved after this step: a best noise has been evaluated, a last one need not be."""
+        return self.method.returns == "last" or step < self.method.steps - 1
+
     def evaluate(self, step: int) -> None:
         """Score the current noise, keep it where it is the best, and ask the callbacks."""
         state, method = self.state, self.method
-        moves_on = step < method.steps - 1
-        gradient = method.gradient if moves_on else None  # nothing is moved after the last evaluation
+        gradient = method.gradient if self.moves_after(step) else None
         self.leaf = state.noise.detach().requires_grad_(gradient is not None)
         seeds = [seed + step for seed in self.problem.seeds]
-        sample = Sample(self.problem.sampler, self.leaf, state.prompts, seeds, gradient, method.preview)
+        groups = self.problem.groups
+        sample = Sample(self.problem.sampler, self.leaf, state.prompts, groups, seeds, gradient, method.preview)
         try:
             with torch.set_grad_enabled(gradient is not None):
                 loss, scores = self.objective.evaluate(sample)
@@ -2100,6 +2418,17 @@ def list_noise_optimizers() -> list[str]:
     return sorted(METHODS)
 
 
+def call_settings(named: dict[str, Any], others: Mapping[str, Any] | None, argument: str) -> dict[str, Any]:
+    """The settings of a method from a pipeline call: arguments that are not `None`, and a dict of others.
+
+    Raises `ValueError` for a setting that is given both ways; `argument` is what the dict is called.
+    """
+    settings = {name: value for name, value in named.items() if value is not None}
+    if twice := sorted(settings.keys() & (others or {}).keys()):
+        raise ValueError(f"Expected each setting once, but got {twice} by argument and in `{argument}` too.")
+    return {**settings, **(others or {})}
+
+
 def as_noise_optimizer(method: Any, settings: dict[str, Any] | None = None) -> NoiseOptimizer:
     """A method by its name and settings, or a method as it is. Raises `ValueError` or `TypeError` otherwise."""
     if isinstance(method, str):
@@ -2142,6 +2471,8 @@ class NoiseRun:
         refuse_offload(pipe)
         self.objective: Objective = method.objective(pipe)
         self.prompts = prompts_of(request, self.objective.requires_prompt)
+        self.groups = groups_of(request)
+        self.objective.check_groups(self.groups)
         check_latents(request, len(self.prompts))
         if size := image_size(pipe, request):
             self.objective.try_out(self.prompts[0], *size, gradient=method.gradient is not None)
@@ -2161,7 +2492,8 @@ class NoiseRun:
         noise, drew = space.draw(pipe)
         sampler = PipelineSampler(pipe, self.request, self.encoded, space, random_state, drew, self.method.clamp)
         master = noise.detach().to(torch.promote_types(noise.dtype, torch.float32))
-        problem = NoiseProblem(pipe, sampler, space, master, self.prompts, noise.dtype, self.request)
+        prompts, groups = self.prompts, self.groups
+        problem = NoiseProblem(pipe, sampler, space, master, prompts, groups, noise.dtype, self.request)
         with torch.enable_grad():
             self.result = self.method.run(problem, self.objective, self.callbacks)
         if not self.render:
@@ -2183,6 +2515,18 @@ def prompts_of(request: dict[str, Any], required: bool) -> list[str]:
         prompt = [""] * len(embeds)  # pyright: ignore[reportArgumentType]
     texts = [prompt] if isinstance(prompt, str) else list(prompt)
     return [text for text in texts for _ in range(request.get("num_images_per_prompt") or 1)]
+
+
+def groups_of(request: dict[str, Any]) -> list[int]:
+    """For each image the index of the first prompt, or the first embedding, that equals its own."""
+    prompt, embeds = request.get("prompt"), request.get("prompt_embeds")
+    if prompt is not None:
+        texts = [prompt] if isinstance(prompt, str) else list(prompt)
+        first = [texts.index(text) for text in texts]
+    else:
+        rows = list(embeds)  # pyright: ignore[reportArgumentType]
+        first = [next(i for i, other in enumerate(rows) if torch.equal(row, other)) for row in rows]
+    return [group for group in first for _ in range(request.get("num_images_per_prompt") or 1)]
 
 
 def check_latents(request: dict[str, Any], batch: int) -> None:
@@ -2470,11 +2814,7 @@ class ReNOMixin(NoiseOptimizationMixin):
         Raises:
             ValueError: For settings that cannot work, before any model runs.
         """
-        named = {"steps": optimization_steps, "mode": mode}
-        settings = {name: value for name, value in named.items() if value is not None}
-        if twice := sorted(settings.keys() & (reno_kwargs or {}).keys()):
-            raise ValueError(f"Expected each setting once, but got {twice} by argument and in `reno_kwargs` too.")
-        settings |= reno_kwargs or {}
+        settings = call_settings({"steps": optimization_steps, "mode": mode}, reno_kwargs, "reno_kwargs")
         if rewards is None and settings:
             raise ValueError(
                 f"Expected `rewards` beside {sorted(settings)}, but got none: there is nothing to optimise."

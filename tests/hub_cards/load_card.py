@@ -1,11 +1,14 @@
 """Run by `test_loading.py` in a fresh process: load a card from its folder and from the Hub, and compare the images.
 
 Local pipelines share one module name, and the Hub's address is read at import: hence one process for each card.
-Arguments: the class; its family in `tiny_pipelines`; the module it has in the package; the card's folder; its Hub id;
-the Hub's folder of repositories. Prints one JSON object.
+Arguments: the class; its family in `tiny_pipelines`; its method; the module it has in the package; the card's folder;
+its Hub id; the Hub's folder of repositories. Prints one JSON object.
 """
 
+import dataclasses
+import functools
 import importlib
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -13,51 +16,91 @@ from typing import Any
 
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-from tiny_pipelines import BUILDERS, quiet, save_tiny_clip
+from tiny_pipelines import BUILDERS, call_arguments, quiet, save_tiny_clip
 
-REWARDS: dict[str, float] = {"red": 1.0, "tiny/clip": 0.1}
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Trial:
+    """What the cards of a method are asked for.
+
+    Attributes:
+        plain: Arguments of every call, over those of the family; the stock class takes them too.
+        off: What leaves a pipeline as its stock class.
+        requests: What it does to the noise otherwise: each leads to other images.
+    """
+
+    plain: dict[str, Any]
+    off: dict[str, Any]
+    requests: list[dict[str, Any]]
+
+
+TRIALS = {
+    "ReNO": Trial(
+        plain={"num_inference_steps": 1, "guidance_scale": 0.0},
+        off={},
+        requests=[{"rewards": {"red": 1.0, "tiny/clip": 0.1}, "optimization_steps": 3}],
+    ),
+    "CNO": Trial(
+        plain={"num_images_per_prompt": 2},
+        off={"optimization_steps": 0},
+        requests=[{}, {"optimization_steps": 2, "cno_kwargs": {"window_size": 4}}],
+    ),
+}
 
 
 def draw(pipe: Any, **kwargs: Any) -> Any:
-    """One image from one seed."""
+    """What one seed gives."""
     pipe.set_progress_bar_config(disable=True)
-    generator = torch.Generator().manual_seed(7)
-    settings: dict[str, Any] = {"num_inference_steps": 1, "guidance_scale": 0.0, "output_type": "pt"}
-    return pipe("a red cat", generator=generator, **settings, **kwargs)
+    return pipe("a red cat", output_type="pt", **{"generator": torch.Generator().manual_seed(7), **kwargs})
 
 
-def optimized(pipe: Any) -> Any:
-    return draw(pipe, rewards=REWARDS, optimization_steps=3)
+def images_of(outputs: list[Any]) -> torch.Tensor:
+    return torch.stack([output.images for output in outputs])
 
 
-def main(name: str, family: str, module: str, folder: str, repository: str, hub: Path) -> dict[str, bool]:
+def redrawn(pipe: Any, outputs: list[Any], path: Path, **kwargs: Any) -> list[Any]:
+    """What the noises of `outputs` give once they were written to a file and read by the package."""
+    result = importlib.import_module("noiseopt.pipelines.noise_result").NoiseResult
+    again = []
+    for output in outputs:
+        output.noise_result.save(path)
+        noise = result.load(path)
+        again.append(draw(pipe, latents=noise.latents, generator=noise.generator(), **kwargs))
+    return again
+
+
+def main(name: str, family: str, method: str, module: str, folder: str, repository: str, hub: Path) -> dict[str, bool]:
     """What is true of the card."""
+    trial = TRIALS[method]
+    plain = call_arguments(family) | trial.plain
     stock = quiet(BUILDERS[family]())
     weights = hub / "tiny" / name.lower()
     stock.save_pretrained(weights)
     save_tiny_clip(hub / "tiny" / "clip")
+    # diffusers insists on parts that the weights do not have, such as the third text encoder of SD3
+    absent = {part: None for part, value in stock.components.items() if value is None}
+    load = functools.partial(DiffusionPipeline.from_pretrained, trust_remote_code=True, **absent)
 
-    local = DiffusionPipeline.from_pretrained(weights, custom_pipeline=folder, trust_remote_code=True)
-    remote = DiffusionPipeline.from_pretrained(
-        f"tiny/{weights.name}", custom_pipeline=repository, trust_remote_code=True
-    )
-    output = optimized(remote)
-    image, noise_file = output.images, hub / "noise.safetensors"
-    output.noise_result.save(noise_file)
+    def optimized(pipe: Any) -> list[Any]:
+        return [draw(pipe, **plain, **request) for request in trial.requests]
+
+    local = load(weights, custom_pipeline=folder)
+    remote = load(f"tiny/{weights.name}", custom_pipeline=repository)
+    outputs, stock_images = optimized(remote), draw(stock, **plain).images
+    images = images_of(outputs)
+    pairs = itertools.combinations([stock_images, *images], 2)
     facts = {
-        "folder and Hub draw the same": torch.equal(image, optimized(local).images),
-        "the noise was optimised": not torch.equal(image, draw(stock).images),
-        "without rewards it is the stock pipeline": torch.equal(draw(remote).images, draw(stock).images),
+        "folder and Hub draw the same": torch.equal(images, images_of(optimized(local))),
+        "the noise was optimised as asked": not any(torch.equal(*pair) for pair in pairs),
+        "switched off it is the stock pipeline": torch.equal(draw(remote, **plain, **trial.off).images, stock_images),
         "the package was not needed": "noiseopt" not in sys.modules,
     }
-    package = getattr(importlib.import_module(module), name).from_pretrained(weights)
-    facts["the package draws the same"] = torch.equal(image, optimized(package).images)
-    noise = importlib.import_module("noiseopt.pipelines.noise_result").NoiseResult.load(noise_file)
-    facts["the package draws it again from the saved noise"] = torch.equal(
-        image, draw(package, latents=noise.latents).images
-    )
+    package = getattr(importlib.import_module(module), name).from_pretrained(weights, **absent)
+    again = redrawn(package, outputs, hub / "noise.safetensors", **plain, **trial.off)
+    facts["the package draws the same"] = torch.equal(images, images_of(optimized(package)))
+    facts["the package draws it again from the saved noise"] = torch.equal(images, images_of(again))
     return facts
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(*sys.argv[1:6], hub=Path(sys.argv[6]))))
+    print(json.dumps(main(*sys.argv[1:7], hub=Path(sys.argv[7]))))

@@ -1,10 +1,14 @@
 """What lies in the card folders: up to date, self-contained, and true to what it says."""
 
 import ast
+import dataclasses
 import functools
+import importlib
+import inspect
 import re
 import sys
 
+import diffusers
 import pytest
 from huggingface_hub import ModelCard
 
@@ -121,22 +125,68 @@ def test_snippets_compile_and_fit_the_card(build, readmes):
             for keyword in ast.walk(ast.parse(first))
             if isinstance(keyword, ast.keyword) and isinstance(keyword.value, ast.Constant)
         }
+        compile(first, card.name, "exec")
         assert keywords["custom_pipeline"] == f"noiseopt/{card.name}"
         assert keywords["trust_remote_code"] is True
         assert card.base_model in first
 
 
-def test_snippet_uses_arguments_and_rewards_that_exist(readmes):
-    for text in readmes.values():
-        assert {"`rewards`", "`clipscore`"} <= {line.split(" | ")[0][2:] for line in text.splitlines()}
+def section(text, title):
+    """What a card says under a heading; nothing without it."""
+    return text.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
+
+
+def rows(text):
+    """The cells of each row of the tables in a text that begins with a name, which is given without its quotes."""
+    return re.findall(r"^\| `(\w+)` \| (.*) \| (.*) \|$", text, flags=re.MULTILINE)
+
+
+def example_call(text):
+    """The keyword arguments of the call of `pipe` in a card's first program, as syntax trees."""
+    nodes = ast.walk(ast.parse(re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)[0]))
+    (call,) = (node for node in nodes if isinstance(node, ast.Call) and ast.unparse(node.func) == "pipe")
+    return {keyword.arg: keyword.value for keyword in call.keywords}
+
+
+def test_snippet_uses_arguments_that_exist(build, readmes):
+    for card in build.CARDS:
+        stock = inspect.signature(getattr(diffusers, card.stock).__call__).parameters
+        ours = {name for name, *_ in rows(section(readmes[card.name], "Arguments"))}
+        assert not ours & set(stock)
+        assert set(example_call(readmes[card.name])) <= ours | set(stock)
+
+
+def test_only_what_takes_rewards_promises_them(build, cards, readmes, bundles):
+    for card in build.CARDS:
+        text = readmes[card.name]
+        registered = {name for node in bundles[card.name].body for name in cards.registered_names(node)}
+        assert {name for name, *_ in rows(section(text, "Rewards"))} == registered
+        if "rewards" in {name for name, *_ in rows(section(text, "Arguments"))}:
+            assert set(ast.literal_eval(example_call(text)["rewards"])) <= registered
+        else:
+            assert not registered and "reward" not in text.lower()
+
+
+def test_stock_class_is_the_base_of_the_pipeline(build, bundles):
+    for card in build.CARDS:
+        classes = [node for node in bundles[card.name].body if isinstance(node, ast.ClassDef)]
+        assert card.stock in {ast.unparse(base) for node in classes for base in node.bases}
+
+
+def test_settings_are_the_fields_with_a_default(build, readmes):
+    for card in build.CARDS:
+        fields = dataclasses.fields(getattr(importlib.import_module("noiseopt.pipelines"), card.method.name))
+        expected = {field.name: field.default for field in fields if field.default is not dataclasses.MISSING}
+        table = section(readmes[card.name], "Arguments").partition("Settings of the method")[2]
+        assert {name: ast.literal_eval(default.strip("`")) for name, default, _ in rows(table)} == expected
 
 
 def test_every_argument_is_explained(readmes):
     """The tables come from docstrings: an empty cell is an argument that its docstring leaves out."""
     for text in readmes.values():
-        rows = re.findall(r"^\| `\w+` \| .* \| (.*) \|$", text.split("## Rewards")[0], flags=re.MULTILINE)
-        assert len(rows) > 5
-        assert all(rows)
+        meanings = [meaning for *_, meaning in rows(section(text, "Arguments"))]
+        assert len(meanings) > 5
+        assert all(meanings)
 
 
 def test_readme_names_the_required_packages(cards, readmes, dependencies):

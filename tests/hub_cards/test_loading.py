@@ -10,6 +10,10 @@ from huggingface_hub import HfApi
 
 # card -> its class and its family in `tiny_pipelines`
 CLASSES = {
+    "cno-flux": ("CNOFluxPipeline", "flux"),
+    "cno-stable-diffusion": ("CNOStableDiffusionPipeline", "sd"),
+    "cno-stable-diffusion-3": ("CNOStableDiffusion3Pipeline", "sd3"),
+    "cno-stable-diffusion-xl": ("CNOStableDiffusionXLPipeline", "sdxl"),
     "reno-stable-diffusion": ("ReNOStableDiffusionPipeline", "sd"),
     "reno-turbo": ("ReNOTurboPipeline", "sdxl"),
 }
@@ -34,8 +38,10 @@ def test_all_cards_are_loaded(build):
 
 @pytest.mark.parametrize("name", CLASSES)
 def test_card_draws_what_the_package_draws(name, pushed, hub, root, tmp_path):
-    module = "noiseopt." + pushed(name).module.removesuffix(".py").replace("/", ".")
-    arguments = [*CLASSES[name], module, root / "hub_cards" / name, f"someone/{name}", hub.root]
+    card = pushed(name)
+    module = "noiseopt." + card.module.removesuffix(".py").replace("/", ".")
+    folder = root / "hub_cards" / name
+    arguments = [*CLASSES[name], card.method.name, module, folder, f"someone/{name}", hub.root]
     environment = hub.environment(tmp_path / "cache")
     environment["PYTHONPATH"] = os.pathsep.join([str(root / "src"), str(root / "tests")])
     command = [sys.executable, root / "tests/hub_cards/load_card.py", *arguments]
@@ -45,7 +51,7 @@ def test_card_draws_what_the_package_draws(name, pushed, hub, root, tmp_path):
     facts = json.loads(run.stdout.splitlines()[-1])
     assert all(facts.values()), facts
     assert any(request.startswith(f"GET /someone/{name}/resolve/") for request in hub.requests)
-    assert any(request.startswith("GET /tiny/clip/resolve/") for request in hub.requests)
+    assert any(request.startswith("GET /tiny/clip/resolve/") for request in hub.requests) == card.method.takes_rewards
 
 
 def test_push_replaces_and_names_the_account(pushed, hub):

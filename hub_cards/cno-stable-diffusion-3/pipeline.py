@@ -1,0 +1,2814 @@
+"""CNO for models of the Stable Diffusion 3 kind.
+
+Generated from pipelines/cno_stable_diffusion_3.py by `python hub_cards/build.py`. Edit the source, not this file.
+"""
+
+import contextlib
+import copy
+import dataclasses
+import difflib
+import functools
+import importlib.metadata
+import inspect
+import itertools
+import json
+import math
+import numbers
+import os
+import platform
+import re
+import time
+import types
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
+
+import torch
+import torch.nn.functional as F
+from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import StableDiffusion3Pipeline
+from diffusers.utils.torch_utils import randn_tensor
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import AutoConfig, ImageProcessingMixin
+
+
+# rewards/transforms.py
+
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+Resample = Literal["bicubic", "bilinear"]
+PIL_RESAMPLE: dict[int, Resample] = {2: "bilinear", 3: "bicubic"}
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Half precision becomes float32; float64 stays, for numerical checks."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def straight_through_clamp(x: Tensor) -> Tensor:
+    """Clamp to [0, 1] in the forward pass; the gradient passes as if there were no clamp."""
+    return x + (x.clamp(0, 1) - x).detach()
+
+
+def resize(images: Tensor, size: tuple[int, int], resample: Resample = "bicubic", single_pass: bool = False) -> Tensor:
+    """Resize (B, C, H, W) images in [0, 1] to `size` = (height, width), antialiased, in float32 or more.
+
+    Pillow resizes uint8 images in two passes, each of which is rounded and clipped. Doing the same on float images,
+    without the rounding, agrees with it to 1.13/255 in the worst case. One unclamped pass (`single_pass=True`, what
+    torchvision and ReNO do on float tensors) is off by up to 22/255 on sharp edges.
+    """
+    images = at_least_float32(images)
+    if single_pass:
+        return F.interpolate(images, size, mode=resample, antialias=True, align_corners=False)
+    # The clamps are straight-through: in a saturated area the resized values lie at 1 plus or minus a rounding error,
+    # and a hard clamp would drop the gradient of every pixel that was rounded up, so it could never darken again.
+    for target in (first_pass_size(images.shape[-2], images.shape[-1], size), size):
+        images = F.interpolate(images, target, mode=resample, antialias=True, align_corners=False)
+        images = straight_through_clamp(images)
+    return images
+
+
+def first_pass_size(height: int, width: int, size: tuple[int, int]) -> tuple[int, int]:
+    """What the first of Pillow's two passes makes of (height, width) on the way to `size`.
+
+    The width goes first, unless the height loses more than twice as many pixels (since Pillow 13). The order is visible
+    because of the clipping in between: up to 13/255 on a checkerboard.
+    """
+    if height - size[0] > max(0, 2 * (width - size[1])):
+        return size[0], width
+    return height, size[1]
+
+
+def shortest_edge(height: int, width: int, edge: int) -> tuple[int, int]:
+    """The (height, width) that brings the shorter side to `edge`; the longer one is truncated, as transformers does."""
+    return (edge, int(edge * width / height)) if height <= width else (int(edge * height / width), edge)
+
+
+def center_crop(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """Centre crop of (..., H, W) to `size`; a side that is too short is padded with zeros, as transformers does."""
+    (height, width), (crop_height, crop_width) = images.shape[-2:], size
+    top, left = (height - crop_height) // 2, (width - crop_width) // 2
+    return F.pad(images, (-left, crop_width - width + left, -top, crop_height - height + top))
+
+
+def longest_edge_pad(images: Tensor, edge: int = 224) -> Tensor:
+    """Bring the longer side to `edge` and pad with zeros to a square: the preprocessing of HPSv2.
+
+    One pass without a clamp, since the original resizes float tensors.
+    Source: https://github.com/tgxs002/HPSv2, `ResizeMaxSize`.
+    """
+    scale = edge / max(images.shape[-2:])
+    size = (round(images.shape[-2] * scale), round(images.shape[-1] * scale))
+    images = resize(images, size, single_pass=True)
+    top, left = (edge - size[0]) // 2, (edge - size[1]) // 2
+    return F.pad(images, (left, edge - size[1] - left, top, edge - size[0] - top))
+
+
+def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """`(images - mean) / std` per channel of (B, C, H, W)."""
+    return (images - images.new_tensor(mean)[:, None, None]) / images.new_tensor(std)[:, None, None]
+
+
+@dataclass(frozen=True)
+class ImageTransform:
+    """Images (B, 3, H, W) in [0, 1] -> the pixels a vision tower expects, in float32. The defaults are CLIP's.
+
+    Args:
+        size: the shorter side's length, an exact (height, width), or None not to resize.
+        crop: (height, width) of the centre crop, or None.
+        mean, std: per channel, or None not to normalise.
+        resample: the filter, always antialiased.
+        single_pass: resize as float-tensor code does (one pass, no clamp) and not as Pillow does. ReNO's released code
+            needs it: `dataclasses.replace(reward.image_transform, single_pass=True)`.
+    """
+
+    size: int | tuple[int, int] | None = 224
+    crop: tuple[int, int] | None = (224, 224)
+    mean: tuple[float, ...] | None = CLIP_MEAN
+    std: tuple[float, ...] | None = CLIP_STD
+    resample: Resample = "bicubic"
+    single_pass: bool = False
+
+    def __call__(self, images: Tensor) -> Tensor:
+        images = at_least_float32(images)
+        if not self.single_pass:
+            # Decoders overshoot. A hard clamp would give those pixels no gradient, and they would stay saturated.
+            images = straight_through_clamp(images)
+        size = self.size
+        if isinstance(size, int):
+            size = shortest_edge(images.shape[-2], images.shape[-1], size)
+        if size is not None:
+            images = resize(images, size, self.resample, self.single_pass)
+        if self.crop is not None:
+            images = center_crop(images, self.crop)
+        if self.mean is not None and self.std is not None:
+            images = normalize(images, self.mean, self.std)
+        return images
+
+    @classmethod
+    def from_processor_config(
+        cls,
+        config: Mapping[str, Any] | str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        cache_dir: str | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+    ) -> "ImageTransform":
+        """Read a checkpoint's image processor settings; what they leave out is as in transformers' CLIP processor.
+
+        Args:
+            config: the settings as a dict, or the Hub id or folder that holds `preprocessor_config.json`.
+
+        Raises:
+            ValueError: for a `size` or `resample` that has no differentiable equivalent here.
+            OSError: when there is no such file.
+        """
+        if not isinstance(config, Mapping):
+            config, _ = ImageProcessingMixin.get_image_processor_dict(
+                config, revision=revision, cache_dir=cache_dir, token=token, local_files_only=local_files_only
+            )
+        size = processor_size(config.get("size", 224))
+        # Processors that squash to an exact size (BLIP, SigLIP) leave `do_center_crop` out and do not crop.
+        cropped = config.get("do_center_crop", isinstance(size, int))
+        return cls(
+            size=size if config.get("do_resize", True) else None,
+            crop=processor_crop(config.get("crop_size", 224)) if cropped else None,
+            mean=tuple(config.get("image_mean", CLIP_MEAN)) if config.get("do_normalize", True) else None,
+            std=tuple(config.get("image_std", CLIP_STD)) if config.get("do_normalize", True) else None,
+            resample=processor_resample(config.get("resample", 3)),
+        )
+
+
+def processor_size(size: int | Mapping[str, int | None]) -> int | tuple[int, int]:
+    """The `size` of a processor config: an int for the shorter side, a (height, width) for an exact size."""
+    if isinstance(size, int):
+        return size
+    given = {key: value for key, value in size.items() if value is not None}
+    if given.keys() == {"shortest_edge"}:
+        return given["shortest_edge"]
+    if given.keys() == {"height", "width"}:
+        return given["height"], given["width"]
+    raise ValueError(
+        f"Expected the image processor's `size` to be an int, {{'shortest_edge'}} or {{'height', 'width'}}, but got "
+        f"{size}. Pass your own `image_transform` to the reward."
+    )
+
+
+def processor_crop(size: int | Mapping[str, int]) -> tuple[int, int]:
+    """The `crop_size` of a processor config as (height, width)."""
+    return (size, size) if isinstance(size, int) else (size["height"], size["width"])
+
+
+def processor_resample(resample: int) -> Resample:
+    """The `resample` code of Pillow as a mode of `torch.nn.functional.interpolate`."""
+    if resample not in PIL_RESAMPLE:
+        raise ValueError(
+            f"Expected the image processor's `resample` to be 2 (bilinear) or 3 (bicubic), but got {resample}. Pass "
+            "your own `image_transform` to the reward."
+        )
+    return PIL_RESAMPLE[resample]
+
+
+# rewards/reward.py
+
+
+RewardT = TypeVar("RewardT", bound="Reward")
+
+
+class NonFiniteReward(ValueError):
+    """A reward, its gradient or the images it was given are NaN or infinite."""
+
+
+class NonDifferentiableReward(ValueError):
+    """A gradient was asked of a reward that gives none."""
+
+
+class Reward(nn.Module):
+    """Scores images: `reward(images, prompts) -> (B,)`, float32, higher is better, in the published units.
+
+    A subclass implements `score`; one with text features also `encode_text`, one with weights also `load`. It hands its
+    modules to this constructor, which freezes them. The gradient from the scores to the images is always kept.
+
+    Attributes:
+        name: the name under which scores are reported.
+        differentiable: whether the scores have a gradient with respect to the images.
+        requires_prompt: whether `prompts=None` is refused.
+        range: the lowest and highest possible score, where the formula bounds it.
+        license: the licence of the default checkpoint.
+        default_checkpoint: the Hub id that `from_pretrained()` loads.
+    """
+
+    name: str = "reward"
+    differentiable: bool = True
+    requires_prompt: bool = True
+    range: tuple[float, float] | None = None
+    license: str | None = None
+    default_checkpoint: str | None = None
+
+    def __init__(self, **modules: nn.Module):
+        super().__init__()
+        for name, module in modules.items():
+            self.add_module(name, module.requires_grad_(False))
+        # The text of a run is encoded once, not once per step; about 4 kB per prompt.
+        self.prompt_features: dict[tuple[str, torch.dtype], Tensor] = {}
+        self.eval()
+
+    def train(self: RewardT, mode: bool = True) -> RewardT:
+        """Stay in evaluation mode: the dropout of a scoring head would make the scores random."""
+        return super().train(False)
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where the weights are, or None for a reward without any."""
+        tensor = next(itertools.chain(self.parameters(), self.buffers()), None)
+        return None if tensor is None else tensor.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision of the weights, float32 for a reward without any."""
+        return next((p.dtype for p in self.parameters() if p.is_floating_point()), torch.float32)
+
+    def forward(self, images: Tensor, prompts: str | Sequence[str] | None = None) -> Tensor:
+        """Check the input, score it, check the scores.
+
+        Args:
+            images: (B, 3, H, W), floating point, in [0, 1], on any device.
+            prompts: one per image, or a single one for all.
+
+        Returns:
+            (B,) float32, on the device of `images`.
+
+        Raises:
+            ValueError: images or prompts that do not meet the contract, or scores of another shape than (B,).
+            NonFiniteReward: NaN images, or scores that are not finite.
+            NonDifferentiableReward: the images require a gradient and a reward with `differentiable = True` cut it.
+        """
+        check_images(images, f"reward '{self.name}'")
+        texts = prompts_per_image(prompts, len(images), self.name, self.requires_prompt)
+        device = self.device or images.device
+        pixels = at_least_float32(images if self.differentiable else images.detach()).to(device)
+        scores = self.score(pixels, texts)
+        check_scores(scores, len(images), self.name)
+        if pixels.requires_grad and torch.is_grad_enabled() and not scores.requires_grad:
+            raise NonDifferentiableReward(
+                f"Expected a gradient from reward '{self.name}', but its scores are detached from the images. Remove "
+                "`.detach()`, `.item()`, `no_grad` and round trips through NumPy or PIL from it, or set "
+                "`differentiable = False` on it and use a method without gradients, such as best-of-N."
+            )
+        return scores.to(images.device, torch.float32)
+
+    def score(self, images: Tensor, prompts: list[str]) -> Tensor:
+        """(B, 3, H, W) float32 images in [0, 1], on this reward's device, and B prompts -> (B,).
+
+        The input has been checked. `prompts` are empty strings when none were given to a reward that requires none.
+        """
+        raise NotImplementedError(f"`{type(self).__name__}` does not implement `score`.")
+
+    def encode_text(self, prompt: str) -> Tensor:
+        """The features of one prompt, any shape. Called once per prompt, without gradients."""
+        raise NotImplementedError(f"`{type(self).__name__}` does not implement `encode_text`.")
+
+    def encode_prompt(self, prompts: str | Sequence[str]) -> Tensor:
+        """(N, ...) features of N prompts, float32; each distinct prompt is encoded once and kept."""
+        texts = [prompts] if isinstance(prompts, str) else prompts
+        for text in dict.fromkeys(texts):
+            if (text, self.dtype) not in self.prompt_features:
+                # Tensors made in inference mode could never enter a graph later.
+                with torch.inference_mode(False), torch.no_grad():
+                    self.prompt_features[text, self.dtype] = at_least_float32(self.encode_text(text))
+        return torch.stack([self.prompt_features[text, self.dtype] for text in texts]).to(self.device)
+
+    @classmethod
+    def from_pretrained(
+        cls: type[RewardT],
+        checkpoint: str | None = None,
+        *,
+        revision: str | None = None,
+        cache_dir: str | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> RewardT:
+        """Load from a Hub id or a folder, by default `default_checkpoint`.
+
+        `dtype` is that of the weights, by default bfloat16 on CUDA and float32 elsewhere. Scores are float32 anyway.
+        """
+        checkpoint = checkpoint or cls.default_checkpoint
+        if checkpoint is None:
+            raise ValueError(f"`{cls.__name__}` has no default checkpoint. Pass a Hub id or a folder.")
+        hub = {"revision": revision, "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
+        on_cuda = device is not None and torch.device(device).type == "cuda"
+        reward = cls.load(str(checkpoint), hub)
+        return reward.to(device=device, dtype=dtype or (torch.bfloat16 if on_cuda else torch.float32))
+
+    @classmethod
+    def load(cls: type[RewardT], checkpoint: str, hub: dict[str, Any]) -> RewardT:
+        """Build the reward in float32 from a checkpoint. `hub` holds `from_pretrained`'s revision, cache_dir, token and
+        local_files_only."""
+        raise NotImplementedError(f"`{cls.__name__}` has no weights to load: build it with its constructor.")
+
+
+class CallableReward(Reward):
+    """Any callable `(images, prompts) -> (B,)` as a reward, under its own name and with its own class facts.
+
+    `name`, `differentiable`, `requires_prompt`, `range` and `license` are read from the callable where it has them. A
+    module is frozen and set to evaluation mode.
+    """
+
+    function: Callable[[Tensor, list[str]], Tensor]
+
+    def __init__(self, function: Callable[[Tensor, list[str]], Tensor]):
+        super().__init__(**({"function": function} if isinstance(function, nn.Module) else {}))
+        if not isinstance(function, nn.Module):
+            self.function = function
+        self.name = callable_name(function)
+        source = function.func if isinstance(function, functools.partial) else function
+        self.differentiable = getattr(source, "differentiable", True)
+        self.requires_prompt = getattr(source, "requires_prompt", True)
+        self.range = getattr(source, "range", None)
+        self.license = getattr(source, "license", None)
+
+    def score(self, images: Tensor, prompts: list[str]) -> Tensor:
+        return self.function(images, prompts)
+
+
+def callable_name(function: Any) -> str:
+    """The `name` or `__name__` of a callable, the class name of an object, "reward" for a lambda."""
+    if isinstance(function, functools.partial):
+        function = function.func
+    for name in (getattr(function, "name", None), getattr(function, "__name__", None), type(function).__name__):
+        if isinstance(name, str):
+            return "reward" if name == "<lambda>" else name
+    return "reward"
+
+
+def check_images(images: Tensor, who: str) -> None:
+    """Raise unless `images` is a (B, 3, H, W) floating-point tensor in [0, 1], with 0.05 of tolerance, for `who`."""
+    if not isinstance(images, Tensor) or not images.is_floating_point() or images.ndim != 4 or images.shape[1] != 3:
+        got = f"{images.dtype} {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
+        raise ValueError(
+            f"Expected images for {who} as a floating-point tensor (B, 3, H, W), but got {got}. Call the "
+            'pipeline with `output_type="pt"`.'
+        )
+    low, high = (bound.item() for bound in images.detach().aminmax())
+    if low != low or high != high:
+        raise NonFiniteReward(
+            f"Expected pixels in [0, 1] for {who}, but got NaN. A VAE that overflows in float16 "
+            "needs float32 or bfloat16."
+        )
+    # Models trained on [0, 1] score [-1, 1] images without complaint, and finite gradients hide the mistake.
+    if low < -0.05 or high > 1.05:
+        raise ValueError(
+            f"Expected pixels in [0, 1] for {who}, but got values from {low:.3g} to {high:.3g}. Map decoder "
+            "output in [-1, 1] with `(images / 2 + 0.5).clamp(0, 1)`."
+        )
+
+
+def prompts_per_image(prompts: str | Sequence[str] | None, batch: int, name: str, required: bool) -> list[str]:
+    """`batch` prompts: a single one is repeated; None becomes empty strings unless `required`."""
+    if prompts is None:
+        if required:
+            raise ValueError(
+                f"Expected a prompt for reward '{name}', but got None. Pass `prompts`, also beside "
+                "embeddings, or set `requires_prompt = False` on a reward that does not read it."
+            )
+        return [""] * batch
+    texts = [prompts] * batch if isinstance(prompts, str) else list(prompts)
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError(
+            f"Expected prompts for reward '{name}' as strings, but got {[type(t).__name__ for t in texts]}."
+        )
+    if len(texts) != batch:
+        raise ValueError(
+            f"Expected {batch} prompts for reward '{name}', one per image, but got {len(texts)}. Pass a single "
+            "string to use it for every image."
+        )
+    return texts
+
+
+def check_scores(scores: Tensor, batch: int, name: str) -> None:
+    """Raise unless `scores` is a finite tensor of shape (batch,)."""
+    if not isinstance(scores, Tensor) or scores.shape != (batch,):
+        got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+        raise ValueError(
+            f"Expected reward '{name}' to return a tensor of shape ({batch},), one score per image, but got {got}. "
+            "Average each image's values over everything but the batch, as in `values.flatten(1).mean(1)`."
+        )
+    finite = scores.detach().isfinite()
+    if not finite.all():
+        where = (~finite).nonzero().flatten().tolist()
+        raise NonFiniteReward(
+            f"Expected finite scores from reward '{name}', but those of images {where} are NaN or infinite. Load "
+            "it with `dtype=torch.float32` if it ran in half precision."
+        )
+
+
+def check_gradient(reward: Reward, prompts: str | None = "a photo", height: int = 64, width: int = 64) -> None:
+    """Score one random image and see that a gradient reaches its pixels, before any diffusion model runs.
+
+    Warns when the gradient is zero everywhere, as it is behind a `round()`. The global random state is left alone.
+
+    Raises:
+        NonDifferentiableReward: the reward says so, or cuts the graph.
+        NonFiniteReward: the score or its gradient is NaN or infinite.
+    """
+    if not reward.differentiable:
+        raise NonDifferentiableReward(f"Expected a reward with a gradient, but '{reward.name}' is not differentiable.")
+    images = torch.rand(1, 3, height, width, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    with torch.enable_grad():
+        (gradient,) = torch.autograd.grad(reward(images, prompts).sum(), images, allow_unused=True)
+    if gradient is None:
+        raise NonDifferentiableReward(
+            f"Expected a gradient from reward '{reward.name}', but its scores do not depend on the images."
+        )
+    if not gradient.isfinite().all():
+        raise NonFiniteReward(
+            f"Expected a finite gradient from reward '{reward.name}', but it has NaN or infinite values."
+        )
+    if not gradient.any():
+        warnings.warn(
+            f"The gradient of reward '{reward.name}' is zero on a random image, as behind `round` or a threshold.",
+            stacklevel=2,
+        )
+
+
+# rewards/registry.py
+
+
+RewardFactory = Callable[..., Reward]
+RewardFactoryT = TypeVar("RewardFactoryT", bound=RewardFactory)
+
+# name or alias -> (name, what builds it); `model_type` of a config.json -> the class that loads it
+REWARDS: dict[str, tuple[str, RewardFactory]] = {}
+REWARD_MODEL_TYPES: dict[str, tuple[str, type[Reward]]] = {}
+
+
+def register_reward(
+    name: str, *aliases: str, model_type: str | None = None
+) -> Callable[[RewardFactoryT], RewardFactoryT]:
+    """Register a `Reward` class, or a function that returns a reward, under a name.
+
+    Args:
+        name: what users write in `rewards=` and read in results.
+        aliases: further names it is found by.
+        model_type: the `model_type` of the checkpoints that the class loads when only a Hub id or folder is given.
+
+    Raises:
+        ValueError: a name that something else has. Registering again what has the same qualified name replaces it,
+            since diffusers executes the code of a Hub pipeline twice per load.
+    """
+
+    def register(factory: RewardFactoryT) -> RewardFactoryT:
+        claims = [(REWARDS, key) for key in (name, *aliases)]
+        if model_type is not None:
+            claims.append((REWARD_MODEL_TYPES, model_type))
+        for table, key in claims:
+            taken_by = table[key][1].__qualname__ if key in table else factory.__qualname__
+            if taken_by != factory.__qualname__:
+                raise ValueError(f"Expected a free reward name, but '{key}' is taken by `{taken_by}`. Choose another.")
+        for table, key in claims:
+            table[key] = (name, factory)
+        return factory
+
+    return register
+
+
+def list_rewards() -> list[str]:
+    """The registered names, sorted, without aliases."""
+    return sorted({name for name, _ in REWARDS.values()})
+
+
+def find_reward(name_or_path: str) -> RewardFactory | None:
+    """What is registered under a name or alias, or None for a Hub id or an existing folder.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    if name_or_path in REWARDS:
+        return REWARDS[name_or_path][1]
+    if os.path.isdir(name_or_path) or re.fullmatch(r"\w[\w.-]*/[\w.-]+", name_or_path):
+        return None
+    close = difflib.get_close_matches(name_or_path.lower(), REWARDS)
+    hint = f" Did you mean {' or '.join(repr(match) for match in close)}?" if close else ""
+    raise ValueError(
+        f"Expected a reward name out of {list_rewards()}, a Hub id such as 'org/name' or a folder, but got "
+        f"'{name_or_path}'.{hint} A callable `(images, prompts) -> (B,)` works too."
+    )
+
+
+class AutoReward:
+    """Loads the reward that a name, a Hub id or a folder stands for."""
+
+    @staticmethod
+    def from_pretrained(
+        name_or_path: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        cache_dir: str | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> Reward:
+        """A registered name gives that reward with its default checkpoint; for a Hub id or folder, `model_type` in its
+        config.json selects the class. A registered name wins over a folder of the same name.
+
+        The keyword arguments are those of `Reward.from_pretrained`; a reward without weights needs none of them.
+
+        Raises:
+            ValueError: an unknown name, or a model type that no reward loads.
+        """
+        path = os.fspath(name_or_path)
+        hub = {"revision": revision, "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
+        factory = find_reward(path)
+        if factory is None:
+            model_type = AutoConfig.from_pretrained(path, **hub).model_type
+            return reward_class_of(model_type, path).from_pretrained(path, dtype=dtype, device=device, **hub)
+        if isinstance(factory, type) and issubclass(factory, Reward) and factory.default_checkpoint:
+            return factory.from_pretrained(dtype=dtype, device=device, **hub)
+        return factory().to(device=device, dtype=dtype)
+
+
+def reward_class_of(model_type: str, path: str) -> type[Reward]:
+    """The class that loads checkpoints of this `model_type`; `path` is for the message."""
+    if model_type not in REWARD_MODEL_TYPES:
+        raise ValueError(
+            f"Expected a checkpoint of model type {sorted(REWARD_MODEL_TYPES)}, but '{path}' is of type "
+            f"'{model_type}'. Load it yourself and pass a callable `(images, prompts) -> (B,)`."
+        )
+    return REWARD_MODEL_TYPES[model_type][1]
+
+
+# rewards/reward_sum.py
+
+
+RewardLike = str | os.PathLike[str] | Callable[..., Any]
+RewardsLike = RewardLike | Mapping[Any, float] | Sequence[Any]
+
+
+@dataclass(frozen=True)
+class RewardSumOutput:
+    """Scores of B images.
+
+    Attributes:
+        total: (B,) float32, the weighted sum, with its gradient.
+        components: name -> (B,) float32, each in its own units, unweighted and detached: they are for reporting.
+    """
+
+    total: Tensor
+    components: dict[str, Tensor]
+
+
+class RewardSum(nn.Module):
+    """`sum_i weight_i * reward_i(images, prompts)`, higher is better.
+
+    Args:
+        rewards: a registered name, Hub id or folder; a `Reward` or any callable `(images, prompts) -> (B,)`; a dict of
+            these to weights; a list of them, or of (reward, weight) pairs; or another `RewardSum`.
+        weights: one per entry of a list without pairs; 1 by default. A reward of weight 0 is evaluated and reported,
+            not optimised.
+        dtype, device: of the rewards that are loaded by name.
+
+    Attributes:
+        rewards: the rewards, in the order given.
+        names: their names; the second `clipscore` becomes `clipscore_2`.
+        weights: name -> weight.
+
+    Raises:
+        TypeError: something that is no reward.
+        ValueError: an unknown name, or weights that are negative, not finite, or all zero. It is raised before anything
+            is loaded.
+    """
+
+    def __init__(
+        self,
+        rewards: RewardsLike,
+        weights: Sequence[float] | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ):
+        super().__init__()
+        pairs = reward_weight_pairs(rewards, weights)
+        for reward, weight in pairs:
+            check_reward_pair(reward, weight)
+        if not any(weight for _, weight in pairs):
+            raise ValueError(
+                "Expected a reward with a weight above 0, but all weights are 0: nothing would be optimised."
+            )
+        self.rewards = nn.ModuleList(as_reward(reward, dtype, device) for reward, _ in pairs)
+        self.names = distinct_names([str(reward.name) for reward in self.rewards])
+        self.weights = {name: float(weight) for name, (_, weight) in zip(self.names, pairs, strict=True)}
+
+    @property
+    def differentiable(self) -> bool:
+        """Whether every reward that is optimised has a gradient."""
+        return not self.without_gradient()
+
+    @property
+    def requires_prompt(self) -> bool:
+        return any(reward.requires_prompt for reward in self.rewards)
+
+    def without_gradient(self) -> list[str]:
+        """The names of the rewards that are optimised and have no gradient."""
+        entries = zip(self.weights.items(), self.rewards, strict=True)
+        return [name for (name, weight), reward in entries if weight and not reward.differentiable]
+
+    def check_differentiable(
+        self, height: int | None = None, width: int | None = None, prompts: str | None = "a photo"
+    ) -> None:
+        """What a method with gradients calls before any model runs.
+
+        With the size of the images it also tries each optimised reward on a random image (see `check_gradient`), which
+        finds callables that cut the graph.
+
+        Raises:
+            NonDifferentiableReward: naming the rewards that give no gradient.
+            NonFiniteReward: a score or gradient that is NaN or infinite.
+        """
+        if names := self.without_gradient():
+            raise NonDifferentiableReward(
+                f"Expected rewards with a gradient, but {names} are not differentiable. Give them weight 0 to have "
+                "them reported only, or use a method without gradients, such as best-of-N."
+            )
+        if height is not None and width is not None:
+            for weight, reward in zip(self.weights.values(), self.rewards, strict=True):
+                if weight and isinstance(reward, Reward):
+                    check_gradient(reward, prompts, height, width)
+
+    def forward(
+        self, images: Tensor, prompts: str | Sequence[str] | None = None, return_dict: bool = True
+    ) -> RewardSumOutput | tuple[Tensor, dict[str, Tensor]]:
+        """Score (B, 3, H, W) images in [0, 1]; see `Reward.forward` for the arguments and errors."""
+        total, components = images.new_zeros(len(images), dtype=torch.float32), {}
+        for (name, weight), reward in zip(self.weights.items(), self.rewards, strict=True):
+            scores = reward(images if weight else images.detach(), prompts)
+            components[name] = scores.detach()
+            if weight:
+                total = total + weight * scores
+        return RewardSumOutput(total, components) if return_dict else (total, components)
+
+
+def reward_weight_pairs(rewards: RewardsLike, weights: Sequence[float] | None) -> list[tuple[Any, Any]]:
+    """Every accepted form of `rewards=` as a list of (reward, weight)."""
+    entries = reward_entries(rewards)
+    malformed = [entry for entry in entries if isinstance(entry, tuple) and len(entry) != 2]
+    if malformed:
+        raise ValueError(f"Expected (reward, weight) pairs, but got {malformed[0]!r}.")
+    if not entries:
+        raise ValueError("Expected at least one reward, but got none. Pass for example `rewards={'clipscore': 1.0}`.")
+    if weights is None:
+        return [entry if isinstance(entry, tuple) else (entry, 1.0) for entry in entries]
+    if any(isinstance(entry, tuple) for entry in entries):
+        raise ValueError(
+            "Expected weights once, but got them within `rewards` and as `weights`. Leave one of them out."
+        )
+    if len(weights) != len(entries):
+        raise ValueError(f"Expected {len(entries)} weights, one per reward, but got {len(weights)}.")
+    return list(zip(entries, weights, strict=True))
+
+
+def reward_entries(rewards: RewardsLike) -> list[Any]:
+    """The entries of `rewards=`: a reward each, or a (reward, weight) tuple."""
+    if isinstance(rewards, Mapping):
+        return list(rewards.items())
+    if isinstance(rewards, (list, tuple)):
+        return [tuple(entry) if isinstance(entry, list) else entry for entry in rewards]
+    # A sum is known by its attributes: a pipeline from the Hub has its own copy of the class.
+    parts, weights = getattr(rewards, "rewards", None), getattr(rewards, "weights", None)
+    if isinstance(parts, nn.ModuleList) and isinstance(weights, Mapping):
+        return list(zip(parts, weights.values(), strict=True))
+    return [rewards]
+
+
+def check_reward_pair(reward: Any, weight: Any) -> None:
+    """Raise unless `reward` can become a reward and `weight` is a finite number of at least 0."""
+    if isinstance(reward, (str, os.PathLike)):
+        find_reward(os.fspath(reward))
+    elif isinstance(reward, type):
+        raise TypeError(f"Expected a reward, but got the class `{reward.__name__}`. Pass an instance of it.")
+    elif not callable(reward):
+        raise TypeError(
+            f"Expected a reward name, a Hub id, a folder or a callable `(images, prompts) -> (B,)`, but got "
+            f"{reward!r}. Weighted rewards are written `{{reward: weight}}` or `[(reward, weight), ...]`."
+        )
+    name = reward if isinstance(reward, str) else callable_name(reward)
+    if not isinstance(weight, numbers.Real) or not math.isfinite(weight):
+        raise ValueError(f"Expected a finite number as the weight of reward '{name}', but got {weight!r}.")
+    if weight < 0:
+        raise ValueError(
+            f"Expected a weight of at least 0 for reward '{name}', but got {weight}. To minimise it, pass a callable "
+            "that returns the negated score: `lambda images, prompts: -reward(images, prompts)`."
+        )
+
+
+def as_reward(reward: RewardLike, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Reward:
+    """A name, Hub id or folder is loaded, a plain callable is wrapped, a `Reward` stays as it is."""
+    if isinstance(reward, Reward):
+        return reward
+    if isinstance(reward, (str, os.PathLike)):
+        return AutoReward.from_pretrained(reward, dtype=dtype, device=device)
+    return CallableReward(reward)
+
+
+def distinct_names(names: Sequence[str]) -> list[str]:
+    """The names, with `_2`, `_3` ... appended to those that have been taken."""
+    distinct: list[str] = []
+    for name in names:
+        numbered = (f"{name}_{count}" for count in itertools.count(2))
+        distinct.append(name if name not in distinct else next(new for new in numbered if new not in distinct))
+    return distinct
+
+
+# rewards/views.py
+
+
+VIEW_SHIFT = 0.05  # of the image's side
+VIEW_ZOOM = 0.05
+VIEW_NOISE = 0.03  # standard deviation, pixels in [0, 1]
+
+
+def random_views(images: Tensor, count: int, seeds: Sequence[int]) -> Iterator[Tensor]:
+    """Slightly shifted, zoomed and noisy copies of the images, differentiable.
+
+    The gradient of a reward averaged over such views lacks the patterns that please one exact grid of pixels, which is
+    how reward hacking begins ("expectation over transformation", Athalye et al., https://arxiv.org/abs/1707.07397).
+
+    Args:
+        images: (B, 3, H, W) in [0, 1].
+        count: How many views.
+        seeds: B integers: the views of an image depend on its own seed alone.
+
+    Yields:
+        `count` tensors (B, 3, H, W) in [0, 1], moved by up to 5% of the side, zoomed by up to 5%, with noise of 0.03.
+    """
+    streams = [torch.Generator().manual_seed(seed) for seed in seeds]
+    for _ in range(count):
+        chance = torch.stack([torch.rand(3, generator=stream) for stream in streams]) * 2 - 1
+        grain = torch.stack([torch.randn(images.shape[1:], generator=stream) for stream in streams])
+        affine = torch.zeros(len(images), 2, 3)
+        affine[:, 0, 0] = affine[:, 1, 1] = 1 + VIEW_ZOOM * chance[:, 0]
+        affine[:, :, 2] = 2 * VIEW_SHIFT * chance[:, 1:]  # the grid of an image spans 2
+        grid = F.affine_grid(affine, list(images.shape), align_corners=False).to(images)
+        moved = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+        yield (moved + VIEW_NOISE * grain.to(images)).clamp(0, 1)
+
+
+# schedulers/x0_prediction.py
+
+
+AffineCoefficients = tuple[torch.Tensor, torch.Tensor]
+
+
+def predict_x0(
+    scheduler: Any, model_output: torch.Tensor, timestep: torch.Tensor | float, sample: torch.Tensor
+) -> torch.Tensor:
+    """The x0 estimate of one model call, differentiable in `sample` and in `model_output`.
+
+    It is affine in both, x0 = skip·sample + out·model_output, and the two coefficients follow from the noise level
+    x = a·x0 + b·ε of the call and from what the model predicts. The level is, with σ and ᾱ from the scheduler's tables,
+
+    * variance preserving (DDIM, DDPM, LCM, TCD, PNDM, UnCLIP, Würstchen): a = √ᾱ, b = √(1−ᾱ), by timestep;
+    * sigma space (Euler, Heun, KDPM2, LMS, DPMSolverSDE): a = 1, b = σ;
+    * multistep solvers (DPMSolver, UniPC, DEIS, SASolver): a = 1/√(1+σ²), b = σ·a, or a = 1−σ, b = σ with flow sigmas;
+    * flow matching: a = 1−σ, b = σ; TrigFlow (SCM): a = cos t, b = sin t; IPNDM: its own tables;
+    * EDM and consistency models precondition: their scheduler's c_skip and c_out are the coefficients.
+
+    See Karras et al. (https://arxiv.org/abs/2206.00364), table 1, for the preconditioning, Salimans & Ho
+    (https://arxiv.org/abs/2202.00512), appendix D, for v-prediction, Lu & Song (https://arxiv.org/abs/2410.11081),
+    section 3, for TrigFlow.
+
+    The value is the one that the scheduler itself goes on with: where its `step` clips x0 (`clip_sample`) or thresholds
+    it (`thresholding`), so does this function. The gradient is that of the unclipped estimate (straight-through), since
+    a hard clip has no gradient exactly where x0 is too large and has to come back. What LCM reports as `denoised` is
+    this x0 after its boundary scaling, which gives the sample a weight below 1e-5 from timestep 16 on; what TCD reports
+    is noised again. With `s_churn > 0` Euler perturbs the sample inside `step`, which nothing here knows.
+
+    The only thing that changes in the scheduler is its step index: where it is unset, the scheduler sets it itself,
+    as its first `step` would, from `begin_index` or from `timestep`.
+
+    Args:
+        scheduler: The scheduler in use, after `set_timesteps`. A subclass of a known one counts as that one.
+        model_output: `(B, C, ...)`, already guided, as handed to `scheduler.step`; with a learned variance
+            `(B, 2C, ...)`, of which the first C channels are the prediction.
+        timestep: The timestep of this call: a number, a tensor with one or with `(B,)` entries.
+        sample: `(B, C, ...)`, the noisy latents of this call, as handed to `scheduler.step`: not yet scaled by
+            `scale_model_input`.
+
+    Returns:
+        `(B, C, ...)`, the estimate of the clean latents in float32, or in float64 if `sample` is.
+
+    Raises:
+        TypeError: The scheduler has no x0 estimate or is unknown.
+        ValueError: The scheduler's `prediction_type` does not go with its noise level, there is no signal to predict x0
+            from (ε-prediction at zero terminal SNR), or `model_output` has not the shape of `sample`.
+    """
+    space = space_of(scheduler)
+    dtype = torch.promote_types(sample.dtype, torch.float32)
+    sample, output = sample.to(dtype), prediction_channels(scheduler, model_output, sample).to(dtype)
+    skip, out = (spread_over_images(coefficient, sample) for coefficient in space.coefficients(scheduler, timestep))
+    x0 = skip * sample + out * output
+    if space.bound is None:
+        return x0
+    return space.bound(scheduler, x0.detach()) + (x0 - x0.detach())  # adds exactly 0
+
+
+def prediction_channels(scheduler: Any, model_output: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
+    """`model_output` without the channels of a learned variance: it has the shape of `sample` then."""
+    learned = scheduler.config.get("variance_type") in ("learned", "learned_range")
+    if learned and model_output.shape[1] == 2 * sample.shape[1]:
+        model_output = model_output[:, : sample.shape[1]]
+    if model_output.shape != sample.shape:
+        raise ValueError(
+            f"Expected a model output of the shape {tuple(sample.shape)} of the sample, but got "
+            f"{tuple(model_output.shape)}. If the rest is a learned variance, pass the prediction only, or use "
+            f'`{type(scheduler).__name__}.from_config(scheduler.config, variance_type="learned_range")`.'
+        )
+    return model_output
+
+
+def spread_over_images(coefficient: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
+    """`coefficient`, one number or `(B,)`, in a shape, dtype and device that multiplies `sample` image by image."""
+    return coefficient.to(sample).reshape(-1, *[1] * (sample.ndim - 1))
+
+
+def exact(entry: torch.Tensor | float) -> torch.Tensor:
+    """An entry of a scheduler's table in float64, which not every device has."""
+    return torch.as_tensor(entry).detach().cpu().double()
+
+
+def index_of_call(scheduler: Any, timestep: torch.Tensor | float) -> int:
+    """Where the scheduler is in its list of sigmas; at the first call it finds out by itself."""
+    if scheduler.step_index is None:
+        scheduler._init_step_index(timestep)
+    return scheduler._step_index
+
+
+def affine_in_prediction(
+    scheduler: Any, prediction: str, signal: torch.Tensor, noise: torch.Tensor, flow: bool = False
+) -> AffineCoefficients:
+    """(skip, out) of x0 = skip·sample + out·model_output for a model that predicts `prediction`.
+
+    v is defined on the circle, so a level off it is first scaled back to it: with r² = signal² + noise²,
+    x/r = cos φ·x0 + sin φ·ε and v = cos φ·ε − sin φ·x0. A flow velocity is ε − x0, on the line signal + noise = 1.
+    """
+    if prediction == "sample":
+        return torch.zeros_like(signal), torch.ones_like(signal)
+    if prediction == "epsilon":
+        require_signal(scheduler, signal)
+        return 1 / signal, -noise / signal
+    if prediction == "flow_prediction" and flow:
+        return torch.ones_like(noise), -noise
+    if prediction == "v_prediction" and not flow:
+        squared = signal**2 + noise**2
+        return signal / squared, -noise / squared.sqrt()
+    raise unknown_prediction(scheduler, ("epsilon", "sample", "flow_prediction" if flow else "v_prediction"))
+
+
+def require_signal(scheduler: Any, signal: torch.Tensor) -> None:
+    """ε says nothing about x0 where the sample is nothing but ε."""
+    if (signal == 0).any():
+        raise ValueError(
+            f'Expected some signal in the sample of {type(scheduler).__name__} with `prediction_type="epsilon"`, but '
+            'got a timestep with zero SNR. Pass `rescale_betas_zero_snr=False`, `timestep_spacing="leading"`, or use a '
+            "model with v-prediction."
+        )
+
+
+def unknown_prediction(scheduler: Any, known: tuple[str, ...]) -> ValueError:
+    """The error about a `prediction_type` that the space of `scheduler` gives no meaning."""
+    name = type(scheduler).__name__
+    return ValueError(
+        f"Expected `prediction_type` of {name} to be one of {', '.join(known)}, but got "
+        f"{scheduler.config.get('prediction_type')!r}. Pass what the model was trained with: "
+        f"`{name}.from_config(scheduler.config, prediction_type=...)`; where the scheduler has `use_flow_sigmas`, "
+        "flow_prediction goes with True and v_prediction with False."
+    )
+
+
+def configured_prediction(scheduler: Any) -> str:
+    """What the config says that the model predicts; Euler also knows an older name of "sample"."""
+    prediction = scheduler.config.get("prediction_type", "epsilon")
+    return "sample" if prediction == "original_sample" else prediction
+
+
+def from_alphas(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficients:
+    """Variance preserving: ᾱ is looked up by timestep."""
+    steps = torch.as_tensor(timestep).to(scheduler.alphas_cumprod.device, torch.long)
+    alpha_bar = exact(scheduler.alphas_cumprod[steps])
+    return affine_in_prediction(scheduler, configured_prediction(scheduler), alpha_bar.sqrt(), (1 - alpha_bar).sqrt())
+
+
+def from_cosine_time(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficients:
+    """Würstchen and Stable Cascade: the timestep is a ratio in [0, 1] and ᾱ a function of it; they predict ε."""
+    time = torch.as_tensor(timestep)
+    alpha_bar = exact(scheduler._alpha_cumprod(time, time.device))
+    return affine_in_prediction(scheduler, "epsilon", alpha_bar.sqrt(), (1 - alpha_bar).sqrt())
+
+
+def from_sigma(scheduler: Any, sigma: torch.Tensor) -> AffineCoefficients:
+    """Variance exploding: x = x0 + σ·ε."""
+    sigma = exact(sigma)
+    return affine_in_prediction(scheduler, configured_prediction(scheduler), torch.ones_like(sigma), sigma)
+
+
+def from_sigmas(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficients:
+    """The sigma of the step; a second-order scheduler that evaluates at the end of a step lists that sigma twice."""
+    return from_sigma(scheduler, scheduler.sigmas[index_of_call(scheduler, timestep)])
+
+
+def from_interpolated_sigmas(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficients:
+    """KDPM2: every second call is at a sigma between two steps."""
+    index = index_of_call(scheduler, timestep)
+    table = scheduler.sigmas if scheduler.state_in_first_order else scheduler.sigmas_interpol
+    return from_sigma(scheduler, table[index])
+
+
+def from_ancestral_interpolated_sigmas(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficients:
+    """Ancestral KDPM2 keeps the sigma between two steps at the index of the first of them."""
+    index = index_of_call(scheduler, timestep)
+    first_order = scheduler.state_in_first_order
+    return from_sigma(scheduler, scheduler.sigmas[index] if first_order else scheduler.sigmas_interpol[index - 1])
+
+
+def from_midpoint_sigmas(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficients:
+    """DPMSolverSDE remembers the sigma between two steps that it evaluates at."""
+    sigma = scheduler.sigmas[index_of_call(scheduler, timestep)]
+    return from_sigma(scheduler, sigma if scheduler.state_in_first_order else scheduler.mid_point_sigma)
+
+
+def from_solver_sigmas(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficients:
+    """Multistep solvers, whether they go on with x0 or with ε: sigma is b/a, or b with flow sigmas."""
+    sigma = exact(scheduler.sigmas[index_of_call(scheduler, timestep)])
+    flow = bool(scheduler.config.get("use_flow_sigmas"))
+    signal = 1 - sigma if flow else (1 + sigma**2).rsqrt()
+    noise = sigma if flow else sigma * signal
+    return affine_in_prediction(scheduler, configured_prediction(scheduler), signal, noise, flow)
+
+
+def from_flow_sigmas(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficients:
+    """Flow matching, x0 = x − σ·v; with `invert_sigmas` sigma counts the signal and the velocity points to it."""
+    sigma = exact(scheduler.sigmas[index_of_call(scheduler, timestep)])
+    return torch.ones_like(sigma), 1 - sigma if scheduler.config.get("invert_sigmas") else -sigma
+
+
+def from_angle(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficients:
+    """TrigFlow (Sana-Sprint): the timestep is the angle, the output a velocity on the circle of radius `sigma_data`."""
+    if scheduler.config.get("prediction_type") != "trigflow":
+        raise unknown_prediction(scheduler, ("trigflow",))
+    angle = exact(scheduler.timesteps[index_of_call(scheduler, timestep)])
+    return angle.cos(), -angle.sin()
+
+
+def from_own_tables(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficients:
+    """IPNDM: `alphas` is the signal and `betas` the noise, and its models predict v."""
+    index = index_of_call(scheduler, timestep)
+    return exact(scheduler.alphas[index]), -exact(scheduler.betas[index])
+
+
+def from_edm(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficients:
+    """EDM: `prediction_type` is no more than the sign of the preconditioned output."""
+    signs = {"epsilon": 1.0, "v_prediction": -1.0}
+    if configured_prediction(scheduler) not in signs:
+        raise unknown_prediction(scheduler, tuple(signs))
+    sigma = exact(scheduler.sigmas[index_of_call(scheduler, timestep)])
+    data = scheduler.config["sigma_data"]
+    total = sigma**2 + data**2
+    return data**2 / total, signs[configured_prediction(scheduler)] * sigma * data / total.sqrt()
+
+
+def from_consistency(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficients:
+    """Consistency models: as EDM, with the identity as boundary condition at the smallest sigma."""
+    sigma = exact(scheduler.sigmas[index_of_call(scheduler, timestep)])
+    return scheduler.get_scalings_for_boundary_condition(sigma)
+
+
+def clipped(scheduler: Any, x0: torch.Tensor) -> torch.Tensor:
+    """`clip_sample`: to a fixed range."""
+    limit = scheduler.config.get("clip_sample_range", 1.0)
+    return x0.clamp(-limit, limit) if scheduler.config.get("clip_sample") else x0
+
+
+def thresholded(scheduler: Any, x0: torch.Tensor) -> torch.Tensor:
+    """`thresholding`: to a percentile of each image (https://arxiv.org/abs/2205.11487, section 2.3)."""
+    return scheduler._threshold_sample(x0) if scheduler.config.get("thresholding") else x0
+
+
+def thresholded_or_clipped(scheduler: Any, x0: torch.Tensor) -> torch.Tensor:
+    """Thresholding takes the place of clipping."""
+    return thresholded(scheduler, x0) if scheduler.config.get("thresholding") else clipped(scheduler, x0)
+
+
+def thresholded_if_x0(scheduler: Any, x0: torch.Tensor) -> torch.Tensor:
+    """UniPC thresholds only if x0 is what it goes on with."""
+    return thresholded(scheduler, x0) if scheduler.predict_x0 else x0
+
+
+def clipped_to_images(scheduler: Any, x0: torch.Tensor) -> torch.Tensor:
+    """`clip_denoised` of consistency models, which have no latents."""
+    return x0.clamp(-1, 1) if scheduler.config.get("clip_denoised") else x0
+
+
+class SampleSpace(NamedTuple):
+    """What a scheduler means by its sample and by its model's output.
+
+    Attributes:
+        coefficients: `(scheduler, timestep) -> (skip, out)` of x0 = skip·sample + out·model_output.
+        bound: `(scheduler, x0) -> x0`: what `step` does to its x0. None where it does nothing, whatever the config
+            says: `from_config` keeps settings of the scheduler before, so one counts only where the class reads it.
+    """
+
+    coefficients: Callable[[Any, Any], AffineCoefficients]
+    bound: Callable[[Any, torch.Tensor], torch.Tensor] | None = None
+
+
+SAMPLE_SPACES = {
+    "DDIMScheduler": SampleSpace(from_alphas, thresholded_or_clipped),
+    "DDIMParallelScheduler": SampleSpace(from_alphas, thresholded_or_clipped),
+    "DDPMScheduler": SampleSpace(from_alphas, thresholded_or_clipped),
+    "DDPMParallelScheduler": SampleSpace(from_alphas, thresholded_or_clipped),
+    "LCMScheduler": SampleSpace(from_alphas, thresholded_or_clipped),
+    "UnCLIPScheduler": SampleSpace(from_alphas, clipped),
+    "PNDMScheduler": SampleSpace(from_alphas),
+    "TCDScheduler": SampleSpace(from_alphas),
+    "DDPMWuerstchenScheduler": SampleSpace(from_cosine_time),
+    "EulerDiscreteScheduler": SampleSpace(from_sigmas),
+    "EulerAncestralDiscreteScheduler": SampleSpace(from_sigmas),
+    "HeunDiscreteScheduler": SampleSpace(from_sigmas, clipped),
+    "LMSDiscreteScheduler": SampleSpace(from_sigmas),
+    "KDPM2DiscreteScheduler": SampleSpace(from_interpolated_sigmas),
+    "KDPM2AncestralDiscreteScheduler": SampleSpace(from_ancestral_interpolated_sigmas),
+    "DPMSolverSDEScheduler": SampleSpace(from_midpoint_sigmas),
+    "DPMSolverMultistepScheduler": SampleSpace(from_solver_sigmas, thresholded),
+    "DPMSolverSinglestepScheduler": SampleSpace(from_solver_sigmas, thresholded),
+    "DEISMultistepScheduler": SampleSpace(from_solver_sigmas, thresholded),
+    "SASolverScheduler": SampleSpace(from_solver_sigmas, thresholded),
+    "UniPCMultistepScheduler": SampleSpace(from_solver_sigmas, thresholded_if_x0),
+    "FlowMatchEulerDiscreteScheduler": SampleSpace(from_flow_sigmas),
+    "FlowMatchHeunDiscreteScheduler": SampleSpace(from_flow_sigmas),
+    "FlowMatchLCMScheduler": SampleSpace(from_flow_sigmas),
+    "SCMScheduler": SampleSpace(from_angle),
+    "IPNDMScheduler": SampleSpace(from_own_tables),
+    "EDMEulerScheduler": SampleSpace(from_edm),
+    "EDMDPMSolverMultistepScheduler": SampleSpace(from_edm, thresholded),
+    "CosineDPMSolverMultistepScheduler": SampleSpace(from_edm),
+    "CMStochasticIterativeScheduler": SampleSpace(from_consistency, clipped_to_images),
+}
+
+WITHOUT_ESTIMATE = {
+    "AmusedScheduler": "samples discrete tokens",
+    "BlockRefinementScheduler": "samples discrete tokens",
+    "DiscreteDDIMScheduler": "samples discrete tokens",
+    "EntropyBoundScheduler": "samples discrete tokens",
+    "VQDiffusionScheduler": "samples discrete tokens",
+    "DDIMInverseScheduler": "runs from an image to its noise",
+    "DPMSolverMultistepInverseScheduler": "runs from an image to its noise",
+    "CogVideoXDDIMScheduler": "is made for video",
+    "CogVideoXDPMScheduler": "is made for video",
+    "HeliosScheduler": "is made for video",
+    "HeliosDMDScheduler": "is made for video",
+    "LTXEulerAncestralRFScheduler": "is made for video",
+    "MiniMaxH3Scheduler": "is made for video",
+    "RFD4ProteinaScheduler": "is made for proteins",
+    "PiflowScheduler": "takes a policy over many times from its model",
+    "FlowMapEulerDiscreteScheduler": "takes a mean velocity between two times from its model",
+    "ScoreSdeVeScheduler": "takes a score from its model",
+    "ScoreSdeVpScheduler": "takes a score from its model",
+    "KarrasVeScheduler": "takes two noise levels for a step",
+    "RePaintScheduler": "takes a known image and a mask for a step",
+    "ConsistencyDecoderScheduler": "decodes latents",
+}
+
+
+def space_of(scheduler: Any) -> SampleSpace:
+    """The space of a scheduler by the names of its classes: a copy from the Hub is another class of the same name."""
+    names = [cls.__name__ for cls in type(scheduler).__mro__]
+    known = next((name for name in names if name in SAMPLE_SPACES or name in WITHOUT_ESTIMATE), None)
+    if known in SAMPLE_SPACES:
+        return SAMPLE_SPACES[known]
+    raise TypeError(
+        f"Expected an image scheduler of diffusers whose x0 estimate is known, but got {names[0]}, which "
+        f"{WITHOUT_ESTIMATE.get(known or '', 'is not one of them')}. Give the pipeline another one, such as "
+        "`DDIMScheduler.from_config(pipe.scheduler.config)`, or `FlowMatchEulerDiscreteScheduler` for flow matching."
+    )
+
+
+# pipelines/latent_space.py
+
+
+def drawing_function(cls: type) -> Callable[..., types.FunctionType]:
+    """`draw -> prepare_latents`: the stock function of `cls` with `draw` in the place of its `randn_tensor`.
+
+    A copy of the function with that one global replaced hands our noise to the stock scaling and packing: no global
+    patch, and differentiable. Raises `TypeError` if no class in the method resolution order draws that way.
+    """
+    for base in cls.__mro__:
+        function = inspect.unwrap(vars(base).get("prepare_latents", None) or (lambda: None))
+        if "randn_tensor" in function.__code__.co_names:
+            return lambda draw: with_globals(function, randn_tensor=draw)
+    raise TypeError(
+        "Expected a text-to-image pipeline whose `prepare_latents` draws its noise with diffusers' `randn_tensor`, but "
+        f"that of {cls.__name__} does not."
+    )
+
+
+def with_globals(function: types.FunctionType, **replaced: Any) -> types.FunctionType:
+    """A copy of a function that sees other values under some of its global names."""
+    names = {**function.__globals__, **replaced}
+    twin = types.FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
+    twin.__kwdefaults__ = function.__kwdefaults__
+    return twin
+
+
+def first_of(prepared):
+    """What `prepare_latents` returns is the latents, or a tuple that begins with them."""
+    return prepared[0] if isinstance(prepared, tuple) else prepared
+
+
+class LatentSpace:
+    """Between unit, spatial noise and the latents of one call of `pipe.prepare_latents(*args, **kwargs)`.
+
+    * noise: `(B, C, H, W)`, what the pipeline draws, before scaling and packing (`(B, 1, C, H, W)` for Qwen-Image).
+    * prepared: what `prepare_latents` returns: scaled by `init_noise_sigma`, packed into tokens where the family packs.
+    * latents: what the pipeline accepts as `latents=`: packed, not scaled.
+
+    No family is named here: the stock function does the packing, and is asked which form it takes back.
+    """
+
+    def __init__(self, pipe, args: tuple, kwargs: dict[str, Any]) -> None:
+        self.with_draw = drawing_function(type(pipe))
+        bound = inspect.signature(self.with_draw(randn_tensor)).bind(pipe, *args, **kwargs)
+        arguments = dict(bound.arguments)
+        self.given = arguments.pop("latents", None)
+        extra = arguments.pop("kwargs", {})
+        self.arguments = {name: value for name, value in {**arguments, **extra}.items() if name != "self"}
+
+    def on(self, pipe, draw: Callable[..., torch.Tensor], latents: torch.Tensor | None = None, **overrides):
+        """Run the stock function on `pipe` with `draw(shape, **kwargs)` for its random numbers."""
+        return self.with_draw(draw)(pipe, **{**self.arguments, "latents": latents, **overrides})
+
+    def draw(self, pipe) -> tuple[torch.Tensor, bool]:
+        """The base noise of the call, and whether it was drawn (rather than given as `latents=`)."""
+        drawn: list[torch.Tensor] = []
+
+        def record(*args, **kwargs):
+            drawn.append(randn_tensor(*args, **kwargs))
+            return drawn[-1]
+
+        self.on(pipe, record, self.given)
+        return (drawn[0], True) if drawn else (self.to_noise(pipe, self.given), False)
+
+    def prepare(self, pipe, noise: torch.Tensor, **overrides):
+        """Noise to what `prepare_latents` returns, differentiable."""
+        return self.on(pipe, lambda *_, **kwargs: noise.to(kwargs.get("dtype") or noise.dtype), **overrides)
+
+    def to_latents(self, pipe, noise: torch.Tensor) -> torch.Tensor:
+        """Noise to what the pipeline takes as `latents=`, in the pipeline's dtype."""
+        prepared = first_of(self.prepare(pipe, noise))
+        for candidate in (noise.to(prepared.dtype), prepared):
+            if self.accepts(pipe, candidate, prepared):
+                return candidate
+        raise TypeError(f"{type(pipe).__name__} takes neither its own noise nor its own latents as `latents=`.")
+
+    def to_noise(self, pipe, latents: torch.Tensor) -> torch.Tensor:
+        """What a user passed as `latents=` to noise. Raises `ValueError` if the shape fits neither form."""
+        shape, packed = self.unpacking(pipe)
+        if latents.shape == shape:
+            return latents
+        if latents.shape != packed.shape:
+            raise ValueError(
+                f"Expected `latents` of shape {tuple(shape)} or {tuple(packed.shape)}, but got {tuple(latents.shape)}."
+            )
+        return self.unpack(pipe, latents)
+
+    def unpack(self, pipe, latents: torch.Tensor) -> torch.Tensor:
+        """Latents in the layout of the denoiser to the spatial layout of the noise, differentiable."""
+        shape, packed = self.unpacking(pipe)
+        if latents.shape == shape:
+            return latents
+        order = packed.flatten(1).long().to(latents.device)
+        return torch.zeros_like(latents).flatten(1).scatter(1, order, latents.flatten(1)).view(shape)
+
+    def unpacking(self, pipe) -> tuple[torch.Size, torch.Tensor]:
+        """The shape of the noise, and where packing puts each entry: packing only permutes, so it can number them."""
+        shapes: list[torch.Size] = []
+
+        def number(shape, *_, **__):
+            shapes.append(torch.Size(shape))
+            return torch.arange(shapes[-1][1:].numel(), dtype=torch.float64).view(1, *shape[1:]).expand(shape)
+
+        overrides: dict[str, Any] = {"dtype": torch.float64} if "dtype" in self.arguments else {}
+        packed = first_of(self.on(pipe, number, **overrides))
+        return shapes[0], packed
+
+    def accepts(self, pipe, latents: torch.Tensor, prepared: torch.Tensor) -> bool:
+        try:
+            returned = first_of(self.on(pipe, randn_tensor, latents))
+        except ValueError:  # the family checks the shape of given latents
+            return False
+        return returned.shape == prepared.shape and torch.equal(returned, prepared)
+
+
+# pipelines/module_state.py
+
+
+def modules_of(pipe) -> dict[str, nn.Module]:
+    """The pipeline's components that are torch modules, by name."""
+    return {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+
+
+@contextlib.contextmanager
+def frozen_modules(pipe) -> Iterator[None]:
+    """All modules in `eval()` and without parameter gradients inside; exactly as before outside."""
+    modules = [module for root in modules_of(pipe).values() for module in root.modules()]
+    trained = [module for module in modules if module.training]
+    learning = [parameter for module in modules for parameter in module.parameters(False) if parameter.requires_grad]
+    try:
+        for module in trained:
+            module.training = False
+        for parameter in learning:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for module in trained:
+            module.training = True
+        for parameter in learning:
+            parameter.requires_grad_(True)
+
+
+def refuse_offload(pipe) -> None:
+    """Raise `ValueError` if a module is offloaded: weights that move between forward and backward break gradients."""
+    for name, root in modules_of(pipe).items():
+        for module in root.modules():
+            if offloads(getattr(module, "_hf_hook", None)) or group_offloaded(module):
+                raise ValueError(
+                    f"Expected all weights on one device, but `{name}` is offloaded, and weights that move between the "
+                    "forward and the backward pass break the gradient. Call `pipe.remove_all_hooks()` (or load the "
+                    "pipeline without offloading) and `pipe.to(device)` first."
+                )
+
+
+def offloads(hook) -> bool:
+    """Whether an accelerate hook moves weights: `CpuOffload`, or `AlignDevicesHook(offload=True)`, alone or nested."""
+    nested = getattr(hook, "hooks", ())
+    return type(hook).__name__ == "CpuOffload" or bool(getattr(hook, "offload", False)) or any(map(offloads, nested))
+
+
+def group_offloaded(module: nn.Module) -> bool:
+    registry = getattr(module, "_diffusers_hook", None)
+    return registry is not None and any("group_offloading" in name for name in getattr(registry, "hooks", {}))
+
+
+def without_gradient(module: nn.Module) -> nn.Module:
+    """A shallow copy that shares all weights and whose forward pass leaves no graph."""
+    twin = copy.copy(module)
+    vars(twin)["forward"] = torch.no_grad()(module.forward)
+    return twin
+
+
+def float32_decoder(vae):
+    """A float32 copy of a VAE that takes latents of any dtype.
+
+    A half-precision pipeline whose VAE has `force_upcast` casts the shared VAE up to decode and down again, which swaps
+    the weights under the graph. The copy decodes the same values and leaves the shared one alone.
+    """
+    twin = copy.deepcopy(vae).float()
+    decode = twin.decode
+    vars(twin)["decode"] = functools.wraps(decode)(lambda z, *args, **kwargs: decode(z.float(), *args, **kwargs))
+    return twin
+
+
+# pipelines/sampling.py
+
+
+Gradient = Literal["full", "frozen"] | None
+Clamp = Literal["straight_through", "hard"]
+DENOISERS = ("unet", "transformer", "transformer_2")
+
+
+def stock_call(cls: type):
+    """The `__call__` of the stock pipeline class under our hook, without its `@torch.no_grad`."""
+    for base in cls.__mro__:
+        if "__call__" in vars(base) and not hasattr(base, "_noise_run"):
+            return inspect.unwrap(vars(base)["__call__"])
+    raise TypeError(f"Expected a diffusers pipeline with a `__call__`, but {cls.__name__} has none.")
+
+
+class RandomState:
+    """The random streams of a call, as they were at one moment: every inner run starts from the same state."""
+
+    def __init__(self, generator: torch.Generator | list[torch.Generator] | None, device: torch.device) -> None:
+        self.several = isinstance(generator, list)
+        streams = generator if isinstance(generator, list) else [generator or default_generator(device)]
+        self.states = [(stream.device, stream.get_state(), stream.initial_seed()) for stream in streams]
+
+    @property
+    def seeds(self) -> list[int]:
+        return [seed for _, _, seed in self.states]
+
+    def generator(self) -> torch.Generator | list[torch.Generator]:
+        """Fresh generators in this state, in the form that the pipeline was given."""
+        fresh = []
+        for device, state, _ in self.states:
+            fresh.append(torch.Generator(device))
+            fresh[-1].set_state(state)
+        return fresh if self.several else fresh[0]
+
+
+def default_generator(device: torch.device) -> torch.Generator:
+    """The generator that torch draws from on `device` when none is given."""
+    if device.type == "cuda":
+        return torch.cuda.default_generators[device.index if device.index is not None else torch.cuda.current_device()]
+    if device.type == "mps":
+        return torch.mps._get_default_mps_generator()
+    return torch.default_generator
+
+
+class PipelineSampler:
+    """One pipeline call as `images(noise)` and `x0(noise)`.
+
+    Works on a shallow twin of the pipeline that shares its modules: the scheduler is a copy, `encode_prompt` replays
+    what the outer call recorded, in call order, and `prepare_latents` returns our noise through the stock scaling and
+    packing.
+
+    Args:
+        pipe: The pipeline whose call is under way, after its prompts were encoded.
+        request: The arguments of that call.
+        encoded: What `encode_prompt` returned, in call order.
+        space: The noise and latents of the call.
+        random_state: The streams before the base noise was drawn.
+        drew: Whether the outer call drew its base noise; if so each inner call draws and discards, to leave samplers
+            that add noise on the way the same stream.
+        clamp: How pixels are brought into [0, 1]: "straight_through" keeps the gradient of saturated pixels, so that
+            they can come back; "hard" (as stock pipelines do) has none there. The values are equal.
+    """
+
+    def __init__(
+        self,
+        pipe,
+        request: dict[str, Any],
+        encoded: list,
+        space: LatentSpace,
+        random_state: RandomState,
+        drew: bool,
+        clamp: Clamp = "straight_through",
+    ) -> None:
+        self.space, self.encoded, self.random_state, self.drew = space, encoded, random_state, drew
+        self.call = stock_call(type(pipe))
+        ours = ("latents", "generator", "output_type", "return_dict", "callback_on_step_end", "callback")
+        self.request = {name: value for name, value in request.items() if name not in ours}
+        self.twin = self.make_twin(pipe, clamp)
+        # copied before any gradient run: schedulers hold the graph afterwards, and then cannot be copied
+        self.scheduler = copy.deepcopy(pipe.scheduler)
+
+    def make_twin(self, pipe, clamp: str):
+        twin = copy.copy(pipe)
+        attributes = vars(twin)
+        attributes.pop("_noise_run", None)
+        attributes["_progress_bar_config"] = {"disable": True}
+        # both go through numpy, which no gradient passes; the final run has them
+        attributes.update({name: None for name in ("safety_checker", "watermark") if name in attributes})
+        vae = attributes.get("vae")
+        if vae is not None and vae.config.get("force_upcast") and vae.dtype == torch.float16:
+            attributes["vae"] = float32_decoder(vae)
+        if clamp == "straight_through" and hasattr(pipe, "image_processor"):
+            attributes["image_processor"] = copy.copy(pipe.image_processor)
+            vars(twin.image_processor)["denormalize"] = denormalize_straight_through
+        return twin
+
+    def states_after_draw(self) -> list[tuple[str, torch.Tensor]]:
+        """The random streams once the base noise is drawn: device type and state of each."""
+        generator = self.random_state.generator()
+        if self.drew:
+            self.space.on(self.twin, randn_tensor, generator=generator)
+        streams = generator if isinstance(generator, list) else [generator]
+        return [(stream.device.type, stream.get_state()) for stream in streams]
+
+    def images(self, noise: torch.Tensor, gradient: Gradient = None, preview: bool = False) -> torch.Tensor:
+        """`noise` (B, C, H, W) to images (B, 3, H, W) in [0, 1], float32 or better.
+
+        Args:
+            noise: The initial noise.
+            gradient: "full" back-propagates through the whole chain; "frozen" holds the model's outputs constant, so no
+                graph is kept in the denoiser; `None` keeps no graph at all.
+            preview: Draw the x0 estimate of the first model call instead of the whole chain.
+        """
+        images = self.run(noise, gradient, preview, "pt")
+        return images.to(torch.promote_types(images.dtype, torch.float32))
+
+    def x0(self, noise: torch.Tensor, gradient: Gradient = None) -> torch.Tensor:
+        """`noise` (B, C, H, W) to the x0 estimate of the first model call, in the layout of the noise."""
+        latents = self.run(noise, gradient, True, "latent")
+        return self.space.unpack(self.twin, latents)
+
+    def run(self, noise: torch.Tensor, gradient: Gradient, preview: bool, output_type: str) -> torch.Tensor:
+        twin = self.fresh_twin(noise, gradient)
+        one_call = first_step_only(twin) if preview else contextlib.nullcontext()
+        ours = {"generator": twin.sampling_generator, "output_type": output_type, "return_dict": False}
+        with one_call, torch.set_grad_enabled(gradient is not None and noise.requires_grad):
+            output = self.call(twin, **self.request, **ours)[0]
+        if noise.requires_grad and gradient is not None and not output.requires_grad:
+            raise ValueError(
+                f"Expected {type(twin).__name__} to be differentiable from image to noise, but its result carries no "
+                "gradient. Use a method without gradients, such as `BestOfN`."
+            )
+        return output
+
+    def fresh_twin(self, noise: torch.Tensor, gradient: Gradient):
+        twin = copy.copy(self.twin)
+        generator = self.random_state.generator()
+        replay = iter(self.encoded)
+
+        def prepare_latents(*_, **__):
+            if self.drew:
+                self.space.on(twin, randn_tensor, generator=generator)
+            return self.space.prepare(twin, noise, generator=generator)
+
+        vars(twin).update(
+            scheduler=self.scheduler,
+            encode_prompt=lambda *_, **__: next(replay),
+            prepare_latents=prepare_latents,
+            sampling_generator=generator,
+        )
+        if gradient == "frozen":
+            parts = {name: getattr(twin, name, None) for name in DENOISERS}
+            vars(twin).update({name: without_gradient(part) for name, part in parts.items() if part is not None})
+        return twin
+
+
+@contextlib.contextmanager
+def first_step_only(pipe) -> Iterator[None]:
+    """Let a pipeline make one model call, whose `step` returns the x0 estimate. Its scheduler must be a copy.
+
+    Cutting the list of timesteps stops the loop of every family, also of those that have no interrupt.
+
+    Raises:
+        TypeError: If the pipeline takes no step, or takes one before a denoiser was called.
+    """
+    scheduler = pipe.scheduler
+    set_timesteps, step = scheduler.set_timesteps, scheduler.step
+    calls: list[int] = []
+    stepped: list[bool] = []  # for each step whether a denoiser had been called
+
+    @functools.wraps(set_timesteps)
+    def set_one(*args, **kwargs):
+        set_timesteps(*args, **kwargs)
+        scheduler.timesteps = scheduler.timesteps[:1]
+
+    @functools.wraps(step)
+    def estimate(model_output, timestep, sample, *_, **__):
+        stepped.append(bool(calls))
+        x0 = predict_x0(scheduler, model_output, timestep, sample).to(model_output.dtype)
+        return (x0, x0)
+
+    vars(scheduler).update(set_timesteps=set_one, step=estimate)
+    parts = [part for name in DENOISERS if (part := getattr(pipe, name, None)) is not None]
+    handles = [part.register_forward_pre_hook(lambda *_: calls.append(1)) for part in parts]
+    try:
+        yield
+    finally:
+        del scheduler.set_timesteps, scheduler.step
+        for handle in handles:
+            handle.remove()
+    if not all(stepped or [False]):
+        raise TypeError(
+            f"Expected a pipeline that calls its denoiser ({', '.join(DENOISERS)}) before the first `scheduler.step`, "
+            f"but {type(pipe).__name__} does not, and no x0 can be estimated. Use a method that looks at images."
+        )
+
+
+def denormalize_straight_through(images: torch.Tensor) -> torch.Tensor:
+    """[-1, 1] to [0, 1] as diffusers does it, with the clamp's value and the identity's gradient."""
+    pixels = images * 0.5 + 0.5
+    clamped = pixels.clamp(0, 1)
+    return clamped.detach() + (pixels - pixels.detach()) if pixels.requires_grad else clamped  # adds exactly 0
+
+
+class Sample:
+    """What an objective may look at, computed once and only if asked for.
+
+    Attributes:
+        noise: `(B, C, H, W)`, the initial noise.
+        prompts: `B` prompts.
+        groups: `B` integers, equal where images share their prompt.
+        seeds: `B` integers that differ from step to step and from image to image: for objectives that draw at random.
+        images: `(B, 3, H, W)` in [0, 1]: the result of the whole chain, or of one model call for a preview.
+        x0: `(B, C, H, W)`: the estimate of the clean latents after one model call.
+    """
+
+    def __init__(
+        self,
+        sampler: PipelineSampler,
+        noise: torch.Tensor,
+        prompts: list[str],
+        groups: list[int],
+        seeds: list[int],
+        gradient: Gradient,
+        preview: bool = False,
+    ) -> None:
+        self.sampler, self.noise, self.prompts = sampler, noise, prompts
+        self.groups, self.seeds = groups, seeds
+        self.gradient: Gradient = gradient
+        self.preview = preview
+
+    @functools.cached_property
+    def images(self) -> torch.Tensor:
+        return self.sampler.images(self.noise, self.gradient, self.preview)
+
+    @functools.cached_property
+    def x0(self) -> torch.Tensor:
+        return self.sampler.x0(self.noise, self.gradient)
+
+    @property
+    def drawn_images(self) -> torch.Tensor | None:
+        """The images if the objective asked for them, without their graph."""
+        images = vars(self).get("images")
+        return None if images is None else images.detach()
+
+
+# pipelines/objectives.py
+
+
+class Objective:
+    """`objective(sample) -> (B,)`, lower is better. `evaluate` also reports what it is made of.
+
+    Attributes:
+        requires_prompt: Whether the prompts are looked at.
+    """
+
+    requires_prompt: bool = False
+
+    def evaluate(self, sample: Sample) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The loss `(B,)` with its graph, and named raw scores `(B,)` without."""
+        raise NotImplementedError(f"{type(self).__name__} must define `evaluate(sample)`.")
+
+    def __call__(self, sample: Sample) -> torch.Tensor:
+        return self.evaluate(sample)[0]
+
+    def check_groups(self, groups: Sequence[int]) -> None:
+        """Raise `ValueError` for a batch that cannot be compared, before any model runs; see `Sample.groups`."""
+
+    def try_out(self, prompt: str, height: int, width: int, gradient: bool) -> None:
+        """Raise for user code that cannot work on images of this size, before any model runs."""
+
+    def describe(self) -> Any:
+        """What goes into the provenance of a result: plain values."""
+        return type(self).__name__
+
+
+class FunctionObjective(Objective):
+    """A plain function `(sample) -> (B,)` as an objective."""
+
+    def __init__(self, function: Callable[[Sample], torch.Tensor]) -> None:
+        self.function = function
+
+    def evaluate(self, sample: Sample) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        return self.function(sample), {}
+
+    def describe(self) -> str:
+        return getattr(self.function, "__name__", type(self.function).__name__)
+
+
+class RewardObjective(Objective):
+    """The negative weighted sum of rewards of the images: `−Σᵢ λᵢ·rewardᵢ(images, prompts)`.
+
+    Args:
+        rewards: Anything that `RewardSum` takes, or a `RewardSum`.
+        prompts: Ask the rewards about these instead of the pipeline's prompts: one, or one for each image.
+        views: The value stays that of the image itself, but the gradient is the mean of so many random views of it; see
+            `random_views`. 0 for the gradient of the image itself.
+    """
+
+    def __init__(self, rewards: Any, prompts: str | Sequence[str] | None = None, views: int = 0) -> None:
+        self.rewards = rewards if isinstance(rewards, RewardSum) else RewardSum(rewards)
+        self.prompts = prompts
+        self.requires_prompt = self.rewards.requires_prompt and prompts is None
+        self.views = views
+
+    def evaluate(self, sample: Sample) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        prompts = self.prompts if self.prompts is not None else sample.prompts
+        images = sample.images
+        by_views = self.views > 0 and images.requires_grad
+        output = self.rewards(images.detach() if by_views else images, prompts)
+        if not by_views:
+            return -output.total, output.components
+        views = random_views(images, self.views, sample.seeds)
+        total = torch.stack([self.optimised(view, prompts).total for view in views]).mean(0)
+        return -(output.total + (total - total.detach())), output.components  # adds exactly 0
+
+    @functools.cached_property
+    def optimised(self) -> RewardSum:
+        """The rewards that have a weight."""
+        pairs = zip(self.rewards.rewards, self.rewards.weights.values(), strict=True)
+        return RewardSum([(reward, weight) for reward, weight in pairs if weight])
+
+    def try_out(self, prompt: str, height: int, width: int, gradient: bool) -> None:
+        """Score one random image with each plain callable: its shape, its numbers and, if asked for, its gradient.
+
+        The project's own rewards are tested to meet the contract and are not run.
+        """
+        for name, reward in zip(self.rewards.names, self.rewards.rewards, strict=True):
+            if not hasattr(reward, "function"):
+                continue
+            if gradient and self.rewards.weights[name]:
+                check_gradient(reward, prompt, height, width)  # pyright: ignore[reportArgumentType]
+            else:
+                reward(torch.rand(1, 3, height, width, generator=torch.Generator().manual_seed(0)), prompt)
+
+    def describe(self) -> dict[str, float]:
+        return dict(self.rewards.weights)
+
+
+# pipelines/contrast.py
+
+
+def attraction_gamma(size: int, tau: float) -> float:
+    """γ at which the strongest attraction equals the strongest repulsion: `exp(1/(γτ)) = (size − 1)·exp(1/τ)`.
+
+    CNO, https://arxiv.org/abs/2510.03813, closed form `1 / (τ·ln(size − 1) + 1)`: 0.878 for 5 images and τ = 0.1, and 1
+    for two. A smaller γ attracts more.
+    """
+    return 1 / (tau * math.log(size - 1) + 1)
+
+
+def pooled_directions(x0: torch.Tensor, window_size: int) -> torch.Tensor:
+    """`(B, C, H, W)` to unit vectors along the channels of a pooled grid, `(B, C, P)` in float32 or better.
+
+    Args:
+        x0: Latents; `(B, 1, C, H, W)` as well.
+        window_size: The grid has so many cells down and across, at most H and W: P of them.
+    """
+    x0 = x0.to(torch.promote_types(x0.dtype, torch.float32)).flatten(1, -3)
+    down, across = (min(window_size, side) for side in x0.shape[-2:])
+    return F.normalize(F.adaptive_avg_pool2d(x0, (down, across)).flatten(2), dim=1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ContrastiveLoss:
+    """InfoNCE of a set against its own reference, for each image; CNO, https://arxiv.org/abs/2510.03813.
+
+    In every pooled cell, with `f` the cosine along the channels, image i is told from the others by
+
+        −log( exp(f(i, refᵢ)/(γτ)) / (exp(f(i, refᵢ)/(γτ)) + Σ_{j≠i} exp(f(i, j)/τ)) ),
+
+    a cross-entropy whose own logit is the attraction to its reference. The mean over the cells is the loss of image i,
+    the mean over the images the loss of the paper. The gradient goes into both members of each pair.
+
+    Attributes:
+        tau: τ, above 0.
+        gamma: γ, above 0, or "auto" for `attraction_gamma`.
+        attraction: Whether the numerator counts; without it only the others are fled from.
+        repulsion: Whether the denominator counts.
+    """
+
+    tau: float
+    gamma: float | str
+    attraction: bool
+    repulsion: bool
+
+    def __call__(self, directions: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+        """`(B, C, P)` unit vectors of one set, B >= 2, and of its reference, to the losses `(B,)`."""
+        size = len(directions)
+        gamma = attraction_gamma(size, self.tau) if self.gamma == "auto" else float(self.gamma)
+        own = (directions * reference).sum(1) / (gamma * self.tau)
+        loss = -own if self.attraction else torch.zeros_like(own)
+        if self.repulsion:
+            others = torch.einsum("icp,jcp->ipj", directions, directions) / self.tau
+            diagonal = torch.eye(size, dtype=torch.bool, device=own.device)[:, None]
+            logits = torch.where(diagonal, own[..., None] if self.attraction else -torch.inf, others)
+            loss = loss + logits.logsumexp(-1)
+        return loss.mean(1)
+
+
+class ContrastiveObjective(Objective):
+    """`ContrastiveLoss` of the x0 estimates of one model call, each group of images with the same prompt for itself.
+
+    The first evaluation is the reference: it costs no model call of its own. An object serves one run.
+
+    Args:
+        loss: The loss of one set.
+        window_size: The estimates are pooled to a grid of so many cells down and across, at most the latent's.
+    """
+
+    def __init__(self, loss: ContrastiveLoss, window_size: int) -> None:
+        self.loss, self.window_size = loss, window_size
+        self.reference: torch.Tensor | None = None
+
+    def check_groups(self, groups: Sequence[int]) -> None:
+        if alone := [group for group in set(groups) if groups.count(group) == 1]:
+            raise ValueError(
+                f"Expected at least 2 images of each prompt to contrast, but got 1 of prompt {min(alone)}: alone it "
+                "has nothing to differ from. Pass `num_images_per_prompt=5`, say."
+            )
+
+    def evaluate(self, sample: Sample) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        directions = pooled_directions(sample.x0, self.window_size)
+        if self.reference is None:
+            self.reference = directions.detach()
+        losses, similarities = directions.new_zeros(2, len(directions))
+        for rows in sets(sample.groups):
+            part = directions[rows]
+            losses = losses.index_put((rows,), self.loss(part, self.reference[rows]))
+            similarities[rows] = mean_similarity(part.detach())
+        return losses, {"similarity": similarities}
+
+    def describe(self) -> dict[str, float | int | str | bool]:
+        return {**dataclasses.asdict(self.loss), "window_size": self.window_size}
+
+
+def sets(groups: Sequence[int]) -> Iterator[torch.Tensor]:
+    """The rows of each group."""
+    labels = torch.tensor(groups)
+    for group in sorted(set(groups)):
+        yield (labels == group).nonzero().flatten()
+
+
+def mean_similarity(directions: torch.Tensor) -> torch.Tensor:
+    """`(B, C, P)` unit vectors to each image's mean cosine to the B − 1 others, `(B,)` in [-1, 1]."""
+    cosines = torch.einsum("icp,jcp->ij", directions, directions) / directions.shape[-1]
+    return (cosines.sum(1) - cosines.diagonal()) / (len(directions) - 1)
+
+
+# callbacks/noise_state.py
+
+
+@dataclasses.dataclass(eq=False)
+class NoiseState:
+    """A running optimisation of `B` independent noises.
+
+    Attributes:
+        pipeline: The pipeline whose noise is optimised.
+        prompts: The `B` prompts that rewards are asked about.
+        steps: How many evaluations the method plans.
+        noise: `(B, C, H, W)`, unit variance, the noise that was evaluated in this step.
+        step: Index of this evaluation, from 0: step 0 is the plain result.
+        images: `(B, 3, H, W)` in [0, 1], what the noise draws; `None` if the objective did not ask for images.
+        loss: `(B,)`, lower is better, without the regularizer.
+        scores: Name to `(B,)`, the raw rewards of this step, higher is better.
+        best_loss: `(B,)`, the lowest loss so far.
+        best_step: `(B,)`, the step of the lowest loss.
+        best_noise: `(B, C, H, W)`, the noise of the lowest loss.
+        best_images: `(B, 3, H, W)` or `None`, the images of the lowest loss.
+        active: `(B,)` bool. A sample that is not active keeps its best and is not recorded any more.
+        stopped: Why the run ended before its last step, or `None`.
+    """
+
+    pipeline: Any
+    prompts: list[str]
+    steps: int
+    noise: torch.Tensor
+    step: int = -1
+    images: torch.Tensor | None = None
+    loss: torch.Tensor | None = None
+    scores: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
+    best_loss: torch.Tensor | None = None
+    best_step: torch.Tensor | None = None
+    best_noise: torch.Tensor | None = None
+    best_images: torch.Tensor | None = None
+    active: torch.Tensor = dataclasses.field(init=False)
+    stopped: str | None = None
+    started: float = dataclasses.field(default_factory=time.perf_counter)
+
+    def __post_init__(self) -> None:
+        self.active = torch.ones(len(self.noise), dtype=torch.bool, device=self.noise.device)
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the optimisation began."""
+        return time.perf_counter() - self.started
+
+    def stop(self, reason: str = "callback", samples: torch.Tensor | None = None) -> None:
+        """End the run after this step, or only for the samples where the `(B,)` bool mask `samples` is true."""
+        self.active = self.active & ~samples if samples is not None else torch.zeros_like(self.active)
+        if not self.active.any():
+            self.stopped = reason
+
+
+# callbacks/noise_callback.py
+
+
+class NoiseCallback:
+    """Base of callbacks per *optimisation* step. (diffusers' `callback_on_step_end` is per denoising step.)
+
+    Subclasses override what they need. A plain function `(state) -> bool | None` does where one hook is enough.
+    """
+
+    def on_run_start(self, state: NoiseState) -> None:
+        """Called once, before the first evaluation."""
+
+    def on_step_end(self, state: NoiseState) -> bool | None:
+        """Called after each evaluation. Return `False`, or call `state.stop()`, to end the run."""
+
+    def on_run_end(self, state: NoiseState) -> None:
+        """Called once at the end, also when the run ends in an exception."""
+
+
+class FunctionCallback(NoiseCallback):
+    """A plain function as a callback."""
+
+    def __init__(self, function: Callable[[NoiseState], bool | None]) -> None:
+        self.function = function
+
+    def on_step_end(self, state: NoiseState) -> bool | None:
+        return self.function(state)
+
+
+CallbackSpec = NoiseCallback | Callable[[NoiseState], bool | None]
+
+
+def as_callbacks(callbacks: CallbackSpec | Iterable[CallbackSpec] | None) -> list[NoiseCallback]:
+    """One callback, several, or none, as a list. Raises `TypeError` for what is neither callback nor function.
+
+    Anything with an `on_step_end` counts, whichever copy of `NoiseCallback` it derives from.
+    """
+    if callbacks is None:
+        return []
+    if isinstance(callbacks, Iterable):
+        return [as_callback(each) for each in callbacks]
+    return [as_callback(callbacks)]
+
+
+def as_callback(callback: CallbackSpec) -> NoiseCallback:
+    if hasattr(callback, "on_step_end"):
+        return callback  # pyright: ignore[reportReturnType]
+    if callable(callback):
+        return FunctionCallback(callback)
+    raise TypeError(
+        f"Expected a callback with `on_step_end(state)` or a function of `state`, but got {type(callback).__name__}."
+    )
+
+
+# callbacks/progress.py
+
+
+class ProgressBar(NoiseCallback):
+    """One tick per evaluation, with the mean best loss. `pipe.set_progress_bar_config` applies."""
+
+    bar = None
+
+    def on_run_start(self, state: NoiseState) -> None:
+        self.bar = state.pipeline.progress_bar(total=state.steps)
+        self.bar.set_description("Optimising noise")
+
+    def on_step_end(self, state: NoiseState) -> None:
+        if self.bar is None:
+            return
+        if not self.bar.disable:  # reading the loss waits for the device: only for those who look
+            self.bar.set_postfix(best_loss=f"{state.best_loss.mean():.4f}", refresh=False)  # pyright: ignore
+        self.bar.update()
+
+    def on_run_end(self, state: NoiseState) -> None:
+        if self.bar is not None:
+            self.bar.close()
+        self.bar = None
+
+
+# pipelines/noise_problem.py
+
+
+@dataclasses.dataclass(eq=False)
+class NoiseProblem:
+    """One pipeline call whose noise is to be found.
+
+    Attributes:
+        pipe: The pipeline.
+        sampler: Noise to images.
+        space: Noise to latents.
+        noise: `(B, C, H, W)`, the base noise, float32 or better.
+        prompts: `B` prompts for the rewards.
+        groups: `B` integers, equal where images share their prompt.
+        dtype: What the pipeline draws its noise in.
+        request: The arguments of the call, for the provenance.
+    """
+
+    pipe: Any
+    sampler: PipelineSampler
+    space: LatentSpace
+    noise: torch.Tensor
+    prompts: list[str]
+    groups: list[int]
+    dtype: torch.dtype
+    request: dict[str, Any]
+
+    @functools.cached_property
+    def seeds(self) -> list[int]:
+        """One for each image, from the bits of its base noise: none depends on the rest of the batch."""
+        return [seed_from(noise) for noise in self.noise]
+
+
+class CandidateNoise:
+    """Fresh Gaussian noises of a problem: the same for the same seeds, whatever batch they are drawn in.
+
+    The streams are seeded from the base noise of each sample, so that they neither repeat the pipeline's own draws nor
+    depend on the other samples of the batch.
+    """
+
+    def __init__(self, problem: NoiseProblem) -> None:
+        self.like = problem.noise
+        self.streams = [torch.Generator().manual_seed(seed) for seed in problem.seeds]
+
+    def draw(self) -> torch.Tensor:
+        """`(B, C, H, W)` standard Gaussian."""
+        return randn_tensor(tuple(self.like.shape), self.streams, self.like.device, self.like.dtype)
+
+
+def seed_from(noise: torch.Tensor) -> int:
+    """A 62-bit seed that is a function of the values of a noise."""
+    bits = noise.detach().flatten().cpu().to(torch.float32).view(torch.int32).to(torch.int64)
+    weights = torch.arange(1, len(bits) + 1).mul(0x9E3779B97F4A7C15 - 2**64)  # odd multiples spread over 64 bits
+    return int((bits * weights).sum().item()) & (2**62 - 1)
+
+
+# pipelines/noise_result.py
+
+
+FILE_FORMAT = "noiseopt-result-1"
+
+
+@dataclasses.dataclass(eq=False, repr=False)
+class NoiseResult:
+    """What `optimize_noise` returns, for `B` independent noises.
+
+    `pipe(prompt, latents=result.latents, ...)` with the arguments of the run draws the best images again. For a sampler
+    that adds noise on the way pass `generator=result.generator()` too.
+
+    Attributes:
+        noise: `(B, C, H, W)` float32, unit variance: the best noise, or the last for methods that return it.
+        latents: The same as the pipeline takes it as `latents=`: in its dtype, packed where the family packs.
+        scores: Name to `(steps, B)`: each reward at each step, raw units, higher is better.
+        losses: `(steps, B)`, lower is better, without the regularizer. NaN where a sample had stopped.
+        norms: `(steps, B)`, ‖noise‖ / √d at each step: 1 is what a Gaussian has.
+        best_step: `(B,)`, the step whose noise is returned.
+        provenance: Model, scheduler, dtype, prompts, seeds, versions, method and its settings: plain values.
+        generator_states: The state of each random stream after the base noise was drawn.
+        images: `(B, 3, H, W)` in [0, 1], the images of `noise`. Not saved.
+        initial_images: `(B, 3, H, W)`, the plain result. Not saved.
+    """
+
+    noise: torch.Tensor
+    latents: torch.Tensor
+    scores: dict[str, torch.Tensor]
+    losses: torch.Tensor
+    norms: torch.Tensor
+    best_step: torch.Tensor
+    provenance: dict[str, Any]
+    generator_states: list[tuple[str, torch.Tensor]] = dataclasses.field(default_factory=list)
+    images: torch.Tensor | None = None
+    initial_images: torch.Tensor | None = None
+
+    def __repr__(self) -> str:
+        shape = "×".join(map(str, self.noise.shape))
+        best = ", ".join(f"{name} {values.mean():.4g}" for name, values in self.best_scores.items())
+        return f"NoiseResult({shape}, best of {len(self.losses)} steps at {self.best_step.tolist()}: {best})"
+
+    @property
+    def best_scores(self) -> dict[str, torch.Tensor]:
+        """Name to `(B,)`: the rewards of the returned noise."""
+        return {name: self.at_best(values) for name, values in self.scores.items()}
+
+    @property
+    def initial_scores(self) -> dict[str, torch.Tensor]:
+        """Name to `(B,)`: the rewards of the plain result."""
+        return {name: values[0] for name, values in self.scores.items()}
+
+    @property
+    def best_loss(self) -> torch.Tensor:
+        """`(B,)`: the loss of the returned noise."""
+        return self.at_best(self.losses)
+
+    def at_best(self, values: torch.Tensor) -> torch.Tensor:
+        return values.gather(0, self.best_step.to(values.device)[None])[0]
+
+    def generator(self) -> torch.Generator | list[torch.Generator] | None:
+        """Fresh generators that continue where the base noise ended; a list if the run had one for each image."""
+        fresh = []
+        for device, state in self.generator_states:
+            fresh.append(torch.Generator(device))
+            fresh[-1].set_state(state)
+        return fresh if self.provenance.get("generators") == "list" else (fresh or [None])[0]
+
+    def save(self, path: str | Path) -> None:
+        """Write one safetensors file: the tensors, and the provenance as JSON in its header."""
+        tensors = {"noise": self.noise, "latents": self.latents, "losses": self.losses, "norms": self.norms}
+        tensors["best_step"] = self.best_step
+        tensors.update({f"scores.{name}": values for name, values in self.scores.items()})
+        devices = []
+        for index, (device, state) in enumerate(self.generator_states):
+            tensors[f"generator_states.{index}"] = state
+            devices.append(device)
+        header = {"format": FILE_FORMAT, "provenance": self.provenance, "generator_devices": devices}
+        # clones: safetensors refuses tensors that share memory, as noise and latents do in float32
+        tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, path, metadata={"noiseopt": json.dumps(header)})
+
+    @classmethod
+    def load(cls, path: str | Path, device: str | torch.device = "cpu") -> "NoiseResult":
+        """Read what `save` wrote. Raises `ValueError` for a safetensors file that is none of ours."""
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            header = json.loads((file.metadata() or {}).get("noiseopt", "{}"))
+            if header.get("format") != FILE_FORMAT:
+                raise ValueError(
+                    f"Expected a file that `NoiseResult.save` wrote, but {path} has no {FILE_FORMAT} header."
+                )
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        states = [
+            (kind, tensors.pop(f"generator_states.{index}").cpu())
+            for index, kind in enumerate(header["generator_devices"])
+        ]
+        scores = {
+            name.removeprefix("scores."): tensors.pop(name) for name in list(tensors) if name.startswith("scores.")
+        }
+        return cls(**tensors, scores=scores, provenance=header["provenance"], generator_states=states)
+
+
+# pipelines/provenance.py
+
+
+def provenance_of(problem: NoiseProblem, objective: Objective, state: NoiseState) -> dict[str, Any]:
+    """Where a result came from, in plain values that JSON takes. The method adds itself."""
+    pipe, scheduler = problem.pipe, problem.pipe.scheduler
+    arguments = {name: value for name, value in problem.request.items() if name not in ("prompt", "latents")}
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "transformers")}
+    return {
+        "objective": objective.describe(),
+        "prompts": problem.prompts,
+        "seeds": problem.sampler.random_state.seeds,
+        "generators": "list" if problem.sampler.random_state.several else "single",
+        "model": str(pipe.config.get("_name_or_path") or "") or None,
+        "revision": revision_of(pipe),
+        "pipeline": type(pipe).__name__,
+        "scheduler": {"class": type(scheduler).__name__, **plain(dict(scheduler.config))},
+        "dtype": str(problem.dtype).removeprefix("torch."),
+        "arguments": plain(arguments),
+        "steps": state.step + 1,
+        "stopped": state.stopped,
+        "seconds": round(state.elapsed, 3),
+        "versions": {"python": platform.python_version(), **versions},
+    }
+
+
+def plain(values: dict[str, Any]) -> dict[str, Any]:
+    """The entries that JSON takes as they are."""
+    kept = (bool, int, float, str, type(None))
+    flat = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+    return {
+        name: value
+        for name, value in flat.items()
+        if isinstance(value, kept) or isinstance(value, list) and all(isinstance(item, kept) for item in value)
+    }
+
+
+def revision_of(pipe) -> str | None:
+    """The commit of the Hub snapshot that the modules were loaded from, if they were."""
+    for part in pipe.components.values():
+        config = getattr(part, "config", None)
+        path = config.get("_name_or_path") if isinstance(config, Mapping) else getattr(part, "name_or_path", None)
+        if match := re.search(r"snapshots[/\\]([0-9a-f]{40})", str(path)):
+            return match[1]
+    return None
+
+
+# pipelines/regularizers.py
+
+
+@dataclasses.dataclass(frozen=True)
+class ChiPrior:
+    """Negative log-density of the norm of a d-dimensional standard Gaussian, up to a constant.
+
+    ReNO, https://arxiv.org/abs/2406.04312, equation 4: `weight · (r²/2 − (d−1)·ln r)` with `r = ‖noise‖₂`. Its minimum
+    is at `r = √(d−1)`, where the curvature is `2·weight`. It constrains the norm alone and is blind to the spectrum.
+
+    Args:
+        weight: λ_reg, at least 0. The paper uses 0.01.
+    """
+
+    weight: float = 0.01
+
+    def __post_init__(self) -> None:
+        if not self.weight >= 0 or math.isinf(self.weight):
+            raise ValueError(f"Expected a prior weight of 0 or more, but got {self.weight}.")
+
+    def __call__(self, noise: torch.Tensor) -> torch.Tensor:
+        """`noise` (B, ...) to the penalty `(B,)`, each sample by itself; at least float32 whatever the noise is."""
+        norm = per_sample_norm(noise)
+        return self.weight * (norm.square() / 2 - (noise[0].numel() - 1) * norm.log())
+
+
+def per_sample_norm(noise: torch.Tensor) -> torch.Tensor:
+    """`(B, ...)` to the L2 norms `(B,)`, in float32 or better: in bfloat16 the spacing of numbers near 256 is 2."""
+    return noise.flatten(1).to(torch.promote_types(noise.dtype, torch.float32)).norm(dim=1)
+
+
+def per_image(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """`(B,)` values in a shape that broadcasts over `like` (B, ...)."""
+    return values.view(-1, *[1] * (like.ndim - 1))
+
+
+def clip_per_sample(gradient: torch.Tensor, max_norm: float) -> torch.Tensor:
+    """`(B, ...)` scaled down where a sample's norm exceeds `max_norm`, as `clip_grad_norm_` does for a whole tensor."""
+    factor = (max_norm / (per_sample_norm(gradient) + 1e-6)).clamp(max=1)
+    return gradient * per_image(factor, gradient)
+
+
+# pipelines/noise_optimizer.py
+
+
+class NoiseOptimizer:
+    """A method: what it looks at, how it moves the noise, what it returns. `run` owns the loop.
+
+    Subclasses are frozen, keyword-only dataclasses whose fields are the method's settings.
+
+    Attributes:
+        steps: Evaluations, the plain result included: the noise is moved `steps − 1` times, or after each of them by a
+            method that returns the last.
+        gradient: "full", "frozen" or `None`; see `PipelineSampler.images`.
+        preview: Look at the x0 estimate of one model call instead of the whole chain.
+        clamp: "straight_through" or "hard"; see `PipelineSampler`.
+        returns: "best", the noise of the lowest loss, or "last", the noise after the last move, which is not evaluated.
+    """
+
+    steps: int
+    gradient: Gradient = "full"
+    preview: bool = False
+    clamp: Clamp = "straight_through"
+    returns: ClassVar[Literal["best", "last"]] = "best"
+
+    def objective(self, pipe) -> Objective:
+        """What is minimised. Called once, before any model runs: the place to refuse bad settings."""
+        raise NotImplementedError(f"{type(self).__name__} must define `objective(pipe)`.")
+
+    def regularizer(self, noise: torch.Tensor) -> torch.Tensor | float:
+        """`(B,)` penalty that steers the noise but does not count when the best is chosen."""
+        return 0.0
+
+    def start(self, problem: NoiseProblem) -> Any:
+        """What the method remembers from step to step, such as momentum."""
+        return None
+
+    def step(self, noise: torch.Tensor, gradient: Any, memory: Any) -> torch.Tensor:
+        """The method: the next noise, from this one and the gradient of its loss, both `(B, C, H, W)`.
+
+        `gradient` is `None` for a method without gradients; `memory` is what `start` returned.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define `step(noise, gradient, memory)`.")
+
+    def check(self) -> None:
+        """Raise `ValueError` for settings that cannot work."""
+        if not isinstance(self.steps, int) or self.steps < 1:
+            raise ValueError(f"Expected `steps` to be an integer of 1 or more, but got {self.steps!r}.")
+        choices = {"gradient": ("full", "frozen", None), "clamp": ("straight_through", "hard")}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"Expected `{name}` to be one of {allowed}, but got {getattr(self, name)!r}.")
+
+    def settings(self) -> dict[str, Any]:
+        """The settings as plain values, for the provenance."""
+        fields = dataclasses.fields(self) if dataclasses.is_dataclass(self) else ()
+        values = {field.name: getattr(self, field.name) for field in fields}
+        return {name: value for name, value in values.items() if isinstance(value, bool | int | float | str | None)}
+
+    def run(
+        self,
+        problem: NoiseProblem,
+        objective: Objective,
+        callbacks: CallbackSpec | Iterable[CallbackSpec] | None = None,
+    ) -> NoiseResult:
+        """Optimise. An exception on the way carries what was found so far as its `noise_result`."""
+        state = NoiseState(problem.pipe, problem.prompts, self.steps, problem.noise)
+        loop = OptimizationLoop(self, problem, objective, state, [ProgressBar(), *as_callbacks(callbacks)])
+        try:
+            loop.start()
+            for step in range(self.steps):
+                loop.evaluate(step)
+                if state.stopped or not loop.moves_after(step):
+                    break
+                loop.move()
+                if state.stopped:
+                    break
+        except BaseException as error:
+            if loop.losses:
+                vars(error)["noise_result"] = loop.result()
+            raise
+        finally:
+            loop.end()
+        return loop.result()
+
+
+class OptimizationLoop:
+    """One run of a method: its current noise, its best, its history. See `NoiseOptimizer.run`."""
+
+    def __init__(
+        self,
+        method: NoiseOptimizer,
+        problem: NoiseProblem,
+        objective: Objective,
+        state: NoiseState,
+        callbacks: Sequence[NoiseCallback],
+    ) -> None:
+        self.method, self.problem, self.objective = method, problem, objective
+        self.state, self.callbacks = state, callbacks
+        self.losses: list[torch.Tensor] = []
+        self.norms: list[torch.Tensor] = []
+        self.scores: list[dict[str, torch.Tensor]] = []
+        self.initial_images: torch.Tensor | None = None
+        self.total: torch.Tensor | None = None
+        self.leaf = problem.noise
+
+    def start(self) -> None:
+        self.memory = self.method.start(self.problem)
+        for callback in self.callbacks:
+            if hasattr(callback, "on_run_start"):
+                callback.on_run_start(self.state)
+
+    def end(self) -> None:
+        for callback in self.callbacks:
+            if hasattr(callback, "on_run_end"):
+                callback.on_run_end(self.state)
+
+    def moves_after(self, step: int) -> bool:
+        """Whether the noise is moved after this step: a best noise has been evaluated, a last one need not be."""
+        return self.method.returns == "last" or step < self.method.steps - 1
+
+    def evaluate(self, step: int) -> None:
+        """Score the current noise, keep it where it is the best, and ask the callbacks."""
+        state, method = self.state, self.method
+        gradient = method.gradient if self.moves_after(step) else None
+        self.leaf = state.noise.detach().requires_grad_(gradient is not None)
+        seeds = [seed + step for seed in self.problem.seeds]
+        groups = self.problem.groups
+        sample = Sample(self.problem.sampler, self.leaf, state.prompts, groups, seeds, gradient, method.preview)
+        try:
+            with torch.set_grad_enabled(gradient is not None):
+                loss, scores = self.objective.evaluate(sample)
+                self.check_loss(loss, gradient, step)
+                self.total = loss + method.regularizer(self.leaf)
+        except NonFiniteReward as error:
+            if step == 0:
+                raise
+            return self.give_up(str(error))
+        state.step, state.images, state.scores = step, sample.drawn_images, scores
+        state.loss = loss.detach().where(state.active, torch.nan)
+        self.record()
+        for callback in self.callbacks:
+            if callback.on_step_end(state) is False:
+                state.stop()
+
+    def check_loss(self, loss: torch.Tensor, gradient: Gradient, step: int) -> None:
+        batch = len(self.state.noise)
+        if not isinstance(loss, torch.Tensor) or loss.shape != (batch,):
+            got = tuple(loss.shape) if isinstance(loss, torch.Tensor) else type(loss).__name__
+            raise ValueError(f"Expected the objective to return a tensor of shape ({batch},), but got {got}.")
+        if gradient is not None and not loss.requires_grad:
+            raise ValueError(
+                "Expected a loss that depends differentiably on the noise, but it carries no gradient. Remove "
+                "`.detach()`, `.item()` and numpy from the objective, or use a method without gradients, such as "
+                "`BestOfN`."
+            )
+        if step == 0 and not loss.detach().isfinite().all():
+            raise NonFiniteReward(f"Expected a finite loss for the plain result, but got {loss.tolist()}.")
+
+    def record(self) -> None:
+        state = self.state
+        assert state.loss is not None
+        self.losses.append(state.loss)
+        self.norms.append(per_sample_norm(state.noise) / math.sqrt(state.noise[0].numel()))
+        self.scores.append(state.scores)
+        if state.step == 0:
+            self.initial_images = state.images
+            state.best_loss = torch.full_like(state.loss, torch.inf)
+            state.best_step = torch.zeros_like(state.loss, dtype=torch.long)
+            state.best_noise, state.best_images = state.noise, state.images
+        assert state.best_loss is not None and state.best_step is not None and state.best_noise is not None
+        better = state.loss < state.best_loss  # strictly: of equals the first wins; false for NaN
+        state.best_loss = torch.where(better, state.loss, state.best_loss)
+        state.best_step = torch.where(better, state.step, state.best_step)
+        state.best_noise = torch.where(per_image(better, state.noise), state.noise, state.best_noise)
+        if state.images is not None and state.best_images is not None:
+            state.best_images = torch.where(per_image(better, state.images), state.images, state.best_images)
+
+    def move(self) -> None:
+        """Take the gradient where the method wants one, and the method's step."""
+        state, gradient = self.state, None
+        if self.leaf.requires_grad:
+            assert self.total is not None
+            (gradient,) = torch.autograd.grad(self.total.sum(), self.leaf)
+            finite = gradient.flatten(1).isfinite().all(1)
+            gradient = gradient.nan_to_num(0, 0, 0) * per_image(finite, gradient)
+            self.drop_samples(state.active & ~finite)
+        self.total = None
+        moved = self.method.step(state.noise, gradient, self.memory).detach()
+        state.noise = torch.where(per_image(state.active, moved), moved, state.noise)
+
+    def drop_samples(self, broken: torch.Tensor) -> None:
+        """Stop the samples whose gradient is not finite; the others go on."""
+        if broken.any():
+            self.state.stop("non-finite gradient", broken)
+            warnings.warn(
+                f"The gradient of sample {broken.nonzero().flatten().tolist()} is not finite after step "
+                f"{self.state.step}: it keeps its best noise so far.",
+                stacklevel=2,
+            )
+
+    def give_up(self, why: str) -> None:
+        """End the run with what it has."""
+        self.state.stop("non-finite reward")
+        warnings.warn(f"The run stops after step {self.state.step} and keeps the best so far: {why}", stacklevel=2)
+
+    def result(self) -> NoiseResult:
+        problem, state = self.problem, self.state
+        assert state.best_noise is not None and state.best_step is not None
+        last = self.method.returns == "last"
+        noise = state.noise if last else state.best_noise
+        step = torch.full_like(state.best_step, len(self.losses) - 1) if last else state.best_step
+        latents = problem.space.to_latents(problem.pipe, noise.to(problem.dtype))
+        return NoiseResult(
+            noise=noise.detach(),
+            latents=latents.detach(),
+            scores={name: torch.stack([scores[name] for scores in self.scores]) for name in self.scores[0]},
+            losses=torch.stack(self.losses),
+            norms=torch.stack(self.norms),
+            best_step=step,
+            provenance={
+                "method": type(self.method).__name__,
+                "settings": self.method.settings(),
+                **provenance_of(problem, self.objective, state),
+            },
+            generator_states=problem.sampler.states_after_draw(),
+            images=state.images if last else state.best_images,
+            initial_images=self.initial_images,
+        )
+
+
+# pipelines/methods.py
+
+
+METHODS: dict[str, type[NoiseOptimizer]] = {}
+
+
+def register_noise_optimizer(name: str):
+    """Class decorator: make a method known by name. The same class may come again, as it does when code is reloaded."""
+
+    def register(cls):
+        known = METHODS.get(name)
+        if known is not None and known.__qualname__ != cls.__qualname__:
+            raise ValueError(f"The method name {name!r} is taken by {known.__qualname__}.")
+        METHODS[name] = cls
+        return cls
+
+    return register
+
+
+def list_noise_optimizers() -> list[str]:
+    """The names that `optimize_noise` takes."""
+    return sorted(METHODS)
+
+
+def call_settings(named: dict[str, Any], others: Mapping[str, Any] | None, argument: str) -> dict[str, Any]:
+    """The settings of a method from a pipeline call: arguments that are not `None`, and a dict of others.
+
+    Raises `ValueError` for a setting that is given both ways; `argument` is what the dict is called.
+    """
+    settings = {name: value for name, value in named.items() if value is not None}
+    if twice := sorted(settings.keys() & (others or {}).keys()):
+        raise ValueError(f"Expected each setting once, but got {twice} by argument and in `{argument}` too.")
+    return {**settings, **(others or {})}
+
+
+def as_noise_optimizer(method: Any, settings: dict[str, Any] | None = None) -> NoiseOptimizer:
+    """A method by its name and settings, or a method as it is. Raises `ValueError` or `TypeError` otherwise."""
+    if isinstance(method, str):
+        if method not in METHODS:
+            raise ValueError(f"Unknown method {method!r}. Available: {', '.join(list_noise_optimizers())}.")
+        return METHODS[method](**(settings or {}))
+    if settings:
+        raise ValueError("Expected `method_kwargs` only beside the name of a method, but got a method object as well.")
+    if isinstance(method, type) or not hasattr(method, "run"):
+        raise TypeError(
+            f"Expected a method such as `ReNO(rewards=...)` or one of the names {list_noise_optimizers()}, but got "
+            f"{method!r}."
+        )
+    return method
+
+
+# pipelines/cno.py
+
+
+@register_noise_optimizer("cno")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CNO(NoiseOptimizer):
+    """Moves the noises of one prompt so that the images they lead to differ; a few model calls before the sampling.
+
+    "Diverse Text-to-Image Generation via Contrastive Noise Optimization", Kim, Um and Ye, ICLR 2026,
+    https://arxiv.org/abs/2510.03813.
+
+    Each step asks the denoiser once, guided as in the sampling, for the x0 estimate (Tweedie) of each noise at the
+    sampler's first timestep, and takes one step of Adam on the contrastive loss: away from the other images of the same
+    prompt, towards the own first estimate. Images of different prompts in one call do not see each other. The last
+    noise is returned.
+
+    The defaults are the paper's. Its released code is `CNO(stop_gradient=False, gamma=1.0)`.
+
+    Args:
+        steps: Updates, and calls of the denoiser.
+        window_size: The estimates are compared on a grid pooled to so many cells down and across, at most the latent's.
+        tau: τ, the temperature, above 0.
+        gamma: γ scales the temperature of the attraction, above 0: smaller attracts more. "auto" is
+            `1 / (τ·ln(B − 1) + 1)` for B images of a prompt.
+        learning_rate: Of Adam, above 0: about the most that an entry of the noise moves in a step.
+        stop_gradient: Hold the output of the denoiser constant: no backward pass through it, and no more memory than
+            sampling takes. `False` back-propagates through it.
+        attraction: Pull each estimate towards where it was; `False` for more diversity at the cost of quality.
+        repulsion: Push the estimates apart.
+    """
+
+    steps: int = 3
+    window_size: int = 16
+    tau: float = 0.1
+    gamma: float | Literal["auto"] = "auto"
+    learning_rate: float = 1e-2
+    stop_gradient: bool = True
+    attraction: bool = True
+    repulsion: bool = True
+    preview: ClassVar[bool] = True  # pyright: ignore[reportIncompatibleVariableOverride]
+    returns: ClassVar[Literal["best", "last"]] = "last"
+
+    @property
+    def gradient(self) -> Gradient:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return "frozen" if self.stop_gradient else "full"
+
+    def check(self) -> None:
+        super().check()
+        if not (isinstance(self.window_size, int) and self.window_size >= 1):
+            raise ValueError(f"Expected `window_size` to be an integer of 1 or more, but got {self.window_size!r}.")
+        if self.gamma != "auto" and not positive(self.gamma):
+            raise ValueError(f'Expected `gamma` to be "auto" or a number above 0, but got {self.gamma!r}.')
+        for name in ("tau", "learning_rate"):
+            if not positive(getattr(self, name)):
+                raise ValueError(f"Expected `{name}` to be a number above 0, but got {getattr(self, name)!r}.")
+        if not (self.attraction or self.repulsion):
+            raise ValueError("Expected `attraction` or `repulsion`, but got neither: there is nothing to optimise.")
+
+    def objective(self, pipe) -> ContrastiveObjective:
+        if self.stop_gradient and pipe.scheduler.config.get("prediction_type") == "sample":
+            raise ValueError(
+                "Expected a denoiser that predicts noise or velocity, but this one predicts x0 itself, which does not "
+                "depend on the noise once its output is held constant. Use `stop_gradient=False`."
+            )
+        loss = ContrastiveLoss(tau=self.tau, gamma=self.gamma, attraction=self.attraction, repulsion=self.repulsion)
+        return ContrastiveObjective(loss, self.window_size)
+
+    def start(self, problem: NoiseProblem) -> dict[str, Any]:
+        noise = torch.nn.Parameter(problem.noise.clone())
+        sizes = Counter(problem.groups)
+        shares = torch.tensor([1 / sizes[group] for group in problem.groups]).to(noise)
+        return {"noise": noise, "optimizer": torch.optim.Adam([noise], self.learning_rate), "shares": shares}
+
+    def step(self, noise: torch.Tensor, gradient: torch.Tensor, memory: dict[str, Any]) -> torch.Tensor:
+        if self.repulsion and not gradient.any():
+            raise ValueError(
+                "Expected x0 estimates that depend on the noise, but their gradient is zero: with zero terminal SNR "
+                "the first estimate is the output of the denoiser alone. Use `stop_gradient=False`."
+            )
+        memory["noise"].data = noise.clone()
+        memory["noise"].grad = gradient * per_image(memory["shares"], gradient)  # the loss of a set is the mean
+        memory["optimizer"].step()
+        return memory["noise"].detach().clone()
+
+
+def positive(value: Any) -> bool:
+    """Whether a setting is a finite number above 0."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0 and math.isfinite(value)
+
+
+# pipelines/noise_hook.py
+
+
+class NoiseFound(Exception):
+    """Ends a pipeline call once its noise is known, when nobody asked for the final image."""
+
+
+class NoiseRun:
+    """One pipeline call under optimisation: what it was asked for, encoded, and found."""
+
+    def __init__(
+        self,
+        pipe,
+        method: NoiseOptimizer,
+        request: dict[str, Any],
+        callbacks: CallbackSpec | Iterable[CallbackSpec] | None,
+        render: bool = True,
+    ) -> None:
+        self.method, self.request, self.render = method, request, render
+        self.callbacks = as_callbacks(callbacks)
+        method.check()
+        if torch.is_inference_mode_enabled():
+            raise ValueError("Expected a call outside `torch.inference_mode()`, where no gradient exists. Remove it.")
+        refuse_offload(pipe)
+        self.objective: Objective = method.objective(pipe)
+        self.prompts = prompts_of(request, self.objective.requires_prompt)
+        self.groups = groups_of(request)
+        self.objective.check_groups(self.groups)
+        check_latents(request, len(self.prompts))
+        if size := image_size(pipe, request):
+            self.objective.try_out(self.prompts[0], *size, gradient=method.gradient is not None)
+        self.encoded: list[Any] = []
+        self.result: NoiseResult | None = None
+
+    def encode_prompt(self, encode, *args, **kwargs):
+        """Record what the stock method returns, for the inner runs."""
+        self.encoded.append(encode(*args, **kwargs))
+        return self.encoded[-1]
+
+    def prepare_latents(self, pipe, *args, **kwargs):
+        """The hook: draw the base noise as the stock method does, optimise it, prepare the result."""
+        space = LatentSpace(pipe, args, kwargs)
+        device = torch.device(space.arguments.get("device") or pipe._execution_device)
+        random_state = RandomState(self.request.get("generator"), device)
+        noise, drew = space.draw(pipe)
+        sampler = PipelineSampler(pipe, self.request, self.encoded, space, random_state, drew, self.method.clamp)
+        master = noise.detach().to(torch.promote_types(noise.dtype, torch.float32))
+        prompts, groups = self.prompts, self.groups
+        problem = NoiseProblem(pipe, sampler, space, master, prompts, groups, noise.dtype, self.request)
+        with torch.enable_grad():
+            self.result = self.method.run(problem, self.objective, self.callbacks)
+        if not self.render:
+            raise NoiseFound
+        return space.prepare(pipe, self.result.noise.to(noise.dtype))
+
+
+def prompts_of(request: dict[str, Any], required: bool) -> list[str]:
+    """The prompt of each image, in the order in which pipelines lay them out."""
+    prompt, embeds = request.get("prompt"), request.get("prompt_embeds")
+    if prompt is None and embeds is None:
+        raise ValueError("Expected `prompt` or `prompt_embeds`, but got neither.")
+    if prompt is None and required:
+        raise ValueError(
+            "Expected the text of the prompt for the rewards, but got `prompt_embeds` only. Name it in the method: "
+            "`ReNO(..., reward_prompt=...)`."
+        )
+    if prompt is None:
+        prompt = [""] * len(embeds)  # pyright: ignore[reportArgumentType]
+    texts = [prompt] if isinstance(prompt, str) else list(prompt)
+    return [text for text in texts for _ in range(request.get("num_images_per_prompt") or 1)]
+
+
+def groups_of(request: dict[str, Any]) -> list[int]:
+    """For each image the index of the first prompt, or the first embedding, that equals its own."""
+    prompt, embeds = request.get("prompt"), request.get("prompt_embeds")
+    if prompt is not None:
+        texts = [prompt] if isinstance(prompt, str) else list(prompt)
+        first = [texts.index(text) for text in texts]
+    else:
+        rows = list(embeds)  # pyright: ignore[reportArgumentType]
+        first = [next(i for i, other in enumerate(rows) if torch.equal(row, other)) for row in rows]
+    return [group for group in first for _ in range(request.get("num_images_per_prompt") or 1)]
+
+
+def check_latents(request: dict[str, Any], batch: int) -> None:
+    latents, generator = request.get("latents"), request.get("generator")
+    if latents is not None and len(latents) != batch:
+        raise ValueError(
+            f"Expected `latents` for {batch} images (prompts × `num_images_per_prompt`), but got {len(latents)}."
+        )
+    if isinstance(generator, list) and len(generator) != batch:
+        raise ValueError(f"Expected one generator for each of {batch} images, but got {len(generator)}.")
+
+
+def image_size(pipe, request: dict[str, Any]) -> tuple[int, int] | None:
+    """Height and width of the images in pixels, if they can be told before the call."""
+    if request.get("height") and request.get("width"):
+        return request["height"], request["width"]
+    denoiser = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
+    side = getattr(pipe, "default_sample_size", None) or getattr(getattr(denoiser, "config", None), "sample_size", None)
+    scale = getattr(pipe, "vae_scale_factor", None)
+    return (side * scale, side * scale) if isinstance(side, int) and isinstance(scale, int) else None
+
+
+class NoiseOptimizationMixin:
+    """Gives any diffusers text-to-image pipeline an optimisation hook in `prepare_latents`.
+
+    `class ReNOTurboPipeline(NoiseOptimizationMixin, StableDiffusionXLPipeline)` is all that a pipeline needs. With
+    `noise_optimizer=None` every call goes straight to the stock class and is bit-identical to it.
+
+    The stock `__call__` runs once as it is. When it reaches `prepare_latents`, its prompts are encoded; there the noise
+    is optimised, each evaluation being the same stock `__call__` on a shallow twin (see `PipelineSampler`). Then the
+    call goes on with the noise that was found: only this final run fires `callback_on_step_end`.
+    """
+
+    _noise_run: NoiseRun | None = None
+
+    def __call__(
+        self,
+        *args,
+        noise_optimizer: NoiseOptimizer | None = None,
+        callback_on_optimization_step_end: CallbackSpec | Iterable[CallbackSpec] | None = None,
+        **kwargs,
+    ):
+        """The stock call, with the initial noise optimised first if `noise_optimizer` is given.
+
+        Args:
+            noise_optimizer: A method, such as `ReNO(rewards={"clipscore": 1.0})`.
+            callback_on_optimization_step_end: Callbacks per optimisation step; see `NoiseCallback`.
+            args, kwargs: Those of the stock pipeline.
+
+        Returns:
+            What the stock pipeline returns; unless `return_dict=False` with a `noise_result` attribute.
+        """
+        stock = super().__call__  # pyright: ignore[reportAttributeAccessIssue]
+        if noise_optimizer is None:
+            return stock(*args, **kwargs)
+        run = NoiseRun(self, noise_optimizer, bind_request(self, args, kwargs), callback_on_optimization_step_end)
+        with frozen_modules(self):
+            self._noise_run = run
+            try:
+                output = stock(*args, **kwargs)
+            finally:
+                self._noise_run = None
+        if not isinstance(output, tuple):
+            output.noise_result = run.result
+        return output
+
+    def encode_prompt(self, *args, **kwargs):
+        """The stock method; under optimisation its results are kept for the inner runs."""
+        encode = super().encode_prompt  # pyright: ignore[reportAttributeAccessIssue]
+        run = self._noise_run
+        return encode(*args, **kwargs) if run is None else run.encode_prompt(encode, *args, **kwargs)
+
+    def prepare_latents(self, *args, **kwargs):
+        """The stock method, or under optimisation the hook: its noise is optimised before it is handed on."""
+        run = self._noise_run
+        if run is None:
+            return super().prepare_latents(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        return run.prepare_latents(self, *args, **kwargs)
+
+
+def bind_request(pipe, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a stock call by name. Raises `TypeError` for an unknown one."""
+    bound = dict(inspect.signature(stock_call(type(pipe))).bind(pipe, *args, **kwargs).arguments)
+    extra = bound.pop("kwargs", {})
+    return {name: value for name, value in {**bound, **extra}.items() if name != "self"}
+
+
+@functools.cache
+def hooked(cls: type) -> type:
+    """A subclass of a pipeline class with the hook, unless it has one."""
+    if hasattr(cls, "_noise_run"):
+        return cls
+    return type(cls.__name__, (NoiseOptimizationMixin, cls), {"__module__": cls.__module__})
+
+
+def optimize_noise(
+    pipe,
+    prompt: str | list[str] | None,
+    method: NoiseOptimizer | str,
+    *,
+    method_kwargs: dict[str, Any] | None = None,
+    callbacks: CallbackSpec | Iterable[CallbackSpec] | None = None,
+    **call_kwargs,
+) -> NoiseResult:
+    """Find the initial noise of a call to any diffusers text-to-image pipeline, which stays as it is.
+
+    Args:
+        pipe: A loaded pipeline of any family whose `prepare_latents` draws Gaussian noise.
+        prompt: As in the pipeline's call. Each image is a problem of its own.
+        method: Such as `ReNO(rewards={"pickscore": 1.0})`, or a name of `list_noise_optimizers()`.
+        method_kwargs: The settings of a method given by name.
+        callbacks: Per optimisation step; see `NoiseCallback`.
+        call_kwargs: What `pipe(prompt, ...)` takes: steps, guidance, size, generator, latents ...
+
+    Returns:
+        The result; `pipe(prompt, latents=result.latents, **call_kwargs)` draws it.
+
+    Raises:
+        ValueError: Before any model runs, for settings or a pipeline state that cannot work.
+        TypeError: For an argument that the pipeline does not take, or a pipeline without a noise to optimise.
+    """
+    optimizer = as_noise_optimizer(method, method_kwargs)
+    twin = copy.copy(pipe)
+    twin.__class__ = hooked(type(pipe))
+    request = bind_request(twin, (), {"prompt": prompt, **call_kwargs})
+    run = NoiseRun(twin, optimizer, request, callbacks, render=False)
+    vars(twin)["_noise_run"] = run
+    with frozen_modules(twin), torch.no_grad(), contextlib.suppress(NoiseFound):
+        stock_call(type(pipe))(twin, **request)
+    assert run.result is not None
+    return run.result
+
+
+# pipelines/cno_mixin.py
+
+
+class CNOMixin(NoiseOptimizationMixin):
+    """Optimises the noises of each prompt's images for diversity in the call of a stock pipeline."""
+
+    def __call__(
+        self,
+        *args,
+        optimization_steps: int | None = None,
+        gamma: float | str | None = None,
+        stop_gradient: bool | None = None,
+        cno_kwargs: Mapping[str, Any] | None = None,
+        noise_optimizer: NoiseOptimizer | None = None,
+        callback_on_optimization_step_end: Any = None,
+        **kwargs,
+    ):
+        """The stock call on noises that CNO moved apart: at least two images of each prompt.
+
+        Args:
+            optimization_steps: Updates of CNO, each one more call of the denoiser for each image; 3 by default. 0
+                leaves the pipeline bit-identical to the stock class.
+            gamma: Scales the temperature of the attraction, a number above 0 (smaller attracts more) or "auto", the
+                default: the paper's closed form for the number of images.
+            stop_gradient: `True`, the default, as in the paper; `False` back-propagates through the denoiser as the
+                released code does.
+            cno_kwargs: More settings of `CNO`, by name: `{"window_size": 8}`.
+            noise_optimizer: Another method instead of CNO.
+            callback_on_optimization_step_end: Callbacks per optimisation step: functions of the state, or objects with
+                `on_step_end(state)`; return `False` to stop.
+            args, kwargs: Those of the stock pipeline; pass `num_images_per_prompt`.
+
+        Returns:
+            What the stock pipeline returns; unless `return_dict=False` with a `noise_result` attribute.
+
+        Raises:
+            ValueError: For settings that cannot work, and for a prompt with one image, before any model runs.
+        """
+        named = {"steps": optimization_steps, "gamma": gamma, "stop_gradient": stop_gradient}
+        settings = call_settings(named, cno_kwargs, "cno_kwargs")
+        if noise_optimizer is not None and settings:
+            raise ValueError(
+                f"Expected `noise_optimizer` or settings of CNO, but got both: {sorted(settings)}. Give them to the "
+                "method."
+            )
+        if noise_optimizer is None and settings.get("steps") != 0:
+            noise_optimizer = CNO(**settings)
+        return super().__call__(
+            *args,
+            noise_optimizer=noise_optimizer,
+            callback_on_optimization_step_end=callback_on_optimization_step_end,
+            **kwargs,
+        )
+
+
+# pipelines/cno_stable_diffusion_3.py
+
+
+class CNOStableDiffusion3Pipeline(CNOMixin, StableDiffusion3Pipeline):
+    """`StableDiffusion3Pipeline` whose images of one prompt differ. See `CNOMixin.__call__`.
+
+    Contrastive Noise Optimization, https://arxiv.org/abs/2510.03813.
+
+    Examples:
+        >>> model = "stabilityai/stable-diffusion-3.5-medium"
+        >>> pipe = CNOStableDiffusion3Pipeline.from_pretrained(model, dtype=torch.bfloat16).to("cuda")
+        >>> images = pipe("a cat in a garden", num_images_per_prompt=5).images
+    """

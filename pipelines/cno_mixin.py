@@ -1,0 +1,61 @@
+"""What the CNO pipelines share: a call whose images differ."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from .cno import CNO
+from .methods import call_settings
+from .noise_hook import NoiseOptimizationMixin
+from .noise_optimizer import NoiseOptimizer
+
+
+class CNOMixin(NoiseOptimizationMixin):
+    """Optimises the noises of each prompt's images for diversity in the call of a stock pipeline."""
+
+    def __call__(
+        self,
+        *args,
+        optimization_steps: int | None = None,
+        gamma: float | str | None = None,
+        stop_gradient: bool | None = None,
+        cno_kwargs: Mapping[str, Any] | None = None,
+        noise_optimizer: NoiseOptimizer | None = None,
+        callback_on_optimization_step_end: Any = None,
+        **kwargs,
+    ):
+        """The stock call on noises that CNO moved apart: at least two images of each prompt.
+
+        Args:
+            optimization_steps: Updates of CNO, each one more call of the denoiser for each image; 3 by default. 0
+                leaves the pipeline bit-identical to the stock class.
+            gamma: Scales the temperature of the attraction, a number above 0 (smaller attracts more) or "auto", the
+                default: the paper's closed form for the number of images.
+            stop_gradient: `True`, the default, as in the paper; `False` back-propagates through the denoiser as the
+                released code does.
+            cno_kwargs: More settings of `CNO`, by name: `{"window_size": 8}`.
+            noise_optimizer: Another method instead of CNO.
+            callback_on_optimization_step_end: Callbacks per optimisation step: functions of the state, or objects with
+                `on_step_end(state)`; return `False` to stop.
+            args, kwargs: Those of the stock pipeline; pass `num_images_per_prompt`.
+
+        Returns:
+            What the stock pipeline returns; unless `return_dict=False` with a `noise_result` attribute.
+
+        Raises:
+            ValueError: For settings that cannot work, and for a prompt with one image, before any model runs.
+        """
+        named = {"steps": optimization_steps, "gamma": gamma, "stop_gradient": stop_gradient}
+        settings = call_settings(named, cno_kwargs, "cno_kwargs")
+        if noise_optimizer is not None and settings:
+            raise ValueError(
+                f"Expected `noise_optimizer` or settings of CNO, but got both: {sorted(settings)}. Give them to the "
+                "method."
+            )
+        if noise_optimizer is None and settings.get("steps") != 0:
+            noise_optimizer = CNO(**settings)
+        return super().__call__(
+            *args,
+            noise_optimizer=noise_optimizer,
+            callback_on_optimization_step_end=callback_on_optimization_step_end,
+            **kwargs,
+        )
