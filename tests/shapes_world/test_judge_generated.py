@@ -67,16 +67,19 @@ def compared() -> list[tuple[dict, shapes_world.Verdict]]:
     return list(zip(tiles, judge(images, [tile["prompt"] for tile in tiles]), strict=True))
 
 
-@pytest.mark.parametrize(("steps", "percent"), [("1 step", 95), ("6 steps", 78)])
-def test_judge_agrees_with_labels_made_by_looking(compared, steps, percent):
-    """95% of what is drawn in one step; what is drawn in six is often so soft that readers may disagree, and less."""
-    asked = [(i, *pair) for i, pair in enumerate(compared) if steps in pair[0]["source"]]
-    against = [(i, tile, verdict.found) for i, tile, verdict in asked if tile["right"] != verdict.correct]
-    assert len(asked) >= 80
-    assert 100 * (len(asked) - len(against)) >= percent * len(asked), "\n".join(map(str, against))
+@pytest.mark.parametrize("reader", [0, 1])
+def test_judge_agrees_with_labels_made_by_looking(compared, reader):
+    """Readers agree with one another in 95%; what the judge still takes for circles has corners or stubs."""
+    against = [(i, tile, v.found) for i, (tile, v) in enumerate(compared) if tile["right"][reader] != v.correct]
+    assert len(compared) == 200
+    assert len(against) <= 24, "\n".join(map(str, against))
+
+
+def test_judge_agrees_where_both_readers_do(compared):
+    clear = [(tile["right"][0], verdict.correct) for tile, verdict in compared if len(set(tile["right"])) == 1]
+    assert len(clear) >= 180
+    assert sum(label == found for label, found in clear) >= 0.9 * len(clear)
 
 
 def test_both_labels_are_frequent(compared):
-    right = sum(tile["right"] for tile, _ in compared)
-    assert len(compared) == 200
-    assert 50 <= right <= 150
+    assert all(50 <= sum(tile["right"][reader] for tile, _ in compared) <= 150 for reader in (0, 1))
