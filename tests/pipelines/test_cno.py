@@ -332,7 +332,7 @@ class WithoutDenoiser(StableDiffusionPipeline):
     """Takes a step without asking the U-Net."""
 
     @torch.no_grad()
-    def __call__(self, prompt, num_images_per_prompt=1, generator=None, latents=None, **_):
+    def __call__(self, prompt, num_images_per_prompt=1, generator=None, latents=None, **_):  # pyright: ignore[reportIncompatibleMethodOverride]
         shape = (num_images_per_prompt, 4, 64, 64, torch.float32, torch.device("cpu"), generator, latents)
         latents = self.prepare_latents(*shape)
         self.scheduler.set_timesteps(2)
