@@ -31,12 +31,12 @@ PROMPTS = {"validation": shapes_world.VALIDATION_PROMPTS, "held-out": shapes_wor
 # The paper moves every entry by up to 0.01 a step in latents of 4 x 64 x 64, a distance of 0.01·128. In the embedded
 # 8 x 8 x 8 the same distance is 0.057 an entry, and windows of the same 4 x 4 entries are a grid of 2 x 2.
 EMBEDDED = {"learning_rate": 0.057, "window_size": 2}
+RELEASED = {"stop_gradient": False, "gamma": 1.0}
 ABLATION: dict[str, dict[str, Any]] = {
     "no attraction": {"attraction": False},
     "no repulsion": {"repulsion": False},
     "γ = 1": {"gamma": 1.0},
     "full gradient": {"stop_gradient": False},
-    "released code": {"stop_gradient": False, "gamma": 1.0},
     "w = 1": {"window_size": 1},
     "w = 4": {"window_size": 4},
     "w = 8": {"window_size": 8},
@@ -62,8 +62,9 @@ class Variant:
 
 
 def variants(images: int, ablation: bool) -> list[Variant]:
-    """Plain sampling and CNO, and with `ablation` what each choice of CNO does."""
+    """Plain sampling, CNO as in the paper and in its released code, and with `ablation` what each choice does."""
     rows = [Variant("plain", images, None), Variant("CNO", images, CNO(**EMBEDDED))]
+    rows += [Variant("CNO, released code", images, CNO(**EMBEDDED, **RELEASED))]
     if ablation:
         rows += [Variant(name, images, CNO(**{**EMBEDDED, **changes})) for name, changes in ABLATION.items()]
         for size in SIZES:
@@ -136,7 +137,8 @@ def compare(pipe, rows: Iterable[Variant], prompts: list[str], seeds: int, call:
 
 def plain_of(name: str) -> str:
     """The row of plain sampling with sets as large as those of a row."""
-    return name.replace("CNO", "plain") if name.startswith(("CNO", "plain")) else "plain"
+    size = name.partition(", B = ")[2]
+    return f"plain, B = {size}" if size else "plain"
 
 
 def summary(found: dict[str, Any]) -> Tables:

@@ -24,11 +24,11 @@ def test_differences_are_to_plain_sampling_with_sets_of_the_same_size():
 
 def test_a_short_comparison_has_every_row_and_metric(capsys, tmp_path):
     tables = cno_diversity.main(["--limit", "1", "--seeds", "1", "--images", "2", "--output", str(tmp_path / "x.json")])
-    assert list(tables) == ["plain", "CNO"]
+    assert list(tables) == ["plain", "CNO", "CNO, released code"]
     assert all(set(row) == set(cno_diversity.METRICS) for row in tables.values())
     assert tables["plain"]["norm"]["estimate"].value == 1.0 != tables["CNO"]["norm"]["estimate"].value
     assert capsys.readouterr().out.count("| plain |") == 2
-    assert (tmp_path / "x.json").read_text().count('"right"') == 2
+    assert (tmp_path / "x.json").read_text().count('"right"') == 3
 
 
 def test_every_choice_of_the_ablation_is_a_method():
