@@ -119,7 +119,7 @@ class OptimizationLoop:
         self.scores: list[dict[str, torch.Tensor]] = []
         self.initial_images: torch.Tensor | None = None
         self.total: torch.Tensor | None = None
-        self.leaf = problem.noise
+        self.leaf = self.evaluated = problem.noise
 
     def start(self) -> None:
         self.memory = self.method.start(self.problem)
@@ -154,6 +154,7 @@ class OptimizationLoop:
                 raise
             return self.give_up(str(error))
         state.step, state.images, state.scores = step, sample.drawn_images, scores
+        self.evaluated = state.noise
         state.loss = loss.detach().where(state.active, torch.nan)
         self.record()
         for callback in self.callbacks:
@@ -226,6 +227,7 @@ class OptimizationLoop:
         assert state.best_noise is not None and state.best_step is not None
         last = self.method.returns == "last"
         noise = state.noise if last else state.best_noise
+        last_images = state.images if state.noise is self.evaluated else None
         step = torch.full_like(state.best_step, len(self.losses) - 1) if last else state.best_step
         latents = problem.space.to_latents(problem.pipe, noise.to(problem.dtype))
         return NoiseResult(
@@ -241,6 +243,6 @@ class OptimizationLoop:
                 **provenance_of(problem, self.objective, state),
             },
             generator_states=problem.sampler.states_after_draw(),
-            images=state.images if last else state.best_images,
+            images=last_images if last else state.best_images,
             initial_images=self.initial_images,
         )

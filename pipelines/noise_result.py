@@ -28,7 +28,7 @@ class NoiseResult:
         best_step: `(B,)`, the step whose noise is returned.
         provenance: Model, scheduler, dtype, prompts, seeds, versions, method and its settings: plain values.
         generator_states: The state of each random stream after the base noise was drawn.
-        images: `(B, 3, H, W)` in [0, 1], the images of `noise`. Not saved.
+        images: `(B, 3, H, W)` in [0, 1], the images of `noise`, if they were drawn. Not saved.
         initial_images: `(B, 3, H, W)`, the plain result. Not saved.
     """
 

@@ -201,10 +201,15 @@ def optimize_and_judge(choice: Choice, prompts: Sequence[str], seed: int) -> Sto
 def optimize(
     pipe, prompts: list[str], method: NoiseOptimizer, call: dict[str, Any]
 ) -> tuple[NoiseResult, torch.Tensor]:
-    """One call of a pipeline for `B` images: its result, and `(steps, B, 3, 64, 64)` what each step's noise draws."""
+    """One call of a pipeline for `B` images: its result, and `(steps, B, 3, 64, 64)` what each step's noise draws.
+
+    A method that returns its last noise moves it once more after the last step: that is what the final row draws.
+    """
     frames, noises = StepImages(), StepNoises()
     result = optimize_noise(pipe, prompts, method, callbacks=[frames, noises], **call)
-    if not method.preview and len(frames.images) == len(noises.noises):
+    if method.returns == "last":
+        noises.noises[-1] = result.noise
+    elif not method.preview and len(frames.images) == len(noises.noises):
         return result, torch.stack([frames.images[step] for step in sorted(frames.images)])
     # the method looked at something else than the finished images; embedded models take unit noise as their latents
     again = {**call, "generator": result.generator(), "output_type": "pt"}
