@@ -13,7 +13,7 @@ from .reward import Reward
 from .transforms import ImageTransform, at_least_float32
 
 
-@register_reward("clipscore", model_type="clip")
+@register_reward("clipscore", loads="clip")
 class CLIPScore(Reward):
     """`exp(logit_scale) * cos(image, text)` of a CLIP model: about 100 times the cosine.
 
@@ -30,6 +30,8 @@ class CLIPScore(Reward):
     range = (-100.0, 100.0)
     license = "mit"
     default_checkpoint = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+    parameter_count = 986_109_441
+    text_modules = ("model.text_model", "model.text_projection")
     model: CLIPModel
 
     def __init__(

@@ -3,31 +3,32 @@
 import difflib
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, PretrainedConfig
 
 from .reward import Reward
 
 RewardFactory = Callable[..., Reward]
 RewardFactoryT = TypeVar("RewardFactoryT", bound=RewardFactory)
 
-# name or alias -> (name, what builds it); `model_type` of a config.json -> the class that loads it
+# name or alias -> (name, what builds it); architecture or `model_type` of a config.json -> the class that loads it
 REWARDS: dict[str, tuple[str, RewardFactory]] = {}
-REWARD_MODEL_TYPES: dict[str, tuple[str, type[Reward]]] = {}
+REWARD_LOADERS: dict[str, tuple[str, type[Reward]]] = {}
 
 
 def register_reward(
-    name: str, *aliases: str, model_type: str | None = None
+    name: str, *aliases: str, loads: str | Iterable[str] = ()
 ) -> Callable[[RewardFactoryT], RewardFactoryT]:
     """Register a `Reward` class, or a function that returns a reward, under a name.
 
     Args:
         name: what users write in `rewards=` and read in results.
         aliases: further names it is found by.
-        model_type: the `model_type` of the checkpoints that the class loads when only a Hub id or folder is given.
+        loads: which checkpoints the class loads when only a Hub id or folder is given: their `model_type` in
+            config.json, or the class under `architectures`, which is looked up first.
 
     Raises:
         ValueError: a name that something else has. Registering again what has the same qualified name replaces it,
@@ -36,8 +37,7 @@ def register_reward(
 
     def register(factory: RewardFactoryT) -> RewardFactoryT:
         claims = [(REWARDS, key) for key in (name, *aliases)]
-        if model_type is not None:
-            claims.append((REWARD_MODEL_TYPES, model_type))
+        claims += [(REWARD_LOADERS, key) for key in ((loads,) if isinstance(loads, str) else loads)]
         for table, key in claims:
             taken_by = table[key][1].__qualname__ if key in table else factory.__qualname__
             if taken_by != factory.__qualname__:
@@ -86,8 +86,9 @@ class AutoReward:
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> Reward:
-        """A registered name gives that reward with its default checkpoint; for a Hub id or folder, `model_type` in its
-        config.json selects the class. A registered name wins over a folder of the same name.
+        """A registered name gives that reward with its default checkpoint. A Hub id or folder gives the reward whose
+        default checkpoint it is, or whose weights are in the folder under their published name, or which loads the
+        architecture or `model_type` in its config.json. A registered name wins over a folder of the same name.
 
         The keyword arguments are those of `Reward.from_pretrained`; a reward without weights needs none of them.
 
@@ -98,18 +99,31 @@ class AutoReward:
         hub = {"revision": revision, "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
         factory = find_reward(path)
         if factory is None:
-            model_type = AutoConfig.from_pretrained(path, **hub).model_type
-            return reward_class_of(model_type, path).from_pretrained(path, dtype=dtype, device=device, **hub)
+            reward_class = published_as(path) or reward_class_of(AutoConfig.from_pretrained(path, **hub), path)
+            return reward_class.from_pretrained(path, dtype=dtype, device=device, **hub)
         if isinstance(factory, type) and issubclass(factory, Reward) and factory.default_checkpoint:
             return factory.from_pretrained(dtype=dtype, device=device, **hub)
         return factory().to(device=device, dtype=dtype)
 
 
-def reward_class_of(model_type: str, path: str) -> type[Reward]:
-    """The class that loads checkpoints of this `model_type`; `path` is for the message."""
-    if model_type not in REWARD_MODEL_TYPES:
-        raise ValueError(
-            f"Expected a checkpoint of model type {sorted(REWARD_MODEL_TYPES)}, but '{path}' is of type "
-            f"'{model_type}'. Load it yourself and pass a callable `(images, prompts) -> (B,)`."
-        )
-    return REWARD_MODEL_TYPES[model_type][1]
+def published_as(path: str) -> type[Reward] | None:
+    """The first registered class whose default checkpoint `path` is, or whose weights file is in that folder."""
+    for _, factory in REWARDS.values():
+        if not (isinstance(factory, type) and issubclass(factory, Reward)):
+            continue
+        in_folder = factory.weights_file is not None and os.path.isfile(os.path.join(path, factory.weights_file))
+        if in_folder or path == factory.default_checkpoint:
+            return factory
+    return None
+
+
+def reward_class_of(config: PretrainedConfig, path: str) -> type[Reward]:
+    """The class that loads checkpoints with this config; `path` is for the message."""
+    for kind in (*(config.architectures or ()), config.model_type):
+        if kind in REWARD_LOADERS:
+            return REWARD_LOADERS[kind][1]
+    raise ValueError(
+        f"Expected a checkpoint of the model type or architecture {sorted(REWARD_LOADERS)}, but '{path}' is of type "
+        f"'{config.model_type}', architecture {config.architectures}. Load it yourself and pass a callable "
+        "`(images, prompts) -> (B,)`."
+    )

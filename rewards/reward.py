@@ -35,6 +35,10 @@ class Reward(nn.Module):
         range: the lowest and highest possible score, where the formula bounds it.
         license: the licence of the default checkpoint.
         default_checkpoint: the Hub id that `from_pretrained()` loads.
+        weights_file: the file of the default checkpoint that holds the weights, where it is not what transformers
+            saves; a folder that has it is recognised by it.
+        parameter_count: how many parameters the default checkpoint has.
+        text_modules: dotted names of the modules that only `encode_text` needs; `drop_text_encoder` removes them.
     """
 
     name: str = "reward"
@@ -43,13 +47,18 @@ class Reward(nn.Module):
     range: tuple[float, float] | None = None
     license: str | None = None
     default_checkpoint: str | None = None
+    weights_file: str | None = None
+    parameter_count: int | None = None
+    text_modules: tuple[str, ...] = ()
 
     def __init__(self, **modules: nn.Module):
         super().__init__()
         for name, module in modules.items():
             self.add_module(name, module.requires_grad_(False))
-        # The text of a run is encoded once, not once per step; about 4 kB per prompt.
-        self.prompt_features: dict[tuple[str, torch.dtype], Tensor] = {}
+        # The text of a run is encoded once, not once per step; about 4 kB per prompt. Beside the features is the
+        # precision of the tower that gave them: another one encodes anew.
+        self.prompt_features: dict[str, tuple[torch.dtype, Tensor]] = {}
+        self.has_text_encoder = True
         self.eval()
 
     def train(self: RewardT, mode: bool = True) -> RewardT:
@@ -108,14 +117,38 @@ class Reward(nn.Module):
         raise NotImplementedError(f"`{type(self).__name__}` does not implement `encode_text`.")
 
     def encode_prompt(self, prompts: str | Sequence[str]) -> Tensor:
-        """(N, ...) features of N prompts, float32; each distinct prompt is encoded once and kept."""
+        """(N, ...) features of N prompts, float32; each distinct prompt is encoded once and kept.
+
+        Raises:
+            ValueError: a new prompt after `drop_text_encoder`.
+        """
         texts = [prompts] if isinstance(prompts, str) else prompts
         for text in dict.fromkeys(texts):
-            if (text, self.dtype) not in self.prompt_features:
+            precision, _ = self.prompt_features.get(text, (None, None))
+            if precision is None and not self.has_text_encoder:
+                raise ValueError(
+                    f"Expected a prompt that reward '{self.name}' encoded before its text encoder was dropped, but "
+                    f"got {text!r}. Pass it to `drop_text_encoder` too, or load the reward again."
+                )
+            if self.has_text_encoder and precision != self.dtype:
                 # Tensors made in inference mode could never enter a graph later.
                 with torch.inference_mode(False), torch.no_grad():
-                    self.prompt_features[text, self.dtype] = at_least_float32(self.encode_text(text))
-        return torch.stack([self.prompt_features[text, self.dtype] for text in texts]).to(self.device)
+                    self.prompt_features[text] = self.dtype, at_least_float32(self.encode_text(text))
+        return torch.stack([self.prompt_features[text][1] for text in texts]).to(self.device)
+
+    def drop_text_encoder(self, prompts: str | Sequence[str]) -> None:
+        """Encode `prompts`, then free what only text needs: a CLIP-H has a third of its weights there.
+
+        From then on the reward scores these prompts, and those that it encoded before, only. Nothing happens to a
+        reward that reads text and image together, or no text.
+        """
+        if not self.text_modules:
+            return
+        self.encode_prompt(prompts)
+        for path in self.text_modules:
+            parent, _, name = path.rpartition(".")
+            setattr(self.get_submodule(parent), name, None)
+        self.has_text_encoder = False
 
     @classmethod
     def from_pretrained(

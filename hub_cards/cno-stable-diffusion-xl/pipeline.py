@@ -33,7 +33,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, ImageProcessingMixin
+from transformers import AutoConfig, ImageProcessingMixin, PretrainedConfig
 
 
 # rewards/transforms.py
@@ -243,6 +243,10 @@ class Reward(nn.Module):
         range: the lowest and highest possible score, where the formula bounds it.
         license: the licence of the default checkpoint.
         default_checkpoint: the Hub id that `from_pretrained()` loads.
+        weights_file: the file of the default checkpoint that holds the weights, where it is not what transformers
+            saves; a folder that has it is recognised by it.
+        parameter_count: how many parameters the default checkpoint has.
+        text_modules: dotted names of the modules that only `encode_text` needs; `drop_text_encoder` removes them.
     """
 
     name: str = "reward"
@@ -251,13 +255,18 @@ class Reward(nn.Module):
     range: tuple[float, float] | None = None
     license: str | None = None
     default_checkpoint: str | None = None
+    weights_file: str | None = None
+    parameter_count: int | None = None
+    text_modules: tuple[str, ...] = ()
 
     def __init__(self, **modules: nn.Module):
         super().__init__()
         for name, module in modules.items():
             self.add_module(name, module.requires_grad_(False))
-        # The text of a run is encoded once, not once per step; about 4 kB per prompt.
-        self.prompt_features: dict[tuple[str, torch.dtype], Tensor] = {}
+        # The text of a run is encoded once, not once per step; about 4 kB per prompt. Beside the features is the
+        # precision of the tower that gave them: another one encodes anew.
+        self.prompt_features: dict[str, tuple[torch.dtype, Tensor]] = {}
+        self.has_text_encoder = True
         self.eval()
 
     def train(self: RewardT, mode: bool = True) -> RewardT:
@@ -316,14 +325,38 @@ class Reward(nn.Module):
         raise NotImplementedError(f"`{type(self).__name__}` does not implement `encode_text`.")
 
     def encode_prompt(self, prompts: str | Sequence[str]) -> Tensor:
-        """(N, ...) features of N prompts, float32; each distinct prompt is encoded once and kept."""
+        """(N, ...) features of N prompts, float32; each distinct prompt is encoded once and kept.
+
+        Raises:
+            ValueError: a new prompt after `drop_text_encoder`.
+        """
         texts = [prompts] if isinstance(prompts, str) else prompts
         for text in dict.fromkeys(texts):
-            if (text, self.dtype) not in self.prompt_features:
+            precision, _ = self.prompt_features.get(text, (None, None))
+            if precision is None and not self.has_text_encoder:
+                raise ValueError(
+                    f"Expected a prompt that reward '{self.name}' encoded before its text encoder was dropped, but "
+                    f"got {text!r}. Pass it to `drop_text_encoder` too, or load the reward again."
+                )
+            if self.has_text_encoder and precision != self.dtype:
                 # Tensors made in inference mode could never enter a graph later.
                 with torch.inference_mode(False), torch.no_grad():
-                    self.prompt_features[text, self.dtype] = at_least_float32(self.encode_text(text))
-        return torch.stack([self.prompt_features[text, self.dtype] for text in texts]).to(self.device)
+                    self.prompt_features[text] = self.dtype, at_least_float32(self.encode_text(text))
+        return torch.stack([self.prompt_features[text][1] for text in texts]).to(self.device)
+
+    def drop_text_encoder(self, prompts: str | Sequence[str]) -> None:
+        """Encode `prompts`, then free what only text needs: a CLIP-H has a third of its weights there.
+
+        From then on the reward scores these prompts, and those that it encoded before, only. Nothing happens to a
+        reward that reads text and image together, or no text.
+        """
+        if not self.text_modules:
+            return
+        self.encode_prompt(prompts)
+        for path in self.text_modules:
+            parent, _, name = path.rpartition(".")
+            setattr(self.get_submodule(parent), name, None)
+        self.has_text_encoder = False
 
     @classmethod
     def from_pretrained(
@@ -486,20 +519,21 @@ def check_gradient(reward: Reward, prompts: str | None = "a photo", height: int 
 RewardFactory = Callable[..., Reward]
 RewardFactoryT = TypeVar("RewardFactoryT", bound=RewardFactory)
 
-# name or alias -> (name, what builds it); `model_type` of a config.json -> the class that loads it
+# name or alias -> (name, what builds it); architecture or `model_type` of a config.json -> the class that loads it
 REWARDS: dict[str, tuple[str, RewardFactory]] = {}
-REWARD_MODEL_TYPES: dict[str, tuple[str, type[Reward]]] = {}
+REWARD_LOADERS: dict[str, tuple[str, type[Reward]]] = {}
 
 
 def register_reward(
-    name: str, *aliases: str, model_type: str | None = None
+    name: str, *aliases: str, loads: str | Iterable[str] = ()
 ) -> Callable[[RewardFactoryT], RewardFactoryT]:
     """Register a `Reward` class, or a function that returns a reward, under a name.
 
     Args:
         name: what users write in `rewards=` and read in results.
         aliases: further names it is found by.
-        model_type: the `model_type` of the checkpoints that the class loads when only a Hub id or folder is given.
+        loads: which checkpoints the class loads when only a Hub id or folder is given: their `model_type` in
+            config.json, or the class under `architectures`, which is looked up first.
 
     Raises:
         ValueError: a name that something else has. Registering again what has the same qualified name replaces it,
@@ -508,8 +542,7 @@ def register_reward(
 
     def register(factory: RewardFactoryT) -> RewardFactoryT:
         claims = [(REWARDS, key) for key in (name, *aliases)]
-        if model_type is not None:
-            claims.append((REWARD_MODEL_TYPES, model_type))
+        claims += [(REWARD_LOADERS, key) for key in ((loads,) if isinstance(loads, str) else loads)]
         for table, key in claims:
             taken_by = table[key][1].__qualname__ if key in table else factory.__qualname__
             if taken_by != factory.__qualname__:
@@ -558,8 +591,9 @@ class AutoReward:
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> Reward:
-        """A registered name gives that reward with its default checkpoint; for a Hub id or folder, `model_type` in its
-        config.json selects the class. A registered name wins over a folder of the same name.
+        """A registered name gives that reward with its default checkpoint. A Hub id or folder gives the reward whose
+        default checkpoint it is, or whose weights are in the folder under their published name, or which loads the
+        architecture or `model_type` in its config.json. A registered name wins over a folder of the same name.
 
         The keyword arguments are those of `Reward.from_pretrained`; a reward without weights needs none of them.
 
@@ -570,21 +604,34 @@ class AutoReward:
         hub = {"revision": revision, "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
         factory = find_reward(path)
         if factory is None:
-            model_type = AutoConfig.from_pretrained(path, **hub).model_type
-            return reward_class_of(model_type, path).from_pretrained(path, dtype=dtype, device=device, **hub)
+            reward_class = published_as(path) or reward_class_of(AutoConfig.from_pretrained(path, **hub), path)
+            return reward_class.from_pretrained(path, dtype=dtype, device=device, **hub)
         if isinstance(factory, type) and issubclass(factory, Reward) and factory.default_checkpoint:
             return factory.from_pretrained(dtype=dtype, device=device, **hub)
         return factory().to(device=device, dtype=dtype)
 
 
-def reward_class_of(model_type: str, path: str) -> type[Reward]:
-    """The class that loads checkpoints of this `model_type`; `path` is for the message."""
-    if model_type not in REWARD_MODEL_TYPES:
-        raise ValueError(
-            f"Expected a checkpoint of model type {sorted(REWARD_MODEL_TYPES)}, but '{path}' is of type "
-            f"'{model_type}'. Load it yourself and pass a callable `(images, prompts) -> (B,)`."
-        )
-    return REWARD_MODEL_TYPES[model_type][1]
+def published_as(path: str) -> type[Reward] | None:
+    """The first registered class whose default checkpoint `path` is, or whose weights file is in that folder."""
+    for _, factory in REWARDS.values():
+        if not (isinstance(factory, type) and issubclass(factory, Reward)):
+            continue
+        in_folder = factory.weights_file is not None and os.path.isfile(os.path.join(path, factory.weights_file))
+        if in_folder or path == factory.default_checkpoint:
+            return factory
+    return None
+
+
+def reward_class_of(config: PretrainedConfig, path: str) -> type[Reward]:
+    """The class that loads checkpoints with this config; `path` is for the message."""
+    for kind in (*(config.architectures or ()), config.model_type):
+        if kind in REWARD_LOADERS:
+            return REWARD_LOADERS[kind][1]
+    raise ValueError(
+        f"Expected a checkpoint of the model type or architecture {sorted(REWARD_LOADERS)}, but '{path}' is of type "
+        f"'{config.model_type}', architecture {config.architectures}. Load it yourself and pass a callable "
+        "`(images, prompts) -> (B,)`."
+    )
 
 
 # rewards/reward_sum.py

@@ -2,10 +2,8 @@
 
 import importlib
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import pytest
 
@@ -44,10 +42,3 @@ def cards() -> ModuleType:
 def build() -> ModuleType:
     """`hub_cards/build.py`."""
     return script("hub_cards/build")
-
-
-@pytest.fixture
-def hub(tmp_path) -> Iterator[Any]:
-    """A running `LoopbackHub` without repositories."""
-    with script("tests/hub_cards/loopback_hub").running_hub(tmp_path / "hub") as running:
-        yield running

@@ -1,43 +1,13 @@
-"""Tiny CLIP parts of the real classes, with random weights."""
+"""Tiny rewards, and checkpoints of theirs in the published layout."""
 
-import string
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
+from tiny_clip_rewards import build_clip, build_clip_score, build_tokenizer
+from transformers import CLIPImageProcessorPil
 
-from noiseopt.rewards import CLIPScore, ImageTransform
-
-
-def build_tokenizer() -> CLIPTokenizer:
-    """One token per letter, and the two that CLIP needs."""
-    letters = list(string.ascii_lowercase)
-    tokens = ["<|startoftext|>", *letters, *(f"{letter}</w>" for letter in letters), "<|endoftext|>"]
-    return CLIPTokenizer(vocab={token: index for index, token in enumerate(tokens)}, merges=[], model_max_length=16)
-
-
-def build_clip(eos_token_id: int = 53) -> CLIPModel:
-    tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    special = {"bos_token_id": 0, "eos_token_id": eos_token_id, "pad_token_id": 53}
-    config = CLIPConfig(
-        text_config={**tower, **special, "vocab_size": 54, "max_position_embeddings": 16, "hidden_act": "gelu"},
-        vision_config={**tower, "image_size": 32, "patch_size": 8, "hidden_act": "gelu"},
-        projection_dim=16,
-        logit_scale_init_value=4.6052,
-    )
-    torch.manual_seed(0)
-    model = CLIPModel(config)
-    # The default initialisation is so small that all images look alike.
-    for parameter in model.parameters():
-        if parameter.ndim >= 2:
-            torch.nn.init.normal_(parameter, std=0.15)
-    return model.eval()
-
-
-def build_clip_score(eos_token_id: int = 53) -> CLIPScore:
-    return CLIPScore(build_clip(eos_token_id), build_tokenizer(), ImageTransform(size=32, crop=(32, 32)))
+from noiseopt.rewards import CLIPScore
 
 
 @pytest.fixture

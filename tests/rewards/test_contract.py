@@ -1,28 +1,48 @@
 """What holds for every registered reward."""
 
-from collections.abc import Callable
+import copy
 
 import pytest
 import torch
+from tiny_rewards import TINY, build_reward, without_tiny_model
 
-from noiseopt.rewards import AutoReward, CLIPScore, Reward, check_gradient, list_rewards
+from noiseopt.rewards import NonDifferentiableReward, Reward, check_gradient, list_rewards
 
 PROMPTS = ["a red cube", "two green cars"]
+SIZES = [(40, 56), (57, 33), (64, 64)]
 
 
 @pytest.fixture(params=list_rewards())
-def reward(request: pytest.FixtureRequest, make_clip_score: Callable[..., CLIPScore]) -> Reward:
-    """A reward with weights is built from tiny random modules, one without is loaded as a user would."""
-    tiny = {"clipscore": make_clip_score}
-    return tiny[request.param]() if request.param in tiny else AutoReward.from_pretrained(request.param)
+def reward(request: pytest.FixtureRequest) -> Reward:
+    return build_reward(request.param)
+
+
+@pytest.fixture
+def differentiable(reward: Reward) -> Reward:
+    if not reward.differentiable:
+        pytest.skip("gives no gradient, and says so: tested below")
+    return reward
 
 
 @pytest.fixture
 def images() -> torch.Tensor:
-    return torch.rand(2, 3, 40, 56, generator=torch.Generator().manual_seed(1))
+    return random_images(40, 56)
 
 
-def test_scores_are_float32_one_per_image_and_within_range(reward: Reward, images: torch.Tensor):
+def random_images(height: int, width: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Two images away from 0 and 1, so that no clamp takes part in a finite difference."""
+    noise = torch.rand(2, 3, height, width, dtype=dtype, generator=torch.Generator().manual_seed(1))
+    return 0.3 + 0.4 * noise
+
+
+def test_every_reward_with_weights_has_a_tiny_model():
+    assert set(list_rewards()) >= TINY.keys()
+    assert not without_tiny_model()
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_scores_are_float32_one_per_image_and_within_range(reward: Reward, size: tuple[int, int]):
+    images = random_images(*size)
     scores = reward(images, PROMPTS)
     assert scores.shape == (2,)
     assert scores.dtype == torch.float32
@@ -38,26 +58,60 @@ def test_is_frozen_deterministic_and_stays_in_evaluation_mode(reward: Reward, im
     assert torch.equal(reward(images, PROMPTS), reward(images, PROMPTS))
 
 
-def test_gradient_is_finite_and_not_zero_for_each_image(reward: Reward, images: torch.Tensor):
-    images.requires_grad_()
-    (gradient,) = torch.autograd.grad(reward(images, PROMPTS).sum(), images)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_gradient_is_finite_and_not_zero_for_each_image(differentiable: Reward, size: tuple[int, int]):
+    images = random_images(*size).requires_grad_()
+    (gradient,) = torch.autograd.grad(differentiable(images, PROMPTS).sum(), images)
     assert gradient.isfinite().all()
     assert (gradient.flatten(1).norm(dim=1) > 0).all()
-    check_gradient(reward, height=40, width=56)
+    check_gradient(differentiable, height=size[0], width=size[1])
 
 
-def test_a_batch_scores_as_its_images_do(reward: Reward, images: torch.Tensor):
+def test_gradient_agrees_with_finite_differences_in_float64(differentiable: Reward):
+    """Along the gradient itself, where the difference is largest. Some models do part of their work in float32."""
+    reward, images = differentiable.double(), random_images(40, 33, torch.float64).requires_grad_()
+    (gradient,) = torch.autograd.grad(reward.score(images, PROMPTS).sum(), images)
+    direction = gradient / gradient.norm()
+    with torch.no_grad():
+        ahead, behind = (reward.score(images + step * direction, PROMPTS).sum() for step in (1e-3, -1e-3))
+    assert ((ahead - behind) / 2e-3).item() == pytest.approx(gradient.norm().item(), rel=0.02)
+
+
+def test_without_a_gradient_it_says_so(reward: Reward, images: torch.Tensor):
+    if not reward.differentiable:
+        assert not reward(images.requires_grad_(), PROMPTS).requires_grad
+        with pytest.raises(NonDifferentiableReward, match=f"'{reward.name}' is not differentiable"):
+            check_gradient(reward)
+
+
+def test_a_score_depends_on_its_own_image_and_prompt_alone(reward: Reward, images: torch.Tensor):
+    both = reward(images, PROMPTS)
     singles = [reward(image[None], prompt) for image, prompt in zip(images, PROMPTS, strict=True)]
-    torch.testing.assert_close(reward(images, PROMPTS), torch.cat(singles), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(both, torch.cat(singles), rtol=1e-4, atol=1e-4)
+    other = reward(torch.stack([images[0], 1 - images[0]]), [PROMPTS[0], "x"])
+    torch.testing.assert_close(other[0], both[0], rtol=1e-4, atol=1e-4)
 
 
 def test_one_prompt_serves_the_whole_batch(reward: Reward, images: torch.Tensor):
     torch.testing.assert_close(reward(images, "a red cube"), reward(images, ["a red cube"] * 2))
 
 
+def test_a_prompt_longer_than_the_context_is_cut(reward: Reward, images: torch.Tensor):
+    scores = reward(images, "a red cube on a table in a room " * 40)
+    assert scores.isfinite().all()
+
+
 def test_bfloat16_weights_stay_close_to_float32(reward: Reward, images: torch.Tensor):
+    """Closer to the score of its own image in float32 than images of the contract differ from one another by far."""
     exact = reward(images, PROMPTS)
-    torch.testing.assert_close(reward.bfloat16()(images, PROMPTS), exact, rtol=0.02, atol=1.0)
+    half = copy.deepcopy(reward).bfloat16()(images, PROMPTS)
+    assert half.dtype == torch.float32
+    torch.testing.assert_close(half, exact, rtol=0.03, atol=0.03 * spread(reward))
+
+
+def spread(reward: Reward) -> float:
+    """The width of the range of a reward, or 1."""
+    return min(reward.range[1] - reward.range[0], 40.0) if reward.range else 1.0
 
 
 def test_refuses_images_that_are_not_in_0_to_1(reward: Reward, images: torch.Tensor):
@@ -78,6 +132,19 @@ def test_asks_for_a_prompt_exactly_if_it_requires_one(reward: Reward, images: to
         torch.testing.assert_close(reward(images), reward(images, PROMPTS))
 
 
-def test_bears_its_registered_name_and_states_a_licence_for_its_weights(reward: Reward):
+def test_bears_its_registered_name_and_states_the_facts_of_its_weights(reward: Reward):
     assert reward.name in list_rewards()
-    assert reward.default_checkpoint is None or reward.license is not None
+    if reward.default_checkpoint is not None:
+        assert reward.license and reward.parameter_count
+
+
+def test_the_text_encoder_can_be_dropped_where_there_is_one(reward: Reward, images: torch.Tensor):
+    before, size = reward(images, PROMPTS), sum(p.numel() for p in reward.parameters())
+    reward.drop_text_encoder(PROMPTS)
+    assert torch.equal(reward(images, PROMPTS), before)
+    if not reward.text_modules:
+        assert sum(p.numel() for p in reward.parameters()) == size
+        return
+    assert sum(p.numel() for p in reward.parameters()) < size
+    with pytest.raises(ValueError, match=f"'{reward.name}' encoded before its text encoder was dropped, but got 'new'"):
+        reward(images, "new")

@@ -13,41 +13,42 @@ from noiseopt.rewards import AutoReward, CLIPScore, ColorChannel, Reward, list_r
 def own_tables(monkeypatch: pytest.MonkeyPatch):
     """Registrations of a test end with it."""
     monkeypatch.setattr(registry, "REWARDS", dict(registry.REWARDS))
-    monkeypatch.setattr(registry, "REWARD_MODEL_TYPES", dict(registry.REWARD_MODEL_TYPES))
+    monkeypatch.setattr(registry, "REWARD_LOADERS", dict(registry.REWARD_LOADERS))
 
 
-def define_brightness() -> type[Reward]:
+def define_glow() -> type[Reward]:
     """Each call defines the class anew, as executing its module again does."""
 
-    class Brightness(Reward):
-        name = "brightness"
+    class Glow(Reward):
+        name = "glow"
         requires_prompt = False
 
         def score(self, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
             return images.mean((1, 2, 3))
 
-    return Brightness
+    return Glow
 
 
 def test_lists_names_without_aliases():
-    register_reward("brightness", "luma")(define_brightness())
-    assert list_rewards() == ["blue", "brightness", "clipscore", "green", "red"]
-    assert AutoReward.from_pretrained("luma").name == "brightness"
+    register_reward("glow", "luma")(define_glow())
+    assert list_rewards() == sorted(list_rewards())
+    assert "glow" in list_rewards() and "luma" not in list_rewards()
+    assert AutoReward.from_pretrained("luma").name == "glow"
 
 
 def test_registering_the_same_code_again_replaces_it():
-    first, second = define_brightness(), define_brightness()
-    assert register_reward("brightness")(first) is first
-    register_reward("brightness")(second)
-    assert type(AutoReward.from_pretrained("brightness")) is second
+    first, second = define_glow(), define_glow()
+    assert register_reward("glow")(first) is first
+    register_reward("glow")(second)
+    assert type(AutoReward.from_pretrained("glow")) is second
 
 
 def test_a_taken_name_is_refused_and_nothing_is_registered():
     with pytest.raises(ValueError, match="Expected a free reward name, but 'red' is taken by `red_channel`"):
-        register_reward("brightness", "red")(define_brightness())
-    assert "brightness" not in list_rewards()
+        register_reward("glow", "red")(define_glow())
+    assert "glow" not in list_rewards()
     with pytest.raises(ValueError, match="'clip' is taken by `CLIPScore`"):
-        register_reward("brightness", model_type="clip")(define_brightness())
+        register_reward("luma", loads="clip")(define_glow())
 
 
 def test_a_factory_can_be_registered():
@@ -64,9 +65,7 @@ def test_a_name_loads_the_default_checkpoint(clip_folder: Path, monkeypatch: pyt
 
 
 def test_an_unknown_name_lists_what_exists():
-    with pytest.raises(
-        ValueError, match=r"\['blue', 'clipscore', 'green', 'red'\].*'CLIPScor'.*Did you mean 'clipscore'"
-    ):
+    with pytest.raises(ValueError, match=r"\[.*'clipscore', 'green'.*\].*'CLIPScor'.*Did you mean 'clipscore'"):
         AutoReward.from_pretrained("CLIPScor")
     for missing in ("nothing-like-it", "./no/such/folder", "/no/such/folder", "a/b/c"):
         with pytest.raises(ValueError, match="Expected a reward name out of"):
@@ -75,12 +74,37 @@ def test_an_unknown_name_lists_what_exists():
 
 def test_a_checkpoint_of_another_model_type_is_refused(tmp_path: Path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
-    with pytest.raises(ValueError, match=r"Expected a checkpoint of model type \['clip'\].*of type 'bert'"):
+    with pytest.raises(ValueError, match=r"Expected a checkpoint of the model type or arch.*'clip'.*of type 'bert'"):
         AutoReward.from_pretrained(tmp_path)
 
 
+def test_a_default_checkpoint_or_weights_file_names_its_class(tmp_path: Path):
+    class Owner(Reward):
+        default_checkpoint, weights_file = "org/weights", "head.pt"
+
+        @classmethod
+        def load(cls, checkpoint, hub):
+            return cls()
+
+    register_reward("owner")(Owner)
+    (tmp_path / "head.pt").touch()
+    assert isinstance(AutoReward.from_pretrained("org/weights"), Owner)
+    assert isinstance(AutoReward.from_pretrained(tmp_path), Owner)
+
+
+def test_an_architecture_is_looked_up_before_the_model_type(tmp_path: Path):
+    class Narrow(Reward):
+        @classmethod
+        def load(cls, checkpoint, hub):
+            return cls()
+
+    register_reward("narrow", loads="CLIPSpecial")(Narrow)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "clip", "architectures": ["CLIPSpecial"]}))
+    assert isinstance(AutoReward.from_pretrained(tmp_path), Narrow)
+
+
 def test_a_new_class_can_claim_a_model_type(tmp_path: Path):
-    @register_reward("bertscore", model_type="bert")
+    @register_reward("bertscore", loads=("bert", "BertModel"))
     class BertScore(Reward):
         @classmethod
         def load(cls, checkpoint, hub):
@@ -92,7 +116,7 @@ def test_a_new_class_can_claim_a_model_type(tmp_path: Path):
 
 
 def test_a_class_without_a_checkpoint_says_so():
-    with pytest.raises(ValueError, match="`Brightness` has no default checkpoint. Pass a Hub id or a folder"):
-        define_brightness().from_pretrained()
-    with pytest.raises(NotImplementedError, match="`Brightness` has no weights to load"):
-        define_brightness().from_pretrained("org/name")
+    with pytest.raises(ValueError, match="`Glow` has no default checkpoint. Pass a Hub id or a folder"):
+        define_glow().from_pretrained()
+    with pytest.raises(NotImplementedError, match="`Glow` has no weights to load"):
+        define_glow().from_pretrained("org/name")

@@ -1,0 +1,74 @@
+"""Checkpoints in foreign layouts: where their files are, how they are read, and what must be in them."""
+
+import os
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import hf_hub_download
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+
+def checkpoint_path(checkpoint: str, filename: str, hub: Mapping[str, Any]) -> Path:
+    """The file of a folder or a Hub repository, downloaded if need be.
+
+    Args:
+        checkpoint: a folder or a Hub id.
+        filename: the file in it.
+        hub: revision, cache_dir, token and local_files_only, as `Reward.load` gets them.
+
+    Raises:
+        OSError: a folder without that file, or a download that fails.
+    """
+    if not os.path.isdir(checkpoint):
+        return Path(hf_hub_download(checkpoint, filename, **hub))
+    path = Path(checkpoint) / filename
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"Expected the file {filename} in {checkpoint}, but it is not there. Pass the folder that holds it, or a "
+            "Hub id."
+        )
+    return path
+
+
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """The tensors of a `.safetensors` file, or of a pickled one, in which nothing but tensors is ever executed.
+
+    Raises:
+        ValueError: a pickle that holds more than tensors and plain values, or no tensors by name.
+    """
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+        raise ValueError(
+            f"Expected a file of tensors, but {path.name} cannot be read with `weights_only=True`: "
+            f"{str(error).partition(chr(10))[0]} Download it again, or convert it to safetensors where you trust it."
+        ) from error
+    state = state.get("state_dict", state) if isinstance(state, dict) else state
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"Expected {path.name} to hold tensors by name, but it holds {type(state).__name__}.")
+    return state
+
+
+def load_strictly(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+    """Copy `state` into `module`.
+
+    Raises:
+        ValueError: naming the keys that are missing or not expected, or the shapes that differ.
+    """
+    own = module.state_dict()
+    shapes = [key for key in own if key in state and own[key].shape != state[key].shape]
+    problems = {
+        "missing": sorted(own.keys() - state.keys()),
+        "unexpected": sorted(state.keys() - own.keys()),
+        "of another shape": [f"{key} {tuple(state[key].shape)} for {tuple(own[key].shape)}" for key in shapes],
+    }
+    found = "; ".join(f"{kind}: {', '.join(keys)}" for kind, keys in problems.items() if keys)
+    if found:
+        raise ValueError(f"Expected {source} to hold exactly the weights of {type(module).__name__}, but {found}.")
+    module.load_state_dict(state)

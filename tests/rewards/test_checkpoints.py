@@ -1,0 +1,69 @@
+"""Foreign checkpoints: found, read without executing anything, and loaded strictly."""
+
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from noiseopt.rewards.checkpoints import checkpoint_path, load_strictly, read_state_dict
+
+HUB = {"revision": None, "cache_dir": None, "token": None, "local_files_only": True}
+
+
+class Evil:
+    def __reduce__(self):
+        return (print, ("executed",))
+
+
+def test_a_folder_without_the_file_says_which(tmp_path: Path):
+    (tmp_path / "head.pt").touch()
+    assert checkpoint_path(str(tmp_path), "head.pt", HUB) == tmp_path / "head.pt"
+    with pytest.raises(FileNotFoundError, match="Expected the file other.pt in .*Pass the folder that holds it"):
+        checkpoint_path(str(tmp_path), "other.pt", HUB)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_reads_tensors_by_name(tmp_path: Path, wrapped: bool):
+    state = {"a": torch.arange(3.0), "b": torch.ones(2, 2)}
+    torch.save({"state_dict": state, "epoch": 3} if wrapped else state, tmp_path / "x.pt")
+    save_file(state, tmp_path / "x.safetensors")
+    for name in ("x.pt", "x.safetensors"):
+        read = read_state_dict(tmp_path / name)
+        assert read.keys() == state.keys() and all(torch.equal(read[key], state[key]) for key in state)
+
+
+def test_a_pickle_that_would_execute_something_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    torch.save({"a": torch.ones(1), "evil": Evil()}, tmp_path / "evil.pt")
+    with pytest.raises(ValueError, match="evil.pt cannot be read with `weights_only=True`"):
+        read_state_dict(tmp_path / "evil.pt")
+    (tmp_path / "bare.pt").write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(ValueError, match="bare.pt cannot be read"):
+        read_state_dict(tmp_path / "bare.pt")
+    assert "executed" not in capsys.readouterr().out
+
+
+def test_a_truncated_file_and_one_without_names_are_refused(tmp_path: Path):
+    torch.save({"a": torch.ones(1000)}, tmp_path / "cut.pt")
+    (tmp_path / "cut.pt").write_bytes((tmp_path / "cut.pt").read_bytes()[:500])
+    with pytest.raises(ValueError, match="cut.pt cannot be read.*Download it again"):
+        read_state_dict(tmp_path / "cut.pt")
+    torch.save([torch.ones(1)], tmp_path / "list.pt")
+    with pytest.raises(ValueError, match="Expected list.pt to hold tensors by name, but it holds list"):
+        read_state_dict(tmp_path / "list.pt")
+
+
+def test_loads_exactly_or_names_what_is_wrong():
+    layer, state = nn.Linear(2, 3), {"weight": torch.ones(3, 2), "bias": torch.zeros(3)}
+    load_strictly(layer, state, "head.pt")
+    assert torch.equal(layer.weight, torch.ones(3, 2))
+    wrong = {"weight": torch.ones(3, 4), "scale": torch.ones(1)}
+    with pytest.raises(
+        ValueError,
+        match=r"Expected head.pt to hold exactly the weights of Linear, but missing: bias; unexpected: scale; "
+        r"of another shape: weight \(3, 4\) for \(3, 2\)",
+    ):
+        load_strictly(layer, wrong, "head.pt")
+    assert torch.equal(layer.weight, torch.ones(3, 2))
