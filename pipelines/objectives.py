@@ -82,8 +82,7 @@ class RewardObjective(Objective):
     @functools.cached_property
     def optimised(self) -> RewardSum:
         """The rewards that have a weight."""
-        pairs = zip(self.rewards.rewards, self.rewards.weights.values(), strict=True)
-        return RewardSum([(reward, weight) for reward, weight in pairs if weight])
+        return self.rewards.optimised()
 
     def try_out(self, prompt: str, height: int, width: int, gradient: bool) -> None:
         """Score one random image with each plain callable: its shape, its numbers and, if asked for, its gradient.
@@ -98,5 +97,5 @@ class RewardObjective(Objective):
             else:
                 reward(torch.rand(1, 3, height, width, generator=torch.Generator().manual_seed(0)), prompt)
 
-    def describe(self) -> dict[str, float]:
-        return dict(self.rewards.weights)
+    def describe(self) -> dict[str, Any]:
+        return self.rewards.describe()

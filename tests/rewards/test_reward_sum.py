@@ -1,7 +1,9 @@
 """The forms of `rewards=`, the weighted sum and its errors."""
 
 import importlib.util
+import json
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +12,15 @@ import torch
 from torch import Tensor
 
 import noiseopt.rewards.reward_sum
-from noiseopt.rewards import CLIPScore, ColorChannel, NonDifferentiableReward, NonFiniteReward, RewardSum
+from noiseopt.rewards import (
+    CLIPScore,
+    ColorChannel,
+    NonDifferentiableReward,
+    NonFiniteReward,
+    Reward,
+    RewardSum,
+    registry,
+)
 
 IMAGES = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
@@ -69,6 +79,108 @@ def test_components_are_unweighted_and_detached_and_the_gradient_is_the_weighted
     output.total.sum().backward()
     expected = torch.tensor([2.0 - 0.5, 0.5 - 2.0, -2.5])[:, None, None].expand_as(images) / 32**2
     torch.testing.assert_close(images.grad, expected)
+
+
+def smooth_rewards() -> list[Callable[[Tensor, list[str]], Tensor]]:
+    """Rewards without symmetry, each with a graph of its own; the last couples nothing but bends most."""
+    return [
+        lambda images, prompts: images.square().mean((1, 2, 3)),
+        lambda images, prompts: (3 * images).sin().mean((1, 2, 3)),
+        lambda images, prompts: (images[:, 0] * images[:, 1]).exp().mean((1, 2)),
+    ]
+
+
+@pytest.mark.parametrize("normalization", [None, {"reward_2": (0.3, 0.05)}])
+def test_gradient_and_value_are_those_of_the_joint_sum(normalization):
+    weights, images = [2.0, 0.3, 7.0], IMAGES.double().requires_grad_()
+    upstream = torch.tensor([1.0, -3.0])
+    ours = RewardSum(smooth_rewards(), weights, normalization=normalization)(images, "a cat").total
+    scores = [function(images, []) for function in smooth_rewards()]
+    if normalization:
+        scores[1] = (scores[1] - 0.3) / 0.05
+    joint = sum(weight * score for weight, score in zip(weights, scores, strict=True))
+    torch.testing.assert_close(ours.double(), joint, rtol=1e-6, atol=0)
+    (found,) = torch.autograd.grad((ours * upstream).sum(), images)
+    (expected,) = torch.autograd.grad((joint * upstream).sum(), images)
+    assert (found - expected).norm() < 1e-6 * expected.norm()
+
+
+def test_the_graph_of_one_reward_is_gone_before_the_next_begins():
+    alive, seen = [], []
+
+    def reward(images: Tensor, prompts: list[str]) -> Tensor:
+        seen.append([reference() is not None for reference in alive])
+        hidden = images * 2
+        alive.append(weakref.ref(hidden))
+        return hidden.square().mean((1, 2, 3))  # keeps `hidden` for the backward pass
+
+    total = RewardSum([reward, reward, reward])(IMAGES.clone().requires_grad_(), "a cat").total
+    assert seen == [[], [False], [False, False]]
+    assert alive[2]() is None and total.requires_grad
+
+
+def test_it_cannot_be_differentiated_twice():
+    images = IMAGES.clone().requires_grad_()
+    total = RewardSum("red")(images).total.sum()
+    with pytest.raises(RuntimeError, match="Expected a first derivative"):
+        torch.autograd.grad(total, images, create_graph=True)
+
+
+def test_a_preset_has_the_weights_of_its_paper(monkeypatch: pytest.MonkeyPatch):
+    def named(name: str) -> type[Reward]:
+        return type(name, (Reward,), {"name": name, "score": lambda self, images, prompts: images.mean((1, 2, 3))})
+
+    names = ["hpsv2.1", "imagereward", "clipscore", "pickscore"]
+    monkeypatch.setattr(registry, "REWARDS", {name: (name, named(name)) for name in names})
+    total = RewardSum("reno")
+    assert total.weights == {"hpsv2.1": 5.0, "imagereward": 1.0, "clipscore": 0.01, "pickscore": 0.05}
+    torch.testing.assert_close(total(IMAGES, "a cat").total, 6.06 * brightness(IMAGES, []))
+
+
+def test_calibration_puts_each_reward_in_units_of_its_spread():
+    images = torch.rand(11, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    raw = RewardSum({"red": 2.0, brightness: 0.5})
+    calibrated = raw.calibrated(images, "a cat", batch_size=4)
+    output = calibrated(images, "a cat")
+    scores = [ColorChannel("red")(images), brightness(images, [])]
+    expected = sum(w * (s - s.mean()) / s.std() for w, s in zip((2.0, 0.5), scores, strict=True))
+    torch.testing.assert_close(output.total, expected)
+    torch.testing.assert_close(output.components["red"], scores[0])
+    kept = json.loads(json.dumps(calibrated.normalization))
+    again = RewardSum({"red": 2.0, brightness: 0.5}, normalization=kept)
+    assert torch.equal(again(images, "a cat").total, output.total)
+    assert torch.equal(RewardSum(calibrated)(images, "a cat").total, output.total)
+    assert RewardSum([("red", 1.0), ("blue", 0.0)], normalization={"red": (0, 2)}).optimised().weights == {"red": 1.0}
+    assert calibrated.describe()["normalization"].keys() == {"red", "brightness"}
+
+
+def test_text_encoders_are_dropped_where_there_are_any(make_clip_score: Callable[..., CLIPScore]):
+    total = RewardSum([make_clip_score(), brightness])
+    before = total(IMAGES, "a cat").total
+    total.drop_text_encoders(["a cat", "a dog"])
+    assert total.rewards[0].model.text_model is None
+    assert torch.equal(total(IMAGES, "a cat").total, before)
+
+
+@pytest.mark.parametrize(
+    "normalization, message",
+    [
+        ({"blue": (0, 1)}, r"rewards out of \['red'\], but got one of 'blue'"),
+        ({"red": (0, 0)}, "std above 0 for reward 'red'.*Calibrate on images that it scores differently"),
+        ({"red": (0, float("nan"))}, "std above 0 for reward 'red'"),
+        ({"red": (1.0,)}, r"Expected \(mean, std\)"),
+    ],
+)
+def test_a_normalisation_that_is_none_is_refused(normalization, message: str):
+    with pytest.raises(ValueError, match=message):
+        RewardSum("red", normalization=normalization)
+
+
+def test_calibration_wants_images_that_differ():
+    with pytest.raises(ValueError, match="at least 2 images to calibrate by, but got 1"):
+        RewardSum("red").calibrated(IMAGES[:1])
+    with pytest.raises(ValueError, match="std above 0 for reward 'red'"):
+        RewardSum("red").calibrated(IMAGES[:1].repeat(3, 1, 1, 1))
 
 
 def test_can_return_a_tuple():
