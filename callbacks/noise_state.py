@@ -25,6 +25,7 @@ class NoiseState:
         best_noise: `(B, C, H, W)`, the noise of the lowest loss.
         best_images: `(B, 3, H, W)` or `None`, the images of the lowest loss.
         active: `(B,)` bool. A sample that is not active keeps its best and is not recorded any more.
+        reports: What callbacks have to say in the result, by name: plain values.
         stopped: Why the run ended before its last step, or `None`.
     """
 
@@ -40,6 +41,7 @@ class NoiseState:
     best_step: torch.Tensor | None = None
     best_noise: torch.Tensor | None = None
     best_images: torch.Tensor | None = None
+    reports: dict[str, Any] = dataclasses.field(default_factory=dict)
     active: torch.Tensor = dataclasses.field(init=False)
     stopped: str | None = None
     started: float = dataclasses.field(default_factory=time.perf_counter)

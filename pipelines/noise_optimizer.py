@@ -243,6 +243,7 @@ class OptimizationLoop:
                 **provenance_of(problem, self.objective, state),
             },
             generator_states=problem.sampler.states_after_draw(),
+            reports=dict(state.reports),
             images=last_images if last else state.best_images,
             initial_images=self.initial_images,
         )

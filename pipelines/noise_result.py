@@ -27,6 +27,7 @@ class NoiseResult:
         norms: `(steps, B)`, ‖noise‖ / √d at each step: 1 is what a Gaussian has.
         best_step: `(B,)`, the step whose noise is returned.
         provenance: Model, scheduler, dtype, prompts, seeds, versions, method and its settings: plain values.
+        reports: What callbacks found, by name, in plain values: see `HeldOutReward`.
         generator_states: The state of each random stream after the base noise was drawn.
         images: `(B, 3, H, W)` in [0, 1], the images of `noise`, if they were drawn. Not saved.
         initial_images: `(B, 3, H, W)`, the plain result. Not saved.
@@ -40,6 +41,7 @@ class NoiseResult:
     best_step: torch.Tensor
     provenance: dict[str, Any]
     generator_states: list[tuple[str, torch.Tensor]] = dataclasses.field(default_factory=list)
+    reports: dict[str, Any] = dataclasses.field(default_factory=dict)
     images: torch.Tensor | None = None
     initial_images: torch.Tensor | None = None
 
@@ -84,6 +86,7 @@ class NoiseResult:
             tensors[f"generator_states.{index}"] = state
             devices.append(device)
         header = {"format": FILE_FORMAT, "provenance": self.provenance, "generator_devices": devices}
+        header["reports"] = self.reports
         # clones: safetensors refuses tensors that share memory, as noise and latents do in float32
         tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
         Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -106,4 +109,10 @@ class NoiseResult:
         scores = {
             name.removeprefix("scores."): tensors.pop(name) for name in list(tensors) if name.startswith("scores.")
         }
-        return cls(**tensors, scores=scores, provenance=header["provenance"], generator_states=states)
+        return cls(
+            **tensors,
+            scores=scores,
+            provenance=header["provenance"],
+            generator_states=states,
+            reports=header.get("reports", {}),
+        )

@@ -5,7 +5,16 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .callbacks import EarlyStopping, History, NoiseCallback, NoiseState, ProgressBar, StepImages, TimeBudget
+    from .callbacks import (
+        EarlyStopping,
+        HeldOutReward,
+        History,
+        NoiseCallback,
+        NoiseState,
+        ProgressBar,
+        StepImages,
+        TimeBudget,
+    )
     from .pipelines import (
         CNO,
         BestOfN,
@@ -50,6 +59,7 @@ __all__ = [
     "ContrastiveObjective",
     "EarlyStopping",
     "FunctionObjective",
+    "HeldOutReward",
     "History",
     "NoiseCallback",
     "NoiseOptimizationMixin",

@@ -1,0 +1,90 @@
+"""A watched reward: what it says of runs whose outcome is known."""
+
+import pytest
+import torch
+from tiny_pipelines import SIZE, tiny_pipeline
+
+from noiseopt import CNO, ColorChannel, HeldOutReward, NoiseResult, NoiseState, ReNO, optimize_noise
+
+
+def brightness(images, prompts):
+    return images.mean((1, 2, 3)) * 10
+
+
+def darkness(images, prompts):
+    return -brightness(images, prompts)
+
+
+def run(watch: HeldOutReward) -> NoiseResult:
+    arguments = {"num_inference_steps": 1, "guidance_scale": 0.0, "generator": torch.Generator().manual_seed(0), **SIZE}
+    return optimize_noise(tiny_pipeline("sd"), "a", ReNO(rewards=brightness, steps=5), callbacks=watch, **arguments)
+
+
+def after_steps(watch: HeldOutReward, losses: list[list[float]], shades: list[list[float]]) -> NoiseState:
+    """The state after steps of two images, uniform in `shades`, with these losses."""
+    state = NoiseState(None, ["", ""], 10, torch.zeros(2, 1, 2, 2))
+    state.best_loss = torch.full((2,), torch.inf)
+    watch.on_run_start(state)
+    state.best_step = torch.zeros(2, dtype=torch.long)
+    for step, (loss, shade) in enumerate(zip(losses, shades, strict=True)):
+        state.step, state.loss = step, torch.tensor(loss)
+        better = state.loss < state.best_loss
+        state.best_loss, state.best_step = state.loss.minimum(state.best_loss), state.best_step.where(~better, step)
+        state.images = torch.tensor(shade)[:, None, None, None].expand(2, 3, 4, 4)
+        watch.on_step_end(state)
+    return state
+
+
+def test_hacking_is_a_lower_loss_with_a_lower_held_out_reward():
+    watch = HeldOutReward(ColorChannel("red"), name="second opinion")
+    # image 0 gains and its red falls (red of a grey is minus its shade); image 1 gains and its red rises
+    state = after_steps(watch, [[5.0, 5.0], [4.0, 4.0]], [[0.2, 0.6], [0.5, 0.1]])
+    report = state.reports["held out second opinion"]
+    assert report["reward_hacking"] == [True, False]
+    assert report["initial"] == pytest.approx([-0.2, -0.6]) and report["best"] == pytest.approx([-0.5, -0.1])
+    assert report["loss_change"] == [-1.0, -1.0]
+    with pytest.warns(UserWarning, match=r"Reward hacking in images \[0\].*'second opinion'.*fewer steps"):
+        watch.on_run_end(state)
+
+
+def test_the_best_image_counts_and_not_the_last():
+    watch = HeldOutReward(ColorChannel("red"))
+    state = after_steps(watch, [[5.0, 5.0], [4.0, 6.0], [4.5, 7.0]], [[0.2, 0.2], [0.2, 0.9], [0.9, 0.9]])
+    report = state.reports["held out red"]
+    assert report["best"] == pytest.approx([-0.2, -0.2])
+    assert report["reward_hacking"] == [False, False]
+    watch.on_run_end(state)
+
+
+def test_a_fall_within_the_tolerance_does_not_count():
+    losses, shades = [[5.0, 5.0], [4.0, 4.0]], [[0.2, 0.2], [0.25, 0.5]]
+    state = after_steps(HeldOutReward(ColorChannel("red"), tolerance=0.1), losses, shades)
+    assert state.reports["held out red"]["reward_hacking"] == [False, True]
+
+
+def test_the_result_of_a_run_reports_it_and_keeps_it_on_disk(tmp_path):
+    watch = HeldOutReward(darkness)
+    with pytest.warns(UserWarning, match="Reward hacking"):
+        result = run(watch)
+    report = result.reports["held out darkness"]
+    assert report["reward_hacking"] == [True]
+    assert torch.allclose(watch.scores, -result.scores["brightness"], atol=1e-5)
+    assert report["best"] == pytest.approx((-result.best_scores["brightness"]).tolist(), abs=1e-5)
+    result.save(tmp_path / "found.safetensors")
+    assert NoiseResult.load(tmp_path / "found.safetensors").reports == result.reports
+
+
+@pytest.mark.filterwarnings("error:Reward hacking")
+def test_a_reward_that_agrees_raises_no_alarm():
+    result = run(HeldOutReward(brightness))
+    assert result.reports["held out brightness"]["reward_hacking"] == [False]
+
+
+def test_a_method_without_images_and_bad_arguments_are_refused():
+    with pytest.raises(ValueError, match="Expected a method whose objective looks at images"):
+        arguments = {"num_inference_steps": 2, "num_images_per_prompt": 2, **SIZE}
+        optimize_noise(tiny_pipeline("sd"), "a", CNO(), callbacks=HeldOutReward(brightness), **arguments)
+    with pytest.raises(TypeError, match="Expected a loaded reward .*got 'pickscore'. Load it with"):
+        HeldOutReward("pickscore")
+    with pytest.raises(ValueError, match="tolerance of at least 0"):
+        HeldOutReward(brightness, tolerance=-1)
