@@ -1,4 +1,4 @@
-"""The command line: `noiseopt demo` and `noiseopt evaluate`."""
+"""The command line: `noiseopt demo`, `evaluate`, `rewards` and `score`."""
 
 import argparse
 import contextlib
@@ -34,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def build_parser() -> argparse.ArgumentParser:
     """All commands. Each sets `run`, a function of the parsed arguments."""
     from .evaluation.command import add_evaluate  # here: it takes its argument types from this module
+    from .scoring import add_rewards, add_score
 
     parser = argparse.ArgumentParser(
         prog="noiseopt", description="Optimise the initial noise of text-to-image diffusion."
@@ -41,6 +42,8 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     add_demo(commands)
     add_evaluate(commands)
+    add_rewards(commands)
+    add_score(commands)
     return parser
 
 

@@ -1,0 +1,219 @@
+"""`noiseopt rewards` and `noiseopt score`: what rewards there are, and what they say of image files."""
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+    from .rewards.reward import Reward
+
+GIB = 2**30
+
+
+def add_rewards(commands) -> None:
+    parser = commands.add_parser(
+        "rewards",
+        help="list the rewards: checkpoint, licence, range, gradient, memory",
+        description="List the rewards that have a name. A Hub id or a folder of a checkpoint that one of them loads "
+        "works wherever a name does. Nothing is loaded or downloaded.",
+    )
+    parser.add_argument("--json", action="store_true", help="the same as JSON")
+    parser.set_defaults(run=rewards)
+
+
+def add_score(commands) -> None:
+    parser = commands.add_parser(
+        "score",
+        help="score image files with rewards",
+        description="Score image files with one or several rewards. Higher is better; each has its own units.",
+        epilog='example: noiseopt score a.png b.png --prompt "a red circle" --reward clip --reward brightness',
+    )
+    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE")
+    parser.add_argument(
+        "--prompt", action="append", dest="prompts", metavar="TEXT", help="one for all images, or repeated for each"
+    )
+    parser.add_argument(
+        "--reward",
+        action="append",
+        dest="rewards",
+        required=True,
+        metavar="NAME",
+        help="of `noiseopt rewards`, a preset (reno), embedded (clip, vqa), a Hub id or a folder; may be repeated",
+    )
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (cpu)")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights (bfloat16 on CUDA, else float32)"
+    )
+    parser.add_argument("--json", action="store_true", help="JSON instead of a table")
+    parser.set_defaults(run=lambda arguments: score(arguments, parser))
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardFacts:
+    """A line of `noiseopt rewards`.
+
+    Attributes:
+        name: What it is found by.
+        checkpoint: The Hub id that the name loads; `None` without weights, or where they have to be given.
+        license: Of the checkpoint.
+        range: Lowest and highest score, where they are bounded.
+        differentiable: Whether it has a gradient.
+        requires_prompt: Whether it reads a prompt.
+        gibibytes: The weights in bfloat16, in GiB; twice as much in float32.
+    """
+
+    name: str
+    checkpoint: str | None
+    license: str | None
+    range: tuple[float, float] | None
+    differentiable: bool
+    requires_prompt: bool
+    gibibytes: float
+
+    @classmethod
+    def of(cls, name: str) -> "RewardFacts":
+        """The facts of a registered reward; nothing is loaded."""
+        from .rewards.registry import REWARDS
+        from .rewards.reward import Reward
+
+        factory = REWARDS[name][1]
+        reward: Any = factory if isinstance(factory, type) and issubclass(factory, Reward) else factory()
+        return cls(
+            name,
+            reward.default_checkpoint,
+            reward.license,
+            reward.range,
+            reward.differentiable,
+            reward.requires_prompt,
+            (reward.parameter_count or 0) * 2 / GIB,
+        )
+
+    def row(self) -> list[str]:
+        """The facts as text."""
+        low, high = ("" if bound in (float("-inf"), float("inf")) else f"{bound:g}" for bound in self.range or ("", ""))
+        return [
+            self.name,
+            self.checkpoint or "–",
+            self.license or "–",
+            f"{low} … {high}" if self.range else "open",
+            "yes" if self.differentiable else "no",
+            "yes" if self.requires_prompt else "no",
+            f"{self.gibibytes:.2f}" if self.gibibytes else "–",
+        ]
+
+
+def rewards(arguments: argparse.Namespace) -> None:
+    """`noiseopt rewards`."""
+    from .quiet import quiet_libraries
+
+    with quiet_libraries():
+        from .rewards.registry import list_rewards
+
+        facts = [RewardFacts.of(name) for name in list_rewards()]
+    if arguments.json:
+        print(json.dumps([dataclasses.asdict(fact) for fact in facts], indent=2))
+        return
+    head = ["reward", "checkpoint", "licence of the weights", "range", "gradient", "prompt", "GiB in bfloat16"]
+    print_table(head, [fact.row() for fact in facts])
+
+
+def score(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """`noiseopt score`: everything that can be wrong is looked at before a model is loaded."""
+    from .quiet import quiet_libraries
+
+    try:
+        with quiet_libraries():
+            names = expanded(arguments.rewards)
+            prompts = prompts_for(arguments.images, arguments.prompts)
+            check_request(names, arguments.prompts, arguments.device)
+            for path in arguments.images:
+                read_image(path)
+            scores = {name: score_files(name, arguments, prompts) for name in names}
+    except (ValueError, ImportError) as error:
+        parser.error(str(error))
+    except OSError as error:
+        raise SystemExit(f"Expected the weights of a reward, but they cannot be loaded: {error}") from None
+    if arguments.json:
+        rows = [{"image": str(path), "prompt": prompt} for path, prompt in zip(arguments.images, prompts, strict=True)]
+        print(json.dumps([row | {name: scores[name][i] for name in scores} for i, row in enumerate(rows)], indent=2))
+        return
+    rows = [[str(path), *(f"{scores[name][i]:.4f}" for name in scores)] for i, path in enumerate(arguments.images)]
+    print_table(["image", *scores], rows)
+
+
+def prompts_for(images: Sequence[Path], prompts: Sequence[str] | None) -> list[str | None]:
+    """One prompt for each image. Raises `ValueError` for another number of them."""
+    if prompts is None or len(prompts) == 1:
+        return list(prompts or [None]) * len(images)
+    if len(prompts) != len(images):
+        raise ValueError(f"Expected one --prompt, or one for each of {len(images)} images, but got {len(prompts)}.")
+    return list(prompts)
+
+
+def expanded(names: Sequence[str]) -> list[str]:
+    """The names, with those of presets in their place, each once."""
+    from .rewards.reward_sum import REWARD_PRESETS
+
+    return list(dict.fromkeys(member for name in names for member in REWARD_PRESETS.get(name, [name])))
+
+
+def check_request(names: Sequence[str], prompts: Sequence[str] | None, device: str | None) -> None:
+    """Raise `ValueError` for an unknown reward or device, and for a reward that reads a prompt where there is none."""
+    from .evaluation.plan import EMBEDDED_REWARDS, check_device, check_reward
+    from .rewards.registry import REWARDS
+
+    check_device(device)
+    for name in names:
+        check_reward(name)
+        if prompts is None and (name in EMBEDDED_REWARDS or name in REWARDS and RewardFacts.of(name).requires_prompt):
+            raise ValueError(f"Expected a prompt for reward {name!r}, but got none. Add --prompt.")
+
+
+def score_files(name: str, arguments: argparse.Namespace, prompts: Sequence[str | None]) -> list[float]:
+    """The scores of all files by one reward, one after the other, since each has its own size."""
+    import torch
+
+    reward = load_reward(name, arguments)
+    with torch.no_grad():
+        pairs = zip(arguments.images, prompts, strict=True)
+        return [reward(read_image(path), prompt).item() for path, prompt in pairs]
+
+
+def load_reward(name: str, arguments: argparse.Namespace) -> "Reward":
+    """The reward that a name stands for, embedded ones included."""
+    import torch
+
+    from .evaluation.instruments import weights_of
+    from .evaluation.plan import EMBEDDED_REWARDS
+    from .rewards.registry import AutoReward
+
+    dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
+    return AutoReward.from_pretrained(weights_of(name, EMBEDDED_REWARDS), device=arguments.device, dtype=dtype)
+
+
+def read_image(path: Path) -> "torch.Tensor":
+    """`(1, 3, H, W)` in [0, 1], upright. Raises `ValueError` for a missing file and for one that is no image."""
+    import numpy as np
+    import torch
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as picture:
+            pixels = np.array(ImageOps.exif_transpose(picture).convert("RGB"))
+    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
+        raise ValueError(f"Expected an image file, but {path} cannot be opened: {error.strerror}.") from None
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+        raise ValueError(f"Expected an image that Pillow reads, but {path} is damaged or none: {error}") from None
+    return torch.from_numpy(pixels).movedim(2, 0)[None].float() / 255
+
+
+def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Columns as wide as their widest cell."""
+    widths: Mapping[int, int] = {i: max(len(row[i]) for row in (head, *rows)) for i in range(len(head))}
+    for row in (head, ["-" * widths[i] for i in widths], *rows):
+        print("  ".join(cell.ljust(widths[i]) for i, cell in enumerate(row)).rstrip())

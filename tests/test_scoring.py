@@ -1,0 +1,122 @@
+"""`noiseopt rewards` and `noiseopt score` on files whose scores are known, and on what they refuse."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from noiseopt import AutoReward, list_rewards, shapes_world
+from noiseopt.cli import main
+from noiseopt.rewards import Reward, registry
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> list[str]:
+    """A red picture, and a wide one whose left half is white, the right one black."""
+    Image.new("RGB", (40, 30), (255, 0, 0)).save(tmp_path / "red.png")
+    half = Image.new("RGB", (64, 16))
+    half.paste((255, 255, 255), (0, 0, 32, 16))
+    half.save(tmp_path / "half.jpg", quality=100)
+    return [str(tmp_path / "red.png"), str(tmp_path / "half.jpg")]
+
+
+def test_rewards_lists_every_name_with_its_facts(capsys):
+    main(["rewards"])
+    printed = capsys.readouterr().out
+    assert all(any(line.split()[0] == name for line in printed.splitlines()) for name in list_rewards())
+    assert "laion/CLIP-ViT-H-14-laion2B-s32B-b79K" in printed and "1.84" in printed
+    main(["rewards", "--json"])
+    facts = {entry["name"]: entry for entry in json.loads(capsys.readouterr().out)}
+    assert facts.keys() == set(list_rewards())
+    red = {"checkpoint": None, "range": [-2.0, 1.0], "differentiable": True, "requires_prompt": False, "gibibytes": 0}
+    assert red.items() <= facts["red"].items()
+    assert facts["clipscore"]["gibibytes"] == pytest.approx(986_109_441 * 2 / 2**30)
+
+
+def test_rewards_loads_nothing(monkeypatch, capsys):
+    monkeypatch.setattr(Reward, "from_pretrained", lambda *_, **__: pytest.fail("a checkpoint was loaded"))
+    main(["rewards"])
+
+
+def test_score_prints_what_the_rewards_say(pictures, capsys):
+    main(["score", *pictures, "--reward", "red", "--reward", "blue", "--json"])
+    first, second = json.loads(capsys.readouterr().out)
+    assert (first["red"], first["blue"]) == (1.0, -1.0)
+    assert second["red"] == pytest.approx(-0.5, abs=0.02)
+    main(["score", *pictures, "--reward", "red"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["image", "red"] and lines[2].split() == [pictures[0], "1.0000"]
+
+
+def test_score_asks_each_image_about_its_own_prompt(pictures, capsys):
+    prompts = ["a red circle", "a blue star"]
+    arguments = [*pictures, "--reward", "clip", "--json", "--prompt", prompts[0], "--prompt", prompts[1]]
+    main(["score", *arguments])
+    found = json.loads(capsys.readouterr().out)
+    assert [row["prompt"] for row in found] == prompts
+    reward = AutoReward.from_pretrained(shapes_world.path("clip"))
+    red = torch.tensor([1.0, 0, 0])[:, None, None].expand(1, 3, 30, 40)
+    assert found[0]["clip"] == pytest.approx(reward(red, prompts[0]).item(), abs=1e-3)
+
+
+def test_a_rotated_photo_is_scored_upright(tmp_path, capsys):
+    class LeftHalf(Reward):
+        name, requires_prompt = "left", False
+
+        def score(self, images, prompts):
+            return images[..., : images.shape[-1] // 2].mean((1, 2, 3)) * images.shape[-1]
+
+    picture, exif = Image.new("RGB", (40, 20)), Image.Exif()
+    picture.paste((255, 255, 255), (0, 0, 40, 10))
+    exif[0x0112] = 8  # stored on its side: to be turned by a quarter, counterclockwise
+    picture.save(tmp_path / "turned.png", exif=exif)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(registry.REWARDS, "left", ("left", LeftHalf))
+        main(["score", str(tmp_path / "turned.png"), "--reward", "left", "--json"])
+    assert json.loads(capsys.readouterr().out)[0]["left"] == pytest.approx(20.0)
+
+
+def test_a_preset_stands_for_its_rewards(pictures, capsys, monkeypatch):
+    monkeypatch.setattr("noiseopt.rewards.reward_sum.REWARD_PRESETS", {"warm": {"red": 5.0, "green": 1.0}})
+    main(["score", pictures[0], "--reward", "warm", "--reward", "red", "--json"])
+    assert json.loads(capsys.readouterr().out)[0].keys() == {"image", "prompt", "red", "green"}
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["{folder}/none.png", "--reward", "red"], "Expected an image file, but .*none.png cannot be opened: No such"),
+        (["{folder}", "--reward", "red"], "Expected an image file, but .* cannot be opened: Is a directory"),
+        (["{folder}/text.png", "--reward", "red"], "Expected an image that Pillow reads, but .*text.png is damaged"),
+        (["{folder}/cut.png", "--reward", "red"], "Expected an image that Pillow reads, but .*cut.png is damaged"),
+        (["{folder}/red.png", "--reward", "redd"], "Expected a reward name out of .*Did you mean 'red'"),
+        (["{folder}/red.png", "--reward", "clip"], "Expected a prompt for reward 'clip', but got none. Add --prompt"),
+        (["{folder}/red.png", "--reward", "clipscore"], "Expected a prompt for reward 'clipscore'"),
+        (
+            ["{folder}/red.png", "--reward", "red", "--prompt", "a", "--prompt", "b"],
+            "one for each of 1 images, but got 2",
+        ),
+        (["{folder}/red.png", "--reward", "red", "--device", "warp"], "Expected a device that this machine has"),
+        (["{folder}/red.png"], "the following arguments are required: --reward"),
+    ],
+)
+def test_what_cannot_be_scored_is_refused_before_anything_is_loaded(
+    arguments, message, pictures, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(Reward, "from_pretrained", lambda *_, **__: pytest.fail("a checkpoint was loaded"))
+    (tmp_path / "text.png").write_text("not a picture")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "red.png").read_bytes()[:-40])
+    with pytest.raises(SystemExit) as stopped:
+        main(["score", *(argument.format(folder=tmp_path) for argument in arguments)])
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err.replace("\n", " ")
+    assert re.search(message, error), error
+
+
+def test_weights_that_cannot_be_had_end_with_a_sentence(pictures, tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "clip"}')
+    with pytest.raises(SystemExit, match="Expected the weights of a reward, but they cannot be loaded: .*safetensors"):
+        main(["score", pictures[0], "--reward", str(tmp_path), "--prompt", "a"])
