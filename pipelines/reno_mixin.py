@@ -28,8 +28,9 @@ class ReNOMixin(NoiseOptimizationMixin):
 
         Args:
             rewards: A name, Hub id or folder (`"clipscore"`), a callable `(images, prompts) -> (B,)`, a dict of these
-                to weights (`{"clipscore": 1.0, "red": 0.1}`), or a list of (reward, weight). `None` leaves the pipeline
-                bit-identical to the stock class. Rewards given by name are loaded once per pipeline.
+                to weights (`{"clipscore": 1.0, "red": 0.1}`), a list of (reward, weight), or `"reno"` for the rewards
+                and weights of the paper. `None` leaves the pipeline bit-identical to the stock class. Rewards given by
+                name are loaded once per pipeline.
             optimization_steps: Evaluations of ReNO, 50 by default.
             mode: "default", or "parity" for the released loop step by step.
             reno_kwargs: More settings of `ReNO`, by name: `{"learning_rate": 10.0}`.
@@ -65,7 +66,8 @@ class ReNOMixin(NoiseOptimizationMixin):
         device = self._execution_device  # pyright: ignore[reportAttributeAccessIssue]
         kept = vars(self).setdefault("_loaded_rewards", {})
         pairs = reward_weight_pairs(rewards, None)
-        total = RewardSum([(kept.get(str(name), name), weight) for name, weight in pairs], device=device)
+        known = [(kept.get(str(name), name), weight) for name, weight in pairs]
+        total = RewardSum(known, normalization=getattr(rewards, "normalization", None), device=device)
         for (name, _), reward in zip(pairs, total.rewards, strict=True):
             if isinstance(name, str):
                 kept[name] = reward

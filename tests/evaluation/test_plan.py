@@ -3,6 +3,7 @@
 import pytest
 
 from noiseopt import BestOfN, ReNO
+from noiseopt.evaluation.command import weighted
 from noiseopt.evaluation.folder import differences
 from noiseopt.evaluation.plan import PLAIN, MethodChoice, ModelChoice, Plan, control_of, parse_settings, slug
 from noiseopt.evaluation.prompt_sets import Prompt, PromptSet
@@ -26,6 +27,13 @@ def plan(**changes) -> Plan:
 )
 def test_settings_are_literals_or_words(text, expected):
     assert parse_settings(text) == expected
+
+
+def test_rewards_are_read_with_their_weights_and_a_preset_with_its_members():
+    assert weighted("clip") == [("clip", 1.0)] and weighted("org/model=0.5") == [("org/model", 0.5)]
+    assert weighted("reno=2") == [("hpsv2.1", 10.0), ("imagereward", 2.0), ("clipscore", 0.02), ("pickscore", 0.1)]
+    with pytest.raises(ValueError, match="NAME=WEIGHT, but got 'clip=much'"):
+        weighted("clip=much")
 
 
 @pytest.mark.parametrize("text", ["20", "steps", "steps=", "steps=f(1)", "steps=1)+(2", "**{}", "a=1;b=2"])

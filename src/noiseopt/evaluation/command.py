@@ -97,7 +97,8 @@ def add_measures(parser: argparse.ArgumentParser) -> None:
         action="append",
         dest="rewards",
         metavar="NAME[=WEIGHT]",
-        help="what the methods and best-of-N optimise; may be repeated (clip, the embedded one, for embedded models)",
+        help="what the methods and best-of-N optimise: a name of `noiseopt rewards`, a Hub id, a folder, or reno for all "
+        "of that paper; may be repeated (clip, the embedded one, for embedded models)",
     )
     group.add_argument(
         "--watch",
@@ -173,7 +174,7 @@ def plan_of(arguments: argparse.Namespace) -> "Plan":
         prompts=load_prompts(arguments.prompts or "validation", limit=limit),
         source=arguments.prompts or "",
         seeds=arguments.seeds,
-        rewards=tuple(weighted(text) for text in rewards),
+        rewards=tuple(pair for text in rewards for pair in weighted(text)),
         watched=tuple(name for name in watched if name not in rewards),
         features=features,
         references=arguments.references,
@@ -184,13 +185,16 @@ def plan_of(arguments: argparse.Namespace) -> "Plan":
     )
 
 
-def weighted(text: str) -> tuple[str, float]:
-    """`"clip"` or `"clip=0.5"`."""
+def weighted(text: str) -> list[tuple[str, float]]:
+    """The rewards of `"clip"` or `"clip=0.5"`; of a preset all that it stands for."""
+    from ..rewards.reward_sum import REWARD_PRESETS
+
     name, equals, weight = text.rpartition("=")
     try:
-        return (name, float(weight)) if equals else (text, 1.0)
+        name, factor = (name, float(weight)) if equals else (text, 1.0)
     except ValueError:
         raise ValueError(f"Expected a reward as NAME or NAME=WEIGHT, but got {text!r}.") from None
+    return [(member, factor * of) for member, of in REWARD_PRESETS.get(name, {name: 1.0}).items()]
 
 
 def run(evaluation: "Evaluation", output: Path) -> None:

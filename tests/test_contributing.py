@@ -1,0 +1,28 @@
+"""The reward that CONTRIBUTING.md shows is added to a copy of the checkout, as it says, and meets the contract."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+TEXT = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+
+
+def test_the_reward_of_the_guide_meets_the_contract(tmp_path):
+    path, line = re.search(r"here `(rewards/\w+\.py)`, and its line in `rewards/__init__.py`,\n`(.+)`", TEXT).groups()
+    code = re.search(r"```python\n(.+?)```", TEXT, flags=re.DOTALL)[1]
+    assert len([row for row in code.splitlines() if row.strip()]) <= 10
+    for name in ("pyproject.toml", "src", "rewards", "schedulers", "callbacks", "pipelines", "tests"):
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, tmp_path / name, **({"symlinks": True} if (ROOT / name).is_dir() else {}))
+    (tmp_path / path).write_text(code)
+    with (tmp_path / "rewards/__init__.py").open("a") as file:
+        file.write(line + "\n")
+    command = [sys.executable, "-m", "pytest", "tests/rewards/test_contract.py", "-k", "sharpness", "-q"]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "src"), "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=100)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert int(re.search(r"(\d+) passed", run.stdout)[1]) >= 18
