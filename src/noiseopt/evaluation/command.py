@@ -97,8 +97,8 @@ def add_measures(parser: argparse.ArgumentParser) -> None:
         action="append",
         dest="rewards",
         metavar="NAME[=WEIGHT]",
-        help="what the methods and best-of-N optimise: a name of `noiseopt rewards`, a Hub id, a folder, or reno for all "
-        "of that paper; may be repeated (clip, the embedded one, for embedded models)",
+        help="what the methods and best-of-N optimise: a name of `noiseopt rewards`, a Hub id, a folder, or reno for "
+        "all of that paper; may be repeated (clip, the embedded one, for embedded models)",
     )
     group.add_argument(
         "--watch",
