@@ -641,6 +641,12 @@ RewardLike = str | os.PathLike[str] | Callable[..., Any]
 RewardsLike = RewardLike | Mapping[Any, float] | Sequence[Any]
 
 
+# the weights that a paper's own code has, by its name: https://arxiv.org/abs/2406.04312
+REWARD_PRESETS: dict[str, dict[str, float]] = {
+    "reno": {"hpsv2.1": 5.0, "imagereward": 1.0, "clipscore": 0.01, "pickscore": 0.05}
+}
+
+
 @dataclass(frozen=True)
 class RewardSumOutput:
     """Scores of B images.
@@ -654,25 +660,50 @@ class RewardSumOutput:
     components: dict[str, Tensor]
 
 
+class AttachedGradient(torch.autograd.Function):
+    """Values (B,) with a gradient with respect to images (B, 3, H, W) that is known already."""
+
+    @staticmethod
+    def forward(ctx: Any, images: Tensor, values: Tensor, gradient: Tensor) -> Tensor:
+        ctx.save_for_backward(gradient)
+        return values.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad_values: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore
+        if torch.is_grad_enabled():  # asked for by `create_graph=True`
+            raise RuntimeError("Expected a first derivative of a `RewardSum`, whose gradient is a constant once taken.")
+        (gradient,) = ctx.saved_tensors
+        return gradient * grad_values.to(gradient.dtype)[:, None, None, None], None, None
+
+
 class RewardSum(nn.Module):
     """`sum_i weight_i * reward_i(images, prompts)`, higher is better.
 
+    The gradients of the rewards with respect to the pixels are taken one after the other, when the scores are, and only
+    their weighted sum is kept: so a decoder and a diffusion model before them are passed once, backwards too, and of
+    the rewards' own activations no more than those of the largest are held at any time. It is the gradient of the sum,
+    as the score of an image depends on that image alone; it cannot be differentiated again.
+
     Args:
         rewards: a registered name, Hub id or folder; a `Reward` or any callable `(images, prompts) -> (B,)`; a dict of
-            these to weights; a list of them, or of (reward, weight) pairs; or another `RewardSum`.
+            these to weights; a list of them, or of (reward, weight) pairs; another `RewardSum`; or the name of a preset
+            in `REWARD_PRESETS`: "reno" has the rewards and weights of the ReNO paper.
         weights: one per entry of a list without pairs; 1 by default. A reward of weight 0 is evaluated and reported,
             not optimised.
+        normalization: name -> (mean, std) of a reward that counts as `(score - mean) / std`, as `calibrated` measures
+            them: weights then compare rewards of different units. Raw scores are reported all the same.
         dtype, device: of the rewards that are loaded by name.
 
     Attributes:
         rewards: the rewards, in the order given.
         names: their names; the second `clipscore` becomes `clipscore_2`.
         weights: name -> weight.
+        normalization: name -> (mean, std), of those that have one.
 
     Raises:
         TypeError: something that is no reward.
-        ValueError: an unknown name, or weights that are negative, not finite, or all zero. It is raised before anything
-            is loaded.
+        ValueError: an unknown name, weights that are negative, not finite, or all zero, or a normalisation that is
+            none. Names and weights are checked before anything is loaded.
     """
 
     def __init__(
@@ -680,6 +711,7 @@ class RewardSum(nn.Module):
         rewards: RewardsLike,
         weights: Sequence[float] | None = None,
         *,
+        normalization: Mapping[str, tuple[float, float]] | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ):
@@ -694,11 +726,20 @@ class RewardSum(nn.Module):
         self.rewards = nn.ModuleList(as_reward(reward, dtype, device) for reward, _ in pairs)
         self.names = distinct_names([str(reward.name) for reward in self.rewards])
         self.weights = {name: float(weight) for name, (_, weight) in zip(self.names, pairs, strict=True)}
+        given = getattr(rewards, "normalization", {}) if normalization is None else normalization
+        self.normalization = checked_normalization(given, self.names)
 
     @property
     def differentiable(self) -> bool:
         """Whether every reward that is optimised has a gradient."""
         return not self.without_gradient()
+
+    @property
+    def has_gradient(self) -> bool:
+        """Whether any reward that is optimised has a gradient."""
+        return any(
+            weight and reward.differentiable for weight, reward in zip(self.weights.values(), self.rewards, strict=True)
+        )
 
     @property
     def requires_prompt(self) -> bool:
@@ -735,13 +776,110 @@ class RewardSum(nn.Module):
         self, images: Tensor, prompts: str | Sequence[str] | None = None, return_dict: bool = True
     ) -> RewardSumOutput | tuple[Tensor, dict[str, Tensor]]:
         """Score (B, 3, H, W) images in [0, 1]; see `Reward.forward` for the arguments and errors."""
+        with_gradient = images.requires_grad and torch.is_grad_enabled() and self.has_gradient
         total, components = images.new_zeros(len(images), dtype=torch.float32), {}
+        gradient = torch.zeros_like(images, dtype=torch.promote_types(images.dtype, torch.float32))
         for (name, weight), reward in zip(self.weights.items(), self.rewards, strict=True):
-            scores = reward(images if weight else images.detach(), prompts)
-            components[name] = scores.detach()
-            if weight:
-                total = total + weight * scores
-        return RewardSumOutput(total, components) if return_dict else (total, components)
+            if weight and with_gradient and reward.differentiable:
+                components[name], its_gradient = score_and_gradient(reward, images, prompts)
+                gradient.add_(its_gradient, alpha=weight / self.scale(name))
+            else:
+                components[name] = reward(images.detach(), prompts).detach()
+            total = total + weight * self.normalized(name, components[name])
+        if with_gradient:
+            total = AttachedGradient.apply(images, total, gradient.to(images.dtype))
+        return RewardSumOutput(total, components) if return_dict else (total, components)  # pyright: ignore
+
+    def normalized(self, name: str, scores: Tensor) -> Tensor:
+        mean, std = self.normalization.get(name, (0.0, 1.0))
+        return (scores - mean) / std
+
+    def scale(self, name: str) -> float:
+        return self.normalization.get(name, (0.0, 1.0))[1]
+
+    def optimised(self) -> "RewardSum":
+        """The sum without the rewards of weight 0; weights of the models are shared."""
+        pairs = zip(self.rewards, self.weights.values(), strict=True)
+        return self.like([(reward, weight) for reward, weight in pairs if weight])
+
+    def like(self, pairs: Sequence[tuple[Any, float]]) -> "RewardSum":
+        """A sum of other rewards, or other weights, under the normalisation of this one."""
+        names = distinct_names([str(reward.name) for reward, _ in pairs])
+        return RewardSum(
+            pairs, normalization={name: self.normalization[name] for name in names if name in self.normalization}
+        )
+
+    @torch.no_grad()
+    def calibrated(
+        self, images: Tensor, prompts: str | Sequence[str] | None = None, batch_size: int = 8
+    ) -> "RewardSum":
+        """The same rewards, each in units of its own spread over a calibration set.
+
+        Args:
+            images: (N, 3, H, W) in [0, 1], N of at least 2: such as the plain results of your own pipeline and prompts.
+            prompts: one per image, or one for all.
+            batch_size: how many are scored at once.
+
+        Returns:
+            A `RewardSum` of the same rewards and weights; its `normalization` is plain numbers, to be kept and given to
+            another `RewardSum`.
+
+        Raises:
+            ValueError: fewer than 2 images, or a reward that gives all of them the same score.
+        """
+        if len(images) < 2:
+            raise ValueError(f"Expected at least 2 images to calibrate by, but got {len(images)}.")
+        texts = [prompts] * len(images) if prompts is None or isinstance(prompts, str) else list(prompts)
+        normalization = {}
+        for name, reward in zip(self.names, self.rewards, strict=True):
+            parts = range(0, len(images), batch_size)
+            scores = [reward(images[i : i + batch_size], as_prompts(texts[i : i + batch_size])) for i in parts]
+            std, mean = torch.std_mean(torch.cat(scores).double())
+            normalization[name] = (mean.item(), std.item())
+        pairs = list(zip(self.rewards, self.weights.values(), strict=True))
+        return RewardSum(pairs, normalization=normalization)
+
+    def drop_text_encoders(self, prompts: str | Sequence[str]) -> None:
+        """`Reward.drop_text_encoder` of each reward that has one."""
+        for reward in self.rewards:
+            if hasattr(reward, "drop_text_encoder"):
+                reward.drop_text_encoder(prompts)  # pyright: ignore[reportCallIssue]
+
+    def describe(self) -> dict[str, Any]:
+        """Weights, and the normalisation if there is one: plain values for the provenance of a result."""
+        normalization = {name: list(pair) for name, pair in self.normalization.items()}
+        return self.weights | ({"normalization": normalization} if normalization else {})
+
+
+def score_and_gradient(reward: nn.Module, images: Tensor, prompts: Any) -> tuple[Tensor, Tensor]:
+    """Scores (B,), detached, and their gradient (B, 3, H, W) in float32 or better; the graph is freed on return."""
+    pixels = at_least_float32(images.detach()).requires_grad_()
+    scores = reward(pixels, prompts)
+    (gradient,) = torch.autograd.grad(scores.sum(), pixels, materialize_grads=True)
+    return scores.detach(), gradient
+
+
+def as_prompts(texts: Sequence[str | None]) -> list[str] | None:
+    """What a reward takes: a list of prompts, or None where none are given."""
+    return None if None in texts else list(texts)  # pyright: ignore[reportReturnType]
+
+
+def checked_normalization(
+    normalization: Mapping[str, Sequence[float]], names: Sequence[str]
+) -> dict[str, tuple[float, float]]:
+    """name -> (mean, std) as floats. Raises `ValueError` for another name, another number of values, or no spread."""
+    checked = {}
+    for name, values in normalization.items():
+        if name not in names:
+            raise ValueError(f"Expected a normalisation of rewards out of {list(names)}, but got one of '{name}'.")
+        mean, std = (float(value) for value in values) if len(values) == 2 else (math.nan, math.nan)
+        if not (math.isfinite(mean) and math.isfinite(std) and std > 0):
+            raise ValueError(
+                f"Expected (mean, std) with a finite mean and a std above 0 for reward '{name}', but got "
+                f"{tuple(values)}. Calibrate on images that it scores differently."
+            )
+        checked[name] = (mean, std)
+    return checked
 
 
 def reward_weight_pairs(rewards: RewardsLike, weights: Sequence[float] | None) -> list[tuple[Any, Any]]:
@@ -765,6 +903,8 @@ def reward_weight_pairs(rewards: RewardsLike, weights: Sequence[float] | None) -
 
 def reward_entries(rewards: RewardsLike) -> list[Any]:
     """The entries of `rewards=`: a reward each, or a (reward, weight) tuple."""
+    if isinstance(rewards, str) and rewards in REWARD_PRESETS:
+        return list(REWARD_PRESETS[rewards].items())
     if isinstance(rewards, Mapping):
         return list(rewards.items())
     if isinstance(rewards, (list, tuple)):
@@ -1694,8 +1834,7 @@ class RewardObjective(Objective):
     @functools.cached_property
     def optimised(self) -> RewardSum:
         """The rewards that have a weight."""
-        pairs = zip(self.rewards.rewards, self.rewards.weights.values(), strict=True)
-        return RewardSum([(reward, weight) for reward, weight in pairs if weight])
+        return self.rewards.optimised()
 
     def try_out(self, prompt: str, height: int, width: int, gradient: bool) -> None:
         """Score one random image with each plain callable: its shape, its numbers and, if asked for, its gradient.
@@ -1710,8 +1849,8 @@ class RewardObjective(Objective):
             else:
                 reward(torch.rand(1, 3, height, width, generator=torch.Generator().manual_seed(0)), prompt)
 
-    def describe(self) -> dict[str, float]:
-        return dict(self.rewards.weights)
+    def describe(self) -> dict[str, Any]:
+        return self.rewards.describe()
 
 
 # pipelines/contrast.py
@@ -1845,6 +1984,7 @@ class NoiseState:
         best_noise: `(B, C, H, W)`, the noise of the lowest loss.
         best_images: `(B, 3, H, W)` or `None`, the images of the lowest loss.
         active: `(B,)` bool. A sample that is not active keeps its best and is not recorded any more.
+        reports: What callbacks have to say in the result, by name: plain values.
         stopped: Why the run ended before its last step, or `None`.
     """
 
@@ -1860,6 +2000,7 @@ class NoiseState:
     best_step: torch.Tensor | None = None
     best_noise: torch.Tensor | None = None
     best_images: torch.Tensor | None = None
+    reports: dict[str, Any] = dataclasses.field(default_factory=dict)
     active: torch.Tensor = dataclasses.field(init=False)
     stopped: str | None = None
     started: float = dataclasses.field(default_factory=time.perf_counter)
@@ -2035,6 +2176,7 @@ class NoiseResult:
         norms: `(steps, B)`, ‖noise‖ / √d at each step: 1 is what a Gaussian has.
         best_step: `(B,)`, the step whose noise is returned.
         provenance: Model, scheduler, dtype, prompts, seeds, versions, method and its settings: plain values.
+        reports: What callbacks found, by name, in plain values: see `HeldOutReward`.
         generator_states: The state of each random stream after the base noise was drawn.
         images: `(B, 3, H, W)` in [0, 1], the images of `noise`, if they were drawn. Not saved.
         initial_images: `(B, 3, H, W)`, the plain result. Not saved.
@@ -2048,6 +2190,7 @@ class NoiseResult:
     best_step: torch.Tensor
     provenance: dict[str, Any]
     generator_states: list[tuple[str, torch.Tensor]] = dataclasses.field(default_factory=list)
+    reports: dict[str, Any] = dataclasses.field(default_factory=dict)
     images: torch.Tensor | None = None
     initial_images: torch.Tensor | None = None
 
@@ -2092,6 +2235,7 @@ class NoiseResult:
             tensors[f"generator_states.{index}"] = state
             devices.append(device)
         header = {"format": FILE_FORMAT, "provenance": self.provenance, "generator_devices": devices}
+        header["reports"] = self.reports
         # clones: safetensors refuses tensors that share memory, as noise and latents do in float32
         tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
         Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -2114,7 +2258,13 @@ class NoiseResult:
         scores = {
             name.removeprefix("scores."): tensors.pop(name) for name in list(tensors) if name.startswith("scores.")
         }
-        return cls(**tensors, scores=scores, provenance=header["provenance"], generator_states=states)
+        return cls(
+            **tensors,
+            scores=scores,
+            provenance=header["provenance"],
+            generator_states=states,
+            reports=header.get("reports", {}),
+        )
 
 
 # pipelines/provenance.py
@@ -2432,6 +2582,7 @@ class OptimizationLoop:
                 **provenance_of(problem, self.objective, state),
             },
             generator_states=problem.sampler.states_after_draw(),
+            reports=dict(state.reports),
             images=last_images if last else state.best_images,
             initial_images=self.initial_images,
         )
