@@ -2,6 +2,8 @@
 
 from .clip_score import CLIPScore
 from .color_channel import ColorChannel
+from .color_histogram import SoftColorHistogram, histogram_distance
+from .pixel_criteria import Brightness, JPEGCompressibility, JPEGIncompressibility
 from .registry import AutoReward, list_rewards, register_reward
 from .reward import CallableReward, NonDifferentiableReward, NonFiniteReward, Reward, check_gradient
 from .reward_sum import RewardSum, RewardSumOutput
@@ -10,17 +12,22 @@ from .views import random_views
 
 __all__ = [
     "AutoReward",
+    "Brightness",
     "CLIPScore",
     "CallableReward",
     "ColorChannel",
     "ImageTransform",
+    "JPEGCompressibility",
+    "JPEGIncompressibility",
     "NonDifferentiableReward",
     "NonFiniteReward",
     "Reward",
     "RewardSum",
     "RewardSumOutput",
+    "SoftColorHistogram",
     "center_crop",
     "check_gradient",
+    "histogram_distance",
     "list_rewards",
     "longest_edge_pad",
     "normalize",
