@@ -1,8 +1,11 @@
 """Rewards: images and prompts in, one number per image out. Knows nothing of diffusion."""
 
+from .blip_itm import BlipITC, BlipITM
+from .blip_vqa import BlipVQA
 from .clip_score import CLIPScore
 from .color_channel import ColorChannel
 from .color_histogram import SoftColorHistogram, histogram_distance
+from .image_reward import ImageRewardModel
 from .pixel_criteria import Brightness, JPEGCompressibility, JPEGIncompressibility
 from .registry import AutoReward, list_rewards, register_reward
 from .reward import CallableReward, NonDifferentiableReward, NonFiniteReward, Reward, check_gradient
@@ -12,10 +15,14 @@ from .views import random_views
 
 __all__ = [
     "AutoReward",
+    "BlipITC",
+    "BlipITM",
+    "BlipVQA",
     "Brightness",
     "CLIPScore",
     "CallableReward",
     "ColorChannel",
+    "ImageRewardModel",
     "ImageTransform",
     "JPEGCompressibility",
     "JPEGIncompressibility",
