@@ -44,9 +44,10 @@ def test_gradient_agrees_with_finite_differences():
 
 
 def test_no_pixel_is_without_a_gradient():
-    """Black and white ones included; each moves mass between two bins."""
+    """Black, white and overshooting ones included; each moves mass between two bins."""
     images = random_images(1, 3, 6, 6)
-    images[0, :, 0], images[0, :, 1] = 0, 1
+    for row, value in enumerate((0, 1, -0.03, 1.03)):
+        images[0, :, row] = value
     images.requires_grad_()
     (gradient,) = torch.autograd.grad((SoftColorHistogram()(images) * torch.arange(96)).sum(), images)
     torch.testing.assert_close(gradient, torch.full_like(gradient, 31 / 36))
