@@ -1,7 +1,12 @@
 """Rewards: images and prompts in, one number per image out. Knows nothing of diffusion."""
 
+from .blip_itm import BlipITC, BlipITM
+from .blip_vqa import BlipVQA
 from .clip_score import CLIPScore
 from .color_channel import ColorChannel
+from .color_histogram import SoftColorHistogram, histogram_distance
+from .image_reward import ImageRewardModel
+from .pixel_criteria import Brightness, JPEGCompressibility, JPEGIncompressibility
 from .registry import AutoReward, list_rewards, register_reward
 from .reward import CallableReward, NonDifferentiableReward, NonFiniteReward, Reward, check_gradient
 from .reward_sum import RewardSum, RewardSumOutput
@@ -10,17 +15,26 @@ from .views import random_views
 
 __all__ = [
     "AutoReward",
+    "BlipITC",
+    "BlipITM",
+    "BlipVQA",
+    "Brightness",
     "CLIPScore",
     "CallableReward",
     "ColorChannel",
+    "ImageRewardModel",
     "ImageTransform",
+    "JPEGCompressibility",
+    "JPEGIncompressibility",
     "NonDifferentiableReward",
     "NonFiniteReward",
     "Reward",
     "RewardSum",
     "RewardSumOutput",
+    "SoftColorHistogram",
     "center_crop",
     "check_gradient",
+    "histogram_distance",
     "list_rewards",
     "longest_edge_pad",
     "normalize",
