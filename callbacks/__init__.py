@@ -1,6 +1,6 @@
 """Callbacks: what may watch, steer or stop a noise optimisation."""
 
-from .early_stopping import EarlyStopping, TimeBudget
+from .early_stopping import EarlyStopping, LossThreshold, TimeBudget
 from .held_out_reward import HeldOutReward
 from .noise_callback import NoiseCallback
 from .noise_state import NoiseState
@@ -11,6 +11,7 @@ __all__ = [
     "EarlyStopping",
     "HeldOutReward",
     "History",
+    "LossThreshold",
     "NoiseCallback",
     "NoiseState",
     "ProgressBar",

@@ -33,6 +33,20 @@ class EarlyStopping(NoiseCallback):
         state.stop("patience", self.waited >= self.patience)
 
 
+class LossThreshold(NoiseCallback):
+    """Stop a sample when its best loss is at most `threshold`: for a reward of weight 1 that is minus the wanted score.
+
+    Each sample of a batch stops by itself.
+    """
+
+    def __init__(self, threshold: float) -> None:
+        self.threshold = threshold
+
+    def on_step_end(self, state: NoiseState) -> None:
+        assert state.best_loss is not None
+        state.stop("threshold", state.best_loss <= self.threshold)
+
+
 class TimeBudget(NoiseCallback):
     """Stop after the step in which `seconds` have passed since the optimisation began."""
 

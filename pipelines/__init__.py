@@ -7,9 +7,12 @@ from .cno_stable_diffusion import CNOStableDiffusionPipeline
 from .cno_stable_diffusion_3 import CNOStableDiffusion3Pipeline
 from .cno_stable_diffusion_xl import CNOStableDiffusionXLPipeline
 from .contrast import ContrastiveObjective
+from .mean_variance import MeanVariance
 from .methods import list_noise_optimizers, register_noise_optimizer
+from .noise_diffusion import NoiseDiffusion
 from .noise_hook import NoiseOptimizationMixin, optimize_noise
 from .noise_optimizer import NoiseOptimizer
+from .noise_pgd import NoisePGD
 from .noise_result import NoiseResult
 from .objectives import FunctionObjective, Objective, RewardObjective
 from .regularizers import ChiPrior
@@ -28,8 +31,11 @@ __all__ = [
     "ChiPrior",
     "ContrastiveObjective",
     "FunctionObjective",
+    "MeanVariance",
+    "NoiseDiffusion",
     "NoiseOptimizationMixin",
     "NoiseOptimizer",
+    "NoisePGD",
     "NoiseResult",
     "Objective",
     "PipelineSampler",

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from ..callbacks.noise_state import NoiseState
 from ..rewards.reward_sum import RewardSum
 from .methods import register_noise_optimizer
 from .noise_optimizer import NoiseOptimizer
@@ -42,5 +43,5 @@ class BestOfN(NoiseOptimizer):
     def start(self, problem: NoiseProblem) -> CandidateNoise:
         return CandidateNoise(problem)
 
-    def step(self, noise: torch.Tensor, gradient: None, memory: CandidateNoise) -> torch.Tensor:
+    def step(self, state: NoiseState, gradient: None, memory: CandidateNoise) -> torch.Tensor:
         return memory.draw()

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
+from ..callbacks.noise_state import NoiseState
 from .contrast import ContrastiveLoss, ContrastiveObjective
 from .methods import register_noise_optimizer
 from .noise_optimizer import NoiseOptimizer
@@ -85,13 +86,13 @@ class CNO(NoiseOptimizer):
         shares = torch.tensor([1 / sizes[group] for group in problem.groups]).to(noise)
         return {"noise": noise, "optimizer": torch.optim.Adam([noise], self.learning_rate), "shares": shares}
 
-    def step(self, noise: torch.Tensor, gradient: torch.Tensor, memory: dict[str, Any]) -> torch.Tensor:
+    def step(self, state: NoiseState, gradient: torch.Tensor, memory: dict[str, Any]) -> torch.Tensor:
         if self.repulsion and not gradient.any():
             raise ValueError(
                 "Expected x0 estimates that depend on the noise, but their gradient is zero: with zero terminal SNR "
                 "the first estimate is the output of the denoiser alone. Use `stop_gradient=False`."
             )
-        memory["noise"].data = noise.clone()
+        memory["noise"].data = state.noise.clone()
         memory["noise"].grad = gradient * per_image(memory["shares"], gradient)  # the loss of a set is the mean
         memory["optimizer"].step()
         return memory["noise"].detach().clone()

@@ -52,12 +52,17 @@ class NoiseOptimizer:
         """What the method remembers from step to step, such as momentum."""
         return None
 
-    def step(self, noise: torch.Tensor, gradient: Any, memory: Any) -> torch.Tensor:
-        """The method: the next noise, from this one and the gradient of its loss, both `(B, C, H, W)`.
+    def step(self, state: NoiseState, gradient: Any, memory: Any) -> torch.Tensor:
+        """The method: the next noise `(B, C, H, W)`.
 
-        `gradient` is `None` for a method without gradients; `memory` is what `start` returned.
+        `state` holds what was evaluated: `state.noise`, its `state.loss`, the best so far; `gradient` `(B, C, H, W)` is
+        that of the loss with respect to the noise, `None` for a method without; `memory` is what `start` returned.
         """
-        raise NotImplementedError(f"{type(self).__name__} must define `step(noise, gradient, memory)`.")
+        raise NotImplementedError(f"{type(self).__name__} must define `step(state, gradient, memory)`.")
+
+    def watchers(self) -> list[NoiseCallback]:
+        """Callbacks that belong to the method, such as one that stops it; they see each step before the user's."""
+        return []
 
     def check(self) -> None:
         """Raise `ValueError` for settings that cannot work."""
@@ -82,7 +87,8 @@ class NoiseOptimizer:
     ) -> NoiseResult:
         """Optimise. An exception on the way carries what was found so far as its `noise_result`."""
         state = NoiseState(problem.pipe, problem.prompts, self.steps, problem.noise)
-        loop = OptimizationLoop(self, problem, objective, state, [ProgressBar(), *as_callbacks(callbacks)])
+        every = [ProgressBar(), *self.watchers(), *as_callbacks(callbacks)]
+        loop = OptimizationLoop(self, problem, objective, state, every)
         try:
             loop.start()
             for step in range(self.steps):
@@ -204,7 +210,7 @@ class OptimizationLoop:
             gradient = gradient.nan_to_num(0, 0, 0) * per_image(finite, gradient)
             self.drop_samples(state.active & ~finite)
         self.total = None
-        moved = self.method.step(state.noise, gradient, self.memory).detach()
+        moved = self.method.step(state, gradient, self.memory).detach()
         state.noise = torch.where(per_image(state.active, moved), moved, state.noise)
 
     def drop_samples(self, broken: torch.Tensor) -> None:

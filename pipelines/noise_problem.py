@@ -56,6 +56,11 @@ class CandidateNoise:
         """`(B, C, H, W)` standard Gaussian."""
         return randn_tensor(tuple(self.like.shape), self.streams, self.like.device, self.like.dtype)
 
+    def uniform(self) -> torch.Tensor:
+        """`(B,)` uniform in [0, 1), float64."""
+        draws = [torch.rand((), generator=stream, dtype=torch.float64) for stream in self.streams]
+        return torch.stack(draws).to(self.like.device)
+
 
 def seed_from(noise: torch.Tensor) -> int:
     """A 62-bit seed that is a function of the values of a noise."""

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 
+from ..callbacks.noise_state import NoiseState
 from ..rewards.reward_sum import RewardSum
 from .methods import register_noise_optimizer
 from .noise_optimizer import NoiseOptimizer
@@ -107,10 +108,10 @@ class ReNO(NoiseOptimizer):
     def start(self, problem: NoiseProblem) -> dict[str, torch.Tensor]:
         return {"velocity": torch.zeros_like(problem.noise), "radius": per_sample_norm(problem.noise)}
 
-    def step(self, noise: torch.Tensor, gradient: torch.Tensor, memory: dict[str, torch.Tensor]) -> torch.Tensor:
+    def step(self, state: NoiseState, gradient: torch.Tensor, memory: dict[str, torch.Tensor]) -> torch.Tensor:
         gradient = clip_per_sample(gradient, self.max_grad_norm)
         memory["velocity"] = self.momentum * memory["velocity"] + gradient
-        moved = noise - self.step_size(noise) * (gradient + self.momentum * memory["velocity"])
+        moved = state.noise - self.step_size(state.noise) * (gradient + self.momentum * memory["velocity"])
         return moved if self.prior else moved * per_image(memory["radius"] / per_sample_norm(moved), moved)
 
     def step_size(self, noise: torch.Tensor) -> float:

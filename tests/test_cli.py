@@ -83,8 +83,8 @@ class Neighbours(NoiseOptimizer):
     def objective(self, pipe):
         return FunctionObjective(lambda sample: sample.x0.flatten(1).std(1))
 
-    def step(self, noise, gradient, memory):
-        return 0.8 * noise + 0.6 * noise.roll(1, 0)
+    def step(self, state, gradient, memory):
+        return 0.8 * state.noise + 0.6 * state.noise.roll(1, 0)
 
 
 @pytest.fixture

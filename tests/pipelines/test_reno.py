@@ -77,7 +77,7 @@ class Steps:
         self.method, self.noise, self.memory = method, noise, method.start(problem)
 
     def __call__(self, gradient: torch.Tensor) -> torch.Tensor:
-        self.noise = self.method.step(self.noise, gradient, self.memory)
+        self.noise = self.method.step(NoiseState(None, [""] * len(self.noise), 2, self.noise), gradient, self.memory)
         return self.noise
 
 
