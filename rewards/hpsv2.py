@@ -2,7 +2,7 @@
 
 import html
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 from transformers import AutoTokenizer, CLIPConfig, CLIPModel, PreTrainedTokenizerBase
@@ -49,13 +49,14 @@ class HPSv21(CLIPScore):
         tokenizer: PreTrainedTokenizerBase,
         image_transform: Callable[[Tensor], Tensor] | None = None,
     ):
-        activations = {model.config.text_config.hidden_act, model.config.vision_config.hidden_act}
+        activations = {model.text_model.config.hidden_act, model.vision_model.config.hidden_act}
         if activations != {"gelu"}:
             raise ValueError(
                 f"Expected a CLIP model with `hidden_act` 'gelu' for HPSv2, but got {sorted(activations)}: its scores "
                 "would be wrong by little. Use the configuration of laion/CLIP-ViT-H-14-laion2B-s32B-b79K."
             )
-        super().__init__(model, tokenizer, image_transform or PadTransform(model.config.vision_config.image_size))
+        edge = cast(int, model.vision_model.config.image_size)
+        super().__init__(model, tokenizer, image_transform or PadTransform(edge))
 
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
         return (self.encode_image(images) * self.encode_prompt(prompts)).sum(-1)

@@ -96,7 +96,7 @@ class SigLIP(Reward):
 
     @property
     def context_length(self) -> int:
-        return self.model.config.text_config.max_position_embeddings
+        return self.model.text_model.config.max_position_embeddings
 
     @classmethod
     def load(cls, checkpoint: str, hub: dict[str, Any]) -> "SigLIP":

@@ -12,6 +12,7 @@ several sizes, uint8; `pixels.` the same as HPSv2 preprocesses them; `ids`; `ima
 vectors; `scores`. In its metadata: `prompts` with the ids open_clip gives them, and the part of the vocabulary
 that they need.
 """
+# pyright: reportMissingImports=false
 
 import json
 import sys
@@ -31,7 +32,7 @@ from open_clip.tokenizer import SimpleTokenizer, bytes_to_unicode  # noqa: E402
 from torchvision.transforms import functional  # noqa: E402
 
 EDGE = 32
-SIZES = [(40, 56), (57, 33), (48, 48), (20, 90)]  # (height, width)
+SIZES = [(20, 90), (40, 56), (48, 48), (57, 33)]  # (height, width), as the file sorts them
 PROMPTS = [
     "a red cube on a table",
     "A  Photo\tof TWO  cats ",
@@ -47,7 +48,7 @@ PROMPTS = [
 def build_model() -> CLIP:
     """ViT-H-14 in small: GELU, heads of another width than the text's, float16 weights."""
     torch.manual_seed(0)
-    vision = {"image_size": EDGE, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8}
+    vision = {"image_size": EDGE, "layers": 2, "width": 32, "head_width": 8, "patch_size": 8}
     text = {"context_length": 16, "vocab_size": 54, "width": 32, "heads": 2, "layers": 2}
     model = CLIP(16, vision, text, quick_gelu=False).eval()
     for parameter in model.parameters():
@@ -87,7 +88,7 @@ def tokenizer_part(tokenizer: SimpleTokenizer) -> dict[str, object]:
 def main(path: str) -> None:
     model = build_model()
     images = {f"image.{h}x{w}": torch.randint(0, 256, (3, h, w), dtype=torch.uint8) for h, w in SIZES}
-    images |= {f"image.{h}x{w}": (images[f"image.{h}x{w}"] > 127).to(torch.uint8) * 255 for h, w in SIZES[:1]}
+    images |= {f"image.{h}x{w}": (images[f"image.{h}x{w}"] > 127).to(torch.uint8) * 255 for h, w in SIZES[1:2]}
     pixels = {key.replace("image.", "pixels."): preprocess(image) for key, image in images.items()}
     texts = [[5, 30, 7], [40], list(range(2, 16)), []]  # between the start token 0 and the end token 53
     ids = torch.tensor([[0, *text, 53] + [0] * (14 - len(text)) for text in texts])
