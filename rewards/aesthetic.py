@@ -16,6 +16,8 @@ from .reward import Reward
 from .transforms import ImageTransform, at_least_float32
 
 CLIP_VIT_L = "openai/clip-vit-large-patch14"
+AESTHETIC_FILE = "sac+logos+ava1-l14-linearMSE.pth"
+AESTHETIC_V1_FILE = "sa_0_4_vit_l_14_linear.pth"
 
 
 class CLIPVisionTower(CLIPVisionModelWithProjection):
@@ -65,7 +67,7 @@ class Aesthetic(Reward):
     requires_prompt = False
     license = "apache-2.0"
     default_checkpoint = "ttj/sac-logos-ava1-l14-linearMSE"
-    weights_file = "sac+logos+ava1-l14-linearMSE.pth"
+    weights_file = AESTHETIC_FILE
     parameter_count = 304_894_177
     model: CLIPVisionModelWithProjection
     head: nn.Module
@@ -101,8 +103,8 @@ class Aesthetic(Reward):
     @classmethod
     def head_file(cls, checkpoint: str) -> str:
         """The file of the head: the authors' where a folder has it, else that of the default checkpoint."""
-        authors = "sac+logos+ava1-l14-linearMSE.pth"
-        return authors if os.path.isfile(os.path.join(checkpoint, authors)) else "model.safetensors"
+        in_folder = os.path.isfile(os.path.join(checkpoint, AESTHETIC_FILE))
+        return AESTHETIC_FILE if in_folder else "model.safetensors"
 
     @staticmethod
     def build_head(embedding_size: int) -> nn.Module:
@@ -120,13 +122,13 @@ class AestheticV1(Aesthetic):
     name = "aesthetic_v1"
     license = "mit"
     default_checkpoint = None
-    weights_file = "sa_0_4_vit_l_14_linear.pth"
+    weights_file = AESTHETIC_V1_FILE
     published_at = "the GitHub project LAION-AI/aesthetic-predictor"
     parameter_count = 303_966_977
 
     @classmethod
     def head_file(cls, checkpoint: str) -> str:
-        return "sa_0_4_vit_l_14_linear.pth"
+        return AESTHETIC_V1_FILE
 
     @staticmethod
     def build_head(embedding_size: int) -> nn.Module:
