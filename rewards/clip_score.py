@@ -31,7 +31,7 @@ class CLIPScore(Reward):
     name = "clipscore"
     range = (-100.0, 100.0)
     license = "mit"
-    default_checkpoint = CLIP_VIT_H
+    default_checkpoint = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # literal: Hub cards are written without imports
     parameter_count = 986_109_441
     text_modules = ("model.text_model", "model.text_projection")
     model: CLIPModel
