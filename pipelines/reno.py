@@ -131,4 +131,4 @@ def on_released_pixels(rewards: RewardSum) -> RewardSum:
         if as_in_reno := getattr(getattr(reward, "image_transform", None), "as_in_reno", None):
             twin.image_transform = as_in_reno()
         pairs.append((twin, weight))
-    return RewardSum(pairs)
+    return rewards.like(pairs)
