@@ -26,8 +26,10 @@ from transformers import (
     ViTModel,
 )
 
-from noiseopt.evaluation.features import ImageFeatures
-from noiseopt.rewards import ImageTransform
+from noiseopt.rewards import (
+    ImageFeatures,
+    ImageTransform,
+)
 
 TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 VISION = TOWER | {"image_size": 32, "patch_size": 8}
