@@ -54,9 +54,8 @@ def test_a_name_wins_over_a_folder_of_the_same_name(tmp_path: Path, monkeypatch:
 
 
 def test_an_unknown_name_is_refused_with_the_known_ones():
-    with pytest.raises(
-        ValueError, match=r"Expected features out of \['clip', .*a Hub id such as.*Did you mean 'dinov2"
-    ):
+    expected = r"Expected features out of \['clip', .*a Hub id such as 'org/name' or a folder, but got 'dino2'.*dinov2"
+    with pytest.raises(ValueError, match=expected):
         AutoFeatures.from_pretrained("dino2")
 
 

@@ -28,6 +28,10 @@ from transformers import (
 )
 
 from noiseopt.rewards import (
+    NEVER_TOO_LATE_TRANSFORM,
+    CLIPFeatures,
+    DINOv2Features,
+    DINOv2PatchFeatures,
     ImageFeatures,
     ImageTransform,
 )
@@ -170,7 +174,7 @@ def test_wrong_arguments_are_refused(folders):
 
 
 def test_the_transform_of_never_too_late_squashes_to_18_by_18_patches():
-    """Against the released preprocessing; of a picture of 512² without antialiasing it averages the same pixels less."""
+    """As released, but antialiased: where the picture shrinks, more of its pixels count."""
     features = DINOv2PatchFeatures(random_weights(Dinov2Model(Dinov2Config(**TOWER, patch_size=14))), PLAIN)
     features.image_transform = NEVER_TOO_LATE_TRANSFORM
     images = as_batch(pictures(200, 310))

@@ -1,14 +1,17 @@
-"""LPIPS as features: against the formula of the paper, and how the package is loaded.
+"""LPIPS as features: against the formula of the paper, values of the package, and how the package is loaded.
 
-`tests/oracles/lpips_distance.py` compares with the package itself, in an environment of its own.
+`tests/oracles/lpips_distance.py` compares with the package itself, in an environment of its own, and writes the values.
 """
 
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
-from tiny_features import FakeLPIPS
+from safetensors.torch import load_file
+from tiny_features import FakeLinear, FakeLPIPS
+from torch import nn
 
 from noiseopt.rewards import AutoFeatures, LPIPSAlexFeatures, LPIPSFeatures, PairwiseDistance
 
@@ -30,6 +33,19 @@ def test_squared_distance_of_the_features_is_lpips(size: tuple[int, int]):
     found = PairwiseDistance(LPIPSFeatures(model))(images[:2], images[2:])
     expected = torch.stack([torch.stack([published(model, a, b) for b in images[2:]]) for a in images[:2]])
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_equals_the_package_on_its_weights_of_the_channels_and_recorded_activations():
+    recorded = load_file(Path(__file__).parent / "data/lpips.safetensors")
+    model = FakeLPIPS()
+    model.net = lambda pixels: [recorded[f"layer.{index}"] for index in range(5)]
+    model.lins = nn.ModuleList(FakeLinear(recorded[f"weight.{index}"].shape[1]) for index in range(5))
+    with torch.no_grad():
+        for index, lin in enumerate(model.lins):
+            next(lin.parameters()).copy_(recorded[f"weight.{index}"])
+    found = PairwiseDistance(LPIPSFeatures(model))(recorded["images"])
+    torch.testing.assert_close(found, recorded["distances"], rtol=1e-5, atol=1e-6)
+    assert found[0, 1] > 0.01
 
 
 def test_negative_weights_are_refused():
