@@ -1,7 +1,5 @@
 """The contract that every feature map meets: images in, what sets and pairs of images are compared by out."""
 
-from __future__ import annotations
-
 import importlib
 import itertools
 from collections.abc import Callable

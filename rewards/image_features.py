@@ -1,7 +1,5 @@
 """Features of images from any vision model of transformers."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 from typing import Any, Literal, get_args
@@ -104,7 +102,7 @@ class ImageFeatures(Features):
         local_files_only: bool = False,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
-    ) -> ImageFeatures:
+    ) -> "ImageFeatures":
         """Load a model and its preprocessing from a Hub id or a folder; `dtype` of the weights, by default float32."""
         checked_kind(kind or cls.kind)
         hub = {"revision": revision, "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
@@ -114,7 +112,7 @@ class ImageFeatures(Features):
         return features
 
     @classmethod
-    def load(cls, checkpoint: str | None, hub: dict[str, Any]) -> ImageFeatures:
+    def load(cls, checkpoint: str | None, hub: dict[str, Any]) -> "ImageFeatures":
         if checkpoint is None:
             raise ValueError(f"`{cls.__name__}` has no default checkpoint. Pass a Hub id or a folder.")
         transform = ImageTransform.from_processor_config(checkpoint, **hub)

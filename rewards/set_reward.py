@@ -1,7 +1,5 @@
 """Rewards of sets of images: how much they differ."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 from typing import TypeVar
