@@ -37,7 +37,17 @@ if TYPE_CHECKING:
         optimize_noise,
         register_noise_optimizer,
     )
-    from .rewards import AutoReward, CLIPScore, ColorChannel, Reward, RewardSum, list_rewards, register_reward
+    from .rewards import (
+        AutoFeatures,
+        AutoReward,
+        CLIPScore,
+        ColorChannel,
+        Reward,
+        RewardSum,
+        list_features,
+        list_rewards,
+        register_reward,
+    )
     from .schedulers import predict_x0
 
 try:
@@ -46,6 +56,7 @@ except PackageNotFoundError:  # the folder is on the path, not installed
     __version__ = "0+unknown"
 
 __all__ = [
+    "AutoFeatures",
     "AutoReward",
     "BestOfN",
     "CLIPScore",
@@ -76,6 +87,7 @@ __all__ = [
     "RewardSum",
     "StepImages",
     "TimeBudget",
+    "list_features",
     "list_noise_optimizers",
     "list_rewards",
     "optimize_noise",
