@@ -23,9 +23,9 @@ import noiseopt
 from noiseopt import CNO, AutoReward, optimize_noise, shapes_world
 from noiseopt.demo import load_pipeline
 from noiseopt.evaluation.bootstrap import Estimate, bootstrap, paired_bootstrap
-from noiseopt.evaluation.features import ImageFeatures
 from noiseopt.evaluation.metrics import mean_pairwise_similarity, vendi_score
 from noiseopt.quiet import quiet_libraries
+from noiseopt.rewards import ImageFeatures
 
 PROMPTS = {"validation": shapes_world.VALIDATION_PROMPTS, "held-out": shapes_world.HELD_OUT_PROMPTS}
 # The paper moves every entry by up to 0.01 a step in latents of 4 x 64 x 64, a distance of 0.01·128. In the embedded

@@ -83,7 +83,7 @@ from noiseopt import AutoReward, shapes_world
 reward = AutoReward.from_pretrained(shapes_world.path("$model"))"""
 FEATURES = """\
 from noiseopt import shapes_world
-from noiseopt.evaluation.features import ImageFeatures
+from noiseopt.rewards import ImageFeatures
 
 features = ImageFeatures.from_pretrained(shapes_world.path("$model"))"""
 YES_NO = """\

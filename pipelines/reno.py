@@ -121,11 +121,15 @@ class ReNO(NoiseOptimizer):
 
 
 def on_released_pixels(rewards: RewardSum) -> RewardSum:
-    """The same rewards, weights shared, on pixels as the released loop makes them: one bicubic pass, not clamped."""
+    """The same rewards, weights shared, on pixels as the released loop makes them once for all rewards.
+
+    The shorter side to the model's size in one bicubic pass, not clamped, and the centre of that: also for HPSv2, which
+    pads otherwise. A reward without a transform that knows its form in ReNO stays as it is.
+    """
     pairs = []
     for reward, weight in zip(rewards.rewards, rewards.weights.values(), strict=True):
         twin = copy.copy(reward)
-        if dataclasses.is_dataclass(transform := getattr(reward, "image_transform", None)):
-            twin.image_transform = dataclasses.replace(transform, single_pass=True)  # pyright: ignore
+        if as_in_reno := getattr(getattr(reward, "image_transform", None), "as_in_reno", None):
+            twin.image_transform = as_in_reno()
         pairs.append((twin, weight))
-    return RewardSum(pairs)
+    return rewards.like(pairs)

@@ -55,8 +55,24 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     return state
 
 
-def load_strictly(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
-    """Copy `state` into `module`.
+def holder_of(filename: str, checkpoint: str, companion: str, hub: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Where a part is read from that some checkpoints leave to another repository, such as a tokenizer.
+
+    Args:
+        filename: the file that shows whether `checkpoint`, a folder, has the part itself.
+        checkpoint: a folder or a Hub id; a repository on the Hub is never asked.
+        companion: the Hub id of the part otherwise.
+
+    Returns:
+        `checkpoint` or `companion`, and the arguments to load from it: a revision is one of the checkpoint alone.
+    """
+    if os.path.isfile(os.path.join(checkpoint, filename)):
+        return checkpoint, dict(hub)
+    return companion, {**hub, "revision": None}
+
+
+def check_weights(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+    """See that `state` holds exactly the weights of `module`, whose own values do not matter: it may be a meta one.
 
     Raises:
         ValueError: naming the keys that are missing or not expected, or the shapes that differ.
@@ -71,4 +87,13 @@ def load_strictly(module: nn.Module, state: Mapping[str, Tensor], source: str) -
     found = "; ".join(f"{kind}: {', '.join(keys)}" for kind, keys in problems.items() if keys)
     if found:
         raise ValueError(f"Expected {source} to hold exactly the weights of {type(module).__name__}, but {found}.")
+
+
+def load_strictly(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+    """Copy `state` into `module`.
+
+    Raises:
+        ValueError: as `check_weights` does.
+    """
+    check_weights(module, state, source)
     module.load_state_dict(state)

@@ -12,6 +12,8 @@ from .registry import register_reward
 from .reward import Reward
 from .transforms import ImageTransform, at_least_float32
 
+CLIP_VIT_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+
 
 @register_reward("clipscore", loads="clip")
 class CLIPScore(Reward):
@@ -29,7 +31,7 @@ class CLIPScore(Reward):
     name = "clipscore"
     range = (-100.0, 100.0)
     license = "mit"
-    default_checkpoint = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+    default_checkpoint = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # literal: Hub cards are written without imports
     parameter_count = 986_109_441
     text_modules = ("model.text_model", "model.text_projection")
     model: CLIPModel

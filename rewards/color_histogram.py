@@ -1,10 +1,12 @@
 """Colour histograms with a gradient, to tell images of a set apart by their palettes."""
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from .features import Features, register_features
 from .transforms import at_least_float32, straight_through_clamp
 
 
@@ -44,4 +46,15 @@ def histogram_distance(a: Tensor, b: Tensor) -> Tensor:
 
     It is 1 where in every channel all pixels of one image lie in one bin and all of the other in another.
     """
-    return torch.linalg.vector_norm(a - b, dim=-1) / 6**0.5
+    return torch.linalg.vector_norm(a - b, dim=-1) / math.sqrt(6)
+
+
+@register_features("color_histogram")
+class ColorHistogramFeatures(Features):
+    """`SoftColorHistogram` of 32 bins, scaled so that the L2 distance of two images is `histogram_distance`."""
+
+    name = "color_histogram"
+    metric = "l2"
+
+    def encode(self, images: Tensor) -> Tensor:
+        return SoftColorHistogram()(images) / math.sqrt(6)

@@ -58,10 +58,13 @@ def find_reward(name_or_path: str) -> RewardFactory | None:
     """What is registered under a name or alias, or None for a Hub id or an existing folder.
 
     Raises:
-        ValueError: for anything else.
+        ValueError: for anything else, and for a reward whose weights are in no Hub repository.
     """
     if name_or_path in REWARDS:
-        return REWARDS[name_or_path][1]
+        factory = REWARDS[name_or_path][1]
+        if isinstance(factory, type) and issubclass(factory, Reward) and factory.published_at:
+            factory.require_default_checkpoint()
+        return factory
     if os.path.isdir(name_or_path) or re.fullmatch(r"\w[\w.-]*/[\w.-]+", name_or_path):
         return None
     close = difflib.get_close_matches(name_or_path.lower(), REWARDS)

@@ -37,6 +37,7 @@ class Reward(nn.Module):
         default_checkpoint: the Hub id that `from_pretrained()` loads.
         weights_file: the file of the default checkpoint that holds the weights, where it is not what transformers
             saves; a folder that has it is recognised by it.
+        published_at: where that file is to be had, for weights that are in no Hub repository.
         parameter_count: how many parameters the default checkpoint has.
         text_modules: dotted names of the modules that only `encode_text` needs; `drop_text_encoder` removes them.
     """
@@ -48,6 +49,7 @@ class Reward(nn.Module):
     license: str | None = None
     default_checkpoint: str | None = None
     weights_file: str | None = None
+    published_at: str | None = None
     parameter_count: int | None = None
     text_modules: tuple[str, ...] = ()
 
@@ -166,13 +168,27 @@ class Reward(nn.Module):
 
         `dtype` is that of the weights, by default bfloat16 on CUDA and float32 elsewhere. Scores are float32 anyway.
         """
-        checkpoint = checkpoint or cls.default_checkpoint
-        if checkpoint is None:
-            raise ValueError(f"`{cls.__name__}` has no default checkpoint. Pass a Hub id or a folder.")
+        checkpoint = checkpoint or cls.require_default_checkpoint()
         hub = {"revision": revision, "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
         on_cuda = device is not None and torch.device(device).type == "cuda"
         reward = cls.load(str(checkpoint), hub)
         return reward.to(device=device, dtype=dtype or (torch.bfloat16 if on_cuda else torch.float32))
+
+    @classmethod
+    def require_default_checkpoint(cls) -> str:
+        """The default checkpoint.
+
+        Raises:
+            ValueError: there is none; it says where the weights are.
+        """
+        if cls.default_checkpoint is None and cls.published_at is not None:
+            raise ValueError(
+                f"Expected a folder for reward '{cls.name}', whose weights are not on the Hub, but got only its name. "
+                f"Download {cls.weights_file} from {cls.published_at} and pass the folder that it is in."
+            )
+        if cls.default_checkpoint is None:
+            raise ValueError(f"`{cls.__name__}` has no default checkpoint. Pass a Hub id or a folder.")
+        return cls.default_checkpoint
 
     @classmethod
     def load(cls: type[RewardT], checkpoint: str, hub: dict[str, Any]) -> RewardT:

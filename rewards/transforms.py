@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -95,8 +95,7 @@ class ImageTransform:
         crop: (height, width) of the centre crop, or None.
         mean, std: per channel, or None not to normalise.
         resample: the filter, always antialiased.
-        single_pass: resize as float-tensor code does (one pass, no clamp) and not as Pillow does. ReNO's released code
-            needs it: `dataclasses.replace(reward.image_transform, single_pass=True)`.
+        single_pass: resize as float-tensor code does (one pass, no clamp) and not as Pillow does.
     """
 
     size: int | tuple[int, int] | None = 224
@@ -121,6 +120,10 @@ class ImageTransform:
         if self.mean is not None and self.std is not None:
             images = normalize(images, self.mean, self.std)
         return images
+
+    def as_in_reno(self) -> "ImageTransform":
+        """What ReNO's released code does in place of this transform: the same in one unclamped pass."""
+        return replace(self, single_pass=True)
 
     @classmethod
     def from_processor_config(
@@ -155,6 +158,29 @@ class ImageTransform:
             std=tuple(config.get("image_std", CLIP_STD)) if config.get("do_normalize", True) else None,
             resample=processor_resample(config.get("resample", 3)),
         )
+
+
+@dataclass(frozen=True)
+class PadTransform:
+    """HPSv2's pixels: the longer side to `size`, black to a square, CLIP's normalisation, float32.
+
+    As in the original, one pass without a clamp. See `longest_edge_pad`.
+
+    Args:
+        size: the side of the square.
+        mean, std: per channel.
+    """
+
+    size: int = 224
+    mean: tuple[float, ...] = CLIP_MEAN
+    std: tuple[float, ...] = CLIP_STD
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return normalize(longest_edge_pad(images, self.size), self.mean, self.std)
+
+    def as_in_reno(self) -> ImageTransform:
+        """What ReNO's released code does in place of this transform: it crops, as for every other reward."""
+        return ImageTransform(self.size, (self.size, self.size), self.mean, self.std, single_pass=True)
 
 
 def processor_size(size: int | Mapping[str, int | None]) -> int | tuple[int, int]:

@@ -22,7 +22,7 @@ import types
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
@@ -124,8 +124,7 @@ class ImageTransform:
         crop: (height, width) of the centre crop, or None.
         mean, std: per channel, or None not to normalise.
         resample: the filter, always antialiased.
-        single_pass: resize as float-tensor code does (one pass, no clamp) and not as Pillow does. ReNO's released code
-            needs it: `dataclasses.replace(reward.image_transform, single_pass=True)`.
+        single_pass: resize as float-tensor code does (one pass, no clamp) and not as Pillow does.
     """
 
     size: int | tuple[int, int] | None = 224
@@ -150,6 +149,10 @@ class ImageTransform:
         if self.mean is not None and self.std is not None:
             images = normalize(images, self.mean, self.std)
         return images
+
+    def as_in_reno(self) -> "ImageTransform":
+        """What ReNO's released code does in place of this transform: the same in one unclamped pass."""
+        return replace(self, single_pass=True)
 
     @classmethod
     def from_processor_config(
@@ -184,6 +187,29 @@ class ImageTransform:
             std=tuple(config.get("image_std", CLIP_STD)) if config.get("do_normalize", True) else None,
             resample=processor_resample(config.get("resample", 3)),
         )
+
+
+@dataclass(frozen=True)
+class PadTransform:
+    """HPSv2's pixels: the longer side to `size`, black to a square, CLIP's normalisation, float32.
+
+    As in the original, one pass without a clamp. See `longest_edge_pad`.
+
+    Args:
+        size: the side of the square.
+        mean, std: per channel.
+    """
+
+    size: int = 224
+    mean: tuple[float, ...] = CLIP_MEAN
+    std: tuple[float, ...] = CLIP_STD
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return normalize(longest_edge_pad(images, self.size), self.mean, self.std)
+
+    def as_in_reno(self) -> ImageTransform:
+        """What ReNO's released code does in place of this transform: it crops, as for every other reward."""
+        return ImageTransform(self.size, (self.size, self.size), self.mean, self.std, single_pass=True)
 
 
 def processor_size(size: int | Mapping[str, int | None]) -> int | tuple[int, int]:
@@ -245,6 +271,7 @@ class Reward(nn.Module):
         default_checkpoint: the Hub id that `from_pretrained()` loads.
         weights_file: the file of the default checkpoint that holds the weights, where it is not what transformers
             saves; a folder that has it is recognised by it.
+        published_at: where that file is to be had, for weights that are in no Hub repository.
         parameter_count: how many parameters the default checkpoint has.
         text_modules: dotted names of the modules that only `encode_text` needs; `drop_text_encoder` removes them.
     """
@@ -256,6 +283,7 @@ class Reward(nn.Module):
     license: str | None = None
     default_checkpoint: str | None = None
     weights_file: str | None = None
+    published_at: str | None = None
     parameter_count: int | None = None
     text_modules: tuple[str, ...] = ()
 
@@ -374,13 +402,27 @@ class Reward(nn.Module):
 
         `dtype` is that of the weights, by default bfloat16 on CUDA and float32 elsewhere. Scores are float32 anyway.
         """
-        checkpoint = checkpoint or cls.default_checkpoint
-        if checkpoint is None:
-            raise ValueError(f"`{cls.__name__}` has no default checkpoint. Pass a Hub id or a folder.")
+        checkpoint = checkpoint or cls.require_default_checkpoint()
         hub = {"revision": revision, "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
         on_cuda = device is not None and torch.device(device).type == "cuda"
         reward = cls.load(str(checkpoint), hub)
         return reward.to(device=device, dtype=dtype or (torch.bfloat16 if on_cuda else torch.float32))
+
+    @classmethod
+    def require_default_checkpoint(cls) -> str:
+        """The default checkpoint.
+
+        Raises:
+            ValueError: there is none; it says where the weights are.
+        """
+        if cls.default_checkpoint is None and cls.published_at is not None:
+            raise ValueError(
+                f"Expected a folder for reward '{cls.name}', whose weights are not on the Hub, but got only its name. "
+                f"Download {cls.weights_file} from {cls.published_at} and pass the folder that it is in."
+            )
+        if cls.default_checkpoint is None:
+            raise ValueError(f"`{cls.__name__}` has no default checkpoint. Pass a Hub id or a folder.")
+        return cls.default_checkpoint
 
     @classmethod
     def load(cls: type[RewardT], checkpoint: str, hub: dict[str, Any]) -> RewardT:
@@ -563,10 +605,13 @@ def find_reward(name_or_path: str) -> RewardFactory | None:
     """What is registered under a name or alias, or None for a Hub id or an existing folder.
 
     Raises:
-        ValueError: for anything else.
+        ValueError: for anything else, and for a reward whose weights are in no Hub repository.
     """
     if name_or_path in REWARDS:
-        return REWARDS[name_or_path][1]
+        factory = REWARDS[name_or_path][1]
+        if isinstance(factory, type) and issubclass(factory, Reward) and factory.published_at:
+            factory.require_default_checkpoint()
+        return factory
     if os.path.isdir(name_or_path) or re.fullmatch(r"\w[\w.-]*/[\w.-]+", name_or_path):
         return None
     close = difflib.get_close_matches(name_or_path.lower(), REWARDS)

@@ -8,38 +8,150 @@ import copy
 import dataclasses
 import difflib
 import functools
+import html
+import importlib
 import importlib.metadata
 import inspect
+import io
 import itertools
 import json
 import math
 import numbers
 import os
+import pickle
 import platform
 import re
+import string
 import time
 import types
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple, TypeVar, cast
+from types import ModuleType
+from typing import Any, ClassVar, Generic, Literal, NamedTuple, TypeVar, cast, get_args
 
 import torch
 import torch.nn.functional as F
 from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import StableDiffusionXLPipeline
 from diffusers.utils.torch_utils import randn_tensor
+from huggingface_hub import hf_hub_download
+from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.func import functional_call
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoTokenizer,
+    BertTokenizer,
+    BlipForImageTextRetrieval,
+    BlipForQuestionAnswering,
+    BlipTextConfig,
+    BlipTextModel,
+    BlipVisionConfig,
+    BlipVisionModel,
+    CLIPConfig,
     CLIPModel,
+    CLIPVisionModelWithProjection,
     ImageProcessingMixin,
     PretrainedConfig,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    SiglipModel,
 )
+
+
+# rewards/checkpoints.py
+
+
+def checkpoint_path(checkpoint: str, filename: str, hub: Mapping[str, Any]) -> Path:
+    """The file of a folder or a Hub repository, downloaded if need be.
+
+    Args:
+        checkpoint: a folder or a Hub id.
+        filename: the file in it.
+        hub: revision, cache_dir, token and local_files_only, as `Reward.load` gets them.
+
+    Raises:
+        OSError: a folder without that file, or a download that fails.
+    """
+    if not os.path.isdir(checkpoint):
+        return Path(hf_hub_download(checkpoint, filename, **hub))
+    path = Path(checkpoint) / filename
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"Expected the file {filename} in {checkpoint}, but it is not there. Pass the folder that holds it, or a "
+            "Hub id."
+        )
+    return path
+
+
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """The tensors of a `.safetensors` file, or of a pickled one, in which nothing but tensors is ever executed.
+
+    Raises:
+        ValueError: a pickle that holds more than tensors and plain values, or no tensors by name.
+    """
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+        raise ValueError(
+            f"Expected a file of tensors, but {path.name} cannot be read with `weights_only=True`: "
+            f"{str(error).partition(chr(10))[0]} Download it again, or convert it to safetensors where you trust it."
+        ) from error
+    state = state.get("state_dict", state) if isinstance(state, dict) else state
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"Expected {path.name} to hold tensors by name, but it holds {type(state).__name__}.")
+    return state
+
+
+def holder_of(filename: str, checkpoint: str, companion: str, hub: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Where a part is read from that some checkpoints leave to another repository, such as a tokenizer.
+
+    Args:
+        filename: the file that shows whether `checkpoint`, a folder, has the part itself.
+        checkpoint: a folder or a Hub id; a repository on the Hub is never asked.
+        companion: the Hub id of the part otherwise.
+
+    Returns:
+        `checkpoint` or `companion`, and the arguments to load from it: a revision is one of the checkpoint alone.
+    """
+    if os.path.isfile(os.path.join(checkpoint, filename)):
+        return checkpoint, dict(hub)
+    return companion, {**hub, "revision": None}
+
+
+def check_weights(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+    """See that `state` holds exactly the weights of `module`, whose own values do not matter: it may be a meta one.
+
+    Raises:
+        ValueError: naming the keys that are missing or not expected, or the shapes that differ.
+    """
+    own = module.state_dict()
+    shapes = [key for key in own if key in state and own[key].shape != state[key].shape]
+    problems = {
+        "missing": sorted(own.keys() - state.keys()),
+        "unexpected": sorted(state.keys() - own.keys()),
+        "of another shape": [f"{key} {tuple(state[key].shape)} for {tuple(own[key].shape)}" for key in shapes],
+    }
+    found = "; ".join(f"{kind}: {', '.join(keys)}" for kind, keys in problems.items() if keys)
+    if found:
+        raise ValueError(f"Expected {source} to hold exactly the weights of {type(module).__name__}, but {found}.")
+
+
+def load_strictly(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+    """Copy `state` into `module`.
+
+    Raises:
+        ValueError: as `check_weights` does.
+    """
+    check_weights(module, state, source)
+    module.load_state_dict(state)
 
 
 # rewards/transforms.py
@@ -130,8 +242,7 @@ class ImageTransform:
         crop: (height, width) of the centre crop, or None.
         mean, std: per channel, or None not to normalise.
         resample: the filter, always antialiased.
-        single_pass: resize as float-tensor code does (one pass, no clamp) and not as Pillow does. ReNO's released code
-            needs it: `dataclasses.replace(reward.image_transform, single_pass=True)`.
+        single_pass: resize as float-tensor code does (one pass, no clamp) and not as Pillow does.
     """
 
     size: int | tuple[int, int] | None = 224
@@ -156,6 +267,10 @@ class ImageTransform:
         if self.mean is not None and self.std is not None:
             images = normalize(images, self.mean, self.std)
         return images
+
+    def as_in_reno(self) -> "ImageTransform":
+        """What ReNO's released code does in place of this transform: the same in one unclamped pass."""
+        return replace(self, single_pass=True)
 
     @classmethod
     def from_processor_config(
@@ -190,6 +305,29 @@ class ImageTransform:
             std=tuple(config.get("image_std", CLIP_STD)) if config.get("do_normalize", True) else None,
             resample=processor_resample(config.get("resample", 3)),
         )
+
+
+@dataclass(frozen=True)
+class PadTransform:
+    """HPSv2's pixels: the longer side to `size`, black to a square, CLIP's normalisation, float32.
+
+    As in the original, one pass without a clamp. See `longest_edge_pad`.
+
+    Args:
+        size: the side of the square.
+        mean, std: per channel.
+    """
+
+    size: int = 224
+    mean: tuple[float, ...] = CLIP_MEAN
+    std: tuple[float, ...] = CLIP_STD
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return normalize(longest_edge_pad(images, self.size), self.mean, self.std)
+
+    def as_in_reno(self) -> ImageTransform:
+        """What ReNO's released code does in place of this transform: it crops, as for every other reward."""
+        return ImageTransform(self.size, (self.size, self.size), self.mean, self.std, single_pass=True)
 
 
 def processor_size(size: int | Mapping[str, int | None]) -> int | tuple[int, int]:
@@ -251,6 +389,7 @@ class Reward(nn.Module):
         default_checkpoint: the Hub id that `from_pretrained()` loads.
         weights_file: the file of the default checkpoint that holds the weights, where it is not what transformers
             saves; a folder that has it is recognised by it.
+        published_at: where that file is to be had, for weights that are in no Hub repository.
         parameter_count: how many parameters the default checkpoint has.
         text_modules: dotted names of the modules that only `encode_text` needs; `drop_text_encoder` removes them.
     """
@@ -262,6 +401,7 @@ class Reward(nn.Module):
     license: str | None = None
     default_checkpoint: str | None = None
     weights_file: str | None = None
+    published_at: str | None = None
     parameter_count: int | None = None
     text_modules: tuple[str, ...] = ()
 
@@ -380,13 +520,27 @@ class Reward(nn.Module):
 
         `dtype` is that of the weights, by default bfloat16 on CUDA and float32 elsewhere. Scores are float32 anyway.
         """
-        checkpoint = checkpoint or cls.default_checkpoint
-        if checkpoint is None:
-            raise ValueError(f"`{cls.__name__}` has no default checkpoint. Pass a Hub id or a folder.")
+        checkpoint = checkpoint or cls.require_default_checkpoint()
         hub = {"revision": revision, "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
         on_cuda = device is not None and torch.device(device).type == "cuda"
         reward = cls.load(str(checkpoint), hub)
         return reward.to(device=device, dtype=dtype or (torch.bfloat16 if on_cuda else torch.float32))
+
+    @classmethod
+    def require_default_checkpoint(cls) -> str:
+        """The default checkpoint.
+
+        Raises:
+            ValueError: there is none; it says where the weights are.
+        """
+        if cls.default_checkpoint is None and cls.published_at is not None:
+            raise ValueError(
+                f"Expected a folder for reward '{cls.name}', whose weights are not on the Hub, but got only its name. "
+                f"Download {cls.weights_file} from {cls.published_at} and pass the folder that it is in."
+            )
+        if cls.default_checkpoint is None:
+            raise ValueError(f"`{cls.__name__}` has no default checkpoint. Pass a Hub id or a folder.")
+        return cls.default_checkpoint
 
     @classmethod
     def load(cls: type[RewardT], checkpoint: str, hub: dict[str, Any]) -> RewardT:
@@ -569,10 +723,13 @@ def find_reward(name_or_path: str) -> RewardFactory | None:
     """What is registered under a name or alias, or None for a Hub id or an existing folder.
 
     Raises:
-        ValueError: for anything else.
+        ValueError: for anything else, and for a reward whose weights are in no Hub repository.
     """
     if name_or_path in REWARDS:
-        return REWARDS[name_or_path][1]
+        factory = REWARDS[name_or_path][1]
+        if isinstance(factory, type) and issubclass(factory, Reward) and factory.published_at:
+            factory.require_default_checkpoint()
+        return factory
     if os.path.isdir(name_or_path) or re.fullmatch(r"\w[\w.-]*/[\w.-]+", name_or_path):
         return None
     close = difflib.get_close_matches(name_or_path.lower(), REWARDS)
@@ -640,7 +797,762 @@ def reward_class_of(config: PretrainedConfig, path: str) -> type[Reward]:
     )
 
 
+# rewards/aesthetic.py
+
+
+CLIP_VIT_L = "openai/clip-vit-large-patch14"
+AESTHETIC_FILE = "sac+logos+ava1-l14-linearMSE.pth"
+AESTHETIC_V1_FILE = "sa_0_4_vit_l_14_linear.pth"
+
+
+class CLIPVisionTower(CLIPVisionModelWithProjection):
+    """The vision tower out of the checkpoint of a whole CLIP, without a warning about its other half."""
+
+    _keys_to_ignore_on_load_unexpected = [r"^text_model\.", r"^text_projection\.", r"^logit_scale$"]
+
+
+class AestheticHead(nn.Module):
+    """(B, D) image embeddings -> (B, 1): five linear layers without activations, one linear map in effect.
+
+    Source: https://github.com/christophschuhmann/improved-aesthetic-predictor. Its dropout, which only takes places in
+    the numbering of the layers here, is for training.
+    """
+
+    def __init__(self, embedding_size: int = 768):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(embedding_size, 1024),
+            nn.Identity(),
+            nn.Linear(1024, 128),
+            nn.Identity(),
+            nn.Linear(128, 64),
+            nn.Identity(),
+            nn.Linear(64, 16),
+            nn.Linear(16, 1),
+        )
+
+    def forward(self, embeddings: Tensor) -> Tensor:
+        return self.layers(embeddings)
+
+
+@register_reward("aesthetic")
+class Aesthetic(Reward):
+    """LAION's aesthetic score v2, "sac+logos+ava1": from 1 to 10, mostly 4.5 to 7. No prompt.
+
+    A head on the unit image embedding of CLIP ViT-L/14, in float32 whatever the precision of the weights. A folder may
+    hold the head as its authors publish it, `sac+logos+ava1-l14-linearMSE.pth`.
+
+    Args:
+        model: the vision tower of CLIP; it is frozen.
+        head: (B, D) embeddings -> (B, 1) scores; it is frozen.
+        image_transform: images in [0, 1] -> the pixels; by default CLIP's transform at the model's image size.
+    """
+
+    name = "aesthetic"
+    requires_prompt = False
+    license = "apache-2.0"
+    default_checkpoint = "ttj/sac-logos-ava1-l14-linearMSE"
+    weights_file = AESTHETIC_FILE
+    parameter_count = 304_894_177
+    model: CLIPVisionModelWithProjection
+    head: nn.Module
+
+    def __init__(
+        self,
+        model: CLIPVisionModelWithProjection,
+        head: nn.Module,
+        image_transform: Callable[[Tensor], Tensor] | None = None,
+    ):
+        super().__init__(model=model, head=head)
+        edge = cast(int, model.config.image_size)
+        self.image_transform = image_transform or ImageTransform(size=edge, crop=(edge, edge))
+
+    def score(self, images: Tensor, prompts: list[str]) -> Tensor:
+        weights = {name: at_least_float32(weight) for name, weight in self.head.named_parameters()}
+        return functional_call(self.head, weights, self.encode_image(images))[:, 0]
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) images in [0, 1] -> (B, D) unit vectors, float32."""
+        pixels = self.image_transform(images).to(self.dtype)
+        return F.normalize(at_least_float32(self.model(pixel_values=pixels).image_embeds), dim=-1)
+
+    @classmethod
+    def load(cls, checkpoint: str, hub: dict[str, Any]) -> "Aesthetic":
+        path = checkpoint_path(checkpoint, cls.head_file(checkpoint), hub)
+        source, source_hub = holder_of("preprocessor_config.json", checkpoint, CLIP_VIT_L, hub)
+        model = CLIPVisionTower.from_pretrained(source, dtype=torch.float32, **source_hub)
+        head = cls.build_head(model.config.projection_dim)
+        load_strictly(head, read_state_dict(path), path.name)
+        return cls(model, head, ImageTransform.from_processor_config(source, **source_hub))
+
+    @classmethod
+    def head_file(cls, checkpoint: str) -> str:
+        """The file of the head: the authors' where a folder has it, else that of the default checkpoint."""
+        in_folder = os.path.isfile(os.path.join(checkpoint, AESTHETIC_FILE))
+        return AESTHETIC_FILE if in_folder else "model.safetensors"
+
+    @staticmethod
+    def build_head(embedding_size: int) -> nn.Module:
+        return AestheticHead(embedding_size)
+
+
+@register_reward("aesthetic_v1")
+class AestheticV1(Aesthetic):
+    """LAION's aesthetic score v1: a single linear layer on the unit image embedding of CLIP ViT-L/14, from 1 to 10.
+
+    Its head is not on the Hub: download `sa_0_4_vit_l_14_linear.pth` from the GitHub project
+    LAION-AI/aesthetic-predictor and pass the folder that it is in.
+    """
+
+    name = "aesthetic_v1"
+    license = "mit"
+    default_checkpoint = None
+    weights_file = AESTHETIC_V1_FILE
+    published_at = "the GitHub project LAION-AI/aesthetic-predictor"
+    parameter_count = 303_966_977
+
+    @classmethod
+    def head_file(cls, checkpoint: str) -> str:
+        return AESTHETIC_V1_FILE
+
+    @staticmethod
+    def build_head(embedding_size: int) -> nn.Module:
+        return nn.Linear(embedding_size, 1)
+
+
+# rewards/class_table.py
+
+
+ClassT = TypeVar("ClassT", bound=type)
+
+
+class ClassTable(Generic[ClassT]):
+    """Classes of one kind under their names.
+
+    Args:
+        kind: what they are, for messages: "features", "set reward".
+    """
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self.classes: dict[str, ClassT] = {}
+
+    def register(self, name: str) -> Callable[[ClassT], ClassT]:
+        """A decorator that enters a class.
+
+        Raises:
+            ValueError: a name that another class has. Registering again what has the same qualified name replaces it,
+                since diffusers executes the code of a Hub pipeline twice per load.
+        """
+
+        def enter(entry: ClassT) -> ClassT:
+            taken_by = self.classes.get(name, entry).__qualname__
+            if taken_by != entry.__qualname__:
+                raise ValueError(
+                    f"Expected a free {self.kind} name, but '{name}' is taken by `{taken_by}`. Choose another."
+                )
+            self.classes[name] = entry
+            return entry
+
+        return enter
+
+    def names(self) -> list[str]:
+        """The registered names, sorted."""
+        return sorted(self.classes)
+
+    def find(self, name: str, otherwise: str = "") -> ClassT:
+        """The class of a name; `otherwise` is what else would have been accepted, for the message.
+
+        Raises:
+            ValueError: for a name that is not registered.
+        """
+        if name not in self.classes:
+            close = difflib.get_close_matches(name.lower(), self.classes)
+            hint = f" Did you mean {' or '.join(repr(match) for match in close)}?" if close else ""
+            raise ValueError(f"Expected {self.kind} out of {self.names()}{otherwise}, but got '{name}'.{hint}")
+        return self.classes[name]
+
+
+# rewards/features.py
+
+
+FeatureMetric = Literal["cosine", "l2", "squared_l2"]
+FeaturesT = TypeVar("FeaturesT", bound="Features")
+
+
+class Features(nn.Module):
+    """Maps images to features: `features(images) -> (B, ...)`, float32, with a gradient to the images.
+
+    A subclass implements `encode`; one with weights of its own also `load`. It hands its modules to this constructor,
+    which freezes them. The features of an image do not depend on its neighbours, so they may be computed one image at a
+    time, detached, kept and compared later (`PairwiseDistance.between`, `SetReward.of_features`).
+
+    Attributes:
+        name: the name under which values are reported.
+        metric: the distance that these features are made for: "cosine" is 1 - cos, the mean over positions where there
+            are several; "l2" and "squared_l2" are those of all numbers of an image, whose scale is that of the
+            published distance.
+        differentiable: whether there is a gradient with respect to the images.
+        license: the licence of the weights.
+        default_checkpoint: the Hub id that `from_pretrained()` loads, or None.
+        package: the optional package that brings the weights instead; noiseopt's extra is called the same.
+        parameter_count: how many parameters there are, where there are weights by default.
+    """
+
+    name: str = "features"
+    metric: FeatureMetric = "cosine"
+    differentiable: bool = True
+    license: str | None = None
+    default_checkpoint: str | None = None
+    package: str | None = None
+    parameter_count: int | None = None
+
+    def __init__(self, **modules: nn.Module) -> None:
+        super().__init__()
+        for name, module in modules.items():
+            self.add_module(name, module.requires_grad_(False))
+        self.eval()
+
+    def train(self: FeaturesT, mode: bool = True) -> FeaturesT:
+        """Stay in evaluation mode: features are measurements."""
+        return super().train(False)
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where the weights are, or None without any."""
+        tensor = next(itertools.chain(self.parameters(), self.buffers()), None)
+        return None if tensor is None else tensor.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision of the weights, float32 without any."""
+        return next((p.dtype for p in self.parameters() if p.is_floating_point()), torch.float32)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images to features.
+
+        Args:
+            images: (B, 3, H, W), floating point, in [0, 1], on any device.
+
+        Returns:
+            (B, D), or (B, P, D) for features at P positions; float32, on the device of the weights.
+
+        Raises:
+            ValueError: images that do not meet the contract.
+        """
+        check_images(images, f"the features of {self.name}")
+        return at_least_float32(self.encode(at_least_float32(images).to(self.device or images.device)))
+
+    def encode(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) float32 images in [0, 1], on the device of the weights -> (B, D) or (B, P, D)."""
+        raise NotImplementedError(f"`{type(self).__name__}` does not implement `encode`.")
+
+    @classmethod
+    def from_pretrained(
+        cls: type[FeaturesT],
+        checkpoint: str | None = None,
+        *,
+        revision: str | None = None,
+        cache_dir: str | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> FeaturesT:
+        """Load from a Hub id or a folder, by default `default_checkpoint`.
+
+        `dtype` is that of the weights, by default float32: nearly equal images differ by less than bfloat16 resolves.
+        """
+        hub = {"revision": revision, "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
+        features = cls.load(checkpoint or cls.default_checkpoint, hub)
+        return features.to(device=device, dtype=dtype or torch.float32)
+
+    @classmethod
+    def load(cls: type[FeaturesT], checkpoint: str | None, hub: dict[str, Any]) -> FeaturesT:
+        """Build the features in float32. `hub` holds `from_pretrained`'s revision, cache_dir, token and
+        local_files_only."""
+        check_no_checkpoint(cls, checkpoint)
+        return cls()
+
+
+FEATURES: ClassTable[type[Features]] = ClassTable("features")
+
+
+def register_features(name: str) -> Callable[[type[FeaturesT]], type[FeaturesT]]:
+    """Register a class of features under a name.
+
+    Raises:
+        ValueError: a name that another class has.
+    """
+    return FEATURES.register(name)  # pyright: ignore[reportReturnType]
+
+
+def list_features() -> list[str]:
+    """The registered names, sorted."""
+    return FEATURES.names()
+
+
+def check_no_checkpoint(features: type[Features], checkpoint: str | None) -> None:
+    """Raise `ValueError` for a checkpoint of features that have none on the Hub."""
+    if checkpoint is not None:
+        raise ValueError(
+            f"Expected no checkpoint for the features '{features.name}', but got {checkpoint!r}. They have no weights, "
+            "or those of a package: leave it out."
+        )
+
+
+def import_optional(package: str) -> ModuleType:
+    """The module of an optional package.
+
+    Raises:
+        ImportError: it is not installed, or the torchvision that it needs does not fit torch.
+    """
+    try:
+        return importlib.import_module(package)
+    except (ImportError, RuntimeError) as error:  # a torchvision for CUDA beside a torch for the CPU: RuntimeError
+        reason = str(error).partition("\n")[0]
+        raise ImportError(
+            f"Expected the package `{package}`, but it cannot be imported: {reason}. Install the torchvision build "
+            f"that matches your torch first (https://pytorch.org/get-started), then `pip install noiseopt[{package}]`. "
+            "A torchvision that does not match breaks transformers too."
+        ) from error
+
+
+# rewards/image_features.py
+
+
+FeatureKind = Literal["cls", "patch"]
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+# What the released code of It's Never Too Late (https://arxiv.org/abs/2601.00090) gives DINOv2: the whole picture
+# squashed to 256², 18 × 18 patches of 14 and a rest that is dropped. Theirs is not antialiased, so that of a large
+# picture only some pixels get a gradient.
+NEVER_TOO_LATE_TRANSFORM = ImageTransform(
+    size=(256, 256), crop=None, mean=IMAGENET_MEAN, std=IMAGENET_STD, resample="bilinear", single_pass=True
+)
+
+
+class ImageFeatures(Features):
+    """Features of a vision model; two images are compared by the cosine of theirs, patch by patch if there are several.
+
+    "cls" is one vector an image: what the model compares with texts where it has a text side (CLIP, SigLIP), else its
+    first token (ViT, DINOv2, DINOv3), else its pooled output where it has no such token. The pooler of a ViT is left
+    out: most checkpoints have no weights for it. "patch" is the tokens of the patches, without class and register
+    tokens.
+
+    Args:
+        model: a vision model, or a dual encoder.
+        image_transform: images in [0, 1] -> the pixels that it expects.
+        kind: "cls" or "patch"; by default that of the class.
+
+    Raises:
+        ValueError: another kind.
+    """
+
+    kind: FeatureKind = "cls"
+    model_class: Any = AutoModel
+    model: PreTrainedModel
+
+    def __init__(
+        self, model: PreTrainedModel, image_transform: Callable[[Tensor], Tensor], kind: FeatureKind | None = None
+    ) -> None:
+        super().__init__(model=model)
+        self.kind = checked_kind(kind or self.kind)
+        self.image_transform = image_transform
+        if type(self) is ImageFeatures:
+            self.name = type(model).__name__
+
+    def encode(self, images: Tensor) -> Tensor:
+        pixels = self.image_transform(images).to(self.model.dtype)
+        return self.pooled(pixels) if self.kind == "cls" else self.patches(pixels)
+
+    def pooled(self, pixels: Tensor) -> Tensor:
+        """(B, D), the "cls" features of preprocessed images."""
+        encode_image = getattr(self.model, "get_image_features", None)
+        if encode_image is not None:
+            return encode_image(pixel_values=pixels).pooler_output
+        output = self.model(pixel_values=pixels)
+        if "image_embeds" in output:  # an image tower with its projection
+            return output.image_embeds
+        hidden = output.last_hidden_state
+        if hidden.ndim == 3 and hidden.shape[1] > self.patch_count(pixels):
+            return hidden[:, 0]
+        if output.pooler_output is None:
+            raise ValueError(
+                f"Expected a class token or a pooled output, but {type(self.model).__name__} has none. "
+                "Use kind='patch'."
+            )
+        return output.pooler_output.flatten(1)
+
+    def patches(self, pixels: Tensor) -> Tensor:
+        """(B, P, D), the patch tokens of preprocessed images, row by row; class and register tokens come first."""
+        tower = getattr(self.model, "vision_model", self.model)
+        hidden = tower(pixel_values=pixels).last_hidden_state
+        if hidden.ndim != 3:
+            raise ValueError(
+                f"Expected a model with patch tokens, but {type(self.model).__name__} has none. Use kind='cls'."
+            )
+        return hidden[:, -self.patch_count(pixels) :]
+
+    def patch_count(self, pixels: Tensor) -> int:
+        """How many patches the images are cut into; what is left over at the edges is dropped."""
+        config = getattr(self.model.config, "vision_config", self.model.config)
+        return (pixels.shape[-2] // config.patch_size) * (pixels.shape[-1] // config.patch_size)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        checkpoint: str | os.PathLike[str] | None = None,
+        kind: FeatureKind | None = None,
+        *,
+        revision: str | None = None,
+        cache_dir: str | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> "ImageFeatures":
+        """Load a model and its preprocessing from a Hub id or a folder; `dtype` of the weights, by default float32."""
+        checked_kind(kind or cls.kind)
+        hub = {"revision": revision, "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
+        source = None if checkpoint is None else os.fspath(checkpoint)
+        features = super().from_pretrained(source, **hub, dtype=dtype, device=device)
+        features.kind = kind or cls.kind
+        return features
+
+    @classmethod
+    def load(cls, checkpoint: str | None, hub: dict[str, Any]) -> "ImageFeatures":
+        if checkpoint is None:
+            raise ValueError(f"`{cls.__name__}` has no default checkpoint. Pass a Hub id or a folder.")
+        transform = ImageTransform.from_processor_config(checkpoint, **hub)
+        return cls(cls.model_class.from_pretrained(checkpoint, dtype=torch.float32, **hub), transform)
+
+
+def checked_kind(kind: FeatureKind) -> FeatureKind:
+    """`kind` itself. Raises `ValueError` for what is none."""
+    if kind not in get_args(FeatureKind):
+        raise ValueError(f"Expected the features 'cls' or 'patch', but got {kind!r}.")
+    return kind
+
+
+@register_features("dinov2")
+class DINOv2Features(ImageFeatures):
+    """The class token of DINOv2-base, (B, 768): https://arxiv.org/abs/2304.07193."""
+
+    name = "dinov2"
+    license = "apache-2.0"
+    default_checkpoint = "facebook/dinov2-base"
+    parameter_count = 86_580_480
+
+
+@register_features("dinov2_patch")
+class DINOv2PatchFeatures(DINOv2Features):
+    """The patch tokens of DINOv2-base, (B, 256, 768): the features of It's Never Too Late, which keep the layout.
+
+    By default the pictures are preprocessed as the checkpoint says: a centre crop, so that the ends of a picture that
+    is no square do not count. `features.image_transform = NEVER_TOO_LATE_TRANSFORM` squashes the whole picture instead,
+    as the released code does: (B, 324, 768).
+    """
+
+    name = "dinov2_patch"
+    kind = "patch"
+
+
+@register_features("clip")
+class CLIPFeatures(ImageFeatures):
+    """The image embedding of OpenAI's CLIP ViT-L/14, (B, 768): https://arxiv.org/abs/2103.00020.
+
+    Not that of CLIP-H, although it is better: CLIPScore, PickScore and HPSv2 are CLIP-H or tuned from it, so its
+    features are not held out from what is optimised. The text tower is not loaded.
+    """
+
+    name = "clip"
+    license = "unstated (code: mit)"
+    default_checkpoint = "openai/clip-vit-large-patch14"
+    parameter_count = 303_966_208
+    model_class = CLIPVisionModelWithProjection
+
+
+# rewards/auto_features.py
+
+
+class AutoFeatures:
+    """Loads the features that a name, a Hub id or a folder stands for."""
+
+    @staticmethod
+    def from_pretrained(
+        name_or_path: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        cache_dir: str | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> Features:
+        """A registered name gives those features with their default checkpoint; a Hub id or folder gives one vector an
+        image of the vision model there. A registered name wins over a folder of the same name.
+
+        The keyword arguments are those of `Features.from_pretrained`. What a package brings (LPIPS, DreamSim) is not on
+        the Hub: of its arguments `cache_dir` alone may matter.
+
+        Raises:
+            ValueError: a name that is unknown.
+            ImportError: a package that is not installed.
+        """
+        path = os.fspath(name_or_path)
+        hub = {"revision": revision, "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
+        features = find_features(path)
+        if features is not None:
+            return features.from_pretrained(**hub, dtype=dtype, device=device)
+        published = (entry for entry in FEATURES.classes.values() if entry.default_checkpoint == path)
+        return next(published, ImageFeatures).from_pretrained(path, **hub, dtype=dtype, device=device)
+
+
+def find_features(name_or_path: str) -> type[Features] | None:
+    """The class that is registered under a name, or None for a Hub id or an existing folder.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    is_path = os.path.isdir(name_or_path) or re.fullmatch(r"\w[\w.-]*/[\w.-]+", name_or_path)
+    if is_path and name_or_path not in FEATURES.classes:
+        return None
+    return FEATURES.find(name_or_path, ", a Hub id such as 'org/name' or a folder")
+
+
+# rewards/image_text.py
+
+
+class PromptTokens:
+    """Prompts -> token ids and attention mask, (B, L) each. The same prompts are tokenised once.
+
+    Features of a text tower that attends to the image change with every image; the ids are all that can be kept.
+
+    Args:
+        tokenizer: the tokenizer of the text tower; it needs a padding token.
+        max_length: longer prompts are cut to so many tokens, the special ones included.
+        padding: to "max_length" or to the "longest" prompt. Masked either way.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int,
+        padding: Literal["longest", "max_length"] = "max_length",
+    ):
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self.padding = padding
+        self.batches: dict[tuple[str, ...], tuple[Tensor, Tensor]] = {}
+
+    def __call__(self, prompts: Sequence[str], device: torch.device) -> tuple[Tensor, Tensor]:
+        key = tuple(prompts)
+        if key not in self.batches:
+            tokens = self.tokenizer(list(key), padding=self.padding, truncation=True, max_length=self.max_length)
+            self.batches[key] = torch.tensor(tokens["input_ids"]), torch.tensor(tokens["attention_mask"])
+        ids, mask = self.batches[key]
+        return ids.to(device), mask.to(device)
+
+
+def precise_linear(layer: nn.Linear, features: Tensor) -> Tensor:
+    """The layer computed in float32 or more, whatever the precision of its weights.
+
+    A scoring head costs nothing, and in bfloat16 it would round a score of 2 to steps of 0.016.
+    """
+    features = at_least_float32(features)
+    return F.linear(features, layer.weight.to(features.dtype), layer.bias.to(features.dtype))
+
+
+# rewards/blip_itm.py
+
+
+BlipITMT = TypeVar("BlipITMT", bound="BlipITM")
+
+# Of captions in BLIP's own inference code; its retrieval models were not trained on longer ones.
+BLIP_CAPTION_LENGTH = 35
+
+
+@register_reward("blip_itm", loads="BlipForImageTextRetrieval")
+class BlipITM(Reward):
+    """`softmax(itm_head(f))[1]`, f the text tower's [CLS] feature after it has attended to the image: P(it matches).
+
+    BLIP: https://arxiv.org/abs/2201.12086. In [0, 1]. The gradient vanishes near both ends, where that of
+    `BlipITC` does not.
+
+    Args:
+        model: the BLIP model; it is frozen.
+        tokenizer: the tokenizer of that model.
+        image_transform: images in [0, 1] -> its pixels; by default a bicubic resize to the model's square image size
+            with CLIP's mean and deviation.
+    """
+
+    name = "blip_itm"
+    range = (0.0, 1.0)
+    license = "bsd-3-clause"
+    default_checkpoint = "Salesforce/blip-itm-base-coco"
+    parameter_count = 223_744_258
+    model: BlipForImageTextRetrieval
+
+    def __init__(
+        self,
+        model: BlipForImageTextRetrieval,
+        tokenizer: PreTrainedTokenizerBase,
+        image_transform: Callable[[Tensor], Tensor] | None = None,
+    ):
+        super().__init__(model=model)
+        edge = cast(int, model.vision_model.config.image_size)
+        self.tokens = PromptTokens(tokenizer, BLIP_CAPTION_LENGTH)
+        self.image_transform = image_transform or ImageTransform(size=(edge, edge), crop=None)
+
+    def score(self, images: Tensor, prompts: list[str]) -> Tensor:
+        # Not through the model's own forward: it makes a mask on the CPU, wherever the images are.
+        ids, mask = self.tokens(prompts, images.device)
+        patches = self.encode_patches(images)
+        text = self.model.text_encoder(input_ids=ids, attention_mask=mask, encoder_hidden_states=patches)
+        return precise_linear(self.model.itm_head, text.last_hidden_state[:, 0]).softmax(-1)[:, 1]
+
+    def encode_patches(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) images in [0, 1] -> (B, 1 + patches, D) features of the image tower."""
+        pixels = self.image_transform(images).to(self.dtype)
+        return self.model.vision_model(pixel_values=pixels).last_hidden_state
+
+    @classmethod
+    def load(cls: type[BlipITMT], checkpoint: str, hub: dict[str, Any]) -> BlipITMT:
+        model = BlipForImageTextRetrieval.from_pretrained(checkpoint, dtype=torch.float32, **hub)
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint, **hub)
+        return cls(model, tokenizer, ImageTransform.from_processor_config(checkpoint, **hub))
+
+
+@register_reward("blip_itc")
+class BlipITC(BlipITM):
+    """`cos(vision_proj(image), text_proj(text))` of the same model: the towers see nothing of one another.
+
+    BLIP: https://arxiv.org/abs/2201.12086. In [-1, 1]. The text is encoded once per prompt. The arguments are those of
+    `BlipITM`.
+    """
+
+    name = "blip_itc"
+    range = (-1.0, 1.0)
+    text_modules = ("model.text_encoder", "model.text_proj")
+
+    def score(self, images: Tensor, prompts: list[str]) -> Tensor:
+        image = precise_linear(self.model.vision_proj, self.encode_patches(images)[:, 0])
+        return (F.normalize(image, dim=-1) * self.encode_prompt(prompts)).sum(-1)
+
+    def encode_text(self, prompt: str) -> Tensor:
+        """(D,) unit vector of the prompt."""
+        ids, mask = self.tokens([prompt], self.model.text_proj.weight.device)
+        text = self.model.text_encoder(input_ids=ids, attention_mask=mask).last_hidden_state
+        return F.normalize(precise_linear(self.model.text_proj, text[0, 0]), dim=-1)
+
+
+# rewards/blip_vqa.py
+
+
+@register_reward("blip_vqa", loads="BlipForQuestionAnswering")
+class BlipVQA(Reward):
+    """`exp(mean_i log p(answer_i | answer_<i, question, image))` over the answer's tokens and the end token.
+
+    BLIP: https://arxiv.org/abs/2201.12086. It is `exp(-loss)` of transformers' model, per image. The default question
+    is VQAScore's (https://arxiv.org/abs/2404.01291) without "Please answer yes or no.", which BLIP was not trained to
+    read; T2I-CompBench (https://arxiv.org/abs/2307.06350) asks `question="{}?"` of each noun phrase and takes the
+    product. As in transformers the question begins with [CLS]; the BLIP repository puts [ENC] there.
+
+    Args:
+        model: the BLIP model; it is frozen.
+        tokenizer: the tokenizer of that model.
+        image_transform: images in [0, 1] -> its pixels; by default a bicubic resize to the model's square image size
+            with CLIP's mean and deviation.
+        question: what is asked, with "{}" where the prompt goes.
+        answer: the answer whose probability is the score.
+
+    Raises:
+        ValueError: a question without "{}", an empty answer, or a tokenizer that does not end texts with the model's
+            `sep_token_id`.
+    """
+
+    name = "blip_vqa"
+    range = (0.0, 1.0)
+    license = "bsd-3-clause"
+    default_checkpoint = "Salesforce/blip-vqa-base"
+    parameter_count = 361_230_140
+    model: BlipForQuestionAnswering
+
+    def __init__(
+        self,
+        model: BlipForQuestionAnswering,
+        tokenizer: PreTrainedTokenizerBase,
+        image_transform: Callable[[Tensor], Tensor] | None = None,
+        question: str = 'Does this figure show "{}"?',
+        answer: str = "yes",
+    ):
+        if "{}" not in question:
+            raise ValueError(f"Expected a question with '{{}}' where the prompt goes, but got {question!r}.")
+        super().__init__(model=model)
+        edge = cast(int, model.vision_model.config.image_size)
+        text_config = model.text_encoder.config
+        # Not cut to the 35 tokens of BLIP's own code: that would take the end of the question.
+        self.tokens = PromptTokens(tokenizer, text_config.max_position_embeddings, padding="longest")
+        self.image_transform = image_transform or ImageTransform(size=(edge, edge), crop=None)
+        self.question = question
+        start, end = cast(int, text_config.bos_token_id), cast(int, text_config.sep_token_id)
+        self.answer_ids = blip_answer_ids(tokenizer, answer, start, end)
+
+    def score(self, images: Tensor, prompts: list[str]) -> Tensor:
+        # Not through the model's own forward: it returns one loss for the whole batch.
+        pixels = self.image_transform(images).to(self.dtype)
+        patches = self.model.vision_model(pixel_values=pixels).last_hidden_state
+        questions = [self.question.replace("{}", prompt) for prompt in prompts]
+        ids, mask = self.tokens(questions, torch.device("cpu"))
+        # Questions of one length at a time, unpadded: the decoder of transformers 5.23 also reads what is masked.
+        lengths = mask.sum(1)
+        groups = [torch.nonzero(lengths == length)[:, 0] for length in lengths.unique()]
+        scores = [
+            self.answer_probability(patches[rows], ids[rows][mask[rows].bool()].unflatten(0, (len(rows), -1)))
+            for rows in groups
+        ]
+        return torch.cat(scores)[torch.cat(groups).argsort()]
+
+    def answer_probability(self, patches: Tensor, question_ids: Tensor) -> Tensor:
+        """(B, P, D) image features and (B, L) ids of questions of equal length -> (B,)."""
+        ids = question_ids.to(patches.device)
+        question = self.model.text_encoder(input_ids=ids, encoder_hidden_states=patches).last_hidden_state
+        answer = torch.tensor(self.answer_ids, device=patches.device).expand(len(patches), -1)
+        decoder = self.model.text_decoder
+        logits = decoder(input_ids=answer[:, :-1], encoder_hidden_states=question, use_cache=False).logits
+        log_probabilities = at_least_float32(logits).log_softmax(-1).gather(-1, answer[:, 1:, None])
+        return log_probabilities.mean((1, 2)).exp()
+
+    @classmethod
+    def load(cls, checkpoint: str, hub: dict[str, Any]) -> "BlipVQA":
+        model = BlipForQuestionAnswering.from_pretrained(checkpoint, dtype=torch.float32, **hub)
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint, **hub)
+        return cls(model, tokenizer, ImageTransform.from_processor_config(checkpoint, **hub))
+
+
+def blip_answer_ids(tokenizer: PreTrainedTokenizerBase, answer: str, start: int, end: int) -> list[int]:
+    """The answer as the decoder was trained on it: `start` in place of [CLS], the tokens, [SEP].
+
+    Raises:
+        ValueError: an answer without tokens, or one that does not end with `end`.
+    """
+    ids = tokenizer(answer)["input_ids"]
+    if ids[-1] != end:
+        raise ValueError(
+            f"Expected the tokenizer to end texts with the model's `sep_token_id` {end}, but got {ids}. Use the "
+            "tokenizer of this model."
+        )
+    if len(ids) < 3:
+        raise ValueError(f"Expected an answer of at least one token, but got {answer!r}.")
+    return [start, *ids[1:]]
+
+
 # rewards/clip_score.py
+
+
+CLIP_VIT_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 
 
 @register_reward("clipscore", loads="clip")
@@ -659,7 +1571,7 @@ class CLIPScore(Reward):
     name = "clipscore"
     range = (-100.0, 100.0)
     license = "mit"
-    default_checkpoint = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+    default_checkpoint = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # literal: Hub cards are written without imports
     parameter_count = 986_109_441
     text_modules = ("model.text_model", "model.text_projection")
     model: CLIPModel
@@ -757,6 +1669,699 @@ def green_channel() -> ColorChannel:
 def blue_channel() -> ColorChannel:
     """`ColorChannel("blue")`."""
     return ColorChannel("blue")
+
+
+# rewards/color_histogram.py
+
+
+@dataclass(frozen=True)
+class SoftColorHistogram:
+    """Images (B, 3, H, W) in [0, 1] -> (B, 3 * bins), the histogram of each channel, each summing to 1, in float32.
+
+    Bin k of a channel is `mean(relu(1 - |(bins - 1) * x - k|))` over its pixels x: triangles around `k / (bins - 1)`.
+    Each pixel is shared by two bins, so a change of its value moves mass between them; `torch.histc` has no gradient.
+    With the distance of `histogram_distance` it is the colour criterion of "It's Never Too Late",
+    https://arxiv.org/abs/2601.00090.
+
+    Raises:
+        ValueError: fewer than 2 bins.
+    """
+
+    bins: int = 32
+
+    def __post_init__(self):
+        if self.bins < 2:
+            raise ValueError(f"Expected at least 2 bins, but got {self.bins}.")
+
+    def __call__(self, images: Tensor) -> Tensor:
+        values = straight_through_clamp(at_least_float32(images)).flatten(2)
+        positions = values * (self.bins - 1)
+        # The last bin has no right neighbour: a value of 1 is all of the left one's overflow.
+        left = positions.detach().floor().clamp(0, self.bins - 2)
+        overflow = positions - left
+        # Two entries per pixel rather than one per pixel and bin: 16 times less memory than the formula as it stands.
+        empty = values.new_zeros(*values.shape[:2], self.bins)
+        counts = empty.scatter_add(2, left.long(), 1 - overflow).scatter_add(2, left.long() + 1, overflow)
+        return (counts / values.shape[-1]).flatten(1)
+
+
+def histogram_distance(a: Tensor, b: Tensor) -> Tensor:
+    """(..., 3 * bins) histograms of two images -> (...), `|a - b|_2 / sqrt(6)`, in [0, 1].
+
+    It is 1 where in every channel all pixels of one image lie in one bin and all of the other in another.
+    """
+    return torch.linalg.vector_norm(a - b, dim=-1) / math.sqrt(6)
+
+
+@register_features("color_histogram")
+class ColorHistogramFeatures(Features):
+    """`SoftColorHistogram` of 32 bins, scaled so that the L2 distance of two images is `histogram_distance`."""
+
+    name = "color_histogram"
+    metric = "l2"
+
+    def encode(self, images: Tensor) -> Tensor:
+        return SoftColorHistogram()(images) / math.sqrt(6)
+
+
+# rewards/dreamsim_features.py
+
+
+@register_features("dreamsim")
+class DreamSimFeatures(Features):
+    """The mean-centred embedding of DreamSim's ensemble (DINO, CLIP and OpenCLIP ViT-B/16 tuned to human judgements of
+    similarity), (B, 1792); DreamSim's distance is 1 - cos of two of them: https://arxiv.org/abs/2306.09344.
+
+    Args:
+        model: what `dreamsim.dreamsim(...)` returns first. Its `embed` takes pixels in [0, 1] and does not resize:
+            images are squashed to 224² here, as by the function that comes with the model.
+    """
+
+    name = "dreamsim"
+    license = "mit"
+    package = "dreamsim"
+    dreamsim_type = "ensemble"
+    model: nn.Module
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model=model)
+        self.image_transform = ImageTransform(size=(224, 224), crop=None, mean=None, std=None)
+
+    def encode(self, images: Tensor) -> Tensor:
+        model: Any = self.model
+        # A batch of one may come back without its batch dimension.
+        embedding = at_least_float32(model.embed(self.image_transform(images).to(self.dtype))).reshape(len(images), -1)
+        return embedding - embedding.mean(1, keepdim=True)
+
+    @classmethod
+    def load(cls, checkpoint: str | None, hub: dict[str, Any]) -> "DreamSimFeatures":
+        """The package downloads its weights from GitHub, to `cache_dir` or beside what torch downloads."""
+        check_no_checkpoint(cls, checkpoint)
+        package, torch_cache = import_optional("dreamsim"), torch.hub.get_dir()
+        folder = hub["cache_dir"] or os.path.join(torch_cache, "dreamsim")
+        os.makedirs(folder, exist_ok=True)
+        try:
+            # Centring is done here, in float32; the package's default device is CUDA.
+            model, _ = package.dreamsim(
+                device="cpu", cache_dir=folder, dreamsim_type=cls.dreamsim_type, normalize_embeds=False
+            )
+        finally:
+            torch.hub.set_dir(torch_cache)  # the package redirects it for the whole process
+        return cls(model)
+
+
+@register_features("dreamsim_dino")
+class DreamSimDINOFeatures(DreamSimFeatures):
+    """DreamSim's single DINO ViT-B/16, (B, 768): a third of the cost. The one of It's Never Too Late."""
+
+    name = "dreamsim_dino"
+    dreamsim_type = "dino_vitb16"
+
+
+# rewards/open_clip.py
+
+
+# open_clip -> transformers, outside of the blocks. Projections are multiplied from the other side.
+OPEN_CLIP_NAMES = {
+    "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
+    "positional_embedding": "text_model.embeddings.position_embedding.weight",
+    "ln_final.weight": "text_model.final_layer_norm.weight",
+    "ln_final.bias": "text_model.final_layer_norm.bias",
+    "text_projection": "text_projection.weight",
+    "logit_scale": "logit_scale",
+    "visual.class_embedding": "vision_model.embeddings.class_embedding",
+    "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
+    "visual.conv1.weight": "vision_model.embeddings.patch_embedding.weight",
+    "visual.ln_pre.weight": "vision_model.pre_layrnorm.weight",  # transformers spells it so
+    "visual.ln_pre.bias": "vision_model.pre_layrnorm.bias",
+    "visual.ln_post.weight": "vision_model.post_layernorm.weight",
+    "visual.ln_post.bias": "vision_model.post_layernorm.bias",
+    "visual.proj": "visual_projection.weight",
+}
+OPEN_CLIP_TRANSPOSED = ("text_projection", "visual.proj")
+OPEN_CLIP_BUFFERS = ("attn_mask",)  # made anew by transformers
+OPEN_CLIP_BLOCK_NAMES = {
+    "attn.out_proj": "self_attn.out_proj",
+    "ln_1": "layer_norm1",
+    "ln_2": "layer_norm2",
+    "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
+}
+OPEN_CLIP_BLOCK = re.compile(r"(visual\.)?transformer\.resblocks\.(\d+)\.(.+)\.(weight|bias)")
+OPEN_CLIP_STACKED = re.compile(r"(visual\.)?transformer\.resblocks\.(\d+)\.attn\.in_proj_(weight|bias)")
+
+
+def clip_model_from_open_clip(state: Mapping[str, Tensor], config: CLIPConfig, source: str) -> CLIPModel:
+    """A float32 `CLIPModel` with the weights of an open_clip model of the same shape.
+
+    Args:
+        state: open_clip's weights, in any precision; they are taken over without a second copy where they are float32.
+        config: of the model. open_clip's ViT-H has `hidden_act="gelu"`, which is not the default of `CLIPConfig`.
+        source: what to call the weights in errors.
+
+    Raises:
+        ValueError: naming keys that are unknown, missing or of another shape.
+    """
+    converted = clip_state_from_open_clip(state, source)
+    with torch.device("meta"):
+        check_weights(CLIPModel(config), converted, source)
+    converted = {key: value.float() for key, value in converted.items()}
+    return CLIPModel.from_pretrained(None, config=config, state_dict=converted, dtype=torch.float32)
+
+
+def clip_state_from_open_clip(state: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
+    """The weights under transformers' names.
+
+    Raises:
+        ValueError: naming a key that open_clip's vision transformers do not have.
+    """
+    converted: dict[str, Tensor] = {}
+    for key, value in state.items():
+        if stacked := OPEN_CLIP_STACKED.fullmatch(key):
+            layer = open_clip_layer(stacked)
+            for part, tensor in zip("qkv", value.chunk(3), strict=True):
+                converted[f"{layer}.self_attn.{part}_proj.{stacked[3]}"] = tensor.contiguous()
+        elif (block := OPEN_CLIP_BLOCK.fullmatch(key)) and block[3] in OPEN_CLIP_BLOCK_NAMES:
+            converted[f"{open_clip_layer(block)}.{OPEN_CLIP_BLOCK_NAMES[block[3]]}.{block[4]}"] = value
+        elif key in OPEN_CLIP_NAMES:
+            converted[OPEN_CLIP_NAMES[key]] = value.T.contiguous() if key in OPEN_CLIP_TRANSPOSED else value
+        elif key not in OPEN_CLIP_BUFFERS:
+            raise ValueError(
+                f"Expected {source} to hold the weights of an open_clip vision transformer, but got the key '{key}'."
+            )
+    return converted
+
+
+def open_clip_layer(match: re.Match[str]) -> str:
+    """What transformers calls the block of a key."""
+    return f"{'vision_model' if match[1] else 'text_model'}.encoder.layers.{match[2]}"
+
+
+# rewards/hpsv2.py
+
+
+# Typographic quotes, which open_clip's tokenizer makes straight and transformers' does not.
+STRAIGHT_QUOTES = str.maketrans(
+    dict.fromkeys("\u02bc\u2018\u2019\u201a\u201b", "'") | dict.fromkeys("\u201c\u201d\u201e\u201f", '"')
+)
+
+
+@register_reward("hpsv2.1", "hps", "hpsv2")
+class HPSv21(CLIPScore):
+    """`cos(image, text)` of HPSv2.1, without CLIP's scale: mostly 0.2 to 0.35.
+
+    "Human Preference Score v2", https://arxiv.org/abs/2306.09341. The published file holds the weights of an open_clip
+    ViT-H-14; configuration and tokenizer are those of that CLIP. Images are not cropped but padded, see `PadTransform`.
+    Prompts are cleaned as by open_clip's tokenizer (HTML entities, typographic quotes), but for full-width letters,
+    ligatures and wrongly decoded text.
+
+    Args:
+        model: the CLIP model, with GELU; it is frozen.
+        tokenizer: the tokenizer of that model.
+        image_transform: images in [0, 1] -> its pixels; by default `PadTransform` at the model's image size.
+
+    Raises:
+        ValueError: a model with another activation, such as `CLIPConfig`'s default.
+    """
+
+    name = "hpsv2.1"
+    range = (-1.0, 1.0)
+    license = "apache-2.0"
+    default_checkpoint = "xswu/HPSv2"
+    weights_file = "HPS_v2.1_compressed.pt"
+
+    def __init__(
+        self,
+        model: CLIPModel,
+        tokenizer: PreTrainedTokenizerBase,
+        image_transform: Callable[[Tensor], Tensor] | None = None,
+    ):
+        activations = {model.text_model.config.hidden_act, model.vision_model.config.hidden_act}
+        if activations != {"gelu"}:
+            raise ValueError(
+                f"Expected a CLIP model with `hidden_act` 'gelu' for HPSv2, but got {sorted(activations)}: its scores "
+                "would be wrong by little. Use the configuration of laion/CLIP-ViT-H-14-laion2B-s32B-b79K."
+            )
+        edge = cast(int, model.vision_model.config.image_size)
+        super().__init__(model, tokenizer, image_transform or PadTransform(edge))
+
+    def score(self, images: Tensor, prompts: list[str]) -> Tensor:
+        return (self.encode_image(images) * self.encode_prompt(prompts)).sum(-1)
+
+    def encode_text(self, prompt: str) -> Tensor:
+        """(D,) unit vector of the prompt, cleaned and truncated."""
+        text = html.unescape(html.unescape(prompt)).translate(STRAIGHT_QUOTES)
+        return super().encode_text(text.strip())
+
+    @classmethod
+    def load(cls, checkpoint: str, hub: dict[str, Any]) -> "HPSv21":
+        assert cls.weights_file is not None
+        source, source_hub = holder_of("tokenizer_config.json", checkpoint, CLIP_VIT_H, hub)
+        tokenizer = AutoTokenizer.from_pretrained(source, **source_hub)
+        source, source_hub = holder_of("config.json", checkpoint, CLIP_VIT_H, hub)
+        config = CLIPConfig.from_pretrained(source, **source_hub)
+        path = checkpoint_path(checkpoint, cls.weights_file, hub)
+        return cls(clip_model_from_open_clip(read_state_dict(path), config, path.name), tokenizer)
+
+
+@register_reward("hpsv2.0")
+class HPSv20(HPSv21):
+    """HPSv2.0: as `HPSv21`, with the weights that the original package uses when no version is given."""
+
+    name = "hpsv2.0"
+    weights_file = "HPS_v2_compressed.pt"
+
+
+# rewards/image_reward.py
+
+
+# From the released code, https://github.com/THUDM/ImageReward
+IMAGE_REWARD_MEAN = 0.16717362830052426
+IMAGE_REWARD_STD = 1.0333394966054072
+IMAGE_REWARD_MAX_LENGTH = 35
+IMAGE_REWARD_TOKENIZER = "google-bert/bert-base-uncased"
+# The heads of every ViT that BLIP was published with are 64 wide; the tensors do not tell.
+IMAGE_REWARD_HEAD_WIDTH = 64
+
+# Names of timm's ViT -> names of `BlipVisionModel`
+IMAGE_REWARD_VISION_NAMES = (
+    (r"^cls_token$", "embeddings.class_embedding"),
+    (r"^pos_embed$", "embeddings.position_embedding"),
+    (r"^patch_embed\.proj\.", "embeddings.patch_embedding."),
+    (r"^norm\.", "post_layernorm."),
+    (r"^blocks\.", "encoder.layers."),
+    (r"\.attn\.qkv\.", ".self_attn.qkv."),
+    (r"\.attn\.proj\.", ".self_attn.projection."),
+    (r"\.norm([12])\.", r".layer_norm\1."),
+)
+# In the file, but no part of the score: the projections of BLIP's contrastive loss and BERT's position numbers
+IMAGE_REWARD_IGNORED = re.compile(
+    r"blip\.(vision_proj|text_proj)\.(weight|bias)|blip\.text_encoder\.embeddings\.position_ids"
+)
+# Settings of med_config.json -> those of `BlipTextConfig`, which have the same names
+IMAGE_REWARD_TEXT_SETTINGS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "max_position_embeddings",
+    "hidden_act",
+    "layer_norm_eps",
+    "hidden_dropout_prob",
+    "attention_probs_dropout_prob",
+    "pad_token_id",
+)
+
+
+class ImageRewardHead(nn.Module):
+    """(B, D) text features -> (B, 1): five linear layers without activations, in float32 or more."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        # The dropouts do nothing in a score, but they are counted in the names of the published weights.
+        self.layers = nn.Sequential(
+            nn.Linear(width, 1024),
+            nn.Dropout(0.2),
+            nn.Linear(1024, 128),
+            nn.Dropout(0.2),
+            nn.Linear(128, 64),
+            nn.Dropout(0.1),
+            nn.Linear(64, 16),
+            nn.Linear(16, 1),
+        )
+
+    def forward(self, features: Tensor) -> Tensor:
+        for layer in self.layers:
+            features = precise_linear(layer, features) if isinstance(layer, nn.Linear) else layer(features)
+        return features
+
+
+@register_reward("imagereward")
+class ImageRewardModel(Reward):
+    """`(head(f) - mean) / std`, f the text tower's [CLS] feature of the prompt after it has attended to the image.
+
+    ImageReward: https://arxiv.org/abs/2304.05977. The scores are standardised; most lie between -2.3 and 2. The text
+    features depend on the image, so only the token ids are kept between calls.
+
+    Args:
+        vision_model: the image tower.
+        text_model: the text tower with cross-attention, without a pooling layer.
+        head: (B, D) features -> (B, 1).
+        tokenizer: BERT's, with [DEC] and [ENC] added (see `image_reward_tokenizer`).
+        image_transform: images in [0, 1] -> pixels; by default CLIP's transform at the image tower's size.
+
+    Raises:
+        ValueError: a text tower that attends to features of another width than the image tower's.
+    """
+
+    name = "imagereward"
+    license = "apache-2.0"
+    default_checkpoint = "THUDM/ImageReward"
+    weights_file = "ImageReward.pt"
+    parameter_count = 446_206_689
+    vision_model: BlipVisionModel
+    text_model: BlipTextModel
+    head: nn.Module
+
+    def __init__(
+        self,
+        vision_model: BlipVisionModel,
+        text_model: BlipTextModel,
+        head: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        image_transform: Callable[[Tensor], Tensor] | None = None,
+    ):
+        width, expected = vision_model.config.hidden_size, text_model.config.encoder_hidden_size
+        if width != expected:
+            raise ValueError(
+                f"Expected image features of width {expected}, the `encoder_hidden_size` of the text model, but got a "
+                f"vision model of width {width}. Build the text model with `encoder_hidden_size={width}`."
+            )
+        super().__init__(vision_model=vision_model, text_model=text_model, head=head)
+        edge = cast(int, vision_model.config.image_size)
+        self.tokens = PromptTokens(tokenizer, IMAGE_REWARD_MAX_LENGTH)
+        self.image_transform = image_transform or ImageTransform(size=edge, crop=(edge, edge))
+
+    def score(self, images: Tensor, prompts: list[str]) -> Tensor:
+        pixels = self.image_transform(images).to(self.dtype)
+        patches = self.vision_model(pixel_values=pixels).last_hidden_state
+        ids, mask = self.tokens(prompts, images.device)
+        text = self.text_model(input_ids=ids, attention_mask=mask, encoder_hidden_states=patches).last_hidden_state
+        return (self.head(text[:, 0])[:, 0] - IMAGE_REWARD_MEAN) / IMAGE_REWARD_STD
+
+    @classmethod
+    def load(cls, checkpoint: str, hub: dict[str, Any]) -> "ImageRewardModel":
+        """Read the published `ImageReward.pt` and `med_config.json`; the tokenizer comes from its own repository."""
+        parts = convert_image_reward(read_state_dict(checkpoint_path(checkpoint, "ImageReward.pt", hub)))
+        settings = json.loads(checkpoint_path(checkpoint, "med_config.json", hub).read_text(encoding="utf-8"))
+        vision_config = image_reward_vision_config(parts["vision"])
+        text_config = image_reward_text_config(settings, vision_config.hidden_size)
+        # Building draws random weights, from a stream that belongs to the caller.
+        with torch.random.fork_rng(devices=[]):
+            vision, head = BlipVisionModel(vision_config), ImageRewardHead(text_config.hidden_size)
+            text = BlipTextModel(text_config, add_pooling_layer=False)
+        for module, part in ((vision, "vision"), (text, "text"), (head, "head")):
+            load_strictly(module, parts[part], f"the {part} part of ImageReward.pt")
+        # A revision is one of the weights; the tokenizer's repository does not know it.
+        return cls(vision, text, head, image_reward_tokenizer({**hub, "revision": None}))
+
+
+def convert_image_reward(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """The published tensors as "vision", "text" and "head", each named as in its module here.
+
+    Raises:
+        ValueError: a key of none of these.
+    """
+    parts: dict[str, dict[str, Tensor]] = {"vision": {}, "text": {}, "head": {}}
+    prefixes = {"blip.visual_encoder.": "vision", "blip.text_encoder.": "text", "mlp.": "head"}
+    for key, value in state.items():
+        if IMAGE_REWARD_IGNORED.fullmatch(key):
+            continue
+        prefix = next((prefix for prefix in prefixes if key.startswith(prefix)), None)
+        if prefix is None:
+            raise ValueError(
+                f"Expected the keys of ImageReward.pt to begin with {', '.join(prefixes)}, but got '{key}'. Pass the "
+                "published file."
+            )
+        part, name = prefixes[prefix], key.removeprefix(prefix)
+        parts[part][image_reward_vision_name(name) if part == "vision" else name] = value
+    return parts
+
+
+def image_reward_vision_name(name: str) -> str:
+    """The name in `BlipVisionModel` of a tensor of timm's ViT."""
+    for pattern, replacement in IMAGE_REWARD_VISION_NAMES:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def image_reward_vision_config(state: Mapping[str, Tensor]) -> BlipVisionConfig:
+    """The dimensions of the image tower, read off its converted tensors: the checkpoint has no config for it.
+
+    Raises:
+        ValueError: naming those tensors that are missing.
+    """
+    names = ("embeddings.position_embedding", "embeddings.patch_embedding.weight", "encoder.layers.0.mlp.fc1.weight")
+    if missing := [name for name in names if name not in state]:
+        raise ValueError(
+            f"Expected ImageReward.pt to hold an image tower, but missing: {', '.join(missing)}. Pass the published "
+            "file."
+        )
+    positions, patches, hidden = (state[name] for name in names)
+    depth = len({name.split(".")[2] for name in state if name.startswith("encoder.layers.")})
+    return BlipVisionConfig(
+        hidden_size=positions.shape[-1],
+        intermediate_size=hidden.shape[0],
+        num_hidden_layers=depth,
+        num_attention_heads=positions.shape[-1] // IMAGE_REWARD_HEAD_WIDTH,
+        image_size=round((positions.shape[1] - 1) ** 0.5) * patches.shape[-1],
+        patch_size=patches.shape[-1],
+        # timm's, and not the default of transformers, 1e-5, which moves the features by 6e-4.
+        layer_norm_eps=1e-6,
+    )
+
+
+def image_reward_text_config(settings: Mapping[str, Any], image_width: int) -> BlipTextConfig:
+    """med_config.json, a BERT config, as a config of transformers' BLIP; the image tower's width is not the file's.
+
+    Raises:
+        ValueError: naming the settings that are missing.
+    """
+    if missing := [name for name in IMAGE_REWARD_TEXT_SETTINGS if name not in settings]:
+        raise ValueError(f"Expected med_config.json to hold a BERT config, but missing: {', '.join(missing)}.")
+    own = {name: settings[name] for name in IMAGE_REWARD_TEXT_SETTINGS}
+    return BlipTextConfig(**own, encoder_hidden_size=image_width, is_decoder=True)
+
+
+def image_reward_tokenizer(hub: Mapping[str, Any]) -> PreTrainedTokenizerBase:
+    """BERT's lower-case tokenizer and the two tokens that BLIP adds: [DEC], then [ENC]."""
+    tokenizer = BertTokenizer.from_pretrained(IMAGE_REWARD_TOKENIZER, **hub)
+    tokenizer.add_special_tokens({"bos_token": "[DEC]"})
+    tokenizer.add_special_tokens({"additional_special_tokens": ["[ENC]"]})
+    return tokenizer
+
+
+# rewards/lpips_features.py
+
+
+@register_features("lpips")
+class LPIPSFeatures(Features):
+    """LPIPS on a VGG, which its authors recommend as a loss: https://arxiv.org/abs/1801.03924.
+
+    LPIPS of two images is the sum over layers l of the mean over positions of `Σ_c w_lc (f̂a_lc − f̂b_lc)²`, with f̂ the
+    activations divided by their norm over channels and w ≥ 0. That is the squared L2 distance of the vectors with the
+    entries `√(w_lc / (H_l W_l)) f̂_lc`, which are the features here: N images and M others need N + M passes, not N M.
+    Their number grows with the picture (32 million, 130 MB, of 512²), and only pictures of one size can be compared.
+
+    Args:
+        model: an `lpips.LPIPS` with linear layers (`lpips=True`, the default) and non-negative weights in them.
+
+    Raises:
+        ValueError: a model with negative weights, whose values are no distances.
+    """
+
+    name = "lpips"
+    metric = "squared_l2"
+    license = "bsd-2-clause (layers; torchvision's trunk: bsd-3-clause)"
+    package = "lpips"
+    parameter_count = 14_716_160
+    net = "vgg"
+    model: nn.Module
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model=model)
+        lowest = min(weight.min().item() for weight in self.channel_weights())
+        if lowest < 0:
+            raise ValueError(
+                f"Expected LPIPS with non-negative weights of the channels, but got {lowest:.3g}. Use the published "
+                "`lpips.LPIPS(pretrained=True)`."
+            )
+
+    def channel_weights(self) -> list[Tensor]:
+        """(1, C, 1, 1) for each layer."""
+        lins: Any = self.model.lins
+        return [at_least_float32(lin.model[-1].weight) for lin in lins]
+
+    def encode(self, images: Tensor) -> Tensor:
+        model: Any = self.model
+        activations = model.net(model.scaling_layer(2 * images - 1).to(self.dtype))
+        layers = []
+        for activation, weight in zip(activations, self.channel_weights(), strict=True):
+            unit = F.normalize(at_least_float32(activation), dim=1, eps=1e-10)
+            layers.append((unit * (weight / unit[0, 0].numel()).sqrt()).flatten(1))
+        return torch.cat(layers, 1)
+
+    @classmethod
+    def load(cls, checkpoint: str | None, hub: dict[str, Any]) -> "LPIPSFeatures":
+        """The layers come with the package; torchvision downloads the trunk from pytorch.org to torch's own cache."""
+        check_no_checkpoint(cls, checkpoint)
+        return cls(import_optional("lpips").LPIPS(net=cls.net, verbose=False))
+
+
+@register_features("lpips_alex")
+class LPIPSAlexFeatures(LPIPSFeatures):
+    """LPIPS on an AlexNet, which its authors recommend as a metric."""
+
+    name = "lpips_alex"
+    parameter_count = 2_470_848
+    net = "alex"
+
+
+# rewards/pairwise_distance.py
+
+
+class PairwiseDistance(nn.Module):
+    """`distance(images_a, images_b) -> (N, M)`, with a gradient to both, in the metric that the features are made for.
+
+    N images and M others are encoded once each. What is compared often is encoded once for all:
+
+        known = distance.features(references).detach()
+        distance.between(distance.features(images), known)
+
+    Args:
+        features: what the images are compared by.
+    """
+
+    def __init__(self, features: Features) -> None:
+        super().__init__()
+        self.features = features
+
+    def forward(self, images_a: Tensor, images_b: Tensor | None = None) -> Tensor:
+        """Images (N, 3, H, W) and (M, 3, H, W) in [0, 1], by default the same, to (N, M), on the device of the first.
+
+        Raises:
+            ValueError: images that do not meet the contract, or whose features do not fit together.
+        """
+        features_a = self.features(images_a)
+        features_b = features_a if images_b is None else self.features(images_b)
+        return self.between(features_a, features_b).to(images_a.device)
+
+    def between(self, features_a: Tensor, features_b: Tensor) -> Tensor:
+        """Features (N, ...) and (M, ...) of images, in float32 or more, to (N, M)."""
+        if features_a.shape[1:] != features_b.shape[1:]:
+            raise ValueError(
+                f"Expected features of the same shape for '{self.features.name}', but got {tuple(features_a.shape)} "
+                f"and {tuple(features_b.shape)}. Resize the images to one size."
+            )
+        return DISTANCES[self.features.metric](features_a, features_b)
+
+
+def cosine_distance(features_a: Tensor, features_b: Tensor) -> Tensor:
+    """1 - cos of (N, D) and (M, D), or of (N, P, D) and (M, P, D) the mean over P, in [0, 2], to (N, M).
+
+    One product of matrices: (N, M, P, D) never exists.
+    """
+    units_a, units_b = (F.normalize(features, dim=-1).flatten(1) for features in (features_a, features_b))
+    positions = units_a.shape[1] // features_a.shape[-1]
+    return 1 - units_a @ units_b.mT / positions
+
+
+def l2_distance(features_a: Tensor, features_b: Tensor) -> Tensor:
+    """‖a - b‖ over all numbers of an image, (N, M); its gradient is 0 where a = b.
+
+    Not by the product of the two: where they are close, the root makes 1e-3 of its rounding errors.
+    """
+    return torch.cdist(features_a.flatten(1), features_b.flatten(1), compute_mode="donot_use_mm_for_euclid_dist")
+
+
+def squared_l2_distance(features_a: Tensor, features_b: Tensor) -> Tensor:
+    """‖a - b‖² over all numbers of an image, (N, M), as ‖a‖² + ‖b‖² - 2ab: LPIPS has too many for N M differences."""
+    vectors_a, vectors_b = features_a.flatten(1), features_b.flatten(1)
+    squares = vectors_a.square().sum(1)[:, None] + vectors_b.square().sum(1)
+    return (squares - 2 * vectors_a @ vectors_b.mT).clamp_min(0)
+
+
+DISTANCES: dict[FeatureMetric, Callable[[Tensor, Tensor], Tensor]] = {
+    "cosine": cosine_distance,
+    "l2": l2_distance,
+    "squared_l2": squared_l2_distance,
+}
+
+
+# rewards/pick_score.py
+
+
+@register_reward("pickscore")
+class PickScore(CLIPScore):
+    """`exp(logit_scale) * cos(image, text)` of a CLIP that was trained on people's choices, mostly 17 to 24.
+
+    "Pick-a-Pic: An Open Dataset of User Preferences for Text-to-Image Generation", https://arxiv.org/abs/2305.01569.
+    The formula and the arguments are those of `CLIPScore`.
+    """
+
+    name = "pickscore"
+    license = "unstated (code: mit)"
+    default_checkpoint = "yuvalkirstain/PickScore_v1"
+
+    @classmethod
+    def load(cls, checkpoint: str, hub: dict[str, Any]) -> "PickScore":
+        # As on its model card: what is not the model comes from the CLIP that it was trained from.
+        source, source_hub = holder_of("tokenizer_config.json", checkpoint, CLIP_VIT_H, hub)
+        tokenizer = AutoTokenizer.from_pretrained(source, **source_hub)
+        source, source_hub = holder_of("preprocessor_config.json", checkpoint, CLIP_VIT_H, hub)
+        transform = ImageTransform.from_processor_config(source, **source_hub)
+        return cls(CLIPModel.from_pretrained(checkpoint, dtype=torch.float32, **hub), tokenizer, transform)
+
+
+# rewards/pixel_criteria.py
+
+
+LUMA_WEIGHTS = (0.299, 0.587, 0.114)
+JPEG_QUALITY = 95
+
+
+@register_reward("brightness")
+class Brightness(Reward):
+    """Mean luma of the pixels, `0.299 R + 0.587 G + 0.114 B` (ITU-R BT.601, as Pillow's mode "L"), in [0, 1]."""
+
+    name = "brightness"
+    requires_prompt = False
+    range = (0.0, 1.0)
+
+    def score(self, images: Tensor, prompts: list[str]) -> Tensor:
+        return images.mean((-2, -1)) @ images.new_tensor(LUMA_WEIGHTS)
+
+
+@register_reward("jpeg_compressibility")
+class JPEGCompressibility(Reward):
+    """Minus the size of the image as a JPEG file of quality 95, in kilobytes (1000 bytes). No gradient.
+
+    DDPO: https://arxiv.org/abs/2305.13301. The size grows with the area and depends a little on Pillow's JPEG library.
+    """
+
+    name = "jpeg_compressibility"
+    requires_prompt = False
+    differentiable = False
+
+    def score(self, images: Tensor, prompts: list[str]) -> Tensor:
+        return -jpeg_kilobytes(images)
+
+
+@register_reward("jpeg_incompressibility")
+class JPEGIncompressibility(Reward):
+    """The size of the image as a JPEG file of quality 95, in kilobytes (1000 bytes): detail, or noise. No gradient.
+
+    DDPO: https://arxiv.org/abs/2305.13301.
+    """
+
+    name = "jpeg_incompressibility"
+    requires_prompt = False
+    differentiable = False
+
+    def score(self, images: Tensor, prompts: list[str]) -> Tensor:
+        return jpeg_kilobytes(images)
+
+
+def jpeg_kilobytes(images: Tensor) -> Tensor:
+    """(B, 3, H, W) images in [0, 1] -> (B,) float32, thousands of bytes of each as a JPEG file."""
+    arrays = (images.detach() * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    sizes = []
+    for array in arrays:
+        file = io.BytesIO()
+        Image.fromarray(array).save(file, format="JPEG", quality=JPEG_QUALITY)
+        sizes.append(file.tell() / 1000)
+    return torch.tensor(sizes, dtype=torch.float32, device=images.device)
 
 
 # rewards/reward_sum.py
@@ -1078,6 +2683,264 @@ def distinct_names(names: Sequence[str]) -> list[str]:
         numbered = (f"{name}_{count}" for count in itertools.count(2))
         distinct.append(name if name not in distinct else next(new for new in numbered if new not in distinct))
     return distinct
+
+
+# rewards/set_reward.py
+
+
+SetRewardT = TypeVar("SetRewardT", bound="SetReward")
+
+
+class SetReward(nn.Module):
+    """Scores a set of images by its features: `set_reward(images) -> scalar`, float32, higher is better.
+
+    A subclass implements `score`. The value does not depend on the order of the images.
+
+    To optimise a large set in the memory of one image, compute all features without a gradient, then the gradient of
+    `of_features` with respect to them, then one image at a time: each image depends on the others through them alone.
+
+    Args:
+        features: what the images are compared by; frozen.
+
+    Attributes:
+        name: the name under which values are reported.
+        range: the lowest and highest possible value of any set, where there is one.
+        default_features: what `from_pretrained()` takes.
+    """
+
+    name: str = "set_reward"
+    range: tuple[float, float] | None = None
+    default_features: str = "dinov2"
+
+    def __init__(self, features: Features) -> None:
+        super().__init__()
+        self.features = features
+
+    def forward(self, images: Tensor, references: Tensor | None = None) -> Tensor:
+        """The value of the set of all images and references together.
+
+        Args:
+            images: (B, 3, H, W) in [0, 1], on any device.
+            references: (M, 3, H, W), images that are given: they count and get no gradient.
+
+        Returns:
+            a scalar, on the device of `images`.
+
+        Raises:
+            ValueError: fewer than two images in all, or images that do not meet the contract.
+            NonFiniteReward: a value that is NaN or infinite.
+        """
+        known = None
+        if references is not None:
+            with torch.no_grad():
+                known = self.features(references)
+        return self.of_features(self.features(images), known).to(images.device)
+
+    def of_features(self, features: Tensor, references: Tensor | None = None) -> Tensor:
+        """The same of features (B, ...) and (M, ...), which `self.features` gave. Those of references may be kept.
+
+        In a sequence, where one image is optimised against all before it, this is the published objective: the value of
+        the union, in which the pairs of references are a constant.
+        """
+        if references is not None:
+            features = torch.cat([references.detach(), features])
+        if len(features) < 2:
+            raise ValueError(
+                f"Expected at least 2 images for the set reward '{self.name}', references included, but got "
+                f"{len(features)}. Draw several images of the prompt, or pass `references`."
+            )
+        value = self.score(features)
+        if not value.isfinite():
+            raise NonFiniteReward(f"Expected a finite value from the set reward '{self.name}', but got {value.item()}.")
+        return value
+
+    def score(self, features: Tensor) -> Tensor:
+        """(N, D) or (N, P, D) features of at least two images -> scalar."""
+        raise NotImplementedError(f"`{type(self).__name__}` does not implement `score`.")
+
+    @classmethod
+    def from_pretrained(
+        cls: type[SetRewardT],
+        features: str | os.PathLike[str] | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> SetRewardT:
+        """On the features of a name, a Hub id or a folder, by default `default_features`."""
+        return cls(AutoFeatures.from_pretrained(features or cls.default_features, dtype=dtype, device=device))
+
+
+SET_REWARDS: ClassTable[type[SetReward]] = ClassTable("set reward")
+
+
+def register_set_reward(name: str) -> Callable[[type[SetRewardT]], type[SetRewardT]]:
+    """Register a class of set rewards under a name.
+
+    Raises:
+        ValueError: a name that another class has.
+    """
+    return SET_REWARDS.register(name)  # pyright: ignore[reportReturnType]
+
+
+def list_set_rewards() -> list[str]:
+    """The registered names, sorted."""
+    return SET_REWARDS.names()
+
+
+def find_set_reward(name: str) -> type[SetReward]:
+    """The class of a name. Raises `ValueError` for one that is not registered."""
+    return SET_REWARDS.find(name)
+
+
+@register_set_reward("pairwise")
+class PairwiseDiversity(SetReward):
+    """The mean distance of all pairs of images.
+
+    On the patches of DINOv2 the objective of It's Never Too Late, https://arxiv.org/abs/2601.00090; on one vector an
+    image 1 - MSS; on LPIPS the usual measure of diversity. One image far from the others is enough to raise it. In a
+    cosine it has no gradient at images that are all the same.
+    """
+
+    name = "pairwise"
+    default_features = "dinov2_patch"
+
+    def __init__(self, features: Features) -> None:
+        super().__init__(features)
+        self.distance = PairwiseDistance(features)
+
+    def score(self, features: Tensor) -> Tensor:
+        first, second = torch.triu_indices(len(features), len(features), offset=1)
+        return self.distance.between(features, features)[first, second].mean()
+
+
+# rewards/siglip.py
+
+
+HALF = (0.5, 0.5, 0.5)
+WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+@register_reward("siglip", loads="siglip")
+class SigLIP(Reward):
+    """`exp(logit_scale) * cos(image, text) + logit_bias`, the logit of "this is the text of this image".
+
+    "Sigmoid Loss for Language Image Pre-Training", https://arxiv.org/abs/2303.15343. Norms, dot product, scale and bias
+    are float32 whatever the precision of the weights. Prompts are lower-cased and padded to the length of the context,
+    as in training; for the tokenizer of the first SigLIP they also lose their punctuation, as in transformers.
+
+    Args:
+        model: the SigLIP model; it is frozen.
+        tokenizer: the tokenizer of that model, with an end and a padding token.
+        image_transform: images in [0, 1] -> its pixels; by default a squash to the model's image size.
+        probability: the sigmoid of the logit, in [0, 1]. It hardly has a gradient where the model is sure.
+
+    Raises:
+        ValueError: a tokenizer without one of the two tokens.
+    """
+
+    name = "siglip"
+    license = "apache-2.0"
+    default_checkpoint = "google/siglip-so400m-patch14-384"
+    parameter_count = 877_960_498
+    text_modules = ("model.text_model",)
+    model: SiglipModel
+
+    def __init__(
+        self,
+        model: SiglipModel,
+        tokenizer: PreTrainedTokenizerFast,
+        image_transform: Callable[[Tensor], Tensor] | None = None,
+        probability: bool = False,
+    ):
+        super().__init__(model=model)
+        if tokenizer.eos_token_id is None or tokenizer.pad_token_id is None:
+            raise ValueError(
+                "Expected a tokenizer with an end and a padding token for SigLIP, but got "
+                f"{tokenizer.eos_token!r} and {tokenizer.pad_token!r}. Use the tokenizer of this model."
+            )
+        edge = cast(int, model.vision_model.config.image_size)
+        self.tokenizer = tokenizer
+        self.image_transform = image_transform or ImageTransform(size=(edge, edge), crop=None, mean=HALF, std=HALF)
+        self.probability = probability
+        # Numbers and not the parameters, which half precision rounds.
+        self.logit_scale = model.logit_scale.detach().double().exp().item()
+        self.logit_bias = model.logit_bias.detach().double().item()
+        bounds = (self.logit_bias - self.logit_scale, self.logit_bias + self.logit_scale)
+        self.range = (0.0, 1.0) if probability else bounds
+
+    def score(self, images: Tensor, prompts: list[str]) -> Tensor:
+        cosine = (self.encode_image(images) * self.encode_prompt(prompts)).sum(-1)
+        logits = self.logit_scale * cosine + self.logit_bias
+        return logits.sigmoid() if self.probability else logits
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) images in [0, 1] -> (B, D) unit vectors, float32."""
+        pixels = self.image_transform(images).to(self.dtype)
+        return F.normalize(at_least_float32(self.model.vision_model(pixel_values=pixels).pooler_output), dim=-1)
+
+    def encode_text(self, prompt: str) -> Tensor:
+        """(D,) unit vector of the prompt, truncated to the length the model was trained with."""
+        ids = torch.tensor([self.token_ids(prompt)], device=self.device)
+        # No attention mask: padding was seen in training, and the text feature is that of the last position.
+        return F.normalize(at_least_float32(self.model.text_model(input_ids=ids).pooler_output), dim=-1)[0]
+
+    def token_ids(self, prompt: str) -> list[int]:
+        """The prompt, an end token that truncation does not cut, and padding up to the length of the context.
+
+        End and padding are set here, since repositories differ in whether their tokenizer does it, and on which side.
+        """
+        length, eos, pad = self.context_length, self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
+        text = prompt.lower()
+        # The first SigLIP pads with its end token; SigLIP 2 has the tokenizer of Gemma.
+        if eos == pad:
+            text = " ".join(text.translate(WITHOUT_PUNCTUATION).split())
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"][: length - 1] + [eos]
+        return ids + [pad] * (length - len(ids))
+
+    @property
+    def context_length(self) -> int:
+        return self.model.text_model.config.max_position_embeddings
+
+    @classmethod
+    def load(cls, checkpoint: str, hub: dict[str, Any]) -> "SigLIP":
+        # Not AutoTokenizer: for the first SigLIP it insists on the sentencepiece package.
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(checkpoint, **hub)
+        transform = ImageTransform.from_processor_config(checkpoint, **hub)
+        return cls(SiglipModel.from_pretrained(checkpoint, dtype=torch.float32, **hub), tokenizer, transform)
+
+
+@register_reward("siglip2")
+class SigLIP2(SigLIP):
+    """`SigLIP` with the weights of "SigLIP 2", https://arxiv.org/abs/2502.14786.
+
+    A folder of these weights is loaded as `SigLIP`, which reads it the same: both have one architecture.
+    """
+
+    name = "siglip2"
+    default_checkpoint = "google/siglip2-so400m-patch14-384"
+    parameter_count = 1_136_008_498
+
+
+# rewards/tiny_image.py
+
+
+TINY_EDGE = 32
+
+
+@register_features("tiny_image")
+class TinyImage(Features):
+    """The 32 × 32 pixels of the shrunken picture over √3072, (B, 3072): their L2 distance is at most 1, black to white.
+
+    `tiny_l2` of It's Never Too Late (https://arxiv.org/abs/2601.00090). Its released code resizes without antialiasing,
+    which reads four pixels of each 16 × 16 of a picture of 512², and gives no gradient to the others; here all count.
+    """
+
+    name = "tiny_image"
+    metric = "l2"
+
+    def encode(self, images: Tensor) -> Tensor:
+        pixels = resize(images, (TINY_EDGE, TINY_EDGE), "bilinear", single_pass=True).flatten(1)
+        return pixels / math.sqrt(pixels.shape[1])
 
 
 # rewards/views.py
@@ -2976,14 +4839,18 @@ class ReNO(NoiseOptimizer):
 
 
 def on_released_pixels(rewards: RewardSum) -> RewardSum:
-    """The same rewards, weights shared, on pixels as the released loop makes them: one bicubic pass, not clamped."""
+    """The same rewards, weights shared, on pixels as the released loop makes them once for all rewards.
+
+    The shorter side to the model's size in one bicubic pass, not clamped, and the centre of that: also for HPSv2, which
+    pads otherwise. A reward without a transform that knows its form in ReNO stays as it is.
+    """
     pairs = []
     for reward, weight in zip(rewards.rewards, rewards.weights.values(), strict=True):
         twin = copy.copy(reward)
-        if dataclasses.is_dataclass(transform := getattr(reward, "image_transform", None)):
-            twin.image_transform = dataclasses.replace(transform, single_pass=True)  # pyright: ignore
+        if as_in_reno := getattr(getattr(reward, "image_transform", None), "as_in_reno", None):
+            twin.image_transform = as_in_reno()
         pairs.append((twin, weight))
-    return RewardSum(pairs)
+    return rewards.like(pairs)
 
 
 # pipelines/reno_mixin.py

@@ -41,7 +41,17 @@ if TYPE_CHECKING:
         optimize_noise,
         register_noise_optimizer,
     )
-    from .rewards import AutoReward, CLIPScore, ColorChannel, Reward, RewardSum, list_rewards, register_reward
+    from .rewards import (
+        AutoFeatures,
+        AutoReward,
+        CLIPScore,
+        ColorChannel,
+        Reward,
+        RewardSum,
+        list_features,
+        list_rewards,
+        register_reward,
+    )
     from .schedulers import predict_x0
 
 try:
@@ -50,6 +60,7 @@ except PackageNotFoundError:  # the folder is on the path, not installed
     __version__ = "0+unknown"
 
 __all__ = [
+    "AutoFeatures",
     "AutoReward",
     "BestOfN",
     "CLIPScore",
@@ -84,6 +95,7 @@ __all__ = [
     "RewardSum",
     "StepImages",
     "TimeBudget",
+    "list_features",
     "list_noise_optimizers",
     "list_rewards",
     "optimize_noise",

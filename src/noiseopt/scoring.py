@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,7 +60,8 @@ class RewardFacts:
 
     Attributes:
         name: What it is found by.
-        checkpoint: The Hub id that the name loads; `None` without weights, or where they have to be given.
+        checkpoint: The Hub id that the name loads; `None` without weights, or where a folder has to be given.
+        weights_file: The file that holds them, where it is not what transformers saves.
         license: Of the checkpoint.
         range: Lowest and highest score, where they are bounded.
         differentiable: Whether it has a gradient.
@@ -69,6 +71,7 @@ class RewardFacts:
 
     name: str
     checkpoint: str | None
+    weights_file: str | None
     license: str | None
     range: tuple[float, float] | None
     differentiable: bool
@@ -86,6 +89,7 @@ class RewardFacts:
         return cls(
             name,
             reward.default_checkpoint,
+            reward.weights_file,
             reward.license,
             reward.range,
             reward.differentiable,
@@ -95,12 +99,12 @@ class RewardFacts:
 
     def row(self) -> list[str]:
         """The facts as text."""
-        low, high = ("" if bound in (float("-inf"), float("inf")) else f"{bound:g}" for bound in self.range or ("", ""))
+        low, high = self.range or (-math.inf, math.inf)
         return [
             self.name,
-            self.checkpoint or "–",
+            self.checkpoint or (f"file {self.weights_file}" if self.weights_file else "–"),
             self.license or "–",
-            f"{low} … {high}" if self.range else "open",
+            f"{low:g} … {high:g}".replace("inf", "∞") if self.range else "open",
             "yes" if self.differentiable else "no",
             "yes" if self.requires_prompt else "no",
             f"{self.gibibytes:.2f}" if self.gibibytes else "–",

@@ -1,5 +1,7 @@
 """What a plan reads from words, and how it refuses what cannot work before any model is loaded."""
 
+import sys
+
 import pytest
 
 from noiseopt import BestOfN, ReNO
@@ -110,7 +112,8 @@ def test_the_world_says_the_category_where_the_source_does_not():
         ({"rewards": (("clip", 0.0),)}, "weights above 0"),
         ({"watched": ("clip",)}, "Expected each reward once"),
         ({"watched": ("clipscor",)}, "Did you mean 'clipscore'"),
-        ({"features": "dino"}, "Expected features out of dinov2, clip"),
+        ({"features": "dino"}, "Expected features out of .*but got 'dino'. Did you mean"),
+        ({"features": "tiny_image"}, "compared by their cosine.*'tiny_image' are made for the l2 distance"),
         ({"references": "no such folder"}, "Expected a folder of images"),
         ({"device": "abacus"}, "Expected a device that this machine has, but got 'abacus'"),
         ({"prompts": PromptSet("none", ())}, "Expected at least one prompt"),
@@ -147,3 +150,17 @@ def test_names_of_folders_are_safe_and_distinct():
     names = [slug(text) for text in texts]
     assert len(set(names)) == len(texts) and names[3] == "reno"
     assert not any(set(name) & set('/\\:*?"<>| ') for name in names)
+
+
+def test_the_embedded_towers_have_their_names_among_embedded_models_only():
+    real = (ModelChoice.parse("some/model", {}),)
+    assert plan(features="dinov2").features_are_embedded and plan(features="clip").features_are_embedded
+    assert not plan(features="dinov2", models=real).features_are_embedded
+    assert not plan(features="dinov2_patch").features_are_embedded
+    assert not plan(features="facebook/dinov2-base").features_are_embedded
+
+
+def test_features_of_a_package_that_is_not_there_are_refused_before_anything_runs(monkeypatch):
+    monkeypatch.setitem(sys.modules, "dreamsim", None)
+    with pytest.raises(ValueError, match=r"Expected the package `dreamsim`.*pip install noiseopt\[dreamsim\]"):
+        plan(features="dreamsim")

@@ -5,11 +5,15 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers import StableDiffusionPipeline
+from tiny_clip_rewards import build_clip_score, build_hpsv2
 from tiny_pipelines import SIZE, call_arguments, save_tiny_clip, tiny_pipeline
 
 from noiseopt import AutoReward, BestOfN, ChiPrior, NoiseState, ReNO, optimize_noise
 from noiseopt.pipelines.regularizers import clip_per_sample
+from noiseopt.pipelines.reno import on_released_pixels
+from noiseopt.rewards import RewardSum
 
 ARGUMENTS = {"num_inference_steps": 1, "guidance_scale": 0.0, **SIZE}
 
@@ -50,6 +54,31 @@ def released_loop(pipe, prompt, reward, weight, steps, seed):
             torch.nn.utils.clip_grad_norm_([latents], 0.1)
             optimizer.step()
     return losses, best_latents, latents.detach()
+
+
+def released_pixels(images):
+    """What the released loop feeds to every reward: Resize(size), CenterCrop(size) and Normalize of a float tensor."""
+    height, width = images.shape[-2:]
+    scaled = (32, int(32 * width / height)) if height < width else (int(32 * height / width), 32)
+    images = F.interpolate(images, scaled, mode="bicubic", antialias=True)
+    top, left = (scaled[0] - 32) // 2, (scaled[1] - 32) // 2
+    mean, std = torch.tensor([[0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]])
+    return (images[..., top : top + 32, left : left + 32] - mean[:, None, None]) / std[:, None, None]
+
+
+@pytest.mark.parametrize("size", [(40, 56), (57, 33)], ids=str)
+def test_parity_mode_gives_every_reward_the_released_pixels(size):
+    rewards = RewardSum({build_clip_score(): 0.01, build_hpsv2(): 5.0, redness: 1.0})
+    native = [reward.image_transform for reward in rewards.rewards[:2]]
+    parity = on_released_pixels(rewards)
+    checker = torch.rand(1, 3, *size, generator=generator()).round()
+    for reward, twin in zip(rewards.rewards[:2], parity.rewards[:2], strict=True):
+        torch.testing.assert_close(twin.image_transform(checker), released_pixels(checker), rtol=0, atol=1e-5)
+        assert (reward.image_transform(checker) - twin.image_transform(checker)).abs().max() > 0.05
+        assert twin.model is reward.model
+    assert [reward.image_transform for reward in rewards.rewards[:2]] == native
+    assert parity.weights == rewards.weights
+    assert torch.equal(parity.rewards[2](checker, "a"), rewards.rewards[2](checker, "a"))
 
 
 def test_parity_mode_follows_the_released_loop_step_by_step(clip):

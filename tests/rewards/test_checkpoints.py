@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from noiseopt.rewards.checkpoints import checkpoint_path, load_strictly, read_state_dict
+from noiseopt.rewards.checkpoints import check_weights, checkpoint_path, holder_of, load_strictly, read_state_dict
 
 HUB = {"revision": None, "cache_dir": None, "token": None, "local_files_only": True}
 
@@ -39,7 +39,7 @@ def test_a_pickle_that_would_execute_something_is_refused(tmp_path: Path, capsys
     torch.save({"a": torch.ones(1), "evil": Evil()}, tmp_path / "evil.pt")
     with pytest.raises(ValueError, match="evil.pt cannot be read with `weights_only=True`"):
         read_state_dict(tmp_path / "evil.pt")
-    (tmp_path / "bare.pt").write_bytes(pickle.dumps(Evil()))
+    (tmp_path / "bare.pt").write_bytes(pickle.dumps(Evil(), protocol=2))
     with pytest.raises(ValueError, match="bare.pt cannot be read"):
         read_state_dict(tmp_path / "bare.pt")
     assert "executed" not in capsys.readouterr().out
@@ -53,6 +53,22 @@ def test_a_truncated_file_and_one_without_names_are_refused(tmp_path: Path):
     torch.save([torch.ones(1)], tmp_path / "list.pt")
     with pytest.raises(ValueError, match="Expected list.pt to hold tensors by name, but it holds list"):
         read_state_dict(tmp_path / "list.pt")
+
+
+def test_a_part_is_read_from_a_folder_that_has_it_and_else_from_the_companion(tmp_path: Path):
+    hub = {**HUB, "revision": "v2"}
+    (tmp_path / "tokenizer_config.json").touch()
+    assert holder_of("tokenizer_config.json", str(tmp_path), "org/clip", hub) == (str(tmp_path), hub)
+    assert holder_of("config.json", str(tmp_path), "org/clip", hub) == ("org/clip", HUB)
+    assert holder_of("config.json", "org/finetuned", "org/clip", hub) == ("org/clip", HUB)
+
+
+def test_weights_are_checked_against_a_module_without_storage():
+    with torch.device("meta"):
+        layer = nn.Linear(2, 3)
+    check_weights(layer, {"weight": torch.ones(3, 2), "bias": torch.zeros(3)}, "head.pt")
+    with pytest.raises(ValueError, match="head.pt .* of Linear, but missing: bias"):
+        check_weights(layer, {"weight": torch.ones(3, 2)}, "head.pt")
 
 
 def test_loads_exactly_or_names_what_is_wrong():

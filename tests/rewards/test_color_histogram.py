@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from noiseopt.rewards import SoftColorHistogram, histogram_distance
+from noiseopt.rewards import ColorHistogramFeatures, PairwiseDistance, SoftColorHistogram, histogram_distance
 
 
 def random_images(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -93,3 +93,12 @@ def test_descending_the_distance_brings_palettes_together():
 def test_refuses_a_single_bin():
     with pytest.raises(ValueError, match="Expected at least 2 bins, but got 1"):
         SoftColorHistogram(1)
+
+
+def test_as_features_their_distance_is_that_of_histograms():
+    first, second = torch.rand(2, 3, 3, 12, 10, generator=torch.Generator().manual_seed(9))
+    features = ColorHistogramFeatures()
+    found = PairwiseDistance(features)(first, second)
+    histogram = SoftColorHistogram()
+    expected = histogram_distance(histogram(first)[:, None], histogram(second)[None])
+    torch.testing.assert_close(found, expected)

@@ -6,7 +6,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from noiseopt.rewards import AutoReward, CLIPScore, ColorChannel, Reward, list_rewards, register_reward, registry
+from noiseopt.rewards import (
+    AutoReward,
+    CLIPScore,
+    ColorChannel,
+    Reward,
+    RewardSum,
+    list_rewards,
+    register_reward,
+    registry,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -113,6 +122,16 @@ def test_a_new_class_can_claim_a_model_type(tmp_path: Path):
 
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
     assert isinstance(AutoReward.from_pretrained(tmp_path, local_files_only=True), BertScore)
+
+
+def test_a_reward_that_is_not_on_the_hub_says_where_it_is_before_anything_is_loaded():
+    class Elsewhere(Reward):
+        name, weights_file, published_at = "elsewhere", "head.pth", "the site of its authors"
+
+    register_reward("elsewhere")(Elsewhere)
+    for load in (AutoReward.from_pretrained, lambda name: RewardSum(["clipscore", name])):
+        with pytest.raises(ValueError, match="'elsewhere', whose weights .* Download head.pth from the site of"):
+            load("elsewhere")
 
 
 def test_a_class_without_a_checkpoint_says_so():

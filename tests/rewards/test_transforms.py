@@ -10,10 +10,19 @@ import torch
 import torch.nn.functional as F
 from transformers import BlipImageProcessorPil, CLIPImageProcessorPil, SiglipImageProcessorPil
 
-from noiseopt.rewards import ImageTransform, center_crop, longest_edge_pad, normalize, resize, shortest_edge
+from noiseopt.rewards import (
+    ImageTransform,
+    PadTransform,
+    center_crop,
+    longest_edge_pad,
+    normalize,
+    resize,
+    shortest_edge,
+)
 from noiseopt.rewards.transforms import first_pass_size
 
 SIZES = [(64, 64), (200, 200), (300, 171), (97, 160), (512, 768)]
+CLIP_NORMALISATION = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 PILLOW = int(PIL.__version__.split(".")[0])
 # Pillow rounds to uint8 after each pass: 1/2, times the sum of the absolute bicubic weights (5/4 at most), plus 1/2.
 ROUNDING = 0.5 * 1.25 + 0.5
@@ -102,6 +111,18 @@ def test_longest_edge_pad_centres_the_image_on_black():
     assert padded.shape == (1, 3, 32, 32)
     torch.testing.assert_close(padded[..., 8:24, :], torch.ones(1, 3, 16, 32))
     assert not padded[..., :8, :].any() and not padded[..., 24:, :].any()
+
+
+def test_pad_transform_is_the_padding_and_clips_normalisation():
+    images = to_batch(make_image("checker", 97, 160))
+    expected = normalize(longest_edge_pad(images, 56), *CLIP_NORMALISATION)
+    assert torch.equal(PadTransform(56)(images), expected)
+    assert torch.equal(PadTransform(56)(images.half()), PadTransform(56)(images.half().float()))
+
+
+def test_in_reno_every_transform_crops_in_one_unclamped_pass():
+    cropping = ImageTransform(size=56, crop=(56, 56))
+    assert PadTransform(56).as_in_reno() == cropping.as_in_reno() == dataclasses.replace(cropping, single_pass=True)
 
 
 def test_normalize_and_center_crop():

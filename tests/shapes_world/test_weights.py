@@ -10,8 +10,7 @@ from safetensors import safe_open
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
 from noiseopt import shapes_world
-from noiseopt.evaluation.features import ImageFeatures
-from noiseopt.rewards import CLIPScore
+from noiseopt.rewards import CLIPScore, ImageFeatures
 from noiseopt.shapes_world import VALIDATION_PROMPTS, judge
 from noiseopt.shapes_world.captions import WORDS
 from noiseopt.shapes_world.negatives import wrong_request

@@ -110,8 +110,8 @@ def add_measures(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--features",
         metavar="NAME",
-        help="embedding for similarity, Vendi score and coverage: dinov2 and clip are embedded; Hub id, folder or none "
-        "(dinov2, or facebook/dinov2-base for other models)",
+        help="embedding for similarity, Vendi score and coverage: dinov2, dinov2_patch, clip, dreamsim, Hub id, folder "
+        "or none; dinov2 and clip are the embedded towers where all models are (dinov2, or facebook/dinov2-base)",
     )
     group.add_argument(
         "--references",

@@ -77,7 +77,8 @@ class Evaluation:
     def fetch_weights(self) -> None:
         """See that the weights of all embedded models are there, or get them, before any model runs."""
         plan = self.plan
-        names = {model.name for model in plan.models} | {*plan.reward_names} | {plan.features}
+        names = {model.name for model in plan.models} | {*plan.reward_names}
+        names |= {plan.features} if plan.features_are_embedded else set()
         try:
             for name in shapes_world.MODELS:
                 if name in names:

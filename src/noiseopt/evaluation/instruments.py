@@ -8,18 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from .. import shapes_world
 from ..pipelines.noise_result import NoiseResult
+from ..rewards.auto_features import AutoFeatures
+from ..rewards.features import Features
 from ..rewards.registry import AutoReward
 from ..rewards.reward import Reward
 from ..rewards.reward_sum import RewardSum, as_reward
 from ..shapes_world.vqa import YesNo
-from .features import ImageFeatures
 from .metrics import coverage, layout_spread, mean_pairwise_similarity, vendi_score
 from .noise_statistics import gaussian_limits, noise_statistics
-from .plan import EMBEDDED_FEATURES, EMBEDDED_REWARDS, Plan
+from .plan import EMBEDDED_REWARDS, Plan
 
 RENDERS = 16  # references for the coverage of one prompt
 NEIGHBORS = 5
@@ -49,12 +51,12 @@ class Instruments:
     Attributes:
         rewards: The optimised rewards with their weights: what methods take as `rewards`.
         watched: Rewards that are only measured.
-        features: `(B, 3, H, W)` in [0, 1] -> `(B, D)`, or `None`.
+        features: `(B, 3, H, W)` in [0, 1] -> `(B, D)` or `(B, P, D)`, to be compared by their cosine; or `None`.
     """
 
     rewards: list[tuple[Reward, float]]
     watched: list[Reward]
-    features: ImageFeatures | None
+    features: Features | None
 
     @classmethod
     def load(cls, plan: Plan, device: torch.device) -> "Instruments":
@@ -62,7 +64,8 @@ class Instruments:
         rewards = [(load_reward(name, device), weight) for name, weight in plan.rewards]
         if any(method.takes_rewards and method.build(rewards).gradient for method in plan.methods):
             RewardSum(rewards).check_differentiable()
-        return cls(rewards, [load_reward(name, device) for name in plan.watched], load_features(plan.features, device))
+        watched = [load_reward(name, device) for name in plan.watched]
+        return cls(rewards, watched, load_features(plan, device))
 
     def scores(self, images: torch.Tensor, prompt: str) -> dict[str, list[float]]:
         """Each reward of images `(B, 3, H, W)`, by name."""
@@ -75,7 +78,9 @@ class Instruments:
         if self.features is None:
             return None
         with torch.no_grad():
-            return self.features(images).float().cpu()
+            features = self.features(images).cpu()
+        # The cosine of what is joined is the mean of the cosines of the parts if these are of one length.
+        return F.normalize(features, dim=-1).flatten(1) if features.ndim > 2 else features
 
     @functools.lru_cache(maxsize=64)  # noqa: B019  lives as long as the process measures
     def renders(self, prompt: str) -> torch.Tensor | None:
@@ -83,10 +88,12 @@ class Instruments:
         return self.embed(render_references(prompt))
 
 
-def load_features(name: str | None, device: torch.device) -> ImageFeatures | None:
-    if name is None:
+def load_features(plan: Plan, device: torch.device) -> Features | None:
+    """The features that a plan names; for embedded models, `dinov2` and `clip` are the embedded towers."""
+    if plan.features is None:
         return None
-    return ImageFeatures.from_pretrained(weights_of(name, EMBEDDED_FEATURES), device=device)
+    name = shapes_world.path(plan.features) if plan.features_are_embedded else plan.features
+    return AutoFeatures.from_pretrained(name, device=device)
 
 
 def render_references(prompt: str) -> torch.Tensor:

@@ -17,6 +17,8 @@ from .. import __version__, shapes_world
 from ..pipelines.best_of_n import BestOfN
 from ..pipelines.methods import METHODS, list_noise_optimizers
 from ..pipelines.noise_optimizer import NoiseOptimizer
+from ..rewards.auto_features import find_features
+from ..rewards.features import import_optional
 from ..rewards.registry import find_reward
 from ..shapes_world.embedded import WEIGHTS
 from .prompt_sets import PromptSet
@@ -207,7 +209,7 @@ class Plan:
         check_device(self.device)
         if self.references is not None and not os.path.isdir(self.references):
             raise ValueError(f"Expected a folder of images as references, but got {self.references!r}.")
-        if self.features is not None:
+        if self.features is not None and not self.features_are_embedded:
             check_features(self.features)
         self.check_prompts()
 
@@ -254,6 +256,11 @@ class Plan:
                 found.append(control_of(method))
             found.append(Contender(method.label, method))
         return tuple(found)
+
+    @property
+    def features_are_embedded(self) -> bool:
+        """Whether the features are those of a tower of the shapes world, which has the name of a larger one."""
+        return self.features in EMBEDDED_FEATURES and all(model.embedded for model in self.models)
 
     @property
     def reward_names(self) -> list[str]:
@@ -310,12 +317,20 @@ def check_reward(name: str) -> None:
 
 
 def check_features(name: str) -> None:
-    """Raise `ValueError` for what is no embedded image tower, Hub id or folder."""
-    if name not in EMBEDDED_FEATURES and not os.path.isdir(name) and not HUB_ID.fullmatch(name):
+    """Raise `ValueError` for what is no features, Hub id or folder, not compared by a cosine, or not installed."""
+    features = find_features(name)
+    if features is None:
+        return
+    if features.metric != "cosine":
         raise ValueError(
-            f"Expected features out of {', '.join(EMBEDDED_FEATURES)}, a Hub id such as {HELD_OUT_FEATURES!r} or a "
-            f"folder, but got {name!r}."
+            f"Expected features that are compared by their cosine, as similarity and Vendi score do, but '{name}' are "
+            f"made for the {features.metric} distance. Take dinov2, dinov2_patch, clip or dreamsim."
         )
+    if features.package is not None:
+        try:
+            import_optional(features.package)
+        except ImportError as error:
+            raise ValueError(str(error)) from None
 
 
 def at_hand(name: str) -> bool:

@@ -11,6 +11,7 @@ from transformers import (
     CLIPConfig,
     CLIPImageProcessorPil,
     CLIPModel,
+    CLIPVisionConfig,
     CLIPVisionModelWithProjection,
     ConvNextConfig,
     ConvNextModel,
@@ -26,8 +27,14 @@ from transformers import (
     ViTModel,
 )
 
-from noiseopt.evaluation.features import ImageFeatures
-from noiseopt.rewards import ImageTransform
+from noiseopt.rewards import (
+    NEVER_TOO_LATE_TRANSFORM,
+    CLIPFeatures,
+    DINOv2Features,
+    DINOv2PatchFeatures,
+    ImageFeatures,
+    ImageTransform,
+)
 
 TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 VISION = TOWER | {"image_size": 32, "patch_size": 8}
@@ -164,3 +171,29 @@ def test_wrong_arguments_are_refused(folders):
     for bad in (-1.0, 1.2, float("nan")):
         with pytest.raises(ValueError, match=r"pixels in \[0, 1\]"):
             features(torch.full((1, 3, 8, 8), bad))
+
+
+def test_the_transform_of_never_too_late_squashes_to_18_by_18_patches():
+    """As released, but antialiased: where the picture shrinks, more of its pixels count."""
+    features = DINOv2PatchFeatures(random_weights(Dinov2Model(Dinov2Config(**TOWER, patch_size=14))), PLAIN)
+    features.image_transform = NEVER_TOO_LATE_TRANSFORM
+    images = as_batch(pictures(200, 310))
+    assert features(images).shape == (2, 18 * 18, 32)
+    released = torch.nn.functional.interpolate(images * 2 - 1, (256, 256), mode="bilinear") * 0.5 + 0.5
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    expected = (released - mean[:, None, None]) / std[:, None, None]
+    assert (NEVER_TOO_LATE_TRANSFORM(images) - expected).abs().mean() < 0.02
+    enlarged = as_batch(pictures(100, 120))  # where nothing is averaged they are one
+    released = torch.nn.functional.interpolate(enlarged, (256, 256), mode="bilinear")
+    expected = (released - mean[:, None, None]) / std[:, None, None]
+    torch.testing.assert_close(NEVER_TOO_LATE_TRANSFORM(enlarged), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_parameter_counts_are_those_of_the_published_configurations():
+    large = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+    config = CLIPVisionConfig(**large, image_size=224, patch_size=14, projection_dim=768)
+    with torch.device("meta"):
+        clip = CLIPVisionModelWithProjection(config)
+        base = Dinov2Model(Dinov2Config(image_size=518, patch_size=14))
+    assert sum(parameter.numel() for parameter in clip.parameters()) == CLIPFeatures.parameter_count
+    assert sum(parameter.numel() for parameter in base.parameters()) == DINOv2Features.parameter_count
