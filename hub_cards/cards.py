@@ -138,6 +138,43 @@ output.noise_result.save("scooter.safetensors")  # the five noises and where the
     takes_rewards=False,
 )
 
+NOISE_DIFFUSION = Method(
+    name="NoiseDiffusion",
+    settings_argument="noise_diffusion_kwargs",
+    paper="https://arxiv.org/abs/2411.16503",
+    bibtex="""\
+@inproceedings{miao2025noisediffusion,
+  title     = {Noise Diffusion for Enhancing Semantic Faithfulness in Text-to-Image Synthesis},
+  author    = {Miao, Boming and others},
+  booktitle = {IEEE/CVF Conference on Computer Vision and Pattern Recognition},
+  year      = {2025}
+}""",
+    summary="""\
+Chooses the **initial noise** of {model} by a vision-language model. Each round draws the image, asks whether it shows
+the prompt, and mixes into the noise the fresh Gaussian noise that leads up the probability of "yes": far where the
+answer is no, hardly at all where it is yes. The noise stays Gaussian, the sampler stays as it is, and no gradient
+passes the denoiser. Without `rewards` the pipeline is bit-identical to the stock `{stock}`.""",
+    example="""\
+output = pipe(
+    "a frog on a red bench",
+    rewards="vqascore",
+    optimization_steps=10,
+    noise_diffusion_kwargs={"threshold": 0.95},
+    generator=torch.Generator("cuda").manual_seed(0),
+)
+output.images[0].save("frog.png")
+
+result = output.noise_result
+print(result.initial_scores, result.best_scores)
+result.save("frog.safetensors")  # the noise, its scores and where it came from""",
+    limits="""\
+* Each round samples the whole image, then passes decoder and scorer backwards: ten rounds cost ten images and more.
+* The score is the opinion of one model. Best-of-N by the same scorer is the control, a scorer of another family the
+  judge.
+* Offloading and `torch.inference_mode()` are refused.""",
+    takes_rewards=True,
+)
+
 CARDS = (
     Card(
         name="reno-turbo",
@@ -183,6 +220,38 @@ CARDS = (
         name="cno-flux",
         module="pipelines/cno_flux.py",
         method=CNO,
+        base_model="black-forest-labs/FLUX.1-dev",
+        model="FLUX.1",
+        stock="FluxPipeline",
+    ),
+    Card(
+        name="noise-diffusion-stable-diffusion",
+        module="pipelines/noise_diffusion_stable_diffusion.py",
+        method=NOISE_DIFFUSION,
+        base_model="stable-diffusion-v1-5/stable-diffusion-v1-5",
+        model="Stable Diffusion 1.5",
+        stock="StableDiffusionPipeline",
+    ),
+    Card(
+        name="noise-diffusion-stable-diffusion-xl",
+        module="pipelines/noise_diffusion_stable_diffusion_xl.py",
+        method=NOISE_DIFFUSION,
+        base_model="stabilityai/stable-diffusion-xl-base-1.0",
+        model="SDXL",
+        stock="StableDiffusionXLPipeline",
+    ),
+    Card(
+        name="noise-diffusion-stable-diffusion-3",
+        module="pipelines/noise_diffusion_stable_diffusion_3.py",
+        method=NOISE_DIFFUSION,
+        base_model="stabilityai/stable-diffusion-3.5-medium",
+        model="Stable Diffusion 3.5",
+        stock="StableDiffusion3Pipeline",
+    ),
+    Card(
+        name="noise-diffusion-flux",
+        module="pipelines/noise_diffusion_flux.py",
+        method=NOISE_DIFFUSION,
         base_model="black-forest-labs/FLUX.1-dev",
         model="FLUX.1",
         stock="FluxPipeline",

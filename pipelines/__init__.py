@@ -10,6 +10,10 @@ from .contrast import ContrastiveObjective
 from .mean_variance import MeanVariance
 from .methods import list_noise_optimizers, register_noise_optimizer
 from .noise_diffusion import NoiseDiffusion
+from .noise_diffusion_flux import NoiseDiffusionFluxPipeline
+from .noise_diffusion_stable_diffusion import NoiseDiffusionStableDiffusionPipeline
+from .noise_diffusion_stable_diffusion_3 import NoiseDiffusionStableDiffusion3Pipeline
+from .noise_diffusion_stable_diffusion_xl import NoiseDiffusionStableDiffusionXLPipeline
 from .noise_hook import NoiseOptimizationMixin, optimize_noise
 from .noise_optimizer import NoiseOptimizer
 from .noise_pgd import NoisePGD
@@ -33,6 +37,10 @@ __all__ = [
     "FunctionObjective",
     "MeanVariance",
     "NoiseDiffusion",
+    "NoiseDiffusionFluxPipeline",
+    "NoiseDiffusionStableDiffusion3Pipeline",
+    "NoiseDiffusionStableDiffusionXLPipeline",
+    "NoiseDiffusionStableDiffusionPipeline",
     "NoiseOptimizationMixin",
     "NoiseOptimizer",
     "NoisePGD",

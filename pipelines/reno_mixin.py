@@ -3,14 +3,13 @@
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from ..rewards.reward_sum import RewardSum, reward_weight_pairs
 from .methods import call_settings
-from .noise_hook import NoiseOptimizationMixin
 from .noise_optimizer import NoiseOptimizer
 from .reno import ReNO
+from .reward_mixin import RewardMixin
 
 
-class ReNOMixin(NoiseOptimizationMixin):
+class ReNOMixin(RewardMixin):
     """Adds `rewards=` and plain-value settings of ReNO to the call of a stock pipeline."""
 
     def __call__(
@@ -46,29 +45,10 @@ class ReNOMixin(NoiseOptimizationMixin):
             ValueError: For settings that cannot work, before any model runs.
         """
         settings = call_settings({"steps": optimization_steps, "mode": mode}, reno_kwargs, "reno_kwargs")
-        if rewards is None and settings:
-            raise ValueError(
-                f"Expected `rewards` beside {sorted(settings)}, but got none: there is nothing to optimise."
-            )
-        if rewards is not None and noise_optimizer is not None:
-            raise ValueError("Expected `rewards` or `noise_optimizer`, but got both. Give the rewards to the method.")
-        if rewards is not None:
-            noise_optimizer = ReNO(rewards=self.load_rewards(rewards), **settings)
+        noise_optimizer = self.method_on(ReNO, rewards, settings, noise_optimizer)
         return super().__call__(
             *args,
             noise_optimizer=noise_optimizer,
             callback_on_optimization_step_end=callback_on_optimization_step_end,
             **kwargs,
         )
-
-    def load_rewards(self, rewards: Any) -> RewardSum:
-        """A `RewardSum` on the pipeline's device; what has a name is loaded at its first use and kept."""
-        device = self._execution_device  # pyright: ignore[reportAttributeAccessIssue]
-        kept = vars(self).setdefault("_loaded_rewards", {})
-        pairs = reward_weight_pairs(rewards, None)
-        known = [(kept.get(str(name), name), weight) for name, weight in pairs]
-        total = RewardSum(known, normalization=getattr(rewards, "normalization", None), device=device)
-        for (name, _), reward in zip(pairs, total.rewards, strict=True):
-            if isinstance(name, str):
-                kept[name] = reward
-        return total

@@ -36,6 +36,63 @@ from torch import Tensor, nn
 from transformers import AutoConfig, ImageProcessingMixin, PretrainedConfig
 
 
+# callbacks/noise_state.py
+
+
+@dataclasses.dataclass(eq=False)
+class NoiseState:
+    """A running optimisation of `B` independent noises.
+
+    Attributes:
+        pipeline: The pipeline whose noise is optimised.
+        prompts: The `B` prompts that rewards are asked about.
+        steps: How many evaluations the method plans.
+        noise: `(B, C, H, W)`, unit variance, the noise that was evaluated in this step.
+        step: Index of this evaluation, from 0: step 0 is the plain result.
+        images: `(B, 3, H, W)` in [0, 1], what the noise draws; `None` if the objective did not ask for images.
+        loss: `(B,)`, lower is better, without the regularizer.
+        scores: Name to `(B,)`, the raw rewards of this step, higher is better.
+        best_loss: `(B,)`, the lowest loss so far.
+        best_step: `(B,)`, the step of the lowest loss.
+        best_noise: `(B, C, H, W)`, the noise of the lowest loss.
+        best_images: `(B, 3, H, W)` or `None`, the images of the lowest loss.
+        active: `(B,)` bool. A sample that is not active keeps its best and is not recorded any more.
+        reports: What callbacks have to say in the result, by name: plain values.
+        stopped: Why the run ended before its last step, or `None`.
+    """
+
+    pipeline: Any
+    prompts: list[str]
+    steps: int
+    noise: torch.Tensor
+    step: int = -1
+    images: torch.Tensor | None = None
+    loss: torch.Tensor | None = None
+    scores: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
+    best_loss: torch.Tensor | None = None
+    best_step: torch.Tensor | None = None
+    best_noise: torch.Tensor | None = None
+    best_images: torch.Tensor | None = None
+    reports: dict[str, Any] = dataclasses.field(default_factory=dict)
+    active: torch.Tensor = dataclasses.field(init=False)
+    stopped: str | None = None
+    started: float = dataclasses.field(default_factory=time.perf_counter)
+
+    def __post_init__(self) -> None:
+        self.active = torch.ones(len(self.noise), dtype=torch.bool, device=self.noise.device)
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the optimisation began."""
+        return time.perf_counter() - self.started
+
+    def stop(self, reason: str = "callback", samples: torch.Tensor | None = None) -> None:
+        """End the run after this step, or only for the samples where the `(B,)` bool mask `samples` is true."""
+        self.active = self.active & ~samples if samples is not None else torch.zeros_like(self.active)
+        if not self.active.any():
+            self.stopped = reason
+
+
 # rewards/transforms.py
 
 
@@ -2008,63 +2065,6 @@ def mean_similarity(directions: torch.Tensor) -> torch.Tensor:
     return (cosines.sum(1) - cosines.diagonal()) / (len(directions) - 1)
 
 
-# callbacks/noise_state.py
-
-
-@dataclasses.dataclass(eq=False)
-class NoiseState:
-    """A running optimisation of `B` independent noises.
-
-    Attributes:
-        pipeline: The pipeline whose noise is optimised.
-        prompts: The `B` prompts that rewards are asked about.
-        steps: How many evaluations the method plans.
-        noise: `(B, C, H, W)`, unit variance, the noise that was evaluated in this step.
-        step: Index of this evaluation, from 0: step 0 is the plain result.
-        images: `(B, 3, H, W)` in [0, 1], what the noise draws; `None` if the objective did not ask for images.
-        loss: `(B,)`, lower is better, without the regularizer.
-        scores: Name to `(B,)`, the raw rewards of this step, higher is better.
-        best_loss: `(B,)`, the lowest loss so far.
-        best_step: `(B,)`, the step of the lowest loss.
-        best_noise: `(B, C, H, W)`, the noise of the lowest loss.
-        best_images: `(B, 3, H, W)` or `None`, the images of the lowest loss.
-        active: `(B,)` bool. A sample that is not active keeps its best and is not recorded any more.
-        reports: What callbacks have to say in the result, by name: plain values.
-        stopped: Why the run ended before its last step, or `None`.
-    """
-
-    pipeline: Any
-    prompts: list[str]
-    steps: int
-    noise: torch.Tensor
-    step: int = -1
-    images: torch.Tensor | None = None
-    loss: torch.Tensor | None = None
-    scores: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
-    best_loss: torch.Tensor | None = None
-    best_step: torch.Tensor | None = None
-    best_noise: torch.Tensor | None = None
-    best_images: torch.Tensor | None = None
-    reports: dict[str, Any] = dataclasses.field(default_factory=dict)
-    active: torch.Tensor = dataclasses.field(init=False)
-    stopped: str | None = None
-    started: float = dataclasses.field(default_factory=time.perf_counter)
-
-    def __post_init__(self) -> None:
-        self.active = torch.ones(len(self.noise), dtype=torch.bool, device=self.noise.device)
-
-    @property
-    def elapsed(self) -> float:
-        """Seconds since the optimisation began."""
-        return time.perf_counter() - self.started
-
-    def stop(self, reason: str = "callback", samples: torch.Tensor | None = None) -> None:
-        """End the run after this step, or only for the samples where the `(B,)` bool mask `samples` is true."""
-        self.active = self.active & ~samples if samples is not None else torch.zeros_like(self.active)
-        if not self.active.any():
-            self.stopped = reason
-
-
 # callbacks/noise_callback.py
 
 
@@ -2191,6 +2191,11 @@ class CandidateNoise:
     def draw(self) -> torch.Tensor:
         """`(B, C, H, W)` standard Gaussian."""
         return randn_tensor(tuple(self.like.shape), self.streams, self.like.device, self.like.dtype)
+
+    def uniform(self) -> torch.Tensor:
+        """`(B,)` uniform in [0, 1), float64."""
+        draws = [torch.rand((), generator=stream, dtype=torch.float64) for stream in self.streams]
+        return torch.stack(draws).to(self.like.device)
 
 
 def seed_from(noise: torch.Tensor) -> int:
@@ -2436,12 +2441,17 @@ class NoiseOptimizer:
         """What the method remembers from step to step, such as momentum."""
         return None
 
-    def step(self, noise: torch.Tensor, gradient: Any, memory: Any) -> torch.Tensor:
-        """The method: the next noise, from this one and the gradient of its loss, both `(B, C, H, W)`.
+    def step(self, state: NoiseState, gradient: Any, memory: Any) -> torch.Tensor:
+        """The method: the next noise `(B, C, H, W)`.
 
-        `gradient` is `None` for a method without gradients; `memory` is what `start` returned.
+        `state` holds what was evaluated: `state.noise`, its `state.loss`, the best so far; `gradient` `(B, C, H, W)` is
+        that of the loss with respect to the noise, `None` for a method without; `memory` is what `start` returned.
         """
-        raise NotImplementedError(f"{type(self).__name__} must define `step(noise, gradient, memory)`.")
+        raise NotImplementedError(f"{type(self).__name__} must define `step(state, gradient, memory)`.")
+
+    def watchers(self) -> list[NoiseCallback]:
+        """Callbacks that belong to the method, such as one that stops it; they see each step before the user's."""
+        return []
 
     def check(self) -> None:
         """Raise `ValueError` for settings that cannot work."""
@@ -2466,7 +2476,8 @@ class NoiseOptimizer:
     ) -> NoiseResult:
         """Optimise. An exception on the way carries what was found so far as its `noise_result`."""
         state = NoiseState(problem.pipe, problem.prompts, self.steps, problem.noise)
-        loop = OptimizationLoop(self, problem, objective, state, [ProgressBar(), *as_callbacks(callbacks)])
+        every = [ProgressBar(), *self.watchers(), *as_callbacks(callbacks)]
+        loop = OptimizationLoop(self, problem, objective, state, every)
         try:
             loop.start()
             for step in range(self.steps):
@@ -2588,7 +2599,7 @@ class OptimizationLoop:
             gradient = gradient.nan_to_num(0, 0, 0) * per_image(finite, gradient)
             self.drop_samples(state.active & ~finite)
         self.total = None
-        moved = self.method.step(state.noise, gradient, self.memory).detach()
+        moved = self.method.step(state, gradient, self.memory).detach()
         state.noise = torch.where(per_image(state.active, moved), moved, state.noise)
 
     def drop_samples(self, broken: torch.Tensor) -> None:
@@ -2757,13 +2768,13 @@ class CNO(NoiseOptimizer):
         shares = torch.tensor([1 / sizes[group] for group in problem.groups]).to(noise)
         return {"noise": noise, "optimizer": torch.optim.Adam([noise], self.learning_rate), "shares": shares}
 
-    def step(self, noise: torch.Tensor, gradient: torch.Tensor, memory: dict[str, Any]) -> torch.Tensor:
+    def step(self, state: NoiseState, gradient: torch.Tensor, memory: dict[str, Any]) -> torch.Tensor:
         if self.repulsion and not gradient.any():
             raise ValueError(
                 "Expected x0 estimates that depend on the noise, but their gradient is zero: with zero terminal SNR "
                 "the first estimate is the output of the denoiser alone. Use `stop_gradient=False`."
             )
-        memory["noise"].data = noise.clone()
+        memory["noise"].data = state.noise.clone()
         memory["noise"].grad = gradient * per_image(memory["shares"], gradient)  # the loss of a set is the mean
         memory["optimizer"].step()
         return memory["noise"].detach().clone()

@@ -3933,6 +3933,11 @@ class CandidateNoise:
         """`(B, C, H, W)` standard Gaussian."""
         return randn_tensor(tuple(self.like.shape), self.streams, self.like.device, self.like.dtype)
 
+    def uniform(self) -> torch.Tensor:
+        """`(B,)` uniform in [0, 1), float64."""
+        draws = [torch.rand((), generator=stream, dtype=torch.float64) for stream in self.streams]
+        return torch.stack(draws).to(self.like.device)
+
 
 def seed_from(noise: torch.Tensor) -> int:
     """A 62-bit seed that is a function of the values of a noise."""
@@ -4269,12 +4274,17 @@ class NoiseOptimizer:
         """What the method remembers from step to step, such as momentum."""
         return None
 
-    def step(self, noise: torch.Tensor, gradient: Any, memory: Any) -> torch.Tensor:
-        """The method: the next noise, from this one and the gradient of its loss, both `(B, C, H, W)`.
+    def step(self, state: NoiseState, gradient: Any, memory: Any) -> torch.Tensor:
+        """The method: the next noise `(B, C, H, W)`.
 
-        `gradient` is `None` for a method without gradients; `memory` is what `start` returned.
+        `state` holds what was evaluated: `state.noise`, its `state.loss`, the best so far; `gradient` `(B, C, H, W)` is
+        that of the loss with respect to the noise, `None` for a method without; `memory` is what `start` returned.
         """
-        raise NotImplementedError(f"{type(self).__name__} must define `step(noise, gradient, memory)`.")
+        raise NotImplementedError(f"{type(self).__name__} must define `step(state, gradient, memory)`.")
+
+    def watchers(self) -> list[NoiseCallback]:
+        """Callbacks that belong to the method, such as one that stops it; they see each step before the user's."""
+        return []
 
     def check(self) -> None:
         """Raise `ValueError` for settings that cannot work."""
@@ -4299,7 +4309,8 @@ class NoiseOptimizer:
     ) -> NoiseResult:
         """Optimise. An exception on the way carries what was found so far as its `noise_result`."""
         state = NoiseState(problem.pipe, problem.prompts, self.steps, problem.noise)
-        loop = OptimizationLoop(self, problem, objective, state, [ProgressBar(), *as_callbacks(callbacks)])
+        every = [ProgressBar(), *self.watchers(), *as_callbacks(callbacks)]
+        loop = OptimizationLoop(self, problem, objective, state, every)
         try:
             loop.start()
             for step in range(self.steps):
@@ -4421,7 +4432,7 @@ class OptimizationLoop:
             gradient = gradient.nan_to_num(0, 0, 0) * per_image(finite, gradient)
             self.drop_samples(state.active & ~finite)
         self.total = None
-        moved = self.method.step(state.noise, gradient, self.memory).detach()
+        moved = self.method.step(state, gradient, self.memory).detach()
         state.noise = torch.where(per_image(state.active, moved), moved, state.noise)
 
     def drop_samples(self, broken: torch.Tensor) -> None:
@@ -4515,6 +4526,127 @@ def as_noise_optimizer(method: Any, settings: dict[str, Any] | None = None) -> N
             f"{method!r}."
         )
     return method
+
+
+# pipelines/reno.py
+
+
+RENO_PRIOR = 0.01
+RENO_VIEWS = 4
+RENO_SIZE = 4 * 64 * 64  # entries of the noise that the paper's learning rate was chosen for
+
+
+@register_noise_optimizer("reno")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReNO(NoiseOptimizer):
+    """Gradient ascent on rewards with momentum; returns the noise of the best image.
+
+    "ReNO: Enhancing One-step Text-to-Image Models through Reward-based Noise Optimization", Eyring et al., NeurIPS
+    2024, https://arxiv.org/abs/2406.04312.
+
+    `mode="parity"` is the released loop step by step: SGD with Nesterov momentum 0.9, the summed gradient of rewards
+    and χ prior clipped to 0.1, `steps` evaluations and `steps − 1` updates, the best image by the rewards without the
+    prior, and rewards that see un-clamped bicubic pixels. It differs in that clip, prior and best are per image, and
+    that noise, momentum and norms are float32.
+
+    `mode="default"` keeps the update and changes four things. The gradient is that of several slightly moved and noisy
+    views of the image, which leaves out what only one exact grid of pixels shows; scores, losses and the choice of the
+    best are still those of the image itself. The norm of the noise stays what it was, by projection instead of a prior.
+    The learning rate is in units of √(d / 16384), so that the same value suits any latent size: the paper's 5 at 512
+    px, and its 10 at 1024 px. Saturated pixels keep their gradient.
+
+    Args:
+        rewards: What `RewardSum` takes: a name, a callable, a dict to weights, or a list of (reward, weight).
+        steps: Evaluations, the plain result included. The paper: 50.
+        mode: "default" or "parity".
+        learning_rate: η, at least 0.
+        momentum: Of Nesterov's method, in [0, 1).
+        max_grad_norm: The gradient of each image is clipped to this L2 norm; with η it sets the length of a step.
+        regularization: λ_reg, the weight of the χ prior; `None` is 0.01 for parity, and the projection otherwise.
+        views: How many views give the gradient; each costs one more pass of the rewards. 0 is the image itself, `None`
+            0 for parity and 4 otherwise.
+        reward_prompt: Ask the rewards about this instead of the pipeline's prompt: one, or one for each image.
+        gradient: "full" through the whole chain; "frozen" holds the model's outputs constant.
+        preview: Reward the x0 estimate of one model call instead of the whole chain.
+    """
+
+    rewards: Any
+    steps: int = 50
+    mode: Literal["default", "parity"] = "default"
+    learning_rate: float = 5.0
+    momentum: float = 0.9
+    max_grad_norm: float = 0.1
+    regularization: float | None = None
+    views: int | None = None
+    reward_prompt: str | Sequence[str] | None = None
+    gradient: Gradient = "full"
+    preview: bool = False
+
+    @property
+    def clamp(self) -> Clamp:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return "hard" if self.mode == "parity" else "straight_through"
+
+    @property
+    def prior(self) -> ChiPrior | None:
+        """The χ prior, or `None` where the norm is kept by projection."""
+        if self.regularization is None and self.mode == "default":
+            return None
+        return ChiPrior(RENO_PRIOR if self.regularization is None else self.regularization)
+
+    def check(self) -> None:
+        super().check()
+        if self.mode not in ("default", "parity"):
+            raise ValueError(f'Expected `mode` to be "default" or "parity", but got {self.mode!r}.')
+        if self.gradient is None:
+            raise ValueError('Expected `gradient` to be "full" or "frozen" for ReNO. Without one, use `BestOfN`.')
+        if not (self.learning_rate >= 0 and self.max_grad_norm > 0 and 0 <= self.momentum < 1):
+            raise ValueError(
+                "Expected learning_rate >= 0, max_grad_norm > 0 and momentum in [0, 1), but got "
+                f"{self.learning_rate}, {self.max_grad_norm} and {self.momentum}."
+            )
+        if self.views is not None and not (isinstance(self.views, int) and self.views >= 0):
+            raise ValueError(f"Expected `views` to be an integer of 0 or more, but got {self.views!r}.")
+        _ = self.prior
+
+    def objective(self, pipe) -> RewardObjective:
+        rewards = RewardSum(self.rewards, device=pipe._execution_device)
+        rewards.check_differentiable()
+        if self.mode == "parity":
+            rewards = on_released_pixels(rewards)
+        views = self.views if self.views is not None else 0 if self.mode == "parity" else RENO_VIEWS
+        return RewardObjective(rewards, self.reward_prompt, views)
+
+    def regularizer(self, noise: torch.Tensor) -> torch.Tensor | float:
+        return self.prior(noise) if self.prior else 0.0
+
+    def start(self, problem: NoiseProblem) -> dict[str, torch.Tensor]:
+        return {"velocity": torch.zeros_like(problem.noise), "radius": per_sample_norm(problem.noise)}
+
+    def step(self, state: NoiseState, gradient: torch.Tensor, memory: dict[str, torch.Tensor]) -> torch.Tensor:
+        gradient = clip_per_sample(gradient, self.max_grad_norm)
+        memory["velocity"] = self.momentum * memory["velocity"] + gradient
+        moved = state.noise - self.step_size(state.noise) * (gradient + self.momentum * memory["velocity"])
+        return moved if self.prior else moved * per_image(memory["radius"] / per_sample_norm(moved), moved)
+
+    def step_size(self, noise: torch.Tensor) -> float:
+        """η, in units that suit the size of the noise unless the released loop is followed."""
+        scale = 1.0 if self.mode == "parity" else math.sqrt(noise[0].numel() / RENO_SIZE)
+        return self.learning_rate * scale
+
+
+def on_released_pixels(rewards: RewardSum) -> RewardSum:
+    """The same rewards, weights shared, on pixels as the released loop makes them once for all rewards.
+
+    The shorter side to the model's size in one bicubic pass, not clamped, and the centre of that: also for HPSv2, which
+    pads otherwise. A reward without a transform that knows its form in ReNO stays as it is.
+    """
+    pairs = []
+    for reward, weight in zip(rewards.rewards, rewards.weights.values(), strict=True):
+        twin = copy.copy(reward)
+        if as_in_reno := getattr(getattr(reward, "image_transform", None), "as_in_reno", None):
+            twin.image_transform = as_in_reno()
+        pairs.append((twin, weight))
+    return rewards.like(pairs)
 
 
 # pipelines/noise_hook.py
@@ -4732,131 +4864,45 @@ def optimize_noise(
     return run.result
 
 
-# pipelines/reno.py
+# pipelines/reward_mixin.py
 
 
-RENO_PRIOR = 0.01
-RENO_VIEWS = 4
-RENO_SIZE = 4 * 64 * 64  # entries of the noise that the paper's learning rate was chosen for
+class RewardMixin(NoiseOptimizationMixin):
+    """Makes a method of `rewards=` and its settings; rewards that have a name are loaded once per pipeline."""
 
+    def method_on(
+        self, method: Any, rewards: Any, settings: dict[str, Any], noise_optimizer: NoiseOptimizer | None
+    ) -> NoiseOptimizer | None:
+        """`method(rewards=..., **settings)`, or what was given instead; `None` leaves the stock pipeline.
 
-@register_noise_optimizer("reno")
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ReNO(NoiseOptimizer):
-    """Gradient ascent on rewards with momentum; returns the noise of the best image.
-
-    "ReNO: Enhancing One-step Text-to-Image Models through Reward-based Noise Optimization", Eyring et al., NeurIPS
-    2024, https://arxiv.org/abs/2406.04312.
-
-    `mode="parity"` is the released loop step by step: SGD with Nesterov momentum 0.9, the summed gradient of rewards
-    and χ prior clipped to 0.1, `steps` evaluations and `steps − 1` updates, the best image by the rewards without the
-    prior, and rewards that see un-clamped bicubic pixels. It differs in that clip, prior and best are per image, and
-    that noise, momentum and norms are float32.
-
-    `mode="default"` keeps the update and changes four things. The gradient is that of several slightly moved and noisy
-    views of the image, which leaves out what only one exact grid of pixels shows; scores, losses and the choice of the
-    best are still those of the image itself. The norm of the noise stays what it was, by projection instead of a prior.
-    The learning rate is in units of √(d / 16384), so that the same value suits any latent size: the paper's 5 at 512
-    px, and its 10 at 1024 px. Saturated pixels keep their gradient.
-
-    Args:
-        rewards: What `RewardSum` takes: a name, a callable, a dict to weights, or a list of (reward, weight).
-        steps: Evaluations, the plain result included. The paper: 50.
-        mode: "default" or "parity".
-        learning_rate: η, at least 0.
-        momentum: Of Nesterov's method, in [0, 1).
-        max_grad_norm: The gradient of each image is clipped to this L2 norm; with η it sets the length of a step.
-        regularization: λ_reg, the weight of the χ prior; `None` is 0.01 for parity, and the projection otherwise.
-        views: How many views give the gradient; each costs one more pass of the rewards. 0 is the image itself, `None`
-            0 for parity and 4 otherwise.
-        reward_prompt: Ask the rewards about this instead of the pipeline's prompt: one, or one for each image.
-        gradient: "full" through the whole chain; "frozen" holds the model's outputs constant.
-        preview: Reward the x0 estimate of one model call instead of the whole chain.
-    """
-
-    rewards: Any
-    steps: int = 50
-    mode: Literal["default", "parity"] = "default"
-    learning_rate: float = 5.0
-    momentum: float = 0.9
-    max_grad_norm: float = 0.1
-    regularization: float | None = None
-    views: int | None = None
-    reward_prompt: str | Sequence[str] | None = None
-    gradient: Gradient = "full"
-    preview: bool = False
-
-    @property
-    def clamp(self) -> Clamp:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return "hard" if self.mode == "parity" else "straight_through"
-
-    @property
-    def prior(self) -> ChiPrior | None:
-        """The χ prior, or `None` where the norm is kept by projection."""
-        if self.regularization is None and self.mode == "default":
-            return None
-        return ChiPrior(RENO_PRIOR if self.regularization is None else self.regularization)
-
-    def check(self) -> None:
-        super().check()
-        if self.mode not in ("default", "parity"):
-            raise ValueError(f'Expected `mode` to be "default" or "parity", but got {self.mode!r}.')
-        if self.gradient is None:
-            raise ValueError('Expected `gradient` to be "full" or "frozen" for ReNO. Without one, use `BestOfN`.')
-        if not (self.learning_rate >= 0 and self.max_grad_norm > 0 and 0 <= self.momentum < 1):
+        Raises:
+            ValueError: settings without rewards, or rewards beside another method.
+        """
+        if rewards is None and settings:
             raise ValueError(
-                "Expected learning_rate >= 0, max_grad_norm > 0 and momentum in [0, 1), but got "
-                f"{self.learning_rate}, {self.max_grad_norm} and {self.momentum}."
+                f"Expected `rewards` beside {sorted(settings)}, but got none: there is nothing to optimise."
             )
-        if self.views is not None and not (isinstance(self.views, int) and self.views >= 0):
-            raise ValueError(f"Expected `views` to be an integer of 0 or more, but got {self.views!r}.")
-        _ = self.prior
+        if rewards is not None and noise_optimizer is not None:
+            raise ValueError("Expected `rewards` or `noise_optimizer`, but got both. Give the rewards to the method.")
+        return noise_optimizer if rewards is None else method(rewards=self.load_rewards(rewards), **settings)
 
-    def objective(self, pipe) -> RewardObjective:
-        rewards = RewardSum(self.rewards, device=pipe._execution_device)
-        rewards.check_differentiable()
-        if self.mode == "parity":
-            rewards = on_released_pixels(rewards)
-        views = self.views if self.views is not None else 0 if self.mode == "parity" else RENO_VIEWS
-        return RewardObjective(rewards, self.reward_prompt, views)
-
-    def regularizer(self, noise: torch.Tensor) -> torch.Tensor | float:
-        return self.prior(noise) if self.prior else 0.0
-
-    def start(self, problem: NoiseProblem) -> dict[str, torch.Tensor]:
-        return {"velocity": torch.zeros_like(problem.noise), "radius": per_sample_norm(problem.noise)}
-
-    def step(self, noise: torch.Tensor, gradient: torch.Tensor, memory: dict[str, torch.Tensor]) -> torch.Tensor:
-        gradient = clip_per_sample(gradient, self.max_grad_norm)
-        memory["velocity"] = self.momentum * memory["velocity"] + gradient
-        moved = noise - self.step_size(noise) * (gradient + self.momentum * memory["velocity"])
-        return moved if self.prior else moved * per_image(memory["radius"] / per_sample_norm(moved), moved)
-
-    def step_size(self, noise: torch.Tensor) -> float:
-        """η, in units that suit the size of the noise unless the released loop is followed."""
-        scale = 1.0 if self.mode == "parity" else math.sqrt(noise[0].numel() / RENO_SIZE)
-        return self.learning_rate * scale
-
-
-def on_released_pixels(rewards: RewardSum) -> RewardSum:
-    """The same rewards, weights shared, on pixels as the released loop makes them once for all rewards.
-
-    The shorter side to the model's size in one bicubic pass, not clamped, and the centre of that: also for HPSv2, which
-    pads otherwise. A reward without a transform that knows its form in ReNO stays as it is.
-    """
-    pairs = []
-    for reward, weight in zip(rewards.rewards, rewards.weights.values(), strict=True):
-        twin = copy.copy(reward)
-        if as_in_reno := getattr(getattr(reward, "image_transform", None), "as_in_reno", None):
-            twin.image_transform = as_in_reno()
-        pairs.append((twin, weight))
-    return rewards.like(pairs)
+    def load_rewards(self, rewards: Any) -> RewardSum:
+        """A `RewardSum` on the pipeline's device; what has a name is loaded at its first use and kept."""
+        device = self._execution_device  # pyright: ignore[reportAttributeAccessIssue]
+        kept = vars(self).setdefault("_loaded_rewards", {})
+        pairs = reward_weight_pairs(rewards, None)
+        known = [(kept.get(str(name), name), weight) for name, weight in pairs]
+        total = RewardSum(known, normalization=getattr(rewards, "normalization", None), device=device)
+        for (name, _), reward in zip(pairs, total.rewards, strict=True):
+            if isinstance(name, str):
+                kept[name] = reward
+        return total
 
 
 # pipelines/reno_mixin.py
 
 
-class ReNOMixin(NoiseOptimizationMixin):
+class ReNOMixin(RewardMixin):
     """Adds `rewards=` and plain-value settings of ReNO to the call of a stock pipeline."""
 
     def __call__(
@@ -4892,32 +4938,13 @@ class ReNOMixin(NoiseOptimizationMixin):
             ValueError: For settings that cannot work, before any model runs.
         """
         settings = call_settings({"steps": optimization_steps, "mode": mode}, reno_kwargs, "reno_kwargs")
-        if rewards is None and settings:
-            raise ValueError(
-                f"Expected `rewards` beside {sorted(settings)}, but got none: there is nothing to optimise."
-            )
-        if rewards is not None and noise_optimizer is not None:
-            raise ValueError("Expected `rewards` or `noise_optimizer`, but got both. Give the rewards to the method.")
-        if rewards is not None:
-            noise_optimizer = ReNO(rewards=self.load_rewards(rewards), **settings)
+        noise_optimizer = self.method_on(ReNO, rewards, settings, noise_optimizer)
         return super().__call__(
             *args,
             noise_optimizer=noise_optimizer,
             callback_on_optimization_step_end=callback_on_optimization_step_end,
             **kwargs,
         )
-
-    def load_rewards(self, rewards: Any) -> RewardSum:
-        """A `RewardSum` on the pipeline's device; what has a name is loaded at its first use and kept."""
-        device = self._execution_device  # pyright: ignore[reportAttributeAccessIssue]
-        kept = vars(self).setdefault("_loaded_rewards", {})
-        pairs = reward_weight_pairs(rewards, None)
-        known = [(kept.get(str(name), name), weight) for name, weight in pairs]
-        total = RewardSum(known, normalization=getattr(rewards, "normalization", None), device=device)
-        for (name, _), reward in zip(pairs, total.rewards, strict=True):
-            if isinstance(name, str):
-                kept[name] = reward
-        return total
 
 
 # pipelines/reno_stable_diffusion.py

@@ -40,6 +40,19 @@ TRIALS = {
         off={},
         requests=[{"rewards": {"red": 1.0, "tiny/clip": 0.1}, "optimization_steps": 3}],
     ),
+    "NoiseDiffusion": Trial(
+        plain={},
+        off={},
+        requests=[
+            {"rewards": "brightness", "optimization_steps": 6},
+            {
+                "rewards": "tiny/clip",
+                "optimization_steps": 6,
+                "selection": "exact",
+                "noise_diffusion_kwargs": {"score_range": (-100, 100)},
+            },
+        ],
+    ),
     "CNO": Trial(
         plain={"num_images_per_prompt": 2},
         off={"optimization_steps": 0},

@@ -14,6 +14,10 @@ CLASSES = {
     "cno-stable-diffusion": ("CNOStableDiffusionPipeline", "sd"),
     "cno-stable-diffusion-3": ("CNOStableDiffusion3Pipeline", "sd3"),
     "cno-stable-diffusion-xl": ("CNOStableDiffusionXLPipeline", "sdxl"),
+    "noise-diffusion-flux": ("NoiseDiffusionFluxPipeline", "flux"),
+    "noise-diffusion-stable-diffusion": ("NoiseDiffusionStableDiffusionPipeline", "sd"),
+    "noise-diffusion-stable-diffusion-3": ("NoiseDiffusionStableDiffusion3Pipeline", "sd3"),
+    "noise-diffusion-stable-diffusion-xl": ("NoiseDiffusionStableDiffusionXLPipeline", "sdxl"),
     "reno-stable-diffusion": ("ReNOStableDiffusionPipeline", "sd"),
     "reno-turbo": ("ReNOTurboPipeline", "sdxl"),
 }
