@@ -7,6 +7,7 @@ from .reward import CallableReward, NonDifferentiableReward, NonFiniteReward, Re
 from .reward_sum import RewardSum, RewardSumOutput
 from .transforms import ImageTransform, center_crop, longest_edge_pad, normalize, resize, shortest_edge
 from .views import random_views
+from .vqa_score import VQAScorer
 
 __all__ = [
     "AutoReward",
@@ -19,6 +20,7 @@ __all__ = [
     "Reward",
     "RewardSum",
     "RewardSumOutput",
+    "VQAScorer",
     "center_crop",
     "check_gradient",
     "list_rewards",
