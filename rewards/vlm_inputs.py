@@ -107,14 +107,20 @@ class TokenizerAndImageProcessor:
         self.image_processor = image_processor
         self.config = config
         self.placeholder = placeholder
-        self.chat_template = chat_template or tokenizer.chat_template
+        self.chat_template: Any = chat_template or tokenizer.chat_template
         self.image_token = str(tokenizer.convert_ids_to_tokens(config.image_token_id))
 
     def apply_chat_template(self, chat: list[dict[str, Any]], **arguments: Any) -> Any:
         return self.tokenizer.apply_chat_template(chat, chat_template=self.chat_template, **arguments)
 
     def __call__(
-        self, *, text: list[str], images: list[Any], return_tensors: str, add_special_tokens: bool = True, **settings: Any
+        self,
+        *,
+        text: list[str],
+        images: list[Any],
+        return_tensors: str,
+        add_special_tokens: bool = True,
+        **settings: Any,
     ) -> dict[str, Tensor]:
         """The inputs of the model for one image in one text."""
         pixels = self.image_processor(images=images, return_tensors=return_tensors, **settings)
@@ -209,7 +215,9 @@ class VLMInputs:
         """The same, not from the cache."""
         token = getattr(self.processor, "image_token", None)
         if token is not None and str(token) in prompt:
-            raise ValueError(f"Expected a prompt without the model's image token, but got {prompt!r}. Remove '{token}'.")
+            raise ValueError(
+                f"Expected a prompt without the model's image token, but got {prompt!r}. Remove '{token}'."
+            )
         image = probe_image(*size)
         reference = self.process(template.format(prompt), image)
         while (excess := self.excess(reference)) > 0:

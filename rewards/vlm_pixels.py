@@ -46,7 +46,8 @@ def qwen_patches(images: Tensor, image_processor: Any) -> Tensor:
     """(B, 3, H, W) -> (B * gh * gw, 3 * 2 * p * p): the patches of Qwen2-VL and later, image by image."""
     settings = image_processor.to_dict()
     patch, merge, bounds = settings["patch_size"], settings["merge_size"], settings["size"]
-    size = smart_resize(*images.shape[-2:], patch * merge, bounds["shortest_edge"], bounds["longest_edge"])
+    height, width = images.shape[-2:]
+    size = smart_resize(height, width, patch * merge, bounds["shortest_edge"], bounds["longest_edge"])
     settings["size"] = {"height": size[0], "width": size[1]}
     pixels = ImageTransform.from_processor_config(settings)(images)
     return patchify(pixels, patch, merge, settings["temporal_patch_size"])
@@ -85,7 +86,8 @@ def idefics_tile(images: Tensor, image_processor: Any) -> Tensor:
     settings = image_processor.to_dict()
     edge = settings["max_image_size"]["longest_edge"]
     pixels = straight_through_clamp(at_least_float32(images))
-    for size in (longest_edge_even(*images.shape[-2:], settings["size"]["longest_edge"]), (edge, edge)):
+    whole = longest_edge_even(images.shape[-2], images.shape[-1], settings["size"]["longest_edge"])
+    for size in (whole, (edge, edge)):
         pixels = lanczos_resize(pixels, size)
     square = {"height": edge, "width": edge}
     finish = ImageTransform.from_processor_config({**settings, "size": square, "do_resize": False, "resample": 3})

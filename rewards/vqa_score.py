@@ -110,9 +110,7 @@ class VQAScorer(Reward):
         tokens = [first_tokens(self.processor.tokenizer, variants) for variants in answers]
         return torch.cat([log_probability(row[None], ids) for row, ids in zip(logits, tokens, strict=True)])
 
-    def next_logits(
-        self, images: Tensor, template: str, prompts: Sequence[str], forced: Sequence[int] = ()
-    ) -> Tensor:
+    def next_logits(self, images: Tensor, template: str, prompts: Sequence[str], forced: Sequence[int] = ()) -> Tensor:
         """Logits of the answer's first token and of those that follow each of the `forced` ones: (B, 1 + forced, V)."""
         size = (images.shape[-2], images.shape[-1])
         inputs = [self.inputs(template, prompt, size) for prompt in prompts]

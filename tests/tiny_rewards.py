@@ -4,13 +4,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tiny_clip_rewards import PUBLISHED_CLIP_REWARDS, TINY_CLIP_REWARDS
+from tiny_vlm_rewards import PUBLISHED_VLM_REWARDS, TINY_VLM_REWARDS
 
 from noiseopt.rewards import AutoReward, Reward, list_rewards
 
 # name -> what builds it from modules
-TINY: dict[str, Callable[[], Reward]] = {**TINY_CLIP_REWARDS}
+TINY: dict[str, Callable[[], Reward]] = {**TINY_CLIP_REWARDS, **TINY_VLM_REWARDS}
 # name -> what writes the same model under its published ids and in its published layout: `root/<namespace>/<name>`
-PUBLISHED: dict[str, Callable[[Path], None]] = {**PUBLISHED_CLIP_REWARDS}
+PUBLISHED: dict[str, Callable[[Path], None]] = {**PUBLISHED_CLIP_REWARDS, **PUBLISHED_VLM_REWARDS}
 
 
 def build_reward(name: str) -> Reward:

@@ -1,9 +1,11 @@
 """Tiny vision-language models of every family: the real classes and processors, with random weights."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from tiny_clip_rewards import randomized
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import (
@@ -12,7 +14,10 @@ from transformers import (
     Blip2ForConditionalGeneration,
     Blip2Processor,
     BlipImageProcessorPil,
+    CLIPConfig,
     CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    CLIPVisionModel,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
     Gemma3ImageProcessorPil,
@@ -46,16 +51,70 @@ from transformers import (
     SmolVLMConfig,
     SmolVLMForConditionalGeneration,
     SmolVLMImageProcessorPil,
+    T5Config,
 )
 
-from noiseopt.rewards import Reward, VQAScorer
+from noiseopt.rewards import CLIPFlanT5, Reward, VQAScorer
+from noiseopt.rewards.clip_flant5 import clip_flant5_projector, untied_t5
 from noiseopt.rewards.vlm_inputs import VLM_FAMILIES, TokenizerAndImageProcessor
 
-WORDS = (
-    "yes no Yes No a red blue cube two three green cars on table in room new x photo Does this figure show image "
-    "Please answer or and en Question Answer User Assistant USER ASSISTANT user assistant Is the How many are there one "
-    'word 2 Two 1 One " ? . : , -'
-).split()
+WORDS = [
+    "yes",
+    "no",
+    "Yes",
+    "No",
+    "a",
+    "red",
+    "blue",
+    "cube",
+    "two",
+    "three",
+    "green",
+    "cars",
+    "on",
+    "table",
+    "in",
+    "room",
+    "new",
+    "x",
+    "photo",
+    "Does",
+    "this",
+    "figure",
+    "show",
+    "image",
+    "Please",
+    "answer",
+    "or",
+    "and",
+    "en",
+    "Question",
+    "Answer",
+    "User",
+    "Assistant",
+    "USER",
+    "ASSISTANT",
+    "user",
+    "assistant",
+    "Is",
+    "the",
+    "How",
+    "many",
+    "are",
+    "there",
+    "one",
+    "word",
+    "2",
+    "Two",
+    "1",
+    "One",
+    '"',
+    "?",
+    ".",
+    ":",
+    ",",
+    "-",
+]
 VOCABULARY = 128
 TEXT = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
 LLAMA = {**TEXT, "model_type": "llama", "num_key_value_heads": 2, "vocab_size": VOCABULARY, "head_dim": 16}
@@ -136,7 +195,9 @@ def build_blip2() -> tuple[PreTrainedModel, Any]:
 
 def build_instructblip() -> tuple[PreTrainedModel, Any]:
     tokenizer = build_word_tokenizer("<image>", "$A </s>")
-    reader = BertTokenizer(vocab={word: index for index, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS])})
+    reader = BertTokenizer(
+        vocab={word: index for index, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS])}
+    )
     config = InstructBlipConfig(
         vision_config=VISION,
         qformer_config={**QFORMER, "encoder_hidden_size": 32},
@@ -145,7 +206,8 @@ def build_instructblip() -> tuple[PreTrainedModel, Any]:
         image_token_index=token_id(tokenizer, "<image>"),
     )
     pixels = BlipImageProcessorPil(size={"height": 32, "width": 32})
-    return InstructBlipForConditionalGeneration(config), InstructBlipProcessor(pixels, tokenizer, reader, num_query_tokens=4)
+    processor = InstructBlipProcessor(pixels, tokenizer, reader, num_query_tokens=4)
+    return InstructBlipForConditionalGeneration(config), processor
 
 
 def build_paligemma() -> tuple[PreTrainedModel, Any]:
@@ -214,7 +276,9 @@ def build_idefics3() -> tuple[PreTrainedModel, Any]:
         vision_config=VISION, text_config=LLAMA, scale_factor=2, image_token_id=token_id(tokenizer, "<image>")
     )
     size = {"size": {"longest_edge": 64}, "max_image_size": {"longest_edge": 32}}
-    processor = Idefics3Processor(Idefics3ImageProcessorPil(**size), tokenizer, image_seq_len=4, **chat_about("<image>"))
+    processor = Idefics3Processor(
+        Idefics3ImageProcessorPil(**size), tokenizer, image_seq_len=4, **chat_about("<image>")
+    )
     return Idefics3ForConditionalGeneration(config), processor
 
 
@@ -293,5 +357,50 @@ def save_family(model: PreTrainedModel, processor: Any, folder: Path) -> None:
     processor.image_processor.save_pretrained(folder)
 
 
-TINY_VLM_REWARDS: dict[str, Callable[[], Reward]] = {"vqascore": build_vqa_scorer}
-PUBLISHED_VLM_REWARDS: dict[str, Callable[[Path], None]] = {"vqascore": publish_vqa_scorer}
+def build_clip_flant5() -> CLIPFlanT5:
+    vision = randomized(lambda: CLIPVisionModel(CLIPVisionConfig(**{**VISION, "projection_dim": 16})))
+    projector = randomized(lambda: clip_flant5_projector(32, 32))
+    t5 = randomized(lambda: untied_t5(T5Config.from_dict({**T5, "tie_word_embeddings": False})))
+    return CLIPFlanT5(vision, projector, t5, build_word_tokenizer(form="$A </s>"))
+
+
+def publish_clip_flant5(root: Path) -> None:
+    """Weights in two files of CLIP-FlanT5's own names, tokenizer and settings of pixels in the repositories beside."""
+    reward = build_clip_flant5()
+    tower = root / "openai/clip-vit-large-patch14-336"
+    CLIPConfig(text_config={}, vision_config=reward.vision.config.to_dict()).save_pretrained(tower)
+    CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(tower)
+    reward.tokenizer.save_pretrained(root / "google/flan-t5-xl")
+    prefixes = {
+        "": reward.t5,
+        "mm_projector.": reward.projector,
+        "vision_tower.vision_tower.vision_model.": reward.vision,
+    }
+    state = {prefix + key: value for prefix, part in prefixes.items() for key, value in part.state_dict().items()}
+    write_shards(state, root / "zhiqiulin/clip-flant5-xl")
+    settings = {**reward.t5.config.to_dict(), "model_type": "clip_t5", "tie_word_embeddings": False}
+    settings |= {
+        "architectures": ["CLIPT5ForConditionalGeneration"],
+        "mm_vision_tower": "openai/clip-vit-large-patch14-336",
+    }
+    settings |= {"mm_projector_type": "mlp2x_gelu", "mm_vision_tower": "openai/clip-vit-large-patch14-336"}
+    (root / "zhiqiulin/clip-flant5-xl/config.json").write_text(json.dumps(settings))
+
+
+def write_shards(state: dict[str, torch.Tensor], folder: Path) -> None:
+    """Two files and their index."""
+    folder.mkdir(parents=True, exist_ok=True)
+    keys, files = sorted(state), [f"pytorch_model-0000{number}-of-00002.bin" for number in (1, 2)]
+    halves = {files[0]: keys[::2], files[1]: keys[1::2]}
+    for name, half in halves.items():
+        torch.save({key: state[key] for key in half}, folder / name)
+    weight_map = {key: name for name, half in halves.items() for key in half}
+    index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+
+
+TINY_VLM_REWARDS: dict[str, Callable[[], Reward]] = {"clip_flant5": build_clip_flant5, "vqascore": build_vqa_scorer}
+PUBLISHED_VLM_REWARDS: dict[str, Callable[[Path], None]] = {
+    "clip_flant5": publish_clip_flant5,
+    "vqascore": publish_vqa_scorer,
+}
