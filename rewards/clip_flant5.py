@@ -24,8 +24,8 @@ from .transforms import ImageTransform, at_least_float32, straight_through_clamp
 from .vqa_score import QUESTION
 
 SYSTEM = (
-    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and "
-    "polite answers to the user's questions."
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
+    "and polite answers to the user's questions."
 )
 T5_TOKENIZER = "google/flan-t5-xl"  # the same for all sizes
 T5_CONTEXT = 2048  # tokens of text, as it was trained

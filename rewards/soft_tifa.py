@@ -66,8 +66,8 @@ class SoftTIFA(Reward):
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
         if unknown := [prompt for prompt in prompts if prompt not in self.atoms]:
             raise ValueError(
-                f"Expected prompts whose questions are in `atoms`, but got {unknown[0]!r}. Add its questions, each with "
-                'the answers that are right: `{prompt: [("How many pigs are there?", ["two", "2"])]}`.'
+                f"Expected prompts whose questions are in `atoms`, but got {unknown[0]!r}. Add its questions, each "
+                'with the answers that are right: `{prompt: [("How many pigs are there?", ["two", "2"])]}`.'
             )
         return torch.stack([self.combined(log_p) for log_p in self.atom_log_probabilities(images, prompts)])
 

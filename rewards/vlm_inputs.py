@@ -92,7 +92,7 @@ def vlm_family(model_type: str) -> VLMFamily:
 class TokenizerAndImageProcessor:
     """A tokenizer and an image processor in place of a processor class that cannot be built without torchvision.
 
-    Processors of families that also take videos need it, though images do not: https://github.com/huggingface/transformers.
+    Those of families that also take videos ask for it, though images do not need it.
     """
 
     def __init__(
