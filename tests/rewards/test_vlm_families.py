@@ -96,8 +96,9 @@ def test_the_gradient_agrees_with_finite_differences_on_an_image_that_is_not_squ
 
 
 def test_an_image_is_scored_as_if_it_were_alone(kind: str):
-    reward, images = build_vqa_scorer(kind), torch.cat((random_images(), 1 - random_images()))
-    prompts = [*PROMPTS, PROMPTS[0], "x"]
+    """Also where texts of equal length are asked together, out of their order."""
+    reward, images = build_vqa_scorer(kind), torch.cat((random_images(), 1 - random_images(), random_images()[:1] / 2))
+    prompts = [PROMPTS[0], PROMPTS[1], PROMPTS[1], PROMPTS[0], "x"]
     singles = [reward(image[None], prompt) for image, prompt in zip(images, prompts, strict=True)]
     torch.testing.assert_close(reward(images, prompts), torch.cat(singles), rtol=1e-4, atol=1e-6)
 
