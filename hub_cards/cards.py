@@ -84,7 +84,7 @@ returned. Without `rewards` the pipeline is bit-identical to the stock `{stock}`
     example="""\
 output = pipe(
     "A blue scooter is parked near a curb in front of a green vintage car",
-    rewards={"clipscore": 1.0},
+    rewards={"hpsv2.1": 5.0, "imagereward": 1.0},
     num_inference_steps=1,
     guidance_scale=0.0,
     generator=torch.Generator("cuda").manual_seed(0),

@@ -86,11 +86,6 @@ from noiseopt import shapes_world
 from noiseopt.rewards import ImageFeatures
 
 features = ImageFeatures.from_pretrained(shapes_world.path("$model"))"""
-YES_NO = """\
-from noiseopt import shapes_world
-from noiseopt.shapes_world.vqa import YesNo
-
-reward = YesNo(shapes_world.path("$model"))"""
 
 DRAWS = """\
 * It draws only what the shapes world has: one to three shapes of five kinds, in six colors. It knows no other words.
@@ -129,7 +124,7 @@ PIPELINE = Kind("diffusers", "text-to-image", DRAW, OPTIMIZE, DRAWS)
 READERS = {
     "clip": Kind("transformers", "zero-shot-image-classification", COMPARE, REWARD, JUDGES),
     "dinov2": Kind("transformers", "image-feature-extraction", EMBED, FEATURES, READS),
-    "vqa": Kind("transformers", "image-text-to-text", ASK, YES_NO, JUDGES),
+    "vqa": Kind("transformers", "image-text-to-text", ASK, REWARD, JUDGES),
 }
 STAGES = {
     "vae": "autoencoder, on windows of pictures",

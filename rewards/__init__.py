@@ -4,6 +4,7 @@ from .aesthetic import Aesthetic, AestheticHead, AestheticV1
 from .auto_features import AutoFeatures
 from .blip_itm import BlipITC, BlipITM
 from .blip_vqa import BlipVQA
+from .clip_flant5 import CLIPFlanT5
 from .clip_score import CLIPScore
 from .color_channel import ColorChannel
 from .color_histogram import ColorHistogramFeatures, SoftColorHistogram, histogram_distance
@@ -21,9 +22,12 @@ from .reward import CallableReward, NonDifferentiableReward, NonFiniteReward, Re
 from .reward_sum import RewardSum, RewardSumOutput
 from .set_reward import PairwiseDiversity, SetReward, find_set_reward, list_set_rewards, register_set_reward
 from .siglip import SigLIP, SigLIP2
+from .soft_tifa import SoftTIFA, geneval2_atoms
 from .tiny_image import TinyImage
 from .transforms import ImageTransform, PadTransform, center_crop, longest_edge_pad, normalize, resize, shortest_edge
 from .views import random_views
+from .vlm_inputs import TokenizerAndImageProcessor
+from .vqa_score import VQAScorer
 
 __all__ = [
     "Aesthetic",
@@ -36,6 +40,7 @@ __all__ = [
     "BlipVQA",
     "Brightness",
     "CLIPFeatures",
+    "CLIPFlanT5",
     "CLIPScore",
     "CallableReward",
     "ColorChannel",
@@ -68,11 +73,15 @@ __all__ = [
     "SigLIP",
     "SigLIP2",
     "SoftColorHistogram",
+    "SoftTIFA",
     "TinyImage",
+    "TokenizerAndImageProcessor",
+    "VQAScorer",
     "center_crop",
     "check_gradient",
     "cosine_distance",
     "find_set_reward",
+    "geneval2_atoms",
     "histogram_distance",
     "l2_distance",
     "list_features",

@@ -6,6 +6,7 @@ from pathlib import Path
 from tiny_blip_rewards import PUBLISHED_BLIP_REWARDS, TINY_BLIP_REWARDS
 from tiny_clip_rewards import PUBLISHED_CLIP_REWARDS, TINY_CLIP_REWARDS
 from tiny_siglip_rewards import PUBLISHED_SIGLIP_REWARDS, TINY_SIGLIP_REWARDS
+from tiny_vlm_rewards import PUBLISHED_VLM_REWARDS, TINY_VLM_REWARDS
 
 from noiseopt.rewards import AutoReward, Reward, list_rewards
 
@@ -14,12 +15,14 @@ TINY: dict[str, Callable[[], Reward]] = {
     **TINY_CLIP_REWARDS,
     **TINY_SIGLIP_REWARDS,
     **TINY_BLIP_REWARDS,
+    **TINY_VLM_REWARDS,
 }
 # name -> what writes the same model under its published ids and in its published layout: `root/<namespace>/<name>`
 PUBLISHED: dict[str, Callable[[Path], None]] = {
     **PUBLISHED_CLIP_REWARDS,
     **PUBLISHED_SIGLIP_REWARDS,
     **PUBLISHED_BLIP_REWARDS,
+    **PUBLISHED_VLM_REWARDS,
 }
 
 

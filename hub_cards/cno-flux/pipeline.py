@@ -33,7 +33,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, ImageProcessingMixin, PretrainedConfig
+from transformers import ImageProcessingMixin, PretrainedConfig
 
 
 # callbacks/noise_state.py
@@ -706,7 +706,7 @@ class AutoReward:
         hub = {"revision": revision, "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
         factory = find_reward(path)
         if factory is None:
-            reward_class = published_as(path) or reward_class_of(AutoConfig.from_pretrained(path, **hub), path)
+            reward_class = published_as(path) or reward_class_of(PretrainedConfig.get_config_dict(path, **hub)[0], path)
             return reward_class.from_pretrained(path, dtype=dtype, device=device, **hub)
         if isinstance(factory, type) and issubclass(factory, Reward) and factory.default_checkpoint:
             return factory.from_pretrained(dtype=dtype, device=device, **hub)
@@ -724,14 +724,15 @@ def published_as(path: str) -> type[Reward] | None:
     return None
 
 
-def reward_class_of(config: PretrainedConfig, path: str) -> type[Reward]:
-    """The class that loads checkpoints with this config; `path` is for the message."""
-    for kind in (*(config.architectures or ()), config.model_type):
+def reward_class_of(config: Mapping[str, Any], path: str) -> type[Reward]:
+    """The class that loads checkpoints with this config.json, also of types that transformers does not know."""
+    architectures, model_type = config.get("architectures"), config.get("model_type")
+    for kind in (*(architectures or ()), model_type):
         if kind in REWARD_LOADERS:
             return REWARD_LOADERS[kind][1]
     raise ValueError(
         f"Expected a checkpoint of the model type or architecture {sorted(REWARD_LOADERS)}, but '{path}' is of type "
-        f"'{config.model_type}', architecture {config.architectures}. Load it yourself and pass a callable "
+        f"'{model_type}', architecture {architectures}. Load it yourself and pass a callable "
         "`(images, prompts) -> (B,)`."
     )
 

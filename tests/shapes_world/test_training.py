@@ -9,6 +9,7 @@ from torch import nn
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from noiseopt import shapes_world
+from noiseopt.rewards import VQAScorer
 from noiseopt.shapes_world import Scene, Shape, train
 from noiseopt.shapes_world.export import export_vqa
 from noiseopt.shapes_world.families import SD3Generator, SDXLGenerator
@@ -16,7 +17,6 @@ from noiseopt.shapes_world.models import Generator, from_noise, new_vae
 from noiseopt.shapes_world.optimization import Run
 from noiseopt.shapes_world.readers import SHOWS
 from noiseopt.shapes_world.train_readers import Seen, VLMTraining, tower_targets
-from noiseopt.shapes_world.vqa import YesNo
 
 PROMPTS = ["a red circle", "a blue star left of a green cross"]
 
@@ -113,7 +113,7 @@ def test_the_exported_vqa_answers_as_it_did_in_training(tmp_path):
     export_vqa(training, tmp_path)
     config = (tmp_path / "config.json").read_text()
     (tmp_path / "config.json").write_text(config.replace('"dtype": "float16"', '"dtype": "float32"'))
-    reward = YesNo(str(tmp_path))
+    reward = VQAScorer.from_pretrained(str(tmp_path))
     pixels = images.clone().requires_grad_()
     scores = reward(pixels, PROMPTS)
     torch.testing.assert_close(scores, expected, rtol=1e-3, atol=1e-5)

@@ -10,11 +10,10 @@ from safetensors import safe_open
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
 from noiseopt import shapes_world
-from noiseopt.rewards import CLIPScore, ImageFeatures
+from noiseopt.rewards import AutoReward, CLIPScore, ImageFeatures
 from noiseopt.shapes_world import VALIDATION_PROMPTS, judge
 from noiseopt.shapes_world.captions import WORDS
 from noiseopt.shapes_world.negatives import wrong_request
-from noiseopt.shapes_world.vqa import YesNo
 
 WEIGHTS = Path(shapes_world.path("turbo")).parent
 
@@ -110,7 +109,7 @@ def test_vqa_prefers_a_true_caption_to_a_close_but_wrong_one(pictures):
     images, prompts = pictures
     rng = random.Random(0)
     wrong = [str(wrong_request(shapes_world.parse(prompt), rng)) for prompt in prompts]
-    vqa = YesNo()
+    vqa = AutoReward.from_pretrained(shapes_world.path("vqa"))
     own, other = vqa(images, prompts), vqa(images, wrong)
     assert (own > other).float().mean() > 0.6
     assert own.mean() > other.mean() + 0.1
@@ -120,7 +119,7 @@ def test_vqa_prefers_a_true_caption_to_a_close_but_wrong_one(pictures):
 def test_vqa_is_calibrated_on_pictures_of_a_model(drawn):
     images, prompts = drawn("guided")
     right = torch.tensor([v.correct for v in judge(images, prompts)])
-    scores = YesNo()(images, prompts)
+    scores = AutoReward.from_pretrained(shapes_world.path("vqa"))(images, prompts)
     assert auc(scores[right], scores[~right]) > 0.65
     assert abs(float(scores.mean() - right.float().mean())) < 0.2, "on average"
 

@@ -17,8 +17,7 @@ from ..rewards.auto_features import AutoFeatures
 from ..rewards.features import Features
 from ..rewards.registry import AutoReward
 from ..rewards.reward import Reward
-from ..rewards.reward_sum import RewardSum, as_reward
-from ..shapes_world.vqa import YesNo
+from ..rewards.reward_sum import RewardSum
 from .metrics import coverage, layout_spread, mean_pairwise_similarity, vendi_score
 from .noise_statistics import gaussian_limits, noise_statistics
 from .plan import EMBEDDED_REWARDS, Plan
@@ -30,10 +29,6 @@ PICTURES = {".png", ".jpg", ".jpeg", ".webp"}
 
 def load_reward(name: str, device: torch.device) -> Reward:
     """The reward that a name stands for, which reports under that name."""
-    if name == "vqa":
-        answers = YesNo()
-        answers.model.to(device)  # pyright: ignore[reportArgumentType]
-        return as_reward(answers)
     reward = AutoReward.from_pretrained(weights_of(name, EMBEDDED_REWARDS), device=device)
     reward.name = name
     return reward

@@ -94,10 +94,10 @@ def shares(prompts: Sequence[str], right: Sequence[bool]) -> dict[str, Any]:
 def readers(folder: Path) -> dict[str, Any]:
     """The exported models that say how well a picture fits a prompt."""
     from ..rewards.clip_score import CLIPScore
-    from .vqa import YesNo
+    from ..rewards.vqa_score import VQAScorer
 
     found: dict[str, Any] = {"clip": CLIPScore.from_pretrained(str(folder / "clip"))}
-    return found | ({"vqa": YesNo(str(folder / "vqa"))} if (folder / "vqa").is_dir() else {})
+    return found | ({"vqa": VQAScorer.from_pretrained(str(folder / "vqa"))} if (folder / "vqa").is_dir() else {})
 
 
 @torch.no_grad()
