@@ -114,6 +114,9 @@ class Reward(nn.Module):
         """
         raise NotImplementedError(f"`{type(self).__name__}` does not implement `score`.")
 
+    def check_size(self, prompt: str, height: int, width: int) -> None:
+        """Raise `ValueError` for images of a size that cannot be scored. Called before a diffusion model runs."""
+
     def encode_text(self, prompt: str) -> Tensor:
         """The features of one prompt, any shape. Called once per prompt, without gradients."""
         raise NotImplementedError(f"`{type(self).__name__}` does not implement `encode_text`.")

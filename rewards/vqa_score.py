@@ -96,6 +96,9 @@ class VQAScorer(Reward):
         odds = logits[:, self.yes].logsumexp(-1) - logits[:, self.no].logsumexp(-1)
         return odds.sigmoid() if self.mode == "yesno" else odds
 
+    def check_size(self, prompt: str, height: int, width: int) -> None:
+        self.inputs(self.question, prompt, (height, width))
+
     def answer_log_probability(
         self, images: Tensor, questions: Sequence[str], answers: Sequence[Sequence[str]]
     ) -> Tensor:

@@ -232,6 +232,28 @@ def test_the_rows_of_comparison_raise_the_score(method):
     assert result.best_scores["redness"] > result.initial_scores["redness"]
 
 
+class Square(Reward):
+    name, range = "square", (0.0, 1.0)
+
+    def check_size(self, prompt, height, width):
+        if height != width:
+            raise ValueError(f"Expected square images for {prompt!r}, but got {height} x {width}.")
+
+    def score(self, images, prompts):
+        return redness(images, prompts)
+
+
+def test_a_size_that_the_scorer_cannot_take_is_refused_before_sampling():
+    pipe = tiny_pipeline("sd")
+    handle = pipe.unet.register_forward_pre_hook(lambda *_: pytest.fail("the denoiser was called"))
+    try:
+        with pytest.raises(ValueError, match="Expected square images for 'a', but got 32 x 16"):
+            find(NoiseDiffusion(rewards=Square()), width=16)
+    finally:
+        handle.remove()
+    assert find(NoiseDiffusion(rewards=Square(), steps=2)).losses.shape == (2, 1)
+
+
 class Everything(Reward):
     name, range, requires_prompt = "everything", (-5.0, 5.0), False
 

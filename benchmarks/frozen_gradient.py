@@ -1,0 +1,92 @@
+"""What the gradient of Noise Diffusion holds in memory: sampling without a graph, then decoder and scorer backwards.
+
+python benchmarks/frozen_gradient.py --steps 20
+"""
+
+import argparse
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from noiseopt import AutoReward, BestOfN, NoiseDiffusion, Reward, optimize_noise, shapes_world
+from noiseopt.demo import load_pipeline
+from noiseopt.evaluation.measure import Cost, measured
+from noiseopt.quiet import quiet_libraries
+
+PROMPT = shapes_world.VALIDATION_PROMPTS[0]
+
+
+class Setting:
+    """One model, one scorer, one call: what each way of taking a gradient does with them."""
+
+    def __init__(self, model: str, steps: int, images: int) -> None:
+        with quiet_libraries():
+            self.pipe: Any = load_pipeline(model)
+            self.reward: Reward = AutoReward.from_pretrained(shapes_world.path("vqa"))
+        self.pipe.set_progress_bar_config(disable=True)
+        for module in self.pipe.components.values():
+            if isinstance(module, torch.nn.Module):
+                module.requires_grad_(False)
+        self.call = {**shapes_world.MODELS[model].call, "num_inference_steps": steps, "num_images_per_prompt": images}
+
+    def sample(self) -> None:
+        """Plain sampling and its score."""
+        method = BestOfN(rewards=self.reward, steps=1)
+        optimize_noise(self.pipe, PROMPT, method, generator=torch.Generator().manual_seed(0), callbacks=[], **self.call)
+
+    def tail(self) -> None:
+        """Decoder and scorer, forward and backward, from latents."""
+        unet, vae = self.pipe.unet.config, self.pipe.vae
+        shape = (self.call["num_images_per_prompt"], unet.in_channels, unet.sample_size, unet.sample_size)
+        latents = torch.randn(shape, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        images = (vae.decode(latents / vae.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1)
+        torch.autograd.grad(self.reward(images, PROMPT).sum(), latents)
+
+    def round(self, stop_gradient: bool) -> None:
+        """Two evaluations and the move between them."""
+        method = NoiseDiffusion(rewards=self.reward, steps=2, candidates=2, stop_gradient=stop_gradient)
+        optimize_noise(self.pipe, PROMPT, method, generator=torch.Generator().manual_seed(0), callbacks=[], **self.call)
+
+    def ways(self) -> dict[str, Callable[[], None]]:
+        return {
+            "plain sampling and its score": self.sample,
+            "decoder and scorer backwards, alone": self.tail,
+            "a round, denoiser held constant": lambda: self.round(True),
+            "a round, through the denoiser": lambda: self.round(False),
+        }
+
+
+def measure(setting: Setting, rounds: int) -> dict[str, list[Cost]]:
+    """The costs of each way, one after the other in every round, after one that does not count."""
+    found: dict[str, list[Cost]] = {name: [] for name in setting.ways()}
+    for round_ in range(rounds + 1):
+        for name, way in setting.ways().items():
+            with measured(setting.pipe, setting.pipe.device) as cost:
+                way()
+            found[name] += [cost] if round_ else []
+    return found
+
+
+def main(arguments: list[str] | None = None) -> dict[str, list[Cost]]:
+    parser = argparse.ArgumentParser(description="What the gradient of Noise Diffusion holds in memory.")
+    parser.add_argument("--model", default="guided", help="an embedded model of several steps")
+    parser.add_argument("--steps", type=int, default=20, help="of the sampling")
+    parser.add_argument("--images", type=int, default=16, help="of the prompt, in one call")
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args(arguments)
+    found = measure(Setting(options.model, options.steps, options.images), options.rounds)
+    print("| | peak memory above the models, MiB | of the largest |\n|---|---|---|")
+    memory = {name: [cost.memory for cost in costs if cost.memory is not None] for name, costs in found.items()}
+    largest = max((statistics.median(values) for values in memory.values() if values), default=None)
+    for name, values in memory.items():
+        if values and largest:
+            print(f"| {name} | {statistics.median(values):.1f} | {statistics.median(values) / largest:.2f} |")
+        else:
+            print(f"| {name} | – | – |")
+    return found
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,222 @@
+"""Noise Diffusion against the four updates its paper compares with, and against best-of-N that may try for as long.
+
+python benchmarks/noise_diffusion.py --prompts held-out --limit 48 --output found.json --plot found.png
+
+All rows begin with the same noises and climb the same score, the P("yes") of the embedded vision-language model. What
+no row sees: the judge, which knows the truth, and the CLIP reward. Rounds, seconds, truth and Gaussianity are measured.
+"""
+
+import argparse
+import json
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+import noiseopt
+from noiseopt import (
+    AutoReward,
+    BestOfN,
+    MeanVariance,
+    NoiseCallback,
+    NoiseDiffusion,
+    NoisePGD,
+    NoiseState,
+    TimeBudget,
+    optimize_noise,
+    shapes_world,
+)
+from noiseopt.demo import load_pipeline
+from noiseopt.evaluation.bootstrap import bootstrap, paired_bootstrap
+from noiseopt.evaluation.noise_statistics import gaussian_limits, noise_statistics
+from noiseopt.quiet import quiet_libraries
+from noiseopt.rewards import Reward
+
+PROMPTS = {"validation": shapes_world.VALIDATION_PROMPTS, "held-out": shapes_world.HELD_OUT_PROMPTS}
+TIMED = "best-of-N, equal time"
+OURS = "Noise Diffusion"
+MANY = 10**6  # more noises than any time allows
+Rows = dict[str, dict[str, Any]]
+
+
+def methods(reward: Reward, rounds: int) -> dict[str, Any]:
+    """The rows: M rounds are M + 1 evaluations, the plain result included."""
+    common = {"rewards": reward, "steps": rounds + 1}
+    return {
+        "random sampling": BestOfN(**common),
+        "PGD": NoisePGD(**common),
+        "mean/variance": MeanVariance(**common),
+        "random diffusion": NoiseDiffusion(**common, selection="random"),
+        OURS: NoiseDiffusion(**common),
+        "Noise Diffusion, exact N = 10⁶": NoiseDiffusion(**common, selection="exact", candidates=1e6),
+        TIMED: BestOfN(rewards=reward, steps=MANY),
+    }
+
+
+class Curve(NoiseCallback):
+    """Best score, truth of the best image, and seconds, after each round."""
+
+    def on_run_start(self, state: NoiseState) -> None:
+        self.scores: list[list[float]] = []
+        self.right: list[list[float]] = []
+        self.seconds: list[float] = []
+        self.lost = 0.0  # to the judge, which is no part of any method
+
+    def on_step_end(self, state: NoiseState) -> None:
+        assert state.best_loss is not None and state.best_images is not None
+        self.seconds.append(state.elapsed - self.lost)
+        self.scores.append((-state.best_loss).tolist())
+        verdicts = shapes_world.judge(state.best_images, state.prompts)
+        self.right.append([float(verdict.correct) for verdict in verdicts])
+        self.lost += state.elapsed - self.lost - self.seconds[-1]
+
+
+def compare(pipe: Any, prompts: Sequence[str], rounds: int, batch: int, call: dict[str, Any]) -> Rows:
+    """Every row on every prompt: curves `(prompts, rounds + 1)`, seconds for an image, and what is found in the end."""
+    reward, held_out = (AutoReward.from_pretrained(shapes_world.path(name)) for name in ("vqa", "clip"))
+    names = list(methods(reward, rounds))
+    found: Rows = {name: {"score": [], "right": [], "clip": [], "evaluations": [], "seconds": []} for name in names}
+    noises: dict[str, list[torch.Tensor]] = {name: [] for name in names}
+    for start in tqdm(range(0, len(prompts), batch), unit="batch"):
+        part = list(prompts[start : start + batch])
+        for name, method in methods(reward, rounds).items():
+            curve = Curve()
+            callbacks: list[NoiseCallback] = [curve]
+            if name == TIMED:  # all of our seconds: those of the judge do not count for either
+                callbacks.append(TimeBudget(found[OURS]["seconds"][-1][-1] * len(part)))
+            generators = [torch.Generator().manual_seed(start + i) for i in range(len(part))]
+            result = optimize_noise(pipe, part, method, callbacks=callbacks, generator=generators, **call)
+            with torch.no_grad():
+                clip = held_out(result.images, part).tolist()
+            row = found[name]
+            row["score"] += torch.tensor(curve.scores).T.tolist()
+            row["right"] += torch.tensor(curve.right).T.tolist()
+            row["clip"] += clip
+            row["evaluations"] += [len(curve.scores)] * len(part)
+            row["seconds"] += [[second / len(part) for second in curve.seconds]] * len(part)
+            noises[name].append(result.noise)
+    for name, parts in noises.items():
+        found[name]["noise"] = departure(torch.cat(parts))
+    return found
+
+
+def departure(noise: torch.Tensor) -> dict[str, float]:
+    """By how many standard errors the returned noises `(N, C, H, W)` differ from Gaussian ones; and their norm."""
+    statistics = noise_statistics(noise)
+    scores = gaussian_limits(tuple(noise.shape)).z_scores(statistics)
+    return {
+        "norm": statistics.norm,
+        "norm z": scores.norm,
+        "variance z": scores.variance,
+        "kurtosis z": scores.excess_kurtosis,
+        "spectral slope z": scores.spectral_slope,
+    }
+
+
+def last(values: Sequence[Sequence[float]]) -> torch.Tensor:
+    """`(prompts,)`: the end of each curve."""
+    return torch.tensor([curve[-1] for curve in values])
+
+
+def markdown(found: Rows, rounds: int) -> str:
+    """What each row has after some rounds and in the end, with 95% bootstrap intervals over prompts."""
+    early = min(5, rounds)
+    head = f"| | score, plain | after {early} rounds | at the end | right | right, difference to {OURS} "
+    lines = [head + "| CLIP reward, unseen | evaluations | seconds | norm of noise (z) |", "|---" * 10 + "|"]
+    for name, row in found.items():
+        score, right = last(row["score"]), last(row["right"])
+        plain, some = (torch.tensor([curve[min(at, len(curve) - 1)] for curve in row["score"]]) for at in (0, early))
+        truth, gap = bootstrap(right), paired_bootstrap(right, last(found[OURS]["right"]))
+        cells = [
+            name,
+            f"{plain.mean():.3f}",
+            f"{some.mean():.3f}",
+            "{0.value:.3f} [{0.low:.3f}, {0.high:.3f}]".format(bootstrap(score)),
+            f"{100 * truth.value:.1f}% [{100 * truth.low:.1f}, {100 * truth.high:.1f}]",
+            "" if name == OURS else f"{100 * gap.value:+.1f} [{100 * gap.low:+.1f}, {100 * gap.high:+.1f}]",
+            f"{torch.tensor(row['clip']).mean():.2f}",
+            f"{torch.tensor(row['evaluations']).float().mean():.0f}",
+            f"{last(row['seconds']).mean():.2f}",
+            f"{row['noise']['norm']:.3f} ({row['noise']['norm z']:+.1f})",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    plain_right = torch.tensor([curve[0] for curve in found[OURS]["right"]])
+    return "\n".join([*lines, "", f"Plain images right: {100 * plain_right.mean():.1f}%."])
+
+
+def draw(found: Rows, rounds: int, path: Path) -> None:
+    """Score against rounds and against seconds, and the judge's truth against rounds."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 3.4), dpi=160, layout="constrained")
+    by_round, by_time, truth = figure.subplots(1, 3)
+    for name, row in found.items():
+        style = {"label": name, "linewidth": 2.2 if name == OURS else 1.3, "linestyle": "--" if name == TIMED else "-"}
+        score, right, seconds = (mean_curve(row[key]) for key in ("score", "right", "seconds"))
+        if name != TIMED:
+            by_round.plot(score[: rounds + 1], **style)
+            truth.plot([100 * value for value in right[: rounds + 1]], **style)
+        by_time.plot(seconds, score, **style)
+    by_round.set(xlabel="rounds", ylabel='mean P("yes") of the best so far')
+    by_time.set(xlabel="seconds for an image")
+    truth.set(xlabel="rounds", ylabel="% right by the judge, which nothing optimises")
+    by_time.legend(fontsize=7, frameon=False)
+    for axes in (by_round, by_time, truth):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(labelsize=8)
+    figure.savefig(path)
+
+
+def mean_curve(curves: Sequence[Sequence[float]]) -> list[float]:
+    """The mean over prompts, as far as every curve goes."""
+    return [sum(values) / len(values) for values in zip(*curves, strict=False)]
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Noise Diffusion against other updates of the noise.")
+    parser.add_argument("--model", default="guided", help="an embedded model of several steps")
+    parser.add_argument("--prompts", choices=sorted(PROMPTS), default="validation")
+    parser.add_argument("--limit", type=int, default=16, metavar="N", help="the first N prompts")
+    parser.add_argument("--rounds", type=int, default=20, metavar="M")
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write all numbers as JSON")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="write the curves as a picture")
+    options = parser.parse_args(arguments)
+    if min(options.limit, options.rounds, options.batch_size) < 1:
+        parser.error("expected at least 1 prompt, 1 round and batches of 1")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> Rows:
+    options = parse(arguments)
+    with quiet_libraries():
+        pipe: Any = load_pipeline(options.model)
+    pipe.set_progress_bar_config(disable=True)
+    prompts = list(PROMPTS[options.prompts][: options.limit])
+    call = dict(shapes_world.MODELS[options.model].call)
+    found = compare(pipe, prompts, options.rounds, options.batch_size, call)
+    print(markdown(found, options.rounds))
+    if options.plot:
+        draw(found, options.rounds, options.plot)
+    if options.output:
+        settings = {name: str(value) for name, value in vars(options).items() if name not in ("output", "plot")}
+        machine = {"python": platform.python_version(), "torch": torch.__version__, "noiseopt": noiseopt.__version__}
+        text = json.dumps({"settings": settings, "machine": machine, "rows": rounded(found)}, ensure_ascii=False)
+        options.output.write_text(text + "\n", encoding="utf-8")
+    return found
+
+
+def rounded(value: Any) -> Any:
+    """The same with numbers of five digits."""
+    if isinstance(value, float):
+        return float(f"{value:.5g}")
+    if isinstance(value, dict):
+        return {name: rounded(each) for name, each in value.items()}
+    return [rounded(each) for each in value] if isinstance(value, list) else value
+
+
+if __name__ == "__main__":
+    main()
