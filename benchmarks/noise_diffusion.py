@@ -150,6 +150,7 @@ def markdown(found: Rows, rounds: int) -> str:
 def draw(found: Rows, rounds: int, path: Path) -> None:
     """Score against rounds and against seconds, and the judge's truth against rounds."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(10, 3.4), dpi=160, layout="constrained")
     by_round, by_time, truth = figure.subplots(1, 3)
@@ -162,8 +163,10 @@ def draw(found: Rows, rounds: int, path: Path) -> None:
         by_time.plot(seconds, score, **style)
     by_round.set(xlabel="rounds", ylabel='mean P("yes") of the best so far')
     by_time.set(xlabel="seconds for an image")
-    truth.set(xlabel="rounds", ylabel="% right by the judge, which nothing optimises")
-    by_time.legend(fontsize=7, frameon=False)
+    truth.set(xlabel="rounds", ylabel="% right by the judge")
+    by_time.legend(fontsize=7, frameon=False, loc="lower right")
+    for axes in (by_round, truth):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     for axes in (by_round, by_time, truth):
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(labelsize=8)
