@@ -5,7 +5,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny_pipelines import call_arguments, tiny_pipeline
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    LCMScheduler,
+    PNDMScheduler,
+    UniPCMultistepScheduler,
+)
+from tiny_pipelines import call_arguments, quiet, sd3_pipeline, sd_pipeline, tiny_pipeline
 
 from noiseopt import MeanVariance, NoiseDiffusion, NoisePGD, NoiseState, Reward, optimize_noise
 from noiseopt.evaluation.noise_statistics import gaussian_limits, noise_statistics
@@ -291,3 +302,64 @@ def test_what_cannot_work_is_refused_before_sampling(settings, error, message):
             find(NoiseDiffusion(**{"rewards": redness, **settings}))
     finally:
         handle.remove()
+
+
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+SCHEDULERS = {
+    "DDIM": DDIMScheduler(**BETAS, clip_sample=False, set_alpha_to_one=False),
+    "PNDM": PNDMScheduler(**BETAS, skip_prk_steps=True, set_alpha_to_one=False),
+    "DPM++": DPMSolverMultistepScheduler(**BETAS),
+    "UniPC": UniPCMultistepScheduler(**BETAS),
+    "Euler": EulerDiscreteScheduler(**BETAS),
+    "Heun": HeunDiscreteScheduler(**BETAS),
+    "flow matching": None,
+    "Euler ancestral": EulerAncestralDiscreteScheduler(**BETAS),
+    "DDPM": DDPMScheduler(**BETAS, clip_sample=False),
+    "LCM": LCMScheduler(**BETAS),
+}
+
+
+def pipeline_with(scheduler):
+    """A pipeline in float64, and the name of its denoiser."""
+    pipe = quiet(sd3_pipeline() if scheduler is None else sd_pipeline(scheduler=scheduler)).to(torch.float64)
+    return pipe, "transformer" if scheduler is None else "unet"
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_the_gradient_is_that_of_replaying_the_chain_with_its_outputs_held(name):
+    """From the noise through a chain whose denoiser returns what it returned before, drawing the same noise again."""
+    pipe, denoiser = pipeline_with(SCHEDULERS[name])
+    call = {"num_inference_steps": 4, "guidance_scale": 3.0, "height": 32, "width": 32}
+    found, outputs, noise = {}, [], torch.randn(1, 4, 16, 16, generator=generator(1), dtype=torch.float64)
+
+    class Once(NoiseDiffusion):
+        def start(self, problem):
+            found["sampler"] = problem.sampler
+            return super().start(problem)
+
+        def step(self, state, gradient, memory):
+            found["gradient"] = gradient
+            return super().step(state, gradient, memory)
+
+    module = getattr(pipe, denoiser)
+    handle = module.register_forward_hook(lambda *arguments: outputs.append(arguments[-1]))
+    optimize_noise(pipe, "a", Once(rewards=redness, steps=2), latents=noise, generator=generator(9), **call)
+    handle.remove()
+    replay = iter(outputs[: len(outputs) // 2])
+
+    def recorded(*_, **__):
+        return next(replay)
+
+    sampler, leaf = found["sampler"], noise.clone().requires_grad_()
+    handle = module.register_forward_hook(lambda *_: recorded())
+    latents = sampler.run(leaf, "full", False, "latent")
+    handle.remove()
+    z0 = latents.detach().requires_grad_()
+    shift = getattr(pipe.vae.config, "shift_factor", None) or 0.0
+    image = pipe.vae.decode(z0 / pipe.vae.config.scaling_factor + shift).sample / 2 + 0.5
+    image = image + (image.clamp(0, 1) - image).detach()
+    (at_z0,) = torch.autograd.grad(-redness(image, ["a"]).sum(), z0)
+    (replayed,) = torch.autograd.grad(latents, leaf, at_z0)
+    torch.testing.assert_close(found["gradient"], replayed, rtol=1e-6, atol=1e-9 * replayed.abs().max().item())
+    ratio = replayed / at_z0
+    assert (ratio - ratio.mean()).abs().max() < 1e-6 * ratio.mean() and ratio.mean() > 0
