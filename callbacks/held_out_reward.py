@@ -1,7 +1,7 @@
 """A reward that nobody optimises, watched while others are."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,19 +21,29 @@ class HeldOutReward(NoiseCallback):
 
     Args:
         reward: `(images, prompts) -> (B,)`, higher is better: a loaded reward, as `AutoReward.from_pretrained` gives
-            it, or any callable; best one that shares neither data nor model with those that are optimised.
+            it, a `RewardSum`, or any callable; best one that shares neither data nor model with those that are
+            optimised.
         name: what the report calls it; by default the reward's own name.
         tolerance: how far the held-out score may fall before it counts, in its own units, at least 0.
+        prompts: ask the reward about these instead of the pipeline's prompts: one, or one for each image. A pipeline
+            that is called with embeddings has none of its own.
 
     Attributes:
         scores: `(steps, B)`, the held-out scores of the last run.
 
     Raises:
         TypeError: a name instead of a loaded reward.
-        ValueError: a tolerance below 0; at the first step, a method that looks at no images.
+        ValueError: a tolerance below 0; at the first step, a method that looks at no images, or a reward that does not
+            return one score per image.
     """
 
-    def __init__(self, reward: Callable[..., torch.Tensor], name: str | None = None, tolerance: float = 0.0) -> None:
+    def __init__(
+        self,
+        reward: Callable[..., Any],
+        name: str | None = None,
+        tolerance: float = 0.0,
+        prompts: str | Sequence[str] | None = None,
+    ) -> None:
         if not callable(reward):
             raise TypeError(
                 f"Expected a loaded reward or a callable `(images, prompts) -> (B,)`, but got {reward!r}. Load it with "
@@ -41,7 +51,7 @@ class HeldOutReward(NoiseCallback):
             )
         if tolerance < 0:
             raise ValueError(f"Expected a tolerance of at least 0, but got {tolerance}.")
-        self.reward, self.tolerance = reward, tolerance
+        self.reward, self.tolerance, self.prompts = reward, tolerance, prompts
         self.name = name or getattr(reward, "name", None) or getattr(reward, "__name__", type(reward).__name__)
         self.rows: list[torch.Tensor] = []
 
@@ -58,8 +68,16 @@ class HeldOutReward(NoiseCallback):
                 "Expected a method whose objective looks at images, but this one looks at noise or x0 alone. Score its "
                 "result instead of watching it."
             )
+        prompts = state.prompts if self.prompts is None else self.prompts
         with torch.no_grad():
-            self.rows.append(self.reward(state.images, state.prompts).detach().float().to(state.noise.device))
+            scores = self.reward(state.images, prompts)
+        scores = getattr(scores, "total", scores)  # of a `RewardSum`
+        if scores.shape != (len(state.images),):
+            raise ValueError(
+                f"Expected the held-out reward '{self.name}' to return a tensor of shape ({len(state.images)},), one "
+                f"score per image, but got {tuple(scores.shape)}. Average over everything but the batch."
+            )
+        self.rows.append(scores.detach().float().to(state.noise.device))
         if state.step == 0:
             assert state.loss is not None
             self.initial_loss = state.loss

@@ -126,10 +126,10 @@ def on_released_pixels(rewards: RewardSum) -> RewardSum:
     The shorter side to the model's size in one bicubic pass, not clamped, and the centre of that: also for HPSv2, which
     pads otherwise. A reward without a transform that knows its form in ReNO stays as it is.
     """
-    pairs = []
-    for reward, weight in zip(rewards.rewards, rewards.weights.values(), strict=True):
+    twins = {}
+    for name, reward in zip(rewards.names, rewards.rewards, strict=True):
         twin = copy.copy(reward)
         if as_in_reno := getattr(getattr(reward, "image_transform", None), "as_in_reno", None):
             twin.image_transform = as_in_reno()
-        pairs.append((twin, weight))
-    return rewards.like(pairs)
+        twins[name] = twin
+    return rewards.like(twins)

@@ -4,13 +4,12 @@ import os
 from collections.abc import Callable
 from typing import Any, cast
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import CLIPVisionModelWithProjection
 
-from .checkpoints import checkpoint_path, holder_of, load_strictly, read_state_dict
+from .checkpoints import checkpoint_path, holder_of, load_pretrained, load_strictly, read_state_dict
 from .registry import register_reward
 from .reward import Reward
 from .transforms import ImageTransform, at_least_float32
@@ -95,7 +94,7 @@ class Aesthetic(Reward):
     def load(cls, checkpoint: str, hub: dict[str, Any]) -> "Aesthetic":
         path = checkpoint_path(checkpoint, cls.head_file(checkpoint), hub)
         source, source_hub = holder_of("preprocessor_config.json", checkpoint, CLIP_VIT_L, hub)
-        model = CLIPVisionTower.from_pretrained(source, dtype=torch.float32, **source_hub)
+        model = load_pretrained(CLIPVisionTower, source, source_hub)
         head = cls.build_head(model.config.projection_dim)
         load_strictly(head, read_state_dict(path), path.name)
         return cls(model, head, ImageTransform.from_processor_config(source, **source_hub))

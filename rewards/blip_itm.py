@@ -3,11 +3,11 @@
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoTokenizer, BlipForImageTextRetrieval, PreTrainedTokenizerBase
 
+from .checkpoints import load_pretrained
 from .image_text import PromptTokens, precise_linear
 from .registry import register_reward
 from .reward import Reward
@@ -65,7 +65,7 @@ class BlipITM(Reward):
 
     @classmethod
     def load(cls: type[BlipITMT], checkpoint: str, hub: dict[str, Any]) -> BlipITMT:
-        model = BlipForImageTextRetrieval.from_pretrained(checkpoint, dtype=torch.float32, **hub)
+        model = load_pretrained(BlipForImageTextRetrieval, checkpoint, hub)
         tokenizer = AutoTokenizer.from_pretrained(checkpoint, **hub)
         return cls(model, tokenizer, ImageTransform.from_processor_config(checkpoint, **hub))
 

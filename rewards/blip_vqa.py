@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, BlipForQuestionAnswering, PreTrainedTokenizerBase
 
+from .checkpoints import load_pretrained
 from .image_text import PromptTokens
 from .registry import register_reward
 from .reward import Reward
@@ -89,7 +90,7 @@ class BlipVQA(Reward):
 
     @classmethod
     def load(cls, checkpoint: str, hub: dict[str, Any]) -> "BlipVQA":
-        model = BlipForQuestionAnswering.from_pretrained(checkpoint, dtype=torch.float32, **hub)
+        model = load_pretrained(BlipForQuestionAnswering, checkpoint, hub)
         tokenizer = AutoTokenizer.from_pretrained(checkpoint, **hub)
         return cls(model, tokenizer, ImageTransform.from_processor_config(checkpoint, **hub))
 

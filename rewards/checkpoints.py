@@ -4,12 +4,15 @@ import os
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from huggingface_hub import hf_hub_download
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+ModelT = TypeVar("ModelT", bound=PreTrainedModel)
 
 
 def checkpoint_path(checkpoint: str, filename: str, hub: Mapping[str, Any]) -> Path:
@@ -69,6 +72,22 @@ def holder_of(filename: str, checkpoint: str, companion: str, hub: Mapping[str, 
     if os.path.isfile(os.path.join(checkpoint, filename)):
         return checkpoint, dict(hub)
     return companion, {**hub, "revision": None}
+
+
+def load_pretrained(model_class: type[ModelT], checkpoint: str, hub: Mapping[str, Any]) -> ModelT:
+    """A transformers model in float32. What a checkpoint lacks, transformers draws at random and only warns of.
+
+    Raises:
+        ValueError: naming the keys that are missing.
+    """
+    load: Any = model_class.from_pretrained  # whose type does not know that it then gives a pair
+    model, found = load(checkpoint, dtype=torch.float32, output_loading_info=True, **hub)
+    if missing := sorted(found["missing_keys"]):
+        raise ValueError(
+            f"Expected {checkpoint} to hold all weights of {type(model).__name__}, but missing: {', '.join(missing)}. "
+            "Pass the checkpoint of a whole model."
+        )
+    return model
 
 
 def check_weights(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:

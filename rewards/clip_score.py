@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoTokenizer, CLIPModel, PreTrainedTokenizerBase
 
+from .checkpoints import load_pretrained
 from .registry import register_reward
 from .reward import Reward
 from .transforms import ImageTransform, at_least_float32
@@ -77,6 +78,6 @@ class CLIPScore(Reward):
 
     @classmethod
     def load(cls, checkpoint: str, hub: dict[str, Any]) -> "CLIPScore":
-        model = CLIPModel.from_pretrained(checkpoint, dtype=torch.float32, **hub)
+        model = load_pretrained(CLIPModel, checkpoint, hub)
         tokenizer = AutoTokenizer.from_pretrained(checkpoint, **hub)
         return cls(model, tokenizer, ImageTransform.from_processor_config(checkpoint, **hub))

@@ -2,10 +2,9 @@
 
 from typing import Any
 
-import torch
 from transformers import AutoTokenizer, CLIPModel
 
-from .checkpoints import holder_of
+from .checkpoints import holder_of, load_pretrained
 from .clip_score import CLIP_VIT_H, CLIPScore
 from .registry import register_reward
 from .transforms import ImageTransform
@@ -30,4 +29,4 @@ class PickScore(CLIPScore):
         tokenizer = AutoTokenizer.from_pretrained(source, **source_hub)
         source, source_hub = holder_of("preprocessor_config.json", checkpoint, CLIP_VIT_H, hub)
         transform = ImageTransform.from_processor_config(source, **source_hub)
-        return cls(CLIPModel.from_pretrained(checkpoint, dtype=torch.float32, **hub), tokenizer, transform)
+        return cls(load_pretrained(CLIPModel, checkpoint, hub), tokenizer, transform)

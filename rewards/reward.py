@@ -242,6 +242,8 @@ def check_images(images: Tensor, who: str) -> None:
             f"Expected images for {who} as a floating-point tensor (B, 3, H, W), but got {got}. Call the "
             'pipeline with `output_type="pt"`.'
         )
+    if not images.numel():
+        raise ValueError(f"Expected at least one image of at least one pixel for {who}, but got {tuple(images.shape)}.")
     low, high = (bound.item() for bound in images.detach().aminmax())
     if low != low or high != high:
         raise NonFiniteReward(

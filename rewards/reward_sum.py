@@ -177,14 +177,19 @@ class RewardSum(nn.Module):
 
     def optimised(self) -> "RewardSum":
         """The sum without the rewards of weight 0; weights of the models are shared."""
-        pairs = zip(self.rewards, self.weights.values(), strict=True)
-        return self.like([(reward, weight) for reward, weight in pairs if weight])
+        parts = zip(self.names, self.rewards, strict=True)
+        return self.like({name: reward for name, reward in parts if self.weights[name]})
 
-    def like(self, pairs: Sequence[tuple[Any, float]]) -> "RewardSum":
-        """A sum of other rewards, or other weights, under the normalisation of this one."""
-        names = distinct_names([str(reward.name) for reward, _ in pairs])
+    def like(self, rewards: Mapping[str, nn.Module]) -> "RewardSum":
+        """A sum of rewards by the names of some here, each with the weight and the normalisation of that name.
+
+        Names are given anew: where the first of two `clipscore` is left out, `clipscore_2` becomes `clipscore`.
+        """
+        names = distinct_names([str(reward.name) for reward in rewards.values()])
+        renamed = zip(names, rewards, strict=True)
+        normalization = {new: self.normalization[name] for new, name in renamed if name in self.normalization}
         return RewardSum(
-            pairs, normalization={name: self.normalization[name] for name in names if name in self.normalization}
+            [(reward, self.weights[name]) for name, reward in rewards.items()], normalization=normalization
         )
 
     @torch.no_grad()

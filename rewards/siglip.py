@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, SiglipModel
 
+from .checkpoints import load_pretrained
 from .registry import register_reward
 from .reward import Reward
 from .transforms import ImageTransform, at_least_float32
@@ -103,7 +104,7 @@ class SigLIP(Reward):
         # Not AutoTokenizer: for the first SigLIP it insists on the sentencepiece package.
         tokenizer = PreTrainedTokenizerFast.from_pretrained(checkpoint, **hub)
         transform = ImageTransform.from_processor_config(checkpoint, **hub)
-        return cls(SiglipModel.from_pretrained(checkpoint, dtype=torch.float32, **hub), tokenizer, transform)
+        return cls(load_pretrained(SiglipModel, checkpoint, hub), tokenizer, transform)
 
 
 @register_reward("siglip2")

@@ -39,7 +39,7 @@ class SoftTIFA(Reward):
         instruction: with "{}" for the question.
 
     Raises:
-        ValueError: an unknown mean, or a prompt with no questions.
+        ValueError: an unknown mean, an instruction without "{}", or a prompt with no questions.
     """
 
     name = "soft_tifa"
@@ -55,6 +55,8 @@ class SoftTIFA(Reward):
     ):
         if mean not in get_args(SoftTIFAMean):
             raise ValueError(f"Expected a mean out of {get_args(SoftTIFAMean)}, but got {mean!r}.")
+        if "{}" not in instruction:
+            raise ValueError(f"Expected an instruction with {{}} in place of the question, but got {instruction!r}.")
         if empty := [prompt for prompt, questions in atoms.items() if not questions]:
             raise ValueError(f"Expected at least one question for each prompt, but got none for {empty[0]!r}.")
         super().__init__(scorer=scorer)
@@ -75,7 +77,7 @@ class SoftTIFA(Reward):
         """For each image the log-probabilities of the right answers to the questions of its prompt, (atoms,)."""
         counts = [len(self.atoms[prompt]) for prompt in prompts]
         asked = [atom for prompt in prompts for atom in self.atoms[prompt]]
-        questions = [self.instruction.format(question) for question, _ in asked]
+        questions = [self.instruction.replace("{}", question) for question, _ in asked]
         repeated = images.repeat_interleave(torch.tensor(counts, device=images.device), 0)
         log_p = self.scorer.answer_log_probability(repeated, questions, [answers for _, answers in asked])
         return list(log_p.split(counts))

@@ -84,7 +84,8 @@ def vlm_family(model_type: str) -> VLMFamily:
     if model_type not in VLM_FAMILIES:
         raise ValueError(
             f"Expected a vision-language model of the type {sorted(VLM_FAMILIES)}, but got '{model_type}', whose "
-            "pixels are not written here. Pass your own callable `(images, prompts) -> (B,)`."
+            "pixels are not written here. Load model and processor yourself and pass `VQAScorer` also `preprocess=`, "
+            "images (B, 3, H, W) in [0, 1] -> `pixel_values`."
         )
     return VLM_FAMILIES[model_type]
 
@@ -165,7 +166,8 @@ class VLMInputs:
         pixel_errors: (height, width) -> the largest difference from the processor's pixels, in normalised units.
 
     Raises:
-        ValueError: for a family or image processor that is not written here, or without any text around a question.
+        ValueError: for a family or image processor that is not written here, unless there is a `preprocess`; without
+            any text around a question, or with one that has no "{}".
     """
 
     def __init__(
@@ -175,7 +177,12 @@ class VLMInputs:
         preprocess: Callable[[Tensor], Tensor] | None = None,
         prompt_format: str | None = None,
     ):
-        self.family = vlm_family(model.config.model_type)
+        if prompt_format is not None and "{}" not in prompt_format:
+            raise ValueError(
+                f"Expected a `prompt_format` with {{}} in place of the question, but got {prompt_format!r}."
+            )
+        kind = model.config.model_type
+        self.family = vlm_family(kind) if preprocess is None else VLM_FAMILIES.get(kind, VLMFamily())
         self.processor = processor
         self.preprocess = preprocess
         self.prompt_format = prompt_format
@@ -219,10 +226,10 @@ class VLMInputs:
                 f"Expected a prompt without the model's image token, but got {prompt!r}. Remove '{token}'."
             )
         image = probe_image(*size)
-        reference = self.process(template.format(prompt), image)
+        reference = self.process(template.replace("{}", prompt), image)
         while (excess := self.excess(reference)) > 0:
             prompt = self.shortened(prompt, excess)
-            reference = self.process(template.format(prompt), image)
+            reference = self.process(template.replace("{}", prompt), image)
         if self.preprocess is None:
             self.check_pixels(image, reference["pixel_values"])
         wanted = self.accepted - {"labels", "pixel_values"}
@@ -241,7 +248,7 @@ class VLMInputs:
     def surround(self, question: str) -> str:
         """The whole text for a question."""
         if self.prompt_format is not None:
-            return self.prompt_format.format(question)
+            return self.prompt_format.replace("{}", question)
         if getattr(self.processor, "chat_template", None) is not None:
             chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
             return self.processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
@@ -249,7 +256,7 @@ class VLMInputs:
             raise ValueError(
                 f"Expected a chat template in {type(self.processor).__name__}, but it has none. Pass `prompt_format=`."
             )
-        return self.family.prompt.format(question)
+        return self.family.prompt.replace("{}", question)
 
     def excess(self, reference: Mapping[str, Tensor]) -> int:
         """By how many tokens a text is too long; 0 or less if it is not."""
@@ -270,7 +277,7 @@ class VLMInputs:
         """Raise unless our pixels of an image are the processor's."""
         pixels = self.pixels(image)
         error = float((pixels - expected).abs().max()) if pixels.shape == expected.shape else float("inf")
-        if error > PIXEL_TOLERANCE:
+        if not error <= PIXEL_TOLERANCE:  # NaN too
             raise ValueError(
                 f"Expected the pixels of {type(self.processor.image_processor).__name__}, {tuple(expected.shape)}, but "
                 f"ours, {tuple(pixels.shape)}, differ by {error:.3g} from them. Pass `preprocess=`, images "

@@ -5,12 +5,13 @@ from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForImageTextToText, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from .checkpoints import load_pretrained
 from .registry import register_reward
 from .reward import Reward, RewardT
 from .transforms import at_least_float32
-from .vlm_inputs import VLM_FAMILIES, VLMInputs, load_vlm_processor
+from .vlm_inputs import VLM_FAMILIES, VLMInputs, load_vlm_processor, vlm_family
 
 QUESTION = 'Does this figure show "{}"? Please answer yes or no.'
 VQAMode = Literal["answer", "answer_eos", "yesno", "logodds"]
@@ -32,10 +33,11 @@ class VQAScorer(Reward):
     `from_pretrained` gives mode "answer"; for another, `VQAScorer(reward.model, reward.processor, mode="logodds")`.
 
     Args:
-        model: a model of one of the types in `VLM_FAMILIES`; it is frozen.
+        model: a model of one of the types in `VLM_FAMILIES`, or of another with a `preprocess`; it is frozen.
         processor: its processor, or a `TokenizerAndImageProcessor`.
         question: with "{}" for the prompt.
-        answers: the ways to say yes. Those that the tokenizer does not know are left out.
+        answers: the ways to say yes, also with a space before it, which some models write after "Assistant:". Those
+            that the tokenizer does not know, or knows as a lone space and a word, are left out.
         negatives: the ways to say no, for "yesno" and "logodds".
         mode: see above.
         preprocess: images (B, 3, H, W) in [0, 1] -> `pixel_values`, instead of those of the image processor.
@@ -58,8 +60,8 @@ class VQAScorer(Reward):
         processor: Any,
         *,
         question: str = QUESTION,
-        answers: Sequence[str] = ("Yes", "yes"),
-        negatives: Sequence[str] = ("No", "no"),
+        answers: Sequence[str] = ("Yes", "yes", " Yes", " yes"),
+        negatives: Sequence[str] = ("No", "no", " No", " no"),
         mode: VQAMode = "answer",
         preprocess: Callable[[Tensor], Tensor] | None = None,
         prompt_format: str | None = None,
@@ -155,7 +157,8 @@ class VQAScorer(Reward):
 
     @classmethod
     def load(cls: type[RewardT], checkpoint: str, hub: dict[str, Any]) -> RewardT:
-        model = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=torch.float32, **hub)
+        vlm_family(PretrainedConfig.get_config_dict(checkpoint, **hub)[0].get("model_type", ""))  # before the weights
+        model = load_pretrained(cast(Any, AutoModelForImageTextToText), checkpoint, hub)
         return cast(Any, cls)(model, load_vlm_processor(checkpoint, model.config, hub))
 
 
@@ -186,11 +189,16 @@ def log_probability(logits: Tensor, tokens: Sequence[int]) -> Tensor:
 def first_tokens(tokenizer: PreTrainedTokenizerBase, words: Sequence[str]) -> list[int]:
     """The distinct tokens that words begin with; a word that the tokenizer does not know is left out.
 
+    So is one whose first token is white space alone: "No" may follow it as well.
+
     Raises:
-        ValueError: if it knows none.
+        ValueError: if it knows none, or for a string in place of the list.
     """
+    if isinstance(words, str):
+        raise ValueError(f"Expected a list of answers, but got the string {words!r}. Pass [{words!r}].")
     begins = [tokenizer(word, add_special_tokens=False)["input_ids"][:1] for word in words]
-    known = list(dict.fromkeys(ids[0] for ids in begins if ids and ids[0] != tokenizer.unk_token_id))
+    firsts = dict.fromkeys(ids[0] for ids in begins if ids and ids[0] != tokenizer.unk_token_id)
+    known = [token for token in firsts if str(tokenizer.decode([token])).strip()]
     if not known:
         raise ValueError(
             f"Expected at least one of the answers {list(words)} in the model's vocabulary, but it has none of them. "

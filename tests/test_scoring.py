@@ -92,6 +92,11 @@ def test_a_preset_stands_for_its_rewards(pictures, capsys, monkeypatch):
         (["{folder}", "--reward", "red"], "Expected an image file, but .* cannot be opened: Is a directory"),
         (["{folder}/text.png", "--reward", "red"], "Expected an image that Pillow reads, but .*text.png is damaged"),
         (["{folder}/cut.png", "--reward", "red"], "Expected an image that Pillow reads, but .*cut.png is damaged"),
+        (
+            ["{folder}/huge.png", "--reward", "red"],
+            "Expected an image that Pillow reads, but .*huge.png .* exceeds limit",
+        ),
+        (["{folder}/deep.png", "--reward", "red"], r"8 bits a channel, but .*deep.png has more \(mode I;16\)"),
         (["{folder}/red.png", "--reward", "redd"], "Expected a reward name out of .*Did you mean 'red'"),
         (["{folder}/red.png", "--reward", "clip"], "Expected a prompt for reward 'clip', but got none. Add --prompt"),
         (["{folder}/red.png", "--reward", "clipscore"], "Expected a prompt for reward 'clipscore'"),
@@ -108,6 +113,8 @@ def test_what_cannot_be_scored_is_refused_before_anything_is_loaded(
 ):
     monkeypatch.setattr(Reward, "from_pretrained", lambda *_, **__: pytest.fail("a checkpoint was loaded"))
     (tmp_path / "text.png").write_text("not a picture")
+    Image.new("I;16", (4, 4), 30_000).save(tmp_path / "deep.png")
+    Image.new("1", (16_000, 12_000)).save(tmp_path / "huge.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "red.png").read_bytes()[:-40])
     with pytest.raises(SystemExit) as stopped:
         main(["score", *(argument.format(folder=tmp_path) for argument in arguments)])

@@ -208,11 +208,14 @@ def read_image(path: Path) -> "torch.Tensor":
 
     try:
         with Image.open(path) as picture:
+            mode = picture.mode
             pixels = np.array(ImageOps.exif_transpose(picture).convert("RGB"))
     except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
         raise ValueError(f"Expected an image file, but {path} cannot be opened: {error.strerror}.") from None
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"Expected an image that Pillow reads, but {path} is damaged or none: {error}") from None
+    if mode[0] in "IF":  # of 16 or 32 bits; Pillow cuts off what is above 255
+        raise ValueError(f"Expected an image of 8 bits a channel, but {path} has more (mode {mode}). Convert it first.")
     return torch.from_numpy(pixels).movedim(2, 0)[None].float() / 255
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny_pipelines import SIZE, tiny_pipeline
 
-from noiseopt import CNO, ColorChannel, HeldOutReward, NoiseResult, NoiseState, ReNO, optimize_noise
+from noiseopt import CNO, ColorChannel, HeldOutReward, NoiseResult, NoiseState, ReNO, RewardSum, optimize_noise
 
 
 def brightness(images, prompts):
@@ -29,7 +29,10 @@ def after_steps(watch: HeldOutReward, losses: list[list[float]], shades: list[li
     for step, (loss, shade) in enumerate(zip(losses, shades, strict=True)):
         state.step, state.loss = step, torch.tensor(loss)
         better = state.loss < state.best_loss
-        state.best_loss, state.best_step = state.loss.minimum(state.best_loss), state.best_step.where(~better, step)
+        state.best_loss, state.best_step = (
+            state.best_loss.where(~better, state.loss),
+            state.best_step.where(~better, step),
+        )
         state.images = torch.tensor(shade)[:, None, None, None].expand(2, 3, 4, 4)
         watch.on_step_end(state)
     return state
@@ -54,6 +57,26 @@ def test_the_best_image_counts_and_not_the_last():
     assert report["best"] == pytest.approx([-0.2, -0.2])
     assert report["reward_hacking"] == [False, False]
     watch.on_run_end(state)
+
+
+def test_a_sum_of_rewards_may_watch_and_be_asked_about_prompts_of_its_own():
+    asked = []
+
+    def redness(images, prompts):
+        asked.append(prompts)
+        return images[:, 0].mean((1, 2))
+
+    watch = HeldOutReward(RewardSum({redness: 2.0}), prompts="a cat")
+    state = after_steps(watch, [[5.0, 5.0], [4.0, 4.0]], [[0.2, 0.6], [0.5, 0.1]])
+    assert state.reports["held out RewardSum"]["best"] == pytest.approx([1.0, 0.2])
+    assert asked == [["a cat", "a cat"]] * 2
+
+
+def test_a_sample_that_was_stopped_keeps_the_score_of_its_best_image():
+    watch = HeldOutReward(ColorChannel("red"))
+    state = after_steps(watch, [[5.0, 5.0], [4.0, 4.0], [float("nan"), 3.0]], [[0.2, 0.2], [0.3, 0.3], [0.9, 0.1]])
+    assert state.reports["held out red"]["best"] == pytest.approx([-0.3, -0.1])
+    assert state.reports["held out red"]["reward_hacking"] == [True, False]
 
 
 def test_a_fall_within_the_tolerance_does_not_count():
@@ -84,6 +107,8 @@ def test_a_method_without_images_and_bad_arguments_are_refused():
     with pytest.raises(ValueError, match="Expected a method whose objective looks at images"):
         arguments = {"num_inference_steps": 2, "num_images_per_prompt": 2, **SIZE}
         optimize_noise(tiny_pipeline("sd"), "a", CNO(), callbacks=HeldOutReward(brightness), **arguments)
+    with pytest.raises(ValueError, match=r"held-out reward 'flat' to return a tensor of shape \(1,\).*got \(1, 3\)"):
+        run(HeldOutReward(lambda images, prompts: images.mean((2, 3)), name="flat"))
     with pytest.raises(TypeError, match="Expected a loaded reward .*got 'pickscore'. Load it with"):
         HeldOutReward("pickscore")
     with pytest.raises(ValueError, match="tolerance of at least 0"):

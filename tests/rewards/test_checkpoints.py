@@ -1,13 +1,15 @@
 """Foreign checkpoints: found, read without executing anything, and loaded strictly."""
 
 import pickle
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
+from noiseopt.rewards import AutoReward
 from noiseopt.rewards.checkpoints import check_weights, checkpoint_path, holder_of, load_strictly, read_state_dict
 
 HUB = {"revision": None, "cache_dir": None, "token": None, "local_files_only": True}
@@ -83,3 +85,12 @@ def test_loads_exactly_or_names_what_is_wrong():
     ):
         load_strictly(layer, wrong, "head.pt")
     assert torch.equal(layer.weight, torch.ones(3, 2))
+
+
+def test_a_model_that_is_not_whole_is_refused_by_the_names_of_what_it_lacks(clip_folder: Path, tmp_path: Path):
+    folder = Path(shutil.copytree(clip_folder, tmp_path / "part"))
+    state = load_file(folder / "model.safetensors")
+    del state["text_projection.weight"]
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="all weights of CLIPModel, but missing: text_projection.weight"):
+        AutoReward.from_pretrained(folder)

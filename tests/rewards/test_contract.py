@@ -87,9 +87,9 @@ def test_without_a_gradient_it_says_so(reward: Reward, images: torch.Tensor):
 def test_a_score_depends_on_its_own_image_and_prompt_alone(reward: Reward, images: torch.Tensor):
     both = reward(images, PROMPTS)
     singles = [reward(image[None], prompt) for image, prompt in zip(images, PROMPTS, strict=True)]
-    torch.testing.assert_close(both, torch.cat(singles), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(both, torch.cat(singles), rtol=1e-4, atol=1e-6)
     other = reward(torch.stack([images[0], 1 - images[0]]), [PROMPTS[0], "x"])
-    torch.testing.assert_close(other[0], both[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(other[0], both[0], rtol=1e-4, atol=1e-6)
 
 
 def test_one_prompt_serves_the_whole_batch(reward: Reward, images: torch.Tensor):
@@ -101,17 +101,11 @@ def test_a_prompt_longer_than_the_context_is_cut(reward: Reward, images: torch.T
     assert scores.isfinite().all()
 
 
-def test_bfloat16_weights_stay_close_to_float32(reward: Reward, images: torch.Tensor):
-    """Closer to the score of its own image in float32 than images of the contract differ from one another by far."""
+def test_bfloat16_weights_stay_within_5_percent_of_float32(reward: Reward, images: torch.Tensor):
     exact = reward(images, PROMPTS)
     half = copy.deepcopy(reward).bfloat16()(images, PROMPTS)
     assert half.dtype == torch.float32
-    torch.testing.assert_close(half, exact, rtol=0.03, atol=0.03 * spread(reward))
-
-
-def spread(reward: Reward) -> float:
-    """The width of the range of a reward, or 1."""
-    return min(reward.range[1] - reward.range[0], 40.0) if reward.range else 1.0
+    torch.testing.assert_close(half, exact, rtol=0.05, atol=0)
 
 
 def test_refuses_images_that_are_not_in_0_to_1(reward: Reward, images: torch.Tensor):

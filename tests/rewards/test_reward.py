@@ -97,6 +97,11 @@ def test_refuses_what_is_no_image_batch(images, got: str):
         ColorChannel("red")(images)
 
 
+def test_refuses_a_batch_without_images():
+    with pytest.raises(ValueError, match=r"Expected at least one image .*reward 'red', but got \(0, 3, 4, 4\)"):
+        ColorChannel("red")(torch.rand(0, 3, 4, 4))
+
+
 def test_names_nan_pixels():
     with pytest.raises(NonFiniteReward, match=r"pixels in \[0, 1\] for reward 'red', but got NaN.*bfloat16"):
         ColorChannel("red")(torch.full((1, 3, 4, 4), float("nan")))

@@ -154,6 +154,16 @@ def test_calibration_puts_each_reward_in_units_of_its_spread():
     assert calibrated.describe()["normalization"].keys() == {"red", "brightness"}
 
 
+def test_a_part_of_a_sum_keeps_the_normalisation_of_its_own_rewards():
+    """Two rewards of one name, of which the first is only reported."""
+    pairs = [(brightness, 0.0), (lambda images, prompts: 10 * brightness(images, prompts), 2.0)]
+    pairs[1][0].__name__ = "brightness"
+    total = RewardSum(pairs, normalization={"brightness": (0.0, 1.0), "brightness_2": (5.0, 4.0)})
+    part = total.optimised()
+    assert part.normalization == {"brightness": (5.0, 4.0)}
+    torch.testing.assert_close(part(IMAGES, "a cat").total, total(IMAGES, "a cat").total)
+
+
 def test_text_encoders_are_dropped_where_there_are_any(make_clip_score: Callable[..., CLIPScore]):
     total = RewardSum([make_clip_score(), brightness])
     before = total(IMAGES, "a cat").total

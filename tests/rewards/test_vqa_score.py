@@ -1,24 +1,28 @@
 """VQAScore: its modes against their formulas, its text, its bad input."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from tiny_vlm_rewards import build_family, build_vqa_scorer, build_word_tokenizer, save_family, token_id
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
     LlavaNextImageProcessorPil,
+    PreTrainedTokenizerFast,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
 )
 
 from noiseopt import shapes_world
 from noiseopt.rewards import AutoReward, RewardSum, VQAScorer
-from noiseopt.rewards.vlm_inputs import PIXEL_TOLERANCE
+from noiseopt.rewards.vlm_inputs import PIXEL_TOLERANCE, VLM_FAMILIES
+from noiseopt.rewards.vlm_pixels import vlm_pixels
 from noiseopt.rewards.vqa_score import QUESTION, appended, first_tokens, log_probability
 from noiseopt.shapes_world.readers import SHOWS
 
@@ -183,12 +187,35 @@ def test_a_family_that_is_not_written_is_refused_by_name():
         VQAScorer(model, processor())
 
 
+def test_a_family_that_is_not_written_is_refused_before_its_weights_are_read(tmp_path: Path):
+    (tmp_path / "config.json").write_text('{"model_type": "llava_next"}')
+    with pytest.raises(ValueError, match="of the type .* got 'llava_next'.* pass `VQAScorer` also `preprocess=`"):
+        VQAScorer.from_pretrained(str(tmp_path))
+
+
+def test_a_family_that_is_not_written_works_with_pixels_of_ones_own(monkeypatch: pytest.MonkeyPatch):
+    model, processor = build_family("llava")
+    expected = VQAScorer(model, processor)(random_images(), PROMPTS)
+    own = partial(vlm_pixels, image_processor=processor.image_processor)
+    monkeypatch.delitem(VLM_FAMILIES, "llava")
+    with pytest.raises(ValueError, match="Expected a chat template in LlavaProcessor.*`prompt_format="):
+        VQAScorer(model, processor, preprocess=own)
+    reward = VQAScorer(model, processor, preprocess=own, prompt_format="USER: <image>\n{} ASSISTANT:")
+    assert torch.equal(reward(random_images(), PROMPTS), expected)
+
+
 def test_bad_input_is_refused_before_anything_runs():
     model, processor = build_family("qwen2_vl")
     with pytest.raises(ValueError, match=r"Expected a mode out of \('answer', .*'logits'"):
         VQAScorer(model, processor, mode="logits")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="Expected a question with {} in place of the prompt, but got 'Is it?"):
         VQAScorer(model, processor, question="Is it there?")
+    with pytest.raises(
+        ValueError, match="Expected a `prompt_format` with {} in place of the question, but got '<|image"
+    ):
+        VQAScorer(model, processor, prompt_format="<|image_pad|> Is it?")
+    with pytest.raises(ValueError, match=r"Expected a list of answers, but got the string 'Yes'. Pass \['Yes'\]"):
+        VQAScorer(model, processor, answers="Yes")
     with pytest.raises(ValueError, match=r"begin with different tokens, but both have \['Yes'\]"):
         VQAScorer(model, processor, negatives=["Yes no"], mode="yesno")
     with pytest.raises(ValueError, match=r"at least one of the answers \['maybe'\] in the model's vocabulary"):
@@ -213,6 +240,35 @@ def test_first_tokens_are_distinct_and_known():
     tokenizer = build_word_tokenizer()
     yes, no = (token_id(tokenizer, word) for word in ("Yes", "no"))
     assert first_tokens(tokenizer, ["Yes", " Yes", "Yes it is", "YES", "no"]) == [yes, no]
+
+
+def test_a_space_before_an_answer_is_part_of_its_token_or_no_answer():
+    """What byte-level tokenizers write after "Assistant:" is " Yes"; of a lone space "No" may follow as well."""
+    word = [("Y", "e"), ("Ye", "s")]
+    whole, apart = byte_level_tokenizer([*word, ("Ġ", "Yes")]), byte_level_tokenizer(word)
+    spellings = ["Yes", " Yes"]
+    assert whole.convert_ids_to_tokens(first_tokens(whole, spellings)) == ["Yes", "ĠYes"]
+    assert apart.tokenize(" Yes") == ["Ġ", "Yes"]
+    assert apart.convert_ids_to_tokens(first_tokens(apart, spellings)) == ["Yes"]
+    with pytest.raises(ValueError, match="at least one of the answers"):
+        first_tokens(apart, [" Yes"])
+
+
+def byte_level_tokenizer(merges: list[tuple[str, str]]) -> PreTrainedTokenizerFast:
+    """A BPE of bytes and what is merged of them."""
+    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *map("".join, merges)]
+    tokenizer = Tokenizer(models.BPE({token: index for index, token in enumerate(tokens)}, merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore
+    tokenizer.decoder = decoders.ByteLevel()  # pyright: ignore
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+def test_a_question_may_have_braces_of_its_own():
+    question = 'Is {"a"} in "{}" there?'
+    reward = build_vqa_scorer(question=question)
+    plain = build_vqa_scorer(question="{}")
+    whole = [question.replace("{}", prompt) for prompt in PROMPTS]
+    assert torch.equal(reward(random_images(), PROMPTS), plain(random_images(), whole))
 
 
 def test_appended_tokens_are_seen_and_typed():
