@@ -405,6 +405,9 @@ class Reward(nn.Module):
         """
         raise NotImplementedError(f"`{type(self).__name__}` does not implement `score`.")
 
+    def check_size(self, prompt: str, height: int, width: int) -> None:
+        """Raise `ValueError` for images of a size that cannot be scored. Called before a diffusion model runs."""
+
     def encode_text(self, prompt: str) -> Tensor:
         """The features of one prompt, any shape. Called once per prompt, without gradients."""
         raise NotImplementedError(f"`{type(self).__name__}` does not implement `encode_text`.")
@@ -530,6 +533,8 @@ def check_images(images: Tensor, who: str) -> None:
             f"Expected images for {who} as a floating-point tensor (B, 3, H, W), but got {got}. Call the "
             'pipeline with `output_type="pt"`.'
         )
+    if not images.numel():
+        raise ValueError(f"Expected at least one image of at least one pixel for {who}, but got {tuple(images.shape)}.")
     low, high = (bound.item() for bound in images.detach().aminmax())
     if low != low or high != high:
         raise NonFiniteReward(
@@ -902,14 +907,19 @@ class RewardSum(nn.Module):
 
     def optimised(self) -> "RewardSum":
         """The sum without the rewards of weight 0; weights of the models are shared."""
-        pairs = zip(self.rewards, self.weights.values(), strict=True)
-        return self.like([(reward, weight) for reward, weight in pairs if weight])
+        parts = zip(self.names, self.rewards, strict=True)
+        return self.like({name: reward for name, reward in parts if self.weights[name]})
 
-    def like(self, pairs: Sequence[tuple[Any, float]]) -> "RewardSum":
-        """A sum of other rewards, or other weights, under the normalisation of this one."""
-        names = distinct_names([str(reward.name) for reward, _ in pairs])
+    def like(self, rewards: Mapping[str, nn.Module]) -> "RewardSum":
+        """A sum of rewards by the names of some here, each with the weight and the normalisation of that name.
+
+        Names are given anew: where the first of two `clipscore` is left out, `clipscore_2` becomes `clipscore`.
+        """
+        names = distinct_names([str(reward.name) for reward in rewards.values()])
+        renamed = zip(names, rewards, strict=True)
+        normalization = {new: self.normalization[name] for new, name in renamed if name in self.normalization}
         return RewardSum(
-            pairs, normalization={name: self.normalization[name] for name in names if name in self.normalization}
+            [(reward, self.weights[name]) for name, reward in rewards.items()], normalization=normalization
         )
 
     @torch.no_grad()
@@ -1942,10 +1952,11 @@ class RewardObjective(Objective):
     def try_out(self, prompt: str, height: int, width: int, gradient: bool) -> None:
         """Score one random image with each plain callable: its shape, its numbers and, if asked for, its gradient.
 
-        The project's own rewards are tested to meet the contract and are not run.
+        The project's own rewards are tested to meet the contract: they only say whether they take images of this size.
         """
         for name, reward in zip(self.rewards.names, self.rewards.rewards, strict=True):
             if not hasattr(reward, "function"):
+                reward.check_size(prompt, height, width)  # pyright: ignore[reportCallIssue]
                 continue
             if gradient and self.rewards.weights[name]:
                 check_gradient(reward, prompt, height, width)  # pyright: ignore[reportArgumentType]

@@ -26,7 +26,7 @@ import time
 import types
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar, Generic, Literal, NamedTuple, TypeVar, cast, get_args
@@ -42,8 +42,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import (
-    AutoConfig,
+    AutoImageProcessor,
     AutoModel,
+    AutoModelForImageTextToText,
+    AutoProcessor,
     AutoTokenizer,
     BertTokenizer,
     BlipForImageTextRetrieval,
@@ -54,17 +56,25 @@ from transformers import (
     BlipVisionModel,
     CLIPConfig,
     CLIPModel,
+    CLIPVisionConfig,
+    CLIPVisionModel,
     CLIPVisionModelWithProjection,
     ImageProcessingMixin,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
+    ProcessorMixin,
     SiglipModel,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 
 # rewards/checkpoints.py
+
+
+ModelT = TypeVar("ModelT", bound=PreTrainedModel)
 
 
 def checkpoint_path(checkpoint: str, filename: str, hub: Mapping[str, Any]) -> Path:
@@ -124,6 +134,22 @@ def holder_of(filename: str, checkpoint: str, companion: str, hub: Mapping[str, 
     if os.path.isfile(os.path.join(checkpoint, filename)):
         return checkpoint, dict(hub)
     return companion, {**hub, "revision": None}
+
+
+def load_pretrained(model_class: type[ModelT], checkpoint: str, hub: Mapping[str, Any]) -> ModelT:
+    """A transformers model in float32. What a checkpoint lacks, transformers draws at random and only warns of.
+
+    Raises:
+        ValueError: naming the keys that are missing.
+    """
+    load: Any = model_class.from_pretrained  # whose type does not know that it then gives a pair
+    model, found = load(checkpoint, dtype=torch.float32, output_loading_info=True, **hub)
+    if missing := sorted(found["missing_keys"]):
+        raise ValueError(
+            f"Expected {checkpoint} to hold all weights of {type(model).__name__}, but missing: {', '.join(missing)}. "
+            "Pass the checkpoint of a whole model."
+        )
+    return model
 
 
 def check_weights(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
@@ -466,6 +492,9 @@ class Reward(nn.Module):
         """
         raise NotImplementedError(f"`{type(self).__name__}` does not implement `score`.")
 
+    def check_size(self, prompt: str, height: int, width: int) -> None:
+        """Raise `ValueError` for images of a size that cannot be scored. Called before a diffusion model runs."""
+
     def encode_text(self, prompt: str) -> Tensor:
         """The features of one prompt, any shape. Called once per prompt, without gradients."""
         raise NotImplementedError(f"`{type(self).__name__}` does not implement `encode_text`.")
@@ -591,6 +620,8 @@ def check_images(images: Tensor, who: str) -> None:
             f"Expected images for {who} as a floating-point tensor (B, 3, H, W), but got {got}. Call the "
             'pipeline with `output_type="pt"`.'
         )
+    if not images.numel():
+        raise ValueError(f"Expected at least one image of at least one pixel for {who}, but got {tuple(images.shape)}.")
     low, high = (bound.item() for bound in images.detach().aminmax())
     if low != low or high != high:
         raise NonFiniteReward(
@@ -767,7 +798,7 @@ class AutoReward:
         hub = {"revision": revision, "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
         factory = find_reward(path)
         if factory is None:
-            reward_class = published_as(path) or reward_class_of(AutoConfig.from_pretrained(path, **hub), path)
+            reward_class = published_as(path) or reward_class_of(PretrainedConfig.get_config_dict(path, **hub)[0], path)
             return reward_class.from_pretrained(path, dtype=dtype, device=device, **hub)
         if isinstance(factory, type) and issubclass(factory, Reward) and factory.default_checkpoint:
             return factory.from_pretrained(dtype=dtype, device=device, **hub)
@@ -785,14 +816,15 @@ def published_as(path: str) -> type[Reward] | None:
     return None
 
 
-def reward_class_of(config: PretrainedConfig, path: str) -> type[Reward]:
-    """The class that loads checkpoints with this config; `path` is for the message."""
-    for kind in (*(config.architectures or ()), config.model_type):
+def reward_class_of(config: Mapping[str, Any], path: str) -> type[Reward]:
+    """The class that loads checkpoints with this config.json, also of types that transformers does not know."""
+    architectures, model_type = config.get("architectures"), config.get("model_type")
+    for kind in (*(architectures or ()), model_type):
         if kind in REWARD_LOADERS:
             return REWARD_LOADERS[kind][1]
     raise ValueError(
         f"Expected a checkpoint of the model type or architecture {sorted(REWARD_LOADERS)}, but '{path}' is of type "
-        f"'{config.model_type}', architecture {config.architectures}. Load it yourself and pass a callable "
+        f"'{model_type}', architecture {architectures}. Load it yourself and pass a callable "
         "`(images, prompts) -> (B,)`."
     )
 
@@ -880,7 +912,7 @@ class Aesthetic(Reward):
     def load(cls, checkpoint: str, hub: dict[str, Any]) -> "Aesthetic":
         path = checkpoint_path(checkpoint, cls.head_file(checkpoint), hub)
         source, source_hub = holder_of("preprocessor_config.json", checkpoint, CLIP_VIT_L, hub)
-        model = CLIPVisionTower.from_pretrained(source, dtype=torch.float32, **source_hub)
+        model = load_pretrained(CLIPVisionTower, source, source_hub)
         head = cls.build_head(model.config.projection_dim)
         load_strictly(head, read_state_dict(path), path.name)
         return cls(model, head, ImageTransform.from_processor_config(source, **source_hub))
@@ -1420,7 +1452,7 @@ class BlipITM(Reward):
 
     @classmethod
     def load(cls: type[BlipITMT], checkpoint: str, hub: dict[str, Any]) -> BlipITMT:
-        model = BlipForImageTextRetrieval.from_pretrained(checkpoint, dtype=torch.float32, **hub)
+        model = load_pretrained(BlipForImageTextRetrieval, checkpoint, hub)
         tokenizer = AutoTokenizer.from_pretrained(checkpoint, **hub)
         return cls(model, tokenizer, ImageTransform.from_processor_config(checkpoint, **hub))
 
@@ -1527,7 +1559,7 @@ class BlipVQA(Reward):
 
     @classmethod
     def load(cls, checkpoint: str, hub: dict[str, Any]) -> "BlipVQA":
-        model = BlipForQuestionAnswering.from_pretrained(checkpoint, dtype=torch.float32, **hub)
+        model = load_pretrained(BlipForQuestionAnswering, checkpoint, hub)
         tokenizer = AutoTokenizer.from_pretrained(checkpoint, **hub)
         return cls(model, tokenizer, ImageTransform.from_processor_config(checkpoint, **hub))
 
@@ -1547,6 +1579,765 @@ def blip_answer_ids(tokenizer: PreTrainedTokenizerBase, answer: str, start: int,
     if len(ids) < 3:
         raise ValueError(f"Expected an answer of at least one token, but got {answer!r}.")
     return [start, *ids[1:]]
+
+
+# rewards/vlm_pixels.py
+
+
+def vlm_pixels(images: Tensor, image_processor: Any) -> Tensor:
+    """What an image processor makes of its input, from (B, 3, H, W) images in [0, 1], with a gradient.
+
+    The size and filter of the resize, the crop, mean and standard deviation are the processor's own. Each image is one
+    tile: processors that cut large images into several are asked not to.
+
+    Returns:
+        `pixel_values` in the layout of the processor, in float32 or more: (B, 3, h, w); (B * patches, values of a
+        patch) for Qwen's; (B, 1, 3, h, w) for those of Idefics 3 and SmolVLM.
+
+    Raises:
+        ValueError: for a class of processor that is not in `PIXEL_LAYOUTS`.
+    """
+    return PIXEL_LAYOUTS[image_processor_kind(image_processor)](images, image_processor)
+
+
+def image_processor_kind(image_processor: Any) -> str:
+    """The name of its class without the backend: "CLIPImageProcessor" of `CLIPImageProcessorPil` too."""
+    kind = type(image_processor).__name__.removesuffix("Pil").removesuffix("Fast")
+    if kind not in PIXEL_LAYOUTS:
+        raise ValueError(
+            f"Expected an image processor out of {sorted(PIXEL_LAYOUTS)}, but got {kind}. Pass `preprocess=`, images "
+            "(B, 3, H, W) in [0, 1] -> `pixel_values`."
+        )
+    return kind
+
+
+def one_tile(images: Tensor, image_processor: Any) -> Tensor:
+    """(B, 3, H, W) -> (B, 3, h, w): shorter side and crop as CLIP has it, or an exact size, whatever is set."""
+    return ImageTransform.from_processor_config(image_processor.to_dict())(images)
+
+
+def qwen_patches(images: Tensor, image_processor: Any) -> Tensor:
+    """(B, 3, H, W) -> (B * gh * gw, 3 * 2 * p * p): the patches of Qwen2-VL and later, image by image."""
+    settings = image_processor.to_dict()
+    patch, merge, bounds = settings["patch_size"], settings["merge_size"], settings["size"]
+    height, width = images.shape[-2:]
+    size = smart_resize(height, width, patch * merge, bounds["shortest_edge"], bounds["longest_edge"])
+    settings["size"] = {"height": size[0], "width": size[1]}
+    pixels = ImageTransform.from_processor_config(settings)(images)
+    return patchify(pixels, patch, merge, settings["temporal_patch_size"])
+
+
+def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+    """The size that Qwen-VL sees: multiples of `factor`, between two numbers of pixels, the aspect about kept.
+
+    Source: `smart_resize` of transformers, `models/qwen2_vl/image_processing_qwen2_vl.py`.
+    """
+    size = (round(height / factor) * factor, round(width / factor) * factor)
+    if size[0] * size[1] > max_pixels:
+        shrink = factor * math.sqrt(height * width / max_pixels)
+        return max(1, math.floor(height / shrink)) * factor, max(1, math.floor(width / shrink)) * factor
+    if size[0] * size[1] < min_pixels:
+        grow = math.sqrt(min_pixels / (height * width)) / factor
+        return math.ceil(height * grow) * factor, math.ceil(width * grow) * factor
+    return size
+
+
+def patchify(pixels: Tensor, patch: int, merge: int, temporal: int) -> Tensor:
+    """(B, C, H, W) -> (B * gh * gw, C * temporal * patch * patch), in the order of Qwen's processors.
+
+    Patches that the model merges, `merge` by `merge`, follow one another; an image is `temporal` equal frames.
+    """
+    batch, channels, height, width = pixels.shape
+    rows, columns = height // patch, width // patch
+    blocks = pixels.reshape(batch, channels, rows // merge, merge, patch, columns // merge, merge, patch)
+    blocks = blocks.permute(0, 2, 5, 3, 6, 1, 4, 7).unsqueeze(6)
+    blocks = blocks.expand(*blocks.shape[:6], temporal, patch, patch)
+    return blocks.reshape(batch * rows * columns, channels * temporal * patch * patch)
+
+
+def idefics_tile(images: Tensor, image_processor: Any) -> Tensor:
+    """(B, 3, H, W) -> (B, 1, 3, e, e): to the longest edge, then squashed to a square, as without image splitting."""
+    settings = image_processor.to_dict()
+    edge = settings["max_image_size"]["longest_edge"]
+    pixels = straight_through_clamp(at_least_float32(images))
+    whole = longest_edge_even(images.shape[-2], images.shape[-1], settings["size"]["longest_edge"])
+    for size in (whole, (edge, edge)):
+        pixels = lanczos_resize(pixels, size)
+    square = {"height": edge, "width": edge}
+    finish = ImageTransform.from_processor_config({**settings, "size": square, "do_resize": False, "resample": 3})
+    return finish(pixels)[:, None]
+
+
+def longest_edge_even(height: int, width: int, edge: int) -> tuple[int, int]:
+    """The (height, width) that brings the longer side to `edge`; the other is cut to a whole number, then made even.
+
+    Source: `_resize_output_size_rescale_to_max_len` of transformers, `models/idefics3/image_processing_idefics3.py`.
+    """
+    shorter = int(edge / (width / height)) if width >= height else int(edge * (width / height))
+    shorter = max(1, shorter + shorter % 2)
+    return (shorter, edge) if width >= height else (edge, shorter)
+
+
+def lanczos_resize(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """Pillow's Lanczos filter on (B, C, H, W) in [0, 1]: two passes, each of them clamped as uint8 would be."""
+    for height, width in (first_pass_size(images.shape[-2], images.shape[-1], size), size):
+        down, across = lanczos_weights(images.shape[-2], height), lanczos_weights(images.shape[-1], width)
+        images = straight_through_clamp(down.to(images) @ images @ across.to(images).T)
+    return images
+
+
+def lanczos_weights(length: int, target: int) -> Tensor:
+    """(target, length) float64, rows that sum to 1: a windowed sinc over three lobes, wider when it shrinks."""
+    scale = length / target
+    centers = (torch.arange(target, dtype=torch.float64) + 0.5) * scale
+    offsets = (torch.arange(length, dtype=torch.float64) + 0.5 - centers[:, None]) / max(scale, 1.0)
+    weights = torch.where(offsets.abs() < 3, torch.sinc(offsets) * torch.sinc(offsets / 3), 0.0)
+    return weights / weights.sum(1, keepdim=True)
+
+
+# The class of an image processor, without its backend -> what it does to images
+PIXEL_LAYOUTS: dict[str, Callable[[Tensor, Any], Tensor]] = {
+    "BlipImageProcessor": one_tile,
+    "CLIPImageProcessor": one_tile,
+    "Gemma3ImageProcessor": one_tile,
+    "GotOcr2ImageProcessor": one_tile,
+    "Idefics3ImageProcessor": idefics_tile,
+    "Qwen2VLImageProcessor": qwen_patches,
+    "SiglipImageProcessor": one_tile,
+    "SmolVLMImageProcessor": idefics_tile,
+}
+
+
+# rewards/vlm_inputs.py
+
+
+PIXEL_TOLERANCE = 0.05  # in normalised units: three grey levels
+ANSWER_ROOM = 8  # tokens of the context that are kept free for an answer
+
+Placeholder = Callable[[PretrainedConfig, Mapping[str, Tensor], str], str]
+
+
+def qwen_placeholder(config: PretrainedConfig, pixels: Mapping[str, Tensor], token: str) -> str:
+    """One token for each patch that is left after merging."""
+    merge: int = config.vision_config.spatial_merge_size
+    return token * (int(pixels["image_grid_thw"].prod()) // merge**2)
+
+
+def internvl_placeholder(config: PretrainedConfig, pixels: Mapping[str, Tensor], token: str) -> str:
+    """The tokens of one tile between those that begin and end an image."""
+    return "<img>" + token * config.image_seq_length + "</img>"
+
+
+def smolvlm_placeholder(config: PretrainedConfig, pixels: Mapping[str, Tensor], token: str) -> str:
+    """The tokens of one tile, announced as the whole image."""
+    vision = config.vision_config
+    count = (vision.image_size // vision.patch_size) ** 2 // config.scale_factor**2
+    return "<fake_token_around_image><global-img>" + token * count + "<fake_token_around_image>"
+
+
+@dataclass(frozen=True, kw_only=True)
+class VLMFamily:
+    """How checkpoints of one model type are asked.
+
+    Attributes:
+        prompt: the text around a question for checkpoints that come without a chat template.
+        settings: arguments of the processor, such that an image is one tile.
+        placeholder: what stands in the text for an image, for families whose processor needs torchvision.
+        answer_type: the `token_type_ids` of an answer.
+    """
+
+    prompt: str | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    placeholder: Placeholder | None = None
+    answer_type: int = 0
+
+
+# `model_type` of a config.json -> how it is asked
+VLM_FAMILIES: dict[str, VLMFamily] = {
+    "blip-2": VLMFamily(prompt="Question: {} Answer:"),
+    "gemma3": VLMFamily(settings={"do_pan_and_scan": False}),
+    "idefics3": VLMFamily(settings={"do_image_splitting": False}),
+    "instructblip": VLMFamily(prompt="Question: {}"),
+    "internvl": VLMFamily(settings={"crop_to_patches": False}, placeholder=internvl_placeholder),
+    "llava": VLMFamily(prompt="USER: <image>\n{} ASSISTANT:"),
+    # What the model reads is attended to in both directions (0), what it writes is causal (1).
+    "paligemma": VLMFamily(prompt="<image>answer en {}", answer_type=1),
+    "qwen2_5_vl": VLMFamily(placeholder=qwen_placeholder),
+    "qwen2_vl": VLMFamily(placeholder=qwen_placeholder),
+    "qwen3_vl": VLMFamily(placeholder=qwen_placeholder),
+    "smolvlm": VLMFamily(settings={"do_image_splitting": False}, placeholder=smolvlm_placeholder),
+}
+
+
+def vlm_family(model_type: str) -> VLMFamily:
+    """The family of a model type. Raises `ValueError` for one that is not written here."""
+    if model_type not in VLM_FAMILIES:
+        raise ValueError(
+            f"Expected a vision-language model of the type {sorted(VLM_FAMILIES)}, but got '{model_type}', whose "
+            "pixels are not written here. Load model and processor yourself and pass `VQAScorer` also `preprocess=`, "
+            "images (B, 3, H, W) in [0, 1] -> `pixel_values`."
+        )
+    return VLM_FAMILIES[model_type]
+
+
+class TokenizerAndImageProcessor:
+    """A tokenizer and an image processor in place of a processor class that cannot be built without torchvision.
+
+    Those of families that also take videos ask for it, though images do not need it.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        image_processor: Any,
+        config: PretrainedConfig,
+        placeholder: Placeholder,
+        chat_template: str | None = None,
+    ):
+        self.tokenizer = tokenizer
+        self.image_processor = image_processor
+        self.config = config
+        self.placeholder = placeholder
+        self.chat_template: Any = chat_template or tokenizer.chat_template
+        self.image_token = str(tokenizer.convert_ids_to_tokens(config.image_token_id))
+
+    def apply_chat_template(self, chat: list[dict[str, Any]], **arguments: Any) -> Any:
+        return self.tokenizer.apply_chat_template(chat, chat_template=self.chat_template, **arguments)
+
+    def __call__(
+        self,
+        *,
+        text: list[str],
+        images: list[Any],
+        return_tensors: str,
+        add_special_tokens: bool = True,
+        **settings: Any,
+    ) -> dict[str, Tensor]:
+        """The inputs of the model for one image in one text."""
+        pixels = self.image_processor(images=images, return_tensors=return_tensors, **settings)
+        filled = text[0].replace(self.image_token, self.placeholder(self.config, pixels, self.image_token), 1)
+        tokens = self.tokenizer([filled], return_tensors=return_tensors, add_special_tokens=add_special_tokens)
+        kinds = (tokens["input_ids"] == self.config.image_token_id).long()
+        return {**tokens, **pixels, "mm_token_type_ids": kinds}
+
+
+def load_vlm_processor(checkpoint: str, config: PretrainedConfig, hub: Mapping[str, Any]) -> Any:
+    """The processor of a checkpoint, or what stands in for it without torchvision."""
+    placeholder = vlm_family(config.model_type).placeholder
+    if placeholder is None:
+        return AutoProcessor.from_pretrained(checkpoint, **hub)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint, **hub)
+    image_processor = AutoImageProcessor.from_pretrained(checkpoint, backend="pil", **hub)
+    settings, _ = ProcessorMixin.get_processor_dict(checkpoint, **hub)
+    return TokenizerAndImageProcessor(tokenizer, image_processor, config, placeholder, settings.get("chat_template"))
+
+
+def probe_image(height: int, width: int) -> Tensor:
+    """(1, 3, height, width) in [0, 1], of 256 levels; so smooth that all antialiasing filters agree on it."""
+    coarse = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    smooth = F.interpolate(coarse, (height, width), mode="bicubic").clamp(0, 1)
+    return (smooth * 255).round() / 255
+
+
+class VLMInputs:
+    """The inputs of a vision-language model: pixels with a gradient, and the rest once for each text and image size.
+
+    The rest comes from the checkpoint's own processor, called on a probe image. On that occasion our pixels of the
+    probe are compared with the processor's.
+
+    Args:
+        model: tells the family, and which inputs it takes.
+        processor: a transformers processor, or `TokenizerAndImageProcessor`.
+        preprocess: images (B, 3, H, W) in [0, 1] -> `pixel_values`, instead of ours; it is not compared.
+        prompt_format: the text around a question, "{}", with the image token if the family writes one; by default the
+            chat template of the processor, else the family's own.
+
+    Attributes:
+        pixel_errors: (height, width) -> the largest difference from the processor's pixels, in normalised units.
+
+    Raises:
+        ValueError: for a family or image processor that is not written here, unless there is a `preprocess`; without
+            any text around a question, or with one that has no "{}".
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        processor: Any,
+        preprocess: Callable[[Tensor], Tensor] | None = None,
+        prompt_format: str | None = None,
+    ):
+        if prompt_format is not None and "{}" not in prompt_format:
+            raise ValueError(
+                f"Expected a `prompt_format` with {{}} in place of the question, but got {prompt_format!r}."
+            )
+        kind = model.config.model_type
+        self.family = vlm_family(kind) if preprocess is None else VLM_FAMILIES.get(kind, VLMFamily())
+        self.processor = processor
+        self.preprocess = preprocess
+        self.prompt_format = prompt_format
+        self.accepted = set(inspect.signature(model.forward).parameters)
+        self.limits = context_lengths(model.config, processor.tokenizer)
+        self.cache: dict[tuple[str, str, tuple[int, int]], dict[str, Tensor]] = {}
+        self.pixel_errors: dict[tuple[int, int], float] = {}
+        if preprocess is None:
+            image_processor_kind(processor.image_processor)
+        self.surround("")
+
+    def pixels(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) in [0, 1] -> `pixel_values` of the model, in float32 or more."""
+        if self.preprocess is not None:
+            return self.preprocess(images)
+        return vlm_pixels(images, self.processor.image_processor)
+
+    def __call__(self, template: str, prompt: str, size: tuple[int, int]) -> dict[str, Tensor]:
+        """All inputs but pixels for one image of (height, width), each (1, ...), on the CPU.
+
+        Args:
+            template: the question, "{}" for the prompt.
+            prompt: cut at its end if the context is too short.
+            size: (height, width) of the image.
+
+        Raises:
+            ValueError: our pixels are not the processor's, or no context is left for a prompt.
+        """
+        key = template, prompt, size
+        if key not in self.cache:
+            # Tensors made in inference mode could never enter a graph later.
+            with torch.inference_mode(False), torch.no_grad():
+                self.cache[key] = self.build(template, prompt, size)
+        return self.cache[key]
+
+    def build(self, template: str, prompt: str, size: tuple[int, int]) -> dict[str, Tensor]:
+        """The same, not from the cache."""
+        token = getattr(self.processor, "image_token", None)
+        if token is not None and str(token) in prompt:
+            raise ValueError(
+                f"Expected a prompt without the model's image token, but got {prompt!r}. Remove '{token}'."
+            )
+        image = probe_image(*size)
+        reference = self.process(template.replace("{}", prompt), image)
+        while (excess := self.excess(reference)) > 0:
+            prompt = self.shortened(prompt, excess)
+            reference = self.process(template.replace("{}", prompt), image)
+        if self.preprocess is None:
+            self.check_pixels(image, reference["pixel_values"])
+        wanted = self.accepted - {"labels", "pixel_values"}
+        return {name: value for name, value in reference.items() if name in wanted}
+
+    def process(self, question: str, image: Tensor) -> Mapping[str, Tensor]:
+        """The processor's output for a question about an image (1, 3, H, W)."""
+        text = self.surround(question)
+        picture = Image.fromarray((image[0].permute(1, 2, 0) * 255).round().byte().numpy())
+        settings = dict(self.family.settings)
+        # Chat templates that begin with the token of the beginning do not want a second one.
+        if (begin := self.processor.tokenizer.bos_token) and text.startswith(begin):
+            settings["add_special_tokens"] = False
+        return self.processor(text=[text], images=[picture], return_tensors="pt", **settings)
+
+    def surround(self, question: str) -> str:
+        """The whole text for a question."""
+        if self.prompt_format is not None:
+            return self.prompt_format.replace("{}", question)
+        if getattr(self.processor, "chat_template", None) is not None:
+            chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
+            return self.processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        if self.family.prompt is None:
+            raise ValueError(
+                f"Expected a chat template in {type(self.processor).__name__}, but it has none. Pass `prompt_format=`."
+            )
+        return self.family.prompt.replace("{}", question)
+
+    def excess(self, reference: Mapping[str, Tensor]) -> int:
+        """By how many tokens a text is too long; 0 or less if it is not."""
+        lengths = {name: reference[name].shape[1] for name in self.limits if name in reference}
+        return max(int(length + ANSWER_ROOM - self.limits[name]) for name, length in lengths.items())
+
+    def shortened(self, prompt: str, excess: int) -> str:
+        """A prompt without its last `excess` tokens, about."""
+        count = len(self.processor.tokenizer(prompt, add_special_tokens=False)["input_ids"])
+        if count <= excess:
+            raise ValueError(
+                f"Expected a context of at least {excess - count} tokens more than {self.limits} for the image and the "
+                "question alone. Use smaller images or a shorter question."
+            )
+        return prompt[: len(prompt) * (count - excess) // count]
+
+    def check_pixels(self, image: Tensor, expected: Tensor) -> None:
+        """Raise unless our pixels of an image are the processor's."""
+        pixels = self.pixels(image)
+        error = float((pixels - expected).abs().max()) if pixels.shape == expected.shape else float("inf")
+        if not error <= PIXEL_TOLERANCE:  # NaN too
+            raise ValueError(
+                f"Expected the pixels of {type(self.processor.image_processor).__name__}, {tuple(expected.shape)}, but "
+                f"ours, {tuple(pixels.shape)}, differ by {error:.3g} from them. Pass `preprocess=`, images "
+                "(B, 3, H, W) in [0, 1] -> `pixel_values`."
+            )
+        self.pixel_errors[(image.shape[-2], image.shape[-1])] = error
+
+
+def context_lengths(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:
+    """How many tokens each text input of a model may have."""
+    text = getattr(config, "text_config", config)
+    lengths = {"input_ids": min(getattr(text, "max_position_embeddings", float("inf")), tokenizer.model_max_length)}
+    if (reader := getattr(config, "qformer_config", None)) is not None:
+        lengths["qformer_input_ids"] = reader.max_position_embeddings + ANSWER_ROOM  # it reads no answer
+    return lengths
+
+
+# rewards/vqa_score.py
+
+
+QUESTION = 'Does this figure show "{}"? Please answer yes or no.'
+VQAMode = Literal["answer", "answer_eos", "yesno", "logodds"]
+
+
+@register_reward("vqascore", loads=tuple(VLM_FAMILIES))
+class VQAScorer(Reward):
+    """P(yes) of `Does this figure show "{prompt}"? Please answer yes or no.` by an image-text-to-text model.
+
+    VQAScore: https://arxiv.org/abs/2404.01291. Modes, from the logits of the tokens of the answer, in float32:
+
+    - "answer": the probability, among all tokens, that the answer begins with one of `answers`; in [0, 1].
+    - "answer_eos": exp of the mean log-probability of the first of `answers` and the end of the text, as the paper has
+      it for CLIP-FlanT5; in [0, 1], and not comparable with "answer": about its square root.
+    - "logodds": log P(answers) - log P(negatives), unbounded. It does not saturate near 0 and 1, so its gradient is
+      the best conditioned one.
+    - "yesno": the sigmoid of that, in [0, 1].
+
+    `from_pretrained` gives mode "answer"; for another, `VQAScorer(reward.model, reward.processor, mode="logodds")`.
+
+    Args:
+        model: a model of one of the types in `VLM_FAMILIES`, or of another with a `preprocess`; it is frozen.
+        processor: its processor, or a `TokenizerAndImageProcessor`.
+        question: with "{}" for the prompt.
+        answers: the ways to say yes, also with a space before it, which some models write after "Assistant:". Those
+            that the tokenizer does not know, or knows as a lone space and a word, are left out.
+        negatives: the ways to say no, for "yesno" and "logodds".
+        mode: see above.
+        preprocess: images (B, 3, H, W) in [0, 1] -> `pixel_values`, instead of those of the image processor.
+        prompt_format: the text around the question, "{}", instead of the chat template.
+
+    Raises:
+        ValueError: an unknown mode or family, a question without "{}", or answers that cannot be told apart.
+    """
+
+    name = "vqascore"
+    range = (0.0, 1.0)
+    license = "apache-2.0"
+    default_checkpoint = "Qwen/Qwen2-VL-2B-Instruct"
+    parameter_count = 2_208_985_600
+    model: PreTrainedModel
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        processor: Any,
+        *,
+        question: str = QUESTION,
+        answers: Sequence[str] = ("Yes", "yes", " Yes", " yes"),
+        negatives: Sequence[str] = ("No", "no", " No", " no"),
+        mode: VQAMode = "answer",
+        preprocess: Callable[[Tensor], Tensor] | None = None,
+        prompt_format: str | None = None,
+    ):
+        if mode not in get_args(VQAMode):
+            raise ValueError(f"Expected a mode out of {get_args(VQAMode)}, but got {mode!r}.")
+        if "{}" not in question:
+            raise ValueError(f"Expected a question with {{}} in place of the prompt, but got {question!r}.")
+        super().__init__(model=model)
+        self.processor = processor
+        self.inputs = VLMInputs(model, processor, preprocess, prompt_format)
+        self.question = question
+        self.mode = mode
+        self.range = None if mode == "logodds" else (0.0, 1.0)
+        self.yes = first_tokens(processor.tokenizer, answers)
+        self.no = first_tokens(processor.tokenizer, negatives) if mode in ("yesno", "logodds") else []
+        if both := set(self.yes) & set(self.no):
+            raise ValueError(
+                f"Expected answers {list(answers)} and negatives {list(negatives)} that begin with different tokens, "
+                f"but both have {processor.tokenizer.convert_ids_to_tokens(sorted(both))}. Pass others."
+            )
+        # The tokens of "answer_eos": the first answer, whole, and the end.
+        whole = processor.tokenizer(answers[0], add_special_tokens=False)["input_ids"]
+        self.whole_answer: list[int] = [*whole, processor.tokenizer.eos_token_id]
+
+    def score(self, images: Tensor, prompts: list[str]) -> Tensor:
+        if self.mode == "answer_eos":
+            logits = self.next_logits(images, self.question, prompts, self.whole_answer[:-1])
+            chosen = torch.tensor(self.whole_answer, device=logits.device).expand(len(images), -1)
+            return logits.log_softmax(-1).gather(-1, chosen[..., None])[..., 0].mean(-1).exp()
+        logits = self.next_logits(images, self.question, prompts)[:, 0]
+        if self.mode == "answer":
+            return log_probability(logits, self.yes).exp()
+        odds = logits[:, self.yes].logsumexp(-1) - logits[:, self.no].logsumexp(-1)
+        return odds.sigmoid() if self.mode == "yesno" else odds
+
+    def check_size(self, prompt: str, height: int, width: int) -> None:
+        self.inputs(self.question, prompt, (height, width))
+
+    def answer_log_probability(
+        self, images: Tensor, questions: Sequence[str], answers: Sequence[Sequence[str]]
+    ) -> Tensor:
+        """Log of the probability that the answer to each image's question begins with one of its answers, (B,).
+
+        Args:
+            images: (B, 3, H, W) in [0, 1].
+            questions: B questions as they are asked.
+            answers: B lists of spellings of what is to be answered.
+        """
+        logits = self.next_logits(images, "{}", questions)[:, 0]
+        tokens = [first_tokens(self.processor.tokenizer, variants) for variants in answers]
+        return torch.cat([log_probability(row[None], ids) for row, ids in zip(logits, tokens, strict=True)])
+
+    def next_logits(self, images: Tensor, template: str, prompts: Sequence[str], forced: Sequence[int] = ()) -> Tensor:
+        """Logits of the answer's first token and of those that follow each of the `forced` ones: (B, 1 + forced, V)."""
+        size = (images.shape[-2], images.shape[-1])
+        inputs = [self.inputs(template, prompt, size) for prompt in prompts]
+        parts, order = [], []
+        for rows in rows_of_equal_shape(inputs):
+            stacked = {name: torch.cat([inputs[row][name] for row in rows]) for name in inputs[rows[0]]}
+            parts.append(self.answer_logits(images[rows], stacked, forced))
+            order += rows
+        return torch.cat(parts)[torch.tensor(order).argsort()]
+
+    def answer_logits(self, images: Tensor, inputs: Mapping[str, Tensor], forced: Sequence[int]) -> Tensor:
+        """The same for inputs of one length, so that nothing is padded."""
+        arguments: dict[str, Any] = {name: value.to(self.device) for name, value in inputs.items()}
+        text = getattr(self.model.config, "text_config", self.model.config)
+        if text.is_encoder_decoder:
+            written = torch.tensor([[text.decoder_start_token_id, *forced]], device=self.device)
+            arguments["decoder_input_ids"] = written.expand(len(images), -1)
+        else:
+            arguments = appended(arguments, forced, self.inputs.family.answer_type)
+        if "logits_to_keep" in self.inputs.accepted:
+            arguments["logits_to_keep"] = 1 + len(forced)
+        pixels = self.inputs.pixels(images).to(self.dtype)
+        logits = self.model(pixel_values=pixels, use_cache=False, **arguments).logits
+        return at_least_float32(logits[:, -1 - len(forced) :])
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "VQAScorer":
+        """Move and cast the weights, but leave float32 buffers in it when the weights become half precision.
+
+        Rotary frequencies that were rounded to 8 bits turn by the wrong angle a few hundred tokens on.
+        """
+        exact = {name: value for name, value in self.named_buffers() if value.is_floating_point()}
+        super()._apply(fn, recurse)
+        for name, value in exact.items():
+            parent, _, leaf = name.rpartition(".")
+            moved = self.get_buffer(name)
+            if moved.dtype.itemsize < value.dtype.itemsize and moved.dtype != torch.float32:
+                self.get_submodule(parent)._buffers[leaf] = value.to(moved.device)
+        return self
+
+    @classmethod
+    def load(cls: type[RewardT], checkpoint: str, hub: dict[str, Any]) -> RewardT:
+        vlm_family(PretrainedConfig.get_config_dict(checkpoint, **hub)[0].get("model_type", ""))  # before the weights
+        model = load_pretrained(cast(Any, AutoModelForImageTextToText), checkpoint, hub)
+        return cast(Any, cls)(model, load_vlm_processor(checkpoint, model.config, hub))
+
+
+def rows_of_equal_shape(inputs: Sequence[Mapping[str, Tensor]]) -> Iterator[list[int]]:
+    """The indices of inputs that can be stacked."""
+    groups: dict[tuple[torch.Size, ...], list[int]] = {}
+    for row, each in enumerate(inputs):
+        groups.setdefault(tuple(value.shape for value in each.values()), []).append(row)
+    yield from groups.values()
+
+
+def appended(inputs: Mapping[str, Tensor], tokens: Sequence[int], answer_type: int) -> dict[str, Tensor]:
+    """Inputs of a decoder, (B, length), with tokens of an answer after them."""
+    ends = {"input_ids": torch.tensor(tokens, dtype=torch.long), "attention_mask": torch.ones(len(tokens))}
+    ends |= {"token_type_ids": torch.full((len(tokens),), answer_type), "mm_token_type_ids": torch.zeros(len(tokens))}
+    longer = dict(inputs)
+    for name in ends.keys() & inputs.keys():
+        end = ends[name].to(inputs[name]).expand(len(inputs[name]), -1)
+        longer[name] = torch.cat((inputs[name], end), 1)
+    return longer
+
+
+def log_probability(logits: Tensor, tokens: Sequence[int]) -> Tensor:
+    """Log of the probability of any of `tokens` under (B, V) logits, (B,), at most 0."""
+    return logits.log_softmax(-1)[:, tokens].logsumexp(-1).clamp(max=0)
+
+
+def first_tokens(tokenizer: PreTrainedTokenizerBase, words: Sequence[str]) -> list[int]:
+    """The distinct tokens that words begin with; a word that the tokenizer does not know is left out.
+
+    So is one whose first token is white space alone: "No" may follow it as well.
+
+    Raises:
+        ValueError: if it knows none, or for a string in place of the list.
+    """
+    if isinstance(words, str):
+        raise ValueError(f"Expected a list of answers, but got the string {words!r}. Pass [{words!r}].")
+    begins = [tokenizer(word, add_special_tokens=False)["input_ids"][:1] for word in words]
+    firsts = dict.fromkeys(ids[0] for ids in begins if ids and ids[0] != tokenizer.unk_token_id)
+    known = [token for token in firsts if str(tokenizer.decode([token])).strip()]
+    if not known:
+        raise ValueError(
+            f"Expected at least one of the answers {list(words)} in the model's vocabulary, but it has none of them. "
+            "Pass `answers` in its spelling."
+        )
+    return known
+
+
+# rewards/clip_flant5.py
+
+
+SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
+    "and polite answers to the user's questions."
+)
+T5_TOKENIZER = "google/flan-t5-xl"  # the same for all sizes
+T5_CONTEXT = 2048  # tokens of text, as it was trained
+
+
+@register_reward("clip_flant5", "clip-flant5", loads="clip_t5")
+class CLIPFlanT5(Reward):
+    """exp(mean log p) of the answer "Yes" and the end of the text to `Does this figure show "{prompt}"? ...`.
+
+    VQAScore: https://arxiv.org/abs/2404.01291, with its own model: the patches of the last but one layer of a CLIP
+    tower, projected, stand among the words that a T5 reads. Images are padded to a square with CLIP's mean colour.
+    Source: https://github.com/linzhiqiu/CLIP-FlanT5, `clip_t5.py`, and https://github.com/linzhiqiu/t2v_metrics 1.2.
+
+    Args:
+        vision: the CLIP tower.
+        projector: (B, N, width of the tower) -> (B, N, width of the T5).
+        t5: the T5.
+        tokenizer: of the T5, one that ends each text with the token of the end.
+        image_transform: of square images in [0, 1]; by default CLIP's at the tower's size.
+    """
+
+    name = "clip_flant5"
+    range = (0.0, 1.0)
+    license = "apache-2.0"
+    default_checkpoint = "zhiqiulin/clip-flant5-xl"
+    parameter_count = 3_159_560_192
+    vision: CLIPVisionModel
+    projector: nn.Module
+    t5: T5ForConditionalGeneration
+
+    def __init__(
+        self,
+        vision: CLIPVisionModel,
+        projector: nn.Module,
+        t5: T5ForConditionalGeneration,
+        tokenizer: PreTrainedTokenizerBase,
+        image_transform: ImageTransform | None = None,
+    ):
+        super().__init__(vision=vision, projector=projector, t5=t5)
+        edge = cast(int, vision.config.image_size)
+        self.tokenizer = tokenizer
+        self.image_transform = image_transform or ImageTransform(size=edge, crop=(edge, edge))
+        self.answer: list[int] = tokenizer("Yes")["input_ids"]
+        if self.answer[-1] != tokenizer.eos_token_id:
+            raise ValueError(
+                f"Expected a tokenizer that ends texts with {tokenizer.eos_token!r}, but 'Yes' became {self.answer}. "
+                f"Pass that of {T5_TOKENIZER}."
+            )
+        self.tokens: dict[str, tuple[list[int], list[int]]] = {}
+
+    def score(self, images: Tensor, prompts: list[str]) -> Tensor:
+        patches = self.encode_image(images)
+        return torch.cat([self.answer_score(*each) for each in zip(patches, prompts, strict=True)])
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) in [0, 1] -> (B, patches, width of the T5)."""
+        mean = self.image_transform.mean or (0.0, 0.0, 0.0)
+        square = pad_to_square(straight_through_clamp(at_least_float32(images)), [int(255 * m) / 255 for m in mean])
+        pixels = self.image_transform(square).to(self.dtype)
+        hidden = self.vision(pixel_values=pixels, output_hidden_states=True).hidden_states
+        assert hidden is not None
+        return self.projector(hidden[-2][:, 1:])
+
+    def answer_score(self, patches: Tensor, prompt: str) -> Tensor:
+        """(patches, width) of one image -> (1,)."""
+        embed = self.t5.get_input_embeddings()
+        before, after = (embed(torch.tensor(ids, device=patches.device)) for ids in self.text_around_image(prompt))
+        labels = torch.tensor([self.answer], device=patches.device)
+        logits = self.t5(inputs_embeds=torch.cat((before, patches, after))[None], labels=labels, use_cache=False).logits
+        return (-F.cross_entropy(at_least_float32(logits[0]), labels[0])).exp()[None]
+
+    def text_around_image(self, prompt: str) -> tuple[list[int], list[int]]:
+        """The tokens before and after the image, each with an end of its own; a long prompt is cut."""
+        if prompt not in self.tokens:
+            before = self.tokenizer(f"{SYSTEM} USER: ")["input_ids"]
+            question = f"\n{QUESTION.format(prompt)} ASSISTANT: "
+            room = T5_CONTEXT - len(before) - 1  # one for the image, as the original counts
+            self.tokens[prompt] = before, self.tokenizer(question)["input_ids"][:room]
+        return self.tokens[prompt]
+
+    @classmethod
+    def load(cls: type[RewardT], checkpoint: str, hub: dict[str, Any]) -> RewardT:
+        settings, _ = PretrainedConfig.get_config_dict(checkpoint, **hub)
+        tower = settings["mm_vision_tower"]
+        others = {**hub, "revision": None}  # a revision is of the checkpoint alone
+        vision_config = CLIPVisionConfig.from_pretrained(tower, **others)
+        state = split_clip_flant5(read_shards(checkpoint, hub))
+        t5 = untied_t5(T5Config.from_dict({**settings, "model_type": "t5"}))
+        projector = clip_flant5_projector(vision_config.hidden_size, t5.config.d_model)
+        vision = CLIPVisionModel(vision_config)
+        if not state["vision"]:
+            state["vision"] = CLIPVisionModel.from_pretrained(tower, dtype=torch.float32, **others).state_dict()
+        for module, part in ((t5, "t5"), (projector, "projector"), (vision, "vision")):
+            load_strictly(module, state[part], f"{checkpoint} ({part})")
+        tokenizer = AutoTokenizer.from_pretrained(T5_TOKENIZER, **others)
+        transform = ImageTransform.from_processor_config(tower, **others)
+        return cast(Any, cls)(vision, projector, t5, tokenizer, transform)
+
+
+def untied_t5(config: T5Config) -> T5ForConditionalGeneration:
+    """An untrained T5 whose output layer has weights of its own, as Flan-T5 has.
+
+    transformers 5 ties them to the embedding in every T5 it builds, and would then load one over the other.
+    """
+    t5 = T5ForConditionalGeneration(config)
+    t5.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+    return t5
+
+
+def clip_flant5_projector(width: int, target: int) -> nn.Sequential:
+    """LLaVA's "mlp2x_gelu": (..., width) -> (..., target)."""
+    return nn.Sequential(nn.Linear(width, target), nn.GELU(), nn.Linear(target, target))
+
+
+def pad_to_square(images: Tensor, color: list[float]) -> Tensor:
+    """(B, 3, H, W) in the middle of a square of one colour, as LLaVA's `expand2square`."""
+    height, width = images.shape[-2:]
+    edge = max(height, width)
+    top, left = (edge - height) // 2, (edge - width) // 2
+    canvas = images.new_tensor(color)[:, None, None].expand(len(images), -1, edge, edge)
+    inside = F.pad(torch.ones_like(images), (left, edge - width - left, top, edge - height - top))
+    padded = F.pad(images, (left, edge - width - left, top, edge - height - top))
+    return torch.where(inside > 0, padded, canvas)
+
+
+def read_shards(checkpoint: str, hub: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of all files that `pytorch_model.bin.index.json` lists."""
+    index = json.loads(checkpoint_path(checkpoint, "pytorch_model.bin.index.json", hub).read_text())
+    state: dict[str, Tensor] = {}
+    for name in sorted(set(index["weight_map"].values())):
+        state |= read_state_dict(checkpoint_path(checkpoint, name, hub))
+    return state
+
+
+def split_clip_flant5(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """The published keys, for T5, projector and CLIP tower.
+
+    `mm_projector.*` is the projector, `vision_tower.vision_tower.vision_model.*` the tower, which was not trained and
+    may be left out; all else is T5's, whose embedding has up to four names.
+    """
+    prefixes = {"projector": "mm_projector.", "vision": "vision_tower.vision_tower.vision_model."}
+    parts: dict[str, dict[str, Tensor]] = {"t5": {}, "projector": {}, "vision": {}}
+    for key, value in state.items():
+        part = next((part for part, prefix in prefixes.items() if key.startswith(prefix)), "t5")
+        if key != "embed_tokens.weight" and not key.endswith("embeddings.position_ids"):
+            parts[part][key.removeprefix(prefixes.get(part, ""))] = value
+    if (shared := state.get("shared.weight")) is not None:
+        for stack in ("encoder", "decoder"):
+            parts["t5"].setdefault(f"{stack}.embed_tokens.weight", shared)
+    return parts
 
 
 # rewards/clip_score.py
@@ -1617,7 +2408,7 @@ class CLIPScore(Reward):
 
     @classmethod
     def load(cls, checkpoint: str, hub: dict[str, Any]) -> "CLIPScore":
-        model = CLIPModel.from_pretrained(checkpoint, dtype=torch.float32, **hub)
+        model = load_pretrained(CLIPModel, checkpoint, hub)
         tokenizer = AutoTokenizer.from_pretrained(checkpoint, **hub)
         return cls(model, tokenizer, ImageTransform.from_processor_config(checkpoint, **hub))
 
@@ -2301,7 +3092,7 @@ class PickScore(CLIPScore):
         tokenizer = AutoTokenizer.from_pretrained(source, **source_hub)
         source, source_hub = holder_of("preprocessor_config.json", checkpoint, CLIP_VIT_H, hub)
         transform = ImageTransform.from_processor_config(source, **source_hub)
-        return cls(CLIPModel.from_pretrained(checkpoint, dtype=torch.float32, **hub), tokenizer, transform)
+        return cls(load_pretrained(CLIPModel, checkpoint, hub), tokenizer, transform)
 
 
 # rewards/pixel_criteria.py
@@ -2529,14 +3320,19 @@ class RewardSum(nn.Module):
 
     def optimised(self) -> "RewardSum":
         """The sum without the rewards of weight 0; weights of the models are shared."""
-        pairs = zip(self.rewards, self.weights.values(), strict=True)
-        return self.like([(reward, weight) for reward, weight in pairs if weight])
+        parts = zip(self.names, self.rewards, strict=True)
+        return self.like({name: reward for name, reward in parts if self.weights[name]})
 
-    def like(self, pairs: Sequence[tuple[Any, float]]) -> "RewardSum":
-        """A sum of other rewards, or other weights, under the normalisation of this one."""
-        names = distinct_names([str(reward.name) for reward, _ in pairs])
+    def like(self, rewards: Mapping[str, nn.Module]) -> "RewardSum":
+        """A sum of rewards by the names of some here, each with the weight and the normalisation of that name.
+
+        Names are given anew: where the first of two `clipscore` is left out, `clipscore_2` becomes `clipscore`.
+        """
+        names = distinct_names([str(reward.name) for reward in rewards.values()])
+        renamed = zip(names, rewards, strict=True)
+        normalization = {new: self.normalization[name] for new, name in renamed if name in self.normalization}
         return RewardSum(
-            pairs, normalization={name: self.normalization[name] for name in names if name in self.normalization}
+            [(reward, self.weights[name]) for name, reward in rewards.items()], normalization=normalization
         )
 
     @torch.no_grad()
@@ -2906,7 +3702,7 @@ class SigLIP(Reward):
         # Not AutoTokenizer: for the first SigLIP it insists on the sentencepiece package.
         tokenizer = PreTrainedTokenizerFast.from_pretrained(checkpoint, **hub)
         transform = ImageTransform.from_processor_config(checkpoint, **hub)
-        return cls(SiglipModel.from_pretrained(checkpoint, dtype=torch.float32, **hub), tokenizer, transform)
+        return cls(load_pretrained(SiglipModel, checkpoint, hub), tokenizer, transform)
 
 
 @register_reward("siglip2")
@@ -2919,6 +3715,104 @@ class SigLIP2(SigLIP):
     name = "siglip2"
     default_checkpoint = "google/siglip2-so400m-patch14-384"
     parameter_count = 1_136_008_498
+
+
+# rewards/soft_tifa.py
+
+
+SoftTIFAMean = Literal["arithmetic", "geometric", "product"]
+NUMERALS = {
+    word: str(number)
+    for number, word in enumerate(
+        ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"], start=1
+    )
+}
+Atom = tuple[str, Sequence[str]]
+
+
+class SoftTIFA(Reward):
+    """How probable a vision-language model finds the right answer to each question about a prompt.
+
+    GenEval 2: https://arxiv.org/abs/2512.16853. Each atom is a question and the accepted spellings of its answer; its
+    score is the probability that the answer begins with one of them. GenEval 2 takes the arithmetic mean as the measure
+    of atoms and the geometric mean as that of whole prompts; their benchmark asks Qwen/Qwen3-VL-8B-Instruct.
+
+    It is not registered, since a name alone has no questions. With the file of the benchmark:
+
+        prompts = load_prompts("geneval2_data.jsonl").prompts
+        atoms = {prompt.text: geneval2_atoms(prompt.metadata["vqa_list"]) for prompt in prompts}
+        reward = SoftTIFA(VQAScorer.from_pretrained("Qwen/Qwen3-VL-8B-Instruct"), atoms)
+
+    Args:
+        scorer: the vision-language model; its own question and mode do not matter.
+        atoms: prompt -> its questions, each with the answers that count as right.
+        mean: how the atoms of a prompt become one number in [0, 1]. "product" is the probability that all are right.
+        instruction: with "{}" for the question.
+
+    Raises:
+        ValueError: an unknown mean, an instruction without "{}", or a prompt with no questions.
+    """
+
+    name = "soft_tifa"
+    range = (0.0, 1.0)
+    scorer: VQAScorer
+
+    def __init__(
+        self,
+        scorer: VQAScorer,
+        atoms: Mapping[str, Sequence[Atom]],
+        mean: SoftTIFAMean = "geometric",
+        instruction: str = "{} Answer in one word.",
+    ):
+        if mean not in get_args(SoftTIFAMean):
+            raise ValueError(f"Expected a mean out of {get_args(SoftTIFAMean)}, but got {mean!r}.")
+        if "{}" not in instruction:
+            raise ValueError(f"Expected an instruction with {{}} in place of the question, but got {instruction!r}.")
+        if empty := [prompt for prompt, questions in atoms.items() if not questions]:
+            raise ValueError(f"Expected at least one question for each prompt, but got none for {empty[0]!r}.")
+        super().__init__(scorer=scorer)
+        self.atoms = dict(atoms)
+        self.mean = mean
+        self.instruction = instruction
+        self.license = scorer.license
+
+    def score(self, images: Tensor, prompts: list[str]) -> Tensor:
+        if unknown := [prompt for prompt in prompts if prompt not in self.atoms]:
+            raise ValueError(
+                f"Expected prompts whose questions are in `atoms`, but got {unknown[0]!r}. Add its questions, each "
+                'with the answers that are right: `{prompt: [("How many pigs are there?", ["two", "2"])]}`.'
+            )
+        return torch.stack([self.combined(log_p) for log_p in self.atom_log_probabilities(images, prompts)])
+
+    def atom_log_probabilities(self, images: Tensor, prompts: Sequence[str]) -> list[Tensor]:
+        """For each image the log-probabilities of the right answers to the questions of its prompt, (atoms,)."""
+        counts = [len(self.atoms[prompt]) for prompt in prompts]
+        asked = [atom for prompt in prompts for atom in self.atoms[prompt]]
+        questions = [self.instruction.replace("{}", question) for question, _ in asked]
+        repeated = images.repeat_interleave(torch.tensor(counts, device=images.device), 0)
+        log_p = self.scorer.answer_log_probability(repeated, questions, [answers for _, answers in asked])
+        return list(log_p.split(counts))
+
+    def combined(self, log_p: Tensor) -> Tensor:
+        """(atoms,) -> a scalar in [0, 1]."""
+        if self.mean == "arithmetic":
+            return log_p.exp().mean()
+        return (log_p.mean() if self.mean == "geometric" else log_p.sum()).exp()
+
+
+def geneval2_atoms(vqa_list: Iterable[Sequence[str]]) -> list[tuple[str, list[str]]]:
+    """The atoms of a line of GenEval 2: pairs of question and answer, with the spellings that its evaluation accepts.
+
+    Source: `soft_tifa` in https://github.com/facebookresearch/GenEval2, `evaluation.py`.
+    """
+    atoms = []
+    for question, answer in vqa_list:
+        if question.startswith("How many"):
+            words = [answer, answer.capitalize(), NUMERALS.get(answer, "other")]
+        else:
+            words = ["Yes", "yes"]
+        atoms.append((question, [*words, *(f" {word}" for word in words)]))
+    return atoms
 
 
 # rewards/tiny_image.py
@@ -4136,10 +5030,11 @@ class RewardObjective(Objective):
     def try_out(self, prompt: str, height: int, width: int, gradient: bool) -> None:
         """Score one random image with each plain callable: its shape, its numbers and, if asked for, its gradient.
 
-        The project's own rewards are tested to meet the contract and are not run.
+        The project's own rewards are tested to meet the contract: they only say whether they take images of this size.
         """
         for name, reward in zip(self.rewards.names, self.rewards.rewards, strict=True):
             if not hasattr(reward, "function"):
+                reward.check_size(prompt, height, width)  # pyright: ignore[reportCallIssue]
                 continue
             if gradient and self.rewards.weights[name]:
                 check_gradient(reward, prompt, height, width)  # pyright: ignore[reportArgumentType]

@@ -74,6 +74,9 @@ from transformers import (
 # rewards/checkpoints.py
 
 
+ModelT = TypeVar("ModelT", bound=PreTrainedModel)
+
+
 def checkpoint_path(checkpoint: str, filename: str, hub: Mapping[str, Any]) -> Path:
     """The file of a folder or a Hub repository, downloaded if need be.
 
@@ -131,6 +134,22 @@ def holder_of(filename: str, checkpoint: str, companion: str, hub: Mapping[str, 
     if os.path.isfile(os.path.join(checkpoint, filename)):
         return checkpoint, dict(hub)
     return companion, {**hub, "revision": None}
+
+
+def load_pretrained(model_class: type[ModelT], checkpoint: str, hub: Mapping[str, Any]) -> ModelT:
+    """A transformers model in float32. What a checkpoint lacks, transformers draws at random and only warns of.
+
+    Raises:
+        ValueError: naming the keys that are missing.
+    """
+    load: Any = model_class.from_pretrained  # whose type does not know that it then gives a pair
+    model, found = load(checkpoint, dtype=torch.float32, output_loading_info=True, **hub)
+    if missing := sorted(found["missing_keys"]):
+        raise ValueError(
+            f"Expected {checkpoint} to hold all weights of {type(model).__name__}, but missing: {', '.join(missing)}. "
+            "Pass the checkpoint of a whole model."
+        )
+    return model
 
 
 def check_weights(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
@@ -473,6 +492,9 @@ class Reward(nn.Module):
         """
         raise NotImplementedError(f"`{type(self).__name__}` does not implement `score`.")
 
+    def check_size(self, prompt: str, height: int, width: int) -> None:
+        """Raise `ValueError` for images of a size that cannot be scored. Called before a diffusion model runs."""
+
     def encode_text(self, prompt: str) -> Tensor:
         """The features of one prompt, any shape. Called once per prompt, without gradients."""
         raise NotImplementedError(f"`{type(self).__name__}` does not implement `encode_text`.")
@@ -598,6 +620,8 @@ def check_images(images: Tensor, who: str) -> None:
             f"Expected images for {who} as a floating-point tensor (B, 3, H, W), but got {got}. Call the "
             'pipeline with `output_type="pt"`.'
         )
+    if not images.numel():
+        raise ValueError(f"Expected at least one image of at least one pixel for {who}, but got {tuple(images.shape)}.")
     low, high = (bound.item() for bound in images.detach().aminmax())
     if low != low or high != high:
         raise NonFiniteReward(
@@ -888,7 +912,7 @@ class Aesthetic(Reward):
     def load(cls, checkpoint: str, hub: dict[str, Any]) -> "Aesthetic":
         path = checkpoint_path(checkpoint, cls.head_file(checkpoint), hub)
         source, source_hub = holder_of("preprocessor_config.json", checkpoint, CLIP_VIT_L, hub)
-        model = CLIPVisionTower.from_pretrained(source, dtype=torch.float32, **source_hub)
+        model = load_pretrained(CLIPVisionTower, source, source_hub)
         head = cls.build_head(model.config.projection_dim)
         load_strictly(head, read_state_dict(path), path.name)
         return cls(model, head, ImageTransform.from_processor_config(source, **source_hub))
@@ -1428,7 +1452,7 @@ class BlipITM(Reward):
 
     @classmethod
     def load(cls: type[BlipITMT], checkpoint: str, hub: dict[str, Any]) -> BlipITMT:
-        model = BlipForImageTextRetrieval.from_pretrained(checkpoint, dtype=torch.float32, **hub)
+        model = load_pretrained(BlipForImageTextRetrieval, checkpoint, hub)
         tokenizer = AutoTokenizer.from_pretrained(checkpoint, **hub)
         return cls(model, tokenizer, ImageTransform.from_processor_config(checkpoint, **hub))
 
@@ -1535,7 +1559,7 @@ class BlipVQA(Reward):
 
     @classmethod
     def load(cls, checkpoint: str, hub: dict[str, Any]) -> "BlipVQA":
-        model = BlipForQuestionAnswering.from_pretrained(checkpoint, dtype=torch.float32, **hub)
+        model = load_pretrained(BlipForQuestionAnswering, checkpoint, hub)
         tokenizer = AutoTokenizer.from_pretrained(checkpoint, **hub)
         return cls(model, tokenizer, ImageTransform.from_processor_config(checkpoint, **hub))
 
@@ -1750,7 +1774,8 @@ def vlm_family(model_type: str) -> VLMFamily:
     if model_type not in VLM_FAMILIES:
         raise ValueError(
             f"Expected a vision-language model of the type {sorted(VLM_FAMILIES)}, but got '{model_type}', whose "
-            "pixels are not written here. Pass your own callable `(images, prompts) -> (B,)`."
+            "pixels are not written here. Load model and processor yourself and pass `VQAScorer` also `preprocess=`, "
+            "images (B, 3, H, W) in [0, 1] -> `pixel_values`."
         )
     return VLM_FAMILIES[model_type]
 
@@ -1831,7 +1856,8 @@ class VLMInputs:
         pixel_errors: (height, width) -> the largest difference from the processor's pixels, in normalised units.
 
     Raises:
-        ValueError: for a family or image processor that is not written here, or without any text around a question.
+        ValueError: for a family or image processor that is not written here, unless there is a `preprocess`; without
+            any text around a question, or with one that has no "{}".
     """
 
     def __init__(
@@ -1841,7 +1867,12 @@ class VLMInputs:
         preprocess: Callable[[Tensor], Tensor] | None = None,
         prompt_format: str | None = None,
     ):
-        self.family = vlm_family(model.config.model_type)
+        if prompt_format is not None and "{}" not in prompt_format:
+            raise ValueError(
+                f"Expected a `prompt_format` with {{}} in place of the question, but got {prompt_format!r}."
+            )
+        kind = model.config.model_type
+        self.family = vlm_family(kind) if preprocess is None else VLM_FAMILIES.get(kind, VLMFamily())
         self.processor = processor
         self.preprocess = preprocess
         self.prompt_format = prompt_format
@@ -1885,10 +1916,10 @@ class VLMInputs:
                 f"Expected a prompt without the model's image token, but got {prompt!r}. Remove '{token}'."
             )
         image = probe_image(*size)
-        reference = self.process(template.format(prompt), image)
+        reference = self.process(template.replace("{}", prompt), image)
         while (excess := self.excess(reference)) > 0:
             prompt = self.shortened(prompt, excess)
-            reference = self.process(template.format(prompt), image)
+            reference = self.process(template.replace("{}", prompt), image)
         if self.preprocess is None:
             self.check_pixels(image, reference["pixel_values"])
         wanted = self.accepted - {"labels", "pixel_values"}
@@ -1907,7 +1938,7 @@ class VLMInputs:
     def surround(self, question: str) -> str:
         """The whole text for a question."""
         if self.prompt_format is not None:
-            return self.prompt_format.format(question)
+            return self.prompt_format.replace("{}", question)
         if getattr(self.processor, "chat_template", None) is not None:
             chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
             return self.processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
@@ -1915,7 +1946,7 @@ class VLMInputs:
             raise ValueError(
                 f"Expected a chat template in {type(self.processor).__name__}, but it has none. Pass `prompt_format=`."
             )
-        return self.family.prompt.format(question)
+        return self.family.prompt.replace("{}", question)
 
     def excess(self, reference: Mapping[str, Tensor]) -> int:
         """By how many tokens a text is too long; 0 or less if it is not."""
@@ -1936,7 +1967,7 @@ class VLMInputs:
         """Raise unless our pixels of an image are the processor's."""
         pixels = self.pixels(image)
         error = float((pixels - expected).abs().max()) if pixels.shape == expected.shape else float("inf")
-        if error > PIXEL_TOLERANCE:
+        if not error <= PIXEL_TOLERANCE:  # NaN too
             raise ValueError(
                 f"Expected the pixels of {type(self.processor.image_processor).__name__}, {tuple(expected.shape)}, but "
                 f"ours, {tuple(pixels.shape)}, differ by {error:.3g} from them. Pass `preprocess=`, images "
@@ -1977,10 +2008,11 @@ class VQAScorer(Reward):
     `from_pretrained` gives mode "answer"; for another, `VQAScorer(reward.model, reward.processor, mode="logodds")`.
 
     Args:
-        model: a model of one of the types in `VLM_FAMILIES`; it is frozen.
+        model: a model of one of the types in `VLM_FAMILIES`, or of another with a `preprocess`; it is frozen.
         processor: its processor, or a `TokenizerAndImageProcessor`.
         question: with "{}" for the prompt.
-        answers: the ways to say yes. Those that the tokenizer does not know are left out.
+        answers: the ways to say yes, also with a space before it, which some models write after "Assistant:". Those
+            that the tokenizer does not know, or knows as a lone space and a word, are left out.
         negatives: the ways to say no, for "yesno" and "logodds".
         mode: see above.
         preprocess: images (B, 3, H, W) in [0, 1] -> `pixel_values`, instead of those of the image processor.
@@ -2003,8 +2035,8 @@ class VQAScorer(Reward):
         processor: Any,
         *,
         question: str = QUESTION,
-        answers: Sequence[str] = ("Yes", "yes"),
-        negatives: Sequence[str] = ("No", "no"),
+        answers: Sequence[str] = ("Yes", "yes", " Yes", " yes"),
+        negatives: Sequence[str] = ("No", "no", " No", " no"),
         mode: VQAMode = "answer",
         preprocess: Callable[[Tensor], Tensor] | None = None,
         prompt_format: str | None = None,
@@ -2040,6 +2072,9 @@ class VQAScorer(Reward):
             return log_probability(logits, self.yes).exp()
         odds = logits[:, self.yes].logsumexp(-1) - logits[:, self.no].logsumexp(-1)
         return odds.sigmoid() if self.mode == "yesno" else odds
+
+    def check_size(self, prompt: str, height: int, width: int) -> None:
+        self.inputs(self.question, prompt, (height, width))
 
     def answer_log_probability(
         self, images: Tensor, questions: Sequence[str], answers: Sequence[Sequence[str]]
@@ -2097,7 +2132,8 @@ class VQAScorer(Reward):
 
     @classmethod
     def load(cls: type[RewardT], checkpoint: str, hub: dict[str, Any]) -> RewardT:
-        model = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=torch.float32, **hub)
+        vlm_family(PretrainedConfig.get_config_dict(checkpoint, **hub)[0].get("model_type", ""))  # before the weights
+        model = load_pretrained(cast(Any, AutoModelForImageTextToText), checkpoint, hub)
         return cast(Any, cls)(model, load_vlm_processor(checkpoint, model.config, hub))
 
 
@@ -2128,11 +2164,16 @@ def log_probability(logits: Tensor, tokens: Sequence[int]) -> Tensor:
 def first_tokens(tokenizer: PreTrainedTokenizerBase, words: Sequence[str]) -> list[int]:
     """The distinct tokens that words begin with; a word that the tokenizer does not know is left out.
 
+    So is one whose first token is white space alone: "No" may follow it as well.
+
     Raises:
-        ValueError: if it knows none.
+        ValueError: if it knows none, or for a string in place of the list.
     """
+    if isinstance(words, str):
+        raise ValueError(f"Expected a list of answers, but got the string {words!r}. Pass [{words!r}].")
     begins = [tokenizer(word, add_special_tokens=False)["input_ids"][:1] for word in words]
-    known = list(dict.fromkeys(ids[0] for ids in begins if ids and ids[0] != tokenizer.unk_token_id))
+    firsts = dict.fromkeys(ids[0] for ids in begins if ids and ids[0] != tokenizer.unk_token_id)
+    known = [token for token in firsts if str(tokenizer.decode([token])).strip()]
     if not known:
         raise ValueError(
             f"Expected at least one of the answers {list(words)} in the model's vocabulary, but it has none of them. "
@@ -2367,7 +2408,7 @@ class CLIPScore(Reward):
 
     @classmethod
     def load(cls, checkpoint: str, hub: dict[str, Any]) -> "CLIPScore":
-        model = CLIPModel.from_pretrained(checkpoint, dtype=torch.float32, **hub)
+        model = load_pretrained(CLIPModel, checkpoint, hub)
         tokenizer = AutoTokenizer.from_pretrained(checkpoint, **hub)
         return cls(model, tokenizer, ImageTransform.from_processor_config(checkpoint, **hub))
 
@@ -3051,7 +3092,7 @@ class PickScore(CLIPScore):
         tokenizer = AutoTokenizer.from_pretrained(source, **source_hub)
         source, source_hub = holder_of("preprocessor_config.json", checkpoint, CLIP_VIT_H, hub)
         transform = ImageTransform.from_processor_config(source, **source_hub)
-        return cls(CLIPModel.from_pretrained(checkpoint, dtype=torch.float32, **hub), tokenizer, transform)
+        return cls(load_pretrained(CLIPModel, checkpoint, hub), tokenizer, transform)
 
 
 # rewards/pixel_criteria.py
@@ -3279,14 +3320,19 @@ class RewardSum(nn.Module):
 
     def optimised(self) -> "RewardSum":
         """The sum without the rewards of weight 0; weights of the models are shared."""
-        pairs = zip(self.rewards, self.weights.values(), strict=True)
-        return self.like([(reward, weight) for reward, weight in pairs if weight])
+        parts = zip(self.names, self.rewards, strict=True)
+        return self.like({name: reward for name, reward in parts if self.weights[name]})
 
-    def like(self, pairs: Sequence[tuple[Any, float]]) -> "RewardSum":
-        """A sum of other rewards, or other weights, under the normalisation of this one."""
-        names = distinct_names([str(reward.name) for reward, _ in pairs])
+    def like(self, rewards: Mapping[str, nn.Module]) -> "RewardSum":
+        """A sum of rewards by the names of some here, each with the weight and the normalisation of that name.
+
+        Names are given anew: where the first of two `clipscore` is left out, `clipscore_2` becomes `clipscore`.
+        """
+        names = distinct_names([str(reward.name) for reward in rewards.values()])
+        renamed = zip(names, rewards, strict=True)
+        normalization = {new: self.normalization[name] for new, name in renamed if name in self.normalization}
         return RewardSum(
-            pairs, normalization={name: self.normalization[name] for name in names if name in self.normalization}
+            [(reward, self.weights[name]) for name, reward in rewards.items()], normalization=normalization
         )
 
     @torch.no_grad()
@@ -3656,7 +3702,7 @@ class SigLIP(Reward):
         # Not AutoTokenizer: for the first SigLIP it insists on the sentencepiece package.
         tokenizer = PreTrainedTokenizerFast.from_pretrained(checkpoint, **hub)
         transform = ImageTransform.from_processor_config(checkpoint, **hub)
-        return cls(SiglipModel.from_pretrained(checkpoint, dtype=torch.float32, **hub), tokenizer, transform)
+        return cls(load_pretrained(SiglipModel, checkpoint, hub), tokenizer, transform)
 
 
 @register_reward("siglip2")
@@ -3704,7 +3750,7 @@ class SoftTIFA(Reward):
         instruction: with "{}" for the question.
 
     Raises:
-        ValueError: an unknown mean, or a prompt with no questions.
+        ValueError: an unknown mean, an instruction without "{}", or a prompt with no questions.
     """
 
     name = "soft_tifa"
@@ -3720,6 +3766,8 @@ class SoftTIFA(Reward):
     ):
         if mean not in get_args(SoftTIFAMean):
             raise ValueError(f"Expected a mean out of {get_args(SoftTIFAMean)}, but got {mean!r}.")
+        if "{}" not in instruction:
+            raise ValueError(f"Expected an instruction with {{}} in place of the question, but got {instruction!r}.")
         if empty := [prompt for prompt, questions in atoms.items() if not questions]:
             raise ValueError(f"Expected at least one question for each prompt, but got none for {empty[0]!r}.")
         super().__init__(scorer=scorer)
@@ -3740,7 +3788,7 @@ class SoftTIFA(Reward):
         """For each image the log-probabilities of the right answers to the questions of its prompt, (atoms,)."""
         counts = [len(self.atoms[prompt]) for prompt in prompts]
         asked = [atom for prompt in prompts for atom in self.atoms[prompt]]
-        questions = [self.instruction.format(question) for question, _ in asked]
+        questions = [self.instruction.replace("{}", question) for question, _ in asked]
         repeated = images.repeat_interleave(torch.tensor(counts, device=images.device), 0)
         log_p = self.scorer.answer_log_probability(repeated, questions, [answers for _, answers in asked])
         return list(log_p.split(counts))
@@ -4982,10 +5030,11 @@ class RewardObjective(Objective):
     def try_out(self, prompt: str, height: int, width: int, gradient: bool) -> None:
         """Score one random image with each plain callable: its shape, its numbers and, if asked for, its gradient.
 
-        The project's own rewards are tested to meet the contract and are not run.
+        The project's own rewards are tested to meet the contract: they only say whether they take images of this size.
         """
         for name, reward in zip(self.rewards.names, self.rewards.rewards, strict=True):
             if not hasattr(reward, "function"):
+                reward.check_size(prompt, height, width)  # pyright: ignore[reportCallIssue]
                 continue
             if gradient and self.rewards.weights[name]:
                 check_gradient(reward, prompt, height, width)  # pyright: ignore[reportArgumentType]
@@ -5486,13 +5535,13 @@ def on_released_pixels(rewards: RewardSum) -> RewardSum:
     The shorter side to the model's size in one bicubic pass, not clamped, and the centre of that: also for HPSv2, which
     pads otherwise. A reward without a transform that knows its form in ReNO stays as it is.
     """
-    pairs = []
-    for reward, weight in zip(rewards.rewards, rewards.weights.values(), strict=True):
+    twins = {}
+    for name, reward in zip(rewards.names, rewards.rewards, strict=True):
         twin = copy.copy(reward)
         if as_in_reno := getattr(getattr(reward, "image_transform", None), "as_in_reno", None):
             twin.image_transform = as_in_reno()
-        pairs.append((twin, weight))
-    return rewards.like(pairs)
+        twins[name] = twin
+    return rewards.like(twins)
 
 
 # pipelines/noise_hook.py
