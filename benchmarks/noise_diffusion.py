@@ -152,7 +152,7 @@ def draw(found: Rows, rounds: int, path: Path) -> None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(10, 3.4), dpi=160, layout="constrained")
+    figure = Figure(figsize=(10, 3.8), dpi=160, layout="constrained")
     by_round, by_time, truth = figure.subplots(1, 3)
     for name, row in found.items():
         style = {"label": name, "linewidth": 2.2 if name == OURS else 1.3, "linestyle": "--" if name == TIMED else "-"}
@@ -164,7 +164,8 @@ def draw(found: Rows, rounds: int, path: Path) -> None:
     by_round.set(xlabel="rounds", ylabel='mean P("yes") of the best so far')
     by_time.set(xlabel="seconds for an image")
     truth.set(xlabel="rounds", ylabel="% right by the judge")
-    by_time.legend(fontsize=7, frameon=False, loc="lower right")
+    handles, names = by_time.get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
     for axes in (by_round, truth):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     for axes in (by_round, by_time, truth):

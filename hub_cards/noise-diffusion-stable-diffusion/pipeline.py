@@ -5688,8 +5688,8 @@ class NoiseDiffusion(NoiseOptimizer):
         rewards = RewardSum(self.rewards, device=pipe._execution_device)
         if self.selection != "random" and (names := rewards.without_gradient()):
             raise NonDifferentiableReward(
-                f"Expected a scorer with a gradient, but {names} have none. `VQAScorer` gives one to vision-language "
-                'models of the types it lists; for a black box use `selection="random"`.'
+                f"Expected a scorer with a gradient, but {names} have none. `VQAScorer` has one for vision-language "
+                f'models of the types {", ".join(sorted(VLM_FAMILIES))}. For a black box use `selection="random"`.'
             )
         return UnitScore(rewards, self.reward_prompt, self.score_range)
 

@@ -34,6 +34,7 @@ def first_of_each(prompts: Iterable[str], counts: dict[str, int]) -> list[str]:
     return [prompt for name, count in counts.items() for prompt in groups[name][:count]]
 
 
+SCORE_RANGE = (0.0, 16.0)  # where the embedded reward puts wrong and right pictures, for methods that must know
 # The first of a list that is shuffled once for all: not chosen by how well they come out.
 DEFAULT_PROMPTS = first_of_each(shapes_world.VALIDATION_PROMPTS, {"position": 4, "binding": 2, "counting": 2})
 
@@ -101,6 +102,8 @@ class Choice:
         settings: dict[str, Any] = {"steps": self.steps}
         if self.takes_rewards:
             settings["rewards"] = shapes_world.path("clip")
+        if "score_range" in METHODS[self.method].__dataclass_fields__:
+            settings["score_range"] = SCORE_RANGE
         return METHODS[self.method](**settings)
 
     def weights(self) -> list[str]:

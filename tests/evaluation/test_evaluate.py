@@ -234,6 +234,23 @@ def test_what_cannot_be_loaded_is_said_in_a_line(tmp_path):
         main(["evaluate", "--call", "guidance=1.0", *options[:-1], str(tmp_path / "other")])
 
 
+def test_a_method_that_cannot_climb_the_reward_is_refused_by_name(tmp_path):
+    options = [
+        "--method",
+        "noise_diffusion",
+        "--limit",
+        "1",
+        "--features",
+        "none",
+        "--output",
+        str(tmp_path / "folder"),
+    ]
+    with pytest.raises(
+        SystemExit, match=r"Cannot run noise_diffusion on turbo: Expected a score in \[0, 1\].*score_range"
+    ):
+        main(["evaluate", *options])
+
+
 def test_a_place_that_cannot_be_written_to_is_refused(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(SystemExit, match="Expected a folder to write to"):

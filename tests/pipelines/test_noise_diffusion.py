@@ -129,7 +129,9 @@ def test_a_black_box_needs_no_gradient():
     setattr(counter, "differentiable", False)  # noqa: B010
     result = find(NoiseDiffusion(rewards=counter, steps=6, selection="random"))
     assert result.best_scores["counter"] >= result.initial_scores["counter"]
-    with pytest.raises(NonDifferentiableReward, match=r"\['counter'\] have none.*VQAScorer.*selection=\"random\""):
+    with pytest.raises(
+        NonDifferentiableReward, match=r"\['counter'\] have none.*VQAScorer.*llava.*selection=\"random\""
+    ):
         find(NoiseDiffusion(rewards=counter))
 
 

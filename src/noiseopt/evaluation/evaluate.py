@@ -140,6 +140,11 @@ class Evaluation:
         except (OSError, ValueError) as error:
             raise CannotEvaluate(f"Cannot run the model {model.name}: {one_line(error)}") from error
         studio = Studio(self.plan, model, pipe, instruments, self.device)
+        for contender in self.plan.contenders:
+            try:
+                studio.method(contender, 1).objective(pipe)
+            except ValueError as error:
+                raise CannotEvaluate(f"Cannot run {contender.key} on {model.name}: {one_line(error)}") from error
         studio.warm_up()
         return studio
 
