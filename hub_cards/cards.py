@@ -404,11 +404,12 @@ def rewards(tree: ast.Module, classes: dict[str, ast.ClassDef]) -> Iterator[tupl
     """Name, default checkpoint and its licence of everything registered as a reward."""
     for node in tree.body:
         for name in registered_names(node):
-            checkpoint, license = (
+            checkpoint, published_at, license = (
                 inherited_value(node, attribute, classes) if isinstance(node, ast.ClassDef) else None
-                for attribute in ("default_checkpoint", "license")
+                for attribute in ("default_checkpoint", "published_at", "license")
             )
-            yield code(name), code(checkpoint) if checkpoint else "none needed", license or ""
+            source = f"a folder with the file from {published_at}" if published_at else "none needed"
+            yield code(name), code(checkpoint) if checkpoint else source, license or ""
 
 
 def registered_names(node: ast.stmt) -> Iterator[str]:

@@ -138,7 +138,7 @@ def section(text, title):
 
 def rows(text):
     """The cells of each row of the tables in a text that begins with a name, which is given without its quotes."""
-    return re.findall(r"^\| `(\w+)` \| (.*) \| (.*) \|$", text, flags=re.MULTILINE)
+    return re.findall(r"^\| `([\w.]+)` \| (.*) \| (.*) \|$", text, flags=re.MULTILINE)
 
 
 def example_call(text):
