@@ -181,7 +181,18 @@ def test_a_stage_continues_where_it_was_interrupted(tmp_path):
 
 
 def test_one_command_trains_and_exports_everything(tmp_path):
-    small = ["--pictures", "100", "--failures", "64", "--gallery", "64", "--report-prompts", "2"]
+    small = [
+        "--pictures",
+        "100",
+        "--failures",
+        "64",
+        "--gallery",
+        "64",
+        "--report-prompts",
+        "2",
+        "--report-pictures",
+        "16",
+    ]
     for stage, samples in {**dict.fromkeys(train.SAMPLES, 64), "vqa": 48}.items():
         small += [f"--{stage}-samples", str(samples)]
     stages = [stage for stage in train.STAGES if stage not in ("harden", "refine")]  # they need a model that can draw

@@ -31,14 +31,14 @@ def report(args: argparse.Namespace) -> None:
     drawn = {name: draw_all(folder / name, args) for name in GENERATORS if (folder / name).is_dir()}
     for name, (images, prompts) in drawn.items():
         right = [v.correct for v in judge(images, prompts)]
-        found = shares(prompts, right) | {"right after the autoencoder": kept(folder / name)}
+        found = shares(prompts, right) | {"right after the autoencoder": kept(folder / name, args.report_pictures)}
         record(folder / name, found | {"call": dict(MODELS[name].call)}, args)
     truth = {name: torch.tensor([v.correct for v in judge(*pair)]) for name, pair in drawn.items()}
     for name, reward in readers(folder).items():
         scores = {source: scored(reward, *pair) for source, pair in drawn.items()}
         found = judged(scores, truth, folder / name)
         if name == "vqa":
-            found |= {"prefers a true to a nearly true caption": preference(reward)}
+            found |= {"prefers a true to a nearly true caption": preference(reward, args.report_pictures)}
         record(folder / name, found, args)
     if (args.output / "dinov2.pt").exists():
         record(folder / "dinov2", tower_accuracy(args), args)
@@ -68,13 +68,13 @@ def draw_all(folder: Path, args: argparse.Namespace) -> tuple[Tensor, list[str]]
 
 
 @torch.no_grad()
-def kept(folder: Path) -> float:
-    """The share of 512 drawn pictures that are right after the autoencoder."""
+def kept(folder: Path, count: int) -> float:
+    """The share of so many drawn pictures that are right after the autoencoder."""
     from diffusers import AutoencoderTiny
 
     vae: Any = AutoencoderTiny.from_pretrained(folder, subfolder="vae", torch_dtype=torch.float32)
     rng = random.Random(98)
-    scenes = [sample_scene(rng) for _ in range(512)]
+    scenes = [sample_scene(rng) for _ in range(count)]
     images = render(scenes, torch.Generator().manual_seed(98))
     again = vae.decode(vae.encode(images * 2 - 1).latents).sample / 2 + 0.5
     right = judge(again.clamp(0, 1), [caption(scene, rng) for scene in scenes])
@@ -107,10 +107,10 @@ def scored(reward: Any, images: Tensor, prompts: list[str]) -> Tensor:
     return torch.cat(parts)
 
 
-def preference(reward: Any) -> float:
-    """How often a drawn picture's own caption scores above one that is wrong in something, of 512."""
+def preference(reward: Any, count: int) -> float:
+    """How often a drawn picture's own caption scores above one that is wrong in something, of so many."""
     rng = random.Random(97)
-    scenes = [sample_scene(rng) for _ in range(512)]
+    scenes = [sample_scene(rng) for _ in range(count)]
     images, prompts = render(scenes, torch.Generator().manual_seed(97)), [caption(scene, rng) for scene in scenes]
     wrong = [str(wrong_request(parse(prompt), rng)) for prompt in prompts]
     return round(float((scored(reward, images, prompts) > scored(reward, images, wrong)).float().mean()), 3)
@@ -166,7 +166,7 @@ def tower_accuracy(args: argparse.Namespace) -> dict[str, float]:
     """How well the tower's own heads read pictures that it has not seen."""
     model = averaged(args.output / "dinov2.pt", TowerTraining())
     rng = random.Random(99)
-    scenes = [sample_scene(rng) for _ in range(512)]
+    scenes = [sample_scene(rng) for _ in range(args.report_pictures)]
     shown, counts, where = tower_targets(scenes)
     patch, count, place, _ = model(render(scenes, torch.Generator().manual_seed(99)))
     right = {"patch accuracy": patch.argmax(-1) == shown, "place accuracy": (place > 0) == (where > 0)}

@@ -265,6 +265,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--round-samples", type=int, default=3_200)
     parser.add_argument("--report-prompts", type=int, default=170)
     parser.add_argument("--report-seeds", type=int, default=1)
+    parser.add_argument("--report-pictures", type=int, default=512, help="drawn, for what is measured on those")
     for stage, samples in SAMPLES.items():
         parser.add_argument(f"--{stage}-samples", type=int, default=samples, metavar="N", help=f"default {samples}")
     return parser.parse_args(argv)
