@@ -1,15 +1,15 @@
 """The contract that every feature map meets: images in, what sets and pairs of images are compared by out."""
 
 import importlib
-import itertools
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any, Literal, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .class_table import ClassTable
+from .frozen_module import FrozenModule
 from .reward import check_images
 from .transforms import at_least_float32
 
@@ -17,7 +17,7 @@ FeatureMetric = Literal["cosine", "l2", "squared_l2"]
 FeaturesT = TypeVar("FeaturesT", bound="Features")
 
 
-class Features(nn.Module):
+class Features(FrozenModule):
     """Maps images to features: `features(images) -> (B, ...)`, float32, with a gradient to the images.
 
     A subclass implements `encode`; one with weights of its own also `load`. It hands its modules to this constructor,
@@ -43,27 +43,6 @@ class Features(nn.Module):
     default_checkpoint: str | None = None
     package: str | None = None
     parameter_count: int | None = None
-
-    def __init__(self, **modules: nn.Module) -> None:
-        super().__init__()
-        for name, module in modules.items():
-            self.add_module(name, module.requires_grad_(False))
-        self.eval()
-
-    def train(self: FeaturesT, mode: bool = True) -> FeaturesT:
-        """Stay in evaluation mode: features are measurements."""
-        return super().train(False)
-
-    @property
-    def device(self) -> torch.device | None:
-        """Where the weights are, or None without any."""
-        tensor = next(itertools.chain(self.parameters(), self.buffers()), None)
-        return None if tensor is None else tensor.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The precision of the weights, float32 without any."""
-        return next((p.dtype for p in self.parameters() if p.is_floating_point()), torch.float32)
 
     def forward(self, images: Tensor) -> Tensor:
         """Images to features.

@@ -180,6 +180,41 @@ def load_strictly(module: nn.Module, state: Mapping[str, Tensor], source: str) -
     module.load_state_dict(state)
 
 
+# rewards/frozen_module.py
+
+
+FrozenT = TypeVar("FrozenT", bound="FrozenModule")
+
+
+class FrozenModule(nn.Module):
+    """A module of frozen parts that stays in evaluation mode: what it gives are measurements.
+
+    Args:
+        modules: the parts by name.
+    """
+
+    def __init__(self, **modules: nn.Module) -> None:
+        super().__init__()
+        for name, module in modules.items():
+            self.add_module(name, module.requires_grad_(False))
+        self.eval()
+
+    def train(self: FrozenT, mode: bool = True) -> FrozenT:
+        """Stay in evaluation mode: the dropout of a scoring head would make the scores random."""
+        return super().train(False)
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where the weights are, or None without any."""
+        tensor = next(itertools.chain(self.parameters(), self.buffers()), None)
+        return None if tensor is None else tensor.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision of the weights, float32 without any."""
+        return next((p.dtype for p in self.parameters() if p.is_floating_point()), torch.float32)
+
+
 # rewards/transforms.py
 
 
@@ -400,7 +435,7 @@ class NonDifferentiableReward(ValueError):
     """A gradient was asked of a reward that gives none."""
 
 
-class Reward(nn.Module):
+class Reward(FrozenModule):
     """Scores images: `reward(images, prompts) -> (B,)`, float32, higher is better, in the published units.
 
     A subclass implements `score`; one with text features also `encode_text`, one with weights also `load`. It hands its
@@ -432,29 +467,11 @@ class Reward(nn.Module):
     text_modules: tuple[str, ...] = ()
 
     def __init__(self, **modules: nn.Module):
-        super().__init__()
-        for name, module in modules.items():
-            self.add_module(name, module.requires_grad_(False))
+        super().__init__(**modules)
         # The text of a run is encoded once, not once per step; about 4 kB per prompt. Beside the features is the
         # precision of the tower that gave them: another one encodes anew.
         self.prompt_features: dict[str, tuple[torch.dtype, Tensor]] = {}
         self.has_text_encoder = True
-        self.eval()
-
-    def train(self: RewardT, mode: bool = True) -> RewardT:
-        """Stay in evaluation mode: the dropout of a scoring head would make the scores random."""
-        return super().train(False)
-
-    @property
-    def device(self) -> torch.device | None:
-        """Where the weights are, or None for a reward without any."""
-        tensor = next(itertools.chain(self.parameters(), self.buffers()), None)
-        return None if tensor is None else tensor.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The precision of the weights, float32 for a reward without any."""
-        return next((p.dtype for p in self.parameters() if p.is_floating_point()), torch.float32)
 
     def forward(self, images: Tensor, prompts: str | Sequence[str] | None = None) -> Tensor:
         """Check the input, score it, check the scores.
@@ -1012,7 +1029,7 @@ FeatureMetric = Literal["cosine", "l2", "squared_l2"]
 FeaturesT = TypeVar("FeaturesT", bound="Features")
 
 
-class Features(nn.Module):
+class Features(FrozenModule):
     """Maps images to features: `features(images) -> (B, ...)`, float32, with a gradient to the images.
 
     A subclass implements `encode`; one with weights of its own also `load`. It hands its modules to this constructor,
@@ -1038,27 +1055,6 @@ class Features(nn.Module):
     default_checkpoint: str | None = None
     package: str | None = None
     parameter_count: int | None = None
-
-    def __init__(self, **modules: nn.Module) -> None:
-        super().__init__()
-        for name, module in modules.items():
-            self.add_module(name, module.requires_grad_(False))
-        self.eval()
-
-    def train(self: FeaturesT, mode: bool = True) -> FeaturesT:
-        """Stay in evaluation mode: features are measurements."""
-        return super().train(False)
-
-    @property
-    def device(self) -> torch.device | None:
-        """Where the weights are, or None without any."""
-        tensor = next(itertools.chain(self.parameters(), self.buffers()), None)
-        return None if tensor is None else tensor.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The precision of the weights, float32 without any."""
-        return next((p.dtype for p in self.parameters() if p.is_floating_point()), torch.float32)
 
     def forward(self, images: Tensor) -> Tensor:
         """Images to features.
