@@ -8,12 +8,11 @@ from typing import Any
 import torch
 
 from ..callbacks.noise_state import NoiseState
-from ..rewards.reward_sum import RewardSum
 from .methods import register_noise_optimizer
 from .noise_optimizer import NoiseOptimizer
 from .noise_problem import NoiseProblem
 from .noise_selection import unit
-from .objectives import RewardObjective
+from .objectives import RewardObjective, differentiable_rewards
 from .regularizers import per_image, per_sample_norm
 from .sampling import Gradient
 
@@ -54,9 +53,7 @@ class NoisePGD(NoiseOptimizer):
                 raise ValueError(f"Expected `{name}` to be a number above 0, but got {value!r}.")
 
     def objective(self, pipe) -> RewardObjective:
-        rewards = RewardSum(self.rewards, device=pipe._execution_device)
-        rewards.check_differentiable()
-        return RewardObjective(rewards, self.reward_prompt)
+        return RewardObjective(differentiable_rewards(self.rewards, pipe), self.reward_prompt)
 
     def start(self, problem: NoiseProblem) -> torch.Tensor:
         return problem.noise

@@ -13,7 +13,7 @@ from ..rewards.reward_sum import RewardSum
 from .methods import register_noise_optimizer
 from .noise_optimizer import NoiseOptimizer
 from .noise_problem import NoiseProblem
-from .objectives import RewardObjective
+from .objectives import RewardObjective, differentiable_rewards
 from .regularizers import ChiPrior, clip_per_sample, per_image, per_sample_norm
 from .sampling import Clamp, Gradient
 
@@ -95,8 +95,7 @@ class ReNO(NoiseOptimizer):
         _ = self.prior
 
     def objective(self, pipe) -> RewardObjective:
-        rewards = RewardSum(self.rewards, device=pipe._execution_device)
-        rewards.check_differentiable()
+        rewards = differentiable_rewards(self.rewards, pipe)
         if self.mode == "parity":
             rewards = on_released_pixels(rewards)
         views = self.views if self.views is not None else 0 if self.mode == "parity" else RENO_VIEWS

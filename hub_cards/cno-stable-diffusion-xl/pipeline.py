@@ -1934,6 +1934,13 @@ class FunctionObjective(Objective):
         return getattr(self.function, "__name__", type(self.function).__name__)
 
 
+def differentiable_rewards(rewards: Any, pipe: Any) -> RewardSum:
+    """A `RewardSum` on the pipeline's device. Raises `NonDifferentiableReward` if one that counts has no gradient."""
+    total = RewardSum(rewards, device=pipe._execution_device)
+    total.check_differentiable()
+    return total
+
+
 class RewardObjective(Objective):
     """The negative weighted sum of rewards of the images: `−Σᵢ λᵢ·rewardᵢ(images, prompts)`.
 

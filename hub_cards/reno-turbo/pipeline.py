@@ -4991,6 +4991,13 @@ class FunctionObjective(Objective):
         return getattr(self.function, "__name__", type(self.function).__name__)
 
 
+def differentiable_rewards(rewards: Any, pipe: Any) -> RewardSum:
+    """A `RewardSum` on the pipeline's device. Raises `NonDifferentiableReward` if one that counts has no gradient."""
+    total = RewardSum(rewards, device=pipe._execution_device)
+    total.check_differentiable()
+    return total
+
+
 class RewardObjective(Objective):
     """The negative weighted sum of rewards of the images: `−Σᵢ λᵢ·rewardᵢ(images, prompts)`.
 
@@ -5500,8 +5507,7 @@ class ReNO(NoiseOptimizer):
         _ = self.prior
 
     def objective(self, pipe) -> RewardObjective:
-        rewards = RewardSum(self.rewards, device=pipe._execution_device)
-        rewards.check_differentiable()
+        rewards = differentiable_rewards(self.rewards, pipe)
         if self.mode == "parity":
             rewards = on_released_pixels(rewards)
         views = self.views if self.views is not None else 0 if self.mode == "parity" else RENO_VIEWS
