@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
-from diffusers.utils.torch_utils import randn_tensor
 
 from ..schedulers.x0_prediction import predict_x0
 from .latent_space import LatentSpace
@@ -113,7 +112,7 @@ class PipelineSampler:
         """The random streams once the base noise is drawn: device type and state of each."""
         generator = self.random_state.generator()
         if self.drew:
-            self.space.on(self.twin, randn_tensor, generator=generator)
+            self.space.on(self.twin, self.space.draw_noise, generator=generator)
         streams = generator if isinstance(generator, list) else [generator]
         return [(stream.device.type, stream.get_state()) for stream in streams]
 
@@ -154,7 +153,7 @@ class PipelineSampler:
 
         def prepare_latents(*_, **__):
             if self.drew:
-                self.space.on(twin, randn_tensor, generator=generator)
+                self.space.on(twin, self.space.draw_noise, generator=generator)
             return self.space.prepare(twin, noise, generator=generator)
 
         vars(twin).update(

@@ -61,7 +61,15 @@ if TYPE_CHECKING:
         list_rewards,
         register_reward,
     )
-    from .schedulers import predict_x0
+    from .schedulers import (
+        CoupledNoise,
+        NoiseSampler,
+        PinkNoise,
+        WhiteNoise,
+        list_noise_samplers,
+        predict_x0,
+        register_noise_sampler,
+    )
 
 try:
     __version__ = version("noiseopt")
@@ -82,6 +90,7 @@ __all__ = [
     "ChiPrior",
     "ColorChannel",
     "ContrastiveObjective",
+    "CoupledNoise",
     "EarlyStopping",
     "FunctionObjective",
     "HeldOutReward",
@@ -98,10 +107,12 @@ __all__ = [
     "NoiseOptimizer",
     "NoisePGD",
     "NoiseResult",
+    "NoiseSampler",
     "NoiseState",
     "Objective",
     "PairwiseDistance",
     "PairwiseDiversity",
+    "PinkNoise",
     "ProgressBar",
     "ReNO",
     "ReNOStableDiffusionPipeline",
@@ -113,12 +124,15 @@ __all__ = [
     "StepImages",
     "TimeBudget",
     "VQAScorer",
+    "WhiteNoise",
     "list_features",
     "list_noise_optimizers",
+    "list_noise_samplers",
     "list_rewards",
     "optimize_noise",
     "predict_x0",
     "register_noise_optimizer",
+    "register_noise_sampler",
     "register_reward",
 ]
 
