@@ -11,9 +11,10 @@ from collections import Counter
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from ..rewards.cosine_kernel import cosine_kernel
+from ..rewards.vendi import vendi_score as vendi_score
 from ..shapes_world import SIZE, Thing, parse, see
 
 Place = tuple[float, float]
@@ -41,53 +42,6 @@ def mean_pairwise_similarity(features: Tensor) -> Tensor:
         )
     pairs = kernel.sum((-2, -1)) - kernel.diagonal(dim1=-2, dim2=-1).sum(-1)
     return pairs / (count * (count - 1))
-
-
-def vendi_score(features: Tensor, q: float = 1.0) -> Tensor:
-    """The effective number of different images: exp of the Rényi entropy of the eigenvalues λ of the cosine kernel / N.
-
-    Vendi score (q = 1, Shannon): https://arxiv.org/abs/2210.02410. Other orders: https://arxiv.org/abs/2310.12952,
-    `(Σ λ^q)^(1 / (1 - q))`; the smaller the order, the more a rare image counts. Order 0 is the number of eigenvalues
-    that are not zero, order ∞ is `1 / max λ`, and order 2 is `1 / ‖K / N‖²`, which needs no eigenvalues.
-
-    Below order 1 an eigenvalue made of rounding errors would count, so those below N · ε · max λ, with the ε of the
-    features' type, are taken for zero, as in `torch.linalg.matrix_rank`.
-
-    Args:
-        features: (..., N, D), sets of at least 1 image.
-        q: the order, at least 0; `math.inf` is one.
-
-    Returns:
-        (...) in [1, N], float64, with a gradient, which is zero everywhere for order 0.
-    """
-    if not q >= 0:
-        raise ValueError(f"Expected an order of 0 or more for the Vendi score, but got {q}.")
-    kernel = cosine_kernel(features) / features.shape[-2]
-    if q == 2:
-        return 1 / kernel.square().sum((-2, -1))
-    shares = torch.linalg.eigvalsh(kernel)
-    if q == math.inf:
-        return 1 / shares[..., -1]
-    dtype = features.dtype if q < 1 else kernel.dtype
-    return hill_number(shares, q, floor=features.shape[-2] * torch.finfo(dtype).eps)
-
-
-def hill_number(shares: Tensor, q: float, floor: float) -> Tensor:
-    """`(Σ λ^q)^(1 / (1 - q))` of (..., N) shares over those above `floor` times the largest, or its limit for q = 1."""
-    counted = shares > floor * shares.amax(-1, keepdim=True)
-    # Not the zeros themselves: their logarithm would make the gradient of all others NaN.
-    shares = shares.where(counted, 1.0)
-    if q == 1:
-        return (-(shares * shares.log()).sum(-1)).exp()
-    return (shares.pow(q) * counted).sum(-1).pow(1 / (1 - q))
-
-
-def cosine_kernel(features: Tensor) -> Tensor:
-    """(..., N, N) cosines of (..., N, D) features, float64."""
-    if features.ndim < 2 or features.shape[-2] < 1:
-        raise ValueError(f"Expected features of shape (..., N, D), but got {tuple(features.shape)}.")
-    directions = F.normalize(features.double(), dim=-1)
-    return directions @ directions.mT
 
 
 def coverage(features: Tensor, references: Tensor, k: int = 5) -> Tensor:
