@@ -60,6 +60,15 @@ class NoiseOptimizer:
         """
         raise NotImplementedError(f"{type(self).__name__} must define `step(state, gradient, memory)`.")
 
+    def inspect(self, state: NoiseState, objective: Objective, memory: Any) -> torch.Tensor | None:
+        """Look at what was evaluated, before the best is chosen and callbacks see it.
+
+        Returns:
+            `(B,)` bool, the samples for which this step may be the best; `None` is all. The first step counts in any
+            case. Samples may be stopped: `state.stop(reason, samples)`.
+        """
+        return None
+
     def watchers(self) -> list[NoiseCallback]:
         """Callbacks that belong to the method, such as one that stops it; they see each step before the user's."""
         return []
@@ -162,7 +171,7 @@ class OptimizationLoop:
         state.step, state.images, state.scores = step, sample.drawn_images, scores
         self.evaluated = state.noise
         state.loss = loss.detach().where(state.active, torch.nan)
-        self.record()
+        self.record(method.inspect(state, self.objective, self.memory))
         for callback in self.callbacks:
             if callback.on_step_end(state) is False:
                 state.stop()
@@ -181,7 +190,8 @@ class OptimizationLoop:
         if step == 0 and not loss.detach().isfinite().all():
             raise NonFiniteReward(f"Expected a finite loss for the plain result, but got {loss.tolist()}.")
 
-    def record(self) -> None:
+    def record(self, eligible: torch.Tensor | None = None) -> None:
+        """Keep this step, as the best of the samples where it is, among those that are `eligible`, `(B,)` bool."""
         state = self.state
         assert state.loss is not None
         self.losses.append(state.loss)
@@ -194,6 +204,8 @@ class OptimizationLoop:
             state.best_noise, state.best_images = state.noise, state.images
         assert state.best_loss is not None and state.best_step is not None and state.best_noise is not None
         better = state.loss < state.best_loss  # strictly: of equals the first wins; false for NaN
+        if eligible is not None and state.step > 0:
+            better = better & eligible
         state.best_loss = torch.where(better, state.loss, state.best_loss)
         state.best_step = torch.where(better, state.step, state.best_step)
         state.best_noise = torch.where(per_image(better, state.noise), state.noise, state.best_noise)

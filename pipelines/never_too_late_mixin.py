@@ -1,0 +1,112 @@
+"""What the Never Too Late pipelines share: a call whose images form a set that differs."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from ..rewards.auto_features import AutoFeatures
+from ..rewards.set_reward import find_set_reward
+from ..rewards.set_reward_sum import SetRewardSum, check_set_reward_entry, set_reward_entries
+from ..schedulers.noise_samplers import NoiseSamplerSpec
+from .methods import call_settings
+from .never_too_late import NeverTooLate
+from .noise_optimizer import NoiseOptimizer
+from .quality_guard import QualityGuard, as_guards
+from .reward_mixin import RewardMixin
+
+
+class NeverTooLateMixin(RewardMixin):
+    """Adds what a set is optimised for and plain-value settings of Never Too Late to the call of a stock pipeline."""
+
+    def __call__(
+        self,
+        *args,
+        diversity: Any = None,
+        rewards: Any = None,
+        guard: Any = None,
+        optimization_steps: int | None = None,
+        learning_rate: float | None = None,
+        never_too_late_kwargs: Mapping[str, Any] | None = None,
+        noise_optimizer: NoiseOptimizer | None = None,
+        noise_sampler: NoiseSamplerSpec | None = None,
+        callback_on_optimization_step_end: Any = None,
+        **kwargs,
+    ):
+        """The stock call; with `diversity` the noises of each prompt's images are first optimised as a set.
+
+        Args:
+            diversity: Set rewards with their weights: `"dpp"`, `{"dpp": 150.0}`, or on other features than their own
+                `{"dpp": ("clip", 150.0)}`. `None` leaves the pipeline bit-identical to the stock class. Features that
+                are given by name are loaded once per pipeline.
+            rewards: What keeps each image good: `{"hpsv2.1": 3.0}`, or any callable `(images, prompts) -> (B,)`.
+            guard: A floor under each image: `{"hpsv2.1": 0.05}` allows that drop from the plain image, `{"sharpness":
+                {"keep": 0.8}}` keeps four fifths of it.
+            optimization_steps: Sets that are drawn and scored, 50 by default.
+            learning_rate: 6 by default.
+            never_too_late_kwargs: More settings of `NeverTooLate`, by name: `{"stop_at": 0.98}`.
+            noise_optimizer: Another method instead of Never Too Late.
+            noise_sampler: What the initial noise is drawn from: `"white"`, as in the stock pipeline, `"pink"`, which
+                the paper adds, `"coupled"`, a dict such as `{"name": "pink", "alpha": 0.3}`, or a function `(shape,
+                generator, device, dtype)`. Works without a method too; not beside `latents`.
+            callback_on_optimization_step_end: Callbacks per optimisation step: functions of the state, or objects with
+                `on_step_end(state)`; return `False` to stop.
+            args, kwargs: Those of the stock pipeline; pass `num_images_per_prompt`.
+
+        Returns:
+            What the stock pipeline returns; unless `return_dict=False` with a `noise_result` attribute.
+
+        Raises:
+            ValueError: For settings that cannot work, and for a prompt with one image, before any model runs.
+        """
+        named = {"steps": optimization_steps, "learning_rate": learning_rate, "rewards": rewards, "guard": guard}
+        settings = call_settings(named, never_too_late_kwargs, "never_too_late_kwargs")
+        if diversity is None and settings:
+            raise ValueError(
+                f"Expected `diversity` beside {sorted(settings)}, but got none: there is nothing to optimise. Pass "
+                '`diversity={"dpp": 150.0}`, say.'
+            )
+        if diversity is not None and noise_optimizer is not None:
+            raise ValueError("Expected `diversity` or `noise_optimizer`, but got both. Give it to the method.")
+        if diversity is not None:
+            noise_optimizer = self.never_too_late(diversity, settings)
+        return super().__call__(
+            *args,
+            noise_optimizer=noise_optimizer,
+            noise_sampler=noise_sampler,
+            callback_on_optimization_step_end=callback_on_optimization_step_end,
+            **kwargs,
+        )
+
+    def never_too_late(self, diversity: Any, settings: dict[str, Any]) -> NeverTooLate:
+        """The method, with everything that has a name loaded at its first use and kept."""
+        guards, rewards = as_guards(settings.get("guard")), settings.get("rewards")
+        entries = set_reward_entries(diversity)
+        for entry in entries:
+            check_set_reward_entry(*entry)
+        if rewards is not None:
+            settings["rewards"] = self.load_rewards(rewards)
+        settings["guard"] = [self.load_guard(each, settings.get("rewards")) for each in guards] or None
+        return NeverTooLate(**{**settings, "diversity": self.load_diversity(entries)})
+
+    def load_guard(self, guard: QualityGuard, rewards: Any) -> QualityGuard:
+        """The guard with its reward loaded, unless it means one that is optimised."""
+        if not isinstance(guard.reward, str) or guard.reward in getattr(rewards, "names", ()):
+            return guard
+        (reward,) = self.load_rewards(guard.reward).rewards
+        return dataclasses.replace(guard, reward=reward)
+
+    def load_diversity(self, entries: list[tuple[Any, Any, Any]]) -> SetRewardSum:
+        """A `SetRewardSum` on the pipeline's device."""
+        return SetRewardSum([(reward, self.load_features(reward, each), weight) for reward, each, weight in entries])
+
+    def load_features(self, reward: Any, features: Any) -> Any:
+        """The features of a set reward: those of a name from the pipeline's own, any other as they are."""
+        if not isinstance(reward, str):
+            return features
+        name = features or find_set_reward(reward).default_features
+        if not isinstance(name, str):
+            return name
+        kept = vars(self).setdefault("_loaded_features", {})
+        if name not in kept:
+            kept[name] = AutoFeatures.from_pretrained(name, device=self._execution_device)  # pyright: ignore[reportAttributeAccessIssue]
+        return kept[name]
