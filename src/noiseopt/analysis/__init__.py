@@ -1,0 +1,1 @@
+"""How optimised noise differs from the noise it began as: functions of tensors, and `noiseopt analyze`."""
