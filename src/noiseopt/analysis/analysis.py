@@ -61,8 +61,7 @@ class Analysis:
     def coherence(self) -> Coherence:
         """Raises `ValueError` where there is too little to pool."""
         initial = self.group.initial
-        rings = self.rings or most_rings(*initial.shape[-2:])
-        return coherence(initial, self.group.optimised, rings)
+        return coherence(initial, self.group.optimised, self.rings or most_rings(initial.shape))
 
     @property
     def white(self) -> float:
@@ -171,8 +170,9 @@ def changes_of(result: NoiseResult) -> Tensor:
     recorded = result.band_changes.double()
     returned = band_energies(result.noise.double() - result.initial_noise.double())
     at_best = recorded[result.best_step, torch.arange(len(result.noise))]
-    same = torch.isclose(returned, at_best, rtol=1e-3, atol=1e-6).all()
-    return recorded if same else torch.cat([recorded, returned[None]])
+    same = at_best.isnan() | torch.isclose(returned, at_best, rtol=1e-3, atol=1e-6)
+    moved_on = returned.where(~recorded[-1].isnan(), torch.nan)
+    return recorded if same.all() else torch.cat([recorded, moved_on[None]])
 
 
 def markdown(analyses: Sequence[Analysis]) -> str:

@@ -39,10 +39,11 @@ def coherence(initial: Tensor, optimised: Tensor, rings: int = 16) -> Coherence:
         ValueError: For different shapes, and where a ring has too few entries: a single one is coherent with anything.
     """
     check_pair(initial, optimised)
-    ring = ring_of_each_frequency(*initial.shape[-2:], rings)
-    one_plane = torch.bincount(ring.flatten(), minlength=rings + 1)[:rings]
-    entries = one_plane * initial.shape[:-2].numel()
-    check_entries(entries, initial.shape, rings)
+    if not (isinstance(rings, int) and rings >= 1):
+        raise ValueError(f"Expected `rings` to be an integer of 1 or more, but got {rings!r}.")
+    entries = ring_entries(initial.shape, rings)
+    check_entries(entries, initial.shape)
+    ring = ring_of_each_frequency(initial.shape, rings)
     x, y = (torch.fft.fft2(noise.detach().double().cpu()).flatten(0, -3) for noise in (initial, optimised))
     products = ((x.conj() * y).real, x.abs().square(), y.abs().square())
     s_xy, s_xx, s_yy = (torch.zeros(rings + 1).double().index_add_(0, ring.flatten(), p.sum(0).flatten())[:rings]
@@ -56,14 +57,21 @@ def white_coherence(relative_norm: float) -> float:
     return 1 / (1 + relative_norm**2)
 
 
-def most_rings(height: int, width: int) -> int:
-    """As many rings as are one index unit of the shorter side wide, at most 16."""
-    return max(1, min(16, min(height, width) // 2))
+def most_rings(shape: torch.Size) -> int:
+    """As many rings as noise of this shape has enough entries for, each an index unit wide or more; at most 16."""
+    widest = max(1, min(16, min(shape[-2:]) // 2))
+    return next((rings for rings in range(widest, 1, -1) if ring_entries(shape, rings).min() >= FEWEST), 1)
 
 
-def ring_of_each_frequency(height: int, width: int, rings: int) -> Tensor:
+def ring_entries(shape: torch.Size, rings: int) -> Tensor:
+    """How many entries each ring has over all channels and samples, `(R,)`."""
+    ring = ring_of_each_frequency(shape, rings)
+    return torch.bincount(ring.flatten(), minlength=rings + 1)[:rings] * shape[:-2].numel()
+
+
+def ring_of_each_frequency(shape: torch.Size, rings: int) -> Tensor:
     """The ring of each entry of `fft2`, `(H, W)`; `rings` for what lies beyond Nyquist."""
-    rows, columns = (torch.fft.fftfreq(side, dtype=torch.float64) for side in (height, width))
+    rows, columns = (torch.fft.fftfreq(side, dtype=torch.float64) for side in shape[-2:])
     radius = torch.hypot(rows[:, None], columns)
     ring = (radius * rings / NYQUIST).long().clamp(max=rings - 1)
     return ring.where(radius <= NYQUIST, rings)
@@ -78,13 +86,11 @@ def check_pair(initial: Tensor, optimised: Tensor) -> None:
         )
 
 
-def check_entries(entries: Tensor, shape: torch.Size, rings: int) -> None:
-    if rings >= 1 and entries.min() >= FEWEST:
-        return
-    fewest = int(entries.min()) if rings >= 1 else 0
-    samples, channels = shape[0], shape[1:-2].numel()
-    raise ValueError(
-        f"Expected at least {FEWEST} entries in each ring of frequencies, since one alone is coherent with anything, "
-        f"but {rings} rings of {samples} × {channels} channels of {shape[-2]}×{shape[-1]} have one with {fewest}. "
-        "Pool more samples, or ask for fewer rings."
-    )
+def check_entries(entries: Tensor, shape: torch.Size) -> None:
+    if entries.min() < FEWEST:
+        samples, channels = shape[0], shape[1:-2].numel()
+        raise ValueError(
+            f"Expected at least {FEWEST} entries in each ring of frequencies, since one alone is coherent with "
+            f"anything, but {len(entries)} rings of {samples} × {channels} channels of {shape[-2]}×{shape[-1]} have "
+            f"one with {int(entries.min())}. Pool more samples, or ask for fewer rings."
+        )

@@ -3,6 +3,7 @@
 import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 from matplotlib.axes import Axes
@@ -39,7 +40,8 @@ def draw_panels(
     columns = min(2, len(analyses))
     rows = -(-len(analyses) // columns)
     width = max(6.4, columns * (gap + WIDTH) + 2 * MARGIN)
-    lines = textwrap.wrap(title, int(14 * width))
+    own_scales = " Each panel has its own scale." * (len(analyses) > 1)
+    lines = textwrap.wrap(title + own_scales, int(14 * width))
     above = 0.5 + 0.18 * len(lines)
     page = Page(above + rows * (head + HEIGHT + foot), width)
     for number, words in enumerate(lines):
@@ -65,7 +67,7 @@ def panel_title(analysis: Analysis) -> str:
     return f"{analysis.group.title}, {len(analysis.change)} noises"
 
 
-def line(label: str, color: str, style: str = "-") -> Line2D:
+def line(label: str, color: str, style: Literal["-", "--"] = "-") -> Line2D:
     return Line2D([], [], color=color, linestyle=style, linewidth=1.8, label=label)
 
 
