@@ -38,14 +38,17 @@ def draw_latents(group: Group) -> tuple[Tensor, Tensor]:
     drawn: tuple[list[Tensor], list[Tensor]] = ([], [])
     for path, result in zip(group.paths, group.results, strict=True):
         try:
-            pipe = pipes.setdefault(key := model_key(result), pipes.get(key) or load_pipeline(result))
+            key = model_key(result)
+            if key not in pipes:
+                pipes = {key: load_pipeline(result)}  # one at a time: they are large
+            pipe = pipes[key]
             set_scheduler(pipe, result)
             for latents, noise in zip(drawn, (result.initial_noise, result.noise), strict=True):
                 assert noise is not None
                 latents.append(final_latents(pipe, result, noise))
         except (OSError, ValueError, TypeError, RuntimeError, ImportError) as error:
-            reason = str(error).strip().partition("\n")[0]
-            raise CannotAnalyze(f"Cannot draw {path} again: {reason} Leave --draw out for the other rows.") from error
+            reason = str(error).strip().partition("\n")[0].rstrip(".")
+            raise CannotAnalyze(f"Cannot draw {path} again: {reason}. Leave --draw out for the other rows.") from error
     return pooled(drawn[0]), pooled(drawn[1])
 
 
