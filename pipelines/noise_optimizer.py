@@ -12,6 +12,7 @@ from ..callbacks.noise_callback import CallbackSpec, NoiseCallback, as_callbacks
 from ..callbacks.noise_state import NoiseState
 from ..callbacks.progress import ProgressBar
 from ..rewards.reward import NonFiniteReward
+from .frequency_bands import band_energies
 from .noise_problem import NoiseProblem
 from .noise_result import NoiseResult
 from .objectives import Objective
@@ -131,6 +132,7 @@ class OptimizationLoop:
         self.state, self.callbacks = state, callbacks
         self.losses: list[torch.Tensor] = []
         self.norms: list[torch.Tensor] = []
+        self.bands: list[torch.Tensor] = []
         self.scores: list[dict[str, torch.Tensor]] = []
         self.initial_images: torch.Tensor | None = None
         self.total: torch.Tensor | None = None
@@ -196,6 +198,8 @@ class OptimizationLoop:
         assert state.loss is not None
         self.losses.append(state.loss)
         self.norms.append(per_sample_norm(state.noise) / math.sqrt(state.noise[0].numel()))
+        bands = band_energies(state.noise - self.problem.noise)
+        self.bands.append(bands.where(state.active[:, None], torch.nan))
         self.scores.append(state.scores)
         if state.step == 0:
             self.initial_images = state.images
@@ -262,6 +266,8 @@ class OptimizationLoop:
             },
             generator_states=problem.sampler.states_after_draw(),
             reports=dict(state.reports),
+            initial_noise=problem.noise.detach(),
+            band_changes=torch.stack(self.bands),
             images=last_images if last else state.best_images,
             initial_images=self.initial_images,
         )
