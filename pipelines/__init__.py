@@ -7,6 +7,8 @@ from .cno_stable_diffusion import CNOStableDiffusionPipeline
 from .cno_stable_diffusion_3 import CNOStableDiffusion3Pipeline
 from .cno_stable_diffusion_xl import CNOStableDiffusionXLPipeline
 from .contrast import ContrastiveObjective
+from .group_selection import GroupSelection
+from .group_solver import select_group
 from .mean_variance import MeanVariance
 from .methods import list_noise_optimizers, register_noise_optimizer
 from .noise_diffusion import NoiseDiffusion
@@ -35,6 +37,7 @@ __all__ = [
     "ChiPrior",
     "ContrastiveObjective",
     "FunctionObjective",
+    "GroupSelection",
     "MeanVariance",
     "NoiseDiffusion",
     "NoiseDiffusionFluxPipeline",
@@ -55,4 +58,5 @@ __all__ = [
     "list_noise_optimizers",
     "optimize_noise",
     "register_noise_optimizer",
+    "select_group",
 ]

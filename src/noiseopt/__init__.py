@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         CNOStableDiffusionXLPipeline,
         ContrastiveObjective,
         FunctionObjective,
+        GroupSelection,
         MeanVariance,
         NoiseDiffusion,
         NoiseDiffusionFluxPipeline,
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
         list_noise_optimizers,
         optimize_noise,
         register_noise_optimizer,
+        select_group,
     )
     from .rewards import (
         DPP,
@@ -103,6 +105,7 @@ __all__ = [
     "DPP",
     "EarlyStopping",
     "FunctionObjective",
+    "GroupSelection",
     "HeldOutReward",
     "History",
     "LossThreshold",
@@ -150,6 +153,7 @@ __all__ = [
     "register_noise_sampler",
     "register_reward",
     "register_set_reward",
+    "select_group",
 ]
 
 
