@@ -9,6 +9,7 @@ import torch
 
 from ..callbacks.noise_callback import NoiseCallback
 from ..callbacks.noise_state import NoiseState
+from ..rewards.reward_sum import reward_weight_pairs
 from ..rewards.set_reward_sum import SetRewardSum
 from .contrast import sets
 from .methods import register_noise_optimizer
@@ -20,6 +21,7 @@ from .regularizers import ChiPrior, per_image, per_sample_norm
 from .sampling import Clamp
 from .set_objective import SetObjective, check_reachable
 
+TARGETS = ("hinge", "stop_at", "stop_ratio")
 NEVER_TOO_LATE_SIZE = 4 * 4 * 64 * 64  # entries of the set of noises that the paper's learning rates were chosen for
 Targets = float | Mapping[str, float]
 
@@ -41,12 +43,13 @@ class NeverTooLate(NoiseOptimizer):
     65536), so that a learning rate suits any latent and set size, and lets saturated pixels keep their gradient. Where
     the released code is followed in neither: noise, momentum and norms are float32; a step in which the guard rejected
     an image does not count as the best, so noises and images always belong together; a guard needs no reward that is
-    optimised.
+    optimised; the rewards count for the best in the warm-up as well; a set ends as a whole.
 
     Args:
         diversity: What `SetRewardSum` takes, with the weights λ_div: a name ("dpp", "dpp_patch", "pairwise", "vendi",
             "vendi_2"), `{"dpp": 150.0}`, or on other features `{"dpp": ("clip", 150.0)}`.
-        rewards: What `RewardSum` takes, with the weights λ_q, or `None`. The paper: `{"hpsv2.1": 3.0}`.
+        rewards: What `RewardSum` takes, with the weights λ_q, or `None`. The paper: `{"hpsv2.1": 3.0}`. All may have
+            weight 0 if each is guarded.
         guard: Limits for each image: `{"hpsv2.1": 0.05}` allows a drop of so much from the plain image, `{"sharpness":
             {"keep": 0.8}}` four fifths of it; see `QualityGuard`. The reward need not be optimised.
         steps: Evaluations, the plain result included. The paper: 50 to 150.
@@ -60,7 +63,7 @@ class NeverTooLate(NoiseOptimizer):
             diverse enough. A number for one set reward, or a dict by name.
         stop_at: End a set as soon as v is at least this, in the units of the set reward: 0.98 of "dpp" is the rule of
             the released code. A number for one set reward, or a dict by name, all of which must be reached.
-        stop_ratio: The same as a multiple of the v of the plain set.
+        stop_ratio: The same as a multiple of the v of the plain set. Of both for one set reward the lower counts.
         warm_up: So many steps at the beginning leave the rewards out of the gradient.
         references: `(M, 3, H, W)` images in [0, 1] that belong to every set and are not moved, or their features as
             `SetRewardSum.known_features` gives them. One image of a prompt is enough then.
@@ -68,7 +71,7 @@ class NeverTooLate(NoiseOptimizer):
         preview: Look at the x0 estimate of one model call instead of the whole chain.
     """
 
-    diversity: Any = dataclasses.field(default_factory=lambda: {"dpp": 150.0})
+    diversity: Any = (("dpp", 150.0),)
     rewards: Any = None
     guard: Any = None
     steps: int = 50
@@ -93,9 +96,9 @@ class NeverTooLate(NoiseOptimizer):
         super().check()
         if self.mode not in ("default", "parity"):
             raise ValueError(f'Expected `mode` to be "default" or "parity", but got {self.mode!r}.')
-        if not (self.learning_rate >= 0 and self.max_grad_norm > 0 and 0 <= self.momentum < 1):
+        if not (0 <= self.learning_rate < math.inf and self.max_grad_norm > 0 and 0 <= self.momentum < 1):
             raise ValueError(
-                "Expected learning_rate >= 0, max_grad_norm > 0 and momentum in [0, 1), but got "
+                "Expected a finite learning_rate >= 0, max_grad_norm > 0 and momentum in [0, 1), but got "
                 f"{self.learning_rate}, {self.max_grad_norm} and {self.momentum}."
             )
         if not (isinstance(self.warm_up, int) and self.warm_up >= 0):
@@ -104,18 +107,25 @@ class NeverTooLate(NoiseOptimizer):
         as_guards(self.guard)
 
     def objective(self, pipe) -> SetObjective:
+        guards = as_guards(self.guard)
+        weighted = optimised_rewards(self.rewards, guards)
         diversity = SetRewardSum(self.diversity, device=pipe._execution_device)
         diversity.check_differentiable()
-        if not any(diversity.weights.values()) and self.rewards is None:
+        if not any(diversity.weights.values()) and weighted is None:
             raise ValueError(
                 "Expected a set reward with a weight above 0, or `rewards`, but got neither: there is nothing to do."
             )
-        for argument in ("stop_at", "stop_ratio"):
-            targets_by_name(getattr(self, argument), diversity, argument)
-        hinge = targets_by_name(self.hinge, diversity, "hinge")
-        rewards = None if self.rewards is None else differentiable_rewards(self.rewards, pipe)
-        guards = as_guards(self.guard)
-        return SetObjective(diversity, rewards, guards, hinge, self.references, self.reward_prompt, self.warm_up)
+        hinge, stop_at, _ = (targets_by_name(getattr(self, name), diversity, name) for name in TARGETS)
+        return SetObjective(
+            diversity,
+            None if weighted is None else differentiable_rewards(weighted, pipe),
+            guards,
+            hinge=hinge,
+            stop_at=stop_at,
+            references=self.references,
+            prompts=self.reward_prompt,
+            warm_up=self.warm_up,
+        )
 
     def regularizer(self, noise: torch.Tensor) -> torch.Tensor:
         return ChiPrior(self.regularization)(noise)
@@ -128,7 +138,10 @@ class NeverTooLate(NoiseOptimizer):
 
     def inspect(self, state: NoiseState, objective: Any, memory: "SetStanding") -> torch.Tensor:
         """Ask the guard, end the sets that are diverse enough; the samples whose set is good throughout."""
-        accepted = memory.look(state, objective.guards)
+        whole = memory.of_whole_sets(state.active)
+        if (state.active & ~whole).any():
+            state.stop("part of the set ended", ~whole)
+        accepted = memory.look(state, objective.guards) & whole
         if state.step == 0:
             memory.targets = self.targets(state, objective, memory)
         memory.stop_reached(state, accepted)
@@ -136,17 +149,13 @@ class NeverTooLate(NoiseOptimizer):
 
     def targets(self, state: NoiseState, objective: Any, memory: "SetStanding") -> dict[str, torch.Tensor]:
         """Name of a set reward to the value `(B,)` at which a set ends. Raises `ValueError` for one out of reach."""
-        absolute = targets_by_name(self.stop_at, objective.diversity, "stop_at")
-        ratios = targets_by_name(self.stop_ratio, objective.diversity, "stop_ratio")
-        found = {name: torch.full_like(state.scores[name], target) for name, target in absolute.items()}
-        for name, ratio in ratios.items():
-            wanted = state.scores[name] * ratio
-            found[name] = found[name].minimum(wanted) if name in found else wanted
-        for rows in memory.rows:
-            for name, values in found.items():
+        found = {name: torch.full_like(state.scores[name], target) for name, target in objective.stop_at.items()}
+        for name, ratio in targets_by_name(self.stop_ratio, objective.diversity, "stop_ratio").items():
+            plain = state.scores[name]
+            for rows in memory.rows:
                 count = len(rows) + objective.reference_count
-                argument = "stop_at" if name in absolute else "stop_ratio"
-                check_reachable(objective.diversity, name, values[rows[0]].item(), count, argument)
+                check_reachable(objective.diversity, name, ratio, count, "stop_ratio", unit=plain[rows[0]].item())
+            found[name] = found.get(name, torch.full_like(plain, torch.inf)).minimum(plain * ratio)
         return found
 
     def step(self, state: NoiseState, gradient: torch.Tensor, memory: "SetStanding") -> torch.Tensor:
@@ -173,6 +182,7 @@ class SetStanding:
         velocity: `(B, C, H, W)`, the momentum.
         guarded: The noises under the guard.
         targets: Name of a set reward to `(B,)`, the value at which a set ends.
+        accepted_steps, rejected_steps: `(B,)`, of the set of each sample, by the guard, the first not counted.
     """
 
     def __init__(self, problem: NoiseProblem) -> None:
@@ -183,16 +193,28 @@ class SetStanding:
         self.guarded = GuardedNoise(noise)
         self.targets: dict[str, torch.Tensor] = {}
         self.accepted_steps = torch.zeros(len(noise), dtype=torch.long, device=noise.device)
+        self.rejected_steps = torch.zeros_like(self.accepted_steps)
 
     def look(self, state: NoiseState, guards: Mapping[str, Any]) -> torch.Tensor:
         """`(B,)` bool: all images of the set are good. Ends the sets whose images are all held."""
         self.guarded.look(state, guards)
         accepted = self.of_whole_sets(self.guarded.good)
         if guards:
-            self.accepted_steps += accepted & state.active & (state.step > 0)
-            state.reports[GUARD_REPORT] = self.guarded.report(self.accepted_steps)
+            self.report(state, accepted)
             state.stop("guard holds all images", self.of_whole_sets(self.guarded.held))
         return accepted
+
+    def report(self, state: NoiseState, accepted: torch.Tensor) -> None:
+        """Keep what the guard did for the result."""
+        if state.step > 0:
+            self.accepted_steps += accepted & state.active
+            self.rejected_steps += ~accepted & state.active
+        stuck = (self.rejected_steps > 0) | self.of_whole_sets(self.guarded.held)
+        state.reports[GUARD_REPORT] = {
+            **self.guarded.report(),
+            "accepted_steps": self.accepted_steps.tolist(),
+            "kept_plain": (stuck & (self.accepted_steps == 0)).tolist(),
+        }
 
     def stop_reached(self, state: NoiseState, accepted: torch.Tensor) -> None:
         """End the sets that have all targets, in a step that is accepted."""
@@ -215,6 +237,17 @@ class SetStanding:
             norm = per_sample_norm(gradient[rows].flatten()[None])[0]
             factors[rows] = (max_norm / (norm + 1e-6)).clamp(max=1).to(factors)
         return gradient * per_image(factors, gradient)
+
+
+def optimised_rewards(rewards: Any, guards: Sequence[Any]) -> Any:
+    """`rewards`, or `None` where all have weight 0 and are guarded: then the guards score them.
+
+    Elsewhere `RewardSum` says what is wrong.
+    """
+    if rewards is None or any(weight for _, weight in reward_weight_pairs(rewards, None)):
+        return rewards
+    guarded = [guard.reward for guard in guards]
+    return None if all(reward in guarded for reward, _ in reward_weight_pairs(rewards, None)) else rewards
 
 
 def targets_by_name(targets: Targets | None, diversity: Any, argument: str) -> dict[str, float]:

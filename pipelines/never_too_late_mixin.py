@@ -1,6 +1,7 @@
 """What the Never Too Late pipelines share: a call whose images form a set that differs."""
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,7 +10,7 @@ from ..rewards.set_reward import find_set_reward
 from ..rewards.set_reward_sum import SetRewardSum, check_set_reward_entry, set_reward_entries
 from ..schedulers.noise_samplers import NoiseSamplerSpec
 from .methods import call_settings
-from .never_too_late import NeverTooLate
+from .never_too_late import NeverTooLate, optimised_rewards
 from .noise_optimizer import NoiseOptimizer
 from .quality_guard import QualityGuard, as_guards
 from .reward_mixin import RewardMixin
@@ -58,8 +59,10 @@ class NeverTooLateMixin(RewardMixin):
         Raises:
             ValueError: For settings that cannot work, and for a prompt with one image, before any model runs.
         """
-        named = {"steps": optimization_steps, "learning_rate": learning_rate, "rewards": rewards, "guard": guard}
+        named = {"diversity": diversity, "rewards": rewards, "guard": guard}
+        named |= {"steps": optimization_steps, "learning_rate": learning_rate}
         settings = call_settings(named, never_too_late_kwargs, "never_too_late_kwargs")
+        diversity = settings.pop("diversity", None)
         if diversity is None and settings:
             raise ValueError(
                 f"Expected `diversity` beside {sorted(settings)}, but got none: there is nothing to optimise. Pass "
@@ -79,14 +82,15 @@ class NeverTooLateMixin(RewardMixin):
 
     def never_too_late(self, diversity: Any, settings: dict[str, Any]) -> NeverTooLate:
         """The method, with everything that has a name loaded at its first use and kept."""
-        guards, rewards = as_guards(settings.get("guard")), settings.get("rewards")
+        guards = as_guards(settings.get("guard"))
+        rewards = optimised_rewards(settings.get("rewards"), guards)
         entries = set_reward_entries(diversity)
         for entry in entries:
             check_set_reward_entry(*entry)
-        if rewards is not None:
-            settings["rewards"] = self.load_rewards(rewards)
-        settings["guard"] = [self.load_guard(each, settings.get("rewards")) for each in guards] or None
-        return NeverTooLate(**{**settings, "diversity": self.load_diversity(entries)})
+        rewards = None if rewards is None else self.load_rewards(rewards)
+        guard = [self.load_guard(each, rewards) for each in guards] or None
+        loaded = {"rewards": rewards, "guard": guard, "diversity": self.load_diversity(entries)}
+        return NeverTooLate(**{**settings, **loaded})
 
     def load_guard(self, guard: QualityGuard, rewards: Any) -> QualityGuard:
         """The guard with its reward loaded, unless it means one that is optimised."""
@@ -104,8 +108,9 @@ class NeverTooLateMixin(RewardMixin):
         if not isinstance(reward, str):
             return features
         name = features or find_set_reward(reward).default_features
-        if not isinstance(name, str):
+        if not isinstance(name, str | os.PathLike):
             return name
+        name = os.fspath(name)
         kept = vars(self).setdefault("_loaded_features", {})
         if name not in kept:
             kept[name] = AutoFeatures.from_pretrained(name, device=self._execution_device)  # pyright: ignore[reportAttributeAccessIssue]

@@ -57,7 +57,16 @@ class QualityGuard:
             raise ValueError(f'Expected `mode` of a guard to be "revert" or "freeze", but got {self.mode!r}.')
 
     def limits(self, initial: torch.Tensor) -> torch.Tensor:
-        """The rewards `(B,)` of the plain images to the limit of each."""
+        """The rewards `(B,)` of the plain images to the limit of each.
+
+        Raises:
+            ValueError: for a share of a reward that is negative.
+        """
+        if self.keep is not None and (initial < 0).any():
+            raise ValueError(
+                f"Expected rewards of 0 or more for a guard with `keep`, but the plain images have {initial.tolist()}. "
+                "Use `drop` or `threshold`."
+            )
         limits = torch.full_like(initial, torch.inf)
         if self.drop is not None:
             limits = limits.minimum(initial - self.drop)
@@ -86,6 +95,12 @@ def as_guards(guard: Any) -> list[QualityGuard]:
                 f'Expected a guard such as `{{"hpsv2.1": 0.05}}` or `QualityGuard(reward=..., drop=0.05)`, but got '
                 f"{entry!r}."
             )
+    rewards = [entry.reward for entry in entries]
+    if twice := [reward for index, reward in enumerate(rewards) if reward in rewards[:index]]:
+        raise ValueError(
+            f"Expected one guard for each reward, but got two for {twice[0]!r}. Of several limits of one guard the "
+            "lowest counts."
+        )
     return list(entries)
 
 
@@ -142,17 +157,12 @@ class GuardedNoise:
             found |= ~(state.scores[name] > self.limits[name]).to(found.device)
         return found
 
-    def report(self, accepted: torch.Tensor) -> dict[str, Any]:
-        """Plain values, each a list with one entry for each image.
-
-        Args:
-            accepted: `(B,)`, how many steps after the first were good for the whole set of an image.
-        """
+    def report(self) -> dict[str, Any]:
+        """Plain values, each a list with one entry for each image."""
         return {
             "limits": {name: limits.tolist() for name, limits in self.limits.items()},
             "rejections": self.rejections.tolist(),
             "held": self.held.tolist(),
-            "accepted_steps": accepted.tolist(),
         }
 
 
@@ -160,9 +170,9 @@ class GuardWarning(NoiseCallback):
     """Say so where a guard accepted no step at all, and the plain images are what is returned."""
 
     def on_run_end(self, state: NoiseState) -> None:
-        accepted = state.reports.get(GUARD_REPORT, {}).get("accepted_steps", [])
-        images = [index for index, steps in enumerate(accepted) if steps == 0]
-        if images and state.step > 0:
+        kept = state.reports.get(GUARD_REPORT, {}).get("kept_plain", [])
+        images = [index for index, plain in enumerate(kept) if plain]
+        if images:
             warnings.warn(
                 f"The quality guard accepted no step of the sets of images {images}: they stay the plain ones. Allow a "
                 "larger drop, take a smaller learning rate, or give the guarded reward a weight.",

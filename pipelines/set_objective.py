@@ -24,6 +24,7 @@ class SetObjective(Objective):
         rewards: The rewards r with their weights λ_q, or `None`.
         guards: What is watched beside them; a guard whose reward is the name of one of `rewards` shares it.
         hinge: Name of a set reward to its τ_D.
+        stop_at: Name of a set reward to the value at which the method ends a set; checked here, as hinges are.
         references: `(M, 3, H, W)` images in [0, 1] that belong to every set and are given, or their features as
             `diversity.known_features` makes them.
         prompts: Ask the rewards about these instead of the pipeline's.
@@ -36,16 +37,19 @@ class SetObjective(Objective):
         rewards: RewardSum | None = None,
         guards: Sequence[QualityGuard] = (),
         hinge: Mapping[str, float] | None = None,
+        stop_at: Mapping[str, float] | None = None,
         references: torch.Tensor | Mapping[str, torch.Tensor] | None = None,
         prompts: str | Sequence[str] | None = None,
         warm_up: int = 0,
     ) -> None:
-        self.hinge = dict(hinge or {})
+        self.hinge, self.stop_at = dict(hinge or {}), dict(stop_at or {})
         self.diversity = hinged(diversity, self.hinge)
         self.quality = None if rewards is None else RewardObjective(rewards, prompts)
         self.guards, self.watched = self.shared_and_own(guards, prompts, diversity)
         self.references, self.prompts, self.warm_up = references, prompts, warm_up
         self.known: Mapping[str, torch.Tensor] | None = None
+        if isinstance(references, Mapping):
+            diversity.check_feature_names(references)
         self.evaluations = 0
         parts = (self.quality, self.watched)
         self.requires_prompt = any(part.requires_prompt for part in parts if part is not None)
@@ -78,8 +82,9 @@ class SetObjective(Objective):
                     f"Expected at least 2 images of each prompt, references included, but got 1 of prompt {group}: "
                     "alone it has nothing to differ from. Pass `num_images_per_prompt=4`, say, or `references`."
                 )
-            for name, target in self.hinge.items():
-                check_reachable(self.diversity, name, target, count, "hinge")
+            for argument, targets in (("hinge", self.hinge), ("stop_at", self.stop_at)):
+                for name, target in targets.items():
+                    check_reachable(self.diversity, name, target, count, argument)
 
     def try_out(self, prompt: str, height: int, width: int, gradient: bool) -> None:
         for part, with_gradient in ((self.quality, gradient), (self.watched, False)):
@@ -99,8 +104,8 @@ class SetObjective(Objective):
         values = {name: torch.zeros_like(losses) for name in self.diversity.names}
         for rows in sets(sample.groups):
             output = self.diversity(images[rows], self.known_references())
-            loss = self.diversity_loss(output.components).to(losses) - self.carrier(output.total) + quality[rows].mean()
-            losses = losses.index_put((rows,), loss)
+            loss = self.diversity_loss(output.components) - self.carrier(output.total) + quality[rows].mean()
+            losses = losses.index_put((rows,), loss.to(losses))
             for name, value in output.components.items():
                 values[name][rows] = value.to(losses)
         self.evaluations += 1
@@ -121,7 +126,7 @@ class SetObjective(Objective):
         return loss, scores
 
     def diversity_loss(self, components: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """A scalar without a gradient."""
+        """`Σ λ_div·(−v)`, or `Σ λ_div·max(0, τ_D − v)`: a scalar without a gradient."""
         weights = self.diversity.weights
         parts = [
             weights[name] * ((self.hinge[name] - value).clamp_min(0) if name in self.hinge else -value)
@@ -136,6 +141,8 @@ class SetObjective(Objective):
 
     def known_references(self) -> Mapping[str, torch.Tensor] | None:
         """The features of the references, computed once."""
+        if self.reference_count == 0:
+            return None
         if self.known is None and isinstance(self.references, torch.Tensor):
             self.known = self.diversity.known_features(self.references)
         return self.references if isinstance(self.references, Mapping) else self.known
@@ -143,13 +150,13 @@ class SetObjective(Objective):
     def describe(self) -> dict[str, Any]:
         quality = None if self.quality is None else self.quality.describe()
         guards = {name: {**vars(guard), "reward": name} for name, guard in self.guards.items()}
-        hinge = {"hinge": self.hinge} if self.hinge else {}
+        targets = {"hinge": self.hinge, "stop_at": self.stop_at}
         return {
             "diversity": self.diversity.describe(),
             "rewards": quality,
             "guards": guards,
             "references": self.reference_count,
-            **hinge,
+            **{name: values for name, values in targets.items() if values},
         }
 
 
@@ -164,12 +171,15 @@ def hinged(diversity: SetRewardSum, hinge: Mapping[str, float]) -> SetRewardSum:
     return SetRewardSum(entries)
 
 
-def check_reachable(diversity: SetRewardSum, name: str, target: float, count: int, argument: str) -> None:
-    """Raise `ValueError` for a target beyond what a set of `count` images can have."""
+def check_reachable(
+    diversity: SetRewardSum, name: str, target: float, count: int, argument: str, unit: float = 1.0
+) -> None:
+    """Raise `ValueError` for a target, in multiples of `unit`, beyond what a set of `count` images can have."""
     reward: Any = diversity.rewards[diversity.names.index(name)]
     bounds = reward.bounds(count)
-    if bounds is not None and target > bounds[1]:
+    if bounds is not None and target * unit > bounds[1]:
+        most = f"{bounds[1]:.4g}" if unit == 1 else f"{bounds[1]:.4g}, where the plain set has {unit:.4g}"
         raise ValueError(
-            f"Expected `{argument}` of '{name}' to be at most {bounds[1]:.4g}, the most that {count} images can have, "
-            f"but got {target:.4g}: it can never be reached."
+            f"Expected `{argument}` of '{name}' to be at most {bounds[1] / unit:.4g}, as {count} images have at most "
+            f"{most}, but got {target:.4g}: it can never be reached."
         )

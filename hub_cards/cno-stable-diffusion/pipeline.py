@@ -23,6 +23,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Real
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
@@ -34,6 +35,323 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import ImageProcessingMixin, PretrainedConfig
+
+
+# schedulers/noise_samplers.py
+
+
+Generators = torch.Generator | list[torch.Generator] | None
+NoiseSamplerSpec = str | Mapping[str, Any] | Callable[..., torch.Tensor]
+
+NOISE_SAMPLERS: dict[str, Callable[..., Any]] = {}
+
+
+class NoiseSampler:
+    """Draws initial noise: the white noise that diffusers draws for the same generators, mapped by `color`.
+
+    So each sampler leaves a generator where white noise leaves it. Any callable with the arguments of `__call__` is
+    taken as a noise sampler too.
+    """
+
+    name: ClassVar[str | None] = None
+
+    def __call__(
+        self,
+        shape: Sequence[int],
+        generator: Generators = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> torch.Tensor:
+        """Draw noise of a shape `(B, C, H, W)`: spatial, before any scaling or packing.
+
+        Args:
+            shape: That of the noise; `(B, 1, C, H, W)` and other shapes that end in height and width do too.
+            generator: One for the batch, or a list of one for each sample, which makes samples independent of the batch
+                they are drawn in. CPU generators draw on the CPU and move the noise to `device`.
+            device: Where the noise goes; by default where the generator is.
+            dtype: What the noise is drawn in; float32 by default.
+
+        Raises:
+            ValueError: for a list of generators that has another length than the batch, and a shape without images.
+        """
+        streams = generator if isinstance(generator, list) else [generator]
+        if len(streams) not in (1, shape[0]):
+            raise ValueError(f"Expected one generator, or one for each of {shape[0]} samples, but got {len(streams)}.")
+        if device is None and streams[0] is not None:
+            device = streams[0].device
+        device = None if device is None else torch.device(device)
+        return self.color(randn_tensor(tuple(shape), generator=generator, device=device, dtype=dtype))
+
+    def color(self, white: torch.Tensor) -> torch.Tensor:
+        """White noise to this noise: same shape, dtype and device."""
+        raise NotImplementedError(f"{type(self).__name__} must define `color(white)`.")
+
+    def within(self, groups: Sequence[int]) -> "NoiseSampler":
+        """This sampler for a batch with the given groups: one integer for each sample, equal where prompts are."""
+        return self
+
+    def describe(self) -> dict[str, Any]:
+        """Name and settings as plain values, which `as_noise_sampler` takes if the sampler is registered."""
+        fields = dataclasses.fields(self) if dataclasses.is_dataclass(self) else ()
+        values = {field.name: getattr(self, field.name) for field in fields}
+        plain_values = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+        return {"name": self.name or type(self).__name__, **plain_values}
+
+
+def register_noise_sampler(name: str):
+    """Class decorator: make a noise sampler known by name. The same class may come again, as when code is reloaded."""
+
+    def register(cls):
+        known = NOISE_SAMPLERS.get(name)
+        if known is not None and known.__qualname__ != cls.__qualname__:
+            raise ValueError(f"Expected a free noise sampler name, but {name!r} is taken by {known.__qualname__}.")
+        NOISE_SAMPLERS[name], cls.name = cls, name
+        return cls
+
+    return register
+
+
+def list_noise_samplers() -> list[str]:
+    """The names that `noise_sampler=` takes."""
+    return sorted(NOISE_SAMPLERS)
+
+
+def as_noise_sampler(sampler: NoiseSamplerSpec | None) -> Callable[..., torch.Tensor] | None:
+    """A noise sampler by name (`"pink"`), by name and settings (`{"name": "pink", "alpha": 0.3}`), or as it is.
+
+    Raises:
+        ValueError: for an unknown name, and for settings that the sampler does not have or cannot take.
+        TypeError: for what is none of these.
+    """
+    if isinstance(sampler, str):
+        return named_noise_sampler(sampler, {})
+    if isinstance(sampler, Mapping):
+        settings = dict(sampler)
+        return named_noise_sampler(settings.pop("name", None), settings)
+    if sampler is None or (callable(sampler) and not isinstance(sampler, type)):
+        return sampler
+    raise TypeError(
+        f"Expected a noise sampler such as `PinkNoise(0.2)`, one of the names {list_noise_samplers()} or a dict such "
+        f'as {{"name": "pink", "alpha": 0.3}}, but got {sampler!r}.'
+    )
+
+
+def named_noise_sampler(name: str | None, settings: dict[str, Any]) -> Callable[..., torch.Tensor]:
+    if name not in NOISE_SAMPLERS:
+        raise ValueError(
+            f"Expected the name of a noise sampler out of {list_noise_samplers()}, but got {name!r}. For settings pass "
+            'a dict such as {"name": "pink", "alpha": 0.3}.'
+        )
+    known = list(inspect.signature(NOISE_SAMPLERS[name]).parameters)
+    if unknown := sorted(settings.keys() - set(known)):
+        raise ValueError(f"Expected settings of the noise sampler {name!r} out of {known}, but got {unknown}.")
+    return NOISE_SAMPLERS[name](**settings)
+
+
+def describe_noise_sampler(sampler: Callable[..., torch.Tensor] | None) -> dict[str, Any] | None:
+    """Name and settings of a noise sampler in plain values; of a foreign one its name; `None` for `None`."""
+    if sampler is None:
+        return None
+    if hasattr(sampler, "describe"):
+        return sampler.describe()  # pyright: ignore[reportFunctionMemberAccess]
+    return {"name": getattr(sampler, "__qualname__", type(sampler).__qualname__)}
+
+
+@register_noise_sampler("white")
+@dataclasses.dataclass(frozen=True)
+class WhiteNoise(NoiseSampler):
+    """Standard Gaussian noise, bit for bit what a stock pipeline draws."""
+
+    def color(self, white: torch.Tensor) -> torch.Tensor:
+        return white
+
+
+@register_noise_sampler("pink")
+@dataclasses.dataclass(frozen=True)
+class PinkNoise(NoiseSampler):
+    """White noise with amplitudes times (1 + f)^-α, then each channel of each sample at mean 0 and variance 1.
+
+    It's Never Too Late, https://arxiv.org/abs/2601.00090, eq. 7: images of one prompt differ more from pink noise. f is
+    the distance from frequency zero in index units, that is in waves for each side of the noise, not for each pixel.
+    Phases are those of the white noise of the same generators. The variance is the unbiased one, so the squared norm of
+    a channel is H·W − 1: what white noise has on average without its mean.
+
+    Args:
+        alpha: α, any finite number: above 0 favours low frequencies (the paper takes 0.2 and finds patches above 0.3),
+            below 0 is blue noise. 0 is white noise that is still standardised in each channel; take `WhiteNoise` for
+            the stock draw.
+        reference_size: Side of the noise, in its own entries, at which f is the paper's; `None` for any. f then counts
+            waves per `reference_size` entries, f = reference_size · √((u/H)² + (v/W)²), so that α gives the same
+            spectrum per entry at all sizes; without, larger noises are shaped more.
+        band: (low, high) in the units of f: the slope is limited to this band.
+        outside: What becomes of frequencies outside the band: "flat" continues the gain that it has at the edge, "zero"
+            leaves noise of the band alone.
+
+    Raises:
+        ValueError: for settings that cannot work.
+    """
+
+    alpha: float = 0.2
+    _: dataclasses.KW_ONLY
+    reference_size: float | None = None
+    band: Sequence[float] | None = None
+    outside: Literal["flat", "zero"] = "flat"
+
+    def __post_init__(self) -> None:
+        if not is_finite_number(self.alpha):
+            raise ValueError(f"Expected `alpha` to be a finite number, but got {self.alpha!r}. The paper takes 0.2.")
+        if self.reference_size is not None and not (is_finite_number(self.reference_size) and self.reference_size > 0):
+            raise ValueError(f"Expected `reference_size` to be a number above 0, but got {self.reference_size!r}.")
+        if self.outside not in ("flat", "zero"):
+            raise ValueError(f'Expected `outside` to be "flat" or "zero", but got {self.outside!r}.')
+        if self.band is not None:
+            object.__setattr__(self, "band", checked_band(self.band))
+        elif self.outside == "zero":
+            raise ValueError('Expected a `band` beside `outside="zero"`, but got none. Pass `band=(low, high)`.')
+
+    def color(self, white: torch.Tensor) -> torch.Tensor:
+        """White noise `(B, C, H, W)` to pink noise of its phases, in its dtype; computed in float32 or better.
+
+        Raises:
+            ValueError: for noise that is not spatial, and for sizes that have no frequency in the band.
+        """
+        check_spatial(white.shape)
+        size = white.shape[-2:]
+        exact = white.to(torch.promote_types(white.dtype, torch.float32))
+        gain = self.gain(*size).to(exact.dtype).to(exact.device)
+        pink = torch.fft.irfft2(torch.fft.rfft2(exact) * gain, s=size)
+        spread = pink.std((-2, -1), keepdim=True)
+        return (pink / spread.clamp_min(torch.finfo(pink.dtype).tiny)).to(white.dtype)
+
+    def gain(self, height: int, width: int) -> torch.Tensor:
+        """The factor of each entry of `rfft2`, `(H, W // 2 + 1)` float64, scaled to a largest of 1.
+
+        That of frequency zero is 0: the mean is taken away in any case, and so before it can cost precision.
+        """
+        f = self.frequency(height, width)
+        low, high = self.band or (0.0, math.inf)
+        shaped = f > 0
+        if self.outside == "zero":
+            shaped &= (f >= low) & (f <= high)
+        if not shaped.any():
+            raise ValueError(
+                f"Expected a `band` with frequencies of noise of {height}×{width}, which go up to {f.max():.4g}, but "
+                f"got {tuple(self.band or ())}. Widen it."
+            )
+        logs = -self.alpha * f.clamp(low, high).log1p()
+        return torch.where(shaped, (logs - logs[shaped].max()).exp(), 0.0)
+
+    def frequency(self, height: int, width: int) -> torch.Tensor:
+        """f of each entry of `rfft2`, `(H, W // 2 + 1)` float64."""
+        rows = torch.fft.fftfreq(height, dtype=torch.float64) * (self.reference_size or height)
+        columns = torch.fft.rfftfreq(width, dtype=torch.float64) * (self.reference_size or width)
+        return torch.hypot(rows[:, None], columns)
+
+
+@register_noise_sampler("coupled")
+@dataclasses.dataclass(frozen=True)
+class CoupledNoise(NoiseSampler):
+    """Noises that are Gaussian each, and as negatively correlated as K noises can be: their sum is zero.
+
+    `z_i = √(1−ρ)·(g_i − ḡ) + √(1+(K−1)ρ)·ḡ`, the symmetric square root of the covariance (1−ρ)I + ρ11ᵀ, for each entry
+    of K white noises g. At ρ = −1/(K−1) that is √(K/(K−1))·(g_i − ḡ), and for K = 2 the antithetic pair (z, −z). Couple
+    to Control, https://arxiv.org/abs/2605.11311: sets differ more, at no cost, while each image has its own law.
+
+    Args:
+        group_size: K: each K samples in a row are coupled; at least 2. By default all of the batch are, and in a
+            pipeline those that share their prompt.
+        correlation: ρ in [−1/(K−1), 1]; −1/(K−1) by default.
+        groups: Instead of `group_size`: one integer for each sample, equal where samples are coupled.
+
+    Raises:
+        ValueError: for settings that cannot work.
+    """
+
+    group_size: int | None = None
+    _: dataclasses.KW_ONLY
+    correlation: float | None = None
+    groups: Sequence[int] | None = None
+
+    def __post_init__(self) -> None:
+        if self.group_size is not None and not (isinstance(self.group_size, int) and self.group_size >= 2):
+            raise ValueError(f"Expected `group_size` to be an integer of 2 or more, but got {self.group_size!r}.")
+        if self.group_size is not None and self.groups is not None:
+            raise ValueError("Expected `group_size` or `groups`, but got both. Leave one out.")
+        if self.correlation is not None and not (is_finite_number(self.correlation) and -1 <= self.correlation <= 1):
+            raise ValueError(f"Expected `correlation` to be in [-1/(K-1), 1], but got {self.correlation!r}.")
+        if self.groups is not None:
+            object.__setattr__(self, "groups", tuple(self.groups))
+
+    def color(self, white: torch.Tensor) -> torch.Tensor:
+        """White noises `(B, ...)` to coupled ones, in their dtype; computed in float32 or better.
+
+        Raises:
+            ValueError: for a batch that the groups do not fit, and a correlation that K samples cannot have.
+        """
+        exact = white.to(torch.promote_types(white.dtype, torch.float32))
+        coupled = torch.empty_like(exact)
+        for rows in self.coupled_rows(len(white)):
+            coupled[rows] = self.couple_all(exact[rows])
+        return coupled.to(white.dtype)
+
+    def couple_all(self, white: torch.Tensor) -> torch.Tensor:
+        """`(K, ...)` white noises to K coupled ones."""
+        rho, others, mean = self.correlation, len(white) - 1, white.mean(0, keepdim=True)
+        if rho is None:
+            return math.sqrt(len(white) / others) * (white - mean)
+        return math.sqrt(1 - rho) * (white - mean) + math.sqrt(max(1 + others * rho, 0.0)) * mean
+
+    def coupled_rows(self, batch: int) -> list[list[int]]:
+        """The samples of each group, by their places in the batch."""
+        if self.groups is not None and len(self.groups) != batch:
+            raise ValueError(f"Expected `groups` of {batch} integers, one for each sample, but got {len(self.groups)}.")
+        if self.group_size is not None and batch % self.group_size:
+            raise ValueError(f"Expected a batch in groups of {self.group_size}, but got {batch} samples.")
+        labels = self.groups or [index // (self.group_size or max(batch, 1)) for index in range(batch)]
+        found = [[row for row in range(batch) if labels[row] == label] for label in dict.fromkeys(labels)]
+        for rows in found:
+            self.check_group(len(rows))
+        return found
+
+    def check_group(self, count: int) -> None:
+        if count < 2:
+            raise ValueError(
+                "Expected at least 2 samples in each group of coupled noise, but got 1. Pass `num_images_per_prompt=2` "
+                "or more, or `group_size` to couple images of different prompts."
+            )
+        lowest = -1 / (count - 1)
+        if self.correlation is not None and self.correlation < lowest - 1e-12:
+            raise ValueError(
+                f"Expected `correlation` of {count} samples to be at least {lowest:.4g}, but got {self.correlation!r}. "
+                "Leave it out for the lowest."
+            )
+
+    def within(self, groups: Sequence[int]) -> "CoupledNoise":
+        """Coupled within the given groups, unless the sampler has its own. Raises `ValueError` where that fails."""
+        own = self.group_size is not None or self.groups is not None
+        bound = self if own else dataclasses.replace(self, groups=tuple(groups))
+        bound.coupled_rows(len(groups))
+        return bound
+
+
+def is_finite_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def checked_band(band: Sequence[float]) -> tuple[float, float]:
+    """A band as a tuple. Raises `ValueError` unless it is (low, high) with 0 <= low < high."""
+    limits = tuple(band) if isinstance(band, Sequence) else ()
+    if len(limits) == 2 and is_finite_number(limits[0]) and isinstance(limits[1], Real) and 0 <= limits[0] < limits[1]:
+        return limits
+    raise ValueError(f"Expected `band` to be (low, high) with 0 <= low < high, but got {band!r}.")
+
+
+def check_spatial(shape: Sequence[int]) -> None:
+    if len(shape) < 4 or shape[-2] * shape[-1] < 2:
+        raise ValueError(
+            f"Expected noise of shape (B, C, H, W), with H·W of 2 or more, but got {tuple(shape)}. Draw packed latents "
+            "before they are packed."
+        )
 
 
 # callbacks/noise_state.py
@@ -1485,6 +1803,23 @@ def with_globals(function: types.FunctionType, **replaced: Any) -> types.Functio
     return twin
 
 
+def drawing_with(noise_sampler: Callable[..., torch.Tensor] | None) -> Callable[..., torch.Tensor]:
+    """What stands in for `randn_tensor`: that function itself, or a noise sampler with its shape checked."""
+    if noise_sampler is None:
+        return randn_tensor
+
+    def draw(shape, generator=None, device=None, dtype=None, layout=None) -> torch.Tensor:
+        noise = noise_sampler(tuple(shape), generator=generator, device=device, dtype=dtype)
+        if noise.shape != torch.Size(shape):
+            raise ValueError(
+                f"Expected the noise sampler to return noise of shape {tuple(shape)}, but got {tuple(noise.shape)}. "
+                "Draw the shape that it is called with."
+            )
+        return noise.to(device=device, dtype=dtype)
+
+    return draw
+
+
 def first_of(prepared):
     """What `prepare_latents` returns is the latents, or a tuple that begins with them."""
     return prepared[0] if isinstance(prepared, tuple) else prepared
@@ -1498,10 +1833,17 @@ class LatentSpace:
     * latents: what the pipeline accepts as `latents=`: packed, not scaled.
 
     No family is named here: the stock function does the packing, and is asked which form it takes back.
+
+    Args:
+        pipe, args, kwargs: The call.
+        noise_sampler: Draws the noise of the call in the place of diffusers' `randn_tensor`, which `None` leaves there.
     """
 
-    def __init__(self, pipe, args: tuple, kwargs: dict[str, Any]) -> None:
+    def __init__(
+        self, pipe, args: tuple, kwargs: dict[str, Any], noise_sampler: Callable[..., torch.Tensor] | None = None
+    ) -> None:
         self.with_draw = drawing_function(type(pipe))
+        self.noise_sampler, self.draw_noise = noise_sampler, drawing_with(noise_sampler)
         bound = inspect.signature(self.with_draw(randn_tensor)).bind(pipe, *args, **kwargs)
         arguments = dict(bound.arguments)
         self.given = arguments.pop("latents", None)
@@ -1517,7 +1859,7 @@ class LatentSpace:
         drawn: list[torch.Tensor] = []
 
         def record(*args, **kwargs):
-            drawn.append(randn_tensor(*args, **kwargs))
+            drawn.append(self.draw_noise(*args, **kwargs))
             return drawn[-1]
 
         self.on(pipe, record, self.given)
@@ -1745,7 +2087,7 @@ class PipelineSampler:
         """The random streams once the base noise is drawn: device type and state of each."""
         generator = self.random_state.generator()
         if self.drew:
-            self.space.on(self.twin, randn_tensor, generator=generator)
+            self.space.on(self.twin, self.space.draw_noise, generator=generator)
         streams = generator if isinstance(generator, list) else [generator]
         return [(stream.device.type, stream.get_state()) for stream in streams]
 
@@ -1786,7 +2128,7 @@ class PipelineSampler:
 
         def prepare_latents(*_, **__):
             if self.drew:
-                self.space.on(twin, randn_tensor, generator=generator)
+                self.space.on(twin, self.space.draw_noise, generator=generator)
             return self.space.prepare(twin, noise, generator=generator)
 
         vars(twin).update(
@@ -2214,19 +2556,21 @@ class NoiseProblem:
 
 
 class CandidateNoise:
-    """Fresh Gaussian noises of a problem: the same for the same seeds, whatever batch they are drawn in.
+    """Fresh noises of a problem, by its noise sampler: for the same seeds the same, whatever batch they are drawn in.
+
+    (A sampler that couples the samples of a batch couples these as well.)
 
     The streams are seeded from the base noise of each sample, so that they neither repeat the pipeline's own draws nor
     depend on the other samples of the batch.
     """
 
     def __init__(self, problem: NoiseProblem) -> None:
-        self.like = problem.noise
+        self.like, self.draw_noise = problem.noise, problem.space.draw_noise
         self.streams = [torch.Generator().manual_seed(seed) for seed in problem.seeds]
 
     def draw(self) -> torch.Tensor:
-        """`(B, C, H, W)` standard Gaussian."""
-        return randn_tensor(tuple(self.like.shape), self.streams, self.like.device, self.like.dtype)
+        """`(B, C, H, W)`, unit variance; standard Gaussian unless the problem has a noise sampler."""
+        return self.draw_noise(tuple(self.like.shape), self.streams, self.like.device, self.like.dtype)
 
     def uniform(self) -> torch.Tensor:
         """`(B,)` uniform in [0, 1), float64."""
@@ -2366,6 +2710,7 @@ def provenance_of(problem: NoiseProblem, objective: Objective, state: NoiseState
         "prompts": problem.prompts,
         "seeds": problem.sampler.random_state.seeds,
         "generators": "list" if problem.sampler.random_state.several else "single",
+        "noise_sampler": describe_noise_sampler(problem.space.noise_sampler),
         "model": str(pipe.config.get("_name_or_path") or "") or None,
         "revision": revision_of(pipe),
         "pipeline": type(pipe).__name__,
@@ -2485,6 +2830,15 @@ class NoiseOptimizer:
         """
         raise NotImplementedError(f"{type(self).__name__} must define `step(state, gradient, memory)`.")
 
+    def inspect(self, state: NoiseState, objective: Objective, memory: Any) -> torch.Tensor | None:
+        """Look at what was evaluated, before the best is chosen and callbacks see it.
+
+        Returns:
+            `(B,)` bool, the samples for which this step may be the best; `None` is all. The first step counts in any
+            case. Samples may be stopped: `state.stop(reason, samples)`.
+        """
+        return None
+
     def watchers(self) -> list[NoiseCallback]:
         """Callbacks that belong to the method, such as one that stops it; they see each step before the user's."""
         return []
@@ -2587,7 +2941,7 @@ class OptimizationLoop:
         state.step, state.images, state.scores = step, sample.drawn_images, scores
         self.evaluated = state.noise
         state.loss = loss.detach().where(state.active, torch.nan)
-        self.record()
+        self.record(method.inspect(state, self.objective, self.memory))
         for callback in self.callbacks:
             if callback.on_step_end(state) is False:
                 state.stop()
@@ -2606,7 +2960,8 @@ class OptimizationLoop:
         if step == 0 and not loss.detach().isfinite().all():
             raise NonFiniteReward(f"Expected a finite loss for the plain result, but got {loss.tolist()}.")
 
-    def record(self) -> None:
+    def record(self, eligible: torch.Tensor | None = None) -> None:
+        """Keep this step, as the best of the samples where it is, among those that are `eligible`, `(B,)` bool."""
         state = self.state
         assert state.loss is not None
         self.losses.append(state.loss)
@@ -2619,6 +2974,8 @@ class OptimizationLoop:
             state.best_noise, state.best_images = state.noise, state.images
         assert state.best_loss is not None and state.best_step is not None and state.best_noise is not None
         better = state.loss < state.best_loss  # strictly: of equals the first wins; false for NaN
+        if eligible is not None and state.step > 0:
+            better = better & eligible
         state.best_loss = torch.where(better, state.loss, state.best_loss)
         state.best_step = torch.where(better, state.step, state.best_step)
         state.best_noise = torch.where(per_image(better, state.noise), state.noise, state.best_noise)
@@ -2828,6 +3185,22 @@ class NoiseFound(Exception):
     """Ends a pipeline call once its noise is known, when nobody asked for the final image."""
 
 
+class NoiseDraw:
+    """One pipeline call on noise of a sampler, and nothing optimised."""
+
+    def __init__(self, request: dict[str, Any], noise_sampler: NoiseSamplerSpec | None) -> None:
+        prompts_of(request, required=False)
+        self.noise_sampler = noise_sampler_of(noise_sampler, request, groups_of(request))
+
+    def encode_prompt(self, encode, *args, **kwargs):
+        return encode(*args, **kwargs)
+
+    def prepare_latents(self, pipe, *args, **kwargs):
+        """The hook: the stock method, on noise of the sampler."""
+        space = LatentSpace(pipe, args, kwargs, self.noise_sampler)
+        return space.on(pipe, space.draw_noise)
+
+
 class NoiseRun:
     """One pipeline call under optimisation: what it was asked for, encoded, and found."""
 
@@ -2838,6 +3211,7 @@ class NoiseRun:
         request: dict[str, Any],
         callbacks: CallbackSpec | Iterable[CallbackSpec] | None,
         render: bool = True,
+        noise_sampler: NoiseSamplerSpec | None = None,
     ) -> None:
         self.method, self.request, self.render = method, request, render
         self.callbacks = as_callbacks(callbacks)
@@ -2850,6 +3224,7 @@ class NoiseRun:
         self.groups = groups_of(request)
         self.objective.check_groups(self.groups)
         check_latents(request, len(self.prompts))
+        self.noise_sampler = noise_sampler_of(noise_sampler, request, self.groups)
         if size := image_size(pipe, request):
             self.objective.try_out(self.prompts[0], *size, gradient=method.gradient is not None)
         self.encoded: list[Any] = []
@@ -2862,7 +3237,7 @@ class NoiseRun:
 
     def prepare_latents(self, pipe, *args, **kwargs):
         """The hook: draw the base noise as the stock method does, optimise it, prepare the result."""
-        space = LatentSpace(pipe, args, kwargs)
+        space = LatentSpace(pipe, args, kwargs, self.noise_sampler)
         device = torch.device(space.arguments.get("device") or pipe._execution_device)
         random_state = RandomState(self.request.get("generator"), device)
         noise, drew = space.draw(pipe)
@@ -2915,6 +3290,23 @@ def check_latents(request: dict[str, Any], batch: int) -> None:
         raise ValueError(f"Expected one generator for each of {batch} images, but got {len(generator)}.")
 
 
+def noise_sampler_of(
+    noise_sampler: NoiseSamplerSpec | None, request: dict[str, Any], groups: list[int]
+) -> Callable[..., torch.Tensor] | None:
+    """The noise sampler of a call, coupled where it couples: among the images of a prompt.
+
+    Raises `ValueError` beside `latents`, where there is nothing to draw.
+    """
+    found = as_noise_sampler(noise_sampler)
+    if found is None:
+        return None
+    if request.get("latents") is not None:
+        raise ValueError(
+            "Expected `noise_sampler` or `latents`, but got both. Given latents are taken as they are: leave one out."
+        )
+    return found.within(groups) if hasattr(found, "within") else found  # pyright: ignore[reportFunctionMemberAccess]
+
+
 def image_size(pipe, request: dict[str, Any]) -> tuple[int, int] | None:
     """Height and width of the images in pixels, if they can be told before the call."""
     if request.get("height") and request.get("width"):
@@ -2929,19 +3321,20 @@ class NoiseOptimizationMixin:
     """Gives any diffusers text-to-image pipeline an optimisation hook in `prepare_latents`.
 
     `class ReNOTurboPipeline(NoiseOptimizationMixin, StableDiffusionXLPipeline)` is all that a pipeline needs. With
-    `noise_optimizer=None` every call goes straight to the stock class and is bit-identical to it.
+    `noise_optimizer=None` and no `noise_sampler` every call goes straight to the stock class, bit-identical to it.
 
     The stock `__call__` runs once as it is. When it reaches `prepare_latents`, its prompts are encoded; there the noise
     is optimised, each evaluation being the same stock `__call__` on a shallow twin (see `PipelineSampler`). Then the
     call goes on with the noise that was found: only this final run fires `callback_on_step_end`.
     """
 
-    _noise_run: NoiseRun | None = None
+    _noise_run: NoiseRun | NoiseDraw | None = None
 
     def __call__(
         self,
         *args,
         noise_optimizer: NoiseOptimizer | None = None,
+        noise_sampler: NoiseSamplerSpec | None = None,
         callback_on_optimization_step_end: CallbackSpec | Iterable[CallbackSpec] | None = None,
         **kwargs,
     ):
@@ -2949,6 +3342,9 @@ class NoiseOptimizationMixin:
 
         Args:
             noise_optimizer: A method, such as `ReNO(rewards={"clipscore": 1.0})`.
+            noise_sampler: What the initial noise is drawn from, optimised or not: `"white"`, as in the stock pipeline,
+                `"pink"`, `"coupled"`, a dict such as `{"name": "pink", "alpha": 0.3}`, or a function `(shape,
+                generator, device, dtype)` that returns noise of unit variance. Not beside `latents`.
             callback_on_optimization_step_end: Callbacks per optimisation step; see `NoiseCallback`.
             args, kwargs: Those of the stock pipeline.
 
@@ -2956,15 +3352,16 @@ class NoiseOptimizationMixin:
             What the stock pipeline returns; unless `return_dict=False` with a `noise_result` attribute.
         """
         stock = super().__call__  # pyright: ignore[reportAttributeAccessIssue]
-        if noise_optimizer is None:
+        if noise_optimizer is None and noise_sampler is None:
             return stock(*args, **kwargs)
-        run = NoiseRun(self, noise_optimizer, bind_request(self, args, kwargs), callback_on_optimization_step_end)
-        with frozen_modules(self):
-            self._noise_run = run
-            try:
-                output = stock(*args, **kwargs)
-            finally:
-                self._noise_run = None
+        request = bind_request(self, args, kwargs)
+        if noise_optimizer is None:
+            with hook_on(self, NoiseDraw(request, noise_sampler)):
+                return stock(*args, **kwargs)
+        callbacks = callback_on_optimization_step_end
+        run = NoiseRun(self, noise_optimizer, request, callbacks, noise_sampler=noise_sampler)
+        with frozen_modules(self), hook_on(self, run):
+            output = stock(*args, **kwargs)
         if not isinstance(output, tuple):
             output.noise_result = run.result
         return output
@@ -2981,6 +3378,16 @@ class NoiseOptimizationMixin:
         if run is None:
             return super().prepare_latents(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
         return run.prepare_latents(self, *args, **kwargs)
+
+
+@contextlib.contextmanager
+def hook_on(pipe, run: NoiseRun | NoiseDraw) -> Iterator[None]:
+    """Let a run have the prompts and latents of a pipeline's call."""
+    pipe._noise_run = run
+    try:
+        yield
+    finally:
+        pipe._noise_run = None
 
 
 def bind_request(pipe, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -3005,6 +3412,7 @@ def optimize_noise(
     *,
     method_kwargs: dict[str, Any] | None = None,
     callbacks: CallbackSpec | Iterable[CallbackSpec] | None = None,
+    noise_sampler: NoiseSamplerSpec | None = None,
     **call_kwargs,
 ) -> NoiseResult:
     """Find the initial noise of a call to any diffusers text-to-image pipeline, which stays as it is.
@@ -3015,6 +3423,9 @@ def optimize_noise(
         method: Such as `ReNO(rewards={"pickscore": 1.0})`, or a name of `list_noise_optimizers()`.
         method_kwargs: The settings of a method given by name.
         callbacks: Per optimisation step; see `NoiseCallback`.
+        noise_sampler: What noise is drawn from, that of candidates too: `"white"`, as in the pipeline itself, `"pink"`,
+            `"coupled"`, a dict such as `{"name": "pink", "alpha": 0.3}`, `PinkNoise(0.3)`, or any function `(shape,
+            generator, device, dtype)` that returns noise of unit variance. Not beside `latents`.
         call_kwargs: What `pipe(prompt, ...)` takes: steps, guidance, size, generator, latents ...
 
     Returns:
@@ -3028,7 +3439,7 @@ def optimize_noise(
     twin = copy.copy(pipe)
     twin.__class__ = hooked(type(pipe))
     request = bind_request(twin, (), {"prompt": prompt, **call_kwargs})
-    run = NoiseRun(twin, optimizer, request, callbacks, render=False)
+    run = NoiseRun(twin, optimizer, request, callbacks, render=False, noise_sampler=noise_sampler)
     vars(twin)["_noise_run"] = run
     with frozen_modules(twin), torch.no_grad(), contextlib.suppress(NoiseFound):
         stock_call(type(pipe))(twin, **request)
@@ -3050,6 +3461,7 @@ class CNOMixin(NoiseOptimizationMixin):
         stop_gradient: bool | None = None,
         cno_kwargs: Mapping[str, Any] | None = None,
         noise_optimizer: NoiseOptimizer | None = None,
+        noise_sampler: NoiseSamplerSpec | None = None,
         callback_on_optimization_step_end: Any = None,
         **kwargs,
     ):
@@ -3064,6 +3476,9 @@ class CNOMixin(NoiseOptimizationMixin):
                 released code does.
             cno_kwargs: More settings of `CNO`, by name: `{"window_size": 8}`.
             noise_optimizer: Another method instead of CNO.
+            noise_sampler: What the initial noise is drawn from: `"white"`, as in the stock pipeline, `"pink"`,
+                `"coupled"`, a dict such as `{"name": "pink", "alpha": 0.3}`, or a function `(shape, generator, device,
+                dtype)`. Works without a method too; not beside `latents`.
             callback_on_optimization_step_end: Callbacks per optimisation step: functions of the state, or objects with
                 `on_step_end(state)`; return `False` to stop.
             args, kwargs: Those of the stock pipeline; pass `num_images_per_prompt`.
@@ -3086,6 +3501,7 @@ class CNOMixin(NoiseOptimizationMixin):
         return super().__call__(
             *args,
             noise_optimizer=noise_optimizer,
+            noise_sampler=noise_sampler,
             callback_on_optimization_step_end=callback_on_optimization_step_end,
             **kwargs,
         )

@@ -68,7 +68,8 @@ class Studio:
             return PlainSampling()
         if contender.control:
             return BestOfN(rewards=self.instruments.rewards, steps=best_of or 1)
-        return contender.method.build(self.instruments.rewards)
+        embedded_on = self.device if self.model.embedded else None
+        return contender.method.build(self.instruments.rewards, embedded_on)
 
     def generators(self, index: int) -> list[torch.Generator]:
         """One for each image of a prompt; on the CPU, to draw the same noise for every device."""
