@@ -14,7 +14,7 @@ class KeptTensor:
     """A tensor that a graph has saved; the count is told when the graph lets go of it."""
 
     def __init__(self, tensor: torch.Tensor, release: Callable[[], None]) -> None:
-        self.tensor, self.release = tensor, release
+        self.tensor, self.release = tensor.detach(), release  # a result that knows its graph would keep it for ever
 
     def __del__(self) -> None:
         self.release()

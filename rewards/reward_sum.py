@@ -46,7 +46,7 @@ class RewardSumOutput:
 
 
 class AttachedGradient(torch.autograd.Function):
-    """Values (B,), or one of the whole set, with a gradient with respect to images (B, 3, H, W) that is known already."""
+    """Values (B,), or one of the set, with a gradient with respect to images (B, 3, H, W) that is known already."""
 
     @staticmethod
     def forward(ctx: Any, images: Tensor, values: Tensor, gradient: Tensor) -> Tensor:
@@ -57,7 +57,8 @@ class AttachedGradient(torch.autograd.Function):
     def backward(ctx: Any, grad_values: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore
         if torch.is_grad_enabled():  # asked for by `create_graph=True`
             raise RuntimeError(
-                "Expected a first derivative of a `RewardSum` or `SetRewardSum`, whose gradient is a constant once taken."
+                "Expected a first derivative of a `RewardSum` or `SetRewardSum`, whose gradient is a constant once "
+                "taken."
             )
         (gradient,) = ctx.saved_tensors
         return gradient * grad_values.to(gradient.dtype).reshape(-1, 1, 1, 1), None, None

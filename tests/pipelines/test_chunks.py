@@ -6,7 +6,6 @@ import gc
 
 import pytest
 import torch
-import torch.nn.functional as F
 from diffusers import (
     DDPMScheduler,
     DPMSolverMultistepScheduler,
@@ -17,9 +16,10 @@ from diffusers import (
 from tiny_features import build_features
 from tiny_pipelines import BUILDERS, call_arguments, quiet, tiny_pipeline
 
-from noiseopt import DPP, CoupledNoise, FunctionObjective, NoiseOptimizer, ReNO, RewardSum, optimize_noise
+from noiseopt import DPP, FunctionObjective, NoiseOptimizer, ReNO, RewardSum, optimize_noise
 from noiseopt.pipelines.chunk_size import SavedBytes
 from noiseopt.pipelines.chunks import BatchLayout, WholeBatchDraws
+from noiseopt.pipelines.noise_optimizer import chunk_size_of
 from noiseopt.rewards import SetRewardSum
 
 FAMILIES = ["sd", "sdxl", "sd3", "flux"]
@@ -46,6 +46,14 @@ def problem_of(pipe, prompt="a", **arguments):
         arguments["generator"] = torch.Generator().manual_seed(0)
     optimize_noise(pipe, prompt, look, **arguments)
     return vars(look)["problem"]
+
+
+def arguments_for(family, prompt):
+    """Flux wants a negative prompt for each of several prompts."""
+    arguments = call_arguments(family)
+    if family == "flux" and not isinstance(prompt, str):
+        arguments["negative_prompt"] = ["b"] * len(prompt)
+    return arguments
 
 
 def generators(count):
@@ -88,7 +96,7 @@ def relative(found, expected):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_images_of_chunks_are_those_of_the_batch(family, prompt, several):
     count = 4 if isinstance(prompt, str) else 2
-    arguments = {**call_arguments(family), "num_images_per_prompt": count}
+    arguments = {**arguments_for(family, prompt), "num_images_per_prompt": count}
     if several:
         arguments["generator"] = generators(4)
     assert_same_images(problem_of(tiny_pipeline(family), prompt, **arguments))
@@ -116,14 +124,12 @@ def test_prompts_may_be_embeddings_and_noise_may_be_coupled():
         embeds, negative = pipe.encode_prompt(["a", "b 2"], "cpu", 1, True, ["c", "d"])
     arguments = {**call_arguments("sd"), "prompt_embeds": embeds, "negative_prompt_embeds": negative}
     assert_same_images(problem_of(pipe, None, **arguments, num_images_per_prompt=2))
-    assert_same_images(
-        problem_of(pipe, "a", **call_arguments("sd"), num_images_per_prompt=4, noise_sampler=CoupledNoise())
-    )
+    assert_same_images(problem_of(pipe, "a", **call_arguments("sd"), num_images_per_prompt=4, noise_sampler="coupled"))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradients_of_chunks_are_those_of_the_batch(family):
-    arguments = {**call_arguments(family), "num_images_per_prompt": 2}
+    arguments = {**arguments_for(family, ["a red b", "c 2"]), "num_images_per_prompt": 2}
     problem = problem_of(double_pipeline(family), ["a red b", "c 2"], **arguments)
     for draw in (problem.sampler.images, problem.sampler.x0):
         images, joint = gradient_of(draw, problem.noise)
@@ -318,19 +324,11 @@ def test_encodings_are_those_of_the_images():
 
 
 def test_a_number_is_refused_and_auto_falls_back_where_the_call_cannot_be_taken_apart():
-    pipe, method = tiny_pipeline("sd"), ReNO(rewards=contrast, steps=2, views=0)
-    arguments = {**call_arguments("sd"), "num_images_per_prompt": 2}
-    arguments["cross_attention_kwargs"] = {"scale": torch.ones(2)}
-    for size in (1, "auto"):
-        vars(method)["chunk_size"] = size
-        if size == 1:
-            with pytest.raises(ValueError, match="`cross_attention_kwargs`.*chunk_size=None"):
-                optimize_noise(pipe, "a", method, **arguments)
-    del arguments["cross_attention_kwargs"]
-    sampler = problem_of(pipe, **arguments).sampler
-    sampler.request["image"] = [object(), object()]
-    with pytest.raises(ValueError, match="`image`"):
-        sampler.chunk([0])
+    problem = problem_of(tiny_pipeline("sd"), **call_arguments("sd"), num_images_per_prompt=2)
+    problem.sampler.request["image"] = [object(), object()]
+    with pytest.raises(ValueError, match="`image`.*chunk_size=None"):
+        chunk_size_of(ReNO(rewards=contrast, chunk_size=1), problem)
+    assert chunk_size_of(ReNO(rewards=contrast, chunk_size="auto"), problem).of_evaluation(True) is None
 
 
 def test_draws_of_others_are_left_alone():
@@ -343,7 +341,3 @@ def test_draws_of_others_are_left_alone():
     assert torch.equal(other, torch.randn((2, 5), generator=fresh))
     assert torch.equal(scalar, torch.randn((3, 5), generator=fresh))
     assert torch.equal(found, torch.randn((4, 5), generator=torch.Generator().manual_seed(0))[[1, 3]])
-
-
-def test_unused_prompts_do_not_hinder():
-    assert F.one_hot(torch.tensor(BatchLayout({"prompt_embeds": torch.zeros(3, 1)}, 3).prompt_rows([0, 2]))).sum() == 2
