@@ -11,6 +11,7 @@ from ..callbacks.noise_callback import NoiseCallback
 from ..callbacks.noise_state import NoiseState
 from ..rewards.reward_sum import reward_weight_pairs
 from ..rewards.set_reward_sum import SetRewardSum
+from .chunk_size import ChunkSetting
 from .contrast import sets
 from .methods import register_noise_optimizer
 from .noise_optimizer import NoiseOptimizer
@@ -69,6 +70,8 @@ class NeverTooLate(NoiseOptimizer):
             `SetRewardSum.known_features` gives them. One image of a prompt is enough then.
         reward_prompt: Ask the rewards about this instead of the pipeline's prompt: one, or one for each image.
         preview: Look at the x0 estimate of one model call instead of the whole chain.
+        chunk_size: How many images are in memory with their graphs at a time: "auto", as many as fit; a number of 1 or
+            more, the same gradient in constant memory for one more forward pass; or `None` for the whole batch.
     """
 
     diversity: Any = (("dpp", 150.0),)
@@ -87,6 +90,7 @@ class NeverTooLate(NoiseOptimizer):
     references: torch.Tensor | Mapping[str, torch.Tensor] | None = None
     reward_prompt: str | Sequence[str] | None = None
     preview: bool = False
+    chunk_size: ChunkSetting = "auto"
 
     @property
     def clamp(self) -> Clamp:  # pyright: ignore[reportIncompatibleVariableOverride]

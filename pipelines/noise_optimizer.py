@@ -12,6 +12,7 @@ from ..callbacks.noise_callback import CallbackSpec, NoiseCallback, as_callbacks
 from ..callbacks.noise_state import NoiseState
 from ..callbacks.progress import ProgressBar
 from ..rewards.reward import NonFiniteReward
+from .chunk_size import ChunkSetting, ChunkSize, check_chunk_size, free_memory
 from .frequency_bands import band_energies
 from .noise_problem import NoiseProblem
 from .noise_result import NoiseResult
@@ -32,6 +33,8 @@ class NoiseOptimizer:
         gradient: "full", "frozen" or `None`; see `PipelineSampler.images`.
         preview: Look at the x0 estimate of one model call instead of the whole chain.
         clamp: "straight_through" or "hard"; see `PipelineSampler`.
+        chunk_size: How many images are in memory with their graphs at a time: the gradient is the same, for one more
+            forward pass. "auto" for as many as fit; `None` for all; see `ChunkSize`.
         returns: "best", the noise of the lowest loss, or "last", the noise after the last move, which is not evaluated.
         final_steps: How many evaluations `finish` asks for after these steps.
     """
@@ -40,6 +43,7 @@ class NoiseOptimizer:
     gradient: Gradient = "full"
     preview: bool = False
     clamp: Clamp = "straight_through"
+    chunk_size: ChunkSetting = None
     returns: ClassVar[Literal["best", "last"]] = "best"
     final_steps: int = 0
 
@@ -91,6 +95,7 @@ class NoiseOptimizer:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"Expected `{name}` to be one of {allowed}, but got {getattr(self, name)!r}.")
+        check_chunk_size(self.chunk_size)
 
     def settings(self) -> dict[str, Any]:
         """The settings as plain values, for the provenance."""
@@ -149,6 +154,7 @@ class OptimizationLoop:
         self.leaf = self.evaluated = problem.noise
 
     def start(self) -> None:
+        self.chunk_size = chunk_size_of(self.method, self.problem)
         self.memory = self.method.start(self.problem)
         for callback in self.callbacks:
             if hasattr(callback, "on_run_start"):
@@ -171,8 +177,9 @@ class OptimizationLoop:
         seeds = [seed + step for seed in self.problem.seeds]
         groups = self.problem.groups
         sample = Sample(self.problem.sampler, self.leaf, state.prompts, groups, seeds, gradient, method.preview)
+        sample.chunk_size = self.chunk_size.of_evaluation(gradient is not None)
         try:
-            with torch.set_grad_enabled(gradient is not None):
+            with self.chunk_size.watching(), torch.set_grad_enabled(gradient is not None):
                 loss, scores = self.objective.evaluate(sample)
                 self.check_loss(loss, gradient, step)
                 self.total = loss + method.regularizer(self.leaf)
@@ -231,7 +238,10 @@ class OptimizationLoop:
         state, gradient = self.state, None
         if self.leaf.requires_grad:
             assert self.total is not None
-            (gradient,) = torch.autograd.grad(self.total.sum(), self.leaf)
+            with self.chunk_size.watching():
+                (gradient,) = torch.autograd.grad(self.total.sum(), self.leaf)
+            self.total = None
+            self.chunk_size.settle()
             finite = gradient.flatten(1).isfinite().all(1)
             gradient = gradient.nan_to_num(0, 0, 0) * per_image(finite, gradient)
             self.drop_samples(state.active & ~finite)
@@ -287,3 +297,16 @@ class OptimizationLoop:
             images=last_images if last else state.best_images,
             initial_images=self.initial_images,
         )
+
+
+def chunk_size_of(method: NoiseOptimizer, problem: NoiseProblem) -> ChunkSize:
+    """The chunks that a method asks for. Raises `ValueError` for a number, if the call cannot be taken apart."""
+    setting, batch = method.chunk_size, len(problem.noise)
+    if setting is not None and batch > 1:
+        try:
+            problem.sampler.chunk([0])
+        except ValueError:
+            if setting != "auto":
+                raise
+            setting = None
+    return ChunkSize(setting, batch, lambda: free_memory(problem.noise.device))

@@ -103,7 +103,7 @@ class SetObjective(Objective):
         losses = torch.zeros(len(images), device=images.device)
         values = {name: torch.zeros_like(losses) for name in self.diversity.names}
         for rows in sets(sample.groups):
-            output = self.diversity(images[rows], self.known_references())
+            output = self.diversity(images[rows], self.known_references(), sample.chunk_size)
             loss = self.diversity_loss(output.components) - self.carrier(output.total) + quality[rows].mean()
             losses = losses.index_put((rows,), loss.to(losses))
             for name, value in output.components.items():
@@ -121,7 +121,7 @@ class SetObjective(Objective):
         if self.watched is not None:
             prompts = sample.prompts if self.prompts is None else self.prompts
             with torch.no_grad():
-                watched = self.watched.rewards(sample.images.detach(), prompts)
+                watched = self.watched.rewards(sample.images.detach(), prompts, chunk_size=sample.chunk_size)
             scores = {**scores, **{f"guard {name}": value for name, value in watched.components.items()}}
         return loss, scores
 

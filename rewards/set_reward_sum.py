@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .auto_features import AutoFeatures, find_features
 from .features import Features
 from .reward import NonDifferentiableReward
-from .reward_sum import distinct_names
+from .reward_sum import AttachedGradient, distinct_names
 from .set_reward import SetReward, find_set_reward
 
 SetRewardsLike = str | SetReward | nn.Module | Mapping[Any, Any] | Sequence[Any]
@@ -110,20 +110,51 @@ class SetRewardSum(nn.Module):
         """
         return join_features([self.features(chunk) for chunk in images.split(chunk_size)])
 
-    def forward(self, images: Tensor, references: Tensor | Mapping[str, Tensor] | None = None) -> SetRewardSumOutput:
+    def forward(
+        self,
+        images: Tensor,
+        references: Tensor | Mapping[str, Tensor] | None = None,
+        chunk_size: int | None = None,
+    ) -> SetRewardSumOutput:
         """The value of the set of all images and references together.
 
         Args:
             images: (B, 3, H, W) in [0, 1], on any device.
             references: (M, 3, H, W), images that are given, or their `known_features`: they count and get no gradient.
+            chunk_size: pass the features with at most so many images at a time, twice, with the memory of so many; the
+                gradient is the same, and cannot be differentiated again. `None` for all at once.
 
         Raises:
             ValueError: fewer than two images in all, or images that do not meet the contract.
             NonFiniteReward: a value that is NaN or infinite.
         """
         known = self.known_features(references) if isinstance(references, Tensor) else references
+        if chunk_size is not None:
+            return self.in_chunks(images, known, chunk_size)
         output = self.of_features(self.features(images), known)
         return SetRewardSumOutput(output.total.to(images.device), output.components)
+
+    def in_chunks(self, images: Tensor, references: Mapping[str, Tensor] | None, chunk_size: int) -> SetRewardSumOutput:
+        """`forward`: all features without a graph, the gradient in them, then chunk by chunk that in the pixels."""
+        features = self.known_features(images.detach(), chunk_size)
+        if not (images.requires_grad and torch.is_grad_enabled()):
+            output = self.of_features(features, references)
+            return SetRewardSumOutput(output.total.to(images.device), output.components)
+        output, rows = self.gradient(features, references)
+        gradient = torch.empty_like(images)
+        for start in range(0, len(images), chunk_size):
+            part = slice(start, start + chunk_size)
+            gradient[part] = self.pixel_gradient(images[part], {name: each[part] for name, each in rows.items()})
+        total = AttachedGradient.apply(images, output.total.to(images.device), gradient)
+        return SetRewardSumOutput(total, output.components)  # pyright: ignore[reportArgumentType]
+
+    def pixel_gradient(self, images: Tensor, gradient: Mapping[str, Tensor]) -> Tensor:
+        """The gradient of `linearized` with respect to the pixels (B, 3, H, W); its graph is freed on return."""
+        leaf = images.detach().requires_grad_()
+        value = self.linearized(leaf, gradient)
+        if not value.requires_grad:
+            return torch.zeros_like(leaf)
+        return torch.autograd.grad(value, leaf)[0]
 
     def of_features(
         self, features: Mapping[str, Tensor], references: Mapping[str, Tensor] | None = None
