@@ -7,6 +7,8 @@ from .cno_stable_diffusion import CNOStableDiffusionPipeline
 from .cno_stable_diffusion_3 import CNOStableDiffusion3Pipeline
 from .cno_stable_diffusion_xl import CNOStableDiffusionXLPipeline
 from .contrast import ContrastiveObjective
+from .group_selection import GroupSelection
+from .group_solver import select_group
 from .mean_variance import MeanVariance
 from .methods import list_noise_optimizers, register_noise_optimizer
 from .never_too_late import NeverTooLate
@@ -41,6 +43,7 @@ __all__ = [
     "ChiPrior",
     "ContrastiveObjective",
     "FunctionObjective",
+    "GroupSelection",
     "MeanVariance",
     "NeverTooLate",
     "NeverTooLateFluxPipeline",
@@ -67,4 +70,5 @@ __all__ = [
     "list_noise_optimizers",
     "optimize_noise",
     "register_noise_optimizer",
+    "select_group",
 ]

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         CNOStableDiffusionXLPipeline,
         ContrastiveObjective,
         FunctionObjective,
+        GroupSelection,
         MeanVariance,
         NeverTooLate,
         NeverTooLateFluxPipeline,
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
         list_noise_optimizers,
         optimize_noise,
         register_noise_optimizer,
+        select_group,
     )
     from .rewards import (
         DPP,
@@ -109,6 +111,7 @@ __all__ = [
     "DPP",
     "EarlyStopping",
     "FunctionObjective",
+    "GroupSelection",
     "HeldOutReward",
     "History",
     "LossThreshold",
@@ -162,6 +165,7 @@ __all__ = [
     "register_noise_sampler",
     "register_reward",
     "register_set_reward",
+    "select_group",
 ]
 
 

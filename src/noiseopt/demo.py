@@ -69,9 +69,10 @@ class Choice:
 
     @classmethod
     def of(cls, method: str = "reno", model: str = "turbo", steps: int | None = None) -> "Choice":
-        """Raises `ValueError` for unknown names."""
+        """Raises `ValueError` for unknown names, and for a method that has no number of steps to set."""
         pipelines = [name for name, known in shapes_world.MODELS.items() if known.is_pipeline]
-        for what, name, names in (("method", method, list_noise_optimizers()), ("model", model, pipelines)):
+        methods = [name for name in list_noise_optimizers() if isinstance(METHODS[name].steps, int)]
+        for what, name, names in (("method", method, methods), ("model", model, pipelines)):
             if name not in names:
                 raise ValueError(f"Expected a {what} out of {', '.join(names)}, but got {name!r}.")
         embedded = shapes_world.MODELS[model]
