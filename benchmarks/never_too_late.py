@@ -4,6 +4,7 @@ python benchmarks/never_too_late.py --prompts held-out --limit 48 --output found
 
 All rows begin with the same random numbers and are given the embedded CLIP as their reward. What no row optimises: the
 judge and its attributes, and all features but those marked with *, which are of the tower that a row does optimise.
+Seconds are those of a batch, shared out: their intervals say nothing about the machine.
 Run it again with the same `--output` and it goes on where it was stopped.
 """
 
@@ -70,7 +71,7 @@ MANY = 10**6  # more candidates than any time allows
 DISTANCES = ("DINO", "dinov2", "clip", "pixels")
 ATTRIBUTES = ("positions", "sizes", "grounds")
 QUALITY = ("reward", "right", "sharpness", "complexity")
-COST = ("seconds", "norm", "slope")
+COST = ("seconds", "evaluations", "norm", "slope")
 SWEPT = (*DISTANCES, *ATTRIBUTES, *QUALITY, "norm")
 Numbers = dict[str, float]
 Found = dict[str, dict[str, Any]]
@@ -261,7 +262,8 @@ def compare(bench: Bench, prompts: Sequence[str], batch: int, found: Found) -> I
             result, curve = bench.run(row, part, first, before)
             before = curve.seconds[-1]
             shares = [second / len(part) for second in curve.seconds]
-            numbers = [{**each, "seconds": shares[-1]} for each in bench.measure(result, part)]
+            cost = {"seconds": shares[-1], "evaluations": float(len(shares))}
+            numbers = [{**each, **cost} for each in bench.measure(result, part)]
             found[row.name]["numbers"] += numbers
             found[row.name]["curve"] += torch.tensor(curve.values).T.tolist() if curve.values else [[]] * len(part)
             found[row.name]["seconds"] += [shares] * len(part)
@@ -379,7 +381,7 @@ def draw(found: Found, path: Path) -> None:
 
     figure = Figure(figsize=(10, 7.8), dpi=160, layout="constrained")
     across = {"DINO": "mean DINO patch distance", "positions": "spread of positions, pixels"}
-    up = {"right": "share right by the judge", "reward": "CLIP reward, which all but plain sampling are given"}
+    up = {"right": "share right by the judge", "reward": "CLIP reward, seen by all but plain"}
     shown = [row for row in rows() if row.noise in ("white", "pink")]
     for axes, (y, x) in zip(figure.subplots(2, 2).flat, itertools.product(up, across), strict=True):
         for row in shown:

@@ -130,6 +130,9 @@ def test_a_short_run_has_every_row_and_goes_on_where_it_stopped(capsys, tmp_path
     assert found["white, plain"]["curve"][0][0] == pytest.approx(
         found["white, pairwise patches"]["curve"][0][0], rel=1e-3
     )
+    evaluations = [found[row.name]["numbers"][0]["evaluations"] for row in FEW[:3]]
+    assert evaluations[0] == 1 and evaluations[2] == 2
+    assert evaluations[1] in (3, 4)  # 3 draws of 2 candidates, and the chosen set unless it is one of these
     with Image.open(plot) as picture:
         assert picture.width > picture.height > 400
 
