@@ -1,6 +1,6 @@
 """How much images of one prompt differ: similarity, effective number, coverage of references, and layout.
 
-All but `layout_spread` work on features, one vector an image, and compute in float64 whatever the features are.
+All but the spreads work on features, one vector an image, and compute in float64 whatever the features are.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 from ..rewards.cosine_kernel import cosine_kernel
 from ..rewards.vendi import vendi_score as vendi_score
 from ..shapes_world import SIZE, Thing, parse, see
+from ..shapes_world.judge import CHROMA
 
 Place = tuple[float, float]
 
@@ -112,8 +113,7 @@ def layout_spread(images: Tensor, prompt: str) -> float:
     Returns:
         Pixels, at least 0; NaN if no requested color is in two images.
     """
-    if images.ndim != 4 or images.shape[1:] != (3, SIZE, SIZE):
-        raise ValueError(f"Expected images of shape (N, 3, {SIZE}, {SIZE}), but got {tuple(images.shape)}.")
+    check_world(images)
     wanted = Counter(color for color, _ in parse(prompt).objects)
     pictures = [things for part in images.split(32) for things in see(part)]
     total, objects = 0.0, 0
@@ -142,3 +142,57 @@ def matched_square(left: Sequence[Place], right: Sequence[Place]) -> float:
         sum(math.dist(a, b) ** 2 for a, b in zip(few, order, strict=True)) / len(few)
         for order in itertools.permutations(many, len(few))
     )
+
+
+def size_spread(images: Tensor, prompt: str) -> float:
+    """How much the sizes of the requested objects differ in a set of images of one prompt, in pixels.
+
+    The size of an object is the radius of the disk of its area. For each requested color, and as many of its things in
+    each image as are requested, the largest with the largest: the root mean square distance from the mean size over the
+    images that show it; then the mean over the objects. An object is a thing of its color, whatever its shape.
+
+    Args:
+        images: (N, 3, 64, 64) in [0, 1], of the shapes world.
+        prompt: a prompt of the shapes world.
+
+    Returns:
+        Pixels, at least 0; NaN if no requested color is in two images.
+    """
+    check_world(images)
+    pictures = [things for part in images.split(32) for things in see(part)]
+    found = []
+    for color, count in Counter(color for color, _ in parse(prompt).objects).items():
+        radii = [[math.sqrt(thing.area / math.pi) for thing in things if thing.color == color] for things in pictures]
+        for rank in range(count):
+            shown = torch.tensor([each[rank] for each in radii if len(each) > rank], dtype=torch.float64)
+            if len(shown) > 1:
+                found.append(float(shown.std(correction=0)))
+    return sum(found) / len(found) if found else math.nan
+
+
+def ground_spread(images: Tensor) -> float:
+    """How much the colors of the backgrounds of a set of images differ: RMS distance from their mean, in [0, √3].
+
+    The background is what the judge finds too grey for a shape, its color the mean of these pixels. Images without any
+    do not count.
+
+    Args:
+        images: (N, 3, 64, 64) in [0, 1], of the shapes world.
+
+    Returns:
+        At least 0; NaN if fewer than two images have a background.
+    """
+    check_world(images)
+    images = images.detach().double().cpu()
+    grey = (images.amax(1) - images.amin(1) <= CHROMA)[:, None]
+    area = grey.sum((1, 2, 3))
+    colors = ((images * grey).sum((2, 3)) / area[:, None])[area > 0]
+    if len(colors) < 2:
+        return math.nan
+    return float((colors - colors.mean(0)).square().sum(1).mean().sqrt())
+
+
+def check_world(images: Tensor) -> None:
+    """Raise unless these are images of the shapes world."""
+    if images.ndim != 4 or images.shape[1:] != (3, SIZE, SIZE):
+        raise ValueError(f"Expected images of shape (N, 3, {SIZE}, {SIZE}), but got {tuple(images.shape)}.")
