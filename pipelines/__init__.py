@@ -7,6 +7,7 @@ from .cno_stable_diffusion import CNOStableDiffusionPipeline
 from .cno_stable_diffusion_3 import CNOStableDiffusion3Pipeline
 from .cno_stable_diffusion_xl import CNOStableDiffusionXLPipeline
 from .contrast import ContrastiveObjective
+from .image_set import ImageSet, grow_set
 from .mean_variance import MeanVariance
 from .methods import list_noise_optimizers, register_noise_optimizer
 from .never_too_late import NeverTooLate
@@ -41,6 +42,7 @@ __all__ = [
     "ChiPrior",
     "ContrastiveObjective",
     "FunctionObjective",
+    "ImageSet",
     "MeanVariance",
     "NeverTooLate",
     "NeverTooLateFluxPipeline",
@@ -64,6 +66,7 @@ __all__ = [
     "RewardObjective",
     "Sample",
     "SetObjective",
+    "grow_set",
     "list_noise_optimizers",
     "optimize_noise",
     "register_noise_optimizer",
