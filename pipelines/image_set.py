@@ -165,6 +165,8 @@ def grow_set(
     if home is not None:
         found = begun_set(home, found)
     seeds = further_seeds(generator, count, found.seeds)
+    if home is not None and not home.begun:
+        found.write_first(0, home)
     if seeds:
         growth.take_up(found)
     try:
@@ -400,10 +402,9 @@ def seeds_from(generator: Any, count: int, wanted: int) -> list[int]:
 
 
 def begun_set(home: ImageSetFolder, empty: ImageSet) -> ImageSet:
-    """The set in a folder, if it agrees with one that is empty; else that one, whose folder it is from now on."""
+    """The set in a folder, if it agrees with one that is empty, or that one, if a set can begin there."""
     if not home.begun:
         home.check_free()
-        empty.write_first(0, home)
         return empty
     found = ImageSet.load(home.path)
     found.check_agrees(empty.prompt, empty.settings, home.path)
