@@ -25,10 +25,12 @@ from noiseopt import (
     SetRewardSum,
     grow_set,
     optimize_noise,
+    shapes_world,
 )
+from noiseopt.demo import ONE_STEP, load_pipeline, seeded
 from noiseopt.pipelines import image_set_folder
 from noiseopt.pipelines.image_set import pixels_of, sequential_method
-from noiseopt.rewards import DPP, AutoReward, Features
+from noiseopt.rewards import DPP, AutoReward, CLIPFeatures, DINOv2Features, Features
 
 FAMILIES = ["sd", "sdxl", "sd3", "flux"]
 ONE = {"num_inference_steps": 1, "guidance_scale": 0.0, **SIZE}
@@ -516,3 +518,26 @@ def test_names_are_loaded_once_for_all_images_of_a_set(monkeypatch):
     monkeypatch.setattr(AutoReward, "from_pretrained", lambda name, **rest: loads.append(name) or load(name, **rest))
     grown(4, method(rewards="sharpness", guard={"complexity": 0.5}, steps=2))
     assert sorted(loads) == ["complexity", "sharpness"]
+
+
+def test_sets_of_the_embedded_model_differ_more_than_plain_ones_and_in_more_than_what_is_optimised():
+    """In the features that are optimised, in those of another network, and in the sizes that the judge sees."""
+    pipe = load_pipeline("turbo")
+    pipe.set_progress_bar_config(disable=True)
+    optimised = DPP(DINOv2Features.from_pretrained(shapes_world.path("dinov2")))
+    held_out = DPP(CLIPFeatures.from_pretrained(shapes_world.path("clip")))
+    found = method(diversity={optimised: 15.0}, steps=12, learning_rate=3.0)
+    gains = []
+    for prompt in shapes_world.VALIDATION_PROMPTS[:2]:
+        grown_images = grow_set(pipe, prompt, 6, found, generator=0, **ONE_STEP).images
+        plain = pipe([prompt] * 6, generator=seeded(0, 6), output_type="pt", **ONE_STEP).images
+        measures = (optimised, held_out, spread_of_sizes)
+        gains.append([float(measure(grown_images)) - float(measure(plain)) for measure in measures])
+    of_dpp, of_held_out, of_sizes = torch.tensor(gains).mean(0).tolist()
+    assert all(gain[0] > 0.01 for gain in gains)
+    assert of_dpp > 0.03 and of_held_out > 0.01 and of_sizes > 5
+
+
+def spread_of_sizes(images: torch.Tensor) -> float:
+    """The standard deviation of the area of the largest object, in pixels."""
+    return float(torch.tensor([float(things[0].area) for things in shapes_world.see(images) if things]).std())
