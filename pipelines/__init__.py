@@ -9,6 +9,7 @@ from .cno_stable_diffusion_xl import CNOStableDiffusionXLPipeline
 from .contrast import ContrastiveObjective
 from .group_selection import GroupSelection
 from .group_solver import select_group
+from .image_set import ImageSet, grow_set
 from .mean_variance import MeanVariance
 from .methods import list_noise_optimizers, register_noise_optimizer
 from .never_too_late import NeverTooLate
@@ -44,6 +45,7 @@ __all__ = [
     "ContrastiveObjective",
     "FunctionObjective",
     "GroupSelection",
+    "ImageSet",
     "MeanVariance",
     "NeverTooLate",
     "NeverTooLateFluxPipeline",
@@ -67,6 +69,7 @@ __all__ = [
     "RewardObjective",
     "Sample",
     "SetObjective",
+    "grow_set",
     "list_noise_optimizers",
     "optimize_noise",
     "register_noise_optimizer",

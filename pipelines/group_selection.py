@@ -111,7 +111,7 @@ class GroupSelection(NoiseOptimizer):
     def step(self, state: NoiseState, gradient: None, memory: CandidateNoise) -> torch.Tensor:
         return memory.draw()
 
-    def finish(self, state: NoiseState, objective: "GroupObjective", memory: CandidateNoise) -> Iterator[torch.Tensor]:
+    def finish(self, state: NoiseState, objective: Any, memory: CandidateNoise) -> Iterator[torch.Tensor]:
         """What is kept of previews, and the chosen set, unless that has been evaluated."""
         for noise in objective.kept(1 if state.stopped else self.keep - 1):
             yield noise.to(state.noise)

@@ -3,12 +3,16 @@
 import dataclasses
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+
+from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 
 from ..rewards.auto_features import AutoFeatures
 from ..rewards.set_reward import find_set_reward
 from ..rewards.set_reward_sum import SetRewardSum, check_set_reward_entry, set_reward_entries
 from ..schedulers.noise_samplers import NoiseSamplerSpec
+from .image_set import Seeds, grow_set, sequential_settings
 from .methods import call_settings
 from .never_too_late import NeverTooLate, optimised_rewards
 from .noise_optimizer import NoiseOptimizer
@@ -79,6 +83,58 @@ class NeverTooLateMixin(RewardMixin):
             callback_on_optimization_step_end=callback_on_optimization_step_end,
             **kwargs,
         )
+
+    def grow_set(
+        self,
+        prompt: str,
+        count: int,
+        *,
+        diversity: Any = None,
+        rewards: Any = None,
+        guard: Any = None,
+        optimization_steps: int | None = None,
+        learning_rate: float | None = None,
+        never_too_late_kwargs: Mapping[str, Any] | None = None,
+        render: Mapping[str, Any] | None = None,
+        generator: Seeds = None,
+        noise_sampler: NoiseSamplerSpec | None = None,
+        folder: str | Path | None = None,
+        callback_on_optimization_step_end: Any = None,
+        **kwargs,
+    ) -> ImagePipelineOutput:
+        """Grow a set of images of any size: each new one is optimised to differ from all before it. See `grow_set`.
+
+        Args:
+            prompt: One.
+            count: Images in all. The first is the plain one.
+            diversity: As in a call; `{"dpp": 15.0}` by default, and then an image is done at a value of 0.98 unless
+                `never_too_late_kwargs` say otherwise.
+            rewards, guard, never_too_late_kwargs: As in a call. The paper: `rewards={"hpsv2.1": 1.0}`.
+            optimization_steps: For each image, 25 by default.
+            learning_rate: 3 by default.
+            render: Arguments that differ where an image is drawn for the set: `{"num_inference_steps": 4}`.
+            generator: A seed s, from which image k gets s + k, or one for each image.
+            noise_sampler: As in a call, `"white"` or `"pink"`.
+            folder: Where each image is written; a set that is there already is continued up to `count`.
+            callback_on_optimization_step_end: Callbacks per optimisation step of each image.
+            kwargs: Those of the stock pipeline, without `num_images_per_prompt` and `latents`.
+
+        Returns:
+            An output with `images`, PIL, and an `image_set` attribute: the noises, the values, `save(folder)`.
+
+        Raises:
+            ValueError: For settings that cannot work, and a folder that is broken or of another set.
+        """
+        named = {"steps": optimization_steps, "learning_rate": learning_rate, "rewards": rewards, "guard": guard}
+        settings = call_settings(named, never_too_late_kwargs, "never_too_late_kwargs")
+        settings = {**sequential_settings(diversity is None), **settings}
+        default = settings.pop("diversity", None)
+        method = self.never_too_late(default if diversity is None else diversity, settings)
+        own = {"render": render, "generator": generator, "noise_sampler": noise_sampler, "folder": folder}
+        found = grow_set(self, prompt, count, method, callbacks=callback_on_optimization_step_end, **own, **kwargs)
+        output = ImagePipelineOutput(images=list(found.pictures))
+        vars(output)["image_set"] = found
+        return output
 
     def never_too_late(self, diversity: Any, settings: dict[str, Any]) -> NeverTooLate:
         """The method, with everything that has a name loaded at its first use and kept."""
