@@ -34,6 +34,8 @@ from diffusers.utils.torch_utils import randn_tensor
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.overrides import TorchFunctionMode
 from transformers import ImageProcessingMixin, PretrainedConfig
 
 
@@ -1104,7 +1106,7 @@ class RewardSumOutput:
 
 
 class AttachedGradient(torch.autograd.Function):
-    """Values (B,) with a gradient with respect to images (B, 3, H, W) that is known already."""
+    """Values (B,), or one of the set, with a gradient with respect to images (B, 3, H, W) that is known already."""
 
     @staticmethod
     def forward(ctx: Any, images: Tensor, values: Tensor, gradient: Tensor) -> Tensor:
@@ -1114,9 +1116,12 @@ class AttachedGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_values: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore
         if torch.is_grad_enabled():  # asked for by `create_graph=True`
-            raise RuntimeError("Expected a first derivative of a `RewardSum`, whose gradient is a constant once taken.")
+            raise RuntimeError(
+                "Expected a first derivative of a `RewardSum` or `SetRewardSum`, whose gradient is a constant once "
+                "taken."
+            )
         (gradient,) = ctx.saved_tensors
-        return gradient * grad_values.to(gradient.dtype)[:, None, None, None], None, None
+        return gradient * grad_values.to(gradient.dtype).reshape(-1, 1, 1, 1), None, None
 
 
 class RewardSum(nn.Module):
@@ -1216,22 +1221,46 @@ class RewardSum(nn.Module):
                     check_gradient(reward, prompts, height, width)
 
     def forward(
-        self, images: Tensor, prompts: str | Sequence[str] | None = None, return_dict: bool = True
+        self,
+        images: Tensor,
+        prompts: str | Sequence[str] | None = None,
+        return_dict: bool = True,
+        chunk_size: int | None = None,
     ) -> RewardSumOutput | tuple[Tensor, dict[str, Tensor]]:
-        """Score (B, 3, H, W) images in [0, 1]; see `Reward.forward` for the arguments and errors."""
+        """Score (B, 3, H, W) images in [0, 1]; see `Reward.forward` for the other arguments and errors.
+
+        Args:
+            chunk_size: score at most so many images at a time, with the memory of so many; `None` for all at once.
+        """
         with_gradient = images.requires_grad and torch.is_grad_enabled() and self.has_gradient
-        total, components = images.new_zeros(len(images), dtype=torch.float32), {}
-        gradient = torch.zeros_like(images, dtype=torch.promote_types(images.dtype, torch.float32))
+        if not isinstance(prompts, (str, type(None))):
+            prompts = prompts_per_image(prompts, len(images), self.names[0], False)
+        pixels, size = images.detach(), chunk_size or max(1, len(images))
+        dtype = torch.promote_types(images.dtype, torch.float32)
+        gradient = torch.zeros_like(pixels, dtype=dtype) if with_gradient else None
+        parts = []
+        for start in range(0, max(1, len(images)), size):
+            rows = slice(start, start + size)
+            its_gradient = None if gradient is None else gradient[rows]
+            parts.append(self.scores(pixels[rows], part_of_prompts(prompts, rows), its_gradient))
+        components = {name: torch.cat([part[name] for part in parts]) for name in self.names}
+        total = images.new_zeros(len(images), dtype=torch.float32)
+        for name, weight in self.weights.items():
+            total = total + weight * self.normalized(name, components[name])
+        if gradient is not None:
+            total = AttachedGradient.apply(images, total, gradient.to(images.dtype))
+        return RewardSumOutput(total, components) if return_dict else (total, components)  # pyright: ignore
+
+    def scores(self, images: Tensor, prompts: Any, gradient: Tensor | None) -> dict[str, Tensor]:
+        """The scores (B,) by name, detached; the gradient of their weighted sum is added to `gradient` (B, 3, H, W)."""
+        components = {}
         for (name, weight), reward in zip(self.weights.items(), self.rewards, strict=True):
-            if weight and with_gradient and reward.differentiable:
+            if weight and gradient is not None and reward.differentiable:
                 components[name], its_gradient = score_and_gradient(reward, images, prompts)
                 gradient.add_(its_gradient, alpha=weight / self.scale(name))
             else:
-                components[name] = reward(images.detach(), prompts).detach()
-            total = total + weight * self.normalized(name, components[name])
-        if with_gradient:
-            total = AttachedGradient.apply(images, total, gradient.to(images.dtype))
-        return RewardSumOutput(total, components) if return_dict else (total, components)  # pyright: ignore
+                components[name] = reward(images, prompts).detach()
+        return components
 
     def normalized(self, name: str, scores: Tensor) -> Tensor:
         mean, std = self.normalization.get(name, (0.0, 1.0))
@@ -1305,6 +1334,11 @@ def score_and_gradient(reward: nn.Module, images: Tensor, prompts: Any) -> tuple
     scores = reward(pixels, prompts)
     (gradient,) = torch.autograd.grad(scores.sum(), pixels, materialize_grads=True)
     return scores.detach(), gradient
+
+
+def part_of_prompts(prompts: str | Sequence[str] | None, rows: slice) -> Any:
+    """The prompts of some images: those of a list, or the one for all."""
+    return prompts if prompts is None or isinstance(prompts, str) else prompts[rows]
 
 
 def as_prompts(texts: Sequence[str | None]) -> list[str] | None:
@@ -1776,6 +1810,194 @@ def space_of(scheduler: Any) -> SampleSpace:
     )
 
 
+# pipelines/chunks.py
+
+
+SAME_FOR_ALL = ("sigmas", "timesteps")  # lists of numbers that are not one for each image
+PLAIN_VALUES = (str, int, float, bool, type(None))
+ChunkRun = Callable[[list[int], torch.Tensor], torch.Tensor]
+
+
+class WholeBatchDraws(TorchFunctionMode):
+    """Random numbers for some images of a batch, as the whole batch would have drawn them from its one generator.
+
+    Samplers that add noise on the way draw for the images that they have; inside this context a `torch.randn` for so
+    many images from this generator draws for all and keeps the rows, so that the stream goes on as in the whole batch.
+
+    Args:
+        generator: The generator of the call.
+        batch: How many images the whole batch has.
+        rows: Which of them are drawn here.
+    """
+
+    def __init__(self, generator: torch.Generator, batch: int, rows: list[int]) -> None:
+        super().__init__()
+        self.generator, self.batch, self.rows = generator, batch, rows
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is not torch.randn or kwargs.get("generator") is not self.generator:
+            return func(*args, **kwargs)
+        rest = {name: value for name, value in kwargs.items() if name != "size"}
+        shape = kwargs["size"] if "size" in kwargs else args if isinstance(args[0], int) else args[0]
+        if shape[0] != len(self.rows):
+            return func(shape, **rest)
+        return func((self.batch, *shape[1:]), **rest)[self.rows]
+
+
+class ChunkedRun(torch.autograd.Function):
+    """`run(rows, noise[rows])` of all chunks of a batch, with the memory of one: the backward pass runs each again.
+
+    The gradient is that of the joint run, as no image depends on the noise of another.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, noise: torch.Tensor, run: ChunkRun, chunks: list[list[int]]) -> torch.Tensor:
+        ctx.save_for_backward(noise)
+        ctx.run, ctx.chunks = run, chunks
+        return run_each(run, noise, chunks)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # pyright: ignore
+        (noise,) = ctx.saved_tensors
+        found = torch.empty_like(noise)
+        for rows in ctx.chunks:
+            found[rows] = chunk_gradient(ctx.run, rows, noise[rows], gradient[rows])
+        return found, None, None
+
+
+def run_in_chunks(run: ChunkRun, noise: torch.Tensor, chunk_size: int, differentiable: bool) -> torch.Tensor:
+    """`run` of a batch `(B, ...)`, at most `chunk_size` images at a time.
+
+    Args:
+        run: Rows of the batch, and their noise, to what is drawn of them.
+        noise: `(B, ...)`.
+        chunk_size: 1 or more.
+        differentiable: Whether the result has a gradient, where the noise has one.
+    """
+    chunks = [rows.tolist() for rows in torch.arange(len(noise)).split(chunk_size)]
+    if differentiable and noise.requires_grad:
+        return ChunkedRun.apply(noise, run, chunks)  # pyright: ignore[reportReturnType]
+    return run_each(run, noise.detach(), chunks)
+
+
+def run_each(run: ChunkRun, noise: torch.Tensor, chunks: list[list[int]]) -> torch.Tensor:
+    """The results of all chunks in one tensor, without a graph."""
+    first = run(chunks[0], noise[chunks[0]].detach())
+    found = first.new_empty(len(noise), *first.shape[1:])
+    found[chunks[0]] = first
+    for rows in chunks[1:]:
+        found[rows] = run(rows, noise[rows].detach())
+    return found
+
+
+def chunk_gradient(run: ChunkRun, rows: list[int], noise: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    """The gradient of one chunk with respect to its noise; the graph is gone on return."""
+    with torch.enable_grad():
+        leaf = noise.detach().requires_grad_()
+        output = run(rows, leaf)
+    (found,) = torch.autograd.grad(output, leaf, gradient)
+    return found
+
+
+class BatchLayout:
+    """Which prompt each image of a call has, and so what an argument of the call is for some of its images.
+
+    Args:
+        request: The arguments of the call.
+        batch: B, how many images it draws.
+    """
+
+    def __init__(self, request: dict[str, Any], batch: int) -> None:
+        self.request, self.batch = request, batch
+        prompt = request.get("prompt")
+        prompt = request.get("prompt_embeds") if prompt is None else prompt
+        self.prompts = 1 if prompt is None or isinstance(prompt, str) else len(prompt)
+
+    def prompt_rows(self, rows: list[int]) -> list[int]:
+        """The prompt of each image: those of a prompt lie one after the other."""
+        return [row * self.prompts // self.batch for row in rows]
+
+    def request_of(self, rows: list[int]) -> dict[str, Any]:
+        """The arguments of a call for these images alone.
+
+        Raises:
+            ValueError: For an argument that may hold something for each image and is none of the prompts.
+        """
+        for name, value in self.request.items():
+            check_for_all(name, value)
+        if self.prompts == 1:
+            found, count = dict(self.request), len(rows)
+        else:
+            found, count = {name: self.picked(name, value, rows) for name, value in self.request.items()}, 1
+        return found | ({"num_images_per_prompt": count} if "num_images_per_prompt" in found else {})
+
+    def picked(self, name: str, value: Any, rows: list[int]) -> Any:
+        """An argument for the prompts of these images; what is no argument for each prompt as it is."""
+        if "prompt" not in name or isinstance(value, str) or not hasattr(value, "__len__"):
+            return value
+        return take(value, self.prompt_rows(rows)) if len(value) == self.prompts else value
+
+    def encoded_of(self, value: Any, rows: list[int]) -> Any:
+        """What `encode_prompt` returned, for these images.
+
+        Tensors and lists have an entry for each image, or for each prompt where the pipeline repeats them itself;
+        position ids `(L, 3)`, as those of Flux, are the same for all.
+
+        Raises:
+            ValueError: For a tensor with neither.
+        """
+        if isinstance(value, dict):
+            return {name: self.encoded_of(part, rows) for name, part in value.items()}
+        if isinstance(value, torch.Tensor):
+            return self.tensor_of(value, rows)
+        if isinstance(value, list) and len(value) == self.batch:
+            return take(value, rows)
+        if isinstance(value, list) and len(value) == self.prompts > 1:
+            return take(value, self.prompt_rows(rows))
+        if isinstance(value, (tuple, list)):
+            return type(value)([self.encoded_of(part, rows) for part in value])
+        return value
+
+    def tensor_of(self, value: torch.Tensor, rows: list[int]) -> torch.Tensor:
+        if value.ndim == 0 or (value.ndim == 2 and value.shape[1] == 3):
+            return value
+        if len(value) == self.batch:
+            return value[rows]
+        if len(value) == self.prompts:
+            return value if self.prompts == 1 else value[self.prompt_rows(rows)]
+        raise ValueError(
+            f"Expected `encode_prompt` to return tensors with an entry for each of {self.batch} images, but got the "
+            f"shape {tuple(value.shape)}, of which no part can be told apart. Use `chunk_size=None`."
+        )
+
+
+def take(value: Any, rows: Sequence[int]) -> Any:
+    """The rows of a tensor, or of a list or tuple."""
+    return value[list(rows)] if hasattr(value, "shape") else type(value)(value[row] for row in rows)
+
+
+def check_for_all(name: str, value: Any) -> None:
+    """Raise `ValueError` for an argument that is no prompt and may hold something for each image."""
+    if "prompt" in name or name in SAME_FOR_ALL:
+        return
+    if (name.startswith("ip_adapter") and value is not None) or holds_several(value):
+        raise ValueError(
+            f"Expected arguments that are the same for all images, to draw some of them by themselves, but got "
+            f"`{name}`, which may hold one for each. Use `chunk_size=None`."
+        )
+
+
+def holds_several(value: Any) -> bool:
+    """Whether there are several tensors, images or the like in an argument: numbers and strings are settings."""
+    if isinstance(value, dict):
+        return any(map(holds_several, value.values()))
+    if getattr(value, "ndim", 0) > 0:  # torch and numpy
+        return len(value) > 1
+    return isinstance(value, (list, tuple)) and len(value) > 1 and not all(isinstance(x, PLAIN_VALUES) for x in value)
+
+
 # pipelines/latent_space.py
 
 
@@ -1849,6 +2071,19 @@ class LatentSpace:
         self.given = arguments.pop("latents", None)
         extra = arguments.pop("kwargs", {})
         self.arguments = {name: value for name, value in {**arguments, **extra}.items() if name != "self"}
+
+    def for_images(self, count: int) -> "LatentSpace":
+        """The same space for so many images. Raises `ValueError` if the family is not told how many there are."""
+        if "batch_size" not in self.arguments:
+            raise ValueError(
+                "Expected a `prepare_latents` with the argument `batch_size`, to draw some images by themselves, but "
+                f"got one with {list(self.arguments)}. Use `chunk_size=None`."
+            )
+        space = copy.copy(self)
+        # generators are given with each call: one for each image would not fit the new number
+        unset = {"generator": None} if "generator" in self.arguments else {}
+        space.arguments = {**self.arguments, "batch_size": count, **unset}
+        return space
 
     def on(self, pipe, draw: Callable[..., torch.Tensor], latents: torch.Tensor | None = None, **overrides):
         """Run the stock function on `pipe` with `draw(shape, **kwargs)` for its random numbers."""
@@ -2021,6 +2256,12 @@ class RandomState:
             fresh[-1].set_state(state)
         return fresh if self.several else fresh[0]
 
+    def of_rows(self, rows: list[int]) -> "RandomState":
+        """The streams of some images, or the one that all images share."""
+        found = copy.copy(self)
+        found.states = [self.states[row] for row in rows] if self.several else self.states
+        return found
+
 
 def default_generator(device: torch.device) -> torch.Generator:
     """The generator that torch draws from on `device` when none is given."""
@@ -2065,8 +2306,10 @@ class PipelineSampler:
         ours = ("latents", "generator", "output_type", "return_dict", "callback_on_step_end", "callback")
         self.request = {name: value for name, value in request.items() if name not in ours}
         self.twin = self.make_twin(pipe, clamp)
-        # copied before any gradient run: schedulers hold the graph afterwards, and then cannot be copied
+        # as it was before any run: schedulers hold the graph of one afterwards, so that each run has its own copy
         self.scheduler = copy.deepcopy(pipe.scheduler)
+        self.part_of: tuple[int, list[int]] | None = None  # the size of the whole batch, and which rows of it are drawn
+        self.chunks: dict[tuple[int, ...], PipelineSampler] = {}
 
     def make_twin(self, pipe, clamp: str):
         twin = copy.copy(pipe)
@@ -2083,15 +2326,44 @@ class PipelineSampler:
             vars(twin.image_processor)["denormalize"] = denormalize_straight_through
         return twin
 
-    def states_after_draw(self) -> list[tuple[str, torch.Tensor]]:
-        """The random streams once the base noise is drawn: device type and state of each."""
+    def random_state_after_draw(self) -> RandomState:
+        """The random streams once the base noise is drawn."""
         generator = self.random_state.generator()
         if self.drew:
             self.space.on(self.twin, self.space.draw_noise, generator=generator)
-        streams = generator if isinstance(generator, list) else [generator]
-        return [(stream.device.type, stream.get_state()) for stream in streams]
+        return RandomState(generator, torch.device("cpu"))
 
-    def images(self, noise: torch.Tensor, gradient: Gradient = None, preview: bool = False) -> torch.Tensor:
+    def states_after_draw(self) -> list[tuple[str, torch.Tensor]]:
+        """Device type and state of each random stream once the base noise is drawn."""
+        return [(device.type, state) for device, state, _ in self.random_state_after_draw().states]
+
+    def chunk(self, rows: list[int]) -> "PipelineSampler":
+        """A sampler of some images of the batch alone: what the whole batch draws in these rows, but for rounding.
+
+        Samplers that add noise on the way see the same noise, if they draw it from the generator of the call.
+
+        Raises:
+            ValueError: Naming an argument of the call that cannot be told apart by image, such as a list of images.
+        """
+        if tuple(rows) not in self.chunks:
+            batch = self.space.arguments.get("batch_size", 0)
+            layout = BatchLayout(self.request, batch)
+            part = copy.copy(self)
+            part.space = self.space.for_images(len(rows))
+            part.request = layout.request_of(rows)
+            part.encoded = [layout.encoded_of(each, rows) for each in self.encoded]
+            part.random_state, part.drew = self.random_state_after_draw().of_rows(rows), False
+            part.part_of, part.chunks = (batch, rows), {}
+            self.chunks[tuple(rows)] = part
+        return self.chunks[tuple(rows)]
+
+    def images(
+        self,
+        noise: torch.Tensor,
+        gradient: Gradient = None,
+        preview: bool = False,
+        chunk_size: int | None = None,
+    ) -> torch.Tensor:
         """`noise` (B, C, H, W) to images (B, 3, H, W) in [0, 1], float32 or better.
 
         Args:
@@ -2099,12 +2371,24 @@ class PipelineSampler:
             gradient: "full" back-propagates through the whole chain; "frozen" holds the model's outputs constant, so no
                 graph is kept in the denoiser; `None` keeps no graph at all.
             preview: Draw the x0 estimate of the first model call instead of the whole chain.
+            chunk_size: Draw at most so many images at a time, and draw them again, with their graph, in the backward
+                pass: the same gradient in the memory of so many images, for one more forward pass. `None` for all.
         """
+        if chunk_size is not None and chunk_size < len(noise):
+
+            def draw(rows: list[int], part: torch.Tensor) -> torch.Tensor:
+                return self.chunk(rows).images(part, gradient, preview)
+
+            return run_in_chunks(draw, noise, chunk_size, gradient is not None)
         images = self.run(noise, gradient, preview, "pt")
         return images.to(torch.promote_types(images.dtype, torch.float32))
 
-    def x0(self, noise: torch.Tensor, gradient: Gradient = None) -> torch.Tensor:
-        """`noise` (B, C, H, W) to the x0 estimate of the first model call, in the layout of the noise."""
+    def x0(self, noise: torch.Tensor, gradient: Gradient = None, chunk_size: int | None = None) -> torch.Tensor:
+        """`noise` (B, C, H, W) to the x0 estimate of the first model call, in the layout of the noise; see `images`."""
+        if chunk_size is not None and chunk_size < len(noise):
+            return run_in_chunks(
+                lambda rows, part: self.chunk(rows).x0(part, gradient), noise, chunk_size, gradient is not None
+            )
         latents = self.run(noise, gradient, True, "latent")
         return self.space.unpack(self.twin, latents)
 
@@ -2112,14 +2396,22 @@ class PipelineSampler:
         twin = self.fresh_twin(noise, gradient)
         one_call = first_step_only(twin) if preview else contextlib.nullcontext()
         ours = {"generator": twin.sampling_generator, "output_type": output_type, "return_dict": False}
-        with one_call, torch.set_grad_enabled(gradient is not None and noise.requires_grad):
+        draws = self.draws_from(twin.sampling_generator)
+        with one_call, draws, torch.set_grad_enabled(gradient is not None and noise.requires_grad):
             output = self.call(twin, **self.request, **ours)[0]
+        vars(twin).clear()  # its methods refer to it: its scheduler would keep the graph until the next collection
         if noise.requires_grad and gradient is not None and not output.requires_grad:
             raise ValueError(
                 f"Expected {type(twin).__name__} to be differentiable from image to noise, but its result carries no "
                 "gradient. Use a method without gradients, such as `BestOfN`."
             )
         return output
+
+    def draws_from(self, generator: torch.Generator | list[torch.Generator]) -> contextlib.AbstractContextManager[Any]:
+        """Lets a part of a batch that shares one generator draw from it as the whole batch does."""
+        if self.part_of is None or isinstance(generator, list):
+            return contextlib.nullcontext()
+        return WholeBatchDraws(generator, *self.part_of)
 
     def fresh_twin(self, noise: torch.Tensor, gradient: Gradient):
         twin = copy.copy(self.twin)
@@ -2132,7 +2424,7 @@ class PipelineSampler:
             return self.space.prepare(twin, noise, generator=generator)
 
         vars(twin).update(
-            scheduler=self.scheduler,
+            scheduler=copy.deepcopy(self.scheduler),
             encode_prompt=lambda *_, **__: next(replay),
             prepare_latents=prepare_latents,
             sampling_generator=generator,
@@ -2201,6 +2493,8 @@ class Sample:
         seeds: `B` integers that differ from step to step and from image to image: for objectives that draw at random.
         images: `(B, 3, H, W)` in [0, 1]: the result of the whole chain, or of one model call for a preview.
         x0: `(B, C, H, W)`: the estimate of the clean latents after one model call.
+        chunk_size: At most so many images are held in memory with their graphs at a time, `None` for all; objectives
+            with models of their own keep to it.
     """
 
     def __init__(
@@ -2212,19 +2506,20 @@ class Sample:
         seeds: list[int],
         gradient: Gradient,
         preview: bool = False,
+        chunk_size: int | None = None,
     ) -> None:
         self.sampler, self.noise, self.prompts = sampler, noise, prompts
         self.groups, self.seeds = groups, seeds
         self.gradient: Gradient = gradient
-        self.preview = preview
+        self.preview, self.chunk_size = preview, chunk_size
 
     @functools.cached_property
     def images(self) -> torch.Tensor:
-        return self.sampler.images(self.noise, self.gradient, self.preview)
+        return self.sampler.images(self.noise, self.gradient, self.preview, self.chunk_size)
 
     @functools.cached_property
     def x0(self) -> torch.Tensor:
-        return self.sampler.x0(self.noise, self.gradient)
+        return self.sampler.x0(self.noise, self.gradient, self.chunk_size)
 
     @property
     def drawn_images(self) -> torch.Tensor | None:
@@ -2303,12 +2598,24 @@ class RewardObjective(Objective):
         prompts = self.prompts if self.prompts is not None else sample.prompts
         images = sample.images
         by_views = self.views > 0 and images.requires_grad
-        output = self.rewards(images.detach() if by_views else images, prompts)
+        output = self.rewards(images.detach() if by_views else images, prompts, chunk_size=sample.chunk_size)
         if not by_views:
             return -output.total, output.components
-        views = random_views(images, self.views, sample.seeds)
-        total = torch.stack([self.optimised(view, prompts).total for view in views]).mean(0)
-        return -(output.total + (total - total.detach())), output.components  # adds exactly 0
+        gradient = self.gradient_by_views(images, prompts, sample.seeds, sample.chunk_size or len(images))
+        return -AttachedGradient.apply(images, output.total, gradient), output.components  # pyright: ignore
+
+    def gradient_by_views(
+        self, images: torch.Tensor, prompts: Any, seeds: Sequence[int], chunk_size: int
+    ) -> torch.Tensor:
+        """The mean gradient `(B, 3, H, W)` of random views with respect to the pixels, a few images at a time."""
+        gradient = torch.empty_like(images)
+        for start in range(0, len(images), chunk_size):
+            rows = slice(start, start + chunk_size)
+            leaf, texts = images[rows].detach().requires_grad_(), part_of_prompts(prompts, rows)
+            views = random_views(leaf, self.views, seeds[rows])
+            total = torch.stack([self.optimised(view, texts).total.sum() for view in views]).mean()
+            gradient[rows] = torch.autograd.grad(total, leaf)[0] if total.requires_grad else 0
+        return gradient
 
     @functools.cached_property
     def optimised(self) -> RewardSum:
@@ -2522,6 +2829,145 @@ class ProgressBar(NoiseCallback):
         self.bar = None
 
 
+# pipelines/chunk_size.py
+
+
+ChunkSetting = int | Literal["auto"] | None
+
+
+class KeptTensor:
+    """A tensor that a graph has saved; the count is told when the graph lets go of it."""
+
+    def __init__(self, tensor: torch.Tensor, release: Callable[[], None]) -> None:
+        self.tensor, self.release = tensor.detach(), release  # a result that knows its graph would keep it for ever
+
+    def __del__(self) -> None:
+        self.release()
+
+
+class SavedBytes:
+    """The bytes that graphs made inside this context hold, each storage once, parameters left out.
+
+    Attributes:
+        held: Now.
+        peak: The most at any one time.
+    """
+
+    def __init__(self) -> None:
+        self.held = self.peak = 0
+        self.holders: Counter[int] = Counter()
+
+    def __enter__(self) -> "SavedBytes":
+        self.hooks = torch.autograd.graph.saved_tensors_hooks(self.keep, lambda kept: kept.tensor)
+        self.hooks.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.hooks.__exit__(*error)
+
+    def keep(self, tensor: torch.Tensor) -> KeptTensor:
+        if isinstance(tensor, torch.nn.Parameter) or isinstance(tensor._base, torch.nn.Parameter):
+            return KeptTensor(tensor, lambda: None)
+        storage = tensor.untyped_storage()
+        place, size = storage.data_ptr(), storage.nbytes()
+        if not self.holders[place]:
+            self.held += size
+            self.peak = max(self.peak, self.held)
+        self.holders[place] += 1
+        return KeptTensor(tensor, lambda: self.release(place, size))
+
+    def release(self, place: int, size: int) -> None:
+        self.holders[place] -= 1
+        if not self.holders[place]:
+            del self.holders[place]
+            self.held -= size
+
+
+class ChunkSize:
+    """How many images of a batch are in memory at once while a gradient is taken.
+
+    "auto" takes the first gradient one image at a time and counts what its graphs hold; from then on as many images as
+    fit into half of the free memory, the other half being left to what is not counted.
+
+    Args:
+        setting: 1 or more; "auto"; or `None` for the whole batch. A batch of one is never cut.
+        batch: B.
+        free_memory: Says how many bytes are free.
+
+    Attributes:
+        current: The number of images, `None` for the whole batch.
+    """
+
+    def __init__(self, setting: ChunkSetting, batch: int, free_memory: Callable[[], int]) -> None:
+        self.batch, self.free_memory, self.saved = batch, free_memory, SavedBytes()
+        self.measuring = setting == "auto" and batch > 1
+        size = 1 if isinstance(setting, str) else setting
+        self.current = None if size is None or size >= batch else size
+
+    def of_evaluation(self, with_gradient: bool) -> int | None:
+        """The number for an evaluation: one without a gradient that comes before any with one is not cut by "auto"."""
+        return None if self.measuring and not with_gradient else self.current
+
+    def watching(self) -> contextlib.AbstractContextManager[Any]:
+        """What the first gradient is taken in."""
+        return self.saved if self.measuring else contextlib.nullcontext()
+
+    def settle(self) -> None:
+        """Choose, once a gradient was taken."""
+        if not self.measuring:
+            return
+        self.measuring = False
+        fitting = self.free_memory() // 2 // self.saved.peak if self.saved.peak else self.batch
+        self.current = None if fitting >= self.batch else max(1, fitting)
+
+
+def check_chunk_size(chunk_size: Any) -> None:
+    """Raise `ValueError` unless `chunk_size` is an integer of 1 or more, "auto" or `None`."""
+    whole = isinstance(chunk_size, int) and not isinstance(chunk_size, bool) and chunk_size >= 1
+    if not whole and chunk_size is not None and chunk_size != "auto":
+        raise ValueError(f'Expected `chunk_size` to be 1 or more, "auto" or `None`, but got {chunk_size!r}.')
+
+
+def free_memory(device: torch.device) -> int:
+    """The bytes that tensors on a device can still take; for CUDA what its caching allocator keeps unused as well."""
+    if device.type == "cuda":
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
+    import psutil  # accelerate brings it; not needed but here
+
+    return psutil.virtual_memory().available
+
+
+# pipelines/frequency_bands.py
+
+
+BANDS = ("lowest third", "middle third", "highest third")
+
+
+def band_energies(change: torch.Tensor) -> torch.Tensor:
+    """`change` (B, ..., H, W) to how much of its squared norm lies in each third of the frequencies, `(B, 3)`.
+
+    With the orthonormal FFT of each channel the three add up to `‖change‖²` (Parseval). See `frequency_bands`.
+    """
+    power = torch.fft.fft2(change, norm="ortho").abs().square().flatten(1, -3).sum(1)
+    return (power[:, None] * frequency_bands(*change.shape[-2:]).to(power)).sum((-2, -1))
+
+
+@functools.cache
+def frequency_bands(height: int, width: int) -> torch.Tensor:
+    """Which third each entry of `fft2` belongs to, `(3, H, W)` zeros and ones: lowest, middle, highest.
+
+    The thirds are of the radial frequency √(u² + v²) in cycles per entry, from 0 to the largest that the grid has, in
+    its corner. "It's Never Too Late", https://arxiv.org/abs/2601.00090, figure 6, speaks of thirds of the spectrum and
+    does not say where it ends. The lowest third of the radius holds only about 17% of the entries of large grids, the
+    middle 52% and the highest 30%: white noise has its energy in these shares.
+    """
+    rows, columns = (torch.fft.fftfreq(side, dtype=torch.float64) for side in (height, width))
+    radius = torch.hypot(rows[:, None], columns)
+    third = (3 * radius / radius.max().clamp_min(1e-12)).long().clamp(max=2)
+    return torch.stack([third == band for band in range(3)])
+
+
 # pipelines/noise_problem.py
 
 
@@ -2608,6 +3054,10 @@ class NoiseResult:
         provenance: Model, scheduler, dtype, prompts, seeds, versions, method and its settings: plain values.
         reports: What callbacks found, by name, in plain values: see `HeldOutReward`.
         generator_states: The state of each random stream after the base noise was drawn.
+        initial_noise: `(B, C, H, W)`, the noise of the plain result; `None` in files of versions that did not keep it.
+        band_changes: `(steps, B, 3)`, how much of ‖noise − initial_noise‖² lies in the lowest, middle and highest third
+            of the radial frequencies at each step; the three add up to it. NaN where a sample had stopped, `None` in
+            old files. See `frequency_bands`.
         images: `(B, 3, H, W)` in [0, 1], the images of `noise`, if they were drawn. Not saved.
         initial_images: `(B, 3, H, W)`, the plain result. Not saved.
     """
@@ -2621,6 +3071,8 @@ class NoiseResult:
     provenance: dict[str, Any]
     generator_states: list[tuple[str, torch.Tensor]] = dataclasses.field(default_factory=list)
     reports: dict[str, Any] = dataclasses.field(default_factory=dict)
+    initial_noise: torch.Tensor | None = None
+    band_changes: torch.Tensor | None = None
     images: torch.Tensor | None = None
     initial_images: torch.Tensor | None = None
 
@@ -2644,6 +3096,11 @@ class NoiseResult:
         """`(B,)`: the loss of the returned noise."""
         return self.at_best(self.losses)
 
+    @property
+    def band_shares(self) -> torch.Tensor | None:
+        """`(steps, B, 3)`: `band_changes` as shares of their sum; NaN where nothing has changed."""
+        return None if self.band_changes is None else self.band_changes / self.band_changes.sum(-1, keepdim=True)
+
     def at_best(self, values: torch.Tensor) -> torch.Tensor:
         return values.gather(0, self.best_step.to(values.device)[None])[0]
 
@@ -2659,6 +3116,8 @@ class NoiseResult:
         """Write one safetensors file: the tensors, and the provenance as JSON in its header."""
         tensors = {"noise": self.noise, "latents": self.latents, "losses": self.losses, "norms": self.norms}
         tensors["best_step"] = self.best_step
+        of_newer_files = {"initial_noise": self.initial_noise, "band_changes": self.band_changes}
+        tensors.update({name: tensor for name, tensor in of_newer_files.items() if tensor is not None})
         tensors.update({f"scores.{name}": values for name, values in self.scores.items()})
         devices = []
         for index, (device, state) in enumerate(self.generator_states):
@@ -2801,14 +3260,19 @@ class NoiseOptimizer:
         gradient: "full", "frozen" or `None`; see `PipelineSampler.images`.
         preview: Look at the x0 estimate of one model call instead of the whole chain.
         clamp: "straight_through" or "hard"; see `PipelineSampler`.
+        chunk_size: How many images are in memory with their graphs at a time: the gradient is the same, for one more
+            forward pass. "auto" for as many as fit; `None` for all; see `ChunkSize`.
         returns: "best", the noise of the lowest loss, or "last", the noise after the last move, which is not evaluated.
+        final_steps: How many evaluations `finish` asks for after these steps.
     """
 
     steps: int
     gradient: Gradient = "full"
     preview: bool = False
     clamp: Clamp = "straight_through"
+    chunk_size: ChunkSetting = None
     returns: ClassVar[Literal["best", "last"]] = "best"
+    final_steps: int = 0
 
     def objective(self, pipe) -> Objective:
         """What is minimised. Called once, before any model runs: the place to refuse bad settings."""
@@ -2839,6 +3303,13 @@ class NoiseOptimizer:
         """
         return None
 
+    def finish(self, state: NoiseState, objective: Objective, memory: Any) -> Iterable[torch.Tensor]:
+        """Noises `(B, C, H, W)` to evaluate at the end, one after the other, also of a run that was stopped.
+
+        For methods that choose among all that was seen; asked for the next when the last has been evaluated.
+        """
+        return ()
+
     def watchers(self) -> list[NoiseCallback]:
         """Callbacks that belong to the method, such as one that stops it; they see each step before the user's."""
         return []
@@ -2851,6 +3322,7 @@ class NoiseOptimizer:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"Expected `{name}` to be one of {allowed}, but got {getattr(self, name)!r}.")
+        check_chunk_size(self.chunk_size)
 
     def settings(self) -> dict[str, Any]:
         """The settings as plain values, for the provenance."""
@@ -2865,7 +3337,7 @@ class NoiseOptimizer:
         callbacks: CallbackSpec | Iterable[CallbackSpec] | None = None,
     ) -> NoiseResult:
         """Optimise. An exception on the way carries what was found so far as its `noise_result`."""
-        state = NoiseState(problem.pipe, problem.prompts, self.steps, problem.noise)
+        state = NoiseState(problem.pipe, problem.prompts, self.steps + self.final_steps, problem.noise)
         every = [ProgressBar(), *self.watchers(), *as_callbacks(callbacks)]
         loop = OptimizationLoop(self, problem, objective, state, every)
         try:
@@ -2877,6 +3349,7 @@ class NoiseOptimizer:
                 loop.move()
                 if state.stopped:
                     break
+            loop.finish()
         except BaseException as error:
             if loop.losses:
                 vars(error)["noise_result"] = loop.result()
@@ -2901,12 +3374,14 @@ class OptimizationLoop:
         self.state, self.callbacks = state, callbacks
         self.losses: list[torch.Tensor] = []
         self.norms: list[torch.Tensor] = []
+        self.bands: list[torch.Tensor] = []
         self.scores: list[dict[str, torch.Tensor]] = []
         self.initial_images: torch.Tensor | None = None
         self.total: torch.Tensor | None = None
         self.leaf = self.evaluated = problem.noise
 
     def start(self) -> None:
+        self.chunk_size = chunk_size_of(self.method, self.problem)
         self.memory = self.method.start(self.problem)
         for callback in self.callbacks:
             if hasattr(callback, "on_run_start"):
@@ -2929,8 +3404,9 @@ class OptimizationLoop:
         seeds = [seed + step for seed in self.problem.seeds]
         groups = self.problem.groups
         sample = Sample(self.problem.sampler, self.leaf, state.prompts, groups, seeds, gradient, method.preview)
+        sample.chunk_size = self.chunk_size.of_evaluation(gradient is not None)
         try:
-            with torch.set_grad_enabled(gradient is not None):
+            with self.chunk_size.watching(), torch.set_grad_enabled(gradient is not None):
                 loss, scores = self.objective.evaluate(sample)
                 self.check_loss(loss, gradient, step)
                 self.total = loss + method.regularizer(self.leaf)
@@ -2966,6 +3442,8 @@ class OptimizationLoop:
         assert state.loss is not None
         self.losses.append(state.loss)
         self.norms.append(per_sample_norm(state.noise) / math.sqrt(state.noise[0].numel()))
+        bands = band_energies(state.noise - self.problem.noise)
+        self.bands.append(bands.where(state.active[:, None], torch.nan))
         self.scores.append(state.scores)
         if state.step == 0:
             self.initial_images = state.images
@@ -2987,13 +3465,22 @@ class OptimizationLoop:
         state, gradient = self.state, None
         if self.leaf.requires_grad:
             assert self.total is not None
-            (gradient,) = torch.autograd.grad(self.total.sum(), self.leaf)
+            with self.chunk_size.watching():
+                (gradient,) = torch.autograd.grad(self.total.sum(), self.leaf)
+            self.total = None
+            self.chunk_size.settle()
             finite = gradient.flatten(1).isfinite().all(1)
             gradient = gradient.nan_to_num(0, 0, 0) * per_image(finite, gradient)
             self.drop_samples(state.active & ~finite)
         self.total = None
         moved = self.method.step(state, gradient, self.memory).detach()
         state.noise = torch.where(per_image(state.active, moved), moved, state.noise)
+
+    def finish(self) -> None:
+        """Evaluate what the method still gives, of all samples: a callback may watch, but not keep it from being."""
+        for noise in self.method.finish(self.state, self.objective, self.memory):
+            self.state.noise, self.state.active = noise.detach(), torch.ones_like(self.state.active)
+            self.evaluate(len(self.losses))
 
     def drop_samples(self, broken: torch.Tensor) -> None:
         """Stop the samples whose gradient is not finite; the others go on."""
@@ -3032,9 +3519,24 @@ class OptimizationLoop:
             },
             generator_states=problem.sampler.states_after_draw(),
             reports=dict(state.reports),
+            initial_noise=problem.noise.detach(),
+            band_changes=torch.stack(self.bands),
             images=last_images if last else state.best_images,
             initial_images=self.initial_images,
         )
+
+
+def chunk_size_of(method: NoiseOptimizer, problem: NoiseProblem) -> ChunkSize:
+    """The chunks that a method asks for. Raises `ValueError` for a number, if the call cannot be taken apart."""
+    setting, batch = method.chunk_size, len(problem.noise)
+    if setting is not None and batch > 1:
+        try:
+            problem.sampler.chunk([0])
+        except ValueError:
+            if setting != "auto":
+                raise
+            setting = None
+    return ChunkSize(setting, batch, lambda: free_memory(problem.noise.device))
 
 
 # pipelines/methods.py

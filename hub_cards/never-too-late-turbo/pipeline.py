@@ -8,6 +8,7 @@ import copy
 import dataclasses
 import difflib
 import functools
+import hashlib
 import html
 import importlib
 import importlib.metadata
@@ -25,6 +26,7 @@ import string
 import time
 import types
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Real
@@ -34,14 +36,17 @@ from typing import Any, ClassVar, Generic, Literal, NamedTuple, TypeVar, cast, g
 
 import torch
 import torch.nn.functional as F
+from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import StableDiffusionXLPipeline
 from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import hf_hub_download
 from PIL import Image
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.func import functional_call
+from torch.overrides import TorchFunctionMode
 from transformers import (
     AutoImageProcessor,
     AutoModel,
@@ -3451,7 +3456,7 @@ class RewardSumOutput:
 
 
 class AttachedGradient(torch.autograd.Function):
-    """Values (B,) with a gradient with respect to images (B, 3, H, W) that is known already."""
+    """Values (B,), or one of the set, with a gradient with respect to images (B, 3, H, W) that is known already."""
 
     @staticmethod
     def forward(ctx: Any, images: Tensor, values: Tensor, gradient: Tensor) -> Tensor:
@@ -3461,9 +3466,12 @@ class AttachedGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_values: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore
         if torch.is_grad_enabled():  # asked for by `create_graph=True`
-            raise RuntimeError("Expected a first derivative of a `RewardSum`, whose gradient is a constant once taken.")
+            raise RuntimeError(
+                "Expected a first derivative of a `RewardSum` or `SetRewardSum`, whose gradient is a constant once "
+                "taken."
+            )
         (gradient,) = ctx.saved_tensors
-        return gradient * grad_values.to(gradient.dtype)[:, None, None, None], None, None
+        return gradient * grad_values.to(gradient.dtype).reshape(-1, 1, 1, 1), None, None
 
 
 class RewardSum(nn.Module):
@@ -3563,22 +3571,46 @@ class RewardSum(nn.Module):
                     check_gradient(reward, prompts, height, width)
 
     def forward(
-        self, images: Tensor, prompts: str | Sequence[str] | None = None, return_dict: bool = True
+        self,
+        images: Tensor,
+        prompts: str | Sequence[str] | None = None,
+        return_dict: bool = True,
+        chunk_size: int | None = None,
     ) -> RewardSumOutput | tuple[Tensor, dict[str, Tensor]]:
-        """Score (B, 3, H, W) images in [0, 1]; see `Reward.forward` for the arguments and errors."""
+        """Score (B, 3, H, W) images in [0, 1]; see `Reward.forward` for the other arguments and errors.
+
+        Args:
+            chunk_size: score at most so many images at a time, with the memory of so many; `None` for all at once.
+        """
         with_gradient = images.requires_grad and torch.is_grad_enabled() and self.has_gradient
-        total, components = images.new_zeros(len(images), dtype=torch.float32), {}
-        gradient = torch.zeros_like(images, dtype=torch.promote_types(images.dtype, torch.float32))
+        if not isinstance(prompts, (str, type(None))):
+            prompts = prompts_per_image(prompts, len(images), self.names[0], False)
+        pixels, size = images.detach(), chunk_size or max(1, len(images))
+        dtype = torch.promote_types(images.dtype, torch.float32)
+        gradient = torch.zeros_like(pixels, dtype=dtype) if with_gradient else None
+        parts = []
+        for start in range(0, max(1, len(images)), size):
+            rows = slice(start, start + size)
+            its_gradient = None if gradient is None else gradient[rows]
+            parts.append(self.scores(pixels[rows], part_of_prompts(prompts, rows), its_gradient))
+        components = {name: torch.cat([part[name] for part in parts]) for name in self.names}
+        total = images.new_zeros(len(images), dtype=torch.float32)
+        for name, weight in self.weights.items():
+            total = total + weight * self.normalized(name, components[name])
+        if gradient is not None:
+            total = AttachedGradient.apply(images, total, gradient.to(images.dtype))
+        return RewardSumOutput(total, components) if return_dict else (total, components)  # pyright: ignore
+
+    def scores(self, images: Tensor, prompts: Any, gradient: Tensor | None) -> dict[str, Tensor]:
+        """The scores (B,) by name, detached; the gradient of their weighted sum is added to `gradient` (B, 3, H, W)."""
+        components = {}
         for (name, weight), reward in zip(self.weights.items(), self.rewards, strict=True):
-            if weight and with_gradient and reward.differentiable:
+            if weight and gradient is not None and reward.differentiable:
                 components[name], its_gradient = score_and_gradient(reward, images, prompts)
                 gradient.add_(its_gradient, alpha=weight / self.scale(name))
             else:
-                components[name] = reward(images.detach(), prompts).detach()
-            total = total + weight * self.normalized(name, components[name])
-        if with_gradient:
-            total = AttachedGradient.apply(images, total, gradient.to(images.dtype))
-        return RewardSumOutput(total, components) if return_dict else (total, components)  # pyright: ignore
+                components[name] = reward(images, prompts).detach()
+        return components
 
     def normalized(self, name: str, scores: Tensor) -> Tensor:
         mean, std = self.normalization.get(name, (0.0, 1.0))
@@ -3652,6 +3684,11 @@ def score_and_gradient(reward: nn.Module, images: Tensor, prompts: Any) -> tuple
     scores = reward(pixels, prompts)
     (gradient,) = torch.autograd.grad(scores.sum(), pixels, materialize_grads=True)
     return scores.detach(), gradient
+
+
+def part_of_prompts(prompts: str | Sequence[str] | None, rows: slice) -> Any:
+    """The prompts of some images: those of a list, or the one for all."""
+    return prompts if prompts is None or isinstance(prompts, str) else prompts[rows]
 
 
 def as_prompts(texts: Sequence[str | None]) -> list[str] | None:
@@ -3847,20 +3884,51 @@ class SetRewardSum(nn.Module):
         """
         return join_features([self.features(chunk) for chunk in images.split(chunk_size)])
 
-    def forward(self, images: Tensor, references: Tensor | Mapping[str, Tensor] | None = None) -> SetRewardSumOutput:
+    def forward(
+        self,
+        images: Tensor,
+        references: Tensor | Mapping[str, Tensor] | None = None,
+        chunk_size: int | None = None,
+    ) -> SetRewardSumOutput:
         """The value of the set of all images and references together.
 
         Args:
             images: (B, 3, H, W) in [0, 1], on any device.
             references: (M, 3, H, W), images that are given, or their `known_features`: they count and get no gradient.
+            chunk_size: pass the features with at most so many images at a time, twice, with the memory of so many; the
+                gradient is the same, and cannot be differentiated again. `None` for all at once.
 
         Raises:
             ValueError: fewer than two images in all, or images that do not meet the contract.
             NonFiniteReward: a value that is NaN or infinite.
         """
         known = self.known_features(references) if isinstance(references, Tensor) else references
+        if chunk_size is not None:
+            return self.in_chunks(images, known, chunk_size)
         output = self.of_features(self.features(images), known)
         return SetRewardSumOutput(output.total.to(images.device), output.components)
+
+    def in_chunks(self, images: Tensor, references: Mapping[str, Tensor] | None, chunk_size: int) -> SetRewardSumOutput:
+        """`forward`: all features without a graph, the gradient in them, then chunk by chunk that in the pixels."""
+        features = self.known_features(images.detach(), chunk_size)
+        if not (images.requires_grad and torch.is_grad_enabled()):
+            output = self.of_features(features, references)
+            return SetRewardSumOutput(output.total.to(images.device), output.components)
+        output, rows = self.gradient(features, references)
+        gradient = torch.empty_like(images)
+        for start in range(0, len(images), chunk_size):
+            part = slice(start, start + chunk_size)
+            gradient[part] = self.pixel_gradient(images[part], {name: each[part] for name, each in rows.items()})
+        total = AttachedGradient.apply(images, output.total.to(images.device), gradient)
+        return SetRewardSumOutput(total, output.components)  # pyright: ignore[reportArgumentType]
+
+    def pixel_gradient(self, images: Tensor, gradient: Mapping[str, Tensor]) -> Tensor:
+        """The gradient of `linearized` with respect to the pixels (B, 3, H, W); its graph is freed on return."""
+        leaf = images.detach().requires_grad_()
+        value = self.linearized(leaf, gradient)
+        if not value.requires_grad:
+            return torch.zeros_like(leaf)
+        return torch.autograd.grad(value, leaf)[0]
 
     def of_features(
         self, features: Mapping[str, Tensor], references: Mapping[str, Tensor] | None = None
@@ -4808,6 +4876,275 @@ def as_callback(callback: CallbackSpec) -> NoiseCallback:
     )
 
 
+# pipelines/agreement.py
+
+
+def plain_description(value: Any) -> Any:
+    """Any setting as a value that JSON takes, equal for equal settings.
+
+    A tensor becomes the hash of its numbers, an object what it says of itself in `describe()`, else its name and type.
+    """
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Mapping):
+        return {str(name): plain_description(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain_description(each) for each in value]
+    if isinstance(value, torch.Tensor):
+        return tensor_description(value)
+    if hasattr(value, "describe"):
+        return plain_description(value.describe())
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: plain_description(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    return {"type": type(value).__qualname__, "name": str(getattr(value, "name", getattr(value, "__qualname__", "")))}
+
+
+def tensor_description(tensor: torch.Tensor) -> dict[str, Any]:
+    numbers = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    return {"shape": list(tensor.shape), "dtype": str(tensor.dtype), "sha256": hashlib.sha256(numbers).hexdigest()}
+
+
+def differences(known: Any, given: Any, name: str = "") -> list[str]:
+    """Each value in which two nested dictionaries differ, in words."""
+    if isinstance(known, dict) and isinstance(given, dict):
+        names = [*known, *(key for key in given if key not in known)]
+        found = [differences(known.get(key), given.get(key), f"{name} {key}".strip()) for key in names]
+        return [difference for group in found for difference in group]
+    return [] if known == given else [f"{name} was {known!r} and is {given!r}"]
+
+
+# pipelines/noise_result.py
+
+
+FILE_FORMAT = "noiseopt-result-1"
+
+
+@dataclasses.dataclass(eq=False, repr=False)
+class NoiseResult:
+    """What `optimize_noise` returns, for `B` independent noises.
+
+    `pipe(prompt, latents=result.latents, ...)` with the arguments of the run draws the best images again. For a sampler
+    that adds noise on the way pass `generator=result.generator()` too.
+
+    Attributes:
+        noise: `(B, C, H, W)` float32, unit variance: the best noise, or the last for methods that return it.
+        latents: The same as the pipeline takes it as `latents=`: in its dtype, packed where the family packs.
+        scores: Name to `(steps, B)`: each reward at each step, raw units, higher is better.
+        losses: `(steps, B)`, lower is better, without the regularizer. NaN where a sample had stopped.
+        norms: `(steps, B)`, ‖noise‖ / √d at each step: 1 is what a Gaussian has.
+        best_step: `(B,)`, the step whose noise is returned.
+        provenance: Model, scheduler, dtype, prompts, seeds, versions, method and its settings: plain values.
+        reports: What callbacks found, by name, in plain values: see `HeldOutReward`.
+        generator_states: The state of each random stream after the base noise was drawn.
+        initial_noise: `(B, C, H, W)`, the noise of the plain result; `None` in files of versions that did not keep it.
+        band_changes: `(steps, B, 3)`, how much of ‖noise − initial_noise‖² lies in the lowest, middle and highest third
+            of the radial frequencies at each step; the three add up to it. NaN where a sample had stopped, `None` in
+            old files. See `frequency_bands`.
+        images: `(B, 3, H, W)` in [0, 1], the images of `noise`, if they were drawn. Not saved.
+        initial_images: `(B, 3, H, W)`, the plain result. Not saved.
+    """
+
+    noise: torch.Tensor
+    latents: torch.Tensor
+    scores: dict[str, torch.Tensor]
+    losses: torch.Tensor
+    norms: torch.Tensor
+    best_step: torch.Tensor
+    provenance: dict[str, Any]
+    generator_states: list[tuple[str, torch.Tensor]] = dataclasses.field(default_factory=list)
+    reports: dict[str, Any] = dataclasses.field(default_factory=dict)
+    initial_noise: torch.Tensor | None = None
+    band_changes: torch.Tensor | None = None
+    images: torch.Tensor | None = None
+    initial_images: torch.Tensor | None = None
+
+    def __repr__(self) -> str:
+        shape = "×".join(map(str, self.noise.shape))
+        best = ", ".join(f"{name} {values.mean():.4g}" for name, values in self.best_scores.items())
+        return f"NoiseResult({shape}, best of {len(self.losses)} steps at {self.best_step.tolist()}: {best})"
+
+    @property
+    def best_scores(self) -> dict[str, torch.Tensor]:
+        """Name to `(B,)`: the rewards of the returned noise."""
+        return {name: self.at_best(values) for name, values in self.scores.items()}
+
+    @property
+    def initial_scores(self) -> dict[str, torch.Tensor]:
+        """Name to `(B,)`: the rewards of the plain result."""
+        return {name: values[0] for name, values in self.scores.items()}
+
+    @property
+    def best_loss(self) -> torch.Tensor:
+        """`(B,)`: the loss of the returned noise."""
+        return self.at_best(self.losses)
+
+    @property
+    def band_shares(self) -> torch.Tensor | None:
+        """`(steps, B, 3)`: `band_changes` as shares of their sum; NaN where nothing has changed."""
+        return None if self.band_changes is None else self.band_changes / self.band_changes.sum(-1, keepdim=True)
+
+    def at_best(self, values: torch.Tensor) -> torch.Tensor:
+        return values.gather(0, self.best_step.to(values.device)[None])[0]
+
+    def generator(self) -> torch.Generator | list[torch.Generator] | None:
+        """Fresh generators that continue where the base noise ended; a list if the run had one for each image."""
+        fresh = []
+        for device, state in self.generator_states:
+            fresh.append(torch.Generator(device))
+            fresh[-1].set_state(state)
+        return fresh if self.provenance.get("generators") == "list" else (fresh or [None])[0]
+
+    def save(self, path: str | Path) -> None:
+        """Write one safetensors file: the tensors, and the provenance as JSON in its header."""
+        tensors = {"noise": self.noise, "latents": self.latents, "losses": self.losses, "norms": self.norms}
+        tensors["best_step"] = self.best_step
+        of_newer_files = {"initial_noise": self.initial_noise, "band_changes": self.band_changes}
+        tensors.update({name: tensor for name, tensor in of_newer_files.items() if tensor is not None})
+        tensors.update({f"scores.{name}": values for name, values in self.scores.items()})
+        devices = []
+        for index, (device, state) in enumerate(self.generator_states):
+            tensors[f"generator_states.{index}"] = state
+            devices.append(device)
+        header = {"format": FILE_FORMAT, "provenance": self.provenance, "generator_devices": devices}
+        header["reports"] = self.reports
+        # clones: safetensors refuses tensors that share memory, as noise and latents do in float32
+        tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, path, metadata={"noiseopt": json.dumps(header)})
+
+    @classmethod
+    def load(cls, path: str | Path, device: str | torch.device = "cpu") -> "NoiseResult":
+        """Read what `save` wrote. Raises `ValueError` for a safetensors file that is none of ours."""
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            header = json.loads((file.metadata() or {}).get("noiseopt", "{}"))
+            if header.get("format") != FILE_FORMAT:
+                raise ValueError(
+                    f"Expected a file that `NoiseResult.save` wrote, but {path} has no {FILE_FORMAT} header."
+                )
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        states = [
+            (kind, tensors.pop(f"generator_states.{index}").cpu())
+            for index, kind in enumerate(header["generator_devices"])
+        ]
+        scores = {
+            name.removeprefix("scores."): tensors.pop(name) for name in list(tensors) if name.startswith("scores.")
+        }
+        return cls(
+            **tensors,
+            scores=scores,
+            provenance=header["provenance"],
+            generator_states=states,
+            reports=header.get("reports", {}),
+        )
+
+
+# pipelines/whole_file.py
+
+
+def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
+    """Write a file so that it is there as a whole or not at all, whenever the process ends."""
+    part = path.with_name(f".part-{path.name}")
+    write(part)
+    os.replace(part, path)
+
+
+# pipelines/image_set_folder.py
+
+
+IMAGE_SET_FORMAT = "noiseopt-image-set-1"
+IMAGE_SET_FILE = "image_set.json"
+IMAGE_SET_RECORD = {"prompt": str, "settings": dict, "seeds": list, "values": list}
+
+
+class ImageSetFolder:
+    """`image_set.json`, and `image_000.png` and `image_000.safetensors` for each image that it names.
+
+    An image counts once the JSON has it, which is written last: whenever the process ends, the folder holds a set.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    @property
+    def begun(self) -> bool:
+        return (self.path / IMAGE_SET_FILE).exists()
+
+    def file(self, index: int, suffix: str) -> Path:
+        return self.path / f"image_{index:03d}{suffix}"
+
+    def check_free(self) -> None:
+        """Raise `ValueError` unless a set can begin here."""
+        if self.path.exists() and not self.path.is_dir():
+            raise ValueError(f"Expected a folder for the set, but {self.path} is a file. Choose another name.")
+        if self.begun or self.file(0, ".png").exists() or self.file(0, ".safetensors").exists():
+            raise ValueError(
+                f"Expected a folder without images of another set, but {self.path} has some. Choose another one."
+            )
+
+    def write_record(self, record: dict[str, Any]) -> None:
+        """Write the JSON; `record` is what `IMAGE_SET_RECORD` names."""
+        text = json.dumps({"format": IMAGE_SET_FORMAT, **record}, indent=1, ensure_ascii=False) + "\n"
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_whole(self.path / IMAGE_SET_FILE, lambda part: part.write_text(text, encoding="utf-8"))
+
+    def write_image(self, index: int, picture: Image.Image, result: NoiseResult) -> None:
+        write_whole(self.file(index, ".png"), picture.save)
+        write_whole(self.file(index, ".safetensors"), result.save)
+
+    def read_record(self) -> dict[str, Any]:
+        """What `write_record` wrote. Raises `ValueError` for anything else."""
+        file = self.path / IMAGE_SET_FILE
+        try:
+            record = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise self.refusal(file, str(error)) from None
+        if not isinstance(record, dict) or record.pop("format", None) != IMAGE_SET_FORMAT:
+            raise self.refusal(file, f"it has no format {IMAGE_SET_FORMAT!r}")
+        if wrong := [name for name, kind in IMAGE_SET_RECORD.items() if not isinstance(record.get(name), kind)]:
+            raise self.refusal(file, f"{wrong} are missing or of another type")
+        seeds, values = record["seeds"], record["values"]
+        if len(seeds) != len(values) or not all(type(seed) is int for seed in seeds):
+            raise self.refusal(file, "it has not one seed and one row of values for each image")
+        if not all(isinstance(row, dict) and is_row(row) for row in values):
+            raise self.refusal(file, "its values are not rows of numbers")
+        return {name: record[name] for name in IMAGE_SET_RECORD}
+
+    def read_picture(self, index: int) -> Image.Image:
+        """The PNG of an image. Raises `ValueError` for one that is missing, broken or not RGB."""
+        file = self.file(index, ".png")
+        try:
+            with Image.open(file, formats=["PNG"]) as image:
+                image.load()
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            raise self.refusal(file, str(error)) from None
+        if image.mode != "RGB":
+            raise self.refusal(file, f"its mode is {image.mode}, not RGB")
+        return image.convert("RGB")
+
+    def read_result(self, index: int, seed: int) -> NoiseResult:
+        """The noise of an image. Raises `ValueError` for one that is missing, broken or of another seed."""
+        file = self.file(index, ".safetensors")
+        try:
+            result = NoiseResult.load(file)
+            seeds, count = result.provenance.get("seeds"), len(result.noise)
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, SafetensorError) as error:
+            raise self.refusal(file, f"{type(error).__name__} {error}") from None
+        if seeds != [seed] or count != 1 or not result.noise.isfinite().all():
+            raise self.refusal(file, f"it is not the noise of the one image with the seed {seed}")
+        return result
+
+    def refusal(self, file: Path, reason: str) -> ValueError:
+        return ValueError(
+            f"Expected a folder that `ImageSet.save` or `grow_set` wrote, but {file} cannot be used: {reason}. Take "
+            "another folder, or grow the set again."
+        )
+
+
+def is_row(row: dict[str, Any]) -> bool:
+    """Whether all that a row of a table names is numbers, or nothing."""
+    return all(value is None or type(value) in (int, float) for value in row.values())
+
+
 # callbacks/progress.py
 
 
@@ -4831,6 +5168,145 @@ class ProgressBar(NoiseCallback):
         if self.bar is not None:
             self.bar.close()
         self.bar = None
+
+
+# pipelines/chunk_size.py
+
+
+ChunkSetting = int | Literal["auto"] | None
+
+
+class KeptTensor:
+    """A tensor that a graph has saved; the count is told when the graph lets go of it."""
+
+    def __init__(self, tensor: torch.Tensor, release: Callable[[], None]) -> None:
+        self.tensor, self.release = tensor.detach(), release  # a result that knows its graph would keep it for ever
+
+    def __del__(self) -> None:
+        self.release()
+
+
+class SavedBytes:
+    """The bytes that graphs made inside this context hold, each storage once, parameters left out.
+
+    Attributes:
+        held: Now.
+        peak: The most at any one time.
+    """
+
+    def __init__(self) -> None:
+        self.held = self.peak = 0
+        self.holders: Counter[int] = Counter()
+
+    def __enter__(self) -> "SavedBytes":
+        self.hooks = torch.autograd.graph.saved_tensors_hooks(self.keep, lambda kept: kept.tensor)
+        self.hooks.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.hooks.__exit__(*error)
+
+    def keep(self, tensor: torch.Tensor) -> KeptTensor:
+        if isinstance(tensor, torch.nn.Parameter) or isinstance(tensor._base, torch.nn.Parameter):
+            return KeptTensor(tensor, lambda: None)
+        storage = tensor.untyped_storage()
+        place, size = storage.data_ptr(), storage.nbytes()
+        if not self.holders[place]:
+            self.held += size
+            self.peak = max(self.peak, self.held)
+        self.holders[place] += 1
+        return KeptTensor(tensor, lambda: self.release(place, size))
+
+    def release(self, place: int, size: int) -> None:
+        self.holders[place] -= 1
+        if not self.holders[place]:
+            del self.holders[place]
+            self.held -= size
+
+
+class ChunkSize:
+    """How many images of a batch are in memory at once while a gradient is taken.
+
+    "auto" takes the first gradient one image at a time and counts what its graphs hold; from then on as many images as
+    fit into half of the free memory, the other half being left to what is not counted.
+
+    Args:
+        setting: 1 or more; "auto"; or `None` for the whole batch. A batch of one is never cut.
+        batch: B.
+        free_memory: Says how many bytes are free.
+
+    Attributes:
+        current: The number of images, `None` for the whole batch.
+    """
+
+    def __init__(self, setting: ChunkSetting, batch: int, free_memory: Callable[[], int]) -> None:
+        self.batch, self.free_memory, self.saved = batch, free_memory, SavedBytes()
+        self.measuring = setting == "auto" and batch > 1
+        size = 1 if isinstance(setting, str) else setting
+        self.current = None if size is None or size >= batch else size
+
+    def of_evaluation(self, with_gradient: bool) -> int | None:
+        """The number for an evaluation: one without a gradient that comes before any with one is not cut by "auto"."""
+        return None if self.measuring and not with_gradient else self.current
+
+    def watching(self) -> contextlib.AbstractContextManager[Any]:
+        """What the first gradient is taken in."""
+        return self.saved if self.measuring else contextlib.nullcontext()
+
+    def settle(self) -> None:
+        """Choose, once a gradient was taken."""
+        if not self.measuring:
+            return
+        self.measuring = False
+        fitting = self.free_memory() // 2 // self.saved.peak if self.saved.peak else self.batch
+        self.current = None if fitting >= self.batch else max(1, fitting)
+
+
+def check_chunk_size(chunk_size: Any) -> None:
+    """Raise `ValueError` unless `chunk_size` is an integer of 1 or more, "auto" or `None`."""
+    whole = isinstance(chunk_size, int) and not isinstance(chunk_size, bool) and chunk_size >= 1
+    if not whole and chunk_size is not None and chunk_size != "auto":
+        raise ValueError(f'Expected `chunk_size` to be 1 or more, "auto" or `None`, but got {chunk_size!r}.')
+
+
+def free_memory(device: torch.device) -> int:
+    """The bytes that tensors on a device can still take; for CUDA what its caching allocator keeps unused as well."""
+    if device.type == "cuda":
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
+    import psutil  # accelerate brings it; not needed but here
+
+    return psutil.virtual_memory().available
+
+
+# pipelines/frequency_bands.py
+
+
+BANDS = ("lowest third", "middle third", "highest third")
+
+
+def band_energies(change: torch.Tensor) -> torch.Tensor:
+    """`change` (B, ..., H, W) to how much of its squared norm lies in each third of the frequencies, `(B, 3)`.
+
+    With the orthonormal FFT of each channel the three add up to `‖change‖²` (Parseval). See `frequency_bands`.
+    """
+    power = torch.fft.fft2(change, norm="ortho").abs().square().flatten(1, -3).sum(1)
+    return (power[:, None] * frequency_bands(*change.shape[-2:]).to(power)).sum((-2, -1))
+
+
+@functools.cache
+def frequency_bands(height: int, width: int) -> torch.Tensor:
+    """Which third each entry of `fft2` belongs to, `(3, H, W)` zeros and ones: lowest, middle, highest.
+
+    The thirds are of the radial frequency √(u² + v²) in cycles per entry, from 0 to the largest that the grid has, in
+    its corner. "It's Never Too Late", https://arxiv.org/abs/2601.00090, figure 6, speaks of thirds of the spectrum and
+    does not say where it ends. The lowest third of the radius holds only about 17% of the entries of large grids, the
+    middle 52% and the highest 30%: white noise has its energy in these shares.
+    """
+    rows, columns = (torch.fft.fftfreq(side, dtype=torch.float64) for side in (height, width))
+    radius = torch.hypot(rows[:, None], columns)
+    third = (3 * radius / radius.max().clamp_min(1e-12)).long().clamp(max=2)
+    return torch.stack([third == band for band in range(3)])
 
 
 # pipelines/latent_space.py
@@ -4906,6 +5382,19 @@ class LatentSpace:
         self.given = arguments.pop("latents", None)
         extra = arguments.pop("kwargs", {})
         self.arguments = {name: value for name, value in {**arguments, **extra}.items() if name != "self"}
+
+    def for_images(self, count: int) -> "LatentSpace":
+        """The same space for so many images. Raises `ValueError` if the family is not told how many there are."""
+        if "batch_size" not in self.arguments:
+            raise ValueError(
+                "Expected a `prepare_latents` with the argument `batch_size`, to draw some images by themselves, but "
+                f"got one with {list(self.arguments)}. Use `chunk_size=None`."
+            )
+        space = copy.copy(self)
+        # generators are given with each call: one for each image would not fit the new number
+        unset = {"generator": None} if "generator" in self.arguments else {}
+        space.arguments = {**self.arguments, "batch_size": count, **unset}
+        return space
 
     def on(self, pipe, draw: Callable[..., torch.Tensor], latents: torch.Tensor | None = None, **overrides):
         """Run the stock function on `pipe` with `draw(shape, **kwargs)` for its random numbers."""
@@ -5312,6 +5801,194 @@ def space_of(scheduler: Any) -> SampleSpace:
     )
 
 
+# pipelines/chunks.py
+
+
+SAME_FOR_ALL = ("sigmas", "timesteps")  # lists of numbers that are not one for each image
+PLAIN_VALUES = (str, int, float, bool, type(None))
+ChunkRun = Callable[[list[int], torch.Tensor], torch.Tensor]
+
+
+class WholeBatchDraws(TorchFunctionMode):
+    """Random numbers for some images of a batch, as the whole batch would have drawn them from its one generator.
+
+    Samplers that add noise on the way draw for the images that they have; inside this context a `torch.randn` for so
+    many images from this generator draws for all and keeps the rows, so that the stream goes on as in the whole batch.
+
+    Args:
+        generator: The generator of the call.
+        batch: How many images the whole batch has.
+        rows: Which of them are drawn here.
+    """
+
+    def __init__(self, generator: torch.Generator, batch: int, rows: list[int]) -> None:
+        super().__init__()
+        self.generator, self.batch, self.rows = generator, batch, rows
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is not torch.randn or kwargs.get("generator") is not self.generator:
+            return func(*args, **kwargs)
+        rest = {name: value for name, value in kwargs.items() if name != "size"}
+        shape = kwargs["size"] if "size" in kwargs else args if isinstance(args[0], int) else args[0]
+        if shape[0] != len(self.rows):
+            return func(shape, **rest)
+        return func((self.batch, *shape[1:]), **rest)[self.rows]
+
+
+class ChunkedRun(torch.autograd.Function):
+    """`run(rows, noise[rows])` of all chunks of a batch, with the memory of one: the backward pass runs each again.
+
+    The gradient is that of the joint run, as no image depends on the noise of another.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, noise: torch.Tensor, run: ChunkRun, chunks: list[list[int]]) -> torch.Tensor:
+        ctx.save_for_backward(noise)
+        ctx.run, ctx.chunks = run, chunks
+        return run_each(run, noise, chunks)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # pyright: ignore
+        (noise,) = ctx.saved_tensors
+        found = torch.empty_like(noise)
+        for rows in ctx.chunks:
+            found[rows] = chunk_gradient(ctx.run, rows, noise[rows], gradient[rows])
+        return found, None, None
+
+
+def run_in_chunks(run: ChunkRun, noise: torch.Tensor, chunk_size: int, differentiable: bool) -> torch.Tensor:
+    """`run` of a batch `(B, ...)`, at most `chunk_size` images at a time.
+
+    Args:
+        run: Rows of the batch, and their noise, to what is drawn of them.
+        noise: `(B, ...)`.
+        chunk_size: 1 or more.
+        differentiable: Whether the result has a gradient, where the noise has one.
+    """
+    chunks = [rows.tolist() for rows in torch.arange(len(noise)).split(chunk_size)]
+    if differentiable and noise.requires_grad:
+        return ChunkedRun.apply(noise, run, chunks)  # pyright: ignore[reportReturnType]
+    return run_each(run, noise.detach(), chunks)
+
+
+def run_each(run: ChunkRun, noise: torch.Tensor, chunks: list[list[int]]) -> torch.Tensor:
+    """The results of all chunks in one tensor, without a graph."""
+    first = run(chunks[0], noise[chunks[0]].detach())
+    found = first.new_empty(len(noise), *first.shape[1:])
+    found[chunks[0]] = first
+    for rows in chunks[1:]:
+        found[rows] = run(rows, noise[rows].detach())
+    return found
+
+
+def chunk_gradient(run: ChunkRun, rows: list[int], noise: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    """The gradient of one chunk with respect to its noise; the graph is gone on return."""
+    with torch.enable_grad():
+        leaf = noise.detach().requires_grad_()
+        output = run(rows, leaf)
+    (found,) = torch.autograd.grad(output, leaf, gradient)
+    return found
+
+
+class BatchLayout:
+    """Which prompt each image of a call has, and so what an argument of the call is for some of its images.
+
+    Args:
+        request: The arguments of the call.
+        batch: B, how many images it draws.
+    """
+
+    def __init__(self, request: dict[str, Any], batch: int) -> None:
+        self.request, self.batch = request, batch
+        prompt = request.get("prompt")
+        prompt = request.get("prompt_embeds") if prompt is None else prompt
+        self.prompts = 1 if prompt is None or isinstance(prompt, str) else len(prompt)
+
+    def prompt_rows(self, rows: list[int]) -> list[int]:
+        """The prompt of each image: those of a prompt lie one after the other."""
+        return [row * self.prompts // self.batch for row in rows]
+
+    def request_of(self, rows: list[int]) -> dict[str, Any]:
+        """The arguments of a call for these images alone.
+
+        Raises:
+            ValueError: For an argument that may hold something for each image and is none of the prompts.
+        """
+        for name, value in self.request.items():
+            check_for_all(name, value)
+        if self.prompts == 1:
+            found, count = dict(self.request), len(rows)
+        else:
+            found, count = {name: self.picked(name, value, rows) for name, value in self.request.items()}, 1
+        return found | ({"num_images_per_prompt": count} if "num_images_per_prompt" in found else {})
+
+    def picked(self, name: str, value: Any, rows: list[int]) -> Any:
+        """An argument for the prompts of these images; what is no argument for each prompt as it is."""
+        if "prompt" not in name or isinstance(value, str) or not hasattr(value, "__len__"):
+            return value
+        return take(value, self.prompt_rows(rows)) if len(value) == self.prompts else value
+
+    def encoded_of(self, value: Any, rows: list[int]) -> Any:
+        """What `encode_prompt` returned, for these images.
+
+        Tensors and lists have an entry for each image, or for each prompt where the pipeline repeats them itself;
+        position ids `(L, 3)`, as those of Flux, are the same for all.
+
+        Raises:
+            ValueError: For a tensor with neither.
+        """
+        if isinstance(value, dict):
+            return {name: self.encoded_of(part, rows) for name, part in value.items()}
+        if isinstance(value, torch.Tensor):
+            return self.tensor_of(value, rows)
+        if isinstance(value, list) and len(value) == self.batch:
+            return take(value, rows)
+        if isinstance(value, list) and len(value) == self.prompts > 1:
+            return take(value, self.prompt_rows(rows))
+        if isinstance(value, (tuple, list)):
+            return type(value)([self.encoded_of(part, rows) for part in value])
+        return value
+
+    def tensor_of(self, value: torch.Tensor, rows: list[int]) -> torch.Tensor:
+        if value.ndim == 0 or (value.ndim == 2 and value.shape[1] == 3):
+            return value
+        if len(value) == self.batch:
+            return value[rows]
+        if len(value) == self.prompts:
+            return value if self.prompts == 1 else value[self.prompt_rows(rows)]
+        raise ValueError(
+            f"Expected `encode_prompt` to return tensors with an entry for each of {self.batch} images, but got the "
+            f"shape {tuple(value.shape)}, of which no part can be told apart. Use `chunk_size=None`."
+        )
+
+
+def take(value: Any, rows: Sequence[int]) -> Any:
+    """The rows of a tensor, or of a list or tuple."""
+    return value[list(rows)] if hasattr(value, "shape") else type(value)(value[row] for row in rows)
+
+
+def check_for_all(name: str, value: Any) -> None:
+    """Raise `ValueError` for an argument that is no prompt and may hold something for each image."""
+    if "prompt" in name or name in SAME_FOR_ALL:
+        return
+    if (name.startswith("ip_adapter") and value is not None) or holds_several(value):
+        raise ValueError(
+            f"Expected arguments that are the same for all images, to draw some of them by themselves, but got "
+            f"`{name}`, which may hold one for each. Use `chunk_size=None`."
+        )
+
+
+def holds_several(value: Any) -> bool:
+    """Whether there are several tensors, images or the like in an argument: numbers and strings are settings."""
+    if isinstance(value, dict):
+        return any(map(holds_several, value.values()))
+    if getattr(value, "ndim", 0) > 0:  # torch and numpy
+        return len(value) > 1
+    return isinstance(value, (list, tuple)) and len(value) > 1 and not all(isinstance(x, PLAIN_VALUES) for x in value)
+
+
 # pipelines/module_state.py
 
 
@@ -5417,6 +6094,12 @@ class RandomState:
             fresh[-1].set_state(state)
         return fresh if self.several else fresh[0]
 
+    def of_rows(self, rows: list[int]) -> "RandomState":
+        """The streams of some images, or the one that all images share."""
+        found = copy.copy(self)
+        found.states = [self.states[row] for row in rows] if self.several else self.states
+        return found
+
 
 def default_generator(device: torch.device) -> torch.Generator:
     """The generator that torch draws from on `device` when none is given."""
@@ -5461,8 +6144,10 @@ class PipelineSampler:
         ours = ("latents", "generator", "output_type", "return_dict", "callback_on_step_end", "callback")
         self.request = {name: value for name, value in request.items() if name not in ours}
         self.twin = self.make_twin(pipe, clamp)
-        # copied before any gradient run: schedulers hold the graph afterwards, and then cannot be copied
+        # as it was before any run: schedulers hold the graph of one afterwards, so that each run has its own copy
         self.scheduler = copy.deepcopy(pipe.scheduler)
+        self.part_of: tuple[int, list[int]] | None = None  # the size of the whole batch, and which rows of it are drawn
+        self.chunks: dict[tuple[int, ...], PipelineSampler] = {}
 
     def make_twin(self, pipe, clamp: str):
         twin = copy.copy(pipe)
@@ -5479,15 +6164,44 @@ class PipelineSampler:
             vars(twin.image_processor)["denormalize"] = denormalize_straight_through
         return twin
 
-    def states_after_draw(self) -> list[tuple[str, torch.Tensor]]:
-        """The random streams once the base noise is drawn: device type and state of each."""
+    def random_state_after_draw(self) -> RandomState:
+        """The random streams once the base noise is drawn."""
         generator = self.random_state.generator()
         if self.drew:
             self.space.on(self.twin, self.space.draw_noise, generator=generator)
-        streams = generator if isinstance(generator, list) else [generator]
-        return [(stream.device.type, stream.get_state()) for stream in streams]
+        return RandomState(generator, torch.device("cpu"))
 
-    def images(self, noise: torch.Tensor, gradient: Gradient = None, preview: bool = False) -> torch.Tensor:
+    def states_after_draw(self) -> list[tuple[str, torch.Tensor]]:
+        """Device type and state of each random stream once the base noise is drawn."""
+        return [(device.type, state) for device, state, _ in self.random_state_after_draw().states]
+
+    def chunk(self, rows: list[int]) -> "PipelineSampler":
+        """A sampler of some images of the batch alone: what the whole batch draws in these rows, but for rounding.
+
+        Samplers that add noise on the way see the same noise, if they draw it from the generator of the call.
+
+        Raises:
+            ValueError: Naming an argument of the call that cannot be told apart by image, such as a list of images.
+        """
+        if tuple(rows) not in self.chunks:
+            batch = self.space.arguments.get("batch_size", 0)
+            layout = BatchLayout(self.request, batch)
+            part = copy.copy(self)
+            part.space = self.space.for_images(len(rows))
+            part.request = layout.request_of(rows)
+            part.encoded = [layout.encoded_of(each, rows) for each in self.encoded]
+            part.random_state, part.drew = self.random_state_after_draw().of_rows(rows), False
+            part.part_of, part.chunks = (batch, rows), {}
+            self.chunks[tuple(rows)] = part
+        return self.chunks[tuple(rows)]
+
+    def images(
+        self,
+        noise: torch.Tensor,
+        gradient: Gradient = None,
+        preview: bool = False,
+        chunk_size: int | None = None,
+    ) -> torch.Tensor:
         """`noise` (B, C, H, W) to images (B, 3, H, W) in [0, 1], float32 or better.
 
         Args:
@@ -5495,12 +6209,24 @@ class PipelineSampler:
             gradient: "full" back-propagates through the whole chain; "frozen" holds the model's outputs constant, so no
                 graph is kept in the denoiser; `None` keeps no graph at all.
             preview: Draw the x0 estimate of the first model call instead of the whole chain.
+            chunk_size: Draw at most so many images at a time, and draw them again, with their graph, in the backward
+                pass: the same gradient in the memory of so many images, for one more forward pass. `None` for all.
         """
+        if chunk_size is not None and chunk_size < len(noise):
+
+            def draw(rows: list[int], part: torch.Tensor) -> torch.Tensor:
+                return self.chunk(rows).images(part, gradient, preview)
+
+            return run_in_chunks(draw, noise, chunk_size, gradient is not None)
         images = self.run(noise, gradient, preview, "pt")
         return images.to(torch.promote_types(images.dtype, torch.float32))
 
-    def x0(self, noise: torch.Tensor, gradient: Gradient = None) -> torch.Tensor:
-        """`noise` (B, C, H, W) to the x0 estimate of the first model call, in the layout of the noise."""
+    def x0(self, noise: torch.Tensor, gradient: Gradient = None, chunk_size: int | None = None) -> torch.Tensor:
+        """`noise` (B, C, H, W) to the x0 estimate of the first model call, in the layout of the noise; see `images`."""
+        if chunk_size is not None and chunk_size < len(noise):
+            return run_in_chunks(
+                lambda rows, part: self.chunk(rows).x0(part, gradient), noise, chunk_size, gradient is not None
+            )
         latents = self.run(noise, gradient, True, "latent")
         return self.space.unpack(self.twin, latents)
 
@@ -5508,14 +6234,22 @@ class PipelineSampler:
         twin = self.fresh_twin(noise, gradient)
         one_call = first_step_only(twin) if preview else contextlib.nullcontext()
         ours = {"generator": twin.sampling_generator, "output_type": output_type, "return_dict": False}
-        with one_call, torch.set_grad_enabled(gradient is not None and noise.requires_grad):
+        draws = self.draws_from(twin.sampling_generator)
+        with one_call, draws, torch.set_grad_enabled(gradient is not None and noise.requires_grad):
             output = self.call(twin, **self.request, **ours)[0]
+        vars(twin).clear()  # its methods refer to it: its scheduler would keep the graph until the next collection
         if noise.requires_grad and gradient is not None and not output.requires_grad:
             raise ValueError(
                 f"Expected {type(twin).__name__} to be differentiable from image to noise, but its result carries no "
                 "gradient. Use a method without gradients, such as `BestOfN`."
             )
         return output
+
+    def draws_from(self, generator: torch.Generator | list[torch.Generator]) -> contextlib.AbstractContextManager[Any]:
+        """Lets a part of a batch that shares one generator draw from it as the whole batch does."""
+        if self.part_of is None or isinstance(generator, list):
+            return contextlib.nullcontext()
+        return WholeBatchDraws(generator, *self.part_of)
 
     def fresh_twin(self, noise: torch.Tensor, gradient: Gradient):
         twin = copy.copy(self.twin)
@@ -5528,7 +6262,7 @@ class PipelineSampler:
             return self.space.prepare(twin, noise, generator=generator)
 
         vars(twin).update(
-            scheduler=self.scheduler,
+            scheduler=copy.deepcopy(self.scheduler),
             encode_prompt=lambda *_, **__: next(replay),
             prepare_latents=prepare_latents,
             sampling_generator=generator,
@@ -5597,6 +6331,8 @@ class Sample:
         seeds: `B` integers that differ from step to step and from image to image: for objectives that draw at random.
         images: `(B, 3, H, W)` in [0, 1]: the result of the whole chain, or of one model call for a preview.
         x0: `(B, C, H, W)`: the estimate of the clean latents after one model call.
+        chunk_size: At most so many images are held in memory with their graphs at a time, `None` for all; objectives
+            with models of their own keep to it.
     """
 
     def __init__(
@@ -5608,19 +6344,20 @@ class Sample:
         seeds: list[int],
         gradient: Gradient,
         preview: bool = False,
+        chunk_size: int | None = None,
     ) -> None:
         self.sampler, self.noise, self.prompts = sampler, noise, prompts
         self.groups, self.seeds = groups, seeds
         self.gradient: Gradient = gradient
-        self.preview = preview
+        self.preview, self.chunk_size = preview, chunk_size
 
     @functools.cached_property
     def images(self) -> torch.Tensor:
-        return self.sampler.images(self.noise, self.gradient, self.preview)
+        return self.sampler.images(self.noise, self.gradient, self.preview, self.chunk_size)
 
     @functools.cached_property
     def x0(self) -> torch.Tensor:
-        return self.sampler.x0(self.noise, self.gradient)
+        return self.sampler.x0(self.noise, self.gradient, self.chunk_size)
 
     @property
     def drawn_images(self) -> torch.Tensor | None:
@@ -5690,118 +6427,6 @@ def seed_from(noise: torch.Tensor) -> int:
     bits = noise.detach().flatten().cpu().to(torch.float32).view(torch.int32).to(torch.int64)
     weights = torch.arange(1, len(bits) + 1).mul(0x9E3779B97F4A7C15 - 2**64)  # odd multiples spread over 64 bits
     return int((bits * weights).sum().item()) & (2**62 - 1)
-
-
-# pipelines/noise_result.py
-
-
-FILE_FORMAT = "noiseopt-result-1"
-
-
-@dataclasses.dataclass(eq=False, repr=False)
-class NoiseResult:
-    """What `optimize_noise` returns, for `B` independent noises.
-
-    `pipe(prompt, latents=result.latents, ...)` with the arguments of the run draws the best images again. For a sampler
-    that adds noise on the way pass `generator=result.generator()` too.
-
-    Attributes:
-        noise: `(B, C, H, W)` float32, unit variance: the best noise, or the last for methods that return it.
-        latents: The same as the pipeline takes it as `latents=`: in its dtype, packed where the family packs.
-        scores: Name to `(steps, B)`: each reward at each step, raw units, higher is better.
-        losses: `(steps, B)`, lower is better, without the regularizer. NaN where a sample had stopped.
-        norms: `(steps, B)`, ‖noise‖ / √d at each step: 1 is what a Gaussian has.
-        best_step: `(B,)`, the step whose noise is returned.
-        provenance: Model, scheduler, dtype, prompts, seeds, versions, method and its settings: plain values.
-        reports: What callbacks found, by name, in plain values: see `HeldOutReward`.
-        generator_states: The state of each random stream after the base noise was drawn.
-        images: `(B, 3, H, W)` in [0, 1], the images of `noise`, if they were drawn. Not saved.
-        initial_images: `(B, 3, H, W)`, the plain result. Not saved.
-    """
-
-    noise: torch.Tensor
-    latents: torch.Tensor
-    scores: dict[str, torch.Tensor]
-    losses: torch.Tensor
-    norms: torch.Tensor
-    best_step: torch.Tensor
-    provenance: dict[str, Any]
-    generator_states: list[tuple[str, torch.Tensor]] = dataclasses.field(default_factory=list)
-    reports: dict[str, Any] = dataclasses.field(default_factory=dict)
-    images: torch.Tensor | None = None
-    initial_images: torch.Tensor | None = None
-
-    def __repr__(self) -> str:
-        shape = "×".join(map(str, self.noise.shape))
-        best = ", ".join(f"{name} {values.mean():.4g}" for name, values in self.best_scores.items())
-        return f"NoiseResult({shape}, best of {len(self.losses)} steps at {self.best_step.tolist()}: {best})"
-
-    @property
-    def best_scores(self) -> dict[str, torch.Tensor]:
-        """Name to `(B,)`: the rewards of the returned noise."""
-        return {name: self.at_best(values) for name, values in self.scores.items()}
-
-    @property
-    def initial_scores(self) -> dict[str, torch.Tensor]:
-        """Name to `(B,)`: the rewards of the plain result."""
-        return {name: values[0] for name, values in self.scores.items()}
-
-    @property
-    def best_loss(self) -> torch.Tensor:
-        """`(B,)`: the loss of the returned noise."""
-        return self.at_best(self.losses)
-
-    def at_best(self, values: torch.Tensor) -> torch.Tensor:
-        return values.gather(0, self.best_step.to(values.device)[None])[0]
-
-    def generator(self) -> torch.Generator | list[torch.Generator] | None:
-        """Fresh generators that continue where the base noise ended; a list if the run had one for each image."""
-        fresh = []
-        for device, state in self.generator_states:
-            fresh.append(torch.Generator(device))
-            fresh[-1].set_state(state)
-        return fresh if self.provenance.get("generators") == "list" else (fresh or [None])[0]
-
-    def save(self, path: str | Path) -> None:
-        """Write one safetensors file: the tensors, and the provenance as JSON in its header."""
-        tensors = {"noise": self.noise, "latents": self.latents, "losses": self.losses, "norms": self.norms}
-        tensors["best_step"] = self.best_step
-        tensors.update({f"scores.{name}": values for name, values in self.scores.items()})
-        devices = []
-        for index, (device, state) in enumerate(self.generator_states):
-            tensors[f"generator_states.{index}"] = state
-            devices.append(device)
-        header = {"format": FILE_FORMAT, "provenance": self.provenance, "generator_devices": devices}
-        header["reports"] = self.reports
-        # clones: safetensors refuses tensors that share memory, as noise and latents do in float32
-        tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, path, metadata={"noiseopt": json.dumps(header)})
-
-    @classmethod
-    def load(cls, path: str | Path, device: str | torch.device = "cpu") -> "NoiseResult":
-        """Read what `save` wrote. Raises `ValueError` for a safetensors file that is none of ours."""
-        with safe_open(path, framework="pt", device=str(device)) as file:
-            header = json.loads((file.metadata() or {}).get("noiseopt", "{}"))
-            if header.get("format") != FILE_FORMAT:
-                raise ValueError(
-                    f"Expected a file that `NoiseResult.save` wrote, but {path} has no {FILE_FORMAT} header."
-                )
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        states = [
-            (kind, tensors.pop(f"generator_states.{index}").cpu())
-            for index, kind in enumerate(header["generator_devices"])
-        ]
-        scores = {
-            name.removeprefix("scores."): tensors.pop(name) for name in list(tensors) if name.startswith("scores.")
-        }
-        return cls(
-            **tensors,
-            scores=scores,
-            provenance=header["provenance"],
-            generator_states=states,
-            reports=header.get("reports", {}),
-        )
 
 
 # pipelines/objectives.py
@@ -5874,12 +6499,24 @@ class RewardObjective(Objective):
         prompts = self.prompts if self.prompts is not None else sample.prompts
         images = sample.images
         by_views = self.views > 0 and images.requires_grad
-        output = self.rewards(images.detach() if by_views else images, prompts)
+        output = self.rewards(images.detach() if by_views else images, prompts, chunk_size=sample.chunk_size)
         if not by_views:
             return -output.total, output.components
-        views = random_views(images, self.views, sample.seeds)
-        total = torch.stack([self.optimised(view, prompts).total for view in views]).mean(0)
-        return -(output.total + (total - total.detach())), output.components  # adds exactly 0
+        gradient = self.gradient_by_views(images, prompts, sample.seeds, sample.chunk_size or len(images))
+        return -AttachedGradient.apply(images, output.total, gradient), output.components  # pyright: ignore
+
+    def gradient_by_views(
+        self, images: torch.Tensor, prompts: Any, seeds: Sequence[int], chunk_size: int
+    ) -> torch.Tensor:
+        """The mean gradient `(B, 3, H, W)` of random views with respect to the pixels, a few images at a time."""
+        gradient = torch.empty_like(images)
+        for start in range(0, len(images), chunk_size):
+            rows = slice(start, start + chunk_size)
+            leaf, texts = images[rows].detach().requires_grad_(), part_of_prompts(prompts, rows)
+            views = random_views(leaf, self.views, seeds[rows])
+            total = torch.stack([self.optimised(view, texts).total.sum() for view in views]).mean()
+            gradient[rows] = torch.autograd.grad(total, leaf)[0] if total.requires_grad else 0
+        return gradient
 
     @functools.cached_property
     def optimised(self) -> RewardSum:
@@ -6008,14 +6645,19 @@ class NoiseOptimizer:
         gradient: "full", "frozen" or `None`; see `PipelineSampler.images`.
         preview: Look at the x0 estimate of one model call instead of the whole chain.
         clamp: "straight_through" or "hard"; see `PipelineSampler`.
+        chunk_size: How many images are in memory with their graphs at a time: the gradient is the same, for one more
+            forward pass. "auto" for as many as fit; `None` for all; see `ChunkSize`.
         returns: "best", the noise of the lowest loss, or "last", the noise after the last move, which is not evaluated.
+        final_steps: How many evaluations `finish` asks for after these steps.
     """
 
     steps: int
     gradient: Gradient = "full"
     preview: bool = False
     clamp: Clamp = "straight_through"
+    chunk_size: ChunkSetting = None
     returns: ClassVar[Literal["best", "last"]] = "best"
+    final_steps: int = 0
 
     def objective(self, pipe) -> Objective:
         """What is minimised. Called once, before any model runs: the place to refuse bad settings."""
@@ -6046,6 +6688,13 @@ class NoiseOptimizer:
         """
         return None
 
+    def finish(self, state: NoiseState, objective: Objective, memory: Any) -> Iterable[torch.Tensor]:
+        """Noises `(B, C, H, W)` to evaluate at the end, one after the other, also of a run that was stopped.
+
+        For methods that choose among all that was seen; asked for the next when the last has been evaluated.
+        """
+        return ()
+
     def watchers(self) -> list[NoiseCallback]:
         """Callbacks that belong to the method, such as one that stops it; they see each step before the user's."""
         return []
@@ -6058,6 +6707,7 @@ class NoiseOptimizer:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"Expected `{name}` to be one of {allowed}, but got {getattr(self, name)!r}.")
+        check_chunk_size(self.chunk_size)
 
     def settings(self) -> dict[str, Any]:
         """The settings as plain values, for the provenance."""
@@ -6072,7 +6722,7 @@ class NoiseOptimizer:
         callbacks: CallbackSpec | Iterable[CallbackSpec] | None = None,
     ) -> NoiseResult:
         """Optimise. An exception on the way carries what was found so far as its `noise_result`."""
-        state = NoiseState(problem.pipe, problem.prompts, self.steps, problem.noise)
+        state = NoiseState(problem.pipe, problem.prompts, self.steps + self.final_steps, problem.noise)
         every = [ProgressBar(), *self.watchers(), *as_callbacks(callbacks)]
         loop = OptimizationLoop(self, problem, objective, state, every)
         try:
@@ -6084,6 +6734,7 @@ class NoiseOptimizer:
                 loop.move()
                 if state.stopped:
                     break
+            loop.finish()
         except BaseException as error:
             if loop.losses:
                 vars(error)["noise_result"] = loop.result()
@@ -6108,12 +6759,14 @@ class OptimizationLoop:
         self.state, self.callbacks = state, callbacks
         self.losses: list[torch.Tensor] = []
         self.norms: list[torch.Tensor] = []
+        self.bands: list[torch.Tensor] = []
         self.scores: list[dict[str, torch.Tensor]] = []
         self.initial_images: torch.Tensor | None = None
         self.total: torch.Tensor | None = None
         self.leaf = self.evaluated = problem.noise
 
     def start(self) -> None:
+        self.chunk_size = chunk_size_of(self.method, self.problem)
         self.memory = self.method.start(self.problem)
         for callback in self.callbacks:
             if hasattr(callback, "on_run_start"):
@@ -6136,8 +6789,9 @@ class OptimizationLoop:
         seeds = [seed + step for seed in self.problem.seeds]
         groups = self.problem.groups
         sample = Sample(self.problem.sampler, self.leaf, state.prompts, groups, seeds, gradient, method.preview)
+        sample.chunk_size = self.chunk_size.of_evaluation(gradient is not None)
         try:
-            with torch.set_grad_enabled(gradient is not None):
+            with self.chunk_size.watching(), torch.set_grad_enabled(gradient is not None):
                 loss, scores = self.objective.evaluate(sample)
                 self.check_loss(loss, gradient, step)
                 self.total = loss + method.regularizer(self.leaf)
@@ -6173,6 +6827,8 @@ class OptimizationLoop:
         assert state.loss is not None
         self.losses.append(state.loss)
         self.norms.append(per_sample_norm(state.noise) / math.sqrt(state.noise[0].numel()))
+        bands = band_energies(state.noise - self.problem.noise)
+        self.bands.append(bands.where(state.active[:, None], torch.nan))
         self.scores.append(state.scores)
         if state.step == 0:
             self.initial_images = state.images
@@ -6194,13 +6850,22 @@ class OptimizationLoop:
         state, gradient = self.state, None
         if self.leaf.requires_grad:
             assert self.total is not None
-            (gradient,) = torch.autograd.grad(self.total.sum(), self.leaf)
+            with self.chunk_size.watching():
+                (gradient,) = torch.autograd.grad(self.total.sum(), self.leaf)
+            self.total = None
+            self.chunk_size.settle()
             finite = gradient.flatten(1).isfinite().all(1)
             gradient = gradient.nan_to_num(0, 0, 0) * per_image(finite, gradient)
             self.drop_samples(state.active & ~finite)
         self.total = None
         moved = self.method.step(state, gradient, self.memory).detach()
         state.noise = torch.where(per_image(state.active, moved), moved, state.noise)
+
+    def finish(self) -> None:
+        """Evaluate what the method still gives, of all samples: a callback may watch, but not keep it from being."""
+        for noise in self.method.finish(self.state, self.objective, self.memory):
+            self.state.noise, self.state.active = noise.detach(), torch.ones_like(self.state.active)
+            self.evaluate(len(self.losses))
 
     def drop_samples(self, broken: torch.Tensor) -> None:
         """Stop the samples whose gradient is not finite; the others go on."""
@@ -6239,9 +6904,24 @@ class OptimizationLoop:
             },
             generator_states=problem.sampler.states_after_draw(),
             reports=dict(state.reports),
+            initial_noise=problem.noise.detach(),
+            band_changes=torch.stack(self.bands),
             images=last_images if last else state.best_images,
             initial_images=self.initial_images,
         )
+
+
+def chunk_size_of(method: NoiseOptimizer, problem: NoiseProblem) -> ChunkSize:
+    """The chunks that a method asks for. Raises `ValueError` for a number, if the call cannot be taken apart."""
+    setting, batch = method.chunk_size, len(problem.noise)
+    if setting is not None and batch > 1:
+        try:
+            problem.sampler.chunk([0])
+        except ValueError:
+            if setting != "auto":
+                raise
+            setting = None
+    return ChunkSize(setting, batch, lambda: free_memory(problem.noise.device))
 
 
 # pipelines/methods.py
@@ -6695,7 +7375,7 @@ class SetObjective(Objective):
         losses = torch.zeros(len(images), device=images.device)
         values = {name: torch.zeros_like(losses) for name in self.diversity.names}
         for rows in sets(sample.groups):
-            output = self.diversity(images[rows], self.known_references())
+            output = self.diversity(images[rows], self.known_references(), sample.chunk_size)
             loss = self.diversity_loss(output.components) - self.carrier(output.total) + quality[rows].mean()
             losses = losses.index_put((rows,), loss.to(losses))
             for name, value in output.components.items():
@@ -6713,7 +7393,7 @@ class SetObjective(Objective):
         if self.watched is not None:
             prompts = sample.prompts if self.prompts is None else self.prompts
             with torch.no_grad():
-                watched = self.watched.rewards(sample.images.detach(), prompts)
+                watched = self.watched.rewards(sample.images.detach(), prompts, chunk_size=sample.chunk_size)
             scores = {**scores, **{f"guard {name}": value for name, value in watched.components.items()}}
         return loss, scores
 
@@ -6828,6 +7508,8 @@ class NeverTooLate(NoiseOptimizer):
             `SetRewardSum.known_features` gives them. One image of a prompt is enough then.
         reward_prompt: Ask the rewards about this instead of the pipeline's prompt: one, or one for each image.
         preview: Look at the x0 estimate of one model call instead of the whole chain.
+        chunk_size: How many images are in memory with their graphs at a time: "auto", as many as fit; a number of 1 or
+            more, the same gradient in constant memory for one more forward pass; or `None` for the whole batch.
     """
 
     diversity: Any = (("dpp", 150.0),)
@@ -6846,6 +7528,7 @@ class NeverTooLate(NoiseOptimizer):
     references: torch.Tensor | Mapping[str, torch.Tensor] | None = None
     reward_prompt: str | Sequence[str] | None = None
     preview: bool = False
+    chunk_size: ChunkSetting = "auto"
 
     @property
     def clamp(self) -> Clamp:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -7294,6 +7977,428 @@ def optimize_noise(
     return run.result
 
 
+# pipelines/plain_sampling.py
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlainSampling(NoiseOptimizer):
+    """Takes the noise as it is drawn; runs no denoiser. Its result has one loss of 0 and no scores."""
+
+    steps: int = 1
+    gradient: Gradient = None
+
+    def objective(self, pipe) -> Objective:
+        return FunctionObjective(lambda sample: torch.zeros(len(sample.noise), device=sample.noise.device))
+
+
+# pipelines/image_set.py
+
+
+OF_THE_SET = ("prompt", "latents", "generator", "num_images_per_prompt", "output_type", "return_dict")
+OF_THE_NOISE = ("height", "width")
+Seeds = int | Sequence[int] | torch.Generator | None
+
+
+@dataclasses.dataclass(eq=False, repr=False)
+class ImageSet:
+    """What `grow_set` returns: `N` images of one prompt, each optimised to differ from those before it.
+
+    Attributes:
+        prompt: What all of them show.
+        settings: What they were made with, in plain values: method, arguments of the call, noise sampler, model.
+        seeds: `N` seeds, of the noise of each image.
+        pictures: `N` PIL images, as the pipeline draws them.
+        results: `N` results on the CPU, without their images. That of an image that was not optimised, as the first is
+            not, holds its noise and provenance, one loss of 0 and no scores.
+        values: A table with a row for each image. `"dpp"` (the name of each set reward) is its value once the image had
+            joined, that of the union of all so far as they are shown; `"plain dpp"` what it would have been with the
+            plain noise of the image, drawn as in the optimisation. `None` for an image that has none before it.
+    """
+
+    prompt: str
+    settings: dict[str, Any]
+    seeds: list[int] = dataclasses.field(default_factory=list)
+    pictures: list[Image.Image] = dataclasses.field(default_factory=list)
+    results: list[NoiseResult] = dataclasses.field(default_factory=list)
+    values: list[dict[str, float | None]] = dataclasses.field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __repr__(self) -> str:
+        last = ", ".join(f"{name} {value:.4g}" for name, value in (self.values or [{}])[-1].items() if value)
+        return f"ImageSet({len(self)} images of {self.prompt!r}{': ' if last else ''}{last})"
+
+    @property
+    def images(self) -> torch.Tensor:
+        """`(N, 3, H, W)` in [0, 1], float32 on the CPU, in 255ths: as shown and as saved. Of no image at least."""
+        if not self.pictures:
+            return torch.zeros(0, 3, 0, 0)
+        return torch.cat([pixels_of(picture) for picture in self.pictures])
+
+    def write_first(self, count: int, home: ImageSetFolder) -> None:
+        """Add the last of the first `count` images to a folder that has those before it."""
+        if count:
+            home.write_image(count - 1, self.pictures[count - 1], self.results[count - 1])
+        rows = {"seeds": self.seeds[:count], "values": self.values[:count]}
+        home.write_record({"prompt": self.prompt, "settings": self.settings, **rows})
+
+    def save(self, folder: str | Path) -> None:
+        """Write `image_set.json`, and for each image `image_000.png` and its noise `image_000.safetensors`.
+
+        Raises:
+            ValueError: For a file, and a folder that has a set.
+        """
+        home = ImageSetFolder(folder)
+        home.check_free()
+        for count in range(len(self) + 1):
+            self.write_first(count, home)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "ImageSet":
+        """Read what `save` or `grow_set` wrote; nothing is unpickled.
+
+        Raises:
+            ValueError: For anything else, naming the file.
+        """
+        home = ImageSetFolder(folder)
+        record = home.read_record()
+        pictures = [home.read_picture(index) for index in range(len(record["seeds"]))]
+        results = [home.read_result(index, seed) for index, seed in enumerate(record["seeds"])]
+        shapes = {(picture.size, result.noise.shape) for picture, result in zip(pictures, results, strict=True)}
+        if len(shapes) > 1:
+            raise home.refusal(home.path, f"its images and noises are not of one size: {sorted(shapes)}")
+        return cls(**record, pictures=pictures, results=results)
+
+    def check_agrees(self, prompt: str, settings: Mapping[str, Any], folder: str | Path) -> None:
+        """Raise `ValueError` unless the set was made from this prompt with these settings, naming what differs."""
+        known = {"prompt": self.prompt, **self.settings}
+        if changed := differences(known, {"prompt": prompt, **settings}):
+            raise ValueError(
+                f"Expected what the set in {folder} was grown with, but got other settings: {'; '.join(changed)}. Pass "
+                "the same, or choose another folder."
+            )
+
+
+def grow_set(
+    pipe,
+    prompt: str,
+    count: int,
+    method: NoiseOptimizer | str | None = None,
+    *,
+    method_kwargs: dict[str, Any] | None = None,
+    render: Mapping[str, Any] | None = None,
+    generator: Seeds = None,
+    noise_sampler: NoiseSamplerSpec | None = None,
+    folder: str | Path | None = None,
+    callbacks: CallbackSpec | Iterable[CallbackSpec] | None = None,
+    **call_kwargs,
+) -> ImageSet:
+    """Grow a set of images of any size: each new one is optimised to differ from all before it.
+
+    The sequential mode of It's Never Too Late, https://arxiv.org/abs/2601.00090. The first image is the plain one. Each
+    further noise is optimised alone, with the value of the union of its image and all before it, whose features are
+    kept: the device holds one image's graph and the features, however large the set is. Then the image is drawn,
+    and the features of what was drawn join. What is optimised, its stop rule and callbacks are per image.
+
+    Args:
+        pipe: Any loaded text-to-image pipeline; it stays as it is.
+        prompt: One.
+        count: Images in all, at least 1.
+        method: A method with `diversity` and `references`, which are then those of the set as well (and then the first
+            image is optimised too), or its name. By default `NeverTooLate` on `{"dpp": 15.0}` with the paper's settings
+            for this mode: 25 steps, learning rate 3, clip 0.15, stopped at 0.98; the paper adds `{"hpsv2.1": 1.0}`.
+        method_kwargs: The settings of a method given by name.
+        render: Arguments of the call that differ where an image is drawn for the set: with `{"num_inference_steps": 4}`
+            one step finds the noise and four draw it.
+        generator: The seed s, from which image k gets s + k, or one for each image; or a generator for its seed and
+            device. Without, the first is drawn at random. A set that is resumed without seeds goes on by 1.
+        noise_sampler: What noise is drawn from, one image at a time: `"white"`, `"pink"` ...; see `optimize_noise`.
+        folder: Where each image is written as soon as it is there. If a set is there already, it is continued up to
+            `count` images, and is the same then as one that was never interrupted. One with `count` or more is
+            returned as it is.
+        callbacks: Per optimisation step of each image; see `NoiseCallback`.
+        call_kwargs: What `pipe(prompt, ...)` takes: steps, guidance, size ...
+
+    Returns:
+        The set. An exception on the way carries what there is of it as its `image_set`.
+
+    Raises:
+        ValueError: For settings that cannot work, and a folder that is broken or of a set with other settings.
+        TypeError: For a method without references, or an argument that the pipeline does not take.
+    """
+    check_count_and_prompt(count, prompt)
+    call = SetCall(pipe, prompt, call_kwargs, dict(render or {}), noise_sampler, seed_device(generator))
+    growth = SetGrowth(call, sequential_method(method, method_kwargs), callbacks)
+    home = None if folder is None else ImageSetFolder(folder)
+    found = ImageSet(prompt, growth.settings())
+    if home is not None:
+        found = begun_set(home, found)
+    seeds = further_seeds(generator, count, found.seeds)
+    if home is not None and not home.begun:
+        found.write_first(0, home)
+    if seeds:
+        growth.take_up(found)
+    try:
+        for seed in seeds:
+            growth.add_image(found, seed)
+            if home is not None:
+                found.write_first(len(found), home)
+    except BaseException as error:
+        vars(error)["image_set"] = found
+        raise
+    return found
+
+
+@dataclasses.dataclass
+class SetCall:
+    """The call that draws the images of a set, one at a time.
+
+    Attributes:
+        pipe: The pipeline.
+        prompt: That of all images.
+        arguments: Of the call, in which a noise is optimised.
+        render: Those that differ where an image is drawn for the set.
+        noise_sampler: What noise is drawn from.
+        device: Where its generators are.
+
+    Raises:
+        ValueError: For arguments that belong to the set, and a noise sampler that cannot draw one image.
+        TypeError: For arguments that the pipeline does not take.
+    """
+
+    pipe: Any
+    prompt: str
+    arguments: dict[str, Any]
+    render: dict[str, Any]
+    noise_sampler: Any
+    device: str
+
+    def __post_init__(self) -> None:
+        check_not_given(self.arguments, OF_THE_SET, "the arguments of the call")
+        check_not_given(self.render, OF_THE_SET + OF_THE_NOISE, "`render`")
+        bind_request(self.pipe, (), {"prompt": self.prompt, **self.arguments, **self.render})
+        self.noise_sampler = single_noise_sampler(self.noise_sampler)
+
+    def find(self, method: NoiseOptimizer, seed: int, callbacks: Any = None) -> NoiseResult:
+        """The noise of one image."""
+        generator = torch.Generator(self.device).manual_seed(seed)
+        own = {"callbacks": callbacks, "noise_sampler": self.noise_sampler, "generator": generator}
+        return optimize_noise(self.pipe, self.prompt, method, **own, **self.arguments)
+
+    def draw(self, result: NoiseResult) -> Image.Image:
+        """The image of a noise, as the pipeline shows it."""
+        own = {"latents": result.latents, "generator": result.generator()}
+        return self.pipe(prompt=self.prompt, **own, **{**self.arguments, **self.render}).images[0].convert("RGB")
+
+    def settings(self) -> dict[str, Any]:
+        pipe, scheduler = self.pipe, self.pipe.scheduler
+        return {
+            "arguments": plain_description(self.arguments),
+            "render": plain_description(self.render),
+            "noise_sampler": plain_description(describe_noise_sampler(self.noise_sampler)),
+            "generator_device": self.device,
+            "model": str(pipe.config.get("_name_or_path") or "") or None,
+            "revision": revision_of(pipe),
+            "scheduler": {"class": type(scheduler).__name__, **plain(dict(scheduler.config))},
+            "dtype": str(pipe.dtype).removeprefix("torch."),
+        }
+
+
+class SetGrowth:
+    """A set in the making: its method, with all that has a name loaded once, and the features of its images so far.
+
+    Raises:
+        TypeError, ValueError: For a method that cannot grow a set.
+    """
+
+    def __init__(self, call: SetCall, method: NoiseOptimizer, callbacks: Any) -> None:
+        self.call, self.callbacks = call, callbacks
+        self.diversity = SetRewardSum(method.diversity, device=call.pipe._execution_device)  # pyright: ignore
+        self.method: Any = with_loaded_parts(method, self.diversity, call.pipe._execution_device)
+        self.method.check()
+        self.method.objective(call.pipe)
+        self.known: dict[str, torch.Tensor] | None = None
+        if (given := self.method.references) is not None:
+            self.join(self.diversity.known_features(given) if isinstance(given, torch.Tensor) else given)
+
+    def settings(self) -> dict[str, Any]:
+        """What must be the same for a set to be continued, as JSON gives it back."""
+        method = {field.name: getattr(self.method, field.name) for field in dataclasses.fields(self.method)}
+        named = {"name": type(self.method).__name__, **plain_description(method)}
+        return json.loads(json.dumps({"method": named, **self.call.settings()}))
+
+    def take_up(self, found: ImageSet) -> None:
+        """Encode the images of a set. Raises `ValueError` where its values are not those that it was saved with."""
+        for index, picture in enumerate(found.pictures):
+            values, features = self.values(picture)
+            for name, value in values.items():
+                saved = found.values[index].get(name)
+                if value is not None and not (
+                    isinstance(saved, float) and abs(saved - value) <= 1e-2 * max(1.0, abs(value))
+                ):
+                    raise ValueError(
+                        f"Expected '{name}' to be {saved} at image {index} of the set, as it was saved, but got "
+                        f"{value}. Pass the features that the set was grown with, or grow it again elsewhere."
+                    )
+            self.join(features)
+
+    def add_image(self, found: ImageSet, seed: int) -> None:
+        """Find the noise of one more image, draw it, and let it join."""
+        method, callbacks = PlainSampling(), None
+        if self.known is not None:
+            method, callbacks = dataclasses.replace(self.method, references=self.known), self.callbacks
+        result = self.call.find(method, seed, callbacks)
+        picture = self.call.draw(result)
+        values, features = self.values(picture)
+        plain_scores = result.initial_scores if self.known is not None else {}
+        plain_values = {f"plain {name}": item_or_none(plain_scores.get(name)) for name in values}
+        self.join(features)
+        found.seeds.append(seed)
+        found.results.append(without_images(result))
+        found.values.append({**values, **plain_values})
+        found.pictures.append(picture)
+
+    def values(self, picture: Image.Image) -> tuple[dict[str, float | None], dict[str, torch.Tensor]]:
+        """The value of each set reward with one more image, and the features of that image."""
+        features = self.diversity.known_features(pixels_of(picture))
+        if self.known is None:
+            return dict.fromkeys(self.diversity.names), features
+        components = self.diversity.of_features(features, self.known).components
+        return {name: item_or_none(value) for name, value in components.items()}, features
+
+    def join(self, features: Mapping[str, torch.Tensor]) -> None:
+        self.known = dict(features) if self.known is None else join_features([self.known, features])
+
+
+def check_count_and_prompt(count: int, prompt: str) -> None:
+    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+        raise ValueError(f"Expected `count` to be an integer of 1 or more, but got {count!r}.")
+    if not isinstance(prompt, str):
+        raise ValueError(f"Expected one prompt for the set, but got {prompt!r}. Grow a set for each prompt.")
+
+
+def check_not_given(arguments: Mapping[str, Any], names: Sequence[str], place: str) -> None:
+    if given := sorted(arguments.keys() & set(names)):
+        raise ValueError(
+            f"Expected {place} without {given}, which a set that grows chooses itself, one image at a time. Leave them "
+            "out; seeds are given as `generator=7`."
+        )
+
+
+def single_noise_sampler(noise_sampler: NoiseSamplerSpec | None) -> Any:
+    """A noise sampler by its name or as it is. Raises `ValueError` for one that needs several images at a time."""
+    found: Any = as_noise_sampler(noise_sampler)
+    try:
+        return found.within([0]) if hasattr(found, "within") else found
+    except ValueError as error:
+        raise ValueError(
+            f"Expected a noise sampler that draws one image at a time, but got {noise_sampler!r}. Take 'white' or "
+            "'pink' for a set that grows."
+        ) from error
+
+
+def sequential_method(method: Any, settings: dict[str, Any] | None) -> NoiseOptimizer:
+    """The method of a set that grows. Raises `TypeError` for one that knows no references."""
+    if method is None:
+        return NeverTooLate(**{**sequential_settings("diversity" not in (settings or {})), **(settings or {})})
+    found: Any = as_noise_optimizer(method, settings)
+    fields = getattr(found, "__dataclass_fields__", {})
+    if not {"diversity", "references"} <= fields.keys():
+        raise TypeError(
+            "Expected a method with `diversity` and `references`, such as `NeverTooLate`, which compares a noise with "
+            f"images that are given, but {type(found).__name__} has none."
+        )
+    return found
+
+
+def sequential_settings(of_diversity: bool) -> dict[str, Any]:
+    """Those of the paper for this mode, by the names of `NeverTooLate`; `diversity` and its stop rule if asked for."""
+    diversity = {"diversity": {"dpp": 15.0}, "stop_at": {"dpp": 0.98}} if of_diversity else {}
+    return {**diversity, "steps": 25, "learning_rate": 3.0, "max_grad_norm": 0.15}
+
+
+def with_loaded_parts(method: Any, diversity: SetRewardSum, device: Any) -> Any:
+    """The method on these set rewards, with rewards and guards that have a name loaded once for all images."""
+    loaded: dict[str, Any] = {"diversity": diversity}
+    if (rewards := getattr(method, "rewards", None)) is not None:
+        loaded["rewards"] = RewardSum(rewards, device=device)
+    optimised = loaded["rewards"].names if "rewards" in loaded else []
+    if guards := as_guards(getattr(method, "guard", None)):
+        own = [isinstance(guard.reward, str) and guard.reward not in optimised for guard in guards]
+        loaded["guard"] = [
+            dataclasses.replace(guard, reward=RewardSum(guard.reward, device=device).rewards[0]) if load else guard
+            for guard, load in zip(guards, own, strict=True)
+        ]
+    return dataclasses.replace(method, **loaded)
+
+
+def seed_device(generator: Seeds) -> str:
+    """Where noise is drawn: on the CPU, for the same noise on every device, unless a generator says otherwise."""
+    return str(generator.device) if isinstance(generator, torch.Generator) else "cpu"
+
+
+def further_seeds(generator: Seeds, count: int, known: Sequence[int]) -> list[int]:
+    """The seeds of the images that a set lacks.
+
+    Raises:
+        ValueError: For seeds that are too few, are none, come twice, or are not those of the images that are there.
+    """
+    if generator is None:
+        first = int(known[-1]) + 1 if known else int(torch.randint(2**32, ()))
+        return list(range(first, first + count - len(known)))
+    seeds = seeds_from(generator, count, max(count, len(known)))
+    shared = min(len(seeds), len(known))
+    if seeds[:shared] != list(known[:shared]):
+        raise ValueError(
+            f"Expected the seeds that the set was grown with, {list(known[:shared])}, but got {seeds[:shared]}. Pass "
+            "those, or none to go on by 1."
+        )
+    return seeds[len(known) : count]
+
+
+def seeds_from(generator: Any, count: int, wanted: int) -> list[int]:
+    """At least `count` different seeds: `wanted` that go up by 1 from the given one, or those given."""
+    first = generator.initial_seed() if isinstance(generator, torch.Generator) else generator
+    given = range(first, first + wanted) if type(first) is int else generator
+    seeds = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else []
+    valid = all(type(seed) is int and 0 <= seed < 2**64 for seed in seeds)
+    if not valid or len(seeds) < count or len(set(seeds)) < len(seeds):
+        raise ValueError(
+            f"Expected `generator` to be a seed of 0 or more, {count} different seeds, or a `torch.Generator`, but got "
+            f"{generator!r}. From the seed s image k gets s + k."
+        )
+    return seeds
+
+
+def begun_set(home: ImageSetFolder, empty: ImageSet) -> ImageSet:
+    """The set in a folder, if it agrees with one that is empty, or that one, if a set can begin there."""
+    if not home.begun:
+        home.check_free()
+        return empty
+    found = ImageSet.load(home.path)
+    found.check_agrees(empty.prompt, empty.settings, home.path)
+    return found
+
+
+def pixels_of(picture: Image.Image) -> torch.Tensor:
+    """An RGB image as `(1, 3, H, W)` in [0, 1], float32."""
+    width, height = picture.size
+    pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(1, height, width, 3)
+    return pixels.permute(0, 3, 1, 2).contiguous().float() / 255
+
+
+def without_images(result: NoiseResult) -> NoiseResult:
+    """A result on the CPU, without its images: what is left of it once it is saved."""
+    named = {name: getattr(result, name).cpu() for name in ("noise", "latents", "losses", "norms", "best_step")}
+    scores = {name: values.cpu() for name, values in result.scores.items()}
+    return dataclasses.replace(result, **named, scores=scores, images=None, initial_images=None)
+
+
+def item_or_none(value: torch.Tensor | None) -> float | None:
+    return None if value is None else float(value)
+
+
 # pipelines/reward_mixin.py
 
 
@@ -7395,6 +8500,58 @@ class NeverTooLateMixin(RewardMixin):
             callback_on_optimization_step_end=callback_on_optimization_step_end,
             **kwargs,
         )
+
+    def grow_set(
+        self,
+        prompt: str,
+        count: int,
+        *,
+        diversity: Any = None,
+        rewards: Any = None,
+        guard: Any = None,
+        optimization_steps: int | None = None,
+        learning_rate: float | None = None,
+        never_too_late_kwargs: Mapping[str, Any] | None = None,
+        render: Mapping[str, Any] | None = None,
+        generator: Seeds = None,
+        noise_sampler: NoiseSamplerSpec | None = None,
+        folder: str | Path | None = None,
+        callback_on_optimization_step_end: Any = None,
+        **kwargs,
+    ) -> ImagePipelineOutput:
+        """Grow a set of images of any size: each new one is optimised to differ from all before it. See `grow_set`.
+
+        Args:
+            prompt: One.
+            count: Images in all. The first is the plain one.
+            diversity: As in a call; `{"dpp": 15.0}` by default, and then an image is done at a value of 0.98 unless
+                `never_too_late_kwargs` say otherwise.
+            rewards, guard, never_too_late_kwargs: As in a call. The paper: `rewards={"hpsv2.1": 1.0}`.
+            optimization_steps: For each image, 25 by default.
+            learning_rate: 3 by default.
+            render: Arguments that differ where an image is drawn for the set: `{"num_inference_steps": 4}`.
+            generator: A seed s, from which image k gets s + k, or one for each image.
+            noise_sampler: As in a call, `"white"` or `"pink"`.
+            folder: Where each image is written; a set that is there already is continued up to `count`.
+            callback_on_optimization_step_end: Callbacks per optimisation step of each image.
+            kwargs: Those of the stock pipeline, without `num_images_per_prompt` and `latents`.
+
+        Returns:
+            An output with `images`, PIL, and an `image_set` attribute: the noises, the values, `save(folder)`.
+
+        Raises:
+            ValueError: For settings that cannot work, and a folder that is broken or of another set.
+        """
+        named = {"steps": optimization_steps, "learning_rate": learning_rate, "rewards": rewards, "guard": guard}
+        settings = call_settings(named, never_too_late_kwargs, "never_too_late_kwargs")
+        settings = {**sequential_settings(diversity is None), **settings}
+        default = settings.pop("diversity", None)
+        method = self.never_too_late(default if diversity is None else diversity, settings)
+        own = {"render": render, "generator": generator, "noise_sampler": noise_sampler, "folder": folder}
+        found = grow_set(self, prompt, count, method, callbacks=callback_on_optimization_step_end, **own, **kwargs)
+        output = ImagePipelineOutput(images=list(found.pictures))
+        vars(output)["image_set"] = found
+        return output
 
     def never_too_late(self, diversity: Any, settings: dict[str, Any]) -> NeverTooLate:
         """The method, with everything that has a name loaded at its first use and kept."""

@@ -114,7 +114,7 @@ class Choice:
         settings: dict[str, Any] = {"steps": self.steps}
         if self.takes_rewards:
             settings["rewards"] = shapes_world.path("clip")
-        if "score_range" in METHODS[self.method].__dataclass_fields__:
+        if hasattr(METHODS[self.method], "score_range"):
             settings["score_range"] = SCORE_RANGE
         if self.diversity is not None:
             settings["diversity"] = embedded_diversity(self.diversity)
