@@ -25,13 +25,14 @@ import torch
 from noiseopt import FunctionObjective, NoiseOptimizer, optimize_noise, shapes_world
 from noiseopt.demo import load_pipeline, seeded
 from noiseopt.evaluation.measure import measured
-from noiseopt.pipelines.chunk_size import ChunkSize, free_memory
+from noiseopt.pipelines.chunk_size import ChunkSetting
+from noiseopt.pipelines.noise_optimizer import chunk_size_of
 from noiseopt.pipelines.noise_problem import NoiseProblem
 from noiseopt.pipelines.sampling import Sample
 from noiseopt.quiet import quiet_libraries
 from noiseopt.rewards import DPP, AutoFeatures, SetRewardSum
 
-MODES = {"joint": None, "one": 1, "auto": "auto"}
+MODES: dict[str, ChunkSetting] = {"joint": None, "one": 1, "auto": "auto"}
 PROMPT = shapes_world.VALIDATION_PROMPTS[0]
 
 
@@ -77,13 +78,10 @@ class SetStep:
         return torch.autograd.grad(value, leaf)[0]
 
     def chosen(self, problem: NoiseProblem, mode: str) -> int | None:
-        """The chunks of a mode; "auto" takes its first, counting step here."""
-        chunk = ChunkSize(MODES[mode], len(problem.noise), lambda: free_memory(self.device))  # pyright: ignore
-        if chunk.measuring:
-            with chunk.watching():
-                self.gradient(problem, chunk.current)
-            chunk.settle()
-        return chunk.current
+        """The chunks of a mode."""
+        look = Look()
+        look.chunk_size = MODES[mode]
+        return chunk_size_of(look, problem)
 
 
 def measure(mode: str, batch: int, model: str, size: int, device: str) -> dict[str, Any]:

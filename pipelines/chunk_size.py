@@ -1,6 +1,5 @@
 """How many images fit into memory at once while a gradient is taken: counted, not guessed."""
 
-import contextlib
 from collections import Counter
 from collections.abc import Callable
 from typing import Any, Literal
@@ -58,42 +57,16 @@ class SavedBytes:
             self.held -= size
 
 
-class ChunkSize:
-    """How many images of a batch are in memory at once while a gradient is taken.
-
-    "auto" takes the first gradient one image at a time and counts what its graphs hold; from then on as many images as
-    fit into half of the free memory, the other half being left to what is not counted.
+def fitting_chunk_size(batch: int, per_image: int, free: int) -> int | None:
+    """How many images to have in memory at once, `None` for the whole batch.
 
     Args:
-        setting: 1 or more; "auto"; or `None` for the whole batch. A batch of one is never cut.
-        batch: B.
-        free_memory: Says how many bytes are free.
-
-    Attributes:
-        current: The number of images, `None` for the whole batch.
+        batch: B, how many there are.
+        per_image: The bytes that the graph of one holds.
+        free: The bytes that are free; half of them is left to what was not counted.
     """
-
-    def __init__(self, setting: ChunkSetting, batch: int, free_memory: Callable[[], int]) -> None:
-        self.batch, self.free_memory, self.saved = batch, free_memory, SavedBytes()
-        self.measuring = setting == "auto" and batch > 1
-        size = 1 if isinstance(setting, str) else setting
-        self.current = None if size is None or size >= batch else size
-
-    def of_evaluation(self, with_gradient: bool) -> int | None:
-        """The number for an evaluation: one without a gradient that comes before any with one is not cut by "auto"."""
-        return None if self.measuring and not with_gradient else self.current
-
-    def watching(self) -> contextlib.AbstractContextManager[Any]:
-        """What the first gradient is taken in."""
-        return self.saved if self.measuring else contextlib.nullcontext()
-
-    def settle(self) -> None:
-        """Choose, once a gradient was taken."""
-        if not self.measuring:
-            return
-        self.measuring = False
-        fitting = self.free_memory() // 2 // self.saved.peak if self.saved.peak else self.batch
-        self.current = None if fitting >= self.batch else max(1, fitting)
+    fitting = free // 2 // per_image if per_image else batch
+    return None if fitting >= batch else max(1, fitting)
 
 
 def check_chunk_size(chunk_size: Any) -> None:

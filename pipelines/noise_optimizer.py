@@ -12,7 +12,7 @@ from ..callbacks.noise_callback import CallbackSpec, NoiseCallback, as_callbacks
 from ..callbacks.noise_state import NoiseState
 from ..callbacks.progress import ProgressBar
 from ..rewards.reward import NonFiniteReward
-from .chunk_size import ChunkSetting, ChunkSize, check_chunk_size, free_memory
+from .chunk_size import ChunkSetting, SavedBytes, check_chunk_size, fitting_chunk_size, free_memory
 from .frequency_bands import band_energies
 from .noise_problem import NoiseProblem
 from .noise_result import NoiseResult
@@ -34,7 +34,7 @@ class NoiseOptimizer:
         preview: Look at the x0 estimate of one model call instead of the whole chain.
         clamp: "straight_through" or "hard"; see `PipelineSampler`.
         chunk_size: How many images are in memory with their graphs at a time: the gradient is the same, for one more
-            forward pass. "auto" for as many as fit; `None` for all; see `ChunkSize`.
+            forward pass. "auto" for as many as fit, by what the graph of one image holds; `None` for all.
         returns: "best", the noise of the lowest loss, or "last", the noise after the last move, which is not evaluated.
         final_steps: How many evaluations `finish` asks for after these steps.
     """
@@ -177,9 +177,9 @@ class OptimizationLoop:
         seeds = [seed + step for seed in self.problem.seeds]
         groups = self.problem.groups
         sample = Sample(self.problem.sampler, self.leaf, state.prompts, groups, seeds, gradient, method.preview)
-        sample.chunk_size = self.chunk_size.of_evaluation(gradient is not None)
+        sample.chunk_size = self.chunk_size
         try:
-            with self.chunk_size.watching(), torch.set_grad_enabled(gradient is not None):
+            with torch.set_grad_enabled(gradient is not None):
                 loss, scores = self.objective.evaluate(sample)
                 self.check_loss(loss, gradient, step)
                 self.total = loss + method.regularizer(self.leaf)
@@ -238,10 +238,7 @@ class OptimizationLoop:
         state, gradient = self.state, None
         if self.leaf.requires_grad:
             assert self.total is not None
-            with self.chunk_size.watching():
-                (gradient,) = torch.autograd.grad(self.total.sum(), self.leaf)
-            self.total = None
-            self.chunk_size.settle()
+            (gradient,) = torch.autograd.grad(self.total.sum(), self.leaf)
             finite = gradient.flatten(1).isfinite().all(1)
             gradient = gradient.nan_to_num(0, 0, 0) * per_image(finite, gradient)
             self.drop_samples(state.active & ~finite)
@@ -299,14 +296,25 @@ class OptimizationLoop:
         )
 
 
-def chunk_size_of(method: NoiseOptimizer, problem: NoiseProblem) -> ChunkSize:
-    """The chunks that a method asks for. Raises `ValueError` for a number, if the call cannot be taken apart."""
+def chunk_size_of(method: NoiseOptimizer, problem: NoiseProblem) -> int | None:
+    """How many images a method has in memory at a time; `None` for the whole batch.
+
+    "auto" draws one image, and counts what its graph holds. Raises `ValueError` for a number, if the call cannot be
+    taken apart.
+    """
     setting, batch = method.chunk_size, len(problem.noise)
-    if setting is not None and batch > 1:
-        try:
-            problem.sampler.chunk([0])
-        except ValueError:
-            if setting != "auto":
-                raise
-            setting = None
-    return ChunkSize(setting, batch, lambda: free_memory(problem.noise.device))
+    if setting is None or batch == 1:
+        return None
+    try:
+        one = problem.sampler.chunk([0])
+    except ValueError:
+        if setting != "auto":
+            raise
+        return None
+    if isinstance(setting, int):
+        return setting if setting < batch else None
+    if method.gradient is None:
+        return None
+    with SavedBytes() as saved, torch.enable_grad():
+        one.images(problem.noise[:1].detach().requires_grad_(), method.gradient, method.preview)
+    return fitting_chunk_size(batch, saved.peak, free_memory(problem.noise.device))

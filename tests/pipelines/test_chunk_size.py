@@ -5,7 +5,7 @@ import torch
 from tiny_pipelines import call_arguments, tiny_pipeline
 
 from noiseopt import FunctionObjective, NoiseOptimizer, ReNO, optimize_noise
-from noiseopt.pipelines.chunk_size import ChunkSize, SavedBytes, free_memory
+from noiseopt.pipelines.chunk_size import SavedBytes, fitting_chunk_size, free_memory
 
 
 def test_saved_bytes_are_those_of_the_factors_of_a_product():
@@ -33,45 +33,16 @@ def test_parameters_are_left_out_and_gradients_are_unchanged():
     torch.testing.assert_close(gradient, y.detach().exp() @ layer.weight)
 
 
-def take_gradient(chunk, size):
-    with chunk.watching():
-        x = torch.rand(size, dtype=torch.float64).requires_grad_()
-        x.square().sum().backward()
-    chunk.settle()
-
-
 @pytest.mark.parametrize(
     "free, expected",
     [(2 * 8000 * 8, None), (2 * 8000 * 8 - 1, 7), (2 * 8000 * 3, 3), (100, 1), (0, 1)],
 )
 def test_auto_fills_half_of_what_is_free(free, expected):
-    chunk = ChunkSize("auto", 8, lambda: free)
-    assert chunk.of_evaluation(True) == 1 and chunk.of_evaluation(False) is None
-    take_gradient(chunk, 1000)
-    assert chunk.of_evaluation(True) == chunk.of_evaluation(False) == expected
-    take_gradient(chunk, 100_000)  # only the first counts
-    assert chunk.current == expected
-
-
-def test_numbers_stay_and_a_batch_of_one_is_whole():
-    def refuse():
-        raise AssertionError("asked for the free memory")
-
-    for setting, batch, expected in ((2, 8, 2), (8, 8, None), (9, 8, None), (None, 8, None), (1, 1, None)):
-        chunk = ChunkSize(setting, batch, refuse)
-        take_gradient(chunk, 10)
-        assert chunk.current == expected
-    chunk = ChunkSize("auto", 1, refuse)
-    take_gradient(chunk, 10)
-    assert chunk.current is None
+    assert fitting_chunk_size(8, 8000, free) == expected
 
 
 def test_graphs_that_hold_nothing_are_not_cut():
-    chunk = ChunkSize("auto", 4, lambda: 0)
-    with chunk.watching():
-        torch.zeros(3, requires_grad=True).sum().backward()
-    chunk.settle()
-    assert chunk.current is None
+    assert fitting_chunk_size(4, 0, 0) is None
 
 
 def test_there_is_free_memory():
@@ -104,9 +75,33 @@ class Watching(NoiseOptimizer):
         return state.noise
 
 
-@pytest.mark.parametrize("free, later", [(0, 1), (2**40, None)])
-def test_a_run_counts_in_its_first_step(monkeypatch, free, later):
+@pytest.mark.parametrize("free, size", [(0, 1), (2**40, None)])
+def test_a_run_counts_before_its_first_step(monkeypatch, free, size):
     monkeypatch.setattr("noiseopt.pipelines.noise_optimizer.free_memory", lambda device: free)
     method = Watching()
     optimize_noise(tiny_pipeline("sd"), "a", method, **call_arguments("sd"), num_images_per_prompt=3)
-    assert method.seen == [1, later, later]
+    assert method.seen == [size] * 3
+
+
+def test_what_one_image_holds_is_a_share_of_what_the_batch_does(monkeypatch):
+    counted = []
+    monkeypatch.setattr(
+        "noiseopt.pipelines.noise_optimizer.fitting_chunk_size", lambda batch, each, free: counted.append(each)
+    )
+    optimize_noise(tiny_pipeline("sd"), "a", Watching(), **call_arguments("sd"), num_images_per_prompt=3)
+    joint = Watching()
+    joint.chunk_size = None
+    with SavedBytes() as saved:
+        optimize_noise(tiny_pipeline("sd"), "a", joint, **call_arguments("sd"), num_images_per_prompt=3)
+    assert 2.5 < saved.peak / counted[0] < 3.5
+
+
+@pytest.mark.parametrize(
+    "setting, batch, expected", [(2, 3, 2), (3, 3, None), (4, 3, None), (None, 3, None), (1, 1, None)]
+)
+def test_numbers_stay_and_a_batch_of_one_is_whole(monkeypatch, setting, batch, expected):
+    monkeypatch.setattr("noiseopt.pipelines.noise_optimizer.free_memory", lambda device: 1 / 0)
+    method = Watching()
+    method.chunk_size = setting
+    optimize_noise(tiny_pipeline("sd"), "a", method, **call_arguments("sd"), num_images_per_prompt=batch)
+    assert method.seen == [expected] * 3

@@ -328,7 +328,7 @@ def test_a_number_is_refused_and_auto_falls_back_where_the_call_cannot_be_taken_
     problem.sampler.request["image"] = [object(), object()]
     with pytest.raises(ValueError, match="`image`.*chunk_size=None"):
         chunk_size_of(ReNO(rewards=contrast, chunk_size=1), problem)
-    assert chunk_size_of(ReNO(rewards=contrast, chunk_size="auto"), problem).of_evaluation(True) is None
+    assert chunk_size_of(ReNO(rewards=contrast, chunk_size="auto"), problem) is None
 
 
 def test_draws_of_others_are_left_alone():
