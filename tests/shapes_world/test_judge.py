@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from noiseopt import shapes_world
-from noiseopt.shapes_world import CATEGORIES, Request, Scene, Shape, caption, judge, parse, render
+from noiseopt.shapes_world import CATEGORIES, KINDS, Request, Scene, Shape, caption, judge, parse, render
 from noiseopt.shapes_world.negatives import wrong_request
 
 
@@ -69,6 +69,65 @@ def test_a_shape_without_form_is_a_blob():
     (verdict,) = judge(picture(Shape("circle", "red", 32, 32, 12, stretch=3.0)), "a red circle")
     assert not verdict.correct
     assert verdict.found == "a red blob"
+
+
+def kinds_seen(*shapes: Shape) -> list[str]:
+    (things,) = shapes_world.see(picture(*shapes))
+    return [thing.kind for thing in things]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("turn", [0.0, 0.5])
+@pytest.mark.parametrize("radius", [9.0, 15.0])
+def test_clean_shapes_are_seen_at_any_place_between_pixels(kind, turn, radius):
+    assert kinds_seen(Shape(kind, "red", 32 + turn, 32 + turn / 2, radius)) == [kind]
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        Shape("circle", "red", 32, 32, 13, towards="square", blend=0.2),
+        Shape("circle", "red", 32, 32, 13, wobble=0.05),
+        Shape("circle", "red", 32, 32, 13, stretch=1.15),
+        Shape("square", "red", 32, 32, 13, towards="circle", blend=0.3),
+        Shape("triangle", "red", 32, 32, 13, towards="circle", blend=0.1),
+        Shape("star", "red", 32, 32, 13, towards="circle", blend=0.4),
+        Shape("cross", "red", 32, 32, 13, towards="circle", blend=0.2),
+    ],
+    ids=str,
+)
+def test_soft_and_slightly_lumpy_shapes_are_recognized(shape):
+    assert kinds_seen(shape) == [shape.kind]
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        *(Shape("circle", "red", 32, 32, 13, towards=other, blend=0.4) for other in KINDS[1:]),
+        Shape("circle", "red", 32, 32, 13, wobble=0.2),
+        Shape("circle", "red", 32, 32, 13, stretch=1.4),
+        Shape("square", "red", 32, 32, 13, towards="circle", blend=0.6),
+        Shape("triangle", "red", 32, 32, 13, towards="circle", blend=0.4),
+        Shape("triangle", "red", 32, 32, 13, towards="square", blend=0.4),
+        Shape("star", "red", 32, 32, 13, towards="circle", blend=0.7),
+        Shape("cross", "red", 32, 32, 13, towards="circle", blend=0.5),
+    ],
+    ids=str,
+)
+def test_half_made_shapes_are_not_what_they_come_from(shape):
+    assert kinds_seen(shape) != [shape.kind]
+
+
+@pytest.mark.parametrize("x", [32, 40])
+def test_a_circle_with_a_stub_is_no_circle(x):
+    disk, stub = Shape("circle", "red", 32, 32, 12), Shape("square", "red", x, 44, 5)
+    assert kinds_seen(disk) == ["circle"]
+    assert kinds_seen(disk, stub) == ["blob"]
+
+
+def test_a_star_is_told_by_its_five_tips():
+    """By overlap alone this one is about as much of a triangle."""
+    assert kinds_seen(Shape("star", "red", 32, 32, 10, towards="triangle", blend=0.3)) == ["star"]
 
 
 def test_regions_are_counted_one_by_one():

@@ -2,7 +2,8 @@
 
 It uses no trained model, so nothing that a noise is optimised for can have learnt to please it: saturated pixels are
 given the nearest hue, connected ones form an object, and its mask, scaled to unit area around its centre of mass, is
-compared with the shapes, also with their corners rounded and somewhat deformed, as generators draw them.
+compared with the shapes, also with their corners rounded and somewhat deformed, as generators draw them. Seen from
+there, its outline must also rise and fall as often as the shape has tips, or, for a circle, hardly at all.
 """
 
 from __future__ import annotations
@@ -23,14 +24,15 @@ from .world import COLORS, KINDS, OPPOSITE, SIZE, Scene, Shape, coverage, relati
 
 CHROMA = 0.33  # the largest minus the smallest channel from which on a pixel belongs to a shape
 AREA = 36  # pixels; smaller specks are overlooked
-OVERLAP = 0.76  # intersection over union with the best template below which an object is no shape
-CLEARLY = {kind: 0.95 if kind == "star" else 0.8 for kind in KINDS}  # what the best kind misses of a full overlap, at
-# most, relative to what the second best misses; a star fills least of its surroundings, and is told by less
-BITE = 0.3  # what may be missing of any window of a triangle, a fifth of its size: else it has lost a corner or a side
-ROUND = 1.1  # how far a circle may reach out in any direction, relative to its mean radius: no corners, no stubs
+OVERLAP = 0.75  # intersection over union with the best template below which an object is no shape
+CLEARLY = 0.75  # what the best kind misses of a full overlap, at most, relative to what the second best misses
+# How many tips a kind has, and the least height of that wave in its radius, its overtone included, relative to the mean
+# radius: about half of what a clean shape has, two thirds for a triangle, a third for a star, whose tips fade first.
+TIPS = {"square": (4, 0.09), "triangle": (3, 0.27), "star": (5, 0.11), "cross": (4, 0.21)}
+SLOPE = 0.15  # how steeply a circle's radius may rise and fall around it, as root mean square; a square's does by 0.37
 ROUNDINGS = (0.0, 0.1, 0.2)  # widths of the blur that rounds the templates' corners, in radii
 TURN, LEAN, STRETCH = math.radians(12), 0.15, 1.25  # how far a template is deformed: angle, shear, width over height
-_SIDE, _RADIUS, _REACH, _SECTORS = 32, 18.0, 16, 16
+_SIDE, _RADIUS, _REACH, _DIRECTIONS = 32, 18.0, 16, 24
 
 
 @dataclass(frozen=True)
@@ -146,19 +148,23 @@ def _components(colors: Tensor) -> Tensor:
             return labels.view_as(colors)
 
 
-def _normalized(covers: Tensor) -> Tensor:
-    """Cuts each object (N, 64, 64), its share of each pixel, around its centre of mass, scaled to unit area.
+def _sampled(covers: Tensor, points: Tensor) -> Tensor:
+    """Where objects (N, 64, 64), their share of each pixel, are: (N, H, W) at points (H, W, 2) around their middle.
 
-    Returns masks (N, 32, 32) that span two roots of the area. Unlike a box, mass hardly moves when thin tips fade.
+    Points are in roots of the area, from the centre of mass: unlike a box, both hardly change when thin tips fade.
     """
     inside = (covers > 0.5).float()
     area = inside.sum((1, 2))
     pixel = torch.arange(SIZE) + 0.5
-    steps = ((torch.arange(_SIDE) + 0.5) / _SIDE * 2 - 1) * area.sqrt()[:, None]
-    x, y = (steps + ((inside.sum(dim) * pixel).sum(1) / area)[:, None] for dim in (1, 2))
-    grid = torch.stack(torch.broadcast_tensors(x[:, None, :], y[:, :, None]), -1) * (2 / SIZE) - 1
-    cut = F.grid_sample(covers[:, None], grid, align_corners=False)
-    return (cut[:, 0] > 0.5).float()
+    middle = torch.stack([(inside.sum(dim) * pixel).sum(1) / area for dim in (1, 2)], 1)
+    grid = (middle[:, None, None] + area.sqrt()[:, None, None, None] * points) * (2 / SIZE) - 1
+    return (F.grid_sample(covers[:, None], grid, align_corners=False)[:, 0] > 0.5).float()
+
+
+def _normalized(covers: Tensor) -> Tensor:
+    """Cuts each object (N, 64, 64) out around its centre of mass, scaled to unit area: masks (N, 32, 32)."""
+    steps = (torch.arange(_SIDE) + 0.5) / _SIDE * 2 - 1
+    return _sampled(covers, torch.stack(torch.meshgrid(steps, steps, indexing="xy"), -1))
 
 
 def _rounded(covers: Tensor, width: float) -> Tensor:
@@ -196,43 +202,47 @@ def _templates() -> Tensor:
 
 def _kinds(covers: Tensor) -> list[str]:
     """The kind of each object (N, 64, 64), or "blob" if none fits well, or none clearly better than the next."""
-    masks, templates = _normalized(covers).flatten(1), _templates()
-    both = masks @ templates.flatten(0, 1).T
-    overlap = both / (masks.sum(1)[:, None] + templates.flatten(0, 1).sum(1) - both)
-    overlap, closest = overlap.view(len(masks), len(KINDS), -1).max(2)
+    masks, templates = _normalized(covers).flatten(1), _templates().flatten(0, 1)
+    both = masks @ templates.T
+    overlap = both / (masks.sum(1)[:, None] + templates.sum(1) - both)
+    overlap = overlap.view(len(masks), len(KINDS), -1).amax(2)
     (first, second), (best, _) = (part.T for part in overlap.topk(2, 1))
-    fits = (first > OVERLAP) & (1 - first < torch.tensor(list(CLEARLY.values()))[best] * (1 - second))
-    fits &= (best != KINDS.index("circle")) | (_bulge(masks) < ROUND)
-    matched = templates[best, closest.gather(1, best[:, None])[:, 0]]
-    fits &= (best != KINDS.index("triangle")) | (_bite(masks, matched) <= BITE)
-    return [KINDS[int(kind)] if ok else "blob" for kind, ok in zip(best, fits, strict=True)]
+    clear = 1 - first < CLEARLY * (1 - second)
+    radii, star = _radii(covers), KINDS.index("star")
+    # a star with short or thin tips may overlap others as well, but no other has five
+    five = _waves(radii)[:, 2:6].argmax(1) + 2 == TIPS["star"][0]
+    suits = _suits(radii)
+    starry = five & suits[:, star]
+    best, clear = torch.where(starry, star, best), clear | starry
+    fits, suits = (part.gather(1, best[:, None])[:, 0] for part in (overlap > OVERLAP, suits))
+    return [KINDS[int(kind)] if ok else "blob" for kind, ok in zip(best, fits & suits & clear, strict=True)]
 
 
-def _bite(masks: Tensor, templates: Tensor) -> Tensor:
-    """The largest share of a window that templates (N, 1024) have there and masks (N, 1024) have not, (N,)."""
-    missing = (templates - masks).view(-1, 1, _SIDE, _SIDE)
-    return F.avg_pool2d(missing, 5, stride=1, padding=2).flatten(1).amax(1)
+def _suits(radii: Tensor) -> Tensor:
+    """Whether radii (N, _DIRECTIONS) rise and fall as those of each kind do, (N, 5)."""
+    waves = _waves(radii)
+    suits = {kind: waves[:, tips] + waves[:, 2 * tips] >= least for kind, (tips, least) in TIPS.items()}
+    suits["circle"] = _slope(radii) < SLOPE
+    return torch.stack([suits[kind] for kind in KINDS], 1)
 
 
-@functools.cache
-def _sectors() -> Tensor:
-    """Which pixels of a cut lie in which direction from its middle, (_SECTORS, 1024)."""
-    steps = (torch.arange(_SIDE) + 0.5) / _SIDE * 2 - 1
-    turn = torch.atan2(steps[:, None].expand(_SIDE, _SIDE), steps.expand(_SIDE, _SIDE)) / (2 * math.pi) + 0.5
-    return F.one_hot((turn * _SECTORS).long().clamp(max=_SECTORS - 1).flatten(), _SECTORS).T.float()
+def _radii(covers: Tensor) -> Tensor:
+    """How far objects (N, 64, 64) reach from their centre of mass in each direction, relative to the mean of all."""
+    turn = torch.arange(_DIRECTIONS) * (2 * math.pi / _DIRECTIONS)
+    rays = torch.stack((turn.cos(), turn.sin()), 1)[:, None] * torch.linspace(0.0, 1.5, 128)[:, None]
+    reach = _sampled(covers, rays).mean(2)
+    return reach / reach.mean(1, keepdim=True)
 
 
-def _radii(masks: Tensor) -> Tensor:
-    """Mean radius of masks (N, 1024) in each direction, relative to the mean over all, (N, _SECTORS)."""
-    share = masks @ (_sectors() / _sectors().sum(1, keepdim=True)).T
-    return (share / share.mean(1, keepdim=True)).sqrt()
+def _slope(radii: Tensor) -> Tensor:
+    """How steeply radii (N, _DIRECTIONS) rise and fall with the angle, as root mean square; zero for a disk."""
+    rise = radii.roll(-1, 1) - radii.roll(1, 1)
+    return rise.square().mean(1).sqrt() * (_DIRECTIONS / (4 * math.pi))
 
 
-def _bulge(masks: Tensor) -> Tensor:
-    """How far masks (N, 1024) reach out in some direction, relative to a disk on the same pixels, (N,)."""
-    steps = (torch.arange(_SIDE) + 0.5) / _SIDE * 2 - 1
-    disk = (steps**2 + steps[:, None] ** 2 < 1 / math.pi).float().flatten()[None]
-    return (_radii(masks) / _radii(disk)).amax(1)
+def _waves(radii: Tensor) -> Tensor:
+    """Amplitudes of the waves in radii (N, _DIRECTIONS), by how many go around: (N, _DIRECTIONS / 2 + 1)."""
+    return torch.fft.rfft(radii, dim=1).abs() * (2 / _DIRECTIONS)
 
 
 def _centres(covers: Tensor) -> Tensor:
