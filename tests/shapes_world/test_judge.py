@@ -90,6 +90,7 @@ def test_clean_shapes_are_seen_at_any_place_between_pixels(kind, turn, radius):
         Shape("circle", "red", 32, 32, 13, wobble=0.05),
         Shape("circle", "red", 32, 32, 13, stretch=1.15),
         Shape("square", "red", 32, 32, 13, towards="circle", blend=0.3),
+        Shape("square", "red", 32, 32, 13, stretch=1.3),
         Shape("triangle", "red", 32, 32, 13, towards="circle", blend=0.1),
         Shape("star", "red", 32, 32, 13, towards="circle", blend=0.4),
         Shape("cross", "red", 32, 32, 13, towards="circle", blend=0.2),
@@ -107,6 +108,7 @@ def test_soft_and_slightly_lumpy_shapes_are_recognized(shape):
         Shape("circle", "red", 32, 32, 13, wobble=0.2),
         Shape("circle", "red", 32, 32, 13, stretch=1.4),
         Shape("square", "red", 32, 32, 13, towards="circle", blend=0.6),
+        Shape("square", "red", 32, 32, 13, stretch=1.4),
         Shape("triangle", "red", 32, 32, 13, towards="circle", blend=0.4),
         Shape("triangle", "red", 32, 32, 13, towards="square", blend=0.4),
         Shape("star", "red", 32, 32, 13, towards="circle", blend=0.7),
@@ -123,6 +125,15 @@ def test_a_circle_with_a_stub_is_no_circle(x):
     disk, stub = Shape("circle", "red", 32, 32, 12), Shape("square", "red", x, 44, 5)
     assert kinds_seen(disk) == ["circle"]
     assert kinds_seen(disk, stub) == ["blob"]
+
+
+@pytest.mark.parametrize("kind", ["square", "triangle"])
+def test_convex_shapes_have_no_dents(kind):
+    whole, bite = picture(Shape(kind, "red", 32, 32, 13)), picture(Shape("circle", "red", 32, 44, 7))
+    bitten = bite.amax(1, keepdim=True) - bite.amin(1, keepdim=True) > 0.3
+    for image, seen in ((whole, kind), (whole.where(~bitten, 0.5), "blob")):
+        ((thing,),) = shapes_world.see(image)
+        assert thing.kind == seen
 
 
 def test_a_star_is_told_by_its_five_tips():

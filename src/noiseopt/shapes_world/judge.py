@@ -3,7 +3,8 @@
 It uses no trained model, so nothing that a noise is optimised for can have learnt to please it: saturated pixels are
 given the nearest hue, connected ones form an object, and its mask, scaled to unit area around its centre of mass, is
 compared with the shapes, also with their corners rounded and somewhat deformed, as generators draw them. Seen from
-there, its outline must also rise and fall as often as the shape has tips, or, for a circle, hardly at all.
+there, its outline must also rise and fall as often as the shape has tips, or, for a circle, hardly at all; it must not
+be much longer than wide, nor dented where the shape is convex.
 """
 
 from __future__ import annotations
@@ -29,10 +30,14 @@ CLEARLY = 0.75  # what the best kind misses of a full overlap, at most, relative
 # How many tips a kind has, and the least height of that wave in its radius, its overtone included, relative to the mean
 # radius: about half of what a clean shape has, two thirds for a triangle, a third for a star, whose tips fade first.
 TIPS = {"square": (4, 0.09), "triangle": (3, 0.27), "star": (5, 0.11), "cross": (4, 0.21)}
-SLOPE = 0.15  # how steeply a circle's radius may rise and fall around it, as root mean square; a square's does by 0.37
+SLOPE = 0.18  # how steeply a circle's radius may rise and fall around it, as root mean square; a square's does by 0.43
+LONG = 0.18  # how high the wave may be that goes around twice: a rectangle 1.35 times as long as wide has that
+DENT = 0.046  # how deep a convex kind's outline may be dented, as root mean square; a cross has 0.2, a star 0.17
+CONVEX = ("circle", "square", "triangle")
 ROUNDINGS = (0.0, 0.1, 0.2)  # widths of the blur that rounds the templates' corners, in radii
 TURN, LEAN, STRETCH = math.radians(12), 0.15, 1.25  # how far a template is deformed: angle, shear, width over height
-_SIDE, _RADIUS, _REACH, _DIRECTIONS = 32, 18.0, 16, 24
+_SIDE, _RADIUS, _REACH = 32, 18.0, 16
+_DIRECTIONS, _FINE, _ASIDE = 24, 7, 2  # rays; the finest wave that counts for a slope; a dent's half width
 
 
 @dataclass(frozen=True)
@@ -222,8 +227,10 @@ def _suits(radii: Tensor) -> Tensor:
     """Whether radii (N, _DIRECTIONS) rise and fall as those of each kind do, (N, 5)."""
     waves = _waves(radii)
     suits = {kind: waves[:, tips] + waves[:, 2 * tips] >= least for kind, (tips, least) in TIPS.items()}
-    suits["circle"] = _slope(radii) < SLOPE
-    return torch.stack([suits[kind] for kind in KINDS], 1)
+    suits["circle"] = _slope(waves) < SLOPE
+    for kind in CONVEX:
+        suits[kind] &= _dents(radii) < DENT
+    return torch.stack([suits[kind] for kind in KINDS], 1) & (waves[:, 2:3] < LONG)
 
 
 def _radii(covers: Tensor) -> Tensor:
@@ -234,15 +241,22 @@ def _radii(covers: Tensor) -> Tensor:
     return reach / reach.mean(1, keepdim=True)
 
 
-def _slope(radii: Tensor) -> Tensor:
-    """How steeply radii (N, _DIRECTIONS) rise and fall with the angle, as root mean square; zero for a disk."""
-    rise = radii.roll(-1, 1) - radii.roll(1, 1)
-    return rise.square().mean(1).sqrt() * (_DIRECTIONS / (4 * math.pi))
-
-
 def _waves(radii: Tensor) -> Tensor:
     """Amplitudes of the waves in radii (N, _DIRECTIONS), by how many go around: (N, _DIRECTIONS / 2 + 1)."""
     return torch.fft.rfft(radii, dim=1).abs() * (2 / _DIRECTIONS)
+
+
+def _slope(waves: Tensor) -> Tensor:
+    """How steeply a radius with such waves (N, _DIRECTIONS / 2 + 1) rises and falls, finer ones left out, (N,)."""
+    steep = waves[:, : _FINE + 1] * torch.arange(_FINE + 1)
+    return steep.square().sum(1).div(2).sqrt()
+
+
+def _dents(radii: Tensor) -> Tensor:
+    """How deep an outline with radii (N, _DIRECTIONS) lies within lines across a sixth of it, (N,); 0 if convex."""
+    before, after = radii.roll(_ASIDE, 1), radii.roll(-_ASIDE, 1)
+    straight = 2 * before * after * math.cos(2 * math.pi * _ASIDE / _DIRECTIONS) / (before + after).clamp(min=1e-6)
+    return (straight - radii).clamp(min=0.0).square().mean(1).sqrt()
 
 
 def _centres(covers: Tensor) -> Tensor:
