@@ -1,10 +1,11 @@
 """A deterministic judge: says what a picture shows, and whether that is what the prompt asks for.
 
 It uses no trained model, so nothing that a noise is optimised for can have learnt to please it: saturated pixels are
-given the nearest hue, connected ones form an object, and its mask, scaled to unit area around its centre of mass, is
-compared with the shapes, also with their corners rounded and somewhat deformed, as generators draw them. Seen from
-there, its outline must also rise and fall as often as the shape has tips, or, for a circle, hardly at all; it must not
-be much longer than wide, nor dented where the shape is convex.
+given the nearest hue, and connected ones form an object. Its mask, scaled to unit area around its centre of mass, is
+compared with the shapes, also with their corners rounded and somewhat deformed, as generators draw them; its outline,
+seen from there, is asked how often and how high it rises, how evenly it turns, and whether it is dented or long. Each
+kind weighs four to six of these measurements, and the kind with the highest sum is what the object is, if any is above
+zero: the weights, 21 numbers and a constant for each kind, were fitted to labels made by looking.
 """
 
 from __future__ import annotations
@@ -25,19 +26,28 @@ from .world import COLORS, KINDS, OPPOSITE, SIZE, Scene, Shape, coverage, relati
 
 CHROMA = 0.33  # the largest minus the smallest channel from which on a pixel belongs to a shape
 AREA = 36  # pixels; smaller specks are overlooked
-OVERLAP = 0.75  # intersection over union with the best template below which an object is no shape
-CLEARLY = 0.75  # what the best kind misses of a full overlap, at most, relative to what the second best misses
-# How many tips a kind has, and the least height of that wave in its radius, its overtone included, relative to the mean
-# radius: about half of what a clean shape has, two thirds for a triangle, a third for a star, whose tips fade first.
-TIPS = {"square": (4, 0.09), "triangle": (3, 0.27), "star": (5, 0.11), "cross": (4, 0.21)}
-SLOPE = 0.18  # how steeply a circle's radius may rise and fall around it, as root mean square; a square's does by 0.43
-LONG = 0.18  # how high the wave may be that goes around twice: a rectangle 1.35 times as long as wide has that
-DENT = 0.046  # how deep a convex kind's outline may be dented, as root mean square; a cross has 0.2, a star 0.17
-CONVEX = ("circle", "square", "triangle")
+OVERLAP = 0.7  # intersection over union with the best template of a kind below which an object is not of it
+TIPS = {"circle": 0, "square": 4, "triangle": 3, "star": 5, "cross": 4}
+# How much each measurement of `_measures` speaks for a kind or against it, fitted to labels made by looking at pictures
+# that the models drew; an object is of the kind with the highest sum, if that is positive. A clean shape has 3 or more.
+WEIGHTS = {
+    "circle": {"always": 16.3, "overlap": 30.5, "square": -40.6, "stray": -17.5, "long": -18.7, "turns": -24.2},
+    "square": {"always": -2.1, "tips": 81.6, "dents": -211.0, "bite": -23.1},
+    "triangle": {"always": 22.4, "tips": 17.3, "rival": -24.9, "long": -14.6, "dents": -90.8, "bite": -20.1},
+    "star": {"always": -4.7, "tips": 23.7, "rise": 4.8, "stray": -10.0, "long": -16.7},
+    "cross": {"always": 13.0, "overlap": 20.3, "rival": -35.7, "stray": -4.8, "long": -11.4},
+}
+# What no other merit makes up for: the least and the most of a measurement that a kind may have. A rectangle 1.3 times
+# as long as wide has a long wave of 0.155; a cross has dents of 0.2, a star of 0.17; a square has tips of 0.14.
+LIMITS = {
+    "circle": {"long": (0.0, 0.155), "dents": (0.0, 0.046)},
+    "square": {"long": (0.0, 0.155), "dents": (0.0, 0.046), "tips": (0.085, math.inf)},
+    "triangle": {"dents": (0.0, 0.046)},
+}
 ROUNDINGS = (0.0, 0.1, 0.2)  # widths of the blur that rounds the templates' corners, in radii
 TURN, LEAN, STRETCH = math.radians(12), 0.15, 1.25  # how far a template is deformed: angle, shear, width over height
 _SIDE, _RADIUS, _REACH = 32, 18.0, 16
-_DIRECTIONS, _FINE, _ASIDE = 24, 7, 2  # rays; the finest wave that counts for a slope; a dent's half width
+_DIRECTIONS, _FINE, _ASIDE = 24, 7, 2  # rays; the finest wave that counts as stray; half the width of a dent or turn
 
 
 @dataclass(frozen=True)
@@ -206,31 +216,65 @@ def _templates() -> Tensor:
 
 
 def _kinds(covers: Tensor) -> list[str]:
-    """The kind of each object (N, 64, 64), or "blob" if none fits well, or none clearly better than the next."""
-    masks, templates = _normalized(covers).flatten(1), _templates().flatten(0, 1)
-    both = masks @ templates.T
-    overlap = both / (masks.sum(1)[:, None] + templates.sum(1) - both)
-    overlap = overlap.view(len(masks), len(KINDS), -1).amax(2)
-    (first, second), (best, _) = (part.T for part in overlap.topk(2, 1))
-    clear = 1 - first < CLEARLY * (1 - second)
-    radii, star = _radii(covers), KINDS.index("star")
-    # a star with short or thin tips may overlap others as well, but no other has five
-    five = _waves(radii)[:, 2:6].argmax(1) + 2 == TIPS["star"][0]
-    suits = _suits(radii)
-    starry = five & suits[:, star]
-    best, clear = torch.where(starry, star, best), clear | starry
-    fits, suits = (part.gather(1, best[:, None])[:, 0] for part in (overlap > OVERLAP, suits))
-    return [KINDS[int(kind)] if ok else "blob" for kind, ok in zip(best, fits & suits & clear, strict=True)]
+    """The kind of each object (N, 64, 64), or "blob" if more speaks against each kind than for it."""
+    measures = _measures(covers)
+    scores = []
+    for i, (kind, weights) in enumerate(WEIGHTS.items()):
+        score = sum(weight * measures[name][:, i] for name, weight in weights.items())
+        possible = measures["overlap"][:, i] > OVERLAP
+        for name, (least, most) in LIMITS.get(kind, {}).items():
+            possible &= (measures[name][:, i] >= least) & (measures[name][:, i] < most)
+        scores.append(torch.where(possible, score, -math.inf))
+    return [
+        KINDS[int(kind)] if score > 0 else "blob" for score, kind in zip(*torch.stack(scores, 1).max(1), strict=True)
+    ]
 
 
-def _suits(radii: Tensor) -> Tensor:
-    """Whether radii (N, _DIRECTIONS) rise and fall as those of each kind do, (N, 5)."""
-    waves = _waves(radii)
-    suits = {kind: waves[:, tips] + waves[:, 2 * tips] >= least for kind, (tips, least) in TIPS.items()}
-    suits["circle"] = _slope(waves) < SLOPE
-    for kind in CONVEX:
-        suits[kind] &= _dents(radii) < DENT
-    return torch.stack([suits[kind] for kind in KINDS], 1) & (waves[:, 2:3] < LONG)
+def _measures(covers: Tensor) -> dict[str, Tensor]:
+    """What is measured of each object (N, 64, 64) with regard to each kind, (N, 5) each."""
+    overlap, bite = _overlaps(_normalized(covers).flatten(1))
+    radii = _radii(covers)
+    first, second = overlap.topk(2, 1).values.T[:, :, None]
+    alike = {
+        "always": torch.ones(len(covers)),
+        "square": overlap[:, KINDS.index("square")],
+        "long": _waves(radii)[:, 2],  # high for what is longer than wide
+        "dents": _dents(radii),
+        "turns": _turns(radii),
+        "rise": (radii.roll(-1, 1) - radii).abs().sum(1) / 2,  # all the way out to the tips together
+    }
+    tips, stray = _tips(_waves(radii))
+    rival = torch.where(overlap < first, first, second)  # the overlap with the best other kind
+    alike = {name: measure[:, None].expand_as(overlap) for name, measure in alike.items()}
+    return alike | {"overlap": overlap, "rival": rival, "bite": bite, "tips": tips, "stray": stray}
+
+
+def _overlaps(masks: Tensor) -> tuple[Tensor, Tensor]:
+    """Intersection over union of masks (N, 1024) with the best template of each kind, and what is bitten out of that.
+
+    A bite is the largest share of a window, a sixth of the mask wide, that the template has and the mask has not.
+    """
+    templates = _templates()
+    both = masks @ templates.flatten(0, 1).T
+    overlap = both / (masks.sum(1)[:, None] + templates.flatten(0, 1).sum(1) - both)
+    overlap, closest = overlap.view(len(masks), len(KINDS), -1).max(2)
+    missing = templates[torch.arange(len(KINDS)), closest] - masks[:, None]
+    bite = F.avg_pool2d(missing.view(-1, len(KINDS), _SIDE, _SIDE), 5, stride=1, padding=2)
+    return overlap, bite.flatten(2).amax(2)
+
+
+def _tips(waves: Tensor) -> tuple[Tensor, Tensor]:
+    """How high waves (N, _DIRECTIONS / 2 + 1) go around as often as a kind has tips, and how steep the others are.
+
+    The first is the sum of that wave and its overtone, the second the root mean square of the slope, up to the wave
+    _FINE and without the wave that makes an object long; (N, 5) each.
+    """
+    heights, slopes = [], []
+    for tips in (TIPS[kind] for kind in KINDS):
+        heights.append((waves[:, tips] + waves[:, 2 * tips]) * (tips > 0))
+        stray = [wave for wave in range(3, _FINE + 1) if not tips or wave % tips]
+        slopes.append((waves[:, stray] * torch.tensor(stray)).square().sum(1).div(2).sqrt())
+    return torch.stack(heights, 1), torch.stack(slopes, 1)
 
 
 def _radii(covers: Tensor) -> Tensor:
@@ -246,17 +290,19 @@ def _waves(radii: Tensor) -> Tensor:
     return torch.fft.rfft(radii, dim=1).abs() * (2 / _DIRECTIONS)
 
 
-def _slope(waves: Tensor) -> Tensor:
-    """How steeply a radius with such waves (N, _DIRECTIONS / 2 + 1) rises and falls, finer ones left out, (N,)."""
-    steep = waves[:, : _FINE + 1] * torch.arange(_FINE + 1)
-    return steep.square().sum(1).div(2).sqrt()
-
-
 def _dents(radii: Tensor) -> Tensor:
     """How deep an outline with radii (N, _DIRECTIONS) lies within lines across a sixth of it, (N,); 0 if convex."""
     before, after = radii.roll(_ASIDE, 1), radii.roll(-_ASIDE, 1)
     straight = 2 * before * after * math.cos(2 * math.pi * _ASIDE / _DIRECTIONS) / (before + after).clamp(min=1e-6)
     return (straight - radii).clamp(min=0.0).square().mean(1).sqrt()
+
+
+def _turns(radii: Tensor) -> Tensor:
+    """How unevenly an outline with radii (N, _DIRECTIONS) turns: the standard deviation of its angles, (N,)."""
+    ray = torch.arange(_DIRECTIONS) * (2 * math.pi / _DIRECTIONS)
+    corners = torch.polar(radii, ray.expand_as(radii))
+    step = corners.roll(-_ASIDE, 1) - corners
+    return (step * step.roll(_ASIDE, 1).conj()).angle().std(1, correction=0)
 
 
 def _centres(covers: Tensor) -> Tensor:
