@@ -4,7 +4,7 @@ It uses no trained model, so nothing that a noise is optimised for can have lear
 given the nearest hue, and connected ones form an object. Its mask, scaled to unit area around its centre of mass, is
 compared with the shapes, also with their corners rounded and somewhat deformed, as generators draw them; its outline,
 seen from there, is asked how often and how high it rises, how evenly it turns, and whether it is dented or long. Each
-kind weighs four to six of these measurements, and the kind with the highest sum is what the object is, if any is above
+kind weighs three to five of these measurements, and the kind with the highest sum is what the object is, if it is above
 zero: the weights, 21 numbers and a constant for each kind, were fitted to labels made by looking.
 """
 
@@ -217,17 +217,20 @@ def _templates() -> Tensor:
 
 def _kinds(covers: Tensor) -> list[str]:
     """The kind of each object (N, 64, 64), or "blob" if more speaks against each kind than for it."""
-    measures = _measures(covers)
-    scores = []
-    for i, (kind, weights) in enumerate(WEIGHTS.items()):
-        score = sum(weight * measures[name][:, i] for name, weight in weights.items())
+    scores, best = _scores(covers).max(1)
+    return [KINDS[int(kind)] if score > 0 else "blob" for score, kind in zip(scores, best, strict=True)]
+
+
+def _scores(covers: Tensor) -> Tensor:
+    """How much speaks for each kind of each object (N, 64, 64), (N, 5); minus infinity beyond the limits of a kind."""
+    measures, scores = _measures(covers), []
+    for i, kind in enumerate(KINDS):
+        score = sum(weight * measures[name][:, i] for name, weight in WEIGHTS[kind].items())
         possible = measures["overlap"][:, i] > OVERLAP
         for name, (least, most) in LIMITS.get(kind, {}).items():
             possible &= (measures[name][:, i] >= least) & (measures[name][:, i] < most)
         scores.append(torch.where(possible, score, -math.inf))
-    return [
-        KINDS[int(kind)] if score > 0 else "blob" for score, kind in zip(*torch.stack(scores, 1).max(1), strict=True)
-    ]
+    return torch.stack(scores, 1)
 
 
 def _measures(covers: Tensor) -> dict[str, Tensor]:
