@@ -69,16 +69,16 @@ def compared() -> list[tuple[dict, shapes_world.Verdict]]:
 
 @pytest.mark.parametrize("reader", [0, 1])
 def test_judge_agrees_with_labels_made_by_looking(compared, reader):
-    """Readers agree with one another in 95%; what the judge still takes for circles has corners or stubs."""
+    """Readers agree with one another in 95%; what is left are shapes that are half made."""
     against = [(i, tile, v.found) for i, (tile, v) in enumerate(compared) if tile["right"][reader] != v.correct]
     assert len(compared) == 200
-    assert len(against) <= 24, "\n".join(map(str, against))
+    assert len(against) <= 20, "\n".join(map(str, against))
 
 
 def test_judge_agrees_where_both_readers_do(compared):
     clear = [(tile["right"][0], verdict.correct) for tile, verdict in compared if len(set(tile["right"])) == 1]
     assert len(clear) >= 180
-    assert sum(label == found for label, found in clear) >= 0.9 * len(clear)
+    assert sum(label == found for label, found in clear) >= 0.92 * len(clear)
 
 
 def test_both_labels_are_frequent(compared):
