@@ -2883,42 +2883,16 @@ class SavedBytes:
             self.held -= size
 
 
-class ChunkSize:
-    """How many images of a batch are in memory at once while a gradient is taken.
-
-    "auto" takes the first gradient one image at a time and counts what its graphs hold; from then on as many images as
-    fit into half of the free memory, the other half being left to what is not counted.
+def fitting_chunk_size(batch: int, per_image: int, free: int) -> int | None:
+    """How many images to have in memory at once, `None` for the whole batch.
 
     Args:
-        setting: 1 or more; "auto"; or `None` for the whole batch. A batch of one is never cut.
-        batch: B.
-        free_memory: Says how many bytes are free.
-
-    Attributes:
-        current: The number of images, `None` for the whole batch.
+        batch: B, how many there are.
+        per_image: The bytes that the graph of one holds.
+        free: The bytes that are free; half of them is left to what was not counted.
     """
-
-    def __init__(self, setting: ChunkSetting, batch: int, free_memory: Callable[[], int]) -> None:
-        self.batch, self.free_memory, self.saved = batch, free_memory, SavedBytes()
-        self.measuring = setting == "auto" and batch > 1
-        size = 1 if isinstance(setting, str) else setting
-        self.current = None if size is None or size >= batch else size
-
-    def of_evaluation(self, with_gradient: bool) -> int | None:
-        """The number for an evaluation: one without a gradient that comes before any with one is not cut by "auto"."""
-        return None if self.measuring and not with_gradient else self.current
-
-    def watching(self) -> contextlib.AbstractContextManager[Any]:
-        """What the first gradient is taken in."""
-        return self.saved if self.measuring else contextlib.nullcontext()
-
-    def settle(self) -> None:
-        """Choose, once a gradient was taken."""
-        if not self.measuring:
-            return
-        self.measuring = False
-        fitting = self.free_memory() // 2 // self.saved.peak if self.saved.peak else self.batch
-        self.current = None if fitting >= self.batch else max(1, fitting)
+    fitting = free // 2 // per_image if per_image else batch
+    return None if fitting >= batch else max(1, fitting)
 
 
 def check_chunk_size(chunk_size: Any) -> None:
@@ -3261,7 +3235,7 @@ class NoiseOptimizer:
         preview: Look at the x0 estimate of one model call instead of the whole chain.
         clamp: "straight_through" or "hard"; see `PipelineSampler`.
         chunk_size: How many images are in memory with their graphs at a time: the gradient is the same, for one more
-            forward pass. "auto" for as many as fit; `None` for all; see `ChunkSize`.
+            forward pass. "auto" for as many as fit, by what the graph of one image holds; `None` for all.
         returns: "best", the noise of the lowest loss, or "last", the noise after the last move, which is not evaluated.
         final_steps: How many evaluations `finish` asks for after these steps.
     """
@@ -3404,9 +3378,9 @@ class OptimizationLoop:
         seeds = [seed + step for seed in self.problem.seeds]
         groups = self.problem.groups
         sample = Sample(self.problem.sampler, self.leaf, state.prompts, groups, seeds, gradient, method.preview)
-        sample.chunk_size = self.chunk_size.of_evaluation(gradient is not None)
+        sample.chunk_size = self.chunk_size
         try:
-            with self.chunk_size.watching(), torch.set_grad_enabled(gradient is not None):
+            with torch.set_grad_enabled(gradient is not None):
                 loss, scores = self.objective.evaluate(sample)
                 self.check_loss(loss, gradient, step)
                 self.total = loss + method.regularizer(self.leaf)
@@ -3465,10 +3439,7 @@ class OptimizationLoop:
         state, gradient = self.state, None
         if self.leaf.requires_grad:
             assert self.total is not None
-            with self.chunk_size.watching():
-                (gradient,) = torch.autograd.grad(self.total.sum(), self.leaf)
-            self.total = None
-            self.chunk_size.settle()
+            (gradient,) = torch.autograd.grad(self.total.sum(), self.leaf)
             finite = gradient.flatten(1).isfinite().all(1)
             gradient = gradient.nan_to_num(0, 0, 0) * per_image(finite, gradient)
             self.drop_samples(state.active & ~finite)
@@ -3526,17 +3497,28 @@ class OptimizationLoop:
         )
 
 
-def chunk_size_of(method: NoiseOptimizer, problem: NoiseProblem) -> ChunkSize:
-    """The chunks that a method asks for. Raises `ValueError` for a number, if the call cannot be taken apart."""
+def chunk_size_of(method: NoiseOptimizer, problem: NoiseProblem) -> int | None:
+    """How many images a method has in memory at a time; `None` for the whole batch.
+
+    "auto" draws one image, and counts what its graph holds. Raises `ValueError` for a number, if the call cannot be
+    taken apart.
+    """
     setting, batch = method.chunk_size, len(problem.noise)
-    if setting is not None and batch > 1:
-        try:
-            problem.sampler.chunk([0])
-        except ValueError:
-            if setting != "auto":
-                raise
-            setting = None
-    return ChunkSize(setting, batch, lambda: free_memory(problem.noise.device))
+    if setting is None or batch == 1:
+        return None
+    try:
+        one = problem.sampler.chunk([0])
+    except ValueError:
+        if setting != "auto":
+            raise
+        return None
+    if isinstance(setting, int):
+        return setting if setting < batch else None
+    if method.gradient is None:
+        return None
+    with SavedBytes() as saved, torch.enable_grad():
+        one.images(problem.noise[:1].detach().requires_grad_(), method.gradient, method.preview)
+    return fitting_chunk_size(batch, saved.peak, free_memory(problem.noise.device))
 
 
 # pipelines/methods.py
