@@ -32,9 +32,7 @@ from noiseopt import (
     NoiseCallback,
     NoiseState,
     PairwiseDiversity,
-    PinkNoise,
     TimeBudget,
-    WhiteNoise,
     optimize_noise,
     shapes_world,
 )
@@ -113,23 +111,9 @@ def rows() -> list[Row]:
     return found + [Row(noise, what) for noise in list(NOISES)[2:] for what in ("plain", MAIN)]
 
 
-def pink_with_mean(shape: Any, generator: Any = None, device: Any = None, dtype: Any = None) -> Tensor:
-    """White noise times (1 + f)^-0.2, which keeps the mean of each channel: variance 1 over all draws, not in each."""
-    f = PinkNoise(0.2).frequency(*shape[-2:])
-    gain = (1 + f) ** -0.2
-    doubled = torch.full_like(f, 2.0)  # `rfft2` leaves out the mirrored half of the columns
-    doubled[:, 0] = 1
-    doubled[:, -1] = 2 - (shape[-1] % 2 == 0)
-    gain = gain / ((gain.square() * doubled).sum() / (shape[-2] * shape[-1])).sqrt()
-    white = WhiteNoise()(shape, generator, device, dtype)
-    return torch.fft.irfft2(torch.fft.rfft2(white.float()) * gain.float().to(white.device), s=shape[-2:]).to(
-        white.dtype
-    )
-
-
 NOISES: dict[str, Any] = {"white": "white", "pink": {"name": "pink", "alpha": 0.2}}
 NOISES |= {f"α = {alpha:g}": {"name": "pink", "alpha": alpha} for alpha in ALPHAS}
-NOISES["pink with mean"] = pink_with_mean
+NOISES["pink with mean"] = {"name": "pink", "alpha": 0.2, "standardize": False}
 
 
 class Pixels(Features):

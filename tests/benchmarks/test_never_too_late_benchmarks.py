@@ -73,15 +73,6 @@ def test_a_distance_is_the_mean_over_pairs_of_a_set(bench):
     assert bench.distances("pixels", images) == pytest.approx([sum(first) / 6, 3 * 0.4 / 6], rel=1e-3)
 
 
-@pytest.mark.parametrize("size", [(8, 8), (6, 9)])
-def test_pink_noise_with_its_mean_has_the_slope_and_variance_1(size):
-    noise = never_too_late.pink_with_mean((4000, 2, *size), torch.Generator().manual_seed(0)).double()
-    power = torch.fft.fft2(noise).abs().square().mean((0, 1)) / (size[0] * size[1])
-    u, v = (torch.fft.fftfreq(side, dtype=torch.float64) * side for side in size)
-    wanted = (1 + torch.hypot(u[:, None], v)) ** -0.4
-    torch.testing.assert_close(power, wanted / wanted.mean(), rtol=0.06, atol=0)
-
-
 def test_time_to_reach_is_the_first_step_at_which_the_mean_curve_passes():
     curves = torch.tensor([[0.0, 1.0, 2.0], [0.0, 3.0, 4.0]]).double()
     seconds = torch.tensor([[1.0, 2.0, 3.0], [1.0, 4.0, 7.0]]).double()

@@ -109,6 +109,22 @@ def test_reference_size_is_isotropic_in_entries():
     assert PinkNoise().frequency(32, 128)[16, 0] == 16
 
 
+@pytest.mark.parametrize("size", [(8, 8), (6, 9)])
+def test_without_standardising_pink_noise_is_gaussian_with_its_mean(size):
+    noise = PinkNoise(0.2, standardize=False)((4000, 2, *size), generator()).double()
+    power = torch.fft.fft2(noise).abs().square().mean((0, 1)) / (size[0] * size[1])
+    u, v = (torch.fft.fftfreq(side, dtype=torch.float64) * side for side in size)
+    wanted = (1 + torch.hypot(u[:, None], v)) ** -0.4
+    torch.testing.assert_close(power, wanted / wanted.mean(), rtol=0.06, atol=0)
+    assert noise.mean((-2, -1)).std() > 0.1
+
+
+def test_alpha_zero_without_standardising_is_the_white_noise():
+    shape = (2, 3, 8, 9)
+    white = WhiteNoise()(shape, generator())
+    torch.testing.assert_close(PinkNoise(0, standardize=False)(shape, generator()), white, rtol=0, atol=1e-5)
+
+
 def test_a_band_limits_the_slope():
     gain, f = PinkNoise(0.5, band=(2, 5)).gain(16, 16), frequencies(16, 16)[:, :9]
     for low, high in ((0.5, 2), (5, 99)):

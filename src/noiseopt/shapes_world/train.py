@@ -259,7 +259,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--compile", action="store_true", help="compile the autoencoder")
     parser.add_argument("--pictures", type=int, default=30_000, help="drawn once, then read")
     parser.add_argument("--failures", type=int, default=5_000, help="imitated ones among them")
-    parser.add_argument("--gallery", type=int, default=25_600, help="pictures by each one-step model, 1/4 by the others")
+    parser.add_argument("--gallery", type=int, default=25_600, help="pictures by each one-step model, 1/4 by others")
     parser.add_argument("--climbs", type=int, default=128, help="of each round of hardening")
     parser.add_argument("--rounds", type=int, default=16)
     parser.add_argument("--round-samples", type=int, default=3_200)
