@@ -4580,7 +4580,7 @@ class WhiteNoise(NoiseSampler):
 @register_noise_sampler("pink")
 @dataclasses.dataclass(frozen=True)
 class PinkNoise(NoiseSampler):
-    """White noise with amplitudes times (1 + f)^-α, then each channel of each sample at mean 0 and variance 1.
+    """White noise with amplitudes times (1 + f)^-α, by default each channel of each sample at mean 0 and variance 1.
 
     It's Never Too Late, https://arxiv.org/abs/2601.00090, eq. 7: images of one prompt differ more from pink noise. f is
     the distance from frequency zero in index units, that is in waves for each side of the noise, not for each pixel.
@@ -4597,6 +4597,9 @@ class PinkNoise(NoiseSampler):
         band: (low, high) in the units of f: the slope is limited to this band.
         outside: What becomes of frequencies outside the band: "flat" continues the gain that it has at the edge, "zero"
             leaves noise of the band alone.
+        standardize: `False` scales by the standard deviation over all draws instead of that of each channel, and keeps
+            the means, that is f = 0: so the noise is exactly Gaussian. In small latents the means decide much of an
+            image: of 8 × 8 entries, without them images of a prompt are far more alike.
 
     Raises:
         ValueError: for settings that cannot work.
@@ -4607,6 +4610,7 @@ class PinkNoise(NoiseSampler):
     reference_size: float | None = None
     band: Sequence[float] | None = None
     outside: Literal["flat", "zero"] = "flat"
+    standardize: bool = True
 
     def __post_init__(self) -> None:
         if not is_finite_number(self.alpha):
@@ -4631,17 +4635,18 @@ class PinkNoise(NoiseSampler):
         exact = white.to(torch.promote_types(white.dtype, torch.float32))
         gain = self.gain(*size).to(exact.dtype).to(exact.device)
         pink = torch.fft.irfft2(torch.fft.rfft2(exact) * gain, s=size)
-        spread = pink.std((-2, -1), keepdim=True)
+        spread = pink.std((-2, -1), keepdim=True) if self.standardize else expected_std(gain, *size)
         return (pink / spread.clamp_min(torch.finfo(pink.dtype).tiny)).to(white.dtype)
 
     def gain(self, height: int, width: int) -> torch.Tensor:
         """The factor of each entry of `rfft2`, `(H, W // 2 + 1)` float64, scaled to a largest of 1.
 
-        That of frequency zero is 0: the mean is taken away in any case, and so before it can cost precision.
+        That of frequency zero is 0 where channels are standardised: their mean is taken away in any case, and so before
+        it can cost precision.
         """
         f = self.frequency(height, width)
         low, high = self.band or (0.0, math.inf)
-        shaped = f > 0
+        shaped = f > 0 if self.standardize else f >= 0
         if self.outside == "zero":
             shaped &= (f >= low) & (f <= high)
         if not shaped.any():
@@ -4657,6 +4662,14 @@ class PinkNoise(NoiseSampler):
         rows = torch.fft.fftfreq(height, dtype=torch.float64) * (self.reference_size or height)
         columns = torch.fft.rfftfreq(width, dtype=torch.float64) * (self.reference_size or width)
         return torch.hypot(rows[:, None], columns)
+
+
+def expected_std(gain: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """The standard deviation of each entry of white noise `(height, width)` times a `gain` of its `rfft2`, a scalar."""
+    copies = torch.full_like(gain, 2.0)  # `rfft2` leaves out the mirrored half of the columns
+    copies[:, 0] = 1
+    copies[:, -1] = 2 - (width % 2 == 0)
+    return (gain.square() * copies).sum().div(height * width).sqrt()
 
 
 @register_noise_sampler("coupled")

@@ -217,7 +217,7 @@ def test_samplers_are_found_by_name_and_described_as_they_are_given():
     for sampler in (*SAMPLERS, PinkNoise(0.1, band=[1, 8]), CoupledNoise(groups=[0, 0])):
         assert as_noise_sampler(sampler.describe()) == sampler and as_noise_sampler(sampler) is sampler
     assert as_noise_sampler({"name": "pink", "alpha": 0.3}) == PinkNoise(0.3)
-    rest = {"reference_size": None, "band": None, "outside": "flat"}
+    rest = {"reference_size": None, "band": None, "outside": "flat", "standardize": True}
     assert PinkNoise(0.3).describe() == {"name": "pink", "alpha": 0.3, **rest}
 
 
