@@ -175,6 +175,53 @@ result.save("frog.safetensors")  # the noise, its scores and where it came from"
     takes_rewards=True,
 )
 
+NEVER_TOO_LATE = Method(
+    name="NeverTooLate",
+    settings_argument="never_too_late_kwargs",
+    paper="https://arxiv.org/abs/2601.00090",
+    bibtex="""\
+@inproceedings{harrington2026nevertoolate,
+  title     = {It's Never Too Late: Noise Optimization for Collapse Recovery in Trained Diffusion Models},
+  author    = {Harrington, Anne and Koepke, A. Sophia and Karthik, Shyamgopal and Darrell, Trevor and Efros, Alexei A.},
+  booktitle = {IEEE/CVF Conference on Computer Vision and Pattern Recognition},
+  year      = {2026}
+}""",
+    summary="""\
+Draws a **set** of images of one prompt that differ, where {model} alone draws nearly the same image again and again.
+The **initial noises** of the set are optimised together: the gradient of how much the images differ, and of rewards
+that keep each of them good, flows through the images and the model back to the noises. What counts as different is a
+set reward (`dpp`, `dpp_patch`, `pairwise`, `vendi`, `vendi_2`) on features of your choice (`dinov2`, `dinov2_patch`,
+`clip`, `dreamsim`, `lpips`, `color_histogram`, `tiny_image`, or the Hub id of a vision model). A guard takes an image
+back where its quality falls. Without `diversity` the pipeline is bit-identical to the stock `{stock}`.""",
+    example="""\
+output = pipe(
+    "A dog in a park",
+    diversity={"dpp": 150.0},
+    rewards={"hpsv2.1": 3.0},
+    guard={"sharpness": {"keep": 0.8}},
+    noise_sampler="pink",
+    num_images_per_prompt=4,
+    num_inference_steps=1,
+    guidance_scale=0.0,
+    generator=torch.Generator("cuda").manual_seed(0),
+)
+for index, image in enumerate(output.images):
+    image.save(f"dog_{index}.png")
+
+result = output.noise_result
+print(result.initial_scores, result.best_scores, result.reports)
+result.save("dogs.safetensors")  # the four noises, their scores and where they came from""",
+    limits="""\
+* At least 2 images of each prompt, or `references`; images of different prompts do not see each other.
+* Each optimisation step costs a forward and a backward pass through denoiser, decoder, features and rewards. Made for
+  models of 1 to 4 steps: gradients through long chains explode or vanish.
+* Diversity in the features that are optimised rises in any case: measure it in others, and watch a quality that is not
+  optimised. Blur and plain backgrounds are answered by the guards "sharpness" and "complexity".
+* LPIPS and DreamSim come from packages of their own: `pip install lpips`, `pip install dreamsim`.
+* Offloading and `torch.inference_mode()` are refused.""",
+    takes_rewards=True,
+)
+
 CARDS = (
     Card(
         name="reno-turbo",
@@ -254,6 +301,30 @@ CARDS = (
         method=NOISE_DIFFUSION,
         base_model="black-forest-labs/FLUX.1-dev",
         model="FLUX.1",
+        stock="FluxPipeline",
+    ),
+    Card(
+        name="never-too-late-turbo",
+        module="pipelines/never_too_late_turbo.py",
+        method=NEVER_TOO_LATE,
+        base_model="stabilityai/sdxl-turbo",
+        model="SDXL-Turbo",
+        stock="StableDiffusionXLPipeline",
+    ),
+    Card(
+        name="never-too-late-stable-diffusion",
+        module="pipelines/never_too_late_stable_diffusion.py",
+        method=NEVER_TOO_LATE,
+        base_model="stabilityai/sd-turbo",
+        model="SD-Turbo",
+        stock="StableDiffusionPipeline",
+    ),
+    Card(
+        name="never-too-late-flux",
+        module="pipelines/never_too_late_flux.py",
+        method=NEVER_TOO_LATE,
+        base_model="black-forest-labs/FLUX.1-schnell",
+        model="FLUX.1-schnell",
         stock="FluxPipeline",
     ),
 )

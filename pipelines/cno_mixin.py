@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from ..schedulers.noise_samplers import NoiseSamplerSpec
 from .cno import CNO
 from .methods import call_settings
 from .noise_hook import NoiseOptimizationMixin
@@ -20,6 +21,7 @@ class CNOMixin(NoiseOptimizationMixin):
         stop_gradient: bool | None = None,
         cno_kwargs: Mapping[str, Any] | None = None,
         noise_optimizer: NoiseOptimizer | None = None,
+        noise_sampler: NoiseSamplerSpec | None = None,
         callback_on_optimization_step_end: Any = None,
         **kwargs,
     ):
@@ -34,6 +36,9 @@ class CNOMixin(NoiseOptimizationMixin):
                 released code does.
             cno_kwargs: More settings of `CNO`, by name: `{"window_size": 8}`.
             noise_optimizer: Another method instead of CNO.
+            noise_sampler: What the initial noise is drawn from: `"white"`, as in the stock pipeline, `"pink"`,
+                `"coupled"`, a dict such as `{"name": "pink", "alpha": 0.3}`, or a function `(shape, generator, device,
+                dtype)`. Works without a method too; not beside `latents`.
             callback_on_optimization_step_end: Callbacks per optimisation step: functions of the state, or objects with
                 `on_step_end(state)`; return `False` to stop.
             args, kwargs: Those of the stock pipeline; pass `num_images_per_prompt`.
@@ -56,6 +61,7 @@ class CNOMixin(NoiseOptimizationMixin):
         return super().__call__(
             *args,
             noise_optimizer=noise_optimizer,
+            noise_sampler=noise_sampler,
             callback_on_optimization_step_end=callback_on_optimization_step_end,
             **kwargs,
         )

@@ -1,5 +1,6 @@
 """The one place that converts between the initial noise and the latents of a pipeline."""
 
+import copy
 import inspect
 import types
 from collections.abc import Callable
@@ -33,6 +34,23 @@ def with_globals(function: types.FunctionType, **replaced: Any) -> types.Functio
     return twin
 
 
+def drawing_with(noise_sampler: Callable[..., torch.Tensor] | None) -> Callable[..., torch.Tensor]:
+    """What stands in for `randn_tensor`: that function itself, or a noise sampler with its shape checked."""
+    if noise_sampler is None:
+        return randn_tensor
+
+    def draw(shape, generator=None, device=None, dtype=None, layout=None) -> torch.Tensor:
+        noise = noise_sampler(tuple(shape), generator=generator, device=device, dtype=dtype)
+        if noise.shape != torch.Size(shape):
+            raise ValueError(
+                f"Expected the noise sampler to return noise of shape {tuple(shape)}, but got {tuple(noise.shape)}. "
+                "Draw the shape that it is called with."
+            )
+        return noise.to(device=device, dtype=dtype)
+
+    return draw
+
+
 def first_of(prepared):
     """What `prepare_latents` returns is the latents, or a tuple that begins with them."""
     return prepared[0] if isinstance(prepared, tuple) else prepared
@@ -46,15 +64,35 @@ class LatentSpace:
     * latents: what the pipeline accepts as `latents=`: packed, not scaled.
 
     No family is named here: the stock function does the packing, and is asked which form it takes back.
+
+    Args:
+        pipe, args, kwargs: The call.
+        noise_sampler: Draws the noise of the call in the place of diffusers' `randn_tensor`, which `None` leaves there.
     """
 
-    def __init__(self, pipe, args: tuple, kwargs: dict[str, Any]) -> None:
+    def __init__(
+        self, pipe, args: tuple, kwargs: dict[str, Any], noise_sampler: Callable[..., torch.Tensor] | None = None
+    ) -> None:
         self.with_draw = drawing_function(type(pipe))
+        self.noise_sampler, self.draw_noise = noise_sampler, drawing_with(noise_sampler)
         bound = inspect.signature(self.with_draw(randn_tensor)).bind(pipe, *args, **kwargs)
         arguments = dict(bound.arguments)
         self.given = arguments.pop("latents", None)
         extra = arguments.pop("kwargs", {})
         self.arguments = {name: value for name, value in {**arguments, **extra}.items() if name != "self"}
+
+    def for_images(self, count: int) -> "LatentSpace":
+        """The same space for so many images. Raises `ValueError` if the family is not told how many there are."""
+        if "batch_size" not in self.arguments:
+            raise ValueError(
+                "Expected a `prepare_latents` with the argument `batch_size`, to draw some images by themselves, but "
+                f"got one with {list(self.arguments)}. Use `chunk_size=None`."
+            )
+        space = copy.copy(self)
+        # generators are given with each call: one for each image would not fit the new number
+        unset = {"generator": None} if "generator" in self.arguments else {}
+        space.arguments = {**self.arguments, "batch_size": count, **unset}
+        return space
 
     def on(self, pipe, draw: Callable[..., torch.Tensor], latents: torch.Tensor | None = None, **overrides):
         """Run the stock function on `pipe` with `draw(shape, **kwargs)` for its random numbers."""
@@ -65,7 +103,7 @@ class LatentSpace:
         drawn: list[torch.Tensor] = []
 
         def record(*args, **kwargs):
-            drawn.append(randn_tensor(*args, **kwargs))
+            drawn.append(self.draw_noise(*args, **kwargs))
             return drawn[-1]
 
         self.on(pipe, record, self.given)

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from ..schedulers.noise_samplers import NoiseSamplerSpec
 from .methods import call_settings
 from .noise_diffusion import NoiseDiffusion
 from .noise_optimizer import NoiseOptimizer
@@ -20,6 +21,7 @@ class NoiseDiffusionMixin(RewardMixin):
         selection: Literal["pool", "exact", "random"] | None = None,
         noise_diffusion_kwargs: Mapping[str, Any] | None = None,
         noise_optimizer: NoiseOptimizer | None = None,
+        noise_sampler: NoiseSamplerSpec | None = None,
         callback_on_optimization_step_end: Any = None,
         **kwargs,
     ):
@@ -34,6 +36,9 @@ class NoiseDiffusionMixin(RewardMixin):
             selection: "pool", the default and the paper's, "exact" or "random".
             noise_diffusion_kwargs: More settings of `NoiseDiffusion`, by name: `{"threshold": 0.95}`.
             noise_optimizer: Another method instead of Noise Diffusion.
+            noise_sampler: What the initial noise is drawn from: `"white"`, as in the stock pipeline, `"pink"`,
+                `"coupled"`, a dict such as `{"name": "pink", "alpha": 0.3}`, or a function `(shape, generator, device,
+                dtype)`. Works without a method too; not beside `latents`.
             callback_on_optimization_step_end: Callbacks per optimisation step: functions of the state, or objects with
                 `on_step_end(state)`; return `False` to stop.
             args, kwargs: Those of the stock pipeline.
@@ -49,6 +54,7 @@ class NoiseDiffusionMixin(RewardMixin):
         return super().__call__(
             *args,
             noise_optimizer=self.method_on(NoiseDiffusion, rewards, settings, noise_optimizer),
+            noise_sampler=noise_sampler,
             callback_on_optimization_step_end=callback_on_optimization_step_end,
             **kwargs,
         )

@@ -4,12 +4,13 @@ import contextlib
 import copy
 import functools
 import inspect
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 
 from ..callbacks.noise_callback import CallbackSpec, as_callbacks
+from ..schedulers.noise_samplers import NoiseSamplerSpec, as_noise_sampler
 from .latent_space import LatentSpace
 from .methods import as_noise_optimizer
 from .module_state import frozen_modules, refuse_offload
@@ -24,6 +25,22 @@ class NoiseFound(Exception):
     """Ends a pipeline call once its noise is known, when nobody asked for the final image."""
 
 
+class NoiseDraw:
+    """One pipeline call on noise of a sampler, and nothing optimised."""
+
+    def __init__(self, request: dict[str, Any], noise_sampler: NoiseSamplerSpec | None) -> None:
+        prompts_of(request, required=False)
+        self.noise_sampler = noise_sampler_of(noise_sampler, request, groups_of(request))
+
+    def encode_prompt(self, encode, *args, **kwargs):
+        return encode(*args, **kwargs)
+
+    def prepare_latents(self, pipe, *args, **kwargs):
+        """The hook: the stock method, on noise of the sampler."""
+        space = LatentSpace(pipe, args, kwargs, self.noise_sampler)
+        return space.on(pipe, space.draw_noise)
+
+
 class NoiseRun:
     """One pipeline call under optimisation: what it was asked for, encoded, and found."""
 
@@ -34,6 +51,7 @@ class NoiseRun:
         request: dict[str, Any],
         callbacks: CallbackSpec | Iterable[CallbackSpec] | None,
         render: bool = True,
+        noise_sampler: NoiseSamplerSpec | None = None,
     ) -> None:
         self.method, self.request, self.render = method, request, render
         self.callbacks = as_callbacks(callbacks)
@@ -46,6 +64,7 @@ class NoiseRun:
         self.groups = groups_of(request)
         self.objective.check_groups(self.groups)
         check_latents(request, len(self.prompts))
+        self.noise_sampler = noise_sampler_of(noise_sampler, request, self.groups)
         if size := image_size(pipe, request):
             self.objective.try_out(self.prompts[0], *size, gradient=method.gradient is not None)
         self.encoded: list[Any] = []
@@ -58,7 +77,7 @@ class NoiseRun:
 
     def prepare_latents(self, pipe, *args, **kwargs):
         """The hook: draw the base noise as the stock method does, optimise it, prepare the result."""
-        space = LatentSpace(pipe, args, kwargs)
+        space = LatentSpace(pipe, args, kwargs, self.noise_sampler)
         device = torch.device(space.arguments.get("device") or pipe._execution_device)
         random_state = RandomState(self.request.get("generator"), device)
         noise, drew = space.draw(pipe)
@@ -111,6 +130,23 @@ def check_latents(request: dict[str, Any], batch: int) -> None:
         raise ValueError(f"Expected one generator for each of {batch} images, but got {len(generator)}.")
 
 
+def noise_sampler_of(
+    noise_sampler: NoiseSamplerSpec | None, request: dict[str, Any], groups: list[int]
+) -> Callable[..., torch.Tensor] | None:
+    """The noise sampler of a call, coupled where it couples: among the images of a prompt.
+
+    Raises `ValueError` beside `latents`, where there is nothing to draw.
+    """
+    found = as_noise_sampler(noise_sampler)
+    if found is None:
+        return None
+    if request.get("latents") is not None:
+        raise ValueError(
+            "Expected `noise_sampler` or `latents`, but got both. Given latents are taken as they are: leave one out."
+        )
+    return found.within(groups) if hasattr(found, "within") else found  # pyright: ignore[reportFunctionMemberAccess]
+
+
 def image_size(pipe, request: dict[str, Any]) -> tuple[int, int] | None:
     """Height and width of the images in pixels, if they can be told before the call."""
     if request.get("height") and request.get("width"):
@@ -125,19 +161,20 @@ class NoiseOptimizationMixin:
     """Gives any diffusers text-to-image pipeline an optimisation hook in `prepare_latents`.
 
     `class ReNOTurboPipeline(NoiseOptimizationMixin, StableDiffusionXLPipeline)` is all that a pipeline needs. With
-    `noise_optimizer=None` every call goes straight to the stock class and is bit-identical to it.
+    `noise_optimizer=None` and no `noise_sampler` every call goes straight to the stock class, bit-identical to it.
 
     The stock `__call__` runs once as it is. When it reaches `prepare_latents`, its prompts are encoded; there the noise
     is optimised, each evaluation being the same stock `__call__` on a shallow twin (see `PipelineSampler`). Then the
     call goes on with the noise that was found: only this final run fires `callback_on_step_end`.
     """
 
-    _noise_run: NoiseRun | None = None
+    _noise_run: NoiseRun | NoiseDraw | None = None
 
     def __call__(
         self,
         *args,
         noise_optimizer: NoiseOptimizer | None = None,
+        noise_sampler: NoiseSamplerSpec | None = None,
         callback_on_optimization_step_end: CallbackSpec | Iterable[CallbackSpec] | None = None,
         **kwargs,
     ):
@@ -145,6 +182,9 @@ class NoiseOptimizationMixin:
 
         Args:
             noise_optimizer: A method, such as `ReNO(rewards={"clipscore": 1.0})`.
+            noise_sampler: What the initial noise is drawn from, optimised or not: `"white"`, as in the stock pipeline,
+                `"pink"`, `"coupled"`, a dict such as `{"name": "pink", "alpha": 0.3}`, or a function `(shape,
+                generator, device, dtype)` that returns noise of unit variance. Not beside `latents`.
             callback_on_optimization_step_end: Callbacks per optimisation step; see `NoiseCallback`.
             args, kwargs: Those of the stock pipeline.
 
@@ -152,15 +192,16 @@ class NoiseOptimizationMixin:
             What the stock pipeline returns; unless `return_dict=False` with a `noise_result` attribute.
         """
         stock = super().__call__  # pyright: ignore[reportAttributeAccessIssue]
-        if noise_optimizer is None:
+        if noise_optimizer is None and noise_sampler is None:
             return stock(*args, **kwargs)
-        run = NoiseRun(self, noise_optimizer, bind_request(self, args, kwargs), callback_on_optimization_step_end)
-        with frozen_modules(self):
-            self._noise_run = run
-            try:
-                output = stock(*args, **kwargs)
-            finally:
-                self._noise_run = None
+        request = bind_request(self, args, kwargs)
+        if noise_optimizer is None:
+            with hook_on(self, NoiseDraw(request, noise_sampler)):
+                return stock(*args, **kwargs)
+        callbacks = callback_on_optimization_step_end
+        run = NoiseRun(self, noise_optimizer, request, callbacks, noise_sampler=noise_sampler)
+        with frozen_modules(self), hook_on(self, run):
+            output = stock(*args, **kwargs)
         if not isinstance(output, tuple):
             output.noise_result = run.result
         return output
@@ -177,6 +218,16 @@ class NoiseOptimizationMixin:
         if run is None:
             return super().prepare_latents(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
         return run.prepare_latents(self, *args, **kwargs)
+
+
+@contextlib.contextmanager
+def hook_on(pipe, run: NoiseRun | NoiseDraw) -> Iterator[None]:
+    """Let a run have the prompts and latents of a pipeline's call."""
+    pipe._noise_run = run
+    try:
+        yield
+    finally:
+        pipe._noise_run = None
 
 
 def bind_request(pipe, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -201,6 +252,7 @@ def optimize_noise(
     *,
     method_kwargs: dict[str, Any] | None = None,
     callbacks: CallbackSpec | Iterable[CallbackSpec] | None = None,
+    noise_sampler: NoiseSamplerSpec | None = None,
     **call_kwargs,
 ) -> NoiseResult:
     """Find the initial noise of a call to any diffusers text-to-image pipeline, which stays as it is.
@@ -211,6 +263,9 @@ def optimize_noise(
         method: Such as `ReNO(rewards={"pickscore": 1.0})`, or a name of `list_noise_optimizers()`.
         method_kwargs: The settings of a method given by name.
         callbacks: Per optimisation step; see `NoiseCallback`.
+        noise_sampler: What noise is drawn from, that of candidates too: `"white"`, as in the pipeline itself, `"pink"`,
+            `"coupled"`, a dict such as `{"name": "pink", "alpha": 0.3}`, `PinkNoise(0.3)`, or any function `(shape,
+            generator, device, dtype)` that returns noise of unit variance. Not beside `latents`.
         call_kwargs: What `pipe(prompt, ...)` takes: steps, guidance, size, generator, latents ...
 
     Returns:
@@ -224,7 +279,7 @@ def optimize_noise(
     twin = copy.copy(pipe)
     twin.__class__ = hooked(type(pipe))
     request = bind_request(twin, (), {"prompt": prompt, **call_kwargs})
-    run = NoiseRun(twin, optimizer, request, callbacks, render=False)
+    run = NoiseRun(twin, optimizer, request, callbacks, render=False, noise_sampler=noise_sampler)
     vars(twin)["_noise_run"] = run
     with frozen_modules(twin), torch.no_grad(), contextlib.suppress(NoiseFound):
         stock_call(type(pipe))(twin, **request)

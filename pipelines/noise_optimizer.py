@@ -12,6 +12,8 @@ from ..callbacks.noise_callback import CallbackSpec, NoiseCallback, as_callbacks
 from ..callbacks.noise_state import NoiseState
 from ..callbacks.progress import ProgressBar
 from ..rewards.reward import NonFiniteReward
+from .chunk_size import ChunkSetting, SavedBytes, check_chunk_size, fitting_chunk_size, free_memory
+from .frequency_bands import band_energies
 from .noise_problem import NoiseProblem
 from .noise_result import NoiseResult
 from .objectives import Objective
@@ -31,14 +33,19 @@ class NoiseOptimizer:
         gradient: "full", "frozen" or `None`; see `PipelineSampler.images`.
         preview: Look at the x0 estimate of one model call instead of the whole chain.
         clamp: "straight_through" or "hard"; see `PipelineSampler`.
+        chunk_size: How many images are in memory with their graphs at a time: the gradient is the same, for one more
+            forward pass. "auto" for as many as fit, by what the graph of one image holds; `None` for all.
         returns: "best", the noise of the lowest loss, or "last", the noise after the last move, which is not evaluated.
+        final_steps: How many evaluations `finish` asks for after these steps.
     """
 
     steps: int
     gradient: Gradient = "full"
     preview: bool = False
     clamp: Clamp = "straight_through"
+    chunk_size: ChunkSetting = None
     returns: ClassVar[Literal["best", "last"]] = "best"
+    final_steps: int = 0
 
     def objective(self, pipe) -> Objective:
         """What is minimised. Called once, before any model runs: the place to refuse bad settings."""
@@ -60,6 +67,22 @@ class NoiseOptimizer:
         """
         raise NotImplementedError(f"{type(self).__name__} must define `step(state, gradient, memory)`.")
 
+    def inspect(self, state: NoiseState, objective: Objective, memory: Any) -> torch.Tensor | None:
+        """Look at what was evaluated, before the best is chosen and callbacks see it.
+
+        Returns:
+            `(B,)` bool, the samples for which this step may be the best; `None` is all. The first step counts in any
+            case. Samples may be stopped: `state.stop(reason, samples)`.
+        """
+        return None
+
+    def finish(self, state: NoiseState, objective: Objective, memory: Any) -> Iterable[torch.Tensor]:
+        """Noises `(B, C, H, W)` to evaluate at the end, one after the other, also of a run that was stopped.
+
+        For methods that choose among all that was seen; asked for the next when the last has been evaluated.
+        """
+        return ()
+
     def watchers(self) -> list[NoiseCallback]:
         """Callbacks that belong to the method, such as one that stops it; they see each step before the user's."""
         return []
@@ -72,6 +95,7 @@ class NoiseOptimizer:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"Expected `{name}` to be one of {allowed}, but got {getattr(self, name)!r}.")
+        check_chunk_size(self.chunk_size)
 
     def settings(self) -> dict[str, Any]:
         """The settings as plain values, for the provenance."""
@@ -86,7 +110,7 @@ class NoiseOptimizer:
         callbacks: CallbackSpec | Iterable[CallbackSpec] | None = None,
     ) -> NoiseResult:
         """Optimise. An exception on the way carries what was found so far as its `noise_result`."""
-        state = NoiseState(problem.pipe, problem.prompts, self.steps, problem.noise)
+        state = NoiseState(problem.pipe, problem.prompts, self.steps + self.final_steps, problem.noise)
         every = [ProgressBar(), *self.watchers(), *as_callbacks(callbacks)]
         loop = OptimizationLoop(self, problem, objective, state, every)
         try:
@@ -98,6 +122,7 @@ class NoiseOptimizer:
                 loop.move()
                 if state.stopped:
                     break
+            loop.finish()
         except BaseException as error:
             if loop.losses:
                 vars(error)["noise_result"] = loop.result()
@@ -122,12 +147,14 @@ class OptimizationLoop:
         self.state, self.callbacks = state, callbacks
         self.losses: list[torch.Tensor] = []
         self.norms: list[torch.Tensor] = []
+        self.bands: list[torch.Tensor] = []
         self.scores: list[dict[str, torch.Tensor]] = []
         self.initial_images: torch.Tensor | None = None
         self.total: torch.Tensor | None = None
         self.leaf = self.evaluated = problem.noise
 
     def start(self) -> None:
+        self.chunk_size = chunk_size_of(self.method, self.problem)
         self.memory = self.method.start(self.problem)
         for callback in self.callbacks:
             if hasattr(callback, "on_run_start"):
@@ -150,6 +177,7 @@ class OptimizationLoop:
         seeds = [seed + step for seed in self.problem.seeds]
         groups = self.problem.groups
         sample = Sample(self.problem.sampler, self.leaf, state.prompts, groups, seeds, gradient, method.preview)
+        sample.chunk_size = self.chunk_size
         try:
             with torch.set_grad_enabled(gradient is not None):
                 loss, scores = self.objective.evaluate(sample)
@@ -162,7 +190,7 @@ class OptimizationLoop:
         state.step, state.images, state.scores = step, sample.drawn_images, scores
         self.evaluated = state.noise
         state.loss = loss.detach().where(state.active, torch.nan)
-        self.record()
+        self.record(method.inspect(state, self.objective, self.memory))
         for callback in self.callbacks:
             if callback.on_step_end(state) is False:
                 state.stop()
@@ -181,11 +209,14 @@ class OptimizationLoop:
         if step == 0 and not loss.detach().isfinite().all():
             raise NonFiniteReward(f"Expected a finite loss for the plain result, but got {loss.tolist()}.")
 
-    def record(self) -> None:
+    def record(self, eligible: torch.Tensor | None = None) -> None:
+        """Keep this step, as the best of the samples where it is, among those that are `eligible`, `(B,)` bool."""
         state = self.state
         assert state.loss is not None
         self.losses.append(state.loss)
         self.norms.append(per_sample_norm(state.noise) / math.sqrt(state.noise[0].numel()))
+        bands = band_energies(state.noise - self.problem.noise)
+        self.bands.append(bands.where(state.active[:, None], torch.nan))
         self.scores.append(state.scores)
         if state.step == 0:
             self.initial_images = state.images
@@ -194,6 +225,8 @@ class OptimizationLoop:
             state.best_noise, state.best_images = state.noise, state.images
         assert state.best_loss is not None and state.best_step is not None and state.best_noise is not None
         better = state.loss < state.best_loss  # strictly: of equals the first wins; false for NaN
+        if eligible is not None and state.step > 0:
+            better = better & eligible
         state.best_loss = torch.where(better, state.loss, state.best_loss)
         state.best_step = torch.where(better, state.step, state.best_step)
         state.best_noise = torch.where(per_image(better, state.noise), state.noise, state.best_noise)
@@ -212,6 +245,12 @@ class OptimizationLoop:
         self.total = None
         moved = self.method.step(state, gradient, self.memory).detach()
         state.noise = torch.where(per_image(state.active, moved), moved, state.noise)
+
+    def finish(self) -> None:
+        """Evaluate what the method still gives, of all samples: a callback may watch, but not keep it from being."""
+        for noise in self.method.finish(self.state, self.objective, self.memory):
+            self.state.noise, self.state.active = noise.detach(), torch.ones_like(self.state.active)
+            self.evaluate(len(self.losses))
 
     def drop_samples(self, broken: torch.Tensor) -> None:
         """Stop the samples whose gradient is not finite; the others go on."""
@@ -250,6 +289,32 @@ class OptimizationLoop:
             },
             generator_states=problem.sampler.states_after_draw(),
             reports=dict(state.reports),
+            initial_noise=problem.noise.detach(),
+            band_changes=torch.stack(self.bands),
             images=last_images if last else state.best_images,
             initial_images=self.initial_images,
         )
+
+
+def chunk_size_of(method: NoiseOptimizer, problem: NoiseProblem) -> int | None:
+    """How many images a method has in memory at a time; `None` for the whole batch.
+
+    "auto" draws one image, and counts what its graph holds. Raises `ValueError` for a number, if the call cannot be
+    taken apart.
+    """
+    setting, batch = method.chunk_size, len(problem.noise)
+    if setting is None or batch == 1:
+        return None
+    try:
+        one = problem.sampler.chunk([0])
+    except ValueError:
+        if setting != "auto":
+            raise
+        return None
+    if isinstance(setting, int):
+        return setting if setting < batch else None
+    if method.gradient is None:
+        return None
+    with SavedBytes() as saved, torch.enable_grad():
+        one.images(problem.noise[:1].detach().requires_grad_(), method.gradient, method.preview)
+    return fitting_chunk_size(batch, saved.peak, free_memory(problem.noise.device))

@@ -5,7 +5,6 @@ import functools
 from typing import Any
 
 import torch
-from diffusers.utils.torch_utils import randn_tensor
 
 from .latent_space import LatentSpace
 from .sampling import PipelineSampler
@@ -42,19 +41,21 @@ class NoiseProblem:
 
 
 class CandidateNoise:
-    """Fresh Gaussian noises of a problem: the same for the same seeds, whatever batch they are drawn in.
+    """Fresh noises of a problem, by its noise sampler: for the same seeds the same, whatever batch they are drawn in.
+
+    (A sampler that couples the samples of a batch couples these as well.)
 
     The streams are seeded from the base noise of each sample, so that they neither repeat the pipeline's own draws nor
     depend on the other samples of the batch.
     """
 
     def __init__(self, problem: NoiseProblem) -> None:
-        self.like = problem.noise
+        self.like, self.draw_noise = problem.noise, problem.space.draw_noise
         self.streams = [torch.Generator().manual_seed(seed) for seed in problem.seeds]
 
     def draw(self) -> torch.Tensor:
-        """`(B, C, H, W)` standard Gaussian."""
-        return randn_tensor(tuple(self.like.shape), self.streams, self.like.device, self.like.dtype)
+        """`(B, C, H, W)`, unit variance; standard Gaussian unless the problem has a noise sampler."""
+        return self.draw_noise(tuple(self.like.shape), self.streams, self.like.device, self.like.dtype)
 
     def uniform(self) -> torch.Tensor:
         """`(B,)` uniform in [0, 1), float64."""

@@ -29,6 +29,10 @@ class NoiseResult:
         provenance: Model, scheduler, dtype, prompts, seeds, versions, method and its settings: plain values.
         reports: What callbacks found, by name, in plain values: see `HeldOutReward`.
         generator_states: The state of each random stream after the base noise was drawn.
+        initial_noise: `(B, C, H, W)`, the noise of the plain result; `None` in files of versions that did not keep it.
+        band_changes: `(steps, B, 3)`, how much of ‖noise − initial_noise‖² lies in the lowest, middle and highest third
+            of the radial frequencies at each step; the three add up to it. NaN where a sample had stopped, `None` in
+            old files. See `frequency_bands`.
         images: `(B, 3, H, W)` in [0, 1], the images of `noise`, if they were drawn. Not saved.
         initial_images: `(B, 3, H, W)`, the plain result. Not saved.
     """
@@ -42,6 +46,8 @@ class NoiseResult:
     provenance: dict[str, Any]
     generator_states: list[tuple[str, torch.Tensor]] = dataclasses.field(default_factory=list)
     reports: dict[str, Any] = dataclasses.field(default_factory=dict)
+    initial_noise: torch.Tensor | None = None
+    band_changes: torch.Tensor | None = None
     images: torch.Tensor | None = None
     initial_images: torch.Tensor | None = None
 
@@ -65,6 +71,11 @@ class NoiseResult:
         """`(B,)`: the loss of the returned noise."""
         return self.at_best(self.losses)
 
+    @property
+    def band_shares(self) -> torch.Tensor | None:
+        """`(steps, B, 3)`: `band_changes` as shares of their sum; NaN where nothing has changed."""
+        return None if self.band_changes is None else self.band_changes / self.band_changes.sum(-1, keepdim=True)
+
     def at_best(self, values: torch.Tensor) -> torch.Tensor:
         return values.gather(0, self.best_step.to(values.device)[None])[0]
 
@@ -80,6 +91,8 @@ class NoiseResult:
         """Write one safetensors file: the tensors, and the provenance as JSON in its header."""
         tensors = {"noise": self.noise, "latents": self.latents, "losses": self.losses, "norms": self.norms}
         tensors["best_step"] = self.best_step
+        of_newer_files = {"initial_noise": self.initial_noise, "band_changes": self.band_changes}
+        tensors.update({name: tensor for name, tensor in of_newer_files.items() if tensor is not None})
         tensors.update({f"scores.{name}": values for name, values in self.scores.items()})
         devices = []
         for index, (device, state) in enumerate(self.generator_states):

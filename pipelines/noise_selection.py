@@ -46,6 +46,8 @@ def ascent_rate(noise: torch.Tensor, ascent: torch.Tensor, gamma: torch.Tensor, 
 def guided_gaussian(ascent: torch.Tensor, fresh: CandidateNoise, count: float) -> torch.Tensor:
     """A draw from the law of the one of `count` Gaussian noises that has the largest projection on `ascent`.
 
+    Its law is exact for white noise. Of noise with another spectrum only what is orthogonal to `ascent` keeps it.
+
     The maximum of N standard normals is Φ⁻¹(U^(1/N)) for a uniform U, and what is orthogonal to `ascent` is Gaussian
     whichever wins: so one draw does for a pool of any size, also 10¹². It differs from `best_of_pool` in that the pool
     is ranked by ⟨∇s, σ⟩ alone; both choose the same candidate in nine of ten draws.

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ..rewards.reward import check_gradient
-from ..rewards.reward_sum import RewardSum
+from ..rewards.reward_sum import AttachedGradient, RewardSum, part_of_prompts
 from ..rewards.views import random_views
 from .sampling import Sample
 
@@ -79,12 +79,24 @@ class RewardObjective(Objective):
         prompts = self.prompts if self.prompts is not None else sample.prompts
         images = sample.images
         by_views = self.views > 0 and images.requires_grad
-        output = self.rewards(images.detach() if by_views else images, prompts)
+        output = self.rewards(images.detach() if by_views else images, prompts, chunk_size=sample.chunk_size)
         if not by_views:
             return -output.total, output.components
-        views = random_views(images, self.views, sample.seeds)
-        total = torch.stack([self.optimised(view, prompts).total for view in views]).mean(0)
-        return -(output.total + (total - total.detach())), output.components  # adds exactly 0
+        gradient = self.gradient_by_views(images, prompts, sample.seeds, sample.chunk_size or len(images))
+        return -AttachedGradient.apply(images, output.total, gradient), output.components  # pyright: ignore
+
+    def gradient_by_views(
+        self, images: torch.Tensor, prompts: Any, seeds: Sequence[int], chunk_size: int
+    ) -> torch.Tensor:
+        """The mean gradient `(B, 3, H, W)` of random views with respect to the pixels, a few images at a time."""
+        gradient = torch.empty_like(images)
+        for start in range(0, len(images), chunk_size):
+            rows = slice(start, start + chunk_size)
+            leaf, texts = images[rows].detach().requires_grad_(), part_of_prompts(prompts, rows)
+            views = random_views(leaf, self.views, seeds[rows])
+            total = torch.stack([self.optimised(view, texts).total.sum() for view in views]).mean()
+            gradient[rows] = torch.autograd.grad(total, leaf)[0] if total.requires_grad else 0
+        return gradient
 
     @functools.cached_property
     def optimised(self) -> RewardSum:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..callbacks.noise_state import NoiseState
+from ..schedulers.noise_samplers import describe_noise_sampler
 from .noise_problem import NoiseProblem
 from .objectives import Objective
 
@@ -21,6 +22,7 @@ def provenance_of(problem: NoiseProblem, objective: Objective, state: NoiseState
         "prompts": problem.prompts,
         "seeds": problem.sampler.random_state.seeds,
         "generators": "list" if problem.sampler.random_state.several else "single",
+        "noise_sampler": describe_noise_sampler(problem.space.noise_sampler),
         "model": str(pipe.config.get("_name_or_path") or "") or None,
         "revision": revision_of(pipe),
         "pipeline": type(pipe).__name__,

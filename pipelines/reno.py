@@ -10,6 +10,7 @@ import torch
 
 from ..callbacks.noise_state import NoiseState
 from ..rewards.reward_sum import RewardSum
+from .chunk_size import ChunkSetting
 from .methods import register_noise_optimizer
 from .noise_optimizer import NoiseOptimizer
 from .noise_problem import NoiseProblem
@@ -54,6 +55,9 @@ class ReNO(NoiseOptimizer):
         reward_prompt: Ask the rewards about this instead of the pipeline's prompt: one, or one for each image.
         gradient: "full" through the whole chain; "frozen" holds the model's outputs constant.
         preview: Reward the x0 estimate of one model call instead of the whole chain.
+        chunk_size: Take the gradient of at most so many images at a time: the same images and gradients in the memory
+            of so many, whatever the batch, for one more forward pass a step. "auto" finds out in the first step how
+            many fit into half of the free memory, and cuts nothing where all do; `None` never cuts.
     """
 
     rewards: Any
@@ -67,6 +71,7 @@ class ReNO(NoiseOptimizer):
     reward_prompt: str | Sequence[str] | None = None
     gradient: Gradient = "full"
     preview: bool = False
+    chunk_size: ChunkSetting = None
 
     @property
     def clamp(self) -> Clamp:  # pyright: ignore[reportIncompatibleVariableOverride]

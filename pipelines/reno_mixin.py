@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from ..schedulers.noise_samplers import NoiseSamplerSpec
 from .methods import call_settings
 from .noise_optimizer import NoiseOptimizer
 from .reno import ReNO
@@ -20,6 +21,7 @@ class ReNOMixin(RewardMixin):
         mode: Literal["default", "parity"] | None = None,
         reno_kwargs: Mapping[str, Any] | None = None,
         noise_optimizer: NoiseOptimizer | None = None,
+        noise_sampler: NoiseSamplerSpec | None = None,
         callback_on_optimization_step_end: Any = None,
         **kwargs,
     ):
@@ -34,6 +36,9 @@ class ReNOMixin(RewardMixin):
             mode: "default", or "parity" for the released loop step by step.
             reno_kwargs: More settings of `ReNO`, by name: `{"learning_rate": 10.0}`.
             noise_optimizer: Another method instead of ReNO.
+            noise_sampler: What the initial noise is drawn from: `"white"`, as in the stock pipeline, `"pink"`,
+                `"coupled"`, a dict such as `{"name": "pink", "alpha": 0.3}`, or a function `(shape, generator, device,
+                dtype)`. Works without a method too; not beside `latents`.
             callback_on_optimization_step_end: Callbacks per optimisation step: functions of the state, or objects with
                 `on_step_end(state)`; return `False` to stop.
             args, kwargs: Those of the stock pipeline.
@@ -49,6 +54,7 @@ class ReNOMixin(RewardMixin):
         return super().__call__(
             *args,
             noise_optimizer=noise_optimizer,
+            noise_sampler=noise_sampler,
             callback_on_optimization_step_end=callback_on_optimization_step_end,
             **kwargs,
         )

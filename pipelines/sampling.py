@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
-from diffusers.utils.torch_utils import randn_tensor
 
 from ..schedulers.x0_prediction import predict_x0
+from .chunks import BatchLayout, WholeBatchDraws, run_in_chunks
 from .latent_space import LatentSpace
 from .module_state import float32_decoder, without_gradient
 
@@ -46,6 +46,12 @@ class RandomState:
             fresh.append(torch.Generator(device))
             fresh[-1].set_state(state)
         return fresh if self.several else fresh[0]
+
+    def of_rows(self, rows: list[int]) -> "RandomState":
+        """The streams of some images, or the one that all images share."""
+        found = copy.copy(self)
+        found.states = [self.states[row] for row in rows] if self.several else self.states
+        return found
 
 
 def default_generator(device: torch.device) -> torch.Generator:
@@ -91,8 +97,10 @@ class PipelineSampler:
         ours = ("latents", "generator", "output_type", "return_dict", "callback_on_step_end", "callback")
         self.request = {name: value for name, value in request.items() if name not in ours}
         self.twin = self.make_twin(pipe, clamp)
-        # copied before any gradient run: schedulers hold the graph afterwards, and then cannot be copied
+        # as it was before any run: schedulers hold the graph of one afterwards, so that each run has its own copy
         self.scheduler = copy.deepcopy(pipe.scheduler)
+        self.part_of: tuple[int, list[int]] | None = None  # the size of the whole batch, and which rows of it are drawn
+        self.chunks: dict[tuple[int, ...], PipelineSampler] = {}
 
     def make_twin(self, pipe, clamp: str):
         twin = copy.copy(pipe)
@@ -109,15 +117,44 @@ class PipelineSampler:
             vars(twin.image_processor)["denormalize"] = denormalize_straight_through
         return twin
 
-    def states_after_draw(self) -> list[tuple[str, torch.Tensor]]:
-        """The random streams once the base noise is drawn: device type and state of each."""
+    def random_state_after_draw(self) -> RandomState:
+        """The random streams once the base noise is drawn."""
         generator = self.random_state.generator()
         if self.drew:
-            self.space.on(self.twin, randn_tensor, generator=generator)
-        streams = generator if isinstance(generator, list) else [generator]
-        return [(stream.device.type, stream.get_state()) for stream in streams]
+            self.space.on(self.twin, self.space.draw_noise, generator=generator)
+        return RandomState(generator, torch.device("cpu"))
 
-    def images(self, noise: torch.Tensor, gradient: Gradient = None, preview: bool = False) -> torch.Tensor:
+    def states_after_draw(self) -> list[tuple[str, torch.Tensor]]:
+        """Device type and state of each random stream once the base noise is drawn."""
+        return [(device.type, state) for device, state, _ in self.random_state_after_draw().states]
+
+    def chunk(self, rows: list[int]) -> "PipelineSampler":
+        """A sampler of some images of the batch alone: what the whole batch draws in these rows, but for rounding.
+
+        Samplers that add noise on the way see the same noise, if they draw it from the generator of the call.
+
+        Raises:
+            ValueError: Naming an argument of the call that cannot be told apart by image, such as a list of images.
+        """
+        if tuple(rows) not in self.chunks:
+            batch = self.space.arguments.get("batch_size", 0)
+            layout = BatchLayout(self.request, batch)
+            part = copy.copy(self)
+            part.space = self.space.for_images(len(rows))
+            part.request = layout.request_of(rows)
+            part.encoded = [layout.encoded_of(each, rows) for each in self.encoded]
+            part.random_state, part.drew = self.random_state_after_draw().of_rows(rows), False
+            part.part_of, part.chunks = (batch, rows), {}
+            self.chunks[tuple(rows)] = part
+        return self.chunks[tuple(rows)]
+
+    def images(
+        self,
+        noise: torch.Tensor,
+        gradient: Gradient = None,
+        preview: bool = False,
+        chunk_size: int | None = None,
+    ) -> torch.Tensor:
         """`noise` (B, C, H, W) to images (B, 3, H, W) in [0, 1], float32 or better.
 
         Args:
@@ -125,12 +162,24 @@ class PipelineSampler:
             gradient: "full" back-propagates through the whole chain; "frozen" holds the model's outputs constant, so no
                 graph is kept in the denoiser; `None` keeps no graph at all.
             preview: Draw the x0 estimate of the first model call instead of the whole chain.
+            chunk_size: Draw at most so many images at a time, and draw them again, with their graph, in the backward
+                pass: the same gradient in the memory of so many images, for one more forward pass. `None` for all.
         """
+        if chunk_size is not None and chunk_size < len(noise):
+
+            def draw(rows: list[int], part: torch.Tensor) -> torch.Tensor:
+                return self.chunk(rows).images(part, gradient, preview)
+
+            return run_in_chunks(draw, noise, chunk_size, gradient is not None)
         images = self.run(noise, gradient, preview, "pt")
         return images.to(torch.promote_types(images.dtype, torch.float32))
 
-    def x0(self, noise: torch.Tensor, gradient: Gradient = None) -> torch.Tensor:
-        """`noise` (B, C, H, W) to the x0 estimate of the first model call, in the layout of the noise."""
+    def x0(self, noise: torch.Tensor, gradient: Gradient = None, chunk_size: int | None = None) -> torch.Tensor:
+        """`noise` (B, C, H, W) to the x0 estimate of the first model call, in the layout of the noise; see `images`."""
+        if chunk_size is not None and chunk_size < len(noise):
+            return run_in_chunks(
+                lambda rows, part: self.chunk(rows).x0(part, gradient), noise, chunk_size, gradient is not None
+            )
         latents = self.run(noise, gradient, True, "latent")
         return self.space.unpack(self.twin, latents)
 
@@ -138,14 +187,22 @@ class PipelineSampler:
         twin = self.fresh_twin(noise, gradient)
         one_call = first_step_only(twin) if preview else contextlib.nullcontext()
         ours = {"generator": twin.sampling_generator, "output_type": output_type, "return_dict": False}
-        with one_call, torch.set_grad_enabled(gradient is not None and noise.requires_grad):
+        draws = self.draws_from(twin.sampling_generator)
+        with one_call, draws, torch.set_grad_enabled(gradient is not None and noise.requires_grad):
             output = self.call(twin, **self.request, **ours)[0]
+        vars(twin).clear()  # its methods refer to it: its scheduler would keep the graph until the next collection
         if noise.requires_grad and gradient is not None and not output.requires_grad:
             raise ValueError(
                 f"Expected {type(twin).__name__} to be differentiable from image to noise, but its result carries no "
                 "gradient. Use a method without gradients, such as `BestOfN`."
             )
         return output
+
+    def draws_from(self, generator: torch.Generator | list[torch.Generator]) -> contextlib.AbstractContextManager[Any]:
+        """Lets a part of a batch that shares one generator draw from it as the whole batch does."""
+        if self.part_of is None or isinstance(generator, list):
+            return contextlib.nullcontext()
+        return WholeBatchDraws(generator, *self.part_of)
 
     def fresh_twin(self, noise: torch.Tensor, gradient: Gradient):
         twin = copy.copy(self.twin)
@@ -154,11 +211,11 @@ class PipelineSampler:
 
         def prepare_latents(*_, **__):
             if self.drew:
-                self.space.on(twin, randn_tensor, generator=generator)
+                self.space.on(twin, self.space.draw_noise, generator=generator)
             return self.space.prepare(twin, noise, generator=generator)
 
         vars(twin).update(
-            scheduler=self.scheduler,
+            scheduler=copy.deepcopy(self.scheduler),
             encode_prompt=lambda *_, **__: next(replay),
             prepare_latents=prepare_latents,
             sampling_generator=generator,
@@ -227,6 +284,8 @@ class Sample:
         seeds: `B` integers that differ from step to step and from image to image: for objectives that draw at random.
         images: `(B, 3, H, W)` in [0, 1]: the result of the whole chain, or of one model call for a preview.
         x0: `(B, C, H, W)`: the estimate of the clean latents after one model call.
+        chunk_size: At most so many images are held in memory with their graphs at a time, `None` for all; objectives
+            with models of their own keep to it.
     """
 
     def __init__(
@@ -238,19 +297,20 @@ class Sample:
         seeds: list[int],
         gradient: Gradient,
         preview: bool = False,
+        chunk_size: int | None = None,
     ) -> None:
         self.sampler, self.noise, self.prompts = sampler, noise, prompts
         self.groups, self.seeds = groups, seeds
         self.gradient: Gradient = gradient
-        self.preview = preview
+        self.preview, self.chunk_size = preview, chunk_size
 
     @functools.cached_property
     def images(self) -> torch.Tensor:
-        return self.sampler.images(self.noise, self.gradient, self.preview)
+        return self.sampler.images(self.noise, self.gradient, self.preview, self.chunk_size)
 
     @functools.cached_property
     def x0(self) -> torch.Tensor:
-        return self.sampler.x0(self.noise, self.gradient)
+        return self.sampler.x0(self.noise, self.gradient, self.chunk_size)
 
     @property
     def drawn_images(self) -> torch.Tensor | None:

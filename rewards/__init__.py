@@ -8,9 +8,12 @@ from .clip_flant5 import CLIPFlanT5
 from .clip_score import CLIPScore
 from .color_channel import ColorChannel
 from .color_histogram import ColorHistogramFeatures, SoftColorHistogram, histogram_distance
+from .cosine_kernel import cosine_kernel
+from .dpp import DPP, DPPPatch
 from .dreamsim_features import DreamSimDINOFeatures, DreamSimFeatures
 from .features import Features, list_features, register_features
 from .hpsv2 import HPSv20, HPSv21
+from .image_detail import Complexity, Sharpness
 from .image_features import NEVER_TOO_LATE_TRANSFORM, CLIPFeatures, DINOv2Features, DINOv2PatchFeatures, ImageFeatures
 from .image_reward import ImageRewardModel
 from .lpips_features import LPIPSAlexFeatures, LPIPSFeatures
@@ -21,10 +24,12 @@ from .registry import AutoReward, list_rewards, register_reward
 from .reward import CallableReward, NonDifferentiableReward, NonFiniteReward, Reward, check_gradient
 from .reward_sum import RewardSum, RewardSumOutput
 from .set_reward import PairwiseDiversity, SetReward, find_set_reward, list_set_rewards, register_set_reward
+from .set_reward_sum import SetRewardSum, SetRewardSumOutput, join_features
 from .siglip import SigLIP, SigLIP2
 from .soft_tifa import SoftTIFA, geneval2_atoms
 from .tiny_image import TinyImage
 from .transforms import ImageTransform, PadTransform, center_crop, longest_edge_pad, normalize, resize, shortest_edge
+from .vendi import Vendi, VendiOrder2, VendiOrderInfinity, vendi_score
 from .views import random_views
 from .vlm_inputs import TokenizerAndImageProcessor
 from .vqa_score import VQAScorer
@@ -45,8 +50,11 @@ __all__ = [
     "CallableReward",
     "ColorChannel",
     "ColorHistogramFeatures",
+    "Complexity",
     "DINOv2Features",
     "DINOv2PatchFeatures",
+    "DPP",
+    "DPPPatch",
     "DreamSimDINOFeatures",
     "DreamSimFeatures",
     "Features",
@@ -70,6 +78,9 @@ __all__ = [
     "RewardSum",
     "RewardSumOutput",
     "SetReward",
+    "SetRewardSum",
+    "SetRewardSumOutput",
+    "Sharpness",
     "SigLIP",
     "SigLIP2",
     "SoftColorHistogram",
@@ -77,12 +88,17 @@ __all__ = [
     "TinyImage",
     "TokenizerAndImageProcessor",
     "VQAScorer",
+    "Vendi",
+    "VendiOrder2",
+    "VendiOrderInfinity",
     "center_crop",
     "check_gradient",
     "cosine_distance",
+    "cosine_kernel",
     "find_set_reward",
     "geneval2_atoms",
     "histogram_distance",
+    "join_features",
     "l2_distance",
     "list_features",
     "list_rewards",
@@ -96,4 +112,5 @@ __all__ = [
     "resize",
     "shortest_edge",
     "squared_l2_distance",
+    "vendi_score",
 ]

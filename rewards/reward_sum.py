@@ -12,7 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from .registry import AutoReward, find_reward
-from .reward import CallableReward, NonDifferentiableReward, Reward, callable_name, check_gradient
+from .reward import (
+    CallableReward,
+    NonDifferentiableReward,
+    Reward,
+    callable_name,
+    check_gradient,
+    prompts_per_image,
+)
 from .transforms import at_least_float32
 
 RewardLike = str | os.PathLike[str] | Callable[..., Any]
@@ -39,7 +46,7 @@ class RewardSumOutput:
 
 
 class AttachedGradient(torch.autograd.Function):
-    """Values (B,) with a gradient with respect to images (B, 3, H, W) that is known already."""
+    """Values (B,), or one of the set, with a gradient with respect to images (B, 3, H, W) that is known already."""
 
     @staticmethod
     def forward(ctx: Any, images: Tensor, values: Tensor, gradient: Tensor) -> Tensor:
@@ -49,9 +56,12 @@ class AttachedGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_values: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore
         if torch.is_grad_enabled():  # asked for by `create_graph=True`
-            raise RuntimeError("Expected a first derivative of a `RewardSum`, whose gradient is a constant once taken.")
+            raise RuntimeError(
+                "Expected a first derivative of a `RewardSum` or `SetRewardSum`, whose gradient is a constant once "
+                "taken."
+            )
         (gradient,) = ctx.saved_tensors
-        return gradient * grad_values.to(gradient.dtype)[:, None, None, None], None, None
+        return gradient * grad_values.to(gradient.dtype).reshape(-1, 1, 1, 1), None, None
 
 
 class RewardSum(nn.Module):
@@ -151,22 +161,46 @@ class RewardSum(nn.Module):
                     check_gradient(reward, prompts, height, width)
 
     def forward(
-        self, images: Tensor, prompts: str | Sequence[str] | None = None, return_dict: bool = True
+        self,
+        images: Tensor,
+        prompts: str | Sequence[str] | None = None,
+        return_dict: bool = True,
+        chunk_size: int | None = None,
     ) -> RewardSumOutput | tuple[Tensor, dict[str, Tensor]]:
-        """Score (B, 3, H, W) images in [0, 1]; see `Reward.forward` for the arguments and errors."""
+        """Score (B, 3, H, W) images in [0, 1]; see `Reward.forward` for the other arguments and errors.
+
+        Args:
+            chunk_size: score at most so many images at a time, with the memory of so many; `None` for all at once.
+        """
         with_gradient = images.requires_grad and torch.is_grad_enabled() and self.has_gradient
-        total, components = images.new_zeros(len(images), dtype=torch.float32), {}
-        gradient = torch.zeros_like(images, dtype=torch.promote_types(images.dtype, torch.float32))
+        if not isinstance(prompts, (str, type(None))):
+            prompts = prompts_per_image(prompts, len(images), self.names[0], False)
+        pixels, size = images.detach(), chunk_size or max(1, len(images))
+        dtype = torch.promote_types(images.dtype, torch.float32)
+        gradient = torch.zeros_like(pixels, dtype=dtype) if with_gradient else None
+        parts = []
+        for start in range(0, max(1, len(images)), size):
+            rows = slice(start, start + size)
+            its_gradient = None if gradient is None else gradient[rows]
+            parts.append(self.scores(pixels[rows], part_of_prompts(prompts, rows), its_gradient))
+        components = {name: torch.cat([part[name] for part in parts]) for name in self.names}
+        total = images.new_zeros(len(images), dtype=torch.float32)
+        for name, weight in self.weights.items():
+            total = total + weight * self.normalized(name, components[name])
+        if gradient is not None:
+            total = AttachedGradient.apply(images, total, gradient.to(images.dtype))
+        return RewardSumOutput(total, components) if return_dict else (total, components)  # pyright: ignore
+
+    def scores(self, images: Tensor, prompts: Any, gradient: Tensor | None) -> dict[str, Tensor]:
+        """The scores (B,) by name, detached; the gradient of their weighted sum is added to `gradient` (B, 3, H, W)."""
+        components = {}
         for (name, weight), reward in zip(self.weights.items(), self.rewards, strict=True):
-            if weight and with_gradient and reward.differentiable:
+            if weight and gradient is not None and reward.differentiable:
                 components[name], its_gradient = score_and_gradient(reward, images, prompts)
                 gradient.add_(its_gradient, alpha=weight / self.scale(name))
             else:
-                components[name] = reward(images.detach(), prompts).detach()
-            total = total + weight * self.normalized(name, components[name])
-        if with_gradient:
-            total = AttachedGradient.apply(images, total, gradient.to(images.dtype))
-        return RewardSumOutput(total, components) if return_dict else (total, components)  # pyright: ignore
+                components[name] = reward(images, prompts).detach()
+        return components
 
     def normalized(self, name: str, scores: Tensor) -> Tensor:
         mean, std = self.normalization.get(name, (0.0, 1.0))
@@ -240,6 +274,11 @@ def score_and_gradient(reward: nn.Module, images: Tensor, prompts: Any) -> tuple
     scores = reward(pixels, prompts)
     (gradient,) = torch.autograd.grad(scores.sum(), pixels, materialize_grads=True)
     return scores.detach(), gradient
+
+
+def part_of_prompts(prompts: str | Sequence[str] | None, rows: slice) -> Any:
+    """The prompts of some images: those of a list, or the one for all."""
+    return prompts if prompts is None or isinstance(prompts, str) else prompts[rows]
 
 
 def as_prompts(texts: Sequence[str | None]) -> list[str] | None:

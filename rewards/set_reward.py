@@ -12,6 +12,7 @@ from .class_table import ClassTable
 from .features import Features
 from .pairwise_distance import PairwiseDistance
 from .reward import NonFiniteReward
+from .transforms import at_least_float32
 
 SetRewardT = TypeVar("SetRewardT", bound="SetReward")
 
@@ -19,7 +20,8 @@ SetRewardT = TypeVar("SetRewardT", bound="SetReward")
 class SetReward(nn.Module):
     """Scores a set of images by its features: `set_reward(images) -> scalar`, float32, higher is better.
 
-    A subclass implements `score`. The value does not depend on the order of the images.
+    A subclass implements `score`, and is built from its features alone: `SetRewardClass(features)`. The value does not
+    depend on the order of the images.
 
     To optimise a large set in the memory of one image, compute all features without a gradient, then the gradient of
     `of_features` with respect to them, then one image at a time: each image depends on the others through them alone.
@@ -65,23 +67,48 @@ class SetReward(nn.Module):
         """The same of features (B, ...) and (M, ...), which `self.features` gave. Those of references may be kept.
 
         In a sequence, where one image is optimised against all before it, this is the published objective: the value of
-        the union, in which the pairs of references are a constant.
+        the union, in which the pairs of references are a constant. Features in half precision become float32;
+        references go to the device and the type of the others.
+
+        Raises:
+            ValueError: fewer than two images in all, or references of another shape.
+            NonFiniteReward: features or a value that are NaN or infinite.
         """
+        features = self.union(at_least_float32(features), references)
+        if not features.isfinite().all():
+            raise NonFiniteReward(
+                f"Expected finite features for the set reward '{self.name}', but some are NaN or infinite. Load "
+                f"'{self.features.name}' with `dtype=torch.float32` if they ran in half precision."
+            )
+        value = self.score(features).to(features)
+        if not value.isfinite():
+            raise NonFiniteReward(f"Expected a finite value from the set reward '{self.name}', but got {value.item()}.")
+        return value
+
+    def union(self, features: Tensor, references: Tensor | None) -> Tensor:
+        """Features (M + B, ...) of at least two images, those of references first and detached."""
+        if references is not None and references.shape[1:] != features.shape[1:]:
+            raise ValueError(
+                f"Expected references with features of the shape {tuple(features.shape[1:])} of the images for the set "
+                f"reward '{self.name}', but got {tuple(references.shape[1:])}. Compare images of one size by the same "
+                "features."
+            )
         if references is not None:
-            features = torch.cat([references.detach(), features])
+            features = torch.cat([references.detach().to(features), features])
         if len(features) < 2:
             raise ValueError(
                 f"Expected at least 2 images for the set reward '{self.name}', references included, but got "
                 f"{len(features)}. Draw several images of the prompt, or pass `references`."
             )
-        value = self.score(features)
-        if not value.isfinite():
-            raise NonFiniteReward(f"Expected a finite value from the set reward '{self.name}', but got {value.item()}.")
-        return value
+        return features
 
     def score(self, features: Tensor) -> Tensor:
-        """(N, D) or (N, P, D) features of at least two images -> scalar."""
+        """(N, D) or (N, P, D) features of at least two images, in float32 or more -> scalar."""
         raise NotImplementedError(f"`{type(self).__name__}` does not implement `score`.")
+
+    def bounds(self, count: int) -> tuple[float, float] | None:
+        """The lowest and highest possible value of a set of `count` images, references included, where there is one."""
+        return self.range
 
     @classmethod
     def from_pretrained(

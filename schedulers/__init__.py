@@ -1,5 +1,23 @@
-"""Where sampling starts and which noise level it is at: x0 prediction for every scheduler."""
+"""Where sampling starts and which noise level it is at: noise samplers, and x0 prediction for every scheduler."""
 
+from .noise_samplers import (
+    CoupledNoise,
+    NoiseSampler,
+    PinkNoise,
+    WhiteNoise,
+    as_noise_sampler,
+    list_noise_samplers,
+    register_noise_sampler,
+)
 from .x0_prediction import predict_x0
 
-__all__ = ["predict_x0"]
+__all__ = [
+    "CoupledNoise",
+    "NoiseSampler",
+    "PinkNoise",
+    "WhiteNoise",
+    "as_noise_sampler",
+    "list_noise_samplers",
+    "predict_x0",
+    "register_noise_sampler",
+]

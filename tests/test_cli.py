@@ -72,6 +72,17 @@ def test_demo_of_another_method_and_model(tmp_path, capsys):
     assert result.provenance["arguments"]["num_inference_steps"] == 6
 
 
+def test_demo_of_a_method_of_sets_with_rewards(tmp_path, capsys):
+    main(["demo", "--method", "never_too_late", "--steps", "3", "--prompt", PROMPT, "--output", str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert f"{SET} images of 1 prompt, 3 steps" in printed and "NeverTooLate on turbo" in printed
+    assert f" of {SET} right → " in printed and "pixels from their mean place" in printed
+    result = NoiseResult.load(tmp_path / "noise.safetensors")
+    assert result.provenance["objective"]["diversity"] == {"dpp": {"features": "dinov2", "weight": 150.0}}
+    assert result.losses.shape == (3, SET) and result.best_scores["dpp"][0] > result.initial_scores["dpp"][0]
+    assert {Path(path).name for path in Choice.of("never_too_late").weights()} == {"turbo", "clip", "dinov2"}
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Neighbours(NoiseOptimizer):
     """Mixes the noises of a set, without looking at images, and returns the last."""

@@ -21,7 +21,7 @@ def test_the_reward_of_the_guide_meets_the_contract(tmp_path):
     (tmp_path / path).write_text(code)
     with (tmp_path / "rewards/__init__.py").open("a") as file:
         file.write(line + "\n")
-    command = [sys.executable, "-m", "pytest", "tests/rewards/test_contract.py", "-k", "sharpness", "-q"]
+    command = [sys.executable, "-m", "pytest", "tests/rewards/test_contract.py", "-k", "saturation", "-q"]
     environment = os.environ | {"PYTHONPATH": str(tmp_path / "src"), "OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=100)
     assert run.returncode == 0, run.stdout + run.stderr

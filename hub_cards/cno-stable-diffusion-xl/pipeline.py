@@ -23,6 +23,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Real
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
@@ -33,7 +34,339 @@ from diffusers.utils.torch_utils import randn_tensor
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.overrides import TorchFunctionMode
 from transformers import ImageProcessingMixin, PretrainedConfig
+
+
+# schedulers/noise_samplers.py
+
+
+Generators = torch.Generator | list[torch.Generator] | None
+NoiseSamplerSpec = str | Mapping[str, Any] | Callable[..., torch.Tensor]
+
+NOISE_SAMPLERS: dict[str, Callable[..., Any]] = {}
+
+
+class NoiseSampler:
+    """Draws initial noise: the white noise that diffusers draws for the same generators, mapped by `color`.
+
+    So each sampler leaves a generator where white noise leaves it. Any callable with the arguments of `__call__` is
+    taken as a noise sampler too.
+    """
+
+    name: ClassVar[str | None] = None
+
+    def __call__(
+        self,
+        shape: Sequence[int],
+        generator: Generators = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> torch.Tensor:
+        """Draw noise of a shape `(B, C, H, W)`: spatial, before any scaling or packing.
+
+        Args:
+            shape: That of the noise; `(B, 1, C, H, W)` and other shapes that end in height and width do too.
+            generator: One for the batch, or a list of one for each sample, which makes samples independent of the batch
+                they are drawn in. CPU generators draw on the CPU and move the noise to `device`.
+            device: Where the noise goes; by default where the generator is.
+            dtype: What the noise is drawn in; float32 by default.
+
+        Raises:
+            ValueError: for a list of generators that has another length than the batch, and a shape without images.
+        """
+        streams = generator if isinstance(generator, list) else [generator]
+        if len(streams) not in (1, shape[0]):
+            raise ValueError(f"Expected one generator, or one for each of {shape[0]} samples, but got {len(streams)}.")
+        if device is None and streams[0] is not None:
+            device = streams[0].device
+        device = None if device is None else torch.device(device)
+        return self.color(randn_tensor(tuple(shape), generator=generator, device=device, dtype=dtype))
+
+    def color(self, white: torch.Tensor) -> torch.Tensor:
+        """White noise to this noise: same shape, dtype and device."""
+        raise NotImplementedError(f"{type(self).__name__} must define `color(white)`.")
+
+    def within(self, groups: Sequence[int]) -> "NoiseSampler":
+        """This sampler for a batch with the given groups: one integer for each sample, equal where prompts are."""
+        return self
+
+    def describe(self) -> dict[str, Any]:
+        """Name and settings as plain values, which `as_noise_sampler` takes if the sampler is registered."""
+        fields = dataclasses.fields(self) if dataclasses.is_dataclass(self) else ()
+        values = {field.name: getattr(self, field.name) for field in fields}
+        plain_values = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+        return {"name": self.name or type(self).__name__, **plain_values}
+
+
+def register_noise_sampler(name: str):
+    """Class decorator: make a noise sampler known by name. The same class may come again, as when code is reloaded."""
+
+    def register(cls):
+        known = NOISE_SAMPLERS.get(name)
+        if known is not None and known.__qualname__ != cls.__qualname__:
+            raise ValueError(f"Expected a free noise sampler name, but {name!r} is taken by {known.__qualname__}.")
+        NOISE_SAMPLERS[name], cls.name = cls, name
+        return cls
+
+    return register
+
+
+def list_noise_samplers() -> list[str]:
+    """The names that `noise_sampler=` takes."""
+    return sorted(NOISE_SAMPLERS)
+
+
+def as_noise_sampler(sampler: NoiseSamplerSpec | None) -> Callable[..., torch.Tensor] | None:
+    """A noise sampler by name (`"pink"`), by name and settings (`{"name": "pink", "alpha": 0.3}`), or as it is.
+
+    Raises:
+        ValueError: for an unknown name, and for settings that the sampler does not have or cannot take.
+        TypeError: for what is none of these.
+    """
+    if isinstance(sampler, str):
+        return named_noise_sampler(sampler, {})
+    if isinstance(sampler, Mapping):
+        settings = dict(sampler)
+        return named_noise_sampler(settings.pop("name", None), settings)
+    if sampler is None or (callable(sampler) and not isinstance(sampler, type)):
+        return sampler
+    raise TypeError(
+        f"Expected a noise sampler such as `PinkNoise(0.2)`, one of the names {list_noise_samplers()} or a dict such "
+        f'as {{"name": "pink", "alpha": 0.3}}, but got {sampler!r}.'
+    )
+
+
+def named_noise_sampler(name: str | None, settings: dict[str, Any]) -> Callable[..., torch.Tensor]:
+    if name not in NOISE_SAMPLERS:
+        raise ValueError(
+            f"Expected the name of a noise sampler out of {list_noise_samplers()}, but got {name!r}. For settings pass "
+            'a dict such as {"name": "pink", "alpha": 0.3}.'
+        )
+    known = list(inspect.signature(NOISE_SAMPLERS[name]).parameters)
+    if unknown := sorted(settings.keys() - set(known)):
+        raise ValueError(f"Expected settings of the noise sampler {name!r} out of {known}, but got {unknown}.")
+    return NOISE_SAMPLERS[name](**settings)
+
+
+def describe_noise_sampler(sampler: Callable[..., torch.Tensor] | None) -> dict[str, Any] | None:
+    """Name and settings of a noise sampler in plain values; of a foreign one its name; `None` for `None`."""
+    if sampler is None:
+        return None
+    if hasattr(sampler, "describe"):
+        return sampler.describe()  # pyright: ignore[reportFunctionMemberAccess]
+    return {"name": getattr(sampler, "__qualname__", type(sampler).__qualname__)}
+
+
+@register_noise_sampler("white")
+@dataclasses.dataclass(frozen=True)
+class WhiteNoise(NoiseSampler):
+    """Standard Gaussian noise, bit for bit what a stock pipeline draws."""
+
+    def color(self, white: torch.Tensor) -> torch.Tensor:
+        return white
+
+
+@register_noise_sampler("pink")
+@dataclasses.dataclass(frozen=True)
+class PinkNoise(NoiseSampler):
+    """White noise with amplitudes times (1 + f)^-α, by default each channel of each sample at mean 0 and variance 1.
+
+    It's Never Too Late, https://arxiv.org/abs/2601.00090, eq. 7: images of one prompt differ more from pink noise. f is
+    the distance from frequency zero in index units, that is in waves for each side of the noise, not for each pixel.
+    Phases are those of the white noise of the same generators. The variance is the unbiased one, so the squared norm of
+    a channel is H·W − 1: what white noise has on average without its mean.
+
+    Args:
+        alpha: α, any finite number: above 0 favours low frequencies (the paper takes 0.2 and finds patches above 0.3),
+            below 0 is blue noise. 0 is white noise that is still standardised in each channel; take `WhiteNoise` for
+            the stock draw.
+        reference_size: Side of the noise, in its own entries, at which f is the paper's; `None` for any. f then counts
+            waves per `reference_size` entries, f = reference_size · √((u/H)² + (v/W)²), so that α gives the same
+            spectrum per entry at all sizes; without, larger noises are shaped more.
+        band: (low, high) in the units of f: the slope is limited to this band.
+        outside: What becomes of frequencies outside the band: "flat" continues the gain that it has at the edge, "zero"
+            leaves noise of the band alone.
+        standardize: `False` scales by the standard deviation over all draws instead of that of each channel, and keeps
+            the means, that is f = 0: so the noise is exactly Gaussian. In small latents the means decide much of an
+            image: of 8 × 8 entries, without them images of a prompt are far more alike.
+
+    Raises:
+        ValueError: for settings that cannot work.
+    """
+
+    alpha: float = 0.2
+    _: dataclasses.KW_ONLY
+    reference_size: float | None = None
+    band: Sequence[float] | None = None
+    outside: Literal["flat", "zero"] = "flat"
+    standardize: bool = True
+
+    def __post_init__(self) -> None:
+        if not is_finite_number(self.alpha):
+            raise ValueError(f"Expected `alpha` to be a finite number, but got {self.alpha!r}. The paper takes 0.2.")
+        if self.reference_size is not None and not (is_finite_number(self.reference_size) and self.reference_size > 0):
+            raise ValueError(f"Expected `reference_size` to be a number above 0, but got {self.reference_size!r}.")
+        if self.outside not in ("flat", "zero"):
+            raise ValueError(f'Expected `outside` to be "flat" or "zero", but got {self.outside!r}.')
+        if self.band is not None:
+            object.__setattr__(self, "band", checked_band(self.band))
+        elif self.outside == "zero":
+            raise ValueError('Expected a `band` beside `outside="zero"`, but got none. Pass `band=(low, high)`.')
+
+    def color(self, white: torch.Tensor) -> torch.Tensor:
+        """White noise `(B, C, H, W)` to pink noise of its phases, in its dtype; computed in float32 or better.
+
+        Raises:
+            ValueError: for noise that is not spatial, and for sizes that have no frequency in the band.
+        """
+        check_spatial(white.shape)
+        size = white.shape[-2:]
+        exact = white.to(torch.promote_types(white.dtype, torch.float32))
+        gain = self.gain(*size).to(exact.dtype).to(exact.device)
+        pink = torch.fft.irfft2(torch.fft.rfft2(exact) * gain, s=size)
+        spread = pink.std((-2, -1), keepdim=True) if self.standardize else expected_std(gain, *size)
+        return (pink / spread.clamp_min(torch.finfo(pink.dtype).tiny)).to(white.dtype)
+
+    def gain(self, height: int, width: int) -> torch.Tensor:
+        """The factor of each entry of `rfft2`, `(H, W // 2 + 1)` float64, scaled to a largest of 1.
+
+        That of frequency zero is 0 where channels are standardised: their mean is taken away in any case, and so before
+        it can cost precision.
+        """
+        f = self.frequency(height, width)
+        low, high = self.band or (0.0, math.inf)
+        shaped = f > 0 if self.standardize else f >= 0
+        if self.outside == "zero":
+            shaped &= (f >= low) & (f <= high)
+        if not shaped.any():
+            raise ValueError(
+                f"Expected a `band` with frequencies of noise of {height}×{width}, which go up to {f.max():.4g}, but "
+                f"got {tuple(self.band or ())}. Widen it."
+            )
+        logs = -self.alpha * f.clamp(low, high).log1p()
+        return torch.where(shaped, (logs - logs[shaped].max()).exp(), 0.0)
+
+    def frequency(self, height: int, width: int) -> torch.Tensor:
+        """f of each entry of `rfft2`, `(H, W // 2 + 1)` float64."""
+        rows = torch.fft.fftfreq(height, dtype=torch.float64) * (self.reference_size or height)
+        columns = torch.fft.rfftfreq(width, dtype=torch.float64) * (self.reference_size or width)
+        return torch.hypot(rows[:, None], columns)
+
+
+def expected_std(gain: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """The standard deviation of each entry of white noise `(height, width)` times a `gain` of its `rfft2`, a scalar."""
+    copies = torch.full_like(gain, 2.0)  # `rfft2` leaves out the mirrored half of the columns
+    copies[:, 0] = 1
+    copies[:, -1] = 2 - (width % 2 == 0)
+    return (gain.square() * copies).sum().div(height * width).sqrt()
+
+
+@register_noise_sampler("coupled")
+@dataclasses.dataclass(frozen=True)
+class CoupledNoise(NoiseSampler):
+    """Noises that are Gaussian each, and as negatively correlated as K noises can be: their sum is zero.
+
+    `z_i = √(1−ρ)·(g_i − ḡ) + √(1+(K−1)ρ)·ḡ`, the symmetric square root of the covariance (1−ρ)I + ρ11ᵀ, for each entry
+    of K white noises g. At ρ = −1/(K−1) that is √(K/(K−1))·(g_i − ḡ), and for K = 2 the antithetic pair (z, −z). Couple
+    to Control, https://arxiv.org/abs/2605.11311: sets differ more, at no cost, while each image has its own law.
+
+    Args:
+        group_size: K: each K samples in a row are coupled; at least 2. By default all of the batch are, and in a
+            pipeline those that share their prompt.
+        correlation: ρ in [−1/(K−1), 1]; −1/(K−1) by default.
+        groups: Instead of `group_size`: one integer for each sample, equal where samples are coupled.
+
+    Raises:
+        ValueError: for settings that cannot work.
+    """
+
+    group_size: int | None = None
+    _: dataclasses.KW_ONLY
+    correlation: float | None = None
+    groups: Sequence[int] | None = None
+
+    def __post_init__(self) -> None:
+        if self.group_size is not None and not (isinstance(self.group_size, int) and self.group_size >= 2):
+            raise ValueError(f"Expected `group_size` to be an integer of 2 or more, but got {self.group_size!r}.")
+        if self.group_size is not None and self.groups is not None:
+            raise ValueError("Expected `group_size` or `groups`, but got both. Leave one out.")
+        if self.correlation is not None and not (is_finite_number(self.correlation) and -1 <= self.correlation <= 1):
+            raise ValueError(f"Expected `correlation` to be in [-1/(K-1), 1], but got {self.correlation!r}.")
+        if self.groups is not None:
+            object.__setattr__(self, "groups", tuple(self.groups))
+
+    def color(self, white: torch.Tensor) -> torch.Tensor:
+        """White noises `(B, ...)` to coupled ones, in their dtype; computed in float32 or better.
+
+        Raises:
+            ValueError: for a batch that the groups do not fit, and a correlation that K samples cannot have.
+        """
+        exact = white.to(torch.promote_types(white.dtype, torch.float32))
+        coupled = torch.empty_like(exact)
+        for rows in self.coupled_rows(len(white)):
+            coupled[rows] = self.couple_all(exact[rows])
+        return coupled.to(white.dtype)
+
+    def couple_all(self, white: torch.Tensor) -> torch.Tensor:
+        """`(K, ...)` white noises to K coupled ones."""
+        rho, others, mean = self.correlation, len(white) - 1, white.mean(0, keepdim=True)
+        if rho is None:
+            return math.sqrt(len(white) / others) * (white - mean)
+        return math.sqrt(1 - rho) * (white - mean) + math.sqrt(max(1 + others * rho, 0.0)) * mean
+
+    def coupled_rows(self, batch: int) -> list[list[int]]:
+        """The samples of each group, by their places in the batch."""
+        if self.groups is not None and len(self.groups) != batch:
+            raise ValueError(f"Expected `groups` of {batch} integers, one for each sample, but got {len(self.groups)}.")
+        if self.group_size is not None and batch % self.group_size:
+            raise ValueError(f"Expected a batch in groups of {self.group_size}, but got {batch} samples.")
+        labels = self.groups or [index // (self.group_size or max(batch, 1)) for index in range(batch)]
+        found = [[row for row in range(batch) if labels[row] == label] for label in dict.fromkeys(labels)]
+        for rows in found:
+            self.check_group(len(rows))
+        return found
+
+    def check_group(self, count: int) -> None:
+        if count < 2:
+            raise ValueError(
+                "Expected at least 2 samples in each group of coupled noise, but got 1. Pass `num_images_per_prompt=2` "
+                "or more, or `group_size` to couple images of different prompts."
+            )
+        lowest = -1 / (count - 1)
+        if self.correlation is not None and self.correlation < lowest - 1e-12:
+            raise ValueError(
+                f"Expected `correlation` of {count} samples to be at least {lowest:.4g}, but got {self.correlation!r}. "
+                "Leave it out for the lowest."
+            )
+
+    def within(self, groups: Sequence[int]) -> "CoupledNoise":
+        """Coupled within the given groups, unless the sampler has its own. Raises `ValueError` where that fails."""
+        own = self.group_size is not None or self.groups is not None
+        bound = self if own else dataclasses.replace(self, groups=tuple(groups))
+        bound.coupled_rows(len(groups))
+        return bound
+
+
+def is_finite_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def checked_band(band: Sequence[float]) -> tuple[float, float]:
+    """A band as a tuple. Raises `ValueError` unless it is (low, high) with 0 <= low < high."""
+    limits = tuple(band) if isinstance(band, Sequence) else ()
+    if len(limits) == 2 and is_finite_number(limits[0]) and isinstance(limits[1], Real) and 0 <= limits[0] < limits[1]:
+        return limits
+    raise ValueError(f"Expected `band` to be (low, high) with 0 <= low < high, but got {band!r}.")
+
+
+def check_spatial(shape: Sequence[int]) -> None:
+    if len(shape) < 4 or shape[-2] * shape[-1] < 2:
+        raise ValueError(
+            f"Expected noise of shape (B, C, H, W), with H·W of 2 or more, but got {tuple(shape)}. Draw packed latents "
+            "before they are packed."
+        )
 
 
 # callbacks/noise_state.py
@@ -786,7 +1119,7 @@ class RewardSumOutput:
 
 
 class AttachedGradient(torch.autograd.Function):
-    """Values (B,) with a gradient with respect to images (B, 3, H, W) that is known already."""
+    """Values (B,), or one of the set, with a gradient with respect to images (B, 3, H, W) that is known already."""
 
     @staticmethod
     def forward(ctx: Any, images: Tensor, values: Tensor, gradient: Tensor) -> Tensor:
@@ -796,9 +1129,12 @@ class AttachedGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_values: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore
         if torch.is_grad_enabled():  # asked for by `create_graph=True`
-            raise RuntimeError("Expected a first derivative of a `RewardSum`, whose gradient is a constant once taken.")
+            raise RuntimeError(
+                "Expected a first derivative of a `RewardSum` or `SetRewardSum`, whose gradient is a constant once "
+                "taken."
+            )
         (gradient,) = ctx.saved_tensors
-        return gradient * grad_values.to(gradient.dtype)[:, None, None, None], None, None
+        return gradient * grad_values.to(gradient.dtype).reshape(-1, 1, 1, 1), None, None
 
 
 class RewardSum(nn.Module):
@@ -898,22 +1234,46 @@ class RewardSum(nn.Module):
                     check_gradient(reward, prompts, height, width)
 
     def forward(
-        self, images: Tensor, prompts: str | Sequence[str] | None = None, return_dict: bool = True
+        self,
+        images: Tensor,
+        prompts: str | Sequence[str] | None = None,
+        return_dict: bool = True,
+        chunk_size: int | None = None,
     ) -> RewardSumOutput | tuple[Tensor, dict[str, Tensor]]:
-        """Score (B, 3, H, W) images in [0, 1]; see `Reward.forward` for the arguments and errors."""
+        """Score (B, 3, H, W) images in [0, 1]; see `Reward.forward` for the other arguments and errors.
+
+        Args:
+            chunk_size: score at most so many images at a time, with the memory of so many; `None` for all at once.
+        """
         with_gradient = images.requires_grad and torch.is_grad_enabled() and self.has_gradient
-        total, components = images.new_zeros(len(images), dtype=torch.float32), {}
-        gradient = torch.zeros_like(images, dtype=torch.promote_types(images.dtype, torch.float32))
+        if not isinstance(prompts, (str, type(None))):
+            prompts = prompts_per_image(prompts, len(images), self.names[0], False)
+        pixels, size = images.detach(), chunk_size or max(1, len(images))
+        dtype = torch.promote_types(images.dtype, torch.float32)
+        gradient = torch.zeros_like(pixels, dtype=dtype) if with_gradient else None
+        parts = []
+        for start in range(0, max(1, len(images)), size):
+            rows = slice(start, start + size)
+            its_gradient = None if gradient is None else gradient[rows]
+            parts.append(self.scores(pixels[rows], part_of_prompts(prompts, rows), its_gradient))
+        components = {name: torch.cat([part[name] for part in parts]) for name in self.names}
+        total = images.new_zeros(len(images), dtype=torch.float32)
+        for name, weight in self.weights.items():
+            total = total + weight * self.normalized(name, components[name])
+        if gradient is not None:
+            total = AttachedGradient.apply(images, total, gradient.to(images.dtype))
+        return RewardSumOutput(total, components) if return_dict else (total, components)  # pyright: ignore
+
+    def scores(self, images: Tensor, prompts: Any, gradient: Tensor | None) -> dict[str, Tensor]:
+        """The scores (B,) by name, detached; the gradient of their weighted sum is added to `gradient` (B, 3, H, W)."""
+        components = {}
         for (name, weight), reward in zip(self.weights.items(), self.rewards, strict=True):
-            if weight and with_gradient and reward.differentiable:
+            if weight and gradient is not None and reward.differentiable:
                 components[name], its_gradient = score_and_gradient(reward, images, prompts)
                 gradient.add_(its_gradient, alpha=weight / self.scale(name))
             else:
-                components[name] = reward(images.detach(), prompts).detach()
-            total = total + weight * self.normalized(name, components[name])
-        if with_gradient:
-            total = AttachedGradient.apply(images, total, gradient.to(images.dtype))
-        return RewardSumOutput(total, components) if return_dict else (total, components)  # pyright: ignore
+                components[name] = reward(images, prompts).detach()
+        return components
 
     def normalized(self, name: str, scores: Tensor) -> Tensor:
         mean, std = self.normalization.get(name, (0.0, 1.0))
@@ -987,6 +1347,11 @@ def score_and_gradient(reward: nn.Module, images: Tensor, prompts: Any) -> tuple
     scores = reward(pixels, prompts)
     (gradient,) = torch.autograd.grad(scores.sum(), pixels, materialize_grads=True)
     return scores.detach(), gradient
+
+
+def part_of_prompts(prompts: str | Sequence[str] | None, rows: slice) -> Any:
+    """The prompts of some images: those of a list, or the one for all."""
+    return prompts if prompts is None or isinstance(prompts, str) else prompts[rows]
 
 
 def as_prompts(texts: Sequence[str | None]) -> list[str] | None:
@@ -1458,6 +1823,194 @@ def space_of(scheduler: Any) -> SampleSpace:
     )
 
 
+# pipelines/chunks.py
+
+
+SAME_FOR_ALL = ("sigmas", "timesteps")  # lists of numbers that are not one for each image
+PLAIN_VALUES = (str, int, float, bool, type(None))
+ChunkRun = Callable[[list[int], torch.Tensor], torch.Tensor]
+
+
+class WholeBatchDraws(TorchFunctionMode):
+    """Random numbers for some images of a batch, as the whole batch would have drawn them from its one generator.
+
+    Samplers that add noise on the way draw for the images that they have; inside this context a `torch.randn` for so
+    many images from this generator draws for all and keeps the rows, so that the stream goes on as in the whole batch.
+
+    Args:
+        generator: The generator of the call.
+        batch: How many images the whole batch has.
+        rows: Which of them are drawn here.
+    """
+
+    def __init__(self, generator: torch.Generator, batch: int, rows: list[int]) -> None:
+        super().__init__()
+        self.generator, self.batch, self.rows = generator, batch, rows
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is not torch.randn or kwargs.get("generator") is not self.generator:
+            return func(*args, **kwargs)
+        rest = {name: value for name, value in kwargs.items() if name != "size"}
+        shape = kwargs["size"] if "size" in kwargs else args if isinstance(args[0], int) else args[0]
+        if shape[0] != len(self.rows):
+            return func(shape, **rest)
+        return func((self.batch, *shape[1:]), **rest)[self.rows]
+
+
+class ChunkedRun(torch.autograd.Function):
+    """`run(rows, noise[rows])` of all chunks of a batch, with the memory of one: the backward pass runs each again.
+
+    The gradient is that of the joint run, as no image depends on the noise of another.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, noise: torch.Tensor, run: ChunkRun, chunks: list[list[int]]) -> torch.Tensor:
+        ctx.save_for_backward(noise)
+        ctx.run, ctx.chunks = run, chunks
+        return run_each(run, noise, chunks)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # pyright: ignore
+        (noise,) = ctx.saved_tensors
+        found = torch.empty_like(noise)
+        for rows in ctx.chunks:
+            found[rows] = chunk_gradient(ctx.run, rows, noise[rows], gradient[rows])
+        return found, None, None
+
+
+def run_in_chunks(run: ChunkRun, noise: torch.Tensor, chunk_size: int, differentiable: bool) -> torch.Tensor:
+    """`run` of a batch `(B, ...)`, at most `chunk_size` images at a time.
+
+    Args:
+        run: Rows of the batch, and their noise, to what is drawn of them.
+        noise: `(B, ...)`.
+        chunk_size: 1 or more.
+        differentiable: Whether the result has a gradient, where the noise has one.
+    """
+    chunks = [rows.tolist() for rows in torch.arange(len(noise)).split(chunk_size)]
+    if differentiable and noise.requires_grad:
+        return ChunkedRun.apply(noise, run, chunks)  # pyright: ignore[reportReturnType]
+    return run_each(run, noise.detach(), chunks)
+
+
+def run_each(run: ChunkRun, noise: torch.Tensor, chunks: list[list[int]]) -> torch.Tensor:
+    """The results of all chunks in one tensor, without a graph."""
+    first = run(chunks[0], noise[chunks[0]].detach())
+    found = first.new_empty(len(noise), *first.shape[1:])
+    found[chunks[0]] = first
+    for rows in chunks[1:]:
+        found[rows] = run(rows, noise[rows].detach())
+    return found
+
+
+def chunk_gradient(run: ChunkRun, rows: list[int], noise: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    """The gradient of one chunk with respect to its noise; the graph is gone on return."""
+    with torch.enable_grad():
+        leaf = noise.detach().requires_grad_()
+        output = run(rows, leaf)
+    (found,) = torch.autograd.grad(output, leaf, gradient)
+    return found
+
+
+class BatchLayout:
+    """Which prompt each image of a call has, and so what an argument of the call is for some of its images.
+
+    Args:
+        request: The arguments of the call.
+        batch: B, how many images it draws.
+    """
+
+    def __init__(self, request: dict[str, Any], batch: int) -> None:
+        self.request, self.batch = request, batch
+        prompt = request.get("prompt")
+        prompt = request.get("prompt_embeds") if prompt is None else prompt
+        self.prompts = 1 if prompt is None or isinstance(prompt, str) else len(prompt)
+
+    def prompt_rows(self, rows: list[int]) -> list[int]:
+        """The prompt of each image: those of a prompt lie one after the other."""
+        return [row * self.prompts // self.batch for row in rows]
+
+    def request_of(self, rows: list[int]) -> dict[str, Any]:
+        """The arguments of a call for these images alone.
+
+        Raises:
+            ValueError: For an argument that may hold something for each image and is none of the prompts.
+        """
+        for name, value in self.request.items():
+            check_for_all(name, value)
+        if self.prompts == 1:
+            found, count = dict(self.request), len(rows)
+        else:
+            found, count = {name: self.picked(name, value, rows) for name, value in self.request.items()}, 1
+        return found | ({"num_images_per_prompt": count} if "num_images_per_prompt" in found else {})
+
+    def picked(self, name: str, value: Any, rows: list[int]) -> Any:
+        """An argument for the prompts of these images; what is no argument for each prompt as it is."""
+        if "prompt" not in name or isinstance(value, str) or not hasattr(value, "__len__"):
+            return value
+        return take(value, self.prompt_rows(rows)) if len(value) == self.prompts else value
+
+    def encoded_of(self, value: Any, rows: list[int]) -> Any:
+        """What `encode_prompt` returned, for these images.
+
+        Tensors and lists have an entry for each image, or for each prompt where the pipeline repeats them itself;
+        position ids `(L, 3)`, as those of Flux, are the same for all.
+
+        Raises:
+            ValueError: For a tensor with neither.
+        """
+        if isinstance(value, dict):
+            return {name: self.encoded_of(part, rows) for name, part in value.items()}
+        if isinstance(value, torch.Tensor):
+            return self.tensor_of(value, rows)
+        if isinstance(value, list) and len(value) == self.batch:
+            return take(value, rows)
+        if isinstance(value, list) and len(value) == self.prompts > 1:
+            return take(value, self.prompt_rows(rows))
+        if isinstance(value, (tuple, list)):
+            return type(value)([self.encoded_of(part, rows) for part in value])
+        return value
+
+    def tensor_of(self, value: torch.Tensor, rows: list[int]) -> torch.Tensor:
+        if value.ndim == 0 or (value.ndim == 2 and value.shape[1] == 3):
+            return value
+        if len(value) == self.batch:
+            return value[rows]
+        if len(value) == self.prompts:
+            return value if self.prompts == 1 else value[self.prompt_rows(rows)]
+        raise ValueError(
+            f"Expected `encode_prompt` to return tensors with an entry for each of {self.batch} images, but got the "
+            f"shape {tuple(value.shape)}, of which no part can be told apart. Use `chunk_size=None`."
+        )
+
+
+def take(value: Any, rows: Sequence[int]) -> Any:
+    """The rows of a tensor, or of a list or tuple."""
+    return value[list(rows)] if hasattr(value, "shape") else type(value)(value[row] for row in rows)
+
+
+def check_for_all(name: str, value: Any) -> None:
+    """Raise `ValueError` for an argument that is no prompt and may hold something for each image."""
+    if "prompt" in name or name in SAME_FOR_ALL:
+        return
+    if (name.startswith("ip_adapter") and value is not None) or holds_several(value):
+        raise ValueError(
+            f"Expected arguments that are the same for all images, to draw some of them by themselves, but got "
+            f"`{name}`, which may hold one for each. Use `chunk_size=None`."
+        )
+
+
+def holds_several(value: Any) -> bool:
+    """Whether there are several tensors, images or the like in an argument: numbers and strings are settings."""
+    if isinstance(value, dict):
+        return any(map(holds_several, value.values()))
+    if getattr(value, "ndim", 0) > 0:  # torch and numpy
+        return len(value) > 1
+    return isinstance(value, (list, tuple)) and len(value) > 1 and not all(isinstance(x, PLAIN_VALUES) for x in value)
+
+
 # pipelines/latent_space.py
 
 
@@ -1485,6 +2038,23 @@ def with_globals(function: types.FunctionType, **replaced: Any) -> types.Functio
     return twin
 
 
+def drawing_with(noise_sampler: Callable[..., torch.Tensor] | None) -> Callable[..., torch.Tensor]:
+    """What stands in for `randn_tensor`: that function itself, or a noise sampler with its shape checked."""
+    if noise_sampler is None:
+        return randn_tensor
+
+    def draw(shape, generator=None, device=None, dtype=None, layout=None) -> torch.Tensor:
+        noise = noise_sampler(tuple(shape), generator=generator, device=device, dtype=dtype)
+        if noise.shape != torch.Size(shape):
+            raise ValueError(
+                f"Expected the noise sampler to return noise of shape {tuple(shape)}, but got {tuple(noise.shape)}. "
+                "Draw the shape that it is called with."
+            )
+        return noise.to(device=device, dtype=dtype)
+
+    return draw
+
+
 def first_of(prepared):
     """What `prepare_latents` returns is the latents, or a tuple that begins with them."""
     return prepared[0] if isinstance(prepared, tuple) else prepared
@@ -1498,15 +2068,35 @@ class LatentSpace:
     * latents: what the pipeline accepts as `latents=`: packed, not scaled.
 
     No family is named here: the stock function does the packing, and is asked which form it takes back.
+
+    Args:
+        pipe, args, kwargs: The call.
+        noise_sampler: Draws the noise of the call in the place of diffusers' `randn_tensor`, which `None` leaves there.
     """
 
-    def __init__(self, pipe, args: tuple, kwargs: dict[str, Any]) -> None:
+    def __init__(
+        self, pipe, args: tuple, kwargs: dict[str, Any], noise_sampler: Callable[..., torch.Tensor] | None = None
+    ) -> None:
         self.with_draw = drawing_function(type(pipe))
+        self.noise_sampler, self.draw_noise = noise_sampler, drawing_with(noise_sampler)
         bound = inspect.signature(self.with_draw(randn_tensor)).bind(pipe, *args, **kwargs)
         arguments = dict(bound.arguments)
         self.given = arguments.pop("latents", None)
         extra = arguments.pop("kwargs", {})
         self.arguments = {name: value for name, value in {**arguments, **extra}.items() if name != "self"}
+
+    def for_images(self, count: int) -> "LatentSpace":
+        """The same space for so many images. Raises `ValueError` if the family is not told how many there are."""
+        if "batch_size" not in self.arguments:
+            raise ValueError(
+                "Expected a `prepare_latents` with the argument `batch_size`, to draw some images by themselves, but "
+                f"got one with {list(self.arguments)}. Use `chunk_size=None`."
+            )
+        space = copy.copy(self)
+        # generators are given with each call: one for each image would not fit the new number
+        unset = {"generator": None} if "generator" in self.arguments else {}
+        space.arguments = {**self.arguments, "batch_size": count, **unset}
+        return space
 
     def on(self, pipe, draw: Callable[..., torch.Tensor], latents: torch.Tensor | None = None, **overrides):
         """Run the stock function on `pipe` with `draw(shape, **kwargs)` for its random numbers."""
@@ -1517,7 +2107,7 @@ class LatentSpace:
         drawn: list[torch.Tensor] = []
 
         def record(*args, **kwargs):
-            drawn.append(randn_tensor(*args, **kwargs))
+            drawn.append(self.draw_noise(*args, **kwargs))
             return drawn[-1]
 
         self.on(pipe, record, self.given)
@@ -1679,6 +2269,12 @@ class RandomState:
             fresh[-1].set_state(state)
         return fresh if self.several else fresh[0]
 
+    def of_rows(self, rows: list[int]) -> "RandomState":
+        """The streams of some images, or the one that all images share."""
+        found = copy.copy(self)
+        found.states = [self.states[row] for row in rows] if self.several else self.states
+        return found
+
 
 def default_generator(device: torch.device) -> torch.Generator:
     """The generator that torch draws from on `device` when none is given."""
@@ -1723,8 +2319,10 @@ class PipelineSampler:
         ours = ("latents", "generator", "output_type", "return_dict", "callback_on_step_end", "callback")
         self.request = {name: value for name, value in request.items() if name not in ours}
         self.twin = self.make_twin(pipe, clamp)
-        # copied before any gradient run: schedulers hold the graph afterwards, and then cannot be copied
+        # as it was before any run: schedulers hold the graph of one afterwards, so that each run has its own copy
         self.scheduler = copy.deepcopy(pipe.scheduler)
+        self.part_of: tuple[int, list[int]] | None = None  # the size of the whole batch, and which rows of it are drawn
+        self.chunks: dict[tuple[int, ...], PipelineSampler] = {}
 
     def make_twin(self, pipe, clamp: str):
         twin = copy.copy(pipe)
@@ -1741,15 +2339,44 @@ class PipelineSampler:
             vars(twin.image_processor)["denormalize"] = denormalize_straight_through
         return twin
 
-    def states_after_draw(self) -> list[tuple[str, torch.Tensor]]:
-        """The random streams once the base noise is drawn: device type and state of each."""
+    def random_state_after_draw(self) -> RandomState:
+        """The random streams once the base noise is drawn."""
         generator = self.random_state.generator()
         if self.drew:
-            self.space.on(self.twin, randn_tensor, generator=generator)
-        streams = generator if isinstance(generator, list) else [generator]
-        return [(stream.device.type, stream.get_state()) for stream in streams]
+            self.space.on(self.twin, self.space.draw_noise, generator=generator)
+        return RandomState(generator, torch.device("cpu"))
 
-    def images(self, noise: torch.Tensor, gradient: Gradient = None, preview: bool = False) -> torch.Tensor:
+    def states_after_draw(self) -> list[tuple[str, torch.Tensor]]:
+        """Device type and state of each random stream once the base noise is drawn."""
+        return [(device.type, state) for device, state, _ in self.random_state_after_draw().states]
+
+    def chunk(self, rows: list[int]) -> "PipelineSampler":
+        """A sampler of some images of the batch alone: what the whole batch draws in these rows, but for rounding.
+
+        Samplers that add noise on the way see the same noise, if they draw it from the generator of the call.
+
+        Raises:
+            ValueError: Naming an argument of the call that cannot be told apart by image, such as a list of images.
+        """
+        if tuple(rows) not in self.chunks:
+            batch = self.space.arguments.get("batch_size", 0)
+            layout = BatchLayout(self.request, batch)
+            part = copy.copy(self)
+            part.space = self.space.for_images(len(rows))
+            part.request = layout.request_of(rows)
+            part.encoded = [layout.encoded_of(each, rows) for each in self.encoded]
+            part.random_state, part.drew = self.random_state_after_draw().of_rows(rows), False
+            part.part_of, part.chunks = (batch, rows), {}
+            self.chunks[tuple(rows)] = part
+        return self.chunks[tuple(rows)]
+
+    def images(
+        self,
+        noise: torch.Tensor,
+        gradient: Gradient = None,
+        preview: bool = False,
+        chunk_size: int | None = None,
+    ) -> torch.Tensor:
         """`noise` (B, C, H, W) to images (B, 3, H, W) in [0, 1], float32 or better.
 
         Args:
@@ -1757,12 +2384,24 @@ class PipelineSampler:
             gradient: "full" back-propagates through the whole chain; "frozen" holds the model's outputs constant, so no
                 graph is kept in the denoiser; `None` keeps no graph at all.
             preview: Draw the x0 estimate of the first model call instead of the whole chain.
+            chunk_size: Draw at most so many images at a time, and draw them again, with their graph, in the backward
+                pass: the same gradient in the memory of so many images, for one more forward pass. `None` for all.
         """
+        if chunk_size is not None and chunk_size < len(noise):
+
+            def draw(rows: list[int], part: torch.Tensor) -> torch.Tensor:
+                return self.chunk(rows).images(part, gradient, preview)
+
+            return run_in_chunks(draw, noise, chunk_size, gradient is not None)
         images = self.run(noise, gradient, preview, "pt")
         return images.to(torch.promote_types(images.dtype, torch.float32))
 
-    def x0(self, noise: torch.Tensor, gradient: Gradient = None) -> torch.Tensor:
-        """`noise` (B, C, H, W) to the x0 estimate of the first model call, in the layout of the noise."""
+    def x0(self, noise: torch.Tensor, gradient: Gradient = None, chunk_size: int | None = None) -> torch.Tensor:
+        """`noise` (B, C, H, W) to the x0 estimate of the first model call, in the layout of the noise; see `images`."""
+        if chunk_size is not None and chunk_size < len(noise):
+            return run_in_chunks(
+                lambda rows, part: self.chunk(rows).x0(part, gradient), noise, chunk_size, gradient is not None
+            )
         latents = self.run(noise, gradient, True, "latent")
         return self.space.unpack(self.twin, latents)
 
@@ -1770,14 +2409,22 @@ class PipelineSampler:
         twin = self.fresh_twin(noise, gradient)
         one_call = first_step_only(twin) if preview else contextlib.nullcontext()
         ours = {"generator": twin.sampling_generator, "output_type": output_type, "return_dict": False}
-        with one_call, torch.set_grad_enabled(gradient is not None and noise.requires_grad):
+        draws = self.draws_from(twin.sampling_generator)
+        with one_call, draws, torch.set_grad_enabled(gradient is not None and noise.requires_grad):
             output = self.call(twin, **self.request, **ours)[0]
+        vars(twin).clear()  # its methods refer to it: its scheduler would keep the graph until the next collection
         if noise.requires_grad and gradient is not None and not output.requires_grad:
             raise ValueError(
                 f"Expected {type(twin).__name__} to be differentiable from image to noise, but its result carries no "
                 "gradient. Use a method without gradients, such as `BestOfN`."
             )
         return output
+
+    def draws_from(self, generator: torch.Generator | list[torch.Generator]) -> contextlib.AbstractContextManager[Any]:
+        """Lets a part of a batch that shares one generator draw from it as the whole batch does."""
+        if self.part_of is None or isinstance(generator, list):
+            return contextlib.nullcontext()
+        return WholeBatchDraws(generator, *self.part_of)
 
     def fresh_twin(self, noise: torch.Tensor, gradient: Gradient):
         twin = copy.copy(self.twin)
@@ -1786,11 +2433,11 @@ class PipelineSampler:
 
         def prepare_latents(*_, **__):
             if self.drew:
-                self.space.on(twin, randn_tensor, generator=generator)
+                self.space.on(twin, self.space.draw_noise, generator=generator)
             return self.space.prepare(twin, noise, generator=generator)
 
         vars(twin).update(
-            scheduler=self.scheduler,
+            scheduler=copy.deepcopy(self.scheduler),
             encode_prompt=lambda *_, **__: next(replay),
             prepare_latents=prepare_latents,
             sampling_generator=generator,
@@ -1859,6 +2506,8 @@ class Sample:
         seeds: `B` integers that differ from step to step and from image to image: for objectives that draw at random.
         images: `(B, 3, H, W)` in [0, 1]: the result of the whole chain, or of one model call for a preview.
         x0: `(B, C, H, W)`: the estimate of the clean latents after one model call.
+        chunk_size: At most so many images are held in memory with their graphs at a time, `None` for all; objectives
+            with models of their own keep to it.
     """
 
     def __init__(
@@ -1870,19 +2519,20 @@ class Sample:
         seeds: list[int],
         gradient: Gradient,
         preview: bool = False,
+        chunk_size: int | None = None,
     ) -> None:
         self.sampler, self.noise, self.prompts = sampler, noise, prompts
         self.groups, self.seeds = groups, seeds
         self.gradient: Gradient = gradient
-        self.preview = preview
+        self.preview, self.chunk_size = preview, chunk_size
 
     @functools.cached_property
     def images(self) -> torch.Tensor:
-        return self.sampler.images(self.noise, self.gradient, self.preview)
+        return self.sampler.images(self.noise, self.gradient, self.preview, self.chunk_size)
 
     @functools.cached_property
     def x0(self) -> torch.Tensor:
-        return self.sampler.x0(self.noise, self.gradient)
+        return self.sampler.x0(self.noise, self.gradient, self.chunk_size)
 
     @property
     def drawn_images(self) -> torch.Tensor | None:
@@ -1961,12 +2611,24 @@ class RewardObjective(Objective):
         prompts = self.prompts if self.prompts is not None else sample.prompts
         images = sample.images
         by_views = self.views > 0 and images.requires_grad
-        output = self.rewards(images.detach() if by_views else images, prompts)
+        output = self.rewards(images.detach() if by_views else images, prompts, chunk_size=sample.chunk_size)
         if not by_views:
             return -output.total, output.components
-        views = random_views(images, self.views, sample.seeds)
-        total = torch.stack([self.optimised(view, prompts).total for view in views]).mean(0)
-        return -(output.total + (total - total.detach())), output.components  # adds exactly 0
+        gradient = self.gradient_by_views(images, prompts, sample.seeds, sample.chunk_size or len(images))
+        return -AttachedGradient.apply(images, output.total, gradient), output.components  # pyright: ignore
+
+    def gradient_by_views(
+        self, images: torch.Tensor, prompts: Any, seeds: Sequence[int], chunk_size: int
+    ) -> torch.Tensor:
+        """The mean gradient `(B, 3, H, W)` of random views with respect to the pixels, a few images at a time."""
+        gradient = torch.empty_like(images)
+        for start in range(0, len(images), chunk_size):
+            rows = slice(start, start + chunk_size)
+            leaf, texts = images[rows].detach().requires_grad_(), part_of_prompts(prompts, rows)
+            views = random_views(leaf, self.views, seeds[rows])
+            total = torch.stack([self.optimised(view, texts).total.sum() for view in views]).mean()
+            gradient[rows] = torch.autograd.grad(total, leaf)[0] if total.requires_grad else 0
+        return gradient
 
     @functools.cached_property
     def optimised(self) -> RewardSum:
@@ -2180,6 +2842,119 @@ class ProgressBar(NoiseCallback):
         self.bar = None
 
 
+# pipelines/chunk_size.py
+
+
+ChunkSetting = int | Literal["auto"] | None
+
+
+class KeptTensor:
+    """A tensor that a graph has saved; the count is told when the graph lets go of it."""
+
+    def __init__(self, tensor: torch.Tensor, release: Callable[[], None]) -> None:
+        self.tensor, self.release = tensor.detach(), release  # a result that knows its graph would keep it for ever
+
+    def __del__(self) -> None:
+        self.release()
+
+
+class SavedBytes:
+    """The bytes that graphs made inside this context hold, each storage once, parameters left out.
+
+    Attributes:
+        held: Now.
+        peak: The most at any one time.
+    """
+
+    def __init__(self) -> None:
+        self.held = self.peak = 0
+        self.holders: Counter[int] = Counter()
+
+    def __enter__(self) -> "SavedBytes":
+        self.hooks = torch.autograd.graph.saved_tensors_hooks(self.keep, lambda kept: kept.tensor)
+        self.hooks.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.hooks.__exit__(*error)
+
+    def keep(self, tensor: torch.Tensor) -> KeptTensor:
+        if isinstance(tensor, torch.nn.Parameter) or isinstance(tensor._base, torch.nn.Parameter):
+            return KeptTensor(tensor, lambda: None)
+        storage = tensor.untyped_storage()
+        place, size = storage.data_ptr(), storage.nbytes()
+        if not self.holders[place]:
+            self.held += size
+            self.peak = max(self.peak, self.held)
+        self.holders[place] += 1
+        return KeptTensor(tensor, lambda: self.release(place, size))
+
+    def release(self, place: int, size: int) -> None:
+        self.holders[place] -= 1
+        if not self.holders[place]:
+            del self.holders[place]
+            self.held -= size
+
+
+def fitting_chunk_size(batch: int, per_image: int, free: int) -> int | None:
+    """How many images to have in memory at once, `None` for the whole batch.
+
+    Args:
+        batch: B, how many there are.
+        per_image: The bytes that the graph of one holds.
+        free: The bytes that are free; half of them is left to what was not counted.
+    """
+    fitting = free // 2 // per_image if per_image else batch
+    return None if fitting >= batch else max(1, fitting)
+
+
+def check_chunk_size(chunk_size: Any) -> None:
+    """Raise `ValueError` unless `chunk_size` is an integer of 1 or more, "auto" or `None`."""
+    whole = isinstance(chunk_size, int) and not isinstance(chunk_size, bool) and chunk_size >= 1
+    if not whole and chunk_size is not None and chunk_size != "auto":
+        raise ValueError(f'Expected `chunk_size` to be 1 or more, "auto" or `None`, but got {chunk_size!r}.')
+
+
+def free_memory(device: torch.device) -> int:
+    """The bytes that tensors on a device can still take; for CUDA what its caching allocator keeps unused as well."""
+    if device.type == "cuda":
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
+    import psutil  # accelerate brings it; not needed but here
+
+    return psutil.virtual_memory().available
+
+
+# pipelines/frequency_bands.py
+
+
+BANDS = ("lowest third", "middle third", "highest third")
+
+
+def band_energies(change: torch.Tensor) -> torch.Tensor:
+    """`change` (B, ..., H, W) to how much of its squared norm lies in each third of the frequencies, `(B, 3)`.
+
+    With the orthonormal FFT of each channel the three add up to `‖change‖²` (Parseval). See `frequency_bands`.
+    """
+    power = torch.fft.fft2(change, norm="ortho").abs().square().flatten(1, -3).sum(1)
+    return (power[:, None] * frequency_bands(*change.shape[-2:]).to(power)).sum((-2, -1))
+
+
+@functools.cache
+def frequency_bands(height: int, width: int) -> torch.Tensor:
+    """Which third each entry of `fft2` belongs to, `(3, H, W)` zeros and ones: lowest, middle, highest.
+
+    The thirds are of the radial frequency √(u² + v²) in cycles per entry, from 0 to the largest that the grid has, in
+    its corner. "It's Never Too Late", https://arxiv.org/abs/2601.00090, figure 6, speaks of thirds of the spectrum and
+    does not say where it ends. The lowest third of the radius holds only about 17% of the entries of large grids, the
+    middle 52% and the highest 30%: white noise has its energy in these shares.
+    """
+    rows, columns = (torch.fft.fftfreq(side, dtype=torch.float64) for side in (height, width))
+    radius = torch.hypot(rows[:, None], columns)
+    third = (3 * radius / radius.max().clamp_min(1e-12)).long().clamp(max=2)
+    return torch.stack([third == band for band in range(3)])
+
+
 # pipelines/noise_problem.py
 
 
@@ -2214,19 +2989,21 @@ class NoiseProblem:
 
 
 class CandidateNoise:
-    """Fresh Gaussian noises of a problem: the same for the same seeds, whatever batch they are drawn in.
+    """Fresh noises of a problem, by its noise sampler: for the same seeds the same, whatever batch they are drawn in.
+
+    (A sampler that couples the samples of a batch couples these as well.)
 
     The streams are seeded from the base noise of each sample, so that they neither repeat the pipeline's own draws nor
     depend on the other samples of the batch.
     """
 
     def __init__(self, problem: NoiseProblem) -> None:
-        self.like = problem.noise
+        self.like, self.draw_noise = problem.noise, problem.space.draw_noise
         self.streams = [torch.Generator().manual_seed(seed) for seed in problem.seeds]
 
     def draw(self) -> torch.Tensor:
-        """`(B, C, H, W)` standard Gaussian."""
-        return randn_tensor(tuple(self.like.shape), self.streams, self.like.device, self.like.dtype)
+        """`(B, C, H, W)`, unit variance; standard Gaussian unless the problem has a noise sampler."""
+        return self.draw_noise(tuple(self.like.shape), self.streams, self.like.device, self.like.dtype)
 
     def uniform(self) -> torch.Tensor:
         """`(B,)` uniform in [0, 1), float64."""
@@ -2264,6 +3041,10 @@ class NoiseResult:
         provenance: Model, scheduler, dtype, prompts, seeds, versions, method and its settings: plain values.
         reports: What callbacks found, by name, in plain values: see `HeldOutReward`.
         generator_states: The state of each random stream after the base noise was drawn.
+        initial_noise: `(B, C, H, W)`, the noise of the plain result; `None` in files of versions that did not keep it.
+        band_changes: `(steps, B, 3)`, how much of ‖noise − initial_noise‖² lies in the lowest, middle and highest third
+            of the radial frequencies at each step; the three add up to it. NaN where a sample had stopped, `None` in
+            old files. See `frequency_bands`.
         images: `(B, 3, H, W)` in [0, 1], the images of `noise`, if they were drawn. Not saved.
         initial_images: `(B, 3, H, W)`, the plain result. Not saved.
     """
@@ -2277,6 +3058,8 @@ class NoiseResult:
     provenance: dict[str, Any]
     generator_states: list[tuple[str, torch.Tensor]] = dataclasses.field(default_factory=list)
     reports: dict[str, Any] = dataclasses.field(default_factory=dict)
+    initial_noise: torch.Tensor | None = None
+    band_changes: torch.Tensor | None = None
     images: torch.Tensor | None = None
     initial_images: torch.Tensor | None = None
 
@@ -2300,6 +3083,11 @@ class NoiseResult:
         """`(B,)`: the loss of the returned noise."""
         return self.at_best(self.losses)
 
+    @property
+    def band_shares(self) -> torch.Tensor | None:
+        """`(steps, B, 3)`: `band_changes` as shares of their sum; NaN where nothing has changed."""
+        return None if self.band_changes is None else self.band_changes / self.band_changes.sum(-1, keepdim=True)
+
     def at_best(self, values: torch.Tensor) -> torch.Tensor:
         return values.gather(0, self.best_step.to(values.device)[None])[0]
 
@@ -2315,6 +3103,8 @@ class NoiseResult:
         """Write one safetensors file: the tensors, and the provenance as JSON in its header."""
         tensors = {"noise": self.noise, "latents": self.latents, "losses": self.losses, "norms": self.norms}
         tensors["best_step"] = self.best_step
+        of_newer_files = {"initial_noise": self.initial_noise, "band_changes": self.band_changes}
+        tensors.update({name: tensor for name, tensor in of_newer_files.items() if tensor is not None})
         tensors.update({f"scores.{name}": values for name, values in self.scores.items()})
         devices = []
         for index, (device, state) in enumerate(self.generator_states):
@@ -2366,6 +3156,7 @@ def provenance_of(problem: NoiseProblem, objective: Objective, state: NoiseState
         "prompts": problem.prompts,
         "seeds": problem.sampler.random_state.seeds,
         "generators": "list" if problem.sampler.random_state.several else "single",
+        "noise_sampler": describe_noise_sampler(problem.space.noise_sampler),
         "model": str(pipe.config.get("_name_or_path") or "") or None,
         "revision": revision_of(pipe),
         "pipeline": type(pipe).__name__,
@@ -2456,14 +3247,19 @@ class NoiseOptimizer:
         gradient: "full", "frozen" or `None`; see `PipelineSampler.images`.
         preview: Look at the x0 estimate of one model call instead of the whole chain.
         clamp: "straight_through" or "hard"; see `PipelineSampler`.
+        chunk_size: How many images are in memory with their graphs at a time: the gradient is the same, for one more
+            forward pass. "auto" for as many as fit, by what the graph of one image holds; `None` for all.
         returns: "best", the noise of the lowest loss, or "last", the noise after the last move, which is not evaluated.
+        final_steps: How many evaluations `finish` asks for after these steps.
     """
 
     steps: int
     gradient: Gradient = "full"
     preview: bool = False
     clamp: Clamp = "straight_through"
+    chunk_size: ChunkSetting = None
     returns: ClassVar[Literal["best", "last"]] = "best"
+    final_steps: int = 0
 
     def objective(self, pipe) -> Objective:
         """What is minimised. Called once, before any model runs: the place to refuse bad settings."""
@@ -2485,6 +3281,22 @@ class NoiseOptimizer:
         """
         raise NotImplementedError(f"{type(self).__name__} must define `step(state, gradient, memory)`.")
 
+    def inspect(self, state: NoiseState, objective: Objective, memory: Any) -> torch.Tensor | None:
+        """Look at what was evaluated, before the best is chosen and callbacks see it.
+
+        Returns:
+            `(B,)` bool, the samples for which this step may be the best; `None` is all. The first step counts in any
+            case. Samples may be stopped: `state.stop(reason, samples)`.
+        """
+        return None
+
+    def finish(self, state: NoiseState, objective: Objective, memory: Any) -> Iterable[torch.Tensor]:
+        """Noises `(B, C, H, W)` to evaluate at the end, one after the other, also of a run that was stopped.
+
+        For methods that choose among all that was seen; asked for the next when the last has been evaluated.
+        """
+        return ()
+
     def watchers(self) -> list[NoiseCallback]:
         """Callbacks that belong to the method, such as one that stops it; they see each step before the user's."""
         return []
@@ -2497,6 +3309,7 @@ class NoiseOptimizer:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"Expected `{name}` to be one of {allowed}, but got {getattr(self, name)!r}.")
+        check_chunk_size(self.chunk_size)
 
     def settings(self) -> dict[str, Any]:
         """The settings as plain values, for the provenance."""
@@ -2511,7 +3324,7 @@ class NoiseOptimizer:
         callbacks: CallbackSpec | Iterable[CallbackSpec] | None = None,
     ) -> NoiseResult:
         """Optimise. An exception on the way carries what was found so far as its `noise_result`."""
-        state = NoiseState(problem.pipe, problem.prompts, self.steps, problem.noise)
+        state = NoiseState(problem.pipe, problem.prompts, self.steps + self.final_steps, problem.noise)
         every = [ProgressBar(), *self.watchers(), *as_callbacks(callbacks)]
         loop = OptimizationLoop(self, problem, objective, state, every)
         try:
@@ -2523,6 +3336,7 @@ class NoiseOptimizer:
                 loop.move()
                 if state.stopped:
                     break
+            loop.finish()
         except BaseException as error:
             if loop.losses:
                 vars(error)["noise_result"] = loop.result()
@@ -2547,12 +3361,14 @@ class OptimizationLoop:
         self.state, self.callbacks = state, callbacks
         self.losses: list[torch.Tensor] = []
         self.norms: list[torch.Tensor] = []
+        self.bands: list[torch.Tensor] = []
         self.scores: list[dict[str, torch.Tensor]] = []
         self.initial_images: torch.Tensor | None = None
         self.total: torch.Tensor | None = None
         self.leaf = self.evaluated = problem.noise
 
     def start(self) -> None:
+        self.chunk_size = chunk_size_of(self.method, self.problem)
         self.memory = self.method.start(self.problem)
         for callback in self.callbacks:
             if hasattr(callback, "on_run_start"):
@@ -2575,6 +3391,7 @@ class OptimizationLoop:
         seeds = [seed + step for seed in self.problem.seeds]
         groups = self.problem.groups
         sample = Sample(self.problem.sampler, self.leaf, state.prompts, groups, seeds, gradient, method.preview)
+        sample.chunk_size = self.chunk_size
         try:
             with torch.set_grad_enabled(gradient is not None):
                 loss, scores = self.objective.evaluate(sample)
@@ -2587,7 +3404,7 @@ class OptimizationLoop:
         state.step, state.images, state.scores = step, sample.drawn_images, scores
         self.evaluated = state.noise
         state.loss = loss.detach().where(state.active, torch.nan)
-        self.record()
+        self.record(method.inspect(state, self.objective, self.memory))
         for callback in self.callbacks:
             if callback.on_step_end(state) is False:
                 state.stop()
@@ -2606,11 +3423,14 @@ class OptimizationLoop:
         if step == 0 and not loss.detach().isfinite().all():
             raise NonFiniteReward(f"Expected a finite loss for the plain result, but got {loss.tolist()}.")
 
-    def record(self) -> None:
+    def record(self, eligible: torch.Tensor | None = None) -> None:
+        """Keep this step, as the best of the samples where it is, among those that are `eligible`, `(B,)` bool."""
         state = self.state
         assert state.loss is not None
         self.losses.append(state.loss)
         self.norms.append(per_sample_norm(state.noise) / math.sqrt(state.noise[0].numel()))
+        bands = band_energies(state.noise - self.problem.noise)
+        self.bands.append(bands.where(state.active[:, None], torch.nan))
         self.scores.append(state.scores)
         if state.step == 0:
             self.initial_images = state.images
@@ -2619,6 +3439,8 @@ class OptimizationLoop:
             state.best_noise, state.best_images = state.noise, state.images
         assert state.best_loss is not None and state.best_step is not None and state.best_noise is not None
         better = state.loss < state.best_loss  # strictly: of equals the first wins; false for NaN
+        if eligible is not None and state.step > 0:
+            better = better & eligible
         state.best_loss = torch.where(better, state.loss, state.best_loss)
         state.best_step = torch.where(better, state.step, state.best_step)
         state.best_noise = torch.where(per_image(better, state.noise), state.noise, state.best_noise)
@@ -2637,6 +3459,12 @@ class OptimizationLoop:
         self.total = None
         moved = self.method.step(state, gradient, self.memory).detach()
         state.noise = torch.where(per_image(state.active, moved), moved, state.noise)
+
+    def finish(self) -> None:
+        """Evaluate what the method still gives, of all samples: a callback may watch, but not keep it from being."""
+        for noise in self.method.finish(self.state, self.objective, self.memory):
+            self.state.noise, self.state.active = noise.detach(), torch.ones_like(self.state.active)
+            self.evaluate(len(self.losses))
 
     def drop_samples(self, broken: torch.Tensor) -> None:
         """Stop the samples whose gradient is not finite; the others go on."""
@@ -2675,9 +3503,35 @@ class OptimizationLoop:
             },
             generator_states=problem.sampler.states_after_draw(),
             reports=dict(state.reports),
+            initial_noise=problem.noise.detach(),
+            band_changes=torch.stack(self.bands),
             images=last_images if last else state.best_images,
             initial_images=self.initial_images,
         )
+
+
+def chunk_size_of(method: NoiseOptimizer, problem: NoiseProblem) -> int | None:
+    """How many images a method has in memory at a time; `None` for the whole batch.
+
+    "auto" draws one image, and counts what its graph holds. Raises `ValueError` for a number, if the call cannot be
+    taken apart.
+    """
+    setting, batch = method.chunk_size, len(problem.noise)
+    if setting is None or batch == 1:
+        return None
+    try:
+        one = problem.sampler.chunk([0])
+    except ValueError:
+        if setting != "auto":
+            raise
+        return None
+    if isinstance(setting, int):
+        return setting if setting < batch else None
+    if method.gradient is None:
+        return None
+    with SavedBytes() as saved, torch.enable_grad():
+        one.images(problem.noise[:1].detach().requires_grad_(), method.gradient, method.preview)
+    return fitting_chunk_size(batch, saved.peak, free_memory(problem.noise.device))
 
 
 # pipelines/methods.py
@@ -2828,6 +3682,22 @@ class NoiseFound(Exception):
     """Ends a pipeline call once its noise is known, when nobody asked for the final image."""
 
 
+class NoiseDraw:
+    """One pipeline call on noise of a sampler, and nothing optimised."""
+
+    def __init__(self, request: dict[str, Any], noise_sampler: NoiseSamplerSpec | None) -> None:
+        prompts_of(request, required=False)
+        self.noise_sampler = noise_sampler_of(noise_sampler, request, groups_of(request))
+
+    def encode_prompt(self, encode, *args, **kwargs):
+        return encode(*args, **kwargs)
+
+    def prepare_latents(self, pipe, *args, **kwargs):
+        """The hook: the stock method, on noise of the sampler."""
+        space = LatentSpace(pipe, args, kwargs, self.noise_sampler)
+        return space.on(pipe, space.draw_noise)
+
+
 class NoiseRun:
     """One pipeline call under optimisation: what it was asked for, encoded, and found."""
 
@@ -2838,6 +3708,7 @@ class NoiseRun:
         request: dict[str, Any],
         callbacks: CallbackSpec | Iterable[CallbackSpec] | None,
         render: bool = True,
+        noise_sampler: NoiseSamplerSpec | None = None,
     ) -> None:
         self.method, self.request, self.render = method, request, render
         self.callbacks = as_callbacks(callbacks)
@@ -2850,6 +3721,7 @@ class NoiseRun:
         self.groups = groups_of(request)
         self.objective.check_groups(self.groups)
         check_latents(request, len(self.prompts))
+        self.noise_sampler = noise_sampler_of(noise_sampler, request, self.groups)
         if size := image_size(pipe, request):
             self.objective.try_out(self.prompts[0], *size, gradient=method.gradient is not None)
         self.encoded: list[Any] = []
@@ -2862,7 +3734,7 @@ class NoiseRun:
 
     def prepare_latents(self, pipe, *args, **kwargs):
         """The hook: draw the base noise as the stock method does, optimise it, prepare the result."""
-        space = LatentSpace(pipe, args, kwargs)
+        space = LatentSpace(pipe, args, kwargs, self.noise_sampler)
         device = torch.device(space.arguments.get("device") or pipe._execution_device)
         random_state = RandomState(self.request.get("generator"), device)
         noise, drew = space.draw(pipe)
@@ -2915,6 +3787,23 @@ def check_latents(request: dict[str, Any], batch: int) -> None:
         raise ValueError(f"Expected one generator for each of {batch} images, but got {len(generator)}.")
 
 
+def noise_sampler_of(
+    noise_sampler: NoiseSamplerSpec | None, request: dict[str, Any], groups: list[int]
+) -> Callable[..., torch.Tensor] | None:
+    """The noise sampler of a call, coupled where it couples: among the images of a prompt.
+
+    Raises `ValueError` beside `latents`, where there is nothing to draw.
+    """
+    found = as_noise_sampler(noise_sampler)
+    if found is None:
+        return None
+    if request.get("latents") is not None:
+        raise ValueError(
+            "Expected `noise_sampler` or `latents`, but got both. Given latents are taken as they are: leave one out."
+        )
+    return found.within(groups) if hasattr(found, "within") else found  # pyright: ignore[reportFunctionMemberAccess]
+
+
 def image_size(pipe, request: dict[str, Any]) -> tuple[int, int] | None:
     """Height and width of the images in pixels, if they can be told before the call."""
     if request.get("height") and request.get("width"):
@@ -2929,19 +3818,20 @@ class NoiseOptimizationMixin:
     """Gives any diffusers text-to-image pipeline an optimisation hook in `prepare_latents`.
 
     `class ReNOTurboPipeline(NoiseOptimizationMixin, StableDiffusionXLPipeline)` is all that a pipeline needs. With
-    `noise_optimizer=None` every call goes straight to the stock class and is bit-identical to it.
+    `noise_optimizer=None` and no `noise_sampler` every call goes straight to the stock class, bit-identical to it.
 
     The stock `__call__` runs once as it is. When it reaches `prepare_latents`, its prompts are encoded; there the noise
     is optimised, each evaluation being the same stock `__call__` on a shallow twin (see `PipelineSampler`). Then the
     call goes on with the noise that was found: only this final run fires `callback_on_step_end`.
     """
 
-    _noise_run: NoiseRun | None = None
+    _noise_run: NoiseRun | NoiseDraw | None = None
 
     def __call__(
         self,
         *args,
         noise_optimizer: NoiseOptimizer | None = None,
+        noise_sampler: NoiseSamplerSpec | None = None,
         callback_on_optimization_step_end: CallbackSpec | Iterable[CallbackSpec] | None = None,
         **kwargs,
     ):
@@ -2949,6 +3839,9 @@ class NoiseOptimizationMixin:
 
         Args:
             noise_optimizer: A method, such as `ReNO(rewards={"clipscore": 1.0})`.
+            noise_sampler: What the initial noise is drawn from, optimised or not: `"white"`, as in the stock pipeline,
+                `"pink"`, `"coupled"`, a dict such as `{"name": "pink", "alpha": 0.3}`, or a function `(shape,
+                generator, device, dtype)` that returns noise of unit variance. Not beside `latents`.
             callback_on_optimization_step_end: Callbacks per optimisation step; see `NoiseCallback`.
             args, kwargs: Those of the stock pipeline.
 
@@ -2956,15 +3849,16 @@ class NoiseOptimizationMixin:
             What the stock pipeline returns; unless `return_dict=False` with a `noise_result` attribute.
         """
         stock = super().__call__  # pyright: ignore[reportAttributeAccessIssue]
-        if noise_optimizer is None:
+        if noise_optimizer is None and noise_sampler is None:
             return stock(*args, **kwargs)
-        run = NoiseRun(self, noise_optimizer, bind_request(self, args, kwargs), callback_on_optimization_step_end)
-        with frozen_modules(self):
-            self._noise_run = run
-            try:
-                output = stock(*args, **kwargs)
-            finally:
-                self._noise_run = None
+        request = bind_request(self, args, kwargs)
+        if noise_optimizer is None:
+            with hook_on(self, NoiseDraw(request, noise_sampler)):
+                return stock(*args, **kwargs)
+        callbacks = callback_on_optimization_step_end
+        run = NoiseRun(self, noise_optimizer, request, callbacks, noise_sampler=noise_sampler)
+        with frozen_modules(self), hook_on(self, run):
+            output = stock(*args, **kwargs)
         if not isinstance(output, tuple):
             output.noise_result = run.result
         return output
@@ -2981,6 +3875,16 @@ class NoiseOptimizationMixin:
         if run is None:
             return super().prepare_latents(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
         return run.prepare_latents(self, *args, **kwargs)
+
+
+@contextlib.contextmanager
+def hook_on(pipe, run: NoiseRun | NoiseDraw) -> Iterator[None]:
+    """Let a run have the prompts and latents of a pipeline's call."""
+    pipe._noise_run = run
+    try:
+        yield
+    finally:
+        pipe._noise_run = None
 
 
 def bind_request(pipe, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -3005,6 +3909,7 @@ def optimize_noise(
     *,
     method_kwargs: dict[str, Any] | None = None,
     callbacks: CallbackSpec | Iterable[CallbackSpec] | None = None,
+    noise_sampler: NoiseSamplerSpec | None = None,
     **call_kwargs,
 ) -> NoiseResult:
     """Find the initial noise of a call to any diffusers text-to-image pipeline, which stays as it is.
@@ -3015,6 +3920,9 @@ def optimize_noise(
         method: Such as `ReNO(rewards={"pickscore": 1.0})`, or a name of `list_noise_optimizers()`.
         method_kwargs: The settings of a method given by name.
         callbacks: Per optimisation step; see `NoiseCallback`.
+        noise_sampler: What noise is drawn from, that of candidates too: `"white"`, as in the pipeline itself, `"pink"`,
+            `"coupled"`, a dict such as `{"name": "pink", "alpha": 0.3}`, `PinkNoise(0.3)`, or any function `(shape,
+            generator, device, dtype)` that returns noise of unit variance. Not beside `latents`.
         call_kwargs: What `pipe(prompt, ...)` takes: steps, guidance, size, generator, latents ...
 
     Returns:
@@ -3028,7 +3936,7 @@ def optimize_noise(
     twin = copy.copy(pipe)
     twin.__class__ = hooked(type(pipe))
     request = bind_request(twin, (), {"prompt": prompt, **call_kwargs})
-    run = NoiseRun(twin, optimizer, request, callbacks, render=False)
+    run = NoiseRun(twin, optimizer, request, callbacks, render=False, noise_sampler=noise_sampler)
     vars(twin)["_noise_run"] = run
     with frozen_modules(twin), torch.no_grad(), contextlib.suppress(NoiseFound):
         stock_call(type(pipe))(twin, **request)
@@ -3050,6 +3958,7 @@ class CNOMixin(NoiseOptimizationMixin):
         stop_gradient: bool | None = None,
         cno_kwargs: Mapping[str, Any] | None = None,
         noise_optimizer: NoiseOptimizer | None = None,
+        noise_sampler: NoiseSamplerSpec | None = None,
         callback_on_optimization_step_end: Any = None,
         **kwargs,
     ):
@@ -3064,6 +3973,9 @@ class CNOMixin(NoiseOptimizationMixin):
                 released code does.
             cno_kwargs: More settings of `CNO`, by name: `{"window_size": 8}`.
             noise_optimizer: Another method instead of CNO.
+            noise_sampler: What the initial noise is drawn from: `"white"`, as in the stock pipeline, `"pink"`,
+                `"coupled"`, a dict such as `{"name": "pink", "alpha": 0.3}`, or a function `(shape, generator, device,
+                dtype)`. Works without a method too; not beside `latents`.
             callback_on_optimization_step_end: Callbacks per optimisation step: functions of the state, or objects with
                 `on_step_end(state)`; return `False` to stop.
             args, kwargs: Those of the stock pipeline; pass `num_images_per_prompt`.
@@ -3086,6 +3998,7 @@ class CNOMixin(NoiseOptimizationMixin):
         return super().__call__(
             *args,
             noise_optimizer=noise_optimizer,
+            noise_sampler=noise_sampler,
             callback_on_optimization_step_end=callback_on_optimization_step_end,
             **kwargs,
         )

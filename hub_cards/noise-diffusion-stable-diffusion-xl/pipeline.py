@@ -25,8 +25,10 @@ import string
 import time
 import types
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Real
 from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar, Generic, Literal, NamedTuple, TypeVar, cast, get_args
@@ -40,7 +42,9 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.func import functional_call
+from torch.overrides import TorchFunctionMode
 from transformers import (
     AutoImageProcessor,
     AutoModel,
@@ -2511,6 +2515,298 @@ class ColorHistogramFeatures(Features):
         return SoftColorHistogram()(images) / math.sqrt(6)
 
 
+# rewards/cosine_kernel.py
+
+
+def cosine_kernel(features: Tensor) -> Tensor:
+    """(..., N, N) cosines of (..., N, D) features, float64 and with a gradient, whatever the features are.
+
+    In float32 the rounding errors of nearly equal images would be eigenvalues of their own. Double precision is also
+    what `torch.autocast` leaves alone; where a device has none (MPS), the kernel is on the CPU.
+
+    Raises:
+        ValueError: features without a dimension of images, or of none.
+    """
+    if features.ndim < 2 or features.shape[-2] < 1:
+        raise ValueError(f"Expected features of shape (..., N, D), but got {tuple(features.shape)}.")
+    device = "cpu" if features.device.type == "mps" else features.device
+    directions = F.normalize(features.to(device).double(), dim=-1)
+    return directions @ directions.mT
+
+
+def kernels_of_set(features: Tensor) -> Tensor:
+    """The kernel (N, N) of (N, D) features, or the kernels (P, N, N) of each position of (N, P, D)."""
+    return cosine_kernel(features.transpose(0, 1) if features.ndim == 3 else features)
+
+
+# rewards/pairwise_distance.py
+
+
+class PairwiseDistance(nn.Module):
+    """`distance(images_a, images_b) -> (N, M)`, with a gradient to both, in the metric that the features are made for.
+
+    N images and M others are encoded once each. What is compared often is encoded once for all:
+
+        known = distance.features(references).detach()
+        distance.between(distance.features(images), known)
+
+    Args:
+        features: what the images are compared by.
+    """
+
+    def __init__(self, features: Features) -> None:
+        super().__init__()
+        self.features = features
+
+    def forward(self, images_a: Tensor, images_b: Tensor | None = None) -> Tensor:
+        """Images (N, 3, H, W) and (M, 3, H, W) in [0, 1], by default the same, to (N, M), on the device of the first.
+
+        Raises:
+            ValueError: images that do not meet the contract, or whose features do not fit together.
+        """
+        features_a = self.features(images_a)
+        features_b = features_a if images_b is None else self.features(images_b)
+        return self.between(features_a, features_b).to(images_a.device)
+
+    def between(self, features_a: Tensor, features_b: Tensor) -> Tensor:
+        """Features (N, ...) and (M, ...) of images, in float32 or more, to (N, M)."""
+        if features_a.shape[1:] != features_b.shape[1:]:
+            raise ValueError(
+                f"Expected features of the same shape for '{self.features.name}', but got {tuple(features_a.shape)} "
+                f"and {tuple(features_b.shape)}. Resize the images to one size."
+            )
+        return DISTANCES[self.features.metric](features_a, features_b)
+
+
+def cosine_distance(features_a: Tensor, features_b: Tensor) -> Tensor:
+    """1 - cos of (N, D) and (M, D), or of (N, P, D) and (M, P, D) the mean over P, in [0, 2], to (N, M).
+
+    One product of matrices: (N, M, P, D) never exists.
+    """
+    units_a, units_b = (F.normalize(features, dim=-1).flatten(1) for features in (features_a, features_b))
+    positions = units_a.shape[1] // features_a.shape[-1]
+    return 1 - units_a @ units_b.mT / positions
+
+
+def l2_distance(features_a: Tensor, features_b: Tensor) -> Tensor:
+    """‖a - b‖ over all numbers of an image, (N, M); its gradient is 0 where a = b.
+
+    Not by the product of the two: where they are close, the root makes 1e-3 of its rounding errors.
+    """
+    return torch.cdist(features_a.flatten(1), features_b.flatten(1), compute_mode="donot_use_mm_for_euclid_dist")
+
+
+def squared_l2_distance(features_a: Tensor, features_b: Tensor) -> Tensor:
+    """‖a - b‖² over all numbers of an image, (N, M), as ‖a‖² + ‖b‖² - 2ab: LPIPS has too many for N M differences."""
+    vectors_a, vectors_b = features_a.flatten(1), features_b.flatten(1)
+    squares = vectors_a.square().sum(1)[:, None] + vectors_b.square().sum(1)
+    return (squares - 2 * vectors_a @ vectors_b.mT).clamp_min(0)
+
+
+DISTANCES: dict[FeatureMetric, Callable[[Tensor, Tensor], Tensor]] = {
+    "cosine": cosine_distance,
+    "l2": l2_distance,
+    "squared_l2": squared_l2_distance,
+}
+
+
+# rewards/set_reward.py
+
+
+SetRewardT = TypeVar("SetRewardT", bound="SetReward")
+
+
+class SetReward(nn.Module):
+    """Scores a set of images by its features: `set_reward(images) -> scalar`, float32, higher is better.
+
+    A subclass implements `score`, and is built from its features alone: `SetRewardClass(features)`. The value does not
+    depend on the order of the images.
+
+    To optimise a large set in the memory of one image, compute all features without a gradient, then the gradient of
+    `of_features` with respect to them, then one image at a time: each image depends on the others through them alone.
+
+    Args:
+        features: what the images are compared by; frozen.
+
+    Attributes:
+        name: the name under which values are reported.
+        range: the lowest and highest possible value of any set, where there is one.
+        default_features: what `from_pretrained()` takes.
+    """
+
+    name: str = "set_reward"
+    range: tuple[float, float] | None = None
+    default_features: str = "dinov2"
+
+    def __init__(self, features: Features) -> None:
+        super().__init__()
+        self.features = features
+
+    def forward(self, images: Tensor, references: Tensor | None = None) -> Tensor:
+        """The value of the set of all images and references together.
+
+        Args:
+            images: (B, 3, H, W) in [0, 1], on any device.
+            references: (M, 3, H, W), images that are given: they count and get no gradient.
+
+        Returns:
+            a scalar, on the device of `images`.
+
+        Raises:
+            ValueError: fewer than two images in all, or images that do not meet the contract.
+            NonFiniteReward: a value that is NaN or infinite.
+        """
+        known = None
+        if references is not None:
+            with torch.no_grad():
+                known = self.features(references)
+        return self.of_features(self.features(images), known).to(images.device)
+
+    def of_features(self, features: Tensor, references: Tensor | None = None) -> Tensor:
+        """The same of features (B, ...) and (M, ...), which `self.features` gave. Those of references may be kept.
+
+        In a sequence, where one image is optimised against all before it, this is the published objective: the value of
+        the union, in which the pairs of references are a constant. Features in half precision become float32;
+        references go to the device and the type of the others.
+
+        Raises:
+            ValueError: fewer than two images in all, or references of another shape.
+            NonFiniteReward: features or a value that are NaN or infinite.
+        """
+        features = self.union(at_least_float32(features), references)
+        if not features.isfinite().all():
+            raise NonFiniteReward(
+                f"Expected finite features for the set reward '{self.name}', but some are NaN or infinite. Load "
+                f"'{self.features.name}' with `dtype=torch.float32` if they ran in half precision."
+            )
+        value = self.score(features).to(features)
+        if not value.isfinite():
+            raise NonFiniteReward(f"Expected a finite value from the set reward '{self.name}', but got {value.item()}.")
+        return value
+
+    def union(self, features: Tensor, references: Tensor | None) -> Tensor:
+        """Features (M + B, ...) of at least two images, those of references first and detached."""
+        if references is not None and references.shape[1:] != features.shape[1:]:
+            raise ValueError(
+                f"Expected references with features of the shape {tuple(features.shape[1:])} of the images for the set "
+                f"reward '{self.name}', but got {tuple(references.shape[1:])}. Compare images of one size by the same "
+                "features."
+            )
+        if references is not None:
+            features = torch.cat([references.detach().to(features), features])
+        if len(features) < 2:
+            raise ValueError(
+                f"Expected at least 2 images for the set reward '{self.name}', references included, but got "
+                f"{len(features)}. Draw several images of the prompt, or pass `references`."
+            )
+        return features
+
+    def score(self, features: Tensor) -> Tensor:
+        """(N, D) or (N, P, D) features of at least two images, in float32 or more -> scalar."""
+        raise NotImplementedError(f"`{type(self).__name__}` does not implement `score`.")
+
+    def bounds(self, count: int) -> tuple[float, float] | None:
+        """The lowest and highest possible value of a set of `count` images, references included, where there is one."""
+        return self.range
+
+    @classmethod
+    def from_pretrained(
+        cls: type[SetRewardT],
+        features: str | os.PathLike[str] | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> SetRewardT:
+        """On the features of a name, a Hub id or a folder, by default `default_features`."""
+        return cls(AutoFeatures.from_pretrained(features or cls.default_features, dtype=dtype, device=device))
+
+
+SET_REWARDS: ClassTable[type[SetReward]] = ClassTable("set reward")
+
+
+def register_set_reward(name: str) -> Callable[[type[SetRewardT]], type[SetRewardT]]:
+    """Register a class of set rewards under a name.
+
+    Raises:
+        ValueError: a name that another class has.
+    """
+    return SET_REWARDS.register(name)  # pyright: ignore[reportReturnType]
+
+
+def list_set_rewards() -> list[str]:
+    """The registered names, sorted."""
+    return SET_REWARDS.names()
+
+
+def find_set_reward(name: str) -> type[SetReward]:
+    """The class of a name. Raises `ValueError` for one that is not registered."""
+    return SET_REWARDS.find(name)
+
+
+@register_set_reward("pairwise")
+class PairwiseDiversity(SetReward):
+    """The mean distance of all pairs of images.
+
+    On the patches of DINOv2 the objective of It's Never Too Late, https://arxiv.org/abs/2601.00090; on one vector an
+    image 1 - MSS; on LPIPS the usual measure of diversity. One image far from the others is enough to raise it. In a
+    cosine it has no gradient at images that are all the same.
+    """
+
+    name = "pairwise"
+    default_features = "dinov2_patch"
+
+    def __init__(self, features: Features) -> None:
+        super().__init__(features)
+        self.distance = PairwiseDistance(features)
+
+    def score(self, features: Tensor) -> Tensor:
+        first, second = torch.triu_indices(len(features), len(features), offset=1)
+        return self.distance.between(features, features)[first, second].mean()
+
+
+# rewards/dpp.py
+
+
+DPP_JITTER = 1e-6
+
+
+@register_set_reward("dpp")
+class DPP(SetReward):
+    """`logdet(I + K + 1e-6 I) / (N ln 2)` of the cosine kernel K of all N images, references included.
+
+    The objective of It's Never Too Late, https://arxiv.org/abs/2601.00090, on the class token of DINOv2, after the
+    determinantal point processes of https://arxiv.org/abs/1207.6083. It is 1 (to 1e-6) for images at right angles and
+    `ln(1 + N) / (N ln 2)` for copies of one: .792 of 2, .580 of 4, .396 of 8. So a stop at a multiple of the first
+    value is no use: of 4 images that can at most grow by 1.72. What the released code logs is this times N ln 2.
+
+    Of features at several positions (N, P, D) it is the mean over the positions.
+
+    One outlier is worth less than in the mean of pairs, and the last copy that changes more: of 4 images at right
+    angles, .40 (there .50) and .25 (there .17) of the way from all alike to all different. Exact copies have no
+    gradient, as in everything that is made of cosines.
+    """
+
+    name = "dpp"
+    range = (0.0, 1.0)
+
+    def score(self, features: Tensor) -> Tensor:
+        count, kernels = len(features), kernels_of_set(features)
+        identity = torch.eye(count, dtype=kernels.dtype, device=kernels.device)
+        volumes = torch.linalg.slogdet(kernels + (1 + DPP_JITTER) * identity).logabsdet
+        return volumes.mean() / (count * math.log(2))
+
+    def bounds(self, count: int) -> tuple[float, float]:
+        return math.log(1 + count) / (count * math.log(2)), 1.0
+
+
+@register_set_reward("dpp_patch")
+class DPPPatch(DPP):
+    """`DPP` patch by patch: images must differ everywhere, or at least where others of the set agree."""
+
+    name = "dpp_patch"
+    default_features = "dinov2_patch"
+
+
 # rewards/dreamsim_features.py
 
 
@@ -2717,6 +3013,57 @@ class HPSv20(HPSv21):
 
     name = "hpsv2.0"
     weights_file = "HPS_v2_compressed.pt"
+
+
+# rewards/image_detail.py
+
+
+PLAIN_VARIANCE = 4e-4  # that of a standard deviation of 5 grey levels of 255, which is hardly seen
+DETAIL_GRID = 16
+
+
+@register_reward("sharpness")
+class Sharpness(Reward):
+    """The share of high frequencies, `Σ |∇x|² / (8 Σ (x - mean)²)` over pixels and channels, in [0, 1).
+
+    ∇ are the differences of neighbours. A wave of (u, v) cycles per pixel counts by (sin² πu + sin² πv) / 2: 0 for the
+    lowest frequencies and 1 for a checkerboard, whatever the contrast. Blur lowers it, since it takes more of the
+    higher ones. The variance counts as at least that of hardly visible noise, so a plain image is not sharp.
+
+    A picture enlarged is less sharp: compare pictures of one size. Noise is sharp, so this is a floor, and no measure
+    of quality.
+    """
+
+    name = "sharpness"
+    requires_prompt = False
+    range = (0.0, 1.0)
+
+    def score(self, images: Tensor, prompts: list[str]) -> Tensor:
+        across, down = (images.diff(dim=axis).square().sum((1, 2, 3)) for axis in (-1, -2))
+        centred = images - images.mean((-2, -1), keepdim=True)
+        spread = centred.square().mean((1, 2, 3)) + PLAIN_VARIANCE
+        return (across + down) / (8 * spread * images[0].numel())
+
+
+@register_reward("complexity")
+class Complexity(Reward):
+    """The share of the area that is not plain: the mean of `v / (v + 0.02²)` over 16 × 16 cells, in [0, 1).
+
+    v is the variance of a cell's pixels around their mean colour; cells have at least 4 pixels a side. An object before
+    a plain background scores the share that it covers, much the same at any resolution and if it is blurred a little:
+    that is what `Sharpness` is for. Noise of more than 5 grey levels counts as content.
+    """
+
+    name = "complexity"
+    requires_prompt = False
+    range = (0.0, 1.0)
+
+    def score(self, images: Tensor, prompts: list[str]) -> Tensor:
+        height, width = (max(1, min(DETAIL_GRID, side // 4)) for side in images.shape[-2:])
+        centred = images - images.mean((-2, -1), keepdim=True)  # squares of smaller numbers lose fewer digits
+        means, squares = (F.adaptive_avg_pool2d(each, (height, width)) for each in (centred, centred.square()))
+        variance = (squares - means.square()).mean(1).clamp_min(0)
+        return (variance / (variance + PLAIN_VARIANCE)).mean((1, 2))
 
 
 # rewards/image_reward.py
@@ -2995,77 +3342,6 @@ class LPIPSAlexFeatures(LPIPSFeatures):
     net = "alex"
 
 
-# rewards/pairwise_distance.py
-
-
-class PairwiseDistance(nn.Module):
-    """`distance(images_a, images_b) -> (N, M)`, with a gradient to both, in the metric that the features are made for.
-
-    N images and M others are encoded once each. What is compared often is encoded once for all:
-
-        known = distance.features(references).detach()
-        distance.between(distance.features(images), known)
-
-    Args:
-        features: what the images are compared by.
-    """
-
-    def __init__(self, features: Features) -> None:
-        super().__init__()
-        self.features = features
-
-    def forward(self, images_a: Tensor, images_b: Tensor | None = None) -> Tensor:
-        """Images (N, 3, H, W) and (M, 3, H, W) in [0, 1], by default the same, to (N, M), on the device of the first.
-
-        Raises:
-            ValueError: images that do not meet the contract, or whose features do not fit together.
-        """
-        features_a = self.features(images_a)
-        features_b = features_a if images_b is None else self.features(images_b)
-        return self.between(features_a, features_b).to(images_a.device)
-
-    def between(self, features_a: Tensor, features_b: Tensor) -> Tensor:
-        """Features (N, ...) and (M, ...) of images, in float32 or more, to (N, M)."""
-        if features_a.shape[1:] != features_b.shape[1:]:
-            raise ValueError(
-                f"Expected features of the same shape for '{self.features.name}', but got {tuple(features_a.shape)} "
-                f"and {tuple(features_b.shape)}. Resize the images to one size."
-            )
-        return DISTANCES[self.features.metric](features_a, features_b)
-
-
-def cosine_distance(features_a: Tensor, features_b: Tensor) -> Tensor:
-    """1 - cos of (N, D) and (M, D), or of (N, P, D) and (M, P, D) the mean over P, in [0, 2], to (N, M).
-
-    One product of matrices: (N, M, P, D) never exists.
-    """
-    units_a, units_b = (F.normalize(features, dim=-1).flatten(1) for features in (features_a, features_b))
-    positions = units_a.shape[1] // features_a.shape[-1]
-    return 1 - units_a @ units_b.mT / positions
-
-
-def l2_distance(features_a: Tensor, features_b: Tensor) -> Tensor:
-    """‖a - b‖ over all numbers of an image, (N, M); its gradient is 0 where a = b.
-
-    Not by the product of the two: where they are close, the root makes 1e-3 of its rounding errors.
-    """
-    return torch.cdist(features_a.flatten(1), features_b.flatten(1), compute_mode="donot_use_mm_for_euclid_dist")
-
-
-def squared_l2_distance(features_a: Tensor, features_b: Tensor) -> Tensor:
-    """‖a - b‖² over all numbers of an image, (N, M), as ‖a‖² + ‖b‖² - 2ab: LPIPS has too many for N M differences."""
-    vectors_a, vectors_b = features_a.flatten(1), features_b.flatten(1)
-    squares = vectors_a.square().sum(1)[:, None] + vectors_b.square().sum(1)
-    return (squares - 2 * vectors_a @ vectors_b.mT).clamp_min(0)
-
-
-DISTANCES: dict[FeatureMetric, Callable[[Tensor, Tensor], Tensor]] = {
-    "cosine": cosine_distance,
-    "l2": l2_distance,
-    "squared_l2": squared_l2_distance,
-}
-
-
 # rewards/pick_score.py
 
 
@@ -3178,7 +3454,7 @@ class RewardSumOutput:
 
 
 class AttachedGradient(torch.autograd.Function):
-    """Values (B,) with a gradient with respect to images (B, 3, H, W) that is known already."""
+    """Values (B,), or one of the set, with a gradient with respect to images (B, 3, H, W) that is known already."""
 
     @staticmethod
     def forward(ctx: Any, images: Tensor, values: Tensor, gradient: Tensor) -> Tensor:
@@ -3188,9 +3464,12 @@ class AttachedGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_values: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore
         if torch.is_grad_enabled():  # asked for by `create_graph=True`
-            raise RuntimeError("Expected a first derivative of a `RewardSum`, whose gradient is a constant once taken.")
+            raise RuntimeError(
+                "Expected a first derivative of a `RewardSum` or `SetRewardSum`, whose gradient is a constant once "
+                "taken."
+            )
         (gradient,) = ctx.saved_tensors
-        return gradient * grad_values.to(gradient.dtype)[:, None, None, None], None, None
+        return gradient * grad_values.to(gradient.dtype).reshape(-1, 1, 1, 1), None, None
 
 
 class RewardSum(nn.Module):
@@ -3290,22 +3569,46 @@ class RewardSum(nn.Module):
                     check_gradient(reward, prompts, height, width)
 
     def forward(
-        self, images: Tensor, prompts: str | Sequence[str] | None = None, return_dict: bool = True
+        self,
+        images: Tensor,
+        prompts: str | Sequence[str] | None = None,
+        return_dict: bool = True,
+        chunk_size: int | None = None,
     ) -> RewardSumOutput | tuple[Tensor, dict[str, Tensor]]:
-        """Score (B, 3, H, W) images in [0, 1]; see `Reward.forward` for the arguments and errors."""
+        """Score (B, 3, H, W) images in [0, 1]; see `Reward.forward` for the other arguments and errors.
+
+        Args:
+            chunk_size: score at most so many images at a time, with the memory of so many; `None` for all at once.
+        """
         with_gradient = images.requires_grad and torch.is_grad_enabled() and self.has_gradient
-        total, components = images.new_zeros(len(images), dtype=torch.float32), {}
-        gradient = torch.zeros_like(images, dtype=torch.promote_types(images.dtype, torch.float32))
+        if not isinstance(prompts, (str, type(None))):
+            prompts = prompts_per_image(prompts, len(images), self.names[0], False)
+        pixels, size = images.detach(), chunk_size or max(1, len(images))
+        dtype = torch.promote_types(images.dtype, torch.float32)
+        gradient = torch.zeros_like(pixels, dtype=dtype) if with_gradient else None
+        parts = []
+        for start in range(0, max(1, len(images)), size):
+            rows = slice(start, start + size)
+            its_gradient = None if gradient is None else gradient[rows]
+            parts.append(self.scores(pixels[rows], part_of_prompts(prompts, rows), its_gradient))
+        components = {name: torch.cat([part[name] for part in parts]) for name in self.names}
+        total = images.new_zeros(len(images), dtype=torch.float32)
+        for name, weight in self.weights.items():
+            total = total + weight * self.normalized(name, components[name])
+        if gradient is not None:
+            total = AttachedGradient.apply(images, total, gradient.to(images.dtype))
+        return RewardSumOutput(total, components) if return_dict else (total, components)  # pyright: ignore
+
+    def scores(self, images: Tensor, prompts: Any, gradient: Tensor | None) -> dict[str, Tensor]:
+        """The scores (B,) by name, detached; the gradient of their weighted sum is added to `gradient` (B, 3, H, W)."""
+        components = {}
         for (name, weight), reward in zip(self.weights.items(), self.rewards, strict=True):
-            if weight and with_gradient and reward.differentiable:
+            if weight and gradient is not None and reward.differentiable:
                 components[name], its_gradient = score_and_gradient(reward, images, prompts)
                 gradient.add_(its_gradient, alpha=weight / self.scale(name))
             else:
-                components[name] = reward(images.detach(), prompts).detach()
-            total = total + weight * self.normalized(name, components[name])
-        if with_gradient:
-            total = AttachedGradient.apply(images, total, gradient.to(images.dtype))
-        return RewardSumOutput(total, components) if return_dict else (total, components)  # pyright: ignore
+                components[name] = reward(images, prompts).detach()
+        return components
 
     def normalized(self, name: str, scores: Tensor) -> Tensor:
         mean, std = self.normalization.get(name, (0.0, 1.0))
@@ -3379,6 +3682,11 @@ def score_and_gradient(reward: nn.Module, images: Tensor, prompts: Any) -> tuple
     scores = reward(pixels, prompts)
     (gradient,) = torch.autograd.grad(scores.sum(), pixels, materialize_grads=True)
     return scores.detach(), gradient
+
+
+def part_of_prompts(prompts: str | Sequence[str] | None, rows: slice) -> Any:
+    """The prompts of some images: those of a list, or the one for all."""
+    return prompts if prompts is None or isinstance(prompts, str) else prompts[rows]
 
 
 def as_prompts(texts: Sequence[str | None]) -> list[str] | None:
@@ -3477,132 +3785,304 @@ def distinct_names(names: Sequence[str]) -> list[str]:
     return distinct
 
 
-# rewards/set_reward.py
+# rewards/set_reward_sum.py
 
 
-SetRewardT = TypeVar("SetRewardT", bound="SetReward")
+SetRewardsLike = str | SetReward | nn.Module | Mapping[Any, Any] | Sequence[Any]
 
 
-class SetReward(nn.Module):
-    """Scores a set of images by its features: `set_reward(images) -> scalar`, float32, higher is better.
-
-    A subclass implements `score`. The value does not depend on the order of the images.
-
-    To optimise a large set in the memory of one image, compute all features without a gradient, then the gradient of
-    `of_features` with respect to them, then one image at a time: each image depends on the others through them alone.
-
-    Args:
-        features: what the images are compared by; frozen.
+@dataclass(frozen=True)
+class SetRewardSumOutput:
+    """Values of one set of images.
 
     Attributes:
-        name: the name under which values are reported.
-        range: the lowest and highest possible value of any set, where there is one.
-        default_features: what `from_pretrained()` takes.
+        total: a scalar, the weighted sum, with its gradient.
+        components: name -> a scalar, each in its own units, unweighted and detached: they are for reporting.
     """
 
-    name: str = "set_reward"
-    range: tuple[float, float] | None = None
-    default_features: str = "dinov2"
+    total: Tensor
+    components: dict[str, Tensor]
 
-    def __init__(self, features: Features) -> None:
+
+class SetRewardSum(nn.Module):
+    """`sum_i weight_i * set_reward_i(images)`, one number for the whole set, higher is better.
+
+    What is plain is enough, so that it can be given to a pipeline from the Hub:
+
+        {"dpp": 150.0}                                      # name -> weight, on its default features
+        {"dpp": ("clip", 150.0), "pairwise": ("lpips", 60.0)}   # name -> (features, weight)
+        [("dpp", 150.0), ("dpp", "clip", 50.0)]             # the same reward on two features
+        "dpp"                                               # weight 1
+
+    Features are a registered name, a Hub id, a folder or a `Features`. Those of the same name are loaded once, and all
+    set rewards on the same features share their forward pass.
+
+    In the memory of one image, whatever their number, with the same gradient: all features without a graph, the
+    gradient with respect to them, then one image at a time.
+
+        parts = [total.known_features(image) for image in generated_one_by_one]     # first pass, no graph
+        output, gradient = total.gradient(join_features(parts), known)
+        for index, image in enumerate(generated_again_with_a_graph):                # second pass
+            total.linearized(image, {name: rows[index : index + 1] for name, rows in gradient.items()}).backward()
+
+    Args:
+        diversity: one of the above; a `SetReward` in place of a name; or another `SetRewardSum`. A set reward of
+            weight 0 is evaluated and reported, not optimised.
+        dtype, device: of the features that are loaded by name.
+
+    Attributes:
+        rewards: the set rewards, in the order given.
+        names: their names; the second `dpp` becomes `dpp_2`.
+        weights: name -> weight.
+        feature_maps: the features that they look at, each once.
+        feature_names: the names of these, under which `features` gives them.
+
+    Raises:
+        TypeError: something that is no set reward.
+        ValueError: an unknown name, or a weight that is negative or not finite. Names and weights are checked before
+            anything is loaded.
+    """
+
+    def __init__(
+        self,
+        diversity: SetRewardsLike,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
         super().__init__()
-        self.features = features
+        entries = set_reward_entries(diversity)
+        for entry in entries:
+            check_set_reward_entry(*entry)
+        rewards = build_set_rewards(entries, dtype, device)
+        self.rewards = nn.ModuleList(rewards)
+        self.names = distinct_names([str(reward.name) for reward in rewards])
+        self.weights = {name: float(weight) for name, (_, _, weight) in zip(self.names, entries, strict=True)}
+        maps = list({id(reward.features): reward.features for reward in rewards}.values())
+        self.feature_maps = nn.ModuleList(maps)
+        self.feature_names = distinct_names([str(each.name) for each in maps])
+        names_of = {id(each): name for each, name in zip(maps, self.feature_names, strict=True)}
+        self.features_of = {
+            name: names_of[id(reward.features)] for name, reward in zip(self.names, rewards, strict=True)
+        }
 
-    def forward(self, images: Tensor, references: Tensor | None = None) -> Tensor:
+    def features(self, images: Tensor) -> dict[str, Tensor]:
+        """Images (B, 3, H, W) in [0, 1] to the features (B, ...) of each map, by its name, with their gradient.
+
+        Raises:
+            ValueError: images that do not meet the contract.
+        """
+        return {name: encode(images) for name, encode in self.maps().items()}
+
+    @torch.no_grad()
+    def known_features(self, images: Tensor, chunk_size: int = 1) -> dict[str, Tensor]:
+        """`features` without a graph, of a few images at a time: those of references, to be kept.
+
+        A set that grows is `join_features([known, total.known_features(new)])`.
+        """
+        return join_features([self.features(chunk) for chunk in images.split(chunk_size)])
+
+    def forward(
+        self,
+        images: Tensor,
+        references: Tensor | Mapping[str, Tensor] | None = None,
+        chunk_size: int | None = None,
+    ) -> SetRewardSumOutput:
         """The value of the set of all images and references together.
 
         Args:
             images: (B, 3, H, W) in [0, 1], on any device.
-            references: (M, 3, H, W), images that are given: they count and get no gradient.
-
-        Returns:
-            a scalar, on the device of `images`.
+            references: (M, 3, H, W), images that are given, or their `known_features`: they count and get no gradient.
+            chunk_size: pass the features with at most so many images at a time, twice, with the memory of so many; the
+                gradient is the same, and cannot be differentiated again. `None` for all at once.
 
         Raises:
             ValueError: fewer than two images in all, or images that do not meet the contract.
             NonFiniteReward: a value that is NaN or infinite.
         """
-        known = None
-        if references is not None:
-            with torch.no_grad():
-                known = self.features(references)
-        return self.of_features(self.features(images), known).to(images.device)
+        known = self.known_features(references) if isinstance(references, Tensor) else references
+        if chunk_size is not None:
+            return self.in_chunks(images, known, chunk_size)
+        output = self.of_features(self.features(images), known)
+        return SetRewardSumOutput(output.total.to(images.device), output.components)
 
-    def of_features(self, features: Tensor, references: Tensor | None = None) -> Tensor:
-        """The same of features (B, ...) and (M, ...), which `self.features` gave. Those of references may be kept.
+    def in_chunks(self, images: Tensor, references: Mapping[str, Tensor] | None, chunk_size: int) -> SetRewardSumOutput:
+        """`forward`: all features without a graph, the gradient in them, then chunk by chunk that in the pixels."""
+        features = self.known_features(images.detach(), chunk_size)
+        if not (images.requires_grad and torch.is_grad_enabled()):
+            output = self.of_features(features, references)
+            return SetRewardSumOutput(output.total.to(images.device), output.components)
+        output, rows = self.gradient(features, references)
+        gradient = torch.empty_like(images)
+        for start in range(0, len(images), chunk_size):
+            part = slice(start, start + chunk_size)
+            gradient[part] = self.pixel_gradient(images[part], {name: each[part] for name, each in rows.items()})
+        total = AttachedGradient.apply(images, output.total.to(images.device), gradient)
+        return SetRewardSumOutput(total, output.components)  # pyright: ignore[reportArgumentType]
 
-        In a sequence, where one image is optimised against all before it, this is the published objective: the value of
-        the union, in which the pairs of references are a constant.
+    def pixel_gradient(self, images: Tensor, gradient: Mapping[str, Tensor]) -> Tensor:
+        """The gradient of `linearized` with respect to the pixels (B, 3, H, W); its graph is freed on return."""
+        leaf = images.detach().requires_grad_()
+        value = self.linearized(leaf, gradient)
+        if not value.requires_grad:
+            return torch.zeros_like(leaf)
+        return torch.autograd.grad(value, leaf)[0]
+
+    def of_features(
+        self, features: Mapping[str, Tensor], references: Mapping[str, Tensor] | None = None
+    ) -> SetRewardSumOutput:
+        """The same of features (B, ...) and (M, ...) by name, as `features` and `known_features` give them."""
+        for given in (features, references or features):
+            self.check_feature_names(given)
+        total, components = torch.zeros((), device=features[self.feature_names[0]].device), {}
+        for name, reward in zip(self.names, self.rewards, strict=True):
+            its_name, weight = self.features_of[name], self.weights[name]
+            own = features[its_name] if weight else features[its_name].detach()
+            value = reward.of_features(own, None if references is None else references[its_name])  # pyright: ignore[reportCallIssue]
+            components[name] = value.detach()
+            total = total + weight * value.to(total.device)
+        return SetRewardSumOutput(total, components)
+
+    def gradient(
+        self, features: Mapping[str, Tensor], references: Mapping[str, Tensor] | None = None
+    ) -> tuple[SetRewardSumOutput, dict[str, Tensor]]:
+        """The value, and its gradient with respect to the features (B, ...) of each map that is optimised, by name."""
+        wanted = {self.features_of[name] for name, weight in self.weights.items() if weight}
+        leaves = {name: each.detach().requires_grad_(name in wanted) for name, each in features.items()}
+        with torch.enable_grad():
+            output = self.of_features(leaves, references)
+        named = {name: leaf for name, leaf in leaves.items() if name in wanted}
+        gradients = torch.autograd.grad(output.total, list(named.values())) if named else ()
+        output = SetRewardSumOutput(output.total.detach(), output.components)
+        return output, dict(zip(named, gradients, strict=True))
+
+    def linearized(self, images: Tensor, gradient: Mapping[str, Tensor]) -> Tensor:
+        """A scalar whose gradient with respect to some images (B, 3, H, W) of a set is that of the total.
+
+        Args:
+            images: the same as the features were taken of.
+            gradient: their rows (B, ...) of what `gradient` gave.
         """
-        if references is not None:
-            features = torch.cat([references.detach(), features])
-        if len(features) < 2:
+        maps = self.maps()
+        products = [(maps[name](images) * rows).sum().to(images.device) for name, rows in gradient.items()]
+        return torch.stack(products).sum() if products else images.new_zeros(())
+
+    def maps(self) -> dict[str, nn.Module]:
+        """The features by name."""
+        return dict(zip(self.feature_names, self.feature_maps, strict=True))
+
+    def check_feature_names(self, features: Mapping[str, Tensor]) -> None:
+        """Raise `ValueError` unless there are features of each map."""
+        if missing := [name for name in self.feature_names if name not in features]:
             raise ValueError(
-                f"Expected at least 2 images for the set reward '{self.name}', references included, but got "
-                f"{len(features)}. Draw several images of the prompt, or pass `references`."
+                f"Expected features of {self.feature_names}, but got those of {list(features)}: {missing} are missing. "
+                "Take them of `features(images)` or `known_features(images)` of the same sum."
             )
-        value = self.score(features)
-        if not value.isfinite():
-            raise NonFiniteReward(f"Expected a finite value from the set reward '{self.name}', but got {value.item()}.")
-        return value
 
-    def score(self, features: Tensor) -> Tensor:
-        """(N, D) or (N, P, D) features of at least two images -> scalar."""
-        raise NotImplementedError(f"`{type(self).__name__}` does not implement `score`.")
+    def check_differentiable(self) -> None:
+        """What a method with gradients calls before any model runs.
 
-    @classmethod
-    def from_pretrained(
-        cls: type[SetRewardT],
-        features: str | os.PathLike[str] | None = None,
-        *,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-    ) -> SetRewardT:
-        """On the features of a name, a Hub id or a folder, by default `default_features`."""
-        return cls(AutoFeatures.from_pretrained(features or cls.default_features, dtype=dtype, device=device))
+        Raises:
+            NonDifferentiableReward: naming the set rewards whose features give no gradient.
+        """
+        entries = zip(self.weights.items(), self.rewards, strict=True)
+        names = [name for (name, weight), reward in entries if weight and not reward.features.differentiable]  # pyright: ignore
+        if names:
+            raise NonDifferentiableReward(
+                f"Expected set rewards with a gradient, but the features of {names} are not differentiable. Give them "
+                "weight 0 to have them reported only, or use a method without gradients."
+            )
 
-
-SET_REWARDS: ClassTable[type[SetReward]] = ClassTable("set reward")
+    def describe(self) -> dict[str, dict[str, Any]]:
+        """name -> its features and its weight: plain values for the provenance of a result."""
+        return {name: {"features": self.features_of[name], "weight": weight} for name, weight in self.weights.items()}
 
 
-def register_set_reward(name: str) -> Callable[[type[SetRewardT]], type[SetRewardT]]:
-    """Register a class of set rewards under a name.
-
-    Raises:
-        ValueError: a name that another class has.
-    """
-    return SET_REWARDS.register(name)  # pyright: ignore[reportReturnType]
+def join_features(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Features (B_i, ...) by name of several batches as those (sum of B_i, ...) of one."""
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
-def list_set_rewards() -> list[str]:
-    """The registered names, sorted."""
-    return SET_REWARDS.names()
+def set_reward_entries(diversity: SetRewardsLike) -> list[tuple[Any, Any, Any]]:
+    """Every accepted form of `diversity=` as a list of (set reward, features or None, weight)."""
+    if isinstance(diversity, Mapping):
+        pairs = diversity.items()
+        entries = [(each, *value) if isinstance(value, (tuple, list)) else (each, value) for each, value in pairs]
+    elif isinstance(diversity, (list, tuple)):
+        entries = [tuple(each) if isinstance(each, (tuple, list)) else (each, 1.0) for each in diversity]
+    elif isinstance(parts := getattr(diversity, "rewards", None), nn.ModuleList):
+        # A sum is known by its attributes: a pipeline from the Hub has its own copy of the class.
+        entries = list(zip(parts, diversity.weights.values(), strict=True))  # pyright: ignore
+    else:
+        entries = [(diversity, 1.0)]
+    if not entries:
+        raise ValueError("Expected at least one set reward, but got none. Pass for example `diversity={'dpp': 150.0}`.")
+    return [with_features(entry) for entry in entries]
 
 
-def find_set_reward(name: str) -> type[SetReward]:
-    """The class of a name. Raises `ValueError` for one that is not registered."""
-    return SET_REWARDS.find(name)
+def with_features(entry: tuple[Any, ...]) -> tuple[Any, Any, Any]:
+    """(set reward, weight) or (set reward, features, weight) as the latter."""
+    if len(entry) not in (2, 3):
+        raise ValueError(
+            f"Expected a set reward, features if not the default ones, and a weight, but got {entry!r}. Write "
+            "`{'dpp': 150.0}`, `{'dpp': ('clip', 150.0)}` or `[('dpp', 'clip', 150.0)]`."
+        )
+    return entry if len(entry) == 3 else (entry[0], None, entry[1])
 
 
-@register_set_reward("pairwise")
-class PairwiseDiversity(SetReward):
-    """The mean distance of all pairs of images.
+def check_set_reward_entry(reward: Any, features: Any, weight: Any) -> None:
+    """Raise unless `reward` can become a set reward on `features`, and `weight` is a finite number of at least 0."""
+    check_set_reward(reward, features)
+    name = reward if isinstance(reward, str) else reward.name
+    if isinstance(features, (str, os.PathLike)):
+        find_features(os.fspath(features))
+    elif features is not None and not isinstance(features, nn.Module):
+        raise TypeError(
+            f"Expected features for the set reward '{name}' by name, Hub id, folder or as `Features`, but got "
+            f"{features!r}. Write (features, weight): `{{'{name}': ('clip', 150.0)}}`."
+        )
+    if not isinstance(weight, numbers.Real) or not math.isfinite(weight) or weight < 0:
+        raise ValueError(
+            f"Expected a finite weight of at least 0 for the set reward '{name}', but got {weight!r}. Higher values "
+            f"mean more diversity. Write `{{'{name}': 150.0}}`, or `{{'{name}': ('clip', 150.0)}}` on other features."
+        )
 
-    On the patches of DINOv2 the objective of It's Never Too Late, https://arxiv.org/abs/2601.00090; on one vector an
-    image 1 - MSS; on LPIPS the usual measure of diversity. One image far from the others is enough to raise it. In a
-    cosine it has no gradient at images that are all the same.
-    """
 
-    name = "pairwise"
-    default_features = "dinov2_patch"
+def check_set_reward(reward: Any, features: Any) -> None:
+    """Raise unless `reward` is a registered name, or a set reward that brings its features."""
+    if isinstance(reward, str):
+        find_set_reward(reward)
+    elif isinstance(reward, type) or not (hasattr(reward, "of_features") and isinstance(reward, nn.Module)):
+        raise TypeError(
+            f"Expected a set reward by name or as an instance of `SetReward`, but got {reward!r}. Weighted ones are "
+            "written `{'dpp': 150.0}` or `[('dpp', 150.0), ...]`."
+        )
+    elif features is not None:
+        raise ValueError(
+            f"Expected no features beside the set reward '{reward.name}', which brings its own, but got {features!r}. "
+            "Leave them out."
+        )
 
-    def __init__(self, features: Features) -> None:
-        super().__init__(features)
-        self.distance = PairwiseDistance(features)
 
-    def score(self, features: Tensor) -> Tensor:
-        first, second = torch.triu_indices(len(features), len(features), offset=1)
-        return self.distance.between(features, features)[first, second].mean()
+def build_set_rewards(
+    entries: Sequence[tuple[Any, Any, Any]], dtype: torch.dtype | None, device: torch.device | str | None
+) -> list[SetReward]:
+    """The set rewards; features that several name are loaded once."""
+    loaded: dict[str, Features] = {}
+
+    def load(features: Any) -> Any:
+        if not isinstance(features, (str, os.PathLike)):
+            return features
+        path = os.fspath(features)
+        if path not in loaded:
+            loaded[path] = AutoFeatures.from_pretrained(path, dtype=dtype, device=device)
+        return loaded[path]
+
+    classes = [find_set_reward(reward) if isinstance(reward, str) else None for reward, _, _ in entries]
+    return [
+        reward if found is None else found(load(features or found.default_features))
+        for found, (reward, features, _) in zip(classes, entries, strict=True)
+    ]
 
 
 # rewards/siglip.py
@@ -3833,6 +4313,105 @@ class TinyImage(Features):
         return pixels / math.sqrt(pixels.shape[1])
 
 
+# rewards/vendi.py
+
+
+@register_set_reward("vendi")
+class Vendi(SetReward):
+    """The effective number of different images among all N, references included, in [1, N]; see `vendi_score`.
+
+    Of features at several positions (N, P, D) it is the mean over the positions. The gradient vanishes for exact
+    copies and for images at right angles to one another.
+
+    Args:
+        features: what the images are compared by.
+        order: above 0, `math.inf` is one; by default that of the class, 1. Order 2 needs no eigenvalues and is smooth
+            everywhere. The reward of another order is named after it: "vendi_0.5".
+
+    Raises:
+        ValueError: an order of 0, which has no gradient, or below.
+    """
+
+    name = "vendi"
+    order: float = 1.0
+
+    def __init__(self, features: Features, order: float | None = None) -> None:
+        super().__init__(features)
+        self.order = float(self.order if order is None else order)
+        if not self.order > 0:
+            raise ValueError(
+                f"Expected an order above 0 for the Vendi score as a reward, but got {order}. Order 0, the number of "
+                "images that are no copies, has no gradient: use `order=0.1`, or `vendi_score` to measure it."
+            )
+        self.name = "vendi" if self.order == 1 else f"vendi_{self.order:g}"
+
+    def score(self, features: Tensor) -> Tensor:
+        return kernel_vendi(kernels_of_set(features), self.order, torch.finfo(features.dtype).eps).mean()
+
+    def bounds(self, count: int) -> tuple[float, float]:
+        return 1.0, float(count)
+
+
+@register_set_reward("vendi_2")
+class VendiOrder2(Vendi):
+    """`1 / ‖K / N‖²`, the Vendi score of order 2 (RKE, https://arxiv.org/abs/2211.02242): no eigenvalues, smooth."""
+
+    name = "vendi_2"
+    order = 2.0
+
+
+@register_set_reward("vendi_inf")
+class VendiOrderInfinity(Vendi):
+    """1 / the largest eigenvalue of K / N: only how much all images have in common counts."""
+
+    name = "vendi_inf"
+    order = math.inf
+
+
+def vendi_score(features: Tensor, q: float = 1.0) -> Tensor:
+    """The effective number of different images: exp of the Rényi entropy of the eigenvalues λ of the cosine kernel / N.
+
+    Vendi score (q = 1, Shannon): https://arxiv.org/abs/2210.02410. Other orders: https://arxiv.org/abs/2310.12952,
+    `(Σ λ^q)^(1 / (1 - q))`; the smaller the order, the more a rare image counts. Order 0 is the number of eigenvalues
+    that are not zero, order ∞ is `1 / max λ`, and order 2 is `1 / ‖K / N‖²`, which needs no eigenvalues.
+
+    Below order 1 an eigenvalue made of rounding errors would count, so those below N · ε · max λ, with the ε of the
+    features' type, are taken for zero, as in `torch.linalg.matrix_rank`.
+
+    Args:
+        features: (..., N, D), sets of at least 1 image.
+        q: the order, at least 0; `math.inf` is one.
+
+    Returns:
+        (...) in [1, N], float64, with a gradient, which is zero everywhere for order 0.
+    """
+    if not q >= 0:
+        raise ValueError(f"Expected an order of 0 or more for the Vendi score, but got {q}.")
+    return kernel_vendi(cosine_kernel(features), q, torch.finfo(features.dtype).eps)
+
+
+def kernel_vendi(kernel: Tensor, q: float, features_eps: float) -> Tensor:
+    """The Vendi score of order q of (..., N, N) kernels of features whose type has that ε; see `vendi_score`."""
+    count = kernel.shape[-1]
+    kernel = kernel / count
+    if q == 2:
+        return 1 / kernel.square().sum((-2, -1))
+    shares = torch.linalg.eigvalsh(kernel)
+    if q == math.inf:
+        return 1 / shares[..., -1]
+    return hill_number(shares, q, floor=count * (features_eps if q < 1 else torch.finfo(kernel.dtype).eps))
+
+
+def hill_number(shares: Tensor, q: float, floor: float) -> Tensor:
+    """`(Σ λ^q)^(1 / (1 - q))` of (..., N) shares over those above `floor` times the largest, or its limit for q = 1."""
+    counted = shares > floor * shares.amax(-1, keepdim=True)
+    # Not the zeros themselves: their logarithm would make the gradient of all others NaN.
+    shares = shares.where(counted, 1.0)
+    if q == 1:
+        return (-(shares * shares.log()).sum(-1)).exp()
+    return (shares.pow(q) * counted).sum(-1).pow(1 / (1 - q))
+
+
 # rewards/views.py
 
 
@@ -3865,6 +4444,336 @@ def random_views(images: Tensor, count: int, seeds: Sequence[int]) -> Iterator[T
         grid = F.affine_grid(affine, list(images.shape), align_corners=False).to(images)
         moved = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
         yield (moved + VIEW_NOISE * grain.to(images)).clamp(0, 1)
+
+
+# schedulers/noise_samplers.py
+
+
+Generators = torch.Generator | list[torch.Generator] | None
+NoiseSamplerSpec = str | Mapping[str, Any] | Callable[..., torch.Tensor]
+
+NOISE_SAMPLERS: dict[str, Callable[..., Any]] = {}
+
+
+class NoiseSampler:
+    """Draws initial noise: the white noise that diffusers draws for the same generators, mapped by `color`.
+
+    So each sampler leaves a generator where white noise leaves it. Any callable with the arguments of `__call__` is
+    taken as a noise sampler too.
+    """
+
+    name: ClassVar[str | None] = None
+
+    def __call__(
+        self,
+        shape: Sequence[int],
+        generator: Generators = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> torch.Tensor:
+        """Draw noise of a shape `(B, C, H, W)`: spatial, before any scaling or packing.
+
+        Args:
+            shape: That of the noise; `(B, 1, C, H, W)` and other shapes that end in height and width do too.
+            generator: One for the batch, or a list of one for each sample, which makes samples independent of the batch
+                they are drawn in. CPU generators draw on the CPU and move the noise to `device`.
+            device: Where the noise goes; by default where the generator is.
+            dtype: What the noise is drawn in; float32 by default.
+
+        Raises:
+            ValueError: for a list of generators that has another length than the batch, and a shape without images.
+        """
+        streams = generator if isinstance(generator, list) else [generator]
+        if len(streams) not in (1, shape[0]):
+            raise ValueError(f"Expected one generator, or one for each of {shape[0]} samples, but got {len(streams)}.")
+        if device is None and streams[0] is not None:
+            device = streams[0].device
+        device = None if device is None else torch.device(device)
+        return self.color(randn_tensor(tuple(shape), generator=generator, device=device, dtype=dtype))
+
+    def color(self, white: torch.Tensor) -> torch.Tensor:
+        """White noise to this noise: same shape, dtype and device."""
+        raise NotImplementedError(f"{type(self).__name__} must define `color(white)`.")
+
+    def within(self, groups: Sequence[int]) -> "NoiseSampler":
+        """This sampler for a batch with the given groups: one integer for each sample, equal where prompts are."""
+        return self
+
+    def describe(self) -> dict[str, Any]:
+        """Name and settings as plain values, which `as_noise_sampler` takes if the sampler is registered."""
+        fields = dataclasses.fields(self) if dataclasses.is_dataclass(self) else ()
+        values = {field.name: getattr(self, field.name) for field in fields}
+        plain_values = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+        return {"name": self.name or type(self).__name__, **plain_values}
+
+
+def register_noise_sampler(name: str):
+    """Class decorator: make a noise sampler known by name. The same class may come again, as when code is reloaded."""
+
+    def register(cls):
+        known = NOISE_SAMPLERS.get(name)
+        if known is not None and known.__qualname__ != cls.__qualname__:
+            raise ValueError(f"Expected a free noise sampler name, but {name!r} is taken by {known.__qualname__}.")
+        NOISE_SAMPLERS[name], cls.name = cls, name
+        return cls
+
+    return register
+
+
+def list_noise_samplers() -> list[str]:
+    """The names that `noise_sampler=` takes."""
+    return sorted(NOISE_SAMPLERS)
+
+
+def as_noise_sampler(sampler: NoiseSamplerSpec | None) -> Callable[..., torch.Tensor] | None:
+    """A noise sampler by name (`"pink"`), by name and settings (`{"name": "pink", "alpha": 0.3}`), or as it is.
+
+    Raises:
+        ValueError: for an unknown name, and for settings that the sampler does not have or cannot take.
+        TypeError: for what is none of these.
+    """
+    if isinstance(sampler, str):
+        return named_noise_sampler(sampler, {})
+    if isinstance(sampler, Mapping):
+        settings = dict(sampler)
+        return named_noise_sampler(settings.pop("name", None), settings)
+    if sampler is None or (callable(sampler) and not isinstance(sampler, type)):
+        return sampler
+    raise TypeError(
+        f"Expected a noise sampler such as `PinkNoise(0.2)`, one of the names {list_noise_samplers()} or a dict such "
+        f'as {{"name": "pink", "alpha": 0.3}}, but got {sampler!r}.'
+    )
+
+
+def named_noise_sampler(name: str | None, settings: dict[str, Any]) -> Callable[..., torch.Tensor]:
+    if name not in NOISE_SAMPLERS:
+        raise ValueError(
+            f"Expected the name of a noise sampler out of {list_noise_samplers()}, but got {name!r}. For settings pass "
+            'a dict such as {"name": "pink", "alpha": 0.3}.'
+        )
+    known = list(inspect.signature(NOISE_SAMPLERS[name]).parameters)
+    if unknown := sorted(settings.keys() - set(known)):
+        raise ValueError(f"Expected settings of the noise sampler {name!r} out of {known}, but got {unknown}.")
+    return NOISE_SAMPLERS[name](**settings)
+
+
+def describe_noise_sampler(sampler: Callable[..., torch.Tensor] | None) -> dict[str, Any] | None:
+    """Name and settings of a noise sampler in plain values; of a foreign one its name; `None` for `None`."""
+    if sampler is None:
+        return None
+    if hasattr(sampler, "describe"):
+        return sampler.describe()  # pyright: ignore[reportFunctionMemberAccess]
+    return {"name": getattr(sampler, "__qualname__", type(sampler).__qualname__)}
+
+
+@register_noise_sampler("white")
+@dataclasses.dataclass(frozen=True)
+class WhiteNoise(NoiseSampler):
+    """Standard Gaussian noise, bit for bit what a stock pipeline draws."""
+
+    def color(self, white: torch.Tensor) -> torch.Tensor:
+        return white
+
+
+@register_noise_sampler("pink")
+@dataclasses.dataclass(frozen=True)
+class PinkNoise(NoiseSampler):
+    """White noise with amplitudes times (1 + f)^-α, by default each channel of each sample at mean 0 and variance 1.
+
+    It's Never Too Late, https://arxiv.org/abs/2601.00090, eq. 7: images of one prompt differ more from pink noise. f is
+    the distance from frequency zero in index units, that is in waves for each side of the noise, not for each pixel.
+    Phases are those of the white noise of the same generators. The variance is the unbiased one, so the squared norm of
+    a channel is H·W − 1: what white noise has on average without its mean.
+
+    Args:
+        alpha: α, any finite number: above 0 favours low frequencies (the paper takes 0.2 and finds patches above 0.3),
+            below 0 is blue noise. 0 is white noise that is still standardised in each channel; take `WhiteNoise` for
+            the stock draw.
+        reference_size: Side of the noise, in its own entries, at which f is the paper's; `None` for any. f then counts
+            waves per `reference_size` entries, f = reference_size · √((u/H)² + (v/W)²), so that α gives the same
+            spectrum per entry at all sizes; without, larger noises are shaped more.
+        band: (low, high) in the units of f: the slope is limited to this band.
+        outside: What becomes of frequencies outside the band: "flat" continues the gain that it has at the edge, "zero"
+            leaves noise of the band alone.
+        standardize: `False` scales by the standard deviation over all draws instead of that of each channel, and keeps
+            the means, that is f = 0: so the noise is exactly Gaussian. In small latents the means decide much of an
+            image: of 8 × 8 entries, without them images of a prompt are far more alike.
+
+    Raises:
+        ValueError: for settings that cannot work.
+    """
+
+    alpha: float = 0.2
+    _: dataclasses.KW_ONLY
+    reference_size: float | None = None
+    band: Sequence[float] | None = None
+    outside: Literal["flat", "zero"] = "flat"
+    standardize: bool = True
+
+    def __post_init__(self) -> None:
+        if not is_finite_number(self.alpha):
+            raise ValueError(f"Expected `alpha` to be a finite number, but got {self.alpha!r}. The paper takes 0.2.")
+        if self.reference_size is not None and not (is_finite_number(self.reference_size) and self.reference_size > 0):
+            raise ValueError(f"Expected `reference_size` to be a number above 0, but got {self.reference_size!r}.")
+        if self.outside not in ("flat", "zero"):
+            raise ValueError(f'Expected `outside` to be "flat" or "zero", but got {self.outside!r}.')
+        if self.band is not None:
+            object.__setattr__(self, "band", checked_band(self.band))
+        elif self.outside == "zero":
+            raise ValueError('Expected a `band` beside `outside="zero"`, but got none. Pass `band=(low, high)`.')
+
+    def color(self, white: torch.Tensor) -> torch.Tensor:
+        """White noise `(B, C, H, W)` to pink noise of its phases, in its dtype; computed in float32 or better.
+
+        Raises:
+            ValueError: for noise that is not spatial, and for sizes that have no frequency in the band.
+        """
+        check_spatial(white.shape)
+        size = white.shape[-2:]
+        exact = white.to(torch.promote_types(white.dtype, torch.float32))
+        gain = self.gain(*size).to(exact.dtype).to(exact.device)
+        pink = torch.fft.irfft2(torch.fft.rfft2(exact) * gain, s=size)
+        spread = pink.std((-2, -1), keepdim=True) if self.standardize else expected_std(gain, *size)
+        return (pink / spread.clamp_min(torch.finfo(pink.dtype).tiny)).to(white.dtype)
+
+    def gain(self, height: int, width: int) -> torch.Tensor:
+        """The factor of each entry of `rfft2`, `(H, W // 2 + 1)` float64, scaled to a largest of 1.
+
+        That of frequency zero is 0 where channels are standardised: their mean is taken away in any case, and so before
+        it can cost precision.
+        """
+        f = self.frequency(height, width)
+        low, high = self.band or (0.0, math.inf)
+        shaped = f > 0 if self.standardize else f >= 0
+        if self.outside == "zero":
+            shaped &= (f >= low) & (f <= high)
+        if not shaped.any():
+            raise ValueError(
+                f"Expected a `band` with frequencies of noise of {height}×{width}, which go up to {f.max():.4g}, but "
+                f"got {tuple(self.band or ())}. Widen it."
+            )
+        logs = -self.alpha * f.clamp(low, high).log1p()
+        return torch.where(shaped, (logs - logs[shaped].max()).exp(), 0.0)
+
+    def frequency(self, height: int, width: int) -> torch.Tensor:
+        """f of each entry of `rfft2`, `(H, W // 2 + 1)` float64."""
+        rows = torch.fft.fftfreq(height, dtype=torch.float64) * (self.reference_size or height)
+        columns = torch.fft.rfftfreq(width, dtype=torch.float64) * (self.reference_size or width)
+        return torch.hypot(rows[:, None], columns)
+
+
+def expected_std(gain: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """The standard deviation of each entry of white noise `(height, width)` times a `gain` of its `rfft2`, a scalar."""
+    copies = torch.full_like(gain, 2.0)  # `rfft2` leaves out the mirrored half of the columns
+    copies[:, 0] = 1
+    copies[:, -1] = 2 - (width % 2 == 0)
+    return (gain.square() * copies).sum().div(height * width).sqrt()
+
+
+@register_noise_sampler("coupled")
+@dataclasses.dataclass(frozen=True)
+class CoupledNoise(NoiseSampler):
+    """Noises that are Gaussian each, and as negatively correlated as K noises can be: their sum is zero.
+
+    `z_i = √(1−ρ)·(g_i − ḡ) + √(1+(K−1)ρ)·ḡ`, the symmetric square root of the covariance (1−ρ)I + ρ11ᵀ, for each entry
+    of K white noises g. At ρ = −1/(K−1) that is √(K/(K−1))·(g_i − ḡ), and for K = 2 the antithetic pair (z, −z). Couple
+    to Control, https://arxiv.org/abs/2605.11311: sets differ more, at no cost, while each image has its own law.
+
+    Args:
+        group_size: K: each K samples in a row are coupled; at least 2. By default all of the batch are, and in a
+            pipeline those that share their prompt.
+        correlation: ρ in [−1/(K−1), 1]; −1/(K−1) by default.
+        groups: Instead of `group_size`: one integer for each sample, equal where samples are coupled.
+
+    Raises:
+        ValueError: for settings that cannot work.
+    """
+
+    group_size: int | None = None
+    _: dataclasses.KW_ONLY
+    correlation: float | None = None
+    groups: Sequence[int] | None = None
+
+    def __post_init__(self) -> None:
+        if self.group_size is not None and not (isinstance(self.group_size, int) and self.group_size >= 2):
+            raise ValueError(f"Expected `group_size` to be an integer of 2 or more, but got {self.group_size!r}.")
+        if self.group_size is not None and self.groups is not None:
+            raise ValueError("Expected `group_size` or `groups`, but got both. Leave one out.")
+        if self.correlation is not None and not (is_finite_number(self.correlation) and -1 <= self.correlation <= 1):
+            raise ValueError(f"Expected `correlation` to be in [-1/(K-1), 1], but got {self.correlation!r}.")
+        if self.groups is not None:
+            object.__setattr__(self, "groups", tuple(self.groups))
+
+    def color(self, white: torch.Tensor) -> torch.Tensor:
+        """White noises `(B, ...)` to coupled ones, in their dtype; computed in float32 or better.
+
+        Raises:
+            ValueError: for a batch that the groups do not fit, and a correlation that K samples cannot have.
+        """
+        exact = white.to(torch.promote_types(white.dtype, torch.float32))
+        coupled = torch.empty_like(exact)
+        for rows in self.coupled_rows(len(white)):
+            coupled[rows] = self.couple_all(exact[rows])
+        return coupled.to(white.dtype)
+
+    def couple_all(self, white: torch.Tensor) -> torch.Tensor:
+        """`(K, ...)` white noises to K coupled ones."""
+        rho, others, mean = self.correlation, len(white) - 1, white.mean(0, keepdim=True)
+        if rho is None:
+            return math.sqrt(len(white) / others) * (white - mean)
+        return math.sqrt(1 - rho) * (white - mean) + math.sqrt(max(1 + others * rho, 0.0)) * mean
+
+    def coupled_rows(self, batch: int) -> list[list[int]]:
+        """The samples of each group, by their places in the batch."""
+        if self.groups is not None and len(self.groups) != batch:
+            raise ValueError(f"Expected `groups` of {batch} integers, one for each sample, but got {len(self.groups)}.")
+        if self.group_size is not None and batch % self.group_size:
+            raise ValueError(f"Expected a batch in groups of {self.group_size}, but got {batch} samples.")
+        labels = self.groups or [index // (self.group_size or max(batch, 1)) for index in range(batch)]
+        found = [[row for row in range(batch) if labels[row] == label] for label in dict.fromkeys(labels)]
+        for rows in found:
+            self.check_group(len(rows))
+        return found
+
+    def check_group(self, count: int) -> None:
+        if count < 2:
+            raise ValueError(
+                "Expected at least 2 samples in each group of coupled noise, but got 1. Pass `num_images_per_prompt=2` "
+                "or more, or `group_size` to couple images of different prompts."
+            )
+        lowest = -1 / (count - 1)
+        if self.correlation is not None and self.correlation < lowest - 1e-12:
+            raise ValueError(
+                f"Expected `correlation` of {count} samples to be at least {lowest:.4g}, but got {self.correlation!r}. "
+                "Leave it out for the lowest."
+            )
+
+    def within(self, groups: Sequence[int]) -> "CoupledNoise":
+        """Coupled within the given groups, unless the sampler has its own. Raises `ValueError` where that fails."""
+        own = self.group_size is not None or self.groups is not None
+        bound = self if own else dataclasses.replace(self, groups=tuple(groups))
+        bound.coupled_rows(len(groups))
+        return bound
+
+
+def is_finite_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def checked_band(band: Sequence[float]) -> tuple[float, float]:
+    """A band as a tuple. Raises `ValueError` unless it is (low, high) with 0 <= low < high."""
+    limits = tuple(band) if isinstance(band, Sequence) else ()
+    if len(limits) == 2 and is_finite_number(limits[0]) and isinstance(limits[1], Real) and 0 <= limits[0] < limits[1]:
+        return limits
+    raise ValueError(f"Expected `band` to be (low, high) with 0 <= low < high, but got {band!r}.")
+
+
+def check_spatial(shape: Sequence[int]) -> None:
+    if len(shape) < 4 or shape[-2] * shape[-1] < 2:
+        raise ValueError(
+            f"Expected noise of shape (B, C, H, W), with H·W of 2 or more, but got {tuple(shape)}. Draw packed latents "
+            "before they are packed."
+        )
 
 
 # callbacks/noise_state.py
@@ -4003,6 +4912,119 @@ class ProgressBar(NoiseCallback):
         self.bar = None
 
 
+# pipelines/chunk_size.py
+
+
+ChunkSetting = int | Literal["auto"] | None
+
+
+class KeptTensor:
+    """A tensor that a graph has saved; the count is told when the graph lets go of it."""
+
+    def __init__(self, tensor: torch.Tensor, release: Callable[[], None]) -> None:
+        self.tensor, self.release = tensor.detach(), release  # a result that knows its graph would keep it for ever
+
+    def __del__(self) -> None:
+        self.release()
+
+
+class SavedBytes:
+    """The bytes that graphs made inside this context hold, each storage once, parameters left out.
+
+    Attributes:
+        held: Now.
+        peak: The most at any one time.
+    """
+
+    def __init__(self) -> None:
+        self.held = self.peak = 0
+        self.holders: Counter[int] = Counter()
+
+    def __enter__(self) -> "SavedBytes":
+        self.hooks = torch.autograd.graph.saved_tensors_hooks(self.keep, lambda kept: kept.tensor)
+        self.hooks.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.hooks.__exit__(*error)
+
+    def keep(self, tensor: torch.Tensor) -> KeptTensor:
+        if isinstance(tensor, torch.nn.Parameter) or isinstance(tensor._base, torch.nn.Parameter):
+            return KeptTensor(tensor, lambda: None)
+        storage = tensor.untyped_storage()
+        place, size = storage.data_ptr(), storage.nbytes()
+        if not self.holders[place]:
+            self.held += size
+            self.peak = max(self.peak, self.held)
+        self.holders[place] += 1
+        return KeptTensor(tensor, lambda: self.release(place, size))
+
+    def release(self, place: int, size: int) -> None:
+        self.holders[place] -= 1
+        if not self.holders[place]:
+            del self.holders[place]
+            self.held -= size
+
+
+def fitting_chunk_size(batch: int, per_image: int, free: int) -> int | None:
+    """How many images to have in memory at once, `None` for the whole batch.
+
+    Args:
+        batch: B, how many there are.
+        per_image: The bytes that the graph of one holds.
+        free: The bytes that are free; half of them is left to what was not counted.
+    """
+    fitting = free // 2 // per_image if per_image else batch
+    return None if fitting >= batch else max(1, fitting)
+
+
+def check_chunk_size(chunk_size: Any) -> None:
+    """Raise `ValueError` unless `chunk_size` is an integer of 1 or more, "auto" or `None`."""
+    whole = isinstance(chunk_size, int) and not isinstance(chunk_size, bool) and chunk_size >= 1
+    if not whole and chunk_size is not None and chunk_size != "auto":
+        raise ValueError(f'Expected `chunk_size` to be 1 or more, "auto" or `None`, but got {chunk_size!r}.')
+
+
+def free_memory(device: torch.device) -> int:
+    """The bytes that tensors on a device can still take; for CUDA what its caching allocator keeps unused as well."""
+    if device.type == "cuda":
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
+    import psutil  # accelerate brings it; not needed but here
+
+    return psutil.virtual_memory().available
+
+
+# pipelines/frequency_bands.py
+
+
+BANDS = ("lowest third", "middle third", "highest third")
+
+
+def band_energies(change: torch.Tensor) -> torch.Tensor:
+    """`change` (B, ..., H, W) to how much of its squared norm lies in each third of the frequencies, `(B, 3)`.
+
+    With the orthonormal FFT of each channel the three add up to `‖change‖²` (Parseval). See `frequency_bands`.
+    """
+    power = torch.fft.fft2(change, norm="ortho").abs().square().flatten(1, -3).sum(1)
+    return (power[:, None] * frequency_bands(*change.shape[-2:]).to(power)).sum((-2, -1))
+
+
+@functools.cache
+def frequency_bands(height: int, width: int) -> torch.Tensor:
+    """Which third each entry of `fft2` belongs to, `(3, H, W)` zeros and ones: lowest, middle, highest.
+
+    The thirds are of the radial frequency √(u² + v²) in cycles per entry, from 0 to the largest that the grid has, in
+    its corner. "It's Never Too Late", https://arxiv.org/abs/2601.00090, figure 6, speaks of thirds of the spectrum and
+    does not say where it ends. The lowest third of the radius holds only about 17% of the entries of large grids, the
+    middle 52% and the highest 30%: white noise has its energy in these shares.
+    """
+    rows, columns = (torch.fft.fftfreq(side, dtype=torch.float64) for side in (height, width))
+    radius = torch.hypot(rows[:, None], columns)
+    third = (3 * radius / radius.max().clamp_min(1e-12)).long().clamp(max=2)
+    return torch.stack([third == band for band in range(3)])
+
+
 # pipelines/latent_space.py
 
 
@@ -4030,6 +5052,23 @@ def with_globals(function: types.FunctionType, **replaced: Any) -> types.Functio
     return twin
 
 
+def drawing_with(noise_sampler: Callable[..., torch.Tensor] | None) -> Callable[..., torch.Tensor]:
+    """What stands in for `randn_tensor`: that function itself, or a noise sampler with its shape checked."""
+    if noise_sampler is None:
+        return randn_tensor
+
+    def draw(shape, generator=None, device=None, dtype=None, layout=None) -> torch.Tensor:
+        noise = noise_sampler(tuple(shape), generator=generator, device=device, dtype=dtype)
+        if noise.shape != torch.Size(shape):
+            raise ValueError(
+                f"Expected the noise sampler to return noise of shape {tuple(shape)}, but got {tuple(noise.shape)}. "
+                "Draw the shape that it is called with."
+            )
+        return noise.to(device=device, dtype=dtype)
+
+    return draw
+
+
 def first_of(prepared):
     """What `prepare_latents` returns is the latents, or a tuple that begins with them."""
     return prepared[0] if isinstance(prepared, tuple) else prepared
@@ -4043,15 +5082,35 @@ class LatentSpace:
     * latents: what the pipeline accepts as `latents=`: packed, not scaled.
 
     No family is named here: the stock function does the packing, and is asked which form it takes back.
+
+    Args:
+        pipe, args, kwargs: The call.
+        noise_sampler: Draws the noise of the call in the place of diffusers' `randn_tensor`, which `None` leaves there.
     """
 
-    def __init__(self, pipe, args: tuple, kwargs: dict[str, Any]) -> None:
+    def __init__(
+        self, pipe, args: tuple, kwargs: dict[str, Any], noise_sampler: Callable[..., torch.Tensor] | None = None
+    ) -> None:
         self.with_draw = drawing_function(type(pipe))
+        self.noise_sampler, self.draw_noise = noise_sampler, drawing_with(noise_sampler)
         bound = inspect.signature(self.with_draw(randn_tensor)).bind(pipe, *args, **kwargs)
         arguments = dict(bound.arguments)
         self.given = arguments.pop("latents", None)
         extra = arguments.pop("kwargs", {})
         self.arguments = {name: value for name, value in {**arguments, **extra}.items() if name != "self"}
+
+    def for_images(self, count: int) -> "LatentSpace":
+        """The same space for so many images. Raises `ValueError` if the family is not told how many there are."""
+        if "batch_size" not in self.arguments:
+            raise ValueError(
+                "Expected a `prepare_latents` with the argument `batch_size`, to draw some images by themselves, but "
+                f"got one with {list(self.arguments)}. Use `chunk_size=None`."
+            )
+        space = copy.copy(self)
+        # generators are given with each call: one for each image would not fit the new number
+        unset = {"generator": None} if "generator" in self.arguments else {}
+        space.arguments = {**self.arguments, "batch_size": count, **unset}
+        return space
 
     def on(self, pipe, draw: Callable[..., torch.Tensor], latents: torch.Tensor | None = None, **overrides):
         """Run the stock function on `pipe` with `draw(shape, **kwargs)` for its random numbers."""
@@ -4062,7 +5121,7 @@ class LatentSpace:
         drawn: list[torch.Tensor] = []
 
         def record(*args, **kwargs):
-            drawn.append(randn_tensor(*args, **kwargs))
+            drawn.append(self.draw_noise(*args, **kwargs))
             return drawn[-1]
 
         self.on(pipe, record, self.given)
@@ -4458,6 +5517,194 @@ def space_of(scheduler: Any) -> SampleSpace:
     )
 
 
+# pipelines/chunks.py
+
+
+SAME_FOR_ALL = ("sigmas", "timesteps")  # lists of numbers that are not one for each image
+PLAIN_VALUES = (str, int, float, bool, type(None))
+ChunkRun = Callable[[list[int], torch.Tensor], torch.Tensor]
+
+
+class WholeBatchDraws(TorchFunctionMode):
+    """Random numbers for some images of a batch, as the whole batch would have drawn them from its one generator.
+
+    Samplers that add noise on the way draw for the images that they have; inside this context a `torch.randn` for so
+    many images from this generator draws for all and keeps the rows, so that the stream goes on as in the whole batch.
+
+    Args:
+        generator: The generator of the call.
+        batch: How many images the whole batch has.
+        rows: Which of them are drawn here.
+    """
+
+    def __init__(self, generator: torch.Generator, batch: int, rows: list[int]) -> None:
+        super().__init__()
+        self.generator, self.batch, self.rows = generator, batch, rows
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is not torch.randn or kwargs.get("generator") is not self.generator:
+            return func(*args, **kwargs)
+        rest = {name: value for name, value in kwargs.items() if name != "size"}
+        shape = kwargs["size"] if "size" in kwargs else args if isinstance(args[0], int) else args[0]
+        if shape[0] != len(self.rows):
+            return func(shape, **rest)
+        return func((self.batch, *shape[1:]), **rest)[self.rows]
+
+
+class ChunkedRun(torch.autograd.Function):
+    """`run(rows, noise[rows])` of all chunks of a batch, with the memory of one: the backward pass runs each again.
+
+    The gradient is that of the joint run, as no image depends on the noise of another.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, noise: torch.Tensor, run: ChunkRun, chunks: list[list[int]]) -> torch.Tensor:
+        ctx.save_for_backward(noise)
+        ctx.run, ctx.chunks = run, chunks
+        return run_each(run, noise, chunks)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # pyright: ignore
+        (noise,) = ctx.saved_tensors
+        found = torch.empty_like(noise)
+        for rows in ctx.chunks:
+            found[rows] = chunk_gradient(ctx.run, rows, noise[rows], gradient[rows])
+        return found, None, None
+
+
+def run_in_chunks(run: ChunkRun, noise: torch.Tensor, chunk_size: int, differentiable: bool) -> torch.Tensor:
+    """`run` of a batch `(B, ...)`, at most `chunk_size` images at a time.
+
+    Args:
+        run: Rows of the batch, and their noise, to what is drawn of them.
+        noise: `(B, ...)`.
+        chunk_size: 1 or more.
+        differentiable: Whether the result has a gradient, where the noise has one.
+    """
+    chunks = [rows.tolist() for rows in torch.arange(len(noise)).split(chunk_size)]
+    if differentiable and noise.requires_grad:
+        return ChunkedRun.apply(noise, run, chunks)  # pyright: ignore[reportReturnType]
+    return run_each(run, noise.detach(), chunks)
+
+
+def run_each(run: ChunkRun, noise: torch.Tensor, chunks: list[list[int]]) -> torch.Tensor:
+    """The results of all chunks in one tensor, without a graph."""
+    first = run(chunks[0], noise[chunks[0]].detach())
+    found = first.new_empty(len(noise), *first.shape[1:])
+    found[chunks[0]] = first
+    for rows in chunks[1:]:
+        found[rows] = run(rows, noise[rows].detach())
+    return found
+
+
+def chunk_gradient(run: ChunkRun, rows: list[int], noise: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    """The gradient of one chunk with respect to its noise; the graph is gone on return."""
+    with torch.enable_grad():
+        leaf = noise.detach().requires_grad_()
+        output = run(rows, leaf)
+    (found,) = torch.autograd.grad(output, leaf, gradient)
+    return found
+
+
+class BatchLayout:
+    """Which prompt each image of a call has, and so what an argument of the call is for some of its images.
+
+    Args:
+        request: The arguments of the call.
+        batch: B, how many images it draws.
+    """
+
+    def __init__(self, request: dict[str, Any], batch: int) -> None:
+        self.request, self.batch = request, batch
+        prompt = request.get("prompt")
+        prompt = request.get("prompt_embeds") if prompt is None else prompt
+        self.prompts = 1 if prompt is None or isinstance(prompt, str) else len(prompt)
+
+    def prompt_rows(self, rows: list[int]) -> list[int]:
+        """The prompt of each image: those of a prompt lie one after the other."""
+        return [row * self.prompts // self.batch for row in rows]
+
+    def request_of(self, rows: list[int]) -> dict[str, Any]:
+        """The arguments of a call for these images alone.
+
+        Raises:
+            ValueError: For an argument that may hold something for each image and is none of the prompts.
+        """
+        for name, value in self.request.items():
+            check_for_all(name, value)
+        if self.prompts == 1:
+            found, count = dict(self.request), len(rows)
+        else:
+            found, count = {name: self.picked(name, value, rows) for name, value in self.request.items()}, 1
+        return found | ({"num_images_per_prompt": count} if "num_images_per_prompt" in found else {})
+
+    def picked(self, name: str, value: Any, rows: list[int]) -> Any:
+        """An argument for the prompts of these images; what is no argument for each prompt as it is."""
+        if "prompt" not in name or isinstance(value, str) or not hasattr(value, "__len__"):
+            return value
+        return take(value, self.prompt_rows(rows)) if len(value) == self.prompts else value
+
+    def encoded_of(self, value: Any, rows: list[int]) -> Any:
+        """What `encode_prompt` returned, for these images.
+
+        Tensors and lists have an entry for each image, or for each prompt where the pipeline repeats them itself;
+        position ids `(L, 3)`, as those of Flux, are the same for all.
+
+        Raises:
+            ValueError: For a tensor with neither.
+        """
+        if isinstance(value, dict):
+            return {name: self.encoded_of(part, rows) for name, part in value.items()}
+        if isinstance(value, torch.Tensor):
+            return self.tensor_of(value, rows)
+        if isinstance(value, list) and len(value) == self.batch:
+            return take(value, rows)
+        if isinstance(value, list) and len(value) == self.prompts > 1:
+            return take(value, self.prompt_rows(rows))
+        if isinstance(value, (tuple, list)):
+            return type(value)([self.encoded_of(part, rows) for part in value])
+        return value
+
+    def tensor_of(self, value: torch.Tensor, rows: list[int]) -> torch.Tensor:
+        if value.ndim == 0 or (value.ndim == 2 and value.shape[1] == 3):
+            return value
+        if len(value) == self.batch:
+            return value[rows]
+        if len(value) == self.prompts:
+            return value if self.prompts == 1 else value[self.prompt_rows(rows)]
+        raise ValueError(
+            f"Expected `encode_prompt` to return tensors with an entry for each of {self.batch} images, but got the "
+            f"shape {tuple(value.shape)}, of which no part can be told apart. Use `chunk_size=None`."
+        )
+
+
+def take(value: Any, rows: Sequence[int]) -> Any:
+    """The rows of a tensor, or of a list or tuple."""
+    return value[list(rows)] if hasattr(value, "shape") else type(value)(value[row] for row in rows)
+
+
+def check_for_all(name: str, value: Any) -> None:
+    """Raise `ValueError` for an argument that is no prompt and may hold something for each image."""
+    if "prompt" in name or name in SAME_FOR_ALL:
+        return
+    if (name.startswith("ip_adapter") and value is not None) or holds_several(value):
+        raise ValueError(
+            f"Expected arguments that are the same for all images, to draw some of them by themselves, but got "
+            f"`{name}`, which may hold one for each. Use `chunk_size=None`."
+        )
+
+
+def holds_several(value: Any) -> bool:
+    """Whether there are several tensors, images or the like in an argument: numbers and strings are settings."""
+    if isinstance(value, dict):
+        return any(map(holds_several, value.values()))
+    if getattr(value, "ndim", 0) > 0:  # torch and numpy
+        return len(value) > 1
+    return isinstance(value, (list, tuple)) and len(value) > 1 and not all(isinstance(x, PLAIN_VALUES) for x in value)
+
+
 # pipelines/module_state.py
 
 
@@ -4563,6 +5810,12 @@ class RandomState:
             fresh[-1].set_state(state)
         return fresh if self.several else fresh[0]
 
+    def of_rows(self, rows: list[int]) -> "RandomState":
+        """The streams of some images, or the one that all images share."""
+        found = copy.copy(self)
+        found.states = [self.states[row] for row in rows] if self.several else self.states
+        return found
+
 
 def default_generator(device: torch.device) -> torch.Generator:
     """The generator that torch draws from on `device` when none is given."""
@@ -4607,8 +5860,10 @@ class PipelineSampler:
         ours = ("latents", "generator", "output_type", "return_dict", "callback_on_step_end", "callback")
         self.request = {name: value for name, value in request.items() if name not in ours}
         self.twin = self.make_twin(pipe, clamp)
-        # copied before any gradient run: schedulers hold the graph afterwards, and then cannot be copied
+        # as it was before any run: schedulers hold the graph of one afterwards, so that each run has its own copy
         self.scheduler = copy.deepcopy(pipe.scheduler)
+        self.part_of: tuple[int, list[int]] | None = None  # the size of the whole batch, and which rows of it are drawn
+        self.chunks: dict[tuple[int, ...], PipelineSampler] = {}
 
     def make_twin(self, pipe, clamp: str):
         twin = copy.copy(pipe)
@@ -4625,15 +5880,44 @@ class PipelineSampler:
             vars(twin.image_processor)["denormalize"] = denormalize_straight_through
         return twin
 
-    def states_after_draw(self) -> list[tuple[str, torch.Tensor]]:
-        """The random streams once the base noise is drawn: device type and state of each."""
+    def random_state_after_draw(self) -> RandomState:
+        """The random streams once the base noise is drawn."""
         generator = self.random_state.generator()
         if self.drew:
-            self.space.on(self.twin, randn_tensor, generator=generator)
-        streams = generator if isinstance(generator, list) else [generator]
-        return [(stream.device.type, stream.get_state()) for stream in streams]
+            self.space.on(self.twin, self.space.draw_noise, generator=generator)
+        return RandomState(generator, torch.device("cpu"))
 
-    def images(self, noise: torch.Tensor, gradient: Gradient = None, preview: bool = False) -> torch.Tensor:
+    def states_after_draw(self) -> list[tuple[str, torch.Tensor]]:
+        """Device type and state of each random stream once the base noise is drawn."""
+        return [(device.type, state) for device, state, _ in self.random_state_after_draw().states]
+
+    def chunk(self, rows: list[int]) -> "PipelineSampler":
+        """A sampler of some images of the batch alone: what the whole batch draws in these rows, but for rounding.
+
+        Samplers that add noise on the way see the same noise, if they draw it from the generator of the call.
+
+        Raises:
+            ValueError: Naming an argument of the call that cannot be told apart by image, such as a list of images.
+        """
+        if tuple(rows) not in self.chunks:
+            batch = self.space.arguments.get("batch_size", 0)
+            layout = BatchLayout(self.request, batch)
+            part = copy.copy(self)
+            part.space = self.space.for_images(len(rows))
+            part.request = layout.request_of(rows)
+            part.encoded = [layout.encoded_of(each, rows) for each in self.encoded]
+            part.random_state, part.drew = self.random_state_after_draw().of_rows(rows), False
+            part.part_of, part.chunks = (batch, rows), {}
+            self.chunks[tuple(rows)] = part
+        return self.chunks[tuple(rows)]
+
+    def images(
+        self,
+        noise: torch.Tensor,
+        gradient: Gradient = None,
+        preview: bool = False,
+        chunk_size: int | None = None,
+    ) -> torch.Tensor:
         """`noise` (B, C, H, W) to images (B, 3, H, W) in [0, 1], float32 or better.
 
         Args:
@@ -4641,12 +5925,24 @@ class PipelineSampler:
             gradient: "full" back-propagates through the whole chain; "frozen" holds the model's outputs constant, so no
                 graph is kept in the denoiser; `None` keeps no graph at all.
             preview: Draw the x0 estimate of the first model call instead of the whole chain.
+            chunk_size: Draw at most so many images at a time, and draw them again, with their graph, in the backward
+                pass: the same gradient in the memory of so many images, for one more forward pass. `None` for all.
         """
+        if chunk_size is not None and chunk_size < len(noise):
+
+            def draw(rows: list[int], part: torch.Tensor) -> torch.Tensor:
+                return self.chunk(rows).images(part, gradient, preview)
+
+            return run_in_chunks(draw, noise, chunk_size, gradient is not None)
         images = self.run(noise, gradient, preview, "pt")
         return images.to(torch.promote_types(images.dtype, torch.float32))
 
-    def x0(self, noise: torch.Tensor, gradient: Gradient = None) -> torch.Tensor:
-        """`noise` (B, C, H, W) to the x0 estimate of the first model call, in the layout of the noise."""
+    def x0(self, noise: torch.Tensor, gradient: Gradient = None, chunk_size: int | None = None) -> torch.Tensor:
+        """`noise` (B, C, H, W) to the x0 estimate of the first model call, in the layout of the noise; see `images`."""
+        if chunk_size is not None and chunk_size < len(noise):
+            return run_in_chunks(
+                lambda rows, part: self.chunk(rows).x0(part, gradient), noise, chunk_size, gradient is not None
+            )
         latents = self.run(noise, gradient, True, "latent")
         return self.space.unpack(self.twin, latents)
 
@@ -4654,14 +5950,22 @@ class PipelineSampler:
         twin = self.fresh_twin(noise, gradient)
         one_call = first_step_only(twin) if preview else contextlib.nullcontext()
         ours = {"generator": twin.sampling_generator, "output_type": output_type, "return_dict": False}
-        with one_call, torch.set_grad_enabled(gradient is not None and noise.requires_grad):
+        draws = self.draws_from(twin.sampling_generator)
+        with one_call, draws, torch.set_grad_enabled(gradient is not None and noise.requires_grad):
             output = self.call(twin, **self.request, **ours)[0]
+        vars(twin).clear()  # its methods refer to it: its scheduler would keep the graph until the next collection
         if noise.requires_grad and gradient is not None and not output.requires_grad:
             raise ValueError(
                 f"Expected {type(twin).__name__} to be differentiable from image to noise, but its result carries no "
                 "gradient. Use a method without gradients, such as `BestOfN`."
             )
         return output
+
+    def draws_from(self, generator: torch.Generator | list[torch.Generator]) -> contextlib.AbstractContextManager[Any]:
+        """Lets a part of a batch that shares one generator draw from it as the whole batch does."""
+        if self.part_of is None or isinstance(generator, list):
+            return contextlib.nullcontext()
+        return WholeBatchDraws(generator, *self.part_of)
 
     def fresh_twin(self, noise: torch.Tensor, gradient: Gradient):
         twin = copy.copy(self.twin)
@@ -4670,11 +5974,11 @@ class PipelineSampler:
 
         def prepare_latents(*_, **__):
             if self.drew:
-                self.space.on(twin, randn_tensor, generator=generator)
+                self.space.on(twin, self.space.draw_noise, generator=generator)
             return self.space.prepare(twin, noise, generator=generator)
 
         vars(twin).update(
-            scheduler=self.scheduler,
+            scheduler=copy.deepcopy(self.scheduler),
             encode_prompt=lambda *_, **__: next(replay),
             prepare_latents=prepare_latents,
             sampling_generator=generator,
@@ -4743,6 +6047,8 @@ class Sample:
         seeds: `B` integers that differ from step to step and from image to image: for objectives that draw at random.
         images: `(B, 3, H, W)` in [0, 1]: the result of the whole chain, or of one model call for a preview.
         x0: `(B, C, H, W)`: the estimate of the clean latents after one model call.
+        chunk_size: At most so many images are held in memory with their graphs at a time, `None` for all; objectives
+            with models of their own keep to it.
     """
 
     def __init__(
@@ -4754,19 +6060,20 @@ class Sample:
         seeds: list[int],
         gradient: Gradient,
         preview: bool = False,
+        chunk_size: int | None = None,
     ) -> None:
         self.sampler, self.noise, self.prompts = sampler, noise, prompts
         self.groups, self.seeds = groups, seeds
         self.gradient: Gradient = gradient
-        self.preview = preview
+        self.preview, self.chunk_size = preview, chunk_size
 
     @functools.cached_property
     def images(self) -> torch.Tensor:
-        return self.sampler.images(self.noise, self.gradient, self.preview)
+        return self.sampler.images(self.noise, self.gradient, self.preview, self.chunk_size)
 
     @functools.cached_property
     def x0(self) -> torch.Tensor:
-        return self.sampler.x0(self.noise, self.gradient)
+        return self.sampler.x0(self.noise, self.gradient, self.chunk_size)
 
     @property
     def drawn_images(self) -> torch.Tensor | None:
@@ -4809,19 +6116,21 @@ class NoiseProblem:
 
 
 class CandidateNoise:
-    """Fresh Gaussian noises of a problem: the same for the same seeds, whatever batch they are drawn in.
+    """Fresh noises of a problem, by its noise sampler: for the same seeds the same, whatever batch they are drawn in.
+
+    (A sampler that couples the samples of a batch couples these as well.)
 
     The streams are seeded from the base noise of each sample, so that they neither repeat the pipeline's own draws nor
     depend on the other samples of the batch.
     """
 
     def __init__(self, problem: NoiseProblem) -> None:
-        self.like = problem.noise
+        self.like, self.draw_noise = problem.noise, problem.space.draw_noise
         self.streams = [torch.Generator().manual_seed(seed) for seed in problem.seeds]
 
     def draw(self) -> torch.Tensor:
-        """`(B, C, H, W)` standard Gaussian."""
-        return randn_tensor(tuple(self.like.shape), self.streams, self.like.device, self.like.dtype)
+        """`(B, C, H, W)`, unit variance; standard Gaussian unless the problem has a noise sampler."""
+        return self.draw_noise(tuple(self.like.shape), self.streams, self.like.device, self.like.dtype)
 
     def uniform(self) -> torch.Tensor:
         """`(B,)` uniform in [0, 1), float64."""
@@ -4859,6 +6168,10 @@ class NoiseResult:
         provenance: Model, scheduler, dtype, prompts, seeds, versions, method and its settings: plain values.
         reports: What callbacks found, by name, in plain values: see `HeldOutReward`.
         generator_states: The state of each random stream after the base noise was drawn.
+        initial_noise: `(B, C, H, W)`, the noise of the plain result; `None` in files of versions that did not keep it.
+        band_changes: `(steps, B, 3)`, how much of ‖noise − initial_noise‖² lies in the lowest, middle and highest third
+            of the radial frequencies at each step; the three add up to it. NaN where a sample had stopped, `None` in
+            old files. See `frequency_bands`.
         images: `(B, 3, H, W)` in [0, 1], the images of `noise`, if they were drawn. Not saved.
         initial_images: `(B, 3, H, W)`, the plain result. Not saved.
     """
@@ -4872,6 +6185,8 @@ class NoiseResult:
     provenance: dict[str, Any]
     generator_states: list[tuple[str, torch.Tensor]] = dataclasses.field(default_factory=list)
     reports: dict[str, Any] = dataclasses.field(default_factory=dict)
+    initial_noise: torch.Tensor | None = None
+    band_changes: torch.Tensor | None = None
     images: torch.Tensor | None = None
     initial_images: torch.Tensor | None = None
 
@@ -4895,6 +6210,11 @@ class NoiseResult:
         """`(B,)`: the loss of the returned noise."""
         return self.at_best(self.losses)
 
+    @property
+    def band_shares(self) -> torch.Tensor | None:
+        """`(steps, B, 3)`: `band_changes` as shares of their sum; NaN where nothing has changed."""
+        return None if self.band_changes is None else self.band_changes / self.band_changes.sum(-1, keepdim=True)
+
     def at_best(self, values: torch.Tensor) -> torch.Tensor:
         return values.gather(0, self.best_step.to(values.device)[None])[0]
 
@@ -4910,6 +6230,8 @@ class NoiseResult:
         """Write one safetensors file: the tensors, and the provenance as JSON in its header."""
         tensors = {"noise": self.noise, "latents": self.latents, "losses": self.losses, "norms": self.norms}
         tensors["best_step"] = self.best_step
+        of_newer_files = {"initial_noise": self.initial_noise, "band_changes": self.band_changes}
+        tensors.update({name: tensor for name, tensor in of_newer_files.items() if tensor is not None})
         tensors.update({f"scores.{name}": values for name, values in self.scores.items()})
         devices = []
         for index, (device, state) in enumerate(self.generator_states):
@@ -5018,12 +6340,24 @@ class RewardObjective(Objective):
         prompts = self.prompts if self.prompts is not None else sample.prompts
         images = sample.images
         by_views = self.views > 0 and images.requires_grad
-        output = self.rewards(images.detach() if by_views else images, prompts)
+        output = self.rewards(images.detach() if by_views else images, prompts, chunk_size=sample.chunk_size)
         if not by_views:
             return -output.total, output.components
-        views = random_views(images, self.views, sample.seeds)
-        total = torch.stack([self.optimised(view, prompts).total for view in views]).mean(0)
-        return -(output.total + (total - total.detach())), output.components  # adds exactly 0
+        gradient = self.gradient_by_views(images, prompts, sample.seeds, sample.chunk_size or len(images))
+        return -AttachedGradient.apply(images, output.total, gradient), output.components  # pyright: ignore
+
+    def gradient_by_views(
+        self, images: torch.Tensor, prompts: Any, seeds: Sequence[int], chunk_size: int
+    ) -> torch.Tensor:
+        """The mean gradient `(B, 3, H, W)` of random views with respect to the pixels, a few images at a time."""
+        gradient = torch.empty_like(images)
+        for start in range(0, len(images), chunk_size):
+            rows = slice(start, start + chunk_size)
+            leaf, texts = images[rows].detach().requires_grad_(), part_of_prompts(prompts, rows)
+            views = random_views(leaf, self.views, seeds[rows])
+            total = torch.stack([self.optimised(view, texts).total.sum() for view in views]).mean()
+            gradient[rows] = torch.autograd.grad(total, leaf)[0] if total.requires_grad else 0
+        return gradient
 
     @functools.cached_property
     def optimised(self) -> RewardSum:
@@ -5061,6 +6395,7 @@ def provenance_of(problem: NoiseProblem, objective: Objective, state: NoiseState
         "prompts": problem.prompts,
         "seeds": problem.sampler.random_state.seeds,
         "generators": "list" if problem.sampler.random_state.several else "single",
+        "noise_sampler": describe_noise_sampler(problem.space.noise_sampler),
         "model": str(pipe.config.get("_name_or_path") or "") or None,
         "revision": revision_of(pipe),
         "pipeline": type(pipe).__name__,
@@ -5151,14 +6486,19 @@ class NoiseOptimizer:
         gradient: "full", "frozen" or `None`; see `PipelineSampler.images`.
         preview: Look at the x0 estimate of one model call instead of the whole chain.
         clamp: "straight_through" or "hard"; see `PipelineSampler`.
+        chunk_size: How many images are in memory with their graphs at a time: the gradient is the same, for one more
+            forward pass. "auto" for as many as fit, by what the graph of one image holds; `None` for all.
         returns: "best", the noise of the lowest loss, or "last", the noise after the last move, which is not evaluated.
+        final_steps: How many evaluations `finish` asks for after these steps.
     """
 
     steps: int
     gradient: Gradient = "full"
     preview: bool = False
     clamp: Clamp = "straight_through"
+    chunk_size: ChunkSetting = None
     returns: ClassVar[Literal["best", "last"]] = "best"
+    final_steps: int = 0
 
     def objective(self, pipe) -> Objective:
         """What is minimised. Called once, before any model runs: the place to refuse bad settings."""
@@ -5180,6 +6520,22 @@ class NoiseOptimizer:
         """
         raise NotImplementedError(f"{type(self).__name__} must define `step(state, gradient, memory)`.")
 
+    def inspect(self, state: NoiseState, objective: Objective, memory: Any) -> torch.Tensor | None:
+        """Look at what was evaluated, before the best is chosen and callbacks see it.
+
+        Returns:
+            `(B,)` bool, the samples for which this step may be the best; `None` is all. The first step counts in any
+            case. Samples may be stopped: `state.stop(reason, samples)`.
+        """
+        return None
+
+    def finish(self, state: NoiseState, objective: Objective, memory: Any) -> Iterable[torch.Tensor]:
+        """Noises `(B, C, H, W)` to evaluate at the end, one after the other, also of a run that was stopped.
+
+        For methods that choose among all that was seen; asked for the next when the last has been evaluated.
+        """
+        return ()
+
     def watchers(self) -> list[NoiseCallback]:
         """Callbacks that belong to the method, such as one that stops it; they see each step before the user's."""
         return []
@@ -5192,6 +6548,7 @@ class NoiseOptimizer:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"Expected `{name}` to be one of {allowed}, but got {getattr(self, name)!r}.")
+        check_chunk_size(self.chunk_size)
 
     def settings(self) -> dict[str, Any]:
         """The settings as plain values, for the provenance."""
@@ -5206,7 +6563,7 @@ class NoiseOptimizer:
         callbacks: CallbackSpec | Iterable[CallbackSpec] | None = None,
     ) -> NoiseResult:
         """Optimise. An exception on the way carries what was found so far as its `noise_result`."""
-        state = NoiseState(problem.pipe, problem.prompts, self.steps, problem.noise)
+        state = NoiseState(problem.pipe, problem.prompts, self.steps + self.final_steps, problem.noise)
         every = [ProgressBar(), *self.watchers(), *as_callbacks(callbacks)]
         loop = OptimizationLoop(self, problem, objective, state, every)
         try:
@@ -5218,6 +6575,7 @@ class NoiseOptimizer:
                 loop.move()
                 if state.stopped:
                     break
+            loop.finish()
         except BaseException as error:
             if loop.losses:
                 vars(error)["noise_result"] = loop.result()
@@ -5242,12 +6600,14 @@ class OptimizationLoop:
         self.state, self.callbacks = state, callbacks
         self.losses: list[torch.Tensor] = []
         self.norms: list[torch.Tensor] = []
+        self.bands: list[torch.Tensor] = []
         self.scores: list[dict[str, torch.Tensor]] = []
         self.initial_images: torch.Tensor | None = None
         self.total: torch.Tensor | None = None
         self.leaf = self.evaluated = problem.noise
 
     def start(self) -> None:
+        self.chunk_size = chunk_size_of(self.method, self.problem)
         self.memory = self.method.start(self.problem)
         for callback in self.callbacks:
             if hasattr(callback, "on_run_start"):
@@ -5270,6 +6630,7 @@ class OptimizationLoop:
         seeds = [seed + step for seed in self.problem.seeds]
         groups = self.problem.groups
         sample = Sample(self.problem.sampler, self.leaf, state.prompts, groups, seeds, gradient, method.preview)
+        sample.chunk_size = self.chunk_size
         try:
             with torch.set_grad_enabled(gradient is not None):
                 loss, scores = self.objective.evaluate(sample)
@@ -5282,7 +6643,7 @@ class OptimizationLoop:
         state.step, state.images, state.scores = step, sample.drawn_images, scores
         self.evaluated = state.noise
         state.loss = loss.detach().where(state.active, torch.nan)
-        self.record()
+        self.record(method.inspect(state, self.objective, self.memory))
         for callback in self.callbacks:
             if callback.on_step_end(state) is False:
                 state.stop()
@@ -5301,11 +6662,14 @@ class OptimizationLoop:
         if step == 0 and not loss.detach().isfinite().all():
             raise NonFiniteReward(f"Expected a finite loss for the plain result, but got {loss.tolist()}.")
 
-    def record(self) -> None:
+    def record(self, eligible: torch.Tensor | None = None) -> None:
+        """Keep this step, as the best of the samples where it is, among those that are `eligible`, `(B,)` bool."""
         state = self.state
         assert state.loss is not None
         self.losses.append(state.loss)
         self.norms.append(per_sample_norm(state.noise) / math.sqrt(state.noise[0].numel()))
+        bands = band_energies(state.noise - self.problem.noise)
+        self.bands.append(bands.where(state.active[:, None], torch.nan))
         self.scores.append(state.scores)
         if state.step == 0:
             self.initial_images = state.images
@@ -5314,6 +6678,8 @@ class OptimizationLoop:
             state.best_noise, state.best_images = state.noise, state.images
         assert state.best_loss is not None and state.best_step is not None and state.best_noise is not None
         better = state.loss < state.best_loss  # strictly: of equals the first wins; false for NaN
+        if eligible is not None and state.step > 0:
+            better = better & eligible
         state.best_loss = torch.where(better, state.loss, state.best_loss)
         state.best_step = torch.where(better, state.step, state.best_step)
         state.best_noise = torch.where(per_image(better, state.noise), state.noise, state.best_noise)
@@ -5332,6 +6698,12 @@ class OptimizationLoop:
         self.total = None
         moved = self.method.step(state, gradient, self.memory).detach()
         state.noise = torch.where(per_image(state.active, moved), moved, state.noise)
+
+    def finish(self) -> None:
+        """Evaluate what the method still gives, of all samples: a callback may watch, but not keep it from being."""
+        for noise in self.method.finish(self.state, self.objective, self.memory):
+            self.state.noise, self.state.active = noise.detach(), torch.ones_like(self.state.active)
+            self.evaluate(len(self.losses))
 
     def drop_samples(self, broken: torch.Tensor) -> None:
         """Stop the samples whose gradient is not finite; the others go on."""
@@ -5370,9 +6742,35 @@ class OptimizationLoop:
             },
             generator_states=problem.sampler.states_after_draw(),
             reports=dict(state.reports),
+            initial_noise=problem.noise.detach(),
+            band_changes=torch.stack(self.bands),
             images=last_images if last else state.best_images,
             initial_images=self.initial_images,
         )
+
+
+def chunk_size_of(method: NoiseOptimizer, problem: NoiseProblem) -> int | None:
+    """How many images a method has in memory at a time; `None` for the whole batch.
+
+    "auto" draws one image, and counts what its graph holds. Raises `ValueError` for a number, if the call cannot be
+    taken apart.
+    """
+    setting, batch = method.chunk_size, len(problem.noise)
+    if setting is None or batch == 1:
+        return None
+    try:
+        one = problem.sampler.chunk([0])
+    except ValueError:
+        if setting != "auto":
+            raise
+        return None
+    if isinstance(setting, int):
+        return setting if setting < batch else None
+    if method.gradient is None:
+        return None
+    with SavedBytes() as saved, torch.enable_grad():
+        one.images(problem.noise[:1].detach().requires_grad_(), method.gradient, method.preview)
+    return fitting_chunk_size(batch, saved.peak, free_memory(problem.noise.device))
 
 
 # pipelines/methods.py
@@ -5527,6 +6925,8 @@ def ascent_rate(noise: torch.Tensor, ascent: torch.Tensor, gamma: torch.Tensor, 
 
 def guided_gaussian(ascent: torch.Tensor, fresh: CandidateNoise, count: float) -> torch.Tensor:
     """A draw from the law of the one of `count` Gaussian noises that has the largest projection on `ascent`.
+
+    Its law is exact for white noise. Of noise with another spectrum only what is orthogonal to `ascent` keeps it.
 
     The maximum of N standard normals is Φ⁻¹(U^(1/N)) for a uniform U, and what is orthogonal to `ascent` is Gaussian
     whichever wins: so one draw does for a pool of any size, also 10¹². It differs from `best_of_pool` in that the pool
@@ -5750,6 +7150,22 @@ class NoiseFound(Exception):
     """Ends a pipeline call once its noise is known, when nobody asked for the final image."""
 
 
+class NoiseDraw:
+    """One pipeline call on noise of a sampler, and nothing optimised."""
+
+    def __init__(self, request: dict[str, Any], noise_sampler: NoiseSamplerSpec | None) -> None:
+        prompts_of(request, required=False)
+        self.noise_sampler = noise_sampler_of(noise_sampler, request, groups_of(request))
+
+    def encode_prompt(self, encode, *args, **kwargs):
+        return encode(*args, **kwargs)
+
+    def prepare_latents(self, pipe, *args, **kwargs):
+        """The hook: the stock method, on noise of the sampler."""
+        space = LatentSpace(pipe, args, kwargs, self.noise_sampler)
+        return space.on(pipe, space.draw_noise)
+
+
 class NoiseRun:
     """One pipeline call under optimisation: what it was asked for, encoded, and found."""
 
@@ -5760,6 +7176,7 @@ class NoiseRun:
         request: dict[str, Any],
         callbacks: CallbackSpec | Iterable[CallbackSpec] | None,
         render: bool = True,
+        noise_sampler: NoiseSamplerSpec | None = None,
     ) -> None:
         self.method, self.request, self.render = method, request, render
         self.callbacks = as_callbacks(callbacks)
@@ -5772,6 +7189,7 @@ class NoiseRun:
         self.groups = groups_of(request)
         self.objective.check_groups(self.groups)
         check_latents(request, len(self.prompts))
+        self.noise_sampler = noise_sampler_of(noise_sampler, request, self.groups)
         if size := image_size(pipe, request):
             self.objective.try_out(self.prompts[0], *size, gradient=method.gradient is not None)
         self.encoded: list[Any] = []
@@ -5784,7 +7202,7 @@ class NoiseRun:
 
     def prepare_latents(self, pipe, *args, **kwargs):
         """The hook: draw the base noise as the stock method does, optimise it, prepare the result."""
-        space = LatentSpace(pipe, args, kwargs)
+        space = LatentSpace(pipe, args, kwargs, self.noise_sampler)
         device = torch.device(space.arguments.get("device") or pipe._execution_device)
         random_state = RandomState(self.request.get("generator"), device)
         noise, drew = space.draw(pipe)
@@ -5837,6 +7255,23 @@ def check_latents(request: dict[str, Any], batch: int) -> None:
         raise ValueError(f"Expected one generator for each of {batch} images, but got {len(generator)}.")
 
 
+def noise_sampler_of(
+    noise_sampler: NoiseSamplerSpec | None, request: dict[str, Any], groups: list[int]
+) -> Callable[..., torch.Tensor] | None:
+    """The noise sampler of a call, coupled where it couples: among the images of a prompt.
+
+    Raises `ValueError` beside `latents`, where there is nothing to draw.
+    """
+    found = as_noise_sampler(noise_sampler)
+    if found is None:
+        return None
+    if request.get("latents") is not None:
+        raise ValueError(
+            "Expected `noise_sampler` or `latents`, but got both. Given latents are taken as they are: leave one out."
+        )
+    return found.within(groups) if hasattr(found, "within") else found  # pyright: ignore[reportFunctionMemberAccess]
+
+
 def image_size(pipe, request: dict[str, Any]) -> tuple[int, int] | None:
     """Height and width of the images in pixels, if they can be told before the call."""
     if request.get("height") and request.get("width"):
@@ -5851,19 +7286,20 @@ class NoiseOptimizationMixin:
     """Gives any diffusers text-to-image pipeline an optimisation hook in `prepare_latents`.
 
     `class ReNOTurboPipeline(NoiseOptimizationMixin, StableDiffusionXLPipeline)` is all that a pipeline needs. With
-    `noise_optimizer=None` every call goes straight to the stock class and is bit-identical to it.
+    `noise_optimizer=None` and no `noise_sampler` every call goes straight to the stock class, bit-identical to it.
 
     The stock `__call__` runs once as it is. When it reaches `prepare_latents`, its prompts are encoded; there the noise
     is optimised, each evaluation being the same stock `__call__` on a shallow twin (see `PipelineSampler`). Then the
     call goes on with the noise that was found: only this final run fires `callback_on_step_end`.
     """
 
-    _noise_run: NoiseRun | None = None
+    _noise_run: NoiseRun | NoiseDraw | None = None
 
     def __call__(
         self,
         *args,
         noise_optimizer: NoiseOptimizer | None = None,
+        noise_sampler: NoiseSamplerSpec | None = None,
         callback_on_optimization_step_end: CallbackSpec | Iterable[CallbackSpec] | None = None,
         **kwargs,
     ):
@@ -5871,6 +7307,9 @@ class NoiseOptimizationMixin:
 
         Args:
             noise_optimizer: A method, such as `ReNO(rewards={"clipscore": 1.0})`.
+            noise_sampler: What the initial noise is drawn from, optimised or not: `"white"`, as in the stock pipeline,
+                `"pink"`, `"coupled"`, a dict such as `{"name": "pink", "alpha": 0.3}`, or a function `(shape,
+                generator, device, dtype)` that returns noise of unit variance. Not beside `latents`.
             callback_on_optimization_step_end: Callbacks per optimisation step; see `NoiseCallback`.
             args, kwargs: Those of the stock pipeline.
 
@@ -5878,15 +7317,16 @@ class NoiseOptimizationMixin:
             What the stock pipeline returns; unless `return_dict=False` with a `noise_result` attribute.
         """
         stock = super().__call__  # pyright: ignore[reportAttributeAccessIssue]
-        if noise_optimizer is None:
+        if noise_optimizer is None and noise_sampler is None:
             return stock(*args, **kwargs)
-        run = NoiseRun(self, noise_optimizer, bind_request(self, args, kwargs), callback_on_optimization_step_end)
-        with frozen_modules(self):
-            self._noise_run = run
-            try:
-                output = stock(*args, **kwargs)
-            finally:
-                self._noise_run = None
+        request = bind_request(self, args, kwargs)
+        if noise_optimizer is None:
+            with hook_on(self, NoiseDraw(request, noise_sampler)):
+                return stock(*args, **kwargs)
+        callbacks = callback_on_optimization_step_end
+        run = NoiseRun(self, noise_optimizer, request, callbacks, noise_sampler=noise_sampler)
+        with frozen_modules(self), hook_on(self, run):
+            output = stock(*args, **kwargs)
         if not isinstance(output, tuple):
             output.noise_result = run.result
         return output
@@ -5903,6 +7343,16 @@ class NoiseOptimizationMixin:
         if run is None:
             return super().prepare_latents(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
         return run.prepare_latents(self, *args, **kwargs)
+
+
+@contextlib.contextmanager
+def hook_on(pipe, run: NoiseRun | NoiseDraw) -> Iterator[None]:
+    """Let a run have the prompts and latents of a pipeline's call."""
+    pipe._noise_run = run
+    try:
+        yield
+    finally:
+        pipe._noise_run = None
 
 
 def bind_request(pipe, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -5927,6 +7377,7 @@ def optimize_noise(
     *,
     method_kwargs: dict[str, Any] | None = None,
     callbacks: CallbackSpec | Iterable[CallbackSpec] | None = None,
+    noise_sampler: NoiseSamplerSpec | None = None,
     **call_kwargs,
 ) -> NoiseResult:
     """Find the initial noise of a call to any diffusers text-to-image pipeline, which stays as it is.
@@ -5937,6 +7388,9 @@ def optimize_noise(
         method: Such as `ReNO(rewards={"pickscore": 1.0})`, or a name of `list_noise_optimizers()`.
         method_kwargs: The settings of a method given by name.
         callbacks: Per optimisation step; see `NoiseCallback`.
+        noise_sampler: What noise is drawn from, that of candidates too: `"white"`, as in the pipeline itself, `"pink"`,
+            `"coupled"`, a dict such as `{"name": "pink", "alpha": 0.3}`, `PinkNoise(0.3)`, or any function `(shape,
+            generator, device, dtype)` that returns noise of unit variance. Not beside `latents`.
         call_kwargs: What `pipe(prompt, ...)` takes: steps, guidance, size, generator, latents ...
 
     Returns:
@@ -5950,7 +7404,7 @@ def optimize_noise(
     twin = copy.copy(pipe)
     twin.__class__ = hooked(type(pipe))
     request = bind_request(twin, (), {"prompt": prompt, **call_kwargs})
-    run = NoiseRun(twin, optimizer, request, callbacks, render=False)
+    run = NoiseRun(twin, optimizer, request, callbacks, render=False, noise_sampler=noise_sampler)
     vars(twin)["_noise_run"] = run
     with frozen_modules(twin), torch.no_grad(), contextlib.suppress(NoiseFound):
         stock_call(type(pipe))(twin, **request)
@@ -6007,6 +7461,7 @@ class NoiseDiffusionMixin(RewardMixin):
         selection: Literal["pool", "exact", "random"] | None = None,
         noise_diffusion_kwargs: Mapping[str, Any] | None = None,
         noise_optimizer: NoiseOptimizer | None = None,
+        noise_sampler: NoiseSamplerSpec | None = None,
         callback_on_optimization_step_end: Any = None,
         **kwargs,
     ):
@@ -6021,6 +7476,9 @@ class NoiseDiffusionMixin(RewardMixin):
             selection: "pool", the default and the paper's, "exact" or "random".
             noise_diffusion_kwargs: More settings of `NoiseDiffusion`, by name: `{"threshold": 0.95}`.
             noise_optimizer: Another method instead of Noise Diffusion.
+            noise_sampler: What the initial noise is drawn from: `"white"`, as in the stock pipeline, `"pink"`,
+                `"coupled"`, a dict such as `{"name": "pink", "alpha": 0.3}`, or a function `(shape, generator, device,
+                dtype)`. Works without a method too; not beside `latents`.
             callback_on_optimization_step_end: Callbacks per optimisation step: functions of the state, or objects with
                 `on_step_end(state)`; return `False` to stop.
             args, kwargs: Those of the stock pipeline.
@@ -6036,6 +7494,7 @@ class NoiseDiffusionMixin(RewardMixin):
         return super().__call__(
             *args,
             noise_optimizer=self.method_on(NoiseDiffusion, rewards, settings, noise_optimizer),
+            noise_sampler=noise_sampler,
             callback_on_optimization_step_end=callback_on_optimization_step_end,
             **kwargs,
         )

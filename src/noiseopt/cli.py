@@ -1,4 +1,4 @@
-"""The command line: `noiseopt demo`, `evaluate`, `rewards` and `score`."""
+"""The command line: `noiseopt demo`, `evaluate`, `analyze`, `rewards` and `score`."""
 
 import argparse
 import contextlib
@@ -33,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     """All commands. Each sets `run`, a function of the parsed arguments."""
+    from .analysis.command import add_analyze
     from .evaluation.command import add_evaluate  # here: it takes its argument types from this module
     from .scoring import add_rewards, add_score
 
@@ -42,6 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     add_demo(commands)
     add_evaluate(commands)
+    add_analyze(commands)
     add_rewards(commands)
     add_score(commands)
     return parser

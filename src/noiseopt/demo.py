@@ -13,6 +13,7 @@ from . import shapes_world
 from .callbacks import StepImages
 from .callbacks.noise_callback import NoiseCallback
 from .callbacks.noise_state import NoiseState
+from .evaluation.embedded_diversity import embedded_diversity, towers_of
 from .evaluation.metrics import layout_spread
 from .evaluation.plan import MethodChoice
 from .pipelines import NoiseOptimizer, NoiseResult, list_noise_optimizers, optimize_noise
@@ -69,9 +70,10 @@ class Choice:
 
     @classmethod
     def of(cls, method: str = "reno", model: str = "turbo", steps: int | None = None) -> "Choice":
-        """Raises `ValueError` for unknown names."""
+        """Raises `ValueError` for unknown names, and for a method that has no number of steps to set."""
         pipelines = [name for name, known in shapes_world.MODELS.items() if known.is_pipeline]
-        for what, name, names in (("method", method, list_noise_optimizers()), ("model", model, pipelines)):
+        methods = [name for name in list_noise_optimizers() if isinstance(METHODS[name].steps, int)]
+        for what, name, names in (("method", method, methods), ("model", model, pipelines)):
             if name not in names:
                 raise ValueError(f"Expected a {what} out of {', '.join(names)}, but got {name!r}.")
         embedded = shapes_world.MODELS[model]
@@ -83,9 +85,19 @@ class Choice:
         return MethodChoice.parse(self.method).takes_rewards
 
     @property
+    def diversity(self) -> Any:
+        """What a method of sets is to raise, or `None`."""
+        return MethodChoice.parse(self.method).diversity
+
+    @property
+    def single(self) -> bool:
+        """Whether each image is for itself and its reward is to rise: not so for a method that makes images differ."""
+        return self.takes_rewards and self.diversity is None
+
+    @property
     def count(self) -> int:
-        """Images of each prompt: one, or a set for a method without rewards, which makes images differ."""
-        return 1 if self.takes_rewards else SET
+        """Images of each prompt: one, or a set."""
+        return 1 if self.single else SET
 
     @property
     def prompts(self) -> list[str]:
@@ -98,17 +110,21 @@ class Choice:
         return METHODS[self.method].returns == "best"
 
     def build(self) -> NoiseOptimizer:
-        """The method, on the embedded reward if it takes any."""
+        """The method, on the embedded reward and tower if it takes any."""
         settings: dict[str, Any] = {"steps": self.steps}
         if self.takes_rewards:
             settings["rewards"] = shapes_world.path("clip")
-        if "score_range" in METHODS[self.method].__dataclass_fields__:
+        if hasattr(METHODS[self.method], "score_range"):
             settings["score_range"] = SCORE_RANGE
+        if self.diversity is not None:
+            settings["diversity"] = embedded_diversity(self.diversity)
         return METHODS[self.method](**settings)
 
     def weights(self) -> list[str]:
         """The folders of all weights that it needs. Raises `FileNotFoundError` for what cannot be had."""
-        return [shapes_world.path(name) for name in (self.model.name, *["clip"] * self.takes_rewards)]
+        names = {self.model.name, *["clip"] * self.takes_rewards}
+        names |= set() if self.diversity is None else towers_of(self.diversity)
+        return [shapes_world.path(name) for name in shapes_world.MODELS if name in names]
 
     def __str__(self) -> str:
         return f"{METHODS[self.method].__name__} on {self.model.name}, the {self.model.title}"
@@ -144,22 +160,22 @@ class Story:
 
     @property
     def values(self) -> torch.Tensor:
-        """`(steps, B)`: the weighted sum of the rewards, which is to rise, or the loss of a method without, to fall."""
+        """`(steps, B)`: the weighted sum of the rewards, which is to rise, or the loss of a set, which is to fall."""
         return -self.direction * torch.cat([result.losses for result in self.results], dim=1)
 
     @property
     def direction(self) -> int:
         """1 if higher values are better, else −1."""
-        return 1 if self.choice.takes_rewards else -1
+        return 1 if self.choice.single else -1
 
     @property
     def measure(self) -> str:
         """What `values` are called."""
-        return "reward" if self.choice.takes_rewards else "loss"
+        return "reward" if self.choice.single else "loss"
 
     def value(self, step: int, sample: int) -> str:
         """One of `values` in as many digits as its kind needs."""
-        return f"{self.values[step, sample]:.{1 if self.choice.takes_rewards else 3}f}"
+        return f"{self.values[step, sample]:.{1 if self.choice.single else 3}f}"
 
     @property
     def seconds(self) -> float:
@@ -185,7 +201,7 @@ class Story:
 def optimize_and_judge(choice: Choice, prompts: Sequence[str], seed: int) -> Story:
     """Optimise the noise of each prompt on an embedded model, and judge the image of every step.
 
-    A method with rewards takes all prompts in one call; one that looks at sets takes one prompt in each.
+    A method of single images takes all prompts in one call; one that looks at sets takes one prompt in each.
     """
     pipe, call = load_pipeline(choice.model.name), {**choice.model.call, "num_images_per_prompt": choice.count}
     groups = [list(prompts)] if choice.count == 1 else [[prompt] for prompt in prompts]

@@ -7,7 +7,15 @@ import random
 import pytest
 import torch
 
-from noiseopt.evaluation.metrics import coverage, density, layout_spread, mean_pairwise_similarity, vendi_score
+from noiseopt.evaluation.metrics import (
+    coverage,
+    density,
+    ground_spread,
+    layout_spread,
+    mean_pairwise_similarity,
+    size_spread,
+    vendi_score,
+)
 from noiseopt.shapes_world import Scene, Shape, render
 
 ORDERS = (0.0, 0.1, 0.5, 1.0, 1.5, 2.0, 5.0, math.inf)
@@ -208,3 +216,43 @@ def test_layout_spread_refuses_other_worlds():
         layout_spread(torch.zeros(2, 3, 32, 32), "a red circle")
     with pytest.raises(ValueError, match="prompt of the shapes world"):
         layout_spread(torch.zeros(2, 3, 64, 64), "a photo of a cat")
+
+
+def test_size_spread_is_the_deviation_of_radii():
+    """A disk of radius r has the area πr²; the square of half-width r has 4r², a radius of 2r/√π."""
+    red, blue = (9, 11, 13), (10, 10, 13)
+    images = pictures(
+        *[
+            [Shape("circle", "red", 16, 32, r), Shape("circle", "blue", 46, 32, b)]
+            for r, b in zip(red, blue, strict=True)
+        ]
+    )
+    expected = [float(torch.tensor(radii, dtype=torch.float64).std(correction=0)) for radii in (red, blue)]
+    assert size_spread(images, "a red circle left of a blue circle") == pytest.approx(sum(expected) / 2, abs=0.15)
+    assert size_spread(images, "a red star") == pytest.approx(expected[0], abs=0.15)
+
+
+def test_size_spread_compares_the_largest_with_the_largest():
+    """Two red circles exchange their sizes: no difference. One that is in a single image does not count."""
+    first = [Shape("circle", "red", 16, 32, 9), Shape("circle", "red", 47, 32, 13)]
+    second = [Shape("circle", "red", 16, 32, 13), Shape("circle", "red", 47, 32, 9)]
+    assert size_spread(pictures(first, second), "two red circles") == pytest.approx(0, abs=0.05)
+    assert size_spread(pictures(first, second[1:]), "two red circles") == pytest.approx(2, abs=0.15)
+    assert math.isnan(size_spread(pictures(first, second), "a green circle"))
+
+
+def test_ground_spread_is_the_distance_of_mean_greys_and_ignores_shapes():
+    """Grounds of grey g and g + 0.2: each is 0.1 from the mean in three channels."""
+    images = torch.full((2, 3, 64, 64), 0.3)
+    images[1] += 0.2
+    images[0, 0, 10:30, 10:30] = 1.0
+    assert ground_spread(images) == pytest.approx(0.1 * math.sqrt(3), rel=1e-6)
+    saturated = torch.tensor([1.0, 0.0, 0.0])[None, :, None, None].expand(1, 3, 64, 64)
+    assert ground_spread(torch.cat([images, saturated])) == pytest.approx(0.1 * math.sqrt(3), rel=1e-6)
+    assert math.isnan(ground_spread(torch.cat([images[:1], saturated])))
+
+
+@pytest.mark.parametrize("spread", [lambda images: size_spread(images, "a red circle"), ground_spread])
+def test_other_spreads_refuse_other_worlds(spread):
+    with pytest.raises(ValueError, match=r"\(N, 3, 64, 64\)"):
+        spread(torch.zeros(2, 3, 32, 32))

@@ -3,9 +3,11 @@
 import sys
 
 import pytest
+import torch
 
-from noiseopt import BestOfN, ReNO
+from noiseopt import BestOfN, ReNO, shapes_world
 from noiseopt.evaluation.command import weighted
+from noiseopt.evaluation.embedded_diversity import embedded_diversity, towers_of
 from noiseopt.evaluation.folder import differences
 from noiseopt.evaluation.plan import PLAIN, MethodChoice, ModelChoice, Plan, control_of, parse_settings, slug
 from noiseopt.evaluation.prompt_sets import Prompt, PromptSet
@@ -164,3 +166,42 @@ def test_features_of_a_package_that_is_not_there_are_refused_before_anything_run
     monkeypatch.setitem(sys.modules, "dreamsim", None)
     with pytest.raises(ValueError, match=r"Expected the package `dreamsim`.*pip install noiseopt\[dreamsim\]"):
         plan(features="dreamsim")
+
+
+def test_diversity_is_read_and_refused_before_anything_is_loaded():
+    choice = MethodChoice.parse("never_too_late:diversity={'dpp': ('clip', 50.0)},steps=3")
+    assert choice.diversity == {"dpp": ("clip", 50.0)} and choice.takes_rewards
+    assert MethodChoice.parse("reno").diversity is None
+    for text in ("diversity=dppp", "diversity={'dpp': -1.0}", "diversity={'dpp': ('dinov3', 1.0)}", "warm_up=-1"):
+        with pytest.raises(ValueError, match="Expected"):
+            MethodChoice.parse(f"never_too_late:{text}")
+
+
+def test_on_embedded_models_diversity_is_that_of_the_embedded_towers():
+    cpu = torch.device("cpu")
+    built = MethodChoice.parse("never_too_late").build("red", cpu)
+    other = MethodChoice.parse("never_too_late:diversity={'dpp_patch': 1.0, 'dpp': ('clip', 50.0)}")
+    (_, patches, weight), (_, clip, _) = other.build("red", cpu).diversity
+    assert (patches.kind, weight, clip.name) == ("patch", 1.0, "clip")
+    ((reward, features, weight),) = built.diversity
+    assert (reward, features.name, weight) == ("dpp", "dinov2", 150.0)
+    assert features.model.config._name_or_path == shapes_world.path("dinov2")
+    assert MethodChoice.parse("never_too_late").build("red", cpu).diversity[0][1] is features  # loaded once
+    assert towers_of(other.diversity) == {"dinov2", "clip"}
+    color = embedded_diversity({"dpp": ("color_histogram", 2.0)})
+    assert color == [("dpp", "color_histogram", 2.0)]
+
+
+@pytest.mark.parametrize(
+    ("method", "features", "expected"),
+    [
+        ("never_too_late", "dinov2", True),
+        ("never_too_late", "clip", True),  # the reward
+        ("never_too_late:diversity=dpp_patch", "facebook/dinov2-base", True),  # of the same checkpoint
+        ("never_too_late:diversity={'dpp': ('clip', 1.0)}", "dinov2", False),
+        ("reno", "dinov2", False),
+        ("never_too_late", None, False),
+    ],
+)
+def test_features_whose_tower_is_optimised_are_known(method, features, expected):
+    assert plan(methods=(MethodChoice.parse(method),), features=features).features_are_optimised is expected

@@ -58,6 +58,19 @@ TRIALS = {
         off={"optimization_steps": 0},
         requests=[{}, {"optimization_steps": 2, "cno_kwargs": {"window_size": 4}}],
     ),
+    "NeverTooLate": Trial(
+        plain={"num_images_per_prompt": 2},
+        off={},
+        requests=[
+            {"diversity": {"dpp": ("color_histogram", 150.0)}, "rewards": {"tiny/clip": 0.1}, "optimization_steps": 3},
+            {
+                "diversity": {"vendi_2": ("tiny/clip", 5.0), "pairwise": ("tiny_image", 60.0)},
+                "guard": {"sharpness": {"keep": 0.01}},
+                "optimization_steps": 2,
+                "never_too_late_kwargs": {"hinge": {"vendi_2": 1.9}},
+            },
+        ],
+    ),
 }
 
 

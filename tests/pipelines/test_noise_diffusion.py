@@ -16,6 +16,7 @@ from diffusers import (
     PNDMScheduler,
     UniPCMultistepScheduler,
 )
+from diffusers.utils.torch_utils import randn_tensor
 from tiny_pipelines import call_arguments, quiet, sd3_pipeline, sd_pipeline, tiny_pipeline
 
 from noiseopt import MeanVariance, NoiseDiffusion, NoisePGD, NoiseState, Reward, optimize_noise
@@ -165,7 +166,7 @@ class Walk:
 
     def __post_init__(self):
         seeds = [seed_from(image) for image in self.noise]
-        problem = SimpleNamespace(noise=self.noise, seeds=seeds)
+        problem = SimpleNamespace(noise=self.noise, seeds=seeds, space=SimpleNamespace(draw_noise=randn_tensor))
         self.memory = self.method.start(problem)
 
     def step(self, score: float, gradient: torch.Tensor) -> None:

@@ -324,4 +324,5 @@ def test_rewards_that_cannot_work_are_refused_before_any_model_runs(case):
 
 
 def test_names_of_methods_are_listed():
-    assert list_noise_optimizers() == ["best_of_n", "cno", "mean_variance", "noise_diffusion", "noise_pgd", "reno"]
+    names = ["best_of_n", "cno", "group_selection", "mean_variance", "noise_diffusion", "noise_pgd", "reno"]
+    assert list_noise_optimizers() == names

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusers.utils.torch_utils import randn_tensor
 from scipy.stats import ks_2samp, kstest
 
 from noiseopt.pipelines.noise_problem import CandidateNoise
@@ -11,7 +12,8 @@ from noiseopt.pipelines.noise_selection import best_of_pool, displacement, guide
 
 
 def fresh(noise: torch.Tensor, seed: int = 0) -> CandidateNoise:
-    return CandidateNoise(SimpleNamespace(noise=noise, seeds=list(range(seed, seed + len(noise)))))  # pyright: ignore
+    space = SimpleNamespace(draw_noise=randn_tensor)
+    return CandidateNoise(SimpleNamespace(noise=noise, seeds=list(range(seed, seed + len(noise))), space=space))  # pyright: ignore
 
 
 def gaussian(*shape: int, seed: int = 0, dtype=torch.float64) -> torch.Tensor:

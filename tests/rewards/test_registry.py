@@ -74,7 +74,7 @@ def test_a_name_loads_the_default_checkpoint(clip_folder: Path, monkeypatch: pyt
 
 
 def test_an_unknown_name_lists_what_exists():
-    with pytest.raises(ValueError, match=r"\[.*'clipscore', 'green'.*\].*'CLIPScor'.*Did you mean 'clipscore'"):
+    with pytest.raises(ValueError, match=r"\[.*'clipscore', .*'green'.*\].*'CLIPScor'.*Did you mean 'clipscore'"):
         AutoReward.from_pretrained("CLIPScor")
     for missing in ("nothing-like-it", "./no/such/folder", "/no/such/folder", "a/b/c"):
         with pytest.raises(ValueError, match="Expected a reward name out of"):

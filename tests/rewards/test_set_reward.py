@@ -100,6 +100,38 @@ def test_one_image_alone_is_refused(set_reward: SetReward):
     assert set_reward(random_images(2)[:1], random_images(2)[1:]).shape == ()
 
 
+def test_the_value_is_within_its_bounds(set_reward: SetReward):
+    images = random_images(5)
+    for some in (images, images[:1].repeat(3, 1, 1, 1), torch.cat([images, images[:2]])):
+        low, high = set_reward.bounds(len(some)) or (-torch.inf, torch.inf)
+        assert low - 1e-6 <= set_reward(some).item() <= high + 1e-6
+
+
+def test_half_precision_is_computed_in_float32_or_more(set_reward: SetReward):
+    features = set_reward.features(random_images(4))
+    exact = set_reward.of_features(features)
+    for dtype in (torch.float16, torch.bfloat16):
+        half = set_reward.of_features(features.to(dtype))
+        assert half.dtype == torch.float32
+        torch.testing.assert_close(half, set_reward.of_features(features.to(dtype).float()))
+        torch.testing.assert_close(
+            set_reward.of_features(features[:2], features[2:].to(dtype)), exact, rtol=0.05, atol=0
+        )
+    assert set_reward.of_features(features.double(), features).dtype == torch.float64
+
+
+def test_features_of_references_must_fit(set_reward: SetReward):
+    with pytest.raises(ValueError, match=r"features of the shape \(6, 8\) .*'\w+', but got \(6, 9\)\. Compare images"):
+        set_reward.of_features(torch.ones(2, 6, 8), torch.ones(2, 6, 9))
+
+
+def test_features_that_are_not_finite_are_refused(set_reward: SetReward):
+    features = torch.rand(3, 6, 8)
+    features[1, 2, 3] = torch.nan
+    with pytest.raises(NonFiniteReward, match=r"Expected finite features .*Load 'dinov2_patch' with"):
+        set_reward.of_features(features)
+
+
 def test_a_value_that_is_not_finite_is_refused():
     class Broken(SetReward):
         name = "broken"
@@ -116,7 +148,7 @@ def test_a_value_that_is_not_finite_is_refused():
 def test_by_name_on_features_by_name(monkeypatch: pytest.MonkeyPatch):
     reward = find_set_reward("pairwise").from_pretrained("tiny_image")
     assert isinstance(reward, PairwiseDiversity) and isinstance(reward.features, TinyImage)
-    with pytest.raises(ValueError, match=r"Expected set reward out of \['pairwise'.*Did you mean 'pairwise'"):
+    with pytest.raises(ValueError, match=r"Expected set reward out of \[.*'pairwise'.*Did you mean 'pairwise'"):
         find_set_reward("pairwis")
     monkeypatch.setattr(SET_REWARDS, "classes", dict(SET_REWARDS.classes))
     with pytest.raises(ValueError, match="'pairwise' is taken by `PairwiseDiversity`"):

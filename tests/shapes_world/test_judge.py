@@ -1,3 +1,5 @@
+import importlib
+import math
 import random
 from collections import Counter
 
@@ -5,8 +7,11 @@ import pytest
 import torch
 
 from noiseopt import shapes_world
-from noiseopt.shapes_world import CATEGORIES, Request, Scene, Shape, caption, judge, parse, render
+from noiseopt.shapes_world import CATEGORIES, KINDS, Request, Scene, Shape, caption, judge, parse, render
 from noiseopt.shapes_world.negatives import wrong_request
+
+# the function of that name hides the module
+module = importlib.import_module("noiseopt.shapes_world.judge")
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +74,135 @@ def test_a_shape_without_form_is_a_blob():
     (verdict,) = judge(picture(Shape("circle", "red", 32, 32, 12, stretch=3.0)), "a red circle")
     assert not verdict.correct
     assert verdict.found == "a red blob"
+
+
+def kinds_seen(*shapes: Shape) -> list[str]:
+    (things,) = shapes_world.see(picture(*shapes))
+    return [thing.kind for thing in things]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("turn", [0.0, 0.5])
+@pytest.mark.parametrize("radius", [9.0, 15.0])
+def test_clean_shapes_are_seen_at_any_place_between_pixels(kind, turn, radius):
+    assert kinds_seen(Shape(kind, "red", 32 + turn, 32 + turn / 2, radius)) == [kind]
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        Shape("circle", "red", 32, 32, 13, towards="square", blend=0.2),
+        Shape("circle", "red", 32, 32, 13, wobble=0.05),
+        Shape("circle", "red", 32, 32, 13, stretch=1.15),
+        Shape("square", "red", 32, 32, 13, towards="circle", blend=0.3),
+        Shape("square", "red", 32, 32, 13, stretch=1.3),
+        Shape("triangle", "red", 32, 32, 13, towards="circle", blend=0.1),
+        Shape("star", "red", 32, 32, 13, towards="circle", blend=0.4),
+        Shape("cross", "red", 32, 32, 13, towards="circle", blend=0.2),
+    ],
+    ids=str,
+)
+def test_soft_and_slightly_lumpy_shapes_are_recognized(shape):
+    assert kinds_seen(shape) == [shape.kind]
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        *(Shape("circle", "red", 32, 32, 13, towards=other, blend=0.4) for other in KINDS[1:]),
+        Shape("circle", "red", 32, 32, 13, wobble=0.2),
+        Shape("circle", "red", 32, 32, 13, stretch=1.4),
+        Shape("square", "red", 32, 32, 13, towards="circle", blend=0.6),
+        Shape("square", "red", 32, 32, 13, stretch=1.4),
+        Shape("triangle", "red", 32, 32, 13, towards="circle", blend=0.4),
+        Shape("triangle", "red", 32, 32, 13, towards="square", blend=0.4),
+        Shape("star", "red", 32, 32, 13, towards="circle", blend=0.7),
+        Shape("cross", "red", 32, 32, 13, towards="circle", blend=0.5),
+    ],
+    ids=str,
+)
+def test_half_made_shapes_are_not_what_they_come_from(shape):
+    assert kinds_seen(shape) != [shape.kind]
+
+
+@pytest.mark.parametrize("x", [32, 40])
+def test_a_circle_with_a_stub_is_no_circle(x):
+    disk, stub = Shape("circle", "red", 32, 32, 12), Shape("square", "red", x, 44, 5)
+    assert kinds_seen(disk) == ["circle"]
+    assert kinds_seen(disk, stub) == ["blob"]
+
+
+@pytest.mark.parametrize("kind", ["square", "triangle"])
+def test_convex_shapes_have_no_dents(kind):
+    whole, bite = picture(Shape(kind, "red", 32, 32, 13)), picture(Shape("circle", "red", 32, 44, 7))
+    bitten = bite.amax(1, keepdim=True) - bite.amin(1, keepdim=True) > 0.3
+    for image, seen in ((whole, kind), (whole.where(~bitten, 0.5), "blob")):
+        ((thing,),) = shapes_world.see(image)
+        assert thing.kind == seen
+
+
+def wavy(**waves: float) -> torch.Tensor:
+    """Radii of an outline that goes out and in as often as each name says, e.g. w5=0.2, and so far."""
+    turn = torch.arange(24) * (2 * math.pi / 24)
+    return 1 + sum(height * (int(name[1:]) * turn).cos() for name, height in waves.items())[None]
+
+
+@pytest.mark.parametrize("kind", KINDS[1:])
+def test_a_kind_has_the_waves_of_its_tips_and_no_others(kind):
+    own, i = {"square": 4, "triangle": 3, "star": 5, "cross": 4}[kind], KINDS.index(kind)
+    tips, stray = module._tips(module._waves(wavy(**{"w2": 0.1, f"w{own}": 0.2, f"w{2 * own}": 0.05, "w7": 0.03})))
+    assert tips[0, i].item() == pytest.approx(0.25, abs=1e-5)
+    assert stray[0, i].item() == pytest.approx(7 * 0.03 / math.sqrt(2), abs=1e-5)
+
+
+def test_all_waves_are_stray_around_a_circle_but_the_one_that_makes_it_long():
+    tips, stray = module._tips(module._waves(wavy(w2=0.1, w3=0.02, w4=0.01)))
+    assert tips[0, 0] == 0
+    assert stray[0, 0].item() == pytest.approx(math.hypot(0.06, 0.04) / math.sqrt(2), abs=1e-5)
+
+
+def test_a_disk_turns_evenly_and_a_corner_does_not():
+    disk = torch.ones(1, 24)
+    corner = disk.clone()
+    corner[0, 0] = 1.2
+    assert module._turns(disk).item() == pytest.approx(0, abs=1e-5)
+    assert module._turns(corner).item() > 0.1
+
+
+def test_a_bite_is_what_a_window_of_the_best_template_lacks():
+    i = KINDS.index("square")
+    mask = module._templates()[i, :1].clone()
+    area = mask.sum()
+    mask.view(32, 32)[14:19, 14:19] = 0
+    overlap, bite = module._overlaps(mask)
+    assert overlap[0, i].item() == pytest.approx(((area - 25) / area).item())
+    assert bite[0, i].item() == pytest.approx(1.0)
+    assert module._overlaps(module._templates()[i, :1])[1][0, i] == 0
+
+
+def scores(*shapes: Shape) -> torch.Tensor:
+    image = picture(*shapes)
+    chroma = image.amax(1) - image.amin(1)
+    return module._scores(chroma.where(module._hues(image) >= 0, 0.0) / chroma.amax())[0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_much_speaks_for_clean_shapes_and_against_all_others(kind):
+    seen = scores(Shape(kind, "red", 32, 32, 13))
+    assert seen[KINDS.index(kind)] > 3
+    assert (seen > 0).sum() == 1
+
+
+@pytest.mark.parametrize("kind", ["circle", "square"])
+def test_a_long_shape_is_beyond_the_limits_of_its_kind(kind):
+    long, short = (scores(Shape(kind, "red", 32, 32, 13, stretch=s))[KINDS.index(kind)] for s in (1.5, 1.15))
+    assert long == -math.inf
+    assert short > 0
+
+
+def test_a_star_is_told_by_its_five_tips():
+    """By overlap alone this one is about as much of a triangle."""
+    assert kinds_seen(Shape("star", "red", 32, 32, 10, towards="triangle", blend=0.3)) == ["star"]
 
 
 def test_regions_are_counted_one_by_one():

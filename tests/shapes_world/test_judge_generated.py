@@ -58,28 +58,34 @@ def test_renders_are_right(renders, noise):
     assert sum(v.correct for v in judge(images, prompts)) >= 0.995 * len(prompts)
 
 
-@pytest.fixture(scope="module")
-def compared() -> list[tuple[dict, shapes_world.Verdict]]:
+@pytest.fixture(scope="module", params=["two_readers", "three_readers"])
+def compared(request) -> list[tuple[dict, shapes_world.Verdict]]:
     """Each labelled image's tile and the judge's verdict."""
-    tiles = json.loads((FOLDER / "labels.json").read_text())["tiles"]
-    sheet = torch.from_numpy(np.array(Image.open(FOLDER / "images.png"))).float() / 255
-    images = sheet.view(10, 64, 20, 64, 3).permute(0, 2, 4, 1, 3).reshape(200, 3, 64, 64)
+    tiles = json.loads((FOLDER / f"{request.param}.json").read_text())["tiles"]
+    sheet = torch.from_numpy(np.array(Image.open(FOLDER / f"{request.param}.png"))).float() / 255
+    images = sheet.view(len(tiles) // 20, 64, 20, 64, 3).permute(0, 2, 4, 1, 3).reshape(-1, 3, 64, 64)
     return list(zip(tiles, judge(images, [tile["prompt"] for tile in tiles]), strict=True))
 
 
-@pytest.mark.parametrize("reader", [0, 1])
-def test_judge_agrees_with_labels_made_by_looking(compared, reader):
-    """Readers agree with one another in 95%; what the judge still takes for circles has corners or stubs."""
-    against = [(i, tile, v.found) for i, (tile, v) in enumerate(compared) if tile["right"][reader] != v.correct]
-    assert len(compared) == 200
-    assert len(against) <= 24, "\n".join(map(str, against))
+def test_judge_agrees_with_labels_made_by_looking(compared):
+    """With those that no reader was unsure of; they agree with one another on all of these."""
+    sure = [(i, tile, verdict) for i, (tile, verdict) in enumerate(compared) if not any(tile["unsure"])]
+    assert len(sure) >= 200 or len(compared) == 200
+    assert all(len(set(tile["right"])) == 1 for _, tile, _ in sure)
+    against = [(i, tile, verdict.found) for i, tile, verdict in sure if tile["right"][0] != verdict.correct]
+    assert len(against) <= 0.05 * len(sure), "\n".join(map(str, against))
 
 
-def test_judge_agrees_where_both_readers_do(compared):
-    clear = [(tile["right"][0], verdict.correct) for tile, verdict in compared if len(set(tile["right"])) == 1]
-    assert len(clear) >= 180
-    assert sum(label == found for label, found in clear) >= 0.9 * len(clear)
+def test_judge_agrees_with_each_reader_on_all_images(compared):
+    """Half-made shapes included, of which readers say themselves that another may well say otherwise."""
+    for reader in range(len(compared[0][0]["right"])):
+        against = [tile for tile, verdict in compared if tile["right"][reader] != verdict.correct]
+        assert len(against) <= 0.1 * len(compared), "\n".join(map(str, against))
 
 
 def test_both_labels_are_frequent(compared):
-    assert all(50 <= sum(tile["right"][reader] for tile, _ in compared) <= 150 for reader in (0, 1))
+    count = len(compared[0][0]["right"])
+    for reader in range(count):
+        assert 0.25 <= sum(tile["right"][reader] for tile, _ in compared) / len(compared) <= 0.75
+    sure = [tile["right"][0] for tile, _ in compared if not any(tile["unsure"])]
+    assert 0.25 <= sum(sure) / len(sure) <= 0.75

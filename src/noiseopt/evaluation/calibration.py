@@ -6,7 +6,7 @@ from typing import Any
 
 from ..callbacks.early_stopping import TimeBudget
 from ..pipelines.best_of_n import BestOfN
-from .plan import MethodChoice
+from .plan import Contender, MethodChoice
 from .unit import Studio
 
 REPEATS = 3
@@ -23,7 +23,7 @@ def calibrate(studio: Studio, choice: MethodChoice) -> dict[str, Any]:
     Returns:
         "n", and lists over the repeats: "method seconds", "seconds per noise" and "ratio".
     """
-    method = choice.build(studio.instruments.rewards)
+    method = studio.method(Contender(choice.label, choice), None)
     found: dict[str, list[float]] = {"method seconds": [], "seconds per noise": [], "ratio": []}
     seconds = None
     for repeat in range(REPEATS):

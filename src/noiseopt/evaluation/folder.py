@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..pipelines.agreement import differences as differences
 from .plan import Contender, slug
 from .unit import Unit, write_json
 
@@ -63,12 +64,3 @@ class ResultFolder:
         known = self.calibration()
         known.setdefault(model, {})[method] = dict(found)
         write_json(self.path / "calibration.json", known)
-
-
-def differences(known: Any, given: Any, name: str = "") -> list[str]:
-    """Each value in which two nested dictionaries differ, in words."""
-    if isinstance(known, dict) and isinstance(given, dict):
-        names = [*known, *(key for key in given if key not in known)]
-        found = [differences(known.get(key), given.get(key), f"{name} {key}".strip()) for key in names]
-        return [difference for group in found for difference in group]
-    return [] if known == given else [f"{name} was {known!r} and is {given!r}"]

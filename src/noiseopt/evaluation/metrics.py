@@ -1,6 +1,6 @@
 """How much images of one prompt differ: similarity, effective number, coverage of references, and layout.
 
-All but `layout_spread` work on features, one vector an image, and compute in float64 whatever the features are.
+All but the spreads work on features, one vector an image, and compute in float64 whatever the features are.
 """
 
 from __future__ import annotations
@@ -11,10 +11,12 @@ from collections import Counter
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from ..rewards.cosine_kernel import cosine_kernel
+from ..rewards.vendi import vendi_score as vendi_score
 from ..shapes_world import SIZE, Thing, parse, see
+from ..shapes_world.judge import CHROMA
 
 Place = tuple[float, float]
 
@@ -41,53 +43,6 @@ def mean_pairwise_similarity(features: Tensor) -> Tensor:
         )
     pairs = kernel.sum((-2, -1)) - kernel.diagonal(dim1=-2, dim2=-1).sum(-1)
     return pairs / (count * (count - 1))
-
-
-def vendi_score(features: Tensor, q: float = 1.0) -> Tensor:
-    """The effective number of different images: exp of the Rényi entropy of the eigenvalues λ of the cosine kernel / N.
-
-    Vendi score (q = 1, Shannon): https://arxiv.org/abs/2210.02410. Other orders: https://arxiv.org/abs/2310.12952,
-    `(Σ λ^q)^(1 / (1 - q))`; the smaller the order, the more a rare image counts. Order 0 is the number of eigenvalues
-    that are not zero, order ∞ is `1 / max λ`, and order 2 is `1 / ‖K / N‖²`, which needs no eigenvalues.
-
-    Below order 1 an eigenvalue made of rounding errors would count, so those below N · ε · max λ, with the ε of the
-    features' type, are taken for zero, as in `torch.linalg.matrix_rank`.
-
-    Args:
-        features: (..., N, D), sets of at least 1 image.
-        q: the order, at least 0; `math.inf` is one.
-
-    Returns:
-        (...) in [1, N], float64, with a gradient, which is zero everywhere for order 0.
-    """
-    if not q >= 0:
-        raise ValueError(f"Expected an order of 0 or more for the Vendi score, but got {q}.")
-    kernel = cosine_kernel(features) / features.shape[-2]
-    if q == 2:
-        return 1 / kernel.square().sum((-2, -1))
-    shares = torch.linalg.eigvalsh(kernel)
-    if q == math.inf:
-        return 1 / shares[..., -1]
-    dtype = features.dtype if q < 1 else kernel.dtype
-    return hill_number(shares, q, floor=features.shape[-2] * torch.finfo(dtype).eps)
-
-
-def hill_number(shares: Tensor, q: float, floor: float) -> Tensor:
-    """`(Σ λ^q)^(1 / (1 - q))` of (..., N) shares over those above `floor` times the largest, or its limit for q = 1."""
-    counted = shares > floor * shares.amax(-1, keepdim=True)
-    # Not the zeros themselves: their logarithm would make the gradient of all others NaN.
-    shares = shares.where(counted, 1.0)
-    if q == 1:
-        return (-(shares * shares.log()).sum(-1)).exp()
-    return (shares.pow(q) * counted).sum(-1).pow(1 / (1 - q))
-
-
-def cosine_kernel(features: Tensor) -> Tensor:
-    """(..., N, N) cosines of (..., N, D) features, float64."""
-    if features.ndim < 2 or features.shape[-2] < 1:
-        raise ValueError(f"Expected features of shape (..., N, D), but got {tuple(features.shape)}.")
-    directions = F.normalize(features.double(), dim=-1)
-    return directions @ directions.mT
 
 
 def coverage(features: Tensor, references: Tensor, k: int = 5) -> Tensor:
@@ -158,8 +113,7 @@ def layout_spread(images: Tensor, prompt: str) -> float:
     Returns:
         Pixels, at least 0; NaN if no requested color is in two images.
     """
-    if images.ndim != 4 or images.shape[1:] != (3, SIZE, SIZE):
-        raise ValueError(f"Expected images of shape (N, 3, {SIZE}, {SIZE}), but got {tuple(images.shape)}.")
+    check_world(images)
     wanted = Counter(color for color, _ in parse(prompt).objects)
     pictures = [things for part in images.split(32) for things in see(part)]
     total, objects = 0.0, 0
@@ -188,3 +142,57 @@ def matched_square(left: Sequence[Place], right: Sequence[Place]) -> float:
         sum(math.dist(a, b) ** 2 for a, b in zip(few, order, strict=True)) / len(few)
         for order in itertools.permutations(many, len(few))
     )
+
+
+def size_spread(images: Tensor, prompt: str) -> float:
+    """How much the sizes of the requested objects differ in a set of images of one prompt, in pixels.
+
+    The size of an object is the radius of the disk of its area. For each requested color, and as many of its things in
+    each image as are requested, the largest with the largest: the root mean square distance from the mean size over the
+    images that show it; then the mean over the objects. An object is a thing of its color, whatever its shape.
+
+    Args:
+        images: (N, 3, 64, 64) in [0, 1], of the shapes world.
+        prompt: a prompt of the shapes world.
+
+    Returns:
+        Pixels, at least 0; NaN if no requested color is in two images.
+    """
+    check_world(images)
+    pictures = [things for part in images.split(32) for things in see(part)]
+    found = []
+    for color, count in Counter(color for color, _ in parse(prompt).objects).items():
+        radii = [[math.sqrt(thing.area / math.pi) for thing in things if thing.color == color] for things in pictures]
+        for rank in range(count):
+            shown = torch.tensor([each[rank] for each in radii if len(each) > rank], dtype=torch.float64)
+            if len(shown) > 1:
+                found.append(float(shown.std(correction=0)))
+    return sum(found) / len(found) if found else math.nan
+
+
+def ground_spread(images: Tensor) -> float:
+    """How much the colors of the backgrounds of a set of images differ: RMS distance from their mean, in [0, √3].
+
+    The background is what the judge finds too grey for a shape, its color the mean of these pixels. Images without any
+    do not count.
+
+    Args:
+        images: (N, 3, 64, 64) in [0, 1], of the shapes world.
+
+    Returns:
+        At least 0; NaN if fewer than two images have a background.
+    """
+    check_world(images)
+    images = images.detach().double().cpu()
+    grey = (images.amax(1) - images.amin(1) <= CHROMA)[:, None]
+    area = grey.sum((1, 2, 3))
+    colors = ((images * grey).sum((2, 3)) / area[:, None])[area > 0]
+    if len(colors) < 2:
+        return math.nan
+    return float((colors - colors.mean(0)).square().sum(1).mean().sqrt())
+
+
+def check_world(images: Tensor) -> None:
+    """Raise unless these are images of the shapes world."""
+    if images.ndim != 4 or images.shape[1:] != (3, SIZE, SIZE):
+        raise ValueError(f"Expected images of shape (N, 3, {SIZE}, {SIZE}), but got {tuple(images.shape)}.")

@@ -18,9 +18,11 @@ from ..pipelines.best_of_n import BestOfN
 from ..pipelines.methods import METHODS, list_noise_optimizers
 from ..pipelines.noise_optimizer import NoiseOptimizer
 from ..rewards.auto_features import find_features
-from ..rewards.features import import_optional
+from ..rewards.features import FEATURES, import_optional
 from ..rewards.registry import find_reward
+from ..rewards.set_reward_sum import check_set_reward_entry, set_reward_entries
 from ..shapes_world.embedded import WEIGHTS
+from .embedded_diversity import embedded_diversity, features_of
 from .prompt_sets import PromptSet
 
 HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
@@ -100,13 +102,26 @@ class MethodChoice:
         return any(field.name == "rewards" for field in dataclasses.fields(METHODS[self.name]) if field.init)  # pyright: ignore
 
     @property
+    def diversity(self) -> Any:
+        """What it takes as `diversity`, or `None` for a method that takes none."""
+        return self.settings.get("diversity", getattr(METHODS[self.name], "diversity", None))
+
+    @property
     def has_control(self) -> bool:
         """Whether it is compared with best-of-N at equal time, as all are that are not best-of-N themselves."""
         return not issubclass(METHODS[self.name], BestOfN)
 
-    def build(self, rewards: Any) -> NoiseOptimizer:
-        """The method, on these rewards if it takes any."""
-        return METHODS[self.name](**self.settings, **({"rewards": rewards} if self.takes_rewards else {}))
+    def build(self, rewards: Any, embedded_on: torch.device | None = None) -> NoiseOptimizer:
+        """The method, on these rewards if it takes any.
+
+        Args:
+            rewards: What `RewardSum` takes.
+            embedded_on: For embedded models their device: diversity is that of the embedded towers then.
+        """
+        settings = {**self.settings, **({"rewards": rewards} if self.takes_rewards else {})}
+        if embedded_on is not None and self.diversity is not None:
+            settings["diversity"] = embedded_diversity(self.diversity, embedded_on)
+        return METHODS[self.name](**settings)
 
     @classmethod
     def parse(cls, text: str) -> "MethodChoice":
@@ -126,6 +141,8 @@ class MethodChoice:
             known = ", ".join(name for name in fields if name != "rewards")
             raise ValueError(f"Expected settings of {self.name} out of {known}, but got {unknown[0]!r}.")
         try:
+            if self.diversity is not None:
+                check_diversity(self.diversity)
             self.build(lambda images, prompts: images.mean((1, 2, 3))).check()
         except TypeError as error:
             raise ValueError(f"Expected settings that {self.name} takes, but got {self.label!r}: {error}.") from None
@@ -263,6 +280,13 @@ class Plan:
         return self.features in EMBEDDED_FEATURES and all(model.embedded for model in self.models)
 
     @property
+    def features_are_optimised(self) -> bool:
+        """Whether a method optimises the diversity of the same tower, or the tower is that of an optimised reward."""
+        diversities = [method.diversity for method in self.methods if method.diversity is not None]
+        names = {checkpoint_of(each) for diversity in diversities for each in features_of(diversity)}
+        return self.features in dict(self.rewards) or self.features and checkpoint_of(self.features) in names or False
+
+    @property
     def reward_names(self) -> list[str]:
         """Of all rewards that are measured, the optimised ones first."""
         return [name for name, _ in self.rewards] + list(self.watched)
@@ -308,6 +332,18 @@ def check_device(name: str | None) -> None:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(f"Expected a device that this machine has, but got {name!r}: {reason}") from None
+
+
+def check_diversity(diversity: Any) -> None:
+    """Raise `ValueError` or `TypeError` for what is no weighted set reward."""
+    for entry in set_reward_entries(diversity):
+        check_set_reward_entry(*entry)
+
+
+def checkpoint_of(features: Any) -> Any:
+    """What features are loaded from, to tell whether two are of one tower; else they themselves."""
+    known = FEATURES.classes.get(features) if isinstance(features, str) else None
+    return (known and known.default_checkpoint) or features
 
 
 def check_reward(name: str) -> None:

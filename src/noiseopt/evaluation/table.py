@@ -93,7 +93,7 @@ def right(numbers: Numbers) -> float:
 def metrics_of(plan: Plan, categories: Iterable[str]) -> list[Metric]:
     """All columns of a plan; those that apply to no unit are left out later."""
     optimised = dict(plan.rewards)
-    seen = plan.features in optimised
+    seen = plan.features_are_optimised
     judge = [Metric("right", "judge", right, percent=True)]
     judge += [Metric(f"right: {name}", "judge", right_within(name), percent=True) for name in categories]
     rewards = [
@@ -339,7 +339,7 @@ def notes(results: Results) -> list[str]:
         f"\\* {names}: optimised by the methods that take rewards, so a higher value is no evidence by itself."
     )
     if plan.features is not None:
-        kind = "" if plan.features not in dict(plan.rewards) else ", which is optimised too"
+        kind = ", which is optimised too" if plan.features_are_optimised else ""
         found.append(f"MSS, Vendi and Coverage are those of {plan.features} features{kind}.")
     found.append("Bold differences have an interval without 0.")
     found.append("A Gaussian noise has norm / √d 1, variance 1 and else 0; z is in standard errors of a single set.")

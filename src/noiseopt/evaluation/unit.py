@@ -3,8 +3,6 @@
 import dataclasses
 import json
 import math
-import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,24 +15,13 @@ from ..pipelines.best_of_n import BestOfN
 from ..pipelines.noise_hook import optimize_noise
 from ..pipelines.noise_optimizer import NoiseOptimizer
 from ..pipelines.noise_result import NoiseResult
-from ..pipelines.objectives import FunctionObjective, Objective
-from ..pipelines.sampling import Gradient
+from ..pipelines.plain_sampling import PlainSampling
+from ..pipelines.whole_file import write_whole as write_whole
 from .instruments import Instruments, noise_measures, set_measures, verdicts
 from .measure import Cost, measured
 from .plan import Contender, ModelChoice, Plan
 
 SIDE = shapes_world.SIZE
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PlainSampling(NoiseOptimizer):
-    """Takes the noise as it is drawn; runs no model."""
-
-    steps: int = 1
-    gradient: Gradient = None
-
-    def objective(self, pipe) -> Objective:
-        return FunctionObjective(lambda sample: torch.zeros(len(sample.noise), device=sample.noise.device))
 
 
 @dataclasses.dataclass(eq=False)
@@ -68,7 +55,8 @@ class Studio:
             return PlainSampling()
         if contender.control:
             return BestOfN(rewards=self.instruments.rewards, steps=best_of or 1)
-        return contender.method.build(self.instruments.rewards)
+        embedded_on = self.device if self.model.embedded else None
+        return contender.method.build(self.instruments.rewards, embedded_on)
 
     def generators(self, index: int) -> list[torch.Generator]:
         """One for each image of a prompt; on the CPU, to draw the same noise for every device."""
@@ -150,13 +138,6 @@ def image_path(path: Path, image: int) -> Path:
 def picture(pixels: torch.Tensor) -> Image.Image:
     """`(3, H, W)` in [0, 1] as an image."""
     return Image.fromarray((pixels.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy())
-
-
-def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write a file so that it is there as a whole or not at all, whenever the process ends."""
-    part = path.with_name(f".part-{path.name}")
-    write(part)
-    os.replace(part, path)
 
 
 def write_json(path: Path, values: Any) -> None:

@@ -243,9 +243,9 @@ SAMPLES = {  # of each stage that counts them; what the embedded weights took
     "sdxl": 152_000,
     "sdxl-turbo": 22_400,
     "sd3": 370_000,
-    "refine": 460_000,
+    "refine": 660_000,
     "tower": 40_000,
-    "vqa": 200_000,
+    "vqa": 256_000,
 }
 
 
@@ -259,7 +259,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--compile", action="store_true", help="compile the autoencoder")
     parser.add_argument("--pictures", type=int, default=30_000, help="drawn once, then read")
     parser.add_argument("--failures", type=int, default=5_000, help="imitated ones among them")
-    parser.add_argument("--gallery", type=int, default=9_600, help="pictures by each one-step model, 1/4 by the others")
+    parser.add_argument("--gallery", type=int, default=25_600, help="pictures by each one-step model, 1/4 by others")
     parser.add_argument("--climbs", type=int, default=128, help="of each round of hardening")
     parser.add_argument("--rounds", type=int, default=16)
     parser.add_argument("--round-samples", type=int, default=3_200)

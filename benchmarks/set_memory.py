@@ -1,0 +1,158 @@
+"""What the gradient of a set objective holds in memory for B images: jointly, and a few images at a time.
+
+python benchmarks/set_memory.py --size 256
+python benchmarks/set_memory.py --size 256 --device cuda
+
+Each cell is one step of a set of B images (DPP of the embedded DINOv2 features, beside one image that is given, so that
+a set of one has a value) on the embedded one-step SDXL model: images, value, and its gradient with respect to the
+noise. Memory is the peak above the loaded models: on CUDA of torch's allocator, elsewhere of the resident memory, in a
+process of its own. The process has taken the gradient of the first image before, so that what the first call of
+anything leaves behind does not count.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from noiseopt import FunctionObjective, NoiseOptimizer, optimize_noise, shapes_world
+from noiseopt.demo import load_pipeline, seeded
+from noiseopt.evaluation.measure import measured
+from noiseopt.pipelines.chunk_size import ChunkSetting
+from noiseopt.pipelines.noise_optimizer import chunk_size_of
+from noiseopt.pipelines.noise_problem import NoiseProblem
+from noiseopt.pipelines.sampling import Sample
+from noiseopt.quiet import quiet_libraries
+from noiseopt.rewards import DPP, AutoFeatures, SetRewardSum
+
+MODES: dict[str, ChunkSetting] = {"joint": None, "one": 1, "auto": "auto"}
+PROMPT = shapes_world.VALIDATION_PROMPTS[0]
+
+
+class Look(NoiseOptimizer):
+    """Keeps the problem of a call and draws nothing."""
+
+    steps = 1
+
+    def objective(self, pipe) -> FunctionObjective:
+        return FunctionObjective(lambda sample: sample.noise.flatten(1).mean(1))
+
+    def start(self, problem: NoiseProblem) -> None:
+        vars(self)["problem"] = problem
+
+
+class SetStep:
+    """One step of a set of `batch` images of `size`² pixels on a device."""
+
+    def __init__(self, model: str, size: int, device: torch.device) -> None:
+        with quiet_libraries():
+            self.pipe: Any = load_pipeline(model).to(device)
+            features = AutoFeatures.from_pretrained(shapes_world.path("dinov2"), dtype=torch.float32, device=device)
+        self.total, self.device = SetRewardSum([(DPP(features), 1.0)]), device
+        for module in self.pipe.components.values():
+            if isinstance(module, torch.nn.Module):
+                module.requires_grad_(False)
+        self.call = {**shapes_world.MODELS[model].call, "height": size, "width": size}
+        given = torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(0))
+        self.given = self.total.known_features(given.to(device))
+
+    def problem(self, batch: int) -> NoiseProblem:
+        look = Look()
+        call = {**self.call, "num_images_per_prompt": batch, "generator": seeded(0, batch)}
+        optimize_noise(self.pipe, PROMPT, look, callbacks=[], **call)
+        return vars(look)["problem"]
+
+    def gradient(self, problem: NoiseProblem, chunk_size: int | None) -> torch.Tensor:
+        """Of the set's value with respect to the noise, `(B, C, H, W)`."""
+        leaf = problem.noise.clone().requires_grad_()
+        seeds = list(range(len(leaf)))
+        sample = Sample(problem.sampler, leaf, problem.prompts, problem.groups, seeds, "full", chunk_size=chunk_size)
+        value = self.total(sample.images, self.given, chunk_size=chunk_size).total
+        return torch.autograd.grad(value, leaf)[0]
+
+    def chosen(self, problem: NoiseProblem, mode: str) -> int | None:
+        """The chunks of a mode."""
+        look = Look()
+        look.chunk_size = MODES[mode]
+        return chunk_size_of(look, problem)
+
+
+def measure(mode: str, batch: int, model: str, size: int, device: str) -> dict[str, Any]:
+    """Seconds, MiB and the gradient of one step, in this process."""
+    step = SetStep(model, size, torch.device(device))
+    first, problem = step.problem(1), step.problem(batch)
+    step.gradient(first, None)
+    chunk_size = step.chosen(problem, mode)
+    with measured(step.pipe, step.device) as cost:
+        gradient = step.gradient(problem, chunk_size)
+    return {"seconds": cost.seconds, "memory": cost.memory, "chunk_size": chunk_size, "gradient": gradient.cpu()}
+
+
+def measure_apart(mode: str, batch: int, options: argparse.Namespace) -> dict[str, Any]:
+    """`measure` in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "found.pt"
+        arguments = ["--model", options.model, "--size", str(options.size), "--device", options.device]
+        one = ["--one", mode, str(batch), str(path)]
+        # large blocks go back to the system at once, or what was freed would count
+        environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+        subprocess.run([sys.executable, __file__, *arguments, *one], check=True, env=environment)
+        return torch.load(path)
+
+
+def cells(found: dict[str, Any], single: dict[str, Any]) -> str:
+    """Seconds, MiB, and those as a multiple of a set of one in the same mode."""
+    if found["memory"] is None or not single["memory"]:
+        return f"{found['seconds']:.2f} | – | –"
+    return f"{found['seconds']:.2f} | {found['memory']:.0f} | {found['memory'] / single['memory']:.2f}"
+
+
+def difference(found: torch.Tensor, joint: torch.Tensor) -> float:
+    """‖found − joint‖ / ‖joint‖."""
+    return float((found - joint).double().norm() / joint.double().norm())
+
+
+def report(results: dict[str, dict[int, dict[str, Any]]]) -> str:
+    """The table in Markdown, and the largest difference of the gradients."""
+    head = "| B | mode | images at once | seconds | peak MiB | × B = 1 |"
+    lines = [head, "|---|---|---|---|---|---|"]
+    batches = list(next(iter(results.values())))
+    for batch in batches:
+        for mode, found in results.items():
+            at_once = found[batch]["chunk_size"] or batch
+            lines.append(f"| {batch} | {mode} | {at_once} | {cells(found[batch], found[batches[0]])} |")
+    pairs = [(results[mode][batch], results["joint"][batch]) for mode in results for batch in batches]
+    largest = max(difference(found["gradient"], joint["gradient"]) for found, joint in pairs)
+    return "\n".join([*lines, "", f"Largest relative difference to the joint gradient: {largest:.1e}"])
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, dict[int, dict[str, Any]]]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="sdxl-turbo", help="an embedded pipeline")
+    parser.add_argument("--size", type=int, default=256, help="height and width of the images, in pixels")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8, 16], help="the first is compared with")
+    parser.add_argument("--output", type=Path, help="write what the table is made of as JSON")
+    parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.one:
+        mode, batch, path = options.one
+        torch.save(measure(mode, int(batch), options.model, options.size, options.device), path)
+        return {}
+    results = {mode: {batch: measure_apart(mode, batch, options) for batch in options.batches} for mode in MODES}
+    print(report(results))
+    if options.output:
+        numbers = {mode: {b: {**cell, "gradient": None} for b, cell in row.items()} for mode, row in results.items()}
+        options.output.write_text(json.dumps(numbers, indent=2))
+    return results
+
+
+if __name__ == "__main__":
+    main()

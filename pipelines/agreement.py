@@ -1,0 +1,42 @@
+"""Whether what is given now is what was given before: settings as plain values, and where two of them differ."""
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+
+def plain_description(value: Any) -> Any:
+    """Any setting as a value that JSON takes, equal for equal settings.
+
+    A tensor becomes the hash of its numbers, an object what it says of itself in `describe()`, else its name and type.
+    """
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Mapping):
+        return {str(name): plain_description(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain_description(each) for each in value]
+    if isinstance(value, torch.Tensor):
+        return tensor_description(value)
+    if hasattr(value, "describe"):
+        return plain_description(value.describe())
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: plain_description(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    return {"type": type(value).__qualname__, "name": str(getattr(value, "name", getattr(value, "__qualname__", "")))}
+
+
+def tensor_description(tensor: torch.Tensor) -> dict[str, Any]:
+    numbers = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    return {"shape": list(tensor.shape), "dtype": str(tensor.dtype), "sha256": hashlib.sha256(numbers).hexdigest()}
+
+
+def differences(known: Any, given: Any, name: str = "") -> list[str]:
+    """Each value in which two nested dictionaries differ, in words."""
+    if isinstance(known, dict) and isinstance(given, dict):
+        names = [*known, *(key for key in given if key not in known)]
+        found = [differences(known.get(key), given.get(key), f"{name} {key}".strip()) for key in names]
+        return [difference for group in found for difference in group]
+    return [] if known == given else [f"{name} was {known!r} and is {given!r}"]

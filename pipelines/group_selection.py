@@ -1,0 +1,327 @@
+"""Group selection: of many noises the few whose images are good and differ."""
+
+import dataclasses
+import math
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..callbacks.noise_state import NoiseState
+from ..rewards.auto_features import AutoFeatures, find_features
+from ..rewards.pairwise_distance import PairwiseDistance
+from ..rewards.reward import NonFiniteReward
+from ..rewards.reward_sum import RewardSum
+from .contrast import sets
+from .group_solver import group_value, pair_bonus, select_group
+from .methods import register_noise_optimizer
+from .noise_optimizer import NoiseOptimizer
+from .noise_problem import CandidateNoise, NoiseProblem, seed_from
+from .objectives import Objective, RewardObjective
+from .sampling import Clamp, Gradient, Sample
+
+FEATURES_AT_ONCE = 64  # images whose features are compared with as many others at a time
+
+
+@register_noise_optimizer("group_selection")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GroupSelection(NoiseOptimizer):
+    """Draw many noises and return, for each prompt, the set of them that is best together.
+
+    "Scaling Group Inference for Diverse and High-Quality Generation", Parmar et al., ICLR 2026,
+    https://arxiv.org/abs/2508.15773: of the candidates of a prompt with K images, the K that maximise
+    `Σ u_i y_i + λ Σ_{i<j} b_ij y_i y_j`, y in {0, 1}, where u is the reward of an image and b the distance of two.
+
+    Needs no gradient: any reward does, a black box too. The given noises are candidates, so the set is never worth less
+    than plain sampling's. Images of different prompts in one call do not compete. For one image of a prompt it is
+    best-of-N.
+
+    The loss of an image is minus the value of the set that was evaluated with it. Each step draws one candidate for
+    each image, and the last one the chosen set, in which a candidate keeps the place in the batch that it was drawn at
+    wherever that is free. (A sampler that adds noise on the way draws another image from it elsewhere; should that make
+    the set worse than the best set of a step, that one is returned.) A callback that stops the run early, such as
+    `TimeBudget`, has the set chosen from what was seen, and drawn. `result.reports["group_selection"]` says how many
+    candidates there were for the prompt of each image, and at which step and place its noise was first drawn wholly.
+
+    `preview=True` is the paper's pruning as far as a stock pipeline allows it. The paper drops a share ρ of the
+    candidates after each denoising step, by their x0 estimates, and goes on with the rest. Here there is one cut: all
+    candidates but the given ones are looked at as the x0 estimate of one model call, and `keep` of them for each image,
+    the given ones included, are drawn wholly and from the start. Losses of steps that only look are NaN. Where the
+    pipeline makes a single step, its images take no longer than previews, and all are drawn.
+
+    Args:
+        rewards: u, what `RewardSum` takes; `None` for the distance alone.
+        features: b is their distance: a name of `list_features()`, a Hub id, a folder, or `Features`. The paper:
+            1 − cos, the mean over the patches of DINOv2.
+        candidates: Noises for each image, the given one included: M of them for K images of a prompt are M·K.
+        weight: λ, at least 0. The paper: 1.5, to rewards that are cosines of CLIP.
+        restarts: Of the search for the best set, where there are more than 10⁶ of them; see `select_group`.
+        preview: Look at all candidates by one model call, and draw few wholly.
+        keep: With `preview`, how many candidates are drawn wholly for each image, the given one included; 2 or more.
+        reward_prompt: Ask the rewards about this instead of the pipeline's prompt: one, or one for each image.
+    """
+
+    rewards: Any = None
+    features: Any = "dinov2_patch"
+    candidates: int = 16
+    weight: float = 1.5
+    restarts: int = 10
+    preview: bool = False
+    keep: int = 2
+    reward_prompt: str | Sequence[str] | None = None
+    gradient: Gradient = dataclasses.field(default=None, init=False)
+    clamp: Clamp = dataclasses.field(default="hard", init=False)
+
+    @property
+    def steps(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.candidates
+
+    @property
+    def final_steps(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The chosen set, and before it what is kept of previews."""
+        return self.keep if self.preview else 1
+
+    def check(self) -> None:
+        for name, least in (("candidates", 1), ("restarts", 0), ("keep", 2)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"Expected `{name}` to be an integer of {least} or more, but got {value!r}.")
+        super().check()
+        if not (isinstance(self.weight, int | float) and math.isfinite(self.weight) and self.weight >= 0):
+            raise ValueError(f"Expected `weight` to be a finite number of at least 0, but got {self.weight!r}.")
+        if self.rewards is None and not self.weight:
+            raise ValueError(
+                "Expected `rewards` or a `weight` above 0, but got neither: there is nothing to choose by."
+            )
+        check_features(self.features)
+
+    def objective(self, pipe) -> "GroupObjective":
+        device, rewards, features = pipe._execution_device, None, self.features
+        if self.rewards is not None:
+            rewards = RewardObjective(RewardSum(self.rewards, device=device), self.reward_prompt)
+        if isinstance(features, str | os.PathLike):
+            features = AutoFeatures.from_pretrained(features, device=device)
+        return GroupObjective(rewards, features, self.weight, self.restarts, self.preview)
+
+    def start(self, problem: NoiseProblem) -> CandidateNoise:
+        return CandidateNoise(problem)
+
+    def step(self, state: NoiseState, gradient: None, memory: CandidateNoise) -> torch.Tensor:
+        return memory.draw()
+
+    def finish(self, state: NoiseState, objective: Any, memory: CandidateNoise) -> Iterator[torch.Tensor]:
+        """What is kept of previews, and the chosen set, unless that has been evaluated."""
+        for noise in objective.kept(1 if state.stopped else self.keep - 1):
+            yield noise.to(state.noise)
+            if state.stopped:
+                break
+        last, chosen, counts = objective.step, objective.chosen(), objective.counts()
+        noise = torch.stack([objective.drawn.noises[index] for index in chosen]).to(state.noise)
+        if not torch.equal(noise, state.best_noise):  # pyright: ignore[reportArgumentType]
+            yield noise
+        assert state.best_step is not None
+        best = state.best_step.tolist()
+        drawn = [objective.drawn.origins[index] for index in chosen]
+        drawn = [origin if best[row] == last else (best[row], row) for row, origin in enumerate(drawn)]
+        names = {"from_step": [step for step, _ in drawn], "from_image": [row for _, row in drawn]}
+        state.reports["group_selection"] = {"candidates": counts, **names}
+
+
+def check_features(features: Any) -> None:
+    """Raise unless `features` are a name, Hub id or folder, or a module with a metric."""
+    if isinstance(features, str | os.PathLike):
+        find_features(os.fspath(features))
+    elif not (isinstance(features, nn.Module) and hasattr(features, "metric")):
+        raise TypeError(
+            f"Expected `features` by name, Hub id, folder or as `Features`, but got {features!r}. Pass for example "
+            '`features="dinov2_patch"`.'
+        )
+
+
+class SeenNoises:
+    """Candidates that were evaluated, in that order, and what they are chosen by; on the CPU.
+
+    Attributes:
+        origins: The step and the place in the batch of each.
+        noises: `(C, H, W)` each.
+        unary: The reward of each.
+        features: `(...)` each.
+    """
+
+    def __init__(self) -> None:
+        self.origins: list[tuple[int, int]] = []
+        self.noises: list[torch.Tensor] = []
+        self.unary: list[float] = []
+        self.features: list[torch.Tensor] = []
+        self.known: set[tuple[int, int]] = set()
+
+    def add(self, step: int, noise: torch.Tensor, unary: torch.Tensor, features: torch.Tensor) -> None:
+        """A batch; a noise that comes again at its place, as that of a sample that was stopped, is no new candidate."""
+        for row, each in enumerate(noise.detach().cpu()):
+            key = (row, seed_from(each))
+            if key not in self.known:
+                self.known.add(key)
+                self.origins.append((step, row))
+                self.noises.append(each)
+                self.unary.append(float(unary[row]))
+                self.features.append(features[row].detach().cpu())
+
+    def of(self, rows: Sequence[int]) -> list[int]:
+        """The candidates that were drawn at these places."""
+        return [index for index, (_, row) in enumerate(self.origins) if row in rows]
+
+
+class GroupObjective(Objective):
+    """Minus the value of the set of images of each prompt: `Σ u_i + λ Σ_{i<j} b_ij`. It keeps what it has seen.
+
+    An object serves one run.
+
+    Args:
+        rewards: u is minus their loss; `None` for 0.
+        features: b is their distance.
+        weight: λ.
+        restarts: Of the search for the best set.
+        preview: Look at the x0 estimate of one model call, from the second evaluation until `kept` is called.
+
+    Attributes:
+        step: Evaluations so far.
+        drawn: The candidates that were drawn wholly, those of the first evaluation first.
+        previews: Those that were looked at otherwise.
+    """
+
+    def __init__(
+        self, rewards: RewardObjective | None, features: nn.Module, weight: float, restarts: int, preview: bool
+    ) -> None:
+        self.rewards, self.weight, self.restarts, self.preview = rewards, weight, restarts, preview
+        self.requires_prompt = rewards is not None and rewards.requires_prompt
+        self.distance = PairwiseDistance(features)  # pyright: ignore[reportArgumentType]
+        self.step, self.previewing = 0, False
+        self.drawn, self.previews = SeenNoises(), SeenNoises()
+
+    def check_groups(self, groups: Sequence[int]) -> None:
+        self.sets = [rows.tolist() for rows in sets(groups)]
+        if self.rewards is None and (alone := [rows[0] for rows in self.sets if len(rows) == 1]):
+            raise ValueError(
+                f"Expected `rewards` or at least 2 images of each prompt, but got 1 of the prompt of image {alone[0]}: "
+                "alone it has nothing to differ from. Pass `num_images_per_prompt=4`, say."
+            )
+
+    def try_out(self, prompt: str, height: int, width: int, gradient: bool) -> None:
+        if self.rewards is not None:
+            self.rewards.try_out(prompt, height, width, gradient)
+
+    def evaluate(self, sample: Sample) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        sample.preview = self.previewing
+        unary, features, scores = self.measured(sample)
+        values, distances = self.values(unary, features)
+        (self.previews if self.previewing else self.drawn).add(self.step, sample.noise, unary, features)
+        loss = torch.full_like(values, torch.nan) if self.previewing else -values
+        if self.step == 0:  # by now the scheduler has been told how many steps there are
+            self.previewing = self.preview and len(sample.sampler.scheduler.timesteps) > 1
+        self.step += 1
+        if self.compares:
+            scores = {**scores, "distance": distances.to(sample.noise.device, torch.float32)}
+        return loss.to(sample.noise.device, torch.float32), scores
+
+    @property
+    def compares(self) -> bool:
+        """Whether any prompt has images to compare."""
+        return any(len(rows) > 1 for rows in self.sets)
+
+    def measured(self, sample: Sample) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        """u `(B,)` and features `(B, ...)`, the latter empty where none are compared; and the raw rewards."""
+        unary, scores = torch.zeros(len(sample.noise), dtype=torch.float64), {}
+        if self.rewards is not None:
+            loss, scores = self.rewards.evaluate(sample)
+            unary = -loss.detach().double().cpu()
+        images = sample.images
+        features = self.distance.features(images).detach() if self.compares else images.new_zeros(len(images), 1)
+        return unary, features, scores
+
+    def values(self, unary: torch.Tensor, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """For each image the value of its set, and its mean distance to the others of the set, `(B,)` in float64."""
+        values, distances = torch.zeros(2, len(unary), dtype=torch.float64)
+        for rows in self.sets:
+            pairwise = self.distance.between(features[rows], features[rows])
+            values[rows] = group_value(unary[rows], pairwise, torch.arange(len(rows)), self.weight)
+            distances[rows] = pair_bonus(pairwise, 1.0).sum(1) / max(1, len(rows) - 1)
+        if not values.isfinite().all():
+            raise NonFiniteReward(
+                f"Expected finite features '{self.distance.features.name}', but some are NaN or infinite. Load them "
+                "with `dtype=torch.float32` if they ran in half precision."
+            )
+        return values, distances
+
+    def kept(self, rounds: int) -> list[torch.Tensor]:
+        """The best previews, as noises to draw wholly: at most `rounds` of `(B, C, H, W)`. Ends the previewing.
+
+        A set that was stopped before the others may have too few: its given noises fill up.
+        """
+        self.previewing, seen = False, self.previews
+        plan: dict[tuple[int, int], int] = {}
+        for rows in self.sets:
+            best = self.best(seen, rows, rounds * len(rows))
+            plan.update(zip(seats([seen.origins[index][1] for index in best], rows, rounds), best, strict=True))
+        batch, length = sum(map(len, self.sets)), 1 + max((turn for turn, _ in plan), default=-1)
+        return [
+            torch.stack(
+                [
+                    seen.noises[plan[turn, row]] if (turn, row) in plan else self.drawn.noises[row]
+                    for row in range(batch)
+                ]
+            )
+            for turn in range(length)
+        ]
+
+    def chosen(self) -> list[int]:
+        """For each place in the batch, which of `drawn` is chosen for it."""
+        plan = {}
+        for rows in self.sets:
+            best = self.best(self.drawn, rows, len(rows))
+            plan.update(zip(seats([self.drawn.origins[index][1] for index in best], rows, 1), best, strict=True))
+        return [plan[0, row] for row in range(len(plan))]
+
+    def best(self, seen: SeenNoises, rows: Sequence[int], count: int) -> list[int]:
+        """The candidates of a set that are best together: `count` of them, or all if there are fewer."""
+        found = seen.of(rows)
+        if len(found) <= count:
+            return found
+        unary = torch.tensor([seen.unary[index] for index in found], dtype=torch.float64)
+        pairwise = self.distances([seen.features[index] for index in found])
+        weight = self.weight if len(rows) > 1 else 0.0
+        return [found[index] for index in select_group(unary, pairwise, count, weight, self.restarts)]
+
+    def distances(self, features: list[torch.Tensor]) -> torch.Tensor:
+        """Features `(...)` of N images to b, `(N, N)`; a part of them at a time where their model is."""
+        device = getattr(self.distance.features, "device", None)
+        spans = [slice(start, start + FEATURES_AT_ONCE) for start in range(0, len(features), FEATURES_AT_ONCE)]
+
+        def part(span: slice) -> torch.Tensor:
+            return torch.stack(features[span]).to(device)
+
+        rows = [[self.distance.between(some, part(others)).cpu() for others in spans] for some in map(part, spans)]
+        return torch.cat([torch.cat(row, 1) for row in rows])
+
+    def counts(self) -> list[int]:
+        """For each image how many candidates its prompt has had, before anything is drawn again."""
+        sizes = {row: len(rows) + len(self.previews.of(rows)) for rows in self.sets for row in rows}
+        if not self.previews.origins:
+            sizes = {row: len(self.drawn.of(rows)) for rows in self.sets for row in rows}
+        return [sizes[row] for row in range(len(sizes))]
+
+    def describe(self) -> dict[str, Any]:
+        rewards = None if self.rewards is None else self.rewards.describe()
+        return {"rewards": rewards, "features": str(self.distance.features.name), "weight": self.weight}
+
+
+def seats(origins: Sequence[int], rows: Sequence[int], rounds: int) -> list[tuple[int, int]]:
+    """For each of some candidates, by the place it was drawn at, a round and a place: its own one as long as it lasts.
+
+    There are `rounds` batches to fill, of which a set has the places `rows`.
+    """
+    free = {row: list(range(rounds)) for row in rows}
+    taken = [(free[row].pop(0), row) if free[row] else None for row in origins]
+    left = iter(sorted((turn, row) for row, turns in free.items() for turn in turns))
+    return [seat or next(left) for seat in taken]

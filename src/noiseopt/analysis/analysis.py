@@ -1,0 +1,184 @@
+"""What a group of results says: distances, norms, coherence, spectra and bands, and the table of them."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..evaluation.noise_statistics import NoiseStatistics, noise_statistics, slope_error
+from ..pipelines.frequency_bands import BANDS, band_energies, frequency_bands
+from ..pipelines.noise_result import NoiseResult
+from .coherence import Coherence, coherence, most_rings, white_coherence
+from .distances import l2_table
+from .groups import Group
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Analysis:
+    """One group of results.
+
+    Attributes:
+        group: The results.
+        rings: How many rings of frequencies the coherence has; `None` for as many as suit the size, up to 16.
+        latents: What initial and optimised noises draw, `(B, C, H, W)` each, if it was drawn.
+    """
+
+    group: Group
+    rings: int | None = None
+    latents: tuple[Tensor, Tensor] | None = None
+
+    @functools.cached_property
+    def change(self) -> Tensor:
+        """`(B, C, H, W)`, float64."""
+        return self.group.optimised.double() - self.group.initial.double()
+
+    @property
+    def unchanged(self) -> int:
+        """How many noises are as they were, as where no step was better than the plain result."""
+        return int((self.change.flatten(1).norm(dim=1) == 0).sum())
+
+    @functools.cached_property
+    def distances(self) -> dict[str, float]:
+        """See `l2_table`."""
+        return l2_table(self.group.initial, self.group.optimised, *(self.latents or ()))
+
+    @property
+    def relative_change(self) -> float:
+        """ρ = ‖change‖ / ‖initial noise‖ of all noises together: what a white edit is compared at."""
+        return float(self.change.norm() / self.group.initial.double().norm())
+
+    @property
+    def cosine(self) -> float:
+        """The mean cosine of initial and optimised noise."""
+        initial, optimised = (noise.double().flatten(1) for noise in (self.group.initial, self.group.optimised))
+        return float(torch.cosine_similarity(initial, optimised).mean())
+
+    @functools.cached_property
+    def coherence(self) -> Coherence:
+        """Raises `ValueError` where there is too little to pool."""
+        initial = self.group.initial
+        return coherence(initial, self.group.optimised, self.rings or most_rings(initial.shape))
+
+    @property
+    def white(self) -> float:
+        """The coherence of a white edit as large as this one."""
+        return white_coherence(self.relative_change)
+
+    @functools.cached_property
+    def statistics(self) -> tuple[NoiseStatistics, NoiseStatistics]:
+        """Of the initial and the optimised noise."""
+        return noise_statistics(self.group.initial), noise_statistics(self.group.optimised)
+
+    @property
+    def slope_error(self) -> float:
+        """The standard error of the spectral slope of white noise of this size."""
+        return slope_error(self.group.initial.shape)
+
+    @functools.cached_property
+    def band_shares(self) -> Tensor:
+        """`(3,)`: the thirds of the frequencies' shares of the squared change of the returned noises."""
+        energies = band_energies(self.change).sum(0)
+        return energies / energies.sum()
+
+    @property
+    def mean_share(self) -> float:
+        """The share of the squared change that only shifts the means of the channels: frequency 0."""
+        size = self.change[0, 0].numel()
+        return float(size * self.change.mean((-2, -1)).square().sum() / self.change.square().sum())
+
+    @property
+    def white_shares(self) -> Tensor:
+        """`(3,)`: the same of a white edit: how many of the entries each third has."""
+        return band_entries(self.group) / band_entries(self.group).sum()
+
+    @functools.cached_property
+    def band_changes(self) -> Tensor:
+        """`(steps, 3)`: how much an entry of the spectrum has changed, root mean square, in each third at each step.
+
+        In units of the initial noise, whose own entries are 1 if it is white. Over all noises that had not stopped; a
+        white edit has three equal values. This is the comparison of "It's Never Too Late", figure 6.
+        """
+        steps = [changes_of(result) for result in self.group.results]
+        longest = max(len(each) for each in steps)
+        padded = [torch.nn.functional.pad(each, (0, 0, 0, 0, 0, longest - len(each)), value=math.nan) for each in steps]
+        channels = math.prod(self.group.shape[:-2])
+        return (torch.cat(padded, dim=1).nanmean(1) / band_entries(self.group) / channels).sqrt()
+
+    def numbers(self) -> dict[str, Any]:
+        """All of it as plain values."""
+        initial, optimised = self.statistics
+        found = self.coherence
+        return {
+            "method": self.group.method,
+            "model": self.group.model,
+            "shape": list(self.group.shape),
+            "files": [str(path) for path in self.group.paths],
+            "noises": len(self.change),
+            "unchanged": self.unchanged,
+            "l2": self.distances,
+            "relative change": self.relative_change,
+            "cosine": self.cosine,
+            "coherence": {
+                "frequencies": found.frequencies.tolist(),
+                "values": found.values.tolist(),
+                "entries": found.entries.tolist(),
+                "white edit": self.white,
+            },
+            "initial": dataclasses.asdict(initial),
+            "optimised": dataclasses.asdict(optimised),
+            "spectral slope error": self.slope_error,
+            "band shares": self.band_shares.tolist(),
+            "mean share": self.mean_share,
+            "band shares of a white edit": self.white_shares.tolist(),
+            "band changes": self.band_changes.tolist(),
+        }
+
+    def column(self) -> dict[str, str]:
+        """The group's column of the table: row to text."""
+        initial, optimised = self.statistics
+        values = self.coherence.values.tolist()
+        count = len(self.change)
+        rows = {"noises": str(count) + f", {self.unchanged} of them unchanged" * (self.unchanged > 0)}
+        rows |= {f"L2: {row}": f"{distance:.4g}" for row, distance in self.distances.items()}
+        rows["change / norm of the initial noise"] = f"{self.relative_change:.3g}"
+        rows["cosine of initial and optimised noise"] = f"{self.cosine:.3f}"
+        rows["norm / √d"] = f"{initial.norm:.3f} → {optimised.norm:.3f}"
+        rows["spectral slope without the means (white noise: 0)"] = (
+            f"{initial.spectral_slope:+.3f} → {optimised.spectral_slope:+.3f} (± {self.slope_error:.3f})"
+        )
+        rows["coherence, lowest … highest frequencies"] = f"{values[0]:.3f} … {values[-1]:.3f}"
+        rows["coherence after a white edit of this size"] = f"{self.white:.3f}"
+        means, of_white = self.mean_share, 1 / self.change[0, 0].numel()
+        rows["share of the squared change: means of the channels (of a white edit)"] = f"{means:.1%} ({of_white:.1%})"
+        for band, share, white in zip(BANDS, self.band_shares.tolist(), self.white_shares.tolist(), strict=True):
+            rows[f"share of the squared change: {band} of frequencies (of a white edit)"] = f"{share:.1%} ({white:.1%})"
+        return rows
+
+
+def band_entries(group: Group) -> Tensor:
+    """`(3,)`: how many entries of a channel's spectrum are in each third."""
+    return frequency_bands(*group.shape[-2:]).sum((-2, -1)).double()
+
+
+def changes_of(result: NoiseResult) -> Tensor:
+    """`(steps, B, 3)`: the recorded changes, and those of the noise that was returned if it was moved once more."""
+    assert result.band_changes is not None and result.initial_noise is not None
+    recorded = result.band_changes.double()
+    returned = band_energies(result.noise.double() - result.initial_noise.double())
+    at_best = recorded[result.best_step, torch.arange(len(result.noise))]
+    same = at_best.isnan() | torch.isclose(returned, at_best, rtol=1e-3, atol=1e-6)
+    moved_on = returned.where(~recorded[-1].isnan(), torch.nan)
+    return recorded if same.all() else torch.cat([recorded, moved_on[None]])
+
+
+def markdown(analyses: Sequence[Analysis]) -> str:
+    """A column for each group; a row that a group has not is empty there."""
+    columns = [analysis.column() for analysis in analyses]
+    names = list(dict.fromkeys(row for column in columns for row in column))
+    lines = [["", *(analysis.group.title for analysis in analyses)], ["---"] * (len(columns) + 1)]
+    lines += [[row, *(column.get(row, "–") for column in columns)] for row in names]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"

@@ -1,0 +1,119 @@
+"""What noises draw: the model of a result, loaded again, and the latents of its images."""
+
+import dataclasses
+from typing import Any
+
+import diffusers
+import torch
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from torch import Tensor
+
+from .. import pipelines, shapes_world
+from ..evaluation.unit import PlainSampling
+from ..pipelines.noise_hook import optimize_noise
+from ..pipelines.noise_result import NoiseResult
+from ..pipelines.objectives import Objective
+from ..quiet import quiet_libraries
+from .groups import CannotAnalyze, Group, embedded_name, pooled
+
+TEXTS = ("prompt_2", "prompt_3", "negative_prompt", "negative_prompt_2", "negative_prompt_3")
+
+
+class FinalLatents(Objective):
+    """Looks at what the whole chain makes of the noise, before the decoder, in the layout of the noise."""
+
+    def evaluate(self, sample) -> tuple[Tensor, dict[str, Tensor]]:
+        latents = sample.sampler.run(sample.noise, None, False, "latent")
+        self.latents = sample.sampler.space.unpack(sample.sampler.twin, latents).float().cpu()
+        return torch.zeros(len(sample.noise), device=sample.noise.device), {}
+
+
+def draw_latents(group: Group) -> tuple[Tensor, Tensor]:
+    """`(B, C, H, W)` each: the latents that the initial and the optimised noises of a group lead to.
+
+    Raises:
+        CannotAnalyze: If the model is not named, cannot be loaded, or does not take the arguments of a result.
+    """
+    pipes: dict[tuple, Any] = {}
+    drawn: tuple[list[Tensor], list[Tensor]] = ([], [])
+    for path, result in zip(group.paths, group.results, strict=True):
+        try:
+            key = model_key(result)
+            if key not in pipes:
+                pipes = {key: load_pipeline(result)}  # one at a time: they are large
+            pipe = pipes[key]
+            set_scheduler(pipe, result)
+            for latents, noise in zip(drawn, (result.initial_noise, result.noise), strict=True):
+                assert noise is not None
+                latents.append(final_latents(pipe, result, noise))
+        except (OSError, ValueError, TypeError, RuntimeError, ImportError) as error:
+            reason = str(error).strip().partition("\n")[0].rstrip(".")
+            raise CannotAnalyze(f"Cannot draw {path} again: {reason}. Leave --draw out for the other rows.") from error
+    return pooled(drawn[0]), pooled(drawn[1])
+
+
+def model_key(result: NoiseResult) -> tuple:
+    names = ("model", "revision", "pipeline", "dtype")
+    return tuple(result.provenance.get(name) for name in names)
+
+
+def load_pipeline(result: NoiseResult) -> Any:
+    """The pipeline that a result names: an embedded model by its name, others by Hub id or path."""
+    found, name = result.provenance, embedded_name(result)
+    if not found.get("model"):
+        raise ValueError("Expected a result that names its model, but this one was made by a pipeline without a name.")
+    source = shapes_world.path(name) if name else found["model"]
+    options = dict(shapes_world.MODELS[name].load) if name else {"revision": found.get("revision")}
+    with quiet_libraries():
+        pipe = pipeline_class(found["pipeline"]).from_pretrained(
+            source, dtype=getattr(torch, found["dtype"]), **options
+        )
+        pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def pipeline_class(name: str) -> Any:
+    """A pipeline class of ours or of diffusers by its name; for others the class that a model names itself."""
+    return getattr(pipelines, name, None) or getattr(diffusers, name, None) or DiffusionPipeline
+
+
+def set_scheduler(pipe: Any, result: NoiseResult) -> None:
+    """Give the pipeline the scheduler of a result, which need not be the one that is saved with the model."""
+    settings = dict(result.provenance["scheduler"])
+    cls = getattr(diffusers, settings.pop("class"), None)
+    if cls is not None:
+        kept = {name: value for name, value in settings.items() if not name.startswith("_")}
+        pipe.scheduler = cls.from_config({**pipe.scheduler.config, **kept})
+
+
+def final_latents(pipe: Any, result: NoiseResult, noise: Tensor) -> Tensor:
+    """`(B, C, H, W)` on the CPU: what a noise of the shape of a result's draws with the arguments of its call."""
+    prompts = result.provenance["prompts"]
+    if not any(prompts):
+        raise ValueError("Expected the prompts of the call, but it was given embeddings, which results do not keep.")
+    arguments = {name: repeated(value, len(prompts)) if name in TEXTS else value
+                 for name, value in result.provenance["arguments"].items()}  # fmt: skip
+    device, dtype = pipe._execution_device, getattr(torch, result.provenance["dtype"])
+    ours = {"num_images_per_prompt": 1, "latents": noise.to(device, dtype), "generator": result.generator()}
+    objective = FinalLatents()
+    optimize_noise(pipe, prompts, Looking(at=objective), **{**arguments, **ours})
+    return objective.latents
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Looking(PlainSampling):
+    """Evaluates an objective on the noise as it is, once."""
+
+    at: Objective
+
+    def objective(self, pipe) -> Objective:
+        return self.at
+
+
+def repeated(text: Any, count: int) -> Any:
+    """One text for each image of a call, from one for all or one for each prompt."""
+    if text is None:
+        return None
+    texts = [text] if isinstance(text, str) else list(text)
+    return [each for each in texts for _ in range(count // len(texts))]

@@ -1,0 +1,137 @@
+"""The figures of an analysis. Drawn without pyplot: no window, no global state."""
+
+import textwrap
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+
+from ..evaluation.figures import COLORS, GROUND, quiet_axes
+from ..evaluation.noise_statistics import gaussian_limits
+from ..pipelines.frequency_bands import BANDS
+from ..plots import MARGIN, MUTED, Page
+from .analysis import Analysis
+
+BAND_COLORS = ("#cf222e", "#bf8700", "#0969da")  # from long waves to short, as in light
+WIDTH, HEIGHT = 4.2, 2.6  # of a panel, inches
+
+
+def draw_analyses(analyses: Sequence[Analysis], folder: Path) -> list[Path]:
+    """`coherence.png`, `bands.png` and `spectrum.png`, in this order."""
+    drawings = {"coherence.png": draw_coherence, "bands.png": draw_bands, "spectrum.png": draw_spectrum}
+    for name, draw in drawings.items():
+        draw(analyses, folder / name)
+    return [folder / name for name in drawings]
+
+
+def draw_panels(
+    analyses: Sequence[Analysis],
+    path: Path,
+    title: str,
+    legend: Sequence[Line2D],
+    draw: Callable[[Axes, Analysis], None],
+) -> None:
+    """A panel for each group, up to two in a row, under a title and a legend that hold for all."""
+    head, foot, gap = 0.35, 0.55, 0.8
+    columns = min(2, len(analyses))
+    rows = -(-len(analyses) // columns)
+    width = max(6.4, columns * (gap + WIDTH) + 2 * MARGIN)
+    own_scales = " Each panel has its own scale." * (len(analyses) > 1)
+    lines = textwrap.wrap(title + own_scales, int(14 * width))
+    above = 0.5 + 0.18 * len(lines)
+    page = Page(above + rows * (head + HEIGHT + foot), width)
+    for number, words in enumerate(lines):
+        page.text(MARGIN, 0.12 + 0.18 * number, words, size=9, color=MUTED)
+    draw_legend(page, legend, above - 0.36)
+    for number, analysis in enumerate(analyses):
+        row, column = divmod(number, columns)
+        left, top = column * (gap + WIDTH) + gap, above + row * (head + HEIGHT + foot) + head
+        page.text(left, top - 0.27, panel_title(analysis), size=10, weight="bold")
+        axes = page.axes(left, top, WIDTH if columns > 1 else page.width - gap - 2 * MARGIN, HEIGHT)
+        draw(axes, analysis)
+        quiet_axes(axes)
+    page.save(path)
+
+
+def draw_legend(page: Page, handles: Sequence[Line2D], top: float) -> None:
+    axes = page.axes(0, top, page.width, 0.3)
+    axes.set_axis_off()
+    axes.legend(handles=handles, loc="center left", ncols=len(handles), fontsize=8, frameon=False, borderaxespad=0.6)
+
+
+def panel_title(analysis: Analysis) -> str:
+    return f"{analysis.group.title}, {len(analysis.change)} noises"
+
+
+def line(label: str, color: str, style: Literal["-", "--"] = "-") -> Line2D:
+    return Line2D([], [], color=color, linestyle=style, linewidth=1.8, label=label)
+
+
+def draw_coherence(analyses: Sequence[Analysis], path: Path) -> None:
+    """Coherence of initial and optimised noise over frequency, and that of a white edit of the same size."""
+
+    def draw(axes: Axes, analysis: Analysis) -> None:
+        found = analysis.coherence
+        axes.axhline(analysis.white, color=MUTED, linewidth=1.4, linestyle="--")
+        axes.plot(found.frequencies, found.values, "o-", color=COLORS[0], linewidth=1.8, markersize=3.5)
+        low = min(float(found.values.min()), analysis.white)
+        axes.set(xlim=(0, 0.5), ylim=(max(0.0, low - 0.08 * (1 - low) - 0.002), 1 + 0.03 * (1 - low) + 0.001))
+        label_axes(axes, "coherence")
+
+    title = (
+        "How much of the initial noise is left in the optimised noise, by spatial frequency. "
+        "1: equal up to a factor; 0: unrelated. A curve that rises from left to right is an edit of coarse structure."
+    )
+    handles = (line("optimised", COLORS[0]), line("if white noise of the same norm were added", MUTED, "--"))
+    draw_panels(analyses, path, title, handles, draw)
+
+
+def draw_bands(analyses: Sequence[Analysis], path: Path) -> None:
+    """How much each third of the frequencies has changed at each step."""
+
+    def draw(axes: Axes, analysis: Analysis) -> None:
+        for values, ink in zip(analysis.band_changes.T, BAND_COLORS, strict=True):
+            marker = "o-" if len(values) < 20 else "-"
+            axes.plot(values, marker, color=ink, linewidth=1.8, markersize=3.5)
+        axes.set_ylim(bottom=0)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_xlabel("optimisation step", size=8, color=MUTED)
+        axes.set_ylabel("change of a frequency (root mean square)", size=8, color=MUTED)
+
+    title = (
+        "How far the noise has moved from the initial one after each step, in the thirds of the spatial frequencies. "
+        "In units of white noise: 1 is as large as the noise itself. A white edit has three equal curves."
+    )
+    draw_panels(analyses, path, title, [line(*pair) for pair in zip(BANDS, BAND_COLORS, strict=True)], draw)
+
+
+def draw_spectrum(analyses: Sequence[Analysis], path: Path) -> None:
+    """The mean power of initial and optimised noise by frequency, and where that of Gaussian noise is."""
+
+    def draw(axes: Axes, analysis: Analysis) -> None:
+        limits = gaussian_limits(tuple(analysis.group.initial.shape))
+        spread = 2 * torch.tensor(limits.standard_error.spectrum)
+        side = min(analysis.group.shape[-2:])
+        frequencies = torch.arange(len(spread)) / side
+        axes.fill_between(frequencies, 1 - spread, 1 + spread, color=GROUND, alpha=0.5, linewidth=0)
+        before, after = analysis.statistics
+        axes.plot(frequencies, before.spectrum, color=MUTED, linewidth=1.4)
+        axes.plot(frequencies, after.spectrum, color=COLORS[0], linewidth=1.8)
+        axes.set_xlim(left=0)
+        label_axes(axes, "mean power")
+
+    title = (
+        "The power of the noise by spatial frequency. White noise has 1, and is in the grey band 19 times out of 20. "
+        "At 0 are the means of the channels."
+    )
+    handles = (line("initial", MUTED), line("optimised", COLORS[0]))
+    draw_panels(analyses, path, title, handles, draw)
+
+
+def label_axes(axes: Axes, quantity: str) -> None:
+    axes.set_xlabel("spatial frequency, cycles per entry of the noise (0.5: Nyquist)", size=8, color=MUTED)
+    axes.set_ylabel(quantity, size=8, color=MUTED)
