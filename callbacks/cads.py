@@ -20,8 +20,9 @@ class CADS(DenoisingCallback):
         ŷ ← ψ·ŷᵣ + (1 - ψ)·ŷ,   ŷᵣ = (ŷ - mean ŷ) / std ŷ · std y + mean y
 
     A callback runs after a step: the first model call has y itself, and annealing begins with the second. With few
-    steps little is left of it; with one it is refused. Where the pipeline keeps unconditional embeddings in the same tensor (SD, SDXL, SD3,
-    Sana, with guidance) they are annealed too, as common implementations do.
+    steps little is left of it; with one it is refused. Where the pipeline keeps unconditional embeddings in the same
+    tensor (SD, SDXL, SD3, Sana, with guidance) they are annealed too, as common implementations do; those that are
+    all 0, as SDXL's of no prompt, have no deviation and stay 0 with ψ = 1.
 
     Args:
         tau1: τ1 in [0, 1), the time from which on the condition is y.

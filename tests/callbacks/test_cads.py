@@ -39,6 +39,8 @@ def restated(y, t, noise, tau1, tau2, noise_scale, mixing):
     """The paper's algorithm on one condition, in float64."""
     y, n = y.double().flatten(), noise.double().flatten()
     gamma = 1.0 if t <= tau1 else 0.0 if t >= tau2 else (tau2 - t) / (tau2 - tau1)
+    if gamma == 1:  # also of a constant condition, as SDXL's of no prompt is, that has no deviation
+        return y
     mixed = gamma**0.5 * y + noise_scale * (1 - gamma) ** 0.5 * n
     rescaled = (mixed - mixed.mean()) / mixed.var().sqrt() * y.var().sqrt() + y.mean()
     return mixing * rescaled + (1 - mixing) * mixed

@@ -19,7 +19,7 @@ STRENGTH = {"coefficient": 30.0, "min_sigma": 1.0}
 def kernels(i, particles):
     """k_ij for j != i, in the paper's symbols; h without gradient."""
     others = [a for j, a in enumerate(particles) if j != i]
-    distances = [float((particles[i] - a).norm()) for a in others]
+    distances = [float((particles[i] - a).detach().norm()) for a in others]
     h = statistics.median_low(distances) ** 2 / math.log(max(len(particles) - 1, 2))
     return [torch.exp(-((particles[i] - a) ** 2).sum() / h) for a in others]
 
