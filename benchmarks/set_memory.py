@@ -1,10 +1,10 @@
 """What the gradient of a set objective holds in memory for B images: jointly, and a few images at a time.
 
-python benchmarks/set_memory.py --size 256
-python benchmarks/set_memory.py --size 256 --device cuda
+python benchmarks/set_memory.py
+python benchmarks/set_memory.py --size 512 --device cuda
 
 Each cell is one step of a set of B images (DPP of the embedded DINOv2 features, beside one image that is given, so that
-a set of one has a value) on the embedded one-step SDXL model: images, value, and its gradient with respect to the
+a set of one has a value) on the embedded SDXL model, six steps: images, value, and its gradient with respect to the
 noise. Memory is the peak above the loaded models: on CUDA of torch's allocator, elsewhere of the resident memory, in a
 process of its own. The process has taken the gradient of the first image before, so that what the first call of
 anything leaves behind does not count.
@@ -135,8 +135,8 @@ def report(results: dict[str, dict[int, dict[str, Any]]]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, dict[int, dict[str, Any]]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="sdxl-turbo", help="an embedded pipeline")
-    parser.add_argument("--size", type=int, default=256, help="height and width of the images, in pixels")
+    parser.add_argument("--model", default="sdxl", help="an embedded pipeline")
+    parser.add_argument("--size", type=int, default=64, help="height and width of the images, in pixels")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8, 16], help="the first is compared with")
     parser.add_argument("--output", type=Path, help="write what the table is made of as JSON")

@@ -1,19 +1,27 @@
-"""Callbacks: what may watch, steer or stop a noise optimisation."""
+"""Callbacks: what may watch, steer or stop a noise optimisation, and what steers the steps of a stock pipeline."""
 
+from .cads import CADS
+from .denoising_callback import DenoisingCallback
 from .early_stopping import EarlyStopping, LossThreshold, TimeBudget
 from .held_out_reward import HeldOutReward
+from .interval_guidance import IntervalGuidance
 from .noise_callback import NoiseCallback
 from .noise_state import NoiseState
+from .particle_guidance import ParticleGuidance
 from .progress import ProgressBar
 from .recording import History, StepImages
 
 __all__ = [
+    "CADS",
+    "DenoisingCallback",
     "EarlyStopping",
     "HeldOutReward",
     "History",
+    "IntervalGuidance",
     "LossThreshold",
     "NoiseCallback",
     "NoiseState",
+    "ParticleGuidance",
     "ProgressBar",
     "StepImages",
     "TimeBudget",

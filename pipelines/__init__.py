@@ -26,6 +26,7 @@ from .noise_optimizer import NoiseOptimizer
 from .noise_pgd import NoisePGD
 from .noise_result import NoiseResult
 from .objectives import FunctionObjective, Objective, RewardObjective
+from .pcn import PCN
 from .quality_guard import QualityGuard
 from .regularizers import ChiPrior
 from .reno import ReNO
@@ -33,6 +34,7 @@ from .reno_stable_diffusion import ReNOStableDiffusionPipeline
 from .reno_turbo import ReNOTurboPipeline
 from .sampling import PipelineSampler, Sample
 from .set_objective import SetObjective
+from .zero_order_search import ZeroOrderSearch
 
 __all__ = [
     "BestOfN",
@@ -61,6 +63,7 @@ __all__ = [
     "NoisePGD",
     "NoiseResult",
     "Objective",
+    "PCN",
     "PipelineSampler",
     "QualityGuard",
     "ReNO",
@@ -69,6 +72,7 @@ __all__ = [
     "RewardObjective",
     "Sample",
     "SetObjective",
+    "ZeroOrderSearch",
     "grow_set",
     "list_noise_optimizers",
     "optimize_noise",

@@ -18,8 +18,9 @@ from .contrast import sets
 from .group_solver import group_value, pair_bonus, select_group
 from .methods import register_noise_optimizer
 from .noise_optimizer import NoiseOptimizer
-from .noise_problem import CandidateNoise, NoiseProblem, seed_from
-from .objectives import Objective, RewardObjective
+from .noise_problem import CandidateNoise, NoiseProblem
+from .objectives import RewardObjective
+from .previews import CandidateObjective, SeenNoises
 from .sampling import Clamp, Gradient, Sample
 
 FEATURES_AT_ONCE = 64  # images whose features are compared with as many others at a time
@@ -113,10 +114,7 @@ class GroupSelection(NoiseOptimizer):
 
     def finish(self, state: NoiseState, objective: Any, memory: CandidateNoise) -> Iterator[torch.Tensor]:
         """What is kept of previews, and the chosen set, unless that has been evaluated."""
-        for noise in objective.kept(1 if state.stopped else self.keep - 1):
-            yield noise.to(state.noise)
-            if state.stopped:
-                break
+        yield from objective.kept(state, self.keep - 1)
         last, chosen, counts = objective.step, objective.chosen(), objective.counts()
         noise = torch.stack([objective.drawn.noises[index] for index in chosen]).to(state.noise)
         if not torch.equal(noise, state.best_noise):  # pyright: ignore[reportArgumentType]
@@ -140,53 +138,17 @@ def check_features(features: Any) -> None:
         )
 
 
-class SeenNoises:
-    """Candidates that were evaluated, in that order, and what they are chosen by; on the CPU.
-
-    Attributes:
-        origins: The step and the place in the batch of each.
-        noises: `(C, H, W)` each.
-        unary: The reward of each.
-        features: `(...)` each.
-    """
-
-    def __init__(self) -> None:
-        self.origins: list[tuple[int, int]] = []
-        self.noises: list[torch.Tensor] = []
-        self.unary: list[float] = []
-        self.features: list[torch.Tensor] = []
-        self.known: set[tuple[int, int]] = set()
-
-    def add(self, step: int, noise: torch.Tensor, unary: torch.Tensor, features: torch.Tensor) -> None:
-        """A batch; a noise that comes again at its place, as that of a sample that was stopped, is no new candidate."""
-        for row, each in enumerate(noise.detach().cpu()):
-            key = (row, seed_from(each))
-            if key not in self.known:
-                self.known.add(key)
-                self.origins.append((step, row))
-                self.noises.append(each)
-                self.unary.append(float(unary[row]))
-                self.features.append(features[row].detach().cpu())
-
-    def of(self, rows: Sequence[int]) -> list[int]:
-        """The candidates that were drawn at these places."""
-        return [index for index, (_, row) in enumerate(self.origins) if row in rows]
-
-
-class GroupObjective(Objective):
+class GroupObjective(CandidateObjective):
     """Minus the value of the set of images of each prompt: `Σ u_i + λ Σ_{i<j} b_ij`. It keeps what it has seen.
-
-    An object serves one run.
 
     Args:
         rewards: u is minus their loss; `None` for 0.
         features: b is their distance.
         weight: λ.
         restarts: Of the search for the best set.
-        preview: Look at the x0 estimate of one model call, from the second evaluation until `kept` is called.
+        preview: See `CandidateObjective`.
 
     Attributes:
-        step: Evaluations so far.
         drawn: The candidates that were drawn wholly, those of the first evaluation first.
         previews: Those that were looked at otherwise.
     """
@@ -194,11 +156,10 @@ class GroupObjective(Objective):
     def __init__(
         self, rewards: RewardObjective | None, features: nn.Module, weight: float, restarts: int, preview: bool
     ) -> None:
-        self.rewards, self.weight, self.restarts, self.preview = rewards, weight, restarts, preview
-        self.requires_prompt = rewards is not None and rewards.requires_prompt
+        super().__init__(rewards, preview)
+        self.weight, self.restarts = weight, restarts
         self.distance = PairwiseDistance(features)  # pyright: ignore[reportArgumentType]
-        self.step, self.previewing = 0, False
-        self.drawn, self.previews = SeenNoises(), SeenNoises()
+        self.drawn = SeenNoises()
 
     def check_groups(self, groups: Sequence[int]) -> None:
         self.sets = [rows.tolist() for rows in sets(groups)]
@@ -208,22 +169,13 @@ class GroupObjective(Objective):
                 "alone it has nothing to differ from. Pass `num_images_per_prompt=4`, say."
             )
 
-    def try_out(self, prompt: str, height: int, width: int, gradient: bool) -> None:
-        if self.rewards is not None:
-            self.rewards.try_out(prompt, height, width, gradient)
-
-    def evaluate(self, sample: Sample) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        sample.preview = self.previewing
+    def measure(self, sample: Sample) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         unary, features, scores = self.measured(sample)
         values, distances = self.values(unary, features)
         (self.previews if self.previewing else self.drawn).add(self.step, sample.noise, unary, features)
-        loss = torch.full_like(values, torch.nan) if self.previewing else -values
-        if self.step == 0:  # by now the scheduler has been told how many steps there are
-            self.previewing = self.preview and len(sample.sampler.scheduler.timesteps) > 1
-        self.step += 1
         if self.compares:
             scores = {**scores, "distance": distances.to(sample.noise.device, torch.float32)}
-        return loss.to(sample.noise.device, torch.float32), scores
+        return -values.to(sample.noise.device, torch.float32), scores
 
     @property
     def compares(self) -> bool:
@@ -254,33 +206,11 @@ class GroupObjective(Objective):
             )
         return values, distances
 
-    def kept(self, rounds: int) -> list[torch.Tensor]:
-        """The best previews, as noises to draw wholly: at most `rounds` of `(B, C, H, W)`. Ends the previewing.
-
-        A set that was stopped before the others may have too few: its given noises fill up.
-        """
-        self.previewing, seen = False, self.previews
-        plan: dict[tuple[int, int], int] = {}
-        for rows in self.sets:
-            best = self.best(seen, rows, rounds * len(rows))
-            plan.update(zip(seats([seen.origins[index][1] for index in best], rows, rounds), best, strict=True))
-        batch, length = sum(map(len, self.sets)), 1 + max((turn for turn, _ in plan), default=-1)
-        return [
-            torch.stack(
-                [
-                    seen.noises[plan[turn, row]] if (turn, row) in plan else self.drawn.noises[row]
-                    for row in range(batch)
-                ]
-            )
-            for turn in range(length)
-        ]
-
     def chosen(self) -> list[int]:
         """For each place in the batch, which of `drawn` is chosen for it."""
         plan = {}
         for rows in self.sets:
-            best = self.best(self.drawn, rows, len(rows))
-            plan.update(zip(seats([self.drawn.origins[index][1] for index in best], rows, 1), best, strict=True))
+            plan.update(self.seated(self.drawn, rows, 1))
         return [plan[0, row] for row in range(len(plan))]
 
     def best(self, seen: SeenNoises, rows: Sequence[int], count: int) -> list[int]:
@@ -314,14 +244,3 @@ class GroupObjective(Objective):
     def describe(self) -> dict[str, Any]:
         rewards = None if self.rewards is None else self.rewards.describe()
         return {"rewards": rewards, "features": str(self.distance.features.name), "weight": self.weight}
-
-
-def seats(origins: Sequence[int], rows: Sequence[int], rounds: int) -> list[tuple[int, int]]:
-    """For each of some candidates, by the place it was drawn at, a round and a place: its own one as long as it lasts.
-
-    There are `rounds` batches to fill, of which a set has the places `rows`.
-    """
-    free = {row: list(range(rounds)) for row in rows}
-    taken = [(free[row].pop(0), row) if free[row] else None for row in origins]
-    left = iter(sorted((turn, row) for row, turns in free.items() for turn in turns))
-    return [seat or next(left) for seat in taken]

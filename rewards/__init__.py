@@ -2,6 +2,7 @@
 
 from .aesthetic import Aesthetic, AestheticHead, AestheticV1
 from .auto_features import AutoFeatures
+from .black_box import BlackBox
 from .blip_itm import BlipITC, BlipITM
 from .blip_vqa import BlipVQA
 from .clip_flant5 import CLIPFlanT5
@@ -40,6 +41,7 @@ __all__ = [
     "AestheticV1",
     "AutoFeatures",
     "AutoReward",
+    "BlackBox",
     "BlipITC",
     "BlipITM",
     "BlipVQA",

@@ -2302,7 +2302,12 @@ class PipelineSampler:
             that add noise on the way the same stream.
         clamp: How pixels are brought into [0, 1]: "straight_through" keeps the gradient of saturated pixels, so that
             they can come back; "hard" (as stock pipelines do) has none there. The values are equal.
+
+    Attributes:
+        timesteps: How many the whole chain has, once it has been run; `None` before.
     """
+
+    timesteps: int | None = None
 
     def __init__(
         self,
@@ -2412,6 +2417,8 @@ class PipelineSampler:
         draws = self.draws_from(twin.sampling_generator)
         with one_call, draws, torch.set_grad_enabled(gradient is not None and noise.requires_grad):
             output = self.call(twin, **self.request, **ours)[0]
+        if not preview:  # some families set their timesteps after `prepare_latents`: no scheduler knows them earlier
+            self.timesteps = len(twin.scheduler.timesteps)
         vars(twin).clear()  # its methods refer to it: its scheduler would keep the graph until the next collection
         if noise.requires_grad and gradient is not None and not output.requires_grad:
             raise ValueError(

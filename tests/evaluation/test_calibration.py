@@ -17,14 +17,17 @@ class Machine:
     plan = SimpleNamespace(prompts=SimpleNamespace(prompts=["a", "b"]))
 
     def __init__(self, method: float, once: float, each: float, load: list[float]) -> None:
-        self.method, self.once, self.each, self.load = method, once, each, itertools.cycle(load)
+        self.seconds, self.once, self.each, self.load = method, once, each, itertools.cycle(load)
         self.order: list[str] = []
+
+    def method(self, contender, best_of):
+        return contender.method.build(self.instruments.rewards)
 
     def draw(self, method, index, callbacks=()):
         load = next(self.load)
         if not isinstance(method, BestOfN):
             self.order.append("method")
-            return SimpleNamespace(cost=SimpleNamespace(seconds=load * self.method))
+            return SimpleNamespace(cost=SimpleNamespace(seconds=load * self.seconds))
         self.order.append("control")
         state = SimpleNamespace(elapsed=0.0, noise=SimpleNamespace(is_cuda=False), stopped=False)
         state.stop = lambda reason: vars(state).update(stopped=True)

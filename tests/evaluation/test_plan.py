@@ -1,5 +1,6 @@
 """What a plan reads from words, and how it refuses what cannot work before any model is loaded."""
 
+import json
 import sys
 
 import pytest
@@ -205,3 +206,30 @@ def test_on_embedded_models_diversity_is_that_of_the_embedded_towers():
 )
 def test_features_whose_tower_is_optimised_are_known(method, features, expected):
     assert plan(methods=(MethodChoice.parse(method),), features=features).features_are_optimised is expected
+
+
+def test_a_callback_per_denoising_step_is_a_contender_without_rewards_or_control():
+    choice = MethodChoice.parse("cads:tau2=0.8,conditions=('prompt_embeds','add_text_embeds')")
+    assert not (choice.takes_rewards or choice.has_control or choice.diversity)
+    callback = choice.callback([3, 4])
+    assert callback.tau2 == 0.8 and callback.tensor_inputs == ["prompt_embeds", "add_text_embeds"]
+    assert [generator.initial_seed() for generator in callback.generator] == [3, 4]
+    assert MethodChoice.parse("interval_guidance:low=1.0").callback([3]).low == 1.0
+    assert MethodChoice.parse("reno").callback([3]) is None
+    contenders = plan(methods=(choice,)).contenders
+    assert [contender.key for contender in contenders] == ["plain", choice.label]
+    json.dumps(plan(methods=(choice,)).settings("cpu"))
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("cads:tau=0.5", "Expected settings of cads out of tau1, tau2, .*, but got 'tau'"),
+        ("cads:generator=1", "out of tau1, tau2"),
+        ("cads:tau1=0.95", "Expected 0 <= tau1 < tau2"),
+        ("cads:tau1=high", "Expected settings that cads takes"),
+    ],
+)
+def test_settings_that_a_callback_does_not_take_are_refused(text, message):
+    with pytest.raises(ValueError, match=message):
+        MethodChoice.parse(text)

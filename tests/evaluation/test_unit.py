@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from noiseopt import shapes_world
 from noiseopt.evaluation.evaluate import load_pipeline
 from noiseopt.evaluation.instruments import Instruments, render_references
-from noiseopt.evaluation.plan import PLAIN, MethodChoice, ModelChoice, Plan, control_of
+from noiseopt.evaluation.plan import PLAIN, Contender, MethodChoice, ModelChoice, Plan, control_of
 from noiseopt.evaluation.prompt_sets import Prompt, PromptSet
 from noiseopt.evaluation.unit import Studio, Unit, write_json, write_whole
 
@@ -105,3 +105,29 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         write_whole(path, half)
     assert json.loads(path.read_text()) == {"a": 1}
+
+
+def test_a_callback_steers_the_stock_pipeline_from_plain_noise():
+    methods = ("cads:noise_scale=0.5", "particle_guidance", "interval_guidance:high=1.0", "cads:noise_scale=0")
+    plan = Plan(
+        models=(ModelChoice.parse("guided", {}),),
+        methods=tuple(MethodChoice.parse(text) for text in methods),
+        prompts=PromptSet("one", (Prompt(PROMPT),)),
+        seeds=2,
+        rewards=(("red", 1.0),),
+    )
+    pipe = load_pipeline(plan.models[0], None, CPU)
+    studio = Studio(plan, plan.models[0], pipe, Instruments.load(plan, CPU), CPU)
+    plain = studio.measure(PLAIN, 0, None)
+    for contender in plan.contenders[1:]:
+        studio.check_steering(contender)
+        unit = studio.measure(contender, 0, None)
+        assert torch.equal(unit.images, studio.measure(contender, 0, None).images)
+        assert torch.equal(unit.tensors["noise"], plain.tensors["noise"])
+        assert torch.equal(unit.images, plain.images) == contender.key.endswith("=0")
+        assert unit.numbers["cost"]["model_calls"] == plain.numbers["cost"]["model_calls"]
+
+
+def test_a_callback_is_refused_by_a_model_of_one_step(studio):
+    with pytest.raises(ValueError, match="at least 2 denoising steps"):
+        studio.check_steering(Contender("cads", MethodChoice.parse("cads")))

@@ -17,8 +17,9 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-# Packages that the declared dependencies bring: each is required by diffusers, transformers or huggingface_hub.
-BROUGHT_ALONG = {"numpy", "PIL", "tqdm", "huggingface_hub"}
+# Packages that the declared dependencies bring: each is required by diffusers, transformers, accelerate or
+# huggingface_hub.
+BROUGHT_ALONG = {"numpy", "PIL", "psutil", "tqdm", "huggingface_hub"}
 
 
 def card_folders(root):

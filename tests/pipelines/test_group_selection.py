@@ -21,8 +21,8 @@ from noiseopt import (
 )
 from noiseopt.demo import ONE_STEP, Choice, load_pipeline
 from noiseopt.pipelines import group_solver
-from noiseopt.pipelines.group_selection import seats
 from noiseopt.pipelines.group_solver import group_value
+from noiseopt.pipelines.previews import seats
 from noiseopt.rewards import DINOv2PatchFeatures, PairwiseDistance
 
 

@@ -324,5 +324,6 @@ def test_rewards_that_cannot_work_are_refused_before_any_model_runs(case):
 
 
 def test_names_of_methods_are_listed():
-    names = ["best_of_n", "cno", "group_selection", "mean_variance", "noise_diffusion", "noise_pgd", "reno"]
+    names = ["best_of_n", "cno", "group_selection", "mean_variance", "never_too_late", "noise_diffusion", "noise_pgd"]
+    names += ["pcn", "reno", "zero_order_search"]
     assert list_noise_optimizers() == names

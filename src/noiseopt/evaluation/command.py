@@ -69,7 +69,8 @@ def add_subject(parser: argparse.ArgumentParser) -> None:
         action="append",
         dest="methods",
         metavar="NAME[:SETTING=VALUE,...]",
-        help="method with its settings, such as 'reno:steps=20'; may be repeated (reno)",
+        help="method with its settings, such as 'reno:steps=20', or what steers the denoising steps of plain noise: "
+        "cads, particle_guidance, interval_guidance; may be repeated (reno)",
     )
     group.add_argument(
         "--prompts",

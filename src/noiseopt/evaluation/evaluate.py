@@ -146,7 +146,8 @@ class Evaluation:
         for contender in self.plan.contenders:
             try:
                 studio.method(contender, 1).objective(pipe)
-            except ValueError as error:
+                studio.check_steering(contender)
+            except (ValueError, TypeError) as error:
                 raise CannotEvaluate(f"Cannot run {contender.key} on {model.name}: {one_line(error)}") from error
         studio.warm_up()
         return studio

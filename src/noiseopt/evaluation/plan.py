@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import hashlib
 import importlib.metadata
+import inspect
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -14,9 +15,14 @@ from typing import Any
 import torch
 
 from .. import __version__, shapes_world
+from ..callbacks.cads import CADS
+from ..callbacks.denoising_callback import DenoisingCallback
+from ..callbacks.interval_guidance import IntervalGuidance
+from ..callbacks.particle_guidance import ParticleGuidance
 from ..pipelines.best_of_n import BestOfN
 from ..pipelines.methods import METHODS, list_noise_optimizers
 from ..pipelines.noise_optimizer import NoiseOptimizer
+from ..pipelines.plain_sampling import PlainSampling
 from ..rewards.auto_features import find_features
 from ..rewards.features import FEATURES, import_optional
 from ..rewards.registry import find_reward
@@ -29,6 +35,7 @@ HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 DTYPES = ("float32", "float16", "bfloat16")
 EMBEDDED_REWARDS, EMBEDDED_FEATURES = ("clip", "vqa"), ("dinov2", "clip")
 HELD_OUT_FEATURES = "facebook/dinov2-base"  # for models of the real world
+CALLBACKS = {"cads": CADS, "interval_guidance": IntervalGuidance, "particle_guidance": ParticleGuidance}
 OURS = ("prompt", "generator", "latents", "output_type", "num_images_per_prompt", "return_dict")
 
 
@@ -123,13 +130,18 @@ class MethodChoice:
             settings["diversity"] = embedded_diversity(self.diversity, embedded_on)
         return METHODS[self.name](**settings)
 
+    def callback(self, seeds: Sequence[int]) -> DenoisingCallback | None:
+        """What steers the steps of the pipeline from the noise on, if something does; one seed for each image."""
+        return None
+
     @classmethod
     def parse(cls, text: str) -> "MethodChoice":
         """Reads `"reno"` or `"reno:steps=20,mode=parity"`. Raises `ValueError` for what no method takes."""
         name, _, settings = text.partition(":")
-        if name not in METHODS:
-            raise ValueError(f"Expected a method out of {', '.join(list_noise_optimizers())}, but got {name!r}.")
-        choice = cls(text, name, parse_settings(settings))
+        if name not in METHODS and name not in CALLBACKS:
+            known = ", ".join([*list_noise_optimizers(), *CALLBACKS])
+            raise ValueError(f"Expected a method out of {known}, but got {name!r}.")
+        choice = (CallbackChoice if name in CALLBACKS else cls)(text, name, parse_settings(settings))
         choice.check()
         return choice
 
@@ -144,6 +156,40 @@ class MethodChoice:
             if self.diversity is not None:
                 check_diversity(self.diversity)
             self.build(lambda images, prompts: images.mean((1, 2, 3))).check()
+        except TypeError as error:
+            raise ValueError(f"Expected settings that {self.name} takes, but got {self.label!r}: {error}.") from None
+
+
+@dataclasses.dataclass(frozen=True)
+class CallbackChoice(MethodChoice):
+    """A callback per denoising step with settings: it takes the noise as it is drawn, and optimises nothing."""
+
+    @property
+    def takes_rewards(self) -> bool:
+        return False
+
+    @property
+    def diversity(self) -> Any:
+        return None
+
+    @property
+    def has_control(self) -> bool:
+        return False
+
+    def build(self, rewards: Any, embedded_on: torch.device | None = None) -> NoiseOptimizer:
+        return PlainSampling()
+
+    def callback(self, seeds: Sequence[int]) -> DenoisingCallback:
+        draws = "generator" in inspect.signature(CALLBACKS[self.name]).parameters
+        generators = {"generator": [torch.Generator().manual_seed(seed) for seed in seeds]} if draws else {}
+        return CALLBACKS[self.name](**self.settings, **generators)
+
+    def check(self) -> None:
+        known = [name for name in inspect.signature(CALLBACKS[self.name]).parameters if name != "generator"]
+        if unknown := [name for name in self.settings if name not in known]:
+            raise ValueError(f"Expected settings of {self.name} out of {', '.join(known)}, but got {unknown[0]!r}.")
+        try:
+            self.callback([0])
         except TypeError as error:
             raise ValueError(f"Expected settings that {self.name} takes, but got {self.label!r}: {error}.") from None
 

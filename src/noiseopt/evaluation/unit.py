@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,10 +63,27 @@ class Studio:
         """One for each image of a prompt; on the CPU, to draw the same noise for every device."""
         return [torch.Generator().manual_seed(self.plan.seed(index, image)) for image in range(self.plan.seeds)]
 
-    def draw(self, method: NoiseOptimizer, index: int, callbacks: Any = None) -> Drawing:
+    def steered(self, contender: Contender, index: int) -> dict[str, Any]:
+        """The arguments of a pipeline's call for a contender that steers its steps, with random numbers of its own."""
+        seeds = [2**40 + self.plan.seed(index, image) for image in range(self.plan.seeds)]
+        callback = contender.method.callback(seeds) if contender.method and not contender.control else None
+        if callback is None:
+            return {}
+        return {"callback_on_step_end": callback, "callback_on_step_end_tensor_inputs": callback.tensor_inputs}
+
+    def check_steering(self, contender: Contender) -> None:
+        """Draw a first image with a contender that steers, if it does. Raises what its callback has against that."""
+        if steered := self.steered(contender, 0):
+            steered["callback_on_step_end"].check(self.pipe)
+            self.draw(PlainSampling(), 0, steered=steered)
+
+    def draw(
+        self, method: NoiseOptimizer, index: int, callbacks: Any = None, steered: Mapping[str, Any] | None = None
+    ) -> Drawing:
         """Find the noise of a prompt's images, and draw them with the stock pipeline.
 
-        No image is taken from a method: what is measured is what its noise alone makes of the unchanged model.
+        No image is taken from a method: what is measured is what its noise alone makes of the unchanged model, or what
+        `steered` makes of plain noise.
         """
         prompt = self.plan.prompts.prompts[index].text
         call = {**self.model.call, "num_images_per_prompt": self.plan.seeds}
@@ -73,19 +91,20 @@ class Studio:
             result = optimize_noise(
                 self.pipe, prompt, method, callbacks=callbacks, generator=self.generators(index), **call
             )
-            found = {"latents": result.latents, "generator": result.generator(), "output_type": "pt"}
+            found = {"latents": result.latents, "generator": result.generator(), "output_type": "pt", **(steered or {})}
             images = self.pipe(prompt, **call, **found).images.float()
         return Drawing(images, result, cost)
 
     def warm_up(self) -> None:
         """Let every contender take its first passes, which are slower than the others and take more memory."""
         for contender in self.plan.contenders:
-            self.draw(self.method(contender, 2), 0, callbacks=lambda state: state.step < 1)
+            steered = self.steered(contender, 0)
+            self.draw(self.method(contender, 2), 0, callbacks=lambda state: state.step < 1, steered=steered)
 
     def measure(self, contender: Contender, index: int, best_of: int | None) -> "Unit":
         """One unit, computed."""
         prompt = self.plan.prompts.prompts[index]
-        drawing = self.draw(self.method(contender, best_of), index)
+        drawing = self.draw(self.method(contender, best_of), index, steered=self.steered(contender, index))
         images, cost, judged = drawing.images, drawing.cost, self.judged(drawing.images)
         features = self.instruments.embed(images)
         references = self.instruments.renders(prompt.text) if judged else None

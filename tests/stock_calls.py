@@ -1,0 +1,31 @@
+"""Calls of tiny stock pipelines with a callback per denoising step."""
+
+import torch
+from tiny_pipelines import SIZE, tiny_pipeline
+
+FAMILIES = ("sd", "sdxl", "sd3", "flux")
+STEPS = 6
+
+
+def draw(family_or_pipe, callback=None, prompt="a", *, seed=None, inputs=None, images=2, generator=None, **arguments):
+    """`(B, ...)`, the latents that a pipeline ends with: by default 2 images of a prompt, guided where it can be.
+
+    Args:
+        family_or_pipe: A family of `tiny_pipelines`, or a pipeline.
+        callback: What is called after each step.
+        prompt: One prompt or several.
+        seed: A generator of the callback, which is brought to its start.
+        inputs: The tensors that are asked for; by default all that the callback names.
+        images: Of each prompt.
+        generator: Of the pipeline; by default one at the same seed in every call.
+    """
+    pipe = tiny_pipeline(family_or_pipe) if isinstance(family_or_pipe, str) else family_or_pipe
+    if seed is not None:
+        seed.manual_seed(7)
+    steered = {}
+    if callback is not None:
+        steered = {"callback_on_step_end": callback}
+        steered["callback_on_step_end_tensor_inputs"] = inputs or [*dict.fromkeys(callback.tensor_inputs)]
+    call = {"num_inference_steps": STEPS, "guidance_scale": 3.0, **SIZE, **steered, **arguments}
+    generator = generator or torch.Generator().manual_seed(0)
+    return pipe(prompt, num_images_per_prompt=images, generator=generator, output_type="latent", **call).images
