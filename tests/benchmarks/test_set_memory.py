@@ -20,9 +20,9 @@ def test_memory_is_a_multiple_of_the_smallest_set_of_the_mode():
 
 
 def test_a_short_run_has_every_mode_and_the_same_gradient(capsys):
-    results = set_memory.main(["--size", "32", "--batches", "1", "2"])
+    results = set_memory.main(["--model", "sdxl-turbo", "--size", "32", "--batches", "2"])
     joint = results["joint"][2]["gradient"]
     assert list(results) == ["joint", "one", "auto"] and joint.shape[0] == 2 and joint.any()
     assert results["one"][2]["chunk_size"] == 1 and results["auto"][2]["chunk_size"] is None
     assert all(set_memory.difference(row[2]["gradient"], joint) < 1e-4 for row in results.values())
-    assert capsys.readouterr().out.count("| auto |") == 2
+    assert capsys.readouterr().out.count("| auto |") == 1

@@ -208,6 +208,15 @@ def test_what_is_pausing_ends_when_another_fails():
     assert wait_until(lambda: not threads_of(box)) and not box.answers
 
 
+@pytest.fixture
+def interruptible():
+    """Ctrl-C raises, also where the process was started in the background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_is_raised_at_once_and_ends_the_asking():
     release, asked = threading.Event(), []
 
@@ -215,7 +224,7 @@ def test_ctrl_c_is_raised_at_once_and_ends_the_asking():
         asked.append(1)
         if len(asked) == 2:
             signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)  # pyright: ignore
-        release.wait(60)
+        release.wait(10)
         return 0.0
 
     box = BlackBox(interrupting, workers=2)
