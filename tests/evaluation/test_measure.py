@@ -1,5 +1,7 @@
 """The cost of a call: passes through the denoiser, seconds, and the peak of the memory."""
 
+import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -53,16 +55,28 @@ def test_seconds_are_those_on_the_wall():
     assert 0.05 <= cost.seconds < 5
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the peak is kept by the kernel of Linux")
-@pytest.mark.parametrize("mebibytes", [64, 256])
-def test_memory_is_the_peak_above_what_was_held(mebibytes):
+PEAKS = """
+import torch
+from tiny_pipelines import tiny_pipeline
+from noiseopt.evaluation.measure import measured
+
+for mebibytes in (64, 256):
     held = torch.ones(128 * 2**20, dtype=torch.uint8)
-    with measured(tiny_pipeline("sd"), CPU) as cost:
+    with measured(tiny_pipeline("sd"), torch.device("cpu")) as cost:
         del held
-        first = torch.ones(mebibytes * 2**20 + 128 * 2**20, dtype=torch.uint8)
+        first = torch.ones((mebibytes + 128) * 2**20, dtype=torch.uint8)
         del first
         torch.ones(2**20, dtype=torch.uint8)
-    assert cost.memory == pytest.approx(mebibytes, abs=16)
+    print(cost.memory)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak is kept by the kernel of Linux")
+def test_memory_is_the_peak_above_what_was_held():
+    """In a process of its own: where others have freed large blocks, `held` may lie in one of them and not go back."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run([sys.executable, "-c", PEAKS], env=environment, capture_output=True, text=True, check=True)
+    assert [float(line) for line in done.stdout.split()] == pytest.approx([64, 256], abs=16)
 
 
 def test_memory_is_not_known_where_the_system_does_not_tell(monkeypatch):
