@@ -22,7 +22,7 @@ from .noise_optimizer import NoiseOptimizer
 from .noise_result import NoiseResult
 from .plain_sampling import PlainSampling
 from .provenance import plain, revision_of
-from .quality_guard import as_guards
+from .quality_guard import as_guards, shares_reward
 
 OF_THE_SET = ("prompt", "latents", "generator", "num_images_per_prompt", "output_type", "return_dict")
 OF_THE_NOISE = ("height", "width")
@@ -355,7 +355,7 @@ def with_loaded_parts(method: Any, diversity: SetRewardSum, device: Any) -> Any:
         loaded["rewards"] = RewardSum(rewards, device=device)
     optimised = loaded["rewards"].names if "rewards" in loaded else []
     if guards := as_guards(getattr(method, "guard", None)):
-        own = [isinstance(guard.reward, str) and guard.reward not in optimised for guard in guards]
+        own = [isinstance(guard.reward, str) and not shares_reward(guard, optimised) for guard in guards]
         loaded["guard"] = [
             dataclasses.replace(guard, reward=RewardSum(guard.reward, device=device).rewards[0]) if load else guard
             for guard, load in zip(guards, own, strict=True)

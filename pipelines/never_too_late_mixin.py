@@ -16,7 +16,7 @@ from .image_set import Seeds, grow_set, sequential_settings
 from .methods import call_settings
 from .never_too_late import NeverTooLate, optimised_rewards
 from .noise_optimizer import NoiseOptimizer
-from .quality_guard import QualityGuard, as_guards
+from .quality_guard import QualityGuard, as_guards, shares_reward
 from .reward_mixin import RewardMixin
 
 
@@ -150,7 +150,7 @@ class NeverTooLateMixin(RewardMixin):
 
     def load_guard(self, guard: QualityGuard, rewards: Any) -> QualityGuard:
         """The guard with its reward loaded, unless it means one that is optimised."""
-        if not isinstance(guard.reward, str) or guard.reward in getattr(rewards, "names", ()):
+        if not isinstance(guard.reward, str) or shares_reward(guard, getattr(rewards, "names", ())):
             return guard
         (reward,) = self.load_rewards(guard.reward).rewards
         return dataclasses.replace(guard, reward=reward)

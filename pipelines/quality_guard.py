@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -73,6 +73,11 @@ class QualityGuard:
         if self.keep is not None:
             limits = limits.minimum(initial * self.keep)
         return limits if self.threshold is None else limits.clamp(max=self.threshold)
+
+
+def shares_reward(guard: QualityGuard, names: Sequence[str]) -> bool:
+    """Whether a guard means one of the rewards that are optimised under these names, rather than one of its own."""
+    return isinstance(guard.reward, str) and guard.reward in names
 
 
 def as_guards(guard: Any) -> list[QualityGuard]:

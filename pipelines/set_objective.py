@@ -10,7 +10,7 @@ from ..rewards.reward_sum import RewardSum
 from ..rewards.set_reward_sum import SetRewardSum
 from .contrast import sets
 from .objectives import Objective, RewardObjective
-from .quality_guard import QualityGuard
+from .quality_guard import QualityGuard, shares_reward
 from .sampling import Sample
 
 
@@ -59,7 +59,7 @@ class SetObjective(Objective):
     ) -> tuple[dict[str, QualityGuard], RewardObjective | None]:
         """The guards by the name that their reward has in the scores, and the rewards that they alone need."""
         optimised = [] if self.quality is None else self.quality.rewards.names
-        own = [guard for guard in guards if not (isinstance(guard.reward, str) and guard.reward in optimised)]
+        own = [guard for guard in guards if not shares_reward(guard, optimised)]
         named = {guard.reward: guard for guard in guards if guard not in own}
         if not own:
             return named, None

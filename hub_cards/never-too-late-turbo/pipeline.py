@@ -7313,6 +7313,11 @@ class QualityGuard:
         return limits if self.threshold is None else limits.clamp(max=self.threshold)
 
 
+def shares_reward(guard: QualityGuard, names: Sequence[str]) -> bool:
+    """Whether a guard means one of the rewards that are optimised under these names, rather than one of its own."""
+    return isinstance(guard.reward, str) and guard.reward in names
+
+
 def as_guards(guard: Any) -> list[QualityGuard]:
     """What `guard=` takes as a list of guards.
 
@@ -7493,7 +7498,7 @@ class SetObjective(Objective):
     ) -> tuple[dict[str, QualityGuard], RewardObjective | None]:
         """The guards by the name that their reward has in the scores, and the rewards that they alone need."""
         optimised = [] if self.quality is None else self.quality.rewards.names
-        own = [guard for guard in guards if not (isinstance(guard.reward, str) and guard.reward in optimised)]
+        own = [guard for guard in guards if not shares_reward(guard, optimised)]
         named = {guard.reward: guard for guard in guards if guard not in own}
         if not own:
             return named, None
@@ -8487,7 +8492,7 @@ def with_loaded_parts(method: Any, diversity: SetRewardSum, device: Any) -> Any:
         loaded["rewards"] = RewardSum(rewards, device=device)
     optimised = loaded["rewards"].names if "rewards" in loaded else []
     if guards := as_guards(getattr(method, "guard", None)):
-        own = [isinstance(guard.reward, str) and guard.reward not in optimised for guard in guards]
+        own = [isinstance(guard.reward, str) and not shares_reward(guard, optimised) for guard in guards]
         loaded["guard"] = [
             dataclasses.replace(guard, reward=RewardSum(guard.reward, device=device).rewards[0]) if load else guard
             for guard, load in zip(guards, own, strict=True)
@@ -8729,7 +8734,7 @@ class NeverTooLateMixin(RewardMixin):
 
     def load_guard(self, guard: QualityGuard, rewards: Any) -> QualityGuard:
         """The guard with its reward loaded, unless it means one that is optimised."""
-        if not isinstance(guard.reward, str) or guard.reward in getattr(rewards, "names", ()):
+        if not isinstance(guard.reward, str) or shares_reward(guard, getattr(rewards, "names", ())):
             return guard
         (reward,) = self.load_rewards(guard.reward).rewards
         return dataclasses.replace(guard, reward=reward)
