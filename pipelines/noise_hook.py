@@ -202,8 +202,8 @@ class NoiseOptimizationMixin:
         stock = super().__call__  # pyright: ignore[reportAttributeAccessIssue]
         if noise_optimizer is None and save_noise_to is not None:
             raise ValueError(
-                "Expected something to optimise beside `save_noise_to`, but got nothing: no noise would be found. Leave "
-                "it out, or pass what the noise is to be optimised for."
+                "Expected something to optimise beside `save_noise_to`, but got nothing: no noise would be found. "
+                "Leave it out, or pass what the noise is to be optimised for."
             )
         if noise_optimizer is None and noise_sampler is None:
             return stock(*args, **kwargs)

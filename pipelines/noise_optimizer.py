@@ -141,7 +141,7 @@ class StepRow:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class BestSoFar:
-    """The best after so many steps. It is replaced as a whole: Ctrl-C finds all that a step brought, or nothing of it."""
+    """The best after so many steps. Replaced as a whole: Ctrl-C finds all that a step brought, or nothing of it."""
 
     steps: int
     noise: torch.Tensor

@@ -116,7 +116,8 @@ def check_tensors(tensors: Tensors) -> None:
     """That dtypes and shapes are those of `B` noises and of as many steps, and all noises are finite."""
     noise, steps = tensors["noise"], tensors["losses"].shape[:1]
     if noise.ndim < 2 or not noise.numel() or not steps or not steps[0]:
-        raise UnusableResult(f"has a noise of shape {tuple(noise.shape)} and losses of {tuple(tensors['losses'].shape)}")
+        losses = tuple(tensors["losses"].shape)
+        raise UnusableResult(f"has a noise of shape {tuple(noise.shape)} and losses of shape {losses}")
     batch, rows = noise.shape[:1], (*steps, *noise.shape[:1])
     shapes = {"losses": rows, "norms": rows, "best_step": batch, "initial_noise": noise.shape}
     shapes |= {"band_changes": (*rows, 3)} | {name: rows for name in tensors if name.startswith(PER_SCORE)}
@@ -140,7 +141,7 @@ def dtypes_of(name: str) -> tuple[torch.dtype, ...]:
 
 
 def check_values(tensors: Tensors, steps: int) -> None:
-    """That what is drawn from is finite, and the best step is one. (Losses and scores of a sample that stopped are NaN.)"""
+    """That what is drawn from is finite, and the best step is one. (Losses of a sample that stopped are NaN.)"""
     for name in ("noise", "latents", "initial_noise"):
         if name in tensors and not tensors[name].isfinite().all():
             raise UnusableResult(f"has '{name}' with values that are not finite")
