@@ -33,8 +33,7 @@ class NoiseFile:
         part = part_of_file(self.path)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            part.touch()
-            part.unlink()
+            write_and_remove(part)
         except (OSError, ValueError) as error:
             raise ValueError(f"Expected `save_noise_to` to be a file that can be written, but got {error}.") from None
 
@@ -50,3 +49,11 @@ class NoiseFile:
             result.save(self.path)
         except Exception as error:
             warnings.warn(f"The noise found so far cannot be written to {self.path}: {error}", stacklevel=2)
+
+
+def write_and_remove(file: Path) -> None:
+    """Raise `OSError` where no file can be written."""
+    try:
+        file.touch()
+    finally:
+        file.unlink(missing_ok=True)

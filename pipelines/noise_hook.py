@@ -242,7 +242,7 @@ class NoiseOptimizationMixin:
 @contextlib.contextmanager
 def hook_on(pipe, run: NoiseRun | NoiseDraw) -> Iterator[None]:
     """Let a run have the prompts and latents of a pipeline's call."""
-    with undoing(lambda: vars(pipe).update(_noise_run=None)):
+    with undoing(lambda: vars(pipe).pop("_noise_run", None)):
         vars(pipe)["_noise_run"] = run
         yield
 

@@ -15,14 +15,12 @@ from .unit import Unit, write_json
 
 UNIT_PARTS: dict[str, type] = {"prompt": str, "seeds": list, "evaluations": int}
 UNIT_PARTS |= {"rewards": dict, "set": dict, "noise": dict, "cost": dict}
+REDO = "Delete the .json of that name: the same command computes it again."
+REMEASURE = "Delete it: the same command measures again."
 
 
 class CannotEvaluate(Exception):
     """What was asked for cannot be done here; the message says why and what helps. Nothing finished is lost."""
-
-
-REDO = "Delete that file with the .json of its name: the same command computes it again."
-REMEASURE = "Delete it: the same command measures again."
 
 
 class ResultFolder:
