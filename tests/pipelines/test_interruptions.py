@@ -116,12 +116,12 @@ class Events:
 FEATURES = TINY_FEATURES["dinov2"]()
 METHODS: dict[str, Callable[[Events], Any]] = {
     "reno": lambda events: ReNO(rewards=events.redness, steps=3, views=1),
-    "reno in chunks": lambda events: ReNO(rewards=events.redness, steps=3, views=0, chunk_size=1),
+    "reno in chunks": lambda events: ReNO(rewards=events.redness, steps=2, views=0, chunk_size=1),
     "frozen": lambda events: NoiseDiffusion(rewards=events.bounded, steps=3),
     "cno": lambda events: CNO(steps=2),
-    "best of n": lambda events: BestOfN(rewards=events.redness, steps=3),
+    "best of n": lambda events: BestOfN(rewards=events.redness, steps=2),
     "best of previews": lambda events: BestOfN(rewards=events.redness, steps=3, preview=True, keep=2),
-    "pcn": lambda events: PCN(rewards=events.redness, steps=4, beta=0.5, acceptance=0.3),
+    "pcn": lambda events: PCN(rewards=events.redness, steps=3, beta=0.5, acceptance=0.3),
     "group selection": lambda events: GroupSelection(rewards=events.redness, features=FEATURES, candidates=2),
     "never too late": lambda events: NeverTooLate(
         diversity={DPP(FEATURES): 15.0}, steps=3, guard=QualityGuard(reward=events.redness, drop=0.01)
@@ -187,15 +187,15 @@ def test_an_interrupt_in_any_model_reward_or_callback(how, tmp_path):
     assert NoiseResult.load(tmp_path / "whole.safetensors").provenance["stopped"] is None
 
 
-def lines_of(frame: FrameType) -> str:
-    return linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
+@functools.cache
+def waits_for_signals(file: str, line: int) -> bool:
+    """Whether Ctrl-C can come before a line: Python looks for signals after calls and at the ends of loops only, never
+    at a bare `try:` or `finally:`, nor where a `with` begins to end."""
+    return not linecache.getline(file, line).strip().startswith(("try:", "finally:", "else:", "with "))
 
 
 class Lines:
     """Follows the lines of ours that run, and interrupts before one of them: Ctrl-C may come between any two.
-
-    (Python looks for signals after calls and at the ends of loops only: never at a bare `try:` or `finally:`, nor where
-    a `with` begins to end.)
 
     Args:
         modules: The ends of the names of modules to follow.
@@ -218,7 +218,7 @@ class Lines:
         return self.on_line if name.startswith("noiseopt.") and name.endswith(self.modules) else None
 
     def on_line(self, frame: FrameType, event: str, _) -> Callable[..., Any]:
-        if event == "line" and not lines_of(frame).startswith(("try:", "finally:", "else:", "with ")):
+        if event == "line" and waits_for_signals(frame.f_code.co_filename, frame.f_lineno):
             place = (frame.f_globals["__name__"], frame.f_lineno)
             self.seen[place] = self.seen.get(place, 0) + 1
             if self.interrupt_at == (*place, self.seen[place]):
