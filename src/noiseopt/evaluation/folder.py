@@ -88,8 +88,9 @@ class ResultFolder:
         """By model and method, what `calibrate` found."""
         file = self.path / "calibration.json"
         found = read_object(file, REMEASURE) if file.exists() else {}
-        rows = [row for of_model in found.values() for row in (of_model.values() if type(of_model) is dict else [None])]
-        if not all(type(row) is dict and type(row.get("n")) is int and row["n"] > 0 for row in rows):
+        rows = [row for part in found.values() for row in (part.values() if isinstance(part, dict) else [None])]
+        counts = [row.get("n") if isinstance(row, dict) else None for row in rows]
+        if not all(type(count) is int and count > 0 for count in counts):
             raise CannotEvaluate(f"Expected the N of each method in {file}, but got something else. {REMEASURE}")
         return found
 
