@@ -58,6 +58,8 @@ class ImageSetFolder:
             raise self.refusal(file, str(error)) from None
         if not isinstance(record, dict) or record.pop("format", None) != IMAGE_SET_FORMAT:
             raise self.refusal(file, f"it has no format {IMAGE_SET_FORMAT!r}")
+        if unknown := sorted(record.keys() - IMAGE_SET_RECORD.keys()):
+            raise self.refusal(file, f"it has unknown entries {unknown[:3]}")
         if wrong := [name for name, kind in IMAGE_SET_RECORD.items() if not isinstance(record.get(name), kind)]:
             raise self.refusal(file, f"{wrong} are missing or of another type")
         seeds, values = record["seeds"], record["values"]

@@ -389,6 +389,7 @@ BROKEN = {
     "binary json": lambda folder: (folder / "image_set.json").write_bytes(b"\xff\xfe\x00"),
     "a list": lambda folder: (folder / "image_set.json").write_text("[]"),
     "other format": lambda folder: rewrite(folder, format="noiseopt-result-1"),
+    "unknown entries": lambda folder: rewrite(folder, code="import os"),
     "seeds missing": lambda folder: rewrite(folder, seeds=None),
     "more seeds than values": lambda folder: rewrite(folder, seeds=[3, 4, 5]),
     "seeds of text": lambda folder: rewrite(folder, seeds=["../../x", "y"]),
