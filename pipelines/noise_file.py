@@ -28,7 +28,7 @@ class NoiseFile:
             raise ValueError(f"Expected `save_noise_to` to be the path of a file, but got {path!r}.")
         self.path = Path(path)
         self.next_write = -math.inf
-        if self.path.is_dir():
+        if os.path.isdir(self.path):
             raise ValueError(f"Expected `save_noise_to` to be a file, but {path} is a folder. Add a name to it.")
         part = part_of_file(self.path)
         try:
