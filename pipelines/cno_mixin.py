@@ -1,5 +1,6 @@
 """What the CNO pipelines share: a call whose images differ."""
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,6 +24,7 @@ class CNOMixin(NoiseOptimizationMixin):
         noise_optimizer: NoiseOptimizer | None = None,
         noise_sampler: NoiseSamplerSpec | None = None,
         callback_on_optimization_step_end: Any = None,
+        save_noise_to: str | os.PathLike[str] | None = None,
         **kwargs,
     ):
         """The stock call on noises that CNO moved apart: at least two images of each prompt.
@@ -41,6 +43,7 @@ class CNOMixin(NoiseOptimizationMixin):
                 dtype)`. Works without a method too; not beside `latents`.
             callback_on_optimization_step_end: Callbacks per optimisation step: functions of the state, or objects with
                 `on_step_end(state)`; return `False` to stop.
+            save_noise_to: A file for the best noise so far, kept up to date and whole whatever ends the call.
             args, kwargs: Those of the stock pipeline; pass `num_images_per_prompt`.
 
         Returns:
@@ -63,5 +66,6 @@ class CNOMixin(NoiseOptimizationMixin):
             noise_optimizer=noise_optimizer,
             noise_sampler=noise_sampler,
             callback_on_optimization_step_end=callback_on_optimization_step_end,
+            save_noise_to=save_noise_to,
             **kwargs,
         )

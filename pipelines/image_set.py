@@ -175,6 +175,8 @@ def grow_set(
             if home is not None:
                 found.write_first(len(found), home)
     except BaseException as error:
+        for rows in (found.seeds, found.results, found.values):
+            del rows[len(found) :]  # of an image that Ctrl-C kept from joining
         vars(error)["image_set"] = found
         raise
     return found

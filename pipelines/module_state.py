@@ -3,7 +3,8 @@
 import contextlib
 import copy
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,22 +16,34 @@ def modules_of(pipe) -> dict[str, nn.Module]:
 
 
 @contextlib.contextmanager
+def undoing(undo: Callable[[], object]) -> Iterator[None]:
+    """Call `undo` at the end, and once more if that is interrupted: Ctrl-C may come while something is put back."""
+    try:
+        yield
+    finally:
+        try:
+            undo()
+        except BaseException:
+            undo()
+            raise
+
+
+@contextlib.contextmanager
 def frozen_modules(pipe) -> Iterator[None]:
     """All modules in `eval()` and without parameter gradients inside; exactly as before outside."""
     modules = [module for root in modules_of(pipe).values() for module in root.modules()]
     trained = [module for module in modules if module.training]
     learning = [parameter for module in modules for parameter in module.parameters(False) if parameter.requires_grad]
-    try:
+
+    def switch(on: bool) -> None:
         for module in trained:
-            module.training = False
+            module.training = on
         for parameter in learning:
-            parameter.requires_grad_(False)
+            parameter.requires_grad_(on)
+
+    with undoing(lambda: switch(True)):
+        switch(False)
         yield
-    finally:
-        for module in trained:
-            module.training = True
-        for parameter in learning:
-            parameter.requires_grad_(True)
 
 
 def refuse_offload(pipe) -> None:
@@ -58,8 +71,13 @@ def group_offloaded(module: nn.Module) -> bool:
 
 def without_gradient(module: nn.Module) -> nn.Module:
     """A shallow copy that shares all weights and whose forward pass leaves no graph."""
+    return with_forward(module, torch.no_grad()(module.forward))
+
+
+def with_forward(module: nn.Module, forward: Callable[..., Any]) -> nn.Module:
+    """A shallow copy that shares all weights and has another forward pass."""
     twin = copy.copy(module)
-    vars(twin)["forward"] = torch.no_grad()(module.forward)
+    vars(twin)["forward"] = forward
     return twin
 
 

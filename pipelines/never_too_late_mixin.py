@@ -35,6 +35,7 @@ class NeverTooLateMixin(RewardMixin):
         noise_optimizer: NoiseOptimizer | None = None,
         noise_sampler: NoiseSamplerSpec | None = None,
         callback_on_optimization_step_end: Any = None,
+        save_noise_to: str | os.PathLike[str] | None = None,
         **kwargs,
     ):
         """The stock call; with `diversity` the noises of each prompt's images are first optimised as a set.
@@ -55,6 +56,7 @@ class NeverTooLateMixin(RewardMixin):
                 generator, device, dtype)`. Works without a method too; not beside `latents`.
             callback_on_optimization_step_end: Callbacks per optimisation step: functions of the state, or objects with
                 `on_step_end(state)`; return `False` to stop.
+            save_noise_to: A file for the best noise so far, kept up to date and whole whatever ends the call.
             args, kwargs: Those of the stock pipeline; pass `num_images_per_prompt`.
 
         Returns:
@@ -81,6 +83,7 @@ class NeverTooLateMixin(RewardMixin):
             noise_optimizer=noise_optimizer,
             noise_sampler=noise_sampler,
             callback_on_optimization_step_end=callback_on_optimization_step_end,
+            save_noise_to=save_noise_to,
             **kwargs,
         )
 

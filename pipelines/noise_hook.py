@@ -4,6 +4,7 @@ import contextlib
 import copy
 import functools
 import inspect
+import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -13,7 +14,8 @@ from ..callbacks.noise_callback import CallbackSpec, as_callbacks
 from ..schedulers.noise_samplers import NoiseSamplerSpec, as_noise_sampler
 from .latent_space import LatentSpace
 from .methods import as_noise_optimizer
-from .module_state import frozen_modules, refuse_offload
+from .module_state import frozen_modules, refuse_offload, undoing
+from .noise_file import NoiseFile
 from .noise_optimizer import NoiseOptimizer
 from .noise_problem import NoiseProblem
 from .noise_result import NoiseResult
@@ -52,6 +54,7 @@ class NoiseRun:
         callbacks: CallbackSpec | Iterable[CallbackSpec] | None,
         render: bool = True,
         noise_sampler: NoiseSamplerSpec | None = None,
+        save_noise_to: str | os.PathLike[str] | None = None,
     ) -> None:
         self.method, self.request, self.render = method, request, render
         self.callbacks = as_callbacks(callbacks)
@@ -65,6 +68,7 @@ class NoiseRun:
         self.objective.check_groups(self.groups)
         check_latents(request, len(self.prompts))
         self.noise_sampler = noise_sampler_of(noise_sampler, request, self.groups)
+        self.noise_file = None if save_noise_to is None else NoiseFile(save_noise_to)
         if size := image_size(pipe, request):
             self.objective.try_out(self.prompts[0], *size, gradient=method.gradient is not None)
         self.encoded: list[Any] = []
@@ -86,7 +90,7 @@ class NoiseRun:
         prompts, groups = self.prompts, self.groups
         problem = NoiseProblem(pipe, sampler, space, master, prompts, groups, noise.dtype, self.request)
         with torch.enable_grad():
-            self.result = self.method.run(problem, self.objective, self.callbacks)
+            self.result = self.method.run(problem, self.objective, self.callbacks, self.noise_file)
         if not self.render:
             raise NoiseFound
         return space.prepare(pipe, self.result.noise.to(noise.dtype))
@@ -176,6 +180,7 @@ class NoiseOptimizationMixin:
         noise_optimizer: NoiseOptimizer | None = None,
         noise_sampler: NoiseSamplerSpec | None = None,
         callback_on_optimization_step_end: CallbackSpec | Iterable[CallbackSpec] | None = None,
+        save_noise_to: str | os.PathLike[str] | None = None,
         **kwargs,
     ):
         """The stock call, with the initial noise optimised first if `noise_optimizer` is given.
@@ -186,12 +191,20 @@ class NoiseOptimizationMixin:
                 `"pink"`, `"coupled"`, a dict such as `{"name": "pink", "alpha": 0.3}`, or a function `(shape,
                 generator, device, dtype)` that returns noise of unit variance. Not beside `latents`.
             callback_on_optimization_step_end: Callbacks per optimisation step; see `NoiseCallback`.
+            save_noise_to: A file for the best noise so far, kept up to date and whole whatever ends the call; see
+                `optimize_noise`.
             args, kwargs: Those of the stock pipeline.
 
         Returns:
-            What the stock pipeline returns; unless `return_dict=False` with a `noise_result` attribute.
+            What the stock pipeline returns; unless `return_dict=False` with a `noise_result` attribute. An exception on
+            the way, Ctrl-C among them, carries the best so far as its `noise_result`.
         """
         stock = super().__call__  # pyright: ignore[reportAttributeAccessIssue]
+        if noise_optimizer is None and save_noise_to is not None:
+            raise ValueError(
+                "Expected something to optimise beside `save_noise_to`, but got nothing: no noise would be found. "
+                "Leave it out, or pass what the noise is to be optimised for."
+            )
         if noise_optimizer is None and noise_sampler is None:
             return stock(*args, **kwargs)
         request = bind_request(self, args, kwargs)
@@ -199,9 +212,15 @@ class NoiseOptimizationMixin:
             with hook_on(self, NoiseDraw(request, noise_sampler)):
                 return stock(*args, **kwargs)
         callbacks = callback_on_optimization_step_end
-        run = NoiseRun(self, noise_optimizer, request, callbacks, noise_sampler=noise_sampler)
-        with frozen_modules(self), hook_on(self, run):
-            output = stock(*args, **kwargs)
+        own = {"noise_sampler": noise_sampler, "save_noise_to": save_noise_to}
+        run = NoiseRun(self, noise_optimizer, request, callbacks, **own)
+        try:
+            with frozen_modules(self), hook_on(self, run):
+                output = stock(*args, **kwargs)
+        except BaseException as error:
+            if run.result is not None:
+                vars(error)["noise_result"] = run.result
+            raise
         if not isinstance(output, tuple):
             output.noise_result = run.result
         return output
@@ -223,11 +242,9 @@ class NoiseOptimizationMixin:
 @contextlib.contextmanager
 def hook_on(pipe, run: NoiseRun | NoiseDraw) -> Iterator[None]:
     """Let a run have the prompts and latents of a pipeline's call."""
-    pipe._noise_run = run
-    try:
+    with undoing(lambda: vars(pipe).pop("_noise_run", None)):
+        vars(pipe)["_noise_run"] = run
         yield
-    finally:
-        pipe._noise_run = None
 
 
 def bind_request(pipe, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -253,6 +270,7 @@ def optimize_noise(
     method_kwargs: dict[str, Any] | None = None,
     callbacks: CallbackSpec | Iterable[CallbackSpec] | None = None,
     noise_sampler: NoiseSamplerSpec | None = None,
+    save_noise_to: str | os.PathLike[str] | None = None,
     **call_kwargs,
 ) -> NoiseResult:
     """Find the initial noise of a call to any diffusers text-to-image pipeline, which stays as it is.
@@ -266,10 +284,14 @@ def optimize_noise(
         noise_sampler: What noise is drawn from, that of candidates too: `"white"`, as in the pipeline itself, `"pink"`,
             `"coupled"`, a dict such as `{"name": "pink", "alpha": 0.3}`, `PinkNoise(0.3)`, or any function `(shape,
             generator, device, dtype)` that returns noise of unit variance. Not beside `latents`.
+        save_noise_to: A file for the best noise so far, for `NoiseResult.load`: there from the first step on, brought
+            up to date every few seconds, when the run ends and when an exception or Ctrl-C ends it; always whole. One
+            that is there already is replaced.
         call_kwargs: What `pipe(prompt, ...)` takes: steps, guidance, size, generator, latents ...
 
     Returns:
-        The result; `pipe(prompt, latents=result.latents, **call_kwargs)` draws it.
+        The result; `pipe(prompt, latents=result.latents, **call_kwargs)` draws it. An exception on the way, Ctrl-C
+        among them, leaves the pipeline as it was, and carries the best so far as its `noise_result`.
 
     Raises:
         ValueError: Before any model runs, for settings or a pipeline state that cannot work.
@@ -279,7 +301,8 @@ def optimize_noise(
     twin = copy.copy(pipe)
     twin.__class__ = hooked(type(pipe))
     request = bind_request(twin, (), {"prompt": prompt, **call_kwargs})
-    run = NoiseRun(twin, optimizer, request, callbacks, render=False, noise_sampler=noise_sampler)
+    own = {"noise_sampler": noise_sampler, "save_noise_to": save_noise_to}
+    run = NoiseRun(twin, optimizer, request, callbacks, render=False, **own)
     vars(twin)["_noise_run"] = run
     with frozen_modules(twin), torch.no_grad(), contextlib.suppress(NoiseFound):
         stock_call(type(pipe))(twin, **request)

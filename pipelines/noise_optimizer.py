@@ -14,6 +14,7 @@ from ..callbacks.progress import ProgressBar
 from ..rewards.reward import NonFiniteReward
 from .chunk_size import ChunkSetting, SavedBytes, check_chunk_size, fitting_chunk_size, free_memory
 from .frequency_bands import band_energies
+from .noise_file import NoiseFile
 from .noise_problem import NoiseProblem
 from .noise_result import NoiseResult
 from .objectives import Objective
@@ -108,28 +109,44 @@ class NoiseOptimizer:
         problem: NoiseProblem,
         objective: Objective,
         callbacks: CallbackSpec | Iterable[CallbackSpec] | None = None,
+        noise_file: NoiseFile | None = None,
     ) -> NoiseResult:
-        """Optimise. An exception on the way carries what was found so far as its `noise_result`."""
+        """Optimise. An exception on the way carries what was found so far as its `noise_result`.
+
+        The file, if one is given, holds the best noise so far from the first step on, and the result at the end.
+        """
         state = NoiseState(problem.pipe, problem.prompts, self.steps + self.final_steps, problem.noise)
         every = [ProgressBar(), *self.watchers(), *as_callbacks(callbacks)]
-        loop = OptimizationLoop(self, problem, objective, state, every)
+        loop = OptimizationLoop(self, problem, objective, state, every, noise_file)
         try:
-            loop.start()
-            for step in range(self.steps):
-                loop.evaluate(step)
-                if state.stopped or not loop.moves_after(step):
-                    break
-                loop.move()
-                if state.stopped:
-                    break
-            loop.finish()
+            try:
+                loop.run()
+            finally:
+                loop.end()
+            return loop.saved_result()
         except BaseException as error:
-            if loop.losses:
-                vars(error)["noise_result"] = loop.result()
+            loop.rescue(error)
             raise
-        finally:
-            loop.end()
-        return loop.result()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class StepRow:
+    """What is kept of a step: `(B,)` losses and norms, `(B, 3)` energies by band, and a `(B,)` for each score."""
+
+    loss: torch.Tensor
+    norm: torch.Tensor
+    bands: torch.Tensor
+    scores: dict[str, torch.Tensor]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class BestSoFar:
+    """The best after so many steps. Replaced as a whole: Ctrl-C finds all that a step brought, or nothing of it."""
+
+    steps: int
+    noise: torch.Tensor
+    step: torch.Tensor
+    images: torch.Tensor | None
 
 
 class OptimizationLoop:
@@ -142,16 +159,26 @@ class OptimizationLoop:
         objective: Objective,
         state: NoiseState,
         callbacks: Sequence[NoiseCallback],
+        noise_file: NoiseFile | None = None,
     ) -> None:
         self.method, self.problem, self.objective = method, problem, objective
-        self.state, self.callbacks = state, callbacks
-        self.losses: list[torch.Tensor] = []
-        self.norms: list[torch.Tensor] = []
-        self.bands: list[torch.Tensor] = []
-        self.scores: list[dict[str, torch.Tensor]] = []
+        self.state, self.callbacks, self.noise_file = state, callbacks, noise_file
+        self.rows: list[StepRow] = []
+        self.best: BestSoFar | None = None
         self.initial_images: torch.Tensor | None = None
         self.total: torch.Tensor | None = None
         self.leaf = self.evaluated = problem.noise
+
+    def run(self) -> None:
+        self.start()
+        for step in range(self.method.steps):
+            self.evaluate(step)
+            if self.state.stopped or not self.moves_after(step):
+                break
+            self.move()
+            if self.state.stopped:
+                break
+        self.finish()
 
     def start(self) -> None:
         self.chunk_size = chunk_size_of(self.method, self.problem)
@@ -194,6 +221,8 @@ class OptimizationLoop:
         for callback in self.callbacks:
             if callback.on_step_end(state) is False:
                 state.stop()
+        if self.noise_file is not None:
+            self.noise_file.keep(self.result)
 
     def check_loss(self, loss: torch.Tensor, gradient: Gradient, step: int) -> None:
         batch = len(self.state.noise)
@@ -213,11 +242,9 @@ class OptimizationLoop:
         """Keep this step, as the best of the samples where it is, among those that are `eligible`, `(B,)` bool."""
         state = self.state
         assert state.loss is not None
-        self.losses.append(state.loss)
-        self.norms.append(per_sample_norm(state.noise) / math.sqrt(state.noise[0].numel()))
-        bands = band_energies(state.noise - self.problem.noise)
-        self.bands.append(bands.where(state.active[:, None], torch.nan))
-        self.scores.append(state.scores)
+        norm = per_sample_norm(state.noise) / math.sqrt(state.noise[0].numel())
+        bands = band_energies(state.noise - self.problem.noise).where(state.active[:, None], torch.nan)
+        self.rows.append(StepRow(loss=state.loss, norm=norm, bands=bands, scores=state.scores))
         if state.step == 0:
             self.initial_images = state.images
             state.best_loss = torch.full_like(state.loss, torch.inf)
@@ -232,6 +259,8 @@ class OptimizationLoop:
         state.best_noise = torch.where(per_image(better, state.noise), state.noise, state.best_noise)
         if state.images is not None and state.best_images is not None:
             state.best_images = torch.where(per_image(better, state.images), state.images, state.best_images)
+        best = {"noise": state.best_noise, "step": state.best_step, "images": state.best_images}
+        self.best = BestSoFar(steps=len(self.rows), **best)
 
     def move(self) -> None:
         """Take the gradient where the method wants one, and the method's step."""
@@ -250,7 +279,7 @@ class OptimizationLoop:
         """Evaluate what the method still gives, of all samples: a callback may watch, but not keep it from being."""
         for noise in self.method.finish(self.state, self.objective, self.memory):
             self.state.noise, self.state.active = noise.detach(), torch.ones_like(self.state.active)
-            self.evaluate(len(self.losses))
+            self.evaluate(len(self.rows))
 
     def drop_samples(self, broken: torch.Tensor) -> None:
         """Stop the samples whose gradient is not finite; the others go on."""
@@ -267,31 +296,49 @@ class OptimizationLoop:
         self.state.stop("non-finite reward")
         warnings.warn(f"The run stops after step {self.state.step} and keeps the best so far: {why}", stacklevel=2)
 
+    def saved_result(self) -> NoiseResult:
+        """The result at the end, in its file if there is one."""
+        result = self.result()
+        if self.noise_file is not None:
+            result.save(self.noise_file.path)
+        return result
+
+    def rescue(self, error: BaseException) -> None:
+        """Give an exception what was found before it, and write that."""
+        if self.best is None:
+            return
+        result = self.result()
+        result.provenance["stopped"] = self.state.stopped or type(error).__name__
+        vars(error)["noise_result"] = result
+        if self.noise_file is not None:
+            self.noise_file.write_if_possible(result)
+
     def result(self) -> NoiseResult:
-        problem, state = self.problem, self.state
-        assert state.best_noise is not None and state.best_step is not None
-        last = self.method.returns == "last"
-        noise = state.noise if last else state.best_noise
+        """What has been found up to now."""
+        problem, state, best = self.problem, self.state, self.best
+        assert best is not None
+        rows, last = self.rows[: best.steps], self.method.returns == "last"
+        noise = state.noise if last else best.noise
         last_images = state.images if state.noise is self.evaluated else None
-        step = torch.full_like(state.best_step, len(self.losses) - 1) if last else state.best_step
         latents = problem.space.to_latents(problem.pipe, noise.to(problem.dtype))
         return NoiseResult(
             noise=noise.detach(),
             latents=latents.detach(),
-            scores={name: torch.stack([scores[name] for scores in self.scores]) for name in self.scores[0]},
-            losses=torch.stack(self.losses),
-            norms=torch.stack(self.norms),
-            best_step=step,
+            scores={name: torch.stack([row.scores[name] for row in rows]) for name in rows[0].scores},
+            losses=torch.stack([row.loss for row in rows]),
+            norms=torch.stack([row.norm for row in rows]),
+            best_step=torch.full_like(best.step, best.steps - 1) if last else best.step,
             provenance={
                 "method": type(self.method).__name__,
                 "settings": self.method.settings(),
                 **provenance_of(problem, self.objective, state),
+                "steps": best.steps,
             },
             generator_states=problem.sampler.states_after_draw(),
             reports=dict(state.reports),
             initial_noise=problem.noise.detach(),
-            band_changes=torch.stack(self.bands),
-            images=last_images if last else state.best_images,
+            band_changes=torch.stack([row.bands for row in rows]),
+            images=last_images if last else best.images,
             initial_images=self.initial_images,
         )
 

@@ -1,15 +1,12 @@
 """The noise that an optimisation found, with its scores and where it came from: replayable for ever."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 
-FILE_FORMAT = "noiseopt-result-1"
+from .result_file import LATER_TENSORS, PER_SCORE, PER_STREAM, RESULT_TENSORS, read_result_file, write_result_file
 
 
 @dataclasses.dataclass(eq=False, repr=False)
@@ -88,44 +85,32 @@ class NoiseResult:
         return fresh if self.provenance.get("generators") == "list" else (fresh or [None])[0]
 
     def save(self, path: str | Path) -> None:
-        """Write one safetensors file: the tensors, and the provenance as JSON in its header."""
-        tensors = {"noise": self.noise, "latents": self.latents, "losses": self.losses, "norms": self.norms}
-        tensors["best_step"] = self.best_step
-        of_newer_files = {"initial_noise": self.initial_noise, "band_changes": self.band_changes}
-        tensors.update({name: tensor for name, tensor in of_newer_files.items() if tensor is not None})
-        tensors.update({f"scores.{name}": values for name, values in self.scores.items()})
-        devices = []
-        for index, (device, state) in enumerate(self.generator_states):
-            tensors[f"generator_states.{index}"] = state
-            devices.append(device)
-        header = {"format": FILE_FORMAT, "provenance": self.provenance, "generator_devices": devices}
-        header["reports"] = self.reports
-        # clones: safetensors refuses tensors that share memory, as noise and latents do in float32
-        tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, path, metadata={"noiseopt": json.dumps(header)})
+        """Write one safetensors file: the tensors, and the provenance as JSON in its header.
+
+        The file is there as a whole or not at all; if the writing is interrupted, one that was there before stays.
+        """
+        own = {name: getattr(self, name) for name in RESULT_TENSORS + LATER_TENSORS}
+        tensors = {name: tensor for name, tensor in own.items() if tensor is not None}
+        tensors |= {f"{PER_SCORE}{name}": values for name, values in self.scores.items()}
+        tensors |= {f"{PER_STREAM}{index}": state for index, (_, state) in enumerate(self.generator_states)}
+        devices = [device for device, _ in self.generator_states]
+        header = {"provenance": self.provenance, "generator_devices": devices, "reports": self.reports}
+        write_result_file(Path(path), tensors, header)
 
     @classmethod
     def load(cls, path: str | Path, device: str | torch.device = "cpu") -> "NoiseResult":
-        """Read what `save` wrote. Raises `ValueError` for a safetensors file that is none of ours."""
-        with safe_open(path, framework="pt", device=str(device)) as file:
-            header = json.loads((file.metadata() or {}).get("noiseopt", "{}"))
-            if header.get("format") != FILE_FORMAT:
-                raise ValueError(
-                    f"Expected a file that `NoiseResult.save` wrote, but {path} has no {FILE_FORMAT} header."
-                )
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        states = [
-            (kind, tensors.pop(f"generator_states.{index}").cpu())
-            for index, kind in enumerate(header["generator_devices"])
-        ]
-        scores = {
-            name.removeprefix("scores."): tensors.pop(name) for name in list(tensors) if name.startswith("scores.")
-        }
-        return cls(
-            **tensors,
-            scores=scores,
-            provenance=header["provenance"],
-            generator_states=states,
-            reports=header.get("reports", {}),
-        )
+        """Read what `save` wrote. Nothing is unpickled, and nothing is used before all of it is checked.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: For any other file, one of a newer version, and one that was damaged or made to mislead: what
+                it holds must be consistent and finite. The message names the file and what is wrong.
+        """
+        header, tensors = read_result_file(Path(path))
+        streams = enumerate(header["generator_devices"])
+        states = [(kind, tensors.pop(f"{PER_STREAM}{index}")) for index, kind in streams]
+        tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
+        names = [name for name in tensors if name.startswith(PER_SCORE)]
+        scores = {name.removeprefix(PER_SCORE): tensors.pop(name) for name in names}
+        facts = {name: header[name] for name in ("provenance", "reports")}
+        return cls(**tensors, **facts, scores=scores, generator_states=states)

@@ -29,7 +29,6 @@ def provenance_of(problem: NoiseProblem, objective: Objective, state: NoiseState
         "scheduler": {"class": type(scheduler).__name__, **plain(dict(scheduler.config))},
         "dtype": str(problem.dtype).removeprefix("torch."),
         "arguments": plain(arguments),
-        "steps": state.step + 1,
         "stopped": state.stopped,
         "seconds": round(state.elapsed, 3),
         "versions": {"python": platform.python_version(), **versions},

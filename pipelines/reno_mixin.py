@@ -1,5 +1,6 @@
 """What the ReNO pipelines share: a call that takes rewards by name."""
 
+import os
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -23,6 +24,7 @@ class ReNOMixin(RewardMixin):
         noise_optimizer: NoiseOptimizer | None = None,
         noise_sampler: NoiseSamplerSpec | None = None,
         callback_on_optimization_step_end: Any = None,
+        save_noise_to: str | os.PathLike[str] | None = None,
         **kwargs,
     ):
         """The stock call; with `rewards` the initial noise is first optimised by ReNO.
@@ -41,6 +43,7 @@ class ReNOMixin(RewardMixin):
                 dtype)`. Works without a method too; not beside `latents`.
             callback_on_optimization_step_end: Callbacks per optimisation step: functions of the state, or objects with
                 `on_step_end(state)`; return `False` to stop.
+            save_noise_to: A file for the best noise so far, kept up to date and whole whatever ends the call.
             args, kwargs: Those of the stock pipeline.
 
         Returns:
@@ -56,5 +59,6 @@ class ReNOMixin(RewardMixin):
             noise_optimizer=noise_optimizer,
             noise_sampler=noise_sampler,
             callback_on_optimization_step_end=callback_on_optimization_step_end,
+            save_noise_to=save_noise_to,
             **kwargs,
         )

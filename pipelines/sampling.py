@@ -4,7 +4,7 @@ import contextlib
 import copy
 import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import torch
@@ -12,7 +12,7 @@ import torch
 from ..schedulers.x0_prediction import predict_x0
 from .chunks import BatchLayout, WholeBatchDraws, run_in_chunks
 from .latent_space import LatentSpace
-from .module_state import float32_decoder, without_gradient
+from .module_state import float32_decoder, with_forward, without_gradient
 
 Gradient = Literal["full", "frozen"] | None
 Clamp = Literal["straight_through", "hard"]
@@ -235,7 +235,7 @@ class PipelineSampler:
 
 @contextlib.contextmanager
 def first_step_only(pipe) -> Iterator[None]:
-    """Let a pipeline make one model call, whose `step` returns the x0 estimate. Its scheduler must be a copy.
+    """Let a pipeline make one model call, whose `step` returns the x0 estimate. It and its scheduler must be copies.
 
     Cutting the list of timesteps stops the loop of every family, also of those that have no interrupt.
 
@@ -259,19 +259,29 @@ def first_step_only(pipe) -> Iterator[None]:
         return (x0, x0)
 
     vars(scheduler).update(set_timesteps=set_one, step=estimate)
-    parts = [part for name in DENOISERS if (part := getattr(pipe, name, None)) is not None]
-    handles = [part.register_forward_pre_hook(lambda *_: calls.append(1)) for part in parts]
+    # copies that count: a hook on modules that others have too would have to be taken off again, whatever happens
+    parts = {name: part for name in DENOISERS if (part := getattr(pipe, name, None)) is not None}
+    vars(pipe).update({name: with_forward(part, counted(part.forward, calls)) for name, part in parts.items()})
     try:
         yield
     finally:
         del scheduler.set_timesteps, scheduler.step
-        for handle in handles:
-            handle.remove()
     if not all(stepped or [False]):
         raise TypeError(
             f"Expected a pipeline that calls its denoiser ({', '.join(DENOISERS)}) before the first `scheduler.step`, "
             f"but {type(pipe).__name__} does not, and no x0 can be estimated. Use a method that looks at images."
         )
+
+
+def counted(function: Callable[..., Any], calls: list[int]) -> Callable[..., Any]:
+    """The function, with an entry in `calls` for each call."""
+
+    @functools.wraps(function)
+    def count(*args, **kwargs):
+        calls.append(1)
+        return function(*args, **kwargs)
+
+    return count
 
 
 def denormalize_straight_through(images: torch.Tensor) -> torch.Tensor:

@@ -1,13 +1,14 @@
 """Checkpoints in foreign layouts: where their files are, how they are read, and what must be in them."""
 
+import json
 import os
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from huggingface_hub import hf_hub_download
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -41,21 +42,37 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     """The tensors of a `.safetensors` file, or of a pickled one, in which nothing but tensors is ever executed.
 
     Raises:
-        ValueError: a pickle that holds more than tensors and plain values, or no tensors by name.
+        ValueError: a pickle that holds more than tensors and plain values, a damaged file, or no tensors by name.
     """
     if path.suffix == ".safetensors":
-        return load_file(path)
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"Expected a safetensors file in {path.name}: {error}. Download it again.") from None
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # the restricted unpickler stumbles over damaged files in every way
         raise ValueError(
             f"Expected a file of tensors, but {path.name} cannot be read with `weights_only=True`: "
             f"{str(error).partition(chr(10))[0]} Download it again, or convert it to safetensors where you trust it."
         ) from error
     state = state.get("state_dict", state) if isinstance(state, dict) else state
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    if not isinstance(state, dict) or not all(type(key) is str and isinstance(state[key], Tensor) for key in state):
         raise ValueError(f"Expected {path.name} to hold tensors by name, but it holds {type(state).__name__}.")
     return state
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises `ValueError` for anything else."""
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"Expected JSON in {path.name}, but it cannot be read: {error}. Download it again.") from None
+    if not isinstance(settings, dict):
+        raise ValueError(f"Expected an object in {path.name}, but got {type(settings).__name__}. Download it again.")
+    return settings
 
 
 def holder_of(filename: str, checkpoint: str, companion: str, hub: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:

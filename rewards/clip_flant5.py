@@ -1,6 +1,6 @@
 """CLIP-FlanT5, the model of VQAScore, rebuilt from transformers' CLIP and T5."""
 
-import json
+import os
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -17,7 +17,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from .checkpoints import checkpoint_path, load_strictly, read_state_dict
+from .checkpoints import checkpoint_path, load_strictly, read_settings, read_state_dict
 from .registry import register_reward
 from .reward import Reward, RewardT
 from .transforms import ImageTransform, at_least_float32, straight_through_clamp
@@ -152,10 +152,13 @@ def pad_to_square(images: Tensor, color: list[float]) -> Tensor:
 
 
 def read_shards(checkpoint: str, hub: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors of all files that `pytorch_model.bin.index.json` lists."""
-    index = json.loads(checkpoint_path(checkpoint, "pytorch_model.bin.index.json", hub).read_text())
+    """The tensors of all files that `pytorch_model.bin.index.json` lists. Raises `ValueError` if it lists none."""
+    listed = read_settings(checkpoint_path(checkpoint, "pytorch_model.bin.index.json", hub)).get("weight_map")
+    files = list(listed.values()) if isinstance(listed, dict) else []
+    if not files or not all(isinstance(name, str) and name == os.path.basename(name) for name in files):
+        raise ValueError(f"Expected pytorch_model.bin.index.json to list files of its folder, but got {files[:3]}.")
     state: dict[str, Tensor] = {}
-    for name in sorted(set(index["weight_map"].values())):
+    for name in sorted(set(files)):
         state |= read_state_dict(checkpoint_path(checkpoint, name, hub))
     return state
 

@@ -1,6 +1,5 @@
 """ImageReward: a BLIP model trained on human rankings of generated images."""
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, cast
@@ -16,7 +15,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from .checkpoints import checkpoint_path, load_strictly, read_state_dict
+from .checkpoints import checkpoint_path, load_strictly, read_settings, read_state_dict
 from .image_text import PromptTokens, precise_linear
 from .registry import register_reward
 from .reward import Reward
@@ -141,7 +140,7 @@ class ImageRewardModel(Reward):
     def load(cls, checkpoint: str, hub: dict[str, Any]) -> "ImageRewardModel":
         """Read the published `ImageReward.pt` and `med_config.json`; the tokenizer comes from its own repository."""
         parts = convert_image_reward(read_state_dict(checkpoint_path(checkpoint, "ImageReward.pt", hub)))
-        settings = json.loads(checkpoint_path(checkpoint, "med_config.json", hub).read_text(encoding="utf-8"))
+        settings = read_settings(checkpoint_path(checkpoint, "med_config.json", hub))
         vision_config = image_reward_vision_config(parts["vision"])
         text_config = image_reward_text_config(settings, vision_config.hidden_size)
         # Building draws random weights, from a stream that belongs to the caller.

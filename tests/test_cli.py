@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import io
+import signal
 import sys
 from pathlib import Path
 from typing import ClassVar
@@ -120,6 +121,17 @@ def test_method_without_rewards_gets_sets(neighbours):
         found = pipe(prompt, latents=result.latents, **call).images
         ours = slice(SET * number, SET * (number + 1))
         assert torch.equal(story.end_images(0)[ours], plain) and torch.equal(story.end_images(1)[ours], found)
+
+
+def test_ctrl_c_ends_the_demo_without_a_traceback(neighbours, monkeypatch, tmp_path):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored by what is started in the background
+    monkeypatch.setattr(Neighbours, "step", lambda *_: signal.raise_signal(signal.SIGINT))
+    try:
+        with pytest.raises(SystemExit) as ended:
+            main(["demo", "--method", "neighbours", "--prompt", PROMPT, "--output", str(tmp_path)])
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert ended.value.code == 130 and ended.value.__suppress_context__
 
 
 def test_demo_of_sets(neighbours, tmp_path, capsys):

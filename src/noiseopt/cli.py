@@ -24,8 +24,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     with contextlib.suppress(AttributeError):  # a terminal that has no arrow shows a question mark, not an exception
         sys.stdout.reconfigure(errors="replace")  # pyright: ignore[reportAttributeAccessIssue]
-    arguments = build_parser().parse_args(argv)
     try:
+        arguments = build_parser().parse_args(argv)
         arguments.run(arguments)
     except KeyboardInterrupt:
         raise SystemExit(130) from None

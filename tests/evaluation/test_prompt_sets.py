@@ -149,6 +149,8 @@ def test_prompts_can_be_keys():
         ("mine.json", '{"animals": [{"indices": [2, 5]}]}', None, "item 1 of 'animals', but got the keys 'indices'"),
         ("mine.json", '{"animals": 3}', None, "Expected a list in .*mine.json, animals, but got 3"),
         ("mine.json", '{\n"animals": [\n}', "noise-diffusion", "Expected JSON in .*mine.json:3"),
+        ("mine.json", "[" * 200_000, "coco", "Expected JSON in .*mine.json, but it cannot be read"),
+        ("mine.json", "1" * 10_000, "noise-diffusion", "Expected JSON in .*mine.json, but it cannot be read"),
         ("mine.json", '{"images": []}', "coco", "`annotations` in .*mine.json, but got the keys 'images'"),
         ("mine.json", '{"annotations": [{"id": 1}]}', None, "annotation 1, but got the keys 'id'"),
     ],

@@ -1,6 +1,8 @@
 """Foreign checkpoints: found, read without executing anything, and loaded strictly."""
 
+import json
 import pickle
+import random
 import shutil
 from pathlib import Path
 
@@ -10,7 +12,15 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from noiseopt.rewards import AutoReward
-from noiseopt.rewards.checkpoints import check_weights, checkpoint_path, holder_of, load_strictly, read_state_dict
+from noiseopt.rewards.checkpoints import (
+    check_weights,
+    checkpoint_path,
+    holder_of,
+    load_strictly,
+    read_settings,
+    read_state_dict,
+)
+from noiseopt.rewards.clip_flant5 import read_shards
 
 HUB = {"revision": None, "cache_dir": None, "token": None, "local_files_only": True}
 
@@ -55,6 +65,41 @@ def test_a_truncated_file_and_one_without_names_are_refused(tmp_path: Path):
     torch.save([torch.ones(1)], tmp_path / "list.pt")
     with pytest.raises(ValueError, match="Expected list.pt to hold tensors by name, but it holds list"):
         read_state_dict(tmp_path / "list.pt")
+
+
+@pytest.mark.parametrize("name", ["x.pt", "x.safetensors"])
+def test_damage_anywhere_gives_tensors_or_one_clear_error(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(pickle, "load", lambda *_, **__: pytest.fail("it was unpickled"))
+    monkeypatch.setattr(pickle, "loads", lambda *_, **__: pytest.fail("it was unpickled"))
+    dice, path, refused = random.Random(0), tmp_path / name, 0
+    save = torch.save if name == "x.pt" else save_file
+    save({"weight": torch.ones(4, 4), "bias": torch.zeros(4)}, path)
+    whole = path.read_bytes()
+    for _ in range(300):
+        place = dice.randrange(len(whole))
+        path.write_bytes(whole[:place] + dice.choice([b"", dice.randbytes(1) + whole[place + 1 :], whole[place + 1 :]]))
+        try:
+            state = read_state_dict(path)
+        except ValueError as error:
+            assert name in str(error)
+            refused += 1
+            continue
+        assert all(type(key) is str and isinstance(value, torch.Tensor) for key, value in state.items())
+    assert refused > 150
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", "[" * 200_000, "1" * 10_000])
+def test_settings_that_are_no_object_are_refused_by_name(tmp_path: Path, text: str):
+    (tmp_path / "med_config.json").write_text(text)
+    with pytest.raises(ValueError, match="Expected .* in med_config.json.*Download it again"):
+        read_settings(tmp_path / "med_config.json")
+
+
+@pytest.mark.parametrize("index", [{}, {"weight_map": []}, {"weight_map": {}}, {"weight_map": {"a": "../../x.bin"}}])
+def test_an_index_that_lists_no_files_of_its_folder_is_refused(tmp_path: Path, index: dict):
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="index.json to list files of its folder"):
+        read_shards(str(tmp_path), HUB)
 
 
 def test_a_part_is_read_from_a_folder_that_has_it_and_else_from_the_companion(tmp_path: Path):

@@ -144,7 +144,8 @@ def test_convex_shapes_have_no_dents(kind):
 def wavy(**waves: float) -> torch.Tensor:
     """Radii of an outline that goes out and in as often as each name says, e.g. w5=0.2, and so far."""
     turn = torch.arange(24) * (2 * math.pi / 24)
-    return 1 + sum(height * (int(name[1:]) * turn).cos() for name, height in waves.items())[None]
+    out = torch.stack([height * (int(name[1:]) * turn).cos() for name, height in waves.items()])
+    return 1 + out.sum(0, keepdim=True)
 
 
 @pytest.mark.parametrize("kind", KINDS[1:])

@@ -46,7 +46,7 @@ def draw_latents(group: Group) -> tuple[Tensor, Tensor]:
             for latents, noise in zip(drawn, (result.initial_noise, result.noise), strict=True):
                 assert noise is not None
                 latents.append(final_latents(pipe, result, noise))
-        except (OSError, ValueError, TypeError, RuntimeError, ImportError) as error:
+        except (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, ImportError) as error:
             reason = str(error).strip().partition("\n")[0].rstrip(".")
             raise CannotAnalyze(f"Cannot draw {path} again: {reason}. Leave --draw out for the other rows.") from error
     return pooled(drawn[0]), pooled(drawn[1])
@@ -75,14 +75,15 @@ def load_pipeline(result: NoiseResult) -> Any:
 
 def pipeline_class(name: str) -> Any:
     """A pipeline class of ours or of diffusers by its name; for others the class that a model names itself."""
-    return getattr(pipelines, name, None) or getattr(diffusers, name, None) or DiffusionPipeline
+    found = getattr(pipelines, name, None) or getattr(diffusers, name, None)
+    return found if isinstance(found, type) and issubclass(found, DiffusionPipeline) else DiffusionPipeline
 
 
 def set_scheduler(pipe: Any, result: NoiseResult) -> None:
     """Give the pipeline the scheduler of a result, which need not be the one that is saved with the model."""
     settings = dict(result.provenance["scheduler"])
-    cls = getattr(diffusers, settings.pop("class"), None)
-    if cls is not None:
+    cls = getattr(diffusers, str(settings.pop("class")), None)
+    if isinstance(cls, type) and issubclass(cls, diffusers.SchedulerMixin):
         kept = {name: value for name, value in settings.items() if not name.startswith("_")}
         pipe.scheduler = cls.from_config({**pipe.scheduler.config, **kept})
 

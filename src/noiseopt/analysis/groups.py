@@ -8,7 +8,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..pipelines.noise_result import FILE_FORMAT, NoiseResult
+from ..pipelines.noise_result import NoiseResult
 from ..shapes_world.embedded import MODELS
 
 
@@ -89,10 +89,10 @@ def result_files(path: Path) -> list[Path]:
 
 
 def is_result(path: Path) -> bool:
-    """Whether its header says so."""
+    """Whether its header says so, be it of a newer version."""
     try:
         with safe_open(path, framework="pt") as file:
-            return FILE_FORMAT in (file.metadata() or {}).get("noiseopt", "")
+            return "noiseopt-result-" in (file.metadata() or {}).get("noiseopt", "")
     except (OSError, SafetensorError):
         return False
 
@@ -100,9 +100,8 @@ def is_result(path: Path) -> bool:
 def load(path: Path) -> NoiseResult:
     try:
         result = NoiseResult.load(path)
-    except (ValueError, OSError, SafetensorError) as error:
-        why = str(error) if isinstance(error, ValueError) else f"Expected a result, but {path} cannot be read: {error}"
-        raise CannotAnalyze(why) from None
+    except (ValueError, OSError) as error:
+        raise CannotAnalyze(f"{str(error).rstrip('.')}. Leave it out, or give the file that was saved.") from None
     if result.initial_noise is None or result.band_changes is None:
         raise CannotAnalyze(
             f"Expected a result with its initial noise, but {path} is of a version that did not keep it. Run its "

@@ -5,7 +5,6 @@ import datetime
 import functools
 import gc
 import inspect
-import json
 import platform
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +13,6 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-from safetensors.torch import load_file
 from tqdm import tqdm
 
 from .. import shapes_world
@@ -182,13 +180,10 @@ class Evaluation:
         found = {}
         for model in self.plan.models:
             for contender in self.plan.contenders:
-                features = [self.features(model, contender, i) for i in range(len(self.plan.prompts.prompts))]
+                indices = range(len(self.plan.prompts.prompts))
+                features = [self.folder.features(model.name, contender, index) for index in indices]
                 found[model.name, contender.key] = float(coverage(torch.cat(features), references, NEIGHBORS))
         return found
-
-    def features(self, model: ModelChoice, contender: Contender, index: int) -> torch.Tensor:
-        """`(B, D)`, of a finished unit."""
-        return load_file(self.folder.unit_path(model.name, contender, index).with_suffix(".safetensors"))["features"]
 
     def report(self) -> Results:
         """Write the tables, the numbers and the figures from the finished units."""
@@ -210,7 +205,7 @@ class Evaluation:
     def everything(self, results: Results) -> dict[str, Any]:
         """All that is known, as plain values."""
         return {
-            "settings": json.loads((self.folder.path / "settings.json").read_text(encoding="utf-8")),
+            "settings": self.folder.settings(),
             "machine": {"system": platform.platform(), "python": platform.python_version(), "device": str(self.device)},
             "calibration": self.folder.calibration(),
             "estimates": [plain_entry(entry) for entry in results.entries()],

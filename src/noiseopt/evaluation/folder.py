@@ -5,9 +5,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
 from ..pipelines.agreement import differences as differences
 from .plan import Contender, slug
 from .unit import Unit, write_json
+
+UNIT_PARTS: dict[str, type] = {"prompt": str, "seeds": list, "evaluations": int}
+UNIT_PARTS |= {"rewards": dict, "set": dict, "noise": dict, "cost": dict}
+REDO = "Delete the .json of that name: the same command computes it again."
+REMEASURE = "Delete it: the same command measures again."
 
 
 class CannotEvaluate(Exception):
@@ -31,15 +40,19 @@ class ResultFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             if not file.exists():
                 return write_json(file, settings)
-            known = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except OSError as error:
             raise CannotEvaluate(f"Expected a folder to write to, but got {self.path}: {error}.") from None
+        known = self.settings()
         given = json.loads(json.dumps(settings))
         if changed := differences(known, given):
             raise CannotEvaluate(
                 f"Expected the settings that {self.path} was begun with, but got others: {'; '.join(changed)}. "
                 "Choose another --output, or delete that folder."
             )
+
+    def settings(self) -> dict[str, Any]:
+        """What the folder was begun with."""
+        return read_object(self.path / "settings.json", "Choose another --output, or delete that folder.")
 
     def unit_path(self, model: str, contender: Contender, index: int) -> Path:
         return self.path / "units" / slug(model) / contender.folder / f"{index:05d}.json"
@@ -52,15 +65,69 @@ class ResultFolder:
         unit.save(self.unit_path(unit.numbers["model"], contender, unit.numbers["index"]))
 
     def numbers(self, model: str, contender: Contender, index: int) -> dict[str, Any]:
-        """The plain values of a finished unit."""
-        return json.loads(self.unit_path(model, contender, index).read_text(encoding="utf-8"))
+        """The plain values of a finished unit. Raises `CannotEvaluate` for a file that is not that unit's."""
+        path, asked = self.unit_path(model, contender, index), {"model": model, "method": contender.key, "index": index}
+        found = read_object(path, REDO)
+        wrong = [name for name, value in asked.items() if found.get(name) != value] + wrong_parts(found)
+        if wrong:
+            raise CannotEvaluate(
+                f"Expected what was measured of {model}, {contender.key} and prompt {index}, but {path} holds "
+                f"something else as its {', '.join(wrong)}. {REDO}"
+            )
+        return found
+
+    def features(self, model: str, contender: Contender, index: int) -> torch.Tensor:
+        """`(B, D)`, of a finished unit. Raises `CannotEvaluate` for a file that holds none."""
+        path = self.unit_path(model, contender, index).with_suffix(".safetensors")
+        try:
+            return load_file(path)["features"]
+        except (OSError, KeyError, SafetensorError) as error:
+            raise CannotEvaluate(f"Expected features of images in {path}, but got {error!r}. {REDO}") from None
 
     def calibration(self) -> dict[str, dict[str, dict[str, Any]]]:
         """By model and method, what `calibrate` found."""
         file = self.path / "calibration.json"
-        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        found = read_object(file, REMEASURE) if file.exists() else {}
+        rows = [row for part in found.values() for row in (part.values() if isinstance(part, dict) else [None])]
+        counts = [row.get("n") if isinstance(row, dict) else None for row in rows]
+        if not all(type(count) is int and count > 0 for count in counts):
+            raise CannotEvaluate(f"Expected the N of each method in {file}, but got something else. {REMEASURE}")
+        return found
 
     def keep_calibration(self, model: str, method: str, found: Mapping[str, Any]) -> None:
         known = self.calibration()
         known.setdefault(model, {})[method] = dict(found)
         write_json(self.path / "calibration.json", known)
+
+
+def read_object(path: Path, remedy: str) -> dict[str, Any]:
+    """The JSON object in a file. Raises `CannotEvaluate` for anything else."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CannotEvaluate(f"Expected a JSON object in {path}, but it cannot be read: {error}. {remedy}") from None
+    if not isinstance(found, dict):
+        raise CannotEvaluate(f"Expected a JSON object in {path}, but got {type(found).__name__}. {remedy}")
+    return found
+
+
+def wrong_parts(numbers: Mapping[str, Any]) -> list[str]:
+    """The parts of a unit that are missing, of another type, or not numbers where tables are made of them."""
+    wrong = [name for name, kind in UNIT_PARTS.items() if not isinstance(numbers.get(name), kind)]
+    if wrong:
+        return wrong
+    count, judge = len(numbers["seeds"]), numbers.get("judge")
+    wrong += [name for name in ("set", "noise", "cost") if not all(map(is_measure, numbers[name].values()))]
+    if not all(isinstance(row, list) and len(row) == count and is_measure(row) for row in numbers["rewards"].values()):
+        wrong.append("rewards")
+    right = judge.get("right") if isinstance(judge, dict) else None
+    if judge is not None and not (isinstance(right, list) and len(right) == count and is_measure(right)):
+        wrong.append("judge")
+    return wrong
+
+
+def is_measure(value: Any) -> bool:
+    """Whether a value is a number, a truth value or nothing, or a list of these."""
+    if isinstance(value, list):
+        return all(not isinstance(each, list) and is_measure(each) for each in value)
+    return value is None or isinstance(value, bool | int | float)

@@ -106,7 +106,7 @@ def parsed(text: str) -> Any:
     """JSON, or None for what is none."""
     try:
         return json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return None
 
 
@@ -212,6 +212,8 @@ def json_document(text: str, path: Path, first_line: int = 1) -> Any:
     except json.JSONDecodeError as error:
         where = f"{path}:{first_line + error.lineno - 1}"
         raise ValueError(f"Expected JSON in {where}, but got {shortened(error.doc)}: {error.msg}.") from error
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, brackets in brackets
+        raise ValueError(f"Expected JSON in {path}, but it cannot be read: {error}.") from error
 
 
 def required(value: Any, kind: type, where: str) -> Any:

@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .captions import caption, sample_request
+from .captions import Request, caption, sample_request
 from .judge import judge
 from .models import new_vae
 from .negatives import imitate_failure
 from .optimization import averaged
-from .world import LAYOUT, LOOKS, SIZE, Scene, coverage, lay_out, render
+from .world import LAYOUT, LOOKS, SIZE, Scene, Shape, coverage, lay_out, render
 
 
 def pictures(path: Path, count: int, seed: int) -> dict:
@@ -33,7 +33,13 @@ def pictures(path: Path, count: int, seed: int) -> dict:
             masks.append((coverage(scenes[i : i + 500]).amax(1, keepdim=True) * 255).byte())
         data = {"requests": requests, "scenes": scenes, "chance": chance}
         torch.save(data | {"images": torch.cat(images), "masks": torch.cat(masks)}, path)
-    return torch.load(path, weights_only=False)
+    return load_records(path)
+
+
+def load_records(path: Path) -> dict:
+    """Tensors beside requests and scenes; nothing else is unpickled."""
+    with torch.serialization.safe_globals([Request, Scene, Shape]):
+        return torch.load(path)
 
 
 def failures(path: Path, scenes: Sequence[Scene], seed: int) -> dict:
@@ -63,7 +69,7 @@ def encode_pictures(args: argparse.Namespace) -> dict:
         scale = float(1 / latents.std())
         kept = {key: data[key] for key in ("requests", "chance")}
         torch.save(kept | {"latents": latents * scale, "masks": masks, "scale": scale}, path)
-    return torch.load(path, weights_only=False)
+    return load_records(path)
 
 
 def crops(images: Tensor, masks: Tensor, size: int) -> Tensor:

@@ -1,0 +1,57 @@
+"""The versions: what `pyproject.toml` allows, and the two ends of it that CI installs."""
+
+import sys
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+UNTESTED = {"torch"}  # one release of it alone has a CPU build where the tests run
+
+
+def allowed() -> dict[str, Requirement]:
+    """What the package needs to run, by its normalized name."""
+    found = map(Requirement, PROJECT["dependencies"])
+    return {canonicalize_name(each.name): each for each in found}
+
+
+def pins(name: str) -> dict[str, Version]:
+    """The versions that a file of constraints pins."""
+    lines = (line.partition("#")[0].strip() for line in (ROOT / name).read_text().splitlines())
+    found = [line.split("==") for line in lines if line]
+    return {canonicalize_name(package): Version(version) for package, version in found}
+
+
+def lower_bound(requirement: Requirement) -> Version:
+    (bound,) = (each.version for each in requirement.specifier if each.operator == ">=")
+    return Version(bound)
+
+
+def test_the_oldest_versions_that_are_allowed_are_those_that_are_tested():
+    oldest, needed = pins("constraints-oldest.txt"), allowed()
+    assert needed.keys() <= oldest.keys()
+    for name in needed.keys() - UNTESTED:
+        assert lower_bound(needed[name]) == oldest[name], name
+
+
+@pytest.mark.parametrize("name", ["constraints.txt", "constraints-oldest.txt"])
+def test_pinned_versions_are_allowed(name):
+    pinned = pins(name)
+    assert allowed().keys() <= pinned.keys()
+    assert all(pinned[package] in each.specifier for package, each in allowed().items())
+
+
+def test_the_newest_are_newer_than_the_oldest():
+    newest, oldest = pins("constraints.txt"), pins("constraints-oldest.txt")
+    assert all(newest[name] >= version for name, version in oldest.items())
+    assert newest["torch"] == oldest["torch"]
+    assert any(newest[name] > oldest[name] for name in ("diffusers", "transformers"))
