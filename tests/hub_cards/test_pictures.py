@@ -12,7 +12,7 @@ from noiseopt.cli import main
 from noiseopt.demo import SET, Choice, Story
 from noiseopt.hub import build, pictures
 from noiseopt.hub.before_after import PICTURE, BeforeAfter
-from noiseopt.hub.cards import CARDS, sides
+from noiseopt.hub.cards import CARDS
 
 BY_NAME = {card.name: card for card in CARDS}
 RED, GREEN = torch.tensor([1.0, 0, 0]), torch.tensor([0, 1.0, 0])
@@ -25,6 +25,11 @@ def tell(choice):
     result = types.SimpleNamespace(losses=torch.tensor([[1.0] * count, [0.5] * count]), best_step=torch.ones(count))
     verdicts = [[types.SimpleNamespace(correct=correct)] * count for correct in (False, True)]
     return Story(choice, [prompt for prompt in choice.prompts for _ in range(choice.count)], [result], images, verdicts)
+
+
+def words_of(readme):
+    """A text without its line breaks."""
+    return " ".join(readme.read_text(encoding="utf-8").split())
 
 
 def share_of(picture, color):
@@ -72,8 +77,7 @@ def test_cards_of_one_method_and_model_share_a_run(tmp_path, monkeypatch, capsys
     flux, sd3 = (tmp_path / f"noise-diffusion-{name}/{PICTURE}" for name in ("flux", "stable-diffusion-3"))
     assert flux.read_bytes() == sd3.read_bytes()
     assert capsys.readouterr().out.count(f"/{PICTURE}: ") == 3
-    text = (tmp_path / "reno-turbo/README.md").read_text(encoding="utf-8")
-    assert "0 of 8 images\nare right before, 8 of 8 after" in text
+    assert "0 of 8 images are right before, 8 of 8 after" in words_of(tmp_path / "reno-turbo/README.md")
 
 
 def test_only_pipelines_have_pictures(capsys):
@@ -92,14 +96,14 @@ def test_the_pictures_that_are_there(name, root):
     assert (shown.method, shown.model, shown.seed) == (card.method.registered, card.shown_on, pictures.SEED)
     assert (shown.prompts, shown.images) == (choice.prompts, choice.count)
     assert (shown.steps, shown.instruments) == (choice.steps, choice.instruments)
-    text = (root / "hub_cards" / name / "README.md").read_text(encoding="utf-8")
-    before, after = shown.right
-    assert f"{before} of {shown.count} images\nare right before, {after} of {shown.count} after" in text
-    assert f"]({PICTURE})\n" in text and sides(card.method, shown) in text
-    assert shapes_world.MODELS[card.shown_on].hub_id in text
+    text, (before, after) = words_of(root / "hub_cards" / name / "README.md"), shown.right
+    assert f"{before} of {shown.count} images are right before, {after} of {shown.count} after" in text
+    assert f"after {choice.steps} steps of {card.method.name}" in text
+    assert f"]({PICTURE}) " in text and f"`{shapes_world.MODELS[card.shown_on].hub_id}`" in text
+    assert ("which sees images through" in text) == bool(choice.instruments)
 
 
 def test_a_model_of_another_kind_is_said_to_be_one(root):
     for card in CARDS:
-        text = (root / "hub_cards" / card.name / "README.md").read_text(encoding="utf-8")
+        text = words_of(root / "hub_cards" / card.name / "README.md")
         assert ("There is no embedded model of the FLUX kind" in text) == (card.stock == "FluxPipeline")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import re
+import textwrap
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from string import Template
@@ -436,14 +437,9 @@ SHOWN = Template("""\
 
 ![Images of the shapes world, plain and optimised]($picture)
 
-$model is too large for pictures that anyone can draw again. These are by the embedded model
-[`$hub_id`](https://huggingface.co/$hub_id) ($title).$no_kin They show what the method does, and say nothing
-about how much it does for $model.
+$origin
 
-$sides
-✓ and ✗ are the verdicts of a judge that reads the pixels, is no model, and is not optimised: $before of $count images
-are right before, $after of $count after. $effect
-The prompts are the first of the validation split, and the seeds count from $seed: nothing was chosen by its outcome.
+$finding
 
 ```bash
 noiseopt hub pictures $name
@@ -484,34 +480,40 @@ def readme(card: Card, namespace: str, source: str, shown: BeforeAfter | None) -
 
 def shown_section(card: Card, shown: BeforeAfter) -> str:
     """What a card says about its picture."""
-    before, after = shown.right
-    return SHOWN.substitute(
-        vars(card),
-        picture=PICTURE,
-        hub_id=MODELS[shown.model].hub_id,
-        title=MODELS[shown.model].title,
-        no_kin=f" {card.no_kin}" if card.no_kin else "",
-        sides=sides(card.method, shown),
-        before=before,
-        after=after,
-        count=shown.count,
-        effect=effect(shown),
-        seed=shown.seed,
+    paragraphs = {"origin": origin(card, shown), "finding": finding(card.method, shown)}
+    filled = {name: textwrap.fill(text, 119, break_on_hyphens=False) for name, text in paragraphs.items()}
+    return SHOWN.substitute(filled, picture=PICTURE, name=card.name)
+
+
+def origin(card: Card, shown: BeforeAfter) -> str:
+    """What drew a picture, and what that is not."""
+    model = MODELS[shown.model]
+    return (
+        f"{card.model} is too large for pictures that anyone can draw again. These are by the embedded model "
+        f"[`{model.hub_id}`](https://huggingface.co/{model.hub_id}), a {model.title}. {card.no_kin} The pictures show what "
+        f"the method does, and say nothing about how much it does for {card.model}. In a checkout of the repository the "
+        f"command below draws them."
     )
 
 
-def sides(method: Method, shown: BeforeAfter) -> str:
-    """What is left and right of an arrow."""
-    plain = "an image" if shown.images == 1 else f"{shown.images} images of a prompt"
-    steps = f"{shown.steps} steps of {method.name}"
+def finding(method: Method, shown: BeforeAfter) -> str:
+    """What is left and right of an arrow, and what the judge says of it."""
+    plain, gives = "an image as the model draws it", "seed gives"
+    if shown.images > 1:
+        plain, gives = f"{shown.images} images of a prompt as the model draws them", "seeds give"
     through = " and ".join(code(f"shapes-{name}") for name in shown.instruments)
-    return f"Left of an arrow {plain}, right of it what the same seed gives after {steps}" + (
-        f", which looked through {through}." if through else "."
+    before, after = shown.right
+    return (
+        f"Left of an arrow: {plain}. Right of it: what the same {gives} after {shown.steps} steps of {method.name}"
+        f"{f', which sees images through {through}' if through else ''}. ✓ and ✗ are the verdicts of a judge that reads "
+        f"the pixels; it is no model, and nothing optimises it. {before} of {shown.count} images are right before, "
+        f"{after} of {shown.count} after. {effect(shown)} The prompts are the first of the validation split, and the "
+        f"seeds count from {shown.seed}: nothing was chosen by its outcome."
     )
 
 
 def effect(shown: BeforeAfter) -> str:
-    """What else the picture says: the values under single images, or how far the layouts of a set differ."""
+    """What else a picture says: the numbers under single images, or how far the layouts of a set differ."""
     if shown.spread is None:
         return "The numbers are the reward."
     before, after = (f"{pixels:.1f}" for pixels in shown.spread)
