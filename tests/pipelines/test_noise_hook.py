@@ -280,23 +280,6 @@ def test_inference_mode_is_refused():
         optimize_noise(tiny_pipeline("sd"), "a b", reno(), **call_arguments("sd"))
 
 
-@pytest.mark.parametrize("how", ["sequential", "model", "group", "disk"])
-def test_offloaded_pipelines_are_refused_with_the_remedy(how, tmp_path):
-    pipe = quiet(sd_pipeline())
-    if how == "group":
-        pipe.unet.enable_group_offload(torch.device("cpu"), offload_type="leaf_level")
-    elif how == "disk":
-        pipe.unet.enable_group_offload(
-            torch.device("cpu"), offload_type="leaf_level", offload_to_disk_path=str(tmp_path)
-        )
-    else:
-        from accelerate import cpu_offload, cpu_offload_with_hook
-
-        {"sequential": cpu_offload, "model": cpu_offload_with_hook}[how](pipe.unet, torch.device("cpu"))
-    with pytest.raises(ValueError, match="`unet` is offloaded.*remove_all_hooks"):
-        optimize_noise(pipe, "a b", reno(), **call_arguments("sd"))
-
-
 def whole_batch(images, prompts):
     return redness(images, prompts).mean()
 
