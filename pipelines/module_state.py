@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -159,13 +158,21 @@ def without_gradient(module: nn.Module) -> nn.Module:
     return twin
 
 
-def float32_decoder(vae):
-    """A float32 copy of a VAE that takes latents of any dtype.
+def converted_apart(module: nn.Module) -> nn.Module:
+    """A shallow copy that shares all weights, until it is converted to another dtype: then it has a copy of them.
 
-    A half-precision pipeline whose VAE has `force_upcast` casts the shared VAE up to decode and down again, which swaps
-    the weights under the graph. The copy decodes the same values and leaves the shared one alone.
+    A half-precision pipeline whose VAE has `force_upcast` converts the shared VAE to decode, and back, which swaps the
+    weights under the graph. This one is converted as well, and leaves the shared one alone.
     """
-    twin = copy.deepcopy(vae).float()
-    decode = twin.decode
-    vars(twin)["decode"] = functools.wraps(decode)(lambda z, *args, **kwargs: decode(z.float(), *args, **kwargs))
+    twin = copy.copy(module)
+    contents = {module.dtype: vars(module)}
+
+    def to(dtype: torch.dtype) -> nn.Module:
+        if dtype not in contents:
+            contents[dtype] = vars(copy.deepcopy(module).to(dtype))
+        for kind in ("_modules", "_parameters", "_buffers"):
+            vars(twin)[kind] = contents[dtype][kind]
+        return twin
+
+    vars(twin)["to"] = to
     return twin

@@ -67,7 +67,9 @@ class NoiseRun:
         check_latents(request, len(self.prompts))
         self.noise_sampler = noise_sampler_of(noise_sampler, request, self.groups)
         if size := image_size(pipe, request):
-            self.objective.try_out(self.prompts[0], *size, gradient=method.gradient is not None)
+            read = getattr(method, "reward_prompt", None) or self.prompts
+            prompt = read if isinstance(read, str) else read[0]
+            self.objective.try_out(prompt, *size, gradient=method.gradient is not None)
         self.encoded: list[Any] = []
         self.result: NoiseResult | None = None
 
@@ -293,6 +295,7 @@ def optimize_noise(
     optimizer = as_noise_optimizer(method, method_kwargs)
     twin = copy.copy(pipe)
     twin.__class__ = hooked(type(pipe))
+    vars(twin)["scheduler"] = copy.deepcopy(pipe.scheduler)  # a call sets the timesteps of its scheduler
     request = bind_request(twin, (), {"prompt": prompt, **call_kwargs})
     run = NoiseRun(twin, optimizer, request, callbacks, render=False, noise_sampler=noise_sampler)
     vars(twin)["_noise_run"] = run

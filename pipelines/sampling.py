@@ -13,7 +13,7 @@ import torch
 from ..schedulers.x0_prediction import predict_x0
 from .chunks import BatchLayout, WholeBatchDraws, run_in_chunks
 from .latent_space import LatentSpace
-from .module_state import DENOISERS, float32_decoder, is_offloaded, without_gradient
+from .module_state import DENOISERS, converted_apart, is_offloaded, without_gradient
 
 Gradient = Literal["full", "frozen"] | None
 Clamp = Literal["straight_through", "hard"]
@@ -116,9 +116,8 @@ class PipelineSampler:
         # both go through numpy, which no gradient passes; the final run has them
         attributes.update({name: None for name in ("safety_checker", "watermark") if name in attributes})
         vae = attributes.get("vae")
-        upcast = vae is not None and vae.config.get("force_upcast") and vae.dtype == torch.float16
-        if upcast and not is_offloaded(vae):  # then there is no gradient to lose
-            attributes["vae"] = float32_decoder(vae)
+        if vae is not None and vae.config.get("force_upcast") and not is_offloaded(vae):
+            attributes["vae"] = converted_apart(vae)
         if clamp == "straight_through" and hasattr(pipe, "image_processor"):
             attributes["image_processor"] = copy.copy(pipe.image_processor)
             vars(twin.image_processor)["denormalize"] = denormalize_straight_through

@@ -208,18 +208,6 @@ def test_an_interrupted_run_leaves_no_trace_and_hands_out_its_best(error):
     pipe.unet.eval()
 
 
-def test_half_precision_with_an_upcasting_vae_is_differentiable_and_leaves_the_vae_alone():
-    pipe = quiet(sdxl_pipeline(force_upcast=True)).to(torch.float16)
-    arguments = {**call_arguments("sdxl"), "num_inference_steps": 1}
-    before = draw(pipe, generator=generator(), **arguments)
-    result = optimize_noise(pipe, "a b", reno(), generator=generator(), **arguments)
-    assert pipe.vae.dtype == torch.float16
-    assert result.noise.dtype == torch.float32 and result.latents.dtype == torch.float16
-    assert result.losses.min() < result.losses[0]
-    torch.testing.assert_close(result.initial_images, before.float(), rtol=0, atol=2e-3)
-    assert torch.equal(draw(pipe, generator=generator(), **arguments), before)
-
-
 class Untouched:
     """Fails if any module of the pipeline runs."""
 
