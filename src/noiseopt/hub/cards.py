@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from string import Template
 from typing import Any
 
-NAMESPACE = "noiseopt"
+from ..shapes_world.embedded import MODELS
+from .before_after import PICTURE, BeforeAfter
+
 REQUIREMENTS = ("torch>=2.6", "diffusers>=0.42", "transformers>=5", "accelerate>=1")
 
 
@@ -29,6 +31,7 @@ class Method:
         example: What the first program of a card does with its `pipe`.
         limits: A Markdown list.
         takes_rewards: Whether the call takes rewards by name: then the bundle holds all, and the card lists them.
+        registered: Its name in `list_noise_optimizers()`.
     """
 
     name: str
@@ -39,6 +42,7 @@ class Method:
     example: str
     limits: str
     takes_rewards: bool
+    registered: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +56,8 @@ class Card:
         base_model: Hub id of the weights that the example loads.
         model: What people call that model.
         stock: The diffusers class under the pipeline.
+        shown_on: The embedded model that its picture is of.
+        no_kin: Why that is not of the same kind, if it is not.
     """
 
     name: str
@@ -60,6 +66,8 @@ class Card:
     base_model: str
     model: str
     stock: str
+    shown_on: str
+    no_kin: str = ""
 
     @property
     def title(self) -> str:
@@ -100,6 +108,7 @@ result.save("scooter.safetensors")  # the noise, its scores and where it came fr
 * Offloading moves weights between forward and backward and is refused. `torch.inference_mode()` rules gradients out.
 * A reward that is optimised stops being a fair judge: compare images by one that was not.""",
     takes_rewards=True,
+    registered="reno",
 )
 
 CNO = Method(
@@ -136,6 +145,7 @@ output.noise_result.save("scooter.safetensors")  # the five noises and where the
   estimate depends on the noise through the denoiser alone. The backward pass through it then takes its memory.
 * Offloading and `torch.inference_mode()` are refused.""",
     takes_rewards=False,
+    registered="cno",
 )
 
 NOISE_DIFFUSION = Method(
@@ -173,6 +183,7 @@ result.save("frog.safetensors")  # the noise, its scores and where it came from"
   judge.
 * Offloading and `torch.inference_mode()` are refused.""",
     takes_rewards=True,
+    registered="noise_diffusion",
 )
 
 NEVER_TOO_LATE = Method(
@@ -220,8 +231,10 @@ result.save("dogs.safetensors")  # the four noises, their scores and where they 
 * LPIPS and DreamSim come from packages of their own: `pip install lpips`, `pip install dreamsim`.
 * Offloading and `torch.inference_mode()` are refused.""",
     takes_rewards=True,
+    registered="never_too_late",
 )
 
+NO_FLUX = "There is no embedded model of the FLUX kind: this is the nearest, which learned by flow matching too."
 CARDS = (
     Card(
         name="reno-turbo",
@@ -230,6 +243,7 @@ CARDS = (
         base_model="stabilityai/sdxl-turbo",
         model="SDXL-Turbo",
         stock="StableDiffusionXLPipeline",
+        shown_on="sdxl-turbo",
     ),
     Card(
         name="reno-stable-diffusion",
@@ -238,6 +252,7 @@ CARDS = (
         base_model="stabilityai/sd-turbo",
         model="SD-Turbo",
         stock="StableDiffusionPipeline",
+        shown_on="turbo",
     ),
     Card(
         name="cno-stable-diffusion",
@@ -246,6 +261,7 @@ CARDS = (
         base_model="stable-diffusion-v1-5/stable-diffusion-v1-5",
         model="Stable Diffusion 1.5",
         stock="StableDiffusionPipeline",
+        shown_on="guided",
     ),
     Card(
         name="cno-stable-diffusion-xl",
@@ -254,6 +270,7 @@ CARDS = (
         base_model="stabilityai/stable-diffusion-xl-base-1.0",
         model="SDXL",
         stock="StableDiffusionXLPipeline",
+        shown_on="sdxl",
     ),
     Card(
         name="cno-stable-diffusion-3",
@@ -262,6 +279,7 @@ CARDS = (
         base_model="stabilityai/stable-diffusion-3.5-medium",
         model="Stable Diffusion 3.5",
         stock="StableDiffusion3Pipeline",
+        shown_on="sd3",
     ),
     Card(
         name="cno-flux",
@@ -270,6 +288,8 @@ CARDS = (
         base_model="black-forest-labs/FLUX.1-dev",
         model="FLUX.1",
         stock="FluxPipeline",
+        shown_on="sd3",
+        no_kin=NO_FLUX,
     ),
     Card(
         name="noise-diffusion-stable-diffusion",
@@ -278,6 +298,7 @@ CARDS = (
         base_model="stable-diffusion-v1-5/stable-diffusion-v1-5",
         model="Stable Diffusion 1.5",
         stock="StableDiffusionPipeline",
+        shown_on="guided",
     ),
     Card(
         name="noise-diffusion-stable-diffusion-xl",
@@ -286,6 +307,7 @@ CARDS = (
         base_model="stabilityai/stable-diffusion-xl-base-1.0",
         model="SDXL",
         stock="StableDiffusionXLPipeline",
+        shown_on="sdxl",
     ),
     Card(
         name="noise-diffusion-stable-diffusion-3",
@@ -294,6 +316,7 @@ CARDS = (
         base_model="stabilityai/stable-diffusion-3.5-medium",
         model="Stable Diffusion 3.5",
         stock="StableDiffusion3Pipeline",
+        shown_on="sd3",
     ),
     Card(
         name="noise-diffusion-flux",
@@ -302,6 +325,8 @@ CARDS = (
         base_model="black-forest-labs/FLUX.1-dev",
         model="FLUX.1",
         stock="FluxPipeline",
+        shown_on="sd3",
+        no_kin=NO_FLUX,
     ),
     Card(
         name="never-too-late-turbo",
@@ -310,6 +335,7 @@ CARDS = (
         base_model="stabilityai/sdxl-turbo",
         model="SDXL-Turbo",
         stock="StableDiffusionXLPipeline",
+        shown_on="sdxl-turbo",
     ),
     Card(
         name="never-too-late-stable-diffusion",
@@ -318,6 +344,7 @@ CARDS = (
         base_model="stabilityai/sd-turbo",
         model="SD-Turbo",
         stock="StableDiffusionPipeline",
+        shown_on="turbo",
     ),
     Card(
         name="never-too-late-flux",
@@ -326,6 +353,8 @@ CARDS = (
         base_model="black-forest-labs/FLUX.1-schnell",
         model="FLUX.1-schnell",
         stock="FluxPipeline",
+        shown_on="sd3",
+        no_kin=NO_FLUX,
     ),
 )
 
@@ -362,7 +391,7 @@ pipe = DiffusionPipeline.from_pretrained(
 $example
 ```
 
-## Arguments
+$shown## Arguments
 
 All arguments of the stock pipeline, and:
 
@@ -399,7 +428,27 @@ $limits
 $bibtex
 ```
 
-Generated from `$module` by `python hub_cards/build.py`.
+Generated from `$module` by `noiseopt hub build`.
+""")
+
+SHOWN = Template("""\
+## Before and after
+
+![Images of the shapes world, plain and optimised]($picture)
+
+$model is too large for pictures that anyone can draw again. These are by the embedded model
+[`$hub_id`](https://huggingface.co/$hub_id) ($title).$no_kin They show what the method does, and say nothing
+about how much it does for $model.
+
+$sides
+✓ and ✗ are the verdicts of a judge that reads the pixels, is no model, and is not optimised: $before of $count images
+are right before, $after of $count after. $effect
+The prompts are the first of the validation split, and the seeds count from $seed: nothing was chosen by its outcome.
+
+```bash
+noiseopt hub pictures $name
+```
+
 """)
 
 REWARDS = Template("""
@@ -412,8 +461,8 @@ $table
 """)
 
 
-def readme(card: Card, namespace: str, source: str) -> str:
-    """The README of a card; `source` is its bundled pipeline."""
+def readme(card: Card, namespace: str, source: str, shown: BeforeAfter | None) -> str:
+    """The README of a card; `source` is its bundled pipeline, `shown` what its picture shows, if there is one."""
     tree, method = ast.parse(source), card.method
     classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
     pipeline = pipeline_class(classes)
@@ -427,8 +476,47 @@ def readme(card: Card, namespace: str, source: str) -> str:
         class_name=pipeline.name,
         arguments=table(("Argument", "Default", "Meaning"), call_arguments(pipeline, classes)),
         settings=table(("Setting", "Default", "Meaning"), settings(classes[method.name])),
+        shown=shown_section(card, shown) if shown else "",
         rewards=rewards_section(tree, classes) if method.takes_rewards else "",
         checkpoints="Model and reward checkpoints" if method.takes_rewards else "Model checkpoints",
+    )
+
+
+def shown_section(card: Card, shown: BeforeAfter) -> str:
+    """What a card says about its picture."""
+    before, after = shown.right
+    return SHOWN.substitute(
+        vars(card),
+        picture=PICTURE,
+        hub_id=MODELS[shown.model].hub_id,
+        title=MODELS[shown.model].title,
+        no_kin=f" {card.no_kin}" if card.no_kin else "",
+        sides=sides(card.method, shown),
+        before=before,
+        after=after,
+        count=shown.count,
+        effect=effect(shown),
+        seed=shown.seed,
+    )
+
+
+def sides(method: Method, shown: BeforeAfter) -> str:
+    """What is left and right of an arrow."""
+    plain = "an image" if shown.images == 1 else f"{shown.images} images of a prompt"
+    steps = f"{shown.steps} steps of {method.name}"
+    through = " and ".join(code(f"shapes-{name}") for name in shown.instruments)
+    return f"Left of an arrow {plain}, right of it what the same seed gives after {steps}" + (
+        f", which looked through {through}." if through else "."
+    )
+
+
+def effect(shown: BeforeAfter) -> str:
+    """What else the picture says: the values under single images, or how far the layouts of a set differ."""
+    if shown.spread is None:
+        return "The numbers are the reward."
+    before, after = (f"{pixels:.1f}" for pixels in shown.spread)
+    return (
+        f"In the images of a prompt the same objects are {before} pixels from their mean place before, {after} after."
     )
 
 
