@@ -1,5 +1,6 @@
 """A pipeline's own code, kept beside its weights: what diffusers needs to load a class that it does not have."""
 
+import importlib
 import json
 import os
 import sys
@@ -26,16 +27,15 @@ class SavedWithCode:
 
     def save_config(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """The stock method, which `save_pretrained` and `push_to_hub` call, with the code beside the configuration."""
-        code = code_of(type(self))
-        if code is not None:
+        if has_code(type(self)):
             Path(save_directory).mkdir(parents=True, exist_ok=True)
-            (Path(save_directory) / "pipeline.py").write_text(code, encoding="utf-8", newline="\n")
+            (Path(save_directory) / "pipeline.py").write_text(code_of(type(self)), encoding="utf-8", newline="\n")
         super().save_config(save_directory, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
     def to_json_string(self) -> str:
         """The stock configuration, with the class named as one of `pipeline.py`."""
         text: str = super().to_json_string()  # pyright: ignore[reportAttributeAccessIssue]
-        if code_of(type(self)) is None:
+        if not has_code(type(self)):
             return text
         named = json.loads(text) | {"_class_name": ["pipeline", type(self).__name__]}
         return json.dumps(named, indent=2, sort_keys=True) + "\n"
@@ -47,15 +47,21 @@ class SavedWithCode:
         return index | ({"_class_name": cls.__name__} if isinstance(index.get("_class_name"), list) else {})
 
 
-def code_of(cls: type) -> str | None:
-    """The source of a file that has a class: its own, or an import of it from the package that is installed.
+def has_code(cls: type) -> bool:
+    """Whether a class was loaded from a file or can be imported, unlike one of a script or a notebook."""
+    importable = getattr(sys.modules.get(cls.__module__), cls.__name__, None) is cls and cls.__module__ != "__main__"
+    return "_code" in vars(cls) or importable
 
-    Returns:
-        `None` for a class that cannot be imported, as one of a script or a notebook.
+
+def code_of(cls: type) -> str:
+    """The source of a file that has a class which `has_code`.
+
+    That of the file that it was loaded from, else a self-contained file for a class of this package, and for another an
+    import of it from where it is installed.
     """
     if "_code" in vars(cls):
         return vars(cls)["_code"]
+    if cls.__module__.startswith("noiseopt.pipelines."):  # what bundles its modules is no part of a bundle
+        return importlib.import_module("noiseopt.hub.build").code_of_pipeline(cls)
     name, package = cls.__name__, cls.__module__.split(".")[0]
-    if package == "__main__" or getattr(sys.modules.get(cls.__module__), name, None) is not cls:
-        return None
     return f'"""{name} of the package {package}, which has to be installed."""\n\nfrom {cls.__module__} import {name}\n'

@@ -3,9 +3,14 @@
 from typing import Any
 
 import torch
+from diffusers import StableDiffusionPipeline
 
-from noiseopt import FunctionObjective, NoiseOptimizer, NoiseResult, ReNO, optimize_noise
+from noiseopt import FunctionObjective, NoiseOptimizationMixin, NoiseOptimizer, NoiseResult, ReNO, optimize_noise
 from noiseopt.pipelines.sampling import stock_call
+
+
+class Painter(NoiseOptimizationMixin, StableDiffusionPipeline):
+    """A pipeline of somebody's own, in a module that can be imported."""
 
 
 def generator(seed: int = 0) -> torch.Generator:

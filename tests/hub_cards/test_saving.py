@@ -5,14 +5,16 @@ import os
 import subprocess
 import sys
 
+from noiseopt.hub.bundle import bundle
 
-def test_code_goes_along(bundling, hub, root, tmp_path):
+
+def test_code_goes_along(hub, root, tmp_path):
     folders = {}
     for name in ("reno", "cno"):
         folders[name] = tmp_path / name
         folders[name].mkdir()
         entry = root / f"pipelines/{name}_stable_diffusion.py"
-        (folders[name] / "pipeline.py").write_text(bundling.bundle(entry, root, root / "rewards"), encoding="utf-8")
+        (folders[name] / "pipeline.py").write_text(bundle(entry, root, root / "rewards"), encoding="utf-8")
     environment = hub.environment(tmp_path / "cache")
     environment["PYTHONPATH"] = os.pathsep.join([str(root / "src"), str(root / "tests")])
     command = [sys.executable, root / "tests/hub_cards/save_card.py", folders["reno"], folders["cno"], tmp_path]

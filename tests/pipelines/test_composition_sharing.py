@@ -1,15 +1,16 @@
 """Pipelines that share modules, and pipelines that run at the same time, leave one another alone."""
 
+import sys
 import threading
 
 import pytest
 import torch
-from compositions import draw, generator, redness, state_of
-from diffusers import StableDiffusionPipeline
+from compositions import Painter, draw, generator, redness, state_of
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from diffusers.utils import dynamic_modules_utils
 from tiny_pipelines import BUILDERS, call_arguments, quiet, sd_pipeline, sdxl_pipeline
 
 from noiseopt import NoiseOptimizationMixin, ReNO, ReNOStableDiffusionPipeline, ReNOTurboPipeline, optimize_noise
-from noiseopt.pipelines.pipeline_code import code_of
 
 
 def dtypes_of(pipe) -> dict[str, torch.dtype]:
@@ -55,18 +56,32 @@ def test_a_pipeline_made_of_ours_takes_other_parts():
     assert other.vae is vae and other.unet is ours.unet and type(other.scheduler) is type(ours.scheduler)
 
 
-class OutsideOfAnyModule:
-    """Where a class is not found by its module and name, as in a notebook."""
+class InANotebook:
+    """Where a class is not found by its module and name."""
 
-    class Pipeline(NoiseOptimizationMixin, StableDiffusionPipeline):
+    class Painter(NoiseOptimizationMixin, StableDiffusionPipeline):
         pass
 
 
 def test_a_class_that_nobody_can_import_is_saved_as_diffusers_does(tmp_path):
-    quiet(OutsideOfAnyModule.Pipeline(**sd_pipeline().components, requires_safety_checker=False)).save_config(tmp_path)
+    pipe = InANotebook.Painter(**sd_pipeline().components, requires_safety_checker=False)
+    pipe.save_config(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["model_index.json"]
-    assert OutsideOfAnyModule.Pipeline.load_config(tmp_path)["_class_name"] == "Pipeline"
-    assert code_of(OutsideOfAnyModule.Pipeline) is None
+    assert InANotebook.Painter.load_config(tmp_path)["_class_name"] == "Painter"
+
+
+def test_a_class_of_another_package_is_saved_as_an_import_of_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(dynamic_modules_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setitem(sys.modules, "diffusers_modules.local.pipeline", None)  # what tests before this one loaded
+    monkeypatch.delitem(sys.modules, "diffusers_modules.local.pipeline")
+    Painter.from_pipe(sd_pipeline()).save_pretrained(tmp_path / "painter")
+    code = (tmp_path / "painter/pipeline.py").read_text()
+    assert code.endswith("\n\nfrom compositions import Painter\n")
+    with pytest.raises(ValueError, match="trust_remote_code=True"):
+        DiffusionPipeline.from_pretrained(tmp_path / "painter")
+    load = {"trust_remote_code": True, "safety_checker": None}
+    assert type(DiffusionPipeline.from_pretrained(tmp_path / "painter", **load)) is Painter
+    assert type(Painter.from_pretrained(tmp_path / "painter", safety_checker=None)) is Painter
 
 
 @pytest.fixture
