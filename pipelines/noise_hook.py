@@ -14,12 +14,13 @@ from ..callbacks.noise_callback import CallbackSpec, as_callbacks
 from ..schedulers.noise_samplers import NoiseSamplerSpec, as_noise_sampler
 from .latent_space import LatentSpace
 from .methods import as_noise_optimizer
-from .module_state import frozen_modules, refuse_offload, undoing
+from .module_state import frozen_modules, refuse_unsuited, undoing
 from .noise_file import NoiseFile
 from .noise_optimizer import NoiseOptimizer
 from .noise_problem import NoiseProblem
 from .noise_result import NoiseResult
 from .objectives import Objective
+from .pipeline_code import SavedWithCode
 from .sampling import PipelineSampler, RandomState, stock_call
 
 
@@ -61,7 +62,7 @@ class NoiseRun:
         method.check()
         if torch.is_inference_mode_enabled():
             raise ValueError("Expected a call outside `torch.inference_mode()`, where no gradient exists. Remove it.")
-        refuse_offload(pipe)
+        refuse_unsuited(pipe, method.gradient)
         self.objective: Objective = method.objective(pipe)
         self.prompts = prompts_of(request, self.objective.requires_prompt)
         self.groups = groups_of(request)
@@ -70,7 +71,9 @@ class NoiseRun:
         self.noise_sampler = noise_sampler_of(noise_sampler, request, self.groups)
         self.noise_file = None if save_noise_to is None else NoiseFile(save_noise_to)
         if size := image_size(pipe, request):
-            self.objective.try_out(self.prompts[0], *size, gradient=method.gradient is not None)
+            read = getattr(method, "reward_prompt", None) or self.prompts
+            prompt = read if isinstance(read, str) else read[0]
+            self.objective.try_out(prompt, *size, gradient=method.gradient is not None)
         self.encoded: list[Any] = []
         self.result: NoiseResult | None = None
 
@@ -161,7 +164,7 @@ def image_size(pipe, request: dict[str, Any]) -> tuple[int, int] | None:
     return (side * scale, side * scale) if isinstance(side, int) and isinstance(scale, int) else None
 
 
-class NoiseOptimizationMixin:
+class NoiseOptimizationMixin(SavedWithCode):
     """Gives any diffusers text-to-image pipeline an optimisation hook in `prepare_latents`.
 
     `class ReNOTurboPipeline(NoiseOptimizationMixin, StableDiffusionXLPipeline)` is all that a pipeline needs. With
@@ -173,6 +176,20 @@ class NoiseOptimizationMixin:
     """
 
     _noise_run: NoiseRun | NoiseDraw | None = None
+
+    @classmethod
+    def from_pipe(cls, pipeline, **kwargs):
+        """The stock method; unless `dtype` is given, the modules that both pipelines share keep theirs.
+
+        The stock method converts them to float32 then, in the pipeline that they came from too.
+        """
+        if kwargs.keys() & {"dtype", "torch_dtype", "custom_pipeline"}:
+            return super().from_pipe(pipeline, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        as_they_are = {"to": lambda pipe, *_, **__: pipe, "__module__": cls.__module__}
+        unconverted = type(cls.__name__, (cls,), as_they_are)
+        made = super(NoiseOptimizationMixin, unconverted).from_pipe(pipeline, **kwargs)  # pyright: ignore
+        made.__class__ = cls
+        return made
 
     def __call__(
         self,
@@ -300,6 +317,7 @@ def optimize_noise(
     optimizer = as_noise_optimizer(method, method_kwargs)
     twin = copy.copy(pipe)
     twin.__class__ = hooked(type(pipe))
+    vars(twin)["scheduler"] = copy.deepcopy(pipe.scheduler)  # a call sets the timesteps of its scheduler
     request = bind_request(twin, (), {"prompt": prompt, **call_kwargs})
     own = {"noise_sampler": noise_sampler, "save_noise_to": save_noise_to}
     run = NoiseRun(twin, optimizer, request, callbacks, render=False, **own)

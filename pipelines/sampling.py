@@ -4,6 +4,7 @@ import contextlib
 import copy
 import functools
 import inspect
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
@@ -12,11 +13,10 @@ import torch
 from ..schedulers.x0_prediction import predict_x0
 from .chunks import BatchLayout, WholeBatchDraws, run_in_chunks
 from .latent_space import LatentSpace
-from .module_state import float32_decoder, with_forward, without_gradient
+from .module_state import DENOISERS, converted_apart, is_offloaded, with_forward, without_gradient
 
 Gradient = Literal["full", "frozen"] | None
 Clamp = Literal["straight_through", "hard"]
-DENOISERS = ("unet", "transformer", "transformer_2")
 
 
 def stock_call(cls: type):
@@ -101,6 +101,7 @@ class PipelineSampler:
         self.call = stock_call(type(pipe))
         ours = ("latents", "generator", "output_type", "return_dict", "callback_on_step_end", "callback")
         self.request = {name: value for name, value in request.items() if name not in ours}
+        self.image_embeds: list[Any] = []  # of an IP-Adapter: what its method returned in the first run, in call order
         self.twin = self.make_twin(pipe, clamp)
         # as it was before any run: schedulers hold the graph of one afterwards, so that each run has its own copy
         self.scheduler = copy.deepcopy(pipe.scheduler)
@@ -115,8 +116,8 @@ class PipelineSampler:
         # both go through numpy, which no gradient passes; the final run has them
         attributes.update({name: None for name in ("safety_checker", "watermark") if name in attributes})
         vae = attributes.get("vae")
-        if vae is not None and vae.config.get("force_upcast") and vae.dtype == torch.float16:
-            attributes["vae"] = float32_decoder(vae)
+        if vae is not None and vae.config.get("force_upcast") and not is_offloaded(vae):
+            attributes["vae"] = converted_apart(vae)
         if clamp == "straight_through" and hasattr(pipe, "image_processor"):
             attributes["image_processor"] = copy.copy(pipe.image_processor)
             vars(twin.image_processor)["denormalize"] = denormalize_straight_through
@@ -227,10 +228,27 @@ class PipelineSampler:
             prepare_latents=prepare_latents,
             sampling_generator=generator,
         )
+        if hasattr(twin, "prepare_ip_adapter_image_embeds"):
+            embed = twin.prepare_ip_adapter_image_embeds
+            vars(twin)["prepare_ip_adapter_image_embeds"] = replayed(embed, self.image_embeds)
         if gradient == "frozen":
             parts = {name: getattr(twin, name, None) for name in DENOISERS}
             vars(twin).update({name: without_gradient(part) for name, part in parts.items() if part is not None})
         return twin
+
+
+def replayed(function: Callable[..., Any], kept: list[Any]) -> Callable[..., Any]:
+    """A function that returns what is kept of its earlier calls, in call order, and keeps what it computes beyond."""
+    index = itertools.count()
+
+    def replay(*args, **kwargs):
+        call = next(index)
+        if call == len(kept):
+            with torch.no_grad():
+                kept.append(function(*args, **kwargs))
+        return kept[call]
+
+    return replay
 
 
 @contextlib.contextmanager

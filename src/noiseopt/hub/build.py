@@ -6,6 +6,7 @@ by `noiseopt hub pictures`. The weights of a trained model stay where they are u
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -31,9 +32,22 @@ def generated(card: AnyCard, namespace: str = NAMESPACE) -> dict[str, str]:
     """The texts of a repository: file name -> text. Raises `Refused` for a pipeline that cannot be bundled."""
     if isinstance(card, ModelCard):
         return card.files(namespace)
-    registering = ROOT / "rewards" if card.method.takes_rewards else None
-    source = bundle(ROOT / card.module, ROOT, registering=registering)
+    source = code_of_card(card, ROOT)
     return {"README.md": readme(card, namespace, source, shown_by(card)), "pipeline.py": source}
+
+
+def code_of_card(card: Card, root: Path) -> str:
+    """The self-contained `pipeline.py` of a card, from the folders under `root`."""
+    registering = root / "rewards" if card.method.takes_rewards else None
+    return bundle(root / card.module, root, registering=registering)
+
+
+def code_of_pipeline(cls: type) -> str:
+    """The self-contained `pipeline.py` of a pipeline class of this package, in a checkout or as it is installed."""
+    entry = Path(inspect.getfile(cls)).resolve()
+    root = entry.parents[1]
+    (card,) = (card for card in CARDS if root / card.module == entry)
+    return code_of_card(card, root)
 
 
 def picture_path(card: Card) -> Path:
