@@ -274,7 +274,7 @@ class OptimizationLoop:
         noise = state.noise if last else state.best_noise
         last_images = state.images if state.noise is self.evaluated else None
         step = torch.full_like(state.best_step, len(self.losses) - 1) if last else state.best_step
-        latents = problem.space.to_latents(problem.pipe, noise.to(problem.dtype))
+        latents = problem.sampler.to_latents(problem.pipe, noise.to(problem.dtype))
         return NoiseResult(
             noise=noise.detach(),
             latents=latents.detach(),

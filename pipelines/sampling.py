@@ -11,6 +11,7 @@ import torch
 
 from ..schedulers.x0_prediction import predict_x0
 from .chunks import BatchLayout, WholeBatchDraws, run_in_chunks
+from .global_draws import only_from_generators
 from .latent_space import LatentSpace
 from .module_state import float32_decoder, without_gradient
 
@@ -129,6 +130,15 @@ class PipelineSampler:
             self.space.on(self.twin, self.space.draw_noise, generator=generator)
         return RandomState(generator, torch.device("cpu"))
 
+    def prepare(self, pipe, noise: torch.Tensor, generator: torch.Generator | list[torch.Generator] | None = None):
+        """What `prepare_latents` of the call returns for another noise; all else that it draws is the same."""
+        generator = generator or self.random_state.generator()
+        return self.space.prepare(pipe, noise, draw=self.drew, generator=generator)
+
+    def to_latents(self, pipe, noise: torch.Tensor) -> torch.Tensor:
+        """Noise to what the pipeline takes as `latents=`, in its dtype."""
+        return self.space.to_latents(pipe, noise, draw=self.drew, generator=self.random_state.generator())
+
     def states_after_draw(self) -> list[tuple[str, torch.Tensor]]:
         """Device type and state of each random stream once the base noise is drawn."""
         return [(device.type, state) for device, state, _ in self.random_state_after_draw().states]
@@ -189,14 +199,19 @@ class PipelineSampler:
         return self.space.unpack(self.twin, latents)
 
     def run(self, noise: torch.Tensor, gradient: Gradient, preview: bool, output_type: str) -> torch.Tensor:
+        """The images, or for "latent" the last latents, of a preview the x0 estimate itself: families may unpack them
+        on the way out, and scale them.
+        """
         twin = self.fresh_twin(noise, gradient)
-        one_call = first_step_only(twin) if preview else contextlib.nullcontext()
+        one_call = first_step_only(twin) if preview else contextlib.nullcontext([])
         ours = {"generator": twin.sampling_generator, "output_type": output_type, "return_dict": False}
-        draws = self.draws_from(twin.sampling_generator)
-        with one_call, draws, torch.set_grad_enabled(gradient is not None and noise.requires_grad):
+        draws, no_other = self.draws_from(twin.sampling_generator), only_from_generators(twin)
+        with one_call as estimates, draws, no_other, torch.set_grad_enabled(gradient is not None and noise.requires_grad):
             output = self.call(twin, **self.request, **ours)[0]
+        if estimates and output_type == "latent":
+            output = estimates[0]
         if not preview:  # some families set their timesteps after `prepare_latents`: no scheduler knows them earlier
-            self.timesteps = len(twin.scheduler.timesteps)
+            self.timesteps = count_timesteps(twin)
         vars(twin).clear()  # its methods refer to it: its scheduler would keep the graph until the next collection
         if noise.requires_grad and gradient is not None and not output.requires_grad:
             raise ValueError(
@@ -216,53 +231,55 @@ class PipelineSampler:
         generator = self.random_state.generator()
         replay = iter(self.encoded)
 
-        def prepare_latents(*_, **__):
-            if self.drew:
-                self.space.on(twin, self.space.draw_noise, generator=generator)
-            return self.space.prepare(twin, noise, generator=generator)
-
         vars(twin).update(
             scheduler=copy.deepcopy(self.scheduler),
             encode_prompt=lambda *_, **__: next(replay),
-            prepare_latents=prepare_latents,
+            prepare_latents=lambda *_, **__: self.prepare(twin, noise, generator),
             sampling_generator=generator,
         )
         if gradient == "frozen":
-            parts = {name: getattr(twin, name, None) for name in DENOISERS}
+            parts = {name: getattr(twin, name, None) for name in (*DENOISERS, "controlnet")}
             vars(twin).update({name: without_gradient(part) for name, part in parts.items() if part is not None})
         return twin
 
 
 @contextlib.contextmanager
-def first_step_only(pipe) -> Iterator[None]:
+def first_step_only(pipe) -> Iterator[list[torch.Tensor]]:
     """Let a pipeline make one model call, whose `step` returns the x0 estimate. Its scheduler must be a copy.
 
-    Cutting the list of timesteps stops the loop of every family, also of those that have no interrupt.
+    The loop is stopped by `pipe.interrupt`, or in families that do not look at it by cutting the list of timesteps.
+
+    Yields:
+        An empty list, for the estimate.
 
     Raises:
         TypeError: If the pipeline takes no step, or takes one before a denoiser was called.
     """
-    scheduler = pipe.scheduler
+    scheduler, interruptible = pipe.scheduler, "interrupt" in stock_call(type(pipe)).__code__.co_names
     set_timesteps, step = scheduler.set_timesteps, scheduler.step
     calls: list[int] = []
     stepped: list[bool] = []  # for each step whether a denoiser had been called
+    estimates: list[torch.Tensor] = []
 
     @functools.wraps(set_timesteps)
     def set_one(*args, **kwargs):
         set_timesteps(*args, **kwargs)
-        scheduler.timesteps = scheduler.timesteps[:1]
+        if not interruptible:
+            scheduler.timesteps = scheduler.timesteps[:1]
 
     @functools.wraps(step)
     def estimate(model_output, timestep, sample, *_, **__):
         stepped.append(bool(calls))
         x0 = predict_x0(scheduler, model_output, timestep, sample).to(model_output.dtype)
+        estimates.append(x0)
+        pipe._interrupt = True
         return (x0, x0)
 
     vars(scheduler).update(set_timesteps=set_one, step=estimate)
     parts = [part for name in DENOISERS if (part := getattr(pipe, name, None)) is not None]
     handles = [part.register_forward_pre_hook(lambda *_: calls.append(1)) for part in parts]
     try:
-        yield
+        yield estimates
     finally:
         del scheduler.set_timesteps, scheduler.step
         for handle in handles:
@@ -272,6 +289,11 @@ def first_step_only(pipe) -> Iterator[None]:
             f"Expected a pipeline that calls its denoiser ({', '.join(DENOISERS)}) before the first `scheduler.step`, "
             f"but {type(pipe).__name__} does not, and no x0 can be estimated. Use a method that looks at images."
         )
+
+
+def count_timesteps(pipe) -> int:
+    """How many timesteps the loop of a call had: pipelines may take a part of those of the scheduler."""
+    return getattr(pipe, "_num_timesteps", None) or len(pipe.scheduler.timesteps)
 
 
 def denormalize_straight_through(images: torch.Tensor) -> torch.Tensor:

@@ -40,6 +40,7 @@ from tiny_pipelines import (
     sdxl_pipeline,
     tiny_clip_tokenizer,
     tiny_t5,
+    tiny_t5_tokenizer,
     tiny_text_config,
     tiny_unet,
     tiny_vae,
@@ -269,10 +270,13 @@ def pixart_sigma_pipeline():
         caption_channels=16,
         use_additional_conditions=False,
     )
-    text_encoder, tokenizer = tiny_t5()
-    scheduler = DPMSolverMultistepScheduler()
-    parts = {"vae": tiny_vae(), "text_encoder": text_encoder, "tokenizer": tokenizer, "scheduler": scheduler}
-    return PixArtSigmaPipeline(transformer=transformer, **parts)
+    return PixArtSigmaPipeline(
+        transformer=transformer,
+        vae=tiny_vae(),
+        text_encoder=tiny_t5(),
+        tokenizer=tiny_t5_tokenizer(),
+        scheduler=DPMSolverMultistepScheduler(),
+    )
 
 
 def tiny_dc_autoencoder() -> AutoencoderDC:
@@ -347,6 +351,7 @@ FAMILY_BUILDERS = {
 SHORT_TEXT = {"max_sequence_length": 16}
 FAMILY_CALLS = {
     **{family: {**arguments, **SIZE} for family, arguments in CALLS.items()},
+    "flux": {**CALLS["flux"], **SHORT_TEXT, **SIZE},
     "hyper_sdxl": {"num_inference_steps": 1, "guidance_scale": 0.0, **SIZE},
     "tcd_sdxl": {"num_inference_steps": 2, "guidance_scale": 0.0, "eta": 1.0, **SIZE},
     "lightning_sdxl": {"num_inference_steps": 2, "guidance_scale": 0.0, **SIZE},
@@ -363,11 +368,18 @@ FAMILY_CALLS = {
     },
     "qwen_image": {"num_inference_steps": 2, "true_cfg_scale": 2.0, "negative_prompt": "b", **SIZE},
     "z_image": {"num_inference_steps": 2, "guidance_scale": 1.0, "max_sequence_length": 48, **SIZE},
-    "lumina2": {"num_inference_steps": 2, "guidance_scale": 2.0, "height": 64, "width": 64, **SHORT_TEXT},
+    "lumina2": {
+        "num_inference_steps": 2,
+        "guidance_scale": 2.0,
+        "system_prompt": "",
+        "max_sequence_length": 32,
+        **SIZE,
+    },
     "pixart_sigma": {
         "num_inference_steps": 2,
         "guidance_scale": 2.0,
         "use_resolution_binning": False,
+        "clean_caption": False,
         **SHORT_TEXT,
         **SIZE,
     },

@@ -128,12 +128,16 @@ def sd3_pipeline(cls=StableDiffusion3Pipeline):
     )
 
 
-def tiny_t5() -> tuple[T5EncoderModel, T5TokenizerFast]:
-    """A text encoder and its tokenizer, which reads letter by letter."""
+def tiny_t5_tokenizer() -> T5TokenizerFast:
+    """Reads letter by letter."""
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
     pieces += [(f"{mark}{letter}", -1.0) for mark in ("", "▁") for letter in LETTERS]
-    config = T5Config(vocab_size=len(pieces), d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, dropout_rate=0.0)
-    return T5EncoderModel(config), T5TokenizerFast(vocab=pieces, extra_ids=0)
+    return T5TokenizerFast(vocab=pieces, extra_ids=0)
+
+
+def tiny_t5() -> T5EncoderModel:
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+    return T5EncoderModel(T5Config(vocab_size=len(tiny_t5_tokenizer()), dropout_rate=0.0, **sizes))
 
 
 def flux_pipeline(cls=FluxPipeline):
@@ -149,14 +153,13 @@ def flux_pipeline(cls=FluxPipeline):
         pooled_projection_dim=16,
         axes_dims_rope=(4, 4, 8),
     )
-    t5, tokenizer_2 = tiny_t5()
     return cls(
         transformer=transformer,
         vae=tiny_vae(shift_factor=0.06, use_quant_conv=False, use_post_quant_conv=False),
         text_encoder=CLIPTextModel(tiny_text_config()),
-        text_encoder_2=t5,
+        text_encoder_2=tiny_t5(),
         tokenizer=tiny_clip_tokenizer(),
-        tokenizer_2=tokenizer_2,
+        tokenizer_2=tiny_t5_tokenizer(),
         scheduler=FlowMatchEulerDiscreteScheduler(),
     )
 
