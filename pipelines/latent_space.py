@@ -14,16 +14,21 @@ def drawing_function(cls: type) -> Callable[..., types.FunctionType]:
     """`draw -> prepare_latents`: the stock function of `cls` with `draw` in the place of its `randn_tensor`.
 
     A copy of the function with that one global replaced hands our noise to the stock scaling and packing: no global
-    patch, and differentiable. Raises `TypeError` if no class in the method resolution order draws that way.
+    patch, and differentiable. Raises `TypeError` if the class does not draw that way.
     """
-    for base in cls.__mro__:
-        function = inspect.unwrap(vars(base).get("prepare_latents", None) or (lambda: None))
-        if "randn_tensor" in function.__code__.co_names:
-            return lambda draw: with_globals(function, randn_tensor=draw)
+    stock = next((vars(base) for base in cls.__mro__ if defines_latents(base)), {})
+    function = inspect.unwrap(stock.get("prepare_latents", lambda: None))
+    if "randn_tensor" in function.__code__.co_names:
+        return lambda draw: with_globals(function, randn_tensor=draw)
     raise TypeError(
         "Expected a text-to-image pipeline whose `prepare_latents` draws its noise with diffusers' `randn_tensor`, but "
-        f"that of {cls.__name__} does not."
+        f"that of {cls.__name__} does not. Draw the noise by `randn_tensor` there, and call no `super()`."
     )
+
+
+def defines_latents(cls: type) -> bool:
+    """Whether a class has a `prepare_latents` of its own that is not our hook."""
+    return "prepare_latents" in vars(cls) and not hasattr(cls, "_noise_run")
 
 
 def with_globals(function: types.FunctionType, **replaced: Any) -> types.FunctionType:
@@ -177,9 +182,9 @@ class LatentSpace:
                 leaves.append(torch.zeros(shape, device=device, dtype=dtype, requires_grad=True))
                 return leaves[-1]
 
-            any_generator = {"generator": torch.Generator().manual_seed(0)} if "generator" in self.arguments else {}
+            any_generator: Any = torch.Generator().manual_seed(0)  # not the one of the call, which would go on
             with torch.enable_grad():
-                prepared = first_of(self.on(pipe, draw, **any_generator))
+                prepared = first_of(self.on(pipe, draw, generator=any_generator))
             self.known_packing = Packing(leaves[0].shape, prepared.shape, places_in(prepared, leaves[0]))
         return self.known_packing
 
@@ -221,6 +226,6 @@ def places_in(prepared: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
 def latents_with_image(pipe) -> ValueError:
     """The error about `latents` that are not the noise alone."""
     return ValueError(
-        f"Expected no `latents`, as {type(pipe).__name__} takes there what its image and the noise make together, which "
-        "is not optimised. Leave them out, and choose the noise by `generator` or `noise_sampler`."
+        f"Expected no `latents`, as {type(pipe).__name__} takes there what its image and the noise make together, and "
+        "only the noise is optimised. Leave them out, and choose the noise by `generator` or `noise_sampler`."
     )

@@ -67,9 +67,10 @@ def float32_decoder(vae):
     """A float32 copy of a VAE that takes latents of any dtype.
 
     A half-precision pipeline whose VAE has `force_upcast` casts the shared VAE up to decode and down again, which swaps
-    the weights under the graph. The copy decodes the same values and leaves the shared one alone.
+    the weights under the graph. The copy decodes the same values, stays as it is and leaves the shared one alone.
     """
     twin = copy.deepcopy(vae).float()
     decode = twin.decode
+    vars(twin)["to"] = lambda *_, **__: twin  # image-to-image pipelines cast it down once they have encoded
     vars(twin)["decode"] = functools.wraps(decode)(lambda z, *args, **kwargs: decode(z.float(), *args, **kwargs))
     return twin

@@ -107,8 +107,8 @@ def check_latents_taken(pipe) -> None:
         name = type(pipe).__name__
         raise TypeError(
             f"Expected a pipeline that takes `latents`, to draw the noise that was found, but {name} takes none. Give "
-            f"it the hook instead, `class Ours(NoiseOptimizationMixin, {name})`, and call that with `noise_optimizer=...`: "
-            "it draws the image in the same call."
+            f"it the hook, `class Ours(NoiseOptimizationMixin, {name})`, and call that with `noise_optimizer=...`: it "
+            "draws the image in the same call."
         )
 
 
@@ -255,7 +255,7 @@ def found_by(run: NoiseRun, pipe) -> NoiseResult:
     """The result of a call that is over."""
     if run.result is None:
         raise TypeError(
-            f"Expected a call that prepares its latents by `prepare_latents`, but this one of {type(pipe).__name__} did "
+            f"Expected a call that prepares its latents by `prepare_latents`, but that of {type(pipe).__name__} did "
             "not, and nothing was optimised. Leave out the argument that takes the place of the noise."
         )
     return run.result

@@ -199,16 +199,14 @@ class PipelineSampler:
         return self.space.unpack(self.twin, latents)
 
     def run(self, noise: torch.Tensor, gradient: Gradient, preview: bool, output_type: str) -> torch.Tensor:
-        """The images, or for "latent" the last latents, of a preview the x0 estimate itself: families may unpack them
-        on the way out, and scale them.
-        """
+        """What the pipeline puts out for a noise; the latents of a preview are the x0 estimate, in no other layout."""
         twin = self.fresh_twin(noise, gradient)
         one_call = first_step_only(twin) if preview else contextlib.nullcontext([])
         ours = {"generator": twin.sampling_generator, "output_type": output_type, "return_dict": False}
-        draws, no_other = self.draws_from(twin.sampling_generator), only_from_generators(twin)
-        with one_call as estimates, draws, no_other, torch.set_grad_enabled(gradient is not None and noise.requires_grad):
+        draws, graph = self.draws_from(twin.sampling_generator), gradient is not None and noise.requires_grad
+        with one_call as estimates, draws, only_from_generators(twin), torch.set_grad_enabled(graph):
             output = self.call(twin, **self.request, **ours)[0]
-        if estimates and output_type == "latent":
+        if estimates and output_type == "latent":  # families unpack and scale what they put out
             output = estimates[0]
         if not preview:  # some families set their timesteps after `prepare_latents`: no scheduler knows them earlier
             self.timesteps = count_timesteps(twin)

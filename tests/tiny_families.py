@@ -1,4 +1,4 @@
-"""Tiny stock pipelines of the families that `tiny_pipelines` lacks, built the same way: from configurations, in code."""
+"""Tiny stock pipelines of the families that `tiny_pipelines` lacks, built in the same way: from configurations."""
 
 import functools
 

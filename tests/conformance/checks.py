@@ -62,7 +62,9 @@ def method_of(column: Column, plain: torch.Tensor) -> NoiseOptimizer:
     preview = column.route == "preview"
     frozen = column.route == "frozen"
     makers: dict[str, Any] = {
-        "reno": lambda: ReNO(rewards=redness, steps=3, views=0, gradient="frozen" if frozen else "full", preview=preview),
+        "reno": lambda: ReNO(
+            rewards=redness, steps=3, views=0, gradient="frozen" if frozen else "full", preview=preview
+        ),
         "cno": lambda: CNO(steps=2, window_size=4, stop_gradient=frozen),
         "noise_diffusion": lambda: NoiseDiffusion(rewards=red_share, steps=3, selection="exact", candidates=1e9),
         "never_too_late": lambda: NeverTooLate(diversity={"pairwise": ("tiny_image", 5.0)}, steps=3),
@@ -117,7 +119,9 @@ class Call:
 
     def draw(self, **kwargs) -> torch.Tensor:
         kwargs = {"generator": generator(), **kwargs}
-        return self.pipe(prompt=PROMPT, output_type="pt", **self.arguments, **kwargs).images
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # for samplers that draw from no generator
+            return self.pipe(prompt=PROMPT, output_type="pt", **self.arguments, **kwargs).images
 
     @functools.cached_property
     def plain(self) -> torch.Tensor:
@@ -151,7 +155,9 @@ def spatial(pipe, latents: torch.Tensor) -> torch.Tensor:
     name = type(pipe).__name__
     if name == "Flux2KleinPipeline":
         side = math.isqrt(latents.shape[1])
-        return pipe._unpack_latents_with_ids(latents, pipe._prepare_latent_ids(latents.new_zeros(len(latents), 1, side, side)))
+        return pipe._unpack_latents_with_ids(
+            latents, pipe._prepare_latent_ids(latents.new_zeros(len(latents), 1, side, side))
+        )
     if name in ("FluxPipeline", "QwenImagePipeline"):
         return pipe._unpack_latents(latents, 32, 32, pipe.vae_scale_factor).flatten(1, -3)
     return latents

@@ -1,6 +1,7 @@
 """What is claimed to work with what: the rows and columns of the README's tables, each cell of which is one test."""
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 
 class Family(NamedTuple):
@@ -17,6 +18,13 @@ class Column(NamedTuple):
     method: str
     route: str
     heading: str
+
+
+class Scheduler(NamedTuple):
+    """A row of the second table: the class, and the settings that it is about."""
+
+    name: str
+    settings: Mapping[str, Any] = {}
 
 
 WITH_UNET = {
@@ -51,44 +59,46 @@ COLUMNS = {
     "noise_diffusion-frozen": Column("noise_diffusion", "frozen", "Noise Diffusion"),
     "never_too_late-full": Column("never_too_late", "full", "Never Too Late"),
     "noise_pgd-frozen": Column("noise_pgd", "frozen", "PGD"),
-    "mean_variance-frozen": Column("mean_variance", "frozen", "mean/ variance"),
+    "mean_variance-frozen": Column("mean_variance", "frozen", "mean, variance"),
     "best_of_n-none": Column("best_of_n", "none", "best of N"),
     "best_of_n-preview": Column("best_of_n", "preview", "best of N"),
-    "zero_order_search-none": Column("zero_order_search", "none", "zero- order"),
+    "zero_order_search-none": Column("zero_order_search", "none", "zero-order"),
     "pcn-none": Column("pcn", "none", "pCN"),
     "group_selection-none": Column("group_selection", "none", "group selection"),
     "group_selection-preview": Column("group_selection", "preview", "group selection"),
 }
 SCHEDULERS = {
-    "ddim": "DDIMScheduler",
-    "ddpm": "DDPMScheduler",
-    "pndm": "PNDMScheduler",
-    "euler": "EulerDiscreteScheduler",
-    "euler_ancestral": "EulerAncestralDiscreteScheduler",
-    "heun": "HeunDiscreteScheduler",
-    "lcm": "LCMScheduler",
-    "tcd": "TCDScheduler",
-    "dpm": "DPMSolverMultistepScheduler",
-    "sde_dpm": 'DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++")',
-    "dpm_sde": "DPMSolverSDEScheduler(noise_sampler_seed=0)",
-    "dpm_sde_unseeded": "DPMSolverSDEScheduler()",
-    "unipc": "UniPCMultistepScheduler",
-    "flow_euler": "FlowMatchEulerDiscreteScheduler",
-    "flow_euler_stochastic": "FlowMatchEulerDiscreteScheduler(stochastic_sampling=True)",
-    "flow_heun": "FlowMatchHeunDiscreteScheduler",
-    "zero_snr": 'DDIMScheduler(rescale_betas_zero_snr=True, timestep_spacing="trailing"), v-prediction',
-    "video": "CogVideoXDDIMScheduler",
+    "ddim": Scheduler("DDIMScheduler"),
+    "ddpm": Scheduler("DDPMScheduler"),
+    "pndm": Scheduler("PNDMScheduler"),
+    "euler": Scheduler("EulerDiscreteScheduler"),
+    "euler_ancestral": Scheduler("EulerAncestralDiscreteScheduler"),
+    "heun": Scheduler("HeunDiscreteScheduler"),
+    "lcm": Scheduler("LCMScheduler"),
+    "tcd": Scheduler("TCDScheduler"),
+    "dpm": Scheduler("DPMSolverMultistepScheduler"),
+    "sde_dpm": Scheduler("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+    "unipc": Scheduler("UniPCMultistepScheduler"),
+    "flow_euler": Scheduler("FlowMatchEulerDiscreteScheduler"),
+    "flow_heun": Scheduler("FlowMatchHeunDiscreteScheduler"),
+    "flow_euler_stochastic": Scheduler("FlowMatchEulerDiscreteScheduler", {"stochastic_sampling": True}),
+    "zero_snr": Scheduler(
+        "DDIMScheduler",
+        {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "prediction_type": "v_prediction"},
+    ),
+    "video": Scheduler("CogVideoXDDIMScheduler"),
 }
-ROUTES = {"full": "full", "frozen": "frozen", "x0": "frozen, x0", "none": "none"}
+ROUTES = ("full", "frozen", "x0", "none")
 
-OTHER_STREAM = "draws noise that comes from no generator, so no two evaluations would see the same: refused by name"
+OTHER_STREAM = (
+    "the pipeline lets it draw noise from no generator, so that no two evaluations would see the same: refused by name"
+)
 NO_DEPENDENCE = (
     "the first x0 estimate does not depend on the noise where the terminal SNR is zero and the output of the denoiser "
-    "is held constant: refused by name, use `CNO(stop_gradient=False)`"
+    "is held constant: refused by name; `CNO(stop_gradient=False)` works"
 )
-NO_ESTIMATE = "has no x0 estimate: refused by name"
+NO_ESTIMATE = "made for video, its x0 estimate is not known: refused by name"
 REFUSED = {
-    **{("dpm_sde_unseeded", route): OTHER_STREAM for route in ("full", "frozen", "none")},
     **{("flow_euler_stochastic", route): OTHER_STREAM for route in ("full", "frozen", "none")},
     ("zero_snr", "x0"): NO_DEPENDENCE,
     ("video", "x0"): NO_ESTIMATE,
