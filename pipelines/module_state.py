@@ -8,6 +8,8 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from .lean_layers import lean_layers
+
 
 def modules_of(pipe) -> dict[str, nn.Module]:
     """The pipeline's components that are torch modules, by name."""
@@ -16,7 +18,7 @@ def modules_of(pipe) -> dict[str, nn.Module]:
 
 @contextlib.contextmanager
 def frozen_modules(pipe) -> Iterator[None]:
-    """All modules in `eval()` and without parameter gradients inside; exactly as before outside."""
+    """All modules in `eval()`, without parameter gradients and with lean layers inside; exactly as before outside."""
     modules = [module for root in modules_of(pipe).values() for module in root.modules()]
     trained = [module for module in modules if module.training]
     learning = [parameter for module in modules for parameter in module.parameters(False) if parameter.requires_grad]
@@ -25,7 +27,8 @@ def frozen_modules(pipe) -> Iterator[None]:
             module.training = False
         for parameter in learning:
             parameter.requires_grad_(False)
-        yield
+        with lean_layers(modules_of(pipe).values()):
+            yield
     finally:
         for module in trained:
             module.training = True
