@@ -344,6 +344,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--method", choices=("reno", "cno"), default="reno")
     parser.add_argument("--size", type=int, help="height and width of the images, by default those of the model")
     parser.add_argument("--steps", type=int, help="evaluations of a run, by default 4 of ReNO and 3 of CNO")
+    names = tuple(LOSS_OFFSETS)
+    parser.add_argument("--rewards", nargs="+", choices=names, default=names, help="of ReNO, by default all four")
     parser.add_argument("--images", type=int, default=5, help="of the set that CNO moves apart")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
@@ -360,7 +362,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     dtype, tiny = getattr(torch, options.dtype), options.model == "tiny"
     with quiet_libraries():
         pipe = load(options.model, dtype, device)
-        rewards = reno_rewards(tiny, dtype, device) if options.method == "reno" else None
+        rewards = reno_rewards(tiny, dtype, device, options.rewards) if options.method == "reno" else None
     size = options.size or pipe.unet.config.sample_size * pipe.vae_scale_factor
     if rewards is not None:
         rows = reno_rows(pipe, rewards, size, options.steps or 4)

@@ -1,10 +1,14 @@
 """The four rewards of ReNO at their published sizes with random weights: time and memory need no download.
 
-CLIPScore, HPSv2.1 and PickScore are a CLIP ViT-H/14 each, ImageReward is BLIP's ViT-L/16 with a BERT: 3.4 G parameters.
+CLIPScore, HPSv2.1 and PickScore are a CLIP ViT-H/14 each, ImageReward is BLIP's ViT-L/16 with a BERT. The three share
+the weights of one CLIP, so that they fit a small machine; what is computed, and held beside the weights, is that of
+three.
 `tiny=True` has the same classes in the size of a test.
 """
 
+import functools
 import string
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,14 +26,20 @@ VIT_L, BERT = (1024, 4096, 24, 16), (768, 3072, 12, 12)
 TINY = (32, 64, 2, 2)
 
 
-def reno_rewards(tiny: bool = False, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"):
-    """A `RewardSum` of the four, with the weights of the paper."""
+def reno_rewards(
+    tiny: bool = False,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    names: Sequence[str] = tuple(REWARD_PRESETS["reno"]),
+) -> RewardSum:
+    """A `RewardSum` of the four, or of those named, with the weights of the paper."""
     kinds = {"hpsv2.1": HPSv21, "clipscore": CLIPScore, "pickscore": PickScore}
+    shared = functools.cache(clip)
     pairs: list[tuple[Reward, float]] = []
     with built_as(dtype, device):
-        for name, weight in REWARD_PRESETS["reno"].items():
-            reward = kinds[name](clip(tiny), clip_tokenizer()) if name in kinds else image_reward(tiny)
-            pairs.append((reward, weight))
+        for name in names:
+            reward = kinds[name](shared(tiny), clip_tokenizer()) if name in kinds else image_reward(tiny)
+            pairs.append((reward, REWARD_PRESETS["reno"][name]))
     return RewardSum(pairs)
 
 

@@ -158,8 +158,12 @@ def suited(values: Tensor) -> Tensor:
 
 def is_lean(input: Tensor) -> bool:
     """Whether a graph is being made of something large, in the precision of its own tensors."""
-    graph = torch.is_grad_enabled() and input.requires_grad and not torch.is_autocast_enabled(input.device.type)
-    return graph and input.ndim == 4 and input.numel() * input.element_size() >= LEAN_BYTES
+    graph = torch.is_grad_enabled() and input.requires_grad and input.ndim == 4
+    return graph and input.numel() * input.element_size() >= LEAN_BYTES and not in_autocast(input.device.type)
+
+
+def in_autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 LEAN_LAYERS: dict[type[nn.Module], type[nn.Module]] = {
