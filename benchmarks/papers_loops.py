@@ -225,10 +225,13 @@ def reno_rows(pipe: Any, rewards: RewardSum, size: int, steps: int) -> dict[str,
     call = {"num_inference_steps": 1, "guidance_scale": 0.0, "height": size, "width": size}
     offset = sum(weight * LOSS_OFFSETS[name] for name, weight in rewards.weights.items())
     noise = drawn_noise(pipe, 1, size)
+    tiny = real_shapes.tiny_decoder(pipe)
     method = functools.partial(ReNO, rewards=rewards, mode="parity", steps=steps)
     return {
         "released loop": Row(ReleasedReNO(pipe, rewards, call, noise, steps)),
         'ReNO(mode="parity")': Row(OurLoop(pipe, method(), call, noise), True, offset),
+        '… checkpointing="blocks"': Row(OurLoop(pipe, method(checkpointing="blocks"), call, noise), True, offset),
+        "… decoder=tiny": Row(OurLoop(pipe, method(decoder=tiny), call, noise)),
     }
 
 

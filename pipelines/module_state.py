@@ -17,9 +17,11 @@ def modules_of(pipe) -> dict[str, nn.Module]:
 
 
 @contextlib.contextmanager
-def frozen_modules(pipe) -> Iterator[None]:
-    """All modules in `eval()`, without parameter gradients and with lean layers inside; exactly as before outside."""
-    modules = [module for root in modules_of(pipe).values() for module in root.modules()]
+def frozen_modules(pipe, decoder: nn.Module | None = None) -> Iterator[None]:
+    """All modules, and a decoder that is used beside them, in `eval()`, without parameter gradients and with lean
+    layers inside; exactly as before outside."""
+    roots = [*modules_of(pipe).values(), *([] if decoder is None else [decoder])]
+    modules = [module for root in roots for module in root.modules()]
     trained = [module for module in modules if module.training]
     learning = [parameter for module in modules for parameter in module.parameters(False) if parameter.requires_grad]
     try:
@@ -27,7 +29,7 @@ def frozen_modules(pipe) -> Iterator[None]:
             module.training = False
         for parameter in learning:
             parameter.requires_grad_(False)
-        with lean_layers(modules_of(pipe).values()):
+        with lean_layers(roots):
             yield
     finally:
         for module in trained:

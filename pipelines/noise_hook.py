@@ -11,14 +11,16 @@ import torch
 
 from ..callbacks.noise_callback import CallbackSpec, as_callbacks
 from ..schedulers.noise_samplers import NoiseSamplerSpec, as_noise_sampler
+from .checkpointing import refuse_caching
 from .latent_space import LatentSpace
+from .loop_decoder import as_loop_decoder
 from .methods import as_noise_optimizer
 from .module_state import frozen_modules, refuse_offload
 from .noise_optimizer import NoiseOptimizer
 from .noise_problem import NoiseProblem
 from .noise_result import NoiseResult
 from .objectives import Objective
-from .sampling import PipelineSampler, RandomState, stock_call
+from .sampling import CALLED_IN_STEPS, DENOISERS, PipelineSampler, RandomState, parts_of, stock_call
 
 
 class NoiseFound(Exception):
@@ -59,6 +61,7 @@ class NoiseRun:
         if torch.is_inference_mode_enabled():
             raise ValueError("Expected a call outside `torch.inference_mode()`, where no gradient exists. Remove it.")
         refuse_offload(pipe)
+        refuse_caching(parts_of(pipe, CALLED_IN_STEPS).values(), method.checkpointing)
         self.objective: Objective = method.objective(pipe)
         self.prompts = prompts_of(request, self.objective.requires_prompt)
         self.groups = groups_of(request)
@@ -67,6 +70,7 @@ class NoiseRun:
         self.noise_sampler = noise_sampler_of(noise_sampler, request, self.groups)
         if size := image_size(pipe, request):
             self.objective.try_out(self.prompts[0], *size, gradient=method.gradient is not None)
+        self.decoder = as_loop_decoder(method.decoder, pipe, list(parts_of(pipe, DENOISERS).values()))
         self.encoded: list[Any] = []
         self.result: NoiseResult | None = None
 
@@ -81,11 +85,22 @@ class NoiseRun:
         device = torch.device(space.arguments.get("device") or pipe._execution_device)
         random_state = RandomState(self.request.get("generator"), device)
         noise, drew = space.draw(pipe)
-        sampler = PipelineSampler(pipe, self.request, self.encoded, space, random_state, drew, self.method.clamp)
+        sampler = PipelineSampler(
+            pipe,
+            self.request,
+            self.encoded,
+            space,
+            random_state,
+            drew,
+            clamp=self.method.clamp,
+            decoder=self.decoder,
+            checkpointing=self.method.checkpointing,
+            through_denoiser=self.method.gradient == "full",
+        )
         master = noise.detach().to(torch.promote_types(noise.dtype, torch.float32))
         prompts, groups = self.prompts, self.groups
         problem = NoiseProblem(pipe, sampler, space, master, prompts, groups, noise.dtype, self.request)
-        with torch.enable_grad():
+        with torch.enable_grad(), sampler.checkpoints:
             self.result = self.method.run(problem, self.objective, self.callbacks)
         if not self.render:
             raise NoiseFound
@@ -200,7 +215,7 @@ class NoiseOptimizationMixin:
                 return stock(*args, **kwargs)
         callbacks = callback_on_optimization_step_end
         run = NoiseRun(self, noise_optimizer, request, callbacks, noise_sampler=noise_sampler)
-        with frozen_modules(self), hook_on(self, run):
+        with frozen_modules(self, run.decoder), hook_on(self, run):
             output = stock(*args, **kwargs)
         if not isinstance(output, tuple):
             output.noise_result = run.result
@@ -281,7 +296,7 @@ def optimize_noise(
     request = bind_request(twin, (), {"prompt": prompt, **call_kwargs})
     run = NoiseRun(twin, optimizer, request, callbacks, render=False, noise_sampler=noise_sampler)
     vars(twin)["_noise_run"] = run
-    with frozen_modules(twin), torch.no_grad(), contextlib.suppress(NoiseFound):
+    with frozen_modules(twin, run.decoder), torch.no_grad(), contextlib.suppress(NoiseFound):
         stock_call(type(pipe))(twin, **request)
     assert run.result is not None
     return run.result

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 
 from ..schedulers.x0_prediction import predict_x0
+from .checkpointing import Checkpointing, Checkpoints, scales_lora
 from .chunks import BatchLayout, WholeBatchDraws, run_in_chunks
 from .latent_space import LatentSpace
 from .module_state import float32_decoder, without_gradient
@@ -17,6 +18,7 @@ from .module_state import float32_decoder, without_gradient
 Gradient = Literal["full", "frozen"] | None
 Clamp = Literal["straight_through", "hard"]
 DENOISERS = ("unet", "transformer", "transformer_2")
+CALLED_IN_STEPS = (*DENOISERS, "controlnet")
 
 
 def stock_call(cls: type):
@@ -80,9 +82,13 @@ class PipelineSampler:
             that add noise on the way the same stream.
         clamp: How pixels are brought into [0, 1]: "straight_through" keeps the gradient of saturated pixels, so that
             they can come back; "hard" (as stock pipelines do) has none there. The values are equal.
+        decoder: What decodes latents in the place of the pipeline's VAE; `None` for that.
+        checkpointing: What is computed again in the backward pass, once `checkpoints` are in force.
+        through_denoiser: Whether gradients pass through the denoiser, so that there is anything of it to be kept.
 
     Attributes:
         timesteps: How many the whole chain has, once it has been run; `None` before.
+        checkpoints: What is computed again, of the whole batch and of its parts.
     """
 
     timesteps: int | None = None
@@ -96,12 +102,21 @@ class PipelineSampler:
         random_state: RandomState,
         drew: bool,
         clamp: Clamp = "straight_through",
+        decoder: Any = None,
+        checkpointing: Checkpointing = "none",
+        through_denoiser: bool = True,
     ) -> None:
         self.space, self.encoded, self.random_state, self.drew = space, encoded, random_state, drew
         self.call = stock_call(type(pipe))
         ours = ("latents", "generator", "output_type", "return_dict", "callback_on_step_end", "callback")
         self.request = {name: value for name, value in request.items() if name not in ours}
         self.twin = self.make_twin(pipe, clamp)
+        self.own_decoder, self.decoder = vars(self.twin).get("vae"), decoder
+        if decoder is not None:
+            vars(self.twin)["vae"] = decoder
+        called = parts_of(self.twin, CALLED_IN_STEPS).values() if through_denoiser else ()
+        decodes = vars(self.twin).get("vae")
+        self.checkpoints = Checkpoints(checkpointing, tuple(called), decodes, scales_lora(self.request))
         # as it was before any run: schedulers hold the graph of one afterwards, so that each run has its own copy
         self.scheduler = copy.deepcopy(pipe.scheduler)
         self.part_of: tuple[int, list[int]] | None = None  # the size of the whole batch, and which rows of it are drawn
@@ -121,6 +136,13 @@ class PipelineSampler:
             attributes["image_processor"] = copy.copy(pipe.image_processor)
             vars(twin.image_processor)["denormalize"] = denormalize_straight_through
         return twin
+
+    def with_own_decoder(self) -> "PipelineSampler":
+        """The same sampler with the pipeline's own decoder."""
+        found = copy.copy(self)
+        found.twin, found.chunks, found.decoder = copy.copy(self.twin), {}, None
+        vars(found.twin)["vae"] = self.own_decoder
+        return found
 
     def random_state_after_draw(self) -> RandomState:
         """The random streams once the base noise is drawn."""
@@ -189,15 +211,24 @@ class PipelineSampler:
         return self.space.unpack(self.twin, latents)
 
     def run(self, noise: torch.Tensor, gradient: Gradient, preview: bool, output_type: str) -> torch.Tensor:
+        """What the stock call returns; with a graph, as its checkpointing says."""
+        if gradient is None or not noise.requires_grad:
+            return self.run_once(noise, gradient, preview, output_type)
+        kind = (preview, output_type)
+        return self.checkpoints.fitted(kind, noise.device, lambda: self.run_once(noise, gradient, preview, output_type))
+
+    def run_once(self, noise: torch.Tensor, gradient: Gradient, preview: bool, output_type: str) -> torch.Tensor:
         twin = self.fresh_twin(noise, gradient)
         one_call = first_step_only(twin) if preview else contextlib.nullcontext()
         ours = {"generator": twin.sampling_generator, "output_type": output_type, "return_dict": False}
         draws = self.draws_from(twin.sampling_generator)
-        with one_call, draws, torch.set_grad_enabled(gradient is not None and noise.requires_grad):
-            output = self.call(twin, **self.request, **ours)[0]
-        if not preview:  # some families set their timesteps after `prepare_latents`: no scheduler knows them earlier
-            self.timesteps = len(twin.scheduler.timesteps)
-        vars(twin).clear()  # its methods refer to it: its scheduler would keep the graph until the next collection
+        try:
+            with one_call, draws, torch.set_grad_enabled(gradient is not None and noise.requires_grad):
+                output = self.call(twin, **self.request, **ours)[0]
+            if not preview:  # some families set their timesteps after `prepare_latents`: no scheduler knows them before
+                self.timesteps = len(twin.scheduler.timesteps)
+        finally:  # its methods refer to it: its scheduler would keep the graph until the next collection
+            vars(twin).clear()
         if noise.requires_grad and gradient is not None and not output.requires_grad:
             raise ValueError(
                 f"Expected {type(twin).__name__} to be differentiable from image to noise, but its result carries no "
@@ -228,9 +259,16 @@ class PipelineSampler:
             sampling_generator=generator,
         )
         if gradient == "frozen":
-            parts = {name: getattr(twin, name, None) for name in DENOISERS}
-            vars(twin).update({name: without_gradient(part) for name, part in parts.items() if part is not None})
+            vars(twin).update({name: without_gradient(part) for name, part in parts_of(twin, DENOISERS).items()})
+        elif gradient == "full":
+            parts = parts_of(twin, CALLED_IN_STEPS)
+            vars(twin).update({name: self.checkpoints.call_of(part) for name, part in parts.items()})
         return twin
+
+
+def parts_of(pipe, names: tuple[str, ...]) -> dict[str, Any]:
+    """The modules that a pipeline has of these."""
+    return {name: part for name in names if (part := getattr(pipe, name, None)) is not None}
 
 
 @contextlib.contextmanager
@@ -259,7 +297,7 @@ def first_step_only(pipe) -> Iterator[None]:
         return (x0, x0)
 
     vars(scheduler).update(set_timesteps=set_one, step=estimate)
-    parts = [part for name in DENOISERS if (part := getattr(pipe, name, None)) is not None]
+    parts = parts_of(pipe, DENOISERS).values()
     handles = [part.register_forward_pre_hook(lambda *_: calls.append(1)) for part in parts]
     try:
         yield
