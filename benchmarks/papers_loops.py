@@ -26,7 +26,7 @@ from typing import Any
 import real_shapes  # pyright: ignore[reportMissingImports]
 import torch
 import torch.nn.functional as F
-from diffusers import DDIMScheduler
+from diffusers import AutoencoderKL, DDIMScheduler
 from real_rewards import reno_rewards  # pyright: ignore[reportMissingImports]
 from torch.utils.checkpoint import checkpoint
 
@@ -225,14 +225,15 @@ def reno_rows(pipe: Any, rewards: RewardSum, size: int, steps: int) -> dict[str,
     call = {"num_inference_steps": 1, "guidance_scale": 0.0, "height": size, "width": size}
     offset = sum(weight * LOSS_OFFSETS[name] for name, weight in rewards.weights.items())
     noise = drawn_noise(pipe, 1, size)
-    tiny = real_shapes.tiny_decoder(pipe)
     method = functools.partial(ReNO, rewards=rewards, mode="parity", steps=steps)
-    return {
+    rows = {
         "released loop": Row(ReleasedReNO(pipe, rewards, call, noise, steps)),
         'ReNO(mode="parity")': Row(OurLoop(pipe, method(), call, noise), True, offset),
-        '… checkpointing="blocks"': Row(OurLoop(pipe, method(checkpointing="blocks"), call, noise), True, offset),
-        "… decoder=tiny": Row(OurLoop(pipe, method(decoder=tiny), call, noise)),
+        'and checkpointing="blocks"': Row(OurLoop(pipe, method(checkpointing="blocks"), call, noise), True, offset),
     }
+    if isinstance(pipe.vae, AutoencoderKL):  # the embedded model has no other decoder than a tiny one
+        rows["and a tiny decoder"] = Row(OurLoop(pipe, method(decoder=real_shapes.tiny_decoder(pipe)), call, noise))
+    return rows
 
 
 def cno_rows(pipe: Any, images: int, size: int, steps: int) -> dict[str, Row]:
