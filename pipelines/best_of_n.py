@@ -35,6 +35,8 @@ class BestOfN(NoiseOptimizer):
         reward_prompt: Ask the rewards about this instead of the pipeline's prompt: one, or one for each image.
         preview: Look at the noises by one model call, and draw few wholly.
         keep: With `preview`, how many noises are drawn wholly for each image, the given one included; 2 or more.
+        decoder: A tiny autoencoder that decodes while noises are tried: see `NoiseOptimizer`.
+        reward_device: Where rewards that are given by name are loaded, by default where the pipeline is.
     """
 
     rewards: Any
@@ -42,6 +44,8 @@ class BestOfN(NoiseOptimizer):
     reward_prompt: str | Sequence[str] | None = None
     preview: bool = False
     keep: int = 4
+    decoder: Any = None
+    reward_device: str | torch.device | None = None
     gradient: Gradient = dataclasses.field(default=None, init=False)
     clamp: Clamp = dataclasses.field(default="hard", init=False)
 
@@ -56,7 +60,7 @@ class BestOfN(NoiseOptimizer):
             raise ValueError(f"Expected `keep` to be an integer of 2 or more, but got {self.keep!r}.")
 
     def objective(self, pipe) -> RewardObjective | PreviewedRewards:
-        rewards = RewardObjective(RewardSum(self.rewards, device=pipe._execution_device), self.reward_prompt)
+        rewards = RewardObjective(RewardSum(self.rewards, device=self.device_of_rewards(pipe)), self.reward_prompt)
         return PreviewedRewards(rewards, self.keep - 1) if self.preview else rewards
 
     def start(self, problem: NoiseProblem) -> CandidateNoise:

@@ -19,15 +19,26 @@ class KeptTensor:
         self.release()
 
 
+class GraphTooLarge(Exception):
+    """A graph that is being built holds more than it may."""
+
+
 class SavedBytes:
     """The bytes that graphs made inside this context hold, each storage once, parameters left out.
+
+    Args:
+        limit: What they may hold; `None` for anything.
 
     Attributes:
         held: Now.
         peak: The most at any one time.
+
+    Raises:
+        GraphTooLarge: Out of the operation that would hold more than the limit.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, limit: int | None = None) -> None:
+        self.limit = limit
         self.held = self.peak = 0
         self.holders: Counter[int] = Counter()
 
@@ -45,6 +56,8 @@ class SavedBytes:
         storage = tensor.untyped_storage()
         place, size = storage.data_ptr(), storage.nbytes()
         if not self.holders[place]:
+            if self.limit is not None and self.held + size > self.limit:
+                raise GraphTooLarge
             self.held += size
             self.peak = max(self.peak, self.held)
         self.holders[place] += 1

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from ..callbacks.noise_state import NoiseState
+from .checkpointing import Checkpointing
 from .contrast import ContrastiveLoss, ContrastiveObjective
 from .methods import register_noise_optimizer
 from .noise_optimizer import NoiseOptimizer
@@ -42,6 +43,7 @@ class CNO(NoiseOptimizer):
             sampling takes. `False` back-propagates through it.
         attraction: Pull each estimate towards where it was; `False` for more diversity at the cost of quality.
         repulsion: Push the estimates apart.
+        checkpointing: "auto", "none", "blocks" or "steps": see `NoiseOptimizer`.
     """
 
     steps: int = 3
@@ -52,6 +54,7 @@ class CNO(NoiseOptimizer):
     stop_gradient: bool = True
     attraction: bool = True
     repulsion: bool = True
+    checkpointing: Checkpointing = "auto"
     preview: ClassVar[bool] = True  # pyright: ignore[reportIncompatibleVariableOverride]
     returns: ClassVar[Literal["best", "last"]] = "last"
 

@@ -62,6 +62,8 @@ class GroupSelection(NoiseOptimizer):
         preview: Look at all candidates by one model call, and draw few wholly.
         keep: With `preview`, how many candidates are drawn wholly for each image, the given one included; 2 or more.
         reward_prompt: Ask the rewards about this instead of the pipeline's prompt: one, or one for each image.
+        decoder: A tiny autoencoder that decodes while noises are tried: see `NoiseOptimizer`.
+        reward_device: Where rewards and features that are given by name are loaded, by default where the pipeline is.
     """
 
     rewards: Any = None
@@ -72,6 +74,8 @@ class GroupSelection(NoiseOptimizer):
     preview: bool = False
     keep: int = 2
     reward_prompt: str | Sequence[str] | None = None
+    decoder: Any = None
+    reward_device: str | torch.device | None = None
     gradient: Gradient = dataclasses.field(default=None, init=False)
     clamp: Clamp = dataclasses.field(default="hard", init=False)
 
@@ -99,7 +103,7 @@ class GroupSelection(NoiseOptimizer):
         check_features(self.features)
 
     def objective(self, pipe) -> "GroupObjective":
-        device, rewards, features = pipe._execution_device, None, self.features
+        device, rewards, features = self.device_of_rewards(pipe), None, self.features
         if self.rewards is not None:
             rewards = RewardObjective(RewardSum(self.rewards, device=device), self.reward_prompt)
         if isinstance(features, str | os.PathLike):

@@ -15,6 +15,7 @@ from ..rewards.set_reward_sum import SetRewardSum, join_features
 from ..schedulers.noise_samplers import NoiseSamplerSpec, as_noise_sampler, describe_noise_sampler
 from .agreement import differences, plain_description
 from .image_set_folder import ImageSetFolder
+from .loop_decoder import FULL_DECODER
 from .methods import as_noise_optimizer
 from .never_too_late import NeverTooLate
 from .noise_hook import bind_request, optimize_noise
@@ -246,8 +247,9 @@ class SetGrowth:
 
     def __init__(self, call: SetCall, method: NoiseOptimizer, callbacks: Any) -> None:
         self.call, self.callbacks = call, callbacks
-        self.diversity = SetRewardSum(method.diversity, device=call.pipe._execution_device)  # pyright: ignore
-        self.method: Any = with_loaded_parts(method, self.diversity, call.pipe._execution_device)
+        device = method.device_of_rewards(call.pipe)
+        self.diversity = SetRewardSum(method.diversity, device=device)  # pyright: ignore
+        self.method: Any = with_loaded_parts(method, self.diversity, device)
         self.method.check()
         self.method.objective(call.pipe)
         self.known: dict[str, torch.Tensor] | None = None
@@ -283,7 +285,7 @@ class SetGrowth:
         result = self.call.find(method, seed, callbacks)
         picture = self.call.draw(result)
         values, features = self.values(picture)
-        plain_scores = result.initial_scores if self.known is not None else {}
+        plain_scores = plain_scores_of(result) if self.known is not None else {}
         plain_values = {f"plain {name}": item_or_none(plain_scores.get(name)) for name in values}
         self.join(features)
         found.seeds.append(seed)
@@ -425,6 +427,13 @@ def without_images(result: NoiseResult) -> NoiseResult:
     named = {name: getattr(result, name).cpu() for name in ("noise", "latents", "losses", "norms", "best_step")}
     scores = {name: values.cpu() for name, values in result.scores.items()}
     return dataclasses.replace(result, **named, scores=scores, images=None, initial_images=None)
+
+
+def plain_scores_of(result: NoiseResult) -> dict[str, torch.Tensor]:
+    """Name to `(B,)`: the scores of the plain result by the pipeline's own decoder."""
+    if (report := result.reports.get(FULL_DECODER)) is None:
+        return result.initial_scores
+    return {name: torch.tensor(values) for name, values in report["initial_scores"].items()}
 
 
 def item_or_none(value: torch.Tensor | None) -> float | None:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ..callbacks.noise_state import NoiseState
+from .checkpointing import Checkpointing
 from .methods import register_noise_optimizer
 from .noise_optimizer import NoiseOptimizer
 from .noise_problem import NoiseProblem
@@ -31,6 +32,9 @@ class MeanVariance(NoiseOptimizer):
         max_kl: The divergence allowed for each entry, above 0. InitNO: 0.001.
         stop_gradient: Hold the outputs of the denoiser constant; `False` back-propagates through the whole chain.
         reward_prompt: Ask the rewards about this instead of the pipeline's prompt: one, or one for each image.
+        checkpointing: "auto", "none", "blocks" or "steps": see `NoiseOptimizer`.
+        decoder: A tiny autoencoder that decodes while the noise is optimised: see `NoiseOptimizer`.
+        reward_device: Where rewards that are given by name are loaded, by default where the pipeline is.
     """
 
     rewards: Any
@@ -39,6 +43,9 @@ class MeanVariance(NoiseOptimizer):
     max_kl: float = 1e-3
     stop_gradient: bool = True
     reward_prompt: str | Sequence[str] | None = None
+    checkpointing: Checkpointing = "auto"
+    decoder: Any = None
+    reward_device: str | torch.device | None = None
 
     @property
     def gradient(self) -> Gradient:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -51,7 +58,7 @@ class MeanVariance(NoiseOptimizer):
                 raise ValueError(f"Expected `{name}` to be a number above 0, but got {getattr(self, name)!r}.")
 
     def objective(self, pipe) -> RewardObjective:
-        return RewardObjective(differentiable_rewards(self.rewards, pipe), self.reward_prompt)
+        return RewardObjective(differentiable_rewards(self.rewards, self.device_of_rewards(pipe)), self.reward_prompt)
 
     def start(self, problem: NoiseProblem) -> "Moments":
         return Moments(problem.noise, self.learning_rate)

@@ -9,7 +9,10 @@ import torch
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from torch import nn
 
+from .lean_layers import lean_layers
+
 DENOISERS = ("unet", "transformer", "transformer_2")
+CALLED_IN_STEPS = (*DENOISERS, "controlnet")
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 ENCODERS = ("text_encoder", "image_encoder", "safety_checker")
 
@@ -33,9 +36,11 @@ def undoing(undo: Callable[[], object]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def frozen_modules(pipe) -> Iterator[None]:
-    """All modules in `eval()` and without parameter gradients inside; exactly as before outside."""
-    modules = [module for root in modules_of(pipe).values() for module in root.modules()]
+def frozen_modules(pipe, decoder: nn.Module | None = None) -> Iterator[None]:
+    """All modules, and a decoder that is used beside them, in `eval()`, without parameter gradients and with lean
+    layers inside; exactly as before outside."""
+    roots = [*modules_of(pipe).values(), *([] if decoder is None else [decoder])]
+    modules = [module for root in roots for module in root.modules()]
     trained = [module for module in modules if module.training]
     # by name: offloading puts other parameters in the place of these
     learning = [(module, name) for module in modules for name in learning_parameters(module)]
@@ -48,7 +53,8 @@ def frozen_modules(pipe) -> Iterator[None]:
 
     with undoing(lambda: switch(True)):
         switch(False)
-        yield
+        with lean_layers(roots):
+            yield
 
 
 def learning_parameters(module: nn.Module) -> list[str]:

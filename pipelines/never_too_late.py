@@ -11,6 +11,7 @@ from ..callbacks.noise_callback import NoiseCallback
 from ..callbacks.noise_state import NoiseState
 from ..rewards.reward_sum import reward_weight_pairs
 from ..rewards.set_reward_sum import SetRewardSum
+from .checkpointing import Checkpointing
 from .chunk_size import ChunkSetting
 from .contrast import sets
 from .methods import register_noise_optimizer
@@ -72,6 +73,9 @@ class NeverTooLate(NoiseOptimizer):
         preview: Look at the x0 estimate of one model call instead of the whole chain.
         chunk_size: How many images are in memory with their graphs at a time: "auto", as many as fit; a number of 1 or
             more, the same gradient in constant memory for one more forward pass; or `None` for the whole batch.
+        checkpointing: "auto", "none", "blocks" or "steps": see `NoiseOptimizer`.
+        decoder: A tiny autoencoder that decodes while the noise is optimised: see `NoiseOptimizer`.
+        reward_device: Where rewards and features that are given by name are loaded, by default where the pipeline is.
     """
 
     diversity: Any = (("dpp", 150.0),)
@@ -91,6 +95,9 @@ class NeverTooLate(NoiseOptimizer):
     reward_prompt: str | Sequence[str] | None = None
     preview: bool = False
     chunk_size: ChunkSetting = "auto"
+    checkpointing: Checkpointing = "auto"
+    decoder: Any = None
+    reward_device: str | torch.device | None = None
 
     @property
     def clamp(self) -> Clamp:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -113,7 +120,7 @@ class NeverTooLate(NoiseOptimizer):
     def objective(self, pipe) -> SetObjective:
         guards = as_guards(self.guard)
         weighted = optimised_rewards(self.rewards, guards)
-        diversity = SetRewardSum(self.diversity, device=pipe._execution_device)
+        diversity = SetRewardSum(self.diversity, device=self.device_of_rewards(pipe))
         diversity.check_differentiable()
         if not any(diversity.weights.values()) and weighted is None:
             raise ValueError(
@@ -122,7 +129,7 @@ class NeverTooLate(NoiseOptimizer):
         hinge, stop_at, _ = (targets_by_name(getattr(self, name), diversity, name) for name in TARGETS)
         return SetObjective(
             diversity,
-            None if weighted is None else differentiable_rewards(weighted, pipe),
+            None if weighted is None else differentiable_rewards(weighted, self.device_of_rewards(pipe)),
             guards,
             hinge=hinge,
             stop_at=stop_at,

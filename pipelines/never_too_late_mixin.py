@@ -146,23 +146,25 @@ class NeverTooLateMixin(RewardMixin):
         entries = set_reward_entries(diversity)
         for entry in entries:
             check_set_reward_entry(*entry)
-        rewards = None if rewards is None else self.load_rewards(rewards)
-        guard = [self.load_guard(each, rewards) for each in guards] or None
-        loaded = {"rewards": rewards, "guard": guard, "diversity": self.load_diversity(entries)}
+        device = settings.get("reward_device")
+        rewards = None if rewards is None else self.load_rewards(rewards, device)
+        guard = [self.load_guard(each, rewards, device) for each in guards] or None
+        loaded = {"rewards": rewards, "guard": guard, "diversity": self.load_diversity(entries, device)}
         return NeverTooLate(**{**settings, **loaded})
 
-    def load_guard(self, guard: QualityGuard, rewards: Any) -> QualityGuard:
+    def load_guard(self, guard: QualityGuard, rewards: Any, device: Any) -> QualityGuard:
         """The guard with its reward loaded, unless it means one that is optimised."""
         if not isinstance(guard.reward, str) or shares_reward(guard, getattr(rewards, "names", ())):
             return guard
-        (reward,) = self.load_rewards(guard.reward).rewards
+        (reward,) = self.load_rewards(guard.reward, device).rewards
         return dataclasses.replace(guard, reward=reward)
 
-    def load_diversity(self, entries: list[tuple[Any, Any, Any]]) -> SetRewardSum:
-        """A `SetRewardSum` on the pipeline's device."""
-        return SetRewardSum([(reward, self.load_features(reward, each), weight) for reward, each, weight in entries])
+    def load_diversity(self, entries: list[tuple[Any, Any, Any]], device: Any) -> SetRewardSum:
+        """A `SetRewardSum` on a device, by default the pipeline's."""
+        parts = [(reward, self.load_features(reward, each, device), weight) for reward, each, weight in entries]
+        return SetRewardSum(parts)
 
-    def load_features(self, reward: Any, features: Any) -> Any:
+    def load_features(self, reward: Any, features: Any, device: Any) -> Any:
         """The features of a set reward: those of a name from the pipeline's own, any other as they are."""
         if not isinstance(reward, str):
             return features
@@ -170,7 +172,8 @@ class NeverTooLateMixin(RewardMixin):
         if not isinstance(name, str | os.PathLike):
             return name
         name = os.fspath(name)
-        kept = vars(self).setdefault("_loaded_features", {})
+        kept = self.kept_on(device, "_loaded_features")
         if name not in kept:
-            kept[name] = AutoFeatures.from_pretrained(name, device=self._execution_device)  # pyright: ignore[reportAttributeAccessIssue]
+            device = device or self._execution_device  # pyright: ignore[reportAttributeAccessIssue]
+            kept[name] = AutoFeatures.from_pretrained(name, device=device)
         return kept[name]

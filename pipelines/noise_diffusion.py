@@ -13,6 +13,7 @@ from ..callbacks.noise_state import NoiseState
 from ..rewards.reward import NonDifferentiableReward
 from ..rewards.reward_sum import RewardSum
 from ..rewards.vlm_inputs import VLM_FAMILIES
+from .checkpointing import Checkpointing
 from .methods import register_noise_optimizer
 from .noise_optimizer import NoiseOptimizer
 from .noise_problem import CandidateNoise, NoiseProblem
@@ -53,6 +54,9 @@ class NoiseDiffusion(NoiseOptimizer):
         score_range: (low, high): s is the total's place between the two, clamped to [0, 1].
         stop_gradient: Hold the outputs of the denoiser constant; `False` back-propagates through the whole chain.
         reward_prompt: Ask the scorer about this instead of the pipeline's prompt: one, or one for each image.
+        checkpointing: "auto", "none", "blocks" or "steps": see `NoiseOptimizer`.
+        decoder: A tiny autoencoder that decodes while the noise is optimised: see `NoiseOptimizer`.
+        reward_device: Where a scorer that is given by name is loaded, by default where the pipeline is.
     """
 
     rewards: Any = "vqascore"
@@ -65,6 +69,9 @@ class NoiseDiffusion(NoiseOptimizer):
     score_range: tuple[float, float] | None = None
     stop_gradient: bool = True
     reward_prompt: str | Sequence[str] | None = None
+    checkpointing: Checkpointing = "auto"
+    decoder: Any = None
+    reward_device: str | torch.device | None = None
 
     @property
     def gradient(self) -> Gradient:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -90,7 +97,7 @@ class NoiseDiffusion(NoiseOptimizer):
             raise ValueError(f"Expected `patience` to be an integer of 1 or more, but got {self.patience!r}.")
 
     def objective(self, pipe) -> UnitScore:
-        rewards = RewardSum(self.rewards, device=pipe._execution_device)
+        rewards = RewardSum(self.rewards, device=self.device_of_rewards(pipe))
         if self.selection != "random" and (names := rewards.without_gradient()):
             raise NonDifferentiableReward(
                 f"Expected a scorer with a gradient, but {names} have none. `VQAScorer` has one for vision-language "

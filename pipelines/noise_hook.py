@@ -14,15 +14,16 @@ from diffusers.utils.torch_utils import randn_tensor
 from ..callbacks.noise_callback import CallbackSpec, as_callbacks
 from ..schedulers.noise_samplers import NoiseSamplerSpec, as_noise_sampler
 from .latent_space import LatentSpace, drawing_function, latents_with_image
+from .loop_decoder import as_loop_decoder
 from .methods import as_noise_optimizer
-from .module_state import frozen_modules, refuse_unsuited, undoing
+from .module_state import DENOISERS, frozen_modules, refuse_unsuited, undoing
 from .noise_file import NoiseFile
 from .noise_optimizer import NoiseOptimizer
 from .noise_problem import NoiseProblem
 from .noise_result import NoiseResult
 from .objectives import Objective
 from .pipeline_code import SavedWithCode
-from .sampling import PipelineSampler, RandomState, stock_call
+from .sampling import PipelineSampler, RandomState, parts_of, stock_call
 
 
 class NoiseFound(Exception):
@@ -76,6 +77,7 @@ class NoiseRun:
             read = getattr(method, "reward_prompt", None) or self.prompts
             prompt = read if isinstance(read, str) else read[0]
             self.objective.try_out(prompt, *size, gradient=method.gradient is not None)
+        self.decoder = as_loop_decoder(method.decoder, pipe, list(parts_of(pipe, DENOISERS).values()))
         self.encoded: list[Any] = []
         self.result: NoiseResult | None = None
 
@@ -90,11 +92,22 @@ class NoiseRun:
         device = torch.device(space.arguments.get("device") or pipe._execution_device)
         random_state = RandomState(self.request.get("generator"), device)
         noise, drew = space.draw(pipe)
-        sampler = PipelineSampler(pipe, self.request, self.encoded, space, random_state, drew, self.method.clamp)
+        sampler = PipelineSampler(
+            pipe,
+            self.request,
+            self.encoded,
+            space,
+            random_state,
+            drew,
+            clamp=self.method.clamp,
+            decoder=self.decoder,
+            checkpointing=self.method.checkpointing,
+            through_denoiser=self.method.gradient == "full",
+        )
         master = noise.detach().to(torch.promote_types(noise.dtype, torch.float32))
         prompts, groups = self.prompts, self.groups
         problem = NoiseProblem(pipe, sampler, space, master, prompts, groups, noise.dtype, self.request)
-        with torch.enable_grad():
+        with torch.enable_grad(), sampler.checkpoints:
             self.result = self.method.run(problem, self.objective, self.callbacks, self.noise_file)
         if not self.render:
             raise NoiseFound
@@ -262,7 +275,7 @@ class NoiseOptimizationMixin(SavedWithCode):
         own = {"noise_sampler": noise_sampler, "save_noise_to": save_noise_to}
         run = NoiseRun(self, noise_optimizer, request, callbacks, **own)
         try:
-            with frozen_modules(self), hook_on(self, run):
+            with frozen_modules(self, run.decoder), hook_on(self, run):
                 output = stock(*args, **kwargs)
         except BaseException as error:
             if run.result is not None:
@@ -364,6 +377,6 @@ def optimize_noise(
     own = {"noise_sampler": noise_sampler, "save_noise_to": save_noise_to}
     run = NoiseRun(twin, optimizer, request, callbacks, render=False, **own)
     vars(twin)["_noise_run"] = run
-    with frozen_modules(twin), torch.no_grad(), contextlib.suppress(NoiseFound):
+    with frozen_modules(twin, run.decoder), torch.no_grad(), contextlib.suppress(NoiseFound):
         stock_call(type(pipe))(twin, **request)
     return found_by(run, twin)

@@ -11,16 +11,18 @@ import torch
 from ..callbacks.noise_callback import CallbackSpec, NoiseCallback, as_callbacks
 from ..callbacks.noise_state import NoiseState
 from ..callbacks.progress import ProgressBar
-from ..rewards.reward import NonFiniteReward
+from ..rewards.reward import NonFiniteReward, check_reward_device
+from .checkpointing import Checkpointing, check_checkpointing
 from .chunk_size import ChunkSetting, SavedBytes, check_chunk_size, fitting_chunk_size, free_memory
 from .frequency_bands import band_energies
+from .loop_decoder import FULL_DECODER
 from .noise_file import NoiseFile
 from .noise_problem import NoiseProblem
 from .noise_result import NoiseResult
 from .objectives import Objective
 from .provenance import provenance_of
 from .regularizers import per_image, per_sample_norm
-from .sampling import Clamp, Gradient, Sample
+from .sampling import Clamp, Gradient, PipelineSampler, Sample
 
 
 class NoiseOptimizer:
@@ -36,6 +38,19 @@ class NoiseOptimizer:
         clamp: "straight_through" or "hard"; see `PipelineSampler`.
         chunk_size: How many images are in memory with their graphs at a time: the gradient is the same, for one more
             forward pass. "auto" for as many as fit, by what the graph of one image holds; `None` for all.
+        checkpointing: What of denoiser and decoder is computed again in the backward pass instead of kept: the same
+            images and gradients in less memory. "none": nothing. "blocks": each block, for one more forward pass.
+            "steps": each call of the denoiser, and in it each block, for two more; the memory hardly grows with the
+            number of denoising steps. "auto": the first of these whose graph takes at most half of the free memory,
+            counted while the first one is built. Beside a `chunk_size` that is a number, it is the graph of a chunk
+            that has to fit; beside `chunk_size="auto"` images are drawn a few at a time only where "steps" is not
+            enough for all.
+        decoder: A tiny autoencoder that decodes in the place of the pipeline's own while the noise is optimised, an
+            approximation for less time and memory: a Hub id such as "madebyollin/taesdxl", a folder, or a loaded
+            module. The images of the result are drawn with the pipeline's own; see `NoiseResult`. `None` for that
+            throughout.
+        reward_device: Where rewards that are given by name are loaded, such as "cuda:1"; `None` for the pipeline's
+            device. Those that are loaded already stay where they are.
         returns: "best", the noise of the lowest loss, or "last", the noise after the last move, which is not evaluated.
         final_steps: How many evaluations `finish` asks for after these steps.
     """
@@ -45,6 +60,9 @@ class NoiseOptimizer:
     preview: bool = False
     clamp: Clamp = "straight_through"
     chunk_size: ChunkSetting = None
+    checkpointing: Checkpointing = "auto"
+    decoder: Any = None
+    reward_device: str | torch.device | None = None
     returns: ClassVar[Literal["best", "last"]] = "best"
     final_steps: int = 0
 
@@ -97,6 +115,12 @@ class NoiseOptimizer:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"Expected `{name}` to be one of {allowed}, but got {getattr(self, name)!r}.")
         check_chunk_size(self.chunk_size)
+        check_checkpointing(self.checkpointing)
+        check_reward_device(self.reward_device)
+
+    def device_of_rewards(self, pipe) -> torch.device:
+        """Where rewards that are given by name are loaded."""
+        return torch.device(self.reward_device or pipe._execution_device)
 
     def settings(self) -> dict[str, Any]:
         """The settings as plain values, for the provenance."""
@@ -166,6 +190,7 @@ class OptimizationLoop:
         self.rows: list[StepRow] = []
         self.best: BestSoFar | None = None
         self.initial_images: torch.Tensor | None = None
+        self.redrawn: dict[str, torch.Tensor] = {}
         self.total: torch.Tensor | None = None
         self.leaf = self.evaluated = problem.noise
 
@@ -179,6 +204,7 @@ class OptimizationLoop:
             if self.state.stopped:
                 break
         self.finish()
+        self.redraw()
 
     def start(self) -> None:
         self.chunk_size = chunk_size_of(self.method, self.problem)
@@ -201,10 +227,7 @@ class OptimizationLoop:
         state, method = self.state, self.method
         gradient = method.gradient if self.moves_after(step) else None
         self.leaf = state.noise.detach().requires_grad_(gradient is not None)
-        seeds = [seed + step for seed in self.problem.seeds]
-        groups = self.problem.groups
-        sample = Sample(self.problem.sampler, self.leaf, state.prompts, groups, seeds, gradient, method.preview)
-        sample.chunk_size = self.chunk_size
+        sample = self.sample_of(self.problem.sampler, self.leaf, step, gradient, method.preview)
         try:
             with torch.set_grad_enabled(gradient is not None):
                 loss, scores = self.objective.evaluate(sample)
@@ -223,6 +246,14 @@ class OptimizationLoop:
                 state.stop()
         if self.noise_file is not None:
             self.noise_file.keep(self.result)
+
+    def sample_of(
+        self, sampler: PipelineSampler, noise: torch.Tensor, step: int, gradient: Gradient, preview: bool
+    ) -> Sample:
+        """What the objective looks at in a step."""
+        seeds = [seed + step for seed in self.problem.seeds]
+        groups, prompts = self.problem.groups, self.state.prompts
+        return Sample(sampler, noise, prompts, groups, seeds, gradient, preview, self.chunk_size)
 
     def check_loss(self, loss: torch.Tensor, gradient: Gradient, step: int) -> None:
         batch = len(self.state.noise)
@@ -281,6 +312,26 @@ class OptimizationLoop:
             self.state.noise, self.state.active = noise.detach(), torch.ones_like(self.state.active)
             self.evaluate(len(self.rows))
 
+    @torch.no_grad()
+    def redraw(self) -> None:
+        """Where a tiny decoder stood in, draw the plain result and what is returned with the pipeline's own, and let
+        the objective score them."""
+        if self.problem.sampler.decoder is None or self.initial_images is None:
+            return
+        sampler, report = self.problem.sampler.with_own_decoder(), {}
+        for name, noise in (("initial", self.problem.noise), ("best", self.returned())):
+            sample = self.sample_of(sampler, noise.detach(), 0, None, self.method.preview)
+            loss, scores = self.objective.evaluate(sample)
+            self.redrawn[name] = sample.images
+            report[f"{name}_scores"] = {name: values.tolist() for name, values in scores.items()}
+            report[f"{name}_loss"] = loss.tolist()
+        self.state.reports[FULL_DECODER] = report
+
+    def returned(self) -> torch.Tensor:
+        """The noise of the result `(B, C, H, W)`."""
+        assert self.best is not None
+        return self.state.noise if self.method.returns == "last" else self.best.noise
+
     def drop_samples(self, broken: torch.Tensor) -> None:
         """Stop the samples whose gradient is not finite; the others go on."""
         if broken.any():
@@ -317,8 +368,7 @@ class OptimizationLoop:
         """What has been found up to now."""
         problem, state, best = self.problem, self.state, self.best
         assert best is not None
-        rows, last = self.rows[: best.steps], self.method.returns == "last"
-        noise = state.noise if last else best.noise
+        rows, last, noise = self.rows[: best.steps], self.method.returns == "last", self.returned()
         last_images = state.images if state.noise is self.evaluated else None
         latents = problem.sampler.to_latents(problem.pipe, noise.to(problem.dtype))
         return NoiseResult(
@@ -338,16 +388,16 @@ class OptimizationLoop:
             reports=dict(state.reports),
             initial_noise=problem.noise.detach(),
             band_changes=torch.stack([row.bands for row in rows]),
-            images=last_images if last else best.images,
-            initial_images=self.initial_images,
+            images=self.redrawn.get("best", last_images if last else best.images),
+            initial_images=self.redrawn.get("initial", self.initial_images),
         )
 
 
 def chunk_size_of(method: NoiseOptimizer, problem: NoiseProblem) -> int | None:
     """How many images a method has in memory at a time; `None` for the whole batch.
 
-    "auto" draws one image, and counts what its graph holds. Raises `ValueError` for a number, if the call cannot be
-    taken apart.
+    "auto" draws one image, and counts what its graph holds: with each checkpointing that may be taken, until the whole
+    batch fits. Raises `ValueError` for a number, if the call cannot be taken apart.
     """
     setting, batch = method.chunk_size, len(problem.noise)
     if setting is None or batch == 1:
@@ -362,6 +412,13 @@ def chunk_size_of(method: NoiseOptimizer, problem: NoiseProblem) -> int | None:
         return setting if setting < batch else None
     if method.gradient is None:
         return None
-    with SavedBytes() as saved, torch.enable_grad():
-        one.images(problem.noise[:1].detach().requires_grad_(), method.gradient, method.preview)
-    return fitting_chunk_size(batch, saved.peak, free_memory(problem.noise.device))
+    size, checkpoints = None, problem.sampler.checkpoints
+    checkpoints.settle()
+    for policy in checkpoints.ladder:
+        checkpoints.take(policy)
+        with SavedBytes() as saved, torch.enable_grad():
+            one.images(problem.noise[:1].detach().requires_grad_(), method.gradient, method.preview)
+        size = fitting_chunk_size(batch, saved.peak, free_memory(problem.noise.device))
+        if size is None:
+            break
+    return size

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ..callbacks.noise_state import NoiseState
+from .checkpointing import Checkpointing
 from .methods import register_noise_optimizer
 from .noise_optimizer import NoiseOptimizer
 from .noise_problem import NoiseProblem
@@ -32,6 +33,9 @@ class NoisePGD(NoiseOptimizer):
         radius: How far the noise may go from where it began, in the same unit; `None` for anywhere.
         stop_gradient: Hold the outputs of the denoiser constant; `False` back-propagates through the whole chain.
         reward_prompt: Ask the rewards about this instead of the pipeline's prompt: one, or one for each image.
+        checkpointing: "auto", "none", "blocks" or "steps": see `NoiseOptimizer`.
+        decoder: A tiny autoencoder that decodes while the noise is optimised: see `NoiseOptimizer`.
+        reward_device: Where rewards that are given by name are loaded, by default where the pipeline is.
     """
 
     rewards: Any
@@ -40,6 +44,9 @@ class NoisePGD(NoiseOptimizer):
     radius: float | None = None
     stop_gradient: bool = True
     reward_prompt: str | Sequence[str] | None = None
+    checkpointing: Checkpointing = "auto"
+    decoder: Any = None
+    reward_device: str | torch.device | None = None
 
     @property
     def gradient(self) -> Gradient:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -53,7 +60,7 @@ class NoisePGD(NoiseOptimizer):
                 raise ValueError(f"Expected `{name}` to be a number above 0, but got {value!r}.")
 
     def objective(self, pipe) -> RewardObjective:
-        return RewardObjective(differentiable_rewards(self.rewards, pipe), self.reward_prompt)
+        return RewardObjective(differentiable_rewards(self.rewards, self.device_of_rewards(pipe)), self.reward_prompt)
 
     def start(self, problem: NoiseProblem) -> torch.Tensor:
         return problem.noise

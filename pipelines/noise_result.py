@@ -24,7 +24,10 @@ class NoiseResult:
         norms: `(steps, B)`, ‖noise‖ / √d at each step: 1 is what a Gaussian has.
         best_step: `(B,)`, the step whose noise is returned.
         provenance: Model, scheduler, dtype, prompts, seeds, versions, method and its settings: plain values.
-        reports: What callbacks found, by name, in plain values: see `HeldOutReward`.
+        reports: What callbacks found, by name, in plain values: see `HeldOutReward`. After a run with `decoder=` also
+            "full_decoder": scores and losses by the pipeline's own decoder, of the plain result (`initial_scores`,
+            `initial_loss`) and of what is returned (`best_scores`, `best_loss`). `scores` and `losses` are then those
+            of the images of that tiny decoder: an approximation.
         generator_states: The state of each random stream after the base noise was drawn.
         initial_noise: `(B, C, H, W)`, the noise of the plain result; `None` in files of versions that did not keep it.
         band_changes: `(steps, B, 3)`, how much of ‖noise − initial_noise‖² lies in the lowest, middle and highest third
@@ -51,7 +54,8 @@ class NoiseResult:
     def __repr__(self) -> str:
         shape = "×".join(map(str, self.noise.shape))
         best = ", ".join(f"{name} {values.mean():.4g}" for name, values in self.best_scores.items())
-        return f"NoiseResult({shape}, best of {len(self.losses)} steps at {self.best_step.tolist()}: {best})"
+        by = f", by {decoder['class']}" if (decoder := self.provenance.get("decoder")) else ""
+        return f"NoiseResult({shape}, best of {len(self.losses)} steps at {self.best_step.tolist()}: {best}{by})"
 
     @property
     def best_scores(self) -> dict[str, torch.Tensor]:

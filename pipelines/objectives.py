@@ -52,9 +52,9 @@ class FunctionObjective(Objective):
         return getattr(self.function, "__name__", type(self.function).__name__)
 
 
-def differentiable_rewards(rewards: Any, pipe: Any) -> RewardSum:
-    """A `RewardSum` on the pipeline's device. Raises `NonDifferentiableReward` if one that counts has no gradient."""
-    total = RewardSum(rewards, device=pipe._execution_device)
+def differentiable_rewards(rewards: Any, device: torch.device) -> RewardSum:
+    """A `RewardSum` that loads names onto `device`. Raises `NonDifferentiableReward` where one that counts has none."""
+    total = RewardSum(rewards, device=device)
     total.check_differentiable()
     return total
 

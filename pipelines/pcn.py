@@ -46,6 +46,8 @@ class PCN(NoiseOptimizer):
             in (0, 1): after the k-th move `ln β` changes by `(a − acceptance) / √k`, a the probability that it was
             accepted with. `None` for a fixed β, with which the law is kept exactly at every step.
         reward_prompt: Ask the rewards about this instead of the pipeline's prompt: one, or one for each image.
+        decoder: A tiny autoencoder that decodes while noises are tried: see `NoiseOptimizer`.
+        reward_device: Where rewards that are given by name are loaded, by default where the pipeline is.
     """
 
     rewards: Any
@@ -54,6 +56,8 @@ class PCN(NoiseOptimizer):
     temperature: float = 0.1
     acceptance: float | None = None
     reward_prompt: str | Sequence[str] | None = None
+    decoder: Any = None
+    reward_device: str | torch.device | None = None
     gradient: Gradient = dataclasses.field(default=None, init=False)
     clamp: Clamp = dataclasses.field(default="hard", init=False)
 
@@ -68,7 +72,7 @@ class PCN(NoiseOptimizer):
             raise ValueError(f"Expected `acceptance` to be in (0, 1), or None, but got {self.acceptance!r}.")
 
     def objective(self, pipe) -> RewardObjective:
-        return RewardObjective(RewardSum(self.rewards, device=pipe._execution_device), self.reward_prompt)
+        return RewardObjective(RewardSum(self.rewards, device=self.device_of_rewards(pipe)), self.reward_prompt)
 
     def start(self, problem: NoiseProblem) -> "NoiseChain":
         return NoiseChain(CandidateNoise(problem), self.beta, self.temperature, self.acceptance)

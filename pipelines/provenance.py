@@ -8,6 +8,7 @@ from typing import Any
 
 from ..callbacks.noise_state import NoiseState
 from ..schedulers.noise_samplers import describe_noise_sampler
+from .loop_decoder import describe_decoder
 from .noise_problem import NoiseProblem
 from .objectives import Objective
 
@@ -29,6 +30,8 @@ def provenance_of(problem: NoiseProblem, objective: Objective, state: NoiseState
         "scheduler": {"class": type(scheduler).__name__, **plain(dict(scheduler.config))},
         "dtype": str(problem.dtype).removeprefix("torch."),
         "arguments": plain(arguments),
+        "decoder": describe_decoder(problem.sampler.decoder),
+        "checkpointing": problem.sampler.checkpoints.policy,
         "stopped": state.stopped,
         "seconds": round(state.elapsed, 3),
         "versions": {"python": platform.python_version(), **versions},

@@ -10,6 +10,7 @@ import torch
 
 from ..callbacks.noise_state import NoiseState
 from ..rewards.reward_sum import RewardSum
+from .checkpointing import Checkpointing
 from .chunk_size import ChunkSetting
 from .methods import register_noise_optimizer
 from .noise_optimizer import NoiseOptimizer
@@ -58,6 +59,9 @@ class ReNO(NoiseOptimizer):
         chunk_size: Take the gradient of at most so many images at a time: the same images and gradients in the memory
             of so many, whatever the batch, for one more forward pass a step. "auto" finds out in the first step how
             many fit into half of the free memory, and cuts nothing where all do; `None` never cuts.
+        checkpointing: "auto", "none", "blocks" or "steps": see `NoiseOptimizer`.
+        decoder: A tiny autoencoder that decodes while the noise is optimised: see `NoiseOptimizer`.
+        reward_device: Where rewards that are given by name are loaded, by default where the pipeline is.
     """
 
     rewards: Any
@@ -72,6 +76,9 @@ class ReNO(NoiseOptimizer):
     gradient: Gradient = "full"
     preview: bool = False
     chunk_size: ChunkSetting = None
+    checkpointing: Checkpointing = "auto"
+    decoder: Any = None
+    reward_device: str | torch.device | None = None
 
     @property
     def clamp(self) -> Clamp:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -100,7 +107,7 @@ class ReNO(NoiseOptimizer):
         _ = self.prior
 
     def objective(self, pipe) -> RewardObjective:
-        rewards = differentiable_rewards(self.rewards, pipe)
+        rewards = differentiable_rewards(self.rewards, self.device_of_rewards(pipe))
         if self.mode == "parity":
             rewards = on_released_pixels(rewards)
         views = self.views if self.views is not None else 0 if self.mode == "parity" else RENO_VIEWS

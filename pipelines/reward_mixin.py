@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from ..rewards.reward import check_reward_device
 from ..rewards.reward_sum import RewardSum, reward_weight_pairs
 from .noise_hook import NoiseOptimizationMixin
 from .noise_optimizer import NoiseOptimizer
@@ -24,16 +25,23 @@ class RewardMixin(NoiseOptimizationMixin):
             )
         if rewards is not None and noise_optimizer is not None:
             raise ValueError("Expected `rewards` or `noise_optimizer`, but got both. Give the rewards to the method.")
-        return noise_optimizer if rewards is None else method(rewards=self.load_rewards(rewards), **settings)
+        if rewards is None:
+            return noise_optimizer
+        return method(rewards=self.load_rewards(rewards, settings.get("reward_device")), **settings)
 
-    def load_rewards(self, rewards: Any) -> RewardSum:
-        """A `RewardSum` on the pipeline's device; what has a name is loaded at its first use and kept."""
-        device = self._execution_device  # pyright: ignore[reportAttributeAccessIssue]
-        kept = vars(self).setdefault("_loaded_rewards", {})
+    def load_rewards(self, rewards: Any, device: Any = None) -> RewardSum:
+        """A `RewardSum` on a device, by default the pipeline's; what has a name is loaded at its first use and kept."""
+        check_reward_device(device)
+        kept = self.kept_on(device, "_loaded_rewards")
         pairs = reward_weight_pairs(rewards, None)
         known = [(kept.get(str(name), name), weight) for name, weight in pairs]
+        device = device or self._execution_device  # pyright: ignore[reportAttributeAccessIssue]
         total = RewardSum(known, normalization=getattr(rewards, "normalization", None), device=device)
         for (name, _), reward in zip(pairs, total.rewards, strict=True):
             if isinstance(name, str):
                 kept[name] = reward
         return total
+
+    def kept_on(self, device: Any, attribute: str) -> dict[str, Any]:
+        """What this pipeline has loaded by name, for its own device or another one."""
+        return vars(self).setdefault(attribute if device is None else f"{attribute}_on_{device}", {})

@@ -11,10 +11,11 @@ from typing import Any, Literal
 import torch
 
 from ..schedulers.x0_prediction import predict_x0
+from .checkpointing import Checkpointing, Checkpoints, scales_lora
 from .chunks import BatchLayout, WholeBatchDraws, run_in_chunks
 from .global_draws import only_from_generators
 from .latent_space import LatentSpace
-from .module_state import DENOISERS, converted_apart, is_offloaded, with_forward, without_gradient
+from .module_state import CALLED_IN_STEPS, DENOISERS, converted_apart, is_offloaded, with_forward, without_gradient
 
 Gradient = Literal["full", "frozen"] | None
 Clamp = Literal["straight_through", "hard"]
@@ -81,9 +82,13 @@ class PipelineSampler:
             that add noise on the way the same stream.
         clamp: How pixels are brought into [0, 1]: "straight_through" keeps the gradient of saturated pixels, so that
             they can come back; "hard" (as stock pipelines do) has none there. The values are equal.
+        decoder: What decodes latents in the place of the pipeline's VAE; `None` for that.
+        checkpointing: What is computed again in the backward pass, once `checkpoints` are in force.
+        through_denoiser: Whether gradients pass through the denoiser, so that there is anything of it to be kept.
 
     Attributes:
         timesteps: How many the whole chain has, once it has been run; `None` before.
+        checkpoints: What is computed again, of the whole batch and of its parts.
     """
 
     timesteps: int | None = None
@@ -97,6 +102,9 @@ class PipelineSampler:
         random_state: RandomState,
         drew: bool,
         clamp: Clamp = "straight_through",
+        decoder: Any = None,
+        checkpointing: Checkpointing = "none",
+        through_denoiser: bool = True,
     ) -> None:
         self.space, self.encoded, self.random_state, self.drew = space, encoded, random_state, drew
         self.call = stock_call(type(pipe))
@@ -104,6 +112,12 @@ class PipelineSampler:
         self.request = {name: value for name, value in request.items() if name not in ours}
         self.image_embeds: list[Any] = []  # of an IP-Adapter: what its method returned in the first run, in call order
         self.twin = self.make_twin(pipe, clamp)
+        self.own_decoder, self.decoder = vars(self.twin).get("vae"), decoder
+        if decoder is not None:
+            vars(self.twin)["vae"] = decoder
+        called = parts_of(self.twin, CALLED_IN_STEPS).values() if through_denoiser else ()
+        decodes = vars(self.twin).get("vae")
+        self.checkpoints = Checkpoints(checkpointing, tuple(called), decodes, scales_lora(self.request))
         # as it was before any run: schedulers hold the graph of one afterwards, so that each run has its own copy
         self.scheduler = copy.deepcopy(pipe.scheduler)
         self.part_of: tuple[int, list[int]] | None = None  # the size of the whole batch, and which rows of it are drawn
@@ -123,6 +137,13 @@ class PipelineSampler:
             attributes["image_processor"] = copy.copy(pipe.image_processor)
             vars(twin.image_processor)["denormalize"] = denormalize_straight_through
         return twin
+
+    def with_own_decoder(self) -> "PipelineSampler":
+        """The same sampler with the pipeline's own decoder."""
+        found = copy.copy(self)
+        found.twin, found.chunks, found.decoder = copy.copy(self.twin), {}, None
+        vars(found.twin)["vae"] = self.own_decoder
+        return found
 
     def random_state_after_draw(self) -> RandomState:
         """The random streams once the base noise is drawn."""
@@ -200,18 +221,29 @@ class PipelineSampler:
         return self.space.unpack(self.twin, latents)
 
     def run(self, noise: torch.Tensor, gradient: Gradient, preview: bool, output_type: str) -> torch.Tensor:
-        """What the pipeline puts out for a noise; the latents of a preview are the x0 estimate, in no other layout."""
+        """What the pipeline puts out for a noise; the latents of a preview are the x0 estimate, in no other layout.
+
+        With a graph, it is as the checkpointing says.
+        """
+        if gradient is None or not noise.requires_grad:
+            return self.run_once(noise, gradient, preview, output_type)
+        kind = (preview, output_type)
+        return self.checkpoints.fitted(kind, noise.device, lambda: self.run_once(noise, gradient, preview, output_type))
+
+    def run_once(self, noise: torch.Tensor, gradient: Gradient, preview: bool, output_type: str) -> torch.Tensor:
         twin = self.fresh_twin(noise, gradient)
         one_call = first_step_only(twin) if preview else contextlib.nullcontext([])
         ours = {"generator": twin.sampling_generator, "output_type": output_type, "return_dict": False}
         draws, graph = self.draws_from(twin.sampling_generator), gradient is not None and noise.requires_grad
-        with one_call as estimates, draws, only_from_generators(twin), torch.set_grad_enabled(graph):
-            output = self.call(twin, **self.request, **ours)[0]
-        if estimates and output_type == "latent":  # families unpack and scale what they put out
-            output = estimates[0]
-        if not preview:  # some families set their timesteps after `prepare_latents`: no scheduler knows them earlier
-            self.timesteps = count_timesteps(twin)
-        vars(twin).clear()  # its methods refer to it: its scheduler would keep the graph until the next collection
+        try:
+            with one_call as estimates, draws, only_from_generators(twin), torch.set_grad_enabled(graph):
+                output = self.call(twin, **self.request, **ours)[0]
+            if estimates and output_type == "latent":  # families unpack and scale what they put out
+                output = estimates[0]
+            if not preview:  # some families set their timesteps after `prepare_latents`: no scheduler knows them before
+                self.timesteps = count_timesteps(twin)
+        finally:  # its methods refer to it: its scheduler would keep the graph until the next collection
+            vars(twin).clear()
         if noise.requires_grad and gradient is not None and not output.requires_grad:
             raise ValueError(
                 f"Expected {type(twin).__name__} to be differentiable from image to noise, but its result carries no "
@@ -240,9 +272,16 @@ class PipelineSampler:
             embed = twin.prepare_ip_adapter_image_embeds
             vars(twin)["prepare_ip_adapter_image_embeds"] = replayed(embed, self.image_embeds)
         if gradient == "frozen":
-            parts = {name: getattr(twin, name, None) for name in (*DENOISERS, "controlnet")}
-            vars(twin).update({name: without_gradient(part) for name, part in parts.items() if part is not None})
+            vars(twin).update({name: without_gradient(part) for name, part in parts_of(twin, CALLED_IN_STEPS).items()})
+        elif gradient == "full":
+            parts = parts_of(twin, CALLED_IN_STEPS)
+            vars(twin).update({name: self.checkpoints.call_of(part) for name, part in parts.items()})
         return twin
+
+
+def parts_of(pipe, names: tuple[str, ...]) -> dict[str, Any]:
+    """The modules that a pipeline has of these."""
+    return {name: part for name in names if (part := getattr(pipe, name, None)) is not None}
 
 
 def replayed(function: Callable[..., Any], kept: list[Any]) -> Callable[..., Any]:
@@ -293,7 +332,7 @@ def first_step_only(pipe) -> Iterator[list[torch.Tensor]]:
 
     vars(scheduler).update(set_timesteps=set_one, step=estimate)
     # copies that count: a hook on modules that others have too would have to be taken off again, whatever happens
-    parts = {name: part for name in DENOISERS if (part := getattr(pipe, name, None)) is not None}
+    parts = parts_of(pipe, DENOISERS)
     vars(pipe).update({name: with_forward(part, counted(part.forward, calls)) for name, part in parts.items()})
     try:
         yield estimates

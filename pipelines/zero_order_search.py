@@ -43,6 +43,8 @@ class ZeroOrderSearch(NoiseOptimizer):
         restart: Begin anew from a fresh noise after a round that found nothing better; `False` to look at other
             neighbours of the same pivot.
         reward_prompt: Ask the rewards about this instead of the pipeline's prompt: one, or one for each image.
+        decoder: A tiny autoencoder that decodes while noises are tried: see `NoiseOptimizer`.
+        reward_device: Where rewards that are given by name are loaded, by default where the pipeline is.
     """
 
     rewards: Any
@@ -51,6 +53,8 @@ class ZeroOrderSearch(NoiseOptimizer):
     cosine: float = 0.95
     restart: bool = True
     reward_prompt: str | Sequence[str] | None = None
+    decoder: Any = None
+    reward_device: str | torch.device | None = None
     gradient: Gradient = dataclasses.field(default=None, init=False)
     clamp: Clamp = dataclasses.field(default="hard", init=False)
 
@@ -64,7 +68,7 @@ class ZeroOrderSearch(NoiseOptimizer):
             )
 
     def objective(self, pipe) -> RewardObjective:
-        return RewardObjective(RewardSum(self.rewards, device=pipe._execution_device), self.reward_prompt)
+        return RewardObjective(RewardSum(self.rewards, device=self.device_of_rewards(pipe)), self.reward_prompt)
 
     def start(self, problem: NoiseProblem) -> "Neighborhood":
         return Neighborhood(CandidateNoise(problem), self.neighbors, self.cosine, self.restart)

@@ -240,6 +240,16 @@ def check_images(images: Tensor, who: str) -> None:
         )
 
 
+def check_reward_device(device: Any) -> None:
+    """Raise `ValueError` unless `device` is a device, its name, or `None`."""
+    try:
+        torch.device(device if device is not None else "cpu")
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(
+            f'Expected `reward_device` to be a device such as "cuda:1" or "cpu", or `None`, but got {device!r}.'
+        ) from error
+
+
 def prompts_per_image(prompts: str | Sequence[str] | None, batch: int, name: str, required: bool) -> list[str]:
     """`batch` prompts: a single one is repeated; None becomes empty strings unless `required`."""
     if prompts is None:
