@@ -181,7 +181,7 @@ class PipelineSampler:
             part.request = layout.request_of(rows)
             part.encoded = [layout.encoded_of(each, rows) for each in self.encoded]
             part.random_state, part.drew = self.random_state_after_draw().of_rows(rows), False
-            part.part_of, part.chunks = (batch, rows), {}
+            part.part_of, part.chunks, part.image_embeds = (batch, rows), {}, []
             self.chunks[tuple(rows)] = part
         return self.chunks[tuple(rows)]
 
