@@ -105,7 +105,7 @@ def test_refusal_is_an_exit_status(monkeypatch):
 @pytest.mark.parametrize("action", (["build"], ["check"], ["pictures"], ["push", "reno-turbo", "--namespace", "me"]))
 def test_without_a_checkout_that_is_said(action, tmp_path, monkeypatch):
     monkeypatch.setattr(build, "HUB_CARDS", tmp_path / "hub_cards")
-    assert "Expected a checkout of the repository" in exit_of(["hub", *action])
+    assert "Expected a checkout of the repository" in str(exit_of(["hub", *action]))
 
 
 def test_the_script_of_the_folder_is_the_command(root, monkeypatch, capsys):

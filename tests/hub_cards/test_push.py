@@ -94,10 +94,9 @@ def test_private_is_private_or_refused(hub, api):
 
 def test_what_comes_back_different_is_said(hub, api, monkeypatch):
     def break_commit(handler, name, body):
-        answer = commit(handler, name, body)
+        status, answer, headers = commit(handler, name, body)
         (hub.root / name / "pipeline.py").write_text("lost")
-        answer[1]["commitOid"] = hub.repository(name).sha
-        return answer
+        return status, answer | {"commitOid": hub.repository(name).sha}, headers
 
     commit = Handler.commit
     monkeypatch.setattr(Handler, "commit", break_commit)

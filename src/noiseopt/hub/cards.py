@@ -488,12 +488,14 @@ def shown_section(card: Card, shown: BeforeAfter) -> str:
 def origin(card: Card, shown: BeforeAfter) -> str:
     """What drew a picture, and what that is not."""
     model = MODELS[shown.model]
-    return (
-        f"{card.model} is too large for pictures that anyone can draw again. These are by the embedded model "
-        f"[`{model.hub_id}`](https://huggingface.co/{model.hub_id}), a {model.title}. {card.no_kin} The pictures show what "
-        f"the method does, and say nothing about how much it does for {card.model}. In a checkout of the repository the "
-        f"command below draws them."
-    )
+    sentences = [
+        f"{card.model} is too large for pictures that anyone can draw again.",
+        f"These are by the embedded model [`{model.hub_id}`](https://huggingface.co/{model.hub_id}), a {model.title}.",
+        card.no_kin,
+        f"The pictures show what the method does, and say nothing about how much it does for {card.model}.",
+        "In a checkout of the repository the command below draws them.",
+    ]
+    return " ".join(sentence for sentence in sentences if sentence)
 
 
 def finding(method: Method, shown: BeforeAfter) -> str:
@@ -503,13 +505,15 @@ def finding(method: Method, shown: BeforeAfter) -> str:
         plain, gives = f"{shown.images} images of a prompt as the model draws them", "seeds give"
     through = " and ".join(code(f"shapes-{name}") for name in shown.instruments)
     before, after = shown.right
-    return (
-        f"Left of an arrow: {plain}. Right of it: what the same {gives} after {shown.steps} steps of {method.name}"
-        f"{f', which sees images through {through}' if through else ''}. ✓ and ✗ are the verdicts of a judge that reads "
-        f"the pixels; it is no model, and nothing optimises it. {before} of {shown.count} images are right before, "
-        f"{after} of {shown.count} after. {effect(shown)} The prompts are the first of the validation split, and the "
-        f"seeds count from {shown.seed}: nothing was chosen by its outcome."
-    )
+    sentences = [
+        f"Left of an arrow: {plain}. Right of it: what the same {gives} after {shown.steps} steps of {method.name}",
+        f", which sees images through {through}. " if through else ". ",
+        "✓ and ✗ are the verdicts of a judge that reads the pixels; it is no model, and nothing optimises it. ",
+        f"{before} of {shown.count} images are right before, {after} of {shown.count} after. {effect(shown)} ",
+        "The prompts are the first of the validation split, and the seeds count from ",
+        f"{shown.seed}: nothing was chosen by its outcome.",
+    ]
+    return "".join(sentences)
 
 
 def effect(shown: BeforeAfter) -> str:
