@@ -188,7 +188,8 @@ def converted_apart(module: nn.Module) -> nn.Module:
     weights under the graph. This one is converted as well, and leaves the shared one alone.
     """
     twin = copy.copy(module)
-    contents = {module.dtype: vars(module)}
+    vars(twin).pop("decode", None)  # a compiled one is bound to the shared weights
+    contents: dict[torch.dtype, dict[str, Any]] = {module.dtype: vars(module)}  # pyright: ignore
 
     def to(dtype: torch.dtype) -> nn.Module:
         if dtype not in contents:

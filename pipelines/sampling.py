@@ -131,7 +131,8 @@ class PipelineSampler:
         # both go through numpy, which no gradient passes; the final run has them
         attributes.update({name: None for name in ("safety_checker", "watermark") if name in attributes})
         vae = attributes.get("vae")
-        if vae is not None and vae.config.get("force_upcast") and not is_offloaded(vae):
+        upcast = vae is not None and vae.config.get("force_upcast") and vae.dtype == torch.float16
+        if upcast and not is_offloaded(vae):  # no gradient passes one that is offloaded
             attributes["vae"] = converted_apart(vae)
         if clamp == "straight_through" and hasattr(pipe, "image_processor"):
             attributes["image_processor"] = copy.copy(pipe.image_processor)

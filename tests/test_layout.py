@@ -118,7 +118,7 @@ def test_weights_are_small(wheel):
 
 
 def test_wheel_imports(wheel, tmp_path):
-    """Every module imports from the unpacked wheel, and none from the checkout."""
+    """Every module imports from the unpacked wheel, and none from the checkout; a pipeline is saved from there too."""
     zipfile.ZipFile(wheel).extractall(tmp_path)
     program = """
 import importlib, pathlib, sys
@@ -129,6 +129,8 @@ for path in sorted(target.rglob("*.py")):
         parts = path.relative_to(target).with_suffix("").parts
         module = importlib.import_module(".".join(parts).removesuffix(".__init__"))
         assert pathlib.Path(module.__file__).resolve() == path, module
+cls = sys.modules["noiseopt.pipelines.reno_turbo"].ReNOTurboPipeline
+assert "class ReNOTurboPipeline(" in sys.modules["noiseopt.pipelines.pipeline_code"].code_of(cls)
 """
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     run = subprocess.run(

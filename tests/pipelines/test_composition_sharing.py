@@ -2,6 +2,7 @@
 
 import sys
 import threading
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from tiny_pipelines import BUILDERS, call_arguments, quiet, sd_pipeline, sdxl_pi
 from noiseopt import NoiseOptimizationMixin, ReNO, ReNOStableDiffusionPipeline, ReNOTurboPipeline, optimize_noise
 
 
-def dtypes_of(pipe) -> dict[str, torch.dtype]:
+def dtypes_of(pipe) -> dict[str, Any]:
     return {name: part.dtype for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
 
 
