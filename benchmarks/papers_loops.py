@@ -18,6 +18,7 @@ import functools
 import json
 import math
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -258,13 +259,15 @@ def drawn_noise(pipe: Any, images: int, size: int) -> torch.Tensor:
     return noise.to(pipe.unet.device, pipe.unet.dtype).float()
 
 
-def measure(rows: dict[str, Row], rounds: int, device: torch.device) -> dict[str, dict[str, list[Any]]]:
-    """Seconds of a step and a run, peak MiB and watches of each row; they take turns, first in a round to warm up."""
+def measure(
+    rows: dict[str, Row], rounds: int, device: torch.device, warm_up: int = 1
+) -> dict[str, dict[str, list[Any]]]:
+    """Seconds of a step and a run, peak MiB and watches of each row; they take turns, first in rounds to warm up."""
     found: dict[str, dict[str, list[Any]]] = {
         name: {"step": [], "run": [], "memory": [], "watches": []} for name in rows
     }
-    for round_ in range(rounds + 1):
-        for name, row in list(rows.items())[:: 1 if round_ % 2 else -1]:
+    for round_ in range(-warm_up, rounds):
+        for name, row in list(rows.items())[:: -1 if round_ % 2 else 1]:
             watch, memory = Watch(device), PeakMemory(device)
             memory.start()
             started = time.perf_counter()
@@ -272,7 +275,8 @@ def measure(rows: dict[str, Row], rounds: int, device: torch.device) -> dict[str
             synchronize(device)
             numbers = {"run": time.perf_counter() - started, "step": watch.step_seconds(), "memory": memory.peak()}
             for key, value in {**numbers, "watches": watch}.items():
-                found[name].setdefault(key, []).extend([value] if round_ else [])
+                found[name].setdefault(key, []).extend([value] if round_ >= 0 else [])
+            print(f"round {round_}: {name}, {numbers}", file=sys.stderr)
     return found
 
 
@@ -352,6 +356,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rewards", nargs="+", choices=names, default=names, help="of ReNO, by default all four")
     parser.add_argument("--images", type=int, default=5, help="of the set that CNO moves apart")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--warm-up", type=int, default=1, help="rounds that do not count")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--tolerance", type=float, help="of losses and noise, by default 0.01 or, in half precision, 1")
@@ -372,7 +377,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         rows = reno_rows(pipe, rewards, size, options.steps or 4)
     else:
         rows = cno_rows(pipe, options.images, size, options.steps or 3)
-    found = measure(rows, options.rounds, device)
+    found = measure(rows, options.rounds, device, options.warm_up)
     images = 1 if rewards is not None else options.images
     table = compared(rows, found, drawn_noise(pipe, images, size))
     title = f"{options.method}, {options.model}, {images} × {size} px, {options.dtype}, {device.type}"
