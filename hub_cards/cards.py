@@ -14,7 +14,7 @@ from string import Template
 from typing import Any
 
 NAMESPACE = "noiseopt"
-REQUIREMENTS = ("torch>=2.6", "diffusers>=0.41", "transformers>=5.5", "accelerate>=1.1")
+REQUIREMENTS = ("torch>=2.6", "diffusers>=0.41", "transformers>=5.18", "accelerate>=1.1")
 
 
 @dataclass(frozen=True, kw_only=True)
