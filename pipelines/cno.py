@@ -89,8 +89,9 @@ class CNO(NoiseOptimizer):
     def step(self, state: NoiseState, gradient: torch.Tensor, memory: dict[str, Any]) -> torch.Tensor:
         if self.repulsion and not gradient.any():
             raise ValueError(
-                "Expected x0 estimates that depend on the noise, but their gradient is zero: with zero terminal SNR "
-                "the first estimate is the output of the denoiser alone. Use `stop_gradient=False`."
+                "Expected x0 estimates that depend on the noise, but their gradient is zero: with zero terminal SNR, "
+                f"as {type(state.pipeline.scheduler).__name__} has here, the first estimate is the output of the "
+                "denoiser alone. Use `stop_gradient=False`."
             )
         memory["noise"].data = state.noise.clone()
         memory["noise"].grad = gradient * per_image(memory["shares"], gradient)  # the loss of a set is the mean

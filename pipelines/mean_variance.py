@@ -67,7 +67,7 @@ class Moments:
 
     def __init__(self, base: torch.Tensor, learning_rate: float) -> None:
         self.base = base
-        self.parts = [torch.zeros_like(image).repeat(2, 1, 1, 1).requires_grad_() for image in base]
+        self.parts = [torch.zeros_like(image).expand(2, *image.shape).clone().requires_grad_() for image in base]
         self.adams = [torch.optim.Adam([part], lr=learning_rate, eps=1e-3) for part in self.parts]
 
     def noise(self) -> torch.Tensor:

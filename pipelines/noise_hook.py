@@ -9,17 +9,19 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
+from diffusers.utils.torch_utils import randn_tensor
 
 from ..callbacks.noise_callback import CallbackSpec, as_callbacks
 from ..schedulers.noise_samplers import NoiseSamplerSpec, as_noise_sampler
-from .latent_space import LatentSpace
+from .latent_space import LatentSpace, drawing_function, latents_with_image
 from .methods import as_noise_optimizer
-from .module_state import frozen_modules, refuse_offload, undoing
+from .module_state import frozen_modules, refuse_unsuited, undoing
 from .noise_file import NoiseFile
 from .noise_optimizer import NoiseOptimizer
 from .noise_problem import NoiseProblem
 from .noise_result import NoiseResult
 from .objectives import Objective
+from .pipeline_code import SavedWithCode
 from .sampling import PipelineSampler, RandomState, stock_call
 
 
@@ -59,9 +61,10 @@ class NoiseRun:
         self.method, self.request, self.render = method, request, render
         self.callbacks = as_callbacks(callbacks)
         method.check()
+        check_class(pipe, request)
         if torch.is_inference_mode_enabled():
             raise ValueError("Expected a call outside `torch.inference_mode()`, where no gradient exists. Remove it.")
-        refuse_offload(pipe)
+        refuse_unsuited(pipe, method.gradient)
         self.objective: Objective = method.objective(pipe)
         self.prompts = prompts_of(request, self.objective.requires_prompt)
         self.groups = groups_of(request)
@@ -70,7 +73,9 @@ class NoiseRun:
         self.noise_sampler = noise_sampler_of(noise_sampler, request, self.groups)
         self.noise_file = None if save_noise_to is None else NoiseFile(save_noise_to)
         if size := image_size(pipe, request):
-            self.objective.try_out(self.prompts[0], *size, gradient=method.gradient is not None)
+            read = getattr(method, "reward_prompt", None) or self.prompts
+            prompt = read if isinstance(read, str) else read[0]
+            self.objective.try_out(prompt, *size, gradient=method.gradient is not None)
         self.encoded: list[Any] = []
         self.result: NoiseResult | None = None
 
@@ -93,7 +98,25 @@ class NoiseRun:
             self.result = self.method.run(problem, self.objective, self.callbacks, self.noise_file)
         if not self.render:
             raise NoiseFound
-        return space.prepare(pipe, self.result.noise.to(noise.dtype))
+        return sampler.prepare(pipe, self.result.noise.to(noise.dtype))
+
+
+def check_class(pipe, request: dict[str, Any]) -> None:
+    """Raise `TypeError` or `ValueError` for a pipeline whose noise cannot be had in this call."""
+    parameters = inspect.signature(drawing_function(type(pipe))(randn_tensor)).parameters
+    if request.get("latents") is not None and "latents" not in parameters:
+        raise latents_with_image(pipe)
+
+
+def check_latents_taken(pipe) -> None:
+    """Raise `TypeError` for a pipeline that cannot draw a noise again."""
+    if "latents" not in inspect.signature(stock_call(type(pipe))).parameters:
+        name = type(pipe).__name__
+        raise TypeError(
+            f"Expected a pipeline that takes `latents`, to draw the noise that was found, but {name} takes none. Give "
+            f"it the hook, `class Ours(NoiseOptimizationMixin, {name})`, and call that with `noise_optimizer=...`: it "
+            "draws the image in the same call."
+        )
 
 
 def prompts_of(request: dict[str, Any], required: bool) -> list[str]:
@@ -155,13 +178,23 @@ def image_size(pipe, request: dict[str, Any]) -> tuple[int, int] | None:
     """Height and width of the images in pixels, if they can be told before the call."""
     if request.get("height") and request.get("width"):
         return request["height"], request["width"]
+    if request.get("image") is not None:
+        return size_of_image(pipe, request["image"])
     denoiser = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
     side = getattr(pipe, "default_sample_size", None) or getattr(getattr(denoiser, "config", None), "sample_size", None)
     scale = getattr(pipe, "vae_scale_factor", None)
     return (side * scale, side * scale) if isinstance(side, int) and isinstance(scale, int) else None
 
 
-class NoiseOptimizationMixin:
+def size_of_image(pipe, image: Any) -> tuple[int, int] | None:
+    """Height and width that a pipeline makes of a given image, or of the first of several."""
+    image = image[0] if isinstance(image, list) else image
+    size_of = getattr(getattr(pipe, "image_processor", None), "get_default_height_width", None)
+    is_latents = isinstance(image, torch.Tensor) and image.shape[-3] != 3
+    return None if size_of is None or is_latents else size_of(image)
+
+
+class NoiseOptimizationMixin(SavedWithCode):
     """Gives any diffusers text-to-image pipeline an optimisation hook in `prepare_latents`.
 
     `class ReNOTurboPipeline(NoiseOptimizationMixin, StableDiffusionXLPipeline)` is all that a pipeline needs. With
@@ -173,6 +206,20 @@ class NoiseOptimizationMixin:
     """
 
     _noise_run: NoiseRun | NoiseDraw | None = None
+
+    @classmethod
+    def from_pipe(cls, pipeline, **kwargs):
+        """The stock method; unless `dtype` is given, the modules that both pipelines share keep theirs.
+
+        The stock method converts them to float32 then, in the pipeline that they came from too.
+        """
+        if kwargs.keys() & {"dtype", "torch_dtype", "custom_pipeline"}:
+            return super().from_pipe(pipeline, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        as_they_are = {"to": lambda pipe, *_, **__: pipe, "__module__": cls.__module__}
+        unconverted = type(cls.__name__, (cls,), as_they_are)
+        made = super(NoiseOptimizationMixin, unconverted).from_pipe(pipeline, **kwargs)  # pyright: ignore
+        made.__class__ = cls
+        return made
 
     def __call__(
         self,
@@ -221,8 +268,9 @@ class NoiseOptimizationMixin:
             if run.result is not None:
                 vars(error)["noise_result"] = run.result
             raise
+        result = found_by(run, self)
         if not isinstance(output, tuple):
-            output.noise_result = run.result
+            output.noise_result = result
         return output
 
     def encode_prompt(self, *args, **kwargs):
@@ -237,6 +285,16 @@ class NoiseOptimizationMixin:
         if run is None:
             return super().prepare_latents(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
         return run.prepare_latents(self, *args, **kwargs)
+
+
+def found_by(run: NoiseRun, pipe) -> NoiseResult:
+    """The result of a call that is over."""
+    if run.result is None:
+        raise TypeError(
+            f"Expected a call that prepares its latents by `prepare_latents`, but that of {type(pipe).__name__} did "
+            "not, and nothing was optimised. Leave out the argument that takes the place of the noise."
+        )
+    return run.result
 
 
 @contextlib.contextmanager
@@ -300,11 +358,12 @@ def optimize_noise(
     optimizer = as_noise_optimizer(method, method_kwargs)
     twin = copy.copy(pipe)
     twin.__class__ = hooked(type(pipe))
+    vars(twin)["scheduler"] = copy.deepcopy(pipe.scheduler)  # a call sets the timesteps of its scheduler
+    check_latents_taken(twin)
     request = bind_request(twin, (), {"prompt": prompt, **call_kwargs})
     own = {"noise_sampler": noise_sampler, "save_noise_to": save_noise_to}
     run = NoiseRun(twin, optimizer, request, callbacks, render=False, **own)
     vars(twin)["_noise_run"] = run
     with frozen_modules(twin), torch.no_grad(), contextlib.suppress(NoiseFound):
         stock_call(type(pipe))(twin, **request)
-    assert run.result is not None
-    return run.result
+    return found_by(run, twin)

@@ -320,7 +320,7 @@ class OptimizationLoop:
         rows, last = self.rows[: best.steps], self.method.returns == "last"
         noise = state.noise if last else best.noise
         last_images = state.images if state.noise is self.evaluated else None
-        latents = problem.space.to_latents(problem.pipe, noise.to(problem.dtype))
+        latents = problem.sampler.to_latents(problem.pipe, noise.to(problem.dtype))
         return NoiseResult(
             noise=noise.detach(),
             latents=latents.detach(),

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import functools
 import inspect
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
@@ -11,12 +12,12 @@ import torch
 
 from ..schedulers.x0_prediction import predict_x0
 from .chunks import BatchLayout, WholeBatchDraws, run_in_chunks
+from .global_draws import only_from_generators
 from .latent_space import LatentSpace
-from .module_state import float32_decoder, with_forward, without_gradient
+from .module_state import DENOISERS, converted_apart, is_offloaded, with_forward, without_gradient
 
 Gradient = Literal["full", "frozen"] | None
 Clamp = Literal["straight_through", "hard"]
-DENOISERS = ("unet", "transformer", "transformer_2")
 
 
 def stock_call(cls: type):
@@ -101,6 +102,7 @@ class PipelineSampler:
         self.call = stock_call(type(pipe))
         ours = ("latents", "generator", "output_type", "return_dict", "callback_on_step_end", "callback")
         self.request = {name: value for name, value in request.items() if name not in ours}
+        self.image_embeds: list[Any] = []  # of an IP-Adapter: what its method returned in the first run, in call order
         self.twin = self.make_twin(pipe, clamp)
         # as it was before any run: schedulers hold the graph of one afterwards, so that each run has its own copy
         self.scheduler = copy.deepcopy(pipe.scheduler)
@@ -115,8 +117,8 @@ class PipelineSampler:
         # both go through numpy, which no gradient passes; the final run has them
         attributes.update({name: None for name in ("safety_checker", "watermark") if name in attributes})
         vae = attributes.get("vae")
-        if vae is not None and vae.config.get("force_upcast") and vae.dtype == torch.float16:
-            attributes["vae"] = float32_decoder(vae)
+        if vae is not None and vae.config.get("force_upcast") and not is_offloaded(vae):
+            attributes["vae"] = converted_apart(vae)
         if clamp == "straight_through" and hasattr(pipe, "image_processor"):
             attributes["image_processor"] = copy.copy(pipe.image_processor)
             vars(twin.image_processor)["denormalize"] = denormalize_straight_through
@@ -128,6 +130,15 @@ class PipelineSampler:
         if self.drew:
             self.space.on(self.twin, self.space.draw_noise, generator=generator)
         return RandomState(generator, torch.device("cpu"))
+
+    def prepare(self, pipe, noise: torch.Tensor, generator: torch.Generator | list[torch.Generator] | None = None):
+        """What `prepare_latents` of the call returns for another noise; all else that it draws is the same."""
+        generator = generator or self.random_state.generator()
+        return self.space.prepare(pipe, noise, draw=self.drew, generator=generator)
+
+    def to_latents(self, pipe, noise: torch.Tensor) -> torch.Tensor:
+        """Noise to what the pipeline takes as `latents=`, in its dtype."""
+        return self.space.to_latents(pipe, noise, draw=self.drew, generator=self.random_state.generator())
 
     def states_after_draw(self) -> list[tuple[str, torch.Tensor]]:
         """Device type and state of each random stream once the base noise is drawn."""
@@ -189,14 +200,17 @@ class PipelineSampler:
         return self.space.unpack(self.twin, latents)
 
     def run(self, noise: torch.Tensor, gradient: Gradient, preview: bool, output_type: str) -> torch.Tensor:
+        """What the pipeline puts out for a noise; the latents of a preview are the x0 estimate, in no other layout."""
         twin = self.fresh_twin(noise, gradient)
-        one_call = first_step_only(twin) if preview else contextlib.nullcontext()
+        one_call = first_step_only(twin) if preview else contextlib.nullcontext([])
         ours = {"generator": twin.sampling_generator, "output_type": output_type, "return_dict": False}
-        draws = self.draws_from(twin.sampling_generator)
-        with one_call, draws, torch.set_grad_enabled(gradient is not None and noise.requires_grad):
+        draws, graph = self.draws_from(twin.sampling_generator), gradient is not None and noise.requires_grad
+        with one_call as estimates, draws, only_from_generators(twin), torch.set_grad_enabled(graph):
             output = self.call(twin, **self.request, **ours)[0]
+        if estimates and output_type == "latent":  # families unpack and scale what they put out
+            output = estimates[0]
         if not preview:  # some families set their timesteps after `prepare_latents`: no scheduler knows them earlier
-            self.timesteps = len(twin.scheduler.timesteps)
+            self.timesteps = count_timesteps(twin)
         vars(twin).clear()  # its methods refer to it: its scheduler would keep the graph until the next collection
         if noise.requires_grad and gradient is not None and not output.requires_grad:
             raise ValueError(
@@ -216,46 +230,65 @@ class PipelineSampler:
         generator = self.random_state.generator()
         replay = iter(self.encoded)
 
-        def prepare_latents(*_, **__):
-            if self.drew:
-                self.space.on(twin, self.space.draw_noise, generator=generator)
-            return self.space.prepare(twin, noise, generator=generator)
-
         vars(twin).update(
             scheduler=copy.deepcopy(self.scheduler),
             encode_prompt=lambda *_, **__: next(replay),
-            prepare_latents=prepare_latents,
+            prepare_latents=lambda *_, **__: self.prepare(twin, noise, generator),
             sampling_generator=generator,
         )
+        if hasattr(twin, "prepare_ip_adapter_image_embeds"):
+            embed = twin.prepare_ip_adapter_image_embeds
+            vars(twin)["prepare_ip_adapter_image_embeds"] = replayed(embed, self.image_embeds)
         if gradient == "frozen":
-            parts = {name: getattr(twin, name, None) for name in DENOISERS}
+            parts = {name: getattr(twin, name, None) for name in (*DENOISERS, "controlnet")}
             vars(twin).update({name: without_gradient(part) for name, part in parts.items() if part is not None})
         return twin
 
 
+def replayed(function: Callable[..., Any], kept: list[Any]) -> Callable[..., Any]:
+    """A function that returns what is kept of its earlier calls, in call order, and keeps what it computes beyond."""
+    index = itertools.count()
+
+    def replay(*args, **kwargs):
+        call = next(index)
+        if call == len(kept):
+            with torch.no_grad():
+                kept.append(function(*args, **kwargs))
+        return kept[call]
+
+    return replay
+
+
 @contextlib.contextmanager
-def first_step_only(pipe) -> Iterator[None]:
+def first_step_only(pipe) -> Iterator[list[torch.Tensor]]:
     """Let a pipeline make one model call, whose `step` returns the x0 estimate. It and its scheduler must be copies.
 
-    Cutting the list of timesteps stops the loop of every family, also of those that have no interrupt.
+    The loop is stopped by `pipe.interrupt`, or in families that do not look at it by cutting the list of timesteps.
+
+    Yields:
+        An empty list, for the estimate.
 
     Raises:
         TypeError: If the pipeline takes no step, or takes one before a denoiser was called.
     """
-    scheduler = pipe.scheduler
+    scheduler, interruptible = pipe.scheduler, "interrupt" in stock_call(type(pipe)).__code__.co_names
     set_timesteps, step = scheduler.set_timesteps, scheduler.step
     calls: list[int] = []
     stepped: list[bool] = []  # for each step whether a denoiser had been called
+    estimates: list[torch.Tensor] = []
 
     @functools.wraps(set_timesteps)
     def set_one(*args, **kwargs):
         set_timesteps(*args, **kwargs)
-        scheduler.timesteps = scheduler.timesteps[:1]
+        if not interruptible:
+            scheduler.timesteps = scheduler.timesteps[:1]
 
     @functools.wraps(step)
     def estimate(model_output, timestep, sample, *_, **__):
         stepped.append(bool(calls))
         x0 = predict_x0(scheduler, model_output, timestep, sample).to(model_output.dtype)
+        estimates.append(x0)
+        pipe._interrupt = True
         return (x0, x0)
 
     vars(scheduler).update(set_timesteps=set_one, step=estimate)
@@ -263,7 +296,7 @@ def first_step_only(pipe) -> Iterator[None]:
     parts = {name: part for name in DENOISERS if (part := getattr(pipe, name, None)) is not None}
     vars(pipe).update({name: with_forward(part, counted(part.forward, calls)) for name, part in parts.items()})
     try:
-        yield
+        yield estimates
     finally:
         del scheduler.set_timesteps, scheduler.step
     if not all(stepped or [False]):
@@ -282,6 +315,11 @@ def counted(function: Callable[..., Any], calls: list[int]) -> Callable[..., Any
         return function(*args, **kwargs)
 
     return count
+
+
+def count_timesteps(pipe) -> int:
+    """How many timesteps the loop of a call had: pipelines may take a part of those of the scheduler."""
+    return getattr(pipe, "_num_timesteps", None) or len(pipe.scheduler.timesteps)
 
 
 def denormalize_straight_through(images: torch.Tensor) -> torch.Tensor:

@@ -1,49 +1,89 @@
 """A Hugging Face Hub on the loopback interface, so that tests go through the real download and upload code.
 
-Repositories are folders `root/<namespace>/<name>`; every revision is the present content. Point a fresh process at it
-with `environment()`, or `HfApi(endpoint=hub.url, token="any")` in this one.
+Repositories are folders `root/<namespace>/<name>` with the content of `main`; tags keep copies. Point a fresh process
+at it with `environment()`, or `HfApi(endpoint=hub.url, token=WRITER)` in this one.
 """
 
 import base64
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import json
 import os
 import re
+import shutil
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 Answer = tuple[int, bytes | dict[str, Any] | list[Any], dict[str, str]]
+WRITER, READER = "hf_loopback", "hf_reader"  # tokens: the second may not write; others are not known
+# What the `.gitattributes` of a new model repository names; of the others, large binary files are added to it.
+LARGE_FILES = {".bin", ".ckpt", ".h5", ".msgpack", ".onnx", ".pt", ".pth", ".safetensors"}
 
 
+@dataclasses.dataclass
 class LoopbackHub:
-    """The running server: its address, its folder of repositories and the paths that were asked for."""
+    """The running server.
 
-    def __init__(self, url: str, root: Path, requests: list[str]) -> None:
-        self.url = url
-        self.root = root
-        self.requests = requests
+    Attributes:
+        root: The folder of repositories.
+        url: Its address.
+        requests: The methods and paths that were asked for.
+        private: The repositories that were made private.
+        largest_binary: Binary files of more bytes are stored as large files: https://git-lfs.com.
+    """
+
+    root: Path
+    url: str = ""
+    requests: list[str] = dataclasses.field(default_factory=list)
+    private: set[str] = dataclasses.field(default_factory=set)
+    largest_binary: int = 1_000_000
 
     def environment(self, cache: Path) -> dict[str, str]:
         """Environment variables for a process that is to see this Hub and nothing else; set before its first import."""
         ours = {"HF_ENDPOINT": self.url, "HF_HOME": str(cache), "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
-        return inherited | ours | {"HF_HUB_DISABLE_TELEMETRY": "1", "OMP_NUM_THREADS": "1"}
+        return inherited | ours | {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1"}
+
+    @property
+    def large_files(self) -> Path:
+        """Where the contents of large files wait for their commit."""
+        return self.root.with_name(f"{self.root.name}.large")
+
+    def tags(self, name: str) -> Path:
+        """The folder with a copy of a repository for each tag."""
+        return self.root.with_name(f"{self.root.name}.tags") / name
+
+    def repository(self, name: str, revision: str = "main") -> "Repository | None":
+        """A repository at a branch, tag or commit; `None` where there is none."""
+        main = self.root / name
+        if revision in ("main", "refs/heads/main"):
+            return Repository(main, name) if main.is_dir() else None
+        tagged = sorted(self.tags(name).glob("*"))
+        known = [Repository(folder, name) for folder in (main, *tagged) if folder.is_dir()]
+        return next((each for each in known if revision in (each.sha, each.folder.name)), None)
+
+    def is_large(self, path: str, sample: bytes, size: int) -> bool:
+        """Whether a file is stored as a large one: by its name, or as a large binary."""
+        return Path(path).suffix in LARGE_FILES or b"\0" in sample and size > self.largest_binary
 
 
 @contextlib.contextmanager
 def running_hub(root: Path) -> Iterator[LoopbackHub]:
     """Serve the repositories under `root` until the block ends."""
-    requests: list[str] = []
-    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, root, requests))
+    hub = LoopbackHub(root)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, hub))
+    hub.url = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:
-        yield LoopbackHub(f"http://127.0.0.1:{server.server_port}", root, requests)
+        yield hub
     finally:
         server.shutdown()
         server.server_close()
@@ -51,84 +91,180 @@ def running_hub(root: Path) -> Iterator[LoopbackHub]:
 
 
 class Handler(BaseHTTPRequestHandler):
-    """The few endpoints that `from_pretrained`, `snapshot_download` and `create_commit` use."""
+    """The few endpoints that `from_pretrained`, `snapshot_download`, `create_commit` and `create_tag` use."""
 
     protocol_version = "HTTP/1.1"
 
-    def __init__(self, root: Path, requests: list[str], *args: Any) -> None:
-        self.root = root
-        self.requests = requests
+    def __init__(self, hub: LoopbackHub, *args: Any) -> None:
+        self.hub = hub
         super().__init__(*args)
 
     def do_GET(self) -> None:
-        path = self.path.split("?")[0]
-        self.requests.append(f"{self.command} {path}")
-        if match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/[^/]+/(.+)", path):
-            self.reply(*self.file(Repository(self.root / match[1]), match[2]))
-        elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(/tree/[^/]+|/revision/[^/]+)?", path):
-            self.reply(*self.listing(Repository(self.root / match[1]), (match[2] or "").startswith("/tree/")))
+        path = self.asked()
+        if match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
+            self.reply(*self.file(self.hub.repository(match[1], match[2]), match[3]))
+        elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/([^/]+)", path):
+            self.reply(*self.tree(self.hub.repository(match[1], match[2])))
+        elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/([^/]+))?", path):
+            self.reply(*self.information(self.hub.repository(match[1], match[2] or "main")))
+        elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/refs", path):
+            self.reply(*self.references(match[1]))
         else:
             self.reply(404, {}, {})
 
     do_HEAD = do_GET
 
+    def do_PUT(self) -> None:
+        """The content of a large file, at an address that was handed out to one who may write."""
+        path, data = self.asked(), self.body()
+        oid = path.removeprefix("/large/")
+        if hashlib.sha256(data).hexdigest() != oid:
+            return self.reply(400, {"error": "The content is not that of its name."}, {})
+        self.hub.large_files.mkdir(exist_ok=True)
+        (self.hub.large_files / oid).write_bytes(data)
+        self.reply(200, {}, {})
+
     def do_POST(self) -> None:
-        path = self.path.split("?")[0]
-        self.requests.append(f"{self.command} {path}")
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        if path == "/api/repos/create":
+        path, body = self.asked(), self.body()
+        if refusal := self.refusal():
+            self.reply(*refusal)
+        elif path == "/api/repos/create":
             self.reply(*self.create(json.loads(body)))
         elif path == "/api/validate-yaml":
-            self.reply(200, {"warnings": [], "errors": []}, {})
-        elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/preupload/[^/]+", path):
-            modes = [
-                {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
-                for file in json.loads(body)["files"]
-            ]
-            self.reply(200, {"files": modes}, {})
-        elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/commit/[^/]+", path):
+            self.reply(*self.validate(json.loads(body)["content"]))
+        elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/preupload/main", path):
+            self.reply(*self.preupload(match[1], json.loads(body)["files"]))
+        elif match := re.fullmatch(r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch", path):
+            self.reply(*self.batch(json.loads(body)["objects"]))
+        elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/commit/main", path):
             self.reply(*self.commit(match[1], body))
+        elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tag/([^/]+)", path):
+            self.reply(*self.tag(match[1], match[2], json.loads(body)["tag"]))
         else:
             self.reply(404, {}, {})
 
-    def file(self, repository: "Repository", name: str) -> Answer:
+    def asked(self) -> str:
+        """The path of the request, which is noted."""
+        path = self.path.split("?")[0]
+        self.hub.requests.append(f"{self.command} {path}")
+        return path
+
+    def body(self) -> bytes:
+        return self.rfile.read(int(self.headers["Content-Length"]))
+
+    def refusal(self) -> Answer | None:
+        """What an unknown token gets, and one that may not write."""
+        token = self.headers.get("Authorization", "").removeprefix("Bearer ")
+        if token not in (WRITER, READER):
+            return 401, {"error": "Invalid username or password."}, {}
+        return None if token == WRITER else (403, {"error": "You don't have the rights to write here."}, {})
+
+    def file(self, repository: "Repository | None", name: str) -> Answer:
         """The bytes of a file. Clients insist on the two headers."""
+        if repository is None:
+            return 404, {}, {"X-Error-Code": "RepoNotFound"}
         if name not in repository.files:
             return 404, {}, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": repository.sha}
         data = repository.files[name]
-        return 200, data, {"ETag": f'"{hashlib.sha1(data).hexdigest()}"', "X-Repo-Commit": repository.sha}
+        return 200, data, {"ETag": f'"{self.oid(name, data)}"', "X-Repo-Commit": repository.sha}
 
-    def listing(self, repository: "Repository", tree: bool) -> Answer:
-        """What a repository holds: as a tree for snapshots, else as model information."""
-        if not repository.files:
+    def oid(self, name: str, data: bytes) -> str:
+        """What tells a client whether it has this content: SHA-256 of large files, else what git calls it."""
+        if self.hub.is_large(name, data[:512], len(data)):
+            return hashlib.sha256(data).hexdigest()
+        return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+
+    def tree(self, repository: "Repository | None") -> Answer:
+        """The files, for snapshots."""
+        if repository is None:
+            return 404, {}, {"X-Error-Code": "RevisionNotFound"}
+        entries = [
+            {"type": "file", "path": name, "size": len(data), "oid": self.oid(name, data)}
+            for name, data in repository.files.items()
+        ]
+        return 200, entries, {}
+
+    def information(self, repository: "Repository | None") -> Answer:
+        if repository is None:
             return 404, {}, {"X-Error-Code": "RepoNotFound"}
-        if tree:
-            entries = [
-                {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
-                for name, data in repository.files.items()
-            ]
-            return 200, entries, {}
         siblings = [{"rfilename": name} for name in repository.files]
         information = {"id": repository.name, "sha": repository.sha, "siblings": siblings}
+        information["private"] = repository.name in self.hub.private
         return 200, information, {"X-Repo-Commit": repository.sha}
+
+    def references(self, name: str) -> Answer:
+        """The tags of a repository."""
+        tags = [
+            {"name": folder.name, "ref": f"refs/tags/{folder.name}", "targetCommit": Repository(folder, name).sha}
+            for folder in sorted(self.hub.tags(name).glob("*"))
+        ]
+        return 200, {"branches": [], "converts": [], "tags": tags}, {}
 
     def create(self, request: dict[str, Any]) -> Answer:
         """A new, empty repository; 409 if it exists, as the Hub answers."""
         name = f"{request['organization']}/{request['name']}"
-        status = 409 if (self.root / name).exists() else 200
-        (self.root / name).mkdir(parents=True, exist_ok=True)
-        return status, {"url": f"http://{self.headers['Host']}/{name}", "name": name}, {}
+        folder = self.hub.root / name
+        status = 409 if folder.exists() else 200
+        folder.mkdir(parents=True, exist_ok=True)
+        if status == 200 and request.get("visibility") == "private":
+            self.hub.private.add(name)
+        return status, {"url": f"{self.hub.url}/{name}", "name": name}, {}
+
+    def validate(self, text: str) -> Answer:
+        """Whether the front matter of a README.md is a mapping in YAML."""
+        match = re.match(r"---\n(.*?)\n---\n", text, flags=re.DOTALL)
+        try:
+            valid = isinstance(yaml.safe_load(match[1]) if match else None, dict)
+        except yaml.YAMLError:
+            valid = False
+        errors = [] if valid else [{"message": "The front matter is no mapping."}]
+        return 200 if valid else 400, {"warnings": [], "errors": errors}, {}
+
+    def preupload(self, name: str, files: list[dict[str, Any]]) -> Answer:
+        """How each file is to be sent, and what it is called if a file of that name is there."""
+        repository = self.hub.repository(name)
+        answers = []
+        for file in files:
+            large = self.hub.is_large(file["path"], base64.b64decode(file["sample"]), file["size"])
+            answer = {"path": file["path"], "uploadMode": "lfs" if large else "regular", "shouldIgnore": False}
+            if repository is not None and file["path"] in repository.files:
+                answer["oid"] = self.oid(file["path"], repository.files[file["path"]])
+            answers.append(answer)
+        return 200, {"files": answers}, {}
+
+    def batch(self, objects: list[dict[str, Any]]) -> Answer:
+        """Where large files are to be put; nothing for those that are there."""
+        answers = []
+        for entry in objects:
+            answer: dict[str, Any] = {"oid": entry["oid"], "size": entry["size"]}
+            if not (self.hub.large_files / entry["oid"]).exists():
+                answer["actions"] = {"upload": {"href": f"{self.hub.url}/large/{entry['oid']}"}}
+            answers.append(answer)
+        return 200, {"transfer": "basic", "objects": answers}, {}
 
     def commit(self, name: str, body: bytes) -> Answer:
-        """Write the files of a commit; only added regular files."""
+        """Write the added files of a commit."""
         for line in body.splitlines():
             operation = json.loads(line)
-            if operation["key"] == "file":
-                path = self.root / name / operation["value"]["path"]
+            if operation["key"] in ("file", "lfsFile"):
+                value = operation["value"]
+                path = self.hub.root / name / value["path"]
                 path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(base64.b64decode(operation["value"]["content"]))
-        sha = Repository(self.root / name).sha
-        return 200, {"commitUrl": f"http://{self.headers['Host']}/{name}/commit/{sha}", "commitOid": sha}, {}
+                large = operation["key"] == "lfsFile"
+                stored = self.hub.large_files / value["oid"] if large else None
+                path.write_bytes(stored.read_bytes() if stored else base64.b64decode(value["content"]))
+        sha = Repository(self.hub.root / name, name).sha
+        return 200, {"commitUrl": f"{self.hub.url}/{name}/commit/{sha}", "commitOid": sha}, {}
+
+    def tag(self, name: str, revision: str, tag: str) -> Answer:
+        """Keep a copy of a revision under a name; 409 if there is one."""
+        repository, folder = self.hub.repository(name, revision), self.hub.tags(name) / tag
+        if repository is None:
+            return 404, {}, {"X-Error-Code": "RevisionNotFound"}
+        if folder.exists():
+            return 409, {"error": "Tag reference exists already."}, {}
+        shutil.copytree(repository.folder, folder)
+        return 200, {}, {}
 
     def reply(self, status: int, body: bytes | dict[str, Any] | list[Any], headers: dict[str, str]) -> None:
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
@@ -146,11 +282,12 @@ class Handler(BaseHTTPRequestHandler):
 class Repository:
     """A snapshot of a repository's folder: file names, contents and a hash of both in place of a commit."""
 
-    def __init__(self, folder: Path) -> None:
-        self.name = f"{folder.parent.name}/{folder.name}"
+    def __init__(self, folder: Path, name: str) -> None:
+        self.folder = folder
+        self.name = name
         paths = sorted(path for path in folder.rglob("*") if path.is_file())
         self.files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
         digest = hashlib.sha1()
-        for name, data in self.files.items():
-            digest.update(name.encode() + b"\0" + data)
+        for path, data in self.files.items():
+            digest.update(path.encode() + b"\0" + data)
         self.sha = digest.hexdigest()

@@ -45,11 +45,11 @@ def tiny_text_config(**changes) -> CLIPTextConfig:
     return CLIPTextConfig(vocab_size=len(tokenizer), projection_dim=16, **special, **{**sizes, **changes})
 
 
-def tiny_vae(channels: int = 4, **changes) -> AutoencoderKL:
+def tiny_vae(channels: int = 4, block_out_channels: tuple[int, ...] = (8, 16), **changes) -> AutoencoderKL:
     return AutoencoderKL(
-        block_out_channels=(8, 16),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=block_out_channels,
+        down_block_types=("DownEncoderBlock2D",) * len(block_out_channels),
+        up_block_types=("UpDecoderBlock2D",) * len(block_out_channels),
         latent_channels=channels,
         norm_num_groups=4,
         sample_size=32,
@@ -128,6 +128,18 @@ def sd3_pipeline(cls=StableDiffusion3Pipeline):
     )
 
 
+def tiny_t5_tokenizer() -> T5TokenizerFast:
+    """Reads letter by letter."""
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
+    pieces += [(f"{mark}{letter}", -1.0) for mark in ("", "▁") for letter in LETTERS]
+    return T5TokenizerFast(vocab=pieces, extra_ids=0)
+
+
+def tiny_t5() -> T5EncoderModel:
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+    return T5EncoderModel(T5Config(vocab_size=len(tiny_t5_tokenizer()), dropout_rate=0.0, **sizes))
+
+
 def flux_pipeline(cls=FluxPipeline):
     torch.manual_seed(0)
     transformer = FluxTransformer2DModel(
@@ -141,20 +153,13 @@ def flux_pipeline(cls=FluxPipeline):
         pooled_projection_dim=16,
         axes_dims_rope=(4, 4, 8),
     )
-    pieces = [
-        ("<pad>", 0.0),
-        ("</s>", 0.0),
-        ("<unk>", 0.0),
-        *((f"{mark}{x}", -1.0) for mark in ("", "▁") for x in LETTERS),
-    ]
-    t5 = T5Config(vocab_size=len(pieces), d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, dropout_rate=0.0)
     return cls(
         transformer=transformer,
         vae=tiny_vae(shift_factor=0.06, use_quant_conv=False, use_post_quant_conv=False),
         text_encoder=CLIPTextModel(tiny_text_config()),
-        text_encoder_2=T5EncoderModel(t5),
+        text_encoder_2=tiny_t5(),
         tokenizer=tiny_clip_tokenizer(),
-        tokenizer_2=T5TokenizerFast(vocab=pieces, extra_ids=0),
+        tokenizer_2=tiny_t5_tokenizer(),
         scheduler=FlowMatchEulerDiscreteScheduler(),
     )
 

@@ -1,6 +1,6 @@
 """CNO for FLUX.1.
 
-Generated from pipelines/cno_flux.py by `python hub_cards/build.py`. Edit the source, not this file.
+Generated from pipelines/cno_flux.py by `noiseopt hub build`. Edit the source, not this file.
 """
 
 import contextlib

@@ -1,6 +1,6 @@
 """CNO for models of the SDXL kind: SDXL, SDXL-Lightning.
 
-Generated from pipelines/cno_stable_diffusion_xl.py by `python hub_cards/build.py`. Edit the source, not this file.
+Generated from pipelines/cno_stable_diffusion_xl.py by `noiseopt hub build`. Edit the source, not this file.
 """
 
 import contextlib

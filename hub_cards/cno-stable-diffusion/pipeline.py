@@ -1,6 +1,6 @@
 """CNO for models of the Stable Diffusion 1 and 2 kind.
 
-Generated from pipelines/cno_stable_diffusion.py by `python hub_cards/build.py`. Edit the source, not this file.
+Generated from pipelines/cno_stable_diffusion.py by `noiseopt hub build`. Edit the source, not this file.
 """
 
 import contextlib

@@ -1,6 +1,6 @@
 """Never Too Late for FLUX.1-schnell.
 
-Generated from pipelines/never_too_late_flux.py by `python hub_cards/build.py`. Edit the source, not this file.
+Generated from pipelines/never_too_late_flux.py by `noiseopt hub build`. Edit the source, not this file.
 """
 
 import contextlib

@@ -1,6 +1,6 @@
 """Never Too Late for SD-Turbo and other one-step models of the kind of Stable Diffusion.
 
-Generated from pipelines/never_too_late_stable_diffusion.py by `python hub_cards/build.py`. Edit the source, not this file.
+Generated from pipelines/never_too_late_stable_diffusion.py by `noiseopt hub build`. Edit the source, not this file.
 """
 
 import contextlib

@@ -1,6 +1,6 @@
 """Never Too Late for SDXL-Turbo and other one-step models of its kind.
 
-Generated from pipelines/never_too_late_turbo.py by `python hub_cards/build.py`. Edit the source, not this file.
+Generated from pipelines/never_too_late_turbo.py by `noiseopt hub build`. Edit the source, not this file.
 """
 
 import contextlib

@@ -1,6 +1,6 @@
 """Noise Diffusion for SDXL.
 
-Generated from pipelines/noise_diffusion_stable_diffusion_xl.py by `python hub_cards/build.py`. Edit the source, not this file.
+Generated from pipelines/noise_diffusion_stable_diffusion_xl.py by `noiseopt hub build`. Edit the source, not this file.
 """
 
 import contextlib

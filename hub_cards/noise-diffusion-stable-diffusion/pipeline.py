@@ -1,6 +1,6 @@
 """Noise Diffusion for Stable Diffusion 1.x and 2.x.
 
-Generated from pipelines/noise_diffusion_stable_diffusion.py by `python hub_cards/build.py`. Edit the source, not this file.
+Generated from pipelines/noise_diffusion_stable_diffusion.py by `noiseopt hub build`. Edit the source, not this file.
 """
 
 import contextlib

@@ -1,6 +1,6 @@
 """ReNO for models of the Stable Diffusion kind: SD-Turbo, and the embedded model.
 
-Generated from pipelines/reno_stable_diffusion.py by `python hub_cards/build.py`. Edit the source, not this file.
+Generated from pipelines/reno_stable_diffusion.py by `noiseopt hub build`. Edit the source, not this file.
 """
 
 import contextlib

@@ -1,6 +1,6 @@
 """ReNO for SDXL-type one-step models: SDXL-Turbo, Hyper-SDXL.
 
-Generated from pipelines/reno_turbo.py by `python hub_cards/build.py`. Edit the source, not this file.
+Generated from pipelines/reno_turbo.py by `noiseopt hub build`. Edit the source, not this file.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""The command line: `noiseopt demo`, `evaluate`, `analyze`, `rewards` and `score`."""
+"""The command line: `noiseopt demo`, `evaluate`, `analyze`, `rewards`, `score` and `hub`."""
 
 import argparse
 import contextlib
@@ -35,6 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
     """All commands. Each sets `run`, a function of the parsed arguments."""
     from .analysis.command import add_analyze
     from .evaluation.command import add_evaluate  # here: it takes its argument types from this module
+    from .hub.command import add_hub
     from .scoring import add_rewards, add_score
 
     parser = argparse.ArgumentParser(
@@ -46,6 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_analyze(commands)
     add_rewards(commands)
     add_score(commands)
+    add_hub(commands)
     return parser
 
 

@@ -120,11 +120,16 @@ class Choice:
             settings["diversity"] = embedded_diversity(self.diversity)
         return METHODS[self.method](**settings)
 
+    @property
+    def instruments(self) -> list[str]:
+        """The embedded models that the method looks through: a reward, features."""
+        names = {"clip"} if self.takes_rewards else set()
+        names |= set() if self.diversity is None else towers_of(self.diversity)
+        return [name for name in shapes_world.MODELS if name in names]
+
     def weights(self) -> list[str]:
         """The folders of all weights that it needs. Raises `FileNotFoundError` for what cannot be had."""
-        names = {self.model.name, *["clip"] * self.takes_rewards}
-        names |= set() if self.diversity is None else towers_of(self.diversity)
-        return [shapes_world.path(name) for name in shapes_world.MODELS if name in names]
+        return [shapes_world.path(name) for name in (self.model.name, *self.instruments)]
 
     def __str__(self) -> str:
         return f"{METHODS[self.method].__name__} on {self.model.name}, the {self.model.title}"
@@ -279,10 +284,7 @@ def in_words(verdict: Verdict) -> str:
 
 def summary(story: Story) -> str:
     """How many images the judge finds right, before and after; of sets also how far their layouts differ."""
-    count = len(story.prompts)
-    before, after = (
-        sum(story.verdicts[story.ends(sample)[end]][sample].correct for sample in range(count)) for end in (0, 1)
-    )
+    count, (before, after) = len(story.prompts), right_before_and_after(story)
     lines = [
         f"judge: {before} of {count} right → {after} of {count} right in {story.seconds:.0f} s",
         "The judge reads colors, shapes and places off the pixels. It is no model, and nothing here optimises it.",
@@ -291,6 +293,13 @@ def summary(story: Story) -> str:
         apart = " → ".join(f"{mean_spread(story, end):.1f}" for end in (0, 1))
         lines.append(f"layout: the same objects are {apart} pixels from their mean place in the images of a prompt")
     return "\n".join(lines)
+
+
+def right_before_and_after(story: Story) -> tuple[int, int]:
+    """How many images the judge finds right."""
+    ends = [story.ends(sample) for sample in range(len(story.prompts))]
+    before, after = (sum(story.verdicts[pair[end]][i].correct for i, pair in enumerate(ends)) for end in (0, 1))
+    return before, after
 
 
 def mean_spread(story: Story, end: int) -> float:

@@ -3,7 +3,7 @@
 import textwrap
 from collections.abc import Collection
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 import torch
 from matplotlib.axes import Axes
@@ -55,7 +55,7 @@ class Page:
         color = RIGHT if correct else WRONG
         self.text(left + side / 2, top + side + 0.06, f"{mark} {text}", size=9, color=color, ha="center")
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path | BinaryIO) -> None:
         self.figure.savefig(path)
 
 
@@ -81,19 +81,20 @@ def wrapped(prompt: str, width: int = 26) -> list[str]:
     return next(wrap for wrap in narrower if len(wrap) <= lines)
 
 
-def draw_before_after(story: "Story", path: Path) -> None:
+def draw_before_after(story: "Story", path: Path | BinaryIO) -> None:
+    """The plain and the returned images: side by side, or set by set for methods that make images differ."""
+    draw = draw_pairs if story.choice.count == 1 else draw_sets
+    draw(story, path)
+
+
+def draw_pairs(story: "Story", path: Path | BinaryIO) -> None:
     """The plain and the returned image of each prompt, side by side."""
     title, arrow = 0.42, 0.28
     side = (CELL - arrow) / 2
     height = title + side + 0.42
     columns = min(COLUMNS, len(story.prompts))
     width = max(5.6, 2 * MARGIN + columns * (CELL + GUTTER) - GUTTER)
-    after = f"Plain → after {len(story.values)} step{'s' * (len(story.values) != 1)} of {story.choice}."
-    explanation = textwrap.wrap(f"{after} Below: the judge's verdict and the {story.measure}.", int(13 * width))
-    head = 0.27 + 0.18 * len(explanation)
-    page = Page(head + rows(story) * height, width)
-    for line, words in enumerate(explanation):
-        page.text(MARGIN, 0.12 + 0.18 * line, words, color=MUTED)
+    page, head = explained(story, f"the judge's verdict and the {story.measure}", rows(story) * height, width)
     for sample, prompt in enumerate(story.prompts):
         left, top = cell(sample, head, height)
         page.title(left, top + title - 0.1, prompt)
@@ -102,6 +103,38 @@ def draw_before_after(story: "Story", path: Path) -> None:
             page.image(left + offset, top + title, side, story.images[step, sample], correct)
             page.caption(left + offset, top + title, side, story.value(step, sample), correct)
         page.text(left + CELL / 2, top + title + side / 2, "→", size=13, color=MUTED, ha="center", va="center")
+    page.save(path)
+
+
+def explained(story: "Story", below: str, height: float, width: float) -> tuple[Page, float]:
+    """A page that begins with what it shows, and where that ends; `height` is for what follows."""
+    after = f"Plain → after {len(story.values)} step{'s' * (len(story.values) != 1)} of {story.choice}."
+    explanation = textwrap.wrap(f"{after} Below: {below}.", int(13 * width))
+    head = 0.27 + 0.18 * len(explanation)
+    page = Page(head + height, width)
+    for line, words in enumerate(explanation):
+        page.text(MARGIN, 0.12 + 0.18 * line, words, color=MUTED)
+    return page, head
+
+
+def draw_sets(story: "Story", path: Path | BinaryIO) -> None:
+    """The plain set of each prompt, and the returned one beside it."""
+    width, count, title, gap, arrow = 7.6, story.choice.count, 0.3, 0.06, 0.36
+    side = (width - 2 * MARGIN - arrow - 2 * (count - 1) * gap) / (2 * count)
+    half, height = count * side + (count - 1) * gap, title + side + 0.34
+    page, top = explained(story, "the judge's verdict", len(story.prompts) // count * height, width)
+    for first in range(0, len(story.prompts), count):
+        page.text(MARGIN, top + title - 0.1, story.prompts[first], va="baseline")
+        page.text(
+            MARGIN + half + arrow / 2, top + title + side / 2, "→", size=13, color=MUTED, ha="center", va="center"
+        )
+        for sample in range(first, first + count):
+            for end, step in enumerate(story.ends(sample)):
+                left = MARGIN + end * (half + arrow) + (sample - first) * (side + gap)
+                correct = story.verdicts[step][sample].correct
+                page.image(left, top + title, side, story.images[step, sample], correct)
+                page.caption(left, top + title, side, "", correct)
+        top += height
     page.save(path)
 
 

@@ -1,22 +1,26 @@
-"""Run by `test_loading.py` in a fresh process: load a card from its folder and from the Hub, and compare the images.
+"""Run by `test_loading.py` in a fresh process: load a card from its folder and from the Hub, compare the images, and
+run the programs of its README.
 
 Local pipelines share one module name, and the Hub's address is read at import: hence one process for each card.
 Arguments: the class; its family in `tiny_pipelines`; its method; the module it has in the package; the card's folder;
-its Hub id; the Hub's folder of repositories. Prints one JSON object.
+its Hub id; a tag of it; the Hub id of its base model; the Hub's folder of repositories. Prints one JSON object.
 """
 
+import ast
 import dataclasses
 import functools
 import importlib
 import itertools
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-from tiny_pipelines import BUILDERS, call_arguments, quiet, save_tiny_clip
+from tiny_pipelines import BUILDERS, SIZE, call_arguments, quiet, save_tiny_clip
+from transformers import T5Config, T5EncoderModel
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,6 +76,19 @@ TRIALS = {
         ],
     ),
 }
+# What a program of a card leaves to its model is less here: fewer steps, smaller images.
+LESS = {"num_inference_steps": 2, "optimization_steps": 2, **SIZE}
+
+
+def published(family: str) -> Any:
+    """A tiny pipeline with all parts that the programs of a card expect: SD3's third encoder too, which ours lack."""
+    pipe = quiet(BUILDERS[family]())
+    if "text_encoder_3" in pipe.components:
+        other = BUILDERS["flux"]()
+        width = pipe.transformer.config.joint_attention_dim
+        config = T5Config.from_dict({**other.text_encoder_2.config.to_dict(), "d_model": width})
+        pipe.register_modules(text_encoder_3=T5EncoderModel(config).eval(), tokenizer_3=other.tokenizer_2)
+    return pipe
 
 
 def draw(pipe: Any, **kwargs: Any) -> Any:
@@ -95,23 +112,31 @@ def redrawn(pipe: Any, outputs: list[Any], path: Path, **kwargs: Any) -> list[An
     return again
 
 
-def main(name: str, family: str, method: str, module: str, folder: str, repository: str, hub: Path) -> dict[str, bool]:
+def main(
+    name: str,
+    family: str,
+    method: str,
+    module: str,
+    folder: str,
+    repository: str,
+    tag: str,
+    base_model: str,
+    hub: Path,
+) -> dict[str, bool]:
     """What is true of the card."""
     trial = TRIALS[method]
     plain = call_arguments(family) | trial.plain
-    stock = quiet(BUILDERS[family]())
-    weights = hub / "tiny" / name.lower()
+    stock = published(family)
+    weights = hub / base_model
     stock.save_pretrained(weights)
     save_tiny_clip(hub / "tiny" / "clip")
-    # diffusers insists on parts that the weights do not have, such as the third text encoder of SD3
-    absent = {part: None for part, value in stock.components.items() if value is None}
-    load = functools.partial(DiffusionPipeline.from_pretrained, trust_remote_code=True, **absent)
+    load = functools.partial(DiffusionPipeline.from_pretrained, trust_remote_code=True)
 
     def optimized(pipe: Any) -> list[Any]:
         return [draw(pipe, **plain, **request) for request in trial.requests]
 
     local = load(weights, custom_pipeline=folder)
-    remote = load(f"tiny/{weights.name}", custom_pipeline=repository)
+    remote = load(base_model, custom_pipeline=repository, custom_revision=tag)
     outputs, stock_images = optimized(remote), draw(stock, **plain).images
     images = images_of(outputs)
     pairs = itertools.combinations([stock_images, *images], 2)
@@ -119,14 +144,38 @@ def main(name: str, family: str, method: str, module: str, folder: str, reposito
         "folder and Hub draw the same": torch.equal(images, images_of(optimized(local))),
         "the noise was optimised as asked": not any(torch.equal(*pair) for pair in pairs),
         "switched off it is the stock pipeline": torch.equal(draw(remote, **plain, **trial.off).images, stock_images),
-        "the package was not needed": "noiseopt" not in sys.modules,
     }
-    package = getattr(importlib.import_module(module), name).from_pretrained(weights, **absent)
+    first, second = re.findall(r"```python\n(.*?)```", (hub / repository / "README.md").read_text("utf-8"), re.DOTALL)
+    output = run(first)["output"]
+    facts["the package was not needed"] = "noiseopt" not in sys.modules
+    package = getattr(importlib.import_module(module), name).from_pretrained(weights)
     again = redrawn(package, outputs, hub / "noise.safetensors", **plain, **trial.off)
     facts["the package draws the same"] = torch.equal(images, images_of(optimized(package)))
     facts["the package draws it again from the saved noise"] = torch.equal(images, images_of(again))
+    facts["the program saves what it draws"] = saved(output)
+    facts["the program with the package runs"] = type(run(second)["pipe"]) is type(package)
     return facts
 
 
+def run(program: str) -> dict[str, Any]:
+    """The names that a program of a card defines, run as it stands but for `LESS` and without a GPU."""
+    tree = ast.parse(program.replace('"cuda"', '"cpu"'))
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) == "pipe"]
+    for call in calls:
+        given = {keyword.arg for keyword in call.keywords}
+        call.keywords += [ast.keyword(name, ast.Constant(LESS[name])) for name in LESS.keys() - given]
+    names: dict[str, Any] = {}
+    exec(compile(ast.fix_missing_locations(tree), "README.md", "exec"), names)
+    return names
+
+
+def saved(output: Any) -> bool:
+    """Whether the images and the noise of a run lie in this folder."""
+    result = importlib.import_module("noiseopt.pipelines.noise_result").NoiseResult
+    (noise,) = Path().glob("*.safetensors")
+    loaded = result.load(noise).latents
+    return len(list(Path().glob("*.png"))) == len(output.images) and torch.equal(loaded, output.noise_result.latents)
+
+
 if __name__ == "__main__":
-    print(json.dumps(main(*sys.argv[1:7], hub=Path(sys.argv[7]))))
+    print(json.dumps(main(*sys.argv[1:9], hub=Path(sys.argv[9]))))

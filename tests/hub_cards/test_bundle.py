@@ -6,6 +6,8 @@ import textwrap
 
 import pytest
 
+from noiseopt.hub.bundle import Refused, bundle, check_names, check_text, in_order
+
 GOOD = {
     "pipelines/noisy.py": '''
         """Draw the noise of a pipeline again and again.
@@ -75,7 +77,7 @@ BUNDLED = '''
 
 Paper: https://example.org
 
-Generated from pipelines/noisy.py by `python hub_cards/build.py`. Edit the source, not this file.
+Generated from pipelines/noisy.py by `noiseopt hub build`. Edit the source, not this file.
 """
 
 from __future__ import annotations
@@ -131,7 +133,7 @@ class Noisy:
 
 
 @pytest.fixture
-def bundled(bundling, tmp_path):
+def bundled(tmp_path):
     """bundled(files) -> the bundle of `pipelines/noisy.py` in a tree of those files."""
 
     def build(files):
@@ -139,7 +141,7 @@ def bundled(bundling, tmp_path):
             path = tmp_path / name
             path.parent.mkdir(exist_ok=True)
             path.write_text(textwrap.dedent(source).lstrip("\n"))
-        return bundling.bundle(tmp_path / "pipelines/noisy.py", tmp_path)
+        return bundle(tmp_path / "pipelines/noisy.py", tmp_path)
 
     return build
 
@@ -240,8 +242,8 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("files, message", REFUSED.values(), ids=REFUSED.keys())
-def test_refused(bundling, bundled, files, message):
-    with pytest.raises(bundling.Refused) as refusal:
+def test_refused(bundled, files, message):
+    with pytest.raises(Refused) as refusal:
         bundled({"pipelines/a.py": "class A: pass\n"} | files)
     assert str(refusal.value).startswith(f"pipelines/{message}")
 
@@ -252,23 +254,23 @@ def test_same_third_party_name_in_two_modules(bundled):
     assert source.count("import torch\n") == 1
 
 
-def test_registering_folder(bundling, bundled, tmp_path):
+def test_registering_folder(bundled, tmp_path):
     """All that the `__init__.py` of a folder imports is part of the bundle, since it may be asked for by name."""
     bundled(
         GOOD
         | {"rewards/__init__.py": "from .sums import RewardSum\nfrom .blueness import Blueness"}
         | {"rewards/blueness.py": "class Blueness: pass", "rewards/unused.py": "class Unused: pass"}
     )
-    source = bundling.bundle(tmp_path / "pipelines/noisy.py", tmp_path, registering=tmp_path / "rewards")
+    source = bundle(tmp_path / "pipelines/noisy.py", tmp_path, registering=tmp_path / "rewards")
     parts = ["rewards/redness.py", "rewards/sums.py", "rewards/blueness.py", "pipelines/noisy.py"]
     assert [line[2:] for line in source.splitlines() if line.startswith("# ") and line.endswith(".py")] == parts
 
 
-def test_every_module_of_the_package_can_meet_every_other(bundling, root):
+def test_every_module_of_the_package_can_meet_every_other(root):
     """One namespace for all: any pipeline may come to import any module."""
     folders = [root / name for name in ("rewards", "schedulers", "callbacks", "pipelines")]
     paths = [path for folder in folders for path in sorted(folder.glob("*.py")) if path.name != "__init__.py"]
-    modules = bundling.in_order(paths, root)
-    bundling.check_names(modules)
+    modules = in_order(paths, root)
+    check_names(modules)
     for module in modules:
-        bundling.check_text(module)
+        check_text(module)

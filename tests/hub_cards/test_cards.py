@@ -6,11 +6,17 @@ import functools
 import importlib
 import inspect
 import re
+import runpy
+import shutil
 import sys
 
 import diffusers
 import pytest
 from huggingface_hub import ModelCard
+
+from noiseopt.cli import main
+from noiseopt.hub import build, cards
+from noiseopt.hub.bundle import Refused
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -45,40 +51,72 @@ def dependencies(root):
     return tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
 
 
-def test_nothing_has_drifted(build):
-    assert build.drifted() == [], "run `python hub_cards/build.py`"
+def test_nothing_has_drifted():
+    assert build.drifted() == [], "run `noiseopt hub check`"
 
 
-def test_check_names_what_drifted(build, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(build, "HUB_CARDS", tmp_path)
+def exit_of(arguments):
+    """The exit status of a command, or its last words."""
+    try:
+        main(arguments)
+    except SystemExit as status:
+        return status.code
+    return 0
+
+
+@pytest.fixture
+def folders(root, tmp_path, monkeypatch):
+    """A folder for the cards that holds their pictures only."""
+    monkeypatch.setattr(build, "HUB_CARDS", tmp_path / "hub_cards")
     monkeypatch.setattr(build, "bundle", functools.cache(build.bundle))
-    assert build.main([]) == 0
-    assert build.main(["--check"]) == 0
-    (tmp_path / "reno-turbo/pipeline.py").write_text("# edited by hand\n")
-    (tmp_path / "reno-stable-diffusion/README.md").unlink()
-    (tmp_path / "renamed").mkdir()
-    (tmp_path / "renamed/pipeline.py").write_text("# of a card that is no more\n")
-    assert build.main(["--check"]) == 1
-    named = re.findall(r"^hub_cards/(\S+) is out of date", capsys.readouterr().err, flags=re.MULTILINE)
-    assert named == ["renamed/pipeline.py", "reno-stable-diffusion/README.md", "reno-turbo/pipeline.py"]
+    ignore = shutil.ignore_patterns("*.py", "*.md", "__pycache__")
+    return shutil.copytree(root / "hub_cards", tmp_path / "hub_cards", ignore=ignore)
 
 
-def test_refusal_is_an_exit_status(build, monkeypatch, capsys):
+def test_check_names_what_drifted_and_what_helps(folders, capsys):
+    assert exit_of(["hub", "build"]) == 0
+    assert exit_of(["hub", "check"]) == 0
+    (folders / "reno-turbo/pipeline.py").write_text("# edited by hand\n")
+    (folders / "reno-stable-diffusion/README.md").unlink()
+    (folders / "cno-flux/before_after.png").write_bytes((folders / "reno-turbo/before_after.png").read_bytes())
+    (folders / "renamed").mkdir()
+    for name in ("pipeline.py", "before_after.png"):
+        (folders / "renamed" / name).write_bytes((folders / "cno-flux" / name).read_bytes())
+    assert exit_of(["hub", "check"]) == 1
+    named = re.findall(r"^hub_cards/(\S+) is out of date: (.*)", capsys.readouterr().err, flags=re.MULTILINE)
+    assert named == [
+        ("cno-flux/README.md", "run `noiseopt hub build`"),
+        ("cno-flux/before_after.png", "run `noiseopt hub pictures cno-flux`"),
+        ("renamed/before_after.png", "it belongs to no card, delete it"),
+        ("renamed/pipeline.py", "it belongs to no card, delete it"),
+        ("reno-stable-diffusion/README.md", "run `noiseopt hub build`"),
+        ("reno-turbo/pipeline.py", "run `noiseopt hub build`"),
+    ]
+
+
+def test_refusal_is_an_exit_status(monkeypatch):
     def refuse(*_, **__):
-        raise build.Refused("pipelines/x.py:7: a starred import")
+        raise Refused("pipelines/x.py:7: a starred import")
 
     monkeypatch.setattr(build, "bundle", refuse)
-    assert build.main(["--check"]) == 1
-    assert capsys.readouterr().err == "pipelines/x.py:7: a starred import\n"
+    assert exit_of(["hub", "check"]) == exit_of(["hub", "build"]) == "pipelines/x.py:7: a starred import"
 
 
-def test_push_needs_an_account(build, capsys):
+@pytest.mark.parametrize("action", (["build"], ["check"], ["pictures"], ["push", "reno-turbo", "--namespace", "me"]))
+def test_without_a_checkout_that_is_said(action, tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "HUB_CARDS", tmp_path / "hub_cards")
+    assert "Expected a checkout of the repository" in exit_of(["hub", *action])
+
+
+def test_the_script_of_the_folder_is_the_command(root, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(sys, "argv", ["build.py", "push", "nobody", "--namespace", "me"])
     with pytest.raises(SystemExit):
-        build.main(["--push", "reno-turbo"])
-    assert "--push and --namespace go together" in capsys.readouterr().err
+        runpy.run_path(str(root / "hub_cards/build.py"), run_name="__main__")
+    assert "Expected a card out of reno-turbo, " in capsys.readouterr().err
 
 
-def test_every_card_has_a_folder(build, root):
+def test_every_card_has_a_folder(root):
     assert [folder.name for folder in card_folders(root)] == sorted(card.name for card in build.CARDS)
     readmes = sorted(path.parent.name for path in (root / "hub_cards").glob("*/README.md"))
     assert readmes == sorted(card.name for card in build.all_cards())
@@ -105,7 +143,7 @@ def imported_packages(tree):
             yield node.module.split(".")[0]
 
 
-def test_front_matter(build, readmes):
+def test_front_matter(readmes):
     for card in build.CARDS:
         data = ModelCard(readmes[card.name]).data.to_dict()
         assert {"diffusers", "custom-pipeline"} <= set(data.pop("tags"))
@@ -117,7 +155,7 @@ def test_front_matter(build, readmes):
         }
 
 
-def test_snippets_compile_and_fit_the_card(build, readmes):
+def test_snippets_compile_and_fit_the_card(readmes):
     for card in build.CARDS:
         first, second = re.findall(r"```python\n(.*?)```", readmes[card.name], flags=re.DOTALL)
         compile(second, card.name, "exec")
@@ -149,7 +187,7 @@ def example_call(text):
     return {keyword.arg: keyword.value for keyword in call.keywords}
 
 
-def test_snippet_uses_arguments_that_exist(build, readmes):
+def test_snippet_uses_arguments_that_exist(readmes):
     for card in build.CARDS:
         stock = inspect.signature(getattr(diffusers, card.stock).__call__).parameters
         ours = {name for name, *_ in rows(section(readmes[card.name], "Arguments"))}
@@ -157,7 +195,7 @@ def test_snippet_uses_arguments_that_exist(build, readmes):
         assert set(example_call(readmes[card.name])) <= ours | set(stock)
 
 
-def test_only_what_takes_rewards_promises_them(build, cards, readmes, bundles):
+def test_only_what_takes_rewards_promises_them(readmes, bundles):
     for card in build.CARDS:
         text = readmes[card.name]
         registered = {name for node in bundles[card.name].body for name in cards.registered_names(node)}
@@ -169,13 +207,13 @@ def test_only_what_takes_rewards_promises_them(build, cards, readmes, bundles):
             assert not registered and "reward" not in text.lower()
 
 
-def test_stock_class_is_the_base_of_the_pipeline(build, bundles):
+def test_stock_class_is_the_base_of_the_pipeline(bundles):
     for card in build.CARDS:
         classes = [node for node in bundles[card.name].body if isinstance(node, ast.ClassDef)]
         assert card.stock in {ast.unparse(base) for node in classes for base in node.bases}
 
 
-def test_settings_are_the_fields_with_a_default(build, readmes):
+def test_settings_are_the_fields_with_a_default(readmes):
     for card in build.CARDS:
         fields = dataclasses.fields(getattr(importlib.import_module("noiseopt.pipelines"), card.method.name))
         expected = {field.name: field.default for field in fields if field.default is not dataclasses.MISSING}
@@ -191,7 +229,7 @@ def test_every_argument_is_explained(readmes):
         assert all(meanings)
 
 
-def test_readme_names_the_required_packages(cards, readmes, dependencies):
+def test_readme_names_the_required_packages(readmes, dependencies):
     assert set(cards.REQUIREMENTS) <= set(dependencies)
     for text in readmes.values():
         assert all(f'"{requirement}"' in text for requirement in cards.REQUIREMENTS)

@@ -208,18 +208,6 @@ def test_an_interrupted_run_leaves_no_trace_and_hands_out_its_best(error):
     pipe.unet.eval()
 
 
-def test_half_precision_with_an_upcasting_vae_is_differentiable_and_leaves_the_vae_alone():
-    pipe = quiet(sdxl_pipeline(force_upcast=True)).to(torch.float16)
-    arguments = {**call_arguments("sdxl"), "num_inference_steps": 1}
-    before = draw(pipe, generator=generator(), **arguments)
-    result = optimize_noise(pipe, "a b", reno(), generator=generator(), **arguments)
-    assert pipe.vae.dtype == torch.float16
-    assert result.noise.dtype == torch.float32 and result.latents.dtype == torch.float16
-    assert result.losses.min() < result.losses[0]
-    torch.testing.assert_close(result.initial_images, before.float(), rtol=0, atol=2e-3)
-    assert torch.equal(draw(pipe, generator=generator(), **arguments), before)
-
-
 class Untouched:
     """Fails if any module of the pipeline runs."""
 
@@ -278,23 +266,6 @@ def test_an_argument_that_the_pipeline_lacks_is_refused():
 def test_inference_mode_is_refused():
     with torch.inference_mode(), pytest.raises(ValueError, match="inference_mode"):
         optimize_noise(tiny_pipeline("sd"), "a b", reno(), **call_arguments("sd"))
-
-
-@pytest.mark.parametrize("how", ["sequential", "model", "group", "disk"])
-def test_offloaded_pipelines_are_refused_with_the_remedy(how, tmp_path):
-    pipe = quiet(sd_pipeline())
-    if how == "group":
-        pipe.unet.enable_group_offload(torch.device("cpu"), offload_type="leaf_level")
-    elif how == "disk":
-        pipe.unet.enable_group_offload(
-            torch.device("cpu"), offload_type="leaf_level", offload_to_disk_path=str(tmp_path)
-        )
-    else:
-        from accelerate import cpu_offload, cpu_offload_with_hook
-
-        {"sequential": cpu_offload, "model": cpu_offload_with_hook}[how](pipe.unet, torch.device("cpu"))
-    with pytest.raises(ValueError, match="`unet` is offloaded.*remove_all_hooks"):
-        optimize_noise(pipe, "a b", reno(), **call_arguments("sd"))
 
 
 def whole_batch(images, prompts):

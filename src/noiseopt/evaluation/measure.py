@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..pipelines.sampling import DENOISERS
+from ..pipelines.module_state import DENOISERS
 
 MEBIBYTE = 2**20
 

@@ -5,33 +5,19 @@ A model has a card once its training and its measurements are recorded in `train
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from string import Template
 from typing import Any
 
-from cards import NAMESPACE, REQUIREMENTS, code, table
+from ..shapes_world.embedded import MODELS, NAMESPACE, WEIGHTS
+from .cards import REQUIREMENTS, code, table
 
-SHAPES_WORLD = Path(__file__).resolve().parents[1] / "src/noiseopt/shapes_world"
 RECORDS = ("training.json", "metrics.json")
 
-
-def embedded_models() -> Mapping[str, Any]:
-    """`noiseopt.shapes_world.MODELS`, without the package around it, which needs torch."""
-    specification = importlib.util.spec_from_file_location("shapes_world_embedded", SHAPES_WORLD / "embedded.py")
-    assert specification and specification.loader
-    module = importlib.util.module_from_spec(specification)
-    sys.modules[specification.name] = module  # where dataclasses look their module up
-    specification.loader.exec_module(module)
-    return module.MODELS
-
-
-MODELS = embedded_models()
 
 DRAW = """\
 import torch
@@ -213,7 +199,7 @@ $limits
 
 $family
 
-Generated from the records beside the weights by `python hub_cards/build.py`.
+Generated from the records beside the weights by `noiseopt hub build`.
 """)
 
 
@@ -227,7 +213,7 @@ class ModelCard:
     """
 
     model: str
-    weights: Path = SHAPES_WORLD / "weights"
+    weights: Path = WEIGHTS
 
     @property
     def name(self) -> str:
@@ -252,7 +238,7 @@ class ModelCard:
         return {path.relative_to(self.folder).as_posix(): path for path in paths}
 
 
-def recorded(weights: Path = SHAPES_WORLD / "weights") -> list[ModelCard]:
+def recorded(weights: Path = WEIGHTS) -> list[ModelCard]:
     """The cards of the models whose weights and records are there."""
     return [ModelCard(name, weights) for name in MODELS if all((weights / name / file).is_file() for file in RECORDS)]
 

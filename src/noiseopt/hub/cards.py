@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import ast
 import re
+import textwrap
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from string import Template
 from typing import Any
 
-NAMESPACE = "noiseopt"
+from ..shapes_world.embedded import MODELS
+from .before_after import PICTURE, BeforeAfter
+
 REQUIREMENTS = ("torch>=2.6", "diffusers>=0.41", "transformers>=5.18", "accelerate>=1.1")
 
 
@@ -29,6 +32,7 @@ class Method:
         example: What the first program of a card does with its `pipe`.
         limits: A Markdown list.
         takes_rewards: Whether the call takes rewards by name: then the bundle holds all, and the card lists them.
+        registered: Its name in `list_noise_optimizers()`.
     """
 
     name: str
@@ -39,6 +43,7 @@ class Method:
     example: str
     limits: str
     takes_rewards: bool
+    registered: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +57,8 @@ class Card:
         base_model: Hub id of the weights that the example loads.
         model: What people call that model.
         stock: The diffusers class under the pipeline.
+        shown_on: The embedded model that its picture is of.
+        no_kin: Why that is not of the same kind, if it is not.
     """
 
     name: str
@@ -60,6 +67,8 @@ class Card:
     base_model: str
     model: str
     stock: str
+    shown_on: str
+    no_kin: str = ""
 
     @property
     def title(self) -> str:
@@ -100,6 +109,7 @@ result.save("scooter.safetensors")  # the noise, its scores and where it came fr
 * Offloading moves weights between forward and backward and is refused. `torch.inference_mode()` rules gradients out.
 * A reward that is optimised stops being a fair judge: compare images by one that was not.""",
     takes_rewards=True,
+    registered="reno",
 )
 
 CNO = Method(
@@ -136,6 +146,7 @@ output.noise_result.save("scooter.safetensors")  # the five noises and where the
   estimate depends on the noise through the denoiser alone. The backward pass through it then takes its memory.
 * Offloading and `torch.inference_mode()` are refused.""",
     takes_rewards=False,
+    registered="cno",
 )
 
 NOISE_DIFFUSION = Method(
@@ -173,6 +184,7 @@ result.save("frog.safetensors")  # the noise, its scores and where it came from"
   judge.
 * Offloading and `torch.inference_mode()` are refused.""",
     takes_rewards=True,
+    registered="noise_diffusion",
 )
 
 NEVER_TOO_LATE = Method(
@@ -220,8 +232,10 @@ result.save("dogs.safetensors")  # the four noises, their scores and where they 
 * LPIPS and DreamSim come from packages of their own: `pip install lpips`, `pip install dreamsim`.
 * Offloading and `torch.inference_mode()` are refused.""",
     takes_rewards=True,
+    registered="never_too_late",
 )
 
+NO_FLUX = "There is no embedded model of the FLUX kind: this is the nearest, which learned by flow matching too."
 CARDS = (
     Card(
         name="reno-turbo",
@@ -230,6 +244,7 @@ CARDS = (
         base_model="stabilityai/sdxl-turbo",
         model="SDXL-Turbo",
         stock="StableDiffusionXLPipeline",
+        shown_on="sdxl-turbo",
     ),
     Card(
         name="reno-stable-diffusion",
@@ -238,6 +253,7 @@ CARDS = (
         base_model="stabilityai/sd-turbo",
         model="SD-Turbo",
         stock="StableDiffusionPipeline",
+        shown_on="turbo",
     ),
     Card(
         name="cno-stable-diffusion",
@@ -246,6 +262,7 @@ CARDS = (
         base_model="stable-diffusion-v1-5/stable-diffusion-v1-5",
         model="Stable Diffusion 1.5",
         stock="StableDiffusionPipeline",
+        shown_on="guided",
     ),
     Card(
         name="cno-stable-diffusion-xl",
@@ -254,6 +271,7 @@ CARDS = (
         base_model="stabilityai/stable-diffusion-xl-base-1.0",
         model="SDXL",
         stock="StableDiffusionXLPipeline",
+        shown_on="sdxl",
     ),
     Card(
         name="cno-stable-diffusion-3",
@@ -262,6 +280,7 @@ CARDS = (
         base_model="stabilityai/stable-diffusion-3.5-medium",
         model="Stable Diffusion 3.5",
         stock="StableDiffusion3Pipeline",
+        shown_on="sd3",
     ),
     Card(
         name="cno-flux",
@@ -270,6 +289,8 @@ CARDS = (
         base_model="black-forest-labs/FLUX.1-dev",
         model="FLUX.1",
         stock="FluxPipeline",
+        shown_on="sd3",
+        no_kin=NO_FLUX,
     ),
     Card(
         name="noise-diffusion-stable-diffusion",
@@ -278,6 +299,7 @@ CARDS = (
         base_model="stable-diffusion-v1-5/stable-diffusion-v1-5",
         model="Stable Diffusion 1.5",
         stock="StableDiffusionPipeline",
+        shown_on="guided",
     ),
     Card(
         name="noise-diffusion-stable-diffusion-xl",
@@ -286,6 +308,7 @@ CARDS = (
         base_model="stabilityai/stable-diffusion-xl-base-1.0",
         model="SDXL",
         stock="StableDiffusionXLPipeline",
+        shown_on="sdxl",
     ),
     Card(
         name="noise-diffusion-stable-diffusion-3",
@@ -294,6 +317,7 @@ CARDS = (
         base_model="stabilityai/stable-diffusion-3.5-medium",
         model="Stable Diffusion 3.5",
         stock="StableDiffusion3Pipeline",
+        shown_on="sd3",
     ),
     Card(
         name="noise-diffusion-flux",
@@ -302,6 +326,8 @@ CARDS = (
         base_model="black-forest-labs/FLUX.1-dev",
         model="FLUX.1",
         stock="FluxPipeline",
+        shown_on="sd3",
+        no_kin=NO_FLUX,
     ),
     Card(
         name="never-too-late-turbo",
@@ -310,6 +336,7 @@ CARDS = (
         base_model="stabilityai/sdxl-turbo",
         model="SDXL-Turbo",
         stock="StableDiffusionXLPipeline",
+        shown_on="sdxl-turbo",
     ),
     Card(
         name="never-too-late-stable-diffusion",
@@ -318,6 +345,7 @@ CARDS = (
         base_model="stabilityai/sd-turbo",
         model="SD-Turbo",
         stock="StableDiffusionPipeline",
+        shown_on="turbo",
     ),
     Card(
         name="never-too-late-flux",
@@ -326,6 +354,8 @@ CARDS = (
         base_model="black-forest-labs/FLUX.1-schnell",
         model="FLUX.1-schnell",
         stock="FluxPipeline",
+        shown_on="sd3",
+        no_kin=NO_FLUX,
     ),
 )
 
@@ -362,7 +392,7 @@ pipe = DiffusionPipeline.from_pretrained(
 $example
 ```
 
-## Arguments
+$shown## Arguments
 
 All arguments of the stock pipeline, and:
 
@@ -399,7 +429,22 @@ $limits
 $bibtex
 ```
 
-Generated from `$module` by `python hub_cards/build.py`.
+Generated from `$module` by `noiseopt hub build`.
+""")
+
+SHOWN = Template("""\
+## Before and after
+
+![Images of the shapes world, plain and optimised]($picture)
+
+$origin
+
+$finding
+
+```bash
+noiseopt hub pictures $name
+```
+
 """)
 
 REWARDS = Template("""
@@ -412,8 +457,8 @@ $table
 """)
 
 
-def readme(card: Card, namespace: str, source: str) -> str:
-    """The README of a card; `source` is its bundled pipeline."""
+def readme(card: Card, namespace: str, source: str, shown: BeforeAfter | None) -> str:
+    """The README of a card; `source` is its bundled pipeline, `shown` what its picture shows, if there is one."""
     tree, method = ast.parse(source), card.method
     classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
     pipeline = pipeline_class(classes)
@@ -427,8 +472,53 @@ def readme(card: Card, namespace: str, source: str) -> str:
         class_name=pipeline.name,
         arguments=table(("Argument", "Default", "Meaning"), call_arguments(pipeline, classes)),
         settings=table(("Setting", "Default", "Meaning"), settings(classes[method.name])),
+        shown=shown_section(card, shown) if shown else "",
         rewards=rewards_section(tree, classes) if method.takes_rewards else "",
         checkpoints="Model and reward checkpoints" if method.takes_rewards else "Model checkpoints",
+    )
+
+
+def shown_section(card: Card, shown: BeforeAfter) -> str:
+    """What a card says about its picture."""
+    paragraphs = {"origin": origin(card, shown), "finding": finding(card.method, shown)}
+    filled = {name: textwrap.fill(text, 119, break_on_hyphens=False) for name, text in paragraphs.items()}
+    return SHOWN.substitute(filled, picture=PICTURE, name=card.name)
+
+
+def origin(card: Card, shown: BeforeAfter) -> str:
+    """What drew a picture, and what that is not."""
+    model = MODELS[shown.model]
+    return (
+        f"{card.model} is too large for pictures that anyone can draw again. These are by the embedded model "
+        f"[`{model.hub_id}`](https://huggingface.co/{model.hub_id}), a {model.title}. {card.no_kin} The pictures show what "
+        f"the method does, and say nothing about how much it does for {card.model}. In a checkout of the repository the "
+        f"command below draws them."
+    )
+
+
+def finding(method: Method, shown: BeforeAfter) -> str:
+    """What is left and right of an arrow, and what the judge says of it."""
+    plain, gives = "an image as the model draws it", "seed gives"
+    if shown.images > 1:
+        plain, gives = f"{shown.images} images of a prompt as the model draws them", "seeds give"
+    through = " and ".join(code(f"shapes-{name}") for name in shown.instruments)
+    before, after = shown.right
+    return (
+        f"Left of an arrow: {plain}. Right of it: what the same {gives} after {shown.steps} steps of {method.name}"
+        f"{f', which sees images through {through}' if through else ''}. ✓ and ✗ are the verdicts of a judge that reads "
+        f"the pixels; it is no model, and nothing optimises it. {before} of {shown.count} images are right before, "
+        f"{after} of {shown.count} after. {effect(shown)} The prompts are the first of the validation split, and the "
+        f"seeds count from {shown.seed}: nothing was chosen by its outcome."
+    )
+
+
+def effect(shown: BeforeAfter) -> str:
+    """What else a picture says: the numbers under single images, or how far the layouts of a set differ."""
+    if shown.spread is None:
+        return "The numbers are the reward."
+    before, after = (f"{pixels:.1f}" for pixels in shown.spread)
+    return (
+        f"In the images of a prompt the same objects are {before} pixels from their mean place before, {after} after."
     )
 
 

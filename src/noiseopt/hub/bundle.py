@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import builtins
+import functools
 import re
 import sys
 from collections.abc import Iterable, Iterator
@@ -37,8 +38,17 @@ class Module:
 
     @classmethod
     def read(cls, path: Path, root: Path) -> Module:
-        source = path.read_text(encoding="utf-8")
+        return cls.parse(path, root, path.read_text(encoding="utf-8"))
+
+    @classmethod
+    @functools.cache  # the same module is part of many bundles
+    def parse(cls, path: Path, root: Path, source: str) -> Module:
         return cls(path, path.relative_to(root).as_posix(), source.split("\n"), ast.parse(source, str(path)))
+
+    @functools.cached_property
+    def imports(self) -> list[ast.Import | ast.ImportFrom]:
+        """Every import statement, also inside functions."""
+        return [node for node in ast.walk(self.tree) if isinstance(node, (ast.Import, ast.ImportFrom))]
 
     def refuse(self, line: int, reason: str) -> Refused:
         return Refused(f"{self.name}:{line}: {reason}")
@@ -91,7 +101,7 @@ def in_order(wanted: Iterable[Path], root: Path) -> list[Module]:
 
 def dependencies(module: Module, root: Path) -> Iterator[tuple[ast.ImportFrom, Path]]:
     """Each relative import of `module` with the file it names; the package's folders are siblings under `root`."""
-    for node in imports(module.tree):
+    for node in module.imports:
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
         relative = isinstance(node, ast.ImportFrom) and node.level > 0
         if not relative and any(name.split(".")[0] == PACKAGE for name in names):
@@ -100,11 +110,6 @@ def dependencies(module: Module, root: Path) -> Iterator[tuple[ast.ImportFrom, P
             raise module.refuse(node.lineno, "a starred import hides which names it binds: import them by name")
         if isinstance(node, ast.ImportFrom) and relative:
             yield node, resolve(module, node, root)
-
-
-def imports(tree: ast.AST) -> Iterator[ast.Import | ast.ImportFrom]:
-    """Every import statement, also inside functions."""
-    yield from (node for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom)))
 
 
 def resolve(module: Module, node: ast.ImportFrom, root: Path) -> Path:
@@ -121,6 +126,7 @@ def resolve(module: Module, node: ast.ImportFrom, root: Path) -> Path:
     return target
 
 
+@functools.cache
 def check_text(module: Module) -> None:
     """Refuse text that diffusers takes for an import of another file, and code that looks for its own file."""
     dropped = dropped_lines(module)
@@ -172,7 +178,7 @@ def header(entry: Module) -> str:
     text = "\n".join(entry.lines[first.lineno - 1 : first.end_lineno])
     if not text.endswith('"""'):
         raise entry.refuse(first.lineno, 'a docstring ends in """ and nothing follows it on its line')
-    note = f"Generated from {entry.name} by `python hub_cards/build.py`. Edit the source, not this file."
+    note = f"Generated from {entry.name} by `noiseopt hub build`. Edit the source, not this file."
     return f'{text[:-3].rstrip()}\n\n{note}\n"""'
 
 

@@ -1,0 +1,179 @@
+"""`noiseopt hub`: its arguments, and what it prints."""
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from ..cli import require_plots
+
+if TYPE_CHECKING:
+    from .build import AnyCard
+
+CardT = TypeVar("CardT", bound="AnyCard")
+
+EPILOG = """\
+examples:
+  noiseopt hub build
+  noiseopt hub push reno-turbo --namespace me --dry-run
+  noiseopt hub push --all --namespace me --tag v0.1.0
+"""
+
+
+def add_hub(commands) -> None:
+    """The parser of the command; `commands` is what `add_subparsers` returned."""
+    parser = commands.add_parser(
+        "hub",
+        help="write, draw, check or push the Hub repositories of pipelines and models (in a checkout)",
+        description="The Hub repositories of pipelines and embedded models, one folder each in hub_cards/. Works in "
+        "a checkout of the repository, whose sources they are made of.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
+    build = actions.add_parser("build", help="write README.md and pipeline.py of all cards")
+    build.set_defaults(run=lambda arguments: run_build())
+    check = actions.add_parser("check", help="exit with 1 and name the files that are out of date")
+    check.set_defaults(run=lambda arguments: run_check())
+    add_pictures(actions)
+    add_push(actions)
+
+
+def add_pictures(actions) -> None:
+    parser = actions.add_parser(
+        "pictures",
+        help="draw what a pipeline changes, with the embedded models, and write its README.md anew",
+        description="Draw the pictures of pipelines: the prompts and seeds of `noiseopt demo`, before and after. Each "
+        "takes up to some minutes on two cores.",
+    )
+    parser.add_argument(
+        "cards", nargs="*", metavar="CARD", help="names of folders in hub_cards/ (default: all pipelines)"
+    )
+    parser.set_defaults(run=lambda arguments: run_pictures(arguments, parser))
+
+
+def add_push(actions) -> None:
+    parser = actions.add_parser(
+        "push",
+        help="upload cards to your account on the Hub",
+        description="Upload cards, made anew for that account, with pictures and weights; download them again and "
+        "compare. What is there already makes no commit. Needs a login: `hf auth login`.",
+    )
+    parser.add_argument("cards", nargs="*", metavar="CARD", help="names of folders in hub_cards/")
+    parser.add_argument("--all", action="store_true", help="all cards")
+    parser.add_argument("--namespace", required=True, metavar="USER", help="the account or organisation to push to")
+    parser.add_argument("--private", action="store_true", help="make new repositories private")
+    parser.add_argument("--tag", metavar="NAME", help="name the commits, for custom_revision= of diffusers (v0.1.0)")
+    parser.add_argument("--dry-run", action="store_true", help="list the files and their sizes, and upload nothing")
+    parser.set_defaults(run=lambda arguments: run_push(arguments, parser))
+
+
+def run_build() -> None:
+    """`noiseopt hub build`."""
+    require_checkout()
+    from .build import all_cards, write
+
+    with refusals():
+        write(all_cards())
+
+
+def run_check() -> None:
+    """`noiseopt hub check`."""
+    require_checkout()
+    from .build import drifted
+
+    with refusals():
+        wrong = drifted()
+    for name in wrong:
+        print(f"hub_cards/{name} is out of date: {cure(name)}", file=sys.stderr)
+    if wrong:
+        raise SystemExit(1)
+
+
+def cure(name: str) -> str:
+    """What to do about a file that is out of date."""
+    from .before_after import PICTURE
+    from .build import all_cards
+
+    card, _, file = name.partition("/")
+    if card not in {card.name for card in all_cards()}:
+        return "it belongs to no card, delete it"
+    return f"run `noiseopt hub pictures {card}`" if file == PICTURE else "run `noiseopt hub build`"
+
+
+def run_pictures(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """`noiseopt hub pictures`."""
+    require_checkout()
+    from .build import write
+    from .cards import CARDS
+
+    cards = chosen(arguments.cards, CARDS, parser) or CARDS
+    require_plots("noiseopt hub pictures")
+    from ..quiet import quiet_libraries
+
+    with quiet_libraries():  # as some modules are imported, transformers says what else could be installed
+        from .pictures import draw_pictures
+    for path in draw_pictures(cards):
+        print(f"drew {path.parent.name}/{path.name}: {path.stat().st_size / 1000:.0f} kB")
+    with refusals():
+        write(cards)
+
+
+def run_push(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """`noiseopt hub push`: what can be wrong with the request is said before anything is uploaded."""
+    require_checkout()
+    from .build import all_cards
+    from .push import PushFailed, push
+
+    if bool(arguments.cards) == arguments.all:
+        parser.error("Expected either names of cards or --all.")
+    cards = chosen(arguments.cards, all_cards(), parser) or all_cards()
+    with refusals(PushFailed):
+        for card in cards:
+            if arguments.dry_run:
+                print(listing(card, arguments.namespace))
+                continue
+            pushed = push(card, arguments.namespace, private=arguments.private, tag=arguments.tag)
+            print(f"{'pushed' if pushed.changed else 'unchanged'} {pushed.url} at {pushed.commit[:7]}")
+
+
+def chosen(names: Sequence[str], cards: Iterable[CardT], parser: argparse.ArgumentParser) -> list[CardT]:
+    """The cards of these names, each once."""
+    known = {card.name: card for card in cards}
+    if unknown := [name for name in names if name not in known]:
+        parser.error(f"Expected a card out of {', '.join(known)}, but got {unknown[0]!r}.")
+    return [known[name] for name in dict.fromkeys(names)]
+
+
+def listing(card: "AnyCard", namespace: str) -> str:
+    """The files that a push would upload, and their sizes."""
+    from .build import contents
+
+    files = sorted(contents(card, namespace).items())
+    sizes = {name: len(data) if isinstance(data, bytes) else data.stat().st_size for name, data in files}
+    lines = [f"{size:>12,}  {name}" for name, size in sizes.items()]
+    return "\n".join([f"{namespace}/{card.name}: {sum(sizes.values()):,} bytes", *lines])
+
+
+@contextlib.contextmanager
+def refusals(*kinds: type[Exception]) -> Iterator[None]:
+    """A message and exit status 1 instead of a traceback, for what cannot be bundled and for `kinds`."""
+    from .bundle import Refused
+
+    try:
+        yield
+    except (Refused, *kinds) as refusal:
+        raise SystemExit(str(refusal)) from None
+
+
+def require_checkout() -> None:
+    """Exit with 1 where there is no `hub_cards/`: in an installed package."""
+    from .build import HUB_CARDS
+
+    if not HUB_CARDS.is_dir():
+        raise SystemExit(
+            f"Expected a checkout of the repository, with its folder hub_cards/, but noiseopt is installed in "
+            f"{Path(__file__).parents[1]}. Clone it and run `pip install -e .` there."
+        )

@@ -1,0 +1,59 @@
+"""Drawing the pictures of the cards: what each method does to the images of an embedded model, as in the demo."""
+
+import io
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from PIL import Image
+
+from .. import plots
+from ..demo import Choice, Story, mean_spread, optimize_and_judge, right_before_and_after
+from .before_after import BeforeAfter
+from .build import picture_path
+from .cards import Card
+
+SEED = 0
+DPI = 100  # half of the demo's: what a page of the Hub shows
+
+
+def draw_pictures(cards: Sequence[Card]) -> Iterator[Path]:
+    """Write the picture of each card, one after the other; cards of one method and model share their run."""
+    runs: dict[tuple[str, str], list[Card]] = {}
+    for card in cards:
+        runs.setdefault((card.method.registered, card.shown_on), []).append(card)
+    for (method, model), sharing in runs.items():
+        story = tell(Choice.of(method, model))
+        for card in sharing:
+            path = picture_path(card)
+            path.parent.mkdir(exist_ok=True)
+            facts(story).save(picture(story), path)
+            yield path
+
+
+def tell(choice: Choice) -> Story:
+    """The prompts and the seed of the demo: chosen by their order."""
+    return optimize_and_judge(choice, choice.prompts, SEED)
+
+
+def facts(story: Story) -> BeforeAfter:
+    """What the picture says about itself."""
+    choice, single = story.choice, story.choice.count == 1
+    return BeforeAfter(
+        method=choice.method,
+        model=choice.model.name,
+        steps=len(story.values),
+        prompts=list(story.prompts[:: choice.count]),
+        images=choice.count,
+        seed=SEED,
+        instruments=choice.instruments,
+        right=list(right_before_and_after(story)),
+        spread=None if single else [round(mean_spread(story, end), 2) for end in (0, 1)],
+    )
+
+
+def picture(story: Story) -> Image.Image:
+    """The figure of the demo, as large as a page shows it."""
+    buffer = io.BytesIO()
+    plots.draw_before_after(story, buffer)
+    with Image.open(buffer) as figure:
+        return figure.convert("RGB").reduce(plots.DPI // DPI)

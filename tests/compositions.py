@@ -1,0 +1,121 @@
+"""What must hold for a pipeline with anything composed into it: adapters, arguments, dtypes, memory settings."""
+
+from typing import Any
+
+import torch
+from diffusers import StableDiffusionPipeline
+
+from noiseopt import FunctionObjective, NoiseOptimizationMixin, NoiseOptimizer, NoiseResult, ReNO, optimize_noise
+from noiseopt.pipelines.sampling import stock_call
+
+
+class Painter(NoiseOptimizationMixin, StableDiffusionPipeline):
+    """A pipeline of somebody's own, in a module that can be imported."""
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def redness(images, prompts):
+    """A reward that differs between images, with a gradient everywhere."""
+    return (images[:, 0] - images[:, 1]).mean((1, 2)) * 10
+
+
+def draw(pipe, prompt: Any = "a b", **arguments) -> torch.Tensor:
+    """The images `(B, 3, H, W)` of a stock call, in float32 or better."""
+    arguments = {"generator": generator(), **arguments}
+    images = pipe(prompt, output_type="pt", **arguments).images
+    return images.to(torch.promote_types(images.dtype, torch.float32))
+
+
+def check_composition(
+    pipe, prompt: Any = "a b", *, oracle: str | None = "stock", rtol: float = 1e-4, **arguments
+) -> NoiseResult:
+    """A run of ReNO honours what the pipeline is composed of, and leaves it as it was.
+
+    The plain result is that of the stock call, the noise that was found is drawn again by the stock call, the gradient
+    is the stock call's own, and modules and plain images are as before.
+
+    Args:
+        pipe, prompt, arguments: The call.
+        oracle: What the gradient is compared with: the "stock" call, differentiated, or `None` for nothing.
+        rtol: For the gradient, of its norm.
+    """
+    state, plain = state_of(pipe), draw(pipe, prompt, **fresh(arguments))
+    method = ReNO(rewards=redness, steps=3, reward_prompt="a b")
+    result = optimize_noise(pipe, prompt, method, **{"generator": generator(), **fresh(arguments)})
+    assert result.images is not None and result.initial_images is not None
+    assert torch.equal(result.initial_images, plain)
+    torch.testing.assert_close(result.losses[0], -redness(plain, None), rtol=1e-5, atol=1e-6)
+    assert (result.losses.min(0).values < result.losses[0]).all()
+    again = draw(pipe, prompt, **{**arguments, "latents": result.latents, "generator": result.generator()})
+    assert torch.equal(again, result.images)
+    if oracle == "stock":
+        check_gradient(pipe, prompt, rtol, **arguments)
+    assert state_of(pipe) == state
+    assert torch.equal(draw(pipe, prompt, **fresh(arguments)), plain)
+    return result
+
+
+def fresh(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments with generators of the same state, so that the given ones stay in it."""
+    given = arguments.get("generator")
+    if given is None:
+        return arguments
+    return {
+        **arguments,
+        "generator": [x.clone_state() for x in given] if isinstance(given, list) else given.clone_state(),
+    }
+
+
+def check_gradient(pipe, prompt: Any, rtol: float, **arguments) -> None:
+    """The gradient of the inner run is that of the stock call without its `no_grad`, from its `latents`."""
+    sampler, noise, result = capture(pipe, prompt, **arguments)
+    leaf = noise.clone().requires_grad_()
+    images = sampler.images(leaf, "full")
+    weights = torch.randn(images.shape, generator=generator(2))
+    (found,) = torch.autograd.grad((images * weights).sum(), leaf)
+    latents = result.latents.detach().clone().requires_grad_()
+    arguments |= {"latents": latents, "generator": result.generator(), "output_type": "pt"}
+    with torch.enable_grad():
+        images = stock_call(type(pipe))(pipe, prompt, **arguments).images
+        (expected,) = torch.autograd.grad((images.float() * weights).sum(), latents)
+    expected = sampler.space.unpack(sampler.twin, expected).float()
+    assert (found - expected).norm() <= rtol * expected.norm()
+    assert expected.norm() > 0
+
+
+def capture(pipe, prompt: Any = "a b", *, clamp: str = "hard", **arguments):
+    """The sampler of a call, its base noise as a method sees it, and the result of drawing it."""
+    seen = {}
+
+    class Look(NoiseOptimizer):
+        steps = 1
+
+        def objective(self, pipe):
+            return FunctionObjective(lambda sample: sample.noise.flatten(1).mean(1))
+
+        def start(self, problem):
+            seen.update(sampler=problem.sampler, noise=problem.noise)
+
+    look = Look()
+    look.clamp = clamp  # that of the stock pipeline has no gradient at saturated pixels
+    result = optimize_noise(pipe, prompt, look, **{"generator": generator(), **fresh(arguments)})
+    return seen["sampler"], seen["noise"].to(result.latents.dtype).float(), result
+
+
+def state_of(pipe) -> dict[str, Any]:
+    """All of a pipeline's modules that a run might change: modes, parameters, hooks, adapters, compiled blocks."""
+    state: dict[str, Any] = {}
+    for root, part in pipe.components.items():
+        if not isinstance(part, torch.nn.Module):
+            state[root] = id(part)
+            continue
+        for name, module in part.named_modules():
+            kept = {key: id(value) for key, value in vars(module).items() if callable(value)}
+            state[f"{root}.{name}"] = (id(module), module.training, kept, str(getattr(module, "scaling", None)))
+        for name, parameter in part.named_parameters():
+            layout = (parameter.dtype, parameter.device, parameter.stride(), parameter.requires_grad)
+            state[f"{root}.{name}="] = (id(parameter), layout, parameter.grad is None, parameter._version)
+    return state

@@ -1,0 +1,106 @@
+"""What is claimed to work with what: the rows and columns of the README's tables, each cell of which is one test."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+
+class Family(NamedTuple):
+    """A row: the pipeline class, which models it draws, and the scheduler that its tiny pipeline has."""
+
+    pipeline: str
+    models: str
+    scheduler: str
+
+
+class Column(NamedTuple):
+    """A method as it is registered, the route of its gradient, and its heading."""
+
+    method: str
+    route: str
+    heading: str
+
+
+class Scheduler(NamedTuple):
+    """A row of the second table: the class, and the settings that it is about."""
+
+    name: str
+    settings: Mapping[str, Any] = {}
+
+
+WITH_UNET = {
+    "sd": Family("StableDiffusionPipeline", "SD 1.5, SD-Turbo", "EulerDiscreteScheduler"),
+    "sdxl": Family("StableDiffusionXLPipeline", "SDXL, SDXL-Turbo", "EulerAncestralDiscreteScheduler"),
+    "lightning_sdxl": Family("StableDiffusionXLPipeline", "SDXL-Lightning", "EulerDiscreteScheduler"),
+    "hyper_sdxl": Family("StableDiffusionXLPipeline", "Hyper-SDXL, one step", "LCMScheduler"),
+    "tcd_sdxl": Family("StableDiffusionXLPipeline", "Hyper-SDXL", "TCDScheduler"),
+    "controlnet_sdxl": Family("StableDiffusionXLControlNetPipeline", "SDXL", "EulerAncestralDiscreteScheduler"),
+    "img2img_sdxl": Family("StableDiffusionXLImg2ImgPipeline", "SDXL", "EulerDiscreteScheduler"),
+    "lcm": Family("LatentConsistencyModelPipeline", "LCM", "LCMScheduler"),
+}
+WITH_TRANSFORMER = {
+    "sd3": Family("StableDiffusion3Pipeline", "SD 3, 3.5", "FlowMatchEulerDiscreteScheduler"),
+    "flux": Family("FluxPipeline", "FLUX.1 with true guidance", "FlowMatchEulerDiscreteScheduler"),
+    "flux_distilled": Family("FluxPipeline", "FLUX.1 [schnell], [dev]", "FlowMatchEulerDiscreteScheduler"),
+    "flux2_klein": Family("Flux2KleinPipeline", "FLUX.2 [klein]", "FlowMatchEulerDiscreteScheduler"),
+    "qwen_image": Family("QwenImagePipeline", "Qwen-Image", "FlowMatchEulerDiscreteScheduler"),
+    "z_image": Family("ZImagePipeline", "Z-Image", "FlowMatchEulerDiscreteScheduler"),
+    "lumina2": Family("Lumina2Pipeline", "Lumina 2", "FlowMatchEulerDiscreteScheduler"),
+    "pixart_sigma": Family("PixArtSigmaPipeline", "PixArt-Σ", "DPMSolverMultistepScheduler"),
+    "sana": Family("SanaPipeline", "Sana", "DPMSolverMultistepScheduler"),
+    "sana_sprint": Family("SanaSprintPipeline", "Sana-Sprint", "SCMScheduler"),
+}
+FAMILIES = {**WITH_UNET, **WITH_TRANSFORMER}
+COLUMNS = {
+    "reno-full": Column("reno", "full", "ReNO"),
+    "reno-frozen": Column("reno", "frozen", "ReNO"),
+    "reno-preview": Column("reno", "preview", "ReNO"),
+    "cno-frozen": Column("cno", "frozen", "CNO"),
+    "cno-full": Column("cno", "full", "CNO"),
+    "noise_diffusion-frozen": Column("noise_diffusion", "frozen", "Noise Diffusion"),
+    "never_too_late-full": Column("never_too_late", "full", "Never Too Late"),
+    "noise_pgd-frozen": Column("noise_pgd", "frozen", "PGD"),
+    "mean_variance-frozen": Column("mean_variance", "frozen", "mean, variance"),
+    "best_of_n-none": Column("best_of_n", "none", "best of N"),
+    "best_of_n-preview": Column("best_of_n", "preview", "best of N"),
+    "zero_order_search-none": Column("zero_order_search", "none", "zero-order"),
+    "pcn-none": Column("pcn", "none", "pCN"),
+    "group_selection-none": Column("group_selection", "none", "group selection"),
+    "group_selection-preview": Column("group_selection", "preview", "group selection"),
+}
+SCHEDULERS = {
+    "ddim": Scheduler("DDIMScheduler"),
+    "ddpm": Scheduler("DDPMScheduler"),
+    "pndm": Scheduler("PNDMScheduler"),
+    "euler": Scheduler("EulerDiscreteScheduler"),
+    "euler_ancestral": Scheduler("EulerAncestralDiscreteScheduler"),
+    "heun": Scheduler("HeunDiscreteScheduler"),
+    "lcm": Scheduler("LCMScheduler"),
+    "tcd": Scheduler("TCDScheduler"),
+    "dpm": Scheduler("DPMSolverMultistepScheduler"),
+    "sde_dpm": Scheduler("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+    "unipc": Scheduler("UniPCMultistepScheduler"),
+    "flow_euler": Scheduler("FlowMatchEulerDiscreteScheduler"),
+    "flow_heun": Scheduler("FlowMatchHeunDiscreteScheduler"),
+    "flow_euler_stochastic": Scheduler("FlowMatchEulerDiscreteScheduler", {"stochastic_sampling": True}),
+    "zero_snr": Scheduler(
+        "DDIMScheduler",
+        {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "prediction_type": "v_prediction"},
+    ),
+    "video": Scheduler("CogVideoXDDIMScheduler"),
+}
+ROUTES = ("full", "frozen", "x0", "none")
+
+OTHER_STREAM = (
+    "the pipeline lets it draw noise from no generator, so that no two evaluations would see the same: refused by name"
+)
+NO_DEPENDENCE = (
+    "the first x0 estimate does not depend on the noise where the terminal SNR is zero and the output of the denoiser "
+    "is held constant: refused by name; `CNO(stop_gradient=False)` works"
+)
+NO_ESTIMATE = "made for video, its x0 estimate is not known: refused by name"
+REFUSED = {
+    **{("flow_euler_stochastic", route): OTHER_STREAM for route in ("full", "frozen", "none")},
+    ("zero_snr", "x0"): NO_DEPENDENCE,
+    ("video", "x0"): NO_ESTIMATE,
+}
+"""Scheduler and route to the reason why they are refused."""

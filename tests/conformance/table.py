@@ -1,0 +1,58 @@
+"""The README's tables of what works, from `matrix.py`: `python tests/conformance/table.py` writes them."""
+
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from conformance.matrix import COLUMNS, FAMILIES, REFUSED, ROUTES, SCHEDULERS  # noqa: E402
+
+README = Path(__file__).parents[2] / "README.md"
+BEGIN, END = "<!-- conformance:begin -->\n", "<!-- conformance:end -->\n"
+
+
+def line(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |\n"
+
+
+def family_table() -> str:
+    """Families in rows, methods and the routes of their gradients in columns."""
+    headings = [f"{column.heading}<br>{column.route}" for column in COLUMNS.values()]
+    text = line(["pipeline", *headings]) + line(["---", *[":-:"] * len(headings)])
+    for row in FAMILIES.values():
+        scheduler = row.scheduler.removesuffix("Scheduler")
+        text += line([f"`{row.pipeline}` ({row.models}), {scheduler}", *["✓"] * len(headings)])
+    return text
+
+
+def scheduler_table() -> str:
+    """Schedulers in rows, routes in columns; what is refused has the number of a reason."""
+    reasons = list(dict.fromkeys(REFUSED.values()))
+    text = line(["scheduler", *ROUTES]) + line(["---", *[":-:"] * len(ROUTES)])
+    for key, row in SCHEDULERS.items():
+        settings = ", ".join(f"{name}={value!r}" for name, value in row.settings.items())
+        refused = [REFUSED.get((key, route)) for route in ROUTES]
+        marks = ["✓" if why is None else f"— [{reasons.index(why) + 1}]" for why in refused]
+        text += line([f"`{row.name}{f'({settings})' if settings else ''}`", *marks])
+    return text + "".join(f"\n[{index + 1}] {why}.\n" for index, why in enumerate(reasons))
+
+
+def tables() -> str:
+    return f"{family_table()}\n{scheduler_table()}"
+
+
+def between_markers(text: str) -> str:
+    return text.partition(BEGIN)[2].partition(END)[0]
+
+
+def main() -> None:
+    text = README.read_text(encoding="utf-8")
+    if BEGIN not in text or END not in text:
+        raise SystemExit(f"Expected the lines {BEGIN.strip()} and {END.strip()} in {README}: put them where tables go.")
+    before, _, rest = text.partition(BEGIN)
+    README.write_text(before + BEGIN + tables() + END + rest.partition(END)[2], encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""The pictures of the cards: what they show is what they and the texts say, and nothing was chosen by its outcome."""
+
+import dataclasses
+import types
+
+import pytest
+import torch
+from PIL import Image
+
+from noiseopt import shapes_world
+from noiseopt.cli import main
+from noiseopt.demo import SET, Choice, Story
+from noiseopt.hub import build, pictures
+from noiseopt.hub.before_after import PICTURE, BeforeAfter
+from noiseopt.hub.cards import CARDS
+
+BY_NAME = {card.name: card for card in CARDS}
+RED, GREEN = torch.tensor([1.0, 0, 0]), torch.tensor([0, 1.0, 0])
+
+
+def tell(choice):
+    """A story in which every image is red, then green, and wrong, then right."""
+    count = len(choice.prompts) * choice.count
+    images = torch.stack([RED, GREEN])[:, None, :, None, None].expand(2, count, 3, 64, 64)
+    result = types.SimpleNamespace(losses=torch.tensor([[1.0] * count, [0.5] * count]), best_step=torch.ones(count))
+    verdicts = [[types.SimpleNamespace(correct=correct)] * count for correct in (False, True)]
+    return Story(choice, [prompt for prompt in choice.prompts for _ in range(choice.count)], [result], images, verdicts)
+
+
+def words_of(readme):
+    """A text without its line breaks."""
+    return " ".join(readme.read_text(encoding="utf-8").split())
+
+
+def share_of(picture, color):
+    """Of the pixels of a picture."""
+    pixels = torch.tensor(list(picture.convert("RGB").get_flattened_data())) / 255
+    return ((pixels - color).abs().amax(1) < 0.2).float().mean().item()
+
+
+@pytest.mark.parametrize("method", ["reno", "cno"])
+def test_plain_images_are_left_of_their_arrow(method):
+    picture = pictures.picture(tell(Choice.of(method, "turbo")))
+    width, height = picture.size
+    column = width // 4 if method == "reno" else width  # of each prompt
+    left = picture.crop((0, 0, column // 2, height))
+    right = picture.crop((column // 2, 0, column, height))
+    assert share_of(left, RED) > 0.3 and share_of(left, GREEN) < 0.02
+    assert share_of(right, GREEN) > 0.3 and share_of(right, RED) < 0.02
+
+
+def test_a_picture_keeps_what_it_shows(tmp_path):
+    story = tell(Choice.of("cno", "guided"))
+    facts = pictures.facts(story)
+    assert (facts.right, facts.images, facts.count) == ([0, 4 * SET], SET, 4 * SET)
+    facts = dataclasses.replace(facts, spread=[1.25, 2.5])  # that of red squares is none
+    facts.save(pictures.picture(story), tmp_path / PICTURE)
+    assert BeforeAfter.read(tmp_path / PICTURE) == facts
+    with Image.open(tmp_path / PICTURE) as picture:
+        assert picture.mode == "P"
+
+
+def test_other_files_are_no_pictures_of_a_card(tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / PICTURE)
+    assert BeforeAfter.read(tmp_path / PICTURE) is None and BeforeAfter.read(tmp_path / "none.png") is None
+
+
+def test_cards_of_one_method_and_model_share_a_run(tmp_path, monkeypatch, capsys):
+    told = []
+    monkeypatch.setattr(build, "HUB_CARDS", tmp_path)
+    monkeypatch.setattr(pictures, "tell", lambda choice: told.append(choice) or tell(choice))
+    main(["hub", "pictures", "noise-diffusion-flux", "reno-turbo", "noise-diffusion-stable-diffusion-3"])
+    assert [(choice.method, choice.model.name) for choice in told] == [
+        ("noise_diffusion", "sd3"),
+        ("reno", "sdxl-turbo"),
+    ]
+    flux, sd3 = (tmp_path / f"noise-diffusion-{name}/{PICTURE}" for name in ("flux", "stable-diffusion-3"))
+    assert flux.read_bytes() == sd3.read_bytes()
+    assert capsys.readouterr().out.count(f"/{PICTURE}: ") == 3
+    assert "0 of 8 images are right before, 8 of 8 after" in words_of(tmp_path / "reno-turbo/README.md")
+
+
+def test_only_pipelines_have_pictures(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["hub", "pictures", "shapes-turbo"])
+    assert "Expected a card out of reno-turbo, " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+def test_the_pictures_that_are_there(name, root):
+    """They are small, of the prompts and seeds of the demo, and as many images are right as the text says."""
+    card, path = BY_NAME[name], root / "hub_cards" / name / PICTURE
+    shown = BeforeAfter.read(path)
+    assert shown is not None and path.stat().st_size < 60_000
+    choice = Choice.of(card.method.registered, card.shown_on)
+    assert (shown.method, shown.model, shown.seed) == (card.method.registered, card.shown_on, pictures.SEED)
+    assert (shown.prompts, shown.images) == (choice.prompts, choice.count)
+    assert (shown.steps, shown.instruments) == (choice.steps, choice.instruments)
+    text, (before, after) = words_of(root / "hub_cards" / name / "README.md"), shown.right
+    assert f"{before} of {shown.count} images are right before, {after} of {shown.count} after" in text
+    assert f"after {choice.steps} steps of {card.method.name}" in text
+    assert f"]({PICTURE}) " in text and f"`{shapes_world.MODELS[card.shown_on].hub_id}`" in text
+    assert ("which sees images through" in text) == bool(choice.instruments)
+
+
+def test_a_model_of_another_kind_is_said_to_be_one(root):
+    for card in CARDS:
+        text = words_of(root / "hub_cards" / card.name / "README.md")
+        assert ("There is no embedded model of the FLUX kind" in text) == (card.stock == "FluxPipeline")

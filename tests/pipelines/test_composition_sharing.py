@@ -1,0 +1,144 @@
+"""Pipelines that share modules, and pipelines that run at the same time, leave one another alone."""
+
+import sys
+import threading
+
+import pytest
+import torch
+from compositions import Painter, draw, generator, redness, state_of
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from diffusers.utils import dynamic_modules_utils
+from tiny_pipelines import BUILDERS, call_arguments, quiet, sd_pipeline, sdxl_pipeline
+
+from noiseopt import NoiseOptimizationMixin, ReNO, ReNOStableDiffusionPipeline, ReNOTurboPipeline, optimize_noise
+
+
+def dtypes_of(pipe) -> dict[str, torch.dtype]:
+    return {name: part.dtype for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
+
+
+def half_precision_with_a_float32_vae(build):
+    pipe = quiet(build()).to(torch.bfloat16)
+    pipe.vae.to(torch.float32)
+    return pipe
+
+
+def test_a_pipeline_made_of_another_shares_its_modules_and_converts_none():
+    stock = half_precision_with_a_float32_vae(sdxl_pipeline)
+    dtypes, state = dtypes_of(stock), state_of(stock)
+    pipe = ReNOTurboPipeline.from_pipe(stock)
+    assert type(pipe) is ReNOTurboPipeline and pipe.unet is stock.unet and pipe.vae is stock.vae
+    assert dtypes_of(stock) == dtypes == dtypes_of(pipe) and set(dtypes.values()) == {torch.bfloat16, torch.float32}
+    assert state_of(stock) == state and pipe.config.keys() == stock.config.keys()
+    assert pipe.to(torch.bfloat16) is pipe and pipe.vae.dtype == torch.bfloat16  # as any pipeline, when it is asked to
+
+
+def test_a_pipeline_made_of_another_draws_the_same_and_optimizes():
+    stock, arguments = quiet(sdxl_pipeline()).to(torch.bfloat16), call_arguments("sdxl")
+    plain = draw(stock, **arguments)
+    pipe = quiet(ReNOTurboPipeline.from_pipe(stock))
+    assert torch.equal(draw(pipe, **arguments), plain)
+    output = pipe("a b", rewards=redness, optimization_steps=2, generator=generator(), **arguments)
+    expected = optimize_noise(stock, "a b", ReNO(rewards=redness, steps=2), generator=generator(), **arguments)
+    assert torch.equal(output.noise_result.noise, expected.noise)
+    assert torch.equal(draw(stock, **arguments), plain)
+
+
+def test_a_dtype_that_is_asked_for_is_given():
+    stock = quiet(sdxl_pipeline())
+    assert set(dtypes_of(ReNOTurboPipeline.from_pipe(stock, dtype=torch.bfloat16)).values()) == {torch.bfloat16}
+
+
+def test_a_pipeline_made_of_ours_takes_other_parts():
+    ours = ReNOStableDiffusionPipeline.from_pipe(sd_pipeline())
+    vae = sd_pipeline().vae
+    other = ReNOStableDiffusionPipeline.from_pipe(ours, vae=vae, scheduler=ours.scheduler)
+    assert other.vae is vae and other.unet is ours.unet and type(other.scheduler) is type(ours.scheduler)
+
+
+class InANotebook:
+    """Where a class is not found by its module and name."""
+
+    class Painter(NoiseOptimizationMixin, StableDiffusionPipeline):
+        pass
+
+
+def test_a_class_that_nobody_can_import_is_saved_as_diffusers_does(tmp_path):
+    pipe = InANotebook.Painter(**sd_pipeline().components, requires_safety_checker=False)
+    pipe.save_config(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["model_index.json"]
+    assert InANotebook.Painter.load_config(tmp_path)["_class_name"] == "Painter"
+
+
+def test_a_class_of_another_package_is_saved_as_an_import_of_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(dynamic_modules_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setitem(sys.modules, "diffusers_modules.local.pipeline", None)  # what tests before this one loaded
+    monkeypatch.delitem(sys.modules, "diffusers_modules.local.pipeline")
+    Painter.from_pipe(sd_pipeline()).save_pretrained(tmp_path / "painter")
+    code = (tmp_path / "painter/pipeline.py").read_text()
+    assert code.endswith("\n\nfrom compositions import Painter\n")
+    with pytest.raises(ValueError, match="trust_remote_code=True"):
+        DiffusionPipeline.from_pretrained(tmp_path / "painter")
+    load = {"trust_remote_code": True, "safety_checker": None}
+    assert type(DiffusionPipeline.from_pretrained(tmp_path / "painter", **load)) is Painter
+    assert type(Painter.from_pretrained(tmp_path / "painter", safety_checker=None)) is Painter
+
+
+@pytest.fixture
+def turns():
+    """turns(functions) -> what each returns, all running at the same time, each in a thread of its own."""
+
+    def take(functions):
+        results, barrier = [None] * len(functions), threading.Barrier(len(functions))
+
+        def work(index):
+            barrier.wait()
+            results[index] = functions[index]()
+
+        threads = [threading.Thread(target=work, args=(index,)) for index in range(len(functions))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return results
+
+    return take
+
+
+def pipelines_of_one_class():
+    pipes = [quiet(ReNOStableDiffusionPipeline.from_pipe(sd_pipeline())) for _ in range(2)]
+
+    def run(pipe, seed, steps):
+        arguments = {**call_arguments("sd"), "num_inference_steps": steps, "generator": generator(seed)}
+        return pipe("a b", rewards=redness, optimization_steps=3, output_type="pt", **arguments).noise_result
+
+    return pipes, [lambda: run(pipes[0], 0, 1), lambda: run(pipes[1], 1, 3)]
+
+
+def one_pipeline(family):
+    pipe = quiet(BUILDERS[family]())
+
+    def run(seed, steps):
+        arguments = {**call_arguments(family), "num_inference_steps": steps, "generator": generator(seed)}
+        return optimize_noise(pipe, "a b", ReNO(rewards=redness, steps=3), **arguments)
+
+    return [pipe], [lambda: run(0, 1), lambda: run(1, 3)]
+
+
+TOGETHER = {
+    "two pipelines of a class": pipelines_of_one_class,
+    "one pipeline": lambda: one_pipeline("sdxl"),
+    "one pipeline that packs": lambda: one_pipeline("flux"),
+}
+
+
+@pytest.mark.parametrize("case", TOGETHER)
+def test_runs_at_the_same_time_find_what_they_find_alone(case, turns):
+    pipes, runs = TOGETHER[case]()
+    state = [state_of(pipe) for pipe in pipes]
+    alone = [run() for run in runs]
+    for found, expected in zip(turns(runs), alone, strict=True):
+        assert torch.equal(found.noise, expected.noise) and torch.equal(found.losses, expected.losses)
+        assert torch.equal(found.images, expected.images)
+    assert [state_of(pipe) for pipe in pipes] == state
+    assert torch.is_grad_enabled()
