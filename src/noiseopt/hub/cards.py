@@ -17,7 +17,7 @@ from typing import Any
 from ..shapes_world.embedded import MODELS
 from .before_after import PICTURE, BeforeAfter
 
-REQUIREMENTS = ("torch>=2.6", "diffusers>=0.41", "transformers>=5.5", "accelerate>=1.1")
+REQUIREMENTS = ("torch>=2.6", "diffusers>=0.41", "transformers>=5.18", "accelerate>=1.1")
 
 
 @dataclass(frozen=True, kw_only=True)
