@@ -11,7 +11,7 @@ import torch
 
 from ..schedulers.x0_prediction import predict_x0
 from .chunks import BatchLayout, WholeBatchDraws, run_in_chunks
-from .global_draws import only_from_generators
+from .global_draws import no_global_draws
 from .latent_space import LatentSpace
 from .module_state import float32_decoder, without_gradient
 
@@ -201,10 +201,10 @@ class PipelineSampler:
     def run(self, noise: torch.Tensor, gradient: Gradient, preview: bool, output_type: str) -> torch.Tensor:
         """What the pipeline puts out for a noise; the latents of a preview are the x0 estimate, in no other layout."""
         twin = self.fresh_twin(noise, gradient)
-        one_call = first_step_only(twin) if preview else contextlib.nullcontext([])
+        watched = first_step_only(twin) if preview else no_global_draws(twin)
         ours = {"generator": twin.sampling_generator, "output_type": output_type, "return_dict": False}
         draws, graph = self.draws_from(twin.sampling_generator), gradient is not None and noise.requires_grad
-        with one_call as estimates, draws, only_from_generators(twin), torch.set_grad_enabled(graph):
+        with watched as estimates, draws, torch.set_grad_enabled(graph):
             output = self.call(twin, **self.request, **ours)[0]
         if estimates and output_type == "latent":  # families unpack and scale what they put out
             output = estimates[0]
