@@ -13,7 +13,7 @@ import torch
 from ..schedulers.x0_prediction import predict_x0
 from .checkpointing import Checkpointing, Checkpoints, scales_lora
 from .chunks import BatchLayout, WholeBatchDraws, run_in_chunks
-from .global_draws import only_from_generators
+from .global_draws import no_global_draws
 from .latent_space import LatentSpace
 from .module_state import CALLED_IN_STEPS, DENOISERS, converted_apart, is_offloaded, with_forward, without_gradient
 
@@ -233,11 +233,11 @@ class PipelineSampler:
 
     def run_once(self, noise: torch.Tensor, gradient: Gradient, preview: bool, output_type: str) -> torch.Tensor:
         twin = self.fresh_twin(noise, gradient)
-        one_call = first_step_only(twin) if preview else contextlib.nullcontext([])
+        watched = first_step_only(twin) if preview else no_global_draws(twin)
         ours = {"generator": twin.sampling_generator, "output_type": output_type, "return_dict": False}
         draws, graph = self.draws_from(twin.sampling_generator), gradient is not None and noise.requires_grad
         try:
-            with one_call as estimates, draws, only_from_generators(twin), torch.set_grad_enabled(graph):
+            with watched as estimates, draws, torch.set_grad_enabled(graph):
                 output = self.call(twin, **self.request, **ours)[0]
             if estimates and output_type == "latent":  # families unpack and scale what they put out
                 output = estimates[0]

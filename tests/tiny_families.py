@@ -13,6 +13,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
     Flux2Transformer2DModel,
+    FluxImg2ImgPipeline,
     LatentConsistencyModelPipeline,
     LCMScheduler,
     Lumina2Pipeline,
@@ -135,6 +136,10 @@ def controlnet_without_zeros(controlnet: ControlNetModel) -> ControlNetModel:
 def img2img_pipeline():
     components = sdxl_pipeline(scheduler=EulerDiscreteScheduler(timestep_spacing="trailing")).components
     return StableDiffusionXLImg2ImgPipeline(**components, add_watermarker=False)
+
+
+def img2img_flux_pipeline():
+    return FluxImg2ImgPipeline(**BUILDERS["flux"]().components)
 
 
 def flux2_klein_pipeline():
@@ -340,6 +345,7 @@ FAMILY_BUILDERS = {
     "img2img_sdxl": img2img_pipeline,
     "lcm": lcm_pipeline,
     "flux_distilled": BUILDERS["flux"],
+    "img2img_flux": img2img_flux_pipeline,
     "flux2_klein": flux2_klein_pipeline,
     "qwen_image": qwen_image_pipeline,
     "z_image": z_image_pipeline,
@@ -359,6 +365,14 @@ FAMILY_CALLS = {
     "img2img_sdxl": {"num_inference_steps": 4, "strength": 0.5, "guidance_scale": 3.0, "image": drawn_image(4)},
     "lcm": {"num_inference_steps": 2, "guidance_scale": 3.0, **SIZE},
     "flux_distilled": {"num_inference_steps": 1, "guidance_scale": 3.5, **SHORT_TEXT, **SIZE},
+    "img2img_flux": {
+        "num_inference_steps": 4,
+        "strength": 0.5,
+        "guidance_scale": 3.5,
+        "image": drawn_image(4),
+        **SHORT_TEXT,
+        **SIZE,
+    },
     "flux2_klein": {
         "num_inference_steps": 2,
         "guidance_scale": 2.0,

@@ -158,7 +158,7 @@ def spatial(pipe, latents: torch.Tensor) -> torch.Tensor:
         return pipe._unpack_latents_with_ids(
             latents, pipe._prepare_latent_ids(latents.new_zeros(len(latents), 1, side, side))
         )
-    if name in ("FluxPipeline", "QwenImagePipeline"):
+    if name in ("FluxPipeline", "FluxImg2ImgPipeline", "QwenImagePipeline"):
         return pipe._unpack_latents(latents, 32, 32, pipe.vae_scale_factor).flatten(1, -3)
     return latents
 

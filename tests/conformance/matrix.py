@@ -41,6 +41,7 @@ WITH_TRANSFORMER = {
     "sd3": Family("StableDiffusion3Pipeline", "SD 3, 3.5", "FlowMatchEulerDiscreteScheduler"),
     "flux": Family("FluxPipeline", "FLUX.1 with true guidance", "FlowMatchEulerDiscreteScheduler"),
     "flux_distilled": Family("FluxPipeline", "FLUX.1 [schnell], [dev]", "FlowMatchEulerDiscreteScheduler"),
+    "img2img_flux": Family("FluxImg2ImgPipeline", "FLUX.1", "FlowMatchEulerDiscreteScheduler"),
     "flux2_klein": Family("Flux2KleinPipeline", "FLUX.2 [klein]", "FlowMatchEulerDiscreteScheduler"),
     "qwen_image": Family("QwenImagePipeline", "Qwen-Image", "FlowMatchEulerDiscreteScheduler"),
     "z_image": Family("ZImagePipeline", "Z-Image", "FlowMatchEulerDiscreteScheduler"),

@@ -10,9 +10,11 @@ from diffusers import (
     PNDMScheduler,
     UniPCMultistepScheduler,
 )
+from tiny_families import FAMILY_BUILDERS, family_arguments
 from tiny_pipelines import SIZE, call_arguments, quiet, sd_pipeline, tiny_pipeline
 
 from noiseopt import FunctionObjective, NoiseOptimizer, optimize_noise
+from noiseopt.pipelines.latent_space import first_of
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 SLOPES = {
@@ -96,3 +98,14 @@ def test_x0_costs_one_model_call_and_has_the_layout_of_the_noise(family):
 def test_one_step_models_have_their_result_as_preview():
     sampler, noise = sampler_of(tiny_pipeline("sd"), num_inference_steps=1, guidance_scale=0.0, **SIZE)
     torch.testing.assert_close(sampler.images(noise, preview=True), sampler.images(noise), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["flux", "img2img_flux", "flux2_klein", "qwen_image"])
+def test_unpacking_undoes_packing_in_half_precision(family):
+    pipe = quiet(FAMILY_BUILDERS[family]()).to(torch.bfloat16)
+    sampler, noise = sampler_of(pipe, num_images_per_prompt=2, **family_arguments(family))
+    plain, moved = (first_of(sampler.prepare(sampler.twin, each)).double() for each in (noise * 0, noise))
+    scale = (moved - plain).norm() / noise.norm()  # below 1 where the noise is mixed with an image
+    unpacked = sampler.space.unpack(sampler.twin, (moved - plain) / scale)
+    torch.testing.assert_close(unpacked, noise.double(), rtol=0, atol=0.05)
+    assert unpacked.shape == noise.shape
