@@ -7,6 +7,7 @@ Both sides have the same frozen model of the published size with random weights,
 take turns in one process. Those of our rows that are exact have to arrive at the same noise as the released loop, or
 the benchmark fails. The time of a step is that between two evaluations: a backward pass, an update, a forward pass.
 That of the run has what comes before and after, and matters for CNO, which makes three steps.
+The processor time is that of this process, for machines that others use too; on CUDA it is that of the launches only.
 Memory is the peak of a run above the loaded models: on CUDA of torch's allocator, elsewhere of the resident memory.
 """
 
@@ -42,30 +43,40 @@ PROMPT = "a red circle left of a blue star"
 PIPELINES: dict[str, Callable[..., Any]] = {"sd-turbo": real_shapes.sd_turbo, "sdxl-turbo": real_shapes.sdxl_turbo}
 RESULTS = Path(__file__).parent / "results"
 LOSS_OFFSETS = {"hpsv2.1": 1.0, "imagereward": 2.0, "clipscore": 100.0, "pickscore": 30.0}
+COLUMNS = {
+    "step": "time of a step",
+    "processor": "processor time of a step",
+    "run": "time of the run",
+    "memory": "peak memory",
+}
 CNO_SAMPLING = {"num_inference_steps": 50, "guidance_scale": 6.0}
 
 
 class Watch:
     """What a run shows of itself: the time and the loss of each evaluation, and the noise of the last.
 
+    Two clocks are read: that on the wall, and that of this process, which other programs on the machine disturb less.
     It is the callback of our runs; the released loops call it at the same place.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.times, self.losses = device, [], []
+        self.device, self.losses = device, []
+        self.times: dict[str, list[float]] = {"step": [], "processor": []}
 
     def __call__(self, state: Any) -> None:
         self.note(state.loss.mean().item(), state.noise)
 
     def note(self, loss: float, noise: torch.Tensor) -> None:
         synchronize(self.device)
-        self.times.append(time.perf_counter())
+        self.times["step"].append(time.perf_counter())
+        self.times["processor"].append(time.process_time())
         self.losses.append(loss)
         self.noise = noise.detach().float().clone()
 
-    def step_seconds(self) -> float:
-        """The median time from one evaluation to the next."""
-        return statistics.median(after - before for before, after in zip(self.times, self.times[1:], strict=False))
+    def seconds(self) -> dict[str, float]:
+        """By clock, the median time from one evaluation to the next."""
+        steps = {name: zip(times, times[1:], strict=False) for name, times in self.times.items()}
+        return {name: statistics.median(after - before for before, after in pairs) for name, pairs in steps.items()}
 
 
 class ReleasedReNO:
@@ -104,7 +115,8 @@ class ReleasedReNO:
 
     def loss(self, image: torch.Tensor) -> torch.Tensor:
         pixels, total = self.preprocess(image), image.new_zeros((), dtype=torch.float32)
-        for name, reward in zip(self.rewards.names, self.rewards.rewards, strict=True):
+        rewards: Any = self.rewards.rewards
+        for name, reward in zip(self.rewards.names, rewards, strict=True):
             loss = LOSS_OFFSETS[name] - released_score(reward, pixels.to(reward.dtype)).float().sum()
             loss.item()  # it logs each
             total = total + self.rewards.weights[name] * loss
@@ -273,7 +285,7 @@ def measure(
             started = time.perf_counter()
             row.loop(watch)
             synchronize(device)
-            numbers = {"run": time.perf_counter() - started, "step": watch.step_seconds(), "memory": memory.peak()}
+            numbers = {**watch.seconds(), "run": time.perf_counter() - started, "memory": memory.peak()}
             for key, value in {**numbers, "watches": watch}.items():
                 found[name].setdefault(key, []).extend([value] if round_ >= 0 else [])
             print(f"round {round_}: {name}, {numbers}", file=sys.stderr)
@@ -299,8 +311,8 @@ def compared(rows: dict[str, Row], found: dict[str, dict[str, list[Any]]], noise
     table = {}
     for name, row in rows.items():
         ours = found[name]
-        table[name] = {key: ours[key] for key in ("step", "run", "memory")}
-        table[name] |= {f"{key} ratio": ratio(ours[key], released[key]) for key in ("step", "run", "memory")}
+        table[name] = {key: ours[key] for key in COLUMNS}
+        table[name] |= {f"{key} ratio": ratio(ours[key], released[key]) for key in COLUMNS}
         if row.exact:
             pairs = zip(ours["watches"], released["watches"], strict=True)
             table[name]["deviation"] = max(deviation(*pair, noise, row.offset) for pair in pairs)
@@ -320,12 +332,12 @@ def check_exact(table: dict[str, Any], tolerance: float) -> None:
 
 def report(title: str, table: dict[str, Any]) -> str:
     """Markdown."""
-    lines = [f"{title}\n", "| | seconds a step | peak MiB | time of a step | time of the run | peak memory |"]
-    lines.append("|---" * 6 + "|")
+    lines = [f"{title}\n", "| | seconds a step | peak MiB | " + " | ".join(COLUMNS.values()) + " |"]
+    lines.append("|---" * (3 + len(COLUMNS)) + "|")
     for name, row in table.items():
         memory = [value for value in row["memory"] if value is not None]
         peak = f"{statistics.median(memory):.0f}" if memory else "–"
-        ratios = " | ".join(row[f"{key} ratio"] for key in ("step", "run", "memory"))
+        ratios = " | ".join(row[f"{key} ratio"] for key in COLUMNS)
         lines.append(f"| {name} | {statistics.median(row['step']):.3f} | {peak} | {ratios} |")
     far = [row["deviation"] for row in table.values() if "deviation" in row]
     losses, noise = (max(values) for values in zip(*far, strict=True))

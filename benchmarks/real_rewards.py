@@ -55,11 +55,12 @@ def clip(tiny: bool) -> CLIPModel:
 
 
 def image_reward(tiny: bool) -> ImageRewardModel:
-    vision = tower(TINY if tiny else VIT_L) | {"image_size": 224, "patch_size": 56 if tiny else 16}
+    vision: dict[str, Any] = tower(TINY if tiny else VIT_L) | {"image_size": 224, "patch_size": 56 if tiny else 16}
+    vision |= {"layer_norm_eps": 1e-6}
     rest = {"vocab_size": 30524, "max_position_embeddings": 512, "hidden_act": "gelu", "layer_norm_eps": 1e-12}
     rest |= {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1, "pad_token_id": 0}
     text = image_reward_text_config(tower(TINY if tiny else BERT) | rest, vision["hidden_size"])
-    parts = (BlipVisionModel(BlipVisionConfig(**vision, layer_norm_eps=1e-6)), BlipTextModel(text, False))
+    parts = (BlipVisionModel(BlipVisionConfig(**vision)), BlipTextModel(text, add_pooling_layer=False))
     head = ImageRewardHead(text.hidden_size)
     return ImageRewardModel(spread(parts[0]), spread(parts[1]), head, bert_tokenizer())
 

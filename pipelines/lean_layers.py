@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.grad import conv2d_input
 
 LEAN_BYTES = 2**18  # smaller inputs are left to autograd: there is nothing to gain
 
@@ -50,7 +51,7 @@ class FrozenConvolution(torch.autograd.Function):
         if gradient.device.type == "cpu" and (turned := turned_settings(weight, *ctx.settings)):
             found = F.conv2d(suited(gradient), suited(weight.flip(2, 3).transpose(0, 1)), None, *turned)
         else:
-            found = nn.grad.conv2d_input(ctx.shape, weight, gradient, *ctx.settings)
+            found = conv2d_input(ctx.shape, weight, gradient, *ctx.settings)
         return found, None, None, None
 
 

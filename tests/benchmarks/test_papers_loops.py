@@ -54,7 +54,7 @@ def test_exact_rows_arrive_where_the_released_loop_does(method, tmp_path, capsys
     table = papers_loops.main(options)
     exact = [row["deviation"] for row in table.values() if "deviation" in row]
     assert exact and max(max(pair) for pair in exact) < 1e-3
-    assert all(row["step"][0] > 0 and row["run"][0] > row["step"][0] for row in table.values())
+    assert all(row["processor"][0] > 0 and row["run"][0] > row["step"][0] > 0 for row in table.values())
     printed = capsys.readouterr().out
     assert all(f"| {name} |" in printed for name in table)
     assert {path.suffix for path in tmp_path.iterdir()} == {".md", ".json"}
