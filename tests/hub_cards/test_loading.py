@@ -61,7 +61,7 @@ def test_card_draws_what_the_package_draws_and_runs_its_programs(name, publish, 
     environment["PYTHONPATH"] = os.pathsep.join([str(root / "src"), str(root / "tests")])
     command = [sys.executable, root / "tests/hub_cards/load_card.py", *arguments]
     (tmp_path / "run").mkdir()
-    run = subprocess.run(command, env=environment, cwd=tmp_path / "run", capture_output=True, text=True, timeout=200)
+    run = subprocess.run(command, env=environment, cwd=tmp_path / "run", capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
     assert "might require the following packages" not in run.stderr
     facts = json.loads(run.stdout.splitlines()[-1])
