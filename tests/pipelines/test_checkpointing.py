@@ -9,7 +9,6 @@ import torch
 from diffusers import (
     ControlNetModel,
     DPMSolverMultistepScheduler,
-    FirstBlockCacheConfig,
     StableDiffusionControlNetPipeline,
 )
 from peft import LoraConfig
@@ -212,17 +211,6 @@ def test_a_controlnet_is_computed_again_too():
     picture = torch.rand(1, 3, 32, 32, dtype=torch.float64)
     steered = assert_policies_agree(pipe, 1e-11, image=picture, **ONE_STEP)
     assert relative(steered, watched(base, "none", **ONE_STEP)[0].gradients[0]) > 1e-3
-
-
-def test_a_denoiser_that_caches_is_refused_and_left_alone_by_auto(monkeypatch):
-    pipe = quiet(BUILDERS["flux"]())
-    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
-    for policy in ("blocks", "steps"):
-        with pytest.raises(ValueError, match="FluxTransformer2DModel reuses.*disable_cache"):
-            watched(pipe, policy, **call_arguments("flux"))
-    monkeypatch.setattr(FREE, lambda device: 0)
-    method, result = watched(pipe, "auto", **call_arguments("flux"))
-    assert result.provenance["checkpointing"] == "none" and method.gradients[0].any()
 
 
 def counted(pipe, **arguments):

@@ -28,7 +28,7 @@ from noiseopt import (
     shapes_world,
 )
 from noiseopt.demo import ONE_STEP, load_pipeline, seeded
-from noiseopt.pipelines import image_set_folder
+from noiseopt.pipelines import image_set_folder, result_file
 from noiseopt.pipelines.image_set import pixels_of, sequential_method
 from noiseopt.rewards import DPP, AutoReward, CLIPFeatures, DINOv2Features, Features
 
@@ -301,7 +301,8 @@ def test_a_crash_while_files_are_written_leaves_a_valid_set(moment, tmp_path, mo
         writes.append(path.name)
         write_whole(path, write)
 
-    monkeypatch.setattr(image_set_folder, "write_whole", crash)
+    for module in (image_set_folder, result_file):
+        monkeypatch.setattr(module, "write_whole", crash)
     with pytest.raises(Crash):
         grown(3, folder=tmp_path)
     monkeypatch.undo()
