@@ -19,16 +19,16 @@ import json
 import math
 import numbers
 import os
-import pickle
 import platform
 import re
 import string
+import sys
 import threading
 import time
 import types
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from numbers import Real
@@ -38,16 +38,21 @@ from typing import Any, ClassVar, Generic, Literal, NamedTuple, TypeVar, cast, g
 
 import torch
 import torch.nn.functional as F
+from diffusers import AutoencoderKL, AutoencoderTiny
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+from diffusers.models.upsampling import Upsample2D
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import hf_hub_download
 from PIL import Image
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.func import functional_call
+from torch.nn.grad import conv2d_input
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoImageProcessor,
     AutoModel,
@@ -110,21 +115,37 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     """The tensors of a `.safetensors` file, or of a pickled one, in which nothing but tensors is ever executed.
 
     Raises:
-        ValueError: a pickle that holds more than tensors and plain values, or no tensors by name.
+        ValueError: a pickle that holds more than tensors and plain values, a damaged file, or no tensors by name.
     """
     if path.suffix == ".safetensors":
-        return load_file(path)
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"Expected a safetensors file in {path.name}: {error}. Download it again.") from None
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # the restricted unpickler stumbles over damaged files in every way
         raise ValueError(
             f"Expected a file of tensors, but {path.name} cannot be read with `weights_only=True`: "
             f"{str(error).partition(chr(10))[0]} Download it again, or convert it to safetensors where you trust it."
         ) from error
     state = state.get("state_dict", state) if isinstance(state, dict) else state
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    if not isinstance(state, dict) or not all(type(key) is str and isinstance(state[key], Tensor) for key in state):
         raise ValueError(f"Expected {path.name} to hold tensors by name, but it holds {type(state).__name__}.")
     return state
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises `ValueError` for anything else."""
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"Expected JSON in {path.name}, but it cannot be read: {error}. Download it again.") from None
+    if not isinstance(settings, dict):
+        raise ValueError(f"Expected an object in {path.name}, but got {type(settings).__name__}. Download it again.")
+    return settings
 
 
 def holder_of(filename: str, checkpoint: str, companion: str, hub: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -658,6 +679,16 @@ def check_images(images: Tensor, who: str) -> None:
             f"Expected pixels in [0, 1] for {who}, but got values from {low:.3g} to {high:.3g}. Map decoder "
             "output in [-1, 1] with `(images / 2 + 0.5).clamp(0, 1)`."
         )
+
+
+def check_reward_device(device: Any) -> None:
+    """Raise `ValueError` unless `device` is a device, its name, or `None`."""
+    try:
+        torch.device(device if device is not None else "cpu")
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(
+            f'Expected `reward_device` to be a device such as "cuda:1" or "cpu", or `None`, but got {device!r}.'
+        ) from error
 
 
 def prompts_per_image(prompts: str | Sequence[str] | None, batch: int, name: str, required: bool) -> list[str]:
@@ -2475,10 +2506,13 @@ def pad_to_square(images: Tensor, color: list[float]) -> Tensor:
 
 
 def read_shards(checkpoint: str, hub: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors of all files that `pytorch_model.bin.index.json` lists."""
-    index = json.loads(checkpoint_path(checkpoint, "pytorch_model.bin.index.json", hub).read_text())
+    """The tensors of all files that `pytorch_model.bin.index.json` lists. Raises `ValueError` if it lists none."""
+    listed = read_settings(checkpoint_path(checkpoint, "pytorch_model.bin.index.json", hub)).get("weight_map")
+    files = list(listed.values()) if isinstance(listed, dict) else []
+    if not files or not all(isinstance(name, str) and name == os.path.basename(name) for name in files):
+        raise ValueError(f"Expected pytorch_model.bin.index.json to list files of its folder, but got {files[:3]}.")
     state: dict[str, Tensor] = {}
-    for name in sorted(set(index["weight_map"].values())):
+    for name in sorted(set(files)):
         state |= read_state_dict(checkpoint_path(checkpoint, name, hub))
     return state
 
@@ -3349,7 +3383,7 @@ class ImageRewardModel(Reward):
     def load(cls, checkpoint: str, hub: dict[str, Any]) -> "ImageRewardModel":
         """Read the published `ImageReward.pt` and `med_config.json`; the tokenizer comes from its own repository."""
         parts = convert_image_reward(read_state_dict(checkpoint_path(checkpoint, "ImageReward.pt", hub)))
-        settings = json.loads(checkpoint_path(checkpoint, "med_config.json", hub).read_text(encoding="utf-8"))
+        settings = read_settings(checkpoint_path(checkpoint, "med_config.json", hub))
         vision_config = image_reward_vision_config(parts["vision"])
         text_config = image_reward_text_config(settings, vision_config.hidden_size)
         # Building draws random weights, from a stream that belongs to the caller.
@@ -5089,15 +5123,26 @@ class KeptTensor:
         self.release()
 
 
+class GraphTooLarge(Exception):
+    """A graph that is being built holds more than it may."""
+
+
 class SavedBytes:
     """The bytes that graphs made inside this context hold, each storage once, parameters left out.
+
+    Args:
+        limit: What they may hold; `None` for anything.
 
     Attributes:
         held: Now.
         peak: The most at any one time.
+
+    Raises:
+        GraphTooLarge: Out of the operation that would hold more than the limit.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, limit: int | None = None) -> None:
+        self.limit = limit
         self.held = self.peak = 0
         self.holders: Counter[int] = Counter()
 
@@ -5115,6 +5160,8 @@ class SavedBytes:
         storage = tensor.untyped_storage()
         place, size = storage.data_ptr(), storage.nbytes()
         if not self.holders[place]:
+            if self.limit is not None and self.held + size > self.limit:
+                raise GraphTooLarge
             self.held += size
             self.peak = max(self.peak, self.held)
         self.holders[place] += 1
@@ -5156,6 +5203,534 @@ def free_memory(device: torch.device) -> int:
     return psutil.virtual_memory().available
 
 
+# pipelines/lean_layers.py
+
+
+LEAN_BYTES = 2**18  # smaller inputs are left to autograd: there is nothing to gain
+
+
+class LeanConv2d(nn.Conv2d):
+    """A convolution that keeps its weights and not its input, as long as they are frozen.
+
+    On a CPU it also computes with the channels last, which is faster in both directions and the same up to rounding.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not is_frozen(self) or self.padding_mode != "zeros" or isinstance(self.padding, str) or not is_lean(input):
+            return super().forward(input)
+        settings = (self.stride, self.padding, self.dilation, self.groups)
+        return FrozenConvolution.apply(input, self.weight, self.bias, settings)  # pyright: ignore[reportReturnType]
+
+
+class FrozenConvolution(torch.autograd.Function):
+    """`F.conv2d` with a gradient for its input alone."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, settings: tuple) -> Tensor:
+        ctx.save_for_backward(weight)
+        ctx.shape, ctx.settings = input.shape, settings
+        return F.conv2d(suited(input), weight, bias, *settings)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:  # pyright: ignore
+        (weight,) = ctx.saved_tensors
+        if gradient.device.type == "cpu" and (turned := turned_settings(weight, *ctx.settings)):
+            found = F.conv2d(suited(gradient), suited(weight.flip(2, 3).transpose(0, 1)), None, *turned)
+        else:
+            found = conv2d_input(ctx.shape, weight, gradient, *ctx.settings)
+        return found, None, None, None
+
+
+def turned_settings(weight: Tensor, stride: tuple, padding: tuple, dilation: tuple, groups: int) -> tuple | None:
+    """Of the convolution with the turned kernel that is the gradient of one of stride 1; CPUs are faster at it."""
+    turned = tuple(dilation[i] * (weight.shape[2 + i] - 1) - padding[i] for i in range(2))
+    return (stride, turned, dilation, groups) if stride == (1, 1) and groups == 1 and min(turned) >= 0 else None
+
+
+class LeanUpsample2D(Upsample2D):
+    """Doubles an image in size and convolves it, in one transposed convolution of the small image: 4/9 of the products.
+
+    Pixels that repeat meet several weights of the kernel, whose sum they can be multiplied with. In half precision the
+    sums would have to be rounded: it keeps to the stock way.
+    """
+
+    def forward(self, hidden_states: Tensor, output_size: Any = None, *args: Any, **kwargs: Any) -> Tensor:
+        fits = is_plain(self) and output_size is None and not args and not kwargs and is_lean(hidden_states)
+        if not fits or torch.finfo(hidden_states.dtype).bits < 32:
+            return super().forward(hidden_states, output_size, *args, **kwargs)
+        return FrozenUpsampling.apply(hidden_states, self.conv.weight, self.conv.bias)  # pyright: ignore
+
+
+class FrozenUpsampling(torch.autograd.Function):
+    """A 3 x 3 convolution of the nearest neighbour upsampling by 2, with a gradient for its input alone."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(weight)
+        return F.conv_transpose2d(suited(input), doubling_kernel(weight), bias, stride=2, padding=1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore
+        (weight,) = ctx.saved_tensors
+        return F.conv2d(suited(gradient), doubling_kernel(weight), stride=2, padding=1), None, None
+
+
+def doubling_kernel(weight: Tensor) -> Tensor:
+    """A 3 x 3 kernel (O, I, 3, 3) to that of a transposed convolution (I, O, 4, 4) which also doubles the image.
+
+    Doubling is a transposed convolution with four ones; this is the two after one another.
+    """
+    wide = F.pad(weight.flip(2, 3).transpose(0, 1), (1, 1, 1, 1))
+    wide = wide[..., 1:, :] + wide[..., :-1, :]
+    return suited(wide[..., 1:] + wide[..., :-1])
+
+
+class LeanGroupNorm(nn.GroupNorm):
+    """A group normalization whose output knows what it was made of, for a `LeanSiLU` that comes next."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        output = super().forward(input)
+        if is_lean(input) and output.requires_grad:
+            vars(output)["normalized_from"] = (input, (self.num_groups, self.weight, self.bias, self.eps))
+        return output
+
+
+class LeanSiLU(nn.SiLU):
+    """A SiLU that keeps the input of the group normalization before it, which is kept anyway, and not its own."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        source = vars(input).get("normalized_from")
+        if source is None or self.inplace or not is_lean(input):
+            return super().forward(input)
+        return NormalizedSiLU.apply(input, *source)  # pyright: ignore[reportReturnType]
+
+
+class NormalizedSiLU(torch.autograd.Function):
+    """`silu(normalized)`, where `normalized` is computed again from what was normalized in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, normalized: Tensor, before: Tensor, settings: tuple) -> Tensor:
+        ctx.save_for_backward(before)
+        ctx.settings = settings
+        return F.silu(normalized)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore
+        (before,) = ctx.saved_tensors
+        groups, weight, bias, eps = ctx.settings
+        normalized = F.group_norm(before, groups, weight, bias, eps)
+        return torch.ops.aten.silu_backward(gradient, normalized), None, None
+
+
+def is_frozen(layer: nn.Conv2d) -> bool:
+    return not any(parameter.requires_grad for parameter in layer.parameters())
+
+
+def is_plain(layer: Upsample2D) -> bool:
+    """Whether a layer doubles by repeating pixels, and then does nothing but a frozen 3 x 3 convolution."""
+    conv = layer.conv if layer.use_conv and layer.name == "conv" else None
+    if type(conv) is not LeanConv2d or layer.norm is not None or not layer.interpolate or layer.use_conv_transpose:
+        return False
+    shape = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode)
+    hooked = conv._forward_hooks or conv._forward_pre_hooks or "forward" in vars(conv)
+    return shape == ((3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros") and is_frozen(conv) and not hooked
+
+
+def suited(values: Tensor) -> Tensor:
+    """In the order in which a CPU convolves fastest, the channels last; as they are on other devices."""
+    return values.contiguous(memory_format=torch.channels_last) if values.device.type == "cpu" else values
+
+
+def is_lean(input: Tensor) -> bool:
+    """Whether a graph is being made of something large, in the precision of its own tensors."""
+    graph = torch.is_grad_enabled() and input.requires_grad and input.ndim == 4
+    return graph and input.numel() * input.element_size() >= LEAN_BYTES and not in_autocast(input.device.type)
+
+
+def in_autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
+LEAN_LAYERS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Conv2d: LeanConv2d,
+    nn.GroupNorm: LeanGroupNorm,
+    nn.SiLU: LeanSiLU,
+    Upsample2D: LeanUpsample2D,
+}
+
+
+@contextlib.contextmanager
+def lean_layers(roots: Iterable[nn.Module]) -> Iterator[None]:
+    """Layers of these modules are lean inside, and what they were outside; subclasses and compiled modules stay."""
+    changed = [(layer, type(layer)) for root in roots for layer in plain_layers(root)]
+    try:
+        for layer, kind in changed:
+            layer.__class__ = LEAN_LAYERS[kind]
+        yield
+    finally:
+        for layer, kind in changed:
+            layer.__class__ = kind
+
+
+def plain_layers(module: nn.Module) -> Iterator[nn.Module]:
+    """The layers of a module that have a lean form; a compiled module would be compiled again for them."""
+    if getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod"):
+        return
+    if type(module) in LEAN_LAYERS:
+        yield module
+    for child in module.children():
+        yield from plain_layers(child)
+
+
+# pipelines/module_state.py
+
+
+DENOISERS = ("unet", "transformer", "transformer_2")
+CALLED_IN_STEPS = (*DENOISERS, "controlnet")
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+ENCODERS = ("text_encoder", "image_encoder", "safety_checker")
+
+
+def modules_of(pipe) -> dict[str, nn.Module]:
+    """The pipeline's components that are torch modules, by name."""
+    return {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+
+
+@contextlib.contextmanager
+def undoing(undo: Callable[[], object]) -> Iterator[None]:
+    """Call `undo` at the end, and once more if that is interrupted: Ctrl-C may come while something is put back."""
+    try:
+        yield
+    finally:
+        try:
+            undo()
+        except BaseException:
+            undo()
+            raise
+
+
+@contextlib.contextmanager
+def frozen_modules(pipe, decoder: nn.Module | None = None) -> Iterator[None]:
+    """All modules, and a decoder that is used beside them, in `eval()`, without parameter gradients and with lean
+    layers inside; exactly as before outside."""
+    roots = [*modules_of(pipe).values(), *([] if decoder is None else [decoder])]
+    modules = [module for root in roots for module in root.modules()]
+    trained = [module for module in modules if module.training]
+    # by name: offloading puts other parameters in the place of these
+    learning = [(module, name) for module in modules for name in learning_parameters(module)]
+
+    def switch(on: bool) -> None:
+        for module in trained:
+            module.training = on
+        for module, name in learning:
+            module.get_parameter(name).requires_grad_(on)
+
+    with undoing(lambda: switch(True)):
+        switch(False)
+        with lean_layers(roots):
+            yield
+
+
+def learning_parameters(module: nn.Module) -> list[str]:
+    """The names of a module's own parameters that take a gradient."""
+    return [name for name, parameter in module.named_parameters(recurse=False) if parameter.requires_grad]
+
+
+def refuse_unsuited(pipe, gradient: str | None) -> None:
+    """Raise `ValueError`, with the remedy, for modules in a state that a method cannot work with.
+
+    Args:
+        pipe: The pipeline.
+        gradient: What the method differentiates; see `PipelineSampler.images`. What no gradient passes may be offloaded
+            and attend by any kernel.
+    """
+    for name, root in modules_of(pipe).items():
+        refuse_cache(name, root)
+        if passes(name, gradient):
+            refuse_offload(name, root)
+            refuse_attention(name, root)
+            refuse_casting(name, root)
+
+
+def passes(name: str, gradient: str | None) -> bool:
+    """Whether a gradient passes a component of a pipeline: prompts are encoded without one."""
+    if gradient is None or name.startswith(ENCODERS):
+        return False
+    return gradient == "full" or name not in DENOISERS
+
+
+def refuse_offload(name: str, root: nn.Module) -> None:
+    """Raise `ValueError` if a module is offloaded: weights that move between forward and backward break gradients."""
+    expected = (
+        f"Expected `{name}` to stay on its device, but it is offloaded, and weights that move between the forward and "
+        "the backward pass break the gradient. Use a method without gradients, such as `BestOfN`, or "
+    )
+    for module in root.modules():
+        if group_offloaded(module):
+            raise ValueError(f"{expected}load the pipeline again without group offloading.")
+        if offloads(getattr(module, "_hf_hook", None)):
+            raise ValueError(f"{expected}call `pipe.remove_all_hooks()` and `pipe.to(device)` first.")
+
+
+def is_offloaded(root: nn.Module) -> bool:
+    """Whether the weights of a module, or of a part of it, move between devices."""
+    return any(group_offloaded(module) or offloads(getattr(module, "_hf_hook", None)) for module in root.modules())
+
+
+def offloads(hook) -> bool:
+    """Whether an accelerate hook moves weights: `CpuOffload`, or `AlignDevicesHook(offload=True)`, alone or nested."""
+    nested = getattr(hook, "hooks", ())
+    return type(hook).__name__ == "CpuOffload" or bool(getattr(hook, "offload", False)) or any(map(offloads, nested))
+
+
+def group_offloaded(module: nn.Module) -> bool:
+    return any("group_offloading" in name for name in diffusers_hooks(module))
+
+
+def diffusers_hooks(module: nn.Module) -> dict[str, Any]:
+    """The hooks that diffusers put on a module, by name."""
+    return getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
+
+
+def refuse_attention(name: str, root: nn.Module) -> None:
+    """Raise `ValueError` if a module attends by a kernel without a backward pass, some of which drop the gradient."""
+    for module in root.modules():
+        backend = attention_backend_of(module)
+        if backend is not None and ("sage" in backend or backend == "_flash_3"):
+            raise ValueError(
+                f'Expected an attention backend with a backward pass, but `{name}` uses "{backend}", which has none. '
+                f'Call `pipe.{name}.set_attention_backend("native")` first, outside any `attention_backend` context, '
+                "or use a method without gradients, such as `BestOfN`."
+            )
+
+
+def attention_backend_of(module: nn.Module) -> str | None:
+    """The kernel that an attention module calls: its own or the one in force; `None` for one that chooses none."""
+    processor = getattr(module, "processor", None)
+    if not hasattr(processor, "_attention_backend"):
+        return None
+    own = getattr(processor, "_attention_backend", None)
+    return AttentionBackendName(own or _AttentionBackendRegistry.get_active_backend()[0]).value
+
+
+def refuse_casting(name: str, root: nn.Module) -> None:
+    """Raise `ValueError` for convolutions stored in another type: their backward pass finds the stored weights.
+
+    Linear layers keep those that they computed with.
+    """
+    for module in root.modules():
+        if isinstance(module, CONVOLUTIONS) and "layerwise_casting" in diffusers_hooks(module):
+            raise ValueError(
+                f"Expected convolutions that are stored as they compute, but those of `{name}` are cast layer by "
+                "layer, which breaks the gradient. Load the pipeline again and leave them out: "
+                f"`pipe.{name}.enable_layerwise_casting(..., skip_modules_classes=(torch.nn.Conv2d,))`."
+            )
+
+
+def refuse_cache(name: str, root: nn.Module) -> None:
+    """Raise `ValueError` if a module reuses what earlier denoising steps computed.
+
+    Some caches ask the pipeline which timestep it is at, and the evaluations run on a copy of it; all hold the graph of
+    a step for the next, and a run that is interrupted would leave its state behind.
+    """
+    for module in root.modules():
+        kept = [hook for hook in diffusers_hooks(module).values() if getattr(hook, "_is_stateful", False)]
+        if kept:
+            raise ValueError(
+                f"Expected modules without a cache across denoising steps, but `{name}` has one "
+                f"({type(kept[0]).__name__}). Call `pipe.{name}.disable_cache()` first; the final image may be drawn "
+                "with the cache again."
+            )
+
+
+def without_gradient(module: nn.Module) -> nn.Module:
+    """A shallow copy that shares all weights and whose forward pass leaves no graph."""
+    return with_forward(module, torch.no_grad()(module.forward))
+
+
+def with_forward(module: nn.Module, forward: Callable[..., Any]) -> nn.Module:
+    """A shallow copy that shares all weights and has another forward pass."""
+    twin = copy.copy(module)
+    vars(twin)["forward"] = forward
+    return twin
+
+
+def converted_apart(module: nn.Module) -> nn.Module:
+    """A shallow copy that shares all weights, until it is converted to another dtype: then it has a copy of them.
+
+    A half-precision pipeline whose VAE has `force_upcast` converts the shared VAE to decode, and back, which swaps the
+    weights under the graph. This one is converted as well, and leaves the shared one alone.
+    """
+    twin = copy.copy(module)
+    vars(twin).pop("decode", None)  # a compiled one is bound to the shared weights
+    contents: dict[torch.dtype, dict[str, Any]] = {module.dtype: vars(module)}  # pyright: ignore
+
+    def to(dtype: torch.dtype) -> nn.Module:
+        if dtype not in contents:
+            contents[dtype] = vars(copy.deepcopy(module).to(dtype))
+        for kind in ("_modules", "_parameters", "_buffers"):
+            vars(twin)[kind] = contents[dtype][kind]
+        return twin
+
+    vars(twin)["to"] = to
+    return twin
+
+
+# pipelines/checkpointing.py
+
+
+CheckpointPolicy = Literal["none", "blocks", "steps"]
+Checkpointing = Literal["auto", "none", "blocks", "steps"]
+POLICIES: tuple[CheckpointPolicy, ...] = ("none", "blocks", "steps")  # each holds less than the one before
+BLOCK_SETTINGS = ("gradient_checkpointing", "_gradient_checkpointing_func")
+
+
+class Checkpoints:
+    """The checkpointing of one pipeline call, in force inside `with`; shared by the samplers of its parts.
+
+    "blocks" is diffusers' own: of each block of denoiser and decoder only the input is kept. "steps" keeps the input of
+    each call of the denoiser alone, and of the call that is computed again the blocks' inputs, so that the memory
+    hardly grows with the number of steps. A denoiser without such blocks, and one whose LoRA is scaled by the call, is
+    kept by its calls with "blocks" too: diffusers scales it around its forward pass, and a block that was computed
+    again later would miss that.
+
+    A call that was begun inside has to be passed backwards inside, as blocks look at their setting then too. Outside
+    the modules are exactly as they were; what has been turned on by the user stays on throughout.
+
+    Args:
+        setting: A policy, or "auto": the first of none, blocks and steps whose graph takes at most half of the memory
+            that is free. It is counted while the first graph is built, which is begun again with the next policy where
+            it does not fit.
+        denoisers: What is called in each step with a gradient.
+        decoder: What is called once.
+        scaled_lora: Whether the call scales the LoRA of its denoiser.
+
+    Attributes:
+        policy: What is in force.
+    """
+
+    policy: CheckpointPolicy = "none"
+
+    def __init__(
+        self,
+        setting: Checkpointing,
+        denoisers: Sequence[nn.Module] = (),
+        decoder: Any = None,
+        scaled_lora: bool = False,
+    ) -> None:
+        self.setting, self.denoisers, self.scaled_lora = setting, list(denoisers), scaled_lora
+        self.decoder = decoder
+        self.in_force = self.settled = False
+        self.counted: set[Hashable] = set()
+        self.changed: list[tuple[nn.Module, dict[str, Any]]] = []
+
+    def __enter__(self) -> "Checkpoints":
+        self.in_force = True
+        self.take(POLICIES[0] if self.setting == "auto" else self.setting)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        for module, before in self.changed:
+            for name in BLOCK_SETTINGS:
+                vars(module).pop(name, None)
+            vars(module).update(before)
+        self.changed.clear()
+        self.policy, self.in_force, self.settled = "none", False, False
+        self.counted.clear()
+
+    @property
+    def ladder(self) -> Sequence[CheckpointPolicy]:
+        """The policies that may be taken from here on: one, unless the setting is "auto"."""
+        if self.setting != "auto" or not self.in_force:
+            return (self.policy,)
+        within = POLICIES if self.denoisers else POLICIES[:2]  # without them there is a decoder only
+        return within[within.index(self.policy) :]
+
+    def take(self, policy: CheckpointPolicy) -> None:
+        """Put a policy in force for the graphs from here on; those that exist stay as they are."""
+        self.policy = policy
+        if policy != "none" and not self.changed:
+            kept_by_blocks = [part for part in [*self.denoisers, self.decoder] if self.has_blocks(part)]
+            self.changed = [(module, turn_on(module)) for part in kept_by_blocks for module in blocks_of(part)]
+
+    def has_blocks(self, part: Any) -> bool:
+        """Whether a module is kept by its blocks."""
+        scaled = self.scaled_lora and part is not self.decoder
+        return bool(getattr(part, "_supports_gradient_checkpointing", False)) and not scaled
+
+    def call_of(self, part: Any) -> Any:
+        """A denoiser as it is to be called in a step."""
+        whole = self.policy == "steps" or (self.policy == "blocks" and not self.has_blocks(part))
+        return recomputed_whole(part) if whole and part in self.denoisers else part
+
+    def settle(self) -> None:
+        """Leave it at the policy that is in force, or that is taken by hand."""
+        self.settled = True
+
+    def fitted(self, kind: Hashable, device: torch.device, draw: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """`draw()`, which builds a graph, with the first policy of those that may be taken whose graph fits.
+
+        Graphs are counted once of each `kind`: the images of a run are all made in the same way.
+        """
+        if self.settled or kind in self.counted:
+            return draw()
+        self.counted.add(kind)
+        *others, last = self.ladder
+        for policy in others:
+            self.take(policy)
+            try:
+                with SavedBytes(limit=free_memory(device) // 2):
+                    return draw()
+            except GraphTooLarge:
+                continue
+        self.take(last)
+        return draw()
+
+
+def blocks_of(part: nn.Module) -> Iterator[nn.Module]:
+    """The modules of a model that keep their inputs alone once they are told to, and are not yet."""
+    for module in part.modules():
+        if getattr(module, "gradient_checkpointing", True) is False:
+            yield module
+
+
+def turn_on(module: nn.Module) -> dict[str, Any]:
+    """Let a module keep its inputs alone. Returns what it had of its own before."""
+    before = {name: vars(module)[name] for name in BLOCK_SETTINGS if name in vars(module)}
+    vars(module).update(zip(BLOCK_SETTINGS, (True, functools.partial(checkpoint, use_reentrant=False)), strict=True))
+    return before
+
+
+def recomputed_whole(module: nn.Module) -> nn.Module:
+    """A shallow copy that shares all weights and keeps of each call its inputs alone, where there is a gradient."""
+    forward = module.forward
+
+    @functools.wraps(forward)
+    def keep_inputs(*args, **kwargs):
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+    return with_forward(module, keep_inputs)
+
+
+def check_checkpointing(checkpointing: Any) -> None:
+    """Raise `ValueError` unless `checkpointing` is "auto" or a policy."""
+    if checkpointing not in ("auto", *POLICIES):
+        raise ValueError(
+            f'Expected `checkpointing` to be "auto", "none", "blocks" or "steps", but got {checkpointing!r}.'
+        )
+
+
+def scales_lora(request: dict[str, Any]) -> bool:
+    """Whether a call scales the LoRA of its denoiser, as by `cross_attention_kwargs={"scale": 0.5}`."""
+    settings = [value for value in request.values() if isinstance(value, dict)]
+    return any(value.get("scale") not in (None, 1, 1.0) for value in settings)
+
+
 # pipelines/frequency_bands.py
 
 
@@ -5186,6 +5761,484 @@ def frequency_bands(height: int, width: int) -> torch.Tensor:
     return torch.stack([third == band for band in range(3)])
 
 
+# pipelines/loop_decoder.py
+
+
+FULL_DECODER = "full_decoder"
+
+
+def as_loop_decoder(decoder: Any, pipe: Any, denoisers: Sequence[nn.Module]) -> Any:
+    """What `decoder=` takes as a module on the pipeline's device, in the dtype of its denoiser; `None` stays.
+
+    The pipeline's own call scales and shifts the latents as the configuration of the decoder says, which for a tiny
+    autoencoder are those that the denoiser gives, unchanged.
+
+    Args:
+        decoder: A Hub id or a folder of an `AutoencoderTiny`, or a loaded module with `decode` and a `config`.
+        pipe: The pipeline.
+        denoisers: Its denoisers.
+
+    Raises:
+        ValueError: For a pipeline whose latents a tiny autoencoder does not know, and for a decoder that takes other
+            latents, makes images of another size, or is elsewhere.
+        TypeError: For what is no decoder.
+    """
+    if decoder is None:
+        return None
+    check_plain_latents(pipe)
+    dtype = next(next(iter(denoisers), pipe.vae).parameters()).dtype
+    device = torch.empty(0, device=pipe._execution_device).device  # with its index
+    if isinstance(decoder, str | os.PathLike):
+        found: Any = AutoencoderTiny.from_pretrained(os.fspath(decoder), torch_dtype=dtype)
+        decoder = found.to(device).requires_grad_(False).eval()
+    check_decoder(decoder, device, dtype)
+    check_channels(decoder, pipe)
+    check_scale(decoder, pipe, device, dtype)
+    return decoder
+
+
+def check_plain_latents(pipe: Any) -> None:
+    """Raise `ValueError` unless latents are scaled and shifted by two numbers before they are decoded."""
+    vae = getattr(pipe, "vae", None)
+    normalised = isinstance(vae, AutoencoderKL) and any(
+        vae.config.get(name) is not None for name in ("latents_mean", "latents_std")
+    )
+    if not isinstance(vae, AutoencoderKL | AutoencoderTiny) or normalised:
+        other = "one that normalises each channel of its latents" if normalised else type(vae).__name__
+        raise ValueError(
+            f"Expected a pipeline with an `AutoencoderKL` that scales its latents by one number, for which there are "
+            f"tiny autoencoders, but {type(pipe).__name__} has {other}. Use `decoder=None`."
+        )
+
+
+def check_decoder(decoder: Any, device: torch.device, dtype: torch.dtype) -> None:
+    if not (
+        isinstance(decoder, nn.Module) and callable(getattr(decoder, "decode", None)) and hasattr(decoder, "config")
+    ):
+        raise TypeError(
+            "Expected `decoder` to be a Hub id, a folder or a loaded `AutoencoderTiny`, with `decode` and `config`, "
+            f"but got {type(decoder).__name__}."
+        )
+    weight = next(decoder.parameters(), None)
+    if weight is not None and (weight.device, weight.dtype) != (device, dtype):
+        raise ValueError(
+            f"Expected the decoder in {dtype} on {device}, as the denoiser, but got {weight.dtype} on {weight.device}. "
+            f'Call `decoder.to("{device}", {dtype})`.'
+        )
+
+
+def check_channels(decoder: Any, pipe: Any) -> None:
+    expected, found = pipe.vae.config.latent_channels, decoder.config.get("latent_channels")
+    if found != expected:
+        raise ValueError(
+            f"Expected a decoder of latents with {expected} channels, as those of {type(pipe).__name__}, but got one "
+            f"of {found}. There are taesd, taesdxl, taesd3 and taef1 of `madebyollin` for SD, SDXL, SD3 and Flux."
+        )
+
+
+def check_scale(decoder: Any, pipe: Any, device: torch.device, dtype: torch.dtype) -> None:
+    """Raise `ValueError` unless images have the size that the pipeline's own have. Decodes a few zeros."""
+    latents = torch.zeros(1, pipe.vae.config.latent_channels, 8, 8, device=device, dtype=dtype)
+    with torch.no_grad():
+        images = decoder.decode(latents, return_dict=False)[0]
+    side = 8 * pipe.vae_scale_factor
+    if images.shape != (1, 3, side, side):
+        raise ValueError(
+            f"Expected a decoder that makes {side} × {side} pixels of latents of 8 × 8, as that of "
+            f"{type(pipe).__name__} does, but got images of shape {tuple(images.shape)}."
+        )
+
+
+def describe_decoder(decoder: Any) -> dict[str, Any] | None:
+    """What the provenance says of a decoder."""
+    if decoder is None:
+        return None
+    return {
+        "class": type(decoder).__name__,
+        "name": str(decoder.config.get("_name_or_path") or "") or None,
+        "approximation": True,
+        "scores": f"of its images; those of the pipeline's own decoder are in reports[{FULL_DECODER!r}]",
+    }
+
+
+# pipelines/whole_file.py
+
+
+def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
+    """Write a file so that it is there as a whole or not at all, whenever the process ends.
+
+    If the writing ends in an exception, Ctrl-C among them, what was there before is still there, and nothing else.
+    """
+    part = part_of_file(path)
+    try:
+        write(part)
+        os.replace(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def part_of_file(path: Path) -> Path:
+    """Where a file is written before it is moved to its place: a name of the same kind in the same folder."""
+    return path.with_name(f".part-{path.name}")
+
+
+# pipelines/result_file.py
+
+
+RESULT_FORMAT = "noiseopt-result-1"
+RESULT_HEADER = {"format": str, "provenance": dict, "generator_devices": list, "reports": dict}
+RESULT_TENSORS = ("noise", "latents", "losses", "norms", "best_step")
+PROVENANCE: dict[str, type] = {"method": str, "pipeline": str, "generators": str, "dtype": str}
+PROVENANCE |= {"settings": dict, "scheduler": dict, "arguments": dict, "prompts": list, "seeds": list}
+LATER_TENSORS = ("initial_noise", "band_changes")  # which files of older versions lack
+PER_SCORE, PER_STREAM = "scores.", "generator_states."
+NOISE_DTYPES = (torch.float32, torch.float64)
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, *NOISE_DTYPES)
+CUDA_STATE_BYTES = 16
+TORCH_FILES = (b"PK\x03\x04", *(b"\x80" + bytes([protocol]) for protocol in range(6)))  # a zip, and pickles
+
+Header, Tensors = dict[str, Any], dict[str, torch.Tensor]
+
+
+class UnusableResult(Exception):
+    """What is wrong with a file, as the end of a sentence that begins with its name."""
+
+
+def write_result_file(path: Path, tensors: Tensors, header: Header) -> None:
+    """Write both so that the file is there as a whole or not at all; the format is added."""
+    metadata = {"noiseopt": json.dumps({"format": RESULT_FORMAT, **header})}
+    # clones: safetensors refuses tensors that share memory, as noise and latents do in float32
+    copies = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, lambda part: save_file(copies, part, metadata=metadata))
+
+
+def read_result_file(path: Path) -> tuple[Header, Tensors]:
+    """What `write_result_file` wrote, on the CPU. Nothing is unpickled, whatever the file is.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        ValueError: For any other file, naming it and what is wrong.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"Expected a file that `NoiseResult.save` wrote, but there is no {path}.")
+    try:
+        header, tensors = read_checked(path)
+    except UnusableResult as problem:
+        raise ValueError(f"Expected a file that `NoiseResult.save` wrote, but {path} {problem}.") from None
+    return header, tensors
+
+
+def read_checked(path: Path) -> tuple[Header, Tensors]:
+    if not path.is_file():
+        raise UnusableResult("is a folder" if path.is_dir() else "is not a regular file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = parsed_header(file.metadata() or {})
+            check_names(set(file.keys()), header)  # before the tensors, which may be large
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, RuntimeError, ValueError, TypeError, OverflowError) as error:
+        raise UnusableResult(why_unreadable(path, error)) from None
+    check_tensors(tensors)
+    check_streams(tensors, header)
+    check_provenance(header["provenance"], tensors)
+    return header, tensors
+
+
+def why_unreadable(path: Path, error: Exception) -> str:
+    """What a file seems to be that is no safetensors file; it is looked at, and nothing in it is executed."""
+    with path.open("rb") as file:
+        start = file.read(4)
+    if not start:
+        return "is empty"
+    if start.startswith(TORCH_FILES) and isinstance(error, SafetensorError):
+        return "is a pickle or a file of `torch.save`, which may execute anything and is not opened"
+    return f"is no whole safetensors file ({str(error).strip().partition(chr(10))[0].rstrip('.')})"
+
+
+def parsed_header(metadata: dict[str, str]) -> Header:
+    try:
+        header = json.loads(metadata.get("noiseopt", "{}"))
+    except (ValueError, RecursionError):
+        raise UnusableResult("has a header that is no JSON") from None
+    found = header.get("format") if isinstance(header, dict) else None
+    if isinstance(found, str) and re.fullmatch(r"noiseopt-result-[2-9]|noiseopt-result-[1-9]\d+", found):
+        raise UnusableResult(f"was written by a newer noiseopt, which calls its format {found}. Update noiseopt")
+    if found != RESULT_FORMAT:
+        raise UnusableResult(f"has no {RESULT_FORMAT} header")
+    unknown = sorted((metadata.keys() - {"noiseopt"}) | (header.keys() - RESULT_HEADER.keys()))
+    if unknown:
+        raise UnusableResult(f"has unknown metadata {brief(unknown)}")
+    header.setdefault("reports", {})  # which the first files lack
+    wrong = [name for name, kind in RESULT_HEADER.items() if not isinstance(header.get(name), kind)]
+    if wrong:
+        raise UnusableResult(f"has metadata that are missing or of another type: {brief(wrong)}")
+    return header
+
+
+def check_names(names: set[str], header: Header) -> None:
+    """That the tensors are those of a result, with one state for each random stream."""
+    streams = {f"{PER_STREAM}{index}" for index in range(len(header["generator_devices"]))}
+    if missing := sorted((streams | set(RESULT_TENSORS)) - names):
+        raise UnusableResult(f"lacks the tensors {brief(missing)}")
+    known = {*RESULT_TENSORS, *LATER_TENSORS, *streams}
+    if unknown := sorted(name for name in names - known if not name.startswith(PER_SCORE)):
+        raise UnusableResult(f"has unknown tensors {brief(unknown)}")
+
+
+def check_tensors(tensors: Tensors) -> None:
+    """That dtypes and shapes are those of `B` noises and of as many steps, and all noises are finite."""
+    noise, steps = tensors["noise"], tensors["losses"].shape[:1]
+    if noise.ndim < 2 or not noise.numel() or not steps or not steps[0]:
+        losses = tuple(tensors["losses"].shape)
+        raise UnusableResult(f"has a noise of shape {tuple(noise.shape)} and losses of shape {losses}")
+    batch, rows = noise.shape[:1], (*steps, *noise.shape[:1])
+    shapes = {"losses": rows, "norms": rows, "best_step": batch, "initial_noise": noise.shape}
+    shapes |= {"band_changes": (*rows, 3)} | {name: rows for name in tensors if name.startswith(PER_SCORE)}
+    for name, tensor in tensors.items():
+        if name in shapes and tensor.shape != torch.Size(shapes[name]):
+            raise UnusableResult(
+                f"has '{name}' of shape {tuple(tensor.shape)}, where {tuple(shapes[name])} goes with the others"
+            )
+        if not name.startswith(PER_STREAM) and tensor.dtype not in dtypes_of(name):
+            raise UnusableResult(f"has '{name}' of {tensor.dtype}")
+    latents = tensors["latents"]
+    if latents.shape[:1] != batch or latents.ndim < 2 or not latents.numel():
+        raise UnusableResult(f"has latents of shape {tuple(latents.shape)} for noise of {tuple(noise.shape)}")
+    check_values(tensors, steps[0])
+
+
+def dtypes_of(name: str) -> tuple[torch.dtype, ...]:
+    if name == "best_step":
+        return (torch.int64,)
+    return NOISE_DTYPES if name in ("noise", "initial_noise") else FLOAT_DTYPES
+
+
+def check_values(tensors: Tensors, steps: int) -> None:
+    """That what is drawn from is finite, and the best step is one. (Losses of a sample that stopped are NaN.)"""
+    for name in ("noise", "latents", "initial_noise"):
+        if name in tensors and not tensors[name].isfinite().all():
+            raise UnusableResult(f"has '{name}' with values that are not finite")
+    best = tensors["best_step"]
+    if best.min() < 0 or best.max() >= steps:
+        raise UnusableResult(f"has the best steps {brief(best.tolist())}, but {steps} steps")
+
+
+def check_streams(tensors: Tensors, header: Header) -> None:
+    """That there are as many random streams as the run had, each with a state that its generator takes."""
+    devices, several = header["generator_devices"], header["provenance"].get("generators") == "list"
+    expected = len(tensors["noise"]) if several else 1
+    if devices and len(devices) != expected:
+        raise UnusableResult(f"has {len(devices)} generator states, where {expected} go with the others")
+    for index, device in enumerate(devices):
+        state = tensors[f"{PER_STREAM}{index}"]
+        if not isinstance(device, str) or not fits_generator(device, state):
+            raise UnusableResult(f"has a generator state that no generator on {device!r} takes")
+
+
+def fits_generator(device: str, state: torch.Tensor) -> bool:
+    """Whether a generator on a kind of device, which need not be here, can have a state."""
+    if state.dtype != torch.uint8 or state.ndim != 1 or not re.fullmatch("[a-z_]{1,16}", device):
+        return False
+    if device != "cpu":
+        return len(state) == CUDA_STATE_BYTES if device == "cuda" else 0 < len(state) <= 2**16
+    try:
+        torch.Generator().set_state(state.clone())
+    except RuntimeError:
+        return False
+    return True
+
+
+def check_provenance(provenance: dict[str, Any], tensors: Tensors) -> None:
+    """That what is read from it is of the types and numbers that `provenance_of` writes; any of it may be missing."""
+    batch = len(tensors["noise"])
+    wrong = [name for name, kind in PROVENANCE.items() if not isinstance(provenance.get(name, kind()), kind)]
+    wrong += [name for name in ("model", "revision") if not isinstance(provenance.get(name), str | None)]
+    if not wrong:
+        prompts, seeds = provenance.get("prompts", [""] * batch), provenance.get("seeds", [])
+        checks = {
+            "prompts": len(prompts) == batch and all(isinstance(each, str) for each in prompts),
+            "seeds": len(seeds) in (0, 1, batch) and all(type(each) is int for each in seeds),
+            "dtype": isinstance(getattr(torch, provenance.get("dtype", "float32"), None), torch.dtype),
+        }
+        wrong = [name for name, right in checks.items() if not right]
+    if wrong:
+        raise UnusableResult(f"has a provenance whose {brief(wrong)} cannot be that of its noise")
+
+
+def brief(values: list[Any]) -> str:
+    """The first few of what a stranger may have written at any length."""
+    text = ", ".join(str(value) for value in values[:5])
+    return text if len(text) <= 200 else text[:200] + "…"
+
+
+# pipelines/noise_result.py
+
+
+@dataclasses.dataclass(eq=False, repr=False)
+class NoiseResult:
+    """What `optimize_noise` returns, for `B` independent noises.
+
+    `pipe(prompt, latents=result.latents, ...)` with the arguments of the run draws the best images again. For a sampler
+    that adds noise on the way pass `generator=result.generator()` too.
+
+    Attributes:
+        noise: `(B, C, H, W)` float32, unit variance: the best noise, or the last for methods that return it.
+        latents: The same as the pipeline takes it as `latents=`: in its dtype, packed where the family packs.
+        scores: Name to `(steps, B)`: each reward at each step, raw units, higher is better.
+        losses: `(steps, B)`, lower is better, without the regularizer. NaN where a sample had stopped.
+        norms: `(steps, B)`, ‖noise‖ / √d at each step: 1 is what a Gaussian has.
+        best_step: `(B,)`, the step whose noise is returned.
+        provenance: Model, scheduler, dtype, prompts, seeds, versions, method and its settings: plain values.
+        reports: What callbacks found, by name, in plain values: see `HeldOutReward`. After a run with `decoder=` also
+            "full_decoder": scores and losses by the pipeline's own decoder, of the plain result (`initial_scores`,
+            `initial_loss`) and of what is returned (`best_scores`, `best_loss`). `scores` and `losses` are then those
+            of the images of that tiny decoder: an approximation.
+        generator_states: The state of each random stream after the base noise was drawn.
+        initial_noise: `(B, C, H, W)`, the noise of the plain result; `None` in files of versions that did not keep it.
+        band_changes: `(steps, B, 3)`, how much of ‖noise − initial_noise‖² lies in the lowest, middle and highest third
+            of the radial frequencies at each step; the three add up to it. NaN where a sample had stopped, `None` in
+            old files. See `frequency_bands`.
+        images: `(B, 3, H, W)` in [0, 1], the images of `noise`, if they were drawn. Not saved.
+        initial_images: `(B, 3, H, W)`, the plain result. Not saved.
+    """
+
+    noise: torch.Tensor
+    latents: torch.Tensor
+    scores: dict[str, torch.Tensor]
+    losses: torch.Tensor
+    norms: torch.Tensor
+    best_step: torch.Tensor
+    provenance: dict[str, Any]
+    generator_states: list[tuple[str, torch.Tensor]] = dataclasses.field(default_factory=list)
+    reports: dict[str, Any] = dataclasses.field(default_factory=dict)
+    initial_noise: torch.Tensor | None = None
+    band_changes: torch.Tensor | None = None
+    images: torch.Tensor | None = None
+    initial_images: torch.Tensor | None = None
+
+    def __repr__(self) -> str:
+        shape = "×".join(map(str, self.noise.shape))
+        best = ", ".join(f"{name} {values.mean():.4g}" for name, values in self.best_scores.items())
+        by = f", by {decoder['class']}" if (decoder := self.provenance.get("decoder")) else ""
+        return f"NoiseResult({shape}, best of {len(self.losses)} steps at {self.best_step.tolist()}: {best}{by})"
+
+    @property
+    def best_scores(self) -> dict[str, torch.Tensor]:
+        """Name to `(B,)`: the rewards of the returned noise."""
+        return {name: self.at_best(values) for name, values in self.scores.items()}
+
+    @property
+    def initial_scores(self) -> dict[str, torch.Tensor]:
+        """Name to `(B,)`: the rewards of the plain result."""
+        return {name: values[0] for name, values in self.scores.items()}
+
+    @property
+    def best_loss(self) -> torch.Tensor:
+        """`(B,)`: the loss of the returned noise."""
+        return self.at_best(self.losses)
+
+    @property
+    def band_shares(self) -> torch.Tensor | None:
+        """`(steps, B, 3)`: `band_changes` as shares of their sum; NaN where nothing has changed."""
+        return None if self.band_changes is None else self.band_changes / self.band_changes.sum(-1, keepdim=True)
+
+    def at_best(self, values: torch.Tensor) -> torch.Tensor:
+        return values.gather(0, self.best_step.to(values.device)[None])[0]
+
+    def generator(self) -> torch.Generator | list[torch.Generator] | None:
+        """Fresh generators that continue where the base noise ended; a list if the run had one for each image."""
+        fresh = []
+        for device, state in self.generator_states:
+            fresh.append(torch.Generator(device))
+            fresh[-1].set_state(state)
+        return fresh if self.provenance.get("generators") == "list" else (fresh or [None])[0]
+
+    def save(self, path: str | Path) -> None:
+        """Write one safetensors file: the tensors, and the provenance as JSON in its header.
+
+        The file is there as a whole or not at all; if the writing is interrupted, one that was there before stays.
+        """
+        own = {name: getattr(self, name) for name in RESULT_TENSORS + LATER_TENSORS}
+        tensors = {name: tensor for name, tensor in own.items() if tensor is not None}
+        tensors |= {f"{PER_SCORE}{name}": values for name, values in self.scores.items()}
+        tensors |= {f"{PER_STREAM}{index}": state for index, (_, state) in enumerate(self.generator_states)}
+        devices = [device for device, _ in self.generator_states]
+        header = {"provenance": self.provenance, "generator_devices": devices, "reports": self.reports}
+        write_result_file(Path(path), tensors, header)
+
+    @classmethod
+    def load(cls, path: str | Path, device: str | torch.device = "cpu") -> "NoiseResult":
+        """Read what `save` wrote. Nothing is unpickled, and nothing is used before all of it is checked.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: For any other file, one of a newer version, and one that was damaged or made to mislead: what
+                it holds must be consistent and finite. The message names the file and what is wrong.
+        """
+        header, tensors = read_result_file(Path(path))
+        streams = enumerate(header["generator_devices"])
+        states = [(kind, tensors.pop(f"{PER_STREAM}{index}")) for index, kind in streams]
+        tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
+        names = [name for name in tensors if name.startswith(PER_SCORE)]
+        scores = {name.removeprefix(PER_SCORE): tensors.pop(name) for name in names}
+        facts = {name: header[name] for name in ("provenance", "reports")}
+        return cls(**tensors, **facts, scores=scores, generator_states=states)
+
+
+# pipelines/noise_file.py
+
+
+SECONDS_BETWEEN_WRITES = 10.0
+
+
+class NoiseFile:
+    """The file that holds the best noise so far: from the first step on, whatever ends the run, always whole.
+
+    Args:
+        path: Where the file is to be; its folder is made. What is there already is replaced.
+
+    Raises:
+        ValueError: If no file can be written there.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        if not isinstance(path, str | os.PathLike) or not os.fspath(path):
+            raise ValueError(f"Expected `save_noise_to` to be the path of a file, but got {path!r}.")
+        self.path = Path(path)
+        self.next_write = -math.inf
+        if os.path.isdir(self.path):
+            raise ValueError(f"Expected `save_noise_to` to be a file, but {path} is a folder. Add a name to it.")
+        part = part_of_file(self.path)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_and_remove(part)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"Expected `save_noise_to` to be a file that can be written, but got {error}.") from None
+
+    def keep(self, result: Callable[[], NoiseResult]) -> None:
+        """Write what a run has found after a step, unless that was done a moment ago."""
+        if time.monotonic() >= self.next_write:
+            self.write_if_possible(result())
+            self.next_write = time.monotonic() + SECONDS_BETWEEN_WRITES
+
+    def write_if_possible(self, result: NoiseResult) -> None:
+        """Write a result, and warn where that fails: a run does not end because the disk is full."""
+        try:
+            result.save(self.path)
+        except Exception as error:
+            warnings.warn(f"The noise found so far cannot be written to {self.path}: {error}", stacklevel=2)
+
+
+def write_and_remove(file: Path) -> None:
+    """Raise `OSError` where no file can be written."""
+    try:
+        file.touch()
+    finally:
+        file.unlink(missing_ok=True)
+
+
 # pipelines/latent_space.py
 
 
@@ -5193,16 +6246,21 @@ def drawing_function(cls: type) -> Callable[..., types.FunctionType]:
     """`draw -> prepare_latents`: the stock function of `cls` with `draw` in the place of its `randn_tensor`.
 
     A copy of the function with that one global replaced hands our noise to the stock scaling and packing: no global
-    patch, and differentiable. Raises `TypeError` if no class in the method resolution order draws that way.
+    patch, and differentiable. Raises `TypeError` if the class does not draw that way.
     """
-    for base in cls.__mro__:
-        function = inspect.unwrap(vars(base).get("prepare_latents", None) or (lambda: None))
-        if "randn_tensor" in function.__code__.co_names:
-            return lambda draw: with_globals(function, randn_tensor=draw)
+    stock = next((vars(base) for base in cls.__mro__ if defines_latents(base)), {})
+    function = inspect.unwrap(stock.get("prepare_latents", lambda: None))
+    if "randn_tensor" in function.__code__.co_names:
+        return lambda draw: with_globals(function, randn_tensor=draw)
     raise TypeError(
         "Expected a text-to-image pipeline whose `prepare_latents` draws its noise with diffusers' `randn_tensor`, but "
-        f"that of {cls.__name__} does not."
+        f"that of {cls.__name__} does not. Draw the noise by `randn_tensor` there, and call no `super()`."
     )
+
+
+def defines_latents(cls: type) -> bool:
+    """Whether a class has a `prepare_latents` of its own that is not our hook."""
+    return "prepare_latents" in vars(cls) and not hasattr(cls, "_noise_run")
 
 
 def with_globals(function: types.FunctionType, **replaced: Any) -> types.FunctionType:
@@ -5239,10 +6297,15 @@ class LatentSpace:
     """Between unit, spatial noise and the latents of one call of `pipe.prepare_latents(*args, **kwargs)`.
 
     * noise: `(B, C, H, W)`, what the pipeline draws, before scaling and packing (`(B, 1, C, H, W)` for Qwen-Image).
-    * prepared: what `prepare_latents` returns: scaled by `init_noise_sigma`, packed into tokens where the family packs.
-    * latents: what the pipeline accepts as `latents=`: packed, not scaled.
+    * prepared: what `prepare_latents` returns: scaled by `init_noise_sigma`, packed into tokens where the family packs,
+      mixed with the encoded image where it begins with one.
+    * latents: what the pipeline accepts as `latents=`: packed, not scaled; what is prepared, where it begins with an
+      image.
 
     No family is named here: the stock function does the packing, and is asked which form it takes back.
+
+    Functions that draw more than the noise, as from the posterior of an encoded image, need a generator in the state
+    that they first had: give it as `generator=...` wherever `overrides` are taken.
 
     Args:
         pipe, args, kwargs: The call.
@@ -5254,20 +6317,27 @@ class LatentSpace:
     ) -> None:
         self.with_draw = drawing_function(type(pipe))
         self.noise_sampler, self.draw_noise = noise_sampler, drawing_with(noise_sampler)
-        bound = inspect.signature(self.with_draw(randn_tensor)).bind(pipe, *args, **kwargs)
-        arguments = dict(bound.arguments)
+        signature = inspect.signature(self.with_draw(randn_tensor))
+        arguments = dict(signature.bind(pipe, *args, **kwargs).arguments)
+        self.takes_latents = "latents" in signature.parameters
         self.given = arguments.pop("latents", None)
         extra = arguments.pop("kwargs", {})
         self.arguments = {name: value for name, value in {**arguments, **extra}.items() if name != "self"}
+        self.known_packing: Packing | None = None
 
     def for_images(self, count: int) -> "LatentSpace":
-        """The same space for so many images. Raises `ValueError` if the family is not told how many there are."""
-        if "batch_size" not in self.arguments:
+        """The same space for so many images.
+
+        Raises:
+            ValueError: The family is not told how many there are, or begins with an image for each.
+        """
+        if "batch_size" not in self.arguments or "image" in self.arguments:
             raise ValueError(
-                "Expected a `prepare_latents` with the argument `batch_size`, to draw some images by themselves, but "
-                f"got one with {list(self.arguments)}. Use `chunk_size=None`."
+                "Expected a `prepare_latents` with the argument `batch_size` and without an image, to draw some images "
+                f"by themselves, but got one with {list(self.arguments)}. Use `chunk_size=None`."
             )
         space = copy.copy(self)
+        space.known_packing = None
         # generators are given with each call: one for each image would not fit the new number
         unset = {"generator": None} if "generator" in self.arguments else {}
         space.arguments = {**self.arguments, "batch_size": count, **unset}
@@ -5275,7 +6345,8 @@ class LatentSpace:
 
     def on(self, pipe, draw: Callable[..., torch.Tensor], latents: torch.Tensor | None = None, **overrides):
         """Run the stock function on `pipe` with `draw(shape, **kwargs)` for its random numbers."""
-        return self.with_draw(draw)(pipe, **{**self.arguments, "latents": latents, **overrides})
+        given = {"latents": latents} if self.takes_latents else {}
+        return self.with_draw(draw)(pipe, **{**self.arguments, **given, **overrides})
 
     def draw(self, pipe) -> tuple[torch.Tensor, bool]:
         """The base noise of the call, and whether it was drawn (rather than given as `latents=`)."""
@@ -5285,16 +6356,34 @@ class LatentSpace:
             drawn.append(self.draw_noise(*args, **kwargs))
             return drawn[-1]
 
-        self.on(pipe, record, self.given)
-        return (drawn[0], True) if drawn else (self.to_noise(pipe, self.given), False)
+        prepared = first_of(self.on(pipe, record, self.given))
+        if drawn:
+            return drawn[0], True
+        if self.given is None:
+            raise ValueError(
+                f"Expected a call that draws its noise, but this one of {type(pipe).__name__} draws none, and there is "
+                "nothing to optimise. Leave out the argument that lets it begin without, such as `denoising_start`."
+            )
+        noise = self.to_noise(pipe, self.given)
+        if not torch.allclose(first_of(self.prepare(pipe, noise)).float(), prepared.float(), rtol=0.05, atol=0.05):
+            raise latents_with_image(pipe)  # the tolerance is that of half precision
+        return noise, False
 
-    def prepare(self, pipe, noise: torch.Tensor, **overrides):
-        """Noise to what `prepare_latents` returns, differentiable."""
-        return self.on(pipe, lambda *_, **kwargs: noise.to(kwargs.get("dtype") or noise.dtype), **overrides)
+    def prepare(self, pipe, noise: torch.Tensor, draw: bool = False, **overrides):
+        """Noise to what `prepare_latents` returns, differentiable; with `draw` what it draws is drawn and discarded."""
 
-    def to_latents(self, pipe, noise: torch.Tensor) -> torch.Tensor:
+        def put(*args, **kwargs) -> torch.Tensor:
+            if draw:
+                self.draw_noise(*args, **kwargs)
+            return noise.to(kwargs.get("dtype") or noise.dtype)
+
+        return self.on(pipe, put, **overrides)
+
+    def to_latents(self, pipe, noise: torch.Tensor, **overrides) -> torch.Tensor:
         """Noise to what the pipeline takes as `latents=`, in the pipeline's dtype."""
-        prepared = first_of(self.prepare(pipe, noise))
+        prepared = first_of(self.prepare(pipe, noise, **overrides))
+        if not self.takes_latents:  # then the pipeline goes on with `latents` as they are
+            return prepared
         for candidate in (noise.to(prepared.dtype), prepared):
             if self.accepts(pipe, candidate, prepared):
                 return candidate
@@ -5302,34 +6391,34 @@ class LatentSpace:
 
     def to_noise(self, pipe, latents: torch.Tensor) -> torch.Tensor:
         """What a user passed as `latents=` to noise. Raises `ValueError` if the shape fits neither form."""
-        shape, packed = self.unpacking(pipe)
-        if latents.shape == shape:
-            return latents
-        if latents.shape != packed.shape:
+        shape, packed = self.packing(pipe).noise, self.packing(pipe).packed
+        if latents.shape not in (shape, packed):
             raise ValueError(
-                f"Expected `latents` of shape {tuple(shape)} or {tuple(packed.shape)}, but got {tuple(latents.shape)}."
+                f"Expected `latents` of shape {tuple(shape)} or {tuple(packed)}, but got {tuple(latents.shape)}."
             )
         return self.unpack(pipe, latents)
 
     def unpack(self, pipe, latents: torch.Tensor) -> torch.Tensor:
         """Latents in the layout of the denoiser to the spatial layout of the noise, differentiable."""
-        shape, packed = self.unpacking(pipe)
-        if latents.shape == shape:
+        packing = self.packing(pipe)
+        if latents.shape == packing.noise:
             return latents
-        order = packed.flatten(1).long().to(latents.device)
-        return torch.zeros_like(latents).flatten(1).scatter(1, order, latents.flatten(1)).view(shape)
+        return latents.flatten(1).gather(1, packing.places.to(latents.device)).view(packing.noise)
 
-    def unpacking(self, pipe) -> tuple[torch.Size, torch.Tensor]:
-        """The shape of the noise, and where packing puts each entry: packing only permutes, so it can number them."""
-        shapes: list[torch.Size] = []
+    def packing(self, pipe) -> "Packing":
+        """How the family packs."""
+        if self.known_packing is None:
+            leaves: list[torch.Tensor] = []
 
-        def number(shape, *_, **__):
-            shapes.append(torch.Size(shape))
-            return torch.arange(shapes[-1][1:].numel(), dtype=torch.float64).view(1, *shape[1:]).expand(shape)
+            def draw(shape, *_, device=None, dtype=None, **__) -> torch.Tensor:
+                leaves.append(torch.zeros(shape, device=device, dtype=dtype, requires_grad=True))
+                return leaves[-1]
 
-        overrides: dict[str, Any] = {"dtype": torch.float64} if "dtype" in self.arguments else {}
-        packed = first_of(self.on(pipe, number, **overrides))
-        return shapes[0], packed
+            any_generator: Any = torch.Generator().manual_seed(0)  # not the one of the call, which would go on
+            with torch.enable_grad():
+                prepared = first_of(self.on(pipe, draw, generator=any_generator))
+            self.known_packing = Packing(leaves[0].shape, prepared.shape, places_in(prepared, leaves[0]))
+        return self.known_packing
 
     def accepts(self, pipe, latents: torch.Tensor, prepared: torch.Tensor) -> bool:
         try:
@@ -5337,6 +6426,41 @@ class LatentSpace:
         except ValueError:  # the family checks the shape of given latents
             return False
         return returned.shape == prepared.shape and torch.equal(returned, prepared)
+
+
+class Packing(NamedTuple):
+    """The shape of the noise and of what is prepared, and `(B, C·H·W)` where each entry of the noise is put there."""
+
+    noise: torch.Size
+    packed: torch.Size
+    places: torch.Tensor
+
+
+def places_in(prepared: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """For each entry of the noise its place among those that are `prepared` from it, each image by itself.
+
+    Preparing permutes, scales by one number and adds, so the gradient leads back from each place to its entry. Numbers
+    go that way digit by digit, since half precision has no large ones.
+    """
+
+    def lead_back(values: torch.Tensor) -> torch.Tensor:
+        return torch.autograd.grad(prepared, noise, values.to(prepared), retain_graph=True)[0].flatten(1).double()
+
+    scale = lead_back(torch.ones_like(prepared))
+    numbers = torch.arange(prepared[0].numel()).view(prepared.shape[1:]).expand(prepared.shape)
+    places, unit = torch.zeros_like(scale, dtype=torch.long), 1
+    while unit < prepared[0].numel():
+        places += unit * (lead_back(numbers // unit % 64) / scale).round().long()
+        unit *= 64
+    return places
+
+
+def latents_with_image(pipe) -> ValueError:
+    """The error about `latents` that are not the noise alone."""
+    return ValueError(
+        f"Expected no `latents`, as {type(pipe).__name__} takes there what its image and the noise make together, and "
+        "only the noise is optimised. Leave them out, and choose the noise by `generator` or `noise_sampler`."
+    )
 
 
 # schedulers/x0_prediction.py
@@ -5866,73 +6990,55 @@ def holds_several(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and len(value) > 1 and not all(isinstance(x, PLAIN_VALUES) for x in value)
 
 
-# pipelines/module_state.py
+# pipelines/global_draws.py
 
 
-def modules_of(pipe) -> dict[str, nn.Module]:
-    """The pipeline's components that are torch modules, by name."""
-    return {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+DRAWING = (torch.randn, torch.rand, torch.randint, torch.randn_like, torch.rand_like, torch.normal)
+
+
+class GlobalDraws(TorchFunctionMode):
+    """Inside this context a random number that comes from no generator raises `ValueError`. Other threads may draw.
+
+    Args:
+        sampler: What the error says that draws.
+    """
+
+    def __init__(self, sampler: str) -> None:
+        super().__init__()
+        self.sampler = sampler
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in DRAWING and kwargs.get("generator") is None:
+            raise ValueError(
+                f"Expected all noise to come from `generator`, but {self.sampler} draws some on the way from torch's "
+                "own stream, so that no two evaluations would see the same. Use a scheduler that draws nothing, as "
+                "`FlowMatchEulerDiscreteScheduler(stochastic_sampling=False)`, or whose seed is a setting, as "
+                "`DPMSolverSDEScheduler(noise_sampler_seed=0)`."
+            )
+        return func(*args, **kwargs)
 
 
 @contextlib.contextmanager
-def frozen_modules(pipe) -> Iterator[None]:
-    """All modules in `eval()` and without parameter gradients inside; exactly as before outside."""
-    modules = [module for root in modules_of(pipe).values() for module in root.modules()]
-    trained = [module for module in modules if module.training]
-    learning = [parameter for module in modules for parameter in module.parameters(False) if parameter.requires_grad]
-    try:
-        for module in trained:
-            module.training = False
-        for parameter in learning:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for module in trained:
-            module.training = True
-        for parameter in learning:
-            parameter.requires_grad_(True)
+def no_global_draws(pipe) -> Iterator[list[torch.Tensor]]:
+    """Let no `scheduler.step` of a pipeline draw from torch's own stream; see `GlobalDraws`. Its scheduler is a copy.
 
-
-def refuse_offload(pipe) -> None:
-    """Raise `ValueError` if a module is offloaded: weights that move between forward and backward break gradients."""
-    for name, root in modules_of(pipe).items():
-        for module in root.modules():
-            if offloads(getattr(module, "_hf_hook", None)) or group_offloaded(module):
-                raise ValueError(
-                    f"Expected all weights on one device, but `{name}` is offloaded, and weights that move between the "
-                    "forward and the backward pass break the gradient. Call `pipe.remove_all_hooks()` (or load the "
-                    "pipeline without offloading) and `pipe.to(device)` first."
-                )
-
-
-def offloads(hook) -> bool:
-    """Whether an accelerate hook moves weights: `CpuOffload`, or `AlignDevicesHook(offload=True)`, alone or nested."""
-    nested = getattr(hook, "hooks", ())
-    return type(hook).__name__ == "CpuOffload" or bool(getattr(hook, "offload", False)) or any(map(offloads, nested))
-
-
-def group_offloaded(module: nn.Module) -> bool:
-    registry = getattr(module, "_diffusers_hook", None)
-    return registry is not None and any("group_offloading" in name for name in getattr(registry, "hooks", {}))
-
-
-def without_gradient(module: nn.Module) -> nn.Module:
-    """A shallow copy that shares all weights and whose forward pass leaves no graph."""
-    twin = copy.copy(module)
-    vars(twin)["forward"] = torch.no_grad()(module.forward)
-    return twin
-
-
-def float32_decoder(vae):
-    """A float32 copy of a VAE that takes latents of any dtype.
-
-    A half-precision pipeline whose VAE has `force_upcast` casts the shared VAE up to decode and down again, which swaps
-    the weights under the graph. The copy decodes the same values and leaves the shared one alone.
+    Every inner run begins with the generators in the same state, so that all of them see the same noise on the way.
+    Yields an empty list, as `first_step_only` does.
     """
-    twin = copy.deepcopy(vae).float()
-    decode = twin.decode
-    vars(twin)["decode"] = functools.wraps(decode)(lambda z, *args, **kwargs: decode(z.float(), *args, **kwargs))
-    return twin
+    scheduler, sampler = pipe.scheduler, f"{type(pipe).__name__} with {type(pipe.scheduler).__name__}"
+    step = scheduler.step
+
+    @functools.wraps(step)
+    def watched(*args, **kwargs):
+        with GlobalDraws(sampler):
+            return step(*args, **kwargs)
+
+    vars(scheduler)["step"] = watched
+    try:
+        yield []
+    finally:
+        del scheduler.step
 
 
 # pipelines/sampling.py
@@ -5940,7 +7046,6 @@ def float32_decoder(vae):
 
 Gradient = Literal["full", "frozen"] | None
 Clamp = Literal["straight_through", "hard"]
-DENOISERS = ("unet", "transformer", "transformer_2")
 
 
 def stock_call(cls: type):
@@ -6004,9 +7109,13 @@ class PipelineSampler:
             that add noise on the way the same stream.
         clamp: How pixels are brought into [0, 1]: "straight_through" keeps the gradient of saturated pixels, so that
             they can come back; "hard" (as stock pipelines do) has none there. The values are equal.
+        decoder: What decodes latents in the place of the pipeline's VAE; `None` for that.
+        checkpointing: What is computed again in the backward pass, once `checkpoints` are in force.
+        through_denoiser: Whether gradients pass through the denoiser, so that there is anything of it to be kept.
 
     Attributes:
         timesteps: How many the whole chain has, once it has been run; `None` before.
+        checkpoints: What is computed again, of the whole batch and of its parts.
     """
 
     timesteps: int | None = None
@@ -6020,12 +7129,22 @@ class PipelineSampler:
         random_state: RandomState,
         drew: bool,
         clamp: Clamp = "straight_through",
+        decoder: Any = None,
+        checkpointing: Checkpointing = "none",
+        through_denoiser: bool = True,
     ) -> None:
         self.space, self.encoded, self.random_state, self.drew = space, encoded, random_state, drew
         self.call = stock_call(type(pipe))
         ours = ("latents", "generator", "output_type", "return_dict", "callback_on_step_end", "callback")
         self.request = {name: value for name, value in request.items() if name not in ours}
+        self.image_embeds: list[Any] = []  # of an IP-Adapter: what its method returned in the first run, in call order
         self.twin = self.make_twin(pipe, clamp)
+        self.own_decoder, self.decoder = vars(self.twin).get("vae"), decoder
+        if decoder is not None:
+            vars(self.twin)["vae"] = decoder
+        called = parts_of(self.twin, CALLED_IN_STEPS).values() if through_denoiser else ()
+        decodes = vars(self.twin).get("vae")
+        self.checkpoints = Checkpoints(checkpointing, tuple(called), decodes, scales_lora(self.request))
         # as it was before any run: schedulers hold the graph of one afterwards, so that each run has its own copy
         self.scheduler = copy.deepcopy(pipe.scheduler)
         self.part_of: tuple[int, list[int]] | None = None  # the size of the whole batch, and which rows of it are drawn
@@ -6039,12 +7158,20 @@ class PipelineSampler:
         # both go through numpy, which no gradient passes; the final run has them
         attributes.update({name: None for name in ("safety_checker", "watermark") if name in attributes})
         vae = attributes.get("vae")
-        if vae is not None and vae.config.get("force_upcast") and vae.dtype == torch.float16:
-            attributes["vae"] = float32_decoder(vae)
+        upcast = vae is not None and vae.config.get("force_upcast") and vae.dtype == torch.float16
+        if upcast and not is_offloaded(vae):  # no gradient passes one that is offloaded
+            attributes["vae"] = converted_apart(vae)
         if clamp == "straight_through" and hasattr(pipe, "image_processor"):
             attributes["image_processor"] = copy.copy(pipe.image_processor)
             vars(twin.image_processor)["denormalize"] = denormalize_straight_through
         return twin
+
+    def with_own_decoder(self) -> "PipelineSampler":
+        """The same sampler with the pipeline's own decoder."""
+        found = copy.copy(self)
+        found.twin, found.chunks, found.decoder = copy.copy(self.twin), {}, None
+        vars(found.twin)["vae"] = self.own_decoder
+        return found
 
     def random_state_after_draw(self) -> RandomState:
         """The random streams once the base noise is drawn."""
@@ -6052,6 +7179,15 @@ class PipelineSampler:
         if self.drew:
             self.space.on(self.twin, self.space.draw_noise, generator=generator)
         return RandomState(generator, torch.device("cpu"))
+
+    def prepare(self, pipe, noise: torch.Tensor, generator: torch.Generator | list[torch.Generator] | None = None):
+        """What `prepare_latents` of the call returns for another noise; all else that it draws is the same."""
+        generator = generator or self.random_state.generator()
+        return self.space.prepare(pipe, noise, draw=self.drew, generator=generator)
+
+    def to_latents(self, pipe, noise: torch.Tensor) -> torch.Tensor:
+        """Noise to what the pipeline takes as `latents=`, in its dtype."""
+        return self.space.to_latents(pipe, noise, draw=self.drew, generator=self.random_state.generator())
 
     def states_after_draw(self) -> list[tuple[str, torch.Tensor]]:
         """Device type and state of each random stream once the base noise is drawn."""
@@ -6073,7 +7209,7 @@ class PipelineSampler:
             part.request = layout.request_of(rows)
             part.encoded = [layout.encoded_of(each, rows) for each in self.encoded]
             part.random_state, part.drew = self.random_state_after_draw().of_rows(rows), False
-            part.part_of, part.chunks = (batch, rows), {}
+            part.part_of, part.chunks, part.image_embeds = (batch, rows), {}, []
             self.chunks[tuple(rows)] = part
         return self.chunks[tuple(rows)]
 
@@ -6113,15 +7249,29 @@ class PipelineSampler:
         return self.space.unpack(self.twin, latents)
 
     def run(self, noise: torch.Tensor, gradient: Gradient, preview: bool, output_type: str) -> torch.Tensor:
+        """What the pipeline puts out for a noise; the latents of a preview are the x0 estimate, in no other layout.
+
+        With a graph, it is as the checkpointing says.
+        """
+        if gradient is None or not noise.requires_grad:
+            return self.run_once(noise, gradient, preview, output_type)
+        kind = (preview, output_type)
+        return self.checkpoints.fitted(kind, noise.device, lambda: self.run_once(noise, gradient, preview, output_type))
+
+    def run_once(self, noise: torch.Tensor, gradient: Gradient, preview: bool, output_type: str) -> torch.Tensor:
         twin = self.fresh_twin(noise, gradient)
-        one_call = first_step_only(twin) if preview else contextlib.nullcontext()
+        watched = first_step_only(twin) if preview else no_global_draws(twin)
         ours = {"generator": twin.sampling_generator, "output_type": output_type, "return_dict": False}
-        draws = self.draws_from(twin.sampling_generator)
-        with one_call, draws, torch.set_grad_enabled(gradient is not None and noise.requires_grad):
-            output = self.call(twin, **self.request, **ours)[0]
-        if not preview:  # some families set their timesteps after `prepare_latents`: no scheduler knows them earlier
-            self.timesteps = len(twin.scheduler.timesteps)
-        vars(twin).clear()  # its methods refer to it: its scheduler would keep the graph until the next collection
+        draws, graph = self.draws_from(twin.sampling_generator), gradient is not None and noise.requires_grad
+        try:
+            with watched as estimates, draws, torch.set_grad_enabled(graph):
+                output = self.call(twin, **self.request, **ours)[0]
+            if estimates and output_type == "latent":  # families unpack and scale what they put out
+                output = estimates[0]
+            if not preview:  # some families set their timesteps after `prepare_latents`: no scheduler knows them before
+                self.timesteps = count_timesteps(twin)
+        finally:  # its methods refer to it: its scheduler would keep the graph until the next collection
+            vars(twin).clear()
         if noise.requires_grad and gradient is not None and not output.requires_grad:
             raise ValueError(
                 f"Expected {type(twin).__name__} to be differentiable from image to noise, but its result carries no "
@@ -6140,62 +7290,103 @@ class PipelineSampler:
         generator = self.random_state.generator()
         replay = iter(self.encoded)
 
-        def prepare_latents(*_, **__):
-            if self.drew:
-                self.space.on(twin, self.space.draw_noise, generator=generator)
-            return self.space.prepare(twin, noise, generator=generator)
-
         vars(twin).update(
             scheduler=copy.deepcopy(self.scheduler),
             encode_prompt=lambda *_, **__: next(replay),
-            prepare_latents=prepare_latents,
+            prepare_latents=lambda *_, **__: self.prepare(twin, noise, generator),
             sampling_generator=generator,
         )
+        if hasattr(twin, "prepare_ip_adapter_image_embeds"):
+            embed = twin.prepare_ip_adapter_image_embeds
+            vars(twin)["prepare_ip_adapter_image_embeds"] = replayed(embed, self.image_embeds)
         if gradient == "frozen":
-            parts = {name: getattr(twin, name, None) for name in DENOISERS}
-            vars(twin).update({name: without_gradient(part) for name, part in parts.items() if part is not None})
+            vars(twin).update({name: without_gradient(part) for name, part in parts_of(twin, CALLED_IN_STEPS).items()})
+        elif gradient == "full":
+            parts = parts_of(twin, CALLED_IN_STEPS)
+            vars(twin).update({name: self.checkpoints.call_of(part) for name, part in parts.items()})
         return twin
 
 
-@contextlib.contextmanager
-def first_step_only(pipe) -> Iterator[None]:
-    """Let a pipeline make one model call, whose `step` returns the x0 estimate. Its scheduler must be a copy.
+def parts_of(pipe, names: tuple[str, ...]) -> dict[str, Any]:
+    """The modules that a pipeline has of these."""
+    return {name: part for name in names if (part := getattr(pipe, name, None)) is not None}
 
-    Cutting the list of timesteps stops the loop of every family, also of those that have no interrupt.
+
+def replayed(function: Callable[..., Any], kept: list[Any]) -> Callable[..., Any]:
+    """A function that returns what is kept of its earlier calls, in call order, and keeps what it computes beyond."""
+    index = itertools.count()
+
+    def replay(*args, **kwargs):
+        call = next(index)
+        if call == len(kept):
+            with torch.no_grad():
+                kept.append(function(*args, **kwargs))
+        return kept[call]
+
+    return replay
+
+
+@contextlib.contextmanager
+def first_step_only(pipe) -> Iterator[list[torch.Tensor]]:
+    """Let a pipeline make one model call, whose `step` returns the x0 estimate. It and its scheduler must be copies.
+
+    The loop is stopped by `pipe.interrupt`, or in families that do not look at it by cutting the list of timesteps.
+
+    Yields:
+        An empty list, for the estimate.
 
     Raises:
         TypeError: If the pipeline takes no step, or takes one before a denoiser was called.
     """
-    scheduler = pipe.scheduler
+    scheduler, interruptible = pipe.scheduler, "interrupt" in stock_call(type(pipe)).__code__.co_names
     set_timesteps, step = scheduler.set_timesteps, scheduler.step
     calls: list[int] = []
     stepped: list[bool] = []  # for each step whether a denoiser had been called
+    estimates: list[torch.Tensor] = []
 
     @functools.wraps(set_timesteps)
     def set_one(*args, **kwargs):
         set_timesteps(*args, **kwargs)
-        scheduler.timesteps = scheduler.timesteps[:1]
+        if not interruptible:
+            scheduler.timesteps = scheduler.timesteps[:1]
 
     @functools.wraps(step)
     def estimate(model_output, timestep, sample, *_, **__):
         stepped.append(bool(calls))
         x0 = predict_x0(scheduler, model_output, timestep, sample).to(model_output.dtype)
+        estimates.append(x0)
+        pipe._interrupt = True
         return (x0, x0)
 
     vars(scheduler).update(set_timesteps=set_one, step=estimate)
-    parts = [part for name in DENOISERS if (part := getattr(pipe, name, None)) is not None]
-    handles = [part.register_forward_pre_hook(lambda *_: calls.append(1)) for part in parts]
+    # copies that count: a hook on modules that others have too would have to be taken off again, whatever happens
+    parts = parts_of(pipe, DENOISERS)
+    vars(pipe).update({name: with_forward(part, counted(part.forward, calls)) for name, part in parts.items()})
     try:
-        yield
+        yield estimates
     finally:
         del scheduler.set_timesteps, scheduler.step
-        for handle in handles:
-            handle.remove()
     if not all(stepped or [False]):
         raise TypeError(
             f"Expected a pipeline that calls its denoiser ({', '.join(DENOISERS)}) before the first `scheduler.step`, "
             f"but {type(pipe).__name__} does not, and no x0 can be estimated. Use a method that looks at images."
         )
+
+
+def counted(function: Callable[..., Any], calls: list[int]) -> Callable[..., Any]:
+    """The function, with an entry in `calls` for each call."""
+
+    @functools.wraps(function)
+    def count(*args, **kwargs):
+        calls.append(1)
+        return function(*args, **kwargs)
+
+    return count
+
+
+def count_timesteps(pipe) -> int:
+    """How many timesteps the loop of a call had: pipelines may take a part of those of the scheduler."""
+    return getattr(pipe, "_num_timesteps", None) or len(pipe.scheduler.timesteps)
 
 
 def denormalize_straight_through(images: torch.Tensor) -> torch.Tensor:
@@ -6313,131 +7504,6 @@ def seed_from(noise: torch.Tensor) -> int:
     return int((bits * weights).sum().item()) & (2**62 - 1)
 
 
-# pipelines/noise_result.py
-
-
-FILE_FORMAT = "noiseopt-result-1"
-
-
-@dataclasses.dataclass(eq=False, repr=False)
-class NoiseResult:
-    """What `optimize_noise` returns, for `B` independent noises.
-
-    `pipe(prompt, latents=result.latents, ...)` with the arguments of the run draws the best images again. For a sampler
-    that adds noise on the way pass `generator=result.generator()` too.
-
-    Attributes:
-        noise: `(B, C, H, W)` float32, unit variance: the best noise, or the last for methods that return it.
-        latents: The same as the pipeline takes it as `latents=`: in its dtype, packed where the family packs.
-        scores: Name to `(steps, B)`: each reward at each step, raw units, higher is better.
-        losses: `(steps, B)`, lower is better, without the regularizer. NaN where a sample had stopped.
-        norms: `(steps, B)`, ‖noise‖ / √d at each step: 1 is what a Gaussian has.
-        best_step: `(B,)`, the step whose noise is returned.
-        provenance: Model, scheduler, dtype, prompts, seeds, versions, method and its settings: plain values.
-        reports: What callbacks found, by name, in plain values: see `HeldOutReward`.
-        generator_states: The state of each random stream after the base noise was drawn.
-        initial_noise: `(B, C, H, W)`, the noise of the plain result; `None` in files of versions that did not keep it.
-        band_changes: `(steps, B, 3)`, how much of ‖noise − initial_noise‖² lies in the lowest, middle and highest third
-            of the radial frequencies at each step; the three add up to it. NaN where a sample had stopped, `None` in
-            old files. See `frequency_bands`.
-        images: `(B, 3, H, W)` in [0, 1], the images of `noise`, if they were drawn. Not saved.
-        initial_images: `(B, 3, H, W)`, the plain result. Not saved.
-    """
-
-    noise: torch.Tensor
-    latents: torch.Tensor
-    scores: dict[str, torch.Tensor]
-    losses: torch.Tensor
-    norms: torch.Tensor
-    best_step: torch.Tensor
-    provenance: dict[str, Any]
-    generator_states: list[tuple[str, torch.Tensor]] = dataclasses.field(default_factory=list)
-    reports: dict[str, Any] = dataclasses.field(default_factory=dict)
-    initial_noise: torch.Tensor | None = None
-    band_changes: torch.Tensor | None = None
-    images: torch.Tensor | None = None
-    initial_images: torch.Tensor | None = None
-
-    def __repr__(self) -> str:
-        shape = "×".join(map(str, self.noise.shape))
-        best = ", ".join(f"{name} {values.mean():.4g}" for name, values in self.best_scores.items())
-        return f"NoiseResult({shape}, best of {len(self.losses)} steps at {self.best_step.tolist()}: {best})"
-
-    @property
-    def best_scores(self) -> dict[str, torch.Tensor]:
-        """Name to `(B,)`: the rewards of the returned noise."""
-        return {name: self.at_best(values) for name, values in self.scores.items()}
-
-    @property
-    def initial_scores(self) -> dict[str, torch.Tensor]:
-        """Name to `(B,)`: the rewards of the plain result."""
-        return {name: values[0] for name, values in self.scores.items()}
-
-    @property
-    def best_loss(self) -> torch.Tensor:
-        """`(B,)`: the loss of the returned noise."""
-        return self.at_best(self.losses)
-
-    @property
-    def band_shares(self) -> torch.Tensor | None:
-        """`(steps, B, 3)`: `band_changes` as shares of their sum; NaN where nothing has changed."""
-        return None if self.band_changes is None else self.band_changes / self.band_changes.sum(-1, keepdim=True)
-
-    def at_best(self, values: torch.Tensor) -> torch.Tensor:
-        return values.gather(0, self.best_step.to(values.device)[None])[0]
-
-    def generator(self) -> torch.Generator | list[torch.Generator] | None:
-        """Fresh generators that continue where the base noise ended; a list if the run had one for each image."""
-        fresh = []
-        for device, state in self.generator_states:
-            fresh.append(torch.Generator(device))
-            fresh[-1].set_state(state)
-        return fresh if self.provenance.get("generators") == "list" else (fresh or [None])[0]
-
-    def save(self, path: str | Path) -> None:
-        """Write one safetensors file: the tensors, and the provenance as JSON in its header."""
-        tensors = {"noise": self.noise, "latents": self.latents, "losses": self.losses, "norms": self.norms}
-        tensors["best_step"] = self.best_step
-        of_newer_files = {"initial_noise": self.initial_noise, "band_changes": self.band_changes}
-        tensors.update({name: tensor for name, tensor in of_newer_files.items() if tensor is not None})
-        tensors.update({f"scores.{name}": values for name, values in self.scores.items()})
-        devices = []
-        for index, (device, state) in enumerate(self.generator_states):
-            tensors[f"generator_states.{index}"] = state
-            devices.append(device)
-        header = {"format": FILE_FORMAT, "provenance": self.provenance, "generator_devices": devices}
-        header["reports"] = self.reports
-        # clones: safetensors refuses tensors that share memory, as noise and latents do in float32
-        tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, path, metadata={"noiseopt": json.dumps(header)})
-
-    @classmethod
-    def load(cls, path: str | Path, device: str | torch.device = "cpu") -> "NoiseResult":
-        """Read what `save` wrote. Raises `ValueError` for a safetensors file that is none of ours."""
-        with safe_open(path, framework="pt", device=str(device)) as file:
-            header = json.loads((file.metadata() or {}).get("noiseopt", "{}"))
-            if header.get("format") != FILE_FORMAT:
-                raise ValueError(
-                    f"Expected a file that `NoiseResult.save` wrote, but {path} has no {FILE_FORMAT} header."
-                )
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        states = [
-            (kind, tensors.pop(f"generator_states.{index}").cpu())
-            for index, kind in enumerate(header["generator_devices"])
-        ]
-        scores = {
-            name.removeprefix("scores."): tensors.pop(name) for name in list(tensors) if name.startswith("scores.")
-        }
-        return cls(
-            **tensors,
-            scores=scores,
-            provenance=header["provenance"],
-            generator_states=states,
-            reports=header.get("reports", {}),
-        )
-
-
 # pipelines/objectives.py
 
 
@@ -6481,9 +7547,9 @@ class FunctionObjective(Objective):
         return getattr(self.function, "__name__", type(self.function).__name__)
 
 
-def differentiable_rewards(rewards: Any, pipe: Any) -> RewardSum:
-    """A `RewardSum` on the pipeline's device. Raises `NonDifferentiableReward` if one that counts has no gradient."""
-    total = RewardSum(rewards, device=pipe._execution_device)
+def differentiable_rewards(rewards: Any, device: torch.device) -> RewardSum:
+    """A `RewardSum` that loads names onto `device`. Raises `NonDifferentiableReward` where one that counts has none."""
+    total = RewardSum(rewards, device=device)
     total.check_differentiable()
     return total
 
@@ -6570,7 +7636,8 @@ def provenance_of(problem: NoiseProblem, objective: Objective, state: NoiseState
         "scheduler": {"class": type(scheduler).__name__, **plain(dict(scheduler.config))},
         "dtype": str(problem.dtype).removeprefix("torch."),
         "arguments": plain(arguments),
-        "steps": state.step + 1,
+        "decoder": describe_decoder(problem.sampler.decoder),
+        "checkpointing": problem.sampler.checkpoints.policy,
         "stopped": state.stopped,
         "seconds": round(state.elapsed, 3),
         "versions": {"python": platform.python_version(), **versions},
@@ -6656,6 +7723,19 @@ class NoiseOptimizer:
         clamp: "straight_through" or "hard"; see `PipelineSampler`.
         chunk_size: How many images are in memory with their graphs at a time: the gradient is the same, for one more
             forward pass. "auto" for as many as fit, by what the graph of one image holds; `None` for all.
+        checkpointing: What of denoiser and decoder is computed again in the backward pass instead of kept: the same
+            images and gradients in less memory. "none": nothing. "blocks": each block, for one more forward pass.
+            "steps": each call of the denoiser, and in it each block, for two more; the memory hardly grows with the
+            number of denoising steps. "auto": the first of these whose graph takes at most half of the free memory,
+            counted while the first one is built. Beside a `chunk_size` that is a number, it is the graph of a chunk
+            that has to fit; beside `chunk_size="auto"` images are drawn a few at a time only where "steps" is not
+            enough for all.
+        decoder: A tiny autoencoder that decodes in the place of the pipeline's own while the noise is optimised, an
+            approximation for less time and memory: a Hub id such as "madebyollin/taesdxl", a folder, or a loaded
+            module. The images of the result are drawn with the pipeline's own; see `NoiseResult`. `None` for that
+            throughout.
+        reward_device: Where rewards that are given by name are loaded, such as "cuda:1"; `None` for the pipeline's
+            device. Those that are loaded already stay where they are.
         returns: "best", the noise of the lowest loss, or "last", the noise after the last move, which is not evaluated.
         final_steps: How many evaluations `finish` asks for after these steps.
     """
@@ -6665,6 +7745,9 @@ class NoiseOptimizer:
     preview: bool = False
     clamp: Clamp = "straight_through"
     chunk_size: ChunkSetting = None
+    checkpointing: Checkpointing = "auto"
+    decoder: Any = None
+    reward_device: str | torch.device | None = None
     returns: ClassVar[Literal["best", "last"]] = "best"
     final_steps: int = 0
 
@@ -6717,6 +7800,12 @@ class NoiseOptimizer:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"Expected `{name}` to be one of {allowed}, but got {getattr(self, name)!r}.")
         check_chunk_size(self.chunk_size)
+        check_checkpointing(self.checkpointing)
+        check_reward_device(self.reward_device)
+
+    def device_of_rewards(self, pipe) -> torch.device:
+        """Where rewards that are given by name are loaded."""
+        return torch.device(self.reward_device or pipe._execution_device)
 
     def settings(self) -> dict[str, Any]:
         """The settings as plain values, for the provenance."""
@@ -6729,28 +7818,44 @@ class NoiseOptimizer:
         problem: NoiseProblem,
         objective: Objective,
         callbacks: CallbackSpec | Iterable[CallbackSpec] | None = None,
+        noise_file: NoiseFile | None = None,
     ) -> NoiseResult:
-        """Optimise. An exception on the way carries what was found so far as its `noise_result`."""
+        """Optimise. An exception on the way carries what was found so far as its `noise_result`.
+
+        The file, if one is given, holds the best noise so far from the first step on, and the result at the end.
+        """
         state = NoiseState(problem.pipe, problem.prompts, self.steps + self.final_steps, problem.noise)
         every = [ProgressBar(), *self.watchers(), *as_callbacks(callbacks)]
-        loop = OptimizationLoop(self, problem, objective, state, every)
+        loop = OptimizationLoop(self, problem, objective, state, every, noise_file)
         try:
-            loop.start()
-            for step in range(self.steps):
-                loop.evaluate(step)
-                if state.stopped or not loop.moves_after(step):
-                    break
-                loop.move()
-                if state.stopped:
-                    break
-            loop.finish()
+            try:
+                loop.run()
+            finally:
+                loop.end()
+            return loop.saved_result()
         except BaseException as error:
-            if loop.losses:
-                vars(error)["noise_result"] = loop.result()
+            loop.rescue(error)
             raise
-        finally:
-            loop.end()
-        return loop.result()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class StepRow:
+    """What is kept of a step: `(B,)` losses and norms, `(B, 3)` energies by band, and a `(B,)` for each score."""
+
+    loss: torch.Tensor
+    norm: torch.Tensor
+    bands: torch.Tensor
+    scores: dict[str, torch.Tensor]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class BestSoFar:
+    """The best after so many steps. Replaced as a whole: Ctrl-C finds all that a step brought, or nothing of it."""
+
+    steps: int
+    noise: torch.Tensor
+    step: torch.Tensor
+    images: torch.Tensor | None
 
 
 class OptimizationLoop:
@@ -6763,16 +7868,28 @@ class OptimizationLoop:
         objective: Objective,
         state: NoiseState,
         callbacks: Sequence[NoiseCallback],
+        noise_file: NoiseFile | None = None,
     ) -> None:
         self.method, self.problem, self.objective = method, problem, objective
-        self.state, self.callbacks = state, callbacks
-        self.losses: list[torch.Tensor] = []
-        self.norms: list[torch.Tensor] = []
-        self.bands: list[torch.Tensor] = []
-        self.scores: list[dict[str, torch.Tensor]] = []
+        self.state, self.callbacks, self.noise_file = state, callbacks, noise_file
+        self.rows: list[StepRow] = []
+        self.best: BestSoFar | None = None
         self.initial_images: torch.Tensor | None = None
+        self.redrawn: dict[str, torch.Tensor] = {}
         self.total: torch.Tensor | None = None
         self.leaf = self.evaluated = problem.noise
+
+    def run(self) -> None:
+        self.start()
+        for step in range(self.method.steps):
+            self.evaluate(step)
+            if self.state.stopped or not self.moves_after(step):
+                break
+            self.move()
+            if self.state.stopped:
+                break
+        self.finish()
+        self.redraw()
 
     def start(self) -> None:
         self.chunk_size = chunk_size_of(self.method, self.problem)
@@ -6795,10 +7912,7 @@ class OptimizationLoop:
         state, method = self.state, self.method
         gradient = method.gradient if self.moves_after(step) else None
         self.leaf = state.noise.detach().requires_grad_(gradient is not None)
-        seeds = [seed + step for seed in self.problem.seeds]
-        groups = self.problem.groups
-        sample = Sample(self.problem.sampler, self.leaf, state.prompts, groups, seeds, gradient, method.preview)
-        sample.chunk_size = self.chunk_size
+        sample = self.sample_of(self.problem.sampler, self.leaf, step, gradient, method.preview)
         try:
             with torch.set_grad_enabled(gradient is not None):
                 loss, scores = self.objective.evaluate(sample)
@@ -6815,6 +7929,16 @@ class OptimizationLoop:
         for callback in self.callbacks:
             if callback.on_step_end(state) is False:
                 state.stop()
+        if self.noise_file is not None:
+            self.noise_file.keep(self.result)
+
+    def sample_of(
+        self, sampler: PipelineSampler, noise: torch.Tensor, step: int, gradient: Gradient, preview: bool
+    ) -> Sample:
+        """What the objective looks at in a step."""
+        seeds = [seed + step for seed in self.problem.seeds]
+        groups, prompts = self.problem.groups, self.state.prompts
+        return Sample(sampler, noise, prompts, groups, seeds, gradient, preview, self.chunk_size)
 
     def check_loss(self, loss: torch.Tensor, gradient: Gradient, step: int) -> None:
         batch = len(self.state.noise)
@@ -6834,11 +7958,9 @@ class OptimizationLoop:
         """Keep this step, as the best of the samples where it is, among those that are `eligible`, `(B,)` bool."""
         state = self.state
         assert state.loss is not None
-        self.losses.append(state.loss)
-        self.norms.append(per_sample_norm(state.noise) / math.sqrt(state.noise[0].numel()))
-        bands = band_energies(state.noise - self.problem.noise)
-        self.bands.append(bands.where(state.active[:, None], torch.nan))
-        self.scores.append(state.scores)
+        norm = per_sample_norm(state.noise) / math.sqrt(state.noise[0].numel())
+        bands = band_energies(state.noise - self.problem.noise).where(state.active[:, None], torch.nan)
+        self.rows.append(StepRow(loss=state.loss, norm=norm, bands=bands, scores=state.scores))
         if state.step == 0:
             self.initial_images = state.images
             state.best_loss = torch.full_like(state.loss, torch.inf)
@@ -6853,6 +7975,8 @@ class OptimizationLoop:
         state.best_noise = torch.where(per_image(better, state.noise), state.noise, state.best_noise)
         if state.images is not None and state.best_images is not None:
             state.best_images = torch.where(per_image(better, state.images), state.images, state.best_images)
+        best = {"noise": state.best_noise, "step": state.best_step, "images": state.best_images}
+        self.best = BestSoFar(steps=len(self.rows), **best)
 
     def move(self) -> None:
         """Take the gradient where the method wants one, and the method's step."""
@@ -6871,7 +7995,27 @@ class OptimizationLoop:
         """Evaluate what the method still gives, of all samples: a callback may watch, but not keep it from being."""
         for noise in self.method.finish(self.state, self.objective, self.memory):
             self.state.noise, self.state.active = noise.detach(), torch.ones_like(self.state.active)
-            self.evaluate(len(self.losses))
+            self.evaluate(len(self.rows))
+
+    @torch.no_grad()
+    def redraw(self) -> None:
+        """Where a tiny decoder stood in, draw the plain result and what is returned with the pipeline's own, and let
+        the objective score them."""
+        if self.problem.sampler.decoder is None or self.initial_images is None:
+            return
+        sampler, report = self.problem.sampler.with_own_decoder(), {}
+        for name, noise in (("initial", self.problem.noise), ("best", self.returned())):
+            sample = self.sample_of(sampler, noise.detach(), 0, None, self.method.preview)
+            loss, scores = self.objective.evaluate(sample)
+            self.redrawn[name] = sample.images
+            report[f"{name}_scores"] = {name: values.tolist() for name, values in scores.items()}
+            report[f"{name}_loss"] = loss.tolist()
+        self.state.reports[FULL_DECODER] = report
+
+    def returned(self) -> torch.Tensor:
+        """The noise of the result `(B, C, H, W)`."""
+        assert self.best is not None
+        return self.state.noise if self.method.returns == "last" else self.best.noise
 
     def drop_samples(self, broken: torch.Tensor) -> None:
         """Stop the samples whose gradient is not finite; the others go on."""
@@ -6888,40 +8032,57 @@ class OptimizationLoop:
         self.state.stop("non-finite reward")
         warnings.warn(f"The run stops after step {self.state.step} and keeps the best so far: {why}", stacklevel=2)
 
+    def saved_result(self) -> NoiseResult:
+        """The result at the end, in its file if there is one."""
+        result = self.result()
+        if self.noise_file is not None:
+            result.save(self.noise_file.path)
+        return result
+
+    def rescue(self, error: BaseException) -> None:
+        """Give an exception what was found before it, and write that."""
+        if self.best is None:
+            return
+        result = self.result()
+        result.provenance["stopped"] = self.state.stopped or type(error).__name__
+        vars(error)["noise_result"] = result
+        if self.noise_file is not None:
+            self.noise_file.write_if_possible(result)
+
     def result(self) -> NoiseResult:
-        problem, state = self.problem, self.state
-        assert state.best_noise is not None and state.best_step is not None
-        last = self.method.returns == "last"
-        noise = state.noise if last else state.best_noise
+        """What has been found up to now."""
+        problem, state, best = self.problem, self.state, self.best
+        assert best is not None
+        rows, last, noise = self.rows[: best.steps], self.method.returns == "last", self.returned()
         last_images = state.images if state.noise is self.evaluated else None
-        step = torch.full_like(state.best_step, len(self.losses) - 1) if last else state.best_step
-        latents = problem.space.to_latents(problem.pipe, noise.to(problem.dtype))
+        latents = problem.sampler.to_latents(problem.pipe, noise.to(problem.dtype))
         return NoiseResult(
             noise=noise.detach(),
             latents=latents.detach(),
-            scores={name: torch.stack([scores[name] for scores in self.scores]) for name in self.scores[0]},
-            losses=torch.stack(self.losses),
-            norms=torch.stack(self.norms),
-            best_step=step,
+            scores={name: torch.stack([row.scores[name] for row in rows]) for name in rows[0].scores},
+            losses=torch.stack([row.loss for row in rows]),
+            norms=torch.stack([row.norm for row in rows]),
+            best_step=torch.full_like(best.step, best.steps - 1) if last else best.step,
             provenance={
                 "method": type(self.method).__name__,
                 "settings": self.method.settings(),
                 **provenance_of(problem, self.objective, state),
+                "steps": best.steps,
             },
             generator_states=problem.sampler.states_after_draw(),
             reports=dict(state.reports),
             initial_noise=problem.noise.detach(),
-            band_changes=torch.stack(self.bands),
-            images=last_images if last else state.best_images,
-            initial_images=self.initial_images,
+            band_changes=torch.stack([row.bands for row in rows]),
+            images=self.redrawn.get("best", last_images if last else best.images),
+            initial_images=self.redrawn.get("initial", self.initial_images),
         )
 
 
 def chunk_size_of(method: NoiseOptimizer, problem: NoiseProblem) -> int | None:
     """How many images a method has in memory at a time; `None` for the whole batch.
 
-    "auto" draws one image, and counts what its graph holds. Raises `ValueError` for a number, if the call cannot be
-    taken apart.
+    "auto" draws one image, and counts what its graph holds: with each checkpointing that may be taken, until the whole
+    batch fits. Raises `ValueError` for a number, if the call cannot be taken apart.
     """
     setting, batch = method.chunk_size, len(problem.noise)
     if setting is None or batch == 1:
@@ -6936,9 +8097,16 @@ def chunk_size_of(method: NoiseOptimizer, problem: NoiseProblem) -> int | None:
         return setting if setting < batch else None
     if method.gradient is None:
         return None
-    with SavedBytes() as saved, torch.enable_grad():
-        one.images(problem.noise[:1].detach().requires_grad_(), method.gradient, method.preview)
-    return fitting_chunk_size(batch, saved.peak, free_memory(problem.noise.device))
+    size, checkpoints = None, problem.sampler.checkpoints
+    checkpoints.settle()
+    for policy in checkpoints.ladder:
+        checkpoints.take(policy)
+        with SavedBytes() as saved, torch.enable_grad():
+            one.images(problem.noise[:1].detach().requires_grad_(), method.gradient, method.preview)
+        size = fitting_chunk_size(batch, saved.peak, free_memory(problem.noise.device))
+        if size is None:
+            break
+    return size
 
 
 # pipelines/methods.py
@@ -7219,6 +8387,9 @@ class NoiseDiffusion(NoiseOptimizer):
         score_range: (low, high): s is the total's place between the two, clamped to [0, 1].
         stop_gradient: Hold the outputs of the denoiser constant; `False` back-propagates through the whole chain.
         reward_prompt: Ask the scorer about this instead of the pipeline's prompt: one, or one for each image.
+        checkpointing: "auto", "none", "blocks" or "steps": see `NoiseOptimizer`.
+        decoder: A tiny autoencoder that decodes while the noise is optimised: see `NoiseOptimizer`.
+        reward_device: Where a scorer that is given by name is loaded, by default where the pipeline is.
     """
 
     rewards: Any = "vqascore"
@@ -7231,6 +8402,9 @@ class NoiseDiffusion(NoiseOptimizer):
     score_range: tuple[float, float] | None = None
     stop_gradient: bool = True
     reward_prompt: str | Sequence[str] | None = None
+    checkpointing: Checkpointing = "auto"
+    decoder: Any = None
+    reward_device: str | torch.device | None = None
 
     @property
     def gradient(self) -> Gradient:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -7256,7 +8430,7 @@ class NoiseDiffusion(NoiseOptimizer):
             raise ValueError(f"Expected `patience` to be an integer of 1 or more, but got {self.patience!r}.")
 
     def objective(self, pipe) -> UnitScore:
-        rewards = RewardSum(self.rewards, device=pipe._execution_device)
+        rewards = RewardSum(self.rewards, device=self.device_of_rewards(pipe))
         if self.selection != "random" and (names := rewards.without_gradient()):
             raise NonDifferentiableReward(
                 f"Expected a scorer with a gradient, but {names} have none. `VQAScorer` has one for vision-language "
@@ -7311,6 +8485,69 @@ class Standing:
         self.loss = torch.where(better, state.loss, self.loss)
 
 
+# pipelines/pipeline_code.py
+
+
+DYNAMIC_MODULES = "diffusers_modules."  # where diffusers puts what it loaded by `custom_pipeline`
+
+
+class SavedWithCode:
+    """Makes `save_pretrained` and `push_to_hub` write the pipeline's `pipeline.py` and name it in `model_index.json`.
+
+    Then `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)` loads what was saved, and so does the class
+    itself, which needs no trust as it runs none of that code.
+    """
+
+    _code: str
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Keep the code of a class that was loaded from a file: diffusers puts the next one in the same place."""
+        super().__init_subclass__(**kwargs)
+        if cls.__module__.startswith(DYNAMIC_MODULES):
+            cls._code = Path(str(sys.modules[cls.__module__].__file__)).read_text(encoding="utf-8")
+
+    def save_config(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """The stock method, which `save_pretrained` and `push_to_hub` call, with the code beside the configuration."""
+        if has_code(type(self)):
+            Path(save_directory).mkdir(parents=True, exist_ok=True)
+            (Path(save_directory) / "pipeline.py").write_text(code_of(type(self)), encoding="utf-8", newline="\n")
+        super().save_config(save_directory, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def to_json_string(self) -> str:
+        """The stock configuration, with the class named as one of `pipeline.py`."""
+        text: str = super().to_json_string()  # pyright: ignore[reportAttributeAccessIssue]
+        if not has_code(type(self)):
+            return text
+        named = json.loads(text) | {"_class_name": ["pipeline", type(self).__name__]}
+        return json.dumps(named, indent=2, sort_keys=True) + "\n"
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file: str | os.PathLike) -> dict[str, Any]:
+        """The configuration in a file, for a class that is at hand and needs no code to be loaded."""
+        index = super()._dict_from_json_file(json_file)  # pyright: ignore[reportAttributeAccessIssue]
+        return index | ({"_class_name": cls.__name__} if isinstance(index.get("_class_name"), list) else {})
+
+
+def has_code(cls: type) -> bool:
+    """Whether a class was loaded from a file or can be imported, unlike one of a script or a notebook."""
+    importable = getattr(sys.modules.get(cls.__module__), cls.__name__, None) is cls and cls.__module__ != "__main__"
+    return "_code" in vars(cls) or importable
+
+
+def code_of(cls: type) -> str:
+    """The source of a file that has a class which `has_code`.
+
+    That of the file that it was loaded from, else a self-contained file for a class of this package, and for another an
+    import of it from where it is installed.
+    """
+    if "_code" in vars(cls):
+        return vars(cls)["_code"]
+    if cls.__module__.startswith("noiseopt.pipelines."):  # what bundles its modules is no part of a bundle
+        return importlib.import_module("noiseopt.hub.build").code_of_pipeline(cls)
+    name, package = cls.__name__, cls.__module__.split(".")[0]
+    return f'"""{name} of the package {package}, which has to be installed."""\n\nfrom {cls.__module__} import {name}\n'
+
+
 # pipelines/noise_hook.py
 
 
@@ -7345,21 +8582,27 @@ class NoiseRun:
         callbacks: CallbackSpec | Iterable[CallbackSpec] | None,
         render: bool = True,
         noise_sampler: NoiseSamplerSpec | None = None,
+        save_noise_to: str | os.PathLike[str] | None = None,
     ) -> None:
         self.method, self.request, self.render = method, request, render
         self.callbacks = as_callbacks(callbacks)
         method.check()
+        check_class(pipe, request)
         if torch.is_inference_mode_enabled():
             raise ValueError("Expected a call outside `torch.inference_mode()`, where no gradient exists. Remove it.")
-        refuse_offload(pipe)
+        refuse_unsuited(pipe, method.gradient)
         self.objective: Objective = method.objective(pipe)
         self.prompts = prompts_of(request, self.objective.requires_prompt)
         self.groups = groups_of(request)
         self.objective.check_groups(self.groups)
         check_latents(request, len(self.prompts))
         self.noise_sampler = noise_sampler_of(noise_sampler, request, self.groups)
+        self.noise_file = None if save_noise_to is None else NoiseFile(save_noise_to)
         if size := image_size(pipe, request):
-            self.objective.try_out(self.prompts[0], *size, gradient=method.gradient is not None)
+            read = getattr(method, "reward_prompt", None) or self.prompts
+            prompt = read if isinstance(read, str) else read[0]
+            self.objective.try_out(prompt, *size, gradient=method.gradient is not None)
+        self.decoder = as_loop_decoder(method.decoder, pipe, list(parts_of(pipe, DENOISERS).values()))
         self.encoded: list[Any] = []
         self.result: NoiseResult | None = None
 
@@ -7374,15 +8617,44 @@ class NoiseRun:
         device = torch.device(space.arguments.get("device") or pipe._execution_device)
         random_state = RandomState(self.request.get("generator"), device)
         noise, drew = space.draw(pipe)
-        sampler = PipelineSampler(pipe, self.request, self.encoded, space, random_state, drew, self.method.clamp)
+        sampler = PipelineSampler(
+            pipe,
+            self.request,
+            self.encoded,
+            space,
+            random_state,
+            drew,
+            clamp=self.method.clamp,
+            decoder=self.decoder,
+            checkpointing=self.method.checkpointing,
+            through_denoiser=self.method.gradient == "full",
+        )
         master = noise.detach().to(torch.promote_types(noise.dtype, torch.float32))
         prompts, groups = self.prompts, self.groups
         problem = NoiseProblem(pipe, sampler, space, master, prompts, groups, noise.dtype, self.request)
-        with torch.enable_grad():
-            self.result = self.method.run(problem, self.objective, self.callbacks)
+        with torch.enable_grad(), sampler.checkpoints:
+            self.result = self.method.run(problem, self.objective, self.callbacks, self.noise_file)
         if not self.render:
             raise NoiseFound
-        return space.prepare(pipe, self.result.noise.to(noise.dtype))
+        return sampler.prepare(pipe, self.result.noise.to(noise.dtype))
+
+
+def check_class(pipe, request: dict[str, Any]) -> None:
+    """Raise `TypeError` or `ValueError` for a pipeline whose noise cannot be had in this call."""
+    parameters = inspect.signature(drawing_function(type(pipe))(randn_tensor)).parameters
+    if request.get("latents") is not None and "latents" not in parameters:
+        raise latents_with_image(pipe)
+
+
+def check_latents_taken(pipe) -> None:
+    """Raise `TypeError` for a pipeline that cannot draw a noise again."""
+    if "latents" not in inspect.signature(stock_call(type(pipe))).parameters:
+        name = type(pipe).__name__
+        raise TypeError(
+            f"Expected a pipeline that takes `latents`, to draw the noise that was found, but {name} takes none. Give "
+            f"it the hook, `class Ours(NoiseOptimizationMixin, {name})`, and call that with `noise_optimizer=...`: it "
+            "draws the image in the same call."
+        )
 
 
 def prompts_of(request: dict[str, Any], required: bool) -> list[str]:
@@ -7444,13 +8716,23 @@ def image_size(pipe, request: dict[str, Any]) -> tuple[int, int] | None:
     """Height and width of the images in pixels, if they can be told before the call."""
     if request.get("height") and request.get("width"):
         return request["height"], request["width"]
+    if request.get("image") is not None:
+        return size_of_image(pipe, request["image"])
     denoiser = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
     side = getattr(pipe, "default_sample_size", None) or getattr(getattr(denoiser, "config", None), "sample_size", None)
     scale = getattr(pipe, "vae_scale_factor", None)
     return (side * scale, side * scale) if isinstance(side, int) and isinstance(scale, int) else None
 
 
-class NoiseOptimizationMixin:
+def size_of_image(pipe, image: Any) -> tuple[int, int] | None:
+    """Height and width that a pipeline makes of a given image, or of the first of several."""
+    image = image[0] if isinstance(image, list) else image
+    size_of = getattr(getattr(pipe, "image_processor", None), "get_default_height_width", None)
+    is_latents = isinstance(image, torch.Tensor) and image.shape[-3] != 3
+    return None if size_of is None or is_latents else size_of(image)
+
+
+class NoiseOptimizationMixin(SavedWithCode):
     """Gives any diffusers text-to-image pipeline an optimisation hook in `prepare_latents`.
 
     `class ReNOTurboPipeline(NoiseOptimizationMixin, StableDiffusionXLPipeline)` is all that a pipeline needs. With
@@ -7463,12 +8745,27 @@ class NoiseOptimizationMixin:
 
     _noise_run: NoiseRun | NoiseDraw | None = None
 
+    @classmethod
+    def from_pipe(cls, pipeline, **kwargs):
+        """The stock method; unless `dtype` is given, the modules that both pipelines share keep theirs.
+
+        The stock method converts them to float32 then, in the pipeline that they came from too.
+        """
+        if kwargs.keys() & {"dtype", "torch_dtype", "custom_pipeline"}:
+            return super().from_pipe(pipeline, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        as_they_are = {"to": lambda pipe, *_, **__: pipe, "__module__": cls.__module__}
+        unconverted = type(cls.__name__, (cls,), as_they_are)
+        made = super(NoiseOptimizationMixin, unconverted).from_pipe(pipeline, **kwargs)  # pyright: ignore
+        made.__class__ = cls
+        return made
+
     def __call__(
         self,
         *args,
         noise_optimizer: NoiseOptimizer | None = None,
         noise_sampler: NoiseSamplerSpec | None = None,
         callback_on_optimization_step_end: CallbackSpec | Iterable[CallbackSpec] | None = None,
+        save_noise_to: str | os.PathLike[str] | None = None,
         **kwargs,
     ):
         """The stock call, with the initial noise optimised first if `noise_optimizer` is given.
@@ -7479,12 +8776,20 @@ class NoiseOptimizationMixin:
                 `"pink"`, `"coupled"`, a dict such as `{"name": "pink", "alpha": 0.3}`, or a function `(shape,
                 generator, device, dtype)` that returns noise of unit variance. Not beside `latents`.
             callback_on_optimization_step_end: Callbacks per optimisation step; see `NoiseCallback`.
+            save_noise_to: A file for the best noise so far, kept up to date and whole whatever ends the call; see
+                `optimize_noise`.
             args, kwargs: Those of the stock pipeline.
 
         Returns:
-            What the stock pipeline returns; unless `return_dict=False` with a `noise_result` attribute.
+            What the stock pipeline returns; unless `return_dict=False` with a `noise_result` attribute. An exception on
+            the way, Ctrl-C among them, carries the best so far as its `noise_result`.
         """
         stock = super().__call__  # pyright: ignore[reportAttributeAccessIssue]
+        if noise_optimizer is None and save_noise_to is not None:
+            raise ValueError(
+                "Expected something to optimise beside `save_noise_to`, but got nothing: no noise would be found. "
+                "Leave it out, or pass what the noise is to be optimised for."
+            )
         if noise_optimizer is None and noise_sampler is None:
             return stock(*args, **kwargs)
         request = bind_request(self, args, kwargs)
@@ -7492,11 +8797,18 @@ class NoiseOptimizationMixin:
             with hook_on(self, NoiseDraw(request, noise_sampler)):
                 return stock(*args, **kwargs)
         callbacks = callback_on_optimization_step_end
-        run = NoiseRun(self, noise_optimizer, request, callbacks, noise_sampler=noise_sampler)
-        with frozen_modules(self), hook_on(self, run):
-            output = stock(*args, **kwargs)
+        own = {"noise_sampler": noise_sampler, "save_noise_to": save_noise_to}
+        run = NoiseRun(self, noise_optimizer, request, callbacks, **own)
+        try:
+            with frozen_modules(self, run.decoder), hook_on(self, run):
+                output = stock(*args, **kwargs)
+        except BaseException as error:
+            if run.result is not None:
+                vars(error)["noise_result"] = run.result
+            raise
+        result = found_by(run, self)
         if not isinstance(output, tuple):
-            output.noise_result = run.result
+            output.noise_result = result
         return output
 
     def encode_prompt(self, *args, **kwargs):
@@ -7513,14 +8825,22 @@ class NoiseOptimizationMixin:
         return run.prepare_latents(self, *args, **kwargs)
 
 
+def found_by(run: NoiseRun, pipe) -> NoiseResult:
+    """The result of a call that is over."""
+    if run.result is None:
+        raise TypeError(
+            f"Expected a call that prepares its latents by `prepare_latents`, but that of {type(pipe).__name__} did "
+            "not, and nothing was optimised. Leave out the argument that takes the place of the noise."
+        )
+    return run.result
+
+
 @contextlib.contextmanager
 def hook_on(pipe, run: NoiseRun | NoiseDraw) -> Iterator[None]:
     """Let a run have the prompts and latents of a pipeline's call."""
-    pipe._noise_run = run
-    try:
+    with undoing(lambda: vars(pipe).pop("_noise_run", None)):
+        vars(pipe)["_noise_run"] = run
         yield
-    finally:
-        pipe._noise_run = None
 
 
 def bind_request(pipe, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -7546,6 +8866,7 @@ def optimize_noise(
     method_kwargs: dict[str, Any] | None = None,
     callbacks: CallbackSpec | Iterable[CallbackSpec] | None = None,
     noise_sampler: NoiseSamplerSpec | None = None,
+    save_noise_to: str | os.PathLike[str] | None = None,
     **call_kwargs,
 ) -> NoiseResult:
     """Find the initial noise of a call to any diffusers text-to-image pipeline, which stays as it is.
@@ -7559,10 +8880,14 @@ def optimize_noise(
         noise_sampler: What noise is drawn from, that of candidates too: `"white"`, as in the pipeline itself, `"pink"`,
             `"coupled"`, a dict such as `{"name": "pink", "alpha": 0.3}`, `PinkNoise(0.3)`, or any function `(shape,
             generator, device, dtype)` that returns noise of unit variance. Not beside `latents`.
+        save_noise_to: A file for the best noise so far, for `NoiseResult.load`: there from the first step on, brought
+            up to date every few seconds, when the run ends and when an exception or Ctrl-C ends it; always whole. One
+            that is there already is replaced.
         call_kwargs: What `pipe(prompt, ...)` takes: steps, guidance, size, generator, latents ...
 
     Returns:
-        The result; `pipe(prompt, latents=result.latents, **call_kwargs)` draws it.
+        The result; `pipe(prompt, latents=result.latents, **call_kwargs)` draws it. An exception on the way, Ctrl-C
+        among them, leaves the pipeline as it was, and carries the best so far as its `noise_result`.
 
     Raises:
         ValueError: Before any model runs, for settings or a pipeline state that cannot work.
@@ -7571,13 +8896,15 @@ def optimize_noise(
     optimizer = as_noise_optimizer(method, method_kwargs)
     twin = copy.copy(pipe)
     twin.__class__ = hooked(type(pipe))
+    vars(twin)["scheduler"] = copy.deepcopy(pipe.scheduler)  # a call sets the timesteps of its scheduler
+    check_latents_taken(twin)
     request = bind_request(twin, (), {"prompt": prompt, **call_kwargs})
-    run = NoiseRun(twin, optimizer, request, callbacks, render=False, noise_sampler=noise_sampler)
+    own = {"noise_sampler": noise_sampler, "save_noise_to": save_noise_to}
+    run = NoiseRun(twin, optimizer, request, callbacks, render=False, **own)
     vars(twin)["_noise_run"] = run
-    with frozen_modules(twin), torch.no_grad(), contextlib.suppress(NoiseFound):
+    with frozen_modules(twin, run.decoder), torch.no_grad(), contextlib.suppress(NoiseFound):
         stock_call(type(pipe))(twin, **request)
-    assert run.result is not None
-    return run.result
+    return found_by(run, twin)
 
 
 # pipelines/reward_mixin.py
@@ -7600,19 +8927,26 @@ class RewardMixin(NoiseOptimizationMixin):
             )
         if rewards is not None and noise_optimizer is not None:
             raise ValueError("Expected `rewards` or `noise_optimizer`, but got both. Give the rewards to the method.")
-        return noise_optimizer if rewards is None else method(rewards=self.load_rewards(rewards), **settings)
+        if rewards is None:
+            return noise_optimizer
+        return method(rewards=self.load_rewards(rewards, settings.get("reward_device")), **settings)
 
-    def load_rewards(self, rewards: Any) -> RewardSum:
-        """A `RewardSum` on the pipeline's device; what has a name is loaded at its first use and kept."""
-        device = self._execution_device  # pyright: ignore[reportAttributeAccessIssue]
-        kept = vars(self).setdefault("_loaded_rewards", {})
+    def load_rewards(self, rewards: Any, device: Any = None) -> RewardSum:
+        """A `RewardSum` on a device, by default the pipeline's; what has a name is loaded at its first use and kept."""
+        check_reward_device(device)
+        kept = self.kept_on(device, "_loaded_rewards")
         pairs = reward_weight_pairs(rewards, None)
         known = [(kept.get(str(name), name), weight) for name, weight in pairs]
+        device = device or self._execution_device  # pyright: ignore[reportAttributeAccessIssue]
         total = RewardSum(known, normalization=getattr(rewards, "normalization", None), device=device)
         for (name, _), reward in zip(pairs, total.rewards, strict=True):
             if isinstance(name, str):
                 kept[name] = reward
         return total
+
+    def kept_on(self, device: Any, attribute: str) -> dict[str, Any]:
+        """What this pipeline has loaded by name, for its own device or another one."""
+        return vars(self).setdefault(attribute if device is None else f"{attribute}_on_{device}", {})
 
 
 # pipelines/noise_diffusion_mixin.py
@@ -7631,6 +8965,7 @@ class NoiseDiffusionMixin(RewardMixin):
         noise_optimizer: NoiseOptimizer | None = None,
         noise_sampler: NoiseSamplerSpec | None = None,
         callback_on_optimization_step_end: Any = None,
+        save_noise_to: str | os.PathLike[str] | None = None,
         **kwargs,
     ):
         """The stock call; with `rewards` the initial noise is first chosen by Noise Diffusion.
@@ -7649,6 +8984,7 @@ class NoiseDiffusionMixin(RewardMixin):
                 dtype)`. Works without a method too; not beside `latents`.
             callback_on_optimization_step_end: Callbacks per optimisation step: functions of the state, or objects with
                 `on_step_end(state)`; return `False` to stop.
+            save_noise_to: A file for the best noise so far, kept up to date and whole whatever ends the call.
             args, kwargs: Those of the stock pipeline.
 
         Returns:
@@ -7664,6 +9000,7 @@ class NoiseDiffusionMixin(RewardMixin):
             noise_optimizer=self.method_on(NoiseDiffusion, rewards, settings, noise_optimizer),
             noise_sampler=noise_sampler,
             callback_on_optimization_step_end=callback_on_optimization_step_end,
+            save_noise_to=save_noise_to,
             **kwargs,
         )
 
