@@ -59,7 +59,7 @@ class Checkpoints:
 
     def __enter__(self) -> "Checkpoints":
         self.in_force = True
-        self.take("none" if self.setting == "auto" else self.setting)
+        self.take(POLICIES[0] if self.setting == "auto" else self.setting)
         return self
 
     def __exit__(self, *error: Any) -> None:

@@ -33,8 +33,8 @@ def as_loop_decoder(decoder: Any, pipe: Any, denoisers: Sequence[nn.Module]) -> 
     dtype = next(next(iter(denoisers), pipe.vae).parameters()).dtype
     device = torch.empty(0, device=pipe._execution_device).device  # with its index
     if isinstance(decoder, str | os.PathLike):
-        found: Any = AutoencoderTiny.from_pretrained(os.fspath(decoder), torch_dtype=dtype).to(device)
-        decoder = found.requires_grad_(False).eval()
+        found: Any = AutoencoderTiny.from_pretrained(os.fspath(decoder), torch_dtype=dtype)
+        decoder = found.to(device).requires_grad_(False).eval()
     check_decoder(decoder, device, dtype)
     check_channels(decoder, pipe)
     check_scale(decoder, pipe, device, dtype)
@@ -47,7 +47,7 @@ def check_plain_latents(pipe: Any) -> None:
     normalised = isinstance(vae, AutoencoderKL) and any(
         vae.config.get(name) is not None for name in ("latents_mean", "latents_std")
     )
-    if not isinstance(vae, AutoencoderKL) or normalised:
+    if not isinstance(vae, AutoencoderKL | AutoencoderTiny) or normalised:
         other = "one that normalises each channel of its latents" if normalised else type(vae).__name__
         raise ValueError(
             f"Expected a pipeline with an `AutoencoderKL` that scales its latents by one number, for which there are "

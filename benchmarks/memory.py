@@ -1,0 +1,220 @@
+"""What a gradient with respect to the noise takes in memory and time, by what is kept for the backward pass.
+
+python benchmarks/memory.py
+python benchmarks/memory.py --model sdxl --steps 1 4 --size 512 1024
+python benchmarks/memory.py --model flux
+
+Each row is one gradient of one image through the whole pipeline, of a fixed random projection of its pixels: no reward
+adds to it. The models have the published shapes and random weights, so nothing is downloaded; the default is the
+architecture of SDXL at a fifth of its width, for a CPU. Memory is the peak above the loaded models: on CUDA of torch's
+allocator, elsewhere of all tensors, counted in a run of its own. Times are medians, after a run that does not count; on
+a CPU those of the processor, all its threads together, which other programs on the machine leave alone.
+
+"tiny decoder" and "frozen" keep no more than they have to by taking another gradient, with nothing checkpointed: how
+far it is from the exact one means nothing for random weights, and is left out.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from real_shapes import embeddings, flux, sd_turbo, sdxl_turbo, small_sdxl, tiny_decoder
+
+from noiseopt import FunctionObjective, NoiseOptimizer, optimize_noise
+from noiseopt.evaluation.live_bytes import LiveBytes
+from noiseopt.evaluation.measure import MEBIBYTE, PeakMemory, synchronize
+from noiseopt.pipelines.checkpointing import POLICIES
+from noiseopt.pipelines.noise_problem import NoiseProblem
+
+RESULTS = Path(__file__).parent / "results"
+MODELS = {"small": small_sdxl, "sd": sd_turbo, "sdxl": sdxl_turbo, "flux": flux}
+SIZES = {"small": 128, "sd": 512, "sdxl": 512, "flux": 1024}
+WAYS = (*POLICIES, "tiny decoder", "frozen")
+
+
+@dataclasses.dataclass
+class Row:
+    """One way to take one gradient.
+
+    Attributes:
+        way: A policy, "tiny decoder" or "frozen".
+        steps: Of the sampling.
+        size: Height and width of the image.
+        memory: The peak in MiB, above the models; `None` if it was more than there is.
+        seconds: Of the forward and backward pass; `None` likewise.
+        difference: ‖gradient − that of "none"‖ / ‖that of "none"‖; `None` where that is not known, or another one.
+    """
+
+    way: str
+    steps: int
+    size: int
+    memory: float | None = None
+    seconds: float | None = None
+    difference: float | None = None
+
+
+class Look(NoiseOptimizer):
+    """Keeps the problem of a call and draws nothing."""
+
+    steps = 1
+
+    def __init__(self, way: str, decoder: Any) -> None:
+        self.checkpointing = way if way in POLICIES else "none"  # pyright: ignore[reportAttributeAccessIssue]
+        self.decoder = decoder if way == "tiny decoder" else None
+        self.gradient = "frozen" if way == "frozen" else "full"
+
+    def objective(self, pipe) -> FunctionObjective:
+        return FunctionObjective(lambda sample: sample.noise.flatten(1).mean(1))
+
+    def start(self, problem: NoiseProblem) -> None:
+        vars(self)["problem"] = problem
+
+
+class Setting:
+    """One pipeline and the call that gradients are taken through."""
+
+    def __init__(self, model: str, dtype: torch.dtype, device: torch.device) -> None:
+        self.pipe: Any = MODELS[model](dtype, device)
+        self.device, self.decoder = device, tiny_decoder(self.pipe)
+        for module in (*self.pipe.components.values(), self.decoder):
+            if isinstance(module, torch.nn.Module):
+                module.requires_grad_(False)
+
+    def look(self, way: str, steps: int, size: int) -> Look:
+        look = Look(way, self.decoder)
+        call = {"height": size, "width": size, "num_inference_steps": steps, "guidance_scale": 0.0}
+        generator = torch.Generator().manual_seed(0)
+        optimize_noise(self.pipe, None, look, callbacks=[], generator=generator, **embeddings(self.pipe), **call)
+        return look
+
+    def gradient(self, look: Look) -> torch.Tensor:
+        """Of a fixed random projection of the pixels with respect to the noise `(1, C, H, W)`."""
+        problem: NoiseProblem = vars(look)["problem"]
+        leaf = problem.noise.clone().requires_grad_()
+        with problem.sampler.checkpoints:
+            images = problem.sampler.images(leaf, look.gradient)
+            weights = torch.randn(images.shape, generator=torch.Generator().manual_seed(1)).to(images)
+            (found,) = torch.autograd.grad((images * weights).sum() / math.sqrt(images.numel()), leaf)
+        return found
+
+    def row(self, way: str, steps: int, size: int, repeats: int) -> tuple[Row, torch.Tensor | None]:
+        """A row without its difference, and the gradient on the CPU."""
+        row, look = Row(way, steps, size), self.look(way, steps, size)
+        try:
+            found = self.gradient(look)
+            seconds = [self.seconds(look) for _ in range(repeats)]
+            memory = self.memory(look)
+        except torch.OutOfMemoryError:
+            return row, None
+        row.memory, row.seconds = memory, statistics.median(seconds)
+        return row, found.double().cpu()
+
+    def seconds(self, look: Look) -> float:
+        clock = time.process_time if self.device.type == "cpu" else time.perf_counter
+        synchronize(self.device)
+        started = clock()
+        self.gradient(look)
+        synchronize(self.device)
+        return clock() - started
+
+    def memory(self, look: Look) -> float | None:
+        """The peak in MiB."""
+        if self.device.type == "cuda":
+            peak = PeakMemory(self.device)
+            peak.start()
+            self.gradient(look)
+            return peak.peak()
+        with LiveBytes() as live:
+            self.gradient(look)
+        return live.peak / MEBIBYTE
+
+
+def measure(setting: Setting, steps: Sequence[int], sizes: Sequence[int], repeats: int) -> list[Row]:
+    rows = []
+    for size in sizes:
+        for count in steps:
+            exact = None
+            for way in WAYS:
+                row, gradient = setting.row(way, count, size, repeats)
+                exact = gradient if way == "none" else exact
+                if way in POLICIES[1:] and exact is not None and gradient is not None:
+                    row.difference = float((gradient - exact).norm() / exact.norm())
+                rows.append(row)
+                print(line_of(row, rows), flush=True)
+    return rows
+
+
+def base_of(row: Row, rows: Sequence[Row]) -> Row:
+    """The row of the same call that keeps everything."""
+    return next(each for each in rows if (each.way, each.steps, each.size) == ("none", row.steps, row.size))
+
+
+def line_of(row: Row, rows: Sequence[Row]) -> str:
+    """A line of the table."""
+    if row.memory is None or row.seconds is None:
+        return f"| {row.size} | {row.steps} | {row.way} | does not fit | – | – | – | – |"
+    base, memory, seconds = base_of(row, rows), "–", "–"
+    if base.memory and base.seconds:
+        memory, seconds = f"{row.memory / base.memory:.2f}", f"{row.seconds / base.seconds:.2f}"
+    difference = "–" if row.difference is None else f"{row.difference:.0e}"
+    cells = (row.size, row.steps, row.way, f"{row.memory:.0f}", memory, f"{row.seconds:.2f}", seconds, difference)
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Markdown."""
+    head = "| size | steps | kept | peak MiB | × none | seconds | × none | difference of gradients |"
+    return "\n".join([head, "|---|---|---|---|---|---|---|---|", *(line_of(row, rows) for row in rows)])
+
+
+def described(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """What was measured, and where."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    asked = {"model": options.model, "dtype": options.dtype, "repeats": options.repeats}
+    return {**asked, "device": device.type, "machine": name, "torch": torch.__version__}
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=list(MODELS), default="small")
+    parser.add_argument("--steps", type=int, nargs="+", default=[1, 4], help="of the sampling")
+    parser.add_argument("--size", type=int, nargs="+", help="height and width of the image, in pixels")
+    parser.add_argument(
+        "--dtype", choices=["float16", "bfloat16", "float32", "float64"], help="by default bfloat16 on CUDA"
+    )
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--repeats", type=int, default=3, help="runs whose time counts")
+    parser.add_argument("--output", type=Path, default=RESULTS, metavar="FOLDER", help="for memory_<model>_<device>.*")
+    options = parser.parse_args(arguments)
+    if options.device == "auto":
+        options.device = "cuda" if torch.cuda.is_available() else "cpu"
+    options.dtype = options.dtype or ("bfloat16" if options.device.startswith("cuda") else "float32")
+    options.size = options.size or [SIZES[options.model]]
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> list[Row]:
+    """Measure, and write a table and its numbers."""
+    options = parse_arguments(arguments)
+    device = torch.device(options.device)
+    setting = Setting(options.model, getattr(torch, options.dtype), device)
+    rows = measure(setting, options.steps, options.size, options.repeats)
+    about = described(options, device)
+    options.output.mkdir(parents=True, exist_ok=True)
+    path = options.output / f"memory_{options.model}_{device.type}"
+    numbers = {**about, "rows": [dataclasses.asdict(row) for row in rows]}
+    path.with_suffix(".json").write_text(json.dumps(numbers, indent=2) + "\n")
+    title = ", ".join(f"{name} {value}" for name, value in about.items())
+    path.with_suffix(".md").write_text(f"{title}\n\n{table(rows)}\n")
+    return rows
+
+
+if __name__ == "__main__":
+    main()

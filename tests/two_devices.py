@@ -1,0 +1,59 @@
+"""A second device on a machine that has one: tensors that say they are there, and do not mix with the others."""
+
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+OTHER = torch.device("cuda", 1)
+
+
+class Elsewhere(torch.Tensor):
+    """A tensor on `OTHER`, as far as `TwoDevices` is concerned."""
+
+
+class TwoDevices(TorchFunctionMode):
+    """Inside, `tensor.to(OTHER)` is a tensor that is elsewhere, until it is brought back; it keeps its graph.
+
+    An operation on tensors of both raises as torch does. Numbers, tensors without dimensions, may mix, as in torch.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        if func == torch.Tensor.device.__get__:  # pyright: ignore[reportAttributeAccessIssue]
+            return OTHER if isinstance(args[0], Elsewhere) else func(*args)
+        if func == torch.Tensor.to:
+            return moved(*args, **kwargs)
+        if len({isinstance(tensor, Elsewhere) for tensor in tensors if tensor.ndim}) > 1:
+            raise RuntimeError("Expected all tensors to be on the same device, but found at least two devices.")
+        if kwargs.get("device") == OTHER:
+            return elsewhere(func(*args, **kwargs | {"device": "cpu"}))
+        return func(*args, **kwargs)
+
+
+def elsewhere(tensor: torch.Tensor) -> torch.Tensor:
+    """The same tensor on `OTHER`."""
+    return tensor.as_subclass(Elsewhere)
+
+
+def weights_elsewhere(module: torch.nn.Module) -> torch.nn.Module:
+    """A module with all its weights on `OTHER`, in place."""
+    for part in module.modules():
+        for table in (part._parameters, part._buffers):
+            table.update({name: elsewhere(each.detach()) for name, each in table.items() if each is not None})  # pyright: ignore
+    return module
+
+
+def moved(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """`tensor.to(...)` between the two."""
+    values = [*args, *kwargs.values()]
+    devices = [torch.device(value) for value in values if isinstance(value, str | torch.device)]
+    likes = [value for value in values if isinstance(value, torch.Tensor)]
+    dtypes = [value for value in values if isinstance(value, torch.dtype)] + [like.dtype for like in likes]
+    there = isinstance(likes[0] if likes else tensor, Elsewhere)
+    there = devices[0] == OTHER if devices else there
+    plain = tensor.as_subclass(torch.Tensor)
+    plain = plain.to(dtypes[0]) if dtypes else plain
+    return elsewhere(plain) if there else plain
