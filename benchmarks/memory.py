@@ -7,7 +7,8 @@ python benchmarks/memory.py --model flux
 Each row is one gradient of one image through the whole pipeline, of a fixed random projection of its pixels: no reward
 adds to it. The models have the published shapes and random weights, so nothing is downloaded; the default is the
 architecture of SDXL at a fifth of its width, for a CPU. Memory is the peak above the loaded models: on CUDA of torch's
-allocator, elsewhere of all tensors, counted in a run of its own. Times are medians, after a run that does not count.
+allocator, elsewhere of all tensors, counted in a run of its own. Times are medians, after a run that does not count; on
+a CPU those of the processor, all its threads together, which other programs on the machine leave alone.
 
 "tiny decoder" and "frozen" keep no more than they have to by taking another gradient, with nothing checkpointed: how
 far it is from the exact one means nothing for random weights, and is left out.
@@ -116,11 +117,12 @@ class Setting:
         return row, found.double().cpu()
 
     def seconds(self, look: Look) -> float:
+        clock = time.process_time if self.device.type == "cpu" else time.perf_counter
         synchronize(self.device)
-        started = time.perf_counter()
+        started = clock()
         self.gradient(look)
         synchronize(self.device)
-        return time.perf_counter() - started
+        return clock() - started
 
     def memory(self, look: Look) -> float | None:
         """The peak in MiB."""
