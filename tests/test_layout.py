@@ -138,6 +138,6 @@ assert "class ReNOTurboPipeline(" in sys.modules["noiseopt.pipelines.pipeline_co
         env=environment,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=200,
     )
     assert run.returncode == 0, run.stderr
