@@ -1,5 +1,6 @@
 """ReNO against the released loop written down naively, and against closed forms."""
 
+import copy
 import inspect
 import math
 
@@ -82,7 +83,7 @@ def test_parity_mode_gives_every_reward_the_released_pixels(size):
 
 
 def test_parity_mode_follows_the_released_loop_step_by_step(clip):
-    pipe, steps, weight = tiny_pipeline("sd"), 12, 0.5
+    pipe, steps, weight = copy.deepcopy(tiny_pipeline("sd")), 12, 0.5  # the shared one stays as it is
     for module in (pipe.unet, pipe.vae, pipe.text_encoder):
         module.requires_grad_(False)
     losses, best, last = released_loop(pipe, "a b", clip, weight, steps, seed=3)
