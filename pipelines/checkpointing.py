@@ -50,7 +50,8 @@ class Checkpoints:
         decoder: Any = None,
         scaled_lora: bool = False,
     ) -> None:
-        self.setting, self.denoisers, self.scaled_lora = setting, list(denoisers), scaled_lora
+        self.setting: Checkpointing = setting
+        self.denoisers, self.scaled_lora = list(denoisers), scaled_lora
         self.decoder = decoder
         self.in_force = self.settled = False
         self.counted: set[Hashable] = set()
@@ -58,7 +59,7 @@ class Checkpoints:
 
     def __enter__(self) -> "Checkpoints":
         self.in_force = True
-        self.take(POLICIES[0] if self.setting == "auto" else self.setting)
+        self.take("none" if self.setting == "auto" else self.setting)
         return self
 
     def __exit__(self, *error: Any) -> None:
