@@ -23,7 +23,8 @@ FLOAT_DTYPES = (torch.float16, torch.bfloat16, *NOISE_DTYPES)
 CUDA_STATE_BYTES = 16
 TORCH_FILES = (b"PK\x03\x04", *(b"\x80" + bytes([protocol]) for protocol in range(6)))  # a zip, and pickles
 
-Header, Tensors = dict[str, Any], dict[str, torch.Tensor]
+Header = dict[str, Any]
+Tensors = dict[str, torch.Tensor]
 
 
 class UnusableResult(Exception):

@@ -270,6 +270,7 @@ def test_an_interrupt_while_a_set_grows(tmp_path):
     before = state_of(pipe)
     inside = [place for place in whole.places() if place[1] > SetGrowth.add_image.__code__.co_firstlineno]
     assert len(inside) > 20
+    folder = tmp_path / "whole"
     for index, place in enumerate(inside[::2]):
         folder = tmp_path / str(index)
         with pytest.raises(KeyboardInterrupt) as raised, Events(pipe), Lines(("image_set",), place):
