@@ -5621,7 +5621,8 @@ class Checkpoints:
         decoder: Any = None,
         scaled_lora: bool = False,
     ) -> None:
-        self.setting, self.denoisers, self.scaled_lora = setting, list(denoisers), scaled_lora
+        self.setting: Checkpointing = setting
+        self.denoisers, self.scaled_lora = list(denoisers), scaled_lora
         self.decoder = decoder
         self.in_force = self.settled = False
         self.counted: set[Hashable] = set()
@@ -5629,7 +5630,7 @@ class Checkpoints:
 
     def __enter__(self) -> "Checkpoints":
         self.in_force = True
-        self.take(POLICIES[0] if self.setting == "auto" else self.setting)
+        self.take("none" if self.setting == "auto" else self.setting)
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -5898,7 +5899,8 @@ FLOAT_DTYPES = (torch.float16, torch.bfloat16, *NOISE_DTYPES)
 CUDA_STATE_BYTES = 16
 TORCH_FILES = (b"PK\x03\x04", *(b"\x80" + bytes([protocol]) for protocol in range(6)))  # a zip, and pickles
 
-Header, Tensors = dict[str, Any], dict[str, torch.Tensor]
+Header = dict[str, Any]
+Tensors = dict[str, torch.Tensor]
 
 
 class UnusableResult(Exception):
