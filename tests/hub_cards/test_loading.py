@@ -4,14 +4,17 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from loopback_hub import running_hub
 from tiny_features import PUBLISHED_FEATURES
 from tiny_rewards import PUBLISHED
 
 from noiseopt.hub.cards import CARDS
 from noiseopt.hub.push import push
 
+ROOT = Path(__file__).parents[2]
 # card -> its class and its family in `tiny_pipelines`
 CLASSES = {
     "cno-flux": ("CNOFluxPipeline", "flux"),
@@ -30,16 +33,32 @@ CLASSES = {
 }
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    """One Hub for all cards, as one process reads its address."""
+    with running_hub(tmp_path_factory.mktemp("cards") / "hub") as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def loader(hub, tmp_path_factory):
+    """A process of `load_card.py`."""
+    environment = hub.environment(tmp_path_factory.mktemp("cache"))
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests")])
+    command = [sys.executable, str(ROOT / "tests/hub_cards/load_card.py")]
+    with subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as found:
+        yield found
+        found.stdin.close()
+
+
+@pytest.fixture(scope="module")
 def publish(hub):
-    """publish(program) -> tiny models under the Hub ids of what a program of a card asks for by name."""
+    """publish(program) -> tiny models under the Hub ids of what a program of a card asks for by name, each once."""
+    writers = {**PUBLISHED, "dpp": PUBLISHED_FEATURES["facebook/dinov2-base"]}
 
     def publish_for(program):
-        for name, write in PUBLISHED.items():
-            if f'"{name}"' in program:
-                write(hub.root)
-        if '"dpp"' in program:
-            PUBLISHED_FEATURES["facebook/dinov2-base"](hub.root)
+        for name in [name for name in writers if f'"{name}"' in program]:
+            writers.pop(name)(hub.root)
 
     return publish_for
 
@@ -50,21 +69,19 @@ def test_all_cards_are_loaded():
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", CLASSES)
-def test_card_draws_what_the_package_draws_and_runs_its_programs(name, publish, hub, api, root, tmp_path):
+def test_card_draws_what_the_package_draws_and_runs_its_programs(name, publish, hub, api, loader, tmp_path):
     card = next(card for card in CARDS if card.name == name)
     push(card, "someone", tag="v0.1.0", api=api)
     publish(card.method.example)
     module = "noiseopt." + card.module.removesuffix(".py").replace("/", ".")
-    folder, repository = root / "hub_cards" / name, f"someone/{name}"
+    folder, repository = ROOT / "hub_cards" / name, f"someone/{name}"
     arguments = [*CLASSES[name], card.method.name, module, folder, repository, "v0.1.0", card.base_model, hub.root]
-    environment = hub.environment(tmp_path / "cache")
-    environment["PYTHONPATH"] = os.pathsep.join([str(root / "src"), str(root / "tests")])
-    command = [sys.executable, root / "tests/hub_cards/load_card.py", *arguments]
-    (tmp_path / "run").mkdir()
-    run = subprocess.run(command, env=environment, cwd=tmp_path / "run", capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr
-    assert "might require the following packages" not in run.stderr
-    facts = json.loads(run.stdout.splitlines()[-1])
+    out, log = tmp_path / "facts.json", tmp_path / "log.txt"
+    job = {"arguments": [*map(str, arguments)], "folder": str(tmp_path), "out": str(out), "log": str(log)}
+    print(json.dumps(job), file=loader.stdin, flush=True)
+    assert loader.stdout.readline() == "0\n", log.read_text()
+    assert "might require the following packages" not in log.read_text()
+    facts = json.loads(out.read_text())
     assert all(facts.values()), facts
-    assert any(request.startswith(f"GET /{repository}/resolve/") for request in hub.requests)
-    assert any(request.startswith("GET /tiny/clip/resolve/") for request in hub.requests) == card.method.takes_rewards
+    wanted = [repository, *(["tiny/clip"] if card.method.takes_rewards else [])]  # the cards share what is downloaded
+    assert all(any(request.startswith(f"GET /{each}/resolve/") for request in hub.requests) for each in wanted)
