@@ -23,6 +23,6 @@ def test_the_reward_of_the_guide_meets_the_contract(tmp_path):
         file.write(line + "\n")
     command = [sys.executable, "-m", "pytest", "tests/rewards/test_contract.py", "-k", "saturation", "-q"]
     environment = os.environ | {"PYTHONPATH": str(tmp_path / "src"), "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=100)
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stdout + run.stderr
     assert int(re.search(r"(\d+) passed", run.stdout)[1]) >= 18
