@@ -10,11 +10,13 @@ from torch.utils.checkpoint import checkpoint
 
 from .chunk_size import GraphTooLarge, SavedBytes, free_memory
 from .module_state import with_forward
+from .undoing import undoing
 
 CheckpointPolicy = Literal["none", "blocks", "steps"]
 Checkpointing = Literal["auto", "none", "blocks", "steps"]
 POLICIES: tuple[CheckpointPolicy, ...] = ("none", "blocks", "steps")  # each holds less than the one before
 BLOCK_SETTINGS = ("gradient_checkpointing", "_gradient_checkpointing_func")
+BLOCK_CHECKPOINT = functools.partial(checkpoint, use_reentrant=False)
 
 
 class Checkpoints:
@@ -63,11 +65,15 @@ class Checkpoints:
         return self
 
     def __exit__(self, *error: Any) -> None:
+        with undoing(self.restore):
+            pass
+
+    def restore(self) -> None:
         for module, before in self.changed:
             for name in BLOCK_SETTINGS:
                 vars(module).pop(name, None)
             vars(module).update(before)
-        self.changed.clear()
+        self.changed = []
         self.policy, self.in_force, self.settled = "none", False, False
         self.counted.clear()
 
@@ -84,7 +90,10 @@ class Checkpoints:
         self.policy = policy
         if policy != "none" and not self.changed:
             kept_by_blocks = [part for part in [*self.denoisers, self.decoder] if self.has_blocks(part)]
-            self.changed = [(module, turn_on(module)) for part in kept_by_blocks for module in blocks_of(part)]
+            modules = [module for part in kept_by_blocks for module in blocks_of(part)]
+            self.changed = [(module, own_block_settings(module)) for module in modules]
+            for module in modules:
+                vars(module).update(zip(BLOCK_SETTINGS, (True, BLOCK_CHECKPOINT), strict=True))
 
     def has_blocks(self, part: Any) -> bool:
         """Whether a module is kept by its blocks."""
@@ -127,11 +136,9 @@ def blocks_of(part: nn.Module) -> Iterator[nn.Module]:
             yield module
 
 
-def turn_on(module: nn.Module) -> dict[str, Any]:
-    """Let a module keep its inputs alone. Returns what it had of its own before."""
-    before = {name: vars(module)[name] for name in BLOCK_SETTINGS if name in vars(module)}
-    vars(module).update(zip(BLOCK_SETTINGS, (True, functools.partial(checkpoint, use_reentrant=False)), strict=True))
-    return before
+def own_block_settings(module: nn.Module) -> dict[str, Any]:
+    """What a module has of its own to say about keeping its inputs alone."""
+    return {name: vars(module)[name] for name in BLOCK_SETTINGS if name in vars(module)}
 
 
 def recomputed_whole(module: nn.Module) -> nn.Module:

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.grad import conv2d_input
 
+from .undoing import undoing
+
 LEAN_BYTES = 2**18  # smaller inputs are left to autograd: there is nothing to gain
 
 
@@ -179,13 +181,15 @@ LEAN_LAYERS: dict[type[nn.Module], type[nn.Module]] = {
 def lean_layers(roots: Iterable[nn.Module]) -> Iterator[None]:
     """Layers of these modules are lean inside, and what they were outside; subclasses and compiled modules stay."""
     changed = [(layer, type(layer)) for root in roots for layer in plain_layers(root)]
-    try:
+
+    def put_back() -> None:
+        for layer, kind in changed:
+            layer.__class__ = kind
+
+    with undoing(put_back):
         for layer, kind in changed:
             layer.__class__ = LEAN_LAYERS[kind]
         yield
-    finally:
-        for layer, kind in changed:
-            layer.__class__ = kind
 
 
 def plain_layers(module: nn.Module) -> Iterator[nn.Module]:

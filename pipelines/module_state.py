@@ -10,6 +10,7 @@ from diffusers.models.attention_dispatch import AttentionBackendName, _Attention
 from torch import nn
 
 from .lean_layers import lean_layers
+from .undoing import undoing
 
 DENOISERS = ("unet", "transformer", "transformer_2")
 CALLED_IN_STEPS = (*DENOISERS, "controlnet")
@@ -20,19 +21,6 @@ ENCODERS = ("text_encoder", "image_encoder", "safety_checker")
 def modules_of(pipe) -> dict[str, nn.Module]:
     """The pipeline's components that are torch modules, by name."""
     return {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
-
-
-@contextlib.contextmanager
-def undoing(undo: Callable[[], object]) -> Iterator[None]:
-    """Call `undo` at the end, and once more if that is interrupted: Ctrl-C may come while something is put back."""
-    try:
-        yield
-    finally:
-        try:
-            undo()
-        except BaseException:
-            undo()
-            raise
 
 
 @contextlib.contextmanager

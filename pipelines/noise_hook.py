@@ -16,7 +16,7 @@ from ..schedulers.noise_samplers import NoiseSamplerSpec, as_noise_sampler
 from .latent_space import LatentSpace, drawing_function, latents_with_image
 from .loop_decoder import as_loop_decoder
 from .methods import as_noise_optimizer
-from .module_state import DENOISERS, frozen_modules, refuse_unsuited, undoing
+from .module_state import DENOISERS, frozen_modules, refuse_unsuited
 from .noise_file import NoiseFile
 from .noise_optimizer import NoiseOptimizer
 from .noise_problem import NoiseProblem
@@ -24,6 +24,7 @@ from .noise_result import NoiseResult
 from .objectives import Objective
 from .pipeline_code import SavedWithCode
 from .sampling import PipelineSampler, RandomState, parts_of, stock_call
+from .undoing import undoing
 
 
 class NoiseFound(Exception):

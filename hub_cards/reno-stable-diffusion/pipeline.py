@@ -5203,6 +5203,22 @@ def free_memory(device: torch.device) -> int:
     return psutil.virtual_memory().available
 
 
+# pipelines/undoing.py
+
+
+@contextlib.contextmanager
+def undoing(undo: Callable[[], object]) -> Iterator[None]:
+    """Call `undo` at the end, and once more if that is interrupted: Ctrl-C may come while something is put back."""
+    try:
+        yield
+    finally:
+        try:
+            undo()
+        except BaseException:
+            undo()
+            raise
+
+
 # pipelines/lean_layers.py
 
 
@@ -5366,13 +5382,15 @@ LEAN_LAYERS: dict[type[nn.Module], type[nn.Module]] = {
 def lean_layers(roots: Iterable[nn.Module]) -> Iterator[None]:
     """Layers of these modules are lean inside, and what they were outside; subclasses and compiled modules stay."""
     changed = [(layer, type(layer)) for root in roots for layer in plain_layers(root)]
-    try:
+
+    def put_back() -> None:
+        for layer, kind in changed:
+            layer.__class__ = kind
+
+    with undoing(put_back):
         for layer, kind in changed:
             layer.__class__ = LEAN_LAYERS[kind]
         yield
-    finally:
-        for layer, kind in changed:
-            layer.__class__ = kind
 
 
 def plain_layers(module: nn.Module) -> Iterator[nn.Module]:
@@ -5397,19 +5415,6 @@ ENCODERS = ("text_encoder", "image_encoder", "safety_checker")
 def modules_of(pipe) -> dict[str, nn.Module]:
     """The pipeline's components that are torch modules, by name."""
     return {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
-
-
-@contextlib.contextmanager
-def undoing(undo: Callable[[], object]) -> Iterator[None]:
-    """Call `undo` at the end, and once more if that is interrupted: Ctrl-C may come while something is put back."""
-    try:
-        yield
-    finally:
-        try:
-            undo()
-        except BaseException:
-            undo()
-            raise
 
 
 @contextlib.contextmanager
@@ -5586,6 +5591,7 @@ CheckpointPolicy = Literal["none", "blocks", "steps"]
 Checkpointing = Literal["auto", "none", "blocks", "steps"]
 POLICIES: tuple[CheckpointPolicy, ...] = ("none", "blocks", "steps")  # each holds less than the one before
 BLOCK_SETTINGS = ("gradient_checkpointing", "_gradient_checkpointing_func")
+BLOCK_CHECKPOINT = functools.partial(checkpoint, use_reentrant=False)
 
 
 class Checkpoints:
@@ -5634,11 +5640,15 @@ class Checkpoints:
         return self
 
     def __exit__(self, *error: Any) -> None:
+        with undoing(self.restore):
+            pass
+
+    def restore(self) -> None:
         for module, before in self.changed:
             for name in BLOCK_SETTINGS:
                 vars(module).pop(name, None)
             vars(module).update(before)
-        self.changed.clear()
+        self.changed = []
         self.policy, self.in_force, self.settled = "none", False, False
         self.counted.clear()
 
@@ -5655,7 +5665,10 @@ class Checkpoints:
         self.policy = policy
         if policy != "none" and not self.changed:
             kept_by_blocks = [part for part in [*self.denoisers, self.decoder] if self.has_blocks(part)]
-            self.changed = [(module, turn_on(module)) for part in kept_by_blocks for module in blocks_of(part)]
+            modules = [module for part in kept_by_blocks for module in blocks_of(part)]
+            self.changed = [(module, own_block_settings(module)) for module in modules]
+            for module in modules:
+                vars(module).update(zip(BLOCK_SETTINGS, (True, BLOCK_CHECKPOINT), strict=True))
 
     def has_blocks(self, part: Any) -> bool:
         """Whether a module is kept by its blocks."""
@@ -5698,11 +5711,9 @@ def blocks_of(part: nn.Module) -> Iterator[nn.Module]:
             yield module
 
 
-def turn_on(module: nn.Module) -> dict[str, Any]:
-    """Let a module keep its inputs alone. Returns what it had of its own before."""
-    before = {name: vars(module)[name] for name in BLOCK_SETTINGS if name in vars(module)}
-    vars(module).update(zip(BLOCK_SETTINGS, (True, functools.partial(checkpoint, use_reentrant=False)), strict=True))
-    return before
+def own_block_settings(module: nn.Module) -> dict[str, Any]:
+    """What a module has of its own to say about keeping its inputs alone."""
+    return {name: vars(module)[name] for name in BLOCK_SETTINGS if name in vars(module)}
 
 
 def recomputed_whole(module: nn.Module) -> nn.Module:
