@@ -5154,7 +5154,7 @@ LATER_TENSORS = ("initial_noise", "band_changes")  # which files of older versio
 PER_SCORE, PER_STREAM = "scores.", "generator_states."
 NOISE_DTYPES = (torch.float32, torch.float64)
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, *NOISE_DTYPES)
-CUDA_STATE_BYTES = 16
+CUDA_STATE_BYTES, MOST_STATE_BYTES = 16, 1024  # generators of accelerators count; that of the CPU has 5056 bytes
 TORCH_FILES = (b"PK\x03\x04", *(b"\x80" + bytes([protocol]) for protocol in range(6)))  # a zip, and pickles
 
 Header = dict[str, Any]
@@ -5302,12 +5302,21 @@ def fits_generator(device: str, state: torch.Tensor) -> bool:
     if state.dtype != torch.uint8 or state.ndim != 1 or not re.fullmatch("[a-z_]{1,16}", device):
         return False
     if device != "cpu":
-        return len(state) == CUDA_STATE_BYTES if device == "cuda" else 0 < len(state) <= 2**16
+        sizes = (CUDA_STATE_BYTES,) if device == "cuda" else range(1, MOST_STATE_BYTES + 1)
+        return is_device(device) and len(state) in sizes
     try:
         torch.Generator().set_state(state.clone())
     except RuntimeError:
         return False
     return True
+
+
+def is_device(name: str) -> bool:
+    """Whether torch knows a kind of device, which need not be here."""
+    try:
+        return torch.device(name).index is None
+    except RuntimeError:
+        return False
 
 
 def check_provenance(provenance: dict[str, Any], tensors: Tensors) -> None:

@@ -135,6 +135,14 @@ HEADERS = {
     "a device more": (header(lambda found: {**found, "generator_devices": ["cpu"] * 3}), "lacks the tensors generator"),
     "a device of another kind": (header(lambda found: {**found, "generator_devices": ["cpu", "cuda"]}), "'cuda' takes"),
     "a device that is none": (header(lambda found: {**found, "generator_devices": ["cpu", "../x"]}), "'../x' takes"),
+    "a device that torch does not know": (
+        header(lambda found: {**found, "generator_devices": ["cpu", "cpt"]}),
+        "'cpt' takes",
+    ),
+    "a device with another's state": (
+        header(lambda found: {**found, "generator_devices": ["cpu", "ipu"]}),
+        "'ipu' takes",
+    ),
     "a device that is a number": (header(lambda found: {**found, "generator_devices": ["cpu", 3]}), "3 takes"),
     "one stream for all": (provenance(generators="single"), "2 generator states, where 1"),
     "prompts of another batch": (provenance(prompts=["a"]), "provenance whose prompts"),
