@@ -75,9 +75,7 @@ class NoiseRun:
         self.noise_sampler = noise_sampler_of(noise_sampler, request, self.groups)
         self.noise_file = None if save_noise_to is None else NoiseFile(save_noise_to)
         if size := image_size(pipe, request):
-            read = getattr(method, "reward_prompt", None) or self.prompts
-            prompt = read if isinstance(read, str) else read[0]
-            self.objective.try_out(prompt, *size, gradient=method.gradient is not None)
+            self.objective.try_out(self.prompts[0], *size, gradient=method.gradient is not None)
         self.decoder = as_loop_decoder(method.decoder, pipe, list(parts_of(pipe, DENOISERS).values()))
         self.encoded: list[Any] = []
         self.result: NoiseResult | None = None

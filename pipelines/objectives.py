@@ -108,6 +108,7 @@ class RewardObjective(Objective):
 
         The project's own rewards are tested to meet the contract: they only say whether they take images of this size.
         """
+        prompt = self.first_prompt(prompt)
         for name, reward in zip(self.rewards.names, self.rewards.rewards, strict=True):
             if not hasattr(reward, "function"):
                 reward.check_size(prompt, height, width)  # pyright: ignore[reportCallIssue]
@@ -116,6 +117,11 @@ class RewardObjective(Objective):
                 check_gradient(reward, prompt, height, width)  # pyright: ignore[reportArgumentType]
             else:
                 reward(torch.rand(1, 3, height, width, generator=torch.Generator().manual_seed(0)), prompt)
+
+    def first_prompt(self, prompt: str) -> str:
+        """What the first image is scored by: its own prompt, unless the rewards are asked about others."""
+        asked = prompt if self.prompts is None else self.prompts
+        return asked if isinstance(asked, str) else asked[0]
 
     def describe(self) -> dict[str, Any]:
         return self.rewards.describe()

@@ -52,7 +52,7 @@ class UnitScore(RewardObjective):
         if all(hasattr(reward, "function") for reward in self.rewards.rewards):
             image = torch.rand(1, 3, height, width, generator=torch.Generator().manual_seed(0))
             with torch.no_grad():
-                self.check_total(self.rewards(image, self.prompts if isinstance(self.prompts, str) else prompt).total)
+                self.check_total(self.rewards(image, self.first_prompt(prompt)).total)
 
     def check_total(self, total: torch.Tensor) -> None:
         if self.score_range is None and not ((total >= -SCORE_SLACK) & (total <= 1 + SCORE_SLACK)).all():

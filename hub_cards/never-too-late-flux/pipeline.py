@@ -7763,6 +7763,7 @@ class RewardObjective(Objective):
 
         The project's own rewards are tested to meet the contract: they only say whether they take images of this size.
         """
+        prompt = self.first_prompt(prompt)
         for name, reward in zip(self.rewards.names, self.rewards.rewards, strict=True):
             if not hasattr(reward, "function"):
                 reward.check_size(prompt, height, width)  # pyright: ignore[reportCallIssue]
@@ -7771,6 +7772,11 @@ class RewardObjective(Objective):
                 check_gradient(reward, prompt, height, width)  # pyright: ignore[reportArgumentType]
             else:
                 reward(torch.rand(1, 3, height, width, generator=torch.Generator().manual_seed(0)), prompt)
+
+    def first_prompt(self, prompt: str) -> str:
+        """What the first image is scored by: its own prompt, unless the rewards are asked about others."""
+        asked = prompt if self.prompts is None else self.prompts
+        return asked if isinstance(asked, str) else asked[0]
 
     def describe(self) -> dict[str, Any]:
         return self.rewards.describe()
@@ -9178,9 +9184,7 @@ class NoiseRun:
         self.noise_sampler = noise_sampler_of(noise_sampler, request, self.groups)
         self.noise_file = None if save_noise_to is None else NoiseFile(save_noise_to)
         if size := image_size(pipe, request):
-            read = getattr(method, "reward_prompt", None) or self.prompts
-            prompt = read if isinstance(read, str) else read[0]
-            self.objective.try_out(prompt, *size, gradient=method.gradient is not None)
+            self.objective.try_out(self.prompts[0], *size, gradient=method.gradient is not None)
         self.decoder = as_loop_decoder(method.decoder, pipe, list(parts_of(pipe, DENOISERS).values()))
         self.encoded: list[Any] = []
         self.result: NoiseResult | None = None
