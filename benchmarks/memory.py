@@ -16,22 +16,25 @@ far it is from the exact one means nothing for random weights, and is left out.
 
 import argparse
 import dataclasses
+import functools
 import json
 import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from real_shapes import embeddings, flux, sd_turbo, sdxl_turbo, small_sdxl, tiny_decoder
 
-from noiseopt import FunctionObjective, NoiseOptimizer, optimize_noise
+from noiseopt import optimize_noise
 from noiseopt.evaluation.live_bytes import LiveBytes
+from noiseopt.evaluation.looking import Looking
 from noiseopt.evaluation.measure import MEBIBYTE, PeakMemory, synchronize
 from noiseopt.pipelines.checkpointing import POLICIES
 from noiseopt.pipelines.noise_problem import NoiseProblem
+from noiseopt.pipelines.sampling import Gradient
 
 RESULTS = Path(__file__).parent / "results"
 MODELS = {"small": small_sdxl, "sd": sd_turbo, "sdxl": sdxl_turbo, "flux": flux}
@@ -60,80 +63,59 @@ class Row:
     difference: float | None = None
 
 
-class Look(NoiseOptimizer):
-    """Keeps the problem of a call and draws nothing."""
-
-    steps = 1
-
-    def __init__(self, way: str, decoder: Any) -> None:
-        self.checkpointing = way if way in POLICIES else "none"  # pyright: ignore[reportAttributeAccessIssue]
-        self.decoder = decoder if way == "tiny decoder" else None
-        self.gradient = "frozen" if way == "frozen" else "full"
-
-    def objective(self, pipe) -> FunctionObjective:
-        return FunctionObjective(lambda sample: sample.noise.flatten(1).mean(1))
-
-    def start(self, problem: NoiseProblem) -> None:
-        vars(self)["problem"] = problem
-
-
 class Setting:
     """One pipeline and the call that gradients are taken through."""
 
     def __init__(self, model: str, dtype: torch.dtype, device: torch.device) -> None:
         self.pipe: Any = MODELS[model](dtype, device)
         self.device, self.decoder = device, tiny_decoder(self.pipe)
-        for module in (*self.pipe.components.values(), self.decoder):
-            if isinstance(module, torch.nn.Module):
-                module.requires_grad_(False)
-
-    def look(self, way: str, steps: int, size: int) -> Look:
-        look = Look(way, self.decoder)
-        call = {"height": size, "width": size, "num_inference_steps": steps, "guidance_scale": 0.0}
-        generator = torch.Generator().manual_seed(0)
-        optimize_noise(self.pipe, None, look, callbacks=[], generator=generator, **embeddings(self.pipe), **call)
-        return look
-
-    def gradient(self, look: Look) -> torch.Tensor:
-        """Of a fixed random projection of the pixels with respect to the noise `(1, C, H, W)`."""
-        problem: NoiseProblem = vars(look)["problem"]
-        leaf = problem.noise.clone().requires_grad_()
-        with problem.sampler.checkpoints:
-            images = problem.sampler.images(leaf, look.gradient)
-            weights = torch.randn(images.shape, generator=torch.Generator().manual_seed(1)).to(images)
-            (found,) = torch.autograd.grad((images * weights).sum() / math.sqrt(images.numel()), leaf)
-        return found
 
     def row(self, way: str, steps: int, size: int, repeats: int) -> tuple[Row, torch.Tensor | None]:
         """A row without its difference, and the gradient on the CPU."""
-        row, look = Row(way, steps, size), self.look(way, steps, size)
-        try:
-            found = self.gradient(look)
-            seconds = [self.seconds(look) for _ in range(repeats)]
-            memory = self.memory(look)
-        except torch.OutOfMemoryError:
-            return row, None
-        row.memory, row.seconds = memory, statistics.median(seconds)
-        return row, found.double().cpu()
+        row, gradients = Row(way, steps, size), []
 
-    def seconds(self, look: Look) -> float:
+        def fill(problem: NoiseProblem) -> None:
+            take = functools.partial(gradient, problem, "frozen" if way == "frozen" else "full")
+            gradients.append(take().double().cpu())
+            seconds = [self.seconds(take) for _ in range(repeats)]
+            row.memory, row.seconds = self.memory(take), statistics.median(seconds)
+
+        policy, decoder = way if way in POLICIES else "none", self.decoder if way == "tiny decoder" else None
+        call = {"height": size, "width": size, "num_inference_steps": steps, "guidance_scale": 0.0}
+        call |= {"generator": torch.Generator().manual_seed(0), **embeddings(self.pipe)}
+        look = Looking(fill, checkpointing=policy, decoder=decoder)
+        try:
+            optimize_noise(self.pipe, None, look, callbacks=[], **call)
+        except torch.OutOfMemoryError:
+            return Row(way, steps, size), None
+        return row, gradients[0]
+
+    def seconds(self, take: Callable[[], Any]) -> float:
         clock = time.process_time if self.device.type == "cpu" else time.perf_counter
         synchronize(self.device)
         started = clock()
-        self.gradient(look)
+        take()
         synchronize(self.device)
         return clock() - started
 
-    def memory(self, look: Look) -> float | None:
+    def memory(self, take: Callable[[], Any]) -> float | None:
         """The peak in MiB."""
         if self.device.type == "cuda":
             peak = PeakMemory(self.device)
             peak.start()
-            self.gradient(look)
+            take()
             return peak.peak()
         with LiveBytes() as live:
-            self.gradient(look)
+            take()
         return live.peak / MEBIBYTE
+
+
+def gradient(problem: NoiseProblem, kind: Gradient) -> torch.Tensor:
+    """Of a fixed random projection of the pixels with respect to the noise `(1, C, H, W)`."""
+    leaf = problem.noise.clone().requires_grad_()
+    images = problem.sampler.images(leaf, kind)
+    weights = torch.randn(images.shape, generator=torch.Generator().manual_seed(1)).to(images)
+    return torch.autograd.grad((images * weights).sum() / math.sqrt(images.numel()), leaf)[0]
 
 
 def measure(setting: Setting, steps: Sequence[int], sizes: Sequence[int], repeats: int) -> list[Row]:
@@ -142,10 +124,10 @@ def measure(setting: Setting, steps: Sequence[int], sizes: Sequence[int], repeat
         for count in steps:
             exact = None
             for way in WAYS:
-                row, gradient = setting.row(way, count, size, repeats)
-                exact = gradient if way == "none" else exact
-                if way in POLICIES[1:] and exact is not None and gradient is not None:
-                    row.difference = float((gradient - exact).norm() / exact.norm())
+                row, found = setting.row(way, count, size, repeats)
+                exact = found if way == "none" else exact
+                if way in POLICIES[1:] and exact is not None and found is not None:
+                    row.difference = float((found - exact).norm() / exact.norm())
                 rows.append(row)
                 print(line_of(row, rows), flush=True)
     return rows

@@ -16,14 +16,15 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from noiseopt import FunctionObjective, NoiseOptimizer, optimize_noise, shapes_world
+from noiseopt import optimize_noise, shapes_world
 from noiseopt.demo import load_pipeline, seeded
+from noiseopt.evaluation.looking import Looking
 from noiseopt.evaluation.measure import measured
 from noiseopt.pipelines.chunk_size import ChunkSetting
 from noiseopt.pipelines.noise_optimizer import chunk_size_of
@@ -36,18 +37,6 @@ MODES: dict[str, ChunkSetting] = {"joint": None, "one": 1, "auto": "auto"}
 PROMPT = shapes_world.VALIDATION_PROMPTS[0]
 
 
-class Look(NoiseOptimizer):
-    """Keeps the problem of a call and draws nothing."""
-
-    steps = 1
-
-    def objective(self, pipe) -> FunctionObjective:
-        return FunctionObjective(lambda sample: sample.noise.flatten(1).mean(1))
-
-    def start(self, problem: NoiseProblem) -> None:
-        vars(self)["problem"] = problem
-
-
 class SetStep:
     """One step of a set of `batch` images of `size`² pixels on a device."""
 
@@ -56,18 +45,14 @@ class SetStep:
             self.pipe: Any = load_pipeline(model).to(device)
             features = AutoFeatures.from_pretrained(shapes_world.path("dinov2"), dtype=torch.float32, device=device)
         self.total, self.device = SetRewardSum([(DPP(features), 1.0)]), device
-        for module in self.pipe.components.values():
-            if isinstance(module, torch.nn.Module):
-                module.requires_grad_(False)
         self.call = {**shapes_world.MODELS[model].call, "height": size, "width": size}
         given = torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(0))
         self.given = self.total.known_features(given.to(device))
 
-    def problem(self, batch: int) -> NoiseProblem:
-        look = Look()
+    def look(self, batch: int, then: Callable[[NoiseProblem], Any]) -> None:
+        """Show a function the problem of a set."""
         call = {**self.call, "num_images_per_prompt": batch, "generator": seeded(0, batch)}
-        optimize_noise(self.pipe, PROMPT, look, callbacks=[], **call)
-        return vars(look)["problem"]
+        optimize_noise(self.pipe, PROMPT, Looking(then, checkpointing="none"), callbacks=[], **call)
 
     def gradient(self, problem: NoiseProblem, chunk_size: int | None) -> torch.Tensor:
         """Of the set's value with respect to the noise, `(B, C, H, W)`."""
@@ -77,22 +62,20 @@ class SetStep:
         value = self.total(sample.images, self.given, chunk_size=chunk_size).total
         return torch.autograd.grad(value, leaf)[0]
 
-    def chosen(self, problem: NoiseProblem, mode: str) -> int | None:
-        """The chunks of a mode."""
-        look = Look()
-        look.chunk_size = MODES[mode]
-        return chunk_size_of(look, problem)
+    def measure(self, problem: NoiseProblem, mode: str) -> dict[str, Any]:
+        """Seconds, MiB and the gradient of one step."""
+        chunk_size = chunk_size_of(Looking(id, chunk_size=MODES[mode]), problem)
+        with measured(self.pipe, self.device) as cost:
+            gradient = self.gradient(problem, chunk_size)
+        return {"seconds": cost.seconds, "memory": cost.memory, "chunk_size": chunk_size, "gradient": gradient.cpu()}
 
 
 def measure(mode: str, batch: int, model: str, size: int, device: str) -> dict[str, Any]:
     """Seconds, MiB and the gradient of one step, in this process."""
-    step = SetStep(model, size, torch.device(device))
-    first, problem = step.problem(1), step.problem(batch)
-    step.gradient(first, None)
-    chunk_size = step.chosen(problem, mode)
-    with measured(step.pipe, step.device) as cost:
-        gradient = step.gradient(problem, chunk_size)
-    return {"seconds": cost.seconds, "memory": cost.memory, "chunk_size": chunk_size, "gradient": gradient.cpu()}
+    step, found = SetStep(model, size, torch.device(device)), {}
+    step.look(1, lambda first: step.gradient(first, None))
+    step.look(batch, lambda problem: found.update(step.measure(problem, mode)))
+    return found
 
 
 def measure_apart(mode: str, batch: int, options: argparse.Namespace) -> dict[str, Any]:

@@ -5,7 +5,9 @@ from typing import Any
 import torch
 from diffusers import StableDiffusionPipeline
 
-from noiseopt import FunctionObjective, NoiseOptimizationMixin, NoiseOptimizer, NoiseResult, ReNO, optimize_noise
+from noiseopt import NoiseOptimizationMixin, NoiseResult, ReNO, optimize_noise
+from noiseopt.evaluation.looking import Looking
+from noiseopt.pipelines.noise_problem import NoiseProblem
 from noiseopt.pipelines.sampling import stock_call
 
 
@@ -88,21 +90,10 @@ def check_gradient(pipe, prompt: Any, rtol: float, **arguments) -> None:
 
 def capture(pipe, prompt: Any = "a b", *, clamp: str = "hard", **arguments):
     """The sampler of a call, its base noise as a method sees it, and the result of drawing it."""
-    seen = {}
-
-    class Look(NoiseOptimizer):
-        steps = 1
-
-        def objective(self, pipe):
-            return FunctionObjective(lambda sample: sample.noise.flatten(1).mean(1))
-
-        def start(self, problem):
-            seen.update(sampler=problem.sampler, noise=problem.noise)
-
-    look = Look()
-    look.clamp = clamp  # that of the stock pipeline has no gradient at saturated pixels
+    seen: list[NoiseProblem] = []
+    look = Looking(seen.append, clamp=clamp)  # that of the stock pipeline has no gradient at saturated pixels
     result = optimize_noise(pipe, prompt, look, **{"generator": generator(), **fresh(arguments)})
-    return seen["sampler"], seen["noise"].to(result.latents.dtype).float(), result
+    return seen[0].sampler, seen[0].noise.to(result.latents.dtype).float(), result
 
 
 def state_of(pipe) -> dict[str, Any]:

@@ -13,10 +13,11 @@ from diffusers import (
     LCMScheduler,
     UniPCMultistepScheduler,
 )
+from problems import problem_of
 from tiny_features import build_features
 from tiny_pipelines import BUILDERS, call_arguments, quiet, tiny_pipeline
 
-from noiseopt import DPP, FunctionObjective, NoiseOptimizer, ReNO, RewardSum, optimize_noise
+from noiseopt import DPP, ReNO, RewardSum, optimize_noise
 from noiseopt.pipelines.chunk_size import SavedBytes
 from noiseopt.pipelines.chunks import BatchLayout, WholeBatchDraws
 from noiseopt.pipelines.noise_optimizer import chunk_size_of
@@ -26,26 +27,6 @@ FAMILIES = ["sd", "sdxl", "sd3", "flux"]
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 STOCHASTIC = [LCMScheduler(**BETAS), EulerAncestralDiscreteScheduler(**BETAS), DDPMScheduler(**BETAS)]
 MULTISTEP = [DPMSolverMultistepScheduler(**BETAS), UniPCMultistepScheduler(**BETAS)]
-
-
-class Look(NoiseOptimizer):
-    """Keeps the problem of a call."""
-
-    steps = 1
-
-    def objective(self, pipe):
-        return FunctionObjective(lambda sample: sample.noise.flatten(1).mean(1))
-
-    def start(self, problem):
-        vars(self)["problem"] = problem
-
-
-def problem_of(pipe, prompt="a", **arguments):
-    look = Look()
-    if not isinstance(arguments.get("generator"), list):
-        arguments["generator"] = torch.Generator().manual_seed(0)
-    optimize_noise(pipe, prompt, look, **arguments)
-    return vars(look)["problem"]
 
 
 def arguments_for(family, prompt):

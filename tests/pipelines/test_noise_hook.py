@@ -5,12 +5,11 @@ import copy
 import pytest
 import torch
 from diffusers import DDIMScheduler, EulerAncestralDiscreteScheduler, LCMScheduler
+from problems import problem_of
 from tiny_pipelines import BUILDERS, SIZE, call_arguments, quiet, sd_pipeline, sdxl_pipeline, tiny_pipeline
 
 from noiseopt import (
     BestOfN,
-    FunctionObjective,
-    NoiseOptimizer,
     ReNO,
     ReNOStableDiffusionPipeline,
     ReNOTurboPipeline,
@@ -83,7 +82,9 @@ def test_latents_given_in_the_form_that_the_pipeline_takes_are_where_a_run_begin
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradient_agrees_with_finite_differences(family):
     pipe, arguments = tiny_pipeline(family), call_arguments(family)
-    sampler, noise = capture_sampler(pipe, arguments)
+    # the other clamp has, on purpose, another gradient than the function's at saturated pixels
+    problem = problem_of(pipe, "a b", clamp="hard", **arguments)
+    sampler, noise = problem.sampler, problem.noise
     weights = torch.randn(1, 3, 32, 32, generator=generator(2))
     direction = torch.randn(noise.shape, generator=generator(1))
     leaf = noise.clone().requires_grad_()
@@ -95,24 +96,6 @@ def test_gradient_agrees_with_finite_differences(family):
     step = 4e-3
     numeric = (value(step) - value(-step)) / (2 * step)
     assert (gradient * direction).sum().item() == pytest.approx(numeric, rel=2e-2)
-
-
-def capture_sampler(pipe, arguments):
-    """The sampler of a call and its base noise, as a method sees them."""
-    seen = {}
-
-    class Look(NoiseOptimizer):
-        steps = 1
-        clamp = "hard"  # the other has, on purpose, another gradient than the function's at saturated pixels
-
-        def objective(self, pipe):
-            return FunctionObjective(lambda sample: sample.noise.flatten(1).mean(1))
-
-        def start(self, problem):
-            seen.update(sampler=problem.sampler, noise=problem.noise)
-
-    optimize_noise(pipe, "a b", Look(), generator=generator(), **arguments)
-    return seen["sampler"], seen["noise"]
 
 
 def test_samples_of_a_batch_are_independent_problems():

@@ -10,10 +10,10 @@ from diffusers import (
     PNDMScheduler,
     UniPCMultistepScheduler,
 )
+from problems import problem_of
 from tiny_families import FAMILY_BUILDERS, family_arguments
 from tiny_pipelines import SIZE, call_arguments, quiet, sd_pipeline, tiny_pipeline
 
-from noiseopt import FunctionObjective, NoiseOptimizer, optimize_noise
 from noiseopt.pipelines.latent_space import first_of
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
@@ -32,19 +32,8 @@ SLOPES = {
 
 
 def sampler_of(pipe, **arguments):
-    seen = {}
-
-    class Look(NoiseOptimizer):
-        steps = 1
-
-        def objective(self, pipe):
-            return FunctionObjective(lambda sample: sample.noise.flatten(1).mean(1))
-
-        def start(self, problem):
-            seen.update(sampler=problem.sampler, noise=problem.noise)
-
-    optimize_noise(pipe, "a", Look(), generator=torch.Generator().manual_seed(0), **arguments)
-    return seen["sampler"], seen["noise"]
+    problem = problem_of(pipe, **arguments)
+    return problem.sampler, problem.noise
 
 
 @pytest.mark.parametrize("name", SLOPES)

@@ -1,6 +1,5 @@
 """What noises draw: the model of a result, loaded again, and the latents of its images."""
 
-import dataclasses
 from typing import Any
 
 import diffusers
@@ -9,23 +8,14 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import Tensor
 
 from .. import pipelines, shapes_world
-from ..evaluation.unit import PlainSampling
+from ..evaluation.looking import Looking
 from ..pipelines.noise_hook import optimize_noise
+from ..pipelines.noise_problem import NoiseProblem
 from ..pipelines.noise_result import NoiseResult
-from ..pipelines.objectives import Objective
 from ..quiet import quiet_libraries
 from .groups import CannotAnalyze, Group, embedded_name, pooled
 
 TEXTS = ("prompt_2", "prompt_3", "negative_prompt", "negative_prompt_2", "negative_prompt_3")
-
-
-class FinalLatents(Objective):
-    """Looks at what the whole chain makes of the noise, before the decoder, in the layout of the noise."""
-
-    def evaluate(self, sample) -> tuple[Tensor, dict[str, Tensor]]:
-        latents = sample.sampler.run(sample.noise, None, False, "latent")
-        self.latents = sample.sampler.space.unpack(sample.sampler.twin, latents).float().cpu()
-        return torch.zeros(len(sample.noise), device=sample.noise.device), {}
 
 
 def draw_latents(group: Group) -> tuple[Tensor, Tensor]:
@@ -97,19 +87,14 @@ def final_latents(pipe: Any, result: NoiseResult, noise: Tensor) -> Tensor:
                  for name, value in result.provenance["arguments"].items()}  # fmt: skip
     device, dtype = pipe._execution_device, getattr(torch, result.provenance["dtype"])
     ours = {"num_images_per_prompt": 1, "latents": noise.to(device, dtype), "generator": result.generator()}
-    objective = FinalLatents()
-    optimize_noise(pipe, prompts, Looking(at=objective), **{**arguments, **ours})
-    return objective.latents
+    found: list[Tensor] = []
 
+    def draw(problem: NoiseProblem) -> None:
+        latents = problem.sampler.run(problem.noise, None, False, "latent")
+        found.append(problem.space.unpack(problem.sampler.twin, latents).float().cpu())
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Looking(PlainSampling):
-    """Evaluates an objective on the noise as it is, once."""
-
-    at: Objective
-
-    def objective(self, pipe) -> Objective:
-        return self.at
+    optimize_noise(pipe, prompts, Looking(draw), **{**arguments, **ours})
+    return found[0]
 
 
 def repeated(text: Any, count: int) -> Any:
