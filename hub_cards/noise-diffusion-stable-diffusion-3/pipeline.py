@@ -5226,10 +5226,7 @@ LEAN_BYTES = 2**18  # smaller inputs are left to autograd: there is nothing to g
 
 
 class LeanConv2d(nn.Conv2d):
-    """A convolution that keeps its weights and not its input, as long as they are frozen.
-
-    On a CPU it also computes with the channels last, which is faster in both directions and the same up to rounding.
-    """
+    """A convolution that keeps its weights and not its input, as long as they are frozen."""
 
     def forward(self, input: Tensor) -> Tensor:
         if not is_frozen(self) or self.padding_mode != "zeros" or isinstance(self.padding, str) or not is_lean(input):
@@ -5245,21 +5242,25 @@ class FrozenConvolution(torch.autograd.Function):
     def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, settings: tuple) -> Tensor:
         ctx.save_for_backward(weight)
         ctx.shape, ctx.settings = input.shape, settings
-        return F.conv2d(suited(input), weight, bias, *settings)
+        return F.conv2d(suited(input, weight), weight, bias, *settings)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:  # pyright: ignore
         (weight,) = ctx.saved_tensors
-        if gradient.device.type == "cpu" and (turned := turned_settings(weight, *ctx.settings)):
-            found = F.conv2d(suited(gradient), suited(weight.flip(2, 3).transpose(0, 1)), None, *turned)
+        gradient = suited(gradient, weight)
+        if has_channels_last(gradient) and (turned := turned_settings(weight, *ctx.settings)):
+            found = F.conv2d(gradient, weight.flip(2, 3).transpose(0, 1), None, *turned)
         else:
             found = conv2d_input(ctx.shape, weight, gradient, *ctx.settings)
         return found, None, None, None
 
 
 def turned_settings(weight: Tensor, stride: tuple, padding: tuple, dilation: tuple, groups: int) -> tuple | None:
-    """Of the convolution with the turned kernel that is the gradient of one of stride 1; CPUs are faster at it."""
+    """Of the convolution with the turned kernel that is the gradient of one of stride 1.
+
+    With the channels last CPUs are faster at it than at the gradient of a convolution.
+    """
     turned = tuple(dilation[i] * (weight.shape[2 + i] - 1) - padding[i] for i in range(2))
     return (stride, turned, dilation, groups) if stride == (1, 1) and groups == 1 and min(turned) >= 0 else None
 
@@ -5273,6 +5274,8 @@ class LeanUpsample2D(Upsample2D):
 
     def forward(self, hidden_states: Tensor, output_size: Any = None, *args: Any, **kwargs: Any) -> Tensor:
         fits = is_plain(self) and output_size is None and not args and not kwargs and is_lean(hidden_states)
+        # the kernel takes longer to add up than it saves where it is larger than the image
+        fits = fits and self.conv.weight.numel() <= 4 * hidden_states.numel()  # pyright: ignore
         if not fits or torch.finfo(hidden_states.dtype).bits < 32:
             return super().forward(hidden_states, output_size, *args, **kwargs)
         return FrozenUpsampling.apply(hidden_states, self.conv.weight, self.conv.bias)  # pyright: ignore
@@ -5309,7 +5312,8 @@ class LeanGroupNorm(nn.GroupNorm):
     def forward(self, input: Tensor) -> Tensor:
         output = super().forward(input)
         if is_lean(input) and output.requires_grad:
-            vars(output)["normalized_from"] = (input, (self.num_groups, self.weight, self.bias, self.eps))
+            settings = (self.num_groups, self.weight, self.bias, self.eps)
+            vars(output)["normalized_from"] = output._version, input, settings
         return output
 
 
@@ -5317,8 +5321,8 @@ class LeanSiLU(nn.SiLU):
     """A SiLU that keeps the input of the group normalization before it, which is kept anyway, and not its own."""
 
     def forward(self, input: Tensor) -> Tensor:
-        source = vars(input).get("normalized_from")
-        if source is None or self.inplace or not is_lean(input):
+        version, *source = vars(input).get("normalized_from", (None,))
+        if not is_lean(input) or self.inplace or version != input._version:  # of something else, or written to since
             return super().forward(input)
         return NormalizedSiLU.apply(input, *source)  # pyright: ignore[reportReturnType]
 
@@ -5355,9 +5359,22 @@ def is_plain(layer: Upsample2D) -> bool:
     return shape == ((3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros") and is_frozen(conv) and not hooked
 
 
-def suited(values: Tensor) -> Tensor:
-    """In the order in which a CPU convolves fastest, the channels last; as they are on other devices."""
-    return values.contiguous(memory_format=torch.channels_last) if values.device.type == "cpu" else values
+def suited(values: Tensor, weight: Tensor | None = None) -> Tensor:
+    """In the order in which a CPU convolves fastest with a weight; as they are on other devices.
+
+    With the channels last, unless the weight is not much smaller: those of the middle of a U-Net are larger than its
+    images. Where a kernel is of one pixel a change of the order takes as long as it saves.
+    """
+    if values.device.type != "cpu" or (weight is not None and weight[0, 0].numel() == 1):
+        return values
+    last = weight is None or values.numel() >= 4 * weight.numel()
+    return values.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+
+
+def has_channels_last(values: Tensor) -> bool:
+    """Whether values on a CPU are in that order, and in no other at the same time."""
+    last = values.is_contiguous(memory_format=torch.channels_last) and not values.is_contiguous()
+    return last and values.device.type == "cpu"
 
 
 def is_lean(input: Tensor) -> bool:

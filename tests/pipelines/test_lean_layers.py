@@ -62,12 +62,15 @@ CONVOLUTIONS = {
 }
 
 
+@pytest.mark.parametrize("side", [7, 30])  # beside the weights a small and a large image
 @pytest.mark.parametrize("name", CONVOLUTIONS)
-def test_convolutions_have_the_gradient_of_stock_ones(name):
+def test_convolutions_have_the_gradient_of_stock_ones(name, side):
     conv = layer(nn.Conv2d(4, 6, **CONVOLUTIONS[name]))
-    assert_same(conv, drawn(2, 4, 7, 8))
+    x = drawn(2, 4, side, side + 1)
+    assert_same(conv, x)
+    assert_same(conv, x.contiguous(memory_format=torch.channels_last))
     with lean.lean_layers([conv]), SavedBytes() as saved:
-        kept = conv(drawn(2, 4, 7, 8).requires_grad_())
+        kept = conv(x.requires_grad_())
     assert (saved.peak == 0) == (name not in ("same", "circular")) and kept.requires_grad
 
 
@@ -83,14 +86,15 @@ def test_doubling_in_one_convolution_is_doubling_and_convolving(bias):
     assert "FrozenUpsampling" in type(found.grad_fn).__name__
 
 
-@pytest.mark.parametrize("case", ["size", "half", "hook", "transposed", "no convolution"])
+@pytest.mark.parametrize("case", ["size", "half", "hook", "transposed", "no convolution", "small"])
 def test_what_is_no_plain_doubling_stays_stock(case):
     settings = {"transposed": {"use_conv_transpose": True}, "no convolution": {}}.get(case, {"use_conv": True})
     up = layer(Upsample2D(4, **settings), torch.bfloat16 if case == "half" else torch.float64)
     if case == "hook":
         up.conv.register_forward_hook(lambda *called: called[-1] * 2)
     size = (9, 7) if case == "size" else None
-    x = drawn(1, 4, 5, 4, dtype=up.conv.weight.dtype if up.conv else torch.float64).requires_grad_()
+    shape = (1, 4, 2, 2) if case == "small" else (1, 4, 5, 4)
+    x = drawn(*shape, dtype=up.conv.weight.dtype if up.conv else torch.float64).requires_grad_()
     with lean.lean_layers([up]):
         found = up(x, size)
     assert "FrozenUpsampling" not in type(found.grad_fn).__name__
@@ -110,6 +114,14 @@ def test_silu_after_a_normalization_keeps_nothing_of_its_own():
 
 def test_silu_of_anything_else_is_stock():
     assert_same(nn.SiLU(), drawn(1, 2, 3, 4))
+
+
+def test_silu_of_a_normalization_that_was_written_to_is_stock():
+    class Shifted(nn.Sequential):
+        def forward(self, x):
+            return self[1](self[0](x).add_(1))
+
+    assert_same(layer(Shifted(nn.GroupNorm(2, 4), nn.SiLU())), drawn(2, 4, 5, 6))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
