@@ -1,5 +1,7 @@
 """What a set objective holds in memory: the table is arithmetic, and a short run has every cell and one gradient."""
 
+import sys
+
 import set_memory  # pyright: ignore[reportMissingImports]
 import torch
 
@@ -20,15 +22,13 @@ def test_memory_is_a_multiple_of_the_smallest_set_of_the_mode():
 
 
 def test_a_short_run_has_every_mode_and_the_same_gradient(capsys, monkeypatch):
-    """One mode is measured in a process of its own, as all are for their memory; the gradients need none."""
-    apart = set_memory.measure_apart
+    """Here in one process; for their memory cells have one each."""
 
-    def measure(mode, batch, options):
-        if mode == "auto":
-            return apart(mode, batch, options)
-        return set_memory.measure(mode, batch, options.model, options.size, options.device)
+    def run(command, check, env):
+        assert command[:2] == [sys.executable, set_memory.__file__] and check and "MALLOC_MMAP_THRESHOLD_" in env
+        set_memory.main(command[2:])
 
-    monkeypatch.setattr(set_memory, "measure_apart", measure)
+    monkeypatch.setattr(set_memory.subprocess, "run", run)
     results = set_memory.main(["--model", "sdxl-turbo", "--size", "32", "--batches", "2"])
     joint = results["joint"][2]["gradient"]
     assert list(results) == ["joint", "one", "auto"] and joint.shape[0] == 2 and joint.any()

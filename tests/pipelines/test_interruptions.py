@@ -291,7 +291,6 @@ import torch
 from tiny_pipelines import SIZE, tiny_pipeline
 from noiseopt import ReNO, optimize_noise
 from noiseopt.pipelines import noise_file
-from noiseopt.pipelines.image_set import SetGrowth
 
 noise_file.SECONDS_BETWEEN_WRITES = 0.0
 pipe, call = tiny_pipeline("sd"), {"num_inference_steps": 1, "guidance_scale": 0.0, **SIZE}
