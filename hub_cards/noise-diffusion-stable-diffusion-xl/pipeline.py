@@ -1485,18 +1485,26 @@ class BlackBox(Reward):
             pool.shutdown(wait=False, cancel_futures=True)
 
     def ask(self, question: BlackBoxQuestion, over: threading.Event) -> None:
-        """Try until there is an answer, and remember it; give up when it is `over`."""
-        for tries in range(self.retries + 1):
-            if tries and over.wait(self.backoff * 2 ** (tries - 1)):
-                return
-            try:
-                answer = within(self.timeout, self.asked, question.image.copy(), question.prompt)
-            except Exception as error:
-                if tries == self.retries:
-                    raise self.unanswered(question, error) from error
-            else:
-                self.answers[question.key] = self.checked(answer, question)
-                return
+        """Try until there is an answer, and remember it; give up when it is `over`: a failure ends it for all."""
+        try:
+            for tries in range(self.retries + 1):
+                ended = over.wait(self.backoff * 2 ** (tries - 1)) if tries else over.is_set()
+                if ended or self.tried(question, tries):
+                    return
+        except Exception:
+            over.set()
+            raise
+
+    def tried(self, question: BlackBoxQuestion, tries: int) -> bool:
+        """Whether there is an answer now; raises if there is none after the last try."""
+        try:
+            answer = within(self.timeout, self.asked, question.image.copy(), question.prompt)
+        except Exception as error:
+            if tries == self.retries:
+                raise self.unanswered(question, error) from error
+            return False
+        self.answers[question.key] = self.checked(answer, question)
+        return True
 
     def unanswered(self, question: BlackBoxQuestion, error: Exception) -> RuntimeError:
         return RuntimeError(

@@ -187,10 +187,8 @@ def test_after_a_failure_nothing_more_is_asked_and_it_is_raised_while_others_are
     box = BlackBox(scores, workers=2, retries=0)
     with pytest.raises(RuntimeError, match="image 1 "):
         box(levels(8), "a")
-    under_way = len(asked)
-    assert 1 in asked and under_way <= 3  # the worker that failed may have begun one more
     release.set()
-    assert wait_until(lambda: not threads_of(box)) and len(asked) == under_way
+    assert wait_until(lambda: not threads_of(box)) and 1 in asked and set(asked) <= {0, 1}
 
 
 def test_what_is_pausing_ends_when_another_fails():
