@@ -75,7 +75,7 @@ def set_scheduler(pipe: Any, result: NoiseResult) -> None:
     cls = getattr(diffusers, str(settings.pop("class")), None)
     if isinstance(cls, type) and issubclass(cls, diffusers.SchedulerMixin):
         kept = {name: value for name, value in settings.items() if not name.startswith("_")}
-        pipe.scheduler = cls.from_config({**pipe.scheduler.config, **kept})
+        pipe.scheduler = cls.from_config({**pipe.scheduler.config, **kept})  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def final_latents(pipe: Any, result: NoiseResult, noise: Tensor) -> Tensor:
