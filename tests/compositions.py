@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from diffusers import StableDiffusionPipeline
+from problems import generator, redness
 
 from noiseopt import NoiseOptimizationMixin, NoiseResult, ReNO, optimize_noise
 from noiseopt.evaluation.looking import Looking
@@ -13,15 +14,6 @@ from noiseopt.pipelines.sampling import stock_call
 
 class Painter(NoiseOptimizationMixin, StableDiffusionPipeline):
     """A pipeline of somebody's own, in a module that can be imported."""
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def redness(images, prompts):
-    """A reward that differs between images, with a gradient everywhere."""
-    return (images[:, 0] - images[:, 1]).mean((1, 2)) * 10
 
 
 def draw(pipe, prompt: Any = "a b", **arguments) -> torch.Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from conformance.matrix import COLUMNS, FAMILIES, Column
+from problems import generator, redness
 from tiny_families import family_arguments, tiny_family
 from tiny_pipelines import quiet
 
@@ -31,15 +32,6 @@ from noiseopt import (
 
 PROMPT = "a b"
 SETS = ("cno", "never_too_late", "group_selection")  # methods that compare the images of a prompt
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def redness(images, prompts):
-    """A reward with a gradient everywhere."""
-    return (images[:, 0] - images[:, 1]).mean((1, 2)) * 10
 
 
 def red_share(images, prompts):

@@ -6,10 +6,11 @@ import dataclasses
 import diffusers
 import pytest
 import torch
-from conformance.checks import Call, check_cell, generator, redness
+from conformance.checks import Call, check_cell
 from conformance.matrix import COLUMNS, FAMILIES, REFUSED, ROUTES, SCHEDULERS
 from conformance.table import README, between_markers, tables
 from diffusers import DDIMScheduler, StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
+from problems import generator, redness
 from tiny_families import FAMILY_BUILDERS, drawn_image, family_arguments, tiny_family
 from tiny_pipelines import SIZE, quiet, tiny_pipeline
 

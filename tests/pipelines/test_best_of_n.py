@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from problems import redness
 from tiny_pipelines import SIZE, call_arguments, tiny_pipeline
 
 from noiseopt import BestOfN, optimize_noise
@@ -12,10 +13,6 @@ CALL = {"guidance_scale": 0.0, **SIZE}
 
 def generators(*seeds: int) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(seed) for seed in seeds]
-
-
-def redness(images, prompts):
-    return (images[:, 0] - images[:, 1]).mean((1, 2)) * 10
 
 
 class Steps:

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, StableDiffusionPipeline
 from peft import LoraConfig
+from problems import generator
 from tiny_pipelines import (
     SIZE,
     call_arguments,
@@ -36,10 +37,6 @@ PIPELINES = {
     CNOFluxPipeline: flux_pipeline,
 }
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def ddim(**changes) -> DDIMScheduler:

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from compositions import capture, check_composition, draw, generator, redness
+from compositions import capture, check_composition, draw
 from diffusers import FluxPipeline, StableDiffusionXLPipeline
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
+from problems import generator, redness
 from tiny_pipelines import BUILDERS, call_arguments, quiet, sd_pipeline, sdxl_pipeline
 from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModelWithProjection
 

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from compositions import check_composition, draw, generator, redness
+from compositions import check_composition, draw
 from diffusers.callbacks import SDXLCFGCutoffCallback
+from problems import generator, redness
 from tiny_pipelines import SIZE, call_arguments, quiet, sd_pipeline, sdxl_pipeline, tiny_pipeline
 
 from noiseopt import ReNO, ReNOTurboPipeline, optimize_noise

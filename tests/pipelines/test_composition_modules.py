@@ -5,8 +5,9 @@ import functools
 
 import pytest
 import torch
-from compositions import capture, check_composition, draw, generator, redness, state_of
+from compositions import capture, check_composition, draw, state_of
 from diffusers import AutoencoderTiny
+from problems import generator, redness
 from tiny_pipelines import BUILDERS, SIZE, call_arguments, quiet, sd_pipeline, sdxl_pipeline
 
 from noiseopt import ReNO, optimize_noise

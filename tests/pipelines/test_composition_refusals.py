@@ -4,7 +4,7 @@ import diffusers.models.attention_dispatch as attention_dispatch
 import pytest
 import torch
 from accelerate import cpu_offload
-from compositions import draw, generator, redness, state_of
+from compositions import draw, state_of
 from diffusers import (
     FasterCacheConfig,
     FirstBlockCacheConfig,
@@ -14,6 +14,7 @@ from diffusers import (
 )
 from diffusers.hooks import apply_first_block_cache, apply_group_offloading
 from diffusers.models.attention_dispatch import AttentionBackendName, attention_backend
+from problems import generator, redness
 from tiny_pipelines import call_arguments, flux_pipeline, quiet, sd_pipeline, sdxl_pipeline
 
 from noiseopt import CNO, BestOfN, ReNO, optimize_noise

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from compositions import Painter, draw, generator, redness, state_of
+from compositions import Painter, draw, state_of
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from diffusers.utils import dynamic_modules_utils
+from problems import generator, redness
 from tiny_pipelines import BUILDERS, call_arguments, quiet, sd_pipeline, sdxl_pipeline
 
 from noiseopt import NoiseOptimizationMixin, ReNO, ReNOStableDiffusionPipeline, ReNOTurboPipeline, optimize_noise

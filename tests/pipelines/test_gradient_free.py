@@ -3,6 +3,7 @@
 import pytest
 import torch
 from diffusers import EulerAncestralDiscreteScheduler
+from problems import generator, redness
 from tiny_pipelines import BUILDERS, SIZE, call_arguments, quiet, sd_pipeline, tiny_pipeline
 
 from noiseopt import (
@@ -26,14 +27,6 @@ METHODS = {
 }
 CALL = {"num_inference_steps": 2, "guidance_scale": 0.0, **SIZE}
 every_method = pytest.mark.parametrize("name", list(METHODS))
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def redness(images, prompts):
-    return (images[:, 0] - images[:, 1]).mean((1, 2)) * 10
 
 
 def search(name: str, prompt="a b", seed=0, pipe=None, callbacks=None, rewards=redness, **settings) -> NoiseResult:

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from diffusers import EulerAncestralDiscreteScheduler, LCMScheduler
+from problems import generator, redness
 from tiny_features import build_features
 from tiny_pipelines import BUILDERS, SIZE, call_arguments, quiet, sd_pipeline, tiny_pipeline
 
@@ -26,16 +27,8 @@ from noiseopt.pipelines.previews import seats
 from noiseopt.rewards import DINOv2PatchFeatures, PairwiseDistance
 
 
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
 def generators(*seeds: int) -> list[torch.Generator]:
     return [generator(seed) for seed in seeds]
-
-
-def redness(images, prompts):
-    return (images[:, 0] - images[:, 1]).mean((1, 2)) * 10
 
 
 def instance(size: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:

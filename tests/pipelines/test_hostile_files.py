@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from problems import redness
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tiny_pipelines import SIZE, tiny_pipeline
@@ -17,10 +18,6 @@ from noiseopt.pipelines.result_file import RESULT_FORMAT
 
 ROOT = Path(__file__).parents[2]
 STEPS, BATCH = 3, 2
-
-
-def redness(images, prompts):
-    return (images[:, 0] - images[:, 1]).mean((1, 2)) * 10
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from problems import generator
 from tiny_features import TINY_FEATURES
 from tiny_pipelines import SIZE, quiet, sd_pipeline
 
@@ -51,10 +52,6 @@ def model():
     pipe.unet.enable_gradient_checkpointing()
     plain_image(pipe)  # a stock call leaves its guidance and its timesteps behind
     return pipe
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def plain_image(pipe) -> torch.Tensor:

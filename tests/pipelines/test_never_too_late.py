@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import StableDiffusionPipeline
+from problems import generator, redness
 from tiny_features import TINY_FEATURES, publish_dinov2
 from tiny_pipelines import (
     BUILDERS,
@@ -53,14 +54,6 @@ FAMILIES = {
 }
 FEATURES = TINY_FEATURES["dinov2"]()
 CLS = {DPP(FEATURES): 150.0}
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def redness(images, prompts):
-    return (images[:, 0] - images[:, 1]).mean((1, 2)) * 10
 
 
 def black_box(images, prompts):

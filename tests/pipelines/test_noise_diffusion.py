@@ -17,16 +17,13 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from diffusers.utils.torch_utils import randn_tensor
+from problems import generator
 from tiny_pipelines import call_arguments, quiet, sd3_pipeline, sd_pipeline, tiny_pipeline
 
 from noiseopt import MeanVariance, NoiseDiffusion, NoisePGD, NoiseState, Reward, optimize_noise
 from noiseopt.evaluation.noise_statistics import gaussian_limits, noise_statistics
 from noiseopt.pipelines.noise_problem import seed_from
 from noiseopt.rewards import NonDifferentiableReward
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def redness(images, prompts):

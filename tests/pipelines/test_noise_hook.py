@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from diffusers import DDIMScheduler, EulerAncestralDiscreteScheduler, LCMScheduler
-from problems import problem_of
+from problems import generator, problem_of, redness
 from tiny_pipelines import BUILDERS, SIZE, call_arguments, quiet, sd_pipeline, sdxl_pipeline, tiny_pipeline
 
 from noiseopt import (
@@ -21,17 +21,8 @@ FAMILIES = list(BUILDERS)
 PIPELINES = {ReNOStableDiffusionPipeline: sd_pipeline, ReNOTurboPipeline: sdxl_pipeline}
 
 
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
 def draw(pipe, prompt="a b", **kwargs) -> torch.Tensor:
     return pipe(prompt, output_type="pt", **kwargs).images
-
-
-def redness(images, prompts):
-    """A reward that differs between images, with a gradient everywhere."""
-    return (images[:, 0] - images[:, 1]).mean((1, 2)) * 10
 
 
 def reno(**settings) -> ReNO:

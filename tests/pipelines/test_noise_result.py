@@ -3,20 +3,13 @@
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from problems import generator, redness
 from safetensors.torch import save_file
 from tiny_pipelines import SIZE, call_arguments, save_tiny_clip, tiny_pipeline
 
 from noiseopt import NoiseResult, ReNO, ReNOStableDiffusionPipeline, optimize_noise
 
 ARGUMENTS = {"num_inference_steps": 1, "guidance_scale": 0.0, **SIZE}
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def redness(images, prompts):
-    return (images[:, 0] - images[:, 1]).mean((1, 2)) * 10
 
 
 @pytest.mark.parametrize("family", ["sd", "flux"])

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from diffusers import LCMScheduler
+from problems import generator, redness
 from tiny_pipelines import BUILDERS, SIZE, call_arguments, quiet, sd_pipeline, tiny_pipeline
 
 from noiseopt import CNO, BestOfN, CoupledNoise, NoiseDiffusion, NoiseResult, PinkNoise, ReNO, optimize_noise
@@ -17,16 +18,8 @@ FAMILIES = list(BUILDERS)
 SPECS = ["pink", {"name": "pink", "alpha": 0.4, "reference_size": 64}, PinkNoise(-0.3)]
 
 
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
 def generators(*seeds: int) -> list[torch.Generator]:
     return [generator(seed) for seed in seeds]
-
-
-def redness(images, prompts):
-    return (images[:, 0] - images[:, 1]).mean((1, 2)) * 10
 
 
 def with_hook(family: str):

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from problems import redness
 from scipy.stats import kstest
 from tiny_pipelines import SIZE, tiny_pipeline
 
@@ -117,10 +118,6 @@ def test_beta_is_adapted_until_the_share_of_accepted_moves_is_the_wanted_one(tar
         chain.take(noise, -reward(noise), active)
     share = (chain.accepted - accepted).sum() / (chain.moves - moves).sum()
     assert share.item() == pytest.approx(target, abs=0.06)
-
-
-def redness(images, prompts):
-    return (images[:, 0] - images[:, 1]).mean((1, 2)) * 10
 
 
 def search(callbacks=None, rewards=redness, **settings):

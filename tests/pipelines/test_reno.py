@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import StableDiffusionPipeline
+from problems import generator, redness
 from tiny_clip_rewards import build_clip_score, build_hpsv2
 from tiny_pipelines import SIZE, call_arguments, save_tiny_clip, tiny_pipeline
 
@@ -17,14 +18,6 @@ from noiseopt.pipelines.reno import on_released_pixels
 from noiseopt.rewards import RewardSum
 
 ARGUMENTS = {"num_inference_steps": 1, "guidance_scale": 0.0, **SIZE}
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def redness(images, prompts):
-    return (images[:, 0] - images[:, 1]).mean((1, 2)) * 10
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from problems import redness
 from tiny_pipelines import SIZE, tiny_pipeline
 
 from noiseopt import ZeroOrderSearch, optimize_noise
@@ -12,10 +13,6 @@ CALL = {"num_inference_steps": 1, "guidance_scale": 0.0, **SIZE}
 
 def gaussian(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def redness(images, prompts):
-    return (images[:, 0] - images[:, 1]).mean((1, 2)) * 10
 
 
 def cosine(one: torch.Tensor, other: torch.Tensor) -> float:

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from problems import generator
 
 from noiseopt import CoupledNoise, NoiseSampler, PinkNoise, WhiteNoise, list_noise_samplers, register_noise_sampler
 from noiseopt.evaluation.noise_statistics import frequencies, gaussian_limits, noise_statistics
@@ -12,10 +13,6 @@ from noiseopt.schedulers import as_noise_sampler
 
 SHAPES = [(2, 4, 16, 16), (3, 2, 7, 10), (2, 1, 5, 9), (1, 3, 1, 8), (2, 1, 4, 8, 6)]
 SAMPLERS = [WhiteNoise(), PinkNoise(0.2), PinkNoise(-0.4, reference_size=64), CoupledNoise()]
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def white(*shape: int, seed: int = 0, dtype=torch.float64) -> torch.Tensor:
