@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from fresh_process import FreshProcesses
 from loopback_hub import LoopbackHub, running_hub
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # one thread for each worker and what it starts: they share the cores
@@ -44,8 +45,21 @@ def rank(path: Path) -> int:
     return next(places, len(LONG_FILES))
 
 
+@pytest.fixture(scope="session")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LoopbackHub]:
+    """One Hub for all tests: its address is known before the libraries are imported that read it."""
+    with running_hub(tmp_path_factory.mktemp("hub")) as hub:
+        yield hub
+
+
 @pytest.fixture
-def hub(tmp_path: Path) -> Iterator[LoopbackHub]:
-    """A running `LoopbackHub` without repositories."""
-    with running_hub(tmp_path / "hub") as running:
-        yield running
+def hub(running: LoopbackHub, tmp_path: Path) -> LoopbackHub:
+    """A running `LoopbackHub` without repositories, of which nothing is downloaded yet."""
+    running.begin(tmp_path / "hub")
+    return running
+
+
+@pytest.fixture(scope="session")
+def processes(running: LoopbackHub) -> FreshProcesses:
+    """Runs programs in processes of their own, which see the loopback Hub only."""
+    return FreshProcesses(running)

@@ -1,7 +1,7 @@
 """A Hugging Face Hub on the loopback interface, so that tests go through the real download and upload code.
 
 Repositories are folders `root/<namespace>/<name>` with the content of `main`; tags keep copies. Point a fresh process
-at it with `environment()`, or `HfApi(endpoint=hub.url, token=WRITER)` in this one.
+at it with `environment`, or `HfApi(endpoint=hub.url, token=WRITER)` in this one.
 """
 
 import base64
@@ -33,6 +33,7 @@ class LoopbackHub:
 
     Attributes:
         root: The folder of repositories.
+        cache: Where processes of `environment` keep what they download.
         url: Its address.
         requests: The methods and paths that were asked for.
         private: The repositories that were made private.
@@ -40,14 +41,22 @@ class LoopbackHub:
     """
 
     root: Path
+    cache: Path
     url: str = ""
     requests: list[str] = dataclasses.field(default_factory=list)
     private: set[str] = dataclasses.field(default_factory=set)
     largest_binary: int = 1_000_000
 
-    def environment(self, cache: Path) -> dict[str, str]:
+    def begin(self, root: Path) -> None:
+        """Serve the repositories of another folder, to processes that have downloaded nothing."""
+        shutil.rmtree(self.cache, ignore_errors=True)
+        vars(self).update(vars(LoopbackHub(root, self.cache, self.url)))
+
+    @property
+    def environment(self) -> dict[str, str]:
         """Environment variables for a process that is to see this Hub and nothing else; set before its first import."""
-        ours = {"HF_ENDPOINT": self.url, "HF_HOME": str(cache), "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
+        ours = {"HF_ENDPOINT": self.url, "HF_HOME": str(self.cache)}
+        ours |= {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
         return inherited | ours | {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1"}
 
@@ -75,9 +84,9 @@ class LoopbackHub:
 
 
 @contextlib.contextmanager
-def running_hub(root: Path) -> Iterator[LoopbackHub]:
-    """Serve the repositories under `root` until the block ends."""
-    hub = LoopbackHub(root)
+def running_hub(folder: Path) -> Iterator[LoopbackHub]:
+    """A Hub without repositories until the block ends; what is downloaded from it lies in this folder."""
+    hub = LoopbackHub(folder / "hub", folder / "cache")
     server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, hub))
     hub.url = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, daemon=True)

@@ -1,7 +1,5 @@
 """The cost of a call: passes through the denoiser, seconds, and the peak of the memory."""
 
-import os
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -72,10 +70,10 @@ for mebibytes in (64, 256):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is kept by the kernel of Linux")
-def test_memory_is_the_peak_above_what_was_held():
+def test_memory_is_the_peak_above_what_was_held(processes, tmp_path):
     """In a process of its own: where others have freed large blocks, `held` may lie in one of them and not go back."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    done = subprocess.run([sys.executable, "-c", PEAKS], env=environment, capture_output=True, text=True, check=True)
+    done = processes.run(PEAKS, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
     assert [float(line) for line in done.stdout.split()] == pytest.approx([64, 256], abs=16)
 
 

@@ -1,9 +1,7 @@
-"""Run by `test_loading.py` in a process of its own: load a card from its folder and from the Hub, compare the images,
-and run the programs of its README.
+"""Run by `test_loading.py` in a fresh process, as local pipelines share one module name: load a card from its folder
+and from the Hub, compare the images, and run the programs of its README.
 
-Local pipelines share one module name, and the Hub's address is read at import: hence one process for each card. They
-are forks of one that has imported the libraries: for each line of its input, a job in JSON, it prints an exit status.
-A job has `arguments` of `main`, a `folder` to run in, and the files `out`, for one JSON object, and `log`.
+Arguments: those of `main`. Prints one JSON object.
 """
 
 import ast
@@ -12,11 +10,8 @@ import functools
 import importlib
 import itertools
 import json
-import os
 import re
 import sys
-import traceback
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +119,6 @@ def main(
     repository: str,
     tag: str,
     base_model: str,
-    *,
     hub: Path,
 ) -> dict[str, bool]:
     """What is true of the card."""
@@ -181,32 +175,6 @@ def saved(output: Any) -> bool:
     return len(list(Path().glob("*.png"))) == len(output.images) and torch.equal(loaded, output.noise_result.latents)
 
 
-def serve(lines: Iterable[str]) -> None:
-    """Run each job in a fork, one after the other."""
-    for line in lines:
-        child = os.fork()
-        if not child:
-            run_job(json.loads(line))
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-
-
-def run_job(job: dict[str, Any]) -> None:
-    """Run a job and end the process."""
-    os.chdir(job["folder"])
-    log = os.open(job["log"], os.O_WRONLY | os.O_CREAT)
-    for stream in (1, 2):
-        os.dup2(log, stream)
-    try:
-        *arguments, hub = job["arguments"]
-        Path(job["out"]).write_text(json.dumps(main(*arguments, hub=Path(hub))))
-    except BaseException:
-        traceback.print_exc()
-        sys.stderr.flush()
-        os._exit(1)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
-
-
 if __name__ == "__main__":
-    serve(sys.stdin)
+    *given, repositories = sys.argv[1:]
+    print(json.dumps(main(*given, hub=Path(repositories))))

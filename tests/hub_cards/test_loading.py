@@ -1,13 +1,9 @@
 """Cards as users load them: through diffusers' own download code, on tiny pipelines, against a loopback Hub."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from loopback_hub import running_hub
 from tiny_features import PUBLISHED_FEATURES
 from tiny_rewards import PUBLISHED
 
@@ -34,21 +30,10 @@ CLASSES = {
 
 
 @pytest.fixture(scope="module")
-def hub(tmp_path_factory):
-    """One Hub for all cards, as one process reads its address."""
-    with running_hub(tmp_path_factory.mktemp("cards") / "hub") as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def loader(hub, tmp_path_factory):
-    """A process of `load_card.py`."""
-    environment = hub.environment(tmp_path_factory.mktemp("cache"))
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests")])
-    command = [sys.executable, str(ROOT / "tests/hub_cards/load_card.py")]
-    with subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as found:
-        yield found
-        found.stdin.close()
+def hub(running, tmp_path_factory):
+    """One Hub for all cards, which share what is downloaded."""
+    running.begin(tmp_path_factory.mktemp("cards") / "hub")
+    return running
 
 
 @pytest.fixture(scope="module")
@@ -69,19 +54,17 @@ def test_all_cards_are_loaded():
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", CLASSES)
-def test_card_draws_what_the_package_draws_and_runs_its_programs(name, publish, hub, api, loader, tmp_path):
+def test_card_draws_what_the_package_draws_and_runs_its_programs(name, publish, hub, processes, api, tmp_path):
     card = next(card for card in CARDS if card.name == name)
     push(card, "someone", tag="v0.1.0", api=api)
     publish(card.method.example)
     module = "noiseopt." + card.module.removesuffix(".py").replace("/", ".")
     folder, repository = ROOT / "hub_cards" / name, f"someone/{name}"
     arguments = [*CLASSES[name], card.method.name, module, folder, repository, "v0.1.0", card.base_model, hub.root]
-    out, log = tmp_path / "facts.json", tmp_path / "log.txt"
-    job = {"arguments": [*map(str, arguments)], "folder": str(tmp_path), "out": str(out), "log": str(log)}
-    print(json.dumps(job), file=loader.stdin, flush=True)
-    assert loader.stdout.readline() == "0\n", log.read_text()
-    assert "might require the following packages" not in log.read_text()
-    facts = json.loads(out.read_text())
+    run = processes.run(ROOT / "tests/hub_cards/load_card.py", *arguments, folder=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert "might require the following packages" not in run.stdout + run.stderr
+    facts = json.loads(run.stdout.splitlines()[-1])
     assert all(facts.values()), facts
-    wanted = [repository, *(["tiny/clip"] if card.method.takes_rewards else [])]  # the cards share what is downloaded
+    wanted = [repository, *(["tiny/clip"] if card.method.takes_rewards else [])]
     assert all(any(request.startswith(f"GET /{each}/resolve/") for request in hub.requests) for each in wanted)

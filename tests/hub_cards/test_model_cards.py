@@ -168,7 +168,7 @@ def test_card_folders_hold_the_readme_only(weights, tmp_path, monkeypatch, capsy
     assert "hub_cards/shapes-turbo/README.md is out of date" in capsys.readouterr().err
 
 
-def test_pushed_models_load_and_run_as_their_cards_say(cards, hub, api, root, tmp_path):
+def test_pushed_models_load_and_run_as_their_cards_say(cards, hub, processes, api, tmp_path):
     """The first program of each card, in one process that sees the loopback Hub only; and `shapes_world.path`."""
     for card in cards.values():
         assert push(card, "noiseopt", api=api).url == f"{hub.url}/noiseopt/{card.name}"
@@ -185,18 +185,11 @@ settings = dict(num_inference_steps=1, guidance_scale=0.0, output_type="pt", gen
 torch.save(again({PROMPT!r}, **settings).images, "again.pt")
 print(json.dumps([downloaded, image.size]))
 """
-    run = subprocess.run(
-        [sys.executable, "-c", "\n".join([*(programs(text)[0] for text in texts), checks])],
-        env=hub.environment(tmp_path / "cache") | {"PYTHONPATH": str(root / "src")},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
+    run = processes.run("\n".join([*(programs(text)[0] for text in texts), checks]), folder=tmp_path)
     assert run.returncode == 0, run.stderr
     folder, size = json.loads(run.stdout.splitlines()[-1])
     assert size == [64, 64] and (tmp_path / "shapes.png").is_file()
-    assert Path(folder).is_relative_to(tmp_path / "cache")
+    assert Path(folder).is_relative_to(hub.cache)
     assert {path.name for path in Path(folder).iterdir()} >= {"README.md", "unet", "training.json"}
     pipe = build_pipeline(cards["turbo"].folder)
     settings = {"num_inference_steps": 1, "guidance_scale": 0.0, "output_type": "pt"}
@@ -228,7 +221,7 @@ try:
 except FileNotFoundError as error:
     print(error)
 """
-    environment = hub.environment(tmp_path / "cache") | {"PYTHONPATH": str(tmp_path)}
+    environment = hub.environment | {"PYTHONPATH": str(tmp_path)}
     environment |= {"HF_HUB_OFFLINE": "1"} if offline else {}
     command = [sys.executable, "-c", program]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)

@@ -5,7 +5,6 @@ import json
 import linecache
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -311,23 +310,26 @@ run(sys.argv[2])
 """
 
 
-def test_a_real_ctrl_c_and_a_process_that_is_killed(tmp_path):
+def test_a_real_ctrl_c_and_a_process_that_is_killed(processes, tmp_path):
     interrupted, killed = tmp_path / "interrupted.safetensors", tmp_path / "killed.safetensors"
-    command = [sys.executable, "-c", PROGRAM, str(interrupted), str(killed)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
-        assert process.stdout is not None
+    program, said, errors = tmp_path / "program.py", tmp_path / "said", tmp_path / "errors"
+    program.write_text(PROGRAM)
+    os.mkfifo(said)
+    errors.touch()
+    process = processes.start(program, interrupted, killed, folder=tmp_path, out=said, err=errors)
+    with said.open() as lines:
         try:
-            steps = [process.stdout.readline() for _ in range(3)]
-            process.send_signal(signal.SIGINT)
-            while (line := process.stdout.readline()) == "step\n":
+            steps = [lines.readline() for _ in range(3)]
+            os.kill(process.pid, signal.SIGINT)
+            while (line := lines.readline()) == "step\n":
                 steps.append(line)
-            said = json.loads(line)
-            more = [process.stdout.readline() for _ in range(3)]
+            facts = json.loads(line)
+            more = [lines.readline() for _ in range(3)]
         finally:
             process.kill()
+            process.join()
     found, left = NoiseResult.load(interrupted), NoiseResult.load(killed)
-    assert said["same"] and len(found.losses) == said["steps"] >= len(steps)
+    assert facts["same"] and len(found.losses) == facts["steps"] >= len(steps)
     assert found.provenance["stopped"] == "KeyboardInterrupt" and left.provenance["stopped"] is None
     assert torch.equal(found.best_loss, found.losses.amin(0)) and len(left.losses) >= len(more) - 1
 

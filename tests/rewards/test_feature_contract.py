@@ -1,20 +1,17 @@
 """What holds for every registered feature map, and that names load what is published under them."""
 
 import copy
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from fresh_process import FreshProcesses
 from loopback_hub import LoopbackHub
 from tiny_features import PUBLISHED_FEATURES, TINY_FEATURES, build_features
 
 from noiseopt.rewards import Features, PairwiseDistance, list_features
 from noiseopt.rewards.features import FEATURES
 
-ROOT = Path(__file__).parents[2]
 SIZES = [(40, 56), (57, 33), (64, 64)]
 
 
@@ -141,18 +138,13 @@ torch.save({name: AutoFeatures.from_pretrained(name)(images) for name in sys.arg
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_names_and_hub_ids_load_what_is_published(hub: LoopbackHub, tmp_path: Path):
+def test_names_and_hub_ids_load_what_is_published(hub: LoopbackHub, processes: FreshProcesses, tmp_path: Path):
     for publish in PUBLISHED_FEATURES.values():
         publish(hub.root)
     names = [name for name, entry in FEATURES.classes.items() if entry.package is None]
     images = random_images(48, 40)
     torch.save(images, tmp_path / "images.pt")
-    environment = hub.environment(tmp_path / "cache") | {
-        "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests")])
-    }
-    files = [str(tmp_path / "images.pt"), str(tmp_path / "found.pt")]
-    command = [sys.executable, "-c", PROGRAM, *files, *names, *PUBLISHED_FEATURES]
-    run = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    run = processes.run(PROGRAM, "images.pt", "found.pt", *names, *PUBLISHED_FEATURES, folder=tmp_path)
     assert run.returncode == 0, run.stderr
     found = torch.load(tmp_path / "found.pt")
     by_id = {"facebook/dinov2-base": "dinov2", "openai/clip-vit-large-patch14": "clip"}

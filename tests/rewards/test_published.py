@@ -1,17 +1,14 @@
 """Every reward with weights is loaded by its name, as users do, from repositories of the published layout and id."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from fresh_process import FreshProcesses
 from loopback_hub import LoopbackHub
 from tiny_rewards import PUBLISHED, TINY, build_reward
 
-ROOT = Path(__file__).parents[2]
 PROGRAM = """
 import json, sys, torch
 from noiseopt.rewards import AutoReward
@@ -28,16 +25,14 @@ def test_each_reward_with_weights_on_the_hub_has_a_published_layout():
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_names_load_what_is_published_under_their_default_checkpoints(hub: LoopbackHub, tmp_path: Path):
+def test_names_load_what_is_published_under_their_default_checkpoints(
+    hub: LoopbackHub, processes: FreshProcesses, tmp_path: Path
+):
     for publish in PUBLISHED.values():
         publish(hub.root)
     images = torch.rand(2, 3, 48, 40, generator=torch.Generator().manual_seed(5))
     torch.save(images, tmp_path / "images.pt")
-    environment = hub.environment(tmp_path / "cache") | {
-        "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests")])
-    }
-    command = [sys.executable, "-c", PROGRAM, str(tmp_path / "images.pt"), *PUBLISHED]
-    run = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    run = processes.run(PROGRAM, "images.pt", *PUBLISHED, folder=tmp_path)
     assert run.returncode == 0, run.stderr
     found = json.loads(run.stdout.splitlines()[-1])
     for name in PUBLISHED:
