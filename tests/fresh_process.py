@@ -5,6 +5,7 @@ hence a process for each. Importing the libraries takes ten times what such a pr
 it, which sees a loopback Hub only, and is forked for each program.
 """
 
+import gc
 import multiprocessing
 import multiprocessing.forkserver
 import os
@@ -88,6 +89,7 @@ def execute(
     err: Path,
 ) -> None:
     """What a fork does."""
+    gc.freeze()  # what came with it is no garbage
     for stream, file in ((1, out), (2, err)):
         os.dup2(os.open(file, os.O_WRONLY), stream)
     os.chdir(folder)
