@@ -46,10 +46,10 @@ TRIALS = {
         plain={},
         off={},
         requests=[
-            {"rewards": "brightness", "optimization_steps": 6},
+            {"rewards": "brightness", "optimization_steps": 3},
             {
                 "rewards": "tiny/clip",
-                "optimization_steps": 6,
+                "optimization_steps": 3,
                 "selection": "exact",
                 "noise_diffusion_kwargs": {"score_range": (-100, 100)},
             },
