@@ -8,12 +8,14 @@ take turns in one process. Those of our rows that are exact have to arrive at th
 the benchmark fails. The time of a step is that between two evaluations: a backward pass, an update, a forward pass.
 That of the run has what comes before and after, and matters for CNO, which makes three steps.
 The processor time is that of this process, for machines that others use too; on CUDA it is that of the launches only.
-Memory is the peak of a run above the loaded models: on CUDA of torch's allocator, elsewhere of the resident memory.
+Memory is the peak of a run above the loaded models: on CUDA of torch's allocator, elsewhere of the resident memory. It
+is that of a first round, which warms up and in which what is freed goes back at once, as on CUDA.
 """
 
 import argparse
 import contextlib
 import copy
+import ctypes
 import dataclasses
 import functools
 import json
@@ -271,25 +273,42 @@ def drawn_noise(pipe: Any, images: int, size: int) -> torch.Tensor:
     return noise.to(pipe.unet.device, pipe.unet.dtype).float()
 
 
-def measure(
-    rows: dict[str, Row], rounds: int, device: torch.device, warm_up: int = 1
-) -> dict[str, dict[str, list[Any]]]:
-    """Seconds of a step and a run, peak MiB and watches of each row; they take turns, first in rounds to warm up."""
-    found: dict[str, dict[str, list[Any]]] = {
-        name: {"step": [], "run": [], "memory": [], "watches": []} for name in rows
-    }
-    for round_ in range(-warm_up, rounds):
-        for name, row in list(rows.items())[:: -1 if round_ % 2 else 1]:
-            watch, memory = Watch(device), PeakMemory(device)
+def measure(rows: dict[str, Row], rounds: int, device: torch.device) -> dict[str, dict[str, list[Any]]]:
+    """Peak MiB of each row, then seconds of a step and a run, and watches: in rounds, in which they take turns."""
+    found: dict[str, dict[str, list[Any]]] = {name: {"memory": []} for name in rows}
+    for name, row in rows.items():
+        memory = PeakMemory(device)
+        with memory_goes_back():
             memory.start()
-            started = time.perf_counter()
+            row.loop(Watch(device))
+            found[name]["memory"].append(memory.peak())
+        print(f"{name}, {found[name]['memory']} MiB", file=sys.stderr)
+    for round_ in range(rounds):
+        for name, row in list(rows.items())[:: -1 if round_ % 2 else 1]:
+            watch, started = Watch(device), time.perf_counter()
             row.loop(watch)
             synchronize(device)
-            numbers = {**watch.seconds(), "run": time.perf_counter() - started, "memory": memory.peak()}
+            numbers = {**watch.seconds(), "run": time.perf_counter() - started}
             for key, value in {**numbers, "watches": watch}.items():
-                found[name].setdefault(key, []).extend([value] if round_ >= 0 else [])
+                found[name].setdefault(key, []).append(value)
             print(f"round {round_}: {name}, {numbers}", file=sys.stderr)
     return found
+
+
+@contextlib.contextmanager
+def memory_goes_back() -> Iterator[None]:
+    """Large blocks go back to the system when they are freed, where the C library can be told to: glibc's `mallopt`.
+
+    It keeps most of them otherwise, and what was freed would count. That is faster, so that it does again afterwards.
+    """
+    libc, threshold_of_mmap, most = ctypes.CDLL(None), -3, 2**25
+    with contextlib.suppress(AttributeError):
+        libc.mallopt(threshold_of_mmap, 2**16)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(AttributeError):
+            libc.mallopt(threshold_of_mmap, most)
 
 
 def deviation(ours: Watch, released: Watch, start: torch.Tensor, offset: float) -> tuple[float, float]:
@@ -368,7 +387,6 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rewards", nargs="+", choices=names, default=names, help="of ReNO, by default all four")
     parser.add_argument("--images", type=int, default=5, help="of the set that CNO moves apart")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--warm-up", type=int, default=1, help="rounds that do not count")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--tolerance", type=float, help="of losses and noise, by default 0.01 or, in half precision, 1")
@@ -389,7 +407,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         rows = reno_rows(pipe, rewards, size, options.steps or 4)
     else:
         rows = cno_rows(pipe, options.images, size, options.steps or 3)
-    found = measure(rows, options.rounds, device, options.warm_up)
+    found = measure(rows, options.rounds, device)
     images = 1 if rewards is not None else options.images
     table = compared(rows, found, drawn_noise(pipe, images, size))
     title = f"{options.method}, {options.model}, {images} × {size} px, {options.dtype}, {device.type}"

@@ -39,6 +39,7 @@ from typing import Any, ClassVar, Generic, Literal, NamedTuple, TypeVar, cast, g
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, AutoencoderTiny
+from diffusers.models.activations import GEGLU
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from diffusers.models.upsampling import Upsample2D
 from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
@@ -5353,6 +5354,33 @@ class NormalizedSiLU(torch.autograd.Function):
         return torch.ops.aten.silu_backward(gradient, normalized), None, None
 
 
+class LeanGEGLU(GEGLU):
+    """A gated linear unit that keeps its projection, and not the gate that follows from it."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if args or kwargs or hidden_states.device.type == "npu" or not is_lean(hidden_states, dimensions=3):
+            return super().forward(hidden_states, *args, **kwargs)
+        return GatedProjection.apply(self.proj(hidden_states))  # pyright: ignore[reportReturnType]
+
+
+class GatedProjection(torch.autograd.Function):
+    """`values * gelu(gates)` of the two halves of the last dimension."""
+
+    @staticmethod
+    def forward(ctx: Any, projected: Tensor) -> Tensor:
+        ctx.save_for_backward(projected)
+        values, gates = projected.chunk(2, dim=-1)
+        return values * F.gelu(gates)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # pyright: ignore
+        (projected,) = ctx.saved_tensors
+        values, gates = projected.chunk(2, dim=-1)
+        of_gates = torch.ops.aten.gelu_backward(gradient * values, gates)
+        return torch.cat([gradient * F.gelu(gates), of_gates], dim=-1)
+
+
 def is_frozen(layer: nn.Conv2d) -> bool:
     return not any(parameter.requires_grad for parameter in layer.parameters())
 
@@ -5385,9 +5413,9 @@ def has_channels_last(values: Tensor) -> bool:
     return last and values.device.type == "cpu"
 
 
-def is_lean(input: Tensor) -> bool:
+def is_lean(input: Tensor, dimensions: int = 4) -> bool:
     """Whether a graph is being made of something large, in the precision of its own tensors."""
-    graph = torch.is_grad_enabled() and input.requires_grad and input.ndim == 4
+    graph = torch.is_grad_enabled() and input.requires_grad and input.ndim == dimensions
     return graph and input.numel() * input.element_size() >= LEAN_BYTES and not in_autocast(input.device.type)
 
 
@@ -5400,6 +5428,7 @@ LEAN_LAYERS: dict[type[nn.Module], type[nn.Module]] = {
     nn.GroupNorm: LeanGroupNorm,
     nn.SiLU: LeanSiLU,
     Upsample2D: LeanUpsample2D,
+    GEGLU: LeanGEGLU,
 }
 
 

@@ -1,11 +1,14 @@
 """Beside the papers' loops: exact rows arrive where the released loops do, and the table is arithmetic."""
 
+import sys
+
 import papers_loops  # pyright: ignore[reportMissingImports]
 import pytest
 import real_rewards  # pyright: ignore[reportMissingImports]
 import torch
 from real_rewards import reno_rewards  # pyright: ignore[reportMissingImports]
 
+from noiseopt.evaluation.measure import resident
 from noiseopt.rewards import CLIPScore, ImageRewardModel
 
 
@@ -19,6 +22,15 @@ def seen(losses, noise):
 def test_ratios_are_within_a_round():
     assert papers_loops.ratio([1.0, 3.0], [2.0, 3.0]) == "0.75 [0.50–1.00]"
     assert papers_loops.ratio([None], [None]) == "–"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the resident memory is told by the kernel of Linux")
+def test_what_is_freed_goes_back():
+    with papers_loops.memory_goes_back():
+        blocks = [torch.ones(2**18) for _ in range(100)]
+        held = resident("VmRSS")
+        blocks[:-1] = []
+        assert held is None or held - resident("VmRSS") == pytest.approx(99, abs=5)
 
 
 def test_deviation_counts_the_offset_of_losses_and_the_way_the_loop_went():
@@ -55,6 +67,7 @@ def test_exact_rows_arrive_where_the_released_loop_does(method, tmp_path, capsys
     exact = [row["deviation"] for row in table.values() if "deviation" in row]
     assert exact and max(max(pair) for pair in exact) < 1e-3
     assert all(row["processor"][0] > 0 and row["run"][0] > row["step"][0] > 0 for row in table.values())
+    assert all(len(row["memory"]) == len(row["run"]) == 1 for row in table.values())
     printed = capsys.readouterr().out
     assert all(f"| {name} |" in printed for name in table)
     assert {path.suffix for path in tmp_path.iterdir()} == {".md", ".json"}

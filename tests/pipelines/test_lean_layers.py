@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers.models.activations import GEGLU
 from diffusers.models.upsampling import Upsample2D
 from tiny_pipelines import SIZE, tiny_pipeline, tiny_unet, tiny_vae
 from torch import nn
@@ -112,6 +113,15 @@ def test_silu_after_a_normalization_keeps_nothing_of_its_own():
     assert saved.peak == x.numel() * 8 + statistics and kept.requires_grad
 
 
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_gated_unit_keeps_its_projection_alone(frozen):
+    unit, x = layer(GEGLU(4, 6)).requires_grad_(not frozen), drawn(2, 5, 4)
+    assert_same(unit, x)
+    with lean.lean_layers([unit]), SavedBytes() as saved:
+        kept = unit(x.requires_grad_())
+    assert saved.peak == (2 * 5 * 12 + (0 if frozen else x.numel())) * 8 and kept.requires_grad
+
+
 def test_silu_of_anything_else_is_stock():
     assert_same(nn.SiLU(), drawn(1, 2, 3, 4))
 
@@ -191,12 +201,13 @@ def test_layers_are_what_they_were_after_an_error_and_others_are_never_touched()
 
     compiled = nn.Sequential(nn.Conv2d(1, 1, 1))
     compiled._compiled_call_impl = lambda *args: None
-    parts = nn.ModuleList([nn.Conv2d(1, 1, 1), nn.GroupNorm(1, 1), nn.SiLU(), Upsample2D(1), Own(1, 1, 1), compiled])
+    plain = [nn.Conv2d(1, 1, 1), nn.GroupNorm(1, 1), nn.SiLU(), Upsample2D(1), GEGLU(1, 1)]
+    parts = nn.ModuleList([*plain, Own(1, 1, 1), compiled])
     before = [type(part) for part in parts.modules()]
     with pytest.raises(KeyError), lean.lean_layers([parts]):
-        found = [type(part) for part in parts[:4]]
-        assert found == [lean.LeanConv2d, lean.LeanGroupNorm, lean.LeanSiLU, lean.LeanUpsample2D]
-        assert type(parts[4]) is Own and type(compiled[0]) is nn.Conv2d
+        found = [type(part) for part in plain]
+        assert found == [lean.LeanConv2d, lean.LeanGroupNorm, lean.LeanSiLU, lean.LeanUpsample2D, lean.LeanGEGLU]
+        assert type(parts[-2]) is Own and type(compiled[0]) is nn.Conv2d
         raise KeyError
     assert [type(part) for part in parts.modules()] == before
 
