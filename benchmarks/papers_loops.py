@@ -299,16 +299,18 @@ def measure(rows: dict[str, Row], rounds: int, device: torch.device) -> dict[str
 def memory_goes_back() -> Iterator[None]:
     """Large blocks go back to the system when they are freed, where the C library can be told to: glibc's `mallopt`.
 
-    It keeps most of them otherwise, and what was freed would count. That is faster, so that it does again afterwards.
+    It keeps most of them otherwise, and what was freed would count. That is faster, so that it does again afterwards, with
+    the thresholds that it comes to by itself in a process with blocks as large as these.
     """
-    libc, threshold_of_mmap, most = ctypes.CDLL(None), -3, 2**25
+    libc, trim_threshold, mmap_threshold = ctypes.CDLL(None), -1, -3
     with contextlib.suppress(AttributeError):
-        libc.mallopt(threshold_of_mmap, 2**16)
+        libc.mallopt(mmap_threshold, 2**16)
     try:
         yield
     finally:
         with contextlib.suppress(AttributeError):
-            libc.mallopt(threshold_of_mmap, most)
+            libc.mallopt(mmap_threshold, 2**25)
+            libc.mallopt(trim_threshold, 2**26)
 
 
 def deviation(ours: Watch, released: Watch, start: torch.Tensor, offset: float) -> tuple[float, float]:
