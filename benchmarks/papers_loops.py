@@ -299,7 +299,7 @@ def measure(rows: dict[str, Row], rounds: int, device: torch.device) -> dict[str
 def memory_goes_back() -> Iterator[None]:
     """Large blocks go back to the system when they are freed, where the C library can be told to: glibc's `mallopt`.
 
-    It keeps most of them otherwise, and what was freed would count. That is faster, so that it does again afterwards, with
+    It keeps most of them otherwise, and what was freed would count. That is faster: afterwards it does so again, with
     the thresholds that it comes to by itself in a process with blocks as large as these.
     """
     libc, trim_threshold, mmap_threshold = ctypes.CDLL(None), -1, -3
