@@ -51,6 +51,7 @@ COLUMNS = {
     "run": "time of the run",
     "memory": "peak memory",
 }
+TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # of mallopt
 CNO_SAMPLING = {"num_inference_steps": 50, "guidance_scale": 6.0}
 
 
@@ -297,20 +298,23 @@ def measure(rows: dict[str, Row], rounds: int, device: torch.device) -> dict[str
 
 @contextlib.contextmanager
 def memory_goes_back() -> Iterator[None]:
-    """Large blocks go back to the system when they are freed, where the C library can be told to: glibc's `mallopt`.
+    """Large blocks go back to the system when they are freed, where the C library can be told to.
 
     It keeps most of them otherwise, and what was freed would count. That is faster: afterwards it does so again, with
     the thresholds that it comes to by itself in a process with blocks as large as these.
     """
-    libc, trim_threshold, mmap_threshold = ctypes.CDLL(None), -1, -3
-    with contextlib.suppress(AttributeError):
-        libc.mallopt(mmap_threshold, 2**16)
+    mallopt(MMAP_THRESHOLD, 2**16)
     try:
         yield
     finally:
-        with contextlib.suppress(AttributeError):
-            libc.mallopt(mmap_threshold, 2**25)
-            libc.mallopt(trim_threshold, 2**26)
+        mallopt(MMAP_THRESHOLD, 2**25)
+        mallopt(TRIM_THRESHOLD, 2**26)
+
+
+def mallopt(parameter: int, value: int) -> None:
+    """mallopt(3) of glibc; nothing with another C library."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).mallopt(parameter, value)
 
 
 def deviation(ours: Watch, released: Watch, start: torch.Tensor, offset: float) -> tuple[float, float]:

@@ -13,7 +13,7 @@ import runpy
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from unittest import mock
@@ -44,10 +44,9 @@ class FreshProcesses:
         out: Path,
         err: Path,
         path: Sequence[Path] = OURS,
-        environment: Mapping[str, str] = {},
     ) -> BaseProcess:
         """Begin to run a program in a folder; what it says goes to two files. `path` is where it finds our modules."""
-        given = (program, [str(argument) for argument in arguments], folder, path, dict(environment), out, err)
+        given = (program, [str(argument) for argument in arguments], folder, path, out, err)
         process = self.context.Process(target=execute, args=given, daemon=True)
         process.start()
         return process
@@ -58,7 +57,6 @@ class FreshProcesses:
         *arguments: str | Path,
         folder: Path,
         path: Sequence[Path] = OURS,
-        environment: Mapping[str, str] = {},
         timeout: float = 100.0,
     ) -> "subprocess.CompletedProcess[str]":
         """Run a program, a file or its source, to its end; as `subprocess.run` does."""
@@ -70,7 +68,7 @@ class FreshProcesses:
                 file = program
             for log in (out, err):
                 log.touch()
-            process = self.start(file, *arguments, folder=folder, out=out, err=err, path=path, environment=environment)
+            process = self.start(file, *arguments, folder=folder, out=out, err=err, path=path)
             process.join(timeout)
             if process.exitcode is None:
                 process.kill()
@@ -84,7 +82,6 @@ def execute(
     arguments: list[str],
     folder: Path,
     path: Sequence[Path],
-    environment: dict[str, str],
     out: Path,
     err: Path,
 ) -> None:
@@ -93,7 +90,6 @@ def execute(
     for stream, file in ((1, out), (2, err)):
         os.dup2(os.open(file, os.O_WRONLY), stream)
     os.chdir(folder)
-    os.environ.update(environment)
     sys.argv = [str(program), *arguments]
     others = {str(ROOT), *map(str, OURS)}  # pytest's, which came with the fork
     sys.path[:] = [*map(str, path), *(each for each in sys.path if each not in others)]
