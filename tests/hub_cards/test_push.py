@@ -96,7 +96,7 @@ def test_what_comes_back_different_is_said(hub, api, monkeypatch):
     def break_commit(handler, name, body):
         status, answer, headers = commit(handler, name, body)
         (hub.root / name / "pipeline.py").write_text("lost")
-        return status, answer | {"commitOid": hub.repository(name).sha}, headers
+        return status, answer | {"commitOid": hub.repository(name).sha}, headers  # pyright: ignore[reportOperatorIssue]
 
     commit = Handler.commit
     monkeypatch.setattr(Handler, "commit", break_commit)
