@@ -11,9 +11,31 @@ from noiseopt.evaluation.looking import Looking
 from noiseopt.pipelines.noise_problem import NoiseProblem
 from noiseopt.pipelines.sampling import stock_call
 
+EMBEDS = {
+    "sd": ("prompt_embeds", "negative_prompt_embeds"),
+    "sdxl": (
+        "prompt_embeds",
+        "negative_prompt_embeds",
+        "pooled_prompt_embeds",
+        "negative_pooled_prompt_embeds",
+    ),
+    "flux": ("prompt_embeds", "pooled_prompt_embeds"),
+}
+
 
 class Painter(NoiseOptimizationMixin, StableDiffusionPipeline):
     """A pipeline of somebody's own, in a module that can be imported."""
+
+
+@torch.no_grad()
+def embeddings_of(pipe, family: str) -> dict[str, torch.Tensor]:
+    """Arguments in the place of the prompt "a b", against "c" where there is guidance, as the pipeline encodes it."""
+    if family == "flux":
+        encoded = pipe.encode_prompt("a b", None)
+    else:
+        guided = {"do_classifier_free_guidance": True, "negative_prompt": "c"}
+        encoded = pipe.encode_prompt("a b", device="cpu", num_images_per_prompt=1, **guided)
+    return dict(zip(EMBEDS[family], encoded, strict=False))
 
 
 def draw(pipe, prompt: Any = "a b", **arguments) -> torch.Tensor:

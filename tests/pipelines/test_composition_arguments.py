@@ -2,34 +2,12 @@
 
 import pytest
 import torch
-from compositions import check_composition, draw
+from compositions import EMBEDS, check_composition, draw, embeddings_of
 from diffusers.callbacks import SDXLCFGCutoffCallback
 from problems import generator, redness
 from tiny_pipelines import SIZE, call_arguments, quiet, sd_pipeline, sdxl_pipeline, tiny_pipeline
 
 from noiseopt import ReNO, ReNOTurboPipeline, optimize_noise
-
-EMBEDS = {
-    "sd": ("prompt_embeds", "negative_prompt_embeds"),
-    "sdxl": (
-        "prompt_embeds",
-        "negative_prompt_embeds",
-        "pooled_prompt_embeds",
-        "negative_pooled_prompt_embeds",
-    ),
-    "flux": ("prompt_embeds", "pooled_prompt_embeds"),
-}
-
-
-@torch.no_grad()
-def embeddings_of(pipe, family: str) -> dict[str, torch.Tensor]:
-    """The prompt "a b", against "c" where there is guidance, as the pipeline encodes it."""
-    if family == "flux":
-        encoded = pipe.encode_prompt("a b", None)
-    else:
-        guided = {"do_classifier_free_guidance": True, "negative_prompt": "c"}
-        encoded = pipe.encode_prompt("a b", device="cpu", num_images_per_prompt=1, **guided)
-    return dict(zip(EMBEDS[family], encoded, strict=False))
 
 
 @pytest.mark.parametrize("family", EMBEDS)

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from compositions import Painter, draw, state_of
+from compositions import Painter, draw, embeddings_of, state_of
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from diffusers.utils import dynamic_modules_utils
 from problems import generator, redness
-from tiny_pipelines import BUILDERS, call_arguments, quiet, sd_pipeline, sdxl_pipeline
+from tiny_pipelines import BUILDERS, SIZE, call_arguments, quiet, sd_pipeline, sdxl_pipeline
 
 from noiseopt import NoiseOptimizationMixin, ReNO, ReNOStableDiffusionPipeline, ReNOTurboPipeline, optimize_noise
 
@@ -118,11 +118,14 @@ def pipelines_of_one_class():
 
 
 def one_pipeline(family):
+    """With a prompt that is encoded: the tokenizers of transformers keep how they pad for one thread at a time."""
     pipe = quiet(BUILDERS[family]())
+    arguments = {**SIZE, **embeddings_of(pipe, family)}
 
     def run(seed, steps):
-        arguments = {**call_arguments(family), "num_inference_steps": steps, "generator": generator(seed)}
-        return optimize_noise(pipe, "a b", ReNO(rewards=redness, steps=3), **arguments)
+        method = ReNO(rewards=redness, steps=3, reward_prompt="a b")
+        call = {**arguments, "num_inference_steps": steps, "generator": generator(seed)}
+        return optimize_noise(pipe, None, method, **call)
 
     return [pipe], [lambda: run(0, 1), lambda: run(1, 3)]
 
