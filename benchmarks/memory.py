@@ -32,9 +32,9 @@ from noiseopt import optimize_noise
 from noiseopt.evaluation.live_bytes import LiveBytes
 from noiseopt.evaluation.looking import Looking
 from noiseopt.evaluation.measure import MEBIBYTE, PeakMemory, synchronize
-from noiseopt.pipelines.checkpointing import POLICIES
-from noiseopt.pipelines.noise_problem import NoiseProblem
-from noiseopt.pipelines.sampling import Gradient
+from noiseopt.pipelines.memory.checkpointing import POLICIES
+from noiseopt.pipelines.problem import NoiseProblem
+from noiseopt.pipelines.sampling.sampler import Gradient
 
 RESULTS = Path(__file__).parent / "results"
 MODELS = {"small": small_sdxl, "sd": sd_turbo, "sdxl": sdxl_turbo, "flux": flux}

@@ -16,8 +16,8 @@ from real_shapes import built_as, clip_tokenizer  # pyright: ignore[reportMissin
 from transformers import BertTokenizer, BlipTextModel, BlipVisionConfig, BlipVisionModel, CLIPConfig, CLIPModel
 
 from noiseopt.rewards import CLIPScore, HPSv21, ImageRewardModel, PickScore, Reward, RewardSum
-from noiseopt.rewards.image_reward import ImageRewardHead, image_reward_text_config
-from noiseopt.rewards.reward_sum import REWARD_PRESETS
+from noiseopt.rewards.contract.reward_sum import REWARD_PRESETS
+from noiseopt.rewards.preference.image_reward import ImageRewardHead, image_reward_text_config
 
 TOWER = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 # width, hidden width, layers, heads

@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from ..rewards.reward import check_reward_device
-from ..rewards.reward_sum import RewardSum, reward_weight_pairs
-from .noise_hook import NoiseOptimizationMixin
-from .noise_optimizer import NoiseOptimizer
+from ..rewards.contract.reward import check_reward_device
+from ..rewards.contract.reward_sum import RewardSum, reward_weight_pairs
+from .hook import NoiseOptimizationMixin
+from .method import NoiseOptimizer
 
 
 class RewardMixin(NoiseOptimizationMixin):

@@ -1,39 +1,53 @@
 """Rewards: images and prompts in, one number per image out. Knows nothing of diffusion."""
 
-from .aesthetic import Aesthetic, AestheticHead, AestheticV1
-from .auto_features import AutoFeatures
-from .black_box import BlackBox
-from .blip_itm import BlipITC, BlipITM
-from .blip_vqa import BlipVQA
-from .clip_flant5 import CLIPFlanT5
-from .clip_score import CLIPScore
-from .color_channel import ColorChannel
-from .color_histogram import ColorHistogramFeatures, SoftColorHistogram, histogram_distance
-from .cosine_kernel import cosine_kernel
-from .dpp import DPP, DPPPatch
-from .dreamsim_features import DreamSimDINOFeatures, DreamSimFeatures
-from .features import Features, list_features, register_features
-from .hpsv2 import HPSv20, HPSv21
-from .image_detail import Complexity, Sharpness
-from .image_features import NEVER_TOO_LATE_TRANSFORM, CLIPFeatures, DINOv2Features, DINOv2PatchFeatures, ImageFeatures
-from .image_reward import ImageRewardModel
-from .lpips_features import LPIPSAlexFeatures, LPIPSFeatures
-from .pairwise_distance import PairwiseDistance, cosine_distance, l2_distance, squared_l2_distance
-from .pick_score import PickScore
-from .pixel_criteria import Brightness, JPEGCompressibility, JPEGIncompressibility
-from .registry import AutoReward, list_rewards, register_reward
-from .reward import CallableReward, NonDifferentiableReward, NonFiniteReward, Reward, check_gradient
-from .reward_sum import RewardSum, RewardSumOutput
-from .set_reward import PairwiseDiversity, SetReward, find_set_reward, list_set_rewards, register_set_reward
-from .set_reward_sum import SetRewardSum, SetRewardSumOutput, join_features
-from .siglip import SigLIP, SigLIP2
-from .soft_tifa import SoftTIFA, geneval2_atoms
-from .tiny_image import TinyImage
-from .transforms import ImageTransform, PadTransform, center_crop, longest_edge_pad, normalize, resize, shortest_edge
-from .vendi import Vendi, VendiOrder2, VendiOrderInfinity, vendi_score
-from .views import random_views
-from .vlm_inputs import TokenizerAndImageProcessor
-from .vqa_score import VQAScorer
+from ..pipelines.reno.views import random_views
+from .contract.black_box import BlackBox
+from .contract.registry import AutoReward, list_rewards, register_reward
+from .contract.reward import CallableReward, NonDifferentiableReward, NonFiniteReward, Reward, check_gradient
+from .contract.reward_sum import RewardSum, RewardSumOutput
+from .contract.transforms import (
+    ImageTransform,
+    PadTransform,
+    center_crop,
+    longest_edge_pad,
+    normalize,
+    resize,
+    shortest_edge,
+)
+from .features.auto_features import AutoFeatures
+from .features.color_histogram import ColorHistogramFeatures, SoftColorHistogram, histogram_distance
+from .features.dreamsim_features import DreamSimDINOFeatures, DreamSimFeatures
+from .features.features import Features, list_features, register_features
+from .features.image_features import (
+    NEVER_TOO_LATE_TRANSFORM,
+    CLIPFeatures,
+    DINOv2Features,
+    DINOv2PatchFeatures,
+    ImageFeatures,
+)
+from .features.lpips_features import LPIPSAlexFeatures, LPIPSFeatures
+from .features.tiny_image import TinyImage
+from .pixels.color_channel import ColorChannel
+from .pixels.image_detail import Complexity, Sharpness
+from .pixels.pixel_criteria import Brightness, JPEGCompressibility, JPEGIncompressibility
+from .preference.aesthetic import Aesthetic, AestheticHead, AestheticV1
+from .preference.blip_itm import BlipITC, BlipITM
+from .preference.clip_score import CLIPScore
+from .preference.hpsv2 import HPSv20, HPSv21
+from .preference.image_reward import ImageRewardModel
+from .preference.pick_score import PickScore
+from .preference.siglip import SigLIP, SigLIP2
+from .sets.cosine_kernel import cosine_kernel
+from .sets.dpp import DPP, DPPPatch
+from .sets.pairwise_distance import PairwiseDistance, cosine_distance, l2_distance, squared_l2_distance
+from .sets.set_reward import PairwiseDiversity, SetReward, find_set_reward, list_set_rewards, register_set_reward
+from .sets.set_reward_sum import SetRewardSum, SetRewardSumOutput, join_features
+from .sets.vendi import Vendi, VendiOrder2, VendiOrderInfinity, vendi_score
+from .vlm.blip_vqa import BlipVQA
+from .vlm.clip_flant5 import CLIPFlanT5
+from .vlm.soft_tifa import SoftTIFA, geneval2_atoms
+from .vlm.vlm_inputs import TokenizerAndImageProcessor
+from .vlm.vqa_score import VQAScorer
 
 __all__ = [
     "Aesthetic",

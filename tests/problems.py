@@ -4,7 +4,7 @@ import torch
 
 from noiseopt import optimize_noise
 from noiseopt.evaluation.looking import Looking
-from noiseopt.pipelines.noise_problem import NoiseProblem
+from noiseopt.pipelines.problem import NoiseProblem
 
 
 def generator(seed: int = 0) -> torch.Generator:

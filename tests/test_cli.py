@@ -18,8 +18,8 @@ from transformers.utils import logging as transformers_logging
 from noiseopt import FunctionObjective, NoiseOptimizer, NoiseResult, plots, shapes_world
 from noiseopt.cli import main
 from noiseopt.demo import DEFAULT_PROMPTS, ONE_STEP, SET, Choice, load_pipeline, optimize_and_judge, quiet_libraries
-from noiseopt.pipelines.methods import METHODS
-from noiseopt.pipelines.sampling import Gradient
+from noiseopt.pipelines.registry import METHODS
+from noiseopt.pipelines.sampling.sampler import Gradient
 from noiseopt.shapes_world import embedded
 
 PROMPT = "a red circle left of a blue star"

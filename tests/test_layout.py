@@ -128,8 +128,8 @@ for path in sorted(target.rglob("*.py")):
         parts = path.relative_to(target).with_suffix("").parts
         module = importlib.import_module(".".join(parts).removesuffix(".__init__"))
         assert pathlib.Path(module.__file__).resolve() == path, module
-cls = sys.modules["noiseopt.pipelines.reno_turbo"].ReNOTurboPipeline
-assert "class ReNOTurboPipeline(" in sys.modules["noiseopt.pipelines.pipeline_code"].code_of(cls)
+cls = sys.modules["noiseopt.pipelines.reno.turbo"].ReNOTurboPipeline
+assert "class ReNOTurboPipeline(" in sys.modules["noiseopt.pipelines.results.pipeline_code"].code_of(cls)
 """
     run = processes.run(program, tmp_path, folder=tmp_path, path=[tmp_path])
     assert run.returncode == 0, run.stderr

@@ -80,7 +80,7 @@ def test_a_rotated_photo_is_scored_upright(tmp_path, capsys):
 
 
 def test_a_preset_stands_for_its_rewards(pictures, capsys, monkeypatch):
-    monkeypatch.setattr("noiseopt.rewards.reward_sum.REWARD_PRESETS", {"warm": {"red": 5.0, "green": 1.0}})
+    monkeypatch.setattr("noiseopt.rewards.contract.reward_sum.REWARD_PRESETS", {"warm": {"red": 5.0, "green": 1.0}})
     main(["score", pictures[0], "--reward", "warm", "--reward", "red", "--json"])
     assert json.loads(capsys.readouterr().out)[0].keys() == {"image", "prompt", "red", "green"}
 

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from noiseopt.rewards import BlipITC, BlipITM, BlipVQA, ImageRewardModel, ImageTransform, Reward
-from noiseopt.rewards.image_reward import ImageRewardHead, image_reward_text_config
+from noiseopt.rewards.preference.image_reward import ImageRewardHead, image_reward_text_config
 
 MED_CONFIG = {
     "architectures": ["BertModel"],

@@ -55,8 +55,8 @@ from transformers import (
 )
 
 from noiseopt.rewards import CLIPFlanT5, Reward, VQAScorer
-from noiseopt.rewards.clip_flant5 import clip_flant5_projector, untied_t5
-from noiseopt.rewards.vlm_inputs import VLM_FAMILIES, TokenizerAndImageProcessor
+from noiseopt.rewards.vlm.clip_flant5 import clip_flant5_projector, untied_t5
+from noiseopt.rewards.vlm.vlm_inputs import VLM_FAMILIES, TokenizerAndImageProcessor
 
 WORDS = [
     "yes",

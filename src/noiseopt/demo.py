@@ -17,7 +17,7 @@ from .evaluation.embedded_diversity import embedded_diversity, towers_of
 from .evaluation.metrics import layout_spread
 from .evaluation.plan import MethodChoice
 from .pipelines import NoiseOptimizer, NoiseResult, list_noise_optimizers, optimize_noise
-from .pipelines.methods import METHODS
+from .pipelines.registry import METHODS
 from .quiet import quiet_libraries
 from .shapes_world.embedded import EmbeddedModel
 from .shapes_world.judge import Verdict

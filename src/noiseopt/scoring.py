@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-    from .rewards.reward import Reward
+    from .rewards.contract.reward import Reward
 
 GIB = 2**30
 
@@ -81,8 +81,8 @@ class RewardFacts:
     @classmethod
     def of(cls, name: str) -> "RewardFacts":
         """The facts of a registered reward; nothing is loaded."""
-        from .rewards.registry import REWARDS
-        from .rewards.reward import Reward
+        from .rewards.contract.registry import REWARDS
+        from .rewards.contract.reward import Reward
 
         factory = REWARDS[name][1]
         reward: Any = factory if isinstance(factory, type) and issubclass(factory, Reward) else factory()
@@ -116,7 +116,7 @@ def rewards(arguments: argparse.Namespace) -> None:
     from .quiet import quiet_libraries
 
     with quiet_libraries():
-        from .rewards.registry import list_rewards
+        from .rewards.contract.registry import list_rewards
 
         facts = [RewardFacts.of(name) for name in list_rewards()]
     if arguments.json:
@@ -161,7 +161,7 @@ def prompts_for(images: Sequence[Path], prompts: Sequence[str] | None) -> list[s
 
 def expanded(names: Sequence[str]) -> list[str]:
     """The names, with those of presets in their place, each once."""
-    from .rewards.reward_sum import REWARD_PRESETS
+    from .rewards.contract.reward_sum import REWARD_PRESETS
 
     return list(dict.fromkeys(member for name in names for member in REWARD_PRESETS.get(name, [name])))
 
@@ -169,7 +169,7 @@ def expanded(names: Sequence[str]) -> list[str]:
 def check_request(names: Sequence[str], prompts: Sequence[str] | None, device: str | None) -> None:
     """Raise `ValueError` for an unknown reward or device, and for a reward that reads a prompt where there is none."""
     from .evaluation.plan import EMBEDDED_REWARDS, check_device, check_reward
-    from .rewards.registry import REWARDS
+    from .rewards.contract.registry import REWARDS
 
     check_device(device)
     for name in names:
@@ -194,7 +194,7 @@ def load_reward(name: str, arguments: argparse.Namespace) -> "Reward":
 
     from .evaluation.instruments import weights_of
     from .evaluation.plan import EMBEDDED_REWARDS
-    from .rewards.registry import AutoReward
+    from .rewards.contract.registry import AutoReward
 
     dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
     return AutoReward.from_pretrained(weights_of(name, EMBEDDED_REWARDS), device=arguments.device, dtype=dtype)

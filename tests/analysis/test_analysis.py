@@ -12,7 +12,7 @@ from noiseopt import BestOfN, NoiseResult, ReNO, optimize_noise, shapes_world
 from noiseopt.analysis.analysis import Analysis, changes_of, markdown
 from noiseopt.analysis.drawing import final_latents, repeated
 from noiseopt.analysis.groups import Group, embedded_name, load_groups
-from noiseopt.pipelines.frequency_bands import band_energies
+from noiseopt.pipelines.results.frequency_bands import band_energies
 
 
 def normal(seed: int, *shape: int) -> torch.Tensor:

@@ -9,7 +9,7 @@ import torch
 from never_too_late import Row, reached, rows  # pyright: ignore[reportMissingImports]
 from PIL import Image
 
-from noiseopt.pipelines.group_solver import group_value
+from noiseopt.pipelines.searches.group_solver import group_value
 
 FEW = [
     Row("white", "plain"),

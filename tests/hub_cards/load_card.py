@@ -101,7 +101,7 @@ def images_of(outputs: list[Any]) -> torch.Tensor:
 
 def redrawn(pipe: Any, outputs: list[Any], path: Path, **kwargs: Any) -> list[Any]:
     """What the noises of `outputs` give once they were written to a file and read by the package."""
-    result = importlib.import_module("noiseopt.pipelines.noise_result").NoiseResult
+    result = importlib.import_module("noiseopt.pipelines.results.noise_result").NoiseResult
     again = []
     for output in outputs:
         output.noise_result.save(path)
@@ -169,7 +169,7 @@ def run(program: str) -> dict[str, Any]:
 
 def saved(output: Any) -> bool:
     """Whether the images and the noise of a run lie in this folder."""
-    result = importlib.import_module("noiseopt.pipelines.noise_result").NoiseResult
+    result = importlib.import_module("noiseopt.pipelines.results.noise_result").NoiseResult
     (noise,) = Path().glob("*.safetensors")
     loaded = result.load(noise).latents
     return len(list(Path().glob("*.png"))) == len(output.images) and torch.equal(loaded, output.noise_result.latents)

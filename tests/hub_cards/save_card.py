@@ -55,7 +55,7 @@ def main(card: Path, other: Path, folder: Path) -> dict[str, bool]:
         "trust is asked for": refused(folder / "saved"),
         "the package was not needed": "noiseopt" not in sys.modules,
     }
-    package = importlib.import_module("noiseopt.pipelines.reno_stable_diffusion").ReNOStableDiffusionPipeline
+    package = importlib.import_module("noiseopt.pipelines.reno.stable_diffusion").ReNOStableDiffusionPipeline
     mine = package.from_pretrained(folder / "saved", safety_checker=None)
     facts["the class of the package needs no trust"] = type(mine) is package and torch.equal(draw(mine), images)
     mine.save_pretrained(folder / "of the package")

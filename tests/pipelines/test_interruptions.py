@@ -35,7 +35,7 @@ from noiseopt import (
     optimize_noise,
 )
 from noiseopt.pipelines import noise_file
-from noiseopt.pipelines.image_set import SetGrowth
+from noiseopt.pipelines.never_too_late.image_set import SetGrowth
 
 ONE = {"num_inference_steps": 1, "guidance_scale": 0.0, **SIZE}
 
@@ -368,7 +368,7 @@ def test_a_disk_that_is_full_does_not_end_a_run(tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError("no space left")
 
-    monkeypatch.setattr("noiseopt.pipelines.result_file.save_file", full)
+    monkeypatch.setattr("noiseopt.pipelines.results.result_file.save_file", full)
     method = ReNO(rewards="red", steps=3)
     with pytest.warns(UserWarning, match="cannot be written"), pytest.raises(OSError, match="no space") as raised:
         optimize_noise(model(), "a b", method, save_noise_to=tmp_path / "x", **ONE)

@@ -49,7 +49,7 @@ def images() -> torch.Tensor:
 def clip_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """CLIP ViT-L/14 in a folder instead of on the Hub."""
     publish_clip_score(tmp_path, "clip", seed=4)
-    monkeypatch.setattr("noiseopt.rewards.aesthetic.CLIP_VIT_L", str(tmp_path / "clip"))
+    monkeypatch.setattr("noiseopt.rewards.preference.aesthetic.CLIP_VIT_L", str(tmp_path / "clip"))
     return tmp_path / "clip"
 
 

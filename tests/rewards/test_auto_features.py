@@ -16,8 +16,8 @@ from noiseopt.rewards import (
     list_features,
     register_features,
 )
-from noiseopt.rewards.auto_features import find_features
-from noiseopt.rewards.features import FEATURES
+from noiseopt.rewards.features.auto_features import find_features
+from noiseopt.rewards.features.features import FEATURES
 
 IMAGES = torch.rand(2, 3, 40, 40, generator=torch.Generator().manual_seed(0))
 

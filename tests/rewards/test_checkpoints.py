@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from noiseopt.rewards import AutoReward
-from noiseopt.rewards.checkpoints import (
+from noiseopt.rewards.contract.checkpoints import (
     check_weights,
     checkpoint_path,
     holder_of,
@@ -20,7 +20,7 @@ from noiseopt.rewards.checkpoints import (
     read_settings,
     read_state_dict,
 )
-from noiseopt.rewards.clip_flant5 import read_shards
+from noiseopt.rewards.vlm.clip_flant5 import read_shards
 
 HUB = {"revision": None, "cache_dir": None, "token": None, "local_files_only": True}
 

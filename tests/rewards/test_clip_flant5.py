@@ -10,8 +10,8 @@ from tiny_vlm_rewards import build_clip_flant5, build_word_tokenizer, publish_cl
 from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel, T5Config
 
 from noiseopt.rewards import CLIPFlanT5, VQAScorer
-from noiseopt.rewards.clip_flant5 import clip_flant5_projector, pad_to_square, split_clip_flant5, untied_t5
-from noiseopt.rewards.registry import reward_class_of
+from noiseopt.rewards.contract.registry import reward_class_of
+from noiseopt.rewards.vlm.clip_flant5 import clip_flant5_projector, pad_to_square, split_clip_flant5, untied_t5
 
 MODEL = "zhiqiulin/clip-flant5-xl"
 

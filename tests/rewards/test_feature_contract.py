@@ -10,7 +10,7 @@ from loopback_hub import LoopbackHub
 from tiny_features import PUBLISHED_FEATURES, TINY_FEATURES, build_features
 
 from noiseopt.rewards import Features, PairwiseDistance, list_features
-from noiseopt.rewards.features import FEATURES
+from noiseopt.rewards.features.features import FEATURES
 
 SIZES = [(40, 56), (57, 33), (64, 64)]
 

@@ -12,7 +12,7 @@ from tiny_clip_rewards import build_clip, build_hpsv2, build_tokenizer, open_cli
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from noiseopt.rewards import AutoReward, CLIPScore, HPSv20, HPSv21, ImageTransform, PadTransform, RewardSum
-from noiseopt.rewards.open_clip import clip_model_from_open_clip
+from noiseopt.rewards.preference.open_clip import clip_model_from_open_clip
 
 ORACLE = Path(__file__).parent / "data/open_clip_hpsv2.safetensors"
 

@@ -5,7 +5,7 @@ import torch
 from tiny_blip_rewards import build_bert_tokenizer
 from torch import nn
 
-from noiseopt.rewards.image_text import PromptTokens, precise_linear
+from noiseopt.rewards.contract.image_text import PromptTokens, precise_linear
 
 CPU = torch.device("cpu")
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny_clip_rewards import build_clip, open_clip_state
 
-from noiseopt.rewards.open_clip import clip_model_from_open_clip, clip_state_from_open_clip
+from noiseopt.rewards.preference.open_clip import clip_model_from_open_clip, clip_state_from_open_clip
 
 
 def test_every_key_becomes_the_one_it_was_made_of():

@@ -21,7 +21,7 @@ def images() -> torch.Tensor:
 def companion(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """CLIP ViT-H in a folder instead of on the Hub."""
     publish_clip_score(tmp_path)
-    monkeypatch.setattr("noiseopt.rewards.pick_score.CLIP_VIT_H", str(tmp_path / CLIP_VIT_H))
+    monkeypatch.setattr("noiseopt.rewards.preference.pick_score.CLIP_VIT_H", str(tmp_path / CLIP_VIT_H))
     return tmp_path / CLIP_VIT_H
 
 
@@ -41,7 +41,7 @@ def test_a_folder_with_the_model_alone_takes_the_rest_from_clip(companion: Path,
 
 
 def test_a_folder_with_everything_is_read_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, images: torch.Tensor):
-    monkeypatch.setattr("noiseopt.rewards.pick_score.CLIP_VIT_H", "no/such-repository")
+    monkeypatch.setattr("noiseopt.rewards.preference.pick_score.CLIP_VIT_H", "no/such-repository")
     build_clip(seed=1).save_pretrained(tmp_path)
     build_tokenizer().save_pretrained(tmp_path)
     CLIPImageProcessorPil(size={"shortest_edge": 40}, crop_size={"height": 32, "width": 32}).save_pretrained(tmp_path)

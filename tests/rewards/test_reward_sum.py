@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import noiseopt.rewards.reward_sum
+import noiseopt.rewards.contract.reward_sum
 from noiseopt.rewards import (
     CLIPScore,
     ColorChannel,

@@ -18,7 +18,7 @@ from noiseopt.rewards import (
     list_set_rewards,
     register_set_reward,
 )
-from noiseopt.rewards.set_reward import SET_REWARDS
+from noiseopt.rewards.sets.set_reward import SET_REWARDS
 
 NAMES = list_features()
 

@@ -19,7 +19,7 @@ from noiseopt.rewards import (
     resize,
     shortest_edge,
 )
-from noiseopt.rewards.transforms import first_pass_size
+from noiseopt.rewards.contract.transforms import first_pass_size
 
 SIZES = [(64, 64), (200, 200), (300, 171), (97, 160), (512, 768)]
 CLIP_NORMALISATION = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))

@@ -16,8 +16,8 @@ from transformers.models.smolvlm import processing_smolvlm
 from transformers.models.smolvlm.processing_smolvlm import SmolVLMProcessor
 
 from noiseopt.rewards import AutoReward, VQAScorer
-from noiseopt.rewards.vlm_inputs import PIXEL_TOLERANCE, VLM_FAMILIES, VLMInputs, probe_image
-from noiseopt.rewards.vqa_score import QUESTION
+from noiseopt.rewards.vlm.vlm_inputs import PIXEL_TOLERANCE, VLM_FAMILIES, VLMInputs, probe_image
+from noiseopt.rewards.vlm.vqa_score import QUESTION
 
 PROMPTS = ["a red cube", "two green cars on a table"]
 REAL = {

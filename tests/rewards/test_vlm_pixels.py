@@ -19,7 +19,7 @@ from transformers import (
 )
 from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl
 
-from noiseopt.rewards.vlm_pixels import lanczos_resize, smart_resize, vlm_pixels
+from noiseopt.rewards.vlm.vlm_pixels import lanczos_resize, smart_resize, vlm_pixels
 
 HALF = [0.5, 0.5, 0.5]
 # In normalised units; CLIP divides by standard deviations of about 0.26, the others by 0.5: 1.13 grey levels each.

@@ -21,9 +21,9 @@ from transformers import (
 
 from noiseopt import shapes_world
 from noiseopt.rewards import AutoReward, RewardSum, VQAScorer
-from noiseopt.rewards.vlm_inputs import PIXEL_TOLERANCE, VLM_FAMILIES
-from noiseopt.rewards.vlm_pixels import vlm_pixels
-from noiseopt.rewards.vqa_score import QUESTION, appended, first_tokens, log_probability
+from noiseopt.rewards.vlm.vlm_inputs import PIXEL_TOLERANCE, VLM_FAMILIES
+from noiseopt.rewards.vlm.vlm_pixels import vlm_pixels
+from noiseopt.rewards.vlm.vqa_score import QUESTION, appended, first_tokens, log_probability
 from noiseopt.shapes_world.readers import SHOWS
 
 PROMPTS = ["a red cube", "two green cars"]

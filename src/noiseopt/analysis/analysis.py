@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ..evaluation.noise_statistics import NoiseStatistics, noise_statistics, slope_error
-from ..pipelines.frequency_bands import BANDS, band_energies, frequency_bands
-from ..pipelines.noise_result import NoiseResult
+from ..pipelines.results.frequency_bands import BANDS, band_energies, frequency_bands
+from ..pipelines.results.noise_result import NoiseResult
 from .coherence import Coherence, coherence, most_rings, white_coherence
 from .distances import l2_table
 from .groups import Group

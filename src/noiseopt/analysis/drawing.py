@@ -9,9 +9,9 @@ from torch import Tensor
 
 from .. import pipelines, shapes_world
 from ..evaluation.looking import Looking
-from ..pipelines.noise_hook import optimize_noise
-from ..pipelines.noise_problem import NoiseProblem
-from ..pipelines.noise_result import NoiseResult
+from ..pipelines.hook import optimize_noise
+from ..pipelines.problem import NoiseProblem
+from ..pipelines.results.noise_result import NoiseResult
 from ..quiet import quiet_libraries
 from .groups import CannotAnalyze, Group, embedded_name, pooled
 

@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator
 
 from ..evaluation.figures import COLORS, GROUND, quiet_axes
 from ..evaluation.noise_statistics import gaussian_limits
-from ..pipelines.frequency_bands import BANDS
+from ..pipelines.results.frequency_bands import BANDS
 from ..plots import MARGIN, MUTED, Page
 from .analysis import Analysis
 

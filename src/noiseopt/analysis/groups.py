@@ -8,7 +8,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..pipelines.noise_result import NoiseResult
+from ..pipelines.results.noise_result import NoiseResult
 from ..shapes_world.embedded import MODELS
 
 

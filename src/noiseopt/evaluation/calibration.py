@@ -5,7 +5,7 @@ import statistics
 from typing import Any
 
 from ..callbacks.early_stopping import TimeBudget
-from ..pipelines.best_of_n import BestOfN
+from ..pipelines.searches.best_of_n import BestOfN
 from .plan import Contender, MethodChoice
 from .unit import Studio
 

@@ -188,7 +188,7 @@ def plan_of(arguments: argparse.Namespace) -> "Plan":
 
 def weighted(text: str) -> list[tuple[str, float]]:
     """The rewards of `"clip"` or `"clip=0.5"`; of a preset all that it stands for."""
-    from ..rewards.reward_sum import REWARD_PRESETS
+    from ..rewards.contract.reward_sum import REWARD_PRESETS
 
     name, equals, weight = text.rpartition("=")
     try:

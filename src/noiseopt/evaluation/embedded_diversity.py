@@ -6,9 +6,9 @@ from typing import Any, Literal
 import torch
 
 from .. import shapes_world
-from ..rewards.image_features import ImageFeatures
-from ..rewards.set_reward import find_set_reward
-from ..rewards.set_reward_sum import set_reward_entries
+from ..rewards.features.image_features import ImageFeatures
+from ..rewards.sets.set_reward import find_set_reward
+from ..rewards.sets.set_reward_sum import set_reward_entries
 
 # features -> the tower that stands for them, and which of its outputs they are
 TOWERS: dict[str, tuple[str, Literal["cls", "patch"]]] = {

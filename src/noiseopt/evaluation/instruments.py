@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from PIL import Image
 
 from .. import shapes_world
-from ..pipelines.noise_result import NoiseResult
-from ..rewards.auto_features import AutoFeatures
-from ..rewards.features import Features
-from ..rewards.registry import AutoReward
-from ..rewards.reward import Reward
-from ..rewards.reward_sum import RewardSum
+from ..pipelines.results.noise_result import NoiseResult
+from ..rewards.contract.registry import AutoReward
+from ..rewards.contract.reward import Reward
+from ..rewards.contract.reward_sum import RewardSum
+from ..rewards.features.auto_features import AutoFeatures
+from ..rewards.features.features import Features
 from .metrics import coverage, layout_spread, mean_pairwise_similarity, vendi_score
 from .noise_statistics import gaussian_limits, noise_statistics
 from .plan import EMBEDDED_REWARDS, Plan

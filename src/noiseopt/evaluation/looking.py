@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 
-from ..pipelines.noise_optimizer import NoiseOptimizer
-from ..pipelines.noise_problem import NoiseProblem
-from ..pipelines.objectives import FunctionObjective, Objective
+from ..pipelines.method import NoiseOptimizer
+from ..pipelines.objective import FunctionObjective, Objective
+from ..pipelines.problem import NoiseProblem
 
 
 class Looking(NoiseOptimizer):

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..pipelines.module_state import DENOISERS
+from ..pipelines.sampling.module_state import DENOISERS
 
 MEBIBYTE = 2**20
 

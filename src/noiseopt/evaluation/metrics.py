@@ -13,8 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..rewards.cosine_kernel import cosine_kernel
-from ..rewards.vendi import vendi_score as vendi_score
+from ..rewards.sets.cosine_kernel import cosine_kernel
+from ..rewards.sets.vendi import vendi_score as vendi_score
 from ..shapes_world import SIZE, Thing, parse, see
 from ..shapes_world.judge import CHROMA
 

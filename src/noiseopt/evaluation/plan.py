@@ -19,14 +19,14 @@ from ..callbacks.cads import CADS
 from ..callbacks.denoising_callback import DenoisingCallback
 from ..callbacks.interval_guidance import IntervalGuidance
 from ..callbacks.particle_guidance import ParticleGuidance
-from ..pipelines.best_of_n import BestOfN
-from ..pipelines.methods import METHODS, list_noise_optimizers
-from ..pipelines.noise_optimizer import NoiseOptimizer
-from ..pipelines.plain_sampling import PlainSampling
-from ..rewards.auto_features import find_features
-from ..rewards.features import FEATURES, import_optional
-from ..rewards.registry import find_reward
-from ..rewards.set_reward_sum import check_set_reward_entry, set_reward_entries
+from ..pipelines.baselines.plain_sampling import PlainSampling
+from ..pipelines.method import NoiseOptimizer
+from ..pipelines.registry import METHODS, list_noise_optimizers
+from ..pipelines.searches.best_of_n import BestOfN
+from ..rewards.contract.registry import find_reward
+from ..rewards.features.auto_features import find_features
+from ..rewards.features.features import FEATURES, import_optional
+from ..rewards.sets.set_reward_sum import check_set_reward_entry, set_reward_entries
 from ..shapes_world.embedded import WEIGHTS
 from .embedded_diversity import embedded_diversity, features_of
 from .prompt_sets import PromptSet

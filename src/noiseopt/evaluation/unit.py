@@ -12,12 +12,12 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from .. import shapes_world
-from ..pipelines.best_of_n import BestOfN
-from ..pipelines.noise_hook import optimize_noise
-from ..pipelines.noise_optimizer import NoiseOptimizer
-from ..pipelines.noise_result import NoiseResult
-from ..pipelines.plain_sampling import PlainSampling
-from ..pipelines.whole_file import write_whole as write_whole
+from ..pipelines.baselines.plain_sampling import PlainSampling
+from ..pipelines.hook import optimize_noise
+from ..pipelines.method import NoiseOptimizer
+from ..pipelines.results.atomic_write import write_whole as write_whole
+from ..pipelines.results.noise_result import NoiseResult
+from ..pipelines.searches.best_of_n import BestOfN
 from .instruments import Instruments, noise_measures, set_measures, verdicts
 from .measure import Cost, measured
 from .plan import Contender, ModelChoice, Plan

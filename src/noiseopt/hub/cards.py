@@ -239,7 +239,7 @@ NO_FLUX = "There is no embedded model of the FLUX kind: this is the nearest, whi
 CARDS = (
     Card(
         name="reno-turbo",
-        module="pipelines/reno_turbo.py",
+        module="pipelines/reno/turbo.py",
         method=RENO,
         base_model="stabilityai/sdxl-turbo",
         model="SDXL-Turbo",
@@ -248,7 +248,7 @@ CARDS = (
     ),
     Card(
         name="reno-stable-diffusion",
-        module="pipelines/reno_stable_diffusion.py",
+        module="pipelines/reno/stable_diffusion.py",
         method=RENO,
         base_model="stabilityai/sd-turbo",
         model="SD-Turbo",
@@ -257,7 +257,7 @@ CARDS = (
     ),
     Card(
         name="cno-stable-diffusion",
-        module="pipelines/cno_stable_diffusion.py",
+        module="pipelines/cno/stable_diffusion.py",
         method=CNO,
         base_model="stable-diffusion-v1-5/stable-diffusion-v1-5",
         model="Stable Diffusion 1.5",
@@ -266,7 +266,7 @@ CARDS = (
     ),
     Card(
         name="cno-stable-diffusion-xl",
-        module="pipelines/cno_stable_diffusion_xl.py",
+        module="pipelines/cno/stable_diffusion_xl.py",
         method=CNO,
         base_model="stabilityai/stable-diffusion-xl-base-1.0",
         model="SDXL",
@@ -275,7 +275,7 @@ CARDS = (
     ),
     Card(
         name="cno-stable-diffusion-3",
-        module="pipelines/cno_stable_diffusion_3.py",
+        module="pipelines/cno/stable_diffusion_3.py",
         method=CNO,
         base_model="stabilityai/stable-diffusion-3.5-medium",
         model="Stable Diffusion 3.5",
@@ -284,7 +284,7 @@ CARDS = (
     ),
     Card(
         name="cno-flux",
-        module="pipelines/cno_flux.py",
+        module="pipelines/cno/flux.py",
         method=CNO,
         base_model="black-forest-labs/FLUX.1-dev",
         model="FLUX.1",
@@ -294,7 +294,7 @@ CARDS = (
     ),
     Card(
         name="noise-diffusion-stable-diffusion",
-        module="pipelines/noise_diffusion_stable_diffusion.py",
+        module="pipelines/noise_diffusion/stable_diffusion.py",
         method=NOISE_DIFFUSION,
         base_model="stable-diffusion-v1-5/stable-diffusion-v1-5",
         model="Stable Diffusion 1.5",
@@ -303,7 +303,7 @@ CARDS = (
     ),
     Card(
         name="noise-diffusion-stable-diffusion-xl",
-        module="pipelines/noise_diffusion_stable_diffusion_xl.py",
+        module="pipelines/noise_diffusion/stable_diffusion_xl.py",
         method=NOISE_DIFFUSION,
         base_model="stabilityai/stable-diffusion-xl-base-1.0",
         model="SDXL",
@@ -312,7 +312,7 @@ CARDS = (
     ),
     Card(
         name="noise-diffusion-stable-diffusion-3",
-        module="pipelines/noise_diffusion_stable_diffusion_3.py",
+        module="pipelines/noise_diffusion/stable_diffusion_3.py",
         method=NOISE_DIFFUSION,
         base_model="stabilityai/stable-diffusion-3.5-medium",
         model="Stable Diffusion 3.5",
@@ -321,7 +321,7 @@ CARDS = (
     ),
     Card(
         name="noise-diffusion-flux",
-        module="pipelines/noise_diffusion_flux.py",
+        module="pipelines/noise_diffusion/flux.py",
         method=NOISE_DIFFUSION,
         base_model="black-forest-labs/FLUX.1-dev",
         model="FLUX.1",
@@ -331,7 +331,7 @@ CARDS = (
     ),
     Card(
         name="never-too-late-turbo",
-        module="pipelines/never_too_late_turbo.py",
+        module="pipelines/never_too_late/turbo.py",
         method=NEVER_TOO_LATE,
         base_model="stabilityai/sdxl-turbo",
         model="SDXL-Turbo",
@@ -340,7 +340,7 @@ CARDS = (
     ),
     Card(
         name="never-too-late-stable-diffusion",
-        module="pipelines/never_too_late_stable_diffusion.py",
+        module="pipelines/never_too_late/stable_diffusion.py",
         method=NEVER_TOO_LATE,
         base_model="stabilityai/sd-turbo",
         model="SD-Turbo",
@@ -349,7 +349,7 @@ CARDS = (
     ),
     Card(
         name="never-too-late-flux",
-        module="pipelines/never_too_late_flux.py",
+        module="pipelines/never_too_late/flux.py",
         method=NEVER_TOO_LATE,
         base_model="black-forest-labs/FLUX.1-schnell",
         model="FLUX.1-schnell",

@@ -93,8 +93,8 @@ def shares(prompts: Sequence[str], right: Sequence[bool]) -> dict[str, Any]:
 
 def readers(folder: Path) -> dict[str, Any]:
     """The exported models that say how well a picture fits a prompt."""
-    from ..rewards.clip_score import CLIPScore
-    from ..rewards.vqa_score import VQAScorer
+    from ..rewards.preference.clip_score import CLIPScore
+    from ..rewards.vlm.vqa_score import VQAScorer
 
     found: dict[str, Any] = {"clip": CLIPScore.from_pretrained(str(folder / "clip"))}
     return found | ({"vqa": VQAScorer.from_pretrained(str(folder / "vqa"))} if (folder / "vqa").is_dir() else {})

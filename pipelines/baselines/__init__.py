@@ -1,0 +1,1 @@
+"""Updates that the papers compare with, and plain sampling."""

@@ -1,0 +1,17 @@
+"""CNO for FLUX.1."""
+
+from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
+
+from .mixin import CNOMixin
+
+
+class CNOFluxPipeline(CNOMixin, FluxPipeline):
+    """`FluxPipeline` whose images of one prompt differ. See `CNOMixin.__call__`.
+
+    Contrastive Noise Optimization, https://arxiv.org/abs/2510.03813.
+
+    Examples:
+        >>> model = "black-forest-labs/FLUX.1-dev"
+        >>> pipe = CNOFluxPipeline.from_pretrained(model, dtype=torch.bfloat16).to("cuda")
+        >>> images = pipe("a cat in a garden", num_images_per_prompt=5).images
+    """

@@ -1,0 +1,17 @@
+"""CNO for models of the Stable Diffusion 1 and 2 kind."""
+
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+
+from .mixin import CNOMixin
+
+
+class CNOStableDiffusionPipeline(CNOMixin, StableDiffusionPipeline):
+    """`StableDiffusionPipeline` whose images of one prompt differ. See `CNOMixin.__call__`.
+
+    Contrastive Noise Optimization, https://arxiv.org/abs/2510.03813.
+
+    Examples:
+        >>> model = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+        >>> pipe = CNOStableDiffusionPipeline.from_pretrained(model, dtype=torch.bfloat16).to("cuda")
+        >>> images = pipe("a cat in a garden", num_images_per_prompt=5, guidance_scale=6.0).images
+    """

@@ -1,0 +1,1 @@
+"""Memory and time of gradients: checkpointing, chunks, lean layers and tiny decoders."""

@@ -1,0 +1,18 @@
+"""Never Too Late for FLUX.1-schnell."""
+
+from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
+
+from .mixin import NeverTooLateMixin
+
+
+class NeverTooLateFluxPipeline(NeverTooLateMixin, FluxPipeline):
+    """`FluxPipeline` whose images of one prompt form a set that differs. See `NeverTooLateMixin.__call__`.
+
+    It's Never Too Late, https://arxiv.org/abs/2601.00090.
+
+    Examples:
+        >>> model = "black-forest-labs/FLUX.1-schnell"
+        >>> pipe = NeverTooLateFluxPipeline.from_pretrained(model, dtype=torch.bfloat16).to("cuda")
+        >>> one_step = {"num_inference_steps": 1, "guidance_scale": 0.0, "num_images_per_prompt": 4}
+        >>> images = pipe("a dog", diversity={"dpp": 1.5}, guard={"hpsv2.1": {"threshold": 0.31}}, **one_step).images
+    """

@@ -1,0 +1,440 @@
+"""Sets of any size, grown one image at a time: each is optimised to differ from all before it."""
+
+import dataclasses
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from ...callbacks.noise_callback import CallbackSpec
+from ...rewards.contract.reward_sum import RewardSum
+from ...rewards.sets.set_reward_sum import SetRewardSum, join_features
+from ...schedulers.noise_samplers import NoiseSamplerSpec, as_noise_sampler, describe_noise_sampler
+from ..baselines.plain_sampling import PlainSampling
+from ..hook import bind_request, optimize_noise
+from ..memory.tiny_decoder import FULL_DECODER
+from ..method import NoiseOptimizer
+from ..registry import as_noise_optimizer
+from ..results.noise_result import NoiseResult
+from ..results.provenance import plain, revision_of
+from ..results.settings_diff import differences, plain_description
+from .image_set_folder import ImageSetFolder
+from .method import NeverTooLate
+from .quality_guard import as_guards, shares_reward
+
+OF_THE_SET = ("prompt", "latents", "generator", "num_images_per_prompt", "output_type", "return_dict")
+OF_THE_NOISE = ("height", "width")
+Seeds = int | Sequence[int] | torch.Generator | None
+
+
+@dataclasses.dataclass(eq=False, repr=False)
+class ImageSet:
+    """What `grow_set` returns: `N` images of one prompt, each optimised to differ from those before it.
+
+    Attributes:
+        prompt: What all of them show.
+        settings: What they were made with, in plain values: method, arguments of the call, noise sampler, model.
+        seeds: `N` seeds, of the noise of each image.
+        pictures: `N` PIL images, as the pipeline draws them.
+        results: `N` results on the CPU, without their images. That of an image that was not optimised, as the first is
+            not, holds its noise and provenance, one loss of 0 and no scores.
+        values: A table with a row for each image. `"dpp"` (the name of each set reward) is its value once the image had
+            joined, that of the union of all so far as they are shown; `"plain dpp"` what it would have been with the
+            plain noise of the image, drawn as in the optimisation. `None` for an image that has none before it.
+    """
+
+    prompt: str
+    settings: dict[str, Any]
+    seeds: list[int] = dataclasses.field(default_factory=list)
+    pictures: list[Image.Image] = dataclasses.field(default_factory=list)
+    results: list[NoiseResult] = dataclasses.field(default_factory=list)
+    values: list[dict[str, float | None]] = dataclasses.field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __repr__(self) -> str:
+        last = ", ".join(f"{name} {value:.4g}" for name, value in (self.values or [{}])[-1].items() if value)
+        return f"ImageSet({len(self)} images of {self.prompt!r}{': ' if last else ''}{last})"
+
+    @property
+    def images(self) -> torch.Tensor:
+        """`(N, 3, H, W)` in [0, 1], float32 on the CPU, in 255ths: as shown and as saved. Of no image at least."""
+        if not self.pictures:
+            return torch.zeros(0, 3, 0, 0)
+        return torch.cat([pixels_of(picture) for picture in self.pictures])
+
+    def write_first(self, count: int, home: ImageSetFolder) -> None:
+        """Add the last of the first `count` images to a folder that has those before it."""
+        if count:
+            home.write_image(count - 1, self.pictures[count - 1], self.results[count - 1])
+        rows = {"seeds": self.seeds[:count], "values": self.values[:count]}
+        home.write_record({"prompt": self.prompt, "settings": self.settings, **rows})
+
+    def save(self, folder: str | Path) -> None:
+        """Write `image_set.json`, and for each image `image_000.png` and its noise `image_000.safetensors`.
+
+        Raises:
+            ValueError: For a file, and a folder that has a set.
+        """
+        home = ImageSetFolder(folder)
+        home.check_free()
+        for count in range(len(self) + 1):
+            self.write_first(count, home)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "ImageSet":
+        """Read what `save` or `grow_set` wrote; nothing is unpickled.
+
+        Raises:
+            ValueError: For anything else, naming the file.
+        """
+        home = ImageSetFolder(folder)
+        record = home.read_record()
+        pictures = [home.read_picture(index) for index in range(len(record["seeds"]))]
+        results = [home.read_result(index, seed) for index, seed in enumerate(record["seeds"])]
+        shapes = {(picture.size, result.noise.shape) for picture, result in zip(pictures, results, strict=True)}
+        if len(shapes) > 1:
+            raise home.refusal(home.path, f"its images and noises are not of one size: {sorted(shapes)}")
+        return cls(**record, pictures=pictures, results=results)
+
+    def check_agrees(self, prompt: str, settings: Mapping[str, Any], folder: str | Path) -> None:
+        """Raise `ValueError` unless the set was made from this prompt with these settings, naming what differs."""
+        known = {"prompt": self.prompt, **self.settings}
+        if changed := differences(known, {"prompt": prompt, **settings}):
+            raise ValueError(
+                f"Expected what the set in {folder} was grown with, but got other settings: {'; '.join(changed)}. Pass "
+                "the same, or choose another folder."
+            )
+
+
+def grow_set(
+    pipe,
+    prompt: str,
+    count: int,
+    method: NoiseOptimizer | str | None = None,
+    *,
+    method_kwargs: dict[str, Any] | None = None,
+    render: Mapping[str, Any] | None = None,
+    generator: Seeds = None,
+    noise_sampler: NoiseSamplerSpec | None = None,
+    folder: str | Path | None = None,
+    callbacks: CallbackSpec | Iterable[CallbackSpec] | None = None,
+    **call_kwargs,
+) -> ImageSet:
+    """Grow a set of images of any size: each new one is optimised to differ from all before it.
+
+    The sequential mode of It's Never Too Late, https://arxiv.org/abs/2601.00090. The first image is the plain one. Each
+    further noise is optimised alone, with the value of the union of its image and all before it, whose features are
+    kept: the device holds one image's graph and the features, however large the set is. Then the image is drawn,
+    and the features of what was drawn join. What is optimised, its stop rule and callbacks are per image.
+
+    Args:
+        pipe: Any loaded text-to-image pipeline; it stays as it is.
+        prompt: One.
+        count: Images in all, at least 1.
+        method: A method with `diversity` and `references`, which are then those of the set as well (and then the first
+            image is optimised too), or its name. By default `NeverTooLate` on `{"dpp": 15.0}` with the paper's settings
+            for this mode: 25 steps, learning rate 3, clip 0.15, stopped at 0.98; the paper adds `{"hpsv2.1": 1.0}`.
+        method_kwargs: The settings of a method given by name.
+        render: Arguments of the call that differ where an image is drawn for the set: with `{"num_inference_steps": 4}`
+            one step finds the noise and four draw it.
+        generator: The seed s, from which image k gets s + k, or one for each image; or a generator for its seed and
+            device. Without, the first is drawn at random. A set that is resumed without seeds goes on by 1.
+        noise_sampler: What noise is drawn from, one image at a time: `"white"`, `"pink"` ...; see `optimize_noise`.
+        folder: Where each image is written as soon as it is there. If a set is there already, it is continued up to
+            `count` images, and is the same then as one that was never interrupted. One with `count` or more is
+            returned as it is.
+        callbacks: Per optimisation step of each image; see `NoiseCallback`.
+        call_kwargs: What `pipe(prompt, ...)` takes: steps, guidance, size ...
+
+    Returns:
+        The set. An exception on the way carries what there is of it as its `image_set`.
+
+    Raises:
+        ValueError: For settings that cannot work, and a folder that is broken or of a set with other settings.
+        TypeError: For a method without references, or an argument that the pipeline does not take.
+    """
+    check_count_and_prompt(count, prompt)
+    call = SetCall(pipe, prompt, call_kwargs, dict(render or {}), noise_sampler, seed_device(generator))
+    growth = SetGrowth(call, sequential_method(method, method_kwargs), callbacks)
+    home = None if folder is None else ImageSetFolder(folder)
+    found = ImageSet(prompt, growth.settings())
+    if home is not None:
+        found = begun_set(home, found)
+    seeds = further_seeds(generator, count, found.seeds)
+    if home is not None and not home.begun:
+        found.write_first(0, home)
+    if seeds:
+        growth.take_up(found)
+    try:
+        for seed in seeds:
+            growth.add_image(found, seed)
+            if home is not None:
+                found.write_first(len(found), home)
+    except BaseException as error:
+        for rows in (found.seeds, found.results, found.values):
+            del rows[len(found) :]  # of an image that Ctrl-C kept from joining
+        vars(error)["image_set"] = found
+        raise
+    return found
+
+
+@dataclasses.dataclass
+class SetCall:
+    """The call that draws the images of a set, one at a time.
+
+    Attributes:
+        pipe: The pipeline.
+        prompt: That of all images.
+        arguments: Of the call, in which a noise is optimised.
+        render: Those that differ where an image is drawn for the set.
+        noise_sampler: What noise is drawn from.
+        device: Where its generators are.
+
+    Raises:
+        ValueError: For arguments that belong to the set, and a noise sampler that cannot draw one image.
+        TypeError: For arguments that the pipeline does not take.
+    """
+
+    pipe: Any
+    prompt: str
+    arguments: dict[str, Any]
+    render: dict[str, Any]
+    noise_sampler: Any
+    device: str
+
+    def __post_init__(self) -> None:
+        check_not_given(self.arguments, OF_THE_SET, "the arguments of the call")
+        check_not_given(self.render, OF_THE_SET + OF_THE_NOISE, "`render`")
+        bind_request(self.pipe, (), {"prompt": self.prompt, **self.arguments, **self.render})
+        self.noise_sampler = single_noise_sampler(self.noise_sampler)
+
+    def find(self, method: NoiseOptimizer, seed: int, callbacks: Any = None) -> NoiseResult:
+        """The noise of one image."""
+        generator = torch.Generator(self.device).manual_seed(seed)
+        own = {"callbacks": callbacks, "noise_sampler": self.noise_sampler, "generator": generator}
+        return optimize_noise(self.pipe, self.prompt, method, **own, **self.arguments)
+
+    def draw(self, result: NoiseResult) -> Image.Image:
+        """The image of a noise, as the pipeline shows it."""
+        own = {"latents": result.latents, "generator": result.generator()}
+        return self.pipe(prompt=self.prompt, **own, **{**self.arguments, **self.render}).images[0].convert("RGB")
+
+    def settings(self) -> dict[str, Any]:
+        pipe, scheduler = self.pipe, self.pipe.scheduler
+        return {
+            "arguments": plain_description(self.arguments),
+            "render": plain_description(self.render),
+            "noise_sampler": plain_description(describe_noise_sampler(self.noise_sampler)),
+            "generator_device": self.device,
+            "model": str(pipe.config.get("_name_or_path") or "") or None,
+            "revision": revision_of(pipe),
+            "scheduler": {"class": type(scheduler).__name__, **plain(dict(scheduler.config))},
+            "dtype": str(pipe.dtype).removeprefix("torch."),
+        }
+
+
+class SetGrowth:
+    """A set in the making: its method, with all that has a name loaded once, and the features of its images so far.
+
+    Raises:
+        TypeError, ValueError: For a method that cannot grow a set.
+    """
+
+    def __init__(self, call: SetCall, method: NoiseOptimizer, callbacks: Any) -> None:
+        self.call, self.callbacks = call, callbacks
+        device = method.device_of_rewards(call.pipe)
+        self.diversity = SetRewardSum(method.diversity, device=device)  # pyright: ignore
+        self.method: Any = with_loaded_parts(method, self.diversity, device)
+        self.method.check()
+        self.method.objective(call.pipe)
+        self.known: dict[str, torch.Tensor] | None = None
+        if (given := self.method.references) is not None:
+            self.join(self.diversity.known_features(given) if isinstance(given, torch.Tensor) else given)
+
+    def settings(self) -> dict[str, Any]:
+        """What must be the same for a set to be continued, as JSON gives it back."""
+        method = {field.name: getattr(self.method, field.name) for field in dataclasses.fields(self.method)}
+        named = {"name": type(self.method).__name__, **plain_description(method)}
+        return json.loads(json.dumps({"method": named, **self.call.settings()}))
+
+    def take_up(self, found: ImageSet) -> None:
+        """Encode the images of a set. Raises `ValueError` where its values are not those that it was saved with."""
+        for index, picture in enumerate(found.pictures):
+            values, features = self.values(picture)
+            for name, value in values.items():
+                saved = found.values[index].get(name)
+                if value is not None and not (
+                    isinstance(saved, float) and abs(saved - value) <= 1e-2 * max(1.0, abs(value))
+                ):
+                    raise ValueError(
+                        f"Expected '{name}' to be {saved} at image {index} of the set, as it was saved, but got "
+                        f"{value}. Pass the features that the set was grown with, or grow it again elsewhere."
+                    )
+            self.join(features)
+
+    def add_image(self, found: ImageSet, seed: int) -> None:
+        """Find the noise of one more image, draw it, and let it join."""
+        method, callbacks = PlainSampling(), None
+        if self.known is not None:
+            method, callbacks = dataclasses.replace(self.method, references=self.known), self.callbacks
+        result = self.call.find(method, seed, callbacks)
+        picture = self.call.draw(result)
+        values, features = self.values(picture)
+        plain_scores = plain_scores_of(result) if self.known is not None else {}
+        plain_values = {f"plain {name}": item_or_none(plain_scores.get(name)) for name in values}
+        self.join(features)
+        found.seeds.append(seed)
+        found.results.append(without_images(result))
+        found.values.append({**values, **plain_values})
+        found.pictures.append(picture)
+
+    def values(self, picture: Image.Image) -> tuple[dict[str, float | None], dict[str, torch.Tensor]]:
+        """The value of each set reward with one more image, and the features of that image."""
+        features = self.diversity.known_features(pixels_of(picture))
+        if self.known is None:
+            return dict.fromkeys(self.diversity.names), features
+        components = self.diversity.of_features(features, self.known).components
+        return {name: item_or_none(value) for name, value in components.items()}, features
+
+    def join(self, features: Mapping[str, torch.Tensor]) -> None:
+        self.known = dict(features) if self.known is None else join_features([self.known, features])
+
+
+def check_count_and_prompt(count: int, prompt: str) -> None:
+    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+        raise ValueError(f"Expected `count` to be an integer of 1 or more, but got {count!r}.")
+    if not isinstance(prompt, str):
+        raise ValueError(f"Expected one prompt for the set, but got {prompt!r}. Grow a set for each prompt.")
+
+
+def check_not_given(arguments: Mapping[str, Any], names: Sequence[str], place: str) -> None:
+    if given := sorted(arguments.keys() & set(names)):
+        raise ValueError(
+            f"Expected {place} without {given}, which a set that grows chooses itself, one image at a time. Leave them "
+            "out; seeds are given as `generator=7`."
+        )
+
+
+def single_noise_sampler(noise_sampler: NoiseSamplerSpec | None) -> Any:
+    """A noise sampler by its name or as it is. Raises `ValueError` for one that needs several images at a time."""
+    found: Any = as_noise_sampler(noise_sampler)
+    try:
+        return found.within([0]) if hasattr(found, "within") else found
+    except ValueError as error:
+        raise ValueError(
+            f"Expected a noise sampler that draws one image at a time, but got {noise_sampler!r}. Take 'white' or "
+            "'pink' for a set that grows."
+        ) from error
+
+
+def sequential_method(method: Any, settings: dict[str, Any] | None) -> NoiseOptimizer:
+    """The method of a set that grows. Raises `TypeError` for one that knows no references."""
+    if method is None:
+        return NeverTooLate(**{**sequential_settings("diversity" not in (settings or {})), **(settings or {})})
+    found: Any = as_noise_optimizer(method, settings)
+    fields = getattr(found, "__dataclass_fields__", {})
+    if not {"diversity", "references"} <= fields.keys():
+        raise TypeError(
+            "Expected a method with `diversity` and `references`, such as `NeverTooLate`, which compares a noise with "
+            f"images that are given, but {type(found).__name__} has none."
+        )
+    return found
+
+
+def sequential_settings(of_diversity: bool) -> dict[str, Any]:
+    """Those of the paper for this mode, by the names of `NeverTooLate`; `diversity` and its stop rule if asked for."""
+    diversity = {"diversity": {"dpp": 15.0}, "stop_at": {"dpp": 0.98}} if of_diversity else {}
+    return {**diversity, "steps": 25, "learning_rate": 3.0, "max_grad_norm": 0.15}
+
+
+def with_loaded_parts(method: Any, diversity: SetRewardSum, device: Any) -> Any:
+    """The method on these set rewards, with rewards and guards that have a name loaded once for all images."""
+    loaded: dict[str, Any] = {"diversity": diversity}
+    if (rewards := getattr(method, "rewards", None)) is not None:
+        loaded["rewards"] = RewardSum(rewards, device=device)
+    optimised = loaded["rewards"].names if "rewards" in loaded else []
+    if guards := as_guards(getattr(method, "guard", None)):
+        own = [isinstance(guard.reward, str) and not shares_reward(guard, optimised) for guard in guards]
+        loaded["guard"] = [
+            dataclasses.replace(guard, reward=RewardSum(guard.reward, device=device).rewards[0]) if load else guard
+            for guard, load in zip(guards, own, strict=True)
+        ]
+    return dataclasses.replace(method, **loaded)
+
+
+def seed_device(generator: Seeds) -> str:
+    """Where noise is drawn: on the CPU, for the same noise on every device, unless a generator says otherwise."""
+    return str(generator.device) if isinstance(generator, torch.Generator) else "cpu"
+
+
+def further_seeds(generator: Seeds, count: int, known: Sequence[int]) -> list[int]:
+    """The seeds of the images that a set lacks.
+
+    Raises:
+        ValueError: For seeds that are too few, are none, come twice, or are not those of the images that are there.
+    """
+    if generator is None:
+        first = int(known[-1]) + 1 if known else int(torch.randint(2**32, ()))
+        return list(range(first, first + count - len(known)))
+    seeds = seeds_from(generator, count, max(count, len(known)))
+    shared = min(len(seeds), len(known))
+    if seeds[:shared] != list(known[:shared]):
+        raise ValueError(
+            f"Expected the seeds that the set was grown with, {list(known[:shared])}, but got {seeds[:shared]}. Pass "
+            "those, or none to go on by 1."
+        )
+    return seeds[len(known) : count]
+
+
+def seeds_from(generator: Any, count: int, wanted: int) -> list[int]:
+    """At least `count` different seeds: `wanted` that go up by 1 from the given one, or those given."""
+    first = generator.initial_seed() if isinstance(generator, torch.Generator) else generator
+    given = range(first, first + wanted) if type(first) is int else generator
+    seeds = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else []
+    valid = all(type(seed) is int and 0 <= seed < 2**64 for seed in seeds)
+    if not valid or len(seeds) < count or len(set(seeds)) < len(seeds):
+        raise ValueError(
+            f"Expected `generator` to be a seed of 0 or more, {count} different seeds, or a `torch.Generator`, but got "
+            f"{generator!r}. From the seed s image k gets s + k."
+        )
+    return seeds
+
+
+def begun_set(home: ImageSetFolder, empty: ImageSet) -> ImageSet:
+    """The set in a folder, if it agrees with one that is empty, or that one, if a set can begin there."""
+    if not home.begun:
+        home.check_free()
+        return empty
+    found = ImageSet.load(home.path)
+    found.check_agrees(empty.prompt, empty.settings, home.path)
+    return found
+
+
+def pixels_of(picture: Image.Image) -> torch.Tensor:
+    """An RGB image as `(1, 3, H, W)` in [0, 1], float32."""
+    width, height = picture.size
+    pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(1, height, width, 3)
+    return pixels.permute(0, 3, 1, 2).contiguous().float() / 255
+
+
+def without_images(result: NoiseResult) -> NoiseResult:
+    """A result on the CPU, without its images: what is left of it once it is saved."""
+    named = {name: getattr(result, name).cpu() for name in ("noise", "latents", "losses", "norms", "best_step")}
+    scores = {name: values.cpu() for name, values in result.scores.items()}
+    return dataclasses.replace(result, **named, scores=scores, images=None, initial_images=None)
+
+
+def plain_scores_of(result: NoiseResult) -> dict[str, torch.Tensor]:
+    """Name to `(B,)`: the scores of the plain result by the pipeline's own decoder."""
+    if (report := result.reports.get(FULL_DECODER)) is None:
+        return result.initial_scores
+    return {name: torch.tensor(values) for name, values in report["initial_scores"].items()}
+
+
+def item_or_none(value: torch.Tensor | None) -> float | None:
+    return None if value is None else float(value)

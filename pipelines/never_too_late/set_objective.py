@@ -1,0 +1,185 @@
+"""The objective of a set of images: how much they differ, and how good each is."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from ...rewards.contract.reward_sum import RewardSum
+from ...rewards.sets.hinged_set_reward import HingedSetReward
+from ...rewards.sets.set_reward_sum import SetRewardSum
+from ..cno.contrastive_loss import sets
+from ..objective import Objective, RewardObjective
+from ..sampling.sampler import Sample
+from .quality_guard import QualityGuard, shares_reward
+
+
+class SetObjective(Objective):
+    """`Σ λ_q·(1 − mean r) − Σ λ_div·v`, or with a hinge `Σ λ_div·max(0, τ_D − v)`, for each set of images of a prompt.
+
+    Every image of a set has the loss of the set. An object serves one run.
+
+    Args:
+        diversity: The set rewards v with their weights λ_div.
+        rewards: The rewards r with their weights λ_q, or `None`.
+        guards: What is watched beside them; a guard whose reward is the name of one of `rewards` shares it.
+        hinge: Name of a set reward to its τ_D.
+        stop_at: Name of a set reward to the value at which the method ends a set; checked here, as hinges are.
+        references: `(M, 3, H, W)` images in [0, 1] that belong to every set and are given, or their features as
+            `diversity.known_features` makes them.
+        prompts: Ask the rewards about these instead of the pipeline's.
+        warm_up: So many evaluations at the beginning give no gradient of the rewards.
+    """
+
+    def __init__(
+        self,
+        diversity: SetRewardSum,
+        rewards: RewardSum | None = None,
+        guards: Sequence[QualityGuard] = (),
+        hinge: Mapping[str, float] | None = None,
+        stop_at: Mapping[str, float] | None = None,
+        references: torch.Tensor | Mapping[str, torch.Tensor] | None = None,
+        prompts: str | Sequence[str] | None = None,
+        warm_up: int = 0,
+    ) -> None:
+        self.hinge, self.stop_at = dict(hinge or {}), dict(stop_at or {})
+        self.diversity = hinged(diversity, self.hinge)
+        self.quality = None if rewards is None else RewardObjective(rewards, prompts)
+        self.guards, self.watched = self.shared_and_own(guards, prompts, diversity)
+        self.references, self.prompts, self.warm_up = references, prompts, warm_up
+        self.known: Mapping[str, torch.Tensor] | None = None
+        if isinstance(references, Mapping):
+            diversity.check_feature_names(references)
+        self.evaluations = 0
+        parts = (self.quality, self.watched)
+        self.requires_prompt = any(part.requires_prompt for part in parts if part is not None)
+
+    def shared_and_own(
+        self, guards: Sequence[QualityGuard], prompts: Any, diversity: SetRewardSum
+    ) -> tuple[dict[str, QualityGuard], RewardObjective | None]:
+        """The guards by the name that their reward has in the scores, and the rewards that they alone need."""
+        optimised = [] if self.quality is None else self.quality.rewards.names
+        own = [guard for guard in guards if not shares_reward(guard, optimised)]
+        named = {guard.reward: guard for guard in guards if guard not in own}
+        if not own:
+            return named, None
+        device = next((each.device for each in diversity.feature_maps if each.device), None)  # pyright: ignore
+        watched = RewardObjective(RewardSum([(guard.reward, 1.0) for guard in own], device=device), prompts)  # pyright: ignore
+        names = [f"guard {name}" for name in watched.rewards.names]
+        return {**named, **dict(zip(names, own, strict=True))}, watched
+
+    @property
+    def reference_count(self) -> int:
+        """M."""
+        given = self.references
+        return 0 if given is None else len(given if isinstance(given, torch.Tensor) else next(iter(given.values())))
+
+    def check_groups(self, groups: Sequence[int]) -> None:
+        for group in sorted(set(groups)):
+            count = groups.count(group) + self.reference_count
+            if count < 2:
+                raise ValueError(
+                    f"Expected at least 2 images of each prompt, references included, but got 1 of prompt {group}: "
+                    "alone it has nothing to differ from. Pass `num_images_per_prompt=4`, say, or `references`."
+                )
+            for argument, targets in (("hinge", self.hinge), ("stop_at", self.stop_at)):
+                for name, target in targets.items():
+                    check_reachable(self.diversity, name, target, count, argument)
+
+    def try_out(self, prompt: str, height: int, width: int, gradient: bool) -> None:
+        for part, with_gradient in ((self.quality, gradient), (self.watched, False)):
+            if part is not None:
+                part.try_out(prompt, height, width, with_gradient)
+        given = self.references
+        if isinstance(given, torch.Tensor) and given.shape[1:] != (3, height, width):
+            raise ValueError(
+                f"Expected references of shape (M, 3, {height}, {width}), as the images are, but got "
+                f"{tuple(given.shape)}. Resize them, or call the pipeline with their height and width."
+            )
+
+    def evaluate(self, sample: Sample) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        images = sample.images
+        quality, scores = self.quality_of(sample)
+        losses = torch.zeros(len(images), device=images.device)
+        values = {name: torch.zeros_like(losses) for name in self.diversity.names}
+        for rows in sets(sample.groups):
+            output = self.diversity(images[rows], self.known_references(), sample.chunk_size)
+            loss = self.diversity_loss(output.components) - self.carrier(output.total) + quality[rows].mean()
+            losses = losses.index_put((rows,), loss.to(losses))
+            for name, value in output.components.items():
+                values[name][rows] = value.to(losses)
+        self.evaluations += 1
+        return losses, {**scores, **values}
+
+    def quality_of(self, sample: Sample) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """`Σ λ_q·(1 − r)` of each image, `(B,)`, and the scores of all rewards, those of guards included."""
+        loss, scores = torch.zeros(len(sample.images), device=sample.images.device), {}
+        if self.quality is not None:
+            loss, scores = self.quality.evaluate(sample)
+            loss = loss + sum(self.quality.rewards.weights.values())
+            loss = loss.detach() if self.evaluations < self.warm_up else loss
+        if self.watched is not None:
+            prompts = sample.prompts if self.prompts is None else self.prompts
+            with torch.no_grad():
+                watched = self.watched.rewards(sample.images.detach(), prompts, chunk_size=sample.chunk_size)
+            scores = {**scores, **{f"guard {name}": value for name, value in watched.components.items()}}
+        return loss, scores
+
+    def diversity_loss(self, components: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """`Σ λ_div·(−v)`, or `Σ λ_div·max(0, τ_D − v)`: a scalar without a gradient."""
+        weights = self.diversity.weights
+        parts = [
+            weights[name] * ((self.hinge[name] - value).clamp_min(0) if name in self.hinge else -value)
+            for name, value in components.items()
+        ]
+        return torch.stack(parts).sum()
+
+    @staticmethod
+    def carrier(total: torch.Tensor) -> torch.Tensor:
+        """Zero, with the gradient of `total`."""
+        return total - total.detach()
+
+    def known_references(self) -> Mapping[str, torch.Tensor] | None:
+        """The features of the references, computed once."""
+        if self.reference_count == 0:
+            return None
+        if self.known is None and isinstance(self.references, torch.Tensor):
+            self.known = self.diversity.known_features(self.references)
+        return self.references if isinstance(self.references, Mapping) else self.known
+
+    def describe(self) -> dict[str, Any]:
+        quality = None if self.quality is None else self.quality.describe()
+        guards = {name: {**vars(guard), "reward": name} for name, guard in self.guards.items()}
+        targets = {"hinge": self.hinge, "stop_at": self.stop_at}
+        return {
+            "diversity": self.diversity.describe(),
+            "rewards": quality,
+            "guards": guards,
+            "references": self.reference_count,
+            **{name: values for name, values in targets.items() if values},
+        }
+
+
+def hinged(diversity: SetRewardSum, hinge: Mapping[str, float]) -> SetRewardSum:
+    """The same sum, with no gradient of a set reward beyond its τ_D."""
+    if not hinge:
+        return diversity
+    entries = [
+        (HingedSetReward(reward, hinge[name]) if name in hinge else reward, diversity.weights[name])  # pyright: ignore
+        for name, reward in zip(diversity.names, diversity.rewards, strict=True)
+    ]
+    return SetRewardSum(entries)
+
+
+def check_reachable(
+    diversity: SetRewardSum, name: str, target: float, count: int, argument: str, unit: float = 1.0
+) -> None:
+    """Raise `ValueError` for a target, in multiples of `unit`, beyond what a set of `count` images can have."""
+    reward: Any = diversity.rewards[diversity.names.index(name)]
+    bounds = reward.bounds(count)
+    if bounds is not None and target * unit > bounds[1]:
+        most = f"{bounds[1]:.4g}" if unit == 1 else f"{bounds[1]:.4g}, where the plain set has {unit:.4g}"
+        raise ValueError(
+            f"Expected `{argument}` of '{name}' to be at most {bounds[1] / unit:.4g}, as {count} images have at most "
+            f"{most}, but got {target:.4g}: it can never be reached."
+        )

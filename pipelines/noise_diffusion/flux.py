@@ -1,0 +1,17 @@
+"""Noise Diffusion for FLUX.1."""
+
+from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
+
+from .mixin import NoiseDiffusionMixin
+
+
+class NoiseDiffusionFluxPipeline(NoiseDiffusionMixin, FluxPipeline):
+    """`FluxPipeline` whose initial noise is chosen by a scorer. See `NoiseDiffusionMixin.__call__`.
+
+    Noise Diffusion, https://arxiv.org/abs/2411.16503.
+
+    Examples:
+        >>> model = "black-forest-labs/FLUX.1-dev"
+        >>> pipe = NoiseDiffusionFluxPipeline.from_pretrained(model, dtype=torch.bfloat16).to("cuda")
+        >>> image = pipe("a frog on a red bench", rewards="vqascore").images[0]
+    """

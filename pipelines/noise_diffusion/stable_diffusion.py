@@ -1,0 +1,17 @@
+"""Noise Diffusion for Stable Diffusion 1.x and 2.x."""
+
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+
+from .mixin import NoiseDiffusionMixin
+
+
+class NoiseDiffusionStableDiffusionPipeline(NoiseDiffusionMixin, StableDiffusionPipeline):
+    """`StableDiffusionPipeline` whose initial noise is chosen by a scorer. See `NoiseDiffusionMixin.__call__`.
+
+    Noise Diffusion, https://arxiv.org/abs/2411.16503.
+
+    Examples:
+        >>> model = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+        >>> pipe = NoiseDiffusionStableDiffusionPipeline.from_pretrained(model, dtype=torch.bfloat16).to("cuda")
+        >>> image = pipe("a frog on a red bench", rewards="vqascore").images[0]
+    """

@@ -1,0 +1,72 @@
+"""A reward as a score in [0, 1], for methods whose step depends on how good an image is."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ..objective import RewardObjective
+from ..sampling.sampler import Sample
+
+SCORE_SLACK = 1e-3  # what rounding may add to a probability
+
+
+class UnitScore(RewardObjective):
+    """Minus the total of rewards whose total lies in [0, 1], or between the two ends of `score_range`.
+
+    Raises:
+        ValueError: rewards whose published range goes beyond [0, 1]; at the first evaluation, a total outside.
+    """
+
+    def __init__(
+        self, rewards: Any, prompts: str | Sequence[str] | None = None, score_range: tuple[float, float] | None = None
+    ) -> None:
+        super().__init__(rewards, prompts)
+        self.score_range = score_range
+        if score_range is None:
+            self.check_ranges()
+        elif not (len(score_range) == 2 and all(map(math.isfinite, score_range)) and score_range[0] < score_range[1]):
+            raise ValueError(f"Expected `score_range` as (low, high) with low < high, but got {score_range!r}.")
+
+    def check_ranges(self) -> None:
+        """Raise where it is known that the total can leave [0, 1]."""
+        low = high = 0.0
+        for reward, weight in zip(self.rewards.rewards, self.rewards.weights.values(), strict=True):
+            span: Any = reward.range
+            if span is None and weight and hasattr(reward, "function"):
+                return  # a callable may say nothing: what it returns is looked at
+            if weight:
+                ends = span or (-math.inf, math.inf)
+                low, high = low + weight * ends[0], high + weight * ends[1]
+        if low < 0 or high > 1:
+            raise ValueError(self.advice(f"{list(self.rewards.weights)} have a total from {low:g} to {high:g}"))
+
+    def evaluate(self, sample: Sample) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        loss, scores = super().evaluate(sample)
+        self.check_total(-loss.detach())
+        return loss, scores
+
+    def try_out(self, prompt: str, height: int, width: int, gradient: bool) -> None:
+        super().try_out(prompt, height, width, gradient)
+        if all(hasattr(reward, "function") for reward in self.rewards.rewards):
+            image = torch.rand(1, 3, height, width, generator=torch.Generator().manual_seed(0))
+            with torch.no_grad():
+                self.check_total(self.rewards(image, self.first_prompt(prompt)).total)
+
+    def check_total(self, total: torch.Tensor) -> None:
+        if self.score_range is None and not ((total >= -SCORE_SLACK) & (total <= 1 + SCORE_SLACK)).all():
+            raise ValueError(self.advice(f"{list(self.rewards.weights)} gave {[round(x, 4) for x in total.tolist()]}"))
+
+    @staticmethod
+    def advice(found: str) -> str:
+        return (
+            f"Expected a score in [0, 1], since the step is γ = 1 − √score, but {found}. Say where bad and good images "
+            "lie with `score_range=(low, high)`, or map it yourself, as with `torch.sigmoid`."
+        )
+
+    @staticmethod
+    def place(total: torch.Tensor, score_range: tuple[float, float] | None) -> torch.Tensor:
+        """`(B,)` totals to scores in [0, 1]: their place in `score_range`, clamped."""
+        low, high = score_range or (0.0, 1.0)
+        return ((total - low) / (high - low)).clamp(0, 1)

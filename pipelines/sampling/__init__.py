@@ -1,0 +1,1 @@
+"""The stock pipeline as a differentiable function of its initial noise."""

@@ -1,0 +1,1 @@
+"""The contract of rewards, their registry, their weighted sum and what loads their checkpoints."""

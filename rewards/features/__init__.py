@@ -1,0 +1,1 @@
+"""Feature maps: what the images of a set are compared by."""

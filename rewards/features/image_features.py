@@ -1,0 +1,164 @@
+"""Features of images from any vision model of transformers."""
+
+import os
+from collections.abc import Callable
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from transformers import AutoModel, CLIPVisionModelWithProjection, PreTrainedModel
+
+from ..contract.transforms import ImageTransform
+from .features import Features, register_features
+
+FeatureKind = Literal["cls", "patch"]
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+# What the released code of It's Never Too Late (https://arxiv.org/abs/2601.00090) gives DINOv2: the whole picture
+# squashed to 256², 18 × 18 patches of 14 and a rest that is dropped. Theirs is not antialiased, so that of a large
+# picture only some pixels get a gradient.
+NEVER_TOO_LATE_TRANSFORM = ImageTransform(
+    size=(256, 256), crop=None, mean=IMAGENET_MEAN, std=IMAGENET_STD, resample="bilinear", single_pass=True
+)
+
+
+class ImageFeatures(Features):
+    """Features of a vision model; two images are compared by the cosine of theirs, patch by patch if there are several.
+
+    "cls" is one vector an image: what the model compares with texts where it has a text side (CLIP, SigLIP), else its
+    first token (ViT, DINOv2, DINOv3), else its pooled output where it has no such token. The pooler of a ViT is left
+    out: most checkpoints have no weights for it. "patch" is the tokens of the patches, without class and register
+    tokens.
+
+    Args:
+        model: a vision model, or a dual encoder.
+        image_transform: images in [0, 1] -> the pixels that it expects.
+        kind: "cls" or "patch"; by default that of the class.
+
+    Raises:
+        ValueError: another kind.
+    """
+
+    kind: FeatureKind = "cls"
+    model_class: Any = AutoModel
+    model: PreTrainedModel
+
+    def __init__(
+        self, model: PreTrainedModel, image_transform: Callable[[Tensor], Tensor], kind: FeatureKind | None = None
+    ) -> None:
+        super().__init__(model=model)
+        self.kind = checked_kind(kind or self.kind)
+        self.image_transform = image_transform
+        if type(self) is ImageFeatures:
+            self.name = type(model).__name__
+
+    def encode(self, images: Tensor) -> Tensor:
+        pixels = self.image_transform(images).to(self.model.dtype)
+        return self.pooled(pixels) if self.kind == "cls" else self.patches(pixels)
+
+    def pooled(self, pixels: Tensor) -> Tensor:
+        """(B, D), the "cls" features of preprocessed images."""
+        encode_image = getattr(self.model, "get_image_features", None)
+        if encode_image is not None:
+            return encode_image(pixel_values=pixels).pooler_output
+        output = self.model(pixel_values=pixels)
+        if "image_embeds" in output:  # an image tower with its projection
+            return output.image_embeds
+        hidden = output.last_hidden_state
+        if hidden.ndim == 3 and hidden.shape[1] > self.patch_count(pixels):
+            return hidden[:, 0]
+        if output.pooler_output is None:
+            raise ValueError(
+                f"Expected a class token or a pooled output, but {type(self.model).__name__} has none. "
+                "Use kind='patch'."
+            )
+        return output.pooler_output.flatten(1)
+
+    def patches(self, pixels: Tensor) -> Tensor:
+        """(B, P, D), the patch tokens of preprocessed images, row by row; class and register tokens come first."""
+        tower = getattr(self.model, "vision_model", self.model)
+        hidden = tower(pixel_values=pixels).last_hidden_state
+        if hidden.ndim != 3:
+            raise ValueError(
+                f"Expected a model with patch tokens, but {type(self.model).__name__} has none. Use kind='cls'."
+            )
+        return hidden[:, -self.patch_count(pixels) :]
+
+    def patch_count(self, pixels: Tensor) -> int:
+        """How many patches the images are cut into; what is left over at the edges is dropped."""
+        config = getattr(self.model.config, "vision_config", self.model.config)
+        return (pixels.shape[-2] // config.patch_size) * (pixels.shape[-1] // config.patch_size)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        checkpoint: str | os.PathLike[str] | None = None,
+        kind: FeatureKind | None = None,
+        *,
+        revision: str | None = None,
+        cache_dir: str | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> "ImageFeatures":
+        """Load a model and its preprocessing from a Hub id or a folder; `dtype` of the weights, by default float32."""
+        checked_kind(kind or cls.kind)
+        hub = {"revision": revision, "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
+        source = None if checkpoint is None else os.fspath(checkpoint)
+        features = super().from_pretrained(source, **hub, dtype=dtype, device=device)
+        features.kind = kind or cls.kind
+        return features
+
+    @classmethod
+    def load(cls, checkpoint: str | None, hub: dict[str, Any]) -> "ImageFeatures":
+        if checkpoint is None:
+            raise ValueError(f"`{cls.__name__}` has no default checkpoint. Pass a Hub id or a folder.")
+        transform = ImageTransform.from_processor_config(checkpoint, **hub)
+        return cls(cls.model_class.from_pretrained(checkpoint, dtype=torch.float32, **hub), transform)
+
+
+def checked_kind(kind: FeatureKind) -> FeatureKind:
+    """`kind` itself. Raises `ValueError` for what is none."""
+    if kind not in get_args(FeatureKind):
+        raise ValueError(f"Expected the features 'cls' or 'patch', but got {kind!r}.")
+    return kind
+
+
+@register_features("dinov2")
+class DINOv2Features(ImageFeatures):
+    """The class token of DINOv2-base, (B, 768): https://arxiv.org/abs/2304.07193."""
+
+    name = "dinov2"
+    license = "apache-2.0"
+    default_checkpoint = "facebook/dinov2-base"
+    parameter_count = 86_580_480
+
+
+@register_features("dinov2_patch")
+class DINOv2PatchFeatures(DINOv2Features):
+    """The patch tokens of DINOv2-base, (B, 256, 768): the features of It's Never Too Late, which keep the layout.
+
+    By default the pictures are preprocessed as the checkpoint says: a centre crop, so that the ends of a picture that
+    is no square do not count. `features.image_transform = NEVER_TOO_LATE_TRANSFORM` squashes the whole picture instead,
+    as the released code does: (B, 324, 768).
+    """
+
+    name = "dinov2_patch"
+    kind = "patch"
+
+
+@register_features("clip")
+class CLIPFeatures(ImageFeatures):
+    """The image embedding of OpenAI's CLIP ViT-L/14, (B, 768): https://arxiv.org/abs/2103.00020.
+
+    Not that of CLIP-H, although it is better: CLIPScore, PickScore and HPSv2 are CLIP-H or tuned from it, so its
+    features are not held out from what is optimised. The text tower is not loaded.
+    """
+
+    name = "clip"
+    license = "unstated (code: mit)"
+    default_checkpoint = "openai/clip-vit-large-patch14"
+    parameter_count = 303_966_208
+    model_class = CLIPVisionModelWithProjection

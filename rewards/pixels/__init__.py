@@ -1,0 +1,1 @@
+"""Rewards of pixels, which need no model."""

@@ -1,0 +1,1 @@
+"""Rewards trained on human preferences, and image-text similarity."""

@@ -1,0 +1,1 @@
+"""Rewards of a set of images: how much they differ."""

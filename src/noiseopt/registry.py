@@ -1,0 +1,70 @@
+"""A registry: classes or functions of one kind by name."""
+
+import difflib
+from collections.abc import Callable, Iterable
+from typing import Generic, TypeVar
+
+EntryT = TypeVar("EntryT", bound=Callable)
+
+
+class Registry(Generic[EntryT]):
+    """Classes or functions of one kind, by name and alias.
+
+    Args:
+        kind: The noun that error messages use: "reward", "method".
+
+    Attributes:
+        entries: Name or alias to the entry.
+        aliases: Alias to the name that it stands for.
+    """
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self.entries: dict[str, EntryT] = {}
+        self.aliases: dict[str, str] = {}
+
+    def register(self, name: str, *aliases: str) -> Callable[[EntryT], EntryT]:
+        """Return a decorator that registers a class or function under a name and its aliases.
+
+        Raises:
+            ValueError: If something else has the name. An entry with the same qualified name is replaced, because
+                diffusers executes the code of a Hub pipeline twice per load.
+        """
+
+        def enter(entry: EntryT) -> EntryT:
+            for key in (name, *aliases):
+                taken_by = self.entries.get(key, entry).__qualname__
+                if taken_by != entry.__qualname__:
+                    raise ValueError(
+                        f"Expected a free {self.kind} name, but {key!r} is taken by `{taken_by}`. Choose another."
+                    )
+            self.entries |= dict.fromkeys((name, *aliases), entry)
+            self.aliases |= dict.fromkeys(aliases, name)
+            return entry
+
+        return enter
+
+    def names(self) -> list[str]:
+        """Return the registered names, sorted, without aliases."""
+        return sorted(self.entries.keys() - self.aliases.keys())
+
+    def find(self, name: str, otherwise: str = "") -> EntryT:
+        """Return the entry of a name or alias.
+
+        Args:
+            name: The name.
+            otherwise: What else would have been accepted, for the error message.
+
+        Raises:
+            ValueError: If the name is not registered; the message lists the names and the closest ones.
+        """
+        if name not in self.entries:
+            hint = did_you_mean(name, self.entries)
+            raise ValueError(f"Expected a {self.kind} out of {self.names()}{otherwise}, but got {name!r}.{hint}")
+        return self.entries[name]
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return a sentence with the known words closest to `word`, with a leading space, or an empty string."""
+    close = difflib.get_close_matches(word.lower(), known)
+    return f" Did you mean {' or '.join(map(repr, close))}?" if close else ""

@@ -1,0 +1,322 @@
+"""Files of results that are damaged, foreign or made to mislead: refused with one clear error, and never unpickled."""
+
+import ast
+import json
+import pickle
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from problems import redness
+from safetensors import safe_open
+from safetensors.torch import save_file
+from tiny_pipelines import SIZE, tiny_pipeline
+
+from noiseopt import NoiseResult, ReNO, optimize_noise
+from noiseopt.pipelines.results.result_file import RESULT_FORMAT
+
+ROOT = Path(__file__).parents[3]
+STEPS, BATCH = 3, 2
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> Path:
+    """The result of a run of three steps for two images, each with a generator of its own."""
+    streams = [torch.Generator().manual_seed(seed) for seed in range(BATCH)]
+    call = {"generator": streams, "num_inference_steps": 1, "guidance_scale": 0.0, **SIZE}
+    result = optimize_noise(tiny_pipeline("sd"), ["a", "b"], ReNO(rewards=redness, steps=STEPS), **call)
+    result.reports["held out"] = {"best": [0.5, 1.0]}
+    result.save(tmp_path_factory.mktemp("saved") / "result.safetensors")
+    return next(tmp_path_factory.getbasetemp().glob("saved*/result.safetensors"))
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_unpickled(monkeypatch):
+    for place, name in ((pickle, "load"), (pickle, "loads"), (pickle, "Unpickler"), (torch, "load")):
+        monkeypatch.setattr(place, name, lambda *_, **__: pytest.fail("it was unpickled"))
+
+
+def content(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
+    with safe_open(path, "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["noiseopt"])  # noqa: SIM118
+
+
+class Planted:
+    """Runs code when it is unpickled."""
+
+    def __reduce__(self):
+        return (pytest.fail, ("it was unpickled",))
+
+
+def tensors(**changes):
+    """A file whose tensors are changed: by a function of the old one, or left out for `None`."""
+
+    def write(path: Path, saved: Path) -> None:
+        found, header = content(saved)
+        for name, change in changes.items():
+            name = name.replace("__", ".")
+            if change is None:
+                del found[name]
+            else:
+                found[name] = change(found.get(name)).contiguous()
+        save_file(found, path, metadata={"noiseopt": json.dumps(header)})
+
+    return write
+
+
+def header(change, **metadata):
+    """A file whose header is what `change` makes of the old one, beside other metadata."""
+
+    def write(path: Path, saved: Path) -> None:
+        found, header = content(saved)
+        changed = change(header)
+        text = changed if isinstance(changed, str) else json.dumps(changed)
+        save_file(found, path, metadata={"noiseopt": text, **metadata})
+
+    return write
+
+
+def of_bytes(change):
+    return lambda path, saved: path.write_bytes(change(saved.read_bytes()))
+
+
+def provenance(**changes):
+    return header(lambda found: {**found, "provenance": {**found["provenance"], **changes}})
+
+
+def declaring(length: int):
+    """A file whose one tensor says that it is so long."""
+    text = json.dumps({"noise": {"dtype": "F32", "shape": [length], "data_offsets": [0, 4 * length]}}).encode()
+    return of_bytes(lambda _: len(text).to_bytes(8, "little") + text + bytes(64))
+
+
+def other(tensor):
+    return tensor[:1]
+
+
+NO_PART = "no whole safetensors file"
+FOREIGN = {
+    "a folder": (lambda path, _: path.mkdir(), "is a folder"),
+    "empty": (of_bytes(lambda _: b""), "is empty"),
+    "zeros": (of_bytes(lambda _: bytes(1000)), NO_PART),
+    "random bytes": (of_bytes(lambda _: random.Random(0).randbytes(5000)), NO_PART),
+    "text": (of_bytes(lambda _: b"noise"), NO_PART),
+    "half of it": (of_bytes(lambda found: found[: len(found) // 2]), NO_PART),
+    "the header alone": (of_bytes(lambda found: found[: 8 + int.from_bytes(found[:8], "little")]), NO_PART),
+    "all but a byte": (of_bytes(lambda found: found[:-1]), NO_PART),
+    "more at the end": (of_bytes(lambda found: found + b"PK"), NO_PART),
+    "a header that is huge": (of_bytes(lambda found: (2**62).to_bytes(8, "little") + found[8:]), NO_PART),
+    "a tensor that is huge": (declaring(2**40), NO_PART),
+    "a tensor that overflows": (declaring(2**62), NO_PART),
+    "a pickle": (of_bytes(lambda _: pickle.dumps(Planted(), protocol=4)), "pickle"),
+    "an old pickle": (of_bytes(lambda _: pickle.dumps(Planted(), protocol=2)), "pickle"),
+    "a torch file": (lambda path, _: torch.save(Planted(), path), "torch.save"),
+    "tensors of another": (lambda path, _: save_file({"noise": torch.zeros(1)}, path), f"no {RESULT_FORMAT} header"),
+    "no JSON": (header(lambda _: "{" * 10), "no JSON"),
+    "deep JSON": (header(lambda _: "[" * 200_000), "no JSON"),
+    "a number without end": (header(lambda _: "1" * 10_000), "no JSON"),
+    "a list": (header(lambda _: [1]), f"no {RESULT_FORMAT} header"),
+    "another format": (header(lambda found: {**found, "format": "noiseopt-image-set-1"}), f"no {RESULT_FORMAT}"),
+    "a newer format": (header(lambda found: {**found, "format": "noiseopt-result-2"}), "newer noiseopt.*Update"),
+    "format 10": (header(lambda found: {**found, "format": "noiseopt-result-10"}), "newer noiseopt.*Update"),
+}
+HEADERS = {
+    "an unknown key": (header(lambda found: {**found, "code": "import os"}), "unknown metadata code"),
+    "unknown metadata": (header(lambda found: found, pickled="gASV"), "unknown metadata pickled"),
+    "no provenance": (header(lambda found: {k: v for k, v in found.items() if k != "provenance"}), "provenance"),
+    "a provenance that is a list": (header(lambda found: {**found, "provenance": []}), "of another type: provenance"),
+    "reports that are text": (header(lambda found: {**found, "reports": "x"}), "of another type: reports"),
+    "devices that are text": (header(lambda found: {**found, "generator_devices": "cpu"}), "another type"),
+    "a device less": (header(lambda found: {**found, "generator_devices": ["cpu"]}), "unknown tensors generator_st"),
+    "a device more": (header(lambda found: {**found, "generator_devices": ["cpu"] * 3}), "lacks the tensors generator"),
+    "a device of another kind": (header(lambda found: {**found, "generator_devices": ["cpu", "cuda"]}), "'cuda' takes"),
+    "a device that is none": (header(lambda found: {**found, "generator_devices": ["cpu", "../x"]}), "'../x' takes"),
+    "a device that torch does not know": (
+        header(lambda found: {**found, "generator_devices": ["cpu", "cpt"]}),
+        "'cpt' takes",
+    ),
+    "a device with another's state": (
+        header(lambda found: {**found, "generator_devices": ["cpu", "ipu"]}),
+        "'ipu' takes",
+    ),
+    "a device that is a number": (header(lambda found: {**found, "generator_devices": ["cpu", 3]}), "3 takes"),
+    "one stream for all": (provenance(generators="single"), "2 generator states, where 1"),
+    "prompts of another batch": (provenance(prompts=["a"]), "provenance whose prompts"),
+    "prompts that are numbers": (provenance(prompts=[1, 2]), "provenance whose prompts"),
+    "prompts that are text": (provenance(prompts="ab"), "provenance whose prompts"),
+    "seeds that are text": (provenance(seeds=["1", "2"]), "provenance whose seeds"),
+    "too many seeds": (provenance(seeds=[1, 2, 3]), "provenance whose seeds"),
+    "a model that is a list": (provenance(model=["x"]), "provenance whose model"),
+    "a method that is a number": (provenance(method=3), "provenance whose method"),
+    "a dtype that is a function": (provenance(dtype="load"), "provenance whose dtype"),
+    "a dtype that is a number": (provenance(dtype=3), "provenance whose dtype"),
+    "a scheduler that is text": (provenance(scheduler="Euler"), "provenance whose scheduler"),
+}
+TENSORS = {
+    **{f"no {name}": (tensors(**{name: None}), f"lacks the tensors {name}") for name in ("noise", "latents", "losses")},
+    "no best step": (tensors(best_step=None), "lacks the tensors best_step"),
+    "no state": (tensors(generator_states__1=None), "lacks the tensors generator_states.1"),
+    "an unknown tensor": (tensors(weights=lambda _: torch.zeros(1)), "unknown tensors weights"),
+    "half the noise": (tensors(noise=other), "goes with the others"),
+    "half the latents": (tensors(latents=other), "latents of shape"),
+    "latents that are flat": (tensors(latents=lambda old: old[:, 0, 0, 0]), "latents of shape"),
+    "half the losses": (tensors(losses=lambda old: old[:, :1]), "'losses' of shape"),
+    "losses of fewer steps": (tensors(losses=other), "goes with the others"),
+    "flat losses": (tensors(losses=lambda old: old.flatten()), "goes with the others"),
+    "a single loss": (tensors(losses=lambda old: old[0, 0]), "losses of shape"),
+    "norms of fewer steps": (tensors(norms=other), "'norms' of shape"),
+    "scores of fewer steps": (tensors(scores__redness=other), "'scores.redness' of shape"),
+    "one best step": (tensors(best_step=other), "'best_step' of shape"),
+    "bands of fewer steps": (tensors(band_changes=other), "'band_changes' of shape"),
+    "four bands": (tensors(band_changes=lambda old: torch.cat([old, old], 2)[..., :4]), "'band_changes' of shape"),
+    "an initial noise of another shape": (tensors(initial_noise=lambda old: old[:, :1]), "'initial_noise' of shape"),
+    "no noise at all": (tensors(noise=lambda old: old[:0]), "noise of shape"),
+    "noise without a size": (tensors(noise=lambda old: old[:, 0, 0, 0]), "noise of shape"),
+    "no steps": (tensors(losses=lambda old: old[:0]), "losses of shape"),
+    "noise of integers": (tensors(noise=lambda old: old.long()), "'noise' of torch.int64"),
+    "half precision noise": (tensors(noise=lambda old: old.half()), "'noise' of torch.float16"),
+    "complex latents": (tensors(latents=lambda old: old.cfloat()), "'latents' of torch.complex64"),
+    "losses of truth": (tensors(losses=lambda old: old > 0), "'losses' of torch.bool"),
+    "scores of integers": (tensors(scores__redness=lambda old: old.long()), "'scores.redness' of torch.int64"),
+    "a best step in floats": (tensors(best_step=lambda old: old.float()), "'best_step' of torch.float32"),
+    "NaN in the noise": (
+        tensors(noise=lambda old: old.index_fill(3, torch.tensor([0]), torch.nan)),
+        "'noise' with val",
+    ),
+    "infinite latents": (tensors(latents=lambda old: old / 0), "'latents' with values that are not finite"),
+    "infinite initial noise": (tensors(initial_noise=lambda old: old / 0), "'initial_noise' with values"),
+    "a best step after the last": (tensors(best_step=lambda old: old * 0 + STEPS), "best steps 3, 3, but 3 steps"),
+    "a best step before the first": (tensors(best_step=lambda old: old * 0 - 1), "best steps -1, -1"),
+    "a short state": (tensors(generator_states__0=lambda old: old[:100]), "no generator on 'cpu' takes"),
+    "an empty state": (tensors(generator_states__0=lambda old: old[:0]), "no generator on 'cpu' takes"),
+    "a state of floats": (tensors(generator_states__0=lambda old: old.float()), "no generator on 'cpu' takes"),
+    "a state of two rows": (tensors(generator_states__0=lambda old: old[None]), "no generator on 'cpu' takes"),
+    "a state of noise": (tensors(generator_states__0=lambda old: old * 0 + 255), "no generator on 'cpu' takes"),
+}
+HOSTILE = {**FOREIGN, **HEADERS, **TENSORS}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_a_hostile_file_is_refused_by_name(case, saved, tmp_path):
+    write, message = HOSTILE[case]
+    path = tmp_path / "found.safetensors"
+    write(path, saved)
+    with pytest.raises(
+        ValueError, match=f"(?s)^Expected a file that `NoiseResult.save` wrote.*found.*{message}"
+    ) as error:
+        NoiseResult.load(path)
+    assert len(str(error.value)) < 700 + len(str(path))
+
+
+def test_a_file_that_is_not_there_is_not_found(tmp_path):
+    with pytest.raises(FileNotFoundError, match="there is no .*nothing.safetensors"):
+        NoiseResult.load(tmp_path / "nothing.safetensors")
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        tensors(initial_noise=None, band_changes=None),
+        header(lambda found: {name: value for name, value in found.items() if name != "reports"}),
+        header(lambda found: {**found, "provenance": {"generators": "list"}}),
+        tensors(noise=lambda old: old.double(), latents=lambda old: old.bfloat16(), losses=lambda old: old * torch.nan),
+    ],
+    ids=["of the first version", "without reports", "by hand", "of other precisions"],
+)
+def test_files_of_older_versions_and_other_runs_are_read(write, saved, tmp_path):
+    write(tmp_path / "found.safetensors", saved)
+    found, known = NoiseResult.load(tmp_path / "found.safetensors"), NoiseResult.load(saved)
+    assert torch.equal(found.noise.float(), known.noise) and torch.equal(found.best_step, known.best_step)
+    assert found.scores.keys() == known.scores.keys() == {"redness"}
+
+
+def test_an_error_is_short_whatever_the_file_says(saved, tmp_path):
+    header(lambda found: {**found, **{"x" * 10_000 + str(index): 1 for index in range(100)}})(tmp_path / "x", saved)
+    with pytest.raises(ValueError, match="unknown metadata xxx") as error:
+        NoiseResult.load(tmp_path / "x")
+    assert len(str(error.value)) < 500 + len(str(tmp_path))
+
+
+def damaged(whole: bytes, seed: int) -> bytes:
+    """A file with a bit flipped, a byte replaced, a part lost or doubled: half of the time in the header."""
+    dice = random.Random(seed)
+    header = 8 + int.from_bytes(whole[:8], "little")
+    place = dice.randrange(header if seed % 2 else len(whole))
+    kinds = {
+        "flip": lambda: whole[:place] + bytes([whole[place] ^ 1 << dice.randrange(8)]) + whole[place + 1 :],
+        "replace": lambda: whole[:place] + dice.randbytes(1) + whole[place + 1 :],
+        "cut": lambda: whole[:place],
+        "lose": lambda: whole[:place] + whole[place + dice.randrange(1, 9) :],
+        "double": lambda: whole[:place] + whole[place : place + dice.randrange(1, 9)] + whole[place:],
+    }
+    return kinds[dice.choice(["flip"] * 3 + list(kinds))]()
+
+
+def test_damage_anywhere_gives_a_valid_result_or_one_clear_error(saved, tmp_path):
+    whole, path, refused = saved.read_bytes(), tmp_path / "damaged.safetensors", 0
+    for seed in range(800):
+        path.write_bytes(damaged(whole, seed))
+        try:
+            found = NoiseResult.load(path)
+        except ValueError as error:
+            assert "NoiseResult.save" in str(error) and path.name in str(error)
+            refused += 1
+            continue
+        assert found.noise.shape == found.initial_noise.shape == (BATCH, 4, 16, 16)
+        assert found.noise.isfinite().all() and found.latents.isfinite().all()
+        assert found.losses.shape == found.norms.shape == found.band_changes.shape[:2] == (STEPS, BATCH)
+        assert all(values.shape == (STEPS, BATCH) for values in found.scores.values())
+        assert repr(found) and len(found.generator()) == BATCH
+    assert 400 < refused < 800
+
+
+def test_a_file_is_replaced_as_a_whole(saved, tmp_path):
+    """Tensors that were read from a file stay as they are when it is written again, and nothing else is left."""
+    path = tmp_path / "result.safetensors"
+    path.write_bytes(saved.read_bytes())
+    found, before = NoiseResult.load(path), NoiseResult.load(saved)
+    found.reports["more"] = [1.0] * 1000
+    found.save(path)
+    assert torch.equal(found.noise, before.noise) and NoiseResult.load(path).reports["more"] == [1.0] * 1000
+    assert [each.name for each in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_a_write_that_is_interrupted_leaves_what_was_there(error, saved, tmp_path, monkeypatch):
+    def half(tensors, path, metadata):
+        Path(path).write_bytes(saved.read_bytes()[:1000])
+        raise error("half")
+
+    found, path = NoiseResult.load(saved), tmp_path / "result.safetensors"
+    monkeypatch.setattr("noiseopt.pipelines.results.result_file.save_file", half)
+    with pytest.raises(error):
+        found.save(path)
+    assert not list(tmp_path.iterdir())
+    path.write_bytes(saved.read_bytes())
+    with pytest.raises(error):
+        found.save(path)
+    assert [each.name for each in tmp_path.iterdir()] == [path.name] and path.read_bytes() == saved.read_bytes()
+
+
+FOLDERS = ("pipelines", "rewards", "schedulers", "callbacks", "src/noiseopt", "src/noiseopt/*", "hub_cards")
+SOURCES = {path.resolve() for folder in FOLDERS for path in ROOT.glob(f"{folder}/*.py")}
+
+
+def unpickling(tree: ast.AST) -> list[int]:
+    """The lines that could unpickle: imports of pickle and its kin, and arguments that allow it."""
+    found = []
+    for node in ast.walk(tree):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        found += [node.lineno for name in names if name.split(".")[0] in {"pickle", "cloudpickle", "dill", "joblib"}]
+        if isinstance(node, ast.keyword) and isinstance(node.value, ast.Constant):
+            allows = (node.arg, node.value.value) in {("weights_only", False), ("allow_pickle", True)}
+            found += [node.value.lineno] if allows else []
+    return found
+
+
+def test_no_source_can_unpickle():
+    planted = "import pickle\nfrom joblib import load\ntorch.load(x, weights_only=False)\nnp.load(x, allow_pickle=True)"
+    assert unpickling(ast.parse(planted)) == [1, 2, 3, 4] and len(SOURCES) > 150
+    assert {path.name: lines for path in SOURCES if (lines := unpickling(ast.parse(path.read_text())))} == {}
