@@ -1,4 +1,4 @@
-"""The source of a pipeline class, saved beside its weights: diffusers loads classes that it does not have from there."""
+"""The source of a pipeline class, saved beside its weights, from which diffusers can load the class again."""
 
 import importlib
 import importlib.util

@@ -46,10 +46,8 @@ def spelled_parameters(parameters: Iterable[inspect.Parameter], modules: set[str
         text = parameter.name
         if parameter.annotation is not parameter.empty:
             annotation = spelled(parameter.annotation, modules)
-            optional = (
-                parameter.default is None and annotation != "typing.Any" and "None" not in annotation.split(" | ")
-            )
-            text += f": {annotation}{' | None' * optional}"
+            covers_none = {"None", "typing.Any"} & set(annotation.split(" | "))
+            text += f": {annotation}{'' if covers_none or parameter.default is not None else ' | None'}"
         yield text + " = ..." * (parameter.default is not parameter.empty)
 
 
