@@ -22,9 +22,12 @@ from .registry import as_noise_optimizer
 from .results.noise_file import NoiseFile
 from .results.noise_result import NoiseResult
 from .results.pipeline_code import SavedWithCode
+from .sampling.first_call import parts_of, stock_call
+from .sampling.internals import execution_device
 from .sampling.latent_space import LatentSpace, drawing_function, latents_with_image
 from .sampling.module_state import DENOISERS, frozen_modules, refuse_unsuited
-from .sampling.sampler import PipelineSampler, RandomState, parts_of, stock_call
+from .sampling.random_state import RandomState
+from .sampling.sampler import PipelineSampler
 
 
 class NoiseFound(Exception):
@@ -88,7 +91,7 @@ class NoiseRun:
     def prepare_latents(self, pipe, *args, **kwargs):
         """The hook: draw the base noise as the stock method does, optimise it, prepare the result."""
         space = LatentSpace(pipe, args, kwargs, self.noise_sampler)
-        device = torch.device(space.arguments.get("device") or pipe._execution_device)
+        device = torch.device(space.arguments.get("device") or execution_device(pipe))
         random_state = RandomState(self.request.get("generator"), device)
         noise, drew = space.draw(pipe)
         sampler = PipelineSampler(

@@ -22,7 +22,9 @@ from .results.frequency_bands import band_energies
 from .results.noise_file import NoiseFile
 from .results.noise_result import NoiseResult
 from .results.provenance import provenance_of
-from .sampling.sampler import Clamp, Gradient, PipelineSampler, Sample
+from .sampling.internals import execution_device
+from .sampling.sample import Sample
+from .sampling.sampler import Clamp, Gradient, PipelineSampler
 
 
 class NoiseOptimizer:
@@ -120,7 +122,7 @@ class NoiseOptimizer:
 
     def device_of_rewards(self, pipe) -> torch.device:
         """Where rewards that are given by name are loaded."""
-        return torch.device(self.reward_device or pipe._execution_device)
+        return torch.device(self.reward_device or execution_device(pipe))
 
     def settings(self) -> dict[str, Any]:
         """The settings as plain values, for the provenance."""

@@ -9,7 +9,7 @@ import torch
 from ..rewards.contract.reward import check_gradient
 from ..rewards.contract.reward_sum import AttachedGradient, RewardSum, part_of_prompts
 from .reno.views import random_views
-from .sampling.sampler import Sample
+from .sampling.sample import Sample
 
 
 class Objective:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from ..objective import Objective
-from ..sampling.sampler import Sample
+from ..sampling.sample import Sample
 
 
 def attraction_gamma(size: int, tau: float) -> float:

@@ -8,14 +8,14 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ..sampling.module_state import with_forward
+from ..sampling.internals import block_settings, checkpoint_blocks, replace_block_settings, supports_block_checkpointing
 from .graph_size import GraphTooLarge, SavedBytes, free_memory
+from .module_copies import with_forward
 from .restore import undoing
 
 CheckpointPolicy = Literal["none", "blocks", "steps"]
 Checkpointing = Literal["auto", "none", "blocks", "steps"]
 POLICIES: tuple[CheckpointPolicy, ...] = ("none", "blocks", "steps")  # each holds less than the one before
-BLOCK_SETTINGS = ("gradient_checkpointing", "_gradient_checkpointing_func")
 BLOCK_CHECKPOINT = functools.partial(checkpoint, use_reentrant=False)
 
 
@@ -70,9 +70,7 @@ class Checkpoints:
 
     def restore(self) -> None:
         for module, before in self.changed:
-            for name in BLOCK_SETTINGS:
-                vars(module).pop(name, None)
-            vars(module).update(before)
+            replace_block_settings(module, before)
         self.changed = []
         self.policy, self.in_force, self.settled = "none", False, False
         self.counted.clear()
@@ -91,14 +89,14 @@ class Checkpoints:
         if policy != "none" and not self.changed:
             kept_by_blocks = [part for part in [*self.denoisers, self.decoder] if self.has_blocks(part)]
             modules = [module for part in kept_by_blocks for module in blocks_of(part)]
-            self.changed = [(module, own_block_settings(module)) for module in modules]
+            self.changed = [(module, block_settings(module)) for module in modules]
             for module in modules:
-                vars(module).update(zip(BLOCK_SETTINGS, (True, BLOCK_CHECKPOINT), strict=True))
+                checkpoint_blocks(module, BLOCK_CHECKPOINT)
 
     def has_blocks(self, part: Any) -> bool:
         """Whether a module is kept by its blocks."""
         scaled = self.scaled_lora and part is not self.decoder
-        return bool(getattr(part, "_supports_gradient_checkpointing", False)) and not scaled
+        return supports_block_checkpointing(part) and not scaled
 
     def call_of(self, part: Any) -> Any:
         """A denoiser as it is to be called in a step."""
@@ -134,11 +132,6 @@ def blocks_of(part: nn.Module) -> Iterator[nn.Module]:
     for module in part.modules():
         if getattr(module, "gradient_checkpointing", True) is False:
             yield module
-
-
-def own_block_settings(module: nn.Module) -> dict[str, Any]:
-    """What a module has of its own to say about keeping its inputs alone."""
-    return {name: vars(module)[name] for name in BLOCK_SETTINGS if name in vars(module)}
 
 
 def recomputed_whole(module: nn.Module) -> nn.Module:

@@ -6,6 +6,8 @@ from typing import Any, Literal
 
 import torch
 
+from ..sampling.internals import base_of_view
+
 ChunkSetting = int | Literal["auto"] | None
 
 
@@ -51,7 +53,7 @@ class SavedBytes:
         self.hooks.__exit__(*error)
 
     def keep(self, tensor: torch.Tensor) -> KeptTensor:
-        if isinstance(tensor, torch.nn.Parameter) or isinstance(tensor._base, torch.nn.Parameter):
+        if isinstance(tensor, torch.nn.Parameter) or isinstance(base_of_view(tensor), torch.nn.Parameter):
             return KeptTensor(tensor, lambda: None)
         storage = tensor.untyped_storage()
         place, size = storage.data_ptr(), storage.nbytes()

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.grad import conv2d_input
 
+from ..sampling.internals import has_forward_hooks, is_compiled, version_of
 from .restore import undoing
 
 LEAN_BYTES = 2**18  # smaller inputs are left to autograd: there is nothing to gain
@@ -114,7 +115,7 @@ class LeanGroupNorm(nn.GroupNorm):
         output = super().forward(input)
         if is_lean(input) and output.requires_grad:
             settings = (self.num_groups, self.weight, self.bias, self.eps)
-            vars(output)["normalized_from"] = output._version, input, settings
+            vars(output)["normalized_from"] = version_of(output), input, settings
         return output
 
 
@@ -123,7 +124,7 @@ class LeanSiLU(nn.SiLU):
 
     def forward(self, input: Tensor) -> Tensor:
         version, *source = vars(input).get("normalized_from", (None,))
-        if not is_lean(input) or self.inplace or version != input._version:  # of something else, or written to since
+        if not is_lean(input) or self.inplace or version != version_of(input):  # of something else, or written to since
             return super().forward(input)
         return NormalizedSiLU.apply(input, *source)  # pyright: ignore[reportReturnType]
 
@@ -183,7 +184,7 @@ def is_plain(layer: Upsample2D) -> bool:
     if type(conv) is not LeanConv2d or layer.norm is not None or not layer.interpolate or layer.use_conv_transpose:
         return False
     shape = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode)
-    hooked = conv._forward_hooks or conv._forward_pre_hooks or "forward" in vars(conv)
+    hooked = has_forward_hooks(conv) or "forward" in vars(conv)
     return shape == ((3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros") and is_frozen(conv) and not hooked
 
 
@@ -241,7 +242,7 @@ def lean_layers(roots: Iterable[nn.Module]) -> Iterator[None]:
 
 def plain_layers(module: nn.Module) -> Iterator[nn.Module]:
     """The layers of a module that have a lean form; a compiled module would be compiled again for them."""
-    if getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod"):
+    if is_compiled(module):
         return
     if type(module) in LEAN_LAYERS:
         yield module

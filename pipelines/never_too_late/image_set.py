@@ -21,6 +21,7 @@ from ..registry import as_noise_optimizer
 from ..results.noise_result import NoiseResult
 from ..results.provenance import plain, revision_of
 from ..results.settings_diff import differences, plain_description
+from ..sampling.internals import name_or_path
 from .image_set_folder import ImageSetFolder
 from .method import NeverTooLate
 from .quality_guard import as_guards, shares_reward
@@ -231,7 +232,7 @@ class SetCall:
             "render": plain_description(self.render),
             "noise_sampler": plain_description(describe_noise_sampler(self.noise_sampler)),
             "generator_device": self.device,
-            "model": str(pipe.config.get("_name_or_path") or "") or None,
+            "model": name_or_path(pipe),
             "revision": revision_of(pipe),
             "scheduler": {"class": type(scheduler).__name__, **plain(dict(scheduler.config))},
             "dtype": str(pipe.dtype).removeprefix("torch."),

@@ -3,7 +3,6 @@
 import importlib.metadata
 import platform
 import re
-from collections.abc import Mapping
 from typing import Any
 
 from ...callbacks.noise_state import NoiseState
@@ -11,6 +10,7 @@ from ...schedulers.noise_samplers import describe_noise_sampler
 from ..memory.tiny_decoder import describe_decoder
 from ..objective import Objective
 from ..problem import NoiseProblem
+from ..sampling.internals import name_or_path
 
 
 def provenance_of(problem: NoiseProblem, objective: Objective, state: NoiseState) -> dict[str, Any]:
@@ -24,7 +24,7 @@ def provenance_of(problem: NoiseProblem, objective: Objective, state: NoiseState
         "seeds": problem.sampler.random_state.seeds,
         "generators": "list" if problem.sampler.random_state.several else "single",
         "noise_sampler": describe_noise_sampler(problem.space.noise_sampler),
-        "model": str(pipe.config.get("_name_or_path") or "") or None,
+        "model": name_or_path(pipe),
         "revision": revision_of(pipe),
         "pipeline": type(pipe).__name__,
         "scheduler": {"class": type(scheduler).__name__, **plain(dict(scheduler.config))},
@@ -52,8 +52,6 @@ def plain(values: dict[str, Any]) -> dict[str, Any]:
 def revision_of(pipe) -> str | None:
     """The commit of the Hub snapshot that the modules were loaded from, if they were."""
     for part in pipe.components.values():
-        config = getattr(part, "config", None)
-        path = config.get("_name_or_path") if isinstance(config, Mapping) else getattr(part, "name_or_path", None)
-        if match := re.search(r"snapshots[/\\]([0-9a-f]{40})", str(path)):
+        if match := re.search(r"snapshots[/\\]([0-9a-f]{40})", name_or_path(part) or ""):
             return match[1]
     return None

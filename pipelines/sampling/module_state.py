@@ -1,16 +1,13 @@
 """What the modules of a pipeline must be during an optimisation, and what rules one out."""
 
 import contextlib
-import copy
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
-import torch
-from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from torch import nn
 
 from ..memory.lean_layers import lean_layers
 from ..memory.restore import undoing
+from .internals import accelerate_hook, attention_backend_of, diffusers_hooks, is_stateful
 
 DENOISERS = ("unet", "transformer", "transformer_2")
 CALLED_IN_STEPS = (*DENOISERS, "controlnet")
@@ -82,13 +79,13 @@ def refuse_offload(name: str, root: nn.Module) -> None:
     for module in root.modules():
         if group_offloaded(module):
             raise ValueError(f"{expected}load the pipeline again without group offloading.")
-        if offloads(getattr(module, "_hf_hook", None)):
+        if offloads(accelerate_hook(module)):
             raise ValueError(f"{expected}call `pipe.remove_all_hooks()` and `pipe.to(device)` first.")
 
 
 def is_offloaded(root: nn.Module) -> bool:
     """Whether the weights of a module, or of a part of it, move between devices."""
-    return any(group_offloaded(module) or offloads(getattr(module, "_hf_hook", None)) for module in root.modules())
+    return any(group_offloaded(module) or offloads(accelerate_hook(module)) for module in root.modules())
 
 
 def offloads(hook) -> bool:
@@ -101,11 +98,6 @@ def group_offloaded(module: nn.Module) -> bool:
     return any("group_offloading" in name for name in diffusers_hooks(module))
 
 
-def diffusers_hooks(module: nn.Module) -> dict[str, Any]:
-    """The hooks that diffusers put on a module, by name."""
-    return getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
-
-
 def refuse_attention(name: str, root: nn.Module) -> None:
     """Raise `ValueError` if a module attends by a kernel without a backward pass, some of which drop the gradient."""
     for module in root.modules():
@@ -116,15 +108,6 @@ def refuse_attention(name: str, root: nn.Module) -> None:
                 f'Call `pipe.{name}.set_attention_backend("native")` first, outside any `attention_backend` context, '
                 "or use a method without gradients, such as `BestOfN`."
             )
-
-
-def attention_backend_of(module: nn.Module) -> str | None:
-    """The kernel that an attention module calls: its own or the one in force; `None` for one that chooses none."""
-    processor = getattr(module, "processor", None)
-    if not hasattr(processor, "_attention_backend"):
-        return None
-    own = getattr(processor, "_attention_backend", None)
-    return AttentionBackendName(own or _AttentionBackendRegistry.get_active_backend()[0]).value
 
 
 def refuse_casting(name: str, root: nn.Module) -> None:
@@ -148,43 +131,10 @@ def refuse_cache(name: str, root: nn.Module) -> None:
     a step for the next, and a run that is interrupted would leave its state behind.
     """
     for module in root.modules():
-        kept = [hook for hook in diffusers_hooks(module).values() if getattr(hook, "_is_stateful", False)]
+        kept = [hook for hook in diffusers_hooks(module).values() if is_stateful(hook)]
         if kept:
             raise ValueError(
                 f"Expected modules without a cache across denoising steps, but `{name}` has one "
                 f"({type(kept[0]).__name__}). Call `pipe.{name}.disable_cache()` first; the final image may be drawn "
                 "with the cache again."
             )
-
-
-def without_gradient(module: nn.Module) -> nn.Module:
-    """A shallow copy that shares all weights and whose forward pass leaves no graph."""
-    return with_forward(module, torch.no_grad()(module.forward))
-
-
-def with_forward(module: nn.Module, forward: Callable[..., Any]) -> nn.Module:
-    """A shallow copy that shares all weights and has another forward pass."""
-    twin = copy.copy(module)
-    vars(twin)["forward"] = forward
-    return twin
-
-
-def converted_apart(module: nn.Module) -> nn.Module:
-    """A shallow copy that shares all weights, until it is converted to another dtype: then it has a copy of them.
-
-    A half-precision pipeline whose VAE has `force_upcast` converts the shared VAE to decode, and back, which swaps the
-    weights under the graph. This one is converted as well, and leaves the shared one alone.
-    """
-    twin = copy.copy(module)
-    vars(twin).pop("decode", None)  # a compiled one is bound to the shared weights
-    contents: dict[torch.dtype, dict[str, Any]] = {module.dtype: vars(module)}  # pyright: ignore
-
-    def to(dtype: torch.dtype) -> nn.Module:
-        if dtype not in contents:
-            contents[dtype] = vars(copy.deepcopy(module).to(dtype))
-        for kind in ("_modules", "_parameters", "_buffers"):
-            vars(twin)[kind] = contents[dtype][kind]
-        return twin
-
-    vars(twin)["to"] = to
-    return twin

@@ -19,7 +19,8 @@ from ..method import NoiseOptimizer
 from ..objective import RewardObjective
 from ..problem import CandidateNoise, NoiseProblem
 from ..registry import register_noise_optimizer
-from ..sampling.sampler import Clamp, Gradient, Sample
+from ..sampling.sample import Sample
+from ..sampling.sampler import Clamp, Gradient
 from .group_solver import group_value, pair_bonus, select_group
 from .previews import CandidateObjective, SeenNoises
 
