@@ -102,10 +102,6 @@ def is_compiled(module: nn.Module) -> bool:
     return private(module, "_compiled_call_impl", "torch") is not None or hasattr(module, "_orig_mod")
 
 
-def has_forward_hooks(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
-
-
 def base_of_view(tensor: torch.Tensor) -> torch.Tensor | None:
     """Return the tensor that `tensor` is a view of, or `None`."""
     return tensor._base
