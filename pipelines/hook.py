@@ -13,7 +13,6 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from ..callbacks.noise_callback import CallbackSpec, as_callbacks
 from ..schedulers.noise_samplers import NoiseSamplerSpec, as_noise_sampler
-from .memory.restore import undoing
 from .memory.tiny_decoder import as_loop_decoder
 from .method import NoiseOptimizer
 from .objective import Objective
@@ -315,9 +314,11 @@ def found_by(run: NoiseRun, pipe) -> NoiseResult:
 @contextlib.contextmanager
 def hook_on(pipe, run: NoiseRun | NoiseDraw) -> Iterator[None]:
     """Let a run have the prompts and latents of a pipeline's call."""
-    with undoing(lambda: vars(pipe).pop("_noise_run", None)):
-        vars(pipe)["_noise_run"] = run
+    vars(pipe)["_noise_run"] = run
+    try:
         yield
+    finally:
+        vars(pipe).pop("_noise_run", None)
 
 
 def bind_request(pipe, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Shallow copies of modules that share all weights and compute in another way."""
+"""Shallow copies of modules that share all weights with the original."""
 
 import copy
 from collections.abc import Callable
@@ -11,31 +11,31 @@ from ..sampling.internals import MODULE_CONTENTS
 
 
 def without_gradient(module: nn.Module) -> nn.Module:
-    """A shallow copy that shares all weights and whose forward pass leaves no graph."""
+    """Return a shallow copy whose forward pass builds no graph."""
     return with_forward(module, torch.no_grad()(module.forward))
 
 
 def with_forward(module: nn.Module, forward: Callable[..., Any]) -> nn.Module:
-    """A shallow copy that shares all weights and has another forward pass."""
+    """Return a shallow copy with another forward pass."""
     twin = copy.copy(module)
     vars(twin)["forward"] = forward
     return twin
 
 
-def converted_apart(module: nn.Module) -> nn.Module:
-    """A shallow copy that shares all weights, until it is converted to another dtype: then it has a copy of them.
+def converted_apart(module: Any) -> nn.Module:
+    """Return a shallow copy of a VAE that shares its weights until `to(dtype)`, which converts a copy of them.
 
-    A half-precision pipeline whose VAE has `force_upcast` converts the shared VAE to decode, and back, which swaps the
-    weights under the graph. This one is converted as well, and leaves the shared one alone.
+    A half-precision pipeline whose VAE has `force_upcast` converts the VAE to decode and back, which replaces the
+    weights under the graph. This copy converts its own weights and leaves the shared VAE alone.
     """
     twin = copy.copy(module)
     vars(twin).pop("decode", None)  # a compiled one is bound to the shared weights
-    contents: dict[torch.dtype, dict[str, Any]] = {module.dtype: vars(module)}  # pyright: ignore
+    contents: dict[torch.dtype, dict[str, Any]] = {module.dtype: vars(module)}
 
     def to(dtype: torch.dtype) -> nn.Module:
         if dtype not in contents:
             contents[dtype] = vars(copy.deepcopy(module).to(dtype))
-        vars(twin).update({kind: contents[dtype][kind] for kind in MODULE_CONTENTS})
+        vars(twin).update({name: contents[dtype][name] for name in MODULE_CONTENTS})
         return twin
 
     vars(twin)["to"] = to
