@@ -20,7 +20,7 @@ from ..method import NoiseOptimizer
 from ..registry import as_noise_optimizer
 from ..results.noise_result import NoiseResult
 from ..results.provenance import plain, revision_of
-from ..results.settings_diff import differences, plain_description
+from ..results.settings_diff import plain_description, settings_diff
 from ..sampling.internals import name_or_path
 from .image_set_folder import ImageSetFolder
 from .method import NeverTooLate
@@ -105,7 +105,7 @@ class ImageSet:
     def check_agrees(self, prompt: str, settings: Mapping[str, Any], folder: str | Path) -> None:
         """Raise `ValueError` unless the set was made from this prompt with these settings, naming what differs."""
         known = {"prompt": self.prompt, **self.settings}
-        if changed := differences(known, {"prompt": prompt, **settings}):
+        if changed := settings_diff(known, {"prompt": prompt, **settings}):
             raise ValueError(
                 f"Expected what the set in {folder} was grown with, but got other settings: {'; '.join(changed)}. Pass "
                 "the same, or choose another folder."
