@@ -29,7 +29,8 @@ from .reno.method import ReNO
 from .reno.stable_diffusion import ReNOStableDiffusionPipeline
 from .reno.turbo import ReNOTurboPipeline
 from .results.noise_result import NoiseResult
-from .sampling.sampler import PipelineSampler, Sample
+from .sampling.sample import Sample
+from .sampling.sampler import PipelineSampler
 from .searches.best_of_n import BestOfN
 from .searches.group_selection import GroupSelection
 from .searches.group_solver import select_group

@@ -13,7 +13,6 @@ import torch
 from ..callbacks.noise_callback import CallbackSpec, as_callbacks
 from ..schedulers.noise_samplers import NoiseSamplerSpec
 from .loop import optimize
-from .memory.restore import undoing
 from .memory.tiny_decoder import as_loop_decoder
 from .method import NoiseOptimizer
 from .objective import Objective
@@ -33,9 +32,12 @@ from .request import (
 from .results.noise_file import NoiseFile
 from .results.noise_result import NoiseResult
 from .results.pipeline_code import SavedWithCode
+from .sampling.first_call import parts_of, stock_call
+from .sampling.internals import execution_device
 from .sampling.latent_space import LatentSpace
 from .sampling.module_state import DENOISERS, frozen_modules, refuse_unsuited
-from .sampling.sampler import PipelineSampler, RandomState, parts_of, stock_call
+from .sampling.random_state import RandomState
+from .sampling.sampler import PipelineSampler
 
 Callbacks = CallbackSpec | Iterable[CallbackSpec] | None
 
@@ -106,7 +108,7 @@ class NoiseRun:
     def prepare_latents(self, pipe, *args, **kwargs):
         """Draw the base noise as the stock method does, optimize it, and prepare the latents of the result."""
         method, space = self.method, LatentSpace(pipe, args, kwargs, self.noise_sampler)
-        device = torch.device(space.arguments.get("device") or pipe._execution_device)
+        device = torch.device(space.arguments.get("device") or execution_device(pipe))
         random_state = RandomState(self.request.get("generator"), device)
         noise, drew = space.draw(pipe)
         sampler = PipelineSampler(
@@ -301,9 +303,11 @@ def call_with_signature(cls: Any) -> Any:
 @contextlib.contextmanager
 def hook_on(pipe, run: NoiseRun | NoiseDraw) -> Iterator[None]:
     """Route the prompts and latents of a pipeline's call to a run."""
-    with undoing(lambda: vars(pipe).pop("_noise_run", None)):
-        vars(pipe)["_noise_run"] = run
+    vars(pipe)["_noise_run"] = run
+    try:
         yield
+    finally:
+        vars(pipe).pop("_noise_run", None)
 
 
 @functools.cache

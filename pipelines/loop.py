@@ -21,7 +21,8 @@ from .results.frequency_bands import band_energies
 from .results.noise_file import NoiseFile
 from .results.noise_result import NoiseResult
 from .results.provenance import provenance_of
-from .sampling.sampler import Gradient, PipelineSampler, Sample
+from .sampling.sample import Sample
+from .sampling.sampler import Gradient, PipelineSampler
 
 
 def optimize(

@@ -13,6 +13,7 @@ from ..rewards.contract.reward_sum import RewardSum
 from .memory.checkpointing import Checkpointing
 from .objective import Objective, RewardObjective
 from .problem import NoiseProblem
+from .sampling.internals import execution_device
 from .sampling.sampler import Clamp, Gradient
 
 
@@ -114,7 +115,7 @@ class NoiseOptimizer:
 
     def device_of_rewards(self, pipe) -> torch.device:
         """Return the device on which rewards given by name are loaded."""
-        return torch.device(self.reward_device or pipe._execution_device)
+        return torch.device(self.reward_device or execution_device(pipe))
 
     def load_rewards(self, pipe, rewards: Any) -> RewardSum:
         """Return rewards as a `RewardSum`, names loaded; differentiable ones for a method that differentiates.

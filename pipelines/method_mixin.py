@@ -8,6 +8,7 @@ from ..rewards.contract.reward import check_reward_device
 from ..rewards.contract.reward_sum import RewardSum, reward_weight_pairs
 from .hook import NoiseOptimizationMixin
 from .method import NoiseOptimizer
+from .sampling.internals import execution_device
 
 
 class MethodMixin(NoiseOptimizationMixin):
@@ -93,7 +94,7 @@ class MethodMixin(NoiseOptimizationMixin):
         stored = self.stored_on(device, "_loaded_rewards")
         pairs = reward_weight_pairs(rewards, None)
         known = [(stored.get(str(name), name), weight) for name, weight in pairs]
-        total = RewardSum(known, device=device or self._execution_device)  # pyright: ignore[reportAttributeAccessIssue]
+        total = RewardSum(known, device=device or execution_device(self))
         for (name, _), reward in zip(pairs, total.rewards, strict=True):
             if isinstance(name, str):
                 stored[name] = reward

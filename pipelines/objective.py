@@ -7,7 +7,7 @@ import torch
 
 from ..rewards.contract.reward import check_gradient
 from ..rewards.contract.reward_sum import RewardSum
-from .sampling.sampler import Sample
+from .sampling.sample import Sample
 
 
 class Objective:

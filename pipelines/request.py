@@ -8,8 +8,8 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 
 from ..schedulers.noise_samplers import NoiseSamplerSpec, as_noise_sampler
+from .sampling.first_call import stock_call
 from .sampling.latent_space import drawing_function, latents_with_image
-from .sampling.sampler import stock_call
 
 
 def bind_request(pipe, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from problems import generator, redness
 from noiseopt import NoiseOptimizationMixin, NoiseResult, ReNO, optimize_noise
 from noiseopt.evaluation.looking import Looking
 from noiseopt.pipelines.problem import NoiseProblem
-from noiseopt.pipelines.sampling.sampler import stock_call
+from noiseopt.pipelines.sampling.first_call import stock_call
 
 EMBEDS = {
     "sd": ("prompt_embeds", "negative_prompt_embeds"),

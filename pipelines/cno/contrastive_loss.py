@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from ..noise_math import sets
 from ..objective import Objective
-from ..sampling.sampler import Sample
+from ..sampling.sample import Sample
 
 
 def attraction_gamma(size: int, tau: float) -> float:

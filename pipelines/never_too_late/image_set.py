@@ -21,7 +21,8 @@ from ..registry import as_method
 from ..request import bind_request
 from ..results.noise_result import NoiseResult
 from ..results.provenance import plain, revision_of
-from ..results.settings_diff import differences, plain_description
+from ..results.settings_diff import plain_description, settings_diff
+from ..sampling.internals import name_or_path
 from .image_set_folder import ImageSetFolder
 from .method import NeverTooLate
 from .quality_guard import as_guards, shares_reward
@@ -105,7 +106,7 @@ class ImageSet:
     def check_agrees(self, prompt: str, settings: Mapping[str, Any], folder: str | Path) -> None:
         """Raise `ValueError` unless the set was made from this prompt with these settings, naming what differs."""
         known = {"prompt": self.prompt, **self.settings}
-        if changed := differences(known, {"prompt": prompt, **settings}):
+        if changed := settings_diff(known, {"prompt": prompt, **settings}):
             raise ValueError(
                 f"Expected what the set in {folder} was grown with, but got other settings: {'; '.join(changed)}. Pass "
                 "the same, or choose another folder."
@@ -238,7 +239,7 @@ class SetCall:
             "noise_sampler": plain_description(describe_noise_sampler(self.noise_sampler)),
             "generator_device": self.device,
             "reward_prompt": self.reward_prompt,
-            "model": str(pipe.config.get("_name_or_path") or "") or None,
+            "model": name_or_path(pipe),
             "revision": revision_of(pipe),
             "scheduler": {"class": type(scheduler).__name__, **plain(dict(scheduler.config))},
             "dtype": str(pipe.dtype).removeprefix("torch."),

@@ -13,6 +13,7 @@ from ...rewards.sets.set_reward import find_set_reward
 from ...rewards.sets.set_reward_sum import SetRewardSum, check_set_reward_entry, set_reward_entries
 from ...schedulers.noise_samplers import NoiseSamplerSpec
 from ..method_mixin import MethodMixin, merged_settings
+from ..sampling.internals import execution_device
 from .image_set import Seeds, grow_set, sequential_settings
 from .method import NeverTooLate, weighted_rewards
 from .quality_guard import QualityGuard, as_guards, shares_reward
@@ -125,6 +126,6 @@ class NeverTooLateMixin(
         name = os.fspath(name)
         stored = self.stored_on(device, "_loaded_features")
         if name not in stored:
-            device = device or self._execution_device  # pyright: ignore[reportAttributeAccessIssue]
+            device = device or execution_device(self)
             stored[name] = AutoFeatures.from_pretrained(name, device=device)
         return stored[name]

@@ -10,7 +10,7 @@ from ...rewards.sets.hinged_set_reward import HingedSetReward
 from ...rewards.sets.set_reward_sum import SetRewardSum
 from ..noise_math import sets
 from ..objective import Objective, RewardObjective
-from ..sampling.sampler import Sample
+from ..sampling.sample import Sample
 from .quality_guard import QualityGuard, shares_reward
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from ..objective import RewardObjective
-from ..sampling.sampler import Sample
+from ..sampling.sample import Sample
 
 SCORE_SLACK = 1e-3  # rounding error of a probability
 

@@ -8,7 +8,7 @@ import torch
 
 from ...rewards.contract.reward_sum import AttachedGradient, RewardSum, part_of_prompts
 from ..objective import RewardObjective
-from ..sampling.sampler import Sample
+from ..sampling.sample import Sample
 from .views import random_views
 
 

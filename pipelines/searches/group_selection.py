@@ -18,7 +18,7 @@ from ..noise_math import sets
 from ..objective import RewardObjective
 from ..problem import CandidateNoise, NoiseProblem
 from ..registry import register_method
-from ..sampling.sampler import Sample
+from ..sampling.sample import Sample
 from .group_solver import group_value, pair_bonus, select_group
 from .previews import CandidateObjective, Candidates
 

@@ -7,7 +7,7 @@ import torch
 from ...callbacks.noise_state import NoiseState
 from ..objective import Objective, RewardObjective
 from ..problem import seed_from
-from ..sampling.sampler import Sample
+from ..sampling.sample import Sample
 
 
 class Candidates:

@@ -17,9 +17,10 @@ from tiny_pipelines import BUILDERS, call_arguments, quiet, sd_pipeline, tiny_pi
 from noiseopt import CNO, ReNO, ReNOStableDiffusionPipeline, optimize_noise
 from noiseopt.evaluation.live_bytes import LiveBytes
 from noiseopt.pipelines import FunctionObjective, NoiseOptimizer
-from noiseopt.pipelines.memory.checkpointing import BLOCK_SETTINGS, POLICIES
+from noiseopt.pipelines.memory.checkpointing import POLICIES
 from noiseopt.pipelines.memory.graph_size import GraphTooLarge, SavedBytes
 from noiseopt.pipelines.registry import METHODS
+from noiseopt.pipelines.sampling.internals import BLOCK_SETTINGS
 
 FAMILIES = ["sd", "sdxl", "sd3", "flux"]
 ONE_STEP = {**call_arguments("sd"), "num_inference_steps": 1}
