@@ -36,7 +36,7 @@ class RewardMixin(NoiseOptimizationMixin):
         pairs = reward_weight_pairs(rewards, None)
         known = [(kept.get(str(name), name), weight) for name, weight in pairs]
         device = device or self._execution_device  # pyright: ignore[reportAttributeAccessIssue]
-        total = RewardSum(known, normalization=getattr(rewards, "normalization", None), device=device)
+        total = RewardSum(known, device=device)
         for (name, _), reward in zip(pairs, total.rewards, strict=True):
             if isinstance(name, str):
                 kept[name] = reward
