@@ -32,7 +32,8 @@ from noiseopt import (
     grow_set,
     optimize_noise,
 )
-from noiseopt.pipelines import QualityGuard, noise_file
+from noiseopt.pipelines import QualityGuard
+from noiseopt.pipelines.results import noise_file
 from noiseopt.pipelines.never_too_late.image_set import SetGrowth
 from noiseopt.rewards import DPP
 
