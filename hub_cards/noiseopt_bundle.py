@@ -24,25 +24,33 @@ import platform
 import re
 import string
 import sys
-import threading
 import time
 import types
 import warnings
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from numbers import Real
 from pathlib import Path
-from types import ModuleType
-from typing import Any, ClassVar, Generic, Literal, NamedTuple, TypeVar, cast, get_args
+from types import ModuleType, UnionType
+from typing import (
+    Any,
+    ClassVar,
+    Generic,
+    Literal,
+    NamedTuple,
+    TypeVar,
+    Union,
+    cast,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, AutoencoderTiny
 from diffusers.models.activations import GEGLU
-from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
-from diffusers.models.upsampling import Upsample2D
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import hf_hub_download
@@ -85,77 +93,8 @@ from transformers import (
 )
 
 # The name that diffusers gives this module may come to mean the bundle of another release.
-sys.modules[f"{__name__}_f5e140f3fbf4"] = sys.modules[__name__]
-__name__ = f"{__name__}_f5e140f3fbf4"
-
-
-# pipelines/reno/views.py
-
-
-VIEW_SHIFT = 0.05  # of the image's side
-VIEW_ZOOM = 0.05
-VIEW_NOISE = 0.03  # standard deviation, pixels in [0, 1]
-
-
-def random_views(images: Tensor, count: int, seeds: Sequence[int]) -> Iterator[Tensor]:
-    """Slightly shifted, zoomed and noisy copies of the images, differentiable.
-
-    The gradient of a reward averaged over such views lacks the patterns that please one exact grid of pixels, which is
-    how reward hacking begins ("expectation over transformation", Athalye et al., https://arxiv.org/abs/1707.07397).
-
-    Args:
-        images: (B, 3, H, W) in [0, 1].
-        count: How many views.
-        seeds: B integers: the views of an image depend on its own seed alone.
-
-    Yields:
-        `count` tensors (B, 3, H, W) in [0, 1], moved by up to 5% of the side, zoomed by up to 5%, with noise of 0.03.
-    """
-    streams = [torch.Generator().manual_seed(seed) for seed in seeds]
-    for _ in range(count):
-        chance = torch.stack([torch.rand(3, generator=stream) for stream in streams]) * 2 - 1
-        grain = torch.stack([torch.randn(images.shape[1:], generator=stream) for stream in streams])
-        affine = torch.zeros(len(images), 2, 3)
-        affine[:, 0, 0] = affine[:, 1, 1] = 1 + VIEW_ZOOM * chance[:, 0]
-        affine[:, :, 2] = 2 * VIEW_SHIFT * chance[:, 1:]  # the grid of an image spans 2
-        grid = F.affine_grid(affine, list(images.shape), align_corners=False).to(images)
-        moved = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
-        yield (moved + VIEW_NOISE * grain.to(images)).clamp(0, 1)
-
-
-# rewards/contract/frozen_module.py
-
-
-FrozenT = TypeVar("FrozenT", bound="FrozenModule")
-
-
-class FrozenModule(nn.Module):
-    """A module of frozen parts that stays in evaluation mode: what it gives are measurements.
-
-    Args:
-        modules: the parts by name.
-    """
-
-    def __init__(self, **modules: nn.Module) -> None:
-        super().__init__()
-        for name, module in modules.items():
-            self.add_module(name, module.requires_grad_(False))
-        self.eval()
-
-    def train(self: FrozenT, mode: bool = True) -> FrozenT:
-        """Stay in evaluation mode: the dropout of a scoring head would make the scores random."""
-        return super().train(False)
-
-    @property
-    def device(self) -> torch.device | None:
-        """Where the weights are, or None without any."""
-        tensor = next(itertools.chain(self.parameters(), self.buffers()), None)
-        return None if tensor is None else tensor.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The precision of the weights, float32 without any."""
-        return next((p.dtype for p in self.parameters() if p.is_floating_point()), torch.float32)
+sys.modules[f"{__name__}_b8766248b0c6"] = sys.modules[__name__]
+__name__ = f"{__name__}_b8766248b0c6"
 
 
 # rewards/contract/transforms.py
@@ -362,6 +301,116 @@ def processor_resample(resample: int) -> Resample:
             "your own `image_transform` to the reward."
         )
     return PIL_RESAMPLE[resample]
+
+
+# registry.py
+
+
+EntryT = TypeVar("EntryT", bound=Callable)
+
+
+class Registry(Generic[EntryT]):
+    """Classes or functions of one kind, by name and alias.
+
+    Args:
+        kind: The noun that error messages use: "reward", "method".
+
+    Attributes:
+        entries: Name or alias to the entry.
+        aliases: Alias to the name that it stands for.
+    """
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self.entries: dict[str, EntryT] = {}
+        self.aliases: dict[str, str] = {}
+
+    def register(self, name: str, *aliases: str) -> Callable[[EntryT], EntryT]:
+        """Return a decorator that registers a class or function under a name and its aliases.
+
+        Raises:
+            ValueError: If something else has the name. An entry with the same qualified name is replaced, because
+                diffusers executes the code of a Hub pipeline twice per load.
+        """
+
+        def enter(entry: EntryT) -> EntryT:
+            for key in (name, *aliases):
+                taken_by = self.entries.get(key, entry).__qualname__
+                if taken_by != entry.__qualname__:
+                    raise ValueError(
+                        f"Expected a free {self.kind} name, but {key!r} is taken by `{taken_by}`. Choose another."
+                    )
+            self.entries |= dict.fromkeys((name, *aliases), entry)
+            self.aliases |= dict.fromkeys(aliases, name)
+            return entry
+
+        return enter
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.entries
+
+    def __getitem__(self, name: str) -> EntryT:
+        return self.find(name)
+
+    def names(self) -> list[str]:
+        """Return the registered names, sorted, without aliases."""
+        return sorted(self.entries.keys() - self.aliases.keys())
+
+    def find(self, name: str, otherwise: str = "") -> EntryT:
+        """Return the entry of a name or alias.
+
+        Args:
+            name: The name.
+            otherwise: What else would have been accepted, for the error message.
+
+        Raises:
+            ValueError: If the name is not registered; the message lists the names and the closest ones.
+        """
+        if name not in self.entries:
+            hint = did_you_mean(name, self.entries)
+            raise ValueError(f"Expected a {self.kind} out of {self.names()}{otherwise}, but got {name!r}.{hint}")
+        return self.entries[name]
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return a sentence with the known words closest to `word`, with a leading space, or an empty string."""
+    close = difflib.get_close_matches(word.lower(), known)
+    return f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
+
+
+# rewards/contract/frozen_module.py
+
+
+FrozenT = TypeVar("FrozenT", bound="FrozenModule")
+
+
+class FrozenModule(nn.Module):
+    """A module of frozen parts that stays in evaluation mode: what it gives are measurements.
+
+    Args:
+        modules: the parts by name.
+    """
+
+    def __init__(self, **modules: nn.Module) -> None:
+        super().__init__()
+        for name, module in modules.items():
+            self.add_module(name, module.requires_grad_(False))
+        self.eval()
+
+    def train(self: FrozenT, mode: bool = True) -> FrozenT:
+        """Stay in evaluation mode: the dropout of a scoring head would make the scores random."""
+        return super().train(False)
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where the weights are, or None without any."""
+        tensor = next(itertools.chain(self.parameters(), self.buffers()), None)
+        return None if tensor is None else tensor.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision of the weights, float32 without any."""
+        return next((p.dtype for p in self.parameters() if p.is_floating_point()), torch.float32)
 
 
 # rewards/contract/reward.py
@@ -674,708 +723,6 @@ def check_gradient(reward: Reward, prompts: str | None = "a photo", height: int 
         )
 
 
-# rewards/contract/black_box.py
-
-
-@dataclass(frozen=True)
-class BlackBoxQuestion:
-    """An image and its prompt, to be asked about.
-
-    Attributes:
-        index: its place among the images of the call.
-        key: equal for equal pixels and prompt.
-    """
-
-    index: int
-    image: Image.Image
-    prompt: str
-    key: tuple[bytes, str]
-
-    @classmethod
-    def of(cls, index: int, pixels: Tensor, prompt: str) -> "BlackBoxQuestion":
-        """From `pixels` (H, W, 3) uint8 on the CPU."""
-        array = pixels.contiguous().numpy()
-        key = hashlib.sha256(str(array.shape).encode() + array.tobytes()).digest()
-        return cls(index, Image.fromarray(array), prompt, (key, prompt))
-
-
-class BlackBox(Reward):
-    """`score(image, prompt) -> float`, of one PIL image and its prompt, as a reward: a web service, a person.
-
-    Images are asked about in threads. A call that raises is tried again after 1, 2, 4 ... times `backoff` seconds. When
-    the last try fails, or Ctrl-C is pressed, nothing more is asked and the error is raised at once; what is under way
-    then ends by itself. An image and prompt that were answered are not asked about again, so that an image that stays
-    the same costs one call. There is no gradient: for methods without, such as `BestOfN`, `ZeroOrderSearch` or `PCN`.
-
-    Args:
-        score: called with an RGB image of 8 bits and the prompt, from several threads at a time; what it returns is
-            made a float, higher is better. Its `name`, `requires_prompt`, `range` and `license` are taken over where it
-            has them.
-        workers: how many calls may be under way at a time, at least 1; 1 for a person.
-        retries: how many times more a call is tried that raises, at least 0.
-        timeout: seconds for one try; a longer one counts as failed, and goes on unseen, as no thread can be ended.
-            `None` to wait for ever.
-        backoff: seconds before the second try, at least 0.
-        name: what its scores are called; by default the name of the function.
-
-    Raises:
-        RuntimeError: from a call, naming image and prompt whose last try failed; its cause is what was raised.
-        NonFiniteReward: from a call, for an answer that is NaN or infinite.
-        TypeError: from a call, for an answer that is no number.
-    """
-
-    differentiable = False
-
-    def __init__(
-        self,
-        score: Callable[[Image.Image, str], float],
-        workers: int = 4,
-        retries: int = 3,
-        timeout: float | None = None,
-        *,
-        backoff: float = 1.0,
-        name: str | None = None,
-    ) -> None:
-        super().__init__()
-        if not callable(score) or isinstance(score, type):
-            raise TypeError(f"Expected a function `score(image, prompt) -> float`, but got {score!r}.")
-        check_asking(workers, retries, timeout, backoff)
-        self.asked, self.name = score, name or callable_name(score)
-        self.workers, self.retries, self.timeout, self.backoff = workers, retries, timeout, backoff
-        self.requires_prompt = getattr(score, "requires_prompt", True)
-        self.range, self.license = getattr(score, "range", None), getattr(score, "license", None)
-        self.answers: dict[tuple[bytes, str], float] = {}
-
-    def score(self, images: Tensor, prompts: list[str]) -> Tensor:
-        pixels = (images.detach() * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu()
-        pairs = zip(pixels, prompts, strict=True)
-        questions = [BlackBoxQuestion.of(index, image, prompt) for index, (image, prompt) in enumerate(pairs)]
-        new = {question.key: question for question in reversed(questions) if question.key not in self.answers}
-        if new:
-            self.ask_all(sorted(new.values(), key=lambda question: question.index))
-        answers = [self.answers[question.key] for question in questions]
-        return torch.tensor(answers, dtype=torch.float32, device=images.device)
-
-    def ask_all(self, questions: list[BlackBoxQuestion]) -> None:
-        """Have all answered, or raise what the first one of those that fail raises."""
-        over = threading.Event()
-        pool = ThreadPoolExecutor(self.workers, thread_name_prefix=f"black box {self.name}")
-        try:
-            futures = [pool.submit(self.ask, question, over) for question in questions]
-            wait(futures, return_when=FIRST_EXCEPTION)
-            for future in futures:
-                if future.done():
-                    future.result()
-        finally:  # also on Ctrl-C, which reaches the thread that waits
-            over.set()
-            pool.shutdown(wait=False, cancel_futures=True)
-
-    def ask(self, question: BlackBoxQuestion, over: threading.Event) -> None:
-        """Try until there is an answer, and remember it; give up when it is `over`: a failure ends it for all."""
-        try:
-            for tries in range(self.retries + 1):
-                ended = over.wait(self.backoff * 2 ** (tries - 1)) if tries else over.is_set()
-                if ended or self.tried(question, tries):
-                    return
-        except Exception:
-            over.set()
-            raise
-
-    def tried(self, question: BlackBoxQuestion, tries: int) -> bool:
-        """Whether there is an answer now; raises if there is none after the last try."""
-        try:
-            answer = within(self.timeout, self.asked, question.image.copy(), question.prompt)
-        except Exception as error:
-            if tries == self.retries:
-                raise self.unanswered(question, error) from error
-            return False
-        self.answers[question.key] = self.checked(answer, question)
-        return True
-
-    def unanswered(self, question: BlackBoxQuestion, error: Exception) -> RuntimeError:
-        return RuntimeError(
-            f"Expected a score from '{self.name}' for image {question.index} of the prompt {question.prompt!r}, but "
-            f"{self.retries + 1} tries failed, the last with {type(error).__name__}: {error}. Raise `retries`, "
-            "`backoff` or `timeout` if the service recovers."
-        )
-
-    def checked(self, answer: Any, question: BlackBoxQuestion) -> float:
-        where = f"from '{self.name}' for image {question.index} of the prompt {question.prompt!r}"
-        try:
-            value = float(answer)
-        except (TypeError, ValueError):
-            raise TypeError(f"Expected a number {where}, but got {answer!r}. Return a float.") from None
-        if not math.isfinite(value):
-            raise NonFiniteReward(f"Expected a finite number {where}, but got {value}. Raise for what has no score.")
-        return value
-
-
-def check_asking(workers: Any, retries: Any, timeout: Any, backoff: Any) -> None:
-    """Raise `ValueError` for settings of a `BlackBox` that cannot work."""
-    for name, value, least in (("workers", workers, 1), ("retries", retries, 0)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ValueError(f"Expected `{name}` to be an integer of {least} or more, but got {value!r}.")
-    if timeout is not None and not (isinstance(timeout, int | float) and timeout > 0):
-        raise ValueError(f"Expected `timeout` to be more than 0 seconds, or None, but got {timeout!r}.")
-    if not (isinstance(backoff, int | float) and 0 <= backoff < math.inf):
-        raise ValueError(f"Expected `backoff` to be a finite number of seconds of at least 0, but got {backoff!r}.")
-
-
-def within(seconds: float | None, function: Callable[..., Any], *arguments: Any) -> Any:
-    """What a call returns or raises; `TimeoutError` if it takes longer, and its thread is left to itself."""
-    if seconds is None:
-        return function(*arguments)
-    future: Future[Any] = Future()
-
-    def call() -> None:
-        try:
-            future.set_result(function(*arguments))
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=call, daemon=True).start()
-    wait([future], seconds)
-    if not future.done():
-        raise TimeoutError(f"no answer within {seconds:g} s")
-    return future.result()
-
-
-# rewards/contract/registry.py
-
-
-RewardFactory = Callable[..., Reward]
-RewardFactoryT = TypeVar("RewardFactoryT", bound=RewardFactory)
-
-# name or alias -> (name, what builds it); architecture or `model_type` of a config.json -> the class that loads it
-REWARDS: dict[str, tuple[str, RewardFactory]] = {}
-REWARD_LOADERS: dict[str, tuple[str, type[Reward]]] = {}
-
-
-def register_reward(
-    name: str, *aliases: str, loads: str | Iterable[str] = ()
-) -> Callable[[RewardFactoryT], RewardFactoryT]:
-    """Register a `Reward` class, or a function that returns a reward, under a name.
-
-    Args:
-        name: what users write in `rewards=` and read in results.
-        aliases: further names it is found by.
-        loads: which checkpoints the class loads when only a Hub id or folder is given: their `model_type` in
-            config.json, or the class under `architectures`, which is looked up first.
-
-    Raises:
-        ValueError: a name that something else has. Registering again what has the same qualified name replaces it,
-            since diffusers executes the code of a Hub pipeline twice per load.
-    """
-
-    def register(factory: RewardFactoryT) -> RewardFactoryT:
-        claims = [(REWARDS, key) for key in (name, *aliases)]
-        claims += [(REWARD_LOADERS, key) for key in ((loads,) if isinstance(loads, str) else loads)]
-        for table, key in claims:
-            taken_by = table[key][1].__qualname__ if key in table else factory.__qualname__
-            if taken_by != factory.__qualname__:
-                raise ValueError(f"Expected a free reward name, but '{key}' is taken by `{taken_by}`. Choose another.")
-        for table, key in claims:
-            table[key] = (name, factory)
-        return factory
-
-    return register
-
-
-def list_rewards() -> list[str]:
-    """The registered names, sorted, without aliases."""
-    return sorted({name for name, _ in REWARDS.values()})
-
-
-def find_reward(name_or_path: str) -> RewardFactory | None:
-    """What is registered under a name or alias, or None for a Hub id or an existing folder.
-
-    Raises:
-        ValueError: for anything else, and for a reward whose weights are in no Hub repository.
-    """
-    if name_or_path in REWARDS:
-        factory = REWARDS[name_or_path][1]
-        if isinstance(factory, type) and issubclass(factory, Reward) and factory.published_at:
-            factory.require_default_checkpoint()
-        return factory
-    if os.path.isdir(name_or_path) or re.fullmatch(r"\w[\w.-]*/[\w.-]+", name_or_path):
-        return None
-    close = difflib.get_close_matches(name_or_path.lower(), REWARDS)
-    hint = f" Did you mean {' or '.join(repr(match) for match in close)}?" if close else ""
-    raise ValueError(
-        f"Expected a reward name out of {list_rewards()}, a Hub id such as 'org/name' or a folder, but got "
-        f"'{name_or_path}'.{hint} A callable `(images, prompts) -> (B,)` works too."
-    )
-
-
-class AutoReward:
-    """Loads the reward that a name, a Hub id or a folder stands for."""
-
-    @staticmethod
-    def from_pretrained(
-        name_or_path: str | os.PathLike[str],
-        *,
-        revision: str | None = None,
-        cache_dir: str | None = None,
-        token: str | bool | None = None,
-        local_files_only: bool = False,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-    ) -> Reward:
-        """A registered name gives that reward with its default checkpoint. A Hub id or folder gives the reward whose
-        default checkpoint it is, or whose weights are in the folder under their published name, or which loads the
-        architecture or `model_type` in its config.json. A registered name wins over a folder of the same name.
-
-        The keyword arguments are those of `Reward.from_pretrained`; a reward without weights needs none of them.
-
-        Raises:
-            ValueError: an unknown name, or a model type that no reward loads.
-        """
-        path = os.fspath(name_or_path)
-        hub = {"revision": revision, "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
-        factory = find_reward(path)
-        if factory is None:
-            reward_class = published_as(path) or reward_class_of(PretrainedConfig.get_config_dict(path, **hub)[0], path)
-            return reward_class.from_pretrained(path, dtype=dtype, device=device, **hub)
-        if isinstance(factory, type) and issubclass(factory, Reward) and factory.default_checkpoint:
-            return factory.from_pretrained(dtype=dtype, device=device, **hub)
-        return factory().to(device=device, dtype=dtype)
-
-
-def published_as(path: str) -> type[Reward] | None:
-    """The first registered class whose default checkpoint `path` is, or whose weights file is in that folder."""
-    for _, factory in REWARDS.values():
-        if not (isinstance(factory, type) and issubclass(factory, Reward)):
-            continue
-        in_folder = factory.weights_file is not None and os.path.isfile(os.path.join(path, factory.weights_file))
-        if in_folder or path == factory.default_checkpoint:
-            return factory
-    return None
-
-
-def reward_class_of(config: Mapping[str, Any], path: str) -> type[Reward]:
-    """The class that loads checkpoints with this config.json, also of types that transformers does not know."""
-    architectures, model_type = config.get("architectures"), config.get("model_type")
-    for kind in (*(architectures or ()), model_type):
-        if kind in REWARD_LOADERS:
-            return REWARD_LOADERS[kind][1]
-    raise ValueError(
-        f"Expected a checkpoint of the model type or architecture {sorted(REWARD_LOADERS)}, but '{path}' is of type "
-        f"'{model_type}', architecture {architectures}. Load it yourself and pass a callable "
-        "`(images, prompts) -> (B,)`."
-    )
-
-
-# rewards/contract/reward_sum.py
-
-
-RewardLike = str | os.PathLike[str] | Callable[..., Any]
-RewardsLike = RewardLike | Mapping[Any, float] | Sequence[Any]
-
-
-# the weights that a paper's own code has, by its name: https://arxiv.org/abs/2406.04312
-REWARD_PRESETS: dict[str, dict[str, float]] = {
-    "reno": {"hpsv2.1": 5.0, "imagereward": 1.0, "clipscore": 0.01, "pickscore": 0.05}
-}
-
-
-@dataclass(frozen=True)
-class RewardSumOutput:
-    """Scores of B images.
-
-    Attributes:
-        total: (B,) float32, the weighted sum, with its gradient.
-        components: name -> (B,) float32, each in its own units, unweighted and detached: they are for reporting.
-    """
-
-    total: Tensor
-    components: dict[str, Tensor]
-
-
-class AttachedGradient(torch.autograd.Function):
-    """Values (B,), or one of the set, with a gradient with respect to images (B, 3, H, W) that is known already."""
-
-    @staticmethod
-    def forward(ctx: Any, images: Tensor, values: Tensor, gradient: Tensor) -> Tensor:
-        ctx.save_for_backward(gradient)
-        return values.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad_values: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore
-        if torch.is_grad_enabled():  # asked for by `create_graph=True`
-            raise RuntimeError(
-                "Expected a first derivative of a `RewardSum` or `SetRewardSum`, whose gradient is a constant once "
-                "taken."
-            )
-        (gradient,) = ctx.saved_tensors
-        return gradient * grad_values.to(gradient.dtype).reshape(-1, 1, 1, 1), None, None
-
-
-class RewardSum(nn.Module):
-    """`sum_i weight_i * reward_i(images, prompts)`, higher is better.
-
-    The gradients of the rewards with respect to the pixels are taken one after the other, when the scores are, and only
-    their weighted sum is kept: so a decoder and a diffusion model before them are passed once, backwards too, and of
-    the rewards' own activations no more than those of the largest are held at any time. It is the gradient of the sum,
-    as the score of an image depends on that image alone; it cannot be differentiated again.
-
-    Args:
-        rewards: a registered name, Hub id or folder; a `Reward` or any callable `(images, prompts) -> (B,)`; a dict of
-            these to weights; a list of them, or of (reward, weight) pairs; another `RewardSum`; or the name of a preset
-            in `REWARD_PRESETS`: "reno" has the rewards and weights of the ReNO paper.
-        weights: one per entry of a list without pairs; 1 by default. A reward of weight 0 is evaluated and reported,
-            not optimised.
-        normalization: name -> (mean, std) of a reward that counts as `(score - mean) / std`, as `calibrated` measures
-            them: weights then compare rewards of different units. Raw scores are reported all the same.
-        dtype, device: of the rewards that are loaded by name.
-
-    Attributes:
-        rewards: the rewards, in the order given.
-        names: their names; the second `clipscore` becomes `clipscore_2`.
-        weights: name -> weight.
-        normalization: name -> (mean, std), of those that have one.
-
-    Raises:
-        TypeError: something that is no reward.
-        ValueError: an unknown name, weights that are negative, not finite, or all zero, or a normalisation that is
-            none. Names and weights are checked before anything is loaded.
-    """
-
-    def __init__(
-        self,
-        rewards: RewardsLike,
-        weights: Sequence[float] | None = None,
-        *,
-        normalization: Mapping[str, tuple[float, float]] | None = None,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-    ):
-        super().__init__()
-        pairs = reward_weight_pairs(rewards, weights)
-        for reward, weight in pairs:
-            check_reward_pair(reward, weight)
-        if not any(weight for _, weight in pairs):
-            raise ValueError(
-                "Expected a reward with a weight above 0, but all weights are 0: nothing would be optimised."
-            )
-        self.rewards = nn.ModuleList(as_reward(reward, dtype, device) for reward, _ in pairs)
-        self.names = distinct_names([str(reward.name) for reward in self.rewards])
-        self.weights = {name: float(weight) for name, (_, weight) in zip(self.names, pairs, strict=True)}
-        given = getattr(rewards, "normalization", {}) if normalization is None else normalization
-        self.normalization = checked_normalization(given, self.names)
-
-    @property
-    def differentiable(self) -> bool:
-        """Whether every reward that is optimised has a gradient."""
-        return not self.without_gradient()
-
-    @property
-    def has_gradient(self) -> bool:
-        """Whether any reward that is optimised has a gradient."""
-        return any(
-            weight and reward.differentiable for weight, reward in zip(self.weights.values(), self.rewards, strict=True)
-        )
-
-    @property
-    def requires_prompt(self) -> bool:
-        return any(reward.requires_prompt for reward in self.rewards)
-
-    def without_gradient(self) -> list[str]:
-        """The names of the rewards that are optimised and have no gradient."""
-        entries = zip(self.weights.items(), self.rewards, strict=True)
-        return [name for (name, weight), reward in entries if weight and not reward.differentiable]
-
-    def check_differentiable(
-        self, height: int | None = None, width: int | None = None, prompts: str | None = "a photo"
-    ) -> None:
-        """What a method with gradients calls before any model runs.
-
-        With the size of the images it also tries each optimised reward on a random image (see `check_gradient`), which
-        finds callables that cut the graph.
-
-        Raises:
-            NonDifferentiableReward: naming the rewards that give no gradient.
-            NonFiniteReward: a score or gradient that is NaN or infinite.
-        """
-        if names := self.without_gradient():
-            raise NonDifferentiableReward(
-                f"Expected rewards with a gradient, but {names} are not differentiable. Give them weight 0 to have "
-                "them reported only, or use a method without gradients, such as best-of-N."
-            )
-        if height is not None and width is not None:
-            for weight, reward in zip(self.weights.values(), self.rewards, strict=True):
-                if weight and isinstance(reward, Reward):
-                    check_gradient(reward, prompts, height, width)
-
-    def forward(
-        self,
-        images: Tensor,
-        prompts: str | Sequence[str] | None = None,
-        return_dict: bool = True,
-        chunk_size: int | None = None,
-    ) -> RewardSumOutput | tuple[Tensor, dict[str, Tensor]]:
-        """Score (B, 3, H, W) images in [0, 1]; see `Reward.forward` for the other arguments and errors.
-
-        Args:
-            chunk_size: score at most so many images at a time, with the memory of so many; `None` for all at once.
-        """
-        with_gradient = images.requires_grad and torch.is_grad_enabled() and self.has_gradient
-        if not isinstance(prompts, (str, type(None))):
-            prompts = prompts_per_image(prompts, len(images), self.names[0], False)
-        pixels, size = images.detach(), chunk_size or max(1, len(images))
-        dtype = torch.promote_types(images.dtype, torch.float32)
-        gradient = torch.zeros_like(pixels, dtype=dtype) if with_gradient else None
-        parts = []
-        for start in range(0, max(1, len(images)), size):
-            rows = slice(start, start + size)
-            its_gradient = None if gradient is None else gradient[rows]
-            parts.append(self.scores(pixels[rows], part_of_prompts(prompts, rows), its_gradient))
-        components = {name: torch.cat([part[name] for part in parts]) for name in self.names}
-        total = images.new_zeros(len(images), dtype=torch.float32)
-        for name, weight in self.weights.items():
-            total = total + weight * self.normalized(name, components[name])
-        if gradient is not None:
-            total = AttachedGradient.apply(images, total, gradient.to(images.dtype))
-        return RewardSumOutput(total, components) if return_dict else (total, components)  # pyright: ignore
-
-    def scores(self, images: Tensor, prompts: Any, gradient: Tensor | None) -> dict[str, Tensor]:
-        """The scores (B,) by name, detached; the gradient of their weighted sum is added to `gradient` (B, 3, H, W)."""
-        components = {}
-        for (name, weight), reward in zip(self.weights.items(), self.rewards, strict=True):
-            if weight and gradient is not None and reward.differentiable:
-                components[name], its_gradient = score_and_gradient(reward, images, prompts)
-                gradient.add_(its_gradient, alpha=weight / self.scale(name))
-            else:
-                components[name] = reward(images, prompts).detach()
-        return components
-
-    def normalized(self, name: str, scores: Tensor) -> Tensor:
-        mean, std = self.normalization.get(name, (0.0, 1.0))
-        return (scores - mean) / std
-
-    def scale(self, name: str) -> float:
-        return self.normalization.get(name, (0.0, 1.0))[1]
-
-    def optimised(self) -> "RewardSum":
-        """The sum without the rewards of weight 0; weights of the models are shared."""
-        parts = zip(self.names, self.rewards, strict=True)
-        return self.like({name: reward for name, reward in parts if self.weights[name]})
-
-    def like(self, rewards: Mapping[str, nn.Module]) -> "RewardSum":
-        """A sum of rewards by the names of some here, each with the weight and the normalisation of that name.
-
-        Names are given anew: where the first of two `clipscore` is left out, `clipscore_2` becomes `clipscore`.
-        """
-        names = distinct_names([str(reward.name) for reward in rewards.values()])
-        renamed = zip(names, rewards, strict=True)
-        normalization = {new: self.normalization[name] for new, name in renamed if name in self.normalization}
-        return RewardSum(
-            [(reward, self.weights[name]) for name, reward in rewards.items()], normalization=normalization
-        )
-
-    @torch.no_grad()
-    def calibrated(
-        self, images: Tensor, prompts: str | Sequence[str] | None = None, batch_size: int = 8
-    ) -> "RewardSum":
-        """The same rewards, each in units of its own spread over a calibration set.
-
-        Args:
-            images: (N, 3, H, W) in [0, 1], N of at least 2: such as the plain results of your own pipeline and prompts.
-            prompts: one per image, or one for all.
-            batch_size: how many are scored at once.
-
-        Returns:
-            A `RewardSum` of the same rewards and weights; its `normalization` is plain numbers, to be kept and given to
-            another `RewardSum`.
-
-        Raises:
-            ValueError: fewer than 2 images, or a reward that gives all of them the same score.
-        """
-        if len(images) < 2:
-            raise ValueError(f"Expected at least 2 images to calibrate by, but got {len(images)}.")
-        texts = [prompts] * len(images) if prompts is None or isinstance(prompts, str) else list(prompts)
-        normalization = {}
-        for name, reward in zip(self.names, self.rewards, strict=True):
-            parts = range(0, len(images), batch_size)
-            scores = [reward(images[i : i + batch_size], as_prompts(texts[i : i + batch_size])) for i in parts]
-            std, mean = torch.std_mean(torch.cat(scores).double())
-            normalization[name] = (mean.item(), std.item())
-        pairs = list(zip(self.rewards, self.weights.values(), strict=True))
-        return RewardSum(pairs, normalization=normalization)
-
-    def drop_text_encoders(self, prompts: str | Sequence[str]) -> None:
-        """`Reward.drop_text_encoder` of each reward that has one."""
-        for reward in self.rewards:
-            if hasattr(reward, "drop_text_encoder"):
-                reward.drop_text_encoder(prompts)  # pyright: ignore[reportCallIssue]
-
-    def describe(self) -> dict[str, Any]:
-        """Weights, and the normalisation if there is one: plain values for the provenance of a result."""
-        normalization = {name: list(pair) for name, pair in self.normalization.items()}
-        return self.weights | ({"normalization": normalization} if normalization else {})
-
-
-def score_and_gradient(reward: nn.Module, images: Tensor, prompts: Any) -> tuple[Tensor, Tensor]:
-    """Scores (B,), detached, and their gradient (B, 3, H, W) in float32 or better; the graph is freed on return."""
-    pixels = at_least_float32(images.detach()).requires_grad_()
-    scores = reward(pixels, prompts)
-    (gradient,) = torch.autograd.grad(scores.sum(), pixels, materialize_grads=True)
-    return scores.detach(), gradient
-
-
-def part_of_prompts(prompts: str | Sequence[str] | None, rows: slice) -> Any:
-    """The prompts of some images: those of a list, or the one for all."""
-    return prompts if prompts is None or isinstance(prompts, str) else prompts[rows]
-
-
-def as_prompts(texts: Sequence[str | None]) -> list[str] | None:
-    """What a reward takes: a list of prompts, or None where none are given."""
-    return None if None in texts else list(texts)  # pyright: ignore[reportReturnType]
-
-
-def checked_normalization(
-    normalization: Mapping[str, Sequence[float]], names: Sequence[str]
-) -> dict[str, tuple[float, float]]:
-    """name -> (mean, std) as floats. Raises `ValueError` for another name, another number of values, or no spread."""
-    checked = {}
-    for name, values in normalization.items():
-        if name not in names:
-            raise ValueError(f"Expected a normalisation of rewards out of {list(names)}, but got one of '{name}'.")
-        mean, std = (float(value) for value in values) if len(values) == 2 else (math.nan, math.nan)
-        if not (math.isfinite(mean) and math.isfinite(std) and std > 0):
-            raise ValueError(
-                f"Expected (mean, std) with a finite mean and a std above 0 for reward '{name}', but got "
-                f"{tuple(values)}. Calibrate on images that it scores differently."
-            )
-        checked[name] = (mean, std)
-    return checked
-
-
-def reward_weight_pairs(rewards: RewardsLike, weights: Sequence[float] | None) -> list[tuple[Any, Any]]:
-    """Every accepted form of `rewards=` as a list of (reward, weight)."""
-    entries = reward_entries(rewards)
-    malformed = [entry for entry in entries if isinstance(entry, tuple) and len(entry) != 2]
-    if malformed:
-        raise ValueError(f"Expected (reward, weight) pairs, but got {malformed[0]!r}.")
-    if not entries:
-        raise ValueError("Expected at least one reward, but got none. Pass for example `rewards={'clipscore': 1.0}`.")
-    if weights is None:
-        return [entry if isinstance(entry, tuple) else (entry, 1.0) for entry in entries]
-    if any(isinstance(entry, tuple) for entry in entries):
-        raise ValueError(
-            "Expected weights once, but got them within `rewards` and as `weights`. Leave one of them out."
-        )
-    if len(weights) != len(entries):
-        raise ValueError(f"Expected {len(entries)} weights, one per reward, but got {len(weights)}.")
-    return list(zip(entries, weights, strict=True))
-
-
-def reward_entries(rewards: RewardsLike) -> list[Any]:
-    """The entries of `rewards=`: a reward each, or a (reward, weight) tuple."""
-    if isinstance(rewards, str) and rewards in REWARD_PRESETS:
-        return list(REWARD_PRESETS[rewards].items())
-    if isinstance(rewards, Mapping):
-        return list(rewards.items())
-    if isinstance(rewards, (list, tuple)):
-        return [tuple(entry) if isinstance(entry, list) else entry for entry in rewards]
-    # A sum is known by its attributes: a pipeline from the Hub has its own copy of the class.
-    parts, weights = getattr(rewards, "rewards", None), getattr(rewards, "weights", None)
-    if isinstance(parts, nn.ModuleList) and isinstance(weights, Mapping):
-        return list(zip(parts, weights.values(), strict=True))
-    return [rewards]
-
-
-def check_reward_pair(reward: Any, weight: Any) -> None:
-    """Raise unless `reward` can become a reward and `weight` is a finite number of at least 0."""
-    if isinstance(reward, (str, os.PathLike)):
-        find_reward(os.fspath(reward))
-    elif isinstance(reward, type):
-        raise TypeError(f"Expected a reward, but got the class `{reward.__name__}`. Pass an instance of it.")
-    elif not callable(reward):
-        raise TypeError(
-            f"Expected a reward name, a Hub id, a folder or a callable `(images, prompts) -> (B,)`, but got "
-            f"{reward!r}. Weighted rewards are written `{{reward: weight}}` or `[(reward, weight), ...]`."
-        )
-    name = reward if isinstance(reward, str) else callable_name(reward)
-    if not isinstance(weight, numbers.Real) or not math.isfinite(weight):
-        raise ValueError(f"Expected a finite number as the weight of reward '{name}', but got {weight!r}.")
-    if weight < 0:
-        raise ValueError(
-            f"Expected a weight of at least 0 for reward '{name}', but got {weight}. To minimise it, pass a callable "
-            "that returns the negated score: `lambda images, prompts: -reward(images, prompts)`."
-        )
-
-
-def as_reward(reward: RewardLike, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Reward:
-    """A name, Hub id or folder is loaded, a plain callable is wrapped, a `Reward` stays as it is."""
-    if isinstance(reward, Reward):
-        return reward
-    if isinstance(reward, (str, os.PathLike)):
-        return AutoReward.from_pretrained(reward, dtype=dtype, device=device)
-    return CallableReward(reward)
-
-
-def distinct_names(names: Sequence[str]) -> list[str]:
-    """The names, with `_2`, `_3` ... appended to those that have been taken."""
-    distinct: list[str] = []
-    for name in names:
-        numbered = (f"{name}_{count}" for count in itertools.count(2))
-        distinct.append(name if name not in distinct else next(new for new in numbered if new not in distinct))
-    return distinct
-
-
-# rewards/contract/class_table.py
-
-
-ClassT = TypeVar("ClassT", bound=type)
-
-
-class ClassTable(Generic[ClassT]):
-    """Classes of one kind under their names.
-
-    Args:
-        kind: what they are, for messages: "features", "set reward".
-    """
-
-    def __init__(self, kind: str) -> None:
-        self.kind = kind
-        self.classes: dict[str, ClassT] = {}
-
-    def register(self, name: str) -> Callable[[ClassT], ClassT]:
-        """A decorator that enters a class.
-
-        Raises:
-            ValueError: a name that another class has. Registering again what has the same qualified name replaces it,
-                since diffusers executes the code of a Hub pipeline twice per load.
-        """
-
-        def enter(entry: ClassT) -> ClassT:
-            taken_by = self.classes.get(name, entry).__qualname__
-            if taken_by != entry.__qualname__:
-                raise ValueError(
-                    f"Expected a free {self.kind} name, but '{name}' is taken by `{taken_by}`. Choose another."
-                )
-            self.classes[name] = entry
-            return entry
-
-        return enter
-
-    def names(self) -> list[str]:
-        """The registered names, sorted."""
-        return sorted(self.classes)
-
-    def find(self, name: str, otherwise: str = "") -> ClassT:
-        """The class of a name; `otherwise` is what else would have been accepted, for the message.
-
-        Raises:
-            ValueError: for a name that is not registered.
-        """
-        if name not in self.classes:
-            close = difflib.get_close_matches(name.lower(), self.classes)
-            hint = f" Did you mean {' or '.join(repr(match) for match in close)}?" if close else ""
-            raise ValueError(f"Expected {self.kind} out of {self.names()}{otherwise}, but got '{name}'.{hint}")
-        return self.classes[name]
-
-
 # rewards/features/features.py
 
 
@@ -1457,7 +804,7 @@ class Features(FrozenModule):
         return cls()
 
 
-FEATURES: ClassTable[type[Features]] = ClassTable("features")
+FEATURES: Registry[type[Features]] = Registry("feature map")
 
 
 def register_features(name: str) -> Callable[[type[FeaturesT]], type[FeaturesT]]:
@@ -1498,6 +845,113 @@ def import_optional(package: str) -> ModuleType:
             f"that matches your torch first (https://pytorch.org/get-started), then `pip install noiseopt[{package}]`. "
             "A torchvision that does not match breaks transformers too."
         ) from error
+
+
+# rewards/features/color_histogram.py
+
+
+@dataclass(frozen=True)
+class SoftColorHistogram:
+    """Images (B, 3, H, W) in [0, 1] -> (B, 3 * bins), the histogram of each channel, each summing to 1, in float32.
+
+    Bin k of a channel is `mean(relu(1 - |(bins - 1) * x - k|))` over its pixels x: triangles around `k / (bins - 1)`.
+    Each pixel is shared by two bins, so a change of its value moves mass between them; `torch.histc` has no gradient.
+    With the distance of `histogram_distance` it is the colour criterion of "It's Never Too Late",
+    https://arxiv.org/abs/2601.00090.
+
+    Raises:
+        ValueError: fewer than 2 bins.
+    """
+
+    bins: int = 32
+
+    def __post_init__(self):
+        if self.bins < 2:
+            raise ValueError(f"Expected at least 2 bins, but got {self.bins}.")
+
+    def __call__(self, images: Tensor) -> Tensor:
+        values = straight_through_clamp(at_least_float32(images)).flatten(2)
+        positions = values * (self.bins - 1)
+        # The last bin has no right neighbour: a value of 1 is all of the left one's overflow.
+        left = positions.detach().floor().clamp(0, self.bins - 2)
+        overflow = positions - left
+        # Two entries per pixel rather than one per pixel and bin: 16 times less memory than the formula as it stands.
+        empty = values.new_zeros(*values.shape[:2], self.bins)
+        counts = empty.scatter_add(2, left.long(), 1 - overflow).scatter_add(2, left.long() + 1, overflow)
+        return (counts / values.shape[-1]).flatten(1)
+
+
+def histogram_distance(a: Tensor, b: Tensor) -> Tensor:
+    """(..., 3 * bins) histograms of two images -> (...), `|a - b|_2 / sqrt(6)`, in [0, 1].
+
+    It is 1 where in every channel all pixels of one image lie in one bin and all of the other in another.
+    """
+    return torch.linalg.vector_norm(a - b, dim=-1) / math.sqrt(6)
+
+
+@register_features("color_histogram")
+class ColorHistogramFeatures(Features):
+    """`SoftColorHistogram` of 32 bins, scaled so that the L2 distance of two images is `histogram_distance`."""
+
+    name = "color_histogram"
+    metric = "l2"
+
+    def encode(self, images: Tensor) -> Tensor:
+        return SoftColorHistogram()(images) / math.sqrt(6)
+
+
+# rewards/features/dreamsim_features.py
+
+
+@register_features("dreamsim")
+class DreamSimFeatures(Features):
+    """The mean-centred embedding of DreamSim's ensemble (DINO, CLIP and OpenCLIP ViT-B/16 tuned to human judgements of
+    similarity), (B, 1792); DreamSim's distance is 1 - cos of two of them: https://arxiv.org/abs/2306.09344.
+
+    Args:
+        model: what `dreamsim.dreamsim(...)` returns first. Its `embed` takes pixels in [0, 1] and does not resize:
+            images are squashed to 224² here, as by the function that comes with the model.
+    """
+
+    name = "dreamsim"
+    license = "mit"
+    package = "dreamsim"
+    dreamsim_type = "ensemble"
+    model: nn.Module
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model=model)
+        self.image_transform = ImageTransform(size=(224, 224), crop=None, mean=None, std=None)
+
+    def encode(self, images: Tensor) -> Tensor:
+        model: Any = self.model
+        # A batch of one may come back without its batch dimension.
+        embedding = at_least_float32(model.embed(self.image_transform(images).to(self.dtype))).reshape(len(images), -1)
+        return embedding - embedding.mean(1, keepdim=True)
+
+    @classmethod
+    def load(cls, checkpoint: str | None, hub: dict[str, Any]) -> "DreamSimFeatures":
+        """The package downloads its weights from GitHub, to `cache_dir` or beside what torch downloads."""
+        check_no_checkpoint(cls, checkpoint)
+        package, torch_cache = import_optional("dreamsim"), torch.hub.get_dir()
+        folder = hub["cache_dir"] or os.path.join(torch_cache, "dreamsim")
+        os.makedirs(folder, exist_ok=True)
+        try:
+            # Centring is done here, in float32; the package's default device is CUDA.
+            model, _ = package.dreamsim(
+                device="cpu", cache_dir=folder, dreamsim_type=cls.dreamsim_type, normalize_embeds=False
+            )
+        finally:
+            torch.hub.set_dir(torch_cache)  # the package redirects it for the whole process
+        return cls(model)
+
+
+@register_features("dreamsim_dino")
+class DreamSimDINOFeatures(DreamSimFeatures):
+    """DreamSim's single DINO ViT-B/16, (B, 768): a third of the cost. The one of It's Never Too Late."""
+
+    name = "dreamsim_dino"
+    dreamsim_type = "dino_vitb16"
 
 
 # rewards/features/image_features.py
@@ -1656,161 +1110,6 @@ class CLIPFeatures(ImageFeatures):
     model_class = CLIPVisionModelWithProjection
 
 
-# rewards/features/auto_features.py
-
-
-class AutoFeatures:
-    """Loads the features that a name, a Hub id or a folder stands for."""
-
-    @staticmethod
-    def from_pretrained(
-        name_or_path: str | os.PathLike[str],
-        *,
-        revision: str | None = None,
-        cache_dir: str | None = None,
-        token: str | bool | None = None,
-        local_files_only: bool = False,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-    ) -> Features:
-        """A registered name gives those features with their default checkpoint; a Hub id or folder gives one vector an
-        image of the vision model there. A registered name wins over a folder of the same name.
-
-        The keyword arguments are those of `Features.from_pretrained`. What a package brings (LPIPS, DreamSim) is not on
-        the Hub: of its arguments `cache_dir` alone may matter.
-
-        Raises:
-            ValueError: a name that is unknown.
-            ImportError: a package that is not installed.
-        """
-        path = os.fspath(name_or_path)
-        hub = {"revision": revision, "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
-        features = find_features(path)
-        if features is not None:
-            return features.from_pretrained(**hub, dtype=dtype, device=device)
-        published = (entry for entry in FEATURES.classes.values() if entry.default_checkpoint == path)
-        return next(published, ImageFeatures).from_pretrained(path, **hub, dtype=dtype, device=device)
-
-
-def find_features(name_or_path: str) -> type[Features] | None:
-    """The class that is registered under a name, or None for a Hub id or an existing folder.
-
-    Raises:
-        ValueError: for anything else.
-    """
-    is_path = os.path.isdir(name_or_path) or re.fullmatch(r"\w[\w.-]*/[\w.-]+", name_or_path)
-    if is_path and name_or_path not in FEATURES.classes:
-        return None
-    return FEATURES.find(name_or_path, ", a Hub id such as 'org/name' or a folder")
-
-
-# rewards/features/color_histogram.py
-
-
-@dataclass(frozen=True)
-class SoftColorHistogram:
-    """Images (B, 3, H, W) in [0, 1] -> (B, 3 * bins), the histogram of each channel, each summing to 1, in float32.
-
-    Bin k of a channel is `mean(relu(1 - |(bins - 1) * x - k|))` over its pixels x: triangles around `k / (bins - 1)`.
-    Each pixel is shared by two bins, so a change of its value moves mass between them; `torch.histc` has no gradient.
-    With the distance of `histogram_distance` it is the colour criterion of "It's Never Too Late",
-    https://arxiv.org/abs/2601.00090.
-
-    Raises:
-        ValueError: fewer than 2 bins.
-    """
-
-    bins: int = 32
-
-    def __post_init__(self):
-        if self.bins < 2:
-            raise ValueError(f"Expected at least 2 bins, but got {self.bins}.")
-
-    def __call__(self, images: Tensor) -> Tensor:
-        values = straight_through_clamp(at_least_float32(images)).flatten(2)
-        positions = values * (self.bins - 1)
-        # The last bin has no right neighbour: a value of 1 is all of the left one's overflow.
-        left = positions.detach().floor().clamp(0, self.bins - 2)
-        overflow = positions - left
-        # Two entries per pixel rather than one per pixel and bin: 16 times less memory than the formula as it stands.
-        empty = values.new_zeros(*values.shape[:2], self.bins)
-        counts = empty.scatter_add(2, left.long(), 1 - overflow).scatter_add(2, left.long() + 1, overflow)
-        return (counts / values.shape[-1]).flatten(1)
-
-
-def histogram_distance(a: Tensor, b: Tensor) -> Tensor:
-    """(..., 3 * bins) histograms of two images -> (...), `|a - b|_2 / sqrt(6)`, in [0, 1].
-
-    It is 1 where in every channel all pixels of one image lie in one bin and all of the other in another.
-    """
-    return torch.linalg.vector_norm(a - b, dim=-1) / math.sqrt(6)
-
-
-@register_features("color_histogram")
-class ColorHistogramFeatures(Features):
-    """`SoftColorHistogram` of 32 bins, scaled so that the L2 distance of two images is `histogram_distance`."""
-
-    name = "color_histogram"
-    metric = "l2"
-
-    def encode(self, images: Tensor) -> Tensor:
-        return SoftColorHistogram()(images) / math.sqrt(6)
-
-
-# rewards/features/dreamsim_features.py
-
-
-@register_features("dreamsim")
-class DreamSimFeatures(Features):
-    """The mean-centred embedding of DreamSim's ensemble (DINO, CLIP and OpenCLIP ViT-B/16 tuned to human judgements of
-    similarity), (B, 1792); DreamSim's distance is 1 - cos of two of them: https://arxiv.org/abs/2306.09344.
-
-    Args:
-        model: what `dreamsim.dreamsim(...)` returns first. Its `embed` takes pixels in [0, 1] and does not resize:
-            images are squashed to 224² here, as by the function that comes with the model.
-    """
-
-    name = "dreamsim"
-    license = "mit"
-    package = "dreamsim"
-    dreamsim_type = "ensemble"
-    model: nn.Module
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__(model=model)
-        self.image_transform = ImageTransform(size=(224, 224), crop=None, mean=None, std=None)
-
-    def encode(self, images: Tensor) -> Tensor:
-        model: Any = self.model
-        # A batch of one may come back without its batch dimension.
-        embedding = at_least_float32(model.embed(self.image_transform(images).to(self.dtype))).reshape(len(images), -1)
-        return embedding - embedding.mean(1, keepdim=True)
-
-    @classmethod
-    def load(cls, checkpoint: str | None, hub: dict[str, Any]) -> "DreamSimFeatures":
-        """The package downloads its weights from GitHub, to `cache_dir` or beside what torch downloads."""
-        check_no_checkpoint(cls, checkpoint)
-        package, torch_cache = import_optional("dreamsim"), torch.hub.get_dir()
-        folder = hub["cache_dir"] or os.path.join(torch_cache, "dreamsim")
-        os.makedirs(folder, exist_ok=True)
-        try:
-            # Centring is done here, in float32; the package's default device is CUDA.
-            model, _ = package.dreamsim(
-                device="cpu", cache_dir=folder, dreamsim_type=cls.dreamsim_type, normalize_embeds=False
-            )
-        finally:
-            torch.hub.set_dir(torch_cache)  # the package redirects it for the whole process
-        return cls(model)
-
-
-@register_features("dreamsim_dino")
-class DreamSimDINOFeatures(DreamSimFeatures):
-    """DreamSim's single DINO ViT-B/16, (B, 768): a third of the cost. The one of It's Never Too Late."""
-
-    name = "dreamsim_dino"
-    dreamsim_type = "dino_vitb16"
-
-
 # rewards/features/lpips_features.py
 
 
@@ -1897,6 +1196,253 @@ class TinyImage(Features):
     def encode(self, images: Tensor) -> Tensor:
         pixels = resize(images, (TINY_EDGE, TINY_EDGE), "bilinear", single_pass=True).flatten(1)
         return pixels / math.sqrt(pixels.shape[1])
+
+
+# rewards/contract/checkpoints.py
+
+
+ModelT = TypeVar("ModelT", bound=PreTrainedModel)
+
+
+def is_checkpoint(name_or_path: str) -> bool:
+    """Return whether a string is an existing folder or has the form of a Hub id, `org/name`."""
+    return os.path.isdir(name_or_path) or re.fullmatch(r"\w[\w.-]*/[\w.-]+", name_or_path) is not None
+
+
+def checkpoint_path(checkpoint: str, filename: str, hub: Mapping[str, Any]) -> Path:
+    """Return the path of a file in a folder or a Hub repository, downloading it if needed.
+
+    Args:
+        checkpoint: A folder or a Hub id.
+        filename: The name of the file.
+        hub: revision, cache_dir, token and local_files_only, as passed to `Reward.load`.
+
+    Raises:
+        OSError: If the folder does not contain the file or the download fails.
+    """
+    if not os.path.isdir(checkpoint):
+        return Path(hf_hub_download(checkpoint, filename, **hub))
+    path = Path(checkpoint) / filename
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"Expected the file {filename} in {checkpoint}, but it is not there. Pass the folder that contains it, or "
+            "a Hub id."
+        )
+    return path
+
+
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """Read the tensors of a `.safetensors` file, or of a pickle with `weights_only=True`, so that no code runs.
+
+    Raises:
+        ValueError: If a pickle contains more than tensors and plain values, if the file is damaged, or if it is not a
+            dict of tensors.
+    """
+    if path.suffix == ".safetensors":
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"Expected a safetensors file in {path.name}: {error}. Download it again.") from None
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # the restricted unpickler raises many types for damaged files
+        raise ValueError(
+            f"Expected a file of tensors, but {path.name} cannot be read with `weights_only=True`: "
+            f"{str(error).partition(chr(10))[0]} Download it again, or convert it to safetensors where you trust it."
+        ) from error
+    state = state.get("state_dict", state) if isinstance(state, dict) else state
+    if not isinstance(state, dict) or not all(type(key) is str and isinstance(state[key], Tensor) for key in state):
+        raise ValueError(f"Expected {path.name} to hold tensors by name, but it holds {type(state).__name__}.")
+    return state
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """Read the JSON object in a file. Raises `ValueError` for anything else."""
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"Expected JSON in {path.name}, but it cannot be read: {error}. Download it again.") from None
+    if not isinstance(settings, dict):
+        raise ValueError(f"Expected an object in {path.name}, but got {type(settings).__name__}. Download it again.")
+    return settings
+
+
+def holder_of(filename: str, checkpoint: str, companion: str, hub: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Return the source of a component, such as a tokenizer, that some checkpoints take from another repository.
+
+    Args:
+        filename: The file whose presence shows that `checkpoint`, if a folder, contains the component.
+        checkpoint: A folder or a Hub id. Hub repositories are not searched.
+        companion: The Hub id to fall back to.
+        hub: revision, cache_dir, token and local_files_only, as passed to `Reward.load`.
+
+    Returns:
+        `checkpoint` or `companion`, and the arguments to load from it. `revision` applies to `checkpoint` only.
+    """
+    if os.path.isfile(os.path.join(checkpoint, filename)):
+        return checkpoint, dict(hub)
+    return companion, {**hub, "revision": None}
+
+
+def load_pretrained(model_class: type[ModelT], checkpoint: str, hub: Mapping[str, Any]) -> ModelT:
+    """Load a transformers model in float32, with all of its weights.
+
+    transformers itself initializes missing weights randomly and only warns.
+
+    Raises:
+        ValueError: If weights are missing; the message lists their keys.
+    """
+    load: Any = model_class.from_pretrained  # its annotation omits the pair that `output_loading_info` returns
+    model, found = load(checkpoint, dtype=torch.float32, output_loading_info=True, **hub)
+    if missing := sorted(found["missing_keys"]):
+        raise ValueError(
+            f"Expected {checkpoint} to hold all weights of {type(model).__name__}, but missing: {', '.join(missing)}. "
+            "Pass the checkpoint of a complete model."
+        )
+    return model
+
+
+def check_weights(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+    """Check that the keys and shapes of `state` are exactly those of `module`, which may be on the meta device.
+
+    Raises:
+        ValueError: For missing or unexpected keys and for different shapes; the message lists them.
+    """
+    own = module.state_dict()
+    shapes = [key for key in own if key in state and own[key].shape != state[key].shape]
+    problems = {
+        "missing": sorted(own.keys() - state.keys()),
+        "unexpected": sorted(state.keys() - own.keys()),
+        "of another shape": [f"{key} {tuple(state[key].shape)} for {tuple(own[key].shape)}" for key in shapes],
+    }
+    found = "; ".join(f"{kind}: {', '.join(keys)}" for kind, keys in problems.items() if keys)
+    if found:
+        raise ValueError(f"Expected {source} to hold exactly the weights of {type(module).__name__}, but {found}.")
+
+
+def load_strictly(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+    """Copy `state` into `module`. Raises `ValueError` as `check_weights` does."""
+    check_weights(module, state, source)
+    module.load_state_dict(state)
+
+
+# rewards/contract/registry.py
+
+
+RewardFactory = Callable[..., Reward]
+RewardFactoryT = TypeVar("RewardFactoryT", bound=RewardFactory)
+
+REWARDS: Registry[RewardFactory] = Registry("reward")
+# the architecture or `model_type` of a config.json -> the class that loads it
+REWARD_LOADERS: Registry[Any] = Registry("model type")
+
+
+def register_reward(
+    name: str, *aliases: str, loads: str | Iterable[str] = ()
+) -> Callable[[RewardFactoryT], RewardFactoryT]:
+    """Register a `Reward` class, or a function that returns a reward, under a name.
+
+    Args:
+        name: The name that users pass as `rewards=` and read in results.
+        aliases: Other names for the same reward.
+        loads: Checkpoints that the class loads when only a Hub id or folder is given, by the `model_type` or an entry
+            of `architectures` in their config.json. Architectures take precedence.
+
+    Raises:
+        ValueError: If something else has one of the names. An entry with the same qualified name is replaced, because
+            diffusers executes the code of a Hub pipeline twice per load.
+    """
+
+    def register(factory: RewardFactoryT) -> RewardFactoryT:
+        for kind in (loads,) if isinstance(loads, str) else loads:
+            REWARD_LOADERS.register(kind)(factory)
+        REWARDS.register(name, *aliases)(factory)
+        return factory
+
+    return register
+
+
+def list_rewards() -> list[str]:
+    """Return the registered names, sorted, without aliases."""
+    return REWARDS.names()
+
+
+def find_reward(name_or_path: str) -> RewardFactory | None:
+    """Return the entry registered under a name or alias, or None for a Hub id or an existing folder.
+
+    Raises:
+        ValueError: For anything else, and for a registered reward whose weights are not on the Hub.
+    """
+    if name_or_path not in REWARDS.entries and is_checkpoint(name_or_path):
+        return None
+    factory = REWARDS.find(name_or_path, ", a Hub id such as 'org/name', a folder or a callable")
+    if isinstance(factory, type) and issubclass(factory, Reward) and factory.published_at:
+        factory.require_default_checkpoint()
+    return factory
+
+
+class AutoReward:
+    """Loader of the reward that a name, a Hub id or a folder refers to."""
+
+    @staticmethod
+    def from_pretrained(
+        name_or_path: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        cache_dir: str | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> Reward:
+        """Load a reward.
+
+        Args:
+            name_or_path: A registered name loads that reward with its default checkpoint; it takes precedence over a
+                folder of the same name. A Hub id or folder loads the reward that has it as its default checkpoint, or
+                whose published weights file is in the folder, or that is registered for the architecture or
+                `model_type` in its config.json.
+
+        The keyword arguments are those of `Reward.from_pretrained`; they have no effect on a reward without weights.
+
+        Raises:
+            ValueError: For an unknown name or a model type that no reward loads.
+        """
+        path = os.fspath(name_or_path)
+        hub = {"revision": revision, "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
+        factory = find_reward(path)
+        if factory is None:
+            reward_class = published_as(path) or reward_class_of(PretrainedConfig.get_config_dict(path, **hub)[0], path)
+            return reward_class.from_pretrained(path, dtype=dtype, device=device, **hub)
+        if isinstance(factory, type) and issubclass(factory, Reward) and factory.default_checkpoint:
+            return factory.from_pretrained(dtype=dtype, device=device, **hub)
+        return factory().to(device=device, dtype=dtype)
+
+
+def published_as(path: str) -> type[Reward] | None:
+    """Return the first registered class that has `path` as its default checkpoint, or its weights file in `path`."""
+    for factory in REWARDS.entries.values():
+        if not (isinstance(factory, type) and issubclass(factory, Reward)):
+            continue
+        in_folder = factory.weights_file is not None and os.path.isfile(os.path.join(path, factory.weights_file))
+        if in_folder or path == factory.default_checkpoint:
+            return factory
+    return None
+
+
+def reward_class_of(config: Mapping[str, Any], path: str) -> type[Reward]:
+    """Return the class registered for a config.json, whose model type transformers need not know."""
+    architectures, model_type = config.get("architectures"), config.get("model_type")
+    for kind in (*(architectures or ()), model_type):
+        if kind in REWARD_LOADERS.entries:
+            return REWARD_LOADERS.entries[kind]
+    raise ValueError(
+        f"Expected a checkpoint of the model type or architecture {REWARD_LOADERS.names()}, but '{path}' is of type "
+        f"'{model_type}', architecture {architectures}. Load it yourself and pass a callable "
+        "`(images, prompts) -> (B,)`."
+    )
 
 
 # rewards/pixels/color_channel.py
@@ -2057,131 +1603,6 @@ def jpeg_kilobytes(images: Tensor) -> Tensor:
         Image.fromarray(array).save(file, format="JPEG", quality=JPEG_QUALITY)
         sizes.append(file.tell() / 1000)
     return torch.tensor(sizes, dtype=torch.float32, device=images.device)
-
-
-# rewards/contract/checkpoints.py
-
-
-ModelT = TypeVar("ModelT", bound=PreTrainedModel)
-
-
-def checkpoint_path(checkpoint: str, filename: str, hub: Mapping[str, Any]) -> Path:
-    """The file of a folder or a Hub repository, downloaded if need be.
-
-    Args:
-        checkpoint: a folder or a Hub id.
-        filename: the file in it.
-        hub: revision, cache_dir, token and local_files_only, as `Reward.load` gets them.
-
-    Raises:
-        OSError: a folder without that file, or a download that fails.
-    """
-    if not os.path.isdir(checkpoint):
-        return Path(hf_hub_download(checkpoint, filename, **hub))
-    path = Path(checkpoint) / filename
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"Expected the file {filename} in {checkpoint}, but it is not there. Pass the folder that holds it, or a "
-            "Hub id."
-        )
-    return path
-
-
-def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """The tensors of a `.safetensors` file, or of a pickled one, in which nothing but tensors is ever executed.
-
-    Raises:
-        ValueError: a pickle that holds more than tensors and plain values, a damaged file, or no tensors by name.
-    """
-    if path.suffix == ".safetensors":
-        try:
-            return load_file(path)
-        except SafetensorError as error:
-            raise ValueError(f"Expected a safetensors file in {path.name}: {error}. Download it again.") from None
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # the restricted unpickler stumbles over damaged files in every way
-        raise ValueError(
-            f"Expected a file of tensors, but {path.name} cannot be read with `weights_only=True`: "
-            f"{str(error).partition(chr(10))[0]} Download it again, or convert it to safetensors where you trust it."
-        ) from error
-    state = state.get("state_dict", state) if isinstance(state, dict) else state
-    if not isinstance(state, dict) or not all(type(key) is str and isinstance(state[key], Tensor) for key in state):
-        raise ValueError(f"Expected {path.name} to hold tensors by name, but it holds {type(state).__name__}.")
-    return state
-
-
-def read_settings(path: Path) -> dict[str, Any]:
-    """The JSON object in a file. Raises `ValueError` for anything else."""
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"Expected JSON in {path.name}, but it cannot be read: {error}. Download it again.") from None
-    if not isinstance(settings, dict):
-        raise ValueError(f"Expected an object in {path.name}, but got {type(settings).__name__}. Download it again.")
-    return settings
-
-
-def holder_of(filename: str, checkpoint: str, companion: str, hub: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """Where a part is read from that some checkpoints leave to another repository, such as a tokenizer.
-
-    Args:
-        filename: the file that shows whether `checkpoint`, a folder, has the part itself.
-        checkpoint: a folder or a Hub id; a repository on the Hub is never asked.
-        companion: the Hub id of the part otherwise.
-
-    Returns:
-        `checkpoint` or `companion`, and the arguments to load from it: a revision is one of the checkpoint alone.
-    """
-    if os.path.isfile(os.path.join(checkpoint, filename)):
-        return checkpoint, dict(hub)
-    return companion, {**hub, "revision": None}
-
-
-def load_pretrained(model_class: type[ModelT], checkpoint: str, hub: Mapping[str, Any]) -> ModelT:
-    """A transformers model in float32. What a checkpoint lacks, transformers draws at random and only warns of.
-
-    Raises:
-        ValueError: naming the keys that are missing.
-    """
-    load: Any = model_class.from_pretrained  # whose type does not know that it then gives a pair
-    model, found = load(checkpoint, dtype=torch.float32, output_loading_info=True, **hub)
-    if missing := sorted(found["missing_keys"]):
-        raise ValueError(
-            f"Expected {checkpoint} to hold all weights of {type(model).__name__}, but missing: {', '.join(missing)}. "
-            "Pass the checkpoint of a whole model."
-        )
-    return model
-
-
-def check_weights(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
-    """See that `state` holds exactly the weights of `module`, whose own values do not matter: it may be a meta one.
-
-    Raises:
-        ValueError: naming the keys that are missing or not expected, or the shapes that differ.
-    """
-    own = module.state_dict()
-    shapes = [key for key in own if key in state and own[key].shape != state[key].shape]
-    problems = {
-        "missing": sorted(own.keys() - state.keys()),
-        "unexpected": sorted(state.keys() - own.keys()),
-        "of another shape": [f"{key} {tuple(state[key].shape)} for {tuple(own[key].shape)}" for key in shapes],
-    }
-    found = "; ".join(f"{kind}: {', '.join(keys)}" for kind, keys in problems.items() if keys)
-    if found:
-        raise ValueError(f"Expected {source} to hold exactly the weights of {type(module).__name__}, but {found}.")
-
-
-def load_strictly(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
-    """Copy `state` into `module`.
-
-    Raises:
-        ValueError: as `check_weights` does.
-    """
-    check_weights(module, state, source)
-    module.load_state_dict(state)
 
 
 # rewards/preference/aesthetic.py
@@ -3027,6 +2448,56 @@ def kernels_of_set(features: Tensor) -> Tensor:
     return cosine_kernel(features.transpose(0, 1) if features.ndim == 3 else features)
 
 
+# rewards/features/auto_features.py
+
+
+class AutoFeatures:
+    """Loader of the features that a name, a Hub id or a folder refers to."""
+
+    @staticmethod
+    def from_pretrained(
+        name_or_path: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        cache_dir: str | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> Features:
+        """Load features.
+
+        Args:
+            name_or_path: A registered name loads those features with their default checkpoint; it takes precedence
+                over a folder of the same name. A Hub id or folder loads its vision model, with one vector per image.
+
+        The keyword arguments are those of `Features.from_pretrained`. Features from a package (LPIPS, DreamSim) are
+        not on the Hub and use `cache_dir` at most.
+
+        Raises:
+            ValueError: For an unknown name.
+            ImportError: If a package is not installed.
+        """
+        path = os.fspath(name_or_path)
+        hub = {"revision": revision, "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
+        features = find_features(path)
+        if features is not None:
+            return features.from_pretrained(**hub, dtype=dtype, device=device)
+        published = (entry for entry in FEATURES.entries.values() if entry.default_checkpoint == path)
+        return next(published, ImageFeatures).from_pretrained(path, **hub, dtype=dtype, device=device)
+
+
+def find_features(name_or_path: str) -> type[Features] | None:
+    """Return the class registered under a name, or None for a Hub id or an existing folder.
+
+    Raises:
+        ValueError: For anything else.
+    """
+    if name_or_path not in FEATURES.entries and is_checkpoint(name_or_path):
+        return None
+    return FEATURES.find(name_or_path, ", a Hub id such as 'org/name' or a folder")
+
+
 # rewards/sets/pairwise_distance.py
 
 
@@ -3209,7 +2680,7 @@ class SetReward(nn.Module):
         return cls(AutoFeatures.from_pretrained(features or cls.default_features, dtype=dtype, device=device))
 
 
-SET_REWARDS: ClassTable[type[SetReward]] = ClassTable("set reward")
+SET_REWARDS: Registry[type[SetReward]] = Registry("set reward")
 
 
 def register_set_reward(name: str) -> Callable[[type[SetRewardT]], type[SetRewardT]]:
@@ -3293,306 +2764,6 @@ class DPPPatch(DPP):
 
     name = "dpp_patch"
     default_features = "dinov2_patch"
-
-
-# rewards/sets/set_reward_sum.py
-
-
-SetRewardsLike = str | SetReward | nn.Module | Mapping[Any, Any] | Sequence[Any]
-
-
-@dataclass(frozen=True)
-class SetRewardSumOutput:
-    """Values of one set of images.
-
-    Attributes:
-        total: a scalar, the weighted sum, with its gradient.
-        components: name -> a scalar, each in its own units, unweighted and detached: they are for reporting.
-    """
-
-    total: Tensor
-    components: dict[str, Tensor]
-
-
-class SetRewardSum(nn.Module):
-    """`sum_i weight_i * set_reward_i(images)`, one number for the whole set, higher is better.
-
-    What is plain is enough, so that it can be given to a pipeline from the Hub:
-
-        {"dpp": 150.0}                                      # name -> weight, on its default features
-        {"dpp": ("clip", 150.0), "pairwise": ("lpips", 60.0)}   # name -> (features, weight)
-        [("dpp", 150.0), ("dpp", "clip", 50.0)]             # the same reward on two features
-        "dpp"                                               # weight 1
-
-    Features are a registered name, a Hub id, a folder or a `Features`. Those of the same name are loaded once, and all
-    set rewards on the same features share their forward pass.
-
-    In the memory of one image, whatever their number, with the same gradient: all features without a graph, the
-    gradient with respect to them, then one image at a time.
-
-        parts = [total.known_features(image) for image in generated_one_by_one]     # first pass, no graph
-        output, gradient = total.gradient(join_features(parts), known)
-        for index, image in enumerate(generated_again_with_a_graph):                # second pass
-            total.linearized(image, {name: rows[index : index + 1] for name, rows in gradient.items()}).backward()
-
-    Args:
-        diversity: one of the above; a `SetReward` in place of a name; or another `SetRewardSum`. A set reward of
-            weight 0 is evaluated and reported, not optimised.
-        dtype, device: of the features that are loaded by name.
-
-    Attributes:
-        rewards: the set rewards, in the order given.
-        names: their names; the second `dpp` becomes `dpp_2`.
-        weights: name -> weight.
-        feature_maps: the features that they look at, each once.
-        feature_names: the names of these, under which `features` gives them.
-
-    Raises:
-        TypeError: something that is no set reward.
-        ValueError: an unknown name, or a weight that is negative or not finite. Names and weights are checked before
-            anything is loaded.
-    """
-
-    def __init__(
-        self,
-        diversity: SetRewardsLike,
-        *,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-    ) -> None:
-        super().__init__()
-        entries = set_reward_entries(diversity)
-        for entry in entries:
-            check_set_reward_entry(*entry)
-        rewards = build_set_rewards(entries, dtype, device)
-        self.rewards = nn.ModuleList(rewards)
-        self.names = distinct_names([str(reward.name) for reward in rewards])
-        self.weights = {name: float(weight) for name, (_, _, weight) in zip(self.names, entries, strict=True)}
-        maps = list({id(reward.features): reward.features for reward in rewards}.values())
-        self.feature_maps = nn.ModuleList(maps)
-        self.feature_names = distinct_names([str(each.name) for each in maps])
-        names_of = {id(each): name for each, name in zip(maps, self.feature_names, strict=True)}
-        self.features_of = {
-            name: names_of[id(reward.features)] for name, reward in zip(self.names, rewards, strict=True)
-        }
-
-    def features(self, images: Tensor) -> dict[str, Tensor]:
-        """Images (B, 3, H, W) in [0, 1] to the features (B, ...) of each map, by its name, with their gradient.
-
-        Raises:
-            ValueError: images that do not meet the contract.
-        """
-        return {name: encode(images) for name, encode in self.maps().items()}
-
-    @torch.no_grad()
-    def known_features(self, images: Tensor, chunk_size: int = 1) -> dict[str, Tensor]:
-        """`features` without a graph, of a few images at a time: those of references, to be kept.
-
-        A set that grows is `join_features([known, total.known_features(new)])`.
-        """
-        return join_features([self.features(chunk) for chunk in images.split(chunk_size)])
-
-    def forward(
-        self,
-        images: Tensor,
-        references: Tensor | Mapping[str, Tensor] | None = None,
-        chunk_size: int | None = None,
-    ) -> SetRewardSumOutput:
-        """The value of the set of all images and references together.
-
-        Args:
-            images: (B, 3, H, W) in [0, 1], on any device.
-            references: (M, 3, H, W), images that are given, or their `known_features`: they count and get no gradient.
-            chunk_size: pass the features with at most so many images at a time, twice, with the memory of so many; the
-                gradient is the same, and cannot be differentiated again. `None` for all at once.
-
-        Raises:
-            ValueError: fewer than two images in all, or images that do not meet the contract.
-            NonFiniteReward: a value that is NaN or infinite.
-        """
-        known = self.known_features(references) if isinstance(references, Tensor) else references
-        if chunk_size is not None:
-            return self.in_chunks(images, known, chunk_size)
-        output = self.of_features(self.features(images), known)
-        return SetRewardSumOutput(output.total.to(images.device), output.components)
-
-    def in_chunks(self, images: Tensor, references: Mapping[str, Tensor] | None, chunk_size: int) -> SetRewardSumOutput:
-        """`forward`: all features without a graph, the gradient in them, then chunk by chunk that in the pixels."""
-        features = self.known_features(images.detach(), chunk_size)
-        if not (images.requires_grad and torch.is_grad_enabled()):
-            output = self.of_features(features, references)
-            return SetRewardSumOutput(output.total.to(images.device), output.components)
-        output, rows = self.gradient(features, references)
-        gradient = torch.empty_like(images)
-        for start in range(0, len(images), chunk_size):
-            part = slice(start, start + chunk_size)
-            gradient[part] = self.pixel_gradient(images[part], {name: each[part] for name, each in rows.items()})
-        total = AttachedGradient.apply(images, output.total.to(images.device), gradient)
-        return SetRewardSumOutput(total, output.components)  # pyright: ignore[reportArgumentType]
-
-    def pixel_gradient(self, images: Tensor, gradient: Mapping[str, Tensor]) -> Tensor:
-        """The gradient of `linearized` with respect to the pixels (B, 3, H, W); its graph is freed on return."""
-        leaf = images.detach().requires_grad_()
-        value = self.linearized(leaf, gradient)
-        if not value.requires_grad:
-            return torch.zeros_like(leaf)
-        return torch.autograd.grad(value, leaf)[0]
-
-    def of_features(
-        self, features: Mapping[str, Tensor], references: Mapping[str, Tensor] | None = None
-    ) -> SetRewardSumOutput:
-        """The same of features (B, ...) and (M, ...) by name, as `features` and `known_features` give them."""
-        for given in (features, references or features):
-            self.check_feature_names(given)
-        total, components = torch.zeros((), device=features[self.feature_names[0]].device), {}
-        for name, reward in zip(self.names, self.rewards, strict=True):
-            its_name, weight = self.features_of[name], self.weights[name]
-            own = features[its_name] if weight else features[its_name].detach()
-            value = reward.of_features(own, None if references is None else references[its_name])  # pyright: ignore[reportCallIssue]
-            components[name] = value.detach()
-            total = total + weight * value.to(total.device)
-        return SetRewardSumOutput(total, components)
-
-    def gradient(
-        self, features: Mapping[str, Tensor], references: Mapping[str, Tensor] | None = None
-    ) -> tuple[SetRewardSumOutput, dict[str, Tensor]]:
-        """The value, and its gradient with respect to the features (B, ...) of each map that is optimised, by name."""
-        wanted = {self.features_of[name] for name, weight in self.weights.items() if weight}
-        leaves = {name: each.detach().requires_grad_(name in wanted) for name, each in features.items()}
-        with torch.enable_grad():
-            output = self.of_features(leaves, references)
-        named = {name: leaf for name, leaf in leaves.items() if name in wanted}
-        gradients = torch.autograd.grad(output.total, list(named.values())) if named else ()
-        output = SetRewardSumOutput(output.total.detach(), output.components)
-        return output, dict(zip(named, gradients, strict=True))
-
-    def linearized(self, images: Tensor, gradient: Mapping[str, Tensor]) -> Tensor:
-        """A scalar whose gradient with respect to some images (B, 3, H, W) of a set is that of the total.
-
-        Args:
-            images: the same as the features were taken of.
-            gradient: their rows (B, ...) of what `gradient` gave.
-        """
-        maps = self.maps()
-        products = [(maps[name](images) * rows).sum().to(images.device) for name, rows in gradient.items()]
-        return torch.stack(products).sum() if products else images.new_zeros(())
-
-    def maps(self) -> dict[str, nn.Module]:
-        """The features by name."""
-        return dict(zip(self.feature_names, self.feature_maps, strict=True))
-
-    def check_feature_names(self, features: Mapping[str, Tensor]) -> None:
-        """Raise `ValueError` unless there are features of each map."""
-        if missing := [name for name in self.feature_names if name not in features]:
-            raise ValueError(
-                f"Expected features of {self.feature_names}, but got those of {list(features)}: {missing} are missing. "
-                "Take them of `features(images)` or `known_features(images)` of the same sum."
-            )
-
-    def check_differentiable(self) -> None:
-        """What a method with gradients calls before any model runs.
-
-        Raises:
-            NonDifferentiableReward: naming the set rewards whose features give no gradient.
-        """
-        entries = zip(self.weights.items(), self.rewards, strict=True)
-        names = [name for (name, weight), reward in entries if weight and not reward.features.differentiable]  # pyright: ignore
-        if names:
-            raise NonDifferentiableReward(
-                f"Expected set rewards with a gradient, but the features of {names} are not differentiable. Give them "
-                "weight 0 to have them reported only, or use a method without gradients."
-            )
-
-    def describe(self) -> dict[str, dict[str, Any]]:
-        """name -> its features and its weight: plain values for the provenance of a result."""
-        return {name: {"features": self.features_of[name], "weight": weight} for name, weight in self.weights.items()}
-
-
-def join_features(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Features (B_i, ...) by name of several batches as those (sum of B_i, ...) of one."""
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-
-
-def set_reward_entries(diversity: SetRewardsLike) -> list[tuple[Any, Any, Any]]:
-    """Every accepted form of `diversity=` as a list of (set reward, features or None, weight)."""
-    if isinstance(diversity, Mapping):
-        pairs = diversity.items()
-        entries = [(each, *value) if isinstance(value, (tuple, list)) else (each, value) for each, value in pairs]
-    elif isinstance(diversity, (list, tuple)):
-        entries = [tuple(each) if isinstance(each, (tuple, list)) else (each, 1.0) for each in diversity]
-    elif isinstance(parts := getattr(diversity, "rewards", None), nn.ModuleList):
-        # A sum is known by its attributes: a pipeline from the Hub has its own copy of the class.
-        entries = list(zip(parts, diversity.weights.values(), strict=True))  # pyright: ignore
-    else:
-        entries = [(diversity, 1.0)]
-    if not entries:
-        raise ValueError("Expected at least one set reward, but got none. Pass for example `diversity={'dpp': 150.0}`.")
-    return [with_features(entry) for entry in entries]
-
-
-def with_features(entry: tuple[Any, ...]) -> tuple[Any, Any, Any]:
-    """(set reward, weight) or (set reward, features, weight) as the latter."""
-    if len(entry) not in (2, 3):
-        raise ValueError(
-            f"Expected a set reward, features if not the default ones, and a weight, but got {entry!r}. Write "
-            "`{'dpp': 150.0}`, `{'dpp': ('clip', 150.0)}` or `[('dpp', 'clip', 150.0)]`."
-        )
-    return entry if len(entry) == 3 else (entry[0], None, entry[1])
-
-
-def check_set_reward_entry(reward: Any, features: Any, weight: Any) -> None:
-    """Raise unless `reward` can become a set reward on `features`, and `weight` is a finite number of at least 0."""
-    check_set_reward(reward, features)
-    name = reward if isinstance(reward, str) else reward.name
-    if isinstance(features, (str, os.PathLike)):
-        find_features(os.fspath(features))
-    elif features is not None and not isinstance(features, nn.Module):
-        raise TypeError(
-            f"Expected features for the set reward '{name}' by name, Hub id, folder or as `Features`, but got "
-            f"{features!r}. Write (features, weight): `{{'{name}': ('clip', 150.0)}}`."
-        )
-    if not isinstance(weight, numbers.Real) or not math.isfinite(weight) or weight < 0:
-        raise ValueError(
-            f"Expected a finite weight of at least 0 for the set reward '{name}', but got {weight!r}. Higher values "
-            f"mean more diversity. Write `{{'{name}': 150.0}}`, or `{{'{name}': ('clip', 150.0)}}` on other features."
-        )
-
-
-def check_set_reward(reward: Any, features: Any) -> None:
-    """Raise unless `reward` is a registered name, or a set reward that brings its features."""
-    if isinstance(reward, str):
-        find_set_reward(reward)
-    elif isinstance(reward, type) or not (hasattr(reward, "of_features") and isinstance(reward, nn.Module)):
-        raise TypeError(
-            f"Expected a set reward by name or as an instance of `SetReward`, but got {reward!r}. Weighted ones are "
-            "written `{'dpp': 150.0}` or `[('dpp', 150.0), ...]`."
-        )
-    elif features is not None:
-        raise ValueError(
-            f"Expected no features beside the set reward '{reward.name}', which brings its own, but got {features!r}. "
-            "Leave them out."
-        )
-
-
-def build_set_rewards(
-    entries: Sequence[tuple[Any, Any, Any]], dtype: torch.dtype | None, device: torch.device | str | None
-) -> list[SetReward]:
-    """The set rewards; features that several name are loaded once."""
-    loaded: dict[str, Features] = {}
-
-    def load(features: Any) -> Any:
-        if not isinstance(features, (str, os.PathLike)):
-            return features
-        path = os.fspath(features)
-        if path not in loaded:
-            loaded[path] = AutoFeatures.from_pretrained(path, dtype=dtype, device=device)
-        return loaded[path]
-
-    classes = [find_set_reward(reward) if isinstance(reward, str) else None for reward, _, _ in entries]
-    return [
-        reward if found is None else found(load(features or found.default_features))
-        for found, (reward, features, _) in zip(classes, entries, strict=True)
-    ]
 
 
 # rewards/sets/vendi.py
@@ -4557,102 +3728,414 @@ def split_clip_flant5(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor
     return parts
 
 
-# rewards/vlm/soft_tifa.py
+# rewards/contract/reward_sum.py
 
 
-SoftTIFAMean = Literal["arithmetic", "geometric", "product"]
-NUMERALS = {
-    word: str(number)
-    for number, word in enumerate(
-        ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"], start=1
-    )
+RewardLike = str | os.PathLike[str] | Callable[..., Any]
+RewardsLike = RewardLike | Mapping[Any, float] | Sequence[Any]
+
+# Rewards and weights from the released code of a paper; ReNO is https://arxiv.org/abs/2406.04312.
+REWARD_PRESETS: dict[str, dict[str, float]] = {
+    "reno": {"hpsv2.1": 5.0, "imagereward": 1.0, "clipscore": 0.01, "pickscore": 0.05}
 }
-Atom = tuple[str, Sequence[str]]
 
 
-class SoftTIFA(Reward):
-    """How probable a vision-language model finds the right answer to each question about a prompt.
+@dataclass(frozen=True)
+class RewardSumOutput:
+    """Scores of B images.
 
-    GenEval 2: https://arxiv.org/abs/2512.16853. Each atom is a question and the accepted spellings of its answer; its
-    score is the probability that the answer begins with one of them. GenEval 2 takes the arithmetic mean as the measure
-    of atoms and the geometric mean as that of whole prompts; their benchmark asks Qwen/Qwen3-VL-8B-Instruct.
-
-    It is not registered, since a name alone has no questions. With the file of the benchmark:
-
-        prompts = load_prompts("geneval2_data.jsonl").prompts
-        atoms = {prompt.text: geneval2_atoms(prompt.metadata["vqa_list"]) for prompt in prompts}
-        reward = SoftTIFA(VQAScorer.from_pretrained("Qwen/Qwen3-VL-8B-Instruct"), atoms)
-
-    Args:
-        scorer: the vision-language model; its own question and mode do not matter.
-        atoms: prompt -> its questions, each with the answers that count as right.
-        mean: how the atoms of a prompt become one number in [0, 1]. "product" is the probability that all are right.
-        instruction: with "{}" for the question.
-
-    Raises:
-        ValueError: an unknown mean, an instruction without "{}", or a prompt with no questions.
+    Attributes:
+        total: (B,) float32, the weighted sum, differentiable with respect to the images.
+        components: Reward name -> (B,) float32, unweighted, in the reward's own units, and detached.
     """
 
-    name = "soft_tifa"
-    range = (0.0, 1.0)
-    scorer: VQAScorer
+    total: Tensor
+    components: dict[str, Tensor]
+
+
+class AttachedGradient(torch.autograd.Function):
+    """Attach a precomputed gradient with respect to images (B, 3, H, W) to values (B,), or to one value of a set."""
+
+    @staticmethod
+    def forward(ctx: Any, images: Tensor, values: Tensor, gradient: Tensor) -> Tensor:
+        ctx.save_for_backward(gradient)
+        return values.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad_values: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if torch.is_grad_enabled():  # only with `create_graph=True`
+            raise RuntimeError(
+                "Expected a first derivative of a `RewardSum` or `SetRewardSum`, but got a request for a second one. "
+                "Their gradient is precomputed and has no graph."
+            )
+        (gradient,) = ctx.saved_tensors
+        return gradient * grad_values.to(gradient.dtype).reshape(-1, 1, 1, 1), None, None
+
+
+class RewardSum(nn.Module):
+    """`sum_i weight_i * reward_i(images, prompts)`, higher is better.
+
+    The pixel gradient of each reward is computed together with its scores, one reward after the other, and only the
+    weighted sum of the gradients is stored. So memory holds the activations of one reward at a time, and the backward
+    pass through the decoder and the diffusion model runs once. The result equals the gradient of the sum, because the
+    score of an image depends on that image alone, but it cannot be differentiated again.
+
+    Args:
+        rewards: A registered name, Hub id or folder; a `Reward` or any callable `(images, prompts) -> (B,)`; a dict
+            that maps these to weights; a list of them, or of (reward, weight) pairs; another `RewardSum`; or the name
+            of a preset in `REWARD_PRESETS`, such as "reno" for the rewards and weights of the ReNO paper.
+        weights: One per entry of a list without pairs; 1 by default. A reward of weight 0 is evaluated and reported,
+            but not optimized.
+        dtype: The weights' dtype of rewards that are loaded by name.
+        device: The device of rewards that are loaded by name.
+
+    Attributes:
+        rewards: The rewards, in the given order.
+        names: Their names; the second `clipscore` becomes `clipscore_2`.
+        weights: Name -> weight.
+
+    Raises:
+        TypeError: For an object that is not a reward.
+        ValueError: For an unknown name, or weights that are negative, not finite, or all zero. Names and weights are
+            checked before any model is loaded.
+    """
 
     def __init__(
         self,
-        scorer: VQAScorer,
-        atoms: Mapping[str, Sequence[Atom]],
-        mean: SoftTIFAMean = "geometric",
-        instruction: str = "{} Answer in one word.",
+        rewards: RewardsLike,
+        weights: Sequence[float] | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
     ):
-        if mean not in get_args(SoftTIFAMean):
-            raise ValueError(f"Expected a mean out of {get_args(SoftTIFAMean)}, but got {mean!r}.")
-        if "{}" not in instruction:
-            raise ValueError(f"Expected an instruction with {{}} in place of the question, but got {instruction!r}.")
-        if empty := [prompt for prompt, questions in atoms.items() if not questions]:
-            raise ValueError(f"Expected at least one question for each prompt, but got none for {empty[0]!r}.")
-        super().__init__(scorer=scorer)
-        self.atoms = dict(atoms)
-        self.mean = mean
-        self.instruction = instruction
-        self.license = scorer.license
-
-    def score(self, images: Tensor, prompts: list[str]) -> Tensor:
-        if unknown := [prompt for prompt in prompts if prompt not in self.atoms]:
+        super().__init__()
+        pairs = reward_weight_pairs(rewards, weights)
+        for reward, weight in pairs:
+            check_reward_pair(reward, weight)
+        if not any(weight for _, weight in pairs):
             raise ValueError(
-                f"Expected prompts whose questions are in `atoms`, but got {unknown[0]!r}. Add its questions, each "
-                'with the answers that are right: `{prompt: [("How many pigs are there?", ["two", "2"])]}`.'
+                "Expected a reward with a weight above 0, but all weights are 0. Give a weight to the reward to "
+                "optimize."
             )
-        return torch.stack([self.combined(log_p) for log_p in self.atom_log_probabilities(images, prompts)])
+        self.rewards = nn.ModuleList(as_reward(reward, dtype, device) for reward, _ in pairs)
+        self.names = distinct_names([str(reward.name) for reward in self.rewards])
+        self.weights = {name: float(weight) for name, (_, weight) in zip(self.names, pairs, strict=True)}
 
-    def atom_log_probabilities(self, images: Tensor, prompts: Sequence[str]) -> list[Tensor]:
-        """For each image the log-probabilities of the right answers to the questions of its prompt, (atoms,)."""
-        counts = [len(self.atoms[prompt]) for prompt in prompts]
-        asked = [atom for prompt in prompts for atom in self.atoms[prompt]]
-        questions = [self.instruction.replace("{}", question) for question, _ in asked]
-        repeated = images.repeat_interleave(torch.tensor(counts, device=images.device), 0)
-        log_p = self.scorer.answer_log_probability(repeated, questions, [answers for _, answers in asked])
-        return list(log_p.split(counts))
+    @property
+    def differentiable(self) -> bool:
+        """Whether every optimized reward has a gradient."""
+        return not self.without_gradient()
 
-    def combined(self, log_p: Tensor) -> Tensor:
-        """(atoms,) -> a scalar in [0, 1]."""
-        if self.mean == "arithmetic":
-            return log_p.exp().mean()
-        return (log_p.mean() if self.mean == "geometric" else log_p.sum()).exp()
+    @property
+    def has_gradient(self) -> bool:
+        """Whether any optimized reward has a gradient."""
+        return any(
+            weight and reward.differentiable for weight, reward in zip(self.weights.values(), self.rewards, strict=True)
+        )
+
+    @property
+    def requires_prompt(self) -> bool:
+        return any(reward.requires_prompt for reward in self.rewards)
+
+    def without_gradient(self) -> list[str]:
+        """Return the names of optimized rewards that have no gradient."""
+        entries = zip(self.weights.items(), self.rewards, strict=True)
+        return [name for (name, weight), reward in entries if weight and not reward.differentiable]
+
+    def check_differentiable(
+        self, height: int | None = None, width: int | None = None, prompts: str | None = "a photo"
+    ) -> None:
+        """Check that a method with gradients can use this sum, before any diffusion model runs.
+
+        Given the image size, it also evaluates each optimized reward on a random image (see `check_gradient`), which
+        detects callables that cut the graph.
+
+        Raises:
+            NonDifferentiableReward: If optimized rewards have no gradient; the message names them.
+            NonFiniteReward: If a score or gradient is NaN or infinite.
+        """
+        if names := self.without_gradient():
+            raise NonDifferentiableReward(
+                f"Expected rewards with a gradient, but {names} are not differentiable. Give them weight 0 to only "
+                "report them, or use a method without gradients, such as best-of-N."
+            )
+        if height is not None and width is not None:
+            for weight, reward in zip(self.weights.values(), self.rewards, strict=True):
+                if weight and isinstance(reward, Reward):
+                    check_gradient(reward, prompts, height, width)
+
+    def forward(
+        self, images: Tensor, prompts: str | Sequence[str] | None = None, chunk_size: int | None = None
+    ) -> RewardSumOutput:
+        """Score images.
+
+        Args:
+            images: (B, 3, H, W), floating point, in [0, 1], on any device.
+            prompts: One per image, or a single one for all.
+            chunk_size: The number of images scored at a time, to save memory; `None` for all at once.
+
+        Raises:
+            ValueError, NonFiniteReward, NonDifferentiableReward: As `Reward.forward` does.
+        """
+        with_gradient = images.requires_grad and torch.is_grad_enabled() and self.has_gradient
+        if not isinstance(prompts, (str, type(None))):
+            prompts = prompts_per_image(prompts, len(images), self.names[0], False)
+        pixels, size = images.detach(), chunk_size or max(1, len(images))
+        dtype = torch.promote_types(images.dtype, torch.float32)
+        gradient = torch.zeros_like(pixels, dtype=dtype) if with_gradient else None
+        chunks = []
+        for start in range(0, max(1, len(images)), size):
+            rows = slice(start, start + size)
+            chunk_gradient = None if gradient is None else gradient[rows]
+            chunks.append(self.scores(pixels[rows], part_of_prompts(prompts, rows), chunk_gradient))
+        components = {name: torch.cat([chunk[name] for chunk in chunks]) for name in self.names}
+        total = images.new_zeros(len(images), dtype=torch.float32)
+        for name, weight in self.weights.items():
+            total = total + weight * components[name]
+        if gradient is not None:
+            total = AttachedGradient.apply(images, total, gradient.to(images.dtype))
+        return RewardSumOutput(total, components)  # pyright: ignore[reportArgumentType]
+
+    def scores(self, images: Tensor, prompts: str | Sequence[str] | None, gradient: Tensor | None) -> dict[str, Tensor]:
+        """Return detached scores (B,) by name, and add the gradient of their weighted sum to `gradient` in place."""
+        components = {}
+        for (name, weight), reward in zip(self.weights.items(), self.rewards, strict=True):
+            if weight and gradient is not None and reward.differentiable:
+                components[name], pixel_gradient = score_and_gradient(reward, images, prompts)
+                gradient.add_(pixel_gradient, alpha=weight)
+            else:
+                components[name] = reward(images, prompts).detach()
+        return components
+
+    def optimised(self) -> "RewardSum":
+        """Return the sum without rewards of weight 0. The models are shared, not copied."""
+        pairs = zip(self.names, self.rewards, strict=True)
+        return self.like({name: reward for name, reward in pairs if self.weights[name]})
+
+    def like(self, rewards: Mapping[str, nn.Module]) -> "RewardSum":
+        """Return a sum of other rewards with the weights that this sum has under the same names."""
+        return RewardSum([(reward, self.weights[name]) for name, reward in rewards.items()])
+
+    def drop_text_encoders(self, prompts: str | Sequence[str]) -> None:
+        """Call `Reward.drop_text_encoder` of each reward."""
+        for reward in self.rewards:
+            if callable(drop := getattr(reward, "drop_text_encoder", None)):
+                drop(prompts)
+
+    def describe(self) -> dict[str, Any]:
+        """Return the weights as plain values, for the provenance of a result."""
+        return dict(self.weights)
 
 
-def geneval2_atoms(vqa_list: Iterable[Sequence[str]]) -> list[tuple[str, list[str]]]:
-    """The atoms of a line of GenEval 2: pairs of question and answer, with the spellings that its evaluation accepts.
+def score_and_gradient(reward: nn.Module, images: Tensor, prompts: str | Sequence[str] | None) -> tuple[Tensor, Tensor]:
+    """Return detached scores (B,) and their gradient (B, 3, H, W) in float32 or more; the graph is freed."""
+    pixels = at_least_float32(images.detach()).requires_grad_()
+    scores = reward(pixels, prompts)
+    (gradient,) = torch.autograd.grad(scores.sum(), pixels, materialize_grads=True)
+    return scores.detach(), gradient
 
-    Source: `soft_tifa` in https://github.com/facebookresearch/GenEval2, `evaluation.py`.
+
+def part_of_prompts(prompts: str | Sequence[str] | None, rows: slice) -> str | Sequence[str] | None:
+    """Return the prompts of some rows of the batch; a single prompt, or None, applies to all rows."""
+    return prompts if prompts is None or isinstance(prompts, str) else prompts[rows]
+
+
+def reward_weight_pairs(rewards: RewardsLike, weights: Sequence[float] | None) -> list[tuple[Any, Any]]:
+    """Convert any accepted form of `rewards=` to a list of (reward, weight)."""
+    entries = reward_entries(rewards)
+    malformed = [entry for entry in entries if isinstance(entry, tuple) and len(entry) != 2]
+    if malformed:
+        raise ValueError(f"Expected (reward, weight) pairs, but got {malformed[0]!r}.")
+    if not entries:
+        raise ValueError("Expected at least one reward, but got none. Pass for example `rewards={'clipscore': 1.0}`.")
+    if weights is None:
+        return [entry if isinstance(entry, tuple) else (entry, 1.0) for entry in entries]
+    if any(isinstance(entry, tuple) for entry in entries):
+        raise ValueError("Expected weights once, but got them in `rewards` and as `weights`. Leave one of them out.")
+    if len(weights) != len(entries):
+        raise ValueError(f"Expected {len(entries)} weights, one per reward, but got {len(weights)}.")
+    return list(zip(entries, weights, strict=True))
+
+
+def reward_entries(rewards: RewardsLike) -> list[Any]:
+    """Return the entries of `rewards=`: rewards or (reward, weight) tuples."""
+    if isinstance(rewards, str) and rewards in REWARD_PRESETS:
+        return list(REWARD_PRESETS[rewards].items())
+    if isinstance(rewards, Mapping):
+        return list(rewards.items())
+    if isinstance(rewards, (list, tuple)):
+        return [tuple(entry) if isinstance(entry, list) else entry for entry in rewards]
+    # Duck typing, because a pipeline from the Hub has its own copy of the class.
+    parts, weights = getattr(rewards, "rewards", None), getattr(rewards, "weights", None)
+    if isinstance(parts, nn.ModuleList) and isinstance(weights, Mapping):
+        return list(zip(parts, weights.values(), strict=True))
+    return [rewards]
+
+
+def check_reward_pair(reward: Any, weight: Any) -> None:
+    """Raise unless `as_reward` accepts `reward` and `weight` is a finite number of at least 0."""
+    if isinstance(reward, (str, os.PathLike)):
+        find_reward(os.fspath(reward))
+    elif isinstance(reward, type):
+        raise TypeError(f"Expected a reward, but got the class `{reward.__name__}`. Pass an instance of it.")
+    elif not callable(reward):
+        raise TypeError(
+            f"Expected a reward name, a Hub id, a folder or a callable `(images, prompts) -> (B,)`, but got "
+            f"{reward!r}. Weighted rewards are written `{{reward: weight}}` or `[(reward, weight), ...]`."
+        )
+    name = reward if isinstance(reward, str) else callable_name(reward)
+    if not isinstance(weight, numbers.Real) or not math.isfinite(weight):
+        raise ValueError(f"Expected a finite number as the weight of reward '{name}', but got {weight!r}.")
+    if weight < 0:
+        raise ValueError(
+            f"Expected a weight of at least 0 for reward '{name}', but got {weight}. To minimize it, pass a callable "
+            "that returns the negated score: `lambda images, prompts: -reward(images, prompts)`."
+        )
+
+
+def as_reward(reward: RewardLike, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Reward:
+    """Load a name, Hub id or folder; wrap a plain callable; return a `Reward` unchanged."""
+    if isinstance(reward, Reward):
+        return reward
+    if isinstance(reward, (str, os.PathLike)):
+        return AutoReward.from_pretrained(reward, dtype=dtype, device=device)
+    return CallableReward(reward)
+
+
+def distinct_names(names: Sequence[str]) -> list[str]:
+    """Append `_2`, `_3`, ... to repeated names."""
+    distinct: list[str] = []
+    for name in names:
+        numbered = (f"{name}_{count}" for count in itertools.count(2))
+        distinct.append(name if name not in distinct else next(new for new in numbered if new not in distinct))
+    return distinct
+
+
+# callbacks/noise_state.py
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Best:
+    """The best evaluation so far of each of `B` noises.
+
+    Attributes:
+        loss: `(B,)`, the lowest loss; infinite before the first evaluation. Ties go to the earliest.
+        step: `(B,)`, the step of the lowest loss.
+        noise: `(B, C, H, W)`, the noise of the lowest loss.
+        images: `(B, 3, H, W)` in [0, 1], its images; `None` if the objective asked for no images.
+        evaluations: The number of evaluations that it is the best of.
     """
-    atoms = []
-    for question, answer in vqa_list:
-        if question.startswith("How many"):
-            words = [answer, answer.capitalize(), NUMERALS.get(answer, "other")]
-        else:
-            words = ["Yes", "yes"]
-        atoms.append((question, [*words, *(f" {word}" for word in words)]))
-    return atoms
+
+    loss: torch.Tensor
+    step: torch.Tensor
+    noise: torch.Tensor
+    images: torch.Tensor | None = None
+    evaluations: int = 0
+
+
+@dataclasses.dataclass(eq=False)
+class NoiseState:
+    """A running optimization of `B` independent noises.
+
+    Attributes:
+        pipeline: The pipeline whose noise is optimized.
+        prompts: The `B` prompts that rewards are asked about.
+        steps: The number of evaluations that the method plans.
+        noise: `(B, C, H, W)`, unit variance, the noise that was evaluated in this step.
+        step: Index of this evaluation, from 0. Step 0 is the baseline.
+        images: `(B, 3, H, W)` in [0, 1], the images of the noise; `None` if the objective asked for no images.
+        loss: `(B,)`, lower is better, without the regularizer. NaN where a sample is not active.
+        scores: Name to `(B,)`, the raw rewards of this step, higher is better.
+        best: The best so far.
+        active: `(B,)` bool. A sample that is not active keeps its best and is no longer recorded.
+        reports: What methods and callbacks add to the result, by name: plain values.
+        stopped: The reason why the run ended before its last step, or `None`.
+    """
+
+    pipeline: Any
+    prompts: list[str]
+    steps: int
+    noise: torch.Tensor
+    step: int = -1
+    images: torch.Tensor | None = None
+    loss: torch.Tensor = dataclasses.field(init=False)
+    scores: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
+    best: Best = dataclasses.field(init=False)
+    reports: dict[str, Any] = dataclasses.field(default_factory=dict)
+    active: torch.Tensor = dataclasses.field(init=False)
+    stopped: str | None = None
+    started: float = dataclasses.field(default_factory=time.perf_counter)
+
+    def __post_init__(self) -> None:
+        batch = len(self.noise)
+        self.active = torch.ones(batch, dtype=torch.bool, device=self.noise.device)
+        self.loss = torch.full((batch,), torch.inf, device=self.noise.device)
+        self.best = Best(loss=self.loss, step=torch.zeros_like(self.active, dtype=torch.long), noise=self.noise)
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the optimization began."""
+        return time.perf_counter() - self.started
+
+    def stop(self, reason: str = "callback", samples: torch.Tensor | None = None) -> None:
+        """End the run after this step, or only the samples for which the `(B,)` bool mask `samples` is true."""
+        self.active = self.active & ~samples if samples is not None else torch.zeros_like(self.active)
+        if not self.active.any():
+            self.stopped = reason
+
+
+# callbacks/noise_callback.py
+
+
+class NoiseCallback:
+    """Base of callbacks per *optimisation* step. (diffusers' `callback_on_step_end` is per denoising step.)
+
+    Subclasses override what they need. A plain function `(state) -> bool | None` does where one hook is enough.
+    """
+
+    def on_run_start(self, state: NoiseState) -> None:
+        """Called once, before the first evaluation."""
+
+    def on_step_end(self, state: NoiseState) -> bool | None:
+        """Called after each evaluation. Return `False`, or call `state.stop()`, to end the run."""
+
+    def on_run_end(self, state: NoiseState) -> None:
+        """Called once at the end, also when the run ends in an exception."""
+
+
+class FunctionCallback(NoiseCallback):
+    """A plain function as a callback."""
+
+    def __init__(self, function: Callable[[NoiseState], bool | None]) -> None:
+        self.function = function
+
+    def on_step_end(self, state: NoiseState) -> bool | None:
+        return self.function(state)
+
+
+CallbackSpec = NoiseCallback | Callable[[NoiseState], bool | None]
+
+
+def as_callbacks(callbacks: CallbackSpec | Iterable[CallbackSpec] | None) -> list[NoiseCallback]:
+    """One callback, several, or none, as a list. Raises `TypeError` for what is neither callback nor function.
+
+    Anything with an `on_step_end` counts, whichever copy of `NoiseCallback` it derives from.
+    """
+    if callbacks is None:
+        return []
+    if isinstance(callbacks, Iterable):
+        return [as_callback(each) for each in callbacks]
+    return [as_callback(callbacks)]
+
+
+def as_callback(callback: CallbackSpec) -> NoiseCallback:
+    if hasattr(callback, "on_step_end"):
+        return callback  # pyright: ignore[reportReturnType]
+    if callable(callback):
+        return FunctionCallback(callback)
+    raise TypeError(
+        f"Expected a callback with `on_step_end(state)` or a function of `state`, but got {type(callback).__name__}."
+    )
 
 
 # schedulers/noise_samplers.py
@@ -4661,7 +4144,8 @@ def geneval2_atoms(vqa_list: Iterable[Sequence[str]]) -> list[tuple[str, list[st
 Generators = torch.Generator | list[torch.Generator] | None
 NoiseSamplerSpec = str | Mapping[str, Any] | Callable[..., torch.Tensor]
 
-NOISE_SAMPLERS: dict[str, Callable[..., Any]] = {}
+NOISE_SAMPLERS: Registry[type["NoiseSampler"]] = Registry("noise sampler")
+SamplerT = TypeVar("SamplerT", bound="NoiseSampler")
 
 
 class NoiseSampler:
@@ -4716,22 +4200,20 @@ class NoiseSampler:
         return {"name": self.name or type(self).__name__, **plain_values}
 
 
-def register_noise_sampler(name: str):
-    """Class decorator: make a noise sampler known by name. The same class may come again, as when code is reloaded."""
+def register_noise_sampler(name: str) -> Callable[[type[SamplerT]], type[SamplerT]]:
+    """Return a class decorator that registers a noise sampler under a name and sets `cls.name`."""
 
-    def register(cls):
-        known = NOISE_SAMPLERS.get(name)
-        if known is not None and known.__qualname__ != cls.__qualname__:
-            raise ValueError(f"Expected a free noise sampler name, but {name!r} is taken by {known.__qualname__}.")
-        NOISE_SAMPLERS[name], cls.name = cls, name
+    def register(cls: type[SamplerT]) -> type[SamplerT]:
+        NOISE_SAMPLERS.register(name)(cls)
+        cls.name = name
         return cls
 
     return register
 
 
 def list_noise_samplers() -> list[str]:
-    """The names that `noise_sampler=` takes."""
-    return sorted(NOISE_SAMPLERS)
+    """Return the registered names, which `noise_sampler=` accepts."""
+    return NOISE_SAMPLERS.names()
 
 
 def as_noise_sampler(sampler: NoiseSamplerSpec | None) -> Callable[..., torch.Tensor] | None:
@@ -4745,7 +4227,7 @@ def as_noise_sampler(sampler: NoiseSamplerSpec | None) -> Callable[..., torch.Te
         return named_noise_sampler(sampler, {})
     if isinstance(sampler, Mapping):
         settings = dict(sampler)
-        return named_noise_sampler(settings.pop("name", None), settings)
+        return named_noise_sampler(str(settings.pop("name", None)), settings)
     if sampler is None or (callable(sampler) and not isinstance(sampler, type)):
         return sampler
     raise TypeError(
@@ -4754,16 +4236,12 @@ def as_noise_sampler(sampler: NoiseSamplerSpec | None) -> Callable[..., torch.Te
     )
 
 
-def named_noise_sampler(name: str | None, settings: dict[str, Any]) -> Callable[..., torch.Tensor]:
-    if name not in NOISE_SAMPLERS:
-        raise ValueError(
-            f"Expected the name of a noise sampler out of {list_noise_samplers()}, but got {name!r}. For settings pass "
-            'a dict such as {"name": "pink", "alpha": 0.3}.'
-        )
-    known = list(inspect.signature(NOISE_SAMPLERS[name]).parameters)
+def named_noise_sampler(name: str, settings: dict[str, Any]) -> "NoiseSampler":
+    sampler = NOISE_SAMPLERS.find(name, ', or a dict such as {"name": "pink", "alpha": 0.3}')
+    known = list(inspect.signature(sampler).parameters)
     if unknown := sorted(settings.keys() - set(known)):
         raise ValueError(f"Expected settings of the noise sampler {name!r} out of {known}, but got {unknown}.")
-    return NOISE_SAMPLERS[name](**settings)
+    return sampler(**settings)
 
 
 def describe_noise_sampler(sampler: Callable[..., torch.Tensor] | None) -> dict[str, Any] | None:
@@ -4985,117 +4463,6 @@ def check_spatial(shape: Sequence[int]) -> None:
         )
 
 
-# callbacks/noise_state.py
-
-
-@dataclasses.dataclass(eq=False)
-class NoiseState:
-    """A running optimisation of `B` independent noises.
-
-    Attributes:
-        pipeline: The pipeline whose noise is optimised.
-        prompts: The `B` prompts that rewards are asked about.
-        steps: How many evaluations the method plans.
-        noise: `(B, C, H, W)`, unit variance, the noise that was evaluated in this step.
-        step: Index of this evaluation, from 0: step 0 is the plain result.
-        images: `(B, 3, H, W)` in [0, 1], what the noise draws; `None` if the objective did not ask for images.
-        loss: `(B,)`, lower is better, without the regularizer.
-        scores: Name to `(B,)`, the raw rewards of this step, higher is better.
-        best_loss: `(B,)`, the lowest loss so far.
-        best_step: `(B,)`, the step of the lowest loss.
-        best_noise: `(B, C, H, W)`, the noise of the lowest loss.
-        best_images: `(B, 3, H, W)` or `None`, the images of the lowest loss.
-        active: `(B,)` bool. A sample that is not active keeps its best and is not recorded any more.
-        reports: What callbacks have to say in the result, by name: plain values.
-        stopped: Why the run ended before its last step, or `None`.
-    """
-
-    pipeline: Any
-    prompts: list[str]
-    steps: int
-    noise: torch.Tensor
-    step: int = -1
-    images: torch.Tensor | None = None
-    loss: torch.Tensor | None = None
-    scores: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
-    best_loss: torch.Tensor | None = None
-    best_step: torch.Tensor | None = None
-    best_noise: torch.Tensor | None = None
-    best_images: torch.Tensor | None = None
-    reports: dict[str, Any] = dataclasses.field(default_factory=dict)
-    active: torch.Tensor = dataclasses.field(init=False)
-    stopped: str | None = None
-    started: float = dataclasses.field(default_factory=time.perf_counter)
-
-    def __post_init__(self) -> None:
-        self.active = torch.ones(len(self.noise), dtype=torch.bool, device=self.noise.device)
-
-    @property
-    def elapsed(self) -> float:
-        """Seconds since the optimisation began."""
-        return time.perf_counter() - self.started
-
-    def stop(self, reason: str = "callback", samples: torch.Tensor | None = None) -> None:
-        """End the run after this step, or only for the samples where the `(B,)` bool mask `samples` is true."""
-        self.active = self.active & ~samples if samples is not None else torch.zeros_like(self.active)
-        if not self.active.any():
-            self.stopped = reason
-
-
-# callbacks/noise_callback.py
-
-
-class NoiseCallback:
-    """Base of callbacks per *optimisation* step. (diffusers' `callback_on_step_end` is per denoising step.)
-
-    Subclasses override what they need. A plain function `(state) -> bool | None` does where one hook is enough.
-    """
-
-    def on_run_start(self, state: NoiseState) -> None:
-        """Called once, before the first evaluation."""
-
-    def on_step_end(self, state: NoiseState) -> bool | None:
-        """Called after each evaluation. Return `False`, or call `state.stop()`, to end the run."""
-
-    def on_run_end(self, state: NoiseState) -> None:
-        """Called once at the end, also when the run ends in an exception."""
-
-
-class FunctionCallback(NoiseCallback):
-    """A plain function as a callback."""
-
-    def __init__(self, function: Callable[[NoiseState], bool | None]) -> None:
-        self.function = function
-
-    def on_step_end(self, state: NoiseState) -> bool | None:
-        return self.function(state)
-
-
-CallbackSpec = NoiseCallback | Callable[[NoiseState], bool | None]
-
-
-def as_callbacks(callbacks: CallbackSpec | Iterable[CallbackSpec] | None) -> list[NoiseCallback]:
-    """One callback, several, or none, as a list. Raises `TypeError` for what is neither callback nor function.
-
-    Anything with an `on_step_end` counts, whichever copy of `NoiseCallback` it derives from.
-    """
-    if callbacks is None:
-        return []
-    if isinstance(callbacks, Iterable):
-        return [as_callback(each) for each in callbacks]
-    return [as_callback(callbacks)]
-
-
-def as_callback(callback: CallbackSpec) -> NoiseCallback:
-    if hasattr(callback, "on_step_end"):
-        return callback  # pyright: ignore[reportReturnType]
-    if callable(callback):
-        return FunctionCallback(callback)
-    raise TypeError(
-        f"Expected a callback with `on_step_end(state)` or a function of `state`, but got {type(callback).__name__}."
-    )
-
-
 # callbacks/progress.py
 
 
@@ -5106,13 +4473,14 @@ class ProgressBar(NoiseCallback):
 
     def on_run_start(self, state: NoiseState) -> None:
         self.bar = state.pipeline.progress_bar(total=state.steps)
-        self.bar.set_description("Optimising noise")
+        self.bar.set_description("Optimizing noise")
 
     def on_step_end(self, state: NoiseState) -> None:
         if self.bar is None:
             return
         if not self.bar.disable:  # reading the loss waits for the device: only for those who look
-            self.bar.set_postfix(best_loss=f"{state.best_loss.mean():.4f}", refresh=False)  # pyright: ignore
+            self.bar.set_postfix(best_loss=f"{state.best.loss.mean():.4f}", refresh=False)
+        self.bar.total = state.steps  # methods may add evaluations at the end
         self.bar.update()
 
     def on_run_end(self, state: NoiseState) -> None:
@@ -5121,430 +4489,117 @@ class ProgressBar(NoiseCallback):
         self.bar = None
 
 
-# pipelines/memory/restore.py
+# pipelines/sampling/internals.py
 
 
-@contextlib.contextmanager
-def undoing(undo: Callable[[], object]) -> Iterator[None]:
-    """Call `undo` at the end, and once more if that is interrupted: Ctrl-C may come while something is put back."""
-    try:
-        yield
-    finally:
-        try:
-            undo()
-        except BaseException:
-            undo()
-            raise
+BLOCK_SETTINGS = ("gradient_checkpointing", "_gradient_checkpointing_func")  # of a diffusers block
+MODULE_CONTENTS = ("_modules", "_parameters", "_buffers")  # of a torch module
 
 
-# pipelines/memory/lean_layers.py
+def private(owner: Any, name: str, library: str) -> Any:
+    """Return `owner.name`.
 
-
-LEAN_BYTES = 2**18  # smaller inputs are left to autograd: there is nothing to gain
-
-
-class LeanConv2d(nn.Conv2d):
-    """A convolution that keeps its weights and not its input, as long as they are frozen."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        if not is_frozen(self) or self.padding_mode != "zeros" or isinstance(self.padding, str) or not is_lean(input):
-            return super().forward(input)
-        settings = (self.stride, self.padding, self.dilation, self.groups)
-        return FrozenConvolution.apply(input, self.weight, self.bias, settings)  # pyright: ignore[reportReturnType]
-
-
-class FrozenConvolution(torch.autograd.Function):
-    """`F.conv2d` with a gradient for its input alone."""
-
-    @staticmethod
-    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, settings: tuple) -> Tensor:
-        ctx.save_for_backward(weight)
-        ctx.shape, ctx.settings = input.shape, settings
-        return F.conv2d(suited(input, weight), weight, bias, *settings)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:  # pyright: ignore
-        (weight,) = ctx.saved_tensors
-        gradient = suited(gradient, weight)
-        if has_channels_last(gradient) and (turned := turned_settings(weight, *ctx.settings)):
-            found = F.conv2d(gradient, weight.flip(2, 3).transpose(0, 1), None, *turned)
-        else:
-            found = conv2d_input(ctx.shape, weight, gradient, *ctx.settings)
-        return found, None, None, None
-
-
-def turned_settings(weight: Tensor, stride: tuple, padding: tuple, dilation: tuple, groups: int) -> tuple | None:
-    """Of the convolution with the turned kernel that is the gradient of one of stride 1.
-
-    With the channels last CPUs are faster at it than at the gradient of a convolution.
+    Raises:
+        ImportError: If this version of the library has no such name.
     """
-    turned = tuple(dilation[i] * (weight.shape[2 + i] - 1) - padding[i] for i in range(2))
-    return (stride, turned, dilation, groups) if stride == (1, 1) and groups == 1 and min(turned) >= 0 else None
+    if not hasattr(owner, name):
+        version = importlib.metadata.version(library)
+        raise ImportError(
+            f"Expected {library} to have the private name `{name}`, but version {version} has none on "
+            f"{getattr(owner, '__name__', type(owner).__name__)}. Install a version that noiseopt was tested with, or "
+            "update noiseopt."
+        )
+    return getattr(owner, name)
 
 
-class LeanUpsample2D(Upsample2D):
-    """Doubles an image in size and convolves it, in one transposed convolution of the small image: 4/9 of the products.
+def execution_device(pipe) -> torch.device:
+    """Return the device that a pipeline computes on, also when its modules are offloaded."""
+    return private(pipe, "_execution_device", "diffusers")
 
-    Pixels that repeat meet several weights of the kernel, whose sum they can be multiplied with. In half precision the
-    sums would have to be rounded: it keeps to the stock way.
-    """
 
-    def forward(self, hidden_states: Tensor, output_size: Any = None, *args: Any, **kwargs: Any) -> Tensor:
-        fits = is_plain(self) and output_size is None and not args and not kwargs and is_lean(hidden_states)
-        # the kernel takes longer to add up than it saves where it is larger than the image
-        fits = fits and self.conv.weight.numel() <= 4 * hidden_states.numel()  # pyright: ignore
-        if not fits or torch.finfo(hidden_states.dtype).bits < 32:
-            return super().forward(hidden_states, output_size, *args, **kwargs)
-        return FrozenUpsampling.apply(hidden_states, self.conv.weight, self.conv.bias)  # pyright: ignore
+def interrupt(pipe) -> None:
+    """Let a pipeline whose loop checks `pipe.interrupt` skip the remaining steps."""
+    pipe._interrupt = True
 
 
-class FrozenUpsampling(torch.autograd.Function):
-    """A 3 x 3 convolution of the nearest neighbour upsampling by 2, with a gradient for its input alone."""
+def own_timestep_count(pipe) -> int | None:
+    """Return the number of timesteps of the last call, if the pipeline records it."""
+    return getattr(pipe, "_num_timesteps", None)
 
-    @staticmethod
-    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(weight)
-        return F.conv_transpose2d(suited(input), doubling_kernel(weight), bias, stride=2, padding=1)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore
-        (weight,) = ctx.saved_tensors
-        return F.conv2d(suited(gradient), doubling_kernel(weight), stride=2, padding=1), None, None
+def name_or_path(component: Any) -> str | None:
+    """Return the Hub id or folder that a pipeline or one of its components was loaded from."""
+    config = getattr(component, "config", None)
+    source = config.get("_name_or_path") if isinstance(config, Mapping) else getattr(component, "name_or_path", None)
+    return str(source) if source else None
 
 
-def doubling_kernel(weight: Tensor) -> Tensor:
-    """A 3 x 3 kernel (O, I, 3, 3) to that of a transposed convolution (I, O, 4, 4) which also doubles the image.
-
-    Doubling is a transposed convolution with four ones; this is the two after one another.
-    """
-    wide = F.pad(weight.flip(2, 3).transpose(0, 1), (1, 1, 1, 1))
-    wide = wide[..., 1:, :] + wide[..., :-1, :]
-    return suited(wide[..., 1:] + wide[..., :-1])
-
-
-class LeanGroupNorm(nn.GroupNorm):
-    """A group normalization whose output knows what it was made of, for a `LeanSiLU` that comes next."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        output = super().forward(input)
-        if is_lean(input) and output.requires_grad:
-            settings = (self.num_groups, self.weight, self.bias, self.eps)
-            vars(output)["normalized_from"] = output._version, input, settings
-        return output
-
-
-class LeanSiLU(nn.SiLU):
-    """A SiLU that keeps the input of the group normalization before it, which is kept anyway, and not its own."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        version, *source = vars(input).get("normalized_from", (None,))
-        if not is_lean(input) or self.inplace or version != input._version:  # of something else, or written to since
-            return super().forward(input)
-        return NormalizedSiLU.apply(input, *source)  # pyright: ignore[reportReturnType]
-
-
-class NormalizedSiLU(torch.autograd.Function):
-    """`silu(normalized)`, where `normalized` is computed again from what was normalized in the backward pass."""
-
-    @staticmethod
-    def forward(ctx: Any, normalized: Tensor, before: Tensor, settings: tuple) -> Tensor:
-        ctx.save_for_backward(before)
-        ctx.settings = settings
-        return F.silu(normalized)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore
-        (before,) = ctx.saved_tensors
-        groups, weight, bias, eps = ctx.settings
-        normalized = F.group_norm(before, groups, weight, bias, eps)
-        return torch.ops.aten.silu_backward(gradient, normalized), None, None
-
-
-class LeanGEGLU(GEGLU):
-    """A gated linear unit that keeps its projection, and not the gate that follows from it."""
-
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if args or kwargs or hidden_states.device.type == "npu" or not is_lean(hidden_states, dimensions=3):
-            return super().forward(hidden_states, *args, **kwargs)
-        return GatedProjection.apply(self.proj(hidden_states))  # pyright: ignore[reportReturnType]
-
-
-class GatedProjection(torch.autograd.Function):
-    """`values * gelu(gates)` of the two halves of the last dimension."""
-
-    @staticmethod
-    def forward(ctx: Any, projected: Tensor) -> Tensor:
-        ctx.save_for_backward(projected)
-        values, gates = projected.chunk(2, dim=-1)
-        return values * F.gelu(gates)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # pyright: ignore
-        (projected,) = ctx.saved_tensors
-        values, gates = projected.chunk(2, dim=-1)
-        of_gates = torch.ops.aten.gelu_backward(gradient * values, gates)
-        return torch.cat([gradient * F.gelu(gates), of_gates], dim=-1)
-
-
-def is_frozen(layer: nn.Conv2d) -> bool:
-    return not any(parameter.requires_grad for parameter in layer.parameters())
-
-
-def is_plain(layer: Upsample2D) -> bool:
-    """Whether a layer doubles by repeating pixels, and then does nothing but a frozen 3 x 3 convolution."""
-    conv = layer.conv if layer.use_conv and layer.name == "conv" else None
-    if type(conv) is not LeanConv2d or layer.norm is not None or not layer.interpolate or layer.use_conv_transpose:
-        return False
-    shape = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode)
-    hooked = conv._forward_hooks or conv._forward_pre_hooks or "forward" in vars(conv)
-    return shape == ((3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros") and is_frozen(conv) and not hooked
-
-
-def suited(values: Tensor, weight: Tensor | None = None) -> Tensor:
-    """In the order in which a CPU convolves fastest with a weight; as they are on other devices.
-
-    With the channels last, unless the weight is not much smaller: those of the middle of a U-Net are larger than its
-    images. Where a kernel is of one pixel a change of the order takes as long as it saves.
-    """
-    if values.device.type != "cpu" or (weight is not None and weight[0, 0].numel() == 1):
-        return values
-    last = weight is None or values.numel() >= 4 * weight.numel()
-    return values.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
-
-
-def has_channels_last(values: Tensor) -> bool:
-    """Whether values on a CPU are in that order, and in no other at the same time."""
-    last = values.is_contiguous(memory_format=torch.channels_last) and not values.is_contiguous()
-    return last and values.device.type == "cpu"
-
-
-def is_lean(input: Tensor, dimensions: int = 4) -> bool:
-    """Whether a graph is being made of something large, in the precision of its own tensors."""
-    graph = torch.is_grad_enabled() and input.requires_grad and input.ndim == dimensions
-    return graph and input.numel() * input.element_size() >= LEAN_BYTES and not in_autocast(input.device.type)
-
-
-def in_autocast(device_type: str) -> bool:
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
-
-
-LEAN_LAYERS: dict[type[nn.Module], type[nn.Module]] = {
-    nn.Conv2d: LeanConv2d,
-    nn.GroupNorm: LeanGroupNorm,
-    nn.SiLU: LeanSiLU,
-    Upsample2D: LeanUpsample2D,
-    GEGLU: LeanGEGLU,
-}
-
-
-@contextlib.contextmanager
-def lean_layers(roots: Iterable[nn.Module]) -> Iterator[None]:
-    """Layers of these modules are lean inside, and what they were outside; subclasses and compiled modules stay."""
-    changed = [(layer, type(layer)) for root in roots for layer in plain_layers(root)]
-
-    def put_back() -> None:
-        for layer, kind in changed:
-            layer.__class__ = kind
-
-    with undoing(put_back):
-        for layer, kind in changed:
-            layer.__class__ = LEAN_LAYERS[kind]
-        yield
-
-
-def plain_layers(module: nn.Module) -> Iterator[nn.Module]:
-    """The layers of a module that have a lean form; a compiled module would be compiled again for them."""
-    if getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod"):
-        return
-    if type(module) in LEAN_LAYERS:
-        yield module
-    for child in module.children():
-        yield from plain_layers(child)
-
-
-# pipelines/sampling/module_state.py
-
-
-DENOISERS = ("unet", "transformer", "transformer_2")
-CALLED_IN_STEPS = (*DENOISERS, "controlnet")
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-ENCODERS = ("text_encoder", "image_encoder", "safety_checker")
-
-
-def modules_of(pipe) -> dict[str, nn.Module]:
-    """The pipeline's components that are torch modules, by name."""
-    return {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
-
-
-@contextlib.contextmanager
-def frozen_modules(pipe, decoder: nn.Module | None = None) -> Iterator[None]:
-    """All modules, and a decoder that is used beside them, in `eval()`, without parameter gradients and with lean
-    layers inside; exactly as before outside."""
-    roots = [*modules_of(pipe).values(), *([] if decoder is None else [decoder])]
-    modules = [module for root in roots for module in root.modules()]
-    trained = [module for module in modules if module.training]
-    # by name: offloading puts other parameters in the place of these
-    learning = [(module, name) for module in modules for name in learning_parameters(module)]
-
-    def switch(on: bool) -> None:
-        for module in trained:
-            module.training = on
-        for module, name in learning:
-            module.get_parameter(name).requires_grad_(on)
-
-    with undoing(lambda: switch(True)):
-        switch(False)
-        with lean_layers(roots):
-            yield
-
-
-def learning_parameters(module: nn.Module) -> list[str]:
-    """The names of a module's own parameters that take a gradient."""
-    return [name for name, parameter in module.named_parameters(recurse=False) if parameter.requires_grad]
-
-
-def refuse_unsuited(pipe, gradient: str | None) -> None:
-    """Raise `ValueError`, with the remedy, for modules in a state that a method cannot work with.
-
-    Args:
-        pipe: The pipeline.
-        gradient: What the method differentiates; see `PipelineSampler.images`. What no gradient passes may be offloaded
-            and attend by any kernel.
-    """
-    for name, root in modules_of(pipe).items():
-        refuse_cache(name, root)
-        if passes(name, gradient):
-            refuse_offload(name, root)
-            refuse_attention(name, root)
-            refuse_casting(name, root)
-
-
-def passes(name: str, gradient: str | None) -> bool:
-    """Whether a gradient passes a component of a pipeline: prompts are encoded without one."""
-    if gradient is None or name.startswith(ENCODERS):
-        return False
-    return gradient == "full" or name not in DENOISERS
-
-
-def refuse_offload(name: str, root: nn.Module) -> None:
-    """Raise `ValueError` if a module is offloaded: weights that move between forward and backward break gradients."""
-    expected = (
-        f"Expected `{name}` to stay on its device, but it is offloaded, and weights that move between the forward and "
-        "the backward pass break the gradient. Use a method without gradients, such as `BestOfN`, or "
-    )
-    for module in root.modules():
-        if group_offloaded(module):
-            raise ValueError(f"{expected}load the pipeline again without group offloading.")
-        if offloads(getattr(module, "_hf_hook", None)):
-            raise ValueError(f"{expected}call `pipe.remove_all_hooks()` and `pipe.to(device)` first.")
-
-
-def is_offloaded(root: nn.Module) -> bool:
-    """Whether the weights of a module, or of a part of it, move between devices."""
-    return any(group_offloaded(module) or offloads(getattr(module, "_hf_hook", None)) for module in root.modules())
-
-
-def offloads(hook) -> bool:
-    """Whether an accelerate hook moves weights: `CpuOffload`, or `AlignDevicesHook(offload=True)`, alone or nested."""
-    nested = getattr(hook, "hooks", ())
-    return type(hook).__name__ == "CpuOffload" or bool(getattr(hook, "offload", False)) or any(map(offloads, nested))
-
-
-def group_offloaded(module: nn.Module) -> bool:
-    return any("group_offloading" in name for name in diffusers_hooks(module))
+def accelerate_hook(module: nn.Module) -> Any:
+    """Return the accelerate hook of a module, or `None`."""
+    return getattr(module, "_hf_hook", None)
 
 
 def diffusers_hooks(module: nn.Module) -> dict[str, Any]:
-    """The hooks that diffusers put on a module, by name."""
+    """Return the diffusers hooks of a module by name."""
     return getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
 
 
-def refuse_attention(name: str, root: nn.Module) -> None:
-    """Raise `ValueError` if a module attends by a kernel without a backward pass, some of which drop the gradient."""
-    for module in root.modules():
-        backend = attention_backend_of(module)
-        if backend is not None and ("sage" in backend or backend == "_flash_3"):
-            raise ValueError(
-                f'Expected an attention backend with a backward pass, but `{name}` uses "{backend}", which has none. '
-                f'Call `pipe.{name}.set_attention_backend("native")` first, outside any `attention_backend` context, '
-                "or use a method without gradients, such as `BestOfN`."
-            )
+def is_stateful(hook: Any) -> bool:
+    """Return whether a diffusers hook carries state from one denoising step to the next."""
+    return private(hook, "_is_stateful", "diffusers")
 
 
 def attention_backend_of(module: nn.Module) -> str | None:
-    """The kernel that an attention module calls: its own or the one in force; `None` for one that chooses none."""
-    processor = getattr(module, "processor", None)
+    """Return the backend of an attention module: its own or the active one; `None` if it does not dispatch."""
+    from diffusers.models import attention_dispatch
+
+    processor: Any = getattr(module, "processor", None)
     if not hasattr(processor, "_attention_backend"):
         return None
-    own = getattr(processor, "_attention_backend", None)
-    return AttentionBackendName(own or _AttentionBackendRegistry.get_active_backend()[0]).value
+    active, _ = private(attention_dispatch, "_AttentionBackendRegistry", "diffusers").get_active_backend()
+    return attention_dispatch.AttentionBackendName(processor._attention_backend or active).value
 
 
-def refuse_casting(name: str, root: nn.Module) -> None:
-    """Raise `ValueError` for convolutions stored in another type: their backward pass finds the stored weights.
-
-    Linear layers keep those that they computed with.
-    """
-    for module in root.modules():
-        if isinstance(module, CONVOLUTIONS) and "layerwise_casting" in diffusers_hooks(module):
-            raise ValueError(
-                f"Expected convolutions that are stored as they compute, but those of `{name}` are cast layer by "
-                "layer, which breaks the gradient. Load the pipeline again and leave them out: "
-                f"`pipe.{name}.enable_layerwise_casting(..., skip_modules_classes=(torch.nn.Conv2d,))`."
-            )
+def supports_block_checkpointing(module: Any) -> bool:
+    """Return whether diffusers can checkpoint the blocks of a model."""
+    return bool(getattr(module, "_supports_gradient_checkpointing", False))
 
 
-def refuse_cache(name: str, root: nn.Module) -> None:
-    """Raise `ValueError` if a module reuses what earlier denoising steps computed.
-
-    Some caches ask the pipeline which timestep it is at, and the evaluations run on a copy of it; all hold the graph of
-    a step for the next, and a run that is interrupted would leave its state behind.
-    """
-    for module in root.modules():
-        kept = [hook for hook in diffusers_hooks(module).values() if getattr(hook, "_is_stateful", False)]
-        if kept:
-            raise ValueError(
-                f"Expected modules without a cache across denoising steps, but `{name}` has one "
-                f"({type(kept[0]).__name__}). Call `pipe.{name}.disable_cache()` first; the final image may be drawn "
-                "with the cache again."
-            )
+def block_settings(module: nn.Module) -> dict[str, Any]:
+    """Return the checkpointing settings that are set on a block itself."""
+    return {name: vars(module)[name] for name in BLOCK_SETTINGS if name in vars(module)}
 
 
-def without_gradient(module: nn.Module) -> nn.Module:
-    """A shallow copy that shares all weights and whose forward pass leaves no graph."""
-    return with_forward(module, torch.no_grad()(module.forward))
+def replace_block_settings(module: nn.Module, settings: dict[str, Any]) -> None:
+    """Give a block exactly these `block_settings`."""
+    for name in BLOCK_SETTINGS:
+        vars(module).pop(name, None)
+    vars(module).update(settings)
 
 
-def with_forward(module: nn.Module, forward: Callable[..., Any]) -> nn.Module:
-    """A shallow copy that shares all weights and has another forward pass."""
-    twin = copy.copy(module)
-    vars(twin)["forward"] = forward
-    return twin
+def checkpoint_blocks(module: nn.Module, function: Callable[..., Any]) -> None:
+    """Let a block run through `function(block, *inputs)`, such as `torch.utils.checkpoint.checkpoint`."""
+    vars(module).update(zip(BLOCK_SETTINGS, (True, function), strict=True))
 
 
-def converted_apart(module: nn.Module) -> nn.Module:
-    """A shallow copy that shares all weights, until it is converted to another dtype: then it has a copy of them.
+def is_compiled(module: nn.Module) -> bool:
+    """Return whether a module was compiled by `torch.compile(module)` or `module.compile()`."""
+    return private(module, "_compiled_call_impl", "torch") is not None or hasattr(module, "_orig_mod")
 
-    A half-precision pipeline whose VAE has `force_upcast` converts the shared VAE to decode, and back, which swaps the
-    weights under the graph. This one is converted as well, and leaves the shared one alone.
-    """
-    twin = copy.copy(module)
-    vars(twin).pop("decode", None)  # a compiled one is bound to the shared weights
-    contents: dict[torch.dtype, dict[str, Any]] = {module.dtype: vars(module)}  # pyright: ignore
 
-    def to(dtype: torch.dtype) -> nn.Module:
-        if dtype not in contents:
-            contents[dtype] = vars(copy.deepcopy(module).to(dtype))
-        for kind in ("_modules", "_parameters", "_buffers"):
-            vars(twin)[kind] = contents[dtype][kind]
-        return twin
+def base_of_view(tensor: torch.Tensor) -> torch.Tensor | None:
+    """Return the tensor that `tensor` is a view of, or `None`."""
+    return tensor._base
 
-    vars(twin)["to"] = to
-    return twin
+
+def version_of(tensor: torch.Tensor) -> int:
+    """Return the number of in-place writes to a tensor."""
+    return tensor._version
+
+
+def default_mps_generator() -> torch.Generator:
+    """Return the generator that torch draws from on Apple GPUs."""
+    return private(torch.mps, "_get_default_mps_generator", "torch")()
 
 
 # pipelines/memory/graph_size.py
@@ -5553,32 +4608,33 @@ def converted_apart(module: nn.Module) -> nn.Module:
 ChunkSetting = int | Literal["auto"] | None
 
 
-class KeptTensor:
-    """A tensor that a graph has saved; the count is told when the graph lets go of it."""
+class SavedTensor:
+    """Tensor saved by a graph; calls `release` when the graph is freed."""
 
     def __init__(self, tensor: torch.Tensor, release: Callable[[], None]) -> None:
-        self.tensor, self.release = tensor.detach(), release  # a result that knows its graph would keep it for ever
+        # detached: an output of the graph would refer to the graph and keep it alive
+        self.tensor, self.release = tensor.detach(), release
 
     def __del__(self) -> None:
         self.release()
 
 
 class GraphTooLarge(Exception):
-    """A graph that is being built holds more than it may."""
+    """A graph under construction exceeds its limit."""
 
 
 class SavedBytes:
-    """The bytes that graphs made inside this context hold, each storage once, parameters left out.
+    """Context that counts the bytes saved by the graphs built inside it: each storage once, parameters excluded.
 
     Args:
-        limit: What they may hold; `None` for anything.
+        limit: Upper limit in bytes, `None` for no limit.
 
     Attributes:
-        held: Now.
-        peak: The most at any one time.
+        held: Bytes saved now.
+        peak: The most bytes saved at one time.
 
     Raises:
-        GraphTooLarge: Out of the operation that would hold more than the limit.
+        GraphTooLarge: From the operation that would exceed the limit.
     """
 
     def __init__(self, limit: int | None = None) -> None:
@@ -5587,40 +4643,40 @@ class SavedBytes:
         self.holders: Counter[int] = Counter()
 
     def __enter__(self) -> "SavedBytes":
-        self.hooks = torch.autograd.graph.saved_tensors_hooks(self.keep, lambda kept: kept.tensor)
+        self.hooks = torch.autograd.graph.saved_tensors_hooks(self.save, lambda saved: saved.tensor)
         self.hooks.__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
         self.hooks.__exit__(*error)
 
-    def keep(self, tensor: torch.Tensor) -> KeptTensor:
-        if isinstance(tensor, torch.nn.Parameter) or isinstance(tensor._base, torch.nn.Parameter):
-            return KeptTensor(tensor, lambda: None)
+    def save(self, tensor: torch.Tensor) -> SavedTensor:
+        if isinstance(tensor, torch.nn.Parameter) or isinstance(base_of_view(tensor), torch.nn.Parameter):
+            return SavedTensor(tensor, lambda: None)
         storage = tensor.untyped_storage()
-        place, size = storage.data_ptr(), storage.nbytes()
-        if not self.holders[place]:
+        address, size = storage.data_ptr(), storage.nbytes()
+        if not self.holders[address]:
             if self.limit is not None and self.held + size > self.limit:
                 raise GraphTooLarge
             self.held += size
             self.peak = max(self.peak, self.held)
-        self.holders[place] += 1
-        return KeptTensor(tensor, lambda: self.release(place, size))
+        self.holders[address] += 1
+        return SavedTensor(tensor, lambda: self.release(address, size))
 
-    def release(self, place: int, size: int) -> None:
-        self.holders[place] -= 1
-        if not self.holders[place]:
-            del self.holders[place]
+    def release(self, address: int, size: int) -> None:
+        self.holders[address] -= 1
+        if not self.holders[address]:
+            del self.holders[address]
             self.held -= size
 
 
 def fitting_chunk_size(batch: int, per_image: int, free: int) -> int | None:
-    """How many images to have in memory at once, `None` for the whole batch.
+    """Return the number of images to process at once, `None` for the whole batch.
 
     Args:
-        batch: B, how many there are.
-        per_image: The bytes that the graph of one holds.
-        free: The bytes that are free; half of them is left to what was not counted.
+        batch: B, the number of images.
+        per_image: Bytes that the graph of one image saves.
+        free: Free bytes. Half of them is left for what was not counted.
     """
     fitting = free // 2 // per_image if per_image else batch
     return None if fitting >= batch else max(1, fitting)
@@ -5634,172 +4690,13 @@ def check_chunk_size(chunk_size: Any) -> None:
 
 
 def free_memory(device: torch.device) -> int:
-    """The bytes that tensors on a device can still take; for CUDA what its caching allocator keeps unused as well."""
+    """Return the bytes that are free for tensors on a device, the unused cache of the CUDA allocator included."""
     if device.type == "cuda":
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + kept
-    import psutil  # accelerate brings it; not needed but here
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    import psutil  # a dependency of accelerate
 
     return psutil.virtual_memory().available
-
-
-# pipelines/memory/checkpointing.py
-
-
-CheckpointPolicy = Literal["none", "blocks", "steps"]
-Checkpointing = Literal["auto", "none", "blocks", "steps"]
-POLICIES: tuple[CheckpointPolicy, ...] = ("none", "blocks", "steps")  # each holds less than the one before
-BLOCK_SETTINGS = ("gradient_checkpointing", "_gradient_checkpointing_func")
-BLOCK_CHECKPOINT = functools.partial(checkpoint, use_reentrant=False)
-
-
-class Checkpoints:
-    """The checkpointing of one pipeline call, in force inside `with`; shared by the samplers of its parts.
-
-    "blocks" is diffusers' own: of each block of denoiser and decoder only the input is kept. "steps" keeps the input of
-    each call of the denoiser alone, and of the call that is computed again the blocks' inputs, so that the memory
-    hardly grows with the number of steps. A denoiser without such blocks, and one whose LoRA is scaled by the call, is
-    kept by its calls with "blocks" too: diffusers scales it around its forward pass, and a block that was computed
-    again later would miss that.
-
-    A call that was begun inside has to be passed backwards inside, as blocks look at their setting then too. Outside
-    the modules are exactly as they were; what has been turned on by the user stays on throughout.
-
-    Args:
-        setting: A policy, or "auto": the first of none, blocks and steps whose graph takes at most half of the memory
-            that is free. It is counted while the first graph is built, which is begun again with the next policy where
-            it does not fit.
-        denoisers: What is called in each step with a gradient.
-        decoder: What is called once.
-        scaled_lora: Whether the call scales the LoRA of its denoiser.
-
-    Attributes:
-        policy: What is in force.
-    """
-
-    policy: CheckpointPolicy = "none"
-
-    def __init__(
-        self,
-        setting: Checkpointing,
-        denoisers: Sequence[nn.Module] = (),
-        decoder: Any = None,
-        scaled_lora: bool = False,
-    ) -> None:
-        self.setting: Checkpointing = setting
-        self.denoisers, self.scaled_lora = list(denoisers), scaled_lora
-        self.decoder = decoder
-        self.in_force = self.settled = False
-        self.counted: set[Hashable] = set()
-        self.changed: list[tuple[nn.Module, dict[str, Any]]] = []
-
-    def __enter__(self) -> "Checkpoints":
-        self.in_force = True
-        self.take("none" if self.setting == "auto" else self.setting)
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        with undoing(self.restore):
-            pass
-
-    def restore(self) -> None:
-        for module, before in self.changed:
-            for name in BLOCK_SETTINGS:
-                vars(module).pop(name, None)
-            vars(module).update(before)
-        self.changed = []
-        self.policy, self.in_force, self.settled = "none", False, False
-        self.counted.clear()
-
-    @property
-    def ladder(self) -> Sequence[CheckpointPolicy]:
-        """The policies that may be taken from here on: one, unless the setting is "auto"."""
-        if self.setting != "auto" or not self.in_force:
-            return (self.policy,)
-        within = POLICIES if self.denoisers else POLICIES[:2]  # without them there is a decoder only
-        return within[within.index(self.policy) :]
-
-    def take(self, policy: CheckpointPolicy) -> None:
-        """Put a policy in force for the graphs from here on; those that exist stay as they are."""
-        self.policy = policy
-        if policy != "none" and not self.changed:
-            kept_by_blocks = [part for part in [*self.denoisers, self.decoder] if self.has_blocks(part)]
-            modules = [module for part in kept_by_blocks for module in blocks_of(part)]
-            self.changed = [(module, own_block_settings(module)) for module in modules]
-            for module in modules:
-                vars(module).update(zip(BLOCK_SETTINGS, (True, BLOCK_CHECKPOINT), strict=True))
-
-    def has_blocks(self, part: Any) -> bool:
-        """Whether a module is kept by its blocks."""
-        scaled = self.scaled_lora and part is not self.decoder
-        return bool(getattr(part, "_supports_gradient_checkpointing", False)) and not scaled
-
-    def call_of(self, part: Any) -> Any:
-        """A denoiser as it is to be called in a step."""
-        whole = self.policy == "steps" or (self.policy == "blocks" and not self.has_blocks(part))
-        return recomputed_whole(part) if whole and part in self.denoisers else part
-
-    def settle(self) -> None:
-        """Leave it at the policy that is in force, or that is taken by hand."""
-        self.settled = True
-
-    def fitted(self, kind: Hashable, device: torch.device, draw: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """`draw()`, which builds a graph, with the first policy of those that may be taken whose graph fits.
-
-        Graphs are counted once of each `kind`: the images of a run are all made in the same way.
-        """
-        if self.settled or kind in self.counted:
-            return draw()
-        self.counted.add(kind)
-        *others, last = self.ladder
-        for policy in others:
-            self.take(policy)
-            try:
-                with SavedBytes(limit=free_memory(device) // 2):
-                    return draw()
-            except GraphTooLarge:
-                continue
-        self.take(last)
-        return draw()
-
-
-def blocks_of(part: nn.Module) -> Iterator[nn.Module]:
-    """The modules of a model that keep their inputs alone once they are told to, and are not yet."""
-    for module in part.modules():
-        if getattr(module, "gradient_checkpointing", True) is False:
-            yield module
-
-
-def own_block_settings(module: nn.Module) -> dict[str, Any]:
-    """What a module has of its own to say about keeping its inputs alone."""
-    return {name: vars(module)[name] for name in BLOCK_SETTINGS if name in vars(module)}
-
-
-def recomputed_whole(module: nn.Module) -> nn.Module:
-    """A shallow copy that shares all weights and keeps of each call its inputs alone, where there is a gradient."""
-    forward = module.forward
-
-    @functools.wraps(forward)
-    def keep_inputs(*args, **kwargs):
-        if not torch.is_grad_enabled():
-            return forward(*args, **kwargs)
-        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
-
-    return with_forward(module, keep_inputs)
-
-
-def check_checkpointing(checkpointing: Any) -> None:
-    """Raise `ValueError` unless `checkpointing` is "auto" or a policy."""
-    if checkpointing not in ("auto", *POLICIES):
-        raise ValueError(
-            f'Expected `checkpointing` to be "auto", "none", "blocks" or "steps", but got {checkpointing!r}.'
-        )
-
-
-def scales_lora(request: dict[str, Any]) -> bool:
-    """Whether a call scales the LoRA of its denoiser, as by `cross_attention_kwargs={"scale": 0.5}`."""
-    settings = [value for value in request.values() if isinstance(value, dict)]
-    return any(value.get("scale") not in (None, 1, 1.0) for value in settings)
 
 
 # pipelines/memory/tiny_decoder.py
@@ -5828,7 +4725,7 @@ def as_loop_decoder(decoder: Any, pipe: Any, denoisers: Sequence[nn.Module]) -> 
         return None
     check_plain_latents(pipe)
     dtype = next(next(iter(denoisers), pipe.vae).parameters()).dtype
-    device = torch.empty(0, device=pipe._execution_device).device  # with its index
+    device = torch.empty(0, device=execution_device(pipe)).device  # with its index
     if isinstance(decoder, str | os.PathLike):
         found: Any = AutoencoderTiny.from_pretrained(os.fspath(decoder), torch_dtype=dtype)
         decoder = found.to(device).requires_grad_(False).eval()
@@ -5896,52 +4793,432 @@ def describe_decoder(decoder: Any) -> dict[str, Any] | None:
         return None
     return {
         "class": type(decoder).__name__,
-        "name": str(decoder.config.get("_name_or_path") or "") or None,
+        "name": name_or_path(decoder),
         "approximation": True,
         "scores": f"of its images; those of the pipeline's own decoder are in reports[{FULL_DECODER!r}]",
     }
 
 
-# pipelines/noise_math.py
+# checked_fields.py
 
 
-@dataclasses.dataclass(frozen=True)
-class ChiPrior:
-    """Negative log-density of the norm of a d-dimensional standard Gaussian, up to a constant.
-
-    ReNO, https://arxiv.org/abs/2406.04312, equation 4: `weight · (r²/2 − (d−1)·ln r)` with `r = ‖noise‖₂`. Its minimum
-    is at `r = √(d−1)`, where the curvature is `2·weight`. It constrains the norm alone and is blind to the spectrum.
+def checked(default: Any, interval: str) -> Any:
+    """Return a dataclass field for a number in an interval.
 
     Args:
-        weight: λ_reg, at least 0. The paper uses 0.01.
+        default: The default value.
+        interval: In mathematical notation, `"[0, 1)"` or `"[1, inf)"`. The annotation of the field says whether the
+            number has to be an integer (`int`) and whether `None` is allowed (`int | None`).
+    """
+    return dataclasses.field(default=default, metadata={"interval": interval})
+
+
+def check_fields(settings: Any) -> None:
+    """Check the fields of a dataclass: those made by `checked`, and those whose annotation has a `Literal`.
+
+    Raises:
+        ValueError: For a value outside, naming the field and what was expected.
+    """
+    hints = get_type_hints(type(settings))
+    for field in dataclasses.fields(settings):
+        check_value(field.name, getattr(settings, field.name), hints[field.name], field.metadata.get("interval"))
+
+
+def check_value(name: str, value: Any, hint: Any, interval: str | None) -> None:
+    """Check one value against its annotation and its interval. Raises `ValueError`, naming both."""
+    members = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    choices = [choice for member in members if get_origin(member) is Literal for choice in get_args(member)]
+    choices += [None] if type(None) in members else []
+    if any(value is choice or (isinstance(value, str) and value == choice) for choice in choices):
+        return
+    if interval is None:
+        if choices and not {int, float, str}.intersection(members) and len(choices) > (None in choices):
+            raise ValueError(f"Expected `{name}` to be one of {tuple(choices)}, but got {value!r}.")
+        return
+    kind = int if float not in members else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kind) or not is_in(interval, value):
+        number = "an integer" if kind is int else "a number"
+        others = "".join(f" or {choice!r}" for choice in choices)
+        raise ValueError(f"Expected `{name}` to be {number} in {interval}{others}, but got {value!r}.")
+
+
+def is_in(interval: str, value: float) -> bool:
+    """Return whether a finite number lies in an interval such as `"[0, 1)"`; NaN and infinity lie in none."""
+    low, high = (float(end) for end in interval[1:-1].split(","))
+    above = value >= low if interval[0] == "[" else value > low
+    below = value <= high if interval[-1] == "]" else value < high
+    return math.isfinite(value) and above and below
+
+
+# pipelines/memory/module_copies.py
+
+
+def without_gradient(module: nn.Module) -> nn.Module:
+    """Return a shallow copy whose forward pass builds no graph."""
+    return with_forward(module, torch.no_grad()(module.forward))
+
+
+def with_forward(module: nn.Module, forward: Callable[..., Any]) -> nn.Module:
+    """Return a shallow copy with another forward pass."""
+    twin = copy.copy(module)
+    vars(twin)["forward"] = forward
+    return twin
+
+
+def converted_apart(module: Any) -> nn.Module:
+    """Return a shallow copy of a VAE that shares its weights until `to(dtype)`, which converts a copy of them.
+
+    A half-precision pipeline whose VAE has `force_upcast` converts the VAE to decode and back, which replaces the
+    weights under the graph. This copy converts its own weights and leaves the shared VAE alone.
+    """
+    twin = copy.copy(module)
+    vars(twin).pop("decode", None)  # a compiled one is bound to the shared weights
+    contents: dict[torch.dtype, dict[str, Any]] = {module.dtype: vars(module)}
+
+    def to(dtype: torch.dtype) -> nn.Module:
+        if dtype not in contents:
+            contents[dtype] = vars(copy.deepcopy(module).to(dtype))
+        vars(twin).update({name: contents[dtype][name] for name in MODULE_CONTENTS})
+        return twin
+
+    vars(twin)["to"] = to
+    return twin
+
+
+# pipelines/memory/checkpointing.py
+
+
+CheckpointPolicy = Literal["none", "blocks", "steps"]
+Checkpointing = Literal["auto", "none", "blocks", "steps"]
+POLICIES: tuple[CheckpointPolicy, ...] = ("none", "blocks", "steps")  # each stores less than the one before
+BLOCK_CHECKPOINT = functools.partial(checkpoint, use_reentrant=False)
+
+
+class Checkpoints:
+    """Gradient checkpointing of one pipeline call, shared by the samplers of its chunks.
+
+    * "none": store all activations.
+    * "blocks": store the input of each block of denoiser and decoder, as diffusers' own checkpointing does.
+    * "steps": store the input of each denoiser call, and the block inputs of the one call that is being recomputed, so
+      that the memory hardly grows with the number of steps.
+
+    Denoisers without such blocks are checkpointed call by call with "blocks" too. So are denoisers whose LoRA the call
+    scales: diffusers resets the scale after the forward pass, and a block that is recomputed later would miss it.
+
+    A graph that is built inside the context must be backpropagated inside it, as blocks read their setting then too. On
+    exit the modules are as they were. Checkpointing that the user has enabled stays on throughout.
+
+    Args:
+        setting: A policy, or "auto": the first of "none", "blocks" and "steps" whose graph takes at most half of the
+            free memory. The graph is measured while it is built, and built again with the next policy if it is too
+            large.
+        denoisers: Modules called in each step with a gradient.
+        decoder: Module called once.
+        scaled_lora: Whether the call scales the LoRA of its denoiser.
+
+    Attributes:
+        policy: The policy in force.
     """
 
-    weight: float = 0.01
+    policy: CheckpointPolicy = "none"
 
-    def __post_init__(self) -> None:
-        if not self.weight >= 0 or math.isinf(self.weight):
-            raise ValueError(f"Expected a prior weight of 0 or more, but got {self.weight}.")
+    def __init__(
+        self,
+        setting: Checkpointing,
+        denoisers: Sequence[nn.Module] = (),
+        decoder: Any = None,
+        scaled_lora: bool = False,
+    ) -> None:
+        self.setting: Checkpointing = setting
+        self.denoisers, self.scaled_lora = list(denoisers), scaled_lora
+        self.decoder = decoder
+        self.in_force = self.settled = False
+        self.measured: set[Hashable] = set()
+        self.changed: list[tuple[nn.Module, dict[str, Any]]] = []
 
-    def __call__(self, noise: torch.Tensor) -> torch.Tensor:
-        """`noise` (B, ...) to the penalty `(B,)`, each sample by itself; at least float32 whatever the noise is."""
-        norm = per_sample_norm(noise)
-        return self.weight * (norm.square() / 2 - (noise[0].numel() - 1) * norm.log())
+    def __enter__(self) -> "Checkpoints":
+        self.in_force = True
+        self.take("none" if self.setting == "auto" else self.setting)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        for module, settings in self.changed:
+            replace_block_settings(module, settings)
+        self.changed = []
+        self.policy, self.in_force, self.settled = "none", False, False
+        self.measured.clear()
+
+    @property
+    def ladder(self) -> Sequence[CheckpointPolicy]:
+        """The policies that may be used from here on: one, unless the setting is "auto"."""
+        if self.setting != "auto" or not self.in_force:
+            return (self.policy,)
+        policies = POLICIES if self.denoisers else POLICIES[:2]  # "steps" is for denoisers
+        return policies[policies.index(self.policy) :]
+
+    def take(self, policy: CheckpointPolicy) -> None:
+        """Use a policy for the graphs built from here on."""
+        self.policy = policy
+        if policy != "none" and not self.changed:
+            models = [model for model in [*self.denoisers, self.decoder] if self.has_blocks(model)]
+            blocks = [block for model in models for block in unchecked_blocks(model)]
+            self.changed = [(block, block_settings(block)) for block in blocks]
+            for block in blocks:
+                checkpoint_blocks(block, BLOCK_CHECKPOINT)
+
+    def has_blocks(self, model: Any) -> bool:
+        """Return whether a model is checkpointed block by block."""
+        return supports_block_checkpointing(model) and (model is self.decoder or not self.scaled_lora)
+
+    def call_of(self, model: Any) -> Any:
+        """Return a denoiser as it is called in a step under the policy."""
+        whole = self.policy == "steps" or (self.policy == "blocks" and not self.has_blocks(model))
+        return checkpointed(model) if whole and model in self.denoisers else model
+
+    def settle(self) -> None:
+        """Measure no more graphs: the policy is set by `take` from here on."""
+        self.settled = True
+
+    def fitted(self, kind: Hashable, device: torch.device, build: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """Return `build()`, which builds a graph, under the first policy of the `ladder` whose graph fits.
+
+        Only the first graph of each `kind` is measured: those of later steps have the same size.
+        """
+        if self.settled or kind in self.measured:
+            return build()
+        self.measured.add(kind)
+        *others, last = self.ladder
+        for policy in others:
+            self.take(policy)
+            try:
+                with SavedBytes(limit=free_memory(device) // 2):
+                    return build()
+            except GraphTooLarge:
+                continue
+        self.take(last)
+        return build()
 
 
-def per_sample_norm(noise: torch.Tensor) -> torch.Tensor:
-    """`(B, ...)` to the L2 norms `(B,)`, in float32 or better: in bfloat16 the spacing of numbers near 256 is 2."""
-    return noise.flatten(1).to(torch.promote_types(noise.dtype, torch.float32)).norm(dim=1)
+def unchecked_blocks(model: nn.Module) -> Iterator[nn.Module]:
+    """Yield the blocks of a diffusers model whose checkpointing is off."""
+    for module in model.modules():
+        if getattr(module, "gradient_checkpointing", True) is False:
+            yield module
 
 
-def per_image(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """`(B,)` values in a shape that broadcasts over `like` (B, ...)."""
-    return values.view(-1, *[1] * (like.ndim - 1))
+def checkpointed(module: nn.Module) -> nn.Module:
+    """Return a shallow copy whose forward pass stores its inputs only and is recomputed in the backward pass."""
+    forward = module.forward
+
+    @functools.wraps(forward)
+    def recomputed(*args, **kwargs):
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+    return with_forward(module, recomputed)
 
 
-def clip_per_sample(gradient: torch.Tensor, max_norm: float) -> torch.Tensor:
-    """`(B, ...)` scaled down where a sample's norm exceeds `max_norm`, as `clip_grad_norm_` does for a whole tensor."""
-    factor = (max_norm / (per_sample_norm(gradient) + 1e-6)).clamp(max=1)
-    return gradient * per_image(factor, gradient)
+def check_checkpointing(checkpointing: Any) -> None:
+    """Raise `ValueError` unless `checkpointing` is "auto" or a policy."""
+    if checkpointing not in ("auto", *POLICIES):
+        raise ValueError(
+            f'Expected `checkpointing` to be "auto", "none", "blocks" or "steps", but got {checkpointing!r}.'
+        )
+
+
+def scales_lora(request: dict[str, Any]) -> bool:
+    """Return whether a call scales the LoRA of its denoiser, as `cross_attention_kwargs={"scale": 0.5}` does."""
+    settings = [value for value in request.values() if isinstance(value, dict)]
+    return any(value.get("scale") not in (None, 1, 1.0) for value in settings)
+
+
+# pipelines/memory/chunks.py
+
+
+SAME_FOR_ALL = ("sigmas", "timesteps")  # lists of numbers that are not one for each image
+PLAIN_VALUES = (str, int, float, bool, type(None))
+ChunkRun = Callable[[list[int], torch.Tensor], torch.Tensor]
+
+
+class WholeBatchDraws(TorchFunctionMode):
+    """Random numbers for some images of a batch, as the whole batch would have drawn them from its one generator.
+
+    Samplers that add noise on the way draw for the images that they have; inside this context a `torch.randn` for so
+    many images from this generator draws for all and keeps the rows, so that the stream goes on as in the whole batch.
+
+    Args:
+        generator: The generator of the call.
+        batch: How many images the whole batch has.
+        rows: Which of them are drawn here.
+    """
+
+    def __init__(self, generator: torch.Generator, batch: int, rows: list[int]) -> None:
+        super().__init__()
+        self.generator, self.batch, self.rows = generator, batch, rows
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is not torch.randn or kwargs.get("generator") is not self.generator:
+            return func(*args, **kwargs)
+        rest = {name: value for name, value in kwargs.items() if name != "size"}
+        shape = kwargs["size"] if "size" in kwargs else args if isinstance(args[0], int) else args[0]
+        if shape[0] != len(self.rows):
+            return func(shape, **rest)
+        return func((self.batch, *shape[1:]), **rest)[self.rows]
+
+
+class ChunkedRun(torch.autograd.Function):
+    """`run(rows, noise[rows])` of all chunks of a batch, with the memory of one: the backward pass runs each again.
+
+    The gradient is that of the joint run, as no image depends on the noise of another.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, noise: torch.Tensor, run: ChunkRun, chunks: list[list[int]]) -> torch.Tensor:
+        ctx.save_for_backward(noise)
+        ctx.run, ctx.chunks = run, chunks
+        return run_each(run, noise, chunks)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # pyright: ignore
+        (noise,) = ctx.saved_tensors
+        found = torch.empty_like(noise)
+        for rows in ctx.chunks:
+            found[rows] = chunk_gradient(ctx.run, rows, noise[rows], gradient[rows])
+        return found, None, None
+
+
+def run_in_chunks(run: ChunkRun, noise: torch.Tensor, chunk_size: int, differentiable: bool) -> torch.Tensor:
+    """`run` of a batch `(B, ...)`, at most `chunk_size` images at a time.
+
+    Args:
+        run: Rows of the batch, and their noise, to what is drawn of them.
+        noise: `(B, ...)`.
+        chunk_size: 1 or more.
+        differentiable: Whether the result has a gradient, where the noise has one.
+    """
+    chunks = [rows.tolist() for rows in torch.arange(len(noise)).split(chunk_size)]
+    if differentiable and noise.requires_grad:
+        return ChunkedRun.apply(noise, run, chunks)  # pyright: ignore[reportReturnType]
+    return run_each(run, noise.detach(), chunks)
+
+
+def run_each(run: ChunkRun, noise: torch.Tensor, chunks: list[list[int]]) -> torch.Tensor:
+    """The results of all chunks in one tensor, without a graph."""
+    first = run(chunks[0], noise[chunks[0]].detach())
+    found = first.new_empty(len(noise), *first.shape[1:])
+    found[chunks[0]] = first
+    for rows in chunks[1:]:
+        found[rows] = run(rows, noise[rows].detach())
+    return found
+
+
+def chunk_gradient(run: ChunkRun, rows: list[int], noise: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    """The gradient of one chunk with respect to its noise; the graph is gone on return."""
+    with torch.enable_grad():
+        leaf = noise.detach().requires_grad_()
+        output = run(rows, leaf)
+    (found,) = torch.autograd.grad(output, leaf, gradient)
+    return found
+
+
+class BatchLayout:
+    """Which prompt each image of a call has, and so what an argument of the call is for some of its images.
+
+    Args:
+        request: The arguments of the call.
+        batch: B, how many images it draws.
+    """
+
+    def __init__(self, request: dict[str, Any], batch: int) -> None:
+        self.request, self.batch = request, batch
+        prompt = request.get("prompt")
+        prompt = request.get("prompt_embeds") if prompt is None else prompt
+        self.prompts = 1 if prompt is None or isinstance(prompt, str) else len(prompt)
+
+    def prompt_rows(self, rows: list[int]) -> list[int]:
+        """The prompt of each image: those of a prompt lie one after the other."""
+        return [row * self.prompts // self.batch for row in rows]
+
+    def request_of(self, rows: list[int]) -> dict[str, Any]:
+        """The arguments of a call for these images alone.
+
+        Raises:
+            ValueError: For an argument that may hold something for each image and is none of the prompts.
+        """
+        for name, value in self.request.items():
+            check_for_all(name, value)
+        if self.prompts == 1:
+            found, count = dict(self.request), len(rows)
+        else:
+            found, count = {name: self.picked(name, value, rows) for name, value in self.request.items()}, 1
+        return found | ({"num_images_per_prompt": count} if "num_images_per_prompt" in found else {})
+
+    def picked(self, name: str, value: Any, rows: list[int]) -> Any:
+        """An argument for the prompts of these images; what is no argument for each prompt as it is."""
+        if "prompt" not in name or isinstance(value, str) or not hasattr(value, "__len__"):
+            return value
+        return take(value, self.prompt_rows(rows)) if len(value) == self.prompts else value
+
+    def encoded_of(self, value: Any, rows: list[int]) -> Any:
+        """What `encode_prompt` returned, for these images.
+
+        Tensors and lists have an entry for each image, or for each prompt where the pipeline repeats them itself;
+        position ids `(L, 3)`, as those of Flux, are the same for all.
+
+        Raises:
+            ValueError: For a tensor with neither.
+        """
+        if isinstance(value, dict):
+            return {name: self.encoded_of(part, rows) for name, part in value.items()}
+        if isinstance(value, torch.Tensor):
+            return self.tensor_of(value, rows)
+        if isinstance(value, list) and len(value) == self.batch:
+            return take(value, rows)
+        if isinstance(value, list) and len(value) == self.prompts > 1:
+            return take(value, self.prompt_rows(rows))
+        if isinstance(value, (tuple, list)):
+            return type(value)([self.encoded_of(part, rows) for part in value])
+        return value
+
+    def tensor_of(self, value: torch.Tensor, rows: list[int]) -> torch.Tensor:
+        if value.ndim == 0 or (value.ndim == 2 and value.shape[1] == 3):
+            return value
+        if len(value) == self.batch:
+            return value[rows]
+        if len(value) == self.prompts:
+            return value if self.prompts == 1 else value[self.prompt_rows(rows)]
+        raise ValueError(
+            f"Expected `encode_prompt` to return tensors with an entry for each of {self.batch} images, but got the "
+            f"shape {tuple(value.shape)}, of which no part can be told apart. Use `chunk_size=None`."
+        )
+
+
+def take(value: Any, rows: Sequence[int]) -> Any:
+    """The rows of a tensor, or of a list or tuple."""
+    return value[list(rows)] if hasattr(value, "shape") else type(value)(value[row] for row in rows)
+
+
+def check_for_all(name: str, value: Any) -> None:
+    """Raise `ValueError` for an argument that is no prompt and may hold something for each image."""
+    if "prompt" in name or name in SAME_FOR_ALL:
+        return
+    if (name.startswith("ip_adapter") and value is not None) or holds_several(value):
+        raise ValueError(
+            f"Expected arguments that are the same for all images, to draw some of them by themselves, but got "
+            f"`{name}`, which may hold one for each. Use `chunk_size=None`."
+        )
+
+
+def holds_several(value: Any) -> bool:
+    """Whether there are several tensors, images or the like in an argument: numbers and strings are settings."""
+    if isinstance(value, dict):
+        return any(map(holds_several, value.values()))
+    if getattr(value, "ndim", 0) > 0:  # torch and numpy
+        return len(value) > 1
+    return isinstance(value, (list, tuple)) and len(value) > 1 and not all(isinstance(x, PLAIN_VALUES) for x in value)
 
 
 # schedulers/x0_prediction.py
@@ -6283,192 +5560,372 @@ def space_of(scheduler: Any) -> SampleSpace:
     )
 
 
-# pipelines/memory/chunks.py
+# pipelines/memory/lean_layers.py
 
 
-SAME_FOR_ALL = ("sigmas", "timesteps")  # lists of numbers that are not one for each image
-PLAIN_VALUES = (str, int, float, bool, type(None))
-ChunkRun = Callable[[list[int], torch.Tensor], torch.Tensor]
+LEAN_BYTES = 2**18  # below this size there is nothing to gain
 
 
-class WholeBatchDraws(TorchFunctionMode):
-    """Random numbers for some images of a batch, as the whole batch would have drawn them from its one generator.
+class LeanConv2d(nn.Conv2d):
+    """Convolution that saves its weights but not its input, as long as it is frozen."""
 
-    Samplers that add noise on the way draw for the images that they have; inside this context a `torch.randn` for so
-    many images from this generator draws for all and keeps the rows, so that the stream goes on as in the whole batch.
-
-    Args:
-        generator: The generator of the call.
-        batch: How many images the whole batch has.
-        rows: Which of them are drawn here.
-    """
-
-    def __init__(self, generator: torch.Generator, batch: int, rows: list[int]) -> None:
-        super().__init__()
-        self.generator, self.batch, self.rows = generator, batch, rows
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func is not torch.randn or kwargs.get("generator") is not self.generator:
-            return func(*args, **kwargs)
-        rest = {name: value for name, value in kwargs.items() if name != "size"}
-        shape = kwargs["size"] if "size" in kwargs else args if isinstance(args[0], int) else args[0]
-        if shape[0] != len(self.rows):
-            return func(shape, **rest)
-        return func((self.batch, *shape[1:]), **rest)[self.rows]
+    def forward(self, input: Tensor) -> Tensor:
+        if not is_frozen(self) or self.padding_mode != "zeros" or isinstance(self.padding, str) or not is_lean(input):
+            return super().forward(input)
+        settings = (self.stride, self.padding, self.dilation, self.groups)
+        return FrozenConvolution.apply(input, self.weight, self.bias, settings)  # pyright: ignore[reportReturnType]
 
 
-class ChunkedRun(torch.autograd.Function):
-    """`run(rows, noise[rows])` of all chunks of a batch, with the memory of one: the backward pass runs each again.
-
-    The gradient is that of the joint run, as no image depends on the noise of another.
-    """
+class FrozenConvolution(torch.autograd.Function):
+    """`F.conv2d` with a gradient for its input only."""
 
     @staticmethod
-    def forward(ctx: Any, noise: torch.Tensor, run: ChunkRun, chunks: list[list[int]]) -> torch.Tensor:
-        ctx.save_for_backward(noise)
-        ctx.run, ctx.chunks = run, chunks
-        return run_each(run, noise, chunks)
+    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, settings: tuple) -> Tensor:
+        ctx.save_for_backward(weight)
+        ctx.shape, ctx.settings = input.shape, settings
+        return F.conv2d(input, weight, bias, *settings)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # pyright: ignore
-        (noise,) = ctx.saved_tensors
-        found = torch.empty_like(noise)
-        for rows in ctx.chunks:
-            found[rows] = chunk_gradient(ctx.run, rows, noise[rows], gradient[rows])
-        return found, None, None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        (weight,) = ctx.saved_tensors
+        return conv2d_input(ctx.shape, weight, *gradients, *ctx.settings), None, None, None
 
 
-def run_in_chunks(run: ChunkRun, noise: torch.Tensor, chunk_size: int, differentiable: bool) -> torch.Tensor:
-    """`run` of a batch `(B, ...)`, at most `chunk_size` images at a time.
+class LeanGroupNorm(nn.GroupNorm):
+    """Group normalization that attaches its input to its output, for a `LeanSiLU` that follows."""
 
-    Args:
-        run: Rows of the batch, and their noise, to what is drawn of them.
-        noise: `(B, ...)`.
-        chunk_size: 1 or more.
-        differentiable: Whether the result has a gradient, where the noise has one.
+    def forward(self, input: Tensor) -> Tensor:
+        output = super().forward(input)
+        if is_lean(input) and output.requires_grad:
+            settings = (self.num_groups, self.weight, self.bias, self.eps)
+            vars(output)["normalized_from"] = version_of(output), input, settings
+        return output
+
+
+class LeanSiLU(nn.SiLU):
+    """SiLU that saves the input of the group normalization before it, which is saved anyway, instead of its own."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        version, *source = vars(input).get("normalized_from", (None,))
+        # another input, or a normalized one that was written to since
+        if not is_lean(input) or self.inplace or version != version_of(input):
+            return super().forward(input)
+        return NormalizedSiLU.apply(input, *source)  # pyright: ignore[reportReturnType]
+
+
+class NormalizedSiLU(torch.autograd.Function):
+    """`silu(normalized)` that recomputes `normalized` in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, normalized: Tensor, before: Tensor, settings: tuple) -> Tensor:
+        ctx.save_for_backward(before)
+        ctx.settings = settings
+        return F.silu(normalized)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (before,) = ctx.saved_tensors
+        normalized = F.group_norm(before, *ctx.settings)
+        return torch.ops.aten.silu_backward(*gradients, normalized), None, None
+
+
+class LeanGEGLU(GEGLU):
+    """Gated linear unit that saves its projection but not the gate computed from it."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if args or kwargs or hidden_states.device.type == "npu" or not is_lean(hidden_states, dimensions=3):
+            return super().forward(hidden_states, *args, **kwargs)
+        return GatedProjection.apply(self.proj(hidden_states))  # pyright: ignore[reportReturnType]
+
+
+class GatedProjection(torch.autograd.Function):
+    """`values * gelu(gates)`, where `values` and `gates` are the two halves of the last dimension."""
+
+    @staticmethod
+    def forward(ctx: Any, projected: Tensor) -> Tensor:
+        ctx.save_for_backward(projected)
+        values, gates = projected.chunk(2, dim=-1)
+        return values * F.gelu(gates)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        (projected,), (gradient,) = ctx.saved_tensors, gradients
+        values, gates = projected.chunk(2, dim=-1)
+        gate_gradient = torch.ops.aten.gelu_backward(gradient * values, gates)
+        return torch.cat([gradient * F.gelu(gates), gate_gradient], dim=-1)
+
+
+def is_frozen(layer: nn.Module) -> bool:
+    return not any(parameter.requires_grad for parameter in layer.parameters())
+
+
+def is_lean(input: Tensor, dimensions: int = 4) -> bool:
+    """Return whether a layer has to build a graph for a large input outside autocast."""
+    graph = torch.is_grad_enabled() and input.requires_grad and input.ndim == dimensions
+    return graph and input.numel() * input.element_size() >= LEAN_BYTES and not in_autocast(input.device.type)
+
+
+def in_autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
+LEAN_LAYERS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Conv2d: LeanConv2d,
+    nn.GroupNorm: LeanGroupNorm,
+    nn.SiLU: LeanSiLU,
+    GEGLU: LeanGEGLU,
+}
+
+
+@contextlib.contextmanager
+def lean_layers(roots: Iterable[nn.Module]) -> Iterator[None]:
+    """Make the layers of these modules lean inside the context.
+
+    Subclasses of the stock layers and compiled modules, which would be compiled again, are left alone.
     """
-    chunks = [rows.tolist() for rows in torch.arange(len(noise)).split(chunk_size)]
-    if differentiable and noise.requires_grad:
-        return ChunkedRun.apply(noise, run, chunks)  # pyright: ignore[reportReturnType]
-    return run_each(run, noise.detach(), chunks)
+    changed = [(layer, type(layer)) for root in roots for layer in stock_layers(root)]
+    try:
+        for layer, kind in changed:
+            layer.__class__ = LEAN_LAYERS[kind]
+        yield
+    finally:
+        for layer, kind in changed:
+            layer.__class__ = kind
 
 
-def run_each(run: ChunkRun, noise: torch.Tensor, chunks: list[list[int]]) -> torch.Tensor:
-    """The results of all chunks in one tensor, without a graph."""
-    first = run(chunks[0], noise[chunks[0]].detach())
-    found = first.new_empty(len(noise), *first.shape[1:])
-    found[chunks[0]] = first
-    for rows in chunks[1:]:
-        found[rows] = run(rows, noise[rows].detach())
-    return found
-
-
-def chunk_gradient(run: ChunkRun, rows: list[int], noise: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
-    """The gradient of one chunk with respect to its noise; the graph is gone on return."""
-    with torch.enable_grad():
-        leaf = noise.detach().requires_grad_()
-        output = run(rows, leaf)
-    (found,) = torch.autograd.grad(output, leaf, gradient)
-    return found
-
-
-class BatchLayout:
-    """Which prompt each image of a call has, and so what an argument of the call is for some of its images.
-
-    Args:
-        request: The arguments of the call.
-        batch: B, how many images it draws.
-    """
-
-    def __init__(self, request: dict[str, Any], batch: int) -> None:
-        self.request, self.batch = request, batch
-        prompt = request.get("prompt")
-        prompt = request.get("prompt_embeds") if prompt is None else prompt
-        self.prompts = 1 if prompt is None or isinstance(prompt, str) else len(prompt)
-
-    def prompt_rows(self, rows: list[int]) -> list[int]:
-        """The prompt of each image: those of a prompt lie one after the other."""
-        return [row * self.prompts // self.batch for row in rows]
-
-    def request_of(self, rows: list[int]) -> dict[str, Any]:
-        """The arguments of a call for these images alone.
-
-        Raises:
-            ValueError: For an argument that may hold something for each image and is none of the prompts.
-        """
-        for name, value in self.request.items():
-            check_for_all(name, value)
-        if self.prompts == 1:
-            found, count = dict(self.request), len(rows)
-        else:
-            found, count = {name: self.picked(name, value, rows) for name, value in self.request.items()}, 1
-        return found | ({"num_images_per_prompt": count} if "num_images_per_prompt" in found else {})
-
-    def picked(self, name: str, value: Any, rows: list[int]) -> Any:
-        """An argument for the prompts of these images; what is no argument for each prompt as it is."""
-        if "prompt" not in name or isinstance(value, str) or not hasattr(value, "__len__"):
-            return value
-        return take(value, self.prompt_rows(rows)) if len(value) == self.prompts else value
-
-    def encoded_of(self, value: Any, rows: list[int]) -> Any:
-        """What `encode_prompt` returned, for these images.
-
-        Tensors and lists have an entry for each image, or for each prompt where the pipeline repeats them itself;
-        position ids `(L, 3)`, as those of Flux, are the same for all.
-
-        Raises:
-            ValueError: For a tensor with neither.
-        """
-        if isinstance(value, dict):
-            return {name: self.encoded_of(part, rows) for name, part in value.items()}
-        if isinstance(value, torch.Tensor):
-            return self.tensor_of(value, rows)
-        if isinstance(value, list) and len(value) == self.batch:
-            return take(value, rows)
-        if isinstance(value, list) and len(value) == self.prompts > 1:
-            return take(value, self.prompt_rows(rows))
-        if isinstance(value, (tuple, list)):
-            return type(value)([self.encoded_of(part, rows) for part in value])
-        return value
-
-    def tensor_of(self, value: torch.Tensor, rows: list[int]) -> torch.Tensor:
-        if value.ndim == 0 or (value.ndim == 2 and value.shape[1] == 3):
-            return value
-        if len(value) == self.batch:
-            return value[rows]
-        if len(value) == self.prompts:
-            return value if self.prompts == 1 else value[self.prompt_rows(rows)]
-        raise ValueError(
-            f"Expected `encode_prompt` to return tensors with an entry for each of {self.batch} images, but got the "
-            f"shape {tuple(value.shape)}, of which no part can be told apart. Use `chunk_size=None`."
-        )
-
-
-def take(value: Any, rows: Sequence[int]) -> Any:
-    """The rows of a tensor, or of a list or tuple."""
-    return value[list(rows)] if hasattr(value, "shape") else type(value)(value[row] for row in rows)
-
-
-def check_for_all(name: str, value: Any) -> None:
-    """Raise `ValueError` for an argument that is no prompt and may hold something for each image."""
-    if "prompt" in name or name in SAME_FOR_ALL:
+def stock_layers(module: nn.Module) -> Iterator[nn.Module]:
+    """Yield the layers of a module that have a lean form."""
+    if is_compiled(module):
         return
-    if (name.startswith("ip_adapter") and value is not None) or holds_several(value):
-        raise ValueError(
-            f"Expected arguments that are the same for all images, to draw some of them by themselves, but got "
-            f"`{name}`, which may hold one for each. Use `chunk_size=None`."
+    if type(module) in LEAN_LAYERS:
+        yield module
+    for child in module.children():
+        yield from stock_layers(child)
+
+
+# pipelines/sampling/module_state.py
+
+
+DENOISERS = ("unet", "transformer", "transformer_2")
+CALLED_IN_STEPS = (*DENOISERS, "controlnet")
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+ENCODERS = ("text_encoder", "image_encoder", "safety_checker")
+
+
+def modules_of(pipe) -> dict[str, nn.Module]:
+    """Return the pipeline's components that are torch modules, by name."""
+    return {name: module for name, module in pipe.components.items() if isinstance(module, nn.Module)}
+
+
+@contextlib.contextmanager
+def frozen_modules(pipe, decoder: nn.Module | None = None) -> Iterator[None]:
+    """Freeze all modules of a pipeline and a separate decoder; the previous state is restored on exit.
+
+    Inside they are in `eval()`, no parameter requires a gradient, and the layers are lean; see `lean_layers`.
+    """
+    roots = [*modules_of(pipe).values(), *([] if decoder is None else [decoder])]
+    modules = [module for root in roots for module in root.modules()]
+    training = [module for module in modules if module.training]
+    # by name, since offloading replaces the parameters
+    trainable = [(module, name) for module in modules for name in trainable_parameters(module)]
+
+    def switch(on: bool) -> None:
+        for module in training:
+            module.training = on
+        for module, name in trainable:
+            module.get_parameter(name).requires_grad_(on)
+
+    try:
+        switch(False)
+        with lean_layers(roots):
+            yield
+    finally:
+        switch(True)
+
+
+def trainable_parameters(module: nn.Module) -> list[str]:
+    """Return the names of a module's own parameters that require a gradient."""
+    return [name for name, parameter in module.named_parameters(recurse=False) if parameter.requires_grad]
+
+
+def refuse_unsuited(pipe, gradient: str | None) -> None:
+    """Raise `ValueError`, with the remedy, for modules in a state that a method cannot work with.
+
+    Modules outside the gradient path may be offloaded and may use any attention backend.
+
+    Args:
+        pipe: The pipeline.
+        gradient: Gradient mode of the method; see `PipelineSampler.images`.
+    """
+    for name, root in modules_of(pipe).items():
+        refuse_cache(name, root)
+        if passes(name, gradient):
+            refuse_offload(name, root)
+            refuse_attention(name, root)
+            refuse_casting(name, root)
+
+
+def passes(name: str, gradient: str | None) -> bool:
+    """Return whether a gradient passes a component of a pipeline. Prompts are encoded without one."""
+    if gradient is None or name.startswith(ENCODERS):
+        return False
+    return gradient == "full" or name not in DENOISERS
+
+
+def refuse_offload(name: str, root: nn.Module) -> None:
+    """Raise `ValueError` if a module is offloaded: weights that move between forward and backward break gradients."""
+    expected = (
+        f"Expected `{name}` to stay on its device, but it is offloaded, and weights that move between the forward and "
+        "the backward pass break the gradient. Use a method without gradients, such as `BestOfN`, or "
+    )
+    for module in root.modules():
+        if group_offloaded(module):
+            raise ValueError(f"{expected}load the pipeline again without group offloading.")
+        if offloads(accelerate_hook(module)):
+            raise ValueError(f"{expected}call `pipe.remove_all_hooks()` and `pipe.to(device)` first.")
+
+
+def is_offloaded(root: nn.Module) -> bool:
+    """Return whether the weights of a module or of one of its submodules move between devices."""
+    return any(group_offloaded(module) or offloads(accelerate_hook(module)) for module in root.modules())
+
+
+def offloads(hook) -> bool:
+    """Return whether an accelerate hook moves weights.
+
+    These are `CpuOffload` and `AlignDevicesHook(offload=True)`, alone or in a `SequentialHook`.
+    """
+    nested = getattr(hook, "hooks", ())
+    return type(hook).__name__ == "CpuOffload" or bool(getattr(hook, "offload", False)) or any(map(offloads, nested))
+
+
+def group_offloaded(module: nn.Module) -> bool:
+    return any("group_offloading" in name for name in diffusers_hooks(module))
+
+
+def refuse_attention(name: str, root: nn.Module) -> None:
+    """Raise `ValueError` for an attention backend without a backward pass; some of them drop the gradient silently."""
+    for module in root.modules():
+        backend = attention_backend_of(module)
+        if backend is not None and ("sage" in backend or backend == "_flash_3"):
+            raise ValueError(
+                f'Expected an attention backend with a backward pass, but `{name}` uses "{backend}", which has none. '
+                f'Call `pipe.{name}.set_attention_backend("native")` first, outside any `attention_backend` context, '
+                "or use a method without gradients, such as `BestOfN`."
+            )
+
+
+def refuse_casting(name: str, root: nn.Module) -> None:
+    """Raise `ValueError` for convolutions under layerwise casting.
+
+    Their backward pass reads the weights in the storage dtype. Linear layers save the ones that they computed with.
+    """
+    for module in root.modules():
+        if isinstance(module, CONVOLUTIONS) and "layerwise_casting" in diffusers_hooks(module):
+            raise ValueError(
+                f"Expected convolutions that are stored in the dtype they compute in, but those of `{name}` are cast "
+                "layer by layer, which breaks the gradient. Load the pipeline again and leave them out: "
+                f"`pipe.{name}.enable_layerwise_casting(..., skip_modules_classes=(torch.nn.Conv2d,))`."
+            )
+
+
+def refuse_cache(name: str, root: nn.Module) -> None:
+    """Raise `ValueError` if a module reuses results of earlier denoising steps.
+
+    Some caches ask the pipeline for its timestep, but evaluations run on a copy of it. All of them carry the graph of
+    one step into the next, and their state would outlive an interrupted run.
+    """
+    for module in root.modules():
+        stateful = [hook for hook in diffusers_hooks(module).values() if is_stateful(hook)]
+        if stateful:
+            raise ValueError(
+                f"Expected modules without a cache across denoising steps, but `{name}` has one "
+                f"({type(stateful[0]).__name__}). Call `pipe.{name}.disable_cache()` first; the final image may be "
+                "generated with the cache again."
+            )
+
+
+# pipelines/sampling/first_call.py
+
+
+def stock_call(cls: type) -> Callable[..., Any]:
+    """Return the `__call__` of the stock pipeline class under our hook, without its `@torch.no_grad`."""
+    for base in cls.__mro__:
+        if "__call__" in vars(base) and not hasattr(base, "_noise_run"):
+            return inspect.unwrap(vars(base)["__call__"])
+    raise TypeError(f"Expected a diffusers pipeline with a `__call__`, but {cls.__name__} has none.")
+
+
+def parts_of(pipe, names: tuple[str, ...]) -> dict[str, Any]:
+    """Return those of the named modules that a pipeline has."""
+    return {name: module for name in names if (module := getattr(pipe, name, None)) is not None}
+
+
+@contextlib.contextmanager
+def first_step_only(pipe) -> Iterator[list[torch.Tensor]]:
+    """Stop a pipeline after its first model call, with the x0 estimate as the result of `scheduler.step`.
+
+    The loop is stopped by `pipe.interrupt`, or by shortening the timesteps in families that do not check it. The
+    pipeline and its scheduler must be copies.
+
+    Yields:
+        A list that is empty at first, and holds the estimate after the call.
+
+    Raises:
+        TypeError: If the pipeline calls `scheduler.step` not at all, or before its denoiser.
+    """
+    scheduler, interruptible = pipe.scheduler, "interrupt" in stock_call(type(pipe)).__code__.co_names
+    set_timesteps, step = scheduler.set_timesteps, scheduler.step
+    calls: list[int] = []
+    stepped: list[bool] = []  # for each step, whether a denoiser had been called
+    estimates: list[torch.Tensor] = []
+
+    @functools.wraps(set_timesteps)
+    def set_one(*args, **kwargs):
+        set_timesteps(*args, **kwargs)
+        if not interruptible:
+            scheduler.timesteps = scheduler.timesteps[:1]
+
+    @functools.wraps(step)
+    def estimate(model_output, timestep, sample, *_, **__):
+        stepped.append(bool(calls))
+        x0 = predict_x0(scheduler, model_output, timestep, sample).to(model_output.dtype)
+        estimates.append(x0)
+        interrupt(pipe)
+        return (x0, x0)
+
+    vars(scheduler).update(set_timesteps=set_one, step=estimate)
+    # copies, since a hook on shared modules would have to be removed whatever happens
+    denoisers = parts_of(pipe, DENOISERS)
+    vars(pipe).update({name: with_forward(model, counted(model.forward, calls)) for name, model in denoisers.items()})
+    try:
+        yield estimates
+    finally:
+        del scheduler.set_timesteps, scheduler.step
+    if not all(stepped or [False]):
+        raise TypeError(
+            f"Expected a pipeline that calls its denoiser ({', '.join(DENOISERS)}) before the first `scheduler.step`, "
+            f"but {type(pipe).__name__} does not, and no x0 can be estimated. Use a method that evaluates images."
         )
 
 
-def holds_several(value: Any) -> bool:
-    """Whether there are several tensors, images or the like in an argument: numbers and strings are settings."""
-    if isinstance(value, dict):
-        return any(map(holds_several, value.values()))
-    if getattr(value, "ndim", 0) > 0:  # torch and numpy
-        return len(value) > 1
-    return isinstance(value, (list, tuple)) and len(value) > 1 and not all(isinstance(x, PLAIN_VALUES) for x in value)
+def counted(function: Callable[..., Any], calls: list[int]) -> Callable[..., Any]:
+    """Return the function with an entry in `calls` for each call."""
+
+    @functools.wraps(function)
+    def count(*args, **kwargs):
+        calls.append(1)
+        return function(*args, **kwargs)
+
+    return count
+
+
+def count_timesteps(pipe) -> int:
+    """Return the number of timesteps of the last call, which may be fewer than those of the scheduler."""
+    return own_timestep_count(pipe) or len(pipe.scheduler.timesteps)
 
 
 # pipelines/sampling/global_draws.py
@@ -6748,23 +6205,16 @@ def latents_with_image(pipe) -> ValueError:
     )
 
 
-# pipelines/sampling/sampler.py
-
-
-Gradient = Literal["full", "frozen"] | None
-Clamp = Literal["straight_through", "hard"]
-
-
-def stock_call(cls: type):
-    """The `__call__` of the stock pipeline class under our hook, without its `@torch.no_grad`."""
-    for base in cls.__mro__:
-        if "__call__" in vars(base) and not hasattr(base, "_noise_run"):
-            return inspect.unwrap(vars(base)["__call__"])
-    raise TypeError(f"Expected a diffusers pipeline with a `__call__`, but {cls.__name__} has none.")
+# pipelines/sampling/random_state.py
 
 
 class RandomState:
-    """The random streams of a call, as they were at one moment: every inner run starts from the same state."""
+    """Snapshot of the random streams of a call, from which every evaluation starts.
+
+    Args:
+        generator: The `generator` argument of the call; `None` for torch's default generator on `device`.
+        device: The device of that default generator.
+    """
 
     def __init__(self, generator: torch.Generator | list[torch.Generator] | None, device: torch.device) -> None:
         self.several = isinstance(generator, list)
@@ -6776,7 +6226,7 @@ class RandomState:
         return [seed for _, _, seed in self.states]
 
     def generator(self) -> torch.Generator | list[torch.Generator]:
-        """Fresh generators in this state, in the form that the pipeline was given."""
+        """Return new generators in this state: a list if the call was given one."""
         fresh = []
         for device, state, _ in self.states:
             fresh.append(torch.Generator(device))
@@ -6784,45 +6234,52 @@ class RandomState:
         return fresh if self.several else fresh[0]
 
     def of_rows(self, rows: list[int]) -> "RandomState":
-        """The streams of some images, or the one that all images share."""
+        """Return the streams of some images, or the stream that all images share."""
         found = copy.copy(self)
         found.states = [self.states[row] for row in rows] if self.several else self.states
         return found
 
 
 def default_generator(device: torch.device) -> torch.Generator:
-    """The generator that torch draws from on `device` when none is given."""
+    """Return the generator that torch uses on `device` by default."""
     if device.type == "cuda":
         return torch.cuda.default_generators[device.index if device.index is not None else torch.cuda.current_device()]
     if device.type == "mps":
-        return torch.mps._get_default_mps_generator()
+        return default_mps_generator()
     return torch.default_generator
 
 
-class PipelineSampler:
-    """One pipeline call as `images(noise)` and `x0(noise)`.
+# pipelines/sampling/sampler.py
 
-    Works on a shallow twin of the pipeline that shares its modules: the scheduler is a copy, `encode_prompt` replays
-    what the outer call recorded, in call order, and `prepare_latents` returns our noise through the stock scaling and
-    packing.
+
+Gradient = Literal["full", "frozen"] | None
+Clamp = Literal["straight_through", "hard"]
+
+
+class PipelineSampler:
+    """One pipeline call as the functions `images(noise)` and `x0(noise)`.
+
+    Each evaluation runs the stock `__call__` on a shallow twin of the pipeline that shares its modules: the scheduler
+    is a copy, `encode_prompt` replays what the outer call recorded, and `prepare_latents` returns our noise through the
+    stock scaling and packing.
 
     Args:
-        pipe: The pipeline whose call is under way, after its prompts were encoded.
+        pipe: The pipeline whose call is in progress, after its prompts were encoded.
         request: The arguments of that call.
-        encoded: What `encode_prompt` returned, in call order.
+        encoded: The return values of `encode_prompt` in call order.
         space: The noise and latents of the call.
-        random_state: The streams before the base noise was drawn.
-        drew: Whether the outer call drew its base noise; if so each inner call draws and discards, to leave samplers
-            that add noise on the way the same stream.
-        clamp: How pixels are brought into [0, 1]: "straight_through" keeps the gradient of saturated pixels, so that
-            they can come back; "hard" (as stock pipelines do) has none there. The values are equal.
-        decoder: What decodes latents in the place of the pipeline's VAE; `None` for that.
-        checkpointing: What is computed again in the backward pass, once `checkpoints` are in force.
-        through_denoiser: Whether gradients pass through the denoiser, so that there is anything of it to be kept.
+        random_state: The random streams before the base noise was sampled.
+        drew: Whether the outer call sampled its base noise. If so, evaluations sample and discard it, so that samplers
+            that add noise at each step see the same stream.
+        clamp: How pixels are clamped to [0, 1]. "straight_through" keeps the gradient of saturated pixels, so that they
+            can recover; "hard", as in stock pipelines, has zero gradient there. The values are equal.
+        decoder: Decoder to use instead of the pipeline's VAE, or `None`.
+        checkpointing: Checkpointing of the evaluations while `checkpoints` are in force.
+        through_denoiser: Whether gradients pass through the denoiser, so that checkpointing it saves memory.
 
     Attributes:
-        timesteps: How many the whole chain has, once it has been run; `None` before.
-        checkpoints: What is computed again, of the whole batch and of its parts.
+        timesteps: The number of timesteps of the whole chain, `None` before its first run.
+        checkpoints: The checkpointing, shared by the samplers of chunks.
     """
 
     timesteps: int | None = None
@@ -6844,80 +6301,63 @@ class PipelineSampler:
         self.call = stock_call(type(pipe))
         ours = ("latents", "generator", "output_type", "return_dict", "callback_on_step_end", "callback")
         self.request = {name: value for name, value in request.items() if name not in ours}
-        self.image_embeds: list[Any] = []  # of an IP-Adapter: what its method returned in the first run, in call order
-        self.twin = self.make_twin(pipe, clamp)
+        self.image_embeds: list[Any] = []  # of an IP-Adapter, recorded in the first run
+        self.twin = make_twin(pipe, clamp)
         self.own_decoder, self.decoder = vars(self.twin).get("vae"), decoder
         if decoder is not None:
             vars(self.twin)["vae"] = decoder
-        called = parts_of(self.twin, CALLED_IN_STEPS).values() if through_denoiser else ()
-        decodes = vars(self.twin).get("vae")
-        self.checkpoints = Checkpoints(checkpointing, tuple(called), decodes, scales_lora(self.request))
-        # as it was before any run: schedulers hold the graph of one afterwards, so that each run has its own copy
+        denoisers = tuple(parts_of(self.twin, CALLED_IN_STEPS).values()) if through_denoiser else ()
+        self.checkpoints = Checkpoints(checkpointing, denoisers, vars(self.twin).get("vae"), scales_lora(self.request))
+        # a copy from before any run: schedulers refer to the graph of a run, so that each run gets its own
         self.scheduler = copy.deepcopy(pipe.scheduler)
-        self.part_of: tuple[int, list[int]] | None = None  # the size of the whole batch, and which rows of it are drawn
+        self.batch_rows: tuple[int, list[int]] | None = None  # of a chunk: size of the whole batch, and its rows
         self.chunks: dict[tuple[int, ...], PipelineSampler] = {}
 
-    def make_twin(self, pipe, clamp: str):
-        twin = copy.copy(pipe)
-        attributes = vars(twin)
-        attributes.pop("_noise_run", None)
-        attributes["_progress_bar_config"] = {"disable": True}
-        # both go through numpy, which no gradient passes; the final run has them
-        attributes.update({name: None for name in ("safety_checker", "watermark") if name in attributes})
-        vae = attributes.get("vae")
-        upcast = vae is not None and vae.config.get("force_upcast") and vae.dtype == torch.float16
-        if upcast and not is_offloaded(vae):  # no gradient passes one that is offloaded
-            attributes["vae"] = converted_apart(vae)
-        if clamp == "straight_through" and hasattr(pipe, "image_processor"):
-            attributes["image_processor"] = copy.copy(pipe.image_processor)
-            vars(twin.image_processor)["denormalize"] = denormalize_straight_through
-        return twin
-
     def with_own_decoder(self) -> "PipelineSampler":
-        """The same sampler with the pipeline's own decoder."""
+        """Return the same sampler with the pipeline's own decoder."""
         found = copy.copy(self)
         found.twin, found.chunks, found.decoder = copy.copy(self.twin), {}, None
         vars(found.twin)["vae"] = self.own_decoder
         return found
 
     def random_state_after_draw(self) -> RandomState:
-        """The random streams once the base noise is drawn."""
+        """Return the random streams after the base noise was sampled."""
         generator = self.random_state.generator()
         if self.drew:
             self.space.on(self.twin, self.space.draw_noise, generator=generator)
         return RandomState(generator, torch.device("cpu"))
 
+    def states_after_draw(self) -> list[tuple[str, torch.Tensor]]:
+        """Return device type and state of each random stream after the base noise was sampled."""
+        return [(device.type, state) for device, state, _ in self.random_state_after_draw().states]
+
     def prepare(self, pipe, noise: torch.Tensor, generator: torch.Generator | list[torch.Generator] | None = None):
-        """What `prepare_latents` of the call returns for another noise; all else that it draws is the same."""
+        """Return what `prepare_latents` of the call returns for another noise and the same other random numbers."""
         generator = generator or self.random_state.generator()
         return self.space.prepare(pipe, noise, draw=self.drew, generator=generator)
 
     def to_latents(self, pipe, noise: torch.Tensor) -> torch.Tensor:
-        """Noise to what the pipeline takes as `latents=`, in its dtype."""
+        """Convert noise to what the pipeline takes as `latents=`, in its dtype."""
         return self.space.to_latents(pipe, noise, draw=self.drew, generator=self.random_state.generator())
 
-    def states_after_draw(self) -> list[tuple[str, torch.Tensor]]:
-        """Device type and state of each random stream once the base noise is drawn."""
-        return [(device.type, state) for device, state, _ in self.random_state_after_draw().states]
-
     def chunk(self, rows: list[int]) -> "PipelineSampler":
-        """A sampler of some images of the batch alone: what the whole batch draws in these rows, but for rounding.
+        """Return the sampler of a chunk, whose images equal these rows of the whole batch up to rounding.
 
-        Samplers that add noise on the way see the same noise, if they draw it from the generator of the call.
+        Samplers that add noise at each step see the same noise if they draw it from the generator of the call.
 
         Raises:
-            ValueError: Naming an argument of the call that cannot be told apart by image, such as a list of images.
+            ValueError: For an argument of the call that cannot be split by image, such as a list of images.
         """
         if tuple(rows) not in self.chunks:
             batch = self.space.arguments.get("batch_size", 0)
             layout = BatchLayout(self.request, batch)
-            part = copy.copy(self)
-            part.space = self.space.for_images(len(rows))
-            part.request = layout.request_of(rows)
-            part.encoded = [layout.encoded_of(each, rows) for each in self.encoded]
-            part.random_state, part.drew = self.random_state_after_draw().of_rows(rows), False
-            part.part_of, part.chunks, part.image_embeds = (batch, rows), {}, []
-            self.chunks[tuple(rows)] = part
+            chunk = copy.copy(self)
+            chunk.space = self.space.for_images(len(rows))
+            chunk.request = layout.request_of(rows)
+            chunk.encoded = [layout.encoded_of(each, rows) for each in self.encoded]
+            chunk.random_state, chunk.drew = self.random_state_after_draw().of_rows(rows), False
+            chunk.batch_rows, chunk.chunks, chunk.image_embeds = (batch, rows), {}, []
+            self.chunks[tuple(rows)] = chunk
         return self.chunks[tuple(rows)]
 
     def images(
@@ -6927,194 +6367,145 @@ class PipelineSampler:
         preview: bool = False,
         chunk_size: int | None = None,
     ) -> torch.Tensor:
-        """`noise` (B, C, H, W) to images (B, 3, H, W) in [0, 1], float32 or better.
+        """Generate images (B, 3, H, W) in [0, 1] from noise (B, C, H, W), in float32 or better.
 
         Args:
             noise: The initial noise.
-            gradient: "full" back-propagates through the whole chain; "frozen" holds the model's outputs constant, so no
-                graph is kept in the denoiser; `None` keeps no graph at all.
-            preview: Draw the x0 estimate of the first model call instead of the whole chain.
-            chunk_size: Draw at most so many images at a time, and draw them again, with their graph, in the backward
-                pass: the same gradient in the memory of so many images, for one more forward pass. `None` for all.
+            gradient: "full" backpropagates through the whole chain. "frozen" treats the model's outputs as constants,
+                so that the denoiser needs no graph. `None` builds no graph at all.
+            preview: Decode the x0 estimate of the first model call instead of running the whole chain.
+            chunk_size: Generate at most this many images at a time, and generate them again with their graph in the
+                backward pass: the same gradient in less memory, for one more forward pass. `None` for all at once.
         """
-        if chunk_size is not None and chunk_size < len(noise):
-
-            def draw(rows: list[int], part: torch.Tensor) -> torch.Tensor:
-                return self.chunk(rows).images(part, gradient, preview)
-
-            return run_in_chunks(draw, noise, chunk_size, gradient is not None)
-        images = self.run(noise, gradient, preview, "pt")
+        images = self.run(noise, gradient, preview, "pt", chunk_size)
         return images.to(torch.promote_types(images.dtype, torch.float32))
 
     def x0(self, noise: torch.Tensor, gradient: Gradient = None, chunk_size: int | None = None) -> torch.Tensor:
-        """`noise` (B, C, H, W) to the x0 estimate of the first model call, in the layout of the noise; see `images`."""
-        if chunk_size is not None and chunk_size < len(noise):
-            return run_in_chunks(
-                lambda rows, part: self.chunk(rows).x0(part, gradient), noise, chunk_size, gradient is not None
-            )
-        latents = self.run(noise, gradient, True, "latent")
-        return self.space.unpack(self.twin, latents)
+        """Return the x0 estimate of the first model call in the layout of the noise (B, C, H, W); see `images`."""
+        return self.space.unpack(self.twin, self.run(noise, gradient, True, "latent", chunk_size))
 
-    def run(self, noise: torch.Tensor, gradient: Gradient, preview: bool, output_type: str) -> torch.Tensor:
-        """What the pipeline puts out for a noise; the latents of a preview are the x0 estimate, in no other layout.
+    def run(
+        self, noise: torch.Tensor, gradient: Gradient, preview: bool, output_type: str, chunk_size: int | None = None
+    ) -> torch.Tensor:
+        """Run the pipeline on `noise` and return its output.
 
-        With a graph, it is as the checkpointing says.
+        With `preview` and `output_type="latent"` this is the x0 estimate in the denoiser's layout.
         """
-        if gradient is None or not noise.requires_grad:
+        differentiable = gradient is not None and noise.requires_grad
+        if chunk_size is not None and chunk_size < len(noise):
+
+            def run_chunk(rows: list[int], chunk: torch.Tensor) -> torch.Tensor:
+                return self.chunk(rows).run(chunk, gradient, preview, output_type)
+
+            return run_in_chunks(run_chunk, noise, chunk_size, differentiable)
+        if not differentiable:
             return self.run_once(noise, gradient, preview, output_type)
         kind = (preview, output_type)
         return self.checkpoints.fitted(kind, noise.device, lambda: self.run_once(noise, gradient, preview, output_type))
 
     def run_once(self, noise: torch.Tensor, gradient: Gradient, preview: bool, output_type: str) -> torch.Tensor:
-        twin = self.fresh_twin(noise, gradient)
-        watched = first_step_only(twin) if preview else no_global_draws(twin)
-        ours = {"generator": twin.sampling_generator, "output_type": output_type, "return_dict": False}
-        draws, graph = self.draws_from(twin.sampling_generator), gradient is not None and noise.requires_grad
+        twin, generator = self.fresh_twin(noise, gradient)
+        differentiable = gradient is not None and noise.requires_grad
+        limited = first_step_only(twin) if preview else no_global_draws(twin)
+        ours = {"generator": generator, "output_type": output_type, "return_dict": False}
         try:
-            with watched as estimates, draws, torch.set_grad_enabled(graph):
+            with limited as estimates, self.shared_draws(generator), torch.set_grad_enabled(differentiable):
                 output = self.call(twin, **self.request, **ours)[0]
-            if estimates and output_type == "latent":  # families unpack and scale what they put out
+            if estimates and output_type == "latent":  # families unpack and scale their output
                 output = estimates[0]
-            if not preview:  # some families set their timesteps after `prepare_latents`: no scheduler knows them before
+            if not preview:  # counted after the run, as some families set their timesteps after `prepare_latents`
                 self.timesteps = count_timesteps(twin)
-        finally:  # its methods refer to it: its scheduler would keep the graph until the next collection
+        finally:  # a reference cycle through its methods would keep the graph until the next garbage collection
             vars(twin).clear()
-        if noise.requires_grad and gradient is not None and not output.requires_grad:
+        if differentiable and not output.requires_grad:
             raise ValueError(
                 f"Expected {type(twin).__name__} to be differentiable from image to noise, but its result carries no "
                 "gradient. Use a method without gradients, such as `BestOfN`."
             )
         return output
 
-    def draws_from(self, generator: torch.Generator | list[torch.Generator]) -> contextlib.AbstractContextManager[Any]:
-        """Lets a part of a batch that shares one generator draw from it as the whole batch does."""
-        if self.part_of is None or isinstance(generator, list):
+    def shared_draws(
+        self, generator: torch.Generator | list[torch.Generator]
+    ) -> contextlib.AbstractContextManager[Any]:
+        """Return a context in which a chunk draws from a generator that its batch shares as the whole batch does."""
+        if self.batch_rows is None or isinstance(generator, list):
             return contextlib.nullcontext()
-        return WholeBatchDraws(generator, *self.part_of)
+        return WholeBatchDraws(generator, *self.batch_rows)
 
-    def fresh_twin(self, noise: torch.Tensor, gradient: Gradient):
-        twin = copy.copy(self.twin)
-        generator = self.random_state.generator()
-        replay = iter(self.encoded)
-
-        vars(twin).update(
+    def fresh_twin(
+        self, noise: torch.Tensor, gradient: Gradient
+    ) -> tuple[Any, torch.Generator | list[torch.Generator]]:
+        """Return a twin for one evaluation of `noise`, and its generator."""
+        twin, generator, recorded = copy.copy(self.twin), self.random_state.generator(), iter(self.encoded)
+        attributes = vars(twin)
+        attributes.update(
             scheduler=copy.deepcopy(self.scheduler),
-            encode_prompt=lambda *_, **__: next(replay),
+            encode_prompt=lambda *_, **__: next(recorded),
             prepare_latents=lambda *_, **__: self.prepare(twin, noise, generator),
-            sampling_generator=generator,
         )
         if hasattr(twin, "prepare_ip_adapter_image_embeds"):
             embed = twin.prepare_ip_adapter_image_embeds
-            vars(twin)["prepare_ip_adapter_image_embeds"] = replayed(embed, self.image_embeds)
-        if gradient == "frozen":
-            vars(twin).update({name: without_gradient(part) for name, part in parts_of(twin, CALLED_IN_STEPS).items()})
-        elif gradient == "full":
-            parts = parts_of(twin, CALLED_IN_STEPS)
-            vars(twin).update({name: self.checkpoints.call_of(part) for name, part in parts.items()})
-        return twin
+            attributes["prepare_ip_adapter_image_embeds"] = replayed(embed, self.image_embeds)
+        wrap = {"frozen": without_gradient, "full": self.checkpoints.call_of}.get(gradient or "")
+        if wrap is not None:
+            attributes.update({name: wrap(model) for name, model in parts_of(twin, CALLED_IN_STEPS).items()})
+        return twin, generator
 
 
-def parts_of(pipe, names: tuple[str, ...]) -> dict[str, Any]:
-    """The modules that a pipeline has of these."""
-    return {name: part for name in names if (part := getattr(pipe, name, None)) is not None}
+def make_twin(pipe, clamp: Clamp):
+    """Return a shallow copy of a pipeline that is differentiable from image to noise."""
+    twin = copy.copy(pipe)
+    attributes = vars(twin)
+    attributes.pop("_noise_run", None)
+    twin.set_progress_bar_config(disable=True)
+    # both use numpy, which has no gradient; the final run has them
+    attributes.update({name: None for name in ("safety_checker", "watermark") if name in attributes})
+    vae: Any = attributes.get("vae")
+    upcast = vae is not None and vae.config.get("force_upcast") and vae.dtype == torch.float16
+    if upcast and not is_offloaded(vae):  # an offloaded VAE is used without gradients only
+        attributes["vae"] = converted_apart(vae)
+    if clamp == "straight_through" and hasattr(pipe, "image_processor"):
+        attributes["image_processor"] = copy.copy(pipe.image_processor)
+        vars(twin.image_processor)["denormalize"] = denormalize_straight_through
+    return twin
 
 
-def replayed(function: Callable[..., Any], kept: list[Any]) -> Callable[..., Any]:
-    """A function that returns what is kept of its earlier calls, in call order, and keeps what it computes beyond."""
+def replayed(function: Callable[..., Any], recorded: list[Any]) -> Callable[..., Any]:
+    """Return a function that replays the recorded return values in call order and records further ones."""
     index = itertools.count()
 
     def replay(*args, **kwargs):
         call = next(index)
-        if call == len(kept):
+        if call == len(recorded):
             with torch.no_grad():
-                kept.append(function(*args, **kwargs))
-        return kept[call]
+                recorded.append(function(*args, **kwargs))
+        return recorded[call]
 
     return replay
 
 
-@contextlib.contextmanager
-def first_step_only(pipe) -> Iterator[list[torch.Tensor]]:
-    """Let a pipeline make one model call, whose `step` returns the x0 estimate. It and its scheduler must be copies.
-
-    The loop is stopped by `pipe.interrupt`, or in families that do not look at it by cutting the list of timesteps.
-
-    Yields:
-        An empty list, for the estimate.
-
-    Raises:
-        TypeError: If the pipeline takes no step, or takes one before a denoiser was called.
-    """
-    scheduler, interruptible = pipe.scheduler, "interrupt" in stock_call(type(pipe)).__code__.co_names
-    set_timesteps, step = scheduler.set_timesteps, scheduler.step
-    calls: list[int] = []
-    stepped: list[bool] = []  # for each step whether a denoiser had been called
-    estimates: list[torch.Tensor] = []
-
-    @functools.wraps(set_timesteps)
-    def set_one(*args, **kwargs):
-        set_timesteps(*args, **kwargs)
-        if not interruptible:
-            scheduler.timesteps = scheduler.timesteps[:1]
-
-    @functools.wraps(step)
-    def estimate(model_output, timestep, sample, *_, **__):
-        stepped.append(bool(calls))
-        x0 = predict_x0(scheduler, model_output, timestep, sample).to(model_output.dtype)
-        estimates.append(x0)
-        pipe._interrupt = True
-        return (x0, x0)
-
-    vars(scheduler).update(set_timesteps=set_one, step=estimate)
-    # copies that count: a hook on modules that others have too would have to be taken off again, whatever happens
-    parts = parts_of(pipe, DENOISERS)
-    vars(pipe).update({name: with_forward(part, counted(part.forward, calls)) for name, part in parts.items()})
-    try:
-        yield estimates
-    finally:
-        del scheduler.set_timesteps, scheduler.step
-    if not all(stepped or [False]):
-        raise TypeError(
-            f"Expected a pipeline that calls its denoiser ({', '.join(DENOISERS)}) before the first `scheduler.step`, "
-            f"but {type(pipe).__name__} does not, and no x0 can be estimated. Use a method that looks at images."
-        )
-
-
-def counted(function: Callable[..., Any], calls: list[int]) -> Callable[..., Any]:
-    """The function, with an entry in `calls` for each call."""
-
-    @functools.wraps(function)
-    def count(*args, **kwargs):
-        calls.append(1)
-        return function(*args, **kwargs)
-
-    return count
-
-
-def count_timesteps(pipe) -> int:
-    """How many timesteps the loop of a call had: pipelines may take a part of those of the scheduler."""
-    return getattr(pipe, "_num_timesteps", None) or len(pipe.scheduler.timesteps)
-
-
 def denormalize_straight_through(images: torch.Tensor) -> torch.Tensor:
-    """[-1, 1] to [0, 1] as diffusers does it, with the clamp's value and the identity's gradient."""
+    """Convert [-1, 1] to [0, 1] as diffusers does, with the value of the clamp and the gradient of the identity."""
     pixels = images * 0.5 + 0.5
     clamped = pixels.clamp(0, 1)
     return clamped.detach() + (pixels - pixels.detach()) if pixels.requires_grad else clamped  # adds exactly 0
 
 
+# pipelines/sampling/sample.py
+
+
 class Sample:
-    """What an objective may look at, computed once and only if asked for.
+    """Sample that an objective evaluates; `images` and `x0` are computed on first access and cached.
 
     Attributes:
         noise: `(B, C, H, W)`, the initial noise.
         prompts: `B` prompts.
-        groups: `B` integers, equal where images share their prompt.
-        seeds: `B` integers that differ from step to step and from image to image: for objectives that draw at random.
-        images: `(B, 3, H, W)` in [0, 1]: the result of the whole chain, or of one model call for a preview.
-        x0: `(B, C, H, W)`: the estimate of the clean latents after one model call.
-        chunk_size: At most so many images are held in memory with their graphs at a time, `None` for all; objectives
-            with models of their own keep to it.
+        groups: `B` integers, equal for images of the same prompt.
+        seeds: `B` integers that differ between steps and images, for stochastic objectives.
+        images: `(B, 3, H, W)` in [0, 1]: the output of the whole chain, or of one model call for a preview.
+        x0: `(B, C, H, W)`, the estimate of the clean latents after one model call.
+        chunk_size: At most this many images have their graphs in memory at a time, `None` for all. Objectives with
+            models of their own respect it.
     """
 
     def __init__(
@@ -7143,7 +6534,7 @@ class Sample:
 
     @property
     def drawn_images(self) -> torch.Tensor | None:
-        """The images if the objective asked for them, without their graph."""
+        """The images if the objective has accessed them, without their graph."""
         images = vars(self).get("images")
         return None if images is None else images.detach()
 
@@ -7152,34 +6543,34 @@ class Sample:
 
 
 class Objective:
-    """`objective(sample) -> (B,)`, lower is better. `evaluate` also reports what it is made of.
+    """A loss of samples: `objective(sample) -> (B,)`, lower is better.
 
     Attributes:
-        requires_prompt: Whether the prompts are looked at.
+        requires_prompt: Whether the objective reads the prompts.
     """
 
     requires_prompt: bool = False
 
     def evaluate(self, sample: Sample) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The loss `(B,)` with its graph, and named raw scores `(B,)` without."""
+        """Return the loss `(B,)` with its graph, and the raw scores `(B,)` by name without a graph."""
         raise NotImplementedError(f"{type(self).__name__} must define `evaluate(sample)`.")
 
     def __call__(self, sample: Sample) -> torch.Tensor:
         return self.evaluate(sample)[0]
 
     def check_groups(self, groups: Sequence[int]) -> None:
-        """Raise `ValueError` for a batch that cannot be compared, before any model runs; see `Sample.groups`."""
+        """Raise `ValueError` for a batch that cannot be compared, before any model runs. See `Sample.groups`."""
 
     def try_out(self, prompt: str, height: int, width: int, gradient: bool) -> None:
-        """Raise for user code that cannot work on images of this size, before any model runs."""
+        """Raise an error for user code that fails on images of this size, before any model runs."""
 
     def describe(self) -> Any:
-        """What goes into the provenance of a result: plain values."""
+        """Return plain values for the provenance of a result."""
         return type(self).__name__
 
 
 class FunctionObjective(Objective):
-    """A plain function `(sample) -> (B,)` as an objective."""
+    """An objective from a function `(sample) -> (B,)`."""
 
     def __init__(self, function: Callable[[Sample], torch.Tensor]) -> None:
         self.function = function
@@ -7191,76 +6582,33 @@ class FunctionObjective(Objective):
         return getattr(self.function, "__name__", type(self.function).__name__)
 
 
-def differentiable_rewards(rewards: Any, device: torch.device) -> RewardSum:
-    """A `RewardSum` that loads names onto `device`. Raises `NonDifferentiableReward` where one that counts has none."""
-    total = RewardSum(rewards, device=device)
-    total.check_differentiable()
-    return total
-
-
 class RewardObjective(Objective):
     """The negative weighted sum of rewards of the images: `−Σᵢ λᵢ·rewardᵢ(images, prompts)`.
 
     Args:
-        rewards: Anything that `RewardSum` takes, or a `RewardSum`.
-        prompts: Ask the rewards about these instead of the pipeline's prompts: one, or one for each image.
-        views: The value stays that of the image itself, but the gradient is the mean of so many random views of it; see
-            `random_views`. 0 for the gradient of the image itself.
+        rewards: A `RewardSum`, or anything that it takes.
     """
 
-    def __init__(self, rewards: Any, prompts: str | Sequence[str] | None = None, views: int = 0) -> None:
+    def __init__(self, rewards: Any) -> None:
         self.rewards = rewards if isinstance(rewards, RewardSum) else RewardSum(rewards)
-        self.prompts = prompts
-        self.requires_prompt = self.rewards.requires_prompt and prompts is None
-        self.views = views
+        self.requires_prompt = self.rewards.requires_prompt
 
     def evaluate(self, sample: Sample) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        prompts = self.prompts if self.prompts is not None else sample.prompts
-        images = sample.images
-        by_views = self.views > 0 and images.requires_grad
-        output = self.rewards(images.detach() if by_views else images, prompts, chunk_size=sample.chunk_size)
-        if not by_views:
-            return -output.total, output.components
-        gradient = self.gradient_by_views(images, prompts, sample.seeds, sample.chunk_size or len(images))
-        return -AttachedGradient.apply(images, output.total, gradient), output.components  # pyright: ignore
-
-    def gradient_by_views(
-        self, images: torch.Tensor, prompts: Any, seeds: Sequence[int], chunk_size: int
-    ) -> torch.Tensor:
-        """The mean gradient `(B, 3, H, W)` of random views with respect to the pixels, a few images at a time."""
-        gradient = torch.empty_like(images)
-        for start in range(0, len(images), chunk_size):
-            rows = slice(start, start + chunk_size)
-            leaf, texts = images[rows].detach().requires_grad_(), part_of_prompts(prompts, rows)
-            views = random_views(leaf, self.views, seeds[rows])
-            total = torch.stack([self.optimised(view, texts).total.sum() for view in views]).mean()
-            gradient[rows] = torch.autograd.grad(total, leaf)[0] if total.requires_grad else 0
-        return gradient
-
-    @functools.cached_property
-    def optimised(self) -> RewardSum:
-        """The rewards that have a weight."""
-        return self.rewards.optimised()
+        output = self.rewards(sample.images, sample.prompts, chunk_size=sample.chunk_size)
+        return -output.total, output.components
 
     def try_out(self, prompt: str, height: int, width: int, gradient: bool) -> None:
-        """Score one random image with each plain callable: its shape, its numbers and, if asked for, its gradient.
+        """Score one random image with each plain callable, and check shape, values and, if needed, the gradient.
 
-        The project's own rewards are tested to meet the contract: they only say whether they take images of this size.
+        The rewards of this package meet the contract; they are only asked whether they take images of this size.
         """
-        prompt = self.first_prompt(prompt)
         for name, reward in zip(self.rewards.names, self.rewards.rewards, strict=True):
             if not hasattr(reward, "function"):
                 reward.check_size(prompt, height, width)  # pyright: ignore[reportCallIssue]
-                continue
-            if gradient and self.rewards.weights[name]:
+            elif gradient and self.rewards.weights[name]:
                 check_gradient(reward, prompt, height, width)  # pyright: ignore[reportArgumentType]
             else:
                 reward(torch.rand(1, 3, height, width, generator=torch.Generator().manual_seed(0)), prompt)
-
-    def first_prompt(self, prompt: str) -> str:
-        """What the first image is scored by: its own prompt, unless the rewards are asked about others."""
-        asked = prompt if self.prompts is None else self.prompts
-        return asked if isinstance(asked, str) else asked[0]
 
     def describe(self) -> dict[str, Any]:
         return self.rewards.describe()
@@ -7271,16 +6619,17 @@ class RewardObjective(Objective):
 
 @dataclasses.dataclass(eq=False)
 class NoiseProblem:
-    """One pipeline call whose noise is to be found.
+    """One pipeline call whose initial noise is to be found.
 
     Attributes:
         pipe: The pipeline.
-        sampler: Noise to images.
-        space: Noise to latents.
+        sampler: The call as a function of its noise.
+        space: The conversion between noise and latents.
         noise: `(B, C, H, W)`, the base noise, float32 or better.
-        prompts: `B` prompts for the rewards.
+        prompts: `B` prompts of the call.
+        reward_prompts: `B` prompts that the rewards are asked about.
         groups: `B` integers, equal where images share their prompt.
-        dtype: What the pipeline draws its noise in.
+        dtype: The dtype in which the pipeline draws its noise.
         request: The arguments of the call, for the provenance.
     """
 
@@ -7289,23 +6638,23 @@ class NoiseProblem:
     space: LatentSpace
     noise: torch.Tensor
     prompts: list[str]
+    reward_prompts: list[str]
     groups: list[int]
     dtype: torch.dtype
     request: dict[str, Any]
 
     @functools.cached_property
     def seeds(self) -> list[int]:
-        """One for each image, from the bits of its base noise: none depends on the rest of the batch."""
+        """One seed per image, a function of the bits of its base noise: independent of the rest of the batch."""
         return [seed_from(noise) for noise in self.noise]
 
 
 class CandidateNoise:
-    """Fresh noises of a problem, by its noise sampler: for the same seeds the same, whatever batch they are drawn in.
+    """A stream of fresh noise for a problem, drawn by its noise sampler.
 
-    (A sampler that couples the samples of a batch couples these as well.)
-
-    The streams are seeded from the base noise of each sample, so that they neither repeat the pipeline's own draws nor
-    depend on the other samples of the batch.
+    Each sample has a random stream of its own, seeded from its base noise. So the candidates of a sample do not depend
+    on the rest of the batch, and never repeat the draws of the pipeline. (A noise sampler that couples the samples of a
+    batch couples their candidates as well.)
     """
 
     def __init__(self, problem: NoiseProblem) -> None:
@@ -7313,20 +6662,228 @@ class CandidateNoise:
         self.streams = [torch.Generator().manual_seed(seed) for seed in problem.seeds]
 
     def draw(self) -> torch.Tensor:
-        """`(B, C, H, W)`, unit variance; standard Gaussian unless the problem has a noise sampler."""
+        """Draw noise `(B, C, H, W)` of unit variance: standard Gaussian unless the call has a noise sampler."""
         return self.draw_noise(tuple(self.like.shape), self.streams, self.like.device, self.like.dtype)
 
     def uniform(self) -> torch.Tensor:
-        """`(B,)` uniform in [0, 1), float64."""
+        """Draw `(B,)` uniform numbers in [0, 1), float64."""
         draws = [torch.rand((), generator=stream, dtype=torch.float64) for stream in self.streams]
         return torch.stack(draws).to(self.like.device)
 
 
 def seed_from(noise: torch.Tensor) -> int:
-    """A 62-bit seed that is a function of the values of a noise."""
+    """Hash the values of a noise to a 62-bit seed."""
     bits = noise.detach().flatten().cpu().to(torch.float32).view(torch.int32).to(torch.int64)
     weights = torch.arange(1, len(bits) + 1).mul(0x9E3779B97F4A7C15 - 2**64)  # odd multiples spread over 64 bits
     return int((bits * weights).sum().item()) & (2**62 - 1)
+
+
+# pipelines/method.py
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NoiseOptimizer:
+    """Base class of methods. A method is its mathematics: an `objective`, and a `step` of the noise.
+
+    The loop in `loop.py` evaluates, keeps the best, and runs the callbacks. Subclasses are frozen, keyword-only
+    dataclasses whose fields are the settings; a field made by `checked` and one annotated with a `Literal` is checked
+    before any model runs. A method that differentiates has a field `gradient: Literal["full", "frozen"]`.
+
+    The last four settings change how a run is computed, not what it finds, and hold for every method.
+
+    Args:
+        steps: Evaluations, the baseline included.
+        chunk_size: The number of images whose graphs are in memory at a time: the same gradient, for one more forward
+            pass. "auto" measures the graph of one image and takes as many as fit into half of the free memory; `None`
+            takes the whole batch.
+        checkpointing: Gradient checkpointing of denoiser and decoder: "none"; "blocks", for one more forward pass;
+            "steps", each call of the denoiser and each block in it, for two more, so that the memory hardly grows with
+            the number of denoising steps; or "auto", the first of these whose graph takes at most half of the free
+            memory. The images and gradients are the same.
+        decoder: A tiny autoencoder that decodes in place of the pipeline's own during the optimization, an
+            approximation that saves time and memory: a Hub id such as "madebyollin/taesdxl", a folder, or a loaded
+            module. The images of the result are decoded by the pipeline's own. `None` uses that throughout.
+        reward_device: The device on which rewards given by name are loaded, such as "cuda:1"; `None` is the pipeline's
+            device. Loaded rewards stay where they are.
+
+    Attributes:
+        returns: "best" returns the noise of the lowest loss: the noise moves `steps − 1` times. "last" returns the
+            noise after `steps` moves, the last of which is not evaluated.
+    """
+
+    steps: int = checked(50, "[1, inf)")
+    chunk_size: int | Literal["auto"] | None = checked(None, "[1, inf)")
+    checkpointing: Checkpointing = "auto"
+    decoder: Any = None
+    reward_device: str | torch.device | None = None
+    returns: ClassVar[Literal["best", "last"]] = "best"
+
+    @property
+    def gradient_mode(self) -> Gradient:
+        """The gradient that the loop takes: "full", "frozen" or `None`. See `PipelineSampler.images`."""
+        return getattr(self, "gradient", None)
+
+    @property
+    def previews(self) -> bool:
+        """Whether the objective sees the x0 estimate of one model call instead of the whole chain."""
+        return getattr(self, "preview", False)
+
+    @property
+    def clamp(self) -> Clamp:
+        """How pixels are clamped: released loops and methods without gradients clamp as stock pipelines do."""
+        exact = self.gradient_mode is None or getattr(self, "mode", None) == "parity"
+        return "hard" if exact else "straight_through"
+
+    def objective(self, pipe) -> Objective:
+        """Return the objective. Called once, before any model runs."""
+        raise NotImplementedError(f"{type(self).__name__} must define `objective(pipe)`.")
+
+    def regularizer(self, noise: torch.Tensor) -> torch.Tensor | float:
+        """Return a `(B,)` penalty that steers the noise but does not count when the best is chosen."""
+        return 0.0
+
+    def start(self, problem: NoiseProblem) -> Any:
+        """Return the state that the method carries from step to step, such as momentum."""
+        return None
+
+    def step(self, run: NoiseState, gradient: Any, state: Any) -> torch.Tensor:
+        """Return the next noise `(B, C, H, W)`.
+
+        Args:
+            run: The evaluation so far: `run.noise` and its `run.loss`, `run.best`.
+            gradient: `(B, C, H, W)`, the gradient of loss and regularizer with respect to `run.noise`; `None` for a
+                method without gradients.
+            state: The object that `start` returned.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define `step(run, gradient, state)`.")
+
+    def inspect(self, run: NoiseState, objective: Any, state: Any) -> torch.Tensor | None:
+        """Inspect an evaluation before the best is updated; the method may stop samples with `run.stop`.
+
+        Returns:
+            A `(B,)` bool mask of the samples for which this step may be the best; `None` for all. Step 0 always counts.
+        """
+        return None
+
+    def finish(self, run: NoiseState, objective: Any, state: Any) -> Iterable[torch.Tensor]:
+        """Yield noises `(B, C, H, W)` to evaluate at the end, also of a run that was stopped.
+
+        The next one is requested after the last one was evaluated.
+        """
+        return ()
+
+    def check(self) -> None:
+        """Raise `ValueError` for settings that cannot work."""
+        check_fields(self)
+        check_reward_device(self.reward_device)
+
+    def device_of_rewards(self, pipe) -> torch.device:
+        """Return the device on which rewards given by name are loaded."""
+        return torch.device(self.reward_device or execution_device(pipe))
+
+    def load_rewards(self, pipe, rewards: Any) -> RewardSum:
+        """Return rewards as a `RewardSum`, names loaded; differentiable ones for a method that differentiates.
+
+        Raises:
+            NonDifferentiableReward: If a reward with a weight has no gradient, but the method needs one.
+        """
+        total = RewardSum(rewards, device=self.device_of_rewards(pipe))
+        if self.gradient_mode is not None:
+            total.check_differentiable()
+        return total
+
+    def settings(self) -> dict[str, Any]:
+        """Return the settings that are plain values, for the provenance."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, bool | int | float | str | None)}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RewardOptimizer(NoiseOptimizer):
+    """Base class of methods that maximize the weighted sum of rewards of each image.
+
+    Args:
+        rewards: A reward or rewards as `RewardSum` takes them: a name, a callable, a dict of these to weights, or a
+            list of (reward, weight).
+    """
+
+    rewards: Any
+
+    def objective(self, pipe) -> Objective:
+        return RewardObjective(self.load_rewards(pipe, self.rewards))
+
+
+# pipelines/noise_math.py
+
+
+@dataclasses.dataclass(frozen=True)
+class ChiPrior:
+    """Negative log-density of the norm of a d-dimensional standard Gaussian, up to a constant.
+
+    ReNO, https://arxiv.org/abs/2406.04312, equation 4: `weight · (r²/2 − (d−1)·ln r)` with `r = ‖noise‖₂`. The minimum
+    is at `r = √(d−1)`, where the curvature is `2·weight`. The prior constrains the norm only, not the spectrum.
+
+    Args:
+        weight: λ_reg, at least 0. The paper uses 0.01.
+
+    Raises:
+        ValueError: For a negative or infinite weight.
+    """
+
+    weight: float = 0.01
+
+    def __post_init__(self) -> None:
+        if not self.weight >= 0 or math.isinf(self.weight):
+            raise ValueError(f"Expected a prior weight of 0 or more, but got {self.weight}.")
+
+    def __call__(self, noise: torch.Tensor) -> torch.Tensor:
+        """Return the penalty `(B,)` of noise `(B, ...)`, in float32 or better."""
+        norm = per_sample_norm(noise)
+        return self.weight * (norm.square() / 2 - (noise[0].numel() - 1) * norm.log())
+
+
+def per_sample_norm(noise: torch.Tensor) -> torch.Tensor:
+    """Return the L2 norms `(B,)` of `(B, ...)`, in float32 or better: bfloat16 numbers near 256 are 2 apart."""
+    return noise.flatten(1).to(torch.promote_types(noise.dtype, torch.float32)).norm(dim=1)
+
+
+def per_image(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Reshape `(B,)` values so that they broadcast over `like` `(B, ...)`."""
+    return values.view(-1, *[1] * (like.ndim - 1))
+
+
+def clip_per_sample(gradient: torch.Tensor, max_norm: float) -> torch.Tensor:
+    """Clip each sample of `(B, ...)` to an L2 norm, with the formula of `torch.nn.utils.clip_grad_norm_`."""
+    factor = (max_norm / (per_sample_norm(gradient) + 1e-6)).clamp(max=1)
+    return gradient * per_image(factor, gradient)
+
+
+def unit(direction: torch.Tensor) -> torch.Tensor:
+    """Scale each sample of `(B, ...)` to length 1; a zero sample stays zero. Safe for very small gradients."""
+    largest = direction.flatten(1).abs().amax(1)
+    scaled = direction / per_image(largest.clamp_min(torch.finfo(direction.dtype).tiny), direction)
+    return scaled / per_image(per_sample_norm(scaled).clamp_min(1), scaled)
+
+
+def displacement(noise: torch.Tensor, sigma: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
+    """Return `v = (√(1−γ) − 1)·z + √γ·σ`, the change of `noise` z when `sigma` is mixed into it.
+
+    Mixing two independent Gaussian noises this way gives Gaussian noise of the same variance.
+
+    Args:
+        noise: z, `(B, ...)`.
+        sigma: σ, `(B, ...)`.
+        gamma: γ, `(B,)` in [0, 1].
+    """
+    gamma = per_image(gamma, noise)
+    return ((1 - gamma).sqrt() - 1) * noise + gamma.sqrt() * sigma
+
+
+def sets(groups: Sequence[int]) -> Iterator[torch.Tensor]:
+    """Yield the rows of each group of samples, one index tensor per group, in the order of the group numbers."""
+    labels = torch.tensor(groups)
+    for group in sorted(set(groups)):
+        yield (labels == group).nonzero().flatten()
 
 
 # pipelines/results/frequency_bands.py
@@ -7336,9 +6893,10 @@ BANDS = ("lowest third", "middle third", "highest third")
 
 
 def band_energies(change: torch.Tensor) -> torch.Tensor:
-    """`change` (B, ..., H, W) to how much of its squared norm lies in each third of the frequencies, `(B, 3)`.
+    """Return the squared norm of `change` (B, ..., H, W) in each third of the frequencies, `(B, 3)`.
 
-    With the orthonormal FFT of each channel the three add up to `‖change‖²` (Parseval). See `frequency_bands`.
+    By Parseval's theorem, with the orthonormal FFT of each channel, the three add up to `‖change‖²`. See
+    `frequency_bands`.
     """
     power = torch.fft.fft2(change, norm="ortho").abs().square().flatten(1, -3).sum(1)
     return (power[:, None] * frequency_bands(*change.shape[-2:]).to(power)).sum((-2, -1))
@@ -7346,12 +6904,12 @@ def band_energies(change: torch.Tensor) -> torch.Tensor:
 
 @functools.cache
 def frequency_bands(height: int, width: int) -> torch.Tensor:
-    """Which third each entry of `fft2` belongs to, `(3, H, W)` zeros and ones: lowest, middle, highest.
+    """Return the masks of the lowest, middle and highest third of the frequencies of `fft2`, `(3, H, W)` bool.
 
-    The thirds are of the radial frequency √(u² + v²) in cycles per entry, from 0 to the largest that the grid has, in
-    its corner. "It's Never Too Late", https://arxiv.org/abs/2601.00090, figure 6, speaks of thirds of the spectrum and
-    does not say where it ends. The lowest third of the radius holds only about 17% of the entries of large grids, the
-    middle 52% and the highest 30%: white noise has its energy in these shares.
+    The thirds are of the radial frequency √(u² + v²) in cycles per entry, from 0 to the largest of the grid, in its
+    corner. Figure 6 of "It's Never Too Late", https://arxiv.org/abs/2601.00090, plots thirds of the spectrum without
+    saying where it ends. On large grids the thirds hold about 17%, 52% and 30% of the entries, and so of the energy of
+    white noise.
     """
     rows, columns = (torch.fft.fftfreq(side, dtype=torch.float64) for side in (height, width))
     radius = torch.hypot(rows[:, None], columns)
@@ -7362,22 +6920,22 @@ def frequency_bands(height: int, width: int) -> torch.Tensor:
 # pipelines/results/atomic_write.py
 
 
-def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write a file so that it is there as a whole or not at all, whenever the process ends.
+def atomic_write(path: Path, write: Callable[[Path], Any]) -> None:
+    """Write a file atomically: `write(temporary)` writes a temporary file, which then replaces `path`.
 
-    If the writing ends in an exception, Ctrl-C among them, what was there before is still there, and nothing else.
+    If writing fails or is interrupted, a previous file stays as it was, and no temporary file is left behind.
     """
-    part = part_of_file(path)
+    temporary = temporary_path(path)
     try:
-        write(part)
-        os.replace(part, path)
+        write(temporary)
+        os.replace(temporary, path)
     except BaseException:
-        part.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 
-def part_of_file(path: Path) -> Path:
-    """Where a file is written before it is moved to its place: a name of the same kind in the same folder."""
+def temporary_path(path: Path) -> Path:
+    """Return the path of the temporary file: in the same folder, with the same suffix."""
     return path.with_name(f".part-{path.name}")
 
 
@@ -7389,36 +6947,36 @@ RESULT_HEADER = {"format": str, "provenance": dict, "generator_devices": list, "
 RESULT_TENSORS = ("noise", "latents", "losses", "norms", "best_step")
 PROVENANCE: dict[str, type] = {"method": str, "pipeline": str, "generators": str, "dtype": str}
 PROVENANCE |= {"settings": dict, "scheduler": dict, "arguments": dict, "prompts": list, "seeds": list}
-LATER_TENSORS = ("initial_noise", "band_changes")  # which files of older versions lack
+LATER_TENSORS = ("initial_noise", "band_changes")  # missing in files of older versions
 PER_SCORE, PER_STREAM = "scores.", "generator_states."
 NOISE_DTYPES = (torch.float32, torch.float64)
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, *NOISE_DTYPES)
-CUDA_STATE_BYTES, MOST_STATE_BYTES = 16, 1024  # generators of accelerators count; that of the CPU has 5056 bytes
-TORCH_FILES = (b"PK\x03\x04", *(b"\x80" + bytes([protocol]) for protocol in range(6)))  # a zip, and pickles
+CUDA_STATE_BYTES, MOST_STATE_BYTES = 16, 1024  # accelerators have counters; the CPU state has 5056 bytes
+TORCH_FILES = (b"PK\x03\x04", *(b"\x80" + bytes([protocol]) for protocol in range(6)))  # zip and pickle
 
 Header = dict[str, Any]
 Tensors = dict[str, torch.Tensor]
 
 
 class UnusableResult(Exception):
-    """What is wrong with a file, as the end of a sentence that begins with its name."""
+    """Reason why a file is unusable, phrased to follow its name."""
 
 
 def write_result_file(path: Path, tensors: Tensors, header: Header) -> None:
-    """Write both so that the file is there as a whole or not at all; the format is added."""
+    """Write tensors and header atomically; the format is added to the header."""
     metadata = {"noiseopt": json.dumps({"format": RESULT_FORMAT, **header})}
-    # clones: safetensors refuses tensors that share memory, as noise and latents do in float32
+    # cloned, since safetensors refuses tensors that share memory, as noise and latents do in float32
     copies = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, lambda part: save_file(copies, part, metadata=metadata))
+    atomic_write(path, lambda temporary: save_file(copies, temporary, metadata=metadata))
 
 
 def read_result_file(path: Path) -> tuple[Header, Tensors]:
-    """What `write_result_file` wrote, on the CPU. Nothing is unpickled, whatever the file is.
+    """Read a file of `write_result_file` to the CPU. Nothing is unpickled.
 
     Raises:
-        FileNotFoundError: If there is none.
-        ValueError: For any other file, naming it and what is wrong.
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is no valid result file, with the reason.
     """
     if not path.exists():
         raise FileNotFoundError(f"Expected a file that `NoiseResult.save` wrote, but there is no {path}.")
@@ -7435,49 +6993,49 @@ def read_checked(path: Path) -> tuple[Header, Tensors]:
     try:
         with safe_open(path, framework="pt") as file:
             header = parsed_header(file.metadata() or {})
-            check_names(set(file.keys()), header)  # before the tensors, which may be large
+            check_names(set(file.keys()), header)  # before reading tensors, which may be large
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, RuntimeError, ValueError, TypeError, OverflowError) as error:
-        raise UnusableResult(why_unreadable(path, error)) from None
+        raise UnusableResult(unreadable_reason(path, error)) from None
     check_tensors(tensors)
     check_streams(tensors, header)
     check_provenance(header["provenance"], tensors)
     return header, tensors
 
 
-def why_unreadable(path: Path, error: Exception) -> str:
-    """What a file seems to be that is no safetensors file; it is looked at, and nothing in it is executed."""
+def unreadable_reason(path: Path, error: Exception) -> str:
+    """Return the reason why a file cannot be read, from its first bytes."""
     with path.open("rb") as file:
         start = file.read(4)
     if not start:
         return "is empty"
     if start.startswith(TORCH_FILES) and isinstance(error, SafetensorError):
-        return "is a pickle or a file of `torch.save`, which may execute anything and is not opened"
-    return f"is no whole safetensors file ({str(error).strip().partition(chr(10))[0].rstrip('.')})"
+        return "is a pickle or a file of `torch.save`, which can run arbitrary code and is not loaded"
+    return f"is not a complete safetensors file ({str(error).strip().partition(chr(10))[0].rstrip('.')})"
 
 
 def parsed_header(metadata: dict[str, str]) -> Header:
     try:
         header = json.loads(metadata.get("noiseopt", "{}"))
     except (ValueError, RecursionError):
-        raise UnusableResult("has a header that is no JSON") from None
+        raise UnusableResult("has a header that is not JSON") from None
     found = header.get("format") if isinstance(header, dict) else None
     if isinstance(found, str) and re.fullmatch(r"noiseopt-result-[2-9]|noiseopt-result-[1-9]\d+", found):
-        raise UnusableResult(f"was written by a newer noiseopt, which calls its format {found}. Update noiseopt")
+        raise UnusableResult(f"was written by a newer noiseopt, in the format {found}. Update noiseopt")
     if found != RESULT_FORMAT:
         raise UnusableResult(f"has no {RESULT_FORMAT} header")
     unknown = sorted((metadata.keys() - {"noiseopt"}) | (header.keys() - RESULT_HEADER.keys()))
     if unknown:
         raise UnusableResult(f"has unknown metadata {brief(unknown)}")
-    header.setdefault("reports", {})  # which the first files lack
+    header.setdefault("reports", {})  # missing in the oldest files
     wrong = [name for name, kind in RESULT_HEADER.items() if not isinstance(header.get(name), kind)]
     if wrong:
-        raise UnusableResult(f"has metadata that are missing or of another type: {brief(wrong)}")
+        raise UnusableResult(f"has metadata that is missing or of the wrong type: {brief(wrong)}")
     return header
 
 
 def check_names(names: set[str], header: Header) -> None:
-    """That the tensors are those of a result, with one state for each random stream."""
+    """Require the tensors of a result, with one state for each random stream."""
     streams = {f"{PER_STREAM}{index}" for index in range(len(header["generator_devices"]))}
     if missing := sorted((streams | set(RESULT_TENSORS)) - names):
         raise UnusableResult(f"lacks the tensors {brief(missing)}")
@@ -7487,7 +7045,7 @@ def check_names(names: set[str], header: Header) -> None:
 
 
 def check_tensors(tensors: Tensors) -> None:
-    """That dtypes and shapes are those of `B` noises and of as many steps, and all noises are finite."""
+    """Require dtypes and shapes that agree on the number of images and steps, and finite noise."""
     noise, steps = tensors["noise"], tensors["losses"].shape[:1]
     if noise.ndim < 2 or not noise.numel() or not steps or not steps[0]:
         losses = tuple(tensors["losses"].shape)
@@ -7498,7 +7056,7 @@ def check_tensors(tensors: Tensors) -> None:
     for name, tensor in tensors.items():
         if name in shapes and tensor.shape != torch.Size(shapes[name]):
             raise UnusableResult(
-                f"has '{name}' of shape {tuple(tensor.shape)}, where {tuple(shapes[name])} goes with the others"
+                f"has '{name}' of shape {tuple(tensor.shape)}, where {tuple(shapes[name])} is expected"
             )
         if not name.startswith(PER_STREAM) and tensor.dtype not in dtypes_of(name):
             raise UnusableResult(f"has '{name}' of {tensor.dtype}")
@@ -7515,29 +7073,29 @@ def dtypes_of(name: str) -> tuple[torch.dtype, ...]:
 
 
 def check_values(tensors: Tensors, steps: int) -> None:
-    """That what is drawn from is finite, and the best step is one. (Losses of a sample that stopped are NaN.)"""
+    """Require finite noise and latents, and best steps in range. (Losses of a stopped sample are NaN.)"""
     for name in ("noise", "latents", "initial_noise"):
         if name in tensors and not tensors[name].isfinite().all():
             raise UnusableResult(f"has '{name}' with values that are not finite")
     best = tensors["best_step"]
     if best.min() < 0 or best.max() >= steps:
-        raise UnusableResult(f"has the best steps {brief(best.tolist())}, but {steps} steps")
+        raise UnusableResult(f"has best steps {brief(best.tolist())} out of {steps} steps")
 
 
 def check_streams(tensors: Tensors, header: Header) -> None:
-    """That there are as many random streams as the run had, each with a state that its generator takes."""
+    """Require one random stream, or one for each image, with valid generator states."""
     devices, several = header["generator_devices"], header["provenance"].get("generators") == "list"
     expected = len(tensors["noise"]) if several else 1
     if devices and len(devices) != expected:
-        raise UnusableResult(f"has {len(devices)} generator states, where {expected} go with the others")
+        raise UnusableResult(f"has {len(devices)} generator states, where {expected} are expected")
     for index, device in enumerate(devices):
         state = tensors[f"{PER_STREAM}{index}"]
         if not isinstance(device, str) or not fits_generator(device, state):
-            raise UnusableResult(f"has a generator state that no generator on {device!r} takes")
+            raise UnusableResult(f"has a generator state that is invalid on {device!r}")
 
 
 def fits_generator(device: str, state: torch.Tensor) -> bool:
-    """Whether a generator on a kind of device, which need not be here, can have a state."""
+    """Return whether a state is valid for a type of device, which need not be available."""
     if state.dtype != torch.uint8 or state.ndim != 1 or not re.fullmatch("[a-z_]{1,16}", device):
         return False
     if device != "cpu":
@@ -7551,7 +7109,7 @@ def fits_generator(device: str, state: torch.Tensor) -> bool:
 
 
 def is_device(name: str) -> bool:
-    """Whether torch knows a kind of device, which need not be here."""
+    """Return whether torch knows a type of device, which need not be available."""
     try:
         return torch.device(name).index is None
     except RuntimeError:
@@ -7559,7 +7117,7 @@ def is_device(name: str) -> bool:
 
 
 def check_provenance(provenance: dict[str, Any], tensors: Tensors) -> None:
-    """That what is read from it is of the types and numbers that `provenance_of` writes; any of it may be missing."""
+    """Require the types and lengths that `provenance_of` writes for those entries that are present."""
     batch = len(tensors["noise"])
     wrong = [name for name, kind in PROVENANCE.items() if not isinstance(provenance.get(name, kind()), kind)]
     wrong += [name for name in ("model", "revision") if not isinstance(provenance.get(name), str | None)]
@@ -7572,11 +7130,11 @@ def check_provenance(provenance: dict[str, Any], tensors: Tensors) -> None:
         }
         wrong = [name for name, right in checks.items() if not right]
     if wrong:
-        raise UnusableResult(f"has a provenance whose {brief(wrong)} cannot be that of its noise")
+        raise UnusableResult(f"has a provenance whose {brief(wrong)} does not match its noise")
 
 
 def brief(values: list[Any]) -> str:
-    """The first few of what a stranger may have written at any length."""
+    """Return the first few values as text of limited length, since the file is untrusted."""
     text = ", ".join(str(value) for value in values[:5])
     return text if len(text) <= 200 else text[:200] + "…"
 
@@ -7586,30 +7144,30 @@ def brief(values: list[Any]) -> str:
 
 @dataclasses.dataclass(eq=False, repr=False)
 class NoiseResult:
-    """What `optimize_noise` returns, for `B` independent noises.
+    """Result of `optimize_noise` for `B` independent noises.
 
-    `pipe(prompt, latents=result.latents, ...)` with the arguments of the run draws the best images again. For a sampler
-    that adds noise on the way pass `generator=result.generator()` too.
+    `pipe(prompt, latents=result.latents, ...)` with the arguments of the run reproduces the best images. Samplers that
+    add noise at each step also need `generator=result.generator()`.
 
     Attributes:
         noise: `(B, C, H, W)` float32, unit variance: the best noise, or the last for methods that return it.
-        latents: The same as the pipeline takes it as `latents=`: in its dtype, packed where the family packs.
-        scores: Name to `(steps, B)`: each reward at each step, raw units, higher is better.
+        latents: The noise as the pipeline takes it as `latents=`: in its dtype, packed where the family packs.
+        scores: Name to `(steps, B)`: each reward at each step, in raw units, higher is better.
         losses: `(steps, B)`, lower is better, without the regularizer. NaN where a sample had stopped.
-        norms: `(steps, B)`, ‖noise‖ / √d at each step: 1 is what a Gaussian has.
+        norms: `(steps, B)`, ‖noise‖ / √d at each step, about 1 for a Gaussian.
         best_step: `(B,)`, the step whose noise is returned.
-        provenance: Model, scheduler, dtype, prompts, seeds, versions, method and its settings: plain values.
-        reports: What callbacks found, by name, in plain values: see `HeldOutReward`. After a run with `decoder=` also
-            "full_decoder": scores and losses by the pipeline's own decoder, of the plain result (`initial_scores`,
-            `initial_loss`) and of what is returned (`best_scores`, `best_loss`). `scores` and `losses` are then those
-            of the images of that tiny decoder: an approximation.
-        generator_states: The state of each random stream after the base noise was drawn.
-        initial_noise: `(B, C, H, W)`, the noise of the plain result; `None` in files of versions that did not keep it.
-        band_changes: `(steps, B, 3)`, how much of ‖noise − initial_noise‖² lies in the lowest, middle and highest third
-            of the radial frequencies at each step; the three add up to it. NaN where a sample had stopped, `None` in
-            old files. See `frequency_bands`.
-        images: `(B, 3, H, W)` in [0, 1], the images of `noise`, if they were drawn. Not saved.
-        initial_images: `(B, 3, H, W)`, the plain result. Not saved.
+        provenance: Model, scheduler, dtype, prompts, seeds, versions, method and its settings as JSON values.
+        reports: Reports of callbacks by name, as JSON values; see `HeldOutReward`. After a run with `decoder=` also
+            "full_decoder": scores and losses with the pipeline's own decoder, of the baseline (`initial_scores`,
+            `initial_loss`) and of the returned noise (`best_scores`, `best_loss`). `scores` and `losses` are then
+            approximate: those of the images of the tiny decoder.
+        generator_states: Device type and state of each random stream after the base noise was sampled.
+        initial_noise: `(B, C, H, W)`, the noise of the baseline; `None` in files of versions that did not store it.
+        band_changes: `(steps, B, 3)`, the part of ‖noise − initial_noise‖² in the lowest, middle and highest third of
+            the radial frequencies at each step; see `frequency_bands`. NaN where a sample had stopped, `None` in files
+            of versions that did not store it.
+        images: `(B, 3, H, W)` in [0, 1], the images of `noise`, if the run generated them. Not saved.
+        initial_images: `(B, 3, H, W)`, the baseline images. Not saved.
     """
 
     noise: torch.Tensor
@@ -7639,7 +7197,7 @@ class NoiseResult:
 
     @property
     def initial_scores(self) -> dict[str, torch.Tensor]:
-        """Name to `(B,)`: the rewards of the plain result."""
+        """Name to `(B,)`: the rewards of the baseline."""
         return {name: values[0] for name, values in self.scores.items()}
 
     @property
@@ -7649,14 +7207,14 @@ class NoiseResult:
 
     @property
     def band_shares(self) -> torch.Tensor | None:
-        """`(steps, B, 3)`: `band_changes` as shares of their sum; NaN where nothing has changed."""
+        """`(steps, B, 3)`: `band_changes` as shares of their sum; NaN where nothing changed."""
         return None if self.band_changes is None else self.band_changes / self.band_changes.sum(-1, keepdim=True)
 
     def at_best(self, values: torch.Tensor) -> torch.Tensor:
         return values.gather(0, self.best_step.to(values.device)[None])[0]
 
     def generator(self) -> torch.Generator | list[torch.Generator] | None:
-        """Fresh generators that continue where the base noise ended; a list if the run had one for each image."""
+        """Return new generators in the state after the base noise; a list if the run had one for each image."""
         fresh = []
         for device, state in self.generator_states:
             fresh.append(torch.Generator(device))
@@ -7664,9 +7222,9 @@ class NoiseResult:
         return fresh if self.provenance.get("generators") == "list" else (fresh or [None])[0]
 
     def save(self, path: str | Path) -> None:
-        """Write one safetensors file: the tensors, and the provenance as JSON in its header.
+        """Write one safetensors file with the provenance as JSON in its header.
 
-        The file is there as a whole or not at all; if the writing is interrupted, one that was there before stays.
+        The write is atomic: if it is interrupted, a previous file stays as it was.
         """
         own = {name: getattr(self, name) for name in RESULT_TENSORS + LATER_TENSORS}
         tensors = {name: tensor for name, tensor in own.items() if tensor is not None}
@@ -7678,12 +7236,11 @@ class NoiseResult:
 
     @classmethod
     def load(cls, path: str | Path, device: str | torch.device = "cpu") -> "NoiseResult":
-        """Read what `save` wrote. Nothing is unpickled, and nothing is used before all of it is checked.
+        """Read a file of `save`. Files are untrusted: nothing is unpickled, and all content is checked before use.
 
         Raises:
             FileNotFoundError: If there is no such file.
-            ValueError: For any other file, one of a newer version, and one that was damaged or made to mislead: what
-                it holds must be consistent and finite. The message names the file and what is wrong.
+            ValueError: If the file is damaged, foreign, inconsistent, or written by a newer version.
         """
         header, tensors = read_result_file(Path(path))
         streams = enumerate(header["generator_devices"])
@@ -7691,8 +7248,8 @@ class NoiseResult:
         tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
         names = [name for name in tensors if name.startswith(PER_SCORE)]
         scores = {name.removeprefix(PER_SCORE): tensors.pop(name) for name in names}
-        facts = {name: header[name] for name in ("provenance", "reports")}
-        return cls(**tensors, **facts, scores=scores, generator_states=states)
+        records = {name: header[name] for name in ("provenance", "reports")}
+        return cls(**tensors, **records, scores=scores, generator_states=states)
 
 
 # pipelines/results/noise_file.py
@@ -7702,10 +7259,10 @@ SECONDS_BETWEEN_WRITES = 10.0
 
 
 class NoiseFile:
-    """The file that holds the best noise so far: from the first step on, whatever ends the run, always whole.
+    """File of the best noise so far, written atomically from the first step on.
 
     Args:
-        path: Where the file is to be; its folder is made. What is there already is replaced.
+        path: Path of the file. Its folder is created, and an existing file is replaced.
 
     Raises:
         ValueError: If no file can be written there.
@@ -7718,57 +7275,51 @@ class NoiseFile:
         self.next_write = -math.inf
         if os.path.isdir(self.path):
             raise ValueError(f"Expected `save_noise_to` to be a file, but {path} is a folder. Add a name to it.")
-        part = part_of_file(self.path)
+        temporary = temporary_path(self.path)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            write_and_remove(part)
+            temporary.touch()
+            temporary.unlink()
         except (OSError, ValueError) as error:
             raise ValueError(f"Expected `save_noise_to` to be a file that can be written, but got {error}.") from None
 
     def keep(self, result: Callable[[], NoiseResult]) -> None:
-        """Write what a run has found after a step, unless that was done a moment ago."""
+        """Write `result()`, at most every `SECONDS_BETWEEN_WRITES`."""
         if time.monotonic() >= self.next_write:
             self.write_if_possible(result())
             self.next_write = time.monotonic() + SECONDS_BETWEEN_WRITES
 
     def write_if_possible(self, result: NoiseResult) -> None:
-        """Write a result, and warn where that fails: a run does not end because the disk is full."""
+        """Write a result; a failure such as a full disk is a warning and does not end the run."""
         try:
             result.save(self.path)
         except Exception as error:
             warnings.warn(f"The noise found so far cannot be written to {self.path}: {error}", stacklevel=2)
 
 
-def write_and_remove(file: Path) -> None:
-    """Raise `OSError` where no file can be written."""
-    try:
-        file.touch()
-    finally:
-        file.unlink(missing_ok=True)
-
-
 # pipelines/results/provenance.py
 
 
 def provenance_of(problem: NoiseProblem, objective: Objective, state: NoiseState) -> dict[str, Any]:
-    """Where a result came from, in plain values that JSON takes. The method adds itself."""
-    pipe, scheduler = problem.pipe, problem.pipe.scheduler
+    """Return the provenance of a result as JSON values, without the method and its settings."""
+    pipe, scheduler, sampler = problem.pipe, problem.pipe.scheduler, problem.sampler
     arguments = {name: value for name, value in problem.request.items() if name not in ("prompt", "latents")}
     versions = {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "transformers")}
     return {
         "objective": objective.describe(),
         "prompts": problem.prompts,
-        "seeds": problem.sampler.random_state.seeds,
-        "generators": "list" if problem.sampler.random_state.several else "single",
+        "reward_prompts": problem.reward_prompts,
+        "seeds": sampler.random_state.seeds,
+        "generators": "list" if sampler.random_state.several else "single",
         "noise_sampler": describe_noise_sampler(problem.space.noise_sampler),
-        "model": str(pipe.config.get("_name_or_path") or "") or None,
+        "model": name_or_path(pipe),
         "revision": revision_of(pipe),
         "pipeline": type(pipe).__name__,
         "scheduler": {"class": type(scheduler).__name__, **plain(dict(scheduler.config))},
         "dtype": str(problem.dtype).removeprefix("torch."),
         "arguments": plain(arguments),
-        "decoder": describe_decoder(problem.sampler.decoder),
-        "checkpointing": problem.sampler.checkpoints.policy,
+        "decoder": describe_decoder(sampler.decoder),
+        "checkpointing": sampler.checkpoints.policy,
         "stopped": state.stopped,
         "seconds": round(state.elapsed, 3),
         "versions": {"python": platform.python_version(), **versions},
@@ -7776,160 +7327,62 @@ def provenance_of(problem: NoiseProblem, objective: Objective, state: NoiseState
 
 
 def plain(values: dict[str, Any]) -> dict[str, Any]:
-    """The entries that JSON takes as they are."""
-    kept = (bool, int, float, str, type(None))
+    """Return the entries that are JSON scalars or lists of them; tuples become lists."""
+    scalar = (bool, int, float, str, type(None))
     flat = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
     return {
         name: value
         for name, value in flat.items()
-        if isinstance(value, kept) or isinstance(value, list) and all(isinstance(item, kept) for item in value)
+        if isinstance(value, scalar) or isinstance(value, list) and all(isinstance(item, scalar) for item in value)
     }
 
 
 def revision_of(pipe) -> str | None:
-    """The commit of the Hub snapshot that the modules were loaded from, if they were."""
-    for part in pipe.components.values():
-        config = getattr(part, "config", None)
-        path = config.get("_name_or_path") if isinstance(config, Mapping) else getattr(part, "name_or_path", None)
-        if match := re.search(r"snapshots[/\\]([0-9a-f]{40})", str(path)):
+    """Return the commit of the Hub snapshot that the modules were loaded from, if any."""
+    for component in pipe.components.values():
+        if match := re.search(r"snapshots[/\\]([0-9a-f]{40})", name_or_path(component) or ""):
             return match[1]
     return None
 
 
-# pipelines/method.py
+# pipelines/loop.py
 
 
-class NoiseOptimizer:
-    """A method: what it looks at, how it moves the noise, what it returns. `run` owns the loop.
+def optimize(
+    method: NoiseOptimizer,
+    problem: NoiseProblem,
+    objective: Objective,
+    callbacks: CallbackSpec | Iterable[CallbackSpec] | None = None,
+    noise_file: NoiseFile | None = None,
+) -> NoiseResult:
+    """Run a method on a problem.
 
-    Subclasses are frozen, keyword-only dataclasses whose fields are the method's settings.
+    Args:
+        method: The method.
+        problem: The call whose noise is to be found.
+        objective: The objective that the method returned for the pipeline.
+        callbacks: Callbacks per optimization step.
+        noise_file: The file that holds the best noise from the first step on, and the result at the end.
 
-    Attributes:
-        steps: Evaluations, the plain result included: the noise is moved `steps − 1` times, or after each of them by a
-            method that returns the last.
-        gradient: "full", "frozen" or `None`; see `PipelineSampler.images`.
-        preview: Look at the x0 estimate of one model call instead of the whole chain.
-        clamp: "straight_through" or "hard"; see `PipelineSampler`.
-        chunk_size: How many images are in memory with their graphs at a time: the gradient is the same, for one more
-            forward pass. "auto" for as many as fit, by what the graph of one image holds; `None` for all.
-        checkpointing: What of denoiser and decoder is computed again in the backward pass instead of kept: the same
-            images and gradients in less memory. "none": nothing. "blocks": each block, for one more forward pass.
-            "steps": each call of the denoiser, and in it each block, for two more; the memory hardly grows with the
-            number of denoising steps. "auto": the first of these whose graph takes at most half of the free memory,
-            counted while the first one is built. Beside a `chunk_size` that is a number, it is the graph of a chunk
-            that has to fit; beside `chunk_size="auto"` images are drawn a few at a time only where "steps" is not
-            enough for all.
-        decoder: A tiny autoencoder that decodes in the place of the pipeline's own while the noise is optimised, an
-            approximation for less time and memory: a Hub id such as "madebyollin/taesdxl", a folder, or a loaded
-            module. The images of the result are drawn with the pipeline's own; see `NoiseResult`. `None` for that
-            throughout.
-        reward_device: Where rewards that are given by name are loaded, such as "cuda:1"; `None` for the pipeline's
-            device. Those that are loaded already stay where they are.
-        returns: "best", the noise of the lowest loss, or "last", the noise after the last move, which is not evaluated.
-        final_steps: How many evaluations `finish` asks for after these steps.
+    Returns:
+        The result. An exception carries what was found before it as its `noise_result`.
     """
-
-    steps: int
-    gradient: Gradient = "full"
-    preview: bool = False
-    clamp: Clamp = "straight_through"
-    chunk_size: ChunkSetting = None
-    checkpointing: Checkpointing = "auto"
-    decoder: Any = None
-    reward_device: str | torch.device | None = None
-    returns: ClassVar[Literal["best", "last"]] = "best"
-    final_steps: int = 0
-
-    def objective(self, pipe) -> Objective:
-        """What is minimised. Called once, before any model runs: the place to refuse bad settings."""
-        raise NotImplementedError(f"{type(self).__name__} must define `objective(pipe)`.")
-
-    def regularizer(self, noise: torch.Tensor) -> torch.Tensor | float:
-        """`(B,)` penalty that steers the noise but does not count when the best is chosen."""
-        return 0.0
-
-    def start(self, problem: NoiseProblem) -> Any:
-        """What the method remembers from step to step, such as momentum."""
-        return None
-
-    def step(self, state: NoiseState, gradient: Any, memory: Any) -> torch.Tensor:
-        """The method: the next noise `(B, C, H, W)`.
-
-        `state` holds what was evaluated: `state.noise`, its `state.loss`, the best so far; `gradient` `(B, C, H, W)` is
-        that of the loss with respect to the noise, `None` for a method without; `memory` is what `start` returned.
-        """
-        raise NotImplementedError(f"{type(self).__name__} must define `step(state, gradient, memory)`.")
-
-    def inspect(self, state: NoiseState, objective: Objective, memory: Any) -> torch.Tensor | None:
-        """Look at what was evaluated, before the best is chosen and callbacks see it.
-
-        Returns:
-            `(B,)` bool, the samples for which this step may be the best; `None` is all. The first step counts in any
-            case. Samples may be stopped: `state.stop(reason, samples)`.
-        """
-        return None
-
-    def finish(self, state: NoiseState, objective: Objective, memory: Any) -> Iterable[torch.Tensor]:
-        """Noises `(B, C, H, W)` to evaluate at the end, one after the other, also of a run that was stopped.
-
-        For methods that choose among all that was seen; asked for the next when the last has been evaluated.
-        """
-        return ()
-
-    def watchers(self) -> list[NoiseCallback]:
-        """Callbacks that belong to the method, such as one that stops it; they see each step before the user's."""
-        return []
-
-    def check(self) -> None:
-        """Raise `ValueError` for settings that cannot work."""
-        if not isinstance(self.steps, int) or self.steps < 1:
-            raise ValueError(f"Expected `steps` to be an integer of 1 or more, but got {self.steps!r}.")
-        choices = {"gradient": ("full", "frozen", None), "clamp": ("straight_through", "hard")}
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"Expected `{name}` to be one of {allowed}, but got {getattr(self, name)!r}.")
-        check_chunk_size(self.chunk_size)
-        check_checkpointing(self.checkpointing)
-        check_reward_device(self.reward_device)
-
-    def device_of_rewards(self, pipe) -> torch.device:
-        """Where rewards that are given by name are loaded."""
-        return torch.device(self.reward_device or pipe._execution_device)
-
-    def settings(self) -> dict[str, Any]:
-        """The settings as plain values, for the provenance."""
-        fields = dataclasses.fields(self) if dataclasses.is_dataclass(self) else ()
-        values = {field.name: getattr(self, field.name) for field in fields}
-        return {name: value for name, value in values.items() if isinstance(value, bool | int | float | str | None)}
-
-    def run(
-        self,
-        problem: NoiseProblem,
-        objective: Objective,
-        callbacks: CallbackSpec | Iterable[CallbackSpec] | None = None,
-        noise_file: NoiseFile | None = None,
-    ) -> NoiseResult:
-        """Optimise. An exception on the way carries what was found so far as its `noise_result`.
-
-        The file, if one is given, holds the best noise so far from the first step on, and the result at the end.
-        """
-        state = NoiseState(problem.pipe, problem.prompts, self.steps + self.final_steps, problem.noise)
-        every = [ProgressBar(), *self.watchers(), *as_callbacks(callbacks)]
-        loop = OptimizationLoop(self, problem, objective, state, every, noise_file)
+    run = NoiseState(problem.pipe, problem.reward_prompts, method.steps, problem.noise)
+    loop = OptimizationLoop(method, problem, objective, run, [ProgressBar(), *as_callbacks(callbacks)], noise_file)
+    try:
         try:
-            try:
-                loop.run()
-            finally:
-                loop.end()
-            return loop.saved_result()
-        except BaseException as error:
-            loop.rescue(error)
-            raise
+            loop.run_all()
+        finally:
+            loop.end()
+        return loop.saved_result()
+    except BaseException as error:
+        loop.rescue(error)
+        raise
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class StepRow:
-    """What is kept of a step: `(B,)` losses and norms, `(B, 3)` energies by band, and a `(B,)` for each score."""
+    """The record of a step: `(B,)` losses and norms, `(B, 3)` energies by band, and `(B,)` for each score."""
 
     loss: torch.Tensor
     norm: torch.Tensor
@@ -7937,71 +7390,60 @@ class StepRow:
     scores: dict[str, torch.Tensor]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class BestSoFar:
-    """The best after so many steps. Replaced as a whole: Ctrl-C finds all that a step brought, or nothing of it."""
-
-    steps: int
-    noise: torch.Tensor
-    step: torch.Tensor
-    images: torch.Tensor | None
-
-
 class OptimizationLoop:
-    """One run of a method: its current noise, its best, its history. See `NoiseOptimizer.run`."""
+    """One run of a method. See `optimize`."""
 
     def __init__(
         self,
         method: NoiseOptimizer,
         problem: NoiseProblem,
         objective: Objective,
-        state: NoiseState,
+        run: NoiseState,
         callbacks: Sequence[NoiseCallback],
         noise_file: NoiseFile | None = None,
     ) -> None:
         self.method, self.problem, self.objective = method, problem, objective
-        self.state, self.callbacks, self.noise_file = state, callbacks, noise_file
+        self.run, self.callbacks, self.noise_file = run, callbacks, noise_file
         self.rows: list[StepRow] = []
-        self.best: BestSoFar | None = None
         self.initial_images: torch.Tensor | None = None
-        self.redrawn: dict[str, torch.Tensor] = {}
+        self.full_decoder_images: dict[str, torch.Tensor] = {}
         self.total: torch.Tensor | None = None
         self.leaf = self.evaluated = problem.noise
 
-    def run(self) -> None:
+    def run_all(self) -> None:
         self.start()
         for step in range(self.method.steps):
             self.evaluate(step)
-            if self.state.stopped or not self.moves_after(step):
+            if self.run.stopped or not self.moves_after(step):
                 break
             self.move()
-            if self.state.stopped:
+            if self.run.stopped:
                 break
         self.finish()
-        self.redraw()
+        self.decode_fully()
 
     def start(self) -> None:
         self.chunk_size = chunk_size_of(self.method, self.problem)
-        self.memory = self.method.start(self.problem)
+        self.state = self.method.start(self.problem)
         for callback in self.callbacks:
             if hasattr(callback, "on_run_start"):
-                callback.on_run_start(self.state)
+                callback.on_run_start(self.run)
 
     def end(self) -> None:
         for callback in self.callbacks:
             if hasattr(callback, "on_run_end"):
-                callback.on_run_end(self.state)
+                callback.on_run_end(self.run)
 
     def moves_after(self, step: int) -> bool:
-        """Whether the noise is moved after this step: a best noise has been evaluated, a last one need not be."""
+        """Return whether the noise moves after this step."""
         return self.method.returns == "last" or step < self.method.steps - 1
 
     def evaluate(self, step: int) -> None:
-        """Score the current noise, keep it where it is the best, and ask the callbacks."""
-        state, method = self.state, self.method
-        gradient = method.gradient if self.moves_after(step) else None
-        self.leaf = state.noise.detach().requires_grad_(gradient is not None)
-        sample = self.sample_of(self.problem.sampler, self.leaf, step, gradient, method.preview)
+        """Score the current noise, update the best, and call the callbacks."""
+        run, method = self.run, self.method
+        gradient = method.gradient_mode if self.moves_after(step) else None
+        self.leaf = run.noise.detach().requires_grad_(gradient is not None)
+        sample = self.sample_of(self.problem.sampler, self.leaf, step, gradient)
         try:
             with torch.set_grad_enabled(gradient is not None):
                 loss, scores = self.objective.evaluate(sample)
@@ -8011,26 +7453,24 @@ class OptimizationLoop:
             if step == 0:
                 raise
             return self.give_up(str(error))
-        state.step, state.images, state.scores = step, sample.drawn_images, scores
-        self.evaluated = state.noise
-        state.loss = loss.detach().where(state.active, torch.nan)
-        self.record(method.inspect(state, self.objective, self.memory))
+        run.step, run.images, run.scores = step, sample.drawn_images, scores
+        self.evaluated = run.noise
+        run.loss = loss.detach().where(run.active, torch.nan)
+        self.record(method.inspect(run, self.objective, self.state))
         for callback in self.callbacks:
-            if callback.on_step_end(state) is False:
-                state.stop()
+            if callback.on_step_end(run) is False:
+                run.stop()
         if self.noise_file is not None:
             self.noise_file.keep(self.result)
 
-    def sample_of(
-        self, sampler: PipelineSampler, noise: torch.Tensor, step: int, gradient: Gradient, preview: bool
-    ) -> Sample:
-        """What the objective looks at in a step."""
+    def sample_of(self, sampler: PipelineSampler, noise: torch.Tensor, step: int, gradient: Gradient) -> Sample:
+        """Return the sample that the objective evaluates."""
         seeds = [seed + step for seed in self.problem.seeds]
-        groups, prompts = self.problem.groups, self.state.prompts
-        return Sample(sampler, noise, prompts, groups, seeds, gradient, preview, self.chunk_size)
+        groups, prompts = self.problem.groups, self.run.prompts
+        return Sample(sampler, noise, prompts, groups, seeds, gradient, self.method.previews, self.chunk_size)
 
     def check_loss(self, loss: torch.Tensor, gradient: Gradient, step: int) -> None:
-        batch = len(self.state.noise)
+        batch = len(self.run.noise)
         if not isinstance(loss, torch.Tensor) or loss.shape != (batch,):
             got = tuple(loss.shape) if isinstance(loss, torch.Tensor) else type(loss).__name__
             raise ValueError(f"Expected the objective to return a tensor of shape ({batch},), but got {got}.")
@@ -8041,109 +7481,106 @@ class OptimizationLoop:
                 "`BestOfN`."
             )
         if step == 0 and not loss.detach().isfinite().all():
-            raise NonFiniteReward(f"Expected a finite loss for the plain result, but got {loss.tolist()}.")
+            raise NonFiniteReward(f"Expected a finite loss for the baseline, but got {loss.tolist()}.")
 
     def record(self, eligible: torch.Tensor | None = None) -> None:
-        """Keep this step, as the best of the samples where it is, among those that are `eligible`, `(B,)` bool."""
-        state = self.state
-        assert state.loss is not None
-        norm = per_sample_norm(state.noise) / math.sqrt(state.noise[0].numel())
-        bands = band_energies(state.noise - self.problem.noise).where(state.active[:, None], torch.nan)
-        self.rows.append(StepRow(loss=state.loss, norm=norm, bands=bands, scores=state.scores))
-        if state.step == 0:
-            self.initial_images = state.images
-            state.best_loss = torch.full_like(state.loss, torch.inf)
-            state.best_step = torch.zeros_like(state.loss, dtype=torch.long)
-            state.best_noise, state.best_images = state.noise, state.images
-        assert state.best_loss is not None and state.best_step is not None and state.best_noise is not None
-        better = state.loss < state.best_loss  # strictly: of equals the first wins; false for NaN
-        if eligible is not None and state.step > 0:
+        """Record this step, and update the best of the samples that are `eligible`, a `(B,)` bool mask."""
+        run, best = self.run, self.run.best
+        norm = per_sample_norm(run.noise) / math.sqrt(run.noise[0].numel())
+        bands = band_energies(run.noise - self.problem.noise).where(run.active[:, None], torch.nan)
+        self.rows.append(StepRow(loss=run.loss, norm=norm, bands=bands, scores=run.scores))
+        better = run.loss < best.loss  # false for NaN
+        if run.step == 0:
+            self.initial_images = run.images
+            best = dataclasses.replace(best, images=run.images)
+        elif eligible is not None:
             better = better & eligible
-        state.best_loss = torch.where(better, state.loss, state.best_loss)
-        state.best_step = torch.where(better, state.step, state.best_step)
-        state.best_noise = torch.where(per_image(better, state.noise), state.noise, state.best_noise)
-        if state.images is not None and state.best_images is not None:
-            state.best_images = torch.where(per_image(better, state.images), state.images, state.best_images)
-        best = {"noise": state.best_noise, "step": state.best_step, "images": state.best_images}
-        self.best = BestSoFar(steps=len(self.rows), **best)
+        images = best.images
+        if run.images is not None and images is not None:
+            images = torch.where(per_image(better, images), run.images, images)
+        run.best = Best(
+            loss=torch.where(better, run.loss, best.loss),
+            step=torch.where(better, run.step, best.step),
+            noise=torch.where(per_image(better, run.noise), run.noise, best.noise),
+            images=images,
+            evaluations=len(self.rows),
+        )
 
     def move(self) -> None:
-        """Take the gradient where the method wants one, and the method's step."""
-        state, gradient = self.state, None
+        """Take the gradient if the method needs one, and make the step of the method."""
+        run, gradient = self.run, None
         if self.leaf.requires_grad:
             assert self.total is not None
             (gradient,) = torch.autograd.grad(self.total.sum(), self.leaf)
             finite = gradient.flatten(1).isfinite().all(1)
             gradient = gradient.nan_to_num(0, 0, 0) * per_image(finite, gradient)
-            self.drop_samples(state.active & ~finite)
+            self.stop_samples(run.active & ~finite)
         self.total = None
-        moved = self.method.step(state, gradient, self.memory).detach()
-        state.noise = torch.where(per_image(state.active, moved), moved, state.noise)
+        moved = self.method.step(run, gradient, self.state).detach()
+        run.noise = torch.where(per_image(run.active, moved), moved, run.noise)
 
     def finish(self) -> None:
-        """Evaluate what the method still gives, of all samples: a callback may watch, but not keep it from being."""
-        for noise in self.method.finish(self.state, self.objective, self.memory):
-            self.state.noise, self.state.active = noise.detach(), torch.ones_like(self.state.active)
+        """Evaluate the last noises of the method, for all samples; callbacks cannot stop them."""
+        for noise in self.method.finish(self.run, self.objective, self.state):
+            self.run.noise, self.run.active = noise.detach(), torch.ones_like(self.run.active)
+            self.run.steps = max(self.run.steps, len(self.rows) + 1)
             self.evaluate(len(self.rows))
 
     @torch.no_grad()
-    def redraw(self) -> None:
-        """Where a tiny decoder stood in, draw the plain result and what is returned with the pipeline's own, and let
-        the objective score them."""
+    def decode_fully(self) -> None:
+        """After a run with a tiny decoder, decode and score the baseline and the result with the pipeline's own."""
         if self.problem.sampler.decoder is None or self.initial_images is None:
             return
         sampler, report = self.problem.sampler.with_own_decoder(), {}
         for name, noise in (("initial", self.problem.noise), ("best", self.returned())):
-            sample = self.sample_of(sampler, noise.detach(), 0, None, self.method.preview)
+            sample = self.sample_of(sampler, noise.detach(), 0, None)
             loss, scores = self.objective.evaluate(sample)
-            self.redrawn[name] = sample.images
+            self.full_decoder_images[name] = sample.images
             report[f"{name}_scores"] = {name: values.tolist() for name, values in scores.items()}
             report[f"{name}_loss"] = loss.tolist()
-        self.state.reports[FULL_DECODER] = report
+        self.run.reports[FULL_DECODER] = report
 
     def returned(self) -> torch.Tensor:
-        """The noise of the result `(B, C, H, W)`."""
-        assert self.best is not None
-        return self.state.noise if self.method.returns == "last" else self.best.noise
+        """Return the noise of the result, `(B, C, H, W)`."""
+        return self.run.noise if self.method.returns == "last" else self.run.best.noise
 
-    def drop_samples(self, broken: torch.Tensor) -> None:
-        """Stop the samples whose gradient is not finite; the others go on."""
+    def stop_samples(self, broken: torch.Tensor) -> None:
+        """Stop the samples whose gradient is not finite."""
         if broken.any():
-            self.state.stop("non-finite gradient", broken)
+            self.run.stop("non-finite gradient", broken)
             warnings.warn(
                 f"The gradient of sample {broken.nonzero().flatten().tolist()} is not finite after step "
-                f"{self.state.step}: it keeps its best noise so far.",
+                f"{self.run.step}: it keeps its best noise so far.",
                 stacklevel=2,
             )
 
     def give_up(self, why: str) -> None:
-        """End the run with what it has."""
-        self.state.stop("non-finite reward")
-        warnings.warn(f"The run stops after step {self.state.step} and keeps the best so far: {why}", stacklevel=2)
+        """End the run with the best so far."""
+        self.run.stop("non-finite reward")
+        warnings.warn(f"The run stops after step {self.run.step} and keeps the best so far: {why}", stacklevel=2)
 
     def saved_result(self) -> NoiseResult:
-        """The result at the end, in its file if there is one."""
+        """Return the final result, after it was written to the noise file, if there is one."""
         result = self.result()
         if self.noise_file is not None:
             result.save(self.noise_file.path)
         return result
 
     def rescue(self, error: BaseException) -> None:
-        """Give an exception what was found before it, and write that."""
-        if self.best is None:
+        """Attach what was found so far to an exception, and write it to the noise file."""
+        if not self.run.best.evaluations:
             return
         result = self.result()
-        result.provenance["stopped"] = self.state.stopped or type(error).__name__
+        result.provenance["stopped"] = self.run.stopped or type(error).__name__
         vars(error)["noise_result"] = result
         if self.noise_file is not None:
             self.noise_file.write_if_possible(result)
 
     def result(self) -> NoiseResult:
-        """What has been found up to now."""
-        problem, state, best = self.problem, self.state, self.best
-        assert best is not None
-        rows, last, noise = self.rows[: best.steps], self.method.returns == "last", self.returned()
-        last_images = state.images if state.noise is self.evaluated else None
+        """Return the result so far."""
+        problem, run, best = self.problem, self.run, self.run.best
+        rows, last, noise = self.rows[: best.evaluations], self.method.returns == "last", self.returned()
+        last_images = run.images if run.noise is self.evaluated else None
         latents = problem.sampler.to_latents(problem.pipe, noise.to(problem.dtype))
         return NoiseResult(
             noise=noise.detach(),
@@ -8151,27 +7588,29 @@ class OptimizationLoop:
             scores={name: torch.stack([row.scores[name] for row in rows]) for name in rows[0].scores},
             losses=torch.stack([row.loss for row in rows]),
             norms=torch.stack([row.norm for row in rows]),
-            best_step=torch.full_like(best.step, best.steps - 1) if last else best.step,
+            best_step=torch.full_like(best.step, best.evaluations - 1) if last else best.step,
             provenance={
                 "method": type(self.method).__name__,
                 "settings": self.method.settings(),
-                **provenance_of(problem, self.objective, state),
-                "steps": best.steps,
+                **provenance_of(problem, self.objective, run),
+                "steps": best.evaluations,
             },
             generator_states=problem.sampler.states_after_draw(),
-            reports=dict(state.reports),
+            reports=dict(run.reports),
             initial_noise=problem.noise.detach(),
             band_changes=torch.stack([row.bands for row in rows]),
-            images=self.redrawn.get("best", last_images if last else best.images),
-            initial_images=self.redrawn.get("initial", self.initial_images),
+            images=self.full_decoder_images.get("best", last_images if last else best.images),
+            initial_images=self.full_decoder_images.get("initial", self.initial_images),
         )
 
 
 def chunk_size_of(method: NoiseOptimizer, problem: NoiseProblem) -> int | None:
-    """How many images a method has in memory at a time; `None` for the whole batch.
+    """Return the number of images in memory at a time; `None` for the whole batch.
 
-    "auto" draws one image, and counts what its graph holds: with each checkpointing that may be taken, until the whole
-    batch fits. Raises `ValueError` for a number, if the call cannot be taken apart.
+    "auto" samples one image and measures its graph under each checkpointing policy in turn, until the whole batch fits.
+
+    Raises:
+        ValueError: For a number, if the call cannot be split into chunks.
     """
     setting, batch = method.chunk_size, len(problem.noise)
     if setting is None or batch == 1:
@@ -8184,14 +7623,14 @@ def chunk_size_of(method: NoiseOptimizer, problem: NoiseProblem) -> int | None:
         return None
     if isinstance(setting, int):
         return setting if setting < batch else None
-    if method.gradient is None:
+    if method.gradient_mode is None:
         return None
     size, checkpoints = None, problem.sampler.checkpoints
     checkpoints.settle()
     for policy in checkpoints.ladder:
         checkpoints.take(policy)
         with SavedBytes() as saved, torch.enable_grad():
-            one.images(problem.noise[:1].detach().requires_grad_(), method.gradient, method.preview)
+            one.images(problem.noise[:1].detach().requires_grad_(), method.gradient_mode, method.previews)
         size = fitting_chunk_size(batch, saved.peak, free_memory(problem.noise.device))
         if size is None:
             break
@@ -8201,52 +7640,168 @@ def chunk_size_of(method: NoiseOptimizer, problem: NoiseProblem) -> int | None:
 # pipelines/registry.py
 
 
-METHODS: dict[str, type[NoiseOptimizer]] = {}
+METHODS: Registry[type[NoiseOptimizer]] = Registry("method")
+MethodT = TypeVar("MethodT", bound=type)
 
 
-def register_noise_optimizer(name: str):
-    """Class decorator: make a method known by name. The same class may come again, as it does when code is reloaded."""
-
-    def register(cls):
-        known = METHODS.get(name)
-        if known is not None and known.__qualname__ != cls.__qualname__:
-            raise ValueError(f"The method name {name!r} is taken by {known.__qualname__}.")
-        METHODS[name] = cls
-        return cls
-
-    return register
+def register_method(name: str) -> Callable[[MethodT], MethodT]:
+    """Return a class decorator that registers a method under a name. Raises `ValueError` if the name is taken."""
+    return METHODS.register(name)
 
 
-def list_noise_optimizers() -> list[str]:
-    """The names that `optimize_noise` takes."""
-    return sorted(METHODS)
+def list_methods() -> list[str]:
+    """Return the method names that `optimize_noise` and every pipeline class take."""
+    return METHODS.names()
 
 
-def call_settings(named: dict[str, Any], others: Mapping[str, Any] | None, argument: str) -> dict[str, Any]:
-    """The settings of a method from a pipeline call: arguments that are not `None`, and a dict of others.
+def as_method(method: Any, settings: Mapping[str, Any] | None = None) -> NoiseOptimizer:
+    """Return a method given by name and settings, or a method object as it is.
 
-    Raises `ValueError` for a setting that is given both ways; `argument` is what the dict is called.
+    Raises:
+        ValueError: For an unknown name, an unknown setting, or settings beside a method object.
+        TypeError: For anything that is not a method.
     """
-    settings = {name: value for name, value in named.items() if value is not None}
-    if twice := sorted(settings.keys() & (others or {}).keys()):
-        raise ValueError(f"Expected each setting once, but got {twice} by argument and in `{argument}` too.")
-    return {**settings, **(others or {})}
-
-
-def as_noise_optimizer(method: Any, settings: dict[str, Any] | None = None) -> NoiseOptimizer:
-    """A method by its name and settings, or a method as it is. Raises `ValueError` or `TypeError` otherwise."""
     if isinstance(method, str):
-        if method not in METHODS:
-            raise ValueError(f"Unknown method {method!r}. Available: {', '.join(list_noise_optimizers())}.")
-        return METHODS[method](**(settings or {}))
+        return METHODS.find(method)(**(settings or {}))
     if settings:
-        raise ValueError("Expected `method_kwargs` only beside the name of a method, but got a method object as well.")
-    if isinstance(method, type) or not hasattr(method, "run"):
+        raise ValueError("Expected `method_kwargs` beside the name of a method, but got a method object as well.")
+    if isinstance(method, type) or not (hasattr(method, "objective") and hasattr(method, "step")):
         raise TypeError(
-            f"Expected a method such as `ReNO(rewards=...)` or one of the names {list_noise_optimizers()}, but got "
-            f"{method!r}."
+            f"Expected a method such as `ReNO(rewards=...)` or one of the names {list_methods()}, but got {method!r}."
         )
     return method
+
+
+# pipelines/request.py
+
+
+def bind_request(pipe, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a stock call by name. Raises `TypeError` for an unknown one."""
+    bound = dict(inspect.signature(stock_call(type(pipe))).bind(pipe, *args, **kwargs).arguments)
+    extra = bound.pop("kwargs", {})
+    return {name: value for name, value in {**bound, **extra}.items() if name != "self"}
+
+
+def check_noise_is_drawn(pipe, request: dict[str, Any]) -> None:
+    """Raise `TypeError` or `ValueError` for a pipeline that draws no noise of its own in this call."""
+    parameters = inspect.signature(drawing_function(type(pipe))(randn_tensor)).parameters
+    if request.get("latents") is not None and "latents" not in parameters:
+        raise latents_with_image(pipe)
+
+
+def check_takes_latents(pipe) -> None:
+    """Raise `TypeError` for a pipeline that does not take the optimized noise back as `latents`."""
+    if "latents" not in inspect.signature(stock_call(type(pipe))).parameters:
+        name = type(pipe).__name__
+        raise TypeError(
+            f"Expected a pipeline that takes `latents`, to generate from the noise that was found, but {name} takes "
+            f"none. Give it the hook, `class Ours(NoiseOptimizationMixin, {name})`, and call that with `method=...`: "
+            "it generates the image in the same call."
+        )
+
+
+def images_per_prompt(request: dict[str, Any]) -> int:
+    return request.get("num_images_per_prompt") or 1
+
+
+def prompts_of(request: dict[str, Any]) -> list[str]:
+    """Return the prompt of each image, in the order of the batch; empty strings for a call with embeddings."""
+    prompt, embeds = request.get("prompt"), request.get("prompt_embeds")
+    if prompt is None and embeds is None:
+        raise ValueError("Expected `prompt` or `prompt_embeds`, but got neither.")
+    if prompt is None:
+        prompt = [""] * len(embeds)  # pyright: ignore[reportArgumentType]
+    texts = [prompt] if isinstance(prompt, str) else list(prompt)
+    return [text for text in texts for _ in range(images_per_prompt(request))]
+
+
+def reward_prompts_of(
+    request: dict[str, Any], reward_prompt: str | Sequence[str] | None, batch: int, required: bool
+) -> list[str]:
+    """Return the prompt that rewards are asked about for each image.
+
+    Args:
+        request: The arguments of the call.
+        reward_prompt: One prompt for all images, or one for each; `None` for the prompts of the call.
+        batch: The number of images.
+        required: Whether a reward reads its prompt.
+
+    Raises:
+        ValueError: For another number of prompts, and for a reward that reads a prompt in a call with embeddings only.
+    """
+    if reward_prompt is None:
+        if required and request.get("prompt") is None:
+            raise ValueError(
+                "Expected the text of the prompt for the rewards, but got `prompt_embeds` only. Pass `reward_prompt`."
+            )
+        return prompts_of(request)
+    texts = [reward_prompt] * batch if isinstance(reward_prompt, str) else list(reward_prompt)
+    if len(texts) != batch or not all(isinstance(text, str) for text in texts):
+        raise ValueError(
+            f"Expected `reward_prompt` to be one text, or one for each of {batch} images, but got {reward_prompt!r}."
+        )
+    return texts
+
+
+def groups_of(request: dict[str, Any]) -> list[int]:
+    """Return for each image the index of the first prompt, or the first embedding, that equals its own."""
+    prompt, embeds = request.get("prompt"), request.get("prompt_embeds")
+    if prompt is not None:
+        texts = [prompt] if isinstance(prompt, str) else list(prompt)
+        first = [texts.index(text) for text in texts]
+    else:
+        rows = list(embeds)  # pyright: ignore[reportArgumentType]
+        first = [next(i for i, other in enumerate(rows) if torch.equal(row, other)) for row in rows]
+    return [group for group in first for _ in range(images_per_prompt(request))]
+
+
+def check_batch(request: dict[str, Any], batch: int) -> None:
+    """Raise `ValueError` for `latents` or generators that are not one for each image."""
+    latents, generator = request.get("latents"), request.get("generator")
+    if latents is not None and len(latents) != batch:
+        raise ValueError(
+            f"Expected `latents` for {batch} images (prompts × `num_images_per_prompt`), but got {len(latents)}."
+        )
+    if isinstance(generator, list) and len(generator) != batch:
+        raise ValueError(f"Expected one generator for each of {batch} images, but got {len(generator)}.")
+
+
+def noise_sampler_of(
+    noise_sampler: NoiseSamplerSpec | None, request: dict[str, Any], groups: list[int]
+) -> Callable[..., torch.Tensor] | None:
+    """Return the noise sampler of a call, which couples only images of the same prompt.
+
+    Raises:
+        ValueError: For a noise sampler beside `latents`.
+    """
+    found = as_noise_sampler(noise_sampler)
+    if found is None:
+        return None
+    if request.get("latents") is not None:
+        raise ValueError(
+            "Expected `noise_sampler` or `latents`, but got both. Given latents are used as they are: leave one out."
+        )
+    return found.within(groups) if hasattr(found, "within") else found  # pyright: ignore[reportFunctionMemberAccess]
+
+
+def image_size(pipe, request: dict[str, Any]) -> tuple[int, int] | None:
+    """Return height and width of the images in pixels, if they are known before the call."""
+    if request.get("height") and request.get("width"):
+        return request["height"], request["width"]
+    if request.get("image") is not None:
+        return size_of_input_image(pipe, request["image"])
+    denoiser = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
+    side = getattr(pipe, "default_sample_size", None) or getattr(getattr(denoiser, "config", None), "sample_size", None)
+    scale = getattr(pipe, "vae_scale_factor", None)
+    return (side * scale, side * scale) if isinstance(side, int) and isinstance(scale, int) else None
+
+
+def size_of_input_image(pipe, image: Any) -> tuple[int, int] | None:
+    """Return the height and width to which a pipeline resizes an input image, or the first of several."""
+    image = image[0] if isinstance(image, list) else image
+    size_of = getattr(getattr(pipe, "image_processor", None), "get_default_height_width", None)
+    is_latents = isinstance(image, torch.Tensor) and image.shape[-3] != 3
+    return None if size_of is None or is_latents else size_of(image)
 
 
 # pipelines/results/pipeline_code.py
@@ -8348,68 +7903,76 @@ def code_of(cls: type) -> dict[str, str]:
 # pipelines/hook.py
 
 
+Callbacks = CallbackSpec | Iterable[CallbackSpec] | None
+
+
 class NoiseFound(Exception):
     """Ends a pipeline call once its noise is known, when nobody asked for the final image."""
 
 
 class NoiseDraw:
-    """One pipeline call on noise of a sampler, and nothing optimised."""
+    """One pipeline call on noise of a noise sampler, without optimization."""
 
     def __init__(self, request: dict[str, Any], noise_sampler: NoiseSamplerSpec | None) -> None:
-        prompts_of(request, required=False)
+        prompts_of(request)
         self.noise_sampler = noise_sampler_of(noise_sampler, request, groups_of(request))
 
     def encode_prompt(self, encode, *args, **kwargs):
         return encode(*args, **kwargs)
 
     def prepare_latents(self, pipe, *args, **kwargs):
-        """The hook: the stock method, on noise of the sampler."""
+        """Run the stock method on noise of the sampler."""
         space = LatentSpace(pipe, args, kwargs, self.noise_sampler)
         return space.on(pipe, space.draw_noise)
 
 
 class NoiseRun:
-    """One pipeline call under optimisation: what it was asked for, encoded, and found."""
+    """One pipeline call under optimization: its request, its encoded prompts, and its result.
+
+    Everything that can be refused is refused here, before any model runs.
+    """
 
     def __init__(
         self,
         pipe,
         method: NoiseOptimizer,
         request: dict[str, Any],
-        callbacks: CallbackSpec | Iterable[CallbackSpec] | None,
-        render: bool = True,
+        callbacks: Callbacks = None,
         noise_sampler: NoiseSamplerSpec | None = None,
+        reward_prompt: str | Sequence[str] | None = None,
         save_noise_to: str | os.PathLike[str] | None = None,
+        render: bool = True,
     ) -> None:
         self.method, self.request, self.render = method, request, render
         self.callbacks = as_callbacks(callbacks)
         method.check()
-        check_class(pipe, request)
+        check_noise_is_drawn(pipe, request)
         if torch.is_inference_mode_enabled():
             raise ValueError("Expected a call outside `torch.inference_mode()`, where no gradient exists. Remove it.")
-        refuse_unsuited(pipe, method.gradient)
+        refuse_unsuited(pipe, method.gradient_mode)
         self.objective: Objective = method.objective(pipe)
-        self.prompts = prompts_of(request, self.objective.requires_prompt)
-        self.groups = groups_of(request)
+        self.prompts, self.groups = prompts_of(request), groups_of(request)
+        requires_prompt = self.objective.requires_prompt
+        self.reward_prompts = reward_prompts_of(request, reward_prompt, len(self.prompts), requires_prompt)
         self.objective.check_groups(self.groups)
-        check_latents(request, len(self.prompts))
+        check_batch(request, len(self.prompts))
         self.noise_sampler = noise_sampler_of(noise_sampler, request, self.groups)
         self.noise_file = None if save_noise_to is None else NoiseFile(save_noise_to)
         if size := image_size(pipe, request):
-            self.objective.try_out(self.prompts[0], *size, gradient=method.gradient is not None)
+            self.objective.try_out(self.reward_prompts[0], *size, gradient=method.gradient_mode is not None)
         self.decoder = as_loop_decoder(method.decoder, pipe, list(parts_of(pipe, DENOISERS).values()))
         self.encoded: list[Any] = []
         self.result: NoiseResult | None = None
 
     def encode_prompt(self, encode, *args, **kwargs):
-        """Record what the stock method returns, for the inner runs."""
+        """Record the output of the stock method, which the inner runs replay."""
         self.encoded.append(encode(*args, **kwargs))
         return self.encoded[-1]
 
     def prepare_latents(self, pipe, *args, **kwargs):
-        """The hook: draw the base noise as the stock method does, optimise it, prepare the result."""
-        space = LatentSpace(pipe, args, kwargs, self.noise_sampler)
-        device = torch.device(space.arguments.get("device") or pipe._execution_device)
+        """Draw the base noise as the stock method does, optimize it, and prepare the latents of the result."""
+        method, space = self.method, LatentSpace(pipe, args, kwargs, self.noise_sampler)
+        device = torch.device(space.arguments.get("device") or execution_device(pipe))
         random_state = RandomState(self.request.get("generator"), device)
         noise, drew = space.draw(pipe)
         sampler = PipelineSampler(
@@ -8419,132 +7982,62 @@ class NoiseRun:
             space,
             random_state,
             drew,
-            clamp=self.method.clamp,
+            clamp=method.clamp,
             decoder=self.decoder,
-            checkpointing=self.method.checkpointing,
-            through_denoiser=self.method.gradient == "full",
+            checkpointing=method.checkpointing,
+            through_denoiser=method.gradient_mode == "full",
         )
-        master = noise.detach().to(torch.promote_types(noise.dtype, torch.float32))
-        prompts, groups = self.prompts, self.groups
-        problem = NoiseProblem(pipe, sampler, space, master, prompts, groups, noise.dtype, self.request)
+        problem = NoiseProblem(
+            pipe=pipe,
+            sampler=sampler,
+            space=space,
+            noise=noise.detach().to(torch.promote_types(noise.dtype, torch.float32)),
+            prompts=self.prompts,
+            reward_prompts=self.reward_prompts,
+            groups=self.groups,
+            dtype=noise.dtype,
+            request=self.request,
+        )
         with torch.enable_grad(), sampler.checkpoints:
-            self.result = self.method.run(problem, self.objective, self.callbacks, self.noise_file)
+            self.result = optimize(method, problem, self.objective, self.callbacks, self.noise_file)
         if not self.render:
             raise NoiseFound
         return sampler.prepare(pipe, self.result.noise.to(noise.dtype))
 
-
-def check_class(pipe, request: dict[str, Any]) -> None:
-    """Raise `TypeError` or `ValueError` for a pipeline whose noise cannot be had in this call."""
-    parameters = inspect.signature(drawing_function(type(pipe))(randn_tensor)).parameters
-    if request.get("latents") is not None and "latents" not in parameters:
-        raise latents_with_image(pipe)
-
-
-def check_latents_taken(pipe) -> None:
-    """Raise `TypeError` for a pipeline that cannot draw a noise again."""
-    if "latents" not in inspect.signature(stock_call(type(pipe))).parameters:
-        name = type(pipe).__name__
-        raise TypeError(
-            f"Expected a pipeline that takes `latents`, to draw the noise that was found, but {name} takes none. Give "
-            f"it the hook, `class Ours(NoiseOptimizationMixin, {name})`, and call that with `noise_optimizer=...`: it "
-            "draws the image in the same call."
-        )
-
-
-def prompts_of(request: dict[str, Any], required: bool) -> list[str]:
-    """The prompt of each image, in the order in which pipelines lay them out."""
-    prompt, embeds = request.get("prompt"), request.get("prompt_embeds")
-    if prompt is None and embeds is None:
-        raise ValueError("Expected `prompt` or `prompt_embeds`, but got neither.")
-    if prompt is None and required:
-        raise ValueError(
-            "Expected the text of the prompt for the rewards, but got `prompt_embeds` only. Name it in the method: "
-            "`ReNO(..., reward_prompt=...)`."
-        )
-    if prompt is None:
-        prompt = [""] * len(embeds)  # pyright: ignore[reportArgumentType]
-    texts = [prompt] if isinstance(prompt, str) else list(prompt)
-    return [text for text in texts for _ in range(request.get("num_images_per_prompt") or 1)]
-
-
-def groups_of(request: dict[str, Any]) -> list[int]:
-    """For each image the index of the first prompt, or the first embedding, that equals its own."""
-    prompt, embeds = request.get("prompt"), request.get("prompt_embeds")
-    if prompt is not None:
-        texts = [prompt] if isinstance(prompt, str) else list(prompt)
-        first = [texts.index(text) for text in texts]
-    else:
-        rows = list(embeds)  # pyright: ignore[reportArgumentType]
-        first = [next(i for i, other in enumerate(rows) if torch.equal(row, other)) for row in rows]
-    return [group for group in first for _ in range(request.get("num_images_per_prompt") or 1)]
-
-
-def check_latents(request: dict[str, Any], batch: int) -> None:
-    latents, generator = request.get("latents"), request.get("generator")
-    if latents is not None and len(latents) != batch:
-        raise ValueError(
-            f"Expected `latents` for {batch} images (prompts × `num_images_per_prompt`), but got {len(latents)}."
-        )
-    if isinstance(generator, list) and len(generator) != batch:
-        raise ValueError(f"Expected one generator for each of {batch} images, but got {len(generator)}.")
-
-
-def noise_sampler_of(
-    noise_sampler: NoiseSamplerSpec | None, request: dict[str, Any], groups: list[int]
-) -> Callable[..., torch.Tensor] | None:
-    """The noise sampler of a call, coupled where it couples: among the images of a prompt.
-
-    Raises `ValueError` beside `latents`, where there is nothing to draw.
-    """
-    found = as_noise_sampler(noise_sampler)
-    if found is None:
-        return None
-    if request.get("latents") is not None:
-        raise ValueError(
-            "Expected `noise_sampler` or `latents`, but got both. Given latents are taken as they are: leave one out."
-        )
-    return found.within(groups) if hasattr(found, "within") else found  # pyright: ignore[reportFunctionMemberAccess]
-
-
-def image_size(pipe, request: dict[str, Any]) -> tuple[int, int] | None:
-    """Height and width of the images in pixels, if they can be told before the call."""
-    if request.get("height") and request.get("width"):
-        return request["height"], request["width"]
-    if request.get("image") is not None:
-        return size_of_image(pipe, request["image"])
-    denoiser = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
-    side = getattr(pipe, "default_sample_size", None) or getattr(getattr(denoiser, "config", None), "sample_size", None)
-    scale = getattr(pipe, "vae_scale_factor", None)
-    return (side * scale, side * scale) if isinstance(side, int) and isinstance(scale, int) else None
-
-
-def size_of_image(pipe, image: Any) -> tuple[int, int] | None:
-    """Height and width that a pipeline makes of a given image, or of the first of several."""
-    image = image[0] if isinstance(image, list) else image
-    size_of = getattr(getattr(pipe, "image_processor", None), "get_default_height_width", None)
-    is_latents = isinstance(image, torch.Tensor) and image.shape[-3] != 3
-    return None if size_of is None or is_latents else size_of(image)
+    def result_of(self, pipe) -> NoiseResult:
+        """Return the result of a call that has ended."""
+        if self.result is None:
+            raise TypeError(
+                f"Expected a call that prepares its latents with `prepare_latents`, but that of {type(pipe).__name__} "
+                "did not, and nothing was optimized. Leave out the argument that replaces the noise."
+            )
+        return self.result
 
 
 class NoiseOptimizationMixin(SavedWithCode):
-    """Gives any diffusers text-to-image pipeline an optimisation hook in `prepare_latents`.
+    """Adds noise optimization to a diffusers text-to-image pipeline, as a hook in `prepare_latents`.
 
-    `class ReNOTurboPipeline(NoiseOptimizationMixin, StableDiffusionXLPipeline)` is all that a pipeline needs. With
-    `noise_optimizer=None` and no `noise_sampler` every call goes straight to the stock class, bit-identical to it.
+    `class Ours(NoiseOptimizationMixin, StableDiffusionXLPipeline)` is a whole pipeline class. With `method=None` and no
+    `noise_sampler` every call goes to the stock class, bit-identical to it.
 
-    The stock `__call__` runs once as it is. When it reaches `prepare_latents`, its prompts are encoded; there the noise
-    is optimised, each evaluation being the same stock `__call__` on a shallow twin (see `PipelineSampler`). Then the
-    call goes on with the noise that was found: only this final run fires `callback_on_step_end`.
+    The stock `__call__` runs once. When it reaches `prepare_latents`, its prompts are encoded; there the noise is
+    optimized, each evaluation being the same stock `__call__` on a shallow copy (see `PipelineSampler`). Then the call
+    goes on with the noise that was found: only this final run fires `callback_on_step_end`.
     """
 
     _noise_run: NoiseRun | NoiseDraw | None = None
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Show the parameters of the stock class in `inspect.signature(cls.__call__)`, followed by ours."""
+        super().__init_subclass__(**kwargs)
+        if "__call__" not in vars(cls) and has_stock_call(cls):
+            cls.__call__ = call_with_signature(cls)
+
     @classmethod
     def from_pipe(cls, pipeline, **kwargs):
-        """The stock method; unless `dtype` is given, the modules that both pipelines share keep theirs.
+        """Run the stock method, but keep the dtype of shared modules unless `dtype` is given.
 
-        The stock method converts them to float32 then, in the pipeline that they came from too.
+        The stock method converts them to float32, in the original pipeline too.
         """
         if kwargs.keys() & {"dtype", "torch_dtype", "custom_pipeline"}:
             return super().from_pipe(pipeline, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
@@ -8557,43 +8050,49 @@ class NoiseOptimizationMixin(SavedWithCode):
     def __call__(
         self,
         *args,
-        noise_optimizer: NoiseOptimizer | None = None,
+        method: NoiseOptimizer | str | None = None,
+        method_kwargs: Mapping[str, Any] | None = None,
+        callbacks: Callbacks = None,
         noise_sampler: NoiseSamplerSpec | None = None,
-        callback_on_optimization_step_end: CallbackSpec | Iterable[CallbackSpec] | None = None,
+        reward_prompt: str | Sequence[str] | None = None,
         save_noise_to: str | os.PathLike[str] | None = None,
         **kwargs,
     ):
-        """The stock call, with the initial noise optimised first if `noise_optimizer` is given.
+        """Run the stock call; with a method the initial noise is optimized first.
 
         Args:
-            noise_optimizer: A method, such as `ReNO(rewards={"clipscore": 1.0})`.
-            noise_sampler: What the initial noise is drawn from, optimised or not: `"white"`, as in the stock pipeline,
+            args, kwargs: The arguments of the stock pipeline.
+            method: A method such as `ReNO(rewards={"clipscore": 1.0})`, or a name of `list_methods()`.
+            method_kwargs: Settings of the method, by name: `{"learning_rate": 10.0}`.
+            callbacks: Callbacks per optimization step: functions of the state, or objects with `on_step_end(state)`;
+                returning `False` stops the run. See `NoiseCallback`.
+            noise_sampler: The distribution of the initial noise, optimized or not: `"white"`, as in the stock pipeline,
                 `"pink"`, `"coupled"`, a dict such as `{"name": "pink", "alpha": 0.3}`, or a function `(shape,
                 generator, device, dtype)` that returns noise of unit variance. Not beside `latents`.
-            callback_on_optimization_step_end: Callbacks per optimisation step; see `NoiseCallback`.
-            save_noise_to: A file for the best noise so far, kept up to date and whole whatever ends the call; see
+            reward_prompt: The prompt that rewards are asked about instead of the prompt of the call: one, or one for
+                each image.
+            save_noise_to: A file for the best noise so far, always complete, whatever ends the call. See
                 `optimize_noise`.
-            args, kwargs: Those of the stock pipeline.
 
         Returns:
-            What the stock pipeline returns; unless `return_dict=False` with a `noise_result` attribute. An exception on
-            the way, Ctrl-C among them, carries the best so far as its `noise_result`.
+            The output of the stock pipeline, with a `noise_result` attribute unless `return_dict=False`. An exception,
+            Ctrl-C included, carries the best so far as its `noise_result`.
+
+        Raises:
+            ValueError: For settings that cannot work, before any model runs.
         """
         stock = super().__call__  # pyright: ignore[reportAttributeAccessIssue]
-        if noise_optimizer is None and save_noise_to is not None:
-            raise ValueError(
-                "Expected something to optimise beside `save_noise_to`, but got nothing: no noise would be found. "
-                "Leave it out, or pass what the noise is to be optimised for."
-            )
-        if noise_optimizer is None and noise_sampler is None:
+        if method is None:
+            check_nothing_beside(method_kwargs=method_kwargs, save_noise_to=save_noise_to, reward_prompt=reward_prompt)
+        if method is None and noise_sampler is None:
             return stock(*args, **kwargs)
         request = bind_request(self, args, kwargs)
-        if noise_optimizer is None:
+        if method is None:
             with hook_on(self, NoiseDraw(request, noise_sampler)):
                 return stock(*args, **kwargs)
-        callbacks = callback_on_optimization_step_end
-        own = {"noise_sampler": noise_sampler, "save_noise_to": save_noise_to}
-        run = NoiseRun(self, noise_optimizer, request, callbacks, **own)
+        run = NoiseRun(
+            self, as_method(method, method_kwargs), request, callbacks, noise_sampler, reward_prompt, save_noise_to
+        )
         try:
             with frozen_modules(self, run.decoder), hook_on(self, run):
                 output = stock(*args, **kwargs)
@@ -8601,53 +8100,83 @@ class NoiseOptimizationMixin(SavedWithCode):
             if run.result is not None:
                 vars(error)["noise_result"] = run.result
             raise
-        result = found_by(run, self)
+        result = run.result_of(self)
         if not isinstance(output, tuple):
             output.noise_result = result
         return output
 
     def encode_prompt(self, *args, **kwargs):
-        """The stock method; under optimisation its results are kept for the inner runs."""
+        """Run the stock method; under optimization its output is recorded for the inner runs."""
         encode = super().encode_prompt  # pyright: ignore[reportAttributeAccessIssue]
         run = self._noise_run
         return encode(*args, **kwargs) if run is None else run.encode_prompt(encode, *args, **kwargs)
 
     def prepare_latents(self, *args, **kwargs):
-        """The stock method, or under optimisation the hook: its noise is optimised before it is handed on."""
+        """Run the stock method; under optimization the noise is optimized before it is returned."""
         run = self._noise_run
         if run is None:
             return super().prepare_latents(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
         return run.prepare_latents(self, *args, **kwargs)
 
+    @classmethod
+    def own_parameters(cls) -> list[inspect.Parameter]:
+        """Return the keyword parameters that the class adds to the stock call."""
+        parameters = inspect.signature(NoiseOptimizationMixin.__call__).parameters.values()
+        return [parameter for parameter in parameters if parameter.kind is inspect.Parameter.KEYWORD_ONLY]
 
-def found_by(run: NoiseRun, pipe) -> NoiseResult:
-    """The result of a call that is over."""
-    if run.result is None:
-        raise TypeError(
-            f"Expected a call that prepares its latents by `prepare_latents`, but that of {type(pipe).__name__} did "
-            "not, and nothing was optimised. Leave out the argument that takes the place of the noise."
+    @classmethod
+    def call_documentation(cls) -> str:
+        """Return the docstring of `__call__`."""
+        return inspect.cleandoc(NoiseOptimizationMixin.__call__.__doc__ or "")
+
+
+def check_nothing_beside(**arguments: Any) -> None:
+    """Raise `ValueError` for arguments that mean nothing without a method."""
+    if given := [name for name, value in arguments.items() if value is not None]:
+        raise ValueError(
+            f"Expected a method beside `{given[0]}`, but got none: there is nothing to optimize. Leave it out, or pass "
+            "`method` or what the noise is to be optimized for."
         )
-    return run.result
+
+
+def has_stock_call(cls: type) -> bool:
+    try:
+        stock_call(cls)
+    except TypeError:
+        return False
+    return True
+
+
+def call_with_signature(cls: Any) -> Any:
+    """Return the inherited `__call__` of a pipeline class, with the signature of the stock class and our parameters."""
+    inherited = cls.__call__
+
+    @functools.wraps(inherited)
+    def __call__(self, *args, **kwargs):
+        return super(cls, self).__call__(*args, **kwargs)
+
+    stock = list(inspect.signature(stock_call(cls)).parameters.values())
+    rest = [parameter for parameter in stock if parameter.kind is inspect.Parameter.VAR_KEYWORD]
+    ours = cls.own_parameters()
+    named = [parameter for parameter in stock if parameter not in rest and parameter.name not in {p.name for p in ours}]
+    vars(__call__)["__signature__"] = inspect.Signature([*named, *ours, *rest])
+    __call__.__doc__ = cls.call_documentation()
+    return __call__
 
 
 @contextlib.contextmanager
 def hook_on(pipe, run: NoiseRun | NoiseDraw) -> Iterator[None]:
-    """Let a run have the prompts and latents of a pipeline's call."""
-    with undoing(lambda: vars(pipe).pop("_noise_run", None)):
-        vars(pipe)["_noise_run"] = run
+    """Route the prompts and latents of a pipeline's call to a run."""
+    vars(pipe)["_noise_run"] = run
+    try:
         yield
-
-
-def bind_request(pipe, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a stock call by name. Raises `TypeError` for an unknown one."""
-    bound = dict(inspect.signature(stock_call(type(pipe))).bind(pipe, *args, **kwargs).arguments)
-    extra = bound.pop("kwargs", {})
-    return {name: value for name, value in {**bound, **extra}.items() if name != "self"}
+    finally:
+        vars(pipe).pop("_noise_run", None)
 
 
 @functools.cache
 def hooked(cls: type) -> type:
-    """A subclass of a pipeline class with the hook, unless it has one."""
+    """Return a subclass of a pipeline class with the hook, or the class itself if it has one."""
     if hasattr(cls, "_noise_run"):
         return cls
     return type(cls.__name__, (NoiseOptimizationMixin, cls), {"__module__": cls.__module__})
@@ -8658,90 +8187,230 @@ def optimize_noise(
     prompt: str | list[str] | None,
     method: NoiseOptimizer | str,
     *,
-    method_kwargs: dict[str, Any] | None = None,
-    callbacks: CallbackSpec | Iterable[CallbackSpec] | None = None,
+    method_kwargs: Mapping[str, Any] | None = None,
+    callbacks: Callbacks = None,
     noise_sampler: NoiseSamplerSpec | None = None,
+    reward_prompt: str | Sequence[str] | None = None,
     save_noise_to: str | os.PathLike[str] | None = None,
     **call_kwargs,
 ) -> NoiseResult:
-    """Find the initial noise of a call to any diffusers text-to-image pipeline, which stays as it is.
+    """Find the initial noise of a call to any diffusers text-to-image pipeline. The pipeline stays unmodified.
 
     Args:
         pipe: A loaded pipeline of any family whose `prepare_latents` draws Gaussian noise.
-        prompt: As in the pipeline's call. Each image is a problem of its own.
-        method: Such as `ReNO(rewards={"pickscore": 1.0})`, or a name of `list_noise_optimizers()`.
+        prompt: As in the pipeline's call. Each image is optimized independently unless the method compares images.
+        method: A method such as `ReNO(rewards={"pickscore": 1.0})`, or a name of `list_methods()`.
         method_kwargs: The settings of a method given by name.
-        callbacks: Per optimisation step; see `NoiseCallback`.
-        noise_sampler: What noise is drawn from, that of candidates too: `"white"`, as in the pipeline itself, `"pink"`,
-            `"coupled"`, a dict such as `{"name": "pink", "alpha": 0.3}`, `PinkNoise(0.3)`, or any function `(shape,
-            generator, device, dtype)` that returns noise of unit variance. Not beside `latents`.
-        save_noise_to: A file for the best noise so far, for `NoiseResult.load`: there from the first step on, brought
-            up to date every few seconds, when the run ends and when an exception or Ctrl-C ends it; always whole. One
-            that is there already is replaced.
-        call_kwargs: What `pipe(prompt, ...)` takes: steps, guidance, size, generator, latents ...
+        callbacks: Callbacks per optimization step. See `NoiseCallback`.
+        noise_sampler: The distribution of the noise, candidates included: `"white"`, as in the pipeline itself,
+            `"pink"`, `"coupled"`, a dict such as `{"name": "pink", "alpha": 0.3}`, `PinkNoise(0.3)`, or any function
+            `(shape, generator, device, dtype)` that returns noise of unit variance. Not beside `latents`.
+        reward_prompt: The prompt that rewards are asked about instead of the prompt of the call: one, or one for each
+            image.
+        save_noise_to: A file for the best noise so far, to be read by `NoiseResult.load`. It is written after the first
+            step, every few seconds, and when the run ends in any way; it is always complete. An existing file is
+            replaced.
+        call_kwargs: The other arguments of `pipe(prompt, ...)`: steps, guidance, size, generator, latents ...
 
     Returns:
-        The result; `pipe(prompt, latents=result.latents, **call_kwargs)` draws it. An exception on the way, Ctrl-C
-        among them, leaves the pipeline as it was, and carries the best so far as its `noise_result`.
+        The result; `pipe(prompt, latents=result.latents, **call_kwargs)` generates its images. An exception, Ctrl-C
+        included, leaves the pipeline as it was, and carries the best so far as its `noise_result`.
 
     Raises:
         ValueError: Before any model runs, for settings or a pipeline state that cannot work.
-        TypeError: For an argument that the pipeline does not take, or a pipeline without a noise to optimise.
+        TypeError: For an argument that the pipeline does not take, or a pipeline without a noise to optimize.
     """
-    optimizer = as_noise_optimizer(method, method_kwargs)
+    method = as_method(method, method_kwargs)
     twin = copy.copy(pipe)
     twin.__class__ = hooked(type(pipe))
     vars(twin)["scheduler"] = copy.deepcopy(pipe.scheduler)  # a call sets the timesteps of its scheduler
-    check_latents_taken(twin)
+    check_takes_latents(twin)
     request = bind_request(twin, (), {"prompt": prompt, **call_kwargs})
-    own = {"noise_sampler": noise_sampler, "save_noise_to": save_noise_to}
-    run = NoiseRun(twin, optimizer, request, callbacks, render=False, **own)
+    run = NoiseRun(twin, method, request, callbacks, noise_sampler, reward_prompt, save_noise_to, render=False)
     vars(twin)["_noise_run"] = run
     with frozen_modules(twin, run.decoder), torch.no_grad(), contextlib.suppress(NoiseFound):
         stock_call(type(pipe))(twin, **request)
-    return found_by(run, twin)
+    return run.result_of(twin)
 
 
-# pipelines/reward_mixin.py
+# pipelines/method_mixin.py
 
 
-class RewardMixin(NoiseOptimizationMixin):
-    """Makes a method of `rewards=` and its settings; rewards that have a name are loaded once per pipeline."""
+class MethodMixin(NoiseOptimizationMixin):
+    """Base class of the mixins of one method: `class ReNOMixin(MethodMixin, method=ReNO, arguments=("rewards", …))`.
 
-    def method_on(
-        self, method: Any, rewards: Any, settings: dict[str, Any], noise_optimizer: NoiseOptimizer | None
-    ) -> NoiseOptimizer | None:
-        """`method(rewards=..., **settings)`, or what was given instead; `None` leaves the stock pipeline.
+    The call of a pipeline then takes these settings of the method as arguments, and its other settings in
+    `method_kwargs`. Rewards given by name are loaded once per pipeline.
+
+    Attributes:
+        own_method: The method.
+        own_arguments: The settings that are arguments of the call.
+        target: The setting without which the call is the stock call; `None` for a method that is always on.
+    """
+
+    own_method: ClassVar[type[NoiseOptimizer]]
+    own_arguments: ClassVar[tuple[str, ...]] = ()
+    target: ClassVar[str | None] = None
+
+    def __init_subclass__(
+        cls,
+        method: type[NoiseOptimizer] | None = None,
+        arguments: tuple[str, ...] = (),
+        target: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if method is not None:
+            cls.own_method, cls.own_arguments, cls.target = method, arguments, target
+        super().__init_subclass__(**kwargs)
+
+    @classmethod
+    def own_parameters(cls) -> list[inspect.Parameter]:
+        hints = get_type_hints(cls.own_method)
+        settings = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=hints[name] | None)
+            for name in cls.own_arguments
+        ]
+        return [*settings, *super().own_parameters()]
+
+    @classmethod
+    def call_documentation(cls) -> str:
+        """Insert the arguments of the mixin before those of every pipeline."""
+        mixin = next(base for base in cls.__mro__ if "own_method" in vars(base))
+        summary, arguments = inspect.cleandoc(mixin.__doc__ or "").split("Args:\n")
+        _, common = super().call_documentation().split("Args:\n")
+        return f"{summary}Args:\n{arguments}\n{common}"
+
+    def __call__(self, *args, method: Any = None, method_kwargs: Mapping[str, Any] | None = None, **kwargs):
+        given = {name: kwargs.pop(name) for name in self.own_arguments if name in kwargs}
+        settings = {name: value for name, value in given.items() if value is not None}
+        if method is None:
+            settings = merged_settings(settings, method_kwargs)
+            method, method_kwargs = self.method_of(settings), None
+        elif settings:
+            raise ValueError(
+                f"Expected `method` or {sorted(settings)}, but got both. Give these to the method: "
+                "`method_kwargs={...}`."
+            )
+        return super().__call__(*args, method=method, method_kwargs=method_kwargs, **kwargs)
+
+    def method_of(self, settings: dict[str, Any]) -> NoiseOptimizer | None:
+        """Return the method with these settings; `None` for the stock call.
 
         Raises:
-            ValueError: settings without rewards, or rewards beside another method.
+            ValueError: For settings without their target.
         """
-        if rewards is None and settings:
-            raise ValueError(
-                f"Expected `rewards` beside {sorted(settings)}, but got none: there is nothing to optimise."
-            )
-        if rewards is not None and noise_optimizer is not None:
-            raise ValueError("Expected `rewards` or `noise_optimizer`, but got both. Give the rewards to the method.")
-        if rewards is None:
-            return noise_optimizer
-        return method(rewards=self.load_rewards(rewards, settings.get("reward_device")), **settings)
+        if self.target is None:
+            return None if settings.get("steps") == 0 else self.own_method(**settings)
+        if self.target not in settings:
+            if settings:
+                raise ValueError(
+                    f"Expected `{self.target}` beside {sorted(settings)}, but got none: there is nothing to optimize."
+                )
+            return None
+        return self.own_method(**self.loaded(settings))
+
+    def loaded(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """Return the settings with everything given by name loaded at its first use and stored with the pipeline."""
+        return {**settings, "rewards": self.load_rewards(settings["rewards"], settings.get("reward_device"))}
 
     def load_rewards(self, rewards: Any, device: Any = None) -> RewardSum:
-        """A `RewardSum` on a device, by default the pipeline's; what has a name is loaded at its first use and kept."""
+        """Return a `RewardSum` on a device, by default the pipeline's."""
         check_reward_device(device)
-        kept = self.kept_on(device, "_loaded_rewards")
+        stored = self.stored_on(device, "_loaded_rewards")
         pairs = reward_weight_pairs(rewards, None)
-        known = [(kept.get(str(name), name), weight) for name, weight in pairs]
-        device = device or self._execution_device  # pyright: ignore[reportAttributeAccessIssue]
-        total = RewardSum(known, normalization=getattr(rewards, "normalization", None), device=device)
+        known = [(stored.get(str(name), name), weight) for name, weight in pairs]
+        total = RewardSum(known, device=device or execution_device(self))
         for (name, _), reward in zip(pairs, total.rewards, strict=True):
             if isinstance(name, str):
-                kept[name] = reward
+                stored[name] = reward
         return total
 
-    def kept_on(self, device: Any, attribute: str) -> dict[str, Any]:
-        """What this pipeline has loaded by name, for its own device or another one."""
+    def stored_on(self, device: Any, attribute: str) -> dict[str, Any]:
+        """Return what this pipeline has loaded by name, for its own device or another one."""
         return vars(self).setdefault(attribute if device is None else f"{attribute}_on_{device}", {})
+
+
+def merged_settings(arguments: dict[str, Any], others: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Merge settings given as arguments and in `method_kwargs`. Raises `ValueError` for one given in both."""
+    if twice := sorted(arguments.keys() & (others or {}).keys()):
+        raise ValueError(f"Expected each setting once, but got {twice} as arguments and in `method_kwargs` too.")
+    return {**arguments, **(others or {})}
+
+
+# pipelines/reno/views.py
+
+
+VIEW_SHIFT = 0.05  # of the image's side
+VIEW_ZOOM = 0.05
+VIEW_NOISE = 0.03  # standard deviation, pixels in [0, 1]
+
+
+def random_views(images: Tensor, count: int, seeds: Sequence[int]) -> Iterator[Tensor]:
+    """Slightly shifted, zoomed and noisy copies of the images, differentiable.
+
+    The gradient of a reward averaged over such views lacks the patterns that please one exact grid of pixels, which is
+    how reward hacking begins ("expectation over transformation", Athalye et al., https://arxiv.org/abs/1707.07397).
+
+    Args:
+        images: (B, 3, H, W) in [0, 1].
+        count: How many views.
+        seeds: B integers: the views of an image depend on its own seed alone.
+
+    Yields:
+        `count` tensors (B, 3, H, W) in [0, 1], moved by up to 5% of the side, zoomed by up to 5%, with noise of 0.03.
+    """
+    streams = [torch.Generator().manual_seed(seed) for seed in seeds]
+    for _ in range(count):
+        chance = torch.stack([torch.rand(3, generator=stream) for stream in streams]) * 2 - 1
+        grain = torch.stack([torch.randn(images.shape[1:], generator=stream) for stream in streams])
+        affine = torch.zeros(len(images), 2, 3)
+        affine[:, 0, 0] = affine[:, 1, 1] = 1 + VIEW_ZOOM * chance[:, 0]
+        affine[:, :, 2] = 2 * VIEW_SHIFT * chance[:, 1:]  # the grid of an image spans 2
+        grid = F.affine_grid(affine, list(images.shape), align_corners=False).to(images)
+        moved = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+        yield (moved + VIEW_NOISE * grain.to(images)).clamp(0, 1)
+
+
+# pipelines/reno/objective.py
+
+
+class ViewedRewards(RewardObjective):
+    """`RewardObjective` whose gradient is the mean over random views of each image; the value is the image's own.
+
+    Args:
+        rewards: A `RewardSum`, or anything that it takes.
+        views: The number of views; 0 for the gradient of the image itself. See `random_views`.
+    """
+
+    def __init__(self, rewards: Any, views: int) -> None:
+        super().__init__(rewards)
+        self.views = views
+
+    def evaluate(self, sample: Sample) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        images = sample.images
+        if self.views == 0 or not images.requires_grad:
+            return super().evaluate(sample)
+        output = self.rewards(images.detach(), sample.prompts, chunk_size=sample.chunk_size)
+        gradient = self.gradient_by_views(images, sample.prompts, sample.seeds, sample.chunk_size or len(images))
+        return -AttachedGradient.apply(images, output.total, gradient), output.components  # pyright: ignore
+
+    def gradient_by_views(
+        self, images: torch.Tensor, prompts: Any, seeds: Sequence[int], chunk_size: int
+    ) -> torch.Tensor:
+        """Return the mean gradient `(B, 3, H, W)` of the views with respect to the pixels, a chunk at a time."""
+        gradient = torch.empty_like(images)
+        for start in range(0, len(images), chunk_size):
+            rows = slice(start, start + chunk_size)
+            leaf, texts = images[rows].detach().requires_grad_(), part_of_prompts(prompts, rows)
+            views = random_views(leaf, self.views, seeds[rows])
+            total = torch.stack([self.weighted(view, texts).total.sum() for view in views]).mean()
+            gradient[rows] = torch.autograd.grad(total, leaf)[0] if total.requires_grad else 0
+        return gradient
+
+    @functools.cached_property
+    def weighted(self) -> RewardSum:
+        """The rewards whose weight is not 0."""
+        return self.rewards.optimised()
 
 
 # pipelines/reno/method.py
@@ -8749,68 +8418,57 @@ class RewardMixin(NoiseOptimizationMixin):
 
 RENO_PRIOR = 0.01
 RENO_VIEWS = 4
-RENO_SIZE = 4 * 64 * 64  # entries of the noise that the paper's learning rate was chosen for
+RENO_SIZE = 4 * 64 * 64  # entries of the noise for which the paper's learning rate was chosen
 
 
-@register_noise_optimizer("reno")
+@dataclasses.dataclass
+class ReNOState:
+    """Momentum `(B, C, H, W)`, and the norms `(B,)` of the base noise."""
+
+    velocity: torch.Tensor
+    radius: torch.Tensor
+
+
+@register_method("reno")
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ReNO(NoiseOptimizer):
+class ReNO(RewardOptimizer):
     """Gradient ascent on rewards with momentum; returns the noise of the best image.
 
     "ReNO: Enhancing One-step Text-to-Image Models through Reward-based Noise Optimization", Eyring et al., NeurIPS
     2024, https://arxiv.org/abs/2406.04312.
 
-    `mode="parity"` is the released loop step by step: SGD with Nesterov momentum 0.9, the summed gradient of rewards
-    and χ prior clipped to 0.1, `steps` evaluations and `steps − 1` updates, the best image by the rewards without the
-    prior, and rewards that see un-clamped bicubic pixels. It differs in that clip, prior and best are per image, and
-    that noise, momentum and norms are float32.
+    `mode="parity"` follows the released loop step by step: SGD with Nesterov momentum 0.9, the summed gradient of
+    rewards and χ prior clipped to 0.1, `steps` evaluations and `steps − 1` updates, the best image by the rewards
+    without the prior, and rewards that see un-clamped bicubic pixels. Two differences: clip, prior and best are per
+    image; noise, momentum and norms are float32.
 
-    `mode="default"` keeps the update and changes four things. The gradient is that of several slightly moved and noisy
-    views of the image, which leaves out what only one exact grid of pixels shows; scores, losses and the choice of the
-    best are still those of the image itself. The norm of the noise stays what it was, by projection instead of a prior.
-    The learning rate is in units of √(d / 16384), so that the same value suits any latent size: the paper's 5 at 512
-    px, and its 10 at 1024 px. Saturated pixels keep their gradient.
+    `mode="default"` keeps the update and changes four things. The gradient is the mean over several slightly shifted
+    and noisy views of the image, which suppresses patterns that please one exact pixel grid; scores, losses and the
+    choice of the best remain those of the image itself. The norm of the noise is kept by projection instead of a prior.
+    The learning rate is in units of √(d / 16384), so that one value suits any latent size: the paper's 5 at 512 px, and
+    its 10 at 1024 px. Saturated pixels keep their gradient.
 
     Args:
-        rewards: What `RewardSum` takes: a name, a callable, a dict to weights, or a list of (reward, weight).
-        steps: Evaluations, the plain result included. The paper: 50.
+        steps: Evaluations, the baseline included. The paper: 50.
         mode: "default" or "parity".
-        learning_rate: η, at least 0.
-        momentum: Of Nesterov's method, in [0, 1).
-        max_grad_norm: The gradient of each image is clipped to this L2 norm; with η it sets the length of a step.
-        regularization: λ_reg, the weight of the χ prior; `None` is 0.01 for parity, and the projection otherwise.
-        views: How many views give the gradient; each costs one more pass of the rewards. 0 is the image itself, `None`
-            0 for parity and 4 otherwise.
-        reward_prompt: Ask the rewards about this instead of the pipeline's prompt: one, or one for each image.
-        gradient: "full" through the whole chain; "frozen" holds the model's outputs constant.
+        learning_rate: η.
+        momentum: The coefficient of Nesterov momentum.
+        max_grad_norm: The L2 norm to which the gradient of each image is clipped; with η it sets the step length.
+        regularization: λ_reg, the weight of the χ prior; `None` is 0.01 for parity, and projection otherwise.
+        views: The number of views that give the gradient, each one more pass of the rewards; 0 is the image itself;
+            `None` is 0 for parity and 4 otherwise.
+        gradient: "full" differentiates the whole chain; "frozen" holds the model outputs constant.
         preview: Reward the x0 estimate of one model call instead of the whole chain.
-        chunk_size: Take the gradient of at most so many images at a time: the same images and gradients in the memory
-            of so many, whatever the batch, for one more forward pass a step. "auto" finds out in the first step how
-            many fit into half of the free memory, and cuts nothing where all do; `None` never cuts.
-        checkpointing: "auto", "none", "blocks" or "steps": see `NoiseOptimizer`.
-        decoder: A tiny autoencoder that decodes while the noise is optimised: see `NoiseOptimizer`.
-        reward_device: Where rewards that are given by name are loaded, by default where the pipeline is.
     """
 
-    rewards: Any
-    steps: int = 50
     mode: Literal["default", "parity"] = "default"
-    learning_rate: float = 5.0
-    momentum: float = 0.9
-    max_grad_norm: float = 0.1
-    regularization: float | None = None
-    views: int | None = None
-    reward_prompt: str | Sequence[str] | None = None
-    gradient: Gradient = "full"
+    learning_rate: float = checked(5.0, "[0, inf)")
+    momentum: float = checked(0.9, "[0, 1)")
+    max_grad_norm: float = checked(0.1, "(0, inf)")
+    regularization: float | None = checked(None, "[0, inf)")
+    views: int | None = checked(None, "[0, inf)")
+    gradient: Literal["full", "frozen"] = "full"
     preview: bool = False
-    chunk_size: ChunkSetting = None
-    checkpointing: Checkpointing = "auto"
-    decoder: Any = None
-    reward_device: str | torch.device | None = None
-
-    @property
-    def clamp(self) -> Clamp:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return "hard" if self.mode == "parity" else "straight_through"
 
     @property
     def prior(self) -> ChiPrior | None:
@@ -8819,51 +8477,35 @@ class ReNO(NoiseOptimizer):
             return None
         return ChiPrior(RENO_PRIOR if self.regularization is None else self.regularization)
 
-    def check(self) -> None:
-        super().check()
-        if self.mode not in ("default", "parity"):
-            raise ValueError(f'Expected `mode` to be "default" or "parity", but got {self.mode!r}.')
-        if self.gradient is None:
-            raise ValueError('Expected `gradient` to be "full" or "frozen" for ReNO. Without one, use `BestOfN`.')
-        if not (self.learning_rate >= 0 and self.max_grad_norm > 0 and 0 <= self.momentum < 1):
-            raise ValueError(
-                "Expected learning_rate >= 0, max_grad_norm > 0 and momentum in [0, 1), but got "
-                f"{self.learning_rate}, {self.max_grad_norm} and {self.momentum}."
-            )
-        if self.views is not None and not (isinstance(self.views, int) and self.views >= 0):
-            raise ValueError(f"Expected `views` to be an integer of 0 or more, but got {self.views!r}.")
-        _ = self.prior
-
-    def objective(self, pipe) -> RewardObjective:
-        rewards = differentiable_rewards(self.rewards, self.device_of_rewards(pipe))
+    def objective(self, pipe) -> ViewedRewards:
+        rewards, views = self.load_rewards(pipe, self.rewards), self.views
         if self.mode == "parity":
-            rewards = on_released_pixels(rewards)
-        views = self.views if self.views is not None else 0 if self.mode == "parity" else RENO_VIEWS
-        return RewardObjective(rewards, self.reward_prompt, views)
+            return ViewedRewards(on_released_pixels(rewards), views or 0)
+        return ViewedRewards(rewards, RENO_VIEWS if views is None else views)
 
     def regularizer(self, noise: torch.Tensor) -> torch.Tensor | float:
         return self.prior(noise) if self.prior else 0.0
 
-    def start(self, problem: NoiseProblem) -> dict[str, torch.Tensor]:
-        return {"velocity": torch.zeros_like(problem.noise), "radius": per_sample_norm(problem.noise)}
+    def start(self, problem: NoiseProblem) -> ReNOState:
+        return ReNOState(torch.zeros_like(problem.noise), per_sample_norm(problem.noise))
 
-    def step(self, state: NoiseState, gradient: torch.Tensor, memory: dict[str, torch.Tensor]) -> torch.Tensor:
+    def step(self, run: NoiseState, gradient: torch.Tensor, state: ReNOState) -> torch.Tensor:
         gradient = clip_per_sample(gradient, self.max_grad_norm)
-        memory["velocity"] = self.momentum * memory["velocity"] + gradient
-        moved = state.noise - self.step_size(state.noise) * (gradient + self.momentum * memory["velocity"])
-        return moved if self.prior else moved * per_image(memory["radius"] / per_sample_norm(moved), moved)
+        state.velocity = self.momentum * state.velocity + gradient
+        moved = run.noise - self.step_size(run.noise) * (gradient + self.momentum * state.velocity)
+        return moved if self.prior else moved * per_image(state.radius / per_sample_norm(moved), moved)
 
     def step_size(self, noise: torch.Tensor) -> float:
-        """η, in units that suit the size of the noise unless the released loop is followed."""
+        """Return η, scaled to the size of the noise in default mode."""
         scale = 1.0 if self.mode == "parity" else math.sqrt(noise[0].numel() / RENO_SIZE)
         return self.learning_rate * scale
 
 
 def on_released_pixels(rewards: RewardSum) -> RewardSum:
-    """The same rewards, weights shared, on pixels as the released loop makes them once for all rewards.
+    """Return the rewards, weights shared, on pixels as the released loop makes them once for all rewards.
 
-    The shorter side to the model's size in one bicubic pass, not clamped, and the centre of that: also for HPSv2, which
-    pads otherwise. A reward without a transform that knows its form in ReNO stays as it is.
+    The shorter side is resized to the model's size in one bicubic pass without clamping, then the center is cropped;
+    also for HPSv2, which pads otherwise. A reward without a transform that knows this form stays as it is.
     """
     twins = {}
     for name, reward in zip(rewards.names, rewards.rewards, strict=True):
@@ -8877,77 +8519,36 @@ def on_released_pixels(rewards: RewardSum) -> RewardSum:
 # pipelines/reno/mixin.py
 
 
-class ReNOMixin(RewardMixin):
-    """Adds `rewards=` and plain-value settings of ReNO to the call of a stock pipeline."""
+class ReNOMixin(MethodMixin, method=ReNO, arguments=("rewards", "steps", "mode"), target="rewards"):
+    """Optimizes the initial noise for rewards in the call of a stock pipeline.
 
-    def __call__(
-        self,
-        *args,
-        rewards: Any = None,
-        optimization_steps: int | None = None,
-        mode: Literal["default", "parity"] | None = None,
-        reno_kwargs: Mapping[str, Any] | None = None,
-        noise_optimizer: NoiseOptimizer | None = None,
-        noise_sampler: NoiseSamplerSpec | None = None,
-        callback_on_optimization_step_end: Any = None,
-        save_noise_to: str | os.PathLike[str] | None = None,
-        **kwargs,
-    ):
-        """The stock call; with `rewards` the initial noise is first optimised by ReNO.
-
-        Args:
-            rewards: A name, Hub id or folder (`"clipscore"`), a callable `(images, prompts) -> (B,)`, a dict of these
-                to weights (`{"clipscore": 1.0, "red": 0.1}`), a list of (reward, weight), or `"reno"` for the rewards
-                and weights of the paper. `None` leaves the pipeline bit-identical to the stock class. Rewards given by
-                name are loaded once per pipeline.
-            optimization_steps: Evaluations of ReNO, 50 by default.
-            mode: "default", or "parity" for the released loop step by step.
-            reno_kwargs: More settings of `ReNO`, by name: `{"learning_rate": 10.0}`.
-            noise_optimizer: Another method instead of ReNO.
-            noise_sampler: What the initial noise is drawn from: `"white"`, as in the stock pipeline, `"pink"`,
-                `"coupled"`, a dict such as `{"name": "pink", "alpha": 0.3}`, or a function `(shape, generator, device,
-                dtype)`. Works without a method too; not beside `latents`.
-            callback_on_optimization_step_end: Callbacks per optimisation step: functions of the state, or objects with
-                `on_step_end(state)`; return `False` to stop.
-            save_noise_to: A file for the best noise so far, kept up to date and whole whatever ends the call.
-            args, kwargs: Those of the stock pipeline.
-
-        Returns:
-            What the stock pipeline returns; unless `return_dict=False` with a `noise_result` attribute.
-
-        Raises:
-            ValueError: For settings that cannot work, before any model runs.
-        """
-        settings = call_settings({"steps": optimization_steps, "mode": mode}, reno_kwargs, "reno_kwargs")
-        noise_optimizer = self.method_on(ReNO, rewards, settings, noise_optimizer)
-        return super().__call__(
-            *args,
-            noise_optimizer=noise_optimizer,
-            noise_sampler=noise_sampler,
-            callback_on_optimization_step_end=callback_on_optimization_step_end,
-            save_noise_to=save_noise_to,
-            **kwargs,
-        )
+    Args:
+        rewards: A name, Hub id or folder (`"clipscore"`), a callable `(images, prompts) -> (B,)`, a dict of these to
+            weights (`{"clipscore": 1.0, "red": 0.1}`), a list of (reward, weight), or `"reno"` for the rewards and
+            weights of the paper. `None` leaves the pipeline bit-identical to the stock class.
+        steps: Evaluations of ReNO, 50 by default.
+        mode: "default", or "parity" for the released loop step by step.
+    """
 
 
 # pipelines/cno/contrastive_loss.py
 
 
 def attraction_gamma(size: int, tau: float) -> float:
-    """γ at which the strongest attraction equals the strongest repulsion: `exp(1/(γτ)) = (size − 1)·exp(1/τ)`.
+    """Return the γ at which the strongest attraction equals the strongest repulsion.
 
-    CNO, https://arxiv.org/abs/2510.03813, closed form `1 / (τ·ln(size − 1) + 1)`: 0.878 for 5 images and τ = 0.1, and 1
-    for two. A smaller γ attracts more.
+    The solution of `exp(1/(γτ)) = (size − 1)·exp(1/τ)`, `1 / (τ·ln(size − 1) + 1)`, of CNO,
+    https://arxiv.org/abs/2510.03813: 0.878 for 5 images and τ = 0.1, and 1 for two. A smaller γ attracts more.
     """
     return 1 / (tau * math.log(size - 1) + 1)
 
 
 def pooled_directions(x0: torch.Tensor, window_size: int) -> torch.Tensor:
-    """`(B, C, H, W)` to unit vectors along the channels of a pooled grid, `(B, C, P)` in float32 or better.
+    """Return unit vectors along the channels of a pooled grid, `(B, C, P)` in float32 or better.
 
     Args:
-        x0: Latents; `(B, 1, C, H, W)` as well.
-        window_size: The grid has so many cells down and across, at most H and W: P of them.
+        x0: Latents `(B, C, H, W)` or `(B, 1, C, H, W)`.
+        window_size: The number of cells down and across, at most H and W. The grid has P cells.
     """
     x0 = x0.to(torch.promote_types(x0.dtype, torch.float32)).flatten(1, -3)
     down, across = (min(window_size, side) for side in x0.shape[-2:])
@@ -8956,20 +8557,20 @@ def pooled_directions(x0: torch.Tensor, window_size: int) -> torch.Tensor:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ContrastiveLoss:
-    """InfoNCE of a set against its own reference, for each image; CNO, https://arxiv.org/abs/2510.03813.
+    """InfoNCE of a set of images against its own reference; CNO, https://arxiv.org/abs/2510.03813.
 
-    In every pooled cell, with `f` the cosine along the channels, image i is told from the others by
+    In every pooled cell, with `f` the cosine along the channels, the loss of image i is
 
         −log( exp(f(i, refᵢ)/(γτ)) / (exp(f(i, refᵢ)/(γτ)) + Σ_{j≠i} exp(f(i, j)/τ)) ),
 
-    a cross-entropy whose own logit is the attraction to its reference. The mean over the cells is the loss of image i,
-    the mean over the images the loss of the paper. The gradient goes into both members of each pair.
+    a cross-entropy whose own logit is the attraction to the reference of the image. The loss of image i is the mean
+    over the cells; the loss of the paper is the mean over the images. Both members of a pair get a gradient.
 
     Attributes:
         tau: τ, above 0.
         gamma: γ, above 0, or "auto" for `attraction_gamma`.
-        attraction: Whether the numerator counts; without it only the others are fled from.
-        repulsion: Whether the denominator counts.
+        attraction: Whether to use the numerator; without it images only move away from the others.
+        repulsion: Whether to use the denominator.
     """
 
     tau: float
@@ -8978,7 +8579,7 @@ class ContrastiveLoss:
     repulsion: bool
 
     def __call__(self, directions: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-        """`(B, C, P)` unit vectors of one set, B >= 2, and of its reference, to the losses `(B,)`."""
+        """Return the losses `(B,)` of the unit vectors `(B, C, P)` of one set, B >= 2, and of its reference."""
         size = len(directions)
         gamma = attraction_gamma(size, self.tau) if self.gamma == "auto" else float(self.gamma)
         own = (directions * reference).sum(1) / (gamma * self.tau)
@@ -8992,13 +8593,13 @@ class ContrastiveLoss:
 
 
 class ContrastiveObjective(Objective):
-    """`ContrastiveLoss` of the x0 estimates of one model call, each group of images with the same prompt for itself.
+    """`ContrastiveLoss` of the x0 estimates of one model call, separately for each group of images with one prompt.
 
-    The first evaluation is the reference: it costs no model call of its own. An object serves one run.
+    The first evaluation is the reference, so the reference costs no model call. An object serves one run.
 
     Args:
         loss: The loss of one set.
-        window_size: The estimates are pooled to a grid of so many cells down and across, at most the latent's.
+        window_size: The number of cells down and across of the pooled grid, at most the latent's.
     """
 
     def __init__(self, loss: ContrastiveLoss, window_size: int) -> None:
@@ -9027,15 +8628,8 @@ class ContrastiveObjective(Objective):
         return {**dataclasses.asdict(self.loss), "window_size": self.window_size}
 
 
-def sets(groups: Sequence[int]) -> Iterator[torch.Tensor]:
-    """The rows of each group."""
-    labels = torch.tensor(groups)
-    for group in sorted(set(groups)):
-        yield (labels == group).nonzero().flatten()
-
-
 def mean_similarity(directions: torch.Tensor) -> torch.Tensor:
-    """`(B, C, P)` unit vectors to each image's mean cosine to the B − 1 others, `(B,)` in [-1, 1]."""
+    """Return the mean cosine of each image to the B − 1 others, `(B,)` in [-1, 1], of unit vectors `(B, C, P)`."""
     cosines = torch.einsum("icp,jcp->ij", directions, directions) / directions.shape[-1]
     return (cosines.sum(1) - cosines.diagonal()) / (len(directions) - 1)
 
@@ -9043,241 +8637,124 @@ def mean_similarity(directions: torch.Tensor) -> torch.Tensor:
 # pipelines/cno/method.py
 
 
-@register_noise_optimizer("cno")
+@dataclasses.dataclass
+class CNOState:
+    """The parameter that Adam moves, the optimizer, and `(B,)` one over the number of images of each set."""
+
+    noise: torch.nn.Parameter
+    adam: torch.optim.Adam
+    shares: torch.Tensor
+
+
+@register_method("cno")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CNO(NoiseOptimizer):
-    """Moves the noises of one prompt so that the images they lead to differ; a few model calls before the sampling.
+    """Moves the noises of one prompt so that their images differ, with a few model calls before the sampling.
 
     "Diverse Text-to-Image Generation via Contrastive Noise Optimization", Kim, Um and Ye, ICLR 2026,
     https://arxiv.org/abs/2510.03813.
 
-    Each step asks the denoiser once, guided as in the sampling, for the x0 estimate (Tweedie) of each noise at the
-    sampler's first timestep, and takes one step of Adam on the contrastive loss: away from the other images of the same
-    prompt, towards the own first estimate. Images of different prompts in one call do not see each other. The last
-    noise is returned.
+    Each step calls the denoiser once, guided as in the sampling, for the x0 estimate (Tweedie) of each noise at the
+    first timestep, and makes one step of Adam on the contrastive loss: away from the other images of the same prompt,
+    towards the first estimate of its own. Images of different prompts do not interact. The last noise is returned.
 
-    The defaults are the paper's. Its released code is `CNO(stop_gradient=False, gamma=1.0)`.
+    The defaults are the paper's. The released code is `CNO(gradient="full", gamma=1.0)`.
 
     Args:
-        steps: Updates, and calls of the denoiser.
-        window_size: The estimates are compared on a grid pooled to so many cells down and across, at most the latent's.
-        tau: τ, the temperature, above 0.
-        gamma: γ scales the temperature of the attraction, above 0: smaller attracts more. "auto" is
+        steps: Evaluations, each one call of the denoiser followed by an update.
+        window_size: The number of cells down and across of the grid to which estimates are pooled, at most the
+            latent's.
+        tau: τ, the temperature.
+        gamma: γ, which scales the temperature of the attraction: smaller attracts more. "auto" is
             `1 / (τ·ln(B − 1) + 1)` for B images of a prompt.
-        learning_rate: Of Adam, above 0: about the most that an entry of the noise moves in a step.
-        stop_gradient: Hold the output of the denoiser constant: no backward pass through it, and no more memory than
-            sampling takes. `False` back-propagates through it.
-        attraction: Pull each estimate towards where it was; `False` for more diversity at the cost of quality.
-        repulsion: Push the estimates apart.
-        checkpointing: "auto", "none", "blocks" or "steps": see `NoiseOptimizer`.
+        learning_rate: The learning rate of Adam: roughly the most that an entry of the noise moves in a step.
+        gradient: "frozen" holds the output of the denoiser constant: no backward pass through it, and no more memory
+            than sampling. "full" differentiates the denoiser.
+        attraction: Pull each estimate towards its first value; `False` for more diversity and less quality.
+        repulsion: Push the estimates of a prompt apart.
     """
 
-    steps: int = 3
-    window_size: int = 16
-    tau: float = 0.1
-    gamma: float | Literal["auto"] = "auto"
-    learning_rate: float = 1e-2
-    stop_gradient: bool = True
+    steps: int = checked(3, "[1, inf)")
+    window_size: int = checked(16, "[1, inf)")
+    tau: float = checked(0.1, "(0, inf)")
+    gamma: float | Literal["auto"] = checked("auto", "(0, inf)")
+    learning_rate: float = checked(1e-2, "(0, inf)")
+    gradient: Literal["full", "frozen"] = "frozen"
     attraction: bool = True
     repulsion: bool = True
-    checkpointing: Checkpointing = "auto"
-    preview: ClassVar[bool] = True  # pyright: ignore[reportIncompatibleVariableOverride]
     returns: ClassVar[Literal["best", "last"]] = "last"
 
     @property
-    def gradient(self) -> Gradient:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return "frozen" if self.stop_gradient else "full"
+    def previews(self) -> bool:
+        return True
 
     def check(self) -> None:
         super().check()
-        if not (isinstance(self.window_size, int) and self.window_size >= 1):
-            raise ValueError(f"Expected `window_size` to be an integer of 1 or more, but got {self.window_size!r}.")
-        if self.gamma != "auto" and not positive(self.gamma):
-            raise ValueError(f'Expected `gamma` to be "auto" or a number above 0, but got {self.gamma!r}.')
-        for name in ("tau", "learning_rate"):
-            if not positive(getattr(self, name)):
-                raise ValueError(f"Expected `{name}` to be a number above 0, but got {getattr(self, name)!r}.")
         if not (self.attraction or self.repulsion):
-            raise ValueError("Expected `attraction` or `repulsion`, but got neither: there is nothing to optimise.")
+            raise ValueError("Expected `attraction` or `repulsion`, but got neither: there is nothing to optimize.")
 
     def objective(self, pipe) -> ContrastiveObjective:
-        if self.stop_gradient and pipe.scheduler.config.get("prediction_type") == "sample":
+        if self.gradient == "frozen" and pipe.scheduler.config.get("prediction_type") == "sample":
             raise ValueError(
                 "Expected a denoiser that predicts noise or velocity, but this one predicts x0 itself, which does not "
-                "depend on the noise once its output is held constant. Use `stop_gradient=False`."
+                'depend on the noise once its output is held constant. Use `gradient="full"`.'
             )
         loss = ContrastiveLoss(tau=self.tau, gamma=self.gamma, attraction=self.attraction, repulsion=self.repulsion)
         return ContrastiveObjective(loss, self.window_size)
 
-    def start(self, problem: NoiseProblem) -> dict[str, Any]:
+    def start(self, problem: NoiseProblem) -> CNOState:
         noise = torch.nn.Parameter(problem.noise.clone())
         sizes = Counter(problem.groups)
         shares = torch.tensor([1 / sizes[group] for group in problem.groups]).to(noise)
-        return {"noise": noise, "optimizer": torch.optim.Adam([noise], self.learning_rate), "shares": shares}
+        return CNOState(noise, torch.optim.Adam([noise], self.learning_rate), shares)
 
-    def step(self, state: NoiseState, gradient: torch.Tensor, memory: dict[str, Any]) -> torch.Tensor:
+    def step(self, run: NoiseState, gradient: torch.Tensor, state: Any) -> torch.Tensor:
         if self.repulsion and not gradient.any():
             raise ValueError(
                 "Expected x0 estimates that depend on the noise, but their gradient is zero: with zero terminal SNR, "
-                f"as {type(state.pipeline.scheduler).__name__} has here, the first estimate is the output of the "
-                "denoiser alone. Use `stop_gradient=False`."
+                f"as {type(run.pipeline.scheduler).__name__} has here, the first estimate is the output of the "
+                'denoiser alone. Use `gradient="full"`.'
             )
-        memory["noise"].data = state.noise.clone()
-        memory["noise"].grad = gradient * per_image(memory["shares"], gradient)  # the loss of a set is the mean
-        memory["optimizer"].step()
-        return memory["noise"].detach().clone()
-
-
-def positive(value: Any) -> bool:
-    """Whether a setting is a finite number above 0."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0 and math.isfinite(value)
+        state.noise.data = run.noise.clone()
+        state.noise.grad = gradient * per_image(state.shares, gradient)  # the loss of a set is the mean over its images
+        state.adam.step()
+        return state.noise.detach().clone()
 
 
 # pipelines/cno/mixin.py
 
 
-class CNOMixin(NoiseOptimizationMixin):
-    """Optimises the noises of each prompt's images for diversity in the call of a stock pipeline."""
+class CNOMixin(MethodMixin, method=CNO, arguments=("steps", "gamma", "gradient")):
+    """Optimizes the noises of each prompt's images for diversity in the call of a stock pipeline.
 
-    def __call__(
-        self,
-        *args,
-        optimization_steps: int | None = None,
-        gamma: float | str | None = None,
-        stop_gradient: bool | None = None,
-        cno_kwargs: Mapping[str, Any] | None = None,
-        noise_optimizer: NoiseOptimizer | None = None,
-        noise_sampler: NoiseSamplerSpec | None = None,
-        callback_on_optimization_step_end: Any = None,
-        save_noise_to: str | os.PathLike[str] | None = None,
-        **kwargs,
-    ):
-        """The stock call on noises that CNO moved apart: at least two images of each prompt.
-
-        Args:
-            optimization_steps: Updates of CNO, each one more call of the denoiser for each image; 3 by default. 0
-                leaves the pipeline bit-identical to the stock class.
-            gamma: Scales the temperature of the attraction, a number above 0 (smaller attracts more) or "auto", the
-                default: the paper's closed form for the number of images.
-            stop_gradient: `True`, the default, as in the paper; `False` back-propagates through the denoiser as the
-                released code does.
-            cno_kwargs: More settings of `CNO`, by name: `{"window_size": 8}`.
-            noise_optimizer: Another method instead of CNO.
-            noise_sampler: What the initial noise is drawn from: `"white"`, as in the stock pipeline, `"pink"`,
-                `"coupled"`, a dict such as `{"name": "pink", "alpha": 0.3}`, or a function `(shape, generator, device,
-                dtype)`. Works without a method too; not beside `latents`.
-            callback_on_optimization_step_end: Callbacks per optimisation step: functions of the state, or objects with
-                `on_step_end(state)`; return `False` to stop.
-            save_noise_to: A file for the best noise so far, kept up to date and whole whatever ends the call.
-            args, kwargs: Those of the stock pipeline; pass `num_images_per_prompt`.
-
-        Returns:
-            What the stock pipeline returns; unless `return_dict=False` with a `noise_result` attribute.
-
-        Raises:
-            ValueError: For settings that cannot work, and for a prompt with one image, before any model runs.
-        """
-        named = {"steps": optimization_steps, "gamma": gamma, "stop_gradient": stop_gradient}
-        settings = call_settings(named, cno_kwargs, "cno_kwargs")
-        if noise_optimizer is not None and settings:
-            raise ValueError(
-                f"Expected `noise_optimizer` or settings of CNO, but got both: {sorted(settings)}. Give them to the "
-                "method."
-            )
-        if noise_optimizer is None and settings.get("steps") != 0:
-            noise_optimizer = CNO(**settings)
-        return super().__call__(
-            *args,
-            noise_optimizer=noise_optimizer,
-            noise_sampler=noise_sampler,
-            callback_on_optimization_step_end=callback_on_optimization_step_end,
-            save_noise_to=save_noise_to,
-            **kwargs,
-        )
-
-
-# callbacks/early_stopping.py
-
-
-class EarlyStopping(NoiseCallback):
-    """Stop a sample when its best loss has not fallen by `min_delta` for `patience` steps.
-
-    Each sample of a batch has its own patience, so the result does not depend on the batch that it ran in.
+    Pass `num_images_per_prompt`: a prompt needs at least two images.
 
     Args:
-        patience: Steps without progress, at least 1.
-        min_delta: The least decrease of the loss that counts as progress, at least 0.
+        steps: Updates of CNO, each one more call of the denoiser for each image; 3 by default. 0 leaves the pipeline
+            bit-identical to the stock class.
+        gamma: The scale of the attraction's temperature, a number above 0 (smaller attracts more) or "auto", the
+            default: the paper's closed form for the number of images.
+        gradient: "frozen", the default, as in the paper; "full" differentiates the denoiser as the released code does.
     """
-
-    def __init__(self, patience: int, min_delta: float = 0.0) -> None:
-        if patience < 1 or min_delta < 0:
-            raise ValueError(f"Expected patience >= 1 and min_delta >= 0, but got {patience} and {min_delta}.")
-        self.patience, self.min_delta = patience, min_delta
-
-    def on_run_start(self, state: NoiseState) -> None:
-        self.reference = torch.full((len(state.noise),), torch.inf, device=state.noise.device)
-        self.waited = torch.zeros(len(state.noise), dtype=torch.long, device=state.noise.device)
-
-    def on_step_end(self, state: NoiseState) -> None:
-        assert state.best_loss is not None
-        progress = state.best_loss < self.reference - self.min_delta
-        self.reference = torch.where(progress, state.best_loss, self.reference)
-        self.waited = torch.where(progress, 0, self.waited + 1)
-        state.stop("patience", self.waited >= self.patience)
-
-
-class LossThreshold(NoiseCallback):
-    """Stop a sample when its best loss is at most `threshold`: for a reward of weight 1 that is minus the wanted score.
-
-    Each sample of a batch stops by itself.
-    """
-
-    def __init__(self, threshold: float) -> None:
-        self.threshold = threshold
-
-    def on_step_end(self, state: NoiseState) -> None:
-        assert state.best_loss is not None
-        state.stop("threshold", state.best_loss <= self.threshold)
-
-
-class TimeBudget(NoiseCallback):
-    """Stop after the step in which `seconds` have passed since the optimisation began."""
-
-    def __init__(self, seconds: float) -> None:
-        if seconds <= 0:
-            raise ValueError(f"Expected a time budget of more than 0 seconds, but got {seconds}.")
-        self.seconds = seconds
-
-    def on_step_end(self, state: NoiseState) -> None:
-        if state.noise.is_cuda:
-            torch.cuda.synchronize(state.noise.device)
-        if state.elapsed >= self.seconds:
-            state.stop("time budget")
 
 
 # pipelines/noise_diffusion/candidate_choice.py
 
 
-def displacement(noise: torch.Tensor, sigma: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
-    """`v = (√(1−γ) − 1)·z + √γ·σ`: where mixing `sigma` into `noise`, both `(B, ...)`, moves it; `gamma` is `(B,)`."""
-    gamma = per_image(gamma, noise)
-    return ((1 - gamma).sqrt() - 1) * noise + gamma.sqrt() * sigma
-
-
 def best_of_pool(
     noise: torch.Tensor, ascent: torch.Tensor, gamma: torch.Tensor, fresh: CandidateNoise, count: int
 ) -> torch.Tensor:
-    """The candidate with the largest ⟨∇s, v⟩ / ‖v‖² of `count`, for each image by itself.
+    """Return for each image the candidate with the largest ⟨∇s, v⟩ / ‖v‖².
 
-    Noise Diffusion, https://arxiv.org/abs/2411.16503: the squared norm, not a cosine. Candidates are drawn one after
-    the other, so memory does not grow with `count`.
+    Noise Diffusion, https://arxiv.org/abs/2411.16503, divides by the squared norm: this is not a cosine. Candidates are
+    drawn one at a time, so memory does not grow with `count`.
 
     Args:
         noise: z, `(B, ...)`.
         ascent: ∇s, `(B, ...)`; its scale does not matter.
         gamma: γ, `(B,)` in [0, 1].
-        fresh: Where candidates come from.
-        count: N, at least 1.
+        fresh: The source of candidates.
+        count: N, the number of candidates, at least 1.
     """
     best = fresh.draw()
     highest = ascent_rate(noise, ascent, gamma, best)
@@ -9290,23 +8767,22 @@ def best_of_pool(
 
 
 def ascent_rate(noise: torch.Tensor, ascent: torch.Tensor, gamma: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-    """⟨∇s, v⟩ / ‖v‖², `(B,)`, with ∇s scaled to length 1: a score near 0 has gradients near the end of float32."""
+    """Return ⟨∇s, v⟩ / ‖v‖², `(B,)`, with ∇s scaled to length 1: gradients of tiny scores underflow in float32."""
     v = displacement(noise, sigma, gamma)
     return (unit(ascent) * v).flatten(1).sum(1) / v.square().flatten(1).sum(1)
 
 
 def guided_gaussian(ascent: torch.Tensor, fresh: CandidateNoise, count: float) -> torch.Tensor:
-    """A draw from the law of the one of `count` Gaussian noises that has the largest projection on `ascent`.
+    """Draw from the distribution of the one of `count` Gaussian noises that has the largest projection on `ascent`.
 
-    Its law is exact for white noise. Of noise with another spectrum only what is orthogonal to `ascent` keeps it.
-
-    The maximum of N standard normals is Φ⁻¹(U^(1/N)) for a uniform U, and what is orthogonal to `ascent` is Gaussian
-    whichever wins: so one draw does for a pool of any size, also 10¹². It differs from `best_of_pool` in that the pool
-    is ranked by ⟨∇s, σ⟩ alone; both choose the same candidate in nine of ten draws.
+    The maximum of N standard normals is Φ⁻¹(U^(1/N)) for a uniform U, and the component orthogonal to `ascent` is
+    Gaussian whichever candidate wins. So one draw replaces a pool of any size, even 10¹². Unlike `best_of_pool` it
+    ranks by ⟨∇s, σ⟩ alone; both choose the same candidate in nine of ten draws. The distribution is exact for white
+    noise; noise with another spectrum keeps it only orthogonal to `ascent`.
 
     Args:
-        ascent: ∇s, `(B, ...)`; where it is zero the draw is a plain Gaussian.
-        fresh: Where noise comes from.
+        ascent: ∇s, `(B, ...)`; where it is zero the draw is plain Gaussian noise.
+        fresh: The source of noise.
         count: N, any number of at least 1; 1 is plain Gaussian noise.
     """
     sigma, direction = fresh.draw(), unit(ascent)
@@ -9316,30 +8792,25 @@ def guided_gaussian(ascent: torch.Tensor, fresh: CandidateNoise, count: float) -
     return sigma + per_image(shift, sigma) * direction
 
 
-def unit(direction: torch.Tensor) -> torch.Tensor:
-    """`(B, ...)` at length 1 each; zero stays zero."""
-    largest = direction.flatten(1).abs().amax(1)
-    scaled = direction / per_image(largest.clamp_min(torch.finfo(direction.dtype).tiny), direction)
-    return scaled / per_image(per_sample_norm(scaled).clamp_min(1), scaled)
-
-
 # pipelines/noise_diffusion/unit_score.py
 
 
-SCORE_SLACK = 1e-3  # what rounding may add to a probability
+SCORE_SLACK = 1e-3  # rounding error of a probability
 
 
 class UnitScore(RewardObjective):
-    """Minus the total of rewards whose total lies in [0, 1], or between the two ends of `score_range`.
+    """Minus the total of rewards, which lies in [0, 1] or is mapped there by `score_range`.
+
+    Args:
+        rewards: A `RewardSum`, or anything that it takes.
+        score_range: The totals (low, high) that become the scores 0 and 1; `None` for totals in [0, 1].
 
     Raises:
-        ValueError: rewards whose published range goes beyond [0, 1]; at the first evaluation, a total outside.
+        ValueError: For rewards whose published range exceeds [0, 1]; at the first evaluation, for a total outside.
     """
 
-    def __init__(
-        self, rewards: Any, prompts: str | Sequence[str] | None = None, score_range: tuple[float, float] | None = None
-    ) -> None:
-        super().__init__(rewards, prompts)
+    def __init__(self, rewards: Any, score_range: tuple[float, float] | None = None) -> None:
+        super().__init__(rewards)
         self.score_range = score_range
         if score_range is None:
             self.check_ranges()
@@ -9347,12 +8818,12 @@ class UnitScore(RewardObjective):
             raise ValueError(f"Expected `score_range` as (low, high) with low < high, but got {score_range!r}.")
 
     def check_ranges(self) -> None:
-        """Raise where it is known that the total can leave [0, 1]."""
+        """Raise `ValueError` if the published ranges allow a total outside [0, 1]."""
         low = high = 0.0
         for reward, weight in zip(self.rewards.rewards, self.rewards.weights.values(), strict=True):
             span: Any = reward.range
             if span is None and weight and hasattr(reward, "function"):
-                return  # a callable may say nothing: what it returns is looked at
+                return  # a callable without a range: its values are checked
             if weight:
                 ends = span or (-math.inf, math.inf)
                 low, high = low + weight * ends[0], high + weight * ends[1]
@@ -9369,7 +8840,7 @@ class UnitScore(RewardObjective):
         if all(hasattr(reward, "function") for reward in self.rewards.rewards):
             image = torch.rand(1, 3, height, width, generator=torch.Generator().manual_seed(0))
             with torch.no_grad():
-                self.check_total(self.rewards(image, self.first_prompt(prompt)).total)
+                self.check_total(self.rewards(image, prompt).total)
 
     def check_total(self, total: torch.Tensor) -> None:
         if self.score_range is None and not ((total >= -SCORE_SLACK) & (total <= 1 + SCORE_SLACK)).all():
@@ -9378,13 +8849,13 @@ class UnitScore(RewardObjective):
     @staticmethod
     def advice(found: str) -> str:
         return (
-            f"Expected a score in [0, 1], since the step is γ = 1 − √score, but {found}. Say where bad and good images "
-            "lie with `score_range=(low, high)`, or map it yourself, as with `torch.sigmoid`."
+            f"Expected a score in [0, 1], since the step is γ = 1 − √score, but {found}. Pass the totals of bad and "
+            "good images as `score_range=(low, high)`, or map the reward yourself, as with `torch.sigmoid`."
         )
 
     @staticmethod
-    def place(total: torch.Tensor, score_range: tuple[float, float] | None) -> torch.Tensor:
-        """`(B,)` totals to scores in [0, 1]: their place in `score_range`, clamped."""
+    def score_of(total: torch.Tensor, score_range: tuple[float, float] | None) -> torch.Tensor:
+        """Map totals `(B,)` to scores in [0, 1], linearly in `score_range` and clamped."""
         low, high = score_range or (0.0, 1.0)
         return ((total - low) / (high - low)).clamp(0, 1)
 
@@ -9392,189 +8863,439 @@ class UnitScore(RewardObjective):
 # pipelines/noise_diffusion/method.py
 
 
-@register_noise_optimizer("noise_diffusion")
+@register_method("noise_diffusion")
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class NoiseDiffusion(NoiseOptimizer):
+class NoiseDiffusion(RewardOptimizer):
     """Mixes into the noise, round by round, the fresh Gaussian noise that leads up the score the most.
 
     "Noise Diffusion for Enhancing Semantic Faithfulness in Text-to-Image Synthesis", Miao et al., CVPR 2025,
     https://arxiv.org/abs/2411.16503.
 
-    Each round draws the image by the whole sampler without a graph through the denoiser, scores it by s in [0, 1], and
+    Each round samples the image by the whole chain without a graph through the denoiser, scores it by s in [0, 1], and
     sets `z ← √(1−γ)·z + √γ·σ*` with γ = 1 − √s: a low score moves far, a high one hardly. σ* is the one of N Gaussian
-    candidates with the largest ⟨∇s, v⟩ / ‖v‖², v the way that z goes. The model's outputs are held constant for ∇s,
-    which makes the chain a multiple of the identity: only decoder and scorer are passed backwards. The noise of the
-    best image is returned.
+    candidates with the largest ⟨∇s, v⟩ / ‖v‖², where v is the change of z. The model outputs are held constant for ∇s,
+    so the chain is a multiple of the identity, and only decoder and scorer are differentiated. The noise of the best
+    image is returned.
 
-    The released code gives pixels in [-1, 1] to a scorer of [0, 1], and forgets the noise of the best image: neither is
-    followed.
+    The released code passes pixels in [-1, 1] to a scorer of [0, 1], and loses the noise of the best image: neither is
+    reproduced.
 
     Args:
-        rewards: The scorer: what `RewardSum` takes, with a total in [0, 1], such as the P("yes") of "vqascore" or a
-            loaded `VQAScorer`. Other rewards need `score_range`.
-        steps: Evaluations, the plain result included: M + 1. The paper: M = 50.
-        candidates: N, at least 1. The paper: 50.
-        selection: "pool" draws N candidates and takes the best by the rule above; "exact" draws from the law of the one
-            with the largest ⟨∇s, σ⟩ at the price of one, so `candidates` may be any number; "random" takes the first,
-            needs no gradient, and takes black boxes.
+        rewards: The scorer: rewards as `RewardSum` takes them, with a total in [0, 1], such as the P("yes") of
+            "vqascore" or a loaded `VQAScorer`. Other rewards need `score_range`.
+        steps: Evaluations, the baseline included: M + 1. The paper: M = 50.
+        candidates: N. The paper: 50. Any number, not only an integer, for `selection="exact"`.
+        selection: "pool" draws N candidates and takes the best by the rule above; "exact" draws once from the
+            distribution of the one with the largest ⟨∇s, σ⟩; "random" takes the first candidate, needs no gradient,
+            and accepts black boxes.
         accept: "always" goes on from the new noise, as in the paper; "better" from the best so far.
-        threshold: Stop an image at a score of at least this, in [0, 1].
-        patience: Stop an image after so many rounds without a better score.
-        score_range: (low, high): s is the total's place between the two, clamped to [0, 1].
-        stop_gradient: Hold the outputs of the denoiser constant; `False` back-propagates through the whole chain.
-        reward_prompt: Ask the scorer about this instead of the pipeline's prompt: one, or one for each image.
-        checkpointing: "auto", "none", "blocks" or "steps": see `NoiseOptimizer`.
-        decoder: A tiny autoencoder that decodes while the noise is optimised: see `NoiseOptimizer`.
-        reward_device: Where a scorer that is given by name is loaded, by default where the pipeline is.
+        threshold: Stop an image whose score is at least this.
+        patience: Stop an image after this many rounds without a better score.
+        score_range: (low, high): s is the position of the total between the two, clamped to [0, 1].
+        gradient: "frozen" holds the outputs of the denoiser constant; "full" differentiates the whole chain.
     """
 
     rewards: Any = "vqascore"
-    steps: int = 51
-    candidates: float = 50
+    steps: int = checked(51, "[1, inf)")
+    candidates: float = checked(50, "[1, inf)")
     selection: Literal["pool", "exact", "random"] = "pool"
     accept: Literal["always", "better"] = "always"
-    threshold: float | None = None
-    patience: int | None = None
+    threshold: float | None = checked(None, "[0, 1]")
+    patience: int | None = checked(None, "[1, inf)")
     score_range: tuple[float, float] | None = None
-    stop_gradient: bool = True
-    reward_prompt: str | Sequence[str] | None = None
-    checkpointing: Checkpointing = "auto"
-    decoder: Any = None
-    reward_device: str | torch.device | None = None
+    gradient: Literal["full", "frozen"] = "frozen"
 
     @property
-    def gradient(self) -> Gradient:  # pyright: ignore[reportIncompatibleVariableOverride]
-        if self.selection == "random":
-            return None
-        return "frozen" if self.stop_gradient else "full"
+    def gradient_mode(self) -> Gradient:
+        return None if self.selection == "random" else self.gradient
 
     def check(self) -> None:
         super().check()
-        choices = {"selection": ("pool", "exact", "random"), "accept": ("always", "better")}
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"Expected `{name}` to be one of {allowed}, but got {getattr(self, name)!r}.")
-        whole = isinstance(self.candidates, int) or self.selection == "exact"
-        if not (whole and self.candidates >= 1 and math.isfinite(self.candidates)):
+        if self.selection != "exact" and not isinstance(self.candidates, int):
             raise ValueError(
-                "Expected `candidates` to be an integer of 1 or more, or any number of 1 or more for "
-                f'`selection="exact"`, but got {self.candidates!r}.'
+                f'Expected `candidates` to be an integer unless `selection="exact"`, but got {self.candidates!r}.'
             )
-        if self.threshold is not None and not 0 <= self.threshold <= 1:
-            raise ValueError(f"Expected `threshold` to be a score in [0, 1], but got {self.threshold!r}.")
-        if self.patience is not None and not (isinstance(self.patience, int) and self.patience >= 1):
-            raise ValueError(f"Expected `patience` to be an integer of 1 or more, but got {self.patience!r}.")
 
     def objective(self, pipe) -> UnitScore:
         rewards = RewardSum(self.rewards, device=self.device_of_rewards(pipe))
-        if self.selection != "random" and (names := rewards.without_gradient()):
+        if self.gradient_mode is not None and (names := rewards.without_gradient()):
             raise NonDifferentiableReward(
                 f"Expected a scorer with a gradient, but {names} have none. `VQAScorer` has one for vision-language "
                 f'models of the types {", ".join(sorted(VLM_FAMILIES))}. For a black box use `selection="random"`.'
             )
-        return UnitScore(rewards, self.reward_prompt, self.score_range)
+        return UnitScore(rewards, self.score_range)
 
-    def watchers(self) -> list[NoiseCallback]:
-        found: list[NoiseCallback] = []
+    def start(self, problem: NoiseProblem) -> "NoiseDiffusionState":
+        return NoiseDiffusionState(CandidateNoise(problem))
+
+    def inspect(self, run: NoiseState, objective: Any, state: "NoiseDiffusionState") -> None:
+        """Stop the images that have reached the threshold or run out of patience."""
+        state.count_waiting(run.loss)
         if self.threshold is not None:
             low, high = self.score_range or (0.0, 1.0)
-            found.append(LossThreshold(-(low + self.threshold * (high - low))))
-        return found if self.patience is None else [*found, EarlyStopping(self.patience)]
+            run.stop("threshold", state.lowest <= -(low + self.threshold * (high - low)))
+        if self.patience is not None:
+            run.stop("patience", state.waited >= self.patience)
 
-    def start(self, problem: NoiseProblem) -> "Standing":
-        return Standing(CandidateNoise(problem))
-
-    def step(self, state: NoiseState, gradient: torch.Tensor | None, memory: "Standing") -> torch.Tensor:
-        memory.take(state, gradient, self.accept == "always")
-        noise, ascent = memory.noise, -memory.gradient
-        gamma = 1 - UnitScore.place(-memory.loss, self.score_range).sqrt()
+    def step(self, run: NoiseState, gradient: torch.Tensor | None, state: "NoiseDiffusionState") -> torch.Tensor:
+        state.move_to(run, gradient, self.accept == "always")
+        noise, ascent = state.noise, -state.gradient
+        gamma = 1 - UnitScore.score_of(-state.loss, self.score_range).sqrt()
         if self.selection == "pool":
-            sigma = best_of_pool(noise, ascent, gamma, memory.fresh, int(self.candidates))
+            sigma = best_of_pool(noise, ascent, gamma, state.fresh, int(self.candidates))
         elif self.selection == "exact":
-            sigma = guided_gaussian(ascent, memory.fresh, self.candidates)
+            sigma = guided_gaussian(ascent, state.fresh, self.candidates)
         else:
-            sigma = memory.fresh.draw()
+            sigma = state.fresh.draw()
         return noise + displacement(noise, sigma, gamma)
 
 
-class Standing:
-    """Where each image goes on from: a noise with its loss and gradient.
+class NoiseDiffusionState:
+    """The noise from which each image goes on, with its loss and gradient.
 
     Attributes:
-        fresh: Where candidates come from.
+        fresh: The source of candidates.
         noise, gradient: `(B, C, H, W)`; the gradient is zero for a method without.
         loss: `(B,)`.
+        lowest, waited: `(B,)`, the lowest loss so far and the number of rounds since then.
     """
 
     def __init__(self, fresh: CandidateNoise) -> None:
         self.fresh = fresh
         self.noise, self.gradient = fresh.like, torch.zeros_like(fresh.like)
-        self.loss = torch.full((len(fresh.like),), torch.inf, device=fresh.like.device)
+        self.loss = self.lowest = torch.full((len(fresh.like),), math.inf, device=fresh.like.device)
+        self.waited = torch.zeros_like(self.loss, dtype=torch.long)
 
-    def take(self, state: NoiseState, gradient: torch.Tensor | None, always: bool) -> None:
+    def count_waiting(self, loss: torch.Tensor) -> None:
+        """Update the lowest loss and the number of rounds without a lower one."""
+        better = loss < self.lowest
+        self.lowest = torch.where(better, loss, self.lowest)
+        self.waited = torch.where(better, 0, self.waited + 1)
+
+    def move_to(self, run: NoiseState, gradient: torch.Tensor | None, always: bool) -> None:
         """Go on from the noise that was evaluated: always, or where it is better."""
-        assert state.loss is not None
-        here = torch.zeros_like(state.noise) if gradient is None else gradient
-        better = (state.loss < self.loss) | always
-        self.noise = torch.where(per_image(better, here), state.noise, self.noise)
+        here = torch.zeros_like(run.noise) if gradient is None else gradient
+        better = (run.loss < self.loss) | always
+        self.noise = torch.where(per_image(better, here), run.noise, self.noise)
         self.gradient = torch.where(per_image(better, here), here, self.gradient)
-        self.loss = torch.where(better, state.loss, self.loss)
+        self.loss = torch.where(better, run.loss, self.loss)
 
 
 # pipelines/noise_diffusion/mixin.py
 
 
-class NoiseDiffusionMixin(RewardMixin):
-    """Adds a scorer and plain-value settings of Noise Diffusion to the call of a stock pipeline."""
+class NoiseDiffusionMixin(
+    MethodMixin, method=NoiseDiffusion, arguments=("rewards", "steps", "selection"), target="rewards"
+):
+    """Chooses the initial noise by a scorer in the call of a stock pipeline.
 
-    def __call__(
+    Args:
+        rewards: The scorer, in [0, 1]: `"vqascore"`, the Hub id or folder of a vision-language model, or any callable
+            `(images, prompts) -> (B,)`. Other rewards need `method_kwargs={"score_range": (low, high)}`. `None` leaves
+            the pipeline bit-identical to the stock class.
+        steps: Images that are sampled and scored, 51 by default: the baseline and 50 rounds.
+        selection: "pool", the default and the paper's, "exact" or "random".
+    """
+
+
+# rewards/sets/set_reward_sum.py
+
+
+SetRewardsLike = str | SetReward | nn.Module | Mapping[Any, Any] | Sequence[Any]
+
+
+@dataclass(frozen=True)
+class SetRewardSumOutput:
+    """Values of one set of images.
+
+    Attributes:
+        total: a scalar, the weighted sum, with its gradient.
+        components: name -> a scalar, each in its own units, unweighted and detached: they are for reporting.
+    """
+
+    total: Tensor
+    components: dict[str, Tensor]
+
+
+class SetRewardSum(nn.Module):
+    """`sum_i weight_i * set_reward_i(images)`, one number for the whole set, higher is better.
+
+    What is plain is enough, so that it can be given to a pipeline from the Hub:
+
+        {"dpp": 150.0}                                      # name -> weight, on its default features
+        {"dpp": ("clip", 150.0), "pairwise": ("lpips", 60.0)}   # name -> (features, weight)
+        [("dpp", 150.0), ("dpp", "clip", 50.0)]             # the same reward on two features
+        "dpp"                                               # weight 1
+
+    Features are a registered name, a Hub id, a folder or a `Features`. Those of the same name are loaded once, and all
+    set rewards on the same features share their forward pass.
+
+    In the memory of one image, whatever their number, with the same gradient: all features without a graph, the
+    gradient with respect to them, then one image at a time.
+
+        parts = [total.known_features(image) for image in generated_one_by_one]     # first pass, no graph
+        output, gradient = total.gradient(join_features(parts), known)
+        for index, image in enumerate(generated_again_with_a_graph):                # second pass
+            total.linearized(image, {name: rows[index : index + 1] for name, rows in gradient.items()}).backward()
+
+    Args:
+        diversity: one of the above; a `SetReward` in place of a name; or another `SetRewardSum`. A set reward of
+            weight 0 is evaluated and reported, not optimised.
+        dtype, device: of the features that are loaded by name.
+
+    Attributes:
+        rewards: the set rewards, in the order given.
+        names: their names; the second `dpp` becomes `dpp_2`.
+        weights: name -> weight.
+        feature_maps: the features that they look at, each once.
+        feature_names: the names of these, under which `features` gives them.
+
+    Raises:
+        TypeError: something that is no set reward.
+        ValueError: an unknown name, or a weight that is negative or not finite. Names and weights are checked before
+            anything is loaded.
+    """
+
+    def __init__(
         self,
-        *args,
-        rewards: Any = None,
-        optimization_steps: int | None = None,
-        selection: Literal["pool", "exact", "random"] | None = None,
-        noise_diffusion_kwargs: Mapping[str, Any] | None = None,
-        noise_optimizer: NoiseOptimizer | None = None,
-        noise_sampler: NoiseSamplerSpec | None = None,
-        callback_on_optimization_step_end: Any = None,
-        save_noise_to: str | os.PathLike[str] | None = None,
-        **kwargs,
-    ):
-        """The stock call; with `rewards` the initial noise is first chosen by Noise Diffusion.
+        diversity: SetRewardsLike,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        entries = set_reward_entries(diversity)
+        for entry in entries:
+            check_set_reward_entry(*entry)
+        rewards = build_set_rewards(entries, dtype, device)
+        self.rewards = nn.ModuleList(rewards)
+        self.names = distinct_names([str(reward.name) for reward in rewards])
+        self.weights = {name: float(weight) for name, (_, _, weight) in zip(self.names, entries, strict=True)}
+        maps = list({id(reward.features): reward.features for reward in rewards}.values())
+        self.feature_maps = nn.ModuleList(maps)
+        self.feature_names = distinct_names([str(each.name) for each in maps])
+        names_of = {id(each): name for each, name in zip(maps, self.feature_names, strict=True)}
+        self.features_of = {
+            name: names_of[id(reward.features)] for name, reward in zip(self.names, rewards, strict=True)
+        }
 
-        Args:
-            rewards: The scorer, in [0, 1]: `"vqascore"`, the Hub id or folder of a vision-language model, or any
-                callable `(images, prompts) -> (B,)`. Other rewards need `noise_diffusion_kwargs={"score_range": (low,
-                high)}`. `None` leaves the pipeline bit-identical to the stock class. What is given by name is loaded
-                once per pipeline.
-            optimization_steps: Images that are drawn and scored, 51 by default: the plain one and 50 rounds.
-            selection: "pool", the default and the paper's, "exact" or "random".
-            noise_diffusion_kwargs: More settings of `NoiseDiffusion`, by name: `{"threshold": 0.95}`.
-            noise_optimizer: Another method instead of Noise Diffusion.
-            noise_sampler: What the initial noise is drawn from: `"white"`, as in the stock pipeline, `"pink"`,
-                `"coupled"`, a dict such as `{"name": "pink", "alpha": 0.3}`, or a function `(shape, generator, device,
-                dtype)`. Works without a method too; not beside `latents`.
-            callback_on_optimization_step_end: Callbacks per optimisation step: functions of the state, or objects with
-                `on_step_end(state)`; return `False` to stop.
-            save_noise_to: A file for the best noise so far, kept up to date and whole whatever ends the call.
-            args, kwargs: Those of the stock pipeline.
-
-        Returns:
-            What the stock pipeline returns; unless `return_dict=False` with a `noise_result` attribute.
+    def features(self, images: Tensor) -> dict[str, Tensor]:
+        """Images (B, 3, H, W) in [0, 1] to the features (B, ...) of each map, by its name, with their gradient.
 
         Raises:
-            ValueError: For settings that cannot work, before any model runs.
+            ValueError: images that do not meet the contract.
         """
-        named = {"steps": optimization_steps, "selection": selection}
-        settings = call_settings(named, noise_diffusion_kwargs, "noise_diffusion_kwargs")
-        return super().__call__(
-            *args,
-            noise_optimizer=self.method_on(NoiseDiffusion, rewards, settings, noise_optimizer),
-            noise_sampler=noise_sampler,
-            callback_on_optimization_step_end=callback_on_optimization_step_end,
-            save_noise_to=save_noise_to,
-            **kwargs,
+        return {name: encode(images) for name, encode in self.maps().items()}
+
+    @torch.no_grad()
+    def known_features(self, images: Tensor, chunk_size: int = 1) -> dict[str, Tensor]:
+        """`features` without a graph, of a few images at a time: those of references, to be kept.
+
+        A set that grows is `join_features([known, total.known_features(new)])`.
+        """
+        return join_features([self.features(chunk) for chunk in images.split(chunk_size)])
+
+    def forward(
+        self,
+        images: Tensor,
+        references: Tensor | Mapping[str, Tensor] | None = None,
+        chunk_size: int | None = None,
+    ) -> SetRewardSumOutput:
+        """The value of the set of all images and references together.
+
+        Args:
+            images: (B, 3, H, W) in [0, 1], on any device.
+            references: (M, 3, H, W), images that are given, or their `known_features`: they count and get no gradient.
+            chunk_size: pass the features with at most so many images at a time, twice, with the memory of so many; the
+                gradient is the same, and cannot be differentiated again. `None` for all at once.
+
+        Raises:
+            ValueError: fewer than two images in all, or images that do not meet the contract.
+            NonFiniteReward: a value that is NaN or infinite.
+        """
+        known = self.known_features(references) if isinstance(references, Tensor) else references
+        if chunk_size is not None:
+            return self.in_chunks(images, known, chunk_size)
+        output = self.of_features(self.features(images), known)
+        return SetRewardSumOutput(output.total.to(images.device), output.components)
+
+    def in_chunks(self, images: Tensor, references: Mapping[str, Tensor] | None, chunk_size: int) -> SetRewardSumOutput:
+        """`forward`: all features without a graph, the gradient in them, then chunk by chunk that in the pixels."""
+        features = self.known_features(images.detach(), chunk_size)
+        if not (images.requires_grad and torch.is_grad_enabled()):
+            output = self.of_features(features, references)
+            return SetRewardSumOutput(output.total.to(images.device), output.components)
+        output, rows = self.gradient(features, references)
+        gradient = torch.empty_like(images)
+        for start in range(0, len(images), chunk_size):
+            part = slice(start, start + chunk_size)
+            gradient[part] = self.pixel_gradient(images[part], {name: each[part] for name, each in rows.items()})
+        total = AttachedGradient.apply(images, output.total.to(images.device), gradient)
+        return SetRewardSumOutput(total, output.components)  # pyright: ignore[reportArgumentType]
+
+    def pixel_gradient(self, images: Tensor, gradient: Mapping[str, Tensor]) -> Tensor:
+        """The gradient of `linearized` with respect to the pixels (B, 3, H, W); its graph is freed on return."""
+        leaf = images.detach().requires_grad_()
+        value = self.linearized(leaf, gradient)
+        if not value.requires_grad:
+            return torch.zeros_like(leaf)
+        return torch.autograd.grad(value, leaf)[0]
+
+    def of_features(
+        self, features: Mapping[str, Tensor], references: Mapping[str, Tensor] | None = None
+    ) -> SetRewardSumOutput:
+        """The same of features (B, ...) and (M, ...) by name, as `features` and `known_features` give them."""
+        for given in (features, references or features):
+            self.check_feature_names(given)
+        total, components = torch.zeros((), device=features[self.feature_names[0]].device), {}
+        for name, reward in zip(self.names, self.rewards, strict=True):
+            its_name, weight = self.features_of[name], self.weights[name]
+            own = features[its_name] if weight else features[its_name].detach()
+            value = reward.of_features(own, None if references is None else references[its_name])  # pyright: ignore[reportCallIssue]
+            components[name] = value.detach()
+            total = total + weight * value.to(total.device)
+        return SetRewardSumOutput(total, components)
+
+    def gradient(
+        self, features: Mapping[str, Tensor], references: Mapping[str, Tensor] | None = None
+    ) -> tuple[SetRewardSumOutput, dict[str, Tensor]]:
+        """The value, and its gradient with respect to the features (B, ...) of each map that is optimised, by name."""
+        wanted = {self.features_of[name] for name, weight in self.weights.items() if weight}
+        leaves = {name: each.detach().requires_grad_(name in wanted) for name, each in features.items()}
+        with torch.enable_grad():
+            output = self.of_features(leaves, references)
+        named = {name: leaf for name, leaf in leaves.items() if name in wanted}
+        gradients = torch.autograd.grad(output.total, list(named.values())) if named else ()
+        output = SetRewardSumOutput(output.total.detach(), output.components)
+        return output, dict(zip(named, gradients, strict=True))
+
+    def linearized(self, images: Tensor, gradient: Mapping[str, Tensor]) -> Tensor:
+        """A scalar whose gradient with respect to some images (B, 3, H, W) of a set is that of the total.
+
+        Args:
+            images: the same as the features were taken of.
+            gradient: their rows (B, ...) of what `gradient` gave.
+        """
+        maps = self.maps()
+        products = [(maps[name](images) * rows).sum().to(images.device) for name, rows in gradient.items()]
+        return torch.stack(products).sum() if products else images.new_zeros(())
+
+    def maps(self) -> dict[str, nn.Module]:
+        """The features by name."""
+        return dict(zip(self.feature_names, self.feature_maps, strict=True))
+
+    def check_feature_names(self, features: Mapping[str, Tensor]) -> None:
+        """Raise `ValueError` unless there are features of each map."""
+        if missing := [name for name in self.feature_names if name not in features]:
+            raise ValueError(
+                f"Expected features of {self.feature_names}, but got those of {list(features)}: {missing} are missing. "
+                "Take them of `features(images)` or `known_features(images)` of the same sum."
+            )
+
+    def check_differentiable(self) -> None:
+        """What a method with gradients calls before any model runs.
+
+        Raises:
+            NonDifferentiableReward: naming the set rewards whose features give no gradient.
+        """
+        entries = zip(self.weights.items(), self.rewards, strict=True)
+        names = [name for (name, weight), reward in entries if weight and not reward.features.differentiable]  # pyright: ignore
+        if names:
+            raise NonDifferentiableReward(
+                f"Expected set rewards with a gradient, but the features of {names} are not differentiable. Give them "
+                "weight 0 to have them reported only, or use a method without gradients."
+            )
+
+    def describe(self) -> dict[str, dict[str, Any]]:
+        """name -> its features and its weight: plain values for the provenance of a result."""
+        return {name: {"features": self.features_of[name], "weight": weight} for name, weight in self.weights.items()}
+
+
+def join_features(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Features (B_i, ...) by name of several batches as those (sum of B_i, ...) of one."""
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def set_reward_entries(diversity: SetRewardsLike) -> list[tuple[Any, Any, Any]]:
+    """Every accepted form of `diversity=` as a list of (set reward, features or None, weight)."""
+    if isinstance(diversity, Mapping):
+        pairs = diversity.items()
+        entries = [(each, *value) if isinstance(value, (tuple, list)) else (each, value) for each, value in pairs]
+    elif isinstance(diversity, (list, tuple)):
+        entries = [tuple(each) if isinstance(each, (tuple, list)) else (each, 1.0) for each in diversity]
+    elif isinstance(parts := getattr(diversity, "rewards", None), nn.ModuleList):
+        # A sum is known by its attributes: a pipeline from the Hub has its own copy of the class.
+        entries = list(zip(parts, diversity.weights.values(), strict=True))  # pyright: ignore
+    else:
+        entries = [(diversity, 1.0)]
+    if not entries:
+        raise ValueError("Expected at least one set reward, but got none. Pass for example `diversity={'dpp': 150.0}`.")
+    return [with_features(entry) for entry in entries]
+
+
+def with_features(entry: tuple[Any, ...]) -> tuple[Any, Any, Any]:
+    """(set reward, weight) or (set reward, features, weight) as the latter."""
+    if len(entry) not in (2, 3):
+        raise ValueError(
+            f"Expected a set reward, features if not the default ones, and a weight, but got {entry!r}. Write "
+            "`{'dpp': 150.0}`, `{'dpp': ('clip', 150.0)}` or `[('dpp', 'clip', 150.0)]`."
         )
+    return entry if len(entry) == 3 else (entry[0], None, entry[1])
+
+
+def check_set_reward_entry(reward: Any, features: Any, weight: Any) -> None:
+    """Raise unless `reward` can become a set reward on `features`, and `weight` is a finite number of at least 0."""
+    check_set_reward(reward, features)
+    name = reward if isinstance(reward, str) else reward.name
+    if isinstance(features, (str, os.PathLike)):
+        find_features(os.fspath(features))
+    elif features is not None and not isinstance(features, nn.Module):
+        raise TypeError(
+            f"Expected features for the set reward '{name}' by name, Hub id, folder or as `Features`, but got "
+            f"{features!r}. Write (features, weight): `{{'{name}': ('clip', 150.0)}}`."
+        )
+    if not isinstance(weight, numbers.Real) or not math.isfinite(weight) or weight < 0:
+        raise ValueError(
+            f"Expected a finite weight of at least 0 for the set reward '{name}', but got {weight!r}. Higher values "
+            f"mean more diversity. Write `{{'{name}': 150.0}}`, or `{{'{name}': ('clip', 150.0)}}` on other features."
+        )
+
+
+def check_set_reward(reward: Any, features: Any) -> None:
+    """Raise unless `reward` is a registered name, or a set reward that brings its features."""
+    if isinstance(reward, str):
+        find_set_reward(reward)
+    elif isinstance(reward, type) or not (hasattr(reward, "of_features") and isinstance(reward, nn.Module)):
+        raise TypeError(
+            f"Expected a set reward by name or as an instance of `SetReward`, but got {reward!r}. Weighted ones are "
+            "written `{'dpp': 150.0}` or `[('dpp', 150.0), ...]`."
+        )
+    elif features is not None:
+        raise ValueError(
+            f"Expected no features beside the set reward '{reward.name}', which brings its own, but got {features!r}. "
+            "Leave them out."
+        )
+
+
+def build_set_rewards(
+    entries: Sequence[tuple[Any, Any, Any]], dtype: torch.dtype | None, device: torch.device | str | None
+) -> list[SetReward]:
+    """The set rewards; features that several name are loaded once."""
+    loaded: dict[str, Features] = {}
+
+    def load(features: Any) -> Any:
+        if not isinstance(features, (str, os.PathLike)):
+            return features
+        path = os.fspath(features)
+        if path not in loaded:
+            loaded[path] = AutoFeatures.from_pretrained(path, dtype=dtype, device=device)
+        return loaded[path]
+
+    classes = [find_set_reward(reward) if isinstance(reward, str) else None for reward, _, _ in entries]
+    return [
+        reward if found is None else found(load(features or found.default_features))
+        for found, (reward, features, _) in zip(classes, entries, strict=True)
+    ]
 
 
 # pipelines/baselines/plain_sampling.py
@@ -9582,10 +9303,9 @@ class NoiseDiffusionMixin(RewardMixin):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlainSampling(NoiseOptimizer):
-    """Takes the noise as it is drawn; runs no denoiser. Its result has one loss of 0 and no scores."""
+    """Returns the base noise without running the denoiser. The result has one loss of 0 and no scores."""
 
-    steps: int = 1
-    gradient: Gradient = None
+    steps: int = checked(1, "[1, 1]")
 
     def objective(self, pipe) -> Objective:
         return FunctionObjective(lambda sample: torch.zeros(len(sample.noise), device=sample.noise.device))
@@ -9595,9 +9315,10 @@ class PlainSampling(NoiseOptimizer):
 
 
 def plain_description(value: Any) -> Any:
-    """Any setting as a value that JSON takes, equal for equal settings.
+    """Return a setting as a JSON value that is equal for equal settings.
 
-    A tensor becomes the hash of its numbers, an object what it says of itself in `describe()`, else its name and type.
+    Tensors become the hash of their bytes. Other objects become what their `describe()` returns, or else their type and
+    name.
     """
     if value is None or isinstance(value, bool | int | float | str):
         return value
@@ -9619,11 +9340,11 @@ def tensor_description(tensor: torch.Tensor) -> dict[str, Any]:
     return {"shape": list(tensor.shape), "dtype": str(tensor.dtype), "sha256": hashlib.sha256(numbers).hexdigest()}
 
 
-def differences(known: Any, given: Any, name: str = "") -> list[str]:
-    """Each value in which two nested dictionaries differ, in words."""
+def settings_diff(known: Any, given: Any, name: str = "") -> list[str]:
+    """Return one sentence for each value in which two nested dictionaries differ."""
     if isinstance(known, dict) and isinstance(given, dict):
         names = [*known, *(key for key in given if key not in known)]
-        found = [differences(known.get(key), given.get(key), f"{name} {key}".strip()) for key in names]
+        found = [settings_diff(known.get(key), given.get(key), f"{name} {key}".strip()) for key in names]
         return [difference for group in found for difference in group]
     return [] if known == given else [f"{name} was {known!r} and is {given!r}"]
 
@@ -9665,10 +9386,10 @@ class ImageSetFolder:
         """Write the JSON; `record` is what `IMAGE_SET_RECORD` names."""
         text = json.dumps({"format": IMAGE_SET_FORMAT, **record}, indent=1, ensure_ascii=False) + "\n"
         self.path.mkdir(parents=True, exist_ok=True)
-        write_whole(self.path / IMAGE_SET_FILE, lambda part: part.write_text(text, encoding="utf-8"))
+        atomic_write(self.path / IMAGE_SET_FILE, lambda part: part.write_text(text, encoding="utf-8"))
 
     def write_image(self, index: int, picture: Image.Image, result: NoiseResult) -> None:
-        write_whole(self.file(index, ".png"), picture.save)
+        atomic_write(self.file(index, ".png"), picture.save)
         result.save(self.file(index, ".safetensors"))
 
     def read_record(self) -> dict[str, Any]:
@@ -9734,24 +9455,22 @@ GUARD_REPORT = "quality guard"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QualityGuard:
-    """Takes an image back to its last good noise where a reward of it falls to a limit.
+    """Returns an image to its last good noise when a reward of it falls to a limit.
 
-    The guard of It's Never Too Late, https://arxiv.org/abs/2601.00090, per image, for any reward: it need not be
-    optimised, nor have a gradient. "sharpness" and "complexity" as guards answer blur and plain backgrounds, which the
-    paper leaves open. Of several limits the lowest counts. An image that is at its limit to begin with is held at its
-    plain noise.
+    The guard of It's Never Too Late, https://arxiv.org/abs/2601.00090, per image and for any reward, which need not be
+    optimized nor differentiable. "sharpness" and "complexity" as guards prevent blur and plain backgrounds, which the
+    paper leaves open. Of several limits the lowest counts. An image whose baseline is at its limit is frozen there.
 
     Args:
-        reward: A name, Hub id or folder of a reward, or any callable `(images, prompts) -> (B,)`; the name of one that
-            is optimised means that one.
-        drop: The limit is so far below the plain image's reward, above 0 in its units. The paper's intention: 0.05 of
-            HPSv2.1.
-        keep: The limit is this share of the plain image's reward, in (0, 1), for rewards that are positive.
+        reward: A name, Hub id or folder of a reward, or any callable `(images, prompts) -> (B,)`. The name of an
+            optimized reward means that reward.
+        drop: The distance of the limit below the baseline's reward, above 0. The paper's intention: 0.05 of HPSv2.1.
+        keep: The limit as a share of the baseline's reward, in (0, 1), for positive rewards.
         threshold: The limit itself. The paper for FLUX.1-schnell: 0.31 of HPSv2.1.
-        mode: "revert" goes on from the last good noise without momentum; "freeze" leaves the image there for good.
+        mode: "revert" goes on from the last good noise without momentum; "freeze" leaves the image there.
 
     Raises:
-        ValueError: for settings that cannot work.
+        ValueError: For settings that cannot work.
     """
 
     reward: Any
@@ -9774,14 +9493,14 @@ class QualityGuard:
             raise ValueError(f'Expected `mode` of a guard to be "revert" or "freeze", but got {self.mode!r}.')
 
     def limits(self, initial: torch.Tensor) -> torch.Tensor:
-        """The rewards `(B,)` of the plain images to the limit of each.
+        """Return the limit of each image, `(B,)`, from the rewards of the baselines.
 
         Raises:
-            ValueError: for a share of a reward that is negative.
+            ValueError: For a share of a negative reward.
         """
         if self.keep is not None and (initial < 0).any():
             raise ValueError(
-                f"Expected rewards of 0 or more for a guard with `keep`, but the plain images have {initial.tolist()}. "
+                f"Expected rewards of 0 or more for a guard with `keep`, but the baselines have {initial.tolist()}. "
                 "Use `drop` or `threshold`."
             )
         limits = torch.full_like(initial, torch.inf)
@@ -9793,18 +9512,19 @@ class QualityGuard:
 
 
 def shares_reward(guard: QualityGuard, names: Sequence[str]) -> bool:
-    """Whether a guard means one of the rewards that are optimised under these names, rather than one of its own."""
+    """Return whether a guard means one of the optimized rewards with these names, rather than one of its own."""
     return isinstance(guard.reward, str) and guard.reward in names
 
 
 def as_guards(guard: Any) -> list[QualityGuard]:
-    """What `guard=` takes as a list of guards.
+    """Return the guards of a `guard` argument.
 
-    That is `None`, a `QualityGuard`, a list of them, or a dict of rewards to the drop, or to settings by name:
-    `{"hpsv2.1": 0.05, "sharpness": {"keep": 0.8}}`.
+    Args:
+        guard: `None`, a `QualityGuard`, a list of them, or a dict of rewards to the drop or to settings by name:
+            `{"hpsv2.1": 0.05, "sharpness": {"keep": 0.8}}`.
 
     Raises:
-        TypeError, ValueError: for anything else, and for settings that cannot work.
+        TypeError, ValueError: For anything else, and for settings that cannot work.
     """
     if guard is None:
         return []
@@ -9812,7 +9532,7 @@ def as_guards(guard: Any) -> list[QualityGuard]:
         return [guard_from(reward, settings) for reward, settings in guard.items()]
     entries = guard if isinstance(guard, list | tuple) else [guard]
     for entry in entries:
-        if not hasattr(entry, "limits"):  # of a Hub copy as well
+        if not hasattr(entry, "limits"):  # duck-typed: the class may be a Hub copy
             raise TypeError(
                 f'Expected a guard such as `{{"hpsv2.1": 0.05}}` or `QualityGuard(reward=..., drop=0.05)`, but got '
                 f"{entry!r}."
@@ -9836,70 +9556,56 @@ def guard_from(reward: Any, settings: Any) -> QualityGuard:
 
 
 class GuardedNoise:
-    """The noises of a run under guards: which of them are good, and where each goes back to.
+    """The noises of a run under guards: which are good, and the noise to which each reverts.
 
     Args:
-        noise: `(B, C, H, W)`, the plain noises.
+        noise: `(B, C, H, W)`, the noises of the baselines.
 
     Attributes:
-        good: `(B,)` bool, whether the image that was looked at last is above its limits, or held.
-        held: `(B,)` bool, frozen at the last good noise.
+        good: `(B,)` bool, whether the last image is above its limits, or frozen.
+        frozen: `(B,)` bool, frozen at the last good noise.
         last_good: `(B, C, H, W)`.
     """
 
     def __init__(self, noise: torch.Tensor) -> None:
         self.last_good = noise
         self.good = torch.ones(len(noise), dtype=torch.bool, device=noise.device)
-        self.held = ~self.good
+        self.frozen = ~self.good
         self.rejections = torch.zeros(len(noise), dtype=torch.long, device=noise.device)
         self.limits: dict[str, torch.Tensor] = {}
 
-    def look(self, state: NoiseState, guards: Mapping[str, QualityGuard]) -> None:
-        """Compare the rewards of what was evaluated with their limits, which those of the plain images set.
+    def update(self, run: NoiseState, guards: Mapping[str, QualityGuard]) -> None:
+        """Compare the rewards of an evaluation with their limits. Step 0 sets the limits.
 
         Args:
-            state: The step.
+            run: The evaluation.
             guards: Name of a reward in the scores to its guard.
         """
-        if state.step == 0:
-            self.limits = {name: guard.limits(state.scores[name]) for name, guard in guards.items()}
-            self.held = self.fallen(state, guards)
+        if run.step == 0:
+            self.limits = {name: guard.limits(run.scores[name]) for name, guard in guards.items()}
+            self.frozen = self.fallen(run, guards)
             return
-        fallen = self.fallen(state, guards) & ~self.held
+        fallen = self.fallen(run, guards) & ~self.frozen
         self.good = ~fallen
         freezing = {name: guard for name, guard in guards.items() if guard.mode == "freeze"}
-        self.held = self.held | (fallen & self.fallen(state, freezing))
-        self.rejections += fallen & state.active
-        self.last_good = torch.where(per_image(self.good & ~self.held, state.noise), state.noise, self.last_good)
+        self.frozen = self.frozen | (fallen & self.fallen(run, freezing))
+        self.rejections += fallen & run.active
+        self.last_good = torch.where(per_image(self.good & ~self.frozen, run.noise), run.noise, self.last_good)
 
-    def fallen(self, state: NoiseState, guards: Mapping[str, QualityGuard]) -> torch.Tensor:
-        """`(B,)` bool: a reward is at its limit or below, or NaN."""
+    def fallen(self, run: NoiseState, guards: Mapping[str, QualityGuard]) -> torch.Tensor:
+        """Return `(B,)` bool, whether a reward is at its limit, below it, or NaN."""
         found = torch.zeros_like(self.good)
         for name in guards:
-            found |= ~(state.scores[name] > self.limits[name]).to(found.device)
+            found |= ~(run.scores[name] > self.limits[name]).to(found.device)
         return found
 
     def report(self) -> dict[str, Any]:
-        """Plain values, each a list with one entry for each image."""
+        """Return plain values, each a list with one entry for each image."""
         return {
             "limits": {name: limits.tolist() for name, limits in self.limits.items()},
             "rejections": self.rejections.tolist(),
-            "held": self.held.tolist(),
+            "frozen": self.frozen.tolist(),
         }
-
-
-class GuardWarning(NoiseCallback):
-    """Say so where a guard accepted no step at all, and the plain images are what is returned."""
-
-    def on_run_end(self, state: NoiseState) -> None:
-        kept = state.reports.get(GUARD_REPORT, {}).get("kept_plain", [])
-        images = [index for index, plain in enumerate(kept) if plain]
-        if images:
-            warnings.warn(
-                f"The quality guard accepted no step of the sets of images {images}: they stay the plain ones. Allow a "
-                "larger drop, take a smaller learning rate, or give the guarded reward a weight.",
-                stacklevel=2,
-            )
 
 
 # rewards/sets/hinged_set_reward.py
@@ -9940,13 +9646,12 @@ class SetObjective(Objective):
     Args:
         diversity: The set rewards v with their weights λ_div.
         rewards: The rewards r with their weights λ_q, or `None`.
-        guards: What is watched beside them; a guard whose reward is the name of one of `rewards` shares it.
+        guards: The quality guards; a guard whose reward is the name of one of `rewards` shares it.
         hinge: Name of a set reward to its τ_D.
-        stop_at: Name of a set reward to the value at which the method ends a set; checked here, as hinges are.
-        references: `(M, 3, H, W)` images in [0, 1] that belong to every set and are given, or their features as
-            `diversity.known_features` makes them.
-        prompts: Ask the rewards about these instead of the pipeline's.
-        warm_up: So many evaluations at the beginning give no gradient of the rewards.
+        stop_at: Name of a set reward to the value at which the method stops a set; checked here, as hinges are.
+        references: `(M, 3, H, W)` fixed images in [0, 1] that belong to every set, or their features from
+            `diversity.known_features`.
+        warm_up: The number of first evaluations without a gradient of the rewards.
     """
 
     def __init__(
@@ -9957,14 +9662,13 @@ class SetObjective(Objective):
         hinge: Mapping[str, float] | None = None,
         stop_at: Mapping[str, float] | None = None,
         references: torch.Tensor | Mapping[str, torch.Tensor] | None = None,
-        prompts: str | Sequence[str] | None = None,
         warm_up: int = 0,
     ) -> None:
         self.hinge, self.stop_at = dict(hinge or {}), dict(stop_at or {})
         self.diversity = hinged(diversity, self.hinge)
-        self.quality = None if rewards is None else RewardObjective(rewards, prompts)
-        self.guards, self.watched = self.shared_and_own(guards, prompts, diversity)
-        self.references, self.prompts, self.warm_up = references, prompts, warm_up
+        self.quality = None if rewards is None else RewardObjective(rewards)
+        self.guards, self.watched = self.shared_and_own(guards, diversity)
+        self.references, self.warm_up = references, warm_up
         self.known: Mapping[str, torch.Tensor] | None = None
         if isinstance(references, Mapping):
             diversity.check_feature_names(references)
@@ -9973,22 +9677,22 @@ class SetObjective(Objective):
         self.requires_prompt = any(part.requires_prompt for part in parts if part is not None)
 
     def shared_and_own(
-        self, guards: Sequence[QualityGuard], prompts: Any, diversity: SetRewardSum
+        self, guards: Sequence[QualityGuard], diversity: SetRewardSum
     ) -> tuple[dict[str, QualityGuard], RewardObjective | None]:
-        """The guards by the name that their reward has in the scores, and the rewards that they alone need."""
+        """Return the guards by the name of their reward in the scores, and the rewards that only guards need."""
         optimised = [] if self.quality is None else self.quality.rewards.names
         own = [guard for guard in guards if not shares_reward(guard, optimised)]
         named = {guard.reward: guard for guard in guards if guard not in own}
         if not own:
             return named, None
         device = next((each.device for each in diversity.feature_maps if each.device), None)  # pyright: ignore
-        watched = RewardObjective(RewardSum([(guard.reward, 1.0) for guard in own], device=device), prompts)  # pyright: ignore
+        watched = RewardObjective(RewardSum([(guard.reward, 1.0) for guard in own], device=device))  # pyright: ignore
         names = [f"guard {name}" for name in watched.rewards.names]
         return {**named, **dict(zip(names, own, strict=True))}, watched
 
     @property
     def reference_count(self) -> int:
-        """M."""
+        """M, the number of references."""
         given = self.references
         return 0 if given is None else len(given if isinstance(given, torch.Tensor) else next(iter(given.values())))
 
@@ -10030,21 +9734,20 @@ class SetObjective(Objective):
         return losses, {**scores, **values}
 
     def quality_of(self, sample: Sample) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """`Σ λ_q·(1 − r)` of each image, `(B,)`, and the scores of all rewards, those of guards included."""
+        """Return `Σ λ_q·(1 − r)` of each image, `(B,)`, and the scores of all rewards, guards included."""
         loss, scores = torch.zeros(len(sample.images), device=sample.images.device), {}
         if self.quality is not None:
             loss, scores = self.quality.evaluate(sample)
             loss = loss + sum(self.quality.rewards.weights.values())
             loss = loss.detach() if self.evaluations < self.warm_up else loss
         if self.watched is not None:
-            prompts = sample.prompts if self.prompts is None else self.prompts
             with torch.no_grad():
-                watched = self.watched.rewards(sample.images.detach(), prompts, chunk_size=sample.chunk_size)
+                watched = self.watched.rewards(sample.images.detach(), sample.prompts, chunk_size=sample.chunk_size)
             scores = {**scores, **{f"guard {name}": value for name, value in watched.components.items()}}
         return loss, scores
 
     def diversity_loss(self, components: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """`Σ λ_div·(−v)`, or `Σ λ_div·max(0, τ_D − v)`: a scalar without a gradient."""
+        """Return the scalar `Σ λ_div·(−v)`, or `Σ λ_div·max(0, τ_D − v)`, without a gradient."""
         weights = self.diversity.weights
         parts = [
             weights[name] * ((self.hinge[name] - value).clamp_min(0) if name in self.hinge else -value)
@@ -10054,11 +9757,11 @@ class SetObjective(Objective):
 
     @staticmethod
     def carrier(total: torch.Tensor) -> torch.Tensor:
-        """Zero, with the gradient of `total`."""
+        """Return zero with the gradient of `total`."""
         return total - total.detach()
 
     def known_references(self) -> Mapping[str, torch.Tensor] | None:
-        """The features of the references, computed once."""
+        """Return the features of the references, computed once."""
         if self.reference_count == 0:
             return None
         if self.known is None and isinstance(self.references, torch.Tensor):
@@ -10079,7 +9782,7 @@ class SetObjective(Objective):
 
 
 def hinged(diversity: SetRewardSum, hinge: Mapping[str, float]) -> SetRewardSum:
-    """The same sum, with no gradient of a set reward beyond its τ_D."""
+    """Return the sum with no gradient of a set reward beyond its τ_D."""
     if not hinge:
         return diversity
     entries = [
@@ -10092,11 +9795,11 @@ def hinged(diversity: SetRewardSum, hinge: Mapping[str, float]) -> SetRewardSum:
 def check_reachable(
     diversity: SetRewardSum, name: str, target: float, count: int, argument: str, unit: float = 1.0
 ) -> None:
-    """Raise `ValueError` for a target, in multiples of `unit`, beyond what a set of `count` images can have."""
+    """Raise `ValueError` for a target, in multiples of `unit`, that no set of `count` images can reach."""
     reward: Any = diversity.rewards[diversity.names.index(name)]
     bounds = reward.bounds(count)
     if bounds is not None and target * unit > bounds[1]:
-        most = f"{bounds[1]:.4g}" if unit == 1 else f"{bounds[1]:.4g}, where the plain set has {unit:.4g}"
+        most = f"{bounds[1]:.4g}" if unit == 1 else f"{bounds[1]:.4g}, where the baseline has {unit:.4g}"
         raise ValueError(
             f"Expected `{argument}` of '{name}' to be at most {bounds[1] / unit:.4g}, as {count} images have at most "
             f"{most}, but got {target:.4g}: it can never be reached."
@@ -10107,102 +9810,79 @@ def check_reachable(
 
 
 TARGETS = ("hinge", "stop_at", "stop_ratio")
-NEVER_TOO_LATE_SIZE = 4 * 4 * 64 * 64  # entries of the set of noises that the paper's learning rates were chosen for
+NEVER_TOO_LATE_SIZE = 4 * 4 * 64 * 64  # entries of a set of noises for which the paper's learning rates were chosen
 Targets = float | Mapping[str, float]
 
 
-@register_noise_optimizer("never_too_late")
+@register_method("never_too_late")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NeverTooLate(NoiseOptimizer):
-    """Gradient descent of a whole set of noises: the images of a prompt come to differ, and stay good.
+    """Gradient descent on a whole set of noises: the images of a prompt come to differ, and stay good.
 
     "It's Never Too Late: Noise Optimization for Collapse Recovery in Trained Diffusion Models", Harrington et al., CVPR
     2026, https://arxiv.org/abs/2601.00090.
 
-    The images of each prompt in a call are a set with the loss `L = Σ λ_q·(1 − mean r) − Σ λ_div·v + λ_reg·mean χ`: r
-    the rewards, v the set rewards, χ the prior of the norm of the noise. SGD with momentum moves all noises of the set,
-    with one clip of their common gradient, and the noises of the lowest loss (without the prior) are returned, together
-    as they were. Start from `noise_sampler="pink"` for more diversity.
+    The images of each prompt are a set with the loss `L = Σ λ_q·(1 − mean r) − Σ λ_div·v + λ_reg·mean χ`: r the
+    rewards, v the set rewards, χ the prior of the norm of the noise. SGD with momentum moves all noises of the set,
+    with one clip of their joint gradient, and the set of noises with the lowest loss (without the prior) is returned.
+    Start from `noise_sampler="pink"` for more diversity.
 
     `mode="parity"` takes the steps of the released code; `mode="default"` takes them in units of √(entries of the set /
-    65536), so that a learning rate suits any latent and set size, and lets saturated pixels keep their gradient. Where
-    the released code is followed in neither: noise, momentum and norms are float32; a step in which the guard rejected
-    an image does not count as the best, so noises and images always belong together; a guard needs no reward that is
-    optimised; the rewards count for the best in the warm-up as well; a set ends as a whole.
+    65536), so that one learning rate suits any latent and set size, and saturated pixels keep their gradient. Both
+    modes differ from the released code in this: noise, momentum and norms are float32; a step in which the guard
+    rejected an image does not count as the best, so noises and images always belong together; a guard needs no reward
+    that is optimized; the rewards count for the best during the warm-up too; a set stops as a whole.
 
     Args:
-        diversity: What `SetRewardSum` takes, with the weights λ_div: a name ("dpp", "dpp_patch", "pairwise", "vendi",
-            "vendi_2"), `{"dpp": 150.0}`, or on other features `{"dpp": ("clip", 150.0)}`.
-        rewards: What `RewardSum` takes, with the weights λ_q, or `None`. The paper: `{"hpsv2.1": 3.0}`. All may have
-            weight 0 if each is guarded.
-        guard: Limits for each image: `{"hpsv2.1": 0.05}` allows a drop of so much from the plain image, `{"sharpness":
-            {"keep": 0.8}}` four fifths of it; see `QualityGuard`. The reward need not be optimised.
-        steps: Evaluations, the plain result included. The paper: 50 to 150.
+        diversity: Set rewards as `SetRewardSum` takes them, with the weights λ_div: a name ("dpp", "dpp_patch",
+            "pairwise", "vendi", "vendi_2"), `{"dpp": 150.0}`, or with other features `{"dpp": ("clip", 150.0)}`.
+        rewards: Rewards as `RewardSum` takes them, with the weights λ_q, or `None`. The paper: `{"hpsv2.1": 3.0}`. All
+            may have weight 0 if each is guarded.
+        guard: Limits for each image: `{"hpsv2.1": 0.05}` allows that drop from the baseline, `{"sharpness": {"keep":
+            0.8}}` four fifths of it. See `QualityGuard`. The reward need not be optimized.
+        steps: Evaluations, the baseline included. The paper: 50 to 150.
         mode: "default" or "parity".
-        learning_rate: At least 0.
-        momentum: In [0, 1); not Nesterov's.
-        max_grad_norm: The gradient of a set is clipped to this L2 norm; with the learning rate it sets the length of a
-            step, and where it is active only ratios of the weights matter.
-        regularization: λ_reg, at least 0.
-        hinge: τ_D: the first form of the paper, `λ_div·max(0, τ_D − v)`, which goes on for the rewards once a set is
+        learning_rate: The step size.
+        momentum: The coefficient of momentum; not Nesterov's.
+        max_grad_norm: The L2 norm to which the gradient of a set is clipped; with the learning rate it sets the length
+            of a step. Where the clip is active only ratios of the weights matter.
+        regularization: λ_reg.
+        hinge: τ_D of the paper's first form, `λ_div·max(0, τ_D − v)`, which optimizes only the rewards once a set is
             diverse enough. A number for one set reward, or a dict by name.
-        stop_at: End a set as soon as v is at least this, in the units of the set reward: 0.98 of "dpp" is the rule of
-            the released code. A number for one set reward, or a dict by name, all of which must be reached.
-        stop_ratio: The same as a multiple of the v of the plain set. Of both for one set reward the lower counts.
-        warm_up: So many steps at the beginning leave the rewards out of the gradient.
-        references: `(M, 3, H, W)` images in [0, 1] that belong to every set and are not moved, or their features as
-            `SetRewardSum.known_features` gives them. One image of a prompt is enough then.
-        reward_prompt: Ask the rewards about this instead of the pipeline's prompt: one, or one for each image.
-        preview: Look at the x0 estimate of one model call instead of the whole chain.
-        chunk_size: How many images are in memory with their graphs at a time: "auto", as many as fit; a number of 1 or
-            more, the same gradient in constant memory for one more forward pass; or `None` for the whole batch.
-        checkpointing: "auto", "none", "blocks" or "steps": see `NoiseOptimizer`.
-        decoder: A tiny autoencoder that decodes while the noise is optimised: see `NoiseOptimizer`.
-        reward_device: Where rewards and features that are given by name are loaded, by default where the pipeline is.
+        stop_at: The value of v at which a set stops: 0.98 of "dpp" is the rule of the released code. A number for one
+            set reward, or a dict by name, in which all must be reached.
+        stop_ratio: The same as a multiple of the baseline's v. If both are given, the lower counts.
+        warm_up: The number of first steps in which the rewards give no gradient.
+        references: `(M, 3, H, W)` images in [0, 1] that belong to every set and are not moved, or their features from
+            `SetRewardSum.known_features`. One image of a prompt is enough then.
+        gradient: "full" differentiates the whole chain; "frozen" holds the model outputs constant.
+        preview: Evaluate the x0 estimate of one model call instead of the whole chain.
     """
 
     diversity: Any = (("dpp", 150.0),)
     rewards: Any = None
     guard: Any = None
-    steps: int = 50
     mode: Literal["default", "parity"] = "default"
-    learning_rate: float = 6.0
-    momentum: float = 0.9
-    max_grad_norm: float = 0.1
-    regularization: float = 0.01
+    learning_rate: float = checked(6.0, "[0, inf)")
+    momentum: float = checked(0.9, "[0, 1)")
+    max_grad_norm: float = checked(0.1, "(0, inf)")
+    regularization: float = checked(0.01, "[0, inf)")
     hinge: Targets | None = None
     stop_at: Targets | None = None
     stop_ratio: Targets | None = None
-    warm_up: int = 0
+    warm_up: int = checked(0, "[0, inf)")
     references: torch.Tensor | Mapping[str, torch.Tensor] | None = None
-    reward_prompt: str | Sequence[str] | None = None
+    gradient: Literal["full", "frozen"] = "full"
     preview: bool = False
-    chunk_size: ChunkSetting = "auto"
-    checkpointing: Checkpointing = "auto"
-    decoder: Any = None
-    reward_device: str | torch.device | None = None
-
-    @property
-    def clamp(self) -> Clamp:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return "hard" if self.mode == "parity" else "straight_through"
+    chunk_size: int | Literal["auto"] | None = checked("auto", "[1, inf)")
 
     def check(self) -> None:
         super().check()
-        if self.mode not in ("default", "parity"):
-            raise ValueError(f'Expected `mode` to be "default" or "parity", but got {self.mode!r}.')
-        if not (0 <= self.learning_rate < math.inf and self.max_grad_norm > 0 and 0 <= self.momentum < 1):
-            raise ValueError(
-                "Expected a finite learning_rate >= 0, max_grad_norm > 0 and momentum in [0, 1), but got "
-                f"{self.learning_rate}, {self.max_grad_norm} and {self.momentum}."
-            )
-        if not (isinstance(self.warm_up, int) and self.warm_up >= 0):
-            raise ValueError(f"Expected `warm_up` to be an integer of 0 or more, but got {self.warm_up!r}.")
-        ChiPrior(self.regularization)
         as_guards(self.guard)
 
     def objective(self, pipe) -> SetObjective:
         guards = as_guards(self.guard)
-        weighted = optimised_rewards(self.rewards, guards)
+        weighted = weighted_rewards(self.rewards, guards)
         diversity = SetRewardSum(self.diversity, device=self.device_of_rewards(pipe))
         diversity.check_differentiable()
         if not any(diversity.weights.values()) and weighted is None:
@@ -10212,71 +9892,79 @@ class NeverTooLate(NoiseOptimizer):
         hinge, stop_at, _ = (targets_by_name(getattr(self, name), diversity, name) for name in TARGETS)
         return SetObjective(
             diversity,
-            None if weighted is None else differentiable_rewards(weighted, self.device_of_rewards(pipe)),
+            None if weighted is None else self.load_rewards(pipe, weighted),
             guards,
             hinge=hinge,
             stop_at=stop_at,
             references=self.references,
-            prompts=self.reward_prompt,
             warm_up=self.warm_up,
         )
 
     def regularizer(self, noise: torch.Tensor) -> torch.Tensor:
         return ChiPrior(self.regularization)(noise)
 
-    def watchers(self) -> list[NoiseCallback]:
-        return [GuardWarning()] if as_guards(self.guard) else []
+    def start(self, problem: NoiseProblem) -> "NeverTooLateState":
+        return NeverTooLateState(problem)
 
-    def start(self, problem: NoiseProblem) -> "SetStanding":
-        return SetStanding(problem)
-
-    def inspect(self, state: NoiseState, objective: Any, memory: "SetStanding") -> torch.Tensor:
-        """Ask the guard, end the sets that are diverse enough; the samples whose set is good throughout."""
-        whole = memory.of_whole_sets(state.active)
-        if (state.active & ~whole).any():
-            state.stop("part of the set ended", ~whole)
-        accepted = memory.look(state, objective.guards) & whole
-        if state.step == 0:
-            memory.targets = self.targets(state, objective, memory)
-        memory.stop_reached(state, accepted)
+    def inspect(self, run: NoiseState, objective: Any, state: "NeverTooLateState") -> torch.Tensor:
+        """Apply the guard, stop the sets that are diverse enough, and return the samples whose whole set is good."""
+        whole = state.of_whole_sets(run.active)
+        if (run.active & ~whole).any():
+            run.stop("part of the set ended", ~whole)
+        accepted = state.apply_guard(run, objective.guards) & whole
+        if run.step == 0:
+            state.targets = self.targets(run, objective, state)
+        state.stop_reached(run, accepted)
         return accepted
 
-    def targets(self, state: NoiseState, objective: Any, memory: "SetStanding") -> dict[str, torch.Tensor]:
-        """Name of a set reward to the value `(B,)` at which a set ends. Raises `ValueError` for one out of reach."""
-        found = {name: torch.full_like(state.scores[name], target) for name, target in objective.stop_at.items()}
+    def targets(self, run: NoiseState, objective: Any, state: "NeverTooLateState") -> dict[str, torch.Tensor]:
+        """Return by set reward the value `(B,)` at which a set stops. Raises `ValueError` for one out of reach."""
+        found = {name: torch.full_like(run.scores[name], target) for name, target in objective.stop_at.items()}
         for name, ratio in targets_by_name(self.stop_ratio, objective.diversity, "stop_ratio").items():
-            plain = state.scores[name]
-            for rows in memory.rows:
+            baseline = run.scores[name]
+            for rows in state.rows:
                 count = len(rows) + objective.reference_count
-                check_reachable(objective.diversity, name, ratio, count, "stop_ratio", unit=plain[rows[0]].item())
-            found[name] = found.get(name, torch.full_like(plain, torch.inf)).minimum(plain * ratio)
+                check_reachable(objective.diversity, name, ratio, count, "stop_ratio", unit=baseline[rows[0]].item())
+            found[name] = found.get(name, torch.full_like(baseline, torch.inf)).minimum(baseline * ratio)
         return found
 
-    def step(self, state: NoiseState, gradient: torch.Tensor, memory: "SetStanding") -> torch.Tensor:
-        gradient = memory.clipped(gradient, self.max_grad_norm)
-        guarded = memory.guarded
-        stays = per_image(~guarded.good | guarded.held, gradient)
-        memory.velocity = (self.momentum * memory.velocity + gradient).where(~stays, 0)
-        moved = state.noise - self.learning_rate * per_image(self.scale(memory), gradient) * memory.velocity
+    def step(self, run: NoiseState, gradient: torch.Tensor, state: "NeverTooLateState") -> torch.Tensor:
+        gradient = state.clipped(gradient, self.max_grad_norm)
+        guarded = state.guarded
+        stays = per_image(~guarded.good | guarded.frozen, gradient)
+        state.velocity = (self.momentum * state.velocity + gradient).where(~stays, 0)
+        moved = run.noise - self.learning_rate * per_image(self.scale(state), gradient) * state.velocity
         return torch.where(stays, guarded.last_good, moved)
 
-    def scale(self, memory: "SetStanding") -> torch.Tensor:
-        """`(B,)`: the unit of the learning rate for the set of each image."""
+    def scale(self, state: "NeverTooLateState") -> torch.Tensor:
+        """Return `(B,)`, the unit of the learning rate for the set of each image."""
         if self.mode == "parity":
-            return torch.ones_like(memory.sizes)
-        return (memory.sizes * memory.velocity[0].numel() / NEVER_TOO_LATE_SIZE).sqrt()
+            return torch.ones_like(state.sizes)
+        return (state.sizes * state.velocity[0].numel() / NEVER_TOO_LATE_SIZE).sqrt()
+
+    def finish(self, run: NoiseState, objective: Any, state: "NeverTooLateState") -> Iterable[torch.Tensor]:
+        """Warn about sets for which the guard accepted no step, so that the baseline is returned."""
+        kept = run.reports.get(GUARD_REPORT, {}).get("kept_baseline", [])
+        if images := [index for index, baseline in enumerate(kept) if baseline]:
+            warnings.warn(
+                f"The quality guard accepted no step of the sets of images {images}: the baseline is returned. Allow a "
+                "larger drop, use a smaller learning rate, or give the guarded reward a weight.",
+                stacklevel=2,
+            )
+        return ()
 
 
-class SetStanding:
-    """What a run remembers of its sets.
+class NeverTooLateState:
+    """The sets of a run: their momentum, their guard, and their targets.
 
     Attributes:
         rows: The samples of each set.
-        sizes: `(B,)`, how many there are in the set of each sample.
+        sizes: `(B,)`, the number of images in the set of each sample.
         velocity: `(B, C, H, W)`, the momentum.
         guarded: The noises under the guard.
-        targets: Name of a set reward to `(B,)`, the value at which a set ends.
-        accepted_steps, rejected_steps: `(B,)`, of the set of each sample, by the guard, the first not counted.
+        targets: Name of a set reward to `(B,)`, the value at which a set stops.
+        accepted_steps, rejected_steps: `(B,)`, the steps that the guard accepted and rejected for the set of each
+            sample, without step 0.
     """
 
     def __init__(self, problem: NoiseProblem) -> None:
@@ -10289,42 +9977,42 @@ class SetStanding:
         self.accepted_steps = torch.zeros(len(noise), dtype=torch.long, device=noise.device)
         self.rejected_steps = torch.zeros_like(self.accepted_steps)
 
-    def look(self, state: NoiseState, guards: Mapping[str, Any]) -> torch.Tensor:
-        """`(B,)` bool: all images of the set are good. Ends the sets whose images are all held."""
-        self.guarded.look(state, guards)
+    def apply_guard(self, run: NoiseState, guards: Mapping[str, Any]) -> torch.Tensor:
+        """Return `(B,)` bool, whether all images of the set are good. Stops the sets whose images are all frozen."""
+        self.guarded.update(run, guards)
         accepted = self.of_whole_sets(self.guarded.good)
         if guards:
-            self.report(state, accepted)
-            state.stop("guard holds all images", self.of_whole_sets(self.guarded.held))
+            self.report(run, accepted)
+            run.stop("guard holds all images", self.of_whole_sets(self.guarded.frozen))
         return accepted
 
-    def report(self, state: NoiseState, accepted: torch.Tensor) -> None:
-        """Keep what the guard did for the result."""
-        if state.step > 0:
-            self.accepted_steps += accepted & state.active
-            self.rejected_steps += ~accepted & state.active
-        stuck = (self.rejected_steps > 0) | self.of_whole_sets(self.guarded.held)
-        state.reports[GUARD_REPORT] = {
+    def report(self, run: NoiseState, accepted: torch.Tensor) -> None:
+        """Count accepted and rejected steps, and report them in the result."""
+        if run.step > 0:
+            self.accepted_steps += accepted & run.active
+            self.rejected_steps += ~accepted & run.active
+        stuck = (self.rejected_steps > 0) | self.of_whole_sets(self.guarded.frozen)
+        run.reports[GUARD_REPORT] = {
             **self.guarded.report(),
             "accepted_steps": self.accepted_steps.tolist(),
-            "kept_plain": (stuck & (self.accepted_steps == 0)).tolist(),
+            "kept_baseline": (stuck & (self.accepted_steps == 0)).tolist(),
         }
 
-    def stop_reached(self, state: NoiseState, accepted: torch.Tensor) -> None:
-        """End the sets that have all targets, in a step that is accepted."""
+    def stop_reached(self, run: NoiseState, accepted: torch.Tensor) -> None:
+        """Stop the sets that reach all targets in an accepted step."""
         if self.targets:
-            reached = torch.stack([state.scores[name] >= value for name, value in self.targets.items()]).all(0)
-            state.stop("diversity reached", reached.to(accepted.device) & accepted)
+            reached = torch.stack([run.scores[name] >= value for name, value in self.targets.items()]).all(0)
+            run.stop("diversity reached", reached.to(accepted.device) & accepted)
 
     def of_whole_sets(self, flags: torch.Tensor) -> torch.Tensor:
-        """`(B,)` bool to whether they hold for the whole set of each sample."""
+        """Return `(B,)` bool, whether the flags hold for the whole set of each sample."""
         found = torch.zeros_like(flags)
         for rows in self.rows:
             found[rows] = flags[rows].all()
         return found
 
     def clipped(self, gradient: torch.Tensor, max_norm: float) -> torch.Tensor:
-        """The gradient of the sum over images to that of each set's loss, clipped by one norm for each set."""
+        """Return the gradient of each set's loss, clipped by one norm per set, from that of the sum over images."""
         gradient = gradient / per_image(self.sizes, gradient)
         factors = torch.ones_like(self.sizes)
         for rows in self.rows:
@@ -10333,11 +10021,8 @@ class SetStanding:
         return gradient * per_image(factors, gradient)
 
 
-def optimised_rewards(rewards: Any, guards: Sequence[Any]) -> Any:
-    """`rewards`, or `None` where all have weight 0 and are guarded: then the guards score them.
-
-    Elsewhere `RewardSum` says what is wrong.
-    """
+def weighted_rewards(rewards: Any, guards: Sequence[Any]) -> Any:
+    """Return the rewards, or `None` if all have weight 0 and are guarded, so that the guards score them."""
     if rewards is None or any(weight for _, weight in reward_weight_pairs(rewards, None)):
         return rewards
     guarded = [guard.reward for guard in guards]
@@ -10345,7 +10030,7 @@ def optimised_rewards(rewards: Any, guards: Sequence[Any]) -> Any:
 
 
 def targets_by_name(targets: Targets | None, diversity: Any, argument: str) -> dict[str, float]:
-    """Targets as name -> number. Raises `ValueError` for other names and for what is no number."""
+    """Return targets as a dict of numbers by name. Raises `ValueError` for unknown names and for other values."""
     if targets is None:
         return {}
     names = list(diversity.names)
@@ -10442,7 +10127,7 @@ class ImageSet:
     def check_agrees(self, prompt: str, settings: Mapping[str, Any], folder: str | Path) -> None:
         """Raise `ValueError` unless the set was made from this prompt with these settings, naming what differs."""
         known = {"prompt": self.prompt, **self.settings}
-        if changed := differences(known, {"prompt": prompt, **settings}):
+        if changed := settings_diff(known, {"prompt": prompt, **settings}):
             raise ValueError(
                 f"Expected what the set in {folder} was grown with, but got other settings: {'; '.join(changed)}. Pass "
                 "the same, or choose another folder."
@@ -10461,6 +10146,7 @@ def grow_set(
     noise_sampler: NoiseSamplerSpec | None = None,
     folder: str | Path | None = None,
     callbacks: CallbackSpec | Iterable[CallbackSpec] | None = None,
+    reward_prompt: str | None = None,
     **call_kwargs,
 ) -> ImageSet:
     """Grow a set of images of any size: each new one is optimised to differ from all before it.
@@ -10497,7 +10183,8 @@ def grow_set(
         TypeError: For a method without references, or an argument that the pipeline does not take.
     """
     check_count_and_prompt(count, prompt)
-    call = SetCall(pipe, prompt, call_kwargs, dict(render or {}), noise_sampler, seed_device(generator))
+    device = seed_device(generator)
+    call = SetCall(pipe, prompt, call_kwargs, dict(render or {}), noise_sampler, device, reward_prompt)
     growth = SetGrowth(call, sequential_method(method, method_kwargs), callbacks)
     home = None if folder is None else ImageSetFolder(folder)
     found = ImageSet(prompt, growth.settings())
@@ -10531,7 +10218,8 @@ class SetCall:
         arguments: Of the call, in which a noise is optimised.
         render: Those that differ where an image is drawn for the set.
         noise_sampler: What noise is drawn from.
-        device: Where its generators are.
+        device: The device of its generators.
+        reward_prompt: The prompt that rewards are asked about; `None` for `prompt`.
 
     Raises:
         ValueError: For arguments that belong to the set, and a noise sampler that cannot draw one image.
@@ -10544,6 +10232,7 @@ class SetCall:
     render: dict[str, Any]
     noise_sampler: Any
     device: str
+    reward_prompt: str | None = None
 
     def __post_init__(self) -> None:
         check_not_given(self.arguments, OF_THE_SET, "the arguments of the call")
@@ -10555,6 +10244,7 @@ class SetCall:
         """The noise of one image."""
         generator = torch.Generator(self.device).manual_seed(seed)
         own = {"callbacks": callbacks, "noise_sampler": self.noise_sampler, "generator": generator}
+        own["reward_prompt"] = self.reward_prompt
         return optimize_noise(self.pipe, self.prompt, method, **own, **self.arguments)
 
     def draw(self, result: NoiseResult) -> Image.Image:
@@ -10569,7 +10259,8 @@ class SetCall:
             "render": plain_description(self.render),
             "noise_sampler": plain_description(describe_noise_sampler(self.noise_sampler)),
             "generator_device": self.device,
-            "model": str(pipe.config.get("_name_or_path") or "") or None,
+            "reward_prompt": self.reward_prompt,
+            "model": name_or_path(pipe),
             "revision": revision_of(pipe),
             "scheduler": {"class": type(scheduler).__name__, **plain(dict(scheduler.config))},
             "dtype": str(pipe.dtype).removeprefix("torch."),
@@ -10674,7 +10365,7 @@ def sequential_method(method: Any, settings: dict[str, Any] | None) -> NoiseOpti
     """The method of a set that grows. Raises `TypeError` for one that knows no references."""
     if method is None:
         return NeverTooLate(**{**sequential_settings("diversity" not in (settings or {})), **(settings or {})})
-    found: Any = as_noise_optimizer(method, settings)
+    found: Any = as_method(method, settings)
     fields = getattr(found, "__dataclass_fields__", {})
     if not {"diversity", "references"} <= fields.keys():
         raise TypeError(
@@ -10781,72 +10472,26 @@ def item_or_none(value: torch.Tensor | None) -> float | None:
 # pipelines/never_too_late/mixin.py
 
 
-class NeverTooLateMixin(RewardMixin):
-    """Adds what a set is optimised for and plain-value settings of Never Too Late to the call of a stock pipeline."""
+class NeverTooLateMixin(
+    MethodMixin,
+    method=NeverTooLate,
+    arguments=("diversity", "rewards", "guard", "steps", "learning_rate"),
+    target="diversity",
+):
+    """Optimizes the noises of each prompt's images as a set in the call of a stock pipeline.
 
-    def __call__(
-        self,
-        *args,
-        diversity: Any = None,
-        rewards: Any = None,
-        guard: Any = None,
-        optimization_steps: int | None = None,
-        learning_rate: float | None = None,
-        never_too_late_kwargs: Mapping[str, Any] | None = None,
-        noise_optimizer: NoiseOptimizer | None = None,
-        noise_sampler: NoiseSamplerSpec | None = None,
-        callback_on_optimization_step_end: Any = None,
-        save_noise_to: str | os.PathLike[str] | None = None,
-        **kwargs,
-    ):
-        """The stock call; with `diversity` the noises of each prompt's images are first optimised as a set.
+    Pass `num_images_per_prompt`: a prompt needs at least two images.
 
-        Args:
-            diversity: Set rewards with their weights: `"dpp"`, `{"dpp": 150.0}`, or on other features than their own
-                `{"dpp": ("clip", 150.0)}`. `None` leaves the pipeline bit-identical to the stock class. Features that
-                are given by name are loaded once per pipeline.
-            rewards: What keeps each image good: `{"hpsv2.1": 3.0}`, or any callable `(images, prompts) -> (B,)`.
-            guard: A floor under each image: `{"hpsv2.1": 0.05}` allows that drop from the plain image, `{"sharpness":
-                {"keep": 0.8}}` keeps four fifths of it.
-            optimization_steps: Sets that are drawn and scored, 50 by default.
-            learning_rate: 6 by default.
-            never_too_late_kwargs: More settings of `NeverTooLate`, by name: `{"stop_at": 0.98}`.
-            noise_optimizer: Another method instead of Never Too Late.
-            noise_sampler: What the initial noise is drawn from: `"white"`, as in the stock pipeline, `"pink"`, which
-                the paper adds, `"coupled"`, a dict such as `{"name": "pink", "alpha": 0.3}`, or a function `(shape,
-                generator, device, dtype)`. Works without a method too; not beside `latents`.
-            callback_on_optimization_step_end: Callbacks per optimisation step: functions of the state, or objects with
-                `on_step_end(state)`; return `False` to stop.
-            save_noise_to: A file for the best noise so far, kept up to date and whole whatever ends the call.
-            args, kwargs: Those of the stock pipeline; pass `num_images_per_prompt`.
-
-        Returns:
-            What the stock pipeline returns; unless `return_dict=False` with a `noise_result` attribute.
-
-        Raises:
-            ValueError: For settings that cannot work, and for a prompt with one image, before any model runs.
-        """
-        named = {"diversity": diversity, "rewards": rewards, "guard": guard}
-        named |= {"steps": optimization_steps, "learning_rate": learning_rate}
-        settings = call_settings(named, never_too_late_kwargs, "never_too_late_kwargs")
-        diversity = settings.pop("diversity", None)
-        if diversity is None and settings:
-            raise ValueError(
-                f"Expected `diversity` beside {sorted(settings)}, but got none: there is nothing to optimise. Pass "
-                '`diversity={"dpp": 150.0}`, say.'
-            )
-        if diversity is not None and noise_optimizer is not None:
-            raise ValueError("Expected `diversity` or `noise_optimizer`, but got both. Give it to the method.")
-        if diversity is not None:
-            noise_optimizer = self.never_too_late(diversity, settings)
-        return super().__call__(
-            *args,
-            noise_optimizer=noise_optimizer,
-            noise_sampler=noise_sampler,
-            callback_on_optimization_step_end=callback_on_optimization_step_end,
-            save_noise_to=save_noise_to,
-            **kwargs,
-        )
+    Args:
+        diversity: Set rewards with their weights: `"dpp"`, `{"dpp": 150.0}`, or with other features than their own
+            `{"dpp": ("clip", 150.0)}`. `None` leaves the pipeline bit-identical to the stock class. Features given by
+            name are loaded once per pipeline.
+        rewards: Rewards that keep each image good: `{"hpsv2.1": 3.0}`, or any callable `(images, prompts) -> (B,)`.
+        guard: A floor under each image: `{"hpsv2.1": 0.05}` allows that drop from the baseline, `{"sharpness":
+            {"keep": 0.8}}` keeps four fifths of it.
+        steps: Sets that are sampled and scored, 50 by default.
+        learning_rate: The learning rate, 6 by default.
+    """
 
     def grow_set(
         self,
@@ -10856,85 +10501,84 @@ class NeverTooLateMixin(RewardMixin):
         diversity: Any = None,
         rewards: Any = None,
         guard: Any = None,
-        optimization_steps: int | None = None,
+        steps: int | None = None,
         learning_rate: float | None = None,
-        never_too_late_kwargs: Mapping[str, Any] | None = None,
+        method_kwargs: Mapping[str, Any] | None = None,
         render: Mapping[str, Any] | None = None,
         generator: Seeds = None,
         noise_sampler: NoiseSamplerSpec | None = None,
         folder: str | Path | None = None,
-        callback_on_optimization_step_end: Any = None,
+        callbacks: Any = None,
         **kwargs,
     ) -> ImagePipelineOutput:
-        """Grow a set of images of any size: each new one is optimised to differ from all before it. See `grow_set`.
+        """Grow a set of images of any size: each new one is optimized to differ from all before it. See `grow_set`.
 
         Args:
-            prompt: One.
-            count: Images in all. The first is the plain one.
-            diversity: As in a call; `{"dpp": 15.0}` by default, and then an image is done at a value of 0.98 unless
-                `never_too_late_kwargs` say otherwise.
-            rewards, guard, never_too_late_kwargs: As in a call. The paper: `rewards={"hpsv2.1": 1.0}`.
-            optimization_steps: For each image, 25 by default.
-            learning_rate: 3 by default.
-            render: Arguments that differ where an image is drawn for the set: `{"num_inference_steps": 4}`.
-            generator: A seed s, from which image k gets s + k, or one for each image.
+            prompt: One prompt.
+            count: The number of images in all. The first is the baseline.
+            diversity: As in a call. By default `{"dpp": 15.0}`, and then an image is finished at a value of 0.98 unless
+                `method_kwargs` say otherwise.
+            rewards, guard, method_kwargs: As in a call. The paper: `rewards={"hpsv2.1": 1.0}`.
+            steps: Evaluations for each image, 25 by default.
+            learning_rate: The learning rate, 3 by default.
+            render: Arguments of the call that differ when an image is generated for the set:
+                `{"num_inference_steps": 4}`.
+            generator: A seed s, from which image k gets s + k, or one seed for each image.
             noise_sampler: As in a call, `"white"` or `"pink"`.
-            folder: Where each image is written; a set that is there already is continued up to `count`.
-            callback_on_optimization_step_end: Callbacks per optimisation step of each image.
-            kwargs: Those of the stock pipeline, without `num_images_per_prompt` and `latents`.
+            folder: The folder to which each image is written; a set that is there already is continued up to `count`.
+            callbacks: Callbacks per optimization step of each image.
+            kwargs: The arguments of the stock pipeline, without `num_images_per_prompt` and `latents`.
 
         Returns:
-            An output with `images`, PIL, and an `image_set` attribute: the noises, the values, `save(folder)`.
+            An output with PIL `images` and an `image_set` attribute: the noises, the values, `save(folder)`.
 
         Raises:
-            ValueError: For settings that cannot work, and a folder that is broken or of another set.
+            ValueError: For settings that cannot work, and a folder that is broken or belongs to another set.
         """
-        named = {"steps": optimization_steps, "learning_rate": learning_rate, "rewards": rewards, "guard": guard}
-        settings = call_settings(named, never_too_late_kwargs, "never_too_late_kwargs")
-        settings = {**sequential_settings(diversity is None), **settings}
-        default = settings.pop("diversity", None)
-        method = self.never_too_late(default if diversity is None else diversity, settings)
+        named = {"steps": steps, "learning_rate": learning_rate, "rewards": rewards, "guard": guard}
+        named = {name: value for name, value in named.items() if value is not None}
+        settings = {**sequential_settings(diversity is None), **merged_settings(named, method_kwargs)}
+        if diversity is not None:
+            settings["diversity"] = diversity
+        method = NeverTooLate(**self.loaded(settings))
         own = {"render": render, "generator": generator, "noise_sampler": noise_sampler, "folder": folder}
-        found = grow_set(self, prompt, count, method, callbacks=callback_on_optimization_step_end, **own, **kwargs)
+        found = grow_set(self, prompt, count, method, callbacks=callbacks, **own, **kwargs)
         output = ImagePipelineOutput(images=list(found.pictures))
         vars(output)["image_set"] = found
         return output
 
-    def never_too_late(self, diversity: Any, settings: dict[str, Any]) -> NeverTooLate:
-        """The method, with everything that has a name loaded at its first use and kept."""
-        guards = as_guards(settings.get("guard"))
-        rewards = optimised_rewards(settings.get("rewards"), guards)
-        entries = set_reward_entries(diversity)
+    def loaded(self, settings: dict[str, Any]) -> dict[str, Any]:
+        guards, device = as_guards(settings.get("guard")), settings.get("reward_device")
+        rewards = weighted_rewards(settings.get("rewards"), guards)
+        entries = set_reward_entries(settings["diversity"])
         for entry in entries:
             check_set_reward_entry(*entry)
-        device = settings.get("reward_device")
         rewards = None if rewards is None else self.load_rewards(rewards, device)
         guard = [self.load_guard(each, rewards, device) for each in guards] or None
-        loaded = {"rewards": rewards, "guard": guard, "diversity": self.load_diversity(entries, device)}
-        return NeverTooLate(**{**settings, **loaded})
+        return {**settings, "rewards": rewards, "guard": guard, "diversity": self.load_diversity(entries, device)}
 
     def load_guard(self, guard: QualityGuard, rewards: Any, device: Any) -> QualityGuard:
-        """The guard with its reward loaded, unless it means one that is optimised."""
+        """Return the guard with its reward loaded, unless it means an optimized one."""
         if not isinstance(guard.reward, str) or shares_reward(guard, getattr(rewards, "names", ())):
             return guard
         (reward,) = self.load_rewards(guard.reward, device).rewards
         return dataclasses.replace(guard, reward=reward)
 
     def load_diversity(self, entries: list[tuple[Any, Any, Any]], device: Any) -> SetRewardSum:
-        """A `SetRewardSum` on a device, by default the pipeline's."""
+        """Return a `SetRewardSum` on a device, by default the pipeline's."""
         parts = [(reward, self.load_features(reward, each, device), weight) for reward, each, weight in entries]
         return SetRewardSum(parts)
 
     def load_features(self, reward: Any, features: Any, device: Any) -> Any:
-        """The features of a set reward: those of a name from the pipeline's own, any other as they are."""
+        """Return the features of a set reward, loaded at the first use of their name and stored with the pipeline."""
         if not isinstance(reward, str):
             return features
         name = features or find_set_reward(reward).default_features
         if not isinstance(name, str | os.PathLike):
             return name
         name = os.fspath(name)
-        kept = self.kept_on(device, "_loaded_features")
-        if name not in kept:
-            device = device or self._execution_device  # pyright: ignore[reportAttributeAccessIssue]
-            kept[name] = AutoFeatures.from_pretrained(name, device=device)
-        return kept[name]
+        stored = self.stored_on(device, "_loaded_features")
+        if name not in stored:
+            device = device or execution_device(self)
+            stored[name] = AutoFeatures.from_pretrained(name, device=device)
+        return stored[name]

@@ -55,7 +55,8 @@ def bundled() -> str:
         Refused: For a module that cannot be bundled.
     """
     mixins = [path for card in CARDS for path in public_modules(class_file(card.cls), PACKAGE)]
-    rewards = public_modules(PACKAGE / "rewards/__init__.py", PACKAGE)
+    public = public_modules(PACKAGE / "rewards/__init__.py", PACKAGE)
+    rewards = [path for path in public if re.search(r"^@register_", path.read_text("utf-8"), re.MULTILINE)]
     return bundle([*rewards, *mixins], PACKAGE, DOCSTRING.format(version=version()))
 
 

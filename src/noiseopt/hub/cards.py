@@ -49,7 +49,7 @@ class Card:
 
     @property
     def method(self) -> type[Any]:
-        return METHODS[self.room]
+        return METHODS.find(self.room)
 
     @property
     def stock(self) -> type[Any]:
@@ -139,9 +139,9 @@ def settings(method: type[Any]) -> Iterator[tuple[str, str, str]]:
 def rewards_section() -> str:
     """Return the section with name, default checkpoint and its license of each registered reward."""
     rows = []
-    for name, factory in sorted({name: factory for name, factory in REWARDS.values()}.items()):
+    for name in REWARDS.names():
         checkpoint, published_at, license = (
-            getattr(factory, attribute, None) for attribute in ("default_checkpoint", "published_at", "license")
+            getattr(REWARDS.find(name), attribute, None) for attribute in ("default_checkpoint", "published_at", "license")
         )
         source = f"a folder with the file from {published_at}" if published_at else "none needed"
         rows.append((code(name), code(checkpoint) if checkpoint else source, license or ""))
