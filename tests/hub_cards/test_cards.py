@@ -18,6 +18,7 @@ from noiseopt.cli import main
 from noiseopt.hub import build, cards, stubs
 from noiseopt.hub.before_after import PICTURE
 from noiseopt.hub.bundle import Refused
+from noiseopt.schedulers import list_noise_samplers
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -174,7 +175,7 @@ def test_bundle_has_all_that_the_package_finds_by_name(bundle):
     assert found["register_reward"] == set(noiseopt.list_rewards())
     assert found["register_set_reward"] == set(noiseopt.rewards.list_set_rewards())
     assert found["register_features"] == set(noiseopt.rewards.list_features())
-    assert found["register_noise_sampler"] == set(noiseopt.list_noise_samplers())
+    assert found["register_noise_sampler"] == set(list_noise_samplers())
     assert found["register_method"] == {card.room for card in build.CARDS}
 
 
@@ -259,7 +260,7 @@ def test_settings_are_the_fields_with_a_default(readmes):
     for card in build.CARDS:
         fields = dataclasses.fields(card.method)
         expected = {field.name: field.default for field in fields if field.default is not dataclasses.MISSING}
-        table = section(readmes[card.name], "Arguments").partition("Settings of the method")[2]
+        table = section(readmes[card.name], "Arguments").partition("and their defaults:")[2]
         assert {name: ast.literal_eval(default.strip("`")) for name, default, _ in rows(table)} == expected
 
 
