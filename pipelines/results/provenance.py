@@ -21,6 +21,7 @@ def provenance_of(problem: NoiseProblem, objective: Objective, state: NoiseState
     return {
         "objective": objective.describe(),
         "prompts": problem.prompts,
+        "reward_prompts": problem.reward_prompts,
         "seeds": sampler.random_state.seeds,
         "generators": "list" if sampler.random_state.several else "single",
         "noise_sampler": describe_noise_sampler(problem.space.noise_sampler),

@@ -10,7 +10,8 @@ from tiny_pipelines import SIZE, tiny_pipeline, tiny_unet, tiny_vae
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from noiseopt import FunctionObjective, NoiseOptimizer, optimize_noise
+from noiseopt import optimize_noise
+from noiseopt.pipelines import FunctionObjective, NoiseOptimizer
 from noiseopt.pipelines.memory import lean_layers as lean
 from noiseopt.pipelines.memory.graph_size import SavedBytes
 
