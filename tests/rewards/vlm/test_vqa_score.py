@@ -189,7 +189,7 @@ def test_a_family_that_is_not_written_is_refused_by_name():
 
 def test_a_family_that_is_not_written_is_refused_before_its_weights_are_read(tmp_path: Path):
     (tmp_path / "config.json").write_text('{"model_type": "llava_next"}')
-    with pytest.raises(ValueError, match="of the type .* got 'llava_next'.* pass `VQAScorer` also `preprocess=`"):
+    with pytest.raises(ValueError, match="of the type .* got 'llava_next'.* pass them to `VQAScorer` with `preprocess=`"):
         VQAScorer.from_pretrained(str(tmp_path))
 
 
