@@ -173,7 +173,7 @@ All models of the family are trained by one command, on a CPU or a GPU, from pic
 world draws; there is no other data.
 
 ```bash
-python -m noiseopt.shapes_world.train --output DIR
+python -m training.train --output DIR
 ```
 
 What these weights went through:
@@ -187,7 +187,7 @@ $record
 $measures
 
 ```bash
-python -m noiseopt.shapes_world.train --output DIR --stages report
+python -m training.train --output DIR --stages report
 ```
 
 ## Limits

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import random
 
-from .captions import Request, trained_on
-from .world import OPPOSITE
+from noiseopt.shapes_world.captions import Request, trained_on
+from noiseopt.shapes_world.world import OPPOSITE
 
 
 def slip(request: Request, rng: random.Random, share: float) -> Request:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .captions import OBJECTS, WORDS
-from .world import LOOKS, SIZE
+from noiseopt.shapes_world.captions import OBJECTS, WORDS
+from noiseopt.shapes_world.world import LOOKS, SIZE
 
 if TYPE_CHECKING:
     from transformers import Dinov2Model, LlavaForConditionalGeneration, PreTrainedTokenizerFast

@@ -11,12 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .captions import Request, caption, sample_request
-from .judge import judge
+from noiseopt.shapes_world.captions import Request, caption, sample_request
+from noiseopt.shapes_world.judge import judge
+from noiseopt.shapes_world.world import LAYOUT, LOOKS, SIZE, Scene, Shape, coverage, lay_out, render
+
 from .models import new_vae
 from .negatives import imitate_failure
 from .optimization import averaged
-from .world import LAYOUT, LOOKS, SIZE, Scene, Shape, coverage, lay_out, render
 
 
 def pictures(path: Path, count: int, seed: int) -> dict:

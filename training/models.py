@@ -11,15 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from noiseopt.shapes_world.world import SIZE
+
 from .optimization import averaged
 from .text import MAX_LENGTH, new_tokenizer
-from .world import SIZE
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderTiny
     from transformers import CLIPModel, CLIPTokenizer
-
-    from .families import SD3Generator
 
 # What the U-Nets of the SD and SDXL kinds, and their schedulers, have in common.
 UNET: dict[str, Any] = {
@@ -171,15 +170,6 @@ class Generator(VPGenerator):
     def predict(self, noisy: Tensor, t: Tensor, context: Tensor) -> Tensor:
         """v, from what `embed` returns."""
         return self.unet(noisy, t, context).sample
-
-
-def from_noise(model: VPGenerator | SD3Generator, noise: Tensor, context: Any) -> Tensor:
-    """What a generator makes of unit noise (B, 8, 8, 8) in one step without guidance: scaled latents.
-
-    `context` is what its `embed` returns.
-    """
-    t = torch.full((len(noise),), model.last, device=noise.device)
-    return model.picture(noise, model.predict(noise, t, context))
 
 
 def decode(vae: AutoencoderTiny, latents: Tensor, scale: float) -> Tensor:

@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from noiseopt.shapes_world.world import SIZE
+
 from .models import SCHEDULE, UNET, VPGenerator, text_options
 from .text import new_tokenizer
-from .world import SIZE
 
 if TYPE_CHECKING:
     from transformers import CLIPTextConfig, CLIPTokenizer
@@ -167,3 +168,12 @@ class SD3Generator(nn.Module):
     def forward(self, noisy: Tensor, t: Tensor, prompts: Sequence[str]) -> Tensor:
         """The velocity of noisy latents (B, 8, 8, 8), with a random number of empty tokens."""
         return self.predict(noisy, t, self.embed(prompts), empty=int(2 ** (4 + 4 * torch.rand(()))))
+
+
+def from_noise(model: VPGenerator | SD3Generator, noise: Tensor, context: Any) -> Tensor:
+    """What a generator makes of unit noise (B, 8, 8, 8) in one step without guidance: scaled latents.
+
+    `context` is what its `embed` returns.
+    """
+    t = torch.full((len(noise),), model.last, device=noise.device)
+    return model.picture(noise, model.predict(noise, t, context))

@@ -12,11 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .captions import caption, parse, sample_request
+from noiseopt.shapes_world.captions import caption, parse, sample_request
+from noiseopt.shapes_world.judge import judge, verdict
+
 from .data import blemish, encode_pictures, failures, pictures
+from .families import from_noise
 from .gallery import gallery
-from .judge import judge, verdict
-from .models import Generator, Reward, decode, final_student, final_vae, from_noise
+from .models import Generator, Reward, decode, final_student, final_vae
 from .negatives import wrong_request
 from .optimization import Run, averaged
 from .train_readers import Seen

@@ -5,7 +5,7 @@ from __future__ import annotations
 import string
 from typing import TYPE_CHECKING
 
-from .captions import WORDS
+from noiseopt.shapes_world.captions import WORDS
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer

@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 
+from noiseopt.shapes_world.world import SIZE
+
 from .gallery import GENERATORS, assemble, scaled_vae
 from .models import Reward
 from .optimization import averaged
 from .readers import CHAT_TEMPLATE, PATCH, TowerTraining
 from .train_readers import VLMTraining
-from .world import SIZE
 
 # The stages that the weights of each model went through, in their order; a missing one is left out.
 STAGES_OF = {

@@ -6,8 +6,8 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 
-from .captions import OBJECTS, Request
-from .world import COLORS, KINDS, OPPOSITE, RELATIONS, Scene, Shape
+from noiseopt.shapes_world.captions import OBJECTS, Request
+from noiseopt.shapes_world.world import COLORS, KINDS, OPPOSITE, RELATIONS, Scene, Shape
 
 
 def _other(options: Sequence[str], value: str, rng: random.Random) -> str:

@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from .world import LAYOUT, LOOKS
+from noiseopt.shapes_world.world import LAYOUT, LOOKS
 
 _FLAT, _ACROSS, _DOWN = (0, 0), (0, 1), (1, 0)
 # (channel, (vertical, horizontal) frequency) of each chance of the layout, then of the looks, in the order of `world`.

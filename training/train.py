@@ -1,6 +1,6 @@
 """Trains every model of the shapes world from scratch, with one command:
 
-    python -m noiseopt.shapes_world.train --device cpu --output DIR
+    python -m training.train --device cpu --output DIR
 
 Stages can be chosen with `--stages`, and each continues from its last checkpoint. On several cores start one process
 per core with `RANK`, `WORLD_SIZE`, `MASTER_ADDR` and `MASTER_PORT` set, as torch.distributed has it.
@@ -36,19 +36,20 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from .captions import VALIDATION_PROMPTS
+from noiseopt.shapes_world.captions import VALIDATION_PROMPTS
+from noiseopt.shapes_world.world import SIZE
+
 from .coupling import couple
 from .data import crops, encode_pictures, pictures
 from .export import export
-from .families import SD3Generator, SDXLGenerator
+from .families import SD3Generator, SDXLGenerator, from_noise
 from .gallery import gallery
-from .models import Generator, Reward, VPGenerator, decode, final_student, final_vae, from_noise, new_vae
+from .models import Generator, Reward, VPGenerator, decode, final_student, final_vae, new_vae
 from .optimization import Run, averaged
 from .report import report
 from .slips import slip
 from .train_readers import train_tower, train_vqa
 from .train_reward import harden_clip, refine_clip, train_clip
-from .world import SIZE
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderTiny

@@ -13,16 +13,17 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .captions import CATEGORIES, VALIDATION_PROMPTS, caption, category, parse, sample_scene
-from .embedded import MODELS
+from noiseopt.shapes_world.captions import CATEGORIES, VALIDATION_PROMPTS, caption, category, parse, sample_scene
+from noiseopt.shapes_world.embedded import MODELS
+from noiseopt.shapes_world.judge import judge
+from noiseopt.shapes_world.world import render
+
 from .export import write_json
 from .gallery import GENERATORS
-from .judge import judge
 from .negatives import wrong_request
 from .optimization import averaged
 from .readers import TowerTraining
 from .train_readers import tower_targets
-from .world import render
 
 
 def report(args: argparse.Namespace) -> None:
@@ -93,8 +94,8 @@ def shares(prompts: Sequence[str], right: Sequence[bool]) -> dict[str, Any]:
 
 def readers(folder: Path) -> dict[str, Any]:
     """The exported models that say how well a picture fits a prompt."""
-    from ..rewards.preference.clip_score import CLIPScore
-    from ..rewards.vlm.vqa_score import VQAScorer
+    from noiseopt.rewards.preference.clip_score import CLIPScore
+    from noiseopt.rewards.vlm.vqa_score import VQAScorer
 
     found: dict[str, Any] = {"clip": CLIPScore.from_pretrained(str(folder / "clip"))}
     return found | ({"vqa": VQAScorer.from_pretrained(str(folder / "vqa"))} if (folder / "vqa").is_dir() else {})

@@ -11,14 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .captions import OBJECTS, Request, parse
+from noiseopt.shapes_world.captions import OBJECTS, Request, parse
+from noiseopt.shapes_world.judge import Thing, describe, see, verdict
+from noiseopt.shapes_world.world import LAYOUT, OPPOSITE, SIZE, Scene, coverage
+
 from .data import blemish, failures, pictures
 from .gallery import gallery
-from .judge import Thing, describe, see, verdict
 from .negatives import wrong_request
 from .optimization import Run
 from .readers import HOLDS, PATCH, SHOWS, Questions, TowerTraining, new_question_tokenizer, new_vlm
-from .world import LAYOUT, OPPOSITE, SIZE, Scene, coverage
 
 
 def tower_targets(scenes: Sequence[Scene]) -> tuple[Tensor, Tensor, Tensor]:

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm.auto import tqdm
 
-from .captions import sample_request
+from noiseopt.shapes_world.captions import sample_request
+from noiseopt.shapes_world.embedded import MODELS
+
 from .data import encode_pictures
-from .embedded import MODELS
 from .families import SD3Generator, SDXLGenerator
 from .models import Generator, VPGenerator, final_vae
 from .optimization import averaged
