@@ -58,7 +58,7 @@ def test_numbers_are_those_of_the_files(analyzed, results):
     assert result.initial_noise is not None
     change = (result.noise - result.initial_noise).flatten(1).double()
     assert (cno["noises"], reno["noises"]) == (6, 2) and len(cno["files"]) == 2
-    assert reno["l2"]["initial noise, optimised noise"] == pytest.approx(float(change.norm(dim=1).mean()))
+    assert reno["l2"]["initial noise, optimized noise"] == pytest.approx(float(change.norm(dim=1).mean()))
     assert reno["relative change"] == pytest.approx(float(change.norm() / result.initial_noise.norm()), rel=1e-5)
     assert sum(reno["band shares"]) == pytest.approx(1) and len(reno["band changes"]) == 4
     assert len(cno["band changes"]) == 4  # three steps, each followed by a move
@@ -69,7 +69,7 @@ def test_images_are_drawn_by_the_model_that_a_result_names(analyzed, results):
     result, pipe = NoiseResult.load(results / "reno.safetensors"), load_pipeline()
     pipe.set_progress_bar_config(disable=True)
     call = {**shapes_world.MODELS["turbo"].call, "output_type": "latent"}
-    pairs = {"initial noise, its image": result.initial_noise, "optimised noise, its image": result.noise}
+    pairs = {"initial noise, its image": result.initial_noise, "optimized noise, its image": result.noise}
     for row, noise in pairs.items():
         latents = pipe(PROMPTS, latents=noise, **call).images
         assert reno["l2"][row] == pytest.approx(float((noise - latents).flatten(1).norm(dim=1).mean()), rel=1e-4)

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..cli import make_folder, positive, require_plots
+from ..arguments import make_folder, positive, require_plots
 
 if TYPE_CHECKING:
     from .evaluate import Evaluation

@@ -20,11 +20,12 @@ from noiseopt import (
     select_group,
     shapes_world,
 )
-from noiseopt.demo import ONE_STEP, Choice, load_pipeline
+from noiseopt.demo import ONE_STEP, load_pipeline
 from noiseopt.pipelines import group_solver
 from noiseopt.pipelines.searches.group_solver import group_value
 from noiseopt.pipelines.searches.previews import seats
 from noiseopt.rewards import DINOv2PatchFeatures, PairwiseDistance
+from noiseopt.story import Choice
 
 
 def generators(*seeds: int) -> list[torch.Generator]:
