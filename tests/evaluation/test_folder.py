@@ -87,10 +87,10 @@ def test_a_unit_that_is_none_is_refused_by_name(case, folder):
 def test_features_that_are_none_are_refused_by_name(data, folder):
     path = folder.unit_path("turbo", PLAIN, 0).with_suffix(".safetensors")
     path.write_bytes(data)
-    with pytest.raises(CannotEvaluate, match="features of images in .*00000.safetensors.*Delete"):
+    with pytest.raises(CannotEvaluate, match="image features in .*00000.safetensors.*Delete"):
         folder.features("turbo", PLAIN, 0)
     save_file({"noise": torch.ones(2)}, path)
-    with pytest.raises(CannotEvaluate, match="features of images"):
+    with pytest.raises(CannotEvaluate, match="image features"):
         folder.features("turbo", PLAIN, 0)
 
 

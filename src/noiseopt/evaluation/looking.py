@@ -1,4 +1,4 @@
-"""What a method gets from a pipeline call, for those who take the gradients themselves."""
+"""Access to the problem of a pipeline call, for code that computes gradients itself."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,13 +11,13 @@ from ..pipelines.problem import NoiseProblem
 
 
 class Looking(NoiseOptimizer):
-    """Shows a function the problem of a call from inside the run, and leaves the noise as it is.
+    """Calls a function with the problem of a pipeline call, and leaves the noise unchanged.
 
-    The modules are set for gradients while the function runs, as they are for every method.
+    The modules are prepared for gradients while the function runs, as for every method.
 
     Args:
-        then: Is given the problem; what it returns does not count.
-        settings: Of any method, such as `checkpointing="blocks"`.
+        then: Called with the problem; its return value is ignored.
+        settings: Fields of a method, such as `checkpointing="blocks"`.
     """
 
     steps = 1
