@@ -15,9 +15,10 @@ from diffusers.utils import logging as diffusers_logging
 from PIL import Image
 from transformers.utils import logging as transformers_logging
 
-from noiseopt import FunctionObjective, NoiseOptimizer, NoiseResult, plots, shapes_world
+from noiseopt import NoiseResult, plots, shapes_world
 from noiseopt.cli import main
 from noiseopt.demo import ONE_STEP, load_pipeline, optimize_and_judge
+from noiseopt.pipelines import FunctionObjective, NoiseOptimizer
 from noiseopt.pipelines.registry import METHODS
 from noiseopt.pipelines.sampling.sampler import Gradient
 from noiseopt.quiet import quiet_libraries
@@ -97,13 +98,13 @@ class Neighbours(NoiseOptimizer):
     def objective(self, pipe):
         return FunctionObjective(lambda sample: sample.x0.flatten(1).std(1))
 
-    def step(self, state, gradient, memory):
-        return 0.8 * state.noise + 0.6 * state.noise.roll(1, 0)
+    def step(self, run, gradient, state):
+        return 0.8 * run.noise + 0.6 * run.noise.roll(1, 0)
 
 
 @pytest.fixture
 def neighbours(monkeypatch):
-    monkeypatch.setitem(METHODS, "neighbours", Neighbours)
+    monkeypatch.setitem(METHODS.entries, "neighbours", Neighbours)
 
 
 def test_method_without_rewards_gets_sets(neighbours):

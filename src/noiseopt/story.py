@@ -9,7 +9,7 @@ import torch
 from . import shapes_world
 from .evaluation.embedded_diversity import embedded_diversity, towers_of
 from .evaluation.plan import MethodChoice
-from .pipelines import NoiseOptimizer, NoiseResult, list_noise_optimizers
+from .pipelines import NoiseOptimizer, NoiseResult, list_methods
 from .pipelines.registry import METHODS
 from .shapes_world.embedded import EmbeddedModel
 from .shapes_world.judge import Verdict
@@ -36,7 +36,7 @@ class Choice:
     """A registered method on an embedded model.
 
     Attributes:
-        method: A name in `list_noise_optimizers()`.
+        method: A name in `list_methods()`.
         model: An embedded pipeline.
         steps: Evaluations of each noise. Defaults to the method's own number, capped to suit the model.
     """
@@ -47,14 +47,9 @@ class Choice:
 
     @classmethod
     def of(cls, method: str = "reno", model: str = "turbo", steps: int | None = None) -> "Choice":
-        """Look up a method and a model by name.
-
-        Raises:
-            ValueError: For an unknown name, or a method without a configurable number of steps.
-        """
+        """Look up a method and a model by name. Raises `ValueError` for an unknown name."""
         pipelines = [name for name, known in shapes_world.MODELS.items() if known.is_pipeline]
-        methods = [name for name in list_noise_optimizers() if isinstance(METHODS[name].steps, int)]
-        for what, name, names in (("method", method, methods), ("model", model, pipelines)):
+        for what, name, names in (("method", method, list_methods()), ("model", model, pipelines)):
             if name not in names:
                 raise ValueError(f"Expected a {what} out of {', '.join(names)}, but got {name!r}.")
         embedded = shapes_world.MODELS[model]

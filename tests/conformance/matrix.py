@@ -96,7 +96,7 @@ OTHER_STREAM = (
 )
 NO_DEPENDENCE = (
     "the first x0 estimate does not depend on the noise where the terminal SNR is zero and the output of the denoiser "
-    "is held constant: refused by name; `CNO(stop_gradient=False)` works"
+    "is held constant: refused by name; `CNO(gradient='full')` works"
 )
 NO_ESTIMATE = "made for video, its x0 estimate is not known: refused by name"
 REFUSED = {

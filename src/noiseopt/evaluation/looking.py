@@ -3,14 +3,12 @@
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
-from ..pipelines.method import NoiseOptimizer
-from ..pipelines.objective import FunctionObjective, Objective
+from ..pipelines.baselines.plain_sampling import PlainSampling
 from ..pipelines.problem import NoiseProblem
+from ..pipelines.sampling.sampler import Clamp, Gradient
 
 
-class Looking(NoiseOptimizer):
+class Looking(PlainSampling):
     """Calls a function with the problem of a pipeline call, and leaves the noise unchanged.
 
     The modules are prepared for gradients while the function runs, as for every method.
@@ -20,14 +18,18 @@ class Looking(NoiseOptimizer):
         settings: Fields of a method, such as `checkpointing="blocks"`.
     """
 
-    steps = 1
+    gradient_mode: Gradient = "full"  # pyright: ignore[reportIncompatibleMethodOverride]
+    clamp: Clamp = "straight_through"  # pyright: ignore[reportIncompatibleMethodOverride]
+    previews: bool = False  # pyright: ignore[reportIncompatibleMethodOverride]
 
     def __init__(self, then: Callable[[NoiseProblem], Any], **settings: Any) -> None:
-        self.then = then
-        vars(self).update(settings)
-
-    def objective(self, pipe) -> Objective:
-        return FunctionObjective(lambda sample: torch.zeros(len(sample.noise), device=sample.noise.device))
+        super().__init__()
+        if "gradient" in settings:
+            settings["gradient_mode"] = settings.pop("gradient")
+        vars(self).update(then=then, **settings)
 
     def start(self, problem: NoiseProblem) -> None:
-        self.then(problem)
+        vars(self)["then"](problem)
+
+    def check(self) -> None:
+        """Accept any settings."""
