@@ -24,7 +24,7 @@ LONG_FILES = (
     "pipelines/test_effect.py",
     "benchmarks",
     "hub_cards",
-    "rewards/test_published.py",
+    "rewards/contract/test_published.py",
     "pipelines",
     "shapes_world",
 )

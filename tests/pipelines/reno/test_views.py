@@ -2,7 +2,7 @@
 
 import torch
 
-from noiseopt.rewards import random_views
+from noiseopt.pipelines.reno.views import random_views
 
 
 def smooth_image(count: int = 2) -> torch.Tensor:
