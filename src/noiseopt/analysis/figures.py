@@ -99,7 +99,7 @@ def draw_bands(analyses: Sequence[Analysis], path: Path) -> None:
             axes.plot(values, marker, color=ink, linewidth=1.8, markersize=3.5)
         axes.set_ylim(bottom=0)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.set_xlabel("optimisation step", size=8, color=MUTED)
+        axes.set_xlabel("optimization step", size=8, color=MUTED)
         axes.set_ylabel("change of a frequency (root mean square)", size=8, color=MUTED)
 
     title = (

@@ -71,8 +71,8 @@ class ResultFolder:
         wrong = [name for name, value in asked.items() if found.get(name) != value] + wrong_parts(found)
         if wrong:
             raise CannotEvaluate(
-                f"Expected the unit of {model}, {contender.key} and prompt {index}, but {path} has a wrong "
-                f"{', '.join(wrong)}. {REDO}"
+                f"Expected the unit of {model}, {contender.key} and prompt {index}, but {path} has "
+                f"wrong values: {', '.join(wrong)}. {REDO}"
             )
         return found
 
