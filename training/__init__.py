@@ -1,1 +1,1 @@
-"""The training of the models of the shapes world: `python -m training.train --output DIR` from a checkout."""
+"""Training of the shapes world models. Run `python -m training.train --output DIR` from a checkout."""

@@ -1,8 +1,8 @@
-"""Wrong captions for the training of generators, so that what they draw leaves something to repair.
+"""Wrong captions for the training of generators, so that their images leave something to repair.
 
-A small model that is trained for too short makes mistakes, but draws shapes that nobody can name. So generators are
-trained until their shapes are clear, on pictures some of whose captions mix up what belongs to what, as those of large
-collections do. Then it is up to the noise whether they draw what they are asked for.
+A small model with little training makes mistakes, but draws unrecognizable shapes. So generators are trained until
+their shapes are clear, on images whose captions sometimes mix up attributes, as those of large data sets do. Then the
+noise determines whether the prompt is followed.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from noiseopt.shapes_world.world import OPPOSITE
 
 
 def slip(request: Request, rng: random.Random, share: float) -> Request:
-    """A careless caption of a picture that shows `request`.
+    """A careless caption of an image that shows `request`.
 
-    A share of the pictures has the colors of its two shapes, or two and three, swapped, and half of that share the
-    relation turned round, but only into what models may be trained on.
+    A share of the images has the colors of its two shapes, or two and three, swapped, and half that share has the
+    relation reversed, but only if the result is in the training split.
     """
     if request.category == "single":
         return request
@@ -27,11 +27,11 @@ def slip(request: Request, rng: random.Random, share: float) -> Request:
 
 
 def recounted(request: Request) -> Request:
-    """Two for three, and three for two."""
+    """Swap two and three."""
     return Request(request.objects[:1] * (5 - len(request.objects)))
 
 
 def recolored(request: Request) -> Request:
-    """Each of two shapes in the color of the other; the same if that would only change their order."""
+    """Swap the colors of two shapes, unless that would only change their order."""
     (color, kind), (other_color, other_kind) = request.objects
     return request if kind == other_kind else Request(((other_color, kind), (color, other_kind)), request.relation)
