@@ -17,7 +17,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one thread for each worker and what i
 LONG_FILES = (
     "conformance",
     "hub_cards/test_loading.py",
-    "shapes_world/test_training.py",
+    "training/test_training.py",
     "evaluation/test_evaluate.py",
     "pipelines/test_interruptions.py",
     "pipelines/test_never_too_late.py",
