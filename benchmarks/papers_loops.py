@@ -37,7 +37,7 @@ from torch.utils.checkpoint import checkpoint
 from noiseopt import CNO, NoiseOptimizer, ReNO, optimize_noise
 from noiseopt.demo import load_pipeline
 from noiseopt.evaluation.measure import PeakMemory, synchronize
-from noiseopt.pipelines.sampling.sampler import first_step_only, stock_call
+from noiseopt.pipelines.sampling.first_call import first_step_only, stock_call
 from noiseopt.quiet import quiet_libraries
 from noiseopt.rewards import HPSv21, ImageRewardModel, ImageTransform, RewardSum
 

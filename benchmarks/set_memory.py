@@ -29,7 +29,7 @@ from noiseopt.evaluation.measure import measured
 from noiseopt.pipelines.memory.graph_size import ChunkSetting
 from noiseopt.pipelines.method import chunk_size_of
 from noiseopt.pipelines.problem import NoiseProblem
-from noiseopt.pipelines.sampling.sampler import Sample
+from noiseopt.pipelines.sampling.sample import Sample
 from noiseopt.quiet import quiet_libraries
 from noiseopt.rewards import DPP, AutoFeatures, SetRewardSum
 

@@ -6,12 +6,13 @@ from .early_stopping import EarlyStopping, LossThreshold, TimeBudget
 from .held_out_reward import HeldOutReward
 from .interval_guidance import IntervalGuidance
 from .noise_callback import NoiseCallback
-from .noise_state import NoiseState
+from .noise_state import Best, NoiseState
 from .particle_guidance import ParticleGuidance
 from .progress import ProgressBar
 from .recording import History, StepImages
 
 __all__ = [
+    "Best",
     "CADS",
     "DenoisingCallback",
     "EarlyStopping",

@@ -26,9 +26,8 @@ class EarlyStopping(NoiseCallback):
         self.waited = torch.zeros(len(state.noise), dtype=torch.long, device=state.noise.device)
 
     def on_step_end(self, state: NoiseState) -> None:
-        assert state.best_loss is not None
-        progress = state.best_loss < self.reference - self.min_delta
-        self.reference = torch.where(progress, state.best_loss, self.reference)
+        progress = state.best.loss < self.reference - self.min_delta
+        self.reference = torch.where(progress, state.best.loss, self.reference)
         self.waited = torch.where(progress, 0, self.waited + 1)
         state.stop("patience", self.waited >= self.patience)
 
@@ -43,8 +42,7 @@ class LossThreshold(NoiseCallback):
         self.threshold = threshold
 
     def on_step_end(self, state: NoiseState) -> None:
-        assert state.best_loss is not None
-        state.stop("threshold", state.best_loss <= self.threshold)
+        state.stop("threshold", state.best.loss <= self.threshold)
 
 
 class TimeBudget(NoiseCallback):

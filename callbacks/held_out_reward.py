@@ -79,14 +79,12 @@ class HeldOutReward(NoiseCallback):
             )
         self.rows.append(scores.detach().float().to(state.noise.device))
         if state.step == 0:
-            assert state.loss is not None
             self.initial_loss = state.loss
         state.reports[f"held out {self.name}"] = self.report(state)
 
     def report(self, state: NoiseState) -> dict[str, Any]:
-        assert state.best_loss is not None and state.best_step is not None
-        initial, best = self.rows[0], self.scores.gather(0, state.best_step[None])[0]
-        change = state.best_loss - self.initial_loss
+        initial, best = self.rows[0], self.scores.gather(0, state.best.step[None])[0]
+        change = state.best.loss - self.initial_loss
         hacked = (change < 0) & (best < initial - self.tolerance)
         return {
             "initial": initial.tolist(),

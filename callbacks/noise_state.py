@@ -1,4 +1,4 @@
-"""What a callback sees of a noise optimisation, once per optimisation step."""
+"""The state of a noise optimization: what a callback sees once per optimization step."""
 
 import dataclasses
 import time
@@ -7,26 +7,42 @@ from typing import Any
 import torch
 
 
-@dataclasses.dataclass(eq=False)
-class NoiseState:
-    """A running optimisation of `B` independent noises.
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Best:
+    """The best evaluation so far of each of `B` noises.
 
     Attributes:
-        pipeline: The pipeline whose noise is optimised.
+        loss: `(B,)`, the lowest loss; infinite before the first evaluation. Ties go to the earliest.
+        step: `(B,)`, the step of the lowest loss.
+        noise: `(B, C, H, W)`, the noise of the lowest loss.
+        images: `(B, 3, H, W)` in [0, 1], its images; `None` if the objective asked for no images.
+        evaluations: The number of evaluations that it is the best of.
+    """
+
+    loss: torch.Tensor
+    step: torch.Tensor
+    noise: torch.Tensor
+    images: torch.Tensor | None = None
+    evaluations: int = 0
+
+
+@dataclasses.dataclass(eq=False)
+class NoiseState:
+    """A running optimization of `B` independent noises.
+
+    Attributes:
+        pipeline: The pipeline whose noise is optimized.
         prompts: The `B` prompts that rewards are asked about.
-        steps: How many evaluations the method plans.
+        steps: The number of evaluations that the method plans.
         noise: `(B, C, H, W)`, unit variance, the noise that was evaluated in this step.
-        step: Index of this evaluation, from 0: step 0 is the plain result.
-        images: `(B, 3, H, W)` in [0, 1], what the noise draws; `None` if the objective did not ask for images.
-        loss: `(B,)`, lower is better, without the regularizer.
+        step: Index of this evaluation, from 0. Step 0 is the baseline.
+        images: `(B, 3, H, W)` in [0, 1], the images of the noise; `None` if the objective asked for no images.
+        loss: `(B,)`, lower is better, without the regularizer. NaN where a sample is not active.
         scores: Name to `(B,)`, the raw rewards of this step, higher is better.
-        best_loss: `(B,)`, the lowest loss so far.
-        best_step: `(B,)`, the step of the lowest loss.
-        best_noise: `(B, C, H, W)`, the noise of the lowest loss.
-        best_images: `(B, 3, H, W)` or `None`, the images of the lowest loss.
-        active: `(B,)` bool. A sample that is not active keeps its best and is not recorded any more.
-        reports: What callbacks have to say in the result, by name: plain values.
-        stopped: Why the run ended before its last step, or `None`.
+        best: The best so far.
+        active: `(B,)` bool. A sample that is not active keeps its best and is no longer recorded.
+        reports: What methods and callbacks add to the result, by name: plain values.
+        stopped: The reason why the run ended before its last step, or `None`.
     """
 
     pipeline: Any
@@ -35,27 +51,27 @@ class NoiseState:
     noise: torch.Tensor
     step: int = -1
     images: torch.Tensor | None = None
-    loss: torch.Tensor | None = None
+    loss: torch.Tensor = dataclasses.field(init=False)
     scores: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
-    best_loss: torch.Tensor | None = None
-    best_step: torch.Tensor | None = None
-    best_noise: torch.Tensor | None = None
-    best_images: torch.Tensor | None = None
+    best: Best = dataclasses.field(init=False)
     reports: dict[str, Any] = dataclasses.field(default_factory=dict)
     active: torch.Tensor = dataclasses.field(init=False)
     stopped: str | None = None
     started: float = dataclasses.field(default_factory=time.perf_counter)
 
     def __post_init__(self) -> None:
-        self.active = torch.ones(len(self.noise), dtype=torch.bool, device=self.noise.device)
+        batch = len(self.noise)
+        self.active = torch.ones(batch, dtype=torch.bool, device=self.noise.device)
+        self.loss = torch.full((batch,), torch.inf, device=self.noise.device)
+        self.best = Best(loss=self.loss, step=torch.zeros_like(self.active, dtype=torch.long), noise=self.noise)
 
     @property
     def elapsed(self) -> float:
-        """Seconds since the optimisation began."""
+        """Seconds since the optimization began."""
         return time.perf_counter() - self.started
 
     def stop(self, reason: str = "callback", samples: torch.Tensor | None = None) -> None:
-        """End the run after this step, or only for the samples where the `(B,)` bool mask `samples` is true."""
+        """End the run after this step, or only the samples for which the `(B,)` bool mask `samples` is true."""
         self.active = self.active & ~samples if samples is not None else torch.zeros_like(self.active)
         if not self.active.any():
             self.stopped = reason

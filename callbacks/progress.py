@@ -11,13 +11,14 @@ class ProgressBar(NoiseCallback):
 
     def on_run_start(self, state: NoiseState) -> None:
         self.bar = state.pipeline.progress_bar(total=state.steps)
-        self.bar.set_description("Optimising noise")
+        self.bar.set_description("Optimizing noise")
 
     def on_step_end(self, state: NoiseState) -> None:
         if self.bar is None:
             return
         if not self.bar.disable:  # reading the loss waits for the device: only for those who look
-            self.bar.set_postfix(best_loss=f"{state.best_loss.mean():.4f}", refresh=False)  # pyright: ignore
+            self.bar.set_postfix(best_loss=f"{state.best.loss.mean():.4f}", refresh=False)
+        self.bar.total = state.steps  # methods may add evaluations at the end
         self.bar.update()
 
     def on_run_end(self, state: NoiseState) -> None:

@@ -22,7 +22,6 @@ class History(NoiseCallback):
         self.rows = []
 
     def on_step_end(self, state: NoiseState) -> None:
-        assert state.loss is not None
         norm = state.noise.flatten(1).norm(dim=1) / state.noise[0].numel() ** 0.5
         columns = {"loss": state.loss, "norm": norm, **state.scores}
         for sample, prompt in enumerate(state.prompts):

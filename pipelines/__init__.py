@@ -1,4 +1,4 @@
-"""Objectives, regularizers, noise optimizers and the pipelines that carry the optimisation hook."""
+"""Methods that optimize the initial noise, and pipelines with the optimization hook."""
 
 from .baselines.mean_variance import MeanVariance
 from .baselines.noise_pgd import NoisePGD
@@ -24,17 +24,20 @@ from .noise_diffusion.stable_diffusion_3 import NoiseDiffusionStableDiffusion3Pi
 from .noise_diffusion.stable_diffusion_xl import NoiseDiffusionStableDiffusionXLPipeline
 from .noise_math import ChiPrior
 from .objective import FunctionObjective, Objective, RewardObjective
-from .registry import list_noise_optimizers, register_noise_optimizer
+from .registry import list_methods, register_method
 from .reno.method import ReNO
 from .reno.stable_diffusion import ReNOStableDiffusionPipeline
 from .reno.turbo import ReNOTurboPipeline
 from .results.noise_result import NoiseResult
-from .sampling.sampler import PipelineSampler, Sample
+from .sampling.sample import Sample
+from .sampling.sampler import PipelineSampler
 from .searches.best_of_n import BestOfN
 from .searches.group_selection import GroupSelection
 from .searches.group_solver import select_group
 from .searches.pcn import PCN
 from .searches.zero_order_search import ZeroOrderSearch
+
+ReNOStableDiffusionXLPipeline = ReNOTurboPipeline
 
 __all__ = [
     "BestOfN",
@@ -68,14 +71,15 @@ __all__ = [
     "QualityGuard",
     "ReNO",
     "ReNOStableDiffusionPipeline",
+    "ReNOStableDiffusionXLPipeline",
     "ReNOTurboPipeline",
     "RewardObjective",
     "Sample",
     "SetObjective",
     "ZeroOrderSearch",
     "grow_set",
-    "list_noise_optimizers",
+    "list_methods",
     "optimize_noise",
-    "register_noise_optimizer",
+    "register_method",
     "select_group",
 ]

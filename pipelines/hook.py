@@ -1,30 +1,45 @@
-"""The optimisation hook in `prepare_latents`, and `optimize_noise` for pipelines that already exist."""
+"""The way in: `optimize_noise` for pipelines that already exist, and the hook in `prepare_latents` of our classes."""
 
 import contextlib
 import copy
 import functools
 import inspect
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from diffusers.utils.torch_utils import randn_tensor
 
 from ..callbacks.noise_callback import CallbackSpec, as_callbacks
-from ..schedulers.noise_samplers import NoiseSamplerSpec, as_noise_sampler
-from .memory.restore import undoing
+from ..schedulers.noise_samplers import NoiseSamplerSpec
+from .loop import optimize
 from .memory.tiny_decoder import as_loop_decoder
 from .method import NoiseOptimizer
 from .objective import Objective
 from .problem import NoiseProblem
-from .registry import as_noise_optimizer
+from .registry import as_method
+from .request import (
+    bind_request,
+    check_batch,
+    check_noise_is_drawn,
+    check_takes_latents,
+    groups_of,
+    image_size,
+    noise_sampler_of,
+    prompts_of,
+    reward_prompts_of,
+)
 from .results.noise_file import NoiseFile
 from .results.noise_result import NoiseResult
 from .results.pipeline_code import SavedWithCode
-from .sampling.latent_space import LatentSpace, drawing_function, latents_with_image
+from .sampling.first_call import parts_of, stock_call
+from .sampling.internals import execution_device
+from .sampling.latent_space import LatentSpace
 from .sampling.module_state import DENOISERS, frozen_modules, refuse_unsuited
-from .sampling.sampler import PipelineSampler, RandomState, parts_of, stock_call
+from .sampling.random_state import RandomState
+from .sampling.sampler import PipelineSampler
+
+Callbacks = CallbackSpec | Iterable[CallbackSpec] | None
 
 
 class NoiseFound(Exception):
@@ -32,63 +47,68 @@ class NoiseFound(Exception):
 
 
 class NoiseDraw:
-    """One pipeline call on noise of a sampler, and nothing optimised."""
+    """One pipeline call on noise of a noise sampler, without optimization."""
 
     def __init__(self, request: dict[str, Any], noise_sampler: NoiseSamplerSpec | None) -> None:
-        prompts_of(request, required=False)
+        prompts_of(request)
         self.noise_sampler = noise_sampler_of(noise_sampler, request, groups_of(request))
 
     def encode_prompt(self, encode, *args, **kwargs):
         return encode(*args, **kwargs)
 
     def prepare_latents(self, pipe, *args, **kwargs):
-        """The hook: the stock method, on noise of the sampler."""
+        """Run the stock method on noise of the sampler."""
         space = LatentSpace(pipe, args, kwargs, self.noise_sampler)
         return space.on(pipe, space.draw_noise)
 
 
 class NoiseRun:
-    """One pipeline call under optimisation: what it was asked for, encoded, and found."""
+    """One pipeline call under optimization: its request, its encoded prompts, and its result.
+
+    Everything that can be refused is refused here, before any model runs.
+    """
 
     def __init__(
         self,
         pipe,
         method: NoiseOptimizer,
         request: dict[str, Any],
-        callbacks: CallbackSpec | Iterable[CallbackSpec] | None,
-        render: bool = True,
+        callbacks: Callbacks = None,
         noise_sampler: NoiseSamplerSpec | None = None,
+        reward_prompt: str | Sequence[str] | None = None,
         save_noise_to: str | os.PathLike[str] | None = None,
+        render: bool = True,
     ) -> None:
         self.method, self.request, self.render = method, request, render
         self.callbacks = as_callbacks(callbacks)
         method.check()
-        check_class(pipe, request)
+        check_noise_is_drawn(pipe, request)
         if torch.is_inference_mode_enabled():
             raise ValueError("Expected a call outside `torch.inference_mode()`, where no gradient exists. Remove it.")
-        refuse_unsuited(pipe, method.gradient)
+        refuse_unsuited(pipe, method.gradient_mode)
         self.objective: Objective = method.objective(pipe)
-        self.prompts = prompts_of(request, self.objective.requires_prompt)
-        self.groups = groups_of(request)
+        self.prompts, self.groups = prompts_of(request), groups_of(request)
+        requires_prompt = self.objective.requires_prompt
+        self.reward_prompts = reward_prompts_of(request, reward_prompt, len(self.prompts), requires_prompt)
         self.objective.check_groups(self.groups)
-        check_latents(request, len(self.prompts))
+        check_batch(request, len(self.prompts))
         self.noise_sampler = noise_sampler_of(noise_sampler, request, self.groups)
         self.noise_file = None if save_noise_to is None else NoiseFile(save_noise_to)
         if size := image_size(pipe, request):
-            self.objective.try_out(self.prompts[0], *size, gradient=method.gradient is not None)
+            self.objective.try_out(self.reward_prompts[0], *size, gradient=method.gradient_mode is not None)
         self.decoder = as_loop_decoder(method.decoder, pipe, list(parts_of(pipe, DENOISERS).values()))
         self.encoded: list[Any] = []
         self.result: NoiseResult | None = None
 
     def encode_prompt(self, encode, *args, **kwargs):
-        """Record what the stock method returns, for the inner runs."""
+        """Record the output of the stock method, which the inner runs replay."""
         self.encoded.append(encode(*args, **kwargs))
         return self.encoded[-1]
 
     def prepare_latents(self, pipe, *args, **kwargs):
-        """The hook: draw the base noise as the stock method does, optimise it, prepare the result."""
-        space = LatentSpace(pipe, args, kwargs, self.noise_sampler)
-        device = torch.device(space.arguments.get("device") or pipe._execution_device)
+        """Draw the base noise as the stock method does, optimize it, and prepare the latents of the result."""
+        method, space = self.method, LatentSpace(pipe, args, kwargs, self.noise_sampler)
+        device = torch.device(space.arguments.get("device") or execution_device(pipe))
         random_state = RandomState(self.request.get("generator"), device)
         noise, drew = space.draw(pipe)
         sampler = PipelineSampler(
@@ -98,132 +118,62 @@ class NoiseRun:
             space,
             random_state,
             drew,
-            clamp=self.method.clamp,
+            clamp=method.clamp,
             decoder=self.decoder,
-            checkpointing=self.method.checkpointing,
-            through_denoiser=self.method.gradient == "full",
+            checkpointing=method.checkpointing,
+            through_denoiser=method.gradient_mode == "full",
         )
-        master = noise.detach().to(torch.promote_types(noise.dtype, torch.float32))
-        prompts, groups = self.prompts, self.groups
-        problem = NoiseProblem(pipe, sampler, space, master, prompts, groups, noise.dtype, self.request)
+        problem = NoiseProblem(
+            pipe=pipe,
+            sampler=sampler,
+            space=space,
+            noise=noise.detach().to(torch.promote_types(noise.dtype, torch.float32)),
+            prompts=self.prompts,
+            reward_prompts=self.reward_prompts,
+            groups=self.groups,
+            dtype=noise.dtype,
+            request=self.request,
+        )
         with torch.enable_grad(), sampler.checkpoints:
-            self.result = self.method.run(problem, self.objective, self.callbacks, self.noise_file)
+            self.result = optimize(method, problem, self.objective, self.callbacks, self.noise_file)
         if not self.render:
             raise NoiseFound
         return sampler.prepare(pipe, self.result.noise.to(noise.dtype))
 
-
-def check_class(pipe, request: dict[str, Any]) -> None:
-    """Raise `TypeError` or `ValueError` for a pipeline whose noise cannot be had in this call."""
-    parameters = inspect.signature(drawing_function(type(pipe))(randn_tensor)).parameters
-    if request.get("latents") is not None and "latents" not in parameters:
-        raise latents_with_image(pipe)
-
-
-def check_latents_taken(pipe) -> None:
-    """Raise `TypeError` for a pipeline that cannot draw a noise again."""
-    if "latents" not in inspect.signature(stock_call(type(pipe))).parameters:
-        name = type(pipe).__name__
-        raise TypeError(
-            f"Expected a pipeline that takes `latents`, to draw the noise that was found, but {name} takes none. Give "
-            f"it the hook, `class Ours(NoiseOptimizationMixin, {name})`, and call that with `noise_optimizer=...`: it "
-            "draws the image in the same call."
-        )
-
-
-def prompts_of(request: dict[str, Any], required: bool) -> list[str]:
-    """The prompt of each image, in the order in which pipelines lay them out."""
-    prompt, embeds = request.get("prompt"), request.get("prompt_embeds")
-    if prompt is None and embeds is None:
-        raise ValueError("Expected `prompt` or `prompt_embeds`, but got neither.")
-    if prompt is None and required:
-        raise ValueError(
-            "Expected the text of the prompt for the rewards, but got `prompt_embeds` only. Name it in the method: "
-            "`ReNO(..., reward_prompt=...)`."
-        )
-    if prompt is None:
-        prompt = [""] * len(embeds)  # pyright: ignore[reportArgumentType]
-    texts = [prompt] if isinstance(prompt, str) else list(prompt)
-    return [text for text in texts for _ in range(request.get("num_images_per_prompt") or 1)]
-
-
-def groups_of(request: dict[str, Any]) -> list[int]:
-    """For each image the index of the first prompt, or the first embedding, that equals its own."""
-    prompt, embeds = request.get("prompt"), request.get("prompt_embeds")
-    if prompt is not None:
-        texts = [prompt] if isinstance(prompt, str) else list(prompt)
-        first = [texts.index(text) for text in texts]
-    else:
-        rows = list(embeds)  # pyright: ignore[reportArgumentType]
-        first = [next(i for i, other in enumerate(rows) if torch.equal(row, other)) for row in rows]
-    return [group for group in first for _ in range(request.get("num_images_per_prompt") or 1)]
-
-
-def check_latents(request: dict[str, Any], batch: int) -> None:
-    latents, generator = request.get("latents"), request.get("generator")
-    if latents is not None and len(latents) != batch:
-        raise ValueError(
-            f"Expected `latents` for {batch} images (prompts × `num_images_per_prompt`), but got {len(latents)}."
-        )
-    if isinstance(generator, list) and len(generator) != batch:
-        raise ValueError(f"Expected one generator for each of {batch} images, but got {len(generator)}.")
-
-
-def noise_sampler_of(
-    noise_sampler: NoiseSamplerSpec | None, request: dict[str, Any], groups: list[int]
-) -> Callable[..., torch.Tensor] | None:
-    """The noise sampler of a call, coupled where it couples: among the images of a prompt.
-
-    Raises `ValueError` beside `latents`, where there is nothing to draw.
-    """
-    found = as_noise_sampler(noise_sampler)
-    if found is None:
-        return None
-    if request.get("latents") is not None:
-        raise ValueError(
-            "Expected `noise_sampler` or `latents`, but got both. Given latents are taken as they are: leave one out."
-        )
-    return found.within(groups) if hasattr(found, "within") else found  # pyright: ignore[reportFunctionMemberAccess]
-
-
-def image_size(pipe, request: dict[str, Any]) -> tuple[int, int] | None:
-    """Height and width of the images in pixels, if they can be told before the call."""
-    if request.get("height") and request.get("width"):
-        return request["height"], request["width"]
-    if request.get("image") is not None:
-        return size_of_image(pipe, request["image"])
-    denoiser = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
-    side = getattr(pipe, "default_sample_size", None) or getattr(getattr(denoiser, "config", None), "sample_size", None)
-    scale = getattr(pipe, "vae_scale_factor", None)
-    return (side * scale, side * scale) if isinstance(side, int) and isinstance(scale, int) else None
-
-
-def size_of_image(pipe, image: Any) -> tuple[int, int] | None:
-    """Height and width that a pipeline makes of a given image, or of the first of several."""
-    image = image[0] if isinstance(image, list) else image
-    size_of = getattr(getattr(pipe, "image_processor", None), "get_default_height_width", None)
-    is_latents = isinstance(image, torch.Tensor) and image.shape[-3] != 3
-    return None if size_of is None or is_latents else size_of(image)
+    def result_of(self, pipe) -> NoiseResult:
+        """Return the result of a call that has ended."""
+        if self.result is None:
+            raise TypeError(
+                f"Expected a call that prepares its latents with `prepare_latents`, but that of {type(pipe).__name__} "
+                "did not, and nothing was optimized. Leave out the argument that replaces the noise."
+            )
+        return self.result
 
 
 class NoiseOptimizationMixin(SavedWithCode):
-    """Gives any diffusers text-to-image pipeline an optimisation hook in `prepare_latents`.
+    """Adds noise optimization to a diffusers text-to-image pipeline, as a hook in `prepare_latents`.
 
-    `class ReNOTurboPipeline(NoiseOptimizationMixin, StableDiffusionXLPipeline)` is all that a pipeline needs. With
-    `noise_optimizer=None` and no `noise_sampler` every call goes straight to the stock class, bit-identical to it.
+    `class Ours(NoiseOptimizationMixin, StableDiffusionXLPipeline)` is a whole pipeline class. With `method=None` and no
+    `noise_sampler` every call goes to the stock class, bit-identical to it.
 
-    The stock `__call__` runs once as it is. When it reaches `prepare_latents`, its prompts are encoded; there the noise
-    is optimised, each evaluation being the same stock `__call__` on a shallow twin (see `PipelineSampler`). Then the
-    call goes on with the noise that was found: only this final run fires `callback_on_step_end`.
+    The stock `__call__` runs once. When it reaches `prepare_latents`, its prompts are encoded; there the noise is
+    optimized, each evaluation being the same stock `__call__` on a shallow copy (see `PipelineSampler`). Then the call
+    goes on with the noise that was found: only this final run fires `callback_on_step_end`.
     """
 
     _noise_run: NoiseRun | NoiseDraw | None = None
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Show the parameters of the stock class in `inspect.signature(cls.__call__)`, followed by ours."""
+        super().__init_subclass__(**kwargs)
+        if "__call__" not in vars(cls) and has_stock_call(cls):
+            cls.__call__ = call_with_signature(cls)
+
     @classmethod
     def from_pipe(cls, pipeline, **kwargs):
-        """The stock method; unless `dtype` is given, the modules that both pipelines share keep theirs.
+        """Run the stock method, but keep the dtype of shared modules unless `dtype` is given.
 
-        The stock method converts them to float32 then, in the pipeline that they came from too.
+        The stock method converts them to float32, in the original pipeline too.
         """
         if kwargs.keys() & {"dtype", "torch_dtype", "custom_pipeline"}:
             return super().from_pipe(pipeline, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
@@ -236,43 +186,49 @@ class NoiseOptimizationMixin(SavedWithCode):
     def __call__(
         self,
         *args,
-        noise_optimizer: NoiseOptimizer | None = None,
+        method: NoiseOptimizer | str | None = None,
+        method_kwargs: Mapping[str, Any] | None = None,
+        callbacks: Callbacks = None,
         noise_sampler: NoiseSamplerSpec | None = None,
-        callback_on_optimization_step_end: CallbackSpec | Iterable[CallbackSpec] | None = None,
+        reward_prompt: str | Sequence[str] | None = None,
         save_noise_to: str | os.PathLike[str] | None = None,
         **kwargs,
     ):
-        """The stock call, with the initial noise optimised first if `noise_optimizer` is given.
+        """Run the stock call; with a method the initial noise is optimized first.
 
         Args:
-            noise_optimizer: A method, such as `ReNO(rewards={"clipscore": 1.0})`.
-            noise_sampler: What the initial noise is drawn from, optimised or not: `"white"`, as in the stock pipeline,
+            args, kwargs: The arguments of the stock pipeline.
+            method: A method such as `ReNO(rewards={"clipscore": 1.0})`, or a name of `list_methods()`.
+            method_kwargs: Settings of the method, by name: `{"learning_rate": 10.0}`.
+            callbacks: Callbacks per optimization step: functions of the state, or objects with `on_step_end(state)`;
+                returning `False` stops the run. See `NoiseCallback`.
+            noise_sampler: The distribution of the initial noise, optimized or not: `"white"`, as in the stock pipeline,
                 `"pink"`, `"coupled"`, a dict such as `{"name": "pink", "alpha": 0.3}`, or a function `(shape,
                 generator, device, dtype)` that returns noise of unit variance. Not beside `latents`.
-            callback_on_optimization_step_end: Callbacks per optimisation step; see `NoiseCallback`.
-            save_noise_to: A file for the best noise so far, kept up to date and whole whatever ends the call; see
+            reward_prompt: The prompt that rewards are asked about instead of the prompt of the call: one, or one for
+                each image.
+            save_noise_to: A file for the best noise so far, always complete, whatever ends the call. See
                 `optimize_noise`.
-            args, kwargs: Those of the stock pipeline.
 
         Returns:
-            What the stock pipeline returns; unless `return_dict=False` with a `noise_result` attribute. An exception on
-            the way, Ctrl-C among them, carries the best so far as its `noise_result`.
+            The output of the stock pipeline, with a `noise_result` attribute unless `return_dict=False`. An exception,
+            Ctrl-C included, carries the best so far as its `noise_result`.
+
+        Raises:
+            ValueError: For settings that cannot work, before any model runs.
         """
         stock = super().__call__  # pyright: ignore[reportAttributeAccessIssue]
-        if noise_optimizer is None and save_noise_to is not None:
-            raise ValueError(
-                "Expected something to optimise beside `save_noise_to`, but got nothing: no noise would be found. "
-                "Leave it out, or pass what the noise is to be optimised for."
-            )
-        if noise_optimizer is None and noise_sampler is None:
+        if method is None:
+            check_nothing_beside(method_kwargs=method_kwargs, save_noise_to=save_noise_to, reward_prompt=reward_prompt)
+        if method is None and noise_sampler is None:
             return stock(*args, **kwargs)
         request = bind_request(self, args, kwargs)
-        if noise_optimizer is None:
+        if method is None:
             with hook_on(self, NoiseDraw(request, noise_sampler)):
                 return stock(*args, **kwargs)
-        callbacks = callback_on_optimization_step_end
-        own = {"noise_sampler": noise_sampler, "save_noise_to": save_noise_to}
-        run = NoiseRun(self, noise_optimizer, request, callbacks, **own)
+        run = NoiseRun(
+            self, as_method(method, method_kwargs), request, callbacks, noise_sampler, reward_prompt, save_noise_to
+        )
         try:
             with frozen_modules(self, run.decoder), hook_on(self, run):
                 output = stock(*args, **kwargs)
@@ -280,53 +236,83 @@ class NoiseOptimizationMixin(SavedWithCode):
             if run.result is not None:
                 vars(error)["noise_result"] = run.result
             raise
-        result = found_by(run, self)
+        result = run.result_of(self)
         if not isinstance(output, tuple):
             output.noise_result = result
         return output
 
     def encode_prompt(self, *args, **kwargs):
-        """The stock method; under optimisation its results are kept for the inner runs."""
+        """Run the stock method; under optimization its output is recorded for the inner runs."""
         encode = super().encode_prompt  # pyright: ignore[reportAttributeAccessIssue]
         run = self._noise_run
         return encode(*args, **kwargs) if run is None else run.encode_prompt(encode, *args, **kwargs)
 
     def prepare_latents(self, *args, **kwargs):
-        """The stock method, or under optimisation the hook: its noise is optimised before it is handed on."""
+        """Run the stock method; under optimization the noise is optimized before it is returned."""
         run = self._noise_run
         if run is None:
             return super().prepare_latents(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
         return run.prepare_latents(self, *args, **kwargs)
 
+    @classmethod
+    def own_parameters(cls) -> list[inspect.Parameter]:
+        """Return the keyword parameters that the class adds to the stock call."""
+        parameters = inspect.signature(NoiseOptimizationMixin.__call__).parameters.values()
+        return [parameter for parameter in parameters if parameter.kind is inspect.Parameter.KEYWORD_ONLY]
 
-def found_by(run: NoiseRun, pipe) -> NoiseResult:
-    """The result of a call that is over."""
-    if run.result is None:
-        raise TypeError(
-            f"Expected a call that prepares its latents by `prepare_latents`, but that of {type(pipe).__name__} did "
-            "not, and nothing was optimised. Leave out the argument that takes the place of the noise."
+    @classmethod
+    def call_documentation(cls) -> str:
+        """Return the docstring of `__call__`."""
+        return inspect.cleandoc(NoiseOptimizationMixin.__call__.__doc__ or "")
+
+
+def check_nothing_beside(**arguments: Any) -> None:
+    """Raise `ValueError` for arguments that mean nothing without a method."""
+    if given := [name for name, value in arguments.items() if value is not None]:
+        raise ValueError(
+            f"Expected a method beside `{given[0]}`, but got none: there is nothing to optimize. Leave it out, or pass "
+            "`method` or what the noise is to be optimized for."
         )
-    return run.result
+
+
+def has_stock_call(cls: type) -> bool:
+    try:
+        stock_call(cls)
+    except TypeError:
+        return False
+    return True
+
+
+def call_with_signature(cls: Any) -> Any:
+    """Return the inherited `__call__` of a pipeline class, with the signature of the stock class and our parameters."""
+    inherited = cls.__call__
+
+    @functools.wraps(inherited)
+    def __call__(self, *args, **kwargs):
+        return super(cls, self).__call__(*args, **kwargs)
+
+    stock = list(inspect.signature(stock_call(cls)).parameters.values())
+    rest = [parameter for parameter in stock if parameter.kind is inspect.Parameter.VAR_KEYWORD]
+    ours = cls.own_parameters()
+    named = [parameter for parameter in stock if parameter not in rest and parameter.name not in {p.name for p in ours}]
+    vars(__call__)["__signature__"] = inspect.Signature([*named, *ours, *rest])
+    __call__.__doc__ = cls.call_documentation()
+    return __call__
 
 
 @contextlib.contextmanager
 def hook_on(pipe, run: NoiseRun | NoiseDraw) -> Iterator[None]:
-    """Let a run have the prompts and latents of a pipeline's call."""
-    with undoing(lambda: vars(pipe).pop("_noise_run", None)):
-        vars(pipe)["_noise_run"] = run
+    """Route the prompts and latents of a pipeline's call to a run."""
+    vars(pipe)["_noise_run"] = run
+    try:
         yield
-
-
-def bind_request(pipe, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a stock call by name. Raises `TypeError` for an unknown one."""
-    bound = dict(inspect.signature(stock_call(type(pipe))).bind(pipe, *args, **kwargs).arguments)
-    extra = bound.pop("kwargs", {})
-    return {name: value for name, value in {**bound, **extra}.items() if name != "self"}
+    finally:
+        vars(pipe).pop("_noise_run", None)
 
 
 @functools.cache
 def hooked(cls: type) -> type:
-    """A subclass of a pipeline class with the hook, unless it has one."""
+    """Return a subclass of a pipeline class with the hook, or the class itself if it has one."""
     if hasattr(cls, "_noise_run"):
         return cls
     return type(cls.__name__, (NoiseOptimizationMixin, cls), {"__module__": cls.__module__})
@@ -337,45 +323,47 @@ def optimize_noise(
     prompt: str | list[str] | None,
     method: NoiseOptimizer | str,
     *,
-    method_kwargs: dict[str, Any] | None = None,
-    callbacks: CallbackSpec | Iterable[CallbackSpec] | None = None,
+    method_kwargs: Mapping[str, Any] | None = None,
+    callbacks: Callbacks = None,
     noise_sampler: NoiseSamplerSpec | None = None,
+    reward_prompt: str | Sequence[str] | None = None,
     save_noise_to: str | os.PathLike[str] | None = None,
     **call_kwargs,
 ) -> NoiseResult:
-    """Find the initial noise of a call to any diffusers text-to-image pipeline, which stays as it is.
+    """Find the initial noise of a call to any diffusers text-to-image pipeline. The pipeline stays unmodified.
 
     Args:
         pipe: A loaded pipeline of any family whose `prepare_latents` draws Gaussian noise.
-        prompt: As in the pipeline's call. Each image is a problem of its own.
-        method: Such as `ReNO(rewards={"pickscore": 1.0})`, or a name of `list_noise_optimizers()`.
+        prompt: As in the pipeline's call. Each image is optimized independently unless the method compares images.
+        method: A method such as `ReNO(rewards={"pickscore": 1.0})`, or a name of `list_methods()`.
         method_kwargs: The settings of a method given by name.
-        callbacks: Per optimisation step; see `NoiseCallback`.
-        noise_sampler: What noise is drawn from, that of candidates too: `"white"`, as in the pipeline itself, `"pink"`,
-            `"coupled"`, a dict such as `{"name": "pink", "alpha": 0.3}`, `PinkNoise(0.3)`, or any function `(shape,
-            generator, device, dtype)` that returns noise of unit variance. Not beside `latents`.
-        save_noise_to: A file for the best noise so far, for `NoiseResult.load`: there from the first step on, brought
-            up to date every few seconds, when the run ends and when an exception or Ctrl-C ends it; always whole. One
-            that is there already is replaced.
-        call_kwargs: What `pipe(prompt, ...)` takes: steps, guidance, size, generator, latents ...
+        callbacks: Callbacks per optimization step. See `NoiseCallback`.
+        noise_sampler: The distribution of the noise, candidates included: `"white"`, as in the pipeline itself,
+            `"pink"`, `"coupled"`, a dict such as `{"name": "pink", "alpha": 0.3}`, `PinkNoise(0.3)`, or any function
+            `(shape, generator, device, dtype)` that returns noise of unit variance. Not beside `latents`.
+        reward_prompt: The prompt that rewards are asked about instead of the prompt of the call: one, or one for each
+            image.
+        save_noise_to: A file for the best noise so far, to be read by `NoiseResult.load`. It is written after the first
+            step, every few seconds, and when the run ends in any way; it is always complete. An existing file is
+            replaced.
+        call_kwargs: The other arguments of `pipe(prompt, ...)`: steps, guidance, size, generator, latents ...
 
     Returns:
-        The result; `pipe(prompt, latents=result.latents, **call_kwargs)` draws it. An exception on the way, Ctrl-C
-        among them, leaves the pipeline as it was, and carries the best so far as its `noise_result`.
+        The result; `pipe(prompt, latents=result.latents, **call_kwargs)` generates its images. An exception, Ctrl-C
+        included, leaves the pipeline as it was, and carries the best so far as its `noise_result`.
 
     Raises:
         ValueError: Before any model runs, for settings or a pipeline state that cannot work.
-        TypeError: For an argument that the pipeline does not take, or a pipeline without a noise to optimise.
+        TypeError: For an argument that the pipeline does not take, or a pipeline without a noise to optimize.
     """
-    optimizer = as_noise_optimizer(method, method_kwargs)
+    method = as_method(method, method_kwargs)
     twin = copy.copy(pipe)
     twin.__class__ = hooked(type(pipe))
     vars(twin)["scheduler"] = copy.deepcopy(pipe.scheduler)  # a call sets the timesteps of its scheduler
-    check_latents_taken(twin)
+    check_takes_latents(twin)
     request = bind_request(twin, (), {"prompt": prompt, **call_kwargs})
-    own = {"noise_sampler": noise_sampler, "save_noise_to": save_noise_to}
-    run = NoiseRun(twin, optimizer, request, callbacks, render=False, **own)
+    run = NoiseRun(twin, method, request, callbacks, noise_sampler, reward_prompt, save_noise_to, render=False)
     vars(twin)["_noise_run"] = run
     with frozen_modules(twin, run.decoder), torch.no_grad(), contextlib.suppress(NoiseFound):
         stock_call(type(pipe))(twin, **request)
-    return found_by(run, twin)
+    return run.result_of(twin)

@@ -9,7 +9,7 @@ from problems import generator, redness
 from noiseopt import NoiseOptimizationMixin, NoiseResult, ReNO, optimize_noise
 from noiseopt.evaluation.looking import Looking
 from noiseopt.pipelines.problem import NoiseProblem
-from noiseopt.pipelines.sampling.sampler import stock_call
+from noiseopt.pipelines.sampling.first_call import stock_call
 
 EMBEDS = {
     "sd": ("prompt_embeds", "negative_prompt_embeds"),
@@ -59,8 +59,8 @@ def check_composition(
         rtol: For the gradient, of its norm.
     """
     state, plain = state_of(pipe), draw(pipe, prompt, **fresh(arguments))
-    method = ReNO(rewards=redness, steps=3, reward_prompt="a b")
-    result = optimize_noise(pipe, prompt, method, **{"generator": generator(), **fresh(arguments)})
+    method = ReNO(rewards=redness, steps=3)
+    result = optimize_noise(pipe, prompt, method, reward_prompt="a b", **{"generator": generator(), **fresh(arguments)})
     assert result.images is not None and result.initial_images is not None
     assert torch.equal(result.initial_images, plain)
     torch.testing.assert_close(result.losses[0], -redness(plain, None), rtol=1e-5, atol=1e-6)

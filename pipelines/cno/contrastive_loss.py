@@ -1,31 +1,32 @@
-"""The contrastive loss on x0 estimates: away from the others of the set, and not far from where one was."""
+"""The contrastive loss on x0 estimates: away from the other images of the set, close to the own first estimate."""
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 
+from ..noise_math import sets
 from ..objective import Objective
-from ..sampling.sampler import Sample
+from ..sampling.sample import Sample
 
 
 def attraction_gamma(size: int, tau: float) -> float:
-    """γ at which the strongest attraction equals the strongest repulsion: `exp(1/(γτ)) = (size − 1)·exp(1/τ)`.
+    """Return the γ at which the strongest attraction equals the strongest repulsion.
 
-    CNO, https://arxiv.org/abs/2510.03813, closed form `1 / (τ·ln(size − 1) + 1)`: 0.878 for 5 images and τ = 0.1, and 1
-    for two. A smaller γ attracts more.
+    The solution of `exp(1/(γτ)) = (size − 1)·exp(1/τ)`, `1 / (τ·ln(size − 1) + 1)`, of CNO,
+    https://arxiv.org/abs/2510.03813: 0.878 for 5 images and τ = 0.1, and 1 for two. A smaller γ attracts more.
     """
     return 1 / (tau * math.log(size - 1) + 1)
 
 
 def pooled_directions(x0: torch.Tensor, window_size: int) -> torch.Tensor:
-    """`(B, C, H, W)` to unit vectors along the channels of a pooled grid, `(B, C, P)` in float32 or better.
+    """Return unit vectors along the channels of a pooled grid, `(B, C, P)` in float32 or better.
 
     Args:
-        x0: Latents; `(B, 1, C, H, W)` as well.
-        window_size: The grid has so many cells down and across, at most H and W: P of them.
+        x0: Latents `(B, C, H, W)` or `(B, 1, C, H, W)`.
+        window_size: The number of cells down and across, at most H and W. The grid has P cells.
     """
     x0 = x0.to(torch.promote_types(x0.dtype, torch.float32)).flatten(1, -3)
     down, across = (min(window_size, side) for side in x0.shape[-2:])
@@ -34,20 +35,20 @@ def pooled_directions(x0: torch.Tensor, window_size: int) -> torch.Tensor:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ContrastiveLoss:
-    """InfoNCE of a set against its own reference, for each image; CNO, https://arxiv.org/abs/2510.03813.
+    """InfoNCE of a set of images against its own reference; CNO, https://arxiv.org/abs/2510.03813.
 
-    In every pooled cell, with `f` the cosine along the channels, image i is told from the others by
+    In every pooled cell, with `f` the cosine along the channels, the loss of image i is
 
         −log( exp(f(i, refᵢ)/(γτ)) / (exp(f(i, refᵢ)/(γτ)) + Σ_{j≠i} exp(f(i, j)/τ)) ),
 
-    a cross-entropy whose own logit is the attraction to its reference. The mean over the cells is the loss of image i,
-    the mean over the images the loss of the paper. The gradient goes into both members of each pair.
+    a cross-entropy whose own logit is the attraction to the reference of the image. The loss of image i is the mean
+    over the cells; the loss of the paper is the mean over the images. Both members of a pair get a gradient.
 
     Attributes:
         tau: τ, above 0.
         gamma: γ, above 0, or "auto" for `attraction_gamma`.
-        attraction: Whether the numerator counts; without it only the others are fled from.
-        repulsion: Whether the denominator counts.
+        attraction: Whether to use the numerator; without it images only move away from the others.
+        repulsion: Whether to use the denominator.
     """
 
     tau: float
@@ -56,7 +57,7 @@ class ContrastiveLoss:
     repulsion: bool
 
     def __call__(self, directions: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-        """`(B, C, P)` unit vectors of one set, B >= 2, and of its reference, to the losses `(B,)`."""
+        """Return the losses `(B,)` of the unit vectors `(B, C, P)` of one set, B >= 2, and of its reference."""
         size = len(directions)
         gamma = attraction_gamma(size, self.tau) if self.gamma == "auto" else float(self.gamma)
         own = (directions * reference).sum(1) / (gamma * self.tau)
@@ -70,13 +71,13 @@ class ContrastiveLoss:
 
 
 class ContrastiveObjective(Objective):
-    """`ContrastiveLoss` of the x0 estimates of one model call, each group of images with the same prompt for itself.
+    """`ContrastiveLoss` of the x0 estimates of one model call, separately for each group of images with one prompt.
 
-    The first evaluation is the reference: it costs no model call of its own. An object serves one run.
+    The first evaluation is the reference, so the reference costs no model call. An object serves one run.
 
     Args:
         loss: The loss of one set.
-        window_size: The estimates are pooled to a grid of so many cells down and across, at most the latent's.
+        window_size: The number of cells down and across of the pooled grid, at most the latent's.
     """
 
     def __init__(self, loss: ContrastiveLoss, window_size: int) -> None:
@@ -105,14 +106,7 @@ class ContrastiveObjective(Objective):
         return {**dataclasses.asdict(self.loss), "window_size": self.window_size}
 
 
-def sets(groups: Sequence[int]) -> Iterator[torch.Tensor]:
-    """The rows of each group."""
-    labels = torch.tensor(groups)
-    for group in sorted(set(groups)):
-        yield (labels == group).nonzero().flatten()
-
-
 def mean_similarity(directions: torch.Tensor) -> torch.Tensor:
-    """`(B, C, P)` unit vectors to each image's mean cosine to the B − 1 others, `(B,)` in [-1, 1]."""
+    """Return the mean cosine of each image to the B − 1 others, `(B,)` in [-1, 1], of unit vectors `(B, C, P)`."""
     cosines = torch.einsum("icp,jcp->ij", directions, directions) / directions.shape[-1]
     return (cosines.sum(1) - cosines.diagonal()) / (len(directions) - 1)

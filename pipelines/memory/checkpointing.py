@@ -1,4 +1,4 @@
-"""What of a pipeline call is computed again in the backward pass instead of kept: a smaller graph for more time."""
+"""Gradient checkpointing for one pipeline call."""
 
 import functools
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -8,39 +8,40 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ..sampling.module_state import with_forward
+from ..sampling.internals import block_settings, checkpoint_blocks, replace_block_settings, supports_block_checkpointing
 from .graph_size import GraphTooLarge, SavedBytes, free_memory
-from .restore import undoing
+from .module_copies import with_forward
 
 CheckpointPolicy = Literal["none", "blocks", "steps"]
 Checkpointing = Literal["auto", "none", "blocks", "steps"]
-POLICIES: tuple[CheckpointPolicy, ...] = ("none", "blocks", "steps")  # each holds less than the one before
-BLOCK_SETTINGS = ("gradient_checkpointing", "_gradient_checkpointing_func")
+POLICIES: tuple[CheckpointPolicy, ...] = ("none", "blocks", "steps")  # each stores less than the one before
 BLOCK_CHECKPOINT = functools.partial(checkpoint, use_reentrant=False)
 
 
 class Checkpoints:
-    """The checkpointing of one pipeline call, in force inside `with`; shared by the samplers of its parts.
+    """Gradient checkpointing of one pipeline call, shared by the samplers of its chunks.
 
-    "blocks" is diffusers' own: of each block of denoiser and decoder only the input is kept. "steps" keeps the input of
-    each call of the denoiser alone, and of the call that is computed again the blocks' inputs, so that the memory
-    hardly grows with the number of steps. A denoiser without such blocks, and one whose LoRA is scaled by the call, is
-    kept by its calls with "blocks" too: diffusers scales it around its forward pass, and a block that was computed
-    again later would miss that.
+    * "none": store all activations.
+    * "blocks": store the input of each block of denoiser and decoder, as diffusers' own checkpointing does.
+    * "steps": store the input of each denoiser call, and the block inputs of the one call that is being recomputed, so
+      that the memory hardly grows with the number of steps.
 
-    A call that was begun inside has to be passed backwards inside, as blocks look at their setting then too. Outside
-    the modules are exactly as they were; what has been turned on by the user stays on throughout.
+    Denoisers without such blocks are checkpointed call by call with "blocks" too. So are denoisers whose LoRA the call
+    scales: diffusers resets the scale after the forward pass, and a block that is recomputed later would miss it.
+
+    A graph that is built inside the context must be backpropagated inside it, as blocks read their setting then too. On
+    exit the modules are as they were. Checkpointing that the user has enabled stays on throughout.
 
     Args:
-        setting: A policy, or "auto": the first of none, blocks and steps whose graph takes at most half of the memory
-            that is free. It is counted while the first graph is built, which is begun again with the next policy where
-            it does not fit.
-        denoisers: What is called in each step with a gradient.
-        decoder: What is called once.
+        setting: A policy, or "auto": the first of "none", "blocks" and "steps" whose graph takes at most half of the
+            free memory. The graph is measured while it is built, and built again with the next policy if it is too
+            large.
+        denoisers: Modules called in each step with a gradient.
+        decoder: Module called once.
         scaled_lora: Whether the call scales the LoRA of its denoiser.
 
     Attributes:
-        policy: What is in force.
+        policy: The policy in force.
     """
 
     policy: CheckpointPolicy = "none"
@@ -56,7 +57,7 @@ class Checkpoints:
         self.denoisers, self.scaled_lora = list(denoisers), scaled_lora
         self.decoder = decoder
         self.in_force = self.settled = False
-        self.counted: set[Hashable] = set()
+        self.measured: set[Hashable] = set()
         self.changed: list[tuple[nn.Module, dict[str, Any]]] = []
 
     def __enter__(self) -> "Checkpoints":
@@ -65,93 +66,81 @@ class Checkpoints:
         return self
 
     def __exit__(self, *error: Any) -> None:
-        with undoing(self.restore):
-            pass
-
-    def restore(self) -> None:
-        for module, before in self.changed:
-            for name in BLOCK_SETTINGS:
-                vars(module).pop(name, None)
-            vars(module).update(before)
+        for module, settings in self.changed:
+            replace_block_settings(module, settings)
         self.changed = []
         self.policy, self.in_force, self.settled = "none", False, False
-        self.counted.clear()
+        self.measured.clear()
 
     @property
     def ladder(self) -> Sequence[CheckpointPolicy]:
-        """The policies that may be taken from here on: one, unless the setting is "auto"."""
+        """The policies that may be used from here on: one, unless the setting is "auto"."""
         if self.setting != "auto" or not self.in_force:
             return (self.policy,)
-        within = POLICIES if self.denoisers else POLICIES[:2]  # without them there is a decoder only
-        return within[within.index(self.policy) :]
+        policies = POLICIES if self.denoisers else POLICIES[:2]  # "steps" is for denoisers
+        return policies[policies.index(self.policy) :]
 
     def take(self, policy: CheckpointPolicy) -> None:
-        """Put a policy in force for the graphs from here on; those that exist stay as they are."""
+        """Use a policy for the graphs built from here on."""
         self.policy = policy
         if policy != "none" and not self.changed:
-            kept_by_blocks = [part for part in [*self.denoisers, self.decoder] if self.has_blocks(part)]
-            modules = [module for part in kept_by_blocks for module in blocks_of(part)]
-            self.changed = [(module, own_block_settings(module)) for module in modules]
-            for module in modules:
-                vars(module).update(zip(BLOCK_SETTINGS, (True, BLOCK_CHECKPOINT), strict=True))
+            models = [model for model in [*self.denoisers, self.decoder] if self.has_blocks(model)]
+            blocks = [block for model in models for block in unchecked_blocks(model)]
+            self.changed = [(block, block_settings(block)) for block in blocks]
+            for block in blocks:
+                checkpoint_blocks(block, BLOCK_CHECKPOINT)
 
-    def has_blocks(self, part: Any) -> bool:
-        """Whether a module is kept by its blocks."""
-        scaled = self.scaled_lora and part is not self.decoder
-        return bool(getattr(part, "_supports_gradient_checkpointing", False)) and not scaled
+    def has_blocks(self, model: Any) -> bool:
+        """Return whether a model is checkpointed block by block."""
+        return supports_block_checkpointing(model) and (model is self.decoder or not self.scaled_lora)
 
-    def call_of(self, part: Any) -> Any:
-        """A denoiser as it is to be called in a step."""
-        whole = self.policy == "steps" or (self.policy == "blocks" and not self.has_blocks(part))
-        return recomputed_whole(part) if whole and part in self.denoisers else part
+    def call_of(self, model: Any) -> Any:
+        """Return a denoiser as it is called in a step under the policy."""
+        whole = self.policy == "steps" or (self.policy == "blocks" and not self.has_blocks(model))
+        return checkpointed(model) if whole and model in self.denoisers else model
 
     def settle(self) -> None:
-        """Leave it at the policy that is in force, or that is taken by hand."""
+        """Measure no more graphs: the policy is set by `take` from here on."""
         self.settled = True
 
-    def fitted(self, kind: Hashable, device: torch.device, draw: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """`draw()`, which builds a graph, with the first policy of those that may be taken whose graph fits.
+    def fitted(self, kind: Hashable, device: torch.device, build: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """Return `build()`, which builds a graph, under the first policy of the `ladder` whose graph fits.
 
-        Graphs are counted once of each `kind`: the images of a run are all made in the same way.
+        Only the first graph of each `kind` is measured: those of later steps have the same size.
         """
-        if self.settled or kind in self.counted:
-            return draw()
-        self.counted.add(kind)
+        if self.settled or kind in self.measured:
+            return build()
+        self.measured.add(kind)
         *others, last = self.ladder
         for policy in others:
             self.take(policy)
             try:
                 with SavedBytes(limit=free_memory(device) // 2):
-                    return draw()
+                    return build()
             except GraphTooLarge:
                 continue
         self.take(last)
-        return draw()
+        return build()
 
 
-def blocks_of(part: nn.Module) -> Iterator[nn.Module]:
-    """The modules of a model that keep their inputs alone once they are told to, and are not yet."""
-    for module in part.modules():
+def unchecked_blocks(model: nn.Module) -> Iterator[nn.Module]:
+    """Yield the blocks of a diffusers model whose checkpointing is off."""
+    for module in model.modules():
         if getattr(module, "gradient_checkpointing", True) is False:
             yield module
 
 
-def own_block_settings(module: nn.Module) -> dict[str, Any]:
-    """What a module has of its own to say about keeping its inputs alone."""
-    return {name: vars(module)[name] for name in BLOCK_SETTINGS if name in vars(module)}
-
-
-def recomputed_whole(module: nn.Module) -> nn.Module:
-    """A shallow copy that shares all weights and keeps of each call its inputs alone, where there is a gradient."""
+def checkpointed(module: nn.Module) -> nn.Module:
+    """Return a shallow copy whose forward pass stores its inputs only and is recomputed in the backward pass."""
     forward = module.forward
 
     @functools.wraps(forward)
-    def keep_inputs(*args, **kwargs):
+    def recomputed(*args, **kwargs):
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
         return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
-    return with_forward(module, keep_inputs)
+    return with_forward(module, recomputed)
 
 
 def check_checkpointing(checkpointing: Any) -> None:
@@ -163,6 +152,6 @@ def check_checkpointing(checkpointing: Any) -> None:
 
 
 def scales_lora(request: dict[str, Any]) -> bool:
-    """Whether a call scales the LoRA of its denoiser, as by `cross_attention_kwargs={"scale": 0.5}`."""
+    """Return whether a call scales the LoRA of its denoiser, as `cross_attention_kwargs={"scale": 0.5}` does."""
     settings = [value for value in request.values() if isinstance(value, dict)]
     return any(value.get("scale") not in (None, 1, 1.0) for value in settings)

@@ -1,4 +1,4 @@
-"""How many images fit into memory at once while a gradient is taken: counted, not guessed."""
+"""Size of the graphs that a gradient needs, measured rather than estimated."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -6,35 +6,38 @@ from typing import Any, Literal
 
 import torch
 
+from ..sampling.internals import base_of_view
+
 ChunkSetting = int | Literal["auto"] | None
 
 
-class KeptTensor:
-    """A tensor that a graph has saved; the count is told when the graph lets go of it."""
+class SavedTensor:
+    """Tensor saved by a graph; calls `release` when the graph is freed."""
 
     def __init__(self, tensor: torch.Tensor, release: Callable[[], None]) -> None:
-        self.tensor, self.release = tensor.detach(), release  # a result that knows its graph would keep it for ever
+        # detached: an output of the graph would refer to the graph and keep it alive
+        self.tensor, self.release = tensor.detach(), release
 
     def __del__(self) -> None:
         self.release()
 
 
 class GraphTooLarge(Exception):
-    """A graph that is being built holds more than it may."""
+    """A graph under construction exceeds its limit."""
 
 
 class SavedBytes:
-    """The bytes that graphs made inside this context hold, each storage once, parameters left out.
+    """Context that counts the bytes saved by the graphs built inside it: each storage once, parameters excluded.
 
     Args:
-        limit: What they may hold; `None` for anything.
+        limit: Upper limit in bytes, `None` for no limit.
 
     Attributes:
-        held: Now.
-        peak: The most at any one time.
+        held: Bytes saved now.
+        peak: The most bytes saved at one time.
 
     Raises:
-        GraphTooLarge: Out of the operation that would hold more than the limit.
+        GraphTooLarge: From the operation that would exceed the limit.
     """
 
     def __init__(self, limit: int | None = None) -> None:
@@ -43,40 +46,40 @@ class SavedBytes:
         self.holders: Counter[int] = Counter()
 
     def __enter__(self) -> "SavedBytes":
-        self.hooks = torch.autograd.graph.saved_tensors_hooks(self.keep, lambda kept: kept.tensor)
+        self.hooks = torch.autograd.graph.saved_tensors_hooks(self.save, lambda saved: saved.tensor)
         self.hooks.__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
         self.hooks.__exit__(*error)
 
-    def keep(self, tensor: torch.Tensor) -> KeptTensor:
-        if isinstance(tensor, torch.nn.Parameter) or isinstance(tensor._base, torch.nn.Parameter):
-            return KeptTensor(tensor, lambda: None)
+    def save(self, tensor: torch.Tensor) -> SavedTensor:
+        if isinstance(tensor, torch.nn.Parameter) or isinstance(base_of_view(tensor), torch.nn.Parameter):
+            return SavedTensor(tensor, lambda: None)
         storage = tensor.untyped_storage()
-        place, size = storage.data_ptr(), storage.nbytes()
-        if not self.holders[place]:
+        address, size = storage.data_ptr(), storage.nbytes()
+        if not self.holders[address]:
             if self.limit is not None and self.held + size > self.limit:
                 raise GraphTooLarge
             self.held += size
             self.peak = max(self.peak, self.held)
-        self.holders[place] += 1
-        return KeptTensor(tensor, lambda: self.release(place, size))
+        self.holders[address] += 1
+        return SavedTensor(tensor, lambda: self.release(address, size))
 
-    def release(self, place: int, size: int) -> None:
-        self.holders[place] -= 1
-        if not self.holders[place]:
-            del self.holders[place]
+    def release(self, address: int, size: int) -> None:
+        self.holders[address] -= 1
+        if not self.holders[address]:
+            del self.holders[address]
             self.held -= size
 
 
 def fitting_chunk_size(batch: int, per_image: int, free: int) -> int | None:
-    """How many images to have in memory at once, `None` for the whole batch.
+    """Return the number of images to process at once, `None` for the whole batch.
 
     Args:
-        batch: B, how many there are.
-        per_image: The bytes that the graph of one holds.
-        free: The bytes that are free; half of them is left to what was not counted.
+        batch: B, the number of images.
+        per_image: Bytes that the graph of one image saves.
+        free: Free bytes. Half of them is left for what was not counted.
     """
     fitting = free // 2 // per_image if per_image else batch
     return None if fitting >= batch else max(1, fitting)
@@ -90,10 +93,10 @@ def check_chunk_size(chunk_size: Any) -> None:
 
 
 def free_memory(device: torch.device) -> int:
-    """The bytes that tensors on a device can still take; for CUDA what its caching allocator keeps unused as well."""
+    """Return the bytes that are free for tensors on a device, the unused cache of the CUDA allocator included."""
     if device.type == "cuda":
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + kept
-    import psutil  # accelerate brings it; not needed but here
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    import psutil  # a dependency of accelerate
 
     return psutil.virtual_memory().available

@@ -8,6 +8,8 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import nn
 
+from ..sampling.internals import execution_device, name_or_path
+
 FULL_DECODER = "full_decoder"
 
 
@@ -31,7 +33,7 @@ def as_loop_decoder(decoder: Any, pipe: Any, denoisers: Sequence[nn.Module]) -> 
         return None
     check_plain_latents(pipe)
     dtype = next(next(iter(denoisers), pipe.vae).parameters()).dtype
-    device = torch.empty(0, device=pipe._execution_device).device  # with its index
+    device = torch.empty(0, device=execution_device(pipe)).device  # with its index
     if isinstance(decoder, str | os.PathLike):
         found: Any = AutoencoderTiny.from_pretrained(os.fspath(decoder), torch_dtype=dtype)
         decoder = found.to(device).requires_grad_(False).eval()
@@ -99,7 +101,7 @@ def describe_decoder(decoder: Any) -> dict[str, Any] | None:
         return None
     return {
         "class": type(decoder).__name__,
-        "name": str(decoder.config.get("_name_or_path") or "") or None,
+        "name": name_or_path(decoder),
         "approximation": True,
         "scores": f"of its images; those of the pipeline's own decoder are in reports[{FULL_DECODER!r}]",
     }

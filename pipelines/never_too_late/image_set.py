@@ -14,13 +14,15 @@ from ...rewards.contract.reward_sum import RewardSum
 from ...rewards.sets.set_reward_sum import SetRewardSum, join_features
 from ...schedulers.noise_samplers import NoiseSamplerSpec, as_noise_sampler, describe_noise_sampler
 from ..baselines.plain_sampling import PlainSampling
-from ..hook import bind_request, optimize_noise
+from ..hook import optimize_noise
 from ..memory.tiny_decoder import FULL_DECODER
 from ..method import NoiseOptimizer
-from ..registry import as_noise_optimizer
+from ..registry import as_method
+from ..request import bind_request
 from ..results.noise_result import NoiseResult
 from ..results.provenance import plain, revision_of
-from ..results.settings_diff import differences, plain_description
+from ..results.settings_diff import plain_description, settings_diff
+from ..sampling.internals import name_or_path
 from .image_set_folder import ImageSetFolder
 from .method import NeverTooLate
 from .quality_guard import as_guards, shares_reward
@@ -104,7 +106,7 @@ class ImageSet:
     def check_agrees(self, prompt: str, settings: Mapping[str, Any], folder: str | Path) -> None:
         """Raise `ValueError` unless the set was made from this prompt with these settings, naming what differs."""
         known = {"prompt": self.prompt, **self.settings}
-        if changed := differences(known, {"prompt": prompt, **settings}):
+        if changed := settings_diff(known, {"prompt": prompt, **settings}):
             raise ValueError(
                 f"Expected what the set in {folder} was grown with, but got other settings: {'; '.join(changed)}. Pass "
                 "the same, or choose another folder."
@@ -123,6 +125,7 @@ def grow_set(
     noise_sampler: NoiseSamplerSpec | None = None,
     folder: str | Path | None = None,
     callbacks: CallbackSpec | Iterable[CallbackSpec] | None = None,
+    reward_prompt: str | None = None,
     **call_kwargs,
 ) -> ImageSet:
     """Grow a set of images of any size: each new one is optimised to differ from all before it.
@@ -159,7 +162,8 @@ def grow_set(
         TypeError: For a method without references, or an argument that the pipeline does not take.
     """
     check_count_and_prompt(count, prompt)
-    call = SetCall(pipe, prompt, call_kwargs, dict(render or {}), noise_sampler, seed_device(generator))
+    device = seed_device(generator)
+    call = SetCall(pipe, prompt, call_kwargs, dict(render or {}), noise_sampler, device, reward_prompt)
     growth = SetGrowth(call, sequential_method(method, method_kwargs), callbacks)
     home = None if folder is None else ImageSetFolder(folder)
     found = ImageSet(prompt, growth.settings())
@@ -193,7 +197,8 @@ class SetCall:
         arguments: Of the call, in which a noise is optimised.
         render: Those that differ where an image is drawn for the set.
         noise_sampler: What noise is drawn from.
-        device: Where its generators are.
+        device: The device of its generators.
+        reward_prompt: The prompt that rewards are asked about; `None` for `prompt`.
 
     Raises:
         ValueError: For arguments that belong to the set, and a noise sampler that cannot draw one image.
@@ -206,6 +211,7 @@ class SetCall:
     render: dict[str, Any]
     noise_sampler: Any
     device: str
+    reward_prompt: str | None = None
 
     def __post_init__(self) -> None:
         check_not_given(self.arguments, OF_THE_SET, "the arguments of the call")
@@ -217,6 +223,7 @@ class SetCall:
         """The noise of one image."""
         generator = torch.Generator(self.device).manual_seed(seed)
         own = {"callbacks": callbacks, "noise_sampler": self.noise_sampler, "generator": generator}
+        own["reward_prompt"] = self.reward_prompt
         return optimize_noise(self.pipe, self.prompt, method, **own, **self.arguments)
 
     def draw(self, result: NoiseResult) -> Image.Image:
@@ -231,7 +238,8 @@ class SetCall:
             "render": plain_description(self.render),
             "noise_sampler": plain_description(describe_noise_sampler(self.noise_sampler)),
             "generator_device": self.device,
-            "model": str(pipe.config.get("_name_or_path") or "") or None,
+            "reward_prompt": self.reward_prompt,
+            "model": name_or_path(pipe),
             "revision": revision_of(pipe),
             "scheduler": {"class": type(scheduler).__name__, **plain(dict(scheduler.config))},
             "dtype": str(pipe.dtype).removeprefix("torch."),
@@ -336,7 +344,7 @@ def sequential_method(method: Any, settings: dict[str, Any] | None) -> NoiseOpti
     """The method of a set that grows. Raises `TypeError` for one that knows no references."""
     if method is None:
         return NeverTooLate(**{**sequential_settings("diversity" not in (settings or {})), **(settings or {})})
-    found: Any = as_noise_optimizer(method, settings)
+    found: Any = as_method(method, settings)
     fields = getattr(found, "__dataclass_fields__", {})
     if not {"diversity", "references"} <= fields.keys():
         raise TypeError(

@@ -6,7 +6,7 @@ from typing import Any
 
 from PIL import Image
 
-from ..results.atomic_write import write_whole
+from ..results.atomic_write import atomic_write
 from ..results.noise_result import NoiseResult
 
 IMAGE_SET_FORMAT = "noiseopt-image-set-1"
@@ -43,10 +43,10 @@ class ImageSetFolder:
         """Write the JSON; `record` is what `IMAGE_SET_RECORD` names."""
         text = json.dumps({"format": IMAGE_SET_FORMAT, **record}, indent=1, ensure_ascii=False) + "\n"
         self.path.mkdir(parents=True, exist_ok=True)
-        write_whole(self.path / IMAGE_SET_FILE, lambda part: part.write_text(text, encoding="utf-8"))
+        atomic_write(self.path / IMAGE_SET_FILE, lambda part: part.write_text(text, encoding="utf-8"))
 
     def write_image(self, index: int, picture: Image.Image, result: NoiseResult) -> None:
-        write_whole(self.file(index, ".png"), picture.save)
+        atomic_write(self.file(index, ".png"), picture.save)
         result.save(self.file(index, ".safetensors"))
 
     def read_record(self) -> dict[str, Any]:

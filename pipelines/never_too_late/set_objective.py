@@ -1,4 +1,4 @@
-"""The objective of a set of images: how much they differ, and how good each is."""
+"""The objective of a set of images: their diversity, and the quality of each."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,9 +8,9 @@ import torch
 from ...rewards.contract.reward_sum import RewardSum
 from ...rewards.sets.hinged_set_reward import HingedSetReward
 from ...rewards.sets.set_reward_sum import SetRewardSum
-from ..cno.contrastive_loss import sets
+from ..noise_math import sets
 from ..objective import Objective, RewardObjective
-from ..sampling.sampler import Sample
+from ..sampling.sample import Sample
 from .quality_guard import QualityGuard, shares_reward
 
 
@@ -22,13 +22,12 @@ class SetObjective(Objective):
     Args:
         diversity: The set rewards v with their weights λ_div.
         rewards: The rewards r with their weights λ_q, or `None`.
-        guards: What is watched beside them; a guard whose reward is the name of one of `rewards` shares it.
+        guards: The quality guards; a guard whose reward is the name of one of `rewards` shares it.
         hinge: Name of a set reward to its τ_D.
-        stop_at: Name of a set reward to the value at which the method ends a set; checked here, as hinges are.
-        references: `(M, 3, H, W)` images in [0, 1] that belong to every set and are given, or their features as
-            `diversity.known_features` makes them.
-        prompts: Ask the rewards about these instead of the pipeline's.
-        warm_up: So many evaluations at the beginning give no gradient of the rewards.
+        stop_at: Name of a set reward to the value at which the method stops a set; checked here, as hinges are.
+        references: `(M, 3, H, W)` fixed images in [0, 1] that belong to every set, or their features from
+            `diversity.known_features`.
+        warm_up: The number of first evaluations without a gradient of the rewards.
     """
 
     def __init__(
@@ -39,14 +38,13 @@ class SetObjective(Objective):
         hinge: Mapping[str, float] | None = None,
         stop_at: Mapping[str, float] | None = None,
         references: torch.Tensor | Mapping[str, torch.Tensor] | None = None,
-        prompts: str | Sequence[str] | None = None,
         warm_up: int = 0,
     ) -> None:
         self.hinge, self.stop_at = dict(hinge or {}), dict(stop_at or {})
         self.diversity = hinged(diversity, self.hinge)
-        self.quality = None if rewards is None else RewardObjective(rewards, prompts)
-        self.guards, self.watched = self.shared_and_own(guards, prompts, diversity)
-        self.references, self.prompts, self.warm_up = references, prompts, warm_up
+        self.quality = None if rewards is None else RewardObjective(rewards)
+        self.guards, self.watched = self.shared_and_own(guards, diversity)
+        self.references, self.warm_up = references, warm_up
         self.known: Mapping[str, torch.Tensor] | None = None
         if isinstance(references, Mapping):
             diversity.check_feature_names(references)
@@ -55,22 +53,22 @@ class SetObjective(Objective):
         self.requires_prompt = any(part.requires_prompt for part in parts if part is not None)
 
     def shared_and_own(
-        self, guards: Sequence[QualityGuard], prompts: Any, diversity: SetRewardSum
+        self, guards: Sequence[QualityGuard], diversity: SetRewardSum
     ) -> tuple[dict[str, QualityGuard], RewardObjective | None]:
-        """The guards by the name that their reward has in the scores, and the rewards that they alone need."""
+        """Return the guards by the name of their reward in the scores, and the rewards that only guards need."""
         optimised = [] if self.quality is None else self.quality.rewards.names
         own = [guard for guard in guards if not shares_reward(guard, optimised)]
         named = {guard.reward: guard for guard in guards if guard not in own}
         if not own:
             return named, None
         device = next((each.device for each in diversity.feature_maps if each.device), None)  # pyright: ignore
-        watched = RewardObjective(RewardSum([(guard.reward, 1.0) for guard in own], device=device), prompts)  # pyright: ignore
+        watched = RewardObjective(RewardSum([(guard.reward, 1.0) for guard in own], device=device))  # pyright: ignore
         names = [f"guard {name}" for name in watched.rewards.names]
         return {**named, **dict(zip(names, own, strict=True))}, watched
 
     @property
     def reference_count(self) -> int:
-        """M."""
+        """M, the number of references."""
         given = self.references
         return 0 if given is None else len(given if isinstance(given, torch.Tensor) else next(iter(given.values())))
 
@@ -112,21 +110,20 @@ class SetObjective(Objective):
         return losses, {**scores, **values}
 
     def quality_of(self, sample: Sample) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """`Σ λ_q·(1 − r)` of each image, `(B,)`, and the scores of all rewards, those of guards included."""
+        """Return `Σ λ_q·(1 − r)` of each image, `(B,)`, and the scores of all rewards, guards included."""
         loss, scores = torch.zeros(len(sample.images), device=sample.images.device), {}
         if self.quality is not None:
             loss, scores = self.quality.evaluate(sample)
             loss = loss + sum(self.quality.rewards.weights.values())
             loss = loss.detach() if self.evaluations < self.warm_up else loss
         if self.watched is not None:
-            prompts = sample.prompts if self.prompts is None else self.prompts
             with torch.no_grad():
-                watched = self.watched.rewards(sample.images.detach(), prompts, chunk_size=sample.chunk_size)
+                watched = self.watched.rewards(sample.images.detach(), sample.prompts, chunk_size=sample.chunk_size)
             scores = {**scores, **{f"guard {name}": value for name, value in watched.components.items()}}
         return loss, scores
 
     def diversity_loss(self, components: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """`Σ λ_div·(−v)`, or `Σ λ_div·max(0, τ_D − v)`: a scalar without a gradient."""
+        """Return the scalar `Σ λ_div·(−v)`, or `Σ λ_div·max(0, τ_D − v)`, without a gradient."""
         weights = self.diversity.weights
         parts = [
             weights[name] * ((self.hinge[name] - value).clamp_min(0) if name in self.hinge else -value)
@@ -136,11 +133,11 @@ class SetObjective(Objective):
 
     @staticmethod
     def carrier(total: torch.Tensor) -> torch.Tensor:
-        """Zero, with the gradient of `total`."""
+        """Return zero with the gradient of `total`."""
         return total - total.detach()
 
     def known_references(self) -> Mapping[str, torch.Tensor] | None:
-        """The features of the references, computed once."""
+        """Return the features of the references, computed once."""
         if self.reference_count == 0:
             return None
         if self.known is None and isinstance(self.references, torch.Tensor):
@@ -161,7 +158,7 @@ class SetObjective(Objective):
 
 
 def hinged(diversity: SetRewardSum, hinge: Mapping[str, float]) -> SetRewardSum:
-    """The same sum, with no gradient of a set reward beyond its τ_D."""
+    """Return the sum with no gradient of a set reward beyond its τ_D."""
     if not hinge:
         return diversity
     entries = [
@@ -174,11 +171,11 @@ def hinged(diversity: SetRewardSum, hinge: Mapping[str, float]) -> SetRewardSum:
 def check_reachable(
     diversity: SetRewardSum, name: str, target: float, count: int, argument: str, unit: float = 1.0
 ) -> None:
-    """Raise `ValueError` for a target, in multiples of `unit`, beyond what a set of `count` images can have."""
+    """Raise `ValueError` for a target, in multiples of `unit`, that no set of `count` images can reach."""
     reward: Any = diversity.rewards[diversity.names.index(name)]
     bounds = reward.bounds(count)
     if bounds is not None and target * unit > bounds[1]:
-        most = f"{bounds[1]:.4g}" if unit == 1 else f"{bounds[1]:.4g}, where the plain set has {unit:.4g}"
+        most = f"{bounds[1]:.4g}" if unit == 1 else f"{bounds[1]:.4g}, where the baseline has {unit:.4g}"
         raise ValueError(
             f"Expected `{argument}` of '{name}' to be at most {bounds[1] / unit:.4g}, as {count} images have at most "
             f"{most}, but got {target:.4g}: it can never be reached."

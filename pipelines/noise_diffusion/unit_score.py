@@ -1,28 +1,29 @@
-"""A reward as a score in [0, 1], for methods whose step depends on how good an image is."""
+"""Rewards as a score in [0, 1], on which the step size of Noise Diffusion depends."""
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from ..objective import RewardObjective
-from ..sampling.sampler import Sample
+from ..sampling.sample import Sample
 
-SCORE_SLACK = 1e-3  # what rounding may add to a probability
+SCORE_SLACK = 1e-3  # rounding error of a probability
 
 
 class UnitScore(RewardObjective):
-    """Minus the total of rewards whose total lies in [0, 1], or between the two ends of `score_range`.
+    """Minus the total of rewards, which lies in [0, 1] or is mapped there by `score_range`.
+
+    Args:
+        rewards: A `RewardSum`, or anything that it takes.
+        score_range: The totals (low, high) that become the scores 0 and 1; `None` for totals in [0, 1].
 
     Raises:
-        ValueError: rewards whose published range goes beyond [0, 1]; at the first evaluation, a total outside.
+        ValueError: For rewards whose published range exceeds [0, 1]; at the first evaluation, for a total outside.
     """
 
-    def __init__(
-        self, rewards: Any, prompts: str | Sequence[str] | None = None, score_range: tuple[float, float] | None = None
-    ) -> None:
-        super().__init__(rewards, prompts)
+    def __init__(self, rewards: Any, score_range: tuple[float, float] | None = None) -> None:
+        super().__init__(rewards)
         self.score_range = score_range
         if score_range is None:
             self.check_ranges()
@@ -30,12 +31,12 @@ class UnitScore(RewardObjective):
             raise ValueError(f"Expected `score_range` as (low, high) with low < high, but got {score_range!r}.")
 
     def check_ranges(self) -> None:
-        """Raise where it is known that the total can leave [0, 1]."""
+        """Raise `ValueError` if the published ranges allow a total outside [0, 1]."""
         low = high = 0.0
         for reward, weight in zip(self.rewards.rewards, self.rewards.weights.values(), strict=True):
             span: Any = reward.range
             if span is None and weight and hasattr(reward, "function"):
-                return  # a callable may say nothing: what it returns is looked at
+                return  # a callable without a range: its values are checked
             if weight:
                 ends = span or (-math.inf, math.inf)
                 low, high = low + weight * ends[0], high + weight * ends[1]
@@ -52,7 +53,7 @@ class UnitScore(RewardObjective):
         if all(hasattr(reward, "function") for reward in self.rewards.rewards):
             image = torch.rand(1, 3, height, width, generator=torch.Generator().manual_seed(0))
             with torch.no_grad():
-                self.check_total(self.rewards(image, self.first_prompt(prompt)).total)
+                self.check_total(self.rewards(image, prompt).total)
 
     def check_total(self, total: torch.Tensor) -> None:
         if self.score_range is None and not ((total >= -SCORE_SLACK) & (total <= 1 + SCORE_SLACK)).all():
@@ -61,12 +62,12 @@ class UnitScore(RewardObjective):
     @staticmethod
     def advice(found: str) -> str:
         return (
-            f"Expected a score in [0, 1], since the step is γ = 1 − √score, but {found}. Say where bad and good images "
-            "lie with `score_range=(low, high)`, or map it yourself, as with `torch.sigmoid`."
+            f"Expected a score in [0, 1], since the step is γ = 1 − √score, but {found}. Pass the totals of bad and "
+            "good images as `score_range=(low, high)`, or map the reward yourself, as with `torch.sigmoid`."
         )
 
     @staticmethod
-    def place(total: torch.Tensor, score_range: tuple[float, float] | None) -> torch.Tensor:
-        """`(B,)` totals to scores in [0, 1]: their place in `score_range`, clamped."""
+    def score_of(total: torch.Tensor, score_range: tuple[float, float] | None) -> torch.Tensor:
+        """Map totals `(B,)` to scores in [0, 1], linearly in `score_range` and clamped."""
         low, high = score_range or (0.0, 1.0)
         return ((total - low) / (high - low)).clamp(0, 1)

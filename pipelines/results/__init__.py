@@ -1,1 +1,1 @@
-"""The result of a run: its file, its provenance and the settings that two runs differ in."""
+"""The result of a run, its file, its provenance and the differences between settings."""

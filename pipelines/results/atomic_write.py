@@ -1,4 +1,4 @@
-"""Files that are there as a whole or not at all."""
+"""Atomic file writes."""
 
 import os
 from collections.abc import Callable
@@ -6,20 +6,20 @@ from pathlib import Path
 from typing import Any
 
 
-def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write a file so that it is there as a whole or not at all, whenever the process ends.
+def atomic_write(path: Path, write: Callable[[Path], Any]) -> None:
+    """Write a file atomically: `write(temporary)` writes a temporary file, which then replaces `path`.
 
-    If the writing ends in an exception, Ctrl-C among them, what was there before is still there, and nothing else.
+    If writing fails or is interrupted, a previous file stays as it was, and no temporary file is left behind.
     """
-    part = part_of_file(path)
+    temporary = temporary_path(path)
     try:
-        write(part)
-        os.replace(part, path)
+        write(temporary)
+        os.replace(temporary, path)
     except BaseException:
-        part.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 
-def part_of_file(path: Path) -> Path:
-    """Where a file is written before it is moved to its place: a name of the same kind in the same folder."""
+def temporary_path(path: Path) -> Path:
+    """Return the path of the temporary file: in the same folder, with the same suffix."""
     return path.with_name(f".part-{path.name}")

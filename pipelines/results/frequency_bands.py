@@ -1,4 +1,4 @@
-"""Where in the spectrum a change of noise lies."""
+"""Spectrum of a change of the noise."""
 
 import functools
 
@@ -8,9 +8,10 @@ BANDS = ("lowest third", "middle third", "highest third")
 
 
 def band_energies(change: torch.Tensor) -> torch.Tensor:
-    """`change` (B, ..., H, W) to how much of its squared norm lies in each third of the frequencies, `(B, 3)`.
+    """Return the squared norm of `change` (B, ..., H, W) in each third of the frequencies, `(B, 3)`.
 
-    With the orthonormal FFT of each channel the three add up to `‖change‖²` (Parseval). See `frequency_bands`.
+    By Parseval's theorem, with the orthonormal FFT of each channel, the three add up to `‖change‖²`. See
+    `frequency_bands`.
     """
     power = torch.fft.fft2(change, norm="ortho").abs().square().flatten(1, -3).sum(1)
     return (power[:, None] * frequency_bands(*change.shape[-2:]).to(power)).sum((-2, -1))
@@ -18,12 +19,12 @@ def band_energies(change: torch.Tensor) -> torch.Tensor:
 
 @functools.cache
 def frequency_bands(height: int, width: int) -> torch.Tensor:
-    """Which third each entry of `fft2` belongs to, `(3, H, W)` zeros and ones: lowest, middle, highest.
+    """Return the masks of the lowest, middle and highest third of the frequencies of `fft2`, `(3, H, W)` bool.
 
-    The thirds are of the radial frequency √(u² + v²) in cycles per entry, from 0 to the largest that the grid has, in
-    its corner. "It's Never Too Late", https://arxiv.org/abs/2601.00090, figure 6, speaks of thirds of the spectrum and
-    does not say where it ends. The lowest third of the radius holds only about 17% of the entries of large grids, the
-    middle 52% and the highest 30%: white noise has its energy in these shares.
+    The thirds are of the radial frequency √(u² + v²) in cycles per entry, from 0 to the largest of the grid, in its
+    corner. Figure 6 of "It's Never Too Late", https://arxiv.org/abs/2601.00090, plots thirds of the spectrum without
+    saying where it ends. On large grids the thirds hold about 17%, 52% and 30% of the entries, and so of the energy of
+    white noise.
     """
     rows, columns = (torch.fft.fftfreq(side, dtype=torch.float64) for side in (height, width))
     radius = torch.hypot(rows[:, None], columns)

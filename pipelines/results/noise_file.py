@@ -1,4 +1,4 @@
-"""Where the best noise of a run is kept on disk while the run goes on."""
+"""File that holds the best noise of a run in progress."""
 
 import math
 import os
@@ -7,17 +7,17 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-from .atomic_write import part_of_file
+from .atomic_write import temporary_path
 from .noise_result import NoiseResult
 
 SECONDS_BETWEEN_WRITES = 10.0
 
 
 class NoiseFile:
-    """The file that holds the best noise so far: from the first step on, whatever ends the run, always whole.
+    """File of the best noise so far, written atomically from the first step on.
 
     Args:
-        path: Where the file is to be; its folder is made. What is there already is replaced.
+        path: Path of the file. Its folder is created, and an existing file is replaced.
 
     Raises:
         ValueError: If no file can be written there.
@@ -30,30 +30,23 @@ class NoiseFile:
         self.next_write = -math.inf
         if os.path.isdir(self.path):
             raise ValueError(f"Expected `save_noise_to` to be a file, but {path} is a folder. Add a name to it.")
-        part = part_of_file(self.path)
+        temporary = temporary_path(self.path)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            write_and_remove(part)
+            temporary.touch()
+            temporary.unlink()
         except (OSError, ValueError) as error:
             raise ValueError(f"Expected `save_noise_to` to be a file that can be written, but got {error}.") from None
 
     def keep(self, result: Callable[[], NoiseResult]) -> None:
-        """Write what a run has found after a step, unless that was done a moment ago."""
+        """Write `result()`, at most every `SECONDS_BETWEEN_WRITES`."""
         if time.monotonic() >= self.next_write:
             self.write_if_possible(result())
             self.next_write = time.monotonic() + SECONDS_BETWEEN_WRITES
 
     def write_if_possible(self, result: NoiseResult) -> None:
-        """Write a result, and warn where that fails: a run does not end because the disk is full."""
+        """Write a result; a failure such as a full disk is a warning and does not end the run."""
         try:
             result.save(self.path)
         except Exception as error:
             warnings.warn(f"The noise found so far cannot be written to {self.path}: {error}", stacklevel=2)
-
-
-def write_and_remove(file: Path) -> None:
-    """Raise `OSError` where no file can be written."""
-    try:
-        file.touch()
-    finally:
-        file.unlink(missing_ok=True)

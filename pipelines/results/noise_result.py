@@ -1,4 +1,4 @@
-"""The noise that an optimisation found, with its scores and where it came from: replayable for ever."""
+"""Result of an optimization: noise, scores and provenance."""
 
 import dataclasses
 from pathlib import Path
@@ -11,30 +11,30 @@ from .result_file import LATER_TENSORS, PER_SCORE, PER_STREAM, RESULT_TENSORS, r
 
 @dataclasses.dataclass(eq=False, repr=False)
 class NoiseResult:
-    """What `optimize_noise` returns, for `B` independent noises.
+    """Result of `optimize_noise` for `B` independent noises.
 
-    `pipe(prompt, latents=result.latents, ...)` with the arguments of the run draws the best images again. For a sampler
-    that adds noise on the way pass `generator=result.generator()` too.
+    `pipe(prompt, latents=result.latents, ...)` with the arguments of the run reproduces the best images. Samplers that
+    add noise at each step also need `generator=result.generator()`.
 
     Attributes:
         noise: `(B, C, H, W)` float32, unit variance: the best noise, or the last for methods that return it.
-        latents: The same as the pipeline takes it as `latents=`: in its dtype, packed where the family packs.
-        scores: Name to `(steps, B)`: each reward at each step, raw units, higher is better.
+        latents: The noise as the pipeline takes it as `latents=`: in its dtype, packed where the family packs.
+        scores: Name to `(steps, B)`: each reward at each step, in raw units, higher is better.
         losses: `(steps, B)`, lower is better, without the regularizer. NaN where a sample had stopped.
-        norms: `(steps, B)`, ‖noise‖ / √d at each step: 1 is what a Gaussian has.
+        norms: `(steps, B)`, ‖noise‖ / √d at each step, about 1 for a Gaussian.
         best_step: `(B,)`, the step whose noise is returned.
-        provenance: Model, scheduler, dtype, prompts, seeds, versions, method and its settings: plain values.
-        reports: What callbacks found, by name, in plain values: see `HeldOutReward`. After a run with `decoder=` also
-            "full_decoder": scores and losses by the pipeline's own decoder, of the plain result (`initial_scores`,
-            `initial_loss`) and of what is returned (`best_scores`, `best_loss`). `scores` and `losses` are then those
-            of the images of that tiny decoder: an approximation.
-        generator_states: The state of each random stream after the base noise was drawn.
-        initial_noise: `(B, C, H, W)`, the noise of the plain result; `None` in files of versions that did not keep it.
-        band_changes: `(steps, B, 3)`, how much of ‖noise − initial_noise‖² lies in the lowest, middle and highest third
-            of the radial frequencies at each step; the three add up to it. NaN where a sample had stopped, `None` in
-            old files. See `frequency_bands`.
-        images: `(B, 3, H, W)` in [0, 1], the images of `noise`, if they were drawn. Not saved.
-        initial_images: `(B, 3, H, W)`, the plain result. Not saved.
+        provenance: Model, scheduler, dtype, prompts, seeds, versions, method and its settings as JSON values.
+        reports: Reports of callbacks by name, as JSON values; see `HeldOutReward`. After a run with `decoder=` also
+            "full_decoder": scores and losses with the pipeline's own decoder, of the baseline (`initial_scores`,
+            `initial_loss`) and of the returned noise (`best_scores`, `best_loss`). `scores` and `losses` are then
+            approximate: those of the images of the tiny decoder.
+        generator_states: Device type and state of each random stream after the base noise was sampled.
+        initial_noise: `(B, C, H, W)`, the noise of the baseline; `None` in files of versions that did not store it.
+        band_changes: `(steps, B, 3)`, the part of ‖noise − initial_noise‖² in the lowest, middle and highest third of
+            the radial frequencies at each step; see `frequency_bands`. NaN where a sample had stopped, `None` in files
+            of versions that did not store it.
+        images: `(B, 3, H, W)` in [0, 1], the images of `noise`, if the run generated them. Not saved.
+        initial_images: `(B, 3, H, W)`, the baseline images. Not saved.
     """
 
     noise: torch.Tensor
@@ -64,7 +64,7 @@ class NoiseResult:
 
     @property
     def initial_scores(self) -> dict[str, torch.Tensor]:
-        """Name to `(B,)`: the rewards of the plain result."""
+        """Name to `(B,)`: the rewards of the baseline."""
         return {name: values[0] for name, values in self.scores.items()}
 
     @property
@@ -74,14 +74,14 @@ class NoiseResult:
 
     @property
     def band_shares(self) -> torch.Tensor | None:
-        """`(steps, B, 3)`: `band_changes` as shares of their sum; NaN where nothing has changed."""
+        """`(steps, B, 3)`: `band_changes` as shares of their sum; NaN where nothing changed."""
         return None if self.band_changes is None else self.band_changes / self.band_changes.sum(-1, keepdim=True)
 
     def at_best(self, values: torch.Tensor) -> torch.Tensor:
         return values.gather(0, self.best_step.to(values.device)[None])[0]
 
     def generator(self) -> torch.Generator | list[torch.Generator] | None:
-        """Fresh generators that continue where the base noise ended; a list if the run had one for each image."""
+        """Return new generators in the state after the base noise; a list if the run had one for each image."""
         fresh = []
         for device, state in self.generator_states:
             fresh.append(torch.Generator(device))
@@ -89,9 +89,9 @@ class NoiseResult:
         return fresh if self.provenance.get("generators") == "list" else (fresh or [None])[0]
 
     def save(self, path: str | Path) -> None:
-        """Write one safetensors file: the tensors, and the provenance as JSON in its header.
+        """Write one safetensors file with the provenance as JSON in its header.
 
-        The file is there as a whole or not at all; if the writing is interrupted, one that was there before stays.
+        The write is atomic: if it is interrupted, a previous file stays as it was.
         """
         own = {name: getattr(self, name) for name in RESULT_TENSORS + LATER_TENSORS}
         tensors = {name: tensor for name, tensor in own.items() if tensor is not None}
@@ -103,12 +103,11 @@ class NoiseResult:
 
     @classmethod
     def load(cls, path: str | Path, device: str | torch.device = "cpu") -> "NoiseResult":
-        """Read what `save` wrote. Nothing is unpickled, and nothing is used before all of it is checked.
+        """Read a file of `save`. Files are untrusted: nothing is unpickled, and all content is checked before use.
 
         Raises:
             FileNotFoundError: If there is no such file.
-            ValueError: For any other file, one of a newer version, and one that was damaged or made to mislead: what
-                it holds must be consistent and finite. The message names the file and what is wrong.
+            ValueError: If the file is damaged, foreign, inconsistent, or written by a newer version.
         """
         header, tensors = read_result_file(Path(path))
         streams = enumerate(header["generator_devices"])
@@ -116,5 +115,5 @@ class NoiseResult:
         tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
         names = [name for name in tensors if name.startswith(PER_SCORE)]
         scores = {name.removeprefix(PER_SCORE): tensors.pop(name) for name in names}
-        facts = {name: header[name] for name in ("provenance", "reports")}
-        return cls(**tensors, **facts, scores=scores, generator_states=states)
+        records = {name: header[name] for name in ("provenance", "reports")}
+        return cls(**tensors, **records, scores=scores, generator_states=states)

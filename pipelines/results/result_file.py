@@ -1,4 +1,4 @@
-"""The file of a result: safetensors with JSON in its header, of which nothing is used before all of it is checked."""
+"""Result files: safetensors with JSON in the header. Files are untrusted and checked completely before use."""
 
 import json
 import re
@@ -9,43 +9,43 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from .atomic_write import write_whole
+from .atomic_write import atomic_write
 
 RESULT_FORMAT = "noiseopt-result-1"
 RESULT_HEADER = {"format": str, "provenance": dict, "generator_devices": list, "reports": dict}
 RESULT_TENSORS = ("noise", "latents", "losses", "norms", "best_step")
 PROVENANCE: dict[str, type] = {"method": str, "pipeline": str, "generators": str, "dtype": str}
 PROVENANCE |= {"settings": dict, "scheduler": dict, "arguments": dict, "prompts": list, "seeds": list}
-LATER_TENSORS = ("initial_noise", "band_changes")  # which files of older versions lack
+LATER_TENSORS = ("initial_noise", "band_changes")  # missing in files of older versions
 PER_SCORE, PER_STREAM = "scores.", "generator_states."
 NOISE_DTYPES = (torch.float32, torch.float64)
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, *NOISE_DTYPES)
-CUDA_STATE_BYTES, MOST_STATE_BYTES = 16, 1024  # generators of accelerators count; that of the CPU has 5056 bytes
-TORCH_FILES = (b"PK\x03\x04", *(b"\x80" + bytes([protocol]) for protocol in range(6)))  # a zip, and pickles
+CUDA_STATE_BYTES, MOST_STATE_BYTES = 16, 1024  # accelerators have counters; the CPU state has 5056 bytes
+TORCH_FILES = (b"PK\x03\x04", *(b"\x80" + bytes([protocol]) for protocol in range(6)))  # zip and pickle
 
 Header = dict[str, Any]
 Tensors = dict[str, torch.Tensor]
 
 
 class UnusableResult(Exception):
-    """What is wrong with a file, as the end of a sentence that begins with its name."""
+    """Reason why a file is unusable, phrased to follow its name."""
 
 
 def write_result_file(path: Path, tensors: Tensors, header: Header) -> None:
-    """Write both so that the file is there as a whole or not at all; the format is added."""
+    """Write tensors and header atomically; the format is added to the header."""
     metadata = {"noiseopt": json.dumps({"format": RESULT_FORMAT, **header})}
-    # clones: safetensors refuses tensors that share memory, as noise and latents do in float32
+    # cloned, since safetensors refuses tensors that share memory, as noise and latents do in float32
     copies = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, lambda part: save_file(copies, part, metadata=metadata))
+    atomic_write(path, lambda temporary: save_file(copies, temporary, metadata=metadata))
 
 
 def read_result_file(path: Path) -> tuple[Header, Tensors]:
-    """What `write_result_file` wrote, on the CPU. Nothing is unpickled, whatever the file is.
+    """Read a file of `write_result_file` to the CPU. Nothing is unpickled.
 
     Raises:
-        FileNotFoundError: If there is none.
-        ValueError: For any other file, naming it and what is wrong.
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is no valid result file, with the reason.
     """
     if not path.exists():
         raise FileNotFoundError(f"Expected a file that `NoiseResult.save` wrote, but there is no {path}.")
@@ -62,49 +62,49 @@ def read_checked(path: Path) -> tuple[Header, Tensors]:
     try:
         with safe_open(path, framework="pt") as file:
             header = parsed_header(file.metadata() or {})
-            check_names(set(file.keys()), header)  # before the tensors, which may be large
+            check_names(set(file.keys()), header)  # before reading tensors, which may be large
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, RuntimeError, ValueError, TypeError, OverflowError) as error:
-        raise UnusableResult(why_unreadable(path, error)) from None
+        raise UnusableResult(unreadable_reason(path, error)) from None
     check_tensors(tensors)
     check_streams(tensors, header)
     check_provenance(header["provenance"], tensors)
     return header, tensors
 
 
-def why_unreadable(path: Path, error: Exception) -> str:
-    """What a file seems to be that is no safetensors file; it is looked at, and nothing in it is executed."""
+def unreadable_reason(path: Path, error: Exception) -> str:
+    """Return the reason why a file cannot be read, from its first bytes."""
     with path.open("rb") as file:
         start = file.read(4)
     if not start:
         return "is empty"
     if start.startswith(TORCH_FILES) and isinstance(error, SafetensorError):
-        return "is a pickle or a file of `torch.save`, which may execute anything and is not opened"
-    return f"is no whole safetensors file ({str(error).strip().partition(chr(10))[0].rstrip('.')})"
+        return "is a pickle or a file of `torch.save`, which can run arbitrary code and is not loaded"
+    return f"is not a complete safetensors file ({str(error).strip().partition(chr(10))[0].rstrip('.')})"
 
 
 def parsed_header(metadata: dict[str, str]) -> Header:
     try:
         header = json.loads(metadata.get("noiseopt", "{}"))
     except (ValueError, RecursionError):
-        raise UnusableResult("has a header that is no JSON") from None
+        raise UnusableResult("has a header that is not JSON") from None
     found = header.get("format") if isinstance(header, dict) else None
     if isinstance(found, str) and re.fullmatch(r"noiseopt-result-[2-9]|noiseopt-result-[1-9]\d+", found):
-        raise UnusableResult(f"was written by a newer noiseopt, which calls its format {found}. Update noiseopt")
+        raise UnusableResult(f"was written by a newer noiseopt, in the format {found}. Update noiseopt")
     if found != RESULT_FORMAT:
         raise UnusableResult(f"has no {RESULT_FORMAT} header")
     unknown = sorted((metadata.keys() - {"noiseopt"}) | (header.keys() - RESULT_HEADER.keys()))
     if unknown:
         raise UnusableResult(f"has unknown metadata {brief(unknown)}")
-    header.setdefault("reports", {})  # which the first files lack
+    header.setdefault("reports", {})  # missing in the oldest files
     wrong = [name for name, kind in RESULT_HEADER.items() if not isinstance(header.get(name), kind)]
     if wrong:
-        raise UnusableResult(f"has metadata that are missing or of another type: {brief(wrong)}")
+        raise UnusableResult(f"has metadata that is missing or of the wrong type: {brief(wrong)}")
     return header
 
 
 def check_names(names: set[str], header: Header) -> None:
-    """That the tensors are those of a result, with one state for each random stream."""
+    """Require the tensors of a result, with one state for each random stream."""
     streams = {f"{PER_STREAM}{index}" for index in range(len(header["generator_devices"]))}
     if missing := sorted((streams | set(RESULT_TENSORS)) - names):
         raise UnusableResult(f"lacks the tensors {brief(missing)}")
@@ -114,7 +114,7 @@ def check_names(names: set[str], header: Header) -> None:
 
 
 def check_tensors(tensors: Tensors) -> None:
-    """That dtypes and shapes are those of `B` noises and of as many steps, and all noises are finite."""
+    """Require dtypes and shapes that agree on the number of images and steps, and finite noise."""
     noise, steps = tensors["noise"], tensors["losses"].shape[:1]
     if noise.ndim < 2 or not noise.numel() or not steps or not steps[0]:
         losses = tuple(tensors["losses"].shape)
@@ -125,7 +125,7 @@ def check_tensors(tensors: Tensors) -> None:
     for name, tensor in tensors.items():
         if name in shapes and tensor.shape != torch.Size(shapes[name]):
             raise UnusableResult(
-                f"has '{name}' of shape {tuple(tensor.shape)}, where {tuple(shapes[name])} goes with the others"
+                f"has '{name}' of shape {tuple(tensor.shape)}, where {tuple(shapes[name])} is expected"
             )
         if not name.startswith(PER_STREAM) and tensor.dtype not in dtypes_of(name):
             raise UnusableResult(f"has '{name}' of {tensor.dtype}")
@@ -142,29 +142,29 @@ def dtypes_of(name: str) -> tuple[torch.dtype, ...]:
 
 
 def check_values(tensors: Tensors, steps: int) -> None:
-    """That what is drawn from is finite, and the best step is one. (Losses of a sample that stopped are NaN.)"""
+    """Require finite noise and latents, and best steps in range. (Losses of a stopped sample are NaN.)"""
     for name in ("noise", "latents", "initial_noise"):
         if name in tensors and not tensors[name].isfinite().all():
             raise UnusableResult(f"has '{name}' with values that are not finite")
     best = tensors["best_step"]
     if best.min() < 0 or best.max() >= steps:
-        raise UnusableResult(f"has the best steps {brief(best.tolist())}, but {steps} steps")
+        raise UnusableResult(f"has best steps {brief(best.tolist())} out of {steps} steps")
 
 
 def check_streams(tensors: Tensors, header: Header) -> None:
-    """That there are as many random streams as the run had, each with a state that its generator takes."""
+    """Require one random stream, or one for each image, with valid generator states."""
     devices, several = header["generator_devices"], header["provenance"].get("generators") == "list"
     expected = len(tensors["noise"]) if several else 1
     if devices and len(devices) != expected:
-        raise UnusableResult(f"has {len(devices)} generator states, where {expected} go with the others")
+        raise UnusableResult(f"has {len(devices)} generator states, where {expected} are expected")
     for index, device in enumerate(devices):
         state = tensors[f"{PER_STREAM}{index}"]
         if not isinstance(device, str) or not fits_generator(device, state):
-            raise UnusableResult(f"has a generator state that no generator on {device!r} takes")
+            raise UnusableResult(f"has a generator state that is invalid on {device!r}")
 
 
 def fits_generator(device: str, state: torch.Tensor) -> bool:
-    """Whether a generator on a kind of device, which need not be here, can have a state."""
+    """Return whether a state is valid for a type of device, which need not be available."""
     if state.dtype != torch.uint8 or state.ndim != 1 or not re.fullmatch("[a-z_]{1,16}", device):
         return False
     if device != "cpu":
@@ -178,7 +178,7 @@ def fits_generator(device: str, state: torch.Tensor) -> bool:
 
 
 def is_device(name: str) -> bool:
-    """Whether torch knows a kind of device, which need not be here."""
+    """Return whether torch knows a type of device, which need not be available."""
     try:
         return torch.device(name).index is None
     except RuntimeError:
@@ -186,7 +186,7 @@ def is_device(name: str) -> bool:
 
 
 def check_provenance(provenance: dict[str, Any], tensors: Tensors) -> None:
-    """That what is read from it is of the types and numbers that `provenance_of` writes; any of it may be missing."""
+    """Require the types and lengths that `provenance_of` writes for those entries that are present."""
     batch = len(tensors["noise"])
     wrong = [name for name, kind in PROVENANCE.items() if not isinstance(provenance.get(name, kind()), kind)]
     wrong += [name for name in ("model", "revision") if not isinstance(provenance.get(name), str | None)]
@@ -199,10 +199,10 @@ def check_provenance(provenance: dict[str, Any], tensors: Tensors) -> None:
         }
         wrong = [name for name, right in checks.items() if not right]
     if wrong:
-        raise UnusableResult(f"has a provenance whose {brief(wrong)} cannot be that of its noise")
+        raise UnusableResult(f"has a provenance whose {brief(wrong)} does not match its noise")
 
 
 def brief(values: list[Any]) -> str:
-    """The first few of what a stranger may have written at any length."""
+    """Return the first few values as text of limited length, since the file is untrusted."""
     text = ", ".join(str(value) for value in values[:5])
     return text if len(text) <= 200 else text[:200] + "…"

@@ -1,4 +1,4 @@
-"""Whether what is given now is what was given before: settings as plain values, and where two of them differ."""
+"""Settings as plain values, and the differences between two of them."""
 
 import dataclasses
 import hashlib
@@ -9,9 +9,10 @@ import torch
 
 
 def plain_description(value: Any) -> Any:
-    """Any setting as a value that JSON takes, equal for equal settings.
+    """Return a setting as a JSON value that is equal for equal settings.
 
-    A tensor becomes the hash of its numbers, an object what it says of itself in `describe()`, else its name and type.
+    Tensors become the hash of their bytes. Other objects become what their `describe()` returns, or else their type and
+    name.
     """
     if value is None or isinstance(value, bool | int | float | str):
         return value
@@ -33,10 +34,10 @@ def tensor_description(tensor: torch.Tensor) -> dict[str, Any]:
     return {"shape": list(tensor.shape), "dtype": str(tensor.dtype), "sha256": hashlib.sha256(numbers).hexdigest()}
 
 
-def differences(known: Any, given: Any, name: str = "") -> list[str]:
-    """Each value in which two nested dictionaries differ, in words."""
+def settings_diff(known: Any, given: Any, name: str = "") -> list[str]:
+    """Return one sentence for each value in which two nested dictionaries differ."""
     if isinstance(known, dict) and isinstance(given, dict):
         names = [*known, *(key for key in given if key not in known)]
-        found = [differences(known.get(key), given.get(key), f"{name} {key}".strip()) for key in names]
+        found = [settings_diff(known.get(key), given.get(key), f"{name} {key}".strip()) for key in names]
         return [difference for group in found for difference in group]
     return [] if known == given else [f"{name} was {known!r} and is {given!r}"]

@@ -1,16 +1,12 @@
-"""What the modules of a pipeline must be during an optimisation, and what rules one out."""
+"""Module states that an optimization needs: frozen, in `eval()`, and none that breaks the gradient."""
 
 import contextlib
-import copy
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
-import torch
-from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from torch import nn
 
 from ..memory.lean_layers import lean_layers
-from ..memory.restore import undoing
+from .internals import accelerate_hook, attention_backend_of, diffusers_hooks, is_stateful
 
 DENOISERS = ("unet", "transformer", "transformer_2")
 CALLED_IN_STEPS = (*DENOISERS, "controlnet")
@@ -19,44 +15,49 @@ ENCODERS = ("text_encoder", "image_encoder", "safety_checker")
 
 
 def modules_of(pipe) -> dict[str, nn.Module]:
-    """The pipeline's components that are torch modules, by name."""
-    return {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+    """Return the pipeline's components that are torch modules, by name."""
+    return {name: module for name, module in pipe.components.items() if isinstance(module, nn.Module)}
 
 
 @contextlib.contextmanager
 def frozen_modules(pipe, decoder: nn.Module | None = None) -> Iterator[None]:
-    """All modules, and a decoder that is used beside them, in `eval()`, without parameter gradients and with lean
-    layers inside; exactly as before outside."""
+    """Freeze all modules of a pipeline and a separate decoder; the previous state is restored on exit.
+
+    Inside they are in `eval()`, no parameter requires a gradient, and the layers are lean; see `lean_layers`.
+    """
     roots = [*modules_of(pipe).values(), *([] if decoder is None else [decoder])]
     modules = [module for root in roots for module in root.modules()]
-    trained = [module for module in modules if module.training]
-    # by name: offloading puts other parameters in the place of these
-    learning = [(module, name) for module in modules for name in learning_parameters(module)]
+    training = [module for module in modules if module.training]
+    # by name, since offloading replaces the parameters
+    trainable = [(module, name) for module in modules for name in trainable_parameters(module)]
 
     def switch(on: bool) -> None:
-        for module in trained:
+        for module in training:
             module.training = on
-        for module, name in learning:
+        for module, name in trainable:
             module.get_parameter(name).requires_grad_(on)
 
-    with undoing(lambda: switch(True)):
+    try:
         switch(False)
         with lean_layers(roots):
             yield
+    finally:
+        switch(True)
 
 
-def learning_parameters(module: nn.Module) -> list[str]:
-    """The names of a module's own parameters that take a gradient."""
+def trainable_parameters(module: nn.Module) -> list[str]:
+    """Return the names of a module's own parameters that require a gradient."""
     return [name for name, parameter in module.named_parameters(recurse=False) if parameter.requires_grad]
 
 
 def refuse_unsuited(pipe, gradient: str | None) -> None:
     """Raise `ValueError`, with the remedy, for modules in a state that a method cannot work with.
 
+    Modules outside the gradient path may be offloaded and may use any attention backend.
+
     Args:
         pipe: The pipeline.
-        gradient: What the method differentiates; see `PipelineSampler.images`. What no gradient passes may be offloaded
-            and attend by any kernel.
+        gradient: Gradient mode of the method; see `PipelineSampler.images`.
     """
     for name, root in modules_of(pipe).items():
         refuse_cache(name, root)
@@ -67,7 +68,7 @@ def refuse_unsuited(pipe, gradient: str | None) -> None:
 
 
 def passes(name: str, gradient: str | None) -> bool:
-    """Whether a gradient passes a component of a pipeline: prompts are encoded without one."""
+    """Return whether a gradient passes a component of a pipeline. Prompts are encoded without one."""
     if gradient is None or name.startswith(ENCODERS):
         return False
     return gradient == "full" or name not in DENOISERS
@@ -82,17 +83,20 @@ def refuse_offload(name: str, root: nn.Module) -> None:
     for module in root.modules():
         if group_offloaded(module):
             raise ValueError(f"{expected}load the pipeline again without group offloading.")
-        if offloads(getattr(module, "_hf_hook", None)):
+        if offloads(accelerate_hook(module)):
             raise ValueError(f"{expected}call `pipe.remove_all_hooks()` and `pipe.to(device)` first.")
 
 
 def is_offloaded(root: nn.Module) -> bool:
-    """Whether the weights of a module, or of a part of it, move between devices."""
-    return any(group_offloaded(module) or offloads(getattr(module, "_hf_hook", None)) for module in root.modules())
+    """Return whether the weights of a module or of one of its submodules move between devices."""
+    return any(group_offloaded(module) or offloads(accelerate_hook(module)) for module in root.modules())
 
 
 def offloads(hook) -> bool:
-    """Whether an accelerate hook moves weights: `CpuOffload`, or `AlignDevicesHook(offload=True)`, alone or nested."""
+    """Return whether an accelerate hook moves weights.
+
+    These are `CpuOffload` and `AlignDevicesHook(offload=True)`, alone or in a `SequentialHook`.
+    """
     nested = getattr(hook, "hooks", ())
     return type(hook).__name__ == "CpuOffload" or bool(getattr(hook, "offload", False)) or any(map(offloads, nested))
 
@@ -101,13 +105,8 @@ def group_offloaded(module: nn.Module) -> bool:
     return any("group_offloading" in name for name in diffusers_hooks(module))
 
 
-def diffusers_hooks(module: nn.Module) -> dict[str, Any]:
-    """The hooks that diffusers put on a module, by name."""
-    return getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
-
-
 def refuse_attention(name: str, root: nn.Module) -> None:
-    """Raise `ValueError` if a module attends by a kernel without a backward pass, some of which drop the gradient."""
+    """Raise `ValueError` for an attention backend without a backward pass; some of them drop the gradient silently."""
     for module in root.modules():
         backend = attention_backend_of(module)
         if backend is not None and ("sage" in backend or backend == "_flash_3"):
@@ -118,73 +117,31 @@ def refuse_attention(name: str, root: nn.Module) -> None:
             )
 
 
-def attention_backend_of(module: nn.Module) -> str | None:
-    """The kernel that an attention module calls: its own or the one in force; `None` for one that chooses none."""
-    processor = getattr(module, "processor", None)
-    if not hasattr(processor, "_attention_backend"):
-        return None
-    own = getattr(processor, "_attention_backend", None)
-    return AttentionBackendName(own or _AttentionBackendRegistry.get_active_backend()[0]).value
-
-
 def refuse_casting(name: str, root: nn.Module) -> None:
-    """Raise `ValueError` for convolutions stored in another type: their backward pass finds the stored weights.
+    """Raise `ValueError` for convolutions under layerwise casting.
 
-    Linear layers keep those that they computed with.
+    Their backward pass reads the weights in the storage dtype. Linear layers save the ones that they computed with.
     """
     for module in root.modules():
         if isinstance(module, CONVOLUTIONS) and "layerwise_casting" in diffusers_hooks(module):
             raise ValueError(
-                f"Expected convolutions that are stored as they compute, but those of `{name}` are cast layer by "
-                "layer, which breaks the gradient. Load the pipeline again and leave them out: "
+                f"Expected convolutions that are stored in the dtype they compute in, but those of `{name}` are cast "
+                "layer by layer, which breaks the gradient. Load the pipeline again and leave them out: "
                 f"`pipe.{name}.enable_layerwise_casting(..., skip_modules_classes=(torch.nn.Conv2d,))`."
             )
 
 
 def refuse_cache(name: str, root: nn.Module) -> None:
-    """Raise `ValueError` if a module reuses what earlier denoising steps computed.
+    """Raise `ValueError` if a module reuses results of earlier denoising steps.
 
-    Some caches ask the pipeline which timestep it is at, and the evaluations run on a copy of it; all hold the graph of
-    a step for the next, and a run that is interrupted would leave its state behind.
+    Some caches ask the pipeline for its timestep, but evaluations run on a copy of it. All of them carry the graph of
+    one step into the next, and their state would outlive an interrupted run.
     """
     for module in root.modules():
-        kept = [hook for hook in diffusers_hooks(module).values() if getattr(hook, "_is_stateful", False)]
-        if kept:
+        stateful = [hook for hook in diffusers_hooks(module).values() if is_stateful(hook)]
+        if stateful:
             raise ValueError(
                 f"Expected modules without a cache across denoising steps, but `{name}` has one "
-                f"({type(kept[0]).__name__}). Call `pipe.{name}.disable_cache()` first; the final image may be drawn "
-                "with the cache again."
+                f"({type(stateful[0]).__name__}). Call `pipe.{name}.disable_cache()` first; the final image may be "
+                "generated with the cache again."
             )
-
-
-def without_gradient(module: nn.Module) -> nn.Module:
-    """A shallow copy that shares all weights and whose forward pass leaves no graph."""
-    return with_forward(module, torch.no_grad()(module.forward))
-
-
-def with_forward(module: nn.Module, forward: Callable[..., Any]) -> nn.Module:
-    """A shallow copy that shares all weights and has another forward pass."""
-    twin = copy.copy(module)
-    vars(twin)["forward"] = forward
-    return twin
-
-
-def converted_apart(module: nn.Module) -> nn.Module:
-    """A shallow copy that shares all weights, until it is converted to another dtype: then it has a copy of them.
-
-    A half-precision pipeline whose VAE has `force_upcast` converts the shared VAE to decode, and back, which swaps the
-    weights under the graph. This one is converted as well, and leaves the shared one alone.
-    """
-    twin = copy.copy(module)
-    vars(twin).pop("decode", None)  # a compiled one is bound to the shared weights
-    contents: dict[torch.dtype, dict[str, Any]] = {module.dtype: vars(module)}  # pyright: ignore
-
-    def to(dtype: torch.dtype) -> nn.Module:
-        if dtype not in contents:
-            contents[dtype] = vars(copy.deepcopy(module).to(dtype))
-        for kind in ("_modules", "_parameters", "_buffers"):
-            vars(twin)[kind] = contents[dtype][kind]
-        return twin
-
-    vars(twin)["to"] = to
-    return twin

@@ -2,67 +2,23 @@
 
 import contextlib
 import copy
-import functools
-import inspect
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 
-from ...schedulers.x0_prediction import predict_x0
 from ..memory.checkpointing import Checkpointing, Checkpoints, scales_lora
 from ..memory.chunks import BatchLayout, WholeBatchDraws, run_in_chunks
+from ..memory.module_copies import converted_apart, without_gradient
+from .first_call import count_timesteps, first_step_only, parts_of, stock_call
 from .global_draws import no_global_draws
 from .latent_space import LatentSpace
-from .module_state import CALLED_IN_STEPS, DENOISERS, converted_apart, is_offloaded, with_forward, without_gradient
+from .module_state import CALLED_IN_STEPS, is_offloaded
+from .random_state import RandomState
 
 Gradient = Literal["full", "frozen"] | None
 Clamp = Literal["straight_through", "hard"]
-
-
-def stock_call(cls: type):
-    """The `__call__` of the stock pipeline class under our hook, without its `@torch.no_grad`."""
-    for base in cls.__mro__:
-        if "__call__" in vars(base) and not hasattr(base, "_noise_run"):
-            return inspect.unwrap(vars(base)["__call__"])
-    raise TypeError(f"Expected a diffusers pipeline with a `__call__`, but {cls.__name__} has none.")
-
-
-class RandomState:
-    """The random streams of a call, as they were at one moment: every inner run starts from the same state."""
-
-    def __init__(self, generator: torch.Generator | list[torch.Generator] | None, device: torch.device) -> None:
-        self.several = isinstance(generator, list)
-        streams = generator if isinstance(generator, list) else [generator or default_generator(device)]
-        self.states = [(stream.device, stream.get_state(), stream.initial_seed()) for stream in streams]
-
-    @property
-    def seeds(self) -> list[int]:
-        return [seed for _, _, seed in self.states]
-
-    def generator(self) -> torch.Generator | list[torch.Generator]:
-        """Fresh generators in this state, in the form that the pipeline was given."""
-        fresh = []
-        for device, state, _ in self.states:
-            fresh.append(torch.Generator(device))
-            fresh[-1].set_state(state)
-        return fresh if self.several else fresh[0]
-
-    def of_rows(self, rows: list[int]) -> "RandomState":
-        """The streams of some images, or the one that all images share."""
-        found = copy.copy(self)
-        found.states = [self.states[row] for row in rows] if self.several else self.states
-        return found
-
-
-def default_generator(device: torch.device) -> torch.Generator:
-    """The generator that torch draws from on `device` when none is given."""
-    if device.type == "cuda":
-        return torch.cuda.default_generators[device.index if device.index is not None else torch.cuda.current_device()]
-    if device.type == "mps":
-        return torch.mps._get_default_mps_generator()
-    return torch.default_generator
 
 
 class PipelineSampler:
@@ -127,10 +83,10 @@ class PipelineSampler:
         twin = copy.copy(pipe)
         attributes = vars(twin)
         attributes.pop("_noise_run", None)
-        attributes["_progress_bar_config"] = {"disable": True}
+        twin.set_progress_bar_config(disable=True)
         # both go through numpy, which no gradient passes; the final run has them
         attributes.update({name: None for name in ("safety_checker", "watermark") if name in attributes})
-        vae = attributes.get("vae")
+        vae: Any = attributes.get("vae")
         upcast = vae is not None and vae.config.get("force_upcast") and vae.dtype == torch.float16
         if upcast and not is_offloaded(vae):  # no gradient passes one that is offloaded
             attributes["vae"] = converted_apart(vae)
@@ -280,11 +236,6 @@ class PipelineSampler:
         return twin
 
 
-def parts_of(pipe, names: tuple[str, ...]) -> dict[str, Any]:
-    """The modules that a pipeline has of these."""
-    return {name: part for name in names if (part := getattr(pipe, name, None)) is not None}
-
-
 def replayed(function: Callable[..., Any], kept: list[Any]) -> Callable[..., Any]:
     """A function that returns what is kept of its earlier calls, in call order, and keeps what it computes beyond."""
     index = itertools.count()
@@ -299,116 +250,8 @@ def replayed(function: Callable[..., Any], kept: list[Any]) -> Callable[..., Any
     return replay
 
 
-@contextlib.contextmanager
-def first_step_only(pipe) -> Iterator[list[torch.Tensor]]:
-    """Let a pipeline make one model call, whose `step` returns the x0 estimate. It and its scheduler must be copies.
-
-    The loop is stopped by `pipe.interrupt`, or in families that do not look at it by cutting the list of timesteps.
-
-    Yields:
-        An empty list, for the estimate.
-
-    Raises:
-        TypeError: If the pipeline takes no step, or takes one before a denoiser was called.
-    """
-    scheduler, interruptible = pipe.scheduler, "interrupt" in stock_call(type(pipe)).__code__.co_names
-    set_timesteps, step = scheduler.set_timesteps, scheduler.step
-    calls: list[int] = []
-    stepped: list[bool] = []  # for each step whether a denoiser had been called
-    estimates: list[torch.Tensor] = []
-
-    @functools.wraps(set_timesteps)
-    def set_one(*args, **kwargs):
-        set_timesteps(*args, **kwargs)
-        if not interruptible:
-            scheduler.timesteps = scheduler.timesteps[:1]
-
-    @functools.wraps(step)
-    def estimate(model_output, timestep, sample, *_, **__):
-        stepped.append(bool(calls))
-        x0 = predict_x0(scheduler, model_output, timestep, sample).to(model_output.dtype)
-        estimates.append(x0)
-        pipe._interrupt = True
-        return (x0, x0)
-
-    vars(scheduler).update(set_timesteps=set_one, step=estimate)
-    # copies that count: a hook on modules that others have too would have to be taken off again, whatever happens
-    parts = parts_of(pipe, DENOISERS)
-    vars(pipe).update({name: with_forward(part, counted(part.forward, calls)) for name, part in parts.items()})
-    try:
-        yield estimates
-    finally:
-        del scheduler.set_timesteps, scheduler.step
-    if not all(stepped or [False]):
-        raise TypeError(
-            f"Expected a pipeline that calls its denoiser ({', '.join(DENOISERS)}) before the first `scheduler.step`, "
-            f"but {type(pipe).__name__} does not, and no x0 can be estimated. Use a method that looks at images."
-        )
-
-
-def counted(function: Callable[..., Any], calls: list[int]) -> Callable[..., Any]:
-    """The function, with an entry in `calls` for each call."""
-
-    @functools.wraps(function)
-    def count(*args, **kwargs):
-        calls.append(1)
-        return function(*args, **kwargs)
-
-    return count
-
-
-def count_timesteps(pipe) -> int:
-    """How many timesteps the loop of a call had: pipelines may take a part of those of the scheduler."""
-    return getattr(pipe, "_num_timesteps", None) or len(pipe.scheduler.timesteps)
-
-
 def denormalize_straight_through(images: torch.Tensor) -> torch.Tensor:
     """[-1, 1] to [0, 1] as diffusers does it, with the clamp's value and the identity's gradient."""
     pixels = images * 0.5 + 0.5
     clamped = pixels.clamp(0, 1)
     return clamped.detach() + (pixels - pixels.detach()) if pixels.requires_grad else clamped  # adds exactly 0
-
-
-class Sample:
-    """What an objective may look at, computed once and only if asked for.
-
-    Attributes:
-        noise: `(B, C, H, W)`, the initial noise.
-        prompts: `B` prompts.
-        groups: `B` integers, equal where images share their prompt.
-        seeds: `B` integers that differ from step to step and from image to image: for objectives that draw at random.
-        images: `(B, 3, H, W)` in [0, 1]: the result of the whole chain, or of one model call for a preview.
-        x0: `(B, C, H, W)`: the estimate of the clean latents after one model call.
-        chunk_size: At most so many images are held in memory with their graphs at a time, `None` for all; objectives
-            with models of their own keep to it.
-    """
-
-    def __init__(
-        self,
-        sampler: PipelineSampler,
-        noise: torch.Tensor,
-        prompts: list[str],
-        groups: list[int],
-        seeds: list[int],
-        gradient: Gradient,
-        preview: bool = False,
-        chunk_size: int | None = None,
-    ) -> None:
-        self.sampler, self.noise, self.prompts = sampler, noise, prompts
-        self.groups, self.seeds = groups, seeds
-        self.gradient: Gradient = gradient
-        self.preview, self.chunk_size = preview, chunk_size
-
-    @functools.cached_property
-    def images(self) -> torch.Tensor:
-        return self.sampler.images(self.noise, self.gradient, self.preview, self.chunk_size)
-
-    @functools.cached_property
-    def x0(self) -> torch.Tensor:
-        return self.sampler.x0(self.noise, self.gradient, self.chunk_size)
-
-    @property
-    def drawn_images(self) -> torch.Tensor | None:
-        """The images if the objective asked for them, without their graph."""
-        images = vars(self).get("images")
-        return None if images is None else images.detach()

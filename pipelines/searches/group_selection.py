@@ -1,7 +1,6 @@
-"""Group selection: of many noises the few whose images are good and differ."""
+"""Group selection: from many noises the few whose images are good and differ."""
 
 import dataclasses
-import math
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -10,92 +9,67 @@ import torch
 from torch import nn
 
 from ...callbacks.noise_state import NoiseState
+from ...checked_fields import checked
 from ...rewards.contract.reward import NonFiniteReward
-from ...rewards.contract.reward_sum import RewardSum
 from ...rewards.features.auto_features import AutoFeatures, find_features
 from ...rewards.sets.pairwise_distance import PairwiseDistance
-from ..cno.contrastive_loss import sets
 from ..method import NoiseOptimizer
+from ..noise_math import sets
 from ..objective import RewardObjective
 from ..problem import CandidateNoise, NoiseProblem
-from ..registry import register_noise_optimizer
-from ..sampling.sampler import Clamp, Gradient, Sample
+from ..registry import register_method
+from ..sampling.sample import Sample
 from .group_solver import group_value, pair_bonus, select_group
-from .previews import CandidateObjective, SeenNoises
+from .previews import CandidateObjective, Candidates
 
 FEATURES_AT_ONCE = 64  # images whose features are compared with as many others at a time
 
 
-@register_noise_optimizer("group_selection")
+@register_method("group_selection")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GroupSelection(NoiseOptimizer):
-    """Draw many noises and return, for each prompt, the set of them that is best together.
+    """Draws many noises and returns, for each prompt, the set of them that is best together.
 
     "Scaling Group Inference for Diverse and High-Quality Generation", Parmar et al., ICLR 2026,
-    https://arxiv.org/abs/2508.15773: of the candidates of a prompt with K images, the K that maximise
+    https://arxiv.org/abs/2508.15773: from the candidates of a prompt with K images, the K that maximize
     `Σ u_i y_i + λ Σ_{i<j} b_ij y_i y_j`, y in {0, 1}, where u is the reward of an image and b the distance of two.
 
-    Needs no gradient: any reward does, a black box too. The given noises are candidates, so the set is never worth less
-    than plain sampling's. Images of different prompts in one call do not compete. For one image of a prompt it is
+    Needs no gradient, so any reward works, also a black box. The given noises are candidates, so the set is never worth
+    less than that of plain sampling. Images of different prompts do not compete. For one image of a prompt this is
     best-of-N.
 
     The loss of an image is minus the value of the set that was evaluated with it. Each step draws one candidate for
-    each image, and the last one the chosen set, in which a candidate keeps the place in the batch that it was drawn at
-    wherever that is free. (A sampler that adds noise on the way draws another image from it elsewhere; should that make
-    the set worse than the best set of a step, that one is returned.) A callback that stops the run early, such as
-    `TimeBudget`, has the set chosen from what was seen, and drawn. `result.reports["group_selection"]` says how many
-    candidates there were for the prompt of each image, and at which step and place its noise was first drawn wholly.
+    each image, and the last one samples the chosen set, in which a candidate keeps its position in the batch if that is
+    free. (A sampler that adds noise on the way generates another image from it elsewhere; should that make the set
+    worse than the best set of a step, that one is returned.) If a callback stops the run early, such as `TimeBudget`,
+    the set is chosen from the candidates so far. `result.reports["group_selection"]` has the number of candidates for
+    the prompt of each image, and the step and the position at which its noise was first sampled fully.
 
     `preview=True` is the paper's pruning as far as a stock pipeline allows it. The paper drops a share ρ of the
-    candidates after each denoising step, by their x0 estimates, and goes on with the rest. Here there is one cut: all
-    candidates but the given ones are looked at as the x0 estimate of one model call, and `keep` of them for each image,
-    the given ones included, are drawn wholly and from the start. Losses of steps that only look are NaN. Where the
-    pipeline makes a single step, its images take no longer than previews, and all are drawn.
+    candidates after each denoising step, by their x0 estimates, and continues the rest. Here there is one cut: all
+    candidates but the given ones are evaluated by the x0 estimate of one model call, and `keep` of them for each image,
+    the given ones included, are sampled fully from the start. Losses of preview steps are NaN. If the pipeline makes a
+    single step, its images cost no more than previews, and all are sampled fully.
 
     Args:
-        rewards: u, what `RewardSum` takes; `None` for the distance alone.
-        features: b is their distance: a name of `list_features()`, a Hub id, a folder, or `Features`. The paper:
-            1 − cos, the mean over the patches of DINOv2.
-        candidates: Noises for each image, the given one included: M of them for K images of a prompt are M·K.
-        weight: λ, at least 0. The paper: 1.5, to rewards that are cosines of CLIP.
-        restarts: Of the search for the best set, where there are more than 10⁶ of them; see `select_group`.
-        preview: Look at all candidates by one model call, and draw few wholly.
-        keep: With `preview`, how many candidates are drawn wholly for each image, the given one included; 2 or more.
-        reward_prompt: Ask the rewards about this instead of the pipeline's prompt: one, or one for each image.
-        decoder: A tiny autoencoder that decodes while noises are tried: see `NoiseOptimizer`.
-        reward_device: Where rewards and features that are given by name are loaded, by default where the pipeline is.
+        steps: Candidates for each image, the given one included: M of them for K images of a prompt are M·K.
+        rewards: u, rewards as `RewardSum` takes them; `None` for the distance alone.
+        features: The features of the distance b: a name of `list_features()`, a Hub id, a folder, or `Features`. The
+            paper: 1 − cos, the mean over the patches of DINOv2.
+        weight: λ. The paper: 1.5, with rewards that are cosines of CLIP.
+        preview: Evaluate the candidates by one model call, and sample only a few fully.
+        keep: With `preview`, the number of candidates sampled fully for each image, the given one included.
     """
 
+    steps: int = checked(16, "[1, inf)")
     rewards: Any = None
     features: Any = "dinov2_patch"
-    candidates: int = 16
-    weight: float = 1.5
-    restarts: int = 10
+    weight: float = checked(1.5, "[0, inf)")
     preview: bool = False
-    keep: int = 2
-    reward_prompt: str | Sequence[str] | None = None
-    decoder: Any = None
-    reward_device: str | torch.device | None = None
-    gradient: Gradient = dataclasses.field(default=None, init=False)
-    clamp: Clamp = dataclasses.field(default="hard", init=False)
-
-    @property
-    def steps(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.candidates
-
-    @property
-    def final_steps(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The chosen set, and before it what is kept of previews."""
-        return self.keep if self.preview else 1
+    keep: int = checked(2, "[2, inf)")
 
     def check(self) -> None:
-        for name, least in (("candidates", 1), ("restarts", 0), ("keep", 2)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ValueError(f"Expected `{name}` to be an integer of {least} or more, but got {value!r}.")
         super().check()
-        if not (isinstance(self.weight, int | float) and math.isfinite(self.weight) and self.weight >= 0):
-            raise ValueError(f"Expected `weight` to be a finite number of at least 0, but got {self.weight!r}.")
         if self.rewards is None and not self.weight:
             raise ValueError(
                 "Expected `rewards` or a `weight` above 0, but got neither: there is nothing to choose by."
@@ -103,36 +77,35 @@ class GroupSelection(NoiseOptimizer):
         check_features(self.features)
 
     def objective(self, pipe) -> "GroupObjective":
-        device, rewards, features = self.device_of_rewards(pipe), None, self.features
+        rewards, features = None, self.features
         if self.rewards is not None:
-            rewards = RewardObjective(RewardSum(self.rewards, device=device), self.reward_prompt)
+            rewards = RewardObjective(self.load_rewards(pipe, self.rewards))
         if isinstance(features, str | os.PathLike):
-            features = AutoFeatures.from_pretrained(features, device=device)
-        return GroupObjective(rewards, features, self.weight, self.restarts, self.preview)
+            features = AutoFeatures.from_pretrained(features, device=self.device_of_rewards(pipe))
+        return GroupObjective(rewards, features, self.weight, self.preview)
 
     def start(self, problem: NoiseProblem) -> CandidateNoise:
         return CandidateNoise(problem)
 
-    def step(self, state: NoiseState, gradient: None, memory: CandidateNoise) -> torch.Tensor:
-        return memory.draw()
+    def step(self, run: NoiseState, gradient: None, state: CandidateNoise) -> torch.Tensor:
+        return state.draw()
 
-    def finish(self, state: NoiseState, objective: Any, memory: CandidateNoise) -> Iterator[torch.Tensor]:
-        """What is kept of previews, and the chosen set, unless that has been evaluated."""
-        yield from objective.kept(state, self.keep - 1)
+    def finish(self, run: NoiseState, objective: Any, state: CandidateNoise) -> Iterator[torch.Tensor]:
+        """Sample the best previews fully, and the chosen set unless it was evaluated."""
+        yield from objective.kept(run, self.keep - 1)
         last, chosen, counts = objective.step, objective.chosen(), objective.counts()
-        noise = torch.stack([objective.drawn.noises[index] for index in chosen]).to(state.noise)
-        if not torch.equal(noise, state.best_noise):  # pyright: ignore[reportArgumentType]
+        noise = torch.stack([objective.sampled.noises[index] for index in chosen]).to(run.noise)
+        if not torch.equal(noise, run.best.noise):
             yield noise
-        assert state.best_step is not None
-        best = state.best_step.tolist()
-        drawn = [objective.drawn.origins[index] for index in chosen]
-        drawn = [origin if best[row] == last else (best[row], row) for row, origin in enumerate(drawn)]
-        names = {"from_step": [step for step, _ in drawn], "from_image": [row for _, row in drawn]}
-        state.reports["group_selection"] = {"candidates": counts, **names}
+        best = run.best.step.tolist()
+        origins = [objective.sampled.origins[index] for index in chosen]
+        origins = [origin if best[row] == last else (best[row], row) for row, origin in enumerate(origins)]
+        names = {"from_step": [step for step, _ in origins], "from_image": [row for _, row in origins]}
+        run.reports["group_selection"] = {"candidates": counts, **names}
 
 
 def check_features(features: Any) -> None:
-    """Raise unless `features` are a name, Hub id or folder, or a module with a metric."""
+    """Raise `ValueError` or `TypeError` unless `features` are a name, Hub id or folder, or a module with a metric."""
     if isinstance(features, str | os.PathLike):
         find_features(os.fspath(features))
     elif not (isinstance(features, nn.Module) and hasattr(features, "metric")):
@@ -143,27 +116,24 @@ def check_features(features: Any) -> None:
 
 
 class GroupObjective(CandidateObjective):
-    """Minus the value of the set of images of each prompt: `Σ u_i + λ Σ_{i<j} b_ij`. It keeps what it has seen.
+    """Minus the value of the set of images of each prompt: `Σ u_i + λ Σ_{i<j} b_ij`. Stores the candidates.
 
     Args:
         rewards: u is minus their loss; `None` for 0.
-        features: b is their distance.
+        features: The features of the distance b.
         weight: λ.
-        restarts: Of the search for the best set.
         preview: See `CandidateObjective`.
 
     Attributes:
-        drawn: The candidates that were drawn wholly, those of the first evaluation first.
-        previews: Those that were looked at otherwise.
+        sampled: The candidates that were sampled fully, those of the first evaluation first.
+        previews: The candidates that were previewed.
     """
 
-    def __init__(
-        self, rewards: RewardObjective | None, features: nn.Module, weight: float, restarts: int, preview: bool
-    ) -> None:
+    def __init__(self, rewards: RewardObjective | None, features: nn.Module, weight: float, preview: bool) -> None:
         super().__init__(rewards, preview)
-        self.weight, self.restarts = weight, restarts
+        self.weight = weight
         self.distance = PairwiseDistance(features)  # pyright: ignore[reportArgumentType]
-        self.drawn = SeenNoises()
+        self.sampled = Candidates()
 
     def check_groups(self, groups: Sequence[int]) -> None:
         self.sets = [rows.tolist() for rows in sets(groups)]
@@ -176,18 +146,18 @@ class GroupObjective(CandidateObjective):
     def measure(self, sample: Sample) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         unary, features, scores = self.measured(sample)
         values, distances = self.values(unary, features)
-        (self.previews if self.previewing else self.drawn).add(self.step, sample.noise, unary, features)
+        (self.previews if self.previewing else self.sampled).add(self.step, sample.noise, unary, features)
         if self.compares:
             scores = {**scores, "distance": distances.to(sample.noise.device, torch.float32)}
         return -values.to(sample.noise.device, torch.float32), scores
 
     @property
     def compares(self) -> bool:
-        """Whether any prompt has images to compare."""
+        """Whether any prompt has several images."""
         return any(len(rows) > 1 for rows in self.sets)
 
     def measured(self, sample: Sample) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-        """u `(B,)` and features `(B, ...)`, the latter empty where none are compared; and the raw rewards."""
+        """Return u `(B,)`, the features `(B, ...)`, empty if none are compared, and the raw rewards."""
         unary, scores = torch.zeros(len(sample.noise), dtype=torch.float64), {}
         if self.rewards is not None:
             loss, scores = self.rewards.evaluate(sample)
@@ -197,7 +167,7 @@ class GroupObjective(CandidateObjective):
         return unary, features, scores
 
     def values(self, unary: torch.Tensor, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """For each image the value of its set, and its mean distance to the others of the set, `(B,)` in float64."""
+        """Return for each image the value of its set and the mean distance to the rest of it, `(B,)` in float64."""
         values, distances = torch.zeros(2, len(unary), dtype=torch.float64)
         for rows in self.sets:
             pairwise = self.distance.between(features[rows], features[rows])
@@ -211,24 +181,24 @@ class GroupObjective(CandidateObjective):
         return values, distances
 
     def chosen(self) -> list[int]:
-        """For each place in the batch, which of `drawn` is chosen for it."""
+        """Return for each position in the batch the index of the chosen candidate in `sampled`."""
         plan = {}
         for rows in self.sets:
-            plan.update(self.seated(self.drawn, rows, 1))
+            plan.update(self.assigned(self.sampled, rows, 1))
         return [plan[0, row] for row in range(len(plan))]
 
-    def best(self, seen: SeenNoises, rows: Sequence[int], count: int) -> list[int]:
-        """The candidates of a set that are best together: `count` of them, or all if there are fewer."""
+    def best(self, seen: Candidates, rows: Sequence[int], count: int) -> list[int]:
+        """Return the `count` candidates of a set that are best together, or all if there are fewer."""
         found = seen.of(rows)
         if len(found) <= count:
             return found
         unary = torch.tensor([seen.unary[index] for index in found], dtype=torch.float64)
         pairwise = self.distances([seen.features[index] for index in found])
         weight = self.weight if len(rows) > 1 else 0.0
-        return [found[index] for index in select_group(unary, pairwise, count, weight, self.restarts)]
+        return [found[index] for index in select_group(unary, pairwise, count, weight)]
 
     def distances(self, features: list[torch.Tensor]) -> torch.Tensor:
-        """Features `(...)` of N images to b, `(N, N)`; a part of them at a time where their model is."""
+        """Return b, `(N, N)`, from the features `(...)` of N images, a chunk at a time on the device of their model."""
         device = getattr(self.distance.features, "device", None)
         spans = [slice(start, start + FEATURES_AT_ONCE) for start in range(0, len(features), FEATURES_AT_ONCE)]
 
@@ -239,10 +209,10 @@ class GroupObjective(CandidateObjective):
         return torch.cat([torch.cat(row, 1) for row in rows])
 
     def counts(self) -> list[int]:
-        """For each image how many candidates its prompt has had, before anything is drawn again."""
+        """Return for each image the number of candidates of its prompt."""
         sizes = {row: len(rows) + len(self.previews.of(rows)) for rows in self.sets for row in rows}
         if not self.previews.origins:
-            sizes = {row: len(self.drawn.of(rows)) for rows in self.sets for row in rows}
+            sizes = {row: len(self.sampled.of(rows)) for rows in self.sets for row in rows}
         return [sizes[row] for row in range(len(sizes))]
 
     def describe(self) -> dict[str, Any]:

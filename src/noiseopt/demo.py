@@ -16,7 +16,7 @@ from .callbacks.noise_state import NoiseState
 from .evaluation.embedded_diversity import embedded_diversity, towers_of
 from .evaluation.metrics import layout_spread
 from .evaluation.plan import MethodChoice
-from .pipelines import NoiseOptimizer, NoiseResult, list_noise_optimizers, optimize_noise
+from .pipelines import NoiseOptimizer, NoiseResult, list_methods, optimize_noise
 from .pipelines.registry import METHODS
 from .quiet import quiet_libraries
 from .shapes_world.embedded import EmbeddedModel
@@ -56,7 +56,7 @@ def seeded(seed: int, count: int) -> list[torch.Generator]:
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """A method by its name in `list_noise_optimizers()`, on an embedded model.
+    """A method by its name in `list_methods()`, on an embedded model.
 
     Attributes:
         method: A name of the registry.
@@ -72,7 +72,7 @@ class Choice:
     def of(cls, method: str = "reno", model: str = "turbo", steps: int | None = None) -> "Choice":
         """Raises `ValueError` for unknown names, and for a method that has no number of steps to set."""
         pipelines = [name for name, known in shapes_world.MODELS.items() if known.is_pipeline]
-        methods = [name for name in list_noise_optimizers() if isinstance(METHODS[name].steps, int)]
+        methods = [name for name in list_methods() if name in METHODS]
         for what, name, names in (("method", method, methods), ("model", model, pipelines)):
             if name not in names:
                 raise ValueError(f"Expected a {what} out of {', '.join(names)}, but got {name!r}.")

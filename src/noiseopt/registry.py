@@ -44,6 +44,12 @@ class Registry(Generic[EntryT]):
 
         return enter
 
+    def __contains__(self, name: str) -> bool:
+        return name in self.entries
+
+    def __getitem__(self, name: str) -> EntryT:
+        return self.find(name)
+
     def names(self) -> list[str]:
         """Return the registered names, sorted, without aliases."""
         return sorted(self.entries.keys() - self.aliases.keys())

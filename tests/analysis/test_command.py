@@ -95,7 +95,7 @@ def test_what_is_no_result_is_refused(results, tmp_path):
     (tmp_path / "units").mkdir()
     assert "there is no" in refused([str(tmp_path / "missing"), *output])
     assert "NoiseResult.save" in refused([str(results / "model.safetensors"), *output])
-    assert "is no whole safetensors file" in refused([str(tmp_path / "text.safetensors"), *output])
+    assert "is not a complete safetensors file" in refused([str(tmp_path / "text.safetensors"), *output])
     assert "holds none" in refused([str(tmp_path), *output])
     (tmp_path / "settings.json").write_text("{}")
     assert "folder of an evaluation" in refused([str(tmp_path), *output])

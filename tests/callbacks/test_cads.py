@@ -7,7 +7,7 @@ import torch
 from stock_calls import FAMILIES, STEPS, draw
 from tiny_pipelines import tiny_pipeline
 
-from noiseopt import CADS
+from noiseopt.callbacks import CADS
 
 CONDITIONS = {
     "sd": ("prompt_embeds",),

@@ -1,23 +1,15 @@
 """What watches, stops and records a run."""
 
 import csv
+import dataclasses
 
 import pytest
 import torch
 from PIL import Image
 from tiny_pipelines import SIZE, quiet, sd_pipeline, tiny_pipeline
 
-from noiseopt import (
-    BestOfN,
-    EarlyStopping,
-    History,
-    NoiseCallback,
-    NoiseState,
-    ReNO,
-    StepImages,
-    TimeBudget,
-    optimize_noise,
-)
+from noiseopt import BestOfN, EarlyStopping, ReNO, TimeBudget, optimize_noise
+from noiseopt.callbacks import History, NoiseCallback, NoiseState, StepImages
 
 ARGUMENTS = {"num_inference_steps": 1, "guidance_scale": 0.0, **SIZE}
 
@@ -36,7 +28,7 @@ def run(callbacks, prompt="a", method=None, **arguments):
 
 def state_with(losses: torch.Tensor) -> NoiseState:
     state = NoiseState(None, [""] * len(losses), 10, torch.zeros(len(losses), 1, 2, 2))
-    state.best_loss = losses
+    state.best = dataclasses.replace(state.best, loss=losses)
     return state
 
 
@@ -73,7 +65,7 @@ def test_early_stopping_counts_steps_without_progress():
     stopping, state = EarlyStopping(patience=2, min_delta=0.5), state_with(torch.tensor([5.0, 5.0]))
     stopping.on_run_start(state)
     for losses, active in [([5.0, 5.0], [1, 1]), ([4.0, 4.8], [1, 1]), ([3.0, 4.6], [1, 0]), ([2.9, 1.0], [1, 0])]:
-        state.best_loss = torch.tensor(losses)
+        state.best = dataclasses.replace(state.best, loss=torch.tensor(losses))
         stopping.on_step_end(state)
         assert state.active.tolist() == [bool(flag) for flag in active]
     assert state.stopped is None
@@ -142,4 +134,4 @@ def test_the_progress_bar_obeys_the_pipeline(capsys):
     pipe.set_progress_bar_config(disable=False, ncols=100)
     optimize_noise(pipe, "a", method, **ARGUMENTS)
     shown = capsys.readouterr().err
-    assert "Optimising noise" in shown and "2/2" in shown and shown.count("1/1") == 0
+    assert "Optimizing noise" in shown and "2/2" in shown and shown.count("1/1") == 0

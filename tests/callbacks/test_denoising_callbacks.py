@@ -7,7 +7,7 @@ from diffusers.callbacks import MultiPipelineCallbacks
 from stock_calls import FAMILIES, draw
 from tiny_pipelines import quiet, sd_pipeline, tiny_pipeline
 
-from noiseopt import CADS, DenoisingCallback, IntervalGuidance, ParticleGuidance
+from noiseopt.callbacks import CADS, DenoisingCallback, IntervalGuidance, ParticleGuidance
 
 GUIDED = ("sd", "sdxl", "sd3")  # families whose guidance can change within a call
 SWITCHED_OFF = {

@@ -1,10 +1,14 @@
 """A watched reward: what it says of runs whose outcome is known."""
 
+import dataclasses
+
 import pytest
 import torch
 from tiny_pipelines import SIZE, tiny_pipeline
 
-from noiseopt import CNO, ColorChannel, HeldOutReward, NoiseResult, NoiseState, ReNO, RewardSum, optimize_noise
+from noiseopt import CNO, HeldOutReward, NoiseResult, ReNO, RewardSum, optimize_noise
+from noiseopt.callbacks import NoiseState
+from noiseopt.rewards import ColorChannel
 
 
 def brightness(images, prompts):
@@ -23,16 +27,12 @@ def run(watch: HeldOutReward) -> NoiseResult:
 def after_steps(watch: HeldOutReward, losses: list[list[float]], shades: list[list[float]]) -> NoiseState:
     """The state after steps of two images, uniform in `shades`, with these losses."""
     state = NoiseState(None, ["", ""], 10, torch.zeros(2, 1, 2, 2))
-    state.best_loss = torch.full((2,), torch.inf)
     watch.on_run_start(state)
-    state.best_step = torch.zeros(2, dtype=torch.long)
     for step, (loss, shade) in enumerate(zip(losses, shades, strict=True)):
         state.step, state.loss = step, torch.tensor(loss)
-        better = state.loss < state.best_loss
-        state.best_loss, state.best_step = (
-            state.best_loss.where(~better, state.loss),
-            state.best_step.where(~better, step),
-        )
+        better = state.loss < state.best.loss
+        best_step = state.best.step.where(~better, step)
+        state.best = dataclasses.replace(state.best, loss=state.best.loss.where(~better, state.loss), step=best_step)
         state.images = torch.tensor(shade)[:, None, None, None].expand(2, 3, 4, 4)
         watch.on_step_end(state)
     return state

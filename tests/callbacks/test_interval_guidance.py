@@ -9,7 +9,7 @@ from diffusers import DDIMScheduler
 from stock_calls import STEPS, draw
 from tiny_pipelines import quiet, sd_pipeline, tiny_pipeline
 
-from noiseopt import IntervalGuidance
+from noiseopt.callbacks import IntervalGuidance
 
 GUIDED = ("sd", "sdxl", "sd3")
 

@@ -10,7 +10,7 @@ from diffusers import DDIMScheduler, EulerDiscreteScheduler, HeunDiscreteSchedul
 from stock_calls import FAMILIES, STEPS, draw
 from tiny_pipelines import quiet, sd3_pipeline, sd_pipeline, tiny_pipeline
 
-from noiseopt import ParticleGuidance
+from noiseopt.callbacks import ParticleGuidance
 from noiseopt.callbacks.particle_guidance import repulsion
 
 STRENGTH = {"coefficient": 30.0, "min_sigma": 1.0}

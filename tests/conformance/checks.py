@@ -20,18 +20,16 @@ from noiseopt import (
     PCN,
     BestOfN,
     GroupSelection,
-    MeanVariance,
     NeverTooLate,
     NoiseDiffusion,
     NoiseOptimizationMixin,
-    NoiseOptimizer,
-    NoisePGD,
     NoiseResult,
     ReNO,
     ZeroOrderSearch,
     optimize_noise,
-    predict_x0,
 )
+from noiseopt.pipelines import MeanVariance, NoiseOptimizer, NoisePGD
+from noiseopt.schedulers import predict_x0
 
 PROMPT = "a b"
 SETS = ("cno", "never_too_late", "group_selection")  # compare the images of a prompt
@@ -60,7 +58,7 @@ def method_of(column: Column, plain: torch.Tensor) -> NoiseOptimizer:
         "reno": lambda: ReNO(
             rewards=redness, steps=3, views=0, gradient="frozen" if frozen else "full", preview=preview
         ),
-        "cno": lambda: CNO(steps=2, window_size=4, stop_gradient=frozen),
+        "cno": lambda: CNO(steps=2, window_size=4, gradient="frozen" if frozen else "full"),
         "noise_diffusion": lambda: NoiseDiffusion(rewards=red_share, steps=3, selection="exact", candidates=1e9),
         "never_too_late": lambda: NeverTooLate(diversity={"pairwise": ("tiny_image", 5.0)}, steps=3),
         "noise_pgd": lambda: NoisePGD(rewards=redness, steps=3, step_size=0.02),
@@ -69,7 +67,7 @@ def method_of(column: Column, plain: torch.Tensor) -> NoiseOptimizer:
         "zero_order_search": lambda: ZeroOrderSearch(rewards=Distance(plain), steps=3),
         "pcn": lambda: PCN(rewards=Distance(plain), steps=3),
         "group_selection": lambda: GroupSelection(
-            rewards=Distance(plain), features="tiny_image", weight=0.5, candidates=2, preview=preview
+            rewards=Distance(plain), features="tiny_image", weight=0.5, steps=2, preview=preview
         ),
     }
     return makers[column.method]()
@@ -186,7 +184,7 @@ def check_off_and_class(family: str) -> None:
     assert torch.equal(Call(ours, call.arguments).plain, call.plain)
     method, before = method_of(COLUMNS["reno-full"], call.plain), state_of(ours)
     arguments = {**call.arguments, "generator": generator(), "output_type": "pt"}
-    output = ours(prompt=PROMPT, noise_optimizer=method, **arguments)
+    output = ours(prompt=PROMPT, method=method, **arguments)
     assert torch.equal(output.noise_result.initial_images, call.plain)
     assert torch.equal(output.images, output.noise_result.images)
     after = state_of(ours)

@@ -103,7 +103,7 @@ OTHER_STREAM = (
 )
 NO_DEPENDENCE = (
     "with zero terminal SNR and a frozen denoiser, the first x0 estimate does not depend on the noise: refused by "
-    "name; `CNO(stop_gradient=False)` works"
+    "name; `CNO(gradient='full')` works"
 )
 NO_ESTIMATE = "made for video, with no known x0 estimate: refused by name"
 REFUSED = {

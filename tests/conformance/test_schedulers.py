@@ -15,7 +15,7 @@ from problems import generator, redness
 from tiny_families import FAMILY_BUILDERS, drawn_image, family_arguments, tiny_family
 from tiny_pipelines import SIZE, quiet, tiny_pipeline
 
-from noiseopt import BestOfN, NoiseOptimizationMixin, ReNO, list_noise_optimizers, optimize_noise
+from noiseopt import BestOfN, NoiseOptimizationMixin, ReNO, list_methods, optimize_noise
 
 SD_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 CLEAN = {"clip_sample": False}  # as in the configs of SD and SDXL
@@ -23,7 +23,7 @@ SETTINGS = {"ddim": CLEAN, "ddpm": CLEAN, "pndm": {"skip_prk_steps": True}, "vid
 COLUMN_OF = {"full": "reno-full", "frozen": "reno-frozen", "x0": "cno-frozen", "none": "best_of_n-none"}
 REFUSALS = {
     "flow_euler_stochastic": "StableDiffusion3Pipeline with FlowMatchEulerDiscreteScheduler draws",
-    "zero_snr": "zero terminal SNR.*DDIMScheduler.*stop_gradient=False",
+    "zero_snr": 'zero terminal SNR.*DDIMScheduler.*gradient="full"',
     "video": "CogVideoXDDIMScheduler, which is made for video",
 }
 
@@ -63,7 +63,7 @@ def test_fast_tier_has_three_columns_of_each_family_and_three_families_of_each_c
 
 
 def test_every_method_and_every_tiny_family_has_its_cells():
-    assert {column.method for column in COLUMNS.values()} == set(list_noise_optimizers())
+    assert {column.method for column in COLUMNS.values()} == set(list_methods())
     assert FAMILIES.keys() == FAMILY_BUILDERS.keys()
     assert {name for name, _ in REFUSED} == REFUSALS.keys()
 
@@ -111,7 +111,7 @@ def test_a_pipeline_that_takes_no_latents_is_refused_and_works_as_a_class():
     with pytest.raises(TypeError, match="StableDiffusionImg2ImgPipeline takes none.*NoiseOptimizationMixin"):
         optimize_noise(pipe, "a", ReNO(rewards=redness), **IMAGE)
     cls = type("Ours", (NoiseOptimizationMixin, StableDiffusionImg2ImgPipeline), {})
-    arguments = {**IMAGE, "noise_optimizer": ReNO(rewards=redness, steps=3), "output_type": "pt"}
+    arguments = {**IMAGE, "method": ReNO(rewards=redness, steps=3), "output_type": "pt"}
     output = sd_as(cls)("a", generator=generator(), **arguments)
     assert torch.equal(output.images, output.noise_result.images)
     assert torch.equal(

@@ -43,7 +43,7 @@ def test_the_multi_step_model_is_optimised_through_its_chain():
     pipe = ReNOStableDiffusionPipeline.from_pretrained(shapes_world.path("guided"))
     pipe.set_progress_bar_config(disable=True)
     settings = {**shapes_world.MODELS["guided"].call, "generator": seeded(0, 4)}
-    output = pipe(list(PROMPTS[:4]), rewards=shapes_world.path("clip"), optimization_steps=8, **settings)
+    output = pipe(list(PROMPTS[:4]), rewards=shapes_world.path("clip"), steps=8, **settings)
     found = output.noise_result
     gain = found.best_scores["clipscore"] - found.initial_scores["clipscore"]
     assert (gain > 0).all() and gain.mean() > 0.5

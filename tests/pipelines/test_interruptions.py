@@ -19,7 +19,6 @@ from tiny_pipelines import SIZE, quiet, sd_pipeline
 
 from noiseopt import (
     CNO,
-    DPP,
     PCN,
     BestOfN,
     GroupSelection,
@@ -28,14 +27,14 @@ from noiseopt import (
     NeverTooLateStableDiffusionPipeline,
     NoiseDiffusion,
     NoiseResult,
-    QualityGuard,
     ReNO,
     ReNOStableDiffusionPipeline,
     grow_set,
     optimize_noise,
 )
-from noiseopt.pipelines import noise_file
+from noiseopt.pipelines import QualityGuard, noise_file
 from noiseopt.pipelines.never_too_late.image_set import SetGrowth
+from noiseopt.rewards import DPP
 
 ONE = {"num_inference_steps": 1, "guidance_scale": 0.0, **SIZE}
 
@@ -118,7 +117,7 @@ METHODS: dict[str, Callable[[Events], Any]] = {
     "best of n": lambda events: BestOfN(rewards=events.redness, steps=2),
     "best of previews": lambda events: BestOfN(rewards=events.redness, steps=3, preview=True, keep=2),
     "pcn": lambda events: PCN(rewards=events.redness, steps=3, beta=0.5, acceptance=0.3),
-    "group selection": lambda events: GroupSelection(rewards=events.redness, features=FEATURES, candidates=2),
+    "group selection": lambda events: GroupSelection(rewards=events.redness, features=FEATURES, steps=2),
     "never too late": lambda events: NeverTooLate(
         diversity={DPP(FEATURES): 15.0}, steps=3, guard=QualityGuard(reward=events.redness, drop=0.01)
     ),
@@ -129,8 +128,8 @@ def call(pipe, how: str, events: Events, path: Path):
     """The pipeline's own call, with the image at the end."""
     return pipe(
         "a b",
-        noise_optimizer=METHODS[how](events),
-        callback_on_optimization_step_end=events.callback,
+        method=METHODS[how](events),
+        callbacks=events.callback,
         save_noise_to=str(path),
         generator=generator(),
         num_images_per_prompt=2,
@@ -230,7 +229,7 @@ class Lines:
 
 MODULES = {  # and one place of how many is taken, for the time that it takes
     "the call": (("module_state", "noise_hook"), 1),
-    "the loop": (("noise_optimizer",), 3),
+    "the loop": (("method",), 3),
     "the file": (("noise_file", "whole_file", "result_file", "noise_result"), 2),
 }
 
@@ -355,7 +354,7 @@ def test_an_error_of_the_final_image_hands_out_the_noise_too(tmp_path):
     def refuse(pipe, index, timestep, tensors):
         raise RuntimeError("the image")
 
-    arguments = {"rewards": "red", "optimization_steps": 2, "callback_on_step_end": refuse}
+    arguments = {"rewards": "red", "steps": 2, "callback_on_step_end": refuse}
     with pytest.raises(RuntimeError, match="the image") as raised:
         model()("a b", save_noise_to=str(tmp_path / "x.safetensors"), **arguments, **ONE)
     found = NoiseResult.load(tmp_path / "x.safetensors")

@@ -12,6 +12,7 @@ from ..evaluation.looking import Looking
 from ..pipelines.hook import optimize_noise
 from ..pipelines.problem import NoiseProblem
 from ..pipelines.results.noise_result import NoiseResult
+from ..pipelines.sampling.internals import execution_device
 from ..quiet import quiet_libraries
 from .groups import CannotAnalyze, Group, embedded_name, pooled
 
@@ -85,7 +86,7 @@ def final_latents(pipe: Any, result: NoiseResult, noise: Tensor) -> Tensor:
         raise ValueError("Expected the prompts of the call, but it was given embeddings, which results do not keep.")
     arguments = {name: repeated(value, len(prompts)) if name in TEXTS else value
                  for name, value in result.provenance["arguments"].items()}  # fmt: skip
-    device, dtype = pipe._execution_device, getattr(torch, result.provenance["dtype"])
+    device, dtype = execution_device(pipe), getattr(torch, result.provenance["dtype"])
     ours = {"num_images_per_prompt": 1, "latents": noise.to(device, dtype), "generator": result.generator()}
     found: list[Tensor] = []
 

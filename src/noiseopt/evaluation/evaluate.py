@@ -16,7 +16,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from tqdm import tqdm
 
 from .. import shapes_world
-from ..pipelines.sampling.sampler import stock_call
+from ..pipelines.sampling.first_call import stock_call
 from ..quiet import quiet_libraries
 from .calibration import calibrate
 from .embedded_diversity import towers_of

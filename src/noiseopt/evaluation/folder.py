@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from ..pipelines.results.settings_diff import differences as differences
+from ..pipelines.results.settings_diff import settings_diff as differences
 from .plan import Contender, slug
 from .unit import Unit, write_json
 

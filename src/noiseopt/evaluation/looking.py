@@ -1,33 +1,35 @@
-"""What a method gets from a pipeline call, for those who take the gradients themselves."""
+"""Access to the problem of a pipeline call, for code that takes gradients itself."""
 
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
-from ..pipelines.method import NoiseOptimizer
-from ..pipelines.objective import FunctionObjective, Objective
+from ..pipelines.baselines.plain_sampling import PlainSampling
 from ..pipelines.problem import NoiseProblem
+from ..pipelines.sampling.sampler import Clamp, Gradient
 
 
-class Looking(NoiseOptimizer):
-    """Shows a function the problem of a call from inside the run, and leaves the noise as it is.
+class Looking(PlainSampling):
+    """Hands the problem of a call to a function from inside the run, and leaves the noise as it is.
 
-    The modules are set for gradients while the function runs, as they are for every method.
+    The modules are prepared for gradients while the function runs, as for every method.
 
     Args:
-        then: Is given the problem; what it returns does not count.
-        settings: Of any method, such as `checkpointing="blocks"`.
+        then: The function, called with the problem; its return value is ignored.
+        settings: Settings of any method, such as `checkpointing="blocks"`.
     """
 
-    steps = 1
+    gradient_mode: Gradient = "full"  # pyright: ignore[reportIncompatibleMethodOverride]
+    clamp: Clamp = "straight_through"  # pyright: ignore[reportIncompatibleMethodOverride]
+    previews: bool = False  # pyright: ignore[reportIncompatibleMethodOverride]
 
     def __init__(self, then: Callable[[NoiseProblem], Any], **settings: Any) -> None:
-        self.then = then
-        vars(self).update(settings)
-
-    def objective(self, pipe) -> Objective:
-        return FunctionObjective(lambda sample: torch.zeros(len(sample.noise), device=sample.noise.device))
+        super().__init__()
+        if "gradient" in settings:
+            settings["gradient_mode"] = settings.pop("gradient")
+        vars(self).update(then=then, **settings)
 
     def start(self, problem: NoiseProblem) -> None:
-        self.then(problem)
+        vars(self)["then"](problem)
+
+    def check(self) -> None:
+        """Accept any settings."""

@@ -21,7 +21,7 @@ from ..callbacks.interval_guidance import IntervalGuidance
 from ..callbacks.particle_guidance import ParticleGuidance
 from ..pipelines.baselines.plain_sampling import PlainSampling
 from ..pipelines.method import NoiseOptimizer
-from ..pipelines.registry import METHODS, list_noise_optimizers
+from ..pipelines.registry import METHODS, list_methods
 from ..pipelines.searches.best_of_n import BestOfN
 from ..rewards.contract.registry import find_reward
 from ..rewards.features.auto_features import find_features
@@ -139,7 +139,7 @@ class MethodChoice:
         """Reads `"reno"` or `"reno:steps=20,mode=parity"`. Raises `ValueError` for what no method takes."""
         name, _, settings = text.partition(":")
         if name not in METHODS and name not in CALLBACKS:
-            known = ", ".join([*list_noise_optimizers(), *CALLBACKS])
+            known = ", ".join([*list_methods(), *CALLBACKS])
             raise ValueError(f"Expected a method out of {known}, but got {name!r}.")
         choice = (CallbackChoice if name in CALLBACKS else cls)(text, name, parse_settings(settings))
         choice.check()

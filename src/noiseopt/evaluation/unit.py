@@ -15,7 +15,7 @@ from .. import shapes_world
 from ..pipelines.baselines.plain_sampling import PlainSampling
 from ..pipelines.hook import optimize_noise
 from ..pipelines.method import NoiseOptimizer
-from ..pipelines.results.atomic_write import write_whole as write_whole
+from ..pipelines.results.atomic_write import atomic_write as write_whole
 from ..pipelines.results.noise_result import NoiseResult
 from ..pipelines.searches.best_of_n import BestOfN
 from .instruments import Instruments, noise_measures, set_measures, verdicts

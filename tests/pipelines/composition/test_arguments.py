@@ -23,8 +23,8 @@ def test_embeddings_are_the_prompt_that_they_encode(family):
         read.append(list(prompts))
         return redness(images, prompts)
 
-    method = ReNO(rewards=reward, steps=2, reward_prompt="as it reads")
-    found = optimize_noise(pipe, None, method, generator=generator(), **arguments, **embeds)
+    asked = {"reward_prompt": "as it reads", "generator": generator()}
+    found = optimize_noise(pipe, None, ReNO(rewards=reward, steps=2), **asked, **arguments, **embeds)
     plain = ReNO(rewards=redness, steps=2)
     expected = optimize_noise(pipe, "a b", plain, generator=generator(), **arguments, **written)
     assert torch.equal(found.noise, expected.noise)
@@ -83,7 +83,7 @@ def test_a_callback_per_denoising_step_has_its_way_with_the_final_image_alone(do
     stock, arguments = tiny_pipeline("sdxl"), call_arguments("sdxl")
     pipe = ReNOTurboPipeline.from_pipe(stock)
     pipe.set_progress_bar_config(disable=True)
-    optimized = {**arguments, "rewards": redness, "optimization_steps": 3, "output_type": "pt"}
+    optimized = {**arguments, "rewards": redness, "steps": 3, "output_type": "pt"}
     output = pipe("a b", generator=generator(), **optimized, **CALLBACKS[does])
     found = output.noise_result
     assert torch.equal(found.noise, pipe("a b", generator=generator(), **optimized).noise_result.noise)

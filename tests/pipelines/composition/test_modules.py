@@ -11,7 +11,7 @@ from problems import generator, redness
 from tiny_pipelines import BUILDERS, SIZE, call_arguments, quiet, sd_pipeline, sdxl_pipeline
 
 from noiseopt import ReNO, optimize_noise
-from noiseopt.pipelines.sampling.sampler import stock_call
+from noiseopt.pipelines.sampling.first_call import stock_call
 
 CHANNELS_LAST = torch.channels_last
 

@@ -40,7 +40,7 @@ def test_a_pipeline_made_of_another_draws_the_same_and_optimizes():
     plain = draw(stock, **arguments)
     pipe = quiet(ReNOTurboPipeline.from_pipe(stock))
     assert torch.equal(draw(pipe, **arguments), plain)
-    output = pipe("a b", rewards=redness, optimization_steps=2, generator=generator(), **arguments)
+    output = pipe("a b", rewards=redness, steps=2, generator=generator(), **arguments)
     expected = optimize_noise(stock, "a b", ReNO(rewards=redness, steps=2), generator=generator(), **arguments)
     assert torch.equal(output.noise_result.noise, expected.noise)
     assert torch.equal(draw(stock, **arguments), plain)
@@ -112,7 +112,7 @@ def pipelines_of_one_class():
 
     def run(pipe, seed, steps):
         arguments = {**call_arguments("sd"), "num_inference_steps": steps, "generator": generator(seed)}
-        return pipe("a b", rewards=redness, optimization_steps=3, output_type="pt", **arguments).noise_result
+        return pipe("a b", rewards=redness, steps=3, output_type="pt", **arguments).noise_result
 
     return pipes, [lambda: run(pipes[0], 0, 1), lambda: run(pipes[1], 1, 3)]
 
@@ -123,9 +123,9 @@ def one_pipeline(family):
     arguments = {**SIZE, **embeddings_of(pipe, family)}
 
     def run(seed, steps):
-        method = ReNO(rewards=redness, steps=3, reward_prompt="a b")
+        method = ReNO(rewards=redness, steps=3)
         call = {**arguments, "num_inference_steps": steps, "generator": generator(seed)}
-        return optimize_noise(pipe, None, method, **call)
+        return optimize_noise(pipe, None, method, reward_prompt="a b", **call)
 
     return [pipe], [lambda: run(0, 1), lambda: run(1, 3)]
 

@@ -14,11 +14,13 @@ from diffusers import (
 from peft import LoraConfig
 from tiny_pipelines import BUILDERS, call_arguments, quiet, sd_pipeline, tiny_pipeline
 
-from noiseopt import CNO, FunctionObjective, NoiseOptimizer, ReNO, ReNOStableDiffusionPipeline, optimize_noise
+from noiseopt import CNO, ReNO, ReNOStableDiffusionPipeline, optimize_noise
 from noiseopt.evaluation.live_bytes import LiveBytes
-from noiseopt.pipelines.memory.checkpointing import BLOCK_SETTINGS, POLICIES
+from noiseopt.pipelines import FunctionObjective, NoiseOptimizer
+from noiseopt.pipelines.memory.checkpointing import POLICIES
 from noiseopt.pipelines.memory.graph_size import GraphTooLarge, SavedBytes
 from noiseopt.pipelines.registry import METHODS
+from noiseopt.pipelines.sampling.internals import BLOCK_SETTINGS
 
 FAMILIES = ["sd", "sdxl", "sd3", "flux"]
 ONE_STEP = {**call_arguments("sd"), "num_inference_steps": 1}
@@ -313,7 +315,7 @@ def test_cno_through_the_denoiser():
     arguments = {**call_arguments("sd"), "num_images_per_prompt": 2}
 
     def run(policy):
-        method = CNO(stop_gradient=False, window_size=4, checkpointing=policy)
+        method = CNO(gradient="full", window_size=4, checkpointing=policy)
         return optimize_noise(
             double_pipeline("sd"), "a", method, generator=torch.Generator().manual_seed(0), **arguments
         )
@@ -330,8 +332,8 @@ def test_a_pipeline_takes_it_by_name():
         pipe(
             "a",
             rewards="brightness",
-            optimization_steps=2,
-            reno_kwargs={"checkpointing": policy},
+            steps=2,
+            method_kwargs={"checkpointing": policy},
             generator=torch.Generator().manual_seed(0),
             output_type="pt",
             **call_arguments("sd"),

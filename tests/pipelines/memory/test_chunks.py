@@ -17,11 +17,11 @@ from problems import problem_of
 from tiny_features import build_features
 from tiny_pipelines import BUILDERS, call_arguments, quiet, tiny_pipeline
 
-from noiseopt import DPP, ReNO, RewardSum, optimize_noise
+from noiseopt import ReNO, RewardSum, optimize_noise
 from noiseopt.pipelines.memory.chunks import BatchLayout, WholeBatchDraws
 from noiseopt.pipelines.memory.graph_size import SavedBytes
 from noiseopt.pipelines.method import chunk_size_of
-from noiseopt.rewards import SetRewardSum
+from noiseopt.rewards import DPP, SetRewardSum
 
 FAMILIES = ["sd", "sdxl", "sd3", "flux"]
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}

@@ -4,7 +4,8 @@ import pytest
 import torch
 from tiny_pipelines import call_arguments, tiny_pipeline
 
-from noiseopt import FunctionObjective, NoiseOptimizer, ReNO, optimize_noise
+from noiseopt import ReNO, optimize_noise
+from noiseopt.pipelines import FunctionObjective, NoiseOptimizer
 from noiseopt.pipelines.memory.graph_size import SavedBytes, fitting_chunk_size, free_memory
 
 

@@ -7,17 +7,15 @@ from tiny_pipelines import BUILDERS, call_arguments, quiet, tiny_pipeline
 from two_devices import OTHER, TwoDevices, elsewhere, weights_elsewhere
 
 from noiseopt import (
-    DPP,
     BestOfN,
     NeverTooLate,
     NeverTooLateStableDiffusionPipeline,
     ReNO,
     ReNOStableDiffusionPipeline,
-    Reward,
     optimize_noise,
 )
 from noiseopt.pipelines.registry import METHODS
-from noiseopt.rewards import AutoFeatures, AutoReward, SetRewardSum
+from noiseopt.rewards import DPP, AutoFeatures, AutoReward, Reward, SetRewardSum
 
 CALL = {**call_arguments("sd"), "num_inference_steps": 1, "guidance_scale": 1.0}
 PIXELS = torch.linspace(-1, 1, 3 * 32 * 32).view(1, 3, 32, 32)

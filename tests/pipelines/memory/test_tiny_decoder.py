@@ -9,7 +9,6 @@ from tiny_features import build_features
 from tiny_pipelines import BUILDERS, call_arguments, quiet, tiny_pipeline
 
 from noiseopt import (
-    DPP,
     BestOfN,
     GroupSelection,
     NeverTooLate,
@@ -20,7 +19,7 @@ from noiseopt import (
     optimize_noise,
 )
 from noiseopt.pipelines.memory.tiny_decoder import FULL_DECODER
-from noiseopt.rewards import SetRewardSum
+from noiseopt.rewards import DPP, SetRewardSum
 
 FAMILIES = ["sd", "sdxl", "sd3", "flux"]
 
@@ -120,7 +119,7 @@ def test_methods_have_it():
     pipe, decoder = tiny_pipeline("sd"), decoder_of()
     diversity = SetRewardSum(DPP(build_features("dinov2")))
     guarded = NeverTooLate(diversity=diversity, rewards=brightness, guard={brightness: 0.5}, steps=2, decoder=decoder)
-    selection = GroupSelection(rewards=brightness, features=build_features("dinov2"), candidates=2, decoder=decoder)
+    selection = GroupSelection(rewards=brightness, features=build_features("dinov2"), steps=2, decoder=decoder)
     noise_diffusion = NoiseDiffusion(rewards=brightness, steps=2, candidates=2, decoder=decoder)
     previews = BestOfN(rewards=brightness, steps=3, preview=True, keep=2, decoder=decoder)
     for method, count in ((guarded, 2), (selection, 2), (noise_diffusion, 1), (previews, 1)):
@@ -135,8 +134,8 @@ def test_methods_have_it():
 def test_a_folder_by_name_in_the_call_of_a_pipeline(tmp_path):
     decoder_of().save_pretrained(tmp_path)
     pipe = quiet(BUILDERS["sd"](ReNOStableDiffusionPipeline))
-    call = {"rewards": "brightness", "optimization_steps": 2, "output_type": "pt", **call_arguments("sd")}
-    output = pipe("a", reno_kwargs={"decoder": str(tmp_path)}, generator=torch.Generator().manual_seed(0), **call)
+    call = {"rewards": "brightness", "steps": 2, "output_type": "pt", **call_arguments("sd")}
+    output = pipe("a", method_kwargs={"decoder": str(tmp_path)}, generator=torch.Generator().manual_seed(0), **call)
     torch.testing.assert_close(output.images, output.noise_result.images, rtol=0, atol=1e-5)
     assert output.noise_result.provenance["decoder"]["name"] == str(tmp_path)
     assert output.noise_result.provenance["settings"]["decoder"] == str(tmp_path)

@@ -21,16 +21,16 @@ from noiseopt import (
     NeverTooLateStableDiffusionPipeline,
     NeverTooLateTurboPipeline,
     NoiseResult,
-    QualityGuard,
-    SetRewardSum,
     grow_set,
     optimize_noise,
     shapes_world,
 )
 from noiseopt.demo import ONE_STEP, load_pipeline, seeded
-from noiseopt.pipelines import image_set_folder, result_file
+from noiseopt.pipelines import QualityGuard
+from noiseopt.pipelines.never_too_late import image_set_folder
 from noiseopt.pipelines.never_too_late.image_set import pixels_of, sequential_method
-from noiseopt.rewards import DPP, AutoReward, CLIPFeatures, DINOv2Features, Features
+from noiseopt.pipelines.results import result_file
+from noiseopt.rewards import DPP, AutoReward, CLIPFeatures, DINOv2Features, Features, SetRewardSum
 
 FAMILIES = ["sd", "sdxl", "sd3", "flux"]
 ONE = {"num_inference_steps": 1, "guidance_scale": 0.0, **SIZE}
@@ -450,10 +450,10 @@ BAD = [
     ({"prompt": ["a", "b"]}, ValueError, "Expected one prompt for the set"),
     ({"method": CNO()}, TypeError, "such as `NeverTooLate`.*but CNO has none"),
     ({"method": BestOfN(rewards=redness)}, TypeError, "but BestOfN has none"),
-    ({"method": "nothing"}, ValueError, "Unknown method 'nothing'"),
+    ({"method": "nothing"}, ValueError, "a method out of .* but got 'nothing'"),
     ({"method": method(diversity="nothing")}, ValueError, "nothing"),
     ({"method": method(stop_at={"vendi": 2.0})}, ValueError, "`stop_at` of set rewards out of"),
-    ({"method": method(learning_rate=-1.0)}, ValueError, "learning_rate >= 0"),
+    ({"method": method(learning_rate=-1.0)}, ValueError, "`learning_rate` to be a number in"),
     ({"num_images_per_prompt": 2}, ValueError, "without .'num_images_per_prompt'."),
     ({"latents": torch.zeros(1, 4, 16, 16)}, ValueError, "without .'latents'."),
     ({"output_type": "pt"}, ValueError, "without .'output_type'."),
@@ -505,7 +505,7 @@ PIPELINES = {
 def test_a_pipeline_grows_the_same_set_from_plain_values(cls, tmp_path):
     build, family = PIPELINES[cls]
     pipe, call = quiet(cls(**quiet(build()).components)), call_arguments(family)
-    settings = {"diversity": {"dpp": ("tiny_image", 15.0)}, "optimization_steps": 3, "learning_rate": 50.0}
+    settings = {"diversity": {"dpp": ("tiny_image", 15.0)}, "steps": 3, "learning_rate": 50.0}
     output = pipe.grow_set("a b", 3, **settings, generator=3, folder=tmp_path, **call)
     found = method(max_grad_norm=0.15)
     expected = grow_set(tiny_pipeline(family), "a b", 3, found, generator=3, **call)
@@ -518,7 +518,7 @@ def test_a_pipeline_loads_what_has_a_name_once():
     pipe = quiet(NeverTooLateStableDiffusionPipeline(**sd_pipeline().components, requires_safety_checker=False))
     settings = {"diversity": {"dpp": ("tiny_image", 15.0)}, "rewards": "sharpness", "guard": {"complexity": 0.5}}
     for _ in range(2):
-        pipe.grow_set("a b", 2, **settings, optimization_steps=2, **ONE)
+        pipe.grow_set("a b", 2, **settings, steps=2, **ONE)
     assert list(vars(pipe)["_loaded_features"]) == ["tiny_image"]
     assert set(vars(pipe)["_loaded_rewards"]) == {"sharpness", "complexity"}
 

@@ -31,14 +31,13 @@ from noiseopt import (
     NeverTooLateTurboPipeline,
     NoiseResult,
     PinkNoise,
-    QualityGuard,
-    SetRewardSum,
     optimize_noise,
     shapes_world,
 )
 from noiseopt.demo import ONE_STEP, load_pipeline
+from noiseopt.pipelines import QualityGuard
 from noiseopt.pipelines.never_too_late.quality_guard import GUARD_REPORT
-from noiseopt.rewards import DPP, AutoFeatures, NonDifferentiableReward, PairwiseDiversity
+from noiseopt.rewards import DPP, AutoFeatures, NonDifferentiableReward, PairwiseDiversity, SetRewardSum
 from noiseopt.rewards.sets.hinged_set_reward import HingedSetReward
 
 ARGUMENTS = {"num_inference_steps": 1, "guidance_scale": 0.0, **SIZE}
@@ -251,9 +250,9 @@ class Watched(NeverTooLate):
 
     velocities: list[torch.Tensor] = []  # noqa: RUF012  emptied by each test that reads it
 
-    def step(self, state, gradient, memory):
-        moved = super().step(state, gradient, memory)
-        self.velocities.append(memory.velocity.clone())
+    def step(self, run, gradient, state):
+        moved = super().step(run, gradient, state)
+        self.velocities.append(state.velocity.clone())
         return moved
 
 
@@ -277,7 +276,7 @@ def test_a_rejected_image_goes_back_without_momentum_and_the_others_go_on():
     torch.testing.assert_close(noises[3][1] - noises[4][1], velocities[3][1], rtol=0, atol=1e-6)
     assert result.reports[GUARD_REPORT]["rejections"] == [0, 1, 0, 0]
     assert result.reports[GUARD_REPORT]["accepted_steps"] == [3] * 4
-    assert result.reports[GUARD_REPORT]["held"] == [False] * 4
+    assert result.reports[GUARD_REPORT]["frozen"] == [False] * 4
 
 
 def test_a_rejected_step_is_never_the_best_and_image_and_noise_belong_together():
@@ -298,7 +297,7 @@ def test_a_guard_that_never_accepts_says_so_and_returns_the_plain_images():
     with pytest.warns(UserWarning, match=r"accepted no step of the sets of images \[0, 1, 2, 3\].*larger drop"):
         result, noises = find(method(guard=guard))
     assert torch.equal(result.noise, noises[0]) and torch.equal(result.images, result.initial_images)
-    assert len(result.losses) == 6 and result.reports[GUARD_REPORT]["kept_plain"] == [True] * 4
+    assert len(result.losses) == 6 and result.reports[GUARD_REPORT]["kept_baseline"] == [True] * 4
 
 
 def test_freezing_holds_an_image_for_good_and_ends_when_all_are_held():
@@ -306,7 +305,7 @@ def test_freezing_holds_an_image_for_good_and_ends_when_all_are_held():
     result, noises = find(method(guard=guard))
     assert all(torch.equal(noise[1], noises[1][1]) for noise in noises[3:])
     assert not torch.equal(noises[4][0], noises[3][0])
-    assert result.reports[GUARD_REPORT]["held"] == [False, True, False, False]
+    assert result.reports[GUARD_REPORT]["frozen"] == [False, True, False, False]
     assert result.reports[GUARD_REPORT]["accepted_steps"] == [4] * 4
     guard = QualityGuard(reward=Script(GOOD, GOOD, [0.0] * 4), drop=0.5, mode="freeze")
     result, noises = find(method(guard=guard))
@@ -321,7 +320,7 @@ def test_an_image_below_its_threshold_from_the_start_is_held_at_its_plain_noise(
         result, noises = find(method(guard=guard))
     assert result.best_step.unique().tolist() == [5]
     assert torch.equal(result.noise[0], noises[0][0]) and not torch.equal(result.noise[1], noises[0][1])
-    assert result.reports[GUARD_REPORT]["held"] == [True, False, False, False]
+    assert result.reports[GUARD_REPORT]["frozen"] == [True, False, False, False]
     assert result.reports[GUARD_REPORT]["limits"]["guard Script"] == [0.5] * 4
 
 
@@ -343,7 +342,7 @@ def test_a_set_that_was_diverse_enough_at_once_was_not_rejected():
         result, _ = find(method(guard=guard, stop_at=target, steps=3), ["a", "b"])
     done = int(values.argmax()) * 4
     assert result.reports[GUARD_REPORT]["accepted_steps"][done] == 0
-    assert not any(result.reports[GUARD_REPORT]["kept_plain"])
+    assert not any(result.reports[GUARD_REPORT]["kept_baseline"])
 
 
 def test_limits_in_closed_form():
@@ -517,14 +516,14 @@ def test_a_set_of_one_and_references_that_do_not_fit_are_refused_before_any_mode
         ({"guard": {"red": {"limit": 1}}}, r"settings of a guard out of .*but got \['limit'\]"),
         ({"guard": {"red": {"drop": 0.1, "mode": "stop"}}}, '"revert" or "freeze"'),
         ({"guard": [QualityGuard(reward="red", drop=0.1)] * 2}, "one guard for each reward, but got two for 'red'"),
-        ({"steps": 0}, "`steps` to be an integer of 1 or more"),
-        ({"mode": "paper"}, '"default" or "parity"'),
-        ({"learning_rate": -1.0}, "learning_rate >= 0"),
-        ({"learning_rate": math.inf}, "finite learning_rate"),
-        ({"momentum": 1.0}, r"momentum in \[0, 1\)"),
-        ({"max_grad_norm": 0.0}, "max_grad_norm > 0"),
-        ({"regularization": -0.1}, "prior weight of 0 or more"),
-        ({"warm_up": -1}, "`warm_up` to be an integer of 0 or more"),
+        ({"steps": 0}, "`steps` to be an integer in"),
+        ({"mode": "paper"}, "`mode` to be one of"),
+        ({"learning_rate": -1.0}, "`learning_rate` to be a number in"),
+        ({"learning_rate": math.inf}, "`learning_rate` to be a number in"),
+        ({"momentum": 1.0}, "`momentum` to be a number in"),
+        ({"max_grad_norm": 0.0}, "`max_grad_norm` to be a number in"),
+        ({"regularization": -0.1}, "`regularization` to be a number in"),
+        ({"warm_up": -1}, "`warm_up` to be an integer in"),
         ({"hinge": math.nan}, "`hinge` of 'dpp' to be a finite number"),
         ({"stop_at": {"vendi": 2.0}}, r"`stop_at` of set rewards out of \['dpp'\], but got \['vendi'\]"),
         ({"stop_ratio": True}, "`stop_ratio` of 'dpp' to be a finite number"),
@@ -620,9 +619,9 @@ def test_pipelines_optimise_sets_and_leave_everything_else_to_the_stock_class(cl
         "diversity": {"dpp": (names["dinov2"], 150.0)},
         "rewards": {names["clip"]: 0.1},
         "guard": {"sharpness": {"keep": 0.01}},
-        "optimization_steps": 3,
+        "steps": 3,
         "learning_rate": 60.0,
-        "never_too_late_kwargs": {"hinge": 0.99},
+        "method_kwargs": {"hinge": 0.99},
     }
     output = ours(prompts, generator=generator(), **asked, **call)
     result = output.noise_result
@@ -645,7 +644,7 @@ def test_what_has_a_name_is_loaded_once_for_each_pipeline(names, monkeypatch):
 
     monkeypatch.setattr(AutoFeatures, "from_pretrained", count)
     pipe = quiet(NeverTooLateStableDiffusionPipeline(**sd_pipeline().components, requires_safety_checker=False))
-    call = {**call_of(NeverTooLateStableDiffusionPipeline), "optimization_steps": 1}
+    call = {**call_of(NeverTooLateStableDiffusionPipeline), "steps": 1}
     folder = names["dinov2"]
     pipe("a", diversity={"dpp": (folder, 1.0), "vendi_2": (folder, 1.0)}, **call)
     pipe("a", diversity={"dpp": (folder, 2.0)}, guard={names["clip"]: 0.1}, **call)
@@ -659,17 +658,17 @@ def test_settings_of_a_call_go_together():
     pipe = quiet(NeverTooLateStableDiffusionPipeline(**sd_pipeline().components, requires_safety_checker=False))
     call = {**call_of(NeverTooLateStableDiffusionPipeline), "generator": generator()}
     color = {"dpp": ("color_histogram", 1.0)}
-    by_kwargs = pipe("a", never_too_late_kwargs={"diversity": color, "steps": 2}, **call).noise_result
+    by_kwargs = pipe("a", method_kwargs={"diversity": color, "steps": 2}, **call).noise_result
     assert by_kwargs.losses.shape == (2, 2)
     with pytest.raises(ValueError, match=r"Expected `diversity` beside \['rewards', 'steps'\]"):
-        pipe("a", rewards="red", optimization_steps=3, **call)
-    with pytest.raises(ValueError, match=r"\['diversity'\] by argument and in `never_too_late_kwargs` too"):
-        pipe("a", diversity=color, never_too_late_kwargs={"diversity": color}, **call)
-    with pytest.raises(ValueError, match="`diversity` or `noise_optimizer`, but got both"):
-        pipe("a", diversity=color, noise_optimizer=method(), **call)
+        pipe("a", rewards="red", steps=3, **call)
+    with pytest.raises(ValueError, match=r"\['diversity'\] as arguments and in `method_kwargs` too"):
+        pipe("a", diversity=color, method_kwargs={"diversity": color}, **call)
+    with pytest.raises(ValueError, match=r"`method` or \['diversity'\], but got both"):
+        pipe("a", diversity=color, method=method(), **call)
     with pytest.raises(ValueError, match="at least 2 images of each prompt"):
         pipe("a", diversity=color, **{**call, "num_images_per_prompt": 1})
-    zero = pipe("a", diversity=color, rewards={"red": 0.0}, guard={"red": 0.1}, optimization_steps=2, **call)
+    zero = pipe("a", diversity=color, rewards={"red": 0.0}, guard={"red": 0.1}, steps=2, **call)
     assert set(zero.noise_result.scores) == {"dpp", "guard red"}
 
 
@@ -679,7 +678,7 @@ def test_a_guard_from_the_hub_is_no_instance_of_ours():
     )
     twin.mode = "revert"
     pipe = quiet(NeverTooLateStableDiffusionPipeline(**sd_pipeline().components, requires_safety_checker=False))
-    call = {**call_of(NeverTooLateStableDiffusionPipeline), "generator": generator(), "optimization_steps": 2}
+    call = {**call_of(NeverTooLateStableDiffusionPipeline), "generator": generator(), "steps": 2}
     result = pipe("a", diversity={"dpp": ("color_histogram", 1.0)}, guard=twin("sharpness", 0.5), **call).noise_result
     torch.testing.assert_close(
         torch.tensor(result.reports[GUARD_REPORT]["limits"]["guard sharpness"]),
@@ -691,7 +690,7 @@ def test_a_guard_from_the_hub_is_no_instance_of_ours():
 def test_on_the_embedded_model_sets_come_to_differ(tower):
     pipe = NeverTooLateStableDiffusionPipeline(**load_pipeline("turbo").components, requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
-    call = {"num_images_per_prompt": 4, "output_type": "pt", **ONE_STEP, "optimization_steps": 12}
+    call = {"num_images_per_prompt": 4, "output_type": "pt", **ONE_STEP, "steps": 12}
     for seed, prompt in enumerate(shapes_world.VALIDATION_PROMPTS[:2]):
         asked = {"diversity": {"dpp": (shapes_world.path(tower), 150.0)}, "generator": generator(seed)}
         result = pipe(prompt, **asked, **call).noise_result

@@ -20,10 +20,12 @@ from diffusers.utils.torch_utils import randn_tensor
 from problems import generator
 from tiny_pipelines import call_arguments, quiet, sd3_pipeline, sd_pipeline, tiny_pipeline
 
-from noiseopt import MeanVariance, NoiseDiffusion, NoisePGD, NoiseState, Reward, optimize_noise
+from noiseopt import NoiseDiffusion, optimize_noise
+from noiseopt.callbacks import NoiseState
 from noiseopt.evaluation.noise_statistics import gaussian_limits, noise_statistics
+from noiseopt.pipelines import MeanVariance, NoisePGD
 from noiseopt.pipelines.problem import seed_from
-from noiseopt.rewards import NonDifferentiableReward
+from noiseopt.rewards import NonDifferentiableReward, Reward
 
 
 def redness(images, prompts):
@@ -279,12 +281,12 @@ class Unbounded(Everything):
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        ({"candidates": 0}, ValueError, "`candidates` to be an integer of 1 or more"),
-        ({"candidates": 2.5}, ValueError, "`candidates` to be an integer of 1 or more"),
-        ({"candidates": 0.5, "selection": "exact"}, ValueError, "any number of 1 or more"),
+        ({"candidates": 0}, ValueError, r"`candidates` to be a number in \[1, inf\)"),
+        ({"candidates": 2.5}, ValueError, "`candidates` to be an integer unless"),
+        ({"candidates": 0.5, "selection": "exact"}, ValueError, "`candidates` to be a number in"),
         ({"selection": "best"}, ValueError, "`selection` to be one of"),
         ({"accept": "never"}, ValueError, "`accept` to be one of"),
-        ({"threshold": 1.5}, ValueError, r"`threshold` to be a score in \[0, 1\]"),
+        ({"threshold": 1.5}, ValueError, r"`threshold` to be a number in \[0, 1\]"),
         ({"patience": 0}, ValueError, "`patience` to be an integer"),
         ({"steps": 0}, ValueError, "`steps` to be an integer"),
         ({"score_range": (3, 2)}, ValueError, r"`score_range` as \(low, high\)"),

@@ -12,7 +12,9 @@ from problems import generator, redness
 from tiny_clip_rewards import build_clip_score, build_hpsv2
 from tiny_pipelines import SIZE, call_arguments, save_tiny_clip, tiny_pipeline
 
-from noiseopt import AutoReward, BestOfN, ChiPrior, NoiseState, ReNO, optimize_noise
+from noiseopt import AutoReward, BestOfN, ReNO, optimize_noise
+from noiseopt.callbacks import NoiseState
+from noiseopt.pipelines import ChiPrior
 from noiseopt.pipelines.noise_math import clip_per_sample
 from noiseopt.pipelines.reno.method import on_released_pixels
 from noiseopt.rewards import RewardSum

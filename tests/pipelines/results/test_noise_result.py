@@ -113,7 +113,7 @@ def test_rewards_given_by_name_are_loaded_once_per_pipeline(tmp_path, monkeypatc
     pipe = ReNOStableDiffusionPipeline(**tiny_pipeline("sd").components)
     pipe.set_progress_bar_config(disable=True)
     for weight in (1.0, 2.0):
-        output = pipe("a", rewards={folder: weight, "red": 1.0}, optimization_steps=2, **ARGUMENTS)
+        output = pipe("a", rewards={folder: weight, "red": 1.0}, steps=2, **ARGUMENTS)
         assert list(output.noise_result.scores) == ["clipscore", "red"]
     assert len(loads) == 1
 
@@ -121,8 +121,8 @@ def test_rewards_given_by_name_are_loaded_once_per_pipeline(tmp_path, monkeypatc
 def test_settings_without_rewards_and_rewards_beside_a_method_are_refused():
     pipe = ReNOStableDiffusionPipeline(**tiny_pipeline("sd").components)
     with pytest.raises(ValueError, match="nothing to optimise"):
-        pipe("a", optimization_steps=3, **ARGUMENTS)
+        pipe("a", steps=3, **ARGUMENTS)
     with pytest.raises(ValueError, match="both"):
-        pipe("a", rewards="red", noise_optimizer=ReNO(rewards="red"), **ARGUMENTS)
+        pipe("a", rewards="red", method=ReNO(rewards="red"), **ARGUMENTS)
     with pytest.raises(ValueError, match="once"):
-        pipe("a", rewards="red", optimization_steps=3, reno_kwargs={"steps": 4}, **ARGUMENTS)
+        pipe("a", rewards="red", steps=3, method_kwargs={"steps": 4}, **ARGUMENTS)

@@ -8,11 +8,11 @@ from diffusers import LCMScheduler
 from problems import generator, redness
 from tiny_pipelines import BUILDERS, SIZE, call_arguments, quiet, sd_pipeline, tiny_pipeline
 
-from noiseopt import CNO, BestOfN, CoupledNoise, NoiseDiffusion, NoiseResult, PinkNoise, ReNO, optimize_noise
+from noiseopt import CNO, BestOfN, NoiseDiffusion, NoiseResult, PinkNoise, ReNO, optimize_noise
 from noiseopt.pipelines import CNOStableDiffusionPipeline, NoiseDiffusionStableDiffusionPipeline
 from noiseopt.pipelines import ReNOStableDiffusionPipeline as Pipeline
 from noiseopt.pipelines.hook import hooked
-from noiseopt.schedulers import as_noise_sampler
+from noiseopt.schedulers import CoupledNoise, as_noise_sampler
 
 FAMILIES = list(BUILDERS)
 SPECS = ["pink", {"name": "pink", "alpha": 0.4, "reference_size": 64}, PinkNoise(-0.3)]
@@ -138,15 +138,15 @@ def test_a_stochastic_sampler_sees_the_stream_that_the_draw_left(seeded):
     images = []
     for method in (None, BestOfN(rewards=redness, steps=1)):
         torch.manual_seed(4)
-        images.append(draw(pipe, noise_optimizer=method, generator=generator() if seeded else None, **arguments))
+        images.append(draw(pipe, method=method, generator=generator() if seeded else None, **arguments))
     assert torch.equal(*images)
 
 
 CALLS = {
-    "reno": (Pipeline, {"rewards": redness, "optimization_steps": 2}, 1),
-    "noise diffusion": (NoiseDiffusionStableDiffusionPipeline, {"rewards": "red", "optimization_steps": 2}, 1),
-    "cno": (CNOStableDiffusionPipeline, {"optimization_steps": 1}, 2),
-    "cno off": (CNOStableDiffusionPipeline, {"optimization_steps": 0}, 2),
+    "reno": (Pipeline, {"rewards": redness, "steps": 2}, 1),
+    "noise diffusion": (NoiseDiffusionStableDiffusionPipeline, {"rewards": "red", "steps": 2}, 1),
+    "cno": (CNOStableDiffusionPipeline, {"steps": 1}, 2),
+    "cno off": (CNOStableDiffusionPipeline, {"steps": 0}, 2),
     "nothing": (Pipeline, {}, 1),
 }
 
@@ -155,13 +155,13 @@ CALLS = {
 def test_every_pipeline_takes_a_sampler(case):
     cls, settings, count = CALLS[case]
     if case == "noise diffusion":
-        settings = {**settings, "noise_diffusion_kwargs": {"score_range": (-3.0, 3.0)}}
+        settings = {**settings, "method_kwargs": {"score_range": (-3.0, 3.0)}}
     pipe = cls(**tiny_pipeline("sd").components)
     pipe.set_progress_bar_config(disable=True)
     call = {**call_arguments("sd"), "num_images_per_prompt": count, "output_type": "pt"}
     output = pipe("a b", noise_sampler="pink", generator=generator(), **settings, **call)
     pink = base_noise("sd", "pink", count, generator=generator())
-    if settings.get("optimization_steps"):
+    if settings.get("steps"):
         assert output.noise_result.provenance["noise_sampler"] == PinkNoise(0.2).describe()
     else:
         assert torch.equal(output.images, pink.images) and not hasattr(output, "noise_result")
@@ -254,7 +254,7 @@ def test_bad_calls_are_refused_before_any_model_runs(case, method):
     arguments, error, message = BAD_CALLS[case]
     pipe = with_hook("sd")
     with Unrun(pipe), pytest.raises(error, match=message):
-        pipe(**{"prompt": "a b", "noise_optimizer": method, **call_arguments("sd"), **arguments})
+        pipe(**{"prompt": "a b", "method": method, **call_arguments("sd"), **arguments})
     assert pipe._noise_run is None
 
 

@@ -6,7 +6,7 @@ from problems import redness
 from tiny_pipelines import SIZE, call_arguments, tiny_pipeline
 
 from noiseopt import BestOfN, optimize_noise
-from noiseopt.pipelines.searches.previews import SeenNoises
+from noiseopt.pipelines.searches.previews import Candidates
 
 CALL = {"guidance_scale": 0.0, **SIZE}
 
@@ -123,7 +123,7 @@ def test_an_image_that_is_stopped_has_one_preview_drawn_and_the_others_go_on():
 
 
 def test_few_previews_are_kept_in_memory_and_of_equals_the_first():
-    seen = SeenNoises(limit=2)
+    seen = Candidates(limit=2)
     noises = torch.randn(5, 2, 1, 2, 2, generator=generators(0)[0])
     for step, rewards in enumerate([[1.0, 5.0], [3.0, 5.0], [2.0, 5.0], [3.0, 9.0], [0.0, 9.0]]):
         seen.add(step, noises[step], torch.tensor(rewards))
@@ -135,5 +135,5 @@ def test_few_previews_are_kept_in_memory_and_of_equals_the_first():
 
 @pytest.mark.parametrize("keep", [1, 2.0, True])
 def test_bad_settings_are_refused(keep):
-    with pytest.raises(ValueError, match="`keep` to be an integer of 2 or more"):
+    with pytest.raises(ValueError, match="`keep` to be an integer in"):
         search(preview=True, keep=keep)

@@ -12,12 +12,12 @@ from noiseopt import (
     BlackBox,
     EarlyStopping,
     NoiseResult,
-    NoiseState,
     TimeBudget,
     ZeroOrderSearch,
-    list_noise_optimizers,
+    list_methods,
     optimize_noise,
 )
+from noiseopt.callbacks import NoiseState
 
 METHODS = {
     "best_of_n": lambda **settings: BestOfN(**settings),
@@ -123,7 +123,7 @@ def test_black_boxes_are_taken_and_the_provenance_names_them(name, tmp_path):
 
 
 def test_they_are_known_by_name():
-    assert {"best_of_n", "zero_order_search", "pcn"} <= set(list_noise_optimizers())
+    assert {"best_of_n", "zero_order_search", "pcn"} <= set(list_methods())
     for name in ("best_of_n", "zero_order_search", "pcn"):
         settings = {"rewards": redness, "steps": 2}
         result = optimize_noise(tiny_pipeline("sd"), "a", name, method_kwargs=settings, **CALL)

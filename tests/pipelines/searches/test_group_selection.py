@@ -10,20 +10,12 @@ from problems import generator, redness
 from tiny_features import build_features
 from tiny_pipelines import BUILDERS, SIZE, call_arguments, quiet, sd_pipeline, tiny_pipeline
 
-from noiseopt import (
-    BestOfN,
-    GroupSelection,
-    NoiseResult,
-    NoiseState,
-    TimeBudget,
-    optimize_noise,
-    select_group,
-    shapes_world,
-)
-from noiseopt.demo import ONE_STEP, Choice, load_pipeline
-from noiseopt.pipelines import group_solver
+from noiseopt import BestOfN, GroupSelection, NoiseResult, TimeBudget, optimize_noise, shapes_world
+from noiseopt.callbacks import NoiseState
+from noiseopt.demo import ONE_STEP, load_pipeline
+from noiseopt.pipelines import select_group
 from noiseopt.pipelines.searches.group_solver import group_value
-from noiseopt.pipelines.searches.previews import seats
+from noiseopt.pipelines.searches.previews import assigned_positions
 from noiseopt.rewards import DINOv2PatchFeatures, PairwiseDistance
 
 
@@ -66,55 +58,41 @@ def test_neither_the_diagonal_nor_half_of_a_pair_counts_by_itself():
     assert torch.equal(select_group(unary, changed, 3), select_group(unary, pairwise, 3))
 
 
-def test_counting_through_in_blocks_misses_no_group(monkeypatch):
-    monkeypatch.setattr(group_solver, "HEADS_AT_ONCE", 7)
-    unary, pairwise = instance(10, 5)
-    assert tuple(select_group(unary, pairwise, 4).tolist()) == naive_best(unary, pairwise, 4, 1.5)
-
-
-@pytest.fixture
-def searching(monkeypatch):
-    """No problem is small enough to be counted through."""
-    monkeypatch.setattr(group_solver, "EXACT_LIMIT", 0)
-
-
-def test_ten_restarts_reach_the_optimum_in_most_instances_and_are_never_worse_than_the_plain_group(monkeypatch):
+def test_the_search_reaches_the_optimum_in_most_instances_and_is_never_worse_than_the_first_group():
     reached, lost = 0, []
     for seed in range(50):
-        unary, pairwise = instance(16, seed)
-        best = group_value(unary, pairwise, select_group(unary, pairwise, 4), 1.5).item()
-        with monkeypatch.context() as patch:
-            patch.setattr(group_solver, "EXACT_LIMIT", 0)
-            found = select_group(unary, pairwise, 4)
-            assert torch.equal(found, select_group(unary, pairwise, 4))
+        unary, pairwise = instance(12, seed)
+        best = naive_value(unary, pairwise, naive_best(unary, pairwise, 4, 1.5), 1.5)
+        found = select_group(unary, pairwise, 4)
+        assert torch.equal(found, select_group(unary, pairwise, 4))
         value = group_value(unary, pairwise, found, 1.5).item()
-        plain = group_value(unary, pairwise, torch.arange(4), 1.5).item()
-        assert plain <= value <= best + 1e-12 and len(set(found.tolist())) == 4
+        first = group_value(unary, pairwise, torch.arange(4), 1.5).item()
+        assert first <= value <= best + 1e-9 and len(set(found.tolist())) == 4
         reached += value > best - 1e-9
-        lost.append((best - value) / (best - plain))
-    assert reached > 25 and sum(lost) / 50 < 0.02
+        lost.append((best - value) / (best - first))
+    assert reached > 40 and sum(lost) / 50 < 0.01
 
 
-def test_no_exchange_improves_what_the_search_ends_with(searching):
+def test_no_exchange_improves_what_the_search_ends_with():
     for seed in range(5):
         unary, pairwise = instance(24, seed)
-        found = select_group(unary, pairwise, 7, restarts=1).tolist()
+        found = select_group(unary, pairwise, 7).tolist()
         value = naive_value(unary, pairwise, found, 1.5)
         for out, new in itertools.product(found, set(range(24)) - set(found)):
             assert naive_value(unary, pairwise, [*(set(found) - {out}), new], 1.5) <= value + 1e-9
 
 
-def test_a_plain_group_that_is_the_best_is_found_without_restarts(searching):
-    """Two items that go badly with the others: no best pair, nor what grows from it, leads there."""
+def test_a_first_group_that_is_the_best_is_found():
+    """Three items that only pay together: each alone is worth less than any other."""
     unary, pairwise = torch.tensor([4.0, 4.0, 4.0, 5.0, 5.0, 5.0, 5.0]), torch.zeros(7, 7)
     pairwise[:3, :3] = 1.0
-    assert select_group(unary, pairwise, 3, weight=4.0, restarts=0).tolist() == [0, 1, 2]
+    assert select_group(unary, pairwise, 3, weight=4.0).tolist() == [0, 1, 2]
     assert select_group(unary, torch.zeros(7, 7), 1).tolist() == [3]
 
 
 def test_large_problems_are_no_matter():
     unary, pairwise = instance(128, 0)
-    chosen = select_group(unary, pairwise, 64, restarts=1)
+    chosen = select_group(unary, pairwise, 64)
     assert len(chosen) == 64 and (chosen.diff() > 0).all()
 
 
@@ -135,9 +113,9 @@ def test_groups_that_cannot_be_chosen_are_refused(unary, pairwise, count, messag
 
 
 def test_a_candidate_keeps_its_place_where_that_is_free():
-    assert seats([2, 0], [0, 1, 2], 1) == [(0, 2), (0, 0)]
-    assert seats([1, 1, 4], [1, 3, 4], 1) == [(0, 1), (0, 3), (0, 4)]
-    assert seats([1, 1, 1, 3], [1, 3], 2) == [(0, 1), (1, 1), (1, 3), (0, 3)]
+    assert assigned_positions([2, 0], [0, 1, 2], 1) == [(0, 2), (0, 0)]
+    assert assigned_positions([1, 1, 4], [1, 3, 4], 1) == [(0, 1), (0, 3), (0, 4)]
+    assert assigned_positions([1, 1, 1, 3], [1, 3], 2) == [(0, 1), (1, 1), (1, 3), (0, 3)]
 
 
 class Seen:
@@ -156,7 +134,7 @@ def select(pipe, prompt="a b", count=3, seed=0, callbacks=None, **settings) -> N
     arguments = {"num_inference_steps": 1, "guidance_scale": 0.0, **SIZE}
     arguments |= {name: settings.pop(name) for name in list(settings) if name in (*arguments, "generator", "eta")}
     arguments.setdefault("generator", generator(seed))
-    method = GroupSelection(**{"features": "tiny_image", "candidates": 4, **settings})
+    method = GroupSelection(**{"features": "tiny_image", "steps": 4, **settings})
     return optimize_noise(pipe, prompt, method, num_images_per_prompt=count, callbacks=callbacks, **arguments)
 
 
@@ -182,7 +160,7 @@ def test_the_chosen_set_is_the_best_of_all_that_were_drawn():
 @pytest.mark.parametrize("family", list(BUILDERS))
 def test_a_redraw_is_what_the_result_reports_and_worth_more_than_plain_sampling(family, preview):
     pipe, call = tiny_pipeline(family), {**call_arguments(family), "num_images_per_prompt": 2}
-    method = GroupSelection(rewards=redness, features="tiny_image", candidates=3, preview=preview, weight=4.0)
+    method = GroupSelection(rewards=redness, features="tiny_image", steps=3, preview=preview, weight=4.0)
     plain = pipe("a b", generator=generator(), output_type="pt", **call).images
     result = optimize_noise(pipe, "a b", method, generator=generator(), **call)
     assert torch.equal(result.initial_images, plain)
@@ -201,7 +179,7 @@ def test_samplers_that_add_noise_on_the_way(scheduler, listed):
     call = {"num_inference_steps": 2, "num_images_per_prompt": 3, **SIZE}
     for seed in range(3):
         streams = generators(seed, 7, 8) if listed else generator(seed)
-        method = GroupSelection(features="tiny_image", candidates=3)
+        method = GroupSelection(features="tiny_image", steps=3)
         result = optimize_noise(pipe, "a b", method, generator=streams, **call)
         again = pipe("a b", latents=result.latents, generator=result.generator(), output_type="pt", **call).images
         assert torch.equal(again, result.images)
@@ -221,7 +199,7 @@ def test_prompts_do_not_compete_and_may_have_sets_of_different_sizes():
 
 def test_one_image_is_best_of_n():
     pipe, call = tiny_pipeline("sd"), {"num_inference_steps": 1, "guidance_scale": 0.0, **SIZE}
-    result = select(pipe, ["a", "b"], 1, rewards=redness, candidates=6, generator=generators(3, 4))
+    result = select(pipe, ["a", "b"], 1, rewards=redness, steps=6, generator=generators(3, 4))
     best = optimize_noise(pipe, ["a", "b"], BestOfN(rewards=redness, steps=6), generator=generators(3, 4), **call)
     assert torch.equal(result.noise, best.noise) and torch.equal(result.images, best.images)
     assert torch.equal(result.best_step, best.best_step) and "distance" not in result.scores
@@ -236,7 +214,7 @@ def test_without_a_weight_the_highest_rewards_are_chosen_and_none_twice():
 
 def test_the_plain_set_is_returned_where_nothing_is_better():
     """One candidate is no choice, and nothing is drawn again."""
-    result = select(tiny_pipeline("sd"), candidates=1)
+    result = select(tiny_pipeline("sd"), steps=1)
     assert result.losses.shape == (1, 3) and result.best_step.tolist() == [0, 0, 0]
     assert result.reports["group_selection"] == {
         "candidates": [3, 3, 3],
@@ -257,7 +235,7 @@ def counting_calls(pipe, **settings) -> tuple[int, NoiseResult]:
     """Images that go through the denoiser, and the result."""
     count = []
     handle = pipe.unet.register_forward_pre_hook(lambda module, args: count.append(len(args[0])))
-    result = select(pipe, rewards=redness, num_inference_steps=5, candidates=6, count=2, **settings)
+    result = select(pipe, rewards=redness, num_inference_steps=5, steps=6, count=2, **settings)
     handle.remove()
     return sum(count), result
 
@@ -300,7 +278,7 @@ def test_a_run_that_is_stopped_chooses_among_what_it_has_seen(preview, stop_at, 
         seen(state)
         return state.step < stop_at
 
-    settings = {"num_inference_steps": 3, "candidates": 5, "keep": 3, "preview": preview}
+    settings = {"num_inference_steps": 3, "steps": 5, "keep": 3, "preview": preview}
     result = select(tiny_pipeline("sd"), callbacks=stop, **settings)
     drawn = [step for step, row in enumerate(result.losses) if not row.isnan().any()]
     assert result.provenance["stopped"] == "callback" and len(drawn) - seen_wholly in (0, 1)
@@ -312,7 +290,7 @@ def test_a_run_that_is_stopped_chooses_among_what_it_has_seen(preview, stop_at, 
 
 def test_a_time_budget_ends_the_search_with_the_best_set(monkeypatch):
     monkeypatch.setattr(NoiseState, "elapsed", property(lambda state: float(state.step)))
-    result = select(tiny_pipeline("sd"), candidates=10**6, callbacks=TimeBudget(3))
+    result = select(tiny_pipeline("sd"), steps=10**6, callbacks=TimeBudget(3))
     assert result.provenance["stopped"] == "time budget" and len(result.losses) == 5
     assert result.at_best(result.losses)[0] <= result.losses[:-1].min()
     assert result.reports["group_selection"]["candidates"] == [12] * 3
@@ -326,7 +304,7 @@ def test_a_reward_that_breaks_on_the_way_leaves_a_choice_among_the_others():
         return redness(images, prompts) + (torch.nan if len(calls) == 4 else 0.0)  # the first is a trial
 
     with pytest.warns(UserWarning, match="keeps the best so far"):
-        result = select(tiny_pipeline("sd"), rewards=breaking, candidates=6)
+        result = select(tiny_pipeline("sd"), rewards=breaking, steps=6)
     assert result.provenance["stopped"] == "non-finite reward" and result.losses.isfinite().all()
     assert result.reports["group_selection"]["candidates"] == [6] * 3
     assert result.at_best(result.losses)[0] <= result.losses.min()
@@ -339,7 +317,7 @@ def test_a_prompt_whose_search_is_stopped_chooses_among_its_own_and_no_noise_twi
         if state.step == 1:
             state.stop("enough", torch.tensor([True, True, False, False]))
 
-    result = select(tiny_pipeline("sd"), ["a", "b"], 2, rewards=redness, weight=0.0, candidates=6, callbacks=stop)
+    result = select(tiny_pipeline("sd"), ["a", "b"], 2, rewards=redness, weight=0.0, steps=6, callbacks=stop)
     report = result.reports["group_selection"]
     assert report["candidates"] == [4, 4, 12, 12] and max(report["from_step"][:2]) <= 1
     assert not torch.equal(result.noise[0], result.noise[1])
@@ -352,7 +330,7 @@ def test_the_result_is_saved_with_its_choice(tmp_path):
     loaded = NoiseResult.load(tmp_path / "set.safetensors")
     assert loaded.reports == result.reports and loaded.provenance["method"] == "GroupSelection"
     settings = loaded.provenance["settings"]
-    assert (settings["candidates"], settings["weight"], settings["features"]) == (4, 1.5, "tiny_image")
+    assert (settings["steps"], settings["weight"], settings["features"]) == (4, 1.5, "tiny_image")
     assert loaded.provenance["objective"] == {"rewards": {"redness": 1.0}, "features": "tiny_image", "weight": 1.5}
 
 
@@ -369,12 +347,11 @@ BROKEN = build_features("tiny_image")
 BROKEN.encode = lambda images: images.flatten(1) * math.nan  # pyright: ignore[reportAttributeAccessIssue]
 
 BAD_SETTINGS = [
-    ({"candidates": 0}, ValueError, "`candidates` to be an integer of 1 or more"),
-    ({"candidates": 2.5}, ValueError, "`candidates` to be an integer of 1 or more"),
-    ({"restarts": -1}, ValueError, "`restarts` to be an integer of 0 or more"),
-    ({"keep": 1}, ValueError, "`keep` to be an integer of 2 or more"),
-    ({"weight": -0.1}, ValueError, "`weight` to be a finite number of at least 0"),
-    ({"weight": math.inf}, ValueError, "`weight` to be a finite number of at least 0"),
+    ({"steps": 0}, ValueError, "`steps` to be an integer in"),
+    ({"steps": 2.5}, ValueError, "`steps` to be an integer in"),
+    ({"keep": 1}, ValueError, "`keep` to be an integer in"),
+    ({"weight": -0.1}, ValueError, "`weight` to be a number in"),
+    ({"weight": math.inf}, ValueError, "`weight` to be a number in"),
     ({"weight": 0.0}, ValueError, "`rewards` or a `weight` above 0"),
     ({"features": "dinov3"}, ValueError, "dinov3"),
     ({"features": 3}, TypeError, "`features` by name"),
@@ -396,17 +373,12 @@ def test_features_that_are_not_finite_are_refused():
         select(tiny_pipeline("sd"), features=BROKEN)
 
 
-def test_the_demo_asks_for_a_method_with_steps():
-    with pytest.raises(ValueError, match="Expected a method out of best_of_n, cno, mean_variance"):
-        Choice.of("group_selection")
-
-
 def test_sets_of_the_trained_model_differ_more():
     pipe = load_pipeline("sdxl-turbo")
     pipe.set_progress_bar_config(disable=True)
     prompts = list(shapes_world.VALIDATION_PROMPTS[:4])
     features = DINOv2PatchFeatures.from_pretrained(shapes_world.path("dinov2"))
-    method, call = GroupSelection(features=features, candidates=6), {"num_images_per_prompt": 4, **ONE_STEP}
+    method, call = GroupSelection(features=features, steps=6), {"num_images_per_prompt": 4, **ONE_STEP}
     result = optimize_noise(pipe, prompts, method, generator=generators(*range(16)), **call)
     before, after = (
         torch.stack([PairwiseDistance(features)(images[rows : rows + 4]).sum() for rows in range(0, 16, 4)])

@@ -10,7 +10,7 @@ from scipy.stats import kstest
 from tiny_pipelines import SIZE, tiny_pipeline
 
 from noiseopt import PCN, optimize_noise
-from noiseopt.pipelines.searches.pcn import NoiseChain, log_acceptance
+from noiseopt.pipelines.searches.pcn import PCNState, log_acceptance
 
 CALL = {"num_inference_steps": 1, "guidance_scale": 0.0, **SIZE}
 
@@ -28,13 +28,13 @@ def draws(count: int, size: int, seed: int = 0) -> SimpleNamespace:
     return SimpleNamespace(like=draw(), draw=draw, uniform=uniform)
 
 
-def run(reward, moves: int, count: int = 3000, size: int = 4, beta=0.4, temperature=1.0, acceptance=None) -> NoiseChain:
+def run(reward, moves: int, count: int = 3000, size: int = 4, beta=0.4, temperature=1.0, acceptance=None) -> PCNState:
     """Chains from Gaussian noises on, with `reward(noise) -> (B,)`."""
     fresh = draws(count, size)
-    chain = NoiseChain(fresh, beta, temperature, acceptance)  # pyright: ignore[reportArgumentType]
+    chain = PCNState(fresh, beta, temperature, acceptance)  # pyright: ignore[reportArgumentType]
     noise, active = fresh.like, torch.ones(count, dtype=torch.bool)
     for _ in range(moves + 1):
-        chain.take(noise, -reward(noise), active)
+        chain.update(noise, -reward(noise), active)
         noise = chain.propose()
     return chain
 
@@ -47,7 +47,7 @@ def flat(noise: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("acceptance", [None, 0.3])
 def test_a_flat_reward_leaves_the_noise_gaussian_and_accepts_all(beta, acceptance):
     chain = run(flat, 25, beta=beta, acceptance=acceptance)
-    assert (chain.accepted == 25).all() and (chain.moves == 25).all()
+    assert (chain.accepted == 25).all() and (chain.proposals == 25).all()
     assert kstest(chain.noise.flatten(), "norm").pvalue > 0.01
     radii = chain.noise.flatten(1).square().sum(1)
     assert kstest(radii, "chi2", args=(4,)).pvalue > 0.01
@@ -60,7 +60,7 @@ def test_a_linear_reward_moves_the_mean_by_its_slope_over_the_temperature():
     chain = run(lambda noise: slope * noise[:, 0, 0, 0], 120, temperature=0.5)
     assert kstest(chain.noise[:, 0, 0, 0], "norm", args=(slope / 0.5, 1)).pvalue > 0.01
     assert kstest(chain.noise[:, 0, 0, 1:].flatten(), "norm").pvalue > 0.01
-    assert 0.2 < (chain.accepted / chain.moves).mean() < 0.95
+    assert 0.2 < (chain.accepted / chain.proposals).mean() < 0.95
 
 
 def test_a_quadratic_reward_narrows_the_law():
@@ -71,14 +71,14 @@ def test_a_quadratic_reward_narrows_the_law():
 
 def test_at_temperature_zero_it_climbs():
     fresh = draws(50, 4)
-    chain = NoiseChain(fresh, 0.4, 0.0, None)  # pyright: ignore[reportArgumentType]
+    chain = PCNState(fresh, 0.4, 0.0, None)  # pyright: ignore[reportArgumentType]
     noise, active = fresh.like, torch.ones(50, dtype=torch.bool)
     for _ in range(30):
         before, loss = chain.loss, -noise[:, 0, 0, 0]
-        chain.take(noise, loss, active)
+        chain.update(noise, loss, active)
         assert torch.equal(chain.loss, torch.minimum(before, loss))
         noise = chain.propose()
-    assert 0 < chain.accepted.sum() < chain.moves.sum()
+    assert 0 < chain.accepted.sum() < chain.proposals.sum()
 
 
 def test_the_probability_of_a_move_is_the_exponential_of_its_loss_over_the_temperature():
@@ -88,18 +88,18 @@ def test_the_probability_of_a_move_is_the_exponential_of_its_loss_over_the_tempe
     climbing = torch.tensor([1.0, 1.0, 0.0, 0.0, 0.0, 1.0, torch.nan], dtype=torch.float64)
     torch.testing.assert_close(log_acceptance(gain, 0.0).exp(), climbing, equal_nan=True)
     count = 20_000
-    chain = NoiseChain(draws(count, 1), 0.4, 0.2, None)  # pyright: ignore[reportArgumentType]
+    chain = PCNState(draws(count, 1), 0.4, 0.2, None)  # pyright: ignore[reportArgumentType]
     active = torch.arange(count) >= 1000
-    chain.take(chain.noise, torch.zeros(count), torch.ones_like(active))
-    chain.take(chain.propose(), torch.full((count,), 0.3), active)
+    chain.update(chain.noise, torch.zeros(count), torch.ones_like(active))
+    chain.update(chain.propose(), torch.full((count,), 0.3), active)
     share, rate = (chain.accepted[1000:].double().mean().item(), math.exp(-1.5))
     assert share == pytest.approx(rate, abs=4 * (rate * (1 - rate) / 19_000) ** 0.5)
-    assert not chain.moves[:1000].any() and not chain.loss[:1000].any()  # those that had been stopped
+    assert not chain.proposals[:1000].any() and not chain.loss[:1000].any()  # those that had been stopped
 
 
 def test_a_proposal_mixes_the_noise_with_a_fresh_one():
     fresh, known = draws(3, 5), draws(3, 5)
-    chain = NoiseChain(fresh, 0.3, 1.0, None)  # pyright: ignore[reportArgumentType]
+    chain = PCNState(fresh, 0.3, 1.0, None)  # pyright: ignore[reportArgumentType]
     expected = math.sqrt(1 - 0.09) * known.like + 0.3 * known.draw()
     torch.testing.assert_close(chain.propose(), expected, rtol=0, atol=1e-14)
 
@@ -110,13 +110,13 @@ def test_beta_is_adapted_until_the_share_of_accepted_moves_is_the_wanted_one(tar
         return 3 * noise[:, 0, 0].sum(1)
 
     chain = run(reward, 300, count=200, size=16, beta=0.9, acceptance=target)
-    accepted, moves, beta = chain.accepted.clone(), chain.moves.clone(), chain.beta
+    accepted, moves, beta = chain.accepted.clone(), chain.proposals.clone(), chain.beta
     assert beta.std() > 0 and (beta > 0).all() and (beta < 0.9).all()
     active = torch.ones(200, dtype=torch.bool)
     for _ in range(200):
         noise = chain.propose()
-        chain.take(noise, -reward(noise), active)
-    share = (chain.accepted - accepted).sum() / (chain.moves - moves).sum()
+        chain.update(noise, -reward(noise), active)
+    share = (chain.accepted - accepted).sum() / (chain.proposals - moves).sum()
     assert share.item() == pytest.approx(target, abs=0.06)
 
 
@@ -152,11 +152,11 @@ def test_a_flat_reward_accepts_all_and_returns_the_plain_result():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"beta": 0.0}, r"`beta` to be in \(0, 1\]"),
+        ({"beta": 0.0}, r"`beta` to be a number in"),
         ({"beta": 1.1}, "`beta`"),
-        ({"temperature": -1.0}, "`temperature` to be a finite number of at least 0"),
+        ({"temperature": -1.0}, "`temperature` to be a number in"),
         ({"temperature": math.inf}, "`temperature`"),
-        ({"acceptance": 1.0}, r"`acceptance` to be in \(0, 1\)"),
+        ({"acceptance": 1.0}, r"`acceptance` to be a number in"),
         ({"acceptance": 0}, "`acceptance`"),
     ],
 )

@@ -123,9 +123,9 @@ def test_where_nothing_is_better_every_round_begins_anew():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"neighbors": 0}, "`neighbors` to be an integer of 1 or more"),
+        ({"neighbors": 0}, "`neighbors` to be an integer in"),
         ({"neighbors": 2.0}, "`neighbors` to be an integer"),
-        ({"cosine": 1.0}, r"`cosine` to be in \[0, 1\)"),
+        ({"cosine": 1.0}, r"`cosine` to be a number in"),
         ({"cosine": -0.1}, "`cosine`"),
         ({"steps": 0}, "`steps`"),
     ],

@@ -1,0 +1,112 @@
+"""The settings of one method as arguments of a pipeline's call."""
+
+import inspect
+from collections.abc import Mapping
+from typing import Any, ClassVar, get_type_hints
+
+from ..rewards.contract.reward import check_reward_device
+from ..rewards.contract.reward_sum import RewardSum, reward_weight_pairs
+from .hook import NoiseOptimizationMixin
+from .method import NoiseOptimizer
+from .sampling.internals import execution_device
+
+
+class MethodMixin(NoiseOptimizationMixin):
+    """Base class of the mixins of one method: `class ReNOMixin(MethodMixin, method=ReNO, arguments=("rewards", …))`.
+
+    The call of a pipeline then takes these settings of the method as arguments, and its other settings in
+    `method_kwargs`. Rewards given by name are loaded once per pipeline.
+
+    Attributes:
+        own_method: The method.
+        own_arguments: The settings that are arguments of the call.
+        target: The setting without which the call is the stock call; `None` for a method that is always on.
+    """
+
+    own_method: ClassVar[type[NoiseOptimizer]]
+    own_arguments: ClassVar[tuple[str, ...]] = ()
+    target: ClassVar[str | None] = None
+
+    def __init_subclass__(
+        cls,
+        method: type[NoiseOptimizer] | None = None,
+        arguments: tuple[str, ...] = (),
+        target: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if method is not None:
+            cls.own_method, cls.own_arguments, cls.target = method, arguments, target
+        super().__init_subclass__(**kwargs)
+
+    @classmethod
+    def own_parameters(cls) -> list[inspect.Parameter]:
+        hints = get_type_hints(cls.own_method)
+        settings = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=hints[name] | None)
+            for name in cls.own_arguments
+        ]
+        return [*settings, *super().own_parameters()]
+
+    @classmethod
+    def call_documentation(cls) -> str:
+        """Insert the arguments of the mixin before those of every pipeline."""
+        mixin = next(base for base in cls.__mro__ if "own_method" in vars(base))
+        summary, arguments = inspect.cleandoc(mixin.__doc__ or "").split("Args:\n")
+        _, common = super().call_documentation().split("Args:\n")
+        return f"{summary}Args:\n{arguments}\n{common}"
+
+    def __call__(self, *args, method: Any = None, method_kwargs: Mapping[str, Any] | None = None, **kwargs):
+        given = {name: kwargs.pop(name) for name in self.own_arguments if name in kwargs}
+        settings = {name: value for name, value in given.items() if value is not None}
+        if method is None:
+            settings = merged_settings(settings, method_kwargs)
+            method, method_kwargs = self.method_of(settings), None
+        elif settings:
+            raise ValueError(
+                f"Expected `method` or {sorted(settings)}, but got both. Give these to the method: "
+                "`method_kwargs={...}`."
+            )
+        return super().__call__(*args, method=method, method_kwargs=method_kwargs, **kwargs)
+
+    def method_of(self, settings: dict[str, Any]) -> NoiseOptimizer | None:
+        """Return the method with these settings; `None` for the stock call.
+
+        Raises:
+            ValueError: For settings without their target.
+        """
+        if self.target is None:
+            return None if settings.get("steps") == 0 else self.own_method(**settings)
+        if self.target not in settings:
+            if settings:
+                raise ValueError(
+                    f"Expected `{self.target}` beside {sorted(settings)}, but got none: there is nothing to optimize."
+                )
+            return None
+        return self.own_method(**self.loaded(settings))
+
+    def loaded(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """Return the settings with everything given by name loaded at its first use and stored with the pipeline."""
+        return {**settings, "rewards": self.load_rewards(settings["rewards"], settings.get("reward_device"))}
+
+    def load_rewards(self, rewards: Any, device: Any = None) -> RewardSum:
+        """Return a `RewardSum` on a device, by default the pipeline's."""
+        check_reward_device(device)
+        stored = self.stored_on(device, "_loaded_rewards")
+        pairs = reward_weight_pairs(rewards, None)
+        known = [(stored.get(str(name), name), weight) for name, weight in pairs]
+        total = RewardSum(known, device=device or execution_device(self))
+        for (name, _), reward in zip(pairs, total.rewards, strict=True):
+            if isinstance(name, str):
+                stored[name] = reward
+        return total
+
+    def stored_on(self, device: Any, attribute: str) -> dict[str, Any]:
+        """Return what this pipeline has loaded by name, for its own device or another one."""
+        return vars(self).setdefault(attribute if device is None else f"{attribute}_on_{device}", {})
+
+
+def merged_settings(arguments: dict[str, Any], others: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Merge settings given as arguments and in `method_kwargs`. Raises `ValueError` for one given in both."""
+    if twice := sorted(arguments.keys() & (others or {}).keys()):
+        raise ValueError(f"Expected each setting once, but got {twice} as arguments and in `method_kwargs` too.")
+    return {**arguments, **(others or {})}

@@ -1,0 +1,90 @@
+"""The stock `__call__` of a pipeline, and its first model call alone."""
+
+import contextlib
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from ...schedulers.x0_prediction import predict_x0
+from ..memory.module_copies import with_forward
+from .internals import interrupt, own_timestep_count
+from .module_state import DENOISERS
+
+
+def stock_call(cls: type):
+    """The `__call__` of the stock pipeline class under our hook, without its `@torch.no_grad`."""
+    for base in cls.__mro__:
+        if "__call__" in vars(base) and not hasattr(base, "_noise_run"):
+            return inspect.unwrap(vars(base)["__call__"])
+    raise TypeError(f"Expected a diffusers pipeline with a `__call__`, but {cls.__name__} has none.")
+
+
+def parts_of(pipe, names: tuple[str, ...]) -> dict[str, Any]:
+    """The modules that a pipeline has of these."""
+    return {name: part for name in names if (part := getattr(pipe, name, None)) is not None}
+
+
+@contextlib.contextmanager
+def first_step_only(pipe) -> Iterator[list[torch.Tensor]]:
+    """Let a pipeline make one model call, whose `step` returns the x0 estimate. It and its scheduler must be copies.
+
+    The loop is stopped by `pipe.interrupt`, or in families that do not look at it by cutting the list of timesteps.
+
+    Yields:
+        An empty list, for the estimate.
+
+    Raises:
+        TypeError: If the pipeline takes no step, or takes one before a denoiser was called.
+    """
+    scheduler, interruptible = pipe.scheduler, "interrupt" in stock_call(type(pipe)).__code__.co_names
+    set_timesteps, step = scheduler.set_timesteps, scheduler.step
+    calls: list[int] = []
+    stepped: list[bool] = []  # for each step whether a denoiser had been called
+    estimates: list[torch.Tensor] = []
+
+    @functools.wraps(set_timesteps)
+    def set_one(*args, **kwargs):
+        set_timesteps(*args, **kwargs)
+        if not interruptible:
+            scheduler.timesteps = scheduler.timesteps[:1]
+
+    @functools.wraps(step)
+    def estimate(model_output, timestep, sample, *_, **__):
+        stepped.append(bool(calls))
+        x0 = predict_x0(scheduler, model_output, timestep, sample).to(model_output.dtype)
+        estimates.append(x0)
+        interrupt(pipe)
+        return (x0, x0)
+
+    vars(scheduler).update(set_timesteps=set_one, step=estimate)
+    # copies that count: a hook on modules that others have too would have to be taken off again, whatever happens
+    parts = parts_of(pipe, DENOISERS)
+    vars(pipe).update({name: with_forward(part, counted(part.forward, calls)) for name, part in parts.items()})
+    try:
+        yield estimates
+    finally:
+        del scheduler.set_timesteps, scheduler.step
+    if not all(stepped or [False]):
+        raise TypeError(
+            f"Expected a pipeline that calls its denoiser ({', '.join(DENOISERS)}) before the first `scheduler.step`, "
+            f"but {type(pipe).__name__} does not, and no x0 can be estimated. Use a method that looks at images."
+        )
+
+
+def counted(function: Callable[..., Any], calls: list[int]) -> Callable[..., Any]:
+    """The function, with an entry in `calls` for each call."""
+
+    @functools.wraps(function)
+    def count(*args, **kwargs):
+        calls.append(1)
+        return function(*args, **kwargs)
+
+    return count
+
+
+def count_timesteps(pipe) -> int:
+    """How many timesteps the loop of a call had: pipelines may take a part of those of the scheduler."""
+    return own_timestep_count(pipe) or len(pipe.scheduler.timesteps)

@@ -1,0 +1,117 @@
+"""Private names of diffusers, accelerate and torch that this package relies on, all in one place for upgrades."""
+
+import importlib.metadata
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+BLOCK_SETTINGS = ("gradient_checkpointing", "_gradient_checkpointing_func")  # of a diffusers block
+MODULE_CONTENTS = ("_modules", "_parameters", "_buffers")  # of a torch module
+
+
+def private(owner: Any, name: str, library: str) -> Any:
+    """Return `owner.name`.
+
+    Raises:
+        ImportError: If this version of the library has no such name.
+    """
+    if not hasattr(owner, name):
+        version = importlib.metadata.version(library)
+        raise ImportError(
+            f"Expected {library} to have the private name `{name}`, but version {version} has none on "
+            f"{getattr(owner, '__name__', type(owner).__name__)}. Install a version that noiseopt was tested with, or "
+            "update noiseopt."
+        )
+    return getattr(owner, name)
+
+
+def execution_device(pipe) -> torch.device:
+    """Return the device that a pipeline computes on, also when its modules are offloaded."""
+    return private(pipe, "_execution_device", "diffusers")
+
+
+def interrupt(pipe) -> None:
+    """Let a pipeline whose loop checks `pipe.interrupt` skip the remaining steps."""
+    pipe._interrupt = True
+
+
+def own_timestep_count(pipe) -> int | None:
+    """Return the number of timesteps of the last call, if the pipeline records it."""
+    return getattr(pipe, "_num_timesteps", None)
+
+
+def name_or_path(component: Any) -> str | None:
+    """Return the Hub id or folder that a pipeline or one of its components was loaded from."""
+    config = getattr(component, "config", None)
+    source = config.get("_name_or_path") if isinstance(config, Mapping) else getattr(component, "name_or_path", None)
+    return str(source) if source else None
+
+
+def accelerate_hook(module: nn.Module) -> Any:
+    """Return the accelerate hook of a module, or `None`."""
+    return getattr(module, "_hf_hook", None)
+
+
+def diffusers_hooks(module: nn.Module) -> dict[str, Any]:
+    """Return the diffusers hooks of a module by name."""
+    return getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
+
+
+def is_stateful(hook: Any) -> bool:
+    """Return whether a diffusers hook carries state from one denoising step to the next."""
+    return private(hook, "_is_stateful", "diffusers")
+
+
+def attention_backend_of(module: nn.Module) -> str | None:
+    """Return the backend of an attention module: its own or the active one; `None` if it does not dispatch."""
+    from diffusers.models import attention_dispatch
+
+    processor: Any = getattr(module, "processor", None)
+    if not hasattr(processor, "_attention_backend"):
+        return None
+    active, _ = private(attention_dispatch, "_AttentionBackendRegistry", "diffusers").get_active_backend()
+    return attention_dispatch.AttentionBackendName(processor._attention_backend or active).value
+
+
+def supports_block_checkpointing(module: Any) -> bool:
+    """Return whether diffusers can checkpoint the blocks of a model."""
+    return bool(getattr(module, "_supports_gradient_checkpointing", False))
+
+
+def block_settings(module: nn.Module) -> dict[str, Any]:
+    """Return the checkpointing settings that are set on a block itself."""
+    return {name: vars(module)[name] for name in BLOCK_SETTINGS if name in vars(module)}
+
+
+def replace_block_settings(module: nn.Module, settings: dict[str, Any]) -> None:
+    """Give a block exactly these `block_settings`."""
+    for name in BLOCK_SETTINGS:
+        vars(module).pop(name, None)
+    vars(module).update(settings)
+
+
+def checkpoint_blocks(module: nn.Module, function: Callable[..., Any]) -> None:
+    """Let a block run through `function(block, *inputs)`, such as `torch.utils.checkpoint.checkpoint`."""
+    vars(module).update(zip(BLOCK_SETTINGS, (True, function), strict=True))
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Return whether a module was compiled by `torch.compile(module)` or `module.compile()`."""
+    return private(module, "_compiled_call_impl", "torch") is not None or hasattr(module, "_orig_mod")
+
+
+def base_of_view(tensor: torch.Tensor) -> torch.Tensor | None:
+    """Return the tensor that `tensor` is a view of, or `None`."""
+    return tensor._base
+
+
+def version_of(tensor: torch.Tensor) -> int:
+    """Return the number of in-place writes to a tensor."""
+    return tensor._version
+
+
+def default_mps_generator() -> torch.Generator:
+    """Return the generator that torch draws from on Apple GPUs."""
+    return private(torch.mps, "_get_default_mps_generator", "torch")()

@@ -1,0 +1,52 @@
+"""Samples of the model that objectives are computed from."""
+
+import functools
+
+import torch
+
+from .sampler import Gradient, PipelineSampler
+
+
+class Sample:
+    """What an objective may look at, computed once and only if asked for.
+
+    Attributes:
+        noise: `(B, C, H, W)`, the initial noise.
+        prompts: `B` prompts.
+        groups: `B` integers, equal where images share their prompt.
+        seeds: `B` integers that differ from step to step and from image to image: for objectives that draw at random.
+        images: `(B, 3, H, W)` in [0, 1]: the result of the whole chain, or of one model call for a preview.
+        x0: `(B, C, H, W)`: the estimate of the clean latents after one model call.
+        chunk_size: At most so many images are held in memory with their graphs at a time, `None` for all; objectives
+            with models of their own keep to it.
+    """
+
+    def __init__(
+        self,
+        sampler: PipelineSampler,
+        noise: torch.Tensor,
+        prompts: list[str],
+        groups: list[int],
+        seeds: list[int],
+        gradient: Gradient,
+        preview: bool = False,
+        chunk_size: int | None = None,
+    ) -> None:
+        self.sampler, self.noise, self.prompts = sampler, noise, prompts
+        self.groups, self.seeds = groups, seeds
+        self.gradient: Gradient = gradient
+        self.preview, self.chunk_size = preview, chunk_size
+
+    @functools.cached_property
+    def images(self) -> torch.Tensor:
+        return self.sampler.images(self.noise, self.gradient, self.preview, self.chunk_size)
+
+    @functools.cached_property
+    def x0(self) -> torch.Tensor:
+        return self.sampler.x0(self.noise, self.gradient, self.chunk_size)
+
+    @property
+    def drawn_images(self) -> torch.Tensor | None:
+        """The images if the objective asked for them, without their graph."""
+        images = vars(self).get("images")
+        return None if images is None else images.detach()
