@@ -6,7 +6,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from conformance.matrix import COLUMNS, FAMILIES, GRADIENTS, REFUSED, SCHEDULERS  # noqa: E402
+from conformance.matrix import COLUMNS, FAMILIES, GRADIENTS, REFUSED, SCHEDULERS
 
 README = Path(__file__).parents[2] / "README.md"
 BEGIN, END = "<!-- conformance:begin -->\n", "<!-- conformance:end -->\n"

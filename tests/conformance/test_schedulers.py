@@ -12,7 +12,7 @@ from conformance.matrix import COLUMNS, FAMILIES, GRADIENTS, REFUSED, SCHEDULERS
 from conformance.table import README, between_markers, tables
 from diffusers import DDIMScheduler, StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
 from problems import generator, redness
-from tiny_families import FAMILY_BUILDERS, drawn_image, family_arguments, tiny_family
+from tiny_families import FAMILY_BUILDERS, family_arguments, random_image, tiny_family
 from tiny_pipelines import SIZE, quiet, tiny_pipeline
 
 from noiseopt import BestOfN, NoiseOptimizationMixin, ReNO, list_methods, optimize_noise
@@ -103,7 +103,7 @@ def test_a_sampler_that_draws_from_no_generator_is_refused():
         optimize_noise(pipe, "a", BestOfN(rewards=redness), num_inference_steps=2, **SIZE)
 
 
-IMAGE: dict = {"image": drawn_image(5), "num_inference_steps": 2, "strength": 0.5}
+IMAGE: dict = {"image": random_image(5), "num_inference_steps": 2, "strength": 0.5}
 
 
 def test_a_pipeline_that_takes_no_latents_is_refused_and_works_as_a_class():
