@@ -1,6 +1,5 @@
 """Rewards: images and prompts in, one number per image out. Knows nothing of diffusion."""
 
-from ..pipelines.reno.views import random_views
 from .contract.black_box import BlackBox
 from .contract.registry import AutoReward, list_rewards, register_reward
 from .contract.reward import CallableReward, NonDifferentiableReward, NonFiniteReward, Reward, check_gradient
@@ -121,7 +120,6 @@ __all__ = [
     "list_set_rewards",
     "longest_edge_pad",
     "normalize",
-    "random_views",
     "register_features",
     "register_reward",
     "register_set_reward",

@@ -5,15 +5,18 @@ import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
+from ..registry import Registry
+
 Generators = torch.Generator | list[torch.Generator] | None
 NoiseSamplerSpec = str | Mapping[str, Any] | Callable[..., torch.Tensor]
 
-NOISE_SAMPLERS: dict[str, Callable[..., Any]] = {}
+NOISE_SAMPLERS: Registry[type["NoiseSampler"]] = Registry("noise sampler")
+SamplerT = TypeVar("SamplerT", bound="NoiseSampler")
 
 
 class NoiseSampler:
@@ -68,22 +71,20 @@ class NoiseSampler:
         return {"name": self.name or type(self).__name__, **plain_values}
 
 
-def register_noise_sampler(name: str):
-    """Class decorator: make a noise sampler known by name. The same class may come again, as when code is reloaded."""
+def register_noise_sampler(name: str) -> Callable[[type[SamplerT]], type[SamplerT]]:
+    """Return a class decorator that registers a noise sampler under a name and sets `cls.name`."""
 
-    def register(cls):
-        known = NOISE_SAMPLERS.get(name)
-        if known is not None and known.__qualname__ != cls.__qualname__:
-            raise ValueError(f"Expected a free noise sampler name, but {name!r} is taken by {known.__qualname__}.")
-        NOISE_SAMPLERS[name], cls.name = cls, name
+    def register(cls: type[SamplerT]) -> type[SamplerT]:
+        NOISE_SAMPLERS.register(name)(cls)
+        cls.name = name
         return cls
 
     return register
 
 
 def list_noise_samplers() -> list[str]:
-    """The names that `noise_sampler=` takes."""
-    return sorted(NOISE_SAMPLERS)
+    """Return the registered names, which `noise_sampler=` accepts."""
+    return NOISE_SAMPLERS.names()
 
 
 def as_noise_sampler(sampler: NoiseSamplerSpec | None) -> Callable[..., torch.Tensor] | None:
@@ -97,7 +98,7 @@ def as_noise_sampler(sampler: NoiseSamplerSpec | None) -> Callable[..., torch.Te
         return named_noise_sampler(sampler, {})
     if isinstance(sampler, Mapping):
         settings = dict(sampler)
-        return named_noise_sampler(settings.pop("name", None), settings)
+        return named_noise_sampler(str(settings.pop("name", None)), settings)
     if sampler is None or (callable(sampler) and not isinstance(sampler, type)):
         return sampler
     raise TypeError(
@@ -106,16 +107,12 @@ def as_noise_sampler(sampler: NoiseSamplerSpec | None) -> Callable[..., torch.Te
     )
 
 
-def named_noise_sampler(name: str | None, settings: dict[str, Any]) -> Callable[..., torch.Tensor]:
-    if name not in NOISE_SAMPLERS:
-        raise ValueError(
-            f"Expected the name of a noise sampler out of {list_noise_samplers()}, but got {name!r}. For settings pass "
-            'a dict such as {"name": "pink", "alpha": 0.3}.'
-        )
-    known = list(inspect.signature(NOISE_SAMPLERS[name]).parameters)
+def named_noise_sampler(name: str, settings: dict[str, Any]) -> "NoiseSampler":
+    sampler = NOISE_SAMPLERS.find(name, ', or a dict such as {"name": "pink", "alpha": 0.3}')
+    known = list(inspect.signature(sampler).parameters)
     if unknown := sorted(settings.keys() - set(known)):
         raise ValueError(f"Expected settings of the noise sampler {name!r} out of {known}, but got {unknown}.")
-    return NOISE_SAMPLERS[name](**settings)
+    return sampler(**settings)
 
 
 def describe_noise_sampler(sampler: Callable[..., torch.Tensor] | None) -> dict[str, Any] | None:

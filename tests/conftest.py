@@ -19,11 +19,11 @@ LONG_FILES = (
     "shapes_world/test_training.py",
     "evaluation/test_evaluate.py",
     "pipelines/test_interruptions.py",
-    "pipelines/test_never_too_late.py",
+    "pipelines/never_too_late",
     "pipelines/test_effect.py",
     "benchmarks",
     "hub_cards",
-    "rewards/test_published.py",
+    "rewards/contract/test_published.py",
     "pipelines",
     "shapes_world",
 )

@@ -19,7 +19,7 @@ def test_the_reward_of_the_guide_meets_the_contract(processes, tmp_path):
     with (tmp_path / "rewards/__init__.py").open("a") as file:
         file.write(line + "\n")
     program = "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"
-    arguments = ["tests/rewards/test_contract.py", "-k", "saturation", "-q"]
+    arguments = ["tests/rewards/contract/test_contract.py", "-k", "saturation", "-q"]
     run = processes.run(program, *arguments, folder=tmp_path, path=[tmp_path / "src", tmp_path / "tests"])
     assert run.returncode == 0, run.stdout + run.stderr
     assert int(re.search(r"(\d+) passed", run.stdout)[1]) >= 18

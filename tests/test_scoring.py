@@ -10,7 +10,8 @@ from PIL import Image
 
 from noiseopt import AutoReward, list_rewards, shapes_world
 from noiseopt.cli import main
-from noiseopt.rewards import Reward, registry
+from noiseopt.rewards import Reward
+from noiseopt.rewards.contract import registry
 
 
 @pytest.fixture
@@ -74,7 +75,7 @@ def test_a_rotated_photo_is_scored_upright(tmp_path, capsys):
     exif[0x0112] = 8  # stored on its side: to be turned by a quarter, counterclockwise
     picture.save(tmp_path / "turned.png", exif=exif)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(registry.REWARDS, "left", ("left", LeftHalf))
+        patch.setitem(registry.REWARDS.entries, "left", LeftHalf)
         main(["score", str(tmp_path / "turned.png"), "--reward", "left", "--json"])
     assert json.loads(capsys.readouterr().out)[0]["left"] == pytest.approx(20.0)
 
@@ -97,7 +98,7 @@ def test_a_preset_stands_for_its_rewards(pictures, capsys, monkeypatch):
             "Expected an image that Pillow reads, but .*huge.png .* exceeds limit",
         ),
         (["{folder}/deep.png", "--reward", "red"], r"8 bits a channel, but .*deep.png has more \(mode I;16\)"),
-        (["{folder}/red.png", "--reward", "redd"], "Expected a reward name out of .*Did you mean 'red'"),
+        (["{folder}/red.png", "--reward", "redd"], "Expected a reward out of .*Did you mean 'red'"),
         (["{folder}/red.png", "--reward", "clip"], "Expected a prompt for reward 'clip', but got none. Add --prompt"),
         (["{folder}/red.png", "--reward", "clipscore"], "Expected a prompt for reward 'clipscore'"),
         (

@@ -1,4 +1,4 @@
-"""The stock `__call__` of a pipeline, and its first model call alone."""
+"""The stock `__call__` of a pipeline, and its first model call."""
 
 import contextlib
 import functools
@@ -14,8 +14,8 @@ from .internals import interrupt, own_timestep_count
 from .module_state import DENOISERS
 
 
-def stock_call(cls: type):
-    """The `__call__` of the stock pipeline class under our hook, without its `@torch.no_grad`."""
+def stock_call(cls: type) -> Callable[..., Any]:
+    """Return the `__call__` of the stock pipeline class under our hook, without its `@torch.no_grad`."""
     for base in cls.__mro__:
         if "__call__" in vars(base) and not hasattr(base, "_noise_run"):
             return inspect.unwrap(vars(base)["__call__"])
@@ -23,26 +23,27 @@ def stock_call(cls: type):
 
 
 def parts_of(pipe, names: tuple[str, ...]) -> dict[str, Any]:
-    """The modules that a pipeline has of these."""
-    return {name: part for name in names if (part := getattr(pipe, name, None)) is not None}
+    """Return those of the named modules that a pipeline has."""
+    return {name: module for name in names if (module := getattr(pipe, name, None)) is not None}
 
 
 @contextlib.contextmanager
 def first_step_only(pipe) -> Iterator[list[torch.Tensor]]:
-    """Let a pipeline make one model call, whose `step` returns the x0 estimate. It and its scheduler must be copies.
+    """Stop a pipeline after its first model call, with the x0 estimate as the result of `scheduler.step`.
 
-    The loop is stopped by `pipe.interrupt`, or in families that do not look at it by cutting the list of timesteps.
+    The loop is stopped by `pipe.interrupt`, or by shortening the timesteps in families that do not check it. The
+    pipeline and its scheduler must be copies.
 
     Yields:
-        An empty list, for the estimate.
+        A list that is empty at first, and holds the estimate after the call.
 
     Raises:
-        TypeError: If the pipeline takes no step, or takes one before a denoiser was called.
+        TypeError: If the pipeline calls `scheduler.step` not at all, or before its denoiser.
     """
     scheduler, interruptible = pipe.scheduler, "interrupt" in stock_call(type(pipe)).__code__.co_names
     set_timesteps, step = scheduler.set_timesteps, scheduler.step
     calls: list[int] = []
-    stepped: list[bool] = []  # for each step whether a denoiser had been called
+    stepped: list[bool] = []  # for each step, whether a denoiser had been called
     estimates: list[torch.Tensor] = []
 
     @functools.wraps(set_timesteps)
@@ -60,9 +61,9 @@ def first_step_only(pipe) -> Iterator[list[torch.Tensor]]:
         return (x0, x0)
 
     vars(scheduler).update(set_timesteps=set_one, step=estimate)
-    # copies that count: a hook on modules that others have too would have to be taken off again, whatever happens
-    parts = parts_of(pipe, DENOISERS)
-    vars(pipe).update({name: with_forward(part, counted(part.forward, calls)) for name, part in parts.items()})
+    # copies, since a hook on shared modules would have to be removed whatever happens
+    denoisers = parts_of(pipe, DENOISERS)
+    vars(pipe).update({name: with_forward(model, counted(model.forward, calls)) for name, model in denoisers.items()})
     try:
         yield estimates
     finally:
@@ -70,12 +71,12 @@ def first_step_only(pipe) -> Iterator[list[torch.Tensor]]:
     if not all(stepped or [False]):
         raise TypeError(
             f"Expected a pipeline that calls its denoiser ({', '.join(DENOISERS)}) before the first `scheduler.step`, "
-            f"but {type(pipe).__name__} does not, and no x0 can be estimated. Use a method that looks at images."
+            f"but {type(pipe).__name__} does not, and no x0 can be estimated. Use a method that evaluates images."
         )
 
 
 def counted(function: Callable[..., Any], calls: list[int]) -> Callable[..., Any]:
-    """The function, with an entry in `calls` for each call."""
+    """Return the function with an entry in `calls` for each call."""
 
     @functools.wraps(function)
     def count(*args, **kwargs):
@@ -86,5 +87,5 @@ def counted(function: Callable[..., Any], calls: list[int]) -> Callable[..., Any
 
 
 def count_timesteps(pipe) -> int:
-    """How many timesteps the loop of a call had: pipelines may take a part of those of the scheduler."""
+    """Return the number of timesteps of the last call, which may be fewer than those of the scheduler."""
     return own_timestep_count(pipe) or len(pipe.scheduler.timesteps)

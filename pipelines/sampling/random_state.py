@@ -1,4 +1,4 @@
-"""The random streams of a pipeline call."""
+"""Random streams of a pipeline call."""
 
 import copy
 
@@ -8,7 +8,12 @@ from .internals import default_mps_generator
 
 
 class RandomState:
-    """The random streams of a call, as they were at one moment: every inner run starts from the same state."""
+    """Snapshot of the random streams of a call, from which every evaluation starts.
+
+    Args:
+        generator: The `generator` argument of the call; `None` for torch's default generator on `device`.
+        device: The device of that default generator.
+    """
 
     def __init__(self, generator: torch.Generator | list[torch.Generator] | None, device: torch.device) -> None:
         self.several = isinstance(generator, list)
@@ -20,7 +25,7 @@ class RandomState:
         return [seed for _, _, seed in self.states]
 
     def generator(self) -> torch.Generator | list[torch.Generator]:
-        """Fresh generators in this state, in the form that the pipeline was given."""
+        """Return new generators in this state: a list if the call was given one."""
         fresh = []
         for device, state, _ in self.states:
             fresh.append(torch.Generator(device))
@@ -28,14 +33,14 @@ class RandomState:
         return fresh if self.several else fresh[0]
 
     def of_rows(self, rows: list[int]) -> "RandomState":
-        """The streams of some images, or the one that all images share."""
+        """Return the streams of some images, or the stream that all images share."""
         found = copy.copy(self)
         found.states = [self.states[row] for row in rows] if self.several else self.states
         return found
 
 
 def default_generator(device: torch.device) -> torch.Generator:
-    """The generator that torch draws from on `device` when none is given."""
+    """Return the generator that torch uses on `device` by default."""
     if device.type == "cuda":
         return torch.cuda.default_generators[device.index if device.index is not None else torch.cuda.current_device()]
     if device.type == "mps":

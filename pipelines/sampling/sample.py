@@ -1,4 +1,4 @@
-"""Samples of the model that objectives are computed from."""
+"""Samples of the model that objectives evaluate."""
 
 import functools
 
@@ -8,17 +8,17 @@ from .sampler import Gradient, PipelineSampler
 
 
 class Sample:
-    """What an objective may look at, computed once and only if asked for.
+    """Sample that an objective evaluates; `images` and `x0` are computed on first access and cached.
 
     Attributes:
         noise: `(B, C, H, W)`, the initial noise.
         prompts: `B` prompts.
-        groups: `B` integers, equal where images share their prompt.
-        seeds: `B` integers that differ from step to step and from image to image: for objectives that draw at random.
-        images: `(B, 3, H, W)` in [0, 1]: the result of the whole chain, or of one model call for a preview.
-        x0: `(B, C, H, W)`: the estimate of the clean latents after one model call.
-        chunk_size: At most so many images are held in memory with their graphs at a time, `None` for all; objectives
-            with models of their own keep to it.
+        groups: `B` integers, equal for images of the same prompt.
+        seeds: `B` integers that differ between steps and images, for stochastic objectives.
+        images: `(B, 3, H, W)` in [0, 1]: the output of the whole chain, or of one model call for a preview.
+        x0: `(B, C, H, W)`, the estimate of the clean latents after one model call.
+        chunk_size: At most this many images have their graphs in memory at a time, `None` for all. Objectives with
+            models of their own respect it.
     """
 
     def __init__(
@@ -47,6 +47,6 @@ class Sample:
 
     @property
     def drawn_images(self) -> torch.Tensor | None:
-        """The images if the objective asked for them, without their graph."""
+        """The images if the objective has accessed them, without their graph."""
         images = vars(self).get("images")
         return None if images is None else images.detach()

@@ -1,4 +1,4 @@
-"""A stock pipeline as a function of its initial noise, differentiable from image to noise."""
+"""A stock pipeline as a differentiable function of its initial noise."""
 
 import contextlib
 import copy
@@ -22,29 +22,29 @@ Clamp = Literal["straight_through", "hard"]
 
 
 class PipelineSampler:
-    """One pipeline call as `images(noise)` and `x0(noise)`.
+    """One pipeline call as the functions `images(noise)` and `x0(noise)`.
 
-    Works on a shallow twin of the pipeline that shares its modules: the scheduler is a copy, `encode_prompt` replays
-    what the outer call recorded, in call order, and `prepare_latents` returns our noise through the stock scaling and
-    packing.
+    Each evaluation runs the stock `__call__` on a shallow twin of the pipeline that shares its modules: the scheduler
+    is a copy, `encode_prompt` replays what the outer call recorded, and `prepare_latents` returns our noise through the
+    stock scaling and packing.
 
     Args:
-        pipe: The pipeline whose call is under way, after its prompts were encoded.
+        pipe: The pipeline whose call is in progress, after its prompts were encoded.
         request: The arguments of that call.
-        encoded: What `encode_prompt` returned, in call order.
+        encoded: The return values of `encode_prompt` in call order.
         space: The noise and latents of the call.
-        random_state: The streams before the base noise was drawn.
-        drew: Whether the outer call drew its base noise; if so each inner call draws and discards, to leave samplers
-            that add noise on the way the same stream.
-        clamp: How pixels are brought into [0, 1]: "straight_through" keeps the gradient of saturated pixels, so that
-            they can come back; "hard" (as stock pipelines do) has none there. The values are equal.
-        decoder: What decodes latents in the place of the pipeline's VAE; `None` for that.
-        checkpointing: What is computed again in the backward pass, once `checkpoints` are in force.
-        through_denoiser: Whether gradients pass through the denoiser, so that there is anything of it to be kept.
+        random_state: The random streams before the base noise was sampled.
+        drew: Whether the outer call sampled its base noise. If so, evaluations sample and discard it, so that samplers
+            that add noise at each step see the same stream.
+        clamp: How pixels are clamped to [0, 1]. "straight_through" keeps the gradient of saturated pixels, so that they
+            can recover; "hard", as in stock pipelines, has zero gradient there. The values are equal.
+        decoder: Decoder to use instead of the pipeline's VAE, or `None`.
+        checkpointing: Checkpointing of the evaluations while `checkpoints` are in force.
+        through_denoiser: Whether gradients pass through the denoiser, so that checkpointing it saves memory.
 
     Attributes:
-        timesteps: How many the whole chain has, once it has been run; `None` before.
-        checkpoints: What is computed again, of the whole batch and of its parts.
+        timesteps: The number of timesteps of the whole chain, `None` before its first run.
+        checkpoints: The checkpointing, shared by the samplers of chunks.
     """
 
     timesteps: int | None = None
@@ -66,80 +66,63 @@ class PipelineSampler:
         self.call = stock_call(type(pipe))
         ours = ("latents", "generator", "output_type", "return_dict", "callback_on_step_end", "callback")
         self.request = {name: value for name, value in request.items() if name not in ours}
-        self.image_embeds: list[Any] = []  # of an IP-Adapter: what its method returned in the first run, in call order
-        self.twin = self.make_twin(pipe, clamp)
+        self.image_embeds: list[Any] = []  # of an IP-Adapter, recorded in the first run
+        self.twin = make_twin(pipe, clamp)
         self.own_decoder, self.decoder = vars(self.twin).get("vae"), decoder
         if decoder is not None:
             vars(self.twin)["vae"] = decoder
-        called = parts_of(self.twin, CALLED_IN_STEPS).values() if through_denoiser else ()
-        decodes = vars(self.twin).get("vae")
-        self.checkpoints = Checkpoints(checkpointing, tuple(called), decodes, scales_lora(self.request))
-        # as it was before any run: schedulers hold the graph of one afterwards, so that each run has its own copy
+        denoisers = tuple(parts_of(self.twin, CALLED_IN_STEPS).values()) if through_denoiser else ()
+        self.checkpoints = Checkpoints(checkpointing, denoisers, vars(self.twin).get("vae"), scales_lora(self.request))
+        # a copy from before any run: schedulers refer to the graph of a run, so that each run gets its own
         self.scheduler = copy.deepcopy(pipe.scheduler)
-        self.part_of: tuple[int, list[int]] | None = None  # the size of the whole batch, and which rows of it are drawn
+        self.batch_rows: tuple[int, list[int]] | None = None  # of a chunk: size of the whole batch, and its rows
         self.chunks: dict[tuple[int, ...], PipelineSampler] = {}
 
-    def make_twin(self, pipe, clamp: str):
-        twin = copy.copy(pipe)
-        attributes = vars(twin)
-        attributes.pop("_noise_run", None)
-        twin.set_progress_bar_config(disable=True)
-        # both go through numpy, which no gradient passes; the final run has them
-        attributes.update({name: None for name in ("safety_checker", "watermark") if name in attributes})
-        vae: Any = attributes.get("vae")
-        upcast = vae is not None and vae.config.get("force_upcast") and vae.dtype == torch.float16
-        if upcast and not is_offloaded(vae):  # no gradient passes one that is offloaded
-            attributes["vae"] = converted_apart(vae)
-        if clamp == "straight_through" and hasattr(pipe, "image_processor"):
-            attributes["image_processor"] = copy.copy(pipe.image_processor)
-            vars(twin.image_processor)["denormalize"] = denormalize_straight_through
-        return twin
-
     def with_own_decoder(self) -> "PipelineSampler":
-        """The same sampler with the pipeline's own decoder."""
+        """Return the same sampler with the pipeline's own decoder."""
         found = copy.copy(self)
         found.twin, found.chunks, found.decoder = copy.copy(self.twin), {}, None
         vars(found.twin)["vae"] = self.own_decoder
         return found
 
     def random_state_after_draw(self) -> RandomState:
-        """The random streams once the base noise is drawn."""
+        """Return the random streams after the base noise was sampled."""
         generator = self.random_state.generator()
         if self.drew:
             self.space.on(self.twin, self.space.draw_noise, generator=generator)
         return RandomState(generator, torch.device("cpu"))
 
+    def states_after_draw(self) -> list[tuple[str, torch.Tensor]]:
+        """Return device type and state of each random stream after the base noise was sampled."""
+        return [(device.type, state) for device, state, _ in self.random_state_after_draw().states]
+
     def prepare(self, pipe, noise: torch.Tensor, generator: torch.Generator | list[torch.Generator] | None = None):
-        """What `prepare_latents` of the call returns for another noise; all else that it draws is the same."""
+        """Return what `prepare_latents` of the call returns for another noise and the same other random numbers."""
         generator = generator or self.random_state.generator()
         return self.space.prepare(pipe, noise, draw=self.drew, generator=generator)
 
     def to_latents(self, pipe, noise: torch.Tensor) -> torch.Tensor:
-        """Noise to what the pipeline takes as `latents=`, in its dtype."""
+        """Convert noise to what the pipeline takes as `latents=`, in its dtype."""
         return self.space.to_latents(pipe, noise, draw=self.drew, generator=self.random_state.generator())
 
-    def states_after_draw(self) -> list[tuple[str, torch.Tensor]]:
-        """Device type and state of each random stream once the base noise is drawn."""
-        return [(device.type, state) for device, state, _ in self.random_state_after_draw().states]
-
     def chunk(self, rows: list[int]) -> "PipelineSampler":
-        """A sampler of some images of the batch alone: what the whole batch draws in these rows, but for rounding.
+        """Return the sampler of a chunk, whose images equal these rows of the whole batch up to rounding.
 
-        Samplers that add noise on the way see the same noise, if they draw it from the generator of the call.
+        Samplers that add noise at each step see the same noise if they draw it from the generator of the call.
 
         Raises:
-            ValueError: Naming an argument of the call that cannot be told apart by image, such as a list of images.
+            ValueError: For an argument of the call that cannot be split by image, such as a list of images.
         """
         if tuple(rows) not in self.chunks:
             batch = self.space.arguments.get("batch_size", 0)
             layout = BatchLayout(self.request, batch)
-            part = copy.copy(self)
-            part.space = self.space.for_images(len(rows))
-            part.request = layout.request_of(rows)
-            part.encoded = [layout.encoded_of(each, rows) for each in self.encoded]
-            part.random_state, part.drew = self.random_state_after_draw().of_rows(rows), False
-            part.part_of, part.chunks, part.image_embeds = (batch, rows), {}, []
-            self.chunks[tuple(rows)] = part
+            chunk = copy.copy(self)
+            chunk.space = self.space.for_images(len(rows))
+            chunk.request = layout.request_of(rows)
+            chunk.encoded = [layout.encoded_of(each, rows) for each in self.encoded]
+            chunk.random_state, chunk.drew = self.random_state_after_draw().of_rows(rows), False
+            chunk.batch_rows, chunk.chunks, chunk.image_embeds = (batch, rows), {}, []
+            self.chunks[tuple(rows)] = chunk
         return self.chunks[tuple(rows)]
 
     def images(
@@ -149,109 +132,125 @@ class PipelineSampler:
         preview: bool = False,
         chunk_size: int | None = None,
     ) -> torch.Tensor:
-        """`noise` (B, C, H, W) to images (B, 3, H, W) in [0, 1], float32 or better.
+        """Generate images (B, 3, H, W) in [0, 1] from noise (B, C, H, W), in float32 or better.
 
         Args:
             noise: The initial noise.
-            gradient: "full" back-propagates through the whole chain; "frozen" holds the model's outputs constant, so no
-                graph is kept in the denoiser; `None` keeps no graph at all.
-            preview: Draw the x0 estimate of the first model call instead of the whole chain.
-            chunk_size: Draw at most so many images at a time, and draw them again, with their graph, in the backward
-                pass: the same gradient in the memory of so many images, for one more forward pass. `None` for all.
+            gradient: "full" backpropagates through the whole chain. "frozen" treats the model's outputs as constants,
+                so that the denoiser needs no graph. `None` builds no graph at all.
+            preview: Decode the x0 estimate of the first model call instead of running the whole chain.
+            chunk_size: Generate at most this many images at a time, and generate them again with their graph in the
+                backward pass: the same gradient in less memory, for one more forward pass. `None` for all at once.
         """
-        if chunk_size is not None and chunk_size < len(noise):
-
-            def draw(rows: list[int], part: torch.Tensor) -> torch.Tensor:
-                return self.chunk(rows).images(part, gradient, preview)
-
-            return run_in_chunks(draw, noise, chunk_size, gradient is not None)
-        images = self.run(noise, gradient, preview, "pt")
+        images = self.run(noise, gradient, preview, "pt", chunk_size)
         return images.to(torch.promote_types(images.dtype, torch.float32))
 
     def x0(self, noise: torch.Tensor, gradient: Gradient = None, chunk_size: int | None = None) -> torch.Tensor:
-        """`noise` (B, C, H, W) to the x0 estimate of the first model call, in the layout of the noise; see `images`."""
-        if chunk_size is not None and chunk_size < len(noise):
-            return run_in_chunks(
-                lambda rows, part: self.chunk(rows).x0(part, gradient), noise, chunk_size, gradient is not None
-            )
-        latents = self.run(noise, gradient, True, "latent")
-        return self.space.unpack(self.twin, latents)
+        """Return the x0 estimate of the first model call in the layout of the noise (B, C, H, W); see `images`."""
+        return self.space.unpack(self.twin, self.run(noise, gradient, True, "latent", chunk_size))
 
-    def run(self, noise: torch.Tensor, gradient: Gradient, preview: bool, output_type: str) -> torch.Tensor:
-        """What the pipeline puts out for a noise; the latents of a preview are the x0 estimate, in no other layout.
+    def run(
+        self, noise: torch.Tensor, gradient: Gradient, preview: bool, output_type: str, chunk_size: int | None = None
+    ) -> torch.Tensor:
+        """Run the pipeline on `noise` and return its output.
 
-        With a graph, it is as the checkpointing says.
+        With `preview` and `output_type="latent"` this is the x0 estimate in the denoiser's layout.
         """
-        if gradient is None or not noise.requires_grad:
+        differentiable = gradient is not None and noise.requires_grad
+        if chunk_size is not None and chunk_size < len(noise):
+
+            def run_chunk(rows: list[int], chunk: torch.Tensor) -> torch.Tensor:
+                return self.chunk(rows).run(chunk, gradient, preview, output_type)
+
+            return run_in_chunks(run_chunk, noise, chunk_size, differentiable)
+        if not differentiable:
             return self.run_once(noise, gradient, preview, output_type)
         kind = (preview, output_type)
         return self.checkpoints.fitted(kind, noise.device, lambda: self.run_once(noise, gradient, preview, output_type))
 
     def run_once(self, noise: torch.Tensor, gradient: Gradient, preview: bool, output_type: str) -> torch.Tensor:
-        twin = self.fresh_twin(noise, gradient)
-        watched = first_step_only(twin) if preview else no_global_draws(twin)
-        ours = {"generator": twin.sampling_generator, "output_type": output_type, "return_dict": False}
-        draws, graph = self.draws_from(twin.sampling_generator), gradient is not None and noise.requires_grad
+        twin, generator = self.fresh_twin(noise, gradient)
+        differentiable = gradient is not None and noise.requires_grad
+        limited = first_step_only(twin) if preview else no_global_draws(twin)
+        ours = {"generator": generator, "output_type": output_type, "return_dict": False}
         try:
-            with watched as estimates, draws, torch.set_grad_enabled(graph):
+            with limited as estimates, self.shared_draws(generator), torch.set_grad_enabled(differentiable):
                 output = self.call(twin, **self.request, **ours)[0]
-            if estimates and output_type == "latent":  # families unpack and scale what they put out
+            if estimates and output_type == "latent":  # families unpack and scale their output
                 output = estimates[0]
-            if not preview:  # some families set their timesteps after `prepare_latents`: no scheduler knows them before
+            if not preview:  # counted after the run, as some families set their timesteps after `prepare_latents`
                 self.timesteps = count_timesteps(twin)
-        finally:  # its methods refer to it: its scheduler would keep the graph until the next collection
+        finally:  # a reference cycle through its methods would keep the graph until the next garbage collection
             vars(twin).clear()
-        if noise.requires_grad and gradient is not None and not output.requires_grad:
+        if differentiable and not output.requires_grad:
             raise ValueError(
                 f"Expected {type(twin).__name__} to be differentiable from image to noise, but its result carries no "
                 "gradient. Use a method without gradients, such as `BestOfN`."
             )
         return output
 
-    def draws_from(self, generator: torch.Generator | list[torch.Generator]) -> contextlib.AbstractContextManager[Any]:
-        """Lets a part of a batch that shares one generator draw from it as the whole batch does."""
-        if self.part_of is None or isinstance(generator, list):
+    def shared_draws(
+        self, generator: torch.Generator | list[torch.Generator]
+    ) -> contextlib.AbstractContextManager[Any]:
+        """Return a context in which a chunk draws from a generator that its batch shares as the whole batch does."""
+        if self.batch_rows is None or isinstance(generator, list):
             return contextlib.nullcontext()
-        return WholeBatchDraws(generator, *self.part_of)
+        return WholeBatchDraws(generator, *self.batch_rows)
 
-    def fresh_twin(self, noise: torch.Tensor, gradient: Gradient):
-        twin = copy.copy(self.twin)
-        generator = self.random_state.generator()
-        replay = iter(self.encoded)
-
-        vars(twin).update(
+    def fresh_twin(
+        self, noise: torch.Tensor, gradient: Gradient
+    ) -> tuple[Any, torch.Generator | list[torch.Generator]]:
+        """Return a twin for one evaluation of `noise`, and its generator."""
+        twin, generator, recorded = copy.copy(self.twin), self.random_state.generator(), iter(self.encoded)
+        attributes = vars(twin)
+        attributes.update(
             scheduler=copy.deepcopy(self.scheduler),
-            encode_prompt=lambda *_, **__: next(replay),
+            encode_prompt=lambda *_, **__: next(recorded),
             prepare_latents=lambda *_, **__: self.prepare(twin, noise, generator),
-            sampling_generator=generator,
         )
         if hasattr(twin, "prepare_ip_adapter_image_embeds"):
             embed = twin.prepare_ip_adapter_image_embeds
-            vars(twin)["prepare_ip_adapter_image_embeds"] = replayed(embed, self.image_embeds)
-        if gradient == "frozen":
-            vars(twin).update({name: without_gradient(part) for name, part in parts_of(twin, CALLED_IN_STEPS).items()})
-        elif gradient == "full":
-            parts = parts_of(twin, CALLED_IN_STEPS)
-            vars(twin).update({name: self.checkpoints.call_of(part) for name, part in parts.items()})
-        return twin
+            attributes["prepare_ip_adapter_image_embeds"] = replayed(embed, self.image_embeds)
+        wrap = {"frozen": without_gradient, "full": self.checkpoints.call_of}.get(gradient or "")
+        if wrap is not None:
+            attributes.update({name: wrap(model) for name, model in parts_of(twin, CALLED_IN_STEPS).items()})
+        return twin, generator
 
 
-def replayed(function: Callable[..., Any], kept: list[Any]) -> Callable[..., Any]:
-    """A function that returns what is kept of its earlier calls, in call order, and keeps what it computes beyond."""
+def make_twin(pipe, clamp: Clamp):
+    """Return a shallow copy of a pipeline that is differentiable from image to noise."""
+    twin = copy.copy(pipe)
+    attributes = vars(twin)
+    attributes.pop("_noise_run", None)
+    twin.set_progress_bar_config(disable=True)
+    # both use numpy, which has no gradient; the final run has them
+    attributes.update({name: None for name in ("safety_checker", "watermark") if name in attributes})
+    vae: Any = attributes.get("vae")
+    upcast = vae is not None and vae.config.get("force_upcast") and vae.dtype == torch.float16
+    if upcast and not is_offloaded(vae):  # an offloaded VAE is used without gradients only
+        attributes["vae"] = converted_apart(vae)
+    if clamp == "straight_through" and hasattr(pipe, "image_processor"):
+        attributes["image_processor"] = copy.copy(pipe.image_processor)
+        vars(twin.image_processor)["denormalize"] = denormalize_straight_through
+    return twin
+
+
+def replayed(function: Callable[..., Any], recorded: list[Any]) -> Callable[..., Any]:
+    """Return a function that replays the recorded return values in call order and records further ones."""
     index = itertools.count()
 
     def replay(*args, **kwargs):
         call = next(index)
-        if call == len(kept):
+        if call == len(recorded):
             with torch.no_grad():
-                kept.append(function(*args, **kwargs))
-        return kept[call]
+                recorded.append(function(*args, **kwargs))
+        return recorded[call]
 
     return replay
 
 
 def denormalize_straight_through(images: torch.Tensor) -> torch.Tensor:
-    """[-1, 1] to [0, 1] as diffusers does it, with the clamp's value and the identity's gradient."""
+    """Convert [-1, 1] to [0, 1] as diffusers does, with the value of the clamp and the gradient of the identity."""
     pixels = images * 0.5 + 0.5
     clamped = pixels.clamp(0, 1)
     return clamped.detach() + (pixels - pixels.detach()) if pixels.requires_grad else clamped  # adds exactly 0

@@ -1,7 +1,8 @@
-"""Checkpoints in foreign layouts: where their files are, how they are read, and what must be in them."""
+"""Loading and checking of checkpoints that transformers alone does not load or check."""
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,33 +17,39 @@ from transformers import PreTrainedModel
 ModelT = TypeVar("ModelT", bound=PreTrainedModel)
 
 
+def is_checkpoint(name_or_path: str) -> bool:
+    """Return whether a string is an existing folder or has the form of a Hub id, `org/name`."""
+    return os.path.isdir(name_or_path) or re.fullmatch(r"\w[\w.-]*/[\w.-]+", name_or_path) is not None
+
+
 def checkpoint_path(checkpoint: str, filename: str, hub: Mapping[str, Any]) -> Path:
-    """The file of a folder or a Hub repository, downloaded if need be.
+    """Return the path of a file in a folder or a Hub repository, downloading it if needed.
 
     Args:
-        checkpoint: a folder or a Hub id.
-        filename: the file in it.
-        hub: revision, cache_dir, token and local_files_only, as `Reward.load` gets them.
+        checkpoint: A folder or a Hub id.
+        filename: The name of the file.
+        hub: revision, cache_dir, token and local_files_only, as passed to `Reward.load`.
 
     Raises:
-        OSError: a folder without that file, or a download that fails.
+        OSError: If the folder does not contain the file or the download fails.
     """
     if not os.path.isdir(checkpoint):
         return Path(hf_hub_download(checkpoint, filename, **hub))
     path = Path(checkpoint) / filename
     if not path.is_file():
         raise FileNotFoundError(
-            f"Expected the file {filename} in {checkpoint}, but it is not there. Pass the folder that holds it, or a "
-            "Hub id."
+            f"Expected the file {filename} in {checkpoint}, but it is not there. Pass the folder that contains it, or "
+            "a Hub id."
         )
     return path
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """The tensors of a `.safetensors` file, or of a pickled one, in which nothing but tensors is ever executed.
+    """Read the tensors of a `.safetensors` file, or of a pickle with `weights_only=True`, so that no code runs.
 
     Raises:
-        ValueError: a pickle that holds more than tensors and plain values, a damaged file, or no tensors by name.
+        ValueError: If a pickle contains more than tensors and plain values, if the file is damaged, or if it is not a
+            dict of tensors.
     """
     if path.suffix == ".safetensors":
         try:
@@ -53,7 +60,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
-    except Exception as error:  # the restricted unpickler stumbles over damaged files in every way
+    except Exception as error:  # the restricted unpickler raises many types for damaged files
         raise ValueError(
             f"Expected a file of tensors, but {path.name} cannot be read with `weights_only=True`: "
             f"{str(error).partition(chr(10))[0]} Download it again, or convert it to safetensors where you trust it."
@@ -65,7 +72,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """The JSON object in a file. Raises `ValueError` for anything else."""
+    """Read the JSON object in a file. Raises `ValueError` for anything else."""
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -76,15 +83,16 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 
 def holder_of(filename: str, checkpoint: str, companion: str, hub: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """Where a part is read from that some checkpoints leave to another repository, such as a tokenizer.
+    """Return the source of a component, such as a tokenizer, that some checkpoints take from another repository.
 
     Args:
-        filename: the file that shows whether `checkpoint`, a folder, has the part itself.
-        checkpoint: a folder or a Hub id; a repository on the Hub is never asked.
-        companion: the Hub id of the part otherwise.
+        filename: The file whose presence shows that `checkpoint`, if a folder, contains the component.
+        checkpoint: A folder or a Hub id. Hub repositories are not searched.
+        companion: The Hub id to fall back to.
+        hub: revision, cache_dir, token and local_files_only, as passed to `Reward.load`.
 
     Returns:
-        `checkpoint` or `companion`, and the arguments to load from it: a revision is one of the checkpoint alone.
+        `checkpoint` or `companion`, and the arguments to load from it. `revision` applies to `checkpoint` only.
     """
     if os.path.isfile(os.path.join(checkpoint, filename)):
         return checkpoint, dict(hub)
@@ -92,26 +100,28 @@ def holder_of(filename: str, checkpoint: str, companion: str, hub: Mapping[str, 
 
 
 def load_pretrained(model_class: type[ModelT], checkpoint: str, hub: Mapping[str, Any]) -> ModelT:
-    """A transformers model in float32. What a checkpoint lacks, transformers draws at random and only warns of.
+    """Load a transformers model in float32, with all of its weights.
+
+    transformers itself initializes missing weights randomly and only warns.
 
     Raises:
-        ValueError: naming the keys that are missing.
+        ValueError: If weights are missing; the message lists their keys.
     """
-    load: Any = model_class.from_pretrained  # whose type does not know that it then gives a pair
+    load: Any = model_class.from_pretrained  # its annotation omits the pair that `output_loading_info` returns
     model, found = load(checkpoint, dtype=torch.float32, output_loading_info=True, **hub)
     if missing := sorted(found["missing_keys"]):
         raise ValueError(
             f"Expected {checkpoint} to hold all weights of {type(model).__name__}, but missing: {', '.join(missing)}. "
-            "Pass the checkpoint of a whole model."
+            "Pass the checkpoint of a complete model."
         )
     return model
 
 
 def check_weights(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
-    """See that `state` holds exactly the weights of `module`, whose own values do not matter: it may be a meta one.
+    """Check that the keys and shapes of `state` are exactly those of `module`, which may be on the meta device.
 
     Raises:
-        ValueError: naming the keys that are missing or not expected, or the shapes that differ.
+        ValueError: For missing or unexpected keys and for different shapes; the message lists them.
     """
     own = module.state_dict()
     shapes = [key for key in own if key in state and own[key].shape != state[key].shape]
@@ -126,10 +136,6 @@ def check_weights(module: nn.Module, state: Mapping[str, Tensor], source: str) -
 
 
 def load_strictly(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
-    """Copy `state` into `module`.
-
-    Raises:
-        ValueError: as `check_weights` does.
-    """
+    """Copy `state` into `module`. Raises `ValueError` as `check_weights` does."""
     check_weights(module, state, source)
     module.load_state_dict(state)

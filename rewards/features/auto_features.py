@@ -1,16 +1,16 @@
 """Features by name, Hub id or folder."""
 
 import os
-import re
 
 import torch
 
+from ..contract.checkpoints import is_checkpoint
 from .features import FEATURES, Features
 from .image_features import ImageFeatures
 
 
 class AutoFeatures:
-    """Loads the features that a name, a Hub id or a folder stands for."""
+    """Loader of the features that a name, a Hub id or a folder refers to."""
 
     @staticmethod
     def from_pretrained(
@@ -23,32 +23,34 @@ class AutoFeatures:
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> Features:
-        """A registered name gives those features with their default checkpoint; a Hub id or folder gives one vector an
-        image of the vision model there. A registered name wins over a folder of the same name.
+        """Load features.
 
-        The keyword arguments are those of `Features.from_pretrained`. What a package brings (LPIPS, DreamSim) is not on
-        the Hub: of its arguments `cache_dir` alone may matter.
+        Args:
+            name_or_path: A registered name loads those features with their default checkpoint; it takes precedence
+                over a folder of the same name. A Hub id or folder loads its vision model, with one vector per image.
+
+        The keyword arguments are those of `Features.from_pretrained`. Features from a package (LPIPS, DreamSim) are
+        not on the Hub and use `cache_dir` at most.
 
         Raises:
-            ValueError: a name that is unknown.
-            ImportError: a package that is not installed.
+            ValueError: For an unknown name.
+            ImportError: If a package is not installed.
         """
         path = os.fspath(name_or_path)
         hub = {"revision": revision, "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
         features = find_features(path)
         if features is not None:
             return features.from_pretrained(**hub, dtype=dtype, device=device)
-        published = (entry for entry in FEATURES.classes.values() if entry.default_checkpoint == path)
+        published = (entry for entry in FEATURES.entries.values() if entry.default_checkpoint == path)
         return next(published, ImageFeatures).from_pretrained(path, **hub, dtype=dtype, device=device)
 
 
 def find_features(name_or_path: str) -> type[Features] | None:
-    """The class that is registered under a name, or None for a Hub id or an existing folder.
+    """Return the class registered under a name, or None for a Hub id or an existing folder.
 
     Raises:
-        ValueError: for anything else.
+        ValueError: For anything else.
     """
-    is_path = os.path.isdir(name_or_path) or re.fullmatch(r"\w[\w.-]*/[\w.-]+", name_or_path)
-    if is_path and name_or_path not in FEATURES.classes:
+    if name_or_path not in FEATURES.entries and is_checkpoint(name_or_path):
         return None
     return FEATURES.find(name_or_path, ", a Hub id such as 'org/name' or a folder")

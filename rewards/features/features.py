@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from ..contract.class_table import ClassTable
+from ...registry import Registry
 from ..contract.frozen_module import FrozenModule
 from ..contract.reward import check_images
 from ..contract.transforms import at_least_float32
@@ -91,7 +91,7 @@ class Features(FrozenModule):
         return cls()
 
 
-FEATURES: ClassTable[type[Features]] = ClassTable("features")
+FEATURES: Registry[type[Features]] = Registry("feature map")
 
 
 def register_features(name: str) -> Callable[[type[FeaturesT]], type[FeaturesT]]:

@@ -7,7 +7,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..contract.class_table import ClassTable
+from ...registry import Registry
 from ..contract.reward import NonFiniteReward
 from ..contract.transforms import at_least_float32
 from ..features.auto_features import AutoFeatures
@@ -122,7 +122,7 @@ class SetReward(nn.Module):
         return cls(AutoFeatures.from_pretrained(features or cls.default_features, dtype=dtype, device=device))
 
 
-SET_REWARDS: ClassTable[type[SetReward]] = ClassTable("set reward")
+SET_REWARDS: Registry[type[SetReward]] = Registry("set reward")
 
 
 def register_set_reward(name: str) -> Callable[[type[SetRewardT]], type[SetRewardT]]:

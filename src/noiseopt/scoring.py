@@ -84,7 +84,7 @@ class RewardFacts:
         from .rewards.contract.registry import REWARDS
         from .rewards.contract.reward import Reward
 
-        factory = REWARDS[name][1]
+        factory = REWARDS.find(name)
         reward: Any = factory if isinstance(factory, type) and issubclass(factory, Reward) else factory()
         return cls(
             name,
@@ -174,7 +174,7 @@ def check_request(names: Sequence[str], prompts: Sequence[str] | None, device: s
     check_device(device)
     for name in names:
         check_reward(name)
-        if prompts is None and (name in EMBEDDED_REWARDS or name in REWARDS and RewardFacts.of(name).requires_prompt):
+        if prompts is None and (name in EMBEDDED_REWARDS or name in REWARDS.entries and RewardFacts.of(name).requires_prompt):
             raise ValueError(f"Expected a prompt for reward {name!r}, but got none. Add --prompt.")
 
 

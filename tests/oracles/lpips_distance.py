@@ -1,11 +1,11 @@
-"""LPIPS by its package against ours, and the file that `tests/rewards/test_lpips_features.py` compares ours with.
+"""LPIPS by its package against ours, and the file that `tests/rewards/features/test_lpips_features.py` compares ours with.
 
 torchvision must not be installed beside the tests (see CONTRIBUTING.md), so this runs in an environment of its own:
 
     python -m venv oracle
     oracle/bin/pip install torch==2.13.0 transformers==5.23.0 numpy scipy tqdm pillow
     oracle/bin/pip install --no-deps lpips==0.1.4 torchvision==0.28.0
-    PYTHONPATH=src oracle/bin/python tests/oracles/lpips_distance.py tests/rewards/data/lpips.safetensors
+    PYTHONPATH=src oracle/bin/python tests/oracles/lpips_distance.py tests/rewards/features/data/lpips.safetensors
 
 The wheel has the published linear layers. The trunks are random: their weights are on pytorch.org. It prints the
 largest differences of distances and gradients, raises if they are more than rounding, and writes for the AlexNet the

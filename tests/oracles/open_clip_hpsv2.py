@@ -1,11 +1,11 @@
-"""What open_clip and torchvision make of a tiny HPSv2: the file that `tests/rewards/test_hpsv2.py` compares ours with.
+"""What open_clip and torchvision make of a tiny HPSv2: the file that `tests/rewards/preference/test_hpsv2.py` compares ours with.
 
 torchvision must not be installed beside the tests (see CONTRIBUTING.md), so this runs in an environment of its own:
 
     python -m venv oracle
     oracle/bin/pip install torch==2.13.0 numpy safetensors huggingface_hub==2.4.0 ftfy regex tqdm pillow pyyaml
     oracle/bin/pip install --no-deps open_clip_torch==3.3.0 torchvision==0.28.0 timm
-    oracle/bin/python tests/oracles/open_clip_hpsv2.py tests/rewards/data/open_clip_hpsv2.safetensors
+    oracle/bin/python tests/oracles/open_clip_hpsv2.py tests/rewards/preference/data/open_clip_hpsv2.safetensors
 
 It holds, each under a prefix: `state.` the weights of a CLIP as HPSv2 publishes them, in float16; `image.` pixels of
 several sizes, uint8; `pixels.` the same as HPSv2 preprocesses them; `ids`; `image_features` and `text_features`, unit

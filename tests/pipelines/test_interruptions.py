@@ -32,8 +32,9 @@ from noiseopt import (
     grow_set,
     optimize_noise,
 )
-from noiseopt.pipelines import QualityGuard, noise_file
+from noiseopt.pipelines import QualityGuard
 from noiseopt.pipelines.never_too_late.image_set import SetGrowth
+from noiseopt.pipelines.results import noise_file
 from noiseopt.rewards import DPP
 
 ONE = {"num_inference_steps": 1, "guidance_scale": 0.0, **SIZE}
@@ -285,7 +286,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # what is started in t
 import torch
 from tiny_pipelines import SIZE, tiny_pipeline
 from noiseopt import ReNO, optimize_noise
-from noiseopt.pipelines import noise_file
+from noiseopt.pipelines.results import noise_file
 
 noise_file.SECONDS_BETWEEN_WRITES = 0.0
 pipe, call = tiny_pipeline("sd"), {"num_inference_steps": 1, "guidance_scale": 0.0, **SIZE}

@@ -388,7 +388,7 @@ def check_diversity(diversity: Any) -> None:
 
 def checkpoint_of(features: Any) -> Any:
     """What features are loaded from, to tell whether two are of one tower; else they themselves."""
-    known = FEATURES.classes.get(features) if isinstance(features, str) else None
+    known = FEATURES.entries.get(features) if isinstance(features, str) else None
     return (known and known.default_checkpoint) or features
 
 

@@ -19,7 +19,7 @@ from noiseopt.evaluation.live_bytes import LiveBytes
 from noiseopt.pipelines import FunctionObjective, NoiseOptimizer
 from noiseopt.pipelines.memory.checkpointing import POLICIES
 from noiseopt.pipelines.memory.graph_size import GraphTooLarge, SavedBytes
-from noiseopt.pipelines.registry import METHODS
+from noiseopt.pipelines.registry import METHODS, list_methods
 from noiseopt.pipelines.sampling.internals import BLOCK_SETTINGS
 
 FAMILIES = ["sd", "sdxl", "sd3", "flux"]
@@ -344,13 +344,8 @@ def test_a_pipeline_takes_it_by_name():
     torch.testing.assert_close(outputs[1].images, outputs[0].images, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", [name for name, cls in METHODS.items() if "checkpointing" in cls.__dataclass_fields__])
+@pytest.mark.parametrize("name", list_methods())
 def test_other_values_are_refused(name):
     needed = {} if name == "cno" else {"rewards": "brightness"}
     with pytest.raises(ValueError, match="Expected `checkpointing` to be.*'all'"):
         METHODS[name](checkpointing="all", **needed).check()
-
-
-def test_every_method_with_a_gradient_has_it():
-    without = {name for name, cls in METHODS.items() if "checkpointing" not in cls.__dataclass_fields__}
-    assert without == {"best_of_n", "group_selection", "pcn", "zero_order_search"}

@@ -18,9 +18,9 @@ from tiny_features import build_features
 from tiny_pipelines import BUILDERS, call_arguments, quiet, tiny_pipeline
 
 from noiseopt import ReNO, RewardSum, optimize_noise
+from noiseopt.pipelines.loop import chunk_size_of
 from noiseopt.pipelines.memory.chunks import BatchLayout, WholeBatchDraws
 from noiseopt.pipelines.memory.graph_size import SavedBytes
-from noiseopt.pipelines.method import chunk_size_of
 from noiseopt.rewards import DPP, SetRewardSum
 
 FAMILIES = ["sd", "sdxl", "sd3", "flux"]
@@ -94,7 +94,7 @@ def test_noise_added_on_the_way_is_that_of_the_batch(scheduler, several):
     assert_same_images(problem, 2e-5)
     if not several:  # what the test would find without the draws of the whole batch
         part = copy.copy(problem.sampler.chunk([2]))
-        part.part_of = None
+        part.batch_rows = None
         alone, joint = part.images(problem.noise[2:3]), problem.sampler.images(problem.noise)[2:3]
         assert (alone - joint).abs().max() > 1e-3
 

@@ -14,7 +14,7 @@ from noiseopt import (
     ReNOStableDiffusionPipeline,
     optimize_noise,
 )
-from noiseopt.pipelines.registry import METHODS
+from noiseopt.pipelines.registry import METHODS, list_methods
 from noiseopt.rewards import DPP, AutoFeatures, AutoReward, Reward, SetRewardSum
 
 CALL = {**call_arguments("sd"), "num_inference_steps": 1, "guidance_scale": 1.0}
@@ -110,7 +110,7 @@ def loaded(monkeypatch):
     return devices
 
 
-@pytest.mark.parametrize("name", [name for name, cls in METHODS.items() if "reward_device" in cls.__dataclass_fields__])
+@pytest.mark.parametrize("name", sorted(set(list_methods()) - {"cno"}))
 def test_what_has_a_name_is_loaded_there(name, loaded):
     special = {"never_too_late": {"diversity": {"dpp": 1.0}}, "noise_diffusion": {"score_range": (0.0, 1.0)}}
     named = {"rewards": {"brightness": 1.0}, **special.get(name, {})}
@@ -125,7 +125,7 @@ def test_what_has_a_name_is_loaded_there(name, loaded):
 
 def test_pipelines_load_there_by_name_and_keep_it_apart(loaded):
     pipe = quiet(BUILDERS["sd"](ReNOStableDiffusionPipeline))
-    method = pipe.method_on(ReNO, "brightness", {"reward_device": "cuda:1"}, None)
+    method = pipe.method_of({"rewards": "brightness", "reward_device": "cuda:1"})
     assert loaded == {"brightness": OTHER} and method.reward_device == "cuda:1"
     here = pipe.load_rewards("brightness")
     assert loaded == {"brightness": torch.device("cpu")} and here.rewards[0] is not method.rewards.rewards[0]
@@ -135,7 +135,7 @@ def test_pipelines_load_there_by_name_and_keep_it_apart(loaded):
 def test_the_pipelines_of_sets_too(loaded):
     pipe = quiet(BUILDERS["sd"](NeverTooLateStableDiffusionPipeline))
     settings = {"rewards": {"brightness": 1.0}, "guard": {"red": 0.1}, "reward_device": "cuda:1"}
-    assert isinstance(pipe.never_too_late({"dpp": 1.0}, settings), NeverTooLate)
+    assert isinstance(pipe.method_of({"diversity": {"dpp": 1.0}, **settings}), NeverTooLate)
     assert loaded == dict.fromkeys(("brightness", "red", "dinov2"), OTHER)
 
 

@@ -33,7 +33,7 @@ class Evil:
 def test_a_folder_without_the_file_says_which(tmp_path: Path):
     (tmp_path / "head.pt").touch()
     assert checkpoint_path(str(tmp_path), "head.pt", HUB) == tmp_path / "head.pt"
-    with pytest.raises(FileNotFoundError, match="Expected the file other.pt in .*Pass the folder that holds it"):
+    with pytest.raises(FileNotFoundError, match="Expected the file other.pt in .*Pass the folder that contains it"):
         checkpoint_path(str(tmp_path), "other.pt", HUB)
 
 

@@ -156,7 +156,7 @@ def test_v1_says_where_its_weights_are_before_anything_is_loaded():
     ):
         with pytest.raises(ValueError, match=expected):
             load()
-    with pytest.raises(FileNotFoundError, match=f"Expected the file {V1_FILE} in .*Pass the folder that holds it"):
+    with pytest.raises(FileNotFoundError, match=f"Expected the file {V1_FILE} in .*Pass the folder that contains it"):
         AestheticV1.from_pretrained(str(Path(__file__).parent))
 
 

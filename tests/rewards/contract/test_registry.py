@@ -14,15 +14,16 @@ from noiseopt.rewards import (
     RewardSum,
     list_rewards,
     register_reward,
-    registry,
 )
+from noiseopt.rewards.contract.registry import REWARD_LOADERS, REWARDS
 
 
 @pytest.fixture(autouse=True)
 def own_tables(monkeypatch: pytest.MonkeyPatch):
     """Registrations of a test end with it."""
-    monkeypatch.setattr(registry, "REWARDS", dict(registry.REWARDS))
-    monkeypatch.setattr(registry, "REWARD_LOADERS", dict(registry.REWARD_LOADERS))
+    for registry in (REWARDS, REWARD_LOADERS):
+        monkeypatch.setattr(registry, "entries", dict(registry.entries))
+        monkeypatch.setattr(registry, "aliases", dict(registry.aliases))
 
 
 def define_glow() -> type[Reward]:
@@ -77,7 +78,7 @@ def test_an_unknown_name_lists_what_exists():
     with pytest.raises(ValueError, match=r"\[.*'clipscore', .*'green'.*\].*'CLIPScor'.*Did you mean 'clipscore'"):
         AutoReward.from_pretrained("CLIPScor")
     for missing in ("nothing-like-it", "./no/such/folder", "/no/such/folder", "a/b/c"):
-        with pytest.raises(ValueError, match="Expected a reward name out of"):
+        with pytest.raises(ValueError, match="Expected a reward out of"):
             AutoReward.from_pretrained(missing)
 
 

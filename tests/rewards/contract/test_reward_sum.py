@@ -1,17 +1,17 @@
 """The forms of `rewards=`, the weighted sum and its errors."""
 
-import importlib.util
-import json
+import importlib
 import sys
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 from torch import Tensor
 
-import noiseopt.rewards.contract.reward_sum
+import noiseopt
 from noiseopt.rewards import (
     CLIPScore,
     ColorChannel,
@@ -19,8 +19,8 @@ from noiseopt.rewards import (
     NonFiniteReward,
     Reward,
     RewardSum,
-    registry,
 )
+from noiseopt.rewards.contract import registry
 
 IMAGES = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
@@ -90,14 +90,11 @@ def smooth_rewards() -> list[Callable[[Tensor, list[str]], Tensor]]:
     ]
 
 
-@pytest.mark.parametrize("normalization", [None, {"reward_2": (0.3, 0.05)}])
-def test_gradient_and_value_are_those_of_the_joint_sum(normalization):
+def test_gradient_and_value_are_those_of_the_joint_sum():
     weights, images = [2.0, 0.3, 7.0], IMAGES.double().requires_grad_()
     upstream = torch.tensor([1.0, -3.0])
-    ours = RewardSum(smooth_rewards(), weights, normalization=normalization)(images, "a cat").total
+    ours = RewardSum(smooth_rewards(), weights)(images, "a cat").total
     scores = [function(images, []) for function in smooth_rewards()]
-    if normalization:
-        scores[1] = (scores[1] - 0.3) / 0.05
     joint = sum(weight * score for weight, score in zip(weights, scores, strict=True))
     torch.testing.assert_close(ours.double(), joint, rtol=1e-6, atol=0)
     (found,) = torch.autograd.grad((ours * upstream).sum(), images)
@@ -131,37 +128,10 @@ def test_a_preset_has_the_weights_of_its_paper(monkeypatch: pytest.MonkeyPatch):
         return type(name, (Reward,), {"name": name, "score": lambda self, images, prompts: images.mean((1, 2, 3))})
 
     names = ["hpsv2.1", "imagereward", "clipscore", "pickscore"]
-    monkeypatch.setattr(registry, "REWARDS", {name: (name, named(name)) for name in names})
+    monkeypatch.setattr(registry.REWARDS, "entries", {name: named(name) for name in names})
     total = RewardSum("reno")
     assert total.weights == {"hpsv2.1": 5.0, "imagereward": 1.0, "clipscore": 0.01, "pickscore": 0.05}
     torch.testing.assert_close(total(IMAGES, "a cat").total, 6.06 * brightness(IMAGES, []))
-
-
-def test_calibration_puts_each_reward_in_units_of_its_spread():
-    images = torch.rand(11, 3, 8, 8, generator=torch.Generator().manual_seed(1))
-    raw = RewardSum({"red": 2.0, brightness: 0.5})
-    calibrated = raw.calibrated(images, "a cat", batch_size=4)
-    output = calibrated(images, "a cat")
-    scores = [ColorChannel("red")(images), brightness(images, [])]
-    expected = sum(w * (s - s.mean()) / s.std() for w, s in zip((2.0, 0.5), scores, strict=True))
-    torch.testing.assert_close(output.total, expected)
-    torch.testing.assert_close(output.components["red"], scores[0])
-    kept = json.loads(json.dumps(calibrated.normalization))
-    again = RewardSum({"red": 2.0, brightness: 0.5}, normalization=kept)
-    assert torch.equal(again(images, "a cat").total, output.total)
-    assert torch.equal(RewardSum(calibrated)(images, "a cat").total, output.total)
-    assert RewardSum([("red", 1.0), ("blue", 0.0)], normalization={"red": (0, 2)}).optimised().weights == {"red": 1.0}
-    assert calibrated.describe()["normalization"].keys() == {"red", "brightness"}
-
-
-def test_a_part_of_a_sum_keeps_the_normalisation_of_its_own_rewards():
-    """Two rewards of one name, of which the first is only reported."""
-    pairs = [(brightness, 0.0), (lambda images, prompts: 10 * brightness(images, prompts), 2.0)]
-    pairs[1][0].__name__ = "brightness"
-    total = RewardSum(pairs, normalization={"brightness": (0.0, 1.0), "brightness_2": (5.0, 4.0)})
-    part = total.optimised()
-    assert part.normalization == {"brightness": (5.0, 4.0)}
-    torch.testing.assert_close(part(IMAGES, "a cat").total, total(IMAGES, "a cat").total)
 
 
 def test_text_encoders_are_dropped_where_there_are_any(make_clip_score: Callable[..., CLIPScore]):
@@ -170,32 +140,6 @@ def test_text_encoders_are_dropped_where_there_are_any(make_clip_score: Callable
     total.drop_text_encoders(["a cat", "a dog"])
     assert total.rewards[0].model.text_model is None
     assert torch.equal(total(IMAGES, "a cat").total, before)
-
-
-@pytest.mark.parametrize(
-    "normalization, message",
-    [
-        ({"blue": (0, 1)}, r"rewards out of \['red'\], but got one of 'blue'"),
-        ({"red": (0, 0)}, "std above 0 for reward 'red'.*Calibrate on images that it scores differently"),
-        ({"red": (0, float("nan"))}, "std above 0 for reward 'red'"),
-        ({"red": (1.0,)}, r"Expected \(mean, std\)"),
-    ],
-)
-def test_a_normalisation_that_is_none_is_refused(normalization, message: str):
-    with pytest.raises(ValueError, match=message):
-        RewardSum("red", normalization=normalization)
-
-
-def test_calibration_wants_images_that_differ():
-    with pytest.raises(ValueError, match="at least 2 images to calibrate by, but got 1"):
-        RewardSum("red").calibrated(IMAGES[:1])
-    with pytest.raises(ValueError, match="std above 0 for reward 'red'"):
-        RewardSum("red").calibrated(IMAGES[:1].repeat(3, 1, 1, 1))
-
-
-def test_can_return_a_tuple():
-    total, components = RewardSum("red")(IMAGES, return_dict=False)
-    assert torch.equal(total, components["red"])
 
 
 def test_rewards_run_in_their_own_precision_and_the_sum_is_float32(make_clip_score: Callable[..., CLIPScore]):
@@ -261,8 +205,8 @@ def test_names_the_component_that_is_not_finite():
 @pytest.mark.parametrize(
     "rewards, weights, error, message",
     [
-        ("clip-score", None, ValueError, "Expected a reward name out of .*Did you mean 'clipscore'"),
-        ({"red": -1.0}, None, ValueError, "at least 0 for reward 'red', but got -1.0. To minimise it.*-reward"),
+        ("clip-score", None, ValueError, "Expected a reward out of .*Did you mean 'clipscore'"),
+        ({"red": -1.0}, None, ValueError, "at least 0 for reward 'red', but got -1.0. To minimize it.*-reward"),
         ([(brightness, float("nan"))], None, ValueError, "finite number as the weight of reward 'brightness'"),
         ({"red": float("inf")}, None, ValueError, "finite number as the weight of reward 'red'"),
         ([("red", "blue")], None, ValueError, "finite number as the weight of reward 'red', but got 'blue'"),
@@ -284,7 +228,7 @@ def test_errors_name_the_remedy(rewards, weights, error: type[Exception], messag
 
 def test_everything_is_checked_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(CLIPScore, "load", lambda *_: pytest.fail("weights were loaded"))
-    with pytest.raises(ValueError, match="Expected a reward name out of"):
+    with pytest.raises(ValueError, match="Expected a reward out of"):
         RewardSum({"clipscore": 1.0, "hpsv9": 1.0})
     with pytest.raises(ValueError, match="at least 0"):
         RewardSum({"clipscore": 1.0, "red": -1.0})
@@ -294,18 +238,16 @@ def test_a_copy_of_the_code_accepts_rewards_and_sums_of_the_original(
     make_clip_score: Callable[..., CLIPScore], monkeypatch: pytest.MonkeyPatch
 ):
     """A pipeline from the Hub carries its own copy of these classes."""
-    package = Path(str(noiseopt.rewards.__file__)).parent
-    spec = importlib.util.spec_from_file_location("copied_rewards", package / "__init__.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "copied_rewards", module)
-    spec.loader.exec_module(module)
+    parent = ModuleType("copied")
+    parent.__path__ = noiseopt.__path__
+    monkeypatch.setitem(sys.modules, "copied", parent)
     try:
+        module = importlib.import_module("copied.rewards")
         original = RewardSum([(make_clip_score(), 2.0), ("red", 1.0)])
         for rewards in (original, [(make_clip_score(), 2.0), (ColorChannel("red"), 1.0)]):
             copy = module.RewardSum(rewards)
             assert copy.names == ["clipscore", "red"]
             assert torch.equal(copy(IMAGES, "a cat").total, original(IMAGES, "a cat").total)
     finally:
-        for name in [name for name in sys.modules if name.startswith("copied_rewards.")]:
+        for name in [name for name in sys.modules if name.startswith("copied.")]:
             del sys.modules[name]

@@ -24,7 +24,7 @@ IMAGES = torch.rand(2, 3, 40, 40, generator=torch.Generator().manual_seed(0))
 
 @pytest.fixture
 def clean_table(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(FEATURES, "classes", dict(FEATURES.classes))
+    monkeypatch.setattr(FEATURES, "entries", dict(FEATURES.entries))
 
 
 def test_the_names():
@@ -54,7 +54,9 @@ def test_a_name_wins_over_a_folder_of_the_same_name(tmp_path: Path, monkeypatch:
 
 
 def test_an_unknown_name_is_refused_with_the_known_ones():
-    expected = r"Expected features out of \['clip', .*a Hub id such as 'org/name' or a folder, but got 'dino2'.*dinov2"
+    expected = (
+        r"Expected a feature map out of \['clip', .*a Hub id such as 'org/name' or a folder, but got 'dino2'.*dinov2"
+    )
     with pytest.raises(ValueError, match=expected):
         AutoFeatures.from_pretrained("dino2")
 
@@ -77,7 +79,7 @@ def test_a_taken_name_is_refused_and_the_same_class_may_come_again():
 
     register_features("brightness")(Brightness)
     torch.testing.assert_close(AutoFeatures.from_pretrained("brightness")(IMAGES), IMAGES.mean((-2, -1)))
-    with pytest.raises(ValueError, match="Expected a free features name, but 'brightness' is taken by .*Brightness"):
+    with pytest.raises(ValueError, match="Expected a free feature map name, but 'brightness' is taken by .*Brightness"):
         register_features("brightness")(TinyImage)
     with pytest.raises(NotImplementedError, match="`Features` does not implement `encode`"):
         Features()(IMAGES)

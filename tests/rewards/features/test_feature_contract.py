@@ -141,7 +141,7 @@ torch.save({name: AutoFeatures.from_pretrained(name)(images) for name in sys.arg
 def test_names_and_hub_ids_load_what_is_published(hub: LoopbackHub, processes: FreshProcesses, tmp_path: Path):
     for publish in PUBLISHED_FEATURES.values():
         publish(hub.root)
-    names = [name for name, entry in FEATURES.classes.items() if entry.package is None]
+    names = [name for name, entry in FEATURES.entries.items() if entry.package is None]
     images = random_images(48, 40)
     torch.save(images, tmp_path / "images.pt")
     run = processes.run(PROGRAM, "images.pt", "found.pt", *names, *PUBLISHED_FEATURES, folder=tmp_path)

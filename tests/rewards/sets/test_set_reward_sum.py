@@ -234,8 +234,8 @@ def test_features_without_a_gradient_are_named():
 @pytest.mark.parametrize(
     "diversity, error, message",
     [
-        ({"dpq": 1.0}, ValueError, r"Expected set reward out of \[.*Did you mean 'dpp'"),
-        ({"dpp": ("tiny_imag", 1.0)}, ValueError, r"Expected features out of \[.*Did you mean 'tiny_image'"),
+        ({"dpq": 1.0}, ValueError, r"Expected a set reward out of \[.*Did you mean 'dpp'"),
+        ({"dpp": ("tiny_imag", 1.0)}, ValueError, r"Expected a feature map out of \[.*Did you mean 'tiny_image'"),
         ({"dpp": (1.0, "tiny_image")}, TypeError, r"Expected features for the set reward 'dpp' .*but got 1\.0\. Write"),
         ({"dpp": -1.0}, ValueError, r"finite weight of at least 0 for the set reward 'dpp', but got -1\.0"),
         ({"dpp": float("nan")}, ValueError, "but got nan"),

@@ -148,8 +148,8 @@ def test_a_value_that_is_not_finite_is_refused():
 def test_by_name_on_features_by_name(monkeypatch: pytest.MonkeyPatch):
     reward = find_set_reward("pairwise").from_pretrained("tiny_image")
     assert isinstance(reward, PairwiseDiversity) and isinstance(reward.features, TinyImage)
-    with pytest.raises(ValueError, match=r"Expected set reward out of \[.*'pairwise'.*Did you mean 'pairwise'"):
+    with pytest.raises(ValueError, match=r"Expected a set reward out of \[.*'pairwise'.*Did you mean 'pairwise'"):
         find_set_reward("pairwis")
-    monkeypatch.setattr(SET_REWARDS, "classes", dict(SET_REWARDS.classes))
+    monkeypatch.setattr(SET_REWARDS, "entries", dict(SET_REWARDS.entries))
     with pytest.raises(ValueError, match="'pairwise' is taken by `PairwiseDiversity`"):
         register_set_reward("pairwise")(SetReward)

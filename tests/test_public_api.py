@@ -1,0 +1,61 @@
+"""The public names: what a user imports, completes and reads in a signature."""
+
+import inspect
+import re
+
+import pytest
+from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import StableDiffusionXLPipeline
+
+import noiseopt
+from noiseopt import callbacks, pipelines, rewards, schedulers
+from noiseopt.pipelines.sampling.first_call import stock_call
+
+TOP = """
+AutoReward BestOfN BlackBox CNO CNOFluxPipeline CNOStableDiffusion3Pipeline CNOStableDiffusionPipeline
+CNOStableDiffusionXLPipeline EarlyStopping GroupSelection HeldOutReward ImageSet NeverTooLate NeverTooLateFluxPipeline
+NeverTooLateStableDiffusionPipeline NeverTooLateTurboPipeline NoiseDiffusion NoiseDiffusionFluxPipeline
+NoiseDiffusionStableDiffusion3Pipeline NoiseDiffusionStableDiffusionPipeline NoiseDiffusionStableDiffusionXLPipeline
+NoiseOptimizationMixin NoiseResult PCN PinkNoise ReNO ReNOStableDiffusionPipeline ReNOStableDiffusionXLPipeline
+ReNOTurboPipeline RewardSum TimeBudget ZeroOrderSearch grow_set list_methods list_rewards optimize_noise
+"""
+CLASSES = [name for name in TOP.split() if name.endswith("Pipeline")]
+
+
+def test_the_names_at_the_top():
+    assert noiseopt.__all__ == TOP.split()
+    assert all(getattr(noiseopt, name) is not None for name in noiseopt.__all__)
+    assert [name for name in dir(noiseopt) if not name.startswith("__")] == noiseopt.__all__
+    with pytest.raises(AttributeError, match="no attribute 'ReNo'"):
+        _ = noiseopt.ReNo  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@pytest.mark.parametrize("module", [callbacks, pipelines, rewards, schedulers], ids=lambda module: module.__name__)
+def test_folders_export_what_they_name(module):
+    assert len(set(module.__all__)) == len(module.__all__)
+    assert all(hasattr(module, name) for name in module.__all__)
+    assert all(inspect.getdoc(getattr(module, name)) for name in module.__all__ if callable(getattr(module, name)))
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_calls_show_the_stock_parameters_and_ours(name):
+    cls = getattr(noiseopt, name)
+    shown = inspect.signature(cls.__call__).parameters
+    stock = inspect.signature(stock_call(cls)).parameters
+    names = [name for name in stock if name != "kwargs"]
+    assert list(shown)[: len(names)] == names
+    assert all(shown[name] == stock[name] for name in names)
+    ours = list(shown)[len(names) :]
+    common = ["method", "method_kwargs", "callbacks", "noise_sampler", "reward_prompt", "save_noise_to"]
+    assert [name for name in ours if name != "kwargs"] == [*cls.own_arguments, *common]
+    assert all(shown[name].kind is inspect.Parameter.KEYWORD_ONLY for name in ours if name != "kwargs")
+    documented = re.findall(r"^    ([\w, ]+):", cls.__call__.__doc__, flags=re.M)
+    assert set(ours) - {"kwargs"} <= {name for names in documented for name in names.split(", ")}
+
+
+def test_a_class_of_a_user_shows_them_too():
+    class Ours(noiseopt.NoiseOptimizationMixin, StableDiffusionXLPipeline):
+        pass
+
+    shown = inspect.signature(Ours.__call__).parameters
+    assert list(shown)[:2] == ["self", "prompt"] and "method" in shown and "guidance_scale" in shown
+    assert noiseopt.ReNOStableDiffusionXLPipeline is noiseopt.ReNOTurboPipeline
