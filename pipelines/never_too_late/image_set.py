@@ -1,4 +1,4 @@
-"""Sets of any size, grown one image at a time: each is optimised to differ from all before it."""
+"""Sets of any size, grown one image at a time: each new image is optimized to differ from all before it."""
 
 import dataclasses
 import json
@@ -34,18 +34,17 @@ Seeds = int | Sequence[int] | torch.Generator | None
 
 @dataclasses.dataclass(eq=False, repr=False)
 class ImageSet:
-    """What `grow_set` returns: `N` images of one prompt, each optimised to differ from those before it.
+    """The result of `grow_set`: `N` images of one prompt, each optimized to differ from those before it.
 
     Attributes:
-        prompt: What all of them show.
-        settings: What they were made with, in plain values: method, arguments of the call, noise sampler, model.
-        seeds: `N` seeds, of the noise of each image.
-        pictures: `N` PIL images, as the pipeline draws them.
-        results: `N` results on the CPU, without their images. That of an image that was not optimised, as the first is
-            not, holds its noise and provenance, one loss of 0 and no scores.
-        values: A table with a row for each image. `"dpp"` (the name of each set reward) is its value once the image had
-            joined, that of the union of all so far as they are shown; `"plain dpp"` what it would have been with the
-            plain noise of the image, drawn as in the optimisation. `None` for an image that has none before it.
+        prompt: The prompt of all images.
+        settings: Method, arguments of the call, noise sampler and model, as plain values.
+        seeds: `N` seeds, one for the noise of each image.
+        pictures: `N` PIL images, as the pipeline generates them.
+        results: `N` results on the CPU, without images. The first image is not optimized: its result has the noise, the
+            provenance, one loss of 0 and no scores.
+        values: A table with a row for each image. `"dpp"` (the name of each set reward) is the value of all images so
+            far; `"baseline dpp"` is the value with the baseline of the new image instead. `None` for the first image.
     """
 
     prompt: str
@@ -64,13 +63,13 @@ class ImageSet:
 
     @property
     def images(self) -> torch.Tensor:
-        """`(N, 3, H, W)` in [0, 1], float32 on the CPU, in 255ths: as shown and as saved. Of no image at least."""
+        """The pictures as `(N, 3, H, W)` in [0, 1], float32 on the CPU."""
         if not self.pictures:
             return torch.zeros(0, 3, 0, 0)
         return torch.cat([pixels_of(picture) for picture in self.pictures])
 
     def write_first(self, count: int, home: ImageSetFolder) -> None:
-        """Add the last of the first `count` images to a folder that has those before it."""
+        """Write the last of the first `count` images to a folder that has the others."""
         if count:
             home.write_image(count - 1, self.pictures[count - 1], self.results[count - 1])
         rows = {"seeds": self.seeds[:count], "values": self.values[:count]}
@@ -80,7 +79,7 @@ class ImageSet:
         """Write `image_set.json`, and for each image `image_000.png` and its noise `image_000.safetensors`.
 
         Raises:
-            ValueError: For a file, and a folder that has a set.
+            ValueError: For a file, and for a folder with a set.
         """
         home = ImageSetFolder(folder)
         home.check_free()
@@ -89,7 +88,7 @@ class ImageSet:
 
     @classmethod
     def load(cls, folder: str | Path) -> "ImageSet":
-        """Read what `save` or `grow_set` wrote; nothing is unpickled.
+        """Read a set written by `save` or `grow_set`. Nothing is unpickled.
 
         Raises:
             ValueError: For anything else, naming the file.
@@ -104,7 +103,7 @@ class ImageSet:
         return cls(**record, pictures=pictures, results=results)
 
     def check_agrees(self, prompt: str, settings: Mapping[str, Any], folder: str | Path) -> None:
-        """Raise `ValueError` unless the set was made from this prompt with these settings, naming what differs."""
+        """Raise `ValueError`, naming the differences, unless the set has this prompt and these settings."""
         known = {"prompt": self.prompt, **self.settings}
         if changed := settings_diff(known, {"prompt": prompt, **settings}):
             raise ValueError(
@@ -128,37 +127,38 @@ def grow_set(
     reward_prompt: str | None = None,
     **call_kwargs,
 ) -> ImageSet:
-    """Grow a set of images of any size: each new one is optimised to differ from all before it.
+    """Grow a set of images of any size: each new one is optimized to differ from all before it.
 
-    The sequential mode of It's Never Too Late, https://arxiv.org/abs/2601.00090. The first image is the plain one. Each
-    further noise is optimised alone, with the value of the union of its image and all before it, whose features are
-    kept: the device holds one image's graph and the features, however large the set is. Then the image is drawn,
-    and the features of what was drawn join. What is optimised, its stop rule and callbacks are per image.
+    The sequential mode of It's Never Too Late, https://arxiv.org/abs/2601.00090. The first image is the baseline. Each
+    further noise is optimized alone, for the value of its image together with all before it, whose features are cached:
+    the memory is that of one image's graph and the features, for any size of the set. Then the image is generated, and
+    its features are added. The stop rule and the callbacks apply to each image.
 
     Args:
         pipe: Any loaded text-to-image pipeline; it stays as it is.
-        prompt: One.
-        count: Images in all, at least 1.
-        method: A method with `diversity` and `references`, which are then those of the set as well (and then the first
-            image is optimised too), or its name. By default `NeverTooLate` on `{"dpp": 15.0}` with the paper's settings
-            for this mode: 25 steps, learning rate 3, clip 0.15, stopped at 0.98; the paper adds `{"hpsv2.1": 1.0}`.
+        prompt: One prompt.
+        count: The number of images in all, at least 1.
+        method: A method with `diversity` and `references`, or its name. References that it has belong to the set (and
+            then the first image is optimized too). The default is `NeverTooLate` with `{"dpp": 15.0}` and the paper's
+            settings for this mode: 25 steps, learning rate 3, clip 0.15, stopped at 0.98; the paper adds
+            `{"hpsv2.1": 1.0}`.
         method_kwargs: The settings of a method given by name.
-        render: Arguments of the call that differ where an image is drawn for the set: with `{"num_inference_steps": 4}`
-            one step finds the noise and four draw it.
-        generator: The seed s, from which image k gets s + k, or one for each image; or a generator for its seed and
-            device. Without, the first is drawn at random. A set that is resumed without seeds goes on by 1.
-        noise_sampler: What noise is drawn from, one image at a time: `"white"`, `"pink"` ...; see `optimize_noise`.
-        folder: Where each image is written as soon as it is there. If a set is there already, it is continued up to
-            `count` images, and is the same then as one that was never interrupted. One with `count` or more is
-            returned as it is.
-        callbacks: Per optimisation step of each image; see `NoiseCallback`.
-        call_kwargs: What `pipe(prompt, ...)` takes: steps, guidance, size ...
+        render: Arguments of the call that differ when an image is generated for the set: with
+            `{"num_inference_steps": 4}` one step finds the noise and four generate the image.
+        generator: A seed s, from which image k gets s + k, one seed for each image, or a generator for its seed and
+            device. By default the first seed is random, and a resumed set continues by 1.
+        noise_sampler: The distribution of the noise, one image at a time: `"white"`, `"pink"` ... See `optimize_noise`.
+        folder: The folder to which each image is written at once. A set that is there already is continued up to
+            `count` images, and equals one that was never interrupted. A set of `count` images or more is returned.
+        callbacks: Callbacks per optimization step of each image. See `NoiseCallback`.
+        reward_prompt: The prompt that rewards are asked about; `None` for `prompt`.
+        call_kwargs: The other arguments of `pipe(prompt, ...)`: steps, guidance, size ...
 
     Returns:
-        The set. An exception on the way carries what there is of it as its `image_set`.
+        The set. An exception carries the images so far as its `image_set`.
 
     Raises:
-        ValueError: For settings that cannot work, and a folder that is broken or of a set with other settings.
+        ValueError: For settings that cannot work, and a folder that is broken or has a set with other settings.
         TypeError: For a method without references, or an argument that the pipeline does not take.
     """
     check_count_and_prompt(count, prompt)
@@ -181,7 +181,7 @@ def grow_set(
                 found.write_first(len(found), home)
     except BaseException as error:
         for rows in (found.seeds, found.results, found.values):
-            del rows[len(found) :]  # of an image that Ctrl-C kept from joining
+            del rows[len(found) :]  # of an image that was interrupted
         vars(error)["image_set"] = found
         raise
     return found
@@ -189,19 +189,19 @@ def grow_set(
 
 @dataclasses.dataclass
 class SetCall:
-    """The call that draws the images of a set, one at a time.
+    """The call that generates the images of a set, one at a time.
 
     Attributes:
         pipe: The pipeline.
-        prompt: That of all images.
-        arguments: Of the call, in which a noise is optimised.
-        render: Those that differ where an image is drawn for the set.
-        noise_sampler: What noise is drawn from.
+        prompt: The prompt of all images.
+        arguments: The arguments of the call in which a noise is optimized.
+        render: The arguments that differ when an image is generated for the set.
+        noise_sampler: The distribution of the noise.
         device: The device of its generators.
         reward_prompt: The prompt that rewards are asked about; `None` for `prompt`.
 
     Raises:
-        ValueError: For arguments that belong to the set, and a noise sampler that cannot draw one image.
+        ValueError: For arguments that the set chooses itself, and a noise sampler that cannot draw one image.
         TypeError: For arguments that the pipeline does not take.
     """
 
@@ -220,14 +220,14 @@ class SetCall:
         self.noise_sampler = single_noise_sampler(self.noise_sampler)
 
     def find(self, method: NoiseOptimizer, seed: int, callbacks: Any = None) -> NoiseResult:
-        """The noise of one image."""
+        """Find the noise of one image."""
         generator = torch.Generator(self.device).manual_seed(seed)
         own = {"callbacks": callbacks, "noise_sampler": self.noise_sampler, "generator": generator}
         own["reward_prompt"] = self.reward_prompt
         return optimize_noise(self.pipe, self.prompt, method, **own, **self.arguments)
 
     def draw(self, result: NoiseResult) -> Image.Image:
-        """The image of a noise, as the pipeline shows it."""
+        """Generate the image of a noise."""
         own = {"latents": result.latents, "generator": result.generator()}
         return self.pipe(prompt=self.prompt, **own, **{**self.arguments, **self.render}).images[0].convert("RGB")
 
@@ -247,7 +247,7 @@ class SetCall:
 
 
 class SetGrowth:
-    """A set in the making: its method, with all that has a name loaded once, and the features of its images so far.
+    """A growing set: its method, with everything given by name loaded once, and the features of its images so far.
 
     Raises:
         TypeError, ValueError: For a method that cannot grow a set.
@@ -265,13 +265,13 @@ class SetGrowth:
             self.join(self.diversity.known_features(given) if isinstance(given, torch.Tensor) else given)
 
     def settings(self) -> dict[str, Any]:
-        """What must be the same for a set to be continued, as JSON gives it back."""
+        """Return the settings that must agree for a set to be continued, as JSON reads them back."""
         method = {field.name: getattr(self.method, field.name) for field in dataclasses.fields(self.method)}
         named = {"name": type(self.method).__name__, **plain_description(method)}
         return json.loads(json.dumps({"method": named, **self.call.settings()}))
 
     def take_up(self, found: ImageSet) -> None:
-        """Encode the images of a set. Raises `ValueError` where its values are not those that it was saved with."""
+        """Encode the images of a set. Raises `ValueError` if its values differ from the saved ones."""
         for index, picture in enumerate(found.pictures):
             values, features = self.values(picture)
             for name, value in values.items():
@@ -280,29 +280,29 @@ class SetGrowth:
                     isinstance(saved, float) and abs(saved - value) <= 1e-2 * max(1.0, abs(value))
                 ):
                     raise ValueError(
-                        f"Expected '{name}' to be {saved} at image {index} of the set, as it was saved, but got "
+                        f"Expected '{name}' to be {saved} at image {index} of the set, as saved, but got "
                         f"{value}. Pass the features that the set was grown with, or grow it again elsewhere."
                     )
             self.join(features)
 
     def add_image(self, found: ImageSet, seed: int) -> None:
-        """Find the noise of one more image, draw it, and let it join."""
+        """Find the noise of one more image, generate it, and add it."""
         method, callbacks = PlainSampling(), None
         if self.known is not None:
             method, callbacks = dataclasses.replace(self.method, references=self.known), self.callbacks
         result = self.call.find(method, seed, callbacks)
         picture = self.call.draw(result)
         values, features = self.values(picture)
-        plain_scores = plain_scores_of(result) if self.known is not None else {}
-        plain_values = {f"plain {name}": item_or_none(plain_scores.get(name)) for name in values}
+        baseline_scores = baseline_scores_of(result) if self.known is not None else {}
+        baseline_values = {f"baseline {name}": item_or_none(baseline_scores.get(name)) for name in values}
         self.join(features)
         found.seeds.append(seed)
         found.results.append(without_images(result))
-        found.values.append({**values, **plain_values})
+        found.values.append({**values, **baseline_values})
         found.pictures.append(picture)
 
     def values(self, picture: Image.Image) -> tuple[dict[str, float | None], dict[str, torch.Tensor]]:
-        """The value of each set reward with one more image, and the features of that image."""
+        """Return the value of each set reward with one more image, and the features of that image."""
         features = self.diversity.known_features(pixels_of(picture))
         if self.known is None:
             return dict.fromkeys(self.diversity.names), features
@@ -323,25 +323,25 @@ def check_count_and_prompt(count: int, prompt: str) -> None:
 def check_not_given(arguments: Mapping[str, Any], names: Sequence[str], place: str) -> None:
     if given := sorted(arguments.keys() & set(names)):
         raise ValueError(
-            f"Expected {place} without {given}, which a set that grows chooses itself, one image at a time. Leave them "
-            "out; seeds are given as `generator=7`."
+            f"Expected {place} without {given}, which a growing set chooses itself, one image at a time. Leave them "
+            "out; pass seeds as `generator=7`."
         )
 
 
 def single_noise_sampler(noise_sampler: NoiseSamplerSpec | None) -> Any:
-    """A noise sampler by its name or as it is. Raises `ValueError` for one that needs several images at a time."""
+    """Return a noise sampler. Raises `ValueError` for one that needs several images at a time."""
     found: Any = as_noise_sampler(noise_sampler)
     try:
         return found.within([0]) if hasattr(found, "within") else found
     except ValueError as error:
         raise ValueError(
             f"Expected a noise sampler that draws one image at a time, but got {noise_sampler!r}. Take 'white' or "
-            "'pink' for a set that grows."
+            "'pink' for a growing set."
         ) from error
 
 
 def sequential_method(method: Any, settings: dict[str, Any] | None) -> NoiseOptimizer:
-    """The method of a set that grows. Raises `TypeError` for one that knows no references."""
+    """Return the method of a growing set. Raises `TypeError` for one without references."""
     if method is None:
         return NeverTooLate(**{**sequential_settings("diversity" not in (settings or {})), **(settings or {})})
     found: Any = as_method(method, settings)
@@ -355,19 +355,19 @@ def sequential_method(method: Any, settings: dict[str, Any] | None) -> NoiseOpti
 
 
 def sequential_settings(of_diversity: bool) -> dict[str, Any]:
-    """Those of the paper for this mode, by the names of `NeverTooLate`; `diversity` and its stop rule if asked for."""
+    """Return the paper's settings of `NeverTooLate` for this mode, with `diversity` and its stop rule if requested."""
     diversity = {"diversity": {"dpp": 15.0}, "stop_at": {"dpp": 0.98}} if of_diversity else {}
     return {**diversity, "steps": 25, "learning_rate": 3.0, "max_grad_norm": 0.15}
 
 
 def with_loaded_parts(method: Any, diversity: SetRewardSum, device: Any) -> Any:
-    """The method on these set rewards, with rewards and guards that have a name loaded once for all images."""
+    """Return the method with these set rewards, and with rewards and guards loaded once for all images."""
     loaded: dict[str, Any] = {"diversity": diversity}
     if (rewards := getattr(method, "rewards", None)) is not None:
         loaded["rewards"] = RewardSum(rewards, device=device)
-    optimised = loaded["rewards"].names if "rewards" in loaded else []
+    optimized = loaded["rewards"].names if "rewards" in loaded else []
     if guards := as_guards(getattr(method, "guard", None)):
-        own = [isinstance(guard.reward, str) and not shares_reward(guard, optimised) for guard in guards]
+        own = [isinstance(guard.reward, str) and not shares_reward(guard, optimized) for guard in guards]
         loaded["guard"] = [
             dataclasses.replace(guard, reward=RewardSum(guard.reward, device=device).rewards[0]) if load else guard
             for guard, load in zip(guards, own, strict=True)
@@ -376,15 +376,15 @@ def with_loaded_parts(method: Any, diversity: SetRewardSum, device: Any) -> Any:
 
 
 def seed_device(generator: Seeds) -> str:
-    """Where noise is drawn: on the CPU, for the same noise on every device, unless a generator says otherwise."""
+    """Return the device that draws noise: the CPU, for equal noise on every device, unless a generator has another."""
     return str(generator.device) if isinstance(generator, torch.Generator) else "cpu"
 
 
 def further_seeds(generator: Seeds, count: int, known: Sequence[int]) -> list[int]:
-    """The seeds of the images that a set lacks.
+    """Return the seeds of the images that a set lacks.
 
     Raises:
-        ValueError: For seeds that are too few, are none, come twice, or are not those of the images that are there.
+        ValueError: For too few seeds, invalid or repeated ones, or others than those of the existing images.
     """
     if generator is None:
         first = int(known[-1]) + 1 if known else int(torch.randint(2**32, ()))
@@ -400,7 +400,7 @@ def further_seeds(generator: Seeds, count: int, known: Sequence[int]) -> list[in
 
 
 def seeds_from(generator: Any, count: int, wanted: int) -> list[int]:
-    """At least `count` different seeds: `wanted` that go up by 1 from the given one, or those given."""
+    """Return at least `count` different seeds: `wanted` consecutive ones from a given first, or those given."""
     first = generator.initial_seed() if isinstance(generator, torch.Generator) else generator
     given = range(first, first + wanted) if type(first) is int else generator
     seeds = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else []
@@ -414,7 +414,7 @@ def seeds_from(generator: Any, count: int, wanted: int) -> list[int]:
 
 
 def begun_set(home: ImageSetFolder, empty: ImageSet) -> ImageSet:
-    """The set in a folder, if it agrees with one that is empty, or that one, if a set can begin there."""
+    """Return the set in a folder, if it agrees with an empty one, or the empty one if the folder has no set."""
     if not home.begun:
         home.check_free()
         return empty
@@ -424,21 +424,21 @@ def begun_set(home: ImageSetFolder, empty: ImageSet) -> ImageSet:
 
 
 def pixels_of(picture: Image.Image) -> torch.Tensor:
-    """An RGB image as `(1, 3, H, W)` in [0, 1], float32."""
+    """Convert an RGB image to `(1, 3, H, W)` in [0, 1], float32."""
     width, height = picture.size
     pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(1, height, width, 3)
     return pixels.permute(0, 3, 1, 2).contiguous().float() / 255
 
 
 def without_images(result: NoiseResult) -> NoiseResult:
-    """A result on the CPU, without its images: what is left of it once it is saved."""
+    """Return a result on the CPU without its images, as a saved result is."""
     named = {name: getattr(result, name).cpu() for name in ("noise", "latents", "losses", "norms", "best_step")}
     scores = {name: values.cpu() for name, values in result.scores.items()}
     return dataclasses.replace(result, **named, scores=scores, images=None, initial_images=None)
 
 
-def plain_scores_of(result: NoiseResult) -> dict[str, torch.Tensor]:
-    """Name to `(B,)`: the scores of the plain result by the pipeline's own decoder."""
+def baseline_scores_of(result: NoiseResult) -> dict[str, torch.Tensor]:
+    """Return by name the scores `(B,)` of the baseline with the pipeline's own decoder."""
     if (report := result.reports.get(FULL_DECODER)) is None:
         return result.initial_scores
     return {name: torch.tensor(values) for name, values in report["initial_scores"].items()}

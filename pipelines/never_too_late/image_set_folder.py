@@ -1,4 +1,4 @@
-"""The folder of a set of images: a JSON of what is in it, and a PNG and a noise for each image."""
+"""The folder of a set of images: a JSON file, and a PNG and a noise file for each image."""
 
 import json
 from pathlib import Path
@@ -15,9 +15,9 @@ IMAGE_SET_RECORD = {"prompt": str, "settings": dict, "seeds": list, "values": li
 
 
 class ImageSetFolder:
-    """`image_set.json`, and `image_000.png` and `image_000.safetensors` for each image that it names.
+    """`image_set.json`, and `image_000.png` and `image_000.safetensors` for each image in it.
 
-    An image counts once the JSON has it, which is written last: whenever the process ends, the folder holds a set.
+    The JSON file is written last, and an image counts only if it is listed there: the folder always holds a whole set.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -31,7 +31,7 @@ class ImageSetFolder:
         return self.path / f"image_{index:03d}{suffix}"
 
     def check_free(self) -> None:
-        """Raise `ValueError` unless a set can begin here."""
+        """Raise `ValueError` unless a set can start here."""
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"Expected a folder for the set, but {self.path} is a file. Choose another name.")
         if self.begun or self.file(0, ".png").exists() or self.file(0, ".safetensors").exists():
@@ -40,7 +40,7 @@ class ImageSetFolder:
             )
 
     def write_record(self, record: dict[str, Any]) -> None:
-        """Write the JSON; `record` is what `IMAGE_SET_RECORD` names."""
+        """Write the JSON file from the entries named in `IMAGE_SET_RECORD`."""
         text = json.dumps({"format": IMAGE_SET_FORMAT, **record}, indent=1, ensure_ascii=False) + "\n"
         self.path.mkdir(parents=True, exist_ok=True)
         atomic_write(self.path / IMAGE_SET_FILE, lambda part: part.write_text(text, encoding="utf-8"))
@@ -50,7 +50,7 @@ class ImageSetFolder:
         result.save(self.file(index, ".safetensors"))
 
     def read_record(self) -> dict[str, Any]:
-        """What `write_record` wrote. Raises `ValueError` for anything else."""
+        """Read the JSON file. Raises `ValueError` for anything that `write_record` did not write."""
         file = self.path / IMAGE_SET_FILE
         try:
             record = json.loads(file.read_text(encoding="utf-8"))
@@ -70,7 +70,7 @@ class ImageSetFolder:
         return {name: record[name] for name in IMAGE_SET_RECORD}
 
     def read_picture(self, index: int) -> Image.Image:
-        """The PNG of an image. Raises `ValueError` for one that is missing, broken or not RGB."""
+        """Read the PNG of an image. Raises `ValueError` for one that is missing, broken or not RGB."""
         file = self.file(index, ".png")
         try:
             with Image.open(file, formats=["PNG"]) as image:
@@ -82,7 +82,7 @@ class ImageSetFolder:
         return image.convert("RGB")
 
     def read_result(self, index: int, seed: int) -> NoiseResult:
-        """The noise of an image. Raises `ValueError` for one that is missing, broken or of another seed."""
+        """Read the noise of an image. Raises `ValueError` for one that is missing, broken or of another seed."""
         file = self.file(index, ".safetensors")
         try:
             result = NoiseResult.load(file)
@@ -100,5 +100,5 @@ class ImageSetFolder:
 
 
 def is_row(row: dict[str, Any]) -> bool:
-    """Whether all that a row of a table names is numbers, or nothing."""
+    """Return whether all values of a row are numbers or `None`."""
     return all(value is None or type(value) in (int, float) for value in row.values())

@@ -9,10 +9,10 @@ from PIL import Image
 
 from noiseopt import shapes_world
 from noiseopt.cli import main
-from noiseopt.demo import SET, Choice, Story
 from noiseopt.hub import build, pictures
 from noiseopt.hub.before_after import PICTURE, BeforeAfter
 from noiseopt.hub.cards import CARDS
+from noiseopt.story import SET, Choice, Story
 
 BY_NAME = {card.name: card for card in CARDS}
 RED, GREEN = torch.tensor([1.0, 0, 0]), torch.tensor([0, 1.0, 0])

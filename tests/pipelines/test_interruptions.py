@@ -33,8 +33,8 @@ from noiseopt import (
     optimize_noise,
 )
 from noiseopt.pipelines import QualityGuard
-from noiseopt.pipelines.results import noise_file
 from noiseopt.pipelines.never_too_late.image_set import SetGrowth
+from noiseopt.pipelines.results import noise_file
 from noiseopt.rewards import DPP
 
 ONE = {"num_inference_steps": 1, "guidance_scale": 0.0, **SIZE}

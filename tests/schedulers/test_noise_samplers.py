@@ -7,9 +7,16 @@ import pytest
 import torch
 from problems import generator
 
-from noiseopt import CoupledNoise, NoiseSampler, PinkNoise, WhiteNoise, list_noise_samplers, register_noise_sampler
+from noiseopt import PinkNoise
 from noiseopt.evaluation.noise_statistics import frequencies, gaussian_limits, noise_statistics
-from noiseopt.schedulers import as_noise_sampler
+from noiseopt.schedulers import (
+    CoupledNoise,
+    NoiseSampler,
+    WhiteNoise,
+    as_noise_sampler,
+    list_noise_samplers,
+    register_noise_sampler,
+)
 
 SHAPES = [(2, 4, 16, 16), (3, 2, 7, 10), (2, 1, 5, 9), (1, 3, 1, 8), (2, 1, 4, 8, 6)]
 SAMPLERS = [WhiteNoise(), PinkNoise(0.2), PinkNoise(-0.4, reference_size=64), CoupledNoise()]

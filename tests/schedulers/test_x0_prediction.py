@@ -9,7 +9,7 @@ import diffusers.schedulers
 import pytest
 import torch
 
-from noiseopt import predict_x0
+from noiseopt.schedulers import predict_x0
 
 # what schedulers do with numpy, and the algorithm types that they keep for older configs
 pytestmark = [

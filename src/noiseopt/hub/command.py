@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from ..cli import require_plots
+from ..arguments import require_plots
 
 if TYPE_CHECKING:
     from .build import AnyCard

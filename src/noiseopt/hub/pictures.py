@@ -7,7 +7,8 @@ from pathlib import Path
 from PIL import Image
 
 from .. import plots
-from ..demo import Choice, Story, mean_spread, optimize_and_judge, right_before_and_after
+from ..demo import mean_spread, optimize_and_judge, right_before_and_after
+from ..story import Choice, Story
 from .before_after import BeforeAfter
 from .build import picture_path
 from .cards import Card

@@ -64,9 +64,9 @@ def same(left: ImageSet, right: ImageSet) -> bool:
 
 def dpp_of(row: dict[str, float | None]) -> tuple[float, float]:
     """The value of a set with an image, and with the plain one in its place."""
-    optimised, plain = row["dpp"], row["plain dpp"]
-    assert optimised is not None and plain is not None
-    return optimised, plain
+    optimized, plain = row["dpp"], row["baseline dpp"]
+    assert optimized is not None and plain is not None
+    return optimized, plain
 
 
 def naive_dpp(images: torch.Tensor) -> float:
@@ -93,7 +93,7 @@ class CountedFeatures(Features):
 
 def test_the_value_is_that_of_the_union_divided_by_its_size():
     found = uninterrupted(4)
-    assert found.values[0] == {"dpp": None, "plain dpp": None}
+    assert found.values[0] == {"dpp": None, "baseline dpp": None}
     for count in (2, 3, 4):
         assert found.values[count - 1]["dpp"] == pytest.approx(naive_dpp(found.images[:count]), abs=1e-6)
 
@@ -101,9 +101,9 @@ def test_the_value_is_that_of_the_union_divided_by_its_size():
 def test_the_plain_value_is_that_of_the_plain_image_of_the_seed():
     found, pipe = uninterrupted(3), tiny_pipeline("sd")
     plain = pipe("a b", generator=torch.Generator().manual_seed(5), output_type="pt", **ONE).images
-    assert found.values[2]["plain dpp"] == pytest.approx(naive_dpp(torch.cat([found.images[:2], plain])), abs=1e-5)
-    optimised, plain = dpp_of(found.values[2])
-    assert optimised > plain
+    assert found.values[2]["baseline dpp"] == pytest.approx(naive_dpp(torch.cat([found.images[:2], plain])), abs=1e-5)
+    optimized, plain = dpp_of(found.values[2])
+    assert optimized > plain
 
 
 def test_the_first_image_is_the_plain_one():
@@ -164,7 +164,7 @@ def test_what_is_kept_of_a_result_has_no_graph_and_no_images():
 def test_every_family_grows_a_set_that_differs_more_than_plain_images(family):
     pipe, call = tiny_pipeline(family), call_arguments(family)
     found = grow_set(pipe, "a b", 3, method(steps=4), generator=3, **call)
-    assert all(optimised > plain for optimised, plain in map(dpp_of, found.values[1:]))
+    assert all(optimized > plain for optimized, plain in map(dpp_of, found.values[1:]))
     result = found.results[2]
     again = pipe(prompt="a b", latents=result.latents, generator=result.generator(), **call).images[0]
     assert again.tobytes() == found.pictures[2].tobytes()
@@ -233,7 +233,7 @@ def test_references_of_the_method_belong_to_the_set():
 def test_what_never_too_late_can_do_it_can_do_here(changes, tmp_path):
     whole = grown(3, method(**changes))
     names = ["dpp", "pairwise", "dpp_2"] if "diversity" in changes else ["dpp"]
-    assert list(whole.values[2]) == [*names, *(f"plain {name}" for name in names)]
+    assert list(whole.values[2]) == [*names, *(f"baseline {name}" for name in names)]
     grown(2, method(**changes), folder=tmp_path)
     assert same(grown(3, method(**changes), folder=tmp_path), whole)
 
@@ -274,7 +274,7 @@ class Crash(Exception):
     pass
 
 
-def test_a_crash_while_an_image_is_optimised_loses_that_image_only(tmp_path):
+def test_a_crash_while_an_image_is_optimized_loses_that_image_only(tmp_path):
     steps: list[int] = []
 
     def crash(state):
@@ -293,17 +293,17 @@ def test_a_crash_while_an_image_is_optimised_loses_that_image_only(tmp_path):
 def test_a_crash_while_files_are_written_leaves_a_valid_set(moment, tmp_path, monkeypatch):
     """The record of no image, then of each image a picture, a noise and a record: whichever of them is interrupted."""
     writes: list[str] = []
-    write_whole = image_set_folder.write_whole
+    atomic_write = image_set_folder.atomic_write
 
     def crash(path, write):
         if len(writes) == moment:
             path.with_name(f".part-{path.name}").write_bytes(b"half")
             raise Crash
         writes.append(path.name)
-        write_whole(path, write)
+        atomic_write(path, write)
 
     for module in (image_set_folder, result_file):
-        monkeypatch.setattr(module, "write_whole", crash)
+        monkeypatch.setattr(module, "atomic_write", crash)
     with pytest.raises(Crash):
         grown(3, folder=tmp_path)
     monkeypatch.undo()
@@ -368,7 +368,7 @@ def test_a_folder_of_another_set_is_refused_by_what_differs(changes, message, be
 def test_pictures_that_were_changed_are_noticed_by_their_values(begun, tmp_path):
     shutil.copytree(begun, tmp_path / "set")
     Image.new("RGB", (32, 32), "red").save(tmp_path / "set/image_001.png")
-    with pytest.raises(ValueError, match="Expected 'dpp' to be .* at image 1 of the set, as it was saved"):
+    with pytest.raises(ValueError, match="Expected 'dpp' to be .* at image 1 of the set, as saved"):
         grown(3, folder=tmp_path / "set")
 
 
@@ -531,18 +531,18 @@ def test_names_are_loaded_once_for_all_images_of_a_set(monkeypatch):
     assert sorted(loads) == ["complexity", "sharpness"]
 
 
-def test_sets_of_the_embedded_model_differ_more_than_plain_ones_and_in_more_than_what_is_optimised():
-    """In the features that are optimised, in those of another network, and in the sizes that the judge sees."""
+def test_sets_of_the_embedded_model_differ_more_than_plain_ones_and_in_more_than_what_is_optimized():
+    """In the features that are optimized, in those of another network, and in the sizes that the judge sees."""
     pipe = load_pipeline("turbo")
     pipe.set_progress_bar_config(disable=True)
-    optimised = DPP(DINOv2Features.from_pretrained(shapes_world.path("dinov2")))
+    optimized = DPP(DINOv2Features.from_pretrained(shapes_world.path("dinov2")))
     held_out = DPP(CLIPFeatures.from_pretrained(shapes_world.path("clip")))
-    found = method(diversity={optimised: 15.0}, steps=12, learning_rate=3.0)
+    found = method(diversity={optimized: 15.0}, steps=12, learning_rate=3.0)
     gains = []
     for prompt in shapes_world.VALIDATION_PROMPTS[:2]:
         grown_images = grow_set(pipe, prompt, 6, found, generator=0, **ONE_STEP).images
         plain = pipe([prompt] * 6, generator=seeded(0, 6), output_type="pt", **ONE_STEP).images
-        measures = (optimised, held_out, spread_of_sizes)
+        measures = (optimized, held_out, spread_of_sizes)
         gains.append([float(measure(grown_images)) - float(measure(plain)) for measure in measures])
     of_dpp, of_held_out, of_sizes = torch.tensor(gains).mean(0).tolist()
     assert all(gain[0] > 0.01 for gain in gains)

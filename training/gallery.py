@@ -1,4 +1,4 @@
-"""The trained generators as stock pipelines, and what they draw for others to learn from."""
+"""The trained generators as stock pipelines, and a gallery of their images as training data."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm.auto import tqdm
 
-from .captions import sample_request
+from noiseopt.shapes_world.captions import sample_request
+from noiseopt.shapes_world.embedded import MODELS
+
 from .data import encode_pictures
-from .embedded import MODELS
 from .families import SD3Generator, SDXLGenerator
 from .models import Generator, VPGenerator, final_vae
 from .optimization import averaged
@@ -19,7 +20,7 @@ from .optimization import averaged
 if TYPE_CHECKING:
     from diffusers import AutoencoderTiny, DiffusionPipeline
 
-# The embedded name of each generator, the stage of the training it comes from, and its kind.
+# embedded name -> (training stage, class)
 GENERATORS: dict[str, tuple[str, type[VPGenerator] | type[SD3Generator]]] = {
     "turbo": ("student", Generator),
     "guided": ("guided", Generator),
@@ -37,7 +38,7 @@ def scaled_vae(args: argparse.Namespace) -> AutoencoderTiny:
 
 
 def assemble(args: argparse.Namespace, name: str, vae: AutoencoderTiny) -> DiffusionPipeline:
-    """The stock pipeline of a trained generator."""
+    """Assemble the stock pipeline of a trained generator."""
     from diffusers import (
         EulerAncestralDiscreteScheduler,
         StableDiffusion3Pipeline,
@@ -56,13 +57,13 @@ def assemble(args: argparse.Namespace, name: str, vae: AutoencoderTiny) -> Diffu
     if isinstance(model, SD3Generator):
         parts |= {"transformer": model.transformer, "text_encoder_3": None, "tokenizer_3": None}
         return StableDiffusion3Pipeline(**parts)
-    if name == "sdxl-turbo":  # as the model it is named after
+    if name == "sdxl-turbo":  # like SDXL-Turbo
         parts["scheduler"] = EulerAncestralDiscreteScheduler.from_config(model.scheduler.config)
     return StableDiffusionXLPipeline(**parts, unet=model.unet, add_watermarker=False)
 
 
 def gallery(args: argparse.Namespace) -> dict:
-    """What the trained generators draw of training prompts, right and wrong: uint8 (N, 3, 64, 64) and N prompts."""
+    """Images by the trained generators for training prompts, right and wrong: uint8 (N, 3, 64, 64) and N prompts."""
     path = args.output / "gallery.pt"
     if not path.exists():
         vae = scaled_vae(args)

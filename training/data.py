@@ -1,4 +1,4 @@
-"""What the models of the shapes world are trained on; each set is drawn once, then read."""
+"""Training data of the shapes world models. Each set is rendered once and cached in a file."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .captions import Request, caption, sample_request
-from .judge import judge
+from noiseopt.shapes_world.captions import Request, caption, sample_request
+from noiseopt.shapes_world.judge import judge
+from noiseopt.shapes_world.world import LAYOUT, LOOKS, SIZE, Scene, Shape, coverage, lay_out, render
+
 from .models import new_vae
 from .negatives import imitate_failure
 from .optimization import averaged
-from .world import LAYOUT, LOOKS, SIZE, Scene, Shape, coverage, lay_out, render
 
 
 def pictures(path: Path, count: int, seed: int) -> dict:
-    """Requests, scenes, their chances, pictures (N, 3, 64, 64) and masks of the shapes (N, 1, 64, 64), both uint8."""
+    """Requests, scenes, their numbers, images (N, 3, 64, 64) and masks of the shapes (N, 1, 64, 64), both uint8."""
     if not path.exists():
         rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
         requests = [sample_request(rng) for _ in range(count)]
@@ -37,13 +38,13 @@ def pictures(path: Path, count: int, seed: int) -> dict:
 
 
 def load_records(path: Path) -> dict:
-    """Tensors beside requests and scenes; nothing else is unpickled."""
+    """Load tensors, requests and scenes; nothing else is unpickled."""
     with torch.serialization.safe_globals([Request, Scene, Shape]):
         return torch.load(path)
 
 
 def failures(path: Path, scenes: Sequence[Scene], seed: int) -> dict:
-    """Imitated failures of the scenes, uint8 (N, 3, 64, 64), and whether they are right all the same, (N,)."""
+    """Imitated failures of the scenes, uint8 (N, 3, 64, 64), and whether they are right nevertheless, (N,)."""
     if not path.exists():
         rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
         images, right = [], []
@@ -57,7 +58,7 @@ def failures(path: Path, scenes: Sequence[Scene], seed: int) -> dict:
 
 
 def encode_pictures(args: argparse.Namespace) -> dict:
-    """Requests and chances with the scaled latents (N, 8, 8, 8) and masks (N, 1, 8, 8) of their pictures."""
+    """Requests and numbers with the scaled latents (N, 8, 8, 8) and masks (N, 1, 8, 8) of their images."""
     path = args.output / "latents.pt"
     if not path.exists():
         data = pictures(args.output / "pictures.pt", args.pictures, seed=1)
@@ -73,7 +74,7 @@ def encode_pictures(args: argparse.Namespace) -> dict:
 
 
 def crops(images: Tensor, masks: Tensor, size: int) -> Tensor:
-    """Random size x size windows, 4 of 5 of them centred near a shape."""
+    """Random size x size windows, 4 of 5 of them centered near a shape."""
     count = len(images)
     anywhere = torch.randint(0, SIZE - size + 1, (count, 2))
     spot = torch.multinomial(masks.flatten(1).float() + 1e-6, 1).squeeze(1)
@@ -85,7 +86,7 @@ def crops(images: Tensor, masks: Tensor, size: int) -> Tensor:
 
 
 def blemish(images: Tensor) -> Tensor:
-    """Small shifts, blur, noise and brightness: what says nothing about right and wrong; (B, 3, 64, 64) in [0, 1]."""
+    """Augment with small shifts, blur, noise and brightness that keep correctness; (B, 3, 64, 64) in [0, 1]."""
     count = len(images)
     dx, dy = (int(v) for v in torch.randint(-3, 4, (2,)))
     images = F.pad(images, (3, 3, 3, 3), mode="replicate")[..., 3 + dy : 3 + dy + SIZE, 3 + dx : 3 + dx + SIZE]

@@ -1,4 +1,4 @@
-"""Writes the trained models as stock classes load them, in half precision, each with how it was trained."""
+"""Export of the trained models to stock formats in half precision, with a record of their training."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from typing import Any
 
 import torch
 
+from noiseopt.shapes_world.world import SIZE
+
 from .gallery import GENERATORS, assemble, scaled_vae
 from .models import Reward
 from .optimization import averaged
 from .readers import CHAT_TEMPLATE, PATCH, TowerTraining
 from .train_readers import VLMTraining
-from .world import SIZE
 
-# The stages that the weights of each model went through, in their order; a missing one is left out.
+# Training stages of each model, in order.
 STAGES_OF = {
     "turbo": ("vae", "decoder", "base", "unet", "student"),
     "guided": ("vae", "decoder", "base", "unet", "guided"),
@@ -44,7 +45,7 @@ PROCESSOR = {
 
 
 def export(args: argparse.Namespace) -> None:
-    """Writes every model whose stages are done to the folder `weights`."""
+    """Write every finished model to the folder `weights`."""
     folder = args.output / "weights"
     for name, (stage, _) in GENERATORS.items():
         if (args.output / f"{stage}.pt").exists():
@@ -56,7 +57,7 @@ def export(args: argparse.Namespace) -> None:
         write_json(folder / "dinov2/preprocessor_config.json", PROCESSOR)
     if (args.output / "vqa.pt").exists():
         export_vqa(averaged(args.output / "vqa.pt", VLMTraining()), folder / "vqa")
-    for path in folder.glob("**/config.json"):  # half is how the weights are stored; transformers would run them so too
+    for path in folder.glob("**/config.json"):  # weights are stored in half, but run in single precision
         path.write_text(path.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
     for path in folder.iterdir():
         training = training_of(args, path.name)
@@ -65,7 +66,7 @@ def export(args: argparse.Namespace) -> None:
 
 
 def export_clip(args: argparse.Namespace, folder: Path) -> None:
-    """Writes the reward, as far as it has been trained."""
+    """Write the reward at its latest stage."""
     path = next(p for p in (args.output / f"{s}.pt" for s in ("refined", "hardened", "clip")) if p.exists())
     reward = averaged(path, Reward())
     reward.clip.half().save_pretrained(folder)
@@ -74,7 +75,7 @@ def export_clip(args: argparse.Namespace, folder: Path) -> None:
 
 
 def export_vqa(model: VLMTraining, folder: Path) -> None:
-    """Writes the vision-language model with its processor."""
+    """Write the vision-language model with its processor."""
     from transformers import CLIPImageProcessorPil, LlavaProcessor
 
     model.vlm.half().save_pretrained(folder)
@@ -92,7 +93,7 @@ def export_vqa(model: VLMTraining, folder: Path) -> None:
 
 
 def training_of(args: argparse.Namespace, name: str) -> dict[str, Any]:
-    """How a model was trained, read from the checkpoints of its stages."""
+    """Return the training record of a model from the checkpoints of its stages."""
     stages = []
     for stage in STAGES_OF[name]:
         path = args.output / f"{stage}.pt"
@@ -110,7 +111,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def draw_curves(stages: list[dict[str, Any]], path: Path) -> None:
-    """Draws the losses of each stage against its samples, side by side."""
+    """Plot the losses of each stage against its samples, side by side."""
     from matplotlib.figure import Figure
 
     stages = [stage for stage in stages if len(stage["curve"]) > 1]

@@ -1,4 +1,4 @@
-"""The training of the models that look at pictures: the held-out image tower, and the one that answers yes or no."""
+"""Training of the image encoder for held-out features, and of the vision-language model."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .captions import OBJECTS, Request, parse
+from noiseopt.shapes_world.captions import OBJECTS, Request, parse
+from noiseopt.shapes_world.judge import Thing, describe, see, verdict
+from noiseopt.shapes_world.world import LAYOUT, OPPOSITE, SIZE, Scene, coverage
+
 from .data import blemish, failures, pictures
 from .gallery import gallery
-from .judge import Thing, describe, see, verdict
 from .negatives import wrong_request
 from .optimization import Run
 from .readers import HOLDS, PATCH, SHOWS, Questions, TowerTraining, new_question_tokenizer, new_vlm
-from .world import LAYOUT, OPPOSITE, SIZE, Scene, coverage
 
 
 def tower_targets(scenes: Sequence[Scene]) -> tuple[Tensor, Tensor, Tensor]:
-    """What each patch shows (B, 64), how many of each object there are (B, 30), which patches show any (B, 64)."""
+    """Content of each patch (B, 64), count of each object (B, 30), occupied patches (B, 64)."""
     cover = F.avg_pool2d(coverage(scenes), PATCH).flatten(2)
     names = [[OBJECTS.index((s.color, s.kind)) for s in scene.shapes] for scene in scenes]
     slots = torch.tensor([row + [0] * (3 - len(row)) for row in names])
@@ -33,7 +34,7 @@ def tower_targets(scenes: Sequence[Scene]) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def train_tower(args: argparse.Namespace) -> None:
-    """Trains the image tower to read drawn pictures, without any text: features that no method optimises."""
+    """Train the image encoder to read rendered images without text, for features that no method optimizes."""
     data = pictures(args.output / "pictures.pt", args.pictures, seed=1)
     run = Run(TowerTraining().to(args.device), args.output / "dinov2.pt", args.tower_samples, batch=64, lr=2e-3)
     for _ in run:
@@ -53,7 +54,7 @@ def train_tower(args: argparse.Namespace) -> None:
 
 
 class Seen:
-    """Pictures of all kinds, and their mirror images, with what is seen in them: any question has a known answer."""
+    """Images and their mirror images with the objects in them, so that any question has a known answer."""
 
     def __init__(self, images: Tensor, prompts: Sequence[str]) -> None:
         self.images = torch.cat((images, images.flip(-1)))
@@ -62,16 +63,17 @@ class Seen:
         self.things = things + [[replace(thing, x=SIZE - thing.x) for thing in found] for found in things]
 
     def question(self, row: int, rng: random.Random) -> Request:
-        """A request that a picture fulfils, or nearly: its own or what is seen in it, as it is or with a change."""
+        """A request that an image fulfills or nearly does: its prompt or its content, possibly changed."""
         request = parse(self.prompts[row])
         if rng.random() < 0.4:
             request = seen_request(self.things[row]) or request
         return request if rng.random() < 0.4 else wrong_request(request, rng)
 
     def ask(self, row: int, rng: random.Random, own: float = 0.5) -> tuple[str, int]:
-        """A question and its answer, 0 or 1: mostly whether it shows exactly that, else whether it holds it.
+        """A question and its answer, 0 or 1: mostly whether the image shows exactly a request, else whether it contains
+        it.
 
-        A share `own` of the questions is whether a picture shows its own prompt: what the model will be asked.
+        A share `own` of the questions is about the image's own prompt, as in later use.
         """
         asks_own = rng.random() < own
         request = parse(self.prompts[row]) if asks_own else self.question(row, rng)
@@ -82,14 +84,14 @@ class Seen:
 
 
 def mirrored_prompt(prompt: str) -> str:
-    """What a picture shows in a mirror."""
+    """The prompt of the mirror image."""
     request = parse(prompt)
     sideways = request.relation in ("left of", "right of")
     return str(Request(request.objects, OPPOSITE[str(request.relation)]) if sideways else request)
 
 
 def seen_request(things: Sequence[Thing]) -> Request | None:
-    """What is seen as a request, if it can be asked for."""
+    """The content of an image as a request, if it is one."""
     try:
         return parse(describe(things))
     except ValueError:
@@ -97,7 +99,7 @@ def seen_request(things: Sequence[Thing]) -> Request | None:
 
 
 class VLMTraining(nn.Module):
-    """The vision-language model with the packing of its questions."""
+    """The vision-language model with packed questions."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -106,15 +108,15 @@ class VLMTraining(nn.Module):
         self.questions = Questions(self.tokenizer)
 
     def forward(self, images: Tensor, asked: Sequence[Sequence[tuple[str, int]]]) -> Tensor:
-        """Cross entropy of the answers, and of the end after them, to B times K questions on (B, 3, 64, 64)."""
+        """Cross entropy of answer and end token for B times K questions on (B, 3, 64, 64)."""
         logits = self.questions(self.vlm, images, asked)
         return F.cross_entropy(logits.flatten(0, 2), self.questions.targets(asked).flatten().to(images.device))
 
 
 def train_vqa(args: argparse.Namespace) -> None:
-    """Trains the vision-language model on drawn pictures, imitated failures and what the generators draw.
+    """Train the vision-language model on rendered images, imitated failures and generated images.
 
-    The last 6% ask mostly what the model will be asked, own prompts of generated pictures: that calibrates it.
+    The last 6% mostly asks about the own prompts of generated images, as in later use, for calibration.
     """
     data = pictures(args.output / "pictures.pt", args.pictures, seed=1)
     failed = failures(args.output / "failures.pt", data["scenes"][: args.failures], seed=2)

@@ -1,4 +1,4 @@
-"""The training of the reward: on drawn pictures first, then on what climbing it makes of generated ones."""
+"""Training of the reward: first on rendered images, then on generated ones optimized against it."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .captions import caption, parse, sample_request
+from noiseopt.shapes_world.captions import caption, parse, sample_request
+from noiseopt.shapes_world.judge import judge, verdict
+
 from .data import blemish, encode_pictures, failures, pictures
+from .families import from_noise
 from .gallery import gallery
-from .judge import judge, verdict
-from .models import Generator, Reward, decode, final_student, final_vae, from_noise
+from .models import Generator, Reward, decode, final_student, final_vae
 from .negatives import wrong_request
 from .optimization import Run, averaged
 from .train_readers import Seen
@@ -28,14 +30,14 @@ if TYPE_CHECKING:
 def contrast(
     reward: Reward, texts: Tensor, images: Tensor, wrong: Tensor, bad: Tensor, same: Tensor
 ) -> dict[str, Tensor]:
-    """Which caption, which picture, and whether a pair fits at all.
+    """Contrastive losses over captions and images, and a binary loss for whether a pair fits.
 
     Args:
-        reward: Gives the bias.
-        texts, images: (B, 96), embeddings of B captions and their pictures.
-        wrong: (B, K, 96), embeddings of K wrong captions of each picture.
-        bad: (B, 96), embeddings of a failed picture of each caption.
-        same: (B, B), true where a caption may be true of another picture, which then does not count.
+        reward: Provides the bias.
+        texts, images: (B, 96), embeddings of B captions and their images.
+        wrong: (B, K, 96), embeddings of K wrong captions of each image.
+        bad: (B, 96), embeddings of a failed image of each caption.
+        same: (B, B), true where a caption may be true of another image; such pairs are ignored.
     """
     grid = (20.0 * images @ texts.T).masked_fill(same, -1e4)
     own = grid.diagonal()
@@ -51,7 +53,7 @@ def contrast(
 
 
 def drawn_losses(reward: Reward, data: dict, failed: dict, batch: int, rng: random.Random) -> dict[str, Tensor]:
-    """`contrast` of drawn pictures with wrong captions and imitated failures."""
+    """`contrast` of rendered images with wrong captions and imitated failures."""
     bad_rows = (~failed["right"]).nonzero().squeeze(1)
     rows = bad_rows[torch.randint(0, len(bad_rows), (batch,))]
     requests = [parse(caption(data["scenes"][i], rng)) for i in rows.tolist()]
@@ -65,7 +67,7 @@ def drawn_losses(reward: Reward, data: dict, failed: dict, batch: int, rng: rand
 
 
 def train_clip(args: argparse.Namespace) -> None:
-    """Trains the reward on drawn pictures, against wrong captions and imitated failures of each."""
+    """Train the reward on rendered images, against wrong captions and imitated failures of each."""
     data = pictures(args.output / "pictures.pt", args.pictures, seed=1)
     failed = failures(args.output / "failures.pt", data["scenes"][: args.failures], seed=2)
     run = Run(Reward().to(args.device), args.output / "clip.pt", samples=args.clip_samples, batch=64, lr=2e-3)
@@ -84,9 +86,9 @@ def ascend(
     steps: int,
     rate: float = 5.0,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Gradient ascent on the reward as in ReNO, https://arxiv.org/abs/2406.04312, with the noise kept at its length.
+    """Gradient ascent on the reward as in ReNO, https://arxiv.org/abs/2406.04312, with the norm of the noise fixed.
 
-    Yields noise, pictures and scores before each step and after the last.
+    Yields noise, images and scores before each step and after the last.
     """
     with torch.no_grad():
         context, texts = student.embed(prompts), reward.embed_texts(prompts)
@@ -107,7 +109,7 @@ def ascend(
 
 
 def explore(args: argparse.Namespace, reward: Reward, round_: int) -> dict:
-    """Lets the current reward be climbed on training prompts, and has the judge look at the pictures along the way."""
+    """Optimize the current reward on training prompts, and judge the images along the way."""
     student = final_student(args)
     vae, scale = final_vae(args), encode_pictures(args)["scale"]
     rng, generator = random.Random(1000 + round_), torch.Generator().manual_seed(1000 + round_)
@@ -127,10 +129,10 @@ def explore(args: argparse.Namespace, reward: Reward, round_: int) -> dict:
 
 
 def ranked(reward: Reward, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
-    """Right above wrong, for the same prompt and at large, and each on its side of the bias.
+    """Losses for right above wrong, for the same prompt and across prompts, with each on its side of the bias.
 
     Args:
-        reward: Scores the pictures.
+        reward: Scores the images.
         images: (2 B, 3, 64, 64) in [0, 1]; the first half right, the second half wrong for the same prompts.
         prompts: B prompts.
     """
@@ -144,7 +146,7 @@ def ranked(reward: Reward, images: Tensor, prompts: Sequence[str]) -> dict[str, 
 
 
 def pairs(prompts: Sequence[str], right: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Rows of right and of wrong pictures of each prompt that has both."""
+    """Rows of right and of wrong images of each prompt that has both."""
     groups: dict[str, list[int]] = {}
     for row, prompt in enumerate(prompts):
         groups.setdefault(prompt, []).append(row)
@@ -153,9 +155,9 @@ def pairs(prompts: Sequence[str], right: Tensor) -> list[tuple[Tensor, Tensor]]:
 
 
 def harden_clip(args: argparse.Namespace) -> None:
-    """Trains the reward on what the student draws and on what climbing the reward makes of it, for some rounds.
+    """Train the reward in rounds on images by the student, including those optimized against the reward.
 
-    Half of each batch are drawn pictures as before, so that the reward does not forget them.
+    Half of each batch are rendered images as before, to prevent forgetting.
     """
     data = pictures(args.output / "pictures.pt", args.pictures, seed=1)
     failed = failures(args.output / "failures.pt", data["scenes"][: args.failures], seed=2)
@@ -173,9 +175,7 @@ def harden_clip(args: argparse.Namespace) -> None:
         prompts = [prompt for c in climbs for prompt in c["prompts"]]
         sides, half = pairs(prompts, right), run.batch // 2
         if not sides:
-            raise RuntimeError(
-                "Expected the student to be right for some noises of a prompt. Train the U-Net for longer."
-            )
+            raise RuntimeError("Expected the student to be right for some noises of a prompt. Train the U-Net longer.")
         for _ in run:
             chosen = rng.choices(sides, k=half)
             rows = [rng.choice(yes.tolist()) for yes, _ in chosen] + [rng.choice(no.tolist()) for _, no in chosen]
@@ -188,7 +188,7 @@ def harden_clip(args: argparse.Namespace) -> None:
 
 
 def refine_clip(args: argparse.Namespace) -> None:
-    """Trains the hardened reward further on what all generators draw, with many questions about each picture."""
+    """Train the hardened reward on images of all generators, with many questions about each image."""
     data = pictures(args.output / "pictures.pt", args.pictures, seed=1)
     failed = failures(args.output / "failures.pt", data["scenes"][: args.failures], seed=2)
     drawn = [gallery(args), *(torch.load(path) for path in sorted(args.output.glob("climbs_*.pt")))]
@@ -210,7 +210,7 @@ def refine_clip(args: argparse.Namespace) -> None:
 
 
 def answered(reward: Reward, images: Tensor, seen: Seen, rows: Sequence[int], rng: random.Random) -> dict[str, Tensor]:
-    """Whether each picture shows exactly what four requests ask for, as the side of the bias that it scores on."""
+    """Loss for whether each image shows exactly what four requests ask for, by the side of the bias of its score."""
     asked = [[seen.question(row, rng) for _ in range(4)] for row in rows]
     correct = [[verdict(seen.things[row], r).correct for r in each] for row, each in zip(rows, asked, strict=True)]
     texts = reward.embed_texts([str(request) for each in asked for request in each]).unflatten(0, (-1, 4))

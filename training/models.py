@@ -1,4 +1,4 @@
-"""The untrained models of the shapes world, in stock classes, and how they draw."""
+"""The untrained models of the shapes world, from stock classes."""
 
 from __future__ import annotations
 
@@ -11,17 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from noiseopt.shapes_world.world import SIZE
+
 from .optimization import averaged
 from .text import MAX_LENGTH, new_tokenizer
-from .world import SIZE
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderTiny
     from transformers import CLIPModel, CLIPTokenizer
 
-    from .families import SD3Generator
-
-# What the U-Nets of the SD and SDXL kinds, and their schedulers, have in common.
+# Shared by the U-Nets and schedulers of the SD and SDXL families.
 UNET: dict[str, Any] = {
     "sample_size": 8,
     "in_channels": 8,
@@ -58,7 +57,7 @@ def new_vae() -> AutoencoderTiny:
 
 
 def text_options(tokenizer: CLIPTokenizer) -> dict:
-    """What the text towers of the reward and of the generators have in common."""
+    """Options shared by the text encoders of the reward and the generators."""
     return {
         "vocab_size": len(tokenizer),
         "num_hidden_layers": 2,
@@ -87,7 +86,7 @@ def new_clip() -> CLIPModel:
 
 
 class Reward(nn.Module):
-    """A CLIP model with a bias that says from which score on a picture is right; only the CLIP model ships."""
+    """A CLIP model with a bias, the threshold score of right images; only the CLIP model is exported."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -108,7 +107,7 @@ class Reward(nn.Module):
 
 
 class VPGenerator(nn.Module):
-    """What generators with a variance-preserving schedule share; subclasses give `unet`, `embed` and `predict`."""
+    """Base of generators with a variance-preserving schedule; subclasses define `unet`, `embed` and `predict`."""
 
     last = 999.0  # the timestep of pure noise
     unet: nn.Module
@@ -116,23 +115,22 @@ class VPGenerator(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
         return next(self.unet.parameters()).device
 
     def embed(self, prompts: Sequence[str]) -> Any:
-        """What the U-Net is told of B prompts, as the stock pipeline does it."""
+        """The conditioning for B prompts, as in the stock pipeline."""
         raise NotImplementedError
 
     def predict(self, noisy: Tensor, t: Tensor, context: Any) -> Tensor:
-        """v, from what `embed` returns."""
+        """v, given the output of `embed`."""
         raise NotImplementedError
 
     def times(self, count: int) -> Tensor:
-        """Random timesteps of the training, (count,) in [0, 998]."""
+        """Sample training timesteps, (count,) in [0, 998]."""
         return (1000 * torch.sigmoid(0.3 + 1.3 * torch.randn(count))).floor().clamp(max=998)
 
     def corrupt(self, z: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Noisy latents at timesteps t, (B,), and their v; at t = 999 pure noise and the v that leads to z from it."""
+        """Noisy latents at timesteps t, (B,), and their v; at t = 999 pure noise and the v that leads from it to z."""
         level = self.scheduler.alphas_cumprod.to(self.device)[t.long()].view(-1, 1, 1, 1)
         noisy, v = level.sqrt() * z + (1 - level).sqrt() * noise, level.sqrt() * noise - (1 - level).sqrt() * z
         pure = (t == self.last).view(-1, 1, 1, 1)
@@ -150,7 +148,7 @@ class VPGenerator(nn.Module):
 
 
 class Generator(VPGenerator):
-    """The U-Net of the SD kind and its text encoder, trained together; predicts v."""
+    """The SD U-Net and its text encoder, trained together; predicts v."""
 
     def __init__(self) -> None:
         from diffusers import DDIMScheduler, UNet2DConditionModel
@@ -169,31 +167,22 @@ class Generator(VPGenerator):
         return self.text_encoder(tokens.to(self.device)).last_hidden_state
 
     def predict(self, noisy: Tensor, t: Tensor, context: Tensor) -> Tensor:
-        """v, from what `embed` returns."""
+        """v, given the output of `embed`."""
         return self.unet(noisy, t, context).sample
 
 
-def from_noise(model: VPGenerator | SD3Generator, noise: Tensor, context: Any) -> Tensor:
-    """What a generator makes of unit noise (B, 8, 8, 8) in one step without guidance: scaled latents.
-
-    `context` is what its `embed` returns.
-    """
-    t = torch.full((len(noise),), model.last, device=noise.device)
-    return model.picture(noise, model.predict(noise, t, context))
-
-
 def decode(vae: AutoencoderTiny, latents: Tensor, scale: float) -> Tensor:
-    """Scaled latents (B, 8, 8, 8) -> pictures (B, 3, 64, 64) in [0, 1]."""
+    """Scaled latents (B, 8, 8, 8) -> images (B, 3, 64, 64) in [0, 1]."""
     return (vae.decoder(latents / scale) / 2 + 0.5).clamp(0.0, 1.0)
 
 
 def final_vae(args: argparse.Namespace) -> AutoencoderTiny:
-    """The autoencoder with the decoder as far as it has been trained."""
+    """The autoencoder with its latest decoder."""
     path = args.output / "decoder.pt"
     return averaged(path if path.exists() else args.output / "vae.pt", new_vae()).to(args.device)
 
 
 def final_student(args: argparse.Namespace) -> Generator:
-    """The one-step student, or the teacher it starts from."""
+    """The one-step student, or the teacher that it starts from."""
     path = args.output / "student.pt"
     return averaged(path if path.exists() else args.output / "unet.pt", Generator()).to(args.device)

@@ -1,4 +1,4 @@
-"""Wrong captions and wrong pictures for the training of the reward: what it must not be fooled by."""
+"""Wrong captions and wrong images as negatives for the training of the reward."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 
-from .captions import OBJECTS, Request
-from .world import COLORS, KINDS, OPPOSITE, RELATIONS, Scene, Shape
+from noiseopt.shapes_world.captions import OBJECTS, Request
+from noiseopt.shapes_world.world import COLORS, KINDS, OPPOSITE, RELATIONS, Scene, Shape
 
 
 def _other(options: Sequence[str], value: str, rng: random.Random) -> str:
@@ -23,7 +23,7 @@ def _reshaped(thing: tuple[str, str], rng: random.Random) -> tuple[str, str]:
 
 
 def wrong_request(request: Request, rng: random.Random) -> Request:
-    """A request close to the given one that a picture of the given one does not fulfil."""
+    """A request similar to the given one that its images do not fulfill."""
     objects, relation = request.objects, request.relation
     change = rng.choice((_recolored, _reshaped, _reshaped))
     if request.category == "single":
@@ -45,19 +45,19 @@ def wrong_request(request: Request, rng: random.Random) -> Request:
         return Request(objects, other)
     if kind == "drop":
         return Request((rng.choice(objects),) * rng.choice((1, 1, 2)))
-    place = rng.randrange(2)
-    changed = tuple(change(thing, rng) if i == place else thing for i, thing in enumerate(objects))
+    position = rng.randrange(2)
+    changed = tuple(change(thing, rng) if i == position else thing for i, thing in enumerate(objects))
     return Request(changed, relation) if len(set(changed)) > 1 else Request(changed)
 
 
 def imitate_failure(scene: Scene, rng: random.Random) -> Scene:
     """The scene as a weak generator might draw it: blended or wobbling shapes, one missing, one too many, two merged.
 
-    Mild failures can still be right; the judge says which are.
+    Mild failures can still be right; the judge decides.
     """
     shapes = list(scene.shapes)
-    place = rng.randrange(len(shapes))
-    shape = shapes[place]
+    position = rng.randrange(len(shapes))
+    shape = shapes[position]
     kind = rng.choices(("blend", "wobble", "stretch", "drop", "add", "merge", "shrink"), (5, 5, 1, 1, 1, 1, 1))[0]
     if kind == "blend":
         shape = replace(shape, towards=_other(KINDS, shape.kind, rng), blend=rng.uniform(0.25, 0.8))
@@ -67,13 +67,13 @@ def imitate_failure(scene: Scene, rng: random.Random) -> Scene:
     elif kind == "stretch":
         shape = replace(shape, stretch=rng.choice((rng.uniform(1.4, 2.5), rng.uniform(0.4, 0.7))))
     elif kind == "merge" and len(shapes) > 1:
-        other = shapes[place - 1]
+        other = shapes[position - 1]
         shape = replace(shape, x=(shape.x + 2 * other.x) / 3, y=(shape.y + 2 * other.y) / 3)
     elif kind == "shrink":
         shape = replace(shape, radius=rng.uniform(2.5, 6.0))
-    shapes[place] = shape
+    shapes[position] = shape
     if kind == "drop" and len(shapes) > 1:
-        shapes.pop(place)
+        shapes.pop(position)
     elif kind in ("add", "drop") and len(shapes) < 3:
         color, other_kind = rng.choice(OBJECTS)
         x, y, radius = rng.uniform(8, 56), rng.uniform(8, 56), rng.uniform(4, 11)

@@ -1,4 +1,4 @@
-"""The untrained generators of the SDXL and SD3 kinds, in stock classes: two text encoders each, and how they embed."""
+"""Untrained generators of the SDXL and SD3 families from stock classes, with two text encoders each."""
 
 from __future__ import annotations
 
@@ -11,19 +11,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from noiseopt.shapes_world.world import SIZE
+
 from .models import SCHEDULE, UNET, VPGenerator, text_options
 from .text import new_tokenizer
-from .world import SIZE
 
 if TYPE_CHECKING:
     from transformers import CLIPTextConfig, CLIPTokenizer
 
 WIDTHS = 96, 128  # of the two text encoders
-EMPTY_TOKENS = 16  # `max_sequence_length` that the embedded SD3 model is called with; its default is 256
+EMPTY_TOKENS = 16  # `max_sequence_length` in calls of the embedded SD3 model; the default is 256
 
 
 def text_config(tokenizer: CLIPTokenizer, width: int) -> CLIPTextConfig:
-    """A text encoder of three layers: its users look at what comes before the last, and at the pooled output."""
+    """A text encoder of three layers, used for its second-to-last hidden state and its pooled output."""
     from transformers import CLIPTextConfig
 
     tower: dict[str, Any] = text_options(tokenizer)
@@ -52,7 +53,7 @@ class SDXLGenerator(VPGenerator):
         self.scheduler = EulerDiscreteScheduler(**SCHEDULE)
 
     def begin_with(self, unet_weights: dict[str, Tensor], text_weights: dict[str, Tensor]) -> None:
-        """Takes over the SD-type U-Net and text encoder: what is new starts without effect."""
+        """Initialize from the SD U-Net and text encoder; new weights start without effect."""
         with torch.no_grad():
             for name, ours in self.unet.named_parameters():
                 theirs = unet_weights.get(name)
@@ -75,7 +76,7 @@ class SDXLGenerator(VPGenerator):
         return context, second.text_embeds * said[:, None]
 
     def predict(self, noisy: Tensor, t: Tensor, context: tuple[Tensor, Tensor]) -> Tensor:
-        """v, from what `embed` returns."""
+        """v, given the output of `embed`."""
         sizes = torch.tensor([SIZE, SIZE, 0, 0, SIZE, SIZE], device=self.device).expand(len(noisy), -1)
         added = {"text_embeds": context[1], "time_ids": sizes}
         return self.unet(noisy, t, context[0], added_cond_kwargs=added).sample
@@ -98,10 +99,10 @@ class _OneForMany(TorchFunctionMode):
 
 
 class SD3Generator(nn.Module):
-    """A flow-matching transformer of the SD3 kind without its third text encoder; predicts noise minus picture.
+    """A flow-matching transformer of the SD3 family without its third text encoder; predicts noise minus image.
 
-    Where that encoder is missing, the stock pipeline fills in empty tokens. The transformer knows no positions of text:
-    equal tokens stay equal, and any number of them is one that counts as many. Training draws how many.
+    In place of that encoder, the stock pipeline pads with empty tokens. The transformer has no text positions: equal
+    tokens stay equal, so one token can count as any number of them. Training samples that number.
     """
 
     last = 1000.0  # the timestep of pure noise
@@ -132,11 +133,10 @@ class SD3Generator(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
         return self.transformer.device
 
     def begin_with(self, text_weights: dict[str, Tensor]) -> None:
-        """Takes over the layers of the SD-type text encoder."""
+        """Initialize from the SD text encoder."""
         self.text_encoder.text_model.load_state_dict(text_weights, strict=False)
 
     def embed(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
@@ -147,16 +147,16 @@ class SD3Generator(nn.Module):
         return F.pad(context, (0, 0, 0, 1)), torch.cat([out.text_embeds for out in both], -1)
 
     def predict(self, noisy: Tensor, t: Tensor, context: tuple[Tensor, Tensor], empty: int = EMPTY_TOKENS) -> Tensor:
-        """The velocity, from what `embed` returns, as if there were `empty` empty tokens."""
+        """The velocity, given the output of `embed`, as if there were `empty` empty tokens."""
         with _OneForMany(empty):
             return self.transformer(noisy, context[0], context[1], t.expand(len(noisy))).sample
 
     def times(self, count: int) -> Tensor:
-        """Random timesteps of the training, (count,) in (0, 1000]."""
+        """Sample training timesteps, (count,) in (0, 1000]."""
         return 1000 * torch.sigmoid(0.6 + 1.2 * torch.randn(count))
 
     def corrupt(self, z: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Noisy latents at timesteps t, (B,), and what is to be predicted of them."""
+        """Noisy latents at timesteps t, (B,), and the prediction target."""
         sigma = (t / 1000).view(-1, 1, 1, 1)
         return torch.lerp(z, noise, sigma), noise - z
 
@@ -167,3 +167,12 @@ class SD3Generator(nn.Module):
     def forward(self, noisy: Tensor, t: Tensor, prompts: Sequence[str]) -> Tensor:
         """The velocity of noisy latents (B, 8, 8, 8), with a random number of empty tokens."""
         return self.predict(noisy, t, self.embed(prompts), empty=int(2 ** (4 + 4 * torch.rand(()))))
+
+
+def from_noise(model: VPGenerator | SD3Generator, noise: Tensor, context: Any) -> Tensor:
+    """Generate scaled latents from unit noise (B, 8, 8, 8) in one step without guidance.
+
+    `context` is the output of the model's `embed`.
+    """
+    t = torch.full((len(noise),), model.last, device=noise.device)
+    return model.picture(noise, model.predict(noise, t, context))

@@ -1,4 +1,4 @@
-"""The untrained models that look at pictures, in stock classes: an image tower, and a model that answers yes or no."""
+"""Untrained image encoder and vision-language model from stock classes."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .captions import OBJECTS, WORDS
-from .world import LOOKS, SIZE
+from noiseopt.shapes_world.captions import OBJECTS, WORDS
+from noiseopt.shapes_world.world import LOOKS, SIZE
 
 if TYPE_CHECKING:
     from transformers import Dinov2Model, LlavaForConditionalGeneration, PreTrainedTokenizerFast
@@ -26,7 +26,7 @@ CHAT_TEMPLATE = (
 
 
 def new_tower() -> Dinov2Model:
-    """An untrained DINOv2 tower for 64x64 pixels: 64 patches of 96 channels, 4 layers."""
+    """An untrained DINOv2 encoder for 64x64 pixels: 64 patches of 96 channels, 4 layers."""
     from transformers import Dinov2Config, Dinov2Model
 
     config = Dinov2Config(
@@ -36,7 +36,7 @@ def new_tower() -> Dinov2Model:
 
 
 class TowerTraining(nn.Module):
-    """The tower with the heads that teach it: what each patch shows, how many of each object, where, on what ground."""
+    """The image encoder with training heads: content of each patch, count of each object, occupied patches, ground."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class TowerTraining(nn.Module):
 
 
 def new_question_tokenizer() -> PreTrainedTokenizerFast:
-    """One token for each word of the world and of the questions; lower case but for the roles of the chat."""
+    """One token per word of the world and the questions; lower case except for the chat roles."""
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -80,7 +80,7 @@ def new_question_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def new_vlm(tokenizer: Any) -> LlavaForConditionalGeneration:
-    """An untrained LLaVA: a CLIP vision tower of 4 layers and a Llama of 4 layers, both 96 wide."""
+    """An untrained LLaVA: a CLIP vision encoder of 4 layers and a Llama of 4 layers, both of width 96."""
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
     vision = CLIPVisionConfig(
@@ -117,10 +117,10 @@ def new_vlm(tokenizer: Any) -> LlavaForConditionalGeneration:
 
 
 class Questions:
-    """Many questions about each picture in one sequence: all see the picture, none sees another.
+    """Many questions about each image in one sequence: all attend to the image, none to another question.
 
-    The stock model takes such a sequence with its own mask and positions, and gives the same logits as for one question
-    at a time (a test shows it): the picture is read once.
+    The stock model takes such a sequence with a custom mask and positions, and gives the same logits as for one
+    question at a time (see the tests), but encodes the image only once.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -129,13 +129,13 @@ class Questions:
         self.end, self.tokenizer = int(tokenizer.eos_token_id), tokenizer
 
     def tails(self, asked: Sequence[Sequence[tuple[str, int]]]) -> list[list[list[int]]]:
-        """The tokens after the picture, the answer included, of each question."""
+        """The tokens after the image, including the answer, of each question."""
         texts = [[question + " ASSISTANT :" for question, _ in row] for row in asked]
         ids = iter(self.tokenizer([text for row in texts for text in row]).input_ids)
         return [[[*next(ids), self.answers[answer]] for _, answer in row] for row in asked]
 
     def sequence(self, tails: list[list[list[int]]]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Tokens (B, L), their positions (L,), which sees which (L, L), and where each answer is (B, K)."""
+        """Tokens (B, L), positions (L,), attention mask (L, L), and positions of the answers (B, K)."""
         longest, count, start = max(len(tail) for row in tails for tail in row), len(tails[0]), len(self.head)
         ids = torch.full((len(tails), start + count * longest), int(self.tokenizer.pad_token_id))
         ids[:, :start] = torch.tensor(self.head)
@@ -168,5 +168,5 @@ class Questions:
         return model.lm_head(chosen).unflatten(1, (-1, 2))
 
     def targets(self, asked: Sequence[Sequence[tuple[str, int]]]) -> Tensor:
-        """The tokens to be predicted, (B, K, 2): the answer and the end."""
+        """The target tokens, (B, K, 2): answer and end."""
         return torch.tensor([[[self.answers[answer], self.end] for _, answer in row] for row in asked])

@@ -10,13 +10,14 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from noiseopt import shapes_world
 from noiseopt.rewards import VQAScorer
-from noiseopt.shapes_world import Scene, Shape, train
-from noiseopt.shapes_world.export import export_vqa
-from noiseopt.shapes_world.families import SD3Generator, SDXLGenerator
-from noiseopt.shapes_world.models import Generator, from_noise, new_vae
-from noiseopt.shapes_world.optimization import Run
-from noiseopt.shapes_world.readers import SHOWS
-from noiseopt.shapes_world.train_readers import Seen, VLMTraining, tower_targets
+from noiseopt.shapes_world import Scene, Shape
+from training import train
+from training.export import export_vqa
+from training.families import SD3Generator, SDXLGenerator, from_noise
+from training.models import Generator, new_vae
+from training.optimization import Run
+from training.readers import SHOWS
+from training.train_readers import Seen, VLMTraining, tower_targets
 
 PROMPTS = ["a red circle", "a blue star left of a green cross"]
 

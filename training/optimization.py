@@ -1,4 +1,4 @@
-"""What every stage of the training shares: the optimiser, the moving average, the schedule and the checkpoints."""
+"""Optimizer, moving average, schedule and checkpoints shared by all training stages."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum with orthogonalised updates for weight matrices, Adam for everything else.
+    """Momentum with orthogonalized updates for weight matrices, Adam for all other parameters.
 
-    https://kellerjordan.github.io/posts/muon, with the update scaled to Adam's size as in https://arxiv.org/abs/2502.16982,
-    so that one learning rate serves both. On these models it needs about half of Adam's samples.
+    https://kellerjordan.github.io/posts/muon, with updates scaled to the size of Adam's as in
+    https://arxiv.org/abs/2502.16982, so that one learning rate serves both. These models need about half of Adam's
+    samples.
     """
 
     def __init__(self, params: Iterable[nn.Parameter], lr: float, weight_decay: float = 0.01) -> None:
@@ -29,7 +30,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Updates every parameter that has a gradient."""
+        """Update every parameter that has a gradient."""
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is None:
@@ -60,16 +61,16 @@ class Muon(torch.optim.Optimizer):
 
 
 class Run(Generic[Model]):
-    """The optimiser, the moving average, the schedule, the learning curve and the checkpoints of one stage.
+    """A training stage: optimizer, moving average, schedule, learning curve and checkpoints.
 
     Args:
-        model: What is trained.
-        path: The checkpoint; if it exists, the run continues from it.
-        samples: How many samples the stage takes.
-        batch: Samples of one update, over all processes.
-        lr: The highest learning rate.
-        decay: Of the moving average.
-        look: Called with the averaged model and a path to draw sample pictures at, every tenth of the run.
+        model: The model.
+        path: The checkpoint; if it exists, the run resumes from it.
+        samples: Number of samples of the stage.
+        batch: Samples per update, over all processes.
+        lr: Peak learning rate.
+        decay: Decay of the moving average.
+        look: Called with the averaged model and a path for sample images, after every tenth of the run.
     """
 
     def __init__(
@@ -93,7 +94,7 @@ class Run(Generic[Model]):
         torch.manual_seed(self.seen + (dist.get_rank() if dist.is_initialized() else 0))
 
     def __iter__(self) -> Iterator[int]:
-        """Yields the number of samples seen until the stage is done, saving as it goes."""
+        """Yield the number of samples seen until the stage is done, saving regularly."""
         first = not (dist.is_initialized() and dist.get_rank())
         steps, before, clock = 0, self.seconds, time.time()
         with tqdm(total=self.samples, initial=self.seen, desc=self.path.stem, disable=not first, mininterval=5) as bar:
@@ -111,7 +112,7 @@ class Run(Generic[Model]):
         self.save()
 
     def step(self, losses: dict[str, Tensor]) -> None:
-        """One update by the sum of the losses; warm-up of 100 steps, then cosine to 2%."""
+        """Update by the sum of the losses; warm-up of 100 steps, then cosine decay to 2%."""
         self.optimizer.zero_grad(set_to_none=True)
         torch.stack(list(losses.values())).sum().backward()
         self._share_gradients()
@@ -130,7 +131,7 @@ class Run(Generic[Model]):
         self._sums["updates"] = self._sums.get("updates", 0.0) + 1
 
     def _record(self) -> dict[str, float]:
-        """Adds the mean losses since the last record to the curve."""
+        """Append the mean losses since the last record to the curve."""
         updates = self._sums.pop("updates")
         means = {name: round(total / updates, 5) for name, total in self._sums.items()}
         self.curve.append({"samples": self.seen, "seconds": round(self.seconds, 1)} | means)
@@ -148,7 +149,7 @@ class Run(Generic[Model]):
             gradient.copy_(mean.view_as(gradient))
 
     def save(self) -> None:
-        """Writes everything needed to continue."""
+        """Write everything needed to resume."""
         if dist.is_initialized() and dist.get_rank() > 0:
             return
         state = {"model": self.model.state_dict(), "average": self.average.state_dict(), "seen": self.seen}
@@ -158,7 +159,7 @@ class Run(Generic[Model]):
         self.path.with_suffix(".tmp").replace(self.path)
 
     def load(self) -> None:
-        """Continues from the last checkpoint."""
+        """Resume from the checkpoint."""
         state = torch.load(self.path)
         self.model.load_state_dict(state["model"])
         self.average.load_state_dict(state["average"])
@@ -167,6 +168,6 @@ class Run(Generic[Model]):
 
 
 def averaged(path: Path, model: Model) -> Model:
-    """Loads the moving average of a stage's weights."""
+    """Load the moving average of a stage's weights."""
     model.load_state_dict(torch.load(path)["average"])
     return model.requires_grad_(False).eval()

@@ -1,23 +1,28 @@
-"""Trains every model of the shapes world from scratch, with one command:
+"""Train every model of the shapes world from scratch, with one command from a checkout:
 
-    python -m noiseopt.shapes_world.train --device cpu --output DIR
+    python -m training.train --device cpu --output DIR
 
-Stages can be chosen with `--stages`, and each continues from its last checkpoint. On several cores start one process
-per core with `RANK`, `WORLD_SIZE`, `MASTER_ADDR` and `MASTER_PORT` set, as torch.distributed has it.
+Choose stages with `--stages`; each resumes from its last checkpoint. On several cores, start one process per core with
+`RANK`, `WORLD_SIZE`, `MASTER_ADDR` and `MASTER_PORT` set, as for torch.distributed.
 
-While a stage runs there is a progress bar, and the generators draw 24 validation prompts at every tenth of it into DIR.
+Each stage shows a progress bar, and the generators sample 24 validation prompts into DIR after every tenth of it.
 
-The weights that ship were trained on two virtual CPU cores without a GPU, shared with other work. `training.json` in
-each model's folder, and its card in `hub_cards`, say what each stage took and how its losses fell; `metrics.json`,
-written by `--stages report`, says how good the model is. They did not come from one run of this command: some settings
-were found on the way. The noises were coupled as they are now from sample 26 thousand of the U-Net on, and its share
-of pure noise grew from 3 of 8 to 3 of 4; the rounds of hardening grew from 20 steps of ascent to 40; the reward was
-refined first on 8704 generated pictures, then on a larger gallery and mirror images, and from sample 312 thousand on
-pictures of the generators as they are now; the vision-language model is asked about own prompts as often as now since
-its sample 88 thousand; the judge became milder with soft outlines in between, and stricter with circles. Careless
-captions came late: to `guided` at sample 128 thousand, to `sdxl` at 24 and to `sd3` at 190, first a share of 0.3, and
-at the end what it took to leave a third of the prompts to repair; the learning rate was raised whenever a stage went on
-longer than planned. Expect other weights of the same kind from another run, not the same ones.
+The released weights were trained on two shared virtual CPU cores without a GPU. `training.json` in each model's folder,
+and its card in `hub_cards`, record the samples, time and losses of each stage; `metrics.json`, written by `--stages
+report`, records the quality. The weights did not come from a single run of this command, because some settings were
+found on the way:
+
+- The noises are coupled as now from sample 26,000 of the U-Net on, and its share of pure noise grew from 3/8 to 3/4.
+- The rounds of hardening grew from 20 steps of ascent to 40.
+- The reward was refined first on 8,704 generated images, then on a larger gallery with mirror images, and from sample
+  312,000 on images of the final generators.
+- The vision-language model is asked about own prompts as often as now since sample 88,000.
+- The judge became more tolerant of soft outlines and stricter with circles.
+- Careless captions were added to `guided` at sample 128,000, to `sdxl` at 24,000 and to `sd3` at 190,000, first with
+  a share of 0.3, finally with the share that leaves a third of the prompts to repair; the learning rate was raised
+  whenever a stage took longer than planned.
+
+Another run gives similar but not identical weights.
 """
 
 from __future__ import annotations
@@ -36,26 +41,27 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from .captions import VALIDATION_PROMPTS
+from noiseopt.shapes_world.captions import VALIDATION_PROMPTS
+from noiseopt.shapes_world.world import SIZE
+
 from .coupling import couple
 from .data import crops, encode_pictures, pictures
 from .export import export
-from .families import SD3Generator, SDXLGenerator
+from .families import SD3Generator, SDXLGenerator, from_noise
 from .gallery import gallery
-from .models import Generator, Reward, VPGenerator, decode, final_student, final_vae, from_noise, new_vae
+from .models import Generator, Reward, VPGenerator, decode, final_student, final_vae, new_vae
 from .optimization import Run, averaged
 from .report import report
 from .slips import slip
 from .train_readers import train_tower, train_vqa
 from .train_reward import harden_clip, refine_clip, train_clip
-from .world import SIZE
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderTiny
 
 
 def vae_losses(output: Tensor, image: Tensor) -> dict[str, Tensor]:
-    """L1 that counts saturated pixels three times, and L1 of the gradients."""
+    """L1 with triple weight on saturated pixels, and L1 of the gradients."""
     weight = 1 + 2 * ((image.amax(1, keepdim=True) - image.amin(1, keepdim=True)) > 0.5)
     error = output - image
     across, down = ((error.diff(dim=d) * weight.narrow(d, 1, image.shape[d] - 1)).abs().mean() for d in (3, 2))
@@ -63,7 +69,7 @@ def vae_losses(output: Tensor, image: Tensor) -> dict[str, Tensor]:
 
 
 def train_vae(args: argparse.Namespace) -> None:
-    """Trains the autoencoder on 32x32 windows around shapes: it is convolutional, and nothing else is as dear."""
+    """Train the autoencoder on 32x32 windows around shapes; it is convolutional and the most expensive stage."""
     data = pictures(args.output / "pictures.pt", args.pictures, seed=1)
     vae = new_vae().to(args.device)
     run = Run(vae, args.output / "vae.pt", samples=args.vae_samples, batch=64, lr=2e-3)
@@ -86,9 +92,9 @@ def _autoencode(vae: AutoencoderTiny, images: Tensor, noise: Tensor) -> tuple[Te
 def coupled_losses(
     model: VPGenerator | SD3Generator, data: dict, batch: int, rng: random.Random, last: float, slips: float = 0.0
 ) -> dict[str, Tensor]:
-    """Error of the prediction at random times and, for a share `last` of the batch, from pure noise.
+    """Prediction errors at random times and, for a share `last` of the batch, from pure noise.
 
-    Cells of the latent that show shapes count three times. A share `slips` of the captions is careless.
+    Latent cells that show shapes have triple weight. A share `slips` of the captions is careless.
     """
     rows = torch.randint(0, len(data["latents"]), (batch,))
     shown = [data["requests"][i] for i in rows.tolist()]
@@ -106,7 +112,7 @@ def coupled_losses(
 
 @torch.no_grad()
 def draw(args: argparse.Namespace, model: VPGenerator | SD3Generator, path: Path) -> None:
-    """Writes what the model draws of 24 validation prompts in one step, to look at while it trains."""
+    """Write one-step samples of 24 validation prompts, to monitor the training."""
     prompts = list(VALIDATION_PROMPTS[:24])
     noise = torch.randn(len(prompts), 8, 8, 8, generator=torch.Generator().manual_seed(7)).to(args.device)
     images = decode(final_vae(args), from_noise(model, noise, model.embed(prompts)), encode_pictures(args)["scale"])
@@ -123,7 +129,7 @@ def train_generator(
     decay: float = 0.998,
     slips: float = 0.0,
 ) -> None:
-    """Trains a generator on coupled noises, a share `last` of the samples from pure noise."""
+    """Train a generator on coupled noises, a share `last` of the samples from pure noise."""
     data = encode_pictures(args)
     samples = vars(args)[f"{stage.replace('-', '_')}_samples"]
     path = args.output / f"{stage}.pt"
@@ -135,7 +141,7 @@ def train_generator(
 
 
 def train_base(args: argparse.Namespace) -> None:
-    """Trains the U-Net that all others start from, 3 of 4 samples from pure noise."""
+    """Train the U-Net that all others start from, 3 of 4 samples from pure noise."""
     model = Generator()
     if (args.output / "clip.pt").exists():
         tower = averaged(args.output / "clip.pt", Reward()).clip.text_model
@@ -144,51 +150,51 @@ def train_base(args: argparse.Namespace) -> None:
 
 
 def train_unet(args: argparse.Namespace) -> None:
-    """Trains the U-Net further in the same way."""
+    """Continue training the U-Net in the same way."""
     model = averaged(args.output / "base.pt", Generator()).requires_grad_()
     train_generator(args, "unet", model, last=0.75, lr=2.5e-3)
 
 
 def train_guided(args: argparse.Namespace) -> None:
-    """Trains the U-Net further for sampling in several steps with guidance."""
+    """Continue training the U-Net for multi-step sampling with guidance."""
     model = averaged(args.output / "unet.pt", Generator()).requires_grad_()
     train_generator(args, "guided", model, last=0.25, slips=0.45)
 
 
 def train_student(args: argparse.Namespace) -> None:
-    """Trains the U-Net further as a one-step student: only from pure noise."""
+    """Continue training the U-Net as a one-step student, only from pure noise."""
     model = averaged(args.output / "unet.pt", Generator()).requires_grad_()
     train_generator(args, "student", model, last=1.0, lr=8e-4, decay=0.99)
 
 
 def begun(args: argparse.Namespace, stage: str) -> SDXLGenerator:
-    """The SDXL kind as it begins: as the U-Net of the SD kind at a stage."""
+    """Initialize the SDXL generator from the SD U-Net of a stage."""
     base, model = averaged(args.output / f"{stage}.pt", Generator()), SDXLGenerator()
     model.begin_with(base.unet.state_dict(), base.text_encoder.state_dict())
     return model
 
 
 def train_sdxl(args: argparse.Namespace) -> None:
-    """Trains the SDXL kind for sampling in several steps with guidance."""
+    """Train the SDXL generator for multi-step sampling with guidance."""
     train_generator(args, "sdxl", begun(args, "unet"), last=0.25, slips=0.35)
 
 
 def train_sdxl_turbo(args: argparse.Namespace) -> None:
-    """Trains the SDXL kind for one step, only from pure noise; from less, so that more is left to repair."""
+    """Train the SDXL generator for one step, only from pure noise; from less, to leave more to repair."""
     train_generator(args, "sdxl-turbo", begun(args, "base"), last=1.0)
 
 
 def train_sd3(args: argparse.Namespace) -> None:
-    """Trains the flow-matching transformer for sampling in several steps with guidance."""
+    """Train the flow-matching transformer for multi-step sampling with guidance."""
     model = SD3Generator()
     model.begin_with(averaged(args.output / "unet.pt", Generator()).text_encoder.state_dict())
     train_generator(args, "sd3", model, last=0.25, slips=0.45)
 
 
 def train_decoder(args: argparse.Namespace) -> None:
-    """Trains the decoder further on whole pictures: from noisier latents and, half of the batch, from the student's.
+    """Train the decoder on whole images: from noisier latents and, for half of the batch, from the student's.
 
-    It learns to make clean shapes of what a U-Net draws.
+    It learns to decode clean shapes from generated latents.
     """
     data, latents = pictures(args.output / "pictures.pt", args.pictures, seed=1), encode_pictures(args)
     vae = new_vae()
@@ -232,7 +238,7 @@ STAGES = {
 }
 
 
-SAMPLES = {  # of each stage that counts them; what the embedded weights took
+SAMPLES = {  # default number of samples by stage, as for the released weights
     "vae": 89_600,
     "clip": 102_400,
     "base": 102_400,
@@ -250,29 +256,28 @@ SAMPLES = {  # of each stage that counts them; what the embedded weights took
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description="Trains the models of the shapes world.")
+    parser = argparse.ArgumentParser(description="Train the models of the shapes world.")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--output", type=Path, required=True, help="checkpoints, sample pictures, and `weights`")
+    parser.add_argument("--output", type=Path, required=True, help="folder for checkpoints, samples and `weights`")
     parser.add_argument("--stages", nargs="+", default=list(STAGES), choices=list(STAGES), metavar="STAGE")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--compile", action="store_true", help="compile the autoencoder")
-    parser.add_argument("--pictures", type=int, default=30_000, help="drawn once, then read")
-    parser.add_argument("--failures", type=int, default=5_000, help="imitated ones among them")
-    parser.add_argument("--gallery", type=int, default=25_600, help="pictures by each one-step model, 1/4 by others")
-    parser.add_argument("--climbs", type=int, default=128, help="of each round of hardening")
+    parser.add_argument("--pictures", type=int, default=30_000, help="number of rendered training images")
+    parser.add_argument("--failures", type=int, default=5_000, help="number of imitated failures")
+    parser.add_argument("--gallery", type=int, default=25_600, help="images by each one-step model; 1/4 by others")
+    parser.add_argument("--climbs", type=int, default=128, help="ascents per round of hardening")
     parser.add_argument("--rounds", type=int, default=16)
     parser.add_argument("--round-samples", type=int, default=3_200)
     parser.add_argument("--report-prompts", type=int, default=170)
     parser.add_argument("--report-seeds", type=int, default=1)
-    parser.add_argument("--report-pictures", type=int, default=512, help="drawn, for what is measured on those")
+    parser.add_argument("--report-pictures", type=int, default=512, help="rendered images to evaluate on")
     for stage, samples in SAMPLES.items():
         parser.add_argument(f"--{stage}-samples", type=int, default=samples, metavar="N", help=f"default {samples}")
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Reads the command line and runs the stages."""
+    """Run the stages."""
     args = parse_arguments(argv)
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)

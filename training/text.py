@@ -1,11 +1,11 @@
-"""The tokenizer of the shapes world: a valid CLIP tokenizer that knows each word of the world as one token."""
+"""The tokenizer of the shapes world: a valid CLIP tokenizer with one token per word of the world."""
 
 from __future__ import annotations
 
 import string
 from typing import TYPE_CHECKING
 
-from .captions import WORDS
+from noiseopt.shapes_world.captions import WORDS
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
@@ -14,9 +14,10 @@ MAX_LENGTH = 16
 
 
 def new_tokenizer() -> CLIPTokenizer:
-    """Builds the tokenizer; words from outside the world fall back to letters.
+    """Build the tokenizer; other words fall back to letters.
 
-    Merges join each word from the left, longer words first: "red" must not join the r and e of "green" too early.
+    Merges join each word from the left, longer words first: otherwise "red" would join the r and e of "green" too
+    early.
     """
     from transformers import CLIPTokenizer
 
@@ -31,5 +32,5 @@ def new_tokenizer() -> CLIPTokenizer:
                 merges.append(pair)
     tokens += [left + right for left, right in merges] + ["<|startoftext|>", "<|endoftext|>"]
     vocab = {token: i for i, token in enumerate(tokens)}
-    # transformers annotates merges as strings, but takes pairs as well.
+    # transformers annotates merges as strings but also accepts pairs
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=MAX_LENGTH)  # pyright: ignore[reportArgumentType]

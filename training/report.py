@@ -1,4 +1,4 @@
-"""Measures the exported models on validation prompts, and writes what it finds beside their weights."""
+"""Metrics of the exported models on validation prompts, written beside their weights."""
 
 from __future__ import annotations
 
@@ -13,20 +13,21 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .captions import CATEGORIES, VALIDATION_PROMPTS, caption, category, parse, sample_scene
-from .embedded import MODELS
+from noiseopt.shapes_world.captions import CATEGORIES, VALIDATION_PROMPTS, caption, category, parse, sample_scene
+from noiseopt.shapes_world.embedded import MODELS
+from noiseopt.shapes_world.judge import judge
+from noiseopt.shapes_world.world import render
+
 from .export import write_json
 from .gallery import GENERATORS
-from .judge import judge
 from .negatives import wrong_request
 from .optimization import averaged
 from .readers import TowerTraining
 from .train_readers import tower_targets
-from .world import render
 
 
 def report(args: argparse.Namespace) -> None:
-    """Writes `metrics.json` for each exported model: what the judge says of it."""
+    """Write `metrics.json` for each exported model."""
     folder = args.output / "weights"
     drawn = {name: draw_all(folder / name, args) for name in GENERATORS if (folder / name).is_dir()}
     for name, (images, prompts) in drawn.items():
@@ -45,14 +46,14 @@ def report(args: argparse.Namespace) -> None:
 
 
 def record(folder: Path, found: dict[str, Any], args: argparse.Namespace) -> None:
-    """Writes and prints the measurements of a model."""
+    """Write and print the metrics of a model."""
     found = {"prompts": "validation", "count": args.report_prompts, "seeds": args.report_seeds} | found
     write_json(folder / "metrics.json", found)
     print(folder.name, {key: value for key, value in found.items() if key != "calibration"}, flush=True)
 
 
 def draw_all(folder: Path, args: argparse.Namespace) -> tuple[Tensor, list[str]]:
-    """What a pipeline draws of the validation prompts, from one generator for each picture."""
+    """Generate images of the validation prompts, with one generator per image."""
     from diffusers import DiffusionPipeline
 
     model = MODELS[folder.name]
@@ -69,7 +70,7 @@ def draw_all(folder: Path, args: argparse.Namespace) -> tuple[Tensor, list[str]]
 
 @torch.no_grad()
 def kept(folder: Path, count: int) -> float:
-    """The share of so many drawn pictures that are right after the autoencoder."""
+    """The share of `count` rendered images that are still right after the autoencoder."""
     from diffusers import AutoencoderTiny
 
     vae: Any = AutoencoderTiny.from_pretrained(folder, subfolder="vae", torch_dtype=torch.float32)
@@ -82,7 +83,7 @@ def kept(folder: Path, count: int) -> float:
 
 
 def shares(prompts: Sequence[str], right: Sequence[bool]) -> dict[str, Any]:
-    """Shares of right pictures: of all, by category, and of the prompts with two different objects."""
+    """Shares of right images: over all prompts, by category, and for prompts with two different objects."""
     groups = {"all": list(right)}
     for name in CATEGORIES:
         groups[name] = [r for p, r in zip(prompts, right, strict=True) if category(p) == name]
@@ -92,9 +93,9 @@ def shares(prompts: Sequence[str], right: Sequence[bool]) -> dict[str, Any]:
 
 
 def readers(folder: Path) -> dict[str, Any]:
-    """The exported models that say how well a picture fits a prompt."""
-    from ..rewards.preference.clip_score import CLIPScore
-    from ..rewards.vlm.vqa_score import VQAScorer
+    """The exported models that score how well an image fits a prompt."""
+    from noiseopt.rewards.preference.clip_score import CLIPScore
+    from noiseopt.rewards.vlm.vqa_score import VQAScorer
 
     found: dict[str, Any] = {"clip": CLIPScore.from_pretrained(str(folder / "clip"))}
     return found | ({"vqa": VQAScorer.from_pretrained(str(folder / "vqa"))} if (folder / "vqa").is_dir() else {})
@@ -102,13 +103,13 @@ def readers(folder: Path) -> dict[str, Any]:
 
 @torch.no_grad()
 def scored(reward: Any, images: Tensor, prompts: list[str]) -> Tensor:
-    """The scores of pictures, (B,)."""
+    """Score images, (B,)."""
     parts = [reward(images[i : i + 32], prompts[i : i + 32]) for i in range(0, len(images), 32)]
     return torch.cat(parts)
 
 
 def preference(reward: Any, count: int) -> float:
-    """How often a drawn picture's own caption scores above one that is wrong in something, of so many."""
+    """The share of `count` rendered images whose caption scores above a nearly right one."""
     rng = random.Random(97)
     scenes = [sample_scene(rng) for _ in range(count)]
     images, prompts = render(scenes, torch.Generator().manual_seed(97)), [caption(scene, rng) for scene in scenes]
@@ -117,12 +118,12 @@ def preference(reward: Any, count: int) -> float:
 
 
 def auc(right: Tensor, wrong: Tensor) -> float:
-    """The chance that a right picture scores above a wrong one."""
+    """The probability that a right image scores above a wrong one."""
     return float((right[:, None] > wrong).float().mean()) if len(right) and len(wrong) else math.nan
 
 
 def judged(scores: dict[str, Tensor], truth: dict[str, Tensor], folder: Path) -> dict[str, Any]:
-    """AUC by generator and over all; for probabilities their calibration too."""
+    """AUC by generator and overall; for probabilities also their calibration."""
     scores, truth = ({**each, "all": torch.cat(list(each.values()))} for each in (scores, truth))
     found: dict[str, Any] = {"auc": {n: round(auc(scores[n][truth[n]], scores[n][~truth[n]]), 3) for n in scores}}
     if folder.name == "vqa":
@@ -135,7 +136,7 @@ def judged(scores: dict[str, Tensor], truth: dict[str, Tensor], folder: Path) ->
 
 
 def calibration(probability: Tensor, truth: Tensor, count: int = 10) -> list[dict[str, float]]:
-    """Mean probability and share of right pictures in equally wide bins, empty ones left out."""
+    """Mean probability and share of right images in equal-width bins, without empty ones."""
     which = (probability * count).long().clamp(max=count - 1)
     rows = []
     for i in range(count):
@@ -148,7 +149,7 @@ def calibration(probability: Tensor, truth: Tensor, count: int = 10) -> list[dic
 
 
 def draw_reliability(bins: list[dict[str, float]], path: Path) -> None:
-    """Draws how often pictures are right against the probability that the model gives."""
+    """Plot the share of right images against the predicted probability."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(3.6, 3.4), dpi=120, layout="constrained")
@@ -163,7 +164,7 @@ def draw_reliability(bins: list[dict[str, float]], path: Path) -> None:
 
 @torch.no_grad()
 def tower_accuracy(args: argparse.Namespace) -> dict[str, float]:
-    """How well the tower's own heads read pictures that it has not seen."""
+    """Accuracy of the image encoder's heads on new images."""
     model = averaged(args.output / "dinov2.pt", TowerTraining())
     rng = random.Random(99)
     scenes = [sample_scene(rng) for _ in range(args.report_pictures)]
