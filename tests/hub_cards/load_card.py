@@ -1,7 +1,6 @@
-"""Run by `test_loading.py` in a fresh process, as local pipelines share one module name: load a card from its folder
-and from the Hub, compare the images, and run the programs of its README.
+"""Run by `test_loading.py` in a fresh process: load a card, compare images, and run the programs of its README.
 
-Arguments: those of `main`. Prints one JSON object.
+The card is loaded from its folder and from the Hub. Arguments: those of `main`. Prints one JSON object.
 """
 
 import ast

@@ -247,7 +247,7 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("files, message", REFUSED.values(), ids=REFUSED.keys())
+@pytest.mark.parametrize(("files", "message"), REFUSED.values(), ids=REFUSED.keys())
 def test_refused(bundled, files, message):
     with pytest.raises(Refused) as refusal:
         bundled({"pipelines/a.py": "class A: pass\n"} | files)

@@ -117,7 +117,7 @@ def test_refusal_is_an_exit_status(monkeypatch):
     assert exit_of(["hub", "check"]) == exit_of(["hub", "build"]) == "pipelines/x.py:7: a starred import"
 
 
-@pytest.mark.parametrize("action", (["build"], ["check"], ["pictures"], ["push", "reno-turbo", "--namespace", "me"]))
+@pytest.mark.parametrize("action", [["build"], ["check"], ["pictures"], ["push", "reno-turbo", "--namespace", "me"]])
 def test_without_a_checkout_that_is_said(action, tmp_path, monkeypatch):
     monkeypatch.setattr(build, "HUB_CARDS", tmp_path / "hub_cards")
     assert "Expected a checkout of the repository" in str(exit_of(["hub", *action]))
