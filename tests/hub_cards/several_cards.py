@@ -2,7 +2,7 @@
 
 diffusers puts the files of each pipeline from a local folder in the same place, and runs each `pipeline.py` in the same
 module. Arguments: the folder of cards; the folder of a card of a later release, which differs in its bundle only, in as
-many bytes; an empty folder; the Hub's folder. Prints one JSON object.
+many bytes; a folder to write to, with `equally long`; the Hub's folder. Prints one JSON object.
 """
 
 import functools
