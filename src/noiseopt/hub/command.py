@@ -47,8 +47,8 @@ def add_pictures(actions) -> None:
     parser = actions.add_parser(
         "pictures",
         help="generate the picture of a pipeline with an embedded model, and its README.md anew",
-        description="Generate the pictures of pipelines: the prompts and seeds of `noiseopt demo`, before and after. Each "
-        "takes up to a few minutes on two cores.",
+        description="Generate the pictures of pipelines: the prompts and seeds of `noiseopt demo`, before and after. "
+        "Each takes up to a few minutes on two cores.",
     )
     parser.add_argument(
         "cards", nargs="*", metavar="CARD", help="names of folders in hub_cards/ (default: all pipelines)"
