@@ -93,12 +93,10 @@ from transformers import (
 )
 
 # The name that diffusers gives this module may come to mean the bundle of another release.
-sys.modules[f"{__name__}_77423e3ae067"] = sys.modules[__name__]
-__name__ = f"{__name__}_77423e3ae067"
-
+sys.modules[f"{__name__}_fecfa0016f9a"] = sys.modules[__name__]
+__name__ = f"{__name__}_fecfa0016f9a"
 
 # rewards/contract/transforms.py
-
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -106,16 +104,13 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 Resample = Literal["bicubic", "bilinear"]
 PIL_RESAMPLE: dict[int, Resample] = {2: "bilinear", 3: "bicubic"}
 
-
 def at_least_float32(x: Tensor) -> Tensor:
     """Cast half precision to float32; float64 is unchanged, for numerical checks."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
-
 def straight_through_clamp(x: Tensor) -> Tensor:
     """Clamp to [0, 1] in the forward pass, with the gradient of the identity."""
     return x + (x.clamp(0, 1) - x).detach()
-
 
 def resize(images: Tensor, size: tuple[int, int], resample: Resample = "bicubic", single_pass: bool = False) -> Tensor:
     """Resize (B, C, H, W) images in [0, 1] to `size` = (height, width), antialiased, in float32 or more.
@@ -134,7 +129,6 @@ def resize(images: Tensor, size: tuple[int, int], resample: Resample = "bicubic"
         images = straight_through_clamp(images)
     return images
 
-
 def first_pass_size(height: int, width: int, size: tuple[int, int]) -> tuple[int, int]:
     """Return the (height, width) after the first of Pillow's two passes.
 
@@ -145,18 +139,15 @@ def first_pass_size(height: int, width: int, size: tuple[int, int]) -> tuple[int
         return size[0], width
     return height, size[1]
 
-
 def shortest_edge(height: int, width: int, edge: int) -> tuple[int, int]:
     """Return the (height, width) whose shorter side is `edge`; the longer one is rounded down as in transformers."""
     return (edge, int(edge * width / height)) if height <= width else (int(edge * height / width), edge)
-
 
 def center_crop(images: Tensor, size: tuple[int, int]) -> Tensor:
     """Crop (..., H, W) to `size` at the center, and pad shorter sides with zeros, as in transformers."""
     (height, width), (crop_height, crop_width) = images.shape[-2:], size
     top, left = (height - crop_height) // 2, (width - crop_width) // 2
     return F.pad(images, (-left, crop_width - width + left, -top, crop_height - height + top))
-
 
 def longest_edge_pad(images: Tensor, edge: int = 224) -> Tensor:
     """Resize the longer side to `edge` and pad to a square with zeros: the preprocessing of HPSv2.
@@ -170,11 +161,9 @@ def longest_edge_pad(images: Tensor, edge: int = 224) -> Tensor:
     top, left = (edge - size[0]) // 2, (edge - size[1]) // 2
     return F.pad(images, (left, edge - size[1] - left, top, edge - size[0] - top))
 
-
 def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """Return `(images - mean) / std` per channel of (B, C, H, W)."""
     return (images - images.new_tensor(mean)[:, None, None]) / images.new_tensor(std)[:, None, None]
-
 
 @dataclass(frozen=True)
 class ImageTransform:
@@ -250,7 +239,6 @@ class ImageTransform:
             resample=processor_resample(config.get("resample", 3)),
         )
 
-
 @dataclass(frozen=True)
 class PadTransform:
     """The preprocessing of HPSv2: `longest_edge_pad` and CLIP's normalization, in float32.
@@ -272,7 +260,6 @@ class PadTransform:
         """Return the transform that ReNO's released code uses instead: a crop, as for every other reward."""
         return ImageTransform(self.size, (self.size, self.size), self.mean, self.std, single_pass=True)
 
-
 def processor_size(size: int | Mapping[str, int | None]) -> int | tuple[int, int]:
     """Convert the `size` of a processor config to an int for the shorter side or an exact (height, width)."""
     if isinstance(size, int):
@@ -287,11 +274,9 @@ def processor_size(size: int | Mapping[str, int | None]) -> int | tuple[int, int
         f"{size}. Pass your own `image_transform` to the reward."
     )
 
-
 def processor_crop(size: int | Mapping[str, int]) -> tuple[int, int]:
     """Convert the `crop_size` of a processor config to (height, width)."""
     return (size, size) if isinstance(size, int) else (size["height"], size["width"])
-
 
 def processor_resample(resample: int) -> Resample:
     """Convert Pillow's `resample` code to a mode of `torch.nn.functional.interpolate`."""
@@ -302,12 +287,9 @@ def processor_resample(resample: int) -> Resample:
         )
     return PIL_RESAMPLE[resample]
 
-
 # registry.py
 
-
 EntryT = TypeVar("EntryT", bound=Callable)
-
 
 class Registry(Generic[EntryT]):
     """Classes or functions of one kind, by name and alias.
@@ -371,18 +353,14 @@ class Registry(Generic[EntryT]):
             raise ValueError(f"Expected a {self.kind} out of {self.names()}{otherwise}, but got {name!r}.{hint}")
         return self.entries[name]
 
-
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return a sentence with the known words closest to `word`, with a leading space, or an empty string."""
     close = difflib.get_close_matches(word.lower(), known)
     return f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
 
-
 # rewards/contract/frozen_module.py
 
-
 FrozenT = TypeVar("FrozenT", bound="FrozenModule")
-
 
 class FrozenModule(nn.Module):
     """Module that freezes its submodules and stays in evaluation mode.
@@ -412,20 +390,15 @@ class FrozenModule(nn.Module):
         """The dtype of the weights; float32 if there are none."""
         return next((p.dtype for p in self.parameters() if p.is_floating_point()), torch.float32)
 
-
 # rewards/contract/reward.py
 
-
 RewardT = TypeVar("RewardT", bound="Reward")
-
 
 class NonFiniteReward(ValueError):
     """Raised when a reward, its gradient or its input images are NaN or infinite."""
 
-
 class NonDifferentiableReward(ValueError):
     """Raised when a gradient is requested from a reward that has none."""
-
 
 class Reward(FrozenModule):
     """Base class of rewards: `reward(images, prompts) -> (B,)`, float32, higher is better, in the published units.
@@ -589,7 +562,6 @@ class Reward(FrozenModule):
         """
         raise NotImplementedError(f"`{cls.__name__}` has no weights to load: build it with its constructor.")
 
-
 class CallableReward(Reward):
     """Wrapper that makes any callable `(images, prompts) -> (B,)` a reward.
 
@@ -613,7 +585,6 @@ class CallableReward(Reward):
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
         return self.function(images, prompts)
 
-
 def callable_name(function: Any) -> str:
     """Return the `name` or `__name__` of a callable, the class name of an object, or "reward" for a lambda."""
     if isinstance(function, functools.partial):
@@ -622,7 +593,6 @@ def callable_name(function: Any) -> str:
         if isinstance(name, str):
             return "reward" if name == "<lambda>" else name
     return "reward"
-
 
 def check_images(images: Tensor, who: str) -> None:
     """Raise unless `images` is a (B, 3, H, W) floating-point tensor in [0, 1], with a tolerance of 0.05.
@@ -650,7 +620,6 @@ def check_images(images: Tensor, who: str) -> None:
             "output in [-1, 1] with `(images / 2 + 0.5).clamp(0, 1)`."
         )
 
-
 def check_reward_device(device: Any) -> None:
     """Raise `ValueError` unless `device` is a device, its name, or `None`."""
     try:
@@ -659,7 +628,6 @@ def check_reward_device(device: Any) -> None:
         raise ValueError(
             f'Expected `reward_device` to be a device such as "cuda:1" or "cpu", or `None`, but got {device!r}.'
         ) from error
-
 
 def prompts_per_image(prompts: str | Sequence[str] | None, batch: int, name: str, required: bool) -> list[str]:
     """Return `batch` prompts: a single one is repeated, and None becomes empty strings unless `required`."""
@@ -682,7 +650,6 @@ def prompts_per_image(prompts: str | Sequence[str] | None, batch: int, name: str
         )
     return texts
 
-
 def check_scores(scores: Tensor, batch: int, name: str) -> None:
     """Raise unless `scores` is a finite tensor of shape (batch,)."""
     if not isinstance(scores, Tensor) or scores.shape != (batch,):
@@ -698,7 +665,6 @@ def check_scores(scores: Tensor, batch: int, name: str) -> None:
             f"Expected finite scores from reward '{name}', but those of images {where} are NaN or infinite. Load "
             "it with `dtype=torch.float32` if it ran in half precision."
         )
-
 
 def check_gradient(reward: Reward, prompts: str | None = "a photo", height: int = 64, width: int = 64) -> None:
     """Check on one random image that a gradient reaches the pixels, before any diffusion model runs.
@@ -728,13 +694,10 @@ def check_gradient(reward: Reward, prompts: str | None = "a photo", height: int 
             stacklevel=2,
         )
 
-
 # rewards/features/features.py
-
 
 FeatureMetric = Literal["cosine", "l2", "squared_l2"]
 FeaturesT = TypeVar("FeaturesT", bound="Features")
-
 
 class Features(FrozenModule):
     """Base class of features: `features(images) -> (B, ...)`, float32, with a gradient with respect to the images.
@@ -812,9 +775,7 @@ class Features(FrozenModule):
         check_no_checkpoint(cls, checkpoint)
         return cls()
 
-
 FEATURES: Registry[type[Features]] = Registry("feature map")
-
 
 def register_features(name: str) -> Callable[[type[FeaturesT]], type[FeaturesT]]:
     """Return a decorator that registers a class of features under a name.
@@ -824,11 +785,9 @@ def register_features(name: str) -> Callable[[type[FeaturesT]], type[FeaturesT]]
     """
     return FEATURES.register(name)  # pyright: ignore[reportReturnType]
 
-
 def list_features() -> list[str]:
     """Return the registered names, sorted."""
     return FEATURES.names()
-
 
 def check_no_checkpoint(features: type[Features], checkpoint: str | None) -> None:
     """Raise `ValueError` if a checkpoint is given for features that have none on the Hub."""
@@ -837,7 +796,6 @@ def check_no_checkpoint(features: type[Features], checkpoint: str | None) -> Non
             f"Expected no checkpoint for the features '{features.name}', but got {checkpoint!r}. They have no weights "
             "or get them from a package. Omit the checkpoint."
         )
-
 
 def import_optional(package: str) -> ModuleType:
     """Import an optional package.
@@ -855,9 +813,7 @@ def import_optional(package: str) -> ModuleType:
             "A torchvision that does not match breaks transformers too."
         ) from error
 
-
 # rewards/features/color_histogram.py
-
 
 @dataclass(frozen=True)
 class SoftColorHistogram:
@@ -891,14 +847,12 @@ class SoftColorHistogram:
         counts = empty.scatter_add(2, left.long(), 1 - overflow).scatter_add(2, left.long() + 1, overflow)
         return (counts / values.shape[-1]).flatten(1)
 
-
 def histogram_distance(a: Tensor, b: Tensor) -> Tensor:
     """Return `|a - b|_2 / sqrt(6)` of two (..., 3 * bins) histograms, (...) in [0, 1].
 
     The distance is 1 if in every channel each image has all pixels in a single bin, and the two bins differ.
     """
     return torch.linalg.vector_norm(a - b, dim=-1) / math.sqrt(6)
-
 
 @register_features("color_histogram")
 class ColorHistogramFeatures(Features):
@@ -910,9 +864,7 @@ class ColorHistogramFeatures(Features):
     def encode(self, images: Tensor) -> Tensor:
         return SoftColorHistogram()(images) / math.sqrt(6)
 
-
 # rewards/features/dreamsim_features.py
-
 
 @register_features("dreamsim")
 class DreamSimFeatures(Features):
@@ -958,7 +910,6 @@ class DreamSimFeatures(Features):
             torch.hub.set_dir(torch_cache)  # the package changes it for the whole process
         return cls(model)
 
-
 @register_features("dreamsim_dino")
 class DreamSimDINOFeatures(DreamSimFeatures):
     """DreamSim's single DINO ViT-B/16, (B, 768), at a third of the cost; used in It's Never Too Late."""
@@ -966,9 +917,7 @@ class DreamSimDINOFeatures(DreamSimFeatures):
     name = "dreamsim_dino"
     dreamsim_type = "dino_vitb16"
 
-
 # rewards/features/image_features.py
-
 
 FeatureKind = Literal["cls", "patch"]
 
@@ -980,7 +929,6 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 NEVER_TOO_LATE_TRANSFORM = ImageTransform(
     size=(256, 256), crop=None, mean=IMAGENET_MEAN, std=IMAGENET_STD, resample="bilinear", single_pass=True
 )
-
 
 class ImageFeatures(Features):
     """Features of a vision model, compared by their cosine, patch by patch for kind "patch".
@@ -1079,13 +1027,11 @@ class ImageFeatures(Features):
         transform = ImageTransform.from_processor_config(checkpoint, **hub)
         return cls(cls.model_class.from_pretrained(checkpoint, dtype=torch.float32, **hub), transform)
 
-
 def checked_kind(kind: FeatureKind) -> FeatureKind:
     """Return `kind`. Raises `ValueError` if it is not a `FeatureKind`."""
     if kind not in get_args(FeatureKind):
         raise ValueError(f"Expected the features 'cls' or 'patch', but got {kind!r}.")
     return kind
-
 
 @register_features("dinov2")
 class DINOv2Features(ImageFeatures):
@@ -1095,7 +1041,6 @@ class DINOv2Features(ImageFeatures):
     license = "apache-2.0"
     default_checkpoint = "facebook/dinov2-base"
     parameter_count = 86_580_480
-
 
 @register_features("dinov2_patch")
 class DINOv2PatchFeatures(DINOv2Features):
@@ -1108,7 +1053,6 @@ class DINOv2PatchFeatures(DINOv2Features):
 
     name = "dinov2_patch"
     kind = "patch"
-
 
 @register_features("clip")
 class CLIPFeatures(ImageFeatures):
@@ -1124,9 +1068,7 @@ class CLIPFeatures(ImageFeatures):
     parameter_count = 303_966_208
     model_class = CLIPVisionModelWithProjection
 
-
 # rewards/features/lpips_features.py
-
 
 @register_features("lpips")
 class LPIPSFeatures(Features):
@@ -1182,7 +1124,6 @@ class LPIPSFeatures(Features):
         check_no_checkpoint(cls, checkpoint)
         return cls(import_optional("lpips").LPIPS(net=cls.net, verbose=False))
 
-
 @register_features("lpips_alex")
 class LPIPSAlexFeatures(LPIPSFeatures):
     """LPIPS with AlexNet, which its authors recommend as a metric."""
@@ -1191,12 +1132,9 @@ class LPIPSAlexFeatures(LPIPSFeatures):
     parameter_count = 2_470_848
     net = "alex"
 
-
 # rewards/features/tiny_image.py
 
-
 TINY_EDGE = 32
-
 
 @register_features("tiny_image")
 class TinyImage(Features):
@@ -1213,17 +1151,13 @@ class TinyImage(Features):
         pixels = resize(images, (TINY_EDGE, TINY_EDGE), "bilinear", single_pass=True).flatten(1)
         return pixels / math.sqrt(pixels.shape[1])
 
-
 # rewards/contract/checkpoints.py
 
-
 ModelT = TypeVar("ModelT", bound=PreTrainedModel)
-
 
 def is_checkpoint(name_or_path: str) -> bool:
     """Return whether a string is an existing folder or has the form of a Hub id, `org/name`."""
     return os.path.isdir(name_or_path) or re.fullmatch(r"\w[\w.-]*/[\w.-]+", name_or_path) is not None
-
 
 def checkpoint_path(checkpoint: str, filename: str, hub: Mapping[str, Any]) -> Path:
     """Return the path of a file in a folder or a Hub repository, downloading it if needed.
@@ -1245,7 +1179,6 @@ def checkpoint_path(checkpoint: str, filename: str, hub: Mapping[str, Any]) -> P
             "a Hub id."
         )
     return path
-
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
     """Read the tensors of a `.safetensors` file, or of a pickle with `weights_only=True`, so that no code runs.
@@ -1273,7 +1206,6 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"Expected {path.name} to hold tensors by name, but it holds {type(state).__name__}.")
     return state
 
-
 def read_settings(path: Path) -> dict[str, Any]:
     """Read the JSON object in a file. Raises `ValueError` for anything else."""
     try:
@@ -1283,7 +1215,6 @@ def read_settings(path: Path) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise ValueError(f"Expected an object in {path.name}, but got {type(settings).__name__}. Download it again.")
     return settings
-
 
 def holder_of(filename: str, checkpoint: str, companion: str, hub: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """Return the source of a component, such as a tokenizer, that some checkpoints take from another repository.
@@ -1300,7 +1231,6 @@ def holder_of(filename: str, checkpoint: str, companion: str, hub: Mapping[str, 
     if os.path.isfile(os.path.join(checkpoint, filename)):
         return checkpoint, dict(hub)
     return companion, {**hub, "revision": None}
-
 
 def load_pretrained(model_class: type[ModelT], checkpoint: str, hub: Mapping[str, Any]) -> ModelT:
     """Load a transformers model in float32, with all of its weights.
@@ -1319,7 +1249,6 @@ def load_pretrained(model_class: type[ModelT], checkpoint: str, hub: Mapping[str
         )
     return model
 
-
 def check_weights(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
     """Check that the keys and shapes of `state` are exactly those of `module`, which may be on the meta device.
 
@@ -1337,15 +1266,12 @@ def check_weights(module: nn.Module, state: Mapping[str, Tensor], source: str) -
     if found:
         raise ValueError(f"Expected {source} to hold exactly the weights of {type(module).__name__}, but {found}.")
 
-
 def load_strictly(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
     """Copy `state` into `module`. Raises `ValueError` as `check_weights` does."""
     check_weights(module, state, source)
     module.load_state_dict(state)
 
-
 # rewards/contract/registry.py
-
 
 RewardFactory = Callable[..., Reward]
 RewardFactoryT = TypeVar("RewardFactoryT", bound=RewardFactory)
@@ -1353,7 +1279,6 @@ RewardFactoryT = TypeVar("RewardFactoryT", bound=RewardFactory)
 REWARDS: Registry[RewardFactory] = Registry("reward")
 # the architecture or `model_type` of a config.json -> the class that loads it
 REWARD_LOADERS: Registry[Any] = Registry("model type")
-
 
 def register_reward(
     name: str, *aliases: str, loads: str | Iterable[str] = ()
@@ -1379,11 +1304,9 @@ def register_reward(
 
     return register
 
-
 def list_rewards() -> list[str]:
     """Return the registered names, sorted, without aliases."""
     return REWARDS.names()
-
 
 def find_reward(name_or_path: str) -> RewardFactory | None:
     """Return the entry registered under a name or alias, or None for a Hub id or an existing folder.
@@ -1397,7 +1320,6 @@ def find_reward(name_or_path: str) -> RewardFactory | None:
     if isinstance(factory, type) and issubclass(factory, Reward) and factory.published_at:
         factory.require_default_checkpoint()
     return factory
-
 
 class AutoReward:
     """Loader of the reward that a name, a Hub id or a folder refers to."""
@@ -1436,7 +1358,6 @@ class AutoReward:
             return factory.from_pretrained(dtype=dtype, device=device, **hub)
         return factory().to(device=device, dtype=dtype)
 
-
 def published_as(path: str) -> type[Reward] | None:
     """Return the first registered class that has `path` as its default checkpoint, or its weights file in `path`."""
     for factory in REWARDS.entries.values():
@@ -1446,7 +1367,6 @@ def published_as(path: str) -> type[Reward] | None:
         if in_folder or path == factory.default_checkpoint:
             return factory
     return None
-
 
 def reward_class_of(config: Mapping[str, Any], path: str) -> type[Reward]:
     """Return the class registered for a config.json, whose model type transformers need not know."""
@@ -1460,13 +1380,10 @@ def reward_class_of(config: Mapping[str, Any], path: str) -> type[Reward]:
         "`(images, prompts) -> (B,)`."
     )
 
-
 # rewards/pixels/color_channel.py
-
 
 ColorChannelName = Literal["red", "green", "blue"]
 COLOR_CHANNELS: tuple[ColorChannelName, ...] = ("red", "green", "blue")
-
 
 class ColorChannel(Reward):
     """Mean over the pixels of `x[c] - x[c1] - x[c2]`, one channel minus the two others, in [-2, 1].
@@ -1494,31 +1411,25 @@ class ColorChannel(Reward):
         means = images.mean((-2, -1))
         return 2 * means[:, self.channel] - means.sum(1)
 
-
 @register_reward("red")
 def red_channel() -> ColorChannel:
     """`ColorChannel("red")`."""
     return ColorChannel("red")
-
 
 @register_reward("green")
 def green_channel() -> ColorChannel:
     """`ColorChannel("green")`."""
     return ColorChannel("green")
 
-
 @register_reward("blue")
 def blue_channel() -> ColorChannel:
     """`ColorChannel("blue")`."""
     return ColorChannel("blue")
 
-
 # rewards/pixels/image_detail.py
-
 
 PLAIN_VARIANCE = 4e-4  # a standard deviation of 5 gray levels out of 255, which is barely visible
 DETAIL_GRID = 16
-
 
 @register_reward("sharpness")
 class Sharpness(Reward):
@@ -1543,7 +1454,6 @@ class Sharpness(Reward):
         spread = centered.square().mean((1, 2, 3)) + PLAIN_VARIANCE
         return (across + down) / (8 * spread * images[0].numel())
 
-
 @register_reward("complexity")
 class Complexity(Reward):
     """Fraction of the area that is not plain: the mean of `v / (v + 0.02²)` over 16 × 16 cells, in [0, 1).
@@ -1564,13 +1474,10 @@ class Complexity(Reward):
         variance = (squares - means.square()).mean(1).clamp_min(0)
         return (variance / (variance + PLAIN_VARIANCE)).mean((1, 2))
 
-
 # rewards/pixels/pixel_criteria.py
-
 
 LUMA_WEIGHTS = (0.299, 0.587, 0.114)
 JPEG_QUALITY = 95
-
 
 @register_reward("brightness")
 class Brightness(Reward):
@@ -1582,7 +1489,6 @@ class Brightness(Reward):
 
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
         return images.mean((-2, -1)) @ images.new_tensor(LUMA_WEIGHTS)
-
 
 @register_reward("jpeg_compressibility")
 class JPEGCompressibility(Reward):
@@ -1598,7 +1504,6 @@ class JPEGCompressibility(Reward):
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
         return -jpeg_kilobytes(images)
 
-
 @register_reward("jpeg_incompressibility")
 class JPEGIncompressibility(Reward):
     """Size of the image as a JPEG file of quality 95, in kilobytes (1000 bytes): detail or noise. No gradient.
@@ -1613,7 +1518,6 @@ class JPEGIncompressibility(Reward):
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
         return jpeg_kilobytes(images)
 
-
 def jpeg_kilobytes(images: Tensor) -> Tensor:
     """Return the JPEG file sizes (B,) of (B, 3, H, W) images in [0, 1], float32, in thousands of bytes."""
     arrays = (images.detach() * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
@@ -1624,20 +1528,16 @@ def jpeg_kilobytes(images: Tensor) -> Tensor:
         sizes.append(file.tell() / 1000)
     return torch.tensor(sizes, dtype=torch.float32, device=images.device)
 
-
 # rewards/preference/aesthetic.py
-
 
 CLIP_VIT_L = "openai/clip-vit-large-patch14"
 AESTHETIC_FILE = "sac+logos+ava1-l14-linearMSE.pth"
 AESTHETIC_V1_FILE = "sa_0_4_vit_l_14_linear.pth"
 
-
 class CLIPVisionTower(CLIPVisionModelWithProjection):
     """Vision tower that loads from a full CLIP checkpoint without a warning about the text tower."""
 
     _keys_to_ignore_on_load_unexpected = [r"^text_model\.", r"^text_projection\.", r"^logit_scale$"]
-
 
 class AestheticHead(nn.Module):
     """Scoring head, (B, D) image embeddings -> (B, 1): five linear layers without activations.
@@ -1661,7 +1561,6 @@ class AestheticHead(nn.Module):
 
     def forward(self, embeddings: Tensor) -> Tensor:
         return self.layers(embeddings)
-
 
 @register_reward("aesthetic")
 class Aesthetic(Reward):
@@ -1723,7 +1622,6 @@ class Aesthetic(Reward):
     def build_head(embedding_size: int) -> nn.Module:
         return AestheticHead(embedding_size)
 
-
 @register_reward("aesthetic_v1")
 class AestheticV1(Aesthetic):
     """LAION's aesthetic score v1: a linear layer on the normalized image embedding of CLIP ViT-L/14, from 1 to 10.
@@ -1747,9 +1645,7 @@ class AestheticV1(Aesthetic):
     def build_head(embedding_size: int) -> nn.Module:
         return nn.Linear(embedding_size, 1)
 
-
 # rewards/contract/image_text.py
-
 
 class PromptTokens:
     """Cached tokenization: prompts -> token ids and attention mask, (B, L) each.
@@ -1781,7 +1677,6 @@ class PromptTokens:
         ids, mask = self.batches[key]
         return ids.to(device), mask.to(device)
 
-
 def precise_linear(layer: nn.Linear, features: Tensor) -> Tensor:
     """Apply a linear layer in float32 or more, whatever the dtype of its weights.
 
@@ -1790,15 +1685,12 @@ def precise_linear(layer: nn.Linear, features: Tensor) -> Tensor:
     features = at_least_float32(features)
     return F.linear(features, layer.weight.to(features.dtype), layer.bias.to(features.dtype))
 
-
 # rewards/preference/blip_itm.py
-
 
 BlipITMT = TypeVar("BlipITMT", bound="BlipITM")
 
 # The caption length of BLIP's own inference code; its retrieval models were not trained on longer ones.
 BLIP_CAPTION_LENGTH = 35
-
 
 @register_reward("blip_itm", loads="BlipForImageTextRetrieval")
 class BlipITM(Reward):
@@ -1850,7 +1742,6 @@ class BlipITM(Reward):
         tokenizer = AutoTokenizer.from_pretrained(checkpoint, **hub)
         return cls(model, tokenizer, ImageTransform.from_processor_config(checkpoint, **hub))
 
-
 @register_reward("blip_itc")
 class BlipITC(BlipITM):
     """`cos(vision_proj(image), text_proj(text))` of the same model, without cross-attention, in [-1, 1].
@@ -1872,12 +1763,9 @@ class BlipITC(BlipITM):
         text = self.model.text_encoder(input_ids=ids, attention_mask=mask).last_hidden_state
         return F.normalize(precise_linear(self.model.text_proj, text[0, 0]), dim=-1)
 
-
 # rewards/preference/clip_score.py
 
-
 CLIP_VIT_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
-
 
 @register_reward("clipscore", loads="clip")
 class CLIPScore(Reward):
@@ -1946,9 +1834,7 @@ class CLIPScore(Reward):
         tokenizer = AutoTokenizer.from_pretrained(checkpoint, **hub)
         return cls(model, tokenizer, ImageTransform.from_processor_config(checkpoint, **hub))
 
-
 # rewards/preference/open_clip.py
-
 
 # open_clip -> transformers, outside of the blocks. Projections are transposed.
 OPEN_CLIP_NAMES = {
@@ -1979,7 +1865,6 @@ OPEN_CLIP_BLOCK_NAMES = {
 OPEN_CLIP_BLOCK = re.compile(r"(visual\.)?transformer\.resblocks\.(\d+)\.(.+)\.(weight|bias)")
 OPEN_CLIP_STACKED = re.compile(r"(visual\.)?transformer\.resblocks\.(\d+)\.attn\.in_proj_(weight|bias)")
 
-
 def clip_model_from_open_clip(state: Mapping[str, Tensor], config: CLIPConfig, source: str) -> CLIPModel:
     """Build a float32 `CLIPModel` with the weights of an open_clip model of the same shape.
 
@@ -1996,7 +1881,6 @@ def clip_model_from_open_clip(state: Mapping[str, Tensor], config: CLIPConfig, s
         check_weights(CLIPModel(config), converted, source)
     converted = {key: value.float() for key, value in converted.items()}
     return CLIPModel.from_pretrained(None, config=config, state_dict=converted, dtype=torch.float32)
-
 
 def clip_state_from_open_clip(state: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
     """Rename open_clip's weights to the names of transformers.
@@ -2020,20 +1904,16 @@ def clip_state_from_open_clip(state: Mapping[str, Tensor], source: str) -> dict[
             )
     return converted
 
-
 def open_clip_layer(match: re.Match[str]) -> str:
     """Return the name of a block in transformers."""
     return f"{'vision_model' if match[1] else 'text_model'}.encoder.layers.{match[2]}"
 
-
 # rewards/preference/hpsv2.py
-
 
 # Typographic quotes, which open_clip's tokenizer replaces and transformers' does not.
 STRAIGHT_QUOTES = str.maketrans(
     dict.fromkeys("\u02bc\u2018\u2019\u201a\u201b", "'") | dict.fromkeys("\u201c\u201d\u201e\u201f", '"')
 )
-
 
 @register_reward("hpsv2.1", "hps", "hpsv2")
 class HPSv21(CLIPScore):
@@ -2092,7 +1972,6 @@ class HPSv21(CLIPScore):
         path = checkpoint_path(checkpoint, cls.weights_file, hub)
         return cls(clip_model_from_open_clip(read_state_dict(path), config, path.name), tokenizer)
 
-
 @register_reward("hpsv2.0")
 class HPSv20(HPSv21):
     """HPSv2.0: `HPSv21` with the weights that the original package uses by default."""
@@ -2100,9 +1979,7 @@ class HPSv20(HPSv21):
     name = "hpsv2.0"
     weights_file = "HPS_v2_compressed.pt"
 
-
 # rewards/preference/image_reward.py
-
 
 # From the released code, https://github.com/THUDM/ImageReward
 IMAGE_REWARD_MEAN = 0.16717362830052426
@@ -2142,7 +2019,6 @@ IMAGE_REWARD_TEXT_SETTINGS = (
     "pad_token_id",
 )
 
-
 class ImageRewardHead(nn.Module):
     """Scoring head, (B, D) text features -> (B, 1): five linear layers without activations, in float32 or more."""
 
@@ -2164,7 +2040,6 @@ class ImageRewardHead(nn.Module):
         for layer in self.layers:
             features = precise_linear(layer, features) if isinstance(layer, nn.Linear) else layer(features)
         return features
-
 
 @register_reward("imagereward")
 class ImageRewardModel(Reward):
@@ -2235,7 +2110,6 @@ class ImageRewardModel(Reward):
         # The revision belongs to the repository of the weights, not to that of the tokenizer.
         return cls(vision, text, head, image_reward_tokenizer({**hub, "revision": None}))
 
-
 def convert_image_reward(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     """Split the published tensors into "vision", "text" and "head", with the names of the modules here.
 
@@ -2257,13 +2131,11 @@ def convert_image_reward(state: Mapping[str, Tensor]) -> dict[str, dict[str, Ten
         parts[part][image_reward_vision_name(name) if part == "vision" else name] = value
     return parts
 
-
 def image_reward_vision_name(name: str) -> str:
     """Convert the name of a tensor from timm's ViT to `BlipVisionModel`."""
     for pattern, replacement in IMAGE_REWARD_VISION_NAMES:
         name = re.sub(pattern, replacement, name)
     return name
-
 
 def image_reward_vision_config(state: Mapping[str, Tensor]) -> BlipVisionConfig:
     """Infer the configuration of the image tower from its converted tensors; the checkpoint has none.
@@ -2290,7 +2162,6 @@ def image_reward_vision_config(state: Mapping[str, Tensor]) -> BlipVisionConfig:
         layer_norm_eps=1e-6,
     )
 
-
 def image_reward_text_config(settings: Mapping[str, Any], image_width: int) -> BlipTextConfig:
     """Convert med_config.json, a BERT config, to `BlipTextConfig`. The file's `encoder_width` is ignored.
 
@@ -2302,7 +2173,6 @@ def image_reward_text_config(settings: Mapping[str, Any], image_width: int) -> B
     own = {name: settings[name] for name in IMAGE_REWARD_TEXT_SETTINGS}
     return BlipTextConfig(**own, encoder_hidden_size=image_width, is_decoder=True)
 
-
 def image_reward_tokenizer(hub: Mapping[str, Any]) -> PreTrainedTokenizerBase:
     """Load BERT's uncased tokenizer and add the two tokens of BLIP: [DEC], then [ENC]."""
     tokenizer = BertTokenizer.from_pretrained(IMAGE_REWARD_TOKENIZER, **hub)
@@ -2310,9 +2180,7 @@ def image_reward_tokenizer(hub: Mapping[str, Any]) -> PreTrainedTokenizerBase:
     tokenizer.add_special_tokens({"additional_special_tokens": ["[ENC]"]})
     return tokenizer
 
-
 # rewards/preference/pick_score.py
-
 
 @register_reward("pickscore")
 class PickScore(CLIPScore):
@@ -2335,13 +2203,10 @@ class PickScore(CLIPScore):
         transform = ImageTransform.from_processor_config(source, **source_hub)
         return cls(load_pretrained(CLIPModel, checkpoint, hub), tokenizer, transform)
 
-
 # rewards/preference/siglip.py
-
 
 HALF = (0.5, 0.5, 0.5)
 WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
-
 
 @register_reward("siglip", loads="siglip")
 class SigLIP(Reward):
@@ -2431,7 +2296,6 @@ class SigLIP(Reward):
         transform = ImageTransform.from_processor_config(checkpoint, **hub)
         return cls(load_pretrained(SiglipModel, checkpoint, hub), tokenizer, transform)
 
-
 @register_reward("siglip2")
 class SigLIP2(SigLIP):
     """`SigLIP` with the weights of "SigLIP 2", https://arxiv.org/abs/2502.14786.
@@ -2443,9 +2307,7 @@ class SigLIP2(SigLIP):
     default_checkpoint = "google/siglip2-so400m-patch14-384"
     parameter_count = 1_136_008_498
 
-
 # rewards/sets/cosine_kernel.py
-
 
 def cosine_kernel(features: Tensor) -> Tensor:
     """(..., N, N) cosines of (..., N, D) features, float64 and with a gradient, whatever the features are.
@@ -2462,14 +2324,11 @@ def cosine_kernel(features: Tensor) -> Tensor:
     directions = F.normalize(features.to(device).double(), dim=-1)
     return directions @ directions.mT
 
-
 def kernels_of_set(features: Tensor) -> Tensor:
     """The kernel (N, N) of (N, D) features, or the kernels (P, N, N) of each position of (N, P, D)."""
     return cosine_kernel(features.transpose(0, 1) if features.ndim == 3 else features)
 
-
 # rewards/features/auto_features.py
-
 
 class AutoFeatures:
     """Loader of the features that a name, a Hub id or a folder refers to."""
@@ -2506,7 +2365,6 @@ class AutoFeatures:
         published = (entry for entry in FEATURES.entries.values() if entry.default_checkpoint == path)
         return next(published, ImageFeatures).from_pretrained(path, **hub, dtype=dtype, device=device)
 
-
 def find_features(name_or_path: str) -> type[Features] | None:
     """Return the class registered under a name, or None for a Hub id or an existing folder.
 
@@ -2517,9 +2375,7 @@ def find_features(name_or_path: str) -> type[Features] | None:
         return None
     return FEATURES.find(name_or_path, ", a Hub id such as 'org/name' or a folder")
 
-
 # rewards/sets/pairwise_distance.py
-
 
 class PairwiseDistance(nn.Module):
     """`distance(images_a, images_b) -> (N, M)`, with a gradient to both, in the metric that the features are made for.
@@ -2556,7 +2412,6 @@ class PairwiseDistance(nn.Module):
             )
         return DISTANCES[self.features.metric](features_a, features_b)
 
-
 def cosine_distance(features_a: Tensor, features_b: Tensor) -> Tensor:
     """1 - cos of (N, D) and (M, D), or of (N, P, D) and (M, P, D) the mean over P, in [0, 2], to (N, M).
 
@@ -2566,7 +2421,6 @@ def cosine_distance(features_a: Tensor, features_b: Tensor) -> Tensor:
     positions = units_a.shape[1] // features_a.shape[-1]
     return 1 - units_a @ units_b.mT / positions
 
-
 def l2_distance(features_a: Tensor, features_b: Tensor) -> Tensor:
     """‖a - b‖ over all numbers of an image, (N, M); its gradient is 0 where a = b.
 
@@ -2574,13 +2428,11 @@ def l2_distance(features_a: Tensor, features_b: Tensor) -> Tensor:
     """
     return torch.cdist(features_a.flatten(1), features_b.flatten(1), compute_mode="donot_use_mm_for_euclid_dist")
 
-
 def squared_l2_distance(features_a: Tensor, features_b: Tensor) -> Tensor:
     """‖a - b‖² over all numbers of an image, (N, M), as ‖a‖² + ‖b‖² - 2ab: LPIPS has too many for N M differences."""
     vectors_a, vectors_b = features_a.flatten(1), features_b.flatten(1)
     squares = vectors_a.square().sum(1)[:, None] + vectors_b.square().sum(1)
     return (squares - 2 * vectors_a @ vectors_b.mT).clamp_min(0)
-
 
 DISTANCES: dict[FeatureMetric, Callable[[Tensor, Tensor], Tensor]] = {
     "cosine": cosine_distance,
@@ -2588,12 +2440,9 @@ DISTANCES: dict[FeatureMetric, Callable[[Tensor, Tensor], Tensor]] = {
     "squared_l2": squared_l2_distance,
 }
 
-
 # rewards/sets/set_reward.py
 
-
 SetRewardT = TypeVar("SetRewardT", bound="SetReward")
-
 
 class SetReward(nn.Module):
     """Scores a set of images by its features: `set_reward(images) -> scalar`, float32, higher is better.
@@ -2699,9 +2548,7 @@ class SetReward(nn.Module):
         """On the features of a name, a Hub id or a folder, by default `default_features`."""
         return cls(AutoFeatures.from_pretrained(features or cls.default_features, dtype=dtype, device=device))
 
-
 SET_REWARDS: Registry[type[SetReward]] = Registry("set reward")
-
 
 def register_set_reward(name: str) -> Callable[[type[SetRewardT]], type[SetRewardT]]:
     """Register a class of set rewards under a name.
@@ -2711,16 +2558,13 @@ def register_set_reward(name: str) -> Callable[[type[SetRewardT]], type[SetRewar
     """
     return SET_REWARDS.register(name)  # pyright: ignore[reportReturnType]
 
-
 def list_set_rewards() -> list[str]:
     """The registered names, sorted."""
     return SET_REWARDS.names()
 
-
 def find_set_reward(name: str) -> type[SetReward]:
     """The class of a name. Raises `ValueError` for one that is not registered."""
     return SET_REWARDS.find(name)
-
 
 @register_set_reward("pairwise")
 class PairwiseDiversity(SetReward):
@@ -2742,12 +2586,9 @@ class PairwiseDiversity(SetReward):
         first, second = torch.triu_indices(len(features), len(features), offset=1)
         return self.distance.between(features, features)[first, second].mean()
 
-
 # rewards/sets/dpp.py
 
-
 DPP_JITTER = 1e-6
-
 
 @register_set_reward("dpp")
 class DPP(SetReward):
@@ -2777,7 +2618,6 @@ class DPP(SetReward):
     def bounds(self, count: int) -> tuple[float, float]:
         return math.log(1 + count) / (count * math.log(2)), 1.0
 
-
 @register_set_reward("dpp_patch")
 class DPPPatch(DPP):
     """`DPP` patch by patch: images must differ everywhere, or at least where others of the set agree."""
@@ -2785,9 +2625,7 @@ class DPPPatch(DPP):
     name = "dpp_patch"
     default_features = "dinov2_patch"
 
-
 # rewards/sets/vendi.py
-
 
 @register_set_reward("vendi")
 class Vendi(SetReward):
@@ -2824,7 +2662,6 @@ class Vendi(SetReward):
     def bounds(self, count: int) -> tuple[float, float]:
         return 1.0, float(count)
 
-
 @register_set_reward("vendi_2")
 class VendiOrder2(Vendi):
     """`1 / ‖K / N‖²`, the Vendi score of order 2 (RKE, https://arxiv.org/abs/2211.02242): no eigenvalues, smooth."""
@@ -2832,14 +2669,12 @@ class VendiOrder2(Vendi):
     name = "vendi_2"
     order = 2.0
 
-
 @register_set_reward("vendi_inf")
 class VendiOrderInfinity(Vendi):
     """1 / the largest eigenvalue of K / N: only how much all images have in common counts."""
 
     name = "vendi_inf"
     order = math.inf
-
 
 def vendi_score(features: Tensor, q: float = 1.0) -> Tensor:
     """The effective number of different images: exp of the Rényi entropy of the eigenvalues λ of the cosine kernel / N.
@@ -2862,7 +2697,6 @@ def vendi_score(features: Tensor, q: float = 1.0) -> Tensor:
         raise ValueError(f"Expected an order of 0 or more for the Vendi score, but got {q}.")
     return kernel_vendi(cosine_kernel(features), q, torch.finfo(features.dtype).eps)
 
-
 def kernel_vendi(kernel: Tensor, q: float, features_eps: float) -> Tensor:
     """The Vendi score of order q of (..., N, N) kernels of features whose type has that ε; see `vendi_score`."""
     count = kernel.shape[-1]
@@ -2874,7 +2708,6 @@ def kernel_vendi(kernel: Tensor, q: float, features_eps: float) -> Tensor:
         return 1 / shares[..., -1]
     return hill_number(shares, q, floor=count * (features_eps if q < 1 else torch.finfo(kernel.dtype).eps))
 
-
 def hill_number(shares: Tensor, q: float, floor: float) -> Tensor:
     """`(Σ λ^q)^(1 / (1 - q))` of (..., N) shares over those above `floor` times the largest, or its limit for q = 1."""
     counted = shares > floor * shares.amax(-1, keepdim=True)
@@ -2884,9 +2717,7 @@ def hill_number(shares: Tensor, q: float, floor: float) -> Tensor:
         return (-(shares * shares.log()).sum(-1)).exp()
     return (shares.pow(q) * counted).sum(-1).pow(1 / (1 - q))
 
-
 # rewards/vlm/blip_vqa.py
-
 
 @register_reward("blip_vqa", loads="BlipForQuestionAnswering")
 class BlipVQA(Reward):
@@ -2968,7 +2799,6 @@ class BlipVQA(Reward):
         tokenizer = AutoTokenizer.from_pretrained(checkpoint, **hub)
         return cls(model, tokenizer, ImageTransform.from_processor_config(checkpoint, **hub))
 
-
 def blip_answer_ids(tokenizer: PreTrainedTokenizerBase, answer: str, start: int, end: int) -> list[int]:
     """Tokenize the answer as in the decoder's training: `start` instead of [CLS], the tokens, [SEP].
 
@@ -2985,9 +2815,7 @@ def blip_answer_ids(tokenizer: PreTrainedTokenizerBase, answer: str, start: int,
         raise ValueError(f"Expected an answer of at least one token, but got {answer!r}.")
     return [start, *ids[1:]]
 
-
 # rewards/vlm/vlm_pixels.py
-
 
 def vlm_pixels(images: Tensor, image_processor: Any) -> Tensor:
     """Differentiable counterpart of an image processor, for (B, 3, H, W) images in [0, 1].
@@ -3004,7 +2832,6 @@ def vlm_pixels(images: Tensor, image_processor: Any) -> Tensor:
     """
     return PIXEL_LAYOUTS[image_processor_kind(image_processor)](images, image_processor)
 
-
 def image_processor_kind(image_processor: Any) -> str:
     """Return the class name without the backend: "CLIPImageProcessor" for `CLIPImageProcessorPil`, too.
 
@@ -3019,11 +2846,9 @@ def image_processor_kind(image_processor: Any) -> str:
         )
     return kind
 
-
 def one_tile(images: Tensor, image_processor: Any) -> Tensor:
     """Map (B, 3, H, W) to (B, 3, h, w): shorter side and crop as in CLIP, or an exact size, as configured."""
     return ImageTransform.from_processor_config(image_processor.to_dict())(images)
-
 
 def qwen_patches(images: Tensor, image_processor: Any) -> Tensor:
     """Map (B, 3, H, W) to the patches of Qwen2-VL and later, (B * gh * gw, 3 * 2 * p * p), image by image."""
@@ -3034,7 +2859,6 @@ def qwen_patches(images: Tensor, image_processor: Any) -> Tensor:
     settings["size"] = {"height": size[0], "width": size[1]}
     pixels = ImageTransform.from_processor_config(settings)(images)
     return patchify(pixels, patch, merge, settings["temporal_patch_size"])
-
 
 def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
     """Return the (height, width) of Qwen-VL: multiples of `factor`, bounded area, about the same aspect ratio.
@@ -3050,7 +2874,6 @@ def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixe
         return math.ceil(height * grow) * factor, math.ceil(width * grow) * factor
     return size
 
-
 def patchify(pixels: Tensor, patch: int, merge: int, temporal: int) -> Tensor:
     """Map (B, C, H, W) to (B * gh * gw, C * temporal * patch * patch), in the order of Qwen's processors.
 
@@ -3062,7 +2885,6 @@ def patchify(pixels: Tensor, patch: int, merge: int, temporal: int) -> Tensor:
     blocks = blocks.permute(0, 2, 5, 3, 6, 1, 4, 7).unsqueeze(6)
     blocks = blocks.expand(*blocks.shape[:6], temporal, patch, patch)
     return blocks.reshape(batch * rows * columns, channels * temporal * patch * patch)
-
 
 def idefics_tile(images: Tensor, image_processor: Any) -> Tensor:
     """Map (B, 3, H, W) to (B, 1, 3, e, e): resized to the longest edge, then to a square, without image splitting."""
@@ -3076,7 +2898,6 @@ def idefics_tile(images: Tensor, image_processor: Any) -> Tensor:
     finish = ImageTransform.from_processor_config({**settings, "size": square, "do_resize": False, "resample": 3})
     return finish(pixels)[:, None]
 
-
 def longest_edge_even(height: int, width: int, edge: int) -> tuple[int, int]:
     """Return the (height, width) whose longer side is `edge`; the other is rounded down, then up to an even number.
 
@@ -3086,14 +2907,12 @@ def longest_edge_even(height: int, width: int, edge: int) -> tuple[int, int]:
     shorter = max(1, shorter + shorter % 2)
     return (shorter, edge) if width >= height else (edge, shorter)
 
-
 def lanczos_resize(images: Tensor, size: tuple[int, int]) -> Tensor:
     """Resize (B, C, H, W) in [0, 1] with Pillow's Lanczos filter, in two passes, each clamped like uint8."""
     for height, width in (first_pass_size(images.shape[-2], images.shape[-1], size), size):
         down, across = lanczos_weights(images.shape[-2], height), lanczos_weights(images.shape[-1], width)
         images = straight_through_clamp(down.to(images) @ images @ across.to(images).T)
     return images
-
 
 def lanczos_weights(length: int, target: int) -> Tensor:
     """Return (target, length) float64 weights, a windowed sinc of three lobes, whose rows sum to 1."""
@@ -3102,7 +2921,6 @@ def lanczos_weights(length: int, target: int) -> Tensor:
     offsets = (torch.arange(length, dtype=torch.float64) + 0.5 - centers[:, None]) / max(scale, 1.0)
     weights = torch.where(offsets.abs() < 3, torch.sinc(offsets) * torch.sinc(offsets / 3), 0.0)
     return weights / weights.sum(1, keepdim=True)
-
 
 # Class name of an image processor, without its backend -> its differentiable counterpart
 PIXEL_LAYOUTS: dict[str, Callable[[Tensor, Any], Tensor]] = {
@@ -3116,33 +2934,27 @@ PIXEL_LAYOUTS: dict[str, Callable[[Tensor, Any], Tensor]] = {
     "SmolVLMImageProcessor": idefics_tile,
 }
 
-
 # rewards/vlm/vlm_inputs.py
-
 
 PIXEL_TOLERANCE = 0.05  # in normalized units, about three gray levels
 ANSWER_ROOM = 8  # tokens of the context reserved for the answer
 
 Placeholder = Callable[[PretrainedConfig, Mapping[str, Tensor], str], str]
 
-
 def qwen_placeholder(config: PretrainedConfig, pixels: Mapping[str, Tensor], token: str) -> str:
     """Return one token per merged patch."""
     merge: int = config.vision_config.spatial_merge_size
     return token * (int(pixels["image_grid_thw"].prod()) // merge**2)
 
-
 def internvl_placeholder(config: PretrainedConfig, pixels: Mapping[str, Tensor], token: str) -> str:
     """Return the tokens of one tile between the begin and end tokens of an image."""
     return "<img>" + token * config.image_seq_length + "</img>"
-
 
 def smolvlm_placeholder(config: PretrainedConfig, pixels: Mapping[str, Tensor], token: str) -> str:
     """Return the tokens of one tile, marked as the global image."""
     vision = config.vision_config
     count = (vision.image_size // vision.patch_size) ** 2 // config.scale_factor**2
     return "<fake_token_around_image><global-img>" + token * count + "<fake_token_around_image>"
-
 
 @dataclass(frozen=True, kw_only=True)
 class VLMFamily:
@@ -3160,7 +2972,6 @@ class VLMFamily:
     placeholder: Placeholder | None = None
     answer_type: int = 0
 
-
 # `model_type` of a config.json -> its query format
 VLM_FAMILIES: dict[str, VLMFamily] = {
     "blip-2": VLMFamily(prompt="Question: {} Answer:"),
@@ -3177,7 +2988,6 @@ VLM_FAMILIES: dict[str, VLMFamily] = {
     "smolvlm": VLMFamily(settings={"do_image_splitting": False}, placeholder=smolvlm_placeholder),
 }
 
-
 def vlm_family(model_type: str) -> VLMFamily:
     """Return the family of a model type. Raises `ValueError` if it is not supported."""
     if model_type not in VLM_FAMILIES:
@@ -3187,7 +2997,6 @@ def vlm_family(model_type: str) -> VLMFamily:
             "`preprocess=`, a function from images (B, 3, H, W) in [0, 1] to `pixel_values`."
         )
     return VLM_FAMILIES[model_type]
-
 
 class TokenizerAndImageProcessor:
     """Processor for images and text that does not require torchvision.
@@ -3229,7 +3038,6 @@ class TokenizerAndImageProcessor:
         kinds = (tokens["input_ids"] == self.config.image_token_id).long()
         return {**tokens, **pixels, "mm_token_type_ids": kinds}
 
-
 def load_vlm_processor(checkpoint: str, config: PretrainedConfig, hub: Mapping[str, Any]) -> Any:
     """Load the processor of a checkpoint, or its replacement that does not require torchvision."""
     placeholder = vlm_family(config.model_type).placeholder
@@ -3240,13 +3048,11 @@ def load_vlm_processor(checkpoint: str, config: PretrainedConfig, hub: Mapping[s
     settings, _ = ProcessorMixin.get_processor_dict(checkpoint, **hub)
     return TokenizerAndImageProcessor(tokenizer, image_processor, config, placeholder, settings.get("chat_template"))
 
-
 def probe_image(height: int, width: int) -> Tensor:
     """Return a (1, 3, height, width) image in [0, 1] with 256 levels, smooth enough for all resize filters to agree."""
     coarse = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     smooth = F.interpolate(coarse, (height, width), mode="bicubic").clamp(0, 1)
     return (smooth * 255).round() / 255
-
 
 class VLMInputs:
     """Inputs of a vision-language model: differentiable pixels, and other inputs cached by text and image size.
@@ -3383,7 +3189,6 @@ class VLMInputs:
             )
         self.pixel_errors[(image.shape[-2], image.shape[-1])] = error
 
-
 def context_lengths(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:
     """Return the maximum number of tokens of each text input of a model."""
     text = getattr(config, "text_config", config)
@@ -3392,13 +3197,10 @@ def context_lengths(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase
         lengths["qformer_input_ids"] = reader.max_position_embeddings + ANSWER_ROOM  # it does not read the answer
     return lengths
 
-
 # rewards/vlm/vqa_score.py
-
 
 QUESTION = 'Does this figure show "{}"? Please answer yes or no.'
 VQAMode = Literal["answer", "answer_eos", "yesno", "logodds"]
-
 
 @register_reward("vqascore", loads=tuple(VLM_FAMILIES))
 class VQAScorer(Reward):
@@ -3547,14 +3349,12 @@ class VQAScorer(Reward):
         model = load_pretrained(cast(Any, AutoModelForImageTextToText), checkpoint, hub)
         return cast(Any, cls)(model, load_vlm_processor(checkpoint, model.config, hub))
 
-
 def rows_of_equal_shape(inputs: Sequence[Mapping[str, Tensor]]) -> Iterator[list[int]]:
     """Yield groups of indices of inputs that can be stacked."""
     groups: dict[tuple[torch.Size, ...], list[int]] = {}
     for row, each in enumerate(inputs):
         groups.setdefault(tuple(value.shape for value in each.values()), []).append(row)
     yield from groups.values()
-
 
 def appended(inputs: Mapping[str, Tensor], tokens: Sequence[int], answer_type: int) -> dict[str, Tensor]:
     """Append answer tokens to the inputs (B, length) of a decoder."""
@@ -3566,11 +3366,9 @@ def appended(inputs: Mapping[str, Tensor], tokens: Sequence[int], answer_type: i
         longer[name] = torch.cat((inputs[name], end), 1)
     return longer
 
-
 def log_probability(logits: Tensor, tokens: Sequence[int]) -> Tensor:
     """Return the log-probability (B,), at most 0, of any of `tokens` under (B, V) logits."""
     return logits.log_softmax(-1)[:, tokens].logsumexp(-1).clamp(max=0)
-
 
 def first_tokens(tokenizer: PreTrainedTokenizerBase, words: Sequence[str]) -> list[int]:
     """Return the distinct first tokens of words.
@@ -3593,9 +3391,7 @@ def first_tokens(tokenizer: PreTrainedTokenizerBase, words: Sequence[str]) -> li
         )
     return known
 
-
 # rewards/vlm/clip_flant5.py
-
 
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
@@ -3603,7 +3399,6 @@ SYSTEM = (
 )
 T5_TOKENIZER = "google/flan-t5-xl"  # the same for all sizes
 T5_CONTEXT = 2048  # tokens of text, as in training
-
 
 @register_reward("clip_flant5", "clip-flant5", loads="clip_t5")
 class CLIPFlanT5(Reward):
@@ -3701,7 +3496,6 @@ class CLIPFlanT5(Reward):
         transform = ImageTransform.from_processor_config(tower, **others)
         return cast(Any, cls)(vision, projector, t5, tokenizer, transform)
 
-
 def untied_t5(config: T5Config) -> T5ForConditionalGeneration:
     """Build a T5 with random weights and an untied output layer, as Flan-T5 has.
 
@@ -3711,11 +3505,9 @@ def untied_t5(config: T5Config) -> T5ForConditionalGeneration:
     t5.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
     return t5
 
-
 def clip_flant5_projector(width: int, target: int) -> nn.Sequential:
     """Build LLaVA's "mlp2x_gelu", (..., width) -> (..., target)."""
     return nn.Sequential(nn.Linear(width, target), nn.GELU(), nn.Linear(target, target))
-
 
 def pad_to_square(images: Tensor, color: list[float]) -> Tensor:
     """Pad (B, 3, H, W) images to a square with a constant color, as LLaVA's `expand2square`."""
@@ -3727,7 +3519,6 @@ def pad_to_square(images: Tensor, color: list[float]) -> Tensor:
     padded = F.pad(images, (left, edge - width - left, top, edge - height - top))
     return torch.where(inside > 0, padded, canvas)
 
-
 def read_shards(checkpoint: str, hub: Mapping[str, Any]) -> dict[str, Tensor]:
     """Read all files listed in `pytorch_model.bin.index.json`. Raises `ValueError` if it lists none."""
     listed = read_settings(checkpoint_path(checkpoint, "pytorch_model.bin.index.json", hub)).get("weight_map")
@@ -3738,7 +3529,6 @@ def read_shards(checkpoint: str, hub: Mapping[str, Any]) -> dict[str, Tensor]:
     for name in sorted(set(files)):
         state |= read_state_dict(checkpoint_path(checkpoint, name, hub))
     return state
-
 
 def split_clip_flant5(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     """Split the published tensors into "t5", "projector" and "vision".
@@ -3757,9 +3547,7 @@ def split_clip_flant5(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor
             parts["t5"].setdefault(f"{stack}.embed_tokens.weight", shared)
     return parts
 
-
 # rewards/contract/reward_sum.py
-
 
 RewardLike = str | os.PathLike[str] | Callable[..., Any]
 RewardsLike = RewardLike | Mapping[Any, float] | Sequence[Any]
@@ -3768,7 +3556,6 @@ RewardsLike = RewardLike | Mapping[Any, float] | Sequence[Any]
 REWARD_PRESETS: dict[str, dict[str, float]] = {
     "reno": {"hpsv2.1": 5.0, "imagereward": 1.0, "clipscore": 0.01, "pickscore": 0.05}
 }
-
 
 @dataclass(frozen=True)
 class RewardSumOutput:
@@ -3781,7 +3568,6 @@ class RewardSumOutput:
 
     total: Tensor
     components: dict[str, Tensor]
-
 
 class AttachedGradient(torch.autograd.Function):
     """Attach a precomputed gradient with respect to images (B, 3, H, W) to values (B,), or to one value of a set."""
@@ -3800,7 +3586,6 @@ class AttachedGradient(torch.autograd.Function):
             )
         (gradient,) = ctx.saved_tensors
         return gradient * grad_values.to(gradient.dtype).reshape(-1, 1, 1, 1), None, None
-
 
 class RewardSum(nn.Module):
     """`sum_i weight_i * reward_i(images, prompts)`, higher is better.
@@ -3956,7 +3741,6 @@ class RewardSum(nn.Module):
         """Return the weights as plain values, for the provenance of a result."""
         return dict(self.weights)
 
-
 def score_and_gradient(reward: nn.Module, images: Tensor, prompts: str | Sequence[str] | None) -> tuple[Tensor, Tensor]:
     """Return detached scores (B,) and their gradient (B, 3, H, W) in float32 or more; the graph is freed."""
     pixels = at_least_float32(images.detach()).requires_grad_()
@@ -3964,11 +3748,9 @@ def score_and_gradient(reward: nn.Module, images: Tensor, prompts: str | Sequenc
     (gradient,) = torch.autograd.grad(scores.sum(), pixels, materialize_grads=True)
     return scores.detach(), gradient
 
-
 def part_of_prompts(prompts: str | Sequence[str] | None, rows: slice) -> str | Sequence[str] | None:
     """Return the prompts of some rows of the batch; a single prompt, or None, applies to all rows."""
     return prompts if prompts is None or isinstance(prompts, str) else prompts[rows]
-
 
 def reward_weight_pairs(rewards: RewardsLike, weights: Sequence[float] | None) -> list[tuple[Any, Any]]:
     """Convert any accepted form of `rewards=` to a list of (reward, weight)."""
@@ -3986,7 +3768,6 @@ def reward_weight_pairs(rewards: RewardsLike, weights: Sequence[float] | None) -
         raise ValueError(f"Expected {len(entries)} weights, one per reward, but got {len(weights)}.")
     return list(zip(entries, weights, strict=True))
 
-
 def reward_entries(rewards: RewardsLike) -> list[Any]:
     """Return the entries of `rewards=`: rewards or (reward, weight) tuples."""
     if isinstance(rewards, str) and rewards in REWARD_PRESETS:
@@ -4000,7 +3781,6 @@ def reward_entries(rewards: RewardsLike) -> list[Any]:
     if isinstance(parts, nn.ModuleList) and isinstance(weights, Mapping):
         return list(zip(parts, weights.values(), strict=True))
     return [rewards]
-
 
 def check_reward_pair(reward: Any, weight: Any) -> None:
     """Raise unless `as_reward` accepts `reward` and `weight` is a finite number of at least 0."""
@@ -4022,7 +3802,6 @@ def check_reward_pair(reward: Any, weight: Any) -> None:
             "that returns the negated score: `lambda images, prompts: -reward(images, prompts)`."
         )
 
-
 def as_reward(reward: RewardLike, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Reward:
     """Load a name, Hub id or folder; wrap a plain callable; return a `Reward` unchanged."""
     if isinstance(reward, Reward):
@@ -4030,7 +3809,6 @@ def as_reward(reward: RewardLike, dtype: torch.dtype | None = None, device: torc
     if isinstance(reward, (str, os.PathLike)):
         return AutoReward.from_pretrained(reward, dtype=dtype, device=device)
     return CallableReward(reward)
-
 
 def distinct_names(names: Sequence[str]) -> list[str]:
     """Append `_2`, `_3`, ... to repeated names."""
@@ -4040,9 +3818,7 @@ def distinct_names(names: Sequence[str]) -> list[str]:
         distinct.append(name if name not in distinct else next(new for new in numbered if new not in distinct))
     return distinct
 
-
 # callbacks/noise_state.py
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Best:
@@ -4061,7 +3837,6 @@ class Best:
     noise: torch.Tensor
     images: torch.Tensor | None = None
     evaluations: int = 0
-
 
 @dataclasses.dataclass(eq=False)
 class NoiseState:
@@ -4113,9 +3888,7 @@ class NoiseState:
         if not self.active.any():
             self.stopped = reason
 
-
 # callbacks/noise_callback.py
-
 
 class NoiseCallback:
     """Base of callbacks per *optimisation* step. (diffusers' `callback_on_step_end` is per denoising step.)
@@ -4132,7 +3905,6 @@ class NoiseCallback:
     def on_run_end(self, state: NoiseState) -> None:
         """Called once at the end, also when the run ends in an exception."""
 
-
 class FunctionCallback(NoiseCallback):
     """A plain function as a callback."""
 
@@ -4142,9 +3914,7 @@ class FunctionCallback(NoiseCallback):
     def on_step_end(self, state: NoiseState) -> bool | None:
         return self.function(state)
 
-
 CallbackSpec = NoiseCallback | Callable[[NoiseState], bool | None]
-
 
 def as_callbacks(callbacks: CallbackSpec | Iterable[CallbackSpec] | None) -> list[NoiseCallback]:
     """One callback, several, or none, as a list. Raises `TypeError` for what is neither callback nor function.
@@ -4157,7 +3927,6 @@ def as_callbacks(callbacks: CallbackSpec | Iterable[CallbackSpec] | None) -> lis
         return [as_callback(each) for each in callbacks]
     return [as_callback(callbacks)]
 
-
 def as_callback(callback: CallbackSpec) -> NoiseCallback:
     if hasattr(callback, "on_step_end"):
         return callback  # pyright: ignore[reportReturnType]
@@ -4167,16 +3936,13 @@ def as_callback(callback: CallbackSpec) -> NoiseCallback:
         f"Expected a callback with `on_step_end(state)` or a function of `state`, but got {type(callback).__name__}."
     )
 
-
 # schedulers/noise_samplers.py
-
 
 Generators = torch.Generator | list[torch.Generator] | None
 NoiseSamplerSpec = str | Mapping[str, Any] | Callable[..., torch.Tensor]
 
 NOISE_SAMPLERS: Registry[type["NoiseSampler"]] = Registry("noise sampler")
 SamplerT = TypeVar("SamplerT", bound="NoiseSampler")
-
 
 class NoiseSampler:
     """Draws initial noise: the white noise that diffusers draws for the same generators, mapped by `color`.
@@ -4229,7 +3995,6 @@ class NoiseSampler:
         plain_values = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
         return {"name": self.name or type(self).__name__, **plain_values}
 
-
 def register_noise_sampler(name: str) -> Callable[[type[SamplerT]], type[SamplerT]]:
     """Return a class decorator that registers a noise sampler under a name and sets `cls.name`."""
 
@@ -4240,11 +4005,9 @@ def register_noise_sampler(name: str) -> Callable[[type[SamplerT]], type[Sampler
 
     return register
 
-
 def list_noise_samplers() -> list[str]:
     """Return the registered names, which `noise_sampler=` accepts."""
     return NOISE_SAMPLERS.names()
-
 
 def as_noise_sampler(sampler: NoiseSamplerSpec | None) -> Callable[..., torch.Tensor] | None:
     """A noise sampler by name (`"pink"`), by name and settings (`{"name": "pink", "alpha": 0.3}`), or as it is.
@@ -4265,14 +4028,12 @@ def as_noise_sampler(sampler: NoiseSamplerSpec | None) -> Callable[..., torch.Te
         f'as {{"name": "pink", "alpha": 0.3}}, but got {sampler!r}.'
     )
 
-
 def named_noise_sampler(name: str, settings: dict[str, Any]) -> "NoiseSampler":
     sampler = NOISE_SAMPLERS.find(name, ', or a dict such as {"name": "pink", "alpha": 0.3}')
     known = list(inspect.signature(sampler).parameters)
     if unknown := sorted(settings.keys() - set(known)):
         raise ValueError(f"Expected settings of the noise sampler {name!r} out of {known}, but got {unknown}.")
     return sampler(**settings)
-
 
 def describe_noise_sampler(sampler: Callable[..., torch.Tensor] | None) -> dict[str, Any] | None:
     """Name and settings of a noise sampler in plain values; of a foreign one its name; `None` for `None`."""
@@ -4282,7 +4043,6 @@ def describe_noise_sampler(sampler: Callable[..., torch.Tensor] | None) -> dict[
         return sampler.describe()  # pyright: ignore[reportFunctionMemberAccess]
     return {"name": getattr(sampler, "__qualname__", type(sampler).__qualname__)}
 
-
 @register_noise_sampler("white")
 @dataclasses.dataclass(frozen=True)
 class WhiteNoise(NoiseSampler):
@@ -4290,7 +4050,6 @@ class WhiteNoise(NoiseSampler):
 
     def color(self, white: torch.Tensor) -> torch.Tensor:
         return white
-
 
 @register_noise_sampler("pink")
 @dataclasses.dataclass(frozen=True)
@@ -4378,14 +4137,12 @@ class PinkNoise(NoiseSampler):
         columns = torch.fft.rfftfreq(width, dtype=torch.float64) * (self.reference_size or width)
         return torch.hypot(rows[:, None], columns)
 
-
 def expected_std(gain: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """The standard deviation of each entry of white noise `(height, width)` times a `gain` of its `rfft2`, a scalar."""
     copies = torch.full_like(gain, 2.0)  # `rfft2` leaves out the mirrored half of the columns
     copies[:, 0] = 1
     copies[:, -1] = 2 - (width % 2 == 0)
     return (gain.square() * copies).sum().div(height * width).sqrt()
-
 
 @register_noise_sampler("coupled")
 @dataclasses.dataclass(frozen=True)
@@ -4472,10 +4229,8 @@ class CoupledNoise(NoiseSampler):
         bound.coupled_rows(len(groups))
         return bound
 
-
 def is_finite_number(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-
 
 def checked_band(band: Sequence[float]) -> tuple[float, float]:
     """A band as a tuple. Raises `ValueError` unless it is (low, high) with 0 <= low < high."""
@@ -4484,7 +4239,6 @@ def checked_band(band: Sequence[float]) -> tuple[float, float]:
         return limits
     raise ValueError(f"Expected `band` to be (low, high) with 0 <= low < high, but got {band!r}.")
 
-
 def check_spatial(shape: Sequence[int]) -> None:
     if len(shape) < 4 or shape[-2] * shape[-1] < 2:
         raise ValueError(
@@ -4492,9 +4246,7 @@ def check_spatial(shape: Sequence[int]) -> None:
             "before they are packed."
         )
 
-
 # callbacks/progress.py
-
 
 class ProgressBar(NoiseCallback):
     """One tick per evaluation, with the mean best loss. `pipe.set_progress_bar_config` applies."""
@@ -4518,13 +4270,10 @@ class ProgressBar(NoiseCallback):
             self.bar.close()
         self.bar = None
 
-
 # pipelines/sampling/internals.py
-
 
 BLOCK_SETTINGS = ("gradient_checkpointing", "_gradient_checkpointing_func")  # of a diffusers block
 MODULE_CONTENTS = ("_modules", "_parameters", "_buffers")  # of a torch module
-
 
 def private(owner: Any, name: str, library: str) -> Any:
     """Return `owner.name`.
@@ -4541,21 +4290,17 @@ def private(owner: Any, name: str, library: str) -> Any:
         )
     return getattr(owner, name)
 
-
 def execution_device(pipe) -> torch.device:
     """Return the device that a pipeline computes on, also when its modules are offloaded."""
     return private(pipe, "_execution_device", "diffusers")
-
 
 def interrupt(pipe) -> None:
     """Let a pipeline whose loop checks `pipe.interrupt` skip the remaining steps."""
     pipe._interrupt = True
 
-
 def own_timestep_count(pipe) -> int | None:
     """Return the number of timesteps of the last call, if the pipeline records it."""
     return getattr(pipe, "_num_timesteps", None)
-
 
 def name_or_path(component: Any) -> str | None:
     """Return the Hub id or folder that a pipeline or one of its components was loaded from."""
@@ -4563,21 +4308,17 @@ def name_or_path(component: Any) -> str | None:
     source = config.get("_name_or_path") if isinstance(config, Mapping) else getattr(component, "name_or_path", None)
     return str(source) if source else None
 
-
 def accelerate_hook(module: nn.Module) -> Any:
     """Return the accelerate hook of a module, or `None`."""
     return getattr(module, "_hf_hook", None)
-
 
 def diffusers_hooks(module: nn.Module) -> dict[str, Any]:
     """Return the diffusers hooks of a module by name."""
     return getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
 
-
 def is_stateful(hook: Any) -> bool:
     """Return whether a diffusers hook carries state from one denoising step to the next."""
     return private(hook, "_is_stateful", "diffusers")
-
 
 def attention_backend_of(module: nn.Module) -> str | None:
     """Return the backend of an attention module: its own or the active one; `None` if it does not dispatch."""
@@ -4589,16 +4330,13 @@ def attention_backend_of(module: nn.Module) -> str | None:
     active, _ = private(attention_dispatch, "_AttentionBackendRegistry", "diffusers").get_active_backend()
     return attention_dispatch.AttentionBackendName(processor._attention_backend or active).value
 
-
 def supports_block_checkpointing(module: Any) -> bool:
     """Return whether diffusers can checkpoint the blocks of a model."""
     return bool(getattr(module, "_supports_gradient_checkpointing", False))
 
-
 def block_settings(module: nn.Module) -> dict[str, Any]:
     """Return the checkpointing settings that are set on a block itself."""
     return {name: vars(module)[name] for name in BLOCK_SETTINGS if name in vars(module)}
-
 
 def replace_block_settings(module: nn.Module, settings: dict[str, Any]) -> None:
     """Give a block exactly these `block_settings`."""
@@ -4606,37 +4344,29 @@ def replace_block_settings(module: nn.Module, settings: dict[str, Any]) -> None:
         vars(module).pop(name, None)
     vars(module).update(settings)
 
-
 def checkpoint_blocks(module: nn.Module, function: Callable[..., Any]) -> None:
     """Let a block run through `function(block, *inputs)`, such as `torch.utils.checkpoint.checkpoint`."""
     vars(module).update(zip(BLOCK_SETTINGS, (True, function), strict=True))
-
 
 def is_compiled(module: nn.Module) -> bool:
     """Return whether a module was compiled by `torch.compile(module)` or `module.compile()`."""
     return private(module, "_compiled_call_impl", "torch") is not None or hasattr(module, "_orig_mod")
 
-
 def base_of_view(tensor: torch.Tensor) -> torch.Tensor | None:
     """Return the tensor that `tensor` is a view of, or `None`."""
     return tensor._base
-
 
 def version_of(tensor: torch.Tensor) -> int:
     """Return the number of in-place writes to a tensor."""
     return tensor._version
 
-
 def default_mps_generator() -> torch.Generator:
     """Return the generator that torch draws from on Apple GPUs."""
     return private(torch.mps, "_get_default_mps_generator", "torch")()
 
-
 # pipelines/memory/graph_size.py
 
-
 ChunkSetting = int | Literal["auto"] | None
-
 
 class SavedTensor:
     """Tensor saved by a graph; calls `release` when the graph is freed."""
@@ -4648,10 +4378,8 @@ class SavedTensor:
     def __del__(self) -> None:
         self.release()
 
-
 class GraphTooLarge(Exception):
     """A graph under construction exceeds its limit."""
-
 
 class SavedBytes:
     """Context that counts the bytes saved by the graphs built inside it: each storage once, parameters excluded.
@@ -4699,7 +4427,6 @@ class SavedBytes:
             del self.holders[address]
             self.held -= size
 
-
 def fitting_chunk_size(batch: int, per_image: int, free: int) -> int | None:
     """Return the number of images to process at once, `None` for the whole batch.
 
@@ -4711,13 +4438,11 @@ def fitting_chunk_size(batch: int, per_image: int, free: int) -> int | None:
     fitting = free // 2 // per_image if per_image else batch
     return None if fitting >= batch else max(1, fitting)
 
-
 def check_chunk_size(chunk_size: Any) -> None:
     """Raise `ValueError` unless `chunk_size` is an integer of 1 or more, "auto" or `None`."""
     whole = isinstance(chunk_size, int) and not isinstance(chunk_size, bool) and chunk_size >= 1
     if not whole and chunk_size is not None and chunk_size != "auto":
         raise ValueError(f'Expected `chunk_size` to be 1 or more, "auto" or `None`, but got {chunk_size!r}.')
-
 
 def free_memory(device: torch.device) -> int:
     """Return the bytes that are free for tensors on a device, the unused cache of the CUDA allocator included."""
@@ -4728,12 +4453,9 @@ def free_memory(device: torch.device) -> int:
 
     return psutil.virtual_memory().available
 
-
 # pipelines/memory/tiny_decoder.py
 
-
 FULL_DECODER = "full_decoder"
-
 
 def as_loop_decoder(decoder: Any, pipe: Any, denoisers: Sequence[nn.Module]) -> Any:
     """Return the decoder of `decoder=`, on the pipeline's device and in the dtype of its denoiser, or `None`.
@@ -4764,7 +4486,6 @@ def as_loop_decoder(decoder: Any, pipe: Any, denoisers: Sequence[nn.Module]) -> 
     check_scale(decoder, pipe, device, dtype)
     return decoder
 
-
 def check_plain_latents(pipe: Any) -> None:
     """Raise `ValueError` unless latents are decoded after scaling and shifting by one number each."""
     vae = getattr(pipe, "vae", None)
@@ -4777,7 +4498,6 @@ def check_plain_latents(pipe: Any) -> None:
             f"Expected a pipeline whose `AutoencoderKL` scales its latents by one number, for which tiny autoencoders "
             f"exist, but {type(pipe).__name__} has {other}. Use `decoder=None`."
         )
-
 
 def check_decoder(decoder: Any, device: torch.device, dtype: torch.dtype) -> None:
     if not (
@@ -4795,7 +4515,6 @@ def check_decoder(decoder: Any, device: torch.device, dtype: torch.dtype) -> Non
             f'Call `decoder.to("{device}", {dtype})`.'
         )
 
-
 def check_channels(decoder: Any, pipe: Any) -> None:
     expected, found = pipe.vae.config.latent_channels, decoder.config.get("latent_channels")
     if found != expected:
@@ -4803,7 +4522,6 @@ def check_channels(decoder: Any, pipe: Any) -> None:
             f"Expected a decoder of latents with {expected} channels, as in {type(pipe).__name__}, but got one of "
             f"{found}. Use taesd, taesdxl, taesd3 or taef1 of `madebyollin` for SD, SDXL, SD3 or Flux."
         )
-
 
 def check_scale(decoder: Any, pipe: Any, device: torch.device, dtype: torch.dtype) -> None:
     """Raise `ValueError` unless images have the size of the pipeline's own. Decodes 8 × 8 zeros."""
@@ -4817,7 +4535,6 @@ def check_scale(decoder: Any, pipe: Any, device: torch.device, dtype: torch.dtyp
             f"images of shape {tuple(images.shape)}."
         )
 
-
 def describe_decoder(decoder: Any) -> dict[str, Any] | None:
     """Return the provenance entry of a decoder."""
     if decoder is None:
@@ -4829,9 +4546,7 @@ def describe_decoder(decoder: Any) -> dict[str, Any] | None:
         "scores": f"by this decoder; those by the pipeline's own are in reports[{FULL_DECODER!r}]",
     }
 
-
 # checked_fields.py
-
 
 def checked(default: Any, interval: str) -> Any:
     """Return a dataclass field for a number in an interval.
@@ -4843,7 +4558,6 @@ def checked(default: Any, interval: str) -> Any:
     """
     return dataclasses.field(default=default, metadata={"interval": interval})
 
-
 def check_fields(settings: Any) -> None:
     """Check the fields of a dataclass: those made by `checked`, and those whose annotation has a `Literal`.
 
@@ -4853,7 +4567,6 @@ def check_fields(settings: Any) -> None:
     hints = get_type_hints(type(settings))
     for field in dataclasses.fields(settings):
         check_value(field.name, getattr(settings, field.name), hints[field.name], field.metadata.get("interval"))
-
 
 def check_value(name: str, value: Any, hint: Any, interval: str | None) -> None:
     """Check one value against its annotation and its interval. Raises `ValueError`, naming both."""
@@ -4872,7 +4585,6 @@ def check_value(name: str, value: Any, hint: Any, interval: str | None) -> None:
         others = "".join(f" or {choice!r}" for choice in choices)
         raise ValueError(f"Expected `{name}` to be {number} in {interval}{others}, but got {value!r}.")
 
-
 def is_in(interval: str, value: float) -> bool:
     """Return whether a finite number lies in an interval such as `"[0, 1)"`; NaN and infinity lie in none."""
     low, high = (float(end) for end in interval[1:-1].split(","))
@@ -4880,21 +4592,17 @@ def is_in(interval: str, value: float) -> bool:
     below = value <= high if interval[-1] == "]" else value < high
     return math.isfinite(value) and above and below
 
-
 # pipelines/memory/module_copies.py
-
 
 def without_gradient(module: nn.Module) -> nn.Module:
     """Return a shallow copy whose forward pass builds no graph."""
     return with_forward(module, torch.no_grad()(module.forward))
-
 
 def with_forward(module: nn.Module, forward: Callable[..., Any]) -> nn.Module:
     """Return a shallow copy with another forward pass."""
     twin = copy.copy(module)
     vars(twin)["forward"] = forward
     return twin
-
 
 def converted_apart(module: Any) -> nn.Module:
     """Return a shallow copy of a VAE that shares its weights until `to(dtype)`, which converts a copy of them.
@@ -4915,15 +4623,12 @@ def converted_apart(module: Any) -> nn.Module:
     vars(twin)["to"] = to
     return twin
 
-
 # pipelines/memory/checkpointing.py
-
 
 CheckpointPolicy = Literal["none", "blocks", "steps"]
 Checkpointing = Literal["auto", "none", "blocks", "steps"]
 POLICIES: tuple[CheckpointPolicy, ...] = ("none", "blocks", "steps")  # each stores less than the one before
 BLOCK_CHECKPOINT = functools.partial(checkpoint, use_reentrant=False)
-
 
 class Checkpoints:
     """Gradient checkpointing of one pipeline call, shared by the samplers of its chunks.
@@ -5029,13 +4734,11 @@ class Checkpoints:
         self.take(last)
         return build()
 
-
 def unchecked_blocks(model: nn.Module) -> Iterator[nn.Module]:
     """Yield the blocks of a diffusers model whose checkpointing is off."""
     for module in model.modules():
         if getattr(module, "gradient_checkpointing", True) is False:
             yield module
-
 
 def checkpointed(module: nn.Module) -> nn.Module:
     """Return a shallow copy whose forward pass stores its inputs only and is recomputed in the backward pass."""
@@ -5049,7 +4752,6 @@ def checkpointed(module: nn.Module) -> nn.Module:
 
     return with_forward(module, recomputed)
 
-
 def check_checkpointing(checkpointing: Any) -> None:
     """Raise `ValueError` unless `checkpointing` is "auto" or a policy."""
     if checkpointing not in ("auto", *POLICIES):
@@ -5057,20 +4759,16 @@ def check_checkpointing(checkpointing: Any) -> None:
             f'Expected `checkpointing` to be "auto", "none", "blocks" or "steps", but got {checkpointing!r}.'
         )
 
-
 def scales_lora(request: dict[str, Any]) -> bool:
     """Return whether a call scales the LoRA of its denoiser, as `cross_attention_kwargs={"scale": 0.5}` does."""
     settings = [value for value in request.values() if isinstance(value, dict)]
     return any(value.get("scale") not in (None, 1, 1.0) for value in settings)
 
-
 # pipelines/memory/chunks.py
-
 
 SAME_FOR_ALL = ("sigmas", "timesteps")  # lists that have no entry for each image
 PLAIN_VALUES = (str, int, float, bool, type(None))
 ChunkRun = Callable[[list[int], torch.Tensor], torch.Tensor]
-
 
 class WholeBatchDraws(TorchFunctionMode):
     """Context in which a chunk gets the random numbers that the whole batch would draw for its images.
@@ -5098,7 +4796,6 @@ class WholeBatchDraws(TorchFunctionMode):
             return func(shape, **rest)
         return func((self.batch, *shape[1:]), **rest)[self.rows]
 
-
 class ChunkedRun(torch.autograd.Function):
     """`run(rows, noise[rows])` for all chunks in the memory of one: the backward pass runs each chunk again.
 
@@ -5120,7 +4817,6 @@ class ChunkedRun(torch.autograd.Function):
             found[rows] = chunk_gradient(ctx.run, rows, noise[rows], gradient[rows])
         return found, None, None
 
-
 def run_in_chunks(run: ChunkRun, noise: torch.Tensor, chunk_size: int, differentiable: bool) -> torch.Tensor:
     """Run a batch in chunks and return the joint result.
 
@@ -5135,7 +4831,6 @@ def run_in_chunks(run: ChunkRun, noise: torch.Tensor, chunk_size: int, different
         return ChunkedRun.apply(noise, run, chunks)  # pyright: ignore[reportReturnType]
     return run_each(run, noise.detach(), chunks)
 
-
 def run_each(run: ChunkRun, noise: torch.Tensor, chunks: list[list[int]]) -> torch.Tensor:
     """Return the results of all chunks in one tensor, without a graph."""
     first = run(chunks[0], noise[chunks[0]].detach())
@@ -5145,7 +4840,6 @@ def run_each(run: ChunkRun, noise: torch.Tensor, chunks: list[list[int]]) -> tor
         found[rows] = run(rows, noise[rows].detach())
     return found
 
-
 def chunk_gradient(run: ChunkRun, rows: list[int], noise: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
     """Return the gradient of one chunk with respect to its noise; the graph is freed on return."""
     with torch.enable_grad():
@@ -5153,7 +4847,6 @@ def chunk_gradient(run: ChunkRun, rows: list[int], noise: torch.Tensor, gradient
         output = run(rows, leaf)
     (found,) = torch.autograd.grad(output, leaf, gradient)
     return found
-
 
 class BatchLayout:
     """Order of prompts and images in a batch, used to split the arguments of a call.
@@ -5226,11 +4919,9 @@ class BatchLayout:
             f"shape {tuple(value.shape)}, which cannot be split by image. Use `chunk_size=None`."
         )
 
-
 def take_rows(value: Any, rows: Sequence[int]) -> Any:
     """Return the rows of a tensor, list or tuple."""
     return value[list(rows)] if hasattr(value, "shape") else type(value)(value[row] for row in rows)
-
 
 def check_for_all(name: str, value: Any) -> None:
     """Raise `ValueError` for an argument other than prompts that may have an entry for each image."""
@@ -5242,7 +4933,6 @@ def check_for_all(name: str, value: Any) -> None:
             f"`{name}`, which may have one entry for each. Use `chunk_size=None`."
         )
 
-
 def holds_several(value: Any) -> bool:
     """Return whether an argument holds several tensors, images or the like, rather than plain settings."""
     if isinstance(value, dict):
@@ -5251,12 +4941,9 @@ def holds_several(value: Any) -> bool:
         return len(value) > 1
     return isinstance(value, (list, tuple)) and len(value) > 1 and not all(isinstance(x, PLAIN_VALUES) for x in value)
 
-
 # schedulers/x0_prediction.py
 
-
 AffineCoefficients = tuple[torch.Tensor, torch.Tensor]
-
 
 def predict_x0(
     scheduler: Any, model_output: torch.Tensor, timestep: torch.Tensor | float, sample: torch.Tensor
@@ -5310,7 +4997,6 @@ def predict_x0(
         return x0
     return space.bound(scheduler, x0.detach()) + (x0 - x0.detach())  # adds exactly 0
 
-
 def prediction_channels(scheduler: Any, model_output: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
     """`model_output` without the channels of a learned variance: it has the shape of `sample` then."""
     learned = scheduler.config.get("variance_type") in ("learned", "learned_range")
@@ -5324,23 +5010,19 @@ def prediction_channels(scheduler: Any, model_output: torch.Tensor, sample: torc
         )
     return model_output
 
-
 def spread_over_images(coefficient: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
     """`coefficient`, one number or `(B,)`, in a shape, dtype and device that multiplies `sample` image by image."""
     return coefficient.to(sample).reshape(-1, *[1] * (sample.ndim - 1))
 
-
 def exact(entry: torch.Tensor | float) -> torch.Tensor:
     """An entry of a scheduler's table in float64, which not every device has."""
     return torch.as_tensor(entry).detach().cpu().double()
-
 
 def index_of_call(scheduler: Any, timestep: torch.Tensor | float) -> int:
     """Where the scheduler is in its list of sigmas; at the first call it finds out by itself."""
     if scheduler.step_index is None:
         scheduler._init_step_index(timestep)
     return scheduler._step_index
-
 
 def affine_in_prediction(
     scheduler: Any, prediction: str, signal: torch.Tensor, noise: torch.Tensor, flow: bool = False
@@ -5362,7 +5044,6 @@ def affine_in_prediction(
         return signal / squared, -noise / squared.sqrt()
     raise unknown_prediction(scheduler, ("epsilon", "sample", "flow_prediction" if flow else "v_prediction"))
 
-
 def require_signal(scheduler: Any, signal: torch.Tensor) -> None:
     """ε says nothing about x0 where the sample is nothing but ε."""
     if (signal == 0).any():
@@ -5371,7 +5052,6 @@ def require_signal(scheduler: Any, signal: torch.Tensor) -> None:
             'got a timestep with zero SNR. Pass `rescale_betas_zero_snr=False`, `timestep_spacing="leading"`, or use a '
             "model with v-prediction."
         )
-
 
 def unknown_prediction(scheduler: Any, known: tuple[str, ...]) -> ValueError:
     """The error about a `prediction_type` that the space of `scheduler` gives no meaning."""
@@ -5383,12 +5063,10 @@ def unknown_prediction(scheduler: Any, known: tuple[str, ...]) -> ValueError:
         "flow_prediction goes with True and v_prediction with False."
     )
 
-
 def configured_prediction(scheduler: Any) -> str:
     """What the config says that the model predicts; Euler also knows an older name of "sample"."""
     prediction = scheduler.config.get("prediction_type", "epsilon")
     return "sample" if prediction == "original_sample" else prediction
-
 
 def from_alphas(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficients:
     """Variance preserving: ᾱ is looked up by timestep."""
@@ -5396,24 +5074,20 @@ def from_alphas(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoeffic
     alpha_bar = exact(scheduler.alphas_cumprod[steps])
     return affine_in_prediction(scheduler, configured_prediction(scheduler), alpha_bar.sqrt(), (1 - alpha_bar).sqrt())
 
-
 def from_cosine_time(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficients:
     """Würstchen and Stable Cascade: the timestep is a ratio in [0, 1] and ᾱ a function of it; they predict ε."""
     time = torch.as_tensor(timestep)
     alpha_bar = exact(scheduler._alpha_cumprod(time, time.device))
     return affine_in_prediction(scheduler, "epsilon", alpha_bar.sqrt(), (1 - alpha_bar).sqrt())
 
-
 def from_sigma(scheduler: Any, sigma: torch.Tensor) -> AffineCoefficients:
     """Variance exploding: x = x0 + σ·ε."""
     sigma = exact(sigma)
     return affine_in_prediction(scheduler, configured_prediction(scheduler), torch.ones_like(sigma), sigma)
 
-
 def from_sigmas(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficients:
     """The sigma of the step; a second-order scheduler that evaluates at the end of a step lists that sigma twice."""
     return from_sigma(scheduler, scheduler.sigmas[index_of_call(scheduler, timestep)])
-
 
 def from_interpolated_sigmas(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficients:
     """KDPM2: every second call is at a sigma between two steps."""
@@ -5421,19 +5095,16 @@ def from_interpolated_sigmas(scheduler: Any, timestep: torch.Tensor | float) -> 
     table = scheduler.sigmas if scheduler.state_in_first_order else scheduler.sigmas_interpol
     return from_sigma(scheduler, table[index])
 
-
 def from_ancestral_interpolated_sigmas(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficients:
     """Ancestral KDPM2 keeps the sigma between two steps at the index of the first of them."""
     index = index_of_call(scheduler, timestep)
     first_order = scheduler.state_in_first_order
     return from_sigma(scheduler, scheduler.sigmas[index] if first_order else scheduler.sigmas_interpol[index - 1])
 
-
 def from_midpoint_sigmas(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficients:
     """DPMSolverSDE remembers the sigma between two steps that it evaluates at."""
     sigma = scheduler.sigmas[index_of_call(scheduler, timestep)]
     return from_sigma(scheduler, sigma if scheduler.state_in_first_order else scheduler.mid_point_sigma)
-
 
 def from_solver_sigmas(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficients:
     """Multistep solvers, whether they go on with x0 or with ε: sigma is b/a, or b with flow sigmas."""
@@ -5443,12 +5114,10 @@ def from_solver_sigmas(scheduler: Any, timestep: torch.Tensor | float) -> Affine
     noise = sigma if flow else sigma * signal
     return affine_in_prediction(scheduler, configured_prediction(scheduler), signal, noise, flow)
 
-
 def from_flow_sigmas(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficients:
     """Flow matching, x0 = x − σ·v; with `invert_sigmas` sigma counts the signal and the velocity points to it."""
     sigma = exact(scheduler.sigmas[index_of_call(scheduler, timestep)])
     return torch.ones_like(sigma), 1 - sigma if scheduler.config.get("invert_sigmas") else -sigma
-
 
 def from_angle(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficients:
     """TrigFlow (Sana-Sprint): the timestep is the angle, the output a velocity on the circle of radius `sigma_data`."""
@@ -5457,12 +5126,10 @@ def from_angle(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoeffici
     angle = exact(scheduler.timesteps[index_of_call(scheduler, timestep)])
     return angle.cos(), -angle.sin()
 
-
 def from_own_tables(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficients:
     """IPNDM: `alphas` is the signal and `betas` the noise, and its models predict v."""
     index = index_of_call(scheduler, timestep)
     return exact(scheduler.alphas[index]), -exact(scheduler.betas[index])
-
 
 def from_edm(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficients:
     """EDM: `prediction_type` is no more than the sign of the preconditioned output."""
@@ -5474,38 +5141,31 @@ def from_edm(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficien
     total = sigma**2 + data**2
     return data**2 / total, signs[configured_prediction(scheduler)] * sigma * data / total.sqrt()
 
-
 def from_consistency(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficients:
     """Consistency models: as EDM, with the identity as boundary condition at the smallest sigma."""
     sigma = exact(scheduler.sigmas[index_of_call(scheduler, timestep)])
     return scheduler.get_scalings_for_boundary_condition(sigma)
-
 
 def clipped(scheduler: Any, x0: torch.Tensor) -> torch.Tensor:
     """`clip_sample`: to a fixed range."""
     limit = scheduler.config.get("clip_sample_range", 1.0)
     return x0.clamp(-limit, limit) if scheduler.config.get("clip_sample") else x0
 
-
 def thresholded(scheduler: Any, x0: torch.Tensor) -> torch.Tensor:
     """`thresholding`: to a percentile of each image (https://arxiv.org/abs/2205.11487, section 2.3)."""
     return scheduler._threshold_sample(x0) if scheduler.config.get("thresholding") else x0
-
 
 def thresholded_or_clipped(scheduler: Any, x0: torch.Tensor) -> torch.Tensor:
     """Thresholding takes the place of clipping."""
     return thresholded(scheduler, x0) if scheduler.config.get("thresholding") else clipped(scheduler, x0)
 
-
 def thresholded_if_x0(scheduler: Any, x0: torch.Tensor) -> torch.Tensor:
     """UniPC thresholds only if x0 is what it goes on with."""
     return thresholded(scheduler, x0) if scheduler.predict_x0 else x0
 
-
 def clipped_to_images(scheduler: Any, x0: torch.Tensor) -> torch.Tensor:
     """`clip_denoised` of consistency models, which have no latents."""
     return x0.clamp(-1, 1) if scheduler.config.get("clip_denoised") else x0
-
 
 class SampleSpace(NamedTuple):
     """What a scheduler means by its sample and by its model's output.
@@ -5518,7 +5178,6 @@ class SampleSpace(NamedTuple):
 
     coefficients: Callable[[Any, Any], AffineCoefficients]
     bound: Callable[[Any, torch.Tensor], torch.Tensor] | None = None
-
 
 SAMPLE_SPACES = {
     "DDIMScheduler": SampleSpace(from_alphas, thresholded_or_clipped),
@@ -5577,7 +5236,6 @@ WITHOUT_ESTIMATE = {
     "ConsistencyDecoderScheduler": "decodes latents",
 }
 
-
 def space_of(scheduler: Any) -> SampleSpace:
     """The space of a scheduler by the names of its classes: a copy from the Hub is another class of the same name."""
     names = [cls.__name__ for cls in type(scheduler).__mro__]
@@ -5590,12 +5248,9 @@ def space_of(scheduler: Any) -> SampleSpace:
         "`DDIMScheduler.from_config(pipe.scheduler.config)`, or `FlowMatchEulerDiscreteScheduler` for flow matching."
     )
 
-
 # pipelines/memory/lean_layers.py
 
-
 LEAN_BYTES = 2**18  # below this size there is nothing to gain
-
 
 class LeanConv2d(nn.Conv2d):
     """Convolution that saves its weights but not its input, as long as it is frozen."""
@@ -5605,7 +5260,6 @@ class LeanConv2d(nn.Conv2d):
             return super().forward(input)
         settings = (self.stride, self.padding, self.dilation, self.groups)
         return FrozenConvolution.apply(input, self.weight, self.bias, settings)  # pyright: ignore[reportReturnType]
-
 
 class FrozenConvolution(torch.autograd.Function):
     """`F.conv2d` with a gradient for its input only."""
@@ -5622,7 +5276,6 @@ class FrozenConvolution(torch.autograd.Function):
         (weight,) = ctx.saved_tensors
         return conv2d_input(ctx.shape, weight, gradient, *ctx.settings), None, None, None
 
-
 class LeanGroupNorm(nn.GroupNorm):
     """Group normalization that attaches its input to its output, for a `LeanSiLU` that follows."""
 
@@ -5633,7 +5286,6 @@ class LeanGroupNorm(nn.GroupNorm):
             vars(output)["normalized_from"] = version_of(output), input, settings
         return output
 
-
 class LeanSiLU(nn.SiLU):
     """SiLU that saves the input of the group normalization before it, which is saved anyway, instead of its own."""
 
@@ -5643,7 +5295,6 @@ class LeanSiLU(nn.SiLU):
         if not is_lean(input) or self.inplace or version != version_of(input):
             return super().forward(input)
         return NormalizedSiLU.apply(input, *source)  # pyright: ignore[reportReturnType]
-
 
 class NormalizedSiLU(torch.autograd.Function):
     """`silu(normalized)` that recomputes `normalized` in the backward pass."""
@@ -5661,7 +5312,6 @@ class NormalizedSiLU(torch.autograd.Function):
         normalized = F.group_norm(before, *ctx.settings)
         return torch.ops.aten.silu_backward(gradient, normalized), None, None
 
-
 class LeanGEGLU(GEGLU):
     """Gated linear unit that saves its projection but not the gate computed from it."""
 
@@ -5669,7 +5319,6 @@ class LeanGEGLU(GEGLU):
         if args or kwargs or hidden_states.device.type == "npu" or not is_lean(hidden_states, dimensions=3):
             return super().forward(hidden_states, *args, **kwargs)
         return GatedProjection.apply(self.proj(hidden_states))  # pyright: ignore[reportReturnType]
-
 
 class GatedProjection(torch.autograd.Function):
     """`values * gelu(gates)`, where `values` and `gates` are the two halves of the last dimension."""
@@ -5688,20 +5337,16 @@ class GatedProjection(torch.autograd.Function):
         gate_gradient = torch.ops.aten.gelu_backward(gradient * values, gates)
         return torch.cat([gradient * F.gelu(gates), gate_gradient], dim=-1)
 
-
 def is_frozen(layer: nn.Module) -> bool:
     return not any(parameter.requires_grad for parameter in layer.parameters())
-
 
 def is_lean(input: Tensor, dimensions: int = 4) -> bool:
     """Return whether a layer has to build a graph for a large input outside autocast."""
     graph = torch.is_grad_enabled() and input.requires_grad and input.ndim == dimensions
     return graph and input.numel() * input.element_size() >= LEAN_BYTES and not in_autocast(input.device.type)
 
-
 def in_autocast(device_type: str) -> bool:
     return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
-
 
 LEAN_LAYERS: dict[type[nn.Module], type[nn.Module]] = {
     nn.Conv2d: LeanConv2d,
@@ -5709,7 +5354,6 @@ LEAN_LAYERS: dict[type[nn.Module], type[nn.Module]] = {
     nn.SiLU: LeanSiLU,
     GEGLU: LeanGEGLU,
 }
-
 
 @contextlib.contextmanager
 def lean_layers(roots: Iterable[nn.Module]) -> Iterator[None]:
@@ -5726,7 +5370,6 @@ def lean_layers(roots: Iterable[nn.Module]) -> Iterator[None]:
         for layer, kind in changed:
             layer.__class__ = kind
 
-
 def stock_layers(module: nn.Module) -> Iterator[nn.Module]:
     """Yield the layers of a module that have a lean form."""
     if is_compiled(module):
@@ -5736,20 +5379,16 @@ def stock_layers(module: nn.Module) -> Iterator[nn.Module]:
     for child in module.children():
         yield from stock_layers(child)
 
-
 # pipelines/sampling/module_state.py
-
 
 DENOISERS = ("unet", "transformer", "transformer_2")
 CALLED_IN_STEPS = (*DENOISERS, "controlnet")
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 ENCODERS = ("text_encoder", "image_encoder", "safety_checker")
 
-
 def modules_of(pipe) -> dict[str, nn.Module]:
     """Return the pipeline's components that are torch modules, by name."""
     return {name: module for name, module in pipe.components.items() if isinstance(module, nn.Module)}
-
 
 @contextlib.contextmanager
 def frozen_modules(pipe, decoder: nn.Module | None = None) -> Iterator[None]:
@@ -5776,11 +5415,9 @@ def frozen_modules(pipe, decoder: nn.Module | None = None) -> Iterator[None]:
     finally:
         switch(True)
 
-
 def trainable_parameters(module: nn.Module) -> list[str]:
     """Return the names of a module's own parameters that require a gradient."""
     return [name for name, parameter in module.named_parameters(recurse=False) if parameter.requires_grad]
-
 
 def refuse_unsuited(pipe, gradient: str | None) -> None:
     """Raise `ValueError`, with the remedy, for modules in a state that a method cannot work with.
@@ -5798,13 +5435,11 @@ def refuse_unsuited(pipe, gradient: str | None) -> None:
             refuse_attention(name, root)
             refuse_casting(name, root)
 
-
 def passes(name: str, gradient: str | None) -> bool:
     """Return whether a gradient passes a component of a pipeline. Prompts are encoded without one."""
     if gradient is None or name.startswith(ENCODERS):
         return False
     return gradient == "full" or name not in DENOISERS
-
 
 def refuse_offload(name: str, root: nn.Module) -> None:
     """Raise `ValueError` if a module is offloaded: weights that move between forward and backward break gradients."""
@@ -5818,11 +5453,9 @@ def refuse_offload(name: str, root: nn.Module) -> None:
         if offloads(accelerate_hook(module)):
             raise ValueError(f"{expected}call `pipe.remove_all_hooks()` and `pipe.to(device)` first.")
 
-
 def is_offloaded(root: nn.Module) -> bool:
     """Return whether the weights of a module or of one of its submodules move between devices."""
     return any(group_offloaded(module) or offloads(accelerate_hook(module)) for module in root.modules())
-
 
 def offloads(hook) -> bool:
     """Return whether an accelerate hook moves weights.
@@ -5832,10 +5465,8 @@ def offloads(hook) -> bool:
     nested = getattr(hook, "hooks", ())
     return type(hook).__name__ == "CpuOffload" or bool(getattr(hook, "offload", False)) or any(map(offloads, nested))
 
-
 def group_offloaded(module: nn.Module) -> bool:
     return any("group_offloading" in name for name in diffusers_hooks(module))
-
 
 def refuse_attention(name: str, root: nn.Module) -> None:
     """Raise `ValueError` for an attention backend without a backward pass; some of them drop the gradient silently."""
@@ -5847,7 +5478,6 @@ def refuse_attention(name: str, root: nn.Module) -> None:
                 f'Call `pipe.{name}.set_attention_backend("native")` first, outside any `attention_backend` context, '
                 "or use a method without gradients, such as `BestOfN`."
             )
-
 
 def refuse_casting(name: str, root: nn.Module) -> None:
     """Raise `ValueError` for convolutions under layerwise casting.
@@ -5861,7 +5491,6 @@ def refuse_casting(name: str, root: nn.Module) -> None:
                 "layer by layer, which breaks the gradient. Load the pipeline again and leave them out: "
                 f"`pipe.{name}.enable_layerwise_casting(..., skip_modules_classes=(torch.nn.Conv2d,))`."
             )
-
 
 def refuse_cache(name: str, root: nn.Module) -> None:
     """Raise `ValueError` if a module reuses results of earlier denoising steps.
@@ -5878,9 +5507,7 @@ def refuse_cache(name: str, root: nn.Module) -> None:
                 "generated with the cache again."
             )
 
-
 # pipelines/sampling/first_call.py
-
 
 def stock_call(cls: type) -> Callable[..., Any]:
     """Return the `__call__` of the stock pipeline class under our hook, without its `@torch.no_grad`."""
@@ -5889,11 +5516,9 @@ def stock_call(cls: type) -> Callable[..., Any]:
             return inspect.unwrap(vars(base)["__call__"])
     raise TypeError(f"Expected a diffusers pipeline with a `__call__`, but {cls.__name__} has none.")
 
-
 def parts_of(pipe, names: tuple[str, ...]) -> dict[str, Any]:
     """Return those of the named modules that a pipeline has."""
     return {name: module for name in names if (module := getattr(pipe, name, None)) is not None}
-
 
 @contextlib.contextmanager
 def first_step_only(pipe) -> Iterator[list[torch.Tensor]]:
@@ -5942,7 +5567,6 @@ def first_step_only(pipe) -> Iterator[list[torch.Tensor]]:
             f"but {type(pipe).__name__} does not, and no x0 can be estimated. Use a method that evaluates images."
         )
 
-
 def counted(function: Callable[..., Any], calls: list[int]) -> Callable[..., Any]:
     """Return the function with an entry in `calls` for each call."""
 
@@ -5953,17 +5577,13 @@ def counted(function: Callable[..., Any], calls: list[int]) -> Callable[..., Any
 
     return count
 
-
 def count_timesteps(pipe) -> int:
     """Return the number of timesteps of the last call, which may be fewer than those of the scheduler."""
     return own_timestep_count(pipe) or len(pipe.scheduler.timesteps)
 
-
 # pipelines/sampling/global_draws.py
 
-
 DRAWING = (torch.randn, torch.rand, torch.randint, torch.randn_like, torch.rand_like, torch.normal)
-
 
 class GlobalDraws(TorchFunctionMode):
     """Context in which random numbers without a generator raise `ValueError`, in this thread only.
@@ -5987,7 +5607,6 @@ class GlobalDraws(TorchFunctionMode):
             )
         return func(*args, **kwargs)
 
-
 @contextlib.contextmanager
 def no_global_draws(pipe) -> Iterator[list[torch.Tensor]]:
     """Refuse a `scheduler.step` that draws from torch's global stream; see `GlobalDraws`.
@@ -6009,9 +5628,7 @@ def no_global_draws(pipe) -> Iterator[list[torch.Tensor]]:
     finally:
         del scheduler.step
 
-
 # pipelines/sampling/latent_space.py
-
 
 def drawing_function(cls: type) -> Callable[..., types.FunctionType]:
     """Return a function `draw -> prepare_latents`: the stock function of `cls` with `draw` instead of `randn_tensor`.
@@ -6031,11 +5648,9 @@ def drawing_function(cls: type) -> Callable[..., types.FunctionType]:
         f"but that of {cls.__name__} does not. Call `randn_tensor` there, and no `super()`."
     )
 
-
 def defines_latents(cls: type) -> bool:
     """Return whether a class defines a `prepare_latents` that is not our hook."""
     return "prepare_latents" in vars(cls) and not hasattr(cls, "_noise_run")
-
 
 def with_globals(function: types.FunctionType, **replaced: Any) -> types.FunctionType:
     """Return a copy of a function with some of its global names replaced."""
@@ -6043,7 +5658,6 @@ def with_globals(function: types.FunctionType, **replaced: Any) -> types.Functio
     twin = types.FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
     twin.__kwdefaults__ = function.__kwdefaults__
     return twin
-
 
 def drawing_with(noise_sampler: Callable[..., torch.Tensor] | None) -> Callable[..., torch.Tensor]:
     """Return the replacement of `randn_tensor`: a noise sampler with its shape checked, or `randn_tensor` itself."""
@@ -6061,11 +5675,9 @@ def drawing_with(noise_sampler: Callable[..., torch.Tensor] | None) -> Callable[
 
     return draw
 
-
 def first_of(prepared):
     """Return the latents that `prepare_latents` returned, alone or first in a tuple."""
     return prepared[0] if isinstance(prepared, tuple) else prepared
-
 
 class LatentSpace:
     """Conversion between spatial noise and the latents of one call of `pipe.prepare_latents(*args, **kwargs)`.
@@ -6214,14 +5826,12 @@ class LatentSpace:
             return False
         return returned.shape == prepared.shape and torch.equal(returned, prepared)
 
-
 class Packing(NamedTuple):
     """Shapes of the noise and of the prepared latents, and the position of each noise entry in them, `(B, C·H·W)`."""
 
     noise: torch.Size
     packed: torch.Size
     positions: torch.Tensor
-
 
 def positions_in(prepared: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     """Return the position of each entry of the noise in the latents `prepared` from it, per image, `(B, C·H·W)`.
@@ -6241,7 +5851,6 @@ def positions_in(prepared: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         unit *= 64
     return positions
 
-
 def latents_with_image(pipe) -> ValueError:
     """Return the error for `latents` that mix an image with the noise."""
     return ValueError(
@@ -6249,9 +5858,7 @@ def latents_with_image(pipe) -> ValueError:
         "is optimized. Leave them out, and choose the noise by `generator` or `noise_sampler`."
     )
 
-
 # pipelines/sampling/random_state.py
-
 
 class RandomState:
     """Snapshot of the random streams of a call, from which every evaluation starts.
@@ -6284,7 +5891,6 @@ class RandomState:
         found.states = [self.states[row] for row in rows] if self.several else self.states
         return found
 
-
 def default_generator(device: torch.device) -> torch.Generator:
     """Return the generator that torch uses on `device` by default."""
     if device.type == "cuda":
@@ -6293,13 +5899,10 @@ def default_generator(device: torch.device) -> torch.Generator:
         return default_mps_generator()
     return torch.default_generator
 
-
 # pipelines/sampling/sampler.py
-
 
 Gradient = Literal["full", "frozen"] | None
 Clamp = Literal["straight_through", "hard"]
-
 
 class PipelineSampler:
     """One pipeline call as the functions `images(noise)` and `x0(noise)`.
@@ -6496,7 +6099,6 @@ class PipelineSampler:
             attributes.update({name: wrap(model) for name, model in parts_of(twin, CALLED_IN_STEPS).items()})
         return twin, generator
 
-
 def make_twin(pipe, clamp: Clamp):
     """Return a shallow copy of a pipeline that is differentiable from image to noise."""
     twin = copy.copy(pipe)
@@ -6512,13 +6114,11 @@ def make_twin(pipe, clamp: Clamp):
         vars(twin.image_processor)["denormalize"] = denormalize_straight_through
     return twin
 
-
 def needs_upcast(vae: Any) -> bool:
     """Return whether the pipeline converts its VAE to float32 to decode; one that is offloaded has no gradient."""
     if vae is None or not vae.config.get("force_upcast"):
         return False
     return vae.dtype == torch.float16 and not is_offloaded(vae)
-
 
 def replayed(function: Callable[..., Any], recorded: list[Any]) -> Callable[..., Any]:
     """Return a function that replays the recorded return values in call order and records further ones."""
@@ -6533,16 +6133,13 @@ def replayed(function: Callable[..., Any], recorded: list[Any]) -> Callable[...,
 
     return replay
 
-
 def denormalize_straight_through(images: torch.Tensor) -> torch.Tensor:
     """Convert [-1, 1] to [0, 1] as diffusers does, with the value of the clamp and the gradient of the identity."""
     pixels = images * 0.5 + 0.5
     clamped = pixels.clamp(0, 1)
     return clamped.detach() + (pixels - pixels.detach()) if pixels.requires_grad else clamped  # adds exactly 0
 
-
 # pipelines/sampling/sample.py
-
 
 class Sample:
     """Sample that an objective evaluates; `images` and `x0` are computed on first access and cached.
@@ -6588,9 +6185,7 @@ class Sample:
         images = vars(self).get("images")
         return None if images is None else images.detach()
 
-
 # pipelines/objective.py
-
 
 class Objective:
     """A loss of samples: `objective(sample) -> (B,)`, lower is better.
@@ -6618,7 +6213,6 @@ class Objective:
         """Return plain values for the provenance of a result."""
         return type(self).__name__
 
-
 class FunctionObjective(Objective):
     """An objective from a function `(sample) -> (B,)`."""
 
@@ -6630,7 +6224,6 @@ class FunctionObjective(Objective):
 
     def describe(self) -> str:
         return getattr(self.function, "__name__", type(self.function).__name__)
-
 
 class RewardObjective(Objective):
     """The negative weighted sum of rewards of the images: `−Σᵢ λᵢ·rewardᵢ(images, prompts)`.
@@ -6663,9 +6256,7 @@ class RewardObjective(Objective):
     def describe(self) -> dict[str, Any]:
         return self.rewards.describe()
 
-
 # pipelines/problem.py
-
 
 @dataclasses.dataclass(eq=False)
 class NoiseProblem:
@@ -6698,7 +6289,6 @@ class NoiseProblem:
         """One seed per image, a function of the bits of its base noise: independent of the rest of the batch."""
         return [seed_from(noise) for noise in self.noise]
 
-
 class CandidateNoise:
     """A stream of fresh noise for a problem, drawn by its noise sampler.
 
@@ -6720,16 +6310,13 @@ class CandidateNoise:
         draws = [torch.rand((), generator=stream, dtype=torch.float64) for stream in self.streams]
         return torch.stack(draws).to(self.like.device)
 
-
 def seed_from(noise: torch.Tensor) -> int:
     """Hash the values of a noise to a 62-bit seed."""
     bits = noise.detach().flatten().cpu().to(torch.float32).view(torch.int32).to(torch.int64)
     weights = torch.arange(1, len(bits) + 1).mul(0x9E3779B97F4A7C15 - 2**64)  # odd multiples spread over 64 bits
     return int((bits * weights).sum().item()) & (2**62 - 1)
 
-
 # pipelines/method.py
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NoiseOptimizer:
@@ -6847,7 +6434,6 @@ class NoiseOptimizer:
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {name: value for name, value in values.items() if isinstance(value, bool | int | float | str | None)}
 
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RewardOptimizer(NoiseOptimizer):
     """Base class of methods that maximize the weighted sum of rewards of each image.
@@ -6862,9 +6448,7 @@ class RewardOptimizer(NoiseOptimizer):
     def objective(self, pipe) -> Objective:
         return RewardObjective(self.load_rewards(pipe, self.rewards))
 
-
 # pipelines/noise_math.py
-
 
 @dataclasses.dataclass(frozen=True)
 class ChiPrior:
@@ -6891,29 +6475,24 @@ class ChiPrior:
         norm = per_sample_norm(noise)
         return self.weight * (norm.square() / 2 - (noise[0].numel() - 1) * norm.log())
 
-
 def per_sample_norm(noise: torch.Tensor) -> torch.Tensor:
     """Return the L2 norms `(B,)` of `(B, ...)`, in float32 or better: bfloat16 numbers near 256 are 2 apart."""
     return noise.flatten(1).to(torch.promote_types(noise.dtype, torch.float32)).norm(dim=1)
 
-
 def per_image(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """Reshape `(B,)` values so that they broadcast over `like` `(B, ...)`."""
     return values.view(-1, *[1] * (like.ndim - 1))
-
 
 def clip_per_sample(gradient: torch.Tensor, max_norm: float) -> torch.Tensor:
     """Clip each sample of `(B, ...)` to an L2 norm, with the formula of `torch.nn.utils.clip_grad_norm_`."""
     factor = (max_norm / (per_sample_norm(gradient) + 1e-6)).clamp(max=1)
     return gradient * per_image(factor, gradient)
 
-
 def unit(direction: torch.Tensor) -> torch.Tensor:
     """Scale each sample of `(B, ...)` to length 1; a zero sample stays zero. Safe for very small gradients."""
     largest = direction.flatten(1).abs().amax(1)
     scaled = direction / per_image(largest.clamp_min(torch.finfo(direction.dtype).tiny), direction)
     return scaled / per_image(per_sample_norm(scaled).clamp_min(1), scaled)
-
 
 def displacement(noise: torch.Tensor, sigma: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
     """Return `v = (√(1−γ) − 1)·z + √γ·σ`, the change of `noise` z when `sigma` is mixed into it.
@@ -6928,19 +6507,15 @@ def displacement(noise: torch.Tensor, sigma: torch.Tensor, gamma: torch.Tensor) 
     gamma = per_image(gamma, noise)
     return ((1 - gamma).sqrt() - 1) * noise + gamma.sqrt() * sigma
 
-
 def sets(groups: Sequence[int]) -> Iterator[torch.Tensor]:
     """Yield the rows of each group of samples, one index tensor per group, in the order of the group numbers."""
     labels = torch.tensor(groups)
     for group in sorted(set(groups)):
         yield (labels == group).nonzero().flatten()
 
-
 # pipelines/results/frequency_bands.py
 
-
 BANDS = ("lowest third", "middle third", "highest third")
-
 
 def band_energies(change: torch.Tensor) -> torch.Tensor:
     """Return the squared norm of `change` (B, ..., H, W) in each third of the frequencies, `(B, 3)`.
@@ -6950,7 +6525,6 @@ def band_energies(change: torch.Tensor) -> torch.Tensor:
     """
     power = torch.fft.fft2(change, norm="ortho").abs().square().flatten(1, -3).sum(1)
     return (power[:, None] * frequency_bands(*change.shape[-2:]).to(power)).sum((-2, -1))
-
 
 @functools.cache
 def frequency_bands(height: int, width: int) -> torch.Tensor:
@@ -6966,9 +6540,7 @@ def frequency_bands(height: int, width: int) -> torch.Tensor:
     third = (3 * radius / radius.max().clamp_min(1e-12)).long().clamp(max=2)
     return torch.stack([third == band for band in range(3)])
 
-
 # pipelines/results/atomic_write.py
-
 
 def atomic_write(path: Path, write: Callable[[Path], Any]) -> None:
     """Write a file atomically: `write(temporary)` writes a temporary file, which then replaces `path`.
@@ -6983,14 +6555,11 @@ def atomic_write(path: Path, write: Callable[[Path], Any]) -> None:
         temporary.unlink(missing_ok=True)
         raise
 
-
 def temporary_path(path: Path) -> Path:
     """Return the path of the temporary file: in the same folder, with the same suffix."""
     return path.with_name(f".part-{path.name}")
 
-
 # pipelines/results/result_file.py
-
 
 RESULT_FORMAT = "noiseopt-result-1"
 RESULT_HEADER = {"format": str, "provenance": dict, "generator_devices": list, "reports": dict}
@@ -7007,10 +6576,8 @@ TORCH_FILES = (b"PK\x03\x04", *(b"\x80" + bytes([protocol]) for protocol in rang
 Header = dict[str, Any]
 Tensors = dict[str, torch.Tensor]
 
-
 class UnusableResult(Exception):
     """Reason why a file is unusable, phrased to follow its name."""
-
 
 def write_result_file(path: Path, tensors: Tensors, header: Header) -> None:
     """Write tensors and header atomically; the format is added to the header."""
@@ -7019,7 +6586,6 @@ def write_result_file(path: Path, tensors: Tensors, header: Header) -> None:
     copies = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(path, lambda temporary: save_file(copies, temporary, metadata=metadata))
-
 
 def read_result_file(path: Path) -> tuple[Header, Tensors]:
     """Read a file of `write_result_file` to the CPU. Nothing is unpickled.
@@ -7036,7 +6602,6 @@ def read_result_file(path: Path) -> tuple[Header, Tensors]:
         raise ValueError(f"Expected a file that `NoiseResult.save` wrote, but {path} {problem}.") from None
     return header, tensors
 
-
 def read_checked(path: Path) -> tuple[Header, Tensors]:
     if not path.is_file():
         raise UnusableResult("is a folder" if path.is_dir() else "is not a regular file")
@@ -7052,7 +6617,6 @@ def read_checked(path: Path) -> tuple[Header, Tensors]:
     check_provenance(header["provenance"], tensors)
     return header, tensors
 
-
 def unreadable_reason(path: Path, error: Exception) -> str:
     """Return the reason why a file cannot be read, from its first bytes."""
     with path.open("rb") as file:
@@ -7062,7 +6626,6 @@ def unreadable_reason(path: Path, error: Exception) -> str:
     if start.startswith(TORCH_FILES) and isinstance(error, SafetensorError):
         return "is a pickle or a file of `torch.save`, which can run arbitrary code and is not loaded"
     return f"is not a complete safetensors file ({str(error).strip().partition(chr(10))[0].rstrip('.')})"
-
 
 def parsed_header(metadata: dict[str, str]) -> Header:
     try:
@@ -7083,7 +6646,6 @@ def parsed_header(metadata: dict[str, str]) -> Header:
         raise UnusableResult(f"has metadata that is missing or of the wrong type: {brief(wrong)}")
     return header
 
-
 def check_names(names: set[str], header: Header) -> None:
     """Require the tensors of a result, with one state for each random stream."""
     streams = {f"{PER_STREAM}{index}" for index in range(len(header["generator_devices"]))}
@@ -7092,7 +6654,6 @@ def check_names(names: set[str], header: Header) -> None:
     known = {*RESULT_TENSORS, *LATER_TENSORS, *streams}
     if unknown := sorted(name for name in names - known if not name.startswith(PER_SCORE)):
         raise UnusableResult(f"has unknown tensors {brief(unknown)}")
-
 
 def check_tensors(tensors: Tensors) -> None:
     """Require dtypes and shapes that agree on the number of images and steps, and finite noise."""
@@ -7115,12 +6676,10 @@ def check_tensors(tensors: Tensors) -> None:
         raise UnusableResult(f"has latents of shape {tuple(latents.shape)} for noise of {tuple(noise.shape)}")
     check_values(tensors, steps[0])
 
-
 def dtypes_of(name: str) -> tuple[torch.dtype, ...]:
     if name == "best_step":
         return (torch.int64,)
     return NOISE_DTYPES if name in ("noise", "initial_noise") else FLOAT_DTYPES
-
 
 def check_values(tensors: Tensors, steps: int) -> None:
     """Require finite noise and latents, and best steps in range. (Losses of a stopped sample are NaN.)"""
@@ -7130,7 +6689,6 @@ def check_values(tensors: Tensors, steps: int) -> None:
     best = tensors["best_step"]
     if best.min() < 0 or best.max() >= steps:
         raise UnusableResult(f"has best steps {brief(best.tolist())} out of {steps} steps")
-
 
 def check_streams(tensors: Tensors, header: Header) -> None:
     """Require one random stream, or one for each image, with valid generator states."""
@@ -7142,7 +6700,6 @@ def check_streams(tensors: Tensors, header: Header) -> None:
         state = tensors[f"{PER_STREAM}{index}"]
         if not isinstance(device, str) or not fits_generator(device, state):
             raise UnusableResult(f"has a generator state that is invalid on {device!r}")
-
 
 def fits_generator(device: str, state: torch.Tensor) -> bool:
     """Return whether a state is valid for a type of device, which need not be available."""
@@ -7157,14 +6714,12 @@ def fits_generator(device: str, state: torch.Tensor) -> bool:
         return False
     return True
 
-
 def is_device(name: str) -> bool:
     """Return whether torch knows a type of device, which need not be available."""
     try:
         return torch.device(name).index is None
     except RuntimeError:
         return False
-
 
 def check_provenance(provenance: dict[str, Any], tensors: Tensors) -> None:
     """Require the types and lengths that `provenance_of` writes for those entries that are present."""
@@ -7182,15 +6737,12 @@ def check_provenance(provenance: dict[str, Any], tensors: Tensors) -> None:
     if wrong:
         raise UnusableResult(f"has a provenance whose {brief(wrong)} does not match its noise")
 
-
 def brief(values: list[Any]) -> str:
     """Return the first few values as text of limited length, since the file is untrusted."""
     text = ", ".join(str(value) for value in values[:5])
     return text if len(text) <= 200 else text[:200] + "…"
 
-
 # pipelines/results/noise_result.py
-
 
 @dataclasses.dataclass(eq=False, repr=False)
 class NoiseResult:
@@ -7301,12 +6853,9 @@ class NoiseResult:
         records = {name: header[name] for name in ("provenance", "reports")}
         return cls(**tensors, **records, scores=scores, generator_states=states)
 
-
 # pipelines/results/noise_file.py
 
-
 SECONDS_BETWEEN_WRITES = 10.0
-
 
 class NoiseFile:
     """File of the best noise so far, written atomically from the first step on.
@@ -7346,9 +6895,7 @@ class NoiseFile:
         except Exception as error:
             warnings.warn(f"The noise found so far cannot be written to {self.path}: {error}", stacklevel=2)
 
-
 # pipelines/results/provenance.py
-
 
 def provenance_of(problem: NoiseProblem, objective: Objective, state: NoiseState) -> dict[str, Any]:
     """Return the provenance of a result as JSON values, without the method and its settings."""
@@ -7375,7 +6922,6 @@ def provenance_of(problem: NoiseProblem, objective: Objective, state: NoiseState
         "versions": {"python": platform.python_version(), **versions},
     }
 
-
 def plain(values: dict[str, Any]) -> dict[str, Any]:
     """Return the entries that are JSON scalars or lists of them; tuples become lists."""
     scalar = (bool, int, float, str, type(None))
@@ -7386,7 +6932,6 @@ def plain(values: dict[str, Any]) -> dict[str, Any]:
         if isinstance(value, scalar) or isinstance(value, list) and all(isinstance(item, scalar) for item in value)
     }
 
-
 def revision_of(pipe) -> str | None:
     """Return the commit of the Hub snapshot that the modules were loaded from, if any."""
     for component in pipe.components.values():
@@ -7394,9 +6939,7 @@ def revision_of(pipe) -> str | None:
             return match[1]
     return None
 
-
 # pipelines/loop.py
-
 
 def optimize(
     method: NoiseOptimizer,
@@ -7429,7 +6972,6 @@ def optimize(
         loop.rescue(error)
         raise
 
-
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class StepRow:
     """The record of a step: `(B,)` losses and norms, `(B, 3)` energies by band, and `(B,)` for each score."""
@@ -7438,7 +6980,6 @@ class StepRow:
     norm: torch.Tensor
     bands: torch.Tensor
     scores: dict[str, torch.Tensor]
-
 
 class OptimizationLoop:
     """One run of a method. See `optimize`."""
@@ -7653,7 +7194,6 @@ class OptimizationLoop:
             initial_images=self.full_decoder_images.get("initial", self.initial_images),
         )
 
-
 def chunk_size_of(method: NoiseOptimizer, problem: NoiseProblem) -> int | None:
     """Return the number of images in memory at a time; `None` for the whole batch.
 
@@ -7686,23 +7226,18 @@ def chunk_size_of(method: NoiseOptimizer, problem: NoiseProblem) -> int | None:
             break
     return size
 
-
 # pipelines/registry.py
-
 
 METHODS: Registry[type[NoiseOptimizer]] = Registry("method")
 MethodT = TypeVar("MethodT", bound=type)
-
 
 def register_method(name: str) -> Callable[[MethodT], MethodT]:
     """Return a class decorator that registers a method under a name. Raises `ValueError` if the name is taken."""
     return METHODS.register(name)
 
-
 def list_methods() -> list[str]:
     """Return the method names that `optimize_noise` and every pipeline class take."""
     return METHODS.names()
-
 
 def as_method(method: Any, settings: Mapping[str, Any] | None = None) -> NoiseOptimizer:
     """Return a method given by name and settings, or a method object as it is.
@@ -7721,9 +7256,7 @@ def as_method(method: Any, settings: Mapping[str, Any] | None = None) -> NoiseOp
         )
     return method
 
-
 # pipelines/request.py
-
 
 def bind_request(pipe, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments of a stock call by name. Raises `TypeError` for an unknown one."""
@@ -7731,13 +7264,11 @@ def bind_request(pipe, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
     extra = bound.pop("kwargs", {})
     return {name: value for name, value in {**bound, **extra}.items() if name != "self"}
 
-
 def check_noise_is_drawn(pipe, request: dict[str, Any]) -> None:
     """Raise `TypeError` or `ValueError` for a pipeline that draws no noise of its own in this call."""
     parameters = inspect.signature(drawing_function(type(pipe))(randn_tensor)).parameters
     if request.get("latents") is not None and "latents" not in parameters:
         raise latents_with_image(pipe)
-
 
 def check_takes_latents(pipe) -> None:
     """Raise `TypeError` for a pipeline that does not take the optimized noise back as `latents`."""
@@ -7749,10 +7280,8 @@ def check_takes_latents(pipe) -> None:
             "it generates the image in the same call."
         )
 
-
 def images_per_prompt(request: dict[str, Any]) -> int:
     return request.get("num_images_per_prompt") or 1
-
 
 def prompts_of(request: dict[str, Any]) -> list[str]:
     """Return the prompt of each image, in the order of the batch; empty strings for a call with embeddings."""
@@ -7763,7 +7292,6 @@ def prompts_of(request: dict[str, Any]) -> list[str]:
         prompt = [""] * len(embeds)  # pyright: ignore[reportArgumentType]
     texts = [prompt] if isinstance(prompt, str) else list(prompt)
     return [text for text in texts for _ in range(images_per_prompt(request))]
-
 
 def reward_prompts_of(
     request: dict[str, Any], reward_prompt: str | Sequence[str] | None, batch: int, required: bool
@@ -7792,7 +7320,6 @@ def reward_prompts_of(
         )
     return texts
 
-
 def groups_of(request: dict[str, Any]) -> list[int]:
     """Return for each image the index of the first prompt, or the first embedding, that equals its own."""
     prompt, embeds = request.get("prompt"), request.get("prompt_embeds")
@@ -7804,7 +7331,6 @@ def groups_of(request: dict[str, Any]) -> list[int]:
         first = [next(i for i, other in enumerate(rows) if torch.equal(row, other)) for row in rows]
     return [group for group in first for _ in range(images_per_prompt(request))]
 
-
 def check_batch(request: dict[str, Any], batch: int) -> None:
     """Raise `ValueError` for `latents` or generators that are not one for each image."""
     latents, generator = request.get("latents"), request.get("generator")
@@ -7814,7 +7340,6 @@ def check_batch(request: dict[str, Any], batch: int) -> None:
         )
     if isinstance(generator, list) and len(generator) != batch:
         raise ValueError(f"Expected one generator for each of {batch} images, but got {len(generator)}.")
-
 
 def noise_sampler_of(
     noise_sampler: NoiseSamplerSpec | None, request: dict[str, Any], groups: list[int]
@@ -7833,7 +7358,6 @@ def noise_sampler_of(
         )
     return found.within(groups) if hasattr(found, "within") else found  # pyright: ignore[reportFunctionMemberAccess]
 
-
 def image_size(pipe, request: dict[str, Any]) -> tuple[int, int] | None:
     """Return height and width of the images in pixels, if they are known before the call."""
     if request.get("height") and request.get("width"):
@@ -7845,7 +7369,6 @@ def image_size(pipe, request: dict[str, Any]) -> tuple[int, int] | None:
     scale = getattr(pipe, "vae_scale_factor", None)
     return (side * scale, side * scale) if isinstance(side, int) and isinstance(scale, int) else None
 
-
 def size_of_input_image(pipe, image: Any) -> tuple[int, int] | None:
     """Return the height and width to which a pipeline resizes an input image, or the first of several."""
     image = image[0] if isinstance(image, list) else image
@@ -7853,13 +7376,10 @@ def size_of_input_image(pipe, image: Any) -> tuple[int, int] | None:
     is_latents = isinstance(image, torch.Tensor) and image.shape[-3] != 3
     return None if size_of is None or is_latents else size_of(image)
 
-
 # pipelines/results/pipeline_code.py
-
 
 DYNAMIC_MODULES = "diffusers_modules."  # the package of what diffusers loads by `custom_pipeline`
 LOCAL_MODULES = DYNAMIC_MODULES + "local"  # the package that all pipelines from local folders share
-
 
 class SavedWithCode:
     """Makes `save_pretrained` and `push_to_hub` write the source of the pipeline and name it in `model_index.json`.
@@ -7915,7 +7435,6 @@ class SavedWithCode:
         index = super()._dict_from_json_file(json_file)  # pyright: ignore[reportAttributeAccessIssue]
         return index | ({"_class_name": cls.__name__} if isinstance(index.get("_class_name"), list) else {})
 
-
 def check_repository(cls: type, repository: str) -> None:
     """Raise `ValueError` for a dot in a repository's name: diffusers makes it a module name with siblings to import."""
     if has_code(cls) and "." in repository:
@@ -7924,14 +7443,12 @@ def check_repository(cls: type, repository: str) -> None:
             "files from there. Choose another name."
         )
 
-
 def dynamic_files(module: str) -> list[Path]:
     """Return the file of a module that diffusers is loading, and that of the bundle if this code is part of one."""
     origins = [str(sys.modules[module].__file__)]
     if __spec__.name.startswith(DYNAMIC_MODULES):
         origins.append(str(__spec__.origin))
     return [Path(origin) for origin in origins]
-
 
 def make_way(module: str, source: str) -> None:
     """Let diffusers load this and the next pipeline from a local folder as if each were the first.
@@ -7948,12 +7465,10 @@ def make_way(module: str, source: str) -> None:
     if __spec__.name.startswith(LOCAL_MODULES):
         sys.modules.pop(__spec__.name, None)
 
-
 def has_code(cls: type) -> bool:
     """Return whether a class was loaded from a file or can be imported, unlike one of a script or a notebook."""
     importable = getattr(sys.modules.get(cls.__module__), cls.__name__, None) is cls and cls.__module__ != "__main__"
     return "_code" in vars(cls) or importable
-
 
 def code_of(cls: type) -> dict[str, str]:
     """Return the source of a class that `has_code`: file name to text.
@@ -7969,16 +7484,12 @@ def code_of(cls: type) -> dict[str, str]:
     docstring = f'"""{name} of the package {package}, which has to be installed."""'
     return {"pipeline.py": f"{docstring}\n\nfrom {cls.__module__} import {name}\n"}
 
-
 # pipelines/hook.py
-
 
 Callbacks = CallbackSpec | Iterable[CallbackSpec] | None
 
-
 class NoiseFound(Exception):
     """Ends a pipeline call once its noise is known, when nobody asked for the final image."""
-
 
 class NoiseDraw:
     """One pipeline call on noise of a noise sampler, without optimization."""
@@ -7994,7 +7505,6 @@ class NoiseDraw:
         """Run the stock method on noise of the sampler."""
         space = LatentSpace(pipe, args, kwargs, self.noise_sampler)
         return space.on(pipe, space.draw_noise)
-
 
 class NoiseRun:
     """One pipeline call under optimization: its request, its encoded prompts, and its result.
@@ -8082,7 +7592,6 @@ class NoiseRun:
                 "did not, and nothing was optimized. Leave out the argument that replaces the noise."
             )
         return self.result
-
 
 class NoiseOptimizationMixin(SavedWithCode):
     """Adds noise optimization to a diffusers text-to-image pipeline, as a hook in `prepare_latents`.
@@ -8199,7 +7708,6 @@ class NoiseOptimizationMixin(SavedWithCode):
         """Return the docstring of `__call__`."""
         return inspect.cleandoc(NoiseOptimizationMixin.__call__.__doc__ or "")
 
-
 def check_nothing_beside(**arguments: Any) -> None:
     """Raise `ValueError` for arguments that mean nothing without a method."""
     if given := [name for name, value in arguments.items() if value is not None]:
@@ -8208,14 +7716,12 @@ def check_nothing_beside(**arguments: Any) -> None:
             "`method` or what the noise is to be optimized for."
         )
 
-
 def has_stock_call(cls: type) -> bool:
     try:
         stock_call(cls)
     except TypeError:
         return False
     return True
-
 
 def call_with_signature(cls: Any) -> Any:
     """Return the inherited `__call__` of a pipeline class, with the signature of the stock class and our parameters."""
@@ -8233,7 +7739,6 @@ def call_with_signature(cls: Any) -> Any:
     __call__.__doc__ = cls.call_documentation()
     return __call__
 
-
 @contextlib.contextmanager
 def hook_on(pipe, run: NoiseRun | NoiseDraw) -> Iterator[None]:
     """Route the prompts and latents of a pipeline's call to a run."""
@@ -8243,14 +7748,12 @@ def hook_on(pipe, run: NoiseRun | NoiseDraw) -> Iterator[None]:
     finally:
         vars(pipe).pop("_noise_run", None)
 
-
 @functools.cache
 def hooked(cls: type) -> type:
     """Return a subclass of a pipeline class with the hook, or the class itself if it has one."""
     if hasattr(cls, "_noise_run"):
         return cls
     return type(cls.__name__, (NoiseOptimizationMixin, cls), {"__module__": cls.__module__})
-
 
 def optimize_noise(
     pipe,
@@ -8302,9 +7805,7 @@ def optimize_noise(
         stock_call(type(pipe))(twin, **request)
     return run.result_of(twin)
 
-
 # pipelines/method_mixin.py
-
 
 class MethodMixin(NoiseOptimizationMixin):
     """Base class of the mixins of one method: `class ReNOMixin(MethodMixin, method=ReNO, arguments=("rewards", …))`.
@@ -8399,21 +7900,17 @@ class MethodMixin(NoiseOptimizationMixin):
         """Return what this pipeline has loaded by name, for its own device or another one."""
         return vars(self).setdefault(attribute if device is None else f"{attribute}_on_{device}", {})
 
-
 def merged_settings(arguments: dict[str, Any], others: Mapping[str, Any] | None) -> dict[str, Any]:
     """Merge settings given as arguments and in `method_kwargs`. Raises `ValueError` for one given in both."""
     if twice := sorted(arguments.keys() & (others or {}).keys()):
         raise ValueError(f"Expected each setting once, but got {twice} as arguments and in `method_kwargs` too.")
     return {**arguments, **(others or {})}
 
-
 # pipelines/reno/views.py
-
 
 VIEW_SHIFT = 0.05  # of the image's side
 VIEW_ZOOM = 0.05
 VIEW_NOISE = 0.03  # standard deviation, pixels in [0, 1]
-
 
 def random_views(images: Tensor, count: int, seeds: Sequence[int]) -> Iterator[Tensor]:
     """Slightly shifted, zoomed and noisy copies of the images, differentiable.
@@ -8440,9 +7937,7 @@ def random_views(images: Tensor, count: int, seeds: Sequence[int]) -> Iterator[T
         moved = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
         yield (moved + VIEW_NOISE * grain.to(images)).clamp(0, 1)
 
-
 # pipelines/reno/objective.py
-
 
 class ViewedRewards(RewardObjective):
     """`RewardObjective` whose gradient is the mean over random views of each image; the value is the image's own.
@@ -8482,14 +7977,11 @@ class ViewedRewards(RewardObjective):
         """The rewards whose weight is not 0."""
         return self.rewards.optimised()
 
-
 # pipelines/reno/method.py
-
 
 RENO_PRIOR = 0.01
 RENO_VIEWS = 4
 RENO_SIZE = 4 * 64 * 64  # entries of the noise for which the paper's learning rate was chosen
-
 
 @dataclasses.dataclass
 class ReNOState:
@@ -8497,7 +7989,6 @@ class ReNOState:
 
     velocity: torch.Tensor
     radius: torch.Tensor
-
 
 @register_method("reno")
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -8570,7 +8061,6 @@ class ReNO(RewardOptimizer):
         scale = 1.0 if self.mode == "parity" else math.sqrt(noise[0].numel() / RENO_SIZE)
         return self.learning_rate * scale
 
-
 def on_released_pixels(rewards: RewardSum) -> RewardSum:
     """Return the rewards, weights shared, on pixels as the released loop makes them once for all rewards.
 
@@ -8585,9 +8075,7 @@ def on_released_pixels(rewards: RewardSum) -> RewardSum:
         twins[name] = twin
     return rewards.like(twins)
 
-
 # pipelines/reno/mixin.py
-
 
 class ReNOMixin(MethodMixin, method=ReNO, arguments=("rewards", "steps", "mode"), target="rewards"):
     """Optimizes the initial noise for rewards in the call of a stock pipeline.
@@ -8600,9 +8088,7 @@ class ReNOMixin(MethodMixin, method=ReNO, arguments=("rewards", "steps", "mode")
         mode: "default", or "parity" for the released loop step by step.
     """
 
-
 # pipelines/cno/contrastive_loss.py
-
 
 def attraction_gamma(size: int, tau: float) -> float:
     """Return the γ at which the strongest attraction equals the strongest repulsion.
@@ -8611,7 +8097,6 @@ def attraction_gamma(size: int, tau: float) -> float:
     https://arxiv.org/abs/2510.03813: 0.878 for 5 images and τ = 0.1, and 1 for two. A smaller γ attracts more.
     """
     return 1 / (tau * math.log(size - 1) + 1)
-
 
 def pooled_directions(x0: torch.Tensor, window_size: int) -> torch.Tensor:
     """Return unit vectors along the channels of a pooled grid, `(B, C, P)` in float32 or better.
@@ -8623,7 +8108,6 @@ def pooled_directions(x0: torch.Tensor, window_size: int) -> torch.Tensor:
     x0 = x0.to(torch.promote_types(x0.dtype, torch.float32)).flatten(1, -3)
     down, across = (min(window_size, side) for side in x0.shape[-2:])
     return F.normalize(F.adaptive_avg_pool2d(x0, (down, across)).flatten(2), dim=1)
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ContrastiveLoss:
@@ -8661,7 +8145,6 @@ class ContrastiveLoss:
             loss = loss + logits.logsumexp(-1)
         return loss.mean(1)
 
-
 class ContrastiveObjective(Objective):
     """`ContrastiveLoss` of the x0 estimates of one model call, separately for each group of images with one prompt.
 
@@ -8697,15 +8180,12 @@ class ContrastiveObjective(Objective):
     def describe(self) -> dict[str, float | int | str | bool]:
         return {**dataclasses.asdict(self.loss), "window_size": self.window_size}
 
-
 def mean_similarity(directions: torch.Tensor) -> torch.Tensor:
     """Return the mean cosine of each image to the B − 1 others, `(B,)` in [-1, 1], of unit vectors `(B, C, P)`."""
     cosines = torch.einsum("icp,jcp->ij", directions, directions) / directions.shape[-1]
     return (cosines.sum(1) - cosines.diagonal()) / (len(directions) - 1)
 
-
 # pipelines/cno/method.py
-
 
 @dataclasses.dataclass
 class CNOState:
@@ -8714,7 +8194,6 @@ class CNOState:
     noise: torch.nn.Parameter
     adam: torch.optim.Adam
     shares: torch.Tensor
-
 
 @register_method("cno")
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -8790,9 +8269,7 @@ class CNO(NoiseOptimizer):
         state.adam.step()
         return state.noise.detach().clone()
 
-
 # pipelines/cno/mixin.py
-
 
 class CNOMixin(MethodMixin, method=CNO, arguments=("steps", "gamma", "gradient")):
     """Optimizes the noises of each prompt's images for diversity in the call of a stock pipeline.
@@ -8807,9 +8284,7 @@ class CNOMixin(MethodMixin, method=CNO, arguments=("steps", "gamma", "gradient")
         gradient: "frozen", the default, as in the paper; "full" differentiates the denoiser as the released code does.
     """
 
-
 # pipelines/noise_diffusion/candidate_choice.py
-
 
 def best_of_pool(
     noise: torch.Tensor, ascent: torch.Tensor, gamma: torch.Tensor, fresh: CandidateNoise, count: int
@@ -8835,12 +8310,10 @@ def best_of_pool(
         best, highest = torch.where(per_image(better, best), sigma, best), torch.where(better, rate, highest)
     return best
 
-
 def ascent_rate(noise: torch.Tensor, ascent: torch.Tensor, gamma: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
     """Return ⟨∇s, v⟩ / ‖v‖², `(B,)`, with ∇s scaled to length 1: gradients of tiny scores underflow in float32."""
     v = displacement(noise, sigma, gamma)
     return (unit(ascent) * v).flatten(1).sum(1) / v.square().flatten(1).sum(1)
-
 
 def guided_gaussian(ascent: torch.Tensor, fresh: CandidateNoise, count: float) -> torch.Tensor:
     """Draw from the distribution of the one of `count` Gaussian noises that has the largest projection on `ascent`.
@@ -8861,12 +8334,9 @@ def guided_gaussian(ascent: torch.Tensor, fresh: CandidateNoise, count: float) -
     shift = projection - (sigma * direction).flatten(1).sum(1)
     return sigma + per_image(shift, sigma) * direction
 
-
 # pipelines/noise_diffusion/unit_score.py
 
-
 SCORE_SLACK = 1e-3  # rounding error of a probability
-
 
 class UnitScore(RewardObjective):
     """Minus the total of rewards, which lies in [0, 1] or is mapped there by `score_range`.
@@ -8929,9 +8399,7 @@ class UnitScore(RewardObjective):
         low, high = score_range or (0.0, 1.0)
         return ((total - low) / (high - low)).clamp(0, 1)
 
-
 # pipelines/noise_diffusion/method.py
-
 
 @register_method("noise_diffusion")
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -9019,7 +8487,6 @@ class NoiseDiffusion(RewardOptimizer):
             sigma = state.fresh.draw()
         return noise + displacement(noise, sigma, gamma)
 
-
 class NoiseDiffusionState:
     """The noise from which each image goes on, with its loss and gradient.
 
@@ -9050,9 +8517,7 @@ class NoiseDiffusionState:
         self.gradient = torch.where(per_image(better, here), here, self.gradient)
         self.loss = torch.where(better, run.loss, self.loss)
 
-
 # pipelines/noise_diffusion/mixin.py
-
 
 class NoiseDiffusionMixin(
     MethodMixin, method=NoiseDiffusion, arguments=("rewards", "steps", "selection"), target="rewards"
@@ -9067,12 +8532,9 @@ class NoiseDiffusionMixin(
         selection: "pool", the default and the paper's, "exact" or "random".
     """
 
-
 # rewards/sets/set_reward_sum.py
 
-
 SetRewardsLike = str | SetReward | nn.Module | Mapping[Any, Any] | Sequence[Any]
-
 
 @dataclass(frozen=True)
 class SetRewardSumOutput:
@@ -9085,7 +8547,6 @@ class SetRewardSumOutput:
 
     total: Tensor
     components: dict[str, Tensor]
-
 
 class SetRewardSum(nn.Module):
     """`sum_i weight_i * set_reward_i(images)`, one number for the whole set, higher is better.
@@ -9280,11 +8741,9 @@ class SetRewardSum(nn.Module):
         """name -> its features and its weight: plain values for the provenance of a result."""
         return {name: {"features": self.features_of[name], "weight": weight} for name, weight in self.weights.items()}
 
-
 def join_features(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Features (B_i, ...) by name of several batches as those (sum of B_i, ...) of one."""
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-
 
 def set_reward_entries(diversity: SetRewardsLike) -> list[tuple[Any, Any, Any]]:
     """Every accepted form of `diversity=` as a list of (set reward, features or None, weight)."""
@@ -9302,7 +8761,6 @@ def set_reward_entries(diversity: SetRewardsLike) -> list[tuple[Any, Any, Any]]:
         raise ValueError("Expected at least one set reward, but got none. Pass for example `diversity={'dpp': 150.0}`.")
     return [with_features(entry) for entry in entries]
 
-
 def with_features(entry: tuple[Any, ...]) -> tuple[Any, Any, Any]:
     """(set reward, weight) or (set reward, features, weight) as the latter."""
     if len(entry) not in (2, 3):
@@ -9311,7 +8769,6 @@ def with_features(entry: tuple[Any, ...]) -> tuple[Any, Any, Any]:
             "`{'dpp': 150.0}`, `{'dpp': ('clip', 150.0)}` or `[('dpp', 'clip', 150.0)]`."
         )
     return entry if len(entry) == 3 else (entry[0], None, entry[1])
-
 
 def check_set_reward_entry(reward: Any, features: Any, weight: Any) -> None:
     """Raise unless `reward` can become a set reward on `features`, and `weight` is a finite number of at least 0."""
@@ -9330,7 +8787,6 @@ def check_set_reward_entry(reward: Any, features: Any, weight: Any) -> None:
             f"mean more diversity. Write `{{'{name}': 150.0}}`, or `{{'{name}': ('clip', 150.0)}}` on other features."
         )
 
-
 def check_set_reward(reward: Any, features: Any) -> None:
     """Raise unless `reward` is a registered name, or a set reward that brings its features."""
     if isinstance(reward, str):
@@ -9345,7 +8801,6 @@ def check_set_reward(reward: Any, features: Any) -> None:
             f"Expected no features beside the set reward '{reward.name}', which brings its own, but got {features!r}. "
             "Leave them out."
         )
-
 
 def build_set_rewards(
     entries: Sequence[tuple[Any, Any, Any]], dtype: torch.dtype | None, device: torch.device | str | None
@@ -9367,9 +8822,7 @@ def build_set_rewards(
         for found, (reward, features, _) in zip(classes, entries, strict=True)
     ]
 
-
 # pipelines/baselines/plain_sampling.py
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlainSampling(NoiseOptimizer):
@@ -9380,9 +8833,7 @@ class PlainSampling(NoiseOptimizer):
     def objective(self, pipe) -> Objective:
         return FunctionObjective(lambda sample: torch.zeros(len(sample.noise), device=sample.noise.device))
 
-
 # pipelines/results/settings_diff.py
-
 
 def plain_description(value: Any) -> Any:
     """Return a setting as a JSON value that is equal for equal settings.
@@ -9404,11 +8855,9 @@ def plain_description(value: Any) -> Any:
         return {field.name: plain_description(getattr(value, field.name)) for field in dataclasses.fields(value)}
     return {"type": type(value).__qualname__, "name": str(getattr(value, "name", getattr(value, "__qualname__", "")))}
 
-
 def tensor_description(tensor: torch.Tensor) -> dict[str, Any]:
     numbers = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
     return {"shape": list(tensor.shape), "dtype": str(tensor.dtype), "sha256": hashlib.sha256(numbers).hexdigest()}
-
 
 def settings_diff(known: Any, given: Any, name: str = "") -> list[str]:
     """Return one sentence for each value in which two nested dictionaries differ."""
@@ -9418,14 +8867,11 @@ def settings_diff(known: Any, given: Any, name: str = "") -> list[str]:
         return [difference for group in found for difference in group]
     return [] if known == given else [f"{name} was {known!r} and is {given!r}"]
 
-
 # pipelines/never_too_late/image_set_folder.py
-
 
 IMAGE_SET_FORMAT = "noiseopt-image-set-1"
 IMAGE_SET_FILE = "image_set.json"
 IMAGE_SET_RECORD = {"prompt": str, "settings": dict, "seeds": list, "values": list}
-
 
 class ImageSetFolder:
     """`image_set.json`, and `image_000.png` and `image_000.safetensors` for each image in it.
@@ -9511,17 +8957,13 @@ class ImageSetFolder:
             "another folder, or grow the set again."
         )
 
-
 def is_row(row: dict[str, Any]) -> bool:
     """Return whether all values of a row are numbers or `None`."""
     return all(value is None or type(value) in (int, float) for value in row.values())
 
-
 # pipelines/never_too_late/quality_guard.py
 
-
 GUARD_REPORT = "quality guard"
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QualityGuard:
@@ -9580,11 +9022,9 @@ class QualityGuard:
             limits = limits.minimum(initial * self.keep)
         return limits if self.threshold is None else limits.clamp(max=self.threshold)
 
-
 def shares_reward(guard: QualityGuard, names: Sequence[str]) -> bool:
     """Return whether a guard means one of the optimized rewards with these names, rather than one of its own."""
     return isinstance(guard.reward, str) and guard.reward in names
-
 
 def as_guards(guard: Any) -> list[QualityGuard]:
     """Return the guards of a `guard` argument.
@@ -9615,7 +9055,6 @@ def as_guards(guard: Any) -> list[QualityGuard]:
         )
     return list(entries)
 
-
 def guard_from(reward: Any, settings: Any) -> QualityGuard:
     known = [field.name for field in dataclasses.fields(QualityGuard) if field.name != "reward"]
     if not isinstance(settings, Mapping):
@@ -9623,7 +9062,6 @@ def guard_from(reward: Any, settings: Any) -> QualityGuard:
     if unknown := sorted(settings.keys() - set(known)):
         raise ValueError(f"Expected settings of a guard out of {known}, but got {unknown}.")
     return QualityGuard(reward=reward, **settings)
-
 
 class GuardedNoise:
     """The noises of a run under guards: which are good, and the noise to which each reverts.
@@ -9677,9 +9115,7 @@ class GuardedNoise:
             "frozen": self.frozen.tolist(),
         }
 
-
 # rewards/sets/hinged_set_reward.py
-
 
 class HingedSetReward(SetReward):
     """The value of another set reward, with its gradient only below `target`.
@@ -9704,9 +9140,7 @@ class HingedSetReward(SetReward):
     def bounds(self, count: int) -> tuple[float, float] | None:
         return self.reward.bounds(count)
 
-
 # pipelines/never_too_late/set_objective.py
-
 
 class SetObjective(Objective):
     """`Σ λ_q·(1 − mean r) − Σ λ_div·v`, or with a hinge `Σ λ_div·max(0, τ_D − v)`, for each set of images of a prompt.
@@ -9850,7 +9284,6 @@ class SetObjective(Objective):
             **{name: values for name, values in targets.items() if values},
         }
 
-
 def hinged(diversity: SetRewardSum, hinge: Mapping[str, float]) -> SetRewardSum:
     """Return the sum with no gradient of a set reward beyond its τ_D."""
     if not hinge:
@@ -9860,7 +9293,6 @@ def hinged(diversity: SetRewardSum, hinge: Mapping[str, float]) -> SetRewardSum:
         for name, reward in zip(diversity.names, diversity.rewards, strict=True)
     ]
     return SetRewardSum(entries)
-
 
 def check_reachable(
     diversity: SetRewardSum, name: str, target: float, count: int, argument: str, unit: float = 1.0
@@ -9875,14 +9307,11 @@ def check_reachable(
             f"{most}, but got {target:.4g}: it can never be reached."
         )
 
-
 # pipelines/never_too_late/method.py
-
 
 TARGETS = ("hinge", "stop_at", "stop_ratio")
 NEVER_TOO_LATE_SIZE = 4 * 4 * 64 * 64  # entries of a set of noises for which the paper's learning rates were chosen
 Targets = float | Mapping[str, float]
-
 
 @register_method("never_too_late")
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -10023,7 +9452,6 @@ class NeverTooLate(NoiseOptimizer):
             )
         return ()
 
-
 class NeverTooLateState:
     """The sets of a run: their momentum, their guard, and their targets.
 
@@ -10090,14 +9518,12 @@ class NeverTooLateState:
             factors[rows] = (max_norm / (norm + 1e-6)).clamp(max=1).to(factors)
         return gradient * per_image(factors, gradient)
 
-
 def weighted_rewards(rewards: Any, guards: Sequence[Any]) -> Any:
     """Return the rewards, or `None` if all have weight 0 and are guarded, so that the guards score them."""
     if rewards is None or any(weight for _, weight in reward_weight_pairs(rewards, None)):
         return rewards
     guarded = [guard.reward for guard in guards]
     return None if all(reward in guarded for reward, _ in reward_weight_pairs(rewards, None)) else rewards
-
 
 def targets_by_name(targets: Targets | None, diversity: Any, argument: str) -> dict[str, float]:
     """Return targets as a dict of numbers by name. Raises `ValueError` for unknown names and for other values."""
@@ -10114,14 +9540,11 @@ def targets_by_name(targets: Targets | None, diversity: Any, argument: str) -> d
             raise ValueError(f"Expected `{argument}` of '{name}' to be a finite number, but got {target!r}.")
     return {name: float(target) for name, target in named.items()}
 
-
 # pipelines/never_too_late/image_set.py
-
 
 OF_THE_SET = ("prompt", "latents", "generator", "num_images_per_prompt", "output_type", "return_dict")
 OF_THE_NOISE = ("height", "width")
 Seeds = int | Sequence[int] | torch.Generator | None
-
 
 @dataclasses.dataclass(eq=False, repr=False)
 class ImageSet:
@@ -10202,7 +9625,6 @@ class ImageSet:
                 "the same, or choose another folder."
             )
 
-
 def grow_set(
     pipe,
     prompt: str,
@@ -10277,7 +9699,6 @@ def grow_set(
         raise
     return found
 
-
 @dataclasses.dataclass
 class SetCall:
     """The call that generates the images of a set, one at a time.
@@ -10335,7 +9756,6 @@ class SetCall:
             "scheduler": {"class": type(scheduler).__name__, **plain(dict(scheduler.config))},
             "dtype": str(pipe.dtype).removeprefix("torch."),
         }
-
 
 class SetGrowth:
     """A growing set: its method, with everything given by name loaded once, and the features of its images so far.
@@ -10403,13 +9823,11 @@ class SetGrowth:
     def join(self, features: Mapping[str, torch.Tensor]) -> None:
         self.known = dict(features) if self.known is None else join_features([self.known, features])
 
-
 def check_count_and_prompt(count: int, prompt: str) -> None:
     if not isinstance(count, int) or isinstance(count, bool) or count < 1:
         raise ValueError(f"Expected `count` to be an integer of 1 or more, but got {count!r}.")
     if not isinstance(prompt, str):
         raise ValueError(f"Expected one prompt for the set, but got {prompt!r}. Grow a set for each prompt.")
-
 
 def check_not_given(arguments: Mapping[str, Any], names: Sequence[str], place: str) -> None:
     if given := sorted(arguments.keys() & set(names)):
@@ -10417,7 +9835,6 @@ def check_not_given(arguments: Mapping[str, Any], names: Sequence[str], place: s
             f"Expected {place} without {given}, which a growing set chooses itself, one image at a time. Leave them "
             "out; pass seeds as `generator=7`."
         )
-
 
 def single_noise_sampler(noise_sampler: NoiseSamplerSpec | None) -> Any:
     """Return a noise sampler. Raises `ValueError` for one that needs several images at a time."""
@@ -10429,7 +9846,6 @@ def single_noise_sampler(noise_sampler: NoiseSamplerSpec | None) -> Any:
             f"Expected a noise sampler that draws one image at a time, but got {noise_sampler!r}. Take 'white' or "
             "'pink' for a growing set."
         ) from error
-
 
 def sequential_method(method: Any, settings: dict[str, Any] | None) -> NoiseOptimizer:
     """Return the method of a growing set. Raises `TypeError` for one without references."""
@@ -10444,12 +9860,10 @@ def sequential_method(method: Any, settings: dict[str, Any] | None) -> NoiseOpti
         )
     return found
 
-
 def sequential_settings(of_diversity: bool) -> dict[str, Any]:
     """Return the paper's settings of `NeverTooLate` for this mode, with `diversity` and its stop rule if requested."""
     diversity = {"diversity": {"dpp": 15.0}, "stop_at": {"dpp": 0.98}} if of_diversity else {}
     return {**diversity, "steps": 25, "learning_rate": 3.0, "max_grad_norm": 0.15}
-
 
 def with_loaded_parts(method: Any, diversity: SetRewardSum, device: Any) -> Any:
     """Return the method with these set rewards, and with rewards and guards loaded once for all images."""
@@ -10465,11 +9879,9 @@ def with_loaded_parts(method: Any, diversity: SetRewardSum, device: Any) -> Any:
         ]
     return dataclasses.replace(method, **loaded)
 
-
 def seed_device(generator: Seeds) -> str:
     """Return the device that draws noise: the CPU, for equal noise on every device, unless a generator has another."""
     return str(generator.device) if isinstance(generator, torch.Generator) else "cpu"
-
 
 def further_seeds(generator: Seeds, count: int, known: Sequence[int]) -> list[int]:
     """Return the seeds of the images that a set lacks.
@@ -10489,7 +9901,6 @@ def further_seeds(generator: Seeds, count: int, known: Sequence[int]) -> list[in
         )
     return seeds[len(known) : count]
 
-
 def seeds_from(generator: Any, count: int, wanted: int) -> list[int]:
     """Return at least `count` different seeds: `wanted` consecutive ones from a given first, or those given."""
     first = generator.initial_seed() if isinstance(generator, torch.Generator) else generator
@@ -10503,7 +9914,6 @@ def seeds_from(generator: Any, count: int, wanted: int) -> list[int]:
         )
     return seeds
 
-
 def begun_set(home: ImageSetFolder, empty: ImageSet) -> ImageSet:
     """Return the set in a folder, if it agrees with an empty one, or the empty one if the folder has no set."""
     if not home.begun:
@@ -10513,13 +9923,11 @@ def begun_set(home: ImageSetFolder, empty: ImageSet) -> ImageSet:
     found.check_agrees(empty.prompt, empty.settings, home.path)
     return found
 
-
 def pixels_of(picture: Image.Image) -> torch.Tensor:
     """Convert an RGB image to `(1, 3, H, W)` in [0, 1], float32."""
     width, height = picture.size
     pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(1, height, width, 3)
     return pixels.permute(0, 3, 1, 2).contiguous().float() / 255
-
 
 def without_images(result: NoiseResult) -> NoiseResult:
     """Return a result on the CPU without its images, as a saved result is."""
@@ -10527,20 +9935,16 @@ def without_images(result: NoiseResult) -> NoiseResult:
     scores = {name: values.cpu() for name, values in result.scores.items()}
     return dataclasses.replace(result, **named, scores=scores, images=None, initial_images=None)
 
-
 def baseline_scores_of(result: NoiseResult) -> dict[str, torch.Tensor]:
     """Return by name the scores `(B,)` of the baseline with the pipeline's own decoder."""
     if (report := result.reports.get(FULL_DECODER)) is None:
         return result.initial_scores
     return {name: torch.tensor(values) for name, values in report["initial_scores"].items()}
 
-
 def item_or_none(value: torch.Tensor | None) -> float | None:
     return None if value is None else float(value)
 
-
 # pipelines/never_too_late/mixin.py
-
 
 class NeverTooLateMixin(
     MethodMixin,

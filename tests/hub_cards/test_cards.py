@@ -158,6 +158,8 @@ def test_generated_lines_are_few(root):
     copies = sorted((root / "hub_cards").glob(f"*/{build.BUNDLE}"))
     assert [copy.parent.name for copy in copies] == sorted(card.name for card in build.CARDS)
     assert {os.readlink(copy) for copy in copies} == {f"../{build.BUNDLE}"}
+    generated = [root / "hub_cards" / build.BUNDLE, *(root / "hub_cards").glob("*/README.md")]
+    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in generated) <= 13_000
 
 
 def test_bundle_imports_declared_packages_only(bundle, dependencies):
