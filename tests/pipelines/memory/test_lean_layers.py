@@ -101,8 +101,8 @@ def test_silu_of_anything_else_is_stock():
 
 def test_silu_of_a_normalization_that_was_written_to_is_stock():
     class Shifted(nn.Sequential):
-        def forward(self, x):
-            return self[1](self[0](x).add_(1))
+        def forward(self, input):
+            return self[1](self[0](input).add_(1))
 
     assert_same(layer(Shifted(nn.GroupNorm(2, 4), nn.SiLU())), drawn(2, 4, 5, 6))
 
