@@ -257,9 +257,7 @@ def test_auto_takes_the_first_policy_whose_graph_takes_half_of_what_is_free(monk
     kept, plain, plain_calls = counted(pipe, checkpointing="none", **arguments)
     assert method.policies == [expected] * 3 and result.provenance["checkpointing"] == expected
     assert result.provenance["settings"]["checkpointing"] == "auto" and settings_of(pipe) == before
-    assert len(asked) == min(
-        2, POLICIES.index(expected) + 1
-    )  # measured in the first step only, without the last policy
+    assert len(asked) == min(2, POLICIES.index(expected) + 1)  # in the first step only, without the last policy
     assert torch.equal(result.images, plain.images)
     assert relative(method.gradients[1], kept.gradients[1]) < 1e-5
     if expected == "none":
