@@ -42,7 +42,8 @@ def weights_elsewhere(module: torch.nn.Module) -> torch.nn.Module:
     """Move all weights of a module to `OTHER`, in place."""
     for part in module.modules():
         for table in (part._parameters, part._buffers):
-            table.update({name: elsewhere(each.detach()) for name, each in table.items() if each is not None})  # pyright: ignore
+            moved_table = {name: elsewhere(each.detach()) for name, each in table.items() if each is not None}
+            table.update(moved_table)  # pyright: ignore[reportCallIssue, reportArgumentType]
     return module
 
 

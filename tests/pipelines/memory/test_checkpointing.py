@@ -245,7 +245,7 @@ def held_by(policy):
 
 
 @pytest.mark.parametrize(
-    "fitting, expected", [("none", "none"), ("blocks", "blocks"), ("steps", "steps"), (None, "steps")]
+    ("fitting", "expected"), [("none", "none"), ("blocks", "blocks"), ("steps", "steps"), (None, "steps")]
 )
 def test_auto_takes_the_first_policy_whose_graph_takes_half_of_what_is_free(monkeypatch, fitting, expected):
     asked = []
@@ -304,7 +304,7 @@ def test_a_number_of_images_at_a_time_is_what_has_to_fit(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "policy, images, size", [("none", 3, None), ("blocks", 3, None), ("steps", 3, None), ("steps", 1, 1)]
+    ("policy", "images", "size"), [("none", 3, None), ("blocks", 3, None), ("steps", 3, None), ("steps", 1, 1)]
 )
 def test_two_automatics_cut_the_batch_last(monkeypatch, policy, images, size):
     monkeypatch.setattr(FREE_FOR_CHUNKS, lambda device: int(2.1 * images * held_by(policy)))

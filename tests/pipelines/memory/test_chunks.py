@@ -267,7 +267,7 @@ def per_image_arguments():
             ("cross_attention_kwargs", {"boxes": pictures})]  # fmt: skip
 
 
-@pytest.mark.parametrize("name, value", per_image_arguments())
+@pytest.mark.parametrize(("name", "value"), per_image_arguments())
 def test_what_cannot_be_told_apart_is_refused_by_name(name, value):
     layout = BatchLayout({"prompt": "a", "num_images_per_prompt": 4, name: value}, 4)
     with pytest.raises(ValueError, match=f"`{name}`.*chunk_size=None"):

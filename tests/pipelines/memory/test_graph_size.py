@@ -38,7 +38,7 @@ def test_parameters_are_left_out_and_gradients_are_unchanged():
 
 
 @pytest.mark.parametrize(
-    "free, expected",
+    ("free", "expected"),
     [(2 * 8000 * 8, None), (2 * 8000 * 8 - 1, 7), (2 * 8000 * 3, 3), (100, 1), (0, 1)],
 )
 def test_auto_fills_half_of_what_is_free(free, expected):
@@ -79,7 +79,7 @@ class Watching(NoiseOptimizer):
         return run.noise
 
 
-@pytest.mark.parametrize("free, size", [(0, 1), (2**40, None)])
+@pytest.mark.parametrize(("free", "size"), [(0, 1), (2**40, None)])
 def test_a_run_counts_before_its_first_step(monkeypatch, free, size):
     monkeypatch.setattr("noiseopt.pipelines.loop.free_memory", lambda device: free)
     method = Watching()
@@ -98,7 +98,7 @@ def test_what_one_image_holds_is_a_share_of_what_the_batch_does(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "setting, batch, expected", [(2, 3, 2), (3, 3, None), (4, 3, None), (None, 3, None), (1, 1, None)]
+    ("setting", "batch", "expected"), [(2, 3, 2), (3, 3, None), (4, 3, None), (None, 3, None), (1, 1, None)]
 )
 def test_numbers_stay_and_a_batch_of_one_is_whole(monkeypatch, setting, batch, expected):
     monkeypatch.setattr("noiseopt.pipelines.loop.free_memory", lambda device: 1 / 0)

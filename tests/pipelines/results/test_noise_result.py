@@ -86,8 +86,8 @@ class Breaks:
 
 @pytest.mark.parametrize("how", ["reward", "gradient"])
 def test_numbers_that_are_none_stop_the_run_and_keep_the_best(how):
+    method = ReNO(rewards=Breaks(how), steps=6, views=0)
     with pytest.warns(UserWarning, match="best"):
-        method = ReNO(rewards=Breaks(how), steps=6, views=0)
         result = optimize_noise(tiny_pipeline("sd"), "a", method, generator=generator(), **ARGUMENTS)
     assert result.provenance["stopped"] == f"non-finite {how}"
     assert result.noise.isfinite().all() and result.best_loss.item() == result.losses.min().item()

@@ -57,7 +57,7 @@ def test_a_pipeline_draws_the_noise_of_the_sampler(family, spec):
     sampler, arguments = as_noise_sampler(spec), call_arguments(family)
     result = base_noise(family, spec, generator=generator(3))
     plain = base_noise(family, None, generator=generator(3))
-    torch.testing.assert_close(result.noise, sampler.color(plain.noise), rtol=0, atol=1e-6)  # pyright: ignore
+    torch.testing.assert_close(result.noise, sampler.color(plain.noise), rtol=0, atol=1e-6)  # pyright: ignore[reportFunctionMemberAccess]
     stock = draw(tiny_pipeline(family), latents=result.latents, generator=result.generator(), **arguments)
     alone = draw(with_hook(family), noise_sampler=spec, generator=generator(3), **arguments)
     assert torch.equal(alone, stock) and torch.equal(result.initial_images, stock)
@@ -125,7 +125,7 @@ def test_an_optimizer_starts_from_the_sampler_and_a_redraw_is_its_best(family):
 
 @pytest.mark.parametrize("seeded", [True, False])
 def test_a_stochastic_sampler_sees_the_stream_that_the_draw_left(seeded):
-    """This includes functions that draw more numbers than the noise."""
+    """Functions may draw more numbers than the noise."""
 
     def wasteful(shape, generator, device, dtype):
         torch.randn(7, generator=generator)
