@@ -115,7 +115,7 @@ def test_old_unchanged_and_too_little_are_refused(results, tmp_path):
     assert "did not store it" in refused([old, *output])
     noise = NoiseResult.load(results / "reno.safetensors").initial_noise
     same = changed(results, tmp_path / "same.safetensors", noise=noise)
-    assert "nothing to plot" in refused([same, *output])
+    assert "Expected a noise that changed" in refused([same, *output])
     assert "fewer rings" in refused([str(results / "reno.safetensors"), "--rings", "40", *output])
     assert not (tmp_path / "out").exists()
 

@@ -37,10 +37,10 @@ def test_rows_are_what_is_compared():
 
 
 def test_a_row_is_marked_where_it_optimises_the_tower():
-    assert Row("white", "plain").optimised == () == Row("white", "soft colors").optimised
-    assert "DINO" in Row("white", "dpp").optimised and "DINO" in Row("pink", "group of 64").optimised
-    assert Row("pink", "pairwise clip").optimised == ("clip",)
-    assert Row("pink", "tiny L2").optimised == ("pixels",)
+    assert Row("white", "plain").optimized == () == Row("white", "soft colors").optimized
+    assert "DINO" in Row("white", "dpp").optimized and "DINO" in Row("pink", "group of 64").optimized
+    assert Row("pink", "pairwise clip").optimized == ("clip",)
+    assert Row("pink", "tiny L2").optimized == ("pixels",)
 
 
 def test_objectives_pull_alike():

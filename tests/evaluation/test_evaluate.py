@@ -128,7 +128,7 @@ def test_it_goes_on_where_it_was_interrupted_with_the_same_table(alone, prompts,
     with monkeypatch.context() as interruption, pytest.raises(SystemExit) as ended:
         interruption.setattr(Unit, "save", interrupted)
         main(command(tmp_path / "folder", prompts))
-    assert ended.value.code == 130 and "the same command goes on" in capsys.readouterr().err
+    assert ended.value.code == 130 and "the same command continues" in capsys.readouterr().err
     assert len(units(tmp_path / "folder")) == 3 and not (tmp_path / "folder" / "table.md").exists()
     main(command(tmp_path / "folder", prompts))
     assert len(measured) == 4 + UNITS - 3 and set(measured[:3]).isdisjoint(measured[4:])
@@ -202,7 +202,7 @@ def test_models_and_prompts_of_the_real_world(tmp_path, capsys):
         (["--model", "trubo"], "Expected a model out of turbo"),
         (["--method", "renoir"], "Expected a method out of"),
         (["--method", "reno:step=2"], "Expected settings of reno out of steps"),
-        (["--method", "reno:learning_rate=-1"], "Expected learning_rate >= 0"),
+        (["--method", "reno:learning_rate=-1"], "Expected `learning_rate`"),
         (["--reward", "clipscor"], "Did you mean 'clipscore'"),
         (["--reward", "red=many"], "Expected a reward as NAME or NAME=WEIGHT"),
         (["--reward", "red=-1"], "Expected weights above 0"),

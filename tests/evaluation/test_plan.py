@@ -116,7 +116,7 @@ def test_the_world_says_the_category_where_the_source_does_not():
         ({"watched": ("clip",)}, "Expected each reward once"),
         ({"watched": ("clipscor",)}, "Did you mean 'clipscore'"),
         ({"features": "dino"}, "Expected a feature map out of .*but got 'dino'. Did you mean"),
-        ({"features": "tiny_image"}, "compared by their cosine.*'tiny_image' are made for the l2 distance"),
+        ({"features": "tiny_image"}, "compared by cosine.*'tiny_image' uses the l2 distance"),
         ({"references": "no such folder"}, "Expected a folder of images"),
         ({"device": "abacus"}, "Expected a device that this machine has, but got 'abacus'"),
         ({"prompts": PromptSet("none", ())}, "Expected at least one prompt"),
