@@ -18,6 +18,7 @@ import copy
 import ctypes
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import statistics
@@ -79,7 +80,7 @@ class Watch:
 
     def seconds(self) -> dict[str, float]:
         """The median time between evaluations, by clock."""
-        steps = {name: zip(times, times[1:], strict=False) for name, times in self.times.items()}
+        steps = {name: itertools.pairwise(times) for name, times in self.times.items()}
         return {name: statistics.median(after - before for before, after in pairs) for name, pairs in steps.items()}
 
 

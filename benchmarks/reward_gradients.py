@@ -46,13 +46,13 @@ def build_reward(size: str, seed: int) -> CLIPScore:
 def naive(rewards: RewardSum, images: torch.Tensor) -> torch.Tensor:
     """One graph of all rewards, and one backward pass."""
     total = sum(w * r(images, PROMPT) for w, r in zip(rewards.weights.values(), rewards.rewards, strict=True))
-    return torch.autograd.grad(total.sum(), images)[0]  # pyright: ignore
+    return torch.autograd.grad(total.sum(), images)[0]  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def naive_with_text(rewards: RewardSum, images: torch.Tensor) -> torch.Tensor:
     """Like `naive`, but encoding the prompt each time, as loops that call the whole model do."""
     for reward in rewards.rewards:
-        reward.prompt_features.clear()  # pyright: ignore
+        reward.prompt_features.clear()  # pyright: ignore[reportAttributeAccessIssue,reportCallIssue]
     return naive(rewards, images)
 
 

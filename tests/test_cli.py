@@ -1,4 +1,4 @@
-"""The command line: what `noiseopt demo` writes and says, and how it refuses what it cannot do."""
+"""The command line: the output of `noiseopt demo`, and its errors."""
 
 import contextlib
 import dataclasses
@@ -30,7 +30,7 @@ PROMPT = "a red circle left of a blue star"
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory) -> tuple[Path, str]:
-    """The folder that a short demo wrote to, and what it printed."""
+    """The output folder of a short demo, and the printed text."""
     folder, printed = tmp_path_factory.mktemp("demo") / "new" / "folder", io.StringIO()
     with contextlib.redirect_stdout(printed):
         main(["demo", "--steps", "2", "--seed", "3", "--prompt", PROMPT, "--output", str(folder)])
@@ -89,7 +89,7 @@ def test_demo_of_a_method_of_sets_with_rewards(tmp_path, capsys):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Neighbours(NoiseOptimizer):
-    """Mixes the noises of a set, without looking at images, and returns the last."""
+    """Mixes the noises of a set without evaluating images, and returns the last."""
 
     steps: int = 3
     gradient: Gradient = None
@@ -108,7 +108,7 @@ def neighbours(monkeypatch):
 
 
 def test_method_without_rewards_gets_sets(neighbours):
-    """Images that the method did not draw are those that the stock pipeline draws from its noise."""
+    """Images that the method did not sample are those of the stock pipeline from its noise."""
     prompts = [PROMPT, "two green circles"]
     story = optimize_and_judge(Choice.of("neighbours"), prompts, seed=3)
     assert story.prompts == [PROMPT] * SET + ["two green circles"] * SET
@@ -127,7 +127,7 @@ def test_method_without_rewards_gets_sets(neighbours):
 
 
 def test_ctrl_c_ends_the_demo_without_a_traceback(neighbours, monkeypatch, tmp_path):
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored by what is started in the background
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # background processes ignore it
     monkeypatch.setattr(Neighbours, "step", lambda *_: signal.raise_signal(signal.SIGINT))
     try:
         with pytest.raises(SystemExit) as ended:

@@ -1,4 +1,4 @@
-"""`noiseopt analyze`, from saved results to table, numbers and figures, and how it refuses what it cannot read."""
+"""`noiseopt analyze`, from saved results to table, numbers and figures, and its errors."""
 
 import contextlib
 import io
@@ -37,7 +37,7 @@ def results(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def analyzed(results, tmp_path_factory) -> tuple[Path, str]:
-    """The folder that the command wrote to, and what it printed."""
+    """The output folder and the printed text."""
     folder, printed = tmp_path_factory.mktemp("output") / "new", io.StringIO()
     with contextlib.redirect_stdout(printed):
         main(["analyze", str(results), "--draw", "--output", str(folder)])

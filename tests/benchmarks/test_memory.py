@@ -1,4 +1,4 @@
-"""What is kept for a gradient: the table is arithmetic, and a short run has every row, less memory and one gradient."""
+"""The memory benchmark: the arithmetic of the table, and a short run with less memory and one gradient in every row."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The command from end to end: its files, going on after an interruption, two processes, and other people's models."""
+"""The command end to end: its files, resuming, two processes, and other models."""
 
 import argparse
 import contextlib
@@ -42,7 +42,7 @@ def prompts(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory, prompts) -> tuple[Path, str]:
-    """The folder of an evaluation by one process, and what it printed."""
+    """The folder of a single-process evaluation, and the printed text."""
     folder, printed = tmp_path_factory.mktemp("alone") / "new" / "folder", io.StringIO()
     with contextlib.redirect_stdout(printed):
         main(command(folder, prompts))
@@ -181,10 +181,8 @@ def test_models_and_prompts_of_the_real_world(tmp_path, capsys):
         Image.fromarray(noise.numpy()).save(tmp_path / "references" / f"{index}.png")
     options = ["--call", "num_inference_steps=1,guidance_scale=0.0,height=32,width=32", "--watch", "red"]
     options += ["--reward", f"{reward}=2", "--features", reward, "--references", str(tmp_path / "references")]
-    main(
-        ["evaluate", "--model", str(tmp_path / "model"), "--prompts", str(tmp_path / "prompts.jsonl"), *options]
-        + ["--method", "reno:steps=2", "--seeds", "2", "--device", "cpu", "--output", str(tmp_path / "out")]
-    )
+    options += ["--method", "reno:steps=2", "--seeds", "2", "--device", "cpu", "--output", str(tmp_path / "out")]
+    main(["evaluate", "--model", str(tmp_path / "model"), "--prompts", str(tmp_path / "prompts.jsonl"), *options])
     assert "takes as long as reno:steps=2" in capsys.readouterr().out
     text = (tmp_path / "out" / "table.md").read_text(encoding="utf-8")
     assert "judge" not in text and "layout" not in text and "Coverage" in text

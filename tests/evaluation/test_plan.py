@@ -1,4 +1,4 @@
-"""What a plan reads from words, and how it refuses what cannot work before any model is loaded."""
+"""Plans parsed from strings, and their errors before any model is loaded."""
 
 import json
 import sys
@@ -222,7 +222,7 @@ def test_a_callback_per_denoising_step_is_a_contender_without_rewards_or_control
 
 
 @pytest.mark.parametrize(
-    "text, message",
+    ("text", "message"),
     [
         ("cads:tau=0.5", "Expected settings of cads out of tau1, tau2, .*, but got 'tau'"),
         ("cads:generator=1", "out of tau1, tau2"),

@@ -1,4 +1,4 @@
-"""The coupling of noises and pictures: it decides what it should and leaves the noise Gaussian."""
+"""The coupling of noises and images: it sets the numbers and keeps the noise Gaussian."""
 
 import torch
 

@@ -22,8 +22,7 @@ Position = tuple[float, float]
 
 
 def mean_pairwise_similarity(features: Tensor) -> Tensor:
-    """Mean cosine over all pairs of different images (MSS in CADS, https://arxiv.org/abs/2310.17347); lower is more
-    diverse.
+    """Mean cosine over all pairs of images (MSS in CADS, https://arxiv.org/abs/2310.17347); lower is more diverse.
 
     Args:
         features: (..., N, D), sets of at least 2 images.
