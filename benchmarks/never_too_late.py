@@ -336,7 +336,7 @@ def report(found: Found) -> str:
         ),
         "Difference of pink to white noise by the same method": table(found, pink, [*diversity, *QUALITY[:2]]),
         "Sweep of α, difference to white noise by the same method": table(found, sweep("white"), SWEPT),
-        "Sweep of α, difference to α = 0, which is white noise standardised": table(found, sweep("α = 0"), SWEPT),
+        "Sweep of α, difference to α = 0, which is white noise standardized": table(found, sweep("α = 0"), SWEPT),
         f"Until the mean {PUBLISHED} distance passes that of group selection from {CANDIDATES}": time_table(found),
     }
     return "\n\n".join(f"{title}\n\n{text}" for title, text in parts.items())

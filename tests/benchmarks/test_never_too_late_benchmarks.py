@@ -36,7 +36,7 @@ def test_rows_are_what_is_compared():
         assert len(never_too_late.sweep(other)) == 14 and set(never_too_late.sweep(other)) < set(names)
 
 
-def test_a_row_is_marked_where_it_optimises_the_tower():
+def test_a_row_is_marked_where_it_optimizes_the_tower():
     assert Row("white", "plain").optimized == () == Row("white", "soft colors").optimized
     assert "DINO" in Row("white", "dpp").optimized and "DINO" in Row("pink", "group of 64").optimized
     assert Row("pink", "pairwise clip").optimized == ("clip",)
@@ -48,7 +48,7 @@ def test_objectives_pull_alike():
     assert max(pulls) == pytest.approx(min(pulls)) == pytest.approx(1.5 * 3.24)
 
 
-def test_group_selection_maximises_what_ours_does(bench):
+def test_group_selection_maximizes_what_ours_does(bench):
     """Σ u + w Σ b over K images is K times `mean u + λ·mean b`, the negative loss of the row `SAME`."""
     ours, group = bench.method(Row("white", never_too_late.SAME)), bench.method(Row("white", "group of 64"))
     generator = torch.Generator().manual_seed(0)

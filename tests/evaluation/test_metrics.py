@@ -241,7 +241,7 @@ def test_size_spread_compares_the_largest_with_the_largest():
     assert math.isnan(size_spread(pictures(first, second), "a green circle"))
 
 
-def test_ground_spread_is_the_distance_of_mean_greys_and_ignores_shapes():
+def test_ground_spread_is_the_distance_of_mean_grays_and_ignores_shapes():
     """Grounds of gray g and g + 0.2: each is 0.1 from the mean in three channels."""
     images = torch.full((2, 3, 64, 64), 0.3)
     images[1] += 0.2
