@@ -75,7 +75,7 @@ def optimize(
     result = optimize_noise(pipe, prompts, method, callbacks=[frames, noises], **call)
     if method.returns == "last":
         noises.noises[-1] = result.noise
-    elif not method.preview and len(frames.images) == len(noises.noises):
+    elif not method.previews and len(frames.images) == len(noises.noises):
         return result, torch.stack([frames.images[step] for step in sorted(frames.images)])
     # the method did not evaluate finished images: sample them; embedded models take unit noise as latents
     again = {**call, "generator": result.generator(), "output_type": "pt"}

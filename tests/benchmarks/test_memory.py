@@ -3,7 +3,7 @@
 import json
 
 import memory  # pyright: ignore[reportMissingImports]
-from memory import Row
+from memory import Row  # pyright: ignore[reportMissingImports]
 
 
 def test_the_table_is_in_multiples_of_keeping_everything():

@@ -9,7 +9,6 @@ import torch
 
 from noiseopt.evaluation.metrics import (
     coverage,
-    density,
     ground_spread,
     layout_spread,
     mean_pairwise_similarity,
@@ -117,11 +116,10 @@ def naive_balls(features: torch.Tensor, references: torch.Tensor, k: int) -> lis
 
 
 @pytest.mark.parametrize("k", [1, 3, 5, 29])
-def test_coverage_and_density_are_their_definitions(k):
+def test_coverage_is_its_definition(k):
     references, features = random_features(30, 3), random_features(20, 3, seed=1) + 0.5
     balls = naive_balls(features, references, k)
     assert float(coverage(features, references, k)) == pytest.approx(sum(map(any, balls)) / 30)
-    assert float(density(features, references, k)) == pytest.approx(sum(map(sum, balls)) / (k * 20))
 
 
 def test_coverage_of_points_on_a_line():
@@ -130,7 +128,6 @@ def test_coverage_of_points_on_a_line():
     assert float(coverage(torch.tensor([[0.5]]), references, k=1)) == 0.5
     assert float(coverage(torch.tensor([[3.0]]), references, k=1)) == 0.25
     assert float(coverage(references, references, k=1)) == 1.0
-    assert float(density(torch.tensor([[0.5], [3.5]]), references, k=1)) == (2 + 2) / 2
 
 
 def test_equals_the_vendi_score_package():
@@ -153,7 +150,6 @@ def test_equals_the_prdc_package(capsys):
         references, features = random_features(40, 6, seed=seed), 0.8 * random_features(25, 6, seed=seed + 10) + 0.3
         theirs = prdc.compute_prdc(references.numpy(), features.numpy(), nearest_k=k)
         assert float(coverage(features, references, k)) == pytest.approx(theirs["coverage"], abs=1e-12)
-        assert float(density(features, references, k)) == pytest.approx(theirs["density"], abs=1e-12)
 
 
 def test_wrong_arguments_are_refused():
@@ -166,7 +162,7 @@ def test_wrong_arguments_are_refused():
     with pytest.raises(ValueError, match="k from 1 to 4, .* but got 5"):
         coverage(torch.zeros(3, 2), torch.zeros(5, 2), k=5)
     with pytest.raises(ValueError, match="same model"):
-        density(torch.zeros(3, 2), torch.zeros(5, 3))
+        coverage(torch.zeros(3, 2), torch.zeros(5, 3))
 
 
 def pictures(*scenes: list[Shape]) -> torch.Tensor:

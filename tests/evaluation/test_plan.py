@@ -60,7 +60,7 @@ def test_a_method_is_built_with_its_settings_and_the_rewards():
     [
         ("renoir", "Expected a method out of .*reno.*, but got 'renoir'"),
         ("reno:step=3", "Expected settings of reno out of steps, chunk_size, .*, but got 'step'"),
-        ("reno:steps=0", "Expected `steps` to be an integer in \[1, inf\)"),
+        ("reno:steps=0", r"Expected `steps` to be an integer in \[1, inf\)"),
         ("reno:rewards=red", "as `--reward`"),
         ("best_of_n:gradient=full", "but got 'gradient'"),
     ],

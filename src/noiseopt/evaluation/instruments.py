@@ -57,7 +57,7 @@ class Instruments:
     def load(cls, plan: Plan, device: torch.device) -> "Instruments":
         """Load the instruments. Raises `ValueError` if a method needs a gradient that a reward does not have."""
         rewards = [(load_reward(name, device), weight) for name, weight in plan.rewards]
-        if any(method.takes_rewards and method.build(rewards).gradient for method in plan.methods):
+        if any(method.takes_rewards and method.build(rewards).gradient_mode for method in plan.methods):
             RewardSum(rewards).check_differentiable()
         watched = [load_reward(name, device) for name in plan.watched]
         return cls(rewards, watched, load_features(plan, device))

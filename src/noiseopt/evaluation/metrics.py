@@ -63,14 +63,6 @@ def coverage(features: Tensor, references: Tensor, k: int = 5) -> Tensor:
     return inside_balls(features, references, k).any(1).double().mean()
 
 
-def density(features: Tensor, references: Tensor, k: int = 5) -> Tensor:
-    """Return the mean number of reference balls that contain an image, divided by k; https://arxiv.org/abs/2002.09797.
-
-    Arguments as for `coverage`. A nonnegative scalar, about 1 for images distributed like the references.
-    """
-    return inside_balls(features, references, k).double().sum(0).mean() / k
-
-
 @torch.no_grad()
 def inside_balls(features: Tensor, references: Tensor, k: int) -> Tensor:
     """(M, N) bool: whether an image is closer to a reference than its k-th nearest other reference."""

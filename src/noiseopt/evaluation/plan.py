@@ -32,7 +32,6 @@ from .embedded_diversity import embedded_diversity, features_of
 from .prompt_sets import PromptSet
 
 HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
-DTYPES = ("float32", "float16", "bfloat16")
 EMBEDDED_REWARDS, EMBEDDED_FEATURES = ("clip", "vqa"), ("dinov2", "clip")
 HELD_OUT_FEATURES = "facebook/dinov2-base"  # for models that are not embedded
 CALLBACKS = {"cads": CADS, "interval_guidance": IntervalGuidance, "particle_guidance": ParticleGuidance}
