@@ -15,7 +15,7 @@ from noiseopt.demo import load_pipeline
 from noiseopt.evaluation.measure import Cost, measured
 
 PROMPT = shapes_world.VALIDATION_PROMPTS[0]
-METHODS = {"plain": None, "CNO": CNO(), "CNO, full gradient": CNO(stop_gradient=False)}
+METHODS = {"plain": None, "CNO": CNO(), "CNO, full gradient": CNO(gradient="full")}
 
 
 def draw(pipe: Any, method: CNO | None, call: Mapping[str, Any]) -> None:

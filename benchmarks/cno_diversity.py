@@ -31,12 +31,12 @@ PROMPTS = {"validation": shapes_world.VALIDATION_PROMPTS, "held-out": shapes_wor
 # The paper moves every entry by up to 0.01 a step in latents of 4 x 64 x 64, a distance of 0.01·128. In the embedded
 # 8 x 8 x 8 the same distance is 0.057 an entry, and windows of the same 4 x 4 entries are a grid of 2 x 2.
 EMBEDDED = {"learning_rate": 0.057, "window_size": 2}
-RELEASED = {"stop_gradient": False, "gamma": 1.0}
+RELEASED = {"gradient": "full", "gamma": 1.0}
 ABLATION: dict[str, dict[str, Any]] = {
     "no attraction": {"attraction": False},
     "no repulsion": {"repulsion": False},
     "γ = 1": {"gamma": 1.0},
-    "full gradient": {"stop_gradient": False},
+    "full gradient": {"gradient": "full"},
     "w = 1": {"window_size": 1},
     "w = 4": {"window_size": 4},
     "w = 8": {"window_size": 8},

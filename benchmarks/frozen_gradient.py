@@ -6,14 +6,15 @@ python benchmarks/frozen_gradient.py --steps 20
 import argparse
 import statistics
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
-from noiseopt import AutoReward, BestOfN, NoiseDiffusion, Reward, optimize_noise, shapes_world
+from noiseopt import AutoReward, BestOfN, NoiseDiffusion, optimize_noise, shapes_world
 from noiseopt.demo import load_pipeline
 from noiseopt.evaluation.measure import Cost, measured
 from noiseopt.quiet import quiet_libraries
+from noiseopt.rewards import Reward
 
 PROMPT = shapes_world.VALIDATION_PROMPTS[0]
 
@@ -44,17 +45,17 @@ class Setting:
         images = (vae.decode(latents / vae.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1)
         torch.autograd.grad(self.reward(images, PROMPT).sum(), latents)
 
-    def round(self, stop_gradient: bool) -> None:
+    def round(self, gradient: Literal["full", "frozen"]) -> None:
         """Two evaluations and the move between them."""
-        method = NoiseDiffusion(rewards=self.reward, steps=2, candidates=2, stop_gradient=stop_gradient)
+        method = NoiseDiffusion(rewards=self.reward, steps=2, candidates=2, gradient=gradient)
         optimize_noise(self.pipe, PROMPT, method, generator=torch.Generator().manual_seed(0), callbacks=[], **self.call)
 
     def ways(self) -> dict[str, Callable[[], None]]:
         return {
             "plain sampling and its score": self.sample,
             "decoder and scorer backwards, alone": self.tail,
-            "a round, denoiser held constant": lambda: self.round(True),
-            "a round, through the denoiser": lambda: self.round(False),
+            "a round, denoiser held constant": lambda: self.round("frozen"),
+            "a round, through the denoiser": lambda: self.round("full"),
         }
 
 

@@ -25,23 +25,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 import noiseopt
-from noiseopt import (
-    AutoReward,
-    GroupSelection,
-    NeverTooLate,
-    NoiseCallback,
-    NoiseState,
-    PairwiseDiversity,
-    TimeBudget,
-    optimize_noise,
-    shapes_world,
-)
+from noiseopt import AutoReward, GroupSelection, NeverTooLate, TimeBudget, optimize_noise, shapes_world
+from noiseopt.callbacks import NoiseCallback, NoiseState
 from noiseopt.demo import load_pipeline
 from noiseopt.evaluation.bootstrap import bootstrap, paired_bootstrap
 from noiseopt.evaluation.metrics import ground_spread, layout_spread, size_spread
 from noiseopt.evaluation.noise_statistics import noise_statistics
 from noiseopt.quiet import quiet_libraries
-from noiseopt.rewards import AutoFeatures, Features, ImageFeatures
+from noiseopt.rewards import AutoFeatures, Features, ImageFeatures, PairwiseDiversity
 
 # Objective -> set reward, its features, λ for a CLIP reward of weight 1. At plain noise the gradients of all but their
 # scale differ: λ makes the median norm over 8 validation prompts `PULL` times that of the reward, 3.24.
@@ -137,8 +128,8 @@ class Curve(NoiseCallback):
     def on_step_end(self, state: NoiseState) -> None:
         self.seconds.append(state.elapsed - self.lost)
         if self.measure is not None:
-            assert state.best_images is not None
-            self.values.append(self.measure(state.best_images))
+            assert state.best.images is not None
+            self.values.append(self.measure(state.best.images))
         self.lost = state.elapsed - self.seconds[-1]
 
 
@@ -174,7 +165,7 @@ class Bench:
             weight = 2 * WEIGHTS[SAME][2] / (self.images - 1)
             count = max(1, CANDIDATES // self.images) if row.what == "group of 64" else MANY
             features = self.features[WEIGHTS[SAME][1]]
-            return GroupSelection(rewards=self.reward, features=features, weight=weight, candidates=count)
+            return GroupSelection(rewards=self.reward, features=features, weight=weight, steps=count)
         reward, features, weight = WEIGHTS[MAIN if row.what == "plain" else row.what]
         return NeverTooLate(
             diversity=[(reward, self.features[features], weight)],

@@ -17,21 +17,12 @@ import torch
 from tqdm import tqdm
 
 import noiseopt
-from noiseopt import (
-    AutoReward,
-    BestOfN,
-    MeanVariance,
-    NoiseCallback,
-    NoiseDiffusion,
-    NoisePGD,
-    NoiseState,
-    TimeBudget,
-    optimize_noise,
-    shapes_world,
-)
+from noiseopt import AutoReward, BestOfN, NoiseDiffusion, TimeBudget, optimize_noise, shapes_world
+from noiseopt.callbacks import NoiseCallback, NoiseState
 from noiseopt.demo import load_pipeline
 from noiseopt.evaluation.bootstrap import bootstrap, paired_bootstrap
 from noiseopt.evaluation.noise_statistics import gaussian_limits, noise_statistics
+from noiseopt.pipelines import MeanVariance, NoisePGD
 from noiseopt.quiet import quiet_libraries
 from noiseopt.rewards import Reward
 
@@ -66,10 +57,10 @@ class Curve(NoiseCallback):
         self.lost = 0.0  # to the judge, which is no part of any method
 
     def on_step_end(self, state: NoiseState) -> None:
-        assert state.best_loss is not None and state.best_images is not None
+        assert state.best.images is not None
         self.seconds.append(state.elapsed - self.lost)
-        self.scores.append((-state.best_loss).tolist())
-        verdicts = shapes_world.judge(state.best_images, state.prompts)
+        self.scores.append((-state.best.loss).tolist())
+        verdicts = shapes_world.judge(state.best.images, state.prompts)
         self.right.append([float(verdict.correct) for verdict in verdicts])
         self.lost += state.elapsed - self.lost - self.seconds[-1]
 

@@ -12,9 +12,10 @@ from collections.abc import Callable, Sequence
 import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 
-from noiseopt import CLIPScore, ReNO, optimize_noise, shapes_world
+from noiseopt import ReNO, optimize_noise, shapes_world
 from noiseopt.demo import ONE_STEP, load_pipeline, seeded
 from noiseopt.quiet import quiet_libraries
+from noiseopt.rewards import CLIPScore
 
 
 class BareLoop:

@@ -34,9 +34,10 @@ from diffusers import AutoencoderKL, DDIMScheduler
 from real_rewards import reno_rewards  # pyright: ignore[reportMissingImports]
 from torch.utils.checkpoint import checkpoint
 
-from noiseopt import CNO, NoiseOptimizer, ReNO, optimize_noise
+from noiseopt import CNO, ReNO, optimize_noise
 from noiseopt.demo import load_pipeline
 from noiseopt.evaluation.measure import PeakMemory, synchronize
+from noiseopt.pipelines import NoiseOptimizer
 from noiseopt.pipelines.sampling.first_call import first_step_only, stock_call
 from noiseopt.quiet import quiet_libraries
 from noiseopt.rewards import HPSv21, ImageRewardModel, ImageTransform, RewardSum
@@ -259,10 +260,10 @@ def cno_rows(pipe: Any, images: int, size: int, steps: int) -> dict[str, Row]:
     )
     call = {**CNO_SAMPLING, "height": size, "width": size}
     noise = drawn_noise(pipe, images, size)
-    released = CNO(steps=steps, stop_gradient=False, gamma=1.0)
+    released = CNO(steps=steps, gradient="full", gamma=1.0)
     return {
         "released loop": Row(ReleasedCNO(pipe, call, noise, steps)),
-        "CNO(stop_gradient=False, gamma=1.0)": Row(OurLoop(pipe, released, call, noise), True),
+        'CNO(gradient="full", gamma=1.0)': Row(OurLoop(pipe, released, call, noise), True),
         "CNO()": Row(OurLoop(pipe, CNO(steps=steps), call, noise)),
     }
 

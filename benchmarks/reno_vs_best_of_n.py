@@ -18,20 +18,13 @@ import torch
 from tqdm import tqdm
 
 import noiseopt
-from noiseopt import (
-    AutoReward,
-    BestOfN,
-    NoiseOptimizer,
-    ReNO,
-    Reward,
-    StepImages,
-    TimeBudget,
-    optimize_noise,
-    shapes_world,
-)
+from noiseopt import AutoReward, BestOfN, ReNO, TimeBudget, optimize_noise, shapes_world
+from noiseopt.callbacks import StepImages
 from noiseopt.demo import ONE_STEP, load_pipeline
 from noiseopt.evaluation.bootstrap import Estimate, bootstrap, paired_bootstrap
+from noiseopt.pipelines import NoiseOptimizer
 from noiseopt.quiet import quiet_libraries
+from noiseopt.rewards import Reward
 
 SPLITS = {"validation": "VALIDATION_PROMPTS", "held-out": "HELD_OUT_PROMPTS"}
 METHODS = {

@@ -11,9 +11,10 @@ from collections.abc import Callable
 import torch
 from transformers import AutoTokenizer, CLIPConfig, CLIPModel
 
-from noiseopt import CLIPScore, RewardSum, shapes_world
+from noiseopt import RewardSum, shapes_world
 from noiseopt.evaluation.measure import PeakMemory, synchronize
 from noiseopt.quiet import quiet_libraries
+from noiseopt.rewards import CLIPScore
 
 PROMPT = "a red circle left of a blue star"
 # vision: width, layers, heads, patch; text: width, layers, heads. With random weights: time and memory do not know.

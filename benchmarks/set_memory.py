@@ -26,8 +26,8 @@ from noiseopt import optimize_noise, shapes_world
 from noiseopt.demo import load_pipeline, seeded
 from noiseopt.evaluation.looking import Looking
 from noiseopt.evaluation.measure import measured
+from noiseopt.pipelines.loop import chunk_size_of
 from noiseopt.pipelines.memory.graph_size import ChunkSetting
-from noiseopt.pipelines.method import chunk_size_of
 from noiseopt.pipelines.problem import NoiseProblem
 from noiseopt.pipelines.sampling.sample import Sample
 from noiseopt.quiet import quiet_libraries

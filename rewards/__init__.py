@@ -1,4 +1,4 @@
-"""Rewards: images and prompts in, one number per image out. Knows nothing of diffusion."""
+"""Rewards: functions of images and prompts with one score per image, independent of any diffusion model."""
 
 from .contract.black_box import BlackBox
 from .contract.registry import AutoReward, list_rewards, register_reward

@@ -15,12 +15,15 @@ from diffusers.utils import logging as diffusers_logging
 from PIL import Image
 from transformers.utils import logging as transformers_logging
 
-from noiseopt import FunctionObjective, NoiseOptimizer, NoiseResult, plots, shapes_world
+from noiseopt import NoiseResult, plots, shapes_world
 from noiseopt.cli import main
-from noiseopt.demo import DEFAULT_PROMPTS, ONE_STEP, SET, Choice, load_pipeline, optimize_and_judge, quiet_libraries
+from noiseopt.demo import ONE_STEP, load_pipeline, optimize_and_judge
+from noiseopt.pipelines import FunctionObjective, NoiseOptimizer
 from noiseopt.pipelines.registry import METHODS
 from noiseopt.pipelines.sampling.sampler import Gradient
+from noiseopt.quiet import quiet_libraries
 from noiseopt.shapes_world import embedded
+from noiseopt.story import DEFAULT_PROMPTS, SET, Choice
 
 PROMPT = "a red circle left of a blue star"
 
@@ -77,7 +80,7 @@ def test_demo_of_a_method_of_sets_with_rewards(tmp_path, capsys):
     main(["demo", "--method", "never_too_late", "--steps", "3", "--prompt", PROMPT, "--output", str(tmp_path)])
     printed = capsys.readouterr().out
     assert f"{SET} images of 1 prompt, 3 steps" in printed and "NeverTooLate on turbo" in printed
-    assert f" of {SET} right → " in printed and "pixels from their mean place" in printed
+    assert f" of {SET} right → " in printed and "from its mean position" in printed
     result = NoiseResult.load(tmp_path / "noise.safetensors")
     assert result.provenance["objective"]["diversity"] == {"dpp": {"features": "dinov2", "weight": 150.0}}
     assert result.losses.shape == (3, SET) and result.best_scores["dpp"][0] > result.initial_scores["dpp"][0]
@@ -95,13 +98,13 @@ class Neighbours(NoiseOptimizer):
     def objective(self, pipe):
         return FunctionObjective(lambda sample: sample.x0.flatten(1).std(1))
 
-    def step(self, state, gradient, memory):
-        return 0.8 * state.noise + 0.6 * state.noise.roll(1, 0)
+    def step(self, run, gradient, state):
+        return 0.8 * run.noise + 0.6 * run.noise.roll(1, 0)
 
 
 @pytest.fixture
 def neighbours(monkeypatch):
-    monkeypatch.setitem(METHODS, "neighbours", Neighbours)
+    monkeypatch.setitem(METHODS.entries, "neighbours", Neighbours)
 
 
 def test_method_without_rewards_gets_sets(neighbours):
@@ -138,7 +141,7 @@ def test_demo_of_sets(neighbours, tmp_path, capsys):
     main(["demo", "--method", "neighbours", "--prompt", PROMPT, "--prompt", PROMPT, "--output", str(tmp_path)])
     printed = capsys.readouterr().out
     assert f"{SET} images of 2 prompts, 3 steps" in printed and "Neighbours on turbo" in printed
-    assert f" of {2 * SET} right → " in printed and "pixels from their mean place" in printed
+    assert f" of {2 * SET} right → " in printed and "from its mean position" in printed
     names = {"before_after.png", "trajectory.png", "noise_1.safetensors", "noise_2.safetensors"}
     assert {path.name for path in tmp_path.iterdir()} == names
 

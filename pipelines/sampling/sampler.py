@@ -220,19 +220,24 @@ class PipelineSampler:
 def make_twin(pipe, clamp: Clamp):
     """Return a shallow copy of a pipeline that is differentiable from image to noise."""
     twin = copy.copy(pipe)
-    attributes = vars(twin)
+    attributes: dict[str, Any] = vars(twin)
     attributes.pop("_noise_run", None)
     twin.set_progress_bar_config(disable=True)
     # both use numpy, which has no gradient; the final run has them
     attributes.update({name: None for name in ("safety_checker", "watermark") if name in attributes})
-    vae: Any = attributes.get("vae")
-    upcast = vae is not None and vae.config.get("force_upcast") and vae.dtype == torch.float16
-    if upcast and not is_offloaded(vae):  # an offloaded VAE is used without gradients only
-        attributes["vae"] = converted_apart(vae)
+    if "vae" in attributes and needs_upcast(attributes["vae"]):
+        attributes["vae"] = converted_apart(attributes["vae"])
     if clamp == "straight_through" and hasattr(pipe, "image_processor"):
         attributes["image_processor"] = copy.copy(pipe.image_processor)
         vars(twin.image_processor)["denormalize"] = denormalize_straight_through
     return twin
+
+
+def needs_upcast(vae: Any) -> bool:
+    """Return whether the pipeline converts its VAE to float32 to decode; one that is offloaded has no gradient."""
+    if vae is None or not vae.config.get("force_upcast"):
+        return False
+    return vae.dtype == torch.float16 and not is_offloaded(vae)
 
 
 def replayed(function: Callable[..., Any], recorded: list[Any]) -> Callable[..., Any]:

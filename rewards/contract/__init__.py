@@ -1,1 +1,1 @@
-"""The contract of rewards, their registry, their weighted sum and what loads their checkpoints."""
+"""The base class of rewards, their registry, their weighted sum and the loading of checkpoints."""

@@ -1,4 +1,4 @@
-"""Any function of one image as a reward, asked in threads: a service on the network, a person."""
+"""Reward from any function of one image and its prompt, such as a web service or a person."""
 
 import hashlib
 import math
@@ -17,11 +17,11 @@ from .reward import NonFiniteReward, Reward, callable_name
 
 @dataclass(frozen=True)
 class BlackBoxQuestion:
-    """An image and its prompt, to be asked about.
+    """An image and its prompt, to be scored.
 
     Attributes:
-        index: its place among the images of the call.
-        key: equal for equal pixels and prompt.
+        index: The position in the batch.
+        key: A cache key that is equal for equal pixels and prompt.
     """
 
     index: int
@@ -31,35 +31,34 @@ class BlackBoxQuestion:
 
     @classmethod
     def of(cls, index: int, pixels: Tensor, prompt: str) -> "BlackBoxQuestion":
-        """From `pixels` (H, W, 3) uint8 on the CPU."""
+        """Build a question from (H, W, 3) uint8 `pixels` on the CPU."""
         array = pixels.contiguous().numpy()
         key = hashlib.sha256(str(array.shape).encode() + array.tobytes()).digest()
         return cls(index, Image.fromarray(array), prompt, (key, prompt))
 
 
 class BlackBox(Reward):
-    """`score(image, prompt) -> float`, of one PIL image and its prompt, as a reward: a web service, a person.
+    """Reward from a function `score(image, prompt) -> float` of one PIL image and its prompt.
 
-    Images are asked about in threads. A call that raises is tried again after 1, 2, 4 ... times `backoff` seconds. When
-    the last try fails, or Ctrl-C is pressed, nothing more is asked and the error is raised at once; what is under way
-    then ends by itself. An image and prompt that were answered are not asked about again, so that an image that stays
-    the same costs one call. There is no gradient: for methods without, such as `BestOfN`, `ZeroOrderSearch` or `PCN`.
+    Images are scored in parallel threads. A call that raises is retried after 1, 2, 4, ... times `backoff` seconds.
+    When the last retry fails, or on Ctrl-C, the error is raised immediately and no new calls start; running calls are
+    not interrupted. Scores are cached by image and prompt. There is no gradient, so the reward is for gradient-free
+    methods such as `BestOfN`, `ZeroOrderSearch` or `PCN`.
 
     Args:
-        score: called with an RGB image of 8 bits and the prompt, from several threads at a time; what it returns is
-            made a float, higher is better. Its `name`, `requires_prompt`, `range` and `license` are taken over where it
-            has them.
-        workers: how many calls may be under way at a time, at least 1; 1 for a person.
-        retries: how many times more a call is tried that raises, at least 0.
-        timeout: seconds for one try; a longer one counts as failed, and goes on unseen, as no thread can be ended.
-            `None` to wait for ever.
-        backoff: seconds before the second try, at least 0.
-        name: what its scores are called; by default the name of the function.
+        score: A thread-safe function of an 8-bit RGB image and the prompt. Its result is converted to float; higher is
+            better. Its `name`, `requires_prompt`, `range` and `license` are used if it has them.
+        workers: The maximum number of concurrent calls, at least 1; use 1 for a person.
+        retries: The number of retries of a call that raises, at least 0.
+        timeout: The time limit of one call in seconds; `None` for no limit. A call that exceeds it counts as failed,
+            but its thread keeps running, because Python cannot stop threads.
+        backoff: The delay before the first retry in seconds, at least 0.
+        name: The name under which scores are reported; by default the name of the function.
 
     Raises:
-        RuntimeError: from a call, naming image and prompt whose last try failed; its cause is what was raised.
-        NonFiniteReward: from a call, for an answer that is NaN or infinite.
-        TypeError: from a call, for an answer that is no number.
+        RuntimeError: When scoring, if the last retry failed; the message names image and prompt.
+        NonFiniteReward: When scoring, for a score that is NaN or infinite.
+        TypeError: When scoring, for a score that is not a number.
     """
 
     differentiable = False
@@ -95,7 +94,7 @@ class BlackBox(Reward):
         return torch.tensor(answers, dtype=torch.float32, device=images.device)
 
     def ask_all(self, questions: list[BlackBoxQuestion]) -> None:
-        """Have all answered, or raise what the first one of those that fail raises."""
+        """Score all questions concurrently, or raise the error of the first one that failed."""
         over = threading.Event()
         pool = ThreadPoolExecutor(self.workers, thread_name_prefix=f"black box {self.name}")
         try:
@@ -104,12 +103,12 @@ class BlackBox(Reward):
             for future in futures:
                 if future.done():
                     future.result()
-        finally:  # also on Ctrl-C, which reaches the thread that waits
+        finally:  # also on Ctrl-C, which interrupts the waiting thread
             over.set()
             pool.shutdown(wait=False, cancel_futures=True)
 
     def ask(self, question: BlackBoxQuestion, over: threading.Event) -> None:
-        """Try until there is an answer, and remember it; give up when it is `over`: a failure ends it for all."""
+        """Score one question with retries and cache the result. Stop when `over` is set, as any failure does."""
         try:
             for tries in range(self.retries + 1):
                 ended = over.wait(self.backoff * 2 ** (tries - 1)) if tries else over.is_set()
@@ -120,7 +119,7 @@ class BlackBox(Reward):
             raise
 
     def tried(self, question: BlackBoxQuestion, tries: int) -> bool:
-        """Whether there is an answer now; raises if there is none after the last try."""
+        """Try once and return whether it succeeded. The last try raises instead."""
         try:
             answer = within(self.timeout, self.asked, question.image.copy(), question.prompt)
         except Exception as error:
@@ -133,7 +132,7 @@ class BlackBox(Reward):
     def unanswered(self, question: BlackBoxQuestion, error: Exception) -> RuntimeError:
         return RuntimeError(
             f"Expected a score from '{self.name}' for image {question.index} of the prompt {question.prompt!r}, but "
-            f"{self.retries + 1} tries failed, the last with {type(error).__name__}: {error}. Raise `retries`, "
+            f"{self.retries + 1} tries failed, the last with {type(error).__name__}: {error}. Increase `retries`, "
             "`backoff` or `timeout` if the service recovers."
         )
 
@@ -144,7 +143,9 @@ class BlackBox(Reward):
         except (TypeError, ValueError):
             raise TypeError(f"Expected a number {where}, but got {answer!r}. Return a float.") from None
         if not math.isfinite(value):
-            raise NonFiniteReward(f"Expected a finite number {where}, but got {value}. Raise for what has no score.")
+            raise NonFiniteReward(
+                f"Expected a finite number {where}, but got {value}. Raise an error for an image without a score."
+            )
         return value
 
 
@@ -160,7 +161,7 @@ def check_asking(workers: Any, retries: Any, timeout: Any, backoff: Any) -> None
 
 
 def within(seconds: float | None, function: Callable[..., Any], *arguments: Any) -> Any:
-    """What a call returns or raises; `TimeoutError` if it takes longer, and its thread is left to itself."""
+    """Call a function with a time limit. On `TimeoutError` its thread keeps running in the background."""
     if seconds is None:
         return function(*arguments)
     future: Future[Any] = Future()

@@ -1,4 +1,4 @@
-"""What rewards and features share: models that are only measured with."""
+"""Base class of rewards and features: frozen models in evaluation mode."""
 
 import itertools
 from typing import TypeVar
@@ -10,10 +10,10 @@ FrozenT = TypeVar("FrozenT", bound="FrozenModule")
 
 
 class FrozenModule(nn.Module):
-    """A module of frozen parts that stays in evaluation mode: what it gives are measurements.
+    """Module that freezes its submodules and stays in evaluation mode.
 
     Args:
-        modules: the parts by name.
+        modules: The submodules by name.
     """
 
     def __init__(self, **modules: nn.Module) -> None:
@@ -23,16 +23,16 @@ class FrozenModule(nn.Module):
         self.eval()
 
     def train(self: FrozenT, mode: bool = True) -> FrozenT:
-        """Stay in evaluation mode: the dropout of a scoring head would make the scores random."""
+        """Stay in evaluation mode, because the dropout of a scoring head would make scores random."""
         return super().train(False)
 
     @property
     def device(self) -> torch.device | None:
-        """Where the weights are, or None without any."""
+        """The device of the weights; None if there are none."""
         tensor = next(itertools.chain(self.parameters(), self.buffers()), None)
         return None if tensor is None else tensor.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """The precision of the weights, float32 without any."""
+        """The dtype of the weights; float32 if there are none."""
         return next((p.dtype for p in self.parameters() if p.is_floating_point()), torch.float32)

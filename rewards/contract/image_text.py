@@ -1,4 +1,4 @@
-"""What rewards share whose text tower looks at the image."""
+"""Utilities of rewards whose text tower attends to the image."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -12,14 +12,14 @@ from .transforms import at_least_float32
 
 
 class PromptTokens:
-    """Prompts -> token ids and attention mask, (B, L) each. The same prompts are tokenised once.
+    """Cached tokenization: prompts -> token ids and attention mask, (B, L) each.
 
-    Features of a text tower that attends to the image change with every image; the ids are all that can be kept.
+    The features of a text tower that attends to the image depend on the image, so only the ids can be cached.
 
     Args:
-        tokenizer: the tokenizer of the text tower; it needs a padding token.
-        max_length: longer prompts are cut to so many tokens, the special ones included.
-        padding: to "max_length" or to the "longest" prompt. Masked either way.
+        tokenizer: The tokenizer of the text tower, with a padding token.
+        max_length: The number of tokens, special ones included, to which longer prompts are truncated.
+        padding: Pad to "max_length" or to the "longest" prompt. Padding is masked in both cases.
     """
 
     def __init__(
@@ -43,9 +43,9 @@ class PromptTokens:
 
 
 def precise_linear(layer: nn.Linear, features: Tensor) -> Tensor:
-    """The layer computed in float32 or more, whatever the precision of its weights.
+    """Apply a linear layer in float32 or more, whatever the dtype of its weights.
 
-    A scoring head costs nothing, and in bfloat16 it would round a score of 2 to steps of 0.016.
+    A scoring head is cheap, and bfloat16 would round scores near 2 to steps of 0.016.
     """
     features = at_least_float32(features)
     return F.linear(features, layer.weight.to(features.dtype), layer.bias.to(features.dtype))

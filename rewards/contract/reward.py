@@ -1,4 +1,4 @@
-"""The contract that every reward meets, and the wrapper that makes a plain callable meet it."""
+"""The base class of rewards, and a wrapper for plain callables."""
 
 import functools
 import warnings
@@ -15,31 +15,31 @@ RewardT = TypeVar("RewardT", bound="Reward")
 
 
 class NonFiniteReward(ValueError):
-    """A reward, its gradient or the images it was given are NaN or infinite."""
+    """Raised when a reward, its gradient or its input images are NaN or infinite."""
 
 
 class NonDifferentiableReward(ValueError):
-    """A gradient was asked of a reward that gives none."""
+    """Raised when a gradient is requested from a reward that has none."""
 
 
 class Reward(FrozenModule):
-    """Scores images: `reward(images, prompts) -> (B,)`, float32, higher is better, in the published units.
+    """Base class of rewards: `reward(images, prompts) -> (B,)`, float32, higher is better, in the published units.
 
-    A subclass implements `score`; one with text features also `encode_text`, one with weights also `load`. It hands its
-    modules to this constructor, which freezes them. The gradient from the scores to the images is always kept.
+    A subclass implements `score`, and also `encode_text` if it has text features and `load` if it has weights. It
+    passes its modules to this constructor, which freezes them. Scores keep their gradient with respect to the images.
 
     Attributes:
-        name: the name under which scores are reported.
-        differentiable: whether the scores have a gradient with respect to the images.
-        requires_prompt: whether `prompts=None` is refused.
-        range: the lowest and highest possible score, where the formula bounds it.
-        license: the licence of the default checkpoint.
-        default_checkpoint: the Hub id that `from_pretrained()` loads.
-        weights_file: the file of the default checkpoint that holds the weights, where it is not what transformers
-            saves; a folder that has it is recognised by it.
-        published_at: where that file is to be had, for weights that are in no Hub repository.
-        parameter_count: how many parameters the default checkpoint has.
-        text_modules: dotted names of the modules that only `encode_text` needs; `drop_text_encoder` removes them.
+        name: The name under which scores are reported.
+        differentiable: Whether scores have a gradient with respect to the images.
+        requires_prompt: Whether `prompts=None` raises an error.
+        range: The lowest and highest possible score, if the formula is bounded.
+        license: The license of the default checkpoint.
+        default_checkpoint: The Hub id that `from_pretrained()` loads.
+        weights_file: The weights file of the default checkpoint, if it is not in the format of transformers. A folder
+            that contains it is recognized as a checkpoint of this reward.
+        published_at: The source of that file, for weights that are not on the Hub.
+        parameter_count: The number of parameters of the default checkpoint.
+        text_modules: Dotted names of the modules that only `encode_text` needs; `drop_text_encoder` removes them.
     """
 
     name: str = "reward"
@@ -55,25 +55,25 @@ class Reward(FrozenModule):
 
     def __init__(self, **modules: nn.Module):
         super().__init__(**modules)
-        # The text of a run is encoded once, not once per step; about 4 kB per prompt. Beside the features is the
-        # precision of the tower that gave them: another one encodes anew.
+        # A run encodes its prompts once, not once per step; about 4 kB per prompt. The dtype of the tower is stored
+        # beside the features, because a change of dtype requires encoding again.
         self.prompt_features: dict[str, tuple[torch.dtype, Tensor]] = {}
         self.has_text_encoder = True
 
     def forward(self, images: Tensor, prompts: str | Sequence[str] | None = None) -> Tensor:
-        """Check the input, score it, check the scores.
+        """Validate the input, score it, and validate the scores.
 
         Args:
             images: (B, 3, H, W), floating point, in [0, 1], on any device.
-            prompts: one per image, or a single one for all.
+            prompts: One per image, or a single one for all.
 
         Returns:
             (B,) float32, on the device of `images`.
 
         Raises:
-            ValueError: images or prompts that do not meet the contract, or scores of another shape than (B,).
-            NonFiniteReward: NaN images, or scores that are not finite.
-            NonDifferentiableReward: the images require a gradient and a reward with `differentiable = True` cut it.
+            ValueError: For invalid images or prompts, or if the scores do not have the shape (B,).
+            NonFiniteReward: For NaN images or scores that are not finite.
+            NonDifferentiableReward: If the images require a gradient and a reward with `differentiable = True` cut it.
         """
         check_images(images, f"reward '{self.name}'")
         texts = prompts_per_image(prompts, len(images), self.name, self.requires_prompt)
@@ -90,24 +90,24 @@ class Reward(FrozenModule):
         return scores.to(images.device, torch.float32)
 
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
-        """(B, 3, H, W) float32 images in [0, 1], on this reward's device, and B prompts -> (B,).
+        """Score (B, 3, H, W) float32 images in [0, 1], on this reward's device, for B prompts; return (B,).
 
-        The input has been checked. `prompts` are empty strings when none were given to a reward that requires none.
+        The input is already validated. `prompts` are empty strings if none were passed to a reward that requires none.
         """
         raise NotImplementedError(f"`{type(self).__name__}` does not implement `score`.")
 
     def check_size(self, prompt: str, height: int, width: int) -> None:
-        """Raise `ValueError` for images of a size that cannot be scored. Called before a diffusion model runs."""
+        """Raise `ValueError` if images of this size cannot be scored. Called before a diffusion model runs."""
 
     def encode_text(self, prompt: str) -> Tensor:
-        """The features of one prompt, any shape. Called once per prompt, without gradients."""
+        """Return the features of one prompt, of any shape. Called once per prompt, without gradients."""
         raise NotImplementedError(f"`{type(self).__name__}` does not implement `encode_text`.")
 
     def encode_prompt(self, prompts: str | Sequence[str]) -> Tensor:
-        """(N, ...) features of N prompts, float32; each distinct prompt is encoded once and kept.
+        """Return the (N, ...) float32 features of N prompts. Each distinct prompt is encoded once and cached.
 
         Raises:
-            ValueError: a new prompt after `drop_text_encoder`.
+            ValueError: For a new prompt after `drop_text_encoder`.
         """
         texts = [prompts] if isinstance(prompts, str) else prompts
         for text in dict.fromkeys(texts):
@@ -118,16 +118,16 @@ class Reward(FrozenModule):
                     f"got {text!r}. Pass it to `drop_text_encoder` too, or load the reward again."
                 )
             if self.has_text_encoder and precision != self.dtype:
-                # Tensors made in inference mode could never enter a graph later.
+                # Tensors created in inference mode could not enter a graph later.
                 with torch.inference_mode(False), torch.no_grad():
                     self.prompt_features[text] = self.dtype, at_least_float32(self.encode_text(text))
         return torch.stack([self.prompt_features[text][1] for text in texts]).to(self.device)
 
     def drop_text_encoder(self, prompts: str | Sequence[str]) -> None:
-        """Encode `prompts`, then free what only text needs: a CLIP-H has a third of its weights there.
+        """Encode `prompts`, then free the text encoder, which has a third of the weights of a CLIP-H.
 
-        From then on the reward scores these prompts, and those that it encoded before, only. Nothing happens to a
-        reward that reads text and image together, or no text.
+        Afterwards the reward accepts only these prompts and those that it encoded before. A reward that reads text and
+        image together, or no text, is unchanged.
         """
         if not self.text_modules:
             return
@@ -151,7 +151,8 @@ class Reward(FrozenModule):
     ) -> RewardT:
         """Load from a Hub id or a folder, by default `default_checkpoint`.
 
-        `dtype` is that of the weights, by default bfloat16 on CUDA and float32 elsewhere. Scores are float32 anyway.
+        `dtype` is the dtype of the weights: by default bfloat16 on CUDA and float32 elsewhere. Scores are always
+        float32.
         """
         checkpoint = checkpoint or cls.require_default_checkpoint()
         hub = {"revision": revision, "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
@@ -161,15 +162,15 @@ class Reward(FrozenModule):
 
     @classmethod
     def require_default_checkpoint(cls) -> str:
-        """The default checkpoint.
+        """Return the default checkpoint.
 
         Raises:
-            ValueError: there is none; it says where the weights are.
+            ValueError: If there is none; the message says where the weights are.
         """
         if cls.default_checkpoint is None and cls.published_at is not None:
             raise ValueError(
                 f"Expected a folder for reward '{cls.name}', whose weights are not on the Hub, but got only its name. "
-                f"Download {cls.weights_file} from {cls.published_at} and pass the folder that it is in."
+                f"Download {cls.weights_file} from {cls.published_at} and pass the folder that contains it."
             )
         if cls.default_checkpoint is None:
             raise ValueError(f"`{cls.__name__}` has no default checkpoint. Pass a Hub id or a folder.")
@@ -177,15 +178,17 @@ class Reward(FrozenModule):
 
     @classmethod
     def load(cls: type[RewardT], checkpoint: str, hub: dict[str, Any]) -> RewardT:
-        """Build the reward in float32 from a checkpoint. `hub` holds `from_pretrained`'s revision, cache_dir, token and
-        local_files_only."""
+        """Build the reward in float32 from a checkpoint.
+
+        `hub` holds the revision, cache_dir, token and local_files_only of `from_pretrained`.
+        """
         raise NotImplementedError(f"`{cls.__name__}` has no weights to load: build it with its constructor.")
 
 
 class CallableReward(Reward):
-    """Any callable `(images, prompts) -> (B,)` as a reward, under its own name and with its own class facts.
+    """Wrapper that makes any callable `(images, prompts) -> (B,)` a reward.
 
-    `name`, `differentiable`, `requires_prompt`, `range` and `license` are read from the callable where it has them. A
+    `name`, `differentiable`, `requires_prompt`, `range` and `license` are read from the callable if it has them. A
     module is frozen and set to evaluation mode.
     """
 
@@ -207,7 +210,7 @@ class CallableReward(Reward):
 
 
 def callable_name(function: Any) -> str:
-    """The `name` or `__name__` of a callable, the class name of an object, "reward" for a lambda."""
+    """Return the `name` or `__name__` of a callable, the class name of an object, or "reward" for a lambda."""
     if isinstance(function, functools.partial):
         function = function.func
     for name in (getattr(function, "name", None), getattr(function, "__name__", None), type(function).__name__):
@@ -217,7 +220,10 @@ def callable_name(function: Any) -> str:
 
 
 def check_images(images: Tensor, who: str) -> None:
-    """Raise unless `images` is a (B, 3, H, W) floating-point tensor in [0, 1], with 0.05 of tolerance, for `who`."""
+    """Raise unless `images` is a (B, 3, H, W) floating-point tensor in [0, 1], with a tolerance of 0.05.
+
+    `who` is the model that receives the images, for the error message.
+    """
     if not isinstance(images, Tensor) or not images.is_floating_point() or images.ndim != 4 or images.shape[1] != 3:
         got = f"{images.dtype} {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
         raise ValueError(
@@ -232,7 +238,7 @@ def check_images(images: Tensor, who: str) -> None:
             f"Expected pixels in [0, 1] for {who}, but got NaN. A VAE that overflows in float16 "
             "needs float32 or bfloat16."
         )
-    # Models trained on [0, 1] score [-1, 1] images without complaint, and finite gradients hide the mistake.
+    # Models silently score images in [-1, 1], and the gradients are finite, so the mistake would go unnoticed.
     if low < -0.05 or high > 1.05:
         raise ValueError(
             f"Expected pixels in [0, 1] for {who}, but got values from {low:.3g} to {high:.3g}. Map decoder "
@@ -251,7 +257,7 @@ def check_reward_device(device: Any) -> None:
 
 
 def prompts_per_image(prompts: str | Sequence[str] | None, batch: int, name: str, required: bool) -> list[str]:
-    """`batch` prompts: a single one is repeated; None becomes empty strings unless `required`."""
+    """Return `batch` prompts: a single one is repeated, and None becomes empty strings unless `required`."""
     if prompts is None:
         if required:
             raise ValueError(
@@ -290,13 +296,13 @@ def check_scores(scores: Tensor, batch: int, name: str) -> None:
 
 
 def check_gradient(reward: Reward, prompts: str | None = "a photo", height: int = 64, width: int = 64) -> None:
-    """Score one random image and see that a gradient reaches its pixels, before any diffusion model runs.
+    """Check on one random image that a gradient reaches the pixels, before any diffusion model runs.
 
-    Warns when the gradient is zero everywhere, as it is behind a `round()`. The global random state is left alone.
+    Warns if the gradient is zero everywhere, for example after `round()`. Does not change the global random state.
 
     Raises:
-        NonDifferentiableReward: the reward says so, or cuts the graph.
-        NonFiniteReward: the score or its gradient is NaN or infinite.
+        NonDifferentiableReward: If the reward has `differentiable = False` or cuts the graph.
+        NonFiniteReward: If the score or its gradient is NaN or infinite.
     """
     if not reward.differentiable:
         raise NonDifferentiableReward(f"Expected a reward with a gradient, but '{reward.name}' is not differentiable.")
@@ -313,6 +319,6 @@ def check_gradient(reward: Reward, prompts: str | None = "a photo", height: int 
         )
     if not gradient.any():
         warnings.warn(
-            f"The gradient of reward '{reward.name}' is zero on a random image, as behind `round` or a threshold.",
+            f"The gradient of reward '{reward.name}' is zero on a random image, as after `round` or a threshold.",
             stacklevel=2,
         )

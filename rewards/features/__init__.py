@@ -1,1 +1,1 @@
-"""Feature maps: what the images of a set are compared by."""
+"""Features, by which pairs and sets of images are compared."""

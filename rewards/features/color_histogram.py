@@ -1,4 +1,4 @@
-"""Colour histograms with a gradient, to tell images of a set apart by their palettes."""
+"""Differentiable color histograms, to compare the palettes of images."""
 
 import math
 from dataclasses import dataclass
@@ -12,15 +12,17 @@ from .features import Features, register_features
 
 @dataclass(frozen=True)
 class SoftColorHistogram:
-    """Images (B, 3, H, W) in [0, 1] -> (B, 3 * bins), the histogram of each channel, each summing to 1, in float32.
+    """Map images (B, 3, H, W) in [0, 1] to float32 histograms (B, 3 * bins), one per channel, each with sum 1.
 
     Bin k of a channel is `mean(relu(1 - |(bins - 1) * x - k|))` over its pixels x: triangles around `k / (bins - 1)`.
-    Each pixel is shared by two bins, so a change of its value moves mass between them; `torch.histc` has no gradient.
-    With the distance of `histogram_distance` it is the colour criterion of "It's Never Too Late",
-    https://arxiv.org/abs/2601.00090.
+    Each pixel contributes to two bins, so a change of its value moves mass between them; `torch.histc` has no gradient.
+    With `histogram_distance` this is the color criterion of It's Never Too Late, https://arxiv.org/abs/2601.00090.
+
+    Args:
+        bins: The number of bins per channel, at least 2.
 
     Raises:
-        ValueError: fewer than 2 bins.
+        ValueError: For fewer than 2 bins.
     """
 
     bins: int = 32
@@ -32,26 +34,26 @@ class SoftColorHistogram:
     def __call__(self, images: Tensor) -> Tensor:
         values = straight_through_clamp(at_least_float32(images)).flatten(2)
         positions = values * (self.bins - 1)
-        # The last bin has no right neighbour: a value of 1 is all of the left one's overflow.
+        # The last bin has no right neighbor: a value of 1 is entirely overflow of the second to last bin.
         left = positions.detach().floor().clamp(0, self.bins - 2)
         overflow = positions - left
-        # Two entries per pixel rather than one per pixel and bin: 16 times less memory than the formula as it stands.
+        # Two entries per pixel instead of one per pixel and bin: 16 times less memory than the naive formula.
         empty = values.new_zeros(*values.shape[:2], self.bins)
         counts = empty.scatter_add(2, left.long(), 1 - overflow).scatter_add(2, left.long() + 1, overflow)
         return (counts / values.shape[-1]).flatten(1)
 
 
 def histogram_distance(a: Tensor, b: Tensor) -> Tensor:
-    """(..., 3 * bins) histograms of two images -> (...), `|a - b|_2 / sqrt(6)`, in [0, 1].
+    """Return `|a - b|_2 / sqrt(6)` of two (..., 3 * bins) histograms, (...) in [0, 1].
 
-    It is 1 where in every channel all pixels of one image lie in one bin and all of the other in another.
+    The distance is 1 if in every channel each image has all pixels in a single bin, and the two bins differ.
     """
     return torch.linalg.vector_norm(a - b, dim=-1) / math.sqrt(6)
 
 
 @register_features("color_histogram")
 class ColorHistogramFeatures(Features):
-    """`SoftColorHistogram` of 32 bins, scaled so that the L2 distance of two images is `histogram_distance`."""
+    """`SoftColorHistogram` with 32 bins, scaled so that the L2 distance of two images is `histogram_distance`."""
 
     name = "color_histogram"
     metric = "l2"

@@ -1,4 +1,4 @@
-"""The contract that every feature map meets: images in, what sets and pairs of images are compared by out."""
+"""The base class of features, by which pairs and sets of images are compared."""
 
 import importlib
 from collections.abc import Callable
@@ -18,22 +18,22 @@ FeaturesT = TypeVar("FeaturesT", bound="Features")
 
 
 class Features(FrozenModule):
-    """Maps images to features: `features(images) -> (B, ...)`, float32, with a gradient to the images.
+    """Base class of features: `features(images) -> (B, ...)`, float32, with a gradient with respect to the images.
 
-    A subclass implements `encode`; one with weights of its own also `load`. It hands its modules to this constructor,
-    which freezes them. The features of an image do not depend on its neighbours, so they may be computed one image at a
-    time, detached, kept and compared later (`PairwiseDistance.between`, `SetReward.of_features`).
+    A subclass implements `encode`, and also `load` if it has weights. It passes its modules to this constructor, which
+    freezes them. The features of an image do not depend on the rest of the batch, so they can be computed one image at
+    a time, detached, stored and compared later (`PairwiseDistance.between`, `SetReward.of_features`).
 
     Attributes:
-        name: the name under which values are reported.
-        metric: the distance that these features are made for: "cosine" is 1 - cos, the mean over positions where there
-            are several; "l2" and "squared_l2" are those of all numbers of an image, whose scale is that of the
-            published distance.
-        differentiable: whether there is a gradient with respect to the images.
-        license: the licence of the weights.
-        default_checkpoint: the Hub id that `from_pretrained()` loads, or None.
-        package: the optional package that brings the weights instead; noiseopt's extra is called the same.
-        parameter_count: how many parameters there are, where there are weights by default.
+        name: The name under which values are reported.
+        metric: The distance that the features are made for: "cosine" is 1 - cos, averaged over positions if there are
+            several; "l2" and "squared_l2" are distances of the flattened features, with the scale of the published
+            distance.
+        differentiable: Whether there is a gradient with respect to the images.
+        license: The license of the weights.
+        default_checkpoint: The Hub id that `from_pretrained()` loads, or None.
+        package: The optional package that provides the weights instead; noiseopt's extra has the same name.
+        parameter_count: The number of parameters of the default weights.
     """
 
     name: str = "features"
@@ -45,7 +45,7 @@ class Features(FrozenModule):
     parameter_count: int | None = None
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images to features.
+        """Compute features.
 
         Args:
             images: (B, 3, H, W), floating point, in [0, 1], on any device.
@@ -54,13 +54,13 @@ class Features(FrozenModule):
             (B, D), or (B, P, D) for features at P positions; float32, on the device of the weights.
 
         Raises:
-            ValueError: images that do not meet the contract.
+            ValueError: For invalid images.
         """
         check_images(images, f"the features of {self.name}")
         return at_least_float32(self.encode(at_least_float32(images).to(self.device or images.device)))
 
     def encode(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) float32 images in [0, 1], on the device of the weights -> (B, D) or (B, P, D)."""
+        """Map (B, 3, H, W) float32 images in [0, 1], on the device of the weights, to (B, D) or (B, P, D)."""
         raise NotImplementedError(f"`{type(self).__name__}` does not implement `encode`.")
 
     @classmethod
@@ -77,7 +77,8 @@ class Features(FrozenModule):
     ) -> FeaturesT:
         """Load from a Hub id or a folder, by default `default_checkpoint`.
 
-        `dtype` is that of the weights, by default float32: nearly equal images differ by less than bfloat16 resolves.
+        `dtype` is the dtype of the weights, by default float32, because bfloat16 cannot resolve the differences of
+        nearly equal images.
         """
         hub = {"revision": revision, "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
         features = cls.load(checkpoint or cls.default_checkpoint, hub)
@@ -85,8 +86,10 @@ class Features(FrozenModule):
 
     @classmethod
     def load(cls: type[FeaturesT], checkpoint: str | None, hub: dict[str, Any]) -> FeaturesT:
-        """Build the features in float32. `hub` holds `from_pretrained`'s revision, cache_dir, token and
-        local_files_only."""
+        """Build the features in float32.
+
+        `hub` holds the revision, cache_dir, token and local_files_only of `from_pretrained`.
+        """
         check_no_checkpoint(cls, checkpoint)
         return cls()
 
@@ -95,37 +98,37 @@ FEATURES: Registry[type[Features]] = Registry("feature map")
 
 
 def register_features(name: str) -> Callable[[type[FeaturesT]], type[FeaturesT]]:
-    """Register a class of features under a name.
+    """Return a decorator that registers a class of features under a name.
 
     Raises:
-        ValueError: a name that another class has.
+        ValueError: If another class has the name.
     """
     return FEATURES.register(name)  # pyright: ignore[reportReturnType]
 
 
 def list_features() -> list[str]:
-    """The registered names, sorted."""
+    """Return the registered names, sorted."""
     return FEATURES.names()
 
 
 def check_no_checkpoint(features: type[Features], checkpoint: str | None) -> None:
-    """Raise `ValueError` for a checkpoint of features that have none on the Hub."""
+    """Raise `ValueError` if a checkpoint is given for features that have none on the Hub."""
     if checkpoint is not None:
         raise ValueError(
-            f"Expected no checkpoint for the features '{features.name}', but got {checkpoint!r}. They have no weights, "
-            "or those of a package: leave it out."
+            f"Expected no checkpoint for the features '{features.name}', but got {checkpoint!r}. They have no weights "
+            "or get them from a package. Omit the checkpoint."
         )
 
 
 def import_optional(package: str) -> ModuleType:
-    """The module of an optional package.
+    """Import an optional package.
 
     Raises:
-        ImportError: it is not installed, or the torchvision that it needs does not fit torch.
+        ImportError: If it is not installed, or if the installed torchvision does not match torch.
     """
     try:
         return importlib.import_module(package)
-    except (ImportError, RuntimeError) as error:  # a torchvision for CUDA beside a torch for the CPU: RuntimeError
+    except (ImportError, RuntimeError) as error:  # RuntimeError if torchvision is built for CUDA but torch is not
         reason = str(error).partition("\n")[0]
         raise ImportError(
             f"Expected the package `{package}`, but it cannot be imported: {reason}. Install the torchvision build "

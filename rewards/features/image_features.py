@@ -1,4 +1,4 @@
-"""Features of images from any vision model of transformers."""
+"""Features from any vision model of transformers."""
 
 import os
 from collections.abc import Callable
@@ -15,29 +15,28 @@ FeatureKind = Literal["cls", "patch"]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-# What the released code of It's Never Too Late (https://arxiv.org/abs/2601.00090) gives DINOv2: the whole picture
-# squashed to 256², 18 × 18 patches of 14 and a rest that is dropped. Theirs is not antialiased, so that of a large
-# picture only some pixels get a gradient.
+# The DINOv2 input of the released code of It's Never Too Late (https://arxiv.org/abs/2601.00090): the whole image
+# resized to 256 × 256, which gives 18 × 18 patches of 14 pixels and drops the remainder. Their resize is not
+# antialiased, so only some pixels of a large image get a gradient.
 NEVER_TOO_LATE_TRANSFORM = ImageTransform(
     size=(256, 256), crop=None, mean=IMAGENET_MEAN, std=IMAGENET_STD, resample="bilinear", single_pass=True
 )
 
 
 class ImageFeatures(Features):
-    """Features of a vision model; two images are compared by the cosine of theirs, patch by patch if there are several.
+    """Features of a vision model, compared by their cosine, patch by patch for kind "patch".
 
-    "cls" is one vector an image: what the model compares with texts where it has a text side (CLIP, SigLIP), else its
-    first token (ViT, DINOv2, DINOv3), else its pooled output where it has no such token. The pooler of a ViT is left
-    out: most checkpoints have no weights for it. "patch" is the tokens of the patches, without class and register
-    tokens.
+    "cls" is one vector per image: the image embedding of a dual encoder (CLIP, SigLIP), else the class token (ViT,
+    DINOv2, DINOv3), else the pooled output if there is no class token. The pooler of a ViT is not used, because most
+    checkpoints have no weights for it. "patch" is the patch tokens, without class and register tokens.
 
     Args:
-        model: a vision model, or a dual encoder.
-        image_transform: images in [0, 1] -> the pixels that it expects.
+        model: A vision model or a dual encoder.
+        image_transform: Map from images in [0, 1] to the pixels that the model expects.
         kind: "cls" or "patch"; by default that of the class.
 
     Raises:
-        ValueError: another kind.
+        ValueError: For any other kind.
     """
 
     kind: FeatureKind = "cls"
@@ -58,12 +57,12 @@ class ImageFeatures(Features):
         return self.pooled(pixels) if self.kind == "cls" else self.patches(pixels)
 
     def pooled(self, pixels: Tensor) -> Tensor:
-        """(B, D), the "cls" features of preprocessed images."""
+        """Return the "cls" features (B, D) of preprocessed images."""
         encode_image = getattr(self.model, "get_image_features", None)
         if encode_image is not None:
             return encode_image(pixel_values=pixels).pooler_output
         output = self.model(pixel_values=pixels)
-        if "image_embeds" in output:  # an image tower with its projection
+        if "image_embeds" in output:  # an image tower with a projection
             return output.image_embeds
         hidden = output.last_hidden_state
         if hidden.ndim == 3 and hidden.shape[1] > self.patch_count(pixels):
@@ -76,7 +75,10 @@ class ImageFeatures(Features):
         return output.pooler_output.flatten(1)
 
     def patches(self, pixels: Tensor) -> Tensor:
-        """(B, P, D), the patch tokens of preprocessed images, row by row; class and register tokens come first."""
+        """Return the patch tokens (B, P, D) of preprocessed images in row-major order.
+
+        In `last_hidden_state` they come after the class and register tokens.
+        """
         tower = getattr(self.model, "vision_model", self.model)
         hidden = tower(pixel_values=pixels).last_hidden_state
         if hidden.ndim != 3:
@@ -86,7 +88,7 @@ class ImageFeatures(Features):
         return hidden[:, -self.patch_count(pixels) :]
 
     def patch_count(self, pixels: Tensor) -> int:
-        """How many patches the images are cut into; what is left over at the edges is dropped."""
+        """Return the number of whole patches in the images; the remainder at the edges is dropped."""
         config = getattr(self.model.config, "vision_config", self.model.config)
         return (pixels.shape[-2] // config.patch_size) * (pixels.shape[-1] // config.patch_size)
 
@@ -103,7 +105,7 @@ class ImageFeatures(Features):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> "ImageFeatures":
-        """Load a model and its preprocessing from a Hub id or a folder; `dtype` of the weights, by default float32."""
+        """Load a model and its preprocessing from a Hub id or a folder, by default with float32 weights."""
         checked_kind(kind or cls.kind)
         hub = {"revision": revision, "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
         source = None if checkpoint is None else os.fspath(checkpoint)
@@ -120,7 +122,7 @@ class ImageFeatures(Features):
 
 
 def checked_kind(kind: FeatureKind) -> FeatureKind:
-    """`kind` itself. Raises `ValueError` for what is none."""
+    """Return `kind`. Raises `ValueError` if it is not a `FeatureKind`."""
     if kind not in get_args(FeatureKind):
         raise ValueError(f"Expected the features 'cls' or 'patch', but got {kind!r}.")
     return kind
@@ -128,7 +130,7 @@ def checked_kind(kind: FeatureKind) -> FeatureKind:
 
 @register_features("dinov2")
 class DINOv2Features(ImageFeatures):
-    """The class token of DINOv2-base, (B, 768): https://arxiv.org/abs/2304.07193."""
+    """Class token of DINOv2-base, (B, 768): https://arxiv.org/abs/2304.07193."""
 
     name = "dinov2"
     license = "apache-2.0"
@@ -138,11 +140,11 @@ class DINOv2Features(ImageFeatures):
 
 @register_features("dinov2_patch")
 class DINOv2PatchFeatures(DINOv2Features):
-    """The patch tokens of DINOv2-base, (B, 256, 768): the features of It's Never Too Late, which keep the layout.
+    """Patch tokens of DINOv2-base, (B, 256, 768): the layout-aware features of It's Never Too Late.
 
-    By default the pictures are preprocessed as the checkpoint says: a centre crop, so that the ends of a picture that
-    is no square do not count. `features.image_transform = NEVER_TOO_LATE_TRANSFORM` squashes the whole picture instead,
-    as the released code does: (B, 324, 768).
+    The default preprocessing is that of the checkpoint, whose center crop ignores the ends of an image that is not
+    square. `features.image_transform = NEVER_TOO_LATE_TRANSFORM` resizes the whole image instead, as the released code
+    does, and gives (B, 324, 768).
     """
 
     name = "dinov2_patch"
@@ -151,10 +153,10 @@ class DINOv2PatchFeatures(DINOv2Features):
 
 @register_features("clip")
 class CLIPFeatures(ImageFeatures):
-    """The image embedding of OpenAI's CLIP ViT-L/14, (B, 768): https://arxiv.org/abs/2103.00020.
+    """Image embedding of OpenAI's CLIP ViT-L/14, (B, 768): https://arxiv.org/abs/2103.00020.
 
-    Not that of CLIP-H, although it is better: CLIPScore, PickScore and HPSv2 are CLIP-H or tuned from it, so its
-    features are not held out from what is optimised. The text tower is not loaded.
+    CLIP-H is the better model, but CLIPScore, PickScore and HPSv2 are CLIP-H or fine-tuned from it, so its features
+    would not be held out from the optimized rewards. The text tower is not loaded.
     """
 
     name = "clip"

@@ -1,4 +1,4 @@
-"""LPIPS as features whose squared distance is LPIPS. Needs the package `lpips`."""
+"""Features whose squared L2 distance is LPIPS. Requires the package `lpips`."""
 
 from typing import Any
 
@@ -12,18 +12,19 @@ from .features import Features, check_no_checkpoint, import_optional, register_f
 
 @register_features("lpips")
 class LPIPSFeatures(Features):
-    """LPIPS on a VGG, which its authors recommend as a loss: https://arxiv.org/abs/1801.03924.
+    """LPIPS with VGG, which its authors recommend as a loss: https://arxiv.org/abs/1801.03924.
 
-    LPIPS of two images is the sum over layers l of the mean over positions of `Σ_c w_lc (f̂a_lc − f̂b_lc)²`, with f̂ the
-    activations divided by their norm over channels and w ≥ 0. That is the squared L2 distance of the vectors with the
-    entries `√(w_lc / (H_l W_l)) f̂_lc`, which are the features here: N images and M others need N + M passes, not N M.
-    Their number grows with the picture (32 million, 130 MB, of 512²), and only pictures of one size can be compared.
+    LPIPS of two images is the sum over layers l of the mean over positions of `Σ_c w_lc (f̂a_lc − f̂b_lc)²`, where f̂ are
+    the activations normalized over channels and w ≥ 0. This is the squared L2 distance of vectors with the entries
+    `√(w_lc / (H_l W_l)) f̂_lc`, which are the features here. So all distances between N and M images need N + M forward
+    passes instead of N M. The dimension grows with the image (32 million, 130 MB, for 512 × 512), and only images of
+    the same size can be compared.
 
     Args:
-        model: an `lpips.LPIPS` with linear layers (`lpips=True`, the default) and non-negative weights in them.
+        model: An `lpips.LPIPS` with linear layers (`lpips=True`, the default) of non-negative weights.
 
     Raises:
-        ValueError: a model with negative weights, whose values are no distances.
+        ValueError: If the model has negative weights, because then its values are not distances.
     """
 
     name = "lpips"
@@ -39,12 +40,12 @@ class LPIPSFeatures(Features):
         lowest = min(weight.min().item() for weight in self.channel_weights())
         if lowest < 0:
             raise ValueError(
-                f"Expected LPIPS with non-negative weights of the channels, but got {lowest:.3g}. Use the published "
+                f"Expected LPIPS with non-negative channel weights, but got {lowest:.3g}. Use the published "
                 "`lpips.LPIPS(pretrained=True)`."
             )
 
     def channel_weights(self) -> list[Tensor]:
-        """(1, C, 1, 1) for each layer."""
+        """Return the channel weights (1, C, 1, 1) of each layer."""
         lins: Any = self.model.lins
         return [at_least_float32(lin.model[-1].weight) for lin in lins]
 
@@ -59,14 +60,14 @@ class LPIPSFeatures(Features):
 
     @classmethod
     def load(cls, checkpoint: str | None, hub: dict[str, Any]) -> "LPIPSFeatures":
-        """The layers come with the package; torchvision downloads the trunk from pytorch.org to torch's own cache."""
+        """Load the package's model, whose trunk torchvision downloads from pytorch.org to torch's own cache."""
         check_no_checkpoint(cls, checkpoint)
         return cls(import_optional("lpips").LPIPS(net=cls.net, verbose=False))
 
 
 @register_features("lpips_alex")
 class LPIPSAlexFeatures(LPIPSFeatures):
-    """LPIPS on an AlexNet, which its authors recommend as a metric."""
+    """LPIPS with AlexNet, which its authors recommend as a metric."""
 
     name = "lpips_alex"
     parameter_count = 2_470_848

@@ -1,4 +1,4 @@
-"""The picture itself, very small, as its features."""
+"""Pixels of the downscaled image as features."""
 
 import math
 
@@ -12,10 +12,10 @@ TINY_EDGE = 32
 
 @register_features("tiny_image")
 class TinyImage(Features):
-    """The 32 × 32 pixels of the shrunken picture over √3072, (B, 3072): their L2 distance is at most 1, black to white.
+    """The image resized to 32 × 32, divided by √3072, (B, 3072); the L2 distance is at most 1, from black to white.
 
-    `tiny_l2` of It's Never Too Late (https://arxiv.org/abs/2601.00090). Its released code resizes without antialiasing,
-    which reads four pixels of each 16 × 16 of a picture of 512², and gives no gradient to the others; here all count.
+    `tiny_l2` of It's Never Too Late, https://arxiv.org/abs/2601.00090. Its released code resizes without antialiasing:
+    of each 16 × 16 pixels of a 512 × 512 image it reads four, and the others get no gradient. Here all pixels count.
     """
 
     name = "tiny_image"

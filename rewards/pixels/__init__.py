@@ -1,1 +1,1 @@
-"""Rewards of pixels, which need no model."""
+"""Rewards that are formulas of the pixels and need no model."""

@@ -1,4 +1,4 @@
-"""How much one colour channel dominates: the smallest useful reward."""
+"""Dominance of one color channel: the simplest useful reward."""
 
 from typing import Literal
 
@@ -12,12 +12,15 @@ COLOR_CHANNELS: tuple[ColorChannelName, ...] = ("red", "green", "blue")
 
 
 class ColorChannel(Reward):
-    """Mean over the pixels of `x[c] - x[c1] - x[c2]`, the wanted channel minus the two others, in [-2, 1].
+    """Mean over the pixels of `x[c] - x[c1] - x[c2]`, one channel minus the two others, in [-2, 1].
 
-    The demonstration criterion of the ReNO slides (https://arxiv.org/abs/2406.04312). No weights, no prompt.
+    The demonstration criterion of the ReNO slides, https://arxiv.org/abs/2406.04312. No weights, no prompt.
+
+    Args:
+        channel: "red", "green" or "blue".
 
     Raises:
-        ValueError: a channel other than "red", "green" and "blue".
+        ValueError: For any other channel.
     """
 
     requires_prompt = False

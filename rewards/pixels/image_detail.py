@@ -1,7 +1,7 @@
-"""How sharp an image is, and how little of it is plain: what an optimiser may not pay for diversity with.
+"""Sharpness and complexity of an image, as guards against degenerate diversity.
 
-An objective of diversity can be raised by blur (DreamSim) and by plain backgrounds (colour histograms), see the limits
-of It's Never Too Late, https://arxiv.org/abs/2601.00090. As a floor, measured on the image itself, both catch it.
+An optimizer can increase diversity by blur (DreamSim) or plain backgrounds (color histograms); see the limitations of
+It's Never Too Late, https://arxiv.org/abs/2601.00090. A lower bound on these two rewards prevents both.
 """
 
 import torch.nn.functional as F
@@ -10,20 +10,21 @@ from torch import Tensor
 from ..contract.registry import register_reward
 from ..contract.reward import Reward
 
-PLAIN_VARIANCE = 4e-4  # that of a standard deviation of 5 grey levels of 255, which is hardly seen
+PLAIN_VARIANCE = 4e-4  # a standard deviation of 5 gray levels out of 255, which is barely visible
 DETAIL_GRID = 16
 
 
 @register_reward("sharpness")
 class Sharpness(Reward):
-    """The share of high frequencies, `Σ |∇x|² / (8 Σ (x - mean)²)` over pixels and channels, in [0, 1).
+    """Fraction of high frequencies, `Σ |∇x|² / (8 Σ (x - mean)²)` over pixels and channels, in [0, 1).
 
-    ∇ are the differences of neighbours. A wave of (u, v) cycles per pixel counts by (sin² πu + sin² πv) / 2: 0 for the
-    lowest frequencies and 1 for a checkerboard, whatever the contrast. Blur lowers it, since it takes more of the
-    higher ones. The variance counts as at least that of hardly visible noise, so a plain image is not sharp.
+    ∇ denotes differences of neighbors. A wave of (u, v) cycles per pixel has the weight (sin² πu + sin² πv) / 2: from
+    0 for the lowest frequencies to 1 for a checkerboard, whatever the contrast. Blur lowers the value because it
+    attenuates high frequencies more. The variance of barely visible noise is added to the denominator, so a plain image
+    is not sharp.
 
-    A picture enlarged is less sharp: compare pictures of one size. Noise is sharp, so this is a floor, and no measure
-    of quality.
+    Upscaling lowers the value, so compare images of the same size. Noise is sharp: the value is useful as a lower
+    bound, not as a measure of quality.
     """
 
     name = "sharpness"
@@ -32,18 +33,18 @@ class Sharpness(Reward):
 
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
         across, down = (images.diff(dim=axis).square().sum((1, 2, 3)) for axis in (-1, -2))
-        centred = images - images.mean((-2, -1), keepdim=True)
-        spread = centred.square().mean((1, 2, 3)) + PLAIN_VARIANCE
+        centered = images - images.mean((-2, -1), keepdim=True)
+        spread = centered.square().mean((1, 2, 3)) + PLAIN_VARIANCE
         return (across + down) / (8 * spread * images[0].numel())
 
 
 @register_reward("complexity")
 class Complexity(Reward):
-    """The share of the area that is not plain: the mean of `v / (v + 0.02²)` over 16 × 16 cells, in [0, 1).
+    """Fraction of the area that is not plain: the mean of `v / (v + 0.02²)` over 16 × 16 cells, in [0, 1).
 
-    v is the variance of a cell's pixels around their mean colour; cells have at least 4 pixels a side. An object before
-    a plain background scores the share that it covers, much the same at any resolution and if it is blurred a little:
-    that is what `Sharpness` is for. Noise of more than 5 grey levels counts as content.
+    v is the variance of a cell's pixels around their mean color; cells are at least 4 × 4 pixels. An object in front of
+    a plain background scores about the fraction that it covers. The value hardly depends on the resolution or on
+    slight blur, which `Sharpness` detects. Noise of more than 5 gray levels counts as content.
     """
 
     name = "complexity"
@@ -52,7 +53,7 @@ class Complexity(Reward):
 
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
         height, width = (max(1, min(DETAIL_GRID, side // 4)) for side in images.shape[-2:])
-        centred = images - images.mean((-2, -1), keepdim=True)  # squares of smaller numbers lose fewer digits
-        means, squares = (F.adaptive_avg_pool2d(each, (height, width)) for each in (centred, centred.square()))
+        centered = images - images.mean((-2, -1), keepdim=True)  # less cancellation in the variance below
+        means, squares = (F.adaptive_avg_pool2d(each, (height, width)) for each in (centered, centered.square()))
         variance = (squares - means.square()).mean(1).clamp_min(0)
         return (variance / (variance + PLAIN_VARIANCE)).mean((1, 2))

@@ -1,4 +1,4 @@
-"""Criteria that need no model: how bright an image is, and how well JPEG compresses it."""
+"""Brightness and JPEG compressibility."""
 
 import io
 
@@ -27,9 +27,9 @@ class Brightness(Reward):
 
 @register_reward("jpeg_compressibility")
 class JPEGCompressibility(Reward):
-    """Minus the size of the image as a JPEG file of quality 95, in kilobytes (1000 bytes). No gradient.
+    """Negated size of the image as a JPEG file of quality 95, in kilobytes (1000 bytes). No gradient.
 
-    DDPO: https://arxiv.org/abs/2305.13301. The size grows with the area and depends a little on Pillow's JPEG library.
+    DDPO: https://arxiv.org/abs/2305.13301. The size grows with the area and varies slightly with Pillow's JPEG library.
     """
 
     name = "jpeg_compressibility"
@@ -42,7 +42,7 @@ class JPEGCompressibility(Reward):
 
 @register_reward("jpeg_incompressibility")
 class JPEGIncompressibility(Reward):
-    """The size of the image as a JPEG file of quality 95, in kilobytes (1000 bytes): detail, or noise. No gradient.
+    """Size of the image as a JPEG file of quality 95, in kilobytes (1000 bytes): detail or noise. No gradient.
 
     DDPO: https://arxiv.org/abs/2305.13301.
     """
@@ -56,7 +56,7 @@ class JPEGIncompressibility(Reward):
 
 
 def jpeg_kilobytes(images: Tensor) -> Tensor:
-    """(B, 3, H, W) images in [0, 1] -> (B,) float32, thousands of bytes of each as a JPEG file."""
+    """Return the JPEG file sizes (B,) of (B, 3, H, W) images in [0, 1], float32, in thousands of bytes."""
     arrays = (images.detach() * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
     sizes = []
     for array in arrays:

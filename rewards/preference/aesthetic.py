@@ -1,4 +1,4 @@
-"""LAION's aesthetic predictors: how well people rate an image, whatever it shows."""
+"""LAION's aesthetic predictors: human ratings of an image without regard to a prompt."""
 
 import os
 from collections.abc import Callable
@@ -20,16 +20,16 @@ AESTHETIC_V1_FILE = "sa_0_4_vit_l_14_linear.pth"
 
 
 class CLIPVisionTower(CLIPVisionModelWithProjection):
-    """The vision tower out of the checkpoint of a whole CLIP, without a warning about its other half."""
+    """Vision tower that loads from a full CLIP checkpoint without a warning about the text tower."""
 
     _keys_to_ignore_on_load_unexpected = [r"^text_model\.", r"^text_projection\.", r"^logit_scale$"]
 
 
 class AestheticHead(nn.Module):
-    """(B, D) image embeddings -> (B, 1): five linear layers without activations, one linear map in effect.
+    """Scoring head, (B, D) image embeddings -> (B, 1): five linear layers without activations.
 
-    Source: https://github.com/christophschuhmann/improved-aesthetic-predictor. Its dropout, which only takes places in
-    the numbering of the layers here, is for training.
+    Source: https://github.com/christophschuhmann/improved-aesthetic-predictor. Its dropout layers, which only matter in
+    training, are identities here that keep the numbering of the published weights.
     """
 
     def __init__(self, embedding_size: int = 768):
@@ -53,13 +53,13 @@ class AestheticHead(nn.Module):
 class Aesthetic(Reward):
     """LAION's aesthetic score v2, "sac+logos+ava1": from 1 to 10, mostly 4.5 to 7. No prompt.
 
-    A head on the unit image embedding of CLIP ViT-L/14, in float32 whatever the precision of the weights. A folder may
-    hold the head as its authors publish it, `sac+logos+ava1-l14-linearMSE.pth`.
+    A head on the normalized image embedding of CLIP ViT-L/14, computed in float32 whatever the dtype of the weights.
+    A local folder may contain the head as published by its authors, `sac+logos+ava1-l14-linearMSE.pth`.
 
     Args:
-        model: the vision tower of CLIP; it is frozen.
-        head: (B, D) embeddings -> (B, 1) scores; it is frozen.
-        image_transform: images in [0, 1] -> the pixels; by default CLIP's transform at the model's image size.
+        model: The vision tower of CLIP; it is frozen.
+        head: Module from (B, D) embeddings to (B, 1) scores; it is frozen.
+        image_transform: Map from images in [0, 1] to pixels; by default CLIP's transform at the model's image size.
     """
 
     name = "aesthetic"
@@ -86,7 +86,7 @@ class Aesthetic(Reward):
         return functional_call(self.head, weights, self.encode_image(images))[:, 0]
 
     def encode_image(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) images in [0, 1] -> (B, D) unit vectors, float32."""
+        """Return the unit embeddings (B, D), float32, of (B, 3, H, W) images in [0, 1]."""
         pixels = self.image_transform(images).to(self.dtype)
         return F.normalize(at_least_float32(self.model(pixel_values=pixels).image_embeds), dim=-1)
 
@@ -101,7 +101,7 @@ class Aesthetic(Reward):
 
     @classmethod
     def head_file(cls, checkpoint: str) -> str:
-        """The file of the head: the authors' where a folder has it, else that of the default checkpoint."""
+        """Return the file name of the head: the authors' if the folder contains it, else the default checkpoint's."""
         in_folder = os.path.isfile(os.path.join(checkpoint, AESTHETIC_FILE))
         return AESTHETIC_FILE if in_folder else "model.safetensors"
 
@@ -112,10 +112,10 @@ class Aesthetic(Reward):
 
 @register_reward("aesthetic_v1")
 class AestheticV1(Aesthetic):
-    """LAION's aesthetic score v1: a single linear layer on the unit image embedding of CLIP ViT-L/14, from 1 to 10.
+    """LAION's aesthetic score v1: a linear layer on the normalized image embedding of CLIP ViT-L/14, from 1 to 10.
 
-    Its head is not on the Hub: download `sa_0_4_vit_l_14_linear.pth` from the GitHub project
-    LAION-AI/aesthetic-predictor and pass the folder that it is in.
+    The head is not on the Hub: download `sa_0_4_vit_l_14_linear.pth` from the GitHub project
+    LAION-AI/aesthetic-predictor and pass the folder that contains it.
     """
 
     name = "aesthetic_v1"

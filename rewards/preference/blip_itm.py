@@ -1,4 +1,4 @@
-"""BLIP's two answers to whether a caption fits an image: a classifier's probability and a cosine."""
+"""BLIP's two measures of image-text agreement: the probability of a classifier, and a cosine."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
@@ -15,22 +15,22 @@ from ..contract.transforms import ImageTransform
 
 BlipITMT = TypeVar("BlipITMT", bound="BlipITM")
 
-# Of captions in BLIP's own inference code; its retrieval models were not trained on longer ones.
+# The caption length of BLIP's own inference code; its retrieval models were not trained on longer ones.
 BLIP_CAPTION_LENGTH = 35
 
 
 @register_reward("blip_itm", loads="BlipForImageTextRetrieval")
 class BlipITM(Reward):
-    """`softmax(itm_head(f))[1]`, f the text tower's [CLS] feature after it has attended to the image: P(it matches).
+    """Probability that image and prompt match, `softmax(itm_head(f))[1]`, in [0, 1].
 
-    BLIP: https://arxiv.org/abs/2201.12086. In [0, 1]. The gradient vanishes near both ends, where that of
-    `BlipITC` does not.
+    f is the [CLS] feature of BLIP's text tower, which attends to the image: https://arxiv.org/abs/2201.12086. The
+    gradient vanishes near 0 and 1, unlike that of `BlipITC`.
 
     Args:
-        model: the BLIP model; it is frozen.
-        tokenizer: the tokenizer of that model.
-        image_transform: images in [0, 1] -> its pixels; by default a bicubic resize to the model's square image size
-            with CLIP's mean and deviation.
+        model: The BLIP model; it is frozen.
+        tokenizer: The tokenizer of the model.
+        image_transform: Map from images in [0, 1] to pixels; by default a bicubic resize to the model's square image
+            size, normalized with CLIP's mean and standard deviation.
     """
 
     name = "blip_itm"
@@ -52,14 +52,14 @@ class BlipITM(Reward):
         self.image_transform = image_transform or ImageTransform(size=(edge, edge), crop=None)
 
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
-        # Not through the model's own forward: it makes a mask on the CPU, wherever the images are.
+        # The model's own forward creates a mask on the CPU, whatever the device of the images.
         ids, mask = self.tokens(prompts, images.device)
         patches = self.encode_patches(images)
         text = self.model.text_encoder(input_ids=ids, attention_mask=mask, encoder_hidden_states=patches)
         return precise_linear(self.model.itm_head, text.last_hidden_state[:, 0]).softmax(-1)[:, 1]
 
     def encode_patches(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) images in [0, 1] -> (B, 1 + patches, D) features of the image tower."""
+        """Return the image tower's features (B, 1 + patches, D) of (B, 3, H, W) images in [0, 1]."""
         pixels = self.image_transform(images).to(self.dtype)
         return self.model.vision_model(pixel_values=pixels).last_hidden_state
 
@@ -72,10 +72,9 @@ class BlipITM(Reward):
 
 @register_reward("blip_itc")
 class BlipITC(BlipITM):
-    """`cos(vision_proj(image), text_proj(text))` of the same model: the towers see nothing of one another.
+    """`cos(vision_proj(image), text_proj(text))` of the same model, without cross-attention, in [-1, 1].
 
-    BLIP: https://arxiv.org/abs/2201.12086. In [-1, 1]. The text is encoded once per prompt. The arguments are those of
-    `BlipITM`.
+    BLIP: https://arxiv.org/abs/2201.12086. Each prompt is encoded once. The arguments are those of `BlipITM`.
     """
 
     name = "blip_itc"
@@ -87,7 +86,7 @@ class BlipITC(BlipITM):
         return (F.normalize(image, dim=-1) * self.encode_prompt(prompts)).sum(-1)
 
     def encode_text(self, prompt: str) -> Tensor:
-        """(D,) unit vector of the prompt."""
+        """Return the unit embedding (D,) of the prompt."""
         ids, mask = self.tokens([prompt], self.model.text_proj.weight.device)
         text = self.model.text_encoder(input_ids=ids, attention_mask=mask).last_hidden_state
         return F.normalize(precise_linear(self.model.text_proj, text[0, 0]), dim=-1)

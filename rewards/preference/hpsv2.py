@@ -1,4 +1,4 @@
-"""HPSv2: how much people prefer an image of a prompt."""
+"""HPSv2: human preference among images of a prompt."""
 
 import html
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from ..contract.transforms import PadTransform
 from .clip_score import CLIP_VIT_H, CLIPScore
 from .open_clip import clip_model_from_open_clip
 
-# Typographic quotes, which open_clip's tokenizer makes straight and transformers' does not.
+# Typographic quotes, which open_clip's tokenizer replaces and transformers' does not.
 STRAIGHT_QUOTES = str.maketrans(
     dict.fromkeys("\u02bc\u2018\u2019\u201a\u201b", "'") | dict.fromkeys("\u201c\u201d\u201e\u201f", '"')
 )
@@ -21,20 +21,20 @@ STRAIGHT_QUOTES = str.maketrans(
 
 @register_reward("hpsv2.1", "hps", "hpsv2")
 class HPSv21(CLIPScore):
-    """`cos(image, text)` of HPSv2.1, without CLIP's scale: mostly 0.2 to 0.35.
+    """`cos(image, text)` of HPSv2.1, without CLIP's scale, mostly 0.2 to 0.35.
 
-    "Human Preference Score v2", https://arxiv.org/abs/2306.09341. The published file holds the weights of an open_clip
-    ViT-H-14; configuration and tokenizer are those of that CLIP. Images are not cropped but padded, see `PadTransform`.
-    Prompts are cleaned as by open_clip's tokenizer (HTML entities, typographic quotes), but for full-width letters,
-    ligatures and wrongly decoded text.
+    "Human Preference Score v2", https://arxiv.org/abs/2306.09341. The published file contains the weights of an
+    open_clip ViT-H-14, with the configuration and tokenizer of that CLIP. Images are padded instead of cropped, see
+    `PadTransform`. Prompts are cleaned as by open_clip's tokenizer (HTML entities, typographic quotes), except for
+    full-width letters, ligatures and mojibake.
 
     Args:
-        model: the CLIP model, with GELU; it is frozen.
-        tokenizer: the tokenizer of that model.
-        image_transform: images in [0, 1] -> its pixels; by default `PadTransform` at the model's image size.
+        model: The CLIP model, with GELU; it is frozen.
+        tokenizer: The tokenizer of the model.
+        image_transform: Map from images in [0, 1] to pixels; by default `PadTransform` at the model's image size.
 
     Raises:
-        ValueError: a model with another activation, such as `CLIPConfig`'s default.
+        ValueError: For a model with another activation, such as the default of `CLIPConfig`.
     """
 
     name = "hpsv2.1"
@@ -52,8 +52,8 @@ class HPSv21(CLIPScore):
         activations = {model.text_model.config.hidden_act, model.vision_model.config.hidden_act}
         if activations != {"gelu"}:
             raise ValueError(
-                f"Expected a CLIP model with `hidden_act` 'gelu' for HPSv2, but got {sorted(activations)}: its scores "
-                "would be wrong by little. Use the configuration of laion/CLIP-ViT-H-14-laion2B-s32B-b79K."
+                f"Expected a CLIP model with `hidden_act` 'gelu' for HPSv2, but got {sorted(activations)}, which gives "
+                "slightly wrong scores. Use the configuration of laion/CLIP-ViT-H-14-laion2B-s32B-b79K."
             )
         edge = cast(int, model.vision_model.config.image_size)
         super().__init__(model, tokenizer, image_transform or PadTransform(edge))
@@ -62,7 +62,7 @@ class HPSv21(CLIPScore):
         return (self.encode_image(images) * self.encode_prompt(prompts)).sum(-1)
 
     def encode_text(self, prompt: str) -> Tensor:
-        """(D,) unit vector of the prompt, cleaned and truncated."""
+        """Return the unit embedding (D,) of the cleaned and truncated prompt."""
         text = html.unescape(html.unescape(prompt)).translate(STRAIGHT_QUOTES)
         return super().encode_text(text.strip())
 
@@ -79,7 +79,7 @@ class HPSv21(CLIPScore):
 
 @register_reward("hpsv2.0")
 class HPSv20(HPSv21):
-    """HPSv2.0: as `HPSv21`, with the weights that the original package uses when no version is given."""
+    """HPSv2.0: `HPSv21` with the weights that the original package uses by default."""
 
     name = "hpsv2.0"
     weights_file = "HPS_v2_compressed.pt"

@@ -26,7 +26,7 @@ IMAGE_REWARD_MEAN = 0.16717362830052426
 IMAGE_REWARD_STD = 1.0333394966054072
 IMAGE_REWARD_MAX_LENGTH = 35
 IMAGE_REWARD_TOKENIZER = "google-bert/bert-base-uncased"
-# The heads of every ViT that BLIP was published with are 64 wide; the tensors do not tell.
+# All ViTs of the published BLIP models have 64 channels per attention head, which the tensors do not tell.
 IMAGE_REWARD_HEAD_WIDTH = 64
 
 # Names of timm's ViT -> names of `BlipVisionModel`
@@ -40,11 +40,11 @@ IMAGE_REWARD_VISION_NAMES = (
     (r"\.attn\.proj\.", ".self_attn.projection."),
     (r"\.norm([12])\.", r".layer_norm\1."),
 )
-# In the file, but no part of the score: the projections of BLIP's contrastive loss and BERT's position numbers
+# Keys of the file that the score does not use: the projections of BLIP's contrastive loss and BERT's position ids
 IMAGE_REWARD_IGNORED = re.compile(
     r"blip\.(vision_proj|text_proj)\.(weight|bias)|blip\.text_encoder\.embeddings\.position_ids"
 )
-# Settings of med_config.json -> those of `BlipTextConfig`, which have the same names
+# Settings of med_config.json that `BlipTextConfig` has under the same names
 IMAGE_REWARD_TEXT_SETTINGS = (
     "vocab_size",
     "hidden_size",
@@ -61,11 +61,11 @@ IMAGE_REWARD_TEXT_SETTINGS = (
 
 
 class ImageRewardHead(nn.Module):
-    """(B, D) text features -> (B, 1): five linear layers without activations, in float32 or more."""
+    """Scoring head, (B, D) text features -> (B, 1): five linear layers without activations, in float32 or more."""
 
     def __init__(self, width: int):
         super().__init__()
-        # The dropouts do nothing in a score, but they are counted in the names of the published weights.
+        # Dropout is inactive, but the names of the published weights count these layers.
         self.layers = nn.Sequential(
             nn.Linear(width, 1024),
             nn.Dropout(0.2),
@@ -85,20 +85,20 @@ class ImageRewardHead(nn.Module):
 
 @register_reward("imagereward")
 class ImageRewardModel(Reward):
-    """`(head(f) - mean) / std`, f the text tower's [CLS] feature of the prompt after it has attended to the image.
+    """ImageReward, `(head(f) - mean) / std`: https://arxiv.org/abs/2304.05977.
 
-    ImageReward: https://arxiv.org/abs/2304.05977. The scores are standardised; most lie between -2.3 and 2. The text
-    features depend on the image, so only the token ids are kept between calls.
+    f is the [CLS] feature of the text tower, which attends to the image. Scores are standardized; most are between -2.3
+    and 2. The text features depend on the image, so only token ids are cached.
 
     Args:
-        vision_model: the image tower.
-        text_model: the text tower with cross-attention, without a pooling layer.
-        head: (B, D) features -> (B, 1).
+        vision_model: The image tower.
+        text_model: The text tower with cross-attention, without a pooling layer.
+        head: Module from (B, D) features to (B, 1).
         tokenizer: BERT's, with [DEC] and [ENC] added (see `image_reward_tokenizer`).
-        image_transform: images in [0, 1] -> pixels; by default CLIP's transform at the image tower's size.
+        image_transform: Map from images in [0, 1] to pixels; by default CLIP's transform at the image tower's size.
 
     Raises:
-        ValueError: a text tower that attends to features of another width than the image tower's.
+        ValueError: If the text tower expects image features of another width than the image tower's.
     """
 
     name = "imagereward"
@@ -138,26 +138,26 @@ class ImageRewardModel(Reward):
 
     @classmethod
     def load(cls, checkpoint: str, hub: dict[str, Any]) -> "ImageRewardModel":
-        """Read the published `ImageReward.pt` and `med_config.json`; the tokenizer comes from its own repository."""
+        """Load the published `ImageReward.pt` and `med_config.json`, and the tokenizer from its own repository."""
         parts = convert_image_reward(read_state_dict(checkpoint_path(checkpoint, "ImageReward.pt", hub)))
         settings = read_settings(checkpoint_path(checkpoint, "med_config.json", hub))
         vision_config = image_reward_vision_config(parts["vision"])
         text_config = image_reward_text_config(settings, vision_config.hidden_size)
-        # Building draws random weights, from a stream that belongs to the caller.
+        # Initialization draws random weights, which must not advance the caller's random state.
         with torch.random.fork_rng(devices=[]):
             vision, head = BlipVisionModel(vision_config), ImageRewardHead(text_config.hidden_size)
             text = BlipTextModel(text_config, add_pooling_layer=False)
-        for module, part in ((vision, "vision"), (text, "text"), (head, "head")):
-            load_strictly(module, parts[part], f"the {part} part of ImageReward.pt")
-        # A revision is one of the weights; the tokenizer's repository does not know it.
+        for module, name in ((vision, "vision"), (text, "text"), (head, "head")):
+            load_strictly(module, parts[name], f"the {name} part of ImageReward.pt")
+        # The revision belongs to the repository of the weights, not to that of the tokenizer.
         return cls(vision, text, head, image_reward_tokenizer({**hub, "revision": None}))
 
 
 def convert_image_reward(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """The published tensors as "vision", "text" and "head", each named as in its module here.
+    """Split the published tensors into "vision", "text" and "head", with the names of the modules here.
 
     Raises:
-        ValueError: a key of none of these.
+        ValueError: For a key that belongs to none of them.
     """
     parts: dict[str, dict[str, Tensor]] = {"vision": {}, "text": {}, "head": {}}
     prefixes = {"blip.visual_encoder.": "vision", "blip.text_encoder.": "text", "mlp.": "head"}
@@ -176,17 +176,17 @@ def convert_image_reward(state: Mapping[str, Tensor]) -> dict[str, dict[str, Ten
 
 
 def image_reward_vision_name(name: str) -> str:
-    """The name in `BlipVisionModel` of a tensor of timm's ViT."""
+    """Convert the name of a tensor from timm's ViT to `BlipVisionModel`."""
     for pattern, replacement in IMAGE_REWARD_VISION_NAMES:
         name = re.sub(pattern, replacement, name)
     return name
 
 
 def image_reward_vision_config(state: Mapping[str, Tensor]) -> BlipVisionConfig:
-    """The dimensions of the image tower, read off its converted tensors: the checkpoint has no config for it.
+    """Infer the configuration of the image tower from its converted tensors; the checkpoint has none.
 
     Raises:
-        ValueError: naming those tensors that are missing.
+        ValueError: If tensors are missing; the message names them.
     """
     names = ("embeddings.position_embedding", "embeddings.patch_embedding.weight", "encoder.layers.0.mlp.fc1.weight")
     if missing := [name for name in names if name not in state]:
@@ -203,16 +203,16 @@ def image_reward_vision_config(state: Mapping[str, Tensor]) -> BlipVisionConfig:
         num_attention_heads=positions.shape[-1] // IMAGE_REWARD_HEAD_WIDTH,
         image_size=round((positions.shape[1] - 1) ** 0.5) * patches.shape[-1],
         patch_size=patches.shape[-1],
-        # timm's, and not the default of transformers, 1e-5, which moves the features by 6e-4.
+        # The value of timm. The default of transformers, 1e-5, would change the features by 6e-4.
         layer_norm_eps=1e-6,
     )
 
 
 def image_reward_text_config(settings: Mapping[str, Any], image_width: int) -> BlipTextConfig:
-    """med_config.json, a BERT config, as a config of transformers' BLIP; the image tower's width is not the file's.
+    """Convert med_config.json, a BERT config, to `BlipTextConfig`. The file's `encoder_width` is ignored.
 
     Raises:
-        ValueError: naming the settings that are missing.
+        ValueError: If settings are missing; the message names them.
     """
     if missing := [name for name in IMAGE_REWARD_TEXT_SETTINGS if name not in settings]:
         raise ValueError(f"Expected med_config.json to hold a BERT config, but missing: {', '.join(missing)}.")
@@ -221,7 +221,7 @@ def image_reward_text_config(settings: Mapping[str, Any], image_width: int) -> B
 
 
 def image_reward_tokenizer(hub: Mapping[str, Any]) -> PreTrainedTokenizerBase:
-    """BERT's lower-case tokenizer and the two tokens that BLIP adds: [DEC], then [ENC]."""
+    """Load BERT's uncased tokenizer and add the two tokens of BLIP: [DEC], then [ENC]."""
     tokenizer = BertTokenizer.from_pretrained(IMAGE_REWARD_TOKENIZER, **hub)
     tokenizer.add_special_tokens({"bos_token": "[DEC]"})
     tokenizer.add_special_tokens({"additional_special_tokens": ["[ENC]"]})

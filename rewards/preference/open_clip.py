@@ -1,4 +1,4 @@
-"""open_clip's vision transformers as transformers' `CLIPModel`: the names of their weights, and loading them."""
+"""Conversion of open_clip's vision transformers to `CLIPModel` of transformers."""
 
 import re
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from transformers import CLIPConfig, CLIPModel
 
 from ..contract.checkpoints import check_weights
 
-# open_clip -> transformers, outside of the blocks. Projections are multiplied from the other side.
+# open_clip -> transformers, outside of the blocks. Projections are transposed.
 OPEN_CLIP_NAMES = {
     "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
     "positional_embedding": "text_model.embeddings.position_embedding.weight",
@@ -20,14 +20,14 @@ OPEN_CLIP_NAMES = {
     "visual.class_embedding": "vision_model.embeddings.class_embedding",
     "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
     "visual.conv1.weight": "vision_model.embeddings.patch_embedding.weight",
-    "visual.ln_pre.weight": "vision_model.pre_layrnorm.weight",  # transformers spells it so
+    "visual.ln_pre.weight": "vision_model.pre_layrnorm.weight",  # the spelling of transformers
     "visual.ln_pre.bias": "vision_model.pre_layrnorm.bias",
     "visual.ln_post.weight": "vision_model.post_layernorm.weight",
     "visual.ln_post.bias": "vision_model.post_layernorm.bias",
     "visual.proj": "visual_projection.weight",
 }
 OPEN_CLIP_TRANSPOSED = ("text_projection", "visual.proj")
-OPEN_CLIP_BUFFERS = ("attn_mask",)  # made anew by transformers
+OPEN_CLIP_BUFFERS = ("attn_mask",)  # recomputed by transformers
 OPEN_CLIP_BLOCK_NAMES = {
     "attn.out_proj": "self_attn.out_proj",
     "ln_1": "layer_norm1",
@@ -40,15 +40,15 @@ OPEN_CLIP_STACKED = re.compile(r"(visual\.)?transformer\.resblocks\.(\d+)\.attn\
 
 
 def clip_model_from_open_clip(state: Mapping[str, Tensor], config: CLIPConfig, source: str) -> CLIPModel:
-    """A float32 `CLIPModel` with the weights of an open_clip model of the same shape.
+    """Build a float32 `CLIPModel` with the weights of an open_clip model of the same shape.
 
     Args:
-        state: open_clip's weights, in any precision; they are taken over without a second copy where they are float32.
-        config: of the model. open_clip's ViT-H has `hidden_act="gelu"`, which is not the default of `CLIPConfig`.
-        source: what to call the weights in errors.
+        state: The weights of open_clip in any dtype; float32 tensors are not copied.
+        config: The configuration. open_clip's ViT-H has `hidden_act="gelu"`, which is not the default of `CLIPConfig`.
+        source: The name of the weights in error messages.
 
     Raises:
-        ValueError: naming keys that are unknown, missing or of another shape.
+        ValueError: For keys that are unknown, missing or of another shape; the message lists them.
     """
     converted = clip_state_from_open_clip(state, source)
     with torch.device("meta"):
@@ -58,10 +58,10 @@ def clip_model_from_open_clip(state: Mapping[str, Tensor], config: CLIPConfig, s
 
 
 def clip_state_from_open_clip(state: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
-    """The weights under transformers' names.
+    """Rename open_clip's weights to the names of transformers.
 
     Raises:
-        ValueError: naming a key that open_clip's vision transformers do not have.
+        ValueError: For a key that open_clip's vision transformers do not have.
     """
     converted: dict[str, Tensor] = {}
     for key, value in state.items():
@@ -81,5 +81,5 @@ def clip_state_from_open_clip(state: Mapping[str, Tensor], source: str) -> dict[
 
 
 def open_clip_layer(match: re.Match[str]) -> str:
-    """What transformers calls the block of a key."""
+    """Return the name of a block in transformers."""
     return f"{'vision_model' if match[1] else 'text_model'}.encoder.layers.{match[2]}"

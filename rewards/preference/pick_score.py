@@ -1,4 +1,4 @@
-"""PickScore: which of two images of a prompt people pick."""
+"""PickScore: the image of a prompt that people pick out of two."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from .clip_score import CLIP_VIT_H, CLIPScore
 
 @register_reward("pickscore")
 class PickScore(CLIPScore):
-    """`exp(logit_scale) * cos(image, text)` of a CLIP that was trained on people's choices, mostly 17 to 24.
+    """`exp(logit_scale) * cos(image, text)` of a CLIP fine-tuned on human choices, mostly 17 to 24.
 
     "Pick-a-Pic: An Open Dataset of User Preferences for Text-to-Image Generation", https://arxiv.org/abs/2305.01569.
     The formula and the arguments are those of `CLIPScore`.
@@ -24,7 +24,7 @@ class PickScore(CLIPScore):
 
     @classmethod
     def load(cls, checkpoint: str, hub: dict[str, Any]) -> "PickScore":
-        # As on its model card: what is not the model comes from the CLIP that it was trained from.
+        # As on the model card, tokenizer and preprocessing come from the CLIP that was fine-tuned.
         source, source_hub = holder_of("tokenizer_config.json", checkpoint, CLIP_VIT_H, hub)
         tokenizer = AutoTokenizer.from_pretrained(source, **source_hub)
         source, source_hub = holder_of("preprocessor_config.json", checkpoint, CLIP_VIT_H, hub)

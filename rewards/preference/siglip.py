@@ -1,4 +1,4 @@
-"""SigLIP: how well a model trained with a sigmoid per pair finds that an image fits its prompt."""
+"""SigLIP: the agreement of image and prompt by a model trained with a sigmoid loss per pair."""
 
 import string
 from collections.abc import Callable
@@ -20,20 +20,20 @@ WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 @register_reward("siglip", loads="siglip")
 class SigLIP(Reward):
-    """`exp(logit_scale) * cos(image, text) + logit_bias`, the logit of "this is the text of this image".
+    """`exp(logit_scale) * cos(image, text) + logit_bias`, the logit that image and text belong together.
 
     "Sigmoid Loss for Language Image Pre-Training", https://arxiv.org/abs/2303.15343. Norms, dot product, scale and bias
-    are float32 whatever the precision of the weights. Prompts are lower-cased and padded to the length of the context,
-    as in training; for the tokenizer of the first SigLIP they also lose their punctuation, as in transformers.
+    are float32 whatever the dtype of the weights. Prompts are lowercased and padded to the context length, as in
+    training; with the tokenizer of the first SigLIP punctuation is removed too, as in transformers.
 
     Args:
-        model: the SigLIP model; it is frozen.
-        tokenizer: the tokenizer of that model, with an end and a padding token.
-        image_transform: images in [0, 1] -> its pixels; by default a squash to the model's image size.
-        probability: the sigmoid of the logit, in [0, 1]. It hardly has a gradient where the model is sure.
+        model: The SigLIP model; it is frozen.
+        tokenizer: The tokenizer of the model, with an end and a padding token.
+        image_transform: Map from images in [0, 1] to pixels; by default a resize to the model's square image size.
+        probability: Return the sigmoid of the logit, in [0, 1]. Its gradient nearly vanishes near 0 and 1.
 
     Raises:
-        ValueError: a tokenizer without one of the two tokens.
+        ValueError: If the tokenizer lacks one of the two tokens.
     """
 
     name = "siglip"
@@ -60,7 +60,7 @@ class SigLIP(Reward):
         self.tokenizer = tokenizer
         self.image_transform = image_transform or ImageTransform(size=(edge, edge), crop=None, mean=HALF, std=HALF)
         self.probability = probability
-        # Numbers and not the parameters, which half precision rounds.
+        # Floats instead of the parameters, which half precision would round.
         self.logit_scale = model.logit_scale.detach().double().exp().item()
         self.logit_bias = model.logit_bias.detach().double().item()
         bounds = (self.logit_bias - self.logit_scale, self.logit_bias + self.logit_scale)
@@ -72,24 +72,24 @@ class SigLIP(Reward):
         return logits.sigmoid() if self.probability else logits
 
     def encode_image(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) images in [0, 1] -> (B, D) unit vectors, float32."""
+        """Return the unit embeddings (B, D), float32, of (B, 3, H, W) images in [0, 1]."""
         pixels = self.image_transform(images).to(self.dtype)
         return F.normalize(at_least_float32(self.model.vision_model(pixel_values=pixels).pooler_output), dim=-1)
 
     def encode_text(self, prompt: str) -> Tensor:
-        """(D,) unit vector of the prompt, truncated to the length the model was trained with."""
+        """Return the unit embedding (D,) of the prompt, truncated to the context length of the model."""
         ids = torch.tensor([self.token_ids(prompt)], device=self.device)
-        # No attention mask: padding was seen in training, and the text feature is that of the last position.
+        # No attention mask: the model was trained on padded text, and its text feature is that of the last position.
         return F.normalize(at_least_float32(self.model.text_model(input_ids=ids).pooler_output), dim=-1)[0]
 
     def token_ids(self, prompt: str) -> list[int]:
-        """The prompt, an end token that truncation does not cut, and padding up to the length of the context.
+        """Tokenize a prompt: truncate, append the end token, and pad to the context length.
 
-        End and padding are set here, since repositories differ in whether their tokenizer does it, and on which side.
+        The end token and padding are added here because tokenizers of different repositories disagree about them.
         """
         length, eos, pad = self.context_length, self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
         text = prompt.lower()
-        # The first SigLIP pads with its end token; SigLIP 2 has the tokenizer of Gemma.
+        # The first SigLIP pads with its end token; SigLIP 2 uses the tokenizer of Gemma.
         if eos == pad:
             text = " ".join(text.translate(WITHOUT_PUNCTUATION).split())
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"][: length - 1] + [eos]
@@ -101,7 +101,7 @@ class SigLIP(Reward):
 
     @classmethod
     def load(cls, checkpoint: str, hub: dict[str, Any]) -> "SigLIP":
-        # Not AutoTokenizer: for the first SigLIP it insists on the sentencepiece package.
+        # For the first SigLIP, AutoTokenizer would require the sentencepiece package.
         tokenizer = PreTrainedTokenizerFast.from_pretrained(checkpoint, **hub)
         transform = ImageTransform.from_processor_config(checkpoint, **hub)
         return cls(load_pretrained(SiglipModel, checkpoint, hub), tokenizer, transform)
@@ -111,7 +111,7 @@ class SigLIP(Reward):
 class SigLIP2(SigLIP):
     """`SigLIP` with the weights of "SigLIP 2", https://arxiv.org/abs/2502.14786.
 
-    A folder of these weights is loaded as `SigLIP`, which reads it the same: both have one architecture.
+    A folder with these weights is loaded as `SigLIP`, which is equivalent because the architecture is the same.
     """
 
     name = "siglip2"

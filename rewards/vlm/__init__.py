@@ -1,1 +1,1 @@
-"""Rewards that ask a vision-language model about the image."""
+"""Rewards that query a vision-language model about the image."""

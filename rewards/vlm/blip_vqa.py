@@ -1,4 +1,4 @@
-"""How probable an answer about the image is to BLIP."""
+"""Probability of an answer about the image by BLIP."""
 
 from collections.abc import Callable
 from typing import Any, cast
@@ -18,22 +18,22 @@ from ..contract.transforms import ImageTransform, at_least_float32
 class BlipVQA(Reward):
     """`exp(mean_i log p(answer_i | answer_<i, question, image))` over the answer's tokens and the end token.
 
-    BLIP: https://arxiv.org/abs/2201.12086. It is `exp(-loss)` of transformers' model, per image. The default question
-    is VQAScore's (https://arxiv.org/abs/2404.01291) without "Please answer yes or no.", which BLIP was not trained to
-    read; T2I-CompBench (https://arxiv.org/abs/2307.06350) asks `question="{}?"` of each noun phrase and takes the
-    product. As in transformers the question begins with [CLS]; the BLIP repository puts [ENC] there.
+    BLIP: https://arxiv.org/abs/2201.12086. The score equals `exp(-loss)` of transformers' model, per image. The default
+    question is that of VQAScore (https://arxiv.org/abs/2404.01291) without "Please answer yes or no.", which BLIP was
+    not trained on. T2I-CompBench (https://arxiv.org/abs/2307.06350) uses `question="{}?"` for each noun phrase and
+    multiplies the scores. As in transformers, the question begins with [CLS]; the BLIP repository uses [ENC].
 
     Args:
-        model: the BLIP model; it is frozen.
-        tokenizer: the tokenizer of that model.
-        image_transform: images in [0, 1] -> its pixels; by default a bicubic resize to the model's square image size
-            with CLIP's mean and deviation.
-        question: what is asked, with "{}" where the prompt goes.
-        answer: the answer whose probability is the score.
+        model: The BLIP model; it is frozen.
+        tokenizer: The tokenizer of the model.
+        image_transform: Map from images in [0, 1] to pixels; by default a bicubic resize to the model's square image
+            size, normalized with CLIP's mean and standard deviation.
+        question: The question, with "{}" for the prompt.
+        answer: The answer whose probability is the score.
 
     Raises:
-        ValueError: a question without "{}", an empty answer, or a tokenizer that does not end texts with the model's
-            `sep_token_id`.
+        ValueError: For a question without "{}", an empty answer, or a tokenizer that does not end texts with the
+            model's `sep_token_id`.
     """
 
     name = "blip_vqa"
@@ -52,11 +52,11 @@ class BlipVQA(Reward):
         answer: str = "yes",
     ):
         if "{}" not in question:
-            raise ValueError(f"Expected a question with '{{}}' where the prompt goes, but got {question!r}.")
+            raise ValueError(f"Expected a question with '{{}}' for the prompt, but got {question!r}.")
         super().__init__(model=model)
         edge = cast(int, model.vision_model.config.image_size)
         text_config = model.text_encoder.config
-        # Not cut to the 35 tokens of BLIP's own code: that would take the end of the question.
+        # BLIP's own code truncates to 35 tokens, which would cut off the end of the question.
         self.tokens = PromptTokens(tokenizer, text_config.max_position_embeddings, padding="longest")
         self.image_transform = image_transform or ImageTransform(size=(edge, edge), crop=None)
         self.question = question
@@ -64,12 +64,12 @@ class BlipVQA(Reward):
         self.answer_ids = blip_answer_ids(tokenizer, answer, start, end)
 
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
-        # Not through the model's own forward: it returns one loss for the whole batch.
+        # The model's own forward returns one loss for the whole batch.
         pixels = self.image_transform(images).to(self.dtype)
         patches = self.model.vision_model(pixel_values=pixels).last_hidden_state
         questions = [self.question.replace("{}", prompt) for prompt in prompts]
         ids, mask = self.tokens(questions, torch.device("cpu"))
-        # Questions of one length at a time, unpadded: the decoder of transformers 5.23 also reads what is masked.
+        # One question length at a time, without padding: the decoder of transformers 5.23 ignores the padding mask.
         lengths = mask.sum(1)
         groups = [torch.nonzero(lengths == length)[:, 0] for length in lengths.unique()]
         scores = [
@@ -79,7 +79,7 @@ class BlipVQA(Reward):
         return torch.cat(scores)[torch.cat(groups).argsort()]
 
     def answer_probability(self, patches: Tensor, question_ids: Tensor) -> Tensor:
-        """(B, P, D) image features and (B, L) ids of questions of equal length -> (B,)."""
+        """Return the scores (B,) for image features (B, P, D) and question ids (B, L) of equal length."""
         ids = question_ids.to(patches.device)
         question = self.model.text_encoder(input_ids=ids, encoder_hidden_states=patches).last_hidden_state
         answer = torch.tensor(self.answer_ids, device=patches.device).expand(len(patches), -1)
@@ -96,10 +96,10 @@ class BlipVQA(Reward):
 
 
 def blip_answer_ids(tokenizer: PreTrainedTokenizerBase, answer: str, start: int, end: int) -> list[int]:
-    """The answer as the decoder was trained on it: `start` in place of [CLS], the tokens, [SEP].
+    """Tokenize the answer as in the decoder's training: `start` instead of [CLS], the tokens, [SEP].
 
     Raises:
-        ValueError: an answer without tokens, or one that does not end with `end`.
+        ValueError: If the answer has no tokens or does not end with `end`.
     """
     ids = tokenizer(answer)["input_ids"]
     if ids[-1] != end:

@@ -1,4 +1,4 @@
-"""CLIP-FlanT5, the model of VQAScore, rebuilt from transformers' CLIP and T5."""
+"""CLIP-FlanT5, the model of VQAScore, built from transformers' CLIP and T5."""
 
 import os
 from collections.abc import Mapping
@@ -28,23 +28,26 @@ SYSTEM = (
     "and polite answers to the user's questions."
 )
 T5_TOKENIZER = "google/flan-t5-xl"  # the same for all sizes
-T5_CONTEXT = 2048  # tokens of text, as it was trained
+T5_CONTEXT = 2048  # tokens of text, as in training
 
 
 @register_reward("clip_flant5", "clip-flant5", loads="clip_t5")
 class CLIPFlanT5(Reward):
-    """exp(mean log p) of the answer "Yes" and the end of the text to `Does this figure show "{prompt}"? ...`.
+    """`exp(mean log p)` of "Yes" and the end token as the answer to `Does this figure show "{prompt}"? ...`.
 
-    VQAScore: https://arxiv.org/abs/2404.01291, with its own model: the patches of the last but one layer of a CLIP
-    tower, projected, stand among the words that a T5 reads. Images are padded to a square with CLIP's mean colour.
+    VQAScore, https://arxiv.org/abs/2404.01291, with its own model: a T5 reads the projected patch tokens of the second
+    to last layer of a CLIP tower among its word embeddings. Images are padded to a square with CLIP's mean color.
     Source: https://github.com/linzhiqiu/CLIP-FlanT5, `clip_t5.py`, and https://github.com/linzhiqiu/t2v_metrics 1.2.
 
     Args:
-        vision: the CLIP tower.
-        projector: (B, N, width of the tower) -> (B, N, width of the T5).
-        t5: the T5.
-        tokenizer: of the T5, one that ends each text with the token of the end.
-        image_transform: of square images in [0, 1]; by default CLIP's at the tower's size.
+        vision: The CLIP tower.
+        projector: Module from (B, N, width of the tower) to (B, N, width of the T5).
+        t5: The T5.
+        tokenizer: The tokenizer of the T5, which ends texts with the end token.
+        image_transform: Map from square images in [0, 1] to pixels; by default CLIP's at the tower's size.
+
+    Raises:
+        ValueError: If the tokenizer does not end texts with its end token.
     """
 
     name = "clip_flant5"
@@ -81,7 +84,7 @@ class CLIPFlanT5(Reward):
         return torch.cat([self.answer_score(*each) for each in zip(patches, prompts, strict=True)])
 
     def encode_image(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) in [0, 1] -> (B, patches, width of the T5)."""
+        """Return projected patch tokens (B, patches, width of the T5) of (B, 3, H, W) images in [0, 1]."""
         mean = self.image_transform.mean or (0.0, 0.0, 0.0)
         square = pad_to_square(straight_through_clamp(at_least_float32(images)), [int(255 * m) / 255 for m in mean])
         pixels = self.image_transform(square).to(self.dtype)
@@ -90,7 +93,7 @@ class CLIPFlanT5(Reward):
         return self.projector(hidden[-2][:, 1:])
 
     def answer_score(self, patches: Tensor, prompt: str) -> Tensor:
-        """(patches, width) of one image -> (1,)."""
+        """Return the score (1,) of one image, given its projected patch tokens (patches, width)."""
         embed = self.t5.get_input_embeddings()
         before, after = (embed(torch.tensor(ids, device=patches.device)) for ids in self.text_around_image(prompt))
         labels = torch.tensor([self.answer], device=patches.device)
@@ -98,11 +101,11 @@ class CLIPFlanT5(Reward):
         return (-F.cross_entropy(at_least_float32(logits[0]), labels[0])).exp()[None]
 
     def text_around_image(self, prompt: str) -> tuple[list[int], list[int]]:
-        """The tokens before and after the image, each with an end of its own; a long prompt is cut."""
+        """Return the tokens before and after the image, each with an end token; a long prompt is truncated."""
         if prompt not in self.tokens:
             before = self.tokenizer(f"{SYSTEM} USER: ")["input_ids"]
             question = f"\n{QUESTION.format(prompt)} ASSISTANT: "
-            room = T5_CONTEXT - len(before) - 1  # one for the image, as the original counts
+            room = T5_CONTEXT - len(before) - 1  # the original counts one token for the image
             self.tokens[prompt] = before, self.tokenizer(question)["input_ids"][:room]
         return self.tokens[prompt]
 
@@ -110,7 +113,7 @@ class CLIPFlanT5(Reward):
     def load(cls: type[RewardT], checkpoint: str, hub: dict[str, Any]) -> RewardT:
         settings, _ = PretrainedConfig.get_config_dict(checkpoint, **hub)
         tower = settings["mm_vision_tower"]
-        others = {**hub, "revision": None}  # a revision is of the checkpoint alone
+        others = {**hub, "revision": None}  # the revision belongs to the checkpoint only
         vision_config = CLIPVisionConfig.from_pretrained(tower, **others)
         state = split_clip_flant5(read_shards(checkpoint, hub))
         t5 = untied_t5(T5Config.from_dict({**settings, "model_type": "t5"}))
@@ -118,17 +121,17 @@ class CLIPFlanT5(Reward):
         vision = CLIPVisionModel(vision_config)
         if not state["vision"]:
             state["vision"] = CLIPVisionModel.from_pretrained(tower, dtype=torch.float32, **others).state_dict()
-        for module, part in ((t5, "t5"), (projector, "projector"), (vision, "vision")):
-            load_strictly(module, state[part], f"{checkpoint} ({part})")
+        for module, name in ((t5, "t5"), (projector, "projector"), (vision, "vision")):
+            load_strictly(module, state[name], f"{checkpoint} ({name})")
         tokenizer = AutoTokenizer.from_pretrained(T5_TOKENIZER, **others)
         transform = ImageTransform.from_processor_config(tower, **others)
         return cast(Any, cls)(vision, projector, t5, tokenizer, transform)
 
 
 def untied_t5(config: T5Config) -> T5ForConditionalGeneration:
-    """An untrained T5 whose output layer has weights of its own, as Flan-T5 has.
+    """Build a T5 with random weights and an untied output layer, as Flan-T5 has.
 
-    transformers 5 ties them to the embedding in every T5 it builds, and would then load one over the other.
+    transformers 5 ties the output layer to the embedding in every T5, so that loading would overwrite one of them.
     """
     t5 = T5ForConditionalGeneration(config)
     t5.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
@@ -136,12 +139,12 @@ def untied_t5(config: T5Config) -> T5ForConditionalGeneration:
 
 
 def clip_flant5_projector(width: int, target: int) -> nn.Sequential:
-    """LLaVA's "mlp2x_gelu": (..., width) -> (..., target)."""
+    """Build LLaVA's "mlp2x_gelu", (..., width) -> (..., target)."""
     return nn.Sequential(nn.Linear(width, target), nn.GELU(), nn.Linear(target, target))
 
 
 def pad_to_square(images: Tensor, color: list[float]) -> Tensor:
-    """(B, 3, H, W) in the middle of a square of one colour, as LLaVA's `expand2square`."""
+    """Pad (B, 3, H, W) images to a square with a constant color, as LLaVA's `expand2square`."""
     height, width = images.shape[-2:]
     edge = max(height, width)
     top, left = (edge - height) // 2, (edge - width) // 2
@@ -152,7 +155,7 @@ def pad_to_square(images: Tensor, color: list[float]) -> Tensor:
 
 
 def read_shards(checkpoint: str, hub: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors of all files that `pytorch_model.bin.index.json` lists. Raises `ValueError` if it lists none."""
+    """Read all files listed in `pytorch_model.bin.index.json`. Raises `ValueError` if it lists none."""
     listed = read_settings(checkpoint_path(checkpoint, "pytorch_model.bin.index.json", hub)).get("weight_map")
     files = list(listed.values()) if isinstance(listed, dict) else []
     if not files or not all(isinstance(name, str) and name == os.path.basename(name) for name in files):
@@ -164,10 +167,10 @@ def read_shards(checkpoint: str, hub: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def split_clip_flant5(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """The published keys, for T5, projector and CLIP tower.
+    """Split the published tensors into "t5", "projector" and "vision".
 
-    `mm_projector.*` is the projector, `vision_tower.vision_tower.vision_model.*` the tower, which was not trained and
-    may be left out; all else is T5's, whose embedding has up to four names.
+    `mm_projector.*` is the projector and `vision_tower.vision_tower.vision_model.*` the CLIP tower, which is not
+    fine-tuned and may be missing. All other keys are the T5's, whose embedding has up to four names.
     """
     prefixes = {"projector": "mm_projector.", "vision": "vision_tower.vision_tower.vision_model."}
     parts: dict[str, dict[str, Tensor]] = {"t5": {}, "projector": {}, "vision": {}}

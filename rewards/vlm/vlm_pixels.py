@@ -11,39 +11,43 @@ from ..contract.transforms import ImageTransform, at_least_float32, first_pass_s
 
 
 def vlm_pixels(images: Tensor, image_processor: Any) -> Tensor:
-    """What an image processor makes of its input, from (B, 3, H, W) images in [0, 1], with a gradient.
+    """Differentiable counterpart of an image processor, for (B, 3, H, W) images in [0, 1].
 
-    The size and filter of the resize, the crop, mean and standard deviation are the processor's own. Each image is one
-    tile: processors that cut large images into several are asked not to.
+    Resize, crop, mean and standard deviation follow the settings of the processor. Each image is one tile: the option
+    of some processors to split large images is off.
 
     Returns:
-        `pixel_values` in the layout of the processor, in float32 or more: (B, 3, h, w); (B * patches, values of a
-        patch) for Qwen's; (B, 1, 3, h, w) for those of Idefics 3 and SmolVLM.
+        `pixel_values` in the layout of the processor, in float32 or more: (B, 3, h, w); (B * patches, values per patch)
+        for Qwen; (B, 1, 3, h, w) for Idefics 3 and SmolVLM.
 
     Raises:
-        ValueError: for a class of processor that is not in `PIXEL_LAYOUTS`.
+        ValueError: For a processor class that is not in `PIXEL_LAYOUTS`.
     """
     return PIXEL_LAYOUTS[image_processor_kind(image_processor)](images, image_processor)
 
 
 def image_processor_kind(image_processor: Any) -> str:
-    """The name of its class without the backend: "CLIPImageProcessor" of `CLIPImageProcessorPil` too."""
+    """Return the class name without the backend: "CLIPImageProcessor" for `CLIPImageProcessorPil`, too.
+
+    Raises:
+        ValueError: If the class is not in `PIXEL_LAYOUTS`.
+    """
     kind = type(image_processor).__name__.removesuffix("Pil").removesuffix("Fast")
     if kind not in PIXEL_LAYOUTS:
         raise ValueError(
-            f"Expected an image processor out of {sorted(PIXEL_LAYOUTS)}, but got {kind}. Pass `preprocess=`, images "
-            "(B, 3, H, W) in [0, 1] -> `pixel_values`."
+            f"Expected an image processor out of {sorted(PIXEL_LAYOUTS)}, but got {kind}. Pass `preprocess=`, a "
+            "function from images (B, 3, H, W) in [0, 1] to `pixel_values`."
         )
     return kind
 
 
 def one_tile(images: Tensor, image_processor: Any) -> Tensor:
-    """(B, 3, H, W) -> (B, 3, h, w): shorter side and crop as CLIP has it, or an exact size, whatever is set."""
+    """Map (B, 3, H, W) to (B, 3, h, w): shorter side and crop as in CLIP, or an exact size, as configured."""
     return ImageTransform.from_processor_config(image_processor.to_dict())(images)
 
 
 def qwen_patches(images: Tensor, image_processor: Any) -> Tensor:
-    """(B, 3, H, W) -> (B * gh * gw, 3 * 2 * p * p): the patches of Qwen2-VL and later, image by image."""
+    """Map (B, 3, H, W) to the patches of Qwen2-VL and later, (B * gh * gw, 3 * 2 * p * p), image by image."""
     settings = image_processor.to_dict()
     patch, merge, bounds = settings["patch_size"], settings["merge_size"], settings["size"]
     height, width = images.shape[-2:]
@@ -54,7 +58,7 @@ def qwen_patches(images: Tensor, image_processor: Any) -> Tensor:
 
 
 def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """The size that Qwen-VL sees: multiples of `factor`, between two numbers of pixels, the aspect about kept.
+    """Return the (height, width) of Qwen-VL: multiples of `factor`, bounded area, about the same aspect ratio.
 
     Source: `smart_resize` of transformers, `models/qwen2_vl/image_processing_qwen2_vl.py`.
     """
@@ -69,9 +73,9 @@ def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixe
 
 
 def patchify(pixels: Tensor, patch: int, merge: int, temporal: int) -> Tensor:
-    """(B, C, H, W) -> (B * gh * gw, C * temporal * patch * patch), in the order of Qwen's processors.
+    """Map (B, C, H, W) to (B * gh * gw, C * temporal * patch * patch), in the order of Qwen's processors.
 
-    Patches that the model merges, `merge` by `merge`, follow one another; an image is `temporal` equal frames.
+    The `merge` × `merge` patches that the model merges are adjacent; an image is repeated as `temporal` frames.
     """
     batch, channels, height, width = pixels.shape
     rows, columns = height // patch, width // patch
@@ -82,7 +86,7 @@ def patchify(pixels: Tensor, patch: int, merge: int, temporal: int) -> Tensor:
 
 
 def idefics_tile(images: Tensor, image_processor: Any) -> Tensor:
-    """(B, 3, H, W) -> (B, 1, 3, e, e): to the longest edge, then squashed to a square, as without image splitting."""
+    """Map (B, 3, H, W) to (B, 1, 3, e, e): resized to the longest edge, then to a square, without image splitting."""
     settings = image_processor.to_dict()
     edge = settings["max_image_size"]["longest_edge"]
     pixels = straight_through_clamp(at_least_float32(images))
@@ -95,7 +99,7 @@ def idefics_tile(images: Tensor, image_processor: Any) -> Tensor:
 
 
 def longest_edge_even(height: int, width: int, edge: int) -> tuple[int, int]:
-    """The (height, width) that brings the longer side to `edge`; the other is cut to a whole number, then made even.
+    """Return the (height, width) whose longer side is `edge`; the other is rounded down, then up to an even number.
 
     Source: `_resize_output_size_rescale_to_max_len` of transformers, `models/idefics3/image_processing_idefics3.py`.
     """
@@ -105,7 +109,7 @@ def longest_edge_even(height: int, width: int, edge: int) -> tuple[int, int]:
 
 
 def lanczos_resize(images: Tensor, size: tuple[int, int]) -> Tensor:
-    """Pillow's Lanczos filter on (B, C, H, W) in [0, 1]: two passes, each of them clamped as uint8 would be."""
+    """Resize (B, C, H, W) in [0, 1] with Pillow's Lanczos filter, in two passes, each clamped like uint8."""
     for height, width in (first_pass_size(images.shape[-2], images.shape[-1], size), size):
         down, across = lanczos_weights(images.shape[-2], height), lanczos_weights(images.shape[-1], width)
         images = straight_through_clamp(down.to(images) @ images @ across.to(images).T)
@@ -113,7 +117,7 @@ def lanczos_resize(images: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def lanczos_weights(length: int, target: int) -> Tensor:
-    """(target, length) float64, rows that sum to 1: a windowed sinc over three lobes, wider when it shrinks."""
+    """Return (target, length) float64 weights, a windowed sinc of three lobes, whose rows sum to 1."""
     scale = length / target
     centers = (torch.arange(target, dtype=torch.float64) + 0.5) * scale
     offsets = (torch.arange(length, dtype=torch.float64) + 0.5 - centers[:, None]) / max(scale, 1.0)
@@ -121,7 +125,7 @@ def lanczos_weights(length: int, target: int) -> Tensor:
     return weights / weights.sum(1, keepdim=True)
 
 
-# The class of an image processor, without its backend -> what it does to images
+# Class name of an image processor, without its backend -> its differentiable counterpart
 PIXEL_LAYOUTS: dict[str, Callable[[Tensor, Any], Tensor]] = {
     "BlipImageProcessor": one_tile,
     "CLIPImageProcessor": one_tile,

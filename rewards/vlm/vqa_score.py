@@ -1,4 +1,4 @@
-"""VQAScore: how probable a vision-language model finds it that an image shows its prompt."""
+"""VQAScore: the probability, by a vision-language model, that an image shows its prompt."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, cast, get_args
@@ -19,32 +19,33 @@ VQAMode = Literal["answer", "answer_eos", "yesno", "logodds"]
 
 @register_reward("vqascore", loads=tuple(VLM_FAMILIES))
 class VQAScorer(Reward):
-    """P(yes) of `Does this figure show "{prompt}"? Please answer yes or no.` by an image-text-to-text model.
+    """Probability of "yes" to `Does this figure show "{prompt}"? Please answer yes or no.` by a vision-language model.
 
-    VQAScore: https://arxiv.org/abs/2404.01291. Modes, from the logits of the tokens of the answer, in float32:
+    VQAScore: https://arxiv.org/abs/2404.01291. The modes are functions of the answer's logits, in float32:
 
     - "answer": the probability, among all tokens, that the answer begins with one of `answers`; in [0, 1].
-    - "answer_eos": exp of the mean log-probability of the first of `answers` and the end of the text, as the paper has
-      it for CLIP-FlanT5; in [0, 1], and not comparable with "answer": about its square root.
-    - "logodds": log P(answers) - log P(negatives), unbounded. It does not saturate near 0 and 1, so its gradient is
-      the best conditioned one.
-    - "yesno": the sigmoid of that, in [0, 1].
+    - "answer_eos": exp of the mean log-probability of the first of `answers` and the end token, the paper's score for
+      CLIP-FlanT5; in [0, 1]. It is about the square root of "answer", so the two are not comparable.
+    - "logodds": log P(answers) - log P(negatives), unbounded. It does not saturate, so its gradient is the best
+      conditioned one.
+    - "yesno": the sigmoid of "logodds", in [0, 1].
 
-    `from_pretrained` gives mode "answer"; for another, `VQAScorer(reward.model, reward.processor, mode="logodds")`.
+    `from_pretrained` uses the mode "answer"; for another, `VQAScorer(reward.model, reward.processor, mode="logodds")`.
 
     Args:
-        model: a model of one of the types in `VLM_FAMILIES`, or of another with a `preprocess`; it is frozen.
-        processor: its processor, or a `TokenizerAndImageProcessor`.
-        question: with "{}" for the prompt.
-        answers: the ways to say yes, also with a space before it, which some models write after "Assistant:". Those
-            that the tokenizer does not know, or knows as a lone space and a word, are left out.
-        negatives: the ways to say no, for "yesno" and "logodds".
-        mode: see above.
-        preprocess: images (B, 3, H, W) in [0, 1] -> `pixel_values`, instead of those of the image processor.
-        prompt_format: the text around the question, "{}", instead of the chat template.
+        model: A model of a type in `VLM_FAMILIES`, or of another type with a `preprocess`; it is frozen.
+        processor: Its processor, or a `TokenizerAndImageProcessor`.
+        question: The question, with "{}" for the prompt.
+        answers: Spellings of yes, also with a leading space, which some models write after "Assistant:". Spellings that
+            the tokenizer does not know, or splits into a space and a word, are ignored.
+        negatives: Spellings of no, for "yesno" and "logodds".
+        mode: The score, see above.
+        preprocess: Map from images (B, 3, H, W) in [0, 1] to `pixel_values`, instead of the image processor's.
+        prompt_format: The text around the question, with "{}" for it, instead of the chat template.
 
     Raises:
-        ValueError: an unknown mode or family, a question without "{}", or answers that cannot be told apart.
+        ValueError: For an unknown mode or family, a question without "{}", or answers and negatives that begin with the
+            same token.
     """
 
     name = "vqascore"
@@ -69,7 +70,7 @@ class VQAScorer(Reward):
         if mode not in get_args(VQAMode):
             raise ValueError(f"Expected a mode out of {get_args(VQAMode)}, but got {mode!r}.")
         if "{}" not in question:
-            raise ValueError(f"Expected a question with {{}} in place of the prompt, but got {question!r}.")
+            raise ValueError(f"Expected a question with {{}} for the prompt, but got {question!r}.")
         super().__init__(model=model)
         self.processor = processor
         self.inputs = VLMInputs(model, processor, preprocess, prompt_format)
@@ -83,7 +84,7 @@ class VQAScorer(Reward):
                 f"Expected answers {list(answers)} and negatives {list(negatives)} that begin with different tokens, "
                 f"but both have {processor.tokenizer.convert_ids_to_tokens(sorted(both))}. Pass others."
             )
-        # The tokens of "answer_eos": the first answer, whole, and the end.
+        # The tokens of "answer_eos": all of the first answer, and the end token.
         whole = processor.tokenizer(answers[0], add_special_tokens=False)["input_ids"]
         self.whole_answer: list[int] = [*whole, processor.tokenizer.eos_token_id]
 
@@ -104,30 +105,30 @@ class VQAScorer(Reward):
     def answer_log_probability(
         self, images: Tensor, questions: Sequence[str], answers: Sequence[Sequence[str]]
     ) -> Tensor:
-        """Log of the probability that the answer to each image's question begins with one of its answers, (B,).
+        """Return the log-probabilities (B,) that the answers to questions about images begin with given spellings.
 
         Args:
             images: (B, 3, H, W) in [0, 1].
-            questions: B questions as they are asked.
-            answers: B lists of spellings of what is to be answered.
+            questions: B questions.
+            answers: B lists of spellings of the accepted answer.
         """
         logits = self.next_logits(images, "{}", questions)[:, 0]
         tokens = [first_tokens(self.processor.tokenizer, variants) for variants in answers]
         return torch.cat([log_probability(row[None], ids) for row, ids in zip(logits, tokens, strict=True)])
 
     def next_logits(self, images: Tensor, template: str, prompts: Sequence[str], forced: Sequence[int] = ()) -> Tensor:
-        """Logits of the answer's first token and of those that follow each of the `forced` ones: (B, 1 + forced, V)."""
+        """Return the logits (B, 1 + forced, V) of the first answer token and of those after each `forced` token."""
         size = (images.shape[-2], images.shape[-1])
         inputs = [self.inputs(template, prompt, size) for prompt in prompts]
-        parts, order = [], []
+        chunks, order = [], []
         for rows in rows_of_equal_shape(inputs):
             stacked = {name: torch.cat([inputs[row][name] for row in rows]) for name in inputs[rows[0]]}
-            parts.append(self.answer_logits(images[rows], stacked, forced))
+            chunks.append(self.answer_logits(images[rows], stacked, forced))
             order += rows
-        return torch.cat(parts)[torch.tensor(order).argsort()]
+        return torch.cat(chunks)[torch.tensor(order).argsort()]
 
     def answer_logits(self, images: Tensor, inputs: Mapping[str, Tensor], forced: Sequence[int]) -> Tensor:
-        """The same for inputs of one length, so that nothing is padded."""
+        """Compute `next_logits` for inputs of equal length, which need no padding."""
         arguments: dict[str, Any] = {name: value.to(self.device) for name, value in inputs.items()}
         text = getattr(self.model.config, "text_config", self.model.config)
         if text.is_encoder_decoder:
@@ -142,9 +143,9 @@ class VQAScorer(Reward):
         return at_least_float32(logits[:, -1 - len(forced) :])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "VQAScorer":
-        """Move and cast the weights, but leave float32 buffers in it when the weights become half precision.
+        """Move and cast the weights, but keep float32 buffers when the weights become half precision.
 
-        Rotary frequencies that were rounded to 8 bits turn by the wrong angle a few hundred tokens on.
+        Rotary frequencies with bfloat16's 8 bits of precision give wrong angles after a few hundred tokens.
         """
         exact = {name: value for name, value in self.named_buffers() if value.is_floating_point()}
         super()._apply(fn, recurse)
@@ -157,13 +158,15 @@ class VQAScorer(Reward):
 
     @classmethod
     def load(cls: type[RewardT], checkpoint: str, hub: dict[str, Any]) -> RewardT:
-        vlm_family(PretrainedConfig.get_config_dict(checkpoint, **hub)[0].get("model_type", ""))  # before the weights
+        vlm_family(
+            PretrainedConfig.get_config_dict(checkpoint, **hub)[0].get("model_type", "")
+        )  # fails before weights are loaded
         model = load_pretrained(cast(Any, AutoModelForImageTextToText), checkpoint, hub)
         return cast(Any, cls)(model, load_vlm_processor(checkpoint, model.config, hub))
 
 
 def rows_of_equal_shape(inputs: Sequence[Mapping[str, Tensor]]) -> Iterator[list[int]]:
-    """The indices of inputs that can be stacked."""
+    """Yield groups of indices of inputs that can be stacked."""
     groups: dict[tuple[torch.Size, ...], list[int]] = {}
     for row, each in enumerate(inputs):
         groups.setdefault(tuple(value.shape for value in each.values()), []).append(row)
@@ -171,7 +174,7 @@ def rows_of_equal_shape(inputs: Sequence[Mapping[str, Tensor]]) -> Iterator[list
 
 
 def appended(inputs: Mapping[str, Tensor], tokens: Sequence[int], answer_type: int) -> dict[str, Tensor]:
-    """Inputs of a decoder, (B, length), with tokens of an answer after them."""
+    """Append answer tokens to the inputs (B, length) of a decoder."""
     ends = {"input_ids": torch.tensor(tokens, dtype=torch.long), "attention_mask": torch.ones(len(tokens))}
     ends |= {"token_type_ids": torch.full((len(tokens),), answer_type), "mm_token_type_ids": torch.zeros(len(tokens))}
     longer = dict(inputs)
@@ -182,17 +185,18 @@ def appended(inputs: Mapping[str, Tensor], tokens: Sequence[int], answer_type: i
 
 
 def log_probability(logits: Tensor, tokens: Sequence[int]) -> Tensor:
-    """Log of the probability of any of `tokens` under (B, V) logits, (B,), at most 0."""
+    """Return the log-probability (B,), at most 0, of any of `tokens` under (B, V) logits."""
     return logits.log_softmax(-1)[:, tokens].logsumexp(-1).clamp(max=0)
 
 
 def first_tokens(tokenizer: PreTrainedTokenizerBase, words: Sequence[str]) -> list[int]:
-    """The distinct tokens that words begin with; a word that the tokenizer does not know is left out.
+    """Return the distinct first tokens of words.
 
-    So is one whose first token is white space alone: "No" may follow it as well.
+    Words that the tokenizer does not know are ignored, and so are words whose first token is only white space, which
+    could precede the opposite answer as well.
 
     Raises:
-        ValueError: if it knows none, or for a string in place of the list.
+        ValueError: If no word is left, or for a string instead of a list.
     """
     if isinstance(words, str):
         raise ValueError(f"Expected a list of answers, but got the string {words!r}. Pass [{words!r}].")

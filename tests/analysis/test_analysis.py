@@ -96,7 +96,7 @@ def test_results_are_grouped_by_method_model_and_shape(tmp_path):
         "Other on b, 1×2×8×8",
     ]
     assert [len(group.results) for group in groups] == [2, 1, 1, 1]
-    assert groups[0].initial.shape == (4, 2, 8, 8) and groups[3].optimised.shape == (2, 2, 8, 8)
+    assert groups[0].initial.shape == (4, 2, 8, 8) and groups[3].optimized.shape == (2, 2, 8, 8)
     lines = markdown([Analysis(group) for group in groups]).splitlines()
     assert all(line.count("|") == len(groups) + 2 for line in lines)
 

@@ -57,7 +57,7 @@ def test_group_selection_maximises_what_ours_does(bench):
     upper = torch.triu_indices(4, 4, 1)
     wanted = 4 * (u.mean() + ours.diversity[0][2] * b[upper[0], upper[1]].mean())
     torch.testing.assert_close(group_value(u, b, torch.arange(4), group.weight), wanted)
-    assert group.candidates == 16 and ours.steps == 3
+    assert group.steps == 16 and ours.steps == 3
 
 
 @pytest.fixture(scope="module")

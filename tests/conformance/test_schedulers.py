@@ -99,7 +99,7 @@ def test_latents_that_a_subclass_prepares_otherwise_are_refused_before_any_model
 
 def test_a_sampler_that_draws_from_no_generator_is_refused():
     pipe = sd_as(StableDiffusionPipeline, scheduler=UnseededNoise(**SD_BETAS, **CLEAN, steps_offset=1))
-    with pytest.raises(ValueError, match="StableDiffusionPipeline with UnseededNoise draws some.*noise_sampler_seed"):
+    with pytest.raises(ValueError, match="StableDiffusionPipeline with UnseededNoise draws from.*noise_sampler_seed"):
         optimize_noise(pipe, "a", BestOfN(rewards=redness), num_inference_steps=2, **SIZE)
 
 
@@ -123,7 +123,7 @@ def test_a_pipeline_that_takes_no_latents_is_refused_and_works_as_a_class():
 def test_what_takes_the_place_of_the_noise_is_refused_by_name():
     pipe, arguments = tiny_family("img2img_sdxl"), family_arguments("img2img_sdxl")
     reno = ReNO(rewards=redness)
-    with pytest.raises(ValueError, match="no `latents`, as StableDiffusionXLImg2ImgPipeline.*Leave them out"):
+    with pytest.raises(ValueError, match="no `latents`, since in StableDiffusionXLImg2ImgPipeline.*Leave them out"):
         optimize_noise(pipe, "a", reno, latents=torch.zeros(1, 4, 16, 16), **arguments)
     with pytest.raises(ValueError, match="StableDiffusionXLImg2ImgPipeline draws none.*denoising_start"):
         optimize_noise(pipe, "a", reno, denoising_start=0.5, **arguments)

@@ -94,11 +94,11 @@ def test_the_table_is_the_mean_of_the_units(alone):
     assert {unit["category"] for unit in every} == {"position", "counting", "single"}
 
 
-def test_optimised_rewards_are_marked_and_only_they(alone):
+def test_optimized_rewards_are_marked_and_only_they(alone):
     text = (alone[0] / "table.md").read_text(encoding="utf-8")
     assert "| clip\\* | red |" in text
     results = json.loads((alone[0] / "results.json").read_text(encoding="utf-8"))
-    marked = {entry["metric"] for entry in results["estimates"] if entry["optimised"]}
+    marked = {entry["metric"] for entry in results["estimates"] if entry["optimized"]}
     assert "clip" in marked and not marked & {"red", "right", "layout spread"}
 
 

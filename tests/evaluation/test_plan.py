@@ -59,8 +59,8 @@ def test_a_method_is_built_with_its_settings_and_the_rewards():
     ("text", "expected"),
     [
         ("renoir", "Expected a method out of .*reno.*, but got 'renoir'"),
-        ("reno:step=3", "Expected settings of reno out of steps, mode.*, but got 'step'"),
-        ("reno:steps=0", "Expected `steps` to be an integer of 1 or more"),
+        ("reno:step=3", "Expected settings of reno out of steps, chunk_size, .*, but got 'step'"),
+        ("reno:steps=0", "Expected `steps` to be an integer in \[1, inf\)"),
         ("reno:rewards=red", "as `--reward`"),
         ("best_of_n:gradient=full", "but got 'gradient'"),
     ],
@@ -204,8 +204,8 @@ def test_on_embedded_models_diversity_is_that_of_the_embedded_towers():
         ("never_too_late", None, False),
     ],
 )
-def test_features_whose_tower_is_optimised_are_known(method, features, expected):
-    assert plan(methods=(MethodChoice.parse(method),), features=features).features_are_optimised is expected
+def test_features_whose_tower_is_optimized_are_known(method, features, expected):
+    assert plan(methods=(MethodChoice.parse(method),), features=features).features_are_optimized is expected
 
 
 def test_a_callback_per_denoising_step_is_a_contender_without_rewards_or_control():

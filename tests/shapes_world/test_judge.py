@@ -8,7 +8,7 @@ import torch
 
 from noiseopt import shapes_world
 from noiseopt.shapes_world import CATEGORIES, KINDS, Request, Scene, Shape, caption, judge, parse, render
-from noiseopt.shapes_world.negatives import wrong_request
+from training.negatives import wrong_request
 
 # the function of that name hides the module
 module = importlib.import_module("noiseopt.shapes_world.judge")

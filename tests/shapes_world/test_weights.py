@@ -13,7 +13,7 @@ from noiseopt import shapes_world
 from noiseopt.rewards import AutoReward, CLIPScore, ImageFeatures
 from noiseopt.shapes_world import VALIDATION_PROMPTS, judge
 from noiseopt.shapes_world.captions import WORDS
-from noiseopt.shapes_world.negatives import wrong_request
+from training.negatives import wrong_request
 
 WEIGHTS = Path(shapes_world.path("turbo")).parent
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from ..cli import require_plots
+from ..arguments import require_plots
 
 if TYPE_CHECKING:
     from .build import AnyCard
@@ -82,13 +82,13 @@ def run_build() -> None:
 def run_check() -> None:
     """`noiseopt hub check`."""
     require_checkout()
-    from .build import drifted
+    from .build import drifted, drifted_stub_files
 
     with refusals():
-        wrong = drifted()
-    for name in wrong:
-        print(f"hub_cards/{name} is out of date: {cure(name)}", file=sys.stderr)
+        wrong = [f"hub_cards/{name} is out of date: {cure(name)}" for name in drifted()]
+    wrong += [f"{name} is out of date: run `noiseopt hub build`" for name in drifted_stub_files()]
     if wrong:
+        print("\n".join(wrong), file=sys.stderr)
         raise SystemExit(1)
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 from PIL import Image
 
 from .. import plots
-from ..demo import Choice, Story, mean_spread, optimize_and_judge, right_before_and_after
+from ..demo import mean_spread, optimize_and_judge, right_before_and_after
+from ..story import Choice, Story
 from .before_after import BeforeAfter
 from .build import picture_path
 from .cards import Card
@@ -20,7 +21,7 @@ def draw_pictures(cards: Sequence[Card]) -> Iterator[Path]:
     """Write the picture of each card, one after the other; cards of one method and model share their run."""
     runs: dict[tuple[str, str], list[Card]] = {}
     for card in cards:
-        runs.setdefault((card.method.registered, card.shown_on), []).append(card)
+        runs.setdefault((card.room, card.shown_on), []).append(card)
     for (method, model), sharing in runs.items():
         story = tell(Choice.of(method, model))
         for card in sharing:

@@ -1,6 +1,7 @@
 """Checkpointing changes what is kept, never what is drawn or its gradient; and modules are left as they were."""
 
 import copy
+import dataclasses
 import functools
 import gc
 
@@ -25,15 +26,18 @@ from noiseopt.pipelines.sampling.internals import BLOCK_SETTINGS
 FAMILIES = ["sd", "sdxl", "sd3", "flux"]
 ONE_STEP = {**call_arguments("sd"), "num_inference_steps": 1}
 FREE = "noiseopt.pipelines.memory.checkpointing.free_memory"
-FREE_FOR_CHUNKS = "noiseopt.pipelines.method.free_memory"
+FREE_FOR_CHUNKS = "noiseopt.pipelines.loop.free_memory"
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Watching(NoiseOptimizer):
-    """Goes nowhere; keeps the problem, and the gradient, policy and chunks of each step."""
+    """Stays at its noise; stores the problem, and the gradient, policy and chunk size of each step."""
 
-    def __init__(self, checkpointing="auto", gradient="full", chunk_size=None, steps=2):
-        self.checkpointing, self.gradient, self.chunk_size, self.steps = checkpointing, gradient, chunk_size, steps
-        self.gradients, self.policies, self.sizes = [], [], []
+    steps: int = 2
+    gradient: str = "full"
+    gradients: list = dataclasses.field(default_factory=list)
+    policies: list = dataclasses.field(default_factory=list)
+    sizes: list = dataclasses.field(default_factory=list)
 
     def objective(self, pipe):
         def look(sample):
@@ -45,15 +49,15 @@ class Watching(NoiseOptimizer):
         return FunctionObjective(look)
 
     def start(self, problem):
-        self.problem = problem
+        vars(self)["problem"] = problem
 
-    def step(self, state, gradient, memory):
+    def step(self, run, gradient, state):
         self.gradients.append(gradient)
-        return state.noise
+        return run.noise
 
 
 def watched(pipe, checkpointing, prompt="a red b", gradient="full", chunk_size=None, steps=2, **arguments):
-    method = Watching(checkpointing, gradient, chunk_size, steps)
+    method = Watching(checkpointing=checkpointing, gradient=gradient, chunk_size=chunk_size, steps=steps)
     arguments = {"generator": torch.Generator().manual_seed(0), "callbacks": [], **arguments}
     return method, optimize_noise(pipe, prompt, method, **arguments)
 
@@ -247,7 +251,7 @@ def test_auto_takes_the_first_policy_whose_graph_takes_half_of_what_is_free(monk
     method, result, calls = counted(pipe, checkpointing="auto", **arguments)
     kept, plain, plain_calls = counted(pipe, checkpointing="none", **arguments)
     assert method.policies == [expected] * 3 and result.provenance["checkpointing"] == expected
-    assert result.provenance["settings"] == {} and settings_of(pipe) == before
+    assert result.provenance["settings"]["checkpointing"] == "auto" and settings_of(pipe) == before
     assert len(asked) == min(2, POLICIES.index(expected) + 1)  # in the first step alone, and the last is not counted
     assert torch.equal(result.images, plain.images)
     assert relative(method.gradients[1], kept.gradients[1]) < 1e-5

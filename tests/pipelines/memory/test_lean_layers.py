@@ -1,6 +1,7 @@
 """Lean layers: values and gradients of the stock layers, less memory, and nothing left behind."""
 
 import copy
+import dataclasses
 import math
 
 import pytest
@@ -192,17 +193,20 @@ def test_a_copy_made_inside_has_its_own_weights():
     assert torch.equal(twin.decode(latents).sample, before) and not torch.equal(vae.decode(latents).sample, before)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Look(NoiseOptimizer):
-    """Keeps the gradient of one step."""
+    """Stores the gradient of one step."""
 
-    steps = 2
+    steps: int = 2
+    gradient: str = "full"
+    gradients: list = dataclasses.field(default_factory=list)
 
     def objective(self, pipe):
         return FunctionObjective(lambda sample: (sample.images * sample.images).mean((1, 2, 3)))
 
-    def step(self, state, gradient, memory):
-        self.gradient_found = gradient
-        return state.noise
+    def step(self, run, gradient, state):
+        self.gradients.append(gradient)
+        return run.noise
 
 
 @pytest.mark.parametrize("family", ["sd", "sdxl"])
@@ -213,6 +217,6 @@ def test_a_run_has_the_gradient_of_stock_layers_and_leaves_them_behind(family, m
         monkeypatch.setattr(lean, "LEAN_BYTES", size)
         look, generator = Look(), torch.Generator().manual_seed(0)
         optimize_noise(pipe, "a", look, generator=generator, num_inference_steps=1, guidance_scale=0.0, **SIZE)
-        found.append(look.gradient_found)
+        found.append(look.gradients[0])
     assert (found[0] - found[1]).norm() < 1e-4 * found[1].norm() and found[1].norm() > 0
     assert [type(module) for module in pipe.unet.modules()] == kinds

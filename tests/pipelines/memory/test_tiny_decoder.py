@@ -179,7 +179,7 @@ def refused(decoder, match, pipe=None, error=ValueError):
 
 def test_what_cannot_work_is_refused_before_any_model_runs():
     refused(decoder_of(channels=16), "Expected a decoder of latents with 4 channels.*got one of 16")
-    refused(decoder_of(blocks=3), "Expected a decoder that makes 16 × 16 pixels.*32, 32")
+    refused(decoder_of(blocks=3), "Expected a decoder from 8 × 8 latents to 16 × 16 pixels.*32, 32")
     refused(decoder_of().double(), r"Expected the decoder in torch.float32 on cpu.*torch.float64.*decoder.to\(")
     refused(lambda latents: latents, "Expected `decoder` to be a Hub id.*got function", error=TypeError)
 
@@ -189,4 +189,4 @@ def test_pipelines_whose_latents_no_tiny_decoder_knows_are_refused_by_name():
     vars(pipe)["vae"] = AutoencoderKLFlux2(block_out_channels=(8,) * 4, norm_num_groups=4, latent_channels=4)
     refused(decoder_of(), "`AutoencoderKL`.*StableDiffusionPipeline has AutoencoderKLFlux2.*decoder=None", pipe)
     pipe = quiet(BUILDERS["sdxl"](latents_mean=[0.0] * 4, latents_std=[1.0] * 4))
-    refused(decoder_of(), "StableDiffusionXLPipeline has one that normalises each channel", pipe)
+    refused(decoder_of(), "StableDiffusionXLPipeline has one that normalizes each channel", pipe)

@@ -120,7 +120,7 @@ def test_rewards_given_by_name_are_loaded_once_per_pipeline(tmp_path, monkeypatc
 
 def test_settings_without_rewards_and_rewards_beside_a_method_are_refused():
     pipe = ReNOStableDiffusionPipeline(**tiny_pipeline("sd").components)
-    with pytest.raises(ValueError, match="nothing to optimise"):
+    with pytest.raises(ValueError, match="nothing to optimize"):
         pipe("a", steps=3, **ARGUMENTS)
     with pytest.raises(ValueError, match="both"):
         pipe("a", rewards="red", method=ReNO(rewards="red"), **ARGUMENTS)

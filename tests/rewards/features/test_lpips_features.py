@@ -52,7 +52,7 @@ def test_negative_weights_are_refused():
     model = FakeLPIPS()
     with torch.no_grad():
         next(model.lins[1].parameters())[0, 2] = -0.5
-    with pytest.raises(ValueError, match=r"non-negative weights of the channels, but got -0.5.*pretrained=True"):
+    with pytest.raises(ValueError, match=r"non-negative channel weights, but got -0.5.*pretrained=True"):
         LPIPSFeatures(model)
 
 

@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from noiseopt.rewards import AutoReward, ImageRewardModel, ImageTransform
-from noiseopt.rewards import image_reward as module
+from noiseopt.rewards.preference import image_reward as module
 
 PROMPTS = ["a red cube", "two green cars in a row"]
 HUB = {"revision": None, "cache_dir": None, "token": None, "local_files_only": False}

@@ -81,7 +81,7 @@ def test_a_longer_neighbour_does_not_change_a_score():
 
 @pytest.mark.parametrize("question", ["Is it?", "{prompt}", ""])
 def test_a_question_without_a_place_for_the_prompt_is_refused(question: str):
-    with pytest.raises(ValueError, match="Expected a question with '{}' where the prompt goes, but got"):
+    with pytest.raises(ValueError, match="Expected a question with '{}' for the prompt, but got"):
         BlipVQA(build_blip_answering(), build_bert_tokenizer(), question=question)
 
 

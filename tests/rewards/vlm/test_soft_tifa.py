@@ -92,7 +92,7 @@ def test_reads_geneval_2(tmp_path: Path):
 def test_bad_input():
     with pytest.raises(ValueError, match=r"Expected a mean out of \('arithmetic', .*'harmonic'"):
         soft_tifa(mean="harmonic")
-    with pytest.raises(ValueError, match="Expected an instruction with {} in place of the question, but got 'Say it'"):
+    with pytest.raises(ValueError, match="Expected an instruction with {} for the question, but got 'Say it'"):
         soft_tifa(instruction="Say it")
     with pytest.raises(ValueError, match="Expected at least one question for each prompt, but got none for 'x'"):
         SoftTIFA(build_vqa_scorer(), {"x": []})

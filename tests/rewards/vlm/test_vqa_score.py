@@ -24,7 +24,7 @@ from noiseopt.rewards import AutoReward, RewardSum, VQAScorer
 from noiseopt.rewards.vlm.vlm_inputs import PIXEL_TOLERANCE, VLM_FAMILIES
 from noiseopt.rewards.vlm.vlm_pixels import vlm_pixels
 from noiseopt.rewards.vlm.vqa_score import QUESTION, appended, first_tokens, log_probability
-from noiseopt.shapes_world.readers import SHOWS
+from training.readers import SHOWS
 
 PROMPTS = ["a red cube", "two green cars"]
 
@@ -189,7 +189,7 @@ def test_a_family_that_is_not_written_is_refused_by_name():
 
 def test_a_family_that_is_not_written_is_refused_before_its_weights_are_read(tmp_path: Path):
     (tmp_path / "config.json").write_text('{"model_type": "llava_next"}')
-    with pytest.raises(ValueError, match="of the type .* got 'llava_next'.* pass `VQAScorer` also `preprocess=`"):
+    with pytest.raises(ValueError, match="of the type .* got 'llava_next'.* pass them to `VQAScorer` with `preprocess=`"):
         VQAScorer.from_pretrained(str(tmp_path))
 
 
@@ -208,11 +208,9 @@ def test_bad_input_is_refused_before_anything_runs():
     model, processor = build_family("qwen2_vl")
     with pytest.raises(ValueError, match=r"Expected a mode out of \('answer', .*'logits'"):
         VQAScorer(model, processor, mode="logits")  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ValueError, match="Expected a question with {} in place of the prompt, but got 'Is it?"):
+    with pytest.raises(ValueError, match="Expected a question with {} for the prompt, but got 'Is it?"):
         VQAScorer(model, processor, question="Is it there?")
-    with pytest.raises(
-        ValueError, match="Expected a `prompt_format` with {} in place of the question, but got '<|image"
-    ):
+    with pytest.raises(ValueError, match="Expected a `prompt_format` with {} for the question, but got '<|image"):
         VQAScorer(model, processor, prompt_format="<|image_pad|> Is it?")
     with pytest.raises(ValueError, match=r"Expected a list of answers, but got the string 'Yes'. Pass \['Yes'\]"):
         VQAScorer(model, processor, answers="Yes")
@@ -222,7 +220,7 @@ def test_bad_input_is_refused_before_anything_runs():
         VQAScorer(model, processor, answers=["maybe"])
     with pytest.raises(ValueError, match=r"without the model's image token, .*Remove '<\|image_pad\|>'"):
         VQAScorer(model, processor)(random_images(), "a <|image_pad|> cube")
-    with pytest.raises(ValueError, match="for the image and the question alone"):
+    with pytest.raises(ValueError, match="for the image and the question without"):
         VQAScorer(model, processor, question='"{}" ' + "a red cube " * 300)(random_images(), "x")
 
 
