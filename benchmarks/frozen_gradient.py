@@ -1,4 +1,4 @@
-"""What the gradient of Noise Diffusion holds in memory: sampling without a graph, then decoder and scorer backwards.
+"""Memory of the gradient of Noise Diffusion: sampling without a graph, then backward through decoder and scorer.
 
 python benchmarks/frozen_gradient.py --steps 20
 """
@@ -20,7 +20,7 @@ PROMPT = shapes_world.VALIDATION_PROMPTS[0]
 
 
 class Setting:
-    """One model, one scorer, one call: what each way of taking a gradient does with them."""
+    """One model, scorer and call, with each way of computing a gradient."""
 
     def __init__(self, model: str, steps: int, images: int) -> None:
         with quiet_libraries():
@@ -46,7 +46,7 @@ class Setting:
         torch.autograd.grad(self.reward(images, PROMPT).sum(), latents)
 
     def round(self, gradient: Literal["full", "frozen"]) -> None:
-        """Two evaluations and the move between them."""
+        """Two evaluations and the update between them."""
         method = NoiseDiffusion(rewards=self.reward, steps=2, candidates=2, gradient=gradient)
         optimize_noise(self.pipe, PROMPT, method, generator=torch.Generator().manual_seed(0), callbacks=[], **self.call)
 
@@ -60,7 +60,7 @@ class Setting:
 
 
 def measure(setting: Setting, rounds: int) -> dict[str, list[Cost]]:
-    """The costs of each way, one after the other in every round, after one that does not count."""
+    """The costs of each way, interleaved in rounds, after a warm-up round."""
     found: dict[str, list[Cost]] = {name: [] for name in setting.ways()}
     for round_ in range(rounds + 1):
         for name, way in setting.ways().items():
@@ -71,10 +71,10 @@ def measure(setting: Setting, rounds: int) -> dict[str, list[Cost]]:
 
 
 def main(arguments: list[str] | None = None) -> dict[str, list[Cost]]:
-    parser = argparse.ArgumentParser(description="What the gradient of Noise Diffusion holds in memory.")
-    parser.add_argument("--model", default="guided", help="an embedded model of several steps")
-    parser.add_argument("--steps", type=int, default=20, help="of the sampling")
-    parser.add_argument("--images", type=int, default=16, help="of the prompt, in one call")
+    parser = argparse.ArgumentParser(description="Memory of the gradient of Noise Diffusion.")
+    parser.add_argument("--model", default="guided", help="an embedded multi-step model")
+    parser.add_argument("--steps", type=int, default=20, help="sampling steps")
+    parser.add_argument("--images", type=int, default=16, help="images per call")
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args(arguments)
     found = measure(Setting(options.model, options.steps, options.images), options.rounds)

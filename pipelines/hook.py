@@ -32,7 +32,7 @@ from .request import (
 from .results.noise_file import NoiseFile
 from .results.noise_result import NoiseResult
 from .results.pipeline_code import SavedWithCode
-from .sampling.first_call import parts_of, stock_call
+from .sampling.first_call import stock_call, submodules_of
 from .sampling.internals import execution_device
 from .sampling.latent_space import LatentSpace
 from .sampling.module_state import DENOISERS, frozen_modules, refuse_unsuited
@@ -96,7 +96,7 @@ class NoiseRun:
         self.noise_file = None if save_noise_to is None else NoiseFile(save_noise_to)
         if size := image_size(pipe, request):
             self.objective.try_out(self.reward_prompts[0], *size, gradient=method.gradient_mode is not None)
-        self.decoder = as_loop_decoder(method.decoder, pipe, list(parts_of(pipe, DENOISERS).values()))
+        self.decoder = as_loop_decoder(method.decoder, pipe, list(submodules_of(pipe, DENOISERS).values()))
         self.encoded: list[Any] = []
         self.result: NoiseResult | None = None
 

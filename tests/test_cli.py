@@ -1,4 +1,4 @@
-"""The command line: what `noiseopt demo` writes and says, and how it refuses what it cannot do."""
+"""The command line: the output of `noiseopt demo`, and its errors."""
 
 import contextlib
 import dataclasses
@@ -30,7 +30,7 @@ PROMPT = "a red circle left of a blue star"
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory) -> tuple[Path, str]:
-    """The folder that a short demo wrote to, and what it printed."""
+    """The output folder of a short demo, and the printed text."""
     folder, printed = tmp_path_factory.mktemp("demo") / "new" / "folder", io.StringIO()
     with contextlib.redirect_stdout(printed):
         main(["demo", "--steps", "2", "--seed", "3", "--prompt", PROMPT, "--output", str(folder)])
@@ -88,8 +88,8 @@ def test_demo_of_a_method_of_sets_with_rewards(tmp_path, capsys):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Neighbours(NoiseOptimizer):
-    """Mixes the noises of a set, without looking at images, and returns the last."""
+class Neighbors(NoiseOptimizer):
+    """Mixes the noises of a set without evaluating images, and returns the last."""
 
     steps: int = 3
     gradient: Gradient = None
@@ -103,14 +103,14 @@ class Neighbours(NoiseOptimizer):
 
 
 @pytest.fixture
-def neighbours(monkeypatch):
-    monkeypatch.setitem(METHODS.entries, "neighbours", Neighbours)
+def neighbors(monkeypatch):
+    monkeypatch.setitem(METHODS.entries, "neighbors", Neighbors)
 
 
-def test_method_without_rewards_gets_sets(neighbours):
-    """Images that the method did not draw are those that the stock pipeline draws from its noise."""
+def test_method_without_rewards_gets_sets(neighbors):
+    """Images that the method did not sample are those of the stock pipeline from its noise."""
     prompts = [PROMPT, "two green circles"]
-    story = optimize_and_judge(Choice.of("neighbours"), prompts, seed=3)
+    story = optimize_and_judge(Choice.of("neighbors"), prompts, seed=3)
     assert story.prompts == [PROMPT] * SET + ["two green circles"] * SET
     assert story.images.shape == (3, 2 * SET, 3, 64, 64) and len(story.results) == 2
     assert story.measure == "loss" and torch.equal(story.values[:, SET:], story.results[1].losses)
@@ -126,21 +126,21 @@ def test_method_without_rewards_gets_sets(neighbours):
         assert torch.equal(story.end_images(0)[ours], plain) and torch.equal(story.end_images(1)[ours], found)
 
 
-def test_ctrl_c_ends_the_demo_without_a_traceback(neighbours, monkeypatch, tmp_path):
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored by what is started in the background
-    monkeypatch.setattr(Neighbours, "step", lambda *_: signal.raise_signal(signal.SIGINT))
+def test_ctrl_c_ends_the_demo_without_a_traceback(neighbors, monkeypatch, tmp_path):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # background processes ignore it
+    monkeypatch.setattr(Neighbors, "step", lambda *_: signal.raise_signal(signal.SIGINT))
     try:
         with pytest.raises(SystemExit) as ended:
-            main(["demo", "--method", "neighbours", "--prompt", PROMPT, "--output", str(tmp_path)])
+            main(["demo", "--method", "neighbors", "--prompt", PROMPT, "--output", str(tmp_path)])
     finally:
         signal.signal(signal.SIGINT, before)
     assert ended.value.code == 130 and ended.value.__suppress_context__
 
 
-def test_demo_of_sets(neighbours, tmp_path, capsys):
-    main(["demo", "--method", "neighbours", "--prompt", PROMPT, "--prompt", PROMPT, "--output", str(tmp_path)])
+def test_demo_of_sets(neighbors, tmp_path, capsys):
+    main(["demo", "--method", "neighbors", "--prompt", PROMPT, "--prompt", PROMPT, "--output", str(tmp_path)])
     printed = capsys.readouterr().out
-    assert f"{SET} images of 2 prompts, 3 steps" in printed and "Neighbours on turbo" in printed
+    assert f"{SET} images of 2 prompts, 3 steps" in printed and "Neighbors on turbo" in printed
     assert f" of {2 * SET} right → " in printed and "from its mean position" in printed
     names = {"before_after.png", "trajectory.png", "noise_1.safetensors", "noise_2.safetensors"}
     assert {path.name for path in tmp_path.iterdir()} == names
@@ -151,11 +151,11 @@ def test_demo_of_sets(neighbours, tmp_path, capsys):
     [
         ("reno", "turbo", None, 50),
         ("reno", "guided", None, 20),
-        ("neighbours", "turbo", None, 3),
+        ("neighbors", "turbo", None, 3),
         ("reno", "sd3", 30, 30),
     ],
 )
-def test_default_steps_suit_method_and_model(method, model, asked, steps, neighbours):
+def test_default_steps_suit_method_and_model(method, model, asked, steps, neighbors):
     assert Choice.of(method, model, asked).steps == steps
 
 

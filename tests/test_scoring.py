@@ -1,4 +1,4 @@
-"""`noiseopt rewards` and `noiseopt score` on files whose scores are known, and on what they refuse."""
+"""`noiseopt rewards` and `noiseopt score` on files with known scores, and their errors."""
 
 import json
 import re
@@ -16,7 +16,7 @@ from noiseopt.rewards.contract import registry
 
 @pytest.fixture
 def pictures(tmp_path: Path) -> list[str]:
-    """A red picture, and a wide one whose left half is white, the right one black."""
+    """A red image, and a wide one with a white left and a black right half."""
     Image.new("RGB", (40, 30), (255, 0, 0)).save(tmp_path / "red.png")
     half = Image.new("RGB", (64, 16))
     half.paste((255, 255, 255), (0, 0, 32, 16))
@@ -87,7 +87,7 @@ def test_a_preset_stands_for_its_rewards(pictures, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "arguments, message",
+    ("arguments", "message"),
     [
         (["{folder}/none.png", "--reward", "red"], "Expected an image file, but .*none.png cannot be opened: No such"),
         (["{folder}", "--reward", "red"], "Expected an image file, but .* cannot be opened: Is a directory"),

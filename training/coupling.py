@@ -34,11 +34,6 @@ def basis(channels: int = 8, size: int = 8) -> Tensor:
     return patterns
 
 
-def chances(noise: Tensor) -> Tensor:
-    """Read the numbers determined by noises (B, 8, 8, 8): (B, LAYOUT + LOOKS), uniform on [0, 1] if Gaussian."""
-    return torch.special.ndtr(noise.flatten(1) @ basis().flatten(1).T)
-
-
 def couple(noise: Tensor, chance: Tensor) -> Tensor:
     """Make Gaussian noises (B, 8, 8, 8) determine the given numbers, (B, LAYOUT + LOOKS) in (0, 1)."""
     patterns = basis().flatten(1).to(noise)

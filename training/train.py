@@ -1,4 +1,4 @@
-"""Train every model of the shapes world from scratch, with one command from a checkout:
+"""Train every model of the shapes world from scratch, with one command from a checkout.
 
     python -m training.train --device cpu --output DIR
 

@@ -70,8 +70,7 @@ class Seen:
         return request if rng.random() < 0.4 else wrong_request(request, rng)
 
     def ask(self, row: int, rng: random.Random, own: float = 0.5) -> tuple[str, int]:
-        """A question and its answer, 0 or 1: mostly whether the image shows exactly a request, else whether it contains
-        it.
+        """Return a question and its answer, 0 or 1: does the image show exactly a request, or contain it?
 
         A share `own` of the questions is about the image's own prompt, as in later use.
         """

@@ -1,4 +1,4 @@
-"""`noiseopt analyze`, from saved results to table, numbers and figures, and how it refuses what it cannot read."""
+"""`noiseopt analyze`, from saved results to table, numbers and figures, and its errors."""
 
 import contextlib
 import io
@@ -37,7 +37,7 @@ def results(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def analyzed(results, tmp_path_factory) -> tuple[Path, str]:
-    """The folder that the command wrote to, and what it printed."""
+    """The output folder and the printed text."""
     folder, printed = tmp_path_factory.mktemp("output") / "new", io.StringIO()
     with contextlib.redirect_stdout(printed):
         main(["analyze", str(results), "--draw", "--output", str(folder)])
@@ -115,7 +115,7 @@ def test_old_unchanged_and_too_little_are_refused(results, tmp_path):
     assert "did not store it" in refused([old, *output])
     noise = NoiseResult.load(results / "reno.safetensors").initial_noise
     same = changed(results, tmp_path / "same.safetensors", noise=noise)
-    assert "nothing to plot" in refused([same, *output])
+    assert "Expected a noise that changed" in refused([same, *output])
     assert "fewer rings" in refused([str(results / "reno.safetensors"), "--rings", "40", *output])
     assert not (tmp_path / "out").exists()
 

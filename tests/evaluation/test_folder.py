@@ -1,4 +1,4 @@
-"""The folder of an evaluation: files in it that are damaged or of another evaluation are refused by name."""
+"""The folder of an evaluation: damaged or foreign files are refused by name."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Careless captions: they mix up what is shown, and stay within the training split."""
+"""Careless captions mix up attributes within the training split."""
 
 import random
 

@@ -1,4 +1,4 @@
-"""The training: what models are told is what the stock pipelines tell them, and one command does it all."""
+"""Training: models get the conditioning of the stock pipelines, and one command trains them all."""
 
 import random
 

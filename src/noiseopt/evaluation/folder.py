@@ -39,7 +39,8 @@ class ResultFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             if not file.exists():
-                return write_json(file, settings)
+                write_json(file, settings)
+                return
         except OSError as error:
             raise CannotEvaluate(f"Expected a folder to write to, but got {self.path}: {error}.") from None
         known = self.settings()

@@ -22,8 +22,7 @@ Position = tuple[float, float]
 
 
 def mean_pairwise_similarity(features: Tensor) -> Tensor:
-    """Mean cosine over all pairs of different images (MSS in CADS, https://arxiv.org/abs/2310.17347); lower is more
-    diverse.
+    """Mean cosine over all pairs of images (MSS in CADS, https://arxiv.org/abs/2310.17347); lower is more diverse.
 
     Args:
         features: (..., N, D), sets of at least 2 images.
@@ -62,14 +61,6 @@ def coverage(features: Tensor, references: Tensor, k: int = 5) -> Tensor:
         ValueError: For other shapes or k.
     """
     return inside_balls(features, references, k).any(1).double().mean()
-
-
-def density(features: Tensor, references: Tensor, k: int = 5) -> Tensor:
-    """Return the mean number of reference balls that contain an image, divided by k; https://arxiv.org/abs/2002.09797.
-
-    Arguments as for `coverage`. A nonnegative scalar, about 1 for images distributed like the references.
-    """
-    return inside_balls(features, references, k).double().sum(0).mean() / k
 
 
 @torch.no_grad()

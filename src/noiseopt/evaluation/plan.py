@@ -32,7 +32,6 @@ from .embedded_diversity import embedded_diversity, features_of
 from .prompt_sets import PromptSet
 
 HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
-DTYPES = ("float32", "float16", "bfloat16")
 EMBEDDED_REWARDS, EMBEDDED_FEATURES = ("clip", "vqa"), ("dinov2", "clip")
 HELD_OUT_FEATURES = "facebook/dinov2-base"  # for models that are not embedded
 CALLBACKS = {"cads": CADS, "interval_guidance": IntervalGuidance, "particle_guidance": ParticleGuidance}
@@ -106,7 +105,7 @@ class MethodChoice:
 
     @property
     def takes_rewards(self) -> bool:
-        return any(field.name == "rewards" for field in dataclasses.fields(METHODS[self.name]) if field.init)  # pyright: ignore
+        return any(field.name == "rewards" for field in dataclasses.fields(METHODS[self.name]) if field.init)
 
     @property
     def diversity(self) -> Any:
@@ -146,7 +145,7 @@ class MethodChoice:
         return choice
 
     def check(self) -> None:
-        fields = [field.name for field in dataclasses.fields(METHODS[self.name]) if field.init]  # pyright: ignore
+        fields = [field.name for field in dataclasses.fields(METHODS[self.name]) if field.init]
         if "rewards" in self.settings:
             raise ValueError(f"Expected no rewards in {self.label!r}. Pass them as `--reward`, for all methods.")
         if unknown := [name for name in self.settings if name not in fields]:
@@ -330,7 +329,8 @@ class Plan:
         """Whether a method optimizes the features' model, through its diversity or a reward."""
         diversities = [method.diversity for method in self.methods if method.diversity is not None]
         names = {checkpoint_of(each) for diversity in diversities for each in features_of(diversity)}
-        return self.features in dict(self.rewards) or self.features and checkpoint_of(self.features) in names or False
+        optimized = self.features in dict(self.rewards) or checkpoint_of(self.features) in names
+        return self.features is not None and optimized
 
     @property
     def reward_names(self) -> list[str]:
