@@ -93,8 +93,8 @@ from transformers import (
 )
 
 # The name that diffusers gives this module may come to mean the bundle of another release.
-sys.modules[f"{__name__}_91f54696a2a3"] = sys.modules[__name__]
-__name__ = f"{__name__}_91f54696a2a3"
+sys.modules[f"{__name__}_2d86990bed7f"] = sys.modules[__name__]
+__name__ = f"{__name__}_2d86990bed7f"
 
 # rewards/contract/transforms.py
 
@@ -5368,16 +5368,18 @@ def modules_of(pipe) -> dict[str, nn.Module]:
     return {name: module for name, module in pipe.components.items() if isinstance(module, nn.Module)}
 
 @contextlib.contextmanager
-def frozen_modules(pipe, decoder: nn.Module | None = None) -> Iterator[None]:
+def frozen_modules(pipe, gradient: str | None, decoder: nn.Module | None = None) -> Iterator[None]:
     """Freeze all modules of a pipeline and a separate decoder; the previous state is restored on exit.
 
-    Inside they are in `eval()`, no parameter requires a gradient, and the layers are lean; see `lean_layers`.
+    Inside they are in `eval()`. For a method with gradients no parameter requires a gradient, and the layers are lean;
+    see `lean_layers`. Otherwise parameters stay as they are: torch multiplies matrices in another order, with another
+    rounding, if a weight requires no gradient.
     """
     roots = [*modules_of(pipe).values(), *([] if decoder is None else [decoder])]
     modules = [module for root in roots for module in root.modules()]
     training = [module for module in modules if module.training]
     # by name, since offloading replaces the parameters
-    trainable = [(module, name) for module in modules for name in trainable_parameters(module)]
+    trainable = [(module, name) for module in modules for name in trainable_parameters(module) if gradient]
 
     def switch(on: bool) -> None:
         for module in training:
@@ -5387,7 +5389,7 @@ def frozen_modules(pipe, decoder: nn.Module | None = None) -> Iterator[None]:
 
     try:
         switch(False)
-        with lean_layers(roots):
+        with lean_layers(roots if gradient else []):
             yield
     finally:
         switch(True)
@@ -7650,7 +7652,7 @@ class NoiseOptimizationMixin(SavedWithCode):
             self, as_method(method, method_kwargs), request, callbacks, noise_sampler, reward_prompt, save_noise_to
         )
         try:
-            with frozen_modules(self, run.decoder), hook_on(self, run):
+            with frozen_modules(self, run.method.gradient_mode, run.decoder), hook_on(self, run):
                 output = stock(*args, **kwargs)
         except BaseException as error:
             if run.result is not None:
@@ -7778,7 +7780,8 @@ def optimize_noise(
     request = bind_request(twin, (), {"prompt": prompt, **call_kwargs})
     run = NoiseRun(twin, method, request, callbacks, noise_sampler, reward_prompt, save_noise_to, render=False)
     vars(twin)["_noise_run"] = run
-    with frozen_modules(twin, run.decoder), torch.no_grad(), contextlib.suppress(NoiseFound):
+    frozen = frozen_modules(twin, method.gradient_mode, run.decoder)
+    with frozen, torch.no_grad(), contextlib.suppress(NoiseFound):
         stock_call(type(pipe))(twin, **request)
     return run.result_of(twin)
 
