@@ -1,4 +1,4 @@
-"""What CNO costs beside plain sampling: denoiser calls, time and peak memory, as ratios in one run.
+"""Cost of CNO relative to plain sampling: denoiser calls, time and peak memory, as ratios within one run.
 
 python benchmarks/cno_cost.py --steps 50 --rounds 5
 """
@@ -15,7 +15,7 @@ from noiseopt.demo import load_pipeline
 from noiseopt.evaluation.measure import Cost, measured
 
 PROMPT = shapes_world.VALIDATION_PROMPTS[0]
-METHODS = {"plain": None, "CNO": CNO(), "CNO, full gradient": CNO(stop_gradient=False)}
+METHODS = {"plain": None, "CNO": CNO(), "CNO, full gradient": CNO(gradient="full")}
 
 
 def draw(pipe: Any, method: CNO | None, call: Mapping[str, Any]) -> None:
@@ -28,7 +28,7 @@ def draw(pipe: Any, method: CNO | None, call: Mapping[str, Any]) -> None:
 
 
 def measure(pipe: Any, call: Mapping[str, Any], rounds: int) -> dict[str, list[Cost]]:
-    """The costs of each method, one after the other in every round, after a round that does not count."""
+    """The costs of each method, interleaved in rounds, after a warm-up round."""
     found: dict[str, list[Cost]] = {name: [] for name in METHODS}
     for round_ in range(rounds + 1):
         for name, method in METHODS.items():
@@ -39,7 +39,7 @@ def measure(pipe: Any, call: Mapping[str, Any], rounds: int) -> dict[str, list[C
 
 
 def ratios(found: dict[str, list[Cost]], of: Callable[[Cost], float | None]) -> dict[str, str]:
-    """Median ratio to plain sampling of the same round, with quartiles; a dash where it was not measured."""
+    """Median ratio to plain sampling of the same round, with quartiles; a dash if not measured."""
     texts = {}
     for name, costs in found.items():
         pairs = [(of(ours), of(plain)) for ours, plain in zip(costs, found["plain"], strict=True)]
@@ -50,10 +50,10 @@ def ratios(found: dict[str, list[Cost]], of: Callable[[Cost], float | None]) -> 
 
 
 def main(arguments: list[str] | None = None) -> dict[str, list[Cost]]:
-    parser = argparse.ArgumentParser(description="What CNO costs beside plain sampling.")
-    parser.add_argument("--model", default="guided", help="an embedded model of several steps")
-    parser.add_argument("--steps", type=int, default=50, help="of the sampling")
-    parser.add_argument("--images", type=int, default=16, help="of the prompt, in one call")
+    parser = argparse.ArgumentParser(description="Cost of CNO relative to plain sampling.")
+    parser.add_argument("--model", default="guided", help="an embedded multi-step model")
+    parser.add_argument("--steps", type=int, default=50, help="sampling steps")
+    parser.add_argument("--images", type=int, default=16, help="images per call")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args(arguments)

@@ -1,9 +1,9 @@
-"""CNO against plain sampling: how much the images of a prompt differ, and whether they are still right.
+"""CNO against plain sampling: diversity of the images of a prompt, and their correctness.
 
 python benchmarks/cno_diversity.py --prompts held-out --limit 40 --seeds 3 --ablation --output cno.json
 
-Similarity is measured in features that CNO does not see, and only as far as the prompt does not demand it: features are
-taken relative to their mean over drawn pictures of the same prompt, which are right and else as different as can be.
+Similarity is measured in features that CNO does not use, relative to what the prompt requires: the mean features of
+rendered images of the same prompt, which are right and otherwise as diverse as possible, are subtracted.
 """
 
 import argparse
@@ -28,23 +28,23 @@ from noiseopt.quiet import quiet_libraries
 from noiseopt.rewards import ImageFeatures
 
 PROMPTS = {"validation": shapes_world.VALIDATION_PROMPTS, "held-out": shapes_world.HELD_OUT_PROMPTS}
-# The paper moves every entry by up to 0.01 a step in latents of 4 x 64 x 64, a distance of 0.01·128. In the embedded
-# 8 x 8 x 8 the same distance is 0.057 an entry, and windows of the same 4 x 4 entries are a grid of 2 x 2.
+# The paper changes every entry by up to 0.01 per step in latents of 4 x 64 x 64, a distance of 0.01·128. In the
+# embedded 8 x 8 x 8 the same distance is 0.057 per entry, and windows of the same 4 x 4 entries form a 2 x 2 grid.
 EMBEDDED = {"learning_rate": 0.057, "window_size": 2}
-RELEASED = {"stop_gradient": False, "gamma": 1.0}
+RELEASED = {"gradient": "full", "gamma": 1.0}
 ABLATION: dict[str, dict[str, Any]] = {
     "no attraction": {"attraction": False},
     "no repulsion": {"repulsion": False},
     "γ = 1": {"gamma": 1.0},
-    "full gradient": {"stop_gradient": False},
+    "full gradient": {"gradient": "full"},
     "w = 1": {"window_size": 1},
     "w = 4": {"window_size": 4},
     "w = 8": {"window_size": 8},
     "w = 16": {"window_size": 16},
     "the paper's learning rate": {"learning_rate": 0.01},
 }
-SIZES = (2, 8, 16)  # of the sets, beside `--images`
-DRAWN = 64  # pictures that say what a prompt demands
+SIZES = (2, 8, 16)  # set sizes besides `--images`
+DRAWN = 64  # rendered images per prompt
 METRICS = ("right", "reward", "MSS pixels", "MSS dinov2", "MSS patches", "MSS clip")
 METRICS += ("Vendi pixels", "Vendi dinov2", "Vendi patches", "Vendi clip", "norm")
 Numbers = dict[str, float]
@@ -62,7 +62,7 @@ class Variant:
 
 
 def variants(images: int, ablation: bool) -> list[Variant]:
-    """Plain sampling, CNO as in the paper and in its released code, and with `ablation` what each choice does."""
+    """Plain sampling, CNO as in the paper and in its released code, and with `ablation` each choice changed."""
     rows = [Variant("plain", images, None), Variant("CNO", images, CNO(**EMBEDDED))]
     rows += [Variant("CNO, released code", images, CNO(**EMBEDDED, **RELEASED))]
     if ablation:
@@ -73,7 +73,7 @@ def variants(images: int, ablation: bool) -> list[Variant]:
 
 
 class Instruments:
-    """What a set of images is measured with."""
+    """The measurements of a set of images."""
 
     def __init__(self) -> None:
         self.reward = AutoReward.from_pretrained(shapes_world.path("clip"))
@@ -90,7 +90,7 @@ class Instruments:
         return self.features[name](images).flatten(1)
 
     def demanded(self, prompt: str) -> Features:
-        """The mean of each feature over drawn pictures of a prompt, `(D,)`."""
+        """The mean of each feature over rendered images of a prompt, `(D,)`."""
         rng, request = random.Random(0), shapes_world.parse(prompt)
         scenes = [shapes_world.sample_scene(rng, request) for _ in range(DRAWN)]
         drawn = shapes_world.render(scenes, torch.Generator().manual_seed(0))
@@ -109,7 +109,7 @@ class Instruments:
 
 
 def draw(pipe, variant: Variant, prompt: str, generators: list[torch.Generator], call: Mapping[str, Any]):
-    """The images of one set `(B, 3, 64, 64)`, and ‖noise‖ relative to where it began."""
+    """The images of one set `(B, 3, 64, 64)`, and ‖noise‖ relative to the initial noise."""
     call = {**call, "num_images_per_prompt": variant.images}
     if variant.method is None:
         return pipe(prompt, generator=generators, output_type="pt", **call).images, 1.0
@@ -120,7 +120,7 @@ def draw(pipe, variant: Variant, prompt: str, generators: list[torch.Generator],
 
 
 def compare(pipe, rows: Iterable[Variant], prompts: list[str], seeds: int, call: Mapping[str, Any]) -> dict[str, Any]:
-    """For each variant and metric one number for each prompt: the mean over its sets."""
+    """One number per prompt for each variant and metric, the mean over its sets."""
     instruments, rows = Instruments(), list(rows)
     found = {row.name: {metric: [0.0] * len(prompts) for metric in METRICS} for row in rows}
     for index, prompt in enumerate(tqdm(prompts, unit="prompt")):
@@ -136,13 +136,13 @@ def compare(pipe, rows: Iterable[Variant], prompts: list[str], seeds: int, call:
 
 
 def plain_of(name: str) -> str:
-    """The row of plain sampling with sets as large as those of a row."""
+    """The row of plain sampling with the same set size."""
     size = name.partition(", B = ")[2]
     return f"plain, B = {size}" if size else "plain"
 
 
 def summary(found: dict[str, Any]) -> Tables:
-    """Estimates of every row and metric, and of its difference to plain sampling on the same prompts."""
+    """Estimates of every row and metric, and the differences from plain sampling on the same prompts."""
     tables: Tables = {}
     for name, metrics in found.items():
         tables[name] = {}
@@ -153,7 +153,7 @@ def summary(found: dict[str, Any]) -> Tables:
 
 
 def markdown(tables: Tables, metrics: Iterable[str]) -> str:
-    """Each estimate, and its difference to plain sampling with the 95% interval."""
+    """Format each estimate, and its difference from plain sampling with the 95% interval."""
     metrics = list(metrics)
     lines = ["| | " + " | ".join(metrics) + " |", "|---" * (len(metrics) + 1) + "|"]
     for name, row in tables.items():
@@ -170,12 +170,12 @@ def cell(estimate: Estimate, difference: Estimate) -> str:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="CNO against plain sampling on an embedded model.")
-    parser.add_argument("--model", default="guided", help="an embedded model of several steps")
+    parser.add_argument("--model", default="guided", help="an embedded multi-step model")
     parser.add_argument("--prompts", choices=sorted(PROMPTS), default="validation")
     parser.add_argument("--limit", type=int, default=40, metavar="N", help="the first N prompts")
-    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="sets of each prompt")
-    parser.add_argument("--images", type=int, default=5, metavar="B", help="images of a set")
-    parser.add_argument("--ablation", action="store_true", help="also what each choice of CNO does")
+    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="sets per prompt")
+    parser.add_argument("--images", type=int, default=5, metavar="B", help="images per set")
+    parser.add_argument("--ablation", action="store_true", help="also change each choice of CNO")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write all numbers as JSON")
     options = parser.parse_args(arguments)
     if min(options.limit, options.seeds) < 1 or options.images < 2:

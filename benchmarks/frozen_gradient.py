@@ -1,4 +1,4 @@
-"""What the gradient of Noise Diffusion holds in memory: sampling without a graph, then decoder and scorer backwards.
+"""Memory of the gradient of Noise Diffusion: sampling without a graph, then backward through decoder and scorer.
 
 python benchmarks/frozen_gradient.py --steps 20
 """
@@ -6,20 +6,21 @@ python benchmarks/frozen_gradient.py --steps 20
 import argparse
 import statistics
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
-from noiseopt import AutoReward, BestOfN, NoiseDiffusion, Reward, optimize_noise, shapes_world
+from noiseopt import AutoReward, BestOfN, NoiseDiffusion, optimize_noise, shapes_world
 from noiseopt.demo import load_pipeline
 from noiseopt.evaluation.measure import Cost, measured
 from noiseopt.quiet import quiet_libraries
+from noiseopt.rewards import Reward
 
 PROMPT = shapes_world.VALIDATION_PROMPTS[0]
 
 
 class Setting:
-    """One model, one scorer, one call: what each way of taking a gradient does with them."""
+    """One model, scorer and call, with each way of computing a gradient."""
 
     def __init__(self, model: str, steps: int, images: int) -> None:
         with quiet_libraries():
@@ -44,22 +45,22 @@ class Setting:
         images = (vae.decode(latents / vae.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1)
         torch.autograd.grad(self.reward(images, PROMPT).sum(), latents)
 
-    def round(self, stop_gradient: bool) -> None:
-        """Two evaluations and the move between them."""
-        method = NoiseDiffusion(rewards=self.reward, steps=2, candidates=2, stop_gradient=stop_gradient)
+    def round(self, gradient: Literal["full", "frozen"]) -> None:
+        """Two evaluations and the update between them."""
+        method = NoiseDiffusion(rewards=self.reward, steps=2, candidates=2, gradient=gradient)
         optimize_noise(self.pipe, PROMPT, method, generator=torch.Generator().manual_seed(0), callbacks=[], **self.call)
 
     def ways(self) -> dict[str, Callable[[], None]]:
         return {
             "plain sampling and its score": self.sample,
             "decoder and scorer backwards, alone": self.tail,
-            "a round, denoiser held constant": lambda: self.round(True),
-            "a round, through the denoiser": lambda: self.round(False),
+            "a round, denoiser held constant": lambda: self.round("frozen"),
+            "a round, through the denoiser": lambda: self.round("full"),
         }
 
 
 def measure(setting: Setting, rounds: int) -> dict[str, list[Cost]]:
-    """The costs of each way, one after the other in every round, after one that does not count."""
+    """The costs of each way, interleaved in rounds, after a warm-up round."""
     found: dict[str, list[Cost]] = {name: [] for name in setting.ways()}
     for round_ in range(rounds + 1):
         for name, way in setting.ways().items():
@@ -70,10 +71,10 @@ def measure(setting: Setting, rounds: int) -> dict[str, list[Cost]]:
 
 
 def main(arguments: list[str] | None = None) -> dict[str, list[Cost]]:
-    parser = argparse.ArgumentParser(description="What the gradient of Noise Diffusion holds in memory.")
-    parser.add_argument("--model", default="guided", help="an embedded model of several steps")
-    parser.add_argument("--steps", type=int, default=20, help="of the sampling")
-    parser.add_argument("--images", type=int, default=16, help="of the prompt, in one call")
+    parser = argparse.ArgumentParser(description="Memory of the gradient of Noise Diffusion.")
+    parser.add_argument("--model", default="guided", help="an embedded multi-step model")
+    parser.add_argument("--steps", type=int, default=20, help="sampling steps")
+    parser.add_argument("--images", type=int, default=16, help="images per call")
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args(arguments)
     found = measure(Setting(options.model, options.steps, options.images), options.rounds)

@@ -1,17 +1,17 @@
-"""What a gradient with respect to the noise takes in memory and time, by what is kept for the backward pass.
+"""Memory and time of a gradient with respect to the noise, by gradient checkpointing policy.
 
 python benchmarks/memory.py
 python benchmarks/memory.py --model sdxl --steps 1 4 --size 512 1024
 python benchmarks/memory.py --model flux
 
-Each row is one gradient of one image through the whole pipeline, of a fixed random projection of its pixels: no reward
-adds to it. The models have the published shapes and random weights, so nothing is downloaded; the default is the
-architecture of SDXL at a fifth of its width, for a CPU. Memory is the peak above the loaded models: on CUDA of torch's
-allocator, elsewhere of all tensors, counted in a run of its own. Times are medians, after a run that does not count; on
-a CPU those of the processor, all its threads together, which other programs on the machine leave alone.
+Each row is one gradient of one image through the whole pipeline, of a fixed random projection of its pixels, without a
+reward. The models have the published sizes and random weights, so nothing is downloaded; the default is the
+architecture of SDXL at a fifth of its width, for a CPU. Memory is the peak above the loaded models: from torch's
+allocator on CUDA, elsewhere of all tensors, counted in a separate run. Times are medians after a warm-up run; on a CPU
+they are processor time over all threads, which is robust to other load.
 
-"tiny decoder" and "frozen" keep no more than they have to by taking another gradient, with nothing checkpointed: how
-far it is from the exact one means nothing for random weights, and is left out.
+"tiny decoder" and "frozen" save memory by computing a different gradient, without checkpointing. Its distance from the
+exact one is meaningless for random weights, and left out.
 """
 
 import argparse
@@ -44,15 +44,15 @@ WAYS = (*POLICIES, "tiny decoder", "frozen")
 
 @dataclasses.dataclass
 class Row:
-    """One way to take one gradient.
+    """One way to compute one gradient.
 
     Attributes:
-        way: A policy, "tiny decoder" or "frozen".
-        steps: Of the sampling.
+        way: A checkpointing policy, "tiny decoder" or "frozen".
+        steps: Sampling steps.
         size: Height and width of the image.
-        memory: The peak in MiB, above the models; `None` if it was more than there is.
-        seconds: Of the forward and backward pass; `None` likewise.
-        difference: ‖gradient − that of "none"‖ / ‖that of "none"‖; `None` where that is not known, or another one.
+        memory: The peak in MiB above the models; `None` if out of memory.
+        seconds: Time of the forward and backward pass; `None` if out of memory.
+        difference: ‖gradient − exact‖ / ‖exact‖, where "none" gives the exact gradient; `None` if not applicable.
     """
 
     way: str
@@ -64,7 +64,7 @@ class Row:
 
 
 class Setting:
-    """One pipeline and the call that gradients are taken through."""
+    """One pipeline and its call."""
 
     def __init__(self, model: str, dtype: torch.dtype, device: torch.device) -> None:
         self.pipe: Any = MODELS[model](dtype, device)
@@ -111,7 +111,7 @@ class Setting:
 
 
 def gradient(problem: NoiseProblem, kind: Gradient) -> torch.Tensor:
-    """Of a fixed random projection of the pixels with respect to the noise `(1, C, H, W)`."""
+    """The gradient of a fixed random projection of the pixels with respect to the noise `(1, C, H, W)`."""
     leaf = problem.noise.clone().requires_grad_()
     images = problem.sampler.images(leaf, kind)
     weights = torch.randn(images.shape, generator=torch.Generator().manual_seed(1)).to(images)
@@ -134,12 +134,12 @@ def measure(setting: Setting, steps: Sequence[int], sizes: Sequence[int], repeat
 
 
 def base_of(row: Row, rows: Sequence[Row]) -> Row:
-    """The row of the same call that keeps everything."""
+    """The row of the same call without checkpointing."""
     return next(each for each in rows if (each.way, each.steps, each.size) == ("none", row.steps, row.size))
 
 
 def line_of(row: Row, rows: Sequence[Row]) -> str:
-    """A line of the table."""
+    """Format a row."""
     if row.memory is None or row.seconds is None:
         return f"| {row.size} | {row.steps} | {row.way} | does not fit | – | – | – | – |"
     base, memory, seconds = base_of(row, rows), "–", "–"
@@ -151,13 +151,13 @@ def line_of(row: Row, rows: Sequence[Row]) -> str:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Markdown."""
-    head = "| size | steps | kept | peak MiB | × none | seconds | × none | difference of gradients |"
+    """Format the table in Markdown."""
+    head = "| size | steps | checkpointing | peak MiB | × none | seconds | × none | difference of gradients |"
     return "\n".join([head, "|---|---|---|---|---|---|---|---|", *(line_of(row, rows) for row in rows)])
 
 
 def described(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """What was measured, and where."""
+    """The settings and the machine."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     asked = {"model": options.model, "dtype": options.dtype, "repeats": options.repeats}
     return {**asked, "device": device.type, "machine": name, "torch": torch.__version__}
@@ -166,13 +166,13 @@ def described(options: argparse.Namespace, device: torch.device) -> dict[str, An
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=list(MODELS), default="small")
-    parser.add_argument("--steps", type=int, nargs="+", default=[1, 4], help="of the sampling")
+    parser.add_argument("--steps", type=int, nargs="+", default=[1, 4], help="sampling steps")
     parser.add_argument("--size", type=int, nargs="+", help="height and width of the image, in pixels")
     parser.add_argument(
-        "--dtype", choices=["float16", "bfloat16", "float32", "float64"], help="by default bfloat16 on CUDA"
+        "--dtype", choices=["float16", "bfloat16", "float32", "float64"], help="default: bfloat16 on CUDA, else float32"
     )
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--repeats", type=int, default=3, help="runs whose time counts")
+    parser.add_argument("--repeats", type=int, default=3, help="timed runs")
     parser.add_argument("--output", type=Path, default=RESULTS, metavar="FOLDER", help="for memory_<model>_<device>.*")
     options = parser.parse_args(arguments)
     if options.device == "auto":

@@ -1,11 +1,11 @@
-"""It's Never Too Late against plain sampling and group selection, from white and from pink noise, by each objective.
+"""It's Never Too Late against plain sampling and group selection, from white and pink noise, for each objective.
 
 python benchmarks/never_too_late.py --prompts held-out --limit 48 --output found.json --plot found.png
 
-All rows begin with the same random numbers and are given the embedded CLIP as their reward. What no row optimises: the
-judge and its attributes, and all features but those marked with *, which are of the tower that a row does optimise.
-Seconds are those of a batch, shared out: their intervals say nothing about the machine.
-Run it again with the same `--output` and it goes on where it was stopped.
+All rows start from the same random numbers with the embedded CLIP as their reward. Held out are the judge and its
+attributes, and all features except those marked *, whose model the row optimizes. Seconds are those of a batch, divided
+by its size; their intervals do not include the variation of the machine. Run it again with the same `--output` to
+resume.
 """
 
 import argparse
@@ -25,26 +25,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 import noiseopt
-from noiseopt import (
-    AutoReward,
-    GroupSelection,
-    NeverTooLate,
-    NoiseCallback,
-    NoiseState,
-    PairwiseDiversity,
-    TimeBudget,
-    optimize_noise,
-    shapes_world,
-)
+from noiseopt import AutoReward, GroupSelection, NeverTooLate, TimeBudget, optimize_noise, shapes_world
+from noiseopt.callbacks import NoiseCallback, NoiseState
 from noiseopt.demo import load_pipeline
 from noiseopt.evaluation.bootstrap import bootstrap, paired_bootstrap
 from noiseopt.evaluation.metrics import ground_spread, layout_spread, size_spread
 from noiseopt.evaluation.noise_statistics import noise_statistics
 from noiseopt.quiet import quiet_libraries
-from noiseopt.rewards import AutoFeatures, Features, ImageFeatures
+from noiseopt.rewards import AutoFeatures, Features, ImageFeatures, PairwiseDiversity
 
-# Objective -> set reward, its features, λ for a CLIP reward of weight 1. At plain noise the gradients of all but their
-# scale differ: λ makes the median norm over 8 validation prompts `PULL` times that of the reward, 3.24.
+# Objective -> set reward, its features, gradient norm. The scales of the gradients differ: λ makes the median norm at
+# initial noise over 8 validation prompts `PULL` times that of the CLIP reward of weight 1, 3.24.
 PULL = 1.5
 GRADIENT_NORMS = {
     "dpp": ("dpp", "dinov2", 0.0671),
@@ -61,11 +52,11 @@ LEARNING_RATE = 25.0
 SEEN = {"dinov2": ("dinov2", "DINO"), "DINO": ("dinov2", "DINO"), "clip": ("clip",), "tiny_image": ("pixels",)}
 GUARD = {"sharpness": {"keep": 0.8}, "complexity": {"keep": 0.8}}
 MAIN = "dpp"  # the objective of the sweep of α and of the guard
-SAME = "pairwise patches"  # what group selection maximises, too
-PUBLISHED = "DINO"  # what the paper's time is told by
-ALPHAS = (0.0, 0.1, 0.3, 0.5)  # beside white noise and the paper's 0.2
-CANDIDATES = 64  # of group selection, for a set
-MANY = 10**6  # more candidates than any time allows
+SAME = "pairwise patches"  # also maximized by group selection
+PUBLISHED = "DINO"  # the measure of the paper's times
+ALPHAS = (0.0, 0.1, 0.3, 0.5)  # besides white noise and the paper's 0.2
+CANDIDATES = 64  # of group selection, per set
+MANY = 10**6  # more than fit in any time
 DISTANCES = ("DINO", "dinov2", "clip", "pixels")
 ATTRIBUTES = ("positions", "sizes", "grounds")
 QUALITY = ("reward", "right", "sharpness", "complexity")
@@ -77,11 +68,11 @@ Found = dict[str, dict[str, Any]]
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A noise out of `NOISES`, and what is made of it.
+    """A noise out of `NOISES`, and a method.
 
     Attributes:
         what: "plain", "group of 64", "group, equal time", or an objective out of `WEIGHTS`.
-        guard: Whether with floors under sharpness and complexity.
+        guard: Whether sharpness and complexity have lower bounds.
     """
 
     noise: str
@@ -93,8 +84,8 @@ class Row:
         return f"{self.noise}, {self.what}{', guard' if self.guard else ''}"
 
     @property
-    def optimised(self) -> tuple[str, ...]:
-        """The columns whose tower this row looks at."""
+    def optimized(self) -> tuple[str, ...]:
+        """The columns whose model this row optimizes."""
         if self.what == "plain":
             return ()
         features = WEIGHTS[self.what][1] if self.what in WEIGHTS else PUBLISHED
@@ -102,7 +93,7 @@ class Row:
 
 
 def rows() -> list[Row]:
-    """White and pink by every method, the time of group selection being that of the row before it; then the sweep."""
+    """Every method from white and pink noise, group selection getting the time of the row before it; then the sweep."""
     found = []
     for noise in ("white", "pink"):
         found += [Row(noise, what) for what in ("plain", "group of 64", SAME, "group, equal time")]
@@ -117,7 +108,7 @@ NOISES["pink with mean"] = {"name": "pink", "alpha": 0.2, "standardize": False}
 
 
 class Pixels(Features):
-    """All numbers of an image over the root of their count: the L2 distance is at most 1, black to white."""
+    """The pixels divided by the root of their number, so that the L2 distance is at most 1, black to white."""
 
     name = "pixels"
     metric = "l2"
@@ -127,27 +118,27 @@ class Pixels(Features):
 
 
 class Curve(NoiseCallback):
-    """Seconds after each evaluation, and how much each set of the best images differs, if a measure is given."""
+    """Seconds after each evaluation, and the diversity of the best images, if a measure is given."""
 
     def __init__(self, measure: Callable[[Tensor], list[float]] | None = None) -> None:
-        self.measure, self.lost = measure, 0.0  # to the measure, which is no part of any method
+        self.measure, self.lost = measure, 0.0  # time spent in the measure, which does not count
         self.values: list[list[float]] = []
         self.seconds: list[float] = []
 
     def on_step_end(self, state: NoiseState) -> None:
         self.seconds.append(state.elapsed - self.lost)
         if self.measure is not None:
-            assert state.best_images is not None
-            self.values.append(self.measure(state.best_images))
+            assert state.best.images is not None
+            self.values.append(self.measure(state.best.images))
         self.lost = state.elapsed - self.seconds[-1]
 
 
 class Bench:
-    """A pipeline, what rows optimise and what they are measured with.
+    """A pipeline with the models that rows optimize and are measured with.
 
     Args:
         model: An embedded model.
-        images: B, of a set.
+        images: B, images per set.
         steps: Evaluations of Never Too Late.
     """
 
@@ -169,12 +160,12 @@ class Bench:
         }
 
     def method(self, row: Row) -> Any:
-        """Plain sampling is one evaluation. Group selection maximises what `SAME` does: λ·mean b = λ·Σ b·2/(K(K−1))."""
+        """Plain sampling is one evaluation. Group selection maximizes `SAME`: λ·mean b = λ·Σ b·2/(K(K−1))."""
         if row.what.startswith("group"):
             weight = 2 * WEIGHTS[SAME][2] / (self.images - 1)
             count = max(1, CANDIDATES // self.images) if row.what == "group of 64" else MANY
             features = self.features[WEIGHTS[SAME][1]]
-            return GroupSelection(rewards=self.reward, features=features, weight=weight, candidates=count)
+            return GroupSelection(rewards=self.reward, features=features, weight=weight, steps=count)
         reward, features, weight = WEIGHTS[MAIN if row.what == "plain" else row.what]
         return NeverTooLate(
             diversity=[(reward, self.features[features], weight)],
@@ -185,7 +176,7 @@ class Bench:
         )
 
     def run(self, row: Row, prompts: Sequence[str], first: int, seconds: float | None) -> tuple[Any, Curve]:
-        """A row on prompts, of which the first is number `first` of all; group selection within `seconds`."""
+        """A row on prompts, the first of which has index `first`; group selection within `seconds`."""
         selects = row.what.startswith("group")
         curve = Curve(None if selects else lambda images: self.distances(PUBLISHED, images))
         callbacks: list[NoiseCallback] = [curve]
@@ -207,12 +198,12 @@ class Bench:
 
     @torch.no_grad()
     def distances(self, name: str, images: Tensor) -> list[float]:
-        """The mean distance of two images of each set, in one of the features."""
+        """The mean pairwise distance of each set in one of the features."""
         diversity = PairwiseDiversity(self.features[name])
         return [float(diversity.of_features(each)) for each in self.features[name](images).split(self.images)]
 
     def measure(self, result: Any, prompts: Sequence[str]) -> list[Numbers]:
-        """What is found in the sets of a result, one for each prompt."""
+        """The measurements of a result's sets, one per prompt."""
         images, each = result.images, [prompt for prompt in prompts for _ in range(self.images)]
         with torch.no_grad():
             scores = {"reward": self.reward(images, each)}
@@ -236,7 +227,7 @@ def seeded(seed: int) -> torch.Generator:
 
 
 def compare(bench: Bench, prompts: Sequence[str], batch: int, found: Found) -> Iterator[Found]:
-    """Every row on every prompt that is not in `found` yet; yields all numbers after each batch."""
+    """Run every row on every prompt not yet in `found`; yields all numbers after each batch."""
     for name in (row.name for row in rows()):
         found.setdefault(name, {"numbers": [], "curve": [], "seconds": []})
     done = len(next(iter(found.values()))["numbers"])
@@ -260,19 +251,19 @@ def column(found: Found, name: str, metric: str) -> Tensor:
 
 
 def compared(found: Found, ours: str, theirs: str, metric: str) -> str:
-    """The mean of a row, and in brackets its difference to another on the prompts on which both have a number."""
+    """The mean of a row, and in brackets its difference from another on the prompts where both have a value."""
     a, b = column(found, ours, metric), column(found, theirs, metric)
     both = a.isfinite() & b.isfinite()
     return cell(bootstrap(a[a.isfinite()]), paired_bootstrap(a[both], b[both]))
 
 
 def table(found: Found, pairs: Mapping[str, str], metrics: Sequence[str], value: bool = False) -> str:
-    """Rows with their difference to others; * where a row optimises the tower. With `value`, what it optimises."""
-    optimised = {row.name: row.optimised for row in rows()}
-    lines = ["| | " + " | ".join([*metrics, *(["optimised value"] if value else [])]) + " |"]
+    """Rows with their difference from others; * where a row optimizes the model. With `value`, the objective."""
+    optimized = {row.name: row.optimized for row in rows()}
+    lines = ["| | " + " | ".join([*metrics, *(["optimized value"] if value else [])]) + " |"]
     lines.append("|---" * (len(metrics) + 1 + value) + "|")
     for name, other in pairs.items():
-        cells = [compared(found, name, other, each) + "*" * (each in optimised[name]) for each in metrics]
+        cells = [compared(found, name, other, each) + "*" * (each in optimized[name]) for each in metrics]
         if value:
             before, after = (column(found, name, each).mean() for each in ("value before", "value"))
             cells.append("" if name.endswith("plain") else f"{before:.3g} → {after:.3g}")
@@ -282,9 +273,9 @@ def table(found: Found, pairs: Mapping[str, str], metrics: Sequence[str], value:
 
 @dataclasses.dataclass(frozen=True)
 class Reached:
-    """When the mean curve of a row passes a target: steps, seconds for a set, and their ratio to the target's seconds.
+    """When the mean curve of a row passes a target: steps, seconds per set, and their ratio to the target's seconds.
 
-    Infinite where it does not.
+    Infinite if it does not.
     """
 
     steps: float
@@ -317,7 +308,7 @@ def time_to_reach(found: Found, ours: str, theirs: str, resamples: int = 2000) -
 
 
 def time_table(found: Found) -> str:
-    """Each objective from both noises against group selection of 64 from the same noise, and pink against white's."""
+    """Each objective against group selection of 64 from the same noise, and pink against white noise."""
     contests = {"white": ("white", "white"), "pink": ("pink", "pink"), "pink to white's": ("pink", "white")}
     titles = [f"{title}: steps, seconds, ratio" for title in contests]
     lines = ["| | " + " | ".join(titles) + " |", "|---" * (len(titles) + 1) + "|"]
@@ -331,7 +322,7 @@ def time_table(found: Found) -> str:
 
 
 def report(found: Found) -> str:
-    """All tables, in Markdown."""
+    """Format all tables in Markdown."""
     main = [row for row in rows() if row.noise in ("white", "pink")]
     against_plain = {row.name: "white, plain" for row in main}
     against_group = {row.name: f"{row.noise}, group, equal time" for row in main if row.what in WEIGHTS}
@@ -345,14 +336,14 @@ def report(found: Found) -> str:
         ),
         "Difference of pink to white noise by the same method": table(found, pink, [*diversity, *QUALITY[:2]]),
         "Sweep of α, difference to white noise by the same method": table(found, sweep("white"), SWEPT),
-        "Sweep of α, difference to α = 0, which is white noise standardised": table(found, sweep("α = 0"), SWEPT),
+        "Sweep of α, difference to α = 0, which is white noise standardized": table(found, sweep("α = 0"), SWEPT),
         f"Until the mean {PUBLISHED} distance passes that of group selection from {CANDIDATES}": time_table(found),
     }
     return "\n\n".join(f"{title}\n\n{text}" for title, text in parts.items())
 
 
 def sweep(other: str) -> dict[str, str]:
-    """All noises by plain sampling and by `MAIN`, each with the row of another noise."""
+    """All noises by plain sampling and `MAIN`, each with the row of another noise."""
     order = ["white", "α = 0", "α = 0.1", "pink", "α = 0.3", "α = 0.5", "pink with mean"]
     present = {(row.noise, row.what) for row in rows()}
     names = [(noise, what) for what in ("plain", MAIN) for noise in order if {(noise, what), (other, what)} <= present]
@@ -360,7 +351,7 @@ def sweep(other: str) -> dict[str, str]:
 
 
 def draw(found: Found, path: Path) -> None:
-    """Judge's accuracy and reward against the published diversity and against that of positions."""
+    """Plot the judge's accuracy and the reward against the published diversity and that of positions."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 7.8), dpi=160, layout="constrained")
@@ -380,7 +371,7 @@ def draw(found: Found, path: Path) -> None:
 
 
 def mark(axes: Any, row: Row, x: float, y: float) -> None:
-    """A point: its color and shape say the method, hollow is white noise and filled is pink."""
+    """Plot a point: color and shape encode the method; hollow is white noise, filled is pink."""
     kind = row.name.partition(", ")[2]
     kinds = list(dict.fromkeys(each.name.partition(", ")[2] for each in rows() if each.what in WEIGHTS))
     color = f"C{kinds.index(kind) % 10}" if kind in kinds else "#1f2328"
@@ -391,7 +382,7 @@ def mark(axes: Any, row: Row, x: float, y: float) -> None:
 
 
 def load(path: Path | None, settings: Mapping[str, Any]) -> Found:
-    """What an earlier run of the same settings left. Raises `SystemExit` where the file is of other settings."""
+    """Load the numbers of an earlier run. Raises `SystemExit` if its settings differ."""
     if path is None or not path.exists():
         return {}
     stored = json.loads(path.read_text(encoding="utf-8"))
@@ -401,7 +392,7 @@ def load(path: Path | None, settings: Mapping[str, Any]) -> Found:
 
 
 def save(path: Path, settings: Mapping[str, Any], found: Found) -> None:
-    """Whole or not at all."""
+    """Write atomically."""
     machine = {"python": platform.python_version(), "torch": torch.__version__, "noiseopt": noiseopt.__version__}
     text = json.dumps({"settings": settings, "machine": machine, "rows": rounded(found)}, ensure_ascii=False)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -412,14 +403,14 @@ def save(path: Path, settings: Mapping[str, Any], found: Found) -> None:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="It's Never Too Late from white and pink noise, on an embedded model.")
-    parser.add_argument("--model", default="turbo", help="an embedded model of one step")
+    parser.add_argument("--model", default="turbo", help="an embedded one-step model")
     parser.add_argument("--prompts", choices=sorted(PROMPTS), default="validation")
     parser.add_argument("--limit", type=int, default=24, metavar="N", help="the first N prompts")
-    parser.add_argument("--images", type=int, default=4, metavar="B", help="images of a set")
-    parser.add_argument("--steps", type=int, default=10, metavar="N", help="evaluations, the plain one included")
-    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="sets drawn together")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="keep all numbers as JSON, and go on from there")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="write diversity against quality as a picture")
+    parser.add_argument("--images", type=int, default=4, metavar="B", help="images per set")
+    parser.add_argument("--steps", type=int, default=10, metavar="N", help="evaluations, including the baseline")
+    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="sets per call")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write all numbers as JSON, and resume from there")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="write diversity against quality as an image")
     options = parser.parse_args(arguments)
     if min(options.limit, options.batch_size) < 1 or min(options.images, options.steps) < 2:
         parser.error("expected at least 1 prompt, batches of 1, 2 images and 2 steps")

@@ -1,9 +1,9 @@
-"""Noise Diffusion against the four updates its paper compares with, and against best-of-N that may try for as long.
+"""Noise Diffusion against the four updates compared in its paper, and best-of-N at equal time.
 
 python benchmarks/noise_diffusion.py --prompts held-out --limit 48 --output found.json --plot found.png
 
-All rows begin with the same noises and climb the same score, the P("yes") of the embedded vision-language model. What
-no row sees: the judge, which knows the truth, and the CLIP reward. Rounds, seconds, truth and Gaussianity are measured.
+All rows start from the same noises and maximize the same score, the P("yes") of the embedded vision-language model. The
+judge and the CLIP reward are held out. Rounds, seconds, correctness and Gaussianity are measured.
 """
 
 import argparse
@@ -17,33 +17,24 @@ import torch
 from tqdm import tqdm
 
 import noiseopt
-from noiseopt import (
-    AutoReward,
-    BestOfN,
-    MeanVariance,
-    NoiseCallback,
-    NoiseDiffusion,
-    NoisePGD,
-    NoiseState,
-    TimeBudget,
-    optimize_noise,
-    shapes_world,
-)
+from noiseopt import AutoReward, BestOfN, NoiseDiffusion, TimeBudget, optimize_noise, shapes_world
+from noiseopt.callbacks import NoiseCallback, NoiseState
 from noiseopt.demo import load_pipeline
 from noiseopt.evaluation.bootstrap import bootstrap, paired_bootstrap
 from noiseopt.evaluation.noise_statistics import gaussian_limits, noise_statistics
+from noiseopt.pipelines import MeanVariance, NoisePGD
 from noiseopt.quiet import quiet_libraries
 from noiseopt.rewards import Reward
 
 PROMPTS = {"validation": shapes_world.VALIDATION_PROMPTS, "held-out": shapes_world.HELD_OUT_PROMPTS}
 TIMED = "best-of-N, equal time"
 OURS = "Noise Diffusion"
-MANY = 10**6  # more noises than any time allows
+MANY = 10**6  # more than fit in any time
 Rows = dict[str, dict[str, Any]]
 
 
 def methods(reward: Reward, rounds: int) -> dict[str, Any]:
-    """The rows: M rounds are M + 1 evaluations, the plain result included."""
+    """The rows: M rounds are M + 1 evaluations, including the baseline."""
     common = {"rewards": reward, "steps": rounds + 1}
     return {
         "random sampling": BestOfN(**common),
@@ -57,25 +48,25 @@ def methods(reward: Reward, rounds: int) -> dict[str, Any]:
 
 
 class Curve(NoiseCallback):
-    """Best score, truth of the best image, and seconds, after each round."""
+    """Best score, correctness of the best image, and seconds, after each round."""
 
     def on_run_start(self, state: NoiseState) -> None:
         self.scores: list[list[float]] = []
         self.right: list[list[float]] = []
         self.seconds: list[float] = []
-        self.lost = 0.0  # to the judge, which is no part of any method
+        self.lost = 0.0  # time spent in the judge, which does not count
 
     def on_step_end(self, state: NoiseState) -> None:
-        assert state.best_loss is not None and state.best_images is not None
+        assert state.best.images is not None
         self.seconds.append(state.elapsed - self.lost)
-        self.scores.append((-state.best_loss).tolist())
-        verdicts = shapes_world.judge(state.best_images, state.prompts)
+        self.scores.append((-state.best.loss).tolist())
+        verdicts = shapes_world.judge(state.best.images, state.prompts)
         self.right.append([float(verdict.correct) for verdict in verdicts])
         self.lost += state.elapsed - self.lost - self.seconds[-1]
 
 
 def compare(pipe: Any, prompts: Sequence[str], rounds: int, batch: int, call: dict[str, Any]) -> Rows:
-    """Every row on every prompt: curves `(prompts, rounds + 1)`, seconds for an image, and what is found in the end."""
+    """Every row on every prompt: curves `(prompts, rounds + 1)`, seconds per image, and final measurements."""
     reward, held_out = (AutoReward.from_pretrained(shapes_world.path(name)) for name in ("vqa", "clip"))
     names = list(methods(reward, rounds))
     found: Rows = {name: {"score": [], "right": [], "clip": [], "evaluations": [], "seconds": []} for name in names}
@@ -85,7 +76,7 @@ def compare(pipe: Any, prompts: Sequence[str], rounds: int, batch: int, call: di
         for name, method in methods(reward, rounds).items():
             curve = Curve()
             callbacks: list[NoiseCallback] = [curve]
-            if name == TIMED:  # all of our seconds: those of the judge do not count for either
+            if name == TIMED:  # our total seconds; time in the judge does not count
                 callbacks.append(TimeBudget(found[OURS]["seconds"][-1][-1] * len(part)))
             generators = [torch.Generator().manual_seed(start + i) for i in range(len(part))]
             result = optimize_noise(pipe, part, method, callbacks=callbacks, generator=generators, **call)
@@ -104,7 +95,7 @@ def compare(pipe: Any, prompts: Sequence[str], rounds: int, batch: int, call: di
 
 
 def departure(noise: torch.Tensor) -> dict[str, float]:
-    """By how many standard errors the returned noises `(N, C, H, W)` differ from Gaussian ones; and their norm."""
+    """The deviation of returned noises `(N, C, H, W)` from Gaussian noise in standard errors, and their norm."""
     statistics = noise_statistics(noise)
     scores = gaussian_limits(tuple(noise.shape)).z_scores(statistics)
     return {
@@ -122,7 +113,7 @@ def last(values: Sequence[Sequence[float]]) -> torch.Tensor:
 
 
 def markdown(found: Rows, rounds: int) -> str:
-    """What each row has after some rounds and in the end, with 95% bootstrap intervals over prompts."""
+    """Format each row after some rounds and at the end, with 95% bootstrap intervals over prompts."""
     early = min(5, rounds)
     head = f"| | score, plain | after {early} rounds | at the end | right | right, difference to {OURS} "
     lines = [head + "| CLIP reward, unseen | evaluations | seconds | norm of noise (z) |", "|---" * 10 + "|"]
@@ -148,7 +139,7 @@ def markdown(found: Rows, rounds: int) -> str:
 
 
 def draw(found: Rows, rounds: int, path: Path) -> None:
-    """Score against rounds and against seconds, and the judge's truth against rounds."""
+    """Plot the score against rounds and seconds, and the judge's accuracy against rounds."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -175,19 +166,19 @@ def draw(found: Rows, rounds: int, path: Path) -> None:
 
 
 def mean_curve(curves: Sequence[Sequence[float]]) -> list[float]:
-    """The mean over prompts, as far as every curve goes."""
+    """The mean over prompts, as far as all curves go."""
     return [sum(values) / len(values) for values in zip(*curves, strict=False)]
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Noise Diffusion against other updates of the noise.")
-    parser.add_argument("--model", default="guided", help="an embedded model of several steps")
+    parser.add_argument("--model", default="guided", help="an embedded multi-step model")
     parser.add_argument("--prompts", choices=sorted(PROMPTS), default="validation")
     parser.add_argument("--limit", type=int, default=16, metavar="N", help="the first N prompts")
     parser.add_argument("--rounds", type=int, default=20, metavar="M")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--output", type=Path, metavar="FILE", help="write all numbers as JSON")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="write the curves as a picture")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="write the curves as an image")
     options = parser.parse_args(arguments)
     if min(options.limit, options.rounds, options.batch_size) < 1:
         parser.error("expected at least 1 prompt, 1 round and batches of 1")
@@ -214,7 +205,7 @@ def main(arguments: list[str] | None = None) -> Rows:
 
 
 def rounded(value: Any) -> Any:
-    """The same with numbers of five digits."""
+    """Round numbers to five digits."""
     if isinstance(value, float):
         return float(f"{value:.5g}")
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""What ReNO's loop costs over the least that could do it: a bare loop of `loss.backward()` on the same model:
+"""Overhead of ReNO's loop over a bare loop of `loss.backward()` on the same model.
 
 python benchmarks/overhead.py --batch-size 8
 """
@@ -12,15 +12,16 @@ from collections.abc import Callable, Sequence
 import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 
-from noiseopt import CLIPScore, ReNO, optimize_noise, shapes_world
+from noiseopt import ReNO, optimize_noise, shapes_world
 from noiseopt.demo import ONE_STEP, load_pipeline, seeded
 from noiseopt.quiet import quiet_libraries
+from noiseopt.rewards import CLIPScore
 
 
 class BareLoop:
-    """The same evaluations as ReNO's, without anything around them: no best, no history, no checks, no callbacks.
+    """The same evaluations as ReNO's without best, history, checks or callbacks.
 
-    As in ReNO the model's weights are frozen, prompts are encoded once, and the last evaluation needs no gradient.
+    As in ReNO the weights are frozen, prompts are encoded once, and the last evaluation needs no gradient.
     """
 
     call = staticmethod(inspect.unwrap(StableDiffusionPipeline.__call__))
@@ -53,16 +54,16 @@ class BareLoop:
 
 
 class OurLoop(BareLoop):
-    """ReNO through `optimize_noise`, all of it: hook, twin, prompt encoding, result."""
+    """ReNO through `optimize_noise`, including hook, prompt encoding and result."""
 
     def __call__(self) -> None:
-        method = ReNO(rewards=self.reward, steps=self.steps, views=0)  # the work that the bare loop does
+        method = ReNO(rewards=self.reward, steps=self.steps, views=0)  # the same work as the bare loop
         generator = seeded(0, len(self.prompts))
         optimize_noise(self.pipe, self.prompts, method, generator=generator, **ONE_STEP)
 
 
 def cost(work: Callable[[], None]) -> tuple[float, float]:
-    """Seconds by the clock on the wall, and by the process's own, which other programs on the machine leave alone."""
+    """Wall-clock and processor seconds; the latter are robust to other load."""
     wall, process = time.perf_counter(), time.process_time()
     work()
     return time.perf_counter() - wall, time.process_time() - process
@@ -71,7 +72,7 @@ def cost(work: Callable[[], None]) -> tuple[float, float]:
 def paired_costs(
     ours: Callable[[], None], bare: Callable[[], None], repetitions: int
 ) -> list[tuple[tuple[float, float], tuple[float, float]]]:
-    """(ours, bare) of each repetition, with the order of the two alternating."""
+    """(ours, bare) of each repetition, alternating in order."""
     pairs = []
     for repetition in range(repetitions):
         if repetition % 2 == 0:
@@ -83,7 +84,7 @@ def paired_costs(
 
 
 def report(label: str, ours: Sequence[float], bare: Sequence[float], steps: int) -> str:
-    """One row of the table: milliseconds a step, and the median of the ratios with their quartiles."""
+    """A row of the table: milliseconds per step, and the median of the ratios with their quartiles."""
     ratios = [mine / theirs for mine, theirs in zip(ours, bare, strict=True)]
     low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
     mine, theirs = (1000 * statistics.median(times) / steps for times in (ours, bare))
@@ -99,7 +100,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def loops(batch_size: int, steps: int) -> tuple[OurLoop, BareLoop]:
-    """Both loops on the same model, which is frozen for both."""
+    """Both loops on the same frozen model."""
     pipe = load_pipeline()
     pipe.set_progress_bar_config(disable=True)
     for module in (pipe.unet, pipe.vae, pipe.text_encoder):
@@ -114,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measure and print a table."""
     arguments = parse_arguments(argv)
     ours, bare = loops(arguments.batch_size, arguments.steps)
-    paired_costs(ours, bare, 1)  # the first pass through anything is slower than the others
+    paired_costs(ours, bare, 1)  # warm-up
     pairs = paired_costs(ours, bare, arguments.repetitions)
     print(f"{arguments.steps} steps of {arguments.batch_size} prompts, {arguments.repetitions} repetitions\n")
     print("| seconds of | bare loop, ms a step | ReNO, ms a step | ratio, median | quartiles |\n|---|---|---|---|---|")

@@ -1,15 +1,15 @@
-"""Our ReNO and CNO beside what the code released with the papers does in each step: time and memory, as ratios.
+"""Our ReNO and CNO against the loops released with the papers: time and memory per step, as ratios.
 
 python benchmarks/papers_loops.py --model sd-turbo --method reno
 python benchmarks/papers_loops.py --model sdxl-turbo --method cno --images 2 --size 256
 
-Both sides have the same frozen model of the published size with random weights, the same rewards, the same noise, and
-take turns in one process. Those of our rows that are exact have to arrive at the same noise as the released loop, or
-the benchmark fails. The time of a step is that between two evaluations: a backward pass, an update, a forward pass.
-That of the run has what comes before and after, and matters for CNO, which makes three steps.
-The processor time is that of this process, for machines that others use too; on CUDA it is that of the launches only.
-Memory is the peak of a run above the loaded models: on CUDA of torch's allocator, elsewhere of the resident memory. It
-is that of a first round, which warms up and in which what is freed goes back at once, as on CUDA.
+Both sides use the same frozen model of the published size with random weights, the same rewards and noise, and
+alternate in one process. Our exact rows must arrive at the same noise as the released loop, or the benchmark fails. The
+time of a step is that between two evaluations: a backward pass, an update, a forward pass. The time of the run adds
+setup and result, which matters for CNO with its three steps. Processor time is that of this process, for shared
+machines; on CUDA it covers only the launches. Memory is the peak of a run above the loaded models: from torch's
+allocator on CUDA, elsewhere the resident memory. It is measured in a warm-up round in which freed memory is returned at
+once.
 """
 
 import argparse
@@ -18,6 +18,7 @@ import copy
 import ctypes
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import statistics
@@ -34,9 +35,10 @@ from diffusers import AutoencoderKL, DDIMScheduler
 from real_rewards import reno_rewards  # pyright: ignore[reportMissingImports]
 from torch.utils.checkpoint import checkpoint
 
-from noiseopt import CNO, NoiseOptimizer, ReNO, optimize_noise
+from noiseopt import CNO, ReNO, optimize_noise
 from noiseopt.demo import load_pipeline
 from noiseopt.evaluation.measure import PeakMemory, synchronize
+from noiseopt.pipelines import NoiseOptimizer
 from noiseopt.pipelines.sampling.first_call import first_step_only, stock_call
 from noiseopt.quiet import quiet_libraries
 from noiseopt.rewards import HPSv21, ImageRewardModel, ImageTransform, RewardSum
@@ -51,15 +53,15 @@ COLUMNS = {
     "run": "time of the run",
     "memory": "peak memory",
 }
-TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # of mallopt
+TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # parameters of mallopt
 CNO_SAMPLING = {"num_inference_steps": 50, "guidance_scale": 6.0}
 
 
 class Watch:
-    """What a run shows of itself: the time and the loss of each evaluation, and the noise of the last.
+    """Records the time and loss of each evaluation, and the last noise.
 
-    Two clocks are read: that on the wall, and that of this process, which other programs on the machine disturb less.
-    It is the callback of our runs; the released loops call it at the same place.
+    Two clocks are read: wall-clock and processor time, which is robust to other load. Our runs use it as a callback;
+    the released loops call it at the same point.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -77,18 +79,18 @@ class Watch:
         self.noise = noise.detach().float().clone()
 
     def seconds(self) -> dict[str, float]:
-        """By clock, the median time from one evaluation to the next."""
-        steps = {name: zip(times, times[1:], strict=False) for name, times in self.times.items()}
+        """The median time between evaluations, by clock."""
+        steps = {name: itertools.pairwise(times) for name, times in self.times.items()}
         return {name: statistics.median(after - before for before, after in pairs) for name, pairs in steps.items()}
 
 
 class ReleasedReNO:
-    """What github.com/ExplainableML/ReNO does, whose weights are frozen too.
+    """The loop of github.com/ExplainableML/ReNO, which freezes its weights too.
 
-    In each iteration the prompt is encoded anew by the pipeline and by every reward, the losses of all rewards are
-    parts of one graph with the decoder and the denoiser, and the image tower of HPSv2 is checkpointed. (The denoiser is
-    meant to be, but in the versions of its environment that has no effect in evaluation mode.) The last iteration keeps
-    a graph that nobody uses.
+    Each iteration encodes the prompt again in the pipeline and in every reward, the losses of all rewards share one
+    graph with the decoder and the denoiser, and the image encoder of HPSv2 is checkpointed. (Checkpointing of the
+    denoiser is requested, but has no effect in evaluation mode in the released environment.) The last iteration builds
+    an unused graph.
     """
 
     def __init__(self, pipe: Any, rewards: RewardSum, call: dict[str, Any], noise: torch.Tensor, steps: int) -> None:
@@ -103,7 +105,7 @@ class ReleasedReNO:
             optimizer.zero_grad()
             image = self.image(latents)
             loss = self.loss(image)
-            if loss.item() < best:  # the best image keeps what is left of its graph
+            if loss.item() < best:  # the best image keeps its graph alive
                 best, _image, _latents = loss.item(), image, latents.detach().cpu()
             watch.note(loss.item(), latents)
             if iteration < self.steps - 1:
@@ -121,13 +123,13 @@ class ReleasedReNO:
         rewards: Any = self.rewards.rewards
         for name, reward in zip(self.rewards.names, rewards, strict=True):
             loss = LOSS_OFFSETS[name] - released_score(reward, pixels.to(reward.dtype)).float().sum()
-            loss.item()  # it logs each
+            loss.item()  # it logs each loss
             total = total + self.rewards.weights[name] * loss
         return total
 
 
 def released_score(reward: Any, pixels: torch.Tensor) -> torch.Tensor:
-    """A reward as the release computes it, with text that is read anew each time."""
+    """A reward as the release computes it, encoding the text each time."""
     if isinstance(reward, ImageRewardModel):
         reward.tokens.batches.clear()
         return given_pixels(reward).score(pixels, [PROMPT])
@@ -140,14 +142,14 @@ def released_score(reward: Any, pixels: torch.Tensor) -> torch.Tensor:
 
 
 def given_pixels(reward: ImageRewardModel) -> ImageRewardModel:
-    """The reward for pixels that are prepared already; weights are shared."""
+    """The reward for preprocessed pixels; weights are shared."""
     twin = copy.copy(reward)
     twin.image_transform = lambda pixels: pixels
     return twin
 
 
 def padded_text(reward: HPSv21) -> torch.Tensor:
-    """The text feature, computed on all 77 places as open_clip does."""
+    """The text features over all 77 positions, as in open_clip."""
     tokens = reward.tokenizer(PROMPT, padding="max_length", truncation=True, max_length=77, return_tensors="pt")
     ids = tokens["input_ids"].to(reward.device)  # pyright: ignore[reportAttributeAccessIssue]
     return reward.model.text_projection(reward.model.text_model(input_ids=ids).pooler_output)
@@ -155,7 +157,7 @@ def padded_text(reward: HPSv21) -> torch.Tensor:
 
 @contextlib.contextmanager
 def checkpointed(layers: Any) -> Iterator[None]:
-    """The layers inside compute their activations again in the backward pass, as open_clip's do."""
+    """Checkpoint the layers inside the context, as open_clip does."""
     try:
         for layer in layers:
             vars(layer)["forward"] = functools.partial(checkpoint, layer.forward, use_reentrant=False)
@@ -171,9 +173,9 @@ def chi_prior(latents: torch.Tensor) -> torch.Tensor:
 
 
 class ReleasedCNO:
-    """What the code released with CNO does: the gradient of its loss through the denoiser, guided, of all images.
+    """The loop released with CNO: the gradient of its loss through the guided denoiser, for all images.
 
-    One call of the denoiser is the reference; then each iteration calls it with a graph, and Adam moves the noise.
+    One call of the denoiser gives the reference; each iteration then calls it with a graph, and Adam updates the noise.
     """
 
     def __init__(self, pipe: Any, call: dict[str, Any], noise: torch.Tensor, steps: int) -> None:
@@ -201,7 +203,7 @@ class ReleasedCNO:
 
 
 def contrastive_loss(found: torch.Tensor, reference: torch.Tensor, tau: float = 0.1) -> torch.Tensor:
-    """Cross-entropy in every cell, whose right answer is the own reference in the place of oneself; γ = 1."""
+    """Cross-entropy in every cell, with the image's reference as the positive in its own position; γ = 1."""
     batch, _, cells = found.shape
     others = torch.einsum("icp,jcp->pij", found, found)
     own = torch.eye(batch, dtype=torch.bool, device=found.device)
@@ -210,7 +212,7 @@ def contrastive_loss(found: torch.Tensor, reference: torch.Tensor, tau: float = 
 
 
 class OurLoop:
-    """A method through `optimize_noise`: all of it, with the prompt and the rewards' text encoded once a run."""
+    """A method through `optimize_noise`, with the prompt and the rewards' text encoded once per run."""
 
     def __init__(self, pipe: Any, method: NoiseOptimizer, call: dict[str, Any], noise: torch.Tensor) -> None:
         self.pipe, self.method, self.call, self.noise = pipe, method, call, noise
@@ -224,12 +226,12 @@ class OurLoop:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A line of the table.
+    """A row of the table.
 
     Attributes:
-        loop: A run.
+        loop: Runs the loop once.
         exact: Whether it must arrive where the released loop does.
-        offset: What its losses lack of those of the released loop.
+        offset: Added to its losses to match those of the released loop.
     """
 
     loop: Callable[[Watch], None]
@@ -247,7 +249,7 @@ def reno_rows(pipe: Any, rewards: RewardSum, size: int, steps: int) -> dict[str,
         'ReNO(mode="parity")': Row(OurLoop(pipe, method(), call, noise), True, offset),
         'and checkpointing="blocks"': Row(OurLoop(pipe, method(checkpointing="blocks"), call, noise), True, offset),
     }
-    if isinstance(pipe.vae, AutoencoderKL):  # the embedded model has no other decoder than a tiny one
+    if isinstance(pipe.vae, AutoencoderKL):  # the embedded model's decoder is already tiny
         rows["and a tiny decoder"] = Row(OurLoop(pipe, method(decoder=real_shapes.tiny_decoder(pipe)), call, noise))
     return rows
 
@@ -259,25 +261,25 @@ def cno_rows(pipe: Any, images: int, size: int, steps: int) -> dict[str, Row]:
     )
     call = {**CNO_SAMPLING, "height": size, "width": size}
     noise = drawn_noise(pipe, images, size)
-    released = CNO(steps=steps, stop_gradient=False, gamma=1.0)
+    released = CNO(steps=steps, gradient="full", gamma=1.0)
     return {
         "released loop": Row(ReleasedCNO(pipe, call, noise, steps)),
-        "CNO(stop_gradient=False, gamma=1.0)": Row(OurLoop(pipe, released, call, noise), True),
+        'CNO(gradient="full", gamma=1.0)': Row(OurLoop(pipe, released, call, noise), True),
         "CNO()": Row(OurLoop(pipe, CNO(steps=steps), call, noise)),
     }
 
 
 def drawn_noise(pipe: Any, images: int, size: int) -> torch.Tensor:
-    """`(B, C, H, W)` float32, of values that the dtype of the pipeline has."""
+    """`(B, C, H, W)` float32, representable in the pipeline's dtype."""
     side = size // pipe.vae_scale_factor
     noise = torch.randn(images, pipe.unet.config.in_channels, side, side, generator=torch.Generator().manual_seed(0))
     return noise.to(pipe.unet.device, pipe.unet.dtype).float()
 
 
 def measure(rows: dict[str, Row], rounds: int, device: torch.device) -> dict[str, dict[str, list[Any]]]:
-    """Peak MiB of each row, then seconds of a step and a run, and watches: in rounds, in which they take turns."""
+    """Peak MiB of each row, then seconds of a step and a run, and watches, interleaved in rounds."""
     found: dict[str, dict[str, list[Any]]] = {name: {"memory": []} for name in rows}
-    for name, row in reversed(rows.items()):  # what is imported at first use counts for the row that is no exact one
+    for name, row in reversed(rows.items()):  # in reverse, so that lazy imports do not count for exact rows
         memory = PeakMemory(device)
         with memory_goes_back():
             memory.start()
@@ -298,10 +300,10 @@ def measure(rows: dict[str, Row], rounds: int, device: torch.device) -> dict[str
 
 @contextlib.contextmanager
 def memory_goes_back() -> Iterator[None]:
-    """Large blocks go back to the system when they are freed, where the C library can be told to.
+    """Return freed blocks to the system inside the context, if the C library supports it.
 
-    It keeps most of them otherwise, and what was freed would count. That is faster: afterwards it does so again, with
-    the thresholds that it comes to by itself in a process with blocks as large as these.
+    Otherwise it caches most of them, and freed memory would count. Caching is faster, so it is restored afterwards,
+    with the thresholds that glibc adapts to in a process with blocks of this size.
     """
     mallopt(MMAP_THRESHOLD, 2**16)
     try:
@@ -312,26 +314,26 @@ def memory_goes_back() -> Iterator[None]:
 
 
 def mallopt(parameter: int, value: int) -> None:
-    """mallopt(3) of glibc; nothing with another C library."""
+    """mallopt(3) of glibc; a no-op with another C library."""
     with contextlib.suppress(AttributeError, OSError, TypeError):
         ctypes.CDLL(None).mallopt(parameter, value)
 
 
 def deviation(ours: Watch, released: Watch, start: torch.Tensor, offset: float) -> tuple[float, float]:
-    """The largest difference of losses, and that of the last noises relative to how far the released loop moved."""
+    """The largest difference of losses, and that of the final noises relative to the released loop's total change."""
     losses = max(abs(a + offset - b) for a, b in zip(ours.losses, released.losses, strict=True))
     moved = (released.noise - start).norm()
     return losses, float((ours.noise - released.noise).norm() / moved)
 
 
 def ratio(ours: Sequence[float | None], released: Sequence[float | None]) -> str:
-    """Median ratio within a round, with the lowest and the highest; a dash where it was not measured."""
+    """Median ratio within a round, with minimum and maximum; a dash if not measured."""
     values = [mine / theirs for mine, theirs in zip(ours, released, strict=True) if mine is not None and theirs]
     return f"{statistics.median(values):.2f} [{min(values):.2f}–{max(values):.2f}]" if values else "–"
 
 
 def compared(rows: dict[str, Row], found: dict[str, dict[str, list[Any]]], noise: torch.Tensor) -> dict[str, Any]:
-    """For each row its numbers, and for the exact ones how far they are from the released loop."""
+    """The numbers of each row, and the deviation of exact ones from the released loop."""
     released = found["released loop"]
     table = {}
     for name, row in rows.items():
@@ -345,18 +347,18 @@ def compared(rows: dict[str, Row], found: dict[str, dict[str, list[Any]]], noise
 
 
 def check_exact(table: dict[str, Any], tolerance: float) -> None:
-    """Raise `SystemExit` for an exact row that went another way than the released loop."""
+    """Raise `SystemExit` for an exact row that deviates from the released loop."""
     for name, row in table.items():
         losses, noise = row.get("deviation", (0.0, 0.0))
         if not (losses <= tolerance and noise <= tolerance):
             raise SystemExit(
                 f"Expected {name} to follow the released loop, but its losses differ by {losses:.1e} and its noise by "
-                f"{noise:.1e} of the way that the loop went: more than {tolerance}."
+                f"{noise:.1e} of its total change: more than {tolerance}."
             )
 
 
 def report(title: str, table: dict[str, Any]) -> str:
-    """Markdown."""
+    """Format the table in Markdown."""
     lines = [f"{title}\n", "| | seconds a step | peak MiB | " + " | ".join(COLUMNS.values()) + " |"]
     lines.append("|---" * (3 + len(COLUMNS)) + "|")
     for name, row in table.items():
@@ -366,7 +368,7 @@ def report(title: str, table: dict[str, Any]) -> str:
         lines.append(f"| {name} | {statistics.median(row['step']):.3f} | {peak} | {ratios} |")
     far = [row["deviation"] for row in table.values() if "deviation" in row]
     losses, noise = (max(values) for values in zip(*far, strict=True))
-    lines.append(f"\nExact rows: losses differ by at most {losses:.1e}, the noise by {noise:.1e} of the way it went.")
+    lines.append(f"\nExact rows: losses differ by at most {losses:.1e}, the noise by {noise:.1e} of its total change.")
     return "\n".join(lines)
 
 
@@ -387,16 +389,18 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=("tiny", *PIPELINES), default="tiny")
     parser.add_argument("--method", choices=("reno", "cno"), default="reno")
-    parser.add_argument("--size", type=int, help="height and width of the images, by default those of the model")
-    parser.add_argument("--steps", type=int, help="evaluations of a run, by default 4 of ReNO and 3 of CNO")
+    parser.add_argument("--size", type=int, help="height and width of the images (default: the model's)")
+    parser.add_argument("--steps", type=int, help="evaluations per run (default: 4 for ReNO, 3 for CNO)")
     names = tuple(LOSS_OFFSETS)
-    parser.add_argument("--rewards", nargs="+", choices=names, default=names, help="of ReNO, by default all four")
-    parser.add_argument("--images", type=int, default=5, help="of the set that CNO moves apart")
+    parser.add_argument(
+        "--rewards", nargs="+", choices=names, default=names, help="rewards of ReNO (default: all four)"
+    )
+    parser.add_argument("--images", type=int, default=5, help="images per set, for CNO")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--tolerance", type=float, help="of losses and noise, by default 0.01 or, in half precision, 1")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="a folder for the table and its numbers")
+    parser.add_argument("--tolerance", type=float, help="for losses and noise (default: 0.01, or 1 in half precision)")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the table and its numbers")
     return parser.parse_args(arguments)
 
 

@@ -1,9 +1,8 @@
-"""The four rewards of ReNO at their published sizes with random weights: time and memory need no download.
+"""The four rewards of ReNO at their published sizes with random weights, to measure time and memory without downloads.
 
-CLIPScore, HPSv2.1 and PickScore are a CLIP ViT-H/14 each, ImageReward is BLIP's ViT-L/16 with a BERT. The three share
-the weights of one CLIP, so that they fit a small machine; what is computed, and held beside the weights, is that of
-three.
-`tiny=True` has the same classes in the size of a test.
+CLIPScore, HPSv2.1 and PickScore are a CLIP ViT-H/14 each, ImageReward is BLIP's ViT-L/16 with a BERT. The three CLIPs
+share their weights to fit a small machine; computation and activations are those of three. `tiny=True` has the same
+classes at the size of a test.
 """
 
 import functools
@@ -32,7 +31,7 @@ def reno_rewards(
     device: str | torch.device = "cpu",
     names: Sequence[str] = tuple(REWARD_PRESETS["reno"]),
 ) -> RewardSum:
-    """A `RewardSum` of the four, or of those named, with the weights of the paper."""
+    """A `RewardSum` of the four, or those named, with the weights of the paper."""
     kinds = {"hpsv2.1": HPSv21, "clipscore": CLIPScore, "pickscore": PickScore}
     shared = functools.cache(clip)
     pairs: list[tuple[Reward, float]] = []
@@ -66,7 +65,7 @@ def image_reward(tiny: bool) -> ImageRewardModel:
 
 
 def spread(model: Any) -> Any:
-    """The model with weights so large that images do not look alike to it, as they do to a freshly made one."""
+    """Scale the weights so that different images get different scores, unlike with the default initialization."""
     for parameter in model.parameters():
         if parameter.ndim >= 2:
             torch.nn.init.normal_(parameter, std=1 / parameter.shape[-1] ** 0.5)
@@ -78,7 +77,7 @@ def tower(sizes: tuple[int, ...]) -> dict[str, int]:
 
 
 def bert_tokenizer() -> BertTokenizer:
-    """Reads letter by letter, with the two tokens that BLIP adds."""
+    """A tokenizer of single letters, with the two tokens that BLIP adds."""
     letters = [*string.ascii_lowercase, *(f"##{letter}" for letter in string.ascii_lowercase)]
     tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, "[DEC]", "[ENC]"]
     tokenizer = BertTokenizer(vocab={token: index for index, token in enumerate(tokens)}, model_max_length=512)

@@ -1,8 +1,8 @@
-"""Stock pipelines of the published sizes with random weights: enough to measure time and memory, without a download.
+"""Stock pipelines of the published sizes with random weights, to measure time and memory without downloads.
 
-The configurations are those of the repositories `stabilityai/sd-turbo`, `stabilityai/sdxl-turbo` and
-`black-forest-labs/FLUX.1-schnell`; the number of parameters of each part is the published one. What is drawn means
-nothing. Without text encoders, which is the default, a call takes `**embeddings(pipe)` in the place of the prompt:
+The configurations are those of `stabilityai/sd-turbo`, `stabilityai/sdxl-turbo` and
+`black-forest-labs/FLUX.1-schnell`, with the published number of parameters. The images are meaningless. Without text
+encoders, the default, a call takes `**embeddings(pipe)` in place of the prompt:
 
     pipe = sdxl_turbo(torch.bfloat16, "cuda")
     pipe(**embeddings(pipe), height=512, width=512, num_inference_steps=1, guidance_scale=0.0)
@@ -161,7 +161,7 @@ def flux(
 
 
 def small_sdxl(dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> StableDiffusionXLPipeline:
-    """SDXL-Turbo at a fifth of its width: the same architecture where the real one takes too long."""
+    """SDXL-Turbo at a fifth of its width: the same architecture for slow machines."""
     with built_as(dtype, device):
         unet: dict[str, Any] = {"block_out_channels": (64, 128, 256), "attention_head_dim": (1, 2, 4)}
         unet |= {"transformer_layers_per_block": (1, 1, 2)}
@@ -174,13 +174,13 @@ def small_sdxl(dtype: torch.dtype = torch.float32, device: str | torch.device = 
 
 
 def tiny_decoder(pipe) -> AutoencoderTiny:
-    """The tiny autoencoder for the latents of a pipeline, of the shape of TAESD, TAESDXL or TAEF1, on its device."""
+    """A tiny autoencoder for the latents of a pipeline, with the architecture of TAESD, TAESDXL or TAEF1."""
     with built_as(pipe.vae.dtype, pipe.vae.device):
         return AutoencoderTiny(latent_channels=pipe.vae.config.latent_channels).eval()
 
 
 def embeddings(pipe, batch: int = 1) -> dict[str, torch.Tensor]:
-    """Random numbers in the place of `batch` encoded prompts, for a pipeline without text encoders."""
+    """Random embeddings of `batch` prompts, for a pipeline without text encoders."""
     shapes = {
         StableDiffusionPipeline: {"prompt_embeds": (77, 1024)},
         StableDiffusionXLPipeline: {"prompt_embeds": (77, 2048), "pooled_prompt_embeds": (1280,)},
@@ -193,7 +193,7 @@ def embeddings(pipe, batch: int = 1) -> dict[str, torch.Tensor]:
 
 @contextlib.contextmanager
 def built_as(dtype: torch.dtype, device: str | torch.device) -> Iterator[None]:
-    """Modules made inside have this dtype from the start, on this device; torch's own initialisation, seed 0."""
+    """Create modules inside the context with this dtype on this device; torch's default initialization, seed 0."""
     before = torch.get_default_dtype()
     devices = [] if torch.device(device).type in ("cpu", "meta") else None
     with torch.random.fork_rng(devices), torch.device(device):
@@ -206,7 +206,7 @@ def built_as(dtype: torch.dtype, device: str | torch.device) -> Iterator[None]:
 
 
 def ready(pipe):
-    """As a loaded pipeline is: no dropout; and without progress bars."""
+    """Prepare like a loaded pipeline, without dropout or progress bars."""
     for module in pipe.components.values():
         if isinstance(module, torch.nn.Module):
             module.eval()
@@ -222,13 +222,13 @@ def clip_text(cls: Any, shape: dict[str, Any]) -> Any:
 
 
 def clip_tokenizer() -> CLIPTokenizer:
-    """Reads letter by letter, pads to 77 tokens as the published one."""
+    """A tokenizer of single letters, padding to 77 tokens like the published one."""
     tokens = [*LETTERS, *(f"{letter}</w>" for letter in LETTERS), "<|startoftext|>", "<|endoftext|>"]
     return CLIPTokenizer(vocab={token: index for index, token in enumerate(tokens)}, merges=[], model_max_length=77)
 
 
 def t5_tokenizer() -> T5TokenizerFast:
-    """Reads letter by letter."""
+    """A tokenizer of single letters."""
     special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
     pieces = [(f"{mark}{letter}", -1.0) for mark in ("", "▁") for letter in LETTERS]
     return T5TokenizerFast(vocab=[*special, *pieces], extra_ids=0)

@@ -1,4 +1,4 @@
-"""ReNO against plain sampling and best-of-N, at equal wall-clock and by the same reward, told by the judge:
+"""ReNO against plain sampling and best-of-N by the same reward at equal wall-clock time, evaluated by the judge.
 
 python benchmarks/reno_vs_best_of_n.py --limit 40 --output reno.json
 """
@@ -18,20 +18,13 @@ import torch
 from tqdm import tqdm
 
 import noiseopt
-from noiseopt import (
-    AutoReward,
-    BestOfN,
-    NoiseOptimizer,
-    ReNO,
-    Reward,
-    StepImages,
-    TimeBudget,
-    optimize_noise,
-    shapes_world,
-)
+from noiseopt import AutoReward, BestOfN, ReNO, TimeBudget, optimize_noise, shapes_world
+from noiseopt.callbacks import StepImages
 from noiseopt.demo import ONE_STEP, load_pipeline
 from noiseopt.evaluation.bootstrap import Estimate, bootstrap, paired_bootstrap
+from noiseopt.pipelines import NoiseOptimizer
 from noiseopt.quiet import quiet_libraries
+from noiseopt.rewards import Reward
 
 SPLITS = {"validation": "VALIDATION_PROMPTS", "held-out": "HELD_OUT_PROMPTS"}
 METHODS = {
@@ -71,11 +64,11 @@ class Run:
     seconds: torch.Tensor
 
     def evaluations_within(self, seconds: float) -> int:
-        """How many evaluations begin within a time: at least one, and the last may end after it."""
+        """The number of evaluations that begin within a time, at least one."""
         return min(1 + int((self.seconds < seconds).sum()), len(self.seconds))
 
     def best_of(self, count: int, problems: Sequence[Problem]) -> list[dict[str, Any]]:
-        """What the best by the reward of the first `count` evaluations is, for each problem."""
+        """The outcome of the best, by reward, of the first `count` evaluations of each problem."""
         best = self.rewards[:count].argmax(0)
         at_best = (best, torch.arange(len(problems)))
         verdicts = shapes_world.judge(self.images[at_best], [problem.prompt for problem in problems])
@@ -95,7 +88,7 @@ class Run:
 
 
 def run(pipe, method: NoiseOptimizer, problems: Sequence[Problem], budget: float | None = None) -> Run:
-    """Run a method on a batch and keep every evaluation; `budget` in seconds."""
+    """Run a method on a batch and store every evaluation; `budget` in seconds."""
     frames, seconds = StepImages(), []
     callbacks = [frames, lambda state: seconds.append(state.elapsed)]
     callbacks += [TimeBudget(budget)] if budget is not None else []
@@ -107,11 +100,11 @@ def run(pipe, method: NoiseOptimizer, problems: Sequence[Problem], budget: float
 
 
 class Comparison:
-    """ReNO and best-of-N on one batch after another, with the order of the two alternating.
+    """ReNO and best-of-N on one batch after another, alternating in order.
 
     One best-of-N run serves three rows: its first evaluation is the plain image, its first `steps` are best-of-N at
-    equal evaluations, and those that begin within ReNO's seconds are best-of-N at equal time. Where it runs before ReNO
-    it runs for longer than ReNO last needed, and is cut when ReNO's time on this batch is known.
+    equal evaluations, and those that begin within ReNO's seconds are best-of-N at equal time. If it runs before ReNO,
+    it runs longer than ReNO's last time, and is cut once ReNO's time on this batch is known.
     """
 
     ahead = 1.5
@@ -123,7 +116,7 @@ class Comparison:
         self.seconds_per_image: float | None = None
 
     def measure(self, problems: Sequence[Problem], reno_first: bool) -> list[dict[str, Any]]:
-        """One row for each problem."""
+        """Return one row per problem."""
         if reno_first or self.seconds_per_image is None:
             reno = run(self.pipe, self.reno, problems)
             other = run(self.pipe, self.best_of_n, problems, budget=float(reno.seconds[-1]))
@@ -151,23 +144,23 @@ def batches(problems: Sequence[Problem], size: int) -> Iterator[Sequence[Problem
 
 
 class Table:
-    """The rows of all problems as estimates over prompts; a prompt counts once however many seeds it has."""
+    """The rows of all problems as estimates over prompts; each prompt counts once, however many seeds it has."""
 
     def __init__(self, rows: Sequence[dict[str, Any]]) -> None:
         self.rows = rows
 
     def sums(self, value: Callable[[dict[str, Any]], float], keep: Callable[[dict[str, Any]], bool]):
-        """`(P,)` sums of a value over the kept rows of each prompt, and their counts; prompts without any left out."""
+        """`(P,)` sums of a value over the selected rows of each prompt, and their counts, without empty prompts."""
         ordered = sorted(filter(keep, self.rows), key=lambda row: row["index"])
         groups = [[value(row) for row in group] for _, group in itertools.groupby(ordered, lambda row: row["index"])]
         return torch.tensor([sum(group) for group in groups]).double(), torch.tensor([len(group) for group in groups])
 
     def mean(self, method: str, name: str, keep: Callable[[dict[str, Any]], bool] = lambda row: True) -> Estimate:
-        """The mean of one number of a method's outcomes, over the rows to keep."""
+        """The mean of one number of a method's outcomes over the selected rows."""
         return bootstrap(*self.sums(lambda row: float(row[method][name]), keep))
 
     def difference(self, ours: str, theirs: str, name: str = "correct") -> Estimate:
-        """How much more of a number one method has than the other on the same prompts."""
+        """The paired difference of a number between two methods."""
         sides = (
             self.sums(lambda row, method=method: float(row[method][name]), lambda row: True)
             for method in (ours, theirs)
@@ -212,7 +205,7 @@ class Table:
 
 
 def markdown(summary: dict[str, Any]) -> str:
-    """The summary as two tables: shares in percent, with 95% intervals over prompts."""
+    """Format the summary as two tables: shares in percent, with 95% intervals over prompts."""
     names = list(summary["methods"]["plain"])
     lines = ["| | " + " | ".join(METHODS.values()) + " |", "|---" * (1 + len(METHODS)) + "|"]
     for name in names:
@@ -237,14 +230,12 @@ def formatted(name: str, estimate: dict[str, float], sign: str = "") -> str:
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--split", choices=SPLITS, default="validation")
-    parser.add_argument("--limit", type=int, help="only the first prompts of the split")
-    parser.add_argument("--seeds", type=int, default=1, help="initial noises for each prompt")
+    parser.add_argument("--limit", type=int, help="use only the first prompts of the split")
+    parser.add_argument("--seeds", type=int, default=1, help="initial noises per prompt")
     parser.add_argument("--steps", type=int, default=50, help="evaluations of ReNO")
-    parser.add_argument("--mode", choices=("default", "parity"), default="default", help="of ReNO")
-    parser.add_argument("--batch-size", type=int, default=8, help="problems in one call; they stay independent")
-    parser.add_argument(
-        "--output", type=Path, default=Path("reno_vs_best_of_n.json"), help="all numbers of all problems"
-    )
+    parser.add_argument("--mode", choices=("default", "parity"), default="default", help="mode of ReNO")
+    parser.add_argument("--batch-size", type=int, default=8, help="independent problems per call")
+    parser.add_argument("--output", type=Path, default=Path("reno_vs_best_of_n.json"), help="file for all numbers")
     return parser.parse_args(argv)
 
 
@@ -270,13 +261,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def warm_up(pipe, reward: Reward, problems: Sequence[Problem]) -> None:
-    """The first pass through anything is slower than the others."""
+    """Run the first passes, which are slower."""
     for method in (ReNO(rewards=reward, steps=2), BestOfN(rewards=reward, steps=2)):
         run(pipe, method, problems)
 
 
 def settings(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What the numbers depend on besides the code."""
+    """Everything that the numbers depend on besides the code."""
     given = {name: value for name, value in vars(arguments).items() if name != "output"}
     machine = {
         "noiseopt": noiseopt.__version__,

@@ -1,4 +1,4 @@
-"""What `RewardSum` saves over the naive weighted sum of rewards: time and peak memory, as ratios in one run.
+"""Savings of `RewardSum` over a naive weighted sum of rewards: time and peak memory, as ratios within one run.
 
 python benchmarks/reward_gradients.py
 """
@@ -11,12 +11,13 @@ from collections.abc import Callable
 import torch
 from transformers import AutoTokenizer, CLIPConfig, CLIPModel
 
-from noiseopt import CLIPScore, RewardSum, shapes_world
+from noiseopt import RewardSum, shapes_world
 from noiseopt.evaluation.measure import PeakMemory, synchronize
 from noiseopt.quiet import quiet_libraries
+from noiseopt.rewards import CLIPScore
 
 PROMPT = "a red circle left of a blue star"
-# vision: width, layers, heads, patch; text: width, layers, heads. With random weights: time and memory do not know.
+# vision: width, layers, heads, patch; text: width, layers, heads. Random weights do not affect time and memory.
 SIZES = {
     "tiny": ((64, 2, 2, 32), (64, 2, 2)),
     "B": ((768, 12, 12, 16), (512, 12, 8)),
@@ -26,7 +27,7 @@ SIZES = {
 
 
 def build_reward(size: str, seed: int) -> CLIPScore:
-    """A CLIP reward of a published architecture."""
+    """A CLIP reward with a published architecture."""
     with quiet_libraries():
         tokenizer = AutoTokenizer.from_pretrained(shapes_world.path("clip"))
     (width, layers, heads, patch), (text_width, text_layers, text_heads) = SIZES[size]
@@ -43,15 +44,15 @@ def build_reward(size: str, seed: int) -> CLIPScore:
 
 
 def naive(rewards: RewardSum, images: torch.Tensor) -> torch.Tensor:
-    """One graph of all rewards, and one backward pass through it."""
+    """One graph of all rewards, and one backward pass."""
     total = sum(w * r(images, PROMPT) for w, r in zip(rewards.weights.values(), rewards.rewards, strict=True))
-    return torch.autograd.grad(total.sum(), images)[0]  # pyright: ignore
+    return torch.autograd.grad(total.sum(), images)[0]  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def naive_with_text(rewards: RewardSum, images: torch.Tensor) -> torch.Tensor:
-    """The same, with the prompt encoded anew, as loops do that call the whole model at each step."""
+    """Like `naive`, but encoding the prompt each time, as loops that call the whole model do."""
     for reward in rewards.rewards:
-        reward.prompt_features.clear()  # pyright: ignore
+        reward.prompt_features.clear()  # pyright: ignore[reportAttributeAccessIssue,reportCallIssue]
     return naive(rewards, images)
 
 
@@ -67,7 +68,7 @@ WAYS: dict[str, Callable[[RewardSum, torch.Tensor], torch.Tensor]] = {
 
 
 def measure(rewards: RewardSum, images: torch.Tensor, rounds: int) -> dict[str, list[tuple[float, float | None]]]:
-    """Seconds and peak MiB of each way, one after the other in every round, after a round that does not count."""
+    """Seconds and peak MiB of each way, interleaved in rounds, after a warm-up round."""
     found: dict[str, list[tuple[float, float | None]]] = {name: [] for name in WAYS}
     for round_ in range(rounds + 1):
         for name, way in WAYS.items():
@@ -81,7 +82,7 @@ def measure(rewards: RewardSum, images: torch.Tensor, rounds: int) -> dict[str, 
 
 
 def ratio(values: list[float | None], reference: list[float | None]) -> str:
-    """Median of the ratios within a round, with quartiles; a dash where it was not measured."""
+    """Median of the ratios within a round, with quartiles; a dash if not measured."""
     ratios = [ours / theirs for ours, theirs in zip(values, reference, strict=True) if ours is not None and theirs]
     low, middle, high = (
         statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else 3 * (ratios or [float("nan")])
@@ -94,11 +95,11 @@ def weight_bytes(rewards: RewardSum) -> int:
 
 
 def main(arguments: list[str] | None = None) -> dict[str, list[tuple[float, float | None]]]:
-    parser = argparse.ArgumentParser(description="What RewardSum saves over the naive weighted sum of rewards.")
-    parser.add_argument("--size", choices=SIZES, default="B", help="of each CLIP: H is that of HPSv2 and PickScore")
-    parser.add_argument("--rewards", type=int, default=4, help="how many, as many as ReNO has")
+    parser = argparse.ArgumentParser(description="Savings of RewardSum over a naive weighted sum.")
+    parser.add_argument("--size", choices=SIZES, default="B", help="size of each CLIP; HPSv2 and PickScore have H")
+    parser.add_argument("--rewards", type=int, default=4, help="number of rewards; ReNO has 4")
     parser.add_argument("--images", type=int, default=1)
-    parser.add_argument("--side", type=int, default=512, help="of the images in pixels")
+    parser.add_argument("--side", type=int, default=512, help="side of the images in pixels")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")

@@ -1,13 +1,12 @@
-"""What the gradient of a set objective holds in memory for B images: jointly, and a few images at a time.
+"""Memory of the gradient of a set objective for B images: jointly, and in chunks.
 
 python benchmarks/set_memory.py
 python benchmarks/set_memory.py --size 512 --device cuda
 
-Each cell is one step of a set of B images (DPP of the embedded DINOv2 features, beside one image that is given, so that
-a set of one has a value) on the embedded SDXL model, six steps: images, value, and its gradient with respect to the
-noise. Memory is the peak above the loaded models: on CUDA of torch's allocator, elsewhere of the resident memory, in a
-process of its own. The process has taken the gradient of the first image before, so that what the first call of
-anything leaves behind does not count.
+Each cell is one step of a set of B images (DPP of the embedded DINOv2 features, with one more given image, so that a
+set of one has a value) on the embedded SDXL model with six steps: images, value, and its gradient with respect to the
+noise. Memory is the peak above the loaded models: from torch's allocator on CUDA, elsewhere the resident memory, in a
+separate process that has computed the gradient of one image before, so that one-time allocations do not count.
 """
 
 import argparse
@@ -26,14 +25,13 @@ from noiseopt import optimize_noise, shapes_world
 from noiseopt.demo import load_pipeline, seeded
 from noiseopt.evaluation.looking import Looking
 from noiseopt.evaluation.measure import measured
-from noiseopt.pipelines.memory.graph_size import ChunkSetting
-from noiseopt.pipelines.method import chunk_size_of
+from noiseopt.pipelines.loop import chunk_size_of
 from noiseopt.pipelines.problem import NoiseProblem
 from noiseopt.pipelines.sampling.sample import Sample
 from noiseopt.quiet import quiet_libraries
 from noiseopt.rewards import DPP, AutoFeatures, SetRewardSum
 
-MODES: dict[str, ChunkSetting] = {"joint": None, "one": 1, "auto": "auto"}
+MODES: dict[str, Any] = {"joint": None, "one": 1, "auto": "auto"}
 PROMPT = shapes_world.VALIDATION_PROMPTS[0]
 
 
@@ -50,12 +48,12 @@ class SetStep:
         self.given = self.total.known_features(given.to(device))
 
     def look(self, batch: int, then: Callable[[NoiseProblem], Any]) -> None:
-        """Show a function the problem of a set."""
+        """Call a function with the problem of a set."""
         call = {**self.call, "num_images_per_prompt": batch, "generator": seeded(0, batch)}
         optimize_noise(self.pipe, PROMPT, Looking(then, checkpointing="none"), callbacks=[], **call)
 
     def gradient(self, problem: NoiseProblem, chunk_size: int | None) -> torch.Tensor:
-        """Of the set's value with respect to the noise, `(B, C, H, W)`."""
+        """The gradient of the set's value with respect to the noise, `(B, C, H, W)`."""
         leaf = problem.noise.clone().requires_grad_()
         seeds = list(range(len(leaf)))
         sample = Sample(problem.sampler, leaf, problem.prompts, problem.groups, seeds, "full", chunk_size=chunk_size)
@@ -79,19 +77,19 @@ def measure(mode: str, batch: int, model: str, size: int, device: str) -> dict[s
 
 
 def measure_apart(mode: str, batch: int, options: argparse.Namespace) -> dict[str, Any]:
-    """`measure` in a process of its own."""
+    """`measure` in a separate process."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "found.pt"
         arguments = ["--model", options.model, "--size", str(options.size), "--device", options.device]
         one = ["--one", mode, str(batch), str(path)]
-        # large blocks go back to the system at once, or what was freed would count
+        # return freed blocks to the system at once, so that they do not count
         environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
         subprocess.run([sys.executable, __file__, *arguments, *one], check=True, env=environment)
         return torch.load(path)
 
 
 def cells(found: dict[str, Any], single: dict[str, Any]) -> str:
-    """Seconds, MiB, and those as a multiple of a set of one in the same mode."""
+    """Seconds, MiB, and MiB relative to a set of one in the same mode."""
     if found["memory"] is None or not single["memory"]:
         return f"{found['seconds']:.2f} | – | –"
     return f"{found['seconds']:.2f} | {found['memory']:.0f} | {found['memory'] / single['memory']:.2f}"
@@ -121,8 +119,10 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, dict[int, dict[str
     parser.add_argument("--model", default="sdxl", help="an embedded pipeline")
     parser.add_argument("--size", type=int, default=64, help="height and width of the images, in pixels")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8, 16], help="the first is compared with")
-    parser.add_argument("--output", type=Path, help="write what the table is made of as JSON")
+    parser.add_argument(
+        "--batches", type=int, nargs="+", default=[1, 2, 4, 8, 16], help="set sizes; others are compared with the first"
+    )
+    parser.add_argument("--output", type=Path, help="write the numbers as JSON")
     parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.one:

@@ -1,4 +1,4 @@
-"""What tests of several folders share."""
+"""Fixtures of several folders, and the order and number of processes of a test run."""
 
 import gc
 import os
@@ -9,18 +9,17 @@ import pytest
 from fresh_process import FreshProcesses
 from loopback_hub import LoopbackHub, running_hub
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # one thread for each worker and what it starts: they share the cores
+if "PYTEST_XDIST_WORKER" in os.environ:  # workers and their subprocesses share the cores
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# Files that take a minute, or whose tests are few and long. `-n auto --dist loadfile` hands out whole files: one of
-# these at the end would leave the other workers idle, so that they come first.
+# `--dist loadfile` distributes whole files. The longest come first: one at the end would leave other workers idle.
 LONG_FILES = (
     "conformance",
     "hub_cards/test_loading.py",
-    "shapes_world/test_training.py",
+    "training/test_training.py",
     "evaluation/test_evaluate.py",
     "pipelines/test_interruptions.py",
-    "pipelines/test_never_too_late.py",
+    "pipelines/never_too_late",
     "pipelines/test_effect.py",
     "benchmarks",
     "hub_cards",
@@ -31,13 +30,20 @@ LONG_FILES = (
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if hasattr(config.option, "loadscopereorder"):  # of xdist, which would begin with the files of many tests
+    if hasattr(config.option, "loadscopereorder"):  # xdist would start with the files of many tests
         config.option.loadscopereorder = False
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
+    """Run a single file or test in this process: a worker would import torch once more."""
+    arguments = config.option.file_or_dir
+    return 0 if len(arguments) == 1 and ".py" in arguments[0] else None
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Generator[None, object, object]:
-    """What collecting imports is there to stay: looking through it for garbage would take a tenth of the time."""
+    """Keep imported modules out of garbage collection, which would take a tenth of the collection's time."""
     gc.disable()
     try:
         return (yield)
@@ -47,31 +53,31 @@ def pytest_collection() -> Generator[None, object, object]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the long files; within one the order stays."""
+    """Sort the long files to the front and keep the order within each."""
     items.sort(key=lambda item: rank(item.path))
 
 
 def rank(path: Path) -> int:
     relative = path.relative_to(Path(__file__).parent) if path.is_relative_to(Path(__file__).parent) else path
-    places = (index for index, name in enumerate(LONG_FILES) if relative.is_relative_to(name))
-    return next(places, len(LONG_FILES))
+    ranks = (index for index, name in enumerate(LONG_FILES) if relative.is_relative_to(name))
+    return next(ranks, len(LONG_FILES))
 
 
 @pytest.fixture(scope="session")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LoopbackHub]:
-    """One Hub for all tests: its address is known before the libraries are imported that read it."""
+    """Loopback Hub that runs for the whole session, as its address is read when the libraries are imported."""
     with running_hub(tmp_path_factory.mktemp("hub")) as hub:
         yield hub
 
 
 @pytest.fixture
 def hub(running: LoopbackHub, tmp_path: Path) -> LoopbackHub:
-    """A running `LoopbackHub` without repositories, of which nothing is downloaded yet."""
+    """Running `LoopbackHub` without repositories and with an empty download cache."""
     running.begin(tmp_path / "hub")
     return running
 
 
 @pytest.fixture(scope="session")
 def processes(running: LoopbackHub) -> FreshProcesses:
-    """Runs programs in processes of their own, which see the loopback Hub only."""
+    """Fresh processes that see only the loopback Hub."""
     return FreshProcesses(running)

@@ -1,8 +1,8 @@
-"""Programs in processes of their own, without importing torch, diffusers and transformers for each.
+"""Run programs in fresh processes that do not import torch, diffusers and transformers again.
 
-A program of a user finds nothing loaded by another one, and the Hub's address is read when the libraries are imported:
-hence a process for each. Importing the libraries takes ten times what such a program does, so that one process does
-it, which sees a loopback Hub only, and is forked for each program.
+A user's program starts with nothing loaded, and the Hub's address is read when the libraries are imported, so each
+program needs its own process. Importing the libraries takes ten times as long as the program itself: one server process
+that sees only the loopback Hub imports them, and forks for each program.
 """
 
 import gc
@@ -22,12 +22,12 @@ from loopback_hub import LoopbackHub
 
 ROOT = Path(__file__).parents[1]
 OURS = (ROOT / "src", ROOT / "tests")
-# None of them imports noiseopt, which a program takes from where it is told to.
+# None imports noiseopt: a program imports it from the path it is given.
 LIBRARIES = ["torch", "diffusers.pipelines.pipeline_utils", "transformers", "tiny_pipelines"]
 
 
 class FreshProcesses:
-    """Forks of a process that has imported `LIBRARIES` and sees this Hub alone, with one thread each."""
+    """Forks of a process that has imported `LIBRARIES` and sees only this Hub."""
 
     def __init__(self, hub: LoopbackHub) -> None:
         self.context = multiprocessing.get_context("forkserver")
@@ -45,7 +45,7 @@ class FreshProcesses:
         err: Path,
         path: Sequence[Path] = OURS,
     ) -> BaseProcess:
-        """Begin to run a program in a folder; what it says goes to two files. `path` is where it finds our modules."""
+        """Start a program in `folder`, with its output in two files and `path` in front of its `sys.path`."""
         given = (program, [str(argument) for argument in arguments], folder, path, out, err)
         process = self.context.Process(target=execute, args=given, daemon=True)
         process.start()
@@ -59,7 +59,7 @@ class FreshProcesses:
         path: Sequence[Path] = OURS,
         timeout: float = 100.0,
     ) -> "subprocess.CompletedProcess[str]":
-        """Run a program, a file or its source, to its end; as `subprocess.run` does."""
+        """Run a program, given as a file or as source, to its end, like `subprocess.run`."""
         with tempfile.TemporaryDirectory() as temporary:
             file, out, err = (Path(temporary) / name for name in ("program.py", "out", "err"))
             if isinstance(program, str):
@@ -73,7 +73,7 @@ class FreshProcesses:
             if process.exitcode is None:
                 process.kill()
                 process.join()
-                raise TimeoutError(f"{err.read_text()}\nended after {timeout} s")
+                raise TimeoutError(f"{err.read_text()}\nnot finished after {timeout} s")
             return subprocess.CompletedProcess([file, *arguments], process.exitcode, out.read_text(), err.read_text())
 
 
@@ -85,12 +85,12 @@ def execute(
     out: Path,
     err: Path,
 ) -> None:
-    """What a fork does."""
-    gc.freeze()  # what came with it is no garbage
+    """Run the program in the forked process."""
+    gc.freeze()  # objects of the server process are never collected
     for stream, file in ((1, out), (2, err)):
         os.dup2(os.open(file, os.O_WRONLY), stream)
     os.chdir(folder)
     sys.argv = [str(program), *arguments]
-    others = {str(ROOT), *map(str, OURS)}  # pytest's, which came with the fork
+    others = {str(ROOT), *map(str, OURS)}  # inherited from pytest
     sys.path[:] = [*map(str, path), *(each for each in sys.path if each not in others)]
     runpy.run_path(str(program), run_name="__main__")

@@ -1,4 +1,4 @@
-"""What tests of methods begin with: random streams, a reward, and what a method gets from a pipeline call."""
+"""Random streams, a reward, and the noise problem of a pipeline call, for tests of methods."""
 
 import torch
 
@@ -12,12 +12,12 @@ def generator(seed: int = 0) -> torch.Generator:
 
 
 def redness(images, prompts):
-    """A reward that differs between images, with a gradient everywhere."""
+    """Reward that differs between images and has a gradient everywhere."""
     return (images[:, 0] - images[:, 1]).mean((1, 2)) * 10
 
 
 def problem_of(pipe, prompt="a", *, clamp="straight_through", **call) -> NoiseProblem:
-    """The problem of a call, for use after its run; its random draws are of seed 0 unless given one by one."""
+    """Return the problem of a call after its run. Without a list of generators, the seed is 0."""
     if not isinstance(call.get("generator"), list):
         call["generator"] = generator()
     seen = []

@@ -1,4 +1,4 @@
-"""The command line: what `noiseopt demo` writes and says, and how it refuses what it cannot do."""
+"""The command line: the output of `noiseopt demo`, and its errors."""
 
 import contextlib
 import dataclasses
@@ -15,19 +15,22 @@ from diffusers.utils import logging as diffusers_logging
 from PIL import Image
 from transformers.utils import logging as transformers_logging
 
-from noiseopt import FunctionObjective, NoiseOptimizer, NoiseResult, plots, shapes_world
+from noiseopt import NoiseResult, plots, shapes_world
 from noiseopt.cli import main
-from noiseopt.demo import DEFAULT_PROMPTS, ONE_STEP, SET, Choice, load_pipeline, optimize_and_judge, quiet_libraries
+from noiseopt.demo import ONE_STEP, load_pipeline, optimize_and_judge
+from noiseopt.pipelines import FunctionObjective, NoiseOptimizer
 from noiseopt.pipelines.registry import METHODS
 from noiseopt.pipelines.sampling.sampler import Gradient
+from noiseopt.quiet import quiet_libraries
 from noiseopt.shapes_world import embedded
+from noiseopt.story import DEFAULT_PROMPTS, SET, Choice
 
 PROMPT = "a red circle left of a blue star"
 
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory) -> tuple[Path, str]:
-    """The folder that a short demo wrote to, and what it printed."""
+    """The output folder of a short demo, and the printed text."""
     folder, printed = tmp_path_factory.mktemp("demo") / "new" / "folder", io.StringIO()
     with contextlib.redirect_stdout(printed):
         main(["demo", "--steps", "2", "--seed", "3", "--prompt", PROMPT, "--output", str(folder)])
@@ -77,7 +80,7 @@ def test_demo_of_a_method_of_sets_with_rewards(tmp_path, capsys):
     main(["demo", "--method", "never_too_late", "--steps", "3", "--prompt", PROMPT, "--output", str(tmp_path)])
     printed = capsys.readouterr().out
     assert f"{SET} images of 1 prompt, 3 steps" in printed and "NeverTooLate on turbo" in printed
-    assert f" of {SET} right → " in printed and "pixels from their mean place" in printed
+    assert f" of {SET} right → " in printed and "from its mean position" in printed
     result = NoiseResult.load(tmp_path / "noise.safetensors")
     assert result.provenance["objective"]["diversity"] == {"dpp": {"features": "dinov2", "weight": 150.0}}
     assert result.losses.shape == (3, SET) and result.best_scores["dpp"][0] > result.initial_scores["dpp"][0]
@@ -85,8 +88,8 @@ def test_demo_of_a_method_of_sets_with_rewards(tmp_path, capsys):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Neighbours(NoiseOptimizer):
-    """Mixes the noises of a set, without looking at images, and returns the last."""
+class Neighbors(NoiseOptimizer):
+    """Mixes the noises of a set without evaluating images, and returns the last."""
 
     steps: int = 3
     gradient: Gradient = None
@@ -95,19 +98,19 @@ class Neighbours(NoiseOptimizer):
     def objective(self, pipe):
         return FunctionObjective(lambda sample: sample.x0.flatten(1).std(1))
 
-    def step(self, state, gradient, memory):
-        return 0.8 * state.noise + 0.6 * state.noise.roll(1, 0)
+    def step(self, run, gradient, state):
+        return 0.8 * run.noise + 0.6 * run.noise.roll(1, 0)
 
 
 @pytest.fixture
-def neighbours(monkeypatch):
-    monkeypatch.setitem(METHODS, "neighbours", Neighbours)
+def neighbors(monkeypatch):
+    monkeypatch.setitem(METHODS.entries, "neighbors", Neighbors)
 
 
-def test_method_without_rewards_gets_sets(neighbours):
-    """Images that the method did not draw are those that the stock pipeline draws from its noise."""
+def test_method_without_rewards_gets_sets(neighbors):
+    """Images that the method did not sample are those of the stock pipeline from its noise."""
     prompts = [PROMPT, "two green circles"]
-    story = optimize_and_judge(Choice.of("neighbours"), prompts, seed=3)
+    story = optimize_and_judge(Choice.of("neighbors"), prompts, seed=3)
     assert story.prompts == [PROMPT] * SET + ["two green circles"] * SET
     assert story.images.shape == (3, 2 * SET, 3, 64, 64) and len(story.results) == 2
     assert story.measure == "loss" and torch.equal(story.values[:, SET:], story.results[1].losses)
@@ -123,22 +126,22 @@ def test_method_without_rewards_gets_sets(neighbours):
         assert torch.equal(story.end_images(0)[ours], plain) and torch.equal(story.end_images(1)[ours], found)
 
 
-def test_ctrl_c_ends_the_demo_without_a_traceback(neighbours, monkeypatch, tmp_path):
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored by what is started in the background
-    monkeypatch.setattr(Neighbours, "step", lambda *_: signal.raise_signal(signal.SIGINT))
+def test_ctrl_c_ends_the_demo_without_a_traceback(neighbors, monkeypatch, tmp_path):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # background processes ignore it
+    monkeypatch.setattr(Neighbors, "step", lambda *_: signal.raise_signal(signal.SIGINT))
     try:
         with pytest.raises(SystemExit) as ended:
-            main(["demo", "--method", "neighbours", "--prompt", PROMPT, "--output", str(tmp_path)])
+            main(["demo", "--method", "neighbors", "--prompt", PROMPT, "--output", str(tmp_path)])
     finally:
         signal.signal(signal.SIGINT, before)
     assert ended.value.code == 130 and ended.value.__suppress_context__
 
 
-def test_demo_of_sets(neighbours, tmp_path, capsys):
-    main(["demo", "--method", "neighbours", "--prompt", PROMPT, "--prompt", PROMPT, "--output", str(tmp_path)])
+def test_demo_of_sets(neighbors, tmp_path, capsys):
+    main(["demo", "--method", "neighbors", "--prompt", PROMPT, "--prompt", PROMPT, "--output", str(tmp_path)])
     printed = capsys.readouterr().out
-    assert f"{SET} images of 2 prompts, 3 steps" in printed and "Neighbours on turbo" in printed
-    assert f" of {2 * SET} right → " in printed and "pixels from their mean place" in printed
+    assert f"{SET} images of 2 prompts, 3 steps" in printed and "Neighbors on turbo" in printed
+    assert f" of {2 * SET} right → " in printed and "from its mean position" in printed
     names = {"before_after.png", "trajectory.png", "noise_1.safetensors", "noise_2.safetensors"}
     assert {path.name for path in tmp_path.iterdir()} == names
 
@@ -148,11 +151,11 @@ def test_demo_of_sets(neighbours, tmp_path, capsys):
     [
         ("reno", "turbo", None, 50),
         ("reno", "guided", None, 20),
-        ("neighbours", "turbo", None, 3),
+        ("neighbors", "turbo", None, 3),
         ("reno", "sd3", 30, 30),
     ],
 )
-def test_default_steps_suit_method_and_model(method, model, asked, steps, neighbours):
+def test_default_steps_suit_method_and_model(method, model, asked, steps, neighbors):
     assert Choice.of(method, model, asked).steps == steps
 
 

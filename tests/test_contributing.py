@@ -1,25 +1,36 @@
-"""The reward that CONTRIBUTING.md shows is added to a copy of the checkout, as it says, and meets the contract."""
+"""The reward and the method that CONTRIBUTING.md shows are added to a copy of the checkout, and meet their contracts."""
 
 import re
 import shutil
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+EXAMPLES = re.findall(
+    r"here `((\w+)/\w+/\w+\.py)`, and its line in `\w+/__init__\.py`,\n`(.+?)`.*?```python\n(.+?)```", TEXT, flags=re.DOTALL
+)
+CONTRACTS = {
+    "rewards": ("tests/rewards/contract/test_contract.py", "saturation", 10, 10),
+    "pipelines": ("tests/pipelines/test_method.py", "sign_ascent", 24, 2),
+}
 
 
-def test_the_reward_of_the_guide_meets_the_contract(processes, tmp_path):
-    path, line = re.search(r"here `(rewards/\w+\.py)`, and its line in `rewards/__init__.py`,\n`(.+)`", TEXT).groups()
-    code = re.search(r"```python\n(.+?)```", TEXT, flags=re.DOTALL)[1]
-    assert len([row for row in code.splitlines() if row.strip()]) <= 10
-    for name in ("pyproject.toml", "src", "rewards", "schedulers", "callbacks", "pipelines", "tests"):
-        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
-        copy(ROOT / name, tmp_path / name, **({"symlinks": True} if (ROOT / name).is_dir() else {}))
-    (tmp_path / path).write_text(code)
-    with (tmp_path / "rewards/__init__.py").open("a") as file:
+@pytest.mark.parametrize("folder", CONTRACTS)
+def test_the_example_of_the_guide_meets_the_contract(folder, processes, tmp_path):
+    (example,) = [example for example in EXAMPLES if example[1] == folder]
+    path, _, line, code = example
+    tests, name, most_lines, least_passed = CONTRACTS[folder]
+    assert len([row for row in code.splitlines() if row.strip()]) <= most_lines
+    for part in ("pyproject.toml", "src", "rewards", "schedulers", "callbacks", "pipelines", "tests"):
+        copy = shutil.copytree if (ROOT / part).is_dir() else shutil.copy
+        copy(ROOT / part, tmp_path / part, **({"symlinks": True} if (ROOT / part).is_dir() else {}))
+    (tmp_path / path).write_text(code, encoding="utf-8")
+    with (tmp_path / folder / "__init__.py").open("a", encoding="utf-8") as file:
         file.write(line + "\n")
     program = "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"
-    arguments = ["tests/rewards/contract/test_contract.py", "-k", "saturation", "-q"]
+    arguments = [tests, "-k", name, "-q", "-n", "0", "-m", "slow or not slow"]
     run = processes.run(program, *arguments, folder=tmp_path, path=[tmp_path / "src", tmp_path / "tests"])
     assert run.returncode == 0, run.stdout + run.stderr
-    assert int(re.search(r"(\d+) passed", run.stdout)[1]) >= 18
+    assert int(re.search(r"(\d+) passed", run.stdout)[1]) >= least_passed

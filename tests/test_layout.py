@@ -1,6 +1,7 @@
 """The layout: who may import whom, what a build takes along, and what keeps the tools seeing one package."""
 
 import ast
+import graphlib
 import os
 import shutil
 import subprocess
@@ -134,7 +135,8 @@ def carried_weights() -> list[Path]:
 
 def test_wheel_holds_every_module_and_its_weights(wheel):
     folders = {name.replace(".", "/"): ROOT / folder for name, folder in package_folders().items()}
-    expected = {f"{name}/{path.name}" for name, folder in folders.items() for path in folder.glob("*.py")}
+    expected = {f"{name}/{path.name}" for name, folder in folders.items() for path in folder.glob("*.py*")}
+    expected |= {f"noiseopt/hub/templates/{path.name}" for path in (ROOT / "src/noiseopt/hub/templates").iterdir()}
     expected |= {path.relative_to(ROOT / "src").as_posix() for path in carried_weights()} | {"noiseopt/py.typed"}
     assert {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name} == expected
 
@@ -158,7 +160,29 @@ for path in sorted(target.rglob("*.py")):
         module = importlib.import_module(".".join(parts).removesuffix(".__init__"))
         assert pathlib.Path(module.__file__).resolve() == path, module
 cls = sys.modules["noiseopt.pipelines.reno.turbo"].ReNOTurboPipeline
-assert "class ReNOTurboPipeline(" in sys.modules["noiseopt.pipelines.results.pipeline_code"].code_of(cls)
+code = sys.modules["noiseopt.pipelines.results.pipeline_code"].code_of(cls)
+assert "class ReNOTurboPipeline(" in code["pipeline.py"] and "class ReNOMixin(" in code["noiseopt_bundle.py"]
 """
     run = processes.run(program, tmp_path, folder=tmp_path, path=[tmp_path])
     assert run.returncode == 0, run.stderr
+
+
+def test_src_has_no_import_circle():
+    """Imports inside functions count; those for type checkers do not."""
+    package = ROOT / "src/noiseopt"
+    names = {path: ".".join(path.relative_to(package.parent).with_suffix("").parts) for path in package.rglob("*.py")}
+    modules = {name.removesuffix(".__init__"): path for path, name in names.items()}
+
+    def imported(name: str) -> Iterator[str]:
+        tree = ast.parse(modules[name].read_text())
+        guards = [n for n in ast.walk(tree) if isinstance(n, ast.If) and "TYPE_CHECKING" in ast.unparse(n.test)]
+        skipped = {n for guard in guards for statement in guard.body for n in ast.walk(statement)}
+        parents = names[modules[name]].split(".")
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.level and node not in skipped:
+                base = ".".join(parents[: -node.level] + [node.module] * bool(node.module))
+                submodules = {f"{base}.{alias.name}" for alias in node.names} & modules.keys()
+                yield from submodules or {base} & modules.keys()
+
+    # raises CycleError, which names the circle; the package itself is imported before each of its modules
+    graphlib.TopologicalSorter({name: set(imported(name)) - {name, "noiseopt"} for name in modules}).prepare()

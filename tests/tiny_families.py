@@ -1,4 +1,4 @@
-"""Tiny stock pipelines of the families that `tiny_pipelines` lacks, built in the same way: from configurations."""
+"""Tiny stock pipelines of all other families, built like those of `tiny_pipelines`."""
 
 import functools
 
@@ -67,14 +67,14 @@ BYTES = [*LETTERS, *"ABCDEFGHIJKLMNOPQRSTUVWXYZ.,:_|", "Ġ", "Ċ"]
 
 
 def tiny_qwen_tokenizer() -> Qwen2Tokenizer:
-    """Reads letter by letter, behind the chat template of the family."""
+    """Tokenize letter by letter, with a chat template."""
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     tokens = {token: index for index, token in enumerate([*BYTES, *special])}
     return Qwen2Tokenizer(vocab=tokens, merges=[], chat_template=CHAT, additional_special_tokens=special[1:])
 
 
 def tiny_gemma_tokenizer() -> GemmaTokenizer:
-    """Reads letter by letter."""
+    """Tokenize letter by letter."""
     tokens = ["<pad>", "<eos>", "<bos>", "<unk>", "▁", *LETTERS]
     return GemmaTokenizer(vocab={token: index for index, token in enumerate(tokens)}, merges=[])
 
@@ -102,12 +102,12 @@ def lcm_pipeline():
 
 
 def hyper_sdxl_pipeline():
-    """Hyper-SDXL with its weights for one step, whose card asks for `LCMScheduler`."""
+    """Return Hyper-SDXL for one step; the model card asks for `LCMScheduler`."""
     return sdxl_pipeline(scheduler=LCMScheduler())
 
 
 def tcd_sdxl_pipeline():
-    """Hyper-SDXL with its LoRA for any number of steps, whose card asks for `TCDScheduler`."""
+    """Return Hyper-SDXL for any number of steps; the card of its LoRA asks for `TCDScheduler`."""
     return sdxl_pipeline(scheduler=TCDScheduler())
 
 
@@ -123,11 +123,11 @@ def controlnet_pipeline():
 
 
 def controlnet_without_zeros(controlnet: ControlNetModel) -> ControlNetModel:
-    """Trained ones are no longer zero where they meet the UNet: only then does their gradient count."""
+    """Replace the zero convolutions, through which no gradient would pass, by random ones as after training."""
     for convolution in (*controlnet.controlnet_down_blocks, controlnet.controlnet_mid_block):
         torch.nn.init.normal_(convolution.weight, std=0.2)
     conditioning = controlnet.controlnet_cond_embedding
-    # the real one divides by 8, as the real VAE does
+    # real ones downsample by 8, like the real VAE
     for convolution in [block for block in conditioning.blocks if block.stride == (2, 2)][1:]:
         convolution.stride = (1, 1)
     return controlnet
@@ -199,7 +199,7 @@ def qwen_image_pipeline():
     tokenizer = tiny_qwen_tokenizer()
     rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e6}
     vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16}
-    ids = {name: 0 for name in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")}
+    ids = dict.fromkeys(("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"), 0)
     text = {**TEXT, "rope_parameters": rope, "vocab_size": len(tokenizer), "pad_token_id": None}
     return QwenImagePipeline(
         transformer=transformer,
@@ -226,7 +226,7 @@ def z_image_pipeline():
         axes_lens=[64, 16, 16],
     )
     for token in (transformer.x_pad_token, transformer.cap_pad_token):
-        torch.nn.init.normal_(token)  # made by `torch.empty`
+        torch.nn.init.normal_(token)  # uninitialized memory otherwise
     tokenizer = tiny_qwen_tokenizer()
     return ZImagePipeline(
         transformer=transformer,
@@ -252,7 +252,10 @@ def lumina2_pipeline():
         axes_lens=(64, 16, 16),
         cap_feat_dim=16,
     )
-    blocks = {"block_out_channels": (8, 8, 8, 8), "layers_per_block": 1}  # the pipeline takes 8 pixels for each latent
+    blocks = {
+        "block_out_channels": (8, 8, 8, 8),
+        "layers_per_block": 1,
+    }  # the pipeline assumes 8 pixels a latent
     return Lumina2Pipeline(
         transformer=transformer,
         vae=flow_vae(**blocks),
@@ -331,8 +334,8 @@ def sana_sprint_pipeline():
     )
 
 
-def drawn_image(seed: int) -> torch.Tensor:
-    """`(1, 3, 32, 32)` in [0, 1]."""
+def random_image(seed: int) -> torch.Tensor:
+    """Return uniform noise, `(1, 3, 32, 32)` in [0, 1]."""
     return torch.rand(1, 3, *SIZE.values(), generator=torch.Generator().manual_seed(seed))
 
 
@@ -361,15 +364,15 @@ FAMILY_CALLS = {
     "hyper_sdxl": {"num_inference_steps": 1, "guidance_scale": 0.0, **SIZE},
     "tcd_sdxl": {"num_inference_steps": 2, "guidance_scale": 0.0, "eta": 1.0, **SIZE},
     "lightning_sdxl": {"num_inference_steps": 2, "guidance_scale": 0.0, **SIZE},
-    "controlnet_sdxl": {"num_inference_steps": 2, "guidance_scale": 3.0, "image": drawn_image(3), **SIZE},
-    "img2img_sdxl": {"num_inference_steps": 4, "strength": 0.5, "guidance_scale": 3.0, "image": drawn_image(4)},
+    "controlnet_sdxl": {"num_inference_steps": 2, "guidance_scale": 3.0, "image": random_image(3), **SIZE},
+    "img2img_sdxl": {"num_inference_steps": 4, "strength": 0.5, "guidance_scale": 3.0, "image": random_image(4)},
     "lcm": {"num_inference_steps": 2, "guidance_scale": 3.0, **SIZE},
     "flux_distilled": {"num_inference_steps": 1, "guidance_scale": 3.5, **SHORT_TEXT, **SIZE},
     "img2img_flux": {
         "num_inference_steps": 4,
         "strength": 0.5,
         "guidance_scale": 3.5,
-        "image": drawn_image(4),
+        "image": random_image(4),
         **SHORT_TEXT,
         **SIZE,
     },
@@ -418,10 +421,18 @@ FAMILY_CALLS = {
 
 @functools.cache
 def tiny_family(family: str):
-    """A stock pipeline of a family, made once. Tests leave it as they found it."""
-    return quiet(FAMILY_BUILDERS[family]())
+    """Return the stock pipeline of a family, shared by all tests: they restore what they change.
+
+    Its weights require no gradient: torch multiplies matrices with another rounding if they do, and these tests compare
+    bit by bit.
+    """
+    pipe = quiet(FAMILY_BUILDERS[family]())
+    for part in pipe.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.requires_grad_(False)
+    return pipe
 
 
 def family_arguments(family: str) -> dict:
-    """The arguments of a call of `tiny_family(family)`, but for prompt and generator."""
+    """Return the arguments of a call of `tiny_family(family)` except prompt and generator."""
     return dict(FAMILY_CALLS[family])

@@ -1,4 +1,4 @@
-"""Tiny stock pipelines with random weights, built from configurations: every family in a second, no download."""
+"""Tiny stock pipelines with random weights, built from configurations in a second and without a download."""
 
 import functools
 
@@ -33,7 +33,7 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
 
 
 def tiny_clip_tokenizer() -> CLIPTokenizer:
-    """Reads letter by letter."""
+    """Tokenize letter by letter."""
     tokens = [*LETTERS, *(f"{letter}</w>" for letter in LETTERS), "<|startoftext|>", "<|endoftext|>"]
     return CLIPTokenizer(vocab={token: index for index, token in enumerate(tokens)}, merges=[], model_max_length=77)
 
@@ -129,7 +129,7 @@ def sd3_pipeline(cls=StableDiffusion3Pipeline):
 
 
 def tiny_t5_tokenizer() -> T5TokenizerFast:
-    """Reads letter by letter."""
+    """Tokenize letter by letter."""
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
     pieces += [(f"{mark}{letter}", -1.0) for mark in ("", "▁") for letter in LETTERS]
     return T5TokenizerFast(vocab=pieces, extra_ids=0)
@@ -165,7 +165,7 @@ def flux_pipeline(cls=FluxPipeline):
 
 
 def quiet(pipe):
-    """All modules in eval mode, no progress bars."""
+    """Set all modules to eval mode and hide the progress bars."""
     for module in pipe.components.values():
         if isinstance(module, torch.nn.Module):
             module.eval()
@@ -185,7 +185,7 @@ SIZE = {"height": 32, "width": 32}
 
 @functools.cache
 def tiny_pipeline(family: str):
-    """A stock pipeline of a family, made once. Tests leave it as they found it."""
+    """Return the stock pipeline of a family, shared by all tests: they restore what they change."""
     return quiet(BUILDERS[family]())
 
 
@@ -194,7 +194,7 @@ def call_arguments(family: str) -> dict:
 
 
 def save_tiny_clip(folder) -> str:
-    """A reward of random weights as a folder that `CLIPModel.from_pretrained` and its processors read."""
+    """Save a CLIP with random weights to `folder`, for `from_pretrained`, and return the folder."""
     torch.manual_seed(1)
     vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     vision |= {"image_size": 32, "patch_size": 8}

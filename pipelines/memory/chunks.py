@@ -1,4 +1,4 @@
-"""Some images of a pipeline call by themselves, and gradients through a few of them after the others."""
+"""Images of a pipeline call in chunks, and gradients through one chunk at a time."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -7,21 +7,21 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
-SAME_FOR_ALL = ("sigmas", "timesteps")  # lists of numbers that are not one for each image
+SAME_FOR_ALL = ("sigmas", "timesteps")  # lists that have no entry for each image
 PLAIN_VALUES = (str, int, float, bool, type(None))
 ChunkRun = Callable[[list[int], torch.Tensor], torch.Tensor]
 
 
 class WholeBatchDraws(TorchFunctionMode):
-    """Random numbers for some images of a batch, as the whole batch would have drawn them from its one generator.
+    """Context in which a chunk gets the random numbers that the whole batch would draw for its images.
 
-    Samplers that add noise on the way draw for the images that they have; inside this context a `torch.randn` for so
-    many images from this generator draws for all and keeps the rows, so that the stream goes on as in the whole batch.
+    Samplers that add noise at each step draw for the images that they have. Here, `torch.randn` for that many images
+    from the generator of the call draws for the whole batch and returns the rows of the chunk.
 
     Args:
-        generator: The generator of the call.
-        batch: How many images the whole batch has.
-        rows: Which of them are drawn here.
+        generator: The generator of the call, shared by the batch.
+        batch: The number of images in the whole batch.
+        rows: The images of the chunk.
     """
 
     def __init__(self, generator: torch.Generator, batch: int, rows: list[int]) -> None:
@@ -40,9 +40,9 @@ class WholeBatchDraws(TorchFunctionMode):
 
 
 class ChunkedRun(torch.autograd.Function):
-    """`run(rows, noise[rows])` of all chunks of a batch, with the memory of one: the backward pass runs each again.
+    """`run(rows, noise[rows])` for all chunks in the memory of one: the backward pass runs each chunk again.
 
-    The gradient is that of the joint run, as no image depends on the noise of another.
+    The gradient equals that of the joint run, since no image depends on the noise of another.
     """
 
     @staticmethod
@@ -53,7 +53,7 @@ class ChunkedRun(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # pyright: ignore
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (noise,) = ctx.saved_tensors
         found = torch.empty_like(noise)
         for rows in ctx.chunks:
@@ -62,22 +62,22 @@ class ChunkedRun(torch.autograd.Function):
 
 
 def run_in_chunks(run: ChunkRun, noise: torch.Tensor, chunk_size: int, differentiable: bool) -> torch.Tensor:
-    """`run` of a batch `(B, ...)`, at most `chunk_size` images at a time.
+    """Run a batch in chunks and return the joint result.
 
     Args:
-        run: Rows of the batch, and their noise, to what is drawn of them.
+        run: Function from the rows of a chunk and their noise to their results.
         noise: `(B, ...)`.
-        chunk_size: 1 or more.
-        differentiable: Whether the result has a gradient, where the noise has one.
+        chunk_size: Images per chunk, 1 or more.
+        differentiable: Whether the result has a gradient with respect to the noise.
     """
     chunks = [rows.tolist() for rows in torch.arange(len(noise)).split(chunk_size)]
-    if differentiable and noise.requires_grad:
+    if differentiable:
         return ChunkedRun.apply(noise, run, chunks)  # pyright: ignore[reportReturnType]
     return run_each(run, noise.detach(), chunks)
 
 
 def run_each(run: ChunkRun, noise: torch.Tensor, chunks: list[list[int]]) -> torch.Tensor:
-    """The results of all chunks in one tensor, without a graph."""
+    """Return the results of all chunks in one tensor, without a graph."""
     first = run(chunks[0], noise[chunks[0]].detach())
     found = first.new_empty(len(noise), *first.shape[1:])
     found[chunks[0]] = first
@@ -87,7 +87,7 @@ def run_each(run: ChunkRun, noise: torch.Tensor, chunks: list[list[int]]) -> tor
 
 
 def chunk_gradient(run: ChunkRun, rows: list[int], noise: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
-    """The gradient of one chunk with respect to its noise; the graph is gone on return."""
+    """Return the gradient of one chunk with respect to its noise; the graph is freed on return."""
     with torch.enable_grad():
         leaf = noise.detach().requires_grad_()
         output = run(rows, leaf)
@@ -96,11 +96,11 @@ def chunk_gradient(run: ChunkRun, rows: list[int], noise: torch.Tensor, gradient
 
 
 class BatchLayout:
-    """Which prompt each image of a call has, and so what an argument of the call is for some of its images.
+    """Order of prompts and images in a batch, used to split the arguments of a call.
 
     Args:
         request: The arguments of the call.
-        batch: B, how many images it draws.
+        batch: B, the number of images.
     """
 
     def __init__(self, request: dict[str, Any], batch: int) -> None:
@@ -110,48 +110,48 @@ class BatchLayout:
         self.prompts = 1 if prompt is None or isinstance(prompt, str) else len(prompt)
 
     def prompt_rows(self, rows: list[int]) -> list[int]:
-        """The prompt of each image: those of a prompt lie one after the other."""
+        """Return the index of the prompt of each image. Images of a prompt are adjacent."""
         return [row * self.prompts // self.batch for row in rows]
 
     def request_of(self, rows: list[int]) -> dict[str, Any]:
-        """The arguments of a call for these images alone.
+        """Return the arguments of a call for these images only.
 
         Raises:
-            ValueError: For an argument that may hold something for each image and is none of the prompts.
+            ValueError: For an argument other than prompts that may have an entry for each image.
         """
         for name, value in self.request.items():
             check_for_all(name, value)
         if self.prompts == 1:
             found, count = dict(self.request), len(rows)
         else:
-            found, count = {name: self.picked(name, value, rows) for name, value in self.request.items()}, 1
+            found, count = {name: self.argument_of(name, value, rows) for name, value in self.request.items()}, 1
         return found | ({"num_images_per_prompt": count} if "num_images_per_prompt" in found else {})
 
-    def picked(self, name: str, value: Any, rows: list[int]) -> Any:
-        """An argument for the prompts of these images; what is no argument for each prompt as it is."""
+    def argument_of(self, name: str, value: Any, rows: list[int]) -> Any:
+        """Return the entries of these images for an argument with an entry for each prompt, else the argument."""
         if "prompt" not in name or isinstance(value, str) or not hasattr(value, "__len__"):
             return value
-        return take(value, self.prompt_rows(rows)) if len(value) == self.prompts else value
+        return take_rows(value, self.prompt_rows(rows)) if len(value) == self.prompts else value
 
     def encoded_of(self, value: Any, rows: list[int]) -> Any:
-        """What `encode_prompt` returned, for these images.
+        """Return the return value of `encode_prompt` for these images.
 
-        Tensors and lists have an entry for each image, or for each prompt where the pipeline repeats them itself;
-        position ids `(L, 3)`, as those of Flux, are the same for all.
+        Tensors and lists have an entry for each image, or for each prompt if the pipeline repeats them itself. Position
+        ids `(L, 3)`, as in Flux, are shared by all images.
 
         Raises:
             ValueError: For a tensor with neither.
         """
         if isinstance(value, dict):
-            return {name: self.encoded_of(part, rows) for name, part in value.items()}
+            return {name: self.encoded_of(each, rows) for name, each in value.items()}
         if isinstance(value, torch.Tensor):
             return self.tensor_of(value, rows)
         if isinstance(value, list) and len(value) == self.batch:
-            return take(value, rows)
+            return take_rows(value, rows)
         if isinstance(value, list) and len(value) == self.prompts > 1:
-            return take(value, self.prompt_rows(rows))
+            return take_rows(value, self.prompt_rows(rows))
         if isinstance(value, (tuple, list)):
-            return type(value)([self.encoded_of(part, rows) for part in value])
+            return type(value)([self.encoded_of(each, rows) for each in value])
         return value
 
     def tensor_of(self, value: torch.Tensor, rows: list[int]) -> torch.Tensor:
@@ -163,28 +163,28 @@ class BatchLayout:
             return value if self.prompts == 1 else value[self.prompt_rows(rows)]
         raise ValueError(
             f"Expected `encode_prompt` to return tensors with an entry for each of {self.batch} images, but got the "
-            f"shape {tuple(value.shape)}, of which no part can be told apart. Use `chunk_size=None`."
+            f"shape {tuple(value.shape)}, which cannot be split by image. Use `chunk_size=None`."
         )
 
 
-def take(value: Any, rows: Sequence[int]) -> Any:
-    """The rows of a tensor, or of a list or tuple."""
+def take_rows(value: Any, rows: Sequence[int]) -> Any:
+    """Return the rows of a tensor, list or tuple."""
     return value[list(rows)] if hasattr(value, "shape") else type(value)(value[row] for row in rows)
 
 
 def check_for_all(name: str, value: Any) -> None:
-    """Raise `ValueError` for an argument that is no prompt and may hold something for each image."""
+    """Raise `ValueError` for an argument other than prompts that may have an entry for each image."""
     if "prompt" in name or name in SAME_FOR_ALL:
         return
     if (name.startswith("ip_adapter") and value is not None) or holds_several(value):
         raise ValueError(
-            f"Expected arguments that are the same for all images, to draw some of them by themselves, but got "
-            f"`{name}`, which may hold one for each. Use `chunk_size=None`."
+            "Expected arguments that all images share, to generate images in chunks, but got "
+            f"`{name}`, which may have one entry for each. Use `chunk_size=None`."
         )
 
 
 def holds_several(value: Any) -> bool:
-    """Whether there are several tensors, images or the like in an argument: numbers and strings are settings."""
+    """Return whether an argument holds several tensors, images or the like, rather than plain settings."""
     if isinstance(value, dict):
         return any(map(holds_several, value.values()))
     if getattr(value, "ndim", 0) > 0:  # torch and numpy

@@ -45,9 +45,9 @@ class FrozenConvolution(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (weight,) = ctx.saved_tensors
-        return conv2d_input(ctx.shape, weight, *gradients, *ctx.settings), None, None, None
+        return conv2d_input(ctx.shape, weight, gradient, *ctx.settings), None, None, None
 
 
 class LeanGroupNorm(nn.GroupNorm):
@@ -83,10 +83,10 @@ class NormalizedSiLU(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (before,) = ctx.saved_tensors
         normalized = F.group_norm(before, *ctx.settings)
-        return torch.ops.aten.silu_backward(*gradients, normalized), None, None
+        return torch.ops.aten.silu_backward(gradient, normalized), None, None
 
 
 class LeanGEGLU(GEGLU):
@@ -109,8 +109,8 @@ class GatedProjection(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        (projected,), (gradient,) = ctx.saved_tensors, gradients
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (projected,) = ctx.saved_tensors
         values, gates = projected.chunk(2, dim=-1)
         gate_gradient = torch.ops.aten.gelu_backward(gradient * values, gates)
         return torch.cat([gradient * F.gelu(gates), gate_gradient], dim=-1)

@@ -1,4 +1,4 @@
-"""A tiny autoencoder that decodes in the place of a pipeline's own while its noise is optimised."""
+"""Tiny autoencoders that replace the decoder of a pipeline while its noise is optimized."""
 
 import os
 from collections.abc import Sequence
@@ -14,10 +14,10 @@ FULL_DECODER = "full_decoder"
 
 
 def as_loop_decoder(decoder: Any, pipe: Any, denoisers: Sequence[nn.Module]) -> Any:
-    """What `decoder=` takes as a module on the pipeline's device, in the dtype of its denoiser; `None` stays.
+    """Return the decoder of `decoder=`, on the pipeline's device and in the dtype of its denoiser, or `None`.
 
-    The pipeline's own call scales and shifts the latents as the configuration of the decoder says, which for a tiny
-    autoencoder are those that the denoiser gives, unchanged.
+    The pipeline scales and shifts latents by the config of its decoder; that of a tiny autoencoder leaves the
+    denoiser's latents unchanged.
 
     Args:
         decoder: A Hub id or a folder of an `AutoencoderTiny`, or a loaded module with `decode` and a `config`.
@@ -25,9 +25,9 @@ def as_loop_decoder(decoder: Any, pipe: Any, denoisers: Sequence[nn.Module]) -> 
         denoisers: Its denoisers.
 
     Raises:
-        ValueError: For a pipeline whose latents a tiny autoencoder does not know, and for a decoder that takes other
-            latents, makes images of another size, or is elsewhere.
-        TypeError: For what is no decoder.
+        ValueError: For a pipeline whose latents tiny autoencoders cannot decode, and for a decoder with another number
+            of channels, scale, device or dtype.
+        TypeError: For anything but a decoder.
     """
     if decoder is None:
         return None
@@ -44,16 +44,16 @@ def as_loop_decoder(decoder: Any, pipe: Any, denoisers: Sequence[nn.Module]) -> 
 
 
 def check_plain_latents(pipe: Any) -> None:
-    """Raise `ValueError` unless latents are scaled and shifted by two numbers before they are decoded."""
+    """Raise `ValueError` unless latents are decoded after scaling and shifting by one number each."""
     vae = getattr(pipe, "vae", None)
-    normalised = isinstance(vae, AutoencoderKL) and any(
+    normalized = isinstance(vae, AutoencoderKL) and any(
         vae.config.get(name) is not None for name in ("latents_mean", "latents_std")
     )
-    if not isinstance(vae, AutoencoderKL | AutoencoderTiny) or normalised:
-        other = "one that normalises each channel of its latents" if normalised else type(vae).__name__
+    if not isinstance(vae, AutoencoderKL | AutoencoderTiny) or normalized:
+        other = "one that normalizes each channel of its latents" if normalized else type(vae).__name__
         raise ValueError(
-            f"Expected a pipeline with an `AutoencoderKL` that scales its latents by one number, for which there are "
-            f"tiny autoencoders, but {type(pipe).__name__} has {other}. Use `decoder=None`."
+            f"Expected a pipeline whose `AutoencoderKL` scales its latents by one number, for which tiny autoencoders "
+            f"exist, but {type(pipe).__name__} has {other}. Use `decoder=None`."
         )
 
 
@@ -68,7 +68,8 @@ def check_decoder(decoder: Any, device: torch.device, dtype: torch.dtype) -> Non
     weight = next(decoder.parameters(), None)
     if weight is not None and (weight.device, weight.dtype) != (device, dtype):
         raise ValueError(
-            f"Expected the decoder in {dtype} on {device}, as the denoiser, but got {weight.dtype} on {weight.device}. "
+            f"Expected the decoder in {dtype} on {device}, like the denoiser, but got {weight.dtype} on "
+            f"{weight.device}. "
             f'Call `decoder.to("{device}", {dtype})`.'
         )
 
@@ -77,31 +78,31 @@ def check_channels(decoder: Any, pipe: Any) -> None:
     expected, found = pipe.vae.config.latent_channels, decoder.config.get("latent_channels")
     if found != expected:
         raise ValueError(
-            f"Expected a decoder of latents with {expected} channels, as those of {type(pipe).__name__}, but got one "
-            f"of {found}. There are taesd, taesdxl, taesd3 and taef1 of `madebyollin` for SD, SDXL, SD3 and Flux."
+            f"Expected a decoder of latents with {expected} channels, as in {type(pipe).__name__}, but got one of "
+            f"{found}. Use taesd, taesdxl, taesd3 or taef1 of `madebyollin` for SD, SDXL, SD3 or Flux."
         )
 
 
 def check_scale(decoder: Any, pipe: Any, device: torch.device, dtype: torch.dtype) -> None:
-    """Raise `ValueError` unless images have the size that the pipeline's own have. Decodes a few zeros."""
+    """Raise `ValueError` unless images have the size of the pipeline's own. Decodes 8 × 8 zeros."""
     latents = torch.zeros(1, pipe.vae.config.latent_channels, 8, 8, device=device, dtype=dtype)
     with torch.no_grad():
         images = decoder.decode(latents, return_dict=False)[0]
     side = 8 * pipe.vae_scale_factor
     if images.shape != (1, 3, side, side):
         raise ValueError(
-            f"Expected a decoder that makes {side} × {side} pixels of latents of 8 × 8, as that of "
-            f"{type(pipe).__name__} does, but got images of shape {tuple(images.shape)}."
+            f"Expected a decoder from 8 × 8 latents to {side} × {side} pixels, as in {type(pipe).__name__}, but got "
+            f"images of shape {tuple(images.shape)}."
         )
 
 
 def describe_decoder(decoder: Any) -> dict[str, Any] | None:
-    """What the provenance says of a decoder."""
+    """Return the provenance entry of a decoder."""
     if decoder is None:
         return None
     return {
         "class": type(decoder).__name__,
         "name": name_or_path(decoder),
         "approximation": True,
-        "scores": f"of its images; those of the pipeline's own decoder are in reports[{FULL_DECODER!r}]",
+        "scores": f"by this decoder; those by the pipeline's own are in reports[{FULL_DECODER!r}]",
     }

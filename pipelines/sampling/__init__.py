@@ -1,1 +1,1 @@
-"""The stock pipeline as a differentiable function of its initial noise."""
+"""Differentiable evaluation of a stock pipeline as a function of its initial noise."""

@@ -1,4 +1,4 @@
-"""Samplers that draw from no generator: what they draw differs from one evaluation to the next."""
+"""Detection of samplers that draw from torch's global random stream, so that evaluations are not repeatable."""
 
 import contextlib
 import functools
@@ -11,10 +11,10 @@ DRAWING = (torch.randn, torch.rand, torch.randint, torch.randn_like, torch.rand_
 
 
 class GlobalDraws(TorchFunctionMode):
-    """Inside this context a random number that comes from no generator raises `ValueError`. Other threads may draw.
+    """Context in which random numbers without a generator raise `ValueError`, in this thread only.
 
     Args:
-        sampler: What the error says that draws.
+        sampler: Name of the sampler for the error.
     """
 
     def __init__(self, sampler: str) -> None:
@@ -25,9 +25,9 @@ class GlobalDraws(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in DRAWING and kwargs.get("generator") is None:
             raise ValueError(
-                f"Expected all noise to come from `generator`, but {self.sampler} draws some on the way from torch's "
-                "own stream, so that no two evaluations would see the same. Use a scheduler that draws nothing, as "
-                "`FlowMatchEulerDiscreteScheduler(stochastic_sampling=False)`, or whose seed is a setting, as "
+                f"Expected all noise to come from `generator`, but {self.sampler} draws from torch's global stream, so "
+                "that no two evaluations see the same noise. Use a deterministic scheduler, such as "
+                "`FlowMatchEulerDiscreteScheduler(stochastic_sampling=False)`, or one with a seed, such as "
                 "`DPMSolverSDEScheduler(noise_sampler_seed=0)`."
             )
         return func(*args, **kwargs)
@@ -35,10 +35,10 @@ class GlobalDraws(TorchFunctionMode):
 
 @contextlib.contextmanager
 def no_global_draws(pipe) -> Iterator[list[torch.Tensor]]:
-    """Let no `scheduler.step` of a pipeline draw from torch's own stream; see `GlobalDraws`. Its scheduler is a copy.
+    """Refuse a `scheduler.step` that draws from torch's global stream; see `GlobalDraws`.
 
-    Every inner run begins with the generators in the same state, so that all of them see the same noise on the way.
-    Yields an empty list, as `first_step_only` does.
+    Evaluations start from the same state of the generators, and so see the same noise at each step. The scheduler must
+    be a copy. Yields an empty list, for the same form as `first_step_only`.
     """
     scheduler, sampler = pipe.scheduler, f"{type(pipe).__name__} with {type(pipe.scheduler).__name__}"
     step = scheduler.step

@@ -1,4 +1,4 @@
-"""The one place that converts between the initial noise and the latents of a pipeline."""
+"""Conversion between the initial noise and the latents of a pipeline."""
 
 import copy
 import inspect
@@ -11,28 +11,31 @@ from diffusers.utils.torch_utils import randn_tensor
 
 
 def drawing_function(cls: type) -> Callable[..., types.FunctionType]:
-    """`draw -> prepare_latents`: the stock function of `cls` with `draw` in the place of its `randn_tensor`.
+    """Return a function `draw -> prepare_latents`: the stock function of `cls` with `draw` instead of `randn_tensor`.
 
-    A copy of the function with that one global replaced hands our noise to the stock scaling and packing: no global
-    patch, and differentiable. Raises `TypeError` if the class does not draw that way.
+    A copy of the function with that one global replaced passes our noise through the stock scaling and packing, without
+    a global patch and differentiably.
+
+    Raises:
+        TypeError: If the class does not sample its noise with `randn_tensor`.
     """
     stock = next((vars(base) for base in cls.__mro__ if defines_latents(base)), {})
     function = inspect.unwrap(stock.get("prepare_latents", lambda: None))
     if "randn_tensor" in function.__code__.co_names:
         return lambda draw: with_globals(function, randn_tensor=draw)
     raise TypeError(
-        "Expected a text-to-image pipeline whose `prepare_latents` draws its noise with diffusers' `randn_tensor`, but "
-        f"that of {cls.__name__} does not. Draw the noise by `randn_tensor` there, and call no `super()`."
+        "Expected a text-to-image pipeline whose `prepare_latents` samples its noise with diffusers' `randn_tensor`, "
+        f"but that of {cls.__name__} does not. Call `randn_tensor` there, and no `super()`."
     )
 
 
 def defines_latents(cls: type) -> bool:
-    """Whether a class has a `prepare_latents` of its own that is not our hook."""
+    """Return whether a class defines a `prepare_latents` that is not our hook."""
     return "prepare_latents" in vars(cls) and not hasattr(cls, "_noise_run")
 
 
 def with_globals(function: types.FunctionType, **replaced: Any) -> types.FunctionType:
-    """A copy of a function that sees other values under some of its global names."""
+    """Return a copy of a function with some of its global names replaced."""
     names = {**function.__globals__, **replaced}
     twin = types.FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
     twin.__kwdefaults__ = function.__kwdefaults__
@@ -40,7 +43,7 @@ def with_globals(function: types.FunctionType, **replaced: Any) -> types.Functio
 
 
 def drawing_with(noise_sampler: Callable[..., torch.Tensor] | None) -> Callable[..., torch.Tensor]:
-    """What stands in for `randn_tensor`: that function itself, or a noise sampler with its shape checked."""
+    """Return the replacement of `randn_tensor`: a noise sampler with its shape checked, or `randn_tensor` itself."""
     if noise_sampler is None:
         return randn_tensor
 
@@ -49,7 +52,7 @@ def drawing_with(noise_sampler: Callable[..., torch.Tensor] | None) -> Callable[
         if noise.shape != torch.Size(shape):
             raise ValueError(
                 f"Expected the noise sampler to return noise of shape {tuple(shape)}, but got {tuple(noise.shape)}. "
-                "Draw the shape that it is called with."
+                "Return the shape that it is called with."
             )
         return noise.to(device=device, dtype=dtype)
 
@@ -57,27 +60,28 @@ def drawing_with(noise_sampler: Callable[..., torch.Tensor] | None) -> Callable[
 
 
 def first_of(prepared):
-    """What `prepare_latents` returns is the latents, or a tuple that begins with them."""
+    """Return the latents that `prepare_latents` returned, alone or first in a tuple."""
     return prepared[0] if isinstance(prepared, tuple) else prepared
 
 
 class LatentSpace:
-    """Between unit, spatial noise and the latents of one call of `pipe.prepare_latents(*args, **kwargs)`.
+    """Conversion between spatial noise and the latents of one call of `pipe.prepare_latents(*args, **kwargs)`.
 
-    * noise: `(B, C, H, W)`, what the pipeline draws, before scaling and packing (`(B, 1, C, H, W)` for Qwen-Image).
-    * prepared: what `prepare_latents` returns: scaled by `init_noise_sigma`, packed into tokens where the family packs,
-      mixed with the encoded image where it begins with one.
-    * latents: what the pipeline accepts as `latents=`: packed, not scaled; what is prepared, where it begins with an
-      image.
+    * noise: `(B, C, H, W)`, unit variance, as the pipeline samples it before scaling and packing (`(B, 1, C, H, W)` for
+      Qwen-Image).
+    * prepared: the return value of `prepare_latents`: scaled by `init_noise_sigma`, packed into tokens where the family
+      packs, mixed with the encoded image in image-to-image pipelines.
+    * latents: the form that the pipeline accepts as `latents=`: packed and not scaled, or the prepared ones in
+      image-to-image pipelines.
 
-    No family is named here: the stock function does the packing, and is asked which form it takes back.
+    No family is named here: the stock function does the packing, and is probed for the form that it accepts.
 
-    Functions that draw more than the noise, as from the posterior of an encoded image, need a generator in the state
-    that they first had: give it as `generator=...` wherever `overrides` are taken.
+    Functions that draw more than the noise, such as a sample of the posterior of an encoded image, need a generator in
+    the state that it had at first: pass `generator=...` wherever `overrides` are accepted.
 
     Args:
         pipe, args, kwargs: The call.
-        noise_sampler: Draws the noise of the call in the place of diffusers' `randn_tensor`, which `None` leaves there.
+        noise_sampler: Function that samples the noise of the call instead of diffusers' `randn_tensor`, or `None`.
     """
 
     def __init__(
@@ -94,30 +98,30 @@ class LatentSpace:
         self.known_packing: Packing | None = None
 
     def for_images(self, count: int) -> "LatentSpace":
-        """The same space for so many images.
+        """Return the same space for another number of images.
 
         Raises:
-            ValueError: The family is not told how many there are, or begins with an image for each.
+            ValueError: If `prepare_latents` has no `batch_size`, or takes an image.
         """
         if "batch_size" not in self.arguments or "image" in self.arguments:
             raise ValueError(
-                "Expected a `prepare_latents` with the argument `batch_size` and without an image, to draw some images "
-                f"by themselves, but got one with {list(self.arguments)}. Use `chunk_size=None`."
+                "Expected a `prepare_latents` with the argument `batch_size` and without an image, to generate images "
+                f"in chunks, but got one with {list(self.arguments)}. Use `chunk_size=None`."
             )
         space = copy.copy(self)
         space.known_packing = None
-        # generators are given with each call: one for each image would not fit the new number
+        # generators are passed with each call: a list of them would not fit the new number of images
         unset = {"generator": None} if "generator" in self.arguments else {}
         space.arguments = {**self.arguments, "batch_size": count, **unset}
         return space
 
     def on(self, pipe, draw: Callable[..., torch.Tensor], latents: torch.Tensor | None = None, **overrides):
-        """Run the stock function on `pipe` with `draw(shape, **kwargs)` for its random numbers."""
+        """Run the stock function on `pipe` with `draw(shape, **kwargs)` as its source of noise."""
         given = {"latents": latents} if self.takes_latents else {}
         return self.with_draw(draw)(pipe, **{**self.arguments, **given, **overrides})
 
     def draw(self, pipe) -> tuple[torch.Tensor, bool]:
-        """The base noise of the call, and whether it was drawn (rather than given as `latents=`)."""
+        """Return the base noise of the call, and whether it was sampled (rather than given as `latents=`)."""
         drawn: list[torch.Tensor] = []
 
         def record(*args, **kwargs):
@@ -130,37 +134,47 @@ class LatentSpace:
         if self.given is None:
             raise ValueError(
                 f"Expected a call that draws its noise, but this one of {type(pipe).__name__} draws none, and there is "
-                "nothing to optimise. Leave out the argument that lets it begin without, such as `denoising_start`."
+                "nothing to optimize. Leave out the argument that lets it start without, such as `denoising_start`."
             )
         noise = self.to_noise(pipe, self.given)
         again = first_of(self.prepare(pipe, noise))
-        comparable = again.shape == prepared.shape  # families that pack hand spatial noise on as it is
+        comparable = again.shape == prepared.shape  # families that pack return spatial latents unchanged
         if comparable and not torch.allclose(again.float(), prepared.float(), rtol=0.05, atol=0.05):
-            raise latents_with_image(pipe)  # the tolerance is that of half precision
+            raise latents_with_image(pipe)  # beyond the rounding of half precision
         return noise, False
 
     def prepare(self, pipe, noise: torch.Tensor, draw: bool = False, **overrides):
-        """Noise to what `prepare_latents` returns, differentiable; with `draw` what it draws is drawn and discarded."""
+        """Convert noise to the return value of `prepare_latents`, differentiably.
 
-        def put(*args, **kwargs) -> torch.Tensor:
+        With `draw` the noise of the call is sampled and discarded, so that the generator advances as in the call.
+        """
+
+        def given(*args, **kwargs) -> torch.Tensor:
             if draw:
                 self.draw_noise(*args, **kwargs)
             return noise.to(kwargs.get("dtype") or noise.dtype)
 
-        return self.on(pipe, put, **overrides)
+        return self.on(pipe, given, **overrides)
 
     def to_latents(self, pipe, noise: torch.Tensor, **overrides) -> torch.Tensor:
-        """Noise to what the pipeline takes as `latents=`, in the pipeline's dtype."""
+        """Convert noise to the `latents=` that the pipeline accepts, in its dtype."""
         prepared = first_of(self.prepare(pipe, noise, **overrides))
-        if not self.takes_latents:  # then the pipeline goes on with `latents` as they are
+        if not self.takes_latents:  # then the pipeline uses `latents` unchanged
             return prepared
         for candidate in (noise.to(prepared.dtype), prepared):
             if self.accepts(pipe, candidate, prepared):
                 return candidate
-        raise TypeError(f"{type(pipe).__name__} takes neither its own noise nor its own latents as `latents=`.")
+        raise TypeError(
+            f"Expected `latents=` to accept the noise or the prepared latents of {type(pipe).__name__}, but it accepts "
+            "neither. Use a pipeline whose `prepare_latents` returns given latents in one of these forms."
+        )
 
     def to_noise(self, pipe, latents: torch.Tensor) -> torch.Tensor:
-        """What a user passed as `latents=` to noise. Raises `ValueError` if the shape fits neither form."""
+        """Convert the `latents=` of a user to noise.
+
+        Raises:
+            ValueError: If their shape is neither that of the noise nor that of packed latents.
+        """
         shape, packed = self.packing(pipe).noise, self.packing(pipe).packed
         if latents.shape not in (shape, packed):
             raise ValueError(
@@ -169,14 +183,14 @@ class LatentSpace:
         return self.unpack(pipe, latents)
 
     def unpack(self, pipe, latents: torch.Tensor) -> torch.Tensor:
-        """Latents in the layout of the denoiser to the spatial layout of the noise, differentiable."""
+        """Convert latents from the denoiser's layout to the spatial layout of the noise, differentiably."""
         packing = self.packing(pipe)
         if latents.shape == packing.noise:
             return latents
-        return latents.flatten(1).gather(1, packing.places.to(latents.device)).view(packing.noise)
+        return latents.flatten(1).gather(1, packing.positions.to(latents.device)).view(packing.noise)
 
     def packing(self, pipe) -> "Packing":
-        """How the family packs."""
+        """Return the packing of the family."""
         if self.known_packing is None:
             leaves: list[torch.Tensor] = []
 
@@ -184,10 +198,10 @@ class LatentSpace:
                 leaves.append(torch.zeros(shape, device=device, dtype=dtype, requires_grad=True))
                 return leaves[-1]
 
-            any_generator: Any = torch.Generator().manual_seed(0)  # not the one of the call, which would go on
+            any_generator: Any = torch.Generator().manual_seed(0)  # that of the call would advance
             with torch.enable_grad():
                 prepared = first_of(self.on(pipe, draw, generator=any_generator))
-            self.known_packing = Packing(leaves[0].shape, prepared.shape, places_in(prepared, leaves[0]))
+            self.known_packing = Packing(leaves[0].shape, prepared.shape, positions_in(prepared, leaves[0]))
         return self.known_packing
 
     def accepts(self, pipe, latents: torch.Tensor, prepared: torch.Tensor) -> bool:
@@ -199,35 +213,35 @@ class LatentSpace:
 
 
 class Packing(NamedTuple):
-    """The shape of the noise and of what is prepared, and `(B, C·H·W)` where each entry of the noise is put there."""
+    """Shapes of the noise and of the prepared latents, and the position of each noise entry in them, `(B, C·H·W)`."""
 
     noise: torch.Size
     packed: torch.Size
-    places: torch.Tensor
+    positions: torch.Tensor
 
 
-def places_in(prepared: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """For each entry of the noise its place among those that are `prepared` from it, each image by itself.
+def positions_in(prepared: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """Return the position of each entry of the noise in the latents `prepared` from it, per image, `(B, C·H·W)`.
 
-    Preparing permutes, scales by one number and adds, so the gradient leads back from each place to its entry. Numbers
-    go that way digit by digit, since half precision has no large ones.
+    Preparing permutes, scales by one factor and adds, so backpropagating position numbers yields the position of each
+    entry. The numbers are sent digit by digit, since half precision cannot represent large ones.
     """
 
-    def lead_back(values: torch.Tensor) -> torch.Tensor:
+    def backpropagated(values: torch.Tensor) -> torch.Tensor:
         return torch.autograd.grad(prepared, noise, values.to(prepared), retain_graph=True)[0].flatten(1).double()
 
-    scale = lead_back(torch.ones_like(prepared))
+    scale = backpropagated(torch.ones_like(prepared))
     numbers = torch.arange(prepared[0].numel()).view(prepared.shape[1:]).expand(prepared.shape)
-    places, unit = torch.zeros_like(scale, dtype=torch.long), 1
+    positions, unit = torch.zeros_like(scale, dtype=torch.long), 1
     while unit < prepared[0].numel():
-        places += unit * (lead_back(numbers // unit % 64) / scale).round().long()
+        positions += unit * (backpropagated(numbers // unit % 64) / scale).round().long()
         unit *= 64
-    return places
+    return positions
 
 
 def latents_with_image(pipe) -> ValueError:
-    """The error about `latents` that are not the noise alone."""
+    """Return the error for `latents` that mix an image with the noise."""
     return ValueError(
-        f"Expected no `latents`, as {type(pipe).__name__} takes there what its image and the noise make together, and "
-        "only the noise is optimised. Leave them out, and choose the noise by `generator` or `noise_sampler`."
+        f"Expected no `latents`, since in {type(pipe).__name__} they mix the image with the noise, and only the noise "
+        "is optimized. Leave them out, and choose the noise by `generator` or `noise_sampler`."
     )

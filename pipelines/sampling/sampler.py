@@ -11,7 +11,7 @@ import torch
 from ..memory.checkpointing import Checkpointing, Checkpoints, scales_lora
 from ..memory.chunks import BatchLayout, WholeBatchDraws, run_in_chunks
 from ..memory.module_copies import converted_apart, without_gradient
-from .first_call import count_timesteps, first_step_only, parts_of, stock_call
+from .first_call import count_timesteps, first_step_only, stock_call, submodules_of
 from .global_draws import no_global_draws
 from .latent_space import LatentSpace
 from .module_state import CALLED_IN_STEPS, is_offloaded
@@ -71,7 +71,7 @@ class PipelineSampler:
         self.own_decoder, self.decoder = vars(self.twin).get("vae"), decoder
         if decoder is not None:
             vars(self.twin)["vae"] = decoder
-        denoisers = tuple(parts_of(self.twin, CALLED_IN_STEPS).values()) if through_denoiser else ()
+        denoisers = tuple(submodules_of(self.twin, CALLED_IN_STEPS).values()) if through_denoiser else ()
         self.checkpoints = Checkpoints(checkpointing, denoisers, vars(self.twin).get("vae"), scales_lora(self.request))
         # a copy from before any run: schedulers refer to the graph of a run, so that each run gets its own
         self.scheduler = copy.deepcopy(pipe.scheduler)
@@ -213,26 +213,31 @@ class PipelineSampler:
             attributes["prepare_ip_adapter_image_embeds"] = replayed(embed, self.image_embeds)
         wrap = {"frozen": without_gradient, "full": self.checkpoints.call_of}.get(gradient or "")
         if wrap is not None:
-            attributes.update({name: wrap(model) for name, model in parts_of(twin, CALLED_IN_STEPS).items()})
+            attributes.update({name: wrap(model) for name, model in submodules_of(twin, CALLED_IN_STEPS).items()})
         return twin, generator
 
 
 def make_twin(pipe, clamp: Clamp):
     """Return a shallow copy of a pipeline that is differentiable from image to noise."""
     twin = copy.copy(pipe)
-    attributes = vars(twin)
+    attributes: dict[str, Any] = vars(twin)
     attributes.pop("_noise_run", None)
     twin.set_progress_bar_config(disable=True)
     # both use numpy, which has no gradient; the final run has them
     attributes.update({name: None for name in ("safety_checker", "watermark") if name in attributes})
-    vae: Any = attributes.get("vae")
-    upcast = vae is not None and vae.config.get("force_upcast") and vae.dtype == torch.float16
-    if upcast and not is_offloaded(vae):  # an offloaded VAE is used without gradients only
-        attributes["vae"] = converted_apart(vae)
+    if "vae" in attributes and needs_upcast(attributes["vae"]):
+        attributes["vae"] = converted_apart(attributes["vae"])
     if clamp == "straight_through" and hasattr(pipe, "image_processor"):
         attributes["image_processor"] = copy.copy(pipe.image_processor)
         vars(twin.image_processor)["denormalize"] = denormalize_straight_through
     return twin
+
+
+def needs_upcast(vae: Any) -> bool:
+    """Return whether the pipeline converts its VAE to float32 to decode; one that is offloaded has no gradient."""
+    if vae is None or not vae.config.get("force_upcast"):
+        return False
+    return vae.dtype == torch.float16 and not is_offloaded(vae)
 
 
 def replayed(function: Callable[..., Any], recorded: list[Any]) -> Callable[..., Any]:

@@ -2,27 +2,28 @@
 
 import argparse
 import contextlib
-import importlib.util
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .arguments import make_folder, natural, positive, require_plots, shapes_prompt
+
 if TYPE_CHECKING:
-    from .demo import Choice
+    from .story import Choice
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one command.
 
     Args:
-        argv: The words after the program's name; those of the process if `None`.
+        argv: Arguments after the program's name. Defaults to those of the process.
 
     Raises:
-        SystemExit: With code 2 for arguments that cannot work, with code 1 and a message for a machine that lacks
-            something, with code 130 if interrupted.
+        SystemExit: With code 2 for invalid arguments, code 1 and a message for a missing requirement, code 130 if
+            interrupted.
     """
-    with contextlib.suppress(AttributeError):  # a terminal that has no arrow shows a question mark, not an exception
+    with contextlib.suppress(AttributeError):  # a terminal without an arrow prints a question mark instead of failing
         sys.stdout.reconfigure(errors="replace")  # pyright: ignore[reportAttributeAccessIssue]
     try:
         arguments = build_parser().parse_args(argv)
@@ -32,14 +33,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """All commands. Each sets `run`, a function of the parsed arguments."""
+    """Build the parser of all commands. Each sets `run`, a function of the parsed arguments."""
     from .analysis.command import add_analyze
-    from .evaluation.command import add_evaluate  # here: it takes its argument types from this module
+    from .evaluation.command import add_evaluate
     from .hub.command import add_hub
     from .scoring import add_rewards, add_score
 
     parser = argparse.ArgumentParser(
-        prog="noiseopt", description="Optimise the initial noise of text-to-image diffusion."
+        prog="noiseopt", description="Optimize the initial noise of text-to-image diffusion."
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     add_demo(commands)
@@ -54,18 +55,17 @@ def build_parser() -> argparse.ArgumentParser:
 def add_demo(commands) -> None:
     parser = commands.add_parser(
         "demo",
-        help="optimise the noise of an embedded model and show what changes; offline, under a minute",
-        description="Draw prompts with an embedded model before and after a method chose the noise, and let a judge "
-        "compare the pictures with the prompts. Needs no GPU, and with the models turbo and guided no download.",
+        help="optimize the noise of an embedded model and show the effect; offline, under a minute",
+        description="Sample images with an embedded model before and after optimizing the noise, and let a judge "
+        "compare them with the prompts. Needs no GPU; the models turbo and guided need no download.",
     )
-    parser.add_argument(
-        "--method", default="reno", metavar="NAME", help="of list_noise_optimizers(), such as best_of_n (reno)"
-    )
+    parser.add_argument("--method", default="reno", metavar="NAME", help="method, such as best_of_n (default: reno)")
     parser.add_argument(
         "--model",
         default="turbo",
         metavar="NAME",
-        help="turbo or guided, which the package carries; sdxl, sdxl-turbo or sd3 from a checkout or the Hub (turbo)",
+        help="turbo or guided, included in the package; sdxl, sdxl-turbo or sd3, in a checkout or on the Hub "
+        "(default: turbo)",
     )
     parser.add_argument(
         "--prompt",
@@ -73,25 +73,30 @@ def add_demo(commands) -> None:
         type=shapes_prompt,
         dest="prompts",
         metavar="TEXT",
-        help="a prompt such as 'a red circle left of a blue star'; may be repeated (default: 8 validation prompts)",
+        help="prompt such as 'a red circle left of a blue star'; repeatable (default: 8 validation prompts)",
     )
-    parser.add_argument("--seed", type=natural, default=0, help="seed of the first prompt, the next has the next (0)")
+    parser.add_argument(
+        "--seed", type=natural, default=0, help="seed of the first prompt, plus 1 for each one after it (default: 0)"
+    )
     parser.add_argument(
         "--steps",
         type=positive,
-        help="evaluations of each noise (the method's own number, at most 50, or 20 for models of several steps)",
+        help="evaluations of each noise (default: the method's own, at most 50, or 20 for multi-step models)",
     )
-    parser.add_argument("--output", type=Path, default=Path("noiseopt-demo"), help="folder to write to (noiseopt-demo)")
+    parser.add_argument(
+        "--output", type=Path, default=Path("noiseopt-demo"), help="output folder (default: noiseopt-demo)"
+    )
     parser.set_defaults(run=lambda arguments: demo(arguments, parser))
 
 
 def demo(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    """`noiseopt demo`: what can fail for want of something is asked for before any model runs."""
+    """Run `noiseopt demo`; missing requirements are reported before any model runs."""
     require_plots("noiseopt demo")
     from .quiet import quiet_libraries
 
-    with quiet_libraries():  # as some modules are imported, transformers says what else could be installed
-        from .demo import Choice, run_demo
+    with quiet_libraries():  # transformers prints notices on import
+        from .demo import run_demo
+        from .story import Choice
     try:
         choice = Choice.of(arguments.method, arguments.model, arguments.steps)
     except ValueError as error:
@@ -106,45 +111,3 @@ def require_weights(choice: "Choice") -> None:
         choice.weights()
     except FileNotFoundError as error:
         raise SystemExit(str(error)) from None
-
-
-def require_plots(command: str) -> None:
-    if importlib.util.find_spec("matplotlib") is None:
-        raise SystemExit(f"{command} draws with matplotlib, which is not installed. Run `pip install noiseopt[plots]`.")
-
-
-def make_folder(path: Path) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SystemExit(f"Expected a folder to write to, but got {path}: {error.strerror}.") from None
-
-
-def positive(text: str) -> int:
-    """An integer of 1 or more, as an argparse type."""
-    return integer(text, least=1)
-
-
-def natural(text: str) -> int:
-    """An integer from 0 to what a generator takes as its seed, as an argparse type."""
-    return integer(text, least=0)
-
-
-def integer(text: str, least: int) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = None
-    if value is None or not least <= value < 2**62:
-        raise argparse.ArgumentTypeError(f"Expected an integer of {least} or more, but got {text!r}.")
-    return value
-
-
-def shapes_prompt(text: str) -> str:
-    """A prompt that the embedded world can draw, as an argparse type."""
-    from . import shapes_world
-
-    try:
-        return str(shapes_world.parse(text))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None

@@ -1,9 +1,9 @@
-"""The figures of the demo. Drawn without pyplot: no window, no global state."""
+"""The figures of the demo, drawn without pyplot: no windows, no global state."""
 
 import textwrap
 from collections.abc import Collection
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import BinaryIO
 
 import torch
 from matplotlib.axes import Axes
@@ -11,17 +11,16 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
-if TYPE_CHECKING:
-    from .demo import Story
+from .story import Story
 
 INK, MUTED, RIGHT, WRONG, CURVE = "#1f2328", "#6e7781", "#1a7f37", "#cf222e", "#0969da"
-DPI = 200  # twice what a README shows at its full width
+DPI = 200  # twice the full width of a README
 WIDTH, MARGIN, COLUMNS, GUTTER = 10.0, 0.15, 4, 0.25  # inches
 CELL = (WIDTH - 2 * MARGIN - (COLUMNS - 1) * GUTTER) / COLUMNS
 
 
 class Page:
-    """A white figure whose parts are placed in inches from its top left corner."""
+    """A white figure whose elements are placed in inches from the top left corner."""
 
     def __init__(self, height: float, width: float = WIDTH) -> None:
         self.height, self.width = height, width
@@ -37,12 +36,12 @@ class Page:
         self.figure.text(x, y, text, size=size, color=color, **{"va": "top", **style})
 
     def title(self, left: float, bottom: float, prompt: str) -> None:
-        """A prompt in as many lines as it needs, the last of which stands at `bottom`."""
+        """Draw a prompt over as many lines as needed, ending at `bottom`."""
         for line, words in enumerate(reversed(wrapped(prompt))):
             self.text(left, bottom - 0.16 * line, words, va="baseline")
 
     def image(self, left: float, top: float, side: float, image: torch.Tensor, correct: bool) -> None:
-        """An image `(3, H, W)` in [0, 1], enlarged smoothly, in a frame that says what the judge finds."""
+        """Draw an image `(3, H, W)` in [0, 1], smoothly enlarged, in a frame colored by the judge's verdict."""
         axes = self.axes(left, top, side, side)
         axes.imshow(enlarged(image, round(side * DPI)), interpolation="nearest")
         axes.set(xticks=[], yticks=[])
@@ -50,7 +49,7 @@ class Page:
             spine.set(color=RIGHT if correct else WRONG, linewidth=2)
 
     def caption(self, left: float, top: float, side: float, text: str, correct: bool) -> None:
-        """A line under an image: the judge's mark, and a text."""
+        """Draw a line below an image: a mark for the judge's verdict, and a text."""
         mark = "✓" if correct else "✗"
         color = RIGHT if correct else WRONG
         self.text(left + side / 2, top + side + 0.06, f"{mark} {text}", size=9, color=color, ha="center")
@@ -65,30 +64,30 @@ def enlarged(image: torch.Tensor, side: int) -> Image.Image:
 
 
 def cell(sample: int, top: float, height: float) -> tuple[float, float]:
-    """The left and top of a prompt's cell in a grid of `COLUMNS`."""
+    """Return the left and top of a sample's cell in a grid of `COLUMNS`."""
     row, column = divmod(sample, COLUMNS)
     return MARGIN + column * (CELL + GUTTER), top + row * height
 
 
-def rows(story: "Story") -> int:
+def rows(story: Story) -> int:
     return -(-len(story.prompts) // COLUMNS)
 
 
 def wrapped(prompt: str, width: int = 26) -> list[str]:
-    """As few lines as fit, about equally long."""
+    """Wrap a prompt to as few lines as possible, balanced in length."""
     lines = len(textwrap.wrap(prompt, width))
     narrower = (textwrap.wrap(prompt, w) for w in range(1, width + 1))
     return next(wrap for wrap in narrower if len(wrap) <= lines)
 
 
-def draw_before_after(story: "Story", path: Path | BinaryIO) -> None:
-    """The plain and the returned images: side by side, or set by set for methods that make images differ."""
+def draw_before_after(story: Story, path: Path | BinaryIO) -> None:
+    """Draw the baselines and the returned images: as pairs, or as sets for methods that optimize a set."""
     draw = draw_pairs if story.choice.count == 1 else draw_sets
     draw(story, path)
 
 
-def draw_pairs(story: "Story", path: Path | BinaryIO) -> None:
-    """The plain and the returned image of each prompt, side by side."""
+def draw_pairs(story: Story, path: Path | BinaryIO) -> None:
+    """Draw the baseline and the returned image of each prompt side by side."""
     title, arrow = 0.42, 0.28
     side = (CELL - arrow) / 2
     height = title + side + 0.42
@@ -106,9 +105,9 @@ def draw_pairs(story: "Story", path: Path | BinaryIO) -> None:
     page.save(path)
 
 
-def explained(story: "Story", below: str, height: float, width: float) -> tuple[Page, float]:
-    """A page that begins with what it shows, and where that ends; `height` is for what follows."""
-    after = f"Plain → after {len(story.values)} step{'s' * (len(story.values) != 1)} of {story.choice}."
+def explained(story: Story, below: str, height: float, width: float) -> tuple[Page, float]:
+    """Return a page that starts with an explanation, and the top of the `height` inches below it."""
+    after = f"Baseline → after {len(story.values)} step{'s' * (len(story.values) != 1)} of {story.choice}."
     explanation = textwrap.wrap(f"{after} Below: {below}.", int(13 * width))
     head = 0.27 + 0.18 * len(explanation)
     page = Page(head + height, width)
@@ -117,8 +116,8 @@ def explained(story: "Story", below: str, height: float, width: float) -> tuple[
     return page, head
 
 
-def draw_sets(story: "Story", path: Path | BinaryIO) -> None:
-    """The plain set of each prompt, and the returned one beside it."""
+def draw_sets(story: Story, path: Path | BinaryIO) -> None:
+    """Draw the baseline set of each prompt beside the returned one."""
     width, count, title, gap, arrow = 7.6, story.choice.count, 0.3, 0.06, 0.36
     side = (width - 2 * MARGIN - arrow - 2 * (count - 1) * gap) / (2 * count)
     half, height = count * side + (count - 1) * gap, title + side + 0.34
@@ -138,17 +137,17 @@ def draw_sets(story: "Story", path: Path | BinaryIO) -> None:
     page.save(path)
 
 
-def draw_trajectory(story: "Story", path: Path) -> None:
-    """The reward or loss of each image over the steps, and film strips of up to two images."""
+def draw_trajectory(story: Story, path: Path) -> None:
+    """Plot the reward or loss of each image over the steps, and film strips of up to two images."""
     height, frame, strip = 1.75, 0.98, 1.75
     shown = film_prompts(story)
     head = 0.63
     strips_top = head + rows(story) * height + 0.1
     page = Page(strips_top + len(shown) * strip)
-    curves = "the best so far (bold), and of each step" if story.choice.keeps_best else "the last is returned"
+    curves = "best so far (bold) and each step" if story.choice.keeps_best else "the last step is returned"
     page.text(MARGIN, 0.12, f"{story.choice}.", color=MUTED)
     page.text(MARGIN, 0.3, f"{story.measure.capitalize()} over the steps: {curves}.", color=MUTED)
-    page.text(WIDTH - MARGIN, 0.3, "Green: the judge finds the image right.", color=RIGHT, ha="right")
+    page.text(WIDTH - MARGIN, 0.3, "Green: the image is right according to the judge.", color=RIGHT, ha="right")
     for sample in range(len(story.prompts)):
         left, top = cell(sample, head, height)
         draw_curve(page.axes(left + 0.3, top + 0.42, CELL - 0.3, height - 0.8), story, sample)
@@ -158,7 +157,7 @@ def draw_trajectory(story: "Story", path: Path) -> None:
     page.save(path)
 
 
-def draw_curve(axes: Axes, story: "Story", sample: int) -> None:
+def draw_curve(axes: Axes, story: Story, sample: int) -> None:
     values = story.values[:, sample]
     for step, row in enumerate(story.verdicts):
         if row[sample].correct:
@@ -180,8 +179,8 @@ def draw_curve(axes: Axes, story: "Story", sample: int) -> None:
     axes.spines[["left", "bottom"]].set_color(MUTED)
 
 
-def film_prompts(story: "Story", count: int = 2) -> list[int]:
-    """Prompts for the film strips: those that turn right, then those that stay wrong, then the others."""
+def film_prompts(story: Story, count: int = 2) -> list[int]:
+    """Choose samples for the film strips: first those that become right, then those that stay wrong."""
 
     def order(sample: int) -> tuple[bool, bool]:
         before, after = (story.verdicts[step][sample].correct for step in story.ends(sample))
@@ -191,9 +190,9 @@ def film_prompts(story: "Story", count: int = 2) -> list[int]:
 
 
 def film_steps(landmarks: Collection[int], steps: int, count: int) -> list[int]:
-    """`count` of the steps: the landmarks, and each time the one that is farthest from those chosen.
+    """Choose `count` steps: the landmarks, then repeatedly the step farthest from those chosen.
 
-    Distances are those of the square roots, since most happens early.
+    Distances are between square roots, because most changes happen early.
     """
     chosen = set(landmarks)
     while len(chosen) < min(count, steps):
@@ -201,7 +200,7 @@ def film_steps(landmarks: Collection[int], steps: int, count: int) -> list[int]:
     return sorted(chosen)
 
 
-def draw_strip(page: Page, top: float, side: float, story: "Story", sample: int, count: int = 9) -> None:
+def draw_strip(page: Page, top: float, side: float, story: Story, sample: int, count: int = 9) -> None:
     first, best = story.first_right(sample), story.best(sample)
     landmarks = {0, best} | ({first} if first is not None else set())
     page.text(MARGIN, top, story.prompts[sample], size=10)

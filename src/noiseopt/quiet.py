@@ -1,4 +1,4 @@
-"""Keep what the libraries say out of a program's own output."""
+"""Silencing of diffusers and transformers inside the commands."""
 
 import contextlib
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from transformers.utils import logging as transformers_logging
 
 @contextlib.contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """diffusers and transformers without notices and loading bars inside; as before outside."""
+    """Turn off the libraries' notices and progress bars inside the context, and restore them afterwards."""
     libraries = (diffusers_logging, transformers_logging)
     before = [(library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries]
     for library in libraries:

@@ -1,4 +1,4 @@
-"""`noiseopt rewards` and `noiseopt score`: what rewards there are, and what they say of image files."""
+"""`noiseopt rewards` and `noiseopt score`: the registered rewards, and their scores of image files."""
 
 import argparse
 import dataclasses
@@ -19,11 +19,11 @@ GIB = 2**30
 def add_rewards(commands) -> None:
     parser = commands.add_parser(
         "rewards",
-        help="list the rewards: checkpoint, licence, range, gradient, memory",
-        description="List the rewards that have a name. A Hub id or a folder of a checkpoint that one of them loads "
-        "works wherever a name does. Nothing is loaded or downloaded.",
+        help="list the rewards: checkpoint, license, range, gradient, memory",
+        description="List the registered rewards. A Hub id or folder of a compatible checkpoint works wherever a name "
+        "does. Nothing is loaded or downloaded.",
     )
-    parser.add_argument("--json", action="store_true", help="the same as JSON")
+    parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=rewards)
 
 
@@ -31,12 +31,12 @@ def add_score(commands) -> None:
     parser = commands.add_parser(
         "score",
         help="score image files with rewards",
-        description="Score image files with one or several rewards. Higher is better; each has its own units.",
+        description="Score image files with one or more rewards. Higher is better; each reward has its own scale.",
         epilog='example: noiseopt score a.png b.png --prompt "a red circle" --reward clip --reward brightness',
     )
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE")
     parser.add_argument(
-        "--prompt", action="append", dest="prompts", metavar="TEXT", help="one for all images, or repeated for each"
+        "--prompt", action="append", dest="prompts", metavar="TEXT", help="one prompt for all images, or one per image"
     )
     parser.add_argument(
         "--reward",
@@ -44,29 +44,31 @@ def add_score(commands) -> None:
         dest="rewards",
         required=True,
         metavar="NAME",
-        help="of `noiseopt rewards`, a preset (reno), embedded (clip, vqa), a Hub id or a folder; may be repeated",
+        help="name in `noiseopt rewards`, preset (reno), embedded model (clip, vqa), Hub id or folder; repeatable",
     )
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (cpu)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: cpu)")
     parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights (bfloat16 on CUDA, else float32)"
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="dtype of the weights (default: bfloat16 on CUDA, else float32)",
     )
-    parser.add_argument("--json", action="store_true", help="JSON instead of a table")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.set_defaults(run=lambda arguments: score(arguments, parser))
 
 
 @dataclasses.dataclass(frozen=True)
 class RewardFacts:
-    """A line of `noiseopt rewards`.
+    """One row of `noiseopt rewards`.
 
     Attributes:
-        name: What it is found by.
-        checkpoint: The Hub id that the name loads; `None` without weights, or where a folder has to be given.
-        weights_file: The file that holds them, where it is not what transformers saves.
-        license: Of the checkpoint.
-        range: Lowest and highest score, where they are bounded.
+        name: The registered name.
+        checkpoint: The Hub id that the name loads; `None` without weights, or where a folder must be given.
+        weights_file: The file with the weights, if it is not in transformers' format.
+        license: License of the checkpoint.
+        range: Lowest and highest score, if bounded.
         differentiable: Whether it has a gradient.
         requires_prompt: Whether it reads a prompt.
-        gibibytes: The weights in bfloat16, in GiB; twice as much in float32.
+        gibibytes: Size of the weights in bfloat16, in GiB; twice as much in float32.
     """
 
     name: str
@@ -80,7 +82,7 @@ class RewardFacts:
 
     @classmethod
     def of(cls, name: str) -> "RewardFacts":
-        """The facts of a registered reward; nothing is loaded."""
+        """Return the facts of a registered reward without loading it."""
         from .rewards.contract.registry import REWARDS
         from .rewards.contract.reward import Reward
 
@@ -98,7 +100,7 @@ class RewardFacts:
         )
 
     def row(self) -> list[str]:
-        """The facts as text."""
+        """Format the facts."""
         low, high = self.range or (-math.inf, math.inf)
         return [
             self.name,
@@ -112,7 +114,7 @@ class RewardFacts:
 
 
 def rewards(arguments: argparse.Namespace) -> None:
-    """`noiseopt rewards`."""
+    """Run `noiseopt rewards`."""
     from .quiet import quiet_libraries
 
     with quiet_libraries():
@@ -122,12 +124,12 @@ def rewards(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print(json.dumps([dataclasses.asdict(fact) for fact in facts], indent=2))
         return
-    head = ["reward", "checkpoint", "licence of the weights", "range", "gradient", "prompt", "GiB in bfloat16"]
+    head = ["reward", "checkpoint", "license of the weights", "range", "gradient", "prompt", "GiB in bfloat16"]
     print_table(head, [fact.row() for fact in facts])
 
 
 def score(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    """`noiseopt score`: everything that can be wrong is looked at before a model is loaded."""
+    """Run `noiseopt score`; all arguments are checked before a model is loaded."""
     from .quiet import quiet_libraries
 
     try:
@@ -141,7 +143,7 @@ def score(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> Non
     except (ValueError, ImportError) as error:
         parser.error(str(error))
     except OSError as error:
-        raise SystemExit(f"Expected the weights of a reward, but they cannot be loaded: {error}") from None
+        raise SystemExit(f"Cannot load the weights of a reward: {error}") from None
     if arguments.json:
         rows = [{"image": str(path), "prompt": prompt} for path, prompt in zip(arguments.images, prompts, strict=True)]
         print(json.dumps([row | {name: scores[name][i] for name in scores} for i, row in enumerate(rows)], indent=2))
@@ -151,7 +153,7 @@ def score(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> Non
 
 
 def prompts_for(images: Sequence[Path], prompts: Sequence[str] | None) -> list[str | None]:
-    """One prompt for each image. Raises `ValueError` for another number of them."""
+    """Return one prompt per image. Raises `ValueError` if their numbers do not match."""
     if prompts is None or len(prompts) == 1:
         return list(prompts or [None]) * len(images)
     if len(prompts) != len(images):
@@ -160,26 +162,27 @@ def prompts_for(images: Sequence[Path], prompts: Sequence[str] | None) -> list[s
 
 
 def expanded(names: Sequence[str]) -> list[str]:
-    """The names, with those of presets in their place, each once."""
+    """Replace presets by their members, and drop duplicates."""
     from .rewards.contract.reward_sum import REWARD_PRESETS
 
     return list(dict.fromkeys(member for name in names for member in REWARD_PRESETS.get(name, [name])))
 
 
 def check_request(names: Sequence[str], prompts: Sequence[str] | None, device: str | None) -> None:
-    """Raise `ValueError` for an unknown reward or device, and for a reward that reads a prompt where there is none."""
+    """Raise `ValueError` for an unknown reward or device, or a missing prompt."""
     from .evaluation.plan import EMBEDDED_REWARDS, check_device, check_reward
     from .rewards.contract.registry import REWARDS
 
     check_device(device)
     for name in names:
         check_reward(name)
-        if prompts is None and (name in EMBEDDED_REWARDS or name in REWARDS.entries and RewardFacts.of(name).requires_prompt):
+        reads_prompt = name in EMBEDDED_REWARDS or (name in REWARDS and RewardFacts.of(name).requires_prompt)
+        if prompts is None and reads_prompt:
             raise ValueError(f"Expected a prompt for reward {name!r}, but got none. Add --prompt.")
 
 
 def score_files(name: str, arguments: argparse.Namespace, prompts: Sequence[str | None]) -> list[float]:
-    """The scores of all files by one reward, one after the other, since each has its own size."""
+    """Score the files one at a time, since their sizes differ."""
     import torch
 
     reward = load_reward(name, arguments)
@@ -189,7 +192,7 @@ def score_files(name: str, arguments: argparse.Namespace, prompts: Sequence[str 
 
 
 def load_reward(name: str, arguments: argparse.Namespace) -> "Reward":
-    """The reward that a name stands for, embedded ones included."""
+    """Load a registered or embedded reward."""
     import torch
 
     from .evaluation.instruments import weights_of
@@ -201,7 +204,7 @@ def load_reward(name: str, arguments: argparse.Namespace) -> "Reward":
 
 
 def read_image(path: Path) -> "torch.Tensor":
-    """`(1, 3, H, W)` in [0, 1], upright. Raises `ValueError` for a missing file and for one that is no image."""
+    """Read an image as `(1, 3, H, W)` in [0, 1], upright. Raises `ValueError` if that is impossible."""
     import numpy as np
     import torch
     from PIL import Image, ImageOps, UnidentifiedImageError
@@ -213,14 +216,15 @@ def read_image(path: Path) -> "torch.Tensor":
     except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
         raise ValueError(f"Expected an image file, but {path} cannot be opened: {error.strerror}.") from None
     except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"Expected an image that Pillow reads, but {path} is damaged or none: {error}") from None
-    if mode[0] in "IF":  # of 16 or 32 bits; Pillow cuts off what is above 255
-        raise ValueError(f"Expected an image of 8 bits a channel, but {path} has more (mode {mode}). Convert it first.")
+        raise ValueError(
+            f"Expected an image that Pillow can read, but {path} is not one or is damaged: {error}"
+        ) from None
+    if mode[0] in "IF":  # 16 or 32 bits, which Pillow would clip at 255
+        raise ValueError(f"Expected an image with 8 bits per channel, but {path} has mode {mode}. Convert it first.")
     return torch.from_numpy(pixels).movedim(2, 0)[None].float() / 255
 
 
 def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Columns as wide as their widest cell."""
     widths: Mapping[int, int] = {i: max(len(row[i]) for row in (head, *rows)) for i in range(len(head))}
     for row in (head, ["-" * widths[i] for i in widths], *rows):
         print("  ".join(cell.ljust(widths[i]) for i, cell in enumerate(row)).rstrip())

@@ -1,4 +1,4 @@
-"""Groups of results and their numbers, on results whose edit is known."""
+"""Groups of results and their numbers, for results with a known edit."""
 
 import dataclasses
 import math
@@ -20,7 +20,7 @@ def normal(seed: int, *shape: int) -> torch.Tensor:
 
 
 def result_of(path: list[torch.Tensor], returned: torch.Tensor | None = None, **provenance) -> NoiseResult:
-    """A result that went from noise to noise, and returns the last of them or another."""
+    """A result from one noise to another, which returns the last step unless told otherwise."""
     steps, count = len(path), len(path[0])
     return NoiseResult(
         noise=path[-1] if returned is None else returned,
@@ -96,7 +96,7 @@ def test_results_are_grouped_by_method_model_and_shape(tmp_path):
         "Other on b, 1×2×8×8",
     ]
     assert [len(group.results) for group in groups] == [2, 1, 1, 1]
-    assert groups[0].initial.shape == (4, 2, 8, 8) and groups[3].optimised.shape == (2, 2, 8, 8)
+    assert groups[0].initial.shape == (4, 2, 8, 8) and groups[3].optimized.shape == (2, 2, 8, 8)
     lines = markdown([Analysis(group) for group in groups]).splitlines()
     assert all(line.count("|") == len(groups) + 2 for line in lines)
 
@@ -113,7 +113,7 @@ def test_embedded_models_are_known_wherever_they_are(model):
 
 @pytest.mark.parametrize("family", ["sd", "sdxl", "flux"])
 def test_latents_are_those_that_the_stock_pipeline_draws(family):
-    """Packing only permutes, so the distance to the noise can be taken in either layout."""
+    """Packing only permutes, so distances to the noise are equal in either layout."""
     pipe = tiny_pipeline(family)
     arguments = call_arguments(family) | {"num_images_per_prompt": 2}
     method = BestOfN(rewards="red", steps=2)

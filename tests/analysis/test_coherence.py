@@ -13,12 +13,12 @@ def normal(seed: int, *shape: int) -> torch.Tensor:
 
 
 def edit(kind: torch.Tensor, norm: float) -> torch.Tensor:
-    """Each sample scaled to a norm."""
+    """Scale each sample to a norm."""
     return kind * norm / kind.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
 
 
 def test_white_edit_is_flat():
-    """The standard error of a squared correlation near 1 of n entries is 2·(1 − C)·√(C/n)."""
+    """The standard error of a squared correlation C near 1 over n entries is 2·(1 − C)·√(C/n)."""
     noise = normal(0, 8, 4, 64, 64)
     found = coherence(noise, noise + edit(normal(1, 8, 4, 64, 64), 27.0))
     expected = white_coherence(27 / 128)
@@ -62,7 +62,7 @@ def test_equal_noises_and_multiples_score_one():
 
 
 def test_independent_noises_score_one_over_the_entries():
-    """Squared correlations of n pairs of normals are 1/n on average, with a standard deviation of about √2/n."""
+    """The squared correlation of n pairs of normals has mean 1/n and a standard deviation of about √2/n."""
     found = [coherence(normal(2 * i, 1, 4, 32, 32), normal(2 * i + 1, 1, 4, 32, 32), 8) for i in range(200)]
     scaled = torch.stack([each.values * each.entries for each in found])
     assert ((scaled.mean(0) - 1).abs() < 5 * 2**0.5 / 200**0.5).all()

@@ -1,4 +1,4 @@
-"""`noiseopt analyze`, from saved results to table, numbers and figures, and how it refuses what it cannot read."""
+"""`noiseopt analyze`, from saved results to table, numbers and figures, and its errors."""
 
 import contextlib
 import io
@@ -37,7 +37,7 @@ def results(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def analyzed(results, tmp_path_factory) -> tuple[Path, str]:
-    """The folder that the command wrote to, and what it printed."""
+    """The output folder and the printed text."""
     folder, printed = tmp_path_factory.mktemp("output") / "new", io.StringIO()
     with contextlib.redirect_stdout(printed):
         main(["analyze", str(results), "--draw", "--output", str(folder)])
@@ -58,7 +58,7 @@ def test_numbers_are_those_of_the_files(analyzed, results):
     assert result.initial_noise is not None
     change = (result.noise - result.initial_noise).flatten(1).double()
     assert (cno["noises"], reno["noises"]) == (6, 2) and len(cno["files"]) == 2
-    assert reno["l2"]["initial noise, optimised noise"] == pytest.approx(float(change.norm(dim=1).mean()))
+    assert reno["l2"]["initial noise, optimized noise"] == pytest.approx(float(change.norm(dim=1).mean()))
     assert reno["relative change"] == pytest.approx(float(change.norm() / result.initial_noise.norm()), rel=1e-5)
     assert sum(reno["band shares"]) == pytest.approx(1) and len(reno["band changes"]) == 4
     assert len(cno["band changes"]) == 4  # three steps, each followed by a move
@@ -69,7 +69,7 @@ def test_images_are_drawn_by_the_model_that_a_result_names(analyzed, results):
     result, pipe = NoiseResult.load(results / "reno.safetensors"), load_pipeline()
     pipe.set_progress_bar_config(disable=True)
     call = {**shapes_world.MODELS["turbo"].call, "output_type": "latent"}
-    pairs = {"initial noise, its image": result.initial_noise, "optimised noise, its image": result.noise}
+    pairs = {"initial noise, its image": result.initial_noise, "optimized noise, its image": result.noise}
     for row, noise in pairs.items():
         latents = pipe(PROMPTS, latents=noise, **call).images
         assert reno["l2"][row] == pytest.approx(float((noise - latents).flatten(1).norm(dim=1).mean()), rel=1e-4)
@@ -93,7 +93,7 @@ def test_what_is_no_result_is_refused(results, tmp_path):
     output = ["--output", str(tmp_path / "out")]
     (tmp_path / "text.safetensors").write_text("no tensors")
     (tmp_path / "units").mkdir()
-    assert "there is no" in refused([str(tmp_path / "missing"), *output])
+    assert "does not exist" in refused([str(tmp_path / "missing"), *output])
     assert "NoiseResult.save" in refused([str(results / "model.safetensors"), *output])
     assert "is not a complete safetensors file" in refused([str(tmp_path / "text.safetensors"), *output])
     assert "holds none" in refused([str(tmp_path), *output])
@@ -112,10 +112,10 @@ def changed(results: Path, path: Path, **changes) -> str:
 def test_old_unchanged_and_too_little_are_refused(results, tmp_path):
     output = ["--output", str(tmp_path / "out")]
     old = changed(results, tmp_path / "old.safetensors", initial_noise=None)
-    assert "did not keep it" in refused([old, *output])
+    assert "did not store it" in refused([old, *output])
     noise = NoiseResult.load(results / "reno.safetensors").initial_noise
     same = changed(results, tmp_path / "same.safetensors", noise=noise)
-    assert "nothing to plot" in refused([same, *output])
+    assert "Expected a noise that changed" in refused([same, *output])
     assert "fewer rings" in refused([str(results / "reno.safetensors"), "--rings", "40", *output])
     assert not (tmp_path / "out").exists()
 
@@ -123,6 +123,6 @@ def test_old_unchanged_and_too_little_are_refused(results, tmp_path):
 def test_a_model_that_cannot_be_had_is_said(results, tmp_path):
     provenance = NoiseResult.load(results / "reno.safetensors").provenance
     output = ["--draw", "--output", str(tmp_path / "out")]
-    for model, why in ((str(tmp_path / "gone"), "Cannot draw"), (None, "names its model")):
+    for model, why in ((str(tmp_path / "gone"), "Cannot sample the images of"), (None, "names its model")):
         lost = changed(results, tmp_path / "lost.safetensors", provenance={**provenance, "model": model})
         assert why in refused([lost, *output])

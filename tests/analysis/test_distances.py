@@ -7,8 +7,8 @@ import torch
 
 from noiseopt.analysis.distances import (
     INITIAL_IMAGE,
-    INITIAL_OPTIMISED,
-    OPTIMISED_IMAGE,
+    INITIAL_OPTIMIZED,
+    OPTIMIZED_IMAGE,
     RANDOM_IMAGE,
     TWO_INITIAL,
     l2_table,
@@ -30,10 +30,10 @@ def test_rows_are_means_over_samples_and_pairs():
     pairs = [(i, j) for i, j in itertools.permutations(range(5), 2) if {i, j} != {0, 3}]
     rows = l2_table(z, moved, before, after)
     expected = {
-        INITIAL_OPTIMISED: [(z[i] - moved[i]).norm() for i in range(5)],
+        INITIAL_OPTIMIZED: [(z[i] - moved[i]).norm() for i in range(5)],
         TWO_INITIAL: [(z[i] - z[j]).norm() for i, j in pairs],
         INITIAL_IMAGE: [(z[i] - before[i]).norm() for i in range(5)],
-        OPTIMISED_IMAGE: [(moved[i] - after[i]).norm() for i in range(5)],
+        OPTIMIZED_IMAGE: [(moved[i] - after[i]).norm() for i in range(5)],
         RANDOM_IMAGE: [(z[i] - before[j]).norm() for i, j in pairs],
     }
     assert rows == pytest.approx({name: float(sum(each) / len(each)) for name, each in expected.items()}, rel=1e-5)
@@ -41,6 +41,6 @@ def test_rows_are_means_over_samples_and_pairs():
 
 def test_rows_that_are_not_known_are_left_out():
     z = normal(0, 3, 2, 4, 4)
-    assert set(l2_table(z, z)) == {INITIAL_OPTIMISED, TWO_INITIAL}
-    assert set(l2_table(z[:1], z[:1], z[:1])) == {INITIAL_OPTIMISED, INITIAL_IMAGE}
-    assert set(l2_table(z[:1].expand_as(z), z)) == {INITIAL_OPTIMISED}
+    assert set(l2_table(z, z)) == {INITIAL_OPTIMIZED, TWO_INITIAL}
+    assert set(l2_table(z[:1], z[:1], z[:1])) == {INITIAL_OPTIMIZED, INITIAL_IMAGE}
+    assert set(l2_table(z[:1].expand_as(z), z)) == {INITIAL_OPTIMIZED}

@@ -1,4 +1,4 @@
-"""Makes the benchmark scripts importable, as they are for one another."""
+"""Make the benchmark scripts importable, as they are for one another."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What CNO gains and costs: the tables are arithmetic, and a short run has all rows."""
+"""The CNO benchmarks: the arithmetic of the tables, and a short run with all rows."""
 
 import cno_cost  # pyright: ignore[reportMissingImports]
 import cno_diversity  # pyright: ignore[reportMissingImports]

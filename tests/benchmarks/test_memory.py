@@ -1,9 +1,9 @@
-"""What is kept for a gradient: the table is arithmetic, and a short run has every row, less memory and one gradient."""
+"""The memory benchmark: the arithmetic of the table, and a short run with less memory and one gradient in every row."""
 
 import json
 
 import memory  # pyright: ignore[reportMissingImports]
-from memory import Row
+from memory import Row  # pyright: ignore[reportMissingImports]
 
 
 def test_the_table_is_in_multiples_of_keeping_everything():

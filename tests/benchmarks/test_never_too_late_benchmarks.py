@@ -1,4 +1,4 @@
-"""The benchmark of Never Too Late: its arithmetic in closed form, and a short run that goes on where it stopped."""
+"""The benchmark of Never Too Late: its arithmetic in closed form, and a short run that is resumed."""
 
 import json
 import math
@@ -36,11 +36,11 @@ def test_rows_are_what_is_compared():
         assert len(never_too_late.sweep(other)) == 14 and set(never_too_late.sweep(other)) < set(names)
 
 
-def test_a_row_is_marked_where_it_optimises_the_tower():
-    assert Row("white", "plain").optimised == () == Row("white", "soft colors").optimised
-    assert "DINO" in Row("white", "dpp").optimised and "DINO" in Row("pink", "group of 64").optimised
-    assert Row("pink", "pairwise clip").optimised == ("clip",)
-    assert Row("pink", "tiny L2").optimised == ("pixels",)
+def test_a_row_is_marked_where_it_optimizes_the_tower():
+    assert Row("white", "plain").optimized == () == Row("white", "soft colors").optimized
+    assert "DINO" in Row("white", "dpp").optimized and "DINO" in Row("pink", "group of 64").optimized
+    assert Row("pink", "pairwise clip").optimized == ("clip",)
+    assert Row("pink", "tiny L2").optimized == ("pixels",)
 
 
 def test_objectives_pull_alike():
@@ -48,8 +48,8 @@ def test_objectives_pull_alike():
     assert max(pulls) == pytest.approx(min(pulls)) == pytest.approx(1.5 * 3.24)
 
 
-def test_group_selection_maximises_what_ours_does(bench):
-    """Σ u + w Σ b over K images is K times `mean u + λ·mean b`, the loss of the row `SAME` with its sign changed."""
+def test_group_selection_maximizes_what_ours_does(bench):
+    """Σ u + w Σ b over K images is K times `mean u + λ·mean b`, the negative loss of the row `SAME`."""
     ours, group = bench.method(Row("white", never_too_late.SAME)), bench.method(Row("white", "group of 64"))
     generator = torch.Generator().manual_seed(0)
     u, b = (torch.rand(*size, generator=generator, dtype=torch.float64) for size in ((4,), (4, 4)))
@@ -57,7 +57,7 @@ def test_group_selection_maximises_what_ours_does(bench):
     upper = torch.triu_indices(4, 4, 1)
     wanted = 4 * (u.mean() + ours.diversity[0][2] * b[upper[0], upper[1]].mean())
     torch.testing.assert_close(group_value(u, b, torch.arange(4), group.weight), wanted)
-    assert group.candidates == 16 and ours.steps == 3
+    assert group.steps == 16 and ours.steps == 3
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def bench():
 
 
 def test_a_distance_is_the_mean_over_pairs_of_a_set(bench):
-    """Two sets of four plain grey images: the pixel distance is the difference of grey levels."""
+    """Two sets of four uniform gray images: the pixel distance is the difference of gray levels."""
     levels = torch.tensor([0.1, 0.2, 0.4, 0.8, 0.5, 0.5, 0.5, 0.9])
     images = levels[:, None, None, None].expand(8, 3, 64, 64)
     first = [0.1, 0.3, 0.7, 0.2, 0.6, 0.4]

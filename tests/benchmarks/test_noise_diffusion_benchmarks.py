@@ -1,4 +1,4 @@
-"""Noise Diffusion's comparison and its memory: short runs have all rows, and say what they measured."""
+"""The Noise Diffusion benchmarks: short runs have all rows and report their measurements."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The overhead benchmark: both loops do the same work, and the table is arithmetic."""
+"""The overhead benchmark: both loops do the same work; arithmetic of the table."""
 
 import pytest
 from overhead import loops, main, report  # pyright: ignore[reportMissingImports]

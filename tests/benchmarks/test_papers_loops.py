@@ -1,4 +1,4 @@
-"""Beside the papers' loops: exact rows arrive where the released loops do, and the table is arithmetic."""
+"""The papers' loops: exact rows arrive where the released loops do; arithmetic of the table."""
 
 import sys
 from pathlib import Path
@@ -37,7 +37,7 @@ with papers_loops.memory_goes_back():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the resident memory is told by the kernel of Linux")
 def test_what_is_freed_goes_back(processes, tmp_path):
-    """In a process of its own: where others have freed large blocks, these may lie in one of them."""
+    """In a fresh process: elsewhere freed blocks could be reused."""
     benchmarks = Path(papers_loops.__file__).parent
     run = processes.run(FREED, folder=tmp_path, path=[benchmarks, benchmarks.parent / "src"])
     assert run.returncode == 0, run.stderr

@@ -1,4 +1,4 @@
-"""The pipelines of real shapes have as many parameters as the published ones; on the meta device none takes memory."""
+"""The pipelines of published sizes have the published number of parameters, counted on the meta device."""
 
 import pytest
 import real_shapes  # pyright: ignore[reportMissingImports]

@@ -1,4 +1,4 @@
-"""The comparison of ReNO with best-of-N: its arithmetic on made-up rows, and a short run."""
+"""The comparison of ReNO with best-of-N: its arithmetic on artificial rows, and a short run."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""What a sum of rewards saves: the ways agree, and the table is arithmetic."""
+"""The benchmark of reward sums: the ways agree; arithmetic of the table."""
 
 import pytest
 import reward_gradients  # pyright: ignore[reportMissingImports]

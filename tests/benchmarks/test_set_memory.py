@@ -1,4 +1,4 @@
-"""What a set objective holds in memory: the table is arithmetic, and a short run has every cell and one gradient."""
+"""The memory of a set objective: the arithmetic of the table, and a short run with every cell and one gradient."""
 
 import sys
 
@@ -22,7 +22,7 @@ def test_memory_is_a_multiple_of_the_smallest_set_of_the_mode():
 
 
 def test_a_short_run_has_every_mode_and_the_same_gradient(capsys, monkeypatch):
-    """Here in one process; for their memory cells have one each."""
+    """In one process; the benchmark measures each cell in its own."""
 
     def run(command, check, env):
         assert command[:2] == [sys.executable, set_memory.__file__] and check and "MALLOC_MMAP_THRESHOLD_" in env

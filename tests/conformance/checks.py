@@ -1,13 +1,16 @@
-"""The five checks of every cell, and what the results of a cell are compared with: stock pipelines and closed forms."""
+"""Checks of one cell against its oracles: the stock pipeline and losses in closed form."""
 
 import copy
 import functools
 import math
+from collections.abc import Iterable
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
-from conformance.matrix import COLUMNS, FAMILIES, Column
+from _pytest.mark import ParameterSet
+from conformance.matrix import COLUMNS, FAMILIES, Column, in_fast_tier
 from problems import generator, redness
 from tiny_families import family_arguments, tiny_family
 from tiny_pipelines import quiet
@@ -29,16 +32,16 @@ from noiseopt.pipelines import MeanVariance, NoiseOptimizer, NoisePGD
 from noiseopt.schedulers import predict_x0
 
 PROMPT = "a b"
-SETS = ("cno", "never_too_late", "group_selection")  # methods that compare the images of a prompt
+SETS = ("cno", "never_too_late", "group_selection")  # compare the images of a prompt
 
 
 def red_share(images, prompts):
-    """A score in [0, 1]."""
+    """Reward in [0, 1]: the mean of the red channel."""
     return images[:, 0].mean((1, 2))
 
 
 class Distance:
-    """A reward that any image but the plain one raises: how far it is from that."""
+    """Reward that is lowest for the baseline: the mean distance to its first image."""
 
     def __init__(self, plain: torch.Tensor) -> None:
         self.plain = plain
@@ -48,9 +51,9 @@ class Distance:
 
 
 def method_of(column: Column, plain: torch.Tensor) -> NoiseOptimizer:
-    """The method of a column with few steps; `plain` are the images that it begins with."""
-    preview = column.route == "preview"
-    frozen = column.route == "frozen"
+    """Return the method of a column with few steps; `plain` is the baseline, `(B, 3, H, W)`."""
+    preview = column.gradient == "preview"
+    frozen = column.gradient == "frozen"
     makers: dict[str, Any] = {
         "reno": lambda: ReNO(
             rewards=redness, steps=3, views=0, gradient="frozen" if frozen else "full", preview=preview
@@ -71,10 +74,10 @@ def method_of(column: Column, plain: torch.Tensor) -> NoiseOptimizer:
 
 
 def plain_loss(column: Column, images: torch.Tensor) -> torch.Tensor:
-    """`(B,)`: the loss of a method for images that it did not draw, restated from its definition."""
+    """Return the loss of a method, `(B,)`, for images of the stock pipeline, restated from its definition."""
     if column.method == "noise_diffusion":
         return -red_share(images, None)
-    if column.route == "none" or column.method in ("best_of_n", "group_selection"):
+    if column.gradient == "none" or column.method in ("best_of_n", "group_selection"):
         rewards = Distance(images)(images, None)
         if column.method == "group_selection":
             return -(rewards.sum() + 0.5 * tiny_distance(images)).expand(len(images))
@@ -85,42 +88,42 @@ def plain_loss(column: Column, images: torch.Tensor) -> torch.Tensor:
 
 
 def tiny_distance(images: torch.Tensor) -> torch.Tensor:
-    """L2 distance of the two pictures of a set, over its largest value."""
+    """Return the L2 distance between the two images of a set, divided by its maximum."""
     return (images[0] - images[1]).norm() / math.sqrt(images[0].numel())
 
 
 def contrastive_loss(x0: torch.Tensor, reference: torch.Tensor, tau: float = 0.1) -> torch.Tensor:
-    """CNO's loss of two images against what they were first; γ is 1 for two of them."""
+    """Return CNO's loss of two images against their initial estimates; γ is 1 for two images."""
     now, first = cells(x0), cells(reference)
     own, other = (torch.exp((now * partner).sum(1) / tau) for partner in (first, now.flip(0)))
     return -torch.log(own / (own + other)).mean(1)
 
 
 def cells(x0: torch.Tensor) -> torch.Tensor:
-    """Unit vectors along the channels of a grid of at most 4 × 4, in float64."""
+    """Pool to a grid of at most 4 × 4 and normalize along the channels, in float64."""
     return F.normalize(F.adaptive_avg_pool2d(x0.double(), min(4, x0.shape[-1])), dim=1).flatten(2)
 
 
 class Call:
-    """One call of a stock pipeline: its images, with nothing of ours in between."""
+    """One call of a stock pipeline, run without noiseopt as the oracle or with `optimize_noise`."""
 
     def __init__(self, pipe, arguments: dict[str, Any]) -> None:
         self.pipe, self.arguments = pipe, arguments
 
-    def draw(self, **kwargs) -> torch.Tensor:
+    def sample(self, **kwargs) -> torch.Tensor:
         kwargs = {"generator": generator(), **kwargs}
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)  # for samplers that draw from no generator
+            torch.manual_seed(0)  # for schedulers that are passed no generator
             return self.pipe(prompt=PROMPT, output_type="pt", **self.arguments, **kwargs).images
 
     @functools.cached_property
     def plain(self) -> torch.Tensor:
-        return self.draw()
+        return self.sample()
 
     def preview(self, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
-        """The x0 estimate of the first model call in spatial layout, and its image.
+        """Return the x0 estimate of the first model call, `(B, C, H, W)`, and its decoded images.
 
-        The whole stock call runs; only `scheduler.step` returns at every step what the first one predicts.
+        The stock call runs to its end, with a scheduler whose every step returns the first step's estimate.
         """
         seen: list[torch.Tensor] = []
         pipe = copy.copy(self.pipe)
@@ -133,7 +136,7 @@ class Call:
             return seen[0], seen[0]
 
         vars(scheduler)["step"] = step
-        images = Call(pipe, self.arguments).draw(**kwargs)
+        images = Call(pipe, self.arguments).sample(**kwargs)
         return spatial(pipe, seen[0]), images
 
     def optimize(self, method: NoiseOptimizer, **kwargs) -> NoiseResult:
@@ -141,7 +144,7 @@ class Call:
 
 
 def spatial(pipe, latents: torch.Tensor) -> torch.Tensor:
-    """Packed latents as `(B, C, H, W)`, by the family's own function."""
+    """Unpack latents to `(B, C, H, W)` with the pipeline's own function."""
     name = type(pipe).__name__
     if name == "Flux2KleinPipeline":
         side = math.isqrt(latents.shape[1])
@@ -158,13 +161,22 @@ def family_call(family: str, count: int) -> Call:
     return Call(tiny_family(family), {**family_arguments(family), "num_images_per_prompt": count})
 
 
+def family_cells(families: Iterable[str]) -> list[ParameterSet]:
+    """Return all pairs of family and column; those outside the fast tier are marked slow."""
+    return [
+        pytest.param(family, column, marks=[] if in_fast_tier(family, column) else pytest.mark.slow)
+        for family in families
+        for column in COLUMNS
+    ]
+
+
 def check_family_cell(family: str, column_name: str) -> None:
     column = COLUMNS[column_name]
     check_cell(family_call(family, 2 if column.method in SETS else 1), column)
 
 
 def check_off_and_class(family: str) -> None:
-    """A class with the hook: as the stock class without an optimizer, and with one its own image is the best."""
+    """Compare a class with the mixin to its stock class: equal without a method, and returning the best with one."""
     call, row = family_call(family, 1), FAMILIES[family]
     cls = type(call.pipe)
     assert (cls.__name__, type(call.pipe.scheduler).__name__) == (row.pipeline, row.scheduler)
@@ -183,17 +195,17 @@ def check_off_and_class(family: str) -> None:
 
 
 def check_cell(call: Call, column: Column) -> None:
-    """First loss, falling loss, redraw, and nothing left behind; that it is off when it is off is a test of its own."""
+    """Check the first loss, that the loss falls, that the result is reproduced, and that the pipeline is restored."""
     method, before = method_of(column, call.plain), state_of(call.pipe)
     result = call.optimize(method)
     assert state_of(call.pipe) == before
     if column.method == "cno":
         check_contrast(call, result)
-    elif column.route == "preview" and column.method == "reno":
+    elif column.gradient == "preview" and column.method == "reno":
         check_previews(call, column, result)
     else:
         check_images(call, column, result)
-    assert torch.equal(call.draw(), call.plain)
+    assert torch.equal(call.sample(), call.plain)
 
 
 def check_images(call: Call, column: Column, result: NoiseResult) -> None:
@@ -201,7 +213,7 @@ def check_images(call: Call, column: Column, result: NoiseResult) -> None:
     torch.testing.assert_close(result.losses[0], plain_loss(column, call.plain), rtol=1e-5, atol=1e-6)
     assert (result.best_loss < result.losses[0]).all()
     assert result.best_loss.equal(result.losses.nan_to_num(torch.inf).amin(0))
-    again = call.draw(latents=result.latents, generator=result.generator())
+    again = call.sample(latents=result.latents, generator=result.generator())
     assert torch.equal(again, result.images)
 
 
@@ -219,17 +231,17 @@ def check_contrast(call: Call, result: NoiseResult) -> None:
     first = contrastive_loss(plain, plain)
     torch.testing.assert_close(result.losses[0].double(), first, rtol=1e-4, atol=1e-6)
     assert (result.losses[-1] < result.losses[0]).all()
-    last, _ = call.preview(latents=result.latents, generator=result.generator())  # of the noise after the last move
+    last, _ = call.preview(latents=result.latents, generator=result.generator())  # after the last step
     assert (contrastive_loss(last, plain) < result.losses[-1]).all()
 
 
 def state_of(pipe) -> dict[str, Any]:
-    """What a run must leave as it was: attributes, scheduler, and each module's flags, hooks and parameters."""
-    parts = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
+    """Return all that a run must restore: attributes, scheduler, and each module's flags, hooks and parameters."""
+    modules = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
     return {
         "attributes": {name: id(value) for name, value in vars(pipe).items()},
         "scheduler": {name: plain_value(value) for name, value in vars(pipe.scheduler).items()},
-        **{name: [state_of_module(module) for module in part.modules()] for name, part in parts.items()},
+        **{name: [state_of_module(each) for each in module.modules()] for name, module in modules.items()},
     }
 
 

@@ -1,11 +1,11 @@
-"""What is claimed to work with what: the rows and columns of the README's tables, each cell of which is one test."""
+"""Rows and columns of the README's compatibility tables; each cell is one test."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 
 class Family(NamedTuple):
-    """A row: the pipeline class, which models it draws, and the scheduler that its tiny pipeline has."""
+    """A row: a pipeline class, the models it runs, and the scheduler of its tiny pipeline."""
 
     pipeline: str
     models: str
@@ -13,15 +13,15 @@ class Family(NamedTuple):
 
 
 class Column(NamedTuple):
-    """A method as it is registered, the route of its gradient, and its heading."""
+    """A registered method, its gradient mode, and its heading."""
 
     method: str
-    route: str
+    gradient: str
     heading: str
 
 
 class Scheduler(NamedTuple):
-    """A row of the second table: the class, and the settings that it is about."""
+    """A row of the second table: a scheduler class and its settings."""
 
     name: str
     settings: Mapping[str, Any] = {}
@@ -68,6 +68,13 @@ COLUMNS = {
     "group_selection-none": Column("group_selection", "none", "group selection"),
     "group_selection-preview": Column("group_selection", "preview", "group selection"),
 }
+
+
+def in_fast_tier(family: str, column: str) -> bool:
+    """Return True for three columns of each family and at least three families of each column, as in a Latin square."""
+    return (list(FAMILIES).index(family) - list(COLUMNS).index(column)) % 5 == 0
+
+
 SCHEDULERS = {
     "ddim": Scheduler("DDIMScheduler"),
     "ddpm": Scheduler("DDPMScheduler"),
@@ -89,19 +96,19 @@ SCHEDULERS = {
     ),
     "video": Scheduler("CogVideoXDDIMScheduler"),
 }
-ROUTES = ("full", "frozen", "x0", "none")
+GRADIENTS = ("full", "frozen", "x0", "none")
 
 OTHER_STREAM = (
-    "the pipeline lets it draw noise from no generator, so that no two evaluations would see the same: refused by name"
+    "the pipeline passes it no generator, so that no two evaluations would see the same noise: refused by name"
 )
 NO_DEPENDENCE = (
-    "the first x0 estimate does not depend on the noise where the terminal SNR is zero and the output of the denoiser "
-    "is held constant: refused by name; `CNO(gradient='full')` works"
+    "with zero terminal SNR and a frozen denoiser, the first x0 estimate does not depend on the noise: refused by "
+    "name; `CNO(gradient='full')` works"
 )
-NO_ESTIMATE = "made for video, its x0 estimate is not known: refused by name"
+NO_ESTIMATE = "made for video, with no known x0 estimate: refused by name"
 REFUSED = {
-    **{("flow_euler_stochastic", route): OTHER_STREAM for route in ("full", "frozen", "none")},
+    **{("flow_euler_stochastic", gradient): OTHER_STREAM for gradient in ("full", "frozen", "none")},
     ("zero_snr", "x0"): NO_DEPENDENCE,
     ("video", "x0"): NO_ESTIMATE,
 }
-"""Scheduler and route to the reason why they are refused."""
+"""Reasons of refusals by scheduler and gradient mode."""

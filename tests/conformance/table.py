@@ -1,4 +1,4 @@
-"""The README's tables of what works, from `matrix.py`: `python tests/conformance/table.py` writes them."""
+"""Write the README's compatibility tables from `matrix.py`: `python tests/conformance/table.py`."""
 
 import sys
 from collections.abc import Iterable
@@ -6,7 +6,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from conformance.matrix import COLUMNS, FAMILIES, REFUSED, ROUTES, SCHEDULERS  # noqa: E402
+from conformance.matrix import COLUMNS, FAMILIES, GRADIENTS, REFUSED, SCHEDULERS
 
 README = Path(__file__).parents[2] / "README.md"
 BEGIN, END = "<!-- conformance:begin -->\n", "<!-- conformance:end -->\n"
@@ -17,8 +17,8 @@ def line(cells: Iterable[str]) -> str:
 
 
 def family_table() -> str:
-    """Families in rows, methods and the routes of their gradients in columns."""
-    headings = [f"{column.heading}<br>{column.route}" for column in COLUMNS.values()]
+    """Return the table with families in rows, methods and their gradient modes in columns."""
+    headings = [f"{column.heading}<br>{column.gradient}" for column in COLUMNS.values()]
     text = line(["pipeline", *headings]) + line(["---", *[":-:"] * len(headings)])
     for row in FAMILIES.values():
         scheduler = row.scheduler.removesuffix("Scheduler")
@@ -27,12 +27,12 @@ def family_table() -> str:
 
 
 def scheduler_table() -> str:
-    """Schedulers in rows, routes in columns; what is refused has the number of a reason."""
+    """Return the table with schedulers in rows, gradient modes in columns, and numbered reasons of refusals."""
     reasons = list(dict.fromkeys(REFUSED.values()))
-    text = line(["scheduler", *ROUTES]) + line(["---", *[":-:"] * len(ROUTES)])
+    text = line(["scheduler", *GRADIENTS]) + line(["---", *[":-:"] * len(GRADIENTS)])
     for key, row in SCHEDULERS.items():
         settings = ", ".join(f"{name}={value!r}" for name, value in row.settings.items())
-        refused = [REFUSED.get((key, route)) for route in ROUTES]
+        refused = [REFUSED.get((key, gradient)) for gradient in GRADIENTS]
         marks = ["✓" if why is None else f"— [{reasons.index(why) + 1}]" for why in refused]
         text += line([f"`{row.name}{f'({settings})' if settings else ''}`", *marks])
     return text + "".join(f"\n[{index + 1}] {why}.\n" for index, why in enumerate(reasons))
@@ -49,7 +49,9 @@ def between_markers(text: str) -> str:
 def main() -> None:
     text = README.read_text(encoding="utf-8")
     if BEGIN not in text or END not in text:
-        raise SystemExit(f"Expected the lines {BEGIN.strip()} and {END.strip()} in {README}: put them where tables go.")
+        raise SystemExit(
+            f"Expected the lines {BEGIN.strip()} and {END.strip()} in {README}. Put them around the tables."
+        )
     before, _, rest = text.partition(BEGIN)
     README.write_text(before + BEGIN + tables() + END + rest.partition(END)[2], encoding="utf-8")
 

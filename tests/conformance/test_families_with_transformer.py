@@ -1,16 +1,15 @@
-"""Every family with a transformer with every method and gradient route: a cell of the README's table each."""
+"""Families with a transformer: every method and gradient mode, one test for each cell of the README's table."""
 
 import pytest
-from conformance.checks import check_family_cell, check_off_and_class
-from conformance.matrix import COLUMNS, WITH_TRANSFORMER
+from conformance.checks import check_family_cell, check_off_and_class, family_cells
+from conformance.matrix import WITH_TRANSFORMER
 
 
-@pytest.mark.parametrize("column", COLUMNS)
-@pytest.mark.parametrize("family", WITH_TRANSFORMER)
+@pytest.mark.parametrize(("family", "column"), family_cells(WITH_TRANSFORMER))
 def test_cell(family, column):
     check_family_cell(family, column)
 
 
 @pytest.mark.parametrize("family", WITH_TRANSFORMER)
-def test_a_class_with_the_hook_is_bit_identical_when_off_and_draws_the_best_when_on(family):
+def test_class_with_the_hook_equals_the_stock_class_when_off_and_returns_the_best_when_on(family):
     check_off_and_class(family)

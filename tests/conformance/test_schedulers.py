@@ -1,17 +1,18 @@
-"""Every scheduler with every gradient route, what is refused by name, and the README's tables."""
+"""Schedulers with every gradient mode, refusals by name, and the README's tables."""
 
 import copy
 import dataclasses
+from collections import Counter
 
 import diffusers
 import pytest
 import torch
 from conformance.checks import Call, check_cell
-from conformance.matrix import COLUMNS, FAMILIES, REFUSED, ROUTES, SCHEDULERS
+from conformance.matrix import COLUMNS, FAMILIES, GRADIENTS, REFUSED, SCHEDULERS, in_fast_tier
 from conformance.table import README, between_markers, tables
 from diffusers import DDIMScheduler, StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
 from problems import generator, redness
-from tiny_families import FAMILY_BUILDERS, drawn_image, family_arguments, tiny_family
+from tiny_families import FAMILY_BUILDERS, family_arguments, random_image, tiny_family
 from tiny_pipelines import SIZE, quiet, tiny_pipeline
 
 from noiseopt import BestOfN, NoiseOptimizationMixin, ReNO, list_methods, optimize_noise
@@ -28,7 +29,7 @@ REFUSALS = {
 
 
 def scheduler_call(name: str, count: int = 1) -> Call:
-    """A call with two steps of a scheduler: on SD 3 for flow matching, on SDXL otherwise."""
+    """Return a call with two steps of a scheduler, of SD 3 for flow matching and of SDXL otherwise."""
     row, flow = SCHEDULERS[name], name.startswith("flow")
     stock = tiny_pipeline("sd3" if flow else "sdxl")
     settings = {} if flow else {**SD_BETAS, **SETTINGS.get(name, {})}
@@ -38,12 +39,12 @@ def scheduler_call(name: str, count: int = 1) -> Call:
     return Call(pipe, {"num_inference_steps": 2, "guidance_scale": 0.0, "num_images_per_prompt": count, **SIZE})
 
 
-@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("gradient", GRADIENTS)
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_scheduler(name, route):
-    column = COLUMNS[COLUMN_OF[route]]
-    call = scheduler_call(name, 2 if route == "x0" else 1)
-    if (name, route) not in REFUSED:
+def test_scheduler(name, gradient):
+    column = COLUMNS[COLUMN_OF[gradient]]
+    call = scheduler_call(name, 2 if gradient == "x0" else 1)
+    if (name, gradient) not in REFUSED:
         check_cell(call, column)
         return
     with pytest.raises((TypeError, ValueError), match=REFUSALS[name]):
@@ -54,23 +55,30 @@ def test_zero_terminal_snr_goes_with_the_gradient_through_the_denoiser():
     check_cell(scheduler_call("zero_snr", 2), COLUMNS["cno-full"])
 
 
+def test_fast_tier_has_three_columns_of_each_family_and_three_families_of_each_column():
+    cells = [(family, column) for family in FAMILIES for column in COLUMNS if in_fast_tier(family, column)]
+    assert Counter(family for family, _ in cells) == dict.fromkeys(FAMILIES, 3)
+    assert min(Counter(column for _, column in cells).values()) >= 3
+    assert {column for _, column in cells} == COLUMNS.keys()
+
+
 def test_every_method_and_every_tiny_family_has_its_cells():
     assert {column.method for column in COLUMNS.values()} == set(list_methods())
     assert FAMILIES.keys() == FAMILY_BUILDERS.keys()
     assert {name for name, _ in REFUSED} == REFUSALS.keys()
 
 
-class FunctionOfItsOwn(StableDiffusionPipeline):
+class OwnLatents(StableDiffusionPipeline):
     def prepare_latents(self, batch_size, *args, **kwargs):
         return torch.randn(batch_size, 4, 16, 16)
 
 
-class LatentsOnTop(StableDiffusionPipeline):
+class ScaledLatents(StableDiffusionPipeline):
     def prepare_latents(self, *args, **kwargs):
         return super().prepare_latents(*args, **kwargs) * 0.9
 
 
-class OwnDraws(DDIMScheduler):
+class UnseededNoise(DDIMScheduler):
     def step(self, *args, **kwargs):
         (sample,) = super().step(*args, **kwargs)[:1]
         return (sample + torch.randn(sample.shape),)
@@ -81,21 +89,21 @@ def sd_as(cls, **components):
     return quiet(cls(**{**stock.components, **components}, requires_safety_checker=False))
 
 
-@pytest.mark.parametrize("cls", [FunctionOfItsOwn, LatentsOnTop])
+@pytest.mark.parametrize("cls", [OwnLatents, ScaledLatents])
 def test_latents_that_a_subclass_prepares_otherwise_are_refused_before_any_model_runs(cls):
     pipe = sd_as(cls)
-    pipe.text_encoder = None  # would fail if it were asked
+    pipe.text_encoder = None  # encoding the prompt would fail
     with pytest.raises(TypeError, match=f"`prepare_latents`.*{cls.__name__}"):
         optimize_noise(pipe, "a", ReNO(rewards=redness), **SIZE)
 
 
 def test_a_sampler_that_draws_from_no_generator_is_refused():
-    pipe = sd_as(StableDiffusionPipeline, scheduler=OwnDraws(**SD_BETAS, **CLEAN, steps_offset=1))
-    with pytest.raises(ValueError, match="StableDiffusionPipeline with OwnDraws draws some.*noise_sampler_seed"):
+    pipe = sd_as(StableDiffusionPipeline, scheduler=UnseededNoise(**SD_BETAS, **CLEAN, steps_offset=1))
+    with pytest.raises(ValueError, match="StableDiffusionPipeline with UnseededNoise draws from.*noise_sampler_seed"):
         optimize_noise(pipe, "a", BestOfN(rewards=redness), num_inference_steps=2, **SIZE)
 
 
-IMAGE: dict = {"image": drawn_image(5), "num_inference_steps": 2, "strength": 0.5}
+IMAGE: dict = {"image": random_image(5), "num_inference_steps": 2, "strength": 0.5}
 
 
 def test_a_pipeline_that_takes_no_latents_is_refused_and_works_as_a_class():
@@ -115,7 +123,7 @@ def test_a_pipeline_that_takes_no_latents_is_refused_and_works_as_a_class():
 def test_what_takes_the_place_of_the_noise_is_refused_by_name():
     pipe, arguments = tiny_family("img2img_sdxl"), family_arguments("img2img_sdxl")
     reno = ReNO(rewards=redness)
-    with pytest.raises(ValueError, match="no `latents`, as StableDiffusionXLImg2ImgPipeline.*Leave them out"):
+    with pytest.raises(ValueError, match="no `latents`, since in StableDiffusionXLImg2ImgPipeline.*Leave them out"):
         optimize_noise(pipe, "a", reno, latents=torch.zeros(1, 4, 16, 16), **arguments)
     with pytest.raises(ValueError, match="StableDiffusionXLImg2ImgPipeline draws none.*denoising_start"):
         optimize_noise(pipe, "a", reno, denoising_start=0.5, **arguments)

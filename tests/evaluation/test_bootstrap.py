@@ -1,4 +1,4 @@
-"""Bootstrap intervals against what is known of them in closed form."""
+"""Bootstrap intervals against closed forms."""
 
 import math
 
@@ -24,7 +24,7 @@ def test_equal_values_leave_no_doubt():
 
 @pytest.mark.parametrize(("right", "count"), [(7, 20), (60, 100)])
 def test_shares_have_binomial_intervals(right, count):
-    """Resampled hits of a share p are Binomial(P, p): the interval is that of its quantiles, up to one hit."""
+    """Resampled hits of a share p are Binomial(P, p): the interval matches its quantiles up to one hit."""
     estimate = bootstrap(torch.tensor([1.0] * right + [0.0] * (count - right)))
     assert estimate.value == pytest.approx(right / count)
     for bound, level in ((estimate.low, 0.025), (estimate.high, 0.975)):
@@ -32,7 +32,7 @@ def test_shares_have_binomial_intervals(right, count):
 
 
 def test_means_have_normal_intervals():
-    """Of many values: mean ± 1.96 σ / √P, with the σ of the sample."""
+    """For many values: mean ± 1.96 σ / √P with the sample's σ."""
     values = torch.randn(2000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     estimate, spread = bootstrap(values, resamples=4000), float(values.std(correction=0)) / 2000**0.5
     assert estimate.low == pytest.approx(float(values.mean()) - 1.96 * spread, abs=0.1 * spread)
@@ -51,7 +51,7 @@ def test_swapping_the_methods_mirrors_the_interval():
 
 
 def test_weights_make_a_ratio_of_sums():
-    """A prompt with no case changes nothing; with one value per case the ratio has no spread."""
+    """Prompts without cases are ignored; with one value per case the ratio has no spread."""
     cases = torch.tensor([4, 0, 1, 3])
     assert bootstrap(0.5 * cases, cases) == Estimate(*[pytest.approx(0.5)] * 3)
 

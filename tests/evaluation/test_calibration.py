@@ -1,4 +1,4 @@
-"""N of best-of-N: against a machine whose times are known."""
+"""N of best-of-N on a machine with known times."""
 
 import itertools
 from types import SimpleNamespace
@@ -11,7 +11,7 @@ from noiseopt.evaluation.plan import MethodChoice
 
 
 class Machine:
-    """A studio whose methods take `method` seconds, times a factor for each call, and best-of-N `once + each · N`."""
+    """A studio whose methods take `method` seconds, times a factor per call, and best-of-N `once + each · N`."""
 
     instruments = SimpleNamespace(rewards="red")
     plan = SimpleNamespace(prompts=SimpleNamespace(prompts=["a", "b"]))

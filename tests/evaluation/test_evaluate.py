@@ -1,4 +1,4 @@
-"""The command from end to end: its files, going on after an interruption, two processes, and other people's models."""
+"""The command end to end: its files, resuming, two processes, and other models."""
 
 import argparse
 import contextlib
@@ -42,7 +42,7 @@ def prompts(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory, prompts) -> tuple[Path, str]:
-    """The folder of an evaluation by one process, and what it printed."""
+    """The folder of a single-process evaluation, and the printed text."""
     folder, printed = tmp_path_factory.mktemp("alone") / "new" / "folder", io.StringIO()
     with contextlib.redirect_stdout(printed):
         main(command(folder, prompts))
@@ -94,11 +94,11 @@ def test_the_table_is_the_mean_of_the_units(alone):
     assert {unit["category"] for unit in every} == {"position", "counting", "single"}
 
 
-def test_optimised_rewards_are_marked_and_only_they(alone):
+def test_optimized_rewards_are_marked_and_only_they(alone):
     text = (alone[0] / "table.md").read_text(encoding="utf-8")
     assert "| clip\\* | red |" in text
     results = json.loads((alone[0] / "results.json").read_text(encoding="utf-8"))
-    marked = {entry["metric"] for entry in results["estimates"] if entry["optimised"]}
+    marked = {entry["metric"] for entry in results["estimates"] if entry["optimized"]}
     assert "clip" in marked and not marked & {"red", "right", "layout spread"}
 
 
@@ -128,7 +128,7 @@ def test_it_goes_on_where_it_was_interrupted_with_the_same_table(alone, prompts,
     with monkeypatch.context() as interruption, pytest.raises(SystemExit) as ended:
         interruption.setattr(Unit, "save", interrupted)
         main(command(tmp_path / "folder", prompts))
-    assert ended.value.code == 130 and "the same command goes on" in capsys.readouterr().err
+    assert ended.value.code == 130 and "the same command continues" in capsys.readouterr().err
     assert len(units(tmp_path / "folder")) == 3 and not (tmp_path / "folder" / "table.md").exists()
     main(command(tmp_path / "folder", prompts))
     assert len(measured) == 4 + UNITS - 3 and set(measured[:3]).isdisjoint(measured[4:])
@@ -181,10 +181,8 @@ def test_models_and_prompts_of_the_real_world(tmp_path, capsys):
         Image.fromarray(noise.numpy()).save(tmp_path / "references" / f"{index}.png")
     options = ["--call", "num_inference_steps=1,guidance_scale=0.0,height=32,width=32", "--watch", "red"]
     options += ["--reward", f"{reward}=2", "--features", reward, "--references", str(tmp_path / "references")]
-    main(
-        ["evaluate", "--model", str(tmp_path / "model"), "--prompts", str(tmp_path / "prompts.jsonl"), *options]
-        + ["--method", "reno:steps=2", "--seeds", "2", "--device", "cpu", "--output", str(tmp_path / "out")]
-    )
+    options += ["--method", "reno:steps=2", "--seeds", "2", "--device", "cpu", "--output", str(tmp_path / "out")]
+    main(["evaluate", "--model", str(tmp_path / "model"), "--prompts", str(tmp_path / "prompts.jsonl"), *options])
     assert "takes as long as reno:steps=2" in capsys.readouterr().out
     text = (tmp_path / "out" / "table.md").read_text(encoding="utf-8")
     assert "judge" not in text and "layout" not in text and "Coverage" in text
@@ -202,7 +200,7 @@ def test_models_and_prompts_of_the_real_world(tmp_path, capsys):
         (["--model", "trubo"], "Expected a model out of turbo"),
         (["--method", "renoir"], "Expected a method out of"),
         (["--method", "reno:step=2"], "Expected settings of reno out of steps"),
-        (["--method", "reno:learning_rate=-1"], "Expected learning_rate >= 0"),
+        (["--method", "reno:learning_rate=-1"], "Expected `learning_rate`"),
         (["--reward", "clipscor"], "Did you mean 'clipscore'"),
         (["--reward", "red=many"], "Expected a reward as NAME or NAME=WEIGHT"),
         (["--reward", "red=-1"], "Expected weights above 0"),

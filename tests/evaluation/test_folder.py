@@ -1,4 +1,4 @@
-"""The folder of an evaluation: files in it that are damaged or of another evaluation are refused by name."""
+"""The folder of an evaluation: damaged or foreign files are refused by name."""
 
 import json
 from pathlib import Path
@@ -57,20 +57,20 @@ UNITS = {
     "deep": ("[" * 200_000, "cannot be read"),
     "bytes": ("\udcff", "cannot be read"),
     "a list": ("[]", "but got list"),
-    "no prompt": (without("prompt"), "as its prompt"),
-    "no rewards": (without("rewards"), "as its rewards"),
-    "of another model": (json.dumps({**GOOD, "model": "guided"}), "as its model"),
-    "of another method": (json.dumps({**GOOD, "method": "reno"}), "as its method"),
-    "of another prompt": (json.dumps({**GOOD, "index": 1}), "as its index"),
-    "seeds of text": (json.dumps({**GOOD, "seeds": "12"}), "as its seeds"),
-    "rewards of text": (json.dumps({**GOOD, "rewards": {"red": ["x", "y"]}}), "as its rewards"),
-    "a reward less": (json.dumps({**GOOD, "rewards": {"red": [1.0]}}), "as its rewards"),
-    "rewards that are a number": (json.dumps({**GOOD, "rewards": {"red": 1.0}}), "as its rewards"),
-    "a verdict less": (json.dumps({**GOOD, "judge": {"right": [True]}}), "as its judge"),
-    "no verdict": (json.dumps({**GOOD, "judge": {}}), "as its judge"),
-    "a verdict in words": (json.dumps({**GOOD, "judge": "right"}), "as its judge"),
-    "costs of text": (json.dumps({**GOOD, "cost": {"seconds": "fast"}}), "as its cost"),
-    "lists in lists": (json.dumps({**GOOD, "set": {"mss": [[1.0]]}}), "as its set"),
+    "no prompt": (without("prompt"), "wrong values: prompt"),
+    "no rewards": (without("rewards"), "wrong values: rewards"),
+    "of another model": (json.dumps({**GOOD, "model": "guided"}), "wrong values: model"),
+    "of another method": (json.dumps({**GOOD, "method": "reno"}), "wrong values: method"),
+    "of another prompt": (json.dumps({**GOOD, "index": 1}), "wrong values: index"),
+    "seeds of text": (json.dumps({**GOOD, "seeds": "12"}), "wrong values: seeds"),
+    "rewards of text": (json.dumps({**GOOD, "rewards": {"red": ["x", "y"]}}), "wrong values: rewards"),
+    "a reward less": (json.dumps({**GOOD, "rewards": {"red": [1.0]}}), "wrong values: rewards"),
+    "rewards that are a number": (json.dumps({**GOOD, "rewards": {"red": 1.0}}), "wrong values: rewards"),
+    "a verdict less": (json.dumps({**GOOD, "judge": {"right": [True]}}), "wrong values: judge"),
+    "no verdict": (json.dumps({**GOOD, "judge": {}}), "wrong values: judge"),
+    "a verdict in words": (json.dumps({**GOOD, "judge": "right"}), "wrong values: judge"),
+    "costs of text": (json.dumps({**GOOD, "cost": {"seconds": "fast"}}), "wrong values: cost"),
+    "lists in lists": (json.dumps({**GOOD, "set": {"mss": [[1.0]]}}), "wrong values: set"),
 }
 
 
@@ -87,10 +87,10 @@ def test_a_unit_that_is_none_is_refused_by_name(case, folder):
 def test_features_that_are_none_are_refused_by_name(data, folder):
     path = folder.unit_path("turbo", PLAIN, 0).with_suffix(".safetensors")
     path.write_bytes(data)
-    with pytest.raises(CannotEvaluate, match="features of images in .*00000.safetensors.*Delete"):
+    with pytest.raises(CannotEvaluate, match="image features in .*00000.safetensors.*Delete"):
         folder.features("turbo", PLAIN, 0)
     save_file({"noise": torch.ones(2)}, path)
-    with pytest.raises(CannotEvaluate, match="features of images"):
+    with pytest.raises(CannotEvaluate, match="image features"):
         folder.features("turbo", PLAIN, 0)
 
 

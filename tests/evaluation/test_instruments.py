@@ -1,4 +1,4 @@
-"""What images are embedded by."""
+"""The features of an evaluation."""
 
 import dataclasses
 
@@ -28,7 +28,7 @@ def test_vectors_stay_as_they_are():
 
 @dataclasses.dataclass
 class Names:
-    """What `load_features` reads of a plan."""
+    """The fields of a plan that `load_features` reads."""
 
     features: str | None
     features_are_embedded: bool

@@ -1,4 +1,4 @@
-"""The cost of a call: passes through the denoiser, seconds, and the peak of the memory."""
+"""The cost of a call: denoiser calls, seconds, and peak memory."""
 
 import sys
 import time
@@ -71,7 +71,7 @@ for mebibytes in (64, 256):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is kept by the kernel of Linux")
 def test_memory_is_the_peak_above_what_was_held(processes, tmp_path):
-    """In a process of its own: where others have freed large blocks, `held` may lie in one of them and not go back."""
+    """In a fresh process: elsewhere `held` could reuse freed blocks and not be returned."""
     done = processes.run(PEAKS, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert [float(line) for line in done.stdout.split()] == pytest.approx([64, 256], abs=16)

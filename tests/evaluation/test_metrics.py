@@ -1,4 +1,4 @@
-"""Set metrics against their formulas written out, closed forms, the published packages, and rendered scenes."""
+"""Set metrics against explicit formulas, closed forms, published packages, and rendered scenes."""
 
 import itertools
 import math
@@ -9,7 +9,6 @@ import torch
 
 from noiseopt.evaluation.metrics import (
     coverage,
-    density,
     ground_spread,
     layout_spread,
     mean_pairwise_similarity,
@@ -30,7 +29,7 @@ def cosine(a: list[float], b: list[float]) -> float:
 
 
 def equally_similar(count: int, similarity: float) -> torch.Tensor:
-    """Unit vectors with the same cosine for each pair."""
+    """Unit vectors with the same cosine for every pair."""
     kernel = (1 - similarity) * torch.eye(count, dtype=torch.float64) + similarity
     return torch.linalg.cholesky(kernel)
 
@@ -79,7 +78,7 @@ def test_equally_similar_images_have_a_closed_form(q, similarity):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("q", ORDERS)
 def test_copies_do_not_count(q, dtype):
-    """Three orthogonal directions, each twice, once scaled: 3 images of 6, of any order."""
+    """Three orthogonal directions, each twice, once scaled: 3 effective images of 6, for any order."""
     rotation = torch.linalg.qr(random_features(8, 8)).Q[:3].to(dtype)
     assert float(vendi_score(torch.cat((rotation, 0.1 * rotation)), q)) == pytest.approx(3, rel=1e-4)
 
@@ -107,7 +106,7 @@ def test_gradient_of_the_similarity_matches_finite_differences():
 
 
 def naive_balls(features: torch.Tensor, references: torch.Tensor, k: int) -> list[list[bool]]:
-    """For each reference, in which ball each feature is."""
+    """For each reference, the features inside its ball."""
     found = []
     for i, reference in enumerate(references.tolist()):
         others = [each for j, each in enumerate(references.tolist()) if j != i]
@@ -117,20 +116,18 @@ def naive_balls(features: torch.Tensor, references: torch.Tensor, k: int) -> lis
 
 
 @pytest.mark.parametrize("k", [1, 3, 5, 29])
-def test_coverage_and_density_are_their_definitions(k):
+def test_coverage_is_its_definition(k):
     references, features = random_features(30, 3), random_features(20, 3, seed=1) + 0.5
     balls = naive_balls(features, references, k)
     assert float(coverage(features, references, k)) == pytest.approx(sum(map(any, balls)) / 30)
-    assert float(density(features, references, k)) == pytest.approx(sum(map(sum, balls)) / (k * 20))
 
 
 def test_coverage_of_points_on_a_line():
-    """Of the references 0, 1, 3, 6, the nearest others are at 1, 1, 2 and 3; balls are open."""
+    """The nearest others of the references 0, 1, 3, 6 are at distance 1, 1, 2 and 3; balls are open."""
     references = torch.tensor([[0.0], [1.0], [3.0], [6.0]])
     assert float(coverage(torch.tensor([[0.5]]), references, k=1)) == 0.5
     assert float(coverage(torch.tensor([[3.0]]), references, k=1)) == 0.25
     assert float(coverage(references, references, k=1)) == 1.0
-    assert float(density(torch.tensor([[0.5], [3.5]]), references, k=1)) == (2 + 2) / 2
 
 
 def test_equals_the_vendi_score_package():
@@ -139,7 +136,7 @@ def test_equals_the_vendi_score_package():
         features = random_features(count, width, seed=seed)
         assert float(vendi_score(features)) == pytest.approx(vendi.score_X(features.numpy()), rel=1e-10)
         if count <= width:
-            # On a kernel without zero eigenvalues, of which the package counts the positive rounding errors.
+            # on a kernel without zero eigenvalues, whose positive rounding errors the package would count
             directions = torch.nn.functional.normalize(features, dim=1)
             kernel = (directions @ directions.T).numpy()
             for q in ORDERS:
@@ -153,7 +150,6 @@ def test_equals_the_prdc_package(capsys):
         references, features = random_features(40, 6, seed=seed), 0.8 * random_features(25, 6, seed=seed + 10) + 0.3
         theirs = prdc.compute_prdc(references.numpy(), features.numpy(), nearest_k=k)
         assert float(coverage(features, references, k)) == pytest.approx(theirs["coverage"], abs=1e-12)
-        assert float(density(features, references, k)) == pytest.approx(theirs["density"], abs=1e-12)
 
 
 def test_wrong_arguments_are_refused():
@@ -166,7 +162,7 @@ def test_wrong_arguments_are_refused():
     with pytest.raises(ValueError, match="k from 1 to 4, .* but got 5"):
         coverage(torch.zeros(3, 2), torch.zeros(5, 2), k=5)
     with pytest.raises(ValueError, match="same model"):
-        density(torch.zeros(3, 2), torch.zeros(5, 3))
+        coverage(torch.zeros(3, 2), torch.zeros(5, 3))
 
 
 def pictures(*scenes: list[Shape]) -> torch.Tensor:
@@ -194,7 +190,7 @@ def test_layout_spread_is_the_distance_from_the_mean_place():
 
 
 def test_layout_spread_does_not_see_which_of_two_alike_is_which():
-    """Two red circles change places, and move by 3 pixels up and down: only the moves count."""
+    """Two red circles swap positions and move by 3 pixels vertically: only the moves count."""
     left, right = (16, 29), (47, 35)
     first = [Shape("circle", "red", *left, 10), Shape("circle", "red", *right, 11)]
     second = [Shape("circle", "red", 16, 35, 11), Shape("circle", "red", 47, 29, 10)]
@@ -202,7 +198,7 @@ def test_layout_spread_does_not_see_which_of_two_alike_is_which():
 
 
 def test_layout_spread_of_what_is_found():
-    """The blue square is in one image only: its place is not known twice."""
+    """The blue square is in one image only, so it has no spread."""
     both = [Shape("circle", "red", 16, 20, 10), Shape("square", "blue", 47, 32, 10)]
     images = pictures(both, [Shape("circle", "red", 16, 40, 10)])
     assert layout_spread(images, "a red circle and a blue square") == pytest.approx(10, abs=0.3)
@@ -233,7 +229,7 @@ def test_size_spread_is_the_deviation_of_radii():
 
 
 def test_size_spread_compares_the_largest_with_the_largest():
-    """Two red circles exchange their sizes: no difference. One that is in a single image does not count."""
+    """Two red circles swap their sizes: no difference. One in a single image does not count."""
     first = [Shape("circle", "red", 16, 32, 9), Shape("circle", "red", 47, 32, 13)]
     second = [Shape("circle", "red", 16, 32, 13), Shape("circle", "red", 47, 32, 9)]
     assert size_spread(pictures(first, second), "two red circles") == pytest.approx(0, abs=0.05)
@@ -241,8 +237,8 @@ def test_size_spread_compares_the_largest_with_the_largest():
     assert math.isnan(size_spread(pictures(first, second), "a green circle"))
 
 
-def test_ground_spread_is_the_distance_of_mean_greys_and_ignores_shapes():
-    """Grounds of grey g and g + 0.2: each is 0.1 from the mean in three channels."""
+def test_ground_spread_is_the_distance_of_mean_grays_and_ignores_shapes():
+    """Grounds of gray g and g + 0.2: each is 0.1 from the mean in three channels."""
     images = torch.full((2, 3, 64, 64), 0.3)
     images[1] += 0.2
     images[0, 0, 10:30, 10:30] = 1.0

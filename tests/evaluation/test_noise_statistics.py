@@ -1,4 +1,4 @@
-"""Noise statistics against pure Python sums, the limits of Gaussian noise, and noise with a known flaw."""
+"""Noise statistics against plain Python sums, the limits of Gaussian noise, and noise with known flaws."""
 
 import cmath
 import dataclasses
@@ -15,7 +15,7 @@ def white(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def flat(statistics: NoiseStatistics) -> torch.Tensor:
-    """All numbers in a row."""
+    """All numbers as a flat list."""
     values = dataclasses.asdict(statistics)
     return torch.tensor([*values.pop("spectrum"), *values.values()], dtype=torch.float64)
 
@@ -65,12 +65,12 @@ def test_white_noise_is_within_its_limits(shape):
 
 
 def test_limits_are_the_mean_and_spread_over_many_noises():
-    """Of 800 draws, the mean is right within 4 of its standard errors, and the spread within 12%."""
+    """Over 800 draws, the mean is within 4 standard errors, and the spread within 12%."""
     shape = (2, 2, 8, 8)
     draws = torch.stack([flat(noise_statistics(white(*shape, seed=seed))) for seed in range(800)])
     limits = gaussian_limits(shape)
     expected, error = flat(limits.expected), flat(limits.standard_error)
-    # The log of a mean is biased for rings of few frequencies: the slope is known to first order only.
+    # the log of a mean is biased for rings with few frequencies: the slope is exact to first order only
     slack = torch.full_like(expected, 4 / 800**0.5)
     slack[-1] = 0.25
     assert ((draws.mean(0) - expected).abs() < slack * error).all()

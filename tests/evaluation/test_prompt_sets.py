@@ -1,4 +1,4 @@
-"""Prompt sets from small files in the layouts of the published benchmarks."""
+"""Prompt sets from small files in the formats of published benchmarks."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A unit draws what the stock pipeline draws from the noise that a method found, and is written as a whole or not."""
+"""A unit has the images of the stock pipeline from a method's noise, and is written completely or not at all."""
 
 import json
 
@@ -35,7 +35,7 @@ def studio() -> Studio:
 
 @pytest.fixture(scope="module")
 def plain(studio) -> torch.Tensor:
-    """What the stock pipeline draws, with nothing of ours."""
+    """The output of the stock pipeline alone."""
     generators = [torch.Generator().manual_seed(studio.plan.seed(1, image)) for image in range(2)]
     call = {"generator": generators, "num_images_per_prompt": 2, "output_type": "pt"}
     return studio.pipe(PROMPT, num_inference_steps=1, guidance_scale=0.0, **call).images

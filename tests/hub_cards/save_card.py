@@ -1,4 +1,4 @@
-"""Run by `test_saving.py` in a fresh process: save pipelines, load them again, and compare what they draw.
+"""Run by `test_saving.py` in a fresh process: save pipelines, load them again, and compare their images.
 
 Arguments: the folders of a card of ReNO and of one of CNO; an empty folder. Prints one JSON object.
 """
@@ -14,18 +14,19 @@ import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from tiny_pipelines import call_arguments, quiet, sd_pipeline
 
+FILES = ("pipeline.py", "noiseopt_bundle.py")
 load = functools.partial(DiffusionPipeline.from_pretrained, trust_remote_code=True, safety_checker=None)
 
 
-def draw(pipe: Any) -> torch.Tensor:
-    """What one seed gives, optimised."""
+def generate(pipe: Any) -> torch.Tensor:
+    """Return the optimized images of one seed."""
     pipe.set_progress_bar_config(disable=True)
     arguments = call_arguments("sd") | {"generator": torch.Generator().manual_seed(7), "output_type": "pt"}
-    return pipe("a red cat", rewards={"red": 1.0}, optimization_steps=2, **arguments).images
+    return pipe("a red cat", rewards={"red": 1.0}, steps=2, **arguments).images
 
 
 def refused(folder: Path) -> bool:
-    """Whether diffusers asks for trust before it runs the code of a folder."""
+    """Return whether diffusers asks for trust before it runs the code of a folder."""
     try:
         DiffusionPipeline.from_pretrained(folder)
     except ValueError as error:
@@ -33,33 +34,49 @@ def refused(folder: Path) -> bool:
     return False
 
 
+def dot_refused(pipe: Any, folder: Path) -> bool:
+    """Return whether a repository from which diffusers could not load is refused before anything is written."""
+    refusals = 0
+    for push in (
+        lambda: pipe.push_to_hub("someone/v1.0"),
+        lambda: pipe.save_pretrained(folder / "v1.0", push_to_hub=True),
+    ):
+        try:
+            push()
+        except ValueError as error:
+            refusals += "Expected a repository name without a dot" in str(error)
+    return refusals == 2 and not (folder / "v1.0").exists()
+
+
+def code_of(folder: Path) -> list[bytes]:
+    """Return the content of both files of code, which are no links."""
+    return [(folder / name).read_bytes() for name in FILES if not (folder / name).is_symlink()]
+
+
 def main(card: Path, other: Path, folder: Path) -> dict[str, bool]:
-    """What is true of saved pipelines."""
+    """Return what is true of saved pipelines."""
     quiet(sd_pipeline()).save_pretrained(folder / "weights")
     pipe = load(folder / "weights", custom_pipeline=str(card))
-    images, code = draw(pipe), (card / "pipeline.py").read_bytes()
-    quiet(sd_pipeline()).save_pretrained(other)
-    index = json.loads((other / "model_index.json").read_text())
-    index["_class_name"] = ["pipeline", "CNOStableDiffusionPipeline"]
-    (other / "model_index.json").write_text(json.dumps(index))
-    load(other)  # diffusers puts its code where that of the card was
+    images, code = generate(pipe), [(card / name).read_bytes() for name in FILES]
+    load(folder / "weights", custom_pipeline=str(other))  # diffusers puts its code where that of the card was
     pipe.save_pretrained(folder / "saved")
     pipe.push_to_hub("someone/mine", token="hf_loopback")
     again = load(folder / "saved")
     again.save_pretrained(folder / "saved again")
     facts = {
-        "the card's own code is saved": (folder / "saved/pipeline.py").read_bytes() == code,
-        "and saved again": (folder / "saved again/pipeline.py").read_bytes() == code,
-        "the folder draws the same": torch.equal(draw(again), images),
-        "so does the Hub": torch.equal(draw(load("someone/mine")), images),
+        "the card's own code is saved": code_of(folder / "saved") == code,
+        "and saved again": code_of(folder / "saved again") == code,
+        "the folder generates the same": torch.equal(generate(again), images),
+        "so does the Hub": torch.equal(generate(load("someone/mine")), images),
+        "names with a dot are refused": dot_refused(pipe, folder),
         "trust is asked for": refused(folder / "saved"),
         "the package was not needed": "noiseopt" not in sys.modules,
     }
     package = importlib.import_module("noiseopt.pipelines.reno.stable_diffusion").ReNOStableDiffusionPipeline
     mine = package.from_pretrained(folder / "saved", safety_checker=None)
-    facts["the class of the package needs no trust"] = type(mine) is package and torch.equal(draw(mine), images)
+    facts["the class of the package needs no trust"] = type(mine) is package and torch.equal(generate(mine), images)
     mine.save_pretrained(folder / "of the package")
-    facts["the package saves the code of the card"] = (folder / "of the package/pipeline.py").read_bytes() == code
+    facts["the package saves the code of the card"] = code_of(folder / "of the package") == code
     return facts
 
 

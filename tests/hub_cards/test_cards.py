@@ -1,9 +1,9 @@
-"""What lies in the card folders: up to date, self-contained, and true to what it says."""
+"""The card folders: up to date, self-contained, and true to what they say."""
 
 import ast
 import dataclasses
-import importlib
 import inspect
+import os
 import re
 import runpy
 import shutil
@@ -13,10 +13,12 @@ import diffusers
 import pytest
 from huggingface_hub import ModelCard
 
+import noiseopt.rewards
 from noiseopt.cli import main
-from noiseopt.hub import build, cards
+from noiseopt.hub import build, cards, stubs
 from noiseopt.hub.before_after import PICTURE
 from noiseopt.hub.bundle import Refused
+from noiseopt.schedulers import list_noise_samplers
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -39,10 +41,8 @@ def readmes(root):
 
 
 @pytest.fixture(scope="module")
-def bundles(root):
-    return {
-        folder.name: ast.parse((folder / "pipeline.py").read_text(encoding="utf-8")) for folder in card_folders(root)
-    }
+def bundle(root):
+    return ast.parse((root / "hub_cards" / build.BUNDLE).read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def dependencies(root):
 
 
 def test_nothing_has_drifted():
-    assert build.drifted() == [], "run `noiseopt hub check`"
+    assert build.drifted() == build.drifted_stub_files() == [], "run `noiseopt hub build`"
 
 
 def exit_of(arguments):
@@ -66,10 +66,12 @@ def exit_of(arguments):
 
 @pytest.fixture
 def folders(root, tmp_path, monkeypatch):
-    """A folder for three of the cards that holds their pictures only."""
+    """A folder of three cards with their pictures, and a copy of the package's stub files."""
     names = ("cno-flux", "reno-stable-diffusion", "reno-turbo")
     monkeypatch.setattr(build, "CARDS", [card for card in build.CARDS if card.name in names])
     monkeypatch.setattr(build, "HUB_CARDS", tmp_path / "hub_cards")
+    monkeypatch.setattr(stubs, "stub_path", lambda cls: tmp_path / f"{cls.__name__}.pyi")
+    monkeypatch.setattr(build, "ROOT", tmp_path)
     for name in names:
         (tmp_path / "hub_cards" / name).mkdir(parents=True)
         shutil.copy(root / "hub_cards" / name / PICTURE, tmp_path / "hub_cards" / name)
@@ -80,32 +82,42 @@ def test_check_names_what_drifted_and_what_helps(folders, capsys):
     assert exit_of(["hub", "build"]) == 0
     assert exit_of(["hub", "check"]) == 0
     (folders / "reno-turbo/pipeline.py").write_text("# edited by hand\n")
+    text = (folders / "noiseopt_bundle.py").read_text(encoding="utf-8")
+    (folders / "reno-turbo/noiseopt_bundle.py").unlink()
+    (folders / "reno-turbo/noiseopt_bundle.py").write_text(text, encoding="utf-8")
+    stub = folders.parent / "ReNOTurboPipeline.pyi"
+    stub.write_text(stub.read_text().replace("eta: float", "eta: str"))
     (folders / "reno-stable-diffusion/README.md").unlink()
     (folders / "cno-flux/before_after.png").write_bytes((folders / "reno-turbo/before_after.png").read_bytes())
     (folders / "renamed").mkdir()
     for name in ("pipeline.py", "before_after.png"):
         (folders / "renamed" / name).write_bytes((folders / "cno-flux" / name).read_bytes())
     assert exit_of(["hub", "check"]) == 1
-    named = re.findall(r"^hub_cards/(\S+) is out of date: (.*)", capsys.readouterr().err, flags=re.MULTILINE)
+    named = re.findall(r"^(?:hub_cards/)?(\S+) is out of date: (.*)", capsys.readouterr().err, flags=re.MULTILINE)
     assert named == [
         ("cno-flux/README.md", "run `noiseopt hub build`"),
         ("cno-flux/before_after.png", "run `noiseopt hub pictures cno-flux`"),
         ("renamed/before_after.png", "it belongs to no card, delete it"),
         ("renamed/pipeline.py", "it belongs to no card, delete it"),
         ("reno-stable-diffusion/README.md", "run `noiseopt hub build`"),
+        ("reno-turbo/noiseopt_bundle.py", "run `noiseopt hub build`"),
         ("reno-turbo/pipeline.py", "run `noiseopt hub build`"),
+        ("ReNOTurboPipeline.pyi", "run `noiseopt hub build`"),
     ]
+    assert exit_of(["hub", "build"]) == 0
+    assert not build.drifted_stub_files() and (folders / "reno-turbo/noiseopt_bundle.py").is_symlink()
 
 
 def test_refusal_is_an_exit_status(monkeypatch):
     def refuse(*_, **__):
         raise Refused("pipelines/x.py:7: a starred import")
 
+    build.bundled.cache_clear()
     monkeypatch.setattr(build, "bundle", refuse)
     assert exit_of(["hub", "check"]) == exit_of(["hub", "build"]) == "pipelines/x.py:7: a starred import"
 
 
-@pytest.mark.parametrize("action", (["build"], ["check"], ["pictures"], ["push", "reno-turbo", "--namespace", "me"]))
+@pytest.mark.parametrize("action", [["build"], ["check"], ["pictures"], ["push", "reno-turbo", "--namespace", "me"]])
 def test_without_a_checkout_that_is_said(action, tmp_path, monkeypatch):
     monkeypatch.setattr(build, "HUB_CARDS", tmp_path / "hub_cards")
     assert "Expected a checkout of the repository" in str(exit_of(["hub", *action]))
@@ -125,16 +137,48 @@ def test_every_card_has_a_folder(root):
     assert readmes == sorted(card.name for card in build.all_cards())
 
 
-def test_bundle_defines_one_pipeline(bundles):
-    for tree in bundles.values():
-        classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
-        assert sum(ast.unparse(base).endswith("Pipeline") for node in classes for base in node.bases) == 1
+def test_class_files_are_those_of_the_package(root):
+    """They differ in one import. diffusers expects one pipeline class in a file."""
+    for card in build.CARDS:
+        ours = ast.parse((root / "hub_cards" / card.name / "pipeline.py").read_text(encoding="utf-8"))
+        theirs = ast.parse((root / f"{card.cls.__module__.replace('.', '/')}.py".partition("/")[2]).read_text("utf-8"))
+        (mixin,) = (node for node in ours.body if isinstance(node, ast.ImportFrom) and node.level)
+        (other,) = (node for node in theirs.body if isinstance(node, ast.ImportFrom) and node.level)
+        assert (mixin.module, other.module) == ("noiseopt_bundle", "mixin")
+        assert [alias.name for alias in mixin.names] == [card.cls.__bases__[0].__name__]
+        mixin.module = other.module
+        assert ast.dump(ours) == ast.dump(theirs)
+        (cls,) = (node for node in ours.body if isinstance(node, ast.ClassDef))
+        assert cls.name == card.cls.__name__ and [ast.unparse(base) for base in cls.bases][1:] == [card.stock.__name__]
+        assert inspect.cleandoc(card.cls.__doc__ or "") == ast.get_docstring(cls)
 
 
-def test_bundle_imports_declared_packages_only(bundles, dependencies):
+def test_generated_lines_are_few(root):
+    """One bundle for all cards, to which their folders link."""
+    copies = sorted((root / "hub_cards").glob(f"*/{build.BUNDLE}"))
+    assert [copy.parent.name for copy in copies] == sorted(card.name for card in build.CARDS)
+    assert {os.readlink(copy) for copy in copies} == {f"../{build.BUNDLE}"}
+    generated = [root / "hub_cards" / build.BUNDLE, *(root / "hub_cards").glob("*/README.md")]
+    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in generated) <= 13_000
+
+
+def test_bundle_imports_declared_packages_only(bundle, dependencies):
     declared = {re.split(r"[^\w-]", requirement)[0] for requirement in dependencies}
-    for tree in bundles.values():
-        assert set(imported_packages(tree)) <= declared | BROUGHT_ALONG | set(sys.stdlib_module_names)
+    assert set(imported_packages(bundle)) <= declared | BROUGHT_ALONG | set(sys.stdlib_module_names)
+
+
+def test_bundle_has_all_that_the_package_finds_by_name(bundle):
+    """Rewards, set rewards, features, noise samplers, and the methods of the cards."""
+    found: dict[str, set[str]] = {}
+    for node in bundle.body:
+        for decorator in getattr(node, "decorator_list", []):
+            if isinstance(decorator, ast.Call) and ast.unparse(decorator.func).startswith("register_"):
+                found.setdefault(ast.unparse(decorator.func), set()).add(ast.literal_eval(decorator.args[0]))
+    assert found["register_reward"] == set(noiseopt.list_rewards())
+    assert found["register_set_reward"] == set(noiseopt.rewards.list_set_rewards())
+    assert found["register_features"] == set(noiseopt.rewards.list_features())
+    assert found["register_noise_sampler"] == set(list_noise_samplers())
+    assert found["register_method"] == {card.room for card in build.CARDS}
 
 
 def imported_packages(tree):
@@ -183,45 +227,51 @@ def rows(text):
     return re.findall(r"^\| `([\w.]+)` \| (.*) \| (.*) \|$", text, flags=re.MULTILINE)
 
 
+def example_source(text):
+    return re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)[0]
+
+
 def example_call(text):
     """The keyword arguments of the call of `pipe` in a card's first program, as syntax trees."""
-    nodes = ast.walk(ast.parse(re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)[0]))
+    nodes = ast.walk(ast.parse(example_source(text)))
     (call,) = (node for node in nodes if isinstance(node, ast.Call) and ast.unparse(node.func) == "pipe")
     return {keyword.arg: keyword.value for keyword in call.keywords}
 
 
 def test_snippet_uses_arguments_that_exist(readmes):
     for card in build.CARDS:
-        stock = inspect.signature(getattr(diffusers, card.stock).__call__).parameters
+        stock = inspect.signature(getattr(diffusers, card.stock.__name__).__call__).parameters
         ours = {name for name, *_ in rows(section(readmes[card.name], "Arguments"))}
         assert not ours & set(stock)
         assert set(example_call(readmes[card.name])) <= ours | set(stock)
 
 
-def test_only_what_takes_rewards_promises_them(readmes, bundles):
+def test_only_what_takes_rewards_promises_them(readmes):
     for card in build.CARDS:
         text = readmes[card.name]
-        registered = {name for node in bundles[card.name].body for name in cards.registered_names(node)}
-        assert {name for name, *_ in rows(section(text, "Rewards"))} == registered
+        listed = sorted(
+            re.findall(r"`([\w.]+)`(?=[^|\n]*\|[^|\n]*\|[^|\n]*\|$)", section(text, "Rewards"), re.MULTILINE)
+        )
         if "rewards" in {name for name, *_ in rows(section(text, "Arguments"))}:
             asked = ast.literal_eval(example_call(text)["rewards"])
-            assert ({asked} if isinstance(asked, str) else set(asked)) <= registered
+            assert listed == noiseopt.list_rewards()
+            assert ({asked} if isinstance(asked, str) else set(asked)) <= set(listed)
         else:
-            assert not registered and "reward" not in text.lower()
-
-
-def test_stock_class_is_the_base_of_the_pipeline(bundles):
-    for card in build.CARDS:
-        classes = [node for node in bundles[card.name].body if isinstance(node, ast.ClassDef)]
-        assert card.stock in {ast.unparse(base) for node in classes for base in node.bases}
+            assert not listed and "`rewards`" not in text and "rewards=" not in example_source(text)
 
 
 def test_settings_are_the_fields_with_a_default(readmes):
     for card in build.CARDS:
-        fields = dataclasses.fields(getattr(importlib.import_module("noiseopt.pipelines"), card.method.name))
+        fields = dataclasses.fields(card.method)
         expected = {field.name: field.default for field in fields if field.default is not dataclasses.MISSING}
-        table = section(readmes[card.name], "Arguments").partition("Settings of the method")[2]
+        table = section(readmes[card.name], "Arguments").partition("and their defaults:")[2]
         assert {name: ast.literal_eval(default.strip("`")) for name, default, _ in rows(table)} == expected
+
+
+def test_a_card_says_what_its_bundle_is(readmes):
+    for card in build.CARDS:
+        said = f"`noiseopt_bundle.py` the code of noiseopt {build.version()} behind it, generated as one file by"
+        assert said in readmes[card.name] and f"from {card.cls.__module__} import" in readmes[card.name]
 
 
 def test_every_argument_is_explained(readmes):

@@ -8,24 +8,25 @@ from tiny_features import PUBLISHED_FEATURES
 from tiny_rewards import PUBLISHED
 
 from noiseopt.hub.cards import CARDS
+from noiseopt.hub.markdown import sections
 from noiseopt.hub.push import push
 
 ROOT = Path(__file__).parents[2]
-# card -> its class and its family in `tiny_pipelines`
-CLASSES = {
-    "cno-flux": ("CNOFluxPipeline", "flux"),
-    "cno-stable-diffusion": ("CNOStableDiffusionPipeline", "sd"),
-    "cno-stable-diffusion-3": ("CNOStableDiffusion3Pipeline", "sd3"),
-    "cno-stable-diffusion-xl": ("CNOStableDiffusionXLPipeline", "sdxl"),
-    "never-too-late-flux": ("NeverTooLateFluxPipeline", "flux"),
-    "never-too-late-stable-diffusion": ("NeverTooLateStableDiffusionPipeline", "sd"),
-    "never-too-late-turbo": ("NeverTooLateTurboPipeline", "sdxl"),
-    "noise-diffusion-flux": ("NoiseDiffusionFluxPipeline", "flux"),
-    "noise-diffusion-stable-diffusion": ("NoiseDiffusionStableDiffusionPipeline", "sd"),
-    "noise-diffusion-stable-diffusion-3": ("NoiseDiffusionStableDiffusion3Pipeline", "sd3"),
-    "noise-diffusion-stable-diffusion-xl": ("NoiseDiffusionStableDiffusionXLPipeline", "sdxl"),
-    "reno-stable-diffusion": ("ReNOStableDiffusionPipeline", "sd"),
-    "reno-turbo": ("ReNOTurboPipeline", "sdxl"),
+# card: its family in `tiny_pipelines`
+FAMILIES = {
+    "cno-flux": "flux",
+    "cno-stable-diffusion": "sd",
+    "cno-stable-diffusion-3": "sd3",
+    "cno-stable-diffusion-xl": "sdxl",
+    "never-too-late-flux": "flux",
+    "never-too-late-stable-diffusion": "sd",
+    "never-too-late-turbo": "sdxl",
+    "noise-diffusion-flux": "flux",
+    "noise-diffusion-stable-diffusion": "sd",
+    "noise-diffusion-stable-diffusion-3": "sd3",
+    "noise-diffusion-stable-diffusion-xl": "sdxl",
+    "reno-stable-diffusion": "sd",
+    "reno-turbo": "sdxl",
 }
 
 
@@ -38,7 +39,7 @@ def hub(running, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def publish(hub):
-    """publish(program) -> tiny models under the Hub ids of what a program of a card asks for by name, each once."""
+    """publish(program): tiny models under the Hub ids of what a program of a card asks for by name, each once."""
     writers = {**PUBLISHED, "dpp": PUBLISHED_FEATURES["facebook/dinov2-base"]}
 
     def publish_for(program):
@@ -49,22 +50,22 @@ def publish(hub):
 
 
 def test_all_cards_are_loaded():
-    assert sorted(card.name for card in CARDS) == sorted(CLASSES)
+    assert sorted(card.name for card in CARDS) == sorted(FAMILIES)
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_card_draws_what_the_package_draws_and_runs_its_programs(name, publish, hub, processes, api, tmp_path):
     card = next(card for card in CARDS if card.name == name)
     push(card, "someone", tag="v0.1.0", api=api)
-    publish(card.method.example)
-    module = "noiseopt." + card.module.removesuffix(".py").replace("/", ".")
+    publish(sections(card.room)["example"].template)
     folder, repository = ROOT / "hub_cards" / name, f"someone/{name}"
-    arguments = [*CLASSES[name], card.method.name, module, folder, repository, "v0.1.0", card.base_model, hub.root]
+    arguments = [card.cls.__name__, FAMILIES[name], card.room, card.cls.__module__]
+    arguments += [folder, repository, "v0.1.0", card.base_model, hub.root]
     run = processes.run(ROOT / "tests/hub_cards/load_card.py", *arguments, folder=tmp_path)
     assert run.returncode == 0, run.stderr
     assert "might require the following packages" not in run.stdout + run.stderr
     facts = json.loads(run.stdout.splitlines()[-1])
     assert all(facts.values()), facts
-    wanted = [repository, *(["tiny/clip"] if card.method.takes_rewards else [])]
+    wanted = [repository, *([] if card.room == "cno" else ["tiny/clip"])]
     assert all(any(request.startswith(f"GET /{each}/resolve/") for request in hub.requests) for each in wanted)

@@ -95,8 +95,8 @@ def test_card_tells_the_training(cards):
     assert "| `vae` | autoencoder, on windows of pictures | 366,891 | 1,000 | 16 | 1.5 |" in text
     assert "| `base` | U-Net of the SD kind, mostly from pure noise | 3,081,096 | 24,000 | 64 | 5.9 |" in text
     assert "| all |  |  | 25,000 |  | 7.4 |" in text
-    assert "30,000 drawn pictures. Seed 5, device `cpu` with 2 threads, torch 2.13.0." in text
-    assert "python -m noiseopt.shapes_world.train --output DIR\n" in text
+    assert "30,000 rendered pictures. Seed 5, device `cpu` with 2 threads, torch 2.13.0." in text
+    assert "python -m training.train --output DIR\n" in text
 
 
 def test_card_tells_the_measurements(cards):
@@ -120,7 +120,7 @@ def test_card_shows_the_pictures_that_exist(cards):
 
 def test_stages_have_words():
     """All stages that any model of the package went through."""
-    from noiseopt.shapes_world.export import STAGES_OF
+    from training.export import STAGES_OF
 
     assert {stage for stages in STAGES_OF.values() for stage in stages} == set(models.STAGES)
 

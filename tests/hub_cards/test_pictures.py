@@ -9,10 +9,10 @@ from PIL import Image
 
 from noiseopt import shapes_world
 from noiseopt.cli import main
-from noiseopt.demo import SET, Choice, Story
 from noiseopt.hub import build, pictures
 from noiseopt.hub.before_after import PICTURE, BeforeAfter
 from noiseopt.hub.cards import CARDS
+from noiseopt.story import SET, Choice, Story
 
 BY_NAME = {card.name: card for card in CARDS}
 RED, GREEN = torch.tensor([1.0, 0, 0]), torch.tensor([0, 1.0, 0])
@@ -92,13 +92,13 @@ def test_the_pictures_that_are_there(name, root):
     card, path = BY_NAME[name], root / "hub_cards" / name / PICTURE
     shown = BeforeAfter.read(path)
     assert shown is not None and path.stat().st_size < 60_000
-    choice = Choice.of(card.method.registered, card.shown_on)
-    assert (shown.method, shown.model, shown.seed) == (card.method.registered, card.shown_on, pictures.SEED)
+    choice = Choice.of(card.room, card.shown_on)
+    assert (shown.method, shown.model, shown.seed) == (card.room, card.shown_on, pictures.SEED)
     assert (shown.prompts, shown.images) == (choice.prompts, choice.count)
     assert (shown.steps, shown.instruments) == (choice.steps, choice.instruments)
     text, (before, after) = words_of(root / "hub_cards" / name / "README.md"), shown.right
     assert f"{before} of {shown.count} images are right before, {after} of {shown.count} after" in text
-    assert f"after {choice.steps} steps of {card.method.name}" in text
+    assert f"after {choice.steps} steps of {card.method.__name__}" in text
     assert f"]({PICTURE}) " in text and f"`{shapes_world.MODELS[card.shown_on].hub_id}`" in text
     assert ("which sees images through" in text) == bool(choice.instruments)
 
@@ -106,4 +106,4 @@ def test_the_pictures_that_are_there(name, root):
 def test_a_model_of_another_kind_is_said_to_be_one(root):
     for card in CARDS:
         text = words_of(root / "hub_cards" / card.name / "README.md")
-        assert ("There is no embedded model of the FLUX kind" in text) == (card.stock == "FluxPipeline")
+        assert ("There is no embedded model of the FLUX kind" in text) == (card.stock.__name__ == "FluxPipeline")

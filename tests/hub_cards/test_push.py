@@ -45,7 +45,7 @@ def test_pictures_arrive_as_they_are(largest_binary, hub, api):
         name: data if isinstance(data, bytes) else data.read_bytes()
         for name, data in build.contents(CARD, "someone").items()
     }
-    assert sorted(files_of(hub, "someone/cno-flux")) == ["README.md", PICTURE, "pipeline.py"]
+    assert sorted(files_of(hub, "someone/cno-flux")) == ["README.md", PICTURE, "noiseopt_bundle.py", "pipeline.py"]
     assert any(request.startswith("PUT /large/") for request in hub.requests) == (largest_binary == 0)
     assert pushed.changed and pushed.url == f"{hub.url}/someone/cno-flux"
     assert b'custom_pipeline="someone/cno-flux"' in files_of(hub, "someone/cno-flux")["README.md"]
@@ -119,7 +119,7 @@ def test_tokens_that_may_not_write_are_told_so(token, message, hub):
 
 def test_no_connection_is_said(hub, logged_in, monkeypatch):
     monkeypatch.setattr("huggingface_hub.HfApi", functools.partial(HfApi, endpoint="http://127.0.0.1:9"))
-    with pytest.raises(SystemExit, match="me/cno-flux was not uploaded: .* run the same command once more"):
+    with pytest.raises(SystemExit, match="me/cno-flux was not uploaded: .* Run the same command once more"):
         main(["hub", "push", "cno-flux", "--namespace", "me"])
 
 

@@ -8,7 +8,7 @@ import torch
 
 from noiseopt import shapes_world
 from noiseopt.shapes_world import CATEGORIES, KINDS, Request, Scene, Shape, caption, judge, parse, render
-from noiseopt.shapes_world.negatives import wrong_request
+from training.negatives import wrong_request
 
 # the function of that name hides the module
 module = importlib.import_module("noiseopt.shapes_world.judge")
@@ -142,7 +142,7 @@ def test_convex_shapes_have_no_dents(kind):
 
 
 def wavy(**waves: float) -> torch.Tensor:
-    """Radii of an outline that goes out and in as often as each name says, e.g. w5=0.2, and so far."""
+    """Radii of an outline with waves given by name and amplitude, e.g. w5=0.2 for five periods."""
     turn = torch.arange(24) * (2 * math.pi / 24)
     out = torch.stack([height * (int(name[1:]) * turn).cos() for name, height in waves.items()])
     return 1 + out.sum(0, keepdim=True)
@@ -202,7 +202,7 @@ def test_a_long_shape_is_beyond_the_limits_of_its_kind(kind):
 
 
 def test_a_star_is_told_by_its_five_tips():
-    """By overlap alone this one is about as much of a triangle."""
+    """By overlap alone this star resembles a triangle about as much."""
     assert kinds_seen(Shape("star", "red", 32, 32, 10, towards="triangle", blend=0.3)) == ["star"]
 
 

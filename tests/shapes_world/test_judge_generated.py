@@ -1,4 +1,4 @@
-"""Whether the judge can be trusted: on generated images against labels made by looking, and on renders."""
+"""Reliability of the judge: on generated images against manual labels, and on renders."""
 
 import json
 import random
@@ -20,7 +20,7 @@ def other(options, value, rng: random.Random):
 
 
 def changed(request: Request, attribute: str, rng: random.Random) -> Request | None:
-    """The request with one attribute changed, or None if it has no such attribute."""
+    """The request with one attribute changed, or None if it lacks that attribute."""
     if attribute == "relation":
         return Request(request.objects, other(RELATIONS, request.relation, rng)) if request.relation else None
     first = request.objects[0]
@@ -60,7 +60,7 @@ def test_renders_are_right(renders, noise):
 
 @pytest.fixture(scope="module", params=["two_readers", "three_readers"])
 def compared(request) -> list[tuple[dict, shapes_world.Verdict]]:
-    """Each labelled image's tile and the judge's verdict."""
+    """Each labeled tile and the judge's verdict."""
     tiles = json.loads((FOLDER / f"{request.param}.json").read_text())["tiles"]
     sheet = torch.from_numpy(np.array(Image.open(FOLDER / f"{request.param}.png"))).float() / 255
     images = sheet.view(len(tiles) // 20, 64, 20, 64, 3).permute(0, 2, 4, 1, 3).reshape(-1, 3, 64, 64)
@@ -68,7 +68,7 @@ def compared(request) -> list[tuple[dict, shapes_world.Verdict]]:
 
 
 def test_judge_agrees_with_labels_made_by_looking(compared):
-    """With those that no reader was unsure of; they agree with one another on all of these."""
+    """On images that all readers were sure of, where they agree with one another."""
     sure = [(i, tile, verdict) for i, (tile, verdict) in enumerate(compared) if not any(tile["unsure"])]
     assert len(sure) >= 200 or len(compared) == 200
     assert all(len(set(tile["right"])) == 1 for _, tile, _ in sure)
@@ -77,7 +77,7 @@ def test_judge_agrees_with_labels_made_by_looking(compared):
 
 
 def test_judge_agrees_with_each_reader_on_all_images(compared):
-    """Half-made shapes included, of which readers say themselves that another may well say otherwise."""
+    """Including ambiguous shapes, which readers themselves mark as disputable."""
     for reader in range(len(compared[0][0]["right"])):
         against = [tile for tile, verdict in compared if tile["right"][reader] != verdict.correct]
         assert len(against) <= 0.1 * len(compared), "\n".join(map(str, against))

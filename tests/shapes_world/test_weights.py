@@ -13,14 +13,14 @@ from noiseopt import shapes_world
 from noiseopt.rewards import AutoReward, CLIPScore, ImageFeatures
 from noiseopt.shapes_world import VALIDATION_PROMPTS, judge
 from noiseopt.shapes_world.captions import WORDS
-from noiseopt.shapes_world.negatives import wrong_request
+from training.negatives import wrong_request
 
 WEIGHTS = Path(shapes_world.path("turbo")).parent
 
 
 @pytest.fixture(scope="module")
 def drawn():
-    """What an embedded generator draws of validation prompts, (48, 3, 64, 64) in [0, 1], and the prompts."""
+    """Images of validation prompts by an embedded generator, (48, 3, 64, 64) in [0, 1], and the prompts."""
 
     @functools.cache
     def draw(name: str) -> tuple[torch.Tensor, list[str]]:
@@ -126,7 +126,7 @@ def test_vqa_is_calibrated_on_pictures_of_a_model(drawn):
 
 @torch.no_grad()
 def test_the_held_out_tower_sees_what_differs(pictures):
-    """A picture is more like itself, shifted by two pixels, than like any other."""
+    """An image is more similar to itself, shifted by two pixels, than to any other."""
     images, _ = pictures
     tower = ImageFeatures.from_pretrained(shapes_world.path("dinov2"))
     features = F.normalize(tower(images), dim=-1)

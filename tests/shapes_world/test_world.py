@@ -5,7 +5,6 @@ import torch
 
 from noiseopt import shapes_world
 from noiseopt.shapes_world import RELATIONS, Request, Scene, Shape
-from noiseopt.shapes_world.coupling import basis, chances, couple
 from noiseopt.shapes_world.world import GAP, LAYOUT, lay_out
 
 
@@ -55,18 +54,3 @@ def test_layout_is_continuous_in_its_chances():
             lay_out(objects, chance, "left of").shapes, lay_out(objects, nudged, "left of").shapes, strict=True
         ):
             assert max(abs(a.x - b.x), abs(a.y - b.y), abs(a.radius - b.radius)) < 0.02
-
-
-def test_basis_is_orthonormal():
-    patterns = basis().flatten(1)
-    torch.testing.assert_close(patterns @ patterns.T, torch.eye(len(patterns)))
-
-
-def test_coupled_noise_decides_what_it_was_coupled_to_and_stays_gaussian():
-    generator = torch.Generator().manual_seed(0)
-    noise, chance = torch.randn(4000, 8, 8, 8, generator=generator), torch.rand(4000, len(basis()), generator=generator)
-    coupled = couple(noise, chance)
-    torch.testing.assert_close(chances(coupled), chance, atol=2e-4, rtol=0)
-    flat = coupled.flatten(1)
-    assert abs(flat.var(0).mean() - 1) < 0.01
-    assert (flat @ basis().flatten(1).T).var(0).sub(1).abs().max() < 0.1

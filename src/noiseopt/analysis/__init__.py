@@ -1,4 +1,4 @@
-"""How optimised noise differs from the noise it began as: `noiseopt analyze`, and functions of tensors.
+"""The difference between optimized and initial noise: `noiseopt analyze`, and functions of tensors.
 
 >>> from noiseopt.analysis.coherence import coherence
 >>> from noiseopt.analysis.distances import l2_table

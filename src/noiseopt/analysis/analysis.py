@@ -1,4 +1,4 @@
-"""What a group of results says: distances, norms, coherence, spectra and bands, and the table of them."""
+"""Distances, norms, coherence and spectra of a group of results, and a table of them."""
 
 import dataclasses
 import functools
@@ -19,12 +19,12 @@ from .groups import Group
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Analysis:
-    """One group of results.
+    """The analysis of one group of results.
 
     Attributes:
         group: The results.
-        rings: How many rings of frequencies the coherence has; `None` for as many as suit the size, up to 16.
-        latents: What initial and optimised noises draw, `(B, C, H, W)` each, if it was drawn.
+        rings: Number of frequency rings of the coherence; `None` for as many as the size allows, at most 16.
+        latents: `(B, C, H, W)` each, the images of the initial and the optimized noises as latents, if sampled.
     """
 
     group: Group
@@ -33,45 +33,45 @@ class Analysis:
 
     @functools.cached_property
     def change(self) -> Tensor:
-        """`(B, C, H, W)`, float64."""
-        return self.group.optimised.double() - self.group.initial.double()
+        """`(B, C, H, W)`, float64: optimized minus initial noise."""
+        return self.group.optimized.double() - self.group.initial.double()
 
     @property
     def unchanged(self) -> int:
-        """How many noises are as they were, as where no step was better than the plain result."""
+        """Number of noises that were returned unchanged because no step improved on the baseline."""
         return int((self.change.flatten(1).norm(dim=1) == 0).sum())
 
     @functools.cached_property
     def distances(self) -> dict[str, float]:
         """See `l2_table`."""
-        return l2_table(self.group.initial, self.group.optimised, *(self.latents or ()))
+        return l2_table(self.group.initial, self.group.optimized, *(self.latents or ()))
 
     @property
     def relative_change(self) -> float:
-        """ρ = ‖change‖ / ‖initial noise‖ of all noises together: what a white edit is compared at."""
+        """`ρ = ‖change‖ / ‖initial noise‖` over all noises."""
         return float(self.change.norm() / self.group.initial.double().norm())
 
     @property
     def cosine(self) -> float:
-        """The mean cosine of initial and optimised noise."""
-        initial, optimised = (noise.double().flatten(1) for noise in (self.group.initial, self.group.optimised))
-        return float(torch.cosine_similarity(initial, optimised).mean())
+        """The mean cosine of initial and optimized noise."""
+        initial, optimized = (noise.double().flatten(1) for noise in (self.group.initial, self.group.optimized))
+        return float(torch.cosine_similarity(initial, optimized).mean())
 
     @functools.cached_property
     def coherence(self) -> Coherence:
-        """Raises `ValueError` where there is too little to pool."""
+        """See `coherence`. Raises `ValueError` for too little data."""
         initial = self.group.initial
-        return coherence(initial, self.group.optimised, self.rings or most_rings(initial.shape))
+        return coherence(initial, self.group.optimized, self.rings or most_rings(initial.shape))
 
     @property
     def white(self) -> float:
-        """The coherence of a white edit as large as this one."""
+        """The coherence after a white edit of the same norm."""
         return white_coherence(self.relative_change)
 
     @functools.cached_property
     def statistics(self) -> tuple[NoiseStatistics, NoiseStatistics]:
-        """Of the initial and the optimised noise."""
-        return noise_statistics(self.group.initial), noise_statistics(self.group.optimised)
+        """The statistics of the initial and the optimized noise."""
+        return noise_statistics(self.group.initial), noise_statistics(self.group.optimized)
 
     @property
     def slope_error(self) -> float:
@@ -80,27 +80,27 @@ class Analysis:
 
     @functools.cached_property
     def band_shares(self) -> Tensor:
-        """`(3,)`: the thirds of the frequencies' shares of the squared change of the returned noises."""
+        """`(3,)`: the share of each third of the frequencies in the squared change."""
         energies = band_energies(self.change).sum(0)
         return energies / energies.sum()
 
     @property
     def mean_share(self) -> float:
-        """The share of the squared change that only shifts the means of the channels: frequency 0."""
+        """The share of the squared change at frequency 0, the means of the channels."""
         size = self.change[0, 0].numel()
         return float(size * self.change.mean((-2, -1)).square().sum() / self.change.square().sum())
 
     @property
     def white_shares(self) -> Tensor:
-        """`(3,)`: the same of a white edit: how many of the entries each third has."""
+        """`(3,)`: the band shares of a white edit, proportional to the number of entries."""
         return band_entries(self.group) / band_entries(self.group).sum()
 
     @functools.cached_property
     def band_changes(self) -> Tensor:
-        """`(steps, 3)`: how much an entry of the spectrum has changed, root mean square, in each third at each step.
+        """`(steps, 3)`: root mean square change of a Fourier coefficient, by step and third of the frequencies.
 
-        In units of the initial noise, whose own entries are 1 if it is white. Over all noises that had not stopped; a
-        white edit has three equal values. This is the comparison of "It's Never Too Late", figure 6.
+        In units of white noise, whose coefficients are 1, over all noises that were still running. A white edit has
+        three equal values. Figure 6 of "It's Never Too Late" shows this comparison.
         """
         steps = [changes_of(result) for result in self.group.results]
         longest = max(len(each) for each in steps)
@@ -109,8 +109,8 @@ class Analysis:
         return (torch.cat(padded, dim=1).nanmean(1) / band_entries(self.group) / channels).sqrt()
 
     def numbers(self) -> dict[str, Any]:
-        """All of it as plain values."""
-        initial, optimised = self.statistics
+        """Return everything as plain values."""
+        initial, optimized = self.statistics
         found = self.coherence
         return {
             "method": self.group.method,
@@ -129,7 +129,7 @@ class Analysis:
                 "white edit": self.white,
             },
             "initial": dataclasses.asdict(initial),
-            "optimised": dataclasses.asdict(optimised),
+            "optimized": dataclasses.asdict(optimized),
             "spectral slope error": self.slope_error,
             "band shares": self.band_shares.tolist(),
             "mean share": self.mean_share,
@@ -138,34 +138,34 @@ class Analysis:
         }
 
     def column(self) -> dict[str, str]:
-        """The group's column of the table: row to text."""
-        initial, optimised = self.statistics
+        """Return the group's column of the table, from row to text."""
+        initial, optimized = self.statistics
         values = self.coherence.values.tolist()
         count = len(self.change)
         rows = {"noises": str(count) + f", {self.unchanged} of them unchanged" * (self.unchanged > 0)}
         rows |= {f"L2: {row}": f"{distance:.4g}" for row, distance in self.distances.items()}
         rows["change / norm of the initial noise"] = f"{self.relative_change:.3g}"
-        rows["cosine of initial and optimised noise"] = f"{self.cosine:.3f}"
-        rows["norm / √d"] = f"{initial.norm:.3f} → {optimised.norm:.3f}"
-        rows["spectral slope without the means (white noise: 0)"] = (
-            f"{initial.spectral_slope:+.3f} → {optimised.spectral_slope:+.3f} (± {self.slope_error:.3f})"
+        rows["cosine of initial and optimized noise"] = f"{self.cosine:.3f}"
+        rows["norm / √d"] = f"{initial.norm:.3f} → {optimized.norm:.3f}"
+        rows["spectral slope without frequency 0 (white noise: 0)"] = (
+            f"{initial.spectral_slope:+.3f} → {optimized.spectral_slope:+.3f} (± {self.slope_error:.3f})"
         )
         rows["coherence, lowest … highest frequencies"] = f"{values[0]:.3f} … {values[-1]:.3f}"
         rows["coherence after a white edit of this size"] = f"{self.white:.3f}"
         means, of_white = self.mean_share, 1 / self.change[0, 0].numel()
-        rows["share of the squared change: means of the channels (of a white edit)"] = f"{means:.1%} ({of_white:.1%})"
+        rows["share of the squared change: means of the channels (white edit)"] = f"{means:.1%} ({of_white:.1%})"
         for band, share, white in zip(BANDS, self.band_shares.tolist(), self.white_shares.tolist(), strict=True):
-            rows[f"share of the squared change: {band} of frequencies (of a white edit)"] = f"{share:.1%} ({white:.1%})"
+            rows[f"share of the squared change: {band} of frequencies (white edit)"] = f"{share:.1%} ({white:.1%})"
         return rows
 
 
 def band_entries(group: Group) -> Tensor:
-    """`(3,)`: how many entries of a channel's spectrum are in each third."""
+    """`(3,)`: the number of entries of a channel's spectrum in each third."""
     return frequency_bands(*group.shape[-2:]).sum((-2, -1)).double()
 
 
 def changes_of(result: NoiseResult) -> Tensor:
-    """`(steps, B, 3)`: the recorded changes, and those of the noise that was returned if it was moved once more."""
+    """`(steps, B, 3)`: the recorded changes, followed by those of a returned noise that was updated once more."""
     assert result.band_changes is not None and result.initial_noise is not None
     recorded = result.band_changes.double()
     returned = band_energies(result.noise.double() - result.initial_noise.double())
@@ -176,7 +176,7 @@ def changes_of(result: NoiseResult) -> Tensor:
 
 
 def markdown(analyses: Sequence[Analysis]) -> str:
-    """A column for each group; a row that a group has not is empty there."""
+    """Format a table with a column per group; rows that a group lacks show a dash."""
     columns = [analysis.column() for analysis in analyses]
     names = list(dict.fromkeys(row for column in columns for row in column))
     lines = [["", *(analysis.group.title for analysis in analyses)], ["---"] * (len(columns) + 1)]

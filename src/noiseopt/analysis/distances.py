@@ -1,43 +1,43 @@
-"""L2 distances between noises, and between noises and what they draw."""
+"""L2 distances between noises, and between noises and their images."""
 
 import torch
 from torch import Tensor
 
 from .coherence import check_pair
 
-INITIAL_OPTIMISED = "initial noise, optimised noise"
+INITIAL_OPTIMIZED = "initial noise, optimized noise"
 TWO_INITIAL = "two different initial noises"
 INITIAL_IMAGE = "initial noise, its image"
-OPTIMISED_IMAGE = "optimised noise, its image"
+OPTIMIZED_IMAGE = "optimized noise, its image"
 RANDOM_IMAGE = "random noise, random image"
 
 
 def l2_table(
-    initial: Tensor, optimised: Tensor, initial_latents: Tensor | None = None, optimised_latents: Tensor | None = None
+    initial: Tensor, optimized: Tensor, initial_latents: Tensor | None = None, optimized_latents: Tensor | None = None
 ) -> dict[str, float]:
-    """Mean L2 distances, the table of the analysis of ReNO (https://arxiv.org/abs/2406.04312) by its authors' group.
+    """Mean L2 distances, as in the analysis of ReNO (https://arxiv.org/abs/2406.04312) by its authors' group.
 
-    Two independent noises of d entries are √(2d) apart. An "image" is its latents, as the pipeline returns them with
-    `output_type="latent"`. The last row is of initial noises with the images of others. Pairs of equal noises, as of
-    prompts that were drawn with one seed, are no pairs of different ones.
+    Two independent noises of d entries are √(2d) apart. An "image" is its latents, as returned by the pipeline with
+    `output_type="latent"`. The last row compares initial noises with the images of other noises. Identical noises
+    (prompts sampled with one seed) do not count as different.
 
     Args:
-        initial, optimised: `(B, C, H, W)`, unit variance.
-        initial_latents, optimised_latents: `(B, C, H, W)`, what each draws; in the layout of the noise.
+        initial, optimized: `(B, C, H, W)`, unit variance.
+        initial_latents, optimized_latents: `(B, C, H, W)`, their images, in the layout of the noise.
 
     Returns:
-        Row to distance. Rows that need latents which are not given, or a second noise, are left out.
+        Distance by row. Rows that need latents that are missing, or a second noise, are left out.
     """
-    check_pair(initial, optimised)
-    z, moved = flat(initial), flat(optimised)
-    rows = {INITIAL_OPTIMISED: mean_distance(z, moved)}
+    check_pair(initial, optimized)
+    z, moved = flat(initial), flat(optimized)
+    rows = {INITIAL_OPTIMIZED: mean_distance(z, moved)}
     differ = different(z)
     if differ.any():
         rows[TWO_INITIAL] = float(torch.cdist(z, z)[differ].mean())
     if initial_latents is not None:
         rows[INITIAL_IMAGE] = mean_distance(z, flat(initial_latents))
-    if optimised_latents is not None:
-        rows[OPTIMISED_IMAGE] = mean_distance(moved, flat(optimised_latents))
+    if optimized_latents is not None:
+        rows[OPTIMIZED_IMAGE] = mean_distance(moved, flat(optimized_latents))
     if initial_latents is not None and differ.any():
         rows[RANDOM_IMAGE] = float(torch.cdist(z, flat(initial_latents))[differ].mean())
     return rows
@@ -53,6 +53,6 @@ def mean_distance(x: Tensor, y: Tensor) -> float:
 
 
 def different(noise: Tensor) -> Tensor:
-    """`(B, B)` bool: which pairs of rows are not the same noise."""
+    """`(B, B)` bool: the pairs of different noises."""
     group = torch.unique(noise, dim=0, return_inverse=True)[1]
     return group[:, None] != group

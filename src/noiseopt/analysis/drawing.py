@@ -1,4 +1,4 @@
-"""What noises draw: the model of a result, loaded again, and the latents of its images."""
+"""Sampling the images of saved noises: the model of a result is loaded again."""
 
 from typing import Any
 
@@ -20,10 +20,10 @@ TEXTS = ("prompt_2", "prompt_3", "negative_prompt", "negative_prompt_2", "negati
 
 
 def draw_latents(group: Group) -> tuple[Tensor, Tensor]:
-    """`(B, C, H, W)` each: the latents that the initial and the optimised noises of a group lead to.
+    """Sample the latents of a group's initial and optimized noises, `(B, C, H, W)` each.
 
     Raises:
-        CannotAnalyze: If the model is not named, cannot be loaded, or does not take the arguments of a result.
+        CannotAnalyze: If the model is not named, cannot be loaded, or rejects the arguments of a result.
     """
     pipes: dict[tuple, Any] = {}
     drawn: tuple[list[Tensor], list[Tensor]] = ([], [])
@@ -31,7 +31,7 @@ def draw_latents(group: Group) -> tuple[Tensor, Tensor]:
         try:
             key = model_key(result)
             if key not in pipes:
-                pipes = {key: load_pipeline(result)}  # one at a time: they are large
+                pipes = {key: load_pipeline(result)}  # keep one in memory
             pipe = pipes[key]
             set_scheduler(pipe, result)
             for latents, noise in zip(drawn, (result.initial_noise, result.noise), strict=True):
@@ -39,7 +39,9 @@ def draw_latents(group: Group) -> tuple[Tensor, Tensor]:
                 latents.append(final_latents(pipe, result, noise))
         except (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, ImportError) as error:
             reason = str(error).strip().partition("\n")[0].rstrip(".")
-            raise CannotAnalyze(f"Cannot draw {path} again: {reason}. Leave --draw out for the other rows.") from error
+            raise CannotAnalyze(
+                f"Cannot sample the images of {path}: {reason}. Leave out --draw to get the other rows."
+            ) from error
     return pooled(drawn[0]), pooled(drawn[1])
 
 
@@ -49,10 +51,10 @@ def model_key(result: NoiseResult) -> tuple:
 
 
 def load_pipeline(result: NoiseResult) -> Any:
-    """The pipeline that a result names: an embedded model by its name, others by Hub id or path."""
+    """Load the pipeline that a result names: an embedded model by name, others by Hub id or path."""
     found, name = result.provenance, embedded_name(result)
     if not found.get("model"):
-        raise ValueError("Expected a result that names its model, but this one was made by a pipeline without a name.")
+        raise ValueError("Expected a result that names its model, but its pipeline had no name.")
     source = shapes_world.path(name) if name else found["model"]
     options = dict(shapes_world.MODELS[name].load) if name else {"revision": found.get("revision")}
     with quiet_libraries():
@@ -65,13 +67,13 @@ def load_pipeline(result: NoiseResult) -> Any:
 
 
 def pipeline_class(name: str) -> Any:
-    """A pipeline class of ours or of diffusers by its name; for others the class that a model names itself."""
+    """Return a pipeline class of noiseopt or diffusers by name, else `DiffusionPipeline`."""
     found = getattr(pipelines, name, None) or getattr(diffusers, name, None)
     return found if isinstance(found, type) and issubclass(found, DiffusionPipeline) else DiffusionPipeline
 
 
 def set_scheduler(pipe: Any, result: NoiseResult) -> None:
-    """Give the pipeline the scheduler of a result, which need not be the one that is saved with the model."""
+    """Give the pipeline the scheduler of a result, which may differ from the one saved with the model."""
     settings = dict(result.provenance["scheduler"])
     cls = getattr(diffusers, str(settings.pop("class")), None)
     if isinstance(cls, type) and issubclass(cls, diffusers.SchedulerMixin):
@@ -80,10 +82,12 @@ def set_scheduler(pipe: Any, result: NoiseResult) -> None:
 
 
 def final_latents(pipe: Any, result: NoiseResult, noise: Tensor) -> Tensor:
-    """`(B, C, H, W)` on the CPU: what a noise of the shape of a result's draws with the arguments of its call."""
+    """Sample noise of the shape of a result's, with its call's arguments: `(B, C, H, W)` on the CPU."""
     prompts = result.provenance["prompts"]
     if not any(prompts):
-        raise ValueError("Expected the prompts of the call, but it was given embeddings, which results do not keep.")
+        raise ValueError(
+            "Expected a result with prompts, but its call was given embeddings, which results do not store."
+        )
     arguments = {name: repeated(value, len(prompts)) if name in TEXTS else value
                  for name, value in result.provenance["arguments"].items()}  # fmt: skip
     device, dtype = execution_device(pipe), getattr(torch, result.provenance["dtype"])
@@ -99,7 +103,7 @@ def final_latents(pipe: Any, result: NoiseResult, noise: Tensor) -> Tensor:
 
 
 def repeated(text: Any, count: int) -> Any:
-    """One text for each image of a call, from one for all or one for each prompt."""
+    """Expand one text, or one per prompt, to one per image."""
     if text is None:
         return None
     texts = [text] if isinstance(text, str) else list(text)

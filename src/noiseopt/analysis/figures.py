@@ -1,4 +1,4 @@
-"""The figures of an analysis. Drawn without pyplot: no window, no global state."""
+"""The figures of an analysis, drawn without pyplot: no windows, no global state."""
 
 import textwrap
 from collections.abc import Callable, Sequence
@@ -16,12 +16,12 @@ from ..pipelines.results.frequency_bands import BANDS
 from ..plots import MARGIN, MUTED, Page
 from .analysis import Analysis
 
-BAND_COLORS = ("#cf222e", "#bf8700", "#0969da")  # from long waves to short, as in light
-WIDTH, HEIGHT = 4.2, 2.6  # of a panel, inches
+BAND_COLORS = ("#cf222e", "#bf8700", "#0969da")  # from long to short wavelengths, as in light
+WIDTH, HEIGHT = 4.2, 2.6  # of a panel, in inches
 
 
 def draw_analyses(analyses: Sequence[Analysis], folder: Path) -> list[Path]:
-    """`coherence.png`, `bands.png` and `spectrum.png`, in this order."""
+    """Write `coherence.png`, `bands.png` and `spectrum.png`, and return their paths."""
     drawings = {"coherence.png": draw_coherence, "bands.png": draw_bands, "spectrum.png": draw_spectrum}
     for name, draw in drawings.items():
         draw(analyses, folder / name)
@@ -35,7 +35,7 @@ def draw_panels(
     legend: Sequence[Line2D],
     draw: Callable[[Axes, Analysis], None],
 ) -> None:
-    """A panel for each group, up to two in a row, under a title and a legend that hold for all."""
+    """Draw a panel per group, up to two in a row, below a shared title and legend."""
     head, foot, gap = 0.35, 0.55, 0.8
     columns = min(2, len(analyses))
     rows = -(-len(analyses) // columns)
@@ -72,7 +72,7 @@ def line(label: str, color: str, style: Literal["-", "--"] = "-") -> Line2D:
 
 
 def draw_coherence(analyses: Sequence[Analysis], path: Path) -> None:
-    """Coherence of initial and optimised noise over frequency, and that of a white edit of the same size."""
+    """Plot the coherence of initial and optimized noise, and that of a white edit of the same norm."""
 
     def draw(axes: Axes, analysis: Analysis) -> None:
         found = analysis.coherence
@@ -83,15 +83,15 @@ def draw_coherence(analyses: Sequence[Analysis], path: Path) -> None:
         label_axes(axes, "coherence")
 
     title = (
-        "How much of the initial noise is left in the optimised noise, by spatial frequency. "
-        "1: equal up to a factor; 0: unrelated. A curve that rises from left to right is an edit of coarse structure."
+        "Coherence of initial and optimized noise by spatial frequency. 1: equal up to a factor; 0: unrelated. "
+        "A curve that rises from left to right is an edit of coarse structure."
     )
-    handles = (line("optimised", COLORS[0]), line("if white noise of the same norm were added", MUTED, "--"))
+    handles = (line("optimized", COLORS[0]), line("after adding white noise of the same norm", MUTED, "--"))
     draw_panels(analyses, path, title, handles, draw)
 
 
 def draw_bands(analyses: Sequence[Analysis], path: Path) -> None:
-    """How much each third of the frequencies has changed at each step."""
+    """Plot the change of each third of the frequencies over the steps."""
 
     def draw(axes: Axes, analysis: Analysis) -> None:
         for values, ink in zip(analysis.band_changes.T, BAND_COLORS, strict=True):
@@ -99,18 +99,18 @@ def draw_bands(analyses: Sequence[Analysis], path: Path) -> None:
             axes.plot(values, marker, color=ink, linewidth=1.8, markersize=3.5)
         axes.set_ylim(bottom=0)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.set_xlabel("optimisation step", size=8, color=MUTED)
+        axes.set_xlabel("optimization step", size=8, color=MUTED)
         axes.set_ylabel("change of a frequency (root mean square)", size=8, color=MUTED)
 
     title = (
-        "How far the noise has moved from the initial one after each step, in the thirds of the spatial frequencies. "
+        "Distance of the noise from the initial one after each step, by third of the spatial frequencies. "
         "In units of white noise: 1 is as large as the noise itself. A white edit has three equal curves."
     )
     draw_panels(analyses, path, title, [line(*pair) for pair in zip(BANDS, BAND_COLORS, strict=True)], draw)
 
 
 def draw_spectrum(analyses: Sequence[Analysis], path: Path) -> None:
-    """The mean power of initial and optimised noise by frequency, and where that of Gaussian noise is."""
+    """Plot the mean power of initial and optimized noise by frequency, and the range of Gaussian noise."""
 
     def draw(axes: Axes, analysis: Analysis) -> None:
         limits = gaussian_limits(tuple(analysis.group.initial.shape))
@@ -125,10 +125,10 @@ def draw_spectrum(analyses: Sequence[Analysis], path: Path) -> None:
         label_axes(axes, "mean power")
 
     title = (
-        "The power of the noise by spatial frequency. White noise has 1, and is in the grey band 19 times out of 20. "
-        "At 0 are the means of the channels."
+        "Power of the noise by spatial frequency. White noise has power 1, within the gray band 95% of the time. "
+        "Frequency 0 is the means of the channels."
     )
-    handles = (line("initial", MUTED), line("optimised", COLORS[0]))
+    handles = (line("initial", MUTED), line("optimized", COLORS[0]))
     draw_panels(analyses, path, title, handles, draw)
 
 

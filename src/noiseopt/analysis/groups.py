@@ -1,4 +1,4 @@
-"""Saved results, found in files and folders and sorted into groups that can be pooled."""
+"""Saved results, found in files and folders and grouped for pooling."""
 
 import dataclasses
 from collections.abc import Iterable, Sequence
@@ -13,7 +13,7 @@ from ..shapes_world.embedded import MODELS
 
 
 class CannotAnalyze(Exception):
-    """What was given cannot be analysed; the message says why and what helps."""
+    """Raised for input that cannot be analyzed; the message gives the reason and a remedy."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -21,9 +21,9 @@ class Group:
     """Results of one method on one model with noise of one shape.
 
     Attributes:
-        method, model: Their names; the model's is "unknown" if its results do not say.
+        method, model: Their names; the model is "unknown" if its results do not name it.
         paths: The files.
-        results: What they hold.
+        results: Their contents.
     """
 
     method: str
@@ -33,7 +33,7 @@ class Group:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of one noise: (C, H, W)."""
+        """The shape of one noise, (C, H, W)."""
         return tuple(self.results[0].noise.shape[1:])
 
     @property
@@ -42,11 +42,11 @@ class Group:
 
     @property
     def initial(self) -> Tensor:
-        """`(B, C, H, W)` of all results; one axis of channels, also where the family has another before it."""
+        """`(B, C, H, W)` of all results; other leading axes are merged into the channels."""
         return pooled(result.initial_noise for result in self.results)
 
     @property
-    def optimised(self) -> Tensor:
+    def optimized(self) -> Tensor:
         return pooled(result.noise for result in self.results)
 
 
@@ -55,10 +55,10 @@ def pooled(noises: Iterable[Tensor | None]) -> Tensor:
 
 
 def load_groups(paths: Sequence[Path]) -> list[Group]:
-    """All results in these files and folders, in the order of their first files.
+    """Load all results in these files and folders, grouped, in the order of their first files.
 
     Raises:
-        CannotAnalyze: For a file that is missing or is no result, a folder without any, or a result of an old version.
+        CannotAnalyze: For a file that is missing or no result, a folder without any, or a result of an old version.
     """
     groups: dict[tuple, list[tuple[Path, NoiseResult]]] = {}
     for file in dict.fromkeys(file for path in paths for file in result_files(path)):
@@ -71,9 +71,9 @@ def load_groups(paths: Sequence[Path]) -> list[Group]:
 
 
 def result_files(path: Path) -> list[Path]:
-    """A file itself; of a folder those files of it and its subfolders that are results."""
+    """Return the file itself, or all results in a folder and its subfolders."""
     if not path.exists():
-        raise CannotAnalyze(f"Expected a result that `NoiseResult.save` wrote, but there is no {path}.")
+        raise CannotAnalyze(f"Expected a result that `NoiseResult.save` wrote, but {path} does not exist.")
     if not path.is_dir():
         return [path]
     found = [file for file in sorted(path.rglob("*.safetensors")) if is_result(file)]
@@ -81,15 +81,15 @@ def result_files(path: Path) -> list[Path]:
         return found
     if (path / "units").is_dir() and (path / "settings.json").is_file():
         raise CannotAnalyze(
-            f"Expected results that `NoiseResult.save` wrote, but {path} is the folder of an evaluation, which keeps "
-            "the noise that was found without what it began as; its own spectrum.png compares the noises. Save the "
-            "results of `optimize_noise` with `result.save(path)`, or use the folder of `noiseopt demo`."
+            f"Expected results that `NoiseResult.save` wrote, but {path} is the folder of an evaluation, which does "
+            "not store initial noises; its spectrum.png compares the noises. Save the results of `optimize_noise` with "
+            "`result.save(path)`, or use the folder of `noiseopt demo`."
         )
     raise CannotAnalyze(f"Expected results that `NoiseResult.save` wrote (*.safetensors), but {path} holds none.")
 
 
 def is_result(path: Path) -> bool:
-    """Whether its header says so, be it of a newer version."""
+    """Whether the header identifies a result, even of a newer version."""
     try:
         with safe_open(path, framework="pt") as file:
             return "noiseopt-result-" in (file.metadata() or {}).get("noiseopt", "")
@@ -101,22 +101,22 @@ def load(path: Path) -> NoiseResult:
     try:
         result = NoiseResult.load(path)
     except (ValueError, OSError) as error:
-        raise CannotAnalyze(f"{str(error).rstrip('.')}. Leave it out, or give the file that was saved.") from None
+        raise CannotAnalyze(f"{str(error).rstrip('.')}. Leave it out, or pass the saved file.") from None
     if result.initial_noise is None or result.band_changes is None:
         raise CannotAnalyze(
-            f"Expected a result with its initial noise, but {path} is of a version that did not keep it. Run its "
-            "method again: the file names the seeds."
+            f"Expected a result with its initial noise, but {path} is from a version that did not store it. Run the "
+            "method again: the file contains the seeds."
         )
     return result
 
 
 def model_name(result: NoiseResult) -> str:
-    """The name of an embedded model, wherever its weights were; of others the last part of the Hub id or path."""
+    """Return the name of an embedded model, or the last component of a Hub id or path."""
     return embedded_name(result) or Path(result.provenance.get("model") or "unknown").name
 
 
 def embedded_name(result: NoiseResult) -> str | None:
-    """Which embedded model a result was found on, if on one: by its folder, or its name on the Hub."""
+    """Return the name of the embedded model that produced a result, by its folder or Hub id, or `None`."""
     model = Path(result.provenance.get("model") or "")
     for known in MODELS.values():
         if model.parts[-3:] == ("shapes_world", "weights", known.name) or model.as_posix().endswith(known.hub_id):

@@ -1,1 +1,1 @@
-"""Measuring what noise optimization does: rewards, prompts followed, differences within sets, and the noise itself."""
+"""Evaluation of noise optimization: rewards, prompt alignment, diversity, and the noise itself."""

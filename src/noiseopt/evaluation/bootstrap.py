@@ -8,7 +8,7 @@ import torch
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """A mean with the interval that a share `level` of the resamples falls into; NaN where there is no data."""
+    """A mean with its confidence interval; NaN without data."""
 
     value: float
     low: float
@@ -22,15 +22,15 @@ def bootstrap(
     level: float = 0.95,
     seed: int = 0,
 ) -> Estimate:
-    """The mean of a quantity over prompts, with what drawing other prompts might have given.
+    """Estimate a mean over prompts with a percentile bootstrap interval.
 
     Args:
-        values: `(P,)`, one number for each prompt: the mean over its seeds, or their sum if `weights` are given.
-        weights: `(P,)`, how many cases each sum is over: the estimate is then `values.sum() / weights.sum()`. Resamples
-            without any case are left out.
-        resamples: Draws of `P` prompts with replacement.
-        level: Of the interval, in (0, 1).
-        seed: Of the draws: the same for the same `P`, so that estimates are comparable.
+        values: `(P,)`, one number per prompt: the mean over its seeds, or their sum if `weights` are given.
+        weights: `(P,)`, the number of cases in each sum: the estimate is then `values.sum() / weights.sum()`. Resamples
+            without any case are ignored.
+        resamples: Number of resamples of `P` prompts with replacement.
+        level: Confidence level in (0, 1).
+        seed: Seed of the resampling. Equal `P` gives equal resamples, so estimates are comparable.
     """
     if len(values) == 0:
         return Estimate(math.nan, math.nan, math.nan)
@@ -44,10 +44,15 @@ def bootstrap(
 
 
 def paired_bootstrap(ours: torch.Tensor, theirs: torch.Tensor, **settings) -> Estimate:
-    """The mean difference `ours − theirs` of two methods on the same prompts, both `(P,)`.
+    """Estimate the mean difference `ours - theirs` of two methods on the same prompts, both `(P,)`.
 
-    Prompts are drawn in pairs: what makes a prompt hard for both methods cancels.
+    Prompts are resampled in pairs, so the difficulty of a prompt cancels.
+
+    Raises:
+        ValueError: For different shapes.
     """
     if ours.shape != theirs.shape:
-        raise ValueError(f"Expected the same prompts twice, but got {tuple(ours.shape)} and {tuple(theirs.shape)}.")
+        raise ValueError(
+            f"Expected values of the same prompts, but got shapes {tuple(ours.shape)} and {tuple(theirs.shape)}."
+        )
     return bootstrap(ours - theirs, **settings)

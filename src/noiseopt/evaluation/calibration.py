@@ -1,4 +1,4 @@
-"""How large an N of best-of-N takes as long as a method: measured once, before anything is compared."""
+"""Measuring the N at which best-of-N takes as long as a method."""
 
 import math
 import statistics
@@ -14,11 +14,11 @@ WITHOUT_END = 1_000_000
 
 
 def calibrate(studio: Studio, choice: MethodChoice) -> dict[str, Any]:
-    """The N whose best-of-N takes at least as long as a method on the same images, and what it was derived from.
+    """Measure the N whose best-of-N takes at least as long as a method on the same images.
 
-    The two take turns at going first, so that what else the machine does hits both. From the seconds `T` of the method
-    and those of best-of-N, `f` for all that is done once and `e` for each noise, N is the median of `(T - f) / e` over
-    the repeats, rounded up: where the two cannot be equal, the control gets the time.
+    The two alternate in going first, so that other load on the machine affects both. With `T` the seconds of the
+    method, `f` the fixed seconds of best-of-N and `e` its seconds per noise, N is the median of `(T - f) / e` over the
+    repeats, rounded up in favor of the control.
 
     Returns:
         "n", and lists over the repeats: "method seconds", "seconds per noise" and "ratio".
@@ -40,7 +40,7 @@ def calibrate(studio: Studio, choice: MethodChoice) -> dict[str, Any]:
 
 
 def control_seconds(studio: Studio, index: int, budget: float) -> tuple[float, float]:
-    """Seconds that best-of-N needs once, and for each noise, from a run of about `budget` seconds."""
+    """Return the fixed seconds of best-of-N and its seconds per noise, from a run of about `budget` seconds."""
     ends: list[float] = []
     method = BestOfN(rewards=studio.instruments.rewards, steps=WITHOUT_END)
     callbacks = [lambda state: ends.append(state.elapsed), TimeBudget(budget)]

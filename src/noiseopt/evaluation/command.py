@@ -1,39 +1,39 @@
-"""`noiseopt evaluate`: its arguments, and what they mean where they are left out."""
+"""The command `noiseopt evaluate` and its defaults."""
 
 import argparse
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..cli import make_folder, positive, require_plots
+from ..arguments import make_folder, positive, require_plots
 
 if TYPE_CHECKING:
     from .evaluate import Evaluation
     from .plan import Plan
 
-FIRST_LOOK = 12  # prompts, where none are asked for
+FIRST_LOOK = 12  # default number of prompts
 DESCRIPTION = """\
-Measure methods of noise optimisation: each model draws each prompt with each method, from the same initial noises, and
-what comes out is compared with two controls that always run: plain sampling, and best-of-N by the same reward in the
-same wall-clock time. Without arguments: ReNO on the embedded one-step model, offline, in a few minutes.
+Evaluate noise optimization: every method runs on every model and prompt from the same initial noises, and is compared
+with two controls: plain sampling, and best-of-N by the same reward in the same wall-clock time. Without arguments: ReNO
+on the embedded one-step model, offline, in a few minutes.
 """
 
 EPILOG = """\
 results, in the folder given by --output:
   table.md, table.csv    accuracy by the judge (shapes world), rewards, diversity of the images of a prompt, statistics
                          of the noise, and paired differences, with 95% bootstrap intervals over prompts
-  cost.md, cost.csv      seconds, model calls and memory: measurements, which no two runs share
-  results.json           all of it, and each image's numbers
+  cost.md, cost.csv      seconds, model calls and memory, which vary between runs
+  results.json           everything, including the numbers of each image
   *.png                  accuracy (or rewards), reward against seconds, spectrum of the noise, images side by side
-  units/                 the finished work: noise, images and numbers of each model, method and prompt
+  units/                 finished units: noise, images and numbers of each model, method and prompt
 
-interrupted? The same command goes on where it was. More processes or GPUs:
+After an interruption the same command continues. To split the prompts over processes or GPUs, with the same table:
   accelerate launch -m noiseopt evaluate ...
-split the prompts, with the same table. N of best-of-N is measured once, before anything is compared, and kept in the
-folder. The table depends on it, so for one that repeats elsewhere give the N that was printed as --best-of.
+N of best-of-N is measured once, before the comparison, and stored in the folder. The table depends on it: to reproduce
+a table elsewhere, pass the printed N as --best-of.
 
 examples:
-  noiseopt evaluate --method reno --method "reno:steps=20,mode=parity" --limit 48
+  noiseopt evaluate --method reno --method "cno:gradient=full,gamma=1.0" --limit 48
   noiseopt evaluate --model turbo --model guided --prompts held-out --seeds 4 --output results
   noiseopt evaluate --model stabilityai/sdxl-turbo --call num_inference_steps=1,guidance_scale=0.0 \\
       --prompts prompts.txt --reward clipscore --watch imagereward
@@ -41,10 +41,10 @@ examples:
 
 
 def add_evaluate(commands) -> None:
-    """The parser of the command; `commands` is what `add_subparsers` returned."""
+    """Add the parser of the command to `commands`, the result of `add_subparsers`."""
     parser = commands.add_parser(
         "evaluate",
-        help="measure methods on models, prompts and seeds, against plain sampling and best-of-N at equal time",
+        help="compare methods with plain sampling and with best-of-N at equal time",
         description=DESCRIPTION,
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -56,92 +56,97 @@ def add_evaluate(commands) -> None:
 
 
 def add_subject(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("what is compared")
+    group = parser.add_argument_group("comparison")
     group.add_argument(
         "--model",
         action="append",
         dest="models",
         metavar="NAME",
-        help="embedded model (turbo, guided, sdxl, sdxl-turbo, sd3), Hub id or folder; may be repeated (turbo)",
+        help="embedded model (turbo, guided, sdxl, sdxl-turbo, sd3), Hub id or folder; repeatable (default: turbo)",
     )
     group.add_argument(
         "--method",
         action="append",
         dest="methods",
         metavar="NAME[:SETTING=VALUE,...]",
-        help="method with its settings, such as 'reno:steps=20', or what steers the denoising steps of plain noise: "
-        "cads, particle_guidance, interval_guidance; may be repeated (reno)",
+        help="method with settings, such as 'reno:steps=20', or a denoising callback: cads, particle_guidance, "
+        "interval_guidance; repeatable (default: reno)",
     )
     group.add_argument(
         "--prompts",
         metavar="SOURCE",
-        help="train, validation or held-out of the shapes world, or a file: text, JSONL or one of the field's formats "
-        "(validation)",
+        help="train, validation or held-out of the shapes world, or a file: text, JSONL or a benchmark's format "
+        "(default: validation)",
     )
     group.add_argument(
-        "--limit", type=positive, metavar="COUNT", help="only the first prompts (all; 12 without --prompts)"
+        "--limit",
+        type=positive,
+        metavar="COUNT",
+        help="use only the first prompts (default: all; 12 without --prompts)",
     )
-    group.add_argument("--seeds", type=positive, default=2, help="images of each prompt, which form a set (2)")
+    group.add_argument("--seeds", type=positive, default=2, help="images per prompt, evaluated as a set (default: 2)")
     group.add_argument(
         "--call",
         default="",
         metavar="NAME=VALUE,...",
-        help="arguments of the pipeline's call, such as num_inference_steps=1,guidance_scale=0.0; embedded models have "
-        "their own",
+        help="arguments of the pipeline's call, such as num_inference_steps=1,guidance_scale=0.0; embedded models "
+        "have defaults",
     )
 
 
 def add_measures(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("how it is measured")
+    group = parser.add_argument_group("measurements")
     group.add_argument(
         "--reward",
         action="append",
         dest="rewards",
         metavar="NAME[=WEIGHT]",
-        help="what the methods and best-of-N optimise: a name of `noiseopt rewards`, a Hub id, a folder, or reno for "
-        "all of that paper; may be repeated (clip, the embedded one, for embedded models)",
+        help="reward that the methods and best-of-N optimize: a name in `noiseopt rewards`, a Hub id, a folder, or "
+        "reno for all rewards of that paper; repeatable (default for embedded models: the embedded clip)",
     )
     group.add_argument(
         "--watch",
         action="append",
         dest="watched",
         metavar="NAME",
-        help="reward that is only measured; may be repeated (vqa, where it is, for embedded models)",
+        help="reward that is only measured; repeatable (default for embedded models: vqa if available)",
     )
     group.add_argument(
         "--features",
         metavar="NAME",
         help="embedding for similarity, Vendi score and coverage: dinov2, dinov2_patch, clip, dreamsim, Hub id, folder "
-        "or none; dinov2 and clip are the embedded towers where all models are (dinov2, or facebook/dinov2-base)",
+        "or none (default: facebook/dinov2-base; the embedded dinov2 if all models are embedded)",
     )
     group.add_argument(
         "--references",
         metavar="FOLDER",
-        help="images that all images together should cover; without it the shapes world covers renders of each prompt",
+        help="reference images for coverage, pooled over all prompts (default: renders of each shapes world prompt)",
     )
-    group.add_argument("--best-of", type=positive, metavar="N", help="fix the N of best-of-N instead of measuring it")
+    group.add_argument("--best-of", type=positive, metavar="N", help="N of best-of-N (default: measured)")
 
 
 def add_machine(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("where it runs")
-    group.add_argument("--device", help="cpu, cuda, cuda:1, mps (an accelerator if there is one)")
+    group = parser.add_argument_group("execution")
+    group.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: an accelerator if available)")
     group.add_argument(
-        "--dtype", choices=("float32", "float16", "bfloat16"), help="of the models (bfloat16 on CUDA, else float32)"
+        "--dtype",
+        choices=("float32", "float16", "bfloat16"),
+        help="dtype of the models (default: bfloat16 on CUDA, else float32)",
     )
     group.add_argument(
-        "--threads", type=positive, default=1, help="of each process on a CPU; the last digits depend on it (1)"
+        "--threads", type=positive, default=1, help="CPU threads per process; affects the last digits (default: 1)"
     )
     group.add_argument(
-        "--output", type=Path, default=Path("noiseopt-evaluation"), help="folder to write to (noiseopt-evaluation)"
+        "--output", type=Path, default=Path("noiseopt-evaluation"), help="output folder (default: noiseopt-evaluation)"
     )
 
 
 def evaluate(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    """Check all arguments, run, and say where everything is."""
+    """Run `noiseopt evaluate`; all arguments are checked before anything is loaded."""
     require_plots("noiseopt evaluate")
     from ..quiet import quiet_libraries
 
-    with quiet_libraries():  # as some modules are imported, transformers says what else could be installed
+    with quiet_libraries():  # transformers prints notices on import
         from .evaluate import Evaluation
         from .folder import CannotEvaluate
     try:
@@ -157,7 +162,7 @@ def evaluate(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> 
 
 
 def plan_of(arguments: argparse.Namespace) -> "Plan":
-    """The plan that the arguments describe. Raises `ValueError` and `OSError` for what cannot be."""
+    """Build the plan. Raises `ValueError` or `OSError` for invalid arguments."""
     from .plan import HELD_OUT_FEATURES, MethodChoice, ModelChoice, Plan, at_hand, parse_settings
     from .prompt_sets import load_prompts
 
@@ -187,7 +192,7 @@ def plan_of(arguments: argparse.Namespace) -> "Plan":
 
 
 def weighted(text: str) -> list[tuple[str, float]]:
-    """The rewards of `"clip"` or `"clip=0.5"`; of a preset all that it stands for."""
+    """Parse `"clip"` or `"clip=0.5"`, and expand presets."""
     from ..rewards.contract.reward_sum import REWARD_PRESETS
 
     name, equals, weight = text.rpartition("=")
@@ -207,7 +212,7 @@ def run(evaluation: "Evaluation", output: Path) -> None:
         results = evaluation.run()
     except KeyboardInterrupt:
         if evaluation.leads:
-            print(f"\nInterrupted. What is finished is in {output}: the same command goes on.", file=sys.stderr)
+            print(f"\nInterrupted. Finished units are in {output}; the same command continues.", file=sys.stderr)
         raise
     if results is not None:
         print((output / "table.md").read_text(encoding="utf-8"))

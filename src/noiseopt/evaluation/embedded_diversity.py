@@ -1,4 +1,4 @@
-"""What `diversity=` of a method means on an embedded model: its set rewards on the towers of the shapes world."""
+"""The `diversity` of a method on an embedded model: set rewards on features of the shapes world."""
 
 import functools
 from typing import Any, Literal
@@ -10,7 +10,7 @@ from ..rewards.features.image_features import ImageFeatures
 from ..rewards.sets.set_reward import find_set_reward
 from ..rewards.sets.set_reward_sum import set_reward_entries
 
-# features -> the tower that stands for them, and which of its outputs they are
+# features -> the embedded tower that replaces them, and its output
 TOWERS: dict[str, tuple[str, Literal["cls", "patch"]]] = {
     "dinov2": ("dinov2", "cls"),
     "dinov2_patch": ("dinov2", "patch"),
@@ -19,10 +19,10 @@ TOWERS: dict[str, tuple[str, Literal["cls", "patch"]]] = {
 
 
 def features_of(diversity: Any) -> list[Any]:
-    """The features of each set reward: a name, a folder, or a module.
+    """Return the features of each set reward: a name, a folder, or a module.
 
     Raises:
-        ValueError: For set rewards that are none.
+        ValueError: For invalid set rewards.
     """
     found = []
     for reward, features, _ in set_reward_entries(diversity):
@@ -32,12 +32,12 @@ def features_of(diversity: Any) -> list[Any]:
 
 
 def towers_of(diversity: Any) -> set[str]:
-    """The names of the embedded models that it looks at."""
+    """Return the names of the embedded models that compute the features."""
     return {TOWERS[name][0] for name in features_of(diversity) if isinstance(name, str) and name in TOWERS}
 
 
 def embedded_diversity(diversity: Any, device: torch.device | None = None) -> list[tuple[Any, Any, Any]]:
-    """The same with towers of the shapes world, loaded, where it names the large ones; what else it names stays."""
+    """Replace named features by embedded towers, loaded; other entries stay unchanged."""
     entries = zip(set_reward_entries(diversity), features_of(diversity), strict=True)
     return [
         (reward, tower(features, device) if isinstance(features, str) and features in TOWERS else features, weight)
@@ -49,7 +49,7 @@ def embedded_diversity(diversity: Any, device: torch.device | None = None) -> li
 
 @functools.cache
 def tower(name: str, device: torch.device | None) -> ImageFeatures:
-    """Features of the shapes world under the name of the large ones; loaded once."""
+    """Load an embedded tower once, under the name of the large model that it replaces."""
     folder, kind = TOWERS[name]
     features = ImageFeatures.from_pretrained(shapes_world.path(folder), kind, device=device)
     features.name = name

@@ -1,4 +1,4 @@
-"""The evaluation: every unit that is not yet there, on one process or several, and then the tables and figures."""
+"""The evaluation: compute every missing unit, on one or more processes, then write the tables and figures."""
 
 import contextlib
 import datetime
@@ -29,19 +29,19 @@ from .unit import Studio, write_json, write_whole
 
 
 class Evaluation:
-    """A plan at work in a folder. Every process of a launch makes one and calls `run`.
+    """A plan that runs in a folder. Every process of a launch creates one and calls `run`.
 
-    Units are dealt to the processes by their prompt. A process writes each unit that it finishes as files and keeps
-    nothing else, so it does not matter who computed what, nor how often it all was interrupted.
+    Units are distributed by prompt. Each process writes finished units to files and keeps no other state, so units may
+    come from any process and any number of interrupted runs.
 
     Args:
-        plan: What is measured.
+        plan: The plan.
         output: The folder; it may hold units of the same plan.
     """
 
     def __init__(self, plan: Plan, output: Path) -> None:
         self.plan, self.folder = plan, ResultFolder(output)
-        # without a limit: the first process to be done waits for the last
+        # long timeout: the first process to finish waits for the last
         self.processes = PartialState(cpu=plan.device == "cpu", timeout=datetime.timedelta(days=365))
         self.device = self.own_device()
 
@@ -54,14 +54,14 @@ class Evaluation:
 
     @property
     def leads(self) -> bool:
-        """Whether this process speaks, calibrates and writes the tables."""
+        """Whether this process prints, calibrates and writes the tables."""
         return self.processes.is_main_process
 
     def run(self) -> Results | None:
-        """Compute what is missing and write all files; the results on the leading process, `None` on others.
+        """Compute the missing units and write all files. Return the results on the main process, `None` on others.
 
         Raises:
-            CannotEvaluate: If the folder is another plan's, or something cannot be loaded.
+            CannotEvaluate: If the folder belongs to another plan, or something cannot be loaded.
         """
         if self.leads:
             self.fetch_weights()
@@ -74,7 +74,7 @@ class Evaluation:
         return self.report() if self.leads else None
 
     def fetch_weights(self) -> None:
-        """See that the weights of all embedded models are there, or get them, before any model runs."""
+        """Download missing weights of embedded models before any model runs."""
         plan = self.plan
         names = {model.name for model in plan.models} | {*plan.reward_names}
         names |= {plan.features} if plan.features_are_embedded else set()
@@ -88,7 +88,7 @@ class Evaluation:
             raise CannotEvaluate(one_line(error)) from None
 
     def tasks(self, model: ModelChoice) -> list[tuple[Contender, int]]:
-        """The units of this process in their order; who goes first alternates, so that no one always has it cold."""
+        """Return the units of this process in order; contenders alternate in going first, on cold caches."""
         contenders, found = self.plan.contenders, []
         for index in range(self.processes.process_index, len(self.plan.prompts.prompts), self.processes.num_processes):
             turn = index % len(contenders)
@@ -101,7 +101,7 @@ class Evaluation:
         return tqdm(total=len(every), initial=done, unit="unit", disable=not self.leads, dynamic_ncols=True)
 
     def evaluate(self, model: ModelChoice, bar: tqdm) -> None:
-        """All units of a model that are missing. The model is loaded if there are any."""
+        """Compute the missing units of a model, which is loaded only if needed."""
         load = functools.cache(lambda: self.studio(model))
         if self.leads and self.plan.best_of is None:
             for method in self.plan.methods:
@@ -122,7 +122,7 @@ class Evaluation:
         gc.collect()
 
     def best_of(self) -> dict[tuple[str, str], int]:
-        """N of best-of-N by model and method: as asked for, or as measured."""
+        """Return N of best-of-N by model and method, as given or as measured."""
         known = self.folder.calibration()
         return {
             (model.name, method.label): self.plan.best_of or known[model.name][method.label]["n"]
@@ -132,7 +132,7 @@ class Evaluation:
         }
 
     def studio(self, model: ModelChoice) -> Studio:
-        """The model, loaded, and proof that it takes the arguments of the plan."""
+        """Load a model, and check that it accepts the arguments of the plan."""
         instruments = self.instruments
         try:
             with quiet_libraries():
@@ -152,15 +152,15 @@ class Evaluation:
 
     @functools.cached_property
     def instruments(self) -> Instruments:
-        """What images are measured with, loaded at the first need."""
+        """The instruments, loaded on first use."""
         try:
             with quiet_libraries():
                 return Instruments.load(self.plan, self.device)
         except (OSError, ValueError, ImportError) as error:
-            raise CannotEvaluate(f"Cannot load what images are measured with: {one_line(error)}") from error
+            raise CannotEvaluate(f"Cannot load the rewards or features: {one_line(error)}") from error
 
     def results(self) -> Results:
-        """Of all units, which must be finished."""
+        """Return the results of all units, which must be finished."""
         units = [
             self.folder.numbers(model.name, contender, index)
             for model in self.plan.models
@@ -170,7 +170,7 @@ class Evaluation:
         return Results(self.plan, units, self.best_of(), self.pooled_coverage())
 
     def pooled_coverage(self) -> dict[tuple[str, str], float]:
-        """How much of a folder of references all images of a contender cover together, if there is such a folder."""
+        """Return the coverage of the references by all images of each contender, if references are given."""
         if self.plan.references is None or self.plan.features is None:
             return {}
         try:
@@ -187,7 +187,7 @@ class Evaluation:
 
     def report(self) -> Results:
         """Write the tables, the numbers and the figures from the finished units."""
-        from .figures import draw_figures  # here, so that the other processes need no matplotlib
+        from .figures import draw_figures  # only the main process needs matplotlib
 
         results = self.results()
         texts = {
@@ -203,7 +203,7 @@ class Evaluation:
         return results
 
     def everything(self, results: Results) -> dict[str, Any]:
-        """All that is known, as plain values."""
+        """Return all numbers as plain values."""
         return {
             "settings": self.folder.settings(),
             "machine": {"system": platform.platform(), "python": platform.python_version(), "device": str(self.device)},
@@ -218,7 +218,7 @@ class Evaluation:
 
 def plain_entry(entry: Entry) -> dict[str, Any]:
     names = {"model": entry.model, "method": entry.method, "metric": entry.metric.name}
-    return {**names, "optimised": entry.metric.optimised, **vars(entry.estimate), "prompts": entry.prompts}
+    return {**names, "optimized": entry.metric.optimized, **vars(entry.estimate), "prompts": entry.prompts}
 
 
 def write_text(text: str, path: Path) -> None:
@@ -226,7 +226,7 @@ def write_text(text: str, path: Path) -> None:
 
 
 def check_call(pipe, model: ModelChoice) -> None:
-    """Raise `ValueError` for an argument that a pipeline does not name; some would take it and do nothing with it."""
+    """Raise `ValueError` for an argument that a pipeline does not name; some accept and ignore those."""
     known = inspect.signature(stock_call(type(pipe))).parameters
     if unknown := [name for name in model.call if name not in known]:
         raise ValueError(f"Expected arguments of {type(pipe).__name__} as `--call`, but got {unknown[0]!r}.")
@@ -237,7 +237,7 @@ def one_line(error: BaseException) -> str:
 
 
 def load_pipeline(model: ModelChoice, dtype: str | None, device: torch.device) -> Any:
-    """A pipeline without bars: embedded models in float32, others in bfloat16 on CUDA, unless a dtype is given."""
+    """Load a pipeline without progress bars; embedded models in float32, others in bfloat16 on CUDA by default."""
     chosen = dtype or ("bfloat16" if device.type == "cuda" and not model.embedded else "float32")
     load = shapes_world.MODELS[model.name].load if model.embedded else {}
     pipe = DiffusionPipeline.from_pretrained(model.source, dtype=getattr(torch, chosen), **load).to(device)
@@ -247,7 +247,7 @@ def load_pipeline(model: ModelChoice, dtype: str | None, device: torch.device) -
 
 @contextlib.contextmanager
 def threads(count: int) -> Iterator[None]:
-    """So many threads for the arithmetic inside: its last digits depend on them, and launchers set their own number."""
+    """Set the number of CPU threads inside the context; results depend on it in the last digits."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

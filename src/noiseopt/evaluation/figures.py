@@ -1,4 +1,4 @@
-"""The figures of an evaluation. Drawn without pyplot: no window, no global state."""
+"""The figures of an evaluation, drawn without pyplot: no windows, no global state."""
 
 import math
 import textwrap
@@ -20,11 +20,11 @@ from .unit import image_path
 COLORS = ("#0969da", "#bc4c00", "#8250df", "#116329", "#a40e26", "#0a7ea4")  # of methods and their controls
 GROUND = "#d0d7de"
 FACET = 1.9  # inches, the width of a small plot
-ROWS, IMAGES = 8, 3  # of a grid: prompts, and images of each prompt and method
+ROWS, IMAGES = 8, 3  # of a grid: prompts, and images per prompt and method
 
 
 def draw_figures(results: Results, folder: ResultFolder) -> None:
-    """All figures, into the folder of the evaluation."""
+    """Write all figures to the folder of the evaluation."""
     judged = [metric for metric in results.metrics if metric.group == "judge"]
     shown = judged or [metric for metric in results.metrics if metric.group == "rewards"]
     draw_estimates(results, shown, folder.path / ("accuracy.png" if judged else "rewards.png"))
@@ -35,20 +35,20 @@ def draw_figures(results: Results, folder: ResultFolder) -> None:
 
 
 def grid_name(results: Results, model: ModelChoice) -> str:
-    """The last part of a model's name, if no other model has the same."""
+    """Return the last component of a model's name if it is unique."""
     ends = [short(other.name) for other in results.plan.models]
     return slug(short(model.name) if ends.count(short(model.name)) == 1 else model.name)
 
 
 def color(results: Results, contender: Contender) -> str:
-    """That of its method, grey for plain sampling; a control is drawn hollow or dashed in its method's."""
+    """Return the color of a contender's method, gray for plain sampling; controls are hollow or dashed."""
     if contender.method is None:
         return MUTED
     return COLORS[results.plan.methods.index(contender.method) % len(COLORS)]
 
 
 def labels(results: Results, model: str, width: int) -> list[str]:
-    """The contenders' titles, broken where they are long: between settings, if they have any."""
+    """Return the contenders' titles, wrapped between settings."""
     titles = (results.title(model, contender).replace(",", ", ") for contender in results.plan.contenders)
     return ["\n".join(textwrap.wrap(title, width, break_on_hyphens=False)) for title in titles]
 
@@ -60,7 +60,7 @@ def quiet_axes(axes: Axes) -> None:
 
 
 def draw_estimates(results: Results, metrics: Sequence[Metric], path: Path) -> None:
-    """Each metric of each contender as a point with its interval: a column for each metric, a row for each model."""
+    """Plot each metric of each contender with its interval: a column per metric, a row per model."""
     left, head, foot = 2.15, 0.62, 0.38
     lines = max(title.count("\n") + 1 for model in results.plan.models for title in labels(results, model.name, 30))
     height = max(0.36, 0.14 * lines + 0.08) * len(results.plan.contenders)
@@ -89,7 +89,7 @@ def draw_column(axes: Axes, results: Results, model: ModelChoice, metric: Metric
     if metric.percent:
         axes.set(xlim=(-4, 104), xticks=(0, 25, 50, 75, 100))
     count = max(entry.prompts for entry in entries)
-    name = short(metric.name.removeprefix("right: ")) + ", %" * metric.percent + "*" * metric.optimised
+    name = short(metric.name.removeprefix("right: ")) + ", %" * metric.percent + "*" * metric.optimized
     axes.set_title(f"{name}\nn = {count}", size=9, color=INK, loc="left")
 
 
@@ -104,7 +104,7 @@ def draw_point(axes: Axes, entry: Entry, place: int, scale: float, ink: str, hol
 def draw_panels(
     results: Results, path: Path, title: str, draw: Callable[[Axes, ModelChoice], None], width: float = 4.2
 ) -> None:
-    """A panel for each model, up to two in a row, and a legend of the contenders below."""
+    """Draw a panel per model, up to two in a row, above a legend of the contenders."""
     head, height, foot, gap = 0.5, 2.6, 0.6, 0.75
     models = results.plan.models
     columns = min(2, len(models))
@@ -136,8 +136,8 @@ def draw_legend(page: Page, results: Results, top: float) -> None:
 
 
 def draw_reward_vs_seconds(results: Results, path: Path) -> None:
-    """The first optimised reward against the seconds for one image."""
-    metric = next(metric for metric in results.metrics if metric.optimised and metric.group == "rewards")
+    """Plot the first optimized reward against the seconds per image."""
+    metric = next(metric for metric in results.metrics if metric.optimized and metric.group == "rewards")
 
     def draw(axes: Axes, model: ModelChoice) -> None:
         for contender in results.plan.contenders:
@@ -151,15 +151,15 @@ def draw_reward_vs_seconds(results: Results, path: Path) -> None:
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high > 10 * low else (1, 1.5, 2, 3, 5, 7)))
         axes.xaxis.set_major_formatter(lambda value, place: f"{value:g}")
         axes.xaxis.set_minor_locator(NullLocator())
-        axes.set_xlabel("seconds for one image", size=8, color=MUTED)
+        axes.set_xlabel("seconds per image", size=8, color=MUTED)
         axes.set_ylabel(short(metric.name), size=8, color=MUTED)
         axes.margins(x=0.15)
 
-    draw_panels(results, path, f"The reward {short(metric.name)}, which is optimised, against the time it takes.", draw)
+    draw_panels(results, path, f"Optimized reward {short(metric.name)} against time per image.", draw)
 
 
 def draw_spectrum(results: Results, path: Path) -> None:
-    """The mean power of the noise by spatial frequency, and where that of a Gaussian noise is."""
+    """Plot the mean power of the noise by spatial frequency, and the range of Gaussian noise."""
 
     def draw(axes: Axes, model: ModelChoice) -> None:
         error = [2 * each for each in spectrum_error(results.units[model.name, PLAIN.key])]
@@ -173,24 +173,24 @@ def draw_spectrum(results: Results, path: Path) -> None:
         axes.set_xlabel("frequency, cycles across the noise", size=8, color=MUTED)
         axes.set_ylabel("power", size=8, color=MUTED)
 
-    title = "The power of the noise by frequency. A Gaussian noise is in the grey band 19 times out of 20."
+    title = "Power of the noise by frequency. Gaussian noise is in the gray band 95% of the time."
     draw_panels(results, path, title, draw)
 
 
 def mean_spectrum(units: Sequence[Numbers]) -> list[float]:
-    """The mean of the units' spectra, band by band."""
+    """The mean spectrum of the units."""
     return [mean(band) for band in zip(*(unit["noise"]["spectrum"] for unit in units), strict=True)]
 
 
 def spectrum_error(units: Sequence[Numbers]) -> list[float]:
-    """The standard error of `mean_spectrum` for Gaussian noise, band by band."""
+    """The standard error of `mean_spectrum` for Gaussian noise."""
     images, *shape = units[0]["noise shape"]
     shape = [math.prod(shape[:-2]), *shape[-2:]]
     return list(gaussian_limits((images * len(units), *shape)).standard_error.spectrum)
 
 
 def shown_prompts(results: Results, count: int = ROWS) -> list[int]:
-    """The first prompts, taken in turns from the categories: not chosen by how well they come out."""
+    """Choose the first prompts of each category in turn, regardless of their results."""
     units = results.units[results.plan.models[0].name, PLAIN.key]
     turn: dict[str, int] = {}
     order = []
@@ -201,7 +201,7 @@ def shown_prompts(results: Results, count: int = ROWS) -> list[int]:
 
 
 def draw_grid(results: Results, folder: ResultFolder, model: ModelChoice, path: Path) -> None:
-    """Images side by side: a row for each of some prompts, a group of columns for each contender."""
+    """Draw images side by side: a row per prompt, a group of columns per contender."""
     contenders, prompts = results.plan.contenders, shown_prompts(results)
     images, text, gap = min(IMAGES, results.plan.seeds), 1.55, 0.18
     side = min(1.15, max(0.6, ((WIDTH - text) / len(contenders) - gap) / images))
@@ -209,8 +209,8 @@ def draw_grid(results: Results, folder: ResultFolder, model: ModelChoice, path: 
     titles = labels(results, model.name, max(10, int(group * 12)))
     head = 0.55 + 0.16 * max(title.count("\n") + 1 for title in titles)
     page = Page(head + len(prompts) * (side + 0.1) + 0.05, max(5.0, MARGIN + text + len(contenders) * group))
-    legend = "Green: the judge finds the image right. " * results.judged(model.name)
-    page.text(MARGIN, 0.12, f"{short(model.name)}. {legend}Same place, same first noise.", size=9, color=MUTED)
+    legend = "Green: right according to the judge. " * results.judged(model.name)
+    page.text(MARGIN, 0.12, f"{short(model.name)}. {legend}Same position: same initial noise.", size=9, color=MUTED)
     for column, title in enumerate(titles):
         page.text(MARGIN + text + column * group, head - 0.08, title, size=9, va="bottom")
     for row, index in enumerate(prompts):
@@ -227,7 +227,7 @@ def draw_grid(results: Results, folder: ResultFolder, model: ModelChoice, path: 
 
 
 def draw_image(page: Page, left: float, top: float, side: float, file: Path, right: bool | None) -> None:
-    """A picture in a frame that says what the judge finds, without one where there is no judge."""
+    """Draw an image in a frame colored by the judge's verdict, if there is one."""
     axes = page.axes(left, top, side, side)
     with Image.open(file) as picture:
         axes.imshow(picture.convert("RGB"), interpolation="lanczos")
@@ -237,5 +237,5 @@ def draw_image(page: Page, left: float, top: float, side: float, file: Path, rig
 
 
 def short(name: str) -> str:
-    """The last part of a Hub id or path."""
+    """Return the last component of a Hub id or path."""
     return name.rstrip("/").rpartition("/")[2] or name

@@ -1,4 +1,4 @@
-"""The folder of an evaluation: what it was asked for, what is finished, and what is still to do."""
+"""The folder of an evaluation: its settings and its finished units."""
 
 import json
 from collections.abc import Mapping
@@ -15,43 +15,44 @@ from .unit import Unit, write_json
 
 UNIT_PARTS: dict[str, type] = {"prompt": str, "seeds": list, "evaluations": int}
 UNIT_PARTS |= {"rewards": dict, "set": dict, "noise": dict, "cost": dict}
-REDO = "Delete the .json of that name: the same command computes it again."
-REMEASURE = "Delete it: the same command measures again."
+REDO = "Delete the .json of that name; the same command computes it again."
+REMEASURE = "Delete it; the same command measures again."
 
 
 class CannotEvaluate(Exception):
-    """What was asked for cannot be done here; the message says why and what helps. Nothing finished is lost."""
+    """Raised when an evaluation cannot proceed; the message gives the reason and a remedy. Finished units are kept."""
 
 
 class ResultFolder:
-    """`settings.json`, `calibration.json`, and `units/<model>/<method>/<prompt>.json` with noise and images beside."""
+    """`settings.json`, `calibration.json`, and `units/<model>/<method>/<prompt>.json` with noise and images."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def claim(self, settings: Mapping[str, Any]) -> None:
-        """Write the settings, or see that they are those of what is already here.
+        """Write the settings, or check that they equal those already here.
 
         Raises:
-            CannotEvaluate: If another command wrote here, or nothing can be written.
+            CannotEvaluate: If the folder belongs to another evaluation, or is not writable.
         """
         file = self.path / "settings.json"
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             if not file.exists():
-                return write_json(file, settings)
+                write_json(file, settings)
+                return
         except OSError as error:
             raise CannotEvaluate(f"Expected a folder to write to, but got {self.path}: {error}.") from None
         known = self.settings()
         given = json.loads(json.dumps(settings))
         if changed := differences(known, given):
             raise CannotEvaluate(
-                f"Expected the settings that {self.path} was begun with, but got others: {'; '.join(changed)}. "
+                f"Expected the settings that {self.path} was created with, but got others: {'; '.join(changed)}. "
                 "Choose another --output, or delete that folder."
             )
 
     def settings(self) -> dict[str, Any]:
-        """What the folder was begun with."""
+        """Read the settings that the folder was created with."""
         return read_object(self.path / "settings.json", "Choose another --output, or delete that folder.")
 
     def unit_path(self, model: str, contender: Contender, index: int) -> Path:
@@ -61,37 +62,37 @@ class ResultFolder:
         return self.unit_path(model, contender, index).exists()
 
     def save(self, unit: Unit, contender: Contender) -> None:
-        """Keep a finished unit for good."""
+        """Write a finished unit."""
         unit.save(self.unit_path(unit.numbers["model"], contender, unit.numbers["index"]))
 
     def numbers(self, model: str, contender: Contender, index: int) -> dict[str, Any]:
-        """The plain values of a finished unit. Raises `CannotEvaluate` for a file that is not that unit's."""
+        """Read the values of a finished unit. Raises `CannotEvaluate` if the file is not of that unit."""
         path, asked = self.unit_path(model, contender, index), {"model": model, "method": contender.key, "index": index}
         found = read_object(path, REDO)
         wrong = [name for name, value in asked.items() if found.get(name) != value] + wrong_parts(found)
         if wrong:
             raise CannotEvaluate(
-                f"Expected what was measured of {model}, {contender.key} and prompt {index}, but {path} holds "
-                f"something else as its {', '.join(wrong)}. {REDO}"
+                f"Expected the unit of {model}, {contender.key} and prompt {index}, but {path} has "
+                f"wrong values: {', '.join(wrong)}. {REDO}"
             )
         return found
 
     def features(self, model: str, contender: Contender, index: int) -> torch.Tensor:
-        """`(B, D)`, of a finished unit. Raises `CannotEvaluate` for a file that holds none."""
+        """Read the features of a finished unit, `(B, D)`. Raises `CannotEvaluate` if there are none."""
         path = self.unit_path(model, contender, index).with_suffix(".safetensors")
         try:
             return load_file(path)["features"]
         except (OSError, KeyError, SafetensorError) as error:
-            raise CannotEvaluate(f"Expected features of images in {path}, but got {error!r}. {REDO}") from None
+            raise CannotEvaluate(f"Expected image features in {path}, but got {error!r}. {REDO}") from None
 
     def calibration(self) -> dict[str, dict[str, dict[str, Any]]]:
-        """By model and method, what `calibrate` found."""
+        """Read the results of `calibrate` by model and method."""
         file = self.path / "calibration.json"
         found = read_object(file, REMEASURE) if file.exists() else {}
         rows = [row for part in found.values() for row in (part.values() if isinstance(part, dict) else [None])]
         counts = [row.get("n") if isinstance(row, dict) else None for row in rows]
         if not all(type(count) is int and count > 0 for count in counts):
-            raise CannotEvaluate(f"Expected the N of each method in {file}, but got something else. {REMEASURE}")
+            raise CannotEvaluate(f"Expected the N of each method in {file}, but got other values. {REMEASURE}")
         return found
 
     def keep_calibration(self, model: str, method: str, found: Mapping[str, Any]) -> None:
@@ -101,7 +102,7 @@ class ResultFolder:
 
 
 def read_object(path: Path, remedy: str) -> dict[str, Any]:
-    """The JSON object in a file. Raises `CannotEvaluate` for anything else."""
+    """Read a JSON object. Raises `CannotEvaluate` for anything else."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -112,7 +113,7 @@ def read_object(path: Path, remedy: str) -> dict[str, Any]:
 
 
 def wrong_parts(numbers: Mapping[str, Any]) -> list[str]:
-    """The parts of a unit that are missing, of another type, or not numbers where tables are made of them."""
+    """Return the names of the fields of a unit that are missing or malformed."""
     wrong = [name for name, kind in UNIT_PARTS.items() if not isinstance(numbers.get(name), kind)]
     if wrong:
         return wrong
@@ -127,7 +128,7 @@ def wrong_parts(numbers: Mapping[str, Any]) -> list[str]:
 
 
 def is_measure(value: Any) -> bool:
-    """Whether a value is a number, a truth value or nothing, or a list of these."""
+    """Whether a value is a number, a boolean or None, or a flat list of these."""
     if isinstance(value, list):
         return all(not isinstance(each, list) and is_measure(each) for each in value)
     return value is None or isinstance(value, bool | int | float)

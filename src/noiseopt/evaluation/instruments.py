@@ -1,4 +1,4 @@
-"""What the pictures are measured with: rewards, an embedding of images, the judge of the shapes world, references."""
+"""The measurements of an evaluation: rewards, features, the judge of the shapes world, and references."""
 
 import dataclasses
 import functools
@@ -22,31 +22,31 @@ from .metrics import coverage, layout_spread, mean_pairwise_similarity, vendi_sc
 from .noise_statistics import gaussian_limits, noise_statistics
 from .plan import EMBEDDED_REWARDS, Plan
 
-RENDERS = 16  # references for the coverage of one prompt
+RENDERS = 16  # references per prompt, for coverage
 NEIGHBORS = 5
 PICTURES = {".png", ".jpg", ".jpeg", ".webp"}
 
 
 def load_reward(name: str, device: torch.device) -> Reward:
-    """The reward that a name stands for, which reports under that name."""
+    """Load a registered or embedded reward, and give it that name."""
     reward = AutoReward.from_pretrained(weights_of(name, EMBEDDED_REWARDS), device=device)
     reward.name = name
     return reward
 
 
 def weights_of(name: str, embedded: Collection[str]) -> str:
-    """What `from_pretrained` takes for a name: the folder of an embedded model, or the name itself."""
+    """Return the argument of `from_pretrained`: the folder of an embedded model, or the name itself."""
     return shapes_world.path(name) if name in embedded else name
 
 
 @dataclasses.dataclass(eq=False)
 class Instruments:
-    """All that a plan measures with, loaded.
+    """The loaded instruments of a plan.
 
     Attributes:
-        rewards: The optimised rewards with their weights: what methods take as `rewards`.
+        rewards: The optimized rewards with their weights, as methods take them.
         watched: Rewards that are only measured.
-        features: `(B, 3, H, W)` in [0, 1] -> `(B, D)` or `(B, P, D)`, to be compared by their cosine; or `None`.
+        features: `(B, 3, H, W)` in [0, 1] -> `(B, D)` or `(B, P, D)`, compared by cosine; or `None`.
     """
 
     rewards: list[tuple[Reward, float]]
@@ -55,15 +55,15 @@ class Instruments:
 
     @classmethod
     def load(cls, plan: Plan, device: torch.device) -> "Instruments":
-        """Raises `ValueError` if a method of the plan needs a gradient that a reward does not have."""
+        """Load the instruments. Raises `ValueError` if a method needs a gradient that a reward does not have."""
         rewards = [(load_reward(name, device), weight) for name, weight in plan.rewards]
-        if any(method.takes_rewards and method.build(rewards).gradient for method in plan.methods):
+        if any(method.takes_rewards and method.build(rewards).gradient_mode for method in plan.methods):
             RewardSum(rewards).check_differentiable()
         watched = [load_reward(name, device) for name in plan.watched]
         return cls(rewards, watched, load_features(plan, device))
 
     def scores(self, images: torch.Tensor, prompt: str) -> dict[str, list[float]]:
-        """Each reward of images `(B, 3, H, W)`, by name."""
+        """Return each reward of images `(B, 3, H, W)`, by name."""
         every = [*(reward for reward, _ in self.rewards), *self.watched]
         with torch.no_grad():
             return {str(reward.name): reward(images, prompt).tolist() for reward in every}
@@ -74,17 +74,17 @@ class Instruments:
             return None
         with torch.no_grad():
             features = self.features(images).cpu()
-        # The cosine of what is joined is the mean of the cosines of the parts if these are of one length.
+        # the cosine of concatenated unit vectors is the mean of their cosines
         return F.normalize(features, dim=-1).flatten(1) if features.ndim > 2 else features
 
-    @functools.lru_cache(maxsize=64)  # noqa: B019  lives as long as the process measures
+    @functools.lru_cache(maxsize=64)  # noqa: B019  lives as long as the process
     def renders(self, prompt: str) -> torch.Tensor | None:
-        """`(RENDERS, D)`: the features of pictures that show a prompt of the shapes world."""
+        """`(RENDERS, D)`: features of rendered images of a prompt of the shapes world."""
         return self.embed(render_references(prompt))
 
 
 def load_features(plan: Plan, device: torch.device) -> Features | None:
-    """The features that a plan names; for embedded models, `dinov2` and `clip` are the embedded towers."""
+    """Load the features of a plan; for embedded models, `dinov2` and `clip` are the embedded towers."""
     if plan.features is None:
         return None
     name = shapes_world.path(plan.features) if plan.features_are_embedded else plan.features
@@ -92,15 +92,15 @@ def load_features(plan: Plan, device: torch.device) -> Features | None:
 
 
 def render_references(prompt: str) -> torch.Tensor:
-    """`(RENDERS, 3, 64, 64)`: the same renders of scenes that a prompt asks for, whoever asks."""
+    """`(RENDERS, 3, 64, 64)`: rendered images of a prompt, always the same."""
     request = shapes_world.parse(prompt)
-    chance = random.Random(str(request))  # a string seeds alike in every process
+    chance = random.Random(str(request))  # a string seed is the same in every process
     scenes = [shapes_world.sample_scene(chance, request) for _ in range(RENDERS)]
     return shapes_world.render(scenes, torch.Generator().manual_seed(chance.getrandbits(32)))
 
 
 def read_images(folder: str, instruments: Instruments) -> torch.Tensor:
-    """`(N, D)`: the features of all pictures in a folder. Raises `ValueError` if there are too few to be covered."""
+    """`(N, D)`: features of all images in a folder. Raises `ValueError` for too few images."""
     paths = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in PICTURES)
     if len(paths) <= NEIGHBORS:
         raise ValueError(f"Expected more than {NEIGHBORS} images as references, but {folder} has {len(paths)}.")
@@ -116,13 +116,13 @@ def read_images(folder: str, instruments: Instruments) -> torch.Tensor:
 def set_measures(
     images: torch.Tensor, features: torch.Tensor | None, references: torch.Tensor | None, prompt: str | None
 ) -> dict[str, float]:
-    """How the images of one prompt differ from one another, as far as there are several and they can be measured.
+    """Measure the diversity of the images of one prompt, as far as it applies.
 
     Args:
         images: `(B, 3, H, W)` in [0, 1].
         features: `(B, D)`, or `None`.
         references: `(N, D)` for coverage, or `None`.
-        prompt: Of the shapes world, or `None` for others, which have no layout that can be read.
+        prompt: A prompt of the shapes world, or `None` to skip the layout.
     """
     found = {}
     several = len(images) > 1
@@ -137,15 +137,15 @@ def set_measures(
 
 
 def verdicts(images: torch.Tensor, prompt: str) -> dict[str, Any]:
-    """What the judge says of `(B, 3, 64, 64)` images in [0, 1]."""
+    """Judge images `(B, 3, 64, 64)` in [0, 1]."""
     found: Sequence[shapes_world.Verdict] = shapes_world.judge(images, prompt)
     return {"right": [verdict.correct for verdict in found], "found": [verdict.found for verdict in found]}
 
 
 def noise_measures(result: NoiseResult) -> dict[str, Any]:
-    """How Gaussian the noise of a set is: `NoiseStatistics`, and as "... z" by how many standard errors each is off."""
+    """Return the `NoiseStatistics` of a set's noise, and as "... z" their deviation in standard errors."""
     noise = result.noise
-    noise = noise.flatten(1, -3) if noise.ndim > 4 else noise  # (B, 1, C, H, W) where a family draws videos
+    noise = noise.flatten(1, -3) if noise.ndim > 4 else noise  # (B, 1, C, H, W) in families that generate videos
     statistics = noise_statistics(noise)
     scores = dataclasses.asdict(gaussian_limits(tuple(noise.shape)).z_scores(statistics))
     return {**dataclasses.asdict(statistics), **{f"{name} z": value for name, value in scores.items()}}

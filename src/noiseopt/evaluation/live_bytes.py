@@ -1,4 +1,4 @@
-"""What tensors take in memory, exactly: every storage that an operation makes, until the last tensor of it is gone."""
+"""Exact memory use of tensors, by tracking every storage from its creation until its last tensor is gone."""
 
 import weakref
 from typing import Any
@@ -9,14 +9,14 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):
-    """The bytes of tensors made inside this context: those of graphs and of backward passes too.
+    """Counts the bytes of tensors created inside the context, including those of graphs and backward passes.
 
-    On a CPU it gives what the resident memory of the process shows only roughly. What a kernel takes for itself while
-    it runs does not count. It slows operations down; time is measured without it.
+    On a CPU this is exact, unlike the resident memory of the process. Temporary buffers inside kernels are not counted.
+    Operations are slower inside the context, so time must be measured without it.
 
     Attributes:
-        held: Now.
-        peak: The most at any one time.
+        held: Bytes alive now.
+        peak: Maximum of `held`.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Access to the problem of a pipeline call, for code that takes gradients itself."""
+"""Access to the problem of a pipeline call, for code that computes gradients itself."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,13 +9,13 @@ from ..pipelines.sampling.sampler import Clamp, Gradient
 
 
 class Looking(PlainSampling):
-    """Hands the problem of a call to a function from inside the run, and leaves the noise as it is.
+    """Calls a function with the problem of a pipeline call, and leaves the noise unchanged.
 
     The modules are prepared for gradients while the function runs, as for every method.
 
     Args:
-        then: The function, called with the problem; its return value is ignored.
-        settings: Settings of any method, such as `checkpointing="blocks"`.
+        then: Called with the problem; its return value is ignored.
+        settings: Fields of a method, such as `checkpointing="blocks"`.
     """
 
     gradient_mode: Gradient = "full"  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -1,4 +1,4 @@
-"""What drawing an image costs: seconds, passes through the denoiser, and memory on top of the models."""
+"""The cost of generating an image: seconds, model calls, and memory on top of the models."""
 
 import contextlib
 import ctypes
@@ -18,12 +18,12 @@ MEBIBYTE = 2**20
 
 @dataclasses.dataclass
 class Cost:
-    """Of a call, all images together.
+    """The cost of a call, for all its images.
 
     Attributes:
-        seconds: By the clock on the wall.
-        model_calls: Images that went forward through the denoiser; one that is guided counts twice.
-        memory: The peak in MiB above what was held before, `None` where the system does not tell.
+        seconds: Wall-clock time.
+        model_calls: Images passed through the denoiser; guidance counts twice.
+        memory: Peak in MiB above the memory in use before, or `None` where the system does not report it.
     """
 
     seconds: float = 0.0
@@ -33,7 +33,7 @@ class Cost:
 
 @contextlib.contextmanager
 def measured(pipe, device: torch.device) -> Iterator[Cost]:
-    """Fills in the cost of what happens inside, which runs `pipe` or twins of it on `device`."""
+    """Measure the cost of the code inside the context, which runs `pipe` or copies of it on `device`."""
     cost, memory = Cost(), PeakMemory(device)
     with counted_calls(pipe, cost):
         memory.start()
@@ -47,7 +47,7 @@ def measured(pipe, device: torch.device) -> Iterator[Cost]:
 
 @contextlib.contextmanager
 def counted_calls(pipe, cost: Cost) -> Iterator[None]:
-    """Adds the images that go through the denoisers of a pipeline. Shallow copies of a module share its hooks."""
+    """Count the images passed through the denoisers of a pipeline. Shallow copies of a module share its hooks."""
 
     def count(module, args: tuple, kwargs: dict[str, Any]) -> None:
         sample = args[0] if args else next(kwargs[name] for name in ("sample", "hidden_states") if name in kwargs)
@@ -63,16 +63,16 @@ def counted_calls(pipe, cost: Cost) -> Iterator[None]:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for what was asked of an accelerator."""
+    """Wait for the accelerator."""
     if device.type in ("cuda", "mps", "xpu"):
         getattr(torch, device.type).synchronize()
 
 
 class PeakMemory:
-    """The most memory that was held between `start` and `peak`, above what was held at the start.
+    """The peak memory between `start` and `peak`, above that at the start.
 
-    On CUDA what torch's allocator handed out; on Linux the resident memory of this process, whose peak the kernel keeps
-    and resets (`/proc/self/clear_refs`, see proc(5)).
+    On CUDA from torch's allocator; on Linux from the resident memory of the process, whose peak the kernel tracks and
+    resets (`/proc/self/clear_refs`, see proc(5)).
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -88,7 +88,7 @@ class PeakMemory:
             self.before = reset_resident_peak()
 
     def peak(self) -> float | None:
-        """In MiB, or `None` where it is not known."""
+        """Return MiB, or `None` if unknown."""
         if self.before is None:
             return None
         on_cuda = self.device.type == "cuda"
@@ -97,8 +97,8 @@ class PeakMemory:
 
 
 def reset_resident_peak() -> float | None:
-    """Let the kernel forget the peak; the resident memory in MiB, `None` where there is no such kernel."""
-    with contextlib.suppress(OSError, AttributeError):  # what was freed goes back first, or it would hide new needs
+    """Reset the kernel's peak and return the resident memory in MiB, or `None` where unsupported."""
+    with contextlib.suppress(OSError, AttributeError):  # return freed memory first; it would hide new allocations
         ctypes.CDLL(None).malloc_trim(0)
     try:
         Path("/proc/self/clear_refs").write_text("5")
@@ -108,7 +108,7 @@ def reset_resident_peak() -> float | None:
 
 
 def resident(field: str) -> float | None:
-    """A line of `/proc/self/status` in MiB."""
+    """Return a field of `/proc/self/status` in MiB."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""What an evaluation is to measure: read from words, and checked before any model is loaded."""
+"""The plan of an evaluation, parsed from strings and checked before any model is loaded."""
 
 import ast
 import dataclasses
@@ -32,15 +32,14 @@ from .embedded_diversity import embedded_diversity, features_of
 from .prompt_sets import PromptSet
 
 HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
-DTYPES = ("float32", "float16", "bfloat16")
 EMBEDDED_REWARDS, EMBEDDED_FEATURES = ("clip", "vqa"), ("dinov2", "clip")
-HELD_OUT_FEATURES = "facebook/dinov2-base"  # for models of the real world
+HELD_OUT_FEATURES = "facebook/dinov2-base"  # for models that are not embedded
 CALLBACKS = {"cads": CADS, "interval_guidance": IntervalGuidance, "particle_guidance": ParticleGuidance}
-OURS = ("prompt", "generator", "latents", "output_type", "num_images_per_prompt", "return_dict")
+RESERVED = ("prompt", "generator", "latents", "output_type", "num_images_per_prompt", "return_dict")
 
 
 def parse_settings(text: str) -> dict[str, Any]:
-    """`"steps=20, mode=parity"` as a dictionary; values are Python literals or plain words.
+    """Parse `"steps=20, mode=parity"` to a dictionary; values are Python literals or bare words.
 
     Raises:
         ValueError: For anything else.
@@ -65,7 +64,7 @@ def literal(node: ast.expr) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class ModelChoice:
-    """A model by the name of an embedded one, a Hub id or a folder, with the arguments that it is called with."""
+    """A model, as the name of an embedded one, a Hub id or a folder, with the arguments of its calls."""
 
     name: str
     call: Mapping[str, Any]
@@ -76,13 +75,13 @@ class ModelChoice:
 
     @property
     def source(self) -> str:
-        """What `from_pretrained` takes."""
+        """The argument of `from_pretrained`."""
         return shapes_world.path(self.name) if self.embedded else self.name
 
     @classmethod
     def parse(cls, name: str, call: Mapping[str, Any]) -> "ModelChoice":
-        """Raises `ValueError` for what is no model, and for arguments of a call that the evaluation sets itself."""
-        if taken := [argument for argument in call if argument in OURS]:
+        """Raise `ValueError` for an invalid model, or call arguments that the evaluation sets itself."""
+        if taken := [argument for argument in call if argument in RESERVED]:
             raise ValueError(f"Expected `--call` without {taken[0]}, which the evaluation sets itself.")
         known = shapes_world.MODELS.get(name)
         if known is not None and known.is_pipeline:
@@ -98,7 +97,7 @@ class ModelChoice:
 
 @dataclasses.dataclass(frozen=True)
 class MethodChoice:
-    """A registered method with settings, under the words that it was asked for with."""
+    """A registered method with settings, labeled by the string that it was parsed from."""
 
     label: str
     name: str
@@ -106,24 +105,24 @@ class MethodChoice:
 
     @property
     def takes_rewards(self) -> bool:
-        return any(field.name == "rewards" for field in dataclasses.fields(METHODS[self.name]) if field.init)  # pyright: ignore
+        return any(field.name == "rewards" for field in dataclasses.fields(METHODS[self.name]) if field.init)
 
     @property
     def diversity(self) -> Any:
-        """What it takes as `diversity`, or `None` for a method that takes none."""
+        """The value of `diversity`, or `None` for a method without it."""
         return self.settings.get("diversity", getattr(METHODS[self.name], "diversity", None))
 
     @property
     def has_control(self) -> bool:
-        """Whether it is compared with best-of-N at equal time, as all are that are not best-of-N themselves."""
+        """Whether it is compared with best-of-N at equal time; all but best-of-N itself are."""
         return not issubclass(METHODS[self.name], BestOfN)
 
     def build(self, rewards: Any, embedded_on: torch.device | None = None) -> NoiseOptimizer:
-        """The method, on these rewards if it takes any.
+        """Build the method, with rewards if it takes any.
 
         Args:
-            rewards: What `RewardSum` takes.
-            embedded_on: For embedded models their device: diversity is that of the embedded towers then.
+            rewards: Anything that `RewardSum` takes.
+            embedded_on: For embedded models, their device: `diversity` then uses the embedded towers.
         """
         settings = {**self.settings, **({"rewards": rewards} if self.takes_rewards else {})}
         if embedded_on is not None and self.diversity is not None:
@@ -131,12 +130,12 @@ class MethodChoice:
         return METHODS[self.name](**settings)
 
     def callback(self, seeds: Sequence[int]) -> DenoisingCallback | None:
-        """What steers the steps of the pipeline from the noise on, if something does; one seed for each image."""
+        """Return the callback that steers the denoising steps, if any; `seeds` has one seed per image."""
         return None
 
     @classmethod
     def parse(cls, text: str) -> "MethodChoice":
-        """Reads `"reno"` or `"reno:steps=20,mode=parity"`. Raises `ValueError` for what no method takes."""
+        """Parse `"reno"` or `"cno:gradient=full,gamma=1.0"`. Raises `ValueError` for invalid methods or settings."""
         name, _, settings = text.partition(":")
         if name not in METHODS and name not in CALLBACKS:
             known = ", ".join([*list_methods(), *CALLBACKS])
@@ -146,9 +145,9 @@ class MethodChoice:
         return choice
 
     def check(self) -> None:
-        fields = [field.name for field in dataclasses.fields(METHODS[self.name]) if field.init]  # pyright: ignore
+        fields = [field.name for field in dataclasses.fields(METHODS[self.name]) if field.init]
         if "rewards" in self.settings:
-            raise ValueError(f"Expected the rewards of {self.label!r} as `--reward`, the same for all methods.")
+            raise ValueError(f"Expected no rewards in {self.label!r}. Pass them as `--reward`, for all methods.")
         if unknown := [name for name in self.settings if name not in fields]:
             known = ", ".join(name for name in fields if name != "rewards")
             raise ValueError(f"Expected settings of {self.name} out of {known}, but got {unknown[0]!r}.")
@@ -162,7 +161,7 @@ class MethodChoice:
 
 @dataclasses.dataclass(frozen=True)
 class CallbackChoice(MethodChoice):
-    """A callback per denoising step with settings: it takes the noise as it is drawn, and optimises nothing."""
+    """A denoising callback with settings. It takes the initial noise and optimizes nothing."""
 
     @property
     def takes_rewards(self) -> bool:
@@ -199,7 +198,7 @@ class Contender:
     """One way to choose the noise: plain sampling, a method, or the control of a method.
 
     Attributes:
-        key: What it is called in files.
+        key: Its name in files.
         method: The method, or the one that this is the control of; `None` for plain sampling.
         control: Whether it is best-of-N at the time of `method`.
     """
@@ -217,32 +216,32 @@ PLAIN = Contender("plain")
 
 
 def control_of(method: MethodChoice) -> Contender:
-    """Best-of-N at the time of a method."""
+    """Return best-of-N at the time of a method."""
     return Contender(f"best-of-N for {method.label}", method, control=True)
 
 
 def slug(text: str) -> str:
-    """A name for a file: the text itself, or what is left of it and a hash."""
+    """Return a file name: the text itself, or its valid characters and a hash."""
     kept = re.sub(r"[^\w.=,+-]+", "-", text)
     return kept if kept == text else f"{kept}-{hashlib.sha256(text.encode()).hexdigest()[:6]}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Model × method × prompts × seeds, and what each picture is measured with.
+    """Models × methods × prompts × seeds, and the measurements of each image.
 
     Attributes:
-        models, methods: At least one each, without repetitions.
-        prompts: The prompts; their order numbers them.
-        source: Where they were read, for messages.
-        seeds: Images of each prompt, which are drawn in one call and form a set.
-        rewards: Name and weight of what the methods optimise, at least one.
+        models, methods: At least one each, without duplicates.
+        prompts: The prompts in order.
+        source: Their source, for error messages.
+        seeds: Images per prompt, generated in one call as a set.
+        rewards: Name and weight of the optimized rewards, at least one.
         watched: Names of rewards that are only measured.
         features: The embedding for similarity, diversity and coverage, or `None`.
         references: A folder of images for coverage, or `None`.
-        best_of: N of best-of-N; `None` to measure what fits in each method's time.
-        device, dtype: Of the models; `None` for what suits them.
-        threads: Of the arithmetic on a CPU, whose last digits depend on it.
+        best_of: N of best-of-N; `None` to measure the N that takes as long as each method.
+        device, dtype: Of the models; `None` for the default.
+        threads: CPU threads; results depend on them in the last digits.
     """
 
     models: tuple[ModelChoice, ...]
@@ -266,9 +265,9 @@ class Plan:
         for name in (*(name for name, _ in self.rewards), *self.watched):
             check_reward(name)
         if not all(weight > 0 for _, weight in self.rewards):
-            raise ValueError("Expected weights above 0. What is only to be measured is given as `--watch`.")
+            raise ValueError("Expected weights above 0. Pass rewards that are only measured as `--watch`.")
         if not self.rewards:
-            raise ValueError("Expected at least one `--reward`: best-of-N, the control, chooses by it.")
+            raise ValueError("Expected at least one `--reward`: best-of-N, the control, needs it.")
         check_device(self.device)
         if self.references is not None and not os.path.isdir(self.references):
             raise ValueError(f"Expected a folder of images as references, but got {self.references!r}.")
@@ -277,7 +276,7 @@ class Plan:
         self.check_prompts()
 
     def check_prompts(self) -> None:
-        """Raise `ValueError` for a prompt that an embedded model cannot draw."""
+        """Raise `ValueError` for a prompt outside the shapes world if a model is embedded."""
         if not self.prompts.prompts:
             raise ValueError(f"Expected at least one prompt, but {self.prompts.name} has none.")
         if not any(model.embedded for model in self.models):
@@ -289,7 +288,7 @@ class Plan:
                 raise ValueError(f"{self.place_of(prompt.text, number)}: {error}") from None
 
     def place_of(self, prompt: str, number: int) -> str:
-        """The file and line of a prompt, or what it is called where it is not as it stands in a line of a file."""
+        """Return the file and line of a prompt, or its number if it is not a line of a file."""
         if os.path.isfile(self.source):
             lines = Path(self.source).read_text(encoding="utf-8-sig").split("\n")
             if found := [line for line, text in enumerate(lines, 1) if prompt in text]:
@@ -297,14 +296,14 @@ class Plan:
         return f"prompt {number} of {self.prompts.name}"
 
     def category(self, index: int) -> str | None:
-        """Of a prompt: what its source says, or what the shapes world calls it."""
+        """Return the category of a prompt from its source, or from the shapes world."""
         prompt = self.prompts.prompts[index]
         known = prompt.category is not None or not self.of_shapes_world
         return prompt.category if known else shapes_world.category(prompt.text)
 
     @functools.cached_property
     def of_shapes_world(self) -> bool:
-        """Whether the judge can read what the prompts ask for."""
+        """Whether the judge can read all prompts."""
         try:
             return all(shapes_world.parse(prompt.text) is not None for prompt in self.prompts.prompts)
         except ValueError:
@@ -322,27 +321,28 @@ class Plan:
 
     @property
     def features_are_embedded(self) -> bool:
-        """Whether the features are those of a tower of the shapes world, which has the name of a larger one."""
+        """Whether the features are an embedded tower, which shares its name with a larger model."""
         return self.features in EMBEDDED_FEATURES and all(model.embedded for model in self.models)
 
     @property
-    def features_are_optimised(self) -> bool:
-        """Whether a method optimises the diversity of the same tower, or the tower is that of an optimised reward."""
+    def features_are_optimized(self) -> bool:
+        """Whether a method optimizes the features' model, through its diversity or a reward."""
         diversities = [method.diversity for method in self.methods if method.diversity is not None]
         names = {checkpoint_of(each) for diversity in diversities for each in features_of(diversity)}
-        return self.features in dict(self.rewards) or self.features and checkpoint_of(self.features) in names or False
+        optimized = self.features in dict(self.rewards) or checkpoint_of(self.features) in names
+        return self.features is not None and optimized
 
     @property
     def reward_names(self) -> list[str]:
-        """Of all rewards that are measured, the optimised ones first."""
+        """All measured rewards, the optimized ones first."""
         return [name for name, _ in self.rewards] + list(self.watched)
 
     def seed(self, prompt: int, image: int) -> int:
-        """Of the noise that every method starts from."""
+        """Return the seed of an image's initial noise, the same for every method."""
         return 1_000_003 * image + prompt
 
     def settings(self, device: str) -> dict[str, Any]:
-        """All that the numbers depend on, as plain values."""
+        """Return everything that the results depend on, as plain values."""
         texts = "\n".join(prompt.text for prompt in self.prompts.prompts)
         versions = {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "transformers")}
         return {
@@ -364,7 +364,7 @@ class Plan:
 
 
 def distinct(what: str, names: Sequence[str]) -> None:
-    """Raise `ValueError` unless there are names, each once."""
+    """Raise `ValueError` unless there are names without duplicates."""
     if what != "reward" and not names:
         raise ValueError(f"Expected at least one {what}.")
     if repeated := [name for name in names if names.count(name) > 1]:
@@ -381,32 +381,32 @@ def check_device(name: str | None) -> None:
 
 
 def check_diversity(diversity: Any) -> None:
-    """Raise `ValueError` or `TypeError` for what is no weighted set reward."""
+    """Raise `ValueError` or `TypeError` for invalid weighted set rewards."""
     for entry in set_reward_entries(diversity):
         check_set_reward_entry(*entry)
 
 
 def checkpoint_of(features: Any) -> Any:
-    """What features are loaded from, to tell whether two are of one tower; else they themselves."""
+    """Return the checkpoint that features load, to tell whether two share a model; else the features."""
     known = FEATURES.entries.get(features) if isinstance(features, str) else None
     return (known and known.default_checkpoint) or features
 
 
 def check_reward(name: str) -> None:
-    """Raise `ValueError` for what is no embedded reward, registered one, Hub id or folder."""
+    """Raise `ValueError` unless the name is an embedded or registered reward, a Hub id or a folder."""
     if name not in EMBEDDED_REWARDS:
         find_reward(name)
 
 
 def check_features(name: str) -> None:
-    """Raise `ValueError` for what is no features, Hub id or folder, not compared by a cosine, or not installed."""
+    """Raise `ValueError` for features that are unknown, not compared by cosine, or not installed."""
     features = find_features(name)
     if features is None:
         return
     if features.metric != "cosine":
         raise ValueError(
-            f"Expected features that are compared by their cosine, as similarity and Vendi score do, but '{name}' are "
-            f"made for the {features.metric} distance. Take dinov2, dinov2_patch, clip or dreamsim."
+            f"Expected features that are compared by cosine, for similarity and Vendi score, but '{name}' uses the "
+            f"{features.metric} distance. Use dinov2, dinov2_patch, clip or dreamsim."
         )
     if features.package is not None:
         try:

@@ -1,4 +1,4 @@
-"""Prompts to evaluate on: the splits of the shapes world, and files in the layouts of the published benchmarks."""
+"""Prompts to evaluate on: the splits of the shapes world, and files in the formats of published benchmarks."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ COMPBENCH_FILE = re.compile(
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt, the category that its results are reported under, if any, and what else its source says about it."""
+    """A prompt, the category that its results are reported under, and further fields of its source."""
 
     text: str
     category: str | None = None
@@ -35,22 +35,22 @@ class Prompt:
 
 @dataclass(frozen=True)
 class PromptSet:
-    """The name of a split or of a file, without its ending, and its prompts in order."""
+    """Prompts in order, with the name of their split or file."""
 
     name: str
     prompts: tuple[Prompt, ...]
 
 
 def load_prompts(source: str, format: str | None = None, limit: int | None = None) -> PromptSet:
-    """Reads a set of prompts.
+    """Read a set of prompts.
 
     Args:
         source: "train", "validation" or "held-out" for a split of the shapes world, else a UTF-8 file.
-        format: a key of `FORMATS`, for files only; by default what name and content look like.
-        limit: only so many prompts from the start.
+        format: A key of `FORMATS`, for files only; guessed from name and content by default.
+        limit: Maximum number of prompts, taken from the start.
 
     Raises:
-        ValueError: for a source that is neither, an unknown format, a file that is not in its format, or no prompts.
+        ValueError: For an unknown source or format, a file not in its format, or no prompts.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"Expected a limit of 1 prompt or more, but got {limit}. Leave it out to read all.")
@@ -66,24 +66,24 @@ def load_prompts(source: str, format: str | None = None, limit: int | None = Non
 
 
 def read_file(path: Path, format: str | None) -> list[Prompt]:
-    """All prompts of a file."""
+    """Read all prompts of a file."""
     if not path.is_file():
         raise ValueError(
-            f"Expected one of the splits {quoted(SPLITS)} or a file of prompts, but got {str(path)!r}, and there is no "
-            "such file."
+            f"Expected one of the splits {quoted(SPLITS)} or a file of prompts, but got {str(path)!r}, which does "
+            "not exist."
         )
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"Expected UTF-8 text in {path}, but got other bytes. Convert it to UTF-8.") from error
+        raise ValueError(f"Expected UTF-8 text in {path}, but got another encoding. Convert it to UTF-8.") from error
     prompts = list(FORMATS[format or sniff(text, path)](text, path))
     if not prompts:
-        raise ValueError(f"Expected prompts in {path}, but got none. Write one on each line.")
+        raise ValueError(f"Expected prompts in {path}, but got none. Write one per line.")
     return prompts
 
 
 def sniff(text: str, path: Path) -> str:
-    """What format a file seems to be in."""
+    """Guess the format of a file."""
     if path.suffix == ".txt":
         return "t2i-compbench" if COMPBENCH_FILE.fullmatch(path.stem) else "text"
     lines = text.lstrip().split("\n", 1)
@@ -93,7 +93,7 @@ def sniff(text: str, path: Path) -> str:
 
 
 def sniff_json(text: str, first_line: str) -> str:
-    """Which of the formats made of JSON: by the whole text if it is one document, else by the first line."""
+    """Guess the JSON format from the whole text if it is one document, else from the first line."""
     document = parsed(text)
     if isinstance(document, list) or (isinstance(document, Mapping) and not set(TEXT_KEYS) & set(document)):
         return "coco" if "annotations" in document else "noise-diffusion"
@@ -103,7 +103,7 @@ def sniff_json(text: str, first_line: str) -> str:
 
 
 def parsed(text: str) -> Any:
-    """JSON, or None for what is none."""
+    """Parse JSON, or return None."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
@@ -111,14 +111,14 @@ def parsed(text: str) -> Any:
 
 
 def read_text(text: str, path: Path) -> Iterator[Prompt]:
-    """One prompt a line; blank lines are skipped."""
+    """Read one prompt per line, skipping blank lines."""
     return (Prompt(line) for _, line in numbered(text))
 
 
 def read_compbench(text: str, path: Path) -> Iterator[Prompt]:
     """T2I-CompBench, https://arxiv.org/abs/2307.06350: `color_val.txt` has a prompt of category "color" on each line.
 
-    A file of another name has its whole name as its category.
+    For other file names the category is the whole name.
     """
     match = COMPBENCH_FILE.fullmatch(path.stem)
     category = match[1] if match else path.stem
@@ -126,7 +126,7 @@ def read_compbench(text: str, path: Path) -> Iterator[Prompt]:
 
 
 def read_jsonl(text: str, path: Path) -> Iterator[Prompt]:
-    """An object a line, with a `prompt`, `text` or `caption`, perhaps a `category` or `tag`; the rest is metadata."""
+    """One object per line with a `prompt`, `text` or `caption`, and optionally a `category` or `tag`."""
     return (prompt_of(item, where) for where, item in json_lines(text, path))
 
 
@@ -143,8 +143,8 @@ def read_geneval(text: str, path: Path) -> Iterator[Prompt]:
 
 
 def read_partiprompts(text: str, path: Path) -> Iterator[Prompt]:
-    """PartiPrompts, https://arxiv.org/abs/2206.10789: tabs between the columns Prompt, Category, Challenge and Note."""
-    # Quotation marks are part of the prompts: one begins with them.
+    """PartiPrompts, https://arxiv.org/abs/2206.10789: tab-separated Prompt, Category, Challenge and Note."""
+    # prompts contain unescaped quotation marks
     rows = csv.DictReader(text.split("\n"), delimiter="\t", quoting=csv.QUOTE_NONE)
     if "Prompt" not in (rows.fieldnames or ()):
         raise ValueError(f"Expected a column 'Prompt' in {path}, but got {quoted(rows.fieldnames or ())}.")
@@ -156,8 +156,8 @@ def read_partiprompts(text: str, path: Path) -> Iterator[Prompt]:
 def read_noise_diffusion(text: str, path: Path) -> Iterator[Prompt]:
     """Noise Diffusion, https://arxiv.org/abs/2411.16503: objects with a `prompt` and the `indices` of its nouns.
 
-    `simple_cases.json` maps categories to lists of objects, `complex_cases.json` is one list. The indices, which count
-    CLIP's tokens, are kept as metadata.
+    `simple_cases.json` maps categories to lists of objects; `complex_cases.json` is one list. The indices count CLIP
+    tokens and become metadata.
     """
     document = json_document(text, path)
     groups = document if isinstance(document, Mapping) else {None: document}
@@ -192,32 +192,32 @@ FORMATS: dict[str, Callable[[str, Path], Iterator[Prompt]]] = {
 
 
 def numbered(text: str) -> Iterator[tuple[int, str]]:
-    """The lines that are not blank, stripped, with their numbers from 1."""
-    # Not `splitlines`, which also splits at characters that JSON strings may contain.
+    """Yield the stripped, nonblank lines with their numbers from 1."""
+    # not `splitlines`, which splits at characters that JSON strings may contain
     lines = ((number, line.strip()) for number, line in enumerate(text.split("\n"), 1))
     return ((number, line) for number, line in lines if line)
 
 
 def json_lines(text: str, path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Where each object of JSON lines is, as "file:line", and the object."""
+    """Yield the position, as "file:line", and the object of each line of JSON."""
     for number, line in numbered(text):
         where = f"{path}:{number}"
         yield where, required(json_document(line, path, number), Mapping, where)
 
 
 def json_document(text: str, path: Path, first_line: int = 1) -> Any:
-    """Parsed JSON; errors name the line of the file."""
+    """Parse JSON; errors name the line of the file."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
         where = f"{path}:{first_line + error.lineno - 1}"
         raise ValueError(f"Expected JSON in {where}, but got {shortened(error.doc)}: {error.msg}.") from error
-    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, brackets in brackets
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, deep nesting
         raise ValueError(f"Expected JSON in {path}, but it cannot be read: {error}.") from error
 
 
 def required(value: Any, kind: type, where: str) -> Any:
-    """`value` if it is a mapping or a list, whichever is required."""
+    """Return `value` if it is of the required kind, a mapping or a list. Raises `ValueError` otherwise."""
     if not isinstance(value, kind):
         name = "a list" if kind is list else "an object"
         raise ValueError(f"Expected {name} in {where}, but got {shortened(repr(value))}.")
@@ -225,7 +225,7 @@ def required(value: Any, kind: type, where: str) -> Any:
 
 
 def prompt_of(item: Any, where: str, category: str | None = None) -> Prompt:
-    """The prompt that an object describes."""
+    """Convert an object to a prompt."""
     rest = dict(required(item, Mapping, where))
     text = next((rest.pop(key) for key in TEXT_KEYS if key in rest), None)
     if not isinstance(text, str) or not text.strip():

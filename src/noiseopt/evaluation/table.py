@@ -1,4 +1,4 @@
-"""From the units of an evaluation to estimates over prompts, and to tables of them."""
+"""Estimates over prompts from the units of an evaluation, and tables of them."""
 
 import csv
 import dataclasses
@@ -13,7 +13,7 @@ from .. import shapes_world
 from .bootstrap import Estimate, bootstrap, paired_bootstrap
 from .plan import PLAIN, Contender, Plan, control_of
 
-Numbers = Mapping[str, Any]  # what a unit's JSON file holds
+Numbers = Mapping[str, Any]  # the JSON of a unit
 SETS = {"mss": "MSS", "vendi": "Vendi", "coverage": "Coverage", "layout spread": "layout spread"}
 FROM_FEATURES = ("mss", "vendi", "coverage")
 NOISE = {
@@ -30,35 +30,35 @@ NOISE = {
 
 @dataclasses.dataclass(frozen=True)
 class Metric:
-    """One column.
+    """A column of a table.
 
     Attributes:
-        name: As in the files.
-        group: The table it stands in.
-        value: Of one unit, the mean over its images; NaN where it does not apply.
+        name: Its name in files.
+        group: The table that it belongs to.
+        value: Maps a unit to its value, the mean over its images; NaN where it does not apply.
         percent: Whether it is a share.
-        optimised: Whether the methods were free to raise it, which makes it no evidence.
+        optimized: Whether methods optimize it, so that higher values are no evidence of quality.
     """
 
     name: str
     group: str
     value: Callable[[Numbers], float]
     percent: bool = False
-    optimised: bool = False
+    optimized: bool = False
 
     @property
     def is_quality(self) -> bool:
-        """Whether it says how well an image fits its prompt."""
+        """Whether it measures how well an image fits its prompt."""
         return self.group == "rewards" or self.name == "right"
 
     @property
     def title(self) -> str:
-        return self.name + "\\*" * self.optimised + ", %" * self.percent
+        return self.name + "\\*" * self.optimized + ", %" * self.percent
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """An estimate of a metric, of a contender or of the difference of two, with the number of prompts it is over."""
+    """An estimate of a metric, for a contender or the difference of two, with its number of prompts."""
 
     model: str
     method: str
@@ -67,7 +67,7 @@ class Entry:
     prompts: int
 
     def text(self, sign: str = "") -> str:
-        """With its interval, in percent for a share."""
+        """Format the estimate with its interval, in percent for a share."""
         value, low, high = dataclasses.astuple(self.estimate)
         if math.isnan(value):
             return "–"
@@ -81,38 +81,38 @@ class Entry:
 
 
 def mean(values: Sequence[Any] | None) -> float:
-    """Of numbers or truth values; NaN for none."""
+    """The mean of numbers or booleans; NaN for none."""
     return sum(values) / len(values) if values else math.nan
 
 
 def right(numbers: Numbers) -> float:
-    """The share of a unit's images that the judge finds right."""
+    """The share of a unit's images that are right according to the judge."""
     return mean(numbers["judge"]["right"]) if numbers["judge"] else math.nan
 
 
 def metrics_of(plan: Plan, categories: Iterable[str]) -> list[Metric]:
-    """All columns of a plan; those that apply to no unit are left out later."""
-    optimised = dict(plan.rewards)
-    seen = plan.features_are_optimised
+    """Return all columns of a plan, including those without values."""
+    optimized = dict(plan.rewards)
+    seen = plan.features_are_optimized
     judge = [Metric("right", "judge", right, percent=True)]
     judge += [Metric(f"right: {name}", "judge", right_within(name), percent=True) for name in categories]
     rewards = [
-        Metric(name, "rewards", reading("rewards", name), optimised=name in optimised) for name in plan.reward_names
+        Metric(name, "rewards", reading("rewards", name), optimized=name in optimized) for name in plan.reward_names
     ]
     sets = [
-        Metric(title, "sets", reading("set", name), optimised=seen and name in FROM_FEATURES)
+        Metric(title, "sets", reading("set", name), optimized=seen and name in FROM_FEATURES)
         for name, title in SETS.items()
     ]
     return judge + rewards + sets + [Metric(title, "noise", reading("noise", name)) for name, title in NOISE.items()]
 
 
 def right_within(category: str) -> Callable[[Numbers], float]:
-    """The share of right images of a unit of this category; NaN for others."""
+    """Like `right`, for the units of one category; NaN for others."""
     return lambda unit: right(unit) if unit["category"] == category else math.nan
 
 
 def reading(part: str, name: str) -> Callable[[Numbers], float]:
-    """A number of a unit, or the mean of a list that has one for each image; NaN where there is none."""
+    """Return a function that reads a number of a unit, or the mean of a list; NaN if missing."""
 
     def read(unit: Numbers) -> float:
         value = unit[part].get(name)
@@ -122,13 +122,13 @@ def reading(part: str, name: str) -> Callable[[Numbers], float]:
 
 
 class Results:
-    """All units of a plan as estimates over prompts; a prompt counts once however many seeds it has.
+    """The units of a plan as estimates over prompts; each prompt counts once, however many seeds it has.
 
     Args:
-        plan: What was measured.
+        plan: The plan.
         units: The numbers of all units.
-        best_of: N of the control, by model and the label of its method.
-        pooled: Coverage of a folder of references by all images of a model and contender's key, if there is one.
+        best_of: N of the control, by model and label of the method.
+        pooled: Coverage of a folder of references, by model and key of the contender, if there is one.
     """
 
     def __init__(
@@ -155,7 +155,7 @@ class Results:
         return pooled or not all(math.isnan(metric.value(unit)) for unit in self.all_units())
 
     def title(self, model: str, contender: Contender) -> str:
-        """What a contender is called in a table: its key, with the N of best-of-N."""
+        """Return the key of a contender, with the N of best-of-N."""
         n = self.best_of.get((model, contender.method.label)) if contender.control and contender.method else None
         return contender.key if n is None else contender.key.replace("best-of-N", f"best-of-{n}")
 
@@ -164,7 +164,7 @@ class Results:
         return torch.tensor([metric.value(unit) for unit in self.units[model, key]], dtype=torch.float64)
 
     def entry(self, model: str, contender: Contender, metric: Metric) -> Entry:
-        """One cell of a table."""
+        """Return one cell of a table."""
         if metric.name == "Coverage" and (pooled := self.pooled.get((model, contender.key))) is not None:
             estimate = Estimate(pooled, math.nan, math.nan)
             return Entry(model, contender.key, metric, estimate, len(self.plan.prompts.prompts))
@@ -173,7 +173,7 @@ class Results:
         return Entry(model, contender.key, metric, bootstrap(values), len(values))
 
     def entries(self) -> list[Entry]:
-        """Every metric of every contender, and what became of images that were wrong and right in plain sampling."""
+        """Return every metric of every contender, and the changes from plain sampling."""
         found = []
         for model in self.plan.models:
             for contender in self.plan.contenders:
@@ -182,7 +182,7 @@ class Results:
         return found
 
     def changes(self, model: str, contender: Contender) -> list[Entry]:
-        """The shares of plain failures repaired and of plain successes kept, over images of the same initial noise."""
+        """Return the shares of plain failures repaired and of plain successes kept, per initial noise."""
         if contender == PLAIN or not self.judged(model):
             return []
         before = self.verdicts(model, PLAIN.key)
@@ -199,11 +199,11 @@ class Results:
         return all(unit["judge"] is not None for unit in self.units[model, PLAIN.key])
 
     def verdicts(self, model: str, key: str) -> torch.Tensor:
-        """`(P, seeds)` bool: which images are right."""
+        """`(P, seeds)` bool: the images that are right."""
         return torch.tensor([unit["judge"]["right"] for unit in self.units[model, key]])
 
     def differences(self) -> list[Entry]:
-        """Each method minus plain sampling and minus its control, on the same prompts."""
+        """Return each method minus plain sampling and minus its control, on the same prompts."""
         metrics = [metric for metric in self.metrics if metric.is_quality or metric.name in ("MSS", "Vendi")]
         return [
             self.difference(model.name, ours, theirs, metric)
@@ -213,7 +213,7 @@ class Results:
         ]
 
     def pairs(self) -> list[tuple[Contender, Contender]]:
-        """The comparisons: with plain sampling, and of a method with its control."""
+        """Return the comparisons: each method with plain sampling and with its control."""
         found = []
         for contender in self.plan.contenders:
             if contender.method and not contender.control:
@@ -228,19 +228,19 @@ class Results:
         return Entry(model, f"{ours.key} − {theirs.key}", metric, estimate, int(known.sum()))
 
     def warnings(self) -> list[str]:
-        """Methods that raise what they optimise and lower what they do not: they exploit the reward."""
+        """Return a warning for each method that raises what it optimizes and lowers another quality metric."""
         found = []
         for model in self.plan.models:
             for ours, theirs in self.pairs():
                 gaps = [
                     self.difference(model.name, ours, theirs, metric) for metric in self.metrics if metric.is_quality
                 ]
-                up = [gap.metric.name for gap in gaps if gap.metric.optimised and gap.estimate.low > 0]
-                down = [gap.metric.name for gap in gaps if not gap.metric.optimised and gap.estimate.high < 0]
+                up = [gap.metric.name for gap in gaps if gap.metric.optimized and gap.estimate.low > 0]
+                down = [gap.metric.name for gap in gaps if not gap.metric.optimized and gap.estimate.high < 0]
                 if theirs == PLAIN and up and down:
                     found.append(
-                        f"{ours.key} on {model.name} raises {' and '.join(up)}, which it optimises, and lowers "
-                        f"{' and '.join(down)}, which it does not see: it exploits the reward."
+                        f"{ours.key} on {model.name} raises {' and '.join(up)}, which it optimizes, and lowers "
+                        f"{' and '.join(down)}, which it does not: it exploits the reward."
                     )
         return found
 
@@ -253,7 +253,7 @@ COST = {
 
 
 def costs(results: Results) -> list[dict[str, Any]]:
-    """One row for each model and contender: means over prompts, the highest peak, and the time beside the method's."""
+    """Return a row per model and contender: means over prompts, peak memory, and time relative to the method's."""
     rows = []
     for model in results.plan.models:
         seconds = {}
@@ -274,7 +274,7 @@ def costs(results: Results) -> list[dict[str, Any]]:
 
 
 def grid(rows: Sequence[Sequence[str]]) -> str:
-    """A markdown table; the first row is its head."""
+    """Format a markdown table; the first row is its head."""
     head, *body = ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join([head, "|" + "---|" * len(rows[0]), *body])
 
@@ -288,7 +288,7 @@ GROUPS = {
 
 
 def markdown(results: Results) -> str:
-    """All estimates, as tables with a row for each model and contender, and the differences that matter."""
+    """Format all estimates with a row per model and contender, and the differences."""
     parts = [heading(results.plan)]
     entries = results.entries()
     for group, title in GROUPS.items():
@@ -308,7 +308,7 @@ def markdown(results: Results) -> str:
 def heading(plan: Plan) -> str:
     prompts, images = plural(len(plan.prompts.prompts), "prompt"), plural(plan.seeds, "image")
     return (
-        f"# Evaluation\n\n{plan.prompts.name}: {prompts}, {images} of each. "
+        f"# Evaluation\n\n{plan.prompts.name}: {prompts}, {images} each. "
         "Brackets are 95% bootstrap intervals over prompts."
     )
 
@@ -332,22 +332,21 @@ def difference_table(results: Results) -> str:
 
 
 def notes(results: Results) -> list[str]:
-    """What a reader must know to read the tables."""
+    """Return the explanations below the tables."""
     plan, found = results.plan, []
     names = ", ".join(name for name, _ in plan.rewards)
     found.append(
-        f"\\* {names}: optimised by the methods that take rewards, so a higher value is no evidence by itself."
+        f"\\* {names}: optimized by the methods that take rewards, so higher values are no evidence of quality."
     )
     if plan.features is not None:
-        kind = ", which is optimised too" if plan.features_are_optimised else ""
-        found.append(f"MSS, Vendi and Coverage are those of {plan.features} features{kind}.")
-    found.append("Bold differences have an interval without 0.")
-    found.append("A Gaussian noise has norm / √d 1, variance 1 and else 0; z is in standard errors of a single set.")
+        kind = ", which are optimized too" if plan.features_are_optimized else ""
+        found.append(f"MSS, Vendi and Coverage use {plan.features} features{kind}.")
+    found.append("Bold: the interval of the difference excludes 0.")
+    found.append("Gaussian noise has norm / √d 1, variance 1 and all else 0; z is in standard errors of one set.")
     return found + [f"**Warning:** {warning}" for warning in results.warnings()]
 
 
 def cost_markdown(results: Results) -> str:
-    """The measurements that no two runs share."""
     rows = costs(results)
     texts = [[value if isinstance(value, str) else plain_number(value) for value in row.values()] for row in rows]
     return f"## Cost\n\n{grid([list(rows[0]), *texts])}\n"
@@ -358,7 +357,7 @@ def plain_number(value: float) -> str:
 
 
 def table_csv(entries: Sequence[Entry]) -> str:
-    """Long form: model, method, metric, value, low, high, prompts; empty for what is not known."""
+    """Format model, method, metric, value, low, high, prompts in long form; empty if unknown."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(["model", "method", "metric", "value", "low", "high", "prompts"])

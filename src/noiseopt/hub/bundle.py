@@ -1,9 +1,9 @@
-"""Amalgamate one pipeline module and everything of ours that it imports into a single file.
+"""Join modules of the package, with everything of ours that they import, into one self-contained file.
 
-diffusers' `custom_pipeline=` loads one `pipeline.py`; its own search for further files is a regular expression that
-misses siblings of siblings (local folders) and never ends on cycles (Hub). So the file has to be self-contained.
-Modules are joined by slicing their source lines, dependencies first: comments and formatting stay as written.
-What cannot be joined without changing its meaning is refused with file and line.
+diffusers' `custom_pipeline=` loads a `pipeline.py` and the files that it imports relatively. It finds those with a
+regular expression that misses siblings of siblings in a local folder and fetches a shared sibling once per import from
+the Hub. The code behind `pipeline.py` therefore is a single file without relative imports. Source lines are copied,
+dependencies first, with their comments. Code whose meaning would change is refused with file and line.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import builtins
 import functools
+import hashlib
 import re
 import sys
 from collections.abc import Iterable, Iterator
@@ -19,7 +20,12 @@ from pathlib import Path
 
 PACKAGE = "noiseopt"
 LINE_LENGTH = 120
-# What diffusers takes for an import of a further file, wherever it stands: also inside a docstring.
+# diffusers puts the bundle of every local pipeline in the same place, where the next one replaces it in `sys.modules`.
+OWN_NAME = """\
+# The name that diffusers gives this module may come to mean the bundle of another release.
+sys.modules[f"{{__name__}}_{digest}"] = sys.modules[__name__]
+__name__ = f"{{__name__}}_{digest}\""""
+# Text that diffusers takes for an import of another file, also inside a docstring.
 LOOKS_RELATIVE = re.compile(r"^\s*(from\s+\.\S+\s+import|import\s+\.\S+\s*$)")
 
 
@@ -29,7 +35,7 @@ class Refused(ValueError):
 
 @dataclass(frozen=True, eq=False)
 class Module:
-    """A parsed source file; `name` is its path relative to the repository root."""
+    """A parsed source file; `name` is its path relative to the package."""
 
     path: Path
     name: str
@@ -37,55 +43,55 @@ class Module:
     tree: ast.Module
 
     @classmethod
-    def read(cls, path: Path, root: Path) -> Module:
-        return cls.parse(path, root, path.read_text(encoding="utf-8"))
-
-    @classmethod
-    @functools.cache  # the same module is part of many bundles
-    def parse(cls, path: Path, root: Path, source: str) -> Module:
-        return cls(path, path.relative_to(root).as_posix(), source.split("\n"), ast.parse(source, str(path)))
+    def read(cls, path: Path, package: Path) -> Module:
+        source = path.read_text(encoding="utf-8")
+        name = path.relative_to(package).as_posix()
+        return cls(path, name, source.split("\n"), ast.parse(source, str(path)))
 
     @functools.cached_property
     def imports(self) -> list[ast.Import | ast.ImportFrom]:
-        """Every import statement, also inside functions."""
+        """Every import statement, including those inside functions."""
         return [node for node in ast.walk(self.tree) if isinstance(node, (ast.Import, ast.ImportFrom))]
 
     def refuse(self, line: int, reason: str) -> Refused:
         return Refused(f"{self.name}:{line}: {reason}")
 
 
-def bundle(entry: Path, root: Path, registering: Path | None = None) -> str:
-    """The source of one self-contained file for a pipeline module.
+def bundle(wanted: Iterable[Path], package: Path, docstring: str) -> str:
+    """Return the source of one file with the wanted modules and everything of the package that they import.
 
     Args:
-        entry: The module, in one of the folders that become sub-packages: `root/pipelines/x.py`.
-        root: The folder that holds `pipelines/`, `rewards/` …
-        registering: A package folder all of whose public modules are wanted too, imported by `entry` or not: those that
-            its `__init__.py` imports. So what is looked up by name in a bundle is what is found in the package.
+        wanted: Paths below `package`. They may run through its symbolic links; relative imports follow the path as
+            written, so the layout is that of the installed package in a checkout too.
+        package: The folder of the package.
+        docstring: The docstring of the file.
+
+    Raises:
+        Refused: For a module that cannot be joined with the others without changing its meaning.
     """
-    root = root.resolve()
-    wanted = [*public_modules(registering.resolve(), root), entry.resolve()] if registering else [entry.resolve()]
-    modules = in_order(wanted, root)
+    modules = in_order(wanted, package)
     for module in modules:
         check_text(module)
     check_names(modules)
-    top = f"{header(modules[-1])}\n\n{hoisted(modules)}".rstrip()
-    parts = [f"# {module.name}\n\n\n{body}" for module in modules if (body := own_code(module))]
-    return "\n\n\n".join([top, *parts]) + "\n"
+    imports = hoisted(modules)
+    bodies = [f"# {module.name}\n\n{body}" for module in modules if (body := own_code(module))]
+    digest = hashlib.sha256("\n".join([imports, *bodies]).encode()).hexdigest()[:12]
+    top = f'"""{docstring}"""\n\n{imports}\n\n{OWN_NAME.format(digest=digest)}'
+    return "\n\n".join([top, *bodies]) + "\n"
 
 
-def public_modules(folder: Path, root: Path) -> list[Path]:
-    """The modules that a package's `__init__.py` imports from."""
-    return [target for _, target in dependencies(Module.read(folder / "__init__.py", root), root)]
+def public_modules(init: Path, package: Path) -> list[Path]:
+    """Return the modules that an `__init__.py` imports from."""
+    return [target for _, target in dependencies(Module.read(init, package))]
 
 
-def in_order(wanted: Iterable[Path], root: Path) -> list[Module]:
-    """The wanted modules and all that they need: dependencies first, the last one wanted last."""
+def in_order(wanted: Iterable[Path], package: Path) -> list[Module]:
+    """Return the wanted modules and all that they need, dependencies first."""
     done: dict[Path, Module] = {}
 
     def visit(path: Path, pending: tuple[Path, ...]) -> None:
-        module = Module.read(path, root)
-        for node, target in dependencies(module, root):
+        module = Module.read(path, package)
+        for node, target in dependencies(module):
             if target in (*pending, path):
                 chain = " -> ".join(p.stem for p in (*pending, path, target))
                 raise module.refuse(node.lineno, f"circular import {chain}")
@@ -99,8 +105,8 @@ def in_order(wanted: Iterable[Path], root: Path) -> list[Module]:
     return list(done.values())
 
 
-def dependencies(module: Module, root: Path) -> Iterator[tuple[ast.ImportFrom, Path]]:
-    """Each relative import of `module` with the file it names; the package's folders are siblings under `root`."""
+def dependencies(module: Module) -> Iterator[tuple[ast.ImportFrom, Path]]:
+    """Yield each relative import with the file that it names."""
     for node in module.imports:
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
         relative = isinstance(node, ast.ImportFrom) and node.level > 0
@@ -109,11 +115,11 @@ def dependencies(module: Module, root: Path) -> Iterator[tuple[ast.ImportFrom, P
         if any(alias.name == "*" for alias in node.names):
             raise module.refuse(node.lineno, "a starred import hides which names it binds: import them by name")
         if isinstance(node, ast.ImportFrom) and relative:
-            yield node, resolve(module, node, root)
+            yield node, resolve(module, node)
 
 
-def resolve(module: Module, node: ast.ImportFrom, root: Path) -> Path:
-    """The file that a relative import names."""
+def resolve(module: Module, node: ast.ImportFrom) -> Path:
+    """Return the file that a relative import names: a module, never a package."""
     if node not in module.tree.body:
         raise module.refuse(node.lineno, "a relative import has to stand at the top level of its module")
     if any(alias.asname for alias in node.names):
@@ -126,7 +132,6 @@ def resolve(module: Module, node: ast.ImportFrom, root: Path) -> Path:
     return target
 
 
-@functools.cache
 def check_text(module: Module) -> None:
     """Refuse text that diffusers takes for an import of another file, and code that looks for its own file."""
     dropped = dropped_lines(module)
@@ -139,7 +144,7 @@ def check_text(module: Module) -> None:
 
 
 def check_names(modules: Iterable[Module]) -> None:
-    """Each top-level name means one thing in all `modules`, since a bundle has one namespace."""
+    """Refuse a top-level name that means two things: a bundle has one namespace."""
     seen: dict[str, tuple[Module, int, str | None]] = {}
     for module in modules:
         for name, line, source in bindings(module.tree):
@@ -151,7 +156,7 @@ def check_names(modules: Iterable[Module]) -> None:
 
 
 def bindings(node: ast.AST) -> Iterator[tuple[str, int, str | None]]:
-    """(name, line, what was imported or None for a definition) of all names bound in a module's namespace."""
+    """Yield (name, line, imported object or None for a definition) for each name bound in a module's namespace."""
     if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
         yield node.name, node.lineno, None
     elif isinstance(node, ast.Import):
@@ -170,21 +175,9 @@ def bindings(node: ast.AST) -> Iterator[tuple[str, int, str | None]]:
             yield from bindings(child)
 
 
-def header(entry: Module) -> str:
-    """The docstring of the entry module, and where the file comes from."""
-    first = entry.tree.body[0] if entry.tree.body else None
-    if not isinstance(first, ast.Expr) or ast.get_docstring(entry.tree) is None:
-        raise entry.refuse(1, "the docstring of a bundled pipeline module becomes the header of its file: write one")
-    text = "\n".join(entry.lines[first.lineno - 1 : first.end_lineno])
-    if not text.endswith('"""'):
-        raise entry.refuse(first.lineno, 'a docstring ends in """ and nothing follows it on its line')
-    note = f"Generated from {entry.name} by `noiseopt hub build`. Edit the source, not this file."
-    return f'{text[:-3].rstrip()}\n\n{note}\n"""'
-
-
 def hoisted(modules: Iterable[Module]) -> str:
-    """The third-party imports of all modules, each once, in the order that ruff and isort give them."""
-    plain: set[str] = set()
+    """Return the third-party imports of all modules, each once, sorted as ruff and isort sort them."""
+    plain = {"sys"}  # for `OWN_NAME`
     named: dict[str, set[str]] = {}
     renamed: set[tuple[str, str]] = set()
     for node in (node for module in modules for node in module.tree.body):
@@ -197,8 +190,8 @@ def hoisted(modules: Iterable[Module]) -> str:
                 else:
                     named.setdefault(node.module, set()).add(alias.name)
     lines = [(name, 0, f"import {name}") for name in plain]
-    lines += [(package, 1, from_import(package, names)) for package, names in named.items()]
-    lines += [(package, 1, f"from {package} import {name}") for package, name in renamed]
+    lines += [(origin, 1, from_import(origin, names)) for origin, names in named.items()]
+    lines += [(origin, 1, f"from {origin} import {name}") for origin, name in renamed]
     sections: dict[int, list[str]] = {}
     for name, _, line in sorted(lines, key=lambda entry: (section(entry[0]), entry[1], entry[0].lower(), entry[2])):
         sections.setdefault(section(name), []).append(line)
@@ -206,34 +199,34 @@ def hoisted(modules: Iterable[Module]) -> str:
 
 
 def section(name: str) -> int:
-    """0 for `__future__`, 1 for the standard library, 2 for the rest."""
-    package = name.split()[0].split(".")[0]
-    return 0 if package == "__future__" else 1 if package in sys.stdlib_module_names else 2
+    """Return 0 for `__future__`, 1 for the standard library, 2 for other packages."""
+    origin = name.split()[0].split(".")[0]
+    return 0 if origin == "__future__" else 1 if origin in sys.stdlib_module_names else 2
 
 
-def from_import(package: str, names: Iterable[str]) -> str:
-    """`from package import names`: constants, classes, functions; one name a line if they do not fit on one."""
+def from_import(origin: str, names: Iterable[str]) -> str:
+    """Return an import of constants, classes, functions in this order, one per line if they exceed a line."""
     ordered = sorted(names, key=lambda n: (0 if len(n) > 1 and n.isupper() else 1 if n[0].isupper() else 2, n.lower()))
-    line = f"from {package} import {', '.join(ordered)}"
+    line = f"from {origin} import {', '.join(ordered)}"
     if len(line) <= LINE_LENGTH:
         return line
-    return "\n".join([f"from {package} import (", *(f"    {name}," for name in ordered), ")"])
+    return "\n".join([f"from {origin} import (", *(f"    {name}," for name in ordered), ")"])
 
 
 def own_code(module: Module) -> str:
-    """The module's source lines without docstring, `__all__` and top-level imports."""
+    """Return the module's source lines without docstring, `__all__`, top-level imports and second blank lines."""
     dropped = dropped_lines(module)
     inside = {n for node in module.tree.body for n in range(node.lineno, (node.end_lineno or 0) + 1)}
-    kept: list[str] = []
+    lines: list[str] = []
     for number, line in enumerate(module.lines, start=1):
-        surplus_blank = number not in inside and not line and kept[-2:] in ([], ["", ""])
+        surplus_blank = number not in inside and not line and lines[-1:] in ([], [""])
         if number not in dropped and not surplus_blank:
-            kept.append(line)
-    return "\n".join(kept).strip("\n")
+            lines.append(line)
+    return "\n".join(lines).strip("\n")
 
 
 def dropped_lines(module: Module) -> set[int]:
-    """Line numbers of docstring, `__all__` and top-level imports, with the comments that stand directly above them."""
+    """Return the line numbers of docstring, `__all__` and top-level imports, with comments directly above them."""
     dropped: set[int] = set()
     for index, node in enumerate(module.tree.body):
         if is_dropped(index, node):
@@ -245,7 +238,6 @@ def dropped_lines(module: Module) -> set[int]:
 
 
 def is_dropped(index: int, node: ast.stmt) -> bool:
-    """Whether a top-level statement has no place in a part of a bundle."""
     if isinstance(node, ast.Expr):
         return index == 0 and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
     targets = node.targets if isinstance(node, ast.Assign) else []

@@ -1,4 +1,4 @@
-"""Drawing the pictures of the cards: what each method does to the images of an embedded model, as in the demo."""
+"""The pictures of the cards: the effect of each method on the images of an embedded model, as in the demo."""
 
 import io
 from collections.abc import Iterator, Sequence
@@ -7,20 +7,21 @@ from pathlib import Path
 from PIL import Image
 
 from .. import plots
-from ..demo import Choice, Story, mean_spread, optimize_and_judge, right_before_and_after
+from ..demo import mean_spread, optimize_and_judge, right_before_and_after
+from ..story import Choice, Story
 from .before_after import BeforeAfter
 from .build import picture_path
 from .cards import Card
 
 SEED = 0
-DPI = 100  # half of the demo's: what a page of the Hub shows
+DPI = 100  # half of the demo's; a page of the Hub shows no more
 
 
 def draw_pictures(cards: Sequence[Card]) -> Iterator[Path]:
-    """Write the picture of each card, one after the other; cards of one method and model share their run."""
+    """Write the picture of each card and yield its path. Cards of one method and model share a run."""
     runs: dict[tuple[str, str], list[Card]] = {}
     for card in cards:
-        runs.setdefault((card.method.registered, card.shown_on), []).append(card)
+        runs.setdefault((card.room, card.shown_on), []).append(card)
     for (method, model), sharing in runs.items():
         story = tell(Choice.of(method, model))
         for card in sharing:
@@ -31,12 +32,12 @@ def draw_pictures(cards: Sequence[Card]) -> Iterator[Path]:
 
 
 def tell(choice: Choice) -> Story:
-    """The prompts and the seed of the demo: chosen by their order."""
+    """Return the story of the demo: its prompts and seeds are chosen by their order."""
     return optimize_and_judge(choice, choice.prompts, SEED)
 
 
 def facts(story: Story) -> BeforeAfter:
-    """What the picture says about itself."""
+    """Return the facts of a story's picture."""
     choice, single = story.choice, story.choice.count == 1
     return BeforeAfter(
         method=choice.method,
@@ -52,7 +53,7 @@ def facts(story: Story) -> BeforeAfter:
 
 
 def picture(story: Story) -> Image.Image:
-    """The figure of the demo, as large as a page shows it."""
+    """Return the figure of the demo at the size of a page."""
     buffer = io.BytesIO()
     plots.draw_before_after(story, buffer)
     with Image.open(buffer) as figure:

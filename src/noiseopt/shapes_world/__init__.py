@@ -1,4 +1,4 @@
-"""The shapes world: a small text-to-image world with a renderer, an exact judge and trained models, all embedded.
+"""The shapes world: a small embedded text-to-image world with a renderer, an exact judge and trained models.
 
 >>> from diffusers import DiffusionPipeline
 >>> from noiseopt import shapes_world

@@ -1,4 +1,4 @@
-"""Captions of the shapes world: writing them, reading them, and which of them no model has been trained on."""
+"""Captions of the shapes world: writing and parsing them, and the splits of the prompts."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ WORDS += ("left", "right", "above", "below")
 
 @dataclass(frozen=True)
 class Request:
-    """What a prompt asks for.
+    """The content of a prompt.
 
     Args:
-        objects: (color, kind) of each shape; for a count the same one, repeated.
-        relation: How the first lies to the second, one of `RELATIONS`, or None where the prompt leaves it open.
+        objects: (color, kind) of each shape; equal entries for a count.
+        relation: Position of the first shape relative to the second, one of `RELATIONS`, or None if unspecified.
     """
 
     objects: tuple[tuple[str, str], ...]
@@ -58,10 +58,10 @@ _COUNT = re.compile(rf"({'|'.join(COUNTS)}) ({'|'.join(COLORS)}) ({'|'.join(_plu
 
 
 def parse(prompt: str) -> Request:
-    """Reads a prompt of the shapes world; case, extra spaces and a final full stop do not matter.
+    """Parse a prompt of the shapes world. Case, extra spaces and a final period are ignored.
 
     Raises:
-        ValueError: If the prompt asks for something else than the world can draw.
+        ValueError: If the world cannot draw the prompt.
     """
     words = " ".join(prompt.lower().rstrip(" .").split())
     if match := _ONE_OR_TWO.fullmatch(words):
@@ -79,16 +79,17 @@ def parse(prompt: str) -> Request:
 
 
 def category(prompt: str) -> str:
-    """The category of a prompt: "single", "counting", "binding" or "position"."""
+    """Return the category of a prompt: "single", "counting", "binding" or "position"."""
     return parse(prompt).category
 
 
 def caption(scene: Scene, rng: random.Random | None = None) -> str:
-    """Writes a caption that is true of the scene.
+    """Write a true caption of a scene.
 
     Args:
-        scene: One shape, two or three of the same, or two different ones.
-        rng: Chooses between the true captions (order, relation or "and"); without it the fullest one in scene order.
+        scene: One shape, two or three equal shapes, or two different ones.
+        rng: Chooses among the true captions (order, relation or "and"); by default the most specific one in scene
+            order.
     """
     objects = tuple((s.color, s.kind) for s in scene.shapes)
     relation = scene.relation
@@ -101,7 +102,7 @@ def caption(scene: Scene, rng: random.Random | None = None) -> str:
 
 
 def _split() -> tuple[dict[str, list[frozenset]], dict[str, list[Request]]]:
-    """Deals the object pairs and the counts to "train", "validation" and "held_out", always in the same way."""
+    """Assign the object pairs and the counts to "train", "validation" and "held_out", deterministically."""
     rng = random.Random(0)
     pairs = [frozenset(pair) for pair in itertools.combinations(OBJECTS, 2)]
     counts = [Request((thing,) * n) for thing in OBJECTS for n in COUNTS.values()]
@@ -119,7 +120,7 @@ _TRAINED = frozenset(_TRAIN_PAIRS)
 
 
 def trained_on(request: Request) -> bool:
-    """Whether models may be trained on a request: all that is neither in the validation nor in the held-out split."""
+    """Whether models may be trained on a request: any outside the validation and held-out splits."""
     if request.category == "single":
         return True
     if request.category == "counting":
@@ -128,7 +129,7 @@ def trained_on(request: Request) -> bool:
 
 
 def _prompts(split: str) -> tuple[str, ...]:
-    """All prompts of a split, shuffled: any first part of them is a fair sample of its categories."""
+    """All prompts of a split in random order, so that any prefix is a fair sample of its categories."""
     rng = random.Random(1)
     requests = [Request((thing,)) for thing in OBJECTS] if split == "train" else []
     requests += _COUNTS[split]
@@ -147,10 +148,7 @@ HELD_OUT_PROMPTS = _prompts("held_out")
 
 
 def sample_request(rng: random.Random) -> Request:
-    """Something the models are trained on: 28% single shapes, 12% counts, 60% pairs, one in four without a relation.
-
-    Never a validation or held-out pair or count.
-    """
+    """Sample a training request: 28% single shapes, 12% counts, 60% pairs, of which 1/4 without a relation."""
     share = rng.random()
     if share < 0.28:
         return Request((rng.choice(OBJECTS),))
@@ -161,6 +159,6 @@ def sample_request(rng: random.Random) -> Request:
 
 
 def sample_scene(rng: random.Random, request: Request | None = None) -> Scene:
-    """Draws a scene at random: of the request, or of one that the models are trained on."""
+    """Sample a scene of the request, or of a random training request."""
     request = request or sample_request(rng)
     return lay_out(request.objects, [rng.random() for _ in range(LAYOUT)], request.relation)

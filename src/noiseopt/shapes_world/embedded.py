@@ -1,4 +1,4 @@
-"""The trained models of the shapes world by name: what they are, how they are called, and where their weights are."""
+"""The trained models of the shapes world by name, and the location of their weights."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ NAMESPACE = "noiseopt"
 
 @dataclass(frozen=True, kw_only=True)
 class EmbeddedModel:
-    """One trained model.
+    """A trained model.
 
     Attributes:
         name: Its folder under `weights`.
-        title: What it is, in a line.
-        call: Arguments its pipeline is meant to be called with; empty for what is no pipeline.
-        load: Arguments its `from_pretrained` needs: what the pipeline has no weights for.
-        in_wheel: Whether an installed package carries the weights; the others are in a checkout or on the Hub.
+        title: A one-line description.
+        call: Recommended arguments of its pipeline's call; empty if it is not a pipeline.
+        load: Arguments that its `from_pretrained` requires, for components without weights.
+        in_wheel: Whether the wheel includes the weights; others are in a checkout or on the Hub.
     """
 
     name: str
@@ -31,12 +31,12 @@ class EmbeddedModel:
 
     @property
     def hub_id(self) -> str:
-        """Where the weights are published."""
+        """The Hub id of the weights."""
         return f"{NAMESPACE}/shapes-{self.name}"
 
     @property
     def is_pipeline(self) -> bool:
-        """Whether it draws pictures."""
+        """Whether it generates images."""
         return bool(self.call)
 
 
@@ -57,21 +57,21 @@ MODELS = {
             load={"text_encoder_3": None, "tokenizer_3": None},
         ),
         EmbeddedModel(name="clip", title="dual encoder, the reward", in_wheel=True),
-        EmbeddedModel(name="dinov2", title="image tower that no method optimises, for held-out features"),
+        EmbeddedModel(name="dinov2", title="image encoder that no method optimizes, for held-out features"),
         EmbeddedModel(name="vqa", title="vision-language model that answers yes or no"),
     )
 }
 
 
 def path(name: str) -> str:
-    """The folder of a trained model, for `from_pretrained`; downloaded from the Hub if it is not at hand.
+    """Return the folder of a trained model for `from_pretrained`, downloaded from the Hub if necessary.
 
     Args:
         name: A key of `MODELS`.
 
     Raises:
-        ValueError: For another name.
-        FileNotFoundError: If they are neither in the package nor in the Hub's cache and cannot be downloaded.
+        ValueError: For an unknown name.
+        FileNotFoundError: If the weights are neither in the package nor in the Hub's cache and cannot be downloaded.
     """
     if name not in MODELS:
         raise ValueError(f"Expected one of {', '.join(map(repr, MODELS))}, but got {name!r}.")
@@ -80,16 +80,16 @@ def path(name: str) -> str:
 
 
 def download(model: EmbeddedModel) -> str:
-    """The folder of a model in the Hub's cache, which is filled if it has to be. Raises `FileNotFoundError`."""
+    """Return a model's folder in the Hub's cache, downloaded if necessary. Raises `FileNotFoundError`."""
     from huggingface_hub import snapshot_download
 
     try:
         return snapshot_download(model.hub_id)
-    except OSError as error:  # no connection, offline mode without a copy in the cache, no such repository
+    except OSError as error:  # no connection, offline without a cached copy, or no such repository
         reason = str(error).strip().partition("\n")[0].rstrip(".")
         carried = ", ".join(other.name for other in MODELS.values() if other.in_wheel)
         raise FileNotFoundError(
             f"Expected the weights of {model.name!r} in {WEIGHTS / model.name} or on the Hub as {model.hub_id}, but "
-            f"found neither: {reason}. An installed package carries {carried} only: use a checkout of the repository, "
+            f"found neither: {reason}. An installed package includes only {carried}: use a checkout of the repository, "
             f"or download once with `hf download {model.hub_id}`."
         ) from error

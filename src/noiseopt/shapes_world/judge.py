@@ -1,11 +1,11 @@
-"""A deterministic judge: says what a picture shows, and whether that is what the prompt asks for.
+"""A deterministic judge: reads the objects of an image, and compares them with the prompt.
 
-It uses no trained model, so nothing that a noise is optimised for can have learnt to please it: saturated pixels are
-given the nearest hue, and connected ones form an object. Its mask, scaled to unit area around its centre of mass, is
-compared with the shapes, also with their corners rounded and somewhat deformed, as generators draw them; its outline,
-seen from there, is asked how often and how high it rises, how evenly it turns, and whether it is dented or long. Each
-kind weighs three to five of these measurements, and the kind with the highest sum is what the object is, if it is above
-zero: the weights, 21 numbers and a constant for each kind, were fitted to labels made by looking.
+It uses no trained model, so optimized noise cannot exploit it. Saturated pixels get the nearest hue, and connected
+pixels form an object. The object's mask, normalized to unit area around its center of mass, is compared with templates
+of the shapes, including rounded and deformed ones as generators draw them. Its outline, in polar coordinates around
+that center, is measured for number and height of tips, evenness of turning, dents and elongation. Each kind weighs
+three to five of these measurements; the object is of the kind with the highest sum, if that is positive. The weights,
+21 numbers and a constant per kind, were fitted to manual labels.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from torch import Tensor
 from .captions import Request, parse
 from .world import COLORS, KINDS, OPPOSITE, SIZE, Scene, Shape, coverage, relation_of
 
-CHROMA = 0.33  # the largest minus the smallest channel from which on a pixel belongs to a shape
-AREA = 36  # pixels; smaller specks are overlooked
-OVERLAP = 0.7  # intersection over union with the best template of a kind below which an object is not of it
+CHROMA = 0.33  # a pixel belongs to a shape if its largest minus its smallest channel exceeds this
+AREA = 36  # pixels; smaller regions are ignored
+OVERLAP = 0.7  # minimum intersection over union with the best template of a kind
 TIPS = {"circle": 0, "square": 4, "triangle": 3, "star": 5, "cross": 4}
-# How much each measurement of `_measures` speaks for a kind or against it, fitted to labels made by looking at pictures
-# that the models drew; an object is of the kind with the highest sum, if that is positive. A clean shape has 3 or more.
+# Weights of the measurements of `_measures`, fitted to manual labels of generated images. An object is of the kind with
+# the highest sum, if that is positive. A clean shape scores 3 or more.
 WEIGHTS = {
     "circle": {"always": 16.3, "overlap": 30.5, "square": -40.6, "stray": -17.5, "long": -18.7, "turns": -24.2},
     "square": {"always": -2.1, "tips": 81.6, "dents": -211.0, "bite": -23.1},
@@ -37,22 +37,22 @@ WEIGHTS = {
     "star": {"always": -4.7, "tips": 23.7, "rise": 4.8, "stray": -10.0, "long": -16.7},
     "cross": {"always": 13.0, "overlap": 20.3, "rival": -35.7, "stray": -4.8, "long": -11.4},
 }
-# What no other merit makes up for: the least and the most of a measurement that a kind may have. A rectangle 1.3 times
-# as long as wide has a long wave of 0.155; a cross has dents of 0.2, a star of 0.17; a square has tips of 0.14.
+# Hard limits [least, most) of a kind's measurements. A 1.3:1 rectangle has an elongation of 0.155; a cross has dents of
+# 0.2, a star of 0.17; a square has tips of 0.14.
 LIMITS = {
     "circle": {"long": (0.0, 0.155), "dents": (0.0, 0.046)},
     "square": {"long": (0.0, 0.155), "dents": (0.0, 0.046), "tips": (0.085, math.inf)},
     "triangle": {"dents": (0.0, 0.046)},
 }
 ROUNDINGS = (0.0, 0.1, 0.2)  # widths of the blur that rounds the templates' corners, in radii
-TURN, LEAN, STRETCH = math.radians(12), 0.15, 1.25  # how far a template is deformed: angle, shear, width over height
+TURN, LEAN, STRETCH = math.radians(12), 0.15, 1.25  # deformations of a template: angle, shear, width over height
 _SIDE, _RADIUS, _REACH = 32, 18.0, 16
-_DIRECTIONS, _FINE, _ASIDE = 24, 7, 2  # rays; the finest wave that counts as stray; half the width of a dent or turn
+_DIRECTIONS, _FINE, _ASIDE = 24, 7, 2  # rays; highest stray wave; half the width of a dent or turn
 
 
 @dataclass(frozen=True)
 class Thing:
-    """A connected region of one color: its kind ("blob" if none fits clearly), its box's centre and area in pixels."""
+    """A connected region of one color: its kind ("blob" if unclear), the center of its box, and its area in pixels."""
 
     color: str
     kind: str
@@ -63,15 +63,15 @@ class Thing:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the judge says about a picture and a prompt.
+    """The judge's verdict on an image and a prompt.
 
     Args:
-        correct: The picture shows exactly the requested objects, in the requested relation.
-        lenient: As `correct`, but there may be more objects besides.
-        shape_bound: The share of the requested objects that are there with the right shape and color, in [0, 1].
-        position: Whether the requested relation holds between regions of the requested colors, of any shape;
-            None if no relation is requested.
-        found: What is seen, in words.
+        correct: The image shows exactly the requested objects in the requested relation.
+        lenient: Like `correct`, but additional objects are allowed.
+        shape_bound: Share of the requested objects present with the right shape and color, in [0, 1].
+        position: Whether the requested relation holds between regions of the requested colors, of any shape; None
+            without a requested relation.
+        found: The objects in words.
     """
 
     correct: bool
@@ -82,14 +82,14 @@ class Verdict:
 
 
 def judge(images: Tensor, prompts: str | Sequence[str]) -> list[Verdict]:
-    """Judges pictures.
+    """Judge images.
 
     Args:
         images: (B, 3, 64, 64) in [0, 1].
-        prompts: One prompt for all pictures, or B of them.
+        prompts: One prompt for all images, or B prompts.
 
     Raises:
-        ValueError: If a prompt is outside the world, or the shapes do not fit.
+        ValueError: If a prompt is outside the world, or for wrong shapes.
     """
     if images.ndim != 4 or images.shape[1:] != (3, SIZE, SIZE):
         raise ValueError(f"Expected images of shape (B, 3, {SIZE}, {SIZE}), but got {tuple(images.shape)}.")
@@ -103,7 +103,7 @@ def judge(images: Tensor, prompts: str | Sequence[str]) -> list[Verdict]:
 
 @torch.no_grad()
 def see(images: Tensor) -> list[list[Thing]]:
-    """Finds the objects of each picture, the largest first; images (B, 3, 64, 64) in [0, 1]."""
+    """Find the objects of each image, largest first; images (B, 3, 64, 64) in [0, 1]."""
     images = images.detach().float().cpu().clamp(0.0, 1.0)
     colors, chroma = _hues(images), images.amax(1) - images.amin(1)
     labels = _components(colors)
@@ -114,18 +114,18 @@ def see(images: Tensor) -> list[list[Thing]]:
         return found
     picture = roots // (SIZE * SIZE)
     inside = torch.where(labels[picture] == roots[:, None, None], chroma[picture], 0.0)
-    # relative to its own strongest pixel: then a soft outline lies where a sharp one would, and does not fatten a star
+    # relative to its strongest pixel, so that a soft outline lies where a sharp one would
     covers = inside / inside.amax((1, 2), keepdim=True)
-    kinds, centres = _kinds(covers), _centres(covers)
+    kinds, centers = _kinds(covers), _centers(covers)
     for i in area[roots].argsort(descending=True, stable=True).tolist():
         color = list(COLORS)[int(colors.flatten()[roots[i]])]
-        thing = Thing(color, kinds[i], *centres[i].tolist(), area=int(area[roots[i]]))
+        thing = Thing(color, kinds[i], *centers[i].tolist(), area=int(area[roots[i]]))
         found[int(picture[i])].append(thing)
     return found
 
 
 def _hues(images: Tensor) -> Tensor:
-    """Index of the nearest color of each pixel by hue, (B, 64, 64); -1 where the pixel is too grey."""
+    """Index of the nearest color of each pixel by hue, (B, 64, 64); -1 where the pixel is too gray."""
     saturated = images.amax(1) - images.amin(1) > CHROMA
     turn = _hue(images.movedim(1, -1)[saturated])[:, None] - _hue(torch.tensor(list(COLORS.values())))
     nearest = torch.full(saturated.shape, -1)
@@ -142,7 +142,7 @@ def _hue(pixels: Tensor) -> Tensor:
 
 
 def _components(colors: Tensor) -> Tensor:
-    """Labels 4-connected regions of equal color by the largest index in them; (B, H, W) in and out; no color is -1.
+    """Label 4-connected regions of equal color by their largest index, (B, H, W) -> (B, H, W); color -1 is ignored.
 
     Hooking and pointer jumping, as in FastSV, https://arxiv.org/abs/1910.05971.
     """
@@ -164,9 +164,10 @@ def _components(colors: Tensor) -> Tensor:
 
 
 def _sampled(covers: Tensor, points: Tensor) -> Tensor:
-    """Where objects (N, 64, 64), their share of each pixel, are: (N, H, W) at points (H, W, 2) around their middle.
+    """Resample objects (N, 64, 64), given as pixel coverage, at points (H, W, 2) around their center: (N, H, W).
 
-    Points are in roots of the area, from the centre of mass: unlike a box, both hardly change when thin tips fade.
+    Points are in units of the root of the area, from the center of mass. Unlike a bounding box, both are robust to
+    fading tips.
     """
     inside = (covers > 0.5).float()
     area = inside.sum((1, 2))
@@ -177,13 +178,13 @@ def _sampled(covers: Tensor, points: Tensor) -> Tensor:
 
 
 def _normalized(covers: Tensor) -> Tensor:
-    """Cuts each object (N, 64, 64) out around its centre of mass, scaled to unit area: masks (N, 32, 32)."""
+    """Crop each object (N, 64, 64) around its center of mass, scaled to unit area: masks (N, 32, 32)."""
     steps = (torch.arange(_SIDE) + 0.5) / _SIDE * 2 - 1
     return _sampled(covers, torch.stack(torch.meshgrid(steps, steps, indexing="xy"), -1))
 
 
 def _rounded(covers: Tensor, width: float) -> Tensor:
-    """Rounds the corners of shapes (N, 64, 64): blurs by a Gaussian of `width` pixels and sharpens again."""
+    """Round the corners of shapes (N, 64, 64): a Gaussian blur of `width` pixels, then sharpening."""
     if width == 0:
         return covers
     offsets = torch.arange(-_REACH, _REACH + 1)
@@ -194,7 +195,7 @@ def _rounded(covers: Tensor, width: float) -> Tensor:
 
 
 def _deformations() -> list[Tensor]:
-    """Matrices (2, 2) that lean, turn or stretch a shape as weak generators do: at most two of the three at a time."""
+    """Matrices (2, 2) that shear, rotate or stretch a shape like weak generators do, at most two at a time."""
     leans = [torch.tensor([[1.0, lean], [0.0, 1.0]]) for lean in (0.0, -LEAN, LEAN)]
     turns = [torch.tensor([[math.cos(t), -math.sin(t)], [math.sin(t), math.cos(t)]]) for t in (0.0, -TURN, TURN)]
     stretches = [torch.tensor([[s, 0.0], [0.0, 1 / s]]) for s in (1.0, STRETCH**-0.5, STRETCH**0.5)]
@@ -204,7 +205,7 @@ def _deformations() -> list[Tensor]:
 
 @functools.cache
 def _templates() -> Tensor:
-    """Each kind, rounded and deformed in all ways: masks (5, T, 1024)."""
+    """Every kind in all roundings and deformations: masks (5, T, 1024)."""
     sharp = coverage([Scene((Shape(kind, "red", SIZE / 2, SIZE / 2, _RADIUS),)) for kind in KINDS])[:, 0]
     masks = []
     for rounding, matrix in itertools.product(ROUNDINGS, _deformations()):
@@ -216,13 +217,13 @@ def _templates() -> Tensor:
 
 
 def _kinds(covers: Tensor) -> list[str]:
-    """The kind of each object (N, 64, 64), or "blob" if more speaks against each kind than for it."""
+    """The kind of each object (N, 64, 64), or "blob" if no score is positive."""
     scores, best = _scores(covers).max(1)
     return [KINDS[int(kind)] if score > 0 else "blob" for score, kind in zip(scores, best, strict=True)]
 
 
 def _scores(covers: Tensor) -> Tensor:
-    """How much speaks for each kind of each object (N, 64, 64), (N, 5); minus infinity beyond the limits of a kind."""
+    """The score of each kind for each object (N, 64, 64), (N, 5); minus infinity beyond a kind's limits."""
     measures, scores = _measures(covers), []
     for i, kind in enumerate(KINDS):
         score = sum(weight * measures[name][:, i] for name, weight in WEIGHTS[kind].items())
@@ -234,28 +235,28 @@ def _scores(covers: Tensor) -> Tensor:
 
 
 def _measures(covers: Tensor) -> dict[str, Tensor]:
-    """What is measured of each object (N, 64, 64) with regard to each kind, (N, 5) each."""
+    """The measurements of each object (N, 64, 64) with respect to each kind, (N, 5) each."""
     overlap, bite = _overlaps(_normalized(covers).flatten(1))
     radii = _radii(covers)
     first, second = overlap.topk(2, 1).values.T[:, :, None]
     alike = {
         "always": torch.ones(len(covers)),
         "square": overlap[:, KINDS.index("square")],
-        "long": _waves(radii)[:, 2],  # high for what is longer than wide
+        "long": _waves(radii)[:, 2],  # elongation
         "dents": _dents(radii),
         "turns": _turns(radii),
-        "rise": (radii.roll(-1, 1) - radii).abs().sum(1) / 2,  # all the way out to the tips together
+        "rise": (radii.roll(-1, 1) - radii).abs().sum(1) / 2,  # total height of the tips
     }
     tips, stray = _tips(_waves(radii))
-    rival = torch.where(overlap < first, first, second)  # the overlap with the best other kind
+    rival = torch.where(overlap < first, first, second)  # overlap with the best other kind
     alike = {name: measure[:, None].expand_as(overlap) for name, measure in alike.items()}
     return alike | {"overlap": overlap, "rival": rival, "bite": bite, "tips": tips, "stray": stray}
 
 
 def _overlaps(masks: Tensor) -> tuple[Tensor, Tensor]:
-    """Intersection over union of masks (N, 1024) with the best template of each kind, and what is bitten out of that.
+    """Intersection over union of masks (N, 1024) with the best template of each kind, and the largest bite, (N, 5).
 
-    A bite is the largest share of a window, a sixth of the mask wide, that the template has and the mask has not.
+    A bite is the largest share of a window, a sixth of the mask wide, that only the template covers.
     """
     templates = _templates()
     both = masks @ templates.flatten(0, 1).T
@@ -267,10 +268,10 @@ def _overlaps(masks: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _tips(waves: Tensor) -> tuple[Tensor, Tensor]:
-    """How high waves (N, _DIRECTIONS / 2 + 1) go around as often as a kind has tips, and how steep the others are.
+    """Height of the waves (N, _DIRECTIONS / 2 + 1) that match a kind's number of tips, and steepness of the others.
 
-    The first is the sum of that wave and its overtone, the second the root mean square of the slope, up to the wave
-    _FINE and without the wave that makes an object long; (N, 5) each.
+    The first is the amplitude of that wave and its overtone, the second the root mean square slope of the others, up to
+    wave _FINE and without wave 2, elongation; (N, 5) each.
     """
     heights, slopes = [], []
     for tips in (TIPS[kind] for kind in KINDS):
@@ -281,7 +282,7 @@ def _tips(waves: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _radii(covers: Tensor) -> Tensor:
-    """How far objects (N, 64, 64) reach from their centre of mass in each direction, relative to the mean of all."""
+    """Distance from the center of mass to the outline of objects (N, 64, 64) by direction, relative to its mean."""
     turn = torch.arange(_DIRECTIONS) * (2 * math.pi / _DIRECTIONS)
     rays = torch.stack((turn.cos(), turn.sin()), 1)[:, None] * torch.linspace(0.0, 1.5, 128)[:, None]
     reach = _sampled(covers, rays).mean(2)
@@ -289,27 +290,27 @@ def _radii(covers: Tensor) -> Tensor:
 
 
 def _waves(radii: Tensor) -> Tensor:
-    """Amplitudes of the waves in radii (N, _DIRECTIONS), by how many go around: (N, _DIRECTIONS / 2 + 1)."""
+    """Amplitudes of the Fourier components of radii (N, _DIRECTIONS): (N, _DIRECTIONS / 2 + 1)."""
     return torch.fft.rfft(radii, dim=1).abs() * (2 / _DIRECTIONS)
 
 
 def _dents(radii: Tensor) -> Tensor:
-    """How deep an outline with radii (N, _DIRECTIONS) lies within lines across a sixth of it, (N,); 0 if convex."""
+    """Depth of an outline with radii (N, _DIRECTIONS) below chords across a sixth of it, (N,); 0 if convex."""
     before, after = radii.roll(_ASIDE, 1), radii.roll(-_ASIDE, 1)
     straight = 2 * before * after * math.cos(2 * math.pi * _ASIDE / _DIRECTIONS) / (before + after).clamp(min=1e-6)
     return (straight - radii).clamp(min=0.0).square().mean(1).sqrt()
 
 
 def _turns(radii: Tensor) -> Tensor:
-    """How unevenly an outline with radii (N, _DIRECTIONS) turns: the standard deviation of its angles, (N,)."""
+    """Standard deviation of the turning angles of an outline with radii (N, _DIRECTIONS), (N,)."""
     ray = torch.arange(_DIRECTIONS) * (2 * math.pi / _DIRECTIONS)
     corners = torch.polar(radii, ray.expand_as(radii))
     step = corners.roll(-_ASIDE, 1) - corners
     return (step * step.roll(_ASIDE, 1).conj()).angle().std(1, correction=0)
 
 
-def _centres(covers: Tensor) -> Tensor:
-    """The centre (x, y) of the box of each object (N, 64, 64), in pixels, (N, 2)."""
+def _centers(covers: Tensor) -> Tensor:
+    """The center (x, y) of the bounding box of each object (N, 64, 64), in pixels, (N, 2)."""
     span = torch.arange(SIZE)
     lines = [(covers > 0.5).any(dim) for dim in (1, 2)]
     low, high = ([torch.where(line, span, out) for line in lines] for out in (SIZE, -1))
@@ -317,7 +318,7 @@ def _centres(covers: Tensor) -> Tensor:
 
 
 def verdict(things: Sequence[Thing], request: Request) -> Verdict:
-    """Compares what is seen in a picture, the largest first, with what was requested."""
+    """Compare the objects of an image, largest first, with a request."""
     wanted = collections.Counter(request.objects)
     present = collections.Counter((t.color, t.kind) for t in things)
     related = request.relation is None or _any_related(things, request, by_kind=True)
@@ -344,14 +345,14 @@ def _any_related(things: Sequence[Thing], request: Request, by_kind: bool) -> bo
 
 
 def holds(relation: str | None, dx: float, dy: float) -> bool:
-    """Whether an offset of the first centre from the second, in pixels, can be called that; near a diagonal two can."""
+    """Whether a relation describes an offset of the first center from the second; two hold near a diagonal."""
     along, across = (dx, dy) if relation in ("left of", "right of") else (dy, dx)
     along = -along if relation in ("left of", "above") else along
     return along > max(4.0, 0.9 * abs(across))
 
 
 def describe(things: Sequence[Thing]) -> str:
-    """Says what is seen in words: a prompt of the world if it is one or two objects or a count, else a list."""
+    """Describe objects in words: a prompt of the world if possible, else a list."""
     objects = tuple((t.color, t.kind) for t in things)
     if not things:
         return "nothing"

@@ -1,7 +1,7 @@
-"""The shapes world: what can be in a picture, and a signed-distance renderer that draws it.
+"""The shapes world: scenes, and a signed-distance renderer that draws them.
 
-A picture shows one to three flat shapes on a grey, faintly tinted, perhaps textured ground. The scene says which
-shapes, where and how large; color jitter and ground are free: no caption mentions them.
+An image shows one to three flat shapes on a gray, faintly tinted, possibly textured ground. The scene fixes the shapes,
+their positions and sizes; color jitter and ground are free, and no caption mentions them.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ COLORS = {
 }
 RELATIONS = ("left of", "right of", "above", "below")
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
-GAP = 2.0  # pixels between the boxes of two shapes
-LAYOUT, LOOKS = 8, 12  # how many chances a scene leaves to its layout and to its ground and brightness
+GAP = 2.0  # pixels between two bounding boxes
+LAYOUT, LOOKS = 8, 12  # numbers that determine layout, and ground with brightness
 
 
 @dataclass(frozen=True)
 class Shape:
-    """One flat shape.
+    """A flat shape.
 
     Args:
         kind: One of `KINDS`.
         color: One of `COLORS`.
-        x, y: Centre in pixels; y grows downwards.
-        radius: Half the side of its box in pixels.
-        towards, blend: The signed distance is interpolated to that of `towards` by `blend` in [0, 1].
-        wobble: Amplitude, relative to the radius, of waves on the outline. Blends and wobbles imitate what a weak
-            generator draws; captions know nothing of them.
+        x, y: Center in pixels; y grows downwards.
+        radius: Half the side of its bounding box in pixels.
+        towards, blend: Interpolates the signed distance to that of kind `towards` by `blend` in [0, 1].
+        wobble: Amplitude of waves on the outline, relative to the radius. Blends and wobbles imitate the output of a
+            weak generator; captions ignore them.
         stretch: Width over height.
     """
 
@@ -57,13 +57,13 @@ class Shape:
 
 @dataclass(frozen=True)
 class Scene:
-    """The shapes of one picture, later ones in front, and the relation of the first to the second, if it is clear."""
+    """The shapes of one image, later ones in front."""
 
     shapes: tuple[Shape, ...]
 
     @property
     def relation(self) -> str | None:
-        """How the first of two shapes lies to the second, or None if that is not clear (near a diagonal)."""
+        """Position of the first of two shapes relative to the second, or None if unclear (near a diagonal)."""
         if len(self.shapes) != 2:
             return None
         first, second = self.shapes
@@ -71,7 +71,7 @@ class Scene:
 
 
 def relation_of(dx: float, dy: float, ratio: float) -> str | None:
-    """The relation for an offset of the first centre from the second, in pixels, or None if no axis dominates."""
+    """Return the relation for an offset of the first center from the second, or None if no axis dominates."""
     if abs(dx) > ratio * abs(dy):
         return "left of" if dx < 0 else "right of"
     if abs(dy) > ratio * abs(dx):
@@ -80,18 +80,18 @@ def relation_of(dx: float, dy: float, ratio: float) -> str | None:
 
 
 def lay_out(objects: Sequence[tuple[str, str]], chance: Sequence[float], relation: str | None = None) -> Scene:
-    """Places objects so that their boxes do not touch; a continuous function of `chance` almost everywhere.
+    """Place objects so that their bounding boxes do not touch; continuous in `chance` almost everywhere.
 
     Args:
         objects: One to three (color, kind) pairs.
-        chance: `LAYOUT` numbers in [0, 1]: x, y of a first and a second object, their radii, and the direction from one
-            to the other, which counts only where no relation is requested.
-        relation: How the first of two objects must lie to the second.
+        chance: `LAYOUT` numbers in [0, 1]: x, y of the first and the second object, their radii, and the direction from
+            one to the other, which is used only without a requested relation.
+        relation: Position of the first of two objects relative to the second.
     """
     xa, ya, xb, yb, ra, rb, across, along = chance
     if len(objects) == 1:
         radius = _between(10.0, 15.0, ra)
-        centres = [(_inside(radius, xa), _inside(radius, ya))]
+        centers = [(_inside(radius, xa), _inside(radius, ya))]
         radii = [radius]
     elif len(objects) == 2:
         radii = [_between(10.0, 15.0, ra), _between(10.0, 15.0, rb)]
@@ -99,14 +99,14 @@ def lay_out(objects: Sequence[tuple[str, str]], chance: Sequence[float], relatio
         sideways = relation in ("left of", "right of")
         ahead, beside = ((xa, xb), (ya, yb)) if sideways else ((ya, yb), (xa, xb))
         main, cross = _in_a_row(radii, ahead, beside, turned=relation in ("right of", "below"))
-        centres = list(zip(*((main, cross) if sideways else (cross, main)), strict=True))
+        centers = list(zip(*((main, cross) if sideways else (cross, main)), strict=True))
     else:
         radii = [_between(9.0, 10.0, ra)] * 3
         (left, right), (top, bottom) = _spread(radii[:2], (xa, xb)), _spread(radii[:2], (ya, yb))
         row, other = (top, bottom) if across < 0.5 else (bottom, top)
-        centres = [(left, row), (right, row), (_inside(radii[2], along), other)]
-    places = zip(objects, centres, radii, strict=True)
-    return Scene(tuple(Shape(kind, color, x, y, radius) for (color, kind), (x, y), radius in places))
+        centers = [(left, row), (right, row), (_inside(radii[2], along), other)]
+    positions = zip(objects, centers, radii, strict=True)
+    return Scene(tuple(Shape(kind, color, x, y, radius) for (color, kind), (x, y), radius in positions))
 
 
 def _between(low: float, high: float, share: float) -> float:
@@ -118,7 +118,7 @@ def _inside(radius: float, share: float) -> float:
 
 
 def _spread(radii: Sequence[float], chance: Sequence[float]) -> tuple[float, float]:
-    """Two centres along an axis, the lower first, with at least `GAP` between the boxes."""
+    """Two centers along an axis, the lower first, with at least `GAP` between the boxes."""
     slack = SIZE - 2 - GAP - 2 * sum(radii)
     return 1 + radii[0] + slack * min(chance), SIZE - 1 - radii[1] - slack * (1 - max(chance))
 
@@ -126,7 +126,7 @@ def _spread(radii: Sequence[float], chance: Sequence[float]) -> tuple[float, flo
 def _in_a_row(
     radii: Sequence[float], ahead: Sequence[float], beside: Sequence[float], turned: bool
 ) -> tuple[Sequence[float], Sequence[float]]:
-    """Coordinates of two centres along the axis of their relation and across it, where they differ clearly less."""
+    """Coordinates of two centers along the axis of their relation, and across it, where they differ clearly less."""
     order = slice(None, None, -1) if turned else slice(None)
     main = _spread(radii[order], ahead)[order]
     cross = [_inside(radius, share) for radius, share in zip(radii, beside, strict=True)]
@@ -137,8 +137,8 @@ def _in_a_row(
     return main, cross
 
 
-def _clamp(centre: float, radius: float) -> float:
-    return min(max(centre, radius + 1), SIZE - radius - 1)
+def _clamp(center: float, radius: float) -> float:
+    return min(max(center, radius + 1), SIZE - radius - 1)
 
 
 def _circle(x: Tensor, y: Tensor) -> Tensor:
@@ -155,7 +155,7 @@ def _triangle(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _star(x: Tensor, y: Tensor) -> Tensor:
-    # Inigo Quilez, https://iquilezles.org/articles/distfunctions2d: fold the plane onto one half point of the star.
+    # Inigo Quilez, https://iquilezles.org/articles/distfunctions2d: fold the plane onto one half of a tip
     x, y = x.abs(), -y - 0.05
     c, s = math.cos(math.pi / 5), math.sin(math.pi / 5)
     for kx in (c, -c):
@@ -183,7 +183,7 @@ _DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def _distance(shapes: Sequence[Shape], phase: Tensor) -> Tensor:
-    """Signed distances in pixels, (N, 64, 64); `phase` (N, 2) in [0, 1) turns the waves of wobbling outlines."""
+    """Signed distances in pixels, (N, 64, 64); `phase` (N, 2) in [0, 1) shifts the waves of wobbling outlines."""
     grid = torch.arange(SIZE) + 0.5
     table = torch.tensor([[s.x, s.y, s.radius, s.stretch, s.wobble, s.blend] for s in shapes])
     cx, cy, radius, stretch, wobble, blend = table[:, :, None, None].unbind(1)
@@ -210,7 +210,7 @@ def _by_kind(kinds: Sequence[str], x: Tensor, y: Tensor) -> Tensor:
 
 
 def coverage(scenes: Sequence[Scene], generator: torch.Generator | None = None) -> Tensor:
-    """How much of each pixel each shape covers: (B, 3, 64, 64) in [0, 1], one channel per shape, absent shapes zero."""
+    """Coverage of each pixel by each shape: (B, 3, 64, 64) in [0, 1], one channel per shape, zero if absent."""
     shapes = [s for scene in scenes for s in scene.shapes]
     slots = torch.tensor([3 * i + j for i, scene in enumerate(scenes) for j in range(len(scene.shapes))])
     phase = torch.rand(len(shapes), 2, generator=generator)
@@ -220,9 +220,9 @@ def coverage(scenes: Sequence[Scene], generator: torch.Generator | None = None) 
 
 
 def _grounds(chance: Tensor) -> Tensor:
-    """Grounds, (B, 3, 64, 64) in [0, 1], from chances (B, 11): grey, tint, gradient, one of four textures."""
+    """Grounds, (B, 3, 64, 64) in [0, 1], from (B, 11) numbers: gray level, tint, gradient, one of four textures."""
     columns = chance[:, :, None, None].unbind(1)
-    grey, red, green, blue, slope_x, slope_y, texture, waves, phase_x, phase_y, depth = columns
+    gray, red, green, blue, slope_x, slope_y, texture, waves, phase_x, phase_y, depth = columns
     axis = torch.linspace(-1.0, 1.0, SIZE)
     x, y = axis, axis[:, None]
     gradient = 0.16 * ((slope_x - 0.5) * x + (slope_y - 0.5) * y)
@@ -230,7 +230,7 @@ def _grounds(chance: Tensor) -> Tensor:
     along_x, along_y = torch.sin(waves * x + 2 * math.pi * phase_x), torch.sin(waves * y + 2 * math.pi * phase_y)
     which = (4 * texture).long()
     stripes = (which == 1) * along_x + (which == 2) * along_y + (which == 3) * along_x * along_y
-    level = 0.14 + 0.78 * grey + gradient + (0.02 + 0.05 * depth) * stripes
+    level = 0.14 + 0.78 * gray + gradient + (0.02 + 0.05 * depth) * stripes
     tint = torch.stack((red, green, blue), 1) * 0.08 - 0.04
     return (level[:, None] + tint).clamp(0.0, 1.0)
 
@@ -238,12 +238,12 @@ def _grounds(chance: Tensor) -> Tensor:
 def render(
     scenes: Scene | Sequence[Scene], generator: torch.Generator | None = None, chance: Tensor | None = None
 ) -> Tensor:
-    """Draws scenes.
+    """Render scenes.
 
     Args:
         scenes: One scene or several.
-        generator: Source of what scenes leave open: ground and colour jitter. Same generator state, same pictures.
-        chance: (B, `LOOKS`) in [0, 1], to say what the ground and the brightness are instead.
+        generator: Source of ground and color jitter. Equal generator states give equal images.
+        chance: (B, `LOOKS`) in [0, 1], fixes ground and brightness instead.
 
     Returns:
         (B, 3, 64, 64) in [0, 1]; B is 1 for a single scene.

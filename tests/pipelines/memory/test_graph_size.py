@@ -1,4 +1,7 @@
-"""How many images fit: the count of what graphs hold, and the choice from it."""
+"""Measured size of graphs, and the chunk size that follows from it."""
+
+import dataclasses
+from typing import Literal
 
 import pytest
 import torch
@@ -35,7 +38,7 @@ def test_parameters_are_left_out_and_gradients_are_unchanged():
 
 
 @pytest.mark.parametrize(
-    "free, expected",
+    ("free", "expected"),
     [(2 * 8000 * 8, None), (2 * 8000 * 8 - 1, 7), (2 * 8000 * 3, 3), (100, 1), (0, 1)],
 )
 def test_auto_fills_half_of_what_is_free(free, expected):
@@ -52,18 +55,18 @@ def test_there_is_free_memory():
 
 @pytest.mark.parametrize("chunk_size", [0, -1, 1.5, True, "all"])
 def test_other_settings_are_refused(chunk_size):
-    with pytest.raises(ValueError, match="Expected `chunk_size` to be 1 or more"):
+    with pytest.raises(ValueError, match="Expected `chunk_size` to be an integer in"):
         ReNO(rewards="brightness", chunk_size=chunk_size).check()
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Watching(NoiseOptimizer):
-    """Goes nowhere and notes the chunks that it sees."""
+    """Method that leaves the noise as it is and records the chunk sizes."""
 
-    steps = 3
-    chunk_size = "auto"
-
-    def __init__(self):
-        self.seen = []
+    steps: int = 3
+    chunk_size: int | Literal["auto"] | None = "auto"
+    gradient: Literal["full", "frozen"] = "full"
+    seen: list = dataclasses.field(default_factory=list)
 
     def objective(self, pipe):
         def look(sample):
@@ -72,13 +75,13 @@ class Watching(NoiseOptimizer):
 
         return FunctionObjective(look)
 
-    def step(self, state, gradient, memory):
-        return state.noise
+    def step(self, run, gradient, state):
+        return run.noise
 
 
-@pytest.mark.parametrize("free, size", [(0, 1), (2**40, None)])
+@pytest.mark.parametrize(("free", "size"), [(0, 1), (2**40, None)])
 def test_a_run_counts_before_its_first_step(monkeypatch, free, size):
-    monkeypatch.setattr("noiseopt.pipelines.method.free_memory", lambda device: free)
+    monkeypatch.setattr("noiseopt.pipelines.loop.free_memory", lambda device: free)
     method = Watching()
     optimize_noise(tiny_pipeline("sd"), "a", method, **call_arguments("sd"), num_images_per_prompt=3)
     assert method.seen == [size] * 3
@@ -86,21 +89,19 @@ def test_a_run_counts_before_its_first_step(monkeypatch, free, size):
 
 def test_what_one_image_holds_is_a_share_of_what_the_batch_does(monkeypatch):
     counted = []
-    monkeypatch.setattr("noiseopt.pipelines.method.fitting_chunk_size", lambda batch, each, free: counted.append(each))
+    monkeypatch.setattr("noiseopt.pipelines.loop.fitting_chunk_size", lambda batch, each, free: counted.append(each))
     optimize_noise(tiny_pipeline("sd"), "a", Watching(), **call_arguments("sd"), num_images_per_prompt=3)
-    joint = Watching()
-    joint.chunk_size = None
+    joint = Watching(chunk_size=None)
     with SavedBytes() as saved:
         optimize_noise(tiny_pipeline("sd"), "a", joint, **call_arguments("sd"), num_images_per_prompt=3)
     assert 2.5 < saved.peak / counted[0] < 3.5
 
 
 @pytest.mark.parametrize(
-    "setting, batch, expected", [(2, 3, 2), (3, 3, None), (4, 3, None), (None, 3, None), (1, 1, None)]
+    ("setting", "batch", "expected"), [(2, 3, 2), (3, 3, None), (4, 3, None), (None, 3, None), (1, 1, None)]
 )
 def test_numbers_stay_and_a_batch_of_one_is_whole(monkeypatch, setting, batch, expected):
-    monkeypatch.setattr("noiseopt.pipelines.method.free_memory", lambda device: 1 / 0)
-    method = Watching()
-    method.chunk_size = setting
+    monkeypatch.setattr("noiseopt.pipelines.loop.free_memory", lambda device: 1 / 0)
+    method = Watching(chunk_size=setting)
     optimize_noise(tiny_pipeline("sd"), "a", method, **call_arguments("sd"), num_images_per_prompt=batch)
     assert method.seen == [expected] * 3

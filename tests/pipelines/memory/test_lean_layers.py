@@ -1,7 +1,9 @@
-"""Lean layers: values and gradients of the stock layers, less memory, and nothing left behind."""
+"""Lean layers: values and gradients of the stock layers in less memory, removed without a trace."""
 
 import copy
+import dataclasses
 import math
+from typing import Literal
 
 import pytest
 import torch
@@ -26,7 +28,7 @@ def drawn(*shape, dtype=torch.float64, seed=0):
 
 
 def layer(module, dtype=torch.float64):
-    """Frozen, with weights that do not depend on what ran before."""
+    """Freeze a module, with reproducible weights."""
     for index, parameter in enumerate(module.parameters()):
         parameter.data = drawn(*parameter.shape, dtype=dtype, seed=index) * 0.5
     return module.eval().requires_grad_(False).to(dtype)
@@ -99,8 +101,8 @@ def test_silu_of_anything_else_is_stock():
 
 def test_silu_of_a_normalization_that_was_written_to_is_stock():
     class Shifted(nn.Sequential):
-        def forward(self, x):
-            return self[1](self[0](x).add_(1))
+        def forward(self, input):
+            return self[1](self[0](input).add_(1))
 
     assert_same(layer(Shifted(nn.GroupNorm(2, 4), nn.SiLU())), drawn(2, 4, 5, 6))
 
@@ -192,17 +194,20 @@ def test_a_copy_made_inside_has_its_own_weights():
     assert torch.equal(twin.decode(latents).sample, before) and not torch.equal(vae.decode(latents).sample, before)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Look(NoiseOptimizer):
-    """Keeps the gradient of one step."""
+    """Method that leaves the noise as it is and records the gradients."""
 
-    steps = 2
+    steps: int = 2
+    gradient: Literal["full", "frozen"] = "full"
+    gradients: list = dataclasses.field(default_factory=list)
 
     def objective(self, pipe):
         return FunctionObjective(lambda sample: (sample.images * sample.images).mean((1, 2, 3)))
 
-    def step(self, state, gradient, memory):
-        self.gradient_found = gradient
-        return state.noise
+    def step(self, run, gradient, state):
+        self.gradients.append(gradient)
+        return run.noise
 
 
 @pytest.mark.parametrize("family", ["sd", "sdxl"])
@@ -213,6 +218,6 @@ def test_a_run_has_the_gradient_of_stock_layers_and_leaves_them_behind(family, m
         monkeypatch.setattr(lean, "LEAN_BYTES", size)
         look, generator = Look(), torch.Generator().manual_seed(0)
         optimize_noise(pipe, "a", look, generator=generator, num_inference_steps=1, guidance_scale=0.0, **SIZE)
-        found.append(look.gradient_found)
+        found.append(look.gradients[0])
     assert (found[0] - found[1]).norm() < 1e-4 * found[1].norm() and found[1].norm() > 0
     assert [type(module) for module in pipe.unet.modules()] == kinds

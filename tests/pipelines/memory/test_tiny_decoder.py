@@ -1,4 +1,4 @@
-"""A tiny decoder stands in while the noise is optimised; the images of the result are the pipeline's own."""
+"""Tiny decoders replace the VAE during the optimization; the final images are decoded by the VAE."""
 
 import copy
 
@@ -25,7 +25,7 @@ FAMILIES = ["sd", "sdxl", "sd3", "flux"]
 
 
 def decoder_of(channels=4, blocks=2, **config):
-    """A tiny autoencoder of random weights that doubles the side with each block but the first."""
+    """Return a tiny autoencoder with random weights; each block but the first doubles the side."""
     torch.manual_seed(5)
     shape = {"encoder_block_out_channels": (4,) * blocks, "decoder_block_out_channels": (4,) * blocks}
     shape |= {"num_encoder_blocks": (1,) * blocks, "num_decoder_blocks": (1,) * blocks}
@@ -77,7 +77,7 @@ def test_the_result_says_so_also_once_it_is_saved(tmp_path):
 
 
 def test_the_gradient_is_that_of_the_decoder():
-    """A step of the loop is that of a pipeline which has the decoder as its own."""
+    """A step equals that of a pipeline with this decoder as its VAE."""
     pipe, decoder = tiny_pipeline("sd"), decoder_of()
     other = copy.copy(pipe)
     vars(other)["vae"] = decoder
@@ -89,7 +89,7 @@ def test_the_gradient_is_that_of_the_decoder():
 
 
 def test_scaling_and_shift_are_those_of_the_decoder():
-    """Flux: `latents / scaling + shift`, of which a tiny autoencoder has 1 and 0."""
+    """Flux decodes `latents / scaling + shift`, which are 1 and 0 in a tiny autoencoder."""
     pipe = tiny_pipeline("flux")
     outputs = []
     for config in ({}, {"scaling_factor": 0.5, "shift_factor": 0.3}):
@@ -154,7 +154,7 @@ def test_a_loaded_decoder_is_frozen_in_the_run_and_left_as_it_was():
 
 
 def test_an_exception_keeps_what_was_found_by_the_decoder():
-    """Nothing more is drawn then, and nothing claims to be."""
+    """No images are decoded by the VAE, and the result reports none."""
 
     def stop(state):
         raise KeyboardInterrupt
@@ -179,7 +179,7 @@ def refused(decoder, match, pipe=None, error=ValueError):
 
 def test_what_cannot_work_is_refused_before_any_model_runs():
     refused(decoder_of(channels=16), "Expected a decoder of latents with 4 channels.*got one of 16")
-    refused(decoder_of(blocks=3), "Expected a decoder that makes 16 × 16 pixels.*32, 32")
+    refused(decoder_of(blocks=3), "Expected a decoder from 8 × 8 latents to 16 × 16 pixels.*32, 32")
     refused(decoder_of().double(), r"Expected the decoder in torch.float32 on cpu.*torch.float64.*decoder.to\(")
     refused(lambda latents: latents, "Expected `decoder` to be a Hub id.*got function", error=TypeError)
 
@@ -189,4 +189,4 @@ def test_pipelines_whose_latents_no_tiny_decoder_knows_are_refused_by_name():
     vars(pipe)["vae"] = AutoencoderKLFlux2(block_out_channels=(8,) * 4, norm_num_groups=4, latent_channels=4)
     refused(decoder_of(), "`AutoencoderKL`.*StableDiffusionPipeline has AutoencoderKLFlux2.*decoder=None", pipe)
     pipe = quiet(BUILDERS["sdxl"](latents_mean=[0.0] * 4, latents_std=[1.0] * 4))
-    refused(decoder_of(), "StableDiffusionXLPipeline has one that normalises each channel", pipe)
+    refused(decoder_of(), "StableDiffusionXLPipeline has one that normalizes each channel", pipe)

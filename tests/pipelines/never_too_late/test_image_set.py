@@ -293,17 +293,17 @@ def test_a_crash_while_an_image_is_optimized_loses_that_image_only(tmp_path):
 def test_a_crash_while_files_are_written_leaves_a_valid_set(moment, tmp_path, monkeypatch):
     """The record of no image, then of each image a picture, a noise and a record: whichever of them is interrupted."""
     writes: list[str] = []
-    write_whole = image_set_folder.write_whole
+    atomic_write = image_set_folder.atomic_write
 
     def crash(path, write):
         if len(writes) == moment:
             path.with_name(f".part-{path.name}").write_bytes(b"half")
             raise Crash
         writes.append(path.name)
-        write_whole(path, write)
+        atomic_write(path, write)
 
     for module in (image_set_folder, result_file):
-        monkeypatch.setattr(module, "write_whole", crash)
+        monkeypatch.setattr(module, "atomic_write", crash)
     with pytest.raises(Crash):
         grown(3, folder=tmp_path)
     monkeypatch.undo()
@@ -368,7 +368,7 @@ def test_a_folder_of_another_set_is_refused_by_what_differs(changes, message, be
 def test_pictures_that_were_changed_are_noticed_by_their_values(begun, tmp_path):
     shutil.copytree(begun, tmp_path / "set")
     Image.new("RGB", (32, 32), "red").save(tmp_path / "set/image_001.png")
-    with pytest.raises(ValueError, match="Expected 'dpp' to be .* at image 1 of the set, as it was saved"):
+    with pytest.raises(ValueError, match="Expected 'dpp' to be .* at image 1 of the set, as saved"):
         grown(3, folder=tmp_path / "set")
 
 

@@ -339,9 +339,9 @@ def test_the_gradient_is_that_of_replaying_the_chain_with_its_outputs_held(name)
             found["sampler"] = problem.sampler
             return super().start(problem)
 
-        def step(self, state, gradient, memory):
+        def step(self, run, gradient, state):
             found["gradient"] = gradient
-            return super().step(state, gradient, memory)
+            return super().step(run, gradient, state)
 
     module = getattr(pipe, denoiser)
     handle = module.register_forward_hook(lambda *arguments: outputs.append(arguments[-1]))

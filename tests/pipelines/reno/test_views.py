@@ -1,7 +1,10 @@
 """Views are small changes, differentiable, and each image's own."""
 
+import pytest
 import torch
+from problems import generator
 
+from noiseopt.pipelines.reno.objective import ViewedRewards
 from noiseopt.pipelines.reno.views import random_views
 
 
@@ -38,3 +41,20 @@ def test_the_gradient_reaches_every_pixel_inside():
     images = smooth_image().requires_grad_()
     (gradient,) = torch.autograd.grad(sum(view.square().sum() for view in random_views(images, 2, [1, 2])), images)
     assert gradient[..., 8:-8, 8:-8].ne(0).float().mean() > 0.99
+
+
+def sharpness(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+    """Reward whose gradient differs from view to view."""
+    return images.diff(dim=-1).square().mean((1, 2, 3)) * 100
+
+
+@pytest.mark.parametrize("chunk_size", [1, 2, 3])
+def test_gradient_is_the_mean_of_the_gradients_of_the_views(chunk_size):
+    images, seeds = torch.rand(3, 3, 16, 16, generator=generator()), [5, 6, 7]
+    objective = ViewedRewards({sharpness: 2.0}, views=4)
+    gradient = objective.gradient_by_views(images, ["a"] * 3, seeds, chunk_size)
+    leaf = images.requires_grad_()
+    views = random_views(leaf, 4, seeds)
+    expected = [torch.autograd.grad(2 * sharpness(view, []).sum(), leaf)[0] for view in views]
+    assert not torch.allclose(expected[0], expected[1], rtol=0.1)
+    torch.testing.assert_close(gradient, torch.stack(expected).mean(0))

@@ -24,7 +24,7 @@ from noiseopt.rewards import AutoReward, RewardSum, VQAScorer
 from noiseopt.rewards.vlm.vlm_inputs import PIXEL_TOLERANCE, VLM_FAMILIES
 from noiseopt.rewards.vlm.vlm_pixels import vlm_pixels
 from noiseopt.rewards.vlm.vqa_score import QUESTION, appended, first_tokens, log_probability
-from noiseopt.shapes_world.readers import SHOWS
+from training.readers import SHOWS
 
 PROMPTS = ["a red cube", "two green cars"]
 

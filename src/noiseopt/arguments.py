@@ -1,0 +1,49 @@
+"""Argument types and checks that the commands share."""
+
+import argparse
+import importlib.util
+from pathlib import Path
+
+
+def require_plots(command: str) -> None:
+    """Exit with a message if matplotlib is not installed."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise SystemExit(f"{command} needs matplotlib, which is not installed. Run `pip install noiseopt[plots]`.")
+
+
+def make_folder(path: Path) -> None:
+    """Create a folder, or exit with a message if that is impossible."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SystemExit(f"Expected a folder to write to, but got {path}: {error.strerror}.") from None
+
+
+def positive(text: str) -> int:
+    """Argparse type: an integer of 1 or more."""
+    return integer(text, least=1)
+
+
+def natural(text: str) -> int:
+    """Argparse type: an integer of 0 or more that is valid as a seed."""
+    return integer(text, least=0)
+
+
+def integer(text: str, least: int) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = None
+    if value is None or not least <= value < 2**62:
+        raise argparse.ArgumentTypeError(f"Expected an integer of {least} or more, but got {text!r}.")
+    return value
+
+
+def shapes_prompt(text: str) -> str:
+    """Argparse type: a prompt of the shapes world."""
+    from . import shapes_world
+
+    try:
+        return str(shapes_world.parse(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None

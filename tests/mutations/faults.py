@@ -1,0 +1,202 @@
+"""Faults that the tests must find, each a replaced text of one file."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[2]
+
+
+class Fault(NamedTuple):
+    """A fault: `old`, which occurs exactly once in the file at `path`, is replaced by `new`."""
+
+    name: str
+    path: str
+    old: str
+    new: str
+
+    def mutated(self, root: Path = ROOT) -> str:
+        """Return the text of the file with the fault. Raises `ValueError` unless `old` occurs exactly once."""
+        text = (root / self.path).read_text(encoding="utf-8")
+        if (count := text.count(self.old)) != 1:
+            raise ValueError(
+                f"Expected the text of the fault '{self.name}' once in {self.path}, but got it {count} times. Update "
+                f"{Path(__file__).name}."
+            )
+        return text.replace(self.old, self.new)
+
+    def nearest_tests(self, root: Path = ROOT) -> list[str]:
+        """Return the test files named after the file, then those of the folder that mirrors its own."""
+        file = Path(self.path)
+        folder = root / "tests" / Path(*[part for part in file.parent.parts if part not in ("src", "noiseopt")])
+        while not folder.is_dir():
+            folder = folder.parent
+        named = sorted((root / "tests").rglob(f"test_{file.stem}.py"))
+        return [str(path.relative_to(root)) for path in dict.fromkeys([*named, *sorted(folder.glob("test_*.py"))])]
+
+
+FAULTS = (
+    Fault(
+        "best chosen by the wrong sign",
+        "pipelines/loop.py",
+        "better = run.loss < best.loss",
+        "better = run.loss > best.loss",
+    ),
+    Fault(
+        "stop of a callback ignored",
+        "pipelines/loop.py",
+        "if callback.on_step_end(run) is False:\n                run.stop()",
+        "callback.on_step_end(run)",
+    ),
+    Fault(
+        "gradient clip dropped",
+        "pipelines/reno/method.py",
+        "gradient = clip_per_sample(gradient, self.max_grad_norm)",
+        "gradient = gradient.clone()",
+    ),
+    Fault(
+        "momentum not carried",
+        "pipelines/reno/method.py",
+        "state.velocity = self.momentum * state.velocity + gradient",
+        "state.velocity = gradient",
+    ),
+    Fault(
+        "only the first view counts",
+        "pipelines/reno/objective.py",
+        "for view in views]).mean()",
+        "for view in views])[0]",
+    ),
+    Fault(
+        "directions along the wrong axis",
+        "pipelines/cno/contrastive_loss.py",
+        "F.normalize(F.adaptive_avg_pool2d(x0, (down, across)).flatten(2), dim=1)",
+        "F.normalize(F.adaptive_avg_pool2d(x0, (down, across)).flatten(2), dim=2)",
+    ),
+    Fault(
+        "norm of the displacement not squared",
+        "pipelines/noise_diffusion/candidate_choice.py",
+        "v.square().flatten(1).sum(1)",
+        "v.square().flatten(1).sum(1).sqrt()",
+    ),
+    Fault(
+        "sum over a set instead of the mean",
+        "pipelines/never_too_late/method.py",
+        "gradient = gradient / per_image(self.sizes, gradient)",
+        "gradient = gradient.clone()",
+    ),
+    Fault(
+        "guard that never rejects",
+        "pipelines/never_too_late/quality_guard.py",
+        "found |= ~(run.scores[name] > self.limits[name]).to(found.device)",
+        "found |= ~(run.scores[name] > -torch.inf).to(found.device)",
+    ),
+    Fault(
+        "acceptance without the temperature",
+        "pipelines/searches/pcn.py",
+        "return loss / temperature if temperature",
+        "return loss if temperature",
+    ),
+    Fault(
+        "radius reached from inside too",
+        "pipelines/baselines/noise_pgd.py",
+        "(self.radius * length / per_sample_norm(way)).clamp(max=1)",
+        "(self.radius * length / per_sample_norm(way))",
+    ),
+    Fault(
+        "prompts replayed in reverse order",
+        "pipelines/sampling/sampler.py",
+        "iter(self.encoded)",
+        "iter(self.encoded[::-1])",
+    ),
+    Fault(
+        "frozen gradient passes the denoiser",
+        "pipelines/sampling/sampler.py",
+        '{"frozen": without_gradient, "full"',
+        '{"full"',
+    ),
+    Fault(
+        "latents unpacked in packed order",
+        "pipelines/sampling/latent_space.py",
+        "return latents.flatten(1).gather(1, packing.positions.to(latents.device)).view(packing.noise)",
+        "return latents.flatten(1).view(packing.noise)",
+    ),
+    Fault(
+        "modules left frozen",
+        "pipelines/sampling/module_state.py",
+        "finally:\n        switch(True)",
+        "finally:\n        switch(False)",
+    ),
+    Fault(
+        "checkpointing not restored",
+        "pipelines/memory/checkpointing.py",
+        "            replace_block_settings(module, settings)",
+        "            settings.clear()",
+    ),
+    Fault(
+        "rows of the first chunk for every chunk",
+        "pipelines/memory/chunks.py",
+        "noise[rows], gradient[rows])",
+        "noise[rows], gradient[: len(rows)])",
+    ),
+    Fault(
+        "result file with latents that are not finite",
+        "pipelines/results/result_file.py",
+        'for name in ("noise", "latents", "initial_noise"):',
+        'for name in ("noise", "initial_noise"):',
+    ),
+    Fault(
+        "settings diff without added settings",
+        "pipelines/results/settings_diff.py",
+        "names = [*known, *(key for key in given if key not in known)]",
+        "names = [*known]",
+    ),
+    Fault(
+        "patience one step too long",
+        "callbacks/early_stopping.py",
+        "self.waited >= self.patience",
+        "self.waited > self.patience",
+    ),
+    Fault(
+        "sigma of the next step",
+        "schedulers/x0_prediction.py",
+        "scheduler.sigmas_interpol[index - 1]",
+        "scheduler.sigmas_interpol[index]",
+    ),
+    Fault(
+        "pink gain with the wrong sign",
+        "schedulers/noise_samplers.py",
+        "logs = -self.alpha * f",
+        "logs = self.alpha * f",
+    ),
+    Fault(
+        "crop from the corner instead of the center",
+        "rewards/contract/transforms.py",
+        "images = center_crop(images, self.crop)",
+        "images = images[..., : self.crop[0], : self.crop[1]]",
+    ),
+    Fault(
+        "probability of the wrong answer",
+        "rewards/vlm/vqa_score.py",
+        "return log_probability(logits, self.yes).exp()",
+        "return log_probability(logits, self.no).exp()",
+    ),
+    Fault(
+        "kernel of unnormalized features",
+        "rewards/sets/cosine_kernel.py",
+        "F.normalize(features.to(device).double(), dim=-1)",
+        "features.to(device).double()",
+    ),
+    Fault(
+        "Vendi score always of order 1",
+        "rewards/sets/vendi.py",
+        "kernel_vendi(kernels_of_set(features), self.order,",
+        "kernel_vendi(kernels_of_set(features), 1.0,",
+    ),
+)
+
+
+def selected(names: list[str]) -> Iterator[Fault]:
+    """Yield the faults with these names, or all of them. Raises `ValueError` for unknown names."""
+    if unknown := sorted(set(names) - {fault.name for fault in FAULTS}):
+        raise ValueError(f"Expected names out of {[fault.name for fault in FAULTS]}, but got {unknown}.")
+    yield from (fault for fault in FAULTS if not names or fault.name in names)
