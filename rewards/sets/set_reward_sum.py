@@ -215,7 +215,7 @@ class SetRewardSum(nn.Module):
             NonDifferentiableReward: If features of optimized set rewards have no gradient; the message names them.
         """
         entries = zip(self.weights.items(), self.rewards, strict=True)
-        names = [name for (name, weight), reward in entries if weight and not reward.features.differentiable]  # pyright: ignore
+        names = [name for (name, weight), reward in entries if weight and not reward.features.differentiable]  # pyright: ignore[reportAttributeAccessIssue]
         if names:
             raise NonDifferentiableReward(
                 f"Expected set rewards with a gradient, but the features of {names} are not differentiable. Give them "
@@ -241,7 +241,7 @@ def set_reward_entries(diversity: SetRewardsLike) -> list[tuple[Any, Any, Any]]:
         entries = [tuple(each) if isinstance(each, (tuple, list)) else (each, 1.0) for each in diversity]
     elif isinstance(parts := getattr(diversity, "rewards", None), nn.ModuleList):
         # Duck typing, because a pipeline from the Hub has its own copy of the class.
-        entries = list(zip(parts, diversity.weights.values(), strict=True))  # pyright: ignore
+        entries = list(zip(parts, diversity.weights.values(), strict=True))  # pyright: ignore[reportAttributeAccessIssue]
     else:
         entries = [(diversity, 1.0)]
     if not entries:
