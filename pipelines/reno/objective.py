@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ...rewards.contract.reward_sum import AttachedGradient, RewardSum, part_of_prompts
+from ...rewards.contract.reward_sum import AttachedGradient, RewardSum, prompts_of_rows
 from ..objective import RewardObjective
 from ..sampling.sample import Sample
 from .views import random_views
@@ -39,7 +39,7 @@ class ViewedRewards(RewardObjective):
         gradient = torch.empty_like(images)
         for start in range(0, len(images), chunk_size):
             rows = slice(start, start + chunk_size)
-            leaf, texts = images[rows].detach().requires_grad_(), part_of_prompts(prompts, rows)
+            leaf, texts = images[rows].detach().requires_grad_(), prompts_of_rows(prompts, rows)
             views = random_views(leaf, self.views, seeds[rows])
             total = torch.stack([self.weighted(view, texts).total.sum() for view in views]).mean()
             gradient[rows] = torch.autograd.grad(total, leaf)[0] if total.requires_grad else 0
@@ -48,4 +48,4 @@ class ViewedRewards(RewardObjective):
     @functools.cached_property
     def weighted(self) -> RewardSum:
         """The rewards whose weight is not 0."""
-        return self.rewards.optimised()
+        return self.rewards.optimized()

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,7 +22,11 @@ AESTHETIC_V1_FILE = "sa_0_4_vit_l_14_linear.pth"
 class CLIPVisionTower(CLIPVisionModelWithProjection):
     """Vision tower that loads from a full CLIP checkpoint without a warning about the text tower."""
 
-    _keys_to_ignore_on_load_unexpected = [r"^text_model\.", r"^text_projection\.", r"^logit_scale$"]
+    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [
+        r"^text_model\.",
+        r"^text_projection\.",
+        r"^logit_scale$",
+    ]
 
 
 class AestheticHead(nn.Module):

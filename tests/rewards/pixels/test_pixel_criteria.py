@@ -27,7 +27,9 @@ def saved_size(array: np.ndarray) -> int:
     return len(buffer.getvalue())
 
 
-@pytest.mark.parametrize("color, luma", [((1, 0, 0), 0.299), ((0, 1, 0), 0.587), ((0, 0, 1), 0.114), ((1, 1, 1), 1)])
+@pytest.mark.parametrize(
+    ("color", "luma"), [((1, 0, 0), 0.299), ((0, 1, 0), 0.587), ((0, 0, 1), 0.114), ((1, 1, 1), 1)]
+)
 def test_brightness_of_pure_colours(color: tuple[int, int, int], luma: float):
     images = torch.tensor(color, dtype=torch.float32)[None, :, None, None].expand(1, 3, 5, 7)
     assert Brightness()(images).item() == pytest.approx(luma)

@@ -159,7 +159,7 @@ def test_preprocessing_is_that_of_the_pil_processor(folder: Path):
 
 
 @pytest.mark.parametrize(
-    "source, part, target",
+    ("source", "part", "target"),
     [
         ("blip.visual_encoder.cls_token", "vision", "embeddings.class_embedding"),
         ("blip.visual_encoder.pos_embed", "vision", "embeddings.position_embedding"),
@@ -208,7 +208,7 @@ def change(folder: Path, removed: str = "", added: str = "", cut: str = "") -> N
 
 
 @pytest.mark.parametrize(
-    "changed, message",
+    ("changed", "message"),
     [
         ({"removed": "blip.visual_encoder.norm.bias"}, "the vision part .* missing: post_layernorm.bias"),
         ({"removed": "mlp.layers.6.weight"}, "the head part .* missing: layers.6.weight"),

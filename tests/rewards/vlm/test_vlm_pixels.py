@@ -51,20 +51,20 @@ def processed(processor: Any, image: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("image", pictures().values(), ids=pictures().keys())
-@pytest.mark.parametrize("processor, tolerance", PROCESSORS, ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize(("processor", "tolerance"), PROCESSORS, ids=lambda value: type(value).__name__)
 def test_equal_those_of_the_processor_to_a_grey_level(processor: Any, tolerance: float, image: torch.Tensor):
     expected = processed(processor, image)
     torch.testing.assert_close(vlm_pixels(image, processor), expected, rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize("processor, tolerance", PROCESSORS, ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize(("processor", "tolerance"), PROCESSORS, ids=lambda value: type(value).__name__)
 def test_a_batch_is_its_images_one_after_another(processor: Any, tolerance: float):
     images = torch.rand(3, 3, 60, 90, generator=torch.Generator().manual_seed(1))
     singles = [vlm_pixels(image[None], processor) for image in images]
     torch.testing.assert_close(vlm_pixels(images, processor), torch.cat(singles))
 
 
-@pytest.mark.parametrize("processor, tolerance", PROCESSORS, ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize(("processor", "tolerance"), PROCESSORS, ids=lambda value: type(value).__name__)
 def test_the_gradient_reaches_every_pixel_that_is_seen(processor: Any, tolerance: float):
     images = torch.rand(1, 3, 60, 60, generator=torch.Generator().manual_seed(1)).requires_grad_()
     (gradient,) = torch.autograd.grad(vlm_pixels(images, processor).square().sum(), images)
