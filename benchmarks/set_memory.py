@@ -26,13 +26,12 @@ from noiseopt.demo import load_pipeline, seeded
 from noiseopt.evaluation.looking import Looking
 from noiseopt.evaluation.measure import measured
 from noiseopt.pipelines.loop import chunk_size_of
-from noiseopt.pipelines.memory.graph_size import ChunkSetting
 from noiseopt.pipelines.problem import NoiseProblem
 from noiseopt.pipelines.sampling.sample import Sample
 from noiseopt.quiet import quiet_libraries
 from noiseopt.rewards import DPP, AutoFeatures, SetRewardSum
 
-MODES: dict[str, ChunkSetting] = {"joint": None, "one": 1, "auto": "auto"}
+MODES: dict[str, Any] = {"joint": None, "one": 1, "auto": "auto"}
 PROMPT = shapes_world.VALIDATION_PROMPTS[0]
 
 

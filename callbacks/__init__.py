@@ -1,4 +1,4 @@
-"""Callbacks: what may watch, steer or stop a noise optimisation, and what steers the steps of a stock pipeline."""
+"""Callbacks that observe or stop a noise optimization, and callbacks that steer the denoising of a stock pipeline."""
 
 from .cads import CADS
 from .denoising_callback import DenoisingCallback

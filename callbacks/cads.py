@@ -1,4 +1,4 @@
-"""CADS: a condition that is noise at first."""
+"""CADS: annealing of the condition from noise to the prompt."""
 
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -11,36 +11,36 @@ from .sampling_time import require_training_times, training_time
 
 
 class CADS(DenoisingCallback):
-    """Anneal the prompt's embeddings from noise to what they are, so that images of a prompt differ more.
+    """Anneal the prompt embeddings from noise to their values, for more diverse images of a prompt.
 
-    Condition-annealed sampling, https://arxiv.org/abs/2310.17347: at the time t of a model call, 1 at pure noise and 0
-    at the end (the timestep over `num_train_timesteps`), the condition y becomes
+    Condition-annealed diffusion sampling, https://arxiv.org/abs/2310.17347. Let t be the time of a model call, from 1
+    for pure noise to 0 at the end (the timestep over `num_train_timesteps`). The condition y becomes
 
         ŷ = √γ·y + s·√(1 - γ)·n,   γ = 1 for t <= τ1, 0 for t >= τ2, linear between;   n ~ N(0, I) anew in each step
         ŷ ← ψ·ŷᵣ + (1 - ψ)·ŷ,   ŷᵣ = (ŷ - mean ŷ) / std ŷ · std y + mean y
 
-    A callback runs after a step: the first model call has y itself, and annealing begins with the second. With few
-    steps little is left of it; with one it is refused. Where the pipeline keeps unconditional embeddings in the same
-    tensor (SD, SDXL, SD3, Sana, with guidance) they are annealed too, as common implementations do; those that are
-    all 0, as SDXL's of no prompt, have no deviation and stay 0 with ψ = 1.
+    A callback runs after a step, so the first model call has y itself and annealing begins with the second. The effect
+    is small for few steps, and a single step raises an error. Unconditional embeddings in the same tensor (SD, SDXL,
+    SD3 and Sana, with guidance) are annealed too, as in common implementations; embeddings that are all 0, such as
+    SDXL's for an empty prompt, have no deviation and stay 0 with ψ = 1.
 
     Args:
-        tau1: τ1 in [0, 1), the time from which on the condition is y.
-        tau2: τ2 in (τ1, 1], the time until which it is nothing but noise.
-        noise_scale: s, at least 0; 0 switches the callback off. Above 0.3 images stop to follow the prompt.
-        mixing: ψ in [0, 1], how much of ŷ is rescaled.
-        conditions: Names of the tensors that are annealed, out of `pipe._callback_tensor_inputs`. The pooled embedding
-            is "add_text_embeds" in SDXL and "pooled_prompt_embeds" in SD3; Flux does not give it.
-        statistics: Over what mean and std go: "image", each embedding by itself, so that an image does not depend on
-            what else is in its batch; or "batch", the whole tensor, as the paper's code does.
-        generator: Where n is drawn from: one, or a list with one for each image; `None` for torch's own. It is at its
-            next numbers in the next call, as that of a pipeline.
+        tau1: τ1 in [0, 1); the condition is y for t <= τ1.
+        tau2: τ2 in (τ1, 1]; the condition is pure noise for t >= τ2.
+        noise_scale: s, at least 0; 0 disables the callback. Above 0.3 images no longer follow the prompt.
+        mixing: ψ in [0, 1], the fraction of the rescaled ŷ.
+        conditions: Names of the tensors to anneal, out of `pipe._callback_tensor_inputs`. The pooled embedding is
+            "add_text_embeds" in SDXL and "pooled_prompt_embeds" in SD3; Flux does not expose it.
+        statistics: The scope of mean and std: "image" for each embedding, so that an image does not depend on the rest
+            of its batch; or "batch" for the whole tensor, as in the paper's code.
+        generator: The generator of n: one, a list with one per image, or `None` for torch's global one. Like that of a
+            pipeline, it continues from call to call.
 
     Raises:
-        ValueError: Settings out of their ranges; at the first step, a single denoising step or a list of generators
-            that does not fit the batch.
-        TypeError: At the first step, a condition that is no tensor (Z-Image has lists of them), or a scheduler whose
-            timesteps do not count training steps.
+        ValueError: For arguments outside their ranges; at the first step, for a single denoising step or a list of
+            generators that does not fit the batch.
+        TypeError: At the first step, for a condition that is not a tensor (Z-Image has lists of tensors), or a
+            scheduler whose timesteps do not count training steps.
     """
 
     def __init__(
@@ -68,11 +68,11 @@ class CADS(DenoisingCallback):
         self.conditions: dict[str, torch.Tensor] = {}
 
     def gamma(self, t: float) -> float:
-        """γ(t) in [0, 1], how much of the condition's variance is left at time t."""
+        """Return γ(t) in [0, 1], the fraction of the condition's variance at time t."""
         return min(max((self.tau2 - t) / (self.tau2 - self.tau1), 0.0), 1.0)
 
     def anneal(self, y: torch.Tensor, gamma: float) -> torch.Tensor:
-        """ŷ of a condition `(B, ...)` in its shape and dtype; y itself where γ is 1 or s is 0."""
+        """Return ŷ for a condition `(B, ...)`, in its shape and dtype; y itself if γ is 1 or s is 0."""
         if gamma == 1 or self.noise_scale == 0:
             return y
         exact, dims = y.float(), list(range(1, y.ndim)) if self.statistics == "image" else list(range(y.ndim))
@@ -82,7 +82,7 @@ class CADS(DenoisingCallback):
         return (self.mixing * rescaled + (1 - self.mixing) * annealed).to(y.dtype)
 
     def noise(self, y: torch.Tensor) -> torch.Tensor:
-        """n in the shape of `y`, float32; a list of generators draws the rows of each image in turn."""
+        """Sample n in the shape of `y`, float32, with the generator of each row if there is a list of them."""
         if self.generator is None or isinstance(self.generator, torch.Generator):
             return randn_tensor(y.shape, self.generator, y.device, torch.float32)
         streams = [*self.generator] * (len(y) // len(self.generator))
@@ -95,7 +95,7 @@ class CADS(DenoisingCallback):
             if not isinstance(y, torch.Tensor):
                 raise TypeError(
                     f"Expected {name} of {type(pipeline).__name__} as one tensor, but got {type(y).__name__}. CADS "
-                    "cannot anneal it; optimise the initial noise instead, with `optimize_noise`."
+                    "cannot anneal it; optimize the initial noise instead, with `optimize_noise`."
                 )
             self.require_fitting_generators(len(y))
 
@@ -103,7 +103,7 @@ class CADS(DenoisingCallback):
         if isinstance(self.generator, Sequence) and (not self.generator or rows % len(self.generator)):
             raise ValueError(
                 f"Expected one generator, or one for each image, but got {len(self.generator)} for {rows} embeddings. "
-                "Pass as many as images are drawn."
+                "Pass as many as there are images."
             )
 
     def on_step(self, pipeline: Any, index: int, callback_kwargs: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""What callbacks per denoising step have in common."""
+"""Base class of callbacks per denoising step."""
 
 import inspect
 from collections.abc import Sequence
@@ -10,18 +10,17 @@ from .sampling_time import position_of_call
 
 
 class DenoisingCallback(PipelineCallback):
-    """Base of callbacks per *denoising* step of a stock pipeline: `pipe(prompt, callback_on_step_end=callback)`.
+    """Base class of callbacks per *denoising* step of a stock pipeline: `pipe(prompt, callback_on_step_end=callback)`.
 
-    (`NoiseCallback` is per *optimisation* step.) A pipeline calls it after each step, so the first model call of an
-    image is over when it is asked for the first time, and a call needs at least two steps. Several work together in
-    diffusers' `MultiPipelineCallbacks`. One object serves one call at a time, and any number after one another: it
-    begins anew at the first step, also where the call before it ended in an exception.
+    (`NoiseCallback` is per *optimization* step.) A pipeline calls it after each step, so it cannot affect the first
+    model call, and a pipeline call needs at least two steps. diffusers' `MultiPipelineCallbacks` combines several. An
+    object can be reused for one call after another: it resets at the first step, also after an exception.
 
-    Some pipelines (Flux, Flux.2, Qwen-Image, Lumina 2, Z-Image) do not ask a callback which tensors it needs: pass
-    `callback_on_step_end_tensor_inputs=callback.tensor_inputs` along. At the first step it is refused without them.
+    Some pipelines (Flux, Flux.2, Qwen-Image, Lumina 2, Z-Image) ignore which tensors a callback needs. For these, also
+    pass `callback_on_step_end_tensor_inputs=callback.tensor_inputs`; otherwise the first step raises an error.
 
     Args:
-        tensor_inputs: Names of what it gets of the pipeline, out of `pipe._callback_tensor_inputs`.
+        tensor_inputs: Names of the tensors that the pipeline passes, out of `pipe._callback_tensor_inputs`.
     """
 
     def __init__(self, tensor_inputs: Sequence[str]) -> None:
@@ -33,21 +32,21 @@ class DenoisingCallback(PipelineCallback):
         return self._tensor_inputs
 
     def check(self, pipeline: Any) -> None:
-        """Say before anything runs whether a pipeline is one for this callback.
+        """Check that a pipeline supports this callback, before anything runs.
 
         Raises:
-            TypeError: It has no `callback_on_step_end`.
-            ValueError: It does not give its callbacks a tensor that this one needs.
+            TypeError: If it has no `callback_on_step_end`.
+            ValueError: If it does not pass its callbacks a tensor that this one needs.
         """
         name, known = type(pipeline).__name__, getattr(pipeline, "_callback_tensor_inputs", [])
         if "callback_on_step_end" not in inspect.signature(type(pipeline).__call__).parameters:
             raise TypeError(
-                f"Expected a pipeline with `callback_on_step_end`, but {name} has none. Optimise its initial noise "
+                f"Expected a pipeline with `callback_on_step_end`, but {name} has none. Optimize its initial noise "
                 "instead, with `optimize_noise`."
             )
         if missing := [tensor for tensor in self.tensor_inputs if tensor not in known]:
             raise ValueError(
-                f"Expected a pipeline that gives callbacks {', '.join(self.tensor_inputs)}, but {name} does not give "
+                f"Expected a pipeline that passes callbacks {', '.join(self.tensor_inputs)}, but {name} does not pass "
                 f"{', '.join(missing)}. Construct {type(self).__name__} for tensors out of {', '.join(known)}."
             )
 
@@ -65,12 +64,12 @@ class DenoisingCallback(PipelineCallback):
         return callback_kwargs
 
     def require(self, pipeline: Any, callback_kwargs: dict[str, Any]) -> None:
-        """Raise `ValueError` for a call that does not bring what `tensor_inputs` asks for, or has a single step."""
+        """Raise `ValueError` for a call that lacks one of the `tensor_inputs` or has a single step."""
         if missing := [tensor for tensor in self.tensor_inputs if tensor not in callback_kwargs]:
             raise ValueError(
                 f"Expected the tensors {', '.join(self.tensor_inputs)}, but got no {', '.join(missing)}: "
-                f"{type(pipeline).__name__} does not ask a callback which it needs. Pass "
-                f"`callback_on_step_end_tensor_inputs={self.tensor_inputs}` to it too."
+                f"{type(pipeline).__name__} does not read them from the callback. Also pass "
+                f"`callback_on_step_end_tensor_inputs={self.tensor_inputs}`."
             )
         if pipeline.num_timesteps < 2:
             raise ValueError(
@@ -82,8 +81,10 @@ class DenoisingCallback(PipelineCallback):
         """Called once, after the first step, before `on_step`."""
 
     def on_step(self, pipeline: Any, index: int, callback_kwargs: dict[str, Any]) -> None:
-        """Change `callback_kwargs` in place. The next model call is number `index` of `scheduler.timesteps`; after the
-        last step it is the length of that, or where the call ends before."""
+        """Change `callback_kwargs` in place.
+
+        `index` is the position of the next model call in `scheduler.timesteps`; after the last step, one past the end.
+        """
 
     def on_call_end(self, pipeline: Any) -> None:
-        """Called once, after the last step; not where a call ends in an exception."""
+        """Called once, after the last step, but not if the call ends in an exception."""

@@ -1,4 +1,4 @@
-"""Callbacks that end a run early."""
+"""Callbacks that stop a run early."""
 
 import torch
 
@@ -7,13 +7,16 @@ from .noise_state import NoiseState
 
 
 class EarlyStopping(NoiseCallback):
-    """Stop a sample when its best loss has not fallen by `min_delta` for `patience` steps.
+    """Stop a sample when its best loss has not decreased by more than `min_delta` for `patience` steps.
 
-    Each sample of a batch has its own patience, so the result does not depend on the batch that it ran in.
+    Each sample of a batch is stopped independently, so its result does not depend on the rest of the batch.
 
     Args:
         patience: Steps without progress, at least 1.
-        min_delta: The least decrease of the loss that counts as progress, at least 0.
+        min_delta: The smallest decrease of the loss that counts as progress, at least 0.
+
+    Raises:
+        ValueError: For arguments outside their ranges.
     """
 
     def __init__(self, patience: int, min_delta: float = 0.0) -> None:
@@ -33,9 +36,10 @@ class EarlyStopping(NoiseCallback):
 
 
 class LossThreshold(NoiseCallback):
-    """Stop a sample when its best loss is at most `threshold`: for a reward of weight 1 that is minus the wanted score.
+    """Stop a sample when its best loss is at most `threshold`; each sample of a batch is stopped independently.
 
-    Each sample of a batch stops by itself.
+    Args:
+        threshold: The loss to reach. With a single reward of weight 1 it is the negated target score.
     """
 
     def __init__(self, threshold: float) -> None:
@@ -46,7 +50,14 @@ class LossThreshold(NoiseCallback):
 
 
 class TimeBudget(NoiseCallback):
-    """Stop after the step in which `seconds` have passed since the optimisation began."""
+    """Stop after the step in which the time budget is used up.
+
+    Args:
+        seconds: Seconds since the start of the optimization, above 0.
+
+    Raises:
+        ValueError: If `seconds` is not above 0.
+    """
 
     def __init__(self, seconds: float) -> None:
         if seconds <= 0:

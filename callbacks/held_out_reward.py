@@ -1,4 +1,4 @@
-"""A reward that nobody optimises, watched while others are."""
+"""Callback that evaluates a held-out reward while other rewards are optimized."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -11,30 +11,29 @@ from .noise_state import NoiseState
 
 
 class HeldOutReward(NoiseCallback):
-    """Score the images of each step with a reward that is not optimised, and report reward hacking.
+    """Score the images of each step with a reward that is not optimized, and report reward hacking.
 
-    Reward hacking is here what a reward model cannot tell from progress: the optimised loss of an image fell, and a
-    second opinion on its best image fell too. The result says so in `result.reports["held out <name>"]`, in plain
-    values, each a list with one entry for each image: `initial` and `best`, the held-out scores of the plain image and
-    of the best one; `loss_change`, what the optimisation gained (negative is better); and `reward_hacking`, true or
-    false. A warning names the images. It costs one forward pass of the reward at each step.
+    An image counts as reward hacking if its optimized loss decreased but the held-out score of its best image decreased
+    too. `result.reports["held out <name>"]` holds lists with one entry per image: `initial` and `best`, the held-out
+    scores of the baseline and of the best image; `loss_change`, the change of the optimized loss (negative is better);
+    and `reward_hacking`, a bool. A warning names the affected images. The cost is one forward pass of the reward per
+    step.
 
     Args:
-        reward: `(images, prompts) -> (B,)`, higher is better: a loaded reward, as `AutoReward.from_pretrained` gives
-            it, a `RewardSum`, or any callable; best one that shares neither data nor model with those that are
-            optimised.
-        name: what the report calls it; by default the reward's own name.
-        tolerance: how far the held-out score may fall before it counts, in its own units, at least 0.
-        prompts: ask the reward about these instead of the pipeline's prompts: one, or one for each image. A pipeline
-            that is called with embeddings has none of its own.
+        reward: `(images, prompts) -> (B,)`, higher is better: a reward from `AutoReward.from_pretrained`, a
+            `RewardSum`, or any callable. It should share neither data nor models with the optimized rewards.
+        name: The name in the report; by default the reward's own name.
+        tolerance: The decrease of the held-out score, in its own units, that is still accepted; at least 0.
+        prompts: One prompt, or one per image, for the reward to use instead of the pipeline's prompts, which do not
+            exist if the pipeline is called with embeddings.
 
     Attributes:
         scores: `(steps, B)`, the held-out scores of the last run.
 
     Raises:
-        TypeError: a name instead of a loaded reward.
-        ValueError: a tolerance below 0; at the first step, a method that looks at no images, or a reward that does not
-            return one score per image.
+        TypeError: For a name instead of a loaded reward.
+        ValueError: For a tolerance below 0; at the first step, for a method that evaluates no images, or a reward that
+            does not return one score per image.
     """
 
     def __init__(
@@ -65,13 +64,13 @@ class HeldOutReward(NoiseCallback):
     def on_step_end(self, state: NoiseState) -> None:
         if state.images is None:
             raise ValueError(
-                "Expected a method whose objective looks at images, but this one looks at noise or x0 alone. Score its "
-                "result instead of watching it."
+                "Expected a method whose objective evaluates images, but this one evaluates only noise or x0. Score "
+                "its result instead."
             )
         prompts = state.prompts if self.prompts is None else self.prompts
         with torch.no_grad():
             scores = self.reward(state.images, prompts)
-        scores = getattr(scores, "total", scores)  # of a `RewardSum`
+        scores = getattr(scores, "total", scores)  # the output of a `RewardSum`
         if scores.shape != (len(state.images),):
             raise ValueError(
                 f"Expected the held-out reward '{self.name}' to return a tensor of shape ({len(state.images)},), one "
@@ -98,7 +97,7 @@ class HeldOutReward(NoiseCallback):
         images = [index for index, hacked in enumerate(report["reward_hacking"]) if hacked]
         if images:
             warnings.warn(
-                f"Reward hacking in images {images}: the optimised loss fell, and so did the held-out reward "
-                f"'{self.name}'. Take fewer steps, a smaller learning rate, or more rewards that disagree.",
+                f"Reward hacking in images {images}: the optimized loss decreased, and so did the held-out reward "
+                f"'{self.name}'. Use fewer steps, a smaller learning rate, or more rewards that disagree.",
                 stacklevel=2,
             )

@@ -1,4 +1,4 @@
-"""The callback contract of a noise optimisation."""
+"""Base class of callbacks of a noise optimization."""
 
 from collections.abc import Callable, Iterable
 
@@ -6,9 +6,9 @@ from .noise_state import NoiseState
 
 
 class NoiseCallback:
-    """Base of callbacks per *optimisation* step. (diffusers' `callback_on_step_end` is per denoising step.)
+    """Base class of callbacks per *optimization* step. (diffusers' `callback_on_step_end` is per denoising step.)
 
-    Subclasses override what they need. A plain function `(state) -> bool | None` does where one hook is enough.
+    Subclasses override the hooks that they need. A function `(state) -> bool | None` is accepted as `on_step_end`.
     """
 
     def on_run_start(self, state: NoiseState) -> None:
@@ -18,11 +18,11 @@ class NoiseCallback:
         """Called after each evaluation. Return `False`, or call `state.stop()`, to end the run."""
 
     def on_run_end(self, state: NoiseState) -> None:
-        """Called once at the end, also when the run ends in an exception."""
+        """Called once at the end, also after an exception."""
 
 
 class FunctionCallback(NoiseCallback):
-    """A plain function as a callback."""
+    """Wrapper that makes a function a callback."""
 
     def __init__(self, function: Callable[[NoiseState], bool | None]) -> None:
         self.function = function
@@ -35,9 +35,12 @@ CallbackSpec = NoiseCallback | Callable[[NoiseState], bool | None]
 
 
 def as_callbacks(callbacks: CallbackSpec | Iterable[CallbackSpec] | None) -> list[NoiseCallback]:
-    """One callback, several, or none, as a list. Raises `TypeError` for what is neither callback nor function.
+    """Convert one callback, several, or none to a list.
 
-    Anything with an `on_step_end` counts, whichever copy of `NoiseCallback` it derives from.
+    Any object with `on_step_end` is accepted, because a pipeline from the Hub has its own copy of `NoiseCallback`.
+
+    Raises:
+        TypeError: For an object that is neither a callback nor a function.
     """
     if callbacks is None:
         return []

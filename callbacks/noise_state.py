@@ -1,4 +1,4 @@
-"""The state of a noise optimization: what a callback sees once per optimization step."""
+"""State of a running noise optimization, passed to callbacks after each step."""
 
 import dataclasses
 import time
@@ -16,7 +16,7 @@ class Best:
         step: `(B,)`, the step of the lowest loss.
         noise: `(B, C, H, W)`, the noise of the lowest loss.
         images: `(B, 3, H, W)` in [0, 1], its images; `None` if the objective asked for no images.
-        evaluations: The number of evaluations that it is the best of.
+        evaluations: The number of evaluations so far.
     """
 
     loss: torch.Tensor
@@ -32,7 +32,7 @@ class NoiseState:
 
     Attributes:
         pipeline: The pipeline whose noise is optimized.
-        prompts: The `B` prompts that rewards are asked about.
+        prompts: The `B` prompts of the rewards.
         steps: The number of evaluations that the method plans.
         noise: `(B, C, H, W)`, unit variance, the noise that was evaluated in this step.
         step: Index of this evaluation, from 0. Step 0 is the baseline.
@@ -41,7 +41,7 @@ class NoiseState:
         scores: Name to `(B,)`, the raw rewards of this step, higher is better.
         best: The best so far.
         active: `(B,)` bool. A sample that is not active keeps its best and is no longer recorded.
-        reports: What methods and callbacks add to the result, by name: plain values.
+        reports: Plain values that methods and callbacks add to the result, by name.
         stopped: The reason why the run ended before its last step, or `None`.
     """
 

@@ -1,4 +1,4 @@
-"""Particle guidance: images of a prompt that push each other away while they are drawn."""
+"""Particle guidance: repulsion between the images of a prompt during sampling."""
 
 import math
 from typing import Any
@@ -10,32 +10,32 @@ from .sampling_time import noise_ratio, signal_and_noise
 
 
 class ParticleGuidance(DenoisingCallback):
-    """Let the latents of the images of a prompt repel each other, as particles with a fixed potential.
+    """Make the latents of the images of a prompt repel each other, as particles with a fixed potential.
 
-    https://arxiv.org/abs/2310.13102, on latents. In step t, where its noise level σ (noise over signal) is at least
+    https://arxiv.org/abs/2310.13102, on latents. In each step whose noise level σ (noise over signal) is at least
     `min_sigma`, the predicted noise ε becomes
 
         ε - coefficient·σ·force_i,   force_i = Σ_{j≠i} 2·k_ij·(a_i - a_j)/h_i,   k_ij = exp(-‖a_i - a_j‖²/h_i)
         h_i = median_{j≠i}(‖a_i - a_j‖)²/ln(n - 1)
 
     for the n latents a = x_t, scaled to the unit variance of variance preserving samplers. The force is the gradient of
-    -Σ_j k_ij with h fixed. For n = 2, where the published bandwidth gives no force at all, ln 2 stands for ln(n - 1).
+    -Σ_j k_ij with h fixed. For n = 2, where the published bandwidth gives no force, ln(n - 1) is replaced by ln 2.
 
-    A callback sees no ε, but what the change of ε does to the sample after the step is known: with x = a·x0 + b·ε
-    before and a'·x0 + b'·ε after, it adds (a'·b/a - b')·coefficient·σ·force. That is the paper's rule itself for
-    samplers without memory or noise of their own (DDIM, Euler, also of flow matching) and close to it for others. The
-    first step is without force: a callback runs after a step, and never sees the latents before the first.
+    A callback cannot change ε, but it can add the effect of the change to the sample after the step: with x = a·x0 +
+    b·ε before and a'·x0 + b'·ε after, this is (a'·b/a - b')·coefficient·σ·force. The result is exactly the paper's rule
+    for deterministic one-step samplers (DDIM, Euler, also for flow matching) and an approximation for others. There is
+    no force in the first step, because a callback runs after a step and never sees the latents before the first.
 
     Args:
-        coefficient: Strength, at least 0; 0 switches the callback off. The published 30 is for Stable Diffusion 1.5.
-        min_sigma: The least noise level that has a force, at least 0.
-        images_per_prompt: How many images in a row have the same prompt. By default the prompt embeddings tell which
-            images belong together; in a list of callbacks this one then comes before those that change embeddings.
+        coefficient: Strength, at least 0; 0 disables the callback. The published 30 is for Stable Diffusion 1.5.
+        min_sigma: The lowest noise level with a force, at least 0.
+        images_per_prompt: The number of consecutive images with the same prompt. By default images are grouped by equal
+            prompt embeddings; then this callback must come before callbacks that change embeddings.
 
     Raises:
-        ValueError: Settings out of their ranges; at the first step, no two images of a prompt, a single denoising step,
-            or a scheduler that calls its model more than once in a step.
-        TypeError: At the first step, a scheduler whose noise levels are not known.
+        ValueError: For arguments outside their ranges; at the first step, if no two images have the same prompt, for a
+            single denoising step, or for a scheduler with more than one model call per step.
+        TypeError: At the first step, for a scheduler whose noise levels are unknown.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class ParticleGuidance(DenoisingCallback):
             )
 
     def find_groups(self, pipeline: Any, callback_kwargs: dict[str, Any]) -> list[torch.Tensor]:
-        """The rows of the latents that have the same prompt, where there are several."""
+        """Return the rows of the latents for each prompt that has several images."""
         latents = callback_kwargs["latents"]
         if self.images_per_prompt is not None:
             if len(latents) % self.images_per_prompt:
@@ -78,7 +78,7 @@ class ParticleGuidance(DenoisingCallback):
                 f"Expected prompt_embeds of {type(pipeline).__name__} as one tensor, but got "
                 f"{type(embeddings).__name__}. Pass `images_per_prompt` to ParticleGuidance."
             )
-        conditional = embeddings[-len(latents) :].flatten(1)  # the unconditional ones come before
+        conditional = embeddings[-len(latents) :].flatten(1)  # unconditional embeddings come first
         labels = torch.unique(conditional, dim=0, return_inverse=True)[1]
         groups = [(labels == label).nonzero().flatten() for label in labels.unique()]
         return [rows for rows in groups if len(rows) > 1]
@@ -93,7 +93,7 @@ class ParticleGuidance(DenoisingCallback):
         self.sample = callback_kwargs["latents"]
 
     def displacement(self, scheduler: Any, index: int) -> float:
-        """What a force is multiplied with to be added to the sample of call `index`, after the step to it."""
+        """Return the factor of the force in the sample of call `index`."""
         sigma = noise_ratio(scheduler, index - 1)
         if sigma < self.min_sigma:
             return 0.0
@@ -101,7 +101,7 @@ class ParticleGuidance(DenoisingCallback):
         return self.coefficient * sigma * (signal * sigma - noise)
 
     def forces(self, scheduler: Any, index: int) -> torch.Tensor:
-        """float32, in the shape of the latents of call `index`, which are in `sample`."""
+        """Return float32 forces in the shape of `self.sample`, the latents of call `index`."""
         assert self.sample is not None
         size = math.hypot(*signal_and_noise(scheduler, index))
         particles = self.sample.float().flatten(1) / size
@@ -115,7 +115,7 @@ class ParticleGuidance(DenoisingCallback):
 
 
 def repulsion(particles: torch.Tensor) -> torch.Tensor:
-    """force_i of `ParticleGuidance` on each of n >= 2 particles `(n, D)`; 0 where the median distance is."""
+    """Return force_i of `ParticleGuidance` on each of n >= 2 particles `(n, D)`; 0 if the median distance is 0."""
     count = len(particles)
     distances = torch.cdist(particles, particles, compute_mode="donot_use_mm_for_euclid_dist")
     itself = torch.eye(count, dtype=torch.bool, device=particles.device)

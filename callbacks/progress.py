@@ -1,4 +1,4 @@
-"""The progress bar of a noise optimisation."""
+"""Progress bar of a noise optimization."""
 
 from .noise_callback import NoiseCallback
 from .noise_state import NoiseState
@@ -16,7 +16,7 @@ class ProgressBar(NoiseCallback):
     def on_step_end(self, state: NoiseState) -> None:
         if self.bar is None:
             return
-        if not self.bar.disable:  # reading the loss waits for the device: only for those who look
+        if not self.bar.disable:  # reading the loss synchronizes with the device
             self.bar.set_postfix(best_loss=f"{state.best.loss.mean():.4f}", refresh=False)
         self.bar.total = state.steps  # methods may add evaluations at the end
         self.bar.update()

@@ -1,4 +1,4 @@
-"""Callbacks that keep what happened."""
+"""Callbacks that record scores and images."""
 
 from pathlib import Path
 
@@ -10,9 +10,11 @@ from .noise_state import NoiseState
 
 
 class History(NoiseCallback):
-    """One row per step and sample: `step, sample, prompt, seconds, loss, norm` and each reward, as plain numbers.
+    """Record one row per step and sample: `step, sample, prompt, seconds, loss, norm` and each reward.
 
-    `rows` goes as it is into `csv.DictWriter` or `pandas.DataFrame`. The norm is ‖noise‖ / √d: 1 is a Gaussian's.
+    Attributes:
+        rows: Plain values, ready for `csv.DictWriter` or `pandas.DataFrame`. `norm` is ‖noise‖ / √d, about 1 for
+            Gaussian noise.
     """
 
     def __init__(self) -> None:
@@ -31,10 +33,17 @@ class History(NoiseCallback):
 
 
 class StepImages(NoiseCallback):
-    """Keep the images of every `every`-th step, in memory and, if `folder` is given, as PNG files.
+    """Store the images of every `every`-th step in memory and, given a `folder`, as PNG files.
+
+    Args:
+        every: The interval in steps, at least 1.
+        folder: The folder of the PNG files; it is created if needed.
 
     Attributes:
-        images: Step to `(B, 3, H, W)` in [0, 1], float32 on the CPU.
+        images: Step -> `(B, 3, H, W)` in [0, 1], float32 on the CPU.
+
+    Raises:
+        ValueError: If `every` is below 1.
     """
 
     def __init__(self, every: int = 1, folder: str | Path | None = None) -> None:

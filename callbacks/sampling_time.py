@@ -1,25 +1,25 @@
-"""Where a sampler is before a model call: how far in training time, and how much of its sample is noise."""
+"""Time and noise level of a model call, for the schedulers of diffusers."""
 
 import math
 from typing import Any
 
 
 def position_of_call(pipeline: Any, timestep: Any) -> int:
-    """Where `scheduler.timesteps` has the first step of a call, which is at `timestep`.
+    """Return the index in `scheduler.timesteps` of the first step of a pipeline call, which is at `timestep`.
 
-    It is 0 unless the call leaves out the first steps, as image-to-image does; then it goes on to the last of them.
+    It is 0 unless the call skips the first steps, as image-to-image does.
     """
     timesteps = pipeline.scheduler.timesteps
     return 0 if timesteps[0] == timestep else len(timesteps) - pipeline.num_timesteps
 
 
 def is_flow(scheduler: Any) -> bool:
-    """Whether a sample is (1 - σ)·x0 + σ·ε: schedulers of flow matching scale no initial noise."""
+    """Return whether a sample is (1 - σ)·x0 + σ·ε. Schedulers of flow matching have no `init_noise_sigma`."""
     return not hasattr(scheduler, "init_noise_sigma") or bool(scheduler.config.get("use_flow_sigmas"))
 
 
 def require_training_times(scheduler: Any) -> None:
-    """Raise `TypeError` for a scheduler whose timesteps do not count the steps of a training."""
+    """Raise `TypeError` for a scheduler whose timesteps do not count training steps."""
     known = is_flow(scheduler) or hasattr(scheduler, "alphas_cumprod")
     if not known or scheduler.config.get("timestep_type", "discrete") != "discrete":
         raise unknown_scheduler("timesteps count training steps", scheduler)
@@ -33,18 +33,18 @@ def unknown_scheduler(what: str, scheduler: Any) -> TypeError:
 
 
 def training_time(scheduler: Any, index: int) -> float:
-    """The time of a model call in [0, 1]: 1 is pure noise. `index` counts `scheduler.timesteps`."""
+    """Return the time of a model call in [0, 1], where 1 is pure noise; `index` is into `scheduler.timesteps`."""
     return min(float(scheduler.timesteps[index]) / scheduler.config["num_train_timesteps"], 1.0)
 
 
 def signal_and_noise(scheduler: Any, index: int) -> tuple[float, float]:
-    """(a, b) of the sample a·x0 + b·ε that model call `index` gets; of the result if `index` is one past the last.
+    """Return (a, b) of the sample a·x0 + b·ε of model call `index`, or of the result if `index` is one past the last.
 
-    Flow: (1 - σ, σ). Variance exploding: (1, σ). Variance preserving: (√ᾱ, √(1 - ᾱ)), and solvers that list
-    σ = √(1 - ᾱ)/√ᾱ scale their sample back to it.
+    Flow: (1 - σ, σ). Variance exploding: (1, σ). Variance preserving: (√ᾱ, √(1 - ᾱ)), also for solvers that list
+    σ = √(1 - ᾱ)/√ᾱ.
 
     Raises:
-        TypeError: For a scheduler whose noise levels are in no table that is known here.
+        TypeError: For a scheduler with neither `sigmas` nor `alphas_cumprod`.
     """
     if hasattr(scheduler, "sigmas"):
         sigma = float(scheduler.sigmas[index])
@@ -61,6 +61,6 @@ def signal_and_noise(scheduler: Any, index: int) -> tuple[float, float]:
 
 
 def noise_ratio(scheduler: Any, index: int) -> float:
-    """σ = b/a of `signal_and_noise`, which is comparable between schedulers: from infinity, for pure noise, to 0."""
+    """Return σ = b/a of `signal_and_noise`, from infinity for pure noise to 0; it is comparable across schedulers."""
     signal, noise = signal_and_noise(scheduler, index)
     return noise / signal if signal > 0 else math.inf

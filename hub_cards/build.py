@@ -5,7 +5,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
-from noiseopt.cli import main  # noqa: E402
+from noiseopt.cli import main
 
 if __name__ == "__main__":
     main(["hub", *(sys.argv[1:] or ["build"])])

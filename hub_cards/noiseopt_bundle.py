@@ -93,12 +93,10 @@ from transformers import (
 )
 
 # The name that diffusers gives this module may come to mean the bundle of another release.
-sys.modules[f"{__name__}_b8766248b0c6"] = sys.modules[__name__]
-__name__ = f"{__name__}_b8766248b0c6"
-
+sys.modules[f"{__name__}_fecfa0016f9a"] = sys.modules[__name__]
+__name__ = f"{__name__}_fecfa0016f9a"
 
 # rewards/contract/transforms.py
-
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -106,62 +104,55 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 Resample = Literal["bicubic", "bilinear"]
 PIL_RESAMPLE: dict[int, Resample] = {2: "bilinear", 3: "bicubic"}
 
-
 def at_least_float32(x: Tensor) -> Tensor:
-    """Half precision becomes float32; float64 stays, for numerical checks."""
+    """Cast half precision to float32; float64 is unchanged, for numerical checks."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
-
 def straight_through_clamp(x: Tensor) -> Tensor:
-    """Clamp to [0, 1] in the forward pass; the gradient passes as if there were no clamp."""
+    """Clamp to [0, 1] in the forward pass, with the gradient of the identity."""
     return x + (x.clamp(0, 1) - x).detach()
-
 
 def resize(images: Tensor, size: tuple[int, int], resample: Resample = "bicubic", single_pass: bool = False) -> Tensor:
     """Resize (B, C, H, W) images in [0, 1] to `size` = (height, width), antialiased, in float32 or more.
 
-    Pillow resizes uint8 images in two passes, each of which is rounded and clipped. Doing the same on float images,
-    without the rounding, agrees with it to 1.13/255 in the worst case. One unclamped pass (`single_pass=True`, what
-    torchvision and ReNO do on float tensors) is off by up to 22/255 on sharp edges.
+    By default the result agrees with Pillow to 1.13/255 in the worst case. Like Pillow, it resizes the two dimensions
+    in two passes and clips after each, but without rounding to uint8. A single pass without clamping
+    (`single_pass=True`), as torchvision and ReNO do for float tensors, differs by up to 22/255 at sharp edges.
     """
     images = at_least_float32(images)
     if single_pass:
         return F.interpolate(images, size, mode=resample, antialias=True, align_corners=False)
-    # The clamps are straight-through: in a saturated area the resized values lie at 1 plus or minus a rounding error,
-    # and a hard clamp would drop the gradient of every pixel that was rounded up, so it could never darken again.
+    # Straight-through clamps: in saturated areas the resized values are 1 plus or minus a rounding error, and a hard
+    # clamp would stop the gradient of every pixel that was rounded up, so that it could never darken again.
     for target in (first_pass_size(images.shape[-2], images.shape[-1], size), size):
         images = F.interpolate(images, target, mode=resample, antialias=True, align_corners=False)
         images = straight_through_clamp(images)
     return images
 
-
 def first_pass_size(height: int, width: int, size: tuple[int, int]) -> tuple[int, int]:
-    """What the first of Pillow's two passes makes of (height, width) on the way to `size`.
+    """Return the (height, width) after the first of Pillow's two passes.
 
-    The width goes first, unless the height loses more than twice as many pixels (since Pillow 13). The order is visible
-    because of the clipping in between: up to 13/255 on a checkerboard.
+    The width is resized first, unless the height loses more than twice as many pixels (since Pillow 13). Because of
+    the clipping in between, the order changes pixels by up to 13/255 on a checkerboard.
     """
     if height - size[0] > max(0, 2 * (width - size[1])):
         return size[0], width
     return height, size[1]
 
-
 def shortest_edge(height: int, width: int, edge: int) -> tuple[int, int]:
-    """The (height, width) that brings the shorter side to `edge`; the longer one is truncated, as transformers does."""
+    """Return the (height, width) whose shorter side is `edge`; the longer one is rounded down as in transformers."""
     return (edge, int(edge * width / height)) if height <= width else (int(edge * height / width), edge)
 
-
 def center_crop(images: Tensor, size: tuple[int, int]) -> Tensor:
-    """Centre crop of (..., H, W) to `size`; a side that is too short is padded with zeros, as transformers does."""
+    """Crop (..., H, W) to `size` at the center, and pad shorter sides with zeros, as in transformers."""
     (height, width), (crop_height, crop_width) = images.shape[-2:], size
     top, left = (height - crop_height) // 2, (width - crop_width) // 2
     return F.pad(images, (-left, crop_width - width + left, -top, crop_height - height + top))
 
-
 def longest_edge_pad(images: Tensor, edge: int = 224) -> Tensor:
-    """Bring the longer side to `edge` and pad with zeros to a square: the preprocessing of HPSv2.
+    """Resize the longer side to `edge` and pad to a square with zeros: the preprocessing of HPSv2.
 
-    One pass without a clamp, since the original resizes float tensors.
+    The resize is a single pass without clamping, because the original resizes float tensors.
     Source: https://github.com/tgxs002/HPSv2, `ResizeMaxSize`.
     """
     scale = edge / max(images.shape[-2:])
@@ -170,22 +161,21 @@ def longest_edge_pad(images: Tensor, edge: int = 224) -> Tensor:
     top, left = (edge - size[0]) // 2, (edge - size[1]) // 2
     return F.pad(images, (left, edge - size[1] - left, top, edge - size[0] - top))
 
-
 def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """`(images - mean) / std` per channel of (B, C, H, W)."""
+    """Return `(images - mean) / std` per channel of (B, C, H, W)."""
     return (images - images.new_tensor(mean)[:, None, None]) / images.new_tensor(std)[:, None, None]
-
 
 @dataclass(frozen=True)
 class ImageTransform:
-    """Images (B, 3, H, W) in [0, 1] -> the pixels a vision tower expects, in float32. The defaults are CLIP's.
+    """Map images (B, 3, H, W) in [0, 1] to the float32 pixels that a vision tower expects. The defaults are CLIP's.
 
     Args:
-        size: the shorter side's length, an exact (height, width), or None not to resize.
-        crop: (height, width) of the centre crop, or None.
-        mean, std: per channel, or None not to normalise.
-        resample: the filter, always antialiased.
-        single_pass: resize as float-tensor code does (one pass, no clamp) and not as Pillow does.
+        size: The length of the shorter side, an exact (height, width), or None for no resizing.
+        crop: (height, width) of the center crop, or None.
+        mean: Mean per channel, or None for no normalization.
+        std: Standard deviation per channel, or None for no normalization.
+        resample: The interpolation filter, always antialiased.
+        single_pass: Resize as float tensor code does (one pass, no clamp) instead of as Pillow does.
     """
 
     size: int | tuple[int, int] | None = 224
@@ -198,7 +188,7 @@ class ImageTransform:
     def __call__(self, images: Tensor) -> Tensor:
         images = at_least_float32(images)
         if not self.single_pass:
-            # Decoders overshoot. A hard clamp would give those pixels no gradient, and they would stay saturated.
+            # Decoders overshoot [0, 1]. A hard clamp would stop the gradient there, and pixels would stay saturated.
             images = straight_through_clamp(images)
         size = self.size
         if isinstance(size, int):
@@ -212,7 +202,7 @@ class ImageTransform:
         return images
 
     def as_in_reno(self) -> "ImageTransform":
-        """What ReNO's released code does in place of this transform: the same in one unclamped pass."""
+        """Return the transform that ReNO's released code uses instead, with a single unclamped pass."""
         return replace(self, single_pass=True)
 
     @classmethod
@@ -225,21 +215,21 @@ class ImageTransform:
         token: str | bool | None = None,
         local_files_only: bool = False,
     ) -> "ImageTransform":
-        """Read a checkpoint's image processor settings; what they leave out is as in transformers' CLIP processor.
+        """Build the transform from the settings of an image processor, with defaults from transformers' CLIP processor.
 
         Args:
-            config: the settings as a dict, or the Hub id or folder that holds `preprocessor_config.json`.
+            config: The settings as a dict, or the Hub id or folder with `preprocessor_config.json`.
 
         Raises:
-            ValueError: for a `size` or `resample` that has no differentiable equivalent here.
-            OSError: when there is no such file.
+            ValueError: For a `size` or `resample` without a differentiable equivalent here.
+            OSError: If there is no such file.
         """
         if not isinstance(config, Mapping):
             config, _ = ImageProcessingMixin.get_image_processor_dict(
                 config, revision=revision, cache_dir=cache_dir, token=token, local_files_only=local_files_only
             )
         size = processor_size(config.get("size", 224))
-        # Processors that squash to an exact size (BLIP, SigLIP) leave `do_center_crop` out and do not crop.
+        # Processors that resize to an exact size (BLIP, SigLIP) omit `do_center_crop` and do not crop.
         cropped = config.get("do_center_crop", isinstance(size, int))
         return cls(
             size=size if config.get("do_resize", True) else None,
@@ -249,16 +239,14 @@ class ImageTransform:
             resample=processor_resample(config.get("resample", 3)),
         )
 
-
 @dataclass(frozen=True)
 class PadTransform:
-    """HPSv2's pixels: the longer side to `size`, black to a square, CLIP's normalisation, float32.
-
-    As in the original, one pass without a clamp. See `longest_edge_pad`.
+    """The preprocessing of HPSv2: `longest_edge_pad` and CLIP's normalization, in float32.
 
     Args:
-        size: the side of the square.
-        mean, std: per channel.
+        size: The side of the square.
+        mean: Mean per channel.
+        std: Standard deviation per channel.
     """
 
     size: int = 224
@@ -269,12 +257,11 @@ class PadTransform:
         return normalize(longest_edge_pad(images, self.size), self.mean, self.std)
 
     def as_in_reno(self) -> ImageTransform:
-        """What ReNO's released code does in place of this transform: it crops, as for every other reward."""
+        """Return the transform that ReNO's released code uses instead: a crop, as for every other reward."""
         return ImageTransform(self.size, (self.size, self.size), self.mean, self.std, single_pass=True)
 
-
 def processor_size(size: int | Mapping[str, int | None]) -> int | tuple[int, int]:
-    """The `size` of a processor config: an int for the shorter side, a (height, width) for an exact size."""
+    """Convert the `size` of a processor config to an int for the shorter side or an exact (height, width)."""
     if isinstance(size, int):
         return size
     given = {key: value for key, value in size.items() if value is not None}
@@ -287,14 +274,12 @@ def processor_size(size: int | Mapping[str, int | None]) -> int | tuple[int, int
         f"{size}. Pass your own `image_transform` to the reward."
     )
 
-
 def processor_crop(size: int | Mapping[str, int]) -> tuple[int, int]:
-    """The `crop_size` of a processor config as (height, width)."""
+    """Convert the `crop_size` of a processor config to (height, width)."""
     return (size, size) if isinstance(size, int) else (size["height"], size["width"])
 
-
 def processor_resample(resample: int) -> Resample:
-    """The `resample` code of Pillow as a mode of `torch.nn.functional.interpolate`."""
+    """Convert Pillow's `resample` code to a mode of `torch.nn.functional.interpolate`."""
     if resample not in PIL_RESAMPLE:
         raise ValueError(
             f"Expected the image processor's `resample` to be 2 (bilinear) or 3 (bicubic), but got {resample}. Pass "
@@ -302,12 +287,9 @@ def processor_resample(resample: int) -> Resample:
         )
     return PIL_RESAMPLE[resample]
 
-
 # registry.py
 
-
 EntryT = TypeVar("EntryT", bound=Callable)
-
 
 class Registry(Generic[EntryT]):
     """Classes or functions of one kind, by name and alias.
@@ -371,24 +353,20 @@ class Registry(Generic[EntryT]):
             raise ValueError(f"Expected a {self.kind} out of {self.names()}{otherwise}, but got {name!r}.{hint}")
         return self.entries[name]
 
-
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return a sentence with the known words closest to `word`, with a leading space, or an empty string."""
     close = difflib.get_close_matches(word.lower(), known)
     return f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
 
-
 # rewards/contract/frozen_module.py
-
 
 FrozenT = TypeVar("FrozenT", bound="FrozenModule")
 
-
 class FrozenModule(nn.Module):
-    """A module of frozen parts that stays in evaluation mode: what it gives are measurements.
+    """Module that freezes its submodules and stays in evaluation mode.
 
     Args:
-        modules: the parts by name.
+        modules: The submodules by name.
     """
 
     def __init__(self, **modules: nn.Module) -> None:
@@ -398,53 +376,48 @@ class FrozenModule(nn.Module):
         self.eval()
 
     def train(self: FrozenT, mode: bool = True) -> FrozenT:
-        """Stay in evaluation mode: the dropout of a scoring head would make the scores random."""
+        """Stay in evaluation mode, because the dropout of a scoring head would make scores random."""
         return super().train(False)
 
     @property
     def device(self) -> torch.device | None:
-        """Where the weights are, or None without any."""
+        """The device of the weights; None if there are none."""
         tensor = next(itertools.chain(self.parameters(), self.buffers()), None)
         return None if tensor is None else tensor.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """The precision of the weights, float32 without any."""
+        """The dtype of the weights; float32 if there are none."""
         return next((p.dtype for p in self.parameters() if p.is_floating_point()), torch.float32)
-
 
 # rewards/contract/reward.py
 
-
 RewardT = TypeVar("RewardT", bound="Reward")
 
-
 class NonFiniteReward(ValueError):
-    """A reward, its gradient or the images it was given are NaN or infinite."""
-
+    """Raised when a reward, its gradient or its input images are NaN or infinite."""
 
 class NonDifferentiableReward(ValueError):
-    """A gradient was asked of a reward that gives none."""
-
+    """Raised when a gradient is requested from a reward that has none."""
 
 class Reward(FrozenModule):
-    """Scores images: `reward(images, prompts) -> (B,)`, float32, higher is better, in the published units.
+    """Base class of rewards: `reward(images, prompts) -> (B,)`, float32, higher is better, in the published units.
 
-    A subclass implements `score`; one with text features also `encode_text`, one with weights also `load`. It hands its
-    modules to this constructor, which freezes them. The gradient from the scores to the images is always kept.
+    A subclass implements `score`, and also `encode_text` if it has text features and `load` if it has weights. It
+    passes its modules to this constructor, which freezes them. Scores keep their gradient with respect to the images.
 
     Attributes:
-        name: the name under which scores are reported.
-        differentiable: whether the scores have a gradient with respect to the images.
-        requires_prompt: whether `prompts=None` is refused.
-        range: the lowest and highest possible score, where the formula bounds it.
-        license: the licence of the default checkpoint.
-        default_checkpoint: the Hub id that `from_pretrained()` loads.
-        weights_file: the file of the default checkpoint that holds the weights, where it is not what transformers
-            saves; a folder that has it is recognised by it.
-        published_at: where that file is to be had, for weights that are in no Hub repository.
-        parameter_count: how many parameters the default checkpoint has.
-        text_modules: dotted names of the modules that only `encode_text` needs; `drop_text_encoder` removes them.
+        name: The name under which scores are reported.
+        differentiable: Whether scores have a gradient with respect to the images.
+        requires_prompt: Whether `prompts=None` raises an error.
+        range: The lowest and highest possible score, if the formula is bounded.
+        license: The license of the default checkpoint.
+        default_checkpoint: The Hub id that `from_pretrained()` loads.
+        weights_file: The weights file of the default checkpoint, if it is not in the format of transformers. A folder
+            that contains it is recognized as a checkpoint of this reward.
+        published_at: The source of that file, for weights that are not on the Hub.
+        parameter_count: The number of parameters of the default checkpoint.
+        text_modules: Dotted names of the modules that only `encode_text` needs; `drop_text_encoder` removes them.
     """
 
     name: str = "reward"
@@ -460,25 +433,25 @@ class Reward(FrozenModule):
 
     def __init__(self, **modules: nn.Module):
         super().__init__(**modules)
-        # The text of a run is encoded once, not once per step; about 4 kB per prompt. Beside the features is the
-        # precision of the tower that gave them: another one encodes anew.
+        # A run encodes its prompts once, not once per step; about 4 kB per prompt. The dtype of the tower is stored
+        # beside the features, because a change of dtype requires encoding again.
         self.prompt_features: dict[str, tuple[torch.dtype, Tensor]] = {}
         self.has_text_encoder = True
 
     def forward(self, images: Tensor, prompts: str | Sequence[str] | None = None) -> Tensor:
-        """Check the input, score it, check the scores.
+        """Validate the input, score it, and validate the scores.
 
         Args:
             images: (B, 3, H, W), floating point, in [0, 1], on any device.
-            prompts: one per image, or a single one for all.
+            prompts: One per image, or a single one for all.
 
         Returns:
             (B,) float32, on the device of `images`.
 
         Raises:
-            ValueError: images or prompts that do not meet the contract, or scores of another shape than (B,).
-            NonFiniteReward: NaN images, or scores that are not finite.
-            NonDifferentiableReward: the images require a gradient and a reward with `differentiable = True` cut it.
+            ValueError: For invalid images or prompts, or if the scores do not have the shape (B,).
+            NonFiniteReward: For NaN images or scores that are not finite.
+            NonDifferentiableReward: If the images require a gradient and a reward with `differentiable = True` cut it.
         """
         check_images(images, f"reward '{self.name}'")
         texts = prompts_per_image(prompts, len(images), self.name, self.requires_prompt)
@@ -495,24 +468,24 @@ class Reward(FrozenModule):
         return scores.to(images.device, torch.float32)
 
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
-        """(B, 3, H, W) float32 images in [0, 1], on this reward's device, and B prompts -> (B,).
+        """Score (B, 3, H, W) float32 images in [0, 1], on this reward's device, for B prompts; return (B,).
 
-        The input has been checked. `prompts` are empty strings when none were given to a reward that requires none.
+        The input is already validated. `prompts` are empty strings if none were passed to a reward that requires none.
         """
         raise NotImplementedError(f"`{type(self).__name__}` does not implement `score`.")
 
     def check_size(self, prompt: str, height: int, width: int) -> None:
-        """Raise `ValueError` for images of a size that cannot be scored. Called before a diffusion model runs."""
+        """Raise `ValueError` if images of this size cannot be scored. Called before a diffusion model runs."""
 
     def encode_text(self, prompt: str) -> Tensor:
-        """The features of one prompt, any shape. Called once per prompt, without gradients."""
+        """Return the features of one prompt, of any shape. Called once per prompt, without gradients."""
         raise NotImplementedError(f"`{type(self).__name__}` does not implement `encode_text`.")
 
     def encode_prompt(self, prompts: str | Sequence[str]) -> Tensor:
-        """(N, ...) features of N prompts, float32; each distinct prompt is encoded once and kept.
+        """Return the (N, ...) float32 features of N prompts. Each distinct prompt is encoded once and cached.
 
         Raises:
-            ValueError: a new prompt after `drop_text_encoder`.
+            ValueError: For a new prompt after `drop_text_encoder`.
         """
         texts = [prompts] if isinstance(prompts, str) else prompts
         for text in dict.fromkeys(texts):
@@ -523,16 +496,16 @@ class Reward(FrozenModule):
                     f"got {text!r}. Pass it to `drop_text_encoder` too, or load the reward again."
                 )
             if self.has_text_encoder and precision != self.dtype:
-                # Tensors made in inference mode could never enter a graph later.
+                # Tensors created in inference mode could not enter a graph later.
                 with torch.inference_mode(False), torch.no_grad():
                     self.prompt_features[text] = self.dtype, at_least_float32(self.encode_text(text))
         return torch.stack([self.prompt_features[text][1] for text in texts]).to(self.device)
 
     def drop_text_encoder(self, prompts: str | Sequence[str]) -> None:
-        """Encode `prompts`, then free what only text needs: a CLIP-H has a third of its weights there.
+        """Encode `prompts`, then free the text encoder, which has a third of the weights of a CLIP-H.
 
-        From then on the reward scores these prompts, and those that it encoded before, only. Nothing happens to a
-        reward that reads text and image together, or no text.
+        Afterwards the reward accepts only these prompts and those that it encoded before. A reward that reads text and
+        image together, or no text, is unchanged.
         """
         if not self.text_modules:
             return
@@ -556,7 +529,8 @@ class Reward(FrozenModule):
     ) -> RewardT:
         """Load from a Hub id or a folder, by default `default_checkpoint`.
 
-        `dtype` is that of the weights, by default bfloat16 on CUDA and float32 elsewhere. Scores are float32 anyway.
+        `dtype` is the dtype of the weights: by default bfloat16 on CUDA and float32 elsewhere. Scores are always
+        float32.
         """
         checkpoint = checkpoint or cls.require_default_checkpoint()
         hub = {"revision": revision, "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
@@ -566,15 +540,15 @@ class Reward(FrozenModule):
 
     @classmethod
     def require_default_checkpoint(cls) -> str:
-        """The default checkpoint.
+        """Return the default checkpoint.
 
         Raises:
-            ValueError: there is none; it says where the weights are.
+            ValueError: If there is none; the message says where the weights are.
         """
         if cls.default_checkpoint is None and cls.published_at is not None:
             raise ValueError(
                 f"Expected a folder for reward '{cls.name}', whose weights are not on the Hub, but got only its name. "
-                f"Download {cls.weights_file} from {cls.published_at} and pass the folder that it is in."
+                f"Download {cls.weights_file} from {cls.published_at} and pass the folder that contains it."
             )
         if cls.default_checkpoint is None:
             raise ValueError(f"`{cls.__name__}` has no default checkpoint. Pass a Hub id or a folder.")
@@ -582,15 +556,16 @@ class Reward(FrozenModule):
 
     @classmethod
     def load(cls: type[RewardT], checkpoint: str, hub: dict[str, Any]) -> RewardT:
-        """Build the reward in float32 from a checkpoint. `hub` holds `from_pretrained`'s revision, cache_dir, token and
-        local_files_only."""
+        """Build the reward in float32 from a checkpoint.
+
+        `hub` holds the revision, cache_dir, token and local_files_only of `from_pretrained`.
+        """
         raise NotImplementedError(f"`{cls.__name__}` has no weights to load: build it with its constructor.")
 
-
 class CallableReward(Reward):
-    """Any callable `(images, prompts) -> (B,)` as a reward, under its own name and with its own class facts.
+    """Wrapper that makes any callable `(images, prompts) -> (B,)` a reward.
 
-    `name`, `differentiable`, `requires_prompt`, `range` and `license` are read from the callable where it has them. A
+    `name`, `differentiable`, `requires_prompt`, `range` and `license` are read from the callable if it has them. A
     module is frozen and set to evaluation mode.
     """
 
@@ -610,9 +585,8 @@ class CallableReward(Reward):
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
         return self.function(images, prompts)
 
-
 def callable_name(function: Any) -> str:
-    """The `name` or `__name__` of a callable, the class name of an object, "reward" for a lambda."""
+    """Return the `name` or `__name__` of a callable, the class name of an object, or "reward" for a lambda."""
     if isinstance(function, functools.partial):
         function = function.func
     for name in (getattr(function, "name", None), getattr(function, "__name__", None), type(function).__name__):
@@ -620,9 +594,11 @@ def callable_name(function: Any) -> str:
             return "reward" if name == "<lambda>" else name
     return "reward"
 
-
 def check_images(images: Tensor, who: str) -> None:
-    """Raise unless `images` is a (B, 3, H, W) floating-point tensor in [0, 1], with 0.05 of tolerance, for `who`."""
+    """Raise unless `images` is a (B, 3, H, W) floating-point tensor in [0, 1], with a tolerance of 0.05.
+
+    `who` is the model that receives the images, for the error message.
+    """
     if not isinstance(images, Tensor) or not images.is_floating_point() or images.ndim != 4 or images.shape[1] != 3:
         got = f"{images.dtype} {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
         raise ValueError(
@@ -637,13 +613,12 @@ def check_images(images: Tensor, who: str) -> None:
             f"Expected pixels in [0, 1] for {who}, but got NaN. A VAE that overflows in float16 "
             "needs float32 or bfloat16."
         )
-    # Models trained on [0, 1] score [-1, 1] images without complaint, and finite gradients hide the mistake.
+    # Models silently score images in [-1, 1], and the gradients are finite, so the mistake would go unnoticed.
     if low < -0.05 or high > 1.05:
         raise ValueError(
             f"Expected pixels in [0, 1] for {who}, but got values from {low:.3g} to {high:.3g}. Map decoder "
             "output in [-1, 1] with `(images / 2 + 0.5).clamp(0, 1)`."
         )
-
 
 def check_reward_device(device: Any) -> None:
     """Raise `ValueError` unless `device` is a device, its name, or `None`."""
@@ -654,9 +629,8 @@ def check_reward_device(device: Any) -> None:
             f'Expected `reward_device` to be a device such as "cuda:1" or "cpu", or `None`, but got {device!r}.'
         ) from error
 
-
 def prompts_per_image(prompts: str | Sequence[str] | None, batch: int, name: str, required: bool) -> list[str]:
-    """`batch` prompts: a single one is repeated; None becomes empty strings unless `required`."""
+    """Return `batch` prompts: a single one is repeated, and None becomes empty strings unless `required`."""
     if prompts is None:
         if required:
             raise ValueError(
@@ -676,7 +650,6 @@ def prompts_per_image(prompts: str | Sequence[str] | None, batch: int, name: str
         )
     return texts
 
-
 def check_scores(scores: Tensor, batch: int, name: str) -> None:
     """Raise unless `scores` is a finite tensor of shape (batch,)."""
     if not isinstance(scores, Tensor) or scores.shape != (batch,):
@@ -693,15 +666,14 @@ def check_scores(scores: Tensor, batch: int, name: str) -> None:
             "it with `dtype=torch.float32` if it ran in half precision."
         )
 
-
 def check_gradient(reward: Reward, prompts: str | None = "a photo", height: int = 64, width: int = 64) -> None:
-    """Score one random image and see that a gradient reaches its pixels, before any diffusion model runs.
+    """Check on one random image that a gradient reaches the pixels, before any diffusion model runs.
 
-    Warns when the gradient is zero everywhere, as it is behind a `round()`. The global random state is left alone.
+    Warns if the gradient is zero everywhere, for example after `round()`. Does not change the global random state.
 
     Raises:
-        NonDifferentiableReward: the reward says so, or cuts the graph.
-        NonFiniteReward: the score or its gradient is NaN or infinite.
+        NonDifferentiableReward: If the reward has `differentiable = False` or cuts the graph.
+        NonFiniteReward: If the score or its gradient is NaN or infinite.
     """
     if not reward.differentiable:
         raise NonDifferentiableReward(f"Expected a reward with a gradient, but '{reward.name}' is not differentiable.")
@@ -718,35 +690,32 @@ def check_gradient(reward: Reward, prompts: str | None = "a photo", height: int 
         )
     if not gradient.any():
         warnings.warn(
-            f"The gradient of reward '{reward.name}' is zero on a random image, as behind `round` or a threshold.",
+            f"The gradient of reward '{reward.name}' is zero on a random image, as after `round` or a threshold.",
             stacklevel=2,
         )
 
-
 # rewards/features/features.py
-
 
 FeatureMetric = Literal["cosine", "l2", "squared_l2"]
 FeaturesT = TypeVar("FeaturesT", bound="Features")
 
-
 class Features(FrozenModule):
-    """Maps images to features: `features(images) -> (B, ...)`, float32, with a gradient to the images.
+    """Base class of features: `features(images) -> (B, ...)`, float32, with a gradient with respect to the images.
 
-    A subclass implements `encode`; one with weights of its own also `load`. It hands its modules to this constructor,
-    which freezes them. The features of an image do not depend on its neighbours, so they may be computed one image at a
-    time, detached, kept and compared later (`PairwiseDistance.between`, `SetReward.of_features`).
+    A subclass implements `encode`, and also `load` if it has weights. It passes its modules to this constructor, which
+    freezes them. The features of an image do not depend on the rest of the batch, so they can be computed one image at
+    a time, detached, stored and compared later (`PairwiseDistance.between`, `SetReward.of_features`).
 
     Attributes:
-        name: the name under which values are reported.
-        metric: the distance that these features are made for: "cosine" is 1 - cos, the mean over positions where there
-            are several; "l2" and "squared_l2" are those of all numbers of an image, whose scale is that of the
-            published distance.
-        differentiable: whether there is a gradient with respect to the images.
-        license: the licence of the weights.
-        default_checkpoint: the Hub id that `from_pretrained()` loads, or None.
-        package: the optional package that brings the weights instead; noiseopt's extra is called the same.
-        parameter_count: how many parameters there are, where there are weights by default.
+        name: The name under which values are reported.
+        metric: The distance that the features are made for: "cosine" is 1 - cos, averaged over positions if there are
+            several; "l2" and "squared_l2" are distances of the flattened features, with the scale of the published
+            distance.
+        differentiable: Whether there is a gradient with respect to the images.
+        license: The license of the weights.
+        default_checkpoint: The Hub id that `from_pretrained()` loads, or None.
+        package: The optional package that provides the weights instead; noiseopt's extra has the same name.
+        parameter_count: The number of parameters of the default weights.
     """
 
     name: str = "features"
@@ -758,7 +727,7 @@ class Features(FrozenModule):
     parameter_count: int | None = None
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images to features.
+        """Compute features.
 
         Args:
             images: (B, 3, H, W), floating point, in [0, 1], on any device.
@@ -767,13 +736,13 @@ class Features(FrozenModule):
             (B, D), or (B, P, D) for features at P positions; float32, on the device of the weights.
 
         Raises:
-            ValueError: images that do not meet the contract.
+            ValueError: For invalid images.
         """
         check_images(images, f"the features of {self.name}")
         return at_least_float32(self.encode(at_least_float32(images).to(self.device or images.device)))
 
     def encode(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) float32 images in [0, 1], on the device of the weights -> (B, D) or (B, P, D)."""
+        """Map (B, 3, H, W) float32 images in [0, 1], on the device of the weights, to (B, D) or (B, P, D)."""
         raise NotImplementedError(f"`{type(self).__name__}` does not implement `encode`.")
 
     @classmethod
@@ -790,7 +759,8 @@ class Features(FrozenModule):
     ) -> FeaturesT:
         """Load from a Hub id or a folder, by default `default_checkpoint`.
 
-        `dtype` is that of the weights, by default float32: nearly equal images differ by less than bfloat16 resolves.
+        `dtype` is the dtype of the weights, by default float32, because bfloat16 cannot resolve the differences of
+        nearly equal images.
         """
         hub = {"revision": revision, "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
         features = cls.load(checkpoint or cls.default_checkpoint, hub)
@@ -798,47 +768,44 @@ class Features(FrozenModule):
 
     @classmethod
     def load(cls: type[FeaturesT], checkpoint: str | None, hub: dict[str, Any]) -> FeaturesT:
-        """Build the features in float32. `hub` holds `from_pretrained`'s revision, cache_dir, token and
-        local_files_only."""
+        """Build the features in float32.
+
+        `hub` holds the revision, cache_dir, token and local_files_only of `from_pretrained`.
+        """
         check_no_checkpoint(cls, checkpoint)
         return cls()
 
-
 FEATURES: Registry[type[Features]] = Registry("feature map")
 
-
 def register_features(name: str) -> Callable[[type[FeaturesT]], type[FeaturesT]]:
-    """Register a class of features under a name.
+    """Return a decorator that registers a class of features under a name.
 
     Raises:
-        ValueError: a name that another class has.
+        ValueError: If another class has the name.
     """
     return FEATURES.register(name)  # pyright: ignore[reportReturnType]
 
-
 def list_features() -> list[str]:
-    """The registered names, sorted."""
+    """Return the registered names, sorted."""
     return FEATURES.names()
 
-
 def check_no_checkpoint(features: type[Features], checkpoint: str | None) -> None:
-    """Raise `ValueError` for a checkpoint of features that have none on the Hub."""
+    """Raise `ValueError` if a checkpoint is given for features that have none on the Hub."""
     if checkpoint is not None:
         raise ValueError(
-            f"Expected no checkpoint for the features '{features.name}', but got {checkpoint!r}. They have no weights, "
-            "or those of a package: leave it out."
+            f"Expected no checkpoint for the features '{features.name}', but got {checkpoint!r}. They have no weights "
+            "or get them from a package. Omit the checkpoint."
         )
 
-
 def import_optional(package: str) -> ModuleType:
-    """The module of an optional package.
+    """Import an optional package.
 
     Raises:
-        ImportError: it is not installed, or the torchvision that it needs does not fit torch.
+        ImportError: If it is not installed, or if the installed torchvision does not match torch.
     """
     try:
         return importlib.import_module(package)
-    except (ImportError, RuntimeError) as error:  # a torchvision for CUDA beside a torch for the CPU: RuntimeError
+    except (ImportError, RuntimeError) as error:  # RuntimeError if torchvision is built for CUDA but torch is not
         reason = str(error).partition("\n")[0]
         raise ImportError(
             f"Expected the package `{package}`, but it cannot be imported: {reason}. Install the torchvision build "
@@ -846,21 +813,21 @@ def import_optional(package: str) -> ModuleType:
             "A torchvision that does not match breaks transformers too."
         ) from error
 
-
 # rewards/features/color_histogram.py
-
 
 @dataclass(frozen=True)
 class SoftColorHistogram:
-    """Images (B, 3, H, W) in [0, 1] -> (B, 3 * bins), the histogram of each channel, each summing to 1, in float32.
+    """Map images (B, 3, H, W) in [0, 1] to float32 histograms (B, 3 * bins), one per channel, each with sum 1.
 
     Bin k of a channel is `mean(relu(1 - |(bins - 1) * x - k|))` over its pixels x: triangles around `k / (bins - 1)`.
-    Each pixel is shared by two bins, so a change of its value moves mass between them; `torch.histc` has no gradient.
-    With the distance of `histogram_distance` it is the colour criterion of "It's Never Too Late",
-    https://arxiv.org/abs/2601.00090.
+    Each pixel contributes to two bins, so a change of its value moves mass between them; `torch.histc` has no gradient.
+    With `histogram_distance` this is the color criterion of It's Never Too Late, https://arxiv.org/abs/2601.00090.
+
+    Args:
+        bins: The number of bins per channel, at least 2.
 
     Raises:
-        ValueError: fewer than 2 bins.
+        ValueError: For fewer than 2 bins.
     """
 
     bins: int = 32
@@ -872,26 +839,24 @@ class SoftColorHistogram:
     def __call__(self, images: Tensor) -> Tensor:
         values = straight_through_clamp(at_least_float32(images)).flatten(2)
         positions = values * (self.bins - 1)
-        # The last bin has no right neighbour: a value of 1 is all of the left one's overflow.
+        # The last bin has no right neighbor: a value of 1 is entirely overflow of the second to last bin.
         left = positions.detach().floor().clamp(0, self.bins - 2)
         overflow = positions - left
-        # Two entries per pixel rather than one per pixel and bin: 16 times less memory than the formula as it stands.
+        # Two entries per pixel instead of one per pixel and bin: 16 times less memory than the naive formula.
         empty = values.new_zeros(*values.shape[:2], self.bins)
         counts = empty.scatter_add(2, left.long(), 1 - overflow).scatter_add(2, left.long() + 1, overflow)
         return (counts / values.shape[-1]).flatten(1)
 
-
 def histogram_distance(a: Tensor, b: Tensor) -> Tensor:
-    """(..., 3 * bins) histograms of two images -> (...), `|a - b|_2 / sqrt(6)`, in [0, 1].
+    """Return `|a - b|_2 / sqrt(6)` of two (..., 3 * bins) histograms, (...) in [0, 1].
 
-    It is 1 where in every channel all pixels of one image lie in one bin and all of the other in another.
+    The distance is 1 if in every channel each image has all pixels in a single bin, and the two bins differ.
     """
     return torch.linalg.vector_norm(a - b, dim=-1) / math.sqrt(6)
 
-
 @register_features("color_histogram")
 class ColorHistogramFeatures(Features):
-    """`SoftColorHistogram` of 32 bins, scaled so that the L2 distance of two images is `histogram_distance`."""
+    """`SoftColorHistogram` with 32 bins, scaled so that the L2 distance of two images is `histogram_distance`."""
 
     name = "color_histogram"
     metric = "l2"
@@ -899,18 +864,18 @@ class ColorHistogramFeatures(Features):
     def encode(self, images: Tensor) -> Tensor:
         return SoftColorHistogram()(images) / math.sqrt(6)
 
-
 # rewards/features/dreamsim_features.py
-
 
 @register_features("dreamsim")
 class DreamSimFeatures(Features):
-    """The mean-centred embedding of DreamSim's ensemble (DINO, CLIP and OpenCLIP ViT-B/16 tuned to human judgements of
-    similarity), (B, 1792); DreamSim's distance is 1 - cos of two of them: https://arxiv.org/abs/2306.09344.
+    """Mean-centered embedding of DreamSim's ensemble, (B, 1792): https://arxiv.org/abs/2306.09344.
+
+    The ensemble has the ViT-B/16 of DINO, CLIP and OpenCLIP, fine-tuned on human judgments of similarity. DreamSim's
+    distance is 1 - cos of two embeddings.
 
     Args:
-        model: what `dreamsim.dreamsim(...)` returns first. Its `embed` takes pixels in [0, 1] and does not resize:
-            images are squashed to 224² here, as by the function that comes with the model.
+        model: The first return value of `dreamsim.dreamsim(...)`. Its `embed` expects pixels in [0, 1] and does not
+            resize, so images are resized to 224 × 224 here, as by the preprocessing that comes with the model.
     """
 
     name = "dreamsim"
@@ -925,65 +890,60 @@ class DreamSimFeatures(Features):
 
     def encode(self, images: Tensor) -> Tensor:
         model: Any = self.model
-        # A batch of one may come back without its batch dimension.
+        # For a batch of one, `embed` may drop the batch dimension.
         embedding = at_least_float32(model.embed(self.image_transform(images).to(self.dtype))).reshape(len(images), -1)
         return embedding - embedding.mean(1, keepdim=True)
 
     @classmethod
     def load(cls, checkpoint: str | None, hub: dict[str, Any]) -> "DreamSimFeatures":
-        """The package downloads its weights from GitHub, to `cache_dir` or beside what torch downloads."""
+        """Load the package's model, which downloads its weights from GitHub to `cache_dir` or torch's own cache."""
         check_no_checkpoint(cls, checkpoint)
         package, torch_cache = import_optional("dreamsim"), torch.hub.get_dir()
         folder = hub["cache_dir"] or os.path.join(torch_cache, "dreamsim")
         os.makedirs(folder, exist_ok=True)
         try:
-            # Centring is done here, in float32; the package's default device is CUDA.
+            # `encode` centers in float32. The default device of the package is CUDA.
             model, _ = package.dreamsim(
                 device="cpu", cache_dir=folder, dreamsim_type=cls.dreamsim_type, normalize_embeds=False
             )
         finally:
-            torch.hub.set_dir(torch_cache)  # the package redirects it for the whole process
+            torch.hub.set_dir(torch_cache)  # the package changes it for the whole process
         return cls(model)
-
 
 @register_features("dreamsim_dino")
 class DreamSimDINOFeatures(DreamSimFeatures):
-    """DreamSim's single DINO ViT-B/16, (B, 768): a third of the cost. The one of It's Never Too Late."""
+    """DreamSim's single DINO ViT-B/16, (B, 768), at a third of the cost; used in It's Never Too Late."""
 
     name = "dreamsim_dino"
     dreamsim_type = "dino_vitb16"
 
-
 # rewards/features/image_features.py
-
 
 FeatureKind = Literal["cls", "patch"]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-# What the released code of It's Never Too Late (https://arxiv.org/abs/2601.00090) gives DINOv2: the whole picture
-# squashed to 256², 18 × 18 patches of 14 and a rest that is dropped. Theirs is not antialiased, so that of a large
-# picture only some pixels get a gradient.
+# The DINOv2 input of the released code of It's Never Too Late (https://arxiv.org/abs/2601.00090): the whole image
+# resized to 256 × 256, which gives 18 × 18 patches of 14 pixels and drops the remainder. Their resize is not
+# antialiased, so only some pixels of a large image get a gradient.
 NEVER_TOO_LATE_TRANSFORM = ImageTransform(
     size=(256, 256), crop=None, mean=IMAGENET_MEAN, std=IMAGENET_STD, resample="bilinear", single_pass=True
 )
 
-
 class ImageFeatures(Features):
-    """Features of a vision model; two images are compared by the cosine of theirs, patch by patch if there are several.
+    """Features of a vision model, compared by their cosine, patch by patch for kind "patch".
 
-    "cls" is one vector an image: what the model compares with texts where it has a text side (CLIP, SigLIP), else its
-    first token (ViT, DINOv2, DINOv3), else its pooled output where it has no such token. The pooler of a ViT is left
-    out: most checkpoints have no weights for it. "patch" is the tokens of the patches, without class and register
-    tokens.
+    "cls" is one vector per image: the image embedding of a dual encoder (CLIP, SigLIP), else the class token (ViT,
+    DINOv2, DINOv3), else the pooled output if there is no class token. The pooler of a ViT is not used, because most
+    checkpoints have no weights for it. "patch" is the patch tokens, without class and register tokens.
 
     Args:
-        model: a vision model, or a dual encoder.
-        image_transform: images in [0, 1] -> the pixels that it expects.
+        model: A vision model or a dual encoder.
+        image_transform: Map from images in [0, 1] to the pixels that the model expects.
         kind: "cls" or "patch"; by default that of the class.
 
     Raises:
-        ValueError: another kind.
+        ValueError: For any other kind.
     """
 
     kind: FeatureKind = "cls"
@@ -1004,12 +964,12 @@ class ImageFeatures(Features):
         return self.pooled(pixels) if self.kind == "cls" else self.patches(pixels)
 
     def pooled(self, pixels: Tensor) -> Tensor:
-        """(B, D), the "cls" features of preprocessed images."""
+        """Return the "cls" features (B, D) of preprocessed images."""
         encode_image = getattr(self.model, "get_image_features", None)
         if encode_image is not None:
             return encode_image(pixel_values=pixels).pooler_output
         output = self.model(pixel_values=pixels)
-        if "image_embeds" in output:  # an image tower with its projection
+        if "image_embeds" in output:  # an image tower with a projection
             return output.image_embeds
         hidden = output.last_hidden_state
         if hidden.ndim == 3 and hidden.shape[1] > self.patch_count(pixels):
@@ -1022,7 +982,10 @@ class ImageFeatures(Features):
         return output.pooler_output.flatten(1)
 
     def patches(self, pixels: Tensor) -> Tensor:
-        """(B, P, D), the patch tokens of preprocessed images, row by row; class and register tokens come first."""
+        """Return the patch tokens (B, P, D) of preprocessed images in row-major order.
+
+        In `last_hidden_state` they come after the class and register tokens.
+        """
         tower = getattr(self.model, "vision_model", self.model)
         hidden = tower(pixel_values=pixels).last_hidden_state
         if hidden.ndim != 3:
@@ -1032,7 +995,7 @@ class ImageFeatures(Features):
         return hidden[:, -self.patch_count(pixels) :]
 
     def patch_count(self, pixels: Tensor) -> int:
-        """How many patches the images are cut into; what is left over at the edges is dropped."""
+        """Return the number of whole patches in the images; the remainder at the edges is dropped."""
         config = getattr(self.model.config, "vision_config", self.model.config)
         return (pixels.shape[-2] // config.patch_size) * (pixels.shape[-1] // config.patch_size)
 
@@ -1049,7 +1012,7 @@ class ImageFeatures(Features):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> "ImageFeatures":
-        """Load a model and its preprocessing from a Hub id or a folder; `dtype` of the weights, by default float32."""
+        """Load a model and its preprocessing from a Hub id or a folder, by default with float32 weights."""
         checked_kind(kind or cls.kind)
         hub = {"revision": revision, "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
         source = None if checkpoint is None else os.fspath(checkpoint)
@@ -1064,43 +1027,39 @@ class ImageFeatures(Features):
         transform = ImageTransform.from_processor_config(checkpoint, **hub)
         return cls(cls.model_class.from_pretrained(checkpoint, dtype=torch.float32, **hub), transform)
 
-
 def checked_kind(kind: FeatureKind) -> FeatureKind:
-    """`kind` itself. Raises `ValueError` for what is none."""
+    """Return `kind`. Raises `ValueError` if it is not a `FeatureKind`."""
     if kind not in get_args(FeatureKind):
         raise ValueError(f"Expected the features 'cls' or 'patch', but got {kind!r}.")
     return kind
 
-
 @register_features("dinov2")
 class DINOv2Features(ImageFeatures):
-    """The class token of DINOv2-base, (B, 768): https://arxiv.org/abs/2304.07193."""
+    """Class token of DINOv2-base, (B, 768): https://arxiv.org/abs/2304.07193."""
 
     name = "dinov2"
     license = "apache-2.0"
     default_checkpoint = "facebook/dinov2-base"
     parameter_count = 86_580_480
 
-
 @register_features("dinov2_patch")
 class DINOv2PatchFeatures(DINOv2Features):
-    """The patch tokens of DINOv2-base, (B, 256, 768): the features of It's Never Too Late, which keep the layout.
+    """Patch tokens of DINOv2-base, (B, 256, 768): the layout-aware features of It's Never Too Late.
 
-    By default the pictures are preprocessed as the checkpoint says: a centre crop, so that the ends of a picture that
-    is no square do not count. `features.image_transform = NEVER_TOO_LATE_TRANSFORM` squashes the whole picture instead,
-    as the released code does: (B, 324, 768).
+    The default preprocessing is that of the checkpoint, whose center crop ignores the ends of an image that is not
+    square. `features.image_transform = NEVER_TOO_LATE_TRANSFORM` resizes the whole image instead, as the released code
+    does, and gives (B, 324, 768).
     """
 
     name = "dinov2_patch"
     kind = "patch"
 
-
 @register_features("clip")
 class CLIPFeatures(ImageFeatures):
-    """The image embedding of OpenAI's CLIP ViT-L/14, (B, 768): https://arxiv.org/abs/2103.00020.
+    """Image embedding of OpenAI's CLIP ViT-L/14, (B, 768): https://arxiv.org/abs/2103.00020.
 
-    Not that of CLIP-H, although it is better: CLIPScore, PickScore and HPSv2 are CLIP-H or tuned from it, so its
-    features are not held out from what is optimised. The text tower is not loaded.
+    CLIP-H is the better model, but CLIPScore, PickScore and HPSv2 are CLIP-H or fine-tuned from it, so its features
+    would not be held out from the optimized rewards. The text tower is not loaded.
     """
 
     name = "clip"
@@ -1109,24 +1068,23 @@ class CLIPFeatures(ImageFeatures):
     parameter_count = 303_966_208
     model_class = CLIPVisionModelWithProjection
 
-
 # rewards/features/lpips_features.py
-
 
 @register_features("lpips")
 class LPIPSFeatures(Features):
-    """LPIPS on a VGG, which its authors recommend as a loss: https://arxiv.org/abs/1801.03924.
+    """LPIPS with VGG, which its authors recommend as a loss: https://arxiv.org/abs/1801.03924.
 
-    LPIPS of two images is the sum over layers l of the mean over positions of `Σ_c w_lc (f̂a_lc − f̂b_lc)²`, with f̂ the
-    activations divided by their norm over channels and w ≥ 0. That is the squared L2 distance of the vectors with the
-    entries `√(w_lc / (H_l W_l)) f̂_lc`, which are the features here: N images and M others need N + M passes, not N M.
-    Their number grows with the picture (32 million, 130 MB, of 512²), and only pictures of one size can be compared.
+    LPIPS of two images is the sum over layers l of the mean over positions of `Σ_c w_lc (f̂a_lc − f̂b_lc)²`, where f̂ are
+    the activations normalized over channels and w ≥ 0. This is the squared L2 distance of vectors with the entries
+    `√(w_lc / (H_l W_l)) f̂_lc`, which are the features here. So all distances between N and M images need N + M forward
+    passes instead of N M. The dimension grows with the image (32 million, 130 MB, for 512 × 512), and only images of
+    the same size can be compared.
 
     Args:
-        model: an `lpips.LPIPS` with linear layers (`lpips=True`, the default) and non-negative weights in them.
+        model: An `lpips.LPIPS` with linear layers (`lpips=True`, the default) of non-negative weights.
 
     Raises:
-        ValueError: a model with negative weights, whose values are no distances.
+        ValueError: If the model has negative weights, because then its values are not distances.
     """
 
     name = "lpips"
@@ -1142,12 +1100,12 @@ class LPIPSFeatures(Features):
         lowest = min(weight.min().item() for weight in self.channel_weights())
         if lowest < 0:
             raise ValueError(
-                f"Expected LPIPS with non-negative weights of the channels, but got {lowest:.3g}. Use the published "
+                f"Expected LPIPS with non-negative channel weights, but got {lowest:.3g}. Use the published "
                 "`lpips.LPIPS(pretrained=True)`."
             )
 
     def channel_weights(self) -> list[Tensor]:
-        """(1, C, 1, 1) for each layer."""
+        """Return the channel weights (1, C, 1, 1) of each layer."""
         lins: Any = self.model.lins
         return [at_least_float32(lin.model[-1].weight) for lin in lins]
 
@@ -1162,32 +1120,28 @@ class LPIPSFeatures(Features):
 
     @classmethod
     def load(cls, checkpoint: str | None, hub: dict[str, Any]) -> "LPIPSFeatures":
-        """The layers come with the package; torchvision downloads the trunk from pytorch.org to torch's own cache."""
+        """Load the package's model, whose trunk torchvision downloads from pytorch.org to torch's own cache."""
         check_no_checkpoint(cls, checkpoint)
         return cls(import_optional("lpips").LPIPS(net=cls.net, verbose=False))
 
-
 @register_features("lpips_alex")
 class LPIPSAlexFeatures(LPIPSFeatures):
-    """LPIPS on an AlexNet, which its authors recommend as a metric."""
+    """LPIPS with AlexNet, which its authors recommend as a metric."""
 
     name = "lpips_alex"
     parameter_count = 2_470_848
     net = "alex"
 
-
 # rewards/features/tiny_image.py
-
 
 TINY_EDGE = 32
 
-
 @register_features("tiny_image")
 class TinyImage(Features):
-    """The 32 × 32 pixels of the shrunken picture over √3072, (B, 3072): their L2 distance is at most 1, black to white.
+    """The image resized to 32 × 32, divided by √3072, (B, 3072); the L2 distance is at most 1, from black to white.
 
-    `tiny_l2` of It's Never Too Late (https://arxiv.org/abs/2601.00090). Its released code resizes without antialiasing,
-    which reads four pixels of each 16 × 16 of a picture of 512², and gives no gradient to the others; here all count.
+    `tiny_l2` of It's Never Too Late, https://arxiv.org/abs/2601.00090. Its released code resizes without antialiasing:
+    of each 16 × 16 pixels of a 512 × 512 image it reads four, and the others get no gradient. Here all pixels count.
     """
 
     name = "tiny_image"
@@ -1197,17 +1151,13 @@ class TinyImage(Features):
         pixels = resize(images, (TINY_EDGE, TINY_EDGE), "bilinear", single_pass=True).flatten(1)
         return pixels / math.sqrt(pixels.shape[1])
 
-
 # rewards/contract/checkpoints.py
 
-
 ModelT = TypeVar("ModelT", bound=PreTrainedModel)
-
 
 def is_checkpoint(name_or_path: str) -> bool:
     """Return whether a string is an existing folder or has the form of a Hub id, `org/name`."""
     return os.path.isdir(name_or_path) or re.fullmatch(r"\w[\w.-]*/[\w.-]+", name_or_path) is not None
-
 
 def checkpoint_path(checkpoint: str, filename: str, hub: Mapping[str, Any]) -> Path:
     """Return the path of a file in a folder or a Hub repository, downloading it if needed.
@@ -1229,7 +1179,6 @@ def checkpoint_path(checkpoint: str, filename: str, hub: Mapping[str, Any]) -> P
             "a Hub id."
         )
     return path
-
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
     """Read the tensors of a `.safetensors` file, or of a pickle with `weights_only=True`, so that no code runs.
@@ -1257,7 +1206,6 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"Expected {path.name} to hold tensors by name, but it holds {type(state).__name__}.")
     return state
 
-
 def read_settings(path: Path) -> dict[str, Any]:
     """Read the JSON object in a file. Raises `ValueError` for anything else."""
     try:
@@ -1267,7 +1215,6 @@ def read_settings(path: Path) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise ValueError(f"Expected an object in {path.name}, but got {type(settings).__name__}. Download it again.")
     return settings
-
 
 def holder_of(filename: str, checkpoint: str, companion: str, hub: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """Return the source of a component, such as a tokenizer, that some checkpoints take from another repository.
@@ -1284,7 +1231,6 @@ def holder_of(filename: str, checkpoint: str, companion: str, hub: Mapping[str, 
     if os.path.isfile(os.path.join(checkpoint, filename)):
         return checkpoint, dict(hub)
     return companion, {**hub, "revision": None}
-
 
 def load_pretrained(model_class: type[ModelT], checkpoint: str, hub: Mapping[str, Any]) -> ModelT:
     """Load a transformers model in float32, with all of its weights.
@@ -1303,7 +1249,6 @@ def load_pretrained(model_class: type[ModelT], checkpoint: str, hub: Mapping[str
         )
     return model
 
-
 def check_weights(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
     """Check that the keys and shapes of `state` are exactly those of `module`, which may be on the meta device.
 
@@ -1321,15 +1266,12 @@ def check_weights(module: nn.Module, state: Mapping[str, Tensor], source: str) -
     if found:
         raise ValueError(f"Expected {source} to hold exactly the weights of {type(module).__name__}, but {found}.")
 
-
 def load_strictly(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
     """Copy `state` into `module`. Raises `ValueError` as `check_weights` does."""
     check_weights(module, state, source)
     module.load_state_dict(state)
 
-
 # rewards/contract/registry.py
-
 
 RewardFactory = Callable[..., Reward]
 RewardFactoryT = TypeVar("RewardFactoryT", bound=RewardFactory)
@@ -1337,7 +1279,6 @@ RewardFactoryT = TypeVar("RewardFactoryT", bound=RewardFactory)
 REWARDS: Registry[RewardFactory] = Registry("reward")
 # the architecture or `model_type` of a config.json -> the class that loads it
 REWARD_LOADERS: Registry[Any] = Registry("model type")
-
 
 def register_reward(
     name: str, *aliases: str, loads: str | Iterable[str] = ()
@@ -1363,11 +1304,9 @@ def register_reward(
 
     return register
 
-
 def list_rewards() -> list[str]:
     """Return the registered names, sorted, without aliases."""
     return REWARDS.names()
-
 
 def find_reward(name_or_path: str) -> RewardFactory | None:
     """Return the entry registered under a name or alias, or None for a Hub id or an existing folder.
@@ -1381,7 +1320,6 @@ def find_reward(name_or_path: str) -> RewardFactory | None:
     if isinstance(factory, type) and issubclass(factory, Reward) and factory.published_at:
         factory.require_default_checkpoint()
     return factory
-
 
 class AutoReward:
     """Loader of the reward that a name, a Hub id or a folder refers to."""
@@ -1420,7 +1358,6 @@ class AutoReward:
             return factory.from_pretrained(dtype=dtype, device=device, **hub)
         return factory().to(device=device, dtype=dtype)
 
-
 def published_as(path: str) -> type[Reward] | None:
     """Return the first registered class that has `path` as its default checkpoint, or its weights file in `path`."""
     for factory in REWARDS.entries.values():
@@ -1430,7 +1367,6 @@ def published_as(path: str) -> type[Reward] | None:
         if in_folder or path == factory.default_checkpoint:
             return factory
     return None
-
 
 def reward_class_of(config: Mapping[str, Any], path: str) -> type[Reward]:
     """Return the class registered for a config.json, whose model type transformers need not know."""
@@ -1444,21 +1380,21 @@ def reward_class_of(config: Mapping[str, Any], path: str) -> type[Reward]:
         "`(images, prompts) -> (B,)`."
     )
 
-
 # rewards/pixels/color_channel.py
-
 
 ColorChannelName = Literal["red", "green", "blue"]
 COLOR_CHANNELS: tuple[ColorChannelName, ...] = ("red", "green", "blue")
 
-
 class ColorChannel(Reward):
-    """Mean over the pixels of `x[c] - x[c1] - x[c2]`, the wanted channel minus the two others, in [-2, 1].
+    """Mean over the pixels of `x[c] - x[c1] - x[c2]`, one channel minus the two others, in [-2, 1].
 
-    The demonstration criterion of the ReNO slides (https://arxiv.org/abs/2406.04312). No weights, no prompt.
+    The demonstration criterion of the ReNO slides, https://arxiv.org/abs/2406.04312. No weights, no prompt.
+
+    Args:
+        channel: "red", "green" or "blue".
 
     Raises:
-        ValueError: a channel other than "red", "green" and "blue".
+        ValueError: For any other channel.
     """
 
     requires_prompt = False
@@ -1475,42 +1411,37 @@ class ColorChannel(Reward):
         means = images.mean((-2, -1))
         return 2 * means[:, self.channel] - means.sum(1)
 
-
 @register_reward("red")
 def red_channel() -> ColorChannel:
     """`ColorChannel("red")`."""
     return ColorChannel("red")
-
 
 @register_reward("green")
 def green_channel() -> ColorChannel:
     """`ColorChannel("green")`."""
     return ColorChannel("green")
 
-
 @register_reward("blue")
 def blue_channel() -> ColorChannel:
     """`ColorChannel("blue")`."""
     return ColorChannel("blue")
 
-
 # rewards/pixels/image_detail.py
 
-
-PLAIN_VARIANCE = 4e-4  # that of a standard deviation of 5 grey levels of 255, which is hardly seen
+PLAIN_VARIANCE = 4e-4  # a standard deviation of 5 gray levels out of 255, which is barely visible
 DETAIL_GRID = 16
-
 
 @register_reward("sharpness")
 class Sharpness(Reward):
-    """The share of high frequencies, `Σ |∇x|² / (8 Σ (x - mean)²)` over pixels and channels, in [0, 1).
+    """Fraction of high frequencies, `Σ |∇x|² / (8 Σ (x - mean)²)` over pixels and channels, in [0, 1).
 
-    ∇ are the differences of neighbours. A wave of (u, v) cycles per pixel counts by (sin² πu + sin² πv) / 2: 0 for the
-    lowest frequencies and 1 for a checkerboard, whatever the contrast. Blur lowers it, since it takes more of the
-    higher ones. The variance counts as at least that of hardly visible noise, so a plain image is not sharp.
+    ∇ denotes differences of neighbors. A wave of (u, v) cycles per pixel has the weight (sin² πu + sin² πv) / 2: from
+    0 for the lowest frequencies to 1 for a checkerboard, whatever the contrast. Blur lowers the value because it
+    attenuates high frequencies more. The variance of barely visible noise is added to the denominator, so a plain image
+    is not sharp.
 
-    A picture enlarged is less sharp: compare pictures of one size. Noise is sharp, so this is a floor, and no measure
-    of quality.
+    Upscaling lowers the value, so compare images of the same size. Noise is sharp: the value is useful as a lower
+    bound, not as a measure of quality.
     """
 
     name = "sharpness"
@@ -1519,18 +1450,17 @@ class Sharpness(Reward):
 
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
         across, down = (images.diff(dim=axis).square().sum((1, 2, 3)) for axis in (-1, -2))
-        centred = images - images.mean((-2, -1), keepdim=True)
-        spread = centred.square().mean((1, 2, 3)) + PLAIN_VARIANCE
+        centered = images - images.mean((-2, -1), keepdim=True)
+        spread = centered.square().mean((1, 2, 3)) + PLAIN_VARIANCE
         return (across + down) / (8 * spread * images[0].numel())
-
 
 @register_reward("complexity")
 class Complexity(Reward):
-    """The share of the area that is not plain: the mean of `v / (v + 0.02²)` over 16 × 16 cells, in [0, 1).
+    """Fraction of the area that is not plain: the mean of `v / (v + 0.02²)` over 16 × 16 cells, in [0, 1).
 
-    v is the variance of a cell's pixels around their mean colour; cells have at least 4 pixels a side. An object before
-    a plain background scores the share that it covers, much the same at any resolution and if it is blurred a little:
-    that is what `Sharpness` is for. Noise of more than 5 grey levels counts as content.
+    v is the variance of a cell's pixels around their mean color; cells are at least 4 × 4 pixels. An object in front of
+    a plain background scores about the fraction that it covers. The value hardly depends on the resolution or on
+    slight blur, which `Sharpness` detects. Noise of more than 5 gray levels counts as content.
     """
 
     name = "complexity"
@@ -1539,18 +1469,15 @@ class Complexity(Reward):
 
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
         height, width = (max(1, min(DETAIL_GRID, side // 4)) for side in images.shape[-2:])
-        centred = images - images.mean((-2, -1), keepdim=True)  # squares of smaller numbers lose fewer digits
-        means, squares = (F.adaptive_avg_pool2d(each, (height, width)) for each in (centred, centred.square()))
+        centered = images - images.mean((-2, -1), keepdim=True)  # less cancellation in the variance below
+        means, squares = (F.adaptive_avg_pool2d(each, (height, width)) for each in (centered, centered.square()))
         variance = (squares - means.square()).mean(1).clamp_min(0)
         return (variance / (variance + PLAIN_VARIANCE)).mean((1, 2))
 
-
 # rewards/pixels/pixel_criteria.py
-
 
 LUMA_WEIGHTS = (0.299, 0.587, 0.114)
 JPEG_QUALITY = 95
-
 
 @register_reward("brightness")
 class Brightness(Reward):
@@ -1563,12 +1490,11 @@ class Brightness(Reward):
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
         return images.mean((-2, -1)) @ images.new_tensor(LUMA_WEIGHTS)
 
-
 @register_reward("jpeg_compressibility")
 class JPEGCompressibility(Reward):
-    """Minus the size of the image as a JPEG file of quality 95, in kilobytes (1000 bytes). No gradient.
+    """Negated size of the image as a JPEG file of quality 95, in kilobytes (1000 bytes). No gradient.
 
-    DDPO: https://arxiv.org/abs/2305.13301. The size grows with the area and depends a little on Pillow's JPEG library.
+    DDPO: https://arxiv.org/abs/2305.13301. The size grows with the area and varies slightly with Pillow's JPEG library.
     """
 
     name = "jpeg_compressibility"
@@ -1578,10 +1504,9 @@ class JPEGCompressibility(Reward):
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
         return -jpeg_kilobytes(images)
 
-
 @register_reward("jpeg_incompressibility")
 class JPEGIncompressibility(Reward):
-    """The size of the image as a JPEG file of quality 95, in kilobytes (1000 bytes): detail, or noise. No gradient.
+    """Size of the image as a JPEG file of quality 95, in kilobytes (1000 bytes): detail or noise. No gradient.
 
     DDPO: https://arxiv.org/abs/2305.13301.
     """
@@ -1593,9 +1518,8 @@ class JPEGIncompressibility(Reward):
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
         return jpeg_kilobytes(images)
 
-
 def jpeg_kilobytes(images: Tensor) -> Tensor:
-    """(B, 3, H, W) images in [0, 1] -> (B,) float32, thousands of bytes of each as a JPEG file."""
+    """Return the JPEG file sizes (B,) of (B, 3, H, W) images in [0, 1], float32, in thousands of bytes."""
     arrays = (images.detach() * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
     sizes = []
     for array in arrays:
@@ -1604,26 +1528,22 @@ def jpeg_kilobytes(images: Tensor) -> Tensor:
         sizes.append(file.tell() / 1000)
     return torch.tensor(sizes, dtype=torch.float32, device=images.device)
 
-
 # rewards/preference/aesthetic.py
-
 
 CLIP_VIT_L = "openai/clip-vit-large-patch14"
 AESTHETIC_FILE = "sac+logos+ava1-l14-linearMSE.pth"
 AESTHETIC_V1_FILE = "sa_0_4_vit_l_14_linear.pth"
 
-
 class CLIPVisionTower(CLIPVisionModelWithProjection):
-    """The vision tower out of the checkpoint of a whole CLIP, without a warning about its other half."""
+    """Vision tower that loads from a full CLIP checkpoint without a warning about the text tower."""
 
     _keys_to_ignore_on_load_unexpected = [r"^text_model\.", r"^text_projection\.", r"^logit_scale$"]
 
-
 class AestheticHead(nn.Module):
-    """(B, D) image embeddings -> (B, 1): five linear layers without activations, one linear map in effect.
+    """Scoring head, (B, D) image embeddings -> (B, 1): five linear layers without activations.
 
-    Source: https://github.com/christophschuhmann/improved-aesthetic-predictor. Its dropout, which only takes places in
-    the numbering of the layers here, is for training.
+    Source: https://github.com/christophschuhmann/improved-aesthetic-predictor. Its dropout layers, which only matter in
+    training, are identities here that keep the numbering of the published weights.
     """
 
     def __init__(self, embedding_size: int = 768):
@@ -1642,18 +1562,17 @@ class AestheticHead(nn.Module):
     def forward(self, embeddings: Tensor) -> Tensor:
         return self.layers(embeddings)
 
-
 @register_reward("aesthetic")
 class Aesthetic(Reward):
     """LAION's aesthetic score v2, "sac+logos+ava1": from 1 to 10, mostly 4.5 to 7. No prompt.
 
-    A head on the unit image embedding of CLIP ViT-L/14, in float32 whatever the precision of the weights. A folder may
-    hold the head as its authors publish it, `sac+logos+ava1-l14-linearMSE.pth`.
+    A head on the normalized image embedding of CLIP ViT-L/14, computed in float32 whatever the dtype of the weights.
+    A local folder may contain the head as published by its authors, `sac+logos+ava1-l14-linearMSE.pth`.
 
     Args:
-        model: the vision tower of CLIP; it is frozen.
-        head: (B, D) embeddings -> (B, 1) scores; it is frozen.
-        image_transform: images in [0, 1] -> the pixels; by default CLIP's transform at the model's image size.
+        model: The vision tower of CLIP; it is frozen.
+        head: Module from (B, D) embeddings to (B, 1) scores; it is frozen.
+        image_transform: Map from images in [0, 1] to pixels; by default CLIP's transform at the model's image size.
     """
 
     name = "aesthetic"
@@ -1680,7 +1599,7 @@ class Aesthetic(Reward):
         return functional_call(self.head, weights, self.encode_image(images))[:, 0]
 
     def encode_image(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) images in [0, 1] -> (B, D) unit vectors, float32."""
+        """Return the unit embeddings (B, D), float32, of (B, 3, H, W) images in [0, 1]."""
         pixels = self.image_transform(images).to(self.dtype)
         return F.normalize(at_least_float32(self.model(pixel_values=pixels).image_embeds), dim=-1)
 
@@ -1695,7 +1614,7 @@ class Aesthetic(Reward):
 
     @classmethod
     def head_file(cls, checkpoint: str) -> str:
-        """The file of the head: the authors' where a folder has it, else that of the default checkpoint."""
+        """Return the file name of the head: the authors' if the folder contains it, else the default checkpoint's."""
         in_folder = os.path.isfile(os.path.join(checkpoint, AESTHETIC_FILE))
         return AESTHETIC_FILE if in_folder else "model.safetensors"
 
@@ -1703,13 +1622,12 @@ class Aesthetic(Reward):
     def build_head(embedding_size: int) -> nn.Module:
         return AestheticHead(embedding_size)
 
-
 @register_reward("aesthetic_v1")
 class AestheticV1(Aesthetic):
-    """LAION's aesthetic score v1: a single linear layer on the unit image embedding of CLIP ViT-L/14, from 1 to 10.
+    """LAION's aesthetic score v1: a linear layer on the normalized image embedding of CLIP ViT-L/14, from 1 to 10.
 
-    Its head is not on the Hub: download `sa_0_4_vit_l_14_linear.pth` from the GitHub project
-    LAION-AI/aesthetic-predictor and pass the folder that it is in.
+    The head is not on the Hub: download `sa_0_4_vit_l_14_linear.pth` from the GitHub project
+    LAION-AI/aesthetic-predictor and pass the folder that contains it.
     """
 
     name = "aesthetic_v1"
@@ -1727,19 +1645,17 @@ class AestheticV1(Aesthetic):
     def build_head(embedding_size: int) -> nn.Module:
         return nn.Linear(embedding_size, 1)
 
-
 # rewards/contract/image_text.py
 
-
 class PromptTokens:
-    """Prompts -> token ids and attention mask, (B, L) each. The same prompts are tokenised once.
+    """Cached tokenization: prompts -> token ids and attention mask, (B, L) each.
 
-    Features of a text tower that attends to the image change with every image; the ids are all that can be kept.
+    The features of a text tower that attends to the image depend on the image, so only the ids can be cached.
 
     Args:
-        tokenizer: the tokenizer of the text tower; it needs a padding token.
-        max_length: longer prompts are cut to so many tokens, the special ones included.
-        padding: to "max_length" or to the "longest" prompt. Masked either way.
+        tokenizer: The tokenizer of the text tower, with a padding token.
+        max_length: The number of tokens, special ones included, to which longer prompts are truncated.
+        padding: Pad to "max_length" or to the "longest" prompt. Padding is masked in both cases.
     """
 
     def __init__(
@@ -1761,37 +1677,33 @@ class PromptTokens:
         ids, mask = self.batches[key]
         return ids.to(device), mask.to(device)
 
-
 def precise_linear(layer: nn.Linear, features: Tensor) -> Tensor:
-    """The layer computed in float32 or more, whatever the precision of its weights.
+    """Apply a linear layer in float32 or more, whatever the dtype of its weights.
 
-    A scoring head costs nothing, and in bfloat16 it would round a score of 2 to steps of 0.016.
+    A scoring head is cheap, and bfloat16 would round scores near 2 to steps of 0.016.
     """
     features = at_least_float32(features)
     return F.linear(features, layer.weight.to(features.dtype), layer.bias.to(features.dtype))
 
-
 # rewards/preference/blip_itm.py
-
 
 BlipITMT = TypeVar("BlipITMT", bound="BlipITM")
 
-# Of captions in BLIP's own inference code; its retrieval models were not trained on longer ones.
+# The caption length of BLIP's own inference code; its retrieval models were not trained on longer ones.
 BLIP_CAPTION_LENGTH = 35
-
 
 @register_reward("blip_itm", loads="BlipForImageTextRetrieval")
 class BlipITM(Reward):
-    """`softmax(itm_head(f))[1]`, f the text tower's [CLS] feature after it has attended to the image: P(it matches).
+    """Probability that image and prompt match, `softmax(itm_head(f))[1]`, in [0, 1].
 
-    BLIP: https://arxiv.org/abs/2201.12086. In [0, 1]. The gradient vanishes near both ends, where that of
-    `BlipITC` does not.
+    f is the [CLS] feature of BLIP's text tower, which attends to the image: https://arxiv.org/abs/2201.12086. The
+    gradient vanishes near 0 and 1, unlike that of `BlipITC`.
 
     Args:
-        model: the BLIP model; it is frozen.
-        tokenizer: the tokenizer of that model.
-        image_transform: images in [0, 1] -> its pixels; by default a bicubic resize to the model's square image size
-            with CLIP's mean and deviation.
+        model: The BLIP model; it is frozen.
+        tokenizer: The tokenizer of the model.
+        image_transform: Map from images in [0, 1] to pixels; by default a bicubic resize to the model's square image
+            size, normalized with CLIP's mean and standard deviation.
     """
 
     name = "blip_itm"
@@ -1813,14 +1725,14 @@ class BlipITM(Reward):
         self.image_transform = image_transform or ImageTransform(size=(edge, edge), crop=None)
 
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
-        # Not through the model's own forward: it makes a mask on the CPU, wherever the images are.
+        # The model's own forward creates a mask on the CPU, whatever the device of the images.
         ids, mask = self.tokens(prompts, images.device)
         patches = self.encode_patches(images)
         text = self.model.text_encoder(input_ids=ids, attention_mask=mask, encoder_hidden_states=patches)
         return precise_linear(self.model.itm_head, text.last_hidden_state[:, 0]).softmax(-1)[:, 1]
 
     def encode_patches(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) images in [0, 1] -> (B, 1 + patches, D) features of the image tower."""
+        """Return the image tower's features (B, 1 + patches, D) of (B, 3, H, W) images in [0, 1]."""
         pixels = self.image_transform(images).to(self.dtype)
         return self.model.vision_model(pixel_values=pixels).last_hidden_state
 
@@ -1830,13 +1742,11 @@ class BlipITM(Reward):
         tokenizer = AutoTokenizer.from_pretrained(checkpoint, **hub)
         return cls(model, tokenizer, ImageTransform.from_processor_config(checkpoint, **hub))
 
-
 @register_reward("blip_itc")
 class BlipITC(BlipITM):
-    """`cos(vision_proj(image), text_proj(text))` of the same model: the towers see nothing of one another.
+    """`cos(vision_proj(image), text_proj(text))` of the same model, without cross-attention, in [-1, 1].
 
-    BLIP: https://arxiv.org/abs/2201.12086. In [-1, 1]. The text is encoded once per prompt. The arguments are those of
-    `BlipITM`.
+    BLIP: https://arxiv.org/abs/2201.12086. Each prompt is encoded once. The arguments are those of `BlipITM`.
     """
 
     name = "blip_itc"
@@ -1848,29 +1758,27 @@ class BlipITC(BlipITM):
         return (F.normalize(image, dim=-1) * self.encode_prompt(prompts)).sum(-1)
 
     def encode_text(self, prompt: str) -> Tensor:
-        """(D,) unit vector of the prompt."""
+        """Return the unit embedding (D,) of the prompt."""
         ids, mask = self.tokens([prompt], self.model.text_proj.weight.device)
         text = self.model.text_encoder(input_ids=ids, attention_mask=mask).last_hidden_state
         return F.normalize(precise_linear(self.model.text_proj, text[0, 0]), dim=-1)
 
-
 # rewards/preference/clip_score.py
-
 
 CLIP_VIT_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 
-
 @register_reward("clipscore", loads="clip")
 class CLIPScore(Reward):
-    """`exp(logit_scale) * cos(image, text)` of a CLIP model: about 100 times the cosine.
+    """`exp(logit_scale) * cos(image, text)` of a CLIP model, about 100 times the cosine.
 
-    CLIPScore: https://arxiv.org/abs/2104.08718; in this form, with the raw prompt and without a clamp at 0, in ReNO:
-    https://arxiv.org/abs/2406.04312. Norms, dot product and scale are float32 whatever the precision of the weights.
+    CLIPScore is from https://arxiv.org/abs/2104.08718. This form, with the raw prompt and without a clamp at 0, is that
+    of ReNO, https://arxiv.org/abs/2406.04312. Norms, dot product and scale are float32 whatever the dtype of the
+    weights.
 
     Args:
-        model: the CLIP model; it is frozen.
-        tokenizer: the tokenizer of that model.
-        image_transform: images in [0, 1] -> its pixels; by default CLIP's transform at the model's image size.
+        model: The CLIP model; it is frozen.
+        tokenizer: The tokenizer of the model.
+        image_transform: Map from images in [0, 1] to pixels; by default CLIP's transform at the model's image size.
     """
 
     name = "clipscore"
@@ -1891,26 +1799,26 @@ class CLIPScore(Reward):
         edge = cast(int, model.vision_model.config.image_size)
         self.tokenizer = tokenizer
         self.image_transform = image_transform or ImageTransform(size=edge, crop=(edge, edge))
-        # A number and not the parameter: bfloat16 turns a scale of 100 into 98.9.
+        # A float instead of the parameter, because bfloat16 would round a scale of 100 to 98.9.
         self.logit_scale = model.logit_scale.detach().double().exp().item()
 
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
         return self.logit_scale * (self.encode_image(images) * self.encode_prompt(prompts)).sum(-1)
 
     def encode_image(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) images in [0, 1] -> (B, D) unit vectors, float32."""
+        """Return the unit embeddings (B, D), float32, of (B, 3, H, W) images in [0, 1]."""
         pixels = self.image_transform(images).to(self.dtype)
         pooled = self.model.vision_model(pixel_values=pixels).pooler_output
         return F.normalize(at_least_float32(self.model.visual_projection(pooled)), dim=-1)
 
     def encode_text(self, prompt: str) -> Tensor:
-        """(D,) unit vector of the prompt, truncated to the length the model was trained with."""
+        """Return the unit embedding (D,) of the prompt, truncated to the context length of the model."""
         config = self.model.text_model.config
-        # One prompt at a time: no padding, so a tokenizer without a padding token works too.
+        # One prompt at a time needs no padding, so tokenizers without a padding token work too.
         tokens = self.tokenizer(prompt, truncation=True, max_length=config.max_position_embeddings)
         ids = torch.tensor([tokens["input_ids"]], device=self.device)
-        # CLIP reads the text feature at the end token, and silently at the *first* token if there is none. (Under the
-        # legacy value 2 it looks for the highest id instead.)
+        # CLIP takes the text feature at the end token, and silently at the *first* token if there is none. (With the
+        # legacy value 2 it takes the position of the highest id instead.)
         if config.eos_token_id != 2 and config.eos_token_id not in tokens["input_ids"]:
             raise ValueError(
                 f"Expected the tokenizer to end prompts with the model's `eos_token_id` {config.eos_token_id}, but got "
@@ -1926,11 +1834,9 @@ class CLIPScore(Reward):
         tokenizer = AutoTokenizer.from_pretrained(checkpoint, **hub)
         return cls(model, tokenizer, ImageTransform.from_processor_config(checkpoint, **hub))
 
-
 # rewards/preference/open_clip.py
 
-
-# open_clip -> transformers, outside of the blocks. Projections are multiplied from the other side.
+# open_clip -> transformers, outside of the blocks. Projections are transposed.
 OPEN_CLIP_NAMES = {
     "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
     "positional_embedding": "text_model.embeddings.position_embedding.weight",
@@ -1941,14 +1847,14 @@ OPEN_CLIP_NAMES = {
     "visual.class_embedding": "vision_model.embeddings.class_embedding",
     "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
     "visual.conv1.weight": "vision_model.embeddings.patch_embedding.weight",
-    "visual.ln_pre.weight": "vision_model.pre_layrnorm.weight",  # transformers spells it so
+    "visual.ln_pre.weight": "vision_model.pre_layrnorm.weight",  # the spelling of transformers
     "visual.ln_pre.bias": "vision_model.pre_layrnorm.bias",
     "visual.ln_post.weight": "vision_model.post_layernorm.weight",
     "visual.ln_post.bias": "vision_model.post_layernorm.bias",
     "visual.proj": "visual_projection.weight",
 }
 OPEN_CLIP_TRANSPOSED = ("text_projection", "visual.proj")
-OPEN_CLIP_BUFFERS = ("attn_mask",)  # made anew by transformers
+OPEN_CLIP_BUFFERS = ("attn_mask",)  # recomputed by transformers
 OPEN_CLIP_BLOCK_NAMES = {
     "attn.out_proj": "self_attn.out_proj",
     "ln_1": "layer_norm1",
@@ -1959,17 +1865,16 @@ OPEN_CLIP_BLOCK_NAMES = {
 OPEN_CLIP_BLOCK = re.compile(r"(visual\.)?transformer\.resblocks\.(\d+)\.(.+)\.(weight|bias)")
 OPEN_CLIP_STACKED = re.compile(r"(visual\.)?transformer\.resblocks\.(\d+)\.attn\.in_proj_(weight|bias)")
 
-
 def clip_model_from_open_clip(state: Mapping[str, Tensor], config: CLIPConfig, source: str) -> CLIPModel:
-    """A float32 `CLIPModel` with the weights of an open_clip model of the same shape.
+    """Build a float32 `CLIPModel` with the weights of an open_clip model of the same shape.
 
     Args:
-        state: open_clip's weights, in any precision; they are taken over without a second copy where they are float32.
-        config: of the model. open_clip's ViT-H has `hidden_act="gelu"`, which is not the default of `CLIPConfig`.
-        source: what to call the weights in errors.
+        state: The weights of open_clip in any dtype; float32 tensors are not copied.
+        config: The configuration. open_clip's ViT-H has `hidden_act="gelu"`, which is not the default of `CLIPConfig`.
+        source: The name of the weights in error messages.
 
     Raises:
-        ValueError: naming keys that are unknown, missing or of another shape.
+        ValueError: For keys that are unknown, missing or of another shape; the message lists them.
     """
     converted = clip_state_from_open_clip(state, source)
     with torch.device("meta"):
@@ -1977,12 +1882,11 @@ def clip_model_from_open_clip(state: Mapping[str, Tensor], config: CLIPConfig, s
     converted = {key: value.float() for key, value in converted.items()}
     return CLIPModel.from_pretrained(None, config=config, state_dict=converted, dtype=torch.float32)
 
-
 def clip_state_from_open_clip(state: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
-    """The weights under transformers' names.
+    """Rename open_clip's weights to the names of transformers.
 
     Raises:
-        ValueError: naming a key that open_clip's vision transformers do not have.
+        ValueError: For a key that open_clip's vision transformers do not have.
     """
     converted: dict[str, Tensor] = {}
     for key, value in state.items():
@@ -2000,37 +1904,33 @@ def clip_state_from_open_clip(state: Mapping[str, Tensor], source: str) -> dict[
             )
     return converted
 
-
 def open_clip_layer(match: re.Match[str]) -> str:
-    """What transformers calls the block of a key."""
+    """Return the name of a block in transformers."""
     return f"{'vision_model' if match[1] else 'text_model'}.encoder.layers.{match[2]}"
-
 
 # rewards/preference/hpsv2.py
 
-
-# Typographic quotes, which open_clip's tokenizer makes straight and transformers' does not.
+# Typographic quotes, which open_clip's tokenizer replaces and transformers' does not.
 STRAIGHT_QUOTES = str.maketrans(
     dict.fromkeys("\u02bc\u2018\u2019\u201a\u201b", "'") | dict.fromkeys("\u201c\u201d\u201e\u201f", '"')
 )
 
-
 @register_reward("hpsv2.1", "hps", "hpsv2")
 class HPSv21(CLIPScore):
-    """`cos(image, text)` of HPSv2.1, without CLIP's scale: mostly 0.2 to 0.35.
+    """`cos(image, text)` of HPSv2.1, without CLIP's scale, mostly 0.2 to 0.35.
 
-    "Human Preference Score v2", https://arxiv.org/abs/2306.09341. The published file holds the weights of an open_clip
-    ViT-H-14; configuration and tokenizer are those of that CLIP. Images are not cropped but padded, see `PadTransform`.
-    Prompts are cleaned as by open_clip's tokenizer (HTML entities, typographic quotes), but for full-width letters,
-    ligatures and wrongly decoded text.
+    "Human Preference Score v2", https://arxiv.org/abs/2306.09341. The published file contains the weights of an
+    open_clip ViT-H-14, with the configuration and tokenizer of that CLIP. Images are padded instead of cropped, see
+    `PadTransform`. Prompts are cleaned as by open_clip's tokenizer (HTML entities, typographic quotes), except for
+    full-width letters, ligatures and mojibake.
 
     Args:
-        model: the CLIP model, with GELU; it is frozen.
-        tokenizer: the tokenizer of that model.
-        image_transform: images in [0, 1] -> its pixels; by default `PadTransform` at the model's image size.
+        model: The CLIP model, with GELU; it is frozen.
+        tokenizer: The tokenizer of the model.
+        image_transform: Map from images in [0, 1] to pixels; by default `PadTransform` at the model's image size.
 
     Raises:
-        ValueError: a model with another activation, such as `CLIPConfig`'s default.
+        ValueError: For a model with another activation, such as the default of `CLIPConfig`.
     """
 
     name = "hpsv2.1"
@@ -2048,8 +1948,8 @@ class HPSv21(CLIPScore):
         activations = {model.text_model.config.hidden_act, model.vision_model.config.hidden_act}
         if activations != {"gelu"}:
             raise ValueError(
-                f"Expected a CLIP model with `hidden_act` 'gelu' for HPSv2, but got {sorted(activations)}: its scores "
-                "would be wrong by little. Use the configuration of laion/CLIP-ViT-H-14-laion2B-s32B-b79K."
+                f"Expected a CLIP model with `hidden_act` 'gelu' for HPSv2, but got {sorted(activations)}, which gives "
+                "slightly wrong scores. Use the configuration of laion/CLIP-ViT-H-14-laion2B-s32B-b79K."
             )
         edge = cast(int, model.vision_model.config.image_size)
         super().__init__(model, tokenizer, image_transform or PadTransform(edge))
@@ -2058,7 +1958,7 @@ class HPSv21(CLIPScore):
         return (self.encode_image(images) * self.encode_prompt(prompts)).sum(-1)
 
     def encode_text(self, prompt: str) -> Tensor:
-        """(D,) unit vector of the prompt, cleaned and truncated."""
+        """Return the unit embedding (D,) of the cleaned and truncated prompt."""
         text = html.unescape(html.unescape(prompt)).translate(STRAIGHT_QUOTES)
         return super().encode_text(text.strip())
 
@@ -2072,24 +1972,21 @@ class HPSv21(CLIPScore):
         path = checkpoint_path(checkpoint, cls.weights_file, hub)
         return cls(clip_model_from_open_clip(read_state_dict(path), config, path.name), tokenizer)
 
-
 @register_reward("hpsv2.0")
 class HPSv20(HPSv21):
-    """HPSv2.0: as `HPSv21`, with the weights that the original package uses when no version is given."""
+    """HPSv2.0: `HPSv21` with the weights that the original package uses by default."""
 
     name = "hpsv2.0"
     weights_file = "HPS_v2_compressed.pt"
 
-
 # rewards/preference/image_reward.py
-
 
 # From the released code, https://github.com/THUDM/ImageReward
 IMAGE_REWARD_MEAN = 0.16717362830052426
 IMAGE_REWARD_STD = 1.0333394966054072
 IMAGE_REWARD_MAX_LENGTH = 35
 IMAGE_REWARD_TOKENIZER = "google-bert/bert-base-uncased"
-# The heads of every ViT that BLIP was published with are 64 wide; the tensors do not tell.
+# All ViTs of the published BLIP models have 64 channels per attention head, which the tensors do not tell.
 IMAGE_REWARD_HEAD_WIDTH = 64
 
 # Names of timm's ViT -> names of `BlipVisionModel`
@@ -2103,11 +2000,11 @@ IMAGE_REWARD_VISION_NAMES = (
     (r"\.attn\.proj\.", ".self_attn.projection."),
     (r"\.norm([12])\.", r".layer_norm\1."),
 )
-# In the file, but no part of the score: the projections of BLIP's contrastive loss and BERT's position numbers
+# Keys of the file that the score does not use: the projections of BLIP's contrastive loss and BERT's position ids
 IMAGE_REWARD_IGNORED = re.compile(
     r"blip\.(vision_proj|text_proj)\.(weight|bias)|blip\.text_encoder\.embeddings\.position_ids"
 )
-# Settings of med_config.json -> those of `BlipTextConfig`, which have the same names
+# Settings of med_config.json that `BlipTextConfig` has under the same names
 IMAGE_REWARD_TEXT_SETTINGS = (
     "vocab_size",
     "hidden_size",
@@ -2122,13 +2019,12 @@ IMAGE_REWARD_TEXT_SETTINGS = (
     "pad_token_id",
 )
 
-
 class ImageRewardHead(nn.Module):
-    """(B, D) text features -> (B, 1): five linear layers without activations, in float32 or more."""
+    """Scoring head, (B, D) text features -> (B, 1): five linear layers without activations, in float32 or more."""
 
     def __init__(self, width: int):
         super().__init__()
-        # The dropouts do nothing in a score, but they are counted in the names of the published weights.
+        # Dropout is inactive, but the names of the published weights count these layers.
         self.layers = nn.Sequential(
             nn.Linear(width, 1024),
             nn.Dropout(0.2),
@@ -2145,23 +2041,22 @@ class ImageRewardHead(nn.Module):
             features = precise_linear(layer, features) if isinstance(layer, nn.Linear) else layer(features)
         return features
 
-
 @register_reward("imagereward")
 class ImageRewardModel(Reward):
-    """`(head(f) - mean) / std`, f the text tower's [CLS] feature of the prompt after it has attended to the image.
+    """ImageReward, `(head(f) - mean) / std`: https://arxiv.org/abs/2304.05977.
 
-    ImageReward: https://arxiv.org/abs/2304.05977. The scores are standardised; most lie between -2.3 and 2. The text
-    features depend on the image, so only the token ids are kept between calls.
+    f is the [CLS] feature of the text tower, which attends to the image. Scores are standardized; most are between -2.3
+    and 2. The text features depend on the image, so only token ids are cached.
 
     Args:
-        vision_model: the image tower.
-        text_model: the text tower with cross-attention, without a pooling layer.
-        head: (B, D) features -> (B, 1).
+        vision_model: The image tower.
+        text_model: The text tower with cross-attention, without a pooling layer.
+        head: Module from (B, D) features to (B, 1).
         tokenizer: BERT's, with [DEC] and [ENC] added (see `image_reward_tokenizer`).
-        image_transform: images in [0, 1] -> pixels; by default CLIP's transform at the image tower's size.
+        image_transform: Map from images in [0, 1] to pixels; by default CLIP's transform at the image tower's size.
 
     Raises:
-        ValueError: a text tower that attends to features of another width than the image tower's.
+        ValueError: If the text tower expects image features of another width than the image tower's.
     """
 
     name = "imagereward"
@@ -2201,26 +2096,25 @@ class ImageRewardModel(Reward):
 
     @classmethod
     def load(cls, checkpoint: str, hub: dict[str, Any]) -> "ImageRewardModel":
-        """Read the published `ImageReward.pt` and `med_config.json`; the tokenizer comes from its own repository."""
+        """Load the published `ImageReward.pt` and `med_config.json`, and the tokenizer from its own repository."""
         parts = convert_image_reward(read_state_dict(checkpoint_path(checkpoint, "ImageReward.pt", hub)))
         settings = read_settings(checkpoint_path(checkpoint, "med_config.json", hub))
         vision_config = image_reward_vision_config(parts["vision"])
         text_config = image_reward_text_config(settings, vision_config.hidden_size)
-        # Building draws random weights, from a stream that belongs to the caller.
+        # Initialization draws random weights, which must not advance the caller's random state.
         with torch.random.fork_rng(devices=[]):
             vision, head = BlipVisionModel(vision_config), ImageRewardHead(text_config.hidden_size)
             text = BlipTextModel(text_config, add_pooling_layer=False)
-        for module, part in ((vision, "vision"), (text, "text"), (head, "head")):
-            load_strictly(module, parts[part], f"the {part} part of ImageReward.pt")
-        # A revision is one of the weights; the tokenizer's repository does not know it.
+        for module, name in ((vision, "vision"), (text, "text"), (head, "head")):
+            load_strictly(module, parts[name], f"the {name} part of ImageReward.pt")
+        # The revision belongs to the repository of the weights, not to that of the tokenizer.
         return cls(vision, text, head, image_reward_tokenizer({**hub, "revision": None}))
 
-
 def convert_image_reward(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """The published tensors as "vision", "text" and "head", each named as in its module here.
+    """Split the published tensors into "vision", "text" and "head", with the names of the modules here.
 
     Raises:
-        ValueError: a key of none of these.
+        ValueError: For a key that belongs to none of them.
     """
     parts: dict[str, dict[str, Tensor]] = {"vision": {}, "text": {}, "head": {}}
     prefixes = {"blip.visual_encoder.": "vision", "blip.text_encoder.": "text", "mlp.": "head"}
@@ -2237,19 +2131,17 @@ def convert_image_reward(state: Mapping[str, Tensor]) -> dict[str, dict[str, Ten
         parts[part][image_reward_vision_name(name) if part == "vision" else name] = value
     return parts
 
-
 def image_reward_vision_name(name: str) -> str:
-    """The name in `BlipVisionModel` of a tensor of timm's ViT."""
+    """Convert the name of a tensor from timm's ViT to `BlipVisionModel`."""
     for pattern, replacement in IMAGE_REWARD_VISION_NAMES:
         name = re.sub(pattern, replacement, name)
     return name
 
-
 def image_reward_vision_config(state: Mapping[str, Tensor]) -> BlipVisionConfig:
-    """The dimensions of the image tower, read off its converted tensors: the checkpoint has no config for it.
+    """Infer the configuration of the image tower from its converted tensors; the checkpoint has none.
 
     Raises:
-        ValueError: naming those tensors that are missing.
+        ValueError: If tensors are missing; the message names them.
     """
     names = ("embeddings.position_embedding", "embeddings.patch_embedding.weight", "encoder.layers.0.mlp.fc1.weight")
     if missing := [name for name in names if name not in state]:
@@ -2266,37 +2158,33 @@ def image_reward_vision_config(state: Mapping[str, Tensor]) -> BlipVisionConfig:
         num_attention_heads=positions.shape[-1] // IMAGE_REWARD_HEAD_WIDTH,
         image_size=round((positions.shape[1] - 1) ** 0.5) * patches.shape[-1],
         patch_size=patches.shape[-1],
-        # timm's, and not the default of transformers, 1e-5, which moves the features by 6e-4.
+        # The value of timm. The default of transformers, 1e-5, would change the features by 6e-4.
         layer_norm_eps=1e-6,
     )
 
-
 def image_reward_text_config(settings: Mapping[str, Any], image_width: int) -> BlipTextConfig:
-    """med_config.json, a BERT config, as a config of transformers' BLIP; the image tower's width is not the file's.
+    """Convert med_config.json, a BERT config, to `BlipTextConfig`. The file's `encoder_width` is ignored.
 
     Raises:
-        ValueError: naming the settings that are missing.
+        ValueError: If settings are missing; the message names them.
     """
     if missing := [name for name in IMAGE_REWARD_TEXT_SETTINGS if name not in settings]:
         raise ValueError(f"Expected med_config.json to hold a BERT config, but missing: {', '.join(missing)}.")
     own = {name: settings[name] for name in IMAGE_REWARD_TEXT_SETTINGS}
     return BlipTextConfig(**own, encoder_hidden_size=image_width, is_decoder=True)
 
-
 def image_reward_tokenizer(hub: Mapping[str, Any]) -> PreTrainedTokenizerBase:
-    """BERT's lower-case tokenizer and the two tokens that BLIP adds: [DEC], then [ENC]."""
+    """Load BERT's uncased tokenizer and add the two tokens of BLIP: [DEC], then [ENC]."""
     tokenizer = BertTokenizer.from_pretrained(IMAGE_REWARD_TOKENIZER, **hub)
     tokenizer.add_special_tokens({"bos_token": "[DEC]"})
     tokenizer.add_special_tokens({"additional_special_tokens": ["[ENC]"]})
     return tokenizer
 
-
 # rewards/preference/pick_score.py
-
 
 @register_reward("pickscore")
 class PickScore(CLIPScore):
-    """`exp(logit_scale) * cos(image, text)` of a CLIP that was trained on people's choices, mostly 17 to 24.
+    """`exp(logit_scale) * cos(image, text)` of a CLIP fine-tuned on human choices, mostly 17 to 24.
 
     "Pick-a-Pic: An Open Dataset of User Preferences for Text-to-Image Generation", https://arxiv.org/abs/2305.01569.
     The formula and the arguments are those of `CLIPScore`.
@@ -2308,37 +2196,34 @@ class PickScore(CLIPScore):
 
     @classmethod
     def load(cls, checkpoint: str, hub: dict[str, Any]) -> "PickScore":
-        # As on its model card: what is not the model comes from the CLIP that it was trained from.
+        # As on the model card, tokenizer and preprocessing come from the CLIP that was fine-tuned.
         source, source_hub = holder_of("tokenizer_config.json", checkpoint, CLIP_VIT_H, hub)
         tokenizer = AutoTokenizer.from_pretrained(source, **source_hub)
         source, source_hub = holder_of("preprocessor_config.json", checkpoint, CLIP_VIT_H, hub)
         transform = ImageTransform.from_processor_config(source, **source_hub)
         return cls(load_pretrained(CLIPModel, checkpoint, hub), tokenizer, transform)
 
-
 # rewards/preference/siglip.py
-
 
 HALF = (0.5, 0.5, 0.5)
 WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
-
 @register_reward("siglip", loads="siglip")
 class SigLIP(Reward):
-    """`exp(logit_scale) * cos(image, text) + logit_bias`, the logit of "this is the text of this image".
+    """`exp(logit_scale) * cos(image, text) + logit_bias`, the logit that image and text belong together.
 
     "Sigmoid Loss for Language Image Pre-Training", https://arxiv.org/abs/2303.15343. Norms, dot product, scale and bias
-    are float32 whatever the precision of the weights. Prompts are lower-cased and padded to the length of the context,
-    as in training; for the tokenizer of the first SigLIP they also lose their punctuation, as in transformers.
+    are float32 whatever the dtype of the weights. Prompts are lowercased and padded to the context length, as in
+    training; with the tokenizer of the first SigLIP punctuation is removed too, as in transformers.
 
     Args:
-        model: the SigLIP model; it is frozen.
-        tokenizer: the tokenizer of that model, with an end and a padding token.
-        image_transform: images in [0, 1] -> its pixels; by default a squash to the model's image size.
-        probability: the sigmoid of the logit, in [0, 1]. It hardly has a gradient where the model is sure.
+        model: The SigLIP model; it is frozen.
+        tokenizer: The tokenizer of the model, with an end and a padding token.
+        image_transform: Map from images in [0, 1] to pixels; by default a resize to the model's square image size.
+        probability: Return the sigmoid of the logit, in [0, 1]. Its gradient nearly vanishes near 0 and 1.
 
     Raises:
-        ValueError: a tokenizer without one of the two tokens.
+        ValueError: If the tokenizer lacks one of the two tokens.
     """
 
     name = "siglip"
@@ -2365,7 +2250,7 @@ class SigLIP(Reward):
         self.tokenizer = tokenizer
         self.image_transform = image_transform or ImageTransform(size=(edge, edge), crop=None, mean=HALF, std=HALF)
         self.probability = probability
-        # Numbers and not the parameters, which half precision rounds.
+        # Floats instead of the parameters, which half precision would round.
         self.logit_scale = model.logit_scale.detach().double().exp().item()
         self.logit_bias = model.logit_bias.detach().double().item()
         bounds = (self.logit_bias - self.logit_scale, self.logit_bias + self.logit_scale)
@@ -2377,24 +2262,24 @@ class SigLIP(Reward):
         return logits.sigmoid() if self.probability else logits
 
     def encode_image(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) images in [0, 1] -> (B, D) unit vectors, float32."""
+        """Return the unit embeddings (B, D), float32, of (B, 3, H, W) images in [0, 1]."""
         pixels = self.image_transform(images).to(self.dtype)
         return F.normalize(at_least_float32(self.model.vision_model(pixel_values=pixels).pooler_output), dim=-1)
 
     def encode_text(self, prompt: str) -> Tensor:
-        """(D,) unit vector of the prompt, truncated to the length the model was trained with."""
+        """Return the unit embedding (D,) of the prompt, truncated to the context length of the model."""
         ids = torch.tensor([self.token_ids(prompt)], device=self.device)
-        # No attention mask: padding was seen in training, and the text feature is that of the last position.
+        # No attention mask: the model was trained on padded text, and its text feature is that of the last position.
         return F.normalize(at_least_float32(self.model.text_model(input_ids=ids).pooler_output), dim=-1)[0]
 
     def token_ids(self, prompt: str) -> list[int]:
-        """The prompt, an end token that truncation does not cut, and padding up to the length of the context.
+        """Tokenize a prompt: truncate, append the end token, and pad to the context length.
 
-        End and padding are set here, since repositories differ in whether their tokenizer does it, and on which side.
+        The end token and padding are added here because tokenizers of different repositories disagree about them.
         """
         length, eos, pad = self.context_length, self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
         text = prompt.lower()
-        # The first SigLIP pads with its end token; SigLIP 2 has the tokenizer of Gemma.
+        # The first SigLIP pads with its end token; SigLIP 2 uses the tokenizer of Gemma.
         if eos == pad:
             text = " ".join(text.translate(WITHOUT_PUNCTUATION).split())
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"][: length - 1] + [eos]
@@ -2406,26 +2291,23 @@ class SigLIP(Reward):
 
     @classmethod
     def load(cls, checkpoint: str, hub: dict[str, Any]) -> "SigLIP":
-        # Not AutoTokenizer: for the first SigLIP it insists on the sentencepiece package.
+        # For the first SigLIP, AutoTokenizer would require the sentencepiece package.
         tokenizer = PreTrainedTokenizerFast.from_pretrained(checkpoint, **hub)
         transform = ImageTransform.from_processor_config(checkpoint, **hub)
         return cls(load_pretrained(SiglipModel, checkpoint, hub), tokenizer, transform)
-
 
 @register_reward("siglip2")
 class SigLIP2(SigLIP):
     """`SigLIP` with the weights of "SigLIP 2", https://arxiv.org/abs/2502.14786.
 
-    A folder of these weights is loaded as `SigLIP`, which reads it the same: both have one architecture.
+    A folder with these weights is loaded as `SigLIP`, which is equivalent because the architecture is the same.
     """
 
     name = "siglip2"
     default_checkpoint = "google/siglip2-so400m-patch14-384"
     parameter_count = 1_136_008_498
 
-
 # rewards/sets/cosine_kernel.py
-
 
 def cosine_kernel(features: Tensor) -> Tensor:
     """(..., N, N) cosines of (..., N, D) features, float64 and with a gradient, whatever the features are.
@@ -2442,14 +2324,11 @@ def cosine_kernel(features: Tensor) -> Tensor:
     directions = F.normalize(features.to(device).double(), dim=-1)
     return directions @ directions.mT
 
-
 def kernels_of_set(features: Tensor) -> Tensor:
     """The kernel (N, N) of (N, D) features, or the kernels (P, N, N) of each position of (N, P, D)."""
     return cosine_kernel(features.transpose(0, 1) if features.ndim == 3 else features)
 
-
 # rewards/features/auto_features.py
-
 
 class AutoFeatures:
     """Loader of the features that a name, a Hub id or a folder refers to."""
@@ -2486,7 +2365,6 @@ class AutoFeatures:
         published = (entry for entry in FEATURES.entries.values() if entry.default_checkpoint == path)
         return next(published, ImageFeatures).from_pretrained(path, **hub, dtype=dtype, device=device)
 
-
 def find_features(name_or_path: str) -> type[Features] | None:
     """Return the class registered under a name, or None for a Hub id or an existing folder.
 
@@ -2497,9 +2375,7 @@ def find_features(name_or_path: str) -> type[Features] | None:
         return None
     return FEATURES.find(name_or_path, ", a Hub id such as 'org/name' or a folder")
 
-
 # rewards/sets/pairwise_distance.py
-
 
 class PairwiseDistance(nn.Module):
     """`distance(images_a, images_b) -> (N, M)`, with a gradient to both, in the metric that the features are made for.
@@ -2536,7 +2412,6 @@ class PairwiseDistance(nn.Module):
             )
         return DISTANCES[self.features.metric](features_a, features_b)
 
-
 def cosine_distance(features_a: Tensor, features_b: Tensor) -> Tensor:
     """1 - cos of (N, D) and (M, D), or of (N, P, D) and (M, P, D) the mean over P, in [0, 2], to (N, M).
 
@@ -2546,7 +2421,6 @@ def cosine_distance(features_a: Tensor, features_b: Tensor) -> Tensor:
     positions = units_a.shape[1] // features_a.shape[-1]
     return 1 - units_a @ units_b.mT / positions
 
-
 def l2_distance(features_a: Tensor, features_b: Tensor) -> Tensor:
     """‖a - b‖ over all numbers of an image, (N, M); its gradient is 0 where a = b.
 
@@ -2554,13 +2428,11 @@ def l2_distance(features_a: Tensor, features_b: Tensor) -> Tensor:
     """
     return torch.cdist(features_a.flatten(1), features_b.flatten(1), compute_mode="donot_use_mm_for_euclid_dist")
 
-
 def squared_l2_distance(features_a: Tensor, features_b: Tensor) -> Tensor:
     """‖a - b‖² over all numbers of an image, (N, M), as ‖a‖² + ‖b‖² - 2ab: LPIPS has too many for N M differences."""
     vectors_a, vectors_b = features_a.flatten(1), features_b.flatten(1)
     squares = vectors_a.square().sum(1)[:, None] + vectors_b.square().sum(1)
     return (squares - 2 * vectors_a @ vectors_b.mT).clamp_min(0)
-
 
 DISTANCES: dict[FeatureMetric, Callable[[Tensor, Tensor], Tensor]] = {
     "cosine": cosine_distance,
@@ -2568,12 +2440,9 @@ DISTANCES: dict[FeatureMetric, Callable[[Tensor, Tensor], Tensor]] = {
     "squared_l2": squared_l2_distance,
 }
 
-
 # rewards/sets/set_reward.py
 
-
 SetRewardT = TypeVar("SetRewardT", bound="SetReward")
-
 
 class SetReward(nn.Module):
     """Scores a set of images by its features: `set_reward(images) -> scalar`, float32, higher is better.
@@ -2679,9 +2548,7 @@ class SetReward(nn.Module):
         """On the features of a name, a Hub id or a folder, by default `default_features`."""
         return cls(AutoFeatures.from_pretrained(features or cls.default_features, dtype=dtype, device=device))
 
-
 SET_REWARDS: Registry[type[SetReward]] = Registry("set reward")
-
 
 def register_set_reward(name: str) -> Callable[[type[SetRewardT]], type[SetRewardT]]:
     """Register a class of set rewards under a name.
@@ -2691,16 +2558,13 @@ def register_set_reward(name: str) -> Callable[[type[SetRewardT]], type[SetRewar
     """
     return SET_REWARDS.register(name)  # pyright: ignore[reportReturnType]
 
-
 def list_set_rewards() -> list[str]:
     """The registered names, sorted."""
     return SET_REWARDS.names()
 
-
 def find_set_reward(name: str) -> type[SetReward]:
     """The class of a name. Raises `ValueError` for one that is not registered."""
     return SET_REWARDS.find(name)
-
 
 @register_set_reward("pairwise")
 class PairwiseDiversity(SetReward):
@@ -2722,12 +2586,9 @@ class PairwiseDiversity(SetReward):
         first, second = torch.triu_indices(len(features), len(features), offset=1)
         return self.distance.between(features, features)[first, second].mean()
 
-
 # rewards/sets/dpp.py
 
-
 DPP_JITTER = 1e-6
-
 
 @register_set_reward("dpp")
 class DPP(SetReward):
@@ -2757,7 +2618,6 @@ class DPP(SetReward):
     def bounds(self, count: int) -> tuple[float, float]:
         return math.log(1 + count) / (count * math.log(2)), 1.0
 
-
 @register_set_reward("dpp_patch")
 class DPPPatch(DPP):
     """`DPP` patch by patch: images must differ everywhere, or at least where others of the set agree."""
@@ -2765,9 +2625,7 @@ class DPPPatch(DPP):
     name = "dpp_patch"
     default_features = "dinov2_patch"
 
-
 # rewards/sets/vendi.py
-
 
 @register_set_reward("vendi")
 class Vendi(SetReward):
@@ -2804,7 +2662,6 @@ class Vendi(SetReward):
     def bounds(self, count: int) -> tuple[float, float]:
         return 1.0, float(count)
 
-
 @register_set_reward("vendi_2")
 class VendiOrder2(Vendi):
     """`1 / ‖K / N‖²`, the Vendi score of order 2 (RKE, https://arxiv.org/abs/2211.02242): no eigenvalues, smooth."""
@@ -2812,14 +2669,12 @@ class VendiOrder2(Vendi):
     name = "vendi_2"
     order = 2.0
 
-
 @register_set_reward("vendi_inf")
 class VendiOrderInfinity(Vendi):
     """1 / the largest eigenvalue of K / N: only how much all images have in common counts."""
 
     name = "vendi_inf"
     order = math.inf
-
 
 def vendi_score(features: Tensor, q: float = 1.0) -> Tensor:
     """The effective number of different images: exp of the Rényi entropy of the eigenvalues λ of the cosine kernel / N.
@@ -2842,7 +2697,6 @@ def vendi_score(features: Tensor, q: float = 1.0) -> Tensor:
         raise ValueError(f"Expected an order of 0 or more for the Vendi score, but got {q}.")
     return kernel_vendi(cosine_kernel(features), q, torch.finfo(features.dtype).eps)
 
-
 def kernel_vendi(kernel: Tensor, q: float, features_eps: float) -> Tensor:
     """The Vendi score of order q of (..., N, N) kernels of features whose type has that ε; see `vendi_score`."""
     count = kernel.shape[-1]
@@ -2854,7 +2708,6 @@ def kernel_vendi(kernel: Tensor, q: float, features_eps: float) -> Tensor:
         return 1 / shares[..., -1]
     return hill_number(shares, q, floor=count * (features_eps if q < 1 else torch.finfo(kernel.dtype).eps))
 
-
 def hill_number(shares: Tensor, q: float, floor: float) -> Tensor:
     """`(Σ λ^q)^(1 / (1 - q))` of (..., N) shares over those above `floor` times the largest, or its limit for q = 1."""
     counted = shares > floor * shares.amax(-1, keepdim=True)
@@ -2864,30 +2717,28 @@ def hill_number(shares: Tensor, q: float, floor: float) -> Tensor:
         return (-(shares * shares.log()).sum(-1)).exp()
     return (shares.pow(q) * counted).sum(-1).pow(1 / (1 - q))
 
-
 # rewards/vlm/blip_vqa.py
-
 
 @register_reward("blip_vqa", loads="BlipForQuestionAnswering")
 class BlipVQA(Reward):
     """`exp(mean_i log p(answer_i | answer_<i, question, image))` over the answer's tokens and the end token.
 
-    BLIP: https://arxiv.org/abs/2201.12086. It is `exp(-loss)` of transformers' model, per image. The default question
-    is VQAScore's (https://arxiv.org/abs/2404.01291) without "Please answer yes or no.", which BLIP was not trained to
-    read; T2I-CompBench (https://arxiv.org/abs/2307.06350) asks `question="{}?"` of each noun phrase and takes the
-    product. As in transformers the question begins with [CLS]; the BLIP repository puts [ENC] there.
+    BLIP: https://arxiv.org/abs/2201.12086. The score equals `exp(-loss)` of transformers' model, per image. The default
+    question is that of VQAScore (https://arxiv.org/abs/2404.01291) without "Please answer yes or no.", which BLIP was
+    not trained on. T2I-CompBench (https://arxiv.org/abs/2307.06350) uses `question="{}?"` for each noun phrase and
+    multiplies the scores. As in transformers, the question begins with [CLS]; the BLIP repository uses [ENC].
 
     Args:
-        model: the BLIP model; it is frozen.
-        tokenizer: the tokenizer of that model.
-        image_transform: images in [0, 1] -> its pixels; by default a bicubic resize to the model's square image size
-            with CLIP's mean and deviation.
-        question: what is asked, with "{}" where the prompt goes.
-        answer: the answer whose probability is the score.
+        model: The BLIP model; it is frozen.
+        tokenizer: The tokenizer of the model.
+        image_transform: Map from images in [0, 1] to pixels; by default a bicubic resize to the model's square image
+            size, normalized with CLIP's mean and standard deviation.
+        question: The question, with "{}" for the prompt.
+        answer: The answer whose probability is the score.
 
     Raises:
-        ValueError: a question without "{}", an empty answer, or a tokenizer that does not end texts with the model's
-            `sep_token_id`.
+        ValueError: For a question without "{}", an empty answer, or a tokenizer that does not end texts with the
+            model's `sep_token_id`.
     """
 
     name = "blip_vqa"
@@ -2906,11 +2757,11 @@ class BlipVQA(Reward):
         answer: str = "yes",
     ):
         if "{}" not in question:
-            raise ValueError(f"Expected a question with '{{}}' where the prompt goes, but got {question!r}.")
+            raise ValueError(f"Expected a question with '{{}}' for the prompt, but got {question!r}.")
         super().__init__(model=model)
         edge = cast(int, model.vision_model.config.image_size)
         text_config = model.text_encoder.config
-        # Not cut to the 35 tokens of BLIP's own code: that would take the end of the question.
+        # BLIP's own code truncates to 35 tokens, which would cut off the end of the question.
         self.tokens = PromptTokens(tokenizer, text_config.max_position_embeddings, padding="longest")
         self.image_transform = image_transform or ImageTransform(size=(edge, edge), crop=None)
         self.question = question
@@ -2918,12 +2769,12 @@ class BlipVQA(Reward):
         self.answer_ids = blip_answer_ids(tokenizer, answer, start, end)
 
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
-        # Not through the model's own forward: it returns one loss for the whole batch.
+        # The model's own forward returns one loss for the whole batch.
         pixels = self.image_transform(images).to(self.dtype)
         patches = self.model.vision_model(pixel_values=pixels).last_hidden_state
         questions = [self.question.replace("{}", prompt) for prompt in prompts]
         ids, mask = self.tokens(questions, torch.device("cpu"))
-        # Questions of one length at a time, unpadded: the decoder of transformers 5.23 also reads what is masked.
+        # One question length at a time, without padding: the decoder of transformers 5.23 ignores the padding mask.
         lengths = mask.sum(1)
         groups = [torch.nonzero(lengths == length)[:, 0] for length in lengths.unique()]
         scores = [
@@ -2933,7 +2784,7 @@ class BlipVQA(Reward):
         return torch.cat(scores)[torch.cat(groups).argsort()]
 
     def answer_probability(self, patches: Tensor, question_ids: Tensor) -> Tensor:
-        """(B, P, D) image features and (B, L) ids of questions of equal length -> (B,)."""
+        """Return the scores (B,) for image features (B, P, D) and question ids (B, L) of equal length."""
         ids = question_ids.to(patches.device)
         question = self.model.text_encoder(input_ids=ids, encoder_hidden_states=patches).last_hidden_state
         answer = torch.tensor(self.answer_ids, device=patches.device).expand(len(patches), -1)
@@ -2948,12 +2799,11 @@ class BlipVQA(Reward):
         tokenizer = AutoTokenizer.from_pretrained(checkpoint, **hub)
         return cls(model, tokenizer, ImageTransform.from_processor_config(checkpoint, **hub))
 
-
 def blip_answer_ids(tokenizer: PreTrainedTokenizerBase, answer: str, start: int, end: int) -> list[int]:
-    """The answer as the decoder was trained on it: `start` in place of [CLS], the tokens, [SEP].
+    """Tokenize the answer as in the decoder's training: `start` instead of [CLS], the tokens, [SEP].
 
     Raises:
-        ValueError: an answer without tokens, or one that does not end with `end`.
+        ValueError: If the answer has no tokens or does not end with `end`.
     """
     ids = tokenizer(answer)["input_ids"]
     if ids[-1] != end:
@@ -2965,44 +2815,43 @@ def blip_answer_ids(tokenizer: PreTrainedTokenizerBase, answer: str, start: int,
         raise ValueError(f"Expected an answer of at least one token, but got {answer!r}.")
     return [start, *ids[1:]]
 
-
 # rewards/vlm/vlm_pixels.py
 
-
 def vlm_pixels(images: Tensor, image_processor: Any) -> Tensor:
-    """What an image processor makes of its input, from (B, 3, H, W) images in [0, 1], with a gradient.
+    """Differentiable counterpart of an image processor, for (B, 3, H, W) images in [0, 1].
 
-    The size and filter of the resize, the crop, mean and standard deviation are the processor's own. Each image is one
-    tile: processors that cut large images into several are asked not to.
+    Resize, crop, mean and standard deviation follow the settings of the processor. Each image is one tile: the option
+    of some processors to split large images is off.
 
     Returns:
-        `pixel_values` in the layout of the processor, in float32 or more: (B, 3, h, w); (B * patches, values of a
-        patch) for Qwen's; (B, 1, 3, h, w) for those of Idefics 3 and SmolVLM.
+        `pixel_values` in the layout of the processor, in float32 or more: (B, 3, h, w); (B * patches, values per patch)
+        for Qwen; (B, 1, 3, h, w) for Idefics 3 and SmolVLM.
 
     Raises:
-        ValueError: for a class of processor that is not in `PIXEL_LAYOUTS`.
+        ValueError: For a processor class that is not in `PIXEL_LAYOUTS`.
     """
     return PIXEL_LAYOUTS[image_processor_kind(image_processor)](images, image_processor)
 
-
 def image_processor_kind(image_processor: Any) -> str:
-    """The name of its class without the backend: "CLIPImageProcessor" of `CLIPImageProcessorPil` too."""
+    """Return the class name without the backend: "CLIPImageProcessor" for `CLIPImageProcessorPil`, too.
+
+    Raises:
+        ValueError: If the class is not in `PIXEL_LAYOUTS`.
+    """
     kind = type(image_processor).__name__.removesuffix("Pil").removesuffix("Fast")
     if kind not in PIXEL_LAYOUTS:
         raise ValueError(
-            f"Expected an image processor out of {sorted(PIXEL_LAYOUTS)}, but got {kind}. Pass `preprocess=`, images "
-            "(B, 3, H, W) in [0, 1] -> `pixel_values`."
+            f"Expected an image processor out of {sorted(PIXEL_LAYOUTS)}, but got {kind}. Pass `preprocess=`, a "
+            "function from images (B, 3, H, W) in [0, 1] to `pixel_values`."
         )
     return kind
 
-
 def one_tile(images: Tensor, image_processor: Any) -> Tensor:
-    """(B, 3, H, W) -> (B, 3, h, w): shorter side and crop as CLIP has it, or an exact size, whatever is set."""
+    """Map (B, 3, H, W) to (B, 3, h, w): shorter side and crop as in CLIP, or an exact size, as configured."""
     return ImageTransform.from_processor_config(image_processor.to_dict())(images)
 
-
 def qwen_patches(images: Tensor, image_processor: Any) -> Tensor:
-    """(B, 3, H, W) -> (B * gh * gw, 3 * 2 * p * p): the patches of Qwen2-VL and later, image by image."""
+    """Map (B, 3, H, W) to the patches of Qwen2-VL and later, (B * gh * gw, 3 * 2 * p * p), image by image."""
     settings = image_processor.to_dict()
     patch, merge, bounds = settings["patch_size"], settings["merge_size"], settings["size"]
     height, width = images.shape[-2:]
@@ -3011,9 +2860,8 @@ def qwen_patches(images: Tensor, image_processor: Any) -> Tensor:
     pixels = ImageTransform.from_processor_config(settings)(images)
     return patchify(pixels, patch, merge, settings["temporal_patch_size"])
 
-
 def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """The size that Qwen-VL sees: multiples of `factor`, between two numbers of pixels, the aspect about kept.
+    """Return the (height, width) of Qwen-VL: multiples of `factor`, bounded area, about the same aspect ratio.
 
     Source: `smart_resize` of transformers, `models/qwen2_vl/image_processing_qwen2_vl.py`.
     """
@@ -3026,11 +2874,10 @@ def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixe
         return math.ceil(height * grow) * factor, math.ceil(width * grow) * factor
     return size
 
-
 def patchify(pixels: Tensor, patch: int, merge: int, temporal: int) -> Tensor:
-    """(B, C, H, W) -> (B * gh * gw, C * temporal * patch * patch), in the order of Qwen's processors.
+    """Map (B, C, H, W) to (B * gh * gw, C * temporal * patch * patch), in the order of Qwen's processors.
 
-    Patches that the model merges, `merge` by `merge`, follow one another; an image is `temporal` equal frames.
+    The `merge` × `merge` patches that the model merges are adjacent; an image is repeated as `temporal` frames.
     """
     batch, channels, height, width = pixels.shape
     rows, columns = height // patch, width // patch
@@ -3039,9 +2886,8 @@ def patchify(pixels: Tensor, patch: int, merge: int, temporal: int) -> Tensor:
     blocks = blocks.expand(*blocks.shape[:6], temporal, patch, patch)
     return blocks.reshape(batch * rows * columns, channels * temporal * patch * patch)
 
-
 def idefics_tile(images: Tensor, image_processor: Any) -> Tensor:
-    """(B, 3, H, W) -> (B, 1, 3, e, e): to the longest edge, then squashed to a square, as without image splitting."""
+    """Map (B, 3, H, W) to (B, 1, 3, e, e): resized to the longest edge, then to a square, without image splitting."""
     settings = image_processor.to_dict()
     edge = settings["max_image_size"]["longest_edge"]
     pixels = straight_through_clamp(at_least_float32(images))
@@ -3052,9 +2898,8 @@ def idefics_tile(images: Tensor, image_processor: Any) -> Tensor:
     finish = ImageTransform.from_processor_config({**settings, "size": square, "do_resize": False, "resample": 3})
     return finish(pixels)[:, None]
 
-
 def longest_edge_even(height: int, width: int, edge: int) -> tuple[int, int]:
-    """The (height, width) that brings the longer side to `edge`; the other is cut to a whole number, then made even.
+    """Return the (height, width) whose longer side is `edge`; the other is rounded down, then up to an even number.
 
     Source: `_resize_output_size_rescale_to_max_len` of transformers, `models/idefics3/image_processing_idefics3.py`.
     """
@@ -3062,25 +2907,22 @@ def longest_edge_even(height: int, width: int, edge: int) -> tuple[int, int]:
     shorter = max(1, shorter + shorter % 2)
     return (shorter, edge) if width >= height else (edge, shorter)
 
-
 def lanczos_resize(images: Tensor, size: tuple[int, int]) -> Tensor:
-    """Pillow's Lanczos filter on (B, C, H, W) in [0, 1]: two passes, each of them clamped as uint8 would be."""
+    """Resize (B, C, H, W) in [0, 1] with Pillow's Lanczos filter, in two passes, each clamped like uint8."""
     for height, width in (first_pass_size(images.shape[-2], images.shape[-1], size), size):
         down, across = lanczos_weights(images.shape[-2], height), lanczos_weights(images.shape[-1], width)
         images = straight_through_clamp(down.to(images) @ images @ across.to(images).T)
     return images
 
-
 def lanczos_weights(length: int, target: int) -> Tensor:
-    """(target, length) float64, rows that sum to 1: a windowed sinc over three lobes, wider when it shrinks."""
+    """Return (target, length) float64 weights, a windowed sinc of three lobes, whose rows sum to 1."""
     scale = length / target
     centers = (torch.arange(target, dtype=torch.float64) + 0.5) * scale
     offsets = (torch.arange(length, dtype=torch.float64) + 0.5 - centers[:, None]) / max(scale, 1.0)
     weights = torch.where(offsets.abs() < 3, torch.sinc(offsets) * torch.sinc(offsets / 3), 0.0)
     return weights / weights.sum(1, keepdim=True)
 
-
-# The class of an image processor, without its backend -> what it does to images
+# Class name of an image processor, without its backend -> its differentiable counterpart
 PIXEL_LAYOUTS: dict[str, Callable[[Tensor, Any], Tensor]] = {
     "BlipImageProcessor": one_tile,
     "CLIPImageProcessor": one_tile,
@@ -3092,43 +2934,37 @@ PIXEL_LAYOUTS: dict[str, Callable[[Tensor, Any], Tensor]] = {
     "SmolVLMImageProcessor": idefics_tile,
 }
 
-
 # rewards/vlm/vlm_inputs.py
 
-
-PIXEL_TOLERANCE = 0.05  # in normalised units: three grey levels
-ANSWER_ROOM = 8  # tokens of the context that are kept free for an answer
+PIXEL_TOLERANCE = 0.05  # in normalized units, about three gray levels
+ANSWER_ROOM = 8  # tokens of the context reserved for the answer
 
 Placeholder = Callable[[PretrainedConfig, Mapping[str, Tensor], str], str]
 
-
 def qwen_placeholder(config: PretrainedConfig, pixels: Mapping[str, Tensor], token: str) -> str:
-    """One token for each patch that is left after merging."""
+    """Return one token per merged patch."""
     merge: int = config.vision_config.spatial_merge_size
     return token * (int(pixels["image_grid_thw"].prod()) // merge**2)
 
-
 def internvl_placeholder(config: PretrainedConfig, pixels: Mapping[str, Tensor], token: str) -> str:
-    """The tokens of one tile between those that begin and end an image."""
+    """Return the tokens of one tile between the begin and end tokens of an image."""
     return "<img>" + token * config.image_seq_length + "</img>"
 
-
 def smolvlm_placeholder(config: PretrainedConfig, pixels: Mapping[str, Tensor], token: str) -> str:
-    """The tokens of one tile, announced as the whole image."""
+    """Return the tokens of one tile, marked as the global image."""
     vision = config.vision_config
     count = (vision.image_size // vision.patch_size) ** 2 // config.scale_factor**2
     return "<fake_token_around_image><global-img>" + token * count + "<fake_token_around_image>"
 
-
 @dataclass(frozen=True, kw_only=True)
 class VLMFamily:
-    """How checkpoints of one model type are asked.
+    """Query format of the checkpoints of one model type.
 
     Attributes:
-        prompt: the text around a question for checkpoints that come without a chat template.
-        settings: arguments of the processor, such that an image is one tile.
-        placeholder: what stands in the text for an image, for families whose processor needs torchvision.
-        answer_type: the `token_type_ids` of an answer.
+        prompt: The text around a question, for checkpoints without a chat template.
+        settings: Arguments that make the processor treat an image as one tile.
+        placeholder: Function that returns the text of an image, for families whose processor requires torchvision.
+        answer_type: The `token_type_ids` of answer tokens.
     """
 
     prompt: str | None = None
@@ -3136,8 +2972,7 @@ class VLMFamily:
     placeholder: Placeholder | None = None
     answer_type: int = 0
 
-
-# `model_type` of a config.json -> how it is asked
+# `model_type` of a config.json -> its query format
 VLM_FAMILIES: dict[str, VLMFamily] = {
     "blip-2": VLMFamily(prompt="Question: {} Answer:"),
     "gemma3": VLMFamily(settings={"do_pan_and_scan": False}),
@@ -3145,7 +2980,7 @@ VLM_FAMILIES: dict[str, VLMFamily] = {
     "instructblip": VLMFamily(prompt="Question: {}"),
     "internvl": VLMFamily(settings={"crop_to_patches": False}, placeholder=internvl_placeholder),
     "llava": VLMFamily(prompt="USER: <image>\n{} ASSISTANT:"),
-    # What the model reads is attended to in both directions (0), what it writes is causal (1).
+    # Attention is bidirectional for the input (0) and causal for the answer (1).
     "paligemma": VLMFamily(prompt="<image>answer en {}", answer_type=1),
     "qwen2_5_vl": VLMFamily(placeholder=qwen_placeholder),
     "qwen2_vl": VLMFamily(placeholder=qwen_placeholder),
@@ -3153,22 +2988,20 @@ VLM_FAMILIES: dict[str, VLMFamily] = {
     "smolvlm": VLMFamily(settings={"do_image_splitting": False}, placeholder=smolvlm_placeholder),
 }
 
-
 def vlm_family(model_type: str) -> VLMFamily:
-    """The family of a model type. Raises `ValueError` for one that is not written here."""
+    """Return the family of a model type. Raises `ValueError` if it is not supported."""
     if model_type not in VLM_FAMILIES:
         raise ValueError(
             f"Expected a vision-language model of the type {sorted(VLM_FAMILIES)}, but got '{model_type}', whose "
-            "pixels are not written here. Load model and processor yourself and pass `VQAScorer` also `preprocess=`, "
-            "images (B, 3, H, W) in [0, 1] -> `pixel_values`."
+            "preprocessing is not implemented. Load model and processor yourself and pass them to `VQAScorer` with "
+            "`preprocess=`, a function from images (B, 3, H, W) in [0, 1] to `pixel_values`."
         )
     return VLM_FAMILIES[model_type]
 
-
 class TokenizerAndImageProcessor:
-    """A tokenizer and an image processor in place of a processor class that cannot be built without torchvision.
+    """Processor for images and text that does not require torchvision.
 
-    Those of families that also take videos ask for it, though images do not need it.
+    The processor classes of families that also accept videos require it, even for images.
     """
 
     def __init__(
@@ -3198,16 +3031,15 @@ class TokenizerAndImageProcessor:
         add_special_tokens: bool = True,
         **settings: Any,
     ) -> dict[str, Tensor]:
-        """The inputs of the model for one image in one text."""
+        """Return the model inputs for one text with one image."""
         pixels = self.image_processor(images=images, return_tensors=return_tensors, **settings)
         filled = text[0].replace(self.image_token, self.placeholder(self.config, pixels, self.image_token), 1)
         tokens = self.tokenizer([filled], return_tensors=return_tensors, add_special_tokens=add_special_tokens)
         kinds = (tokens["input_ids"] == self.config.image_token_id).long()
         return {**tokens, **pixels, "mm_token_type_ids": kinds}
 
-
 def load_vlm_processor(checkpoint: str, config: PretrainedConfig, hub: Mapping[str, Any]) -> Any:
-    """The processor of a checkpoint, or what stands in for it without torchvision."""
+    """Load the processor of a checkpoint, or its replacement that does not require torchvision."""
     placeholder = vlm_family(config.model_type).placeholder
     if placeholder is None:
         return AutoProcessor.from_pretrained(checkpoint, **hub)
@@ -3216,33 +3048,32 @@ def load_vlm_processor(checkpoint: str, config: PretrainedConfig, hub: Mapping[s
     settings, _ = ProcessorMixin.get_processor_dict(checkpoint, **hub)
     return TokenizerAndImageProcessor(tokenizer, image_processor, config, placeholder, settings.get("chat_template"))
 
-
 def probe_image(height: int, width: int) -> Tensor:
-    """(1, 3, height, width) in [0, 1], of 256 levels; so smooth that all antialiasing filters agree on it."""
+    """Return a (1, 3, height, width) image in [0, 1] with 256 levels, smooth enough for all resize filters to agree."""
     coarse = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     smooth = F.interpolate(coarse, (height, width), mode="bicubic").clamp(0, 1)
     return (smooth * 255).round() / 255
 
-
 class VLMInputs:
-    """The inputs of a vision-language model: pixels with a gradient, and the rest once for each text and image size.
+    """Inputs of a vision-language model: differentiable pixels, and other inputs cached by text and image size.
 
-    The rest comes from the checkpoint's own processor, called on a probe image. On that occasion our pixels of the
-    probe are compared with the processor's.
+    The other inputs come from the checkpoint's own processor, called on a probe image. Its pixels for the probe are
+    compared with the differentiable ones.
 
     Args:
-        model: tells the family, and which inputs it takes.
-        processor: a transformers processor, or `TokenizerAndImageProcessor`.
-        preprocess: images (B, 3, H, W) in [0, 1] -> `pixel_values`, instead of ours; it is not compared.
-        prompt_format: the text around a question, "{}", with the image token if the family writes one; by default the
-            chat template of the processor, else the family's own.
+        model: The model, which determines the family and the accepted inputs.
+        processor: A transformers processor or a `TokenizerAndImageProcessor`.
+        preprocess: Map from images (B, 3, H, W) in [0, 1] to `pixel_values`, instead of the built-in one; it is not
+            compared with the processor.
+        prompt_format: The text around a question, with "{}" for the question, and the image token if the family needs
+            one; by default the chat template of the processor, else that of the family.
 
     Attributes:
-        pixel_errors: (height, width) -> the largest difference from the processor's pixels, in normalised units.
+        pixel_errors: (height, width) -> the largest difference from the processor's pixels, in normalized units.
 
     Raises:
-        ValueError: for a family or image processor that is not written here, unless there is a `preprocess`; without
-            any text around a question, or with one that has no "{}".
+        ValueError: For an unsupported family or image processor without `preprocess`, if there is neither a chat
+            template nor a `prompt_format`, or for a `prompt_format` without "{}".
     """
 
     def __init__(
@@ -3253,9 +3084,7 @@ class VLMInputs:
         prompt_format: str | None = None,
     ):
         if prompt_format is not None and "{}" not in prompt_format:
-            raise ValueError(
-                f"Expected a `prompt_format` with {{}} in place of the question, but got {prompt_format!r}."
-            )
+            raise ValueError(f"Expected a `prompt_format` with {{}} for the question, but got {prompt_format!r}.")
         kind = model.config.model_type
         self.family = vlm_family(kind) if preprocess is None else VLM_FAMILIES.get(kind, VLMFamily())
         self.processor = processor
@@ -3270,31 +3099,31 @@ class VLMInputs:
         self.surround("")
 
     def pixels(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) in [0, 1] -> `pixel_values` of the model, in float32 or more."""
+        """Return the `pixel_values`, in float32 or more, of (B, 3, H, W) images in [0, 1]."""
         if self.preprocess is not None:
             return self.preprocess(images)
         return vlm_pixels(images, self.processor.image_processor)
 
     def __call__(self, template: str, prompt: str, size: tuple[int, int]) -> dict[str, Tensor]:
-        """All inputs but pixels for one image of (height, width), each (1, ...), on the CPU.
+        """Return all inputs except pixels for one image of (height, width), each (1, ...), on the CPU.
 
         Args:
-            template: the question, "{}" for the prompt.
-            prompt: cut at its end if the context is too short.
+            template: The question, with "{}" for the prompt.
+            prompt: The prompt, truncated at its end if the context is too short.
             size: (height, width) of the image.
 
         Raises:
-            ValueError: our pixels are not the processor's, or no context is left for a prompt.
+            ValueError: If the differentiable pixels differ from the processor's, or no context is left for a prompt.
         """
         key = template, prompt, size
         if key not in self.cache:
-            # Tensors made in inference mode could never enter a graph later.
+            # Tensors created in inference mode could not enter a graph later.
             with torch.inference_mode(False), torch.no_grad():
                 self.cache[key] = self.build(template, prompt, size)
         return self.cache[key]
 
     def build(self, template: str, prompt: str, size: tuple[int, int]) -> dict[str, Tensor]:
-        """The same, not from the cache."""
+        """Build the inputs without the cache."""
         token = getattr(self.processor, "image_token", None)
         if token is not None and str(token) in prompt:
             raise ValueError(
@@ -3311,17 +3140,17 @@ class VLMInputs:
         return {name: value for name, value in reference.items() if name in wanted}
 
     def process(self, question: str, image: Tensor) -> Mapping[str, Tensor]:
-        """The processor's output for a question about an image (1, 3, H, W)."""
+        """Return the processor's output for a question about an image (1, 3, H, W)."""
         text = self.surround(question)
         picture = Image.fromarray((image[0].permute(1, 2, 0) * 255).round().byte().numpy())
         settings = dict(self.family.settings)
-        # Chat templates that begin with the token of the beginning do not want a second one.
+        # If the chat template already begins with the BOS token, the tokenizer must not add a second one.
         if (begin := self.processor.tokenizer.bos_token) and text.startswith(begin):
             settings["add_special_tokens"] = False
         return self.processor(text=[text], images=[picture], return_tensors="pt", **settings)
 
     def surround(self, question: str) -> str:
-        """The whole text for a question."""
+        """Return the complete text for a question."""
         if self.prompt_format is not None:
             return self.prompt_format.replace("{}", question)
         if getattr(self.processor, "chat_template", None) is not None:
@@ -3334,77 +3163,74 @@ class VLMInputs:
         return self.family.prompt.replace("{}", question)
 
     def excess(self, reference: Mapping[str, Tensor]) -> int:
-        """By how many tokens a text is too long; 0 or less if it is not."""
+        """Return the number of tokens beyond the context length; 0 or less if the text fits."""
         lengths = {name: reference[name].shape[1] for name in self.limits if name in reference}
         return max(int(length + ANSWER_ROOM - self.limits[name]) for name, length in lengths.items())
 
     def shortened(self, prompt: str, excess: int) -> str:
-        """A prompt without its last `excess` tokens, about."""
+        """Remove about the last `excess` tokens of a prompt."""
         count = len(self.processor.tokenizer(prompt, add_special_tokens=False)["input_ids"])
         if count <= excess:
             raise ValueError(
                 f"Expected a context of at least {excess - count} tokens more than {self.limits} for the image and the "
-                "question alone. Use smaller images or a shorter question."
+                "question without a prompt. Use smaller images or a shorter question."
             )
         return prompt[: len(prompt) * (count - excess) // count]
 
     def check_pixels(self, image: Tensor, expected: Tensor) -> None:
-        """Raise unless our pixels of an image are the processor's."""
+        """Raise `ValueError` unless the differentiable pixels of an image agree with the processor's."""
         pixels = self.pixels(image)
         error = float((pixels - expected).abs().max()) if pixels.shape == expected.shape else float("inf")
         if not error <= PIXEL_TOLERANCE:  # NaN too
             raise ValueError(
                 f"Expected the pixels of {type(self.processor.image_processor).__name__}, {tuple(expected.shape)}, but "
-                f"ours, {tuple(pixels.shape)}, differ by {error:.3g} from them. Pass `preprocess=`, images "
-                "(B, 3, H, W) in [0, 1] -> `pixel_values`."
+                f"ours, {tuple(pixels.shape)}, differ by {error:.3g} from them. Pass `preprocess=`, a function from "
+                "images (B, 3, H, W) in [0, 1] to `pixel_values`."
             )
         self.pixel_errors[(image.shape[-2], image.shape[-1])] = error
 
-
 def context_lengths(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:
-    """How many tokens each text input of a model may have."""
+    """Return the maximum number of tokens of each text input of a model."""
     text = getattr(config, "text_config", config)
     lengths = {"input_ids": min(getattr(text, "max_position_embeddings", float("inf")), tokenizer.model_max_length)}
     if (reader := getattr(config, "qformer_config", None)) is not None:
-        lengths["qformer_input_ids"] = reader.max_position_embeddings + ANSWER_ROOM  # it reads no answer
+        lengths["qformer_input_ids"] = reader.max_position_embeddings + ANSWER_ROOM  # it does not read the answer
     return lengths
 
-
 # rewards/vlm/vqa_score.py
-
 
 QUESTION = 'Does this figure show "{}"? Please answer yes or no.'
 VQAMode = Literal["answer", "answer_eos", "yesno", "logodds"]
 
-
 @register_reward("vqascore", loads=tuple(VLM_FAMILIES))
 class VQAScorer(Reward):
-    """P(yes) of `Does this figure show "{prompt}"? Please answer yes or no.` by an image-text-to-text model.
+    """Probability of "yes" to `Does this figure show "{prompt}"? Please answer yes or no.` by a vision-language model.
 
-    VQAScore: https://arxiv.org/abs/2404.01291. Modes, from the logits of the tokens of the answer, in float32:
+    VQAScore: https://arxiv.org/abs/2404.01291. The modes are functions of the answer's logits, in float32:
 
     - "answer": the probability, among all tokens, that the answer begins with one of `answers`; in [0, 1].
-    - "answer_eos": exp of the mean log-probability of the first of `answers` and the end of the text, as the paper has
-      it for CLIP-FlanT5; in [0, 1], and not comparable with "answer": about its square root.
-    - "logodds": log P(answers) - log P(negatives), unbounded. It does not saturate near 0 and 1, so its gradient is
-      the best conditioned one.
-    - "yesno": the sigmoid of that, in [0, 1].
+    - "answer_eos": exp of the mean log-probability of the first of `answers` and the end token, the paper's score for
+      CLIP-FlanT5; in [0, 1]. It is about the square root of "answer", so the two are not comparable.
+    - "logodds": log P(answers) - log P(negatives), unbounded. It does not saturate, so its gradient is the best
+      conditioned one.
+    - "yesno": the sigmoid of "logodds", in [0, 1].
 
-    `from_pretrained` gives mode "answer"; for another, `VQAScorer(reward.model, reward.processor, mode="logodds")`.
+    `from_pretrained` uses the mode "answer"; for another, `VQAScorer(reward.model, reward.processor, mode="logodds")`.
 
     Args:
-        model: a model of one of the types in `VLM_FAMILIES`, or of another with a `preprocess`; it is frozen.
-        processor: its processor, or a `TokenizerAndImageProcessor`.
-        question: with "{}" for the prompt.
-        answers: the ways to say yes, also with a space before it, which some models write after "Assistant:". Those
-            that the tokenizer does not know, or knows as a lone space and a word, are left out.
-        negatives: the ways to say no, for "yesno" and "logodds".
-        mode: see above.
-        preprocess: images (B, 3, H, W) in [0, 1] -> `pixel_values`, instead of those of the image processor.
-        prompt_format: the text around the question, "{}", instead of the chat template.
+        model: A model of a type in `VLM_FAMILIES`, or of another type with a `preprocess`; it is frozen.
+        processor: Its processor, or a `TokenizerAndImageProcessor`.
+        question: The question, with "{}" for the prompt.
+        answers: Spellings of yes, also with a leading space, which some models write after "Assistant:". Spellings that
+            the tokenizer does not know, or splits into a space and a word, are ignored.
+        negatives: Spellings of no, for "yesno" and "logodds".
+        mode: The score, see above.
+        preprocess: Map from images (B, 3, H, W) in [0, 1] to `pixel_values`, instead of the image processor's.
+        prompt_format: The text around the question, with "{}" for it, instead of the chat template.
 
     Raises:
-        ValueError: an unknown mode or family, a question without "{}", or answers that cannot be told apart.
+        ValueError: For an unknown mode or family, a question without "{}", or answers and negatives that begin with the
+            same token.
     """
 
     name = "vqascore"
@@ -3429,7 +3255,7 @@ class VQAScorer(Reward):
         if mode not in get_args(VQAMode):
             raise ValueError(f"Expected a mode out of {get_args(VQAMode)}, but got {mode!r}.")
         if "{}" not in question:
-            raise ValueError(f"Expected a question with {{}} in place of the prompt, but got {question!r}.")
+            raise ValueError(f"Expected a question with {{}} for the prompt, but got {question!r}.")
         super().__init__(model=model)
         self.processor = processor
         self.inputs = VLMInputs(model, processor, preprocess, prompt_format)
@@ -3443,7 +3269,7 @@ class VQAScorer(Reward):
                 f"Expected answers {list(answers)} and negatives {list(negatives)} that begin with different tokens, "
                 f"but both have {processor.tokenizer.convert_ids_to_tokens(sorted(both))}. Pass others."
             )
-        # The tokens of "answer_eos": the first answer, whole, and the end.
+        # The tokens of "answer_eos": all of the first answer, and the end token.
         whole = processor.tokenizer(answers[0], add_special_tokens=False)["input_ids"]
         self.whole_answer: list[int] = [*whole, processor.tokenizer.eos_token_id]
 
@@ -3464,30 +3290,30 @@ class VQAScorer(Reward):
     def answer_log_probability(
         self, images: Tensor, questions: Sequence[str], answers: Sequence[Sequence[str]]
     ) -> Tensor:
-        """Log of the probability that the answer to each image's question begins with one of its answers, (B,).
+        """Return the log-probabilities (B,) that the answers to questions about images begin with given spellings.
 
         Args:
             images: (B, 3, H, W) in [0, 1].
-            questions: B questions as they are asked.
-            answers: B lists of spellings of what is to be answered.
+            questions: B questions.
+            answers: B lists of spellings of the accepted answer.
         """
         logits = self.next_logits(images, "{}", questions)[:, 0]
         tokens = [first_tokens(self.processor.tokenizer, variants) for variants in answers]
         return torch.cat([log_probability(row[None], ids) for row, ids in zip(logits, tokens, strict=True)])
 
     def next_logits(self, images: Tensor, template: str, prompts: Sequence[str], forced: Sequence[int] = ()) -> Tensor:
-        """Logits of the answer's first token and of those that follow each of the `forced` ones: (B, 1 + forced, V)."""
+        """Return the logits (B, 1 + forced, V) of the first answer token and of those after each `forced` token."""
         size = (images.shape[-2], images.shape[-1])
         inputs = [self.inputs(template, prompt, size) for prompt in prompts]
-        parts, order = [], []
+        chunks, order = [], []
         for rows in rows_of_equal_shape(inputs):
             stacked = {name: torch.cat([inputs[row][name] for row in rows]) for name in inputs[rows[0]]}
-            parts.append(self.answer_logits(images[rows], stacked, forced))
+            chunks.append(self.answer_logits(images[rows], stacked, forced))
             order += rows
-        return torch.cat(parts)[torch.tensor(order).argsort()]
+        return torch.cat(chunks)[torch.tensor(order).argsort()]
 
     def answer_logits(self, images: Tensor, inputs: Mapping[str, Tensor], forced: Sequence[int]) -> Tensor:
-        """The same for inputs of one length, so that nothing is padded."""
+        """Compute `next_logits` for inputs of equal length, which need no padding."""
         arguments: dict[str, Any] = {name: value.to(self.device) for name, value in inputs.items()}
         text = getattr(self.model.config, "text_config", self.model.config)
         if text.is_encoder_decoder:
@@ -3502,9 +3328,9 @@ class VQAScorer(Reward):
         return at_least_float32(logits[:, -1 - len(forced) :])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "VQAScorer":
-        """Move and cast the weights, but leave float32 buffers in it when the weights become half precision.
+        """Move and cast the weights, but keep float32 buffers when the weights become half precision.
 
-        Rotary frequencies that were rounded to 8 bits turn by the wrong angle a few hundred tokens on.
+        Rotary frequencies with bfloat16's 8 bits of precision give wrong angles after a few hundred tokens.
         """
         exact = {name: value for name, value in self.named_buffers() if value.is_floating_point()}
         super()._apply(fn, recurse)
@@ -3517,21 +3343,21 @@ class VQAScorer(Reward):
 
     @classmethod
     def load(cls: type[RewardT], checkpoint: str, hub: dict[str, Any]) -> RewardT:
-        vlm_family(PretrainedConfig.get_config_dict(checkpoint, **hub)[0].get("model_type", ""))  # before the weights
+        vlm_family(
+            PretrainedConfig.get_config_dict(checkpoint, **hub)[0].get("model_type", "")
+        )  # fails before weights are loaded
         model = load_pretrained(cast(Any, AutoModelForImageTextToText), checkpoint, hub)
         return cast(Any, cls)(model, load_vlm_processor(checkpoint, model.config, hub))
 
-
 def rows_of_equal_shape(inputs: Sequence[Mapping[str, Tensor]]) -> Iterator[list[int]]:
-    """The indices of inputs that can be stacked."""
+    """Yield groups of indices of inputs that can be stacked."""
     groups: dict[tuple[torch.Size, ...], list[int]] = {}
     for row, each in enumerate(inputs):
         groups.setdefault(tuple(value.shape for value in each.values()), []).append(row)
     yield from groups.values()
 
-
 def appended(inputs: Mapping[str, Tensor], tokens: Sequence[int], answer_type: int) -> dict[str, Tensor]:
-    """Inputs of a decoder, (B, length), with tokens of an answer after them."""
+    """Append answer tokens to the inputs (B, length) of a decoder."""
     ends = {"input_ids": torch.tensor(tokens, dtype=torch.long), "attention_mask": torch.ones(len(tokens))}
     ends |= {"token_type_ids": torch.full((len(tokens),), answer_type), "mm_token_type_ids": torch.zeros(len(tokens))}
     longer = dict(inputs)
@@ -3540,19 +3366,18 @@ def appended(inputs: Mapping[str, Tensor], tokens: Sequence[int], answer_type: i
         longer[name] = torch.cat((inputs[name], end), 1)
     return longer
 
-
 def log_probability(logits: Tensor, tokens: Sequence[int]) -> Tensor:
-    """Log of the probability of any of `tokens` under (B, V) logits, (B,), at most 0."""
+    """Return the log-probability (B,), at most 0, of any of `tokens` under (B, V) logits."""
     return logits.log_softmax(-1)[:, tokens].logsumexp(-1).clamp(max=0)
 
-
 def first_tokens(tokenizer: PreTrainedTokenizerBase, words: Sequence[str]) -> list[int]:
-    """The distinct tokens that words begin with; a word that the tokenizer does not know is left out.
+    """Return the distinct first tokens of words.
 
-    So is one whose first token is white space alone: "No" may follow it as well.
+    Words that the tokenizer does not know are ignored, and so are words whose first token is only white space, which
+    could precede the opposite answer as well.
 
     Raises:
-        ValueError: if it knows none, or for a string in place of the list.
+        ValueError: If no word is left, or for a string instead of a list.
     """
     if isinstance(words, str):
         raise ValueError(f"Expected a list of answers, but got the string {words!r}. Pass [{words!r}].")
@@ -3566,32 +3391,32 @@ def first_tokens(tokenizer: PreTrainedTokenizerBase, words: Sequence[str]) -> li
         )
     return known
 
-
 # rewards/vlm/clip_flant5.py
-
 
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
     "and polite answers to the user's questions."
 )
 T5_TOKENIZER = "google/flan-t5-xl"  # the same for all sizes
-T5_CONTEXT = 2048  # tokens of text, as it was trained
-
+T5_CONTEXT = 2048  # tokens of text, as in training
 
 @register_reward("clip_flant5", "clip-flant5", loads="clip_t5")
 class CLIPFlanT5(Reward):
-    """exp(mean log p) of the answer "Yes" and the end of the text to `Does this figure show "{prompt}"? ...`.
+    """`exp(mean log p)` of "Yes" and the end token as the answer to `Does this figure show "{prompt}"? ...`.
 
-    VQAScore: https://arxiv.org/abs/2404.01291, with its own model: the patches of the last but one layer of a CLIP
-    tower, projected, stand among the words that a T5 reads. Images are padded to a square with CLIP's mean colour.
+    VQAScore, https://arxiv.org/abs/2404.01291, with its own model: a T5 reads the projected patch tokens of the second
+    to last layer of a CLIP tower among its word embeddings. Images are padded to a square with CLIP's mean color.
     Source: https://github.com/linzhiqiu/CLIP-FlanT5, `clip_t5.py`, and https://github.com/linzhiqiu/t2v_metrics 1.2.
 
     Args:
-        vision: the CLIP tower.
-        projector: (B, N, width of the tower) -> (B, N, width of the T5).
-        t5: the T5.
-        tokenizer: of the T5, one that ends each text with the token of the end.
-        image_transform: of square images in [0, 1]; by default CLIP's at the tower's size.
+        vision: The CLIP tower.
+        projector: Module from (B, N, width of the tower) to (B, N, width of the T5).
+        t5: The T5.
+        tokenizer: The tokenizer of the T5, which ends texts with the end token.
+        image_transform: Map from square images in [0, 1] to pixels; by default CLIP's at the tower's size.
+
+    Raises:
+        ValueError: If the tokenizer does not end texts with its end token.
     """
 
     name = "clip_flant5"
@@ -3628,7 +3453,7 @@ class CLIPFlanT5(Reward):
         return torch.cat([self.answer_score(*each) for each in zip(patches, prompts, strict=True)])
 
     def encode_image(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) in [0, 1] -> (B, patches, width of the T5)."""
+        """Return projected patch tokens (B, patches, width of the T5) of (B, 3, H, W) images in [0, 1]."""
         mean = self.image_transform.mean or (0.0, 0.0, 0.0)
         square = pad_to_square(straight_through_clamp(at_least_float32(images)), [int(255 * m) / 255 for m in mean])
         pixels = self.image_transform(square).to(self.dtype)
@@ -3637,7 +3462,7 @@ class CLIPFlanT5(Reward):
         return self.projector(hidden[-2][:, 1:])
 
     def answer_score(self, patches: Tensor, prompt: str) -> Tensor:
-        """(patches, width) of one image -> (1,)."""
+        """Return the score (1,) of one image, given its projected patch tokens (patches, width)."""
         embed = self.t5.get_input_embeddings()
         before, after = (embed(torch.tensor(ids, device=patches.device)) for ids in self.text_around_image(prompt))
         labels = torch.tensor([self.answer], device=patches.device)
@@ -3645,11 +3470,11 @@ class CLIPFlanT5(Reward):
         return (-F.cross_entropy(at_least_float32(logits[0]), labels[0])).exp()[None]
 
     def text_around_image(self, prompt: str) -> tuple[list[int], list[int]]:
-        """The tokens before and after the image, each with an end of its own; a long prompt is cut."""
+        """Return the tokens before and after the image, each with an end token; a long prompt is truncated."""
         if prompt not in self.tokens:
             before = self.tokenizer(f"{SYSTEM} USER: ")["input_ids"]
             question = f"\n{QUESTION.format(prompt)} ASSISTANT: "
-            room = T5_CONTEXT - len(before) - 1  # one for the image, as the original counts
+            room = T5_CONTEXT - len(before) - 1  # the original counts one token for the image
             self.tokens[prompt] = before, self.tokenizer(question)["input_ids"][:room]
         return self.tokens[prompt]
 
@@ -3657,7 +3482,7 @@ class CLIPFlanT5(Reward):
     def load(cls: type[RewardT], checkpoint: str, hub: dict[str, Any]) -> RewardT:
         settings, _ = PretrainedConfig.get_config_dict(checkpoint, **hub)
         tower = settings["mm_vision_tower"]
-        others = {**hub, "revision": None}  # a revision is of the checkpoint alone
+        others = {**hub, "revision": None}  # the revision belongs to the checkpoint only
         vision_config = CLIPVisionConfig.from_pretrained(tower, **others)
         state = split_clip_flant5(read_shards(checkpoint, hub))
         t5 = untied_t5(T5Config.from_dict({**settings, "model_type": "t5"}))
@@ -3665,30 +3490,27 @@ class CLIPFlanT5(Reward):
         vision = CLIPVisionModel(vision_config)
         if not state["vision"]:
             state["vision"] = CLIPVisionModel.from_pretrained(tower, dtype=torch.float32, **others).state_dict()
-        for module, part in ((t5, "t5"), (projector, "projector"), (vision, "vision")):
-            load_strictly(module, state[part], f"{checkpoint} ({part})")
+        for module, name in ((t5, "t5"), (projector, "projector"), (vision, "vision")):
+            load_strictly(module, state[name], f"{checkpoint} ({name})")
         tokenizer = AutoTokenizer.from_pretrained(T5_TOKENIZER, **others)
         transform = ImageTransform.from_processor_config(tower, **others)
         return cast(Any, cls)(vision, projector, t5, tokenizer, transform)
 
-
 def untied_t5(config: T5Config) -> T5ForConditionalGeneration:
-    """An untrained T5 whose output layer has weights of its own, as Flan-T5 has.
+    """Build a T5 with random weights and an untied output layer, as Flan-T5 has.
 
-    transformers 5 ties them to the embedding in every T5 it builds, and would then load one over the other.
+    transformers 5 ties the output layer to the embedding in every T5, so that loading would overwrite one of them.
     """
     t5 = T5ForConditionalGeneration(config)
     t5.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
     return t5
 
-
 def clip_flant5_projector(width: int, target: int) -> nn.Sequential:
-    """LLaVA's "mlp2x_gelu": (..., width) -> (..., target)."""
+    """Build LLaVA's "mlp2x_gelu", (..., width) -> (..., target)."""
     return nn.Sequential(nn.Linear(width, target), nn.GELU(), nn.Linear(target, target))
 
-
 def pad_to_square(images: Tensor, color: list[float]) -> Tensor:
-    """(B, 3, H, W) in the middle of a square of one colour, as LLaVA's `expand2square`."""
+    """Pad (B, 3, H, W) images to a square with a constant color, as LLaVA's `expand2square`."""
     height, width = images.shape[-2:]
     edge = max(height, width)
     top, left = (edge - height) // 2, (edge - width) // 2
@@ -3697,9 +3519,8 @@ def pad_to_square(images: Tensor, color: list[float]) -> Tensor:
     padded = F.pad(images, (left, edge - width - left, top, edge - height - top))
     return torch.where(inside > 0, padded, canvas)
 
-
 def read_shards(checkpoint: str, hub: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors of all files that `pytorch_model.bin.index.json` lists. Raises `ValueError` if it lists none."""
+    """Read all files listed in `pytorch_model.bin.index.json`. Raises `ValueError` if it lists none."""
     listed = read_settings(checkpoint_path(checkpoint, "pytorch_model.bin.index.json", hub)).get("weight_map")
     files = list(listed.values()) if isinstance(listed, dict) else []
     if not files or not all(isinstance(name, str) and name == os.path.basename(name) for name in files):
@@ -3709,12 +3530,11 @@ def read_shards(checkpoint: str, hub: Mapping[str, Any]) -> dict[str, Tensor]:
         state |= read_state_dict(checkpoint_path(checkpoint, name, hub))
     return state
 
-
 def split_clip_flant5(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """The published keys, for T5, projector and CLIP tower.
+    """Split the published tensors into "t5", "projector" and "vision".
 
-    `mm_projector.*` is the projector, `vision_tower.vision_tower.vision_model.*` the tower, which was not trained and
-    may be left out; all else is T5's, whose embedding has up to four names.
+    `mm_projector.*` is the projector and `vision_tower.vision_tower.vision_model.*` the CLIP tower, which is not
+    fine-tuned and may be missing. All other keys are the T5's, whose embedding has up to four names.
     """
     prefixes = {"projector": "mm_projector.", "vision": "vision_tower.vision_tower.vision_model."}
     parts: dict[str, dict[str, Tensor]] = {"t5": {}, "projector": {}, "vision": {}}
@@ -3727,9 +3547,7 @@ def split_clip_flant5(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor
             parts["t5"].setdefault(f"{stack}.embed_tokens.weight", shared)
     return parts
 
-
 # rewards/contract/reward_sum.py
-
 
 RewardLike = str | os.PathLike[str] | Callable[..., Any]
 RewardsLike = RewardLike | Mapping[Any, float] | Sequence[Any]
@@ -3738,7 +3556,6 @@ RewardsLike = RewardLike | Mapping[Any, float] | Sequence[Any]
 REWARD_PRESETS: dict[str, dict[str, float]] = {
     "reno": {"hpsv2.1": 5.0, "imagereward": 1.0, "clipscore": 0.01, "pickscore": 0.05}
 }
-
 
 @dataclass(frozen=True)
 class RewardSumOutput:
@@ -3751,7 +3568,6 @@ class RewardSumOutput:
 
     total: Tensor
     components: dict[str, Tensor]
-
 
 class AttachedGradient(torch.autograd.Function):
     """Attach a precomputed gradient with respect to images (B, 3, H, W) to values (B,), or to one value of a set."""
@@ -3770,7 +3586,6 @@ class AttachedGradient(torch.autograd.Function):
             )
         (gradient,) = ctx.saved_tensors
         return gradient * grad_values.to(gradient.dtype).reshape(-1, 1, 1, 1), None, None
-
 
 class RewardSum(nn.Module):
     """`sum_i weight_i * reward_i(images, prompts)`, higher is better.
@@ -3926,7 +3741,6 @@ class RewardSum(nn.Module):
         """Return the weights as plain values, for the provenance of a result."""
         return dict(self.weights)
 
-
 def score_and_gradient(reward: nn.Module, images: Tensor, prompts: str | Sequence[str] | None) -> tuple[Tensor, Tensor]:
     """Return detached scores (B,) and their gradient (B, 3, H, W) in float32 or more; the graph is freed."""
     pixels = at_least_float32(images.detach()).requires_grad_()
@@ -3934,11 +3748,9 @@ def score_and_gradient(reward: nn.Module, images: Tensor, prompts: str | Sequenc
     (gradient,) = torch.autograd.grad(scores.sum(), pixels, materialize_grads=True)
     return scores.detach(), gradient
 
-
 def part_of_prompts(prompts: str | Sequence[str] | None, rows: slice) -> str | Sequence[str] | None:
     """Return the prompts of some rows of the batch; a single prompt, or None, applies to all rows."""
     return prompts if prompts is None or isinstance(prompts, str) else prompts[rows]
-
 
 def reward_weight_pairs(rewards: RewardsLike, weights: Sequence[float] | None) -> list[tuple[Any, Any]]:
     """Convert any accepted form of `rewards=` to a list of (reward, weight)."""
@@ -3956,7 +3768,6 @@ def reward_weight_pairs(rewards: RewardsLike, weights: Sequence[float] | None) -
         raise ValueError(f"Expected {len(entries)} weights, one per reward, but got {len(weights)}.")
     return list(zip(entries, weights, strict=True))
 
-
 def reward_entries(rewards: RewardsLike) -> list[Any]:
     """Return the entries of `rewards=`: rewards or (reward, weight) tuples."""
     if isinstance(rewards, str) and rewards in REWARD_PRESETS:
@@ -3970,7 +3781,6 @@ def reward_entries(rewards: RewardsLike) -> list[Any]:
     if isinstance(parts, nn.ModuleList) and isinstance(weights, Mapping):
         return list(zip(parts, weights.values(), strict=True))
     return [rewards]
-
 
 def check_reward_pair(reward: Any, weight: Any) -> None:
     """Raise unless `as_reward` accepts `reward` and `weight` is a finite number of at least 0."""
@@ -3992,7 +3802,6 @@ def check_reward_pair(reward: Any, weight: Any) -> None:
             "that returns the negated score: `lambda images, prompts: -reward(images, prompts)`."
         )
 
-
 def as_reward(reward: RewardLike, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Reward:
     """Load a name, Hub id or folder; wrap a plain callable; return a `Reward` unchanged."""
     if isinstance(reward, Reward):
@@ -4000,7 +3809,6 @@ def as_reward(reward: RewardLike, dtype: torch.dtype | None = None, device: torc
     if isinstance(reward, (str, os.PathLike)):
         return AutoReward.from_pretrained(reward, dtype=dtype, device=device)
     return CallableReward(reward)
-
 
 def distinct_names(names: Sequence[str]) -> list[str]:
     """Append `_2`, `_3`, ... to repeated names."""
@@ -4010,9 +3818,7 @@ def distinct_names(names: Sequence[str]) -> list[str]:
         distinct.append(name if name not in distinct else next(new for new in numbered if new not in distinct))
     return distinct
 
-
 # callbacks/noise_state.py
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Best:
@@ -4031,7 +3837,6 @@ class Best:
     noise: torch.Tensor
     images: torch.Tensor | None = None
     evaluations: int = 0
-
 
 @dataclasses.dataclass(eq=False)
 class NoiseState:
@@ -4083,9 +3888,7 @@ class NoiseState:
         if not self.active.any():
             self.stopped = reason
 
-
 # callbacks/noise_callback.py
-
 
 class NoiseCallback:
     """Base of callbacks per *optimisation* step. (diffusers' `callback_on_step_end` is per denoising step.)
@@ -4102,7 +3905,6 @@ class NoiseCallback:
     def on_run_end(self, state: NoiseState) -> None:
         """Called once at the end, also when the run ends in an exception."""
 
-
 class FunctionCallback(NoiseCallback):
     """A plain function as a callback."""
 
@@ -4112,9 +3914,7 @@ class FunctionCallback(NoiseCallback):
     def on_step_end(self, state: NoiseState) -> bool | None:
         return self.function(state)
 
-
 CallbackSpec = NoiseCallback | Callable[[NoiseState], bool | None]
-
 
 def as_callbacks(callbacks: CallbackSpec | Iterable[CallbackSpec] | None) -> list[NoiseCallback]:
     """One callback, several, or none, as a list. Raises `TypeError` for what is neither callback nor function.
@@ -4127,7 +3927,6 @@ def as_callbacks(callbacks: CallbackSpec | Iterable[CallbackSpec] | None) -> lis
         return [as_callback(each) for each in callbacks]
     return [as_callback(callbacks)]
 
-
 def as_callback(callback: CallbackSpec) -> NoiseCallback:
     if hasattr(callback, "on_step_end"):
         return callback  # pyright: ignore[reportReturnType]
@@ -4137,16 +3936,13 @@ def as_callback(callback: CallbackSpec) -> NoiseCallback:
         f"Expected a callback with `on_step_end(state)` or a function of `state`, but got {type(callback).__name__}."
     )
 
-
 # schedulers/noise_samplers.py
-
 
 Generators = torch.Generator | list[torch.Generator] | None
 NoiseSamplerSpec = str | Mapping[str, Any] | Callable[..., torch.Tensor]
 
 NOISE_SAMPLERS: Registry[type["NoiseSampler"]] = Registry("noise sampler")
 SamplerT = TypeVar("SamplerT", bound="NoiseSampler")
-
 
 class NoiseSampler:
     """Draws initial noise: the white noise that diffusers draws for the same generators, mapped by `color`.
@@ -4199,7 +3995,6 @@ class NoiseSampler:
         plain_values = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
         return {"name": self.name or type(self).__name__, **plain_values}
 
-
 def register_noise_sampler(name: str) -> Callable[[type[SamplerT]], type[SamplerT]]:
     """Return a class decorator that registers a noise sampler under a name and sets `cls.name`."""
 
@@ -4210,11 +4005,9 @@ def register_noise_sampler(name: str) -> Callable[[type[SamplerT]], type[Sampler
 
     return register
 
-
 def list_noise_samplers() -> list[str]:
     """Return the registered names, which `noise_sampler=` accepts."""
     return NOISE_SAMPLERS.names()
-
 
 def as_noise_sampler(sampler: NoiseSamplerSpec | None) -> Callable[..., torch.Tensor] | None:
     """A noise sampler by name (`"pink"`), by name and settings (`{"name": "pink", "alpha": 0.3}`), or as it is.
@@ -4235,14 +4028,12 @@ def as_noise_sampler(sampler: NoiseSamplerSpec | None) -> Callable[..., torch.Te
         f'as {{"name": "pink", "alpha": 0.3}}, but got {sampler!r}.'
     )
 
-
 def named_noise_sampler(name: str, settings: dict[str, Any]) -> "NoiseSampler":
     sampler = NOISE_SAMPLERS.find(name, ', or a dict such as {"name": "pink", "alpha": 0.3}')
     known = list(inspect.signature(sampler).parameters)
     if unknown := sorted(settings.keys() - set(known)):
         raise ValueError(f"Expected settings of the noise sampler {name!r} out of {known}, but got {unknown}.")
     return sampler(**settings)
-
 
 def describe_noise_sampler(sampler: Callable[..., torch.Tensor] | None) -> dict[str, Any] | None:
     """Name and settings of a noise sampler in plain values; of a foreign one its name; `None` for `None`."""
@@ -4252,7 +4043,6 @@ def describe_noise_sampler(sampler: Callable[..., torch.Tensor] | None) -> dict[
         return sampler.describe()  # pyright: ignore[reportFunctionMemberAccess]
     return {"name": getattr(sampler, "__qualname__", type(sampler).__qualname__)}
 
-
 @register_noise_sampler("white")
 @dataclasses.dataclass(frozen=True)
 class WhiteNoise(NoiseSampler):
@@ -4260,7 +4050,6 @@ class WhiteNoise(NoiseSampler):
 
     def color(self, white: torch.Tensor) -> torch.Tensor:
         return white
-
 
 @register_noise_sampler("pink")
 @dataclasses.dataclass(frozen=True)
@@ -4348,14 +4137,12 @@ class PinkNoise(NoiseSampler):
         columns = torch.fft.rfftfreq(width, dtype=torch.float64) * (self.reference_size or width)
         return torch.hypot(rows[:, None], columns)
 
-
 def expected_std(gain: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """The standard deviation of each entry of white noise `(height, width)` times a `gain` of its `rfft2`, a scalar."""
     copies = torch.full_like(gain, 2.0)  # `rfft2` leaves out the mirrored half of the columns
     copies[:, 0] = 1
     copies[:, -1] = 2 - (width % 2 == 0)
     return (gain.square() * copies).sum().div(height * width).sqrt()
-
 
 @register_noise_sampler("coupled")
 @dataclasses.dataclass(frozen=True)
@@ -4442,10 +4229,8 @@ class CoupledNoise(NoiseSampler):
         bound.coupled_rows(len(groups))
         return bound
 
-
 def is_finite_number(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-
 
 def checked_band(band: Sequence[float]) -> tuple[float, float]:
     """A band as a tuple. Raises `ValueError` unless it is (low, high) with 0 <= low < high."""
@@ -4454,7 +4239,6 @@ def checked_band(band: Sequence[float]) -> tuple[float, float]:
         return limits
     raise ValueError(f"Expected `band` to be (low, high) with 0 <= low < high, but got {band!r}.")
 
-
 def check_spatial(shape: Sequence[int]) -> None:
     if len(shape) < 4 or shape[-2] * shape[-1] < 2:
         raise ValueError(
@@ -4462,9 +4246,7 @@ def check_spatial(shape: Sequence[int]) -> None:
             "before they are packed."
         )
 
-
 # callbacks/progress.py
-
 
 class ProgressBar(NoiseCallback):
     """One tick per evaluation, with the mean best loss. `pipe.set_progress_bar_config` applies."""
@@ -4488,13 +4270,10 @@ class ProgressBar(NoiseCallback):
             self.bar.close()
         self.bar = None
 
-
 # pipelines/sampling/internals.py
-
 
 BLOCK_SETTINGS = ("gradient_checkpointing", "_gradient_checkpointing_func")  # of a diffusers block
 MODULE_CONTENTS = ("_modules", "_parameters", "_buffers")  # of a torch module
-
 
 def private(owner: Any, name: str, library: str) -> Any:
     """Return `owner.name`.
@@ -4511,21 +4290,17 @@ def private(owner: Any, name: str, library: str) -> Any:
         )
     return getattr(owner, name)
 
-
 def execution_device(pipe) -> torch.device:
     """Return the device that a pipeline computes on, also when its modules are offloaded."""
     return private(pipe, "_execution_device", "diffusers")
-
 
 def interrupt(pipe) -> None:
     """Let a pipeline whose loop checks `pipe.interrupt` skip the remaining steps."""
     pipe._interrupt = True
 
-
 def own_timestep_count(pipe) -> int | None:
     """Return the number of timesteps of the last call, if the pipeline records it."""
     return getattr(pipe, "_num_timesteps", None)
-
 
 def name_or_path(component: Any) -> str | None:
     """Return the Hub id or folder that a pipeline or one of its components was loaded from."""
@@ -4533,21 +4308,17 @@ def name_or_path(component: Any) -> str | None:
     source = config.get("_name_or_path") if isinstance(config, Mapping) else getattr(component, "name_or_path", None)
     return str(source) if source else None
 
-
 def accelerate_hook(module: nn.Module) -> Any:
     """Return the accelerate hook of a module, or `None`."""
     return getattr(module, "_hf_hook", None)
-
 
 def diffusers_hooks(module: nn.Module) -> dict[str, Any]:
     """Return the diffusers hooks of a module by name."""
     return getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
 
-
 def is_stateful(hook: Any) -> bool:
     """Return whether a diffusers hook carries state from one denoising step to the next."""
     return private(hook, "_is_stateful", "diffusers")
-
 
 def attention_backend_of(module: nn.Module) -> str | None:
     """Return the backend of an attention module: its own or the active one; `None` if it does not dispatch."""
@@ -4559,16 +4330,13 @@ def attention_backend_of(module: nn.Module) -> str | None:
     active, _ = private(attention_dispatch, "_AttentionBackendRegistry", "diffusers").get_active_backend()
     return attention_dispatch.AttentionBackendName(processor._attention_backend or active).value
 
-
 def supports_block_checkpointing(module: Any) -> bool:
     """Return whether diffusers can checkpoint the blocks of a model."""
     return bool(getattr(module, "_supports_gradient_checkpointing", False))
 
-
 def block_settings(module: nn.Module) -> dict[str, Any]:
     """Return the checkpointing settings that are set on a block itself."""
     return {name: vars(module)[name] for name in BLOCK_SETTINGS if name in vars(module)}
-
 
 def replace_block_settings(module: nn.Module, settings: dict[str, Any]) -> None:
     """Give a block exactly these `block_settings`."""
@@ -4576,37 +4344,29 @@ def replace_block_settings(module: nn.Module, settings: dict[str, Any]) -> None:
         vars(module).pop(name, None)
     vars(module).update(settings)
 
-
 def checkpoint_blocks(module: nn.Module, function: Callable[..., Any]) -> None:
     """Let a block run through `function(block, *inputs)`, such as `torch.utils.checkpoint.checkpoint`."""
     vars(module).update(zip(BLOCK_SETTINGS, (True, function), strict=True))
-
 
 def is_compiled(module: nn.Module) -> bool:
     """Return whether a module was compiled by `torch.compile(module)` or `module.compile()`."""
     return private(module, "_compiled_call_impl", "torch") is not None or hasattr(module, "_orig_mod")
 
-
 def base_of_view(tensor: torch.Tensor) -> torch.Tensor | None:
     """Return the tensor that `tensor` is a view of, or `None`."""
     return tensor._base
-
 
 def version_of(tensor: torch.Tensor) -> int:
     """Return the number of in-place writes to a tensor."""
     return tensor._version
 
-
 def default_mps_generator() -> torch.Generator:
     """Return the generator that torch draws from on Apple GPUs."""
     return private(torch.mps, "_get_default_mps_generator", "torch")()
 
-
 # pipelines/memory/graph_size.py
 
-
 ChunkSetting = int | Literal["auto"] | None
-
 
 class SavedTensor:
     """Tensor saved by a graph; calls `release` when the graph is freed."""
@@ -4618,10 +4378,8 @@ class SavedTensor:
     def __del__(self) -> None:
         self.release()
 
-
 class GraphTooLarge(Exception):
     """A graph under construction exceeds its limit."""
-
 
 class SavedBytes:
     """Context that counts the bytes saved by the graphs built inside it: each storage once, parameters excluded.
@@ -4669,7 +4427,6 @@ class SavedBytes:
             del self.holders[address]
             self.held -= size
 
-
 def fitting_chunk_size(batch: int, per_image: int, free: int) -> int | None:
     """Return the number of images to process at once, `None` for the whole batch.
 
@@ -4681,13 +4438,11 @@ def fitting_chunk_size(batch: int, per_image: int, free: int) -> int | None:
     fitting = free // 2 // per_image if per_image else batch
     return None if fitting >= batch else max(1, fitting)
 
-
 def check_chunk_size(chunk_size: Any) -> None:
     """Raise `ValueError` unless `chunk_size` is an integer of 1 or more, "auto" or `None`."""
     whole = isinstance(chunk_size, int) and not isinstance(chunk_size, bool) and chunk_size >= 1
     if not whole and chunk_size is not None and chunk_size != "auto":
         raise ValueError(f'Expected `chunk_size` to be 1 or more, "auto" or `None`, but got {chunk_size!r}.')
-
 
 def free_memory(device: torch.device) -> int:
     """Return the bytes that are free for tensors on a device, the unused cache of the CUDA allocator included."""
@@ -4698,18 +4453,15 @@ def free_memory(device: torch.device) -> int:
 
     return psutil.virtual_memory().available
 
-
 # pipelines/memory/tiny_decoder.py
-
 
 FULL_DECODER = "full_decoder"
 
-
 def as_loop_decoder(decoder: Any, pipe: Any, denoisers: Sequence[nn.Module]) -> Any:
-    """What `decoder=` takes as a module on the pipeline's device, in the dtype of its denoiser; `None` stays.
+    """Return the decoder of `decoder=`, on the pipeline's device and in the dtype of its denoiser, or `None`.
 
-    The pipeline's own call scales and shifts the latents as the configuration of the decoder says, which for a tiny
-    autoencoder are those that the denoiser gives, unchanged.
+    The pipeline scales and shifts latents by the config of its decoder; that of a tiny autoencoder leaves the
+    denoiser's latents unchanged.
 
     Args:
         decoder: A Hub id or a folder of an `AutoencoderTiny`, or a loaded module with `decode` and a `config`.
@@ -4717,9 +4469,9 @@ def as_loop_decoder(decoder: Any, pipe: Any, denoisers: Sequence[nn.Module]) -> 
         denoisers: Its denoisers.
 
     Raises:
-        ValueError: For a pipeline whose latents a tiny autoencoder does not know, and for a decoder that takes other
-            latents, makes images of another size, or is elsewhere.
-        TypeError: For what is no decoder.
+        ValueError: For a pipeline whose latents tiny autoencoders cannot decode, and for a decoder with another number
+            of channels, scale, device or dtype.
+        TypeError: For anything but a decoder.
     """
     if decoder is None:
         return None
@@ -4734,20 +4486,18 @@ def as_loop_decoder(decoder: Any, pipe: Any, denoisers: Sequence[nn.Module]) -> 
     check_scale(decoder, pipe, device, dtype)
     return decoder
 
-
 def check_plain_latents(pipe: Any) -> None:
-    """Raise `ValueError` unless latents are scaled and shifted by two numbers before they are decoded."""
+    """Raise `ValueError` unless latents are decoded after scaling and shifting by one number each."""
     vae = getattr(pipe, "vae", None)
-    normalised = isinstance(vae, AutoencoderKL) and any(
+    normalized = isinstance(vae, AutoencoderKL) and any(
         vae.config.get(name) is not None for name in ("latents_mean", "latents_std")
     )
-    if not isinstance(vae, AutoencoderKL | AutoencoderTiny) or normalised:
-        other = "one that normalises each channel of its latents" if normalised else type(vae).__name__
+    if not isinstance(vae, AutoencoderKL | AutoencoderTiny) or normalized:
+        other = "one that normalizes each channel of its latents" if normalized else type(vae).__name__
         raise ValueError(
-            f"Expected a pipeline with an `AutoencoderKL` that scales its latents by one number, for which there are "
-            f"tiny autoencoders, but {type(pipe).__name__} has {other}. Use `decoder=None`."
+            f"Expected a pipeline whose `AutoencoderKL` scales its latents by one number, for which tiny autoencoders "
+            f"exist, but {type(pipe).__name__} has {other}. Use `decoder=None`."
         )
-
 
 def check_decoder(decoder: Any, device: torch.device, dtype: torch.dtype) -> None:
     if not (
@@ -4760,47 +4510,43 @@ def check_decoder(decoder: Any, device: torch.device, dtype: torch.dtype) -> Non
     weight = next(decoder.parameters(), None)
     if weight is not None and (weight.device, weight.dtype) != (device, dtype):
         raise ValueError(
-            f"Expected the decoder in {dtype} on {device}, as the denoiser, but got {weight.dtype} on {weight.device}. "
+            f"Expected the decoder in {dtype} on {device}, like the denoiser, but got {weight.dtype} on "
+            f"{weight.device}. "
             f'Call `decoder.to("{device}", {dtype})`.'
         )
-
 
 def check_channels(decoder: Any, pipe: Any) -> None:
     expected, found = pipe.vae.config.latent_channels, decoder.config.get("latent_channels")
     if found != expected:
         raise ValueError(
-            f"Expected a decoder of latents with {expected} channels, as those of {type(pipe).__name__}, but got one "
-            f"of {found}. There are taesd, taesdxl, taesd3 and taef1 of `madebyollin` for SD, SDXL, SD3 and Flux."
+            f"Expected a decoder of latents with {expected} channels, as in {type(pipe).__name__}, but got one of "
+            f"{found}. Use taesd, taesdxl, taesd3 or taef1 of `madebyollin` for SD, SDXL, SD3 or Flux."
         )
 
-
 def check_scale(decoder: Any, pipe: Any, device: torch.device, dtype: torch.dtype) -> None:
-    """Raise `ValueError` unless images have the size that the pipeline's own have. Decodes a few zeros."""
+    """Raise `ValueError` unless images have the size of the pipeline's own. Decodes 8 × 8 zeros."""
     latents = torch.zeros(1, pipe.vae.config.latent_channels, 8, 8, device=device, dtype=dtype)
     with torch.no_grad():
         images = decoder.decode(latents, return_dict=False)[0]
     side = 8 * pipe.vae_scale_factor
     if images.shape != (1, 3, side, side):
         raise ValueError(
-            f"Expected a decoder that makes {side} × {side} pixels of latents of 8 × 8, as that of "
-            f"{type(pipe).__name__} does, but got images of shape {tuple(images.shape)}."
+            f"Expected a decoder from 8 × 8 latents to {side} × {side} pixels, as in {type(pipe).__name__}, but got "
+            f"images of shape {tuple(images.shape)}."
         )
 
-
 def describe_decoder(decoder: Any) -> dict[str, Any] | None:
-    """What the provenance says of a decoder."""
+    """Return the provenance entry of a decoder."""
     if decoder is None:
         return None
     return {
         "class": type(decoder).__name__,
         "name": name_or_path(decoder),
         "approximation": True,
-        "scores": f"of its images; those of the pipeline's own decoder are in reports[{FULL_DECODER!r}]",
+        "scores": f"by this decoder; those by the pipeline's own are in reports[{FULL_DECODER!r}]",
     }
 
-
 # checked_fields.py
-
 
 def checked(default: Any, interval: str) -> Any:
     """Return a dataclass field for a number in an interval.
@@ -4812,7 +4558,6 @@ def checked(default: Any, interval: str) -> Any:
     """
     return dataclasses.field(default=default, metadata={"interval": interval})
 
-
 def check_fields(settings: Any) -> None:
     """Check the fields of a dataclass: those made by `checked`, and those whose annotation has a `Literal`.
 
@@ -4822,7 +4567,6 @@ def check_fields(settings: Any) -> None:
     hints = get_type_hints(type(settings))
     for field in dataclasses.fields(settings):
         check_value(field.name, getattr(settings, field.name), hints[field.name], field.metadata.get("interval"))
-
 
 def check_value(name: str, value: Any, hint: Any, interval: str | None) -> None:
     """Check one value against its annotation and its interval. Raises `ValueError`, naming both."""
@@ -4841,7 +4585,6 @@ def check_value(name: str, value: Any, hint: Any, interval: str | None) -> None:
         others = "".join(f" or {choice!r}" for choice in choices)
         raise ValueError(f"Expected `{name}` to be {number} in {interval}{others}, but got {value!r}.")
 
-
 def is_in(interval: str, value: float) -> bool:
     """Return whether a finite number lies in an interval such as `"[0, 1)"`; NaN and infinity lie in none."""
     low, high = (float(end) for end in interval[1:-1].split(","))
@@ -4849,21 +4592,17 @@ def is_in(interval: str, value: float) -> bool:
     below = value <= high if interval[-1] == "]" else value < high
     return math.isfinite(value) and above and below
 
-
 # pipelines/memory/module_copies.py
-
 
 def without_gradient(module: nn.Module) -> nn.Module:
     """Return a shallow copy whose forward pass builds no graph."""
     return with_forward(module, torch.no_grad()(module.forward))
-
 
 def with_forward(module: nn.Module, forward: Callable[..., Any]) -> nn.Module:
     """Return a shallow copy with another forward pass."""
     twin = copy.copy(module)
     vars(twin)["forward"] = forward
     return twin
-
 
 def converted_apart(module: Any) -> nn.Module:
     """Return a shallow copy of a VAE that shares its weights until `to(dtype)`, which converts a copy of them.
@@ -4884,15 +4623,12 @@ def converted_apart(module: Any) -> nn.Module:
     vars(twin)["to"] = to
     return twin
 
-
 # pipelines/memory/checkpointing.py
-
 
 CheckpointPolicy = Literal["none", "blocks", "steps"]
 Checkpointing = Literal["auto", "none", "blocks", "steps"]
 POLICIES: tuple[CheckpointPolicy, ...] = ("none", "blocks", "steps")  # each stores less than the one before
 BLOCK_CHECKPOINT = functools.partial(checkpoint, use_reentrant=False)
-
 
 class Checkpoints:
     """Gradient checkpointing of one pipeline call, shared by the samplers of its chunks.
@@ -4998,13 +4734,11 @@ class Checkpoints:
         self.take(last)
         return build()
 
-
 def unchecked_blocks(model: nn.Module) -> Iterator[nn.Module]:
     """Yield the blocks of a diffusers model whose checkpointing is off."""
     for module in model.modules():
         if getattr(module, "gradient_checkpointing", True) is False:
             yield module
-
 
 def checkpointed(module: nn.Module) -> nn.Module:
     """Return a shallow copy whose forward pass stores its inputs only and is recomputed in the backward pass."""
@@ -5018,7 +4752,6 @@ def checkpointed(module: nn.Module) -> nn.Module:
 
     return with_forward(module, recomputed)
 
-
 def check_checkpointing(checkpointing: Any) -> None:
     """Raise `ValueError` unless `checkpointing` is "auto" or a policy."""
     if checkpointing not in ("auto", *POLICIES):
@@ -5026,31 +4759,27 @@ def check_checkpointing(checkpointing: Any) -> None:
             f'Expected `checkpointing` to be "auto", "none", "blocks" or "steps", but got {checkpointing!r}.'
         )
 
-
 def scales_lora(request: dict[str, Any]) -> bool:
     """Return whether a call scales the LoRA of its denoiser, as `cross_attention_kwargs={"scale": 0.5}` does."""
     settings = [value for value in request.values() if isinstance(value, dict)]
     return any(value.get("scale") not in (None, 1, 1.0) for value in settings)
 
-
 # pipelines/memory/chunks.py
 
-
-SAME_FOR_ALL = ("sigmas", "timesteps")  # lists of numbers that are not one for each image
+SAME_FOR_ALL = ("sigmas", "timesteps")  # lists that have no entry for each image
 PLAIN_VALUES = (str, int, float, bool, type(None))
 ChunkRun = Callable[[list[int], torch.Tensor], torch.Tensor]
 
-
 class WholeBatchDraws(TorchFunctionMode):
-    """Random numbers for some images of a batch, as the whole batch would have drawn them from its one generator.
+    """Context in which a chunk gets the random numbers that the whole batch would draw for its images.
 
-    Samplers that add noise on the way draw for the images that they have; inside this context a `torch.randn` for so
-    many images from this generator draws for all and keeps the rows, so that the stream goes on as in the whole batch.
+    Samplers that add noise at each step draw for the images that they have. Here, `torch.randn` for that many images
+    from the generator of the call draws for the whole batch and returns the rows of the chunk.
 
     Args:
-        generator: The generator of the call.
-        batch: How many images the whole batch has.
-        rows: Which of them are drawn here.
+        generator: The generator of the call, shared by the batch.
+        batch: The number of images in the whole batch.
+        rows: The images of the chunk.
     """
 
     def __init__(self, generator: torch.Generator, batch: int, rows: list[int]) -> None:
@@ -5067,11 +4796,10 @@ class WholeBatchDraws(TorchFunctionMode):
             return func(shape, **rest)
         return func((self.batch, *shape[1:]), **rest)[self.rows]
 
-
 class ChunkedRun(torch.autograd.Function):
-    """`run(rows, noise[rows])` of all chunks of a batch, with the memory of one: the backward pass runs each again.
+    """`run(rows, noise[rows])` for all chunks in the memory of one: the backward pass runs each chunk again.
 
-    The gradient is that of the joint run, as no image depends on the noise of another.
+    The gradient equals that of the joint run, since no image depends on the noise of another.
     """
 
     @staticmethod
@@ -5082,31 +4810,29 @@ class ChunkedRun(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # pyright: ignore
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (noise,) = ctx.saved_tensors
         found = torch.empty_like(noise)
         for rows in ctx.chunks:
             found[rows] = chunk_gradient(ctx.run, rows, noise[rows], gradient[rows])
         return found, None, None
 
-
 def run_in_chunks(run: ChunkRun, noise: torch.Tensor, chunk_size: int, differentiable: bool) -> torch.Tensor:
-    """`run` of a batch `(B, ...)`, at most `chunk_size` images at a time.
+    """Run a batch in chunks and return the joint result.
 
     Args:
-        run: Rows of the batch, and their noise, to what is drawn of them.
+        run: Function from the rows of a chunk and their noise to their results.
         noise: `(B, ...)`.
-        chunk_size: 1 or more.
-        differentiable: Whether the result has a gradient, where the noise has one.
+        chunk_size: Images per chunk, 1 or more.
+        differentiable: Whether the result has a gradient with respect to the noise.
     """
     chunks = [rows.tolist() for rows in torch.arange(len(noise)).split(chunk_size)]
-    if differentiable and noise.requires_grad:
+    if differentiable:
         return ChunkedRun.apply(noise, run, chunks)  # pyright: ignore[reportReturnType]
     return run_each(run, noise.detach(), chunks)
 
-
 def run_each(run: ChunkRun, noise: torch.Tensor, chunks: list[list[int]]) -> torch.Tensor:
-    """The results of all chunks in one tensor, without a graph."""
+    """Return the results of all chunks in one tensor, without a graph."""
     first = run(chunks[0], noise[chunks[0]].detach())
     found = first.new_empty(len(noise), *first.shape[1:])
     found[chunks[0]] = first
@@ -5114,22 +4840,20 @@ def run_each(run: ChunkRun, noise: torch.Tensor, chunks: list[list[int]]) -> tor
         found[rows] = run(rows, noise[rows].detach())
     return found
 
-
 def chunk_gradient(run: ChunkRun, rows: list[int], noise: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
-    """The gradient of one chunk with respect to its noise; the graph is gone on return."""
+    """Return the gradient of one chunk with respect to its noise; the graph is freed on return."""
     with torch.enable_grad():
         leaf = noise.detach().requires_grad_()
         output = run(rows, leaf)
     (found,) = torch.autograd.grad(output, leaf, gradient)
     return found
 
-
 class BatchLayout:
-    """Which prompt each image of a call has, and so what an argument of the call is for some of its images.
+    """Order of prompts and images in a batch, used to split the arguments of a call.
 
     Args:
         request: The arguments of the call.
-        batch: B, how many images it draws.
+        batch: B, the number of images.
     """
 
     def __init__(self, request: dict[str, Any], batch: int) -> None:
@@ -5139,48 +4863,48 @@ class BatchLayout:
         self.prompts = 1 if prompt is None or isinstance(prompt, str) else len(prompt)
 
     def prompt_rows(self, rows: list[int]) -> list[int]:
-        """The prompt of each image: those of a prompt lie one after the other."""
+        """Return the index of the prompt of each image. Images of a prompt are adjacent."""
         return [row * self.prompts // self.batch for row in rows]
 
     def request_of(self, rows: list[int]) -> dict[str, Any]:
-        """The arguments of a call for these images alone.
+        """Return the arguments of a call for these images only.
 
         Raises:
-            ValueError: For an argument that may hold something for each image and is none of the prompts.
+            ValueError: For an argument other than prompts that may have an entry for each image.
         """
         for name, value in self.request.items():
             check_for_all(name, value)
         if self.prompts == 1:
             found, count = dict(self.request), len(rows)
         else:
-            found, count = {name: self.picked(name, value, rows) for name, value in self.request.items()}, 1
+            found, count = {name: self.argument_of(name, value, rows) for name, value in self.request.items()}, 1
         return found | ({"num_images_per_prompt": count} if "num_images_per_prompt" in found else {})
 
-    def picked(self, name: str, value: Any, rows: list[int]) -> Any:
-        """An argument for the prompts of these images; what is no argument for each prompt as it is."""
+    def argument_of(self, name: str, value: Any, rows: list[int]) -> Any:
+        """Return the entries of these images for an argument with an entry for each prompt, else the argument."""
         if "prompt" not in name or isinstance(value, str) or not hasattr(value, "__len__"):
             return value
-        return take(value, self.prompt_rows(rows)) if len(value) == self.prompts else value
+        return take_rows(value, self.prompt_rows(rows)) if len(value) == self.prompts else value
 
     def encoded_of(self, value: Any, rows: list[int]) -> Any:
-        """What `encode_prompt` returned, for these images.
+        """Return the return value of `encode_prompt` for these images.
 
-        Tensors and lists have an entry for each image, or for each prompt where the pipeline repeats them itself;
-        position ids `(L, 3)`, as those of Flux, are the same for all.
+        Tensors and lists have an entry for each image, or for each prompt if the pipeline repeats them itself. Position
+        ids `(L, 3)`, as in Flux, are shared by all images.
 
         Raises:
             ValueError: For a tensor with neither.
         """
         if isinstance(value, dict):
-            return {name: self.encoded_of(part, rows) for name, part in value.items()}
+            return {name: self.encoded_of(each, rows) for name, each in value.items()}
         if isinstance(value, torch.Tensor):
             return self.tensor_of(value, rows)
         if isinstance(value, list) and len(value) == self.batch:
-            return take(value, rows)
+            return take_rows(value, rows)
         if isinstance(value, list) and len(value) == self.prompts > 1:
-            return take(value, self.prompt_rows(rows))
+            return take_rows(value, self.prompt_rows(rows))
         if isinstance(value, (tuple, list)):
-            return type(value)([self.encoded_of(part, rows) for part in value])
+            return type(value)([self.encoded_of(each, rows) for each in value])
         return value
 
     def tensor_of(self, value: torch.Tensor, rows: list[int]) -> torch.Tensor:
@@ -5192,40 +4916,34 @@ class BatchLayout:
             return value if self.prompts == 1 else value[self.prompt_rows(rows)]
         raise ValueError(
             f"Expected `encode_prompt` to return tensors with an entry for each of {self.batch} images, but got the "
-            f"shape {tuple(value.shape)}, of which no part can be told apart. Use `chunk_size=None`."
+            f"shape {tuple(value.shape)}, which cannot be split by image. Use `chunk_size=None`."
         )
 
-
-def take(value: Any, rows: Sequence[int]) -> Any:
-    """The rows of a tensor, or of a list or tuple."""
+def take_rows(value: Any, rows: Sequence[int]) -> Any:
+    """Return the rows of a tensor, list or tuple."""
     return value[list(rows)] if hasattr(value, "shape") else type(value)(value[row] for row in rows)
 
-
 def check_for_all(name: str, value: Any) -> None:
-    """Raise `ValueError` for an argument that is no prompt and may hold something for each image."""
+    """Raise `ValueError` for an argument other than prompts that may have an entry for each image."""
     if "prompt" in name or name in SAME_FOR_ALL:
         return
     if (name.startswith("ip_adapter") and value is not None) or holds_several(value):
         raise ValueError(
-            f"Expected arguments that are the same for all images, to draw some of them by themselves, but got "
-            f"`{name}`, which may hold one for each. Use `chunk_size=None`."
+            "Expected arguments that all images share, to generate images in chunks, but got "
+            f"`{name}`, which may have one entry for each. Use `chunk_size=None`."
         )
 
-
 def holds_several(value: Any) -> bool:
-    """Whether there are several tensors, images or the like in an argument: numbers and strings are settings."""
+    """Return whether an argument holds several tensors, images or the like, rather than plain settings."""
     if isinstance(value, dict):
         return any(map(holds_several, value.values()))
     if getattr(value, "ndim", 0) > 0:  # torch and numpy
         return len(value) > 1
     return isinstance(value, (list, tuple)) and len(value) > 1 and not all(isinstance(x, PLAIN_VALUES) for x in value)
 
-
 # schedulers/x0_prediction.py
 
-
 AffineCoefficients = tuple[torch.Tensor, torch.Tensor]
-
 
 def predict_x0(
     scheduler: Any, model_output: torch.Tensor, timestep: torch.Tensor | float, sample: torch.Tensor
@@ -5279,7 +4997,6 @@ def predict_x0(
         return x0
     return space.bound(scheduler, x0.detach()) + (x0 - x0.detach())  # adds exactly 0
 
-
 def prediction_channels(scheduler: Any, model_output: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
     """`model_output` without the channels of a learned variance: it has the shape of `sample` then."""
     learned = scheduler.config.get("variance_type") in ("learned", "learned_range")
@@ -5293,23 +5010,19 @@ def prediction_channels(scheduler: Any, model_output: torch.Tensor, sample: torc
         )
     return model_output
 
-
 def spread_over_images(coefficient: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
     """`coefficient`, one number or `(B,)`, in a shape, dtype and device that multiplies `sample` image by image."""
     return coefficient.to(sample).reshape(-1, *[1] * (sample.ndim - 1))
 
-
 def exact(entry: torch.Tensor | float) -> torch.Tensor:
     """An entry of a scheduler's table in float64, which not every device has."""
     return torch.as_tensor(entry).detach().cpu().double()
-
 
 def index_of_call(scheduler: Any, timestep: torch.Tensor | float) -> int:
     """Where the scheduler is in its list of sigmas; at the first call it finds out by itself."""
     if scheduler.step_index is None:
         scheduler._init_step_index(timestep)
     return scheduler._step_index
-
 
 def affine_in_prediction(
     scheduler: Any, prediction: str, signal: torch.Tensor, noise: torch.Tensor, flow: bool = False
@@ -5331,7 +5044,6 @@ def affine_in_prediction(
         return signal / squared, -noise / squared.sqrt()
     raise unknown_prediction(scheduler, ("epsilon", "sample", "flow_prediction" if flow else "v_prediction"))
 
-
 def require_signal(scheduler: Any, signal: torch.Tensor) -> None:
     """ε says nothing about x0 where the sample is nothing but ε."""
     if (signal == 0).any():
@@ -5340,7 +5052,6 @@ def require_signal(scheduler: Any, signal: torch.Tensor) -> None:
             'got a timestep with zero SNR. Pass `rescale_betas_zero_snr=False`, `timestep_spacing="leading"`, or use a '
             "model with v-prediction."
         )
-
 
 def unknown_prediction(scheduler: Any, known: tuple[str, ...]) -> ValueError:
     """The error about a `prediction_type` that the space of `scheduler` gives no meaning."""
@@ -5352,12 +5063,10 @@ def unknown_prediction(scheduler: Any, known: tuple[str, ...]) -> ValueError:
         "flow_prediction goes with True and v_prediction with False."
     )
 
-
 def configured_prediction(scheduler: Any) -> str:
     """What the config says that the model predicts; Euler also knows an older name of "sample"."""
     prediction = scheduler.config.get("prediction_type", "epsilon")
     return "sample" if prediction == "original_sample" else prediction
-
 
 def from_alphas(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficients:
     """Variance preserving: ᾱ is looked up by timestep."""
@@ -5365,24 +5074,20 @@ def from_alphas(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoeffic
     alpha_bar = exact(scheduler.alphas_cumprod[steps])
     return affine_in_prediction(scheduler, configured_prediction(scheduler), alpha_bar.sqrt(), (1 - alpha_bar).sqrt())
 
-
 def from_cosine_time(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficients:
     """Würstchen and Stable Cascade: the timestep is a ratio in [0, 1] and ᾱ a function of it; they predict ε."""
     time = torch.as_tensor(timestep)
     alpha_bar = exact(scheduler._alpha_cumprod(time, time.device))
     return affine_in_prediction(scheduler, "epsilon", alpha_bar.sqrt(), (1 - alpha_bar).sqrt())
 
-
 def from_sigma(scheduler: Any, sigma: torch.Tensor) -> AffineCoefficients:
     """Variance exploding: x = x0 + σ·ε."""
     sigma = exact(sigma)
     return affine_in_prediction(scheduler, configured_prediction(scheduler), torch.ones_like(sigma), sigma)
 
-
 def from_sigmas(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficients:
     """The sigma of the step; a second-order scheduler that evaluates at the end of a step lists that sigma twice."""
     return from_sigma(scheduler, scheduler.sigmas[index_of_call(scheduler, timestep)])
-
 
 def from_interpolated_sigmas(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficients:
     """KDPM2: every second call is at a sigma between two steps."""
@@ -5390,19 +5095,16 @@ def from_interpolated_sigmas(scheduler: Any, timestep: torch.Tensor | float) -> 
     table = scheduler.sigmas if scheduler.state_in_first_order else scheduler.sigmas_interpol
     return from_sigma(scheduler, table[index])
 
-
 def from_ancestral_interpolated_sigmas(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficients:
     """Ancestral KDPM2 keeps the sigma between two steps at the index of the first of them."""
     index = index_of_call(scheduler, timestep)
     first_order = scheduler.state_in_first_order
     return from_sigma(scheduler, scheduler.sigmas[index] if first_order else scheduler.sigmas_interpol[index - 1])
 
-
 def from_midpoint_sigmas(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficients:
     """DPMSolverSDE remembers the sigma between two steps that it evaluates at."""
     sigma = scheduler.sigmas[index_of_call(scheduler, timestep)]
     return from_sigma(scheduler, sigma if scheduler.state_in_first_order else scheduler.mid_point_sigma)
-
 
 def from_solver_sigmas(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficients:
     """Multistep solvers, whether they go on with x0 or with ε: sigma is b/a, or b with flow sigmas."""
@@ -5412,12 +5114,10 @@ def from_solver_sigmas(scheduler: Any, timestep: torch.Tensor | float) -> Affine
     noise = sigma if flow else sigma * signal
     return affine_in_prediction(scheduler, configured_prediction(scheduler), signal, noise, flow)
 
-
 def from_flow_sigmas(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficients:
     """Flow matching, x0 = x − σ·v; with `invert_sigmas` sigma counts the signal and the velocity points to it."""
     sigma = exact(scheduler.sigmas[index_of_call(scheduler, timestep)])
     return torch.ones_like(sigma), 1 - sigma if scheduler.config.get("invert_sigmas") else -sigma
-
 
 def from_angle(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficients:
     """TrigFlow (Sana-Sprint): the timestep is the angle, the output a velocity on the circle of radius `sigma_data`."""
@@ -5426,12 +5126,10 @@ def from_angle(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoeffici
     angle = exact(scheduler.timesteps[index_of_call(scheduler, timestep)])
     return angle.cos(), -angle.sin()
 
-
 def from_own_tables(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficients:
     """IPNDM: `alphas` is the signal and `betas` the noise, and its models predict v."""
     index = index_of_call(scheduler, timestep)
     return exact(scheduler.alphas[index]), -exact(scheduler.betas[index])
-
 
 def from_edm(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficients:
     """EDM: `prediction_type` is no more than the sign of the preconditioned output."""
@@ -5443,38 +5141,31 @@ def from_edm(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficien
     total = sigma**2 + data**2
     return data**2 / total, signs[configured_prediction(scheduler)] * sigma * data / total.sqrt()
 
-
 def from_consistency(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficients:
     """Consistency models: as EDM, with the identity as boundary condition at the smallest sigma."""
     sigma = exact(scheduler.sigmas[index_of_call(scheduler, timestep)])
     return scheduler.get_scalings_for_boundary_condition(sigma)
-
 
 def clipped(scheduler: Any, x0: torch.Tensor) -> torch.Tensor:
     """`clip_sample`: to a fixed range."""
     limit = scheduler.config.get("clip_sample_range", 1.0)
     return x0.clamp(-limit, limit) if scheduler.config.get("clip_sample") else x0
 
-
 def thresholded(scheduler: Any, x0: torch.Tensor) -> torch.Tensor:
     """`thresholding`: to a percentile of each image (https://arxiv.org/abs/2205.11487, section 2.3)."""
     return scheduler._threshold_sample(x0) if scheduler.config.get("thresholding") else x0
-
 
 def thresholded_or_clipped(scheduler: Any, x0: torch.Tensor) -> torch.Tensor:
     """Thresholding takes the place of clipping."""
     return thresholded(scheduler, x0) if scheduler.config.get("thresholding") else clipped(scheduler, x0)
 
-
 def thresholded_if_x0(scheduler: Any, x0: torch.Tensor) -> torch.Tensor:
     """UniPC thresholds only if x0 is what it goes on with."""
     return thresholded(scheduler, x0) if scheduler.predict_x0 else x0
 
-
 def clipped_to_images(scheduler: Any, x0: torch.Tensor) -> torch.Tensor:
     """`clip_denoised` of consistency models, which have no latents."""
     return x0.clamp(-1, 1) if scheduler.config.get("clip_denoised") else x0
-
 
 class SampleSpace(NamedTuple):
     """What a scheduler means by its sample and by its model's output.
@@ -5487,7 +5178,6 @@ class SampleSpace(NamedTuple):
 
     coefficients: Callable[[Any, Any], AffineCoefficients]
     bound: Callable[[Any, torch.Tensor], torch.Tensor] | None = None
-
 
 SAMPLE_SPACES = {
     "DDIMScheduler": SampleSpace(from_alphas, thresholded_or_clipped),
@@ -5546,7 +5236,6 @@ WITHOUT_ESTIMATE = {
     "ConsistencyDecoderScheduler": "decodes latents",
 }
 
-
 def space_of(scheduler: Any) -> SampleSpace:
     """The space of a scheduler by the names of its classes: a copy from the Hub is another class of the same name."""
     names = [cls.__name__ for cls in type(scheduler).__mro__]
@@ -5559,12 +5248,9 @@ def space_of(scheduler: Any) -> SampleSpace:
         "`DDIMScheduler.from_config(pipe.scheduler.config)`, or `FlowMatchEulerDiscreteScheduler` for flow matching."
     )
 
-
 # pipelines/memory/lean_layers.py
 
-
 LEAN_BYTES = 2**18  # below this size there is nothing to gain
-
 
 class LeanConv2d(nn.Conv2d):
     """Convolution that saves its weights but not its input, as long as it is frozen."""
@@ -5574,7 +5260,6 @@ class LeanConv2d(nn.Conv2d):
             return super().forward(input)
         settings = (self.stride, self.padding, self.dilation, self.groups)
         return FrozenConvolution.apply(input, self.weight, self.bias, settings)  # pyright: ignore[reportReturnType]
-
 
 class FrozenConvolution(torch.autograd.Function):
     """`F.conv2d` with a gradient for its input only."""
@@ -5587,10 +5272,9 @@ class FrozenConvolution(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (weight,) = ctx.saved_tensors
-        return conv2d_input(ctx.shape, weight, *gradients, *ctx.settings), None, None, None
-
+        return conv2d_input(ctx.shape, weight, gradient, *ctx.settings), None, None, None
 
 class LeanGroupNorm(nn.GroupNorm):
     """Group normalization that attaches its input to its output, for a `LeanSiLU` that follows."""
@@ -5602,7 +5286,6 @@ class LeanGroupNorm(nn.GroupNorm):
             vars(output)["normalized_from"] = version_of(output), input, settings
         return output
 
-
 class LeanSiLU(nn.SiLU):
     """SiLU that saves the input of the group normalization before it, which is saved anyway, instead of its own."""
 
@@ -5612,7 +5295,6 @@ class LeanSiLU(nn.SiLU):
         if not is_lean(input) or self.inplace or version != version_of(input):
             return super().forward(input)
         return NormalizedSiLU.apply(input, *source)  # pyright: ignore[reportReturnType]
-
 
 class NormalizedSiLU(torch.autograd.Function):
     """`silu(normalized)` that recomputes `normalized` in the backward pass."""
@@ -5625,11 +5307,10 @@ class NormalizedSiLU(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (before,) = ctx.saved_tensors
         normalized = F.group_norm(before, *ctx.settings)
-        return torch.ops.aten.silu_backward(*gradients, normalized), None, None
-
+        return torch.ops.aten.silu_backward(gradient, normalized), None, None
 
 class LeanGEGLU(GEGLU):
     """Gated linear unit that saves its projection but not the gate computed from it."""
@@ -5638,7 +5319,6 @@ class LeanGEGLU(GEGLU):
         if args or kwargs or hidden_states.device.type == "npu" or not is_lean(hidden_states, dimensions=3):
             return super().forward(hidden_states, *args, **kwargs)
         return GatedProjection.apply(self.proj(hidden_states))  # pyright: ignore[reportReturnType]
-
 
 class GatedProjection(torch.autograd.Function):
     """`values * gelu(gates)`, where `values` and `gates` are the two halves of the last dimension."""
@@ -5651,26 +5331,22 @@ class GatedProjection(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        (projected,), (gradient,) = ctx.saved_tensors, gradients
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (projected,) = ctx.saved_tensors
         values, gates = projected.chunk(2, dim=-1)
         gate_gradient = torch.ops.aten.gelu_backward(gradient * values, gates)
         return torch.cat([gradient * F.gelu(gates), gate_gradient], dim=-1)
 
-
 def is_frozen(layer: nn.Module) -> bool:
     return not any(parameter.requires_grad for parameter in layer.parameters())
-
 
 def is_lean(input: Tensor, dimensions: int = 4) -> bool:
     """Return whether a layer has to build a graph for a large input outside autocast."""
     graph = torch.is_grad_enabled() and input.requires_grad and input.ndim == dimensions
     return graph and input.numel() * input.element_size() >= LEAN_BYTES and not in_autocast(input.device.type)
 
-
 def in_autocast(device_type: str) -> bool:
     return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
-
 
 LEAN_LAYERS: dict[type[nn.Module], type[nn.Module]] = {
     nn.Conv2d: LeanConv2d,
@@ -5678,7 +5354,6 @@ LEAN_LAYERS: dict[type[nn.Module], type[nn.Module]] = {
     nn.SiLU: LeanSiLU,
     GEGLU: LeanGEGLU,
 }
-
 
 @contextlib.contextmanager
 def lean_layers(roots: Iterable[nn.Module]) -> Iterator[None]:
@@ -5695,7 +5370,6 @@ def lean_layers(roots: Iterable[nn.Module]) -> Iterator[None]:
         for layer, kind in changed:
             layer.__class__ = kind
 
-
 def stock_layers(module: nn.Module) -> Iterator[nn.Module]:
     """Yield the layers of a module that have a lean form."""
     if is_compiled(module):
@@ -5705,20 +5379,16 @@ def stock_layers(module: nn.Module) -> Iterator[nn.Module]:
     for child in module.children():
         yield from stock_layers(child)
 
-
 # pipelines/sampling/module_state.py
-
 
 DENOISERS = ("unet", "transformer", "transformer_2")
 CALLED_IN_STEPS = (*DENOISERS, "controlnet")
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 ENCODERS = ("text_encoder", "image_encoder", "safety_checker")
 
-
 def modules_of(pipe) -> dict[str, nn.Module]:
     """Return the pipeline's components that are torch modules, by name."""
     return {name: module for name, module in pipe.components.items() if isinstance(module, nn.Module)}
-
 
 @contextlib.contextmanager
 def frozen_modules(pipe, decoder: nn.Module | None = None) -> Iterator[None]:
@@ -5745,11 +5415,9 @@ def frozen_modules(pipe, decoder: nn.Module | None = None) -> Iterator[None]:
     finally:
         switch(True)
 
-
 def trainable_parameters(module: nn.Module) -> list[str]:
     """Return the names of a module's own parameters that require a gradient."""
     return [name for name, parameter in module.named_parameters(recurse=False) if parameter.requires_grad]
-
 
 def refuse_unsuited(pipe, gradient: str | None) -> None:
     """Raise `ValueError`, with the remedy, for modules in a state that a method cannot work with.
@@ -5767,13 +5435,11 @@ def refuse_unsuited(pipe, gradient: str | None) -> None:
             refuse_attention(name, root)
             refuse_casting(name, root)
 
-
 def passes(name: str, gradient: str | None) -> bool:
     """Return whether a gradient passes a component of a pipeline. Prompts are encoded without one."""
     if gradient is None or name.startswith(ENCODERS):
         return False
     return gradient == "full" or name not in DENOISERS
-
 
 def refuse_offload(name: str, root: nn.Module) -> None:
     """Raise `ValueError` if a module is offloaded: weights that move between forward and backward break gradients."""
@@ -5787,11 +5453,9 @@ def refuse_offload(name: str, root: nn.Module) -> None:
         if offloads(accelerate_hook(module)):
             raise ValueError(f"{expected}call `pipe.remove_all_hooks()` and `pipe.to(device)` first.")
 
-
 def is_offloaded(root: nn.Module) -> bool:
     """Return whether the weights of a module or of one of its submodules move between devices."""
     return any(group_offloaded(module) or offloads(accelerate_hook(module)) for module in root.modules())
-
 
 def offloads(hook) -> bool:
     """Return whether an accelerate hook moves weights.
@@ -5801,10 +5465,8 @@ def offloads(hook) -> bool:
     nested = getattr(hook, "hooks", ())
     return type(hook).__name__ == "CpuOffload" or bool(getattr(hook, "offload", False)) or any(map(offloads, nested))
 
-
 def group_offloaded(module: nn.Module) -> bool:
     return any("group_offloading" in name for name in diffusers_hooks(module))
-
 
 def refuse_attention(name: str, root: nn.Module) -> None:
     """Raise `ValueError` for an attention backend without a backward pass; some of them drop the gradient silently."""
@@ -5816,7 +5478,6 @@ def refuse_attention(name: str, root: nn.Module) -> None:
                 f'Call `pipe.{name}.set_attention_backend("native")` first, outside any `attention_backend` context, '
                 "or use a method without gradients, such as `BestOfN`."
             )
-
 
 def refuse_casting(name: str, root: nn.Module) -> None:
     """Raise `ValueError` for convolutions under layerwise casting.
@@ -5830,7 +5491,6 @@ def refuse_casting(name: str, root: nn.Module) -> None:
                 "layer by layer, which breaks the gradient. Load the pipeline again and leave them out: "
                 f"`pipe.{name}.enable_layerwise_casting(..., skip_modules_classes=(torch.nn.Conv2d,))`."
             )
-
 
 def refuse_cache(name: str, root: nn.Module) -> None:
     """Raise `ValueError` if a module reuses results of earlier denoising steps.
@@ -5847,9 +5507,7 @@ def refuse_cache(name: str, root: nn.Module) -> None:
                 "generated with the cache again."
             )
 
-
 # pipelines/sampling/first_call.py
-
 
 def stock_call(cls: type) -> Callable[..., Any]:
     """Return the `__call__` of the stock pipeline class under our hook, without its `@torch.no_grad`."""
@@ -5858,11 +5516,9 @@ def stock_call(cls: type) -> Callable[..., Any]:
             return inspect.unwrap(vars(base)["__call__"])
     raise TypeError(f"Expected a diffusers pipeline with a `__call__`, but {cls.__name__} has none.")
 
-
 def parts_of(pipe, names: tuple[str, ...]) -> dict[str, Any]:
     """Return those of the named modules that a pipeline has."""
     return {name: module for name in names if (module := getattr(pipe, name, None)) is not None}
-
 
 @contextlib.contextmanager
 def first_step_only(pipe) -> Iterator[list[torch.Tensor]]:
@@ -5911,7 +5567,6 @@ def first_step_only(pipe) -> Iterator[list[torch.Tensor]]:
             f"but {type(pipe).__name__} does not, and no x0 can be estimated. Use a method that evaluates images."
         )
 
-
 def counted(function: Callable[..., Any], calls: list[int]) -> Callable[..., Any]:
     """Return the function with an entry in `calls` for each call."""
 
@@ -5922,23 +5577,19 @@ def counted(function: Callable[..., Any], calls: list[int]) -> Callable[..., Any
 
     return count
 
-
 def count_timesteps(pipe) -> int:
     """Return the number of timesteps of the last call, which may be fewer than those of the scheduler."""
     return own_timestep_count(pipe) or len(pipe.scheduler.timesteps)
 
-
 # pipelines/sampling/global_draws.py
-
 
 DRAWING = (torch.randn, torch.rand, torch.randint, torch.randn_like, torch.rand_like, torch.normal)
 
-
 class GlobalDraws(TorchFunctionMode):
-    """Inside this context a random number that comes from no generator raises `ValueError`. Other threads may draw.
+    """Context in which random numbers without a generator raise `ValueError`, in this thread only.
 
     Args:
-        sampler: What the error says that draws.
+        sampler: Name of the sampler for the error.
     """
 
     def __init__(self, sampler: str) -> None:
@@ -5949,20 +5600,19 @@ class GlobalDraws(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in DRAWING and kwargs.get("generator") is None:
             raise ValueError(
-                f"Expected all noise to come from `generator`, but {self.sampler} draws some on the way from torch's "
-                "own stream, so that no two evaluations would see the same. Use a scheduler that draws nothing, as "
-                "`FlowMatchEulerDiscreteScheduler(stochastic_sampling=False)`, or whose seed is a setting, as "
+                f"Expected all noise to come from `generator`, but {self.sampler} draws from torch's global stream, so "
+                "that no two evaluations see the same noise. Use a deterministic scheduler, such as "
+                "`FlowMatchEulerDiscreteScheduler(stochastic_sampling=False)`, or one with a seed, such as "
                 "`DPMSolverSDEScheduler(noise_sampler_seed=0)`."
             )
         return func(*args, **kwargs)
 
-
 @contextlib.contextmanager
 def no_global_draws(pipe) -> Iterator[list[torch.Tensor]]:
-    """Let no `scheduler.step` of a pipeline draw from torch's own stream; see `GlobalDraws`. Its scheduler is a copy.
+    """Refuse a `scheduler.step` that draws from torch's global stream; see `GlobalDraws`.
 
-    Every inner run begins with the generators in the same state, so that all of them see the same noise on the way.
-    Yields an empty list, as `first_step_only` does.
+    Evaluations start from the same state of the generators, and so see the same noise at each step. The scheduler must
+    be a copy. Yields an empty list, for the same form as `first_step_only`.
     """
     scheduler, sampler = pipe.scheduler, f"{type(pipe).__name__} with {type(pipe.scheduler).__name__}"
     step = scheduler.step
@@ -5978,41 +5628,39 @@ def no_global_draws(pipe) -> Iterator[list[torch.Tensor]]:
     finally:
         del scheduler.step
 
-
 # pipelines/sampling/latent_space.py
 
-
 def drawing_function(cls: type) -> Callable[..., types.FunctionType]:
-    """`draw -> prepare_latents`: the stock function of `cls` with `draw` in the place of its `randn_tensor`.
+    """Return a function `draw -> prepare_latents`: the stock function of `cls` with `draw` instead of `randn_tensor`.
 
-    A copy of the function with that one global replaced hands our noise to the stock scaling and packing: no global
-    patch, and differentiable. Raises `TypeError` if the class does not draw that way.
+    A copy of the function with that one global replaced passes our noise through the stock scaling and packing, without
+    a global patch and differentiably.
+
+    Raises:
+        TypeError: If the class does not sample its noise with `randn_tensor`.
     """
     stock = next((vars(base) for base in cls.__mro__ if defines_latents(base)), {})
     function = inspect.unwrap(stock.get("prepare_latents", lambda: None))
     if "randn_tensor" in function.__code__.co_names:
         return lambda draw: with_globals(function, randn_tensor=draw)
     raise TypeError(
-        "Expected a text-to-image pipeline whose `prepare_latents` draws its noise with diffusers' `randn_tensor`, but "
-        f"that of {cls.__name__} does not. Draw the noise by `randn_tensor` there, and call no `super()`."
+        "Expected a text-to-image pipeline whose `prepare_latents` samples its noise with diffusers' `randn_tensor`, "
+        f"but that of {cls.__name__} does not. Call `randn_tensor` there, and no `super()`."
     )
 
-
 def defines_latents(cls: type) -> bool:
-    """Whether a class has a `prepare_latents` of its own that is not our hook."""
+    """Return whether a class defines a `prepare_latents` that is not our hook."""
     return "prepare_latents" in vars(cls) and not hasattr(cls, "_noise_run")
 
-
 def with_globals(function: types.FunctionType, **replaced: Any) -> types.FunctionType:
-    """A copy of a function that sees other values under some of its global names."""
+    """Return a copy of a function with some of its global names replaced."""
     names = {**function.__globals__, **replaced}
     twin = types.FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
     twin.__kwdefaults__ = function.__kwdefaults__
     return twin
 
-
 def drawing_with(noise_sampler: Callable[..., torch.Tensor] | None) -> Callable[..., torch.Tensor]:
-    """What stands in for `randn_tensor`: that function itself, or a noise sampler with its shape checked."""
+    """Return the replacement of `randn_tensor`: a noise sampler with its shape checked, or `randn_tensor` itself."""
     if noise_sampler is None:
         return randn_tensor
 
@@ -6021,35 +5669,34 @@ def drawing_with(noise_sampler: Callable[..., torch.Tensor] | None) -> Callable[
         if noise.shape != torch.Size(shape):
             raise ValueError(
                 f"Expected the noise sampler to return noise of shape {tuple(shape)}, but got {tuple(noise.shape)}. "
-                "Draw the shape that it is called with."
+                "Return the shape that it is called with."
             )
         return noise.to(device=device, dtype=dtype)
 
     return draw
 
-
 def first_of(prepared):
-    """What `prepare_latents` returns is the latents, or a tuple that begins with them."""
+    """Return the latents that `prepare_latents` returned, alone or first in a tuple."""
     return prepared[0] if isinstance(prepared, tuple) else prepared
 
-
 class LatentSpace:
-    """Between unit, spatial noise and the latents of one call of `pipe.prepare_latents(*args, **kwargs)`.
+    """Conversion between spatial noise and the latents of one call of `pipe.prepare_latents(*args, **kwargs)`.
 
-    * noise: `(B, C, H, W)`, what the pipeline draws, before scaling and packing (`(B, 1, C, H, W)` for Qwen-Image).
-    * prepared: what `prepare_latents` returns: scaled by `init_noise_sigma`, packed into tokens where the family packs,
-      mixed with the encoded image where it begins with one.
-    * latents: what the pipeline accepts as `latents=`: packed, not scaled; what is prepared, where it begins with an
-      image.
+    * noise: `(B, C, H, W)`, unit variance, as the pipeline samples it before scaling and packing (`(B, 1, C, H, W)` for
+      Qwen-Image).
+    * prepared: the return value of `prepare_latents`: scaled by `init_noise_sigma`, packed into tokens where the family
+      packs, mixed with the encoded image in image-to-image pipelines.
+    * latents: the form that the pipeline accepts as `latents=`: packed and not scaled, or the prepared ones in
+      image-to-image pipelines.
 
-    No family is named here: the stock function does the packing, and is asked which form it takes back.
+    No family is named here: the stock function does the packing, and is probed for the form that it accepts.
 
-    Functions that draw more than the noise, as from the posterior of an encoded image, need a generator in the state
-    that they first had: give it as `generator=...` wherever `overrides` are taken.
+    Functions that draw more than the noise, such as a sample of the posterior of an encoded image, need a generator in
+    the state that it had at first: pass `generator=...` wherever `overrides` are accepted.
 
     Args:
         pipe, args, kwargs: The call.
-        noise_sampler: Draws the noise of the call in the place of diffusers' `randn_tensor`, which `None` leaves there.
+        noise_sampler: Function that samples the noise of the call instead of diffusers' `randn_tensor`, or `None`.
     """
 
     def __init__(
@@ -6066,30 +5713,30 @@ class LatentSpace:
         self.known_packing: Packing | None = None
 
     def for_images(self, count: int) -> "LatentSpace":
-        """The same space for so many images.
+        """Return the same space for another number of images.
 
         Raises:
-            ValueError: The family is not told how many there are, or begins with an image for each.
+            ValueError: If `prepare_latents` has no `batch_size`, or takes an image.
         """
         if "batch_size" not in self.arguments or "image" in self.arguments:
             raise ValueError(
-                "Expected a `prepare_latents` with the argument `batch_size` and without an image, to draw some images "
-                f"by themselves, but got one with {list(self.arguments)}. Use `chunk_size=None`."
+                "Expected a `prepare_latents` with the argument `batch_size` and without an image, to generate images "
+                f"in chunks, but got one with {list(self.arguments)}. Use `chunk_size=None`."
             )
         space = copy.copy(self)
         space.known_packing = None
-        # generators are given with each call: one for each image would not fit the new number
+        # generators are passed with each call: a list of them would not fit the new number of images
         unset = {"generator": None} if "generator" in self.arguments else {}
         space.arguments = {**self.arguments, "batch_size": count, **unset}
         return space
 
     def on(self, pipe, draw: Callable[..., torch.Tensor], latents: torch.Tensor | None = None, **overrides):
-        """Run the stock function on `pipe` with `draw(shape, **kwargs)` for its random numbers."""
+        """Run the stock function on `pipe` with `draw(shape, **kwargs)` as its source of noise."""
         given = {"latents": latents} if self.takes_latents else {}
         return self.with_draw(draw)(pipe, **{**self.arguments, **given, **overrides})
 
     def draw(self, pipe) -> tuple[torch.Tensor, bool]:
-        """The base noise of the call, and whether it was drawn (rather than given as `latents=`)."""
+        """Return the base noise of the call, and whether it was sampled (rather than given as `latents=`)."""
         drawn: list[torch.Tensor] = []
 
         def record(*args, **kwargs):
@@ -6102,37 +5749,47 @@ class LatentSpace:
         if self.given is None:
             raise ValueError(
                 f"Expected a call that draws its noise, but this one of {type(pipe).__name__} draws none, and there is "
-                "nothing to optimise. Leave out the argument that lets it begin without, such as `denoising_start`."
+                "nothing to optimize. Leave out the argument that lets it start without, such as `denoising_start`."
             )
         noise = self.to_noise(pipe, self.given)
         again = first_of(self.prepare(pipe, noise))
-        comparable = again.shape == prepared.shape  # families that pack hand spatial noise on as it is
+        comparable = again.shape == prepared.shape  # families that pack return spatial latents unchanged
         if comparable and not torch.allclose(again.float(), prepared.float(), rtol=0.05, atol=0.05):
-            raise latents_with_image(pipe)  # the tolerance is that of half precision
+            raise latents_with_image(pipe)  # beyond the rounding of half precision
         return noise, False
 
     def prepare(self, pipe, noise: torch.Tensor, draw: bool = False, **overrides):
-        """Noise to what `prepare_latents` returns, differentiable; with `draw` what it draws is drawn and discarded."""
+        """Convert noise to the return value of `prepare_latents`, differentiably.
 
-        def put(*args, **kwargs) -> torch.Tensor:
+        With `draw` the noise of the call is sampled and discarded, so that the generator advances as in the call.
+        """
+
+        def given(*args, **kwargs) -> torch.Tensor:
             if draw:
                 self.draw_noise(*args, **kwargs)
             return noise.to(kwargs.get("dtype") or noise.dtype)
 
-        return self.on(pipe, put, **overrides)
+        return self.on(pipe, given, **overrides)
 
     def to_latents(self, pipe, noise: torch.Tensor, **overrides) -> torch.Tensor:
-        """Noise to what the pipeline takes as `latents=`, in the pipeline's dtype."""
+        """Convert noise to the `latents=` that the pipeline accepts, in its dtype."""
         prepared = first_of(self.prepare(pipe, noise, **overrides))
-        if not self.takes_latents:  # then the pipeline goes on with `latents` as they are
+        if not self.takes_latents:  # then the pipeline uses `latents` unchanged
             return prepared
         for candidate in (noise.to(prepared.dtype), prepared):
             if self.accepts(pipe, candidate, prepared):
                 return candidate
-        raise TypeError(f"{type(pipe).__name__} takes neither its own noise nor its own latents as `latents=`.")
+        raise TypeError(
+            f"Expected `latents=` to accept the noise or the prepared latents of {type(pipe).__name__}, but it accepts "
+            "neither. Use a pipeline whose `prepare_latents` returns given latents in one of these forms."
+        )
 
     def to_noise(self, pipe, latents: torch.Tensor) -> torch.Tensor:
-        """What a user passed as `latents=` to noise. Raises `ValueError` if the shape fits neither form."""
+        """Convert the `latents=` of a user to noise.
+
+        Raises:
+            ValueError: If their shape is neither that of the noise nor that of packed latents.
+        """
         shape, packed = self.packing(pipe).noise, self.packing(pipe).packed
         if latents.shape not in (shape, packed):
             raise ValueError(
@@ -6141,14 +5798,14 @@ class LatentSpace:
         return self.unpack(pipe, latents)
 
     def unpack(self, pipe, latents: torch.Tensor) -> torch.Tensor:
-        """Latents in the layout of the denoiser to the spatial layout of the noise, differentiable."""
+        """Convert latents from the denoiser's layout to the spatial layout of the noise, differentiably."""
         packing = self.packing(pipe)
         if latents.shape == packing.noise:
             return latents
-        return latents.flatten(1).gather(1, packing.places.to(latents.device)).view(packing.noise)
+        return latents.flatten(1).gather(1, packing.positions.to(latents.device)).view(packing.noise)
 
     def packing(self, pipe) -> "Packing":
-        """How the family packs."""
+        """Return the packing of the family."""
         if self.known_packing is None:
             leaves: list[torch.Tensor] = []
 
@@ -6156,10 +5813,10 @@ class LatentSpace:
                 leaves.append(torch.zeros(shape, device=device, dtype=dtype, requires_grad=True))
                 return leaves[-1]
 
-            any_generator: Any = torch.Generator().manual_seed(0)  # not the one of the call, which would go on
+            any_generator: Any = torch.Generator().manual_seed(0)  # that of the call would advance
             with torch.enable_grad():
                 prepared = first_of(self.on(pipe, draw, generator=any_generator))
-            self.known_packing = Packing(leaves[0].shape, prepared.shape, places_in(prepared, leaves[0]))
+            self.known_packing = Packing(leaves[0].shape, prepared.shape, positions_in(prepared, leaves[0]))
         return self.known_packing
 
     def accepts(self, pipe, latents: torch.Tensor, prepared: torch.Tensor) -> bool:
@@ -6169,44 +5826,39 @@ class LatentSpace:
             return False
         return returned.shape == prepared.shape and torch.equal(returned, prepared)
 
-
 class Packing(NamedTuple):
-    """The shape of the noise and of what is prepared, and `(B, C·H·W)` where each entry of the noise is put there."""
+    """Shapes of the noise and of the prepared latents, and the position of each noise entry in them, `(B, C·H·W)`."""
 
     noise: torch.Size
     packed: torch.Size
-    places: torch.Tensor
+    positions: torch.Tensor
 
+def positions_in(prepared: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """Return the position of each entry of the noise in the latents `prepared` from it, per image, `(B, C·H·W)`.
 
-def places_in(prepared: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """For each entry of the noise its place among those that are `prepared` from it, each image by itself.
-
-    Preparing permutes, scales by one number and adds, so the gradient leads back from each place to its entry. Numbers
-    go that way digit by digit, since half precision has no large ones.
+    Preparing permutes, scales by one factor and adds, so backpropagating position numbers yields the position of each
+    entry. The numbers are sent digit by digit, since half precision cannot represent large ones.
     """
 
-    def lead_back(values: torch.Tensor) -> torch.Tensor:
+    def backpropagated(values: torch.Tensor) -> torch.Tensor:
         return torch.autograd.grad(prepared, noise, values.to(prepared), retain_graph=True)[0].flatten(1).double()
 
-    scale = lead_back(torch.ones_like(prepared))
+    scale = backpropagated(torch.ones_like(prepared))
     numbers = torch.arange(prepared[0].numel()).view(prepared.shape[1:]).expand(prepared.shape)
-    places, unit = torch.zeros_like(scale, dtype=torch.long), 1
+    positions, unit = torch.zeros_like(scale, dtype=torch.long), 1
     while unit < prepared[0].numel():
-        places += unit * (lead_back(numbers // unit % 64) / scale).round().long()
+        positions += unit * (backpropagated(numbers // unit % 64) / scale).round().long()
         unit *= 64
-    return places
-
+    return positions
 
 def latents_with_image(pipe) -> ValueError:
-    """The error about `latents` that are not the noise alone."""
+    """Return the error for `latents` that mix an image with the noise."""
     return ValueError(
-        f"Expected no `latents`, as {type(pipe).__name__} takes there what its image and the noise make together, and "
-        "only the noise is optimised. Leave them out, and choose the noise by `generator` or `noise_sampler`."
+        f"Expected no `latents`, since in {type(pipe).__name__} they mix the image with the noise, and only the noise "
+        "is optimized. Leave them out, and choose the noise by `generator` or `noise_sampler`."
     )
 
-
 # pipelines/sampling/random_state.py
-
 
 class RandomState:
     """Snapshot of the random streams of a call, from which every evaluation starts.
@@ -6239,7 +5891,6 @@ class RandomState:
         found.states = [self.states[row] for row in rows] if self.several else self.states
         return found
 
-
 def default_generator(device: torch.device) -> torch.Generator:
     """Return the generator that torch uses on `device` by default."""
     if device.type == "cuda":
@@ -6248,13 +5899,10 @@ def default_generator(device: torch.device) -> torch.Generator:
         return default_mps_generator()
     return torch.default_generator
 
-
 # pipelines/sampling/sampler.py
-
 
 Gradient = Literal["full", "frozen"] | None
 Clamp = Literal["straight_through", "hard"]
-
 
 class PipelineSampler:
     """One pipeline call as the functions `images(noise)` and `x0(noise)`.
@@ -6451,24 +6099,26 @@ class PipelineSampler:
             attributes.update({name: wrap(model) for name, model in parts_of(twin, CALLED_IN_STEPS).items()})
         return twin, generator
 
-
 def make_twin(pipe, clamp: Clamp):
     """Return a shallow copy of a pipeline that is differentiable from image to noise."""
     twin = copy.copy(pipe)
-    attributes = vars(twin)
+    attributes: dict[str, Any] = vars(twin)
     attributes.pop("_noise_run", None)
     twin.set_progress_bar_config(disable=True)
     # both use numpy, which has no gradient; the final run has them
     attributes.update({name: None for name in ("safety_checker", "watermark") if name in attributes})
-    vae: Any = attributes.get("vae")
-    upcast = vae is not None and vae.config.get("force_upcast") and vae.dtype == torch.float16
-    if upcast and not is_offloaded(vae):  # an offloaded VAE is used without gradients only
-        attributes["vae"] = converted_apart(vae)
+    if "vae" in attributes and needs_upcast(attributes["vae"]):
+        attributes["vae"] = converted_apart(attributes["vae"])
     if clamp == "straight_through" and hasattr(pipe, "image_processor"):
         attributes["image_processor"] = copy.copy(pipe.image_processor)
         vars(twin.image_processor)["denormalize"] = denormalize_straight_through
     return twin
 
+def needs_upcast(vae: Any) -> bool:
+    """Return whether the pipeline converts its VAE to float32 to decode; one that is offloaded has no gradient."""
+    if vae is None or not vae.config.get("force_upcast"):
+        return False
+    return vae.dtype == torch.float16 and not is_offloaded(vae)
 
 def replayed(function: Callable[..., Any], recorded: list[Any]) -> Callable[..., Any]:
     """Return a function that replays the recorded return values in call order and records further ones."""
@@ -6483,16 +6133,13 @@ def replayed(function: Callable[..., Any], recorded: list[Any]) -> Callable[...,
 
     return replay
 
-
 def denormalize_straight_through(images: torch.Tensor) -> torch.Tensor:
     """Convert [-1, 1] to [0, 1] as diffusers does, with the value of the clamp and the gradient of the identity."""
     pixels = images * 0.5 + 0.5
     clamped = pixels.clamp(0, 1)
     return clamped.detach() + (pixels - pixels.detach()) if pixels.requires_grad else clamped  # adds exactly 0
 
-
 # pipelines/sampling/sample.py
-
 
 class Sample:
     """Sample that an objective evaluates; `images` and `x0` are computed on first access and cached.
@@ -6538,9 +6185,7 @@ class Sample:
         images = vars(self).get("images")
         return None if images is None else images.detach()
 
-
 # pipelines/objective.py
-
 
 class Objective:
     """A loss of samples: `objective(sample) -> (B,)`, lower is better.
@@ -6568,7 +6213,6 @@ class Objective:
         """Return plain values for the provenance of a result."""
         return type(self).__name__
 
-
 class FunctionObjective(Objective):
     """An objective from a function `(sample) -> (B,)`."""
 
@@ -6580,7 +6224,6 @@ class FunctionObjective(Objective):
 
     def describe(self) -> str:
         return getattr(self.function, "__name__", type(self.function).__name__)
-
 
 class RewardObjective(Objective):
     """The negative weighted sum of rewards of the images: `−Σᵢ λᵢ·rewardᵢ(images, prompts)`.
@@ -6613,9 +6256,7 @@ class RewardObjective(Objective):
     def describe(self) -> dict[str, Any]:
         return self.rewards.describe()
 
-
 # pipelines/problem.py
-
 
 @dataclasses.dataclass(eq=False)
 class NoiseProblem:
@@ -6648,7 +6289,6 @@ class NoiseProblem:
         """One seed per image, a function of the bits of its base noise: independent of the rest of the batch."""
         return [seed_from(noise) for noise in self.noise]
 
-
 class CandidateNoise:
     """A stream of fresh noise for a problem, drawn by its noise sampler.
 
@@ -6670,16 +6310,13 @@ class CandidateNoise:
         draws = [torch.rand((), generator=stream, dtype=torch.float64) for stream in self.streams]
         return torch.stack(draws).to(self.like.device)
 
-
 def seed_from(noise: torch.Tensor) -> int:
     """Hash the values of a noise to a 62-bit seed."""
     bits = noise.detach().flatten().cpu().to(torch.float32).view(torch.int32).to(torch.int64)
     weights = torch.arange(1, len(bits) + 1).mul(0x9E3779B97F4A7C15 - 2**64)  # odd multiples spread over 64 bits
     return int((bits * weights).sum().item()) & (2**62 - 1)
 
-
 # pipelines/method.py
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NoiseOptimizer:
@@ -6797,7 +6434,6 @@ class NoiseOptimizer:
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {name: value for name, value in values.items() if isinstance(value, bool | int | float | str | None)}
 
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RewardOptimizer(NoiseOptimizer):
     """Base class of methods that maximize the weighted sum of rewards of each image.
@@ -6812,9 +6448,7 @@ class RewardOptimizer(NoiseOptimizer):
     def objective(self, pipe) -> Objective:
         return RewardObjective(self.load_rewards(pipe, self.rewards))
 
-
 # pipelines/noise_math.py
-
 
 @dataclasses.dataclass(frozen=True)
 class ChiPrior:
@@ -6841,29 +6475,24 @@ class ChiPrior:
         norm = per_sample_norm(noise)
         return self.weight * (norm.square() / 2 - (noise[0].numel() - 1) * norm.log())
 
-
 def per_sample_norm(noise: torch.Tensor) -> torch.Tensor:
     """Return the L2 norms `(B,)` of `(B, ...)`, in float32 or better: bfloat16 numbers near 256 are 2 apart."""
     return noise.flatten(1).to(torch.promote_types(noise.dtype, torch.float32)).norm(dim=1)
 
-
 def per_image(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """Reshape `(B,)` values so that they broadcast over `like` `(B, ...)`."""
     return values.view(-1, *[1] * (like.ndim - 1))
-
 
 def clip_per_sample(gradient: torch.Tensor, max_norm: float) -> torch.Tensor:
     """Clip each sample of `(B, ...)` to an L2 norm, with the formula of `torch.nn.utils.clip_grad_norm_`."""
     factor = (max_norm / (per_sample_norm(gradient) + 1e-6)).clamp(max=1)
     return gradient * per_image(factor, gradient)
 
-
 def unit(direction: torch.Tensor) -> torch.Tensor:
     """Scale each sample of `(B, ...)` to length 1; a zero sample stays zero. Safe for very small gradients."""
     largest = direction.flatten(1).abs().amax(1)
     scaled = direction / per_image(largest.clamp_min(torch.finfo(direction.dtype).tiny), direction)
     return scaled / per_image(per_sample_norm(scaled).clamp_min(1), scaled)
-
 
 def displacement(noise: torch.Tensor, sigma: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
     """Return `v = (√(1−γ) − 1)·z + √γ·σ`, the change of `noise` z when `sigma` is mixed into it.
@@ -6878,19 +6507,15 @@ def displacement(noise: torch.Tensor, sigma: torch.Tensor, gamma: torch.Tensor) 
     gamma = per_image(gamma, noise)
     return ((1 - gamma).sqrt() - 1) * noise + gamma.sqrt() * sigma
 
-
 def sets(groups: Sequence[int]) -> Iterator[torch.Tensor]:
     """Yield the rows of each group of samples, one index tensor per group, in the order of the group numbers."""
     labels = torch.tensor(groups)
     for group in sorted(set(groups)):
         yield (labels == group).nonzero().flatten()
 
-
 # pipelines/results/frequency_bands.py
 
-
 BANDS = ("lowest third", "middle third", "highest third")
-
 
 def band_energies(change: torch.Tensor) -> torch.Tensor:
     """Return the squared norm of `change` (B, ..., H, W) in each third of the frequencies, `(B, 3)`.
@@ -6900,7 +6525,6 @@ def band_energies(change: torch.Tensor) -> torch.Tensor:
     """
     power = torch.fft.fft2(change, norm="ortho").abs().square().flatten(1, -3).sum(1)
     return (power[:, None] * frequency_bands(*change.shape[-2:]).to(power)).sum((-2, -1))
-
 
 @functools.cache
 def frequency_bands(height: int, width: int) -> torch.Tensor:
@@ -6916,9 +6540,7 @@ def frequency_bands(height: int, width: int) -> torch.Tensor:
     third = (3 * radius / radius.max().clamp_min(1e-12)).long().clamp(max=2)
     return torch.stack([third == band for band in range(3)])
 
-
 # pipelines/results/atomic_write.py
-
 
 def atomic_write(path: Path, write: Callable[[Path], Any]) -> None:
     """Write a file atomically: `write(temporary)` writes a temporary file, which then replaces `path`.
@@ -6933,14 +6555,11 @@ def atomic_write(path: Path, write: Callable[[Path], Any]) -> None:
         temporary.unlink(missing_ok=True)
         raise
 
-
 def temporary_path(path: Path) -> Path:
     """Return the path of the temporary file: in the same folder, with the same suffix."""
     return path.with_name(f".part-{path.name}")
 
-
 # pipelines/results/result_file.py
-
 
 RESULT_FORMAT = "noiseopt-result-1"
 RESULT_HEADER = {"format": str, "provenance": dict, "generator_devices": list, "reports": dict}
@@ -6957,10 +6576,8 @@ TORCH_FILES = (b"PK\x03\x04", *(b"\x80" + bytes([protocol]) for protocol in rang
 Header = dict[str, Any]
 Tensors = dict[str, torch.Tensor]
 
-
 class UnusableResult(Exception):
     """Reason why a file is unusable, phrased to follow its name."""
-
 
 def write_result_file(path: Path, tensors: Tensors, header: Header) -> None:
     """Write tensors and header atomically; the format is added to the header."""
@@ -6969,7 +6586,6 @@ def write_result_file(path: Path, tensors: Tensors, header: Header) -> None:
     copies = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(path, lambda temporary: save_file(copies, temporary, metadata=metadata))
-
 
 def read_result_file(path: Path) -> tuple[Header, Tensors]:
     """Read a file of `write_result_file` to the CPU. Nothing is unpickled.
@@ -6986,7 +6602,6 @@ def read_result_file(path: Path) -> tuple[Header, Tensors]:
         raise ValueError(f"Expected a file that `NoiseResult.save` wrote, but {path} {problem}.") from None
     return header, tensors
 
-
 def read_checked(path: Path) -> tuple[Header, Tensors]:
     if not path.is_file():
         raise UnusableResult("is a folder" if path.is_dir() else "is not a regular file")
@@ -7002,7 +6617,6 @@ def read_checked(path: Path) -> tuple[Header, Tensors]:
     check_provenance(header["provenance"], tensors)
     return header, tensors
 
-
 def unreadable_reason(path: Path, error: Exception) -> str:
     """Return the reason why a file cannot be read, from its first bytes."""
     with path.open("rb") as file:
@@ -7012,7 +6626,6 @@ def unreadable_reason(path: Path, error: Exception) -> str:
     if start.startswith(TORCH_FILES) and isinstance(error, SafetensorError):
         return "is a pickle or a file of `torch.save`, which can run arbitrary code and is not loaded"
     return f"is not a complete safetensors file ({str(error).strip().partition(chr(10))[0].rstrip('.')})"
-
 
 def parsed_header(metadata: dict[str, str]) -> Header:
     try:
@@ -7033,7 +6646,6 @@ def parsed_header(metadata: dict[str, str]) -> Header:
         raise UnusableResult(f"has metadata that is missing or of the wrong type: {brief(wrong)}")
     return header
 
-
 def check_names(names: set[str], header: Header) -> None:
     """Require the tensors of a result, with one state for each random stream."""
     streams = {f"{PER_STREAM}{index}" for index in range(len(header["generator_devices"]))}
@@ -7042,7 +6654,6 @@ def check_names(names: set[str], header: Header) -> None:
     known = {*RESULT_TENSORS, *LATER_TENSORS, *streams}
     if unknown := sorted(name for name in names - known if not name.startswith(PER_SCORE)):
         raise UnusableResult(f"has unknown tensors {brief(unknown)}")
-
 
 def check_tensors(tensors: Tensors) -> None:
     """Require dtypes and shapes that agree on the number of images and steps, and finite noise."""
@@ -7065,12 +6676,10 @@ def check_tensors(tensors: Tensors) -> None:
         raise UnusableResult(f"has latents of shape {tuple(latents.shape)} for noise of {tuple(noise.shape)}")
     check_values(tensors, steps[0])
 
-
 def dtypes_of(name: str) -> tuple[torch.dtype, ...]:
     if name == "best_step":
         return (torch.int64,)
     return NOISE_DTYPES if name in ("noise", "initial_noise") else FLOAT_DTYPES
-
 
 def check_values(tensors: Tensors, steps: int) -> None:
     """Require finite noise and latents, and best steps in range. (Losses of a stopped sample are NaN.)"""
@@ -7080,7 +6689,6 @@ def check_values(tensors: Tensors, steps: int) -> None:
     best = tensors["best_step"]
     if best.min() < 0 or best.max() >= steps:
         raise UnusableResult(f"has best steps {brief(best.tolist())} out of {steps} steps")
-
 
 def check_streams(tensors: Tensors, header: Header) -> None:
     """Require one random stream, or one for each image, with valid generator states."""
@@ -7092,7 +6700,6 @@ def check_streams(tensors: Tensors, header: Header) -> None:
         state = tensors[f"{PER_STREAM}{index}"]
         if not isinstance(device, str) or not fits_generator(device, state):
             raise UnusableResult(f"has a generator state that is invalid on {device!r}")
-
 
 def fits_generator(device: str, state: torch.Tensor) -> bool:
     """Return whether a state is valid for a type of device, which need not be available."""
@@ -7107,14 +6714,12 @@ def fits_generator(device: str, state: torch.Tensor) -> bool:
         return False
     return True
 
-
 def is_device(name: str) -> bool:
     """Return whether torch knows a type of device, which need not be available."""
     try:
         return torch.device(name).index is None
     except RuntimeError:
         return False
-
 
 def check_provenance(provenance: dict[str, Any], tensors: Tensors) -> None:
     """Require the types and lengths that `provenance_of` writes for those entries that are present."""
@@ -7132,15 +6737,12 @@ def check_provenance(provenance: dict[str, Any], tensors: Tensors) -> None:
     if wrong:
         raise UnusableResult(f"has a provenance whose {brief(wrong)} does not match its noise")
 
-
 def brief(values: list[Any]) -> str:
     """Return the first few values as text of limited length, since the file is untrusted."""
     text = ", ".join(str(value) for value in values[:5])
     return text if len(text) <= 200 else text[:200] + "…"
 
-
 # pipelines/results/noise_result.py
-
 
 @dataclasses.dataclass(eq=False, repr=False)
 class NoiseResult:
@@ -7251,12 +6853,9 @@ class NoiseResult:
         records = {name: header[name] for name in ("provenance", "reports")}
         return cls(**tensors, **records, scores=scores, generator_states=states)
 
-
 # pipelines/results/noise_file.py
 
-
 SECONDS_BETWEEN_WRITES = 10.0
-
 
 class NoiseFile:
     """File of the best noise so far, written atomically from the first step on.
@@ -7296,9 +6895,7 @@ class NoiseFile:
         except Exception as error:
             warnings.warn(f"The noise found so far cannot be written to {self.path}: {error}", stacklevel=2)
 
-
 # pipelines/results/provenance.py
-
 
 def provenance_of(problem: NoiseProblem, objective: Objective, state: NoiseState) -> dict[str, Any]:
     """Return the provenance of a result as JSON values, without the method and its settings."""
@@ -7325,7 +6922,6 @@ def provenance_of(problem: NoiseProblem, objective: Objective, state: NoiseState
         "versions": {"python": platform.python_version(), **versions},
     }
 
-
 def plain(values: dict[str, Any]) -> dict[str, Any]:
     """Return the entries that are JSON scalars or lists of them; tuples become lists."""
     scalar = (bool, int, float, str, type(None))
@@ -7336,7 +6932,6 @@ def plain(values: dict[str, Any]) -> dict[str, Any]:
         if isinstance(value, scalar) or isinstance(value, list) and all(isinstance(item, scalar) for item in value)
     }
 
-
 def revision_of(pipe) -> str | None:
     """Return the commit of the Hub snapshot that the modules were loaded from, if any."""
     for component in pipe.components.values():
@@ -7344,9 +6939,7 @@ def revision_of(pipe) -> str | None:
             return match[1]
     return None
 
-
 # pipelines/loop.py
-
 
 def optimize(
     method: NoiseOptimizer,
@@ -7379,7 +6972,6 @@ def optimize(
         loop.rescue(error)
         raise
 
-
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class StepRow:
     """The record of a step: `(B,)` losses and norms, `(B, 3)` energies by band, and `(B,)` for each score."""
@@ -7388,7 +6980,6 @@ class StepRow:
     norm: torch.Tensor
     bands: torch.Tensor
     scores: dict[str, torch.Tensor]
-
 
 class OptimizationLoop:
     """One run of a method. See `optimize`."""
@@ -7603,7 +7194,6 @@ class OptimizationLoop:
             initial_images=self.full_decoder_images.get("initial", self.initial_images),
         )
 
-
 def chunk_size_of(method: NoiseOptimizer, problem: NoiseProblem) -> int | None:
     """Return the number of images in memory at a time; `None` for the whole batch.
 
@@ -7636,23 +7226,18 @@ def chunk_size_of(method: NoiseOptimizer, problem: NoiseProblem) -> int | None:
             break
     return size
 
-
 # pipelines/registry.py
-
 
 METHODS: Registry[type[NoiseOptimizer]] = Registry("method")
 MethodT = TypeVar("MethodT", bound=type)
-
 
 def register_method(name: str) -> Callable[[MethodT], MethodT]:
     """Return a class decorator that registers a method under a name. Raises `ValueError` if the name is taken."""
     return METHODS.register(name)
 
-
 def list_methods() -> list[str]:
     """Return the method names that `optimize_noise` and every pipeline class take."""
     return METHODS.names()
-
 
 def as_method(method: Any, settings: Mapping[str, Any] | None = None) -> NoiseOptimizer:
     """Return a method given by name and settings, or a method object as it is.
@@ -7671,9 +7256,7 @@ def as_method(method: Any, settings: Mapping[str, Any] | None = None) -> NoiseOp
         )
     return method
 
-
 # pipelines/request.py
-
 
 def bind_request(pipe, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments of a stock call by name. Raises `TypeError` for an unknown one."""
@@ -7681,13 +7264,11 @@ def bind_request(pipe, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
     extra = bound.pop("kwargs", {})
     return {name: value for name, value in {**bound, **extra}.items() if name != "self"}
 
-
 def check_noise_is_drawn(pipe, request: dict[str, Any]) -> None:
     """Raise `TypeError` or `ValueError` for a pipeline that draws no noise of its own in this call."""
     parameters = inspect.signature(drawing_function(type(pipe))(randn_tensor)).parameters
     if request.get("latents") is not None and "latents" not in parameters:
         raise latents_with_image(pipe)
-
 
 def check_takes_latents(pipe) -> None:
     """Raise `TypeError` for a pipeline that does not take the optimized noise back as `latents`."""
@@ -7699,10 +7280,8 @@ def check_takes_latents(pipe) -> None:
             "it generates the image in the same call."
         )
 
-
 def images_per_prompt(request: dict[str, Any]) -> int:
     return request.get("num_images_per_prompt") or 1
-
 
 def prompts_of(request: dict[str, Any]) -> list[str]:
     """Return the prompt of each image, in the order of the batch; empty strings for a call with embeddings."""
@@ -7713,7 +7292,6 @@ def prompts_of(request: dict[str, Any]) -> list[str]:
         prompt = [""] * len(embeds)  # pyright: ignore[reportArgumentType]
     texts = [prompt] if isinstance(prompt, str) else list(prompt)
     return [text for text in texts for _ in range(images_per_prompt(request))]
-
 
 def reward_prompts_of(
     request: dict[str, Any], reward_prompt: str | Sequence[str] | None, batch: int, required: bool
@@ -7742,7 +7320,6 @@ def reward_prompts_of(
         )
     return texts
 
-
 def groups_of(request: dict[str, Any]) -> list[int]:
     """Return for each image the index of the first prompt, or the first embedding, that equals its own."""
     prompt, embeds = request.get("prompt"), request.get("prompt_embeds")
@@ -7754,7 +7331,6 @@ def groups_of(request: dict[str, Any]) -> list[int]:
         first = [next(i for i, other in enumerate(rows) if torch.equal(row, other)) for row in rows]
     return [group for group in first for _ in range(images_per_prompt(request))]
 
-
 def check_batch(request: dict[str, Any], batch: int) -> None:
     """Raise `ValueError` for `latents` or generators that are not one for each image."""
     latents, generator = request.get("latents"), request.get("generator")
@@ -7764,7 +7340,6 @@ def check_batch(request: dict[str, Any], batch: int) -> None:
         )
     if isinstance(generator, list) and len(generator) != batch:
         raise ValueError(f"Expected one generator for each of {batch} images, but got {len(generator)}.")
-
 
 def noise_sampler_of(
     noise_sampler: NoiseSamplerSpec | None, request: dict[str, Any], groups: list[int]
@@ -7783,7 +7358,6 @@ def noise_sampler_of(
         )
     return found.within(groups) if hasattr(found, "within") else found  # pyright: ignore[reportFunctionMemberAccess]
 
-
 def image_size(pipe, request: dict[str, Any]) -> tuple[int, int] | None:
     """Return height and width of the images in pixels, if they are known before the call."""
     if request.get("height") and request.get("width"):
@@ -7795,7 +7369,6 @@ def image_size(pipe, request: dict[str, Any]) -> tuple[int, int] | None:
     scale = getattr(pipe, "vae_scale_factor", None)
     return (side * scale, side * scale) if isinstance(side, int) and isinstance(scale, int) else None
 
-
 def size_of_input_image(pipe, image: Any) -> tuple[int, int] | None:
     """Return the height and width to which a pipeline resizes an input image, or the first of several."""
     image = image[0] if isinstance(image, list) else image
@@ -7803,13 +7376,10 @@ def size_of_input_image(pipe, image: Any) -> tuple[int, int] | None:
     is_latents = isinstance(image, torch.Tensor) and image.shape[-3] != 3
     return None if size_of is None or is_latents else size_of(image)
 
-
 # pipelines/results/pipeline_code.py
-
 
 DYNAMIC_MODULES = "diffusers_modules."  # the package of what diffusers loads by `custom_pipeline`
 LOCAL_MODULES = DYNAMIC_MODULES + "local"  # the package that all pipelines from local folders share
-
 
 class SavedWithCode:
     """Makes `save_pretrained` and `push_to_hub` write the source of the pipeline and name it in `model_index.json`.
@@ -7830,6 +7400,17 @@ class SavedWithCode:
             cls._code |= {file.name: file.read_text(encoding="utf-8") for file in others}
             if module.rpartition(".")[0] == LOCAL_MODULES:
                 make_way(module, cls._code["pipeline.py"])
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """Run the stock method. Raises `ValueError` for a repository name from which diffusers could not load."""
+        if kwargs.get("push_to_hub"):
+            check_repository(type(self), kwargs.get("repo_id") or Path(save_directory).name)
+        super().save_pretrained(save_directory, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def push_to_hub(self, repo_id: str, *args: Any, **kwargs: Any) -> str:
+        """Run the stock method. Raises `ValueError` for a repository name from which diffusers could not load."""
+        check_repository(type(self), repo_id)
+        return super().push_to_hub(repo_id, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
     def save_config(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """Run the stock method, which `save_pretrained` and `push_to_hub` call, and write the source too."""
@@ -7854,6 +7435,13 @@ class SavedWithCode:
         index = super()._dict_from_json_file(json_file)  # pyright: ignore[reportAttributeAccessIssue]
         return index | ({"_class_name": cls.__name__} if isinstance(index.get("_class_name"), list) else {})
 
+def check_repository(cls: type, repository: str) -> None:
+    """Raise `ValueError` for a dot in a repository's name: diffusers makes it a module name with siblings to import."""
+    if has_code(cls) and "." in repository:
+        raise ValueError(
+            f"Expected a repository name without a dot, but got {repository!r}: diffusers cannot load code of several "
+            "files from there. Choose another name."
+        )
 
 def dynamic_files(module: str) -> list[Path]:
     """Return the file of a module that diffusers is loading, and that of the bundle if this code is part of one."""
@@ -7861,7 +7449,6 @@ def dynamic_files(module: str) -> list[Path]:
     if __spec__.name.startswith(DYNAMIC_MODULES):
         origins.append(str(__spec__.origin))
     return [Path(origin) for origin in origins]
-
 
 def make_way(module: str, source: str) -> None:
     """Let diffusers load this and the next pipeline from a local folder as if each were the first.
@@ -7878,12 +7465,10 @@ def make_way(module: str, source: str) -> None:
     if __spec__.name.startswith(LOCAL_MODULES):
         sys.modules.pop(__spec__.name, None)
 
-
 def has_code(cls: type) -> bool:
     """Return whether a class was loaded from a file or can be imported, unlike one of a script or a notebook."""
     importable = getattr(sys.modules.get(cls.__module__), cls.__name__, None) is cls and cls.__module__ != "__main__"
     return "_code" in vars(cls) or importable
-
 
 def code_of(cls: type) -> dict[str, str]:
     """Return the source of a class that `has_code`: file name to text.
@@ -7899,16 +7484,12 @@ def code_of(cls: type) -> dict[str, str]:
     docstring = f'"""{name} of the package {package}, which has to be installed."""'
     return {"pipeline.py": f"{docstring}\n\nfrom {cls.__module__} import {name}\n"}
 
-
 # pipelines/hook.py
-
 
 Callbacks = CallbackSpec | Iterable[CallbackSpec] | None
 
-
 class NoiseFound(Exception):
     """Ends a pipeline call once its noise is known, when nobody asked for the final image."""
-
 
 class NoiseDraw:
     """One pipeline call on noise of a noise sampler, without optimization."""
@@ -7924,7 +7505,6 @@ class NoiseDraw:
         """Run the stock method on noise of the sampler."""
         space = LatentSpace(pipe, args, kwargs, self.noise_sampler)
         return space.on(pipe, space.draw_noise)
-
 
 class NoiseRun:
     """One pipeline call under optimization: its request, its encoded prompts, and its result.
@@ -8012,7 +7592,6 @@ class NoiseRun:
                 "did not, and nothing was optimized. Leave out the argument that replaces the noise."
             )
         return self.result
-
 
 class NoiseOptimizationMixin(SavedWithCode):
     """Adds noise optimization to a diffusers text-to-image pipeline, as a hook in `prepare_latents`.
@@ -8129,7 +7708,6 @@ class NoiseOptimizationMixin(SavedWithCode):
         """Return the docstring of `__call__`."""
         return inspect.cleandoc(NoiseOptimizationMixin.__call__.__doc__ or "")
 
-
 def check_nothing_beside(**arguments: Any) -> None:
     """Raise `ValueError` for arguments that mean nothing without a method."""
     if given := [name for name, value in arguments.items() if value is not None]:
@@ -8138,14 +7716,12 @@ def check_nothing_beside(**arguments: Any) -> None:
             "`method` or what the noise is to be optimized for."
         )
 
-
 def has_stock_call(cls: type) -> bool:
     try:
         stock_call(cls)
     except TypeError:
         return False
     return True
-
 
 def call_with_signature(cls: Any) -> Any:
     """Return the inherited `__call__` of a pipeline class, with the signature of the stock class and our parameters."""
@@ -8163,7 +7739,6 @@ def call_with_signature(cls: Any) -> Any:
     __call__.__doc__ = cls.call_documentation()
     return __call__
 
-
 @contextlib.contextmanager
 def hook_on(pipe, run: NoiseRun | NoiseDraw) -> Iterator[None]:
     """Route the prompts and latents of a pipeline's call to a run."""
@@ -8173,14 +7748,12 @@ def hook_on(pipe, run: NoiseRun | NoiseDraw) -> Iterator[None]:
     finally:
         vars(pipe).pop("_noise_run", None)
 
-
 @functools.cache
 def hooked(cls: type) -> type:
     """Return a subclass of a pipeline class with the hook, or the class itself if it has one."""
     if hasattr(cls, "_noise_run"):
         return cls
     return type(cls.__name__, (NoiseOptimizationMixin, cls), {"__module__": cls.__module__})
-
 
 def optimize_noise(
     pipe,
@@ -8232,9 +7805,7 @@ def optimize_noise(
         stock_call(type(pipe))(twin, **request)
     return run.result_of(twin)
 
-
 # pipelines/method_mixin.py
-
 
 class MethodMixin(NoiseOptimizationMixin):
     """Base class of the mixins of one method: `class ReNOMixin(MethodMixin, method=ReNO, arguments=("rewards", …))`.
@@ -8329,21 +7900,17 @@ class MethodMixin(NoiseOptimizationMixin):
         """Return what this pipeline has loaded by name, for its own device or another one."""
         return vars(self).setdefault(attribute if device is None else f"{attribute}_on_{device}", {})
 
-
 def merged_settings(arguments: dict[str, Any], others: Mapping[str, Any] | None) -> dict[str, Any]:
     """Merge settings given as arguments and in `method_kwargs`. Raises `ValueError` for one given in both."""
     if twice := sorted(arguments.keys() & (others or {}).keys()):
         raise ValueError(f"Expected each setting once, but got {twice} as arguments and in `method_kwargs` too.")
     return {**arguments, **(others or {})}
 
-
 # pipelines/reno/views.py
-
 
 VIEW_SHIFT = 0.05  # of the image's side
 VIEW_ZOOM = 0.05
 VIEW_NOISE = 0.03  # standard deviation, pixels in [0, 1]
-
 
 def random_views(images: Tensor, count: int, seeds: Sequence[int]) -> Iterator[Tensor]:
     """Slightly shifted, zoomed and noisy copies of the images, differentiable.
@@ -8370,9 +7937,7 @@ def random_views(images: Tensor, count: int, seeds: Sequence[int]) -> Iterator[T
         moved = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
         yield (moved + VIEW_NOISE * grain.to(images)).clamp(0, 1)
 
-
 # pipelines/reno/objective.py
-
 
 class ViewedRewards(RewardObjective):
     """`RewardObjective` whose gradient is the mean over random views of each image; the value is the image's own.
@@ -8412,14 +7977,11 @@ class ViewedRewards(RewardObjective):
         """The rewards whose weight is not 0."""
         return self.rewards.optimised()
 
-
 # pipelines/reno/method.py
-
 
 RENO_PRIOR = 0.01
 RENO_VIEWS = 4
 RENO_SIZE = 4 * 64 * 64  # entries of the noise for which the paper's learning rate was chosen
-
 
 @dataclasses.dataclass
 class ReNOState:
@@ -8427,7 +7989,6 @@ class ReNOState:
 
     velocity: torch.Tensor
     radius: torch.Tensor
-
 
 @register_method("reno")
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -8500,7 +8061,6 @@ class ReNO(RewardOptimizer):
         scale = 1.0 if self.mode == "parity" else math.sqrt(noise[0].numel() / RENO_SIZE)
         return self.learning_rate * scale
 
-
 def on_released_pixels(rewards: RewardSum) -> RewardSum:
     """Return the rewards, weights shared, on pixels as the released loop makes them once for all rewards.
 
@@ -8515,9 +8075,7 @@ def on_released_pixels(rewards: RewardSum) -> RewardSum:
         twins[name] = twin
     return rewards.like(twins)
 
-
 # pipelines/reno/mixin.py
-
 
 class ReNOMixin(MethodMixin, method=ReNO, arguments=("rewards", "steps", "mode"), target="rewards"):
     """Optimizes the initial noise for rewards in the call of a stock pipeline.
@@ -8530,9 +8088,7 @@ class ReNOMixin(MethodMixin, method=ReNO, arguments=("rewards", "steps", "mode")
         mode: "default", or "parity" for the released loop step by step.
     """
 
-
 # pipelines/cno/contrastive_loss.py
-
 
 def attraction_gamma(size: int, tau: float) -> float:
     """Return the γ at which the strongest attraction equals the strongest repulsion.
@@ -8541,7 +8097,6 @@ def attraction_gamma(size: int, tau: float) -> float:
     https://arxiv.org/abs/2510.03813: 0.878 for 5 images and τ = 0.1, and 1 for two. A smaller γ attracts more.
     """
     return 1 / (tau * math.log(size - 1) + 1)
-
 
 def pooled_directions(x0: torch.Tensor, window_size: int) -> torch.Tensor:
     """Return unit vectors along the channels of a pooled grid, `(B, C, P)` in float32 or better.
@@ -8553,7 +8108,6 @@ def pooled_directions(x0: torch.Tensor, window_size: int) -> torch.Tensor:
     x0 = x0.to(torch.promote_types(x0.dtype, torch.float32)).flatten(1, -3)
     down, across = (min(window_size, side) for side in x0.shape[-2:])
     return F.normalize(F.adaptive_avg_pool2d(x0, (down, across)).flatten(2), dim=1)
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ContrastiveLoss:
@@ -8591,7 +8145,6 @@ class ContrastiveLoss:
             loss = loss + logits.logsumexp(-1)
         return loss.mean(1)
 
-
 class ContrastiveObjective(Objective):
     """`ContrastiveLoss` of the x0 estimates of one model call, separately for each group of images with one prompt.
 
@@ -8627,15 +8180,12 @@ class ContrastiveObjective(Objective):
     def describe(self) -> dict[str, float | int | str | bool]:
         return {**dataclasses.asdict(self.loss), "window_size": self.window_size}
 
-
 def mean_similarity(directions: torch.Tensor) -> torch.Tensor:
     """Return the mean cosine of each image to the B − 1 others, `(B,)` in [-1, 1], of unit vectors `(B, C, P)`."""
     cosines = torch.einsum("icp,jcp->ij", directions, directions) / directions.shape[-1]
     return (cosines.sum(1) - cosines.diagonal()) / (len(directions) - 1)
 
-
 # pipelines/cno/method.py
-
 
 @dataclasses.dataclass
 class CNOState:
@@ -8644,7 +8194,6 @@ class CNOState:
     noise: torch.nn.Parameter
     adam: torch.optim.Adam
     shares: torch.Tensor
-
 
 @register_method("cno")
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -8720,9 +8269,7 @@ class CNO(NoiseOptimizer):
         state.adam.step()
         return state.noise.detach().clone()
 
-
 # pipelines/cno/mixin.py
-
 
 class CNOMixin(MethodMixin, method=CNO, arguments=("steps", "gamma", "gradient")):
     """Optimizes the noises of each prompt's images for diversity in the call of a stock pipeline.
@@ -8737,9 +8284,7 @@ class CNOMixin(MethodMixin, method=CNO, arguments=("steps", "gamma", "gradient")
         gradient: "frozen", the default, as in the paper; "full" differentiates the denoiser as the released code does.
     """
 
-
 # pipelines/noise_diffusion/candidate_choice.py
-
 
 def best_of_pool(
     noise: torch.Tensor, ascent: torch.Tensor, gamma: torch.Tensor, fresh: CandidateNoise, count: int
@@ -8765,12 +8310,10 @@ def best_of_pool(
         best, highest = torch.where(per_image(better, best), sigma, best), torch.where(better, rate, highest)
     return best
 
-
 def ascent_rate(noise: torch.Tensor, ascent: torch.Tensor, gamma: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
     """Return ⟨∇s, v⟩ / ‖v‖², `(B,)`, with ∇s scaled to length 1: gradients of tiny scores underflow in float32."""
     v = displacement(noise, sigma, gamma)
     return (unit(ascent) * v).flatten(1).sum(1) / v.square().flatten(1).sum(1)
-
 
 def guided_gaussian(ascent: torch.Tensor, fresh: CandidateNoise, count: float) -> torch.Tensor:
     """Draw from the distribution of the one of `count` Gaussian noises that has the largest projection on `ascent`.
@@ -8791,12 +8334,9 @@ def guided_gaussian(ascent: torch.Tensor, fresh: CandidateNoise, count: float) -
     shift = projection - (sigma * direction).flatten(1).sum(1)
     return sigma + per_image(shift, sigma) * direction
 
-
 # pipelines/noise_diffusion/unit_score.py
 
-
 SCORE_SLACK = 1e-3  # rounding error of a probability
-
 
 class UnitScore(RewardObjective):
     """Minus the total of rewards, which lies in [0, 1] or is mapped there by `score_range`.
@@ -8859,9 +8399,7 @@ class UnitScore(RewardObjective):
         low, high = score_range or (0.0, 1.0)
         return ((total - low) / (high - low)).clamp(0, 1)
 
-
 # pipelines/noise_diffusion/method.py
-
 
 @register_method("noise_diffusion")
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -8949,7 +8487,6 @@ class NoiseDiffusion(RewardOptimizer):
             sigma = state.fresh.draw()
         return noise + displacement(noise, sigma, gamma)
 
-
 class NoiseDiffusionState:
     """The noise from which each image goes on, with its loss and gradient.
 
@@ -8980,9 +8517,7 @@ class NoiseDiffusionState:
         self.gradient = torch.where(per_image(better, here), here, self.gradient)
         self.loss = torch.where(better, run.loss, self.loss)
 
-
 # pipelines/noise_diffusion/mixin.py
-
 
 class NoiseDiffusionMixin(
     MethodMixin, method=NoiseDiffusion, arguments=("rewards", "steps", "selection"), target="rewards"
@@ -8997,12 +8532,9 @@ class NoiseDiffusionMixin(
         selection: "pool", the default and the paper's, "exact" or "random".
     """
 
-
 # rewards/sets/set_reward_sum.py
 
-
 SetRewardsLike = str | SetReward | nn.Module | Mapping[Any, Any] | Sequence[Any]
-
 
 @dataclass(frozen=True)
 class SetRewardSumOutput:
@@ -9015,7 +8547,6 @@ class SetRewardSumOutput:
 
     total: Tensor
     components: dict[str, Tensor]
-
 
 class SetRewardSum(nn.Module):
     """`sum_i weight_i * set_reward_i(images)`, one number for the whole set, higher is better.
@@ -9210,11 +8741,9 @@ class SetRewardSum(nn.Module):
         """name -> its features and its weight: plain values for the provenance of a result."""
         return {name: {"features": self.features_of[name], "weight": weight} for name, weight in self.weights.items()}
 
-
 def join_features(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Features (B_i, ...) by name of several batches as those (sum of B_i, ...) of one."""
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-
 
 def set_reward_entries(diversity: SetRewardsLike) -> list[tuple[Any, Any, Any]]:
     """Every accepted form of `diversity=` as a list of (set reward, features or None, weight)."""
@@ -9232,7 +8761,6 @@ def set_reward_entries(diversity: SetRewardsLike) -> list[tuple[Any, Any, Any]]:
         raise ValueError("Expected at least one set reward, but got none. Pass for example `diversity={'dpp': 150.0}`.")
     return [with_features(entry) for entry in entries]
 
-
 def with_features(entry: tuple[Any, ...]) -> tuple[Any, Any, Any]:
     """(set reward, weight) or (set reward, features, weight) as the latter."""
     if len(entry) not in (2, 3):
@@ -9241,7 +8769,6 @@ def with_features(entry: tuple[Any, ...]) -> tuple[Any, Any, Any]:
             "`{'dpp': 150.0}`, `{'dpp': ('clip', 150.0)}` or `[('dpp', 'clip', 150.0)]`."
         )
     return entry if len(entry) == 3 else (entry[0], None, entry[1])
-
 
 def check_set_reward_entry(reward: Any, features: Any, weight: Any) -> None:
     """Raise unless `reward` can become a set reward on `features`, and `weight` is a finite number of at least 0."""
@@ -9260,7 +8787,6 @@ def check_set_reward_entry(reward: Any, features: Any, weight: Any) -> None:
             f"mean more diversity. Write `{{'{name}': 150.0}}`, or `{{'{name}': ('clip', 150.0)}}` on other features."
         )
 
-
 def check_set_reward(reward: Any, features: Any) -> None:
     """Raise unless `reward` is a registered name, or a set reward that brings its features."""
     if isinstance(reward, str):
@@ -9275,7 +8801,6 @@ def check_set_reward(reward: Any, features: Any) -> None:
             f"Expected no features beside the set reward '{reward.name}', which brings its own, but got {features!r}. "
             "Leave them out."
         )
-
 
 def build_set_rewards(
     entries: Sequence[tuple[Any, Any, Any]], dtype: torch.dtype | None, device: torch.device | str | None
@@ -9297,9 +8822,7 @@ def build_set_rewards(
         for found, (reward, features, _) in zip(classes, entries, strict=True)
     ]
 
-
 # pipelines/baselines/plain_sampling.py
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlainSampling(NoiseOptimizer):
@@ -9310,9 +8833,7 @@ class PlainSampling(NoiseOptimizer):
     def objective(self, pipe) -> Objective:
         return FunctionObjective(lambda sample: torch.zeros(len(sample.noise), device=sample.noise.device))
 
-
 # pipelines/results/settings_diff.py
-
 
 def plain_description(value: Any) -> Any:
     """Return a setting as a JSON value that is equal for equal settings.
@@ -9334,11 +8855,9 @@ def plain_description(value: Any) -> Any:
         return {field.name: plain_description(getattr(value, field.name)) for field in dataclasses.fields(value)}
     return {"type": type(value).__qualname__, "name": str(getattr(value, "name", getattr(value, "__qualname__", "")))}
 
-
 def tensor_description(tensor: torch.Tensor) -> dict[str, Any]:
     numbers = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
     return {"shape": list(tensor.shape), "dtype": str(tensor.dtype), "sha256": hashlib.sha256(numbers).hexdigest()}
-
 
 def settings_diff(known: Any, given: Any, name: str = "") -> list[str]:
     """Return one sentence for each value in which two nested dictionaries differ."""
@@ -9348,19 +8867,16 @@ def settings_diff(known: Any, given: Any, name: str = "") -> list[str]:
         return [difference for group in found for difference in group]
     return [] if known == given else [f"{name} was {known!r} and is {given!r}"]
 
-
 # pipelines/never_too_late/image_set_folder.py
-
 
 IMAGE_SET_FORMAT = "noiseopt-image-set-1"
 IMAGE_SET_FILE = "image_set.json"
 IMAGE_SET_RECORD = {"prompt": str, "settings": dict, "seeds": list, "values": list}
 
-
 class ImageSetFolder:
-    """`image_set.json`, and `image_000.png` and `image_000.safetensors` for each image that it names.
+    """`image_set.json`, and `image_000.png` and `image_000.safetensors` for each image in it.
 
-    An image counts once the JSON has it, which is written last: whenever the process ends, the folder holds a set.
+    The JSON file is written last, and an image counts only if it is listed there: the folder always holds a whole set.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -9374,7 +8890,7 @@ class ImageSetFolder:
         return self.path / f"image_{index:03d}{suffix}"
 
     def check_free(self) -> None:
-        """Raise `ValueError` unless a set can begin here."""
+        """Raise `ValueError` unless a set can start here."""
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"Expected a folder for the set, but {self.path} is a file. Choose another name.")
         if self.begun or self.file(0, ".png").exists() or self.file(0, ".safetensors").exists():
@@ -9383,7 +8899,7 @@ class ImageSetFolder:
             )
 
     def write_record(self, record: dict[str, Any]) -> None:
-        """Write the JSON; `record` is what `IMAGE_SET_RECORD` names."""
+        """Write the JSON file from the entries named in `IMAGE_SET_RECORD`."""
         text = json.dumps({"format": IMAGE_SET_FORMAT, **record}, indent=1, ensure_ascii=False) + "\n"
         self.path.mkdir(parents=True, exist_ok=True)
         atomic_write(self.path / IMAGE_SET_FILE, lambda part: part.write_text(text, encoding="utf-8"))
@@ -9393,7 +8909,7 @@ class ImageSetFolder:
         result.save(self.file(index, ".safetensors"))
 
     def read_record(self) -> dict[str, Any]:
-        """What `write_record` wrote. Raises `ValueError` for anything else."""
+        """Read the JSON file. Raises `ValueError` for anything that `write_record` did not write."""
         file = self.path / IMAGE_SET_FILE
         try:
             record = json.loads(file.read_text(encoding="utf-8"))
@@ -9413,7 +8929,7 @@ class ImageSetFolder:
         return {name: record[name] for name in IMAGE_SET_RECORD}
 
     def read_picture(self, index: int) -> Image.Image:
-        """The PNG of an image. Raises `ValueError` for one that is missing, broken or not RGB."""
+        """Read the PNG of an image. Raises `ValueError` for one that is missing, broken or not RGB."""
         file = self.file(index, ".png")
         try:
             with Image.open(file, formats=["PNG"]) as image:
@@ -9425,7 +8941,7 @@ class ImageSetFolder:
         return image.convert("RGB")
 
     def read_result(self, index: int, seed: int) -> NoiseResult:
-        """The noise of an image. Raises `ValueError` for one that is missing, broken or of another seed."""
+        """Read the noise of an image. Raises `ValueError` for one that is missing, broken or of another seed."""
         file = self.file(index, ".safetensors")
         try:
             result = NoiseResult.load(file)
@@ -9441,17 +8957,13 @@ class ImageSetFolder:
             "another folder, or grow the set again."
         )
 
-
 def is_row(row: dict[str, Any]) -> bool:
-    """Whether all that a row of a table names is numbers, or nothing."""
+    """Return whether all values of a row are numbers or `None`."""
     return all(value is None or type(value) in (int, float) for value in row.values())
-
 
 # pipelines/never_too_late/quality_guard.py
 
-
 GUARD_REPORT = "quality guard"
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QualityGuard:
@@ -9510,11 +9022,9 @@ class QualityGuard:
             limits = limits.minimum(initial * self.keep)
         return limits if self.threshold is None else limits.clamp(max=self.threshold)
 
-
 def shares_reward(guard: QualityGuard, names: Sequence[str]) -> bool:
     """Return whether a guard means one of the optimized rewards with these names, rather than one of its own."""
     return isinstance(guard.reward, str) and guard.reward in names
-
 
 def as_guards(guard: Any) -> list[QualityGuard]:
     """Return the guards of a `guard` argument.
@@ -9545,7 +9055,6 @@ def as_guards(guard: Any) -> list[QualityGuard]:
         )
     return list(entries)
 
-
 def guard_from(reward: Any, settings: Any) -> QualityGuard:
     known = [field.name for field in dataclasses.fields(QualityGuard) if field.name != "reward"]
     if not isinstance(settings, Mapping):
@@ -9553,7 +9062,6 @@ def guard_from(reward: Any, settings: Any) -> QualityGuard:
     if unknown := sorted(settings.keys() - set(known)):
         raise ValueError(f"Expected settings of a guard out of {known}, but got {unknown}.")
     return QualityGuard(reward=reward, **settings)
-
 
 class GuardedNoise:
     """The noises of a run under guards: which are good, and the noise to which each reverts.
@@ -9607,9 +9115,7 @@ class GuardedNoise:
             "frozen": self.frozen.tolist(),
         }
 
-
 # rewards/sets/hinged_set_reward.py
-
 
 class HingedSetReward(SetReward):
     """The value of another set reward, with its gradient only below `target`.
@@ -9634,9 +9140,7 @@ class HingedSetReward(SetReward):
     def bounds(self, count: int) -> tuple[float, float] | None:
         return self.reward.bounds(count)
 
-
 # pipelines/never_too_late/set_objective.py
-
 
 class SetObjective(Objective):
     """`Σ λ_q·(1 − mean r) − Σ λ_div·v`, or with a hinge `Σ λ_div·max(0, τ_D − v)`, for each set of images of a prompt.
@@ -9780,7 +9284,6 @@ class SetObjective(Objective):
             **{name: values for name, values in targets.items() if values},
         }
 
-
 def hinged(diversity: SetRewardSum, hinge: Mapping[str, float]) -> SetRewardSum:
     """Return the sum with no gradient of a set reward beyond its τ_D."""
     if not hinge:
@@ -9790,7 +9293,6 @@ def hinged(diversity: SetRewardSum, hinge: Mapping[str, float]) -> SetRewardSum:
         for name, reward in zip(diversity.names, diversity.rewards, strict=True)
     ]
     return SetRewardSum(entries)
-
 
 def check_reachable(
     diversity: SetRewardSum, name: str, target: float, count: int, argument: str, unit: float = 1.0
@@ -9805,14 +9307,11 @@ def check_reachable(
             f"{most}, but got {target:.4g}: it can never be reached."
         )
 
-
 # pipelines/never_too_late/method.py
-
 
 TARGETS = ("hinge", "stop_at", "stop_ratio")
 NEVER_TOO_LATE_SIZE = 4 * 4 * 64 * 64  # entries of a set of noises for which the paper's learning rates were chosen
 Targets = float | Mapping[str, float]
-
 
 @register_method("never_too_late")
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -9953,7 +9452,6 @@ class NeverTooLate(NoiseOptimizer):
             )
         return ()
 
-
 class NeverTooLateState:
     """The sets of a run: their momentum, their guard, and their targets.
 
@@ -10020,14 +9518,12 @@ class NeverTooLateState:
             factors[rows] = (max_norm / (norm + 1e-6)).clamp(max=1).to(factors)
         return gradient * per_image(factors, gradient)
 
-
 def weighted_rewards(rewards: Any, guards: Sequence[Any]) -> Any:
     """Return the rewards, or `None` if all have weight 0 and are guarded, so that the guards score them."""
     if rewards is None or any(weight for _, weight in reward_weight_pairs(rewards, None)):
         return rewards
     guarded = [guard.reward for guard in guards]
     return None if all(reward in guarded for reward, _ in reward_weight_pairs(rewards, None)) else rewards
-
 
 def targets_by_name(targets: Targets | None, diversity: Any, argument: str) -> dict[str, float]:
     """Return targets as a dict of numbers by name. Raises `ValueError` for unknown names and for other values."""
@@ -10044,29 +9540,25 @@ def targets_by_name(targets: Targets | None, diversity: Any, argument: str) -> d
             raise ValueError(f"Expected `{argument}` of '{name}' to be a finite number, but got {target!r}.")
     return {name: float(target) for name, target in named.items()}
 
-
 # pipelines/never_too_late/image_set.py
-
 
 OF_THE_SET = ("prompt", "latents", "generator", "num_images_per_prompt", "output_type", "return_dict")
 OF_THE_NOISE = ("height", "width")
 Seeds = int | Sequence[int] | torch.Generator | None
 
-
 @dataclasses.dataclass(eq=False, repr=False)
 class ImageSet:
-    """What `grow_set` returns: `N` images of one prompt, each optimised to differ from those before it.
+    """The result of `grow_set`: `N` images of one prompt, each optimized to differ from those before it.
 
     Attributes:
-        prompt: What all of them show.
-        settings: What they were made with, in plain values: method, arguments of the call, noise sampler, model.
-        seeds: `N` seeds, of the noise of each image.
-        pictures: `N` PIL images, as the pipeline draws them.
-        results: `N` results on the CPU, without their images. That of an image that was not optimised, as the first is
-            not, holds its noise and provenance, one loss of 0 and no scores.
-        values: A table with a row for each image. `"dpp"` (the name of each set reward) is its value once the image had
-            joined, that of the union of all so far as they are shown; `"plain dpp"` what it would have been with the
-            plain noise of the image, drawn as in the optimisation. `None` for an image that has none before it.
+        prompt: The prompt of all images.
+        settings: Method, arguments of the call, noise sampler and model, as plain values.
+        seeds: `N` seeds, one for the noise of each image.
+        pictures: `N` PIL images, as the pipeline generates them.
+        results: `N` results on the CPU, without images. The first image is not optimized: its result has the noise, the
+            provenance, one loss of 0 and no scores.
+        values: A table with a row for each image. `"dpp"` (the name of each set reward) is the value of all images so
+            far; `"baseline dpp"` is the value with the baseline of the new image instead. `None` for the first image.
     """
 
     prompt: str
@@ -10085,13 +9577,13 @@ class ImageSet:
 
     @property
     def images(self) -> torch.Tensor:
-        """`(N, 3, H, W)` in [0, 1], float32 on the CPU, in 255ths: as shown and as saved. Of no image at least."""
+        """The pictures as `(N, 3, H, W)` in [0, 1], float32 on the CPU."""
         if not self.pictures:
             return torch.zeros(0, 3, 0, 0)
         return torch.cat([pixels_of(picture) for picture in self.pictures])
 
     def write_first(self, count: int, home: ImageSetFolder) -> None:
-        """Add the last of the first `count` images to a folder that has those before it."""
+        """Write the last of the first `count` images to a folder that has the others."""
         if count:
             home.write_image(count - 1, self.pictures[count - 1], self.results[count - 1])
         rows = {"seeds": self.seeds[:count], "values": self.values[:count]}
@@ -10101,7 +9593,7 @@ class ImageSet:
         """Write `image_set.json`, and for each image `image_000.png` and its noise `image_000.safetensors`.
 
         Raises:
-            ValueError: For a file, and a folder that has a set.
+            ValueError: For a file, and for a folder with a set.
         """
         home = ImageSetFolder(folder)
         home.check_free()
@@ -10110,7 +9602,7 @@ class ImageSet:
 
     @classmethod
     def load(cls, folder: str | Path) -> "ImageSet":
-        """Read what `save` or `grow_set` wrote; nothing is unpickled.
+        """Read a set written by `save` or `grow_set`. Nothing is unpickled.
 
         Raises:
             ValueError: For anything else, naming the file.
@@ -10125,14 +9617,13 @@ class ImageSet:
         return cls(**record, pictures=pictures, results=results)
 
     def check_agrees(self, prompt: str, settings: Mapping[str, Any], folder: str | Path) -> None:
-        """Raise `ValueError` unless the set was made from this prompt with these settings, naming what differs."""
+        """Raise `ValueError`, naming the differences, unless the set has this prompt and these settings."""
         known = {"prompt": self.prompt, **self.settings}
         if changed := settings_diff(known, {"prompt": prompt, **settings}):
             raise ValueError(
                 f"Expected what the set in {folder} was grown with, but got other settings: {'; '.join(changed)}. Pass "
                 "the same, or choose another folder."
             )
-
 
 def grow_set(
     pipe,
@@ -10149,37 +9640,38 @@ def grow_set(
     reward_prompt: str | None = None,
     **call_kwargs,
 ) -> ImageSet:
-    """Grow a set of images of any size: each new one is optimised to differ from all before it.
+    """Grow a set of images of any size: each new one is optimized to differ from all before it.
 
-    The sequential mode of It's Never Too Late, https://arxiv.org/abs/2601.00090. The first image is the plain one. Each
-    further noise is optimised alone, with the value of the union of its image and all before it, whose features are
-    kept: the device holds one image's graph and the features, however large the set is. Then the image is drawn,
-    and the features of what was drawn join. What is optimised, its stop rule and callbacks are per image.
+    The sequential mode of It's Never Too Late, https://arxiv.org/abs/2601.00090. The first image is the baseline. Each
+    further noise is optimized alone, for the value of its image together with all before it, whose features are cached:
+    the memory is that of one image's graph and the features, for any size of the set. Then the image is generated, and
+    its features are added. The stop rule and the callbacks apply to each image.
 
     Args:
         pipe: Any loaded text-to-image pipeline; it stays as it is.
-        prompt: One.
-        count: Images in all, at least 1.
-        method: A method with `diversity` and `references`, which are then those of the set as well (and then the first
-            image is optimised too), or its name. By default `NeverTooLate` on `{"dpp": 15.0}` with the paper's settings
-            for this mode: 25 steps, learning rate 3, clip 0.15, stopped at 0.98; the paper adds `{"hpsv2.1": 1.0}`.
+        prompt: One prompt.
+        count: The number of images in all, at least 1.
+        method: A method with `diversity` and `references`, or its name. References that it has belong to the set (and
+            then the first image is optimized too). The default is `NeverTooLate` with `{"dpp": 15.0}` and the paper's
+            settings for this mode: 25 steps, learning rate 3, clip 0.15, stopped at 0.98; the paper adds
+            `{"hpsv2.1": 1.0}`.
         method_kwargs: The settings of a method given by name.
-        render: Arguments of the call that differ where an image is drawn for the set: with `{"num_inference_steps": 4}`
-            one step finds the noise and four draw it.
-        generator: The seed s, from which image k gets s + k, or one for each image; or a generator for its seed and
-            device. Without, the first is drawn at random. A set that is resumed without seeds goes on by 1.
-        noise_sampler: What noise is drawn from, one image at a time: `"white"`, `"pink"` ...; see `optimize_noise`.
-        folder: Where each image is written as soon as it is there. If a set is there already, it is continued up to
-            `count` images, and is the same then as one that was never interrupted. One with `count` or more is
-            returned as it is.
-        callbacks: Per optimisation step of each image; see `NoiseCallback`.
-        call_kwargs: What `pipe(prompt, ...)` takes: steps, guidance, size ...
+        render: Arguments of the call that differ when an image is generated for the set: with
+            `{"num_inference_steps": 4}` one step finds the noise and four generate the image.
+        generator: A seed s, from which image k gets s + k, one seed for each image, or a generator for its seed and
+            device. By default the first seed is random, and a resumed set continues by 1.
+        noise_sampler: The distribution of the noise, one image at a time: `"white"`, `"pink"` ... See `optimize_noise`.
+        folder: The folder to which each image is written at once. A set that is there already is continued up to
+            `count` images, and equals one that was never interrupted. A set of `count` images or more is returned.
+        callbacks: Callbacks per optimization step of each image. See `NoiseCallback`.
+        reward_prompt: The prompt that rewards are asked about; `None` for `prompt`.
+        call_kwargs: The other arguments of `pipe(prompt, ...)`: steps, guidance, size ...
 
     Returns:
-        The set. An exception on the way carries what there is of it as its `image_set`.
+        The set. An exception carries the images so far as its `image_set`.
 
     Raises:
-        ValueError: For settings that cannot work, and a folder that is broken or of a set with other settings.
+        ValueError: For settings that cannot work, and a folder that is broken or has a set with other settings.
         TypeError: For a method without references, or an argument that the pipeline does not take.
     """
     check_count_and_prompt(count, prompt)
@@ -10202,27 +9694,26 @@ def grow_set(
                 found.write_first(len(found), home)
     except BaseException as error:
         for rows in (found.seeds, found.results, found.values):
-            del rows[len(found) :]  # of an image that Ctrl-C kept from joining
+            del rows[len(found) :]  # of an image that was interrupted
         vars(error)["image_set"] = found
         raise
     return found
 
-
 @dataclasses.dataclass
 class SetCall:
-    """The call that draws the images of a set, one at a time.
+    """The call that generates the images of a set, one at a time.
 
     Attributes:
         pipe: The pipeline.
-        prompt: That of all images.
-        arguments: Of the call, in which a noise is optimised.
-        render: Those that differ where an image is drawn for the set.
-        noise_sampler: What noise is drawn from.
+        prompt: The prompt of all images.
+        arguments: The arguments of the call in which a noise is optimized.
+        render: The arguments that differ when an image is generated for the set.
+        noise_sampler: The distribution of the noise.
         device: The device of its generators.
         reward_prompt: The prompt that rewards are asked about; `None` for `prompt`.
 
     Raises:
-        ValueError: For arguments that belong to the set, and a noise sampler that cannot draw one image.
+        ValueError: For arguments that the set chooses itself, and a noise sampler that cannot draw one image.
         TypeError: For arguments that the pipeline does not take.
     """
 
@@ -10241,14 +9732,14 @@ class SetCall:
         self.noise_sampler = single_noise_sampler(self.noise_sampler)
 
     def find(self, method: NoiseOptimizer, seed: int, callbacks: Any = None) -> NoiseResult:
-        """The noise of one image."""
+        """Find the noise of one image."""
         generator = torch.Generator(self.device).manual_seed(seed)
         own = {"callbacks": callbacks, "noise_sampler": self.noise_sampler, "generator": generator}
         own["reward_prompt"] = self.reward_prompt
         return optimize_noise(self.pipe, self.prompt, method, **own, **self.arguments)
 
     def draw(self, result: NoiseResult) -> Image.Image:
-        """The image of a noise, as the pipeline shows it."""
+        """Generate the image of a noise."""
         own = {"latents": result.latents, "generator": result.generator()}
         return self.pipe(prompt=self.prompt, **own, **{**self.arguments, **self.render}).images[0].convert("RGB")
 
@@ -10266,9 +9757,8 @@ class SetCall:
             "dtype": str(pipe.dtype).removeprefix("torch."),
         }
 
-
 class SetGrowth:
-    """A set in the making: its method, with all that has a name loaded once, and the features of its images so far.
+    """A growing set: its method, with everything given by name loaded once, and the features of its images so far.
 
     Raises:
         TypeError, ValueError: For a method that cannot grow a set.
@@ -10286,13 +9776,13 @@ class SetGrowth:
             self.join(self.diversity.known_features(given) if isinstance(given, torch.Tensor) else given)
 
     def settings(self) -> dict[str, Any]:
-        """What must be the same for a set to be continued, as JSON gives it back."""
+        """Return the settings that must agree for a set to be continued, as JSON reads them back."""
         method = {field.name: getattr(self.method, field.name) for field in dataclasses.fields(self.method)}
         named = {"name": type(self.method).__name__, **plain_description(method)}
         return json.loads(json.dumps({"method": named, **self.call.settings()}))
 
     def take_up(self, found: ImageSet) -> None:
-        """Encode the images of a set. Raises `ValueError` where its values are not those that it was saved with."""
+        """Encode the images of a set. Raises `ValueError` if its values differ from the saved ones."""
         for index, picture in enumerate(found.pictures):
             values, features = self.values(picture)
             for name, value in values.items():
@@ -10301,29 +9791,29 @@ class SetGrowth:
                     isinstance(saved, float) and abs(saved - value) <= 1e-2 * max(1.0, abs(value))
                 ):
                     raise ValueError(
-                        f"Expected '{name}' to be {saved} at image {index} of the set, as it was saved, but got "
+                        f"Expected '{name}' to be {saved} at image {index} of the set, as saved, but got "
                         f"{value}. Pass the features that the set was grown with, or grow it again elsewhere."
                     )
             self.join(features)
 
     def add_image(self, found: ImageSet, seed: int) -> None:
-        """Find the noise of one more image, draw it, and let it join."""
+        """Find the noise of one more image, generate it, and add it."""
         method, callbacks = PlainSampling(), None
         if self.known is not None:
             method, callbacks = dataclasses.replace(self.method, references=self.known), self.callbacks
         result = self.call.find(method, seed, callbacks)
         picture = self.call.draw(result)
         values, features = self.values(picture)
-        plain_scores = plain_scores_of(result) if self.known is not None else {}
-        plain_values = {f"plain {name}": item_or_none(plain_scores.get(name)) for name in values}
+        baseline_scores = baseline_scores_of(result) if self.known is not None else {}
+        baseline_values = {f"baseline {name}": item_or_none(baseline_scores.get(name)) for name in values}
         self.join(features)
         found.seeds.append(seed)
         found.results.append(without_images(result))
-        found.values.append({**values, **plain_values})
+        found.values.append({**values, **baseline_values})
         found.pictures.append(picture)
 
     def values(self, picture: Image.Image) -> tuple[dict[str, float | None], dict[str, torch.Tensor]]:
-        """The value of each set reward with one more image, and the features of that image."""
+        """Return the value of each set reward with one more image, and the features of that image."""
         features = self.diversity.known_features(pixels_of(picture))
         if self.known is None:
             return dict.fromkeys(self.diversity.names), features
@@ -10333,36 +9823,32 @@ class SetGrowth:
     def join(self, features: Mapping[str, torch.Tensor]) -> None:
         self.known = dict(features) if self.known is None else join_features([self.known, features])
 
-
 def check_count_and_prompt(count: int, prompt: str) -> None:
     if not isinstance(count, int) or isinstance(count, bool) or count < 1:
         raise ValueError(f"Expected `count` to be an integer of 1 or more, but got {count!r}.")
     if not isinstance(prompt, str):
         raise ValueError(f"Expected one prompt for the set, but got {prompt!r}. Grow a set for each prompt.")
 
-
 def check_not_given(arguments: Mapping[str, Any], names: Sequence[str], place: str) -> None:
     if given := sorted(arguments.keys() & set(names)):
         raise ValueError(
-            f"Expected {place} without {given}, which a set that grows chooses itself, one image at a time. Leave them "
-            "out; seeds are given as `generator=7`."
+            f"Expected {place} without {given}, which a growing set chooses itself, one image at a time. Leave them "
+            "out; pass seeds as `generator=7`."
         )
 
-
 def single_noise_sampler(noise_sampler: NoiseSamplerSpec | None) -> Any:
-    """A noise sampler by its name or as it is. Raises `ValueError` for one that needs several images at a time."""
+    """Return a noise sampler. Raises `ValueError` for one that needs several images at a time."""
     found: Any = as_noise_sampler(noise_sampler)
     try:
         return found.within([0]) if hasattr(found, "within") else found
     except ValueError as error:
         raise ValueError(
             f"Expected a noise sampler that draws one image at a time, but got {noise_sampler!r}. Take 'white' or "
-            "'pink' for a set that grows."
+            "'pink' for a growing set."
         ) from error
 
-
 def sequential_method(method: Any, settings: dict[str, Any] | None) -> NoiseOptimizer:
-    """The method of a set that grows. Raises `TypeError` for one that knows no references."""
+    """Return the method of a growing set. Raises `TypeError` for one without references."""
     if method is None:
         return NeverTooLate(**{**sequential_settings("diversity" not in (settings or {})), **(settings or {})})
     found: Any = as_method(method, settings)
@@ -10374,38 +9860,34 @@ def sequential_method(method: Any, settings: dict[str, Any] | None) -> NoiseOpti
         )
     return found
 
-
 def sequential_settings(of_diversity: bool) -> dict[str, Any]:
-    """Those of the paper for this mode, by the names of `NeverTooLate`; `diversity` and its stop rule if asked for."""
+    """Return the paper's settings of `NeverTooLate` for this mode, with `diversity` and its stop rule if requested."""
     diversity = {"diversity": {"dpp": 15.0}, "stop_at": {"dpp": 0.98}} if of_diversity else {}
     return {**diversity, "steps": 25, "learning_rate": 3.0, "max_grad_norm": 0.15}
 
-
 def with_loaded_parts(method: Any, diversity: SetRewardSum, device: Any) -> Any:
-    """The method on these set rewards, with rewards and guards that have a name loaded once for all images."""
+    """Return the method with these set rewards, and with rewards and guards loaded once for all images."""
     loaded: dict[str, Any] = {"diversity": diversity}
     if (rewards := getattr(method, "rewards", None)) is not None:
         loaded["rewards"] = RewardSum(rewards, device=device)
-    optimised = loaded["rewards"].names if "rewards" in loaded else []
+    optimized = loaded["rewards"].names if "rewards" in loaded else []
     if guards := as_guards(getattr(method, "guard", None)):
-        own = [isinstance(guard.reward, str) and not shares_reward(guard, optimised) for guard in guards]
+        own = [isinstance(guard.reward, str) and not shares_reward(guard, optimized) for guard in guards]
         loaded["guard"] = [
             dataclasses.replace(guard, reward=RewardSum(guard.reward, device=device).rewards[0]) if load else guard
             for guard, load in zip(guards, own, strict=True)
         ]
     return dataclasses.replace(method, **loaded)
 
-
 def seed_device(generator: Seeds) -> str:
-    """Where noise is drawn: on the CPU, for the same noise on every device, unless a generator says otherwise."""
+    """Return the device that draws noise: the CPU, for equal noise on every device, unless a generator has another."""
     return str(generator.device) if isinstance(generator, torch.Generator) else "cpu"
 
-
 def further_seeds(generator: Seeds, count: int, known: Sequence[int]) -> list[int]:
-    """The seeds of the images that a set lacks.
+    """Return the seeds of the images that a set lacks.
 
     Raises:
-        ValueError: For seeds that are too few, are none, come twice, or are not those of the images that are there.
+        ValueError: For too few seeds, invalid or repeated ones, or others than those of the existing images.
     """
     if generator is None:
         first = int(known[-1]) + 1 if known else int(torch.randint(2**32, ()))
@@ -10419,9 +9901,8 @@ def further_seeds(generator: Seeds, count: int, known: Sequence[int]) -> list[in
         )
     return seeds[len(known) : count]
 
-
 def seeds_from(generator: Any, count: int, wanted: int) -> list[int]:
-    """At least `count` different seeds: `wanted` that go up by 1 from the given one, or those given."""
+    """Return at least `count` different seeds: `wanted` consecutive ones from a given first, or those given."""
     first = generator.initial_seed() if isinstance(generator, torch.Generator) else generator
     given = range(first, first + wanted) if type(first) is int else generator
     seeds = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else []
@@ -10433,9 +9914,8 @@ def seeds_from(generator: Any, count: int, wanted: int) -> list[int]:
         )
     return seeds
 
-
 def begun_set(home: ImageSetFolder, empty: ImageSet) -> ImageSet:
-    """The set in a folder, if it agrees with one that is empty, or that one, if a set can begin there."""
+    """Return the set in a folder, if it agrees with an empty one, or the empty one if the folder has no set."""
     if not home.begun:
         home.check_free()
         return empty
@@ -10443,34 +9923,28 @@ def begun_set(home: ImageSetFolder, empty: ImageSet) -> ImageSet:
     found.check_agrees(empty.prompt, empty.settings, home.path)
     return found
 
-
 def pixels_of(picture: Image.Image) -> torch.Tensor:
-    """An RGB image as `(1, 3, H, W)` in [0, 1], float32."""
+    """Convert an RGB image to `(1, 3, H, W)` in [0, 1], float32."""
     width, height = picture.size
     pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(1, height, width, 3)
     return pixels.permute(0, 3, 1, 2).contiguous().float() / 255
 
-
 def without_images(result: NoiseResult) -> NoiseResult:
-    """A result on the CPU, without its images: what is left of it once it is saved."""
+    """Return a result on the CPU without its images, as a saved result is."""
     named = {name: getattr(result, name).cpu() for name in ("noise", "latents", "losses", "norms", "best_step")}
     scores = {name: values.cpu() for name, values in result.scores.items()}
     return dataclasses.replace(result, **named, scores=scores, images=None, initial_images=None)
 
-
-def plain_scores_of(result: NoiseResult) -> dict[str, torch.Tensor]:
-    """Name to `(B,)`: the scores of the plain result by the pipeline's own decoder."""
+def baseline_scores_of(result: NoiseResult) -> dict[str, torch.Tensor]:
+    """Return by name the scores `(B,)` of the baseline with the pipeline's own decoder."""
     if (report := result.reports.get(FULL_DECODER)) is None:
         return result.initial_scores
     return {name: torch.tensor(values) for name, values in report["initial_scores"].items()}
 
-
 def item_or_none(value: torch.Tensor | None) -> float | None:
     return None if value is None else float(value)
 
-
 # pipelines/never_too_late/mixin.py
-
 
 class NeverTooLateMixin(
     MethodMixin,

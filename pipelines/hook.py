@@ -32,7 +32,7 @@ from .request import (
 from .results.noise_file import NoiseFile
 from .results.noise_result import NoiseResult
 from .results.pipeline_code import SavedWithCode
-from .sampling.first_call import parts_of, stock_call
+from .sampling.first_call import stock_call, submodules_of
 from .sampling.internals import execution_device
 from .sampling.latent_space import LatentSpace
 from .sampling.module_state import DENOISERS, frozen_modules, refuse_unsuited
@@ -96,7 +96,7 @@ class NoiseRun:
         self.noise_file = None if save_noise_to is None else NoiseFile(save_noise_to)
         if size := image_size(pipe, request):
             self.objective.try_out(self.reward_prompts[0], *size, gradient=method.gradient_mode is not None)
-        self.decoder = as_loop_decoder(method.decoder, pipe, list(parts_of(pipe, DENOISERS).values()))
+        self.decoder = as_loop_decoder(method.decoder, pipe, list(submodules_of(pipe, DENOISERS).values()))
         self.encoded: list[Any] = []
         self.result: NoiseResult | None = None
 
@@ -230,7 +230,7 @@ class NoiseOptimizationMixin(SavedWithCode):
             self, as_method(method, method_kwargs), request, callbacks, noise_sampler, reward_prompt, save_noise_to
         )
         try:
-            with frozen_modules(self, run.decoder), hook_on(self, run):
+            with frozen_modules(self, run.method.gradient_mode, run.decoder), hook_on(self, run):
                 output = stock(*args, **kwargs)
         except BaseException as error:
             if run.result is not None:
@@ -364,6 +364,7 @@ def optimize_noise(
     request = bind_request(twin, (), {"prompt": prompt, **call_kwargs})
     run = NoiseRun(twin, method, request, callbacks, noise_sampler, reward_prompt, save_noise_to, render=False)
     vars(twin)["_noise_run"] = run
-    with frozen_modules(twin, run.decoder), torch.no_grad(), contextlib.suppress(NoiseFound):
+    frozen = frozen_modules(twin, method.gradient_mode, run.decoder)
+    with frozen, torch.no_grad(), contextlib.suppress(NoiseFound):
         stock_call(type(pipe))(twin, **request)
     return run.result_of(twin)

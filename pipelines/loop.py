@@ -130,7 +130,7 @@ class OptimizationLoop:
             if step == 0:
                 raise
             return self.give_up(str(error))
-        run.step, run.images, run.scores = step, sample.drawn_images, scores
+        run.step, run.images, run.scores = step, sample.generated_images, scores
         self.evaluated = run.noise
         run.loss = loss.detach().where(run.active, torch.nan)
         self.record(method.inspect(run, self.objective, self.state))

@@ -1,4 +1,4 @@
-"""Where sampling starts and which noise level it is at: noise samplers, and x0 prediction for every scheduler."""
+"""Samplers of the initial noise, and x0 prediction for every image scheduler of diffusers."""
 
 from .noise_samplers import (
     CoupledNoise,

@@ -1,4 +1,4 @@
-"""Where sampling starts: white, pink and negatively coupled Gaussian noise, by name or as objects."""
+"""Samplers of the initial noise: white, pink and negatively coupled Gaussian noise."""
 
 import dataclasses
 import inspect
@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
+from ..checked_fields import check_fields, checked
 from ..registry import Registry
 
 Generators = torch.Generator | list[torch.Generator] | None
@@ -20,10 +21,10 @@ SamplerT = TypeVar("SamplerT", bound="NoiseSampler")
 
 
 class NoiseSampler:
-    """Draws initial noise: the white noise that diffusers draws for the same generators, mapped by `color`.
+    """Base class of samplers of initial noise: diffusers' white noise for the same generators, mapped by `color`.
 
-    So each sampler leaves a generator where white noise leaves it. Any callable with the arguments of `__call__` is
-    taken as a noise sampler too.
+    So every sampler advances a generator as white noise does. Any callable with the arguments of `__call__` is accepted
+    as a noise sampler, too.
     """
 
     name: ClassVar[str | None] = None
@@ -35,17 +36,18 @@ class NoiseSampler:
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> torch.Tensor:
-        """Draw noise of a shape `(B, C, H, W)`: spatial, before any scaling or packing.
+        """Sample spatial noise `(B, C, H, W)`, before any scaling or packing.
 
         Args:
-            shape: That of the noise; `(B, 1, C, H, W)` and other shapes that end in height and width do too.
-            generator: One for the batch, or a list of one for each sample, which makes samples independent of the batch
-                they are drawn in. CPU generators draw on the CPU and move the noise to `device`.
-            device: Where the noise goes; by default where the generator is.
-            dtype: What the noise is drawn in; float32 by default.
+            shape: The shape of the noise, `(B, C, H, W)`, `(B, 1, C, H, W)` or any other that ends in height and width.
+            generator: One for the batch, or a list with one per sample, which makes each sample independent of the rest
+                of the batch. CPU generators sample on the CPU, and the noise is moved to `device`.
+            device: The device of the noise; by default that of the generator.
+            dtype: The dtype in which noise is sampled; float32 by default.
 
         Raises:
-            ValueError: for a list of generators that has another length than the batch, and a shape without images.
+            ValueError: For a list of generators whose length is not the batch size, and for a shape that is not
+                spatial.
         """
         streams = generator if isinstance(generator, list) else [generator]
         if len(streams) not in (1, shape[0]):
@@ -56,15 +58,15 @@ class NoiseSampler:
         return self.color(randn_tensor(tuple(shape), generator=generator, device=device, dtype=dtype))
 
     def color(self, white: torch.Tensor) -> torch.Tensor:
-        """White noise to this noise: same shape, dtype and device."""
+        """Map white noise to this noise, of the same shape, dtype and device."""
         raise NotImplementedError(f"{type(self).__name__} must define `color(white)`.")
 
     def within(self, groups: Sequence[int]) -> "NoiseSampler":
-        """This sampler for a batch with the given groups: one integer for each sample, equal where prompts are."""
+        """Return this sampler for a batch in which samples of the same prompt have the same integer in `groups`."""
         return self
 
     def describe(self) -> dict[str, Any]:
-        """Name and settings as plain values, which `as_noise_sampler` takes if the sampler is registered."""
+        """Return name and settings as plain values, which `as_noise_sampler` accepts if the sampler is registered."""
         fields = dataclasses.fields(self) if dataclasses.is_dataclass(self) else ()
         values = {field.name: getattr(self, field.name) for field in fields}
         plain_values = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
@@ -88,11 +90,11 @@ def list_noise_samplers() -> list[str]:
 
 
 def as_noise_sampler(sampler: NoiseSamplerSpec | None) -> Callable[..., torch.Tensor] | None:
-    """A noise sampler by name (`"pink"`), by name and settings (`{"name": "pink", "alpha": 0.3}`), or as it is.
+    """Return a noise sampler, given itself, its name (`"pink"`) or a dict (`{"name": "pink", "alpha": 0.3}`).
 
     Raises:
-        ValueError: for an unknown name, and for settings that the sampler does not have or cannot take.
-        TypeError: for what is none of these.
+        ValueError: For an unknown name, and for unknown or invalid settings.
+        TypeError: For any other object.
     """
     if isinstance(sampler, str):
         return named_noise_sampler(sampler, {})
@@ -116,7 +118,7 @@ def named_noise_sampler(name: str, settings: dict[str, Any]) -> "NoiseSampler":
 
 
 def describe_noise_sampler(sampler: Callable[..., torch.Tensor] | None) -> dict[str, Any] | None:
-    """Name and settings of a noise sampler in plain values; of a foreign one its name; `None` for `None`."""
+    """Return name and settings of a noise sampler as plain values; for any other callable, only its name."""
     if sampler is None:
         return None
     if hasattr(sampler, "describe"):
@@ -127,7 +129,7 @@ def describe_noise_sampler(sampler: Callable[..., torch.Tensor] | None) -> dict[
 @register_noise_sampler("white")
 @dataclasses.dataclass(frozen=True)
 class WhiteNoise(NoiseSampler):
-    """Standard Gaussian noise, bit for bit what a stock pipeline draws."""
+    """Standard Gaussian noise, bit-identical to that of a stock pipeline."""
 
     def color(self, white: torch.Tensor) -> torch.Tensor:
         return white
@@ -136,55 +138,49 @@ class WhiteNoise(NoiseSampler):
 @register_noise_sampler("pink")
 @dataclasses.dataclass(frozen=True)
 class PinkNoise(NoiseSampler):
-    """White noise with amplitudes times (1 + f)^-α, by default each channel of each sample at mean 0 and variance 1.
+    """White noise with Fourier amplitudes scaled by (1 + f)^-α, by default standardized per channel and sample.
 
-    It's Never Too Late, https://arxiv.org/abs/2601.00090, eq. 7: images of one prompt differ more from pink noise. f is
-    the distance from frequency zero in index units, that is in waves for each side of the noise, not for each pixel.
-    Phases are those of the white noise of the same generators. The variance is the unbiased one, so the squared norm of
-    a channel is H·W − 1: what white noise has on average without its mean.
+    It's Never Too Late, https://arxiv.org/abs/2601.00090, eq. 7: images of one prompt are more diverse from pink noise.
+    f is the distance from frequency zero in index units, that is, in waves per side of the noise, not per pixel. The
+    phases are those of the white noise of the same generators. Channels have mean 0 and unbiased variance 1, so their
+    squared norm is H·W − 1, the expectation for white noise minus its mean.
 
     Args:
-        alpha: α, any finite number: above 0 favours low frequencies (the paper takes 0.2 and finds patches above 0.3),
-            below 0 is blue noise. 0 is white noise that is still standardised in each channel; take `WhiteNoise` for
-            the stock draw.
-        reference_size: Side of the noise, in its own entries, at which f is the paper's; `None` for any. f then counts
-            waves per `reference_size` entries, f = reference_size · √((u/H)² + (v/W)²), so that α gives the same
-            spectrum per entry at all sizes; without, larger noises are shaped more.
-        band: (low, high) in the units of f: the slope is limited to this band.
-        outside: What becomes of frequencies outside the band: "flat" continues the gain that it has at the edge, "zero"
-            leaves noise of the band alone.
-        standardize: `False` scales by the standard deviation over all draws instead of that of each channel, and keeps
-            the means, that is f = 0: so the noise is exactly Gaussian. In small latents the means decide much of an
-            image: of 8 × 8 entries, without them images of a prompt are far more alike.
+        alpha: α, any finite number. Above 0 emphasizes low frequencies (the paper uses 0.2 and observes patches above
+            0.3); below 0 gives blue noise. 0 is white noise that is still standardized per channel; use `WhiteNoise`
+            for the noise of the stock pipeline.
+        reference_size: Side of the noise, in its own entries, at which f has the paper's units; above 0, or `None` for
+            any size. With it, f counts waves per `reference_size` entries, f = reference_size · √((u/H)² + (v/W)²), so
+            that α gives the same spectrum per entry at all sizes; without it, the effect grows with the size.
+        band: (low, high) in the units of f, the frequencies to which the slope is limited.
+        outside: The gain outside the band: "flat" continues the gain at its edges, "zero" removes other frequencies.
+        standardize: `False` scales by the standard deviation of the distribution instead of that of each channel, and
+            keeps the means, that is, f = 0, so that the noise is exactly Gaussian. In small latents, such as 8 × 8, the
+            means determine much of an image: without them, images of a prompt are far more similar.
 
     Raises:
-        ValueError: for settings that cannot work.
+        ValueError: For arguments outside their ranges, and for `outside="zero"` without a band.
     """
 
-    alpha: float = 0.2
+    alpha: float = checked(0.2, "(-inf, inf)")
     _: dataclasses.KW_ONLY
-    reference_size: float | None = None
+    reference_size: float | None = checked(None, "(0, inf)")
     band: Sequence[float] | None = None
     outside: Literal["flat", "zero"] = "flat"
     standardize: bool = True
 
     def __post_init__(self) -> None:
-        if not is_finite_number(self.alpha):
-            raise ValueError(f"Expected `alpha` to be a finite number, but got {self.alpha!r}. The paper takes 0.2.")
-        if self.reference_size is not None and not (is_finite_number(self.reference_size) and self.reference_size > 0):
-            raise ValueError(f"Expected `reference_size` to be a number above 0, but got {self.reference_size!r}.")
-        if self.outside not in ("flat", "zero"):
-            raise ValueError(f'Expected `outside` to be "flat" or "zero", but got {self.outside!r}.')
+        check_fields(self)
         if self.band is not None:
             object.__setattr__(self, "band", checked_band(self.band))
         elif self.outside == "zero":
-            raise ValueError('Expected a `band` beside `outside="zero"`, but got none. Pass `band=(low, high)`.')
+            raise ValueError('Expected a `band` with `outside="zero"`, but got none. Pass `band=(low, high)`.')
 
     def color(self, white: torch.Tensor) -> torch.Tensor:
-        """White noise `(B, C, H, W)` to pink noise of its phases, in its dtype; computed in float32 or better.
+        """Map white noise `(B, C, H, W)` to pink noise with the same phases and dtype, computed in float32 or more.
 
         Raises:
-            ValueError: for noise that is not spatial, and for sizes that have no frequency in the band.
+            ValueError: For noise that is not spatial, and for sizes without frequencies in the band.
         """
         check_spatial(white.shape)
         size = white.shape[-2:]
@@ -195,10 +191,9 @@ class PinkNoise(NoiseSampler):
         return (pink / spread.clamp_min(torch.finfo(pink.dtype).tiny)).to(white.dtype)
 
     def gain(self, height: int, width: int) -> torch.Tensor:
-        """The factor of each entry of `rfft2`, `(H, W // 2 + 1)` float64, scaled to a largest of 1.
+        """Return the factor of each entry of `rfft2`, `(H, W // 2 + 1)` float64, with a maximum of 1.
 
-        That of frequency zero is 0 where channels are standardised: their mean is taken away in any case, and so before
-        it can cost precision.
+        It is 0 at frequency zero if channels are standardized, to remove their mean before it costs precision.
         """
         f = self.frequency(height, width)
         low, high = self.band or (0.0, math.inf)
@@ -207,22 +202,22 @@ class PinkNoise(NoiseSampler):
             shaped &= (f >= low) & (f <= high)
         if not shaped.any():
             raise ValueError(
-                f"Expected a `band` with frequencies of noise of {height}×{width}, which go up to {f.max():.4g}, but "
-                f"got {tuple(self.band or ())}. Widen it."
+                f"Expected a `band` with frequencies of {height}×{width} noise, which go up to {f.max():.4g}, but got "
+                f"{tuple(self.band or ())}. Widen it."
             )
         logs = -self.alpha * f.clamp(low, high).log1p()
         return torch.where(shaped, (logs - logs[shaped].max()).exp(), 0.0)
 
     def frequency(self, height: int, width: int) -> torch.Tensor:
-        """f of each entry of `rfft2`, `(H, W // 2 + 1)` float64."""
+        """Return f of each entry of `rfft2`, `(H, W // 2 + 1)` float64."""
         rows = torch.fft.fftfreq(height, dtype=torch.float64) * (self.reference_size or height)
         columns = torch.fft.rfftfreq(width, dtype=torch.float64) * (self.reference_size or width)
         return torch.hypot(rows[:, None], columns)
 
 
 def expected_std(gain: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """The standard deviation of each entry of white noise `(height, width)` times a `gain` of its `rfft2`, a scalar."""
-    copies = torch.full_like(gain, 2.0)  # `rfft2` leaves out the mirrored half of the columns
+    """Return the standard deviation, a scalar, of white noise `(height, width)` whose `rfft2` is scaled by `gain`."""
+    copies = torch.full_like(gain, 2.0)  # `rfft2` omits the mirrored half of the columns
     copies[:, 0] = 1
     copies[:, -1] = 2 - (width % 2 == 0)
     return (gain.square() * copies).sum().div(height * width).sqrt()
@@ -231,42 +226,40 @@ def expected_std(gain: torch.Tensor, height: int, width: int) -> torch.Tensor:
 @register_noise_sampler("coupled")
 @dataclasses.dataclass(frozen=True)
 class CoupledNoise(NoiseSampler):
-    """Noises that are Gaussian each, and as negatively correlated as K noises can be: their sum is zero.
+    """Jointly sampled noises, each Gaussian, with the most negative correlation of K noises: their sum is zero.
 
     `z_i = √(1−ρ)·(g_i − ḡ) + √(1+(K−1)ρ)·ḡ`, the symmetric square root of the covariance (1−ρ)I + ρ11ᵀ, for each entry
-    of K white noises g. At ρ = −1/(K−1) that is √(K/(K−1))·(g_i − ḡ), and for K = 2 the antithetic pair (z, −z). Couple
-    to Control, https://arxiv.org/abs/2605.11311: sets differ more, at no cost, while each image has its own law.
+    of K white noises g. At ρ = −1/(K−1) this is √(K/(K−1))·(g_i − ḡ), and for K = 2 the antithetic pair (z, −z). Couple
+    to Control, https://arxiv.org/abs/2605.11311: sets are more diverse at no cost, and each image keeps its marginal
+    distribution.
 
     Args:
-        group_size: K: each K samples in a row are coupled; at least 2. By default all of the batch are, and in a
-            pipeline those that share their prompt.
+        group_size: K, at least 2: every K consecutive samples are coupled. By default the whole batch is coupled, and
+            in a pipeline the samples of each prompt.
         correlation: ρ in [−1/(K−1), 1]; −1/(K−1) by default.
-        groups: Instead of `group_size`: one integer for each sample, equal where samples are coupled.
+        groups: Alternative to `group_size`: one integer per sample, equal for samples to couple.
 
     Raises:
-        ValueError: for settings that cannot work.
+        ValueError: For arguments outside their ranges, or both `group_size` and `groups`.
     """
 
-    group_size: int | None = None
+    group_size: int | None = checked(None, "[2, inf)")
     _: dataclasses.KW_ONLY
-    correlation: float | None = None
+    correlation: float | None = checked(None, "[-1, 1]")
     groups: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
-        if self.group_size is not None and not (isinstance(self.group_size, int) and self.group_size >= 2):
-            raise ValueError(f"Expected `group_size` to be an integer of 2 or more, but got {self.group_size!r}.")
+        check_fields(self)
         if self.group_size is not None and self.groups is not None:
-            raise ValueError("Expected `group_size` or `groups`, but got both. Leave one out.")
-        if self.correlation is not None and not (is_finite_number(self.correlation) and -1 <= self.correlation <= 1):
-            raise ValueError(f"Expected `correlation` to be in [-1/(K-1), 1], but got {self.correlation!r}.")
+            raise ValueError("Expected `group_size` or `groups`, but got both. Omit one.")
         if self.groups is not None:
             object.__setattr__(self, "groups", tuple(self.groups))
 
     def color(self, white: torch.Tensor) -> torch.Tensor:
-        """White noises `(B, ...)` to coupled ones, in their dtype; computed in float32 or better.
+        """Map white noises `(B, ...)` to coupled ones of the same dtype, computed in float32 or more.
 
         Raises:
-            ValueError: for a batch that the groups do not fit, and a correlation that K samples cannot have.
+            ValueError: If the groups do not fit the batch, and for a correlation that K samples cannot have.
         """
         exact = white.to(torch.promote_types(white.dtype, torch.float32))
         coupled = torch.empty_like(exact)
@@ -275,14 +268,14 @@ class CoupledNoise(NoiseSampler):
         return coupled.to(white.dtype)
 
     def couple_all(self, white: torch.Tensor) -> torch.Tensor:
-        """`(K, ...)` white noises to K coupled ones."""
+        """Couple `(K, ...)` white noises."""
         rho, others, mean = self.correlation, len(white) - 1, white.mean(0, keepdim=True)
         if rho is None:
             return math.sqrt(len(white) / others) * (white - mean)
         return math.sqrt(1 - rho) * (white - mean) + math.sqrt(max(1 + others * rho, 0.0)) * mean
 
     def coupled_rows(self, batch: int) -> list[list[int]]:
-        """The samples of each group, by their places in the batch."""
+        """Return the batch positions of each group."""
         if self.groups is not None and len(self.groups) != batch:
             raise ValueError(f"Expected `groups` of {batch} integers, one for each sample, but got {len(self.groups)}.")
         if self.group_size is not None and batch % self.group_size:
@@ -303,25 +296,21 @@ class CoupledNoise(NoiseSampler):
         if self.correlation is not None and self.correlation < lowest - 1e-12:
             raise ValueError(
                 f"Expected `correlation` of {count} samples to be at least {lowest:.4g}, but got {self.correlation!r}. "
-                "Leave it out for the lowest."
+                "Omit it for the lowest."
             )
 
     def within(self, groups: Sequence[int]) -> "CoupledNoise":
-        """Coupled within the given groups, unless the sampler has its own. Raises `ValueError` where that fails."""
-        own = self.group_size is not None or self.groups is not None
-        bound = self if own else dataclasses.replace(self, groups=tuple(groups))
+        """Return this sampler for the given groups, unless it has its own. Raises `ValueError` if they do not fit."""
+        has_groups = self.group_size is not None or self.groups is not None
+        bound = self if has_groups else dataclasses.replace(self, groups=tuple(groups))
         bound.coupled_rows(len(groups))
         return bound
 
 
-def is_finite_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def checked_band(band: Sequence[float]) -> tuple[float, float]:
-    """A band as a tuple. Raises `ValueError` unless it is (low, high) with 0 <= low < high."""
+    """Return a band as a tuple. Raises `ValueError` unless it is (low, high) with 0 <= low < high."""
     limits = tuple(band) if isinstance(band, Sequence) else ()
-    if len(limits) == 2 and is_finite_number(limits[0]) and isinstance(limits[1], Real) and 0 <= limits[0] < limits[1]:
+    if len(limits) == 2 and all(isinstance(limit, Real) for limit in limits) and 0 <= limits[0] < limits[1]:
         return limits
     raise ValueError(f"Expected `band` to be (low, high) with 0 <= low < high, but got {band!r}.")
 
@@ -329,6 +318,6 @@ def checked_band(band: Sequence[float]) -> tuple[float, float]:
 def check_spatial(shape: Sequence[int]) -> None:
     if len(shape) < 4 or shape[-2] * shape[-1] < 2:
         raise ValueError(
-            f"Expected noise of shape (B, C, H, W), with H·W of 2 or more, but got {tuple(shape)}. Draw packed latents "
-            "before they are packed."
+            f"Expected noise of shape (B, C, H, W), with H·W of 2 or more, but got {tuple(shape)}. Sample noise before "
+            "it is packed."
         )

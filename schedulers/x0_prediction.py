@@ -1,4 +1,4 @@
-"""The clean latents (Tweedie estimate x0) that one model output implies, for every image scheduler of diffusers."""
+"""Tweedie estimate x0 of the clean latents from one model output, for every image scheduler of diffusers."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -11,45 +11,45 @@ AffineCoefficients = tuple[torch.Tensor, torch.Tensor]
 def predict_x0(
     scheduler: Any, model_output: torch.Tensor, timestep: torch.Tensor | float, sample: torch.Tensor
 ) -> torch.Tensor:
-    """The x0 estimate of one model call, differentiable in `sample` and in `model_output`.
+    """Return the x0 estimate of one model call, differentiable with respect to `sample` and `model_output`.
 
-    It is affine in both, x0 = skip·sample + out·model_output, and the two coefficients follow from the noise level
-    x = a·x0 + b·ε of the call and from what the model predicts. The level is, with σ and ᾱ from the scheduler's tables,
+    It is affine in both, x0 = skip·sample + out·model_output. The two coefficients follow from the noise level
+    x = a·x0 + b·ε of the call and from the prediction type. With σ and ᾱ from the scheduler's tables, the level is
 
     * variance preserving (DDIM, DDPM, LCM, TCD, PNDM, UnCLIP, Würstchen): a = √ᾱ, b = √(1−ᾱ), by timestep;
     * sigma space (Euler, Heun, KDPM2, LMS, DPMSolverSDE): a = 1, b = σ;
     * multistep solvers (DPMSolver, UniPC, DEIS, SASolver): a = 1/√(1+σ²), b = σ·a, or a = 1−σ, b = σ with flow sigmas;
     * flow matching: a = 1−σ, b = σ; TrigFlow (SCM): a = cos t, b = sin t; IPNDM: its own tables;
-    * EDM and consistency models precondition: their scheduler's c_skip and c_out are the coefficients.
+    * EDM and consistency models: the coefficients are c_skip and c_out of the scheduler's preconditioning.
 
     See Karras et al. (https://arxiv.org/abs/2206.00364), table 1, for the preconditioning, Salimans & Ho
     (https://arxiv.org/abs/2202.00512), appendix D, for v-prediction, Lu & Song (https://arxiv.org/abs/2410.11081),
     section 3, for TrigFlow.
 
-    The value is the one that the scheduler itself goes on with: where its `step` clips x0 (`clip_sample`) or thresholds
-    it (`thresholding`), so does this function. The gradient is that of the unclipped estimate (straight-through), since
-    a hard clip has no gradient exactly where x0 is too large and has to come back. What LCM reports as `denoised` is
-    this x0 after its boundary scaling, which gives the sample a weight below 1e-5 from timestep 16 on; what TCD reports
-    is noised again. With `s_churn > 0` Euler perturbs the sample inside `step`, which nothing here knows.
+    The value is the x0 that the scheduler itself uses: if its `step` clips x0 (`clip_sample`) or thresholds it
+    (`thresholding`), so does this function. The gradient is that of the unclipped estimate (straight-through), because
+    a hard clip has no gradient exactly where x0 is too large. LCM's `denoised` is this x0 after its boundary scaling,
+    in which the sample has a weight below 1e-5 from timestep 16 on; TCD's output is noised again. With `s_churn > 0`
+    Euler perturbs the sample inside `step`, which is not taken into account.
 
-    The only thing that changes in the scheduler is its step index: where it is unset, the scheduler sets it itself,
-    as its first `step` would, from `begin_index` or from `timestep`.
+    The scheduler is unchanged except for its step index: if it is unset, the scheduler sets it as its first `step`
+    would, from `begin_index` or `timestep`.
 
     Args:
-        scheduler: The scheduler in use, after `set_timesteps`. A subclass of a known one counts as that one.
-        model_output: `(B, C, ...)`, already guided, as handed to `scheduler.step`; with a learned variance
-            `(B, 2C, ...)`, of which the first C channels are the prediction.
-        timestep: The timestep of this call: a number, a tensor with one or with `(B,)` entries.
-        sample: `(B, C, ...)`, the noisy latents of this call, as handed to `scheduler.step`: not yet scaled by
+        scheduler: The scheduler in use, after `set_timesteps`, of a supported class or a subclass of one.
+        model_output: `(B, C, ...)`, after guidance, as passed to `scheduler.step`; with a learned variance
+            `(B, 2C, ...)`, whose first C channels are the prediction.
+        timestep: The timestep of this call: a number, or a tensor with one or `(B,)` entries.
+        sample: `(B, C, ...)`, the noisy latents of this call, as passed to `scheduler.step`, not scaled by
             `scale_model_input`.
 
     Returns:
-        `(B, C, ...)`, the estimate of the clean latents in float32, or in float64 if `sample` is.
+        `(B, C, ...)`, the estimate of the clean latents, in float32, or in float64 if `sample` is.
 
     Raises:
-        TypeError: The scheduler has no x0 estimate or is unknown.
-        ValueError: The scheduler's `prediction_type` does not go with its noise level, there is no signal to predict x0
-            from (ε-prediction at zero terminal SNR), or `model_output` has not the shape of `sample`.
+        TypeError: If the scheduler has no x0 estimate or is unknown.
+        ValueError: If the scheduler's `prediction_type` is incompatible with its noise level, the sample has no signal
+            (ε-prediction at zero terminal SNR), or the shapes of `model_output` and `sample` differ.
     """
     space = space_of(scheduler)
     dtype = torch.promote_types(sample.dtype, torch.float32)
@@ -62,7 +62,7 @@ def predict_x0(
 
 
 def prediction_channels(scheduler: Any, model_output: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
-    """`model_output` without the channels of a learned variance: it has the shape of `sample` then."""
+    """Remove the channels of a learned variance, and check that the rest has the shape of `sample`."""
     learned = scheduler.config.get("variance_type") in ("learned", "learned_range")
     if learned and model_output.shape[1] == 2 * sample.shape[1]:
         model_output = model_output[:, : sample.shape[1]]
@@ -76,17 +76,17 @@ def prediction_channels(scheduler: Any, model_output: torch.Tensor, sample: torc
 
 
 def spread_over_images(coefficient: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
-    """`coefficient`, one number or `(B,)`, in a shape, dtype and device that multiplies `sample` image by image."""
+    """Reshape and cast `coefficient`, one number or `(B,)`, to multiply `sample` image by image."""
     return coefficient.to(sample).reshape(-1, *[1] * (sample.ndim - 1))
 
 
 def exact(entry: torch.Tensor | float) -> torch.Tensor:
-    """An entry of a scheduler's table in float64, which not every device has."""
+    """Convert an entry of a scheduler's table to float64 on the CPU, because not every device has float64."""
     return torch.as_tensor(entry).detach().cpu().double()
 
 
 def index_of_call(scheduler: Any, timestep: torch.Tensor | float) -> int:
-    """Where the scheduler is in its list of sigmas; at the first call it finds out by itself."""
+    """Return the scheduler's index into its sigmas, initialized if this is the first call."""
     if scheduler.step_index is None:
         scheduler._init_step_index(timestep)
     return scheduler._step_index
@@ -95,9 +95,9 @@ def index_of_call(scheduler: Any, timestep: torch.Tensor | float) -> int:
 def affine_in_prediction(
     scheduler: Any, prediction: str, signal: torch.Tensor, noise: torch.Tensor, flow: bool = False
 ) -> AffineCoefficients:
-    """(skip, out) of x0 = skip·sample + out·model_output for a model that predicts `prediction`.
+    """Return (skip, out) of x0 = skip·sample + out·model_output for a model that predicts `prediction`.
 
-    v is defined on the circle, so a level off it is first scaled back to it: with r² = signal² + noise²,
+    v is defined on the unit circle, so other levels are first scaled to it: with r² = signal² + noise²,
     x/r = cos φ·x0 + sin φ·ε and v = cos φ·ε − sin φ·x0. A flow velocity is ε − x0, on the line signal + noise = 1.
     """
     if prediction == "sample":
@@ -114,7 +114,7 @@ def affine_in_prediction(
 
 
 def require_signal(scheduler: Any, signal: torch.Tensor) -> None:
-    """ε says nothing about x0 where the sample is nothing but ε."""
+    """Raise `ValueError` for a sample of pure noise, from which ε does not determine x0."""
     if (signal == 0).any():
         raise ValueError(
             f'Expected some signal in the sample of {type(scheduler).__name__} with `prediction_type="epsilon"`, but '
@@ -124,31 +124,31 @@ def require_signal(scheduler: Any, signal: torch.Tensor) -> None:
 
 
 def unknown_prediction(scheduler: Any, known: tuple[str, ...]) -> ValueError:
-    """The error about a `prediction_type` that the space of `scheduler` gives no meaning."""
+    """Return the error for a `prediction_type` that is undefined in the sample space of `scheduler`."""
     name = type(scheduler).__name__
     return ValueError(
         f"Expected `prediction_type` of {name} to be one of {', '.join(known)}, but got "
-        f"{scheduler.config.get('prediction_type')!r}. Pass what the model was trained with: "
-        f"`{name}.from_config(scheduler.config, prediction_type=...)`; where the scheduler has `use_flow_sigmas`, "
-        "flow_prediction goes with True and v_prediction with False."
+        f"{scheduler.config.get('prediction_type')!r}. Pass that of the model's training: "
+        f"`{name}.from_config(scheduler.config, prediction_type=...)`; if the scheduler has `use_flow_sigmas`, "
+        "flow_prediction requires True and v_prediction False."
     )
 
 
 def configured_prediction(scheduler: Any) -> str:
-    """What the config says that the model predicts; Euler also knows an older name of "sample"."""
+    """Return the prediction type of the config; Euler also accepts an older name of "sample"."""
     prediction = scheduler.config.get("prediction_type", "epsilon")
     return "sample" if prediction == "original_sample" else prediction
 
 
 def from_alphas(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficients:
-    """Variance preserving: ᾱ is looked up by timestep."""
+    """Variance preserving, with ᾱ looked up by timestep."""
     steps = torch.as_tensor(timestep).to(scheduler.alphas_cumprod.device, torch.long)
     alpha_bar = exact(scheduler.alphas_cumprod[steps])
     return affine_in_prediction(scheduler, configured_prediction(scheduler), alpha_bar.sqrt(), (1 - alpha_bar).sqrt())
 
 
 def from_cosine_time(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficients:
-    """Würstchen and Stable Cascade: the timestep is a ratio in [0, 1] and ᾱ a function of it; they predict ε."""
+    """Würstchen and Stable Cascade: ε-prediction, with ᾱ a function of the timestep in [0, 1]."""
     time = torch.as_tensor(timestep)
     alpha_bar = exact(scheduler._alpha_cumprod(time, time.device))
     return affine_in_prediction(scheduler, "epsilon", alpha_bar.sqrt(), (1 - alpha_bar).sqrt())
@@ -161,32 +161,32 @@ def from_sigma(scheduler: Any, sigma: torch.Tensor) -> AffineCoefficients:
 
 
 def from_sigmas(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficients:
-    """The sigma of the step; a second-order scheduler that evaluates at the end of a step lists that sigma twice."""
+    """Variance exploding, with σ of the step. Schedulers that also evaluate at the end of a step list that σ twice."""
     return from_sigma(scheduler, scheduler.sigmas[index_of_call(scheduler, timestep)])
 
 
 def from_interpolated_sigmas(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficients:
-    """KDPM2: every second call is at a sigma between two steps."""
+    """KDPM2, with every second call at a sigma between two steps."""
     index = index_of_call(scheduler, timestep)
     table = scheduler.sigmas if scheduler.state_in_first_order else scheduler.sigmas_interpol
     return from_sigma(scheduler, table[index])
 
 
 def from_ancestral_interpolated_sigmas(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficients:
-    """Ancestral KDPM2 keeps the sigma between two steps at the index of the first of them."""
+    """Ancestral KDPM2, which stores the sigma between two steps at the index of the first."""
     index = index_of_call(scheduler, timestep)
     first_order = scheduler.state_in_first_order
     return from_sigma(scheduler, scheduler.sigmas[index] if first_order else scheduler.sigmas_interpol[index - 1])
 
 
 def from_midpoint_sigmas(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficients:
-    """DPMSolverSDE remembers the sigma between two steps that it evaluates at."""
+    """DPMSolverSDE, which stores the sigma between two steps in an attribute."""
     sigma = scheduler.sigmas[index_of_call(scheduler, timestep)]
     return from_sigma(scheduler, sigma if scheduler.state_in_first_order else scheduler.mid_point_sigma)
 
 
 def from_solver_sigmas(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficients:
-    """Multistep solvers, whether they go on with x0 or with ε: sigma is b/a, or b with flow sigmas."""
+    """Multistep solvers in x0 or ε: sigma is b/a, or b with flow sigmas."""
     sigma = exact(scheduler.sigmas[index_of_call(scheduler, timestep)])
     flow = bool(scheduler.config.get("use_flow_sigmas"))
     signal = 1 - sigma if flow else (1 + sigma**2).rsqrt()
@@ -195,13 +195,13 @@ def from_solver_sigmas(scheduler: Any, timestep: torch.Tensor | float) -> Affine
 
 
 def from_flow_sigmas(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficients:
-    """Flow matching, x0 = x − σ·v; with `invert_sigmas` sigma counts the signal and the velocity points to it."""
+    """Flow matching, x0 = x − σ·v; with `invert_sigmas`, sigma is the signal and the velocity points toward it."""
     sigma = exact(scheduler.sigmas[index_of_call(scheduler, timestep)])
     return torch.ones_like(sigma), 1 - sigma if scheduler.config.get("invert_sigmas") else -sigma
 
 
 def from_angle(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficients:
-    """TrigFlow (Sana-Sprint): the timestep is the angle, the output a velocity on the circle of radius `sigma_data`."""
+    """TrigFlow (Sana-Sprint): the timestep is an angle, the output a velocity on the circle of radius `sigma_data`."""
     if scheduler.config.get("prediction_type") != "trigflow":
         raise unknown_prediction(scheduler, ("trigflow",))
     angle = exact(scheduler.timesteps[index_of_call(scheduler, timestep)])
@@ -209,13 +209,13 @@ def from_angle(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoeffici
 
 
 def from_own_tables(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficients:
-    """IPNDM: `alphas` is the signal and `betas` the noise, and its models predict v."""
+    """IPNDM: v-prediction, with `alphas` the signal and `betas` the noise."""
     index = index_of_call(scheduler, timestep)
     return exact(scheduler.alphas[index]), -exact(scheduler.betas[index])
 
 
 def from_edm(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficients:
-    """EDM: `prediction_type` is no more than the sign of the preconditioned output."""
+    """EDM: `prediction_type` determines only the sign of the preconditioned output."""
     signs = {"epsilon": 1.0, "v_prediction": -1.0}
     if configured_prediction(scheduler) not in signs:
         raise unknown_prediction(scheduler, tuple(signs))
@@ -226,44 +226,44 @@ def from_edm(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficien
 
 
 def from_consistency(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficients:
-    """Consistency models: as EDM, with the identity as boundary condition at the smallest sigma."""
+    """Consistency models: EDM with the identity as boundary condition at the smallest sigma."""
     sigma = exact(scheduler.sigmas[index_of_call(scheduler, timestep)])
     return scheduler.get_scalings_for_boundary_condition(sigma)
 
 
 def clipped(scheduler: Any, x0: torch.Tensor) -> torch.Tensor:
-    """`clip_sample`: to a fixed range."""
+    """Apply `clip_sample`, to a fixed range."""
     limit = scheduler.config.get("clip_sample_range", 1.0)
     return x0.clamp(-limit, limit) if scheduler.config.get("clip_sample") else x0
 
 
 def thresholded(scheduler: Any, x0: torch.Tensor) -> torch.Tensor:
-    """`thresholding`: to a percentile of each image (https://arxiv.org/abs/2205.11487, section 2.3)."""
+    """Apply `thresholding`, to a percentile of each image (https://arxiv.org/abs/2205.11487, section 2.3)."""
     return scheduler._threshold_sample(x0) if scheduler.config.get("thresholding") else x0
 
 
 def thresholded_or_clipped(scheduler: Any, x0: torch.Tensor) -> torch.Tensor:
-    """Thresholding takes the place of clipping."""
+    """Apply `thresholding` if it is on, else `clip_sample`."""
     return thresholded(scheduler, x0) if scheduler.config.get("thresholding") else clipped(scheduler, x0)
 
 
 def thresholded_if_x0(scheduler: Any, x0: torch.Tensor) -> torch.Tensor:
-    """UniPC thresholds only if x0 is what it goes on with."""
+    """Apply `thresholding` only if the solver works in x0, as UniPC does."""
     return thresholded(scheduler, x0) if scheduler.predict_x0 else x0
 
 
 def clipped_to_images(scheduler: Any, x0: torch.Tensor) -> torch.Tensor:
-    """`clip_denoised` of consistency models, which have no latents."""
+    """Apply `clip_denoised` of consistency models, which have no latents."""
     return x0.clamp(-1, 1) if scheduler.config.get("clip_denoised") else x0
 
 
 class SampleSpace(NamedTuple):
-    """What a scheduler means by its sample and by its model's output.
+    """Conventions of a scheduler for its sample and the model output.
 
     Attributes:
         coefficients: `(scheduler, timestep) -> (skip, out)` of x0 = skip·sample + out·model_output.
-        bound: `(scheduler, x0) -> x0`: what `step` does to its x0. None where it does nothing, whatever the config
-            says: `from_config` keeps settings of the scheduler before, so one counts only where the class reads it.
+        bound: `(scheduler, x0) -> x0`, the clipping or thresholding in `step`. None if the class has none, whatever its
+            config says: `from_config` keeps settings of another scheduler class that this one does not read.
     """
 
     coefficients: Callable[[Any, Any], AffineCoefficients]
@@ -329,7 +329,7 @@ WITHOUT_ESTIMATE = {
 
 
 def space_of(scheduler: Any) -> SampleSpace:
-    """The space of a scheduler by the names of its classes: a copy from the Hub is another class of the same name."""
+    """Return the sample space of a scheduler by class name, because the Hub may hold a copy of the class."""
     names = [cls.__name__ for cls in type(scheduler).__mro__]
     known = next((name for name in names if name in SAMPLE_SPACES or name in WITHOUT_ESTIMATE), None)
     if known in SAMPLE_SPACES:

@@ -1,4 +1,4 @@
-"""What must hold for a pipeline with anything composed into it: adapters, arguments, dtypes, memory settings."""
+"""Checks for pipelines with adapters, arguments, dtypes and memory settings composed into them."""
 
 from typing import Any
 
@@ -24,12 +24,12 @@ EMBEDS = {
 
 
 class Painter(NoiseOptimizationMixin, StableDiffusionPipeline):
-    """A pipeline of somebody's own, in a module that can be imported."""
+    """Pipeline class of a user in an importable module."""
 
 
 @torch.no_grad()
 def embeddings_of(pipe, family: str) -> dict[str, torch.Tensor]:
-    """Arguments in the place of the prompt "a b", against "c" where there is guidance, as the pipeline encodes it."""
+    """Return the embeddings of the prompt "a b", guided against "c" in families with guidance."""
     if family == "flux":
         encoded = pipe.encode_prompt("a b", None)
     else:
@@ -39,7 +39,7 @@ def embeddings_of(pipe, family: str) -> dict[str, torch.Tensor]:
 
 
 def draw(pipe, prompt: Any = "a b", **arguments) -> torch.Tensor:
-    """The images `(B, 3, H, W)` of a stock call, in float32 or better."""
+    """Return the images `(B, 3, H, W)` of a stock call in float32 or better."""
     arguments = {"generator": generator(), **arguments}
     images = pipe(prompt, output_type="pt", **arguments).images
     return images.to(torch.promote_types(images.dtype, torch.float32))
@@ -48,15 +48,15 @@ def draw(pipe, prompt: Any = "a b", **arguments) -> torch.Tensor:
 def check_composition(
     pipe, prompt: Any = "a b", *, oracle: str | None = "stock", rtol: float = 1e-4, **arguments
 ) -> NoiseResult:
-    """A run of ReNO honours what the pipeline is composed of, and leaves it as it was.
+    """Run ReNO and assert that it honors the composition of the pipeline and leaves it unchanged.
 
-    The plain result is that of the stock call, the noise that was found is drawn again by the stock call, the gradient
-    is the stock call's own, and modules and plain images are as before.
+    The baseline equals the image of the stock call, the stock call reproduces the image of the result, the gradient
+    equals that of the stock call, and modules and images are the same afterwards.
 
     Args:
         pipe, prompt, arguments: The call.
-        oracle: What the gradient is compared with: the "stock" call, differentiated, or `None` for nothing.
-        rtol: For the gradient, of its norm.
+        oracle: Oracle of the gradient: the differentiated "stock" call, or `None` for no check.
+        rtol: Tolerance of the gradient relative to its norm.
     """
     state, plain = state_of(pipe), draw(pipe, prompt, **fresh(arguments))
     method = ReNO(rewards=redness, steps=3)
@@ -75,7 +75,7 @@ def check_composition(
 
 
 def fresh(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The arguments with generators of the same state, so that the given ones stay in it."""
+    """Return the arguments with copies of their generators."""
     given = arguments.get("generator")
     if given is None:
         return arguments
@@ -86,7 +86,7 @@ def fresh(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_gradient(pipe, prompt: Any, rtol: float, **arguments) -> None:
-    """The gradient of the inner run is that of the stock call without its `no_grad`, from its `latents`."""
+    """Assert that the gradient equals that of the stock call without its `no_grad`, from its `latents`."""
     sampler, noise, result = capture(pipe, prompt, **arguments)
     leaf = noise.clone().requires_grad_()
     images = sampler.images(leaf, "full")
@@ -103,15 +103,15 @@ def check_gradient(pipe, prompt: Any, rtol: float, **arguments) -> None:
 
 
 def capture(pipe, prompt: Any = "a b", *, clamp: str = "hard", **arguments):
-    """The sampler of a call, its base noise as a method sees it, and the result of drawing it."""
+    """Return the sampler of a call, its base noise, and the result of evaluating it."""
     seen: list[NoiseProblem] = []
-    look = Looking(seen.append, clamp=clamp)  # that of the stock pipeline has no gradient at saturated pixels
+    look = Looking(seen.append, clamp=clamp)  # stock pipelines have no gradient at saturated pixels
     result = optimize_noise(pipe, prompt, look, **{"generator": generator(), **fresh(arguments)})
     return seen[0].sampler, seen[0].noise.to(result.latents.dtype).float(), result
 
 
 def state_of(pipe) -> dict[str, Any]:
-    """All of a pipeline's modules that a run might change: modes, parameters, hooks, adapters, compiled blocks."""
+    """Return the state of a pipeline's modules: modes, parameters, hooks, adapters, compiled blocks."""
     state: dict[str, Any] = {}
     for root, part in pipe.components.items():
         if not isinstance(part, torch.nn.Module):

@@ -8,16 +8,16 @@ STEPS = 6
 
 
 def draw(family_or_pipe, callback=None, prompt="a", *, seed=None, inputs=None, images=2, generator=None, **arguments):
-    """`(B, ...)`, the latents that a pipeline ends with: by default 2 images of a prompt, guided where it can be.
+    """Return the final latents `(B, ...)` of a call, by default of 2 images of a prompt with guidance.
 
     Args:
         family_or_pipe: A family of `tiny_pipelines`, or a pipeline.
-        callback: What is called after each step.
+        callback: Callback after each step.
         prompt: One prompt or several.
-        seed: A generator of the callback, which is brought to its start.
-        inputs: The tensors that are asked for; by default all that the callback names.
-        images: Of each prompt.
-        generator: Of the pipeline; by default one at the same seed in every call.
+        seed: Generator of the callback, which is reset.
+        inputs: Names of the tensors of the callback; by default all that it declares.
+        images: Images per prompt.
+        generator: Generator of the pipeline; by default a new one with the same seed.
     """
     pipe = tiny_pipeline(family_or_pipe) if isinstance(family_or_pipe, str) else family_or_pipe
     if seed is not None:

@@ -135,7 +135,8 @@ def carried_weights() -> list[Path]:
 
 def test_wheel_holds_every_module_and_its_weights(wheel):
     folders = {name.replace(".", "/"): ROOT / folder for name, folder in package_folders().items()}
-    expected = {f"{name}/{path.name}" for name, folder in folders.items() for path in folder.glob("*.py")}
+    expected = {f"{name}/{path.name}" for name, folder in folders.items() for path in folder.glob("*.py*")}
+    expected |= {f"noiseopt/hub/templates/{path.name}" for path in (ROOT / "src/noiseopt/hub/templates").iterdir()}
     expected |= {path.relative_to(ROOT / "src").as_posix() for path in carried_weights()} | {"noiseopt/py.typed"}
     assert {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name} == expected
 
@@ -159,7 +160,8 @@ for path in sorted(target.rglob("*.py")):
         module = importlib.import_module(".".join(parts).removesuffix(".__init__"))
         assert pathlib.Path(module.__file__).resolve() == path, module
 cls = sys.modules["noiseopt.pipelines.reno.turbo"].ReNOTurboPipeline
-assert "class ReNOTurboPipeline(" in sys.modules["noiseopt.pipelines.results.pipeline_code"].code_of(cls)
+code = sys.modules["noiseopt.pipelines.results.pipeline_code"].code_of(cls)
+assert "class ReNOTurboPipeline(" in code["pipeline.py"] and "class ReNOMixin(" in code["noiseopt_bundle.py"]
 """
     run = processes.run(program, tmp_path, folder=tmp_path, path=[tmp_path])
     assert run.returncode == 0, run.stderr

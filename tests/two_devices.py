@@ -1,4 +1,4 @@
-"""A second device on a machine that has one: tensors that say they are there, and do not mix with the others."""
+"""Simulation of a second device: tensors that report it and do not mix with others."""
 
 from typing import Any
 
@@ -10,13 +10,13 @@ OTHER = torch.device("cuda", 1)
 
 
 class Elsewhere(torch.Tensor):
-    """A tensor on `OTHER`, as far as `TwoDevices` is concerned."""
+    """Tensor on the simulated device `OTHER`."""
 
 
 class TwoDevices(TorchFunctionMode):
-    """Inside, `tensor.to(OTHER)` is a tensor that is elsewhere, until it is brought back; it keeps its graph.
+    """Context in which `tensor.to(OTHER)` moves a tensor to the simulated device, with its graph.
 
-    An operation on tensors of both raises as torch does. Numbers, tensors without dimensions, may mix, as in torch.
+    Operations on tensors of both devices raise as in torch, except for zero-dimensional ones.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -34,20 +34,21 @@ class TwoDevices(TorchFunctionMode):
 
 
 def elsewhere(tensor: torch.Tensor) -> torch.Tensor:
-    """The same tensor on `OTHER`."""
+    """Return the tensor on `OTHER`."""
     return tensor.as_subclass(Elsewhere)
 
 
 def weights_elsewhere(module: torch.nn.Module) -> torch.nn.Module:
-    """A module with all its weights on `OTHER`, in place."""
+    """Move all weights of a module to `OTHER`, in place."""
     for part in module.modules():
         for table in (part._parameters, part._buffers):
-            table.update({name: elsewhere(each.detach()) for name, each in table.items() if each is not None})  # pyright: ignore
+            moved_table = {name: elsewhere(each.detach()) for name, each in table.items() if each is not None}
+            table.update(moved_table)  # pyright: ignore[reportCallIssue, reportArgumentType]
     return module
 
 
 def moved(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-    """`tensor.to(...)` between the two."""
+    """Return `tensor.to(...)` between the two devices."""
     values = [*args, *kwargs.values()]
     devices = [torch.device(value) for value in values if isinstance(value, str | torch.device)]
     likes = [value for value in values if isinstance(value, torch.Tensor)]

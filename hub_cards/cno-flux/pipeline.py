@@ -6,9 +6,9 @@ from .noiseopt_bundle import CNOMixin
 
 
 class CNOFluxPipeline(CNOMixin, FluxPipeline):
-    """`FluxPipeline` whose images of one prompt differ. See `CNOMixin.__call__`.
+    """`FluxPipeline` that makes the images of one prompt differ. See `CNOMixin` for its arguments.
 
-    Contrastive Noise Optimization, https://arxiv.org/abs/2510.03813.
+    Contrastive Noise Optimization: https://arxiv.org/abs/2510.03813.
 
     Examples:
         >>> model = "black-forest-labs/FLUX.1-dev"

@@ -1,4 +1,4 @@
-"""CNO for models of the SDXL kind: SDXL, SDXL-Lightning."""
+"""CNO for SDXL and SDXL-Lightning."""
 
 from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import StableDiffusionXLPipeline
 
@@ -6,9 +6,9 @@ from .noiseopt_bundle import CNOMixin
 
 
 class CNOStableDiffusionXLPipeline(CNOMixin, StableDiffusionXLPipeline):
-    """`StableDiffusionXLPipeline` whose images of one prompt differ. See `CNOMixin.__call__`.
+    """`StableDiffusionXLPipeline` that makes the images of one prompt differ. See `CNOMixin` for its arguments.
 
-    Contrastive Noise Optimization, https://arxiv.org/abs/2510.03813.
+    Contrastive Noise Optimization: https://arxiv.org/abs/2510.03813.
 
     Examples:
         >>> model = "stabilityai/stable-diffusion-xl-base-1.0"

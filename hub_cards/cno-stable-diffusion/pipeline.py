@@ -1,4 +1,4 @@
-"""CNO for models of the Stable Diffusion 1 and 2 kind."""
+"""CNO for Stable Diffusion 1 and 2."""
 
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 
@@ -6,9 +6,9 @@ from .noiseopt_bundle import CNOMixin
 
 
 class CNOStableDiffusionPipeline(CNOMixin, StableDiffusionPipeline):
-    """`StableDiffusionPipeline` whose images of one prompt differ. See `CNOMixin.__call__`.
+    """`StableDiffusionPipeline` that makes the images of one prompt differ. See `CNOMixin` for its arguments.
 
-    Contrastive Noise Optimization, https://arxiv.org/abs/2510.03813.
+    Contrastive Noise Optimization: https://arxiv.org/abs/2510.03813.
 
     Examples:
         >>> model = "stable-diffusion-v1-5/stable-diffusion-v1-5"

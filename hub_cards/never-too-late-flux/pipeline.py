@@ -6,9 +6,9 @@ from .noiseopt_bundle import NeverTooLateMixin
 
 
 class NeverTooLateFluxPipeline(NeverTooLateMixin, FluxPipeline):
-    """`FluxPipeline` whose images of one prompt form a set that differs. See `NeverTooLateMixin.__call__`.
+    """`FluxPipeline` that makes the images of one prompt a diverse set. See `NeverTooLateMixin`.
 
-    It's Never Too Late, https://arxiv.org/abs/2601.00090.
+    It's Never Too Late: https://arxiv.org/abs/2601.00090.
 
     Examples:
         >>> model = "black-forest-labs/FLUX.1-schnell"

@@ -1,4 +1,4 @@
-"""Never Too Late for SD-Turbo and other one-step models of the kind of Stable Diffusion."""
+"""Never Too Late for SD-Turbo and other one-step Stable Diffusion models."""
 
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 
@@ -6,9 +6,9 @@ from .noiseopt_bundle import NeverTooLateMixin
 
 
 class NeverTooLateStableDiffusionPipeline(NeverTooLateMixin, StableDiffusionPipeline):
-    """`StableDiffusionPipeline` whose images of one prompt form a set that differs. See `NeverTooLateMixin.__call__`.
+    """`StableDiffusionPipeline` that makes the images of one prompt a diverse set. See `NeverTooLateMixin`.
 
-    It's Never Too Late, https://arxiv.org/abs/2601.00090.
+    It's Never Too Late: https://arxiv.org/abs/2601.00090.
 
     Examples:
         >>> model = "stabilityai/sd-turbo"

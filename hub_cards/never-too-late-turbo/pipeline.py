@@ -1,4 +1,4 @@
-"""Never Too Late for SDXL-Turbo and other one-step models of its kind."""
+"""Never Too Late for SDXL-Turbo and other one-step SDXL models."""
 
 from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import StableDiffusionXLPipeline
 
@@ -6,9 +6,9 @@ from .noiseopt_bundle import NeverTooLateMixin
 
 
 class NeverTooLateTurboPipeline(NeverTooLateMixin, StableDiffusionXLPipeline):
-    """`StableDiffusionXLPipeline` whose images of one prompt form a set that differs. See `NeverTooLateMixin.__call__`.
+    """`StableDiffusionXLPipeline` that makes the images of one prompt a diverse set. See `NeverTooLateMixin`.
 
-    It's Never Too Late, https://arxiv.org/abs/2601.00090.
+    It's Never Too Late: https://arxiv.org/abs/2601.00090.
 
     Examples:
         >>> pipe = NeverTooLateTurboPipeline.from_pretrained("stabilityai/sdxl-turbo", dtype=torch.bfloat16).to("cuda")

@@ -1,4 +1,4 @@
-"""CNO for models of the Stable Diffusion 3 kind."""
+"""CNO for Stable Diffusion 3."""
 
 from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import StableDiffusion3Pipeline
 
@@ -6,9 +6,9 @@ from .mixin import CNOMixin
 
 
 class CNOStableDiffusion3Pipeline(CNOMixin, StableDiffusion3Pipeline):
-    """`StableDiffusion3Pipeline` whose images of one prompt differ. See `CNOMixin.__call__`.
+    """`StableDiffusion3Pipeline` that makes the images of one prompt differ. See `CNOMixin` for its arguments.
 
-    Contrastive Noise Optimization, https://arxiv.org/abs/2510.03813.
+    Contrastive Noise Optimization: https://arxiv.org/abs/2510.03813.
 
     Examples:
         >>> model = "stabilityai/stable-diffusion-3.5-medium"

@@ -143,14 +143,6 @@ def checkpointed(module: nn.Module) -> nn.Module:
     return with_forward(module, recomputed)
 
 
-def check_checkpointing(checkpointing: Any) -> None:
-    """Raise `ValueError` unless `checkpointing` is "auto" or a policy."""
-    if checkpointing not in ("auto", *POLICIES):
-        raise ValueError(
-            f'Expected `checkpointing` to be "auto", "none", "blocks" or "steps", but got {checkpointing!r}.'
-        )
-
-
 def scales_lora(request: dict[str, Any]) -> bool:
     """Return whether a call scales the LoRA of its denoiser, as `cross_attention_kwargs={"scale": 0.5}` does."""
     settings = [value for value in request.values() if isinstance(value, dict)]

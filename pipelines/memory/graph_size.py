@@ -2,13 +2,11 @@
 
 from collections import Counter
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from ..sampling.internals import base_of_view
-
-ChunkSetting = int | Literal["auto"] | None
 
 
 class SavedTensor:
@@ -83,13 +81,6 @@ def fitting_chunk_size(batch: int, per_image: int, free: int) -> int | None:
     """
     fitting = free // 2 // per_image if per_image else batch
     return None if fitting >= batch else max(1, fitting)
-
-
-def check_chunk_size(chunk_size: Any) -> None:
-    """Raise `ValueError` unless `chunk_size` is an integer of 1 or more, "auto" or `None`."""
-    whole = isinstance(chunk_size, int) and not isinstance(chunk_size, bool) and chunk_size >= 1
-    if not whole and chunk_size is not None and chunk_size != "auto":
-        raise ValueError(f'Expected `chunk_size` to be 1 or more, "auto" or `None`, but got {chunk_size!r}.')
 
 
 def free_memory(device: torch.device) -> int:

@@ -6,9 +6,9 @@ from .mixin import NoiseDiffusionMixin
 
 
 class NoiseDiffusionFluxPipeline(NoiseDiffusionMixin, FluxPipeline):
-    """`FluxPipeline` whose initial noise is chosen by a scorer. See `NoiseDiffusionMixin.__call__`.
+    """`FluxPipeline` that chooses the initial noise by a scorer. See `NoiseDiffusionMixin`.
 
-    Noise Diffusion, https://arxiv.org/abs/2411.16503.
+    Noise Diffusion: https://arxiv.org/abs/2411.16503.
 
     Examples:
         >>> model = "black-forest-labs/FLUX.1-dev"

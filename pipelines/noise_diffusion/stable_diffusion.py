@@ -1,4 +1,4 @@
-"""Noise Diffusion for Stable Diffusion 1.x and 2.x."""
+"""Noise Diffusion for Stable Diffusion 1 and 2."""
 
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 
@@ -6,9 +6,9 @@ from .mixin import NoiseDiffusionMixin
 
 
 class NoiseDiffusionStableDiffusionPipeline(NoiseDiffusionMixin, StableDiffusionPipeline):
-    """`StableDiffusionPipeline` whose initial noise is chosen by a scorer. See `NoiseDiffusionMixin.__call__`.
+    """`StableDiffusionPipeline` that chooses the initial noise by a scorer. See `NoiseDiffusionMixin`.
 
-    Noise Diffusion, https://arxiv.org/abs/2411.16503.
+    Noise Diffusion: https://arxiv.org/abs/2411.16503.
 
     Examples:
         >>> model = "stable-diffusion-v1-5/stable-diffusion-v1-5"

@@ -6,9 +6,9 @@ from .mixin import NoiseDiffusionMixin
 
 
 class NoiseDiffusionStableDiffusion3Pipeline(NoiseDiffusionMixin, StableDiffusion3Pipeline):
-    """`StableDiffusion3Pipeline` whose initial noise is chosen by a scorer. See `NoiseDiffusionMixin.__call__`.
+    """`StableDiffusion3Pipeline` that chooses the initial noise by a scorer. See `NoiseDiffusionMixin`.
 
-    Noise Diffusion, https://arxiv.org/abs/2411.16503.
+    Noise Diffusion: https://arxiv.org/abs/2411.16503.
 
     Examples:
         >>> model = "stabilityai/stable-diffusion-3.5-medium"

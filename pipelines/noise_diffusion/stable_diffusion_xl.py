@@ -6,9 +6,9 @@ from .mixin import NoiseDiffusionMixin
 
 
 class NoiseDiffusionStableDiffusionXLPipeline(NoiseDiffusionMixin, StableDiffusionXLPipeline):
-    """`StableDiffusionXLPipeline` whose initial noise is chosen by a scorer. See `NoiseDiffusionMixin.__call__`.
+    """`StableDiffusionXLPipeline` that chooses the initial noise by a scorer. See `NoiseDiffusionMixin`.
 
-    Noise Diffusion, https://arxiv.org/abs/2411.16503.
+    Noise Diffusion: https://arxiv.org/abs/2411.16503.
 
     Examples:
         >>> model = "stabilityai/stable-diffusion-xl-base-1.0"

@@ -1,4 +1,4 @@
-"""ReNO for models of the Stable Diffusion kind: SD-Turbo, and the embedded model."""
+"""ReNO for SD-Turbo and other one-step Stable Diffusion models."""
 
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 
@@ -6,9 +6,9 @@ from .mixin import ReNOMixin
 
 
 class ReNOStableDiffusionPipeline(ReNOMixin, StableDiffusionPipeline):
-    """`StableDiffusionPipeline` whose initial noise is optimised for rewards. See `ReNOMixin.__call__`.
+    """`StableDiffusionPipeline` that optimizes the initial noise for rewards. See `ReNOMixin` for its arguments.
 
-    Reward-based Noise Optimization, https://arxiv.org/abs/2406.04312.
+    Reward-based Noise Optimization: https://arxiv.org/abs/2406.04312.
 
     Examples:
         >>> pipe = ReNOStableDiffusionPipeline.from_pretrained("stabilityai/sd-turbo", dtype=torch.bfloat16).to("cuda")

@@ -1,4 +1,4 @@
-"""ReNO for SDXL-type one-step models: SDXL-Turbo, Hyper-SDXL."""
+"""ReNO for one-step SDXL models: SDXL-Turbo, Hyper-SDXL."""
 
 from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import StableDiffusionXLPipeline
 
@@ -6,9 +6,9 @@ from .mixin import ReNOMixin
 
 
 class ReNOTurboPipeline(ReNOMixin, StableDiffusionXLPipeline):
-    """`StableDiffusionXLPipeline` whose initial noise is optimised for rewards. See `ReNOMixin.__call__`.
+    """`StableDiffusionXLPipeline` that optimizes the initial noise for rewards. See `ReNOMixin` for its arguments.
 
-    Reward-based Noise Optimization, https://arxiv.org/abs/2406.04312.
+    Reward-based Noise Optimization: https://arxiv.org/abs/2406.04312.
 
     Examples:
         >>> pipe = ReNOTurboPipeline.from_pretrained("stabilityai/sdxl-turbo", dtype=torch.bfloat16).to("cuda")

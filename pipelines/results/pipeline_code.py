@@ -34,6 +34,17 @@ class SavedWithCode:
             if module.rpartition(".")[0] == LOCAL_MODULES:
                 make_way(module, cls._code["pipeline.py"])
 
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """Run the stock method. Raises `ValueError` for a repository name from which diffusers could not load."""
+        if kwargs.get("push_to_hub"):
+            check_repository(type(self), kwargs.get("repo_id") or Path(save_directory).name)
+        super().save_pretrained(save_directory, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def push_to_hub(self, repo_id: str, *args: Any, **kwargs: Any) -> str:
+        """Run the stock method. Raises `ValueError` for a repository name from which diffusers could not load."""
+        check_repository(type(self), repo_id)
+        return super().push_to_hub(repo_id, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+
     def save_config(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """Run the stock method, which `save_pretrained` and `push_to_hub` call, and write the source too."""
         if has_code(type(self)):
@@ -56,6 +67,15 @@ class SavedWithCode:
         """Return the configuration in a file, without the name of its source, which this class does not need."""
         index = super()._dict_from_json_file(json_file)  # pyright: ignore[reportAttributeAccessIssue]
         return index | ({"_class_name": cls.__name__} if isinstance(index.get("_class_name"), list) else {})
+
+
+def check_repository(cls: type, repository: str) -> None:
+    """Raise `ValueError` for a dot in a repository's name: diffusers makes it a module name with siblings to import."""
+    if has_code(cls) and "." in repository:
+        raise ValueError(
+            f"Expected a repository name without a dot, but got {repository!r}: diffusers cannot load code of several "
+            "files from there. Choose another name."
+        )
 
 
 def dynamic_files(module: str) -> list[Path]:

@@ -46,7 +46,7 @@ def plain(values: dict[str, Any]) -> dict[str, Any]:
     return {
         name: value
         for name, value in flat.items()
-        if isinstance(value, scalar) or isinstance(value, list) and all(isinstance(item, scalar) for item in value)
+        if isinstance(value, scalar) or (isinstance(value, list) and all(isinstance(item, scalar) for item in value))
     }
 
 

@@ -142,7 +142,7 @@ def dtypes_of(name: str) -> tuple[torch.dtype, ...]:
 
 
 def check_values(tensors: Tensors, steps: int) -> None:
-    """Require finite noise and latents, and best steps in range. (Losses of a stopped sample are NaN.)"""
+    """Require finite noise and latents, and best steps in range; losses of a stopped sample may be NaN."""
     for name in ("noise", "latents", "initial_noise"):
         if name in tensors and not tensors[name].isfinite().all():
             raise UnusableResult(f"has '{name}' with values that are not finite")

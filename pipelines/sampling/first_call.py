@@ -22,7 +22,7 @@ def stock_call(cls: type) -> Callable[..., Any]:
     raise TypeError(f"Expected a diffusers pipeline with a `__call__`, but {cls.__name__} has none.")
 
 
-def parts_of(pipe, names: tuple[str, ...]) -> dict[str, Any]:
+def submodules_of(pipe, names: tuple[str, ...]) -> dict[str, Any]:
     """Return those of the named modules that a pipeline has."""
     return {name: module for name in names if (module := getattr(pipe, name, None)) is not None}
 
@@ -62,7 +62,7 @@ def first_step_only(pipe) -> Iterator[list[torch.Tensor]]:
 
     vars(scheduler).update(set_timesteps=set_one, step=estimate)
     # copies, since a hook on shared modules would have to be removed whatever happens
-    denoisers = parts_of(pipe, DENOISERS)
+    denoisers = submodules_of(pipe, DENOISERS)
     vars(pipe).update({name: with_forward(model, counted(model.forward, calls)) for name, model in denoisers.items()})
     try:
         yield estimates

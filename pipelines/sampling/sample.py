@@ -46,7 +46,7 @@ class Sample:
         return self.sampler.x0(self.noise, self.gradient, self.chunk_size)
 
     @property
-    def drawn_images(self) -> torch.Tensor | None:
+    def generated_images(self) -> torch.Tensor | None:
         """The images if the objective has accessed them, without their graph."""
         images = vars(self).get("images")
         return None if images is None else images.detach()

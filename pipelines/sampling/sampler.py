@@ -11,7 +11,7 @@ import torch
 from ..memory.checkpointing import Checkpointing, Checkpoints, scales_lora
 from ..memory.chunks import BatchLayout, WholeBatchDraws, run_in_chunks
 from ..memory.module_copies import converted_apart, without_gradient
-from .first_call import count_timesteps, first_step_only, parts_of, stock_call
+from .first_call import count_timesteps, first_step_only, stock_call, submodules_of
 from .global_draws import no_global_draws
 from .latent_space import LatentSpace
 from .module_state import CALLED_IN_STEPS, is_offloaded
@@ -71,7 +71,7 @@ class PipelineSampler:
         self.own_decoder, self.decoder = vars(self.twin).get("vae"), decoder
         if decoder is not None:
             vars(self.twin)["vae"] = decoder
-        denoisers = tuple(parts_of(self.twin, CALLED_IN_STEPS).values()) if through_denoiser else ()
+        denoisers = tuple(submodules_of(self.twin, CALLED_IN_STEPS).values()) if through_denoiser else ()
         self.checkpoints = Checkpoints(checkpointing, denoisers, vars(self.twin).get("vae"), scales_lora(self.request))
         # a copy from before any run: schedulers refer to the graph of a run, so that each run gets its own
         self.scheduler = copy.deepcopy(pipe.scheduler)
@@ -213,7 +213,7 @@ class PipelineSampler:
             attributes["prepare_ip_adapter_image_embeds"] = replayed(embed, self.image_embeds)
         wrap = {"frozen": without_gradient, "full": self.checkpoints.call_of}.get(gradient or "")
         if wrap is not None:
-            attributes.update({name: wrap(model) for name, model in parts_of(twin, CALLED_IN_STEPS).items()})
+            attributes.update({name: wrap(model) for name, model in submodules_of(twin, CALLED_IN_STEPS).items()})
         return twin, generator
 
 

@@ -69,14 +69,14 @@ def test_one_object_serves_call_after_call_also_after_an_exception():
 
 
 def test_a_pipeline_that_brings_no_tensors_is_told_how():
-    with pytest.raises(ValueError, match=r"FluxPipeline does not ask .* `callback_on_step_end_tensor_inputs=\['prompt"):
+    with pytest.raises(ValueError, match=r"FluxPipeline does not .* `callback_on_step_end_tensor_inputs=\['prompt"):
         draw("flux", CADS(), inputs=["latents"])
 
 
 def test_a_pipeline_without_the_tensor_is_refused():
     callback = CADS(conditions=("prompt_embeds", "add_text_embeds"))
     callback.check(tiny_pipeline("sdxl"))
-    with pytest.raises(ValueError, match="StableDiffusionPipeline does not give add_text_embeds.*out of latents, prom"):
+    with pytest.raises(ValueError, match="StableDiffusionPipeline does not pass add_text_embeds.*out of latents, prom"):
         callback.check(tiny_pipeline("sd"))
     with pytest.raises(ValueError, match="add_text_embeds"):  # before anything runs, by the pipeline itself
         draw("sd", callback)

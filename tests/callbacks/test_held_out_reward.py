@@ -104,7 +104,7 @@ def test_a_reward_that_agrees_raises_no_alarm():
 
 
 def test_a_method_without_images_and_bad_arguments_are_refused():
-    with pytest.raises(ValueError, match="Expected a method whose objective looks at images"):
+    with pytest.raises(ValueError, match="Expected a method whose objective evaluates images"):
         arguments = {"num_inference_steps": 2, "num_images_per_prompt": 2, **SIZE}
         optimize_noise(tiny_pipeline("sd"), "a", CNO(), callbacks=HeldOutReward(brightness), **arguments)
     with pytest.raises(ValueError, match=r"held-out reward 'flat' to return a tensor of shape \(1,\).*got \(1, 3\)"):

@@ -34,6 +34,20 @@ def refused(folder: Path) -> bool:
     return False
 
 
+def dot_refused(pipe: Any, folder: Path) -> bool:
+    """Return whether a repository from which diffusers could not load is refused before anything is written."""
+    refusals = 0
+    for push in (
+        lambda: pipe.push_to_hub("someone/v1.0"),
+        lambda: pipe.save_pretrained(folder / "v1.0", push_to_hub=True),
+    ):
+        try:
+            push()
+        except ValueError as error:
+            refusals += "Expected a repository name without a dot" in str(error)
+    return refusals == 2 and not (folder / "v1.0").exists()
+
+
 def code_of(folder: Path) -> list[bytes]:
     """Return the content of both files of code, which are no links."""
     return [(folder / name).read_bytes() for name in FILES if not (folder / name).is_symlink()]
@@ -54,6 +68,7 @@ def main(card: Path, other: Path, folder: Path) -> dict[str, bool]:
         "and saved again": code_of(folder / "saved again") == code,
         "the folder generates the same": torch.equal(generate(again), images),
         "so does the Hub": torch.equal(generate(load("someone/mine")), images),
+        "names with a dot are refused": dot_refused(pipe, folder),
         "trust is asked for": refused(folder / "saved"),
         "the package was not needed": "noiseopt" not in sys.modules,
     }

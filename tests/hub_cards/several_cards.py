@@ -42,10 +42,11 @@ def main(cards: Path, later: Path, folder: Path, hub: Path) -> dict[str, bool]:
     def from_folder(card: Path, family: str = "sd") -> Any:
         return load(folder / family, custom_pipeline=str(card))
 
-    # class files of the same size, from the same second
-    first, second = (
-        from_folder(cards / f"{paper}-stable-diffusion-xl", "sdxl") for paper in ("cno", "noise-diffusion")
-    )
+    xl = {paper: cards / f"{paper}-stable-diffusion-xl" for paper in ("cno", "noise-diffusion")}
+    first, second = (from_folder(card, "sdxl") for card in xl.values())
+    place = Path(str(sys.modules["diffusers_modules.local.pipeline"].__file__)).parent
+    # Python takes a compiled file for that of any source of the same size and second
+    facts["no compiled file is left"] = place.is_dir() and not list(place.glob("__pycache__/[np]*"))
     facts["two cards from folders are two classes"] = (type(first).__name__, type(second).__name__) == (
         "CNOStableDiffusionXLPipeline",
         "NoiseDiffusionStableDiffusionXLPipeline",

@@ -87,9 +87,7 @@ from dataclasses import dataclass
 sys.modules[f"{__name__}_DIGEST"] = sys.modules[__name__]
 __name__ = f"{__name__}_DIGEST"
 
-
 # rewards/redness.py
-
 
 TABLE = """
 # not a comment
@@ -98,17 +96,13 @@ TABLE = """
 end
 """
 
-
 @dataclass
 class Redness:
     value: float = 0.5
 
-
 # rewards/sums.py
 
-
 Reward = Callable[[], float]
-
 
 class RewardSum:
     def __init__(self, rewards: Iterable[Redness]) -> None:
@@ -117,9 +111,7 @@ class RewardSum:
     def __call__(self) -> float:
         return math.fsum(reward.value for reward in self.rewards)
 
-
 # pipelines/noisy.py
-
 
 # Comments between definitions stay.
 class Noisy:
@@ -247,7 +239,7 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("files, message", REFUSED.values(), ids=REFUSED.keys())
+@pytest.mark.parametrize(("files", "message"), REFUSED.values(), ids=REFUSED.keys())
 def test_refused(bundled, files, message):
     with pytest.raises(Refused) as refusal:
         bundled({"pipelines/a.py": "class A: pass\n"} | files)
@@ -284,7 +276,7 @@ def test_links_of_the_package_are_followed_as_they_are_named(bundled, tmp_path):
     )
     (tmp_path / "package/rewards").symlink_to("../folders/rewards")
     source = bundle([tmp_path / "package/rewards/room/red.py"], tmp_path / "package", "Doc.")
-    assert source.endswith("# leaf.py\n\n\nclass Leaf: pass\n\n\n# rewards/room/red.py\n\n\nclass Red(Leaf): pass\n")
+    assert source.endswith("# leaf.py\n\nclass Leaf: pass\n\n# rewards/room/red.py\n\nclass Red(Leaf): pass\n")
 
 
 def test_bundles_with_one_file_name_stay_apart(bundled, tmp_path):

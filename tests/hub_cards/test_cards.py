@@ -18,6 +18,7 @@ from noiseopt.cli import main
 from noiseopt.hub import build, cards, stubs
 from noiseopt.hub.before_after import PICTURE
 from noiseopt.hub.bundle import Refused
+from noiseopt.schedulers import list_noise_samplers
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -116,7 +117,7 @@ def test_refusal_is_an_exit_status(monkeypatch):
     assert exit_of(["hub", "check"]) == exit_of(["hub", "build"]) == "pipelines/x.py:7: a starred import"
 
 
-@pytest.mark.parametrize("action", (["build"], ["check"], ["pictures"], ["push", "reno-turbo", "--namespace", "me"]))
+@pytest.mark.parametrize("action", [["build"], ["check"], ["pictures"], ["push", "reno-turbo", "--namespace", "me"]])
 def test_without_a_checkout_that_is_said(action, tmp_path, monkeypatch):
     monkeypatch.setattr(build, "HUB_CARDS", tmp_path / "hub_cards")
     assert "Expected a checkout of the repository" in str(exit_of(["hub", *action]))
@@ -157,6 +158,8 @@ def test_generated_lines_are_few(root):
     copies = sorted((root / "hub_cards").glob(f"*/{build.BUNDLE}"))
     assert [copy.parent.name for copy in copies] == sorted(card.name for card in build.CARDS)
     assert {os.readlink(copy) for copy in copies} == {f"../{build.BUNDLE}"}
+    generated = [root / "hub_cards" / build.BUNDLE, *(root / "hub_cards").glob("*/README.md")]
+    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in generated) <= 13_000
 
 
 def test_bundle_imports_declared_packages_only(bundle, dependencies):
@@ -174,7 +177,7 @@ def test_bundle_has_all_that_the_package_finds_by_name(bundle):
     assert found["register_reward"] == set(noiseopt.list_rewards())
     assert found["register_set_reward"] == set(noiseopt.rewards.list_set_rewards())
     assert found["register_features"] == set(noiseopt.rewards.list_features())
-    assert found["register_noise_sampler"] == set(noiseopt.list_noise_samplers())
+    assert found["register_noise_sampler"] == set(list_noise_samplers())
     assert found["register_method"] == {card.room for card in build.CARDS}
 
 
@@ -246,7 +249,9 @@ def test_snippet_uses_arguments_that_exist(readmes):
 def test_only_what_takes_rewards_promises_them(readmes):
     for card in build.CARDS:
         text = readmes[card.name]
-        listed = [name for name, *_ in rows(section(text, "Rewards"))]
+        listed = sorted(
+            re.findall(r"`([\w.]+)`(?=[^|\n]*\|[^|\n]*\|[^|\n]*\|$)", section(text, "Rewards"), re.MULTILINE)
+        )
         if "rewards" in {name for name, *_ in rows(section(text, "Arguments"))}:
             asked = ast.literal_eval(example_call(text)["rewards"])
             assert listed == noiseopt.list_rewards()
@@ -259,7 +264,7 @@ def test_settings_are_the_fields_with_a_default(readmes):
     for card in build.CARDS:
         fields = dataclasses.fields(card.method)
         expected = {field.name: field.default for field in fields if field.default is not dataclasses.MISSING}
-        table = section(readmes[card.name], "Arguments").partition("Settings of the method")[2]
+        table = section(readmes[card.name], "Arguments").partition("and their defaults:")[2]
         assert {name: ast.literal_eval(default.strip("`")) for name, default, _ in rows(table)} == expected
 
 

@@ -119,7 +119,7 @@ def test_tokens_that_may_not_write_are_told_so(token, message, hub):
 
 def test_no_connection_is_said(hub, logged_in, monkeypatch):
     monkeypatch.setattr("huggingface_hub.HfApi", functools.partial(HfApi, endpoint="http://127.0.0.1:9"))
-    with pytest.raises(SystemExit, match="me/cno-flux was not uploaded: .* run the same command once more"):
+    with pytest.raises(SystemExit, match="me/cno-flux was not uploaded: .* Run the same command once more"):
         main(["hub", "push", "cno-flux", "--namespace", "me"])
 
 

@@ -117,7 +117,7 @@ FAULTS = (
     Fault(
         "latents unpacked in packed order",
         "pipelines/sampling/latent_space.py",
-        "return latents.flatten(1).gather(1, packing.places.to(latents.device)).view(packing.noise)",
+        "return latents.flatten(1).gather(1, packing.positions.to(latents.device)).view(packing.noise)",
         "return latents.flatten(1).view(packing.noise)",
     ),
     Fault(

@@ -22,6 +22,7 @@ from mutations.faults import FAULTS, ROOT, Fault, selected
 TIERS = {"fast": "not slow", "slow": "slow"}
 FAILED = re.compile(r"^(?:FAILED|ERROR) (\S+::\S[^\n]*?|\S+\.py)(?: - .*)?$", re.MULTILINE)
 TIME_LIMIT = 1800.0
+OUT_OF_TIME = "(time limit)"
 ALONE, SHARED = ("-n", "0"), ("-n", "auto")
 # These compare texts of the checkout and would find any change: the faults, and the bundle of the Hub cards.
 IGNORED = ("--ignore=tests/mutations", "--ignore=tests/hub_cards")
@@ -64,7 +65,7 @@ class Checkout:
                 check=False,
             )
         except subprocess.TimeoutExpired:
-            return "(time limit)"
+            return OUT_OF_TIME
         finally:
             if fault is not None and original is not None:
                 self.write(fault.path, original)
@@ -98,11 +99,11 @@ class Search:
                 if self.passes_without_fault(test):
                     return tier, test
                 print(f"{test} fails without a fault", file=sys.stderr)
-                self.deselected.append(f"--deselect={test}")
+                self.deselected.append(f"--deselect={test}" if "::" in test else f"--ignore={test}")
         return None
 
     def passes_without_fault(self, test: str) -> bool:
-        if test not in self.passing and "::" in test:
+        if test not in {*self.passing, OUT_OF_TIME}:
             if self.checkout.failing_test(None, [*ALONE, "-m", "slow or not slow", test]) is not None:
                 return False
             self.passing.add(test)

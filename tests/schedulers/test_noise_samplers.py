@@ -238,15 +238,15 @@ def test_a_sampler_may_be_registered_again_but_its_name_not_taken():
 
 
 BAD_INPUT = {
-    "alpha": (lambda: PinkNoise(math.nan), ValueError, "`alpha` to be a finite"),
-    "text for alpha": (lambda: PinkNoise("0.2"), ValueError, "`alpha` to be a finite"),
+    "alpha": (lambda: PinkNoise(math.nan), ValueError, "`alpha` to be a number"),
+    "text for alpha": (lambda: PinkNoise("0.2"), ValueError, "`alpha` to be a number"),
     "reference size": (lambda: PinkNoise(reference_size=0), ValueError, "`reference_size`"),
     "band": (lambda: PinkNoise(band=(3, 2)), ValueError, "0 <= low < high"),
     "band of one": (lambda: PinkNoise(band=3), ValueError, "0 <= low < high"),
     "outside": (lambda: PinkNoise(band=(1, 2), outside="none"), ValueError, "`outside`"),
     "outside of no band": (lambda: PinkNoise(outside="zero"), ValueError, "Expected a `band`"),
     "empty band": (lambda: PinkNoise(band=(40, 50), outside="zero")((1, 4, 8, 8)), ValueError, "Widen it"),
-    "packed": (lambda: PinkNoise()((1, 64, 16)), ValueError, "before they are packed"),
+    "packed": (lambda: PinkNoise()((1, 64, 16)), ValueError, "before it is packed"),
     "one entry": (lambda: PinkNoise()((1, 4, 1, 1)), ValueError, r"\(B, C, H, W\)"),
     "generators": (lambda: PinkNoise()((3, 4, 8, 8), [generator()] * 2), ValueError, "one for each of 3"),
     "group size": (lambda: CoupledNoise(1), ValueError, "`group_size`"),

@@ -1,1 +1,1 @@
-"""The Hub repositories of this project, and `noiseopt hub`, which writes, draws, checks and pushes them."""
+"""The Hub repositories of this project, and the command `noiseopt hub`, which writes, checks and pushes them."""

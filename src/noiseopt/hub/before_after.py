@@ -1,4 +1,4 @@
-"""What the picture of a card shows, as the picture itself says it."""
+"""The facts of a card's picture, stored in the picture."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ KEY = "noiseopt"  # of the text chunk
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BeforeAfter:
-    """The facts of a picture of plain and optimised images. They are stored in the PNG, so that no text can miss it.
+    """The facts of a picture of baseline and optimized images, stored in the PNG so that texts agree with it.
 
     Attributes:
-        method: A name of `list_noise_optimizers()`.
-        model: The embedded model that drew.
-        steps: Evaluations of each noise.
+        method: A name of `list_methods()`.
+        model: The embedded model that generated the images.
+        steps: The number of evaluations of each noise.
         prompts: The prompts, from top left to bottom right.
-        images: Of each prompt.
-        seed: Of the first image; each of the others has the next.
-        instruments: The embedded models that the method looked through: a reward, features.
-        right: How many images the judge finds right, before and after.
-        spread: How far the same objects are from their mean place in the images of a prompt, in pixels, before and
-            after; `None` for single images.
+        images: The number of images per prompt.
+        seed: The seed of the first image; each further image has the next one.
+        instruments: The embedded models that the method saw images through: a reward, features.
+        right: The number of images that the judge finds right, before and after.
+        spread: The mean distance of the same objects from their mean position in the images of a prompt, in pixels,
+            before and after; `None` for single images.
     """
 
     method: str
@@ -42,20 +42,20 @@ class BeforeAfter:
 
     @property
     def count(self) -> int:
-        """Of the images before, and of those after."""
+        """The number of images before, which is that after."""
         return len(self.prompts) * self.images
 
     def save(self, picture: Image.Image, path: Path) -> None:
-        """Write the picture with these facts, as small as 256 colors are."""
+        """Write the picture with these facts, in 256 colors."""
         information = PngInfo()
         information.add_text(KEY, json.dumps(dataclasses.asdict(self)))
-        # of Pillow's ways to few colors the one with the least error for its size in files of these pictures
+        # the method of Pillow with the least error for the file size of these pictures
         colors = picture.quantize(256, method=Image.Quantize.MAXCOVERAGE, kmeans=1, dither=Image.Dither.NONE)
         colors.save(path, optimize=True, pnginfo=information)
 
     @classmethod
     def read(cls, path: Path) -> BeforeAfter | None:
-        """The facts of a picture; `None` where there is no such file, or one of something else."""
+        """Return the facts of a picture; `None` if the file is missing or has no facts."""
         if not path.is_file():
             return None
         with Image.open(path) as picture:

@@ -3,7 +3,7 @@
 diffusers' `custom_pipeline=` loads a `pipeline.py` and the files that it imports relatively. It finds those with a
 regular expression that misses siblings of siblings in a local folder and fetches a shared sibling once per import from
 the Hub. The code behind `pipeline.py` therefore is a single file without relative imports. Source lines are copied,
-dependencies first, so comments and formatting stay. Code whose meaning would change is refused with file and line.
+dependencies first, with their comments. Code whose meaning would change is refused with file and line.
 """
 
 from __future__ import annotations
@@ -74,10 +74,10 @@ def bundle(wanted: Iterable[Path], package: Path, docstring: str) -> str:
         check_text(module)
     check_names(modules)
     imports = hoisted(modules)
-    bodies = [f"# {module.name}\n\n\n{body}" for module in modules if (body := own_code(module))]
+    bodies = [f"# {module.name}\n\n{body}" for module in modules if (body := own_code(module))]
     digest = hashlib.sha256("\n".join([imports, *bodies]).encode()).hexdigest()[:12]
     top = f'"""{docstring}"""\n\n{imports}\n\n{OWN_NAME.format(digest=digest)}'
-    return "\n\n\n".join([top, *bodies]) + "\n"
+    return "\n\n".join([top, *bodies]) + "\n"
 
 
 def public_modules(init: Path, package: Path) -> list[Path]:
@@ -214,12 +214,12 @@ def from_import(origin: str, names: Iterable[str]) -> str:
 
 
 def own_code(module: Module) -> str:
-    """Return the module's source lines without docstring, `__all__` and top-level imports."""
+    """Return the module's source lines without docstring, `__all__`, top-level imports and second blank lines."""
     dropped = dropped_lines(module)
     inside = {n for node in module.tree.body for n in range(node.lineno, (node.end_lineno or 0) + 1)}
     lines: list[str] = []
     for number, line in enumerate(module.lines, start=1):
-        surplus_blank = number not in inside and not line and lines[-2:] in ([], ["", ""])
+        surplus_blank = number not in inside and not line and lines[-1:] in ([], [""])
         if number not in dropped and not surplus_blank:
             lines.append(line)
     return "\n".join(lines).strip("\n")

@@ -137,15 +137,15 @@ def settings(method: type[Any]) -> Iterator[tuple[str, str, str]]:
 
 
 def rewards_section() -> str:
-    """Return the section with name, default checkpoint and its license of each registered reward."""
-    rows = []
+    """Return the section with names, default checkpoint and its license of the registered rewards."""
+    sharing: dict[tuple[str, str], list[str]] = {}
     for name in REWARDS.names():
-        checkpoint, published_at, license = (
-            getattr(REWARDS.find(name), attribute, None) for attribute in ("default_checkpoint", "published_at", "license")
-        )
+        attributes = ("default_checkpoint", "published_at", "license")
+        checkpoint, published_at, license = (getattr(REWARDS.find(name), each, None) for each in attributes)
         source = f"a folder with the file from {published_at}" if published_at else "none needed"
-        rows.append((code(name), code(checkpoint) if checkpoint else source, license or ""))
-    return template("rewards").substitute(table=table(("Name", "Checkpoint", "License of the checkpoint"), rows))
+        sharing.setdefault((code(checkpoint) if checkpoint else source, license or ""), []).append(code(name))
+    rows = [(", ".join(names), *shared) for shared, names in sharing.items()]
+    return template("rewards").substitute(table=table(("Names", "Checkpoint", "License of the checkpoint"), rows))
 
 
 def shown_section(card: Card, shown: BeforeAfter) -> str:

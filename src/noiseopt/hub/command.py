@@ -1,4 +1,4 @@
-"""`noiseopt hub`: its arguments, and what it prints."""
+"""The command `noiseopt hub`: its arguments and its output."""
 
 import argparse
 import contextlib
@@ -23,17 +23,19 @@ examples:
 
 
 def add_hub(commands) -> None:
-    """The parser of the command; `commands` is what `add_subparsers` returned."""
+    """Add the parser of the command to what `add_subparsers` returned."""
     parser = commands.add_parser(
         "hub",
-        help="write, draw, check or push the Hub repositories of pipelines and models (in a checkout)",
+        help="write, illustrate, check or push the Hub repositories of pipelines and models (in a checkout)",
         description="The Hub repositories of pipelines and embedded models, one folder each in hub_cards/. Works in "
-        "a checkout of the repository, whose sources they are made of.",
+        "a checkout of the repository, whose sources it reads.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
-    build = actions.add_parser("build", help="write README.md and pipeline.py of all cards")
+    build = actions.add_parser(
+        "build", help="write the texts and code of all cards, and the stub files of the pipeline classes"
+    )
     build.set_defaults(run=lambda arguments: run_build())
     check = actions.add_parser("check", help="exit with 1 and name the files that are out of date")
     check.set_defaults(run=lambda arguments: run_check())
@@ -44,9 +46,9 @@ def add_hub(commands) -> None:
 def add_pictures(actions) -> None:
     parser = actions.add_parser(
         "pictures",
-        help="draw what a pipeline changes, with the embedded models, and write its README.md anew",
-        description="Draw the pictures of pipelines: the prompts and seeds of `noiseopt demo`, before and after. Each "
-        "takes up to some minutes on two cores.",
+        help="generate the picture of a pipeline with an embedded model, and its README.md anew",
+        description="Generate the pictures of pipelines: the prompts and seeds of `noiseopt demo`, before and after. "
+        "Each takes up to a few minutes on two cores.",
     )
     parser.add_argument(
         "cards", nargs="*", metavar="CARD", help="names of folders in hub_cards/ (default: all pipelines)"
@@ -58,12 +60,12 @@ def add_push(actions) -> None:
     parser = actions.add_parser(
         "push",
         help="upload cards to your account on the Hub",
-        description="Upload cards, made anew for that account, with pictures and weights; download them again and "
-        "compare. What is there already makes no commit. Needs a login: `hf auth login`.",
+        description="Upload cards, generated anew for that account, with pictures and weights; download them again "
+        "and compare. Unchanged files make no commit. Needs a login: `hf auth login`.",
     )
     parser.add_argument("cards", nargs="*", metavar="CARD", help="names of folders in hub_cards/")
     parser.add_argument("--all", action="store_true", help="all cards")
-    parser.add_argument("--namespace", required=True, metavar="USER", help="the account or organisation to push to")
+    parser.add_argument("--namespace", required=True, metavar="USER", help="the account or organization to push to")
     parser.add_argument("--private", action="store_true", help="make new repositories private")
     parser.add_argument("--tag", metavar="NAME", help="name the commits, for custom_revision= of diffusers (v0.1.0)")
     parser.add_argument("--dry-run", action="store_true", help="list the files and their sizes, and upload nothing")
@@ -93,7 +95,7 @@ def run_check() -> None:
 
 
 def cure(name: str) -> str:
-    """What to do about a file that is out of date."""
+    """Return the remedy for a file that is out of date."""
     from .before_after import PICTURE
     from .build import all_cards
 
@@ -113,16 +115,16 @@ def run_pictures(arguments: argparse.Namespace, parser: argparse.ArgumentParser)
     require_plots("noiseopt hub pictures")
     from ..quiet import quiet_libraries
 
-    with quiet_libraries():  # as some modules are imported, transformers says what else could be installed
+    with quiet_libraries():  # on import transformers suggests packages to install
         from .pictures import draw_pictures
     for path in draw_pictures(cards):
-        print(f"drew {path.parent.name}/{path.name}: {path.stat().st_size / 1000:.0f} kB")
+        print(f"wrote {path.parent.name}/{path.name}: {path.stat().st_size / 1000:.0f} kB")
     with refusals():
         write(cards)
 
 
 def run_push(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    """`noiseopt hub push`: what can be wrong with the request is said before anything is uploaded."""
+    """`noiseopt hub push`: a wrong request is refused before anything is uploaded."""
     require_checkout()
     from .build import all_cards
     from .push import PushFailed, push
@@ -140,7 +142,7 @@ def run_push(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> 
 
 
 def chosen(names: Sequence[str], cards: Iterable[CardT], parser: argparse.ArgumentParser) -> list[CardT]:
-    """The cards of these names, each once."""
+    """Return the cards of these names, each once."""
     known = {card.name: card for card in cards}
     if unknown := [name for name in names if name not in known]:
         parser.error(f"Expected a card out of {', '.join(known)}, but got {unknown[0]!r}.")
@@ -148,7 +150,7 @@ def chosen(names: Sequence[str], cards: Iterable[CardT], parser: argparse.Argume
 
 
 def listing(card: "AnyCard", namespace: str) -> str:
-    """The files that a push would upload, and their sizes."""
+    """Return the files that a push would upload, and their sizes."""
     from .build import contents
 
     files = sorted(contents(card, namespace).items())
@@ -159,7 +161,7 @@ def listing(card: "AnyCard", namespace: str) -> str:
 
 @contextlib.contextmanager
 def refusals(*kinds: type[Exception]) -> Iterator[None]:
-    """A message and exit status 1 instead of a traceback, for what cannot be bundled and for `kinds`."""
+    """Exit with a message and status 1 instead of a traceback, for `Refused` and for `kinds`."""
     from .bundle import Refused
 
     try:
@@ -169,7 +171,7 @@ def refusals(*kinds: type[Exception]) -> Iterator[None]:
 
 
 def require_checkout() -> None:
-    """Exit with 1 where there is no `hub_cards/`: in an installed package."""
+    """Exit with 1 in an installed package, which has no `hub_cards/`."""
     from .build import HUB_CARDS
 
     if not HUB_CARDS.is_dir():

@@ -1,4 +1,4 @@
-"""Drawing the pictures of the cards: what each method does to the images of an embedded model, as in the demo."""
+"""The pictures of the cards: the effect of each method on the images of an embedded model, as in the demo."""
 
 import io
 from collections.abc import Iterator, Sequence
@@ -14,11 +14,11 @@ from .build import picture_path
 from .cards import Card
 
 SEED = 0
-DPI = 100  # half of the demo's: what a page of the Hub shows
+DPI = 100  # half of the demo's; a page of the Hub shows no more
 
 
 def draw_pictures(cards: Sequence[Card]) -> Iterator[Path]:
-    """Write the picture of each card, one after the other; cards of one method and model share their run."""
+    """Write the picture of each card and yield its path. Cards of one method and model share a run."""
     runs: dict[tuple[str, str], list[Card]] = {}
     for card in cards:
         runs.setdefault((card.room, card.shown_on), []).append(card)
@@ -32,12 +32,12 @@ def draw_pictures(cards: Sequence[Card]) -> Iterator[Path]:
 
 
 def tell(choice: Choice) -> Story:
-    """The prompts and the seed of the demo: chosen by their order."""
+    """Return the story of the demo: its prompts and seeds are chosen by their order."""
     return optimize_and_judge(choice, choice.prompts, SEED)
 
 
 def facts(story: Story) -> BeforeAfter:
-    """What the picture says about itself."""
+    """Return the facts of a story's picture."""
     choice, single = story.choice, story.choice.count == 1
     return BeforeAfter(
         method=choice.method,
@@ -53,7 +53,7 @@ def facts(story: Story) -> BeforeAfter:
 
 
 def picture(story: Story) -> Image.Image:
-    """The figure of the demo, as large as a page shows it."""
+    """Return the figure of the demo at the size of a page."""
     buffer = io.BytesIO()
     plots.draw_before_after(story, buffer)
     with Image.open(buffer) as figure:

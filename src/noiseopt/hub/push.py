@@ -1,4 +1,4 @@
-"""Uploading the repository of a card through huggingface_hub, and looking whether it arrived."""
+"""Uploading the repository of a card through huggingface_hub, and verifying the upload."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ if TYPE_CHECKING:
 
 
 class PushFailed(RuntimeError):
-    """A card was not uploaded, or not as it is here; the message says why and what to do."""
+    """A card was not uploaded, or not as it is here; the message says why, and the remedy."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Pushed:
-    """A repository that holds what its card holds.
+    """A repository with the content of its card.
 
     Attributes:
         url: Its address.
-        commit: The commit that does.
-        changed: Whether that commit is new.
+        commit: The commit with that content.
+        changed: Whether the commit is new.
     """
 
     url: str
@@ -37,20 +37,19 @@ class Pushed:
 def push(
     card: AnyCard, namespace: str, *, private: bool = False, tag: str | None = None, api: HfApi | None = None
 ) -> Pushed:
-    """Upload a card, generated afresh for that account, to `namespace/<card name>`, with picture or weights.
+    """Upload a card, generated anew for that account, to `namespace/<card name>`, with picture or weights.
 
-    Files of the repository that no card has are left alone. What is there already makes no commit. The files are
-    downloaded again and compared.
+    Other files of the repository stay. Unchanged files make no commit. The files are downloaded again and compared.
 
     Args:
-        card: What to upload.
-        namespace: The account or organisation.
-        private: Only the account may read it. A public repository is not made private.
-        tag: Name the commit, as `custom_revision=` of diffusers may ask for it. A tag never moves.
-        api: The Hub and the token; by default those of the environment.
+        card: The card to upload.
+        namespace: The account or organization.
+        private: Create a private repository. An existing public one is refused.
+        tag: The name of the commit, for `custom_revision=` of diffusers. A tag never moves.
+        api: The Hub and the token, by default those of the environment.
 
     Raises:
-        PushFailed: Without a login, or where the Hub refuses or gives back something else.
+        PushFailed: Without a login, or if the Hub refuses or returns other content.
         Refused: For a pipeline that cannot be bundled.
     """
     from huggingface_hub import HfApi
@@ -84,7 +83,7 @@ def require_login(api: HfApi) -> None:
 
 @contextlib.contextmanager
 def failures(repository: str) -> Iterator[None]:
-    """What goes wrong between here and the Hub, as `PushFailed`."""
+    """Raise errors of the connection and of the Hub as `PushFailed`."""
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
@@ -95,29 +94,29 @@ def failures(repository: str) -> Iterator[None]:
         ) from error
     except PushFailed:
         raise
-    # What tells of no connection is the base class of this error, whichever client is below huggingface_hub; a failed
-    # upload is a RuntimeError, and a front matter that the Hub does not take is a ValueError.
+    # Connection errors are of the base class of this error, which depends on the HTTP client of huggingface_hub; a
+    # failed upload is a RuntimeError, and a front matter that the Hub refuses is a ValueError.
     except (*HfHubHTTPError.__bases__, RuntimeError, ValueError) as error:  # pyright: ignore[reportGeneralTypeIssues]
         raise PushFailed(f"{repository} was not uploaded: {reason(error)} {remedy(0)}") from error
 
 
 def reason(error: Exception) -> str:
-    """The last line of a message, which is where the Hub's own words are, as a sentence."""
+    """Return the last line of a message, which holds the Hub's own words, as a sentence."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return (lines[-1] if lines else type(error).__name__).rstrip(".") + "."
 
 
 def remedy(status: int) -> str:
-    """What helps against an answer of the Hub."""
+    """Return the remedy for an HTTP status of the Hub."""
     known = {
         401: "Run `hf auth login` with a token that is valid.",
         403: "Give `--namespace` an account that your token may write to, and the token the right to write.",
     }
-    return known.get(status, "What has arrived is not sent again: run the same command once more.")
+    return known.get(status, "Run the same command once more: what has arrived is not sent again.")
 
 
 def commit_files(api: HfApi, repository: str, files: Mapping[str, bytes | Path], message: str) -> str:
-    """One commit with all files that are not there yet as they are here; its id, or that of the last one if none is."""
+    """Commit the files that differ, and return the id of the commit, or of the last one if none differs."""
     from huggingface_hub import CommitOperationAdd
 
     operations = [CommitOperationAdd(name, data) for name, data in files.items()]
@@ -125,7 +124,7 @@ def commit_files(api: HfApi, repository: str, files: Mapping[str, bytes | Path],
 
 
 def require_free(api: HfApi, repository: str, tag: str, files: Mapping[str, bytes | Path]) -> None:
-    """Raise `PushFailed` if a tag is there and names other files."""
+    """Raise `PushFailed` if a tag exists and has other files."""
     if tag not in {reference.name for reference in api.list_repo_refs(repository).tags}:
         return
     if different(api, repository, tag, files):
@@ -136,13 +135,13 @@ def require_free(api: HfApi, repository: str, tag: str, files: Mapping[str, byte
 
 
 def compare(api: HfApi, repository: str, revision: str, files: Mapping[str, bytes | Path]) -> None:
-    """Raise `PushFailed` unless a revision gives back what was sent."""
+    """Raise `PushFailed` unless a revision has the files that were sent."""
     if wrong := different(api, repository, revision, files):
         raise PushFailed(f"Expected {repository} to hold what was sent, but {', '.join(wrong)} came back different.")
 
 
 def different(api: HfApi, repository: str, revision: str, files: Mapping[str, bytes | Path]) -> list[str]:
-    """The names of files that a revision does not hold as they are here."""
+    """Return the names of the files that differ in a revision."""
     with tempfile.TemporaryDirectory() as folder:
         api.snapshot_download(repository, revision=revision, local_dir=folder, allow_patterns=list(files))
         there = {name: Path(folder, name) for name in files}

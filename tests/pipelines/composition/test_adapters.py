@@ -1,4 +1,4 @@
-"""LoRA, IP-Adapter and textual inversion are honoured in every evaluation, and left as they were."""
+"""LoRA, IP-Adapter and textual inversion are honored in every evaluation and left unchanged."""
 
 import pytest
 import torch
@@ -12,14 +12,14 @@ from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionMode
 
 from noiseopt import ReNO, optimize_noise
 
-LORA = {  # family -> the argument that scales adapters in a call, and how to save those of denoiser and text encoder
+LORA = {  # family -> argument that scales adapters in a call, function that saves them, name of the denoiser
     "sdxl": ("cross_attention_kwargs", StableDiffusionXLPipeline.save_lora_weights, "unet"),
     "flux": ("joint_attention_kwargs", FluxPipeline.save_lora_weights, "transformer"),
 }
 
 
 def random_lora(module, seed: int) -> dict[str, torch.Tensor]:
-    """The state of an adapter of a module, with an effect: PEFT's own begins with none."""
+    """Return random weights of an adapter; the initial ones of PEFT have no effect."""
     targets = ["to_q", "to_v", "q_proj", "v_proj"]
     module.add_adapter(LoraConfig(r=2, lora_alpha=4, target_modules=targets), "made")
     state = get_peft_model_state_dict(module, adapter_name="made")
@@ -33,7 +33,7 @@ def family(request):
 
 @pytest.fixture(scope="module")
 def folder(family, tmp_path_factory):
-    """Two adapters, "one.safetensors" and "two.safetensors", of the denoiser and the first text encoder."""
+    """Save two adapters of the denoiser and the first text encoder as "one.safetensors" and "two.safetensors"."""
     folder = tmp_path_factory.mktemp("lora")
     _, save, denoiser = LORA[family]
     for seed, name in enumerate(("one", "two")):
@@ -45,7 +45,7 @@ def folder(family, tmp_path_factory):
 
 @pytest.fixture
 def adapted(family, folder):
-    """A pipeline with both adapters loaded, the first in force."""
+    """Return a pipeline with both adapters loaded and the first active."""
     pipe = BUILDERS[family]()
     for name in ("one", "two"):
         pipe.load_lora_weights(folder, weight_name=f"{name}.safetensors", adapter_name=name)
@@ -53,7 +53,7 @@ def adapted(family, folder):
     return quiet(pipe)
 
 
-def test_lora_scales_are_honoured_and_kept(adapted, family):
+def test_lora_scales_are_honored_and_kept(adapted, family):
     arguments = call_arguments(family)
     drawn = {}
     for name, setting in {
@@ -106,7 +106,7 @@ def test_adapters_take_no_gradient_and_can_be_trained_afterwards(adapted, family
 
 
 def ip_adapter_of(unet, image_size: int, tokens: int = 4) -> dict[str, dict[str, torch.Tensor]]:
-    """The state of an IP-Adapter in its published layout, with random weights."""
+    """Return random weights of an IP-Adapter in the published layout."""
     text_size = unet.config.cross_attention_dim
     shapes = {"proj.weight": (tokens * text_size, image_size), "proj.bias": (tokens * text_size,)}
     shapes |= {"norm.weight": (text_size,), "norm.bias": (text_size,)}
@@ -124,7 +124,7 @@ def ip_adapter_of(unet, image_size: int, tokens: int = 4) -> dict[str, dict[str,
 
 @pytest.fixture(scope="module", params=[sd_pipeline, sdxl_pipeline], ids=["sd", "sdxl"])
 def with_image(request):
-    """A pipeline with an IP-Adapter."""
+    """Return a pipeline with an IP-Adapter."""
     pipe = request.param()
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     encoder = CLIPVisionModelWithProjection(CLIPVisionConfig(image_size=32, patch_size=8, projection_dim=16, **sizes))
@@ -135,7 +135,7 @@ def with_image(request):
     return quiet(pipe)
 
 
-def test_ip_adapter_images_are_honoured_in_every_evaluation(with_image):
+def test_ip_adapter_images_are_honored_in_every_evaluation(with_image):
     image, other = torch.rand(2, 1, 3, 32, 32, generator=generator(4))
     arguments = {**call_arguments("sd"), "ip_adapter_image": image}
     assert not torch.equal(draw(with_image, **arguments), draw(with_image, **{**arguments, "ip_adapter_image": other}))
@@ -165,7 +165,7 @@ def test_ip_adapter_images_of_several_are_not_told_apart_in_chunks(with_image):
         optimize_noise(with_image, ["a", "b"], method, **arguments)
 
 
-def test_textual_inversion_is_honoured_and_rewards_read_the_prompt_as_written():
+def test_textual_inversion_is_honored_and_rewards_read_the_prompt_as_written():
     pipe = quiet(sd_pipeline())
     arguments = call_arguments("sd")
     unknown = draw(pipe, "a <cat>", **arguments)

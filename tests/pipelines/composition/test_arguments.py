@@ -1,4 +1,4 @@
-"""What a stock call takes is honoured in every evaluation: prompts, embeddings, generators, guidance, callbacks."""
+"""Arguments of a stock call in every evaluation: prompts, embeddings, generators, guidance, callbacks."""
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ def test_embeddings_are_the_prompt_that_they_encode(family):
 
 
 @pytest.mark.parametrize("family", ["sd", "sdxl"])
-def test_negative_prompts_are_honoured(family):
+def test_negative_prompts_are_honored(family):
     pipe, arguments = tiny_pipeline(family), call_arguments(family)
     negative = {**arguments, "negative_prompt": ["c d", "e"]}
     assert not torch.equal(draw(pipe, ["a", "b"], **negative), draw(pipe, ["a", "b"], **arguments))
@@ -52,7 +52,7 @@ def test_images_of_a_prompt_have_generators_of_their_own(family):
 
 
 @pytest.mark.parametrize("build", [sd_pipeline, sdxl_pipeline])
-def test_guidance_rescale_is_honoured(build):
+def test_guidance_rescale_is_honored(build):
     pipe, arguments = quiet(build()), {**call_arguments("sd"), "guidance_scale": 7.0}
     rescaled = {**arguments, "guidance_rescale": 0.7}
     assert not torch.equal(draw(pipe, **rescaled), draw(pipe, **arguments))

@@ -1,4 +1,4 @@
-"""Dtypes, decoders, memory formats, slices, tiles and compiled blocks: as in the stock call, and left as they were."""
+"""Dtypes, decoders, memory formats, slices, tiles and compiled blocks, as in the stock call."""
 
 import copy
 import functools
@@ -26,7 +26,7 @@ def test_bfloat16(family):
 
 def test_float16_with_an_upcasting_vae_has_the_gradient_of_a_decoder_in_float32():
     pipe = quiet(sdxl_pipeline(force_upcast=True)).to(torch.float16)
-    pipe.vae.decode = functools.partial(pipe.vae.decode)  # as one that is compiled, it knows the VAE by itself
+    pipe.vae.decode = functools.partial(pipe.vae.decode)  # bound to the VAE, like a compiled one
     arguments = call_arguments("sdxl")
     found = check_composition(pipe, oracle=None, **arguments)
     assert pipe.vae.dtype == torch.float16
@@ -53,7 +53,7 @@ def test_float16_with_a_pipeline_that_does_not_upcast():
 
 
 def tiny_decoder(**changes) -> AutoencoderTiny:
-    """The architecture of TAESD, a few channels wide."""
+    """Return a decoder with the architecture of TAESD and few channels."""
     channels = {"encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8)}
     blocks = {"num_encoder_blocks": (1, 1), "num_decoder_blocks": (1, 1)}
     return AutoencoderTiny(**channels, **blocks, **changes)
@@ -99,7 +99,7 @@ def test_settings_of_modules_are_those_of_the_stock_call(setting):
     arguments |= {"height": 40, "width": 48}  # more than one tile
     without = draw(pipe, **arguments)
     SETTINGS[setting](pipe)
-    if setting not in ("VAE slicing", "fused projections"):  # those change no value, but for rounding
+    if setting not in ("VAE slicing", "fused projections"):  # which change values by rounding only
         assert not torch.equal(draw(pipe, **arguments), without)
     check_composition(pipe, **arguments)
     if setting == "channels_last":

@@ -1,4 +1,4 @@
-"""Pipelines whose modules are in a state that a method cannot work with are refused before anything runs."""
+"""Module states that a method cannot work with are refused before anything runs."""
 
 import diffusers.models.attention_dispatch as attention_dispatch
 import pytest
@@ -32,12 +32,12 @@ def best_of_n() -> BestOfN:
 
 
 def run(pipe, method, prompt="a b", **arguments):
-    """What a method finds, beginning with the noise of `draw`."""
+    """Run a method from the noise of `draw`."""
     return optimize_noise(pipe, prompt, method, generator=generator(), **arguments)
 
 
 def refused(pipe, message: str, method=None, **arguments) -> None:
-    """Raised with the message, and no module has run."""
+    """Assert that a call raises with the message before any module runs."""
 
     def ran(module, *_):
         raise AssertionError(f"{type(module).__name__} ran")
@@ -51,7 +51,7 @@ def refused(pipe, message: str, method=None, **arguments) -> None:
 
 
 def offload(pipe, how: str, folder) -> None:
-    """Offload a pipeline. Without an accelerator there is nowhere to move weights to, but all hooks are there."""
+    """Offload a pipeline. Without an accelerator the weights stay, but all hooks are set."""
     if how == "model":
         pipe.enable_model_cpu_offload(device="cpu")
     elif how == "sequential":
@@ -96,7 +96,7 @@ def test_half_precision_with_an_upcasting_vae_can_be_offloaded_without_gradients
     assert torch.equal(draw(pipe, **arguments), plain)
 
 
-def test_parts_that_no_gradient_passes_may_be_offloaded():
+def test_modules_outside_the_gradient_path_may_be_offloaded():
     pipe, arguments = quiet(sd_pipeline()), {**call_arguments("sd"), "num_images_per_prompt": 2}
     method = CNO(steps=2)
     expected = {"ReNO": run(pipe, reno(), **arguments), "CNO": run(pipe, method, **arguments)}
@@ -122,7 +122,7 @@ def flux():
 
 @pytest.fixture
 def sage(monkeypatch):
-    """Sage attention, as if its package were installed: it computes as torch does, and drops the gradient."""
+    """Simulate an installed Sage attention, which computes like torch and drops the gradient."""
     registry = attention_dispatch._AttentionBackendRegistry
     native = registry._backends[AttentionBackendName.NATIVE]
     monkeypatch.setattr(attention_dispatch, "_CAN_USE_SAGE_ATTN", True)
@@ -136,7 +136,7 @@ def test_sage_attention_is_refused_until_the_backend_is_native(flux, sage):
     flux.transformer.set_attention_backend("sage")
     message = r'`transformer` uses "sage".*`pipe\.transformer\.set_attention_backend\("native"\)`.*BestOfN'
     refused(flux, message, **arguments)
-    flux.transformer.reset_attention_backend()  # the backend in force is still the one that was set
+    flux.transformer.reset_attention_backend()  # the active backend remains the one that was set
     refused(flux, message, **arguments)
     flux.transformer.set_attention_backend("native")
     assert torch.equal(run(flux, reno(), **arguments).noise, expected.noise)

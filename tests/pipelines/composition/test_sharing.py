@@ -1,4 +1,4 @@
-"""Pipelines that share modules, and pipelines that run at the same time, leave one another alone."""
+"""Pipelines that share modules or run at the same time do not affect one another."""
 
 import sys
 import threading
@@ -32,7 +32,7 @@ def test_a_pipeline_made_of_another_shares_its_modules_and_converts_none():
     assert type(pipe) is ReNOTurboPipeline and pipe.unet is stock.unet and pipe.vae is stock.vae
     assert dtypes_of(stock) == dtypes == dtypes_of(pipe) and set(dtypes.values()) == {torch.bfloat16, torch.float32}
     assert state_of(stock) == state and pipe.config.keys() == stock.config.keys()
-    assert pipe.to(torch.bfloat16) is pipe and pipe.vae.dtype == torch.bfloat16  # as any pipeline, when it is asked to
+    assert pipe.to(torch.bfloat16) is pipe and pipe.vae.dtype == torch.bfloat16  # on request, as in any pipeline
 
 
 def test_a_pipeline_made_of_another_draws_the_same_and_optimizes():
@@ -59,7 +59,7 @@ def test_a_pipeline_made_of_ours_takes_other_parts():
 
 
 class InANotebook:
-    """Where a class is not found by its module and name."""
+    """Scope of a class that cannot be imported by module and name."""
 
     class Painter(NoiseOptimizationMixin, StableDiffusionPipeline):
         pass
@@ -74,7 +74,7 @@ def test_a_class_that_nobody_can_import_is_saved_as_diffusers_does(tmp_path):
 
 def test_a_class_of_another_package_is_saved_as_an_import_of_it(tmp_path, monkeypatch):
     monkeypatch.setattr(dynamic_modules_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.setitem(sys.modules, "diffusers_modules.local.pipeline", None)  # what tests before this one loaded
+    monkeypatch.setitem(sys.modules, "diffusers_modules.local.pipeline", None)  # loaded by earlier tests
     monkeypatch.delitem(sys.modules, "diffusers_modules.local.pipeline")
     Painter.from_pipe(sd_pipeline()).save_pretrained(tmp_path / "painter")
     code = (tmp_path / "painter/pipeline.py").read_text()
@@ -88,7 +88,7 @@ def test_a_class_of_another_package_is_saved_as_an_import_of_it(tmp_path, monkey
 
 @pytest.fixture
 def turns():
-    """turns(functions) -> what each returns, all running at the same time, each in a thread of its own."""
+    """Return a function that runs functions concurrently, one thread each, and returns their results."""
 
     def take(functions):
         results, barrier = [None] * len(functions), threading.Barrier(len(functions))
@@ -118,7 +118,7 @@ def pipelines_of_one_class():
 
 
 def one_pipeline(family):
-    """With a prompt that is encoded: the tokenizers of transformers keep how they pad for one thread at a time."""
+    """Return runs of one pipeline on encoded prompts, since the tokenizers of transformers are not thread-safe."""
     pipe = quiet(BUILDERS[family]())
     arguments = {**SIZE, **embeddings_of(pipe, family)}
 

@@ -1,9 +1,10 @@
-"""Checkpointing changes what is kept, never what is drawn or its gradient; and modules are left as they were."""
+"""Checkpointing stores less, with the same images and gradients, and leaves the modules as they were."""
 
 import copy
 import dataclasses
 import functools
 import gc
+from typing import Literal
 
 import pytest
 import torch
@@ -31,13 +32,17 @@ FREE_FOR_CHUNKS = "noiseopt.pipelines.loop.free_memory"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Watching(NoiseOptimizer):
-    """Stays at its noise; stores the problem, and the gradient, policy and chunk size of each step."""
+    """Method that leaves the noise as it is and records the problem, gradients, policies and chunk sizes."""
 
-    steps: int = 2
-    gradient: str = "full"
+    gradient: Literal["full", "frozen"] = "full"
+    problems: list = dataclasses.field(default_factory=list)
     gradients: list = dataclasses.field(default_factory=list)
     policies: list = dataclasses.field(default_factory=list)
     sizes: list = dataclasses.field(default_factory=list)
+
+    @property
+    def problem(self):
+        return self.problems[-1]
 
     def objective(self, pipe):
         def look(sample):
@@ -49,7 +54,7 @@ class Watching(NoiseOptimizer):
         return FunctionObjective(look)
 
     def start(self, problem):
-        vars(self)["problem"] = problem
+        self.problems.append(problem)
 
     def step(self, run, gradient, state):
         self.gradients.append(gradient)
@@ -72,7 +77,7 @@ def relative(found, expected):
 
 
 def assert_policies_agree(pipe, tolerance=1e-12, **arguments):
-    """The images and the gradients of all policies are those of "none"."""
+    """Assert that images and gradients of all policies equal those of "none"."""
     kept, expected = watched(pipe, "none", **arguments)
     assert kept.gradients[0].abs().max() > 0
     for policy in POLICIES[1:]:
@@ -104,7 +109,7 @@ def test_images_and_gradients_are_those_of_none(family, steps):
 
 
 def peak_of(policy, steps, gradient="full"):
-    """What all tensors of one evaluation and its backward pass take, at the most; none of the graph is left over."""
+    """Return the peak memory of one evaluation and its backward pass, after which the graph is freed."""
     arguments = {"num_inference_steps": steps, "guidance_scale": 1.0, "height": 64, "width": 64}
     method, _ = watched(tiny_pipeline("sd"), policy, steps=1, **arguments)
     sampler, leaf = method.problem.sampler, method.problem.noise.clone().requires_grad_()
@@ -145,7 +150,7 @@ def test_modules_are_as_before_also_after_an_exception_and_with_settings_of_the_
     before, seen = settings_of(pipe), []
 
     def fail_later(images, prompts):
-        if len(seen) > 1:  # the first call is that of `try_out`
+        if len(seen) > 1:  # the first call is by `try_out`
             raise RuntimeError("broken")
         seen.append(settings_of(pipe))
         return images.flatten(1).mean(1)
@@ -210,7 +215,7 @@ def test_a_controlnet_is_computed_again_too():
     base = quiet(sd_pipeline()).to(torch.float64)
     torch.manual_seed(0)
     controlnet = ControlNetModel.from_unet(base.unet, conditioning_embedding_out_channels=(4, 8)).double().eval()
-    for parameter in controlnet.parameters():  # it begins with zeros
+    for parameter in controlnet.parameters():  # initialized with zeros
         torch.nn.init.normal_(parameter, std=0.1)
     parts = {**base.components, "controlnet": controlnet}
     pipe = quiet(StableDiffusionControlNetPipeline(**parts, requires_safety_checker=False))
@@ -220,7 +225,7 @@ def test_a_controlnet_is_computed_again_too():
 
 
 def counted(pipe, **arguments):
-    """A run, and how many calls of the denoiser it made."""
+    """Return method and result of a run, and the number of denoiser calls."""
     calls = []
     handle = pipe.unet.register_forward_pre_hook(lambda *_: calls.append(1))
     try:
@@ -231,7 +236,7 @@ def counted(pipe, **arguments):
 
 @functools.cache
 def held_by(policy):
-    """What the graph of one evaluation holds after the forward pass."""
+    """Return the bytes of the graph of one evaluation."""
     method, _ = watched(tiny_pipeline("sd"), policy, steps=1, **call_arguments("sd"))
     with method.problem.sampler.checkpoints, SavedBytes() as saved:
         images = method.problem.sampler.images(method.problem.noise.clone().requires_grad_(), "full")
@@ -240,7 +245,7 @@ def held_by(policy):
 
 
 @pytest.mark.parametrize(
-    "fitting, expected", [("none", "none"), ("blocks", "blocks"), ("steps", "steps"), (None, "steps")]
+    ("fitting", "expected"), [("none", "none"), ("blocks", "blocks"), ("steps", "steps"), (None, "steps")]
 )
 def test_auto_takes_the_first_policy_whose_graph_takes_half_of_what_is_free(monkeypatch, fitting, expected):
     asked = []
@@ -252,7 +257,7 @@ def test_auto_takes_the_first_policy_whose_graph_takes_half_of_what_is_free(monk
     kept, plain, plain_calls = counted(pipe, checkpointing="none", **arguments)
     assert method.policies == [expected] * 3 and result.provenance["checkpointing"] == expected
     assert result.provenance["settings"]["checkpointing"] == "auto" and settings_of(pipe) == before
-    assert len(asked) == min(2, POLICIES.index(expected) + 1)  # in the first step alone, and the last is not counted
+    assert len(asked) == min(2, POLICIES.index(expected) + 1)  # in the first step only, without the last policy
     assert torch.equal(result.images, plain.images)
     assert relative(method.gradients[1], kept.gradients[1]) < 1e-5
     if expected == "none":
@@ -266,7 +271,7 @@ def test_auto_knows_that_steps_do_not_help_a_frozen_gradient(monkeypatch):
 
 
 def test_a_graph_that_is_given_up_is_gone_at_once():
-    """Not even kept until the next garbage collection, though this scheduler keeps the outputs of its last steps."""
+    """It is freed without a garbage collection, although this scheduler stores its last outputs."""
     pipe = copy.copy(tiny_pipeline("sd"))
     vars(pipe)["scheduler"] = DPMSolverMultistepScheduler(beta_schedule="scaled_linear")
     method, _ = watched(pipe, "auto", steps=1, **call_arguments("sd"))
@@ -299,7 +304,7 @@ def test_a_number_of_images_at_a_time_is_what_has_to_fit(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "policy, images, size", [("none", 3, None), ("blocks", 3, None), ("steps", 3, None), ("steps", 1, 1)]
+    ("policy", "images", "size"), [("none", 3, None), ("blocks", 3, None), ("steps", 3, None), ("steps", 1, 1)]
 )
 def test_two_automatics_cut_the_batch_last(monkeypatch, policy, images, size):
     monkeypatch.setattr(FREE_FOR_CHUNKS, lambda device: int(2.1 * images * held_by(policy)))

@@ -1,4 +1,4 @@
-"""A batch in chunks is the batch: the same images, the same gradients, the memory of one chunk."""
+"""Batches in chunks: the images and gradients of the whole batch in the memory of one chunk."""
 
 import copy
 import functools
@@ -30,7 +30,7 @@ MULTISTEP = [DPMSolverMultistepScheduler(**BETAS), UniPCMultistepScheduler(**BET
 
 
 def arguments_for(family, prompt):
-    """Flux wants a negative prompt for each of several prompts."""
+    """Return the arguments of a call; Flux needs a negative prompt for each prompt."""
     arguments = call_arguments(family)
     if family == "flux" and not isinstance(prompt, str):
         arguments["negative_prompt"] = ["b"] * len(prompt)
@@ -61,7 +61,7 @@ def assert_same_images(problem, tolerance=1e-5):
 
 
 def gradient_of(draw, noise, **arguments):
-    """Of a fixed random projection of what is drawn."""
+    """Return the output, and the gradient of a fixed random projection of it."""
     leaf = noise.clone().requires_grad_()
     drawn = draw(leaf, "full", **arguments)
     weights = torch.randn(drawn.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(drawn)
@@ -92,7 +92,7 @@ def test_noise_added_on_the_way_is_that_of_the_batch(scheduler, several):
         arguments["generator"] = generators(4)
     problem = problem_of(pipe, **arguments)
     assert_same_images(problem, 2e-5)
-    if not several:  # what the test would find without the draws of the whole batch
+    if not several:  # the difference without the draws of the whole batch
         part = copy.copy(problem.sampler.chunk([2]))
         part.batch_rows = None
         alone, joint = part.images(problem.noise[2:3]), problem.sampler.images(problem.noise)[2:3]
@@ -149,7 +149,7 @@ def test_a_chunk_as_large_as_the_batch_is_the_batch():
 
 @pytest.mark.parametrize("scheduler", MULTISTEP, ids=lambda scheduler: type(scheduler).__name__)
 def test_nothing_keeps_the_graph_of_a_run(scheduler):
-    """Not even until the next garbage collection, though these schedulers keep the outputs of their last steps."""
+    """It is freed without a garbage collection, although these schedulers store their last outputs."""
     arguments = {**call_arguments("sd"), "num_inference_steps": 3, "num_images_per_prompt": 2}
     sampler = (problem := problem_of(with_scheduler(scheduler), **arguments)).sampler
     gc.disable()
@@ -222,7 +222,7 @@ def test_set_rewards_of_weight_zero_have_no_gradient_in_chunks():
 
 
 def contrast(images, prompts):
-    """Depends on the prompt and not linearly on the image."""
+    """Return a reward that depends on the prompt, and nonlinearly on the image."""
     sizes = torch.tensor([float(len(prompt)) for prompt in prompts]).to(images)
     return sizes * images.square().flatten(1).mean(1)
 
@@ -267,7 +267,7 @@ def per_image_arguments():
             ("cross_attention_kwargs", {"boxes": pictures})]  # fmt: skip
 
 
-@pytest.mark.parametrize("name, value", per_image_arguments())
+@pytest.mark.parametrize(("name", "value"), per_image_arguments())
 def test_what_cannot_be_told_apart_is_refused_by_name(name, value):
     layout = BatchLayout({"prompt": "a", "num_images_per_prompt": 4, name: value}, 4)
     with pytest.raises(ValueError, match=f"`{name}`.*chunk_size=None"):

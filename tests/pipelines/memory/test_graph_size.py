@@ -1,7 +1,7 @@
-"""How many images fit: the count of what graphs hold, and the choice from it."""
+"""Measured size of graphs, and the chunk size that follows from it."""
 
 import dataclasses
-from typing import Any
+from typing import Literal
 
 import pytest
 import torch
@@ -38,7 +38,7 @@ def test_parameters_are_left_out_and_gradients_are_unchanged():
 
 
 @pytest.mark.parametrize(
-    "free, expected",
+    ("free", "expected"),
     [(2 * 8000 * 8, None), (2 * 8000 * 8 - 1, 7), (2 * 8000 * 3, 3), (100, 1), (0, 1)],
 )
 def test_auto_fills_half_of_what_is_free(free, expected):
@@ -61,11 +61,11 @@ def test_other_settings_are_refused(chunk_size):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Watching(NoiseOptimizer):
-    """Stays at its noise and records the chunk sizes that it sees."""
+    """Method that leaves the noise as it is and records the chunk sizes."""
 
     steps: int = 3
-    chunk_size: Any = "auto"
-    gradient: str = "full"
+    chunk_size: int | Literal["auto"] | None = "auto"
+    gradient: Literal["full", "frozen"] = "full"
     seen: list = dataclasses.field(default_factory=list)
 
     def objective(self, pipe):
@@ -79,7 +79,7 @@ class Watching(NoiseOptimizer):
         return run.noise
 
 
-@pytest.mark.parametrize("free, size", [(0, 1), (2**40, None)])
+@pytest.mark.parametrize(("free", "size"), [(0, 1), (2**40, None)])
 def test_a_run_counts_before_its_first_step(monkeypatch, free, size):
     monkeypatch.setattr("noiseopt.pipelines.loop.free_memory", lambda device: free)
     method = Watching()
@@ -98,7 +98,7 @@ def test_what_one_image_holds_is_a_share_of_what_the_batch_does(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "setting, batch, expected", [(2, 3, 2), (3, 3, None), (4, 3, None), (None, 3, None), (1, 1, None)]
+    ("setting", "batch", "expected"), [(2, 3, 2), (3, 3, None), (4, 3, None), (None, 3, None), (1, 1, None)]
 )
 def test_numbers_stay_and_a_batch_of_one_is_whole(monkeypatch, setting, batch, expected):
     monkeypatch.setattr("noiseopt.pipelines.loop.free_memory", lambda device: 1 / 0)

@@ -1,8 +1,9 @@
-"""Lean layers: values and gradients of the stock layers, less memory, and nothing left behind."""
+"""Lean layers: values and gradients of the stock layers in less memory, removed without a trace."""
 
 import copy
 import dataclasses
 import math
+from typing import Literal
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ def drawn(*shape, dtype=torch.float64, seed=0):
 
 
 def layer(module, dtype=torch.float64):
-    """Frozen, with weights that do not depend on what ran before."""
+    """Freeze a module, with reproducible weights."""
     for index, parameter in enumerate(module.parameters()):
         parameter.data = drawn(*parameter.shape, dtype=dtype, seed=index) * 0.5
     return module.eval().requires_grad_(False).to(dtype)
@@ -100,8 +101,8 @@ def test_silu_of_anything_else_is_stock():
 
 def test_silu_of_a_normalization_that_was_written_to_is_stock():
     class Shifted(nn.Sequential):
-        def forward(self, x):
-            return self[1](self[0](x).add_(1))
+        def forward(self, input):
+            return self[1](self[0](input).add_(1))
 
     assert_same(layer(Shifted(nn.GroupNorm(2, 4), nn.SiLU())), drawn(2, 4, 5, 6))
 
@@ -195,10 +196,10 @@ def test_a_copy_made_inside_has_its_own_weights():
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Look(NoiseOptimizer):
-    """Stores the gradient of one step."""
+    """Method that leaves the noise as it is and records the gradients."""
 
     steps: int = 2
-    gradient: str = "full"
+    gradient: Literal["full", "frozen"] = "full"
     gradients: list = dataclasses.field(default_factory=list)
 
     def objective(self, pipe):

@@ -1,4 +1,4 @@
-"""Rewards on another device than the pipeline: images go there, and scores and gradients come back."""
+"""Rewards on another device than the pipeline: images are moved there, scores and gradients back."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ PIXELS = torch.linspace(-1, 1, 3 * 32 * 32).view(1, 3, 32, 32)
 
 
 class Alike(Reward):
-    """How much an image is like a picture that is a weight."""
+    """Similarity of an image to a picture that is a weight."""
 
     name = "alike"
     picture: torch.Tensor
@@ -49,7 +49,7 @@ def run(method, count=1):
 
 
 def test_the_two_devices_do_not_mix_and_gradients_cross():
-    """What the tests below rest on."""
+    """The two simulated devices behave as real ones."""
     leaf = torch.rand(3, requires_grad=True)
     with TwoDevices():
         there = leaf.to(OTHER)
@@ -94,7 +94,7 @@ def test_features_of_a_set_elsewhere(chunk_size):
 
 @pytest.fixture
 def loaded(monkeypatch):
-    """Where rewards and features that have a name are loaded; they stay on the CPU."""
+    """Record the devices on which named rewards and features are loaded; they stay on the CPU."""
     devices = {}
 
     def load_reward(name, *, device=None, **_):

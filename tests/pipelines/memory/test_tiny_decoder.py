@@ -1,4 +1,4 @@
-"""A tiny decoder stands in while the noise is optimised; the images of the result are the pipeline's own."""
+"""Tiny decoders replace the VAE during the optimization; the final images are decoded by the VAE."""
 
 import copy
 
@@ -25,7 +25,7 @@ FAMILIES = ["sd", "sdxl", "sd3", "flux"]
 
 
 def decoder_of(channels=4, blocks=2, **config):
-    """A tiny autoencoder of random weights that doubles the side with each block but the first."""
+    """Return a tiny autoencoder with random weights; each block but the first doubles the side."""
     torch.manual_seed(5)
     shape = {"encoder_block_out_channels": (4,) * blocks, "decoder_block_out_channels": (4,) * blocks}
     shape |= {"num_encoder_blocks": (1,) * blocks, "num_decoder_blocks": (1,) * blocks}
@@ -77,7 +77,7 @@ def test_the_result_says_so_also_once_it_is_saved(tmp_path):
 
 
 def test_the_gradient_is_that_of_the_decoder():
-    """A step of the loop is that of a pipeline which has the decoder as its own."""
+    """A step equals that of a pipeline with this decoder as its VAE."""
     pipe, decoder = tiny_pipeline("sd"), decoder_of()
     other = copy.copy(pipe)
     vars(other)["vae"] = decoder
@@ -89,7 +89,7 @@ def test_the_gradient_is_that_of_the_decoder():
 
 
 def test_scaling_and_shift_are_those_of_the_decoder():
-    """Flux: `latents / scaling + shift`, of which a tiny autoencoder has 1 and 0."""
+    """Flux decodes `latents / scaling + shift`, which are 1 and 0 in a tiny autoencoder."""
     pipe = tiny_pipeline("flux")
     outputs = []
     for config in ({}, {"scaling_factor": 0.5, "shift_factor": 0.3}):
@@ -154,7 +154,7 @@ def test_a_loaded_decoder_is_frozen_in_the_run_and_left_as_it_was():
 
 
 def test_an_exception_keeps_what_was_found_by_the_decoder():
-    """Nothing more is drawn then, and nothing claims to be."""
+    """No images are decoded by the VAE, and the result reports none."""
 
     def stop(state):
         raise KeyboardInterrupt

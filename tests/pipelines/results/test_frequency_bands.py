@@ -1,4 +1,4 @@
-"""Where in the spectrum a change lies: closed forms, and what a run records."""
+"""Spectrum of changes: closed forms, and the record of a run."""
 
 import math
 
@@ -13,7 +13,7 @@ ARGUMENTS = {"num_inference_steps": 1, "guidance_scale": 0.0, **SIZE}
 
 
 def wave(rows: float, columns: float, side: int = 24) -> torch.Tensor:
-    """`(1, 2, side, side)`, a plane wave of so many cycles down and across in the second channel."""
+    """Return a plane wave `(1, 2, side, side)` with these cycles down and across in the second channel."""
     at = torch.arange(side, dtype=torch.float64)
     plane = torch.cos(2 * math.pi * (rows * at[:, None] + columns * at) / side + 0.3)
     return torch.stack([torch.zeros_like(plane), plane])[None]
@@ -38,7 +38,7 @@ def test_bands_add_up_to_the_squared_change(shape):
 
 
 def test_thirds_hold_the_shares_of_a_disc_in_a_square():
-    """Areas of discs of radius √½/3 and 2√½/3 in the unit square of frequencies."""
+    """The shares are areas of discs with radius √½/3 and 2√½/3 in the unit square of frequencies."""
     shares = frequency_bands(256, 256).double().mean((1, 2))
     lowest, two = math.pi / 18, 4 * math.pi / 18
     torch.testing.assert_close(shares, torch.tensor([lowest, two - lowest, 1 - two]).double(), atol=2e-3, rtol=0)

@@ -1,4 +1,4 @@
-"""Results on disk, and runs that end in numbers that are none."""
+"""Results on disk, and runs with non-finite numbers."""
 
 import pytest
 import torch
@@ -70,7 +70,7 @@ def test_a_file_that_is_not_ours_is_refused(tmp_path):
 
 
 class Breaks:
-    """A reward that turns into NaN, or whose gradient does, from its third call on."""
+    """Reward that is NaN, or whose gradient is, from its third call on."""
 
     def __init__(self, how: str):
         self.how, self.calls = how, 0
@@ -78,7 +78,7 @@ class Breaks:
 
     def __call__(self, images, prompts):
         self.calls += 1
-        if self.calls > 3:  # the first call only tries it out
+        if self.calls > 3:  # the first call is by `try_out`
             factor = images.mean() * torch.nan if self.how == "reward" else (images.flatten()[0] * 0).sqrt()
             return redness(images, prompts) + factor
         return redness(images, prompts)
@@ -86,8 +86,8 @@ class Breaks:
 
 @pytest.mark.parametrize("how", ["reward", "gradient"])
 def test_numbers_that_are_none_stop_the_run_and_keep_the_best(how):
+    method = ReNO(rewards=Breaks(how), steps=6, views=0)
     with pytest.warns(UserWarning, match="best"):
-        method = ReNO(rewards=Breaks(how), steps=6, views=0)
         result = optimize_noise(tiny_pipeline("sd"), "a", method, generator=generator(), **ARGUMENTS)
     assert result.provenance["stopped"] == f"non-finite {how}"
     assert result.noise.isfinite().all() and result.best_loss.item() == result.losses.min().item()

@@ -1,4 +1,4 @@
-"""Noise samplers in pipelines: with and without a method, for every family, and off they change nothing."""
+"""Noise samplers in pipelines of every family, with and without a method, and switched off."""
 
 import json
 
@@ -23,7 +23,7 @@ def generators(*seeds: int) -> list[torch.Generator]:
 
 
 def with_hook(family: str):
-    """A pipeline of a family under the mixin, on the modules of the stock one."""
+    """Return a pipeline of a family with the mixin, sharing the modules of the stock one."""
     pipe = hooked(type(tiny_pipeline(family)))(**tiny_pipeline(family).components)
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -34,7 +34,7 @@ def draw(pipe, prompt="a b", **kwargs) -> torch.Tensor:
 
 
 def base_noise(family: str, noise_sampler, count: int = 1, **kwargs) -> NoiseResult:
-    """A run that evaluates the noise as it was drawn, and nothing else."""
+    """Run a method that evaluates the base noise only."""
     arguments = {**call_arguments(family), "num_images_per_prompt": count, **kwargs}
     method = BestOfN(rewards=redness, steps=1)
     return optimize_noise(tiny_pipeline(family), "a b", method, noise_sampler=noise_sampler, **arguments)
@@ -53,11 +53,11 @@ def test_white_and_none_are_bit_identical_to_the_stock_pipeline(family, spec):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 def test_a_pipeline_draws_the_noise_of_the_sampler(family, spec):
-    """Its noise is spatial, of the pipeline's own white noise; and the image is the stock pipeline's from there."""
+    """The sampler colors the pipeline's own white noise, and the rest of the call is the stock pipeline's."""
     sampler, arguments = as_noise_sampler(spec), call_arguments(family)
     result = base_noise(family, spec, generator=generator(3))
     plain = base_noise(family, None, generator=generator(3))
-    torch.testing.assert_close(result.noise, sampler.color(plain.noise), rtol=0, atol=1e-6)  # pyright: ignore
+    torch.testing.assert_close(result.noise, sampler.color(plain.noise), rtol=0, atol=1e-6)  # pyright: ignore[reportFunctionMemberAccess]
     stock = draw(tiny_pipeline(family), latents=result.latents, generator=result.generator(), **arguments)
     alone = draw(with_hook(family), noise_sampler=spec, generator=generator(3), **arguments)
     assert torch.equal(alone, stock) and torch.equal(result.initial_images, stock)
@@ -69,7 +69,7 @@ def test_a_sampler_in_a_plain_script_draws_the_latents_that_a_pipeline_draws(fam
     latents = PinkNoise(0.2)((1, 4, 16, 16), generator(3))
     arguments = call_arguments(family)
     assert torch.equal(base_noise(family, "pink", generator=generator(3)).latents, latents)
-    if family != "sdxl":  # whose sampler adds noise on the way
+    if family != "sdxl":  # whose sampler adds noise at each step
         alone = draw(with_hook(family), noise_sampler="pink", generator=generator(3), **arguments)
         assert torch.equal(draw(tiny_pipeline(family), latents=latents, **arguments), alone)
 
@@ -91,7 +91,7 @@ def test_sizes_that_are_not_square(family):
 
 
 def test_odd_sizes():
-    """Latents of 15×13 for an autoencoder that doubles."""
+    """Latents of 15×13 for an autoencoder of factor 2."""
     result = base_noise("sd3", "pink", generator=generator(), height=30, width=26)
     assert result.noise.shape == (1, 4, 15, 13)
     torch.testing.assert_close(result.noise.var((-2, -1)), torch.ones(1, 4))
@@ -107,7 +107,7 @@ def test_half_precision_draws_the_stream_of_the_pipeline():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_an_optimiser_starts_from_the_sampler_and_a_redraw_is_its_best(family):
+def test_an_optimizer_starts_from_the_sampler_and_a_redraw_is_its_best(family):
     arguments = call_arguments(family)
     result = optimize_noise(
         tiny_pipeline(family),
@@ -125,7 +125,7 @@ def test_an_optimiser_starts_from_the_sampler_and_a_redraw_is_its_best(family):
 
 @pytest.mark.parametrize("seeded", [True, False])
 def test_a_stochastic_sampler_sees_the_stream_that_the_draw_left(seeded):
-    """Also for a function that draws more than the noise."""
+    """Functions may draw more numbers than the noise."""
 
     def wasteful(shape, generator, device, dtype):
         torch.randn(7, generator=generator)
@@ -182,8 +182,8 @@ def test_candidates_are_drawn_from_the_sampler(method):
         tiny_pipeline("sd"), "a b", method, noise_sampler=spy, generator=generator(), **call_arguments("sd")
     )
     assert set(shapes) == {(1, 4, 16, 16)} and len(shapes) > 3
-    neighbours = (result.noise[..., 1:] * result.noise[..., :-1]).mean()
-    assert neighbours > 0.6  # of white noise 0, of (1 + f)^-2 amplitudes almost 1
+    neighbors = (result.noise[..., 1:] * result.noise[..., :-1]).mean()
+    assert neighbors > 0.6  # 0 for white noise, almost 1 for amplitudes (1 + f)^-2
 
 
 def test_coupled_noise_is_coupled_among_the_images_of_a_prompt():
@@ -222,7 +222,7 @@ def test_provenance_names_the_sampler(tmp_path):
 
 
 class Unrun:
-    """Fails if the text encoder or the denoiser runs."""
+    """Context that fails if the text encoder or the denoiser runs."""
 
     def __init__(self, pipe):
         self.parts = [pipe.text_encoder, pipe.unet]
