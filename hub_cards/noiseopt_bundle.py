@@ -93,8 +93,8 @@ from transformers import (
 )
 
 # The name that diffusers gives this module may come to mean the bundle of another release.
-sys.modules[f"{__name__}_fecfa0016f9a"] = sys.modules[__name__]
-__name__ = f"{__name__}_fecfa0016f9a"
+sys.modules[f"{__name__}_2d86990bed7f"] = sys.modules[__name__]
+__name__ = f"{__name__}_2d86990bed7f"
 
 # rewards/contract/transforms.py
 
@@ -3829,7 +3829,7 @@ class Best:
         step: `(B,)`, the step of the lowest loss.
         noise: `(B, C, H, W)`, the noise of the lowest loss.
         images: `(B, 3, H, W)` in [0, 1], its images; `None` if the objective asked for no images.
-        evaluations: The number of evaluations that it is the best of.
+        evaluations: The number of evaluations so far.
     """
 
     loss: torch.Tensor
@@ -3844,7 +3844,7 @@ class NoiseState:
 
     Attributes:
         pipeline: The pipeline whose noise is optimized.
-        prompts: The `B` prompts that rewards are asked about.
+        prompts: The `B` prompts of the rewards.
         steps: The number of evaluations that the method plans.
         noise: `(B, C, H, W)`, unit variance, the noise that was evaluated in this step.
         step: Index of this evaluation, from 0. Step 0 is the baseline.
@@ -3853,7 +3853,7 @@ class NoiseState:
         scores: Name to `(B,)`, the raw rewards of this step, higher is better.
         best: The best so far.
         active: `(B,)` bool. A sample that is not active keeps its best and is no longer recorded.
-        reports: What methods and callbacks add to the result, by name: plain values.
+        reports: Plain values that methods and callbacks add to the result, by name.
         stopped: The reason why the run ended before its last step, or `None`.
     """
 
@@ -3891,9 +3891,9 @@ class NoiseState:
 # callbacks/noise_callback.py
 
 class NoiseCallback:
-    """Base of callbacks per *optimisation* step. (diffusers' `callback_on_step_end` is per denoising step.)
+    """Base class of callbacks per *optimization* step. (diffusers' `callback_on_step_end` is per denoising step.)
 
-    Subclasses override what they need. A plain function `(state) -> bool | None` does where one hook is enough.
+    Subclasses override the hooks that they need. A function `(state) -> bool | None` is accepted as `on_step_end`.
     """
 
     def on_run_start(self, state: NoiseState) -> None:
@@ -3903,10 +3903,10 @@ class NoiseCallback:
         """Called after each evaluation. Return `False`, or call `state.stop()`, to end the run."""
 
     def on_run_end(self, state: NoiseState) -> None:
-        """Called once at the end, also when the run ends in an exception."""
+        """Called once at the end, also after an exception."""
 
 class FunctionCallback(NoiseCallback):
-    """A plain function as a callback."""
+    """Wrapper that makes a function a callback."""
 
     def __init__(self, function: Callable[[NoiseState], bool | None]) -> None:
         self.function = function
@@ -3917,9 +3917,12 @@ class FunctionCallback(NoiseCallback):
 CallbackSpec = NoiseCallback | Callable[[NoiseState], bool | None]
 
 def as_callbacks(callbacks: CallbackSpec | Iterable[CallbackSpec] | None) -> list[NoiseCallback]:
-    """One callback, several, or none, as a list. Raises `TypeError` for what is neither callback nor function.
+    """Convert one callback, several, or none to a list.
 
-    Anything with an `on_step_end` counts, whichever copy of `NoiseCallback` it derives from.
+    Any object with `on_step_end` is accepted, because a pipeline from the Hub has its own copy of `NoiseCallback`.
+
+    Raises:
+        TypeError: For an object that is neither a callback nor a function.
     """
     if callbacks is None:
         return []
@@ -3936,6 +3939,52 @@ def as_callback(callback: CallbackSpec) -> NoiseCallback:
         f"Expected a callback with `on_step_end(state)` or a function of `state`, but got {type(callback).__name__}."
     )
 
+# checked_fields.py
+
+def checked(default: Any, interval: str) -> Any:
+    """Return a dataclass field for a number in an interval.
+
+    Args:
+        default: The default value.
+        interval: In mathematical notation, `"[0, 1)"` or `"[1, inf)"`. The annotation of the field says whether the
+            number has to be an integer (`int`) and whether `None` is allowed (`int | None`).
+    """
+    return dataclasses.field(default=default, metadata={"interval": interval})
+
+def check_fields(settings: Any) -> None:
+    """Check the fields of a dataclass: those made by `checked`, and those whose annotation has a `Literal`.
+
+    Raises:
+        ValueError: For a value outside, naming the field and what was expected.
+    """
+    hints = get_type_hints(type(settings))
+    for field in dataclasses.fields(settings):
+        check_value(field.name, getattr(settings, field.name), hints[field.name], field.metadata.get("interval"))
+
+def check_value(name: str, value: Any, hint: Any, interval: str | None) -> None:
+    """Check one value against its annotation and its interval. Raises `ValueError`, naming both."""
+    members = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    choices = [choice for member in members if get_origin(member) is Literal for choice in get_args(member)]
+    choices += [None] if type(None) in members else []
+    if any(value is choice or (isinstance(value, str) and value == choice) for choice in choices):
+        return
+    if interval is None:
+        if choices and not {int, float, str}.intersection(members) and len(choices) > (None in choices):
+            raise ValueError(f"Expected `{name}` to be one of {tuple(choices)}, but got {value!r}.")
+        return
+    kind = int if float not in members else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kind) or not is_in(interval, value):
+        number = "an integer" if kind is int else "a number"
+        others = "".join(f" or {choice!r}" for choice in choices)
+        raise ValueError(f"Expected `{name}` to be {number} in {interval}{others}, but got {value!r}.")
+
+def is_in(interval: str, value: float) -> bool:
+    """Return whether a finite number lies in an interval such as `"[0, 1)"`; NaN and infinity lie in none."""
+    low, high = (float(end) for end in interval[1:-1].split(","))
+    above = value >= low if interval[0] == "[" else value > low
+    below = value <= high if interval[-1] == "]" else value < high
+    return math.isfinite(value) and above and below
+
 # schedulers/noise_samplers.py
 
 Generators = torch.Generator | list[torch.Generator] | None
@@ -3945,10 +3994,10 @@ NOISE_SAMPLERS: Registry[type["NoiseSampler"]] = Registry("noise sampler")
 SamplerT = TypeVar("SamplerT", bound="NoiseSampler")
 
 class NoiseSampler:
-    """Draws initial noise: the white noise that diffusers draws for the same generators, mapped by `color`.
+    """Base class of samplers of initial noise: diffusers' white noise for the same generators, mapped by `color`.
 
-    So each sampler leaves a generator where white noise leaves it. Any callable with the arguments of `__call__` is
-    taken as a noise sampler too.
+    So every sampler advances a generator as white noise does. Any callable with the arguments of `__call__` is accepted
+    as a noise sampler, too.
     """
 
     name: ClassVar[str | None] = None
@@ -3960,17 +4009,18 @@ class NoiseSampler:
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> torch.Tensor:
-        """Draw noise of a shape `(B, C, H, W)`: spatial, before any scaling or packing.
+        """Sample spatial noise `(B, C, H, W)`, before any scaling or packing.
 
         Args:
-            shape: That of the noise; `(B, 1, C, H, W)` and other shapes that end in height and width do too.
-            generator: One for the batch, or a list of one for each sample, which makes samples independent of the batch
-                they are drawn in. CPU generators draw on the CPU and move the noise to `device`.
-            device: Where the noise goes; by default where the generator is.
-            dtype: What the noise is drawn in; float32 by default.
+            shape: The shape of the noise, `(B, C, H, W)`, `(B, 1, C, H, W)` or any other that ends in height and width.
+            generator: One for the batch, or a list with one per sample, which makes each sample independent of the rest
+                of the batch. CPU generators sample on the CPU, and the noise is moved to `device`.
+            device: The device of the noise; by default that of the generator.
+            dtype: The dtype in which noise is sampled; float32 by default.
 
         Raises:
-            ValueError: for a list of generators that has another length than the batch, and a shape without images.
+            ValueError: For a list of generators whose length is not the batch size, and for a shape that is not
+                spatial.
         """
         streams = generator if isinstance(generator, list) else [generator]
         if len(streams) not in (1, shape[0]):
@@ -3981,15 +4031,15 @@ class NoiseSampler:
         return self.color(randn_tensor(tuple(shape), generator=generator, device=device, dtype=dtype))
 
     def color(self, white: torch.Tensor) -> torch.Tensor:
-        """White noise to this noise: same shape, dtype and device."""
+        """Map white noise to this noise, of the same shape, dtype and device."""
         raise NotImplementedError(f"{type(self).__name__} must define `color(white)`.")
 
     def within(self, groups: Sequence[int]) -> "NoiseSampler":
-        """This sampler for a batch with the given groups: one integer for each sample, equal where prompts are."""
+        """Return this sampler for a batch in which samples of the same prompt have the same integer in `groups`."""
         return self
 
     def describe(self) -> dict[str, Any]:
-        """Name and settings as plain values, which `as_noise_sampler` takes if the sampler is registered."""
+        """Return name and settings as plain values, which `as_noise_sampler` accepts if the sampler is registered."""
         fields = dataclasses.fields(self) if dataclasses.is_dataclass(self) else ()
         values = {field.name: getattr(self, field.name) for field in fields}
         plain_values = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
@@ -4010,11 +4060,11 @@ def list_noise_samplers() -> list[str]:
     return NOISE_SAMPLERS.names()
 
 def as_noise_sampler(sampler: NoiseSamplerSpec | None) -> Callable[..., torch.Tensor] | None:
-    """A noise sampler by name (`"pink"`), by name and settings (`{"name": "pink", "alpha": 0.3}`), or as it is.
+    """Return a noise sampler, given itself, its name (`"pink"`) or a dict (`{"name": "pink", "alpha": 0.3}`).
 
     Raises:
-        ValueError: for an unknown name, and for settings that the sampler does not have or cannot take.
-        TypeError: for what is none of these.
+        ValueError: For an unknown name, and for unknown or invalid settings.
+        TypeError: For any other object.
     """
     if isinstance(sampler, str):
         return named_noise_sampler(sampler, {})
@@ -4036,7 +4086,7 @@ def named_noise_sampler(name: str, settings: dict[str, Any]) -> "NoiseSampler":
     return sampler(**settings)
 
 def describe_noise_sampler(sampler: Callable[..., torch.Tensor] | None) -> dict[str, Any] | None:
-    """Name and settings of a noise sampler in plain values; of a foreign one its name; `None` for `None`."""
+    """Return name and settings of a noise sampler as plain values; for any other callable, only its name."""
     if sampler is None:
         return None
     if hasattr(sampler, "describe"):
@@ -4046,7 +4096,7 @@ def describe_noise_sampler(sampler: Callable[..., torch.Tensor] | None) -> dict[
 @register_noise_sampler("white")
 @dataclasses.dataclass(frozen=True)
 class WhiteNoise(NoiseSampler):
-    """Standard Gaussian noise, bit for bit what a stock pipeline draws."""
+    """Standard Gaussian noise, bit-identical to that of a stock pipeline."""
 
     def color(self, white: torch.Tensor) -> torch.Tensor:
         return white
@@ -4054,55 +4104,49 @@ class WhiteNoise(NoiseSampler):
 @register_noise_sampler("pink")
 @dataclasses.dataclass(frozen=True)
 class PinkNoise(NoiseSampler):
-    """White noise with amplitudes times (1 + f)^-α, by default each channel of each sample at mean 0 and variance 1.
+    """White noise with Fourier amplitudes scaled by (1 + f)^-α, by default standardized per channel and sample.
 
-    It's Never Too Late, https://arxiv.org/abs/2601.00090, eq. 7: images of one prompt differ more from pink noise. f is
-    the distance from frequency zero in index units, that is in waves for each side of the noise, not for each pixel.
-    Phases are those of the white noise of the same generators. The variance is the unbiased one, so the squared norm of
-    a channel is H·W − 1: what white noise has on average without its mean.
+    It's Never Too Late, https://arxiv.org/abs/2601.00090, eq. 7: images of one prompt are more diverse from pink noise.
+    f is the distance from frequency zero in index units, that is, in waves per side of the noise, not per pixel. The
+    phases are those of the white noise of the same generators. Channels have mean 0 and unbiased variance 1, so their
+    squared norm is H·W − 1, the expectation for white noise minus its mean.
 
     Args:
-        alpha: α, any finite number: above 0 favours low frequencies (the paper takes 0.2 and finds patches above 0.3),
-            below 0 is blue noise. 0 is white noise that is still standardised in each channel; take `WhiteNoise` for
-            the stock draw.
-        reference_size: Side of the noise, in its own entries, at which f is the paper's; `None` for any. f then counts
-            waves per `reference_size` entries, f = reference_size · √((u/H)² + (v/W)²), so that α gives the same
-            spectrum per entry at all sizes; without, larger noises are shaped more.
-        band: (low, high) in the units of f: the slope is limited to this band.
-        outside: What becomes of frequencies outside the band: "flat" continues the gain that it has at the edge, "zero"
-            leaves noise of the band alone.
-        standardize: `False` scales by the standard deviation over all draws instead of that of each channel, and keeps
-            the means, that is f = 0: so the noise is exactly Gaussian. In small latents the means decide much of an
-            image: of 8 × 8 entries, without them images of a prompt are far more alike.
+        alpha: α, any finite number. Above 0 emphasizes low frequencies (the paper uses 0.2 and observes patches above
+            0.3); below 0 gives blue noise. 0 is white noise that is still standardized per channel; use `WhiteNoise`
+            for the noise of the stock pipeline.
+        reference_size: Side of the noise, in its own entries, at which f has the paper's units; above 0, or `None` for
+            any size. With it, f counts waves per `reference_size` entries, f = reference_size · √((u/H)² + (v/W)²), so
+            that α gives the same spectrum per entry at all sizes; without it, the effect grows with the size.
+        band: (low, high) in the units of f, the frequencies to which the slope is limited.
+        outside: The gain outside the band: "flat" continues the gain at its edges, "zero" removes other frequencies.
+        standardize: `False` scales by the standard deviation of the distribution instead of that of each channel, and
+            keeps the means, that is, f = 0, so that the noise is exactly Gaussian. In small latents, such as 8 × 8, the
+            means determine much of an image: without them, images of a prompt are far more similar.
 
     Raises:
-        ValueError: for settings that cannot work.
+        ValueError: For arguments outside their ranges, and for `outside="zero"` without a band.
     """
 
-    alpha: float = 0.2
+    alpha: float = checked(0.2, "(-inf, inf)")
     _: dataclasses.KW_ONLY
-    reference_size: float | None = None
+    reference_size: float | None = checked(None, "(0, inf)")
     band: Sequence[float] | None = None
     outside: Literal["flat", "zero"] = "flat"
     standardize: bool = True
 
     def __post_init__(self) -> None:
-        if not is_finite_number(self.alpha):
-            raise ValueError(f"Expected `alpha` to be a finite number, but got {self.alpha!r}. The paper takes 0.2.")
-        if self.reference_size is not None and not (is_finite_number(self.reference_size) and self.reference_size > 0):
-            raise ValueError(f"Expected `reference_size` to be a number above 0, but got {self.reference_size!r}.")
-        if self.outside not in ("flat", "zero"):
-            raise ValueError(f'Expected `outside` to be "flat" or "zero", but got {self.outside!r}.')
+        check_fields(self)
         if self.band is not None:
             object.__setattr__(self, "band", checked_band(self.band))
         elif self.outside == "zero":
-            raise ValueError('Expected a `band` beside `outside="zero"`, but got none. Pass `band=(low, high)`.')
+            raise ValueError('Expected a `band` with `outside="zero"`, but got none. Pass `band=(low, high)`.')
 
     def color(self, white: torch.Tensor) -> torch.Tensor:
-        """White noise `(B, C, H, W)` to pink noise of its phases, in its dtype; computed in float32 or better.
+        """Map white noise `(B, C, H, W)` to pink noise with the same phases and dtype, computed in float32 or more.
 
         Raises:
-            ValueError: for noise that is not spatial, and for sizes that have no frequency in the band.
+            ValueError: For noise that is not spatial, and for sizes without frequencies in the band.
         """
         check_spatial(white.shape)
         size = white.shape[-2:]
@@ -4113,10 +4157,9 @@ class PinkNoise(NoiseSampler):
         return (pink / spread.clamp_min(torch.finfo(pink.dtype).tiny)).to(white.dtype)
 
     def gain(self, height: int, width: int) -> torch.Tensor:
-        """The factor of each entry of `rfft2`, `(H, W // 2 + 1)` float64, scaled to a largest of 1.
+        """Return the factor of each entry of `rfft2`, `(H, W // 2 + 1)` float64, with a maximum of 1.
 
-        That of frequency zero is 0 where channels are standardised: their mean is taken away in any case, and so before
-        it can cost precision.
+        It is 0 at frequency zero if channels are standardized, to remove their mean before it costs precision.
         """
         f = self.frequency(height, width)
         low, high = self.band or (0.0, math.inf)
@@ -4125,21 +4168,21 @@ class PinkNoise(NoiseSampler):
             shaped &= (f >= low) & (f <= high)
         if not shaped.any():
             raise ValueError(
-                f"Expected a `band` with frequencies of noise of {height}×{width}, which go up to {f.max():.4g}, but "
-                f"got {tuple(self.band or ())}. Widen it."
+                f"Expected a `band` with frequencies of {height}×{width} noise, which go up to {f.max():.4g}, but got "
+                f"{tuple(self.band or ())}. Widen it."
             )
         logs = -self.alpha * f.clamp(low, high).log1p()
         return torch.where(shaped, (logs - logs[shaped].max()).exp(), 0.0)
 
     def frequency(self, height: int, width: int) -> torch.Tensor:
-        """f of each entry of `rfft2`, `(H, W // 2 + 1)` float64."""
+        """Return f of each entry of `rfft2`, `(H, W // 2 + 1)` float64."""
         rows = torch.fft.fftfreq(height, dtype=torch.float64) * (self.reference_size or height)
         columns = torch.fft.rfftfreq(width, dtype=torch.float64) * (self.reference_size or width)
         return torch.hypot(rows[:, None], columns)
 
 def expected_std(gain: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """The standard deviation of each entry of white noise `(height, width)` times a `gain` of its `rfft2`, a scalar."""
-    copies = torch.full_like(gain, 2.0)  # `rfft2` leaves out the mirrored half of the columns
+    """Return the standard deviation, a scalar, of white noise `(height, width)` whose `rfft2` is scaled by `gain`."""
+    copies = torch.full_like(gain, 2.0)  # `rfft2` omits the mirrored half of the columns
     copies[:, 0] = 1
     copies[:, -1] = 2 - (width % 2 == 0)
     return (gain.square() * copies).sum().div(height * width).sqrt()
@@ -4147,42 +4190,40 @@ def expected_std(gain: torch.Tensor, height: int, width: int) -> torch.Tensor:
 @register_noise_sampler("coupled")
 @dataclasses.dataclass(frozen=True)
 class CoupledNoise(NoiseSampler):
-    """Noises that are Gaussian each, and as negatively correlated as K noises can be: their sum is zero.
+    """Jointly sampled noises, each Gaussian, with the most negative correlation of K noises: their sum is zero.
 
     `z_i = √(1−ρ)·(g_i − ḡ) + √(1+(K−1)ρ)·ḡ`, the symmetric square root of the covariance (1−ρ)I + ρ11ᵀ, for each entry
-    of K white noises g. At ρ = −1/(K−1) that is √(K/(K−1))·(g_i − ḡ), and for K = 2 the antithetic pair (z, −z). Couple
-    to Control, https://arxiv.org/abs/2605.11311: sets differ more, at no cost, while each image has its own law.
+    of K white noises g. At ρ = −1/(K−1) this is √(K/(K−1))·(g_i − ḡ), and for K = 2 the antithetic pair (z, −z). Couple
+    to Control, https://arxiv.org/abs/2605.11311: sets are more diverse at no cost, and each image keeps its marginal
+    distribution.
 
     Args:
-        group_size: K: each K samples in a row are coupled; at least 2. By default all of the batch are, and in a
-            pipeline those that share their prompt.
+        group_size: K, at least 2: every K consecutive samples are coupled. By default the whole batch is coupled, and
+            in a pipeline the samples of each prompt.
         correlation: ρ in [−1/(K−1), 1]; −1/(K−1) by default.
-        groups: Instead of `group_size`: one integer for each sample, equal where samples are coupled.
+        groups: Alternative to `group_size`: one integer per sample, equal for samples to couple.
 
     Raises:
-        ValueError: for settings that cannot work.
+        ValueError: For arguments outside their ranges, or both `group_size` and `groups`.
     """
 
-    group_size: int | None = None
+    group_size: int | None = checked(None, "[2, inf)")
     _: dataclasses.KW_ONLY
-    correlation: float | None = None
+    correlation: float | None = checked(None, "[-1, 1]")
     groups: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
-        if self.group_size is not None and not (isinstance(self.group_size, int) and self.group_size >= 2):
-            raise ValueError(f"Expected `group_size` to be an integer of 2 or more, but got {self.group_size!r}.")
+        check_fields(self)
         if self.group_size is not None and self.groups is not None:
-            raise ValueError("Expected `group_size` or `groups`, but got both. Leave one out.")
-        if self.correlation is not None and not (is_finite_number(self.correlation) and -1 <= self.correlation <= 1):
-            raise ValueError(f"Expected `correlation` to be in [-1/(K-1), 1], but got {self.correlation!r}.")
+            raise ValueError("Expected `group_size` or `groups`, but got both. Omit one.")
         if self.groups is not None:
             object.__setattr__(self, "groups", tuple(self.groups))
 
     def color(self, white: torch.Tensor) -> torch.Tensor:
-        """White noises `(B, ...)` to coupled ones, in their dtype; computed in float32 or better.
+        """Map white noises `(B, ...)` to coupled ones of the same dtype, computed in float32 or more.
 
         Raises:
-            ValueError: for a batch that the groups do not fit, and a correlation that K samples cannot have.
+            ValueError: If the groups do not fit the batch, and for a correlation that K samples cannot have.
         """
         exact = white.to(torch.promote_types(white.dtype, torch.float32))
         coupled = torch.empty_like(exact)
@@ -4191,14 +4232,14 @@ class CoupledNoise(NoiseSampler):
         return coupled.to(white.dtype)
 
     def couple_all(self, white: torch.Tensor) -> torch.Tensor:
-        """`(K, ...)` white noises to K coupled ones."""
+        """Couple `(K, ...)` white noises."""
         rho, others, mean = self.correlation, len(white) - 1, white.mean(0, keepdim=True)
         if rho is None:
             return math.sqrt(len(white) / others) * (white - mean)
         return math.sqrt(1 - rho) * (white - mean) + math.sqrt(max(1 + others * rho, 0.0)) * mean
 
     def coupled_rows(self, batch: int) -> list[list[int]]:
-        """The samples of each group, by their places in the batch."""
+        """Return the batch positions of each group."""
         if self.groups is not None and len(self.groups) != batch:
             raise ValueError(f"Expected `groups` of {batch} integers, one for each sample, but got {len(self.groups)}.")
         if self.group_size is not None and batch % self.group_size:
@@ -4219,31 +4260,28 @@ class CoupledNoise(NoiseSampler):
         if self.correlation is not None and self.correlation < lowest - 1e-12:
             raise ValueError(
                 f"Expected `correlation` of {count} samples to be at least {lowest:.4g}, but got {self.correlation!r}. "
-                "Leave it out for the lowest."
+                "Omit it for the lowest."
             )
 
     def within(self, groups: Sequence[int]) -> "CoupledNoise":
-        """Coupled within the given groups, unless the sampler has its own. Raises `ValueError` where that fails."""
-        own = self.group_size is not None or self.groups is not None
-        bound = self if own else dataclasses.replace(self, groups=tuple(groups))
+        """Return this sampler for the given groups, unless it has its own. Raises `ValueError` if they do not fit."""
+        has_groups = self.group_size is not None or self.groups is not None
+        bound = self if has_groups else dataclasses.replace(self, groups=tuple(groups))
         bound.coupled_rows(len(groups))
         return bound
 
-def is_finite_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-
 def checked_band(band: Sequence[float]) -> tuple[float, float]:
-    """A band as a tuple. Raises `ValueError` unless it is (low, high) with 0 <= low < high."""
+    """Return a band as a tuple. Raises `ValueError` unless it is (low, high) with 0 <= low < high."""
     limits = tuple(band) if isinstance(band, Sequence) else ()
-    if len(limits) == 2 and is_finite_number(limits[0]) and isinstance(limits[1], Real) and 0 <= limits[0] < limits[1]:
+    if len(limits) == 2 and all(isinstance(limit, Real) for limit in limits) and 0 <= limits[0] < limits[1]:
         return limits
     raise ValueError(f"Expected `band` to be (low, high) with 0 <= low < high, but got {band!r}.")
 
 def check_spatial(shape: Sequence[int]) -> None:
     if len(shape) < 4 or shape[-2] * shape[-1] < 2:
         raise ValueError(
-            f"Expected noise of shape (B, C, H, W), with H·W of 2 or more, but got {tuple(shape)}. Draw packed latents "
-            "before they are packed."
+            f"Expected noise of shape (B, C, H, W), with H·W of 2 or more, but got {tuple(shape)}. Sample noise before "
+            "it is packed."
         )
 
 # callbacks/progress.py
@@ -4260,7 +4298,7 @@ class ProgressBar(NoiseCallback):
     def on_step_end(self, state: NoiseState) -> None:
         if self.bar is None:
             return
-        if not self.bar.disable:  # reading the loss waits for the device: only for those who look
+        if not self.bar.disable:  # reading the loss synchronizes with the device
             self.bar.set_postfix(best_loss=f"{state.best.loss.mean():.4f}", refresh=False)
         self.bar.total = state.steps  # methods may add evaluations at the end
         self.bar.update()
@@ -4366,8 +4404,6 @@ def default_mps_generator() -> torch.Generator:
 
 # pipelines/memory/graph_size.py
 
-ChunkSetting = int | Literal["auto"] | None
-
 class SavedTensor:
     """Tensor saved by a graph; calls `release` when the graph is freed."""
 
@@ -4437,12 +4473,6 @@ def fitting_chunk_size(batch: int, per_image: int, free: int) -> int | None:
     """
     fitting = free // 2 // per_image if per_image else batch
     return None if fitting >= batch else max(1, fitting)
-
-def check_chunk_size(chunk_size: Any) -> None:
-    """Raise `ValueError` unless `chunk_size` is an integer of 1 or more, "auto" or `None`."""
-    whole = isinstance(chunk_size, int) and not isinstance(chunk_size, bool) and chunk_size >= 1
-    if not whole and chunk_size is not None and chunk_size != "auto":
-        raise ValueError(f'Expected `chunk_size` to be 1 or more, "auto" or `None`, but got {chunk_size!r}.')
 
 def free_memory(device: torch.device) -> int:
     """Return the bytes that are free for tensors on a device, the unused cache of the CUDA allocator included."""
@@ -4545,52 +4575,6 @@ def describe_decoder(decoder: Any) -> dict[str, Any] | None:
         "approximation": True,
         "scores": f"by this decoder; those by the pipeline's own are in reports[{FULL_DECODER!r}]",
     }
-
-# checked_fields.py
-
-def checked(default: Any, interval: str) -> Any:
-    """Return a dataclass field for a number in an interval.
-
-    Args:
-        default: The default value.
-        interval: In mathematical notation, `"[0, 1)"` or `"[1, inf)"`. The annotation of the field says whether the
-            number has to be an integer (`int`) and whether `None` is allowed (`int | None`).
-    """
-    return dataclasses.field(default=default, metadata={"interval": interval})
-
-def check_fields(settings: Any) -> None:
-    """Check the fields of a dataclass: those made by `checked`, and those whose annotation has a `Literal`.
-
-    Raises:
-        ValueError: For a value outside, naming the field and what was expected.
-    """
-    hints = get_type_hints(type(settings))
-    for field in dataclasses.fields(settings):
-        check_value(field.name, getattr(settings, field.name), hints[field.name], field.metadata.get("interval"))
-
-def check_value(name: str, value: Any, hint: Any, interval: str | None) -> None:
-    """Check one value against its annotation and its interval. Raises `ValueError`, naming both."""
-    members = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-    choices = [choice for member in members if get_origin(member) is Literal for choice in get_args(member)]
-    choices += [None] if type(None) in members else []
-    if any(value is choice or (isinstance(value, str) and value == choice) for choice in choices):
-        return
-    if interval is None:
-        if choices and not {int, float, str}.intersection(members) and len(choices) > (None in choices):
-            raise ValueError(f"Expected `{name}` to be one of {tuple(choices)}, but got {value!r}.")
-        return
-    kind = int if float not in members else (int, float)
-    if isinstance(value, bool) or not isinstance(value, kind) or not is_in(interval, value):
-        number = "an integer" if kind is int else "a number"
-        others = "".join(f" or {choice!r}" for choice in choices)
-        raise ValueError(f"Expected `{name}` to be {number} in {interval}{others}, but got {value!r}.")
-
-def is_in(interval: str, value: float) -> bool:
-    """Return whether a finite number lies in an interval such as `"[0, 1)"`; NaN and infinity lie in none."""
-    low, high = (float(end) for end in interval[1:-1].split(","))
-    above = value >= low if interval[0] == "[" else value > low
-    below = value <= high if interval[-1] == "]" else value < high
-    return math.isfinite(value) and above and below
 
 # pipelines/memory/module_copies.py
 
@@ -4751,13 +4735,6 @@ def checkpointed(module: nn.Module) -> nn.Module:
         return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
     return with_forward(module, recomputed)
-
-def check_checkpointing(checkpointing: Any) -> None:
-    """Raise `ValueError` unless `checkpointing` is "auto" or a policy."""
-    if checkpointing not in ("auto", *POLICIES):
-        raise ValueError(
-            f'Expected `checkpointing` to be "auto", "none", "blocks" or "steps", but got {checkpointing!r}.'
-        )
 
 def scales_lora(request: dict[str, Any]) -> bool:
     """Return whether a call scales the LoRA of its denoiser, as `cross_attention_kwargs={"scale": 0.5}` does."""
@@ -4948,45 +4925,45 @@ AffineCoefficients = tuple[torch.Tensor, torch.Tensor]
 def predict_x0(
     scheduler: Any, model_output: torch.Tensor, timestep: torch.Tensor | float, sample: torch.Tensor
 ) -> torch.Tensor:
-    """The x0 estimate of one model call, differentiable in `sample` and in `model_output`.
+    """Return the x0 estimate of one model call, differentiable with respect to `sample` and `model_output`.
 
-    It is affine in both, x0 = skip·sample + out·model_output, and the two coefficients follow from the noise level
-    x = a·x0 + b·ε of the call and from what the model predicts. The level is, with σ and ᾱ from the scheduler's tables,
+    It is affine in both, x0 = skip·sample + out·model_output. The two coefficients follow from the noise level
+    x = a·x0 + b·ε of the call and from the prediction type. With σ and ᾱ from the scheduler's tables, the level is
 
     * variance preserving (DDIM, DDPM, LCM, TCD, PNDM, UnCLIP, Würstchen): a = √ᾱ, b = √(1−ᾱ), by timestep;
     * sigma space (Euler, Heun, KDPM2, LMS, DPMSolverSDE): a = 1, b = σ;
     * multistep solvers (DPMSolver, UniPC, DEIS, SASolver): a = 1/√(1+σ²), b = σ·a, or a = 1−σ, b = σ with flow sigmas;
     * flow matching: a = 1−σ, b = σ; TrigFlow (SCM): a = cos t, b = sin t; IPNDM: its own tables;
-    * EDM and consistency models precondition: their scheduler's c_skip and c_out are the coefficients.
+    * EDM and consistency models: the coefficients are c_skip and c_out of the scheduler's preconditioning.
 
     See Karras et al. (https://arxiv.org/abs/2206.00364), table 1, for the preconditioning, Salimans & Ho
     (https://arxiv.org/abs/2202.00512), appendix D, for v-prediction, Lu & Song (https://arxiv.org/abs/2410.11081),
     section 3, for TrigFlow.
 
-    The value is the one that the scheduler itself goes on with: where its `step` clips x0 (`clip_sample`) or thresholds
-    it (`thresholding`), so does this function. The gradient is that of the unclipped estimate (straight-through), since
-    a hard clip has no gradient exactly where x0 is too large and has to come back. What LCM reports as `denoised` is
-    this x0 after its boundary scaling, which gives the sample a weight below 1e-5 from timestep 16 on; what TCD reports
-    is noised again. With `s_churn > 0` Euler perturbs the sample inside `step`, which nothing here knows.
+    The value is the x0 that the scheduler itself uses: if its `step` clips x0 (`clip_sample`) or thresholds it
+    (`thresholding`), so does this function. The gradient is that of the unclipped estimate (straight-through), because
+    a hard clip has no gradient exactly where x0 is too large. LCM's `denoised` is this x0 after its boundary scaling,
+    in which the sample has a weight below 1e-5 from timestep 16 on; TCD's output is noised again. With `s_churn > 0`
+    Euler perturbs the sample inside `step`, which is not taken into account.
 
-    The only thing that changes in the scheduler is its step index: where it is unset, the scheduler sets it itself,
-    as its first `step` would, from `begin_index` or from `timestep`.
+    The scheduler is unchanged except for its step index: if it is unset, the scheduler sets it as its first `step`
+    would, from `begin_index` or `timestep`.
 
     Args:
-        scheduler: The scheduler in use, after `set_timesteps`. A subclass of a known one counts as that one.
-        model_output: `(B, C, ...)`, already guided, as handed to `scheduler.step`; with a learned variance
-            `(B, 2C, ...)`, of which the first C channels are the prediction.
-        timestep: The timestep of this call: a number, a tensor with one or with `(B,)` entries.
-        sample: `(B, C, ...)`, the noisy latents of this call, as handed to `scheduler.step`: not yet scaled by
+        scheduler: The scheduler in use, after `set_timesteps`, of a supported class or a subclass of one.
+        model_output: `(B, C, ...)`, after guidance, as passed to `scheduler.step`; with a learned variance
+            `(B, 2C, ...)`, whose first C channels are the prediction.
+        timestep: The timestep of this call: a number, or a tensor with one or `(B,)` entries.
+        sample: `(B, C, ...)`, the noisy latents of this call, as passed to `scheduler.step`, not scaled by
             `scale_model_input`.
 
     Returns:
-        `(B, C, ...)`, the estimate of the clean latents in float32, or in float64 if `sample` is.
+        `(B, C, ...)`, the estimate of the clean latents, in float32, or in float64 if `sample` is.
 
     Raises:
-        TypeError: The scheduler has no x0 estimate or is unknown.
-        ValueError: The scheduler's `prediction_type` does not go with its noise level, there is no signal to predict x0
-            from (ε-prediction at zero terminal SNR), or `model_output` has not the shape of `sample`.
+        TypeError: If the scheduler has no x0 estimate or is unknown.
+        ValueError: If the scheduler's `prediction_type` is incompatible with its noise level, the sample has no signal
+            (ε-prediction at zero terminal SNR), or the shapes of `model_output` and `sample` differ.
     """
     space = space_of(scheduler)
     dtype = torch.promote_types(sample.dtype, torch.float32)
@@ -4998,7 +4975,7 @@ def predict_x0(
     return space.bound(scheduler, x0.detach()) + (x0 - x0.detach())  # adds exactly 0
 
 def prediction_channels(scheduler: Any, model_output: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
-    """`model_output` without the channels of a learned variance: it has the shape of `sample` then."""
+    """Remove the channels of a learned variance, and check that the rest has the shape of `sample`."""
     learned = scheduler.config.get("variance_type") in ("learned", "learned_range")
     if learned and model_output.shape[1] == 2 * sample.shape[1]:
         model_output = model_output[:, : sample.shape[1]]
@@ -5011,15 +4988,15 @@ def prediction_channels(scheduler: Any, model_output: torch.Tensor, sample: torc
     return model_output
 
 def spread_over_images(coefficient: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
-    """`coefficient`, one number or `(B,)`, in a shape, dtype and device that multiplies `sample` image by image."""
+    """Reshape and cast `coefficient`, one number or `(B,)`, to multiply `sample` image by image."""
     return coefficient.to(sample).reshape(-1, *[1] * (sample.ndim - 1))
 
 def exact(entry: torch.Tensor | float) -> torch.Tensor:
-    """An entry of a scheduler's table in float64, which not every device has."""
+    """Convert an entry of a scheduler's table to float64 on the CPU, because not every device has float64."""
     return torch.as_tensor(entry).detach().cpu().double()
 
 def index_of_call(scheduler: Any, timestep: torch.Tensor | float) -> int:
-    """Where the scheduler is in its list of sigmas; at the first call it finds out by itself."""
+    """Return the scheduler's index into its sigmas, initialized if this is the first call."""
     if scheduler.step_index is None:
         scheduler._init_step_index(timestep)
     return scheduler._step_index
@@ -5027,9 +5004,9 @@ def index_of_call(scheduler: Any, timestep: torch.Tensor | float) -> int:
 def affine_in_prediction(
     scheduler: Any, prediction: str, signal: torch.Tensor, noise: torch.Tensor, flow: bool = False
 ) -> AffineCoefficients:
-    """(skip, out) of x0 = skip·sample + out·model_output for a model that predicts `prediction`.
+    """Return (skip, out) of x0 = skip·sample + out·model_output for a model that predicts `prediction`.
 
-    v is defined on the circle, so a level off it is first scaled back to it: with r² = signal² + noise²,
+    v is defined on the unit circle, so other levels are first scaled to it: with r² = signal² + noise²,
     x/r = cos φ·x0 + sin φ·ε and v = cos φ·ε − sin φ·x0. A flow velocity is ε − x0, on the line signal + noise = 1.
     """
     if prediction == "sample":
@@ -5045,7 +5022,7 @@ def affine_in_prediction(
     raise unknown_prediction(scheduler, ("epsilon", "sample", "flow_prediction" if flow else "v_prediction"))
 
 def require_signal(scheduler: Any, signal: torch.Tensor) -> None:
-    """ε says nothing about x0 where the sample is nothing but ε."""
+    """Raise `ValueError` for a sample of pure noise, from which ε does not determine x0."""
     if (signal == 0).any():
         raise ValueError(
             f'Expected some signal in the sample of {type(scheduler).__name__} with `prediction_type="epsilon"`, but '
@@ -5054,28 +5031,28 @@ def require_signal(scheduler: Any, signal: torch.Tensor) -> None:
         )
 
 def unknown_prediction(scheduler: Any, known: tuple[str, ...]) -> ValueError:
-    """The error about a `prediction_type` that the space of `scheduler` gives no meaning."""
+    """Return the error for a `prediction_type` that is undefined in the sample space of `scheduler`."""
     name = type(scheduler).__name__
     return ValueError(
         f"Expected `prediction_type` of {name} to be one of {', '.join(known)}, but got "
-        f"{scheduler.config.get('prediction_type')!r}. Pass what the model was trained with: "
-        f"`{name}.from_config(scheduler.config, prediction_type=...)`; where the scheduler has `use_flow_sigmas`, "
-        "flow_prediction goes with True and v_prediction with False."
+        f"{scheduler.config.get('prediction_type')!r}. Pass that of the model's training: "
+        f"`{name}.from_config(scheduler.config, prediction_type=...)`; if the scheduler has `use_flow_sigmas`, "
+        "flow_prediction requires True and v_prediction False."
     )
 
 def configured_prediction(scheduler: Any) -> str:
-    """What the config says that the model predicts; Euler also knows an older name of "sample"."""
+    """Return the prediction type of the config; Euler also accepts an older name of "sample"."""
     prediction = scheduler.config.get("prediction_type", "epsilon")
     return "sample" if prediction == "original_sample" else prediction
 
 def from_alphas(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficients:
-    """Variance preserving: ᾱ is looked up by timestep."""
+    """Variance preserving, with ᾱ looked up by timestep."""
     steps = torch.as_tensor(timestep).to(scheduler.alphas_cumprod.device, torch.long)
     alpha_bar = exact(scheduler.alphas_cumprod[steps])
     return affine_in_prediction(scheduler, configured_prediction(scheduler), alpha_bar.sqrt(), (1 - alpha_bar).sqrt())
 
 def from_cosine_time(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficients:
-    """Würstchen and Stable Cascade: the timestep is a ratio in [0, 1] and ᾱ a function of it; they predict ε."""
+    """Würstchen and Stable Cascade: ε-prediction, with ᾱ a function of the timestep in [0, 1]."""
     time = torch.as_tensor(timestep)
     alpha_bar = exact(scheduler._alpha_cumprod(time, time.device))
     return affine_in_prediction(scheduler, "epsilon", alpha_bar.sqrt(), (1 - alpha_bar).sqrt())
@@ -5086,28 +5063,28 @@ def from_sigma(scheduler: Any, sigma: torch.Tensor) -> AffineCoefficients:
     return affine_in_prediction(scheduler, configured_prediction(scheduler), torch.ones_like(sigma), sigma)
 
 def from_sigmas(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficients:
-    """The sigma of the step; a second-order scheduler that evaluates at the end of a step lists that sigma twice."""
+    """Variance exploding, with σ of the step. Schedulers that also evaluate at the end of a step list that σ twice."""
     return from_sigma(scheduler, scheduler.sigmas[index_of_call(scheduler, timestep)])
 
 def from_interpolated_sigmas(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficients:
-    """KDPM2: every second call is at a sigma between two steps."""
+    """KDPM2, with every second call at a sigma between two steps."""
     index = index_of_call(scheduler, timestep)
     table = scheduler.sigmas if scheduler.state_in_first_order else scheduler.sigmas_interpol
     return from_sigma(scheduler, table[index])
 
 def from_ancestral_interpolated_sigmas(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficients:
-    """Ancestral KDPM2 keeps the sigma between two steps at the index of the first of them."""
+    """Ancestral KDPM2, which stores the sigma between two steps at the index of the first."""
     index = index_of_call(scheduler, timestep)
     first_order = scheduler.state_in_first_order
     return from_sigma(scheduler, scheduler.sigmas[index] if first_order else scheduler.sigmas_interpol[index - 1])
 
 def from_midpoint_sigmas(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficients:
-    """DPMSolverSDE remembers the sigma between two steps that it evaluates at."""
+    """DPMSolverSDE, which stores the sigma between two steps in an attribute."""
     sigma = scheduler.sigmas[index_of_call(scheduler, timestep)]
     return from_sigma(scheduler, sigma if scheduler.state_in_first_order else scheduler.mid_point_sigma)
 
 def from_solver_sigmas(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficients:
-    """Multistep solvers, whether they go on with x0 or with ε: sigma is b/a, or b with flow sigmas."""
+    """Multistep solvers in x0 or ε: sigma is b/a, or b with flow sigmas."""
     sigma = exact(scheduler.sigmas[index_of_call(scheduler, timestep)])
     flow = bool(scheduler.config.get("use_flow_sigmas"))
     signal = 1 - sigma if flow else (1 + sigma**2).rsqrt()
@@ -5115,24 +5092,24 @@ def from_solver_sigmas(scheduler: Any, timestep: torch.Tensor | float) -> Affine
     return affine_in_prediction(scheduler, configured_prediction(scheduler), signal, noise, flow)
 
 def from_flow_sigmas(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficients:
-    """Flow matching, x0 = x − σ·v; with `invert_sigmas` sigma counts the signal and the velocity points to it."""
+    """Flow matching, x0 = x − σ·v; with `invert_sigmas`, sigma is the signal and the velocity points toward it."""
     sigma = exact(scheduler.sigmas[index_of_call(scheduler, timestep)])
     return torch.ones_like(sigma), 1 - sigma if scheduler.config.get("invert_sigmas") else -sigma
 
 def from_angle(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficients:
-    """TrigFlow (Sana-Sprint): the timestep is the angle, the output a velocity on the circle of radius `sigma_data`."""
+    """TrigFlow (Sana-Sprint): the timestep is an angle, the output a velocity on the circle of radius `sigma_data`."""
     if scheduler.config.get("prediction_type") != "trigflow":
         raise unknown_prediction(scheduler, ("trigflow",))
     angle = exact(scheduler.timesteps[index_of_call(scheduler, timestep)])
     return angle.cos(), -angle.sin()
 
 def from_own_tables(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficients:
-    """IPNDM: `alphas` is the signal and `betas` the noise, and its models predict v."""
+    """IPNDM: v-prediction, with `alphas` the signal and `betas` the noise."""
     index = index_of_call(scheduler, timestep)
     return exact(scheduler.alphas[index]), -exact(scheduler.betas[index])
 
 def from_edm(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficients:
-    """EDM: `prediction_type` is no more than the sign of the preconditioned output."""
+    """EDM: `prediction_type` determines only the sign of the preconditioned output."""
     signs = {"epsilon": 1.0, "v_prediction": -1.0}
     if configured_prediction(scheduler) not in signs:
         raise unknown_prediction(scheduler, tuple(signs))
@@ -5142,38 +5119,38 @@ def from_edm(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficien
     return data**2 / total, signs[configured_prediction(scheduler)] * sigma * data / total.sqrt()
 
 def from_consistency(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficients:
-    """Consistency models: as EDM, with the identity as boundary condition at the smallest sigma."""
+    """Consistency models: EDM with the identity as boundary condition at the smallest sigma."""
     sigma = exact(scheduler.sigmas[index_of_call(scheduler, timestep)])
     return scheduler.get_scalings_for_boundary_condition(sigma)
 
 def clipped(scheduler: Any, x0: torch.Tensor) -> torch.Tensor:
-    """`clip_sample`: to a fixed range."""
+    """Apply `clip_sample`, to a fixed range."""
     limit = scheduler.config.get("clip_sample_range", 1.0)
     return x0.clamp(-limit, limit) if scheduler.config.get("clip_sample") else x0
 
 def thresholded(scheduler: Any, x0: torch.Tensor) -> torch.Tensor:
-    """`thresholding`: to a percentile of each image (https://arxiv.org/abs/2205.11487, section 2.3)."""
+    """Apply `thresholding`, to a percentile of each image (https://arxiv.org/abs/2205.11487, section 2.3)."""
     return scheduler._threshold_sample(x0) if scheduler.config.get("thresholding") else x0
 
 def thresholded_or_clipped(scheduler: Any, x0: torch.Tensor) -> torch.Tensor:
-    """Thresholding takes the place of clipping."""
+    """Apply `thresholding` if it is on, else `clip_sample`."""
     return thresholded(scheduler, x0) if scheduler.config.get("thresholding") else clipped(scheduler, x0)
 
 def thresholded_if_x0(scheduler: Any, x0: torch.Tensor) -> torch.Tensor:
-    """UniPC thresholds only if x0 is what it goes on with."""
+    """Apply `thresholding` only if the solver works in x0, as UniPC does."""
     return thresholded(scheduler, x0) if scheduler.predict_x0 else x0
 
 def clipped_to_images(scheduler: Any, x0: torch.Tensor) -> torch.Tensor:
-    """`clip_denoised` of consistency models, which have no latents."""
+    """Apply `clip_denoised` of consistency models, which have no latents."""
     return x0.clamp(-1, 1) if scheduler.config.get("clip_denoised") else x0
 
 class SampleSpace(NamedTuple):
-    """What a scheduler means by its sample and by its model's output.
+    """Conventions of a scheduler for its sample and the model output.
 
     Attributes:
         coefficients: `(scheduler, timestep) -> (skip, out)` of x0 = skip·sample + out·model_output.
-        bound: `(scheduler, x0) -> x0`: what `step` does to its x0. None where it does nothing, whatever the config
-            says: `from_config` keeps settings of the scheduler before, so one counts only where the class reads it.
+        bound: `(scheduler, x0) -> x0`, the clipping or thresholding in `step`. None if the class has none, whatever its
+            config says: `from_config` keeps settings of another scheduler class that this one does not read.
     """
 
     coefficients: Callable[[Any, Any], AffineCoefficients]
@@ -5237,7 +5214,7 @@ WITHOUT_ESTIMATE = {
 }
 
 def space_of(scheduler: Any) -> SampleSpace:
-    """The space of a scheduler by the names of its classes: a copy from the Hub is another class of the same name."""
+    """Return the sample space of a scheduler by class name, because the Hub may hold a copy of the class."""
     names = [cls.__name__ for cls in type(scheduler).__mro__]
     known = next((name for name in names if name in SAMPLE_SPACES or name in WITHOUT_ESTIMATE), None)
     if known in SAMPLE_SPACES:
@@ -5391,16 +5368,18 @@ def modules_of(pipe) -> dict[str, nn.Module]:
     return {name: module for name, module in pipe.components.items() if isinstance(module, nn.Module)}
 
 @contextlib.contextmanager
-def frozen_modules(pipe, decoder: nn.Module | None = None) -> Iterator[None]:
+def frozen_modules(pipe, gradient: str | None, decoder: nn.Module | None = None) -> Iterator[None]:
     """Freeze all modules of a pipeline and a separate decoder; the previous state is restored on exit.
 
-    Inside they are in `eval()`, no parameter requires a gradient, and the layers are lean; see `lean_layers`.
+    Inside they are in `eval()`. For a method with gradients no parameter requires a gradient, and the layers are lean;
+    see `lean_layers`. Otherwise parameters stay as they are: torch multiplies matrices in another order, with another
+    rounding, if a weight requires no gradient.
     """
     roots = [*modules_of(pipe).values(), *([] if decoder is None else [decoder])]
     modules = [module for root in roots for module in root.modules()]
     training = [module for module in modules if module.training]
     # by name, since offloading replaces the parameters
-    trainable = [(module, name) for module in modules for name in trainable_parameters(module)]
+    trainable = [(module, name) for module in modules for name in trainable_parameters(module) if gradient]
 
     def switch(on: bool) -> None:
         for module in training:
@@ -5410,7 +5389,7 @@ def frozen_modules(pipe, decoder: nn.Module | None = None) -> Iterator[None]:
 
     try:
         switch(False)
-        with lean_layers(roots):
+        with lean_layers(roots if gradient else []):
             yield
     finally:
         switch(True)
@@ -5516,7 +5495,7 @@ def stock_call(cls: type) -> Callable[..., Any]:
             return inspect.unwrap(vars(base)["__call__"])
     raise TypeError(f"Expected a diffusers pipeline with a `__call__`, but {cls.__name__} has none.")
 
-def parts_of(pipe, names: tuple[str, ...]) -> dict[str, Any]:
+def submodules_of(pipe, names: tuple[str, ...]) -> dict[str, Any]:
     """Return those of the named modules that a pipeline has."""
     return {name: module for name in names if (module := getattr(pipe, name, None)) is not None}
 
@@ -5555,7 +5534,7 @@ def first_step_only(pipe) -> Iterator[list[torch.Tensor]]:
 
     vars(scheduler).update(set_timesteps=set_one, step=estimate)
     # copies, since a hook on shared modules would have to be removed whatever happens
-    denoisers = parts_of(pipe, DENOISERS)
+    denoisers = submodules_of(pipe, DENOISERS)
     vars(pipe).update({name: with_forward(model, counted(model.forward, calls)) for name, model in denoisers.items()})
     try:
         yield estimates
@@ -5954,7 +5933,7 @@ class PipelineSampler:
         self.own_decoder, self.decoder = vars(self.twin).get("vae"), decoder
         if decoder is not None:
             vars(self.twin)["vae"] = decoder
-        denoisers = tuple(parts_of(self.twin, CALLED_IN_STEPS).values()) if through_denoiser else ()
+        denoisers = tuple(submodules_of(self.twin, CALLED_IN_STEPS).values()) if through_denoiser else ()
         self.checkpoints = Checkpoints(checkpointing, denoisers, vars(self.twin).get("vae"), scales_lora(self.request))
         # a copy from before any run: schedulers refer to the graph of a run, so that each run gets its own
         self.scheduler = copy.deepcopy(pipe.scheduler)
@@ -6096,7 +6075,7 @@ class PipelineSampler:
             attributes["prepare_ip_adapter_image_embeds"] = replayed(embed, self.image_embeds)
         wrap = {"frozen": without_gradient, "full": self.checkpoints.call_of}.get(gradient or "")
         if wrap is not None:
-            attributes.update({name: wrap(model) for name, model in parts_of(twin, CALLED_IN_STEPS).items()})
+            attributes.update({name: wrap(model) for name, model in submodules_of(twin, CALLED_IN_STEPS).items()})
         return twin, generator
 
 def make_twin(pipe, clamp: Clamp):
@@ -6180,7 +6159,7 @@ class Sample:
         return self.sampler.x0(self.noise, self.gradient, self.chunk_size)
 
     @property
-    def drawn_images(self) -> torch.Tensor | None:
+    def generated_images(self) -> torch.Tensor | None:
         """The images if the objective has accessed them, without their graph."""
         images = vars(self).get("images")
         return None if images is None else images.detach()
@@ -6682,7 +6661,7 @@ def dtypes_of(name: str) -> tuple[torch.dtype, ...]:
     return NOISE_DTYPES if name in ("noise", "initial_noise") else FLOAT_DTYPES
 
 def check_values(tensors: Tensors, steps: int) -> None:
-    """Require finite noise and latents, and best steps in range. (Losses of a stopped sample are NaN.)"""
+    """Require finite noise and latents, and best steps in range; losses of a stopped sample may be NaN."""
     for name in ("noise", "latents", "initial_noise"):
         if name in tensors and not tensors[name].isfinite().all():
             raise UnusableResult(f"has '{name}' with values that are not finite")
@@ -6929,7 +6908,7 @@ def plain(values: dict[str, Any]) -> dict[str, Any]:
     return {
         name: value
         for name, value in flat.items()
-        if isinstance(value, scalar) or isinstance(value, list) and all(isinstance(item, scalar) for item in value)
+        if isinstance(value, scalar) or (isinstance(value, list) and all(isinstance(item, scalar) for item in value))
     }
 
 def revision_of(pipe) -> str | None:
@@ -7044,7 +7023,7 @@ class OptimizationLoop:
             if step == 0:
                 raise
             return self.give_up(str(error))
-        run.step, run.images, run.scores = step, sample.drawn_images, scores
+        run.step, run.images, run.scores = step, sample.generated_images, scores
         self.evaluated = run.noise
         run.loss = loss.detach().where(run.active, torch.nan)
         self.record(method.inspect(run, self.objective, self.state))
@@ -7540,7 +7519,7 @@ class NoiseRun:
         self.noise_file = None if save_noise_to is None else NoiseFile(save_noise_to)
         if size := image_size(pipe, request):
             self.objective.try_out(self.reward_prompts[0], *size, gradient=method.gradient_mode is not None)
-        self.decoder = as_loop_decoder(method.decoder, pipe, list(parts_of(pipe, DENOISERS).values()))
+        self.decoder = as_loop_decoder(method.decoder, pipe, list(submodules_of(pipe, DENOISERS).values()))
         self.encoded: list[Any] = []
         self.result: NoiseResult | None = None
 
@@ -7673,7 +7652,7 @@ class NoiseOptimizationMixin(SavedWithCode):
             self, as_method(method, method_kwargs), request, callbacks, noise_sampler, reward_prompt, save_noise_to
         )
         try:
-            with frozen_modules(self, run.decoder), hook_on(self, run):
+            with frozen_modules(self, run.method.gradient_mode, run.decoder), hook_on(self, run):
                 output = stock(*args, **kwargs)
         except BaseException as error:
             if run.result is not None:
@@ -7801,7 +7780,8 @@ def optimize_noise(
     request = bind_request(twin, (), {"prompt": prompt, **call_kwargs})
     run = NoiseRun(twin, method, request, callbacks, noise_sampler, reward_prompt, save_noise_to, render=False)
     vars(twin)["_noise_run"] = run
-    with frozen_modules(twin, run.decoder), torch.no_grad(), contextlib.suppress(NoiseFound):
+    frozen = frozen_modules(twin, method.gradient_mode, run.decoder)
+    with frozen, torch.no_grad(), contextlib.suppress(NoiseFound):
         stock_call(type(pipe))(twin, **request)
     return run.result_of(twin)
 
