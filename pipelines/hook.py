@@ -230,7 +230,7 @@ class NoiseOptimizationMixin(SavedWithCode):
             self, as_method(method, method_kwargs), request, callbacks, noise_sampler, reward_prompt, save_noise_to
         )
         try:
-            with frozen_modules(self, run.decoder), hook_on(self, run):
+            with frozen_modules(self, run.method.gradient_mode, run.decoder), hook_on(self, run):
                 output = stock(*args, **kwargs)
         except BaseException as error:
             if run.result is not None:
@@ -364,6 +364,7 @@ def optimize_noise(
     request = bind_request(twin, (), {"prompt": prompt, **call_kwargs})
     run = NoiseRun(twin, method, request, callbacks, noise_sampler, reward_prompt, save_noise_to, render=False)
     vars(twin)["_noise_run"] = run
-    with frozen_modules(twin, run.decoder), torch.no_grad(), contextlib.suppress(NoiseFound):
+    frozen = frozen_modules(twin, method.gradient_mode, run.decoder)
+    with frozen, torch.no_grad(), contextlib.suppress(NoiseFound):
         stock_call(type(pipe))(twin, **request)
     return run.result_of(twin)

@@ -421,8 +421,16 @@ FAMILY_CALLS = {
 
 @functools.cache
 def tiny_family(family: str):
-    """Return the stock pipeline of a family, shared by all tests: they restore what they change."""
-    return quiet(FAMILY_BUILDERS[family]())
+    """Return the stock pipeline of a family, shared by all tests: they restore what they change.
+
+    Its weights require no gradient: torch multiplies matrices with another rounding if they do, and these tests compare
+    bit by bit.
+    """
+    pipe = quiet(FAMILY_BUILDERS[family]())
+    for part in pipe.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.requires_grad_(False)
+    return pipe
 
 
 def family_arguments(family: str) -> dict:

@@ -20,16 +20,18 @@ def modules_of(pipe) -> dict[str, nn.Module]:
 
 
 @contextlib.contextmanager
-def frozen_modules(pipe, decoder: nn.Module | None = None) -> Iterator[None]:
+def frozen_modules(pipe, gradient: str | None, decoder: nn.Module | None = None) -> Iterator[None]:
     """Freeze all modules of a pipeline and a separate decoder; the previous state is restored on exit.
 
-    Inside they are in `eval()`, no parameter requires a gradient, and the layers are lean; see `lean_layers`.
+    Inside they are in `eval()`. For a method with gradients no parameter requires a gradient, and the layers are lean;
+    see `lean_layers`. Otherwise parameters stay as they are: torch multiplies matrices in another order, with another
+    rounding, if a weight requires no gradient.
     """
     roots = [*modules_of(pipe).values(), *([] if decoder is None else [decoder])]
     modules = [module for root in roots for module in root.modules()]
     training = [module for module in modules if module.training]
     # by name, since offloading replaces the parameters
-    trainable = [(module, name) for module in modules for name in trainable_parameters(module)]
+    trainable = [(module, name) for module in modules for name in trainable_parameters(module) if gradient]
 
     def switch(on: bool) -> None:
         for module in training:
@@ -39,7 +41,7 @@ def frozen_modules(pipe, decoder: nn.Module | None = None) -> Iterator[None]:
 
     try:
         switch(False)
-        with lean_layers(roots):
+        with lean_layers(roots if gradient else []):
             yield
     finally:
         switch(True)
