@@ -1,10 +1,9 @@
 """Checks of one cell against its oracles: the stock pipeline and losses in closed form."""
 
-import contextlib
 import copy
 import functools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -113,7 +112,7 @@ class Call:
 
     def sample(self, **kwargs) -> torch.Tensor:
         kwargs = {"generator": generator(), **kwargs}
-        with torch.random.fork_rng(devices=[]), frozen_weights(self.pipe):
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # for schedulers that are passed no generator
             return self.pipe(prompt=PROMPT, output_type="pt", **self.arguments, **kwargs).images
 
@@ -142,20 +141,6 @@ class Call:
 
     def optimize(self, method: NoiseOptimizer, **kwargs) -> NoiseResult:
         return optimize_noise(self.pipe, PROMPT, method, generator=generator(), **self.arguments, **kwargs)
-
-
-@contextlib.contextmanager
-def frozen_weights(pipe) -> Iterator[None]:
-    """Freeze the weights as an optimization does: `torch.matmul` rounds differently if they require a gradient."""
-    modules = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
-    weights = [weight for module in modules for weight in module.parameters() if weight.requires_grad]
-    for weight in weights:
-        weight.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for weight in weights:
-            weight.requires_grad_(True)
 
 
 def spatial(pipe, latents: torch.Tensor) -> torch.Tensor:
