@@ -50,6 +50,7 @@ from typing import (
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, AutoencoderTiny
+from diffusers.models import attention_dispatch
 from diffusers.models.activations import GEGLU
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
@@ -93,8 +94,8 @@ from transformers import (
 )
 
 # The name that diffusers gives this module may come to mean the bundle of another release.
-sys.modules[f"{__name__}_b67a20e6ab3d"] = sys.modules[__name__]
-__name__ = f"{__name__}_b67a20e6ab3d"
+sys.modules[f"{__name__}_1a525f2b9413"] = sys.modules[__name__]
+__name__ = f"{__name__}_1a525f2b9413"
 
 # rewards/contract/transforms.py
 
@@ -1296,7 +1297,11 @@ AESTHETIC_V1_FILE = "sa_0_4_vit_l_14_linear.pth"
 class CLIPVisionTower(CLIPVisionModelWithProjection):
     """Vision tower that loads from a full CLIP checkpoint without a warning about the text tower."""
 
-    _keys_to_ignore_on_load_unexpected = [r"^text_model\.", r"^text_projection\.", r"^logit_scale$"]
+    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [
+        r"^text_model\.",
+        r"^text_projection\.",
+        r"^logit_scale$",
+    ]
 
 class AestheticHead(nn.Module):
     """Scoring head, (B, D) image embeddings -> (B, 1): five linear layers without activations.
@@ -1990,7 +1995,7 @@ class SigLIP(Reward):
         # The first SigLIP pads with its end token; SigLIP 2 uses the tokenizer of Gemma.
         if eos == pad:
             text = " ".join(text.translate(WITHOUT_PUNCTUATION).split())
-        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"][: length - 1] + [eos]
+        ids = [*self.tokenizer(text, add_special_tokens=False)["input_ids"][: length - 1], eos]
         return ids + [pad] * (length - len(ids))
 
     @property
@@ -2059,15 +2064,15 @@ def find_features(name_or_path: str) -> type[Features] | None:
 # rewards/sets/pairwise_distance.py
 
 class PairwiseDistance(nn.Module):
-    """`distance(images_a, images_b) -> (N, M)`, with a gradient to both, in the metric that the features are made for.
+    """`distance(images_a, images_b) -> (N, M)`, differentiable with respect to both, in the metric of the features.
 
-    N images and M others are encoded once each. What is compared often is encoded once for all:
+    Each image is encoded once. To compare with the same references repeatedly, encode them in advance:
 
         known = distance.features(references).detach()
         distance.between(distance.features(images), known)
 
     Args:
-        features: what the images are compared by.
+        features: The features by which images are compared.
     """
 
     def __init__(self, features: Features) -> None:
@@ -2111,21 +2116,21 @@ DISTANCES: dict[FeatureMetric, Callable[[Tensor, Tensor], Tensor]] = {
 SetRewardT = TypeVar("SetRewardT", bound="SetReward")
 
 class SetReward(nn.Module):
-    """Scores a set of images by its features: `set_reward(images) -> scalar`, float32, higher is better.
+    """Base class of set rewards: `set_reward(images) -> scalar`, float32, higher is better.
 
-    A subclass implements `score`, and is built from its features alone: `SetRewardClass(features)`. The value does not
+    A subclass implements `score` and is constructed from its features: `SetRewardClass(features)`. The value does not
     depend on the order of the images.
 
-    To optimise a large set in the memory of one image, compute all features without a gradient, then the gradient of
-    `of_features` with respect to them, then one image at a time: each image depends on the others through them alone.
+    To optimize a large set with the memory of one image, compute all features without a graph, then the gradient of
+    `of_features` with respect to them, then backpropagate it through one image at a time.
 
     Args:
-        features: what the images are compared by; frozen.
+        features: The features by which images are compared; frozen.
 
     Attributes:
-        name: the name under which values are reported.
-        range: the lowest and highest possible value of any set, where there is one.
-        default_features: what `from_pretrained()` takes.
+        name: The name under which values are reported.
+        range: The lowest and highest possible value of any set, if the formula is bounded.
+        default_features: The features that `from_pretrained()` loads by default.
     """
 
     name: str = "set_reward"
@@ -2167,7 +2172,7 @@ class SetReward(nn.Module):
         if len(features) < 2:
             raise ValueError(
                 f"Expected at least 2 images for the set reward '{self.name}', references included, but got "
-                f"{len(features)}. Draw several images of the prompt, or pass `references`."
+                f"{len(features)}. Generate several images of the prompt, or pass `references`."
             )
         return features
 
@@ -2200,11 +2205,11 @@ def find_set_reward(name: str) -> type[SetReward]:
 
 @register_set_reward("pairwise")
 class PairwiseDiversity(SetReward):
-    """The mean distance of all pairs of images.
+    """Mean distance of all pairs of images.
 
-    On the patches of DINOv2 the objective of It's Never Too Late, https://arxiv.org/abs/2601.00090; on one vector an
-    image 1 - MSS; on LPIPS the usual measure of diversity. One image far from the others is enough to raise it. In a
-    cosine it has no gradient at images that are all the same.
+    On the patches of DINOv2 it is an objective of It's Never Too Late, https://arxiv.org/abs/2601.00090; on one vector
+    per image it is 1 - MSS; on LPIPS it is the usual measure of diversity. A single outlier raises it. With a cosine
+    metric it has no gradient if all images are identical.
     """
 
     name = "pairwise"
@@ -2224,18 +2229,19 @@ DPP_JITTER = 1e-6
 
 @register_set_reward("dpp")
 class DPP(SetReward):
-    """`logdet(I + K + 1e-6 I) / (N ln 2)` of the cosine kernel K of all N images, references included.
+    """`logdet(I + K + 1e-6 I) / (N ln 2)` of the cosine kernel K of all N images, including references.
 
-    The objective of It's Never Too Late, https://arxiv.org/abs/2601.00090, on the class token of DINOv2, after the
-    determinantal point processes of https://arxiv.org/abs/1207.6083. It is 1 (to 1e-6) for images at right angles and
-    `ln(1 + N) / (N ln 2)` for copies of one: .792 of 2, .580 of 4, .396 of 8. So a stop at a multiple of the first
-    value is no use: of 4 images that can at most grow by 1.72. What the released code logs is this times N ln 2.
+    The objective of It's Never Too Late, https://arxiv.org/abs/2601.00090, on the class token of DINOv2, based on
+    determinantal point processes, https://arxiv.org/abs/1207.6083. The value is 1 (up to 1e-6) for orthogonal features
+    and `ln(1 + N) / (N ln 2)` for identical ones: .792 for N = 2, .580 for 4, .396 for 8. So a target relative to the
+    initial value is of little use: for N = 4 the value can grow by a factor of at most 1.72. The released code logs
+    the value times N ln 2.
 
-    Of features at several positions (N, P, D) it is the mean over the positions.
+    For features (N, P, D) at P positions, the value is the mean over positions.
 
-    One outlier is worth less than in the mean of pairs, and the last copy that changes more: of 4 images at right
-    angles, .40 (there .50) and .25 (there .17) of the way from all alike to all different. Exact copies have no
-    gradient, as in everything that is made of cosines.
+    Compared with `PairwiseDiversity`, a first outlier adds less and a last different image adds more: for 4 images, on
+    a scale from all identical to all orthogonal, .40 (instead of .50) and .25 (instead of .17). Exact copies have no
+    gradient, as for any function of cosines.
     """
 
     name = "dpp"
@@ -2252,7 +2258,7 @@ class DPP(SetReward):
 
 @register_set_reward("dpp_patch")
 class DPPPatch(DPP):
-    """`DPP` patch by patch: images must differ everywhere, or at least where others of the set agree."""
+    """`DPP` averaged over patches: images have to differ everywhere, not just on average."""
 
     name = "dpp_patch"
     default_features = "dinov2_patch"
@@ -2261,18 +2267,18 @@ class DPPPatch(DPP):
 
 @register_set_reward("vendi")
 class Vendi(SetReward):
-    """The effective number of different images among all N, references included, in [1, N]; see `vendi_score`.
+    """Effective number of different images among all N, including references, in [1, N]; see `vendi_score`.
 
-    Of features at several positions (N, P, D) it is the mean over the positions. The gradient vanishes for exact
-    copies and for images at right angles to one another.
+    For features (N, P, D) at P positions, the value is the mean over positions. The gradient vanishes for exact copies
+    and for orthogonal features.
 
     Args:
-        features: what the images are compared by.
-        order: above 0, `math.inf` is one; by default that of the class, 1. Order 2 needs no eigenvalues and is smooth
-            everywhere. The reward of another order is named after it: "vendi_0.5".
+        features: The features by which images are compared.
+        order: The order, above 0 or `math.inf`; by default that of the class, 1. Order 2 needs no eigenvalues and is
+            smooth everywhere. Other orders are part of the name: "vendi_0.5".
 
     Raises:
-        ValueError: an order of 0, which has no gradient, or below.
+        ValueError: For an order of 0, which has no gradient, or below.
     """
 
     name = "vendi"
@@ -2284,7 +2290,7 @@ class Vendi(SetReward):
         if not self.order > 0:
             raise ValueError(
                 f"Expected an order above 0 for the Vendi score as a reward, but got {order}. Order 0, the number of "
-                "images that are no copies, has no gradient: use `order=0.1`, or `vendi_score` to measure it."
+                "distinct images, has no gradient: use `order=0.1`, or `vendi_score` to measure it."
             )
         self.name = "vendi" if self.order == 1 else f"vendi_{self.order:g}"
 
@@ -2296,14 +2302,14 @@ class Vendi(SetReward):
 
 @register_set_reward("vendi_2")
 class VendiOrder2(Vendi):
-    """`1 / ‖K / N‖²`, the Vendi score of order 2 (RKE, https://arxiv.org/abs/2211.02242): no eigenvalues, smooth."""
+    """Vendi score of order 2, `1 / ‖K / N‖²`, smooth and without eigenvalues (RKE, https://arxiv.org/abs/2211.02242)."""
 
     name = "vendi_2"
     order = 2.0
 
 @register_set_reward("vendi_inf")
 class VendiOrderInfinity(Vendi):
-    """1 / the largest eigenvalue of K / N: only how much all images have in common counts."""
+    """Vendi score of order ∞, the reciprocal of the largest eigenvalue of K / N: it penalizes only what all share."""
 
     name = "vendi_inf"
     order = math.inf
@@ -2325,7 +2331,7 @@ def kernel_vendi(kernel: Tensor, q: float, features_eps: float) -> Tensor:
 
 def hill_number(shares: Tensor, q: float, floor: float) -> Tensor:
     counted = shares > floor * shares.amax(-1, keepdim=True)
-    # Not the zeros themselves: their logarithm would make the gradient of all others NaN.
+    # Replace zeros, whose logarithm would make the gradient of all shares NaN.
     shares = shares.where(counted, 1.0)
     if q == 1:
         return (-(shares * shares.log()).sum(-1)).exp()
@@ -3301,7 +3307,7 @@ class RewardSum(nn.Module):
         for start in range(0, max(1, len(images)), size):
             rows = slice(start, start + size)
             chunk_gradient = None if gradient is None else gradient[rows]
-            chunks.append(self.scores(pixels[rows], part_of_prompts(prompts, rows), chunk_gradient))
+            chunks.append(self.scores(pixels[rows], prompts_of_rows(prompts, rows), chunk_gradient))
         components = {name: torch.cat([chunk[name] for chunk in chunks]) for name in self.names}
         total = images.new_zeros(len(images), dtype=torch.float32)
         for name, weight in self.weights.items():
@@ -3320,7 +3326,7 @@ class RewardSum(nn.Module):
                 components[name] = reward(images, prompts).detach()
         return components
 
-    def optimised(self) -> "RewardSum":
+    def optimized(self) -> "RewardSum":
         pairs = zip(self.names, self.rewards, strict=True)
         return self.like({name: reward for name, reward in pairs if self.weights[name]})
 
@@ -3341,7 +3347,7 @@ def score_and_gradient(reward: nn.Module, images: Tensor, prompts: str | Sequenc
     (gradient,) = torch.autograd.grad(scores.sum(), pixels, materialize_grads=True)
     return scores.detach(), gradient
 
-def part_of_prompts(prompts: str | Sequence[str] | None, rows: slice) -> str | Sequence[str] | None:
+def prompts_of_rows(prompts: str | Sequence[str] | None, rows: slice) -> str | Sequence[str] | None:
     return prompts if prompts is None or isinstance(prompts, str) else prompts[rows]
 
 def reward_weight_pairs(rewards: RewardsLike, weights: Sequence[float] | None) -> list[tuple[Any, Any]]:
@@ -3424,6 +3430,7 @@ def execution_device(pipe) -> torch.device:
     return private(pipe, "_execution_device", "diffusers")
 
 def interrupt(pipe) -> None:
+    private(pipe, "_interrupt", "diffusers")
     pipe._interrupt = True
 
 def own_timestep_count(pipe) -> int | None:
@@ -3444,8 +3451,6 @@ def is_stateful(hook: Any) -> bool:
     return private(hook, "_is_stateful", "diffusers")
 
 def attention_backend_of(module: nn.Module) -> str | None:
-    from diffusers.models import attention_dispatch
-
     processor: Any = getattr(module, "processor", None)
     if not hasattr(processor, "_attention_backend"):
         return None
@@ -4334,7 +4339,8 @@ def first_step_only(pipe) -> Iterator[list[torch.Tensor]]:
         stepped.append(bool(calls))
         x0 = predict_x0(scheduler, model_output, timestep, sample).to(model_output.dtype)
         estimates.append(x0)
-        interrupt(pipe)
+        if interruptible:
+            interrupt(pipe)
         return (x0, x0)
 
     vars(scheduler).update(set_timesteps=set_one, step=estimate)
@@ -5457,50 +5463,51 @@ class SetRewardSumOutput:
     """Values of one set of images.
 
     Attributes:
-        total: a scalar, the weighted sum, with its gradient.
-        components: name -> a scalar, each in its own units, unweighted and detached: they are for reporting.
+        total: The weighted sum, a differentiable scalar.
+        components: Name -> scalar, unweighted, in the units of the set reward, and detached.
     """
 
     total: Tensor
     components: dict[str, Tensor]
 
 class SetRewardSum(nn.Module):
-    """`sum_i weight_i * set_reward_i(images)`, one number for the whole set, higher is better.
+    """`sum_i weight_i * set_reward_i(images)`, a scalar for the whole set, higher is better.
 
-    What is plain is enough, so that it can be given to a pipeline from the Hub:
+    Plain values are accepted, so that they can be passed to a pipeline from the Hub:
 
         {"dpp": 150.0}                                      # name -> weight, on its default features
         {"dpp": ("clip", 150.0), "pairwise": ("lpips", 60.0)}   # name -> (features, weight)
         [("dpp", 150.0), ("dpp", "clip", 50.0)]             # the same reward on two features
         "dpp"                                               # weight 1
 
-    Features are a registered name, a Hub id, a folder or a `Features`. Those of the same name are loaded once, and all
-    set rewards on the same features share their forward pass.
+    Features are given by a registered name, a Hub id, a folder or as a `Features` object. The same name is loaded once,
+    and set rewards on the same features share a forward pass.
 
-    In the memory of one image, whatever their number, with the same gradient: all features without a graph, the
-    gradient with respect to them, then one image at a time.
+    The exact gradient is also available with the memory of one image: compute all features without a graph, then the
+    gradient with respect to them, then backpropagate through one image at a time.
 
-        parts = [total.known_features(image) for image in generated_one_by_one]     # first pass, no graph
-        output, gradient = total.gradient(join_features(parts), known)
+        chunks = [total.known_features(image) for image in generated_one_by_one]    # first pass, no graph
+        output, gradient = total.gradient(join_features(chunks), known)
         for index, image in enumerate(generated_again_with_a_graph):                # second pass
             total.linearized(image, {name: rows[index : index + 1] for name, rows in gradient.items()}).backward()
 
     Args:
-        diversity: one of the above; a `SetReward` in place of a name; or another `SetRewardSum`. A set reward of
-            weight 0 is evaluated and reported, not optimised.
-        dtype, device: of the features that are loaded by name.
+        diversity: One of the forms above, with a `SetReward` allowed instead of a name; or another `SetRewardSum`. A
+            set reward of weight 0 is evaluated and reported, but not optimized.
+        dtype: The weights' dtype of features that are loaded by name.
+        device: The device of features that are loaded by name.
 
     Attributes:
-        rewards: the set rewards, in the order given.
-        names: their names; the second `dpp` becomes `dpp_2`.
-        weights: name -> weight.
-        feature_maps: the features that they look at, each once.
-        feature_names: the names of these, under which `features` gives them.
+        rewards: The set rewards, in the given order.
+        names: Their names; the second `dpp` becomes `dpp_2`.
+        weights: Name -> weight.
+        feature_maps: The distinct features of the set rewards.
+        feature_names: The names of the features, which are the keys of `features(images)`.
 
     Raises:
-        TypeError: something that is no set reward.
-        ValueError: an unknown name, or a weight that is negative or not finite. Names and weights are checked before
-            anything is loaded.
+        TypeError: For an object that is not a set reward.
+        ValueError: For an unknown name, or a weight that is negative or not finite. Names and weights are checked
+            before any model is loaded.
     """
 
     def __init__(
@@ -5553,8 +5560,8 @@ class SetRewardSum(nn.Module):
         output, rows = self.gradient(features, references)
         gradient = torch.empty_like(images)
         for start in range(0, len(images), chunk_size):
-            part = slice(start, start + chunk_size)
-            gradient[part] = self.pixel_gradient(images[part], {name: each[part] for name, each in rows.items()})
+            chunk = slice(start, start + chunk_size)
+            gradient[chunk] = self.pixel_gradient(images[chunk], {name: each[chunk] for name, each in rows.items()})
         total = AttachedGradient.apply(images, output.total.to(images.device), gradient)
         return SetRewardSumOutput(total, output.components)  # pyright: ignore[reportArgumentType]
 
@@ -5572,9 +5579,9 @@ class SetRewardSum(nn.Module):
             self.check_feature_names(given)
         total, components = torch.zeros((), device=features[self.feature_names[0]].device), {}
         for name, reward in zip(self.names, self.rewards, strict=True):
-            its_name, weight = self.features_of[name], self.weights[name]
-            own = features[its_name] if weight else features[its_name].detach()
-            value = reward.of_features(own, None if references is None else references[its_name])  # pyright: ignore[reportCallIssue]
+            key, weight = self.features_of[name], self.weights[name]
+            encoded = features[key] if weight else features[key].detach()
+            value = reward.of_features(encoded, None if references is None else references[key])  # pyright: ignore[reportCallIssue]
             components[name] = value.detach()
             total = total + weight * value.to(total.device)
         return SetRewardSumOutput(total, components)
@@ -5603,16 +5610,16 @@ class SetRewardSum(nn.Module):
         if missing := [name for name in self.feature_names if name not in features]:
             raise ValueError(
                 f"Expected features of {self.feature_names}, but got those of {list(features)}: {missing} are missing. "
-                "Take them of `features(images)` or `known_features(images)` of the same sum."
+                "Compute them with `features(images)` or `known_features(images)` of the same sum."
             )
 
     def check_differentiable(self) -> None:
         entries = zip(self.weights.items(), self.rewards, strict=True)
-        names = [name for (name, weight), reward in entries if weight and not reward.features.differentiable]  # pyright: ignore
+        names = [name for (name, weight), reward in entries if weight and not reward.features.differentiable]  # pyright: ignore[reportAttributeAccessIssue]
         if names:
             raise NonDifferentiableReward(
                 f"Expected set rewards with a gradient, but the features of {names} are not differentiable. Give them "
-                "weight 0 to have them reported only, or use a method without gradients."
+                "weight 0 to only report them, or use a method without gradients."
             )
 
     def describe(self) -> dict[str, dict[str, Any]]:
@@ -5628,8 +5635,8 @@ def set_reward_entries(diversity: SetRewardsLike) -> list[tuple[Any, Any, Any]]:
     elif isinstance(diversity, (list, tuple)):
         entries = [tuple(each) if isinstance(each, (tuple, list)) else (each, 1.0) for each in diversity]
     elif isinstance(parts := getattr(diversity, "rewards", None), nn.ModuleList):
-        # A sum is known by its attributes: a pipeline from the Hub has its own copy of the class.
-        entries = list(zip(parts, diversity.weights.values(), strict=True))  # pyright: ignore
+        # Duck typing, because a pipeline from the Hub has its own copy of the class.
+        entries = list(zip(parts, diversity.weights.values(), strict=True))  # pyright: ignore[reportAttributeAccessIssue]
     else:
         entries = [(diversity, 1.0)]
     if not entries:
@@ -5639,7 +5646,7 @@ def set_reward_entries(diversity: SetRewardsLike) -> list[tuple[Any, Any, Any]]:
 def with_features(entry: tuple[Any, ...]) -> tuple[Any, Any, Any]:
     if len(entry) not in (2, 3):
         raise ValueError(
-            f"Expected a set reward, features if not the default ones, and a weight, but got {entry!r}. Write "
+            f"Expected a set reward, optional features, and a weight, but got {entry!r}. Write "
             "`{'dpp': 150.0}`, `{'dpp': ('clip', 150.0)}` or `[('dpp', 'clip', 150.0)]`."
         )
     return entry if len(entry) == 3 else (entry[0], None, entry[1])
@@ -5670,8 +5677,8 @@ def check_set_reward(reward: Any, features: Any) -> None:
         )
     elif features is not None:
         raise ValueError(
-            f"Expected no features beside the set reward '{reward.name}', which brings its own, but got {features!r}. "
-            "Leave them out."
+            f"Expected no features for the set reward '{reward.name}', which has its own, but got {features!r}. Omit "
+            "them."
         )
 
 def build_set_rewards(
@@ -5827,14 +5834,14 @@ class GuardedNoise:
 # rewards/sets/hinged_set_reward.py
 
 class HingedSetReward(SetReward):
-    """The value of another set reward, with its gradient only below `target`.
+    """Value of another set reward, with a gradient only below `target`.
 
-    So the gradient of `-weight * value` is that of the hinge `weight * max(0, target - value)`, the diversity term of
-    It's Never Too Late, https://arxiv.org/abs/2601.00090, eq. 3, while the value that is reported stays what it is.
+    The gradient of `-weight * value` is that of the hinge `weight * max(0, target - value)`, the diversity term of It's
+    Never Too Late, https://arxiv.org/abs/2601.00090, eq. 3, while the reported value is unchanged.
 
     Args:
         reward: Any set reward.
-        target: τ_D, in its units.
+        target: τ_D, in the units of the reward.
     """
 
     def __init__(self, reward: SetReward, target: float) -> None:
@@ -6479,7 +6486,7 @@ class ViewedRewards(RewardObjective):
         gradient = torch.empty_like(images)
         for start in range(0, len(images), chunk_size):
             rows = slice(start, start + chunk_size)
-            leaf, texts = images[rows].detach().requires_grad_(), part_of_prompts(prompts, rows)
+            leaf, texts = images[rows].detach().requires_grad_(), prompts_of_rows(prompts, rows)
             views = random_views(leaf, self.views, seeds[rows])
             total = torch.stack([self.weighted(view, texts).total.sum() for view in views]).mean()
             gradient[rows] = torch.autograd.grad(total, leaf)[0] if total.requires_grad else 0
@@ -6487,7 +6494,7 @@ class ViewedRewards(RewardObjective):
 
     @functools.cached_property
     def weighted(self) -> RewardSum:
-        return self.rewards.optimised()
+        return self.rewards.optimized()
 
 # pipelines/reno/method.py
 
@@ -7179,9 +7186,9 @@ def neighbor(pivot: torch.Tensor, direction: torch.Tensor, cosine: float) -> tor
 # callbacks/noise_callback.py
 
 class NoiseCallback:
-    """Base class of callbacks per *optimization* step. (diffusers' `callback_on_step_end` is per denoising step.)
+    """Base class of callbacks per *optimization* step.
 
-    Subclasses override the hooks that they need. A function `(state) -> bool | None` is accepted as `on_step_end`.
+    (diffusers' `callback_on_step_end` is per denoising step.) Subclasses override the hooks that they need. A function `(state) -> bool | None` is accepted as `on_step_end`.
     """
 
     def on_run_start(self, state: NoiseState) -> None:
