@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import StableDiffusionPipeline
 from problems import generator, redness
+from tiers import slow_except
 from tiny_features import TINY_FEATURES, publish_dinov2
 from tiny_pipelines import (
     BUILDERS,
@@ -222,7 +223,7 @@ def test_an_absolute_target_out_of_reach_is_refused_before_any_model_runs(argume
 
 
 def test_a_ratio_out_of_reach_is_refused_at_the_first_evaluation_with_the_largest():
-    plain, noises = find(method(steps=1))
+    plain, _ = find(method(steps=1))
     largest = 1 / plain.scores["dpp"][0, 0].item()
     with pytest.raises(ValueError, match=rf"`stop_ratio` of 'dpp' to be at most {largest:.4g}, .* but got 4:"):
         find(method(stop_ratio=4.0))  # the default of the released code
@@ -398,7 +399,7 @@ def test_a_guard_by_the_name_of_a_reward_shares_it(weight):
 
 def test_rewards_that_all_have_weight_zero_leave_the_guard():
     """The setting of the released code: HPSv2 is loaded, does not count, and is guarded."""
-    result, noises = find(method(rewards={"red": 0.0}, guard={"red": 0.05}))
+    result, _ = find(method(rewards={"red": 0.0}, guard={"red": 0.05}))
     alone, _ = find(method(guard={"red": 0.05}))
     assert torch.equal(result.noise, alone.noise) and set(result.scores) == {"guard red", "dpp"}
     with pytest.raises(ValueError, match="all weights are 0"):
@@ -581,6 +582,7 @@ def test_pink_noise_is_where_it_starts():
             find(method(), noise_sampler={"name": "pink", "alpha": alpha})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preview", [False, True])
 @pytest.mark.parametrize("family", BUILDERS)
 def test_every_family_comes_to_differ(family, preview):
@@ -606,7 +608,7 @@ def call_of(cls) -> dict:
     return {**call_arguments(FAMILIES[cls]), "num_images_per_prompt": 2, "output_type": "pt"}
 
 
-@pytest.mark.parametrize("cls", PIPELINES, ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("cls", slow_except(PIPELINES, NeverTooLateTurboPipeline), ids=lambda cls: cls.__name__)
 def test_pipelines_optimise_sets_and_leave_everything_else_to_the_stock_class(cls, names):
     stock = quiet(PIPELINES[cls]())
     ours = quiet(cls(**stock.components))
@@ -686,6 +688,7 @@ def test_a_guard_from_the_hub_is_no_instance_of_ours():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tower", ["dinov2", "clip"])
 def test_on_the_embedded_model_sets_come_to_differ(tower):
     pipe = NeverTooLateStableDiffusionPipeline(**load_pipeline("turbo").components, requires_safety_checker=False)
