@@ -48,7 +48,7 @@ def test_calls_show_the_stock_parameters_and_ours(name):
     common = ["method", "method_kwargs", "callbacks", "noise_sampler", "reward_prompt", "save_noise_to"]
     assert [name for name in ours if name != "kwargs"] == [*cls.own_arguments, *common]
     assert all(shown[name].kind is inspect.Parameter.KEYWORD_ONLY for name in ours if name != "kwargs")
-    documented = re.findall(r"^    ([\w, ]+):", cls.__call__.__doc__, flags=re.M)
+    documented = re.findall(r"^    ([\w, ]+):", cls.__call__.__doc__, flags=re.MULTILINE)
     assert set(ours) - {"kwargs"} <= {name for names in documented for name in names.split(", ")}
 
 
