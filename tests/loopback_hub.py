@@ -1,7 +1,7 @@
-"""A Hugging Face Hub on the loopback interface, so that tests go through the real download and upload code.
+"""A Hugging Face Hub on the loopback interface, so that tests run the real download and upload code.
 
-Repositories are folders `root/<namespace>/<name>` with the content of `main`; tags keep copies. Point a fresh process
-at it with `environment`, or `HfApi(endpoint=hub.url, token=WRITER)` in this one.
+Repositories are folders `root/<namespace>/<name>` with the content of `main`; tags are copies. A fresh process uses it
+by `environment`, this process by `HfApi(endpoint=hub.url, token=WRITER)`.
 """
 
 import base64
@@ -22,8 +22,8 @@ from typing import Any
 import yaml
 
 Answer = tuple[int, bytes | dict[str, Any] | list[Any], dict[str, str]]
-WRITER, READER = "hf_loopback", "hf_reader"  # tokens: the second may not write; others are not known
-# What the `.gitattributes` of a new model repository names; of the others, large binary files are added to it.
+WRITER, READER = "hf_loopback", "hf_reader"  # tokens: the second may not write, others are unknown
+# Suffixes in the `.gitattributes` of a new model repository, to which large binary files are added.
 LARGE_FILES = {".bin", ".ckpt", ".h5", ".msgpack", ".onnx", ".pt", ".pth", ".safetensors"}
 
 
@@ -33,11 +33,11 @@ class LoopbackHub:
 
     Attributes:
         root: The folder of repositories.
-        cache: Where processes of `environment` keep what they download.
+        cache: The download cache of processes of `environment`.
         url: Its address.
-        requests: The methods and paths that were asked for.
-        private: The repositories that were made private.
-        largest_binary: Binary files of more bytes are stored as large files: https://git-lfs.com.
+        requests: The methods and paths of all requests.
+        private: The private repositories.
+        largest_binary: The bytes above which binary files are stored as large files: https://git-lfs.com.
     """
 
     root: Path
@@ -48,13 +48,13 @@ class LoopbackHub:
     largest_binary: int = 1_000_000
 
     def begin(self, root: Path) -> None:
-        """Serve the repositories of another folder, to processes that have downloaded nothing."""
+        """Serve the repositories of another folder, with an empty download cache."""
         shutil.rmtree(self.cache, ignore_errors=True)
         vars(self).update(vars(LoopbackHub(root, self.cache, self.url)))
 
     @property
     def environment(self) -> dict[str, str]:
-        """Environment variables for a process that is to see this Hub and nothing else; set before its first import."""
+        """The environment of a process that sees this Hub only; to be set before its first import."""
         ours = {"HF_ENDPOINT": self.url, "HF_HOME": str(self.cache)}
         ours |= {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
@@ -62,15 +62,15 @@ class LoopbackHub:
 
     @property
     def large_files(self) -> Path:
-        """Where the contents of large files wait for their commit."""
+        """The folder of large files that are not committed yet."""
         return self.root.with_name(f"{self.root.name}.large")
 
     def tags(self, name: str) -> Path:
-        """The folder with a copy of a repository for each tag."""
+        """Return the folder with a copy of a repository per tag."""
         return self.root.with_name(f"{self.root.name}.tags") / name
 
     def repository(self, name: str, revision: str = "main") -> "Repository | None":
-        """A repository at a branch, tag or commit; `None` where there is none."""
+        """Return a repository at a branch, tag or commit, or `None`."""
         main = self.root / name
         if revision in ("main", "refs/heads/main"):
             return Repository(main, name) if main.is_dir() else None
@@ -79,13 +79,13 @@ class LoopbackHub:
         return next((each for each in known if revision in (each.sha, each.folder.name)), None)
 
     def is_large(self, path: str, sample: bytes, size: int) -> bool:
-        """Whether a file is stored as a large one: by its name, or as a large binary."""
-        return Path(path).suffix in LARGE_FILES or b"\0" in sample and size > self.largest_binary
+        """Return whether a file is stored as a large one: by its name, or as a large binary."""
+        return Path(path).suffix in LARGE_FILES or (b"\0" in sample and size > self.largest_binary)
 
 
 @contextlib.contextmanager
 def running_hub(folder: Path) -> Iterator[LoopbackHub]:
-    """A Hub without repositories until the block ends; what is downloaded from it lies in this folder."""
+    """Run an empty Hub until the block ends; its downloads are cached in `folder`."""
     hub = LoopbackHub(folder / "hub", folder / "cache")
     server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, hub))
     hub.url = f"http://127.0.0.1:{server.server_port}"
@@ -100,7 +100,7 @@ def running_hub(folder: Path) -> Iterator[LoopbackHub]:
 
 
 class Handler(BaseHTTPRequestHandler):
-    """The few endpoints that `from_pretrained`, `snapshot_download`, `create_commit` and `create_tag` use."""
+    """The endpoints that `from_pretrained`, `snapshot_download`, `create_commit` and `create_tag` use."""
 
     protocol_version = "HTTP/1.1"
 
@@ -121,17 +121,18 @@ class Handler(BaseHTTPRequestHandler):
         else:
             self.reply(404, {}, {})
 
-    do_HEAD = do_GET
+    do_HEAD = do_GET  # noqa: N815
 
     def do_PUT(self) -> None:
-        """The content of a large file, at an address that was handed out to one who may write."""
+        """Store a large file, at an address that was handed out to a writer."""
         path, data = self.asked(), self.body()
         oid = path.removeprefix("/large/")
         if hashlib.sha256(data).hexdigest() != oid:
-            return self.reply(400, {"error": "The content is not that of its name."}, {})
-        self.hub.large_files.mkdir(exist_ok=True)
-        (self.hub.large_files / oid).write_bytes(data)
-        self.reply(200, {}, {})
+            self.reply(400, {"error": "The content is not that of its name."}, {})
+        else:
+            self.hub.large_files.mkdir(exist_ok=True)
+            (self.hub.large_files / oid).write_bytes(data)
+            self.reply(200, {}, {})
 
     def do_POST(self) -> None:
         path, body = self.asked(), self.body()
@@ -153,7 +154,7 @@ class Handler(BaseHTTPRequestHandler):
             self.reply(404, {}, {})
 
     def asked(self) -> str:
-        """The path of the request, which is noted."""
+        """Return the path of the request, and record it."""
         path = self.path.split("?")[0]
         self.hub.requests.append(f"{self.command} {path}")
         return path
@@ -162,14 +163,14 @@ class Handler(BaseHTTPRequestHandler):
         return self.rfile.read(int(self.headers["Content-Length"]))
 
     def refusal(self) -> Answer | None:
-        """What an unknown token gets, and one that may not write."""
+        """Return the answer to an unknown token or one that may not write, else `None`."""
         token = self.headers.get("Authorization", "").removeprefix("Bearer ")
         if token not in (WRITER, READER):
             return 401, {"error": "Invalid username or password."}, {}
         return None if token == WRITER else (403, {"error": "You don't have the rights to write here."}, {})
 
     def file(self, repository: "Repository | None", name: str) -> Answer:
-        """The bytes of a file. Clients insist on the two headers."""
+        """Return the bytes of a file, with the two headers that clients require."""
         if repository is None:
             return 404, {}, {"X-Error-Code": "RepoNotFound"}
         if name not in repository.files:
@@ -178,13 +179,13 @@ class Handler(BaseHTTPRequestHandler):
         return 200, data, {"ETag": f'"{self.oid(name, data)}"', "X-Repo-Commit": repository.sha}
 
     def oid(self, name: str, data: bytes) -> str:
-        """What tells a client whether it has this content: SHA-256 of large files, else what git calls it."""
+        """Return the id of a content: SHA-256 of large files, else the id of git."""
         if self.hub.is_large(name, data[:512], len(data)):
             return hashlib.sha256(data).hexdigest()
         return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
     def tree(self, repository: "Repository | None") -> Answer:
-        """The files, for snapshots."""
+        """List the files, for snapshots."""
         if repository is None:
             return 404, {}, {"X-Error-Code": "RevisionNotFound"}
         entries = [
@@ -202,7 +203,7 @@ class Handler(BaseHTTPRequestHandler):
         return 200, information, {"X-Repo-Commit": repository.sha}
 
     def references(self, name: str) -> Answer:
-        """The tags of a repository."""
+        """List the tags of a repository."""
         tags = [
             {"name": folder.name, "ref": f"refs/tags/{folder.name}", "targetCommit": Repository(folder, name).sha}
             for folder in sorted(self.hub.tags(name).glob("*"))
@@ -210,7 +211,7 @@ class Handler(BaseHTTPRequestHandler):
         return 200, {"branches": [], "converts": [], "tags": tags}, {}
 
     def create(self, request: dict[str, Any]) -> Answer:
-        """A new, empty repository; 409 if it exists, as the Hub answers."""
+        """Create an empty repository; answer 409 if it exists, as the Hub does."""
         name = f"{request['organization']}/{request['name']}"
         folder = self.hub.root / name
         status = 409 if folder.exists() else 200
@@ -220,7 +221,7 @@ class Handler(BaseHTTPRequestHandler):
         return status, {"url": f"{self.hub.url}/{name}", "name": name}, {}
 
     def validate(self, text: str) -> Answer:
-        """Whether the front matter of a README.md is a mapping in YAML."""
+        """Check that the front matter of a README.md is a YAML mapping."""
         match = re.match(r"---\n(.*?)\n---\n", text, flags=re.DOTALL)
         try:
             valid = isinstance(yaml.safe_load(match[1]) if match else None, dict)
@@ -230,7 +231,7 @@ class Handler(BaseHTTPRequestHandler):
         return 200 if valid else 400, {"warnings": [], "errors": errors}, {}
 
     def preupload(self, name: str, files: list[dict[str, Any]]) -> Answer:
-        """How each file is to be sent, and what it is called if a file of that name is there."""
+        """Return the upload mode of each file, and the id of an existing file of that name."""
         repository = self.hub.repository(name)
         answers = []
         for file in files:
@@ -242,7 +243,7 @@ class Handler(BaseHTTPRequestHandler):
         return 200, {"files": answers}, {}
 
     def batch(self, objects: list[dict[str, Any]]) -> Answer:
-        """Where large files are to be put; nothing for those that are there."""
+        """Return the upload addresses of large files that are missing."""
         answers = []
         for entry in objects:
             answer: dict[str, Any] = {"oid": entry["oid"], "size": entry["size"]}
@@ -266,7 +267,7 @@ class Handler(BaseHTTPRequestHandler):
         return 200, {"commitUrl": f"{self.hub.url}/{name}/commit/{sha}", "commitOid": sha}, {}
 
     def tag(self, name: str, revision: str, tag: str) -> Answer:
-        """Keep a copy of a revision under a name; 409 if there is one."""
+        """Copy a revision under a name; answer 409 if the name is taken."""
         repository, folder = self.hub.repository(name, revision), self.hub.tags(name) / tag
         if repository is None:
             return 404, {}, {"X-Error-Code": "RevisionNotFound"}
@@ -289,7 +290,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class Repository:
-    """A snapshot of a repository's folder: file names, contents and a hash of both in place of a commit."""
+    """A snapshot of a repository's folder: names, contents, and a hash of both as its commit."""
 
     def __init__(self, folder: Path, name: str) -> None:
         self.folder = folder

@@ -1,4 +1,4 @@
-"""What the tests of the cards share."""
+"""Fixtures of the tests of the cards."""
 
 from pathlib import Path
 
@@ -15,6 +15,6 @@ def root() -> Path:
 
 @pytest.fixture
 def api(hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch) -> HfApi:
-    """One who may write to the loopback Hub, which knows large files but not Xet's chunks."""
+    """A writer's access to the loopback Hub, which knows large files but not Xet's chunks."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
     return HfApi(endpoint=hub.url, token=WRITER)

@@ -22,12 +22,12 @@ from transformers import T5Config, T5EncoderModel
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Trial:
-    """What the cards of a method are asked for.
+    """The calls of the cards of a method.
 
     Attributes:
-        plain: Arguments of every call, over those of the family; the stock class takes them too.
-        off: What leaves a pipeline as its stock class.
-        requests: What it does to the noise otherwise: each leads to other images.
+        plain: Arguments of every call besides those of the family; the stock class takes them too.
+        off: Arguments that leave a pipeline as its stock class.
+        requests: Arguments that optimize the noise: each gives other images.
     """
 
     plain: dict[str, Any]
@@ -73,12 +73,12 @@ TRIALS = {
         ],
     ),
 }
-# What a program of a card leaves to its model is less here: fewer steps, smaller images.
+# Defaults of the programs of a card: fewer steps and smaller images than those of its model.
 LESS = {"num_inference_steps": 2, "steps": 2, **SIZE}
 
 
 def published(family: str) -> Any:
-    """A tiny pipeline with all parts that the programs of a card expect: SD3's third encoder too, which ours lack."""
+    """Return a tiny pipeline with all submodules that the programs of a card expect, such as SD3's third encoder."""
     pipe = quiet(BUILDERS[family]())
     if "text_encoder_3" in pipe.components:
         other = BUILDERS["flux"]()
@@ -88,8 +88,8 @@ def published(family: str) -> Any:
     return pipe
 
 
-def draw(pipe: Any, **kwargs: Any) -> Any:
-    """What one seed gives."""
+def generate(pipe: Any, **kwargs: Any) -> Any:
+    """Generate images from one seed."""
     pipe.set_progress_bar_config(disable=True)
     return pipe("a red cat", output_type="pt", **{"generator": torch.Generator().manual_seed(7), **kwargs})
 
@@ -98,14 +98,14 @@ def images_of(outputs: list[Any]) -> torch.Tensor:
     return torch.stack([output.images for output in outputs])
 
 
-def redrawn(pipe: Any, outputs: list[Any], path: Path, **kwargs: Any) -> list[Any]:
-    """What the noises of `outputs` give once they were written to a file and read by the package."""
+def regenerated(pipe: Any, outputs: list[Any], path: Path, **kwargs: Any) -> list[Any]:
+    """Generate images from the noises of `outputs`, written to a file and read by the package."""
     result = importlib.import_module("noiseopt.pipelines.results.noise_result").NoiseResult
     again = []
     for output in outputs:
         output.noise_result.save(path)
         noise = result.load(path)
-        again.append(draw(pipe, latents=noise.latents, generator=noise.generator(), **kwargs))
+        again.append(generate(pipe, latents=noise.latents, generator=noise.generator(), **kwargs))
     return again
 
 
@@ -120,7 +120,7 @@ def main(
     base_model: str,
     hub: Path,
 ) -> dict[str, bool]:
-    """What is true of the card."""
+    """Return what is true of the card."""
     trial = TRIALS[method]
     plain = call_arguments(family) | trial.plain
     built, weights = published(family), hub / base_model
@@ -130,32 +130,34 @@ def main(
     load = functools.partial(DiffusionPipeline.from_pretrained, trust_remote_code=True)
 
     def optimized(pipe: Any) -> list[Any]:
-        return [draw(pipe, **plain, **request) for request in trial.requests]
+        return [generate(pipe, **plain, **request) for request in trial.requests]
 
     local = load(weights, custom_pipeline=folder)
     remote = load(base_model, custom_pipeline=repository, custom_revision=tag)
-    outputs, stock_images = optimized(remote), draw(stock, **plain).images
+    outputs, stock_images = optimized(remote), generate(stock, **plain).images
     images = images_of(outputs)
     pairs = itertools.combinations([stock_images, *images], 2)
     facts = {
-        "folder and Hub draw the same": torch.equal(images, images_of(optimized(local))),
-        "the noise was optimised as asked": not any(torch.equal(*pair) for pair in pairs),
-        "switched off it is the stock pipeline": torch.equal(draw(remote, **plain, **trial.off).images, stock_images),
+        "folder and Hub generate the same": torch.equal(images, images_of(optimized(local))),
+        "the noise was optimized as asked": not any(torch.equal(*pair) for pair in pairs),
+        "switched off it is the stock pipeline": torch.equal(
+            generate(remote, **plain, **trial.off).images, stock_images
+        ),
     }
     first, second = re.findall(r"```python\n(.*?)```", (hub / repository / "README.md").read_text("utf-8"), re.DOTALL)
     output = run(first)["output"]
     facts["the package was not needed"] = "noiseopt" not in sys.modules
     package = getattr(importlib.import_module(module), name).from_pretrained(weights)
-    again = redrawn(package, outputs, hub / "noise.safetensors", **plain, **trial.off)
-    facts["the package draws the same"] = torch.equal(images, images_of(optimized(package)))
-    facts["the package draws it again from the saved noise"] = torch.equal(images, images_of(again))
-    facts["the program saves what it draws"] = saved(output)
+    again = regenerated(package, outputs, hub / "noise.safetensors", **plain, **trial.off)
+    facts["the package generates the same"] = torch.equal(images, images_of(optimized(package)))
+    facts["the package generates it again from the saved noise"] = torch.equal(images, images_of(again))
+    facts["the program saves its images"] = saved(output)
     facts["the program with the package runs"] = type(run(second)["pipe"]) is type(package)
     return facts
 
 
 def run(program: str) -> dict[str, Any]:
-    """The names that a program of a card defines, run as it stands but for `LESS` and without a GPU."""
+    """Run a program of a card, with `LESS` and without a GPU, and return the names that it defines."""
     tree = ast.parse(program.replace('"cuda"', '"cpu"'))
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) == "pipe"]
     for call in calls:
@@ -167,7 +169,7 @@ def run(program: str) -> dict[str, Any]:
 
 
 def saved(output: Any) -> bool:
-    """Whether the images and the noise of a run lie in this folder."""
+    """Return whether the images and the noise of a run are in this folder."""
     result = importlib.import_module("noiseopt.pipelines.results.noise_result").NoiseResult
     (noise,) = Path().glob("*.safetensors")
     loaded = result.load(noise).latents

@@ -25,8 +25,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-# Packages that the declared dependencies bring: each is required by diffusers, transformers, accelerate or
-# huggingface_hub.
+# Packages that the declared dependencies require.
 BROUGHT_ALONG = {"numpy", "PIL", "psutil", "tqdm", "huggingface_hub"}
 
 
@@ -56,7 +55,7 @@ def test_nothing_has_drifted():
 
 
 def exit_of(arguments):
-    """The exit status of a command, or its last words."""
+    """Return the exit status of a command, or its message."""
     try:
         main(arguments)
     except SystemExit as status:
@@ -159,6 +158,7 @@ def test_generated_lines_are_few(root):
     assert [copy.parent.name for copy in copies] == sorted(card.name for card in build.CARDS)
     assert {os.readlink(copy) for copy in copies} == {f"../{build.BUNDLE}"}
     generated = [root / "hub_cards" / build.BUNDLE, *(root / "hub_cards").glob("*/README.md")]
+    generated += (root / "pipelines").glob("*/*.pyi")
     assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in generated) <= 13_000
 
 
@@ -168,7 +168,7 @@ def test_bundle_imports_declared_packages_only(bundle, dependencies):
 
 
 def test_bundle_has_all_that_the_package_finds_by_name(bundle):
-    """Rewards, set rewards, features, noise samplers, and the methods of the cards."""
+    """Methods, rewards, set rewards, features and noise samplers."""
     found: dict[str, set[str]] = {}
     for node in bundle.body:
         for decorator in getattr(node, "decorator_list", []):
@@ -178,7 +178,7 @@ def test_bundle_has_all_that_the_package_finds_by_name(bundle):
     assert found["register_set_reward"] == set(noiseopt.rewards.list_set_rewards())
     assert found["register_features"] == set(noiseopt.rewards.list_features())
     assert found["register_noise_sampler"] == set(list_noise_samplers())
-    assert found["register_method"] == {card.room for card in build.CARDS}
+    assert found["register_method"] == set(noiseopt.list_methods())
 
 
 def imported_packages(tree):
@@ -218,12 +218,12 @@ def test_snippets_compile_and_fit_the_card(readmes):
 
 
 def section(text, title):
-    """What a card says under a heading; nothing without it."""
+    """Return the text under a heading of a card, or an empty string."""
     return text.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
 
 
 def rows(text):
-    """The cells of each row of the tables in a text that begins with a name, which is given without its quotes."""
+    """Return the cells of the table rows that begin with one name, which loses its quotes."""
     return re.findall(r"^\| `([\w.]+)` \| (.*) \| (.*) \|$", text, flags=re.MULTILINE)
 
 
@@ -232,7 +232,7 @@ def example_source(text):
 
 
 def example_call(text):
-    """The keyword arguments of the call of `pipe` in a card's first program, as syntax trees."""
+    """Return the keyword arguments of the call of `pipe` in a card's first program, as syntax trees."""
     nodes = ast.walk(ast.parse(example_source(text)))
     (call,) = (node for node in nodes if isinstance(node, ast.Call) and ast.unparse(node.func) == "pipe")
     return {keyword.arg: keyword.value for keyword in call.keywords}
@@ -275,7 +275,7 @@ def test_a_card_says_what_its_bundle_is(readmes):
 
 
 def test_every_argument_is_explained(readmes):
-    """The tables come from docstrings: an empty cell is an argument that its docstring leaves out."""
+    """An empty cell is an argument that its docstring leaves out."""
     for text in readmes.values():
         meanings = [meaning for *_, meaning in rows(section(text, "Arguments"))]
         assert len(meanings) > 5

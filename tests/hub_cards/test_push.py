@@ -1,4 +1,4 @@
-"""What `noiseopt hub push` sends to the Hub, what it leaves alone, and how it says what is wrong."""
+"""The command `noiseopt hub push`: uploads, files that stay, and refusals."""
 
 import functools
 import re
@@ -22,7 +22,7 @@ def without_progress_bars(monkeypatch):
 
 @pytest.fixture
 def logged_in(hub, api, monkeypatch):
-    """What the command finds: the loopback Hub, a login and two cards."""
+    """The loopback Hub, a login and two cards, as the command finds them."""
     monkeypatch.setattr("huggingface_hub.HfApi", functools.partial(HfApi, endpoint=hub.url))
     monkeypatch.setattr(build, "all_cards", lambda: [CARD, MODEL])
     monkeypatch.setenv("HF_TOKEN", WRITER)
@@ -38,7 +38,7 @@ def commits(hub):
 
 @pytest.mark.parametrize("largest_binary", [1_000_000, 0], ids=["regular", "large file"])
 def test_pictures_arrive_as_they_are(largest_binary, hub, api):
-    """However the Hub wants to have them."""
+    """Both upload modes of the Hub give the same files."""
     hub.largest_binary = largest_binary
     pushed = push(CARD, "someone", api=api)
     assert files_of(hub, "someone/cno-flux") == {

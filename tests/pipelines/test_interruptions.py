@@ -208,6 +208,7 @@ run(sys.argv[2])
 """
 
 
+@pytest.mark.slow
 def test_a_real_ctrl_c_and_a_process_that_is_killed(processes, tmp_path):
     interrupted, killed = tmp_path / "interrupted.safetensors", tmp_path / "killed.safetensors"
     program, said, errors = tmp_path / "program.py", tmp_path / "said", tmp_path / "errors"

@@ -22,14 +22,14 @@ PROGRAMS = sections("model_programs")
 
 @dataclass(frozen=True)
 class Kind:
-    """What the cards of similar models share: titles of `PROGRAMS`, and texts.
+    """The common part of the cards of similar models.
 
     Attributes:
         library: The library that loads them.
         task: The Hub's name of their task.
-        use: The program that loads them from the Hub.
-        package: The program that loads them with `noiseopt`.
-        limits: The limits, as Markdown lists.
+        use: The title in `PROGRAMS` of the program that loads them from the Hub.
+        package: The title of the program that loads them with `noiseopt`.
+        limits: The titles of Markdown lists.
     """
 
     library: str

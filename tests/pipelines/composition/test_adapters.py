@@ -7,6 +7,7 @@ from diffusers import FluxPipeline, StableDiffusionXLPipeline
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from problems import generator, redness
+from tiers import slow_except
 from tiny_pipelines import BUILDERS, call_arguments, quiet, sd_pipeline, sdxl_pipeline
 from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModelWithProjection
 
@@ -26,7 +27,7 @@ def random_lora(module, seed: int) -> dict[str, torch.Tensor]:
     return {name: torch.randn(value.shape, generator=generator(seed)) * 0.3 for name, value in state.items()}
 
 
-@pytest.fixture(scope="module", params=LORA)
+@pytest.fixture(scope="module", params=slow_except(LORA, "sdxl"))
 def family(request):
     return request.param
 

@@ -107,6 +107,7 @@ def test_settings_of_modules_are_those_of_the_stock_call(setting):
         assert pipe.vae.decoder.conv_in.weight.is_contiguous(memory_format=CHANNELS_LAST)
 
 
+@pytest.mark.slow
 def test_compiled_blocks_are_run_and_stay_compiled():
     pipe, arguments = quiet(sd_pipeline()), {"num_inference_steps": 1, "guidance_scale": 1.0, **SIZE}
     method = ReNO(rewards=redness, steps=2)

@@ -14,6 +14,7 @@ from diffusers import (
     StableDiffusionControlNetPipeline,
 )
 from peft import LoraConfig
+from tiers import slow_except
 from tiny_pipelines import BUILDERS, call_arguments, quiet, sd_pipeline, tiny_pipeline
 
 from noiseopt import CNO, ReNO, ReNOStableDiffusionPipeline, optimize_noise
@@ -100,7 +101,7 @@ def settings_of(pipe):
 
 
 @pytest.mark.parametrize("steps", [1, 4])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", slow_except(FAMILIES, "sd"))
 def test_images_and_gradients_are_those_of_none(family, steps):
     pipe = double_pipeline(family)
     before = settings_of(pipe)

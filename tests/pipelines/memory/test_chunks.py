@@ -14,6 +14,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from problems import problem_of
+from tiers import slow_except
 from tiny_features import build_features
 from tiny_pipelines import BUILDERS, call_arguments, quiet, tiny_pipeline
 
@@ -108,7 +109,7 @@ def test_prompts_may_be_embeddings_and_noise_may_be_coupled():
     assert_same_images(problem_of(pipe, "a", **call_arguments("sd"), num_images_per_prompt=4, noise_sampler="coupled"))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", slow_except(FAMILIES, "sd"))
 def test_gradients_of_chunks_are_those_of_the_batch(family):
     arguments = {**arguments_for(family, ["a red b", "c 2"]), "num_images_per_prompt": 2}
     problem = problem_of(double_pipeline(family), ["a red b", "c 2"], **arguments)
@@ -245,7 +246,7 @@ def test_rewards_in_chunks():
 
 
 @pytest.mark.parametrize("settings", [{"mode": "parity"}, {"views": 2}], ids=["parity", "views"])
-@pytest.mark.parametrize("chunk_size", [1, 2, "auto"])
+@pytest.mark.parametrize("chunk_size", slow_except([1, 2, "auto"], 2))
 def test_a_run_in_chunks_is_the_run(settings, chunk_size):
     pipe = double_pipeline("sd")
     arguments = {**call_arguments("sd"), "num_images_per_prompt": 3}
