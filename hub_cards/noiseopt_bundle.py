@@ -94,8 +94,8 @@ from transformers import (
 )
 
 # The name that diffusers gives this module may come to mean the bundle of another release.
-sys.modules[f"{__name__}_1a525f2b9413"] = sys.modules[__name__]
-__name__ = f"{__name__}_1a525f2b9413"
+sys.modules[f"{__name__}_e172917effe8"] = sys.modules[__name__]
+__name__ = f"{__name__}_e172917effe8"
 
 # rewards/contract/transforms.py
 
@@ -5904,8 +5904,9 @@ class SetObjective(Objective):
         named = {guard.reward: guard for guard in guards if guard not in own}
         if not own:
             return named, None
-        device = next((each.device for each in diversity.feature_maps if each.device), None)  # pyright: ignore
-        watched = RewardObjective(RewardSum([(guard.reward, 1.0) for guard in own], device=device))  # pyright: ignore
+        maps: Any = diversity.feature_maps
+        device = next((each.device for each in maps if each.device), None)
+        watched = RewardObjective(RewardSum([(guard.reward, 1.0) for guard in own], device=device))
         names = [f"guard {name}" for name in watched.rewards.names]
         return {**named, **dict(zip(names, own, strict=True))}, watched
 
@@ -5997,9 +5998,10 @@ class SetObjective(Objective):
 def hinged(diversity: SetRewardSum, hinge: Mapping[str, float]) -> SetRewardSum:
     if not hinge:
         return diversity
+    rewards: Any = diversity.rewards
     entries = [
-        (HingedSetReward(reward, hinge[name]) if name in hinge else reward, diversity.weights[name])  # pyright: ignore
-        for name, reward in zip(diversity.names, diversity.rewards, strict=True)
+        (HingedSetReward(reward, hinge[name]) if name in hinge else reward, diversity.weights[name])
+        for name, reward in zip(diversity.names, rewards, strict=True)
     ]
     return SetRewardSum(entries)
 
@@ -6478,7 +6480,8 @@ class ViewedRewards(RewardObjective):
             return super().evaluate(sample)
         output = self.rewards(images.detach(), sample.prompts, chunk_size=sample.chunk_size)
         gradient = self.gradient_by_views(images, sample.prompts, sample.seeds, sample.chunk_size or len(images))
-        return -AttachedGradient.apply(images, output.total, gradient), output.components  # pyright: ignore
+        total: Any = AttachedGradient.apply(images, output.total, gradient)
+        return -total, output.components
 
     def gradient_by_views(
         self, images: torch.Tensor, prompts: Any, seeds: Sequence[int], chunk_size: int
@@ -7188,7 +7191,8 @@ def neighbor(pivot: torch.Tensor, direction: torch.Tensor, cosine: float) -> tor
 class NoiseCallback:
     """Base class of callbacks per *optimization* step.
 
-    (diffusers' `callback_on_step_end` is per denoising step.) Subclasses override the hooks that they need. A function `(state) -> bool | None` is accepted as `on_step_end`.
+    (diffusers' `callback_on_step_end` is per denoising step.) Subclasses override the hooks that they need. A function
+    `(state) -> bool | None` is accepted as `on_step_end`.
     """
 
     def on_run_start(self, state: NoiseState) -> None:
@@ -8056,7 +8060,8 @@ class OptimizationLoop:
         except NonFiniteReward as error:
             if step == 0:
                 raise
-            return self.give_up(str(error))
+            self.give_up(str(error))
+            return
         run.step, run.images, run.scores = step, sample.generated_images, scores
         self.evaluated = run.noise
         run.loss = loss.detach().where(run.active, torch.nan)
@@ -8540,7 +8545,7 @@ class NoiseOptimizationMixin(SavedWithCode):
             return super().from_pipe(pipeline, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
         as_they_are = {"to": lambda pipe, *_, **__: pipe, "__module__": cls.__module__}
         unconverted = type(cls.__name__, (cls,), as_they_are)
-        made = super(NoiseOptimizationMixin, unconverted).from_pipe(pipeline, **kwargs)  # pyright: ignore
+        made = super(NoiseOptimizationMixin, unconverted).from_pipe(pipeline, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
         made.__class__ = cls
         return made
 
@@ -8644,16 +8649,16 @@ def call_with_signature(cls: Any) -> Any:
     inherited = cls.__call__
 
     @functools.wraps(inherited)
-    def __call__(self, *args, **kwargs):
+    def call(self, *args, **kwargs):
         return super(cls, self).__call__(*args, **kwargs)
 
     stock = list(inspect.signature(stock_call(cls)).parameters.values())
     rest = [parameter for parameter in stock if parameter.kind is inspect.Parameter.VAR_KEYWORD]
     ours = cls.own_parameters()
     named = [parameter for parameter in stock if parameter not in rest and parameter.name not in {p.name for p in ours}]
-    vars(__call__)["__signature__"] = inspect.Signature([*named, *ours, *rest])
-    __call__.__doc__ = cls.call_documentation()
-    return __call__
+    vars(call)["__signature__"] = inspect.Signature([*named, *ours, *rest])
+    call.__doc__ = cls.call_documentation()
+    return call
 
 @contextlib.contextmanager
 def hook_on(pipe, run: NoiseRun | NoiseDraw) -> Iterator[None]:
@@ -9142,7 +9147,7 @@ class SetGrowth:
     def __init__(self, call: SetCall, method: NoiseOptimizer, callbacks: Any) -> None:
         self.call, self.callbacks = call, callbacks
         device = method.device_of_rewards(call.pipe)
-        self.diversity = SetRewardSum(method.diversity, device=device)  # pyright: ignore
+        self.diversity = SetRewardSum(method.diversity, device=device)  # pyright: ignore[reportAttributeAccessIssue]
         self.method: Any = with_loaded_parts(method, self.diversity, device)
         self.method.check()
         self.method.objective(call.pipe)

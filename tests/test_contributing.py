@@ -1,4 +1,4 @@
-"""The reward and the method that CONTRIBUTING.md shows are added to a copy of the checkout, and meet their contracts."""
+"""The reward and the method of CONTRIBUTING.md are added to a copy of the checkout, and meet their contracts."""
 
 import re
 import shutil

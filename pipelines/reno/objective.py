@@ -30,7 +30,8 @@ class ViewedRewards(RewardObjective):
             return super().evaluate(sample)
         output = self.rewards(images.detach(), sample.prompts, chunk_size=sample.chunk_size)
         gradient = self.gradient_by_views(images, sample.prompts, sample.seeds, sample.chunk_size or len(images))
-        return -AttachedGradient.apply(images, output.total, gradient), output.components  # pyright: ignore
+        total: Any = AttachedGradient.apply(images, output.total, gradient)
+        return -total, output.components
 
     def gradient_by_views(
         self, images: torch.Tensor, prompts: Any, seeds: Sequence[int], chunk_size: int

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ AESTHETIC_V1_FILE = "sa_0_4_vit_l_14_linear.pth"
 class CLIPVisionTower(CLIPVisionModelWithProjection):
     """Vision tower that loads from a full CLIP checkpoint without a warning about the text tower."""
 
-    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [
+    _keys_to_ignore_on_load_unexpected = [  # noqa: RUF012
         r"^text_model\.",
         r"^text_projection\.",
         r"^logit_scale$",

@@ -241,7 +241,7 @@ def set_reward_entries(diversity: SetRewardsLike) -> list[tuple[Any, Any, Any]]:
         entries = [tuple(each) if isinstance(each, (tuple, list)) else (each, 1.0) for each in diversity]
     elif isinstance(parts := getattr(diversity, "rewards", None), nn.ModuleList):
         # Duck typing, because a pipeline from the Hub has its own copy of the class.
-        entries = list(zip(parts, diversity.weights.values(), strict=True))  # pyright: ignore[reportAttributeAccessIssue]
+        entries = list(zip(parts, diversity.weights.values(), strict=True))  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
     else:
         entries = [(diversity, 1.0)]
     if not entries:

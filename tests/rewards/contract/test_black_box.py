@@ -15,7 +15,7 @@ from noiseopt.rewards import BlackBox, NonFiniteReward, RewardSum
 
 
 def levels(count: int) -> torch.Tensor:
-    """Images (B, 3, 4, 6) of one grey each: 0, 1, 2 ... of 255."""
+    """Images (B, 3, 4, 6) of one gray each: 0, 1, 2 ... of 255."""
     return torch.arange(count)[:, None, None, None].expand(-1, 3, 4, 6) / 255
 
 

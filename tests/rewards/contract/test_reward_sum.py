@@ -167,7 +167,7 @@ def test_a_black_box_counts_but_gives_no_gradient():
     assert images.grad is not None
 
 
-def test_check_differentiable_names_the_black_boxes_that_are_optimised():
+def test_check_differentiable_names_the_black_boxes_that_are_optimized():
     total = RewardSum({black_box: 1.0, "red": 1.0})
     assert not total.differentiable
     with pytest.raises(

@@ -146,7 +146,7 @@ def test_the_epsilon_of_the_image_tower_is_timms(folder: Path):
 
 
 def test_preprocessing_is_that_of_the_pil_processor(folder: Path):
-    """Shorter side to the tower's size, bicubic, centre crop, CLIP's constants."""
+    """Shorter side to the tower's size, bicubic, center crop, CLIP's constants."""
     reward = ImageRewardModel.from_pretrained(str(folder))
     image = np.random.default_rng(0).integers(0, 256, (48, 70, 3), dtype=np.uint8)
     processor = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})

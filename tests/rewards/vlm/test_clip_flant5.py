@@ -36,7 +36,7 @@ def picture(height: int, width: int) -> tuple[torch.Tensor, Image.Image]:
 def test_is_the_released_score_restated(size: tuple[int, int], tolerance: float):
     """From PIL through transformers: pad, CLIP, next to last layer without its first token, T5, mean loss.
 
-    Exact where nothing is resized; else Pillow rounds to grey levels, which moves the score of a noisy image by 1%.
+    Exact where nothing is resized; else Pillow rounds to gray levels, which moves the score of a noisy image by 1%.
     """
     reward, (image, pil) = build_clip_flant5(), picture(*size)
     processor = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
