@@ -5,6 +5,8 @@ import inspect
 import math
 import sys
 import warnings
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -37,6 +39,7 @@ from noiseopt import (
 )
 from noiseopt.demo import ONE_STEP, load_pipeline
 from noiseopt.pipelines import QualityGuard
+from noiseopt.pipelines.never_too_late.method import NeverTooLateState
 from noiseopt.pipelines.never_too_late.quality_guard import GUARD_REPORT
 from noiseopt.rewards import DPP, AutoFeatures, NonDifferentiableReward, PairwiseDiversity, SetRewardSum
 from noiseopt.rewards.sets.hinged_set_reward import HingedSetReward
@@ -572,13 +575,23 @@ def test_warm_up_leaves_the_rewards_out_of_the_gradient_and_in_the_loss():
     torch.testing.assert_close(warm.losses[:, 0], expected, rtol=1e-5, atol=1e-3)
 
 
+def test_gradient_of_a_set_is_that_of_its_mean_loss_and_is_clipped_as_a_whole():
+    noise, gradient = torch.randn(2, 5, 4, 3, 3, generator=generator())
+    problem: Any = SimpleNamespace(noise=noise, groups=[0, 0, 1, 1, 1])
+    state = NeverTooLateState(problem)
+    mean = torch.cat((gradient[:2] / 2, gradient[2:] / 3))
+    torch.testing.assert_close(state.clipped(gradient, max_norm=1e3), mean)
+    expected = torch.cat([0.1 * rows / rows.norm() for rows in mean.split([2, 3])])
+    torch.testing.assert_close(state.clipped(gradient, max_norm=0.1), expected, rtol=1e-5, atol=0)
+
+
 def test_pink_noise_is_where_it_starts():
     result, noises = find(method(steps=2), noise_sampler="pink")
     expected = PinkNoise(0.2)((4, 4, 16, 16), generator())
     torch.testing.assert_close(noises[0], expected)
     assert result.provenance["noise_sampler"]["name"] == "pink"
     for alpha in (math.nan, math.inf):
-        with pytest.raises(ValueError, match="`alpha` to be a finite number"):
+        with pytest.raises(ValueError, match="`alpha` to be a number in"):
             find(method(), noise_sampler={"name": "pink", "alpha": alpha})
 
 
