@@ -76,6 +76,7 @@ def test_demo_of_another_method_and_model(tmp_path, capsys):
     assert result.provenance["arguments"]["num_inference_steps"] == 6
 
 
+@pytest.mark.slow
 def test_demo_of_a_method_of_sets_with_rewards(tmp_path, capsys):
     main(["demo", "--method", "never_too_late", "--steps", "3", "--prompt", PROMPT, "--output", str(tmp_path)])
     printed = capsys.readouterr().out
@@ -137,6 +138,7 @@ def test_ctrl_c_ends_the_demo_without_a_traceback(neighbors, monkeypatch, tmp_pa
     assert ended.value.code == 130 and ended.value.__suppress_context__
 
 
+@pytest.mark.slow
 def test_demo_of_sets(neighbors, tmp_path, capsys):
     main(["demo", "--method", "neighbors", "--prompt", PROMPT, "--prompt", PROMPT, "--output", str(tmp_path)])
     printed = capsys.readouterr().out

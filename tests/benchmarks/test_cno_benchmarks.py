@@ -22,6 +22,7 @@ def test_differences_are_to_plain_sampling_with_sets_of_the_same_size():
     assert cno_diversity.cell(**table) == "0.375 (-0.38 [-0.5, -0.25])"
 
 
+@pytest.mark.slow
 def test_a_short_comparison_has_every_row_and_metric(capsys, tmp_path):
     tables = cno_diversity.main(["--limit", "1", "--seeds", "1", "--images", "2", "--output", str(tmp_path / "x.json")])
     assert list(tables) == ["plain", "CNO", "CNO, released code"]
@@ -40,6 +41,7 @@ def test_every_choice_of_the_ablation_is_a_method():
             assert row.method.settings()["learning_rate"] == (0.01 if "paper" in row.name else 0.057)
 
 
+@pytest.mark.slow
 def test_costs_are_ratios_to_plain_sampling_of_the_same_round(capsys):
     rounds = {"plain": [Cost(seconds=1.0), Cost(seconds=2.0)], "CNO": [Cost(seconds=1.5), Cost(seconds=2.2)]}
     texts = cno_cost.ratios(rounds, lambda cost: cost.seconds)

@@ -3,6 +3,7 @@
 import json
 
 import memory  # pyright: ignore[reportMissingImports]
+import pytest
 from memory import Row  # pyright: ignore[reportMissingImports]
 
 
@@ -19,6 +20,7 @@ def test_rows_have_no_multiple_of_what_did_not_fit():
     assert memory.table(rows).splitlines()[3] == "| 512 | 1 | blocks | 30 | – | 1.00 | – | – |"
 
 
+@pytest.mark.slow
 def test_a_short_run(tmp_path, capsys):
     arguments = ["--steps", "1", "--size", "32", "--repeats", "1", "--dtype", "float32", "--output", str(tmp_path)]
     rows = {row.way: row for row in memory.main([*arguments, "--device", "cpu"])}

@@ -93,6 +93,7 @@ def test_differences_are_over_prompts_on_which_both_rows_have_a_number():
     assert never_too_late.compared(found, "a", "b", "x") == "3 (+1 [+1, +1])"
 
 
+@pytest.mark.slow
 def test_a_short_run_has_every_row_and_goes_on_where_it_stopped(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(never_too_late, "rows", lambda: FEW)
     monkeypatch.setattr(never_too_late, "CANDIDATES", 6)

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 
+@pytest.mark.slow
 def test_a_short_comparison_has_every_row_and_curve(capsys, tmp_path):
     output, plot = tmp_path / "found.json", tmp_path / "found.png"
     arguments = ["--limit", "2", "--rounds", "2", "--batch-size", "2", "--output", str(output), "--plot", str(plot)]
@@ -31,6 +32,7 @@ def test_curves_end_where_the_shortest_does():
     assert noise_diffusion.mean_curve([[1.0, 2.0, 3.0], [3.0, 4.0]]) == [2.0, 3.0]
 
 
+@pytest.mark.slow
 def test_a_denoiser_held_constant_keeps_no_activations(capsys):
     found = frozen_gradient.main(["--steps", "6", "--images", "8", "--rounds", "1"])
     memory = {name: costs[0].memory for name, costs in found.items()}

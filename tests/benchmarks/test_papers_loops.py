@@ -58,6 +58,7 @@ def test_a_row_that_goes_another_way_is_an_error():
         papers_loops.check_exact({"ours": {"deviation": (float("nan"), 0.0)}}, 0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["reno", "cno"])
 def test_exact_rows_arrive_where_the_released_loop_does(method, tmp_path, capsys):
     options = [
@@ -84,6 +85,7 @@ def test_exact_rows_arrive_where_the_released_loop_does(method, tmp_path, capsys
     assert {path.suffix for path in tmp_path.iterdir()} == {".md", ".json"}
 
 
+@pytest.mark.slow
 def test_the_released_loop_reads_every_text_in_every_iteration_and_ours_once_a_run():
     pipe = papers_loops.load("tiny", torch.float32, torch.device("cpu"))
     rewards = reno_rewards(tiny=True)

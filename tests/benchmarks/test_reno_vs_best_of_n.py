@@ -51,6 +51,7 @@ def test_equal_time_counts_the_evaluations_that_begin_in_time():
     assert [run.evaluations_within(seconds) for seconds in (0.5, 1.0, 2.5, 9.0)] == [1, 1, 3, 4]
 
 
+@pytest.mark.slow
 def test_short_run_writes_all_numbers(tmp_path, capsys):
     path = tmp_path / "results" / "reno.json"
     main(["--limit", "3", "--batch-size", "2", "--steps", "3", "--output", str(path)])

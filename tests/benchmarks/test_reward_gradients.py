@@ -21,6 +21,7 @@ def test_ratios_are_within_a_round():
     assert reward_gradients.ratio([None], [None]) == "–"
 
 
+@pytest.mark.slow
 def test_a_short_run_has_every_row(capsys):
     found = reward_gradients.main(["--size", "tiny", "--side", "32", "--rounds", "2", "--rewards", "2"])
     printed = capsys.readouterr().out

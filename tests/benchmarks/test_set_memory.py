@@ -2,6 +2,7 @@
 
 import sys
 
+import pytest
 import set_memory  # pyright: ignore[reportMissingImports]
 import torch
 
@@ -21,6 +22,7 @@ def test_memory_is_a_multiple_of_the_smallest_set_of_the_mode():
     assert table.endswith("1.0e-01")
 
 
+@pytest.mark.slow
 def test_a_short_run_has_every_mode_and_the_same_gradient(capsys, monkeypatch):
     """In one process; the benchmark measures each cell in its own."""
 

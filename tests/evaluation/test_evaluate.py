@@ -111,6 +111,7 @@ def test_costs_are_those_of_the_methods(alone):
     assert costs["best-of-2 for reno:steps=2"]["time / method's"] and not costs["plain"]["time / method's"]
 
 
+@pytest.mark.slow
 def test_it_goes_on_where_it_was_interrupted_with_the_same_table(alone, prompts, tmp_path, monkeypatch, capsys):
     measure, save, measured = Studio.measure, Unit.save, []
 
@@ -136,6 +137,7 @@ def test_it_goes_on_where_it_was_interrupted_with_the_same_table(alone, prompts,
         assert (tmp_path / "folder" / name).read_bytes() == (alone[0] / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_finished_evaluation_loads_nothing(alone, prompts, tmp_path, monkeypatch):
     shutil.copytree(alone[0], tmp_path / "copy")
     for name in ("table.md", "accuracy.png"):
@@ -154,6 +156,7 @@ def test_another_command_is_refused_with_the_difference(alone, prompts):
     assert {path: path.stat().st_mtime_ns for path in alone[0].rglob("*")} == before
 
 
+@pytest.mark.slow
 def test_two_processes_write_the_same_table(alone, prompts, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -169,6 +172,7 @@ def test_two_processes_write_the_same_table(alone, prompts, tmp_path):
         assert (tmp_path / "folder" / name).read_bytes() == (alone[0] / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_models_and_prompts_of_the_real_world(tmp_path, capsys):
     tiny_pipeline("sd").save_pretrained(tmp_path / "model")
     reward = save_tiny_clip(tmp_path / "reward")

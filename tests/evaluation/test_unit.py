@@ -107,6 +107,7 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path):
     assert json.loads(path.read_text()) == {"a": 1}
 
 
+@pytest.mark.slow
 def test_a_callback_steers_the_stock_pipeline_from_plain_noise():
     methods = ("cads:noise_scale=0.5", "particle_guidance", "interval_guidance:high=1.0", "cads:noise_scale=0")
     plan = Plan(

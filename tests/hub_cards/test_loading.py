@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from tiers import slow_except
 from tiny_features import PUBLISHED_FEATURES
 from tiny_rewards import PUBLISHED
 
@@ -54,9 +55,7 @@ def test_all_cards_are_loaded():
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(
-    "name", [name if name == "reno-turbo" else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
-)
+@pytest.mark.parametrize("name", slow_except(FAMILIES, "reno-turbo"))
 def test_card_draws_what_the_package_draws_and_runs_its_programs(name, publish, hub, processes, api, tmp_path):
     card = next(card for card in CARDS if card.name == name)
     push(card, "someone", tag="v0.1.0", api=api)

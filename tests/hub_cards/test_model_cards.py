@@ -168,6 +168,7 @@ def test_card_folders_hold_the_readme_only(weights, tmp_path, monkeypatch, capsy
     assert "hub_cards/shapes-turbo/README.md is out of date" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_pushed_models_load_and_run_as_their_cards_say(cards, hub, processes, api, tmp_path):
     """The first program of each card, in one process that sees the loopback Hub only; and `shapes_world.path`."""
     for card in cards.values():

@@ -38,6 +38,7 @@ def share_of(picture, color):
     return ((pixels - color).abs().amax(1) < 0.2).float().mean().item()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["reno", "cno"])
 def test_plain_images_are_left_of_their_arrow(method):
     picture = pictures.picture(tell(Choice.of(method, "turbo")))
@@ -49,6 +50,7 @@ def test_plain_images_are_left_of_their_arrow(method):
     assert share_of(right, GREEN) > 0.3 and share_of(right, RED) < 0.02
 
 
+@pytest.mark.slow
 def test_a_picture_keeps_what_it_shows(tmp_path):
     story = tell(Choice.of("cno", "guided"))
     facts = pictures.facts(story)
@@ -65,6 +67,7 @@ def test_other_files_are_no_pictures_of_a_card(tmp_path):
     assert BeforeAfter.read(tmp_path / PICTURE) is None and BeforeAfter.read(tmp_path / "none.png") is None
 
 
+@pytest.mark.slow
 def test_cards_of_one_method_and_model_share_a_run(tmp_path, monkeypatch, capsys):
     told = []
     monkeypatch.setattr(build, "HUB_CARDS", tmp_path)

@@ -69,6 +69,7 @@ def test_what_is_there_makes_no_commit_and_what_changed_is_replaced(hub, api):
     assert files["pipeline.py"] == build.contents(CARD)["pipeline.py"]
 
 
+@pytest.mark.slow
 def test_a_tag_keeps_its_content_and_does_not_move(hub, api, tmp_path):
     push(CARD, "someone", tag="v1", api=api)
     push(CARD, "someone", tag="v1", api=api)
@@ -131,6 +132,7 @@ def test_no_login_is_said_before_the_hub_is_asked(hub, logged_in, tmp_path, monk
     assert not hub.requests
 
 
+@pytest.mark.slow
 def test_command_pushes_several_cards(hub, logged_in, capsys):
     arguments = ["hub", "push", "cno-flux", "shapes-clip", "cno-flux", "--namespace", "me", "--tag", "v0.1.0"]
     main(arguments)

@@ -2,7 +2,10 @@
 
 import json
 
+import pytest
 
+
+@pytest.mark.slow
 def test_code_goes_along(hub, processes, root, tmp_path):
     cards = [root / "hub_cards" / name for name in ("reno-stable-diffusion", "cno-stable-diffusion")]
     run = processes.run(root / "tests/hub_cards/save_card.py", *cards, tmp_path, folder=tmp_path)

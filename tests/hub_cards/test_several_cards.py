@@ -9,6 +9,7 @@ from noiseopt.hub.cards import CARDS
 from noiseopt.hub.push import push
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_cards_of_one_process_do_not_disturb_each_other(hub, processes, root, api, tmp_path):
     for card in CARDS:

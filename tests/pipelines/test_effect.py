@@ -24,6 +24,7 @@ def run(pipe, method):
     return optimize_noise(pipe, list(PROMPTS), method, generator=seeded(0, len(PROMPTS)), **ONE_STEP)
 
 
+@pytest.mark.slow
 def test_reno_repairs_pictures_that_the_plain_model_gets_wrong(pipe):
     result = run(pipe, ReNO(rewards=shapes_world.path("clip"), steps=25))
     before, after = right(result.initial_images), right(result.images)
@@ -39,6 +40,7 @@ def test_best_of_n_finds_a_higher_reward_for_most_prompts(pipe):
     assert (gain >= 0).all() and (gain > 0).float().mean() > 0.7  # the first of ten is the best in one of ten cases
 
 
+@pytest.mark.slow
 def test_the_multi_step_model_is_optimised_through_its_chain():
     pipe = ReNOStableDiffusionPipeline.from_pretrained(shapes_world.path("guided"))
     pipe.set_progress_bar_config(disable=True)

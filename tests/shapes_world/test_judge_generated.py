@@ -41,6 +41,7 @@ def renders() -> tuple[torch.Tensor, list[str]]:
     return render(scenes, torch.Generator().manual_seed(8)), [caption(scene, rng) for scene in scenes]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attribute", ["color", "kind", "relation", "count"])
 def test_one_wrong_attribute_is_wrong(renders, attribute):
     images, prompts = renders

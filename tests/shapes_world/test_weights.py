@@ -62,6 +62,7 @@ def test_each_word_is_one_token(name, turbo):
     assert len(tokenizer.tokenize("dog")) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [model.name for model in shapes_world.MODELS.values() if model.is_pipeline])
 def test_each_generator_is_neither_garbage_nor_solved(name, drawn):
     images, prompts = drawn(name)
@@ -71,6 +72,7 @@ def test_each_generator_is_neither_garbage_nor_solved(name, drawn):
     assert sum(v.shape_bound for v in verdicts) / 48 > 0.5
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_autoencoder_keeps_what_the_judge_sees(turbo, pictures):
     images, prompts = pictures
@@ -104,6 +106,7 @@ def test_clip_ranks_right_above_wrong_pictures_of_the_one_step_model(drawn):
     assert auc(scores[right], scores[~right]) > 0.7
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_vqa_prefers_a_true_caption_to_a_close_but_wrong_one(pictures):
     images, prompts = pictures

@@ -181,6 +181,7 @@ def test_a_stage_continues_where_it_was_interrupted(tmp_path):
     assert go(stop=None).seen == 4000
 
 
+@pytest.mark.slow
 def test_one_command_trains_and_exports_everything(tmp_path):
     small = [
         "--pictures",

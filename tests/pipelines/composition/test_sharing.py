@@ -10,6 +10,7 @@ from compositions import Painter, draw, embeddings_of, state_of
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from diffusers.utils import dynamic_modules_utils
 from problems import generator, redness
+from tiers import slow_except
 from tiny_pipelines import BUILDERS, SIZE, call_arguments, quiet, sd_pipeline, sdxl_pipeline
 
 from noiseopt import NoiseOptimizationMixin, ReNO, ReNOStableDiffusionPipeline, ReNOTurboPipeline, optimize_noise
@@ -137,7 +138,7 @@ TOGETHER = {
 }
 
 
-@pytest.mark.parametrize("case", TOGETHER)
+@pytest.mark.parametrize("case", slow_except(TOGETHER, "one pipeline"))
 def test_runs_at_the_same_time_find_what_they_find_alone(case, turns):
     pipes, runs = TOGETHER[case]()
     state = [state_of(pipe) for pipe in pipes]

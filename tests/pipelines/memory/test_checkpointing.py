@@ -125,6 +125,7 @@ def peak_of(policy, steps, gradient="full"):
     return live.peak
 
 
+@pytest.mark.slow
 def test_memory_of_blocks_is_less_and_that_of_steps_hardly_grows():
     few, many = ({policy: peak_of(policy, count) for policy in POLICIES} for count in (2, 6))
     assert few["blocks"] < 0.5 * few["none"] and many["blocks"] < 0.5 * many["none"]
@@ -132,6 +133,7 @@ def test_memory_of_blocks_is_less_and_that_of_steps_hardly_grows():
     assert many["steps"] < 1.3 * few["steps"] and many["steps"] < 0.5 * many["blocks"]
 
 
+@pytest.mark.slow
 def test_a_frozen_gradient_keeps_less_of_the_decoder():
     assert peak_of("blocks", 2, "frozen") < 0.6 * peak_of("none", 2, "frozen")
     assert_policies_agree(double_pipeline("sd"), gradient="frozen", **ONE_STEP)
@@ -290,6 +292,7 @@ def test_a_graph_that_is_given_up_is_gone_at_once():
         gc.enable()
 
 
+@pytest.mark.slow
 def test_a_number_of_images_at_a_time_is_what_has_to_fit(monkeypatch):
     pipe, arguments = tiny_pipeline("sd"), {**call_arguments("sd"), "num_images_per_prompt": 3}
     one = held_by("none")

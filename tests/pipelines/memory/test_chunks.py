@@ -173,6 +173,7 @@ def peak_of(batch, chunk_size):
     return saved.peak
 
 
+@pytest.mark.slow
 def test_graphs_of_chunks_take_the_memory_of_one_image():
     single = peak_of(1, 1)
     assert peak_of(8, 1) < 1.15 * single
@@ -245,6 +246,7 @@ def test_rewards_in_chunks():
         total(images, [*prompts, "f"], chunk_size=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{"mode": "parity"}, {"views": 2}], ids=["parity", "views"])
 @pytest.mark.parametrize("chunk_size", slow_except([1, 2, "auto"], 2))
 def test_a_run_in_chunks_is_the_run(settings, chunk_size):

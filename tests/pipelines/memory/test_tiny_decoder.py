@@ -103,6 +103,7 @@ def test_scaling_and_shift_are_those_of_the_decoder():
     torch.testing.assert_close(outputs[1], outputs[0] / 0.5 + 0.3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk_size", [None, 1, "auto"])
 @pytest.mark.parametrize("checkpointing", ["none", "steps"])
 def test_it_works_in_chunks_and_with_checkpointing(chunk_size, checkpointing):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from tiers import slow_except
 from tiny_pipelines import SIZE, call_arguments, flux_pipeline, quiet, sd_pipeline, sdxl_pipeline, tiny_pipeline
 
 from noiseopt import (
@@ -160,6 +161,7 @@ def test_what_is_kept_of_a_result_has_no_graph_and_no_images():
         assert not result.noise.requires_grad and result.noise.device.type == "cpu"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_grows_a_set_that_differs_more_than_plain_images(family):
     pipe, call = tiny_pipeline(family), call_arguments(family)
@@ -219,6 +221,7 @@ def test_references_of_the_method_belong_to_the_set():
     assert torch.equal(grown(2, method(references=known)).images, found.images)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
@@ -238,7 +241,7 @@ def test_what_never_too_late_can_do_it_can_do_here(changes, tmp_path):
     assert same(grown(3, method(**changes), folder=tmp_path), whole)
 
 
-@pytest.mark.parametrize("family", ["sd", "sdxl"])
+@pytest.mark.parametrize("family", slow_except(["sd", "sdxl"], "sd"))
 def test_a_set_that_is_resumed_is_one_that_was_never_interrupted(family, tmp_path):
     pipe, call = tiny_pipeline(family), {**call_arguments(family), "noise_sampler": "pink"}
     whole = grow_set(pipe, "a b", 4, method(), generator=3, **call)
@@ -501,6 +504,7 @@ PIPELINES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cls", PIPELINES, ids=lambda cls: cls.__name__)
 def test_a_pipeline_grows_the_same_set_from_plain_values(cls, tmp_path):
     build, family = PIPELINES[cls]
@@ -531,6 +535,7 @@ def test_names_are_loaded_once_for_all_images_of_a_set(monkeypatch):
     assert sorted(loads) == ["complexity", "sharpness"]
 
 
+@pytest.mark.slow
 def test_sets_of_the_embedded_model_differ_more_than_plain_ones_and_in_more_than_what_is_optimized():
     """In the features that are optimized, in those of another network, and in the sizes that the judge sees."""
     pipe = load_pipeline("turbo")

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import StableDiffusionPipeline
 from problems import generator, redness
+from tiers import slow_except
 from tiny_features import TINY_FEATURES, publish_dinov2
 from tiny_pipelines import (
     BUILDERS,
@@ -581,6 +582,7 @@ def test_pink_noise_is_where_it_starts():
             find(method(), noise_sampler={"name": "pink", "alpha": alpha})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preview", [False, True])
 @pytest.mark.parametrize("family", BUILDERS)
 def test_every_family_comes_to_differ(family, preview):
@@ -606,7 +608,7 @@ def call_of(cls) -> dict:
     return {**call_arguments(FAMILIES[cls]), "num_images_per_prompt": 2, "output_type": "pt"}
 
 
-@pytest.mark.parametrize("cls", PIPELINES, ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("cls", slow_except(PIPELINES, NeverTooLateTurboPipeline), ids=lambda cls: cls.__name__)
 def test_pipelines_optimise_sets_and_leave_everything_else_to_the_stock_class(cls, names):
     stock = quiet(PIPELINES[cls]())
     ours = quiet(cls(**stock.components))
@@ -686,6 +688,7 @@ def test_a_guard_from_the_hub_is_no_instance_of_ours():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tower", ["dinov2", "clip"])
 def test_on_the_embedded_model_sets_come_to_differ(tower):
     pipe = NeverTooLateStableDiffusionPipeline(**load_pipeline("turbo").components, requires_safety_checker=False)

@@ -107,6 +107,7 @@ def test_each_image_is_its_own_problem():
     torch.testing.assert_close(together.losses[:, 1:2], alone.losses, rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["sdxl", "sd3", "flux"])
 @pytest.mark.parametrize("selection", ["pool", "exact", "random"])
 def test_all_families_and_rules_find_better_noise(family, selection):
@@ -191,6 +192,7 @@ def after_fifty_rounds(method) -> torch.Tensor:
     return walk.noise
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("selection", ["pool", "exact", "random"])
 def test_noise_is_gaussian_after_fifty_rounds(selection):
     assert worst_z_score(after_fifty_rounds(NoiseDiffusion(selection=selection))) < 4

@@ -24,6 +24,7 @@ def test_each_reward_with_weights_on_the_hub_has_a_published_layout():
     assert PUBLISHED.keys() == {name for name in TINY if build_reward(name).default_checkpoint}
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_names_load_what_is_published_under_their_default_checkpoints(
     hub: LoopbackHub, processes: FreshProcesses, tmp_path: Path

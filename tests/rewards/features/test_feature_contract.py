@@ -137,6 +137,7 @@ torch.save({name: AutoFeatures.from_pretrained(name)(images) for name in sys.arg
 """
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_names_and_hub_ids_load_what_is_published(hub: LoopbackHub, processes: FreshProcesses, tmp_path: Path):
     for publish in PUBLISHED_FEATURES.values():
