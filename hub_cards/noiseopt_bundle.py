@@ -94,8 +94,8 @@ from transformers import (
 )
 
 # The name that diffusers gives this module may come to mean the bundle of another release.
-sys.modules[f"{__name__}_e172917effe8"] = sys.modules[__name__]
-__name__ = f"{__name__}_e172917effe8"
+sys.modules[f"{__name__}_a39c777b2e58"] = sys.modules[__name__]
+__name__ = f"{__name__}_a39c777b2e58"
 
 # rewards/contract/transforms.py
 
@@ -1297,7 +1297,7 @@ AESTHETIC_V1_FILE = "sa_0_4_vit_l_14_linear.pth"
 class CLIPVisionTower(CLIPVisionModelWithProjection):
     """Vision tower that loads from a full CLIP checkpoint without a warning about the text tower."""
 
-    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [
+    _keys_to_ignore_on_load_unexpected = [  # noqa: RUF012
         r"^text_model\.",
         r"^text_projection\.",
         r"^logit_scale$",
@@ -5636,7 +5636,7 @@ def set_reward_entries(diversity: SetRewardsLike) -> list[tuple[Any, Any, Any]]:
         entries = [tuple(each) if isinstance(each, (tuple, list)) else (each, 1.0) for each in diversity]
     elif isinstance(parts := getattr(diversity, "rewards", None), nn.ModuleList):
         # Duck typing, because a pipeline from the Hub has its own copy of the class.
-        entries = list(zip(parts, diversity.weights.values(), strict=True))  # pyright: ignore[reportAttributeAccessIssue]
+        entries = list(zip(parts, diversity.weights.values(), strict=True))  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
     else:
         entries = [(diversity, 1.0)]
     if not entries:
