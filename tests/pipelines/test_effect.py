@@ -1,4 +1,4 @@
-"""What the methods are for, on the trained embedded model, told by a judge that nothing optimises."""
+"""What the methods are for, on the trained embedded model, told by a judge that nothing optimizes."""
 
 import pytest
 import torch
