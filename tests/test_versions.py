@@ -19,7 +19,7 @@ UNTESTED = {"torch"}  # one release of it alone has a CPU build where the tests 
 
 
 def allowed() -> dict[str, Requirement]:
-    """What the package needs to run, by its normalized name."""
+    """Return the requirements of the package, by normalized name."""
     found = map(Requirement, PROJECT["dependencies"])
     return {canonicalize_name(each.name): each for each in found}
 

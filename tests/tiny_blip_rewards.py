@@ -121,7 +121,7 @@ def published_image_reward() -> dict[str, Tensor]:
 
 
 def timm_name(key: str) -> str:
-    """What timm's ViT calls a tensor of `BlipVisionModel`."""
+    """Return timm's name of a tensor of `BlipVisionModel`."""
     renamed = {
         "embeddings.class_embedding": "cls_token",
         "embeddings.position_embedding": "pos_embed",

@@ -46,7 +46,7 @@ class FakeLinear(nn.Module):
 
 
 class FakeLPIPS(nn.Module):
-    """What is used of `lpips.LPIPS`: `scaling_layer`, `net`, and `lins` whose `model` ends in a 1 × 1 convolution."""
+    """Stand-in for `lpips.LPIPS`: `scaling_layer`, `net`, and `lins` whose `model` ends in a 1 × 1 convolution."""
 
     def __init__(self, net: str = "vgg", verbose: bool = True) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class FakeLPIPS(nn.Module):
 
 
 class FakeDreamSim(nn.Module):
-    """What is used of DreamSim's model: `embed`, for pixels of 224², which squeezes a batch of one."""
+    """Stand-in for DreamSim's model: `embed` takes pixels of 224² and squeezes a batch of one."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -348,7 +348,7 @@ def publish_vqa_scorer(root: Path) -> None:
 
 
 def save_family(model: PreTrainedModel, processor: Any, folder: Path) -> None:
-    """What is on the Hub of a checkpoint: weights, tokenizer, chat template and settings of the processors."""
+    """Save a checkpoint as on the Hub: weights, tokenizer, chat template and settings of the processors."""
     model.save_pretrained(folder)
     if not isinstance(processor, TokenizerAndImageProcessor):
         processor.save_pretrained(folder)

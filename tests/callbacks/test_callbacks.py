@@ -1,4 +1,4 @@
-"""What watches, stops and records a run."""
+"""Callbacks that watch, stop and record a run."""
 
 import csv
 import dataclasses

@@ -1,4 +1,4 @@
-"""What callbacks per denoising step have in common, in stock pipelines of four families."""
+"""Contract of callbacks per denoising step, in stock pipelines of four families."""
 
 import pytest
 import torch

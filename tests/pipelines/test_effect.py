@@ -1,4 +1,4 @@
-"""What the methods are for, on the trained embedded model, told by a judge that nothing optimizes."""
+"""Effect of the methods on the trained embedded model, by a judge that no method optimizes."""
 
 import pytest
 import torch

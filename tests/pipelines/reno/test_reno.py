@@ -53,7 +53,7 @@ def released_loop(pipe, prompt, reward, weight, steps, seed):
 
 
 def released_pixels(images):
-    """What the released loop feeds to every reward: Resize(size), CenterCrop(size) and Normalize of a float tensor."""
+    """Return the released loop's pixels: Resize(size), CenterCrop(size) and Normalize of a float tensor."""
     height, width = images.shape[-2:]
     scaled = (32, int(32 * width / height)) if height < width else (int(32 * height / width), 32)
     images = F.interpolate(images, scaled, mode="bicubic", antialias=True)

@@ -1,4 +1,4 @@
-"""What holds for every method that chooses an image's noise without a gradient."""
+"""Contract of the methods that choose the noise of an image without a gradient."""
 
 import pytest
 import torch

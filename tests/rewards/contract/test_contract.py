@@ -1,4 +1,4 @@
-"""What holds for every registered reward."""
+"""Contract of every registered reward."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""What holds for every registered feature map, and that names load what is published under them."""
+"""Contract of every registered feature map, and the checkpoints that names load."""
 
 import copy
 from pathlib import Path

@@ -93,7 +93,7 @@ def as_batch(images: np.ndarray) -> torch.Tensor:
 
 
 def expected(name: str, kind: str, folder: Path, images: np.ndarray) -> torch.Tensor:
-    """What transformers makes of PIL images, by classes that name what they return."""
+    """Features of PIL images by transformers, from classes that name their outputs."""
     processors = {"dinov2": BitImageProcessorPil, "clip": CLIPImageProcessorPil, "siglip": SiglipImageProcessorPil}
     processor = processors[name].from_pretrained(folder)
     pixels = processor([Image.fromarray(image) for image in images], return_tensors="pt")["pixel_values"]

@@ -241,7 +241,7 @@ def test_first_tokens_are_distinct_and_known():
 
 
 def test_a_space_before_an_answer_is_part_of_its_token_or_no_answer():
-    """What byte-level tokenizers write after "Assistant:" is " Yes"; of a lone space "No" may follow as well."""
+    """Byte-level tokenizers write " Yes" after "Assistant:"; after a lone space "No" is possible too."""
     word = [("Y", "e"), ("Ye", "s")]
     whole, apart = byte_level_tokenizer([*word, ("Ġ", "Yes")]), byte_level_tokenizer(word)
     spellings = ["Yes", " Yes"]
