@@ -98,6 +98,13 @@ SCHEDULERS = {
 }
 GRADIENTS = ("full", "frozen", "x0", "none")
 
+
+def scheduler_in_fast_tier(scheduler: str, gradient: str) -> bool:
+    """Return True for what is refused, and for two gradient modes of each scheduler in turn."""
+    index = list(SCHEDULERS).index(scheduler) + GRADIENTS.index(gradient)
+    return index % 2 == 0 or (scheduler, gradient) in REFUSED
+
+
 OTHER_STREAM = (
     "the pipeline passes it no generator, so that no two evaluations would see the same noise: refused by name"
 )

@@ -8,7 +8,7 @@ import diffusers
 import pytest
 import torch
 from conformance.checks import Call, check_cell
-from conformance.matrix import COLUMNS, FAMILIES, GRADIENTS, REFUSED, SCHEDULERS, in_fast_tier
+from conformance.matrix import COLUMNS, FAMILIES, GRADIENTS, REFUSED, SCHEDULERS, in_fast_tier, scheduler_in_fast_tier
 from conformance.table import README, between_markers, tables
 from diffusers import DDIMScheduler, StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
 from problems import generator, redness
@@ -39,8 +39,14 @@ def scheduler_call(name: str, count: int = 1) -> Call:
     return Call(pipe, {"num_inference_steps": 2, "guidance_scale": 0.0, "num_images_per_prompt": count, **SIZE})
 
 
-@pytest.mark.parametrize("gradient", GRADIENTS)
-@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize(
+    ("name", "gradient"),
+    [
+        pytest.param(name, gradient, marks=[] if scheduler_in_fast_tier(name, gradient) else pytest.mark.slow)
+        for name in SCHEDULERS
+        for gradient in GRADIENTS
+    ],
+)
 def test_scheduler(name, gradient):
     column = COLUMNS[COLUMN_OF[gradient]]
     call = scheduler_call(name, 2 if gradient == "x0" else 1)
