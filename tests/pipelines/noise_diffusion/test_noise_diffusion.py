@@ -211,7 +211,9 @@ def test_pgd_takes_steps_of_one_length_within_its_ball():
     torch.testing.assert_close(way.norm(dim=1), torch.full((2,), 0.1 * 16))
     torch.testing.assert_close(torch.cosine_similarity(way, -gradient.flatten(1)), torch.ones(2))
     held = Walk(NoisePGD(rewards="red", step_size=0.1, radius=0.15), start)
-    for _ in range(5):
+    held.step(0.5, gradient)
+    torch.testing.assert_close(held.noise, walk.noise)  # inside the ball
+    for _ in range(4):
         held.step(0.5, gradient)
     torch.testing.assert_close((held.noise - start).flatten(1).norm(dim=1), torch.full((2,), 0.15 * 16))
 
