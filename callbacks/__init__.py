@@ -12,8 +12,8 @@ from .progress import ProgressBar
 from .recording import History, StepImages
 
 __all__ = [
-    "Best",
     "CADS",
+    "Best",
     "DenoisingCallback",
     "EarlyStopping",
     "HeldOutReward",

@@ -6,9 +6,10 @@ from .noise_state import NoiseState
 
 
 class NoiseCallback:
-    """Base class of callbacks per *optimization* step. (diffusers' `callback_on_step_end` is per denoising step.)
+    """Base class of callbacks per *optimization* step.
 
-    Subclasses override the hooks that they need. A function `(state) -> bool | None` is accepted as `on_step_end`.
+    (diffusers' `callback_on_step_end` is per denoising step.) Subclasses override the hooks that they need. A function
+    `(state) -> bool | None` is accepted as `on_step_end`.
     """
 
     def on_run_start(self, state: NoiseState) -> None:

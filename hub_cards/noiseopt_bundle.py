@@ -50,6 +50,7 @@ from typing import (
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, AutoencoderTiny
+from diffusers.models import attention_dispatch
 from diffusers.models.activations import GEGLU
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
@@ -93,8 +94,8 @@ from transformers import (
 )
 
 # The name that diffusers gives this module may come to mean the bundle of another release.
-sys.modules[f"{__name__}_2d86990bed7f"] = sys.modules[__name__]
-__name__ = f"{__name__}_2d86990bed7f"
+sys.modules[f"{__name__}_a39c777b2e58"] = sys.modules[__name__]
+__name__ = f"{__name__}_a39c777b2e58"
 
 # rewards/contract/transforms.py
 
@@ -105,20 +106,12 @@ Resample = Literal["bicubic", "bilinear"]
 PIL_RESAMPLE: dict[int, Resample] = {2: "bilinear", 3: "bicubic"}
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """Cast half precision to float32; float64 is unchanged, for numerical checks."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 def straight_through_clamp(x: Tensor) -> Tensor:
-    """Clamp to [0, 1] in the forward pass, with the gradient of the identity."""
     return x + (x.clamp(0, 1) - x).detach()
 
 def resize(images: Tensor, size: tuple[int, int], resample: Resample = "bicubic", single_pass: bool = False) -> Tensor:
-    """Resize (B, C, H, W) images in [0, 1] to `size` = (height, width), antialiased, in float32 or more.
-
-    By default the result agrees with Pillow to 1.13/255 in the worst case. Like Pillow, it resizes the two dimensions
-    in two passes and clips after each, but without rounding to uint8. A single pass without clamping
-    (`single_pass=True`), as torchvision and ReNO do for float tensors, differs by up to 22/255 at sharp edges.
-    """
     images = at_least_float32(images)
     if single_pass:
         return F.interpolate(images, size, mode=resample, antialias=True, align_corners=False)
@@ -130,31 +123,19 @@ def resize(images: Tensor, size: tuple[int, int], resample: Resample = "bicubic"
     return images
 
 def first_pass_size(height: int, width: int, size: tuple[int, int]) -> tuple[int, int]:
-    """Return the (height, width) after the first of Pillow's two passes.
-
-    The width is resized first, unless the height loses more than twice as many pixels (since Pillow 13). Because of
-    the clipping in between, the order changes pixels by up to 13/255 on a checkerboard.
-    """
     if height - size[0] > max(0, 2 * (width - size[1])):
         return size[0], width
     return height, size[1]
 
 def shortest_edge(height: int, width: int, edge: int) -> tuple[int, int]:
-    """Return the (height, width) whose shorter side is `edge`; the longer one is rounded down as in transformers."""
     return (edge, int(edge * width / height)) if height <= width else (int(edge * height / width), edge)
 
 def center_crop(images: Tensor, size: tuple[int, int]) -> Tensor:
-    """Crop (..., H, W) to `size` at the center, and pad shorter sides with zeros, as in transformers."""
     (height, width), (crop_height, crop_width) = images.shape[-2:], size
     top, left = (height - crop_height) // 2, (width - crop_width) // 2
     return F.pad(images, (-left, crop_width - width + left, -top, crop_height - height + top))
 
 def longest_edge_pad(images: Tensor, edge: int = 224) -> Tensor:
-    """Resize the longer side to `edge` and pad to a square with zeros: the preprocessing of HPSv2.
-
-    The resize is a single pass without clamping, because the original resizes float tensors.
-    Source: https://github.com/tgxs002/HPSv2, `ResizeMaxSize`.
-    """
     scale = edge / max(images.shape[-2:])
     size = (round(images.shape[-2] * scale), round(images.shape[-1] * scale))
     images = resize(images, size, single_pass=True)
@@ -162,7 +143,6 @@ def longest_edge_pad(images: Tensor, edge: int = 224) -> Tensor:
     return F.pad(images, (left, edge - size[1] - left, top, edge - size[0] - top))
 
 def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Return `(images - mean) / std` per channel of (B, C, H, W)."""
     return (images - images.new_tensor(mean)[:, None, None]) / images.new_tensor(std)[:, None, None]
 
 @dataclass(frozen=True)
@@ -202,7 +182,6 @@ class ImageTransform:
         return images
 
     def as_in_reno(self) -> "ImageTransform":
-        """Return the transform that ReNO's released code uses instead, with a single unclamped pass."""
         return replace(self, single_pass=True)
 
     @classmethod
@@ -215,15 +194,6 @@ class ImageTransform:
         token: str | bool | None = None,
         local_files_only: bool = False,
     ) -> "ImageTransform":
-        """Build the transform from the settings of an image processor, with defaults from transformers' CLIP processor.
-
-        Args:
-            config: The settings as a dict, or the Hub id or folder with `preprocessor_config.json`.
-
-        Raises:
-            ValueError: For a `size` or `resample` without a differentiable equivalent here.
-            OSError: If there is no such file.
-        """
         if not isinstance(config, Mapping):
             config, _ = ImageProcessingMixin.get_image_processor_dict(
                 config, revision=revision, cache_dir=cache_dir, token=token, local_files_only=local_files_only
@@ -257,11 +227,9 @@ class PadTransform:
         return normalize(longest_edge_pad(images, self.size), self.mean, self.std)
 
     def as_in_reno(self) -> ImageTransform:
-        """Return the transform that ReNO's released code uses instead: a crop, as for every other reward."""
         return ImageTransform(self.size, (self.size, self.size), self.mean, self.std, single_pass=True)
 
 def processor_size(size: int | Mapping[str, int | None]) -> int | tuple[int, int]:
-    """Convert the `size` of a processor config to an int for the shorter side or an exact (height, width)."""
     if isinstance(size, int):
         return size
     given = {key: value for key, value in size.items() if value is not None}
@@ -275,11 +243,9 @@ def processor_size(size: int | Mapping[str, int | None]) -> int | tuple[int, int
     )
 
 def processor_crop(size: int | Mapping[str, int]) -> tuple[int, int]:
-    """Convert the `crop_size` of a processor config to (height, width)."""
     return (size, size) if isinstance(size, int) else (size["height"], size["width"])
 
 def processor_resample(resample: int) -> Resample:
-    """Convert Pillow's `resample` code to a mode of `torch.nn.functional.interpolate`."""
     if resample not in PIL_RESAMPLE:
         raise ValueError(
             f"Expected the image processor's `resample` to be 2 (bilinear) or 3 (bicubic), but got {resample}. Pass "
@@ -308,12 +274,6 @@ class Registry(Generic[EntryT]):
         self.aliases: dict[str, str] = {}
 
     def register(self, name: str, *aliases: str) -> Callable[[EntryT], EntryT]:
-        """Return a decorator that registers a class or function under a name and its aliases.
-
-        Raises:
-            ValueError: If something else has the name. An entry with the same qualified name is replaced, because
-                diffusers executes the code of a Hub pipeline twice per load.
-        """
 
         def enter(entry: EntryT) -> EntryT:
             for key in (name, *aliases):
@@ -335,26 +295,15 @@ class Registry(Generic[EntryT]):
         return self.find(name)
 
     def names(self) -> list[str]:
-        """Return the registered names, sorted, without aliases."""
         return sorted(self.entries.keys() - self.aliases.keys())
 
     def find(self, name: str, otherwise: str = "") -> EntryT:
-        """Return the entry of a name or alias.
-
-        Args:
-            name: The name.
-            otherwise: What else would have been accepted, for the error message.
-
-        Raises:
-            ValueError: If the name is not registered; the message lists the names and the closest ones.
-        """
         if name not in self.entries:
             hint = did_you_mean(name, self.entries)
             raise ValueError(f"Expected a {self.kind} out of {self.names()}{otherwise}, but got {name!r}.{hint}")
         return self.entries[name]
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Return a sentence with the known words closest to `word`, with a leading space, or an empty string."""
     close = difflib.get_close_matches(word.lower(), known)
     return f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
 
@@ -376,18 +325,15 @@ class FrozenModule(nn.Module):
         self.eval()
 
     def train(self: FrozenT, mode: bool = True) -> FrozenT:
-        """Stay in evaluation mode, because the dropout of a scoring head would make scores random."""
         return super().train(False)
 
     @property
     def device(self) -> torch.device | None:
-        """The device of the weights; None if there are none."""
         tensor = next(itertools.chain(self.parameters(), self.buffers()), None)
         return None if tensor is None else tensor.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the weights; float32 if there are none."""
         return next((p.dtype for p in self.parameters() if p.is_floating_point()), torch.float32)
 
 # rewards/contract/reward.py
@@ -439,20 +385,6 @@ class Reward(FrozenModule):
         self.has_text_encoder = True
 
     def forward(self, images: Tensor, prompts: str | Sequence[str] | None = None) -> Tensor:
-        """Validate the input, score it, and validate the scores.
-
-        Args:
-            images: (B, 3, H, W), floating point, in [0, 1], on any device.
-            prompts: One per image, or a single one for all.
-
-        Returns:
-            (B,) float32, on the device of `images`.
-
-        Raises:
-            ValueError: For invalid images or prompts, or if the scores do not have the shape (B,).
-            NonFiniteReward: For NaN images or scores that are not finite.
-            NonDifferentiableReward: If the images require a gradient and a reward with `differentiable = True` cut it.
-        """
         check_images(images, f"reward '{self.name}'")
         texts = prompts_per_image(prompts, len(images), self.name, self.requires_prompt)
         device = self.device or images.device
@@ -468,25 +400,15 @@ class Reward(FrozenModule):
         return scores.to(images.device, torch.float32)
 
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
-        """Score (B, 3, H, W) float32 images in [0, 1], on this reward's device, for B prompts; return (B,).
-
-        The input is already validated. `prompts` are empty strings if none were passed to a reward that requires none.
-        """
         raise NotImplementedError(f"`{type(self).__name__}` does not implement `score`.")
 
     def check_size(self, prompt: str, height: int, width: int) -> None:
         """Raise `ValueError` if images of this size cannot be scored. Called before a diffusion model runs."""
 
     def encode_text(self, prompt: str) -> Tensor:
-        """Return the features of one prompt, of any shape. Called once per prompt, without gradients."""
         raise NotImplementedError(f"`{type(self).__name__}` does not implement `encode_text`.")
 
     def encode_prompt(self, prompts: str | Sequence[str]) -> Tensor:
-        """Return the (N, ...) float32 features of N prompts. Each distinct prompt is encoded once and cached.
-
-        Raises:
-            ValueError: For a new prompt after `drop_text_encoder`.
-        """
         texts = [prompts] if isinstance(prompts, str) else prompts
         for text in dict.fromkeys(texts):
             precision, _ = self.prompt_features.get(text, (None, None))
@@ -502,11 +424,6 @@ class Reward(FrozenModule):
         return torch.stack([self.prompt_features[text][1] for text in texts]).to(self.device)
 
     def drop_text_encoder(self, prompts: str | Sequence[str]) -> None:
-        """Encode `prompts`, then free the text encoder, which has a third of the weights of a CLIP-H.
-
-        Afterwards the reward accepts only these prompts and those that it encoded before. A reward that reads text and
-        image together, or no text, is unchanged.
-        """
         if not self.text_modules:
             return
         self.encode_prompt(prompts)
@@ -527,11 +444,6 @@ class Reward(FrozenModule):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> RewardT:
-        """Load from a Hub id or a folder, by default `default_checkpoint`.
-
-        `dtype` is the dtype of the weights: by default bfloat16 on CUDA and float32 elsewhere. Scores are always
-        float32.
-        """
         checkpoint = checkpoint or cls.require_default_checkpoint()
         hub = {"revision": revision, "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
         on_cuda = device is not None and torch.device(device).type == "cuda"
@@ -540,11 +452,6 @@ class Reward(FrozenModule):
 
     @classmethod
     def require_default_checkpoint(cls) -> str:
-        """Return the default checkpoint.
-
-        Raises:
-            ValueError: If there is none; the message says where the weights are.
-        """
         if cls.default_checkpoint is None and cls.published_at is not None:
             raise ValueError(
                 f"Expected a folder for reward '{cls.name}', whose weights are not on the Hub, but got only its name. "
@@ -556,10 +463,6 @@ class Reward(FrozenModule):
 
     @classmethod
     def load(cls: type[RewardT], checkpoint: str, hub: dict[str, Any]) -> RewardT:
-        """Build the reward in float32 from a checkpoint.
-
-        `hub` holds the revision, cache_dir, token and local_files_only of `from_pretrained`.
-        """
         raise NotImplementedError(f"`{cls.__name__}` has no weights to load: build it with its constructor.")
 
 class CallableReward(Reward):
@@ -586,7 +489,6 @@ class CallableReward(Reward):
         return self.function(images, prompts)
 
 def callable_name(function: Any) -> str:
-    """Return the `name` or `__name__` of a callable, the class name of an object, or "reward" for a lambda."""
     if isinstance(function, functools.partial):
         function = function.func
     for name in (getattr(function, "name", None), getattr(function, "__name__", None), type(function).__name__):
@@ -595,10 +497,6 @@ def callable_name(function: Any) -> str:
     return "reward"
 
 def check_images(images: Tensor, who: str) -> None:
-    """Raise unless `images` is a (B, 3, H, W) floating-point tensor in [0, 1], with a tolerance of 0.05.
-
-    `who` is the model that receives the images, for the error message.
-    """
     if not isinstance(images, Tensor) or not images.is_floating_point() or images.ndim != 4 or images.shape[1] != 3:
         got = f"{images.dtype} {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
         raise ValueError(
@@ -621,7 +519,6 @@ def check_images(images: Tensor, who: str) -> None:
         )
 
 def check_reward_device(device: Any) -> None:
-    """Raise `ValueError` unless `device` is a device, its name, or `None`."""
     try:
         torch.device(device if device is not None else "cpu")
     except (RuntimeError, TypeError) as error:
@@ -630,7 +527,6 @@ def check_reward_device(device: Any) -> None:
         ) from error
 
 def prompts_per_image(prompts: str | Sequence[str] | None, batch: int, name: str, required: bool) -> list[str]:
-    """Return `batch` prompts: a single one is repeated, and None becomes empty strings unless `required`."""
     if prompts is None:
         if required:
             raise ValueError(
@@ -651,7 +547,6 @@ def prompts_per_image(prompts: str | Sequence[str] | None, batch: int, name: str
     return texts
 
 def check_scores(scores: Tensor, batch: int, name: str) -> None:
-    """Raise unless `scores` is a finite tensor of shape (batch,)."""
     if not isinstance(scores, Tensor) or scores.shape != (batch,):
         got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
         raise ValueError(
@@ -667,14 +562,6 @@ def check_scores(scores: Tensor, batch: int, name: str) -> None:
         )
 
 def check_gradient(reward: Reward, prompts: str | None = "a photo", height: int = 64, width: int = 64) -> None:
-    """Check on one random image that a gradient reaches the pixels, before any diffusion model runs.
-
-    Warns if the gradient is zero everywhere, for example after `round()`. Does not change the global random state.
-
-    Raises:
-        NonDifferentiableReward: If the reward has `differentiable = False` or cuts the graph.
-        NonFiniteReward: If the score or its gradient is NaN or infinite.
-    """
     if not reward.differentiable:
         raise NonDifferentiableReward(f"Expected a reward with a gradient, but '{reward.name}' is not differentiable.")
     images = torch.rand(1, 3, height, width, generator=torch.Generator().manual_seed(0)).requires_grad_()
@@ -727,22 +614,10 @@ class Features(FrozenModule):
     parameter_count: int | None = None
 
     def forward(self, images: Tensor) -> Tensor:
-        """Compute features.
-
-        Args:
-            images: (B, 3, H, W), floating point, in [0, 1], on any device.
-
-        Returns:
-            (B, D), or (B, P, D) for features at P positions; float32, on the device of the weights.
-
-        Raises:
-            ValueError: For invalid images.
-        """
         check_images(images, f"the features of {self.name}")
         return at_least_float32(self.encode(at_least_float32(images).to(self.device or images.device)))
 
     def encode(self, images: Tensor) -> Tensor:
-        """Map (B, 3, H, W) float32 images in [0, 1], on the device of the weights, to (B, D) or (B, P, D)."""
         raise NotImplementedError(f"`{type(self).__name__}` does not implement `encode`.")
 
     @classmethod
@@ -757,40 +632,24 @@ class Features(FrozenModule):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> FeaturesT:
-        """Load from a Hub id or a folder, by default `default_checkpoint`.
-
-        `dtype` is the dtype of the weights, by default float32, because bfloat16 cannot resolve the differences of
-        nearly equal images.
-        """
         hub = {"revision": revision, "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
         features = cls.load(checkpoint or cls.default_checkpoint, hub)
         return features.to(device=device, dtype=dtype or torch.float32)
 
     @classmethod
     def load(cls: type[FeaturesT], checkpoint: str | None, hub: dict[str, Any]) -> FeaturesT:
-        """Build the features in float32.
-
-        `hub` holds the revision, cache_dir, token and local_files_only of `from_pretrained`.
-        """
         check_no_checkpoint(cls, checkpoint)
         return cls()
 
 FEATURES: Registry[type[Features]] = Registry("feature map")
 
 def register_features(name: str) -> Callable[[type[FeaturesT]], type[FeaturesT]]:
-    """Return a decorator that registers a class of features under a name.
-
-    Raises:
-        ValueError: If another class has the name.
-    """
     return FEATURES.register(name)  # pyright: ignore[reportReturnType]
 
 def list_features() -> list[str]:
-    """Return the registered names, sorted."""
     return FEATURES.names()
 
 def check_no_checkpoint(features: type[Features], checkpoint: str | None) -> None:
-    """Raise `ValueError` if a checkpoint is given for features that have none on the Hub."""
     if checkpoint is not None:
         raise ValueError(
             f"Expected no checkpoint for the features '{features.name}', but got {checkpoint!r}. They have no weights "
@@ -798,11 +657,6 @@ def check_no_checkpoint(features: type[Features], checkpoint: str | None) -> Non
         )
 
 def import_optional(package: str) -> ModuleType:
-    """Import an optional package.
-
-    Raises:
-        ImportError: If it is not installed, or if the installed torchvision does not match torch.
-    """
     try:
         return importlib.import_module(package)
     except (ImportError, RuntimeError) as error:  # RuntimeError if torchvision is built for CUDA but torch is not
@@ -848,10 +702,6 @@ class SoftColorHistogram:
         return (counts / values.shape[-1]).flatten(1)
 
 def histogram_distance(a: Tensor, b: Tensor) -> Tensor:
-    """Return `|a - b|_2 / sqrt(6)` of two (..., 3 * bins) histograms, (...) in [0, 1].
-
-    The distance is 1 if in every channel each image has all pixels in a single bin, and the two bins differ.
-    """
     return torch.linalg.vector_norm(a - b, dim=-1) / math.sqrt(6)
 
 @register_features("color_histogram")
@@ -896,7 +746,6 @@ class DreamSimFeatures(Features):
 
     @classmethod
     def load(cls, checkpoint: str | None, hub: dict[str, Any]) -> "DreamSimFeatures":
-        """Load the package's model, which downloads its weights from GitHub to `cache_dir` or torch's own cache."""
         check_no_checkpoint(cls, checkpoint)
         package, torch_cache = import_optional("dreamsim"), torch.hub.get_dir()
         folder = hub["cache_dir"] or os.path.join(torch_cache, "dreamsim")
@@ -964,7 +813,6 @@ class ImageFeatures(Features):
         return self.pooled(pixels) if self.kind == "cls" else self.patches(pixels)
 
     def pooled(self, pixels: Tensor) -> Tensor:
-        """Return the "cls" features (B, D) of preprocessed images."""
         encode_image = getattr(self.model, "get_image_features", None)
         if encode_image is not None:
             return encode_image(pixel_values=pixels).pooler_output
@@ -982,10 +830,6 @@ class ImageFeatures(Features):
         return output.pooler_output.flatten(1)
 
     def patches(self, pixels: Tensor) -> Tensor:
-        """Return the patch tokens (B, P, D) of preprocessed images in row-major order.
-
-        In `last_hidden_state` they come after the class and register tokens.
-        """
         tower = getattr(self.model, "vision_model", self.model)
         hidden = tower(pixel_values=pixels).last_hidden_state
         if hidden.ndim != 3:
@@ -995,7 +839,6 @@ class ImageFeatures(Features):
         return hidden[:, -self.patch_count(pixels) :]
 
     def patch_count(self, pixels: Tensor) -> int:
-        """Return the number of whole patches in the images; the remainder at the edges is dropped."""
         config = getattr(self.model.config, "vision_config", self.model.config)
         return (pixels.shape[-2] // config.patch_size) * (pixels.shape[-1] // config.patch_size)
 
@@ -1012,7 +855,6 @@ class ImageFeatures(Features):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> "ImageFeatures":
-        """Load a model and its preprocessing from a Hub id or a folder, by default with float32 weights."""
         checked_kind(kind or cls.kind)
         hub = {"revision": revision, "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
         source = None if checkpoint is None else os.fspath(checkpoint)
@@ -1028,7 +870,6 @@ class ImageFeatures(Features):
         return cls(cls.model_class.from_pretrained(checkpoint, dtype=torch.float32, **hub), transform)
 
 def checked_kind(kind: FeatureKind) -> FeatureKind:
-    """Return `kind`. Raises `ValueError` if it is not a `FeatureKind`."""
     if kind not in get_args(FeatureKind):
         raise ValueError(f"Expected the features 'cls' or 'patch', but got {kind!r}.")
     return kind
@@ -1105,7 +946,6 @@ class LPIPSFeatures(Features):
             )
 
     def channel_weights(self) -> list[Tensor]:
-        """Return the channel weights (1, C, 1, 1) of each layer."""
         lins: Any = self.model.lins
         return [at_least_float32(lin.model[-1].weight) for lin in lins]
 
@@ -1120,7 +960,6 @@ class LPIPSFeatures(Features):
 
     @classmethod
     def load(cls, checkpoint: str | None, hub: dict[str, Any]) -> "LPIPSFeatures":
-        """Load the package's model, whose trunk torchvision downloads from pytorch.org to torch's own cache."""
         check_no_checkpoint(cls, checkpoint)
         return cls(import_optional("lpips").LPIPS(net=cls.net, verbose=False))
 
@@ -1156,20 +995,9 @@ class TinyImage(Features):
 ModelT = TypeVar("ModelT", bound=PreTrainedModel)
 
 def is_checkpoint(name_or_path: str) -> bool:
-    """Return whether a string is an existing folder or has the form of a Hub id, `org/name`."""
     return os.path.isdir(name_or_path) or re.fullmatch(r"\w[\w.-]*/[\w.-]+", name_or_path) is not None
 
 def checkpoint_path(checkpoint: str, filename: str, hub: Mapping[str, Any]) -> Path:
-    """Return the path of a file in a folder or a Hub repository, downloading it if needed.
-
-    Args:
-        checkpoint: A folder or a Hub id.
-        filename: The name of the file.
-        hub: revision, cache_dir, token and local_files_only, as passed to `Reward.load`.
-
-    Raises:
-        OSError: If the folder does not contain the file or the download fails.
-    """
     if not os.path.isdir(checkpoint):
         return Path(hf_hub_download(checkpoint, filename, **hub))
     path = Path(checkpoint) / filename
@@ -1181,12 +1009,6 @@ def checkpoint_path(checkpoint: str, filename: str, hub: Mapping[str, Any]) -> P
     return path
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """Read the tensors of a `.safetensors` file, or of a pickle with `weights_only=True`, so that no code runs.
-
-    Raises:
-        ValueError: If a pickle contains more than tensors and plain values, if the file is damaged, or if it is not a
-            dict of tensors.
-    """
     if path.suffix == ".safetensors":
         try:
             return load_file(path)
@@ -1207,7 +1029,6 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     return state
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """Read the JSON object in a file. Raises `ValueError` for anything else."""
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -1217,29 +1038,11 @@ def read_settings(path: Path) -> dict[str, Any]:
     return settings
 
 def holder_of(filename: str, checkpoint: str, companion: str, hub: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """Return the source of a component, such as a tokenizer, that some checkpoints take from another repository.
-
-    Args:
-        filename: The file whose presence shows that `checkpoint`, if a folder, contains the component.
-        checkpoint: A folder or a Hub id. Hub repositories are not searched.
-        companion: The Hub id to fall back to.
-        hub: revision, cache_dir, token and local_files_only, as passed to `Reward.load`.
-
-    Returns:
-        `checkpoint` or `companion`, and the arguments to load from it. `revision` applies to `checkpoint` only.
-    """
     if os.path.isfile(os.path.join(checkpoint, filename)):
         return checkpoint, dict(hub)
     return companion, {**hub, "revision": None}
 
 def load_pretrained(model_class: type[ModelT], checkpoint: str, hub: Mapping[str, Any]) -> ModelT:
-    """Load a transformers model in float32, with all of its weights.
-
-    transformers itself initializes missing weights randomly and only warns.
-
-    Raises:
-        ValueError: If weights are missing; the message lists their keys.
-    """
     load: Any = model_class.from_pretrained  # its annotation omits the pair that `output_loading_info` returns
     model, found = load(checkpoint, dtype=torch.float32, output_loading_info=True, **hub)
     if missing := sorted(found["missing_keys"]):
@@ -1250,11 +1053,6 @@ def load_pretrained(model_class: type[ModelT], checkpoint: str, hub: Mapping[str
     return model
 
 def check_weights(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
-    """Check that the keys and shapes of `state` are exactly those of `module`, which may be on the meta device.
-
-    Raises:
-        ValueError: For missing or unexpected keys and for different shapes; the message lists them.
-    """
     own = module.state_dict()
     shapes = [key for key in own if key in state and own[key].shape != state[key].shape]
     problems = {
@@ -1267,7 +1065,6 @@ def check_weights(module: nn.Module, state: Mapping[str, Tensor], source: str) -
         raise ValueError(f"Expected {source} to hold exactly the weights of {type(module).__name__}, but {found}.")
 
 def load_strictly(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
-    """Copy `state` into `module`. Raises `ValueError` as `check_weights` does."""
     check_weights(module, state, source)
     module.load_state_dict(state)
 
@@ -1283,18 +1080,6 @@ REWARD_LOADERS: Registry[Any] = Registry("model type")
 def register_reward(
     name: str, *aliases: str, loads: str | Iterable[str] = ()
 ) -> Callable[[RewardFactoryT], RewardFactoryT]:
-    """Register a `Reward` class, or a function that returns a reward, under a name.
-
-    Args:
-        name: The name that users pass as `rewards=` and read in results.
-        aliases: Other names for the same reward.
-        loads: Checkpoints that the class loads when only a Hub id or folder is given, by the `model_type` or an entry
-            of `architectures` in their config.json. Architectures take precedence.
-
-    Raises:
-        ValueError: If something else has one of the names. An entry with the same qualified name is replaced, because
-            diffusers executes the code of a Hub pipeline twice per load.
-    """
 
     def register(factory: RewardFactoryT) -> RewardFactoryT:
         for kind in (loads,) if isinstance(loads, str) else loads:
@@ -1305,15 +1090,9 @@ def register_reward(
     return register
 
 def list_rewards() -> list[str]:
-    """Return the registered names, sorted, without aliases."""
     return REWARDS.names()
 
 def find_reward(name_or_path: str) -> RewardFactory | None:
-    """Return the entry registered under a name or alias, or None for a Hub id or an existing folder.
-
-    Raises:
-        ValueError: For anything else, and for a registered reward whose weights are not on the Hub.
-    """
     if name_or_path not in REWARDS.entries and is_checkpoint(name_or_path):
         return None
     factory = REWARDS.find(name_or_path, ", a Hub id such as 'org/name', a folder or a callable")
@@ -1335,19 +1114,6 @@ class AutoReward:
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> Reward:
-        """Load a reward.
-
-        Args:
-            name_or_path: A registered name loads that reward with its default checkpoint; it takes precedence over a
-                folder of the same name. A Hub id or folder loads the reward that has it as its default checkpoint, or
-                whose published weights file is in the folder, or that is registered for the architecture or
-                `model_type` in its config.json.
-
-        The keyword arguments are those of `Reward.from_pretrained`; they have no effect on a reward without weights.
-
-        Raises:
-            ValueError: For an unknown name or a model type that no reward loads.
-        """
         path = os.fspath(name_or_path)
         hub = {"revision": revision, "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
         factory = find_reward(path)
@@ -1359,7 +1125,6 @@ class AutoReward:
         return factory().to(device=device, dtype=dtype)
 
 def published_as(path: str) -> type[Reward] | None:
-    """Return the first registered class that has `path` as its default checkpoint, or its weights file in `path`."""
     for factory in REWARDS.entries.values():
         if not (isinstance(factory, type) and issubclass(factory, Reward)):
             continue
@@ -1369,7 +1134,6 @@ def published_as(path: str) -> type[Reward] | None:
     return None
 
 def reward_class_of(config: Mapping[str, Any], path: str) -> type[Reward]:
-    """Return the class registered for a config.json, whose model type transformers need not know."""
     architectures, model_type = config.get("architectures"), config.get("model_type")
     for kind in (*(architectures or ()), model_type):
         if kind in REWARD_LOADERS.entries:
@@ -1413,17 +1177,14 @@ class ColorChannel(Reward):
 
 @register_reward("red")
 def red_channel() -> ColorChannel:
-    """`ColorChannel("red")`."""
     return ColorChannel("red")
 
 @register_reward("green")
 def green_channel() -> ColorChannel:
-    """`ColorChannel("green")`."""
     return ColorChannel("green")
 
 @register_reward("blue")
 def blue_channel() -> ColorChannel:
-    """`ColorChannel("blue")`."""
     return ColorChannel("blue")
 
 # rewards/pixels/image_detail.py
@@ -1519,7 +1280,6 @@ class JPEGIncompressibility(Reward):
         return jpeg_kilobytes(images)
 
 def jpeg_kilobytes(images: Tensor) -> Tensor:
-    """Return the JPEG file sizes (B,) of (B, 3, H, W) images in [0, 1], float32, in thousands of bytes."""
     arrays = (images.detach() * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
     sizes = []
     for array in arrays:
@@ -1537,7 +1297,11 @@ AESTHETIC_V1_FILE = "sa_0_4_vit_l_14_linear.pth"
 class CLIPVisionTower(CLIPVisionModelWithProjection):
     """Vision tower that loads from a full CLIP checkpoint without a warning about the text tower."""
 
-    _keys_to_ignore_on_load_unexpected = [r"^text_model\.", r"^text_projection\.", r"^logit_scale$"]
+    _keys_to_ignore_on_load_unexpected = [  # noqa: RUF012
+        r"^text_model\.",
+        r"^text_projection\.",
+        r"^logit_scale$",
+    ]
 
 class AestheticHead(nn.Module):
     """Scoring head, (B, D) image embeddings -> (B, 1): five linear layers without activations.
@@ -1599,7 +1363,6 @@ class Aesthetic(Reward):
         return functional_call(self.head, weights, self.encode_image(images))[:, 0]
 
     def encode_image(self, images: Tensor) -> Tensor:
-        """Return the unit embeddings (B, D), float32, of (B, 3, H, W) images in [0, 1]."""
         pixels = self.image_transform(images).to(self.dtype)
         return F.normalize(at_least_float32(self.model(pixel_values=pixels).image_embeds), dim=-1)
 
@@ -1614,7 +1377,6 @@ class Aesthetic(Reward):
 
     @classmethod
     def head_file(cls, checkpoint: str) -> str:
-        """Return the file name of the head: the authors' if the folder contains it, else the default checkpoint's."""
         in_folder = os.path.isfile(os.path.join(checkpoint, AESTHETIC_FILE))
         return AESTHETIC_FILE if in_folder else "model.safetensors"
 
@@ -1678,10 +1440,6 @@ class PromptTokens:
         return ids.to(device), mask.to(device)
 
 def precise_linear(layer: nn.Linear, features: Tensor) -> Tensor:
-    """Apply a linear layer in float32 or more, whatever the dtype of its weights.
-
-    A scoring head is cheap, and bfloat16 would round scores near 2 to steps of 0.016.
-    """
     features = at_least_float32(features)
     return F.linear(features, layer.weight.to(features.dtype), layer.bias.to(features.dtype))
 
@@ -1732,7 +1490,6 @@ class BlipITM(Reward):
         return precise_linear(self.model.itm_head, text.last_hidden_state[:, 0]).softmax(-1)[:, 1]
 
     def encode_patches(self, images: Tensor) -> Tensor:
-        """Return the image tower's features (B, 1 + patches, D) of (B, 3, H, W) images in [0, 1]."""
         pixels = self.image_transform(images).to(self.dtype)
         return self.model.vision_model(pixel_values=pixels).last_hidden_state
 
@@ -1758,7 +1515,6 @@ class BlipITC(BlipITM):
         return (F.normalize(image, dim=-1) * self.encode_prompt(prompts)).sum(-1)
 
     def encode_text(self, prompt: str) -> Tensor:
-        """Return the unit embedding (D,) of the prompt."""
         ids, mask = self.tokens([prompt], self.model.text_proj.weight.device)
         text = self.model.text_encoder(input_ids=ids, attention_mask=mask).last_hidden_state
         return F.normalize(precise_linear(self.model.text_proj, text[0, 0]), dim=-1)
@@ -1806,13 +1562,11 @@ class CLIPScore(Reward):
         return self.logit_scale * (self.encode_image(images) * self.encode_prompt(prompts)).sum(-1)
 
     def encode_image(self, images: Tensor) -> Tensor:
-        """Return the unit embeddings (B, D), float32, of (B, 3, H, W) images in [0, 1]."""
         pixels = self.image_transform(images).to(self.dtype)
         pooled = self.model.vision_model(pixel_values=pixels).pooler_output
         return F.normalize(at_least_float32(self.model.visual_projection(pooled)), dim=-1)
 
     def encode_text(self, prompt: str) -> Tensor:
-        """Return the unit embedding (D,) of the prompt, truncated to the context length of the model."""
         config = self.model.text_model.config
         # One prompt at a time needs no padding, so tokenizers without a padding token work too.
         tokens = self.tokenizer(prompt, truncation=True, max_length=config.max_position_embeddings)
@@ -1866,16 +1620,6 @@ OPEN_CLIP_BLOCK = re.compile(r"(visual\.)?transformer\.resblocks\.(\d+)\.(.+)\.(
 OPEN_CLIP_STACKED = re.compile(r"(visual\.)?transformer\.resblocks\.(\d+)\.attn\.in_proj_(weight|bias)")
 
 def clip_model_from_open_clip(state: Mapping[str, Tensor], config: CLIPConfig, source: str) -> CLIPModel:
-    """Build a float32 `CLIPModel` with the weights of an open_clip model of the same shape.
-
-    Args:
-        state: The weights of open_clip in any dtype; float32 tensors are not copied.
-        config: The configuration. open_clip's ViT-H has `hidden_act="gelu"`, which is not the default of `CLIPConfig`.
-        source: The name of the weights in error messages.
-
-    Raises:
-        ValueError: For keys that are unknown, missing or of another shape; the message lists them.
-    """
     converted = clip_state_from_open_clip(state, source)
     with torch.device("meta"):
         check_weights(CLIPModel(config), converted, source)
@@ -1883,11 +1627,6 @@ def clip_model_from_open_clip(state: Mapping[str, Tensor], config: CLIPConfig, s
     return CLIPModel.from_pretrained(None, config=config, state_dict=converted, dtype=torch.float32)
 
 def clip_state_from_open_clip(state: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
-    """Rename open_clip's weights to the names of transformers.
-
-    Raises:
-        ValueError: For a key that open_clip's vision transformers do not have.
-    """
     converted: dict[str, Tensor] = {}
     for key, value in state.items():
         if stacked := OPEN_CLIP_STACKED.fullmatch(key):
@@ -1905,7 +1644,6 @@ def clip_state_from_open_clip(state: Mapping[str, Tensor], source: str) -> dict[
     return converted
 
 def open_clip_layer(match: re.Match[str]) -> str:
-    """Return the name of a block in transformers."""
     return f"{'vision_model' if match[1] else 'text_model'}.encoder.layers.{match[2]}"
 
 # rewards/preference/hpsv2.py
@@ -1958,7 +1696,6 @@ class HPSv21(CLIPScore):
         return (self.encode_image(images) * self.encode_prompt(prompts)).sum(-1)
 
     def encode_text(self, prompt: str) -> Tensor:
-        """Return the unit embedding (D,) of the cleaned and truncated prompt."""
         text = html.unescape(html.unescape(prompt)).translate(STRAIGHT_QUOTES)
         return super().encode_text(text.strip())
 
@@ -2096,7 +1833,6 @@ class ImageRewardModel(Reward):
 
     @classmethod
     def load(cls, checkpoint: str, hub: dict[str, Any]) -> "ImageRewardModel":
-        """Load the published `ImageReward.pt` and `med_config.json`, and the tokenizer from its own repository."""
         parts = convert_image_reward(read_state_dict(checkpoint_path(checkpoint, "ImageReward.pt", hub)))
         settings = read_settings(checkpoint_path(checkpoint, "med_config.json", hub))
         vision_config = image_reward_vision_config(parts["vision"])
@@ -2111,11 +1847,6 @@ class ImageRewardModel(Reward):
         return cls(vision, text, head, image_reward_tokenizer({**hub, "revision": None}))
 
 def convert_image_reward(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Split the published tensors into "vision", "text" and "head", with the names of the modules here.
-
-    Raises:
-        ValueError: For a key that belongs to none of them.
-    """
     parts: dict[str, dict[str, Tensor]] = {"vision": {}, "text": {}, "head": {}}
     prefixes = {"blip.visual_encoder.": "vision", "blip.text_encoder.": "text", "mlp.": "head"}
     for key, value in state.items():
@@ -2132,17 +1863,11 @@ def convert_image_reward(state: Mapping[str, Tensor]) -> dict[str, dict[str, Ten
     return parts
 
 def image_reward_vision_name(name: str) -> str:
-    """Convert the name of a tensor from timm's ViT to `BlipVisionModel`."""
     for pattern, replacement in IMAGE_REWARD_VISION_NAMES:
         name = re.sub(pattern, replacement, name)
     return name
 
 def image_reward_vision_config(state: Mapping[str, Tensor]) -> BlipVisionConfig:
-    """Infer the configuration of the image tower from its converted tensors; the checkpoint has none.
-
-    Raises:
-        ValueError: If tensors are missing; the message names them.
-    """
     names = ("embeddings.position_embedding", "embeddings.patch_embedding.weight", "encoder.layers.0.mlp.fc1.weight")
     if missing := [name for name in names if name not in state]:
         raise ValueError(
@@ -2163,18 +1888,12 @@ def image_reward_vision_config(state: Mapping[str, Tensor]) -> BlipVisionConfig:
     )
 
 def image_reward_text_config(settings: Mapping[str, Any], image_width: int) -> BlipTextConfig:
-    """Convert med_config.json, a BERT config, to `BlipTextConfig`. The file's `encoder_width` is ignored.
-
-    Raises:
-        ValueError: If settings are missing; the message names them.
-    """
     if missing := [name for name in IMAGE_REWARD_TEXT_SETTINGS if name not in settings]:
         raise ValueError(f"Expected med_config.json to hold a BERT config, but missing: {', '.join(missing)}.")
     own = {name: settings[name] for name in IMAGE_REWARD_TEXT_SETTINGS}
     return BlipTextConfig(**own, encoder_hidden_size=image_width, is_decoder=True)
 
 def image_reward_tokenizer(hub: Mapping[str, Any]) -> PreTrainedTokenizerBase:
-    """Load BERT's uncased tokenizer and add the two tokens of BLIP: [DEC], then [ENC]."""
     tokenizer = BertTokenizer.from_pretrained(IMAGE_REWARD_TOKENIZER, **hub)
     tokenizer.add_special_tokens({"bos_token": "[DEC]"})
     tokenizer.add_special_tokens({"additional_special_tokens": ["[ENC]"]})
@@ -2262,27 +1981,21 @@ class SigLIP(Reward):
         return logits.sigmoid() if self.probability else logits
 
     def encode_image(self, images: Tensor) -> Tensor:
-        """Return the unit embeddings (B, D), float32, of (B, 3, H, W) images in [0, 1]."""
         pixels = self.image_transform(images).to(self.dtype)
         return F.normalize(at_least_float32(self.model.vision_model(pixel_values=pixels).pooler_output), dim=-1)
 
     def encode_text(self, prompt: str) -> Tensor:
-        """Return the unit embedding (D,) of the prompt, truncated to the context length of the model."""
         ids = torch.tensor([self.token_ids(prompt)], device=self.device)
         # No attention mask: the model was trained on padded text, and its text feature is that of the last position.
         return F.normalize(at_least_float32(self.model.text_model(input_ids=ids).pooler_output), dim=-1)[0]
 
     def token_ids(self, prompt: str) -> list[int]:
-        """Tokenize a prompt: truncate, append the end token, and pad to the context length.
-
-        The end token and padding are added here because tokenizers of different repositories disagree about them.
-        """
         length, eos, pad = self.context_length, self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
         text = prompt.lower()
         # The first SigLIP pads with its end token; SigLIP 2 uses the tokenizer of Gemma.
         if eos == pad:
             text = " ".join(text.translate(WITHOUT_PUNCTUATION).split())
-        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"][: length - 1] + [eos]
+        ids = [*self.tokenizer(text, add_special_tokens=False)["input_ids"][: length - 1], eos]
         return ids + [pad] * (length - len(ids))
 
     @property
@@ -2310,14 +2023,6 @@ class SigLIP2(SigLIP):
 # rewards/sets/cosine_kernel.py
 
 def cosine_kernel(features: Tensor) -> Tensor:
-    """(..., N, N) cosines of (..., N, D) features, float64 and with a gradient, whatever the features are.
-
-    In float32 the rounding errors of nearly equal images would be eigenvalues of their own. Double precision is also
-    what `torch.autocast` leaves alone; where a device has none (MPS), the kernel is on the CPU.
-
-    Raises:
-        ValueError: features without a dimension of images, or of none.
-    """
     if features.ndim < 2 or features.shape[-2] < 1:
         raise ValueError(f"Expected features of shape (..., N, D), but got {tuple(features.shape)}.")
     device = "cpu" if features.device.type == "mps" else features.device
@@ -2325,7 +2030,6 @@ def cosine_kernel(features: Tensor) -> Tensor:
     return directions @ directions.mT
 
 def kernels_of_set(features: Tensor) -> Tensor:
-    """The kernel (N, N) of (N, D) features, or the kernels (P, N, N) of each position of (N, P, D)."""
     return cosine_kernel(features.transpose(0, 1) if features.ndim == 3 else features)
 
 # rewards/features/auto_features.py
@@ -2344,19 +2048,6 @@ class AutoFeatures:
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> Features:
-        """Load features.
-
-        Args:
-            name_or_path: A registered name loads those features with their default checkpoint; it takes precedence
-                over a folder of the same name. A Hub id or folder loads its vision model, with one vector per image.
-
-        The keyword arguments are those of `Features.from_pretrained`. Features from a package (LPIPS, DreamSim) are
-        not on the Hub and use `cache_dir` at most.
-
-        Raises:
-            ValueError: For an unknown name.
-            ImportError: If a package is not installed.
-        """
         path = os.fspath(name_or_path)
         hub = {"revision": revision, "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
         features = find_features(path)
@@ -2366,11 +2057,6 @@ class AutoFeatures:
         return next(published, ImageFeatures).from_pretrained(path, **hub, dtype=dtype, device=device)
 
 def find_features(name_or_path: str) -> type[Features] | None:
-    """Return the class registered under a name, or None for a Hub id or an existing folder.
-
-    Raises:
-        ValueError: For anything else.
-    """
     if name_or_path not in FEATURES.entries and is_checkpoint(name_or_path):
         return None
     return FEATURES.find(name_or_path, ", a Hub id such as 'org/name' or a folder")
@@ -2378,15 +2064,15 @@ def find_features(name_or_path: str) -> type[Features] | None:
 # rewards/sets/pairwise_distance.py
 
 class PairwiseDistance(nn.Module):
-    """`distance(images_a, images_b) -> (N, M)`, with a gradient to both, in the metric that the features are made for.
+    """`distance(images_a, images_b) -> (N, M)`, differentiable with respect to both, in the metric of the features.
 
-    N images and M others are encoded once each. What is compared often is encoded once for all:
+    Each image is encoded once. To compare with the same references repeatedly, encode them in advance:
 
         known = distance.features(references).detach()
         distance.between(distance.features(images), known)
 
     Args:
-        features: what the images are compared by.
+        features: The features by which images are compared.
     """
 
     def __init__(self, features: Features) -> None:
@@ -2394,17 +2080,11 @@ class PairwiseDistance(nn.Module):
         self.features = features
 
     def forward(self, images_a: Tensor, images_b: Tensor | None = None) -> Tensor:
-        """Images (N, 3, H, W) and (M, 3, H, W) in [0, 1], by default the same, to (N, M), on the device of the first.
-
-        Raises:
-            ValueError: images that do not meet the contract, or whose features do not fit together.
-        """
         features_a = self.features(images_a)
         features_b = features_a if images_b is None else self.features(images_b)
         return self.between(features_a, features_b).to(images_a.device)
 
     def between(self, features_a: Tensor, features_b: Tensor) -> Tensor:
-        """Features (N, ...) and (M, ...) of images, in float32 or more, to (N, M)."""
         if features_a.shape[1:] != features_b.shape[1:]:
             raise ValueError(
                 f"Expected features of the same shape for '{self.features.name}', but got {tuple(features_a.shape)} "
@@ -2413,23 +2093,14 @@ class PairwiseDistance(nn.Module):
         return DISTANCES[self.features.metric](features_a, features_b)
 
 def cosine_distance(features_a: Tensor, features_b: Tensor) -> Tensor:
-    """1 - cos of (N, D) and (M, D), or of (N, P, D) and (M, P, D) the mean over P, in [0, 2], to (N, M).
-
-    One product of matrices: (N, M, P, D) never exists.
-    """
     units_a, units_b = (F.normalize(features, dim=-1).flatten(1) for features in (features_a, features_b))
     positions = units_a.shape[1] // features_a.shape[-1]
     return 1 - units_a @ units_b.mT / positions
 
 def l2_distance(features_a: Tensor, features_b: Tensor) -> Tensor:
-    """‖a - b‖ over all numbers of an image, (N, M); its gradient is 0 where a = b.
-
-    Not by the product of the two: where they are close, the root makes 1e-3 of its rounding errors.
-    """
     return torch.cdist(features_a.flatten(1), features_b.flatten(1), compute_mode="donot_use_mm_for_euclid_dist")
 
 def squared_l2_distance(features_a: Tensor, features_b: Tensor) -> Tensor:
-    """‖a - b‖² over all numbers of an image, (N, M), as ‖a‖² + ‖b‖² - 2ab: LPIPS has too many for N M differences."""
     vectors_a, vectors_b = features_a.flatten(1), features_b.flatten(1)
     squares = vectors_a.square().sum(1)[:, None] + vectors_b.square().sum(1)
     return (squares - 2 * vectors_a @ vectors_b.mT).clamp_min(0)
@@ -2445,21 +2116,21 @@ DISTANCES: dict[FeatureMetric, Callable[[Tensor, Tensor], Tensor]] = {
 SetRewardT = TypeVar("SetRewardT", bound="SetReward")
 
 class SetReward(nn.Module):
-    """Scores a set of images by its features: `set_reward(images) -> scalar`, float32, higher is better.
+    """Base class of set rewards: `set_reward(images) -> scalar`, float32, higher is better.
 
-    A subclass implements `score`, and is built from its features alone: `SetRewardClass(features)`. The value does not
+    A subclass implements `score` and is constructed from its features: `SetRewardClass(features)`. The value does not
     depend on the order of the images.
 
-    To optimise a large set in the memory of one image, compute all features without a gradient, then the gradient of
-    `of_features` with respect to them, then one image at a time: each image depends on the others through them alone.
+    To optimize a large set with the memory of one image, compute all features without a graph, then the gradient of
+    `of_features` with respect to them, then backpropagate it through one image at a time.
 
     Args:
-        features: what the images are compared by; frozen.
+        features: The features by which images are compared; frozen.
 
     Attributes:
-        name: the name under which values are reported.
-        range: the lowest and highest possible value of any set, where there is one.
-        default_features: what `from_pretrained()` takes.
+        name: The name under which values are reported.
+        range: The lowest and highest possible value of any set, if the formula is bounded.
+        default_features: The features that `from_pretrained()` loads by default.
     """
 
     name: str = "set_reward"
@@ -2471,19 +2142,6 @@ class SetReward(nn.Module):
         self.features = features
 
     def forward(self, images: Tensor, references: Tensor | None = None) -> Tensor:
-        """The value of the set of all images and references together.
-
-        Args:
-            images: (B, 3, H, W) in [0, 1], on any device.
-            references: (M, 3, H, W), images that are given: they count and get no gradient.
-
-        Returns:
-            a scalar, on the device of `images`.
-
-        Raises:
-            ValueError: fewer than two images in all, or images that do not meet the contract.
-            NonFiniteReward: a value that is NaN or infinite.
-        """
         known = None
         if references is not None:
             with torch.no_grad():
@@ -2491,16 +2149,6 @@ class SetReward(nn.Module):
         return self.of_features(self.features(images), known).to(images.device)
 
     def of_features(self, features: Tensor, references: Tensor | None = None) -> Tensor:
-        """The same of features (B, ...) and (M, ...), which `self.features` gave. Those of references may be kept.
-
-        In a sequence, where one image is optimised against all before it, this is the published objective: the value of
-        the union, in which the pairs of references are a constant. Features in half precision become float32;
-        references go to the device and the type of the others.
-
-        Raises:
-            ValueError: fewer than two images in all, or references of another shape.
-            NonFiniteReward: features or a value that are NaN or infinite.
-        """
         features = self.union(at_least_float32(features), references)
         if not features.isfinite().all():
             raise NonFiniteReward(
@@ -2513,7 +2161,6 @@ class SetReward(nn.Module):
         return value
 
     def union(self, features: Tensor, references: Tensor | None) -> Tensor:
-        """Features (M + B, ...) of at least two images, those of references first and detached."""
         if references is not None and references.shape[1:] != features.shape[1:]:
             raise ValueError(
                 f"Expected references with features of the shape {tuple(features.shape[1:])} of the images for the set "
@@ -2525,16 +2172,14 @@ class SetReward(nn.Module):
         if len(features) < 2:
             raise ValueError(
                 f"Expected at least 2 images for the set reward '{self.name}', references included, but got "
-                f"{len(features)}. Draw several images of the prompt, or pass `references`."
+                f"{len(features)}. Generate several images of the prompt, or pass `references`."
             )
         return features
 
     def score(self, features: Tensor) -> Tensor:
-        """(N, D) or (N, P, D) features of at least two images, in float32 or more -> scalar."""
         raise NotImplementedError(f"`{type(self).__name__}` does not implement `score`.")
 
     def bounds(self, count: int) -> tuple[float, float] | None:
-        """The lowest and highest possible value of a set of `count` images, references included, where there is one."""
         return self.range
 
     @classmethod
@@ -2545,34 +2190,26 @@ class SetReward(nn.Module):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> SetRewardT:
-        """On the features of a name, a Hub id or a folder, by default `default_features`."""
         return cls(AutoFeatures.from_pretrained(features or cls.default_features, dtype=dtype, device=device))
 
 SET_REWARDS: Registry[type[SetReward]] = Registry("set reward")
 
 def register_set_reward(name: str) -> Callable[[type[SetRewardT]], type[SetRewardT]]:
-    """Register a class of set rewards under a name.
-
-    Raises:
-        ValueError: a name that another class has.
-    """
     return SET_REWARDS.register(name)  # pyright: ignore[reportReturnType]
 
 def list_set_rewards() -> list[str]:
-    """The registered names, sorted."""
     return SET_REWARDS.names()
 
 def find_set_reward(name: str) -> type[SetReward]:
-    """The class of a name. Raises `ValueError` for one that is not registered."""
     return SET_REWARDS.find(name)
 
 @register_set_reward("pairwise")
 class PairwiseDiversity(SetReward):
-    """The mean distance of all pairs of images.
+    """Mean distance of all pairs of images.
 
-    On the patches of DINOv2 the objective of It's Never Too Late, https://arxiv.org/abs/2601.00090; on one vector an
-    image 1 - MSS; on LPIPS the usual measure of diversity. One image far from the others is enough to raise it. In a
-    cosine it has no gradient at images that are all the same.
+    On the patches of DINOv2 it is an objective of It's Never Too Late, https://arxiv.org/abs/2601.00090; on one vector
+    per image it is 1 - MSS; on LPIPS it is the usual measure of diversity. A single outlier raises it. With a cosine
+    metric it has no gradient if all images are identical.
     """
 
     name = "pairwise"
@@ -2592,18 +2229,19 @@ DPP_JITTER = 1e-6
 
 @register_set_reward("dpp")
 class DPP(SetReward):
-    """`logdet(I + K + 1e-6 I) / (N ln 2)` of the cosine kernel K of all N images, references included.
+    """`logdet(I + K + 1e-6 I) / (N ln 2)` of the cosine kernel K of all N images, including references.
 
-    The objective of It's Never Too Late, https://arxiv.org/abs/2601.00090, on the class token of DINOv2, after the
-    determinantal point processes of https://arxiv.org/abs/1207.6083. It is 1 (to 1e-6) for images at right angles and
-    `ln(1 + N) / (N ln 2)` for copies of one: .792 of 2, .580 of 4, .396 of 8. So a stop at a multiple of the first
-    value is no use: of 4 images that can at most grow by 1.72. What the released code logs is this times N ln 2.
+    The objective of It's Never Too Late, https://arxiv.org/abs/2601.00090, on the class token of DINOv2, based on
+    determinantal point processes, https://arxiv.org/abs/1207.6083. The value is 1 (up to 1e-6) for orthogonal features
+    and `ln(1 + N) / (N ln 2)` for identical ones: .792 for N = 2, .580 for 4, .396 for 8. So a target relative to the
+    initial value is of little use: for N = 4 the value can grow by a factor of at most 1.72. The released code logs
+    the value times N ln 2.
 
-    Of features at several positions (N, P, D) it is the mean over the positions.
+    For features (N, P, D) at P positions, the value is the mean over positions.
 
-    One outlier is worth less than in the mean of pairs, and the last copy that changes more: of 4 images at right
-    angles, .40 (there .50) and .25 (there .17) of the way from all alike to all different. Exact copies have no
-    gradient, as in everything that is made of cosines.
+    Compared with `PairwiseDiversity`, a first outlier adds less and a last different image adds more: for 4 images, on
+    a scale from all identical to all orthogonal, .40 (instead of .50) and .25 (instead of .17). Exact copies have no
+    gradient, as for any function of cosines.
     """
 
     name = "dpp"
@@ -2620,7 +2258,7 @@ class DPP(SetReward):
 
 @register_set_reward("dpp_patch")
 class DPPPatch(DPP):
-    """`DPP` patch by patch: images must differ everywhere, or at least where others of the set agree."""
+    """`DPP` averaged over patches: images have to differ everywhere, not just on average."""
 
     name = "dpp_patch"
     default_features = "dinov2_patch"
@@ -2629,18 +2267,18 @@ class DPPPatch(DPP):
 
 @register_set_reward("vendi")
 class Vendi(SetReward):
-    """The effective number of different images among all N, references included, in [1, N]; see `vendi_score`.
+    """Effective number of different images among all N, including references, in [1, N]; see `vendi_score`.
 
-    Of features at several positions (N, P, D) it is the mean over the positions. The gradient vanishes for exact
-    copies and for images at right angles to one another.
+    For features (N, P, D) at P positions, the value is the mean over positions. The gradient vanishes for exact copies
+    and for orthogonal features.
 
     Args:
-        features: what the images are compared by.
-        order: above 0, `math.inf` is one; by default that of the class, 1. Order 2 needs no eigenvalues and is smooth
-            everywhere. The reward of another order is named after it: "vendi_0.5".
+        features: The features by which images are compared.
+        order: The order, above 0 or `math.inf`; by default that of the class, 1. Order 2 needs no eigenvalues and is
+            smooth everywhere. Other orders are part of the name: "vendi_0.5".
 
     Raises:
-        ValueError: an order of 0, which has no gradient, or below.
+        ValueError: For an order of 0, which has no gradient, or below.
     """
 
     name = "vendi"
@@ -2652,7 +2290,7 @@ class Vendi(SetReward):
         if not self.order > 0:
             raise ValueError(
                 f"Expected an order above 0 for the Vendi score as a reward, but got {order}. Order 0, the number of "
-                "images that are no copies, has no gradient: use `order=0.1`, or `vendi_score` to measure it."
+                "distinct images, has no gradient: use `order=0.1`, or `vendi_score` to measure it."
             )
         self.name = "vendi" if self.order == 1 else f"vendi_{self.order:g}"
 
@@ -2664,41 +2302,24 @@ class Vendi(SetReward):
 
 @register_set_reward("vendi_2")
 class VendiOrder2(Vendi):
-    """`1 / ‖K / N‖²`, the Vendi score of order 2 (RKE, https://arxiv.org/abs/2211.02242): no eigenvalues, smooth."""
+    """Vendi score of order 2, `1 / ‖K / N‖²`, smooth and without eigenvalues (RKE, https://arxiv.org/abs/2211.02242)."""
 
     name = "vendi_2"
     order = 2.0
 
 @register_set_reward("vendi_inf")
 class VendiOrderInfinity(Vendi):
-    """1 / the largest eigenvalue of K / N: only how much all images have in common counts."""
+    """Vendi score of order ∞, the reciprocal of the largest eigenvalue of K / N: it penalizes only what all share."""
 
     name = "vendi_inf"
     order = math.inf
 
 def vendi_score(features: Tensor, q: float = 1.0) -> Tensor:
-    """The effective number of different images: exp of the Rényi entropy of the eigenvalues λ of the cosine kernel / N.
-
-    Vendi score (q = 1, Shannon): https://arxiv.org/abs/2210.02410. Other orders: https://arxiv.org/abs/2310.12952,
-    `(Σ λ^q)^(1 / (1 - q))`; the smaller the order, the more a rare image counts. Order 0 is the number of eigenvalues
-    that are not zero, order ∞ is `1 / max λ`, and order 2 is `1 / ‖K / N‖²`, which needs no eigenvalues.
-
-    Below order 1 an eigenvalue made of rounding errors would count, so those below N · ε · max λ, with the ε of the
-    features' type, are taken for zero, as in `torch.linalg.matrix_rank`.
-
-    Args:
-        features: (..., N, D), sets of at least 1 image.
-        q: the order, at least 0; `math.inf` is one.
-
-    Returns:
-        (...) in [1, N], float64, with a gradient, which is zero everywhere for order 0.
-    """
     if not q >= 0:
         raise ValueError(f"Expected an order of 0 or more for the Vendi score, but got {q}.")
     return kernel_vendi(cosine_kernel(features), q, torch.finfo(features.dtype).eps)
 
 def kernel_vendi(kernel: Tensor, q: float, features_eps: float) -> Tensor:
-    """The Vendi score of order q of (..., N, N) kernels of features whose type has that ε; see `vendi_score`."""
     count = kernel.shape[-1]
     kernel = kernel / count
     if q == 2:
@@ -2709,9 +2330,8 @@ def kernel_vendi(kernel: Tensor, q: float, features_eps: float) -> Tensor:
     return hill_number(shares, q, floor=count * (features_eps if q < 1 else torch.finfo(kernel.dtype).eps))
 
 def hill_number(shares: Tensor, q: float, floor: float) -> Tensor:
-    """`(Σ λ^q)^(1 / (1 - q))` of (..., N) shares over those above `floor` times the largest, or its limit for q = 1."""
     counted = shares > floor * shares.amax(-1, keepdim=True)
-    # Not the zeros themselves: their logarithm would make the gradient of all others NaN.
+    # Replace zeros, whose logarithm would make the gradient of all shares NaN.
     shares = shares.where(counted, 1.0)
     if q == 1:
         return (-(shares * shares.log()).sum(-1)).exp()
@@ -2784,7 +2404,6 @@ class BlipVQA(Reward):
         return torch.cat(scores)[torch.cat(groups).argsort()]
 
     def answer_probability(self, patches: Tensor, question_ids: Tensor) -> Tensor:
-        """Return the scores (B,) for image features (B, P, D) and question ids (B, L) of equal length."""
         ids = question_ids.to(patches.device)
         question = self.model.text_encoder(input_ids=ids, encoder_hidden_states=patches).last_hidden_state
         answer = torch.tensor(self.answer_ids, device=patches.device).expand(len(patches), -1)
@@ -2800,11 +2419,6 @@ class BlipVQA(Reward):
         return cls(model, tokenizer, ImageTransform.from_processor_config(checkpoint, **hub))
 
 def blip_answer_ids(tokenizer: PreTrainedTokenizerBase, answer: str, start: int, end: int) -> list[int]:
-    """Tokenize the answer as in the decoder's training: `start` instead of [CLS], the tokens, [SEP].
-
-    Raises:
-        ValueError: If the answer has no tokens or does not end with `end`.
-    """
     ids = tokenizer(answer)["input_ids"]
     if ids[-1] != end:
         raise ValueError(
@@ -2818,26 +2432,9 @@ def blip_answer_ids(tokenizer: PreTrainedTokenizerBase, answer: str, start: int,
 # rewards/vlm/vlm_pixels.py
 
 def vlm_pixels(images: Tensor, image_processor: Any) -> Tensor:
-    """Differentiable counterpart of an image processor, for (B, 3, H, W) images in [0, 1].
-
-    Resize, crop, mean and standard deviation follow the settings of the processor. Each image is one tile: the option
-    of some processors to split large images is off.
-
-    Returns:
-        `pixel_values` in the layout of the processor, in float32 or more: (B, 3, h, w); (B * patches, values per patch)
-        for Qwen; (B, 1, 3, h, w) for Idefics 3 and SmolVLM.
-
-    Raises:
-        ValueError: For a processor class that is not in `PIXEL_LAYOUTS`.
-    """
     return PIXEL_LAYOUTS[image_processor_kind(image_processor)](images, image_processor)
 
 def image_processor_kind(image_processor: Any) -> str:
-    """Return the class name without the backend: "CLIPImageProcessor" for `CLIPImageProcessorPil`, too.
-
-    Raises:
-        ValueError: If the class is not in `PIXEL_LAYOUTS`.
-    """
     kind = type(image_processor).__name__.removesuffix("Pil").removesuffix("Fast")
     if kind not in PIXEL_LAYOUTS:
         raise ValueError(
@@ -2847,11 +2444,9 @@ def image_processor_kind(image_processor: Any) -> str:
     return kind
 
 def one_tile(images: Tensor, image_processor: Any) -> Tensor:
-    """Map (B, 3, H, W) to (B, 3, h, w): shorter side and crop as in CLIP, or an exact size, as configured."""
     return ImageTransform.from_processor_config(image_processor.to_dict())(images)
 
 def qwen_patches(images: Tensor, image_processor: Any) -> Tensor:
-    """Map (B, 3, H, W) to the patches of Qwen2-VL and later, (B * gh * gw, 3 * 2 * p * p), image by image."""
     settings = image_processor.to_dict()
     patch, merge, bounds = settings["patch_size"], settings["merge_size"], settings["size"]
     height, width = images.shape[-2:]
@@ -2861,10 +2456,6 @@ def qwen_patches(images: Tensor, image_processor: Any) -> Tensor:
     return patchify(pixels, patch, merge, settings["temporal_patch_size"])
 
 def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """Return the (height, width) of Qwen-VL: multiples of `factor`, bounded area, about the same aspect ratio.
-
-    Source: `smart_resize` of transformers, `models/qwen2_vl/image_processing_qwen2_vl.py`.
-    """
     size = (round(height / factor) * factor, round(width / factor) * factor)
     if size[0] * size[1] > max_pixels:
         shrink = factor * math.sqrt(height * width / max_pixels)
@@ -2875,10 +2466,6 @@ def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixe
     return size
 
 def patchify(pixels: Tensor, patch: int, merge: int, temporal: int) -> Tensor:
-    """Map (B, C, H, W) to (B * gh * gw, C * temporal * patch * patch), in the order of Qwen's processors.
-
-    The `merge` × `merge` patches that the model merges are adjacent; an image is repeated as `temporal` frames.
-    """
     batch, channels, height, width = pixels.shape
     rows, columns = height // patch, width // patch
     blocks = pixels.reshape(batch, channels, rows // merge, merge, patch, columns // merge, merge, patch)
@@ -2887,7 +2474,6 @@ def patchify(pixels: Tensor, patch: int, merge: int, temporal: int) -> Tensor:
     return blocks.reshape(batch * rows * columns, channels * temporal * patch * patch)
 
 def idefics_tile(images: Tensor, image_processor: Any) -> Tensor:
-    """Map (B, 3, H, W) to (B, 1, 3, e, e): resized to the longest edge, then to a square, without image splitting."""
     settings = image_processor.to_dict()
     edge = settings["max_image_size"]["longest_edge"]
     pixels = straight_through_clamp(at_least_float32(images))
@@ -2899,23 +2485,17 @@ def idefics_tile(images: Tensor, image_processor: Any) -> Tensor:
     return finish(pixels)[:, None]
 
 def longest_edge_even(height: int, width: int, edge: int) -> tuple[int, int]:
-    """Return the (height, width) whose longer side is `edge`; the other is rounded down, then up to an even number.
-
-    Source: `_resize_output_size_rescale_to_max_len` of transformers, `models/idefics3/image_processing_idefics3.py`.
-    """
     shorter = int(edge / (width / height)) if width >= height else int(edge * (width / height))
     shorter = max(1, shorter + shorter % 2)
     return (shorter, edge) if width >= height else (edge, shorter)
 
 def lanczos_resize(images: Tensor, size: tuple[int, int]) -> Tensor:
-    """Resize (B, C, H, W) in [0, 1] with Pillow's Lanczos filter, in two passes, each clamped like uint8."""
     for height, width in (first_pass_size(images.shape[-2], images.shape[-1], size), size):
         down, across = lanczos_weights(images.shape[-2], height), lanczos_weights(images.shape[-1], width)
         images = straight_through_clamp(down.to(images) @ images @ across.to(images).T)
     return images
 
 def lanczos_weights(length: int, target: int) -> Tensor:
-    """Return (target, length) float64 weights, a windowed sinc of three lobes, whose rows sum to 1."""
     scale = length / target
     centers = (torch.arange(target, dtype=torch.float64) + 0.5) * scale
     offsets = (torch.arange(length, dtype=torch.float64) + 0.5 - centers[:, None]) / max(scale, 1.0)
@@ -2942,16 +2522,13 @@ ANSWER_ROOM = 8  # tokens of the context reserved for the answer
 Placeholder = Callable[[PretrainedConfig, Mapping[str, Tensor], str], str]
 
 def qwen_placeholder(config: PretrainedConfig, pixels: Mapping[str, Tensor], token: str) -> str:
-    """Return one token per merged patch."""
     merge: int = config.vision_config.spatial_merge_size
     return token * (int(pixels["image_grid_thw"].prod()) // merge**2)
 
 def internvl_placeholder(config: PretrainedConfig, pixels: Mapping[str, Tensor], token: str) -> str:
-    """Return the tokens of one tile between the begin and end tokens of an image."""
     return "<img>" + token * config.image_seq_length + "</img>"
 
 def smolvlm_placeholder(config: PretrainedConfig, pixels: Mapping[str, Tensor], token: str) -> str:
-    """Return the tokens of one tile, marked as the global image."""
     vision = config.vision_config
     count = (vision.image_size // vision.patch_size) ** 2 // config.scale_factor**2
     return "<fake_token_around_image><global-img>" + token * count + "<fake_token_around_image>"
@@ -2989,7 +2566,6 @@ VLM_FAMILIES: dict[str, VLMFamily] = {
 }
 
 def vlm_family(model_type: str) -> VLMFamily:
-    """Return the family of a model type. Raises `ValueError` if it is not supported."""
     if model_type not in VLM_FAMILIES:
         raise ValueError(
             f"Expected a vision-language model of the type {sorted(VLM_FAMILIES)}, but got '{model_type}', whose "
@@ -3039,7 +2615,6 @@ class TokenizerAndImageProcessor:
         return {**tokens, **pixels, "mm_token_type_ids": kinds}
 
 def load_vlm_processor(checkpoint: str, config: PretrainedConfig, hub: Mapping[str, Any]) -> Any:
-    """Load the processor of a checkpoint, or its replacement that does not require torchvision."""
     placeholder = vlm_family(config.model_type).placeholder
     if placeholder is None:
         return AutoProcessor.from_pretrained(checkpoint, **hub)
@@ -3049,7 +2624,6 @@ def load_vlm_processor(checkpoint: str, config: PretrainedConfig, hub: Mapping[s
     return TokenizerAndImageProcessor(tokenizer, image_processor, config, placeholder, settings.get("chat_template"))
 
 def probe_image(height: int, width: int) -> Tensor:
-    """Return a (1, 3, height, width) image in [0, 1] with 256 levels, smooth enough for all resize filters to agree."""
     coarse = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     smooth = F.interpolate(coarse, (height, width), mode="bicubic").clamp(0, 1)
     return (smooth * 255).round() / 255
@@ -3099,7 +2673,6 @@ class VLMInputs:
         self.surround("")
 
     def pixels(self, images: Tensor) -> Tensor:
-        """Return the `pixel_values`, in float32 or more, of (B, 3, H, W) images in [0, 1]."""
         if self.preprocess is not None:
             return self.preprocess(images)
         return vlm_pixels(images, self.processor.image_processor)
@@ -3123,7 +2696,6 @@ class VLMInputs:
         return self.cache[key]
 
     def build(self, template: str, prompt: str, size: tuple[int, int]) -> dict[str, Tensor]:
-        """Build the inputs without the cache."""
         token = getattr(self.processor, "image_token", None)
         if token is not None and str(token) in prompt:
             raise ValueError(
@@ -3140,7 +2712,6 @@ class VLMInputs:
         return {name: value for name, value in reference.items() if name in wanted}
 
     def process(self, question: str, image: Tensor) -> Mapping[str, Tensor]:
-        """Return the processor's output for a question about an image (1, 3, H, W)."""
         text = self.surround(question)
         picture = Image.fromarray((image[0].permute(1, 2, 0) * 255).round().byte().numpy())
         settings = dict(self.family.settings)
@@ -3150,7 +2721,6 @@ class VLMInputs:
         return self.processor(text=[text], images=[picture], return_tensors="pt", **settings)
 
     def surround(self, question: str) -> str:
-        """Return the complete text for a question."""
         if self.prompt_format is not None:
             return self.prompt_format.replace("{}", question)
         if getattr(self.processor, "chat_template", None) is not None:
@@ -3163,12 +2733,10 @@ class VLMInputs:
         return self.family.prompt.replace("{}", question)
 
     def excess(self, reference: Mapping[str, Tensor]) -> int:
-        """Return the number of tokens beyond the context length; 0 or less if the text fits."""
         lengths = {name: reference[name].shape[1] for name in self.limits if name in reference}
         return max(int(length + ANSWER_ROOM - self.limits[name]) for name, length in lengths.items())
 
     def shortened(self, prompt: str, excess: int) -> str:
-        """Remove about the last `excess` tokens of a prompt."""
         count = len(self.processor.tokenizer(prompt, add_special_tokens=False)["input_ids"])
         if count <= excess:
             raise ValueError(
@@ -3178,7 +2746,6 @@ class VLMInputs:
         return prompt[: len(prompt) * (count - excess) // count]
 
     def check_pixels(self, image: Tensor, expected: Tensor) -> None:
-        """Raise `ValueError` unless the differentiable pixels of an image agree with the processor's."""
         pixels = self.pixels(image)
         error = float((pixels - expected).abs().max()) if pixels.shape == expected.shape else float("inf")
         if not error <= PIXEL_TOLERANCE:  # NaN too
@@ -3190,7 +2757,6 @@ class VLMInputs:
         self.pixel_errors[(image.shape[-2], image.shape[-1])] = error
 
 def context_lengths(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:
-    """Return the maximum number of tokens of each text input of a model."""
     text = getattr(config, "text_config", config)
     lengths = {"input_ids": min(getattr(text, "max_position_embeddings", float("inf")), tokenizer.model_max_length)}
     if (reader := getattr(config, "qformer_config", None)) is not None:
@@ -3290,19 +2856,11 @@ class VQAScorer(Reward):
     def answer_log_probability(
         self, images: Tensor, questions: Sequence[str], answers: Sequence[Sequence[str]]
     ) -> Tensor:
-        """Return the log-probabilities (B,) that the answers to questions about images begin with given spellings.
-
-        Args:
-            images: (B, 3, H, W) in [0, 1].
-            questions: B questions.
-            answers: B lists of spellings of the accepted answer.
-        """
         logits = self.next_logits(images, "{}", questions)[:, 0]
         tokens = [first_tokens(self.processor.tokenizer, variants) for variants in answers]
         return torch.cat([log_probability(row[None], ids) for row, ids in zip(logits, tokens, strict=True)])
 
     def next_logits(self, images: Tensor, template: str, prompts: Sequence[str], forced: Sequence[int] = ()) -> Tensor:
-        """Return the logits (B, 1 + forced, V) of the first answer token and of those after each `forced` token."""
         size = (images.shape[-2], images.shape[-1])
         inputs = [self.inputs(template, prompt, size) for prompt in prompts]
         chunks, order = [], []
@@ -3313,7 +2871,6 @@ class VQAScorer(Reward):
         return torch.cat(chunks)[torch.tensor(order).argsort()]
 
     def answer_logits(self, images: Tensor, inputs: Mapping[str, Tensor], forced: Sequence[int]) -> Tensor:
-        """Compute `next_logits` for inputs of equal length, which need no padding."""
         arguments: dict[str, Any] = {name: value.to(self.device) for name, value in inputs.items()}
         text = getattr(self.model.config, "text_config", self.model.config)
         if text.is_encoder_decoder:
@@ -3328,10 +2885,6 @@ class VQAScorer(Reward):
         return at_least_float32(logits[:, -1 - len(forced) :])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "VQAScorer":
-        """Move and cast the weights, but keep float32 buffers when the weights become half precision.
-
-        Rotary frequencies with bfloat16's 8 bits of precision give wrong angles after a few hundred tokens.
-        """
         exact = {name: value for name, value in self.named_buffers() if value.is_floating_point()}
         super()._apply(fn, recurse)
         for name, value in exact.items():
@@ -3350,14 +2903,12 @@ class VQAScorer(Reward):
         return cast(Any, cls)(model, load_vlm_processor(checkpoint, model.config, hub))
 
 def rows_of_equal_shape(inputs: Sequence[Mapping[str, Tensor]]) -> Iterator[list[int]]:
-    """Yield groups of indices of inputs that can be stacked."""
     groups: dict[tuple[torch.Size, ...], list[int]] = {}
     for row, each in enumerate(inputs):
         groups.setdefault(tuple(value.shape for value in each.values()), []).append(row)
     yield from groups.values()
 
 def appended(inputs: Mapping[str, Tensor], tokens: Sequence[int], answer_type: int) -> dict[str, Tensor]:
-    """Append answer tokens to the inputs (B, length) of a decoder."""
     ends = {"input_ids": torch.tensor(tokens, dtype=torch.long), "attention_mask": torch.ones(len(tokens))}
     ends |= {"token_type_ids": torch.full((len(tokens),), answer_type), "mm_token_type_ids": torch.zeros(len(tokens))}
     longer = dict(inputs)
@@ -3367,18 +2918,9 @@ def appended(inputs: Mapping[str, Tensor], tokens: Sequence[int], answer_type: i
     return longer
 
 def log_probability(logits: Tensor, tokens: Sequence[int]) -> Tensor:
-    """Return the log-probability (B,), at most 0, of any of `tokens` under (B, V) logits."""
     return logits.log_softmax(-1)[:, tokens].logsumexp(-1).clamp(max=0)
 
 def first_tokens(tokenizer: PreTrainedTokenizerBase, words: Sequence[str]) -> list[int]:
-    """Return the distinct first tokens of words.
-
-    Words that the tokenizer does not know are ignored, and so are words whose first token is only white space, which
-    could precede the opposite answer as well.
-
-    Raises:
-        ValueError: If no word is left, or for a string instead of a list.
-    """
     if isinstance(words, str):
         raise ValueError(f"Expected a list of answers, but got the string {words!r}. Pass [{words!r}].")
     begins = [tokenizer(word, add_special_tokens=False)["input_ids"][:1] for word in words]
@@ -3453,7 +2995,6 @@ class CLIPFlanT5(Reward):
         return torch.cat([self.answer_score(*each) for each in zip(patches, prompts, strict=True)])
 
     def encode_image(self, images: Tensor) -> Tensor:
-        """Return projected patch tokens (B, patches, width of the T5) of (B, 3, H, W) images in [0, 1]."""
         mean = self.image_transform.mean or (0.0, 0.0, 0.0)
         square = pad_to_square(straight_through_clamp(at_least_float32(images)), [int(255 * m) / 255 for m in mean])
         pixels = self.image_transform(square).to(self.dtype)
@@ -3462,7 +3003,6 @@ class CLIPFlanT5(Reward):
         return self.projector(hidden[-2][:, 1:])
 
     def answer_score(self, patches: Tensor, prompt: str) -> Tensor:
-        """Return the score (1,) of one image, given its projected patch tokens (patches, width)."""
         embed = self.t5.get_input_embeddings()
         before, after = (embed(torch.tensor(ids, device=patches.device)) for ids in self.text_around_image(prompt))
         labels = torch.tensor([self.answer], device=patches.device)
@@ -3470,7 +3010,6 @@ class CLIPFlanT5(Reward):
         return (-F.cross_entropy(at_least_float32(logits[0]), labels[0])).exp()[None]
 
     def text_around_image(self, prompt: str) -> tuple[list[int], list[int]]:
-        """Return the tokens before and after the image, each with an end token; a long prompt is truncated."""
         if prompt not in self.tokens:
             before = self.tokenizer(f"{SYSTEM} USER: ")["input_ids"]
             question = f"\n{QUESTION.format(prompt)} ASSISTANT: "
@@ -3497,20 +3036,14 @@ class CLIPFlanT5(Reward):
         return cast(Any, cls)(vision, projector, t5, tokenizer, transform)
 
 def untied_t5(config: T5Config) -> T5ForConditionalGeneration:
-    """Build a T5 with random weights and an untied output layer, as Flan-T5 has.
-
-    transformers 5 ties the output layer to the embedding in every T5, so that loading would overwrite one of them.
-    """
     t5 = T5ForConditionalGeneration(config)
     t5.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
     return t5
 
 def clip_flant5_projector(width: int, target: int) -> nn.Sequential:
-    """Build LLaVA's "mlp2x_gelu", (..., width) -> (..., target)."""
     return nn.Sequential(nn.Linear(width, target), nn.GELU(), nn.Linear(target, target))
 
 def pad_to_square(images: Tensor, color: list[float]) -> Tensor:
-    """Pad (B, 3, H, W) images to a square with a constant color, as LLaVA's `expand2square`."""
     height, width = images.shape[-2:]
     edge = max(height, width)
     top, left = (edge - height) // 2, (edge - width) // 2
@@ -3520,7 +3053,6 @@ def pad_to_square(images: Tensor, color: list[float]) -> Tensor:
     return torch.where(inside > 0, padded, canvas)
 
 def read_shards(checkpoint: str, hub: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Read all files listed in `pytorch_model.bin.index.json`. Raises `ValueError` if it lists none."""
     listed = read_settings(checkpoint_path(checkpoint, "pytorch_model.bin.index.json", hub)).get("weight_map")
     files = list(listed.values()) if isinstance(listed, dict) else []
     if not files or not all(isinstance(name, str) and name == os.path.basename(name) for name in files):
@@ -3531,11 +3063,6 @@ def read_shards(checkpoint: str, hub: Mapping[str, Any]) -> dict[str, Tensor]:
     return state
 
 def split_clip_flant5(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Split the published tensors into "t5", "projector" and "vision".
-
-    `mm_projector.*` is the projector and `vision_tower.vision_tower.vision_model.*` the CLIP tower, which is not
-    fine-tuned and may be missing. All other keys are the T5's, whose embedding has up to four names.
-    """
     prefixes = {"projector": "mm_projector.", "vision": "vision_tower.vision_tower.vision_model."}
     parts: dict[str, dict[str, Tensor]] = {"t5": {}, "projector": {}, "vision": {}}
     for key, value in state.items():
@@ -3546,6 +3073,106 @@ def split_clip_flant5(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor
         for stack in ("encoder", "decoder"):
             parts["t5"].setdefault(f"{stack}.embed_tokens.weight", shared)
     return parts
+
+# callbacks/noise_state.py
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Best:
+    """The best evaluation so far of each of `B` noises.
+
+    Attributes:
+        loss: `(B,)`, the lowest loss; infinite before the first evaluation. Ties go to the earliest.
+        step: `(B,)`, the step of the lowest loss.
+        noise: `(B, C, H, W)`, the noise of the lowest loss.
+        images: `(B, 3, H, W)` in [0, 1], its images; `None` if the objective asked for no images.
+        evaluations: The number of evaluations so far.
+    """
+
+    loss: torch.Tensor
+    step: torch.Tensor
+    noise: torch.Tensor
+    images: torch.Tensor | None = None
+    evaluations: int = 0
+
+@dataclasses.dataclass(eq=False)
+class NoiseState:
+    """A running optimization of `B` independent noises.
+
+    Attributes:
+        pipeline: The pipeline whose noise is optimized.
+        prompts: The `B` prompts of the rewards.
+        steps: The number of evaluations that the method plans.
+        noise: `(B, C, H, W)`, unit variance, the noise that was evaluated in this step.
+        step: Index of this evaluation, from 0. Step 0 is the baseline.
+        images: `(B, 3, H, W)` in [0, 1], the images of the noise; `None` if the objective asked for no images.
+        loss: `(B,)`, lower is better, without the regularizer. NaN where a sample is not active.
+        scores: Name to `(B,)`, the raw rewards of this step, higher is better.
+        best: The best so far.
+        active: `(B,)` bool. A sample that is not active keeps its best and is no longer recorded.
+        reports: Plain values that methods and callbacks add to the result, by name.
+        stopped: The reason why the run ended before its last step, or `None`.
+    """
+
+    pipeline: Any
+    prompts: list[str]
+    steps: int
+    noise: torch.Tensor
+    step: int = -1
+    images: torch.Tensor | None = None
+    loss: torch.Tensor = dataclasses.field(init=False)
+    scores: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
+    best: Best = dataclasses.field(init=False)
+    reports: dict[str, Any] = dataclasses.field(default_factory=dict)
+    active: torch.Tensor = dataclasses.field(init=False)
+    stopped: str | None = None
+    started: float = dataclasses.field(default_factory=time.perf_counter)
+
+    def __post_init__(self) -> None:
+        batch = len(self.noise)
+        self.active = torch.ones(batch, dtype=torch.bool, device=self.noise.device)
+        self.loss = torch.full((batch,), torch.inf, device=self.noise.device)
+        self.best = Best(loss=self.loss, step=torch.zeros_like(self.active, dtype=torch.long), noise=self.noise)
+
+    @property
+    def elapsed(self) -> float:
+        return time.perf_counter() - self.started
+
+    def stop(self, reason: str = "callback", samples: torch.Tensor | None = None) -> None:
+        self.active = self.active & ~samples if samples is not None else torch.zeros_like(self.active)
+        if not self.active.any():
+            self.stopped = reason
+
+# checked_fields.py
+
+def checked(default: Any, interval: str) -> Any:
+    return dataclasses.field(default=default, metadata={"interval": interval})
+
+def check_fields(settings: Any) -> None:
+    hints = get_type_hints(type(settings))
+    for field in dataclasses.fields(settings):
+        check_value(field.name, getattr(settings, field.name), hints[field.name], field.metadata.get("interval"))
+
+def check_value(name: str, value: Any, hint: Any, interval: str | None) -> None:
+    members = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    choices = [choice for member in members if get_origin(member) is Literal for choice in get_args(member)]
+    choices += [None] if type(None) in members else []
+    if any(value is choice or (isinstance(value, str) and value == choice) for choice in choices):
+        return
+    if interval is None:
+        if choices and not {int, float, str}.intersection(members) and len(choices) > (None in choices):
+            raise ValueError(f"Expected `{name}` to be one of {tuple(choices)}, but got {value!r}.")
+        return
+    kind = int if float not in members else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kind) or not is_in(interval, value):
+        number = "an integer" if kind is int else "a number"
+        others = "".join(f" or {choice!r}" for choice in choices)
+        raise ValueError(f"Expected `{name}` to be {number} in {interval}{others}, but got {value!r}.")
+
+def is_in(interval: str, value: float) -> bool:
+    low, high = (float(end) for end in interval[1:-1].split(","))
+    above = value >= low if interval[0] == "[" else value > low
+    below = value <= high if interval[-1] == "]" else value < high
+    return math.isfinite(value) and above and below
 
 # rewards/contract/reward_sum.py
 
@@ -3638,12 +3265,10 @@ class RewardSum(nn.Module):
 
     @property
     def differentiable(self) -> bool:
-        """Whether every optimized reward has a gradient."""
         return not self.without_gradient()
 
     @property
     def has_gradient(self) -> bool:
-        """Whether any optimized reward has a gradient."""
         return any(
             weight and reward.differentiable for weight, reward in zip(self.weights.values(), self.rewards, strict=True)
         )
@@ -3653,22 +3278,12 @@ class RewardSum(nn.Module):
         return any(reward.requires_prompt for reward in self.rewards)
 
     def without_gradient(self) -> list[str]:
-        """Return the names of optimized rewards that have no gradient."""
         entries = zip(self.weights.items(), self.rewards, strict=True)
         return [name for (name, weight), reward in entries if weight and not reward.differentiable]
 
     def check_differentiable(
         self, height: int | None = None, width: int | None = None, prompts: str | None = "a photo"
     ) -> None:
-        """Check that a method with gradients can use this sum, before any diffusion model runs.
-
-        Given the image size, it also evaluates each optimized reward on a random image (see `check_gradient`), which
-        detects callables that cut the graph.
-
-        Raises:
-            NonDifferentiableReward: If optimized rewards have no gradient; the message names them.
-            NonFiniteReward: If a score or gradient is NaN or infinite.
-        """
         if names := self.without_gradient():
             raise NonDifferentiableReward(
                 f"Expected rewards with a gradient, but {names} are not differentiable. Give them weight 0 to only "
@@ -3682,16 +3297,6 @@ class RewardSum(nn.Module):
     def forward(
         self, images: Tensor, prompts: str | Sequence[str] | None = None, chunk_size: int | None = None
     ) -> RewardSumOutput:
-        """Score images.
-
-        Args:
-            images: (B, 3, H, W), floating point, in [0, 1], on any device.
-            prompts: One per image, or a single one for all.
-            chunk_size: The number of images scored at a time, to save memory; `None` for all at once.
-
-        Raises:
-            ValueError, NonFiniteReward, NonDifferentiableReward: As `Reward.forward` does.
-        """
         with_gradient = images.requires_grad and torch.is_grad_enabled() and self.has_gradient
         if not isinstance(prompts, (str, type(None))):
             prompts = prompts_per_image(prompts, len(images), self.names[0], False)
@@ -3702,7 +3307,7 @@ class RewardSum(nn.Module):
         for start in range(0, max(1, len(images)), size):
             rows = slice(start, start + size)
             chunk_gradient = None if gradient is None else gradient[rows]
-            chunks.append(self.scores(pixels[rows], part_of_prompts(prompts, rows), chunk_gradient))
+            chunks.append(self.scores(pixels[rows], prompts_of_rows(prompts, rows), chunk_gradient))
         components = {name: torch.cat([chunk[name] for chunk in chunks]) for name in self.names}
         total = images.new_zeros(len(images), dtype=torch.float32)
         for name, weight in self.weights.items():
@@ -3712,7 +3317,6 @@ class RewardSum(nn.Module):
         return RewardSumOutput(total, components)  # pyright: ignore[reportArgumentType]
 
     def scores(self, images: Tensor, prompts: str | Sequence[str] | None, gradient: Tensor | None) -> dict[str, Tensor]:
-        """Return detached scores (B,) by name, and add the gradient of their weighted sum to `gradient` in place."""
         components = {}
         for (name, weight), reward in zip(self.weights.items(), self.rewards, strict=True):
             if weight and gradient is not None and reward.differentiable:
@@ -3722,38 +3326,31 @@ class RewardSum(nn.Module):
                 components[name] = reward(images, prompts).detach()
         return components
 
-    def optimised(self) -> "RewardSum":
-        """Return the sum without rewards of weight 0. The models are shared, not copied."""
+    def optimized(self) -> "RewardSum":
         pairs = zip(self.names, self.rewards, strict=True)
         return self.like({name: reward for name, reward in pairs if self.weights[name]})
 
     def like(self, rewards: Mapping[str, nn.Module]) -> "RewardSum":
-        """Return a sum of other rewards with the weights that this sum has under the same names."""
         return RewardSum([(reward, self.weights[name]) for name, reward in rewards.items()])
 
     def drop_text_encoders(self, prompts: str | Sequence[str]) -> None:
-        """Call `Reward.drop_text_encoder` of each reward."""
         for reward in self.rewards:
             if callable(drop := getattr(reward, "drop_text_encoder", None)):
                 drop(prompts)
 
     def describe(self) -> dict[str, Any]:
-        """Return the weights as plain values, for the provenance of a result."""
         return dict(self.weights)
 
 def score_and_gradient(reward: nn.Module, images: Tensor, prompts: str | Sequence[str] | None) -> tuple[Tensor, Tensor]:
-    """Return detached scores (B,) and their gradient (B, 3, H, W) in float32 or more; the graph is freed."""
     pixels = at_least_float32(images.detach()).requires_grad_()
     scores = reward(pixels, prompts)
     (gradient,) = torch.autograd.grad(scores.sum(), pixels, materialize_grads=True)
     return scores.detach(), gradient
 
-def part_of_prompts(prompts: str | Sequence[str] | None, rows: slice) -> str | Sequence[str] | None:
-    """Return the prompts of some rows of the batch; a single prompt, or None, applies to all rows."""
+def prompts_of_rows(prompts: str | Sequence[str] | None, rows: slice) -> str | Sequence[str] | None:
     return prompts if prompts is None or isinstance(prompts, str) else prompts[rows]
 
 def reward_weight_pairs(rewards: RewardsLike, weights: Sequence[float] | None) -> list[tuple[Any, Any]]:
-    """Convert any accepted form of `rewards=` to a list of (reward, weight)."""
     entries = reward_entries(rewards)
     malformed = [entry for entry in entries if isinstance(entry, tuple) and len(entry) != 2]
     if malformed:
@@ -3769,7 +3366,6 @@ def reward_weight_pairs(rewards: RewardsLike, weights: Sequence[float] | None) -
     return list(zip(entries, weights, strict=True))
 
 def reward_entries(rewards: RewardsLike) -> list[Any]:
-    """Return the entries of `rewards=`: rewards or (reward, weight) tuples."""
     if isinstance(rewards, str) and rewards in REWARD_PRESETS:
         return list(REWARD_PRESETS[rewards].items())
     if isinstance(rewards, Mapping):
@@ -3783,7 +3379,6 @@ def reward_entries(rewards: RewardsLike) -> list[Any]:
     return [rewards]
 
 def check_reward_pair(reward: Any, weight: Any) -> None:
-    """Raise unless `as_reward` accepts `reward` and `weight` is a finite number of at least 0."""
     if isinstance(reward, (str, os.PathLike)):
         find_reward(os.fspath(reward))
     elif isinstance(reward, type):
@@ -3803,7 +3398,6 @@ def check_reward_pair(reward: Any, weight: Any) -> None:
         )
 
 def as_reward(reward: RewardLike, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Reward:
-    """Load a name, Hub id or folder; wrap a plain callable; return a `Reward` unchanged."""
     if isinstance(reward, Reward):
         return reward
     if isinstance(reward, (str, os.PathLike)):
@@ -3811,502 +3405,11 @@ def as_reward(reward: RewardLike, dtype: torch.dtype | None = None, device: torc
     return CallableReward(reward)
 
 def distinct_names(names: Sequence[str]) -> list[str]:
-    """Append `_2`, `_3`, ... to repeated names."""
     distinct: list[str] = []
     for name in names:
         numbered = (f"{name}_{count}" for count in itertools.count(2))
         distinct.append(name if name not in distinct else next(new for new in numbered if new not in distinct))
     return distinct
-
-# callbacks/noise_state.py
-
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class Best:
-    """The best evaluation so far of each of `B` noises.
-
-    Attributes:
-        loss: `(B,)`, the lowest loss; infinite before the first evaluation. Ties go to the earliest.
-        step: `(B,)`, the step of the lowest loss.
-        noise: `(B, C, H, W)`, the noise of the lowest loss.
-        images: `(B, 3, H, W)` in [0, 1], its images; `None` if the objective asked for no images.
-        evaluations: The number of evaluations so far.
-    """
-
-    loss: torch.Tensor
-    step: torch.Tensor
-    noise: torch.Tensor
-    images: torch.Tensor | None = None
-    evaluations: int = 0
-
-@dataclasses.dataclass(eq=False)
-class NoiseState:
-    """A running optimization of `B` independent noises.
-
-    Attributes:
-        pipeline: The pipeline whose noise is optimized.
-        prompts: The `B` prompts of the rewards.
-        steps: The number of evaluations that the method plans.
-        noise: `(B, C, H, W)`, unit variance, the noise that was evaluated in this step.
-        step: Index of this evaluation, from 0. Step 0 is the baseline.
-        images: `(B, 3, H, W)` in [0, 1], the images of the noise; `None` if the objective asked for no images.
-        loss: `(B,)`, lower is better, without the regularizer. NaN where a sample is not active.
-        scores: Name to `(B,)`, the raw rewards of this step, higher is better.
-        best: The best so far.
-        active: `(B,)` bool. A sample that is not active keeps its best and is no longer recorded.
-        reports: Plain values that methods and callbacks add to the result, by name.
-        stopped: The reason why the run ended before its last step, or `None`.
-    """
-
-    pipeline: Any
-    prompts: list[str]
-    steps: int
-    noise: torch.Tensor
-    step: int = -1
-    images: torch.Tensor | None = None
-    loss: torch.Tensor = dataclasses.field(init=False)
-    scores: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
-    best: Best = dataclasses.field(init=False)
-    reports: dict[str, Any] = dataclasses.field(default_factory=dict)
-    active: torch.Tensor = dataclasses.field(init=False)
-    stopped: str | None = None
-    started: float = dataclasses.field(default_factory=time.perf_counter)
-
-    def __post_init__(self) -> None:
-        batch = len(self.noise)
-        self.active = torch.ones(batch, dtype=torch.bool, device=self.noise.device)
-        self.loss = torch.full((batch,), torch.inf, device=self.noise.device)
-        self.best = Best(loss=self.loss, step=torch.zeros_like(self.active, dtype=torch.long), noise=self.noise)
-
-    @property
-    def elapsed(self) -> float:
-        """Seconds since the optimization began."""
-        return time.perf_counter() - self.started
-
-    def stop(self, reason: str = "callback", samples: torch.Tensor | None = None) -> None:
-        """End the run after this step, or only the samples for which the `(B,)` bool mask `samples` is true."""
-        self.active = self.active & ~samples if samples is not None else torch.zeros_like(self.active)
-        if not self.active.any():
-            self.stopped = reason
-
-# callbacks/noise_callback.py
-
-class NoiseCallback:
-    """Base class of callbacks per *optimization* step. (diffusers' `callback_on_step_end` is per denoising step.)
-
-    Subclasses override the hooks that they need. A function `(state) -> bool | None` is accepted as `on_step_end`.
-    """
-
-    def on_run_start(self, state: NoiseState) -> None:
-        """Called once, before the first evaluation."""
-
-    def on_step_end(self, state: NoiseState) -> bool | None:
-        """Called after each evaluation. Return `False`, or call `state.stop()`, to end the run."""
-
-    def on_run_end(self, state: NoiseState) -> None:
-        """Called once at the end, also after an exception."""
-
-class FunctionCallback(NoiseCallback):
-    """Wrapper that makes a function a callback."""
-
-    def __init__(self, function: Callable[[NoiseState], bool | None]) -> None:
-        self.function = function
-
-    def on_step_end(self, state: NoiseState) -> bool | None:
-        return self.function(state)
-
-CallbackSpec = NoiseCallback | Callable[[NoiseState], bool | None]
-
-def as_callbacks(callbacks: CallbackSpec | Iterable[CallbackSpec] | None) -> list[NoiseCallback]:
-    """Convert one callback, several, or none to a list.
-
-    Any object with `on_step_end` is accepted, because a pipeline from the Hub has its own copy of `NoiseCallback`.
-
-    Raises:
-        TypeError: For an object that is neither a callback nor a function.
-    """
-    if callbacks is None:
-        return []
-    if isinstance(callbacks, Iterable):
-        return [as_callback(each) for each in callbacks]
-    return [as_callback(callbacks)]
-
-def as_callback(callback: CallbackSpec) -> NoiseCallback:
-    if hasattr(callback, "on_step_end"):
-        return callback  # pyright: ignore[reportReturnType]
-    if callable(callback):
-        return FunctionCallback(callback)
-    raise TypeError(
-        f"Expected a callback with `on_step_end(state)` or a function of `state`, but got {type(callback).__name__}."
-    )
-
-# checked_fields.py
-
-def checked(default: Any, interval: str) -> Any:
-    """Return a dataclass field for a number in an interval.
-
-    Args:
-        default: The default value.
-        interval: In mathematical notation, `"[0, 1)"` or `"[1, inf)"`. The annotation of the field says whether the
-            number has to be an integer (`int`) and whether `None` is allowed (`int | None`).
-    """
-    return dataclasses.field(default=default, metadata={"interval": interval})
-
-def check_fields(settings: Any) -> None:
-    """Check the fields of a dataclass: those made by `checked`, and those whose annotation has a `Literal`.
-
-    Raises:
-        ValueError: For a value outside, naming the field and what was expected.
-    """
-    hints = get_type_hints(type(settings))
-    for field in dataclasses.fields(settings):
-        check_value(field.name, getattr(settings, field.name), hints[field.name], field.metadata.get("interval"))
-
-def check_value(name: str, value: Any, hint: Any, interval: str | None) -> None:
-    """Check one value against its annotation and its interval. Raises `ValueError`, naming both."""
-    members = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-    choices = [choice for member in members if get_origin(member) is Literal for choice in get_args(member)]
-    choices += [None] if type(None) in members else []
-    if any(value is choice or (isinstance(value, str) and value == choice) for choice in choices):
-        return
-    if interval is None:
-        if choices and not {int, float, str}.intersection(members) and len(choices) > (None in choices):
-            raise ValueError(f"Expected `{name}` to be one of {tuple(choices)}, but got {value!r}.")
-        return
-    kind = int if float not in members else (int, float)
-    if isinstance(value, bool) or not isinstance(value, kind) or not is_in(interval, value):
-        number = "an integer" if kind is int else "a number"
-        others = "".join(f" or {choice!r}" for choice in choices)
-        raise ValueError(f"Expected `{name}` to be {number} in {interval}{others}, but got {value!r}.")
-
-def is_in(interval: str, value: float) -> bool:
-    """Return whether a finite number lies in an interval such as `"[0, 1)"`; NaN and infinity lie in none."""
-    low, high = (float(end) for end in interval[1:-1].split(","))
-    above = value >= low if interval[0] == "[" else value > low
-    below = value <= high if interval[-1] == "]" else value < high
-    return math.isfinite(value) and above and below
-
-# schedulers/noise_samplers.py
-
-Generators = torch.Generator | list[torch.Generator] | None
-NoiseSamplerSpec = str | Mapping[str, Any] | Callable[..., torch.Tensor]
-
-NOISE_SAMPLERS: Registry[type["NoiseSampler"]] = Registry("noise sampler")
-SamplerT = TypeVar("SamplerT", bound="NoiseSampler")
-
-class NoiseSampler:
-    """Base class of samplers of initial noise: diffusers' white noise for the same generators, mapped by `color`.
-
-    So every sampler advances a generator as white noise does. Any callable with the arguments of `__call__` is accepted
-    as a noise sampler, too.
-    """
-
-    name: ClassVar[str | None] = None
-
-    def __call__(
-        self,
-        shape: Sequence[int],
-        generator: Generators = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> torch.Tensor:
-        """Sample spatial noise `(B, C, H, W)`, before any scaling or packing.
-
-        Args:
-            shape: The shape of the noise, `(B, C, H, W)`, `(B, 1, C, H, W)` or any other that ends in height and width.
-            generator: One for the batch, or a list with one per sample, which makes each sample independent of the rest
-                of the batch. CPU generators sample on the CPU, and the noise is moved to `device`.
-            device: The device of the noise; by default that of the generator.
-            dtype: The dtype in which noise is sampled; float32 by default.
-
-        Raises:
-            ValueError: For a list of generators whose length is not the batch size, and for a shape that is not
-                spatial.
-        """
-        streams = generator if isinstance(generator, list) else [generator]
-        if len(streams) not in (1, shape[0]):
-            raise ValueError(f"Expected one generator, or one for each of {shape[0]} samples, but got {len(streams)}.")
-        if device is None and streams[0] is not None:
-            device = streams[0].device
-        device = None if device is None else torch.device(device)
-        return self.color(randn_tensor(tuple(shape), generator=generator, device=device, dtype=dtype))
-
-    def color(self, white: torch.Tensor) -> torch.Tensor:
-        """Map white noise to this noise, of the same shape, dtype and device."""
-        raise NotImplementedError(f"{type(self).__name__} must define `color(white)`.")
-
-    def within(self, groups: Sequence[int]) -> "NoiseSampler":
-        """Return this sampler for a batch in which samples of the same prompt have the same integer in `groups`."""
-        return self
-
-    def describe(self) -> dict[str, Any]:
-        """Return name and settings as plain values, which `as_noise_sampler` accepts if the sampler is registered."""
-        fields = dataclasses.fields(self) if dataclasses.is_dataclass(self) else ()
-        values = {field.name: getattr(self, field.name) for field in fields}
-        plain_values = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
-        return {"name": self.name or type(self).__name__, **plain_values}
-
-def register_noise_sampler(name: str) -> Callable[[type[SamplerT]], type[SamplerT]]:
-    """Return a class decorator that registers a noise sampler under a name and sets `cls.name`."""
-
-    def register(cls: type[SamplerT]) -> type[SamplerT]:
-        NOISE_SAMPLERS.register(name)(cls)
-        cls.name = name
-        return cls
-
-    return register
-
-def list_noise_samplers() -> list[str]:
-    """Return the registered names, which `noise_sampler=` accepts."""
-    return NOISE_SAMPLERS.names()
-
-def as_noise_sampler(sampler: NoiseSamplerSpec | None) -> Callable[..., torch.Tensor] | None:
-    """Return a noise sampler, given itself, its name (`"pink"`) or a dict (`{"name": "pink", "alpha": 0.3}`).
-
-    Raises:
-        ValueError: For an unknown name, and for unknown or invalid settings.
-        TypeError: For any other object.
-    """
-    if isinstance(sampler, str):
-        return named_noise_sampler(sampler, {})
-    if isinstance(sampler, Mapping):
-        settings = dict(sampler)
-        return named_noise_sampler(str(settings.pop("name", None)), settings)
-    if sampler is None or (callable(sampler) and not isinstance(sampler, type)):
-        return sampler
-    raise TypeError(
-        f"Expected a noise sampler such as `PinkNoise(0.2)`, one of the names {list_noise_samplers()} or a dict such "
-        f'as {{"name": "pink", "alpha": 0.3}}, but got {sampler!r}.'
-    )
-
-def named_noise_sampler(name: str, settings: dict[str, Any]) -> "NoiseSampler":
-    sampler = NOISE_SAMPLERS.find(name, ', or a dict such as {"name": "pink", "alpha": 0.3}')
-    known = list(inspect.signature(sampler).parameters)
-    if unknown := sorted(settings.keys() - set(known)):
-        raise ValueError(f"Expected settings of the noise sampler {name!r} out of {known}, but got {unknown}.")
-    return sampler(**settings)
-
-def describe_noise_sampler(sampler: Callable[..., torch.Tensor] | None) -> dict[str, Any] | None:
-    """Return name and settings of a noise sampler as plain values; for any other callable, only its name."""
-    if sampler is None:
-        return None
-    if hasattr(sampler, "describe"):
-        return sampler.describe()  # pyright: ignore[reportFunctionMemberAccess]
-    return {"name": getattr(sampler, "__qualname__", type(sampler).__qualname__)}
-
-@register_noise_sampler("white")
-@dataclasses.dataclass(frozen=True)
-class WhiteNoise(NoiseSampler):
-    """Standard Gaussian noise, bit-identical to that of a stock pipeline."""
-
-    def color(self, white: torch.Tensor) -> torch.Tensor:
-        return white
-
-@register_noise_sampler("pink")
-@dataclasses.dataclass(frozen=True)
-class PinkNoise(NoiseSampler):
-    """White noise with Fourier amplitudes scaled by (1 + f)^-α, by default standardized per channel and sample.
-
-    It's Never Too Late, https://arxiv.org/abs/2601.00090, eq. 7: images of one prompt are more diverse from pink noise.
-    f is the distance from frequency zero in index units, that is, in waves per side of the noise, not per pixel. The
-    phases are those of the white noise of the same generators. Channels have mean 0 and unbiased variance 1, so their
-    squared norm is H·W − 1, the expectation for white noise minus its mean.
-
-    Args:
-        alpha: α, any finite number. Above 0 emphasizes low frequencies (the paper uses 0.2 and observes patches above
-            0.3); below 0 gives blue noise. 0 is white noise that is still standardized per channel; use `WhiteNoise`
-            for the noise of the stock pipeline.
-        reference_size: Side of the noise, in its own entries, at which f has the paper's units; above 0, or `None` for
-            any size. With it, f counts waves per `reference_size` entries, f = reference_size · √((u/H)² + (v/W)²), so
-            that α gives the same spectrum per entry at all sizes; without it, the effect grows with the size.
-        band: (low, high) in the units of f, the frequencies to which the slope is limited.
-        outside: The gain outside the band: "flat" continues the gain at its edges, "zero" removes other frequencies.
-        standardize: `False` scales by the standard deviation of the distribution instead of that of each channel, and
-            keeps the means, that is, f = 0, so that the noise is exactly Gaussian. In small latents, such as 8 × 8, the
-            means determine much of an image: without them, images of a prompt are far more similar.
-
-    Raises:
-        ValueError: For arguments outside their ranges, and for `outside="zero"` without a band.
-    """
-
-    alpha: float = checked(0.2, "(-inf, inf)")
-    _: dataclasses.KW_ONLY
-    reference_size: float | None = checked(None, "(0, inf)")
-    band: Sequence[float] | None = None
-    outside: Literal["flat", "zero"] = "flat"
-    standardize: bool = True
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-        if self.band is not None:
-            object.__setattr__(self, "band", checked_band(self.band))
-        elif self.outside == "zero":
-            raise ValueError('Expected a `band` with `outside="zero"`, but got none. Pass `band=(low, high)`.')
-
-    def color(self, white: torch.Tensor) -> torch.Tensor:
-        """Map white noise `(B, C, H, W)` to pink noise with the same phases and dtype, computed in float32 or more.
-
-        Raises:
-            ValueError: For noise that is not spatial, and for sizes without frequencies in the band.
-        """
-        check_spatial(white.shape)
-        size = white.shape[-2:]
-        exact = white.to(torch.promote_types(white.dtype, torch.float32))
-        gain = self.gain(*size).to(exact.dtype).to(exact.device)
-        pink = torch.fft.irfft2(torch.fft.rfft2(exact) * gain, s=size)
-        spread = pink.std((-2, -1), keepdim=True) if self.standardize else expected_std(gain, *size)
-        return (pink / spread.clamp_min(torch.finfo(pink.dtype).tiny)).to(white.dtype)
-
-    def gain(self, height: int, width: int) -> torch.Tensor:
-        """Return the factor of each entry of `rfft2`, `(H, W // 2 + 1)` float64, with a maximum of 1.
-
-        It is 0 at frequency zero if channels are standardized, to remove their mean before it costs precision.
-        """
-        f = self.frequency(height, width)
-        low, high = self.band or (0.0, math.inf)
-        shaped = f > 0 if self.standardize else f >= 0
-        if self.outside == "zero":
-            shaped &= (f >= low) & (f <= high)
-        if not shaped.any():
-            raise ValueError(
-                f"Expected a `band` with frequencies of {height}×{width} noise, which go up to {f.max():.4g}, but got "
-                f"{tuple(self.band or ())}. Widen it."
-            )
-        logs = -self.alpha * f.clamp(low, high).log1p()
-        return torch.where(shaped, (logs - logs[shaped].max()).exp(), 0.0)
-
-    def frequency(self, height: int, width: int) -> torch.Tensor:
-        """Return f of each entry of `rfft2`, `(H, W // 2 + 1)` float64."""
-        rows = torch.fft.fftfreq(height, dtype=torch.float64) * (self.reference_size or height)
-        columns = torch.fft.rfftfreq(width, dtype=torch.float64) * (self.reference_size or width)
-        return torch.hypot(rows[:, None], columns)
-
-def expected_std(gain: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Return the standard deviation, a scalar, of white noise `(height, width)` whose `rfft2` is scaled by `gain`."""
-    copies = torch.full_like(gain, 2.0)  # `rfft2` omits the mirrored half of the columns
-    copies[:, 0] = 1
-    copies[:, -1] = 2 - (width % 2 == 0)
-    return (gain.square() * copies).sum().div(height * width).sqrt()
-
-@register_noise_sampler("coupled")
-@dataclasses.dataclass(frozen=True)
-class CoupledNoise(NoiseSampler):
-    """Jointly sampled noises, each Gaussian, with the most negative correlation of K noises: their sum is zero.
-
-    `z_i = √(1−ρ)·(g_i − ḡ) + √(1+(K−1)ρ)·ḡ`, the symmetric square root of the covariance (1−ρ)I + ρ11ᵀ, for each entry
-    of K white noises g. At ρ = −1/(K−1) this is √(K/(K−1))·(g_i − ḡ), and for K = 2 the antithetic pair (z, −z). Couple
-    to Control, https://arxiv.org/abs/2605.11311: sets are more diverse at no cost, and each image keeps its marginal
-    distribution.
-
-    Args:
-        group_size: K, at least 2: every K consecutive samples are coupled. By default the whole batch is coupled, and
-            in a pipeline the samples of each prompt.
-        correlation: ρ in [−1/(K−1), 1]; −1/(K−1) by default.
-        groups: Alternative to `group_size`: one integer per sample, equal for samples to couple.
-
-    Raises:
-        ValueError: For arguments outside their ranges, or both `group_size` and `groups`.
-    """
-
-    group_size: int | None = checked(None, "[2, inf)")
-    _: dataclasses.KW_ONLY
-    correlation: float | None = checked(None, "[-1, 1]")
-    groups: Sequence[int] | None = None
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-        if self.group_size is not None and self.groups is not None:
-            raise ValueError("Expected `group_size` or `groups`, but got both. Omit one.")
-        if self.groups is not None:
-            object.__setattr__(self, "groups", tuple(self.groups))
-
-    def color(self, white: torch.Tensor) -> torch.Tensor:
-        """Map white noises `(B, ...)` to coupled ones of the same dtype, computed in float32 or more.
-
-        Raises:
-            ValueError: If the groups do not fit the batch, and for a correlation that K samples cannot have.
-        """
-        exact = white.to(torch.promote_types(white.dtype, torch.float32))
-        coupled = torch.empty_like(exact)
-        for rows in self.coupled_rows(len(white)):
-            coupled[rows] = self.couple_all(exact[rows])
-        return coupled.to(white.dtype)
-
-    def couple_all(self, white: torch.Tensor) -> torch.Tensor:
-        """Couple `(K, ...)` white noises."""
-        rho, others, mean = self.correlation, len(white) - 1, white.mean(0, keepdim=True)
-        if rho is None:
-            return math.sqrt(len(white) / others) * (white - mean)
-        return math.sqrt(1 - rho) * (white - mean) + math.sqrt(max(1 + others * rho, 0.0)) * mean
-
-    def coupled_rows(self, batch: int) -> list[list[int]]:
-        """Return the batch positions of each group."""
-        if self.groups is not None and len(self.groups) != batch:
-            raise ValueError(f"Expected `groups` of {batch} integers, one for each sample, but got {len(self.groups)}.")
-        if self.group_size is not None and batch % self.group_size:
-            raise ValueError(f"Expected a batch in groups of {self.group_size}, but got {batch} samples.")
-        labels = self.groups or [index // (self.group_size or max(batch, 1)) for index in range(batch)]
-        found = [[row for row in range(batch) if labels[row] == label] for label in dict.fromkeys(labels)]
-        for rows in found:
-            self.check_group(len(rows))
-        return found
-
-    def check_group(self, count: int) -> None:
-        if count < 2:
-            raise ValueError(
-                "Expected at least 2 samples in each group of coupled noise, but got 1. Pass `num_images_per_prompt=2` "
-                "or more, or `group_size` to couple images of different prompts."
-            )
-        lowest = -1 / (count - 1)
-        if self.correlation is not None and self.correlation < lowest - 1e-12:
-            raise ValueError(
-                f"Expected `correlation` of {count} samples to be at least {lowest:.4g}, but got {self.correlation!r}. "
-                "Omit it for the lowest."
-            )
-
-    def within(self, groups: Sequence[int]) -> "CoupledNoise":
-        """Return this sampler for the given groups, unless it has its own. Raises `ValueError` if they do not fit."""
-        has_groups = self.group_size is not None or self.groups is not None
-        bound = self if has_groups else dataclasses.replace(self, groups=tuple(groups))
-        bound.coupled_rows(len(groups))
-        return bound
-
-def checked_band(band: Sequence[float]) -> tuple[float, float]:
-    """Return a band as a tuple. Raises `ValueError` unless it is (low, high) with 0 <= low < high."""
-    limits = tuple(band) if isinstance(band, Sequence) else ()
-    if len(limits) == 2 and all(isinstance(limit, Real) for limit in limits) and 0 <= limits[0] < limits[1]:
-        return limits
-    raise ValueError(f"Expected `band` to be (low, high) with 0 <= low < high, but got {band!r}.")
-
-def check_spatial(shape: Sequence[int]) -> None:
-    if len(shape) < 4 or shape[-2] * shape[-1] < 2:
-        raise ValueError(
-            f"Expected noise of shape (B, C, H, W), with H·W of 2 or more, but got {tuple(shape)}. Sample noise before "
-            "it is packed."
-        )
-
-# callbacks/progress.py
-
-class ProgressBar(NoiseCallback):
-    """One tick per evaluation, with the mean best loss. `pipe.set_progress_bar_config` applies."""
-
-    bar = None
-
-    def on_run_start(self, state: NoiseState) -> None:
-        self.bar = state.pipeline.progress_bar(total=state.steps)
-        self.bar.set_description("Optimizing noise")
-
-    def on_step_end(self, state: NoiseState) -> None:
-        if self.bar is None:
-            return
-        if not self.bar.disable:  # reading the loss synchronizes with the device
-            self.bar.set_postfix(best_loss=f"{state.best.loss.mean():.4f}", refresh=False)
-        self.bar.total = state.steps  # methods may add evaluations at the end
-        self.bar.update()
-
-    def on_run_end(self, state: NoiseState) -> None:
-        if self.bar is not None:
-            self.bar.close()
-        self.bar = None
 
 # pipelines/sampling/internals.py
 
@@ -4314,11 +3417,6 @@ BLOCK_SETTINGS = ("gradient_checkpointing", "_gradient_checkpointing_func")  # o
 MODULE_CONTENTS = ("_modules", "_parameters", "_buffers")  # of a torch module
 
 def private(owner: Any, name: str, library: str) -> Any:
-    """Return `owner.name`.
-
-    Raises:
-        ImportError: If this version of the library has no such name.
-    """
     if not hasattr(owner, name):
         version = importlib.metadata.version(library)
         raise ImportError(
@@ -4329,39 +3427,30 @@ def private(owner: Any, name: str, library: str) -> Any:
     return getattr(owner, name)
 
 def execution_device(pipe) -> torch.device:
-    """Return the device that a pipeline computes on, also when its modules are offloaded."""
     return private(pipe, "_execution_device", "diffusers")
 
 def interrupt(pipe) -> None:
-    """Let a pipeline whose loop checks `pipe.interrupt` skip the remaining steps."""
+    private(pipe, "_interrupt", "diffusers")
     pipe._interrupt = True
 
 def own_timestep_count(pipe) -> int | None:
-    """Return the number of timesteps of the last call, if the pipeline records it."""
     return getattr(pipe, "_num_timesteps", None)
 
 def name_or_path(component: Any) -> str | None:
-    """Return the Hub id or folder that a pipeline or one of its components was loaded from."""
     config = getattr(component, "config", None)
     source = config.get("_name_or_path") if isinstance(config, Mapping) else getattr(component, "name_or_path", None)
     return str(source) if source else None
 
 def accelerate_hook(module: nn.Module) -> Any:
-    """Return the accelerate hook of a module, or `None`."""
     return getattr(module, "_hf_hook", None)
 
 def diffusers_hooks(module: nn.Module) -> dict[str, Any]:
-    """Return the diffusers hooks of a module by name."""
     return getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
 
 def is_stateful(hook: Any) -> bool:
-    """Return whether a diffusers hook carries state from one denoising step to the next."""
     return private(hook, "_is_stateful", "diffusers")
 
 def attention_backend_of(module: nn.Module) -> str | None:
-    """Return the backend of an attention module: its own or the active one; `None` if it does not dispatch."""
-    from diffusers.models import attention_dispatch
-
     processor: Any = getattr(module, "processor", None)
     if not hasattr(processor, "_attention_backend"):
         return None
@@ -4369,37 +3458,29 @@ def attention_backend_of(module: nn.Module) -> str | None:
     return attention_dispatch.AttentionBackendName(processor._attention_backend or active).value
 
 def supports_block_checkpointing(module: Any) -> bool:
-    """Return whether diffusers can checkpoint the blocks of a model."""
     return bool(getattr(module, "_supports_gradient_checkpointing", False))
 
 def block_settings(module: nn.Module) -> dict[str, Any]:
-    """Return the checkpointing settings that are set on a block itself."""
     return {name: vars(module)[name] for name in BLOCK_SETTINGS if name in vars(module)}
 
 def replace_block_settings(module: nn.Module, settings: dict[str, Any]) -> None:
-    """Give a block exactly these `block_settings`."""
     for name in BLOCK_SETTINGS:
         vars(module).pop(name, None)
     vars(module).update(settings)
 
 def checkpoint_blocks(module: nn.Module, function: Callable[..., Any]) -> None:
-    """Let a block run through `function(block, *inputs)`, such as `torch.utils.checkpoint.checkpoint`."""
     vars(module).update(zip(BLOCK_SETTINGS, (True, function), strict=True))
 
 def is_compiled(module: nn.Module) -> bool:
-    """Return whether a module was compiled by `torch.compile(module)` or `module.compile()`."""
     return private(module, "_compiled_call_impl", "torch") is not None or hasattr(module, "_orig_mod")
 
 def base_of_view(tensor: torch.Tensor) -> torch.Tensor | None:
-    """Return the tensor that `tensor` is a view of, or `None`."""
     return tensor._base
 
 def version_of(tensor: torch.Tensor) -> int:
-    """Return the number of in-place writes to a tensor."""
     return tensor._version
 
 def default_mps_generator() -> torch.Generator:
-    """Return the generator that torch draws from on Apple GPUs."""
     return private(torch.mps, "_get_default_mps_generator", "torch")()
 
 # pipelines/memory/graph_size.py
@@ -4464,18 +3545,10 @@ class SavedBytes:
             self.held -= size
 
 def fitting_chunk_size(batch: int, per_image: int, free: int) -> int | None:
-    """Return the number of images to process at once, `None` for the whole batch.
-
-    Args:
-        batch: B, the number of images.
-        per_image: Bytes that the graph of one image saves.
-        free: Free bytes. Half of them is left for what was not counted.
-    """
     fitting = free // 2 // per_image if per_image else batch
     return None if fitting >= batch else max(1, fitting)
 
 def free_memory(device: torch.device) -> int:
-    """Return the bytes that are free for tensors on a device, the unused cache of the CUDA allocator included."""
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
@@ -4483,117 +3556,17 @@ def free_memory(device: torch.device) -> int:
 
     return psutil.virtual_memory().available
 
-# pipelines/memory/tiny_decoder.py
-
-FULL_DECODER = "full_decoder"
-
-def as_loop_decoder(decoder: Any, pipe: Any, denoisers: Sequence[nn.Module]) -> Any:
-    """Return the decoder of `decoder=`, on the pipeline's device and in the dtype of its denoiser, or `None`.
-
-    The pipeline scales and shifts latents by the config of its decoder; that of a tiny autoencoder leaves the
-    denoiser's latents unchanged.
-
-    Args:
-        decoder: A Hub id or a folder of an `AutoencoderTiny`, or a loaded module with `decode` and a `config`.
-        pipe: The pipeline.
-        denoisers: Its denoisers.
-
-    Raises:
-        ValueError: For a pipeline whose latents tiny autoencoders cannot decode, and for a decoder with another number
-            of channels, scale, device or dtype.
-        TypeError: For anything but a decoder.
-    """
-    if decoder is None:
-        return None
-    check_plain_latents(pipe)
-    dtype = next(next(iter(denoisers), pipe.vae).parameters()).dtype
-    device = torch.empty(0, device=execution_device(pipe)).device  # with its index
-    if isinstance(decoder, str | os.PathLike):
-        found: Any = AutoencoderTiny.from_pretrained(os.fspath(decoder), torch_dtype=dtype)
-        decoder = found.to(device).requires_grad_(False).eval()
-    check_decoder(decoder, device, dtype)
-    check_channels(decoder, pipe)
-    check_scale(decoder, pipe, device, dtype)
-    return decoder
-
-def check_plain_latents(pipe: Any) -> None:
-    """Raise `ValueError` unless latents are decoded after scaling and shifting by one number each."""
-    vae = getattr(pipe, "vae", None)
-    normalized = isinstance(vae, AutoencoderKL) and any(
-        vae.config.get(name) is not None for name in ("latents_mean", "latents_std")
-    )
-    if not isinstance(vae, AutoencoderKL | AutoencoderTiny) or normalized:
-        other = "one that normalizes each channel of its latents" if normalized else type(vae).__name__
-        raise ValueError(
-            f"Expected a pipeline whose `AutoencoderKL` scales its latents by one number, for which tiny autoencoders "
-            f"exist, but {type(pipe).__name__} has {other}. Use `decoder=None`."
-        )
-
-def check_decoder(decoder: Any, device: torch.device, dtype: torch.dtype) -> None:
-    if not (
-        isinstance(decoder, nn.Module) and callable(getattr(decoder, "decode", None)) and hasattr(decoder, "config")
-    ):
-        raise TypeError(
-            "Expected `decoder` to be a Hub id, a folder or a loaded `AutoencoderTiny`, with `decode` and `config`, "
-            f"but got {type(decoder).__name__}."
-        )
-    weight = next(decoder.parameters(), None)
-    if weight is not None and (weight.device, weight.dtype) != (device, dtype):
-        raise ValueError(
-            f"Expected the decoder in {dtype} on {device}, like the denoiser, but got {weight.dtype} on "
-            f"{weight.device}. "
-            f'Call `decoder.to("{device}", {dtype})`.'
-        )
-
-def check_channels(decoder: Any, pipe: Any) -> None:
-    expected, found = pipe.vae.config.latent_channels, decoder.config.get("latent_channels")
-    if found != expected:
-        raise ValueError(
-            f"Expected a decoder of latents with {expected} channels, as in {type(pipe).__name__}, but got one of "
-            f"{found}. Use taesd, taesdxl, taesd3 or taef1 of `madebyollin` for SD, SDXL, SD3 or Flux."
-        )
-
-def check_scale(decoder: Any, pipe: Any, device: torch.device, dtype: torch.dtype) -> None:
-    """Raise `ValueError` unless images have the size of the pipeline's own. Decodes 8 × 8 zeros."""
-    latents = torch.zeros(1, pipe.vae.config.latent_channels, 8, 8, device=device, dtype=dtype)
-    with torch.no_grad():
-        images = decoder.decode(latents, return_dict=False)[0]
-    side = 8 * pipe.vae_scale_factor
-    if images.shape != (1, 3, side, side):
-        raise ValueError(
-            f"Expected a decoder from 8 × 8 latents to {side} × {side} pixels, as in {type(pipe).__name__}, but got "
-            f"images of shape {tuple(images.shape)}."
-        )
-
-def describe_decoder(decoder: Any) -> dict[str, Any] | None:
-    """Return the provenance entry of a decoder."""
-    if decoder is None:
-        return None
-    return {
-        "class": type(decoder).__name__,
-        "name": name_or_path(decoder),
-        "approximation": True,
-        "scores": f"by this decoder; those by the pipeline's own are in reports[{FULL_DECODER!r}]",
-    }
-
 # pipelines/memory/module_copies.py
 
 def without_gradient(module: nn.Module) -> nn.Module:
-    """Return a shallow copy whose forward pass builds no graph."""
     return with_forward(module, torch.no_grad()(module.forward))
 
 def with_forward(module: nn.Module, forward: Callable[..., Any]) -> nn.Module:
-    """Return a shallow copy with another forward pass."""
     twin = copy.copy(module)
     vars(twin)["forward"] = forward
     return twin
 
 def converted_apart(module: Any) -> nn.Module:
-    """Return a shallow copy of a VAE that shares its weights until `to(dtype)`, which converts a copy of them.
-
-    A half-precision pipeline whose VAE has `force_upcast` converts the VAE to decode and back, which replaces the
-    weights under the graph. This copy converts its own weights and leaves the shared VAE alone.
-    """
     twin = copy.copy(module)
     vars(twin).pop("decode", None)  # a compiled one is bound to the shared weights
     contents: dict[torch.dtype, dict[str, Any]] = {module.dtype: vars(module)}
@@ -4670,14 +3643,12 @@ class Checkpoints:
 
     @property
     def ladder(self) -> Sequence[CheckpointPolicy]:
-        """The policies that may be used from here on: one, unless the setting is "auto"."""
         if self.setting != "auto" or not self.in_force:
             return (self.policy,)
         policies = POLICIES if self.denoisers else POLICIES[:2]  # "steps" is for denoisers
         return policies[policies.index(self.policy) :]
 
     def take(self, policy: CheckpointPolicy) -> None:
-        """Use a policy for the graphs built from here on."""
         self.policy = policy
         if policy != "none" and not self.changed:
             models = [model for model in [*self.denoisers, self.decoder] if self.has_blocks(model)]
@@ -4687,23 +3658,16 @@ class Checkpoints:
                 checkpoint_blocks(block, BLOCK_CHECKPOINT)
 
     def has_blocks(self, model: Any) -> bool:
-        """Return whether a model is checkpointed block by block."""
         return supports_block_checkpointing(model) and (model is self.decoder or not self.scaled_lora)
 
     def call_of(self, model: Any) -> Any:
-        """Return a denoiser as it is called in a step under the policy."""
         whole = self.policy == "steps" or (self.policy == "blocks" and not self.has_blocks(model))
         return checkpointed(model) if whole and model in self.denoisers else model
 
     def settle(self) -> None:
-        """Measure no more graphs: the policy is set by `take` from here on."""
         self.settled = True
 
     def fitted(self, kind: Hashable, device: torch.device, build: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """Return `build()`, which builds a graph, under the first policy of the `ladder` whose graph fits.
-
-        Only the first graph of each `kind` is measured: those of later steps have the same size.
-        """
         if self.settled or kind in self.measured:
             return build()
         self.measured.add(kind)
@@ -4719,13 +3683,11 @@ class Checkpoints:
         return build()
 
 def unchecked_blocks(model: nn.Module) -> Iterator[nn.Module]:
-    """Yield the blocks of a diffusers model whose checkpointing is off."""
     for module in model.modules():
         if getattr(module, "gradient_checkpointing", True) is False:
             yield module
 
 def checkpointed(module: nn.Module) -> nn.Module:
-    """Return a shallow copy whose forward pass stores its inputs only and is recomputed in the backward pass."""
     forward = module.forward
 
     @functools.wraps(forward)
@@ -4737,7 +3699,6 @@ def checkpointed(module: nn.Module) -> nn.Module:
     return with_forward(module, recomputed)
 
 def scales_lora(request: dict[str, Any]) -> bool:
-    """Return whether a call scales the LoRA of its denoiser, as `cross_attention_kwargs={"scale": 0.5}` does."""
     settings = [value for value in request.values() if isinstance(value, dict)]
     return any(value.get("scale") not in (None, 1, 1.0) for value in settings)
 
@@ -4795,21 +3756,12 @@ class ChunkedRun(torch.autograd.Function):
         return found, None, None
 
 def run_in_chunks(run: ChunkRun, noise: torch.Tensor, chunk_size: int, differentiable: bool) -> torch.Tensor:
-    """Run a batch in chunks and return the joint result.
-
-    Args:
-        run: Function from the rows of a chunk and their noise to their results.
-        noise: `(B, ...)`.
-        chunk_size: Images per chunk, 1 or more.
-        differentiable: Whether the result has a gradient with respect to the noise.
-    """
     chunks = [rows.tolist() for rows in torch.arange(len(noise)).split(chunk_size)]
     if differentiable:
         return ChunkedRun.apply(noise, run, chunks)  # pyright: ignore[reportReturnType]
     return run_each(run, noise.detach(), chunks)
 
 def run_each(run: ChunkRun, noise: torch.Tensor, chunks: list[list[int]]) -> torch.Tensor:
-    """Return the results of all chunks in one tensor, without a graph."""
     first = run(chunks[0], noise[chunks[0]].detach())
     found = first.new_empty(len(noise), *first.shape[1:])
     found[chunks[0]] = first
@@ -4818,7 +3770,6 @@ def run_each(run: ChunkRun, noise: torch.Tensor, chunks: list[list[int]]) -> tor
     return found
 
 def chunk_gradient(run: ChunkRun, rows: list[int], noise: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
-    """Return the gradient of one chunk with respect to its noise; the graph is freed on return."""
     with torch.enable_grad():
         leaf = noise.detach().requires_grad_()
         output = run(rows, leaf)
@@ -4840,15 +3791,9 @@ class BatchLayout:
         self.prompts = 1 if prompt is None or isinstance(prompt, str) else len(prompt)
 
     def prompt_rows(self, rows: list[int]) -> list[int]:
-        """Return the index of the prompt of each image. Images of a prompt are adjacent."""
         return [row * self.prompts // self.batch for row in rows]
 
     def request_of(self, rows: list[int]) -> dict[str, Any]:
-        """Return the arguments of a call for these images only.
-
-        Raises:
-            ValueError: For an argument other than prompts that may have an entry for each image.
-        """
         for name, value in self.request.items():
             check_for_all(name, value)
         if self.prompts == 1:
@@ -4858,20 +3803,11 @@ class BatchLayout:
         return found | ({"num_images_per_prompt": count} if "num_images_per_prompt" in found else {})
 
     def argument_of(self, name: str, value: Any, rows: list[int]) -> Any:
-        """Return the entries of these images for an argument with an entry for each prompt, else the argument."""
         if "prompt" not in name or isinstance(value, str) or not hasattr(value, "__len__"):
             return value
         return take_rows(value, self.prompt_rows(rows)) if len(value) == self.prompts else value
 
     def encoded_of(self, value: Any, rows: list[int]) -> Any:
-        """Return the return value of `encode_prompt` for these images.
-
-        Tensors and lists have an entry for each image, or for each prompt if the pipeline repeats them itself. Position
-        ids `(L, 3)`, as in Flux, are shared by all images.
-
-        Raises:
-            ValueError: For a tensor with neither.
-        """
         if isinstance(value, dict):
             return {name: self.encoded_of(each, rows) for name, each in value.items()}
         if isinstance(value, torch.Tensor):
@@ -4897,11 +3833,9 @@ class BatchLayout:
         )
 
 def take_rows(value: Any, rows: Sequence[int]) -> Any:
-    """Return the rows of a tensor, list or tuple."""
     return value[list(rows)] if hasattr(value, "shape") else type(value)(value[row] for row in rows)
 
 def check_for_all(name: str, value: Any) -> None:
-    """Raise `ValueError` for an argument other than prompts that may have an entry for each image."""
     if "prompt" in name or name in SAME_FOR_ALL:
         return
     if (name.startswith("ip_adapter") and value is not None) or holds_several(value):
@@ -4911,7 +3845,6 @@ def check_for_all(name: str, value: Any) -> None:
         )
 
 def holds_several(value: Any) -> bool:
-    """Return whether an argument holds several tensors, images or the like, rather than plain settings."""
     if isinstance(value, dict):
         return any(map(holds_several, value.values()))
     if getattr(value, "ndim", 0) > 0:  # torch and numpy
@@ -4925,46 +3858,6 @@ AffineCoefficients = tuple[torch.Tensor, torch.Tensor]
 def predict_x0(
     scheduler: Any, model_output: torch.Tensor, timestep: torch.Tensor | float, sample: torch.Tensor
 ) -> torch.Tensor:
-    """Return the x0 estimate of one model call, differentiable with respect to `sample` and `model_output`.
-
-    It is affine in both, x0 = skip·sample + out·model_output. The two coefficients follow from the noise level
-    x = a·x0 + b·ε of the call and from the prediction type. With σ and ᾱ from the scheduler's tables, the level is
-
-    * variance preserving (DDIM, DDPM, LCM, TCD, PNDM, UnCLIP, Würstchen): a = √ᾱ, b = √(1−ᾱ), by timestep;
-    * sigma space (Euler, Heun, KDPM2, LMS, DPMSolverSDE): a = 1, b = σ;
-    * multistep solvers (DPMSolver, UniPC, DEIS, SASolver): a = 1/√(1+σ²), b = σ·a, or a = 1−σ, b = σ with flow sigmas;
-    * flow matching: a = 1−σ, b = σ; TrigFlow (SCM): a = cos t, b = sin t; IPNDM: its own tables;
-    * EDM and consistency models: the coefficients are c_skip and c_out of the scheduler's preconditioning.
-
-    See Karras et al. (https://arxiv.org/abs/2206.00364), table 1, for the preconditioning, Salimans & Ho
-    (https://arxiv.org/abs/2202.00512), appendix D, for v-prediction, Lu & Song (https://arxiv.org/abs/2410.11081),
-    section 3, for TrigFlow.
-
-    The value is the x0 that the scheduler itself uses: if its `step` clips x0 (`clip_sample`) or thresholds it
-    (`thresholding`), so does this function. The gradient is that of the unclipped estimate (straight-through), because
-    a hard clip has no gradient exactly where x0 is too large. LCM's `denoised` is this x0 after its boundary scaling,
-    in which the sample has a weight below 1e-5 from timestep 16 on; TCD's output is noised again. With `s_churn > 0`
-    Euler perturbs the sample inside `step`, which is not taken into account.
-
-    The scheduler is unchanged except for its step index: if it is unset, the scheduler sets it as its first `step`
-    would, from `begin_index` or `timestep`.
-
-    Args:
-        scheduler: The scheduler in use, after `set_timesteps`, of a supported class or a subclass of one.
-        model_output: `(B, C, ...)`, after guidance, as passed to `scheduler.step`; with a learned variance
-            `(B, 2C, ...)`, whose first C channels are the prediction.
-        timestep: The timestep of this call: a number, or a tensor with one or `(B,)` entries.
-        sample: `(B, C, ...)`, the noisy latents of this call, as passed to `scheduler.step`, not scaled by
-            `scale_model_input`.
-
-    Returns:
-        `(B, C, ...)`, the estimate of the clean latents, in float32, or in float64 if `sample` is.
-
-    Raises:
-        TypeError: If the scheduler has no x0 estimate or is unknown.
-        ValueError: If the scheduler's `prediction_type` is incompatible with its noise level, the sample has no signal
-            (ε-prediction at zero terminal SNR), or the shapes of `model_output` and `sample` differ.
-    """
     space = space_of(scheduler)
     dtype = torch.promote_types(sample.dtype, torch.float32)
     sample, output = sample.to(dtype), prediction_channels(scheduler, model_output, sample).to(dtype)
@@ -4975,7 +3868,6 @@ def predict_x0(
     return space.bound(scheduler, x0.detach()) + (x0 - x0.detach())  # adds exactly 0
 
 def prediction_channels(scheduler: Any, model_output: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
-    """Remove the channels of a learned variance, and check that the rest has the shape of `sample`."""
     learned = scheduler.config.get("variance_type") in ("learned", "learned_range")
     if learned and model_output.shape[1] == 2 * sample.shape[1]:
         model_output = model_output[:, : sample.shape[1]]
@@ -4988,15 +3880,12 @@ def prediction_channels(scheduler: Any, model_output: torch.Tensor, sample: torc
     return model_output
 
 def spread_over_images(coefficient: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
-    """Reshape and cast `coefficient`, one number or `(B,)`, to multiply `sample` image by image."""
     return coefficient.to(sample).reshape(-1, *[1] * (sample.ndim - 1))
 
 def exact(entry: torch.Tensor | float) -> torch.Tensor:
-    """Convert an entry of a scheduler's table to float64 on the CPU, because not every device has float64."""
     return torch.as_tensor(entry).detach().cpu().double()
 
 def index_of_call(scheduler: Any, timestep: torch.Tensor | float) -> int:
-    """Return the scheduler's index into its sigmas, initialized if this is the first call."""
     if scheduler.step_index is None:
         scheduler._init_step_index(timestep)
     return scheduler._step_index
@@ -5004,11 +3893,6 @@ def index_of_call(scheduler: Any, timestep: torch.Tensor | float) -> int:
 def affine_in_prediction(
     scheduler: Any, prediction: str, signal: torch.Tensor, noise: torch.Tensor, flow: bool = False
 ) -> AffineCoefficients:
-    """Return (skip, out) of x0 = skip·sample + out·model_output for a model that predicts `prediction`.
-
-    v is defined on the unit circle, so other levels are first scaled to it: with r² = signal² + noise²,
-    x/r = cos φ·x0 + sin φ·ε and v = cos φ·ε − sin φ·x0. A flow velocity is ε − x0, on the line signal + noise = 1.
-    """
     if prediction == "sample":
         return torch.zeros_like(signal), torch.ones_like(signal)
     if prediction == "epsilon":
@@ -5022,7 +3906,6 @@ def affine_in_prediction(
     raise unknown_prediction(scheduler, ("epsilon", "sample", "flow_prediction" if flow else "v_prediction"))
 
 def require_signal(scheduler: Any, signal: torch.Tensor) -> None:
-    """Raise `ValueError` for a sample of pure noise, from which ε does not determine x0."""
     if (signal == 0).any():
         raise ValueError(
             f'Expected some signal in the sample of {type(scheduler).__name__} with `prediction_type="epsilon"`, but '
@@ -5031,7 +3914,6 @@ def require_signal(scheduler: Any, signal: torch.Tensor) -> None:
         )
 
 def unknown_prediction(scheduler: Any, known: tuple[str, ...]) -> ValueError:
-    """Return the error for a `prediction_type` that is undefined in the sample space of `scheduler`."""
     name = type(scheduler).__name__
     return ValueError(
         f"Expected `prediction_type` of {name} to be one of {', '.join(known)}, but got "
@@ -5041,50 +3923,41 @@ def unknown_prediction(scheduler: Any, known: tuple[str, ...]) -> ValueError:
     )
 
 def configured_prediction(scheduler: Any) -> str:
-    """Return the prediction type of the config; Euler also accepts an older name of "sample"."""
     prediction = scheduler.config.get("prediction_type", "epsilon")
     return "sample" if prediction == "original_sample" else prediction
 
 def from_alphas(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficients:
-    """Variance preserving, with ᾱ looked up by timestep."""
     steps = torch.as_tensor(timestep).to(scheduler.alphas_cumprod.device, torch.long)
     alpha_bar = exact(scheduler.alphas_cumprod[steps])
     return affine_in_prediction(scheduler, configured_prediction(scheduler), alpha_bar.sqrt(), (1 - alpha_bar).sqrt())
 
 def from_cosine_time(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficients:
-    """Würstchen and Stable Cascade: ε-prediction, with ᾱ a function of the timestep in [0, 1]."""
     time = torch.as_tensor(timestep)
     alpha_bar = exact(scheduler._alpha_cumprod(time, time.device))
     return affine_in_prediction(scheduler, "epsilon", alpha_bar.sqrt(), (1 - alpha_bar).sqrt())
 
 def from_sigma(scheduler: Any, sigma: torch.Tensor) -> AffineCoefficients:
-    """Variance exploding: x = x0 + σ·ε."""
     sigma = exact(sigma)
     return affine_in_prediction(scheduler, configured_prediction(scheduler), torch.ones_like(sigma), sigma)
 
 def from_sigmas(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficients:
-    """Variance exploding, with σ of the step. Schedulers that also evaluate at the end of a step list that σ twice."""
     return from_sigma(scheduler, scheduler.sigmas[index_of_call(scheduler, timestep)])
 
 def from_interpolated_sigmas(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficients:
-    """KDPM2, with every second call at a sigma between two steps."""
     index = index_of_call(scheduler, timestep)
     table = scheduler.sigmas if scheduler.state_in_first_order else scheduler.sigmas_interpol
     return from_sigma(scheduler, table[index])
 
 def from_ancestral_interpolated_sigmas(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficients:
-    """Ancestral KDPM2, which stores the sigma between two steps at the index of the first."""
     index = index_of_call(scheduler, timestep)
     first_order = scheduler.state_in_first_order
     return from_sigma(scheduler, scheduler.sigmas[index] if first_order else scheduler.sigmas_interpol[index - 1])
 
 def from_midpoint_sigmas(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficients:
-    """DPMSolverSDE, which stores the sigma between two steps in an attribute."""
     sigma = scheduler.sigmas[index_of_call(scheduler, timestep)]
     return from_sigma(scheduler, sigma if scheduler.state_in_first_order else scheduler.mid_point_sigma)
 
 def from_solver_sigmas(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficients:
-    """Multistep solvers in x0 or ε: sigma is b/a, or b with flow sigmas."""
     sigma = exact(scheduler.sigmas[index_of_call(scheduler, timestep)])
     flow = bool(scheduler.config.get("use_flow_sigmas"))
     signal = 1 - sigma if flow else (1 + sigma**2).rsqrt()
@@ -5092,24 +3965,20 @@ def from_solver_sigmas(scheduler: Any, timestep: torch.Tensor | float) -> Affine
     return affine_in_prediction(scheduler, configured_prediction(scheduler), signal, noise, flow)
 
 def from_flow_sigmas(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficients:
-    """Flow matching, x0 = x − σ·v; with `invert_sigmas`, sigma is the signal and the velocity points toward it."""
     sigma = exact(scheduler.sigmas[index_of_call(scheduler, timestep)])
     return torch.ones_like(sigma), 1 - sigma if scheduler.config.get("invert_sigmas") else -sigma
 
 def from_angle(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficients:
-    """TrigFlow (Sana-Sprint): the timestep is an angle, the output a velocity on the circle of radius `sigma_data`."""
     if scheduler.config.get("prediction_type") != "trigflow":
         raise unknown_prediction(scheduler, ("trigflow",))
     angle = exact(scheduler.timesteps[index_of_call(scheduler, timestep)])
     return angle.cos(), -angle.sin()
 
 def from_own_tables(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficients:
-    """IPNDM: v-prediction, with `alphas` the signal and `betas` the noise."""
     index = index_of_call(scheduler, timestep)
     return exact(scheduler.alphas[index]), -exact(scheduler.betas[index])
 
 def from_edm(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficients:
-    """EDM: `prediction_type` determines only the sign of the preconditioned output."""
     signs = {"epsilon": 1.0, "v_prediction": -1.0}
     if configured_prediction(scheduler) not in signs:
         raise unknown_prediction(scheduler, tuple(signs))
@@ -5119,29 +3988,23 @@ def from_edm(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficien
     return data**2 / total, signs[configured_prediction(scheduler)] * sigma * data / total.sqrt()
 
 def from_consistency(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficients:
-    """Consistency models: EDM with the identity as boundary condition at the smallest sigma."""
     sigma = exact(scheduler.sigmas[index_of_call(scheduler, timestep)])
     return scheduler.get_scalings_for_boundary_condition(sigma)
 
 def clipped(scheduler: Any, x0: torch.Tensor) -> torch.Tensor:
-    """Apply `clip_sample`, to a fixed range."""
     limit = scheduler.config.get("clip_sample_range", 1.0)
     return x0.clamp(-limit, limit) if scheduler.config.get("clip_sample") else x0
 
 def thresholded(scheduler: Any, x0: torch.Tensor) -> torch.Tensor:
-    """Apply `thresholding`, to a percentile of each image (https://arxiv.org/abs/2205.11487, section 2.3)."""
     return scheduler._threshold_sample(x0) if scheduler.config.get("thresholding") else x0
 
 def thresholded_or_clipped(scheduler: Any, x0: torch.Tensor) -> torch.Tensor:
-    """Apply `thresholding` if it is on, else `clip_sample`."""
     return thresholded(scheduler, x0) if scheduler.config.get("thresholding") else clipped(scheduler, x0)
 
 def thresholded_if_x0(scheduler: Any, x0: torch.Tensor) -> torch.Tensor:
-    """Apply `thresholding` only if the solver works in x0, as UniPC does."""
     return thresholded(scheduler, x0) if scheduler.predict_x0 else x0
 
 def clipped_to_images(scheduler: Any, x0: torch.Tensor) -> torch.Tensor:
-    """Apply `clip_denoised` of consistency models, which have no latents."""
     return x0.clamp(-1, 1) if scheduler.config.get("clip_denoised") else x0
 
 class SampleSpace(NamedTuple):
@@ -5214,7 +4077,6 @@ WITHOUT_ESTIMATE = {
 }
 
 def space_of(scheduler: Any) -> SampleSpace:
-    """Return the sample space of a scheduler by class name, because the Hub may hold a copy of the class."""
     names = [cls.__name__ for cls in type(scheduler).__mro__]
     known = next((name for name in names if name in SAMPLE_SPACES or name in WITHOUT_ESTIMATE), None)
     if known in SAMPLE_SPACES:
@@ -5318,7 +4180,6 @@ def is_frozen(layer: nn.Module) -> bool:
     return not any(parameter.requires_grad for parameter in layer.parameters())
 
 def is_lean(input: Tensor, dimensions: int = 4) -> bool:
-    """Return whether a layer has to build a graph for a large input outside autocast."""
     graph = torch.is_grad_enabled() and input.requires_grad and input.ndim == dimensions
     return graph and input.numel() * input.element_size() >= LEAN_BYTES and not in_autocast(input.device.type)
 
@@ -5334,10 +4195,6 @@ LEAN_LAYERS: dict[type[nn.Module], type[nn.Module]] = {
 
 @contextlib.contextmanager
 def lean_layers(roots: Iterable[nn.Module]) -> Iterator[None]:
-    """Make the layers of these modules lean inside the context.
-
-    Subclasses of the stock layers and compiled modules, which would be compiled again, are left alone.
-    """
     changed = [(layer, type(layer)) for root in roots for layer in stock_layers(root)]
     try:
         for layer, kind in changed:
@@ -5348,7 +4205,6 @@ def lean_layers(roots: Iterable[nn.Module]) -> Iterator[None]:
             layer.__class__ = kind
 
 def stock_layers(module: nn.Module) -> Iterator[nn.Module]:
-    """Yield the layers of a module that have a lean form."""
     if is_compiled(module):
         return
     if type(module) in LEAN_LAYERS:
@@ -5364,17 +4220,10 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTran
 ENCODERS = ("text_encoder", "image_encoder", "safety_checker")
 
 def modules_of(pipe) -> dict[str, nn.Module]:
-    """Return the pipeline's components that are torch modules, by name."""
     return {name: module for name, module in pipe.components.items() if isinstance(module, nn.Module)}
 
 @contextlib.contextmanager
 def frozen_modules(pipe, gradient: str | None, decoder: nn.Module | None = None) -> Iterator[None]:
-    """Freeze all modules of a pipeline and a separate decoder; the previous state is restored on exit.
-
-    Inside they are in `eval()`. For a method with gradients no parameter requires a gradient, and the layers are lean;
-    see `lean_layers`. Otherwise parameters stay as they are: torch multiplies matrices in another order, with another
-    rounding, if a weight requires no gradient.
-    """
     roots = [*modules_of(pipe).values(), *([] if decoder is None else [decoder])]
     modules = [module for root in roots for module in root.modules()]
     training = [module for module in modules if module.training]
@@ -5395,18 +4244,9 @@ def frozen_modules(pipe, gradient: str | None, decoder: nn.Module | None = None)
         switch(True)
 
 def trainable_parameters(module: nn.Module) -> list[str]:
-    """Return the names of a module's own parameters that require a gradient."""
     return [name for name, parameter in module.named_parameters(recurse=False) if parameter.requires_grad]
 
 def refuse_unsuited(pipe, gradient: str | None) -> None:
-    """Raise `ValueError`, with the remedy, for modules in a state that a method cannot work with.
-
-    Modules outside the gradient path may be offloaded and may use any attention backend.
-
-    Args:
-        pipe: The pipeline.
-        gradient: Gradient mode of the method; see `PipelineSampler.images`.
-    """
     for name, root in modules_of(pipe).items():
         refuse_cache(name, root)
         if passes(name, gradient):
@@ -5415,13 +4255,11 @@ def refuse_unsuited(pipe, gradient: str | None) -> None:
             refuse_casting(name, root)
 
 def passes(name: str, gradient: str | None) -> bool:
-    """Return whether a gradient passes a component of a pipeline. Prompts are encoded without one."""
     if gradient is None or name.startswith(ENCODERS):
         return False
     return gradient == "full" or name not in DENOISERS
 
 def refuse_offload(name: str, root: nn.Module) -> None:
-    """Raise `ValueError` if a module is offloaded: weights that move between forward and backward break gradients."""
     expected = (
         f"Expected `{name}` to stay on its device, but it is offloaded, and weights that move between the forward and "
         "the backward pass break the gradient. Use a method without gradients, such as `BestOfN`, or "
@@ -5433,14 +4271,9 @@ def refuse_offload(name: str, root: nn.Module) -> None:
             raise ValueError(f"{expected}call `pipe.remove_all_hooks()` and `pipe.to(device)` first.")
 
 def is_offloaded(root: nn.Module) -> bool:
-    """Return whether the weights of a module or of one of its submodules move between devices."""
     return any(group_offloaded(module) or offloads(accelerate_hook(module)) for module in root.modules())
 
 def offloads(hook) -> bool:
-    """Return whether an accelerate hook moves weights.
-
-    These are `CpuOffload` and `AlignDevicesHook(offload=True)`, alone or in a `SequentialHook`.
-    """
     nested = getattr(hook, "hooks", ())
     return type(hook).__name__ == "CpuOffload" or bool(getattr(hook, "offload", False)) or any(map(offloads, nested))
 
@@ -5448,7 +4281,6 @@ def group_offloaded(module: nn.Module) -> bool:
     return any("group_offloading" in name for name in diffusers_hooks(module))
 
 def refuse_attention(name: str, root: nn.Module) -> None:
-    """Raise `ValueError` for an attention backend without a backward pass; some of them drop the gradient silently."""
     for module in root.modules():
         backend = attention_backend_of(module)
         if backend is not None and ("sage" in backend or backend == "_flash_3"):
@@ -5459,10 +4291,6 @@ def refuse_attention(name: str, root: nn.Module) -> None:
             )
 
 def refuse_casting(name: str, root: nn.Module) -> None:
-    """Raise `ValueError` for convolutions under layerwise casting.
-
-    Their backward pass reads the weights in the storage dtype. Linear layers save the ones that they computed with.
-    """
     for module in root.modules():
         if isinstance(module, CONVOLUTIONS) and "layerwise_casting" in diffusers_hooks(module):
             raise ValueError(
@@ -5472,11 +4300,6 @@ def refuse_casting(name: str, root: nn.Module) -> None:
             )
 
 def refuse_cache(name: str, root: nn.Module) -> None:
-    """Raise `ValueError` if a module reuses results of earlier denoising steps.
-
-    Some caches ask the pipeline for its timestep, but evaluations run on a copy of it. All of them carry the graph of
-    one step into the next, and their state would outlive an interrupted run.
-    """
     for module in root.modules():
         stateful = [hook for hook in diffusers_hooks(module).values() if is_stateful(hook)]
         if stateful:
@@ -5489,29 +4312,16 @@ def refuse_cache(name: str, root: nn.Module) -> None:
 # pipelines/sampling/first_call.py
 
 def stock_call(cls: type) -> Callable[..., Any]:
-    """Return the `__call__` of the stock pipeline class under our hook, without its `@torch.no_grad`."""
     for base in cls.__mro__:
         if "__call__" in vars(base) and not hasattr(base, "_noise_run"):
             return inspect.unwrap(vars(base)["__call__"])
     raise TypeError(f"Expected a diffusers pipeline with a `__call__`, but {cls.__name__} has none.")
 
 def submodules_of(pipe, names: tuple[str, ...]) -> dict[str, Any]:
-    """Return those of the named modules that a pipeline has."""
     return {name: module for name in names if (module := getattr(pipe, name, None)) is not None}
 
 @contextlib.contextmanager
 def first_step_only(pipe) -> Iterator[list[torch.Tensor]]:
-    """Stop a pipeline after its first model call, with the x0 estimate as the result of `scheduler.step`.
-
-    The loop is stopped by `pipe.interrupt`, or by shortening the timesteps in families that do not check it. The
-    pipeline and its scheduler must be copies.
-
-    Yields:
-        A list that is empty at first, and holds the estimate after the call.
-
-    Raises:
-        TypeError: If the pipeline calls `scheduler.step` not at all, or before its denoiser.
-    """
     scheduler, interruptible = pipe.scheduler, "interrupt" in stock_call(type(pipe)).__code__.co_names
     set_timesteps, step = scheduler.set_timesteps, scheduler.step
     calls: list[int] = []
@@ -5529,7 +4339,8 @@ def first_step_only(pipe) -> Iterator[list[torch.Tensor]]:
         stepped.append(bool(calls))
         x0 = predict_x0(scheduler, model_output, timestep, sample).to(model_output.dtype)
         estimates.append(x0)
-        interrupt(pipe)
+        if interruptible:
+            interrupt(pipe)
         return (x0, x0)
 
     vars(scheduler).update(set_timesteps=set_one, step=estimate)
@@ -5547,7 +4358,6 @@ def first_step_only(pipe) -> Iterator[list[torch.Tensor]]:
         )
 
 def counted(function: Callable[..., Any], calls: list[int]) -> Callable[..., Any]:
-    """Return the function with an entry in `calls` for each call."""
 
     @functools.wraps(function)
     def count(*args, **kwargs):
@@ -5557,7 +4367,6 @@ def counted(function: Callable[..., Any], calls: list[int]) -> Callable[..., Any
     return count
 
 def count_timesteps(pipe) -> int:
-    """Return the number of timesteps of the last call, which may be fewer than those of the scheduler."""
     return own_timestep_count(pipe) or len(pipe.scheduler.timesteps)
 
 # pipelines/sampling/global_draws.py
@@ -5588,11 +4397,6 @@ class GlobalDraws(TorchFunctionMode):
 
 @contextlib.contextmanager
 def no_global_draws(pipe) -> Iterator[list[torch.Tensor]]:
-    """Refuse a `scheduler.step` that draws from torch's global stream; see `GlobalDraws`.
-
-    Evaluations start from the same state of the generators, and so see the same noise at each step. The scheduler must
-    be a copy. Yields an empty list, for the same form as `first_step_only`.
-    """
     scheduler, sampler = pipe.scheduler, f"{type(pipe).__name__} with {type(pipe.scheduler).__name__}"
     step = scheduler.step
 
@@ -5610,14 +4414,6 @@ def no_global_draws(pipe) -> Iterator[list[torch.Tensor]]:
 # pipelines/sampling/latent_space.py
 
 def drawing_function(cls: type) -> Callable[..., types.FunctionType]:
-    """Return a function `draw -> prepare_latents`: the stock function of `cls` with `draw` instead of `randn_tensor`.
-
-    A copy of the function with that one global replaced passes our noise through the stock scaling and packing, without
-    a global patch and differentiably.
-
-    Raises:
-        TypeError: If the class does not sample its noise with `randn_tensor`.
-    """
     stock = next((vars(base) for base in cls.__mro__ if defines_latents(base)), {})
     function = inspect.unwrap(stock.get("prepare_latents", lambda: None))
     if "randn_tensor" in function.__code__.co_names:
@@ -5628,18 +4424,15 @@ def drawing_function(cls: type) -> Callable[..., types.FunctionType]:
     )
 
 def defines_latents(cls: type) -> bool:
-    """Return whether a class defines a `prepare_latents` that is not our hook."""
     return "prepare_latents" in vars(cls) and not hasattr(cls, "_noise_run")
 
 def with_globals(function: types.FunctionType, **replaced: Any) -> types.FunctionType:
-    """Return a copy of a function with some of its global names replaced."""
     names = {**function.__globals__, **replaced}
     twin = types.FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
     twin.__kwdefaults__ = function.__kwdefaults__
     return twin
 
 def drawing_with(noise_sampler: Callable[..., torch.Tensor] | None) -> Callable[..., torch.Tensor]:
-    """Return the replacement of `randn_tensor`: a noise sampler with its shape checked, or `randn_tensor` itself."""
     if noise_sampler is None:
         return randn_tensor
 
@@ -5655,7 +4448,6 @@ def drawing_with(noise_sampler: Callable[..., torch.Tensor] | None) -> Callable[
     return draw
 
 def first_of(prepared):
-    """Return the latents that `prepare_latents` returned, alone or first in a tuple."""
     return prepared[0] if isinstance(prepared, tuple) else prepared
 
 class LatentSpace:
@@ -5692,11 +4484,6 @@ class LatentSpace:
         self.known_packing: Packing | None = None
 
     def for_images(self, count: int) -> "LatentSpace":
-        """Return the same space for another number of images.
-
-        Raises:
-            ValueError: If `prepare_latents` has no `batch_size`, or takes an image.
-        """
         if "batch_size" not in self.arguments or "image" in self.arguments:
             raise ValueError(
                 "Expected a `prepare_latents` with the argument `batch_size` and without an image, to generate images "
@@ -5710,12 +4497,10 @@ class LatentSpace:
         return space
 
     def on(self, pipe, draw: Callable[..., torch.Tensor], latents: torch.Tensor | None = None, **overrides):
-        """Run the stock function on `pipe` with `draw(shape, **kwargs)` as its source of noise."""
         given = {"latents": latents} if self.takes_latents else {}
         return self.with_draw(draw)(pipe, **{**self.arguments, **given, **overrides})
 
     def draw(self, pipe) -> tuple[torch.Tensor, bool]:
-        """Return the base noise of the call, and whether it was sampled (rather than given as `latents=`)."""
         drawn: list[torch.Tensor] = []
 
         def record(*args, **kwargs):
@@ -5738,10 +4523,6 @@ class LatentSpace:
         return noise, False
 
     def prepare(self, pipe, noise: torch.Tensor, draw: bool = False, **overrides):
-        """Convert noise to the return value of `prepare_latents`, differentiably.
-
-        With `draw` the noise of the call is sampled and discarded, so that the generator advances as in the call.
-        """
 
         def given(*args, **kwargs) -> torch.Tensor:
             if draw:
@@ -5751,7 +4532,6 @@ class LatentSpace:
         return self.on(pipe, given, **overrides)
 
     def to_latents(self, pipe, noise: torch.Tensor, **overrides) -> torch.Tensor:
-        """Convert noise to the `latents=` that the pipeline accepts, in its dtype."""
         prepared = first_of(self.prepare(pipe, noise, **overrides))
         if not self.takes_latents:  # then the pipeline uses `latents` unchanged
             return prepared
@@ -5764,11 +4544,6 @@ class LatentSpace:
         )
 
     def to_noise(self, pipe, latents: torch.Tensor) -> torch.Tensor:
-        """Convert the `latents=` of a user to noise.
-
-        Raises:
-            ValueError: If their shape is neither that of the noise nor that of packed latents.
-        """
         shape, packed = self.packing(pipe).noise, self.packing(pipe).packed
         if latents.shape not in (shape, packed):
             raise ValueError(
@@ -5777,14 +4552,12 @@ class LatentSpace:
         return self.unpack(pipe, latents)
 
     def unpack(self, pipe, latents: torch.Tensor) -> torch.Tensor:
-        """Convert latents from the denoiser's layout to the spatial layout of the noise, differentiably."""
         packing = self.packing(pipe)
         if latents.shape == packing.noise:
             return latents
         return latents.flatten(1).gather(1, packing.positions.to(latents.device)).view(packing.noise)
 
     def packing(self, pipe) -> "Packing":
-        """Return the packing of the family."""
         if self.known_packing is None:
             leaves: list[torch.Tensor] = []
 
@@ -5813,11 +4586,6 @@ class Packing(NamedTuple):
     positions: torch.Tensor
 
 def positions_in(prepared: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """Return the position of each entry of the noise in the latents `prepared` from it, per image, `(B, C·H·W)`.
-
-    Preparing permutes, scales by one factor and adds, so backpropagating position numbers yields the position of each
-    entry. The numbers are sent digit by digit, since half precision cannot represent large ones.
-    """
 
     def backpropagated(values: torch.Tensor) -> torch.Tensor:
         return torch.autograd.grad(prepared, noise, values.to(prepared), retain_graph=True)[0].flatten(1).double()
@@ -5831,7 +4599,6 @@ def positions_in(prepared: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     return positions
 
 def latents_with_image(pipe) -> ValueError:
-    """Return the error for `latents` that mix an image with the noise."""
     return ValueError(
         f"Expected no `latents`, since in {type(pipe).__name__} they mix the image with the noise, and only the noise "
         "is optimized. Leave them out, and choose the noise by `generator` or `noise_sampler`."
@@ -5857,7 +4624,6 @@ class RandomState:
         return [seed for _, _, seed in self.states]
 
     def generator(self) -> torch.Generator | list[torch.Generator]:
-        """Return new generators in this state: a list if the call was given one."""
         fresh = []
         for device, state, _ in self.states:
             fresh.append(torch.Generator(device))
@@ -5865,13 +4631,11 @@ class RandomState:
         return fresh if self.several else fresh[0]
 
     def of_rows(self, rows: list[int]) -> "RandomState":
-        """Return the streams of some images, or the stream that all images share."""
         found = copy.copy(self)
         found.states = [self.states[row] for row in rows] if self.several else self.states
         return found
 
 def default_generator(device: torch.device) -> torch.Generator:
-    """Return the generator that torch uses on `device` by default."""
     if device.type == "cuda":
         return torch.cuda.default_generators[device.index if device.index is not None else torch.cuda.current_device()]
     if device.type == "mps":
@@ -5941,40 +4705,28 @@ class PipelineSampler:
         self.chunks: dict[tuple[int, ...], PipelineSampler] = {}
 
     def with_own_decoder(self) -> "PipelineSampler":
-        """Return the same sampler with the pipeline's own decoder."""
         found = copy.copy(self)
         found.twin, found.chunks, found.decoder = copy.copy(self.twin), {}, None
         vars(found.twin)["vae"] = self.own_decoder
         return found
 
     def random_state_after_draw(self) -> RandomState:
-        """Return the random streams after the base noise was sampled."""
         generator = self.random_state.generator()
         if self.drew:
             self.space.on(self.twin, self.space.draw_noise, generator=generator)
         return RandomState(generator, torch.device("cpu"))
 
     def states_after_draw(self) -> list[tuple[str, torch.Tensor]]:
-        """Return device type and state of each random stream after the base noise was sampled."""
         return [(device.type, state) for device, state, _ in self.random_state_after_draw().states]
 
     def prepare(self, pipe, noise: torch.Tensor, generator: torch.Generator | list[torch.Generator] | None = None):
-        """Return what `prepare_latents` of the call returns for another noise and the same other random numbers."""
         generator = generator or self.random_state.generator()
         return self.space.prepare(pipe, noise, draw=self.drew, generator=generator)
 
     def to_latents(self, pipe, noise: torch.Tensor) -> torch.Tensor:
-        """Convert noise to what the pipeline takes as `latents=`, in its dtype."""
         return self.space.to_latents(pipe, noise, draw=self.drew, generator=self.random_state.generator())
 
     def chunk(self, rows: list[int]) -> "PipelineSampler":
-        """Return the sampler of a chunk, whose images equal these rows of the whole batch up to rounding.
-
-        Samplers that add noise at each step see the same noise if they draw it from the generator of the call.
-
-        Raises:
-            ValueError: For an argument of the call that cannot be split by image, such as a list of images.
-        """
         if tuple(rows) not in self.chunks:
             batch = self.space.arguments.get("batch_size", 0)
             layout = BatchLayout(self.request, batch)
@@ -5994,30 +4746,15 @@ class PipelineSampler:
         preview: bool = False,
         chunk_size: int | None = None,
     ) -> torch.Tensor:
-        """Generate images (B, 3, H, W) in [0, 1] from noise (B, C, H, W), in float32 or better.
-
-        Args:
-            noise: The initial noise.
-            gradient: "full" backpropagates through the whole chain. "frozen" treats the model's outputs as constants,
-                so that the denoiser needs no graph. `None` builds no graph at all.
-            preview: Decode the x0 estimate of the first model call instead of running the whole chain.
-            chunk_size: Generate at most this many images at a time, and generate them again with their graph in the
-                backward pass: the same gradient in less memory, for one more forward pass. `None` for all at once.
-        """
         images = self.run(noise, gradient, preview, "pt", chunk_size)
         return images.to(torch.promote_types(images.dtype, torch.float32))
 
     def x0(self, noise: torch.Tensor, gradient: Gradient = None, chunk_size: int | None = None) -> torch.Tensor:
-        """Return the x0 estimate of the first model call in the layout of the noise (B, C, H, W); see `images`."""
         return self.space.unpack(self.twin, self.run(noise, gradient, True, "latent", chunk_size))
 
     def run(
         self, noise: torch.Tensor, gradient: Gradient, preview: bool, output_type: str, chunk_size: int | None = None
     ) -> torch.Tensor:
-        """Run the pipeline on `noise` and return its output.
-
-        With `preview` and `output_type="latent"` this is the x0 estimate in the denoiser's layout.
-        """
         differentiable = gradient is not None and noise.requires_grad
         if chunk_size is not None and chunk_size < len(noise):
 
@@ -6054,7 +4791,6 @@ class PipelineSampler:
     def shared_draws(
         self, generator: torch.Generator | list[torch.Generator]
     ) -> contextlib.AbstractContextManager[Any]:
-        """Return a context in which a chunk draws from a generator that its batch shares as the whole batch does."""
         if self.batch_rows is None or isinstance(generator, list):
             return contextlib.nullcontext()
         return WholeBatchDraws(generator, *self.batch_rows)
@@ -6062,7 +4798,6 @@ class PipelineSampler:
     def fresh_twin(
         self, noise: torch.Tensor, gradient: Gradient
     ) -> tuple[Any, torch.Generator | list[torch.Generator]]:
-        """Return a twin for one evaluation of `noise`, and its generator."""
         twin, generator, recorded = copy.copy(self.twin), self.random_state.generator(), iter(self.encoded)
         attributes = vars(twin)
         attributes.update(
@@ -6079,7 +4814,6 @@ class PipelineSampler:
         return twin, generator
 
 def make_twin(pipe, clamp: Clamp):
-    """Return a shallow copy of a pipeline that is differentiable from image to noise."""
     twin = copy.copy(pipe)
     attributes: dict[str, Any] = vars(twin)
     attributes.pop("_noise_run", None)
@@ -6094,13 +4828,11 @@ def make_twin(pipe, clamp: Clamp):
     return twin
 
 def needs_upcast(vae: Any) -> bool:
-    """Return whether the pipeline converts its VAE to float32 to decode; one that is offloaded has no gradient."""
     if vae is None or not vae.config.get("force_upcast"):
         return False
     return vae.dtype == torch.float16 and not is_offloaded(vae)
 
 def replayed(function: Callable[..., Any], recorded: list[Any]) -> Callable[..., Any]:
-    """Return a function that replays the recorded return values in call order and records further ones."""
     index = itertools.count()
 
     def replay(*args, **kwargs):
@@ -6113,7 +4845,6 @@ def replayed(function: Callable[..., Any], recorded: list[Any]) -> Callable[...,
     return replay
 
 def denormalize_straight_through(images: torch.Tensor) -> torch.Tensor:
-    """Convert [-1, 1] to [0, 1] as diffusers does, with the value of the clamp and the gradient of the identity."""
     pixels = images * 0.5 + 0.5
     clamped = pixels.clamp(0, 1)
     return clamped.detach() + (pixels - pixels.detach()) if pixels.requires_grad else clamped  # adds exactly 0
@@ -6160,7 +4891,6 @@ class Sample:
 
     @property
     def generated_images(self) -> torch.Tensor | None:
-        """The images if the objective has accessed them, without their graph."""
         images = vars(self).get("images")
         return None if images is None else images.detach()
 
@@ -6176,7 +4906,6 @@ class Objective:
     requires_prompt: bool = False
 
     def evaluate(self, sample: Sample) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Return the loss `(B,)` with its graph, and the raw scores `(B,)` by name without a graph."""
         raise NotImplementedError(f"{type(self).__name__} must define `evaluate(sample)`.")
 
     def __call__(self, sample: Sample) -> torch.Tensor:
@@ -6189,7 +4918,6 @@ class Objective:
         """Raise an error for user code that fails on images of this size, before any model runs."""
 
     def describe(self) -> Any:
-        """Return plain values for the provenance of a result."""
         return type(self).__name__
 
 class FunctionObjective(Objective):
@@ -6220,10 +4948,6 @@ class RewardObjective(Objective):
         return -output.total, output.components
 
     def try_out(self, prompt: str, height: int, width: int, gradient: bool) -> None:
-        """Score one random image with each plain callable, and check shape, values and, if needed, the gradient.
-
-        The rewards of this package meet the contract; they are only asked whether they take images of this size.
-        """
         for name, reward in zip(self.rewards.names, self.rewards.rewards, strict=True):
             if not hasattr(reward, "function"):
                 reward.check_size(prompt, height, width)  # pyright: ignore[reportCallIssue]
@@ -6265,7 +4989,6 @@ class NoiseProblem:
 
     @functools.cached_property
     def seeds(self) -> list[int]:
-        """One seed per image, a function of the bits of its base noise: independent of the rest of the batch."""
         return [seed_from(noise) for noise in self.noise]
 
 class CandidateNoise:
@@ -6281,16 +5004,13 @@ class CandidateNoise:
         self.streams = [torch.Generator().manual_seed(seed) for seed in problem.seeds]
 
     def draw(self) -> torch.Tensor:
-        """Draw noise `(B, C, H, W)` of unit variance: standard Gaussian unless the call has a noise sampler."""
         return self.draw_noise(tuple(self.like.shape), self.streams, self.like.device, self.like.dtype)
 
     def uniform(self) -> torch.Tensor:
-        """Draw `(B,)` uniform numbers in [0, 1), float64."""
         draws = [torch.rand((), generator=stream, dtype=torch.float64) for stream in self.streams]
         return torch.stack(draws).to(self.like.device)
 
 def seed_from(noise: torch.Tensor) -> int:
-    """Hash the values of a noise to a 62-bit seed."""
     bits = noise.detach().flatten().cpu().to(torch.float32).view(torch.int32).to(torch.int64)
     weights = torch.arange(1, len(bits) + 1).mul(0x9E3779B97F4A7C15 - 2**64)  # odd multiples spread over 64 bits
     return int((bits * weights).sum().item()) & (2**62 - 1)
@@ -6336,80 +5056,49 @@ class NoiseOptimizer:
 
     @property
     def gradient_mode(self) -> Gradient:
-        """The gradient that the loop takes: "full", "frozen" or `None`. See `PipelineSampler.images`."""
         return getattr(self, "gradient", None)
 
     @property
     def previews(self) -> bool:
-        """Whether the objective sees the x0 estimate of one model call instead of the whole chain."""
         return getattr(self, "preview", False)
 
     @property
     def clamp(self) -> Clamp:
-        """How pixels are clamped: released loops and methods without gradients clamp as stock pipelines do."""
         exact = self.gradient_mode is None or getattr(self, "mode", None) == "parity"
         return "hard" if exact else "straight_through"
 
     def objective(self, pipe) -> Objective:
-        """Return the objective. Called once, before any model runs."""
         raise NotImplementedError(f"{type(self).__name__} must define `objective(pipe)`.")
 
     def regularizer(self, noise: torch.Tensor) -> torch.Tensor | float:
-        """Return a `(B,)` penalty that steers the noise but does not count when the best is chosen."""
         return 0.0
 
     def start(self, problem: NoiseProblem) -> Any:
-        """Return the state that the method carries from step to step, such as momentum."""
         return None
 
     def step(self, run: NoiseState, gradient: Any, state: Any) -> torch.Tensor:
-        """Return the next noise `(B, C, H, W)`.
-
-        Args:
-            run: The evaluation so far: `run.noise` and its `run.loss`, `run.best`.
-            gradient: `(B, C, H, W)`, the gradient of loss and regularizer with respect to `run.noise`; `None` for a
-                method without gradients.
-            state: The object that `start` returned.
-        """
         raise NotImplementedError(f"{type(self).__name__} must define `step(run, gradient, state)`.")
 
     def inspect(self, run: NoiseState, objective: Any, state: Any) -> torch.Tensor | None:
-        """Inspect an evaluation before the best is updated; the method may stop samples with `run.stop`.
-
-        Returns:
-            A `(B,)` bool mask of the samples for which this step may be the best; `None` for all. Step 0 always counts.
-        """
         return None
 
     def finish(self, run: NoiseState, objective: Any, state: Any) -> Iterable[torch.Tensor]:
-        """Yield noises `(B, C, H, W)` to evaluate at the end, also of a run that was stopped.
-
-        The next one is requested after the last one was evaluated.
-        """
         return ()
 
     def check(self) -> None:
-        """Raise `ValueError` for settings that cannot work."""
         check_fields(self)
         check_reward_device(self.reward_device)
 
     def device_of_rewards(self, pipe) -> torch.device:
-        """Return the device on which rewards given by name are loaded."""
         return torch.device(self.reward_device or execution_device(pipe))
 
     def load_rewards(self, pipe, rewards: Any) -> RewardSum:
-        """Return rewards as a `RewardSum`, names loaded; differentiable ones for a method that differentiates.
-
-        Raises:
-            NonDifferentiableReward: If a reward with a weight has no gradient, but the method needs one.
-        """
         total = RewardSum(rewards, device=self.device_of_rewards(pipe))
         if self.gradient_mode is not None:
             total.check_differentiable()
         return total
 
     def settings(self) -> dict[str, Any]:
-        """Return the settings that are plain values, for the provenance."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {name: value for name, value in values.items() if isinstance(value, bool | int | float | str | None)}
 
@@ -6426,6 +5115,91 @@ class RewardOptimizer(NoiseOptimizer):
 
     def objective(self, pipe) -> Objective:
         return RewardObjective(self.load_rewards(pipe, self.rewards))
+
+# pipelines/registry.py
+
+METHODS: Registry[type[NoiseOptimizer]] = Registry("method")
+MethodT = TypeVar("MethodT", bound=type)
+
+def register_method(name: str) -> Callable[[MethodT], MethodT]:
+    return METHODS.register(name)
+
+def list_methods() -> list[str]:
+    return METHODS.names()
+
+def as_method(method: Any, settings: Mapping[str, Any] | None = None) -> NoiseOptimizer:
+    if isinstance(method, str):
+        return METHODS.find(method)(**(settings or {}))
+    if settings:
+        raise ValueError("Expected `method_kwargs` beside the name of a method, but got a method object as well.")
+    if isinstance(method, type) or not (hasattr(method, "objective") and hasattr(method, "step")):
+        raise TypeError(
+            f"Expected a method such as `ReNO(rewards=...)` or one of the names {list_methods()}, but got {method!r}."
+        )
+    return method
+
+# pipelines/baselines/mean_variance.py
+
+@register_method("mean_variance")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeanVariance(RewardOptimizer):
+    """Learns a mean and a variance for each entry of the noise, held close to 0 and 1: `z = z₀·exp(ρ/2) + μ`.
+
+    InitNO's update (https://arxiv.org/abs/2404.04650) on a scalar reward instead of attention maps, as the row
+    "mean/variance adjustment" of Noise Diffusion (https://arxiv.org/abs/2411.16503): Adam on μ and ρ = ln σ². Each step
+    is scaled back until `KL(N(μ, σ²) ‖ N(0, 1))`, averaged over the entries, is at most `max_kl`. (InitNO goes back by
+    further steps of Adam.) This bounds the distance of the noise, and the gain.
+
+    Args:
+        steps: Evaluations, the baseline included.
+        learning_rate: The learning rate of Adam. InitNO: 0.01.
+        max_kl: The largest divergence per entry. InitNO: 0.001.
+        gradient: "frozen" holds the outputs of the denoiser constant; "full" differentiates the whole chain.
+    """
+
+    steps: int = checked(51, "[1, inf)")
+    learning_rate: float = checked(1e-2, "(0, inf)")
+    max_kl: float = checked(1e-3, "(0, inf)")
+    gradient: Literal["full", "frozen"] = "frozen"
+
+    def start(self, problem: NoiseProblem) -> "MeanVarianceState":
+        return MeanVarianceState(problem.noise, self.learning_rate)
+
+    def step(self, run: NoiseState, gradient: torch.Tensor, state: "MeanVarianceState") -> torch.Tensor:
+        state.descend(gradient)
+        state.project(self.max_kl)
+        return state.noise()
+
+class MeanVarianceState:
+    """Mean and log-variance of each entry of `base` `(B, C, H, W)`, with one Adam optimizer per image."""
+
+    def __init__(self, base: torch.Tensor, learning_rate: float) -> None:
+        self.base = base
+        self.parts = [torch.zeros_like(image).expand(2, *image.shape).clone().requires_grad_() for image in base]
+        self.adams = [torch.optim.Adam([part], lr=learning_rate, eps=1e-3) for part in self.parts]
+
+    def noise(self) -> torch.Tensor:
+        mean, log_variance = torch.stack([part.detach() for part in self.parts]).unbind(1)
+        return self.base * (log_variance / 2).exp() + mean
+
+    def descend(self, gradient: torch.Tensor) -> None:
+        for base, part, adam, down in zip(self.base, self.parts, self.adams, gradient, strict=True):
+            part.grad = torch.stack((down, down * base * (part[1].detach() / 2).exp() / 2))
+            adam.step()
+
+    def project(self, max_kl: float) -> None:
+        for part in self.parts:
+            low, high = 0.0, 1.0
+            if divergence(part.detach()) <= max_kl:
+                continue
+            for _ in range(30):  # the divergence grows monotonically from 0
+                middle = (low + high) / 2
+                low, high = (middle, high) if divergence(middle * part.detach()) <= max_kl else (low, middle)
+            part.data.mul_(low)
+
+def divergence(part: torch.Tensor) -> float:
+    mean, log_variance = part
+    return float((mean.square() + log_variance.exp() - 1 - log_variance).mean() / 2)
 
 # pipelines/noise_math.py
 
@@ -6455,65 +5229,2384 @@ class ChiPrior:
         return self.weight * (norm.square() / 2 - (noise[0].numel() - 1) * norm.log())
 
 def per_sample_norm(noise: torch.Tensor) -> torch.Tensor:
-    """Return the L2 norms `(B,)` of `(B, ...)`, in float32 or better: bfloat16 numbers near 256 are 2 apart."""
     return noise.flatten(1).to(torch.promote_types(noise.dtype, torch.float32)).norm(dim=1)
 
 def per_image(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Reshape `(B,)` values so that they broadcast over `like` `(B, ...)`."""
     return values.view(-1, *[1] * (like.ndim - 1))
 
 def clip_per_sample(gradient: torch.Tensor, max_norm: float) -> torch.Tensor:
-    """Clip each sample of `(B, ...)` to an L2 norm, with the formula of `torch.nn.utils.clip_grad_norm_`."""
     factor = (max_norm / (per_sample_norm(gradient) + 1e-6)).clamp(max=1)
     return gradient * per_image(factor, gradient)
 
 def unit(direction: torch.Tensor) -> torch.Tensor:
-    """Scale each sample of `(B, ...)` to length 1; a zero sample stays zero. Safe for very small gradients."""
     largest = direction.flatten(1).abs().amax(1)
     scaled = direction / per_image(largest.clamp_min(torch.finfo(direction.dtype).tiny), direction)
     return scaled / per_image(per_sample_norm(scaled).clamp_min(1), scaled)
 
 def displacement(noise: torch.Tensor, sigma: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
-    """Return `v = (√(1−γ) − 1)·z + √γ·σ`, the change of `noise` z when `sigma` is mixed into it.
-
-    Mixing two independent Gaussian noises this way gives Gaussian noise of the same variance.
-
-    Args:
-        noise: z, `(B, ...)`.
-        sigma: σ, `(B, ...)`.
-        gamma: γ, `(B,)` in [0, 1].
-    """
     gamma = per_image(gamma, noise)
     return ((1 - gamma).sqrt() - 1) * noise + gamma.sqrt() * sigma
 
 def sets(groups: Sequence[int]) -> Iterator[torch.Tensor]:
-    """Yield the rows of each group of samples, one index tensor per group, in the order of the group numbers."""
     labels = torch.tensor(groups)
     for group in sorted(set(groups)):
         yield (labels == group).nonzero().flatten()
+
+# pipelines/baselines/noise_pgd.py
+
+@register_method("noise_pgd")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NoisePGD(RewardOptimizer):
+    """Projected gradient ascent: steps of one length along the gradient, within a ball around the first noise.
+
+    The row "PGD" of Noise Diffusion (https://arxiv.org/abs/2411.16503): `z + η∇` is no longer Gaussian, which that
+    paper avoids. Use it for comparison only.
+
+    Args:
+        steps: Evaluations, the baseline included.
+        step_size: The root mean square of a step.
+        radius: The root mean square of the largest distance from the first noise; `None` for no limit.
+        gradient: "frozen" holds the outputs of the denoiser constant; "full" differentiates the whole chain.
+    """
+
+    steps: int = checked(51, "[1, inf)")
+    step_size: float = checked(0.1, "(0, inf)")
+    radius: float | None = checked(None, "(0, inf)")
+    gradient: Literal["full", "frozen"] = "frozen"
+
+    def start(self, problem: NoiseProblem) -> torch.Tensor:
+        return problem.noise
+
+    def step(self, run: NoiseState, gradient: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+        length = math.sqrt(run.noise[0].numel())
+        moved = run.noise - self.step_size * length * unit(gradient)
+        if self.radius is None:
+            return moved
+        way = moved - state
+        return state + way * per_image((self.radius * length / per_sample_norm(way)).clamp(max=1), way)
+
+# pipelines/cno/contrastive_loss.py
+
+def attraction_gamma(size: int, tau: float) -> float:
+    return 1 / (tau * math.log(size - 1) + 1)
+
+def pooled_directions(x0: torch.Tensor, window_size: int) -> torch.Tensor:
+    x0 = x0.to(torch.promote_types(x0.dtype, torch.float32)).flatten(1, -3)
+    down, across = (min(window_size, side) for side in x0.shape[-2:])
+    return F.normalize(F.adaptive_avg_pool2d(x0, (down, across)).flatten(2), dim=1)
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ContrastiveLoss:
+    """InfoNCE of a set of images against its own reference; CNO, https://arxiv.org/abs/2510.03813.
+
+    In every pooled cell, with `f` the cosine along the channels, the loss of image i is
+
+        −log( exp(f(i, refᵢ)/(γτ)) / (exp(f(i, refᵢ)/(γτ)) + Σ_{j≠i} exp(f(i, j)/τ)) ),
+
+    a cross-entropy whose own logit is the attraction to the reference of the image. The loss of image i is the mean
+    over the cells; the loss of the paper is the mean over the images. Both members of a pair get a gradient.
+
+    Attributes:
+        tau: τ, above 0.
+        gamma: γ, above 0, or "auto" for `attraction_gamma`.
+        attraction: Whether to use the numerator; without it images only move away from the others.
+        repulsion: Whether to use the denominator.
+    """
+
+    tau: float
+    gamma: float | str
+    attraction: bool
+    repulsion: bool
+
+    def __call__(self, directions: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+        """Return the losses `(B,)` of the unit vectors `(B, C, P)` of one set, B >= 2, and of its reference."""
+        size = len(directions)
+        gamma = attraction_gamma(size, self.tau) if self.gamma == "auto" else float(self.gamma)
+        own = (directions * reference).sum(1) / (gamma * self.tau)
+        loss = -own if self.attraction else torch.zeros_like(own)
+        if self.repulsion:
+            others = torch.einsum("icp,jcp->ipj", directions, directions) / self.tau
+            diagonal = torch.eye(size, dtype=torch.bool, device=own.device)[:, None]
+            logits = torch.where(diagonal, own[..., None] if self.attraction else -torch.inf, others)
+            loss = loss + logits.logsumexp(-1)
+        return loss.mean(1)
+
+class ContrastiveObjective(Objective):
+    """`ContrastiveLoss` of the x0 estimates of one model call, separately for each group of images with one prompt.
+
+    The first evaluation is the reference, so the reference costs no model call. An object serves one run.
+
+    Args:
+        loss: The loss of one set.
+        window_size: The number of cells down and across of the pooled grid, at most the latent's.
+    """
+
+    def __init__(self, loss: ContrastiveLoss, window_size: int) -> None:
+        self.loss, self.window_size = loss, window_size
+        self.reference: torch.Tensor | None = None
+
+    def check_groups(self, groups: Sequence[int]) -> None:
+        if alone := [group for group in set(groups) if groups.count(group) == 1]:
+            raise ValueError(
+                f"Expected at least 2 images of each prompt to contrast, but got 1 of prompt {min(alone)}: alone it "
+                "has nothing to differ from. Pass `num_images_per_prompt=5`, say."
+            )
+
+    def evaluate(self, sample: Sample) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        directions = pooled_directions(sample.x0, self.window_size)
+        if self.reference is None:
+            self.reference = directions.detach()
+        losses, similarities = directions.new_zeros(2, len(directions))
+        for rows in sets(sample.groups):
+            part = directions[rows]
+            losses = losses.index_put((rows,), self.loss(part, self.reference[rows]))
+            similarities[rows] = mean_similarity(part.detach())
+        return losses, {"similarity": similarities}
+
+    def describe(self) -> dict[str, float | int | str | bool]:
+        return {**dataclasses.asdict(self.loss), "window_size": self.window_size}
+
+def mean_similarity(directions: torch.Tensor) -> torch.Tensor:
+    cosines = torch.einsum("icp,jcp->ij", directions, directions) / directions.shape[-1]
+    return (cosines.sum(1) - cosines.diagonal()) / (len(directions) - 1)
+
+# pipelines/cno/method.py
+
+@dataclasses.dataclass
+class CNOState:
+    """The parameter that Adam moves, the optimizer, and `(B,)` one over the number of images of each set."""
+
+    noise: torch.nn.Parameter
+    adam: torch.optim.Adam
+    shares: torch.Tensor
+
+@register_method("cno")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CNO(NoiseOptimizer):
+    """Moves the noises of one prompt so that their images differ, with a few model calls before the sampling.
+
+    "Diverse Text-to-Image Generation via Contrastive Noise Optimization", Kim, Um and Ye, ICLR 2026,
+    https://arxiv.org/abs/2510.03813.
+
+    Each step calls the denoiser once, guided as in the sampling, for the x0 estimate (Tweedie) of each noise at the
+    first timestep, and makes one step of Adam on the contrastive loss: away from the other images of the same prompt,
+    towards the first estimate of its own. Images of different prompts do not interact. The last noise is returned.
+
+    The defaults are the paper's. The released code is `CNO(gradient="full", gamma=1.0)`.
+
+    Args:
+        steps: Evaluations, each one call of the denoiser followed by an update.
+        window_size: The number of cells down and across of the grid to which estimates are pooled, at most the
+            latent's.
+        tau: τ, the temperature.
+        gamma: γ, which scales the temperature of the attraction: smaller attracts more. "auto" is
+            `1 / (τ·ln(B − 1) + 1)` for B images of a prompt.
+        learning_rate: The learning rate of Adam: roughly the most that an entry of the noise moves in a step.
+        gradient: "frozen" holds the output of the denoiser constant: no backward pass through it, and no more memory
+            than sampling. "full" differentiates the denoiser.
+        attraction: Pull each estimate towards its first value; `False` for more diversity and less quality.
+        repulsion: Push the estimates of a prompt apart.
+    """
+
+    steps: int = checked(3, "[1, inf)")
+    window_size: int = checked(16, "[1, inf)")
+    tau: float = checked(0.1, "(0, inf)")
+    gamma: float | Literal["auto"] = checked("auto", "(0, inf)")
+    learning_rate: float = checked(1e-2, "(0, inf)")
+    gradient: Literal["full", "frozen"] = "frozen"
+    attraction: bool = True
+    repulsion: bool = True
+    returns: ClassVar[Literal["best", "last"]] = "last"
+
+    @property
+    def previews(self) -> bool:
+        return True
+
+    def check(self) -> None:
+        super().check()
+        if not (self.attraction or self.repulsion):
+            raise ValueError("Expected `attraction` or `repulsion`, but got neither: there is nothing to optimize.")
+
+    def objective(self, pipe) -> ContrastiveObjective:
+        if self.gradient == "frozen" and pipe.scheduler.config.get("prediction_type") == "sample":
+            raise ValueError(
+                "Expected a denoiser that predicts noise or velocity, but this one predicts x0 itself, which does not "
+                'depend on the noise once its output is held constant. Use `gradient="full"`.'
+            )
+        loss = ContrastiveLoss(tau=self.tau, gamma=self.gamma, attraction=self.attraction, repulsion=self.repulsion)
+        return ContrastiveObjective(loss, self.window_size)
+
+    def start(self, problem: NoiseProblem) -> CNOState:
+        noise = torch.nn.Parameter(problem.noise.clone())
+        sizes = Counter(problem.groups)
+        shares = torch.tensor([1 / sizes[group] for group in problem.groups]).to(noise)
+        return CNOState(noise, torch.optim.Adam([noise], self.learning_rate), shares)
+
+    def step(self, run: NoiseState, gradient: torch.Tensor, state: Any) -> torch.Tensor:
+        if self.repulsion and not gradient.any():
+            raise ValueError(
+                "Expected x0 estimates that depend on the noise, but their gradient is zero: with zero terminal SNR, "
+                f"as {type(run.pipeline.scheduler).__name__} has here, the first estimate is the output of the "
+                'denoiser alone. Use `gradient="full"`.'
+            )
+        state.noise.data = run.noise.clone()
+        state.noise.grad = gradient * per_image(state.shares, gradient)  # the loss of a set is the mean over its images
+        state.adam.step()
+        return state.noise.detach().clone()
+
+# rewards/sets/set_reward_sum.py
+
+SetRewardsLike = str | SetReward | nn.Module | Mapping[Any, Any] | Sequence[Any]
+
+@dataclass(frozen=True)
+class SetRewardSumOutput:
+    """Values of one set of images.
+
+    Attributes:
+        total: The weighted sum, a differentiable scalar.
+        components: Name -> scalar, unweighted, in the units of the set reward, and detached.
+    """
+
+    total: Tensor
+    components: dict[str, Tensor]
+
+class SetRewardSum(nn.Module):
+    """`sum_i weight_i * set_reward_i(images)`, a scalar for the whole set, higher is better.
+
+    Plain values are accepted, so that they can be passed to a pipeline from the Hub:
+
+        {"dpp": 150.0}                                      # name -> weight, on its default features
+        {"dpp": ("clip", 150.0), "pairwise": ("lpips", 60.0)}   # name -> (features, weight)
+        [("dpp", 150.0), ("dpp", "clip", 50.0)]             # the same reward on two features
+        "dpp"                                               # weight 1
+
+    Features are given by a registered name, a Hub id, a folder or as a `Features` object. The same name is loaded once,
+    and set rewards on the same features share a forward pass.
+
+    The exact gradient is also available with the memory of one image: compute all features without a graph, then the
+    gradient with respect to them, then backpropagate through one image at a time.
+
+        chunks = [total.known_features(image) for image in generated_one_by_one]    # first pass, no graph
+        output, gradient = total.gradient(join_features(chunks), known)
+        for index, image in enumerate(generated_again_with_a_graph):                # second pass
+            total.linearized(image, {name: rows[index : index + 1] for name, rows in gradient.items()}).backward()
+
+    Args:
+        diversity: One of the forms above, with a `SetReward` allowed instead of a name; or another `SetRewardSum`. A
+            set reward of weight 0 is evaluated and reported, but not optimized.
+        dtype: The weights' dtype of features that are loaded by name.
+        device: The device of features that are loaded by name.
+
+    Attributes:
+        rewards: The set rewards, in the given order.
+        names: Their names; the second `dpp` becomes `dpp_2`.
+        weights: Name -> weight.
+        feature_maps: The distinct features of the set rewards.
+        feature_names: The names of the features, which are the keys of `features(images)`.
+
+    Raises:
+        TypeError: For an object that is not a set reward.
+        ValueError: For an unknown name, or a weight that is negative or not finite. Names and weights are checked
+            before any model is loaded.
+    """
+
+    def __init__(
+        self,
+        diversity: SetRewardsLike,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        entries = set_reward_entries(diversity)
+        for entry in entries:
+            check_set_reward_entry(*entry)
+        rewards = build_set_rewards(entries, dtype, device)
+        self.rewards = nn.ModuleList(rewards)
+        self.names = distinct_names([str(reward.name) for reward in rewards])
+        self.weights = {name: float(weight) for name, (_, _, weight) in zip(self.names, entries, strict=True)}
+        maps = list({id(reward.features): reward.features for reward in rewards}.values())
+        self.feature_maps = nn.ModuleList(maps)
+        self.feature_names = distinct_names([str(each.name) for each in maps])
+        names_of = {id(each): name for each, name in zip(maps, self.feature_names, strict=True)}
+        self.features_of = {
+            name: names_of[id(reward.features)] for name, reward in zip(self.names, rewards, strict=True)
+        }
+
+    def features(self, images: Tensor) -> dict[str, Tensor]:
+        return {name: encode(images) for name, encode in self.maps().items()}
+
+    @torch.no_grad()
+    def known_features(self, images: Tensor, chunk_size: int = 1) -> dict[str, Tensor]:
+        return join_features([self.features(chunk) for chunk in images.split(chunk_size)])
+
+    def forward(
+        self,
+        images: Tensor,
+        references: Tensor | Mapping[str, Tensor] | None = None,
+        chunk_size: int | None = None,
+    ) -> SetRewardSumOutput:
+        known = self.known_features(references) if isinstance(references, Tensor) else references
+        if chunk_size is not None:
+            return self.in_chunks(images, known, chunk_size)
+        output = self.of_features(self.features(images), known)
+        return SetRewardSumOutput(output.total.to(images.device), output.components)
+
+    def in_chunks(self, images: Tensor, references: Mapping[str, Tensor] | None, chunk_size: int) -> SetRewardSumOutput:
+        features = self.known_features(images.detach(), chunk_size)
+        if not (images.requires_grad and torch.is_grad_enabled()):
+            output = self.of_features(features, references)
+            return SetRewardSumOutput(output.total.to(images.device), output.components)
+        output, rows = self.gradient(features, references)
+        gradient = torch.empty_like(images)
+        for start in range(0, len(images), chunk_size):
+            chunk = slice(start, start + chunk_size)
+            gradient[chunk] = self.pixel_gradient(images[chunk], {name: each[chunk] for name, each in rows.items()})
+        total = AttachedGradient.apply(images, output.total.to(images.device), gradient)
+        return SetRewardSumOutput(total, output.components)  # pyright: ignore[reportArgumentType]
+
+    def pixel_gradient(self, images: Tensor, gradient: Mapping[str, Tensor]) -> Tensor:
+        leaf = images.detach().requires_grad_()
+        value = self.linearized(leaf, gradient)
+        if not value.requires_grad:
+            return torch.zeros_like(leaf)
+        return torch.autograd.grad(value, leaf)[0]
+
+    def of_features(
+        self, features: Mapping[str, Tensor], references: Mapping[str, Tensor] | None = None
+    ) -> SetRewardSumOutput:
+        for given in (features, references or features):
+            self.check_feature_names(given)
+        total, components = torch.zeros((), device=features[self.feature_names[0]].device), {}
+        for name, reward in zip(self.names, self.rewards, strict=True):
+            key, weight = self.features_of[name], self.weights[name]
+            encoded = features[key] if weight else features[key].detach()
+            value = reward.of_features(encoded, None if references is None else references[key])  # pyright: ignore[reportCallIssue]
+            components[name] = value.detach()
+            total = total + weight * value.to(total.device)
+        return SetRewardSumOutput(total, components)
+
+    def gradient(
+        self, features: Mapping[str, Tensor], references: Mapping[str, Tensor] | None = None
+    ) -> tuple[SetRewardSumOutput, dict[str, Tensor]]:
+        wanted = {self.features_of[name] for name, weight in self.weights.items() if weight}
+        leaves = {name: each.detach().requires_grad_(name in wanted) for name, each in features.items()}
+        with torch.enable_grad():
+            output = self.of_features(leaves, references)
+        named = {name: leaf for name, leaf in leaves.items() if name in wanted}
+        gradients = torch.autograd.grad(output.total, list(named.values())) if named else ()
+        output = SetRewardSumOutput(output.total.detach(), output.components)
+        return output, dict(zip(named, gradients, strict=True))
+
+    def linearized(self, images: Tensor, gradient: Mapping[str, Tensor]) -> Tensor:
+        maps = self.maps()
+        products = [(maps[name](images) * rows).sum().to(images.device) for name, rows in gradient.items()]
+        return torch.stack(products).sum() if products else images.new_zeros(())
+
+    def maps(self) -> dict[str, nn.Module]:
+        return dict(zip(self.feature_names, self.feature_maps, strict=True))
+
+    def check_feature_names(self, features: Mapping[str, Tensor]) -> None:
+        if missing := [name for name in self.feature_names if name not in features]:
+            raise ValueError(
+                f"Expected features of {self.feature_names}, but got those of {list(features)}: {missing} are missing. "
+                "Compute them with `features(images)` or `known_features(images)` of the same sum."
+            )
+
+    def check_differentiable(self) -> None:
+        entries = zip(self.weights.items(), self.rewards, strict=True)
+        names = [name for (name, weight), reward in entries if weight and not reward.features.differentiable]  # pyright: ignore[reportAttributeAccessIssue]
+        if names:
+            raise NonDifferentiableReward(
+                f"Expected set rewards with a gradient, but the features of {names} are not differentiable. Give them "
+                "weight 0 to only report them, or use a method without gradients."
+            )
+
+    def describe(self) -> dict[str, dict[str, Any]]:
+        return {name: {"features": self.features_of[name], "weight": weight} for name, weight in self.weights.items()}
+
+def join_features(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+def set_reward_entries(diversity: SetRewardsLike) -> list[tuple[Any, Any, Any]]:
+    if isinstance(diversity, Mapping):
+        pairs = diversity.items()
+        entries = [(each, *value) if isinstance(value, (tuple, list)) else (each, value) for each, value in pairs]
+    elif isinstance(diversity, (list, tuple)):
+        entries = [tuple(each) if isinstance(each, (tuple, list)) else (each, 1.0) for each in diversity]
+    elif isinstance(parts := getattr(diversity, "rewards", None), nn.ModuleList):
+        # Duck typing, because a pipeline from the Hub has its own copy of the class.
+        entries = list(zip(parts, diversity.weights.values(), strict=True))  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
+    else:
+        entries = [(diversity, 1.0)]
+    if not entries:
+        raise ValueError("Expected at least one set reward, but got none. Pass for example `diversity={'dpp': 150.0}`.")
+    return [with_features(entry) for entry in entries]
+
+def with_features(entry: tuple[Any, ...]) -> tuple[Any, Any, Any]:
+    if len(entry) not in (2, 3):
+        raise ValueError(
+            f"Expected a set reward, optional features, and a weight, but got {entry!r}. Write "
+            "`{'dpp': 150.0}`, `{'dpp': ('clip', 150.0)}` or `[('dpp', 'clip', 150.0)]`."
+        )
+    return entry if len(entry) == 3 else (entry[0], None, entry[1])
+
+def check_set_reward_entry(reward: Any, features: Any, weight: Any) -> None:
+    check_set_reward(reward, features)
+    name = reward if isinstance(reward, str) else reward.name
+    if isinstance(features, (str, os.PathLike)):
+        find_features(os.fspath(features))
+    elif features is not None and not isinstance(features, nn.Module):
+        raise TypeError(
+            f"Expected features for the set reward '{name}' by name, Hub id, folder or as `Features`, but got "
+            f"{features!r}. Write (features, weight): `{{'{name}': ('clip', 150.0)}}`."
+        )
+    if not isinstance(weight, numbers.Real) or not math.isfinite(weight) or weight < 0:
+        raise ValueError(
+            f"Expected a finite weight of at least 0 for the set reward '{name}', but got {weight!r}. Higher values "
+            f"mean more diversity. Write `{{'{name}': 150.0}}`, or `{{'{name}': ('clip', 150.0)}}` on other features."
+        )
+
+def check_set_reward(reward: Any, features: Any) -> None:
+    if isinstance(reward, str):
+        find_set_reward(reward)
+    elif isinstance(reward, type) or not (hasattr(reward, "of_features") and isinstance(reward, nn.Module)):
+        raise TypeError(
+            f"Expected a set reward by name or as an instance of `SetReward`, but got {reward!r}. Weighted ones are "
+            "written `{'dpp': 150.0}` or `[('dpp', 150.0), ...]`."
+        )
+    elif features is not None:
+        raise ValueError(
+            f"Expected no features for the set reward '{reward.name}', which has its own, but got {features!r}. Omit "
+            "them."
+        )
+
+def build_set_rewards(
+    entries: Sequence[tuple[Any, Any, Any]], dtype: torch.dtype | None, device: torch.device | str | None
+) -> list[SetReward]:
+    loaded: dict[str, Features] = {}
+
+    def load(features: Any) -> Any:
+        if not isinstance(features, (str, os.PathLike)):
+            return features
+        path = os.fspath(features)
+        if path not in loaded:
+            loaded[path] = AutoFeatures.from_pretrained(path, dtype=dtype, device=device)
+        return loaded[path]
+
+    classes = [find_set_reward(reward) if isinstance(reward, str) else None for reward, _, _ in entries]
+    return [
+        reward if found is None else found(load(features or found.default_features))
+        for found, (reward, features, _) in zip(classes, entries, strict=True)
+    ]
+
+# pipelines/never_too_late/quality_guard.py
+
+GUARD_REPORT = "quality guard"
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QualityGuard:
+    """Returns an image to its last good noise when a reward of it falls to a limit.
+
+    The guard of It's Never Too Late, https://arxiv.org/abs/2601.00090, per image and for any reward, which need not be
+    optimized nor differentiable. "sharpness" and "complexity" as guards prevent blur and plain backgrounds, which the
+    paper leaves open. Of several limits the lowest counts. An image whose baseline is at its limit is frozen there.
+
+    Args:
+        reward: A name, Hub id or folder of a reward, or any callable `(images, prompts) -> (B,)`. The name of an
+            optimized reward means that reward.
+        drop: The distance of the limit below the baseline's reward, above 0. The paper's intention: 0.05 of HPSv2.1.
+        keep: The limit as a share of the baseline's reward, in (0, 1), for positive rewards.
+        threshold: The limit itself. The paper for FLUX.1-schnell: 0.31 of HPSv2.1.
+        mode: "revert" goes on from the last good noise without momentum; "freeze" leaves the image there.
+
+    Raises:
+        ValueError: For settings that cannot work.
+    """
+
+    reward: Any
+    drop: float | None = None
+    keep: float | None = None
+    threshold: float | None = None
+    mode: Literal["revert", "freeze"] = "revert"
+
+    def __post_init__(self) -> None:
+        for name, low, high in (("drop", 0.0, math.inf), ("keep", 0.0, 1.0), ("threshold", -math.inf, math.inf)):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, int | float) and low < value < high):
+                raise ValueError(f"Expected `{name}` of a guard to be a number in ({low}, {high}), but got {value!r}.")
+        if self.drop is None and self.keep is None and self.threshold is None:
+            raise ValueError(
+                f"Expected a limit for the guard {self.reward!r}, but got none. Pass `drop`, `keep` or `threshold`, as "
+                'in `guard={"hpsv2.1": 0.05}` or `guard={"sharpness": {"keep": 0.8}}`.'
+            )
+        if self.mode not in ("revert", "freeze"):
+            raise ValueError(f'Expected `mode` of a guard to be "revert" or "freeze", but got {self.mode!r}.')
+
+    def limits(self, initial: torch.Tensor) -> torch.Tensor:
+        if self.keep is not None and (initial < 0).any():
+            raise ValueError(
+                f"Expected rewards of 0 or more for a guard with `keep`, but the baselines have {initial.tolist()}. "
+                "Use `drop` or `threshold`."
+            )
+        limits = torch.full_like(initial, torch.inf)
+        if self.drop is not None:
+            limits = limits.minimum(initial - self.drop)
+        if self.keep is not None:
+            limits = limits.minimum(initial * self.keep)
+        return limits if self.threshold is None else limits.clamp(max=self.threshold)
+
+def shares_reward(guard: QualityGuard, names: Sequence[str]) -> bool:
+    return isinstance(guard.reward, str) and guard.reward in names
+
+def as_guards(guard: Any) -> list[QualityGuard]:
+    if guard is None:
+        return []
+    if isinstance(guard, Mapping):
+        return [guard_from(reward, settings) for reward, settings in guard.items()]
+    entries = guard if isinstance(guard, list | tuple) else [guard]
+    for entry in entries:
+        if not hasattr(entry, "limits"):  # duck-typed: the class may be a Hub copy
+            raise TypeError(
+                f'Expected a guard such as `{{"hpsv2.1": 0.05}}` or `QualityGuard(reward=..., drop=0.05)`, but got '
+                f"{entry!r}."
+            )
+    rewards = [entry.reward for entry in entries]
+    if twice := [reward for index, reward in enumerate(rewards) if reward in rewards[:index]]:
+        raise ValueError(
+            f"Expected one guard for each reward, but got two for {twice[0]!r}. Of several limits of one guard the "
+            "lowest counts."
+        )
+    return list(entries)
+
+def guard_from(reward: Any, settings: Any) -> QualityGuard:
+    known = [field.name for field in dataclasses.fields(QualityGuard) if field.name != "reward"]
+    if not isinstance(settings, Mapping):
+        return QualityGuard(reward=reward, drop=settings)
+    if unknown := sorted(settings.keys() - set(known)):
+        raise ValueError(f"Expected settings of a guard out of {known}, but got {unknown}.")
+    return QualityGuard(reward=reward, **settings)
+
+class GuardedNoise:
+    """The noises of a run under guards: which are good, and the noise to which each reverts.
+
+    Args:
+        noise: `(B, C, H, W)`, the noises of the baselines.
+
+    Attributes:
+        good: `(B,)` bool, whether the last image is above its limits, or frozen.
+        frozen: `(B,)` bool, frozen at the last good noise.
+        last_good: `(B, C, H, W)`.
+    """
+
+    def __init__(self, noise: torch.Tensor) -> None:
+        self.last_good = noise
+        self.good = torch.ones(len(noise), dtype=torch.bool, device=noise.device)
+        self.frozen = ~self.good
+        self.rejections = torch.zeros(len(noise), dtype=torch.long, device=noise.device)
+        self.limits: dict[str, torch.Tensor] = {}
+
+    def update(self, run: NoiseState, guards: Mapping[str, QualityGuard]) -> None:
+        if run.step == 0:
+            self.limits = {name: guard.limits(run.scores[name]) for name, guard in guards.items()}
+            self.frozen = self.fallen(run, guards)
+            return
+        fallen = self.fallen(run, guards) & ~self.frozen
+        self.good = ~fallen
+        freezing = {name: guard for name, guard in guards.items() if guard.mode == "freeze"}
+        self.frozen = self.frozen | (fallen & self.fallen(run, freezing))
+        self.rejections += fallen & run.active
+        self.last_good = torch.where(per_image(self.good & ~self.frozen, run.noise), run.noise, self.last_good)
+
+    def fallen(self, run: NoiseState, guards: Mapping[str, QualityGuard]) -> torch.Tensor:
+        found = torch.zeros_like(self.good)
+        for name in guards:
+            found |= ~(run.scores[name] > self.limits[name]).to(found.device)
+        return found
+
+    def report(self) -> dict[str, Any]:
+        return {
+            "limits": {name: limits.tolist() for name, limits in self.limits.items()},
+            "rejections": self.rejections.tolist(),
+            "frozen": self.frozen.tolist(),
+        }
+
+# rewards/sets/hinged_set_reward.py
+
+class HingedSetReward(SetReward):
+    """Value of another set reward, with a gradient only below `target`.
+
+    The gradient of `-weight * value` is that of the hinge `weight * max(0, target - value)`, the diversity term of It's
+    Never Too Late, https://arxiv.org/abs/2601.00090, eq. 3, while the reported value is unchanged.
+
+    Args:
+        reward: Any set reward.
+        target: τ_D, in the units of the reward.
+    """
+
+    def __init__(self, reward: SetReward, target: float) -> None:
+        super().__init__(reward.features)
+        self.reward, self.target = reward, float(target)
+        self.name, self.range, self.default_features = reward.name, reward.range, reward.default_features
+
+    def score(self, features: Tensor) -> Tensor:
+        value = self.reward.score(features)
+        return value.where(value < self.target, value.detach())
+
+    def bounds(self, count: int) -> tuple[float, float] | None:
+        return self.reward.bounds(count)
+
+# pipelines/never_too_late/set_objective.py
+
+class SetObjective(Objective):
+    """`Σ λ_q·(1 − mean r) − Σ λ_div·v`, or with a hinge `Σ λ_div·max(0, τ_D − v)`, for each set of images of a prompt.
+
+    Every image of a set has the loss of the set. An object serves one run.
+
+    Args:
+        diversity: The set rewards v with their weights λ_div.
+        rewards: The rewards r with their weights λ_q, or `None`.
+        guards: The quality guards; a guard whose reward is the name of one of `rewards` shares it.
+        hinge: Name of a set reward to its τ_D.
+        stop_at: Name of a set reward to the value at which the method stops a set; checked here, as hinges are.
+        references: `(M, 3, H, W)` fixed images in [0, 1] that belong to every set, or their features from
+            `diversity.known_features`.
+        warm_up: The number of first evaluations without a gradient of the rewards.
+    """
+
+    def __init__(
+        self,
+        diversity: SetRewardSum,
+        rewards: RewardSum | None = None,
+        guards: Sequence[QualityGuard] = (),
+        hinge: Mapping[str, float] | None = None,
+        stop_at: Mapping[str, float] | None = None,
+        references: torch.Tensor | Mapping[str, torch.Tensor] | None = None,
+        warm_up: int = 0,
+    ) -> None:
+        self.hinge, self.stop_at = dict(hinge or {}), dict(stop_at or {})
+        self.diversity = hinged(diversity, self.hinge)
+        self.quality = None if rewards is None else RewardObjective(rewards)
+        self.guards, self.watched = self.shared_and_own(guards, diversity)
+        self.references, self.warm_up = references, warm_up
+        self.known: Mapping[str, torch.Tensor] | None = None
+        if isinstance(references, Mapping):
+            diversity.check_feature_names(references)
+        self.evaluations = 0
+        parts = (self.quality, self.watched)
+        self.requires_prompt = any(part.requires_prompt for part in parts if part is not None)
+
+    def shared_and_own(
+        self, guards: Sequence[QualityGuard], diversity: SetRewardSum
+    ) -> tuple[dict[str, QualityGuard], RewardObjective | None]:
+        optimised = [] if self.quality is None else self.quality.rewards.names
+        own = [guard for guard in guards if not shares_reward(guard, optimised)]
+        named = {guard.reward: guard for guard in guards if guard not in own}
+        if not own:
+            return named, None
+        maps: Any = diversity.feature_maps
+        device = next((each.device for each in maps if each.device), None)
+        watched = RewardObjective(RewardSum([(guard.reward, 1.0) for guard in own], device=device))
+        names = [f"guard {name}" for name in watched.rewards.names]
+        return {**named, **dict(zip(names, own, strict=True))}, watched
+
+    @property
+    def reference_count(self) -> int:
+        given = self.references
+        return 0 if given is None else len(given if isinstance(given, torch.Tensor) else next(iter(given.values())))
+
+    def check_groups(self, groups: Sequence[int]) -> None:
+        for group in sorted(set(groups)):
+            count = groups.count(group) + self.reference_count
+            if count < 2:
+                raise ValueError(
+                    f"Expected at least 2 images of each prompt, references included, but got 1 of prompt {group}: "
+                    "alone it has nothing to differ from. Pass `num_images_per_prompt=4`, say, or `references`."
+                )
+            for argument, targets in (("hinge", self.hinge), ("stop_at", self.stop_at)):
+                for name, target in targets.items():
+                    check_reachable(self.diversity, name, target, count, argument)
+
+    def try_out(self, prompt: str, height: int, width: int, gradient: bool) -> None:
+        for part, with_gradient in ((self.quality, gradient), (self.watched, False)):
+            if part is not None:
+                part.try_out(prompt, height, width, with_gradient)
+        given = self.references
+        if isinstance(given, torch.Tensor) and given.shape[1:] != (3, height, width):
+            raise ValueError(
+                f"Expected references of shape (M, 3, {height}, {width}), as the images are, but got "
+                f"{tuple(given.shape)}. Resize them, or call the pipeline with their height and width."
+            )
+
+    def evaluate(self, sample: Sample) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        images = sample.images
+        quality, scores = self.quality_of(sample)
+        losses = torch.zeros(len(images), device=images.device)
+        values = {name: torch.zeros_like(losses) for name in self.diversity.names}
+        for rows in sets(sample.groups):
+            output = self.diversity(images[rows], self.known_references(), sample.chunk_size)
+            loss = self.diversity_loss(output.components) - self.carrier(output.total) + quality[rows].mean()
+            losses = losses.index_put((rows,), loss.to(losses))
+            for name, value in output.components.items():
+                values[name][rows] = value.to(losses)
+        self.evaluations += 1
+        return losses, {**scores, **values}
+
+    def quality_of(self, sample: Sample) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        loss, scores = torch.zeros(len(sample.images), device=sample.images.device), {}
+        if self.quality is not None:
+            loss, scores = self.quality.evaluate(sample)
+            loss = loss + sum(self.quality.rewards.weights.values())
+            loss = loss.detach() if self.evaluations < self.warm_up else loss
+        if self.watched is not None:
+            with torch.no_grad():
+                watched = self.watched.rewards(sample.images.detach(), sample.prompts, chunk_size=sample.chunk_size)
+            scores = {**scores, **{f"guard {name}": value for name, value in watched.components.items()}}
+        return loss, scores
+
+    def diversity_loss(self, components: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        weights = self.diversity.weights
+        parts = [
+            weights[name] * ((self.hinge[name] - value).clamp_min(0) if name in self.hinge else -value)
+            for name, value in components.items()
+        ]
+        return torch.stack(parts).sum()
+
+    @staticmethod
+    def carrier(total: torch.Tensor) -> torch.Tensor:
+        return total - total.detach()
+
+    def known_references(self) -> Mapping[str, torch.Tensor] | None:
+        if self.reference_count == 0:
+            return None
+        if self.known is None and isinstance(self.references, torch.Tensor):
+            self.known = self.diversity.known_features(self.references)
+        return self.references if isinstance(self.references, Mapping) else self.known
+
+    def describe(self) -> dict[str, Any]:
+        quality = None if self.quality is None else self.quality.describe()
+        guards = {name: {**vars(guard), "reward": name} for name, guard in self.guards.items()}
+        targets = {"hinge": self.hinge, "stop_at": self.stop_at}
+        return {
+            "diversity": self.diversity.describe(),
+            "rewards": quality,
+            "guards": guards,
+            "references": self.reference_count,
+            **{name: values for name, values in targets.items() if values},
+        }
+
+def hinged(diversity: SetRewardSum, hinge: Mapping[str, float]) -> SetRewardSum:
+    if not hinge:
+        return diversity
+    rewards: Any = diversity.rewards
+    entries = [
+        (HingedSetReward(reward, hinge[name]) if name in hinge else reward, diversity.weights[name])
+        for name, reward in zip(diversity.names, rewards, strict=True)
+    ]
+    return SetRewardSum(entries)
+
+def check_reachable(
+    diversity: SetRewardSum, name: str, target: float, count: int, argument: str, unit: float = 1.0
+) -> None:
+    reward: Any = diversity.rewards[diversity.names.index(name)]
+    bounds = reward.bounds(count)
+    if bounds is not None and target * unit > bounds[1]:
+        most = f"{bounds[1]:.4g}" if unit == 1 else f"{bounds[1]:.4g}, where the baseline has {unit:.4g}"
+        raise ValueError(
+            f"Expected `{argument}` of '{name}' to be at most {bounds[1] / unit:.4g}, as {count} images have at most "
+            f"{most}, but got {target:.4g}: it can never be reached."
+        )
+
+# pipelines/never_too_late/method.py
+
+TARGETS = ("hinge", "stop_at", "stop_ratio")
+NEVER_TOO_LATE_SIZE = 4 * 4 * 64 * 64  # entries of a set of noises for which the paper's learning rates were chosen
+Targets = float | Mapping[str, float]
+
+@register_method("never_too_late")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NeverTooLate(NoiseOptimizer):
+    """Gradient descent on a whole set of noises: the images of a prompt come to differ, and stay good.
+
+    "It's Never Too Late: Noise Optimization for Collapse Recovery in Trained Diffusion Models", Harrington et al., CVPR
+    2026, https://arxiv.org/abs/2601.00090.
+
+    The images of each prompt are a set with the loss `L = Σ λ_q·(1 − mean r) − Σ λ_div·v + λ_reg·mean χ`: r the
+    rewards, v the set rewards, χ the prior of the norm of the noise. SGD with momentum moves all noises of the set,
+    with one clip of their joint gradient, and the set of noises with the lowest loss (without the prior) is returned.
+    Start from `noise_sampler="pink"` for more diversity.
+
+    `mode="parity"` takes the steps of the released code; `mode="default"` takes them in units of √(entries of the set /
+    65536), so that one learning rate suits any latent and set size, and saturated pixels keep their gradient. Both
+    modes differ from the released code in this: noise, momentum and norms are float32; a step in which the guard
+    rejected an image does not count as the best, so noises and images always belong together; a guard needs no reward
+    that is optimized; the rewards count for the best during the warm-up too; a set stops as a whole.
+
+    Args:
+        diversity: Set rewards as `SetRewardSum` takes them, with the weights λ_div: a name ("dpp", "dpp_patch",
+            "pairwise", "vendi", "vendi_2"), `{"dpp": 150.0}`, or with other features `{"dpp": ("clip", 150.0)}`.
+        rewards: Rewards as `RewardSum` takes them, with the weights λ_q, or `None`. The paper: `{"hpsv2.1": 3.0}`. All
+            may have weight 0 if each is guarded.
+        guard: Limits for each image: `{"hpsv2.1": 0.05}` allows that drop from the baseline, `{"sharpness": {"keep":
+            0.8}}` four fifths of it. See `QualityGuard`. The reward need not be optimized.
+        steps: Evaluations, the baseline included. The paper: 50 to 150.
+        mode: "default" or "parity".
+        learning_rate: The step size.
+        momentum: The coefficient of momentum; not Nesterov's.
+        max_grad_norm: The L2 norm to which the gradient of a set is clipped; with the learning rate it sets the length
+            of a step. Where the clip is active only ratios of the weights matter.
+        regularization: λ_reg.
+        hinge: τ_D of the paper's first form, `λ_div·max(0, τ_D − v)`, which optimizes only the rewards once a set is
+            diverse enough. A number for one set reward, or a dict by name.
+        stop_at: The value of v at which a set stops: 0.98 of "dpp" is the rule of the released code. A number for one
+            set reward, or a dict by name, in which all must be reached.
+        stop_ratio: The same as a multiple of the baseline's v. If both are given, the lower counts.
+        warm_up: The number of first steps in which the rewards give no gradient.
+        references: `(M, 3, H, W)` images in [0, 1] that belong to every set and are not moved, or their features from
+            `SetRewardSum.known_features`. One image of a prompt is enough then.
+        gradient: "full" differentiates the whole chain; "frozen" holds the model outputs constant.
+        preview: Evaluate the x0 estimate of one model call instead of the whole chain.
+    """
+
+    diversity: Any = (("dpp", 150.0),)
+    rewards: Any = None
+    guard: Any = None
+    mode: Literal["default", "parity"] = "default"
+    learning_rate: float = checked(6.0, "[0, inf)")
+    momentum: float = checked(0.9, "[0, 1)")
+    max_grad_norm: float = checked(0.1, "(0, inf)")
+    regularization: float = checked(0.01, "[0, inf)")
+    hinge: Targets | None = None
+    stop_at: Targets | None = None
+    stop_ratio: Targets | None = None
+    warm_up: int = checked(0, "[0, inf)")
+    references: torch.Tensor | Mapping[str, torch.Tensor] | None = None
+    gradient: Literal["full", "frozen"] = "full"
+    preview: bool = False
+    chunk_size: int | Literal["auto"] | None = checked("auto", "[1, inf)")
+
+    def check(self) -> None:
+        super().check()
+        as_guards(self.guard)
+
+    def objective(self, pipe) -> SetObjective:
+        guards = as_guards(self.guard)
+        weighted = weighted_rewards(self.rewards, guards)
+        diversity = SetRewardSum(self.diversity, device=self.device_of_rewards(pipe))
+        diversity.check_differentiable()
+        if not any(diversity.weights.values()) and weighted is None:
+            raise ValueError(
+                "Expected a set reward with a weight above 0, or `rewards`, but got neither: there is nothing to do."
+            )
+        hinge, stop_at, _ = (targets_by_name(getattr(self, name), diversity, name) for name in TARGETS)
+        return SetObjective(
+            diversity,
+            None if weighted is None else self.load_rewards(pipe, weighted),
+            guards,
+            hinge=hinge,
+            stop_at=stop_at,
+            references=self.references,
+            warm_up=self.warm_up,
+        )
+
+    def regularizer(self, noise: torch.Tensor) -> torch.Tensor:
+        return ChiPrior(self.regularization)(noise)
+
+    def start(self, problem: NoiseProblem) -> "NeverTooLateState":
+        return NeverTooLateState(problem)
+
+    def inspect(self, run: NoiseState, objective: Any, state: "NeverTooLateState") -> torch.Tensor:
+        whole = state.of_whole_sets(run.active)
+        if (run.active & ~whole).any():
+            run.stop("part of the set ended", ~whole)
+        accepted = state.apply_guard(run, objective.guards) & whole
+        if run.step == 0:
+            state.targets = self.targets(run, objective, state)
+        state.stop_reached(run, accepted)
+        return accepted
+
+    def targets(self, run: NoiseState, objective: Any, state: "NeverTooLateState") -> dict[str, torch.Tensor]:
+        found = {name: torch.full_like(run.scores[name], target) for name, target in objective.stop_at.items()}
+        for name, ratio in targets_by_name(self.stop_ratio, objective.diversity, "stop_ratio").items():
+            baseline = run.scores[name]
+            for rows in state.rows:
+                count = len(rows) + objective.reference_count
+                check_reachable(objective.diversity, name, ratio, count, "stop_ratio", unit=baseline[rows[0]].item())
+            found[name] = found.get(name, torch.full_like(baseline, torch.inf)).minimum(baseline * ratio)
+        return found
+
+    def step(self, run: NoiseState, gradient: torch.Tensor, state: "NeverTooLateState") -> torch.Tensor:
+        gradient = state.clipped(gradient, self.max_grad_norm)
+        guarded = state.guarded
+        stays = per_image(~guarded.good | guarded.frozen, gradient)
+        state.velocity = (self.momentum * state.velocity + gradient).where(~stays, 0)
+        moved = run.noise - self.learning_rate * per_image(self.scale(state), gradient) * state.velocity
+        return torch.where(stays, guarded.last_good, moved)
+
+    def scale(self, state: "NeverTooLateState") -> torch.Tensor:
+        if self.mode == "parity":
+            return torch.ones_like(state.sizes)
+        return (state.sizes * state.velocity[0].numel() / NEVER_TOO_LATE_SIZE).sqrt()
+
+    def finish(self, run: NoiseState, objective: Any, state: "NeverTooLateState") -> Iterable[torch.Tensor]:
+        kept = run.reports.get(GUARD_REPORT, {}).get("kept_baseline", [])
+        if images := [index for index, baseline in enumerate(kept) if baseline]:
+            warnings.warn(
+                f"The quality guard accepted no step of the sets of images {images}: the baseline is returned. Allow a "
+                "larger drop, use a smaller learning rate, or give the guarded reward a weight.",
+                stacklevel=2,
+            )
+        return ()
+
+class NeverTooLateState:
+    """The sets of a run: their momentum, their guard, and their targets.
+
+    Attributes:
+        rows: The samples of each set.
+        sizes: `(B,)`, the number of images in the set of each sample.
+        velocity: `(B, C, H, W)`, the momentum.
+        guarded: The noises under the guard.
+        targets: Name of a set reward to `(B,)`, the value at which a set stops.
+        accepted_steps, rejected_steps: `(B,)`, the steps that the guard accepted and rejected for the set of each
+            sample, without step 0.
+    """
+
+    def __init__(self, problem: NoiseProblem) -> None:
+        noise = problem.noise
+        self.rows = [rows.to(noise.device) for rows in sets(problem.groups)]
+        self.sizes = torch.tensor([problem.groups.count(group) for group in problem.groups]).to(noise)
+        self.velocity = torch.zeros_like(noise)
+        self.guarded = GuardedNoise(noise)
+        self.targets: dict[str, torch.Tensor] = {}
+        self.accepted_steps = torch.zeros(len(noise), dtype=torch.long, device=noise.device)
+        self.rejected_steps = torch.zeros_like(self.accepted_steps)
+
+    def apply_guard(self, run: NoiseState, guards: Mapping[str, Any]) -> torch.Tensor:
+        self.guarded.update(run, guards)
+        accepted = self.of_whole_sets(self.guarded.good)
+        if guards:
+            self.report(run, accepted)
+            run.stop("guard holds all images", self.of_whole_sets(self.guarded.frozen))
+        return accepted
+
+    def report(self, run: NoiseState, accepted: torch.Tensor) -> None:
+        if run.step > 0:
+            self.accepted_steps += accepted & run.active
+            self.rejected_steps += ~accepted & run.active
+        stuck = (self.rejected_steps > 0) | self.of_whole_sets(self.guarded.frozen)
+        run.reports[GUARD_REPORT] = {
+            **self.guarded.report(),
+            "accepted_steps": self.accepted_steps.tolist(),
+            "kept_baseline": (stuck & (self.accepted_steps == 0)).tolist(),
+        }
+
+    def stop_reached(self, run: NoiseState, accepted: torch.Tensor) -> None:
+        if self.targets:
+            reached = torch.stack([run.scores[name] >= value for name, value in self.targets.items()]).all(0)
+            run.stop("diversity reached", reached.to(accepted.device) & accepted)
+
+    def of_whole_sets(self, flags: torch.Tensor) -> torch.Tensor:
+        found = torch.zeros_like(flags)
+        for rows in self.rows:
+            found[rows] = flags[rows].all()
+        return found
+
+    def clipped(self, gradient: torch.Tensor, max_norm: float) -> torch.Tensor:
+        gradient = gradient / per_image(self.sizes, gradient)
+        factors = torch.ones_like(self.sizes)
+        for rows in self.rows:
+            norm = per_sample_norm(gradient[rows].flatten()[None])[0]
+            factors[rows] = (max_norm / (norm + 1e-6)).clamp(max=1).to(factors)
+        return gradient * per_image(factors, gradient)
+
+def weighted_rewards(rewards: Any, guards: Sequence[Any]) -> Any:
+    if rewards is None or any(weight for _, weight in reward_weight_pairs(rewards, None)):
+        return rewards
+    guarded = [guard.reward for guard in guards]
+    return None if all(reward in guarded for reward, _ in reward_weight_pairs(rewards, None)) else rewards
+
+def targets_by_name(targets: Targets | None, diversity: Any, argument: str) -> dict[str, float]:
+    if targets is None:
+        return {}
+    names = list(diversity.names)
+    if not isinstance(targets, Mapping) and len(names) > 1:
+        raise ValueError(f"Expected `{argument}` by name for the set rewards {names}, but got {targets!r}.")
+    named = dict(targets) if isinstance(targets, Mapping) else {names[0]: targets}
+    if unknown := sorted(named.keys() - set(names)):
+        raise ValueError(f"Expected `{argument}` of set rewards out of {names}, but got {unknown}.")
+    for name, target in named.items():
+        if not isinstance(target, int | float) or isinstance(target, bool) or not math.isfinite(target):
+            raise ValueError(f"Expected `{argument}` of '{name}' to be a finite number, but got {target!r}.")
+    return {name: float(target) for name, target in named.items()}
+
+# pipelines/noise_diffusion/candidate_choice.py
+
+def best_of_pool(
+    noise: torch.Tensor, ascent: torch.Tensor, gamma: torch.Tensor, fresh: CandidateNoise, count: int
+) -> torch.Tensor:
+    best = fresh.draw()
+    highest = ascent_rate(noise, ascent, gamma, best)
+    for _ in range(count - 1):
+        sigma = fresh.draw()
+        rate = ascent_rate(noise, ascent, gamma, sigma)
+        better = rate > highest
+        best, highest = torch.where(per_image(better, best), sigma, best), torch.where(better, rate, highest)
+    return best
+
+def ascent_rate(noise: torch.Tensor, ascent: torch.Tensor, gamma: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+    v = displacement(noise, sigma, gamma)
+    return (unit(ascent) * v).flatten(1).sum(1) / v.square().flatten(1).sum(1)
+
+def guided_gaussian(ascent: torch.Tensor, fresh: CandidateNoise, count: float) -> torch.Tensor:
+    sigma, direction = fresh.draw(), unit(ascent)
+    tail = -torch.expm1(fresh.uniform().clamp_min(1e-300).log() / count)  # 1 − U^(1/N), exact also where it is tiny
+    projection = -torch.special.ndtri(tail).to(sigma.dtype)
+    shift = projection - (sigma * direction).flatten(1).sum(1)
+    return sigma + per_image(shift, sigma) * direction
+
+# pipelines/noise_diffusion/unit_score.py
+
+SCORE_SLACK = 1e-3  # rounding error of a probability
+
+class UnitScore(RewardObjective):
+    """Minus the total of rewards, which lies in [0, 1] or is mapped there by `score_range`.
+
+    Args:
+        rewards: A `RewardSum`, or anything that it takes.
+        score_range: The totals (low, high) that become the scores 0 and 1; `None` for totals in [0, 1].
+
+    Raises:
+        ValueError: For rewards whose published range exceeds [0, 1]; at the first evaluation, for a total outside.
+    """
+
+    def __init__(self, rewards: Any, score_range: tuple[float, float] | None = None) -> None:
+        super().__init__(rewards)
+        self.score_range = score_range
+        if score_range is None:
+            self.check_ranges()
+        elif not (len(score_range) == 2 and all(map(math.isfinite, score_range)) and score_range[0] < score_range[1]):
+            raise ValueError(f"Expected `score_range` as (low, high) with low < high, but got {score_range!r}.")
+
+    def check_ranges(self) -> None:
+        low = high = 0.0
+        for reward, weight in zip(self.rewards.rewards, self.rewards.weights.values(), strict=True):
+            span: Any = reward.range
+            if span is None and weight and hasattr(reward, "function"):
+                return  # a callable without a range: its values are checked
+            if weight:
+                ends = span or (-math.inf, math.inf)
+                low, high = low + weight * ends[0], high + weight * ends[1]
+        if low < 0 or high > 1:
+            raise ValueError(self.advice(f"{list(self.rewards.weights)} have a total from {low:g} to {high:g}"))
+
+    def evaluate(self, sample: Sample) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        loss, scores = super().evaluate(sample)
+        self.check_total(-loss.detach())
+        return loss, scores
+
+    def try_out(self, prompt: str, height: int, width: int, gradient: bool) -> None:
+        super().try_out(prompt, height, width, gradient)
+        if all(hasattr(reward, "function") for reward in self.rewards.rewards):
+            image = torch.rand(1, 3, height, width, generator=torch.Generator().manual_seed(0))
+            with torch.no_grad():
+                self.check_total(self.rewards(image, prompt).total)
+
+    def check_total(self, total: torch.Tensor) -> None:
+        if self.score_range is None and not ((total >= -SCORE_SLACK) & (total <= 1 + SCORE_SLACK)).all():
+            raise ValueError(self.advice(f"{list(self.rewards.weights)} gave {[round(x, 4) for x in total.tolist()]}"))
+
+    @staticmethod
+    def advice(found: str) -> str:
+        return (
+            f"Expected a score in [0, 1], since the step is γ = 1 − √score, but {found}. Pass the totals of bad and "
+            "good images as `score_range=(low, high)`, or map the reward yourself, as with `torch.sigmoid`."
+        )
+
+    @staticmethod
+    def score_of(total: torch.Tensor, score_range: tuple[float, float] | None) -> torch.Tensor:
+        low, high = score_range or (0.0, 1.0)
+        return ((total - low) / (high - low)).clamp(0, 1)
+
+# pipelines/noise_diffusion/method.py
+
+@register_method("noise_diffusion")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NoiseDiffusion(RewardOptimizer):
+    """Mixes into the noise, round by round, the fresh Gaussian noise that leads up the score the most.
+
+    "Noise Diffusion for Enhancing Semantic Faithfulness in Text-to-Image Synthesis", Miao et al., CVPR 2025,
+    https://arxiv.org/abs/2411.16503.
+
+    Each round samples the image by the whole chain without a graph through the denoiser, scores it by s in [0, 1], and
+    sets `z ← √(1−γ)·z + √γ·σ*` with γ = 1 − √s: a low score moves far, a high one hardly. σ* is the one of N Gaussian
+    candidates with the largest ⟨∇s, v⟩ / ‖v‖², where v is the change of z. The model outputs are held constant for ∇s,
+    so the chain is a multiple of the identity, and only decoder and scorer are differentiated. The noise of the best
+    image is returned.
+
+    The released code passes pixels in [-1, 1] to a scorer of [0, 1], and loses the noise of the best image: neither is
+    reproduced.
+
+    Args:
+        rewards: The scorer: rewards as `RewardSum` takes them, with a total in [0, 1], such as the P("yes") of
+            "vqascore" or a loaded `VQAScorer`. Other rewards need `score_range`.
+        steps: Evaluations, the baseline included: M + 1. The paper: M = 50.
+        candidates: N. The paper: 50. Any number, not only an integer, for `selection="exact"`.
+        selection: "pool" draws N candidates and takes the best by the rule above; "exact" draws once from the
+            distribution of the one with the largest ⟨∇s, σ⟩; "random" takes the first candidate, needs no gradient,
+            and accepts black boxes.
+        accept: "always" goes on from the new noise, as in the paper; "better" from the best so far.
+        threshold: Stop an image whose score is at least this.
+        patience: Stop an image after this many rounds without a better score.
+        score_range: (low, high): s is the position of the total between the two, clamped to [0, 1].
+        gradient: "frozen" holds the outputs of the denoiser constant; "full" differentiates the whole chain.
+    """
+
+    rewards: Any = "vqascore"
+    steps: int = checked(51, "[1, inf)")
+    candidates: float = checked(50, "[1, inf)")
+    selection: Literal["pool", "exact", "random"] = "pool"
+    accept: Literal["always", "better"] = "always"
+    threshold: float | None = checked(None, "[0, 1]")
+    patience: int | None = checked(None, "[1, inf)")
+    score_range: tuple[float, float] | None = None
+    gradient: Literal["full", "frozen"] = "frozen"
+
+    @property
+    def gradient_mode(self) -> Gradient:
+        return None if self.selection == "random" else self.gradient
+
+    def check(self) -> None:
+        super().check()
+        if self.selection != "exact" and not isinstance(self.candidates, int):
+            raise ValueError(
+                f'Expected `candidates` to be an integer unless `selection="exact"`, but got {self.candidates!r}.'
+            )
+
+    def objective(self, pipe) -> UnitScore:
+        rewards = RewardSum(self.rewards, device=self.device_of_rewards(pipe))
+        if self.gradient_mode is not None and (names := rewards.without_gradient()):
+            raise NonDifferentiableReward(
+                f"Expected a scorer with a gradient, but {names} have none. `VQAScorer` has one for vision-language "
+                f'models of the types {", ".join(sorted(VLM_FAMILIES))}. For a black box use `selection="random"`.'
+            )
+        return UnitScore(rewards, self.score_range)
+
+    def start(self, problem: NoiseProblem) -> "NoiseDiffusionState":
+        return NoiseDiffusionState(CandidateNoise(problem))
+
+    def inspect(self, run: NoiseState, objective: Any, state: "NoiseDiffusionState") -> None:
+        state.count_waiting(run.loss)
+        if self.threshold is not None:
+            low, high = self.score_range or (0.0, 1.0)
+            run.stop("threshold", state.lowest <= -(low + self.threshold * (high - low)))
+        if self.patience is not None:
+            run.stop("patience", state.waited >= self.patience)
+
+    def step(self, run: NoiseState, gradient: torch.Tensor | None, state: "NoiseDiffusionState") -> torch.Tensor:
+        state.move_to(run, gradient, self.accept == "always")
+        noise, ascent = state.noise, -state.gradient
+        gamma = 1 - UnitScore.score_of(-state.loss, self.score_range).sqrt()
+        if self.selection == "pool":
+            sigma = best_of_pool(noise, ascent, gamma, state.fresh, int(self.candidates))
+        elif self.selection == "exact":
+            sigma = guided_gaussian(ascent, state.fresh, self.candidates)
+        else:
+            sigma = state.fresh.draw()
+        return noise + displacement(noise, sigma, gamma)
+
+class NoiseDiffusionState:
+    """The noise from which each image goes on, with its loss and gradient.
+
+    Attributes:
+        fresh: The source of candidates.
+        noise, gradient: `(B, C, H, W)`; the gradient is zero for a method without.
+        loss: `(B,)`.
+        lowest, waited: `(B,)`, the lowest loss so far and the number of rounds since then.
+    """
+
+    def __init__(self, fresh: CandidateNoise) -> None:
+        self.fresh = fresh
+        self.noise, self.gradient = fresh.like, torch.zeros_like(fresh.like)
+        self.loss = self.lowest = torch.full((len(fresh.like),), math.inf, device=fresh.like.device)
+        self.waited = torch.zeros_like(self.loss, dtype=torch.long)
+
+    def count_waiting(self, loss: torch.Tensor) -> None:
+        better = loss < self.lowest
+        self.lowest = torch.where(better, loss, self.lowest)
+        self.waited = torch.where(better, 0, self.waited + 1)
+
+    def move_to(self, run: NoiseState, gradient: torch.Tensor | None, always: bool) -> None:
+        here = torch.zeros_like(run.noise) if gradient is None else gradient
+        better = (run.loss < self.loss) | always
+        self.noise = torch.where(per_image(better, here), run.noise, self.noise)
+        self.gradient = torch.where(per_image(better, here), here, self.gradient)
+        self.loss = torch.where(better, run.loss, self.loss)
+
+# pipelines/reno/views.py
+
+VIEW_SHIFT = 0.05  # of the image's side
+VIEW_ZOOM = 0.05
+VIEW_NOISE = 0.03  # standard deviation, pixels in [0, 1]
+
+def random_views(images: Tensor, count: int, seeds: Sequence[int]) -> Iterator[Tensor]:
+    streams = [torch.Generator().manual_seed(seed) for seed in seeds]
+    for _ in range(count):
+        chance = torch.stack([torch.rand(3, generator=stream) for stream in streams]) * 2 - 1
+        grain = torch.stack([torch.randn(images.shape[1:], generator=stream) for stream in streams])
+        affine = torch.zeros(len(images), 2, 3)
+        affine[:, 0, 0] = affine[:, 1, 1] = 1 + VIEW_ZOOM * chance[:, 0]
+        affine[:, :, 2] = 2 * VIEW_SHIFT * chance[:, 1:]  # the grid of an image spans 2
+        grid = F.affine_grid(affine, list(images.shape), align_corners=False).to(images)
+        moved = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+        yield (moved + VIEW_NOISE * grain.to(images)).clamp(0, 1)
+
+# pipelines/reno/objective.py
+
+class ViewedRewards(RewardObjective):
+    """`RewardObjective` whose gradient is the mean over random views of each image; the value is the image's own.
+
+    Args:
+        rewards: A `RewardSum`, or anything that it takes.
+        views: The number of views; 0 for the gradient of the image itself. See `random_views`.
+    """
+
+    def __init__(self, rewards: Any, views: int) -> None:
+        super().__init__(rewards)
+        self.views = views
+
+    def evaluate(self, sample: Sample) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        images = sample.images
+        if self.views == 0 or not images.requires_grad:
+            return super().evaluate(sample)
+        output = self.rewards(images.detach(), sample.prompts, chunk_size=sample.chunk_size)
+        gradient = self.gradient_by_views(images, sample.prompts, sample.seeds, sample.chunk_size or len(images))
+        total: Any = AttachedGradient.apply(images, output.total, gradient)
+        return -total, output.components
+
+    def gradient_by_views(
+        self, images: torch.Tensor, prompts: Any, seeds: Sequence[int], chunk_size: int
+    ) -> torch.Tensor:
+        gradient = torch.empty_like(images)
+        for start in range(0, len(images), chunk_size):
+            rows = slice(start, start + chunk_size)
+            leaf, texts = images[rows].detach().requires_grad_(), prompts_of_rows(prompts, rows)
+            views = random_views(leaf, self.views, seeds[rows])
+            total = torch.stack([self.weighted(view, texts).total.sum() for view in views]).mean()
+            gradient[rows] = torch.autograd.grad(total, leaf)[0] if total.requires_grad else 0
+        return gradient
+
+    @functools.cached_property
+    def weighted(self) -> RewardSum:
+        return self.rewards.optimized()
+
+# pipelines/reno/method.py
+
+RENO_PRIOR = 0.01
+RENO_VIEWS = 4
+RENO_SIZE = 4 * 64 * 64  # entries of the noise for which the paper's learning rate was chosen
+
+@dataclasses.dataclass
+class ReNOState:
+    """Momentum `(B, C, H, W)`, and the norms `(B,)` of the base noise."""
+
+    velocity: torch.Tensor
+    radius: torch.Tensor
+
+@register_method("reno")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReNO(RewardOptimizer):
+    """Gradient ascent on rewards with momentum; returns the noise of the best image.
+
+    "ReNO: Enhancing One-step Text-to-Image Models through Reward-based Noise Optimization", Eyring et al., NeurIPS
+    2024, https://arxiv.org/abs/2406.04312.
+
+    `mode="parity"` follows the released loop step by step: SGD with Nesterov momentum 0.9, the summed gradient of
+    rewards and χ prior clipped to 0.1, `steps` evaluations and `steps − 1` updates, the best image by the rewards
+    without the prior, and rewards that see un-clamped bicubic pixels. Two differences: clip, prior and best are per
+    image; noise, momentum and norms are float32.
+
+    `mode="default"` keeps the update and changes four things. The gradient is the mean over several slightly shifted
+    and noisy views of the image, which suppresses patterns that please one exact pixel grid; scores, losses and the
+    choice of the best remain those of the image itself. The norm of the noise is kept by projection instead of a prior.
+    The learning rate is in units of √(d / 16384), so that one value suits any latent size: the paper's 5 at 512 px, and
+    its 10 at 1024 px. Saturated pixels keep their gradient.
+
+    Args:
+        steps: Evaluations, the baseline included. The paper: 50.
+        mode: "default" or "parity".
+        learning_rate: η.
+        momentum: The coefficient of Nesterov momentum.
+        max_grad_norm: The L2 norm to which the gradient of each image is clipped; with η it sets the step length.
+        regularization: λ_reg, the weight of the χ prior; `None` is 0.01 for parity, and projection otherwise.
+        views: The number of views that give the gradient, each one more pass of the rewards; 0 is the image itself;
+            `None` is 0 for parity and 4 otherwise.
+        gradient: "full" differentiates the whole chain; "frozen" holds the model outputs constant.
+        preview: Reward the x0 estimate of one model call instead of the whole chain.
+    """
+
+    mode: Literal["default", "parity"] = "default"
+    learning_rate: float = checked(5.0, "[0, inf)")
+    momentum: float = checked(0.9, "[0, 1)")
+    max_grad_norm: float = checked(0.1, "(0, inf)")
+    regularization: float | None = checked(None, "[0, inf)")
+    views: int | None = checked(None, "[0, inf)")
+    gradient: Literal["full", "frozen"] = "full"
+    preview: bool = False
+
+    @property
+    def prior(self) -> ChiPrior | None:
+        if self.regularization is None and self.mode == "default":
+            return None
+        return ChiPrior(RENO_PRIOR if self.regularization is None else self.regularization)
+
+    def objective(self, pipe) -> ViewedRewards:
+        rewards, views = self.load_rewards(pipe, self.rewards), self.views
+        if self.mode == "parity":
+            return ViewedRewards(on_released_pixels(rewards), views or 0)
+        return ViewedRewards(rewards, RENO_VIEWS if views is None else views)
+
+    def regularizer(self, noise: torch.Tensor) -> torch.Tensor | float:
+        return self.prior(noise) if self.prior else 0.0
+
+    def start(self, problem: NoiseProblem) -> ReNOState:
+        return ReNOState(torch.zeros_like(problem.noise), per_sample_norm(problem.noise))
+
+    def step(self, run: NoiseState, gradient: torch.Tensor, state: ReNOState) -> torch.Tensor:
+        gradient = clip_per_sample(gradient, self.max_grad_norm)
+        state.velocity = self.momentum * state.velocity + gradient
+        moved = run.noise - self.step_size(run.noise) * (gradient + self.momentum * state.velocity)
+        return moved if self.prior else moved * per_image(state.radius / per_sample_norm(moved), moved)
+
+    def step_size(self, noise: torch.Tensor) -> float:
+        scale = 1.0 if self.mode == "parity" else math.sqrt(noise[0].numel() / RENO_SIZE)
+        return self.learning_rate * scale
+
+def on_released_pixels(rewards: RewardSum) -> RewardSum:
+    twins = {}
+    for name, reward in zip(rewards.names, rewards.rewards, strict=True):
+        twin = copy.copy(reward)
+        if as_in_reno := getattr(getattr(reward, "image_transform", None), "as_in_reno", None):
+            twin.image_transform = as_in_reno()
+        twins[name] = twin
+    return rewards.like(twins)
+
+# pipelines/searches/previews.py
+
+class Candidates:
+    """Evaluated candidates in order of evaluation, with their rewards and features, on the CPU.
+
+    Args:
+        limit: The number of candidates to store for each position, those with the highest rewards; `None` for all.
+
+    Attributes:
+        origins: The step and the position in the batch of each.
+        noises: `(C, H, W)` each.
+        unary: The reward of each.
+        features: `(...)` each; empty tensors if none were given.
+    """
+
+    def __init__(self, limit: int | None = None) -> None:
+        self.limit = limit
+        self.origins: list[tuple[int, int]] = []
+        self.noises: list[torch.Tensor] = []
+        self.unary: list[float] = []
+        self.features: list[torch.Tensor] = []
+        self.known: set[tuple[int, int]] = set()
+
+    def add(self, step: int, noise: torch.Tensor, unary: torch.Tensor, features: torch.Tensor | None = None) -> None:
+        features = noise.new_zeros(len(noise), 0) if features is None else features
+        for row, each in enumerate(noise.detach().cpu()):
+            key = (row, seed_from(each))
+            if key not in self.known:
+                self.known.add(key)
+                self.origins.append((step, row))
+                self.noises.append(each)
+                self.unary.append(float(unary[row]))
+                self.features.append(features[row].detach().cpu())
+                self.forget(row)
+
+    def forget(self, row: int) -> None:
+        found = self.of([row])
+        if self.limit is not None and len(found) > self.limit:
+            worst = self.highest(found)[-1]
+            for values in (self.origins, self.noises, self.unary, self.features):
+                del values[worst]
+
+    def of(self, rows: Sequence[int]) -> list[int]:
+        return [index for index, (_, row) in enumerate(self.origins) if row in rows]
+
+    def highest(self, found: Sequence[int]) -> list[int]:
+        return sorted(found, key=lambda index: -self.unary[index])
+
+class CandidateObjective(Objective):
+    """The objective of a choice among candidates: all sampled fully, or most of them previewed first.
+
+    An object serves one run. A preview is the x0 estimate of one model call; its loss is NaN, so that only fully
+    sampled noises are returned. A subclass defines the measure, and the best candidates of a set.
+
+    Args:
+        rewards: The rewards of candidates, or `None`.
+        preview: Preview from the second evaluation until `kept` is called. If the pipeline makes a single step, its
+            images cost no more than previews, and all are sampled fully.
+        limit: The limit of previews; see `Candidates`.
+
+    Attributes:
+        step: The number of evaluations so far.
+        sets: The positions in the batch of candidates that form one set.
+        previews: The candidates that were previewed.
+    """
+
+    sets: list[list[int]]
+
+    def __init__(self, rewards: RewardObjective | None, preview: bool, limit: int | None = None) -> None:
+        self.rewards, self.preview = rewards, preview
+        self.requires_prompt = rewards is not None and rewards.requires_prompt
+        self.step, self.previewing = 0, False
+        self.previews = Candidates(limit)
+
+    def measure(self, sample: Sample) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        raise NotImplementedError(f"{type(self).__name__} must define `measure(sample)`.")
+
+    def best(self, seen: Candidates, rows: Sequence[int], count: int) -> list[int]:
+        raise NotImplementedError(f"{type(self).__name__} must define `best(seen, rows, count)`.")
+
+    def try_out(self, prompt: str, height: int, width: int, gradient: bool) -> None:
+        if self.rewards is not None:
+            self.rewards.try_out(prompt, height, width, gradient)
+
+    def evaluate(self, sample: Sample) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        sample.preview = self.previewing
+        loss, scores = self.measure(sample)
+        if self.previewing:
+            loss = torch.full_like(loss, torch.nan)
+        if self.step == 0:  # a whole chain has been run by now
+            self.previewing = self.preview and sample.sampler.timesteps != 1
+        self.step += 1
+        return loss, scores
+
+    def kept(self, run: NoiseState, rounds: int) -> Iterator[torch.Tensor]:
+        self.previewing, plan = False, {}
+        for rows in self.sets:
+            plan.update(self.assigned(self.previews, rows, rounds if run.active[rows].any() else 1))
+        going_on = torch.ones_like(run.active)
+        for turn in range(1 + max((turn for turn, _ in plan), default=-1)):
+            noise = run.best.noise.clone()
+            for row in range(len(noise)):
+                if (turn, row) in plan and going_on[row]:
+                    noise[row] = self.previews.noises[plan[turn, row]].to(noise)
+            yield noise
+            going_on = going_on & run.active
+            if not going_on.any():
+                return
+
+    def assigned(self, seen: Candidates, rows: Sequence[int], rounds: int) -> dict[tuple[int, int], int]:
+        best = self.best(seen, rows, rounds * len(rows))
+        return dict(
+            zip(assigned_positions([seen.origins[index][1] for index in best], rows, rounds), best, strict=True)
+        )
+
+class PreviewedRewards(CandidateObjective):
+    """Minus the rewards of each image; the previews with the highest rewards are kept.
+
+    Args:
+        rewards: The rewards.
+        keep: The number of previews of each image that may be sampled fully.
+    """
+
+    rewards: RewardObjective
+
+    def __init__(self, rewards: RewardObjective, keep: int) -> None:
+        super().__init__(rewards, preview=True, limit=keep)
+
+    def check_groups(self, groups: Sequence[int]) -> None:
+        self.sets = [[row] for row in range(len(groups))]
+
+    def measure(self, sample: Sample) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        loss, scores = self.rewards.evaluate(sample)
+        if self.previewing:
+            self.previews.add(self.step, sample.noise, -loss)
+        return loss, scores
+
+    def best(self, seen: Candidates, rows: Sequence[int], count: int) -> list[int]:
+        return seen.highest(seen.of(rows))[:count]
+
+    def describe(self) -> dict:
+        return self.rewards.describe()
+
+def assigned_positions(origins: Sequence[int], rows: Sequence[int], rounds: int) -> list[tuple[int, int]]:
+    free = {row: list(range(rounds)) for row in rows}
+    taken = [(free[row].pop(0), row) if free[row] else None for row in origins]
+    left = iter(sorted((turn, row) for row, turns in free.items() for turn in turns))
+    return [pair or next(left) for pair in taken]
+
+# pipelines/searches/best_of_n.py
+
+@register_method("best_of_n")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BestOfN(RewardOptimizer):
+    """Draws `steps` independent noises, the given one first, and returns the one with the highest reward.
+
+    Needs no gradient, so any reward works, also a black box. With a `TimeBudget` callback and many steps it is the
+    control at equal wall-clock time.
+
+    `preview=True` scores all but the given noise by the x0 estimate of one model call, and samples those with the
+    highest rewards fully: `keep` for each image, the given one included. Preview steps have rewards, and NaN for a
+    loss. A run that is stopped during the previews samples the best one fully. If the pipeline makes a single step,
+    its images cost no more than previews, and all are sampled fully.
+
+    Args:
+        steps: N, the number of noises.
+        preview: Score the noises by one model call, and sample only a few fully.
+        keep: With `preview`, the number of noises sampled fully for each image, the given one included.
+    """
+
+    preview: bool = False
+    keep: int = checked(4, "[2, inf)")
+
+    def objective(self, pipe) -> Objective:
+        rewards: Any = super().objective(pipe)
+        return PreviewedRewards(rewards, self.keep - 1) if self.preview else rewards
+
+    def start(self, problem: NoiseProblem) -> CandidateNoise:
+        return CandidateNoise(problem)
+
+    def step(self, run: NoiseState, gradient: None, state: CandidateNoise) -> torch.Tensor:
+        return state.draw()
+
+    def finish(self, run: NoiseState, objective: Any, state: CandidateNoise) -> Iterable[torch.Tensor]:
+        return objective.kept(run, self.keep - 1) if self.preview else ()
+
+# pipelines/searches/group_solver.py
+
+def group_value(unary: Tensor, pairwise: Tensor, chosen: Tensor, weight: float) -> Tensor:
+    bonus = pair_bonus(pairwise, weight)[chosen][:, chosen]
+    return unary.double().cpu()[chosen].sum() + bonus.sum() / 2
+
+def select_group(unary: Tensor, pairwise: Tensor, count: int, weight: float = 1.5) -> Tensor:
+    check_group(unary, pairwise, count)
+    gains, bonus = unary.detach().double().cpu(), pair_bonus(pairwise, weight)
+    starts = [torch.arange(count), *torch.arange(len(gains))[:, None]]
+    groups = [exchanged(grown(start, gains, bonus, count), gains, bonus) for start in starts]
+    values = torch.stack([gains[group].sum() + bonus[group][:, group].sum() / 2 for group in groups])
+    return groups[int(values.argmax())].sort().values
+
+def check_group(unary: Tensor, pairwise: Tensor, count: int) -> None:
+    size = len(unary) if unary.ndim == 1 else 0
+    if not size or pairwise.shape != (size, size):
+        raise ValueError(
+            f"Expected `unary` of shape (N,) and `pairwise` of shape (N, N), but got {tuple(unary.shape)} and "
+            f"{tuple(pairwise.shape)}."
+        )
+    if not 1 <= count <= size:
+        raise ValueError(f"Expected to choose from 1 to {size} of {size} candidates, but got {count}. Draw more.")
+    if not (unary.isfinite().all() and pairwise.isfinite().all()):
+        raise ValueError("Expected finite values of the candidates and of their pairs, but some are NaN or infinite.")
+
+def pair_bonus(pairwise: Tensor, weight: float) -> Tensor:
+    bonus = pairwise.detach().double().cpu() * weight
+    return ((bonus + bonus.mT) / 2).fill_diagonal_(0)
+
+def grown(group: Tensor, gains: Tensor, bonus: Tensor, count: int) -> Tensor:
+    while len(group) < count:
+        added = gains + bonus[:, group].sum(1)
+        added[group] = -torch.inf
+        group = torch.cat([group, added.argmax()[None]])
+    return group
+
+def exchanged(group: Tensor, gains: Tensor, bonus: Tensor) -> Tensor:
+    group = group.clone()
+    rounding = 1e-12 * float(gains.abs().max() + bonus.abs().sum(1).max())  # a smaller gain could cycle
+    while True:
+        added = gains + bonus[:, group].sum(1)
+        change = added - added[group][:, None] - bonus[group]  # of each member (K) for each item (N)
+        change[:, group] = -torch.inf
+        member, item = divmod(int(change.argmax()), len(gains))
+        if not change[member, item] > rounding:
+            return group
+        group[member] = item
+
+# pipelines/searches/group_selection.py
+
+FEATURES_AT_ONCE = 64  # images whose features are compared with as many others at a time
+
+@register_method("group_selection")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GroupSelection(NoiseOptimizer):
+    """Draws many noises and returns, for each prompt, the set of them that is best together.
+
+    "Scaling Group Inference for Diverse and High-Quality Generation", Parmar et al., ICLR 2026,
+    https://arxiv.org/abs/2508.15773: from the candidates of a prompt with K images, the K that maximize
+    `Σ u_i y_i + λ Σ_{i<j} b_ij y_i y_j`, y in {0, 1}, where u is the reward of an image and b the distance of two.
+
+    Needs no gradient, so any reward works, also a black box. The given noises are candidates, so the set is never worth
+    less than that of plain sampling. Images of different prompts do not compete. For one image of a prompt this is
+    best-of-N.
+
+    The loss of an image is minus the value of the set that was evaluated with it. Each step draws one candidate for
+    each image, and the last one samples the chosen set, in which a candidate keeps its position in the batch if that is
+    free. (A sampler that adds noise on the way generates another image from it elsewhere; should that make the set
+    worse than the best set of a step, that one is returned.) If a callback stops the run early, such as `TimeBudget`,
+    the set is chosen from the candidates so far. `result.reports["group_selection"]` has the number of candidates for
+    the prompt of each image, and the step and the position at which its noise was first sampled fully.
+
+    `preview=True` is the paper's pruning as far as a stock pipeline allows it. The paper drops a share ρ of the
+    candidates after each denoising step, by their x0 estimates, and continues the rest. Here there is one cut: all
+    candidates but the given ones are evaluated by the x0 estimate of one model call, and `keep` of them for each image,
+    the given ones included, are sampled fully from the start. Losses of preview steps are NaN. If the pipeline makes a
+    single step, its images cost no more than previews, and all are sampled fully.
+
+    Args:
+        steps: Candidates for each image, the given one included: M of them for K images of a prompt are M·K.
+        rewards: u, rewards as `RewardSum` takes them; `None` for the distance alone.
+        features: The features of the distance b: a name of `list_features()`, a Hub id, a folder, or `Features`. The
+            paper: 1 − cos, the mean over the patches of DINOv2.
+        weight: λ. The paper: 1.5, with rewards that are cosines of CLIP.
+        preview: Evaluate the candidates by one model call, and sample only a few fully.
+        keep: With `preview`, the number of candidates sampled fully for each image, the given one included.
+    """
+
+    steps: int = checked(16, "[1, inf)")
+    rewards: Any = None
+    features: Any = "dinov2_patch"
+    weight: float = checked(1.5, "[0, inf)")
+    preview: bool = False
+    keep: int = checked(2, "[2, inf)")
+
+    def check(self) -> None:
+        super().check()
+        if self.rewards is None and not self.weight:
+            raise ValueError(
+                "Expected `rewards` or a `weight` above 0, but got neither: there is nothing to choose by."
+            )
+        check_features(self.features)
+
+    def objective(self, pipe) -> "GroupObjective":
+        rewards, features = None, self.features
+        if self.rewards is not None:
+            rewards = RewardObjective(self.load_rewards(pipe, self.rewards))
+        if isinstance(features, str | os.PathLike):
+            features = AutoFeatures.from_pretrained(features, device=self.device_of_rewards(pipe))
+        return GroupObjective(rewards, features, self.weight, self.preview)
+
+    def start(self, problem: NoiseProblem) -> CandidateNoise:
+        return CandidateNoise(problem)
+
+    def step(self, run: NoiseState, gradient: None, state: CandidateNoise) -> torch.Tensor:
+        return state.draw()
+
+    def finish(self, run: NoiseState, objective: Any, state: CandidateNoise) -> Iterator[torch.Tensor]:
+        yield from objective.kept(run, self.keep - 1)
+        last, chosen, counts = objective.step, objective.chosen(), objective.counts()
+        noise = torch.stack([objective.sampled.noises[index] for index in chosen]).to(run.noise)
+        if not torch.equal(noise, run.best.noise):
+            yield noise
+        best = run.best.step.tolist()
+        origins = [objective.sampled.origins[index] for index in chosen]
+        origins = [origin if best[row] == last else (best[row], row) for row, origin in enumerate(origins)]
+        names = {"from_step": [step for step, _ in origins], "from_image": [row for _, row in origins]}
+        run.reports["group_selection"] = {"candidates": counts, **names}
+
+def check_features(features: Any) -> None:
+    if isinstance(features, str | os.PathLike):
+        find_features(os.fspath(features))
+    elif not (isinstance(features, nn.Module) and hasattr(features, "metric")):
+        raise TypeError(
+            f"Expected `features` by name, Hub id, folder or as `Features`, but got {features!r}. Pass for example "
+            '`features="dinov2_patch"`.'
+        )
+
+class GroupObjective(CandidateObjective):
+    """Minus the value of the set of images of each prompt: `Σ u_i + λ Σ_{i<j} b_ij`. Stores the candidates.
+
+    Args:
+        rewards: u is minus their loss; `None` for 0.
+        features: The features of the distance b.
+        weight: λ.
+        preview: See `CandidateObjective`.
+
+    Attributes:
+        sampled: The candidates that were sampled fully, those of the first evaluation first.
+        previews: The candidates that were previewed.
+    """
+
+    def __init__(self, rewards: RewardObjective | None, features: nn.Module, weight: float, preview: bool) -> None:
+        super().__init__(rewards, preview)
+        self.weight = weight
+        self.distance = PairwiseDistance(features)  # pyright: ignore[reportArgumentType]
+        self.sampled = Candidates()
+
+    def check_groups(self, groups: Sequence[int]) -> None:
+        self.sets = [rows.tolist() for rows in sets(groups)]
+        if self.rewards is None and (alone := [rows[0] for rows in self.sets if len(rows) == 1]):
+            raise ValueError(
+                f"Expected `rewards` or at least 2 images of each prompt, but got 1 of the prompt of image {alone[0]}: "
+                "alone it has nothing to differ from. Pass `num_images_per_prompt=4`, say."
+            )
+
+    def measure(self, sample: Sample) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        unary, features, scores = self.measured(sample)
+        values, distances = self.values(unary, features)
+        (self.previews if self.previewing else self.sampled).add(self.step, sample.noise, unary, features)
+        if self.compares:
+            scores = {**scores, "distance": distances.to(sample.noise.device, torch.float32)}
+        return -values.to(sample.noise.device, torch.float32), scores
+
+    @property
+    def compares(self) -> bool:
+        return any(len(rows) > 1 for rows in self.sets)
+
+    def measured(self, sample: Sample) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        unary, scores = torch.zeros(len(sample.noise), dtype=torch.float64), {}
+        if self.rewards is not None:
+            loss, scores = self.rewards.evaluate(sample)
+            unary = -loss.detach().double().cpu()
+        images = sample.images
+        features = self.distance.features(images).detach() if self.compares else images.new_zeros(len(images), 1)
+        return unary, features, scores
+
+    def values(self, unary: torch.Tensor, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        values, distances = torch.zeros(2, len(unary), dtype=torch.float64)
+        for rows in self.sets:
+            pairwise = self.distance.between(features[rows], features[rows])
+            values[rows] = group_value(unary[rows], pairwise, torch.arange(len(rows)), self.weight)
+            distances[rows] = pair_bonus(pairwise, 1.0).sum(1) / max(1, len(rows) - 1)
+        if not values.isfinite().all():
+            raise NonFiniteReward(
+                f"Expected finite features '{self.distance.features.name}', but some are NaN or infinite. Load them "
+                "with `dtype=torch.float32` if they ran in half precision."
+            )
+        return values, distances
+
+    def chosen(self) -> list[int]:
+        plan = {}
+        for rows in self.sets:
+            plan.update(self.assigned(self.sampled, rows, 1))
+        return [plan[0, row] for row in range(len(plan))]
+
+    def best(self, seen: Candidates, rows: Sequence[int], count: int) -> list[int]:
+        found = seen.of(rows)
+        if len(found) <= count:
+            return found
+        unary = torch.tensor([seen.unary[index] for index in found], dtype=torch.float64)
+        pairwise = self.distances([seen.features[index] for index in found])
+        weight = self.weight if len(rows) > 1 else 0.0
+        return [found[index] for index in select_group(unary, pairwise, count, weight)]
+
+    def distances(self, features: list[torch.Tensor]) -> torch.Tensor:
+        device = getattr(self.distance.features, "device", None)
+        spans = [slice(start, start + FEATURES_AT_ONCE) for start in range(0, len(features), FEATURES_AT_ONCE)]
+
+        def part(span: slice) -> torch.Tensor:
+            return torch.stack(features[span]).to(device)
+
+        rows = [[self.distance.between(some, part(others)).cpu() for others in spans] for some in map(part, spans)]
+        return torch.cat([torch.cat(row, 1) for row in rows])
+
+    def counts(self) -> list[int]:
+        sizes = {row: len(rows) + len(self.previews.of(rows)) for rows in self.sets for row in rows}
+        if not self.previews.origins:
+            sizes = {row: len(self.sampled.of(rows)) for rows in self.sets for row in rows}
+        return [sizes[row] for row in range(len(sizes))]
+
+    def describe(self) -> dict[str, Any]:
+        rewards = None if self.rewards is None else self.rewards.describe()
+        return {"rewards": rewards, "features": str(self.distance.features.name), "weight": self.weight}
+
+# pipelines/searches/pcn.py
+
+LEAST_BETA = 1e-3
+
+@register_method("pcn")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PCN(RewardOptimizer):
+    """Preconditioned Crank-Nicolson: a Metropolis chain that keeps the distribution of the noise in any dimension.
+
+    "MCMC Methods for Functions: Modifying Old Algorithms to Make Them Faster", Cotter, Roberts, Stuart and White,
+    Statistical Science 2013, https://arxiv.org/abs/1202.0709.
+
+    From the noise z with reward r it proposes `z' = √(1−β²)·z + β·ξ`, ξ fresh Gaussian noise, and accepts with
+    probability `min(1, exp((r' − r) / T))`. The distribution N(0, I)·exp(r / T) is invariant: for a flat reward, or a
+    large T, N(0, I) itself. With T = 0 only noises that are no worse are accepted, and the chain climbs.
+
+    Needs no gradient, so any reward works, also a black box. The best noise is returned, rejected proposals included.
+    `result.reports["pcn"]` has the acceptance rate and the last β of each image. (Another noise sampler than white
+    replaces N(0, I) by its distribution, as far as that is Gaussian.)
+
+    Args:
+        steps: Evaluations, the baseline included.
+        beta: β, the distance of a proposal; 1 is an independent noise.
+        temperature: T, in units of the weighted sum of rewards: a loss of T is accepted with probability 1/e. Start
+            with a tenth to a half of the spread of rewards over seeds.
+        acceptance: Adapt β of each image, starting from `beta`, towards this acceptance rate: after the k-th proposal
+            `ln β` changes by `(a − acceptance) / √k`, where a is the probability that it was accepted. `None` keeps β
+            fixed, which keeps the distribution exactly.
+    """
+
+    beta: float = checked(0.3, "(0, 1]")
+    temperature: float = checked(0.1, "[0, inf)")
+    acceptance: float | None = checked(None, "(0, 1)")
+
+    def start(self, problem: NoiseProblem) -> "PCNState":
+        return PCNState(CandidateNoise(problem), self.beta, self.temperature, self.acceptance)
+
+    def inspect(self, run: NoiseState, objective: Any, state: "PCNState") -> None:
+        state.update(run.noise, run.loss, run.active)
+        proposals, accepted = state.proposals.tolist(), state.accepted.tolist()
+        rates = [yes / count if count else None for yes, count in zip(accepted, proposals, strict=True)]
+        run.reports["pcn"] = {"acceptance": rates, "beta": state.beta.tolist()}
+
+    def step(self, run: NoiseState, gradient: None, state: "PCNState") -> torch.Tensor:
+        return state.propose()
+
+class PCNState:
+    """The current noise of the chain of each image.
+
+    Attributes:
+        noise: z, `(B, C, H, W)`.
+        loss: −r, `(B,)`; infinite before the first noise is evaluated.
+        beta: β, `(B,)`.
+        proposals, accepted: `(B,)`, the proposals so far, and those that were accepted.
+    """
+
+    def __init__(self, fresh: CandidateNoise, beta: float, temperature: float, acceptance: float | None) -> None:
+        self.fresh, self.temperature, self.acceptance = fresh, temperature, acceptance
+        self.noise, batch = fresh.like, len(fresh.like)
+        self.loss = torch.full((batch,), torch.inf, device=self.noise.device)
+        self.beta = torch.full((batch,), beta, dtype=self.noise.dtype, device=self.noise.device)
+        self.proposals = self.accepted = torch.zeros_like(self.loss, dtype=torch.long)
+
+    def update(self, noise: torch.Tensor, loss: torch.Tensor, active: torch.Tensor) -> None:
+        first = active & self.loss.isinf()
+        log_ratio = log_acceptance(self.loss - loss, self.temperature)
+        goes = self.fresh.uniform().log() < log_ratio  # the logarithm is below 0
+        moved, accepted = active & ~first, active & ~first & goes
+        self.proposals, self.accepted = self.proposals + moved, self.accepted + accepted
+        self.noise = torch.where(per_image(first | accepted, noise), noise, self.noise)
+        self.loss = torch.where(first | accepted, loss, self.loss)
+        if self.acceptance is not None:
+            self.adapt(log_ratio.exp(), moved, self.acceptance)
+
+    def adapt(self, probability: torch.Tensor, moved: torch.Tensor, target: float) -> None:
+        change = ((probability - target) / self.proposals.clamp_min(1).sqrt()).exp()
+        adapted = (self.beta * change).clamp(LEAST_BETA, 1).to(self.beta.dtype)
+        self.beta = torch.where(moved, adapted, self.beta)
+
+    def propose(self) -> torch.Tensor:
+        return self.noise + displacement(self.noise, self.fresh.draw(), self.beta.square())
+
+def log_acceptance(gain: torch.Tensor, temperature: float) -> torch.Tensor:
+    loss = gain.clamp(max=0)
+    return loss / temperature if temperature else torch.where(loss < 0, -torch.inf, loss)
+
+# pipelines/searches/zero_order_search.py
+
+@register_method("zero_order_search")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ZeroOrderSearch(RewardOptimizer):
+    """Searches around a noise, the pivot, moves to the best of its neighbors, and repeats.
+
+    "Inference-Time Scaling for Diffusion Models beyond Scaling Denoising Steps", Ma et al., CVPR 2025,
+    https://arxiv.org/abs/2501.09732.
+
+    The neighbors of a pivot p are `‖p‖·(λ·p/‖p‖ + √(1−λ²)·w)`, where w has length 1 and is uniform among the directions
+    orthogonal to p: each has the norm of p and the cosine λ to it. A round evaluates N of them. The best is the next
+    pivot if it is better than the present one, which is not sampled again; if not, the search restarts from a fresh
+    noise, as in the code of tt-scale-flux, or goes on around the same pivot.
+
+    Needs no gradient, so any reward works, also a black box. The best noise of all rounds is returned.
+    `result.reports["zero_order_search"]` has the finished rounds of each image, and the number without progress.
+
+    Args:
+        steps: Evaluations, the baseline included. A round takes N, and one more after a restart.
+        neighbors: N.
+        cosine: λ: the higher, the closer the neighbors.
+        restart: Restart from a fresh noise after a round without progress; `False` evaluates other neighbors of the
+            same pivot.
+    """
+
+    neighbors: int = checked(4, "[1, inf)")
+    cosine: float = checked(0.95, "[0, 1)")
+    restart: bool = True
+
+    def start(self, problem: NoiseProblem) -> "ZeroOrderState":
+        return ZeroOrderState(CandidateNoise(problem), self.neighbors, self.cosine, self.restart)
+
+    def inspect(self, run: NoiseState, objective: Any, state: "ZeroOrderState") -> None:
+        state.update(run.noise, run.loss, run.active)
+        run.reports["zero_order_search"] = {
+            "rounds": state.rounds.tolist(),
+            "rounds_without_progress": state.stuck.tolist(),
+        }
+
+    def step(self, run: NoiseState, gradient: None, state: "ZeroOrderState") -> torch.Tensor:
+        return state.propose()
+
+class ZeroOrderState:
+    """The pivot of each image, and the best neighbor so far. Each image has its own rounds.
+
+    Attributes:
+        pivot, best: `(B, C, H, W)`: the pivot, and the best noise of the round, the pivot included.
+        pivot_loss, best_loss: `(B,)`, their losses.
+        evaluated: `(B,)`, the neighbors evaluated in this round; −1 if the pivot is still to be evaluated.
+        rounds, stuck: `(B,)`, finished rounds, and those without a better neighbor.
+    """
+
+    def __init__(self, fresh: CandidateNoise, neighbors: int, cosine: float, restart: bool) -> None:
+        self.fresh, self.neighbors, self.cosine, self.restart = fresh, neighbors, cosine, restart
+        self.pivot = self.best = fresh.like
+        self.pivot_loss = torch.full((len(fresh.like),), torch.inf, device=fresh.like.device)
+        self.best_loss = self.pivot_loss
+        self.evaluated = torch.full_like(self.pivot_loss, -1, dtype=torch.long)
+        self.rounds = self.stuck = torch.zeros_like(self.evaluated)
+
+    def update(self, noise: torch.Tensor, loss: torch.Tensor, active: torch.Tensor) -> None:
+        first = active & (self.evaluated < 0)
+        self.pivot = torch.where(per_image(first, noise), noise, self.pivot)
+        self.pivot_loss = torch.where(first, loss, self.pivot_loss)
+        better = first | (active & (loss < self.best_loss))
+        self.best = torch.where(per_image(better, noise), noise, self.best)
+        self.best_loss = torch.where(better, loss, self.best_loss)
+        self.evaluated = self.evaluated + active.long()
+        self.end_rounds()
+
+    def end_rounds(self) -> None:
+        over = self.evaluated == self.neighbors
+        stuck = over & ~(self.best_loss < self.pivot_loss)
+        self.rounds, self.stuck = self.rounds + over, self.stuck + stuck
+        self.pivot = torch.where(per_image(over, self.best), self.best, self.pivot)
+        self.pivot_loss = torch.where(over, self.best_loss, self.pivot_loss)
+        self.evaluated = torch.where(over, torch.where(stuck & self.restart, -1, 0), self.evaluated)
+
+    def propose(self) -> torch.Tensor:
+        draw = self.fresh.draw()
+        return torch.where(per_image(self.evaluated < 0, draw), draw, neighbor(self.pivot, draw, self.cosine))
+
+def neighbor(pivot: torch.Tensor, direction: torch.Tensor, cosine: float) -> torch.Tensor:
+    along = unit(pivot)
+    across = unit(direction - per_image((direction * along).flatten(1).sum(1), direction) * along)
+    return per_image(per_sample_norm(pivot), pivot) * (cosine * along + math.sqrt(1 - cosine**2) * across)
+
+# callbacks/noise_callback.py
+
+class NoiseCallback:
+    """Base class of callbacks per *optimization* step.
+
+    (diffusers' `callback_on_step_end` is per denoising step.) Subclasses override the hooks that they need. A function
+    `(state) -> bool | None` is accepted as `on_step_end`.
+    """
+
+    def on_run_start(self, state: NoiseState) -> None:
+        """Called once, before the first evaluation."""
+
+    def on_step_end(self, state: NoiseState) -> bool | None:
+        """Called after each evaluation. Return `False`, or call `state.stop()`, to end the run."""
+
+    def on_run_end(self, state: NoiseState) -> None:
+        """Called once at the end, also after an exception."""
+
+class FunctionCallback(NoiseCallback):
+    """Wrapper that makes a function a callback."""
+
+    def __init__(self, function: Callable[[NoiseState], bool | None]) -> None:
+        self.function = function
+
+    def on_step_end(self, state: NoiseState) -> bool | None:
+        return self.function(state)
+
+CallbackSpec = NoiseCallback | Callable[[NoiseState], bool | None]
+
+def as_callbacks(callbacks: CallbackSpec | Iterable[CallbackSpec] | None) -> list[NoiseCallback]:
+    if callbacks is None:
+        return []
+    if isinstance(callbacks, Iterable):
+        return [as_callback(each) for each in callbacks]
+    return [as_callback(callbacks)]
+
+def as_callback(callback: CallbackSpec) -> NoiseCallback:
+    if hasattr(callback, "on_step_end"):
+        return callback  # pyright: ignore[reportReturnType]
+    if callable(callback):
+        return FunctionCallback(callback)
+    raise TypeError(
+        f"Expected a callback with `on_step_end(state)` or a function of `state`, but got {type(callback).__name__}."
+    )
+
+# schedulers/noise_samplers.py
+
+Generators = torch.Generator | list[torch.Generator] | None
+NoiseSamplerSpec = str | Mapping[str, Any] | Callable[..., torch.Tensor]
+
+NOISE_SAMPLERS: Registry[type["NoiseSampler"]] = Registry("noise sampler")
+SamplerT = TypeVar("SamplerT", bound="NoiseSampler")
+
+class NoiseSampler:
+    """Base class of samplers of initial noise: diffusers' white noise for the same generators, mapped by `color`.
+
+    So every sampler advances a generator as white noise does. Any callable with the arguments of `__call__` is accepted
+    as a noise sampler, too.
+    """
+
+    name: ClassVar[str | None] = None
+
+    def __call__(
+        self,
+        shape: Sequence[int],
+        generator: Generators = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> torch.Tensor:
+        """Sample spatial noise `(B, C, H, W)`, before any scaling or packing.
+
+        Args:
+            shape: The shape of the noise, `(B, C, H, W)`, `(B, 1, C, H, W)` or any other that ends in height and width.
+            generator: One for the batch, or a list with one per sample, which makes each sample independent of the rest
+                of the batch. CPU generators sample on the CPU, and the noise is moved to `device`.
+            device: The device of the noise; by default that of the generator.
+            dtype: The dtype in which noise is sampled; float32 by default.
+
+        Raises:
+            ValueError: For a list of generators whose length is not the batch size, and for a shape that is not
+                spatial.
+        """
+        streams = generator if isinstance(generator, list) else [generator]
+        if len(streams) not in (1, shape[0]):
+            raise ValueError(f"Expected one generator, or one for each of {shape[0]} samples, but got {len(streams)}.")
+        if device is None and streams[0] is not None:
+            device = streams[0].device
+        device = None if device is None else torch.device(device)
+        return self.color(randn_tensor(tuple(shape), generator=generator, device=device, dtype=dtype))
+
+    def color(self, white: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError(f"{type(self).__name__} must define `color(white)`.")
+
+    def within(self, groups: Sequence[int]) -> "NoiseSampler":
+        return self
+
+    def describe(self) -> dict[str, Any]:
+        fields = dataclasses.fields(self) if dataclasses.is_dataclass(self) else ()
+        values = {field.name: getattr(self, field.name) for field in fields}
+        plain_values = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+        return {"name": self.name or type(self).__name__, **plain_values}
+
+def register_noise_sampler(name: str) -> Callable[[type[SamplerT]], type[SamplerT]]:
+
+    def register(cls: type[SamplerT]) -> type[SamplerT]:
+        NOISE_SAMPLERS.register(name)(cls)
+        cls.name = name
+        return cls
+
+    return register
+
+def list_noise_samplers() -> list[str]:
+    return NOISE_SAMPLERS.names()
+
+def as_noise_sampler(sampler: NoiseSamplerSpec | None) -> Callable[..., torch.Tensor] | None:
+    if isinstance(sampler, str):
+        return named_noise_sampler(sampler, {})
+    if isinstance(sampler, Mapping):
+        settings = dict(sampler)
+        return named_noise_sampler(str(settings.pop("name", None)), settings)
+    if sampler is None or (callable(sampler) and not isinstance(sampler, type)):
+        return sampler
+    raise TypeError(
+        f"Expected a noise sampler such as `PinkNoise(0.2)`, one of the names {list_noise_samplers()} or a dict such "
+        f'as {{"name": "pink", "alpha": 0.3}}, but got {sampler!r}.'
+    )
+
+def named_noise_sampler(name: str, settings: dict[str, Any]) -> "NoiseSampler":
+    sampler = NOISE_SAMPLERS.find(name, ', or a dict such as {"name": "pink", "alpha": 0.3}')
+    known = list(inspect.signature(sampler).parameters)
+    if unknown := sorted(settings.keys() - set(known)):
+        raise ValueError(f"Expected settings of the noise sampler {name!r} out of {known}, but got {unknown}.")
+    return sampler(**settings)
+
+def describe_noise_sampler(sampler: Callable[..., torch.Tensor] | None) -> dict[str, Any] | None:
+    if sampler is None:
+        return None
+    if hasattr(sampler, "describe"):
+        return sampler.describe()  # pyright: ignore[reportFunctionMemberAccess]
+    return {"name": getattr(sampler, "__qualname__", type(sampler).__qualname__)}
+
+@register_noise_sampler("white")
+@dataclasses.dataclass(frozen=True)
+class WhiteNoise(NoiseSampler):
+    """Standard Gaussian noise, bit-identical to that of a stock pipeline."""
+
+    def color(self, white: torch.Tensor) -> torch.Tensor:
+        return white
+
+@register_noise_sampler("pink")
+@dataclasses.dataclass(frozen=True)
+class PinkNoise(NoiseSampler):
+    """White noise with Fourier amplitudes scaled by (1 + f)^-α, by default standardized per channel and sample.
+
+    It's Never Too Late, https://arxiv.org/abs/2601.00090, eq. 7: images of one prompt are more diverse from pink noise.
+    f is the distance from frequency zero in index units, that is, in waves per side of the noise, not per pixel. The
+    phases are those of the white noise of the same generators. Channels have mean 0 and unbiased variance 1, so their
+    squared norm is H·W − 1, the expectation for white noise minus its mean.
+
+    Args:
+        alpha: α, any finite number. Above 0 emphasizes low frequencies (the paper uses 0.2 and observes patches above
+            0.3); below 0 gives blue noise. 0 is white noise that is still standardized per channel; use `WhiteNoise`
+            for the noise of the stock pipeline.
+        reference_size: Side of the noise, in its own entries, at which f has the paper's units; above 0, or `None` for
+            any size. With it, f counts waves per `reference_size` entries, f = reference_size · √((u/H)² + (v/W)²), so
+            that α gives the same spectrum per entry at all sizes; without it, the effect grows with the size.
+        band: (low, high) in the units of f, the frequencies to which the slope is limited.
+        outside: The gain outside the band: "flat" continues the gain at its edges, "zero" removes other frequencies.
+        standardize: `False` scales by the standard deviation of the distribution instead of that of each channel, and
+            keeps the means, that is, f = 0, so that the noise is exactly Gaussian. In small latents, such as 8 × 8, the
+            means determine much of an image: without them, images of a prompt are far more similar.
+
+    Raises:
+        ValueError: For arguments outside their ranges, and for `outside="zero"` without a band.
+    """
+
+    alpha: float = checked(0.2, "(-inf, inf)")
+    _: dataclasses.KW_ONLY
+    reference_size: float | None = checked(None, "(0, inf)")
+    band: Sequence[float] | None = None
+    outside: Literal["flat", "zero"] = "flat"
+    standardize: bool = True
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.band is not None:
+            object.__setattr__(self, "band", checked_band(self.band))
+        elif self.outside == "zero":
+            raise ValueError('Expected a `band` with `outside="zero"`, but got none. Pass `band=(low, high)`.')
+
+    def color(self, white: torch.Tensor) -> torch.Tensor:
+        check_spatial(white.shape)
+        size = white.shape[-2:]
+        exact = white.to(torch.promote_types(white.dtype, torch.float32))
+        gain = self.gain(*size).to(exact.dtype).to(exact.device)
+        pink = torch.fft.irfft2(torch.fft.rfft2(exact) * gain, s=size)
+        spread = pink.std((-2, -1), keepdim=True) if self.standardize else expected_std(gain, *size)
+        return (pink / spread.clamp_min(torch.finfo(pink.dtype).tiny)).to(white.dtype)
+
+    def gain(self, height: int, width: int) -> torch.Tensor:
+        f = self.frequency(height, width)
+        low, high = self.band or (0.0, math.inf)
+        shaped = f > 0 if self.standardize else f >= 0
+        if self.outside == "zero":
+            shaped &= (f >= low) & (f <= high)
+        if not shaped.any():
+            raise ValueError(
+                f"Expected a `band` with frequencies of {height}×{width} noise, which go up to {f.max():.4g}, but got "
+                f"{tuple(self.band or ())}. Widen it."
+            )
+        logs = -self.alpha * f.clamp(low, high).log1p()
+        return torch.where(shaped, (logs - logs[shaped].max()).exp(), 0.0)
+
+    def frequency(self, height: int, width: int) -> torch.Tensor:
+        rows = torch.fft.fftfreq(height, dtype=torch.float64) * (self.reference_size or height)
+        columns = torch.fft.rfftfreq(width, dtype=torch.float64) * (self.reference_size or width)
+        return torch.hypot(rows[:, None], columns)
+
+def expected_std(gain: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    copies = torch.full_like(gain, 2.0)  # `rfft2` omits the mirrored half of the columns
+    copies[:, 0] = 1
+    copies[:, -1] = 2 - (width % 2 == 0)
+    return (gain.square() * copies).sum().div(height * width).sqrt()
+
+@register_noise_sampler("coupled")
+@dataclasses.dataclass(frozen=True)
+class CoupledNoise(NoiseSampler):
+    """Jointly sampled noises, each Gaussian, with the most negative correlation of K noises: their sum is zero.
+
+    `z_i = √(1−ρ)·(g_i − ḡ) + √(1+(K−1)ρ)·ḡ`, the symmetric square root of the covariance (1−ρ)I + ρ11ᵀ, for each entry
+    of K white noises g. At ρ = −1/(K−1) this is √(K/(K−1))·(g_i − ḡ), and for K = 2 the antithetic pair (z, −z). Couple
+    to Control, https://arxiv.org/abs/2605.11311: sets are more diverse at no cost, and each image keeps its marginal
+    distribution.
+
+    Args:
+        group_size: K, at least 2: every K consecutive samples are coupled. By default the whole batch is coupled, and
+            in a pipeline the samples of each prompt.
+        correlation: ρ in [−1/(K−1), 1]; −1/(K−1) by default.
+        groups: Alternative to `group_size`: one integer per sample, equal for samples to couple.
+
+    Raises:
+        ValueError: For arguments outside their ranges, or both `group_size` and `groups`.
+    """
+
+    group_size: int | None = checked(None, "[2, inf)")
+    _: dataclasses.KW_ONLY
+    correlation: float | None = checked(None, "[-1, 1]")
+    groups: Sequence[int] | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.group_size is not None and self.groups is not None:
+            raise ValueError("Expected `group_size` or `groups`, but got both. Omit one.")
+        if self.groups is not None:
+            object.__setattr__(self, "groups", tuple(self.groups))
+
+    def color(self, white: torch.Tensor) -> torch.Tensor:
+        exact = white.to(torch.promote_types(white.dtype, torch.float32))
+        coupled = torch.empty_like(exact)
+        for rows in self.coupled_rows(len(white)):
+            coupled[rows] = self.couple_all(exact[rows])
+        return coupled.to(white.dtype)
+
+    def couple_all(self, white: torch.Tensor) -> torch.Tensor:
+        rho, others, mean = self.correlation, len(white) - 1, white.mean(0, keepdim=True)
+        if rho is None:
+            return math.sqrt(len(white) / others) * (white - mean)
+        return math.sqrt(1 - rho) * (white - mean) + math.sqrt(max(1 + others * rho, 0.0)) * mean
+
+    def coupled_rows(self, batch: int) -> list[list[int]]:
+        if self.groups is not None and len(self.groups) != batch:
+            raise ValueError(f"Expected `groups` of {batch} integers, one for each sample, but got {len(self.groups)}.")
+        if self.group_size is not None and batch % self.group_size:
+            raise ValueError(f"Expected a batch in groups of {self.group_size}, but got {batch} samples.")
+        labels = self.groups or [index // (self.group_size or max(batch, 1)) for index in range(batch)]
+        found = [[row for row in range(batch) if labels[row] == label] for label in dict.fromkeys(labels)]
+        for rows in found:
+            self.check_group(len(rows))
+        return found
+
+    def check_group(self, count: int) -> None:
+        if count < 2:
+            raise ValueError(
+                "Expected at least 2 samples in each group of coupled noise, but got 1. Pass `num_images_per_prompt=2` "
+                "or more, or `group_size` to couple images of different prompts."
+            )
+        lowest = -1 / (count - 1)
+        if self.correlation is not None and self.correlation < lowest - 1e-12:
+            raise ValueError(
+                f"Expected `correlation` of {count} samples to be at least {lowest:.4g}, but got {self.correlation!r}. "
+                "Omit it for the lowest."
+            )
+
+    def within(self, groups: Sequence[int]) -> "CoupledNoise":
+        has_groups = self.group_size is not None or self.groups is not None
+        bound = self if has_groups else dataclasses.replace(self, groups=tuple(groups))
+        bound.coupled_rows(len(groups))
+        return bound
+
+def checked_band(band: Sequence[float]) -> tuple[float, float]:
+    limits = tuple(band) if isinstance(band, Sequence) else ()
+    if len(limits) == 2 and all(isinstance(limit, Real) for limit in limits) and 0 <= limits[0] < limits[1]:
+        return limits
+    raise ValueError(f"Expected `band` to be (low, high) with 0 <= low < high, but got {band!r}.")
+
+def check_spatial(shape: Sequence[int]) -> None:
+    if len(shape) < 4 or shape[-2] * shape[-1] < 2:
+        raise ValueError(
+            f"Expected noise of shape (B, C, H, W), with H·W of 2 or more, but got {tuple(shape)}. Sample noise before "
+            "it is packed."
+        )
+
+# callbacks/progress.py
+
+class ProgressBar(NoiseCallback):
+    """One tick per evaluation, with the mean best loss. `pipe.set_progress_bar_config` applies."""
+
+    bar = None
+
+    def on_run_start(self, state: NoiseState) -> None:
+        self.bar = state.pipeline.progress_bar(total=state.steps)
+        self.bar.set_description("Optimizing noise")
+
+    def on_step_end(self, state: NoiseState) -> None:
+        if self.bar is None:
+            return
+        if not self.bar.disable:  # reading the loss synchronizes with the device
+            self.bar.set_postfix(best_loss=f"{state.best.loss.mean():.4f}", refresh=False)
+        self.bar.total = state.steps  # methods may add evaluations at the end
+        self.bar.update()
+
+    def on_run_end(self, state: NoiseState) -> None:
+        if self.bar is not None:
+            self.bar.close()
+        self.bar = None
+
+# pipelines/memory/tiny_decoder.py
+
+FULL_DECODER = "full_decoder"
+
+def as_loop_decoder(decoder: Any, pipe: Any, denoisers: Sequence[nn.Module]) -> Any:
+    if decoder is None:
+        return None
+    check_plain_latents(pipe)
+    dtype = next(next(iter(denoisers), pipe.vae).parameters()).dtype
+    device = torch.empty(0, device=execution_device(pipe)).device  # with its index
+    if isinstance(decoder, str | os.PathLike):
+        found: Any = AutoencoderTiny.from_pretrained(os.fspath(decoder), torch_dtype=dtype)
+        decoder = found.to(device).requires_grad_(False).eval()
+    check_decoder(decoder, device, dtype)
+    check_channels(decoder, pipe)
+    check_scale(decoder, pipe, device, dtype)
+    return decoder
+
+def check_plain_latents(pipe: Any) -> None:
+    vae = getattr(pipe, "vae", None)
+    normalized = isinstance(vae, AutoencoderKL) and any(
+        vae.config.get(name) is not None for name in ("latents_mean", "latents_std")
+    )
+    if not isinstance(vae, AutoencoderKL | AutoencoderTiny) or normalized:
+        other = "one that normalizes each channel of its latents" if normalized else type(vae).__name__
+        raise ValueError(
+            f"Expected a pipeline whose `AutoencoderKL` scales its latents by one number, for which tiny autoencoders "
+            f"exist, but {type(pipe).__name__} has {other}. Use `decoder=None`."
+        )
+
+def check_decoder(decoder: Any, device: torch.device, dtype: torch.dtype) -> None:
+    if not (
+        isinstance(decoder, nn.Module) and callable(getattr(decoder, "decode", None)) and hasattr(decoder, "config")
+    ):
+        raise TypeError(
+            "Expected `decoder` to be a Hub id, a folder or a loaded `AutoencoderTiny`, with `decode` and `config`, "
+            f"but got {type(decoder).__name__}."
+        )
+    weight = next(decoder.parameters(), None)
+    if weight is not None and (weight.device, weight.dtype) != (device, dtype):
+        raise ValueError(
+            f"Expected the decoder in {dtype} on {device}, like the denoiser, but got {weight.dtype} on "
+            f"{weight.device}. "
+            f'Call `decoder.to("{device}", {dtype})`.'
+        )
+
+def check_channels(decoder: Any, pipe: Any) -> None:
+    expected, found = pipe.vae.config.latent_channels, decoder.config.get("latent_channels")
+    if found != expected:
+        raise ValueError(
+            f"Expected a decoder of latents with {expected} channels, as in {type(pipe).__name__}, but got one of "
+            f"{found}. Use taesd, taesdxl, taesd3 or taef1 of `madebyollin` for SD, SDXL, SD3 or Flux."
+        )
+
+def check_scale(decoder: Any, pipe: Any, device: torch.device, dtype: torch.dtype) -> None:
+    latents = torch.zeros(1, pipe.vae.config.latent_channels, 8, 8, device=device, dtype=dtype)
+    with torch.no_grad():
+        images = decoder.decode(latents, return_dict=False)[0]
+    side = 8 * pipe.vae_scale_factor
+    if images.shape != (1, 3, side, side):
+        raise ValueError(
+            f"Expected a decoder from 8 × 8 latents to {side} × {side} pixels, as in {type(pipe).__name__}, but got "
+            f"images of shape {tuple(images.shape)}."
+        )
+
+def describe_decoder(decoder: Any) -> dict[str, Any] | None:
+    if decoder is None:
+        return None
+    return {
+        "class": type(decoder).__name__,
+        "name": name_or_path(decoder),
+        "approximation": True,
+        "scores": f"by this decoder; those by the pipeline's own are in reports[{FULL_DECODER!r}]",
+    }
 
 # pipelines/results/frequency_bands.py
 
 BANDS = ("lowest third", "middle third", "highest third")
 
 def band_energies(change: torch.Tensor) -> torch.Tensor:
-    """Return the squared norm of `change` (B, ..., H, W) in each third of the frequencies, `(B, 3)`.
-
-    By Parseval's theorem, with the orthonormal FFT of each channel, the three add up to `‖change‖²`. See
-    `frequency_bands`.
-    """
     power = torch.fft.fft2(change, norm="ortho").abs().square().flatten(1, -3).sum(1)
     return (power[:, None] * frequency_bands(*change.shape[-2:]).to(power)).sum((-2, -1))
 
 @functools.cache
 def frequency_bands(height: int, width: int) -> torch.Tensor:
-    """Return the masks of the lowest, middle and highest third of the frequencies of `fft2`, `(3, H, W)` bool.
-
-    The thirds are of the radial frequency √(u² + v²) in cycles per entry, from 0 to the largest of the grid, in its
-    corner. Figure 6 of "It's Never Too Late", https://arxiv.org/abs/2601.00090, plots thirds of the spectrum without
-    saying where it ends. On large grids the thirds hold about 17%, 52% and 30% of the entries, and so of the energy of
-    white noise.
-    """
     rows, columns = (torch.fft.fftfreq(side, dtype=torch.float64) for side in (height, width))
     radius = torch.hypot(rows[:, None], columns)
     third = (3 * radius / radius.max().clamp_min(1e-12)).long().clamp(max=2)
@@ -6522,10 +7615,6 @@ def frequency_bands(height: int, width: int) -> torch.Tensor:
 # pipelines/results/atomic_write.py
 
 def atomic_write(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write a file atomically: `write(temporary)` writes a temporary file, which then replaces `path`.
-
-    If writing fails or is interrupted, a previous file stays as it was, and no temporary file is left behind.
-    """
     temporary = temporary_path(path)
     try:
         write(temporary)
@@ -6535,7 +7624,6 @@ def atomic_write(path: Path, write: Callable[[Path], Any]) -> None:
         raise
 
 def temporary_path(path: Path) -> Path:
-    """Return the path of the temporary file: in the same folder, with the same suffix."""
     return path.with_name(f".part-{path.name}")
 
 # pipelines/results/result_file.py
@@ -6559,7 +7647,6 @@ class UnusableResult(Exception):
     """Reason why a file is unusable, phrased to follow its name."""
 
 def write_result_file(path: Path, tensors: Tensors, header: Header) -> None:
-    """Write tensors and header atomically; the format is added to the header."""
     metadata = {"noiseopt": json.dumps({"format": RESULT_FORMAT, **header})}
     # cloned, since safetensors refuses tensors that share memory, as noise and latents do in float32
     copies = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
@@ -6567,12 +7654,6 @@ def write_result_file(path: Path, tensors: Tensors, header: Header) -> None:
     atomic_write(path, lambda temporary: save_file(copies, temporary, metadata=metadata))
 
 def read_result_file(path: Path) -> tuple[Header, Tensors]:
-    """Read a file of `write_result_file` to the CPU. Nothing is unpickled.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is no valid result file, with the reason.
-    """
     if not path.exists():
         raise FileNotFoundError(f"Expected a file that `NoiseResult.save` wrote, but there is no {path}.")
     try:
@@ -6597,7 +7678,6 @@ def read_checked(path: Path) -> tuple[Header, Tensors]:
     return header, tensors
 
 def unreadable_reason(path: Path, error: Exception) -> str:
-    """Return the reason why a file cannot be read, from its first bytes."""
     with path.open("rb") as file:
         start = file.read(4)
     if not start:
@@ -6626,7 +7706,6 @@ def parsed_header(metadata: dict[str, str]) -> Header:
     return header
 
 def check_names(names: set[str], header: Header) -> None:
-    """Require the tensors of a result, with one state for each random stream."""
     streams = {f"{PER_STREAM}{index}" for index in range(len(header["generator_devices"]))}
     if missing := sorted((streams | set(RESULT_TENSORS)) - names):
         raise UnusableResult(f"lacks the tensors {brief(missing)}")
@@ -6635,7 +7714,6 @@ def check_names(names: set[str], header: Header) -> None:
         raise UnusableResult(f"has unknown tensors {brief(unknown)}")
 
 def check_tensors(tensors: Tensors) -> None:
-    """Require dtypes and shapes that agree on the number of images and steps, and finite noise."""
     noise, steps = tensors["noise"], tensors["losses"].shape[:1]
     if noise.ndim < 2 or not noise.numel() or not steps or not steps[0]:
         losses = tuple(tensors["losses"].shape)
@@ -6661,7 +7739,6 @@ def dtypes_of(name: str) -> tuple[torch.dtype, ...]:
     return NOISE_DTYPES if name in ("noise", "initial_noise") else FLOAT_DTYPES
 
 def check_values(tensors: Tensors, steps: int) -> None:
-    """Require finite noise and latents, and best steps in range; losses of a stopped sample may be NaN."""
     for name in ("noise", "latents", "initial_noise"):
         if name in tensors and not tensors[name].isfinite().all():
             raise UnusableResult(f"has '{name}' with values that are not finite")
@@ -6670,7 +7747,6 @@ def check_values(tensors: Tensors, steps: int) -> None:
         raise UnusableResult(f"has best steps {brief(best.tolist())} out of {steps} steps")
 
 def check_streams(tensors: Tensors, header: Header) -> None:
-    """Require one random stream, or one for each image, with valid generator states."""
     devices, several = header["generator_devices"], header["provenance"].get("generators") == "list"
     expected = len(tensors["noise"]) if several else 1
     if devices and len(devices) != expected:
@@ -6681,7 +7757,6 @@ def check_streams(tensors: Tensors, header: Header) -> None:
             raise UnusableResult(f"has a generator state that is invalid on {device!r}")
 
 def fits_generator(device: str, state: torch.Tensor) -> bool:
-    """Return whether a state is valid for a type of device, which need not be available."""
     if state.dtype != torch.uint8 or state.ndim != 1 or not re.fullmatch("[a-z_]{1,16}", device):
         return False
     if device != "cpu":
@@ -6694,14 +7769,12 @@ def fits_generator(device: str, state: torch.Tensor) -> bool:
     return True
 
 def is_device(name: str) -> bool:
-    """Return whether torch knows a type of device, which need not be available."""
     try:
         return torch.device(name).index is None
     except RuntimeError:
         return False
 
 def check_provenance(provenance: dict[str, Any], tensors: Tensors) -> None:
-    """Require the types and lengths that `provenance_of` writes for those entries that are present."""
     batch = len(tensors["noise"])
     wrong = [name for name, kind in PROVENANCE.items() if not isinstance(provenance.get(name, kind()), kind)]
     wrong += [name for name in ("model", "revision") if not isinstance(provenance.get(name), str | None)]
@@ -6717,7 +7790,6 @@ def check_provenance(provenance: dict[str, Any], tensors: Tensors) -> None:
         raise UnusableResult(f"has a provenance whose {brief(wrong)} does not match its noise")
 
 def brief(values: list[Any]) -> str:
-    """Return the first few values as text of limited length, since the file is untrusted."""
     text = ", ".join(str(value) for value in values[:5])
     return text if len(text) <= 200 else text[:200] + "…"
 
@@ -6773,29 +7845,24 @@ class NoiseResult:
 
     @property
     def best_scores(self) -> dict[str, torch.Tensor]:
-        """Name to `(B,)`: the rewards of the returned noise."""
         return {name: self.at_best(values) for name, values in self.scores.items()}
 
     @property
     def initial_scores(self) -> dict[str, torch.Tensor]:
-        """Name to `(B,)`: the rewards of the baseline."""
         return {name: values[0] for name, values in self.scores.items()}
 
     @property
     def best_loss(self) -> torch.Tensor:
-        """`(B,)`: the loss of the returned noise."""
         return self.at_best(self.losses)
 
     @property
     def band_shares(self) -> torch.Tensor | None:
-        """`(steps, B, 3)`: `band_changes` as shares of their sum; NaN where nothing changed."""
         return None if self.band_changes is None else self.band_changes / self.band_changes.sum(-1, keepdim=True)
 
     def at_best(self, values: torch.Tensor) -> torch.Tensor:
         return values.gather(0, self.best_step.to(values.device)[None])[0]
 
     def generator(self) -> torch.Generator | list[torch.Generator] | None:
-        """Return new generators in the state after the base noise; a list if the run had one for each image."""
         fresh = []
         for device, state in self.generator_states:
             fresh.append(torch.Generator(device))
@@ -6803,10 +7870,6 @@ class NoiseResult:
         return fresh if self.provenance.get("generators") == "list" else (fresh or [None])[0]
 
     def save(self, path: str | Path) -> None:
-        """Write one safetensors file with the provenance as JSON in its header.
-
-        The write is atomic: if it is interrupted, a previous file stays as it was.
-        """
         own = {name: getattr(self, name) for name in RESULT_TENSORS + LATER_TENSORS}
         tensors = {name: tensor for name, tensor in own.items() if tensor is not None}
         tensors |= {f"{PER_SCORE}{name}": values for name, values in self.scores.items()}
@@ -6817,12 +7880,6 @@ class NoiseResult:
 
     @classmethod
     def load(cls, path: str | Path, device: str | torch.device = "cpu") -> "NoiseResult":
-        """Read a file of `save`. Files are untrusted: nothing is unpickled, and all content is checked before use.
-
-        Raises:
-            FileNotFoundError: If there is no such file.
-            ValueError: If the file is damaged, foreign, inconsistent, or written by a newer version.
-        """
         header, tensors = read_result_file(Path(path))
         streams = enumerate(header["generator_devices"])
         states = [(kind, tensors.pop(f"{PER_STREAM}{index}")) for index, kind in streams]
@@ -6862,13 +7919,11 @@ class NoiseFile:
             raise ValueError(f"Expected `save_noise_to` to be a file that can be written, but got {error}.") from None
 
     def keep(self, result: Callable[[], NoiseResult]) -> None:
-        """Write `result()`, at most every `SECONDS_BETWEEN_WRITES`."""
         if time.monotonic() >= self.next_write:
             self.write_if_possible(result())
             self.next_write = time.monotonic() + SECONDS_BETWEEN_WRITES
 
     def write_if_possible(self, result: NoiseResult) -> None:
-        """Write a result; a failure such as a full disk is a warning and does not end the run."""
         try:
             result.save(self.path)
         except Exception as error:
@@ -6877,7 +7932,6 @@ class NoiseFile:
 # pipelines/results/provenance.py
 
 def provenance_of(problem: NoiseProblem, objective: Objective, state: NoiseState) -> dict[str, Any]:
-    """Return the provenance of a result as JSON values, without the method and its settings."""
     pipe, scheduler, sampler = problem.pipe, problem.pipe.scheduler, problem.sampler
     arguments = {name: value for name, value in problem.request.items() if name not in ("prompt", "latents")}
     versions = {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "transformers")}
@@ -6902,7 +7956,6 @@ def provenance_of(problem: NoiseProblem, objective: Objective, state: NoiseState
     }
 
 def plain(values: dict[str, Any]) -> dict[str, Any]:
-    """Return the entries that are JSON scalars or lists of them; tuples become lists."""
     scalar = (bool, int, float, str, type(None))
     flat = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
     return {
@@ -6912,7 +7965,6 @@ def plain(values: dict[str, Any]) -> dict[str, Any]:
     }
 
 def revision_of(pipe) -> str | None:
-    """Return the commit of the Hub snapshot that the modules were loaded from, if any."""
     for component in pipe.components.values():
         if match := re.search(r"snapshots[/\\]([0-9a-f]{40})", name_or_path(component) or ""):
             return match[1]
@@ -6927,18 +7979,6 @@ def optimize(
     callbacks: CallbackSpec | Iterable[CallbackSpec] | None = None,
     noise_file: NoiseFile | None = None,
 ) -> NoiseResult:
-    """Run a method on a problem.
-
-    Args:
-        method: The method.
-        problem: The call whose noise is to be found.
-        objective: The objective that the method returned for the pipeline.
-        callbacks: Callbacks per optimization step.
-        noise_file: The file that holds the best noise from the first step on, and the result at the end.
-
-    Returns:
-        The result. An exception carries what was found before it as its `noise_result`.
-    """
     run = NoiseState(problem.pipe, problem.reward_prompts, method.steps, problem.noise)
     loop = OptimizationLoop(method, problem, objective, run, [ProgressBar(), *as_callbacks(callbacks)], noise_file)
     try:
@@ -7005,11 +8045,9 @@ class OptimizationLoop:
                 callback.on_run_end(self.run)
 
     def moves_after(self, step: int) -> bool:
-        """Return whether the noise moves after this step."""
         return self.method.returns == "last" or step < self.method.steps - 1
 
     def evaluate(self, step: int) -> None:
-        """Score the current noise, update the best, and call the callbacks."""
         run, method = self.run, self.method
         gradient = method.gradient_mode if self.moves_after(step) else None
         self.leaf = run.noise.detach().requires_grad_(gradient is not None)
@@ -7022,7 +8060,8 @@ class OptimizationLoop:
         except NonFiniteReward as error:
             if step == 0:
                 raise
-            return self.give_up(str(error))
+            self.give_up(str(error))
+            return
         run.step, run.images, run.scores = step, sample.generated_images, scores
         self.evaluated = run.noise
         run.loss = loss.detach().where(run.active, torch.nan)
@@ -7034,7 +8073,6 @@ class OptimizationLoop:
             self.noise_file.keep(self.result)
 
     def sample_of(self, sampler: PipelineSampler, noise: torch.Tensor, step: int, gradient: Gradient) -> Sample:
-        """Return the sample that the objective evaluates."""
         seeds = [seed + step for seed in self.problem.seeds]
         groups, prompts = self.problem.groups, self.run.prompts
         return Sample(sampler, noise, prompts, groups, seeds, gradient, self.method.previews, self.chunk_size)
@@ -7054,7 +8092,6 @@ class OptimizationLoop:
             raise NonFiniteReward(f"Expected a finite loss for the baseline, but got {loss.tolist()}.")
 
     def record(self, eligible: torch.Tensor | None = None) -> None:
-        """Record this step, and update the best of the samples that are `eligible`, a `(B,)` bool mask."""
         run, best = self.run, self.run.best
         norm = per_sample_norm(run.noise) / math.sqrt(run.noise[0].numel())
         bands = band_energies(run.noise - self.problem.noise).where(run.active[:, None], torch.nan)
@@ -7077,7 +8114,6 @@ class OptimizationLoop:
         )
 
     def move(self) -> None:
-        """Take the gradient if the method needs one, and make the step of the method."""
         run, gradient = self.run, None
         if self.leaf.requires_grad:
             assert self.total is not None
@@ -7090,7 +8126,6 @@ class OptimizationLoop:
         run.noise = torch.where(per_image(run.active, moved), moved, run.noise)
 
     def finish(self) -> None:
-        """Evaluate the last noises of the method, for all samples; callbacks cannot stop them."""
         for noise in self.method.finish(self.run, self.objective, self.state):
             self.run.noise, self.run.active = noise.detach(), torch.ones_like(self.run.active)
             self.run.steps = max(self.run.steps, len(self.rows) + 1)
@@ -7098,7 +8133,6 @@ class OptimizationLoop:
 
     @torch.no_grad()
     def decode_fully(self) -> None:
-        """After a run with a tiny decoder, decode and score the baseline and the result with the pipeline's own."""
         if self.problem.sampler.decoder is None or self.initial_images is None:
             return
         sampler, report = self.problem.sampler.with_own_decoder(), {}
@@ -7111,11 +8145,9 @@ class OptimizationLoop:
         self.run.reports[FULL_DECODER] = report
 
     def returned(self) -> torch.Tensor:
-        """Return the noise of the result, `(B, C, H, W)`."""
         return self.run.noise if self.method.returns == "last" else self.run.best.noise
 
     def stop_samples(self, broken: torch.Tensor) -> None:
-        """Stop the samples whose gradient is not finite."""
         if broken.any():
             self.run.stop("non-finite gradient", broken)
             warnings.warn(
@@ -7125,19 +8157,16 @@ class OptimizationLoop:
             )
 
     def give_up(self, why: str) -> None:
-        """End the run with the best so far."""
         self.run.stop("non-finite reward")
         warnings.warn(f"The run stops after step {self.run.step} and keeps the best so far: {why}", stacklevel=2)
 
     def saved_result(self) -> NoiseResult:
-        """Return the final result, after it was written to the noise file, if there is one."""
         result = self.result()
         if self.noise_file is not None:
             result.save(self.noise_file.path)
         return result
 
     def rescue(self, error: BaseException) -> None:
-        """Attach what was found so far to an exception, and write it to the noise file."""
         if not self.run.best.evaluations:
             return
         result = self.result()
@@ -7147,7 +8176,6 @@ class OptimizationLoop:
             self.noise_file.write_if_possible(result)
 
     def result(self) -> NoiseResult:
-        """Return the result so far."""
         problem, run, best = self.problem, self.run, self.run.best
         rows, last, noise = self.rows[: best.evaluations], self.method.returns == "last", self.returned()
         last_images = run.images if run.noise is self.evaluated else None
@@ -7174,13 +8202,6 @@ class OptimizationLoop:
         )
 
 def chunk_size_of(method: NoiseOptimizer, problem: NoiseProblem) -> int | None:
-    """Return the number of images in memory at a time; `None` for the whole batch.
-
-    "auto" samples one image and measures its graph under each checkpointing policy in turn, until the whole batch fits.
-
-    Raises:
-        ValueError: For a number, if the call cannot be split into chunks.
-    """
     setting, batch = method.chunk_size, len(problem.noise)
     if setting is None or batch == 1:
         return None
@@ -7205,52 +8226,19 @@ def chunk_size_of(method: NoiseOptimizer, problem: NoiseProblem) -> int | None:
             break
     return size
 
-# pipelines/registry.py
-
-METHODS: Registry[type[NoiseOptimizer]] = Registry("method")
-MethodT = TypeVar("MethodT", bound=type)
-
-def register_method(name: str) -> Callable[[MethodT], MethodT]:
-    """Return a class decorator that registers a method under a name. Raises `ValueError` if the name is taken."""
-    return METHODS.register(name)
-
-def list_methods() -> list[str]:
-    """Return the method names that `optimize_noise` and every pipeline class take."""
-    return METHODS.names()
-
-def as_method(method: Any, settings: Mapping[str, Any] | None = None) -> NoiseOptimizer:
-    """Return a method given by name and settings, or a method object as it is.
-
-    Raises:
-        ValueError: For an unknown name, an unknown setting, or settings beside a method object.
-        TypeError: For anything that is not a method.
-    """
-    if isinstance(method, str):
-        return METHODS.find(method)(**(settings or {}))
-    if settings:
-        raise ValueError("Expected `method_kwargs` beside the name of a method, but got a method object as well.")
-    if isinstance(method, type) or not (hasattr(method, "objective") and hasattr(method, "step")):
-        raise TypeError(
-            f"Expected a method such as `ReNO(rewards=...)` or one of the names {list_methods()}, but got {method!r}."
-        )
-    return method
-
 # pipelines/request.py
 
 def bind_request(pipe, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a stock call by name. Raises `TypeError` for an unknown one."""
     bound = dict(inspect.signature(stock_call(type(pipe))).bind(pipe, *args, **kwargs).arguments)
     extra = bound.pop("kwargs", {})
     return {name: value for name, value in {**bound, **extra}.items() if name != "self"}
 
 def check_noise_is_drawn(pipe, request: dict[str, Any]) -> None:
-    """Raise `TypeError` or `ValueError` for a pipeline that draws no noise of its own in this call."""
     parameters = inspect.signature(drawing_function(type(pipe))(randn_tensor)).parameters
     if request.get("latents") is not None and "latents" not in parameters:
         raise latents_with_image(pipe)
 
 def check_takes_latents(pipe) -> None:
-    """Raise `TypeError` for a pipeline that does not take the optimized noise back as `latents`."""
     if "latents" not in inspect.signature(stock_call(type(pipe))).parameters:
         name = type(pipe).__name__
         raise TypeError(
@@ -7263,7 +8251,6 @@ def images_per_prompt(request: dict[str, Any]) -> int:
     return request.get("num_images_per_prompt") or 1
 
 def prompts_of(request: dict[str, Any]) -> list[str]:
-    """Return the prompt of each image, in the order of the batch; empty strings for a call with embeddings."""
     prompt, embeds = request.get("prompt"), request.get("prompt_embeds")
     if prompt is None and embeds is None:
         raise ValueError("Expected `prompt` or `prompt_embeds`, but got neither.")
@@ -7275,17 +8262,6 @@ def prompts_of(request: dict[str, Any]) -> list[str]:
 def reward_prompts_of(
     request: dict[str, Any], reward_prompt: str | Sequence[str] | None, batch: int, required: bool
 ) -> list[str]:
-    """Return the prompt that rewards are asked about for each image.
-
-    Args:
-        request: The arguments of the call.
-        reward_prompt: One prompt for all images, or one for each; `None` for the prompts of the call.
-        batch: The number of images.
-        required: Whether a reward reads its prompt.
-
-    Raises:
-        ValueError: For another number of prompts, and for a reward that reads a prompt in a call with embeddings only.
-    """
     if reward_prompt is None:
         if required and request.get("prompt") is None:
             raise ValueError(
@@ -7300,7 +8276,6 @@ def reward_prompts_of(
     return texts
 
 def groups_of(request: dict[str, Any]) -> list[int]:
-    """Return for each image the index of the first prompt, or the first embedding, that equals its own."""
     prompt, embeds = request.get("prompt"), request.get("prompt_embeds")
     if prompt is not None:
         texts = [prompt] if isinstance(prompt, str) else list(prompt)
@@ -7311,7 +8286,6 @@ def groups_of(request: dict[str, Any]) -> list[int]:
     return [group for group in first for _ in range(images_per_prompt(request))]
 
 def check_batch(request: dict[str, Any], batch: int) -> None:
-    """Raise `ValueError` for `latents` or generators that are not one for each image."""
     latents, generator = request.get("latents"), request.get("generator")
     if latents is not None and len(latents) != batch:
         raise ValueError(
@@ -7323,11 +8297,6 @@ def check_batch(request: dict[str, Any], batch: int) -> None:
 def noise_sampler_of(
     noise_sampler: NoiseSamplerSpec | None, request: dict[str, Any], groups: list[int]
 ) -> Callable[..., torch.Tensor] | None:
-    """Return the noise sampler of a call, which couples only images of the same prompt.
-
-    Raises:
-        ValueError: For a noise sampler beside `latents`.
-    """
     found = as_noise_sampler(noise_sampler)
     if found is None:
         return None
@@ -7338,7 +8307,6 @@ def noise_sampler_of(
     return found.within(groups) if hasattr(found, "within") else found  # pyright: ignore[reportFunctionMemberAccess]
 
 def image_size(pipe, request: dict[str, Any]) -> tuple[int, int] | None:
-    """Return height and width of the images in pixels, if they are known before the call."""
     if request.get("height") and request.get("width"):
         return request["height"], request["width"]
     if request.get("image") is not None:
@@ -7349,7 +8317,6 @@ def image_size(pipe, request: dict[str, Any]) -> tuple[int, int] | None:
     return (side * scale, side * scale) if isinstance(side, int) and isinstance(scale, int) else None
 
 def size_of_input_image(pipe, image: Any) -> tuple[int, int] | None:
-    """Return the height and width to which a pipeline resizes an input image, or the first of several."""
     image = image[0] if isinstance(image, list) else image
     size_of = getattr(getattr(pipe, "image_processor", None), "get_default_height_width", None)
     is_latents = isinstance(image, torch.Tensor) and image.shape[-3] != 3
@@ -7370,7 +8337,6 @@ class SavedWithCode:
     _code: dict[str, str]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Read the source of a class that diffusers loads from a file, before another pipeline replaces the file."""
         super().__init_subclass__(**kwargs)
         module = cls.__module__
         if module.startswith(DYNAMIC_MODULES) and all(base.__module__ != module for base in cls.__mro__[1:]):
@@ -7381,18 +8347,15 @@ class SavedWithCode:
                 make_way(module, cls._code["pipeline.py"])
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
-        """Run the stock method. Raises `ValueError` for a repository name from which diffusers could not load."""
         if kwargs.get("push_to_hub"):
             check_repository(type(self), kwargs.get("repo_id") or Path(save_directory).name)
         super().save_pretrained(save_directory, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
     def push_to_hub(self, repo_id: str, *args: Any, **kwargs: Any) -> str:
-        """Run the stock method. Raises `ValueError` for a repository name from which diffusers could not load."""
         check_repository(type(self), repo_id)
         return super().push_to_hub(repo_id, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
     def save_config(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
-        """Run the stock method, which `save_pretrained` and `push_to_hub` call, and write the source too."""
         if has_code(type(self)):
             folder = Path(save_directory)
             folder.mkdir(parents=True, exist_ok=True)
@@ -7401,7 +8364,6 @@ class SavedWithCode:
         super().save_config(save_directory, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
     def to_json_string(self) -> str:
-        """Return the stock configuration, with the class named as one of `pipeline.py`."""
         text: str = super().to_json_string()  # pyright: ignore[reportAttributeAccessIssue]
         if not has_code(type(self)):
             return text
@@ -7410,12 +8372,10 @@ class SavedWithCode:
 
     @classmethod
     def _dict_from_json_file(cls, json_file: str | os.PathLike) -> dict[str, Any]:
-        """Return the configuration in a file, without the name of its source, which this class does not need."""
         index = super()._dict_from_json_file(json_file)  # pyright: ignore[reportAttributeAccessIssue]
         return index | ({"_class_name": cls.__name__} if isinstance(index.get("_class_name"), list) else {})
 
 def check_repository(cls: type, repository: str) -> None:
-    """Raise `ValueError` for a dot in a repository's name: diffusers makes it a module name with siblings to import."""
     if has_code(cls) and "." in repository:
         raise ValueError(
             f"Expected a repository name without a dot, but got {repository!r}: diffusers cannot load code of several "
@@ -7423,18 +8383,12 @@ def check_repository(cls: type, repository: str) -> None:
         )
 
 def dynamic_files(module: str) -> list[Path]:
-    """Return the file of a module that diffusers is loading, and that of the bundle if this code is part of one."""
     origins = [str(sys.modules[module].__file__)]
     if __spec__.name.startswith(DYNAMIC_MODULES):
         origins.append(str(__spec__.origin))
     return [Path(origin) for origin in origins]
 
 def make_way(module: str, source: str) -> None:
-    """Let diffusers load this and the next pipeline from a local folder as if each were the first.
-
-    It copies the files of each to the same place and runs each `pipeline.py` in the same module, where it expects a
-    single pipeline class. Python imports a name once, and compiles no file of the same size and second again.
-    """
     for name, value in list(vars(sys.modules[module]).items()):
         is_pipeline = isinstance(value, type) and issubclass(value, DiffusionPipeline)
         if is_pipeline and value.__module__ == module and f"class {name}(" not in source:
@@ -7445,16 +8399,10 @@ def make_way(module: str, source: str) -> None:
         sys.modules.pop(__spec__.name, None)
 
 def has_code(cls: type) -> bool:
-    """Return whether a class was loaded from a file or can be imported, unlike one of a script or a notebook."""
     importable = getattr(sys.modules.get(cls.__module__), cls.__name__, None) is cls and cls.__module__ != "__main__"
     return "_code" in vars(cls) or importable
 
 def code_of(cls: type) -> dict[str, str]:
-    """Return the source of a class that `has_code`: file name to text.
-
-    The files that it was loaded from; for a class of this package those of a Hub card; for any other class an import
-    from its package.
-    """
     if "_code" in vars(cls):
         return vars(cls)["_code"]
     if cls.__module__.startswith("noiseopt.pipelines."):  # the bundler is no part of a bundle
@@ -7481,7 +8429,6 @@ class NoiseDraw:
         return encode(*args, **kwargs)
 
     def prepare_latents(self, pipe, *args, **kwargs):
-        """Run the stock method on noise of the sampler."""
         space = LatentSpace(pipe, args, kwargs, self.noise_sampler)
         return space.on(pipe, space.draw_noise)
 
@@ -7524,12 +8471,10 @@ class NoiseRun:
         self.result: NoiseResult | None = None
 
     def encode_prompt(self, encode, *args, **kwargs):
-        """Record the output of the stock method, which the inner runs replay."""
         self.encoded.append(encode(*args, **kwargs))
         return self.encoded[-1]
 
     def prepare_latents(self, pipe, *args, **kwargs):
-        """Draw the base noise as the stock method does, optimize it, and prepare the latents of the result."""
         method, space = self.method, LatentSpace(pipe, args, kwargs, self.noise_sampler)
         device = torch.device(space.arguments.get("device") or execution_device(pipe))
         random_state = RandomState(self.request.get("generator"), device)
@@ -7564,7 +8509,6 @@ class NoiseRun:
         return sampler.prepare(pipe, self.result.noise.to(noise.dtype))
 
     def result_of(self, pipe) -> NoiseResult:
-        """Return the result of a call that has ended."""
         if self.result is None:
             raise TypeError(
                 f"Expected a call that prepares its latents with `prepare_latents`, but that of {type(pipe).__name__} "
@@ -7601,7 +8545,7 @@ class NoiseOptimizationMixin(SavedWithCode):
             return super().from_pipe(pipeline, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
         as_they_are = {"to": lambda pipe, *_, **__: pipe, "__module__": cls.__module__}
         unconverted = type(cls.__name__, (cls,), as_they_are)
-        made = super(NoiseOptimizationMixin, unconverted).from_pipe(pipeline, **kwargs)  # pyright: ignore
+        made = super(NoiseOptimizationMixin, unconverted).from_pipe(pipeline, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
         made.__class__ = cls
         return made
 
@@ -7688,7 +8632,6 @@ class NoiseOptimizationMixin(SavedWithCode):
         return inspect.cleandoc(NoiseOptimizationMixin.__call__.__doc__ or "")
 
 def check_nothing_beside(**arguments: Any) -> None:
-    """Raise `ValueError` for arguments that mean nothing without a method."""
     if given := [name for name, value in arguments.items() if value is not None]:
         raise ValueError(
             f"Expected a method beside `{given[0]}`, but got none: there is nothing to optimize. Leave it out, or pass "
@@ -7703,24 +8646,22 @@ def has_stock_call(cls: type) -> bool:
     return True
 
 def call_with_signature(cls: Any) -> Any:
-    """Return the inherited `__call__` of a pipeline class, with the signature of the stock class and our parameters."""
     inherited = cls.__call__
 
     @functools.wraps(inherited)
-    def __call__(self, *args, **kwargs):
+    def call(self, *args, **kwargs):
         return super(cls, self).__call__(*args, **kwargs)
 
     stock = list(inspect.signature(stock_call(cls)).parameters.values())
     rest = [parameter for parameter in stock if parameter.kind is inspect.Parameter.VAR_KEYWORD]
     ours = cls.own_parameters()
     named = [parameter for parameter in stock if parameter not in rest and parameter.name not in {p.name for p in ours}]
-    vars(__call__)["__signature__"] = inspect.Signature([*named, *ours, *rest])
-    __call__.__doc__ = cls.call_documentation()
-    return __call__
+    vars(call)["__signature__"] = inspect.Signature([*named, *ours, *rest])
+    call.__doc__ = cls.call_documentation()
+    return call
 
 @contextlib.contextmanager
 def hook_on(pipe, run: NoiseRun | NoiseDraw) -> Iterator[None]:
-    """Route the prompts and latents of a pipeline's call to a run."""
     vars(pipe)["_noise_run"] = run
     try:
         yield
@@ -7729,7 +8670,6 @@ def hook_on(pipe, run: NoiseRun | NoiseDraw) -> Iterator[None]:
 
 @functools.cache
 def hooked(cls: type) -> type:
-    """Return a subclass of a pipeline class with the hook, or the class itself if it has one."""
     if hasattr(cls, "_noise_run"):
         return cls
     return type(cls.__name__, (NoiseOptimizationMixin, cls), {"__module__": cls.__module__})
@@ -7746,32 +8686,6 @@ def optimize_noise(
     save_noise_to: str | os.PathLike[str] | None = None,
     **call_kwargs,
 ) -> NoiseResult:
-    """Find the initial noise of a call to any diffusers text-to-image pipeline. The pipeline stays unmodified.
-
-    Args:
-        pipe: A loaded pipeline of any family whose `prepare_latents` draws Gaussian noise.
-        prompt: As in the pipeline's call. Each image is optimized independently unless the method compares images.
-        method: A method such as `ReNO(rewards={"pickscore": 1.0})`, or a name of `list_methods()`.
-        method_kwargs: The settings of a method given by name.
-        callbacks: Callbacks per optimization step. See `NoiseCallback`.
-        noise_sampler: The distribution of the noise, candidates included: `"white"`, as in the pipeline itself,
-            `"pink"`, `"coupled"`, a dict such as `{"name": "pink", "alpha": 0.3}`, `PinkNoise(0.3)`, or any function
-            `(shape, generator, device, dtype)` that returns noise of unit variance. Not beside `latents`.
-        reward_prompt: The prompt that rewards are asked about instead of the prompt of the call: one, or one for each
-            image.
-        save_noise_to: A file for the best noise so far, to be read by `NoiseResult.load`. It is written after the first
-            step, every few seconds, and when the run ends in any way; it is always complete. An existing file is
-            replaced.
-        call_kwargs: The other arguments of `pipe(prompt, ...)`: steps, guidance, size, generator, latents ...
-
-    Returns:
-        The result; `pipe(prompt, latents=result.latents, **call_kwargs)` generates its images. An exception, Ctrl-C
-        included, leaves the pipeline as it was, and carries the best so far as its `noise_result`.
-
-    Raises:
-        ValueError: Before any model runs, for settings or a pipeline state that cannot work.
-        TypeError: For an argument that the pipeline does not take, or a pipeline without a noise to optimize.
-    """
     method = as_method(method, method_kwargs)
     twin = copy.copy(pipe)
     twin.__class__ = hooked(type(pipe))
@@ -7881,179 +8795,9 @@ class MethodMixin(NoiseOptimizationMixin):
         return vars(self).setdefault(attribute if device is None else f"{attribute}_on_{device}", {})
 
 def merged_settings(arguments: dict[str, Any], others: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Merge settings given as arguments and in `method_kwargs`. Raises `ValueError` for one given in both."""
     if twice := sorted(arguments.keys() & (others or {}).keys()):
         raise ValueError(f"Expected each setting once, but got {twice} as arguments and in `method_kwargs` too.")
     return {**arguments, **(others or {})}
-
-# pipelines/reno/views.py
-
-VIEW_SHIFT = 0.05  # of the image's side
-VIEW_ZOOM = 0.05
-VIEW_NOISE = 0.03  # standard deviation, pixels in [0, 1]
-
-def random_views(images: Tensor, count: int, seeds: Sequence[int]) -> Iterator[Tensor]:
-    """Slightly shifted, zoomed and noisy copies of the images, differentiable.
-
-    The gradient of a reward averaged over such views lacks the patterns that please one exact grid of pixels, which is
-    how reward hacking begins ("expectation over transformation", Athalye et al., https://arxiv.org/abs/1707.07397).
-
-    Args:
-        images: (B, 3, H, W) in [0, 1].
-        count: How many views.
-        seeds: B integers: the views of an image depend on its own seed alone.
-
-    Yields:
-        `count` tensors (B, 3, H, W) in [0, 1], moved by up to 5% of the side, zoomed by up to 5%, with noise of 0.03.
-    """
-    streams = [torch.Generator().manual_seed(seed) for seed in seeds]
-    for _ in range(count):
-        chance = torch.stack([torch.rand(3, generator=stream) for stream in streams]) * 2 - 1
-        grain = torch.stack([torch.randn(images.shape[1:], generator=stream) for stream in streams])
-        affine = torch.zeros(len(images), 2, 3)
-        affine[:, 0, 0] = affine[:, 1, 1] = 1 + VIEW_ZOOM * chance[:, 0]
-        affine[:, :, 2] = 2 * VIEW_SHIFT * chance[:, 1:]  # the grid of an image spans 2
-        grid = F.affine_grid(affine, list(images.shape), align_corners=False).to(images)
-        moved = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
-        yield (moved + VIEW_NOISE * grain.to(images)).clamp(0, 1)
-
-# pipelines/reno/objective.py
-
-class ViewedRewards(RewardObjective):
-    """`RewardObjective` whose gradient is the mean over random views of each image; the value is the image's own.
-
-    Args:
-        rewards: A `RewardSum`, or anything that it takes.
-        views: The number of views; 0 for the gradient of the image itself. See `random_views`.
-    """
-
-    def __init__(self, rewards: Any, views: int) -> None:
-        super().__init__(rewards)
-        self.views = views
-
-    def evaluate(self, sample: Sample) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        images = sample.images
-        if self.views == 0 or not images.requires_grad:
-            return super().evaluate(sample)
-        output = self.rewards(images.detach(), sample.prompts, chunk_size=sample.chunk_size)
-        gradient = self.gradient_by_views(images, sample.prompts, sample.seeds, sample.chunk_size or len(images))
-        return -AttachedGradient.apply(images, output.total, gradient), output.components  # pyright: ignore
-
-    def gradient_by_views(
-        self, images: torch.Tensor, prompts: Any, seeds: Sequence[int], chunk_size: int
-    ) -> torch.Tensor:
-        """Return the mean gradient `(B, 3, H, W)` of the views with respect to the pixels, a chunk at a time."""
-        gradient = torch.empty_like(images)
-        for start in range(0, len(images), chunk_size):
-            rows = slice(start, start + chunk_size)
-            leaf, texts = images[rows].detach().requires_grad_(), part_of_prompts(prompts, rows)
-            views = random_views(leaf, self.views, seeds[rows])
-            total = torch.stack([self.weighted(view, texts).total.sum() for view in views]).mean()
-            gradient[rows] = torch.autograd.grad(total, leaf)[0] if total.requires_grad else 0
-        return gradient
-
-    @functools.cached_property
-    def weighted(self) -> RewardSum:
-        """The rewards whose weight is not 0."""
-        return self.rewards.optimised()
-
-# pipelines/reno/method.py
-
-RENO_PRIOR = 0.01
-RENO_VIEWS = 4
-RENO_SIZE = 4 * 64 * 64  # entries of the noise for which the paper's learning rate was chosen
-
-@dataclasses.dataclass
-class ReNOState:
-    """Momentum `(B, C, H, W)`, and the norms `(B,)` of the base noise."""
-
-    velocity: torch.Tensor
-    radius: torch.Tensor
-
-@register_method("reno")
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ReNO(RewardOptimizer):
-    """Gradient ascent on rewards with momentum; returns the noise of the best image.
-
-    "ReNO: Enhancing One-step Text-to-Image Models through Reward-based Noise Optimization", Eyring et al., NeurIPS
-    2024, https://arxiv.org/abs/2406.04312.
-
-    `mode="parity"` follows the released loop step by step: SGD with Nesterov momentum 0.9, the summed gradient of
-    rewards and χ prior clipped to 0.1, `steps` evaluations and `steps − 1` updates, the best image by the rewards
-    without the prior, and rewards that see un-clamped bicubic pixels. Two differences: clip, prior and best are per
-    image; noise, momentum and norms are float32.
-
-    `mode="default"` keeps the update and changes four things. The gradient is the mean over several slightly shifted
-    and noisy views of the image, which suppresses patterns that please one exact pixel grid; scores, losses and the
-    choice of the best remain those of the image itself. The norm of the noise is kept by projection instead of a prior.
-    The learning rate is in units of √(d / 16384), so that one value suits any latent size: the paper's 5 at 512 px, and
-    its 10 at 1024 px. Saturated pixels keep their gradient.
-
-    Args:
-        steps: Evaluations, the baseline included. The paper: 50.
-        mode: "default" or "parity".
-        learning_rate: η.
-        momentum: The coefficient of Nesterov momentum.
-        max_grad_norm: The L2 norm to which the gradient of each image is clipped; with η it sets the step length.
-        regularization: λ_reg, the weight of the χ prior; `None` is 0.01 for parity, and projection otherwise.
-        views: The number of views that give the gradient, each one more pass of the rewards; 0 is the image itself;
-            `None` is 0 for parity and 4 otherwise.
-        gradient: "full" differentiates the whole chain; "frozen" holds the model outputs constant.
-        preview: Reward the x0 estimate of one model call instead of the whole chain.
-    """
-
-    mode: Literal["default", "parity"] = "default"
-    learning_rate: float = checked(5.0, "[0, inf)")
-    momentum: float = checked(0.9, "[0, 1)")
-    max_grad_norm: float = checked(0.1, "(0, inf)")
-    regularization: float | None = checked(None, "[0, inf)")
-    views: int | None = checked(None, "[0, inf)")
-    gradient: Literal["full", "frozen"] = "full"
-    preview: bool = False
-
-    @property
-    def prior(self) -> ChiPrior | None:
-        """The χ prior, or `None` where the norm is kept by projection."""
-        if self.regularization is None and self.mode == "default":
-            return None
-        return ChiPrior(RENO_PRIOR if self.regularization is None else self.regularization)
-
-    def objective(self, pipe) -> ViewedRewards:
-        rewards, views = self.load_rewards(pipe, self.rewards), self.views
-        if self.mode == "parity":
-            return ViewedRewards(on_released_pixels(rewards), views or 0)
-        return ViewedRewards(rewards, RENO_VIEWS if views is None else views)
-
-    def regularizer(self, noise: torch.Tensor) -> torch.Tensor | float:
-        return self.prior(noise) if self.prior else 0.0
-
-    def start(self, problem: NoiseProblem) -> ReNOState:
-        return ReNOState(torch.zeros_like(problem.noise), per_sample_norm(problem.noise))
-
-    def step(self, run: NoiseState, gradient: torch.Tensor, state: ReNOState) -> torch.Tensor:
-        gradient = clip_per_sample(gradient, self.max_grad_norm)
-        state.velocity = self.momentum * state.velocity + gradient
-        moved = run.noise - self.step_size(run.noise) * (gradient + self.momentum * state.velocity)
-        return moved if self.prior else moved * per_image(state.radius / per_sample_norm(moved), moved)
-
-    def step_size(self, noise: torch.Tensor) -> float:
-        """Return η, scaled to the size of the noise in default mode."""
-        scale = 1.0 if self.mode == "parity" else math.sqrt(noise[0].numel() / RENO_SIZE)
-        return self.learning_rate * scale
-
-def on_released_pixels(rewards: RewardSum) -> RewardSum:
-    """Return the rewards, weights shared, on pixels as the released loop makes them once for all rewards.
-
-    The shorter side is resized to the model's size in one bicubic pass without clamping, then the center is cropped;
-    also for HPSv2, which pads otherwise. A reward without a transform that knows this form stays as it is.
-    """
-    twins = {}
-    for name, reward in zip(rewards.names, rewards.rewards, strict=True):
-        twin = copy.copy(reward)
-        if as_in_reno := getattr(getattr(reward, "image_transform", None), "as_in_reno", None):
-            twin.image_transform = as_in_reno()
-        twins[name] = twin
-    return rewards.like(twins)
 
 # pipelines/reno/mixin.py
 
@@ -8067,187 +8811,6 @@ class ReNOMixin(MethodMixin, method=ReNO, arguments=("rewards", "steps", "mode")
         steps: Evaluations of ReNO, 50 by default.
         mode: "default", or "parity" for the released loop step by step.
     """
-
-# pipelines/cno/contrastive_loss.py
-
-def attraction_gamma(size: int, tau: float) -> float:
-    """Return the γ at which the strongest attraction equals the strongest repulsion.
-
-    The solution of `exp(1/(γτ)) = (size − 1)·exp(1/τ)`, `1 / (τ·ln(size − 1) + 1)`, of CNO,
-    https://arxiv.org/abs/2510.03813: 0.878 for 5 images and τ = 0.1, and 1 for two. A smaller γ attracts more.
-    """
-    return 1 / (tau * math.log(size - 1) + 1)
-
-def pooled_directions(x0: torch.Tensor, window_size: int) -> torch.Tensor:
-    """Return unit vectors along the channels of a pooled grid, `(B, C, P)` in float32 or better.
-
-    Args:
-        x0: Latents `(B, C, H, W)` or `(B, 1, C, H, W)`.
-        window_size: The number of cells down and across, at most H and W. The grid has P cells.
-    """
-    x0 = x0.to(torch.promote_types(x0.dtype, torch.float32)).flatten(1, -3)
-    down, across = (min(window_size, side) for side in x0.shape[-2:])
-    return F.normalize(F.adaptive_avg_pool2d(x0, (down, across)).flatten(2), dim=1)
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ContrastiveLoss:
-    """InfoNCE of a set of images against its own reference; CNO, https://arxiv.org/abs/2510.03813.
-
-    In every pooled cell, with `f` the cosine along the channels, the loss of image i is
-
-        −log( exp(f(i, refᵢ)/(γτ)) / (exp(f(i, refᵢ)/(γτ)) + Σ_{j≠i} exp(f(i, j)/τ)) ),
-
-    a cross-entropy whose own logit is the attraction to the reference of the image. The loss of image i is the mean
-    over the cells; the loss of the paper is the mean over the images. Both members of a pair get a gradient.
-
-    Attributes:
-        tau: τ, above 0.
-        gamma: γ, above 0, or "auto" for `attraction_gamma`.
-        attraction: Whether to use the numerator; without it images only move away from the others.
-        repulsion: Whether to use the denominator.
-    """
-
-    tau: float
-    gamma: float | str
-    attraction: bool
-    repulsion: bool
-
-    def __call__(self, directions: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-        """Return the losses `(B,)` of the unit vectors `(B, C, P)` of one set, B >= 2, and of its reference."""
-        size = len(directions)
-        gamma = attraction_gamma(size, self.tau) if self.gamma == "auto" else float(self.gamma)
-        own = (directions * reference).sum(1) / (gamma * self.tau)
-        loss = -own if self.attraction else torch.zeros_like(own)
-        if self.repulsion:
-            others = torch.einsum("icp,jcp->ipj", directions, directions) / self.tau
-            diagonal = torch.eye(size, dtype=torch.bool, device=own.device)[:, None]
-            logits = torch.where(diagonal, own[..., None] if self.attraction else -torch.inf, others)
-            loss = loss + logits.logsumexp(-1)
-        return loss.mean(1)
-
-class ContrastiveObjective(Objective):
-    """`ContrastiveLoss` of the x0 estimates of one model call, separately for each group of images with one prompt.
-
-    The first evaluation is the reference, so the reference costs no model call. An object serves one run.
-
-    Args:
-        loss: The loss of one set.
-        window_size: The number of cells down and across of the pooled grid, at most the latent's.
-    """
-
-    def __init__(self, loss: ContrastiveLoss, window_size: int) -> None:
-        self.loss, self.window_size = loss, window_size
-        self.reference: torch.Tensor | None = None
-
-    def check_groups(self, groups: Sequence[int]) -> None:
-        if alone := [group for group in set(groups) if groups.count(group) == 1]:
-            raise ValueError(
-                f"Expected at least 2 images of each prompt to contrast, but got 1 of prompt {min(alone)}: alone it "
-                "has nothing to differ from. Pass `num_images_per_prompt=5`, say."
-            )
-
-    def evaluate(self, sample: Sample) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        directions = pooled_directions(sample.x0, self.window_size)
-        if self.reference is None:
-            self.reference = directions.detach()
-        losses, similarities = directions.new_zeros(2, len(directions))
-        for rows in sets(sample.groups):
-            part = directions[rows]
-            losses = losses.index_put((rows,), self.loss(part, self.reference[rows]))
-            similarities[rows] = mean_similarity(part.detach())
-        return losses, {"similarity": similarities}
-
-    def describe(self) -> dict[str, float | int | str | bool]:
-        return {**dataclasses.asdict(self.loss), "window_size": self.window_size}
-
-def mean_similarity(directions: torch.Tensor) -> torch.Tensor:
-    """Return the mean cosine of each image to the B − 1 others, `(B,)` in [-1, 1], of unit vectors `(B, C, P)`."""
-    cosines = torch.einsum("icp,jcp->ij", directions, directions) / directions.shape[-1]
-    return (cosines.sum(1) - cosines.diagonal()) / (len(directions) - 1)
-
-# pipelines/cno/method.py
-
-@dataclasses.dataclass
-class CNOState:
-    """The parameter that Adam moves, the optimizer, and `(B,)` one over the number of images of each set."""
-
-    noise: torch.nn.Parameter
-    adam: torch.optim.Adam
-    shares: torch.Tensor
-
-@register_method("cno")
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class CNO(NoiseOptimizer):
-    """Moves the noises of one prompt so that their images differ, with a few model calls before the sampling.
-
-    "Diverse Text-to-Image Generation via Contrastive Noise Optimization", Kim, Um and Ye, ICLR 2026,
-    https://arxiv.org/abs/2510.03813.
-
-    Each step calls the denoiser once, guided as in the sampling, for the x0 estimate (Tweedie) of each noise at the
-    first timestep, and makes one step of Adam on the contrastive loss: away from the other images of the same prompt,
-    towards the first estimate of its own. Images of different prompts do not interact. The last noise is returned.
-
-    The defaults are the paper's. The released code is `CNO(gradient="full", gamma=1.0)`.
-
-    Args:
-        steps: Evaluations, each one call of the denoiser followed by an update.
-        window_size: The number of cells down and across of the grid to which estimates are pooled, at most the
-            latent's.
-        tau: τ, the temperature.
-        gamma: γ, which scales the temperature of the attraction: smaller attracts more. "auto" is
-            `1 / (τ·ln(B − 1) + 1)` for B images of a prompt.
-        learning_rate: The learning rate of Adam: roughly the most that an entry of the noise moves in a step.
-        gradient: "frozen" holds the output of the denoiser constant: no backward pass through it, and no more memory
-            than sampling. "full" differentiates the denoiser.
-        attraction: Pull each estimate towards its first value; `False` for more diversity and less quality.
-        repulsion: Push the estimates of a prompt apart.
-    """
-
-    steps: int = checked(3, "[1, inf)")
-    window_size: int = checked(16, "[1, inf)")
-    tau: float = checked(0.1, "(0, inf)")
-    gamma: float | Literal["auto"] = checked("auto", "(0, inf)")
-    learning_rate: float = checked(1e-2, "(0, inf)")
-    gradient: Literal["full", "frozen"] = "frozen"
-    attraction: bool = True
-    repulsion: bool = True
-    returns: ClassVar[Literal["best", "last"]] = "last"
-
-    @property
-    def previews(self) -> bool:
-        return True
-
-    def check(self) -> None:
-        super().check()
-        if not (self.attraction or self.repulsion):
-            raise ValueError("Expected `attraction` or `repulsion`, but got neither: there is nothing to optimize.")
-
-    def objective(self, pipe) -> ContrastiveObjective:
-        if self.gradient == "frozen" and pipe.scheduler.config.get("prediction_type") == "sample":
-            raise ValueError(
-                "Expected a denoiser that predicts noise or velocity, but this one predicts x0 itself, which does not "
-                'depend on the noise once its output is held constant. Use `gradient="full"`.'
-            )
-        loss = ContrastiveLoss(tau=self.tau, gamma=self.gamma, attraction=self.attraction, repulsion=self.repulsion)
-        return ContrastiveObjective(loss, self.window_size)
-
-    def start(self, problem: NoiseProblem) -> CNOState:
-        noise = torch.nn.Parameter(problem.noise.clone())
-        sizes = Counter(problem.groups)
-        shares = torch.tensor([1 / sizes[group] for group in problem.groups]).to(noise)
-        return CNOState(noise, torch.optim.Adam([noise], self.learning_rate), shares)
-
-    def step(self, run: NoiseState, gradient: torch.Tensor, state: Any) -> torch.Tensor:
-        if self.repulsion and not gradient.any():
-            raise ValueError(
-                "Expected x0 estimates that depend on the noise, but their gradient is zero: with zero terminal SNR, "
-                f"as {type(run.pipeline.scheduler).__name__} has here, the first estimate is the output of the "
-                'denoiser alone. Use `gradient="full"`.'
-            )
-        state.noise.data = run.noise.clone()
-        state.noise.grad = gradient * per_image(state.shares, gradient)  # the loss of a set is the mean over its images
-        state.adam.step()
-        return state.noise.detach().clone()
 
 # pipelines/cno/mixin.py
 
@@ -8264,239 +8827,6 @@ class CNOMixin(MethodMixin, method=CNO, arguments=("steps", "gamma", "gradient")
         gradient: "frozen", the default, as in the paper; "full" differentiates the denoiser as the released code does.
     """
 
-# pipelines/noise_diffusion/candidate_choice.py
-
-def best_of_pool(
-    noise: torch.Tensor, ascent: torch.Tensor, gamma: torch.Tensor, fresh: CandidateNoise, count: int
-) -> torch.Tensor:
-    """Return for each image the candidate with the largest ⟨∇s, v⟩ / ‖v‖².
-
-    Noise Diffusion, https://arxiv.org/abs/2411.16503, divides by the squared norm: this is not a cosine. Candidates are
-    drawn one at a time, so memory does not grow with `count`.
-
-    Args:
-        noise: z, `(B, ...)`.
-        ascent: ∇s, `(B, ...)`; its scale does not matter.
-        gamma: γ, `(B,)` in [0, 1].
-        fresh: The source of candidates.
-        count: N, the number of candidates, at least 1.
-    """
-    best = fresh.draw()
-    highest = ascent_rate(noise, ascent, gamma, best)
-    for _ in range(count - 1):
-        sigma = fresh.draw()
-        rate = ascent_rate(noise, ascent, gamma, sigma)
-        better = rate > highest
-        best, highest = torch.where(per_image(better, best), sigma, best), torch.where(better, rate, highest)
-    return best
-
-def ascent_rate(noise: torch.Tensor, ascent: torch.Tensor, gamma: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-    """Return ⟨∇s, v⟩ / ‖v‖², `(B,)`, with ∇s scaled to length 1: gradients of tiny scores underflow in float32."""
-    v = displacement(noise, sigma, gamma)
-    return (unit(ascent) * v).flatten(1).sum(1) / v.square().flatten(1).sum(1)
-
-def guided_gaussian(ascent: torch.Tensor, fresh: CandidateNoise, count: float) -> torch.Tensor:
-    """Draw from the distribution of the one of `count` Gaussian noises that has the largest projection on `ascent`.
-
-    The maximum of N standard normals is Φ⁻¹(U^(1/N)) for a uniform U, and the component orthogonal to `ascent` is
-    Gaussian whichever candidate wins. So one draw replaces a pool of any size, even 10¹². Unlike `best_of_pool` it
-    ranks by ⟨∇s, σ⟩ alone; both choose the same candidate in nine of ten draws. The distribution is exact for white
-    noise; noise with another spectrum keeps it only orthogonal to `ascent`.
-
-    Args:
-        ascent: ∇s, `(B, ...)`; where it is zero the draw is plain Gaussian noise.
-        fresh: The source of noise.
-        count: N, any number of at least 1; 1 is plain Gaussian noise.
-    """
-    sigma, direction = fresh.draw(), unit(ascent)
-    tail = -torch.expm1(fresh.uniform().clamp_min(1e-300).log() / count)  # 1 − U^(1/N), exact also where it is tiny
-    projection = -torch.special.ndtri(tail).to(sigma.dtype)
-    shift = projection - (sigma * direction).flatten(1).sum(1)
-    return sigma + per_image(shift, sigma) * direction
-
-# pipelines/noise_diffusion/unit_score.py
-
-SCORE_SLACK = 1e-3  # rounding error of a probability
-
-class UnitScore(RewardObjective):
-    """Minus the total of rewards, which lies in [0, 1] or is mapped there by `score_range`.
-
-    Args:
-        rewards: A `RewardSum`, or anything that it takes.
-        score_range: The totals (low, high) that become the scores 0 and 1; `None` for totals in [0, 1].
-
-    Raises:
-        ValueError: For rewards whose published range exceeds [0, 1]; at the first evaluation, for a total outside.
-    """
-
-    def __init__(self, rewards: Any, score_range: tuple[float, float] | None = None) -> None:
-        super().__init__(rewards)
-        self.score_range = score_range
-        if score_range is None:
-            self.check_ranges()
-        elif not (len(score_range) == 2 and all(map(math.isfinite, score_range)) and score_range[0] < score_range[1]):
-            raise ValueError(f"Expected `score_range` as (low, high) with low < high, but got {score_range!r}.")
-
-    def check_ranges(self) -> None:
-        """Raise `ValueError` if the published ranges allow a total outside [0, 1]."""
-        low = high = 0.0
-        for reward, weight in zip(self.rewards.rewards, self.rewards.weights.values(), strict=True):
-            span: Any = reward.range
-            if span is None and weight and hasattr(reward, "function"):
-                return  # a callable without a range: its values are checked
-            if weight:
-                ends = span or (-math.inf, math.inf)
-                low, high = low + weight * ends[0], high + weight * ends[1]
-        if low < 0 or high > 1:
-            raise ValueError(self.advice(f"{list(self.rewards.weights)} have a total from {low:g} to {high:g}"))
-
-    def evaluate(self, sample: Sample) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        loss, scores = super().evaluate(sample)
-        self.check_total(-loss.detach())
-        return loss, scores
-
-    def try_out(self, prompt: str, height: int, width: int, gradient: bool) -> None:
-        super().try_out(prompt, height, width, gradient)
-        if all(hasattr(reward, "function") for reward in self.rewards.rewards):
-            image = torch.rand(1, 3, height, width, generator=torch.Generator().manual_seed(0))
-            with torch.no_grad():
-                self.check_total(self.rewards(image, prompt).total)
-
-    def check_total(self, total: torch.Tensor) -> None:
-        if self.score_range is None and not ((total >= -SCORE_SLACK) & (total <= 1 + SCORE_SLACK)).all():
-            raise ValueError(self.advice(f"{list(self.rewards.weights)} gave {[round(x, 4) for x in total.tolist()]}"))
-
-    @staticmethod
-    def advice(found: str) -> str:
-        return (
-            f"Expected a score in [0, 1], since the step is γ = 1 − √score, but {found}. Pass the totals of bad and "
-            "good images as `score_range=(low, high)`, or map the reward yourself, as with `torch.sigmoid`."
-        )
-
-    @staticmethod
-    def score_of(total: torch.Tensor, score_range: tuple[float, float] | None) -> torch.Tensor:
-        """Map totals `(B,)` to scores in [0, 1], linearly in `score_range` and clamped."""
-        low, high = score_range or (0.0, 1.0)
-        return ((total - low) / (high - low)).clamp(0, 1)
-
-# pipelines/noise_diffusion/method.py
-
-@register_method("noise_diffusion")
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class NoiseDiffusion(RewardOptimizer):
-    """Mixes into the noise, round by round, the fresh Gaussian noise that leads up the score the most.
-
-    "Noise Diffusion for Enhancing Semantic Faithfulness in Text-to-Image Synthesis", Miao et al., CVPR 2025,
-    https://arxiv.org/abs/2411.16503.
-
-    Each round samples the image by the whole chain without a graph through the denoiser, scores it by s in [0, 1], and
-    sets `z ← √(1−γ)·z + √γ·σ*` with γ = 1 − √s: a low score moves far, a high one hardly. σ* is the one of N Gaussian
-    candidates with the largest ⟨∇s, v⟩ / ‖v‖², where v is the change of z. The model outputs are held constant for ∇s,
-    so the chain is a multiple of the identity, and only decoder and scorer are differentiated. The noise of the best
-    image is returned.
-
-    The released code passes pixels in [-1, 1] to a scorer of [0, 1], and loses the noise of the best image: neither is
-    reproduced.
-
-    Args:
-        rewards: The scorer: rewards as `RewardSum` takes them, with a total in [0, 1], such as the P("yes") of
-            "vqascore" or a loaded `VQAScorer`. Other rewards need `score_range`.
-        steps: Evaluations, the baseline included: M + 1. The paper: M = 50.
-        candidates: N. The paper: 50. Any number, not only an integer, for `selection="exact"`.
-        selection: "pool" draws N candidates and takes the best by the rule above; "exact" draws once from the
-            distribution of the one with the largest ⟨∇s, σ⟩; "random" takes the first candidate, needs no gradient,
-            and accepts black boxes.
-        accept: "always" goes on from the new noise, as in the paper; "better" from the best so far.
-        threshold: Stop an image whose score is at least this.
-        patience: Stop an image after this many rounds without a better score.
-        score_range: (low, high): s is the position of the total between the two, clamped to [0, 1].
-        gradient: "frozen" holds the outputs of the denoiser constant; "full" differentiates the whole chain.
-    """
-
-    rewards: Any = "vqascore"
-    steps: int = checked(51, "[1, inf)")
-    candidates: float = checked(50, "[1, inf)")
-    selection: Literal["pool", "exact", "random"] = "pool"
-    accept: Literal["always", "better"] = "always"
-    threshold: float | None = checked(None, "[0, 1]")
-    patience: int | None = checked(None, "[1, inf)")
-    score_range: tuple[float, float] | None = None
-    gradient: Literal["full", "frozen"] = "frozen"
-
-    @property
-    def gradient_mode(self) -> Gradient:
-        return None if self.selection == "random" else self.gradient
-
-    def check(self) -> None:
-        super().check()
-        if self.selection != "exact" and not isinstance(self.candidates, int):
-            raise ValueError(
-                f'Expected `candidates` to be an integer unless `selection="exact"`, but got {self.candidates!r}.'
-            )
-
-    def objective(self, pipe) -> UnitScore:
-        rewards = RewardSum(self.rewards, device=self.device_of_rewards(pipe))
-        if self.gradient_mode is not None and (names := rewards.without_gradient()):
-            raise NonDifferentiableReward(
-                f"Expected a scorer with a gradient, but {names} have none. `VQAScorer` has one for vision-language "
-                f'models of the types {", ".join(sorted(VLM_FAMILIES))}. For a black box use `selection="random"`.'
-            )
-        return UnitScore(rewards, self.score_range)
-
-    def start(self, problem: NoiseProblem) -> "NoiseDiffusionState":
-        return NoiseDiffusionState(CandidateNoise(problem))
-
-    def inspect(self, run: NoiseState, objective: Any, state: "NoiseDiffusionState") -> None:
-        """Stop the images that have reached the threshold or run out of patience."""
-        state.count_waiting(run.loss)
-        if self.threshold is not None:
-            low, high = self.score_range or (0.0, 1.0)
-            run.stop("threshold", state.lowest <= -(low + self.threshold * (high - low)))
-        if self.patience is not None:
-            run.stop("patience", state.waited >= self.patience)
-
-    def step(self, run: NoiseState, gradient: torch.Tensor | None, state: "NoiseDiffusionState") -> torch.Tensor:
-        state.move_to(run, gradient, self.accept == "always")
-        noise, ascent = state.noise, -state.gradient
-        gamma = 1 - UnitScore.score_of(-state.loss, self.score_range).sqrt()
-        if self.selection == "pool":
-            sigma = best_of_pool(noise, ascent, gamma, state.fresh, int(self.candidates))
-        elif self.selection == "exact":
-            sigma = guided_gaussian(ascent, state.fresh, self.candidates)
-        else:
-            sigma = state.fresh.draw()
-        return noise + displacement(noise, sigma, gamma)
-
-class NoiseDiffusionState:
-    """The noise from which each image goes on, with its loss and gradient.
-
-    Attributes:
-        fresh: The source of candidates.
-        noise, gradient: `(B, C, H, W)`; the gradient is zero for a method without.
-        loss: `(B,)`.
-        lowest, waited: `(B,)`, the lowest loss so far and the number of rounds since then.
-    """
-
-    def __init__(self, fresh: CandidateNoise) -> None:
-        self.fresh = fresh
-        self.noise, self.gradient = fresh.like, torch.zeros_like(fresh.like)
-        self.loss = self.lowest = torch.full((len(fresh.like),), math.inf, device=fresh.like.device)
-        self.waited = torch.zeros_like(self.loss, dtype=torch.long)
-
-    def count_waiting(self, loss: torch.Tensor) -> None:
-        """Update the lowest loss and the number of rounds without a lower one."""
-        better = loss < self.lowest
-        self.lowest = torch.where(better, loss, self.lowest)
-        self.waited = torch.where(better, 0, self.waited + 1)
-
-    def move_to(self, run: NoiseState, gradient: torch.Tensor | None, always: bool) -> None:
-        """Go on from the noise that was evaluated: always, or where it is better."""
-        here = torch.zeros_like(run.noise) if gradient is None else gradient
-        better = (run.loss < self.loss) | always
-        self.noise = torch.where(per_image(better, here), run.noise, self.noise)
-        self.gradient = torch.where(per_image(better, here), here, self.gradient)
-        self.loss = torch.where(better, run.loss, self.loss)
-
 # pipelines/noise_diffusion/mixin.py
 
 class NoiseDiffusionMixin(
@@ -8512,296 +8842,6 @@ class NoiseDiffusionMixin(
         selection: "pool", the default and the paper's, "exact" or "random".
     """
 
-# rewards/sets/set_reward_sum.py
-
-SetRewardsLike = str | SetReward | nn.Module | Mapping[Any, Any] | Sequence[Any]
-
-@dataclass(frozen=True)
-class SetRewardSumOutput:
-    """Values of one set of images.
-
-    Attributes:
-        total: a scalar, the weighted sum, with its gradient.
-        components: name -> a scalar, each in its own units, unweighted and detached: they are for reporting.
-    """
-
-    total: Tensor
-    components: dict[str, Tensor]
-
-class SetRewardSum(nn.Module):
-    """`sum_i weight_i * set_reward_i(images)`, one number for the whole set, higher is better.
-
-    What is plain is enough, so that it can be given to a pipeline from the Hub:
-
-        {"dpp": 150.0}                                      # name -> weight, on its default features
-        {"dpp": ("clip", 150.0), "pairwise": ("lpips", 60.0)}   # name -> (features, weight)
-        [("dpp", 150.0), ("dpp", "clip", 50.0)]             # the same reward on two features
-        "dpp"                                               # weight 1
-
-    Features are a registered name, a Hub id, a folder or a `Features`. Those of the same name are loaded once, and all
-    set rewards on the same features share their forward pass.
-
-    In the memory of one image, whatever their number, with the same gradient: all features without a graph, the
-    gradient with respect to them, then one image at a time.
-
-        parts = [total.known_features(image) for image in generated_one_by_one]     # first pass, no graph
-        output, gradient = total.gradient(join_features(parts), known)
-        for index, image in enumerate(generated_again_with_a_graph):                # second pass
-            total.linearized(image, {name: rows[index : index + 1] for name, rows in gradient.items()}).backward()
-
-    Args:
-        diversity: one of the above; a `SetReward` in place of a name; or another `SetRewardSum`. A set reward of
-            weight 0 is evaluated and reported, not optimised.
-        dtype, device: of the features that are loaded by name.
-
-    Attributes:
-        rewards: the set rewards, in the order given.
-        names: their names; the second `dpp` becomes `dpp_2`.
-        weights: name -> weight.
-        feature_maps: the features that they look at, each once.
-        feature_names: the names of these, under which `features` gives them.
-
-    Raises:
-        TypeError: something that is no set reward.
-        ValueError: an unknown name, or a weight that is negative or not finite. Names and weights are checked before
-            anything is loaded.
-    """
-
-    def __init__(
-        self,
-        diversity: SetRewardsLike,
-        *,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-    ) -> None:
-        super().__init__()
-        entries = set_reward_entries(diversity)
-        for entry in entries:
-            check_set_reward_entry(*entry)
-        rewards = build_set_rewards(entries, dtype, device)
-        self.rewards = nn.ModuleList(rewards)
-        self.names = distinct_names([str(reward.name) for reward in rewards])
-        self.weights = {name: float(weight) for name, (_, _, weight) in zip(self.names, entries, strict=True)}
-        maps = list({id(reward.features): reward.features for reward in rewards}.values())
-        self.feature_maps = nn.ModuleList(maps)
-        self.feature_names = distinct_names([str(each.name) for each in maps])
-        names_of = {id(each): name for each, name in zip(maps, self.feature_names, strict=True)}
-        self.features_of = {
-            name: names_of[id(reward.features)] for name, reward in zip(self.names, rewards, strict=True)
-        }
-
-    def features(self, images: Tensor) -> dict[str, Tensor]:
-        """Images (B, 3, H, W) in [0, 1] to the features (B, ...) of each map, by its name, with their gradient.
-
-        Raises:
-            ValueError: images that do not meet the contract.
-        """
-        return {name: encode(images) for name, encode in self.maps().items()}
-
-    @torch.no_grad()
-    def known_features(self, images: Tensor, chunk_size: int = 1) -> dict[str, Tensor]:
-        """`features` without a graph, of a few images at a time: those of references, to be kept.
-
-        A set that grows is `join_features([known, total.known_features(new)])`.
-        """
-        return join_features([self.features(chunk) for chunk in images.split(chunk_size)])
-
-    def forward(
-        self,
-        images: Tensor,
-        references: Tensor | Mapping[str, Tensor] | None = None,
-        chunk_size: int | None = None,
-    ) -> SetRewardSumOutput:
-        """The value of the set of all images and references together.
-
-        Args:
-            images: (B, 3, H, W) in [0, 1], on any device.
-            references: (M, 3, H, W), images that are given, or their `known_features`: they count and get no gradient.
-            chunk_size: pass the features with at most so many images at a time, twice, with the memory of so many; the
-                gradient is the same, and cannot be differentiated again. `None` for all at once.
-
-        Raises:
-            ValueError: fewer than two images in all, or images that do not meet the contract.
-            NonFiniteReward: a value that is NaN or infinite.
-        """
-        known = self.known_features(references) if isinstance(references, Tensor) else references
-        if chunk_size is not None:
-            return self.in_chunks(images, known, chunk_size)
-        output = self.of_features(self.features(images), known)
-        return SetRewardSumOutput(output.total.to(images.device), output.components)
-
-    def in_chunks(self, images: Tensor, references: Mapping[str, Tensor] | None, chunk_size: int) -> SetRewardSumOutput:
-        """`forward`: all features without a graph, the gradient in them, then chunk by chunk that in the pixels."""
-        features = self.known_features(images.detach(), chunk_size)
-        if not (images.requires_grad and torch.is_grad_enabled()):
-            output = self.of_features(features, references)
-            return SetRewardSumOutput(output.total.to(images.device), output.components)
-        output, rows = self.gradient(features, references)
-        gradient = torch.empty_like(images)
-        for start in range(0, len(images), chunk_size):
-            part = slice(start, start + chunk_size)
-            gradient[part] = self.pixel_gradient(images[part], {name: each[part] for name, each in rows.items()})
-        total = AttachedGradient.apply(images, output.total.to(images.device), gradient)
-        return SetRewardSumOutput(total, output.components)  # pyright: ignore[reportArgumentType]
-
-    def pixel_gradient(self, images: Tensor, gradient: Mapping[str, Tensor]) -> Tensor:
-        """The gradient of `linearized` with respect to the pixels (B, 3, H, W); its graph is freed on return."""
-        leaf = images.detach().requires_grad_()
-        value = self.linearized(leaf, gradient)
-        if not value.requires_grad:
-            return torch.zeros_like(leaf)
-        return torch.autograd.grad(value, leaf)[0]
-
-    def of_features(
-        self, features: Mapping[str, Tensor], references: Mapping[str, Tensor] | None = None
-    ) -> SetRewardSumOutput:
-        """The same of features (B, ...) and (M, ...) by name, as `features` and `known_features` give them."""
-        for given in (features, references or features):
-            self.check_feature_names(given)
-        total, components = torch.zeros((), device=features[self.feature_names[0]].device), {}
-        for name, reward in zip(self.names, self.rewards, strict=True):
-            its_name, weight = self.features_of[name], self.weights[name]
-            own = features[its_name] if weight else features[its_name].detach()
-            value = reward.of_features(own, None if references is None else references[its_name])  # pyright: ignore[reportCallIssue]
-            components[name] = value.detach()
-            total = total + weight * value.to(total.device)
-        return SetRewardSumOutput(total, components)
-
-    def gradient(
-        self, features: Mapping[str, Tensor], references: Mapping[str, Tensor] | None = None
-    ) -> tuple[SetRewardSumOutput, dict[str, Tensor]]:
-        """The value, and its gradient with respect to the features (B, ...) of each map that is optimised, by name."""
-        wanted = {self.features_of[name] for name, weight in self.weights.items() if weight}
-        leaves = {name: each.detach().requires_grad_(name in wanted) for name, each in features.items()}
-        with torch.enable_grad():
-            output = self.of_features(leaves, references)
-        named = {name: leaf for name, leaf in leaves.items() if name in wanted}
-        gradients = torch.autograd.grad(output.total, list(named.values())) if named else ()
-        output = SetRewardSumOutput(output.total.detach(), output.components)
-        return output, dict(zip(named, gradients, strict=True))
-
-    def linearized(self, images: Tensor, gradient: Mapping[str, Tensor]) -> Tensor:
-        """A scalar whose gradient with respect to some images (B, 3, H, W) of a set is that of the total.
-
-        Args:
-            images: the same as the features were taken of.
-            gradient: their rows (B, ...) of what `gradient` gave.
-        """
-        maps = self.maps()
-        products = [(maps[name](images) * rows).sum().to(images.device) for name, rows in gradient.items()]
-        return torch.stack(products).sum() if products else images.new_zeros(())
-
-    def maps(self) -> dict[str, nn.Module]:
-        """The features by name."""
-        return dict(zip(self.feature_names, self.feature_maps, strict=True))
-
-    def check_feature_names(self, features: Mapping[str, Tensor]) -> None:
-        """Raise `ValueError` unless there are features of each map."""
-        if missing := [name for name in self.feature_names if name not in features]:
-            raise ValueError(
-                f"Expected features of {self.feature_names}, but got those of {list(features)}: {missing} are missing. "
-                "Take them of `features(images)` or `known_features(images)` of the same sum."
-            )
-
-    def check_differentiable(self) -> None:
-        """What a method with gradients calls before any model runs.
-
-        Raises:
-            NonDifferentiableReward: naming the set rewards whose features give no gradient.
-        """
-        entries = zip(self.weights.items(), self.rewards, strict=True)
-        names = [name for (name, weight), reward in entries if weight and not reward.features.differentiable]  # pyright: ignore
-        if names:
-            raise NonDifferentiableReward(
-                f"Expected set rewards with a gradient, but the features of {names} are not differentiable. Give them "
-                "weight 0 to have them reported only, or use a method without gradients."
-            )
-
-    def describe(self) -> dict[str, dict[str, Any]]:
-        """name -> its features and its weight: plain values for the provenance of a result."""
-        return {name: {"features": self.features_of[name], "weight": weight} for name, weight in self.weights.items()}
-
-def join_features(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Features (B_i, ...) by name of several batches as those (sum of B_i, ...) of one."""
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-
-def set_reward_entries(diversity: SetRewardsLike) -> list[tuple[Any, Any, Any]]:
-    """Every accepted form of `diversity=` as a list of (set reward, features or None, weight)."""
-    if isinstance(diversity, Mapping):
-        pairs = diversity.items()
-        entries = [(each, *value) if isinstance(value, (tuple, list)) else (each, value) for each, value in pairs]
-    elif isinstance(diversity, (list, tuple)):
-        entries = [tuple(each) if isinstance(each, (tuple, list)) else (each, 1.0) for each in diversity]
-    elif isinstance(parts := getattr(diversity, "rewards", None), nn.ModuleList):
-        # A sum is known by its attributes: a pipeline from the Hub has its own copy of the class.
-        entries = list(zip(parts, diversity.weights.values(), strict=True))  # pyright: ignore
-    else:
-        entries = [(diversity, 1.0)]
-    if not entries:
-        raise ValueError("Expected at least one set reward, but got none. Pass for example `diversity={'dpp': 150.0}`.")
-    return [with_features(entry) for entry in entries]
-
-def with_features(entry: tuple[Any, ...]) -> tuple[Any, Any, Any]:
-    """(set reward, weight) or (set reward, features, weight) as the latter."""
-    if len(entry) not in (2, 3):
-        raise ValueError(
-            f"Expected a set reward, features if not the default ones, and a weight, but got {entry!r}. Write "
-            "`{'dpp': 150.0}`, `{'dpp': ('clip', 150.0)}` or `[('dpp', 'clip', 150.0)]`."
-        )
-    return entry if len(entry) == 3 else (entry[0], None, entry[1])
-
-def check_set_reward_entry(reward: Any, features: Any, weight: Any) -> None:
-    """Raise unless `reward` can become a set reward on `features`, and `weight` is a finite number of at least 0."""
-    check_set_reward(reward, features)
-    name = reward if isinstance(reward, str) else reward.name
-    if isinstance(features, (str, os.PathLike)):
-        find_features(os.fspath(features))
-    elif features is not None and not isinstance(features, nn.Module):
-        raise TypeError(
-            f"Expected features for the set reward '{name}' by name, Hub id, folder or as `Features`, but got "
-            f"{features!r}. Write (features, weight): `{{'{name}': ('clip', 150.0)}}`."
-        )
-    if not isinstance(weight, numbers.Real) or not math.isfinite(weight) or weight < 0:
-        raise ValueError(
-            f"Expected a finite weight of at least 0 for the set reward '{name}', but got {weight!r}. Higher values "
-            f"mean more diversity. Write `{{'{name}': 150.0}}`, or `{{'{name}': ('clip', 150.0)}}` on other features."
-        )
-
-def check_set_reward(reward: Any, features: Any) -> None:
-    """Raise unless `reward` is a registered name, or a set reward that brings its features."""
-    if isinstance(reward, str):
-        find_set_reward(reward)
-    elif isinstance(reward, type) or not (hasattr(reward, "of_features") and isinstance(reward, nn.Module)):
-        raise TypeError(
-            f"Expected a set reward by name or as an instance of `SetReward`, but got {reward!r}. Weighted ones are "
-            "written `{'dpp': 150.0}` or `[('dpp', 150.0), ...]`."
-        )
-    elif features is not None:
-        raise ValueError(
-            f"Expected no features beside the set reward '{reward.name}', which brings its own, but got {features!r}. "
-            "Leave them out."
-        )
-
-def build_set_rewards(
-    entries: Sequence[tuple[Any, Any, Any]], dtype: torch.dtype | None, device: torch.device | str | None
-) -> list[SetReward]:
-    """The set rewards; features that several name are loaded once."""
-    loaded: dict[str, Features] = {}
-
-    def load(features: Any) -> Any:
-        if not isinstance(features, (str, os.PathLike)):
-            return features
-        path = os.fspath(features)
-        if path not in loaded:
-            loaded[path] = AutoFeatures.from_pretrained(path, dtype=dtype, device=device)
-        return loaded[path]
-
-    classes = [find_set_reward(reward) if isinstance(reward, str) else None for reward, _, _ in entries]
-    return [
-        reward if found is None else found(load(features or found.default_features))
-        for found, (reward, features, _) in zip(classes, entries, strict=True)
-    ]
-
 # pipelines/baselines/plain_sampling.py
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -8816,11 +8856,6 @@ class PlainSampling(NoiseOptimizer):
 # pipelines/results/settings_diff.py
 
 def plain_description(value: Any) -> Any:
-    """Return a setting as a JSON value that is equal for equal settings.
-
-    Tensors become the hash of their bytes. Other objects become what their `describe()` returns, or else their type and
-    name.
-    """
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, Mapping):
@@ -8840,7 +8875,6 @@ def tensor_description(tensor: torch.Tensor) -> dict[str, Any]:
     return {"shape": list(tensor.shape), "dtype": str(tensor.dtype), "sha256": hashlib.sha256(numbers).hexdigest()}
 
 def settings_diff(known: Any, given: Any, name: str = "") -> list[str]:
-    """Return one sentence for each value in which two nested dictionaries differ."""
     if isinstance(known, dict) and isinstance(given, dict):
         names = [*known, *(key for key in given if key not in known)]
         found = [settings_diff(known.get(key), given.get(key), f"{name} {key}".strip()) for key in names]
@@ -8870,7 +8904,6 @@ class ImageSetFolder:
         return self.path / f"image_{index:03d}{suffix}"
 
     def check_free(self) -> None:
-        """Raise `ValueError` unless a set can start here."""
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"Expected a folder for the set, but {self.path} is a file. Choose another name.")
         if self.begun or self.file(0, ".png").exists() or self.file(0, ".safetensors").exists():
@@ -8879,7 +8912,6 @@ class ImageSetFolder:
             )
 
     def write_record(self, record: dict[str, Any]) -> None:
-        """Write the JSON file from the entries named in `IMAGE_SET_RECORD`."""
         text = json.dumps({"format": IMAGE_SET_FORMAT, **record}, indent=1, ensure_ascii=False) + "\n"
         self.path.mkdir(parents=True, exist_ok=True)
         atomic_write(self.path / IMAGE_SET_FILE, lambda part: part.write_text(text, encoding="utf-8"))
@@ -8889,7 +8921,6 @@ class ImageSetFolder:
         result.save(self.file(index, ".safetensors"))
 
     def read_record(self) -> dict[str, Any]:
-        """Read the JSON file. Raises `ValueError` for anything that `write_record` did not write."""
         file = self.path / IMAGE_SET_FILE
         try:
             record = json.loads(file.read_text(encoding="utf-8"))
@@ -8909,7 +8940,6 @@ class ImageSetFolder:
         return {name: record[name] for name in IMAGE_SET_RECORD}
 
     def read_picture(self, index: int) -> Image.Image:
-        """Read the PNG of an image. Raises `ValueError` for one that is missing, broken or not RGB."""
         file = self.file(index, ".png")
         try:
             with Image.open(file, formats=["PNG"]) as image:
@@ -8921,7 +8951,6 @@ class ImageSetFolder:
         return image.convert("RGB")
 
     def read_result(self, index: int, seed: int) -> NoiseResult:
-        """Read the noise of an image. Raises `ValueError` for one that is missing, broken or of another seed."""
         file = self.file(index, ".safetensors")
         try:
             result = NoiseResult.load(file)
@@ -8938,587 +8967,7 @@ class ImageSetFolder:
         )
 
 def is_row(row: dict[str, Any]) -> bool:
-    """Return whether all values of a row are numbers or `None`."""
     return all(value is None or type(value) in (int, float) for value in row.values())
-
-# pipelines/never_too_late/quality_guard.py
-
-GUARD_REPORT = "quality guard"
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class QualityGuard:
-    """Returns an image to its last good noise when a reward of it falls to a limit.
-
-    The guard of It's Never Too Late, https://arxiv.org/abs/2601.00090, per image and for any reward, which need not be
-    optimized nor differentiable. "sharpness" and "complexity" as guards prevent blur and plain backgrounds, which the
-    paper leaves open. Of several limits the lowest counts. An image whose baseline is at its limit is frozen there.
-
-    Args:
-        reward: A name, Hub id or folder of a reward, or any callable `(images, prompts) -> (B,)`. The name of an
-            optimized reward means that reward.
-        drop: The distance of the limit below the baseline's reward, above 0. The paper's intention: 0.05 of HPSv2.1.
-        keep: The limit as a share of the baseline's reward, in (0, 1), for positive rewards.
-        threshold: The limit itself. The paper for FLUX.1-schnell: 0.31 of HPSv2.1.
-        mode: "revert" goes on from the last good noise without momentum; "freeze" leaves the image there.
-
-    Raises:
-        ValueError: For settings that cannot work.
-    """
-
-    reward: Any
-    drop: float | None = None
-    keep: float | None = None
-    threshold: float | None = None
-    mode: Literal["revert", "freeze"] = "revert"
-
-    def __post_init__(self) -> None:
-        for name, low, high in (("drop", 0.0, math.inf), ("keep", 0.0, 1.0), ("threshold", -math.inf, math.inf)):
-            value = getattr(self, name)
-            if value is not None and not (isinstance(value, int | float) and low < value < high):
-                raise ValueError(f"Expected `{name}` of a guard to be a number in ({low}, {high}), but got {value!r}.")
-        if self.drop is None and self.keep is None and self.threshold is None:
-            raise ValueError(
-                f"Expected a limit for the guard {self.reward!r}, but got none. Pass `drop`, `keep` or `threshold`, as "
-                'in `guard={"hpsv2.1": 0.05}` or `guard={"sharpness": {"keep": 0.8}}`.'
-            )
-        if self.mode not in ("revert", "freeze"):
-            raise ValueError(f'Expected `mode` of a guard to be "revert" or "freeze", but got {self.mode!r}.')
-
-    def limits(self, initial: torch.Tensor) -> torch.Tensor:
-        """Return the limit of each image, `(B,)`, from the rewards of the baselines.
-
-        Raises:
-            ValueError: For a share of a negative reward.
-        """
-        if self.keep is not None and (initial < 0).any():
-            raise ValueError(
-                f"Expected rewards of 0 or more for a guard with `keep`, but the baselines have {initial.tolist()}. "
-                "Use `drop` or `threshold`."
-            )
-        limits = torch.full_like(initial, torch.inf)
-        if self.drop is not None:
-            limits = limits.minimum(initial - self.drop)
-        if self.keep is not None:
-            limits = limits.minimum(initial * self.keep)
-        return limits if self.threshold is None else limits.clamp(max=self.threshold)
-
-def shares_reward(guard: QualityGuard, names: Sequence[str]) -> bool:
-    """Return whether a guard means one of the optimized rewards with these names, rather than one of its own."""
-    return isinstance(guard.reward, str) and guard.reward in names
-
-def as_guards(guard: Any) -> list[QualityGuard]:
-    """Return the guards of a `guard` argument.
-
-    Args:
-        guard: `None`, a `QualityGuard`, a list of them, or a dict of rewards to the drop or to settings by name:
-            `{"hpsv2.1": 0.05, "sharpness": {"keep": 0.8}}`.
-
-    Raises:
-        TypeError, ValueError: For anything else, and for settings that cannot work.
-    """
-    if guard is None:
-        return []
-    if isinstance(guard, Mapping):
-        return [guard_from(reward, settings) for reward, settings in guard.items()]
-    entries = guard if isinstance(guard, list | tuple) else [guard]
-    for entry in entries:
-        if not hasattr(entry, "limits"):  # duck-typed: the class may be a Hub copy
-            raise TypeError(
-                f'Expected a guard such as `{{"hpsv2.1": 0.05}}` or `QualityGuard(reward=..., drop=0.05)`, but got '
-                f"{entry!r}."
-            )
-    rewards = [entry.reward for entry in entries]
-    if twice := [reward for index, reward in enumerate(rewards) if reward in rewards[:index]]:
-        raise ValueError(
-            f"Expected one guard for each reward, but got two for {twice[0]!r}. Of several limits of one guard the "
-            "lowest counts."
-        )
-    return list(entries)
-
-def guard_from(reward: Any, settings: Any) -> QualityGuard:
-    known = [field.name for field in dataclasses.fields(QualityGuard) if field.name != "reward"]
-    if not isinstance(settings, Mapping):
-        return QualityGuard(reward=reward, drop=settings)
-    if unknown := sorted(settings.keys() - set(known)):
-        raise ValueError(f"Expected settings of a guard out of {known}, but got {unknown}.")
-    return QualityGuard(reward=reward, **settings)
-
-class GuardedNoise:
-    """The noises of a run under guards: which are good, and the noise to which each reverts.
-
-    Args:
-        noise: `(B, C, H, W)`, the noises of the baselines.
-
-    Attributes:
-        good: `(B,)` bool, whether the last image is above its limits, or frozen.
-        frozen: `(B,)` bool, frozen at the last good noise.
-        last_good: `(B, C, H, W)`.
-    """
-
-    def __init__(self, noise: torch.Tensor) -> None:
-        self.last_good = noise
-        self.good = torch.ones(len(noise), dtype=torch.bool, device=noise.device)
-        self.frozen = ~self.good
-        self.rejections = torch.zeros(len(noise), dtype=torch.long, device=noise.device)
-        self.limits: dict[str, torch.Tensor] = {}
-
-    def update(self, run: NoiseState, guards: Mapping[str, QualityGuard]) -> None:
-        """Compare the rewards of an evaluation with their limits. Step 0 sets the limits.
-
-        Args:
-            run: The evaluation.
-            guards: Name of a reward in the scores to its guard.
-        """
-        if run.step == 0:
-            self.limits = {name: guard.limits(run.scores[name]) for name, guard in guards.items()}
-            self.frozen = self.fallen(run, guards)
-            return
-        fallen = self.fallen(run, guards) & ~self.frozen
-        self.good = ~fallen
-        freezing = {name: guard for name, guard in guards.items() if guard.mode == "freeze"}
-        self.frozen = self.frozen | (fallen & self.fallen(run, freezing))
-        self.rejections += fallen & run.active
-        self.last_good = torch.where(per_image(self.good & ~self.frozen, run.noise), run.noise, self.last_good)
-
-    def fallen(self, run: NoiseState, guards: Mapping[str, QualityGuard]) -> torch.Tensor:
-        """Return `(B,)` bool, whether a reward is at its limit, below it, or NaN."""
-        found = torch.zeros_like(self.good)
-        for name in guards:
-            found |= ~(run.scores[name] > self.limits[name]).to(found.device)
-        return found
-
-    def report(self) -> dict[str, Any]:
-        """Return plain values, each a list with one entry for each image."""
-        return {
-            "limits": {name: limits.tolist() for name, limits in self.limits.items()},
-            "rejections": self.rejections.tolist(),
-            "frozen": self.frozen.tolist(),
-        }
-
-# rewards/sets/hinged_set_reward.py
-
-class HingedSetReward(SetReward):
-    """The value of another set reward, with its gradient only below `target`.
-
-    So the gradient of `-weight * value` is that of the hinge `weight * max(0, target - value)`, the diversity term of
-    It's Never Too Late, https://arxiv.org/abs/2601.00090, eq. 3, while the value that is reported stays what it is.
-
-    Args:
-        reward: Any set reward.
-        target: τ_D, in its units.
-    """
-
-    def __init__(self, reward: SetReward, target: float) -> None:
-        super().__init__(reward.features)
-        self.reward, self.target = reward, float(target)
-        self.name, self.range, self.default_features = reward.name, reward.range, reward.default_features
-
-    def score(self, features: Tensor) -> Tensor:
-        value = self.reward.score(features)
-        return value.where(value < self.target, value.detach())
-
-    def bounds(self, count: int) -> tuple[float, float] | None:
-        return self.reward.bounds(count)
-
-# pipelines/never_too_late/set_objective.py
-
-class SetObjective(Objective):
-    """`Σ λ_q·(1 − mean r) − Σ λ_div·v`, or with a hinge `Σ λ_div·max(0, τ_D − v)`, for each set of images of a prompt.
-
-    Every image of a set has the loss of the set. An object serves one run.
-
-    Args:
-        diversity: The set rewards v with their weights λ_div.
-        rewards: The rewards r with their weights λ_q, or `None`.
-        guards: The quality guards; a guard whose reward is the name of one of `rewards` shares it.
-        hinge: Name of a set reward to its τ_D.
-        stop_at: Name of a set reward to the value at which the method stops a set; checked here, as hinges are.
-        references: `(M, 3, H, W)` fixed images in [0, 1] that belong to every set, or their features from
-            `diversity.known_features`.
-        warm_up: The number of first evaluations without a gradient of the rewards.
-    """
-
-    def __init__(
-        self,
-        diversity: SetRewardSum,
-        rewards: RewardSum | None = None,
-        guards: Sequence[QualityGuard] = (),
-        hinge: Mapping[str, float] | None = None,
-        stop_at: Mapping[str, float] | None = None,
-        references: torch.Tensor | Mapping[str, torch.Tensor] | None = None,
-        warm_up: int = 0,
-    ) -> None:
-        self.hinge, self.stop_at = dict(hinge or {}), dict(stop_at or {})
-        self.diversity = hinged(diversity, self.hinge)
-        self.quality = None if rewards is None else RewardObjective(rewards)
-        self.guards, self.watched = self.shared_and_own(guards, diversity)
-        self.references, self.warm_up = references, warm_up
-        self.known: Mapping[str, torch.Tensor] | None = None
-        if isinstance(references, Mapping):
-            diversity.check_feature_names(references)
-        self.evaluations = 0
-        parts = (self.quality, self.watched)
-        self.requires_prompt = any(part.requires_prompt for part in parts if part is not None)
-
-    def shared_and_own(
-        self, guards: Sequence[QualityGuard], diversity: SetRewardSum
-    ) -> tuple[dict[str, QualityGuard], RewardObjective | None]:
-        """Return the guards by the name of their reward in the scores, and the rewards that only guards need."""
-        optimised = [] if self.quality is None else self.quality.rewards.names
-        own = [guard for guard in guards if not shares_reward(guard, optimised)]
-        named = {guard.reward: guard for guard in guards if guard not in own}
-        if not own:
-            return named, None
-        device = next((each.device for each in diversity.feature_maps if each.device), None)  # pyright: ignore
-        watched = RewardObjective(RewardSum([(guard.reward, 1.0) for guard in own], device=device))  # pyright: ignore
-        names = [f"guard {name}" for name in watched.rewards.names]
-        return {**named, **dict(zip(names, own, strict=True))}, watched
-
-    @property
-    def reference_count(self) -> int:
-        """M, the number of references."""
-        given = self.references
-        return 0 if given is None else len(given if isinstance(given, torch.Tensor) else next(iter(given.values())))
-
-    def check_groups(self, groups: Sequence[int]) -> None:
-        for group in sorted(set(groups)):
-            count = groups.count(group) + self.reference_count
-            if count < 2:
-                raise ValueError(
-                    f"Expected at least 2 images of each prompt, references included, but got 1 of prompt {group}: "
-                    "alone it has nothing to differ from. Pass `num_images_per_prompt=4`, say, or `references`."
-                )
-            for argument, targets in (("hinge", self.hinge), ("stop_at", self.stop_at)):
-                for name, target in targets.items():
-                    check_reachable(self.diversity, name, target, count, argument)
-
-    def try_out(self, prompt: str, height: int, width: int, gradient: bool) -> None:
-        for part, with_gradient in ((self.quality, gradient), (self.watched, False)):
-            if part is not None:
-                part.try_out(prompt, height, width, with_gradient)
-        given = self.references
-        if isinstance(given, torch.Tensor) and given.shape[1:] != (3, height, width):
-            raise ValueError(
-                f"Expected references of shape (M, 3, {height}, {width}), as the images are, but got "
-                f"{tuple(given.shape)}. Resize them, or call the pipeline with their height and width."
-            )
-
-    def evaluate(self, sample: Sample) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        images = sample.images
-        quality, scores = self.quality_of(sample)
-        losses = torch.zeros(len(images), device=images.device)
-        values = {name: torch.zeros_like(losses) for name in self.diversity.names}
-        for rows in sets(sample.groups):
-            output = self.diversity(images[rows], self.known_references(), sample.chunk_size)
-            loss = self.diversity_loss(output.components) - self.carrier(output.total) + quality[rows].mean()
-            losses = losses.index_put((rows,), loss.to(losses))
-            for name, value in output.components.items():
-                values[name][rows] = value.to(losses)
-        self.evaluations += 1
-        return losses, {**scores, **values}
-
-    def quality_of(self, sample: Sample) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Return `Σ λ_q·(1 − r)` of each image, `(B,)`, and the scores of all rewards, guards included."""
-        loss, scores = torch.zeros(len(sample.images), device=sample.images.device), {}
-        if self.quality is not None:
-            loss, scores = self.quality.evaluate(sample)
-            loss = loss + sum(self.quality.rewards.weights.values())
-            loss = loss.detach() if self.evaluations < self.warm_up else loss
-        if self.watched is not None:
-            with torch.no_grad():
-                watched = self.watched.rewards(sample.images.detach(), sample.prompts, chunk_size=sample.chunk_size)
-            scores = {**scores, **{f"guard {name}": value for name, value in watched.components.items()}}
-        return loss, scores
-
-    def diversity_loss(self, components: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Return the scalar `Σ λ_div·(−v)`, or `Σ λ_div·max(0, τ_D − v)`, without a gradient."""
-        weights = self.diversity.weights
-        parts = [
-            weights[name] * ((self.hinge[name] - value).clamp_min(0) if name in self.hinge else -value)
-            for name, value in components.items()
-        ]
-        return torch.stack(parts).sum()
-
-    @staticmethod
-    def carrier(total: torch.Tensor) -> torch.Tensor:
-        """Return zero with the gradient of `total`."""
-        return total - total.detach()
-
-    def known_references(self) -> Mapping[str, torch.Tensor] | None:
-        """Return the features of the references, computed once."""
-        if self.reference_count == 0:
-            return None
-        if self.known is None and isinstance(self.references, torch.Tensor):
-            self.known = self.diversity.known_features(self.references)
-        return self.references if isinstance(self.references, Mapping) else self.known
-
-    def describe(self) -> dict[str, Any]:
-        quality = None if self.quality is None else self.quality.describe()
-        guards = {name: {**vars(guard), "reward": name} for name, guard in self.guards.items()}
-        targets = {"hinge": self.hinge, "stop_at": self.stop_at}
-        return {
-            "diversity": self.diversity.describe(),
-            "rewards": quality,
-            "guards": guards,
-            "references": self.reference_count,
-            **{name: values for name, values in targets.items() if values},
-        }
-
-def hinged(diversity: SetRewardSum, hinge: Mapping[str, float]) -> SetRewardSum:
-    """Return the sum with no gradient of a set reward beyond its τ_D."""
-    if not hinge:
-        return diversity
-    entries = [
-        (HingedSetReward(reward, hinge[name]) if name in hinge else reward, diversity.weights[name])  # pyright: ignore
-        for name, reward in zip(diversity.names, diversity.rewards, strict=True)
-    ]
-    return SetRewardSum(entries)
-
-def check_reachable(
-    diversity: SetRewardSum, name: str, target: float, count: int, argument: str, unit: float = 1.0
-) -> None:
-    """Raise `ValueError` for a target, in multiples of `unit`, that no set of `count` images can reach."""
-    reward: Any = diversity.rewards[diversity.names.index(name)]
-    bounds = reward.bounds(count)
-    if bounds is not None and target * unit > bounds[1]:
-        most = f"{bounds[1]:.4g}" if unit == 1 else f"{bounds[1]:.4g}, where the baseline has {unit:.4g}"
-        raise ValueError(
-            f"Expected `{argument}` of '{name}' to be at most {bounds[1] / unit:.4g}, as {count} images have at most "
-            f"{most}, but got {target:.4g}: it can never be reached."
-        )
-
-# pipelines/never_too_late/method.py
-
-TARGETS = ("hinge", "stop_at", "stop_ratio")
-NEVER_TOO_LATE_SIZE = 4 * 4 * 64 * 64  # entries of a set of noises for which the paper's learning rates were chosen
-Targets = float | Mapping[str, float]
-
-@register_method("never_too_late")
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class NeverTooLate(NoiseOptimizer):
-    """Gradient descent on a whole set of noises: the images of a prompt come to differ, and stay good.
-
-    "It's Never Too Late: Noise Optimization for Collapse Recovery in Trained Diffusion Models", Harrington et al., CVPR
-    2026, https://arxiv.org/abs/2601.00090.
-
-    The images of each prompt are a set with the loss `L = Σ λ_q·(1 − mean r) − Σ λ_div·v + λ_reg·mean χ`: r the
-    rewards, v the set rewards, χ the prior of the norm of the noise. SGD with momentum moves all noises of the set,
-    with one clip of their joint gradient, and the set of noises with the lowest loss (without the prior) is returned.
-    Start from `noise_sampler="pink"` for more diversity.
-
-    `mode="parity"` takes the steps of the released code; `mode="default"` takes them in units of √(entries of the set /
-    65536), so that one learning rate suits any latent and set size, and saturated pixels keep their gradient. Both
-    modes differ from the released code in this: noise, momentum and norms are float32; a step in which the guard
-    rejected an image does not count as the best, so noises and images always belong together; a guard needs no reward
-    that is optimized; the rewards count for the best during the warm-up too; a set stops as a whole.
-
-    Args:
-        diversity: Set rewards as `SetRewardSum` takes them, with the weights λ_div: a name ("dpp", "dpp_patch",
-            "pairwise", "vendi", "vendi_2"), `{"dpp": 150.0}`, or with other features `{"dpp": ("clip", 150.0)}`.
-        rewards: Rewards as `RewardSum` takes them, with the weights λ_q, or `None`. The paper: `{"hpsv2.1": 3.0}`. All
-            may have weight 0 if each is guarded.
-        guard: Limits for each image: `{"hpsv2.1": 0.05}` allows that drop from the baseline, `{"sharpness": {"keep":
-            0.8}}` four fifths of it. See `QualityGuard`. The reward need not be optimized.
-        steps: Evaluations, the baseline included. The paper: 50 to 150.
-        mode: "default" or "parity".
-        learning_rate: The step size.
-        momentum: The coefficient of momentum; not Nesterov's.
-        max_grad_norm: The L2 norm to which the gradient of a set is clipped; with the learning rate it sets the length
-            of a step. Where the clip is active only ratios of the weights matter.
-        regularization: λ_reg.
-        hinge: τ_D of the paper's first form, `λ_div·max(0, τ_D − v)`, which optimizes only the rewards once a set is
-            diverse enough. A number for one set reward, or a dict by name.
-        stop_at: The value of v at which a set stops: 0.98 of "dpp" is the rule of the released code. A number for one
-            set reward, or a dict by name, in which all must be reached.
-        stop_ratio: The same as a multiple of the baseline's v. If both are given, the lower counts.
-        warm_up: The number of first steps in which the rewards give no gradient.
-        references: `(M, 3, H, W)` images in [0, 1] that belong to every set and are not moved, or their features from
-            `SetRewardSum.known_features`. One image of a prompt is enough then.
-        gradient: "full" differentiates the whole chain; "frozen" holds the model outputs constant.
-        preview: Evaluate the x0 estimate of one model call instead of the whole chain.
-    """
-
-    diversity: Any = (("dpp", 150.0),)
-    rewards: Any = None
-    guard: Any = None
-    mode: Literal["default", "parity"] = "default"
-    learning_rate: float = checked(6.0, "[0, inf)")
-    momentum: float = checked(0.9, "[0, 1)")
-    max_grad_norm: float = checked(0.1, "(0, inf)")
-    regularization: float = checked(0.01, "[0, inf)")
-    hinge: Targets | None = None
-    stop_at: Targets | None = None
-    stop_ratio: Targets | None = None
-    warm_up: int = checked(0, "[0, inf)")
-    references: torch.Tensor | Mapping[str, torch.Tensor] | None = None
-    gradient: Literal["full", "frozen"] = "full"
-    preview: bool = False
-    chunk_size: int | Literal["auto"] | None = checked("auto", "[1, inf)")
-
-    def check(self) -> None:
-        super().check()
-        as_guards(self.guard)
-
-    def objective(self, pipe) -> SetObjective:
-        guards = as_guards(self.guard)
-        weighted = weighted_rewards(self.rewards, guards)
-        diversity = SetRewardSum(self.diversity, device=self.device_of_rewards(pipe))
-        diversity.check_differentiable()
-        if not any(diversity.weights.values()) and weighted is None:
-            raise ValueError(
-                "Expected a set reward with a weight above 0, or `rewards`, but got neither: there is nothing to do."
-            )
-        hinge, stop_at, _ = (targets_by_name(getattr(self, name), diversity, name) for name in TARGETS)
-        return SetObjective(
-            diversity,
-            None if weighted is None else self.load_rewards(pipe, weighted),
-            guards,
-            hinge=hinge,
-            stop_at=stop_at,
-            references=self.references,
-            warm_up=self.warm_up,
-        )
-
-    def regularizer(self, noise: torch.Tensor) -> torch.Tensor:
-        return ChiPrior(self.regularization)(noise)
-
-    def start(self, problem: NoiseProblem) -> "NeverTooLateState":
-        return NeverTooLateState(problem)
-
-    def inspect(self, run: NoiseState, objective: Any, state: "NeverTooLateState") -> torch.Tensor:
-        """Apply the guard, stop the sets that are diverse enough, and return the samples whose whole set is good."""
-        whole = state.of_whole_sets(run.active)
-        if (run.active & ~whole).any():
-            run.stop("part of the set ended", ~whole)
-        accepted = state.apply_guard(run, objective.guards) & whole
-        if run.step == 0:
-            state.targets = self.targets(run, objective, state)
-        state.stop_reached(run, accepted)
-        return accepted
-
-    def targets(self, run: NoiseState, objective: Any, state: "NeverTooLateState") -> dict[str, torch.Tensor]:
-        """Return by set reward the value `(B,)` at which a set stops. Raises `ValueError` for one out of reach."""
-        found = {name: torch.full_like(run.scores[name], target) for name, target in objective.stop_at.items()}
-        for name, ratio in targets_by_name(self.stop_ratio, objective.diversity, "stop_ratio").items():
-            baseline = run.scores[name]
-            for rows in state.rows:
-                count = len(rows) + objective.reference_count
-                check_reachable(objective.diversity, name, ratio, count, "stop_ratio", unit=baseline[rows[0]].item())
-            found[name] = found.get(name, torch.full_like(baseline, torch.inf)).minimum(baseline * ratio)
-        return found
-
-    def step(self, run: NoiseState, gradient: torch.Tensor, state: "NeverTooLateState") -> torch.Tensor:
-        gradient = state.clipped(gradient, self.max_grad_norm)
-        guarded = state.guarded
-        stays = per_image(~guarded.good | guarded.frozen, gradient)
-        state.velocity = (self.momentum * state.velocity + gradient).where(~stays, 0)
-        moved = run.noise - self.learning_rate * per_image(self.scale(state), gradient) * state.velocity
-        return torch.where(stays, guarded.last_good, moved)
-
-    def scale(self, state: "NeverTooLateState") -> torch.Tensor:
-        """Return `(B,)`, the unit of the learning rate for the set of each image."""
-        if self.mode == "parity":
-            return torch.ones_like(state.sizes)
-        return (state.sizes * state.velocity[0].numel() / NEVER_TOO_LATE_SIZE).sqrt()
-
-    def finish(self, run: NoiseState, objective: Any, state: "NeverTooLateState") -> Iterable[torch.Tensor]:
-        """Warn about sets for which the guard accepted no step, so that the baseline is returned."""
-        kept = run.reports.get(GUARD_REPORT, {}).get("kept_baseline", [])
-        if images := [index for index, baseline in enumerate(kept) if baseline]:
-            warnings.warn(
-                f"The quality guard accepted no step of the sets of images {images}: the baseline is returned. Allow a "
-                "larger drop, use a smaller learning rate, or give the guarded reward a weight.",
-                stacklevel=2,
-            )
-        return ()
-
-class NeverTooLateState:
-    """The sets of a run: their momentum, their guard, and their targets.
-
-    Attributes:
-        rows: The samples of each set.
-        sizes: `(B,)`, the number of images in the set of each sample.
-        velocity: `(B, C, H, W)`, the momentum.
-        guarded: The noises under the guard.
-        targets: Name of a set reward to `(B,)`, the value at which a set stops.
-        accepted_steps, rejected_steps: `(B,)`, the steps that the guard accepted and rejected for the set of each
-            sample, without step 0.
-    """
-
-    def __init__(self, problem: NoiseProblem) -> None:
-        noise = problem.noise
-        self.rows = [rows.to(noise.device) for rows in sets(problem.groups)]
-        self.sizes = torch.tensor([problem.groups.count(group) for group in problem.groups]).to(noise)
-        self.velocity = torch.zeros_like(noise)
-        self.guarded = GuardedNoise(noise)
-        self.targets: dict[str, torch.Tensor] = {}
-        self.accepted_steps = torch.zeros(len(noise), dtype=torch.long, device=noise.device)
-        self.rejected_steps = torch.zeros_like(self.accepted_steps)
-
-    def apply_guard(self, run: NoiseState, guards: Mapping[str, Any]) -> torch.Tensor:
-        """Return `(B,)` bool, whether all images of the set are good. Stops the sets whose images are all frozen."""
-        self.guarded.update(run, guards)
-        accepted = self.of_whole_sets(self.guarded.good)
-        if guards:
-            self.report(run, accepted)
-            run.stop("guard holds all images", self.of_whole_sets(self.guarded.frozen))
-        return accepted
-
-    def report(self, run: NoiseState, accepted: torch.Tensor) -> None:
-        """Count accepted and rejected steps, and report them in the result."""
-        if run.step > 0:
-            self.accepted_steps += accepted & run.active
-            self.rejected_steps += ~accepted & run.active
-        stuck = (self.rejected_steps > 0) | self.of_whole_sets(self.guarded.frozen)
-        run.reports[GUARD_REPORT] = {
-            **self.guarded.report(),
-            "accepted_steps": self.accepted_steps.tolist(),
-            "kept_baseline": (stuck & (self.accepted_steps == 0)).tolist(),
-        }
-
-    def stop_reached(self, run: NoiseState, accepted: torch.Tensor) -> None:
-        """Stop the sets that reach all targets in an accepted step."""
-        if self.targets:
-            reached = torch.stack([run.scores[name] >= value for name, value in self.targets.items()]).all(0)
-            run.stop("diversity reached", reached.to(accepted.device) & accepted)
-
-    def of_whole_sets(self, flags: torch.Tensor) -> torch.Tensor:
-        """Return `(B,)` bool, whether the flags hold for the whole set of each sample."""
-        found = torch.zeros_like(flags)
-        for rows in self.rows:
-            found[rows] = flags[rows].all()
-        return found
-
-    def clipped(self, gradient: torch.Tensor, max_norm: float) -> torch.Tensor:
-        """Return the gradient of each set's loss, clipped by one norm per set, from that of the sum over images."""
-        gradient = gradient / per_image(self.sizes, gradient)
-        factors = torch.ones_like(self.sizes)
-        for rows in self.rows:
-            norm = per_sample_norm(gradient[rows].flatten()[None])[0]
-            factors[rows] = (max_norm / (norm + 1e-6)).clamp(max=1).to(factors)
-        return gradient * per_image(factors, gradient)
-
-def weighted_rewards(rewards: Any, guards: Sequence[Any]) -> Any:
-    """Return the rewards, or `None` if all have weight 0 and are guarded, so that the guards score them."""
-    if rewards is None or any(weight for _, weight in reward_weight_pairs(rewards, None)):
-        return rewards
-    guarded = [guard.reward for guard in guards]
-    return None if all(reward in guarded for reward, _ in reward_weight_pairs(rewards, None)) else rewards
-
-def targets_by_name(targets: Targets | None, diversity: Any, argument: str) -> dict[str, float]:
-    """Return targets as a dict of numbers by name. Raises `ValueError` for unknown names and for other values."""
-    if targets is None:
-        return {}
-    names = list(diversity.names)
-    if not isinstance(targets, Mapping) and len(names) > 1:
-        raise ValueError(f"Expected `{argument}` by name for the set rewards {names}, but got {targets!r}.")
-    named = dict(targets) if isinstance(targets, Mapping) else {names[0]: targets}
-    if unknown := sorted(named.keys() - set(names)):
-        raise ValueError(f"Expected `{argument}` of set rewards out of {names}, but got {unknown}.")
-    for name, target in named.items():
-        if not isinstance(target, int | float) or isinstance(target, bool) or not math.isfinite(target):
-            raise ValueError(f"Expected `{argument}` of '{name}' to be a finite number, but got {target!r}.")
-    return {name: float(target) for name, target in named.items()}
 
 # pipelines/never_too_late/image_set.py
 
@@ -9557,24 +9006,17 @@ class ImageSet:
 
     @property
     def images(self) -> torch.Tensor:
-        """The pictures as `(N, 3, H, W)` in [0, 1], float32 on the CPU."""
         if not self.pictures:
             return torch.zeros(0, 3, 0, 0)
         return torch.cat([pixels_of(picture) for picture in self.pictures])
 
     def write_first(self, count: int, home: ImageSetFolder) -> None:
-        """Write the last of the first `count` images to a folder that has the others."""
         if count:
             home.write_image(count - 1, self.pictures[count - 1], self.results[count - 1])
         rows = {"seeds": self.seeds[:count], "values": self.values[:count]}
         home.write_record({"prompt": self.prompt, "settings": self.settings, **rows})
 
     def save(self, folder: str | Path) -> None:
-        """Write `image_set.json`, and for each image `image_000.png` and its noise `image_000.safetensors`.
-
-        Raises:
-            ValueError: For a file, and for a folder with a set.
-        """
         home = ImageSetFolder(folder)
         home.check_free()
         for count in range(len(self) + 1):
@@ -9582,11 +9024,6 @@ class ImageSet:
 
     @classmethod
     def load(cls, folder: str | Path) -> "ImageSet":
-        """Read a set written by `save` or `grow_set`. Nothing is unpickled.
-
-        Raises:
-            ValueError: For anything else, naming the file.
-        """
         home = ImageSetFolder(folder)
         record = home.read_record()
         pictures = [home.read_picture(index) for index in range(len(record["seeds"]))]
@@ -9597,7 +9034,6 @@ class ImageSet:
         return cls(**record, pictures=pictures, results=results)
 
     def check_agrees(self, prompt: str, settings: Mapping[str, Any], folder: str | Path) -> None:
-        """Raise `ValueError`, naming the differences, unless the set has this prompt and these settings."""
         known = {"prompt": self.prompt, **self.settings}
         if changed := settings_diff(known, {"prompt": prompt, **settings}):
             raise ValueError(
@@ -9620,40 +9056,6 @@ def grow_set(
     reward_prompt: str | None = None,
     **call_kwargs,
 ) -> ImageSet:
-    """Grow a set of images of any size: each new one is optimized to differ from all before it.
-
-    The sequential mode of It's Never Too Late, https://arxiv.org/abs/2601.00090. The first image is the baseline. Each
-    further noise is optimized alone, for the value of its image together with all before it, whose features are cached:
-    the memory is that of one image's graph and the features, for any size of the set. Then the image is generated, and
-    its features are added. The stop rule and the callbacks apply to each image.
-
-    Args:
-        pipe: Any loaded text-to-image pipeline; it stays as it is.
-        prompt: One prompt.
-        count: The number of images in all, at least 1.
-        method: A method with `diversity` and `references`, or its name. References that it has belong to the set (and
-            then the first image is optimized too). The default is `NeverTooLate` with `{"dpp": 15.0}` and the paper's
-            settings for this mode: 25 steps, learning rate 3, clip 0.15, stopped at 0.98; the paper adds
-            `{"hpsv2.1": 1.0}`.
-        method_kwargs: The settings of a method given by name.
-        render: Arguments of the call that differ when an image is generated for the set: with
-            `{"num_inference_steps": 4}` one step finds the noise and four generate the image.
-        generator: A seed s, from which image k gets s + k, one seed for each image, or a generator for its seed and
-            device. By default the first seed is random, and a resumed set continues by 1.
-        noise_sampler: The distribution of the noise, one image at a time: `"white"`, `"pink"` ... See `optimize_noise`.
-        folder: The folder to which each image is written at once. A set that is there already is continued up to
-            `count` images, and equals one that was never interrupted. A set of `count` images or more is returned.
-        callbacks: Callbacks per optimization step of each image. See `NoiseCallback`.
-        reward_prompt: The prompt that rewards are asked about; `None` for `prompt`.
-        call_kwargs: The other arguments of `pipe(prompt, ...)`: steps, guidance, size ...
-
-    Returns:
-        The set. An exception carries the images so far as its `image_set`.
-
-    Raises:
-        ValueError: For settings that cannot work, and a folder that is broken or has a set with other settings.
-        TypeError: For a method without references, or an argument that the pipeline does not take.
-    """
     check_count_and_prompt(count, prompt)
     device = seed_device(generator)
     call = SetCall(pipe, prompt, call_kwargs, dict(render or {}), noise_sampler, device, reward_prompt)
@@ -9712,14 +9114,12 @@ class SetCall:
         self.noise_sampler = single_noise_sampler(self.noise_sampler)
 
     def find(self, method: NoiseOptimizer, seed: int, callbacks: Any = None) -> NoiseResult:
-        """Find the noise of one image."""
         generator = torch.Generator(self.device).manual_seed(seed)
         own = {"callbacks": callbacks, "noise_sampler": self.noise_sampler, "generator": generator}
         own["reward_prompt"] = self.reward_prompt
         return optimize_noise(self.pipe, self.prompt, method, **own, **self.arguments)
 
     def draw(self, result: NoiseResult) -> Image.Image:
-        """Generate the image of a noise."""
         own = {"latents": result.latents, "generator": result.generator()}
         return self.pipe(prompt=self.prompt, **own, **{**self.arguments, **self.render}).images[0].convert("RGB")
 
@@ -9747,7 +9147,7 @@ class SetGrowth:
     def __init__(self, call: SetCall, method: NoiseOptimizer, callbacks: Any) -> None:
         self.call, self.callbacks = call, callbacks
         device = method.device_of_rewards(call.pipe)
-        self.diversity = SetRewardSum(method.diversity, device=device)  # pyright: ignore
+        self.diversity = SetRewardSum(method.diversity, device=device)  # pyright: ignore[reportAttributeAccessIssue]
         self.method: Any = with_loaded_parts(method, self.diversity, device)
         self.method.check()
         self.method.objective(call.pipe)
@@ -9756,13 +9156,11 @@ class SetGrowth:
             self.join(self.diversity.known_features(given) if isinstance(given, torch.Tensor) else given)
 
     def settings(self) -> dict[str, Any]:
-        """Return the settings that must agree for a set to be continued, as JSON reads them back."""
         method = {field.name: getattr(self.method, field.name) for field in dataclasses.fields(self.method)}
         named = {"name": type(self.method).__name__, **plain_description(method)}
         return json.loads(json.dumps({"method": named, **self.call.settings()}))
 
     def take_up(self, found: ImageSet) -> None:
-        """Encode the images of a set. Raises `ValueError` if its values differ from the saved ones."""
         for index, picture in enumerate(found.pictures):
             values, features = self.values(picture)
             for name, value in values.items():
@@ -9777,7 +9175,6 @@ class SetGrowth:
             self.join(features)
 
     def add_image(self, found: ImageSet, seed: int) -> None:
-        """Find the noise of one more image, generate it, and add it."""
         method, callbacks = PlainSampling(), None
         if self.known is not None:
             method, callbacks = dataclasses.replace(self.method, references=self.known), self.callbacks
@@ -9793,7 +9190,6 @@ class SetGrowth:
         found.pictures.append(picture)
 
     def values(self, picture: Image.Image) -> tuple[dict[str, float | None], dict[str, torch.Tensor]]:
-        """Return the value of each set reward with one more image, and the features of that image."""
         features = self.diversity.known_features(pixels_of(picture))
         if self.known is None:
             return dict.fromkeys(self.diversity.names), features
@@ -9817,7 +9213,6 @@ def check_not_given(arguments: Mapping[str, Any], names: Sequence[str], place: s
         )
 
 def single_noise_sampler(noise_sampler: NoiseSamplerSpec | None) -> Any:
-    """Return a noise sampler. Raises `ValueError` for one that needs several images at a time."""
     found: Any = as_noise_sampler(noise_sampler)
     try:
         return found.within([0]) if hasattr(found, "within") else found
@@ -9828,7 +9223,6 @@ def single_noise_sampler(noise_sampler: NoiseSamplerSpec | None) -> Any:
         ) from error
 
 def sequential_method(method: Any, settings: dict[str, Any] | None) -> NoiseOptimizer:
-    """Return the method of a growing set. Raises `TypeError` for one without references."""
     if method is None:
         return NeverTooLate(**{**sequential_settings("diversity" not in (settings or {})), **(settings or {})})
     found: Any = as_method(method, settings)
@@ -9841,12 +9235,10 @@ def sequential_method(method: Any, settings: dict[str, Any] | None) -> NoiseOpti
     return found
 
 def sequential_settings(of_diversity: bool) -> dict[str, Any]:
-    """Return the paper's settings of `NeverTooLate` for this mode, with `diversity` and its stop rule if requested."""
     diversity = {"diversity": {"dpp": 15.0}, "stop_at": {"dpp": 0.98}} if of_diversity else {}
     return {**diversity, "steps": 25, "learning_rate": 3.0, "max_grad_norm": 0.15}
 
 def with_loaded_parts(method: Any, diversity: SetRewardSum, device: Any) -> Any:
-    """Return the method with these set rewards, and with rewards and guards loaded once for all images."""
     loaded: dict[str, Any] = {"diversity": diversity}
     if (rewards := getattr(method, "rewards", None)) is not None:
         loaded["rewards"] = RewardSum(rewards, device=device)
@@ -9860,15 +9252,9 @@ def with_loaded_parts(method: Any, diversity: SetRewardSum, device: Any) -> Any:
     return dataclasses.replace(method, **loaded)
 
 def seed_device(generator: Seeds) -> str:
-    """Return the device that draws noise: the CPU, for equal noise on every device, unless a generator has another."""
     return str(generator.device) if isinstance(generator, torch.Generator) else "cpu"
 
 def further_seeds(generator: Seeds, count: int, known: Sequence[int]) -> list[int]:
-    """Return the seeds of the images that a set lacks.
-
-    Raises:
-        ValueError: For too few seeds, invalid or repeated ones, or others than those of the existing images.
-    """
     if generator is None:
         first = int(known[-1]) + 1 if known else int(torch.randint(2**32, ()))
         return list(range(first, first + count - len(known)))
@@ -9882,7 +9268,6 @@ def further_seeds(generator: Seeds, count: int, known: Sequence[int]) -> list[in
     return seeds[len(known) : count]
 
 def seeds_from(generator: Any, count: int, wanted: int) -> list[int]:
-    """Return at least `count` different seeds: `wanted` consecutive ones from a given first, or those given."""
     first = generator.initial_seed() if isinstance(generator, torch.Generator) else generator
     given = range(first, first + wanted) if type(first) is int else generator
     seeds = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else []
@@ -9895,7 +9280,6 @@ def seeds_from(generator: Any, count: int, wanted: int) -> list[int]:
     return seeds
 
 def begun_set(home: ImageSetFolder, empty: ImageSet) -> ImageSet:
-    """Return the set in a folder, if it agrees with an empty one, or the empty one if the folder has no set."""
     if not home.begun:
         home.check_free()
         return empty
@@ -9904,19 +9288,16 @@ def begun_set(home: ImageSetFolder, empty: ImageSet) -> ImageSet:
     return found
 
 def pixels_of(picture: Image.Image) -> torch.Tensor:
-    """Convert an RGB image to `(1, 3, H, W)` in [0, 1], float32."""
     width, height = picture.size
     pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(1, height, width, 3)
     return pixels.permute(0, 3, 1, 2).contiguous().float() / 255
 
 def without_images(result: NoiseResult) -> NoiseResult:
-    """Return a result on the CPU without its images, as a saved result is."""
     named = {name: getattr(result, name).cpu() for name in ("noise", "latents", "losses", "norms", "best_step")}
     scores = {name: values.cpu() for name, values in result.scores.items()}
     return dataclasses.replace(result, **named, scores=scores, images=None, initial_images=None)
 
 def baseline_scores_of(result: NoiseResult) -> dict[str, torch.Tensor]:
-    """Return by name the scores `(B,)` of the baseline with the pipeline's own decoder."""
     if (report := result.reports.get(FULL_DECODER)) is None:
         return result.initial_scores
     return {name: torch.tensor(values) for name, values in report["initial_scores"].items()}

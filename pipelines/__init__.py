@@ -40,8 +40,9 @@ from .searches.zero_order_search import ZeroOrderSearch
 ReNOStableDiffusionXLPipeline = ReNOTurboPipeline
 
 __all__ = [
-    "BestOfN",
     "CNO",
+    "PCN",
+    "BestOfN",
     "CNOFluxPipeline",
     "CNOStableDiffusion3Pipeline",
     "CNOStableDiffusionPipeline",
@@ -59,14 +60,13 @@ __all__ = [
     "NoiseDiffusion",
     "NoiseDiffusionFluxPipeline",
     "NoiseDiffusionStableDiffusion3Pipeline",
-    "NoiseDiffusionStableDiffusionXLPipeline",
     "NoiseDiffusionStableDiffusionPipeline",
+    "NoiseDiffusionStableDiffusionXLPipeline",
     "NoiseOptimizationMixin",
     "NoiseOptimizer",
     "NoisePGD",
     "NoiseResult",
     "Objective",
-    "PCN",
     "PipelineSampler",
     "QualityGuard",
     "ReNO",

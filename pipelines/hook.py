@@ -179,7 +179,7 @@ class NoiseOptimizationMixin(SavedWithCode):
             return super().from_pipe(pipeline, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
         as_they_are = {"to": lambda pipe, *_, **__: pipe, "__module__": cls.__module__}
         unconverted = type(cls.__name__, (cls,), as_they_are)
-        made = super(NoiseOptimizationMixin, unconverted).from_pipe(pipeline, **kwargs)  # pyright: ignore
+        made = super(NoiseOptimizationMixin, unconverted).from_pipe(pipeline, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
         made.__class__ = cls
         return made
 
@@ -288,16 +288,16 @@ def call_with_signature(cls: Any) -> Any:
     inherited = cls.__call__
 
     @functools.wraps(inherited)
-    def __call__(self, *args, **kwargs):
+    def call(self, *args, **kwargs):
         return super(cls, self).__call__(*args, **kwargs)
 
     stock = list(inspect.signature(stock_call(cls)).parameters.values())
     rest = [parameter for parameter in stock if parameter.kind is inspect.Parameter.VAR_KEYWORD]
     ours = cls.own_parameters()
     named = [parameter for parameter in stock if parameter not in rest and parameter.name not in {p.name for p in ours}]
-    vars(__call__)["__signature__"] = inspect.Signature([*named, *ours, *rest])
-    __call__.__doc__ = cls.call_documentation()
-    return __call__
+    vars(call)["__signature__"] = inspect.Signature([*named, *ours, *rest])
+    call.__doc__ = cls.call_documentation()
+    return call
 
 
 @contextlib.contextmanager

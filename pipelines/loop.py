@@ -129,7 +129,8 @@ class OptimizationLoop:
         except NonFiniteReward as error:
             if step == 0:
                 raise
-            return self.give_up(str(error))
+            self.give_up(str(error))
+            return
         run.step, run.images, run.scores = step, sample.generated_images, scores
         self.evaluated = run.noise
         run.loss = loss.detach().where(run.active, torch.nan)

@@ -49,6 +49,8 @@ from .vlm.vlm_inputs import TokenizerAndImageProcessor
 from .vlm.vqa_score import VQAScorer
 
 __all__ = [
+    "DPP",
+    "NEVER_TOO_LATE_TRANSFORM",
     "Aesthetic",
     "AestheticHead",
     "AestheticV1",
@@ -68,7 +70,6 @@ __all__ = [
     "Complexity",
     "DINOv2Features",
     "DINOv2PatchFeatures",
-    "DPP",
     "DPPPatch",
     "DreamSimDINOFeatures",
     "DreamSimFeatures",
@@ -82,7 +83,6 @@ __all__ = [
     "JPEGIncompressibility",
     "LPIPSAlexFeatures",
     "LPIPSFeatures",
-    "NEVER_TOO_LATE_TRANSFORM",
     "NonDifferentiableReward",
     "NonFiniteReward",
     "PadTransform",

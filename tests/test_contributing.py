@@ -1,4 +1,4 @@
-"""The reward and the method that CONTRIBUTING.md shows are added to a copy of the checkout, and meet their contracts."""
+"""The reward and the method of CONTRIBUTING.md are added to a copy of the checkout, and meet their contracts."""
 
 import re
 import shutil
@@ -9,7 +9,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 EXAMPLES = re.findall(
-    r"here `((\w+)/\w+/\w+\.py)`, and its line in `\w+/__init__\.py`,\n`(.+?)`.*?```python\n(.+?)```", TEXT, flags=re.DOTALL
+    r"here `((\w+)/\w+/\w+\.py)`, and its line in `\w+/__init__\.py`,\n`(.+?)`.*?```python\n(.+?)```",
+    TEXT,
+    flags=re.DOTALL,
 )
 CONTRACTS = {
     "rewards": ("tests/rewards/contract/test_contract.py", "saturation", 10, 10),

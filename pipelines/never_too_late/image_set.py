@@ -256,7 +256,7 @@ class SetGrowth:
     def __init__(self, call: SetCall, method: NoiseOptimizer, callbacks: Any) -> None:
         self.call, self.callbacks = call, callbacks
         device = method.device_of_rewards(call.pipe)
-        self.diversity = SetRewardSum(method.diversity, device=device)  # pyright: ignore
+        self.diversity = SetRewardSum(method.diversity, device=device)  # pyright: ignore[reportAttributeAccessIssue]
         self.method: Any = with_loaded_parts(method, self.diversity, device)
         self.method.check()
         self.method.objective(call.pipe)

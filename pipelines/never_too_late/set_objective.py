@@ -61,8 +61,9 @@ class SetObjective(Objective):
         named = {guard.reward: guard for guard in guards if guard not in own}
         if not own:
             return named, None
-        device = next((each.device for each in diversity.feature_maps if each.device), None)  # pyright: ignore
-        watched = RewardObjective(RewardSum([(guard.reward, 1.0) for guard in own], device=device))  # pyright: ignore
+        maps: Any = diversity.feature_maps
+        device = next((each.device for each in maps if each.device), None)
+        watched = RewardObjective(RewardSum([(guard.reward, 1.0) for guard in own], device=device))
         names = [f"guard {name}" for name in watched.rewards.names]
         return {**named, **dict(zip(names, own, strict=True))}, watched
 
@@ -161,9 +162,10 @@ def hinged(diversity: SetRewardSum, hinge: Mapping[str, float]) -> SetRewardSum:
     """Return the sum with no gradient of a set reward beyond its τ_D."""
     if not hinge:
         return diversity
+    rewards: Any = diversity.rewards
     entries = [
-        (HingedSetReward(reward, hinge[name]) if name in hinge else reward, diversity.weights[name])  # pyright: ignore
-        for name, reward in zip(diversity.names, diversity.rewards, strict=True)
+        (HingedSetReward(reward, hinge[name]) if name in hinge else reward, diversity.weights[name])
+        for name, reward in zip(diversity.names, rewards, strict=True)
     ]
     return SetRewardSum(entries)
 

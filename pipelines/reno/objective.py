@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ...rewards.contract.reward_sum import AttachedGradient, RewardSum, part_of_prompts
+from ...rewards.contract.reward_sum import AttachedGradient, RewardSum, prompts_of_rows
 from ..objective import RewardObjective
 from ..sampling.sample import Sample
 from .views import random_views
@@ -30,7 +30,8 @@ class ViewedRewards(RewardObjective):
             return super().evaluate(sample)
         output = self.rewards(images.detach(), sample.prompts, chunk_size=sample.chunk_size)
         gradient = self.gradient_by_views(images, sample.prompts, sample.seeds, sample.chunk_size or len(images))
-        return -AttachedGradient.apply(images, output.total, gradient), output.components  # pyright: ignore
+        total: Any = AttachedGradient.apply(images, output.total, gradient)
+        return -total, output.components
 
     def gradient_by_views(
         self, images: torch.Tensor, prompts: Any, seeds: Sequence[int], chunk_size: int
@@ -39,7 +40,7 @@ class ViewedRewards(RewardObjective):
         gradient = torch.empty_like(images)
         for start in range(0, len(images), chunk_size):
             rows = slice(start, start + chunk_size)
-            leaf, texts = images[rows].detach().requires_grad_(), part_of_prompts(prompts, rows)
+            leaf, texts = images[rows].detach().requires_grad_(), prompts_of_rows(prompts, rows)
             views = random_views(leaf, self.views, seeds[rows])
             total = torch.stack([self.weighted(view, texts).total.sum() for view in views]).mean()
             gradient[rows] = torch.autograd.grad(total, leaf)[0] if total.requires_grad else 0
@@ -48,4 +49,4 @@ class ViewedRewards(RewardObjective):
     @functools.cached_property
     def weighted(self) -> RewardSum:
         """The rewards whose weight is not 0."""
-        return self.rewards.optimised()
+        return self.rewards.optimized()

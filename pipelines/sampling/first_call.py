@@ -57,7 +57,8 @@ def first_step_only(pipe) -> Iterator[list[torch.Tensor]]:
         stepped.append(bool(calls))
         x0 = predict_x0(scheduler, model_output, timestep, sample).to(model_output.dtype)
         estimates.append(x0)
-        interrupt(pipe)
+        if interruptible:
+            interrupt(pipe)
         return (x0, x0)
 
     vars(scheduler).update(set_timesteps=set_one, step=estimate)

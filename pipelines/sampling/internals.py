@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from diffusers.models import attention_dispatch
 from torch import nn
 
 BLOCK_SETTINGS = ("gradient_checkpointing", "_gradient_checkpointing_func")  # of a diffusers block
@@ -34,6 +35,7 @@ def execution_device(pipe) -> torch.device:
 
 def interrupt(pipe) -> None:
     """Let a pipeline whose loop checks `pipe.interrupt` skip the remaining steps."""
+    private(pipe, "_interrupt", "diffusers")
     pipe._interrupt = True
 
 
@@ -66,8 +68,6 @@ def is_stateful(hook: Any) -> bool:
 
 def attention_backend_of(module: nn.Module) -> str | None:
     """Return the backend of an attention module: its own or the active one; `None` if it does not dispatch."""
-    from diffusers.models import attention_dispatch
-
     processor: Any = getattr(module, "processor", None)
     if not hasattr(processor, "_attention_backend"):
         return None

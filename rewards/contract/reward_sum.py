@@ -178,7 +178,7 @@ class RewardSum(nn.Module):
         for start in range(0, max(1, len(images)), size):
             rows = slice(start, start + size)
             chunk_gradient = None if gradient is None else gradient[rows]
-            chunks.append(self.scores(pixels[rows], part_of_prompts(prompts, rows), chunk_gradient))
+            chunks.append(self.scores(pixels[rows], prompts_of_rows(prompts, rows), chunk_gradient))
         components = {name: torch.cat([chunk[name] for chunk in chunks]) for name in self.names}
         total = images.new_zeros(len(images), dtype=torch.float32)
         for name, weight in self.weights.items():
@@ -198,7 +198,7 @@ class RewardSum(nn.Module):
                 components[name] = reward(images, prompts).detach()
         return components
 
-    def optimised(self) -> "RewardSum":
+    def optimized(self) -> "RewardSum":
         """Return the sum without rewards of weight 0. The models are shared, not copied."""
         pairs = zip(self.names, self.rewards, strict=True)
         return self.like({name: reward for name, reward in pairs if self.weights[name]})
@@ -226,7 +226,7 @@ def score_and_gradient(reward: nn.Module, images: Tensor, prompts: str | Sequenc
     return scores.detach(), gradient
 
 
-def part_of_prompts(prompts: str | Sequence[str] | None, rows: slice) -> str | Sequence[str] | None:
+def prompts_of_rows(prompts: str | Sequence[str] | None, rows: slice) -> str | Sequence[str] | None:
     """Return the prompts of some rows of the batch; a single prompt, or None, applies to all rows."""
     return prompts if prompts is None or isinstance(prompts, str) else prompts[rows]
 

@@ -22,7 +22,11 @@ AESTHETIC_V1_FILE = "sa_0_4_vit_l_14_linear.pth"
 class CLIPVisionTower(CLIPVisionModelWithProjection):
     """Vision tower that loads from a full CLIP checkpoint without a warning about the text tower."""
 
-    _keys_to_ignore_on_load_unexpected = [r"^text_model\.", r"^text_projection\.", r"^logit_scale$"]
+    _keys_to_ignore_on_load_unexpected = [  # noqa: RUF012
+        r"^text_model\.",
+        r"^text_projection\.",
+        r"^logit_scale$",
+    ]
 
 
 class AestheticHead(nn.Module):

@@ -92,7 +92,7 @@ class SigLIP(Reward):
         # The first SigLIP pads with its end token; SigLIP 2 uses the tokenizer of Gemma.
         if eos == pad:
             text = " ".join(text.translate(WITHOUT_PUNCTUATION).split())
-        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"][: length - 1] + [eos]
+        ids = [*self.tokenizer(text, add_special_tokens=False)["input_ids"][: length - 1], eos]
         return ids + [pad] * (length - len(ids))
 
     @property

@@ -1,1 +1,1 @@
-"""Rewards of a set of images: how much they differ."""
+"""Rewards for the diversity of a set of images."""

@@ -1,17 +1,17 @@
-"""Cosines of all pairs of images of a set, exact enough for determinants and eigenvalues."""
+"""Cosine kernel of a set of images, precise enough for determinants and eigenvalues."""
 
 import torch.nn.functional as F
 from torch import Tensor
 
 
 def cosine_kernel(features: Tensor) -> Tensor:
-    """(..., N, N) cosines of (..., N, D) features, float64 and with a gradient, whatever the features are.
+    """Return the (..., N, N) cosines of (..., N, D) features, in float64 and differentiable.
 
-    In float32 the rounding errors of nearly equal images would be eigenvalues of their own. Double precision is also
-    what `torch.autocast` leaves alone; where a device has none (MPS), the kernel is on the CPU.
+    In float32, rounding errors would add eigenvalues for nearly equal images. `torch.autocast` does not affect float64.
+    On devices without float64 (MPS), the kernel is on the CPU.
 
     Raises:
-        ValueError: features without a dimension of images, or of none.
+        ValueError: For features without an image dimension, or with no images.
     """
     if features.ndim < 2 or features.shape[-2] < 1:
         raise ValueError(f"Expected features of shape (..., N, D), but got {tuple(features.shape)}.")
@@ -21,5 +21,5 @@ def cosine_kernel(features: Tensor) -> Tensor:
 
 
 def kernels_of_set(features: Tensor) -> Tensor:
-    """The kernel (N, N) of (N, D) features, or the kernels (P, N, N) of each position of (N, P, D)."""
+    """Return the kernel (N, N) of (N, D) features, or the kernels (P, N, N) of all positions of (N, P, D) features."""
     return cosine_kernel(features.transpose(0, 1) if features.ndim == 3 else features)

@@ -1,4 +1,4 @@
-"""Diversity of a set as the volume that its images span."""
+"""Diversity of a set as the volume spanned by its images."""
 
 import math
 
@@ -13,18 +13,19 @@ DPP_JITTER = 1e-6
 
 @register_set_reward("dpp")
 class DPP(SetReward):
-    """`logdet(I + K + 1e-6 I) / (N ln 2)` of the cosine kernel K of all N images, references included.
+    """`logdet(I + K + 1e-6 I) / (N ln 2)` of the cosine kernel K of all N images, including references.
 
-    The objective of It's Never Too Late, https://arxiv.org/abs/2601.00090, on the class token of DINOv2, after the
-    determinantal point processes of https://arxiv.org/abs/1207.6083. It is 1 (to 1e-6) for images at right angles and
-    `ln(1 + N) / (N ln 2)` for copies of one: .792 of 2, .580 of 4, .396 of 8. So a stop at a multiple of the first
-    value is no use: of 4 images that can at most grow by 1.72. What the released code logs is this times N ln 2.
+    The objective of It's Never Too Late, https://arxiv.org/abs/2601.00090, on the class token of DINOv2, based on
+    determinantal point processes, https://arxiv.org/abs/1207.6083. The value is 1 (up to 1e-6) for orthogonal features
+    and `ln(1 + N) / (N ln 2)` for identical ones: .792 for N = 2, .580 for 4, .396 for 8. So a target relative to the
+    initial value is of little use: for N = 4 the value can grow by a factor of at most 1.72. The released code logs
+    the value times N ln 2.
 
-    Of features at several positions (N, P, D) it is the mean over the positions.
+    For features (N, P, D) at P positions, the value is the mean over positions.
 
-    One outlier is worth less than in the mean of pairs, and the last copy that changes more: of 4 images at right
-    angles, .40 (there .50) and .25 (there .17) of the way from all alike to all different. Exact copies have no
-    gradient, as in everything that is made of cosines.
+    Compared with `PairwiseDiversity`, a first outlier adds less and a last different image adds more: for 4 images, on
+    a scale from all identical to all orthogonal, .40 (instead of .50) and .25 (instead of .17). Exact copies have no
+    gradient, as for any function of cosines.
     """
 
     name = "dpp"
@@ -42,7 +43,7 @@ class DPP(SetReward):
 
 @register_set_reward("dpp_patch")
 class DPPPatch(DPP):
-    """`DPP` patch by patch: images must differ everywhere, or at least where others of the set agree."""
+    """`DPP` averaged over patches: images have to differ everywhere, not just on average."""
 
     name = "dpp_patch"
     default_features = "dinov2_patch"

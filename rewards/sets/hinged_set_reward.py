@@ -1,4 +1,4 @@
-"""A set reward that is worth nothing more beyond a target."""
+"""Set reward without a gradient above a target."""
 
 from torch import Tensor
 
@@ -6,14 +6,14 @@ from .set_reward import SetReward
 
 
 class HingedSetReward(SetReward):
-    """The value of another set reward, with its gradient only below `target`.
+    """Value of another set reward, with a gradient only below `target`.
 
-    So the gradient of `-weight * value` is that of the hinge `weight * max(0, target - value)`, the diversity term of
-    It's Never Too Late, https://arxiv.org/abs/2601.00090, eq. 3, while the value that is reported stays what it is.
+    The gradient of `-weight * value` is that of the hinge `weight * max(0, target - value)`, the diversity term of It's
+    Never Too Late, https://arxiv.org/abs/2601.00090, eq. 3, while the reported value is unchanged.
 
     Args:
         reward: Any set reward.
-        target: τ_D, in its units.
+        target: τ_D, in the units of the reward.
     """
 
     def __init__(self, reward: SetReward, target: float) -> None:

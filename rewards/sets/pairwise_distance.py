@@ -1,4 +1,4 @@
-"""Distances of all pairs of two sets of images."""
+"""Distances of all pairs between two sets of images."""
 
 from collections.abc import Callable
 
@@ -10,15 +10,15 @@ from ..features.features import FeatureMetric, Features
 
 
 class PairwiseDistance(nn.Module):
-    """`distance(images_a, images_b) -> (N, M)`, with a gradient to both, in the metric that the features are made for.
+    """`distance(images_a, images_b) -> (N, M)`, differentiable with respect to both, in the metric of the features.
 
-    N images and M others are encoded once each. What is compared often is encoded once for all:
+    Each image is encoded once. To compare with the same references repeatedly, encode them in advance:
 
         known = distance.features(references).detach()
         distance.between(distance.features(images), known)
 
     Args:
-        features: what the images are compared by.
+        features: The features by which images are compared.
     """
 
     def __init__(self, features: Features) -> None:
@@ -26,17 +26,21 @@ class PairwiseDistance(nn.Module):
         self.features = features
 
     def forward(self, images_a: Tensor, images_b: Tensor | None = None) -> Tensor:
-        """Images (N, 3, H, W) and (M, 3, H, W) in [0, 1], by default the same, to (N, M), on the device of the first.
+        """Return the distances (N, M), on the device of the first images.
+
+        Args:
+            images_a: (N, 3, H, W) in [0, 1].
+            images_b: (M, 3, H, W) in [0, 1]; by default `images_a`.
 
         Raises:
-            ValueError: images that do not meet the contract, or whose features do not fit together.
+            ValueError: For invalid images, or features of different shapes.
         """
         features_a = self.features(images_a)
         features_b = features_a if images_b is None else self.features(images_b)
         return self.between(features_a, features_b).to(images_a.device)
 
     def between(self, features_a: Tensor, features_b: Tensor) -> Tensor:
-        """Features (N, ...) and (M, ...) of images, in float32 or more, to (N, M)."""
+        """Return the distances (N, M) of features (N, ...) and (M, ...) in float32 or more."""
         if features_a.shape[1:] != features_b.shape[1:]:
             raise ValueError(
                 f"Expected features of the same shape for '{self.features.name}', but got {tuple(features_a.shape)} "
@@ -46,9 +50,9 @@ class PairwiseDistance(nn.Module):
 
 
 def cosine_distance(features_a: Tensor, features_b: Tensor) -> Tensor:
-    """1 - cos of (N, D) and (M, D), or of (N, P, D) and (M, P, D) the mean over P, in [0, 2], to (N, M).
+    """Return 1 - cos, (N, M) in [0, 2], of (N, D) and (M, D), or the mean over P of (N, P, D) and (M, P, D).
 
-    One product of matrices: (N, M, P, D) never exists.
+    A single matrix product, without an intermediate of size (N, M, P, D).
     """
     units_a, units_b = (F.normalize(features, dim=-1).flatten(1) for features in (features_a, features_b))
     positions = units_a.shape[1] // features_a.shape[-1]
@@ -56,15 +60,18 @@ def cosine_distance(features_a: Tensor, features_b: Tensor) -> Tensor:
 
 
 def l2_distance(features_a: Tensor, features_b: Tensor) -> Tensor:
-    """‖a - b‖ over all numbers of an image, (N, M); its gradient is 0 where a = b.
+    """Return ‖a - b‖, (N, M), over all features of an image; its gradient is 0 where a = b.
 
-    Not by the product of the two: where they are close, the root makes 1e-3 of its rounding errors.
+    Computed without a matrix product, whose rounding errors the root would amplify to 1e-3 for nearly equal images.
     """
     return torch.cdist(features_a.flatten(1), features_b.flatten(1), compute_mode="donot_use_mm_for_euclid_dist")
 
 
 def squared_l2_distance(features_a: Tensor, features_b: Tensor) -> Tensor:
-    """‖a - b‖² over all numbers of an image, (N, M), as ‖a‖² + ‖b‖² - 2ab: LPIPS has too many for N M differences."""
+    """Return ‖a - b‖², (N, M), over all features of an image.
+
+    Computed as ‖a‖² + ‖b‖² - 2ab, because N·M differences of LPIPS features would not fit into memory.
+    """
     vectors_a, vectors_b = features_a.flatten(1), features_b.flatten(1)
     squares = vectors_a.square().sum(1)[:, None] + vectors_b.square().sum(1)
     return (squares - 2 * vectors_a @ vectors_b.mT).clamp_min(0)

@@ -1,4 +1,4 @@
-"""Rewards of sets of images: how much they differ."""
+"""The base class of set rewards, their registry, and the mean pairwise distance."""
 
 import os
 from collections.abc import Callable
@@ -18,21 +18,21 @@ SetRewardT = TypeVar("SetRewardT", bound="SetReward")
 
 
 class SetReward(nn.Module):
-    """Scores a set of images by its features: `set_reward(images) -> scalar`, float32, higher is better.
+    """Base class of set rewards: `set_reward(images) -> scalar`, float32, higher is better.
 
-    A subclass implements `score`, and is built from its features alone: `SetRewardClass(features)`. The value does not
+    A subclass implements `score` and is constructed from its features: `SetRewardClass(features)`. The value does not
     depend on the order of the images.
 
-    To optimise a large set in the memory of one image, compute all features without a gradient, then the gradient of
-    `of_features` with respect to them, then one image at a time: each image depends on the others through them alone.
+    To optimize a large set with the memory of one image, compute all features without a graph, then the gradient of
+    `of_features` with respect to them, then backpropagate it through one image at a time.
 
     Args:
-        features: what the images are compared by; frozen.
+        features: The features by which images are compared; frozen.
 
     Attributes:
-        name: the name under which values are reported.
-        range: the lowest and highest possible value of any set, where there is one.
-        default_features: what `from_pretrained()` takes.
+        name: The name under which values are reported.
+        range: The lowest and highest possible value of any set, if the formula is bounded.
+        default_features: The features that `from_pretrained()` loads by default.
     """
 
     name: str = "set_reward"
@@ -44,18 +44,18 @@ class SetReward(nn.Module):
         self.features = features
 
     def forward(self, images: Tensor, references: Tensor | None = None) -> Tensor:
-        """The value of the set of all images and references together.
+        """Score the set of all images and references together.
 
         Args:
             images: (B, 3, H, W) in [0, 1], on any device.
-            references: (M, 3, H, W), images that are given: they count and get no gradient.
+            references: (M, 3, H, W) fixed images of the set, which get no gradient.
 
         Returns:
-            a scalar, on the device of `images`.
+            A scalar on the device of `images`.
 
         Raises:
-            ValueError: fewer than two images in all, or images that do not meet the contract.
-            NonFiniteReward: a value that is NaN or infinite.
+            ValueError: For fewer than two images in total, or invalid images.
+            NonFiniteReward: For a value that is NaN or infinite.
         """
         known = None
         if references is not None:
@@ -64,15 +64,14 @@ class SetReward(nn.Module):
         return self.of_features(self.features(images), known).to(images.device)
 
     def of_features(self, features: Tensor, references: Tensor | None = None) -> Tensor:
-        """The same of features (B, ...) and (M, ...), which `self.features` gave. Those of references may be kept.
+        """Score a set by its features (B, ...) and those of its references (M, ...), which may be cached.
 
-        In a sequence, where one image is optimised against all before it, this is the published objective: the value of
-        the union, in which the pairs of references are a constant. Features in half precision become float32;
-        references go to the device and the type of the others.
+        The value is that of the union, to which pairs of references contribute a constant; for a growing set this is
+        the published objective. Half precision is cast to float32, references to the device and dtype of `features`.
 
         Raises:
-            ValueError: fewer than two images in all, or references of another shape.
-            NonFiniteReward: features or a value that are NaN or infinite.
+            ValueError: For fewer than two images in total, or references of another shape.
+            NonFiniteReward: For features or a value that are NaN or infinite.
         """
         features = self.union(at_least_float32(features), references)
         if not features.isfinite().all():
@@ -86,7 +85,7 @@ class SetReward(nn.Module):
         return value
 
     def union(self, features: Tensor, references: Tensor | None) -> Tensor:
-        """Features (M + B, ...) of at least two images, those of references first and detached."""
+        """Return the features (M + B, ...) of at least two images, with detached references first."""
         if references is not None and references.shape[1:] != features.shape[1:]:
             raise ValueError(
                 f"Expected references with features of the shape {tuple(features.shape[1:])} of the images for the set "
@@ -98,16 +97,16 @@ class SetReward(nn.Module):
         if len(features) < 2:
             raise ValueError(
                 f"Expected at least 2 images for the set reward '{self.name}', references included, but got "
-                f"{len(features)}. Draw several images of the prompt, or pass `references`."
+                f"{len(features)}. Generate several images of the prompt, or pass `references`."
             )
         return features
 
     def score(self, features: Tensor) -> Tensor:
-        """(N, D) or (N, P, D) features of at least two images, in float32 or more -> scalar."""
+        """Map (N, D) or (N, P, D) features of at least two images, in float32 or more, to a scalar."""
         raise NotImplementedError(f"`{type(self).__name__}` does not implement `score`.")
 
     def bounds(self, count: int) -> tuple[float, float] | None:
-        """The lowest and highest possible value of a set of `count` images, references included, where there is one."""
+        """Return the lowest and highest possible value of a set of `count` images, references included, if bounded."""
         return self.range
 
     @classmethod
@@ -118,7 +117,7 @@ class SetReward(nn.Module):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> SetRewardT:
-        """On the features of a name, a Hub id or a folder, by default `default_features`."""
+        """Load the features of a name, a Hub id or a folder, by default `default_features`."""
         return cls(AutoFeatures.from_pretrained(features or cls.default_features, dtype=dtype, device=device))
 
 
@@ -126,31 +125,31 @@ SET_REWARDS: Registry[type[SetReward]] = Registry("set reward")
 
 
 def register_set_reward(name: str) -> Callable[[type[SetRewardT]], type[SetRewardT]]:
-    """Register a class of set rewards under a name.
+    """Return a decorator that registers a class of set rewards under a name.
 
     Raises:
-        ValueError: a name that another class has.
+        ValueError: If another class has the name.
     """
     return SET_REWARDS.register(name)  # pyright: ignore[reportReturnType]
 
 
 def list_set_rewards() -> list[str]:
-    """The registered names, sorted."""
+    """Return the registered names, sorted."""
     return SET_REWARDS.names()
 
 
 def find_set_reward(name: str) -> type[SetReward]:
-    """The class of a name. Raises `ValueError` for one that is not registered."""
+    """Return the class of a name. Raises `ValueError` if it is not registered."""
     return SET_REWARDS.find(name)
 
 
 @register_set_reward("pairwise")
 class PairwiseDiversity(SetReward):
-    """The mean distance of all pairs of images.
+    """Mean distance of all pairs of images.
 
-    On the patches of DINOv2 the objective of It's Never Too Late, https://arxiv.org/abs/2601.00090; on one vector an
-    image 1 - MSS; on LPIPS the usual measure of diversity. One image far from the others is enough to raise it. In a
-    cosine it has no gradient at images that are all the same.
+    On the patches of DINOv2 it is an objective of It's Never Too Late, https://arxiv.org/abs/2601.00090; on one vector
+    per image it is 1 - MSS; on LPIPS it is the usual measure of diversity. A single outlier raises it. With a cosine
+    metric it has no gradient if all images are identical.
     """
 
     name = "pairwise"

@@ -1,4 +1,4 @@
-"""Diversity of a set as the number of images that effectively differ."""
+"""Diversity of a set as the effective number of different images."""
 
 import math
 
@@ -12,18 +12,18 @@ from .set_reward import SetReward, register_set_reward
 
 @register_set_reward("vendi")
 class Vendi(SetReward):
-    """The effective number of different images among all N, references included, in [1, N]; see `vendi_score`.
+    """Effective number of different images among all N, including references, in [1, N]; see `vendi_score`.
 
-    Of features at several positions (N, P, D) it is the mean over the positions. The gradient vanishes for exact
-    copies and for images at right angles to one another.
+    For features (N, P, D) at P positions, the value is the mean over positions. The gradient vanishes for exact copies
+    and for orthogonal features.
 
     Args:
-        features: what the images are compared by.
-        order: above 0, `math.inf` is one; by default that of the class, 1. Order 2 needs no eigenvalues and is smooth
-            everywhere. The reward of another order is named after it: "vendi_0.5".
+        features: The features by which images are compared.
+        order: The order, above 0 or `math.inf`; by default that of the class, 1. Order 2 needs no eigenvalues and is
+            smooth everywhere. Other orders are part of the name: "vendi_0.5".
 
     Raises:
-        ValueError: an order of 0, which has no gradient, or below.
+        ValueError: For an order of 0, which has no gradient, or below.
     """
 
     name = "vendi"
@@ -35,7 +35,7 @@ class Vendi(SetReward):
         if not self.order > 0:
             raise ValueError(
                 f"Expected an order above 0 for the Vendi score as a reward, but got {order}. Order 0, the number of "
-                "images that are no copies, has no gradient: use `order=0.1`, or `vendi_score` to measure it."
+                "distinct images, has no gradient: use `order=0.1`, or `vendi_score` to measure it."
             )
         self.name = "vendi" if self.order == 1 else f"vendi_{self.order:g}"
 
@@ -48,7 +48,7 @@ class Vendi(SetReward):
 
 @register_set_reward("vendi_2")
 class VendiOrder2(Vendi):
-    """`1 / ‖K / N‖²`, the Vendi score of order 2 (RKE, https://arxiv.org/abs/2211.02242): no eigenvalues, smooth."""
+    """Vendi score of order 2, `1 / ‖K / N‖²`, smooth and without eigenvalues (RKE, https://arxiv.org/abs/2211.02242)."""
 
     name = "vendi_2"
     order = 2.0
@@ -56,28 +56,31 @@ class VendiOrder2(Vendi):
 
 @register_set_reward("vendi_inf")
 class VendiOrderInfinity(Vendi):
-    """1 / the largest eigenvalue of K / N: only how much all images have in common counts."""
+    """Vendi score of order ∞, the reciprocal of the largest eigenvalue of K / N: it penalizes only what all share."""
 
     name = "vendi_inf"
     order = math.inf
 
 
 def vendi_score(features: Tensor, q: float = 1.0) -> Tensor:
-    """The effective number of different images: exp of the Rényi entropy of the eigenvalues λ of the cosine kernel / N.
+    """Return the exponential of the Rényi entropy of the eigenvalues λ of K / N, K the cosine kernel of N images.
 
     Vendi score (q = 1, Shannon): https://arxiv.org/abs/2210.02410. Other orders: https://arxiv.org/abs/2310.12952,
-    `(Σ λ^q)^(1 / (1 - q))`; the smaller the order, the more a rare image counts. Order 0 is the number of eigenvalues
-    that are not zero, order ∞ is `1 / max λ`, and order 2 is `1 / ‖K / N‖²`, which needs no eigenvalues.
+    `(Σ λ^q)^(1 / (1 - q))`; the smaller the order, the larger the weight of rare images. Order 0 is the number of
+    nonzero eigenvalues, order ∞ is `1 / max λ`, and order 2 is `1 / ‖K / N‖²`, which needs no eigenvalues.
 
-    Below order 1 an eigenvalue made of rounding errors would count, so those below N · ε · max λ, with the ε of the
-    features' type, are taken for zero, as in `torch.linalg.matrix_rank`.
+    Below order 1 rounding errors in eigenvalues would count, so eigenvalues below N · ε · max λ, with the ε of the
+    features' dtype, are treated as zero, as in `torch.linalg.matrix_rank`.
 
     Args:
         features: (..., N, D), sets of at least 1 image.
-        q: the order, at least 0; `math.inf` is one.
+        q: The order, at least 0 or `math.inf`.
 
     Returns:
-        (...) in [1, N], float64, with a gradient, which is zero everywhere for order 0.
+        (...) in [1, N], float64 and differentiable, with a gradient of zero for order 0.
+
+    Raises:
+        ValueError: For a negative order.
     """
     if not q >= 0:
         raise ValueError(f"Expected an order of 0 or more for the Vendi score, but got {q}.")
@@ -85,7 +88,7 @@ def vendi_score(features: Tensor, q: float = 1.0) -> Tensor:
 
 
 def kernel_vendi(kernel: Tensor, q: float, features_eps: float) -> Tensor:
-    """The Vendi score of order q of (..., N, N) kernels of features whose type has that ε; see `vendi_score`."""
+    """Return the Vendi score of order q of (..., N, N) kernels; `features_eps` is the ε of the features' dtype."""
     count = kernel.shape[-1]
     kernel = kernel / count
     if q == 2:
@@ -97,9 +100,9 @@ def kernel_vendi(kernel: Tensor, q: float, features_eps: float) -> Tensor:
 
 
 def hill_number(shares: Tensor, q: float, floor: float) -> Tensor:
-    """`(Σ λ^q)^(1 / (1 - q))` of (..., N) shares over those above `floor` times the largest, or its limit for q = 1."""
+    """Return `(Σ λ^q)^(1 / (1 - q))`, or its limit for q = 1, over the (..., N) shares above `floor` · max λ."""
     counted = shares > floor * shares.amax(-1, keepdim=True)
-    # Not the zeros themselves: their logarithm would make the gradient of all others NaN.
+    # Replace zeros, whose logarithm would make the gradient of all shares NaN.
     shares = shares.where(counted, 1.0)
     if q == 1:
         return (-(shares * shares.log()).sum(-1)).exp()

@@ -45,10 +45,11 @@ except PackageNotFoundError:  # the folder is on the path, not installed
     __version__ = "0+unknown"
 
 __all__ = [
+    "CNO",
+    "PCN",
     "AutoReward",
     "BestOfN",
     "BlackBox",
-    "CNO",
     "CNOFluxPipeline",
     "CNOStableDiffusion3Pipeline",
     "CNOStableDiffusionPipeline",
@@ -68,7 +69,6 @@ __all__ = [
     "NoiseDiffusionStableDiffusionXLPipeline",
     "NoiseOptimizationMixin",
     "NoiseResult",
-    "PCN",
     "PinkNoise",
     "ReNO",
     "ReNOStableDiffusionPipeline",

@@ -10,8 +10,8 @@ from tiny_pipelines import SIZE, call_arguments, tiny_pipeline
 
 from noiseopt import BestOfN, NoiseResult, ReNO, optimize_noise, shapes_world
 from noiseopt.analysis.analysis import Analysis, changes_of, markdown
-from noiseopt.analysis.drawing import final_latents, repeated
 from noiseopt.analysis.groups import Group, embedded_name, load_groups
+from noiseopt.analysis.sampling import final_latents, repeated
 from noiseopt.pipelines.results.frequency_bands import band_energies
 
 

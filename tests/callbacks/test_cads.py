@@ -107,7 +107,7 @@ def test_no_condition_is_kept_after_a_call():
 
 
 @pytest.mark.parametrize(
-    "settings, message",
+    ("settings", "message"),
     [
         ({"tau1": 0.9, "tau2": 0.6}, "tau1 < tau2 <= 1, but got 0.9 and 0.6"),
         ({"tau2": 1.1}, "tau1 < tau2"),

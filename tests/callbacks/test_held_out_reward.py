@@ -40,7 +40,7 @@ def after_steps(watch: HeldOutReward, losses: list[list[float]], shades: list[li
 
 def test_hacking_is_a_lower_loss_with_a_lower_held_out_reward():
     watch = HeldOutReward(ColorChannel("red"), name="second opinion")
-    # image 0 gains and its red falls (red of a grey is minus its shade); image 1 gains and its red rises
+    # image 0 gains and its red falls (red of a gray is minus its shade); image 1 gains and its red rises
     state = after_steps(watch, [[5.0, 5.0], [4.0, 4.0]], [[0.2, 0.6], [0.5, 0.1]])
     report = state.reports["held out second opinion"]
     assert report["reward_hacking"] == [True, False]

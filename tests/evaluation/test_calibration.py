@@ -23,7 +23,7 @@ class Machine:
     def method(self, contender, best_of):
         return contender.method.build(self.instruments.rewards)
 
-    def draw(self, method, index, callbacks=()):
+    def generate(self, method, index, callbacks=()):
         load = next(self.load)
         if not isinstance(method, BestOfN):
             self.order.append("method")

@@ -44,8 +44,8 @@ def plain(studio) -> torch.Tensor:
 def test_every_contender_starts_from_the_noise_of_plain_sampling(studio, plain):
     method = studio.plan.methods[0]
     for contender in studio.plan.contenders:
-        drawing = studio.draw(studio.method(contender, best_of=1), 1)
-        assert torch.equal(drawing.images, plain), contender.key
+        generation = studio.generate(studio.method(contender, best_of=1), 1)
+        assert torch.equal(generation.images, plain), contender.key
     assert [contender.method for contender in studio.plan.contenders] == [None, method, method]
 
 

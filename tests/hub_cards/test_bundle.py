@@ -150,6 +150,42 @@ def test_bundle_is_self_contained(bundled):
     assert run.stdout == "1.0\n"
 
 
+def test_docstrings_of_functions_stay_in_the_sources(bundled):
+    source = '''
+        """Doc."""
+
+
+        class OursMixin:
+            """Shown by help."""
+
+            def grow(self):
+                """Shown too."""
+                return 1
+
+
+        class Ours:
+            """Of a class."""
+
+            def __call__(self):
+                """Shown as well."""
+                return 2
+
+            def only(self):
+                """All that there is."""
+
+
+        def total():
+            """Hidden.
+
+            With more to say.
+            """
+            return 3
+    '''
+    text = bundled({"pipelines/noisy.py": source})
+    assert all(shown in text for shown in ("Shown by help", "Shown too", "Of a class", "Shown as well", "All that"))
+    assert "def total():\n    return 3" in text and "Hidden" not in text
+
+
 def test_imports_are_sorted_and_wrapped(bundled):
     names = ["a_rather_long_function_name", "another_rather_long_function_name", "BIG", "ALongClassName"]
     source = f'''

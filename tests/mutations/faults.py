@@ -8,12 +8,17 @@ ROOT = Path(__file__).parents[2]
 
 
 class Fault(NamedTuple):
-    """A fault: `old`, which occurs exactly once in the file at `path`, is replaced by `new`."""
+    """A fault: `old`, which occurs exactly once in the file at `path`, is replaced by `new`.
+
+    Attributes:
+        tests: The test file that comes first, if none has the name of the file.
+    """
 
     name: str
     path: str
     old: str
     new: str
+    tests: str | None = None
 
     def mutated(self, root: Path = ROOT) -> str:
         """Return the text of the file with the fault. Raises `ValueError` unless `old` occurs exactly once."""
@@ -26,12 +31,12 @@ class Fault(NamedTuple):
         return text.replace(self.old, self.new)
 
     def nearest_tests(self, root: Path = ROOT) -> list[str]:
-        """Return the test files named after the file, then those of the folder that mirrors its own."""
+        """Return the test file that is given or named after the file, then those of the folder that mirrors its own."""
         file = Path(self.path)
         folder = root / "tests" / Path(*[part for part in file.parent.parts if part not in ("src", "noiseopt")])
         while not folder.is_dir():
             folder = folder.parent
-        named = sorted((root / "tests").rglob(f"test_{file.stem}.py"))
+        named = sorted((root / "tests").rglob(f"test_{file.stem}.py")) if self.tests is None else [root / self.tests]
         return [str(path.relative_to(root)) for path in dict.fromkeys([*named, *sorted(folder.glob("test_*.py"))])]
 
 
@@ -47,6 +52,7 @@ FAULTS = (
         "pipelines/loop.py",
         "if callback.on_step_end(run) is False:\n                run.stop()",
         "callback.on_step_end(run)",
+        "tests/callbacks/test_callbacks.py",
     ),
     Fault(
         "gradient clip dropped",
@@ -101,6 +107,7 @@ FAULTS = (
         "pipelines/baselines/noise_pgd.py",
         "(self.radius * length / per_sample_norm(way)).clamp(max=1)",
         "(self.radius * length / per_sample_norm(way))",
+        "tests/pipelines/noise_diffusion/test_noise_diffusion.py",
     ),
     Fault(
         "prompts replayed in reverse order",
@@ -125,6 +132,7 @@ FAULTS = (
         "pipelines/sampling/module_state.py",
         "finally:\n        switch(True)",
         "finally:\n        switch(False)",
+        "tests/pipelines/composition/test_modules.py",
     ),
     Fault(
         "checkpointing not restored",
@@ -155,6 +163,7 @@ FAULTS = (
         "callbacks/early_stopping.py",
         "self.waited >= self.patience",
         "self.waited > self.patience",
+        "tests/callbacks/test_callbacks.py",
     ),
     Fault(
         "sigma of the next step",

@@ -1,4 +1,4 @@
-"""LPIPS by its package against ours, and the file that `tests/rewards/features/test_lpips_features.py` compares ours with.
+"""LPIPS by its package, and the file with which `tests/rewards/features/test_lpips_features.py` compares ours.
 
 torchvision must not be installed beside the tests (see CONTRIBUTING.md), so this runs in an environment of its own:
 

@@ -1,4 +1,4 @@
-"""What open_clip and torchvision make of a tiny HPSv2: the file that `tests/rewards/preference/test_hpsv2.py` compares ours with.
+"""A tiny HPSv2 by open_clip and torchvision, with whose values `tests/rewards/preference/test_hpsv2.py` compares ours.
 
 torchvision must not be installed beside the tests (see CONTRIBUTING.md), so this runs in an environment of its own:
 

@@ -50,8 +50,8 @@ def test_each_channel_of_pink_noise_has_mean_0_and_variance_1(sampler, shape):
 
 def test_alpha_zero_is_white_noise_that_is_standardised():
     noise = white(4, 4, 32, 32, dtype=torch.float32)
-    centred = noise - noise.mean((-2, -1), keepdim=True)
-    torch.testing.assert_close(PinkNoise(0)((4, 4, 32, 32), generator()), centred / noise.std((-2, -1), keepdim=True))
+    centered = noise - noise.mean((-2, -1), keepdim=True)
+    torch.testing.assert_close(PinkNoise(0)((4, 4, 32, 32), generator()), centered / noise.std((-2, -1), keepdim=True))
     scores = gaussian_limits((4, 4, 32, 32)).z_scores(noise_statistics(PinkNoise(0).color(noise)))
     assert abs(scores.spectral_slope) < 4 and max(map(abs, scores.spectrum[1:])) < 4
 

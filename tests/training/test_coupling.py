@@ -5,7 +5,7 @@ import torch
 from training.coupling import basis, couple
 
 
-def chances(noise: Tensor) -> Tensor:
+def chances(noise: torch.Tensor) -> torch.Tensor:
     """Read the numbers determined by noises (B, 8, 8, 8): (B, LAYOUT + LOOKS), uniform on [0, 1] if Gaussian."""
     return torch.special.ndtr(noise.flatten(1) @ basis().flatten(1).T)
 

@@ -76,8 +76,8 @@ def analyze(arguments: argparse.Namespace) -> None:
 def analyses_of(groups: "Sequence[Group]", rings: int | None, draw: bool) -> "list[Analysis]":
     """Analyze each group that changed. Raises `CannotAnalyze` if none did, or a group is too small to pool."""
     from .analysis import Analysis
-    from .drawing import draw_latents
     from .groups import CannotAnalyze
+    from .sampling import sample_latents
 
     found = []
     for analysis in (Analysis(group, rings) for group in groups):
@@ -95,7 +95,7 @@ def analyses_of(groups: "Sequence[Group]", rings: int | None, draw: bool) -> "li
             _ = analysis.coherence
     except ValueError as error:
         raise CannotAnalyze(f"{error} Pass more results, or --rings.") from None
-    return [Analysis(each.group, rings, draw_latents(each.group)) if draw else each for each in found]
+    return [Analysis(each.group, rings, sample_latents(each.group)) if draw else each for each in found]
 
 
 def write(analyses: "Sequence[Analysis]", folder: Path) -> None:

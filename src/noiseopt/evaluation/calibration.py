@@ -29,11 +29,11 @@ def calibrate(studio: Studio, choice: MethodChoice) -> dict[str, Any]:
     for repeat in range(REPEATS):
         index = repeat % len(studio.plan.prompts.prompts)
         if seconds is None or repeat % 2 == 0:
-            seconds = studio.draw(method, index).cost.seconds
+            seconds = studio.generate(method, index).cost.seconds
             once, each = control_seconds(studio, index, seconds)
         else:
             once, each = control_seconds(studio, index, seconds)
-            seconds = studio.draw(method, index).cost.seconds
+            seconds = studio.generate(method, index).cost.seconds
         for name, value in zip(found, (seconds, each, (seconds - once) / each), strict=True):
             found[name].append(value)
     return {"n": max(1, math.ceil(statistics.median(found["ratio"]))), **found}
@@ -44,5 +44,5 @@ def control_seconds(studio: Studio, index: int, budget: float) -> tuple[float, f
     ends: list[float] = []
     method = BestOfN(rewards=studio.instruments.rewards, steps=WITHOUT_END)
     callbacks = [lambda state: ends.append(state.elapsed), TimeBudget(budget)]
-    total = studio.draw(method, index, callbacks=callbacks).cost.seconds
+    total = studio.generate(method, index, callbacks=callbacks).cost.seconds
     return total - ends[-1], ends[-1] / len(ends)

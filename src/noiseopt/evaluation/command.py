@@ -163,7 +163,7 @@ def evaluate(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> 
 
 def plan_of(arguments: argparse.Namespace) -> "Plan":
     """Build the plan. Raises `ValueError` or `OSError` for invalid arguments."""
-    from .plan import HELD_OUT_FEATURES, MethodChoice, ModelChoice, Plan, at_hand, parse_settings
+    from .plan import HELD_OUT_FEATURES, MethodChoice, ModelChoice, Plan, has_weights, parse_settings
     from .prompt_sets import load_prompts
 
     limit = arguments.limit or (None if arguments.prompts else FIRST_LOOK)
@@ -171,8 +171,8 @@ def plan_of(arguments: argparse.Namespace) -> "Plan":
     models = tuple(ModelChoice.parse(name, call) for name in arguments.models or ["turbo"])
     embedded = all(model.embedded for model in models)
     rewards = arguments.rewards or (["clip"] if embedded else [])
-    watched = arguments.watched if arguments.watched is not None else ["vqa"] if embedded and at_hand("vqa") else []
-    held_out = ("dinov2" if at_hand("dinov2") else "clip") if embedded else HELD_OUT_FEATURES
+    watched = arguments.watched if arguments.watched is not None else ["vqa"] if embedded and has_weights("vqa") else []
+    held_out = ("dinov2" if has_weights("dinov2") else "clip") if embedded else HELD_OUT_FEATURES
     features = None if arguments.features == "none" else arguments.features or held_out
     return Plan(
         models=models,
@@ -205,13 +205,13 @@ def weighted(text: str) -> list[tuple[str, float]]:
 
 def run(evaluation: "Evaluation", output: Path) -> None:
     plan = evaluation.plan
-    if evaluation.leads:
+    if evaluation.is_main:
         prompts, seeds = len(plan.prompts.prompts), plan.seeds
         print(f"Evaluating {names(plan)} on {prompts} prompts of {plan.prompts.name} × {seeds} seeds ...", flush=True)
     try:
         results = evaluation.run()
     except KeyboardInterrupt:
-        if evaluation.leads:
+        if evaluation.is_main:
             print(f"\nInterrupted. Finished units are in {output}; the same command continues.", file=sys.stderr)
         raise
     if results is not None:

@@ -43,9 +43,9 @@ class Evaluation:
         self.plan, self.folder = plan, ResultFolder(output)
         # long timeout: the first process to finish waits for the last
         self.processes = PartialState(cpu=plan.device == "cpu", timeout=datetime.timedelta(days=365))
-        self.device = self.own_device()
+        self.device = self.device_of_process()
 
-    def own_device(self) -> torch.device:
+    def device_of_process(self) -> torch.device:
         if self.plan.device is None:
             return self.processes.device or torch.device("cpu")
         device = torch.device(self.plan.device)
@@ -53,7 +53,7 @@ class Evaluation:
         return torch.device("cuda", self.processes.local_process_index) if several else device
 
     @property
-    def leads(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this process prints, calibrates and writes the tables."""
         return self.processes.is_main_process
 
@@ -63,7 +63,7 @@ class Evaluation:
         Raises:
             CannotEvaluate: If the folder belongs to another plan, or something cannot be loaded.
         """
-        if self.leads:
+        if self.is_main:
             self.fetch_weights()
             self.folder.claim(self.plan.settings(self.device.type))
         self.processes.wait_for_everyone()
@@ -71,7 +71,7 @@ class Evaluation:
             for model in self.plan.models:
                 self.evaluate(model, bar)
         self.processes.wait_for_everyone()
-        return self.report() if self.leads else None
+        return self.report() if self.is_main else None
 
     def fetch_weights(self) -> None:
         """Download missing weights of embedded models before any model runs."""
@@ -98,17 +98,17 @@ class Evaluation:
     def progress(self) -> tqdm:
         every = [(model, task) for model in self.plan.models for task in self.tasks(model)]
         done = sum(self.folder.finished(model.name, *task) for model, task in every)
-        return tqdm(total=len(every), initial=done, unit="unit", disable=not self.leads, dynamic_ncols=True)
+        return tqdm(total=len(every), initial=done, unit="unit", disable=not self.is_main, dynamic_ncols=True)
 
     def evaluate(self, model: ModelChoice, bar: tqdm) -> None:
         """Compute the missing units of a model, which is loaded only if needed."""
         load = functools.cache(lambda: self.studio(model))
-        if self.leads and self.plan.best_of is None:
+        if self.is_main and self.plan.best_of is None:
             for method in self.plan.methods:
                 if method.has_control and method.label not in self.folder.calibration().get(model.name, {}):
                     bar.set_description(f"{model.name}: timing {method.label}")
                     found = calibrate(load(), method)
-                    self.folder.keep_calibration(model.name, method.label, found)
+                    self.folder.save_calibration(model.name, method.label, found)
                     bar.write(f"{model.name}: best-of-{found['n']} takes as long as {method.label}")
         self.processes.wait_for_everyone()
         best_of = self.best_of()

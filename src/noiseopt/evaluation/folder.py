@@ -13,8 +13,8 @@ from ..pipelines.results.settings_diff import settings_diff as differences
 from .plan import Contender, slug
 from .unit import Unit, write_json
 
-UNIT_PARTS: dict[str, type] = {"prompt": str, "seeds": list, "evaluations": int}
-UNIT_PARTS |= {"rewards": dict, "set": dict, "noise": dict, "cost": dict}
+UNIT_FIELDS: dict[str, type] = {"prompt": str, "seeds": list, "evaluations": int}
+UNIT_FIELDS |= {"rewards": dict, "set": dict, "noise": dict, "cost": dict}
 REDO = "Delete the .json of that name; the same command computes it again."
 REMEASURE = "Delete it; the same command measures again."
 
@@ -69,7 +69,7 @@ class ResultFolder:
         """Read the values of a finished unit. Raises `CannotEvaluate` if the file is not of that unit."""
         path, asked = self.unit_path(model, contender, index), {"model": model, "method": contender.key, "index": index}
         found = read_object(path, REDO)
-        wrong = [name for name, value in asked.items() if found.get(name) != value] + wrong_parts(found)
+        wrong = [name for name, value in asked.items() if found.get(name) != value] + invalid_fields(found)
         if wrong:
             raise CannotEvaluate(
                 f"Expected the unit of {model}, {contender.key} and prompt {index}, but {path} has "
@@ -95,7 +95,7 @@ class ResultFolder:
             raise CannotEvaluate(f"Expected the N of each method in {file}, but got other values. {REMEASURE}")
         return found
 
-    def keep_calibration(self, model: str, method: str, found: Mapping[str, Any]) -> None:
+    def save_calibration(self, model: str, method: str, found: Mapping[str, Any]) -> None:
         known = self.calibration()
         known.setdefault(model, {})[method] = dict(found)
         write_json(self.path / "calibration.json", known)
@@ -112,9 +112,9 @@ def read_object(path: Path, remedy: str) -> dict[str, Any]:
     return found
 
 
-def wrong_parts(numbers: Mapping[str, Any]) -> list[str]:
+def invalid_fields(numbers: Mapping[str, Any]) -> list[str]:
     """Return the names of the fields of a unit that are missing or malformed."""
-    wrong = [name for name, kind in UNIT_PARTS.items() if not isinstance(numbers.get(name), kind)]
+    wrong = [name for name, kind in UNIT_FIELDS.items() if not isinstance(numbers.get(name), kind)]
     if wrong:
         return wrong
     count, judge = len(numbers["seeds"]), numbers.get("judge")

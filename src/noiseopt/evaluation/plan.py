@@ -285,9 +285,9 @@ class Plan:
             try:
                 shapes_world.parse(prompt.text)
             except ValueError as error:
-                raise ValueError(f"{self.place_of(prompt.text, number)}: {error}") from None
+                raise ValueError(f"{self.position_of(prompt.text, number)}: {error}") from None
 
-    def place_of(self, prompt: str, number: int) -> str:
+    def position_of(self, prompt: str, number: int) -> str:
         """Return the file and line of a prompt, or its number if it is not a line of a file."""
         if os.path.isfile(self.source):
             lines = Path(self.source).read_text(encoding="utf-8-sig").split("\n")
@@ -415,6 +415,6 @@ def check_features(name: str) -> None:
             raise ValueError(str(error)) from None
 
 
-def at_hand(name: str) -> bool:
+def has_weights(name: str) -> bool:
     """Whether the weights of an embedded model are in the package or the checkout."""
     return (WEIGHTS / name).is_dir()

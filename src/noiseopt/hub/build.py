@@ -49,15 +49,16 @@ def version() -> str:
 
 @functools.cache
 def bundled() -> str:
-    """Return the source of the bundle: the mixins of all cards, and everything that is registered as a reward.
+    """Return the source of the bundle: the mixins of all cards, and everything that is registered by a name.
 
     Raises:
         Refused: For a module that cannot be bundled.
     """
     mixins = [path for card in CARDS for path in public_modules(class_file(card.cls), PACKAGE)]
-    public = public_modules(PACKAGE / "rewards/__init__.py", PACKAGE)
-    rewards = [path for path in public if re.search(r"^@register_", path.read_text("utf-8"), re.MULTILINE)]
-    return bundle([*rewards, *mixins], PACKAGE, DOCSTRING.format(version=version()))
+    folders = (PACKAGE / folder / "__init__.py" for folder in ("rewards", "pipelines"))
+    public = [path for folder in folders for path in public_modules(folder, PACKAGE)]
+    registered = [path for path in public if re.search(r"^@register_", path.read_text("utf-8"), re.MULTILINE)]
+    return bundle([*registered, *mixins], PACKAGE, DOCSTRING.format(version=version()))
 
 
 def class_file(cls: type) -> Path:

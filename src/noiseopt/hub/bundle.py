@@ -3,7 +3,8 @@
 diffusers' `custom_pipeline=` loads a `pipeline.py` and the files that it imports relatively. It finds those with a
 regular expression that misses siblings of siblings in a local folder and fetches a shared sibling once per import from
 the Hub. The code behind `pipeline.py` therefore is a single file without relative imports. Source lines are copied,
-dependencies first, with their comments. Code whose meaning would change is refused with file and line.
+dependencies first, with their comments and the docstrings of classes and calls; those of other functions stay in the
+sources. Code whose meaning would change is refused with file and line.
 """
 
 from __future__ import annotations
@@ -214,8 +215,8 @@ def from_import(origin: str, names: Iterable[str]) -> str:
 
 
 def own_code(module: Module) -> str:
-    """Return the module's source lines without docstring, `__all__`, top-level imports and second blank lines."""
-    dropped = dropped_lines(module)
+    """Return the module's source lines without the dropped lines, docstrings of functions and second blank lines."""
+    dropped = dropped_lines(module) | function_docstrings(module.tree)
     inside = {n for node in module.tree.body for n in range(node.lineno, (node.end_lineno or 0) + 1)}
     lines: list[str] = []
     for number, line in enumerate(module.lines, start=1):
@@ -223,6 +224,19 @@ def own_code(module: Module) -> str:
         if number not in dropped and not surplus_blank:
             lines.append(line)
     return "\n".join(lines).strip("\n")
+
+
+def function_docstrings(tree: ast.Module) -> set[int]:
+    """Return the line numbers of the docstrings of functions and methods that do more than say what they do.
+
+    Those of `__call__` stay, since `help` shows them, and so do those of the mixins.
+    """
+    mixins = [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef) and node.name.endswith("Mixin")]
+    shown = {id(node) for mixin in mixins for node in mixin.body}
+    functions = (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and len(node.body) > 1)
+    hidden = [node for node in functions if node.name != "__call__" and id(node) not in shown]
+    documented = [node.body[0] for node in hidden if ast.get_docstring(node) is not None]
+    return {line for node in documented for line in range(node.lineno, (node.end_lineno or node.lineno) + 1)}
 
 
 def dropped_lines(module: Module) -> set[int]:

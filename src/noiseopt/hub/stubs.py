@@ -21,10 +21,9 @@ def stub(cls: type[Any]) -> str:
     modules = {"typing"}
     parameters = list(inspect.signature(cls.__call__).parameters.values())
     lines = [f"        {line}," for line in spelled_parameters(parameters, modules)]
-    imports = "\n".join(f"import {module}" for module in sorted(modules))
     head = [
         NOTE.format(diffusers=importlib.metadata.version("diffusers")),
-        imports,
+        f"import {', '.join(sorted(modules))}",
         f"from {stock.__module__} import {stock.__name__}\n\nfrom .mixin import {mixin.__name__}",
     ]
     body = [f"class {cls.__name__}({mixin.__name__}, {stock.__name__}):", "    def __call__(", *lines]

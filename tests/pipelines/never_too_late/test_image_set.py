@@ -355,7 +355,7 @@ def begun(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("changes, message", DISAGREEMENTS, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize(("changes", "message"), DISAGREEMENTS, ids=lambda value: str(value)[:40])
 def test_a_folder_of_another_set_is_refused_by_what_differs(changes, message, begun):
     changes = {"prompt": "a b", "pipe": "sd", "generator": 3, **ONE, **changes}
     found, pipe = method(**changes.pop("found", {})), tiny_pipeline(changes.pop("pipe"))
@@ -469,7 +469,7 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize("changes, error, message", BAD, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize(("changes", "error", "message"), BAD, ids=lambda value: str(value)[:40])
 def test_bad_input_is_refused_before_any_model_runs(changes, error, message, tmp_path):
     changes = {"prompt": "a b", "count": 3, "method": method(), **ONE, **changes}
     with NoModelRuns(), pytest.raises(error, match=message):

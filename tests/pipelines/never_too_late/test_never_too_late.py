@@ -222,7 +222,7 @@ def test_an_absolute_target_out_of_reach_is_refused_before_any_model_runs(argume
 
 
 def test_a_ratio_out_of_reach_is_refused_at_the_first_evaluation_with_the_largest():
-    plain, noises = find(method(steps=1))
+    plain, _ = find(method(steps=1))
     largest = 1 / plain.scores["dpp"][0, 0].item()
     with pytest.raises(ValueError, match=rf"`stop_ratio` of 'dpp' to be at most {largest:.4g}, .* but got 4:"):
         find(method(stop_ratio=4.0))  # the default of the released code
@@ -398,7 +398,7 @@ def test_a_guard_by_the_name_of_a_reward_shares_it(weight):
 
 def test_rewards_that_all_have_weight_zero_leave_the_guard():
     """The setting of the released code: HPSv2 is loaded, does not count, and is guarded."""
-    result, noises = find(method(rewards={"red": 0.0}, guard={"red": 0.05}))
+    result, _ = find(method(rewards={"red": 0.0}, guard={"red": 0.05}))
     alone, _ = find(method(guard={"red": 0.05}))
     assert torch.equal(result.noise, alone.noise) and set(result.scores) == {"guard red", "dpp"}
     with pytest.raises(ValueError, match="all weights are 0"):

@@ -13,7 +13,7 @@ from noiseopt.pipelines.problem import CandidateNoise
 
 def fresh(noise: torch.Tensor, seed: int = 0) -> CandidateNoise:
     space = SimpleNamespace(draw_noise=randn_tensor)
-    return CandidateNoise(SimpleNamespace(noise=noise, seeds=list(range(seed, seed + len(noise))), space=space))  # pyright: ignore
+    return CandidateNoise(SimpleNamespace(noise=noise, seeds=list(range(seed, seed + len(noise))), space=space))  # pyright: ignore[reportArgumentType]
 
 
 def gaussian(*shape: int, seed: int = 0, dtype=torch.float64) -> torch.Tensor:

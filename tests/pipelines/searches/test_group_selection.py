@@ -17,7 +17,6 @@ from noiseopt.pipelines import select_group
 from noiseopt.pipelines.searches.group_solver import group_value
 from noiseopt.pipelines.searches.previews import assigned_positions
 from noiseopt.rewards import DINOv2PatchFeatures, PairwiseDistance
-from noiseopt.story import Choice
 
 
 def generators(*seeds: int) -> list[torch.Generator]:

@@ -15,7 +15,7 @@ from noiseopt.rewards import BlackBox, NonFiniteReward, RewardSum
 
 
 def levels(count: int) -> torch.Tensor:
-    """Images (B, 3, 4, 6) of one grey each: 0, 1, 2 ... of 255."""
+    """Images (B, 3, 4, 6) of one gray each: 0, 1, 2 ... of 255."""
     return torch.arange(count)[:, None, None, None].expand(-1, 3, 4, 6) / 255
 
 
@@ -221,7 +221,7 @@ def test_ctrl_c_is_raised_at_once_and_ends_the_asking():
     def interrupting(image, prompt):
         asked.append(1)
         if len(asked) == 2:
-            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)  # pyright: ignore
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)  # pyright: ignore[reportArgumentType]
         release.wait(10)
         return 0.0
 
@@ -258,7 +258,7 @@ def test_it_is_a_reward_with_the_facts_of_its_function_and_without_a_gradient():
     assert (box.name, box.range, box.requires_prompt, box.differentiable) == ("stars", (0.0, 5.0), False, False)
     assert not box(levels(2).clone().requires_grad_(), None).requires_grad
     total = RewardSum({box: 0.5})
-    assert total(levels(2)).total.tolist() == [1.5, 1.5] and total.without_gradient() == ["stars"]  # pyright: ignore
+    assert total(levels(2)).total.tolist() == [1.5, 1.5] and total.without_gradient() == ["stars"]
     assert BlackBox(lambda image, prompt: 0, name="person").name == "person"
 
 

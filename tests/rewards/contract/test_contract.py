@@ -92,10 +92,6 @@ def test_a_score_depends_on_its_own_image_and_prompt_alone(reward: Reward, image
     torch.testing.assert_close(other[0], both[0], rtol=1e-4, atol=1e-6)
 
 
-def test_one_prompt_serves_the_whole_batch(reward: Reward, images: torch.Tensor):
-    torch.testing.assert_close(reward(images, "a red cube"), reward(images, ["a red cube"] * 2))
-
-
 def test_a_prompt_longer_than_the_context_is_cut(reward: Reward, images: torch.Tensor):
     scores = reward(images, "a red cube on a table in a room " * 40)
     assert scores.isfinite().all()
@@ -108,14 +104,8 @@ def test_bfloat16_weights_stay_within_5_percent_of_float32(reward: Reward, image
     torch.testing.assert_close(half, exact, rtol=0.05, atol=0)
 
 
-def test_refuses_images_that_are_not_in_0_to_1(reward: Reward, images: torch.Tensor):
-    with pytest.raises(ValueError, match=r"Expected pixels in \[0, 1\].*-1 to 1"):
-        reward(images.round() * 2 - 1, PROMPTS)
-
-
-def test_refuses_another_number_of_prompts(reward: Reward, images: torch.Tensor):
-    with pytest.raises(ValueError, match=f"Expected 2 prompts for reward '{reward.name}'.*but got 3"):
-        reward(images, ["a", "b", "c"])
+def test_the_validation_of_the_base_class_is_not_overridden(reward: Reward):
+    assert type(reward).forward is Reward.forward
 
 
 def test_asks_for_a_prompt_exactly_if_it_requires_one(reward: Reward, images: torch.Tensor):

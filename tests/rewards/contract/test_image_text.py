@@ -21,7 +21,7 @@ def test_pads_to_the_length_or_to_the_longest_and_cuts():
     assert ids.shape == (2, 8)
 
 
-def test_tokenises_the_same_prompts_once(monkeypatch: pytest.MonkeyPatch):
+def test_tokenizes_the_same_prompts_once(monkeypatch: pytest.MonkeyPatch):
     tokenizer, calls = build_bert_tokenizer(), []
 
     def counted(prompts: list[str], **kwargs: object):

@@ -43,7 +43,7 @@ class Scorer:
 
 
 @pytest.mark.parametrize(
-    "function, name",
+    ("function", "name"),
     [
         (brightness, "brightness"),
         (functools.partial(brightness), "brightness"),
@@ -84,7 +84,7 @@ def test_a_module_is_frozen_and_has_no_dropout():
 
 
 @pytest.mark.parametrize(
-    "images, got",
+    ("images", "got"),
     [
         (torch.zeros(3, 8, 8), r"torch.float32 \(3, 8, 8\)"),
         (torch.zeros(1, 4, 8, 8), r"torch.float32 \(1, 4, 8, 8\)"),
@@ -107,6 +107,13 @@ def test_names_nan_pixels():
         ColorChannel("red")(torch.full((1, 3, 4, 4), float("nan")))
 
 
+def test_refuses_images_in_minus_1_to_1_and_another_number_of_prompts():
+    with pytest.raises(ValueError, match=r"Expected pixels in \[0, 1\].*-1 to 1"):
+        ColorChannel("red")(torch.tensor([-1.0, 1.0, 1.0])[None, :, None, None])
+    with pytest.raises(ValueError, match="Expected 2 prompts for reward 'red'.*but got 3"):
+        ColorChannel("red")(torch.zeros(2, 3, 4, 4), ["a", "b", "c"])
+
+
 def test_small_overshoot_is_accepted():
     assert ColorChannel("red")(torch.full((1, 3, 4, 4), 1.04)).item() == pytest.approx(-1.04)
 
@@ -122,7 +129,7 @@ def test_refuses_none_for_a_callable_unless_it_allows_it():
 
 
 @pytest.mark.parametrize(
-    "output, got",
+    ("output", "got"),
     [(torch.zeros(2, 1), r"\(2, 1\)"), (torch.zeros(()), r"\(\)"), (torch.zeros(3), r"\(3,\)"), ([0.0, 1.0], "list")],
 )
 def test_refuses_scores_of_another_shape(output, got: str):

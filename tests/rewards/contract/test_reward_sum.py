@@ -33,11 +33,11 @@ def black_box(images: Tensor, prompts: list[str]) -> Tensor:
     return torch.tensor([float(len(prompt)) for prompt in prompts])
 
 
-black_box.differentiable = False  # type: ignore
+black_box.differentiable = False  # pyright: ignore[reportFunctionMemberAccess]
 
 
 @pytest.mark.parametrize(
-    "rewards, weights",
+    ("rewards", "weights"),
     [
         ("red", {"red": 1.0}),
         (brightness, {"brightness": 1.0}),
@@ -167,7 +167,7 @@ def test_a_black_box_counts_but_gives_no_gradient():
     assert images.grad is not None
 
 
-def test_check_differentiable_names_the_black_boxes_that_are_optimised():
+def test_check_differentiable_names_the_black_boxes_that_are_optimized():
     total = RewardSum({black_box: 1.0, "red": 1.0})
     assert not total.differentiable
     with pytest.raises(
@@ -203,7 +203,7 @@ def test_names_the_component_that_is_not_finite():
 
 
 @pytest.mark.parametrize(
-    "rewards, weights, error, message",
+    ("rewards", "weights", "error", "message"),
     [
         ("clip-score", None, ValueError, "Expected a reward out of .*Did you mean 'clipscore'"),
         ({"red": -1.0}, None, ValueError, "at least 0 for reward 'red', but got -1.0. To minimize it.*-reward"),

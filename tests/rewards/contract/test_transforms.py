@@ -106,14 +106,14 @@ def test_the_long_side_is_truncated():
     assert shortest_edge(50, 50, 112) == (112, 112)
 
 
-def test_longest_edge_pad_centres_the_image_on_black():
+def test_longest_edge_pad_centers_the_image_on_black():
     padded = longest_edge_pad(torch.ones(1, 3, 40, 80), 32)
     assert padded.shape == (1, 3, 32, 32)
     torch.testing.assert_close(padded[..., 8:24, :], torch.ones(1, 3, 16, 32))
     assert not padded[..., :8, :].any() and not padded[..., 24:, :].any()
 
 
-def test_pad_transform_is_the_padding_and_clips_normalisation():
+def test_pad_transform_is_the_padding_and_clips_normalization():
     images = to_batch(make_image("checker", 97, 160))
     expected = normalize(longest_edge_pad(images, 56), *CLIP_NORMALISATION)
     assert torch.equal(PadTransform(56)(images), expected)

@@ -26,7 +26,7 @@ def test_equals_the_formula(bins: int, size: tuple[int, int]):
     torch.testing.assert_close(features.unflatten(1, (3, bins)).sum(-1), torch.ones(2, 3, dtype=torch.float64))
 
 
-def test_equals_the_hard_histogram_where_pixels_sit_on_the_centres():
+def test_equals_the_hard_histogram_where_pixels_sit_on_the_centers():
     """Those of `torch.histc` over half a bin more on either side."""
     levels = torch.randint(0, 32, (1, 3, 20, 20), generator=torch.Generator().manual_seed(2))
     images = levels / 31

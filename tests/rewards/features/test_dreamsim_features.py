@@ -15,15 +15,15 @@ from noiseopt.rewards import AutoFeatures, DreamSimDINOFeatures, DreamSimFeature
 IMAGES = torch.rand(3, 3, 60, 90, generator=torch.Generator().manual_seed(0))
 
 
-def test_distance_is_one_minus_the_cosine_of_centred_embeddings_of_224_squares():
+def test_distance_is_one_minus_the_cosine_of_centered_embeddings_of_224_squares():
     model = FakeDreamSim()
     embeddings = model.embed(resize(IMAGES, (224, 224)))
-    centred = embeddings - embeddings.mean(1, keepdim=True)
-    expected = 1 - F.cosine_similarity(centred[:, None], centred[None], dim=-1)
+    centered = embeddings - embeddings.mean(1, keepdim=True)
+    expected = 1 - F.cosine_similarity(centered[:, None], centered[None], dim=-1)
     torch.testing.assert_close(PairwiseDistance(DreamSimFeatures(model))(IMAGES), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_an_embedding_that_the_package_centred_already_stays():
+def test_an_embedding_that_the_package_centered_already_stays():
     class Centred(FakeDreamSim):
         def embed(self, pixels):
             embedding = super().embed(pixels)

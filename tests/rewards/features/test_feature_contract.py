@@ -27,7 +27,7 @@ def random_images(height: int, width: int, count: int = 2, dtype: torch.dtype = 
 
 
 def probe(found: torch.Tensor) -> torch.Tensor:
-    """A number that depends on every feature: the plain sum of normalised ones has no gradient."""
+    """A number that depends on every feature: the plain sum of normalized ones has no gradient."""
     weights = torch.randn(found.shape, dtype=found.dtype, generator=torch.Generator().manual_seed(2))
     return (found * weights).sum()
 
@@ -80,7 +80,7 @@ def test_gradient_agrees_with_finite_differences_in_float64(features: Features):
 
 
 def test_gradient_is_finite_on_flat_images(features: Features):
-    """Black, white and grey: where activations vanish, a norm has no derivative."""
+    """Black, white and gray: where activations vanish, a norm has no derivative."""
     images = torch.tensor([0.0, 1.0, 0.5])[:, None, None, None].expand(3, 3, 40, 40).clone().requires_grad_()
     (gradient,) = torch.autograd.grad(probe(features(images)), images)
     assert gradient.isfinite().all()

@@ -119,7 +119,7 @@ def test_equals_the_pil_processor_and_the_model(folders, name, kind, size):
     if size == (32, 32) and name != "dinov2":
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
     else:
-        # Pillow rounds resized pixels to grey levels: little beside what the two pictures differ by.
+        # Pillow rounds resized pixels to gray levels: little beside what the two pictures differ by.
         assert (ours - theirs).norm() < 0.05 * (theirs[0] - theirs[1]).norm()
 
 

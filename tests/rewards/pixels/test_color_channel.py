@@ -1,4 +1,4 @@
-"""The colour-channel reward on images whose score is known."""
+"""The color-channel reward on images whose score is known."""
 
 import pytest
 import torch
@@ -6,8 +6,8 @@ import torch
 from noiseopt.rewards import AutoReward, ColorChannel
 
 
-@pytest.mark.parametrize("index, name", [(0, "red"), (1, "green"), (2, "blue")])
-def test_pure_colours_reach_both_ends_of_the_range(index: int, name: str):
+@pytest.mark.parametrize(("index", "name"), [(0, "red"), (1, "green"), (2, "blue")])
+def test_pure_colors_reach_both_ends_of_the_range(index: int, name: str):
     reward = AutoReward.from_pretrained(name)
     pure = torch.zeros(1, 3, 4, 4)
     pure[:, index] = 1
@@ -29,4 +29,4 @@ def test_formula_and_gradient():
 
 def test_refuses_other_channels():
     with pytest.raises(ValueError, match="Expected a channel out of .*'red', 'green', 'blue'.*, but got 'purple'"):
-        ColorChannel("purple")  # type: ignore
+        ColorChannel("purple")

@@ -32,7 +32,7 @@ def blurred(images: Tensor, times: int) -> Tensor:
     return images
 
 
-@pytest.mark.parametrize("u, v", [(1 / 64, 0), (0, 1 / 16), (1 / 8, 1 / 4), (3 / 8, 3 / 8), (0.5, 0.5)])
+@pytest.mark.parametrize(("u", "v"), [(1 / 64, 0), (0, 1 / 16), (1 / 8, 1 / 4), (3 / 8, 3 / 8), (0.5, 0.5)])
 def test_a_wave_counts_by_its_frequency(u: float, v: float):
     weight = (math.sin(math.pi * u) ** 2 + math.sin(math.pi * v) ** 2) / 2
     variance = wave(u, v).var(correction=0).item()

@@ -27,17 +27,19 @@ def saved_size(array: np.ndarray) -> int:
     return len(buffer.getvalue())
 
 
-@pytest.mark.parametrize("color, luma", [((1, 0, 0), 0.299), ((0, 1, 0), 0.587), ((0, 0, 1), 0.114), ((1, 1, 1), 1)])
-def test_brightness_of_pure_colours(color: tuple[int, int, int], luma: float):
+@pytest.mark.parametrize(
+    ("color", "luma"), [((1, 0, 0), 0.299), ((0, 1, 0), 0.587), ((0, 0, 1), 0.114), ((1, 1, 1), 1)]
+)
+def test_brightness_of_pure_colors(color: tuple[int, int, int], luma: float):
     images = torch.tensor(color, dtype=torch.float32)[None, :, None, None].expand(1, 3, 5, 7)
     assert Brightness()(images).item() == pytest.approx(luma)
     assert Brightness()(1 - images).item() == pytest.approx(1 - luma, abs=1e-6)
 
 
-def test_brightness_is_the_mean_of_pillows_grey_image():
+def test_brightness_is_the_mean_of_pillows_gray_image():
     arrays = grey_levels(31, 45), grey_levels(31, 45, seed=2)
     theirs = [np.asarray(Image.fromarray(array).convert("L"), dtype=float).mean() / 255 for array in arrays]
-    # Pillow rounds each pixel to a grey level.
+    # Pillow rounds each pixel to a gray level.
     assert Brightness()(to_batch(*arrays)).tolist() == pytest.approx(theirs, abs=0.5 / 255)
 
 
@@ -58,7 +60,7 @@ def test_jpeg_size_is_that_of_a_saved_file_in_kilobytes(size: tuple[int, int]):
 
 
 def test_pixels_are_rounded_and_clipped_as_ddpo_does():
-    """`(images * 255).round().clamp(0, 255)`: 0.49 grey levels away is the same file, 0.51 is not."""
+    """`(images * 255).round().clamp(0, 255)`: 0.49 gray levels away is the same file, 0.51 is not."""
     array = grey_levels(40, 40)
     images = to_batch(array)
     reward = JPEGIncompressibility()

@@ -111,12 +111,12 @@ def test_the_borders_of_an_image_count_because_nothing_is_cropped():
     assert images.grad is not None and images.grad[..., :8].any() and images.grad[..., -8:].any()
 
 
-def test_padding_is_black_before_normalisation():
+def test_padding_is_black_before_normalization():
     pixels = PadTransform(32)(torch.full((1, 3, 16, 64), 0.5))
-    normalise = ImageTransform(size=None, crop=None)
-    black, grey = normalise(torch.zeros(1, 3, 1, 1)), normalise(torch.full((1, 3, 1, 1), 0.5))
+    normalize = ImageTransform(size=None, crop=None)
+    black, gray = normalize(torch.zeros(1, 3, 1, 1)), normalize(torch.full((1, 3, 1, 1), 0.5))
     torch.testing.assert_close(pixels[..., :12, :], black.expand(1, 3, 12, 32))
-    torch.testing.assert_close(pixels[..., 12:20, :], grey.expand(1, 3, 8, 32))
+    torch.testing.assert_close(pixels[..., 12:20, :], gray.expand(1, 3, 8, 32))
 
 
 @pytest.fixture

@@ -146,7 +146,7 @@ def test_the_epsilon_of_the_image_tower_is_timms(folder: Path):
 
 
 def test_preprocessing_is_that_of_the_pil_processor(folder: Path):
-    """Shorter side to the tower's size, bicubic, centre crop, CLIP's constants."""
+    """Shorter side to the tower's size, bicubic, center crop, CLIP's constants."""
     reward = ImageRewardModel.from_pretrained(str(folder))
     image = np.random.default_rng(0).integers(0, 256, (48, 70, 3), dtype=np.uint8)
     processor = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
@@ -159,7 +159,7 @@ def test_preprocessing_is_that_of_the_pil_processor(folder: Path):
 
 
 @pytest.mark.parametrize(
-    "source, part, target",
+    ("source", "part", "target"),
     [
         ("blip.visual_encoder.cls_token", "vision", "embeddings.class_embedding"),
         ("blip.visual_encoder.pos_embed", "vision", "embeddings.position_embedding"),
@@ -208,7 +208,7 @@ def change(folder: Path, removed: str = "", added: str = "", cut: str = "") -> N
 
 
 @pytest.mark.parametrize(
-    "changed, message",
+    ("changed", "message"),
     [
         ({"removed": "blip.visual_encoder.norm.bias"}, "the vision part .* missing: post_layernorm.bias"),
         ({"removed": "mlp.layers.6.weight"}, "the head part .* missing: layers.6.weight"),

@@ -24,7 +24,7 @@ def pair_at(cosine: float) -> Tensor:
     return torch.tensor([[1.0, 0.0], [cosine, math.sqrt(1 - cosine**2)]], dtype=torch.float64)
 
 
-@pytest.mark.parametrize("count, floor", [(2, 0.792), (4, 0.580), (8, 0.396), (16, 0.255)])
+@pytest.mark.parametrize(("count", "floor"), [(2, 0.792), (4, 0.580), (8, 0.396), (16, 0.255)])
 def test_copies_give_the_floor_and_right_angles_give_1(count: int, floor: float):
     copies = random_vectors(1, 20).repeat(count, 1)
     assert dpp().of_features(copies).item() == pytest.approx(floor, abs=5e-4)

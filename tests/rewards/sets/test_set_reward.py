@@ -95,7 +95,7 @@ def test_two_passes_give_the_gradient_of_one(set_reward: SetReward):
 
 
 def test_one_image_alone_is_refused(set_reward: SetReward):
-    with pytest.raises(ValueError, match=r"Expected at least 2 images for the set reward .*but got 1\. Draw several"):
+    with pytest.raises(ValueError, match=r"Expected at least 2 images for the set reward .*but got 1\. Generate"):
         set_reward(random_images(1))
     assert set_reward(random_images(2)[:1], random_images(2)[1:]).shape == ()
 

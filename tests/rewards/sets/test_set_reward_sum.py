@@ -49,7 +49,7 @@ def tiny_default(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    "diversity, weights, features",
+    ("diversity", "weights", "features"),
     [
         ("dpp", {"dpp": 1.0}, ["tiny_image"]),
         ({"dpp": 150.0}, {"dpp": 150.0}, ["tiny_image"]),
@@ -217,7 +217,7 @@ def test_features_of_another_sum_are_refused():
     total = SetRewardSum({"dpp": ("tiny_image", 1.0)})
     features = total.known_features(random_images(2))
     for given in ((features, {"clip": features["tiny_image"]}), ({"clip": features["tiny_image"]}, None)):
-        with pytest.raises(ValueError, match=r"Expected features of \['tiny_image'\].*\['clip'\].*missing\. Take them"):
+        with pytest.raises(ValueError, match=r"Expected features of \['tiny_image'\].*\['clip'\].*missing"):
             total.of_features(*given)
 
 
@@ -232,7 +232,7 @@ def test_features_without_a_gradient_are_named():
 
 
 @pytest.mark.parametrize(
-    "diversity, error, message",
+    ("diversity", "error", "message"),
     [
         ({"dpq": 1.0}, ValueError, r"Expected a set reward out of \[.*Did you mean 'dpp'"),
         ({"dpp": ("tiny_imag", 1.0)}, ValueError, r"Expected a feature map out of \[.*Did you mean 'tiny_image'"),
@@ -243,13 +243,13 @@ def test_features_without_a_gradient_are_named():
         (
             {"dpp": ("tiny_image", 1.0, 2.0)},
             ValueError,
-            r"a set reward, features if .*Write `\{'dpp': 150\.0\}`",
+            r"a set reward, optional features.*Write `\{'dpp': 150\.0\}`",
         ),
-        ([("dpp",)], ValueError, "Expected a set reward, features if not the default ones"),
+        ([("dpp",)], ValueError, "Expected a set reward, optional features"),
         (("dpp", 150.0), TypeError, r"Expected a set reward by name .*but got 150\.0\. Weighted ones"),
         (DPP, TypeError, "Expected a set reward by name or as an instance"),
         (TinyImage(), TypeError, "Expected a set reward by name or as an instance"),
-        ([(DPP(TinyImage()), "clip", 1.0)], ValueError, "Expected no features beside the set reward 'dpp'.*Leave them"),
+        ([(DPP(TinyImage()), "clip", 1.0)], ValueError, "Expected no features for the set reward 'dpp'.*Omit them"),
         ({}, ValueError, r"at least one set reward, but got none\. Pass for example `diversity=\{'dpp': 150\.0\}`"),
     ],
 )

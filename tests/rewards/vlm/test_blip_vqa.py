@@ -70,7 +70,7 @@ def test_the_question_can_be_chosen():
     assert asked(images, "braces {0} and {}").isfinite()
 
 
-def test_a_longer_neighbour_does_not_change_a_score():
+def test_a_longer_neighbor_does_not_change_a_score():
     """To float32 rounding, in any order: a mask alone does not keep padding out of transformers' decoder."""
     reward, images = build_blip_vqa(), random_images(4, 3, 48, 40)
     prompts = ["two green cars in a row", "x", "a red cube", "b red cube"]

@@ -30,11 +30,13 @@ def picture(height: int, width: int) -> tuple[torch.Tensor, Image.Image]:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("size, tolerance", [((40, 57), 0.03), ((57, 40), 0.03), ((32, 21), 1e-4), ((32, 32), 1e-4)])
+@pytest.mark.parametrize(
+    ("size", "tolerance"), [((40, 57), 0.03), ((57, 40), 0.03), ((32, 21), 1e-4), ((32, 32), 1e-4)]
+)
 def test_is_the_released_score_restated(size: tuple[int, int], tolerance: float):
     """From PIL through transformers: pad, CLIP, next to last layer without its first token, T5, mean loss.
 
-    Exact where nothing is resized; else Pillow rounds to grey levels, which moves the score of a noisy image by 1%.
+    Exact where nothing is resized; else Pillow rounds to gray levels, which moves the score of a noisy image by 1%.
     """
     reward, (image, pil) = build_clip_flant5(), picture(*size)
     processor = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
@@ -120,7 +122,7 @@ def test_a_checkpoint_without_the_tower_takes_it_from_its_own_repository(publish
 
 
 @pytest.mark.parametrize(
-    "wrong, message",
+    ("wrong", "message"),
     [
         ("mm_projector.2.weight", r"\(projector\).* missing: 2.weight"),
         ("lm_head.weight", r"\(t5\).* missing: lm_head.weight"),

@@ -22,7 +22,7 @@ from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl
 from noiseopt.rewards.vlm.vlm_pixels import lanczos_resize, smart_resize, vlm_pixels
 
 HALF = [0.5, 0.5, 0.5]
-# In normalised units; CLIP divides by standard deviations of about 0.26, the others by 0.5: 1.13 grey levels each.
+# In normalized units; CLIP divides by standard deviations of about 0.26, the others by 0.5: 1.13 gray levels each.
 PROCESSORS: list[tuple[Any, float]] = [
     (CLIPImageProcessorPil(size={"shortest_edge": 48}, crop_size={"height": 48, "width": 48}), 0.017),
     (BlipImageProcessorPil(size={"height": 40, "width": 48}), 0.017),
@@ -51,20 +51,20 @@ def processed(processor: Any, image: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("image", pictures().values(), ids=pictures().keys())
-@pytest.mark.parametrize("processor, tolerance", PROCESSORS, ids=lambda value: type(value).__name__)
-def test_equal_those_of_the_processor_to_a_grey_level(processor: Any, tolerance: float, image: torch.Tensor):
+@pytest.mark.parametrize(("processor", "tolerance"), PROCESSORS, ids=lambda value: type(value).__name__)
+def test_equal_those_of_the_processor_to_a_gray_level(processor: Any, tolerance: float, image: torch.Tensor):
     expected = processed(processor, image)
     torch.testing.assert_close(vlm_pixels(image, processor), expected, rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize("processor, tolerance", PROCESSORS, ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize(("processor", "tolerance"), PROCESSORS, ids=lambda value: type(value).__name__)
 def test_a_batch_is_its_images_one_after_another(processor: Any, tolerance: float):
     images = torch.rand(3, 3, 60, 90, generator=torch.Generator().manual_seed(1))
     singles = [vlm_pixels(image[None], processor) for image in images]
     torch.testing.assert_close(vlm_pixels(images, processor), torch.cat(singles))
 
 
-@pytest.mark.parametrize("processor, tolerance", PROCESSORS, ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize(("processor", "tolerance"), PROCESSORS, ids=lambda value: type(value).__name__)
 def test_the_gradient_reaches_every_pixel_that_is_seen(processor: Any, tolerance: float):
     images = torch.rand(1, 3, 60, 60, generator=torch.Generator().manual_seed(1)).requires_grad_()
     (gradient,) = torch.autograd.grad(vlm_pixels(images, processor).square().sum(), images)

@@ -19,7 +19,7 @@ from .groups import CannotAnalyze, Group, embedded_name, pooled
 TEXTS = ("prompt_2", "prompt_3", "negative_prompt", "negative_prompt_2", "negative_prompt_3")
 
 
-def draw_latents(group: Group) -> tuple[Tensor, Tensor]:
+def sample_latents(group: Group) -> tuple[Tensor, Tensor]:
     """Sample the latents of a group's initial and optimized noises, `(B, C, H, W)` each.
 
     Raises:
