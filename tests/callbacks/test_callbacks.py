@@ -130,7 +130,7 @@ def test_the_progress_bar_obeys_the_pipeline(capsys):
     pipe = quiet(sd_pipeline())
     method = ReNO(rewards=brightness, steps=2)
     optimize_noise(pipe, "a", method, **ARGUMENTS)
-    assert "Optimising" not in capsys.readouterr().err
+    assert "Optimizing" not in capsys.readouterr().err
     pipe.set_progress_bar_config(disable=False, ncols=100)
     optimize_noise(pipe, "a", method, **ARGUMENTS)
     shown = capsys.readouterr().err

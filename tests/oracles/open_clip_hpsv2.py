@@ -58,7 +58,7 @@ def build_model() -> CLIP:
 
 
 def preprocess(image: torch.Tensor) -> torch.Tensor:
-    """The validation transform of HPSv2: to tensor, longest edge, black padding, normalisation."""
+    """The validation transform of HPSv2: to tensor, longest edge, black padding, normalization."""
     image = image.float() / 255
     scale = EDGE / float(max(image.shape[1:]))
     height, width = (round(side * scale) for side in image.shape[1:])

@@ -1,4 +1,4 @@
-"""Zero-order search: where neighbours are, and which noise is searched around, retold step by step."""
+"""Zero-order search: where neighbors are, and which noise is searched around, retold step by step."""
 
 import pytest
 import torch
@@ -41,7 +41,7 @@ def test_the_norm_stays_over_many_rounds_in_float32():
 
 
 def test_directions_are_uniform_at_a_right_angle():
-    """Two neighbours have the mean cosine λ² to each other: w and w' are independent, with mean zero."""
+    """Two neighbors have the mean cosine λ² to each other: w and w' are independent, with mean zero."""
     pivot, count, cos = gaussian(1, 1, 4, 6), 4000, 0.8
     one, other = (
         neighbor(pivot.expand(count, -1, -1, -1), gaussian(count, 1, 4, 6, seed=seed), cos) for seed in (1, 2)
@@ -110,7 +110,7 @@ def test_where_nothing_is_better_every_round_begins_anew():
 
     result, ((*noises,),) = trace(["a"], [0], flat, neighbors=2, steps=10)
     norms = [noise.norm().item() for noise, _ in noises]
-    for start in range(0, 9, 3):  # N neighbours, and the fresh noise before them
+    for start in range(0, 9, 3):  # N neighbors, and the fresh noise before them
         assert norms[start + 1 : start + 3] == pytest.approx([norms[start]] * 2, rel=1e-5)
     assert len({round(norm, 3) for norm in norms}) == 4
     assert result.reports["zero_order_search"] == {"rounds": [3], "rounds_without_progress": [3]}

@@ -24,12 +24,12 @@ def test_distance_is_one_minus_the_cosine_of_centered_embeddings_of_224_squares(
 
 
 def test_an_embedding_that_the_package_centered_already_stays():
-    class Centred(FakeDreamSim):
+    class Centered(FakeDreamSim):
         def embed(self, pixels):
             embedding = super().embed(pixels)
             return F.normalize(embedding - embedding.mean(-1, keepdim=True), dim=-1)
 
-    found, expected = (PairwiseDistance(DreamSimFeatures(model))(IMAGES) for model in (Centred(), FakeDreamSim()))
+    found, expected = (PairwiseDistance(DreamSimFeatures(model))(IMAGES) for model in (Centered(), FakeDreamSim()))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 

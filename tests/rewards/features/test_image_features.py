@@ -43,7 +43,7 @@ PLAIN = ImageTransform(size=None, crop=None, mean=None, std=None)
 
 
 def random_weights(model):
-    """Large ones: with the default initialisation all images look alike."""
+    """Large ones: with the default initialization all images look alike."""
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         if parameter.ndim > 1:
