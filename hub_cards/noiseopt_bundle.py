@@ -94,8 +94,8 @@ from transformers import (
 )
 
 # The name that diffusers gives this module may come to mean the bundle of another release.
-sys.modules[f"{__name__}_a39c777b2e58"] = sys.modules[__name__]
-__name__ = f"{__name__}_a39c777b2e58"
+sys.modules[f"{__name__}_760aece9a2a6"] = sys.modules[__name__]
+__name__ = f"{__name__}_760aece9a2a6"
 
 # rewards/contract/transforms.py
 
@@ -5899,8 +5899,8 @@ class SetObjective(Objective):
     def shared_and_own(
         self, guards: Sequence[QualityGuard], diversity: SetRewardSum
     ) -> tuple[dict[str, QualityGuard], RewardObjective | None]:
-        optimised = [] if self.quality is None else self.quality.rewards.names
-        own = [guard for guard in guards if not shares_reward(guard, optimised)]
+        optimized = [] if self.quality is None else self.quality.rewards.names
+        own = [guard for guard in guards if not shares_reward(guard, optimized)]
         named = {guard.reward: guard for guard in guards if guard not in own}
         if not own:
             return named, None

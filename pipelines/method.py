@@ -61,12 +61,12 @@ class NoiseOptimizer:
 
     @property
     def previews(self) -> bool:
-        """Whether the objective sees the x0 estimate of one model call instead of the whole chain."""
+        """Return whether the objective sees the x0 estimate of one model call instead of the whole chain."""
         return getattr(self, "preview", False)
 
     @property
     def clamp(self) -> Clamp:
-        """How pixels are clamped: released loops and methods without gradients clamp as stock pipelines do."""
+        """The clamp of pixels: that of stock pipelines for released loops and for methods without gradients."""
         exact = self.gradient_mode is None or getattr(self, "mode", None) == "parity"
         return "hard" if exact else "straight_through"
 

@@ -44,7 +44,7 @@ def imports_of(path: Path) -> Iterator[str]:
 
 
 def may_import(path: Path, module: str) -> bool:
-    """Whether a module may import another: folders know the leaves and themselves; `pipelines` knows all folders."""
+    """Return whether a module may import another: folders know leaves and themselves, `pipelines` all folders."""
     target, own = module.split("."), path.relative_to(ROOT).parts
     if module in LEAVES:
         return True

@@ -56,8 +56,8 @@ class SetObjective(Objective):
         self, guards: Sequence[QualityGuard], diversity: SetRewardSum
     ) -> tuple[dict[str, QualityGuard], RewardObjective | None]:
         """Return the guards by the name of their reward in the scores, and the rewards that only guards need."""
-        optimised = [] if self.quality is None else self.quality.rewards.names
-        own = [guard for guard in guards if not shares_reward(guard, optimised)]
+        optimized = [] if self.quality is None else self.quality.rewards.names
+        own = [guard for guard in guards if not shares_reward(guard, optimized)]
         named = {guard.reward: guard for guard in guards if guard not in own}
         if not own:
             return named, None

@@ -153,7 +153,7 @@ class GroupObjective(CandidateObjective):
 
     @property
     def compares(self) -> bool:
-        """Whether any prompt has several images."""
+        """Return whether any prompt has several images."""
         return any(len(rows) > 1 for rows in self.sets)
 
     def measured(self, sample: Sample) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:

@@ -114,12 +114,12 @@ class RewardSum(nn.Module):
 
     @property
     def differentiable(self) -> bool:
-        """Whether every optimized reward has a gradient."""
+        """Return whether every optimized reward has a gradient."""
         return not self.without_gradient()
 
     @property
     def has_gradient(self) -> bool:
-        """Whether any optimized reward has a gradient."""
+        """Return whether any optimized reward has a gradient."""
         return any(
             weight and reward.differentiable for weight, reward in zip(self.weights.values(), self.rewards, strict=True)
         )

@@ -67,7 +67,7 @@ class Choice:
 
     @property
     def single(self) -> bool:
-        """Whether each image is optimized on its own for a higher reward, rather than as part of a diverse set."""
+        """Return whether each image is optimized for its own reward, rather than as part of a diverse set."""
         return self.takes_rewards and self.diversity is None
 
     @property
@@ -82,7 +82,7 @@ class Choice:
 
     @property
     def keeps_best(self) -> bool:
-        """Whether the method returns its best step rather than its last."""
+        """Return whether the method returns its best step rather than its last."""
         return METHODS[self.method].returns == "best"
 
     def build(self) -> NoiseOptimizer:

@@ -89,7 +89,7 @@ def result_files(path: Path) -> list[Path]:
 
 
 def is_result(path: Path) -> bool:
-    """Whether the header identifies a result, even of a newer version."""
+    """Return whether the header identifies a result, even of a newer version."""
     try:
         with safe_open(path, framework="pt") as file:
             return "noiseopt-result-" in (file.metadata() or {}).get("noiseopt", "")

@@ -54,7 +54,7 @@ class Evaluation:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process prints, calibrates and writes the tables."""
+        """Return whether this process prints, calibrates and writes the tables."""
         return self.processes.is_main_process
 
     def run(self) -> Results | None:

@@ -128,7 +128,7 @@ def invalid_fields(numbers: Mapping[str, Any]) -> list[str]:
 
 
 def is_measure(value: Any) -> bool:
-    """Whether a value is a number, a boolean or None, or a flat list of these."""
+    """Return whether a value is a number, a boolean or None, or a flat list of these."""
     if isinstance(value, list):
         return all(not isinstance(each, list) and is_measure(each) for each in value)
     return value is None or isinstance(value, bool | int | float)

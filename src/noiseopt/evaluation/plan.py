@@ -114,7 +114,7 @@ class MethodChoice:
 
     @property
     def has_control(self) -> bool:
-        """Whether it is compared with best-of-N at equal time; all but best-of-N itself are."""
+        """Return whether it is compared with best-of-N at equal time; all but best-of-N itself are."""
         return not issubclass(METHODS[self.name], BestOfN)
 
     def build(self, rewards: Any, embedded_on: torch.device | None = None) -> NoiseOptimizer:
@@ -303,7 +303,7 @@ class Plan:
 
     @functools.cached_property
     def of_shapes_world(self) -> bool:
-        """Whether the judge can read all prompts."""
+        """Return whether the judge can read all prompts."""
         try:
             return all(shapes_world.parse(prompt.text) is not None for prompt in self.prompts.prompts)
         except ValueError:
@@ -321,12 +321,12 @@ class Plan:
 
     @property
     def features_are_embedded(self) -> bool:
-        """Whether the features are an embedded tower, which shares its name with a larger model."""
+        """Return whether the features are an embedded tower, which shares its name with a larger model."""
         return self.features in EMBEDDED_FEATURES and all(model.embedded for model in self.models)
 
     @property
     def features_are_optimized(self) -> bool:
-        """Whether a method optimizes the features' model, through its diversity or a reward."""
+        """Return whether a method optimizes the features' model, through its diversity or a reward."""
         diversities = [method.diversity for method in self.methods if method.diversity is not None]
         names = {checkpoint_of(each) for diversity in diversities for each in features_of(diversity)}
         optimized = self.features in dict(self.rewards) or checkpoint_of(self.features) in names
@@ -416,5 +416,5 @@ def check_features(name: str) -> None:
 
 
 def has_weights(name: str) -> bool:
-    """Whether the weights of an embedded model are in the package or the checkout."""
+    """Return whether the weights of an embedded model are in the package or the checkout."""
     return (WEIGHTS / name).is_dir()

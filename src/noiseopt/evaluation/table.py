@@ -48,7 +48,7 @@ class Metric:
 
     @property
     def is_quality(self) -> bool:
-        """Whether it measures how well an image fits its prompt."""
+        """Return whether it measures how well an image fits its prompt."""
         return self.group == "rewards" or self.name == "right"
 
     @property

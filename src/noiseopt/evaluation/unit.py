@@ -127,7 +127,7 @@ class Studio:
         return Unit(numbers, tensors, images)
 
     def judged(self, images: torch.Tensor) -> bool:
-        """Whether the judge can read these images: those of the shapes world's size and prompts."""
+        """Return whether the judge can read these images: those of the shapes world's size and prompts."""
         return images.shape[-2:] == (SIDE, SIDE) and self.plan.of_shapes_world
 
 

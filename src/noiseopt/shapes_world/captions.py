@@ -120,7 +120,7 @@ _TRAINED = frozenset(_TRAIN_PAIRS)
 
 
 def trained_on(request: Request) -> bool:
-    """Whether models may be trained on a request: any outside the validation and held-out splits."""
+    """Return whether models may be trained on a request: any outside the validation and held-out splits."""
     if request.category == "single":
         return True
     if request.category == "counting":

@@ -36,7 +36,7 @@ class EmbeddedModel:
 
     @property
     def is_pipeline(self) -> bool:
-        """Whether it generates images."""
+        """Return whether it generates images."""
         return bool(self.call)
 
 

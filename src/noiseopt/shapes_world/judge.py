@@ -345,7 +345,7 @@ def _any_related(things: Sequence[Thing], request: Request, by_kind: bool) -> bo
 
 
 def holds(relation: str | None, dx: float, dy: float) -> bool:
-    """Whether a relation describes an offset of the first center from the second; two hold near a diagonal."""
+    """Return whether a relation describes an offset of the first center from the second; two hold near a diagonal."""
     along, across = (dx, dy) if relation in ("left of", "right of") else (dy, dx)
     along = -along if relation in ("left of", "above") else along
     return along > max(4.0, 0.9 * abs(across))

@@ -273,7 +273,7 @@ def test_list_generators_latents_and_negative_prompts_compose():
     assert not torch.equal(first.losses[0], other.losses[0])
 
 
-def test_lora_adapters_are_part_of_what_is_optimised():
+def test_lora_adapters_are_part_of_what_is_optimized():
     pipe, arguments = quiet(sd_pipeline()), call_arguments("sd")
     before = find(pipe, CNO(), **arguments)
     pipe.unet.add_adapter(LoraConfig(r=2, init_lora_weights=False, target_modules=["to_q", "to_v"]))

@@ -363,7 +363,7 @@ def test_limits_in_closed_form():
         QualityGuard(reward="red", keep=0.5).limits(torch.tensor([0.1, -0.1]))
 
 
-def test_a_guard_keeps_what_the_optimisation_would_lose():
+def test_a_guard_keeps_what_the_optimization_would_lose():
     free, _ = find(method(steps=12, learning_rate=60.0))
     plain = black_box(free.initial_images, None)
     lost = (plain - black_box(free.images, None)).max().item()
@@ -622,7 +622,7 @@ def call_of(cls) -> dict:
 
 
 @pytest.mark.parametrize("cls", slow_except(PIPELINES, NeverTooLateTurboPipeline), ids=lambda cls: cls.__name__)
-def test_pipelines_optimise_sets_and_leave_everything_else_to_the_stock_class(cls, names):
+def test_pipelines_optimize_sets_and_leave_everything_else_to_the_stock_class(cls, names):
     stock = quiet(PIPELINES[cls]())
     ours = quiet(cls(**stock.components))
     call, prompts = call_of(cls), ["a b", "c"]

@@ -22,7 +22,7 @@ from noiseopt.rewards import (
 from noiseopt.rewards.contract.transforms import first_pass_size
 
 SIZES = [(64, 64), (200, 200), (300, 171), (97, 160), (512, 768)]
-CLIP_NORMALISATION = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+CLIP_NORMALIZATION = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 PILLOW = int(PIL.__version__.split(".")[0])
 # Pillow rounds to uint8 after each pass: 1/2, times the sum of the absolute bicubic weights (5/4 at most), plus 1/2.
 ROUNDING = 0.5 * 1.25 + 0.5
@@ -115,7 +115,7 @@ def test_longest_edge_pad_centers_the_image_on_black():
 
 def test_pad_transform_is_the_padding_and_clips_normalization():
     images = to_batch(make_image("checker", 97, 160))
-    expected = normalize(longest_edge_pad(images, 56), *CLIP_NORMALISATION)
+    expected = normalize(longest_edge_pad(images, 56), *CLIP_NORMALIZATION)
     assert torch.equal(PadTransform(56)(images), expected)
     assert torch.equal(PadTransform(56)(images.half()), PadTransform(56)(images.half().float()))
 
