@@ -33,10 +33,8 @@ from .results.noise_file import NoiseFile
 from .results.noise_result import NoiseResult
 from .results.pipeline_code import SavedWithCode
 from .sampling.first_call import stock_call, submodules_of
-from .sampling.internals import execution_device
 from .sampling.latent_space import LatentSpace
 from .sampling.module_state import DENOISERS, frozen_modules, refuse_unsuited
-from .sampling.random_state import RandomState
 from .sampling.sampler import PipelineSampler
 
 Callbacks = CallbackSpec | Iterable[CallbackSpec] | None
@@ -107,38 +105,23 @@ class NoiseRun:
 
     def prepare_latents(self, pipe, *args, **kwargs):
         """Draw the base noise as the stock method does, optimize it, and prepare the latents of the result."""
-        method, space = self.method, LatentSpace(pipe, args, kwargs, self.noise_sampler)
-        device = torch.device(space.arguments.get("device") or execution_device(pipe))
-        random_state = RandomState(self.request.get("generator"), device)
-        noise, drew = space.draw(pipe)
+        method = self.method
         sampler = PipelineSampler(
             pipe,
             self.request,
             self.encoded,
-            space,
-            random_state,
-            drew,
+            LatentSpace(pipe, args, kwargs, self.noise_sampler),
             clamp=method.clamp,
             decoder=self.decoder,
             checkpointing=method.checkpointing,
             through_denoiser=method.gradient_mode == "full",
         )
-        problem = NoiseProblem(
-            pipe=pipe,
-            sampler=sampler,
-            space=space,
-            noise=noise.detach().to(torch.promote_types(noise.dtype, torch.float32)),
-            prompts=self.prompts,
-            reward_prompts=self.reward_prompts,
-            groups=self.groups,
-            dtype=noise.dtype,
-            request=self.request,
-        )
+        problem = NoiseProblem(pipe, sampler, self.prompts, self.reward_prompts, self.groups, self.request)
         with torch.enable_grad(), sampler.checkpoints:
             self.result = optimize(method, problem, self.objective, self.callbacks, self.noise_file)
         if not self.render:
             raise NoiseFound
-        return sampler.prepare(pipe, self.result.noise.to(noise.dtype))
+        return sampler.prepare(pipe, self.result.noise.to(problem.dtype))
 
     def result_of(self, pipe) -> NoiseResult:
         """Return the result of a call that has ended."""

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 
-from .sampling.latent_space import LatentSpace
 from .sampling.sampler import PipelineSampler
 
 
@@ -17,24 +16,26 @@ class NoiseProblem:
     Attributes:
         pipe: The pipeline.
         sampler: The call as a function of its noise.
-        space: The conversion between noise and latents.
-        noise: `(B, C, H, W)`, the base noise, float32 or better.
         prompts: `B` prompts of the call.
         reward_prompts: `B` prompts that the rewards are asked about.
         groups: `B` integers, equal where images share their prompt.
-        dtype: The dtype in which the pipeline draws its noise.
         request: The arguments of the call, for the provenance.
+        noise: `(B, C, H, W)`, the base noise, float32 or better.
+        space: The conversion between noise and latents.
+        dtype: The dtype in which the pipeline draws its noise.
     """
 
     pipe: Any
     sampler: PipelineSampler
-    space: LatentSpace
-    noise: torch.Tensor
     prompts: list[str]
     reward_prompts: list[str]
     groups: list[int]
-    dtype: torch.dtype
     request: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        noise = self.sampler.base_noise
+        self.noise = noise.detach().to(torch.promote_types(noise.dtype, torch.float32))
+        self.space, self.dtype = self.sampler.space, noise.dtype
 
     @functools.cached_property
     def seeds(self) -> list[int]:

@@ -13,6 +13,7 @@ from ..memory.chunks import BatchLayout, WholeBatchDraws, run_in_chunks
 from ..memory.module_copies import converted_apart, without_gradient
 from .first_call import count_timesteps, first_step_only, stock_call, submodules_of
 from .global_draws import no_global_draws
+from .internals import execution_device
 from .latent_space import LatentSpace
 from .module_state import CALLED_IN_STEPS, is_offloaded
 from .random_state import RandomState
@@ -33,9 +34,6 @@ class PipelineSampler:
         request: The arguments of that call.
         encoded: The return values of `encode_prompt` in call order.
         space: The noise and latents of the call.
-        random_state: The random streams before the base noise was sampled.
-        drew: Whether the outer call sampled its base noise. If so, evaluations sample and discard it, so that samplers
-            that add noise at each step see the same stream.
         clamp: How pixels are clamped to [0, 1]. "straight_through" keeps the gradient of saturated pixels, so that they
             can recover; "hard", as in stock pipelines, has zero gradient there. The values are equal.
         decoder: Decoder to use instead of the pipeline's VAE, or `None`.
@@ -43,6 +41,10 @@ class PipelineSampler:
         through_denoiser: Whether gradients pass through the denoiser, so that checkpointing it saves memory.
 
     Attributes:
+        random_state: The random streams before the base noise is sampled.
+        base_noise: `(B, C, H, W)`, the noise of the call, in the dtype of the pipeline.
+        drew: Whether the base noise was sampled rather than given as `latents`. If so, evaluations sample and discard
+            it, so that samplers that add noise at each step see the same stream.
         timesteps: The number of timesteps of the whole chain, `None` before its first run.
         checkpoints: The checkpointing, shared by the samplers of chunks.
     """
@@ -55,14 +57,16 @@ class PipelineSampler:
         request: dict[str, Any],
         encoded: list,
         space: LatentSpace,
-        random_state: RandomState,
-        drew: bool,
+        *,
         clamp: Clamp = "straight_through",
         decoder: Any = None,
         checkpointing: Checkpointing = "none",
         through_denoiser: bool = True,
     ) -> None:
-        self.space, self.encoded, self.random_state, self.drew = space, encoded, random_state, drew
+        self.space, self.encoded = space, encoded
+        device = torch.device(space.arguments.get("device") or execution_device(pipe))
+        self.random_state = RandomState(request.get("generator"), device)
+        self.base_noise, self.drew = space.draw(pipe)
         self.call = stock_call(type(pipe))
         ours = ("latents", "generator", "output_type", "return_dict", "callback_on_step_end", "callback")
         self.request = {name: value for name, value in request.items() if name not in ours}
