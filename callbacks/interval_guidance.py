@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+from ..private_names import guidance_scale, set_guidance_scale
 from .denoising_callback import DenoisingCallback
 from .sampling_time import noise_ratio
 
@@ -48,10 +49,10 @@ class IntervalGuidance(DenoisingCallback):
     def on_call_start(self, pipeline: Any, callback_kwargs: dict[str, Any]) -> None:
         if not pipeline.do_classifier_free_guidance:
             raise ValueError(
-                f"Expected a call with guidance, but got guidance_scale={pipeline._guidance_scale}, which disables it, "
+                f"Expected a call with guidance, but got guidance_scale={guidance_scale(pipeline)}, which disables it, "
                 f"or a guidance-distilled {type(pipeline).__name__}. Pass a larger `guidance_scale`."
             )
-        self.scale, self.guided, self.off = pipeline._guidance_scale, True, scale_without_effect(pipeline)
+        self.scale, self.guided, self.off = guidance_scale(pipeline), True, scale_without_effect(pipeline)
 
     def on_step(self, pipeline: Any, index: int, callback_kwargs: dict[str, Any]) -> None:
         if index < len(pipeline.scheduler.timesteps):
@@ -63,7 +64,7 @@ class IntervalGuidance(DenoisingCallback):
     def switch(self, pipeline: Any, guided: bool) -> None:
         """Set the scale only when it changes, because other callbacks may set it too."""
         if guided != self.guided:
-            pipeline._guidance_scale = self.scale if guided else self.off
+            set_guidance_scale(pipeline, self.scale if guided else self.off)
             self.guided = guided
 
 
@@ -72,8 +73,8 @@ def scale_without_effect(pipeline: Any) -> float:
 
     Most pipelines apply guidance above a scale of 1, as in equation 2 of Imagen; others apply it above 0.
     """
-    scale = pipeline._guidance_scale
-    pipeline._guidance_scale = 1.0
+    scale = guidance_scale(pipeline)
+    set_guidance_scale(pipeline, 1.0)
     neutral = 0.0 if pipeline.do_classifier_free_guidance else 1.0
-    pipeline._guidance_scale = scale
+    set_guidance_scale(pipeline, scale)
     return math.nextafter(neutral, math.inf)

@@ -94,8 +94,8 @@ from transformers import (
 )
 
 # The name that diffusers gives this module may come to mean the bundle of another release.
-sys.modules[f"{__name__}_760aece9a2a6"] = sys.modules[__name__]
-__name__ = f"{__name__}_760aece9a2a6"
+sys.modules[f"{__name__}_549baa1d81ab"] = sys.modules[__name__]
+__name__ = f"{__name__}_549baa1d81ab"
 
 # rewards/contract/transforms.py
 
@@ -3174,6 +3174,95 @@ def is_in(interval: str, value: float) -> bool:
     below = value <= high if interval[-1] == "]" else value < high
     return math.isfinite(value) and above and below
 
+# private_names.py
+
+BLOCK_SETTINGS = ("gradient_checkpointing", "_gradient_checkpointing_func")  # of a diffusers block
+MODULE_CONTENTS = ("_modules", "_parameters", "_buffers")  # of a torch module
+
+def private(owner: Any, name: str, library: str) -> Any:
+    if not hasattr(owner, name):
+        version = importlib.metadata.version(library)
+        raise ImportError(
+            f"Expected {library} to have the private name `{name}`, but version {version} has none on "
+            f"{getattr(owner, '__name__', type(owner).__name__)}. Install a version that noiseopt was tested with, or "
+            "update noiseopt."
+        )
+    return getattr(owner, name)
+
+def execution_device(pipe) -> torch.device:
+    return private(pipe, "_execution_device", "diffusers")
+
+def interrupt(pipe) -> None:
+    private(pipe, "_interrupt", "diffusers")
+    pipe._interrupt = True
+
+def own_timestep_count(pipe) -> int | None:
+    return getattr(pipe, "_num_timesteps", None)
+
+def name_or_path(component: Any) -> str | None:
+    config = getattr(component, "config", None)
+    source = config.get("_name_or_path") if isinstance(config, Mapping) else getattr(component, "name_or_path", None)
+    return str(source) if source else None
+
+def accelerate_hook(module: nn.Module) -> Any:
+    return getattr(module, "_hf_hook", None)
+
+def diffusers_hooks(module: nn.Module) -> dict[str, Any]:
+    return getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
+
+def is_stateful(hook: Any) -> bool:
+    return private(hook, "_is_stateful", "diffusers")
+
+def attention_backend_of(module: nn.Module) -> str | None:
+    processor: Any = getattr(module, "processor", None)
+    if not hasattr(processor, "_attention_backend"):
+        return None
+    active, _ = private(attention_dispatch, "_AttentionBackendRegistry", "diffusers").get_active_backend()
+    return attention_dispatch.AttentionBackendName(processor._attention_backend or active).value
+
+def supports_block_checkpointing(module: Any) -> bool:
+    return bool(getattr(module, "_supports_gradient_checkpointing", False))
+
+def block_settings(module: nn.Module) -> dict[str, Any]:
+    return {name: vars(module)[name] for name in BLOCK_SETTINGS if name in vars(module)}
+
+def replace_block_settings(module: nn.Module, settings: dict[str, Any]) -> None:
+    for name in BLOCK_SETTINGS:
+        vars(module).pop(name, None)
+    vars(module).update(settings)
+
+def checkpoint_blocks(module: nn.Module, function: Callable[..., Any]) -> None:
+    vars(module).update(zip(BLOCK_SETTINGS, (True, function), strict=True))
+
+def is_compiled(module: nn.Module) -> bool:
+    return private(module, "_compiled_call_impl", "torch") is not None or hasattr(module, "_orig_mod")
+
+def base_of_view(tensor: torch.Tensor) -> torch.Tensor | None:
+    return tensor._base
+
+def version_of(tensor: torch.Tensor) -> int:
+    return tensor._version
+
+def default_mps_generator() -> torch.Generator:
+    return private(torch.mps, "_get_default_mps_generator", "torch")()
+
+def step_index(scheduler: Any, timestep: Any) -> int:
+    if scheduler.step_index is None:
+        private(scheduler, "_init_step_index", "diffusers")(timestep)
+    return private(scheduler, "_step_index", "diffusers")
+
+def alpha_cumprod(scheduler: Any, time: torch.Tensor) -> torch.Tensor:
+    return private(scheduler, "_alpha_cumprod", "diffusers")(time, time.device)
+
+def threshold_sample(scheduler: Any, x0: torch.Tensor) -> torch.Tensor:
+    return private(scheduler, "_threshold_sample", "diffusers")(x0)
+
+def guidance_scale(pipe) -> float:
+    return private(pipe, "_guidance_scale", "diffusers")
+
+def set_guidance_scale(pipe, scale: float) -> None:
+    pipe._guidance_scale = scale
+
 # rewards/contract/reward_sum.py
 
 RewardLike = str | os.PathLike[str] | Callable[..., Any]
@@ -3410,78 +3499,6 @@ def distinct_names(names: Sequence[str]) -> list[str]:
         numbered = (f"{name}_{count}" for count in itertools.count(2))
         distinct.append(name if name not in distinct else next(new for new in numbered if new not in distinct))
     return distinct
-
-# pipelines/sampling/internals.py
-
-BLOCK_SETTINGS = ("gradient_checkpointing", "_gradient_checkpointing_func")  # of a diffusers block
-MODULE_CONTENTS = ("_modules", "_parameters", "_buffers")  # of a torch module
-
-def private(owner: Any, name: str, library: str) -> Any:
-    if not hasattr(owner, name):
-        version = importlib.metadata.version(library)
-        raise ImportError(
-            f"Expected {library} to have the private name `{name}`, but version {version} has none on "
-            f"{getattr(owner, '__name__', type(owner).__name__)}. Install a version that noiseopt was tested with, or "
-            "update noiseopt."
-        )
-    return getattr(owner, name)
-
-def execution_device(pipe) -> torch.device:
-    return private(pipe, "_execution_device", "diffusers")
-
-def interrupt(pipe) -> None:
-    private(pipe, "_interrupt", "diffusers")
-    pipe._interrupt = True
-
-def own_timestep_count(pipe) -> int | None:
-    return getattr(pipe, "_num_timesteps", None)
-
-def name_or_path(component: Any) -> str | None:
-    config = getattr(component, "config", None)
-    source = config.get("_name_or_path") if isinstance(config, Mapping) else getattr(component, "name_or_path", None)
-    return str(source) if source else None
-
-def accelerate_hook(module: nn.Module) -> Any:
-    return getattr(module, "_hf_hook", None)
-
-def diffusers_hooks(module: nn.Module) -> dict[str, Any]:
-    return getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
-
-def is_stateful(hook: Any) -> bool:
-    return private(hook, "_is_stateful", "diffusers")
-
-def attention_backend_of(module: nn.Module) -> str | None:
-    processor: Any = getattr(module, "processor", None)
-    if not hasattr(processor, "_attention_backend"):
-        return None
-    active, _ = private(attention_dispatch, "_AttentionBackendRegistry", "diffusers").get_active_backend()
-    return attention_dispatch.AttentionBackendName(processor._attention_backend or active).value
-
-def supports_block_checkpointing(module: Any) -> bool:
-    return bool(getattr(module, "_supports_gradient_checkpointing", False))
-
-def block_settings(module: nn.Module) -> dict[str, Any]:
-    return {name: vars(module)[name] for name in BLOCK_SETTINGS if name in vars(module)}
-
-def replace_block_settings(module: nn.Module, settings: dict[str, Any]) -> None:
-    for name in BLOCK_SETTINGS:
-        vars(module).pop(name, None)
-    vars(module).update(settings)
-
-def checkpoint_blocks(module: nn.Module, function: Callable[..., Any]) -> None:
-    vars(module).update(zip(BLOCK_SETTINGS, (True, function), strict=True))
-
-def is_compiled(module: nn.Module) -> bool:
-    return private(module, "_compiled_call_impl", "torch") is not None or hasattr(module, "_orig_mod")
-
-def base_of_view(tensor: torch.Tensor) -> torch.Tensor | None:
-    return tensor._base
-
-def version_of(tensor: torch.Tensor) -> int:
-    return tensor._version
-
-def default_mps_generator() -> torch.Generator:
-    return private(torch.mps, "_get_default_mps_generator", "torch")()
 
 # pipelines/memory/graph_size.py
 
@@ -3885,11 +3902,6 @@ def spread_over_images(coefficient: torch.Tensor, sample: torch.Tensor) -> torch
 def exact(entry: torch.Tensor | float) -> torch.Tensor:
     return torch.as_tensor(entry).detach().cpu().double()
 
-def index_of_call(scheduler: Any, timestep: torch.Tensor | float) -> int:
-    if scheduler.step_index is None:
-        scheduler._init_step_index(timestep)
-    return scheduler._step_index
-
 def affine_in_prediction(
     scheduler: Any, prediction: str, signal: torch.Tensor, noise: torch.Tensor, flow: bool = False
 ) -> AffineCoefficients:
@@ -3933,7 +3945,7 @@ def from_alphas(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoeffic
 
 def from_cosine_time(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficients:
     time = torch.as_tensor(timestep)
-    alpha_bar = exact(scheduler._alpha_cumprod(time, time.device))
+    alpha_bar = exact(alpha_cumprod(scheduler, time))
     return affine_in_prediction(scheduler, "epsilon", alpha_bar.sqrt(), (1 - alpha_bar).sqrt())
 
 def from_sigma(scheduler: Any, sigma: torch.Tensor) -> AffineCoefficients:
@@ -3941,54 +3953,54 @@ def from_sigma(scheduler: Any, sigma: torch.Tensor) -> AffineCoefficients:
     return affine_in_prediction(scheduler, configured_prediction(scheduler), torch.ones_like(sigma), sigma)
 
 def from_sigmas(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficients:
-    return from_sigma(scheduler, scheduler.sigmas[index_of_call(scheduler, timestep)])
+    return from_sigma(scheduler, scheduler.sigmas[step_index(scheduler, timestep)])
 
 def from_interpolated_sigmas(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficients:
-    index = index_of_call(scheduler, timestep)
+    index = step_index(scheduler, timestep)
     table = scheduler.sigmas if scheduler.state_in_first_order else scheduler.sigmas_interpol
     return from_sigma(scheduler, table[index])
 
 def from_ancestral_interpolated_sigmas(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficients:
-    index = index_of_call(scheduler, timestep)
+    index = step_index(scheduler, timestep)
     first_order = scheduler.state_in_first_order
     return from_sigma(scheduler, scheduler.sigmas[index] if first_order else scheduler.sigmas_interpol[index - 1])
 
 def from_midpoint_sigmas(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficients:
-    sigma = scheduler.sigmas[index_of_call(scheduler, timestep)]
+    sigma = scheduler.sigmas[step_index(scheduler, timestep)]
     return from_sigma(scheduler, sigma if scheduler.state_in_first_order else scheduler.mid_point_sigma)
 
 def from_solver_sigmas(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficients:
-    sigma = exact(scheduler.sigmas[index_of_call(scheduler, timestep)])
+    sigma = exact(scheduler.sigmas[step_index(scheduler, timestep)])
     flow = bool(scheduler.config.get("use_flow_sigmas"))
     signal = 1 - sigma if flow else (1 + sigma**2).rsqrt()
     noise = sigma if flow else sigma * signal
     return affine_in_prediction(scheduler, configured_prediction(scheduler), signal, noise, flow)
 
 def from_flow_sigmas(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficients:
-    sigma = exact(scheduler.sigmas[index_of_call(scheduler, timestep)])
+    sigma = exact(scheduler.sigmas[step_index(scheduler, timestep)])
     return torch.ones_like(sigma), 1 - sigma if scheduler.config.get("invert_sigmas") else -sigma
 
 def from_angle(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficients:
     if scheduler.config.get("prediction_type") != "trigflow":
         raise unknown_prediction(scheduler, ("trigflow",))
-    angle = exact(scheduler.timesteps[index_of_call(scheduler, timestep)])
+    angle = exact(scheduler.timesteps[step_index(scheduler, timestep)])
     return angle.cos(), -angle.sin()
 
 def from_own_tables(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficients:
-    index = index_of_call(scheduler, timestep)
+    index = step_index(scheduler, timestep)
     return exact(scheduler.alphas[index]), -exact(scheduler.betas[index])
 
 def from_edm(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficients:
     signs = {"epsilon": 1.0, "v_prediction": -1.0}
     if configured_prediction(scheduler) not in signs:
         raise unknown_prediction(scheduler, tuple(signs))
-    sigma = exact(scheduler.sigmas[index_of_call(scheduler, timestep)])
+    sigma = exact(scheduler.sigmas[step_index(scheduler, timestep)])
     data = scheduler.config["sigma_data"]
     total = sigma**2 + data**2
     return data**2 / total, signs[configured_prediction(scheduler)] * sigma * data / total.sqrt()
 
 def from_consistency(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficients:
-    sigma = exact(scheduler.sigmas[index_of_call(scheduler, timestep)])
+    sigma = exact(scheduler.sigmas[step_index(scheduler, timestep)])
     return scheduler.get_scalings_for_boundary_condition(sigma)
 
 def clipped(scheduler: Any, x0: torch.Tensor) -> torch.Tensor:
@@ -3996,7 +4008,7 @@ def clipped(scheduler: Any, x0: torch.Tensor) -> torch.Tensor:
     return x0.clamp(-limit, limit) if scheduler.config.get("clip_sample") else x0
 
 def thresholded(scheduler: Any, x0: torch.Tensor) -> torch.Tensor:
-    return scheduler._threshold_sample(x0) if scheduler.config.get("thresholding") else x0
+    return threshold_sample(scheduler, x0) if scheduler.config.get("thresholding") else x0
 
 def thresholded_or_clipped(scheduler: Any, x0: torch.Tensor) -> torch.Tensor:
     return thresholded(scheduler, x0) if scheduler.config.get("thresholding") else clipped(scheduler, x0)
@@ -4659,9 +4671,6 @@ class PipelineSampler:
         request: The arguments of that call.
         encoded: The return values of `encode_prompt` in call order.
         space: The noise and latents of the call.
-        random_state: The random streams before the base noise was sampled.
-        drew: Whether the outer call sampled its base noise. If so, evaluations sample and discard it, so that samplers
-            that add noise at each step see the same stream.
         clamp: How pixels are clamped to [0, 1]. "straight_through" keeps the gradient of saturated pixels, so that they
             can recover; "hard", as in stock pipelines, has zero gradient there. The values are equal.
         decoder: Decoder to use instead of the pipeline's VAE, or `None`.
@@ -4669,6 +4678,10 @@ class PipelineSampler:
         through_denoiser: Whether gradients pass through the denoiser, so that checkpointing it saves memory.
 
     Attributes:
+        random_state: The random streams before the base noise is sampled.
+        base_noise: `(B, C, H, W)`, the noise of the call, in the dtype of the pipeline.
+        drew: Whether the base noise was sampled rather than given as `latents`. If so, evaluations sample and discard
+            it, so that samplers that add noise at each step see the same stream.
         timesteps: The number of timesteps of the whole chain, `None` before its first run.
         checkpoints: The checkpointing, shared by the samplers of chunks.
     """
@@ -4681,14 +4694,16 @@ class PipelineSampler:
         request: dict[str, Any],
         encoded: list,
         space: LatentSpace,
-        random_state: RandomState,
-        drew: bool,
+        *,
         clamp: Clamp = "straight_through",
         decoder: Any = None,
         checkpointing: Checkpointing = "none",
         through_denoiser: bool = True,
     ) -> None:
-        self.space, self.encoded, self.random_state, self.drew = space, encoded, random_state, drew
+        self.space, self.encoded = space, encoded
+        device = torch.device(space.arguments.get("device") or execution_device(pipe))
+        self.random_state = RandomState(request.get("generator"), device)
+        self.base_noise, self.drew = space.draw(pipe)
         self.call = stock_call(type(pipe))
         ours = ("latents", "generator", "output_type", "return_dict", "callback_on_step_end", "callback")
         self.request = {name: value for name, value in request.items() if name not in ours}
@@ -4968,24 +4983,26 @@ class NoiseProblem:
     Attributes:
         pipe: The pipeline.
         sampler: The call as a function of its noise.
-        space: The conversion between noise and latents.
-        noise: `(B, C, H, W)`, the base noise, float32 or better.
         prompts: `B` prompts of the call.
         reward_prompts: `B` prompts that the rewards are asked about.
         groups: `B` integers, equal where images share their prompt.
-        dtype: The dtype in which the pipeline draws its noise.
         request: The arguments of the call, for the provenance.
+        noise: `(B, C, H, W)`, the base noise, float32 or better.
+        space: The conversion between noise and latents.
+        dtype: The dtype in which the pipeline draws its noise.
     """
 
     pipe: Any
     sampler: PipelineSampler
-    space: LatentSpace
-    noise: torch.Tensor
     prompts: list[str]
     reward_prompts: list[str]
     groups: list[int]
-    dtype: torch.dtype
     request: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        noise = self.sampler.base_noise
+        self.noise = noise.detach().to(torch.promote_types(noise.dtype, torch.float32))
+        self.space, self.dtype = self.sampler.space, noise.dtype
 
     @functools.cached_property
     def seeds(self) -> list[int]:
@@ -8475,38 +8492,23 @@ class NoiseRun:
         return self.encoded[-1]
 
     def prepare_latents(self, pipe, *args, **kwargs):
-        method, space = self.method, LatentSpace(pipe, args, kwargs, self.noise_sampler)
-        device = torch.device(space.arguments.get("device") or execution_device(pipe))
-        random_state = RandomState(self.request.get("generator"), device)
-        noise, drew = space.draw(pipe)
+        method = self.method
         sampler = PipelineSampler(
             pipe,
             self.request,
             self.encoded,
-            space,
-            random_state,
-            drew,
+            LatentSpace(pipe, args, kwargs, self.noise_sampler),
             clamp=method.clamp,
             decoder=self.decoder,
             checkpointing=method.checkpointing,
             through_denoiser=method.gradient_mode == "full",
         )
-        problem = NoiseProblem(
-            pipe=pipe,
-            sampler=sampler,
-            space=space,
-            noise=noise.detach().to(torch.promote_types(noise.dtype, torch.float32)),
-            prompts=self.prompts,
-            reward_prompts=self.reward_prompts,
-            groups=self.groups,
-            dtype=noise.dtype,
-            request=self.request,
-        )
+        problem = NoiseProblem(pipe, sampler, self.prompts, self.reward_prompts, self.groups, self.request)
         with torch.enable_grad(), sampler.checkpoints:
             self.result = optimize(method, problem, self.objective, self.callbacks, self.noise_file)
         if not self.render:
             raise NoiseFound
-        return sampler.prepare(pipe, self.result.noise.to(noise.dtype))
+        return sampler.prepare(pipe, self.result.noise.to(problem.dtype))
 
     def result_of(self, pipe) -> NoiseResult:
         if self.result is None:

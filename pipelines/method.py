@@ -8,12 +8,12 @@ import torch
 
 from ..callbacks.noise_state import NoiseState
 from ..checked_fields import check_fields, checked
+from ..private_names import execution_device
 from ..rewards.contract.reward import check_reward_device
 from ..rewards.contract.reward_sum import RewardSum
 from .memory.checkpointing import Checkpointing
 from .objective import Objective, RewardObjective
 from .problem import NoiseProblem
-from .sampling.internals import execution_device
 from .sampling.sampler import Clamp, Gradient
 
 

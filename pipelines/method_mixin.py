@@ -4,11 +4,11 @@ import inspect
 from collections.abc import Mapping
 from typing import Any, ClassVar, get_type_hints
 
+from ..private_names import execution_device
 from ..rewards.contract.reward import check_reward_device
 from ..rewards.contract.reward_sum import RewardSum, reward_weight_pairs
 from .hook import NoiseOptimizationMixin
 from .method import NoiseOptimizer
-from .sampling.internals import execution_device
 
 
 class MethodMixin(NoiseOptimizationMixin):

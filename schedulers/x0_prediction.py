@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..private_names import alpha_cumprod, step_index, threshold_sample
+
 AffineCoefficients = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -85,13 +87,6 @@ def exact(entry: torch.Tensor | float) -> torch.Tensor:
     return torch.as_tensor(entry).detach().cpu().double()
 
 
-def index_of_call(scheduler: Any, timestep: torch.Tensor | float) -> int:
-    """Return the scheduler's index into its sigmas, initialized if this is the first call."""
-    if scheduler.step_index is None:
-        scheduler._init_step_index(timestep)
-    return scheduler._step_index
-
-
 def affine_in_prediction(
     scheduler: Any, prediction: str, signal: torch.Tensor, noise: torch.Tensor, flow: bool = False
 ) -> AffineCoefficients:
@@ -150,7 +145,7 @@ def from_alphas(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoeffic
 def from_cosine_time(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficients:
     """Würstchen and Stable Cascade: ε-prediction, with ᾱ a function of the timestep in [0, 1]."""
     time = torch.as_tensor(timestep)
-    alpha_bar = exact(scheduler._alpha_cumprod(time, time.device))
+    alpha_bar = exact(alpha_cumprod(scheduler, time))
     return affine_in_prediction(scheduler, "epsilon", alpha_bar.sqrt(), (1 - alpha_bar).sqrt())
 
 
@@ -162,32 +157,32 @@ def from_sigma(scheduler: Any, sigma: torch.Tensor) -> AffineCoefficients:
 
 def from_sigmas(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficients:
     """Variance exploding, with σ of the step. Schedulers that also evaluate at the end of a step list that σ twice."""
-    return from_sigma(scheduler, scheduler.sigmas[index_of_call(scheduler, timestep)])
+    return from_sigma(scheduler, scheduler.sigmas[step_index(scheduler, timestep)])
 
 
 def from_interpolated_sigmas(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficients:
     """KDPM2, with every second call at a sigma between two steps."""
-    index = index_of_call(scheduler, timestep)
+    index = step_index(scheduler, timestep)
     table = scheduler.sigmas if scheduler.state_in_first_order else scheduler.sigmas_interpol
     return from_sigma(scheduler, table[index])
 
 
 def from_ancestral_interpolated_sigmas(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficients:
     """Ancestral KDPM2, which stores the sigma between two steps at the index of the first."""
-    index = index_of_call(scheduler, timestep)
+    index = step_index(scheduler, timestep)
     first_order = scheduler.state_in_first_order
     return from_sigma(scheduler, scheduler.sigmas[index] if first_order else scheduler.sigmas_interpol[index - 1])
 
 
 def from_midpoint_sigmas(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficients:
     """DPMSolverSDE, which stores the sigma between two steps in an attribute."""
-    sigma = scheduler.sigmas[index_of_call(scheduler, timestep)]
+    sigma = scheduler.sigmas[step_index(scheduler, timestep)]
     return from_sigma(scheduler, sigma if scheduler.state_in_first_order else scheduler.mid_point_sigma)
 
 
 def from_solver_sigmas(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficients:
     """Multistep solvers in x0 or ε: sigma is b/a, or b with flow sigmas."""
-    sigma = exact(scheduler.sigmas[index_of_call(scheduler, timestep)])
+    sigma = exact(scheduler.sigmas[step_index(scheduler, timestep)])
     flow = bool(scheduler.config.get("use_flow_sigmas"))
     signal = 1 - sigma if flow else (1 + sigma**2).rsqrt()
     noise = sigma if flow else sigma * signal
@@ -196,7 +191,7 @@ def from_solver_sigmas(scheduler: Any, timestep: torch.Tensor | float) -> Affine
 
 def from_flow_sigmas(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficients:
     """Flow matching, x0 = x − σ·v; with `invert_sigmas`, sigma is the signal and the velocity points toward it."""
-    sigma = exact(scheduler.sigmas[index_of_call(scheduler, timestep)])
+    sigma = exact(scheduler.sigmas[step_index(scheduler, timestep)])
     return torch.ones_like(sigma), 1 - sigma if scheduler.config.get("invert_sigmas") else -sigma
 
 
@@ -204,13 +199,13 @@ def from_angle(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoeffici
     """TrigFlow (Sana-Sprint): the timestep is an angle, the output a velocity on the circle of radius `sigma_data`."""
     if scheduler.config.get("prediction_type") != "trigflow":
         raise unknown_prediction(scheduler, ("trigflow",))
-    angle = exact(scheduler.timesteps[index_of_call(scheduler, timestep)])
+    angle = exact(scheduler.timesteps[step_index(scheduler, timestep)])
     return angle.cos(), -angle.sin()
 
 
 def from_own_tables(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficients:
     """IPNDM: v-prediction, with `alphas` the signal and `betas` the noise."""
-    index = index_of_call(scheduler, timestep)
+    index = step_index(scheduler, timestep)
     return exact(scheduler.alphas[index]), -exact(scheduler.betas[index])
 
 
@@ -219,7 +214,7 @@ def from_edm(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficien
     signs = {"epsilon": 1.0, "v_prediction": -1.0}
     if configured_prediction(scheduler) not in signs:
         raise unknown_prediction(scheduler, tuple(signs))
-    sigma = exact(scheduler.sigmas[index_of_call(scheduler, timestep)])
+    sigma = exact(scheduler.sigmas[step_index(scheduler, timestep)])
     data = scheduler.config["sigma_data"]
     total = sigma**2 + data**2
     return data**2 / total, signs[configured_prediction(scheduler)] * sigma * data / total.sqrt()
@@ -227,7 +222,7 @@ def from_edm(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficien
 
 def from_consistency(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficients:
     """Consistency models: EDM with the identity as boundary condition at the smallest sigma."""
-    sigma = exact(scheduler.sigmas[index_of_call(scheduler, timestep)])
+    sigma = exact(scheduler.sigmas[step_index(scheduler, timestep)])
     return scheduler.get_scalings_for_boundary_condition(sigma)
 
 
@@ -239,7 +234,7 @@ def clipped(scheduler: Any, x0: torch.Tensor) -> torch.Tensor:
 
 def thresholded(scheduler: Any, x0: torch.Tensor) -> torch.Tensor:
     """Apply `thresholding`, to a percentile of each image (https://arxiv.org/abs/2205.11487, section 2.3)."""
-    return scheduler._threshold_sample(x0) if scheduler.config.get("thresholding") else x0
+    return threshold_sample(scheduler, x0) if scheduler.config.get("thresholding") else x0
 
 
 def thresholded_or_clipped(scheduler: Any, x0: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ..sampling.internals import block_settings, checkpoint_blocks, replace_block_settings, supports_block_checkpointing
+from ...private_names import block_settings, checkpoint_blocks, replace_block_settings, supports_block_checkpointing
 from .graph_size import GraphTooLarge, SavedBytes, free_memory
 from .module_copies import with_forward
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..sampling.internals import base_of_view
+from ...private_names import base_of_view
 
 
 class SavedTensor:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.grad import conv2d_input
 
-from ..sampling.internals import is_compiled, version_of
+from ...private_names import is_compiled, version_of
 
 LEAN_BYTES = 2**18  # below this size there is nothing to gain
 

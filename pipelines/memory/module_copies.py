@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..sampling.internals import MODULE_CONTENTS
+from ...private_names import MODULE_CONTENTS
 
 
 def without_gradient(module: nn.Module) -> nn.Module:

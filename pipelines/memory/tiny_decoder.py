@@ -8,7 +8,7 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import nn
 
-from ..sampling.internals import execution_device, name_or_path
+from ...private_names import execution_device, name_or_path
 
 FULL_DECODER = "full_decoder"
 

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from ...callbacks.noise_callback import CallbackSpec
+from ...private_names import name_or_path
 from ...rewards.contract.reward_sum import RewardSum
 from ...rewards.sets.set_reward_sum import SetRewardSum, join_features
 from ...schedulers.noise_samplers import NoiseSamplerSpec, as_noise_sampler, describe_noise_sampler
@@ -22,7 +23,6 @@ from ..request import bind_request
 from ..results.noise_result import NoiseResult
 from ..results.provenance import plain, revision_of
 from ..results.settings_diff import plain_description, settings_diff
-from ..sampling.internals import name_or_path
 from .image_set_folder import ImageSetFolder
 from .method import NeverTooLate
 from .quality_guard import as_guards, shares_reward

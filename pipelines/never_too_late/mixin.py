@@ -8,12 +8,12 @@ from typing import Any
 
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 
+from ...private_names import execution_device
 from ...rewards.features.auto_features import AutoFeatures
 from ...rewards.sets.set_reward import find_set_reward
 from ...rewards.sets.set_reward_sum import SetRewardSum, check_set_reward_entry, set_reward_entries
 from ...schedulers.noise_samplers import NoiseSamplerSpec
 from ..method_mixin import MethodMixin, merged_settings
-from ..sampling.internals import execution_device
 from .image_set import Seeds, grow_set, sequential_settings
 from .method import NeverTooLate, weighted_rewards
 from .quality_guard import QualityGuard, as_guards, shares_reward

@@ -6,11 +6,11 @@ import re
 from typing import Any
 
 from ...callbacks.noise_state import NoiseState
+from ...private_names import name_or_path
 from ...schedulers.noise_samplers import describe_noise_sampler
 from ..memory.tiny_decoder import describe_decoder
 from ..objective import Objective
 from ..problem import NoiseProblem
-from ..sampling.internals import name_or_path
 
 
 def provenance_of(problem: NoiseProblem, objective: Objective, state: NoiseState) -> dict[str, Any]:

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
+from ...private_names import interrupt, own_timestep_count
 from ...schedulers.x0_prediction import predict_x0
 from ..memory.module_copies import with_forward
-from .internals import interrupt, own_timestep_count
 from .module_state import DENOISERS
 
 

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from ...private_names import accelerate_hook, attention_backend_of, diffusers_hooks, is_stateful
 from ..memory.lean_layers import lean_layers
-from .internals import accelerate_hook, attention_backend_of, diffusers_hooks, is_stateful
 
 DENOISERS = ("unet", "transformer", "transformer_2")
 CALLED_IN_STEPS = (*DENOISERS, "controlnet")

@@ -4,7 +4,7 @@ import copy
 
 import torch
 
-from .internals import default_mps_generator
+from ...private_names import default_mps_generator
 
 
 class RandomState:

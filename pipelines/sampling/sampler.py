@@ -8,12 +8,12 @@ from typing import Any, Literal
 
 import torch
 
+from ...private_names import execution_device
 from ..memory.checkpointing import Checkpointing, Checkpoints, scales_lora
 from ..memory.chunks import BatchLayout, WholeBatchDraws, run_in_chunks
 from ..memory.module_copies import converted_apart, without_gradient
 from .first_call import count_timesteps, first_step_only, stock_call, submodules_of
 from .global_draws import no_global_draws
-from .internals import execution_device
 from .latent_space import LatentSpace
 from .module_state import CALLED_IN_STEPS, is_offloaded
 from .random_state import RandomState

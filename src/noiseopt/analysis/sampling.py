@@ -12,7 +12,7 @@ from ..evaluation.looking import Looking
 from ..pipelines.hook import optimize_noise
 from ..pipelines.problem import NoiseProblem
 from ..pipelines.results.noise_result import NoiseResult
-from ..pipelines.sampling.internals import execution_device
+from ..private_names import execution_device
 from ..quiet import quiet_libraries
 from .groups import CannotAnalyze, Group, embedded_name, pooled
 

@@ -23,7 +23,7 @@ from noiseopt.pipelines import FunctionObjective, NoiseOptimizer
 from noiseopt.pipelines.memory.checkpointing import POLICIES
 from noiseopt.pipelines.memory.graph_size import GraphTooLarge, SavedBytes
 from noiseopt.pipelines.registry import METHODS, list_methods
-from noiseopt.pipelines.sampling.internals import BLOCK_SETTINGS
+from noiseopt.private_names import BLOCK_SETTINGS
 
 FAMILIES = ["sd", "sdxl", "sd3", "flux"]
 ONE_STEP = {**call_arguments("sd"), "num_inference_steps": 1}

@@ -115,3 +115,30 @@ def version_of(tensor: torch.Tensor) -> int:
 def default_mps_generator() -> torch.Generator:
     """Return the generator that torch draws from on Apple GPUs."""
     return private(torch.mps, "_get_default_mps_generator", "torch")()
+
+
+def step_index(scheduler: Any, timestep: Any) -> int:
+    """Return the index of the step that a scheduler is about to take, which it counts from `timestep` on."""
+    if scheduler.step_index is None:
+        private(scheduler, "_init_step_index", "diffusers")(timestep)
+    return private(scheduler, "_step_index", "diffusers")
+
+
+def alpha_cumprod(scheduler: Any, time: torch.Tensor) -> torch.Tensor:
+    """Return ᾱ at a time in [0, 1], by the cosine schedule of Würstchen's scheduler."""
+    return private(scheduler, "_alpha_cumprod", "diffusers")(time, time.device)
+
+
+def threshold_sample(scheduler: Any, x0: torch.Tensor) -> torch.Tensor:
+    """Return an x0 estimate after the dynamic thresholding of a scheduler."""
+    return private(scheduler, "_threshold_sample", "diffusers")(x0)
+
+
+def guidance_scale(pipe) -> float:
+    """Return the guidance scale of the call in progress."""
+    return private(pipe, "_guidance_scale", "diffusers")
+
+
+def set_guidance_scale(pipe, scale: float) -> None:
+    """Change the guidance scale of the call in progress."""
+    pipe._guidance_scale = scale

@@ -6,40 +6,42 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from diffusers.hooks import HookRegistry, ModelHook
 from tiny_pipelines import SIZE, quiet, sd_pipeline, tiny_pipeline, tiny_unet
 
-from noiseopt.pipelines.sampling import internals
+from noiseopt import private_names
 
 
 def test_a_missing_name_is_reported_with_its_library():
     with pytest.raises(ImportError, match="Expected diffusers to have the private name `_gone`, but version .* Tensor"):
-        internals.private(torch.zeros(1), "_gone", "diffusers")
+        private_names.private(torch.zeros(1), "_gone", "diffusers")
 
 
 def test_attributes_of_pipelines():
     pipe = quiet(sd_pipeline())
-    assert internals.execution_device(pipe) == torch.device("cpu")
+    assert private_names.execution_device(pipe) == torch.device("cpu")
     pipe("a", num_inference_steps=3, output_type="latent", **SIZE)
-    assert internals.own_timestep_count(pipe) == 3 and not pipe.interrupt
-    internals.interrupt(pipe)
+    assert private_names.own_timestep_count(pipe) == 3 and not pipe.interrupt
+    private_names.interrupt(pipe)
     assert pipe.interrupt
 
 
 def test_names_of_loaded_components(tmp_path):
     tiny_unet(16).save_pretrained(tmp_path)
     loaded = type(tiny_unet(16)).from_pretrained(tmp_path)
-    assert internals.name_or_path(loaded) == str(tmp_path) and internals.name_or_path(object()) is None
+    assert private_names.name_or_path(loaded) == str(tmp_path) and private_names.name_or_path(object()) is None
 
 
 def test_hooks_of_accelerate_and_diffusers():
     module = add_hook_to_module(torch.nn.Linear(1, 1), hook := AlignDevicesHook())
-    assert internals.accelerate_hook(module) is hook and internals.accelerate_hook(torch.nn.Linear(1, 1)) is None
+    assert (
+        private_names.accelerate_hook(module) is hook and private_names.accelerate_hook(torch.nn.Linear(1, 1)) is None
+    )
     HookRegistry.check_if_exists_or_initialize(module).register_hook(ModelHook(), "ours")
-    (name, found), *others = internals.diffusers_hooks(module).items()
-    assert name == "ours" and not others and internals.is_stateful(found) is False
+    (name, found), *others = private_names.diffusers_hooks(module).items()
+    assert name == "ours" and not others and private_names.is_stateful(found) is False
 
 
 def test_attention_backends():
     found = {
-        family: {internals.attention_backend_of(module) for module in denoiser.modules()}
+        family: {private_names.attention_backend_of(module) for module in denoiser.modules()}
         for family, denoiser in {"sd": tiny_pipeline("sd").unet, "flux": tiny_pipeline("flux").transformer}.items()
     }
     assert found == {"sd": {None}, "flux": {None, "native"}}  # the attention of U-Nets does not dispatch
@@ -54,30 +56,30 @@ def test_settings_of_blocks_are_those_of_diffusers():
         return module(*inputs)
 
     blocks = [module for module in unet.modules() if hasattr(module, "gradient_checkpointing")]
-    before = [internals.block_settings(block) for block in blocks]
+    before = [private_names.block_settings(block) for block in blocks]
     for block in blocks:
-        internals.checkpoint_blocks(block, checkpoint)
-    assert internals.supports_block_checkpointing(unet) and unet.is_gradient_checkpointing
+        private_names.checkpoint_blocks(block, checkpoint)
+    assert private_names.supports_block_checkpointing(unet) and unet.is_gradient_checkpointing
     x = torch.randn(1, 4, 16, 16).requires_grad_()
     unet(x, 1, torch.zeros(1, 3, unet.config.cross_attention_dim))
     assert calls
     for block, settings in zip(blocks, before, strict=True):
-        internals.replace_block_settings(block, settings)
+        private_names.replace_block_settings(block, settings)
     assert not unet.is_gradient_checkpointing
-    assert [internals.block_settings(block) for block in blocks] == before
+    assert [private_names.block_settings(block) for block in blocks] == before
 
 
 @pytest.mark.slow
 def test_compiled_modules():
     module = torch.nn.Linear(1, 1)
-    assert not internals.is_compiled(module) and internals.is_compiled(torch.compile(torch.nn.Linear(1, 1)))
+    assert not private_names.is_compiled(module) and private_names.is_compiled(torch.compile(torch.nn.Linear(1, 1)))
     module.compile()
-    assert internals.is_compiled(module)
+    assert private_names.is_compiled(module)
 
 
 def test_modules_and_tensors_of_torch():
     x = torch.zeros(3)
-    assert set(internals.MODULE_CONTENTS) <= vars(torch.nn.Linear(1, 1)).keys()
-    assert internals.base_of_view(x[:2]) is x and internals.base_of_view(x) is None
-    version = internals.version_of(x)
-    assert internals.version_of(x.add_(1)) == version + 1
+    assert set(private_names.MODULE_CONTENTS) <= vars(torch.nn.Linear(1, 1)).keys()
+    assert private_names.base_of_view(x[:2]) is x and private_names.base_of_view(x) is None
+    version = private_names.version_of(x)
+    assert private_names.version_of(x.add_(1)) == version + 1
