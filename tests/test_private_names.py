@@ -31,9 +31,8 @@ def test_names_of_loaded_components(tmp_path):
 
 def test_hooks_of_accelerate_and_diffusers():
     module = add_hook_to_module(torch.nn.Linear(1, 1), hook := AlignDevicesHook())
-    assert (
-        private_names.accelerate_hook(module) is hook and private_names.accelerate_hook(torch.nn.Linear(1, 1)) is None
-    )
+    assert private_names.accelerate_hook(module) is hook
+    assert private_names.accelerate_hook(torch.nn.Linear(1, 1)) is None
     HookRegistry.check_if_exists_or_initialize(module).register_hook(ModelHook(), "ours")
     (name, found), *others = private_names.diffusers_hooks(module).items()
     assert name == "ours" and not others and private_names.is_stateful(found) is False

