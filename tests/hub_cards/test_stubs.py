@@ -3,6 +3,7 @@
 import ast
 import importlib.metadata
 import inspect
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -54,6 +55,7 @@ def test_a_drifted_stub_is_named(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(shutil.which("node") is None, reason="pyright runs on Node.js")
 def test_a_type_checker_sees_stock_parameters(root, tmp_path):
     """A misspelled argument and a wrong type are reported; a right call is not."""
     program = """
