@@ -94,8 +94,8 @@ from transformers import (
 )
 
 # The name that diffusers gives this module may come to mean the bundle of another release.
-sys.modules[f"{__name__}_549baa1d81ab"] = sys.modules[__name__]
-__name__ = f"{__name__}_549baa1d81ab"
+sys.modules[f"{__name__}_1f80eae53465"] = sys.modules[__name__]
+__name__ = f"{__name__}_1f80eae53465"
 
 # rewards/contract/transforms.py
 
@@ -4107,7 +4107,7 @@ class LeanConv2d(nn.Conv2d):
     """Convolution that saves its weights but not its input, as long as it is frozen."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if not is_frozen(self) or self.padding_mode != "zeros" or isinstance(self.padding, str) or not is_lean(input):
+        if not is_lean(input) or not is_frozen(self) or self.padding_mode != "zeros" or isinstance(self.padding, str):
             return super().forward(input)
         settings = (self.stride, self.padding, self.dilation, self.groups)
         return FrozenConvolution.apply(input, self.weight, self.bias, settings)  # pyright: ignore[reportReturnType]
@@ -4192,8 +4192,9 @@ def is_frozen(layer: nn.Module) -> bool:
     return not any(parameter.requires_grad for parameter in layer.parameters())
 
 def is_lean(input: Tensor, dimensions: int = 4) -> bool:
-    graph = torch.is_grad_enabled() and input.requires_grad and input.ndim == dimensions
-    return graph and input.numel() * input.element_size() >= LEAN_BYTES and not in_autocast(input.device.type)
+    if input.nbytes < LEAN_BYTES or not input.requires_grad or input.ndim != dimensions:
+        return False
+    return torch.is_grad_enabled() and not in_autocast(input.device.type)
 
 def in_autocast(device_type: str) -> bool:
     return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
@@ -4785,7 +4786,9 @@ class PipelineSampler:
     def run_once(self, noise: torch.Tensor, gradient: Gradient, preview: bool, output_type: str) -> torch.Tensor:
         twin, generator = self.fresh_twin(noise, gradient)
         differentiable = gradient is not None and noise.requires_grad
-        limited = first_step_only(twin) if preview else no_global_draws(twin)
+        # a sampler that draws from the global stream does so in its first run
+        whole = no_global_draws(twin) if self.timesteps is None else contextlib.nullcontext([])
+        limited = first_step_only(twin) if preview else whole
         ours = {"generator": generator, "output_type": output_type, "return_dict": False}
         try:
             with limited as estimates, self.shared_draws(generator), torch.set_grad_enabled(differentiable):

@@ -28,7 +28,7 @@ class LeanConv2d(nn.Conv2d):
     """Convolution that saves its weights but not its input, as long as it is frozen."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if not is_frozen(self) or self.padding_mode != "zeros" or isinstance(self.padding, str) or not is_lean(input):
+        if not is_lean(input) or not is_frozen(self) or self.padding_mode != "zeros" or isinstance(self.padding, str):
             return super().forward(input)
         settings = (self.stride, self.padding, self.dilation, self.groups)
         return FrozenConvolution.apply(input, self.weight, self.bias, settings)  # pyright: ignore[reportReturnType]
@@ -122,8 +122,9 @@ def is_frozen(layer: nn.Module) -> bool:
 
 def is_lean(input: Tensor, dimensions: int = 4) -> bool:
     """Return whether a layer has to build a graph for a large input outside autocast."""
-    graph = torch.is_grad_enabled() and input.requires_grad and input.ndim == dimensions
-    return graph and input.numel() * input.element_size() >= LEAN_BYTES and not in_autocast(input.device.type)
+    if input.nbytes < LEAN_BYTES or not input.requires_grad or input.ndim != dimensions:
+        return False
+    return torch.is_grad_enabled() and not in_autocast(input.device.type)
 
 
 def in_autocast(device_type: str) -> bool:

@@ -175,7 +175,9 @@ class PipelineSampler:
     def run_once(self, noise: torch.Tensor, gradient: Gradient, preview: bool, output_type: str) -> torch.Tensor:
         twin, generator = self.fresh_twin(noise, gradient)
         differentiable = gradient is not None and noise.requires_grad
-        limited = first_step_only(twin) if preview else no_global_draws(twin)
+        # a sampler that draws from the global stream does so in its first run
+        whole = no_global_draws(twin) if self.timesteps is None else contextlib.nullcontext([])
+        limited = first_step_only(twin) if preview else whole
         ours = {"generator": generator, "output_type": output_type, "return_dict": False}
         try:
             with limited as estimates, self.shared_draws(generator), torch.set_grad_enabled(differentiable):
