@@ -1,6 +1,6 @@
 """Plant each fault of `faults.py` in a copy of the checkout and report which tests find it.
 
-`python tests/mutations/run.py > tests/mutations/table.md` takes up to an hour.
+It prints the table of CONTRIBUTING.md, with the test that found each fault, in up to an hour.
 """
 
 import argparse
