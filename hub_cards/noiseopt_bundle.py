@@ -94,8 +94,8 @@ from transformers import (
 )
 
 # The name that diffusers gives this module may come to mean the bundle of another release.
-sys.modules[f"{__name__}_1f80eae53465"] = sys.modules[__name__]
-__name__ = f"{__name__}_1f80eae53465"
+sys.modules[f"{__name__}_1500a8bb16fd"] = sys.modules[__name__]
+__name__ = f"{__name__}_1500a8bb16fd"
 
 # rewards/contract/transforms.py
 
@@ -4102,6 +4102,7 @@ def space_of(scheduler: Any) -> SampleSpace:
 # pipelines/memory/lean_layers.py
 
 LEAN_BYTES = 2**18  # below this size there is nothing to gain
+LEAN_PIXELS = 128 * 128  # below this size of an image lean layers cost more time than their memory is worth
 
 class LeanConv2d(nn.Conv2d):
     """Convolution that saves its weights but not its input, as long as it is frozen."""
@@ -4191,6 +4192,9 @@ class GatedProjection(torch.autograd.Function):
 def is_frozen(layer: nn.Module) -> bool:
     return not any(parameter.requires_grad for parameter in layer.parameters())
 
+def is_tiny(image_size: tuple[int, int] | None) -> bool:
+    return image_size is not None and image_size[0] * image_size[1] < LEAN_PIXELS
+
 def is_lean(input: Tensor, dimensions: int = 4) -> bool:
     if input.nbytes < LEAN_BYTES or not input.requires_grad or input.ndim != dimensions:
         return False
@@ -4236,7 +4240,9 @@ def modules_of(pipe) -> dict[str, nn.Module]:
     return {name: module for name, module in pipe.components.items() if isinstance(module, nn.Module)}
 
 @contextlib.contextmanager
-def frozen_modules(pipe, gradient: str | None, decoder: nn.Module | None = None) -> Iterator[None]:
+def frozen_modules(
+    pipe, gradient: str | None, decoder: nn.Module | None = None, image_size: tuple[int, int] | None = None
+) -> Iterator[None]:
     roots = [*modules_of(pipe).values(), *([] if decoder is None else [decoder])]
     modules = [module for root in roots for module in root.modules()]
     training = [module for module in modules if module.training]
@@ -4251,7 +4257,7 @@ def frozen_modules(pipe, gradient: str | None, decoder: nn.Module | None = None)
 
     try:
         switch(False)
-        with lean_layers(roots if gradient else []):
+        with lean_layers(roots if gradient and not is_tiny(image_size) else []):
             yield
     finally:
         switch(True)
@@ -4717,6 +4723,7 @@ class PipelineSampler:
         self.checkpoints = Checkpoints(checkpointing, denoisers, vars(self.twin).get("vae"), scales_lora(self.request))
         # a copy from before any run: schedulers refer to the graph of a run, so that each run gets its own
         self.scheduler = copy.deepcopy(pipe.scheduler)
+        self.constants = constants_of(self.scheduler)
         self.batch_rows: tuple[int, list[int]] | None = None  # of a chunk: size of the whole batch, and its rows
         self.chunks: dict[tuple[int, ...], PipelineSampler] = {}
 
@@ -4819,7 +4826,7 @@ class PipelineSampler:
         twin, generator, recorded = copy.copy(self.twin), self.random_state.generator(), iter(self.encoded)
         attributes = vars(twin)
         attributes.update(
-            scheduler=copy.deepcopy(self.scheduler),
+            scheduler=copy.deepcopy(self.scheduler, dict(self.constants)),
             encode_prompt=lambda *_, **__: next(recorded),
             prepare_latents=lambda *_, **__: self.prepare(twin, noise, generator),
         )
@@ -4830,6 +4837,12 @@ class PipelineSampler:
         if wrap is not None:
             attributes.update({name: wrap(model) for name, model in submodules_of(twin, CALLED_IN_STEPS).items()})
         return twin, generator
+
+def constants_of(scheduler) -> dict[int, Any]:
+    length = scheduler.config.get("num_train_timesteps")
+    tensors = (value for value in vars(scheduler).values() if isinstance(value, torch.Tensor))
+    tables = [tensor for tensor in tensors if tensor.is_floating_point() and tensor.shape == (length,)]
+    return {id(part): part for part in (scheduler.config, *tables)}
 
 def make_twin(pipe, clamp: Clamp):
     twin = copy.copy(pipe)
@@ -8484,11 +8497,15 @@ class NoiseRun:
         check_batch(request, len(self.prompts))
         self.noise_sampler = noise_sampler_of(noise_sampler, request, self.groups)
         self.noise_file = None if save_noise_to is None else NoiseFile(save_noise_to)
-        if size := image_size(pipe, request):
-            self.objective.try_out(self.reward_prompts[0], *size, gradient=method.gradient_mode is not None)
+        self.size = image_size(pipe, request)
+        if self.size:
+            self.objective.try_out(self.reward_prompts[0], *self.size, gradient=method.gradient_mode is not None)
         self.decoder = as_loop_decoder(method.decoder, pipe, list(submodules_of(pipe, DENOISERS).values()))
         self.encoded: list[Any] = []
         self.result: NoiseResult | None = None
+
+    def frozen_modules(self, pipe) -> contextlib.AbstractContextManager[None]:
+        return frozen_modules(pipe, self.method.gradient_mode, self.decoder, self.size)
 
     def encode_prompt(self, encode, *args, **kwargs):
         self.encoded.append(encode(*args, **kwargs))
@@ -8601,7 +8618,7 @@ class NoiseOptimizationMixin(SavedWithCode):
             self, as_method(method, method_kwargs), request, callbacks, noise_sampler, reward_prompt, save_noise_to
         )
         try:
-            with frozen_modules(self, run.method.gradient_mode, run.decoder), hook_on(self, run):
+            with run.frozen_modules(self), hook_on(self, run):
                 output = stock(*args, **kwargs)
         except BaseException as error:
             if run.result is not None:
@@ -8699,8 +8716,7 @@ def optimize_noise(
     request = bind_request(twin, (), {"prompt": prompt, **call_kwargs})
     run = NoiseRun(twin, method, request, callbacks, noise_sampler, reward_prompt, save_noise_to, render=False)
     vars(twin)["_noise_run"] = run
-    frozen = frozen_modules(twin, method.gradient_mode, run.decoder)
-    with frozen, torch.no_grad(), contextlib.suppress(NoiseFound):
+    with run.frozen_modules(twin), torch.no_grad(), contextlib.suppress(NoiseFound):
         stock_call(type(pipe))(twin, **request)
     return run.result_of(twin)
 

@@ -92,11 +92,15 @@ class NoiseRun:
         check_batch(request, len(self.prompts))
         self.noise_sampler = noise_sampler_of(noise_sampler, request, self.groups)
         self.noise_file = None if save_noise_to is None else NoiseFile(save_noise_to)
-        if size := image_size(pipe, request):
-            self.objective.try_out(self.reward_prompts[0], *size, gradient=method.gradient_mode is not None)
+        self.size = image_size(pipe, request)
+        if self.size:
+            self.objective.try_out(self.reward_prompts[0], *self.size, gradient=method.gradient_mode is not None)
         self.decoder = as_loop_decoder(method.decoder, pipe, list(submodules_of(pipe, DENOISERS).values()))
         self.encoded: list[Any] = []
         self.result: NoiseResult | None = None
+
+    def frozen_modules(self, pipe) -> contextlib.AbstractContextManager[None]:
+        return frozen_modules(pipe, self.method.gradient_mode, self.decoder, self.size)
 
     def encode_prompt(self, encode, *args, **kwargs):
         """Record the output of the stock method, which the inner runs replay."""
@@ -213,7 +217,7 @@ class NoiseOptimizationMixin(SavedWithCode):
             self, as_method(method, method_kwargs), request, callbacks, noise_sampler, reward_prompt, save_noise_to
         )
         try:
-            with frozen_modules(self, run.method.gradient_mode, run.decoder), hook_on(self, run):
+            with run.frozen_modules(self), hook_on(self, run):
                 output = stock(*args, **kwargs)
         except BaseException as error:
             if run.result is not None:
@@ -347,7 +351,6 @@ def optimize_noise(
     request = bind_request(twin, (), {"prompt": prompt, **call_kwargs})
     run = NoiseRun(twin, method, request, callbacks, noise_sampler, reward_prompt, save_noise_to, render=False)
     vars(twin)["_noise_run"] = run
-    frozen = frozen_modules(twin, method.gradient_mode, run.decoder)
-    with frozen, torch.no_grad(), contextlib.suppress(NoiseFound):
+    with run.frozen_modules(twin), torch.no_grad(), contextlib.suppress(NoiseFound):
         stock_call(type(pipe))(twin, **request)
     return run.result_of(twin)

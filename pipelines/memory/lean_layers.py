@@ -22,6 +22,7 @@ from torch.nn.grad import conv2d_input
 from ...private_names import is_compiled, version_of
 
 LEAN_BYTES = 2**18  # below this size there is nothing to gain
+LEAN_PIXELS = 128 * 128  # below this size of an image lean layers cost more time than their memory is worth
 
 
 class LeanConv2d(nn.Conv2d):
@@ -118,6 +119,11 @@ class GatedProjection(torch.autograd.Function):
 
 def is_frozen(layer: nn.Module) -> bool:
     return not any(parameter.requires_grad for parameter in layer.parameters())
+
+
+def is_tiny(image_size: tuple[int, int] | None) -> bool:
+    """Return whether images are known to be so small, in pixels, that lean layers do not pay."""
+    return image_size is not None and image_size[0] * image_size[1] < LEAN_PIXELS
 
 
 def is_lean(input: Tensor, dimensions: int = 4) -> bool:

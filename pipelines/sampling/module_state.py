@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from torch import nn
 
 from ...private_names import accelerate_hook, attention_backend_of, diffusers_hooks, is_stateful
-from ..memory.lean_layers import lean_layers
+from ..memory.lean_layers import is_tiny, lean_layers
 
 DENOISERS = ("unet", "transformer", "transformer_2")
 CALLED_IN_STEPS = (*DENOISERS, "controlnet")
@@ -20,12 +20,14 @@ def modules_of(pipe) -> dict[str, nn.Module]:
 
 
 @contextlib.contextmanager
-def frozen_modules(pipe, gradient: str | None, decoder: nn.Module | None = None) -> Iterator[None]:
+def frozen_modules(
+    pipe, gradient: str | None, decoder: nn.Module | None = None, image_size: tuple[int, int] | None = None
+) -> Iterator[None]:
     """Freeze all modules of a pipeline and a separate decoder; the previous state is restored on exit.
 
-    Inside they are in `eval()`. For a method with gradients no parameter requires a gradient, and the layers are lean;
-    see `lean_layers`. Otherwise parameters stay as they are: torch multiplies matrices in another order, with another
-    rounding, if a weight requires no gradient.
+    Inside they are in `eval()`. For a method with gradients no parameter requires a gradient, and the layers are lean
+    unless the images are known to be tiny; see `lean_layers`. Otherwise parameters stay as they are: torch multiplies
+    matrices in another order, with another rounding, if a weight requires no gradient.
     """
     roots = [*modules_of(pipe).values(), *([] if decoder is None else [decoder])]
     modules = [module for root in roots for module in root.modules()]
@@ -41,7 +43,7 @@ def frozen_modules(pipe, gradient: str | None, decoder: nn.Module | None = None)
 
     try:
         switch(False)
-        with lean_layers(roots if gradient else []):
+        with lean_layers(roots if gradient and not is_tiny(image_size) else []):
             yield
     finally:
         switch(True)

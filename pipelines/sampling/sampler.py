@@ -79,6 +79,7 @@ class PipelineSampler:
         self.checkpoints = Checkpoints(checkpointing, denoisers, vars(self.twin).get("vae"), scales_lora(self.request))
         # a copy from before any run: schedulers refer to the graph of a run, so that each run gets its own
         self.scheduler = copy.deepcopy(pipe.scheduler)
+        self.constants = constants_of(self.scheduler)
         self.batch_rows: tuple[int, list[int]] | None = None  # of a chunk: size of the whole batch, and its rows
         self.chunks: dict[tuple[int, ...], PipelineSampler] = {}
 
@@ -210,7 +211,7 @@ class PipelineSampler:
         twin, generator, recorded = copy.copy(self.twin), self.random_state.generator(), iter(self.encoded)
         attributes = vars(twin)
         attributes.update(
-            scheduler=copy.deepcopy(self.scheduler),
+            scheduler=copy.deepcopy(self.scheduler, dict(self.constants)),
             encode_prompt=lambda *_, **__: next(recorded),
             prepare_latents=lambda *_, **__: self.prepare(twin, noise, generator),
         )
@@ -221,6 +222,17 @@ class PipelineSampler:
         if wrap is not None:
             attributes.update({name: wrap(model) for name, model in submodules_of(twin, CALLED_IN_STEPS).items()})
         return twin, generator
+
+
+def constants_of(scheduler) -> dict[int, Any]:
+    """Return the parts of a scheduler that no call changes, its configuration and its training tables, by id.
+
+    Copies of the scheduler share them: copying tables takes longer than a step of a small scheduler.
+    """
+    length = scheduler.config.get("num_train_timesteps")
+    tensors = (value for value in vars(scheduler).values() if isinstance(value, torch.Tensor))
+    tables = [tensor for tensor in tensors if tensor.is_floating_point() and tensor.shape == (length,)]
+    return {id(part): part for part in (scheduler.config, *tables)}
 
 
 def make_twin(pipe, clamp: Clamp):

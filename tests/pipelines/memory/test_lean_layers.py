@@ -216,8 +216,22 @@ def test_a_run_has_the_gradient_of_stock_layers_and_leaves_them_behind(family, m
     kinds = [type(module) for module in pipe.unet.modules()]
     for size in (0, math.inf):
         monkeypatch.setattr(lean, "LEAN_BYTES", size)
+        monkeypatch.setattr(lean, "LEAN_PIXELS", 0)
         look, generator = Look(), torch.Generator().manual_seed(0)
         optimize_noise(pipe, "a", look, generator=generator, num_inference_steps=1, guidance_scale=0.0, **SIZE)
         found.append(look.gradients[0])
     assert (found[0] - found[1]).norm() < 1e-4 * found[1].norm() and found[1].norm() > 0
     assert [type(module) for module in pipe.unet.modules()] == kinds
+
+
+def test_tiny_images_are_left_to_stock_layers(monkeypatch):
+    kinds = []
+    monkeypatch.setattr(lean, "LEAN_BYTES", 0)
+    for pixels in (0, 128 * 128):
+        monkeypatch.setattr(lean, "LEAN_PIXELS", pixels)
+        pipe, seen = tiny_pipeline("sd"), []
+        handle = pipe.unet.conv_in.register_forward_hook(lambda layer, *_: seen.append(type(layer)))  # noqa: B023
+        optimize_noise(pipe, "a", Look(), num_inference_steps=1, guidance_scale=0.0, **SIZE)
+        handle.remove()
+        kinds.append(set(seen))
+    assert kinds == [{lean.LeanConv2d}, {nn.Conv2d}]
