@@ -273,9 +273,9 @@ def table(found: Found, pairs: Mapping[str, str], metrics: Sequence[str], value:
 
 @dataclasses.dataclass(frozen=True)
 class Reached:
-    """When the mean curve of a row passes a target: steps, seconds per set, and their ratio to the target's seconds.
+    """Time at which the mean diversity of a method passes a target: in steps, in seconds per set, and as a ratio.
 
-    Infinite if it does not.
+    The ratio is to the seconds of the method that set the target. All are infinite if the target is never passed.
     """
 
     steps: float
@@ -284,7 +284,13 @@ class Reached:
 
 
 def reached(curves: Tensor, seconds: Tensor, target: Tensor, cost: Tensor, chosen: Tensor) -> list[Reached]:
-    """For each choice of prompts `(R, P)`: curves and seconds are `(P, T)`, targets and their seconds `(P,)`."""
+    """Return the time to reach the target for each resample of the prompts.
+
+    Args:
+        curves, seconds: `(P, T)`, the diversity and the time so far, by prompt and step.
+        target, cost: `(P,)`, the diversity of the other method, and its seconds.
+        chosen: `(R, P)`, the indices of the prompts of R resamples.
+    """
     mean, clock = curves[chosen].mean(1), seconds[chosen].mean(1)
     passed = mean >= target[chosen].mean(1)[:, None]
     step = torch.where(passed.any(1), passed.int().argmax(1), -1)
@@ -297,7 +303,7 @@ def reached(curves: Tensor, seconds: Tensor, target: Tensor, cost: Tensor, chose
 
 
 def time_to_reach(found: Found, ours: str, theirs: str, resamples: int = 2000) -> tuple[Reached, float, float]:
-    """When a row passes the `PUBLISHED` diversity of another, and the 95% interval of the ratio over prompts."""
+    """Return the time at which `ours` passes the `PUBLISHED` diversity of `theirs`, and a 95% interval of the ratio."""
     curves, seconds = (torch.tensor(found[ours][key], dtype=torch.float64) for key in ("curve", "seconds"))
     target, cost = column(found, theirs, PUBLISHED), column(found, theirs, "seconds")
     count = len(target)

@@ -79,7 +79,7 @@ class Watch:
         self.noise = noise.detach().float().clone()
 
     def seconds(self) -> dict[str, float]:
-        """The median time between evaluations, by clock."""
+        """Return for each clock, "step" (wall) and "processor", the median time between evaluations."""
         steps = {name: itertools.pairwise(times) for name, times in self.times.items()}
         return {name: statistics.median(after - before for before, after in pairs) for name, pairs in steps.items()}
 

@@ -129,7 +129,7 @@ def train_generator(
     decay: float = 0.998,
     slips: float = 0.0,
 ) -> None:
-    """Train a generator on coupled noises, a share `last` of the samples from pure noise."""
+    """Train a generator on noises coupled to their images (`coupling.py`); a share `last` starts from pure noise."""
     data = encode_pictures(args)
     samples = vars(args)[f"{stage.replace('-', '_')}_samples"]
     path = args.output / f"{stage}.pt"

@@ -23,7 +23,11 @@ from .readers import HOLDS, PATCH, SHOWS, Questions, TowerTraining, new_question
 
 
 def tower_targets(scenes: Sequence[Scene]) -> tuple[Tensor, Tensor, Tensor]:
-    """Content of each patch (B, 64), count of each object (B, 30), occupied patches (B, 64)."""
+    """Return the targets for image patches and for whole images.
+
+    They are the index of the object in each patch (B, 64), `len(OBJECTS)` if there is none; the count of each object in
+    the image (B, 30); and whether a patch has an object (B, 64).
+    """
     cover = F.avg_pool2d(coverage(scenes), PATCH).flatten(2)
     names = [[OBJECTS.index((s.color, s.kind)) for s in scene.shapes] for scene in scenes]
     slots = torch.tensor([row + [0] * (3 - len(row)) for row in names])

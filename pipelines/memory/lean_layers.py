@@ -62,7 +62,10 @@ class LeanGroupNorm(nn.GroupNorm):
 
 
 class LeanSiLU(nn.SiLU):
-    """SiLU that saves the input of the group normalization before it, which is saved anyway, instead of its own."""
+    """SiLU that does not save its input, but recomputes it from the input of the group normalization before it.
+
+    That one is saved anyway.
+    """
 
     def forward(self, input: Tensor) -> Tensor:
         version, *source = vars(input).get("normalized_from", (None,))
@@ -121,7 +124,7 @@ def is_frozen(layer: nn.Module) -> bool:
 
 
 def is_lean(input: Tensor, dimensions: int = 4) -> bool:
-    """Return whether a layer has to build a graph for a large input outside autocast."""
+    """Return whether `input` is large, needs a gradient, has so many `dimensions`, and autocast is off."""
     graph = torch.is_grad_enabled() and input.requires_grad and input.ndim == dimensions
     return graph and input.numel() * input.element_size() >= LEAN_BYTES and not in_autocast(input.device.type)
 

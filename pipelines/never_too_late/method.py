@@ -171,8 +171,8 @@ class NeverTooLateState:
         rows: The samples of each set.
         sizes: `(B,)`, the number of images in the set of each sample.
         velocity: `(B, C, H, W)`, the momentum.
-        guarded: The noises under the guard.
-        targets: Name of a set reward to `(B,)`, the value at which a set stops.
+        guarded: Which noises are good, and where each reverts.
+        targets: By set reward, `(B,)`, the value at which the set of each sample stops.
         accepted_steps, rejected_steps: `(B,)`, the steps that the guard accepted and rejected for the set of each
             sample, without step 0.
     """

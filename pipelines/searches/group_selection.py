@@ -157,7 +157,10 @@ class GroupObjective(CandidateObjective):
         return any(len(rows) > 1 for rows in self.sets)
 
     def measured(self, sample: Sample) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-        """Return u `(B,)`, the features `(B, ...)`, empty if none are compared, and the raw rewards."""
+        """Return the total reward `(B,)`, the features `(B, ...)`, and the score of each reward.
+
+        The features are zeros if no prompt has several images.
+        """
         unary, scores = torch.zeros(len(sample.noise), dtype=torch.float64), {}
         if self.rewards is not None:
             loss, scores = self.rewards.evaluate(sample)
@@ -198,7 +201,10 @@ class GroupObjective(CandidateObjective):
         return [found[index] for index in select_group(unary, pairwise, count, weight)]
 
     def distances(self, features: list[torch.Tensor]) -> torch.Tensor:
-        """Return b, `(N, N)`, from the features `(...)` of N images, a chunk at a time on the device of their model."""
+        """Return the distance between each two of N images, `(N, N)`, from their features.
+
+        Computed a chunk at a time on the device of the feature model.
+        """
         device = getattr(self.distance.features, "device", None)
         spans = [slice(start, start + FEATURES_AT_ONCE) for start in range(0, len(features), FEATURES_AT_ONCE)]
 

@@ -107,7 +107,7 @@ class SetRewardSum(nn.Module):
     def known_features(self, images: Tensor, chunk_size: int = 1) -> dict[str, Tensor]:
         """Return `features` without a graph, computed `chunk_size` images at a time, for example to cache references.
 
-        A growing set is `join_features([known, total.known_features(new)])`.
+        To add images to a growing set: `join_features([known, total.known_features(new)])`.
         """
         return join_features([self.features(chunk) for chunk in images.split(chunk_size)])
 
