@@ -86,11 +86,11 @@ class Instruments:
 
     @torch.no_grad()
     def embed(self, name: str, images: torch.Tensor) -> torch.Tensor:
-        """`(B, D)`."""
+        """Return the features of the images, `(B, D)`."""
         return self.features[name](images).flatten(1)
 
     def demanded(self, prompt: str) -> Features:
-        """The mean of each feature over rendered images of a prompt, `(D,)`."""
+        """Return the mean of each feature over rendered images of a prompt, `(D,)`."""
         rng, request = random.Random(0), shapes_world.parse(prompt)
         scenes = [shapes_world.sample_scene(rng, request) for _ in range(DRAWN)]
         drawn = shapes_world.render(scenes, torch.Generator().manual_seed(0))
@@ -109,7 +109,7 @@ class Instruments:
 
 
 def draw(pipe, variant: Variant, prompt: str, generators: list[torch.Generator], call: Mapping[str, Any]):
-    """The images of one set `(B, 3, 64, 64)`, and ‖noise‖ relative to the initial noise."""
+    """Return the images of one set `(B, 3, 64, 64)`, and ‖noise‖ relative to the initial noise."""
     call = {**call, "num_images_per_prompt": variant.images}
     if variant.method is None:
         return pipe(prompt, generator=generators, output_type="pt", **call).images, 1.0
@@ -136,7 +136,7 @@ def compare(pipe, rows: Iterable[Variant], prompts: list[str], seeds: int, call:
 
 
 def plain_of(name: str) -> str:
-    """The row of plain sampling with the same set size."""
+    """Return the row of plain sampling with the same set size."""
     size = name.partition(", B = ")[2]
     return f"plain, B = {size}" if size else "plain"
 

@@ -108,7 +108,7 @@ NOISES["pink with mean"] = {"name": "pink", "alpha": 0.2, "standardize": False}
 
 
 class Pixels(Features):
-    """The pixels divided by the root of their number, so that the L2 distance is at most 1, black to white."""
+    """Pixels divided by the root of their number, so that black and white images have the L2 distance 1."""
 
     name = "pixels"
     metric = "l2"
@@ -198,12 +198,12 @@ class Bench:
 
     @torch.no_grad()
     def distances(self, name: str, images: Tensor) -> list[float]:
-        """The mean pairwise distance of each set in one of the features."""
+        """Return the mean pairwise distance of each set in one of the features."""
         diversity = PairwiseDiversity(self.features[name])
         return [float(diversity.of_features(each)) for each in self.features[name](images).split(self.images)]
 
     def measure(self, result: Any, prompts: Sequence[str]) -> list[Numbers]:
-        """The measurements of a result's sets, one per prompt."""
+        """Return the measurements of a result's sets, one per prompt."""
         images, each = result.images, [prompt for prompt in prompts for _ in range(self.images)]
         with torch.no_grad():
             scores = {"reward": self.reward(images, each)}
@@ -246,19 +246,22 @@ def compare(bench: Bench, prompts: Sequence[str], batch: int, found: Found) -> I
 
 
 def column(found: Found, name: str, metric: str) -> Tensor:
-    """`(prompts,)`."""
+    """Return a measurement of a row by prompt, `(prompts,)`."""
     return torch.tensor([numbers[metric] for numbers in found[name]["numbers"]], dtype=torch.float64)
 
 
 def compared(found: Found, ours: str, theirs: str, metric: str) -> str:
-    """The mean of a row, and in brackets its difference from another on the prompts where both have a value."""
+    """Return the mean of a row, and in brackets its difference from another on the prompts where both have a value."""
     a, b = column(found, ours, metric), column(found, theirs, metric)
     both = a.isfinite() & b.isfinite()
     return cell(bootstrap(a[a.isfinite()]), paired_bootstrap(a[both], b[both]))
 
 
 def table(found: Found, pairs: Mapping[str, str], metrics: Sequence[str], value: bool = False) -> str:
-    """Rows with their difference from others; * where a row optimizes the model. With `value`, the objective."""
+    """Format a table of the rows in `pairs`, with their difference from the row that each is paired with.
+
+    `*` marks metrics whose features a row optimizes. With `value`, a column has the objective before and after.
+    """
     optimized = {row.name: row.optimized for row in rows()}
     lines = ["| | " + " | ".join([*metrics, *(["optimized value"] if value else [])]) + " |"]
     lines.append("|---" * (len(metrics) + 1 + value) + "|")
@@ -314,7 +317,10 @@ def time_to_reach(found: Found, ours: str, theirs: str, resamples: int = 2000) -
 
 
 def time_table(found: Found) -> str:
-    """Each objective against group selection of 64 from the same noise, and pink against white noise."""
+    """Format the times at which each objective passes group selection from 64 candidates.
+
+    Both start from the same noise; a last row has pink noise against the target of white noise.
+    """
     contests = {"white": ("white", "white"), "pink": ("pink", "pink"), "pink to white's": ("pink", "white")}
     titles = [f"{title}: steps, seconds, ratio" for title in contests]
     lines = ["| | " + " | ".join(titles) + " |", "|---" * (len(titles) + 1) + "|"]
@@ -349,7 +355,7 @@ def report(found: Found) -> str:
 
 
 def sweep(other: str) -> dict[str, str]:
-    """All noises by plain sampling and `MAIN`, each with the row of another noise."""
+    """Return the rows of plain sampling and of `MAIN` from each noise, paired with the same row from the noise `other`."""
     order = ["white", "α = 0", "α = 0.1", "pink", "α = 0.3", "α = 0.5", "pink with mean"]
     present = {(row.noise, row.what) for row in rows()}
     names = [(noise, what) for what in ("plain", MAIN) for noise in order if {(noise, what), (other, what)} <= present]
@@ -398,7 +404,7 @@ def load(path: Path | None, settings: Mapping[str, Any]) -> Found:
 
 
 def save(path: Path, settings: Mapping[str, Any], found: Found) -> None:
-    """Write atomically."""
+    """Write settings, versions and rows as JSON, atomically."""
     machine = {"python": platform.python_version(), "torch": torch.__version__, "noiseopt": noiseopt.__version__}
     text = json.dumps({"settings": settings, "machine": machine, "rows": rounded(found)}, ensure_ascii=False)
     path.parent.mkdir(parents=True, exist_ok=True)

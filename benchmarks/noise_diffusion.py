@@ -34,7 +34,7 @@ Rows = dict[str, dict[str, Any]]
 
 
 def methods(reward: Reward, rounds: int) -> dict[str, Any]:
-    """The rows: M rounds are M + 1 evaluations, including the baseline."""
+    """Return the compared methods by name, each with `rounds` rounds, so one more evaluation, for the baseline."""
     common = {"rewards": reward, "steps": rounds + 1}
     return {
         "random sampling": BestOfN(**common),
@@ -95,7 +95,7 @@ def compare(pipe: Any, prompts: Sequence[str], rounds: int, batch: int, call: di
 
 
 def departure(noise: torch.Tensor) -> dict[str, float]:
-    """The deviation of returned noises `(N, C, H, W)` from Gaussian noise in standard errors, and their norm."""
+    """Return the deviation of returned noises `(N, C, H, W)` from Gaussian noise in standard errors, and their norm."""
     statistics = noise_statistics(noise)
     scores = gaussian_limits(tuple(noise.shape)).z_scores(statistics)
     return {
@@ -108,7 +108,7 @@ def departure(noise: torch.Tensor) -> dict[str, float]:
 
 
 def last(values: Sequence[Sequence[float]]) -> torch.Tensor:
-    """`(prompts,)`: the end of each curve."""
+    """Return the end of each curve, `(prompts,)`."""
     return torch.tensor([curve[-1] for curve in values])
 
 
@@ -166,7 +166,7 @@ def draw(found: Rows, rounds: int, path: Path) -> None:
 
 
 def mean_curve(curves: Sequence[Sequence[float]]) -> list[float]:
-    """The mean over prompts, as far as all curves go."""
+    """Return the mean curve over prompts, cut to the length of the shortest."""
     return [sum(values) / len(values) for values in zip(*curves, strict=False)]
 
 

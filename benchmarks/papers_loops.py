@@ -142,14 +142,14 @@ def released_score(reward: Any, pixels: torch.Tensor) -> torch.Tensor:
 
 
 def given_pixels(reward: ImageRewardModel) -> ImageRewardModel:
-    """The reward for preprocessed pixels; weights are shared."""
+    """Return the reward for preprocessed pixels; weights are shared."""
     twin = copy.copy(reward)
     twin.image_transform = lambda pixels: pixels
     return twin
 
 
 def padded_text(reward: HPSv21) -> torch.Tensor:
-    """The text features over all 77 positions, as in open_clip."""
+    """Return the text features over all 77 positions, as in open_clip."""
     tokens = reward.tokenizer(PROMPT, padding="max_length", truncation=True, max_length=77, return_tensors="pt")
     ids = tokens["input_ids"].to(reward.device)  # pyright: ignore[reportAttributeAccessIssue]
     return reward.model.text_projection(reward.model.text_model(input_ids=ids).pooler_output)
@@ -277,7 +277,10 @@ def drawn_noise(pipe: Any, images: int, size: int) -> torch.Tensor:
 
 
 def measure(rows: dict[str, Row], rounds: int, device: torch.device) -> dict[str, dict[str, list[Any]]]:
-    """Peak MiB of each row, then seconds of a step and a run, and watches, interleaved in rounds."""
+    """Return the measurements of each row: its peak MiB, and by round the seconds of a step and a run, and its `Watch`.
+
+    In a round the rows run one after the other, so that other load on the machine affects all of them.
+    """
     found: dict[str, dict[str, list[Any]]] = {name: {"memory": []} for name in rows}
     for name, row in reversed(rows.items()):  # in reverse, so that lazy imports do not count for exact rows
         memory = PeakMemory(device)
@@ -320,20 +323,23 @@ def mallopt(parameter: int, value: int) -> None:
 
 
 def deviation(ours: Watch, released: Watch, start: torch.Tensor, offset: float) -> tuple[float, float]:
-    """The largest difference of losses, and that of the final noises relative to the released loop's total change."""
+    """Return the largest difference of the losses, and that of the final noises.
+
+    The latter is relative to the total change of the noise in the released loop.
+    """
     losses = max(abs(a + offset - b) for a, b in zip(ours.losses, released.losses, strict=True))
     moved = (released.noise - start).norm()
     return losses, float((ours.noise - released.noise).norm() / moved)
 
 
 def ratio(ours: Sequence[float | None], released: Sequence[float | None]) -> str:
-    """Median ratio within a round, with minimum and maximum; a dash if not measured."""
+    """Return the median ratio within a round, with minimum and maximum; a dash if not measured."""
     values = [mine / theirs for mine, theirs in zip(ours, released, strict=True) if mine is not None and theirs]
     return f"{statistics.median(values):.2f} [{min(values):.2f}–{max(values):.2f}]" if values else "–"
 
 
 def compared(rows: dict[str, Row], found: dict[str, dict[str, list[Any]]], noise: torch.Tensor) -> dict[str, Any]:
-    """The numbers of each row, and the deviation of exact ones from the released loop."""
+    """Return the numbers of each row, and the deviation of exact ones from the released loop."""
     released = found["released loop"]
     table = {}
     for name, row in rows.items():

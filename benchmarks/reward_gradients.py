@@ -82,7 +82,7 @@ def measure(rewards: RewardSum, images: torch.Tensor, rounds: int) -> dict[str, 
 
 
 def ratio(values: list[float | None], reference: list[float | None]) -> str:
-    """Median of the ratios within a round, with quartiles; a dash if not measured."""
+    """Return the median of the ratios within a round, with quartiles; a dash if not measured."""
     ratios = [ours / theirs for ours, theirs in zip(values, reference, strict=True) if ours is not None and theirs]
     low, middle, high = (
         statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else 3 * (ratios or [float("nan")])

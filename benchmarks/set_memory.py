@@ -53,7 +53,7 @@ class SetStep:
         optimize_noise(self.pipe, PROMPT, Looking(then, checkpointing="none"), callbacks=[], **call)
 
     def gradient(self, problem: NoiseProblem, chunk_size: int | None) -> torch.Tensor:
-        """The gradient of the set's value with respect to the noise, `(B, C, H, W)`."""
+        """Return the gradient of the set's value with respect to the noise, `(B, C, H, W)`."""
         leaf = problem.noise.clone().requires_grad_()
         seeds = list(range(len(leaf)))
         sample = Sample(problem.sampler, leaf, problem.prompts, problem.groups, seeds, "full", chunk_size=chunk_size)
@@ -89,7 +89,7 @@ def measure_apart(mode: str, batch: int, options: argparse.Namespace) -> dict[st
 
 
 def cells(found: dict[str, Any], single: dict[str, Any]) -> str:
-    """Seconds, MiB, and MiB relative to a set of one in the same mode."""
+    """Format three cells of a table: seconds, MiB, and MiB relative to a set of one in the same mode."""
     if found["memory"] is None or not single["memory"]:
         return f"{found['seconds']:.2f} | – | –"
     return f"{found['seconds']:.2f} | {found['memory']:.0f} | {found['memory'] / single['memory']:.2f}"
@@ -101,7 +101,7 @@ def difference(found: torch.Tensor, joint: torch.Tensor) -> float:
 
 
 def report(results: dict[str, dict[int, dict[str, Any]]]) -> str:
-    """The table in Markdown, and the largest difference of the gradients."""
+    """Return the table in Markdown, and the largest difference of the gradients."""
     head = "| B | mode | images at once | seconds | peak MiB | × B = 1 |"
     lines = [head, "|---|---|---|---|---|---|"]
     batches = list(next(iter(results.values())))

@@ -31,7 +31,7 @@ GENERATORS: dict[str, tuple[str, type[VPGenerator] | type[SD3Generator]]] = {
 
 
 def scaled_vae(args: argparse.Namespace) -> AutoencoderTiny:
-    """The trained autoencoder with its `scaling_factor`."""
+    """Return the trained autoencoder with its `scaling_factor`."""
     vae = final_vae(args)
     vae.register_to_config(scaling_factor=round(encode_pictures(args)["scale"], 6))
     return vae

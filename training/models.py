@@ -95,12 +95,12 @@ class Reward(nn.Module):
         self.tokenizer = new_tokenizer()
 
     def embed_images(self, images: Tensor) -> Tensor:
-        """(B, 3, 64, 64) in [0, 1] -> (B, 96) of unit length."""
+        """Encode images (B, 3, 64, 64) in [0, 1] as (B, 96) of unit length."""
         pooled = self.clip.vision_model(pixel_values=images * 2 - 1).pooler_output
         return F.normalize(self.clip.visual_projection(pooled), dim=-1)
 
     def embed_texts(self, prompts: Sequence[str]) -> Tensor:
-        """B prompts -> (B, 96) of unit length."""
+        """Encode B prompts as (B, 96) of unit length."""
         tokens = self.tokenizer(list(prompts), padding=True, return_tensors="pt").to(self.bias.device)
         pooled = self.clip.text_model(input_ids=tokens.input_ids).pooler_output
         return F.normalize(self.clip.text_projection(pooled), dim=-1)
@@ -118,7 +118,7 @@ class VPGenerator(nn.Module):
         return next(self.unet.parameters()).device
 
     def embed(self, prompts: Sequence[str]) -> Any:
-        """The conditioning for B prompts, as in the stock pipeline."""
+        """Return the conditioning for B prompts, as in the stock pipeline."""
         raise NotImplementedError
 
     def predict(self, noisy: Tensor, t: Tensor, context: Any) -> Tensor:
@@ -138,7 +138,7 @@ class VPGenerator(nn.Module):
         return torch.where(pure, noise, noisy), torch.where(pure, straight, v)
 
     def picture(self, noise: Tensor, v: Tensor) -> Tensor:
-        """The scaled latents that v leads to from pure noise."""
+        """Return the scaled latents that v leads to from pure noise."""
         alpha = float(self.scheduler.alphas_cumprod[int(self.last)])
         return math.sqrt(alpha) * noise - math.sqrt(1 - alpha) * v
 
@@ -162,7 +162,7 @@ class Generator(VPGenerator):
         self.scheduler = DDIMScheduler(**SCHEDULE, clip_sample=False)
 
     def embed(self, prompts: Sequence[str]) -> Tensor:
-        """B prompts -> (B, 16, 96)."""
+        """Encode B prompts as (B, 16, 96)."""
         tokens = self.tokenizer(list(prompts), padding="max_length", return_tensors="pt").input_ids
         return self.text_encoder(tokens.to(self.device)).last_hidden_state
 
@@ -172,17 +172,17 @@ class Generator(VPGenerator):
 
 
 def decode(vae: AutoencoderTiny, latents: Tensor, scale: float) -> Tensor:
-    """Scaled latents (B, 8, 8, 8) -> images (B, 3, 64, 64) in [0, 1]."""
+    """Decode scaled latents (B, 8, 8, 8) to images (B, 3, 64, 64) in [0, 1]."""
     return (vae.decoder(latents / scale) / 2 + 0.5).clamp(0.0, 1.0)
 
 
 def final_vae(args: argparse.Namespace) -> AutoencoderTiny:
-    """The autoencoder with its latest decoder."""
+    """Return the autoencoder with its latest decoder."""
     path = args.output / "decoder.pt"
     return averaged(path if path.exists() else args.output / "vae.pt", new_vae()).to(args.device)
 
 
 def final_student(args: argparse.Namespace) -> Generator:
-    """The one-step student, or the teacher that it starts from."""
+    """Load the one-step student, or if it is not trained yet, the teacher that it starts from."""
     path = args.output / "student.pt"
     return averaged(path if path.exists() else args.output / "unet.pt", Generator()).to(args.device)

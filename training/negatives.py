@@ -51,7 +51,9 @@ def wrong_request(request: Request, rng: random.Random) -> Request:
 
 
 def imitate_failure(scene: Scene, rng: random.Random) -> Scene:
-    """The scene as a weak generator might draw it: blended or wobbling shapes, one missing, one too many, two merged.
+    """Return the scene as a weak generator might draw it.
+
+    Its shapes are blended or wobbling, one is missing or too many, or two are merged.
 
     Mild failures can still be right; the judge decides.
     """

@@ -70,7 +70,7 @@ def draw_all(folder: Path, args: argparse.Namespace) -> tuple[Tensor, list[str]]
 
 @torch.no_grad()
 def kept(folder: Path, count: int) -> float:
-    """The share of `count` rendered images that are still right after the autoencoder."""
+    """Return the share of `count` rendered images that are still right after the autoencoder."""
     from diffusers import AutoencoderTiny
 
     vae: Any = AutoencoderTiny.from_pretrained(folder, subfolder="vae", torch_dtype=torch.float32)
@@ -83,7 +83,7 @@ def kept(folder: Path, count: int) -> float:
 
 
 def shares(prompts: Sequence[str], right: Sequence[bool]) -> dict[str, Any]:
-    """Shares of right images: over all prompts, by category, and for prompts with two different objects."""
+    """Return the shares of right images: over all prompts, by category, and for prompts with two different objects."""
     groups = {"all": list(right)}
     for name in CATEGORIES:
         groups[name] = [r for p, r in zip(prompts, right, strict=True) if category(p) == name]
@@ -93,7 +93,7 @@ def shares(prompts: Sequence[str], right: Sequence[bool]) -> dict[str, Any]:
 
 
 def readers(folder: Path) -> dict[str, Any]:
-    """The exported models that score how well an image fits a prompt."""
+    """Return the exported models that score how well an image fits a prompt."""
     from noiseopt.rewards.preference.clip_score import CLIPScore
     from noiseopt.rewards.vlm.vqa_score import VQAScorer
 
@@ -109,7 +109,7 @@ def scored(reward: Any, images: Tensor, prompts: list[str]) -> Tensor:
 
 
 def preference(reward: Any, count: int) -> float:
-    """The share of `count` rendered images whose caption scores above a nearly right one."""
+    """Return the share of `count` rendered images whose caption scores above a nearly right one."""
     rng = random.Random(97)
     scenes = [sample_scene(rng) for _ in range(count)]
     images, prompts = render(scenes, torch.Generator().manual_seed(97)), [caption(scene, rng) for scene in scenes]
@@ -118,7 +118,7 @@ def preference(reward: Any, count: int) -> float:
 
 
 def auc(right: Tensor, wrong: Tensor) -> float:
-    """The probability that a right image scores above a wrong one."""
+    """Return the probability that a right image scores above a wrong one."""
     return float((right[:, None] > wrong).float().mean()) if len(right) and len(wrong) else math.nan
 
 
@@ -136,7 +136,7 @@ def judged(scores: dict[str, Tensor], truth: dict[str, Tensor], folder: Path) ->
 
 
 def calibration(probability: Tensor, truth: Tensor, count: int = 10) -> list[dict[str, float]]:
-    """Mean probability and share of right images in equal-width bins, without empty ones."""
+    """Return the mean probability and share of right images in equal-width bins, without empty ones."""
     which = (probability * count).long().clamp(max=count - 1)
     rows = []
     for i in range(count):

@@ -58,7 +58,7 @@ def train_tower(args: argparse.Namespace) -> None:
 
 
 class Seen:
-    """Images and their mirror images with the objects in them, so that any question has a known answer."""
+    """Training images, mirrored ones included, with the objects that they show, so that each question has an answer."""
 
     def __init__(self, images: Tensor, prompts: Sequence[str]) -> None:
         self.images = torch.cat((images, images.flip(-1)))
@@ -87,14 +87,14 @@ class Seen:
 
 
 def mirrored_prompt(prompt: str) -> str:
-    """The prompt of the mirror image."""
+    """Return the prompt of the mirror image."""
     request = parse(prompt)
     sideways = request.relation in ("left of", "right of")
     return str(Request(request.objects, OPPOSITE[str(request.relation)]) if sideways else request)
 
 
 def seen_request(things: Sequence[Thing]) -> Request | None:
-    """The content of an image as a request, if it is one."""
+    """Return the content of an image as a request, if it is one."""
     try:
         return parse(describe(things))
     except ValueError:

@@ -128,7 +128,10 @@ class BatchLayout:
         return found | ({"num_images_per_prompt": count} if "num_images_per_prompt" in found else {})
 
     def argument_of(self, name: str, value: Any, rows: list[int]) -> Any:
-        """Return the entries of these images for an argument with an entry for each prompt, else the argument."""
+        """Return an argument of the call for the images `rows` alone.
+
+        From a list or tensor with an entry for each prompt it takes the entries of their prompts.
+        """
         if "prompt" not in name or isinstance(value, str) or not hasattr(value, "__len__"):
             return value
         return take_rows(value, self.prompt_rows(rows)) if len(value) == self.prompts else value

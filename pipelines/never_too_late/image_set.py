@@ -271,7 +271,11 @@ class SetGrowth:
         return json.loads(json.dumps({"method": named, **self.call.settings()}))
 
     def take_up(self, found: ImageSet) -> None:
-        """Encode the images of a set. Raises `ValueError` if its values differ from the saved ones."""
+        """Encode the images of a saved set, to continue it.
+
+        Raises:
+            ValueError: If the values of its set rewards, computed again, differ from the saved ones.
+        """
         for index, picture in enumerate(found.pictures):
             values, features = self.values(picture)
             for name, value in values.items():
@@ -302,7 +306,7 @@ class SetGrowth:
         found.pictures.append(picture)
 
     def values(self, picture: Image.Image) -> tuple[dict[str, float | None], dict[str, torch.Tensor]]:
-        """Return the value of each set reward with one more image, and the features of that image."""
+        """Return the value of each set reward once `picture` joins the set, and the features of that image."""
         features = self.diversity.known_features(pixels_of(picture))
         if self.known is None:
             return dict.fromkeys(self.diversity.names), features

@@ -111,7 +111,10 @@ class SetObjective(Objective):
         return losses, {**scores, **values}
 
     def quality_of(self, sample: Sample) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Return `Σ λ_q·(1 − r)` of each image, `(B,)`, and the scores of all rewards, guards included."""
+        """Return the quality loss of each image, `(B,)`, and the scores of all rewards, guards included.
+
+        The loss is `Σ λ_r·(1 − r)` over the rewards r of the image, with their weights λ_r.
+        """
         loss, scores = torch.zeros(len(sample.images), device=sample.images.device), {}
         if self.quality is not None:
             loss, scores = self.quality.evaluate(sample)

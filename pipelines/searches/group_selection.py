@@ -40,10 +40,10 @@ class GroupSelection(NoiseOptimizer):
 
     The loss of an image is minus the value of the set that was evaluated with it. Each step draws one candidate for
     each image, and the last one samples the chosen set, in which a candidate keeps its position in the batch if that is
-    free. (A sampler that adds noise on the way generates another image from it elsewhere; should that make the set
-    worse than the best set of a step, that one is returned.) If a callback stops the run early, such as `TimeBudget`,
-    the set is chosen from the candidates so far. `result.reports["group_selection"]` has the number of candidates for
-    the prompt of each image, and the step and the position at which its noise was first sampled fully.
+    free. (At another position, a scheduler that adds noise between steps generates another image. If that makes the
+    chosen set worse than the best set of a step, the latter is returned.) If a callback such as `TimeBudget` stops the
+    run early, the set is chosen from the candidates so far. `result.reports["group_selection"]` has the number of
+    candidates for the prompt of each image, and the step and the position at which its noise was first sampled fully.
 
     `preview=True` is the paper's pruning as far as a stock pipeline allows it. The paper drops a share ρ of the
     candidates after each denoising step, by their x0 estimates, and continues the rest. Here there is one cut: all

@@ -22,7 +22,9 @@ Position = tuple[float, float]
 
 
 def mean_pairwise_similarity(features: Tensor) -> Tensor:
-    """Mean cosine over all pairs of images (MSS in CADS, https://arxiv.org/abs/2310.17347); lower is more diverse.
+    """Return the mean cosine over all pairs of images (MSS in CADS, https://arxiv.org/abs/2310.17347).
+
+    Lower is more diverse.
 
     Args:
         features: (..., N, D), sets of at least 2 images.
@@ -65,7 +67,7 @@ def coverage(features: Tensor, references: Tensor, k: int = 5) -> Tensor:
 
 @torch.no_grad()
 def inside_balls(features: Tensor, references: Tensor, k: int) -> Tensor:
-    """(M, N) bool: whether an image is closer to a reference than its k-th nearest other reference."""
+    """Return (M, N) bool, true where an image is closer to a reference than its k-th nearest other reference."""
     check_neighbors(features, references, k)
     features, references = features.double(), references.double()
     # k + 1 because each reference is its own nearest neighbor.
@@ -130,7 +132,10 @@ def spread(sets: Sequence[Sequence[Position]]) -> float:
 
 
 def matched_square(left: Sequence[Position], right: Sequence[Position]) -> float:
-    """Mean square distance of the positions of two images under the best matching; extra positions are ignored."""
+    """Return the mean square distance of the positions in two images under the best matching.
+
+    Positions without a partner are ignored.
+    """
     few, many = sorted((left, right), key=len)
     return min(
         sum(math.dist(a, b) ** 2 for a, b in zip(few, order, strict=True)) / len(few)
@@ -174,7 +179,7 @@ def ground_spread(images: Tensor) -> float:
         images: (N, 3, 64, 64) in [0, 1], of the shapes world.
 
     Returns:
-        Nonnegative; NaN if fewer than two images have a background.
+        NaN if fewer than two images have a background.
     """
     check_world(images)
     images = images.detach().double().cpu()

@@ -83,7 +83,7 @@ def read_file(path: Path, format: str | None) -> list[Prompt]:
 
 
 def sniff(text: str, path: Path) -> str:
-    """Guess the format of a file."""
+    """Return the format of a prompt file, judged by its name and its first line."""
     if path.suffix == ".txt":
         return "t2i-compbench" if COMPBENCH_FILE.fullmatch(path.stem) else "text"
     lines = text.lstrip().split("\n", 1)
@@ -167,7 +167,7 @@ def read_noise_diffusion(text: str, path: Path) -> Iterator[Prompt]:
 
 
 def read_coco(text: str, path: Path) -> Iterator[Prompt]:
-    """`captions_*.json` of COCO, https://arxiv.org/abs/1504.00325: the first caption of each image, in file order."""
+    """Read the first caption of each image from `captions_*.json` of COCO, https://arxiv.org/abs/1504.00325."""
     document = required(json_document(text, path), Mapping, str(path))
     if "annotations" not in document:
         raise ValueError(f"Expected `annotations` in {path}, but got the keys {quoted(document)}.")

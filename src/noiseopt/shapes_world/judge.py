@@ -134,7 +134,7 @@ def _hues(images: Tensor) -> Tensor:
 
 
 def _hue(pixels: Tensor) -> Tensor:
-    """Hue in [0, 1) of saturated pixels, (N, 3) in [0, 1] -> (N,)."""
+    """Return the hue in [0, 1) of saturated pixels, (N, 3) in [0, 1] -> (N,)."""
     high, which = pixels.max(1)
     red, green, blue = pixels.unbind(1)
     sides = torch.stack((green - blue, blue - red, red - green), 1).gather(1, which[:, None])[:, 0]
@@ -195,7 +195,7 @@ def _rounded(covers: Tensor, width: float) -> Tensor:
 
 
 def _deformations() -> list[Tensor]:
-    """Matrices (2, 2) that shear, rotate or stretch a shape like weak generators do, at most two at a time."""
+    """Return matrices (2, 2) that shear, rotate or stretch a shape like weak generators do, at most two at a time."""
     leans = [torch.tensor([[1.0, lean], [0.0, 1.0]]) for lean in (0.0, -LEAN, LEAN)]
     turns = [torch.tensor([[math.cos(t), -math.sin(t)], [math.sin(t), math.cos(t)]]) for t in (0.0, -TURN, TURN)]
     stretches = [torch.tensor([[s, 0.0], [0.0, 1 / s]]) for s in (1.0, STRETCH**-0.5, STRETCH**0.5)]
@@ -217,13 +217,13 @@ def _templates() -> Tensor:
 
 
 def _kinds(covers: Tensor) -> list[str]:
-    """The kind of each object (N, 64, 64), or "blob" if no score is positive."""
+    """Return the kind of each object (N, 64, 64), or "blob" if no score is positive."""
     scores, best = _scores(covers).max(1)
     return [KINDS[int(kind)] if score > 0 else "blob" for score, kind in zip(scores, best, strict=True)]
 
 
 def _scores(covers: Tensor) -> Tensor:
-    """The score of each kind for each object (N, 64, 64), (N, 5); minus infinity beyond a kind's limits."""
+    """Return the score of each kind for each object (N, 64, 64), (N, 5); minus infinity beyond a kind's limits."""
     measures, scores = _measures(covers), []
     for i, kind in enumerate(KINDS):
         score = sum(weight * measures[name][:, i] for name, weight in WEIGHTS[kind].items())
@@ -235,7 +235,7 @@ def _scores(covers: Tensor) -> Tensor:
 
 
 def _measures(covers: Tensor) -> dict[str, Tensor]:
-    """The measurements of each object (N, 64, 64) with respect to each kind, (N, 5) each."""
+    """Return the measurements of each object (N, 64, 64) with respect to each kind, (N, 5) each."""
     overlap, bite = _overlaps(_normalized(covers).flatten(1))
     radii = _radii(covers)
     first, second = overlap.topk(2, 1).values.T[:, :, None]
@@ -282,7 +282,7 @@ def _tips(waves: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _radii(covers: Tensor) -> Tensor:
-    """Distance from the center of mass to the outline of objects (N, 64, 64) by direction, relative to its mean."""
+    """Return the distance from the center of objects (N, 64, 64) to their outline by direction; its mean is 1."""
     turn = torch.arange(_DIRECTIONS) * (2 * math.pi / _DIRECTIONS)
     rays = torch.stack((turn.cos(), turn.sin()), 1)[:, None] * torch.linspace(0.0, 1.5, 128)[:, None]
     reach = _sampled(covers, rays).mean(2)
@@ -310,7 +310,7 @@ def _turns(radii: Tensor) -> Tensor:
 
 
 def _centers(covers: Tensor) -> Tensor:
-    """The center (x, y) of the bounding box of each object (N, 64, 64), in pixels, (N, 2)."""
+    """Return the center (x, y) of the bounding box of each object (N, 64, 64), in pixels, (N, 2)."""
     span = torch.arange(SIZE)
     lines = [(covers > 0.5).any(dim) for dim in (1, 2)]
     low, high = ([torch.where(line, span, out) for line in lines] for out in (SIZE, -1))
