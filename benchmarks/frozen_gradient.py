@@ -60,7 +60,7 @@ class Setting:
 
 
 def measure(setting: Setting, rounds: int) -> dict[str, list[Cost]]:
-    """Return the costs of each way, interleaved in rounds, after a warm-up round."""
+    """Return the costs of each way in each round; the ways alternate, and a warm-up round is not counted."""
     found: dict[str, list[Cost]] = {name: [] for name in setting.ways()}
     for round_ in range(rounds + 1):
         for name, way in setting.ways().items():

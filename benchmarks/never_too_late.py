@@ -319,7 +319,7 @@ def time_to_reach(found: Found, ours: str, theirs: str, resamples: int = 2000) -
 def time_table(found: Found) -> str:
     """Format the times at which each objective passes group selection from 64 candidates.
 
-    Both start from the same noise; a last row has pink noise against the target of white noise.
+    Both start from the same noise, except in the last column: from pink noise, to the target from white noise.
     """
     contests = {"white": ("white", "white"), "pink": ("pink", "pink"), "pink to white's": ("pink", "white")}
     titles = [f"{title}: steps, seconds, ratio" for title in contests]
@@ -355,7 +355,7 @@ def report(found: Found) -> str:
 
 
 def sweep(other: str) -> dict[str, str]:
-    """Return the rows of plain sampling and of `MAIN` from each noise, paired with the same row from the noise `other`."""
+    """Return the rows of plain sampling and `MAIN` from each noise, paired with the same row from the noise `other`."""
     order = ["white", "α = 0", "α = 0.1", "pink", "α = 0.3", "α = 0.5", "pink with mean"]
     present = {(row.noise, row.what) for row in rows()}
     names = [(noise, what) for what in ("plain", MAIN) for noise in order if {(noise, what), (other, what)} <= present]

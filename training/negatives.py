@@ -53,9 +53,7 @@ def wrong_request(request: Request, rng: random.Random) -> Request:
 def imitate_failure(scene: Scene, rng: random.Random) -> Scene:
     """Return the scene as a weak generator might draw it.
 
-    Its shapes are blended or wobbling, one is missing or too many, or two are merged.
-
-    Mild failures can still be right; the judge decides.
+    One shape is deformed, missing or too many, or two are merged. Mild failures can still be right; the judge decides.
     """
     shapes = list(scene.shapes)
     position = rng.randrange(len(shapes))
