@@ -46,7 +46,7 @@ class Setting:
         torch.autograd.grad(self.reward(images, PROMPT).sum(), latents)
 
     def round(self, gradient: Literal["full", "frozen"]) -> None:
-        """Two evaluations and the update between them."""
+        """Run one round of Noise Diffusion: two evaluations and the update between them."""
         method = NoiseDiffusion(rewards=self.reward, steps=2, candidates=2, gradient=gradient)
         optimize_noise(self.pipe, PROMPT, method, generator=torch.Generator().manual_seed(0), callbacks=[], **self.call)
 

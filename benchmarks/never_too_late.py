@@ -85,7 +85,7 @@ class Row:
 
     @property
     def optimized(self) -> tuple[str, ...]:
-        """The columns whose model this row optimizes."""
+        """Columns of the table with a measure that this row optimizes."""
         if self.what == "plain":
             return ()
         features = WEIGHTS[self.what][1] if self.what in WEIGHTS else PUBLISHED
@@ -176,7 +176,10 @@ class Bench:
         )
 
     def run(self, row: Row, prompts: Sequence[str], first: int, seconds: float | None) -> tuple[Any, Curve]:
-        """A row on prompts, the first of which has index `first`; group selection within `seconds`."""
+        """Run a row on prompts, the first of which has index `first`.
+
+        With equal time, group selection gets `seconds`.
+        """
         selects = row.what.startswith("group")
         curve = Curve(None if selects else lambda images: self.distances(PUBLISHED, images))
         callbacks: list[NoiseCallback] = [curve]

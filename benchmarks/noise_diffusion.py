@@ -34,7 +34,7 @@ Rows = dict[str, dict[str, Any]]
 
 
 def methods(reward: Reward, rounds: int) -> dict[str, Any]:
-    """Return the compared methods by name; they evaluate the baseline and `rounds` more images, or as the time allows."""
+    """Return the methods by name; they evaluate the baseline and `rounds` more images, or as the time allows."""
     common = {"rewards": reward, "steps": rounds + 1}
     return {
         "random sampling": BestOfN(**common),

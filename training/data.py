@@ -44,7 +44,7 @@ def load_records(path: Path) -> dict:
 
 
 def failures(path: Path, scenes: Sequence[Scene], seed: int) -> dict:
-    """Imitated failures of the scenes, uint8 (N, 3, 64, 64), and whether they are right nevertheless, (N,)."""
+    """Return imitated failures of the scenes, uint8 (N, 3, 64, 64), and whether each is right nevertheless, (N,)."""
     if not path.exists():
         rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
         images, right = [], []

@@ -130,7 +130,10 @@ class VPGenerator(nn.Module):
         return (1000 * torch.sigmoid(0.3 + 1.3 * torch.randn(count))).floor().clamp(max=998)
 
     def corrupt(self, z: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Noisy latents at timesteps t, (B,), and their v; at t = 999 pure noise and the v that leads from it to z."""
+        """Return noisy latents at timesteps t, (B,), and their v.
+
+        At t = 999 they are pure noise and the v that leads from it to z.
+        """
         level = self.scheduler.alphas_cumprod.to(self.device)[t.long()].view(-1, 1, 1, 1)
         noisy, v = level.sqrt() * z + (1 - level).sqrt() * noise, level.sqrt() * noise - (1 - level).sqrt() * z
         pure = (t == self.last).view(-1, 1, 1, 1)

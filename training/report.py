@@ -103,7 +103,7 @@ def readers(folder: Path) -> dict[str, Any]:
 
 @torch.no_grad()
 def scored(reward: Any, images: Tensor, prompts: list[str]) -> Tensor:
-    """Score images, (B,)."""
+    """Score images in small batches, (B,)."""
     parts = [reward(images[i : i + 32], prompts[i : i + 32]) for i in range(0, len(images), 32)]
     return torch.cat(parts)
 

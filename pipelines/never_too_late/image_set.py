@@ -69,7 +69,7 @@ class ImageSet:
         return torch.cat([pixels_of(picture) for picture in self.pictures])
 
     def write_first(self, count: int, home: ImageSetFolder) -> None:
-        """Write the last of the first `count` images to a folder that has the others."""
+        """Update a folder with the first `count - 1` images to the first `count`."""
         if count:
             home.write_image(count - 1, self.pictures[count - 1], self.results[count - 1])
         rows = {"seeds": self.seeds[:count], "values": self.values[:count]}
@@ -220,7 +220,7 @@ class SetCall:
         self.noise_sampler = single_noise_sampler(self.noise_sampler)
 
     def find(self, method: NoiseOptimizer, seed: int, callbacks: Any = None) -> NoiseResult:
-        """Find the noise of one image."""
+        """Optimize the noise of one image."""
         generator = torch.Generator(self.device).manual_seed(seed)
         own = {"callbacks": callbacks, "noise_sampler": self.noise_sampler, "generator": generator}
         own["reward_prompt"] = self.reward_prompt

@@ -170,7 +170,7 @@ class GroupObjective(CandidateObjective):
         return unary, features, scores
 
     def values(self, unary: torch.Tensor, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return for each image the value of its set and the mean distance to the rest of it, `(B,)` in float64."""
+        """Return for each image the value of its set and its mean distance to the others, `(B,)` in float64."""
         values, distances = torch.zeros(2, len(unary), dtype=torch.float64)
         for rows in self.sets:
             pairwise = self.distance.between(features[rows], features[rows])

@@ -48,7 +48,7 @@ class Metric:
 
     @property
     def is_quality(self) -> bool:
-        """Return whether it measures how well an image fits its prompt."""
+        """Return whether the metric measures how well an image fits its prompt."""
         return self.group == "rewards" or self.name == "right"
 
     @property
@@ -253,7 +253,10 @@ COST = {
 
 
 def costs(results: Results) -> list[dict[str, Any]]:
-    """Return a row per model and contender: means over prompts, peak memory, and time relative to the method's."""
+    """Return the costs per model and contender: means over prompts, and peak memory.
+
+    For best-of-N, a column has its time relative to that of the method that it controls.
+    """
     rows = []
     for model in results.plan.models:
         seconds = {}

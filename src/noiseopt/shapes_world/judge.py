@@ -295,14 +295,14 @@ def _waves(radii: Tensor) -> Tensor:
 
 
 def _dents(radii: Tensor) -> Tensor:
-    """Depth of an outline with radii (N, _DIRECTIONS) below chords across a sixth of it, (N,); 0 if convex."""
+    """Return the depth of dents of outlines with radii (N, _DIRECTIONS), below chords across a sixth of them, (N,)."""
     before, after = radii.roll(_ASIDE, 1), radii.roll(-_ASIDE, 1)
     straight = 2 * before * after * math.cos(2 * math.pi * _ASIDE / _DIRECTIONS) / (before + after).clamp(min=1e-6)
     return (straight - radii).clamp(min=0.0).square().mean(1).sqrt()
 
 
 def _turns(radii: Tensor) -> Tensor:
-    """Standard deviation of the turning angles of an outline with radii (N, _DIRECTIONS), (N,)."""
+    """Return the standard deviation of the turning angles of outlines with radii (N, _DIRECTIONS), (N,)."""
     ray = torch.arange(_DIRECTIONS) * (2 * math.pi / _DIRECTIONS)
     corners = torch.polar(radii, ray.expand_as(radii))
     step = corners.roll(-_ASIDE, 1) - corners

@@ -118,7 +118,7 @@ def _inside(radius: float, share: float) -> float:
 
 
 def _spread(radii: Sequence[float], chance: Sequence[float]) -> tuple[float, float]:
-    """Two centers along an axis, the lower first, with at least `GAP` between the boxes."""
+    """Return the centers of two shapes along an axis, the lower first, with at least `GAP` between their boxes."""
     slack = SIZE - 2 - GAP - 2 * sum(radii)
     return 1 + radii[0] + slack * min(chance), SIZE - 1 - radii[1] - slack * (1 - max(chance))
 
