@@ -62,7 +62,7 @@ class Variant:
 
 
 def variants(images: int, ablation: bool) -> list[Variant]:
-    """Plain sampling, CNO as in the paper and in its released code, and with `ablation` each choice changed."""
+    """Return the rows: plain sampling, CNO of the paper and of its code; with `ablation`, CNO with each choice changed."""
     rows = [Variant("plain", images, None), Variant("CNO", images, CNO(**EMBEDDED))]
     rows += [Variant("CNO, released code", images, CNO(**EMBEDDED, **RELEASED))]
     if ablation:
@@ -120,7 +120,7 @@ def draw(pipe, variant: Variant, prompt: str, generators: list[torch.Generator],
 
 
 def compare(pipe, rows: Iterable[Variant], prompts: list[str], seeds: int, call: Mapping[str, Any]) -> dict[str, Any]:
-    """One number per prompt for each variant and metric, the mean over its sets."""
+    """Return by variant and metric one number per prompt, the mean over its sets."""
     instruments, rows = Instruments(), list(rows)
     found = {row.name: {metric: [0.0] * len(prompts) for metric in METRICS} for row in rows}
     for index, prompt in enumerate(tqdm(prompts, unit="prompt")):
@@ -142,7 +142,7 @@ def plain_of(name: str) -> str:
 
 
 def summary(found: dict[str, Any]) -> Tables:
-    """Estimates of every row and metric, and the differences from plain sampling on the same prompts."""
+    """Return estimates of every row and metric, and the differences from plain sampling on the same prompts."""
     tables: Tables = {}
     for name, metrics in found.items():
         tables[name] = {}

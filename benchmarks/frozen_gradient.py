@@ -33,12 +33,12 @@ class Setting:
         self.call = {**shapes_world.MODELS[model].call, "num_inference_steps": steps, "num_images_per_prompt": images}
 
     def sample(self) -> None:
-        """Plain sampling and its score."""
+        """Sample an image plainly, and score it."""
         method = BestOfN(rewards=self.reward, steps=1)
         optimize_noise(self.pipe, PROMPT, method, generator=torch.Generator().manual_seed(0), callbacks=[], **self.call)
 
     def tail(self) -> None:
-        """Decoder and scorer, forward and backward, from latents."""
+        """Run decoder and scorer on latents, forward and backward."""
         unet, vae = self.pipe.unet.config, self.pipe.vae
         shape = (self.call["num_images_per_prompt"], unet.in_channels, unet.sample_size, unet.sample_size)
         latents = torch.randn(shape, generator=torch.Generator().manual_seed(0)).requires_grad_()

@@ -71,7 +71,7 @@ class Setting:
         self.device, self.decoder = device, tiny_decoder(self.pipe)
 
     def row(self, way: str, steps: int, size: int, repeats: int) -> tuple[Row, torch.Tensor | None]:
-        """A row without its difference, and the gradient on the CPU."""
+        """Return a row without its difference, and the gradient on the CPU."""
         row, gradients = Row(way, steps, size), []
 
         def fill(problem: NoiseProblem) -> None:

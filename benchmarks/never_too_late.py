@@ -93,7 +93,10 @@ class Row:
 
 
 def rows() -> list[Row]:
-    """Every method from white and pink noise, group selection getting the time of the row before it; then the sweep."""
+    """Return every method from white and pink noise, then the sweep.
+
+    Group selection gets the time of the row before it.
+    """
     found = []
     for noise in ("white", "pink"):
         found += [Row(noise, what) for what in ("plain", "group of 64", SAME, "group, equal time")]
@@ -160,7 +163,10 @@ class Bench:
         }
 
     def method(self, row: Row) -> Any:
-        """Plain sampling is one evaluation. Group selection maximizes `SAME`: λ·mean b = λ·Σ b·2/(K(K−1))."""
+        """Return the method of a row. Plain sampling is a method with one evaluation.
+
+        Group selection maximizes the objective `SAME`, λ times the mean distance, so its weight is λ·2/(K(K−1)).
+        """
         if row.what.startswith("group"):
             weight = 2 * WEIGHTS[SAME][2] / (self.images - 1)
             count = max(1, CANDIDATES // self.images) if row.what == "group of 64" else MANY

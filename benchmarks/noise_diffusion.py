@@ -66,7 +66,11 @@ class Curve(NoiseCallback):
 
 
 def compare(pipe: Any, prompts: Sequence[str], rounds: int, batch: int, call: dict[str, Any]) -> Rows:
-    """Every row on every prompt: curves `(prompts, rounds + 1)`, seconds per image, and final measurements."""
+    """Run every row on every prompt.
+
+    Returns:
+        Curves `(prompts, rounds + 1)`, seconds per image, and final measurements, by row.
+    """
     reward, held_out = (AutoReward.from_pretrained(shapes_world.path(name)) for name in ("vqa", "clip"))
     names = list(methods(reward, rounds))
     found: Rows = {name: {"score": [], "right": [], "clip": [], "evaluations": [], "seconds": []} for name in names}

@@ -84,7 +84,7 @@ def paired_costs(
 
 
 def report(label: str, ours: Sequence[float], bare: Sequence[float], steps: int) -> str:
-    """A row of the table: milliseconds per step, and the median of the ratios with their quartiles."""
+    """Format a row of the table: milliseconds per step, and the median of the ratios with their quartiles."""
     ratios = [mine / theirs for mine, theirs in zip(ours, bare, strict=True)]
     low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
     mine, theirs = (1000 * statistics.median(times) / steps for times in (ours, bare))

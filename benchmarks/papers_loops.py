@@ -129,7 +129,7 @@ class ReleasedReNO:
 
 
 def released_score(reward: Any, pixels: torch.Tensor) -> torch.Tensor:
-    """A reward as the release computes it, encoding the text each time."""
+    """Score images as the release does, encoding the text each time."""
     if isinstance(reward, ImageRewardModel):
         reward.tokens.batches.clear()
         return given_pixels(reward).score(pixels, [PROMPT])
@@ -203,7 +203,7 @@ class ReleasedCNO:
 
 
 def contrastive_loss(found: torch.Tensor, reference: torch.Tensor, tau: float = 0.1) -> torch.Tensor:
-    """Cross-entropy in every cell, with the image's reference as the positive in its own position; γ = 1."""
+    """Return the cross-entropy in every cell, with the image's reference as the positive in its own position; γ = 1."""
     batch, _, cells = found.shape
     others = torch.einsum("icp,jcp->pij", found, found)
     own = torch.eye(batch, dtype=torch.bool, device=found.device)
@@ -270,7 +270,7 @@ def cno_rows(pipe: Any, images: int, size: int, steps: int) -> dict[str, Row]:
 
 
 def drawn_noise(pipe: Any, images: int, size: int) -> torch.Tensor:
-    """`(B, C, H, W)` float32, representable in the pipeline's dtype."""
+    """Return noise `(B, C, H, W)` in float32 with values that the pipeline's dtype represents exactly."""
     side = size // pipe.vae_scale_factor
     noise = torch.randn(images, pipe.unet.config.in_channels, side, side, generator=torch.Generator().manual_seed(0))
     return noise.to(pipe.unet.device, pipe.unet.dtype).float()
@@ -317,7 +317,7 @@ def memory_goes_back() -> Iterator[None]:
 
 
 def mallopt(parameter: int, value: int) -> None:
-    """mallopt(3) of glibc; a no-op with another C library."""
+    """Call mallopt(3) of glibc. Does nothing with another C library."""
     with contextlib.suppress(AttributeError, OSError, TypeError):
         ctypes.CDLL(None).mallopt(parameter, value)
 
@@ -379,7 +379,7 @@ def report(title: str, table: dict[str, Any]) -> str:
 
 
 def load(model: str, dtype: torch.dtype, device: torch.device) -> Any:
-    """A frozen stock pipeline with its text encoders."""
+    """Build a frozen stock pipeline with its text encoders."""
     if model == "tiny":
         pipe: Any = load_pipeline("turbo").to(device, dtype)
     else:

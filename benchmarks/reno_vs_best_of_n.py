@@ -276,7 +276,7 @@ def warm_up(pipe, reward: Reward, problems: Sequence[Problem]) -> None:
 
 
 def settings(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Everything that the numbers depend on besides the code."""
+    """Return everything that the numbers depend on besides the code."""
     given = {name: value for name, value in vars(arguments).items() if name != "output"}
     machine = {
         "noiseopt": noiseopt.__version__,

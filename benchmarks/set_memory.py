@@ -61,7 +61,7 @@ class SetStep:
         return torch.autograd.grad(value, leaf)[0]
 
     def measure(self, problem: NoiseProblem, mode: str) -> dict[str, Any]:
-        """Seconds, MiB and the gradient of one step."""
+        """Return the seconds, MiB and gradient of one step."""
         chunk_size = chunk_size_of(Looking(id, chunk_size=MODES[mode]), problem)
         with measured(self.pipe, self.device) as cost:
             gradient = self.gradient(problem, chunk_size)
@@ -69,7 +69,7 @@ class SetStep:
 
 
 def measure(mode: str, batch: int, model: str, size: int, device: str) -> dict[str, Any]:
-    """Seconds, MiB and the gradient of one step, in this process."""
+    """Return the seconds, MiB and gradient of one step, in this process."""
     step, found = SetStep(model, size, torch.device(device)), {}
     step.look(1, lambda first: step.gradient(first, None))
     step.look(batch, lambda problem: found.update(step.measure(problem, mode)))
@@ -77,7 +77,7 @@ def measure(mode: str, batch: int, model: str, size: int, device: str) -> dict[s
 
 
 def measure_apart(mode: str, batch: int, options: argparse.Namespace) -> dict[str, Any]:
-    """`measure` in a separate process."""
+    """Run `measure` in a separate process."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "found.pt"
         arguments = ["--model", options.model, "--size", str(options.size), "--device", options.device]
@@ -96,7 +96,7 @@ def cells(found: dict[str, Any], single: dict[str, Any]) -> str:
 
 
 def difference(found: torch.Tensor, joint: torch.Tensor) -> float:
-    """‖found − joint‖ / ‖joint‖."""
+    """Return ‖found − joint‖ / ‖joint‖."""
     return float((found - joint).double().norm() / joint.double().norm())
 
 

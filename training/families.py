@@ -24,7 +24,7 @@ EMPTY_TOKENS = 16  # `max_sequence_length` in calls of the embedded SD3 model; t
 
 
 def text_config(tokenizer: CLIPTokenizer, width: int) -> CLIPTextConfig:
-    """A text encoder of three layers, used for its second-to-last hidden state and its pooled output."""
+    """Configure a text encoder of three layers, used for its second-to-last hidden state and its pooled output."""
     from transformers import CLIPTextConfig
 
     tower: dict[str, Any] = text_options(tokenizer)
@@ -76,7 +76,7 @@ class SDXLGenerator(VPGenerator):
         return context, second.text_embeds * said[:, None]
 
     def predict(self, noisy: Tensor, t: Tensor, context: tuple[Tensor, Tensor]) -> Tensor:
-        """v, given the output of `embed`."""
+        """Return v, given the output of `embed`."""
         sizes = torch.tensor([SIZE, SIZE, 0, 0, SIZE, SIZE], device=self.device).expand(len(noisy), -1)
         added = {"text_embeds": context[1], "time_ids": sizes}
         return self.unet(noisy, t, context[0], added_cond_kwargs=added).sample
@@ -156,7 +156,7 @@ class SD3Generator(nn.Module):
         return 1000 * torch.sigmoid(0.6 + 1.2 * torch.randn(count))
 
     def corrupt(self, z: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Noisy latents at timesteps t, (B,), and the prediction target."""
+        """Return noisy latents at timesteps t, (B,), and the prediction target."""
         sigma = (t / 1000).view(-1, 1, 1, 1)
         return torch.lerp(z, noise, sigma), noise - z
 

@@ -63,7 +63,7 @@ def assemble(args: argparse.Namespace, name: str, vae: AutoencoderTiny) -> Diffu
 
 
 def gallery(args: argparse.Namespace) -> dict:
-    """Images by the trained generators for training prompts, right and wrong: uint8 (N, 3, 64, 64) and N prompts."""
+    """Return right and wrong images of the trained generators, uint8 (N, 3, 64, 64), and their N training prompts."""
     path = args.output / "gallery.pt"
     if not path.exists():
         vae = scaled_vae(args)

@@ -43,7 +43,7 @@ SCHEDULE: dict[str, Any] = {
 
 
 def new_vae() -> AutoencoderTiny:
-    """An untrained autoencoder: 64x64 pixels to 8x8 latents of 8 channels."""
+    """Build an untrained autoencoder from 64x64 pixels to 8x8 latents of 8 channels."""
     from diffusers import AutoencoderTiny
 
     return AutoencoderTiny(
@@ -57,7 +57,7 @@ def new_vae() -> AutoencoderTiny:
 
 
 def text_options(tokenizer: CLIPTokenizer) -> dict:
-    """Options shared by the text encoders of the reward and the generators."""
+    """Return the options shared by the text encoders of the reward and the generators."""
     return {
         "vocab_size": len(tokenizer),
         "num_hidden_layers": 2,
@@ -69,7 +69,7 @@ def text_options(tokenizer: CLIPTokenizer) -> dict:
 
 
 def new_clip() -> CLIPModel:
-    """An untrained dual encoder with a fixed temperature: scores are 20 times the cosine."""
+    """Build an untrained dual encoder with a fixed temperature: scores are 20 times the cosine."""
     from transformers import CLIPConfig, CLIPModel
 
     tokenizer = new_tokenizer()
@@ -122,7 +122,7 @@ class VPGenerator(nn.Module):
         raise NotImplementedError
 
     def predict(self, noisy: Tensor, t: Tensor, context: Any) -> Tensor:
-        """v, given the output of `embed`."""
+        """Return v, given the output of `embed`."""
         raise NotImplementedError
 
     def times(self, count: int) -> Tensor:
@@ -146,7 +146,7 @@ class VPGenerator(nn.Module):
         return math.sqrt(alpha) * noise - math.sqrt(1 - alpha) * v
 
     def forward(self, noisy: Tensor, t: Tensor, prompts: Sequence[str]) -> Tensor:
-        """v of noisy latents (B, 8, 8, 8) at timesteps t, (B,) in [0, 999]."""
+        """Return v of noisy latents (B, 8, 8, 8) at timesteps t, (B,) in [0, 999]."""
         return self.predict(noisy, t, self.embed(prompts))
 
 
@@ -170,7 +170,7 @@ class Generator(VPGenerator):
         return self.text_encoder(tokens.to(self.device)).last_hidden_state
 
     def predict(self, noisy: Tensor, t: Tensor, context: Tensor) -> Tensor:
-        """v, given the output of `embed`."""
+        """Return v, given the output of `embed`."""
         return self.unet(noisy, t, context).sample
 
 

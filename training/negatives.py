@@ -23,7 +23,7 @@ def _reshaped(thing: tuple[str, str], rng: random.Random) -> tuple[str, str]:
 
 
 def wrong_request(request: Request, rng: random.Random) -> Request:
-    """A request similar to the given one that its images do not fulfill."""
+    """Return a request that is similar to the given one, but not fulfilled by its images."""
     objects, relation = request.objects, request.relation
     change = rng.choice((_recolored, _reshaped, _reshaped))
     if request.category == "single":

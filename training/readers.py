@@ -26,7 +26,7 @@ CHAT_TEMPLATE = (
 
 
 def new_tower() -> Dinov2Model:
-    """An untrained DINOv2 encoder for 64x64 pixels: 64 patches of 96 channels, 4 layers."""
+    """Build an untrained DINOv2 encoder for 64x64 pixels: 64 patches of 96 channels, 4 layers."""
     from transformers import Dinov2Config, Dinov2Model
 
     config = Dinov2Config(
@@ -55,7 +55,7 @@ class TowerTraining(nn.Module):
 
 
 def new_question_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per word of the world and the questions; lower case except for the chat roles."""
+    """Build a tokenizer of the words of the world and the questions, in lower case except for the chat roles."""
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -80,7 +80,7 @@ def new_question_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def new_vlm(tokenizer: Any) -> LlavaForConditionalGeneration:
-    """An untrained LLaVA: a CLIP vision encoder of 4 layers and a Llama of 4 layers, both of width 96."""
+    """Build an untrained LLaVA: a CLIP vision encoder of 4 layers and a Llama of 4 layers, both of width 96."""
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
     vision = CLIPVisionConfig(

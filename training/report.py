@@ -123,7 +123,7 @@ def auc(right: Tensor, wrong: Tensor) -> float:
 
 
 def judged(scores: dict[str, Tensor], truth: dict[str, Tensor], folder: Path) -> dict[str, Any]:
-    """AUC by generator and overall; for probabilities also their calibration."""
+    """Return the AUC by generator and overall; for probabilities also their calibration."""
     scores, truth = ({**each, "all": torch.cat(list(each.values()))} for each in (scores, truth))
     found: dict[str, Any] = {"auc": {n: round(auc(scores[n][truth[n]], scores[n][~truth[n]]), 3) for n in scores}}
     if folder.name == "vqa":
@@ -164,7 +164,7 @@ def draw_reliability(bins: list[dict[str, float]], path: Path) -> None:
 
 @torch.no_grad()
 def tower_accuracy(args: argparse.Namespace) -> dict[str, float]:
-    """Accuracy of the image encoder's heads on new images."""
+    """Return the accuracy of the image encoder's heads on new images."""
     model = averaged(args.output / "dinov2.pt", TowerTraining())
     rng = random.Random(99)
     scenes = [sample_scene(rng) for _ in range(args.report_pictures)]

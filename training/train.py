@@ -61,7 +61,7 @@ if TYPE_CHECKING:
 
 
 def vae_losses(output: Tensor, image: Tensor) -> dict[str, Tensor]:
-    """L1 with triple weight on saturated pixels, and L1 of the gradients."""
+    """Return the L1 with triple weight on saturated pixels, and the L1 of the gradients."""
     weight = 1 + 2 * ((image.amax(1, keepdim=True) - image.amin(1, keepdim=True)) > 0.5)
     error = output - image
     across, down = ((error.diff(dim=d) * weight.narrow(d, 1, image.shape[d] - 1)).abs().mean() for d in (3, 2))
@@ -92,7 +92,7 @@ def _autoencode(vae: AutoencoderTiny, images: Tensor, noise: Tensor) -> tuple[Te
 def coupled_losses(
     model: VPGenerator | SD3Generator, data: dict, batch: int, rng: random.Random, last: float, slips: float = 0.0
 ) -> dict[str, Tensor]:
-    """Prediction errors at random times and, for a share `last` of the batch, from pure noise.
+    """Return the prediction errors at random times and, for a share `last` of the batch, from pure noise.
 
     Latent cells that show shapes have triple weight. A share `slips` of the captions is careless.
     """

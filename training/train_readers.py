@@ -67,7 +67,7 @@ class Seen:
         self.things = things + [[replace(thing, x=SIZE - thing.x) for thing in found] for found in things]
 
     def question(self, row: int, rng: random.Random) -> Request:
-        """A request that an image fulfills or nearly does: its prompt or its content, possibly changed."""
+        """Return a request that an image fulfills or nearly does: its prompt or its content, possibly changed."""
         request = parse(self.prompts[row])
         if rng.random() < 0.4:
             request = seen_request(self.things[row]) or request
@@ -111,7 +111,7 @@ class VLMTraining(nn.Module):
         self.questions = Questions(self.tokenizer)
 
     def forward(self, images: Tensor, asked: Sequence[Sequence[tuple[str, int]]]) -> Tensor:
-        """Cross entropy of answer and end token for B times K questions on (B, 3, 64, 64)."""
+        """Return the cross entropy of answer and end token for B times K questions on (B, 3, 64, 64)."""
         logits = self.questions(self.vlm, images, asked)
         return F.cross_entropy(logits.flatten(0, 2), self.questions.targets(asked).flatten().to(images.device))
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 def contrast(
     reward: Reward, texts: Tensor, images: Tensor, wrong: Tensor, bad: Tensor, same: Tensor
 ) -> dict[str, Tensor]:
-    """Contrastive losses over captions and images, and a binary loss for whether a pair fits.
+    """Return contrastive losses over captions and images, and a binary loss for whether a pair fits.
 
     Args:
         reward: Provides the bias.
@@ -86,7 +86,7 @@ def ascend(
     steps: int,
     rate: float = 5.0,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Gradient ascent on the reward as in ReNO, https://arxiv.org/abs/2406.04312, with the norm of the noise fixed.
+    """Ascend the gradient of the reward as in ReNO, https://arxiv.org/abs/2406.04312, with the norm of the noise fixed.
 
     Yields noise, images and scores before each step and after the last.
     """

@@ -76,7 +76,7 @@ def inside_balls(features: Tensor, references: Tensor, k: int) -> Tensor:
 
 
 def distances(left: Tensor, right: Tensor) -> Tensor:
-    """Euclidean distances without a matrix product, which loses half the digits of small distances."""
+    """Return Euclidean distances, without a matrix product, which loses half the digits of small distances."""
     return torch.cdist(left, right, compute_mode="donot_use_mm_for_euclid_dist")
 
 
@@ -126,7 +126,7 @@ def largest_of_color(things: Sequence[Thing], color: str, count: int) -> list[Po
 
 
 def spread(sets: Sequence[Sequence[Position]]) -> float:
-    """Root mean square distance from the mean position, from the distances of all pairs."""
+    """Return the root mean square distance from the mean position, computed from the distances of all pairs."""
     squares = [matched_square(left, right) for left, right in itertools.combinations(sets, 2)]
     return math.sqrt(sum(squares)) / len(sets)
 

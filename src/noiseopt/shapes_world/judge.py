@@ -125,7 +125,7 @@ def see(images: Tensor) -> list[list[Thing]]:
 
 
 def _hues(images: Tensor) -> Tensor:
-    """Index of the nearest color of each pixel by hue, (B, 64, 64); -1 where the pixel is too gray."""
+    """Return the index of the nearest color of each pixel by hue, (B, 64, 64); -1 where the pixel is too gray."""
     saturated = images.amax(1) - images.amin(1) > CHROMA
     turn = _hue(images.movedim(1, -1)[saturated])[:, None] - _hue(torch.tensor(list(COLORS.values())))
     nearest = torch.full(saturated.shape, -1)
@@ -205,7 +205,7 @@ def _deformations() -> list[Tensor]:
 
 @functools.cache
 def _templates() -> Tensor:
-    """Every kind in all roundings and deformations: masks (5, T, 1024)."""
+    """Return masks (5, T, 1024) of every kind in all roundings and deformations."""
     sharp = coverage([Scene((Shape(kind, "red", SIZE / 2, SIZE / 2, _RADIUS),)) for kind in KINDS])[:, 0]
     masks = []
     for rounding, matrix in itertools.product(ROUNDINGS, _deformations()):
@@ -254,7 +254,7 @@ def _measures(covers: Tensor) -> dict[str, Tensor]:
 
 
 def _overlaps(masks: Tensor) -> tuple[Tensor, Tensor]:
-    """Intersection over union of masks (N, 1024) with the best template of each kind, and the largest bite, (N, 5).
+    """Return the IoU of masks (N, 1024) with the best template of each kind, and the largest bite, (N, 5).
 
     A bite is the largest share of a window, a sixth of the mask wide, that only the template covers.
     """
@@ -268,10 +268,11 @@ def _overlaps(masks: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _tips(waves: Tensor) -> tuple[Tensor, Tensor]:
-    """Height of the waves (N, _DIRECTIONS / 2 + 1) that match a kind's number of tips, and steepness of the others.
+    """Return how high the wave of each kind is, and how steep the other waves are, (N, 5) each.
 
-    The first is the amplitude of that wave and its overtone, the second the root mean square slope of the others, up to
-    wave _FINE and without wave 2, elongation; (N, 5) each.
+    A kind with k tips has wave k of the waves (N, _DIRECTIONS / 2 + 1). Its height is the amplitude of that wave and
+    its overtone; the steepness is the root mean square slope of the others, up to wave _FINE and without wave 2, which
+    is elongation.
     """
     heights, slopes = [], []
     for tips in (TIPS[kind] for kind in KINDS):
@@ -290,7 +291,7 @@ def _radii(covers: Tensor) -> Tensor:
 
 
 def _waves(radii: Tensor) -> Tensor:
-    """Amplitudes of the Fourier components of radii (N, _DIRECTIONS): (N, _DIRECTIONS / 2 + 1)."""
+    """Return the amplitudes (N, _DIRECTIONS / 2 + 1) of the Fourier components of radii (N, _DIRECTIONS)."""
     return torch.fft.rfft(radii, dim=1).abs() * (2 / _DIRECTIONS)
 
 
