@@ -62,7 +62,10 @@ class Variant:
 
 
 def variants(images: int, ablation: bool) -> list[Variant]:
-    """Return the rows: plain sampling, CNO of the paper and of its code; with `ablation`, CNO with each choice changed."""
+    """Return the rows: plain sampling, CNO of the paper and of its code.
+
+    With `ablation` there is also CNO with each choice changed, and with sets of other sizes.
+    """
     rows = [Variant("plain", images, None), Variant("CNO", images, CNO(**EMBEDDED))]
     rows += [Variant("CNO, released code", images, CNO(**EMBEDDED, **RELEASED))]
     if ablation:

@@ -141,7 +141,7 @@ def train_generator(
 
 
 def train_base(args: argparse.Namespace) -> None:
-    """Train the U-Net that all others start from, 3 of 4 samples from pure noise."""
+    """Train the U-Net from which all others start, with 3 of 4 samples from pure noise."""
     model = Generator()
     if (args.output / "clip.pt").exists():
         tower = averaged(args.output / "clip.pt", Reward()).clip.text_model
@@ -150,7 +150,7 @@ def train_base(args: argparse.Namespace) -> None:
 
 
 def train_unet(args: argparse.Namespace) -> None:
-    """Continue training the U-Net in the same way."""
+    """Continue the training of `train_base`, with the same settings."""
     model = averaged(args.output / "base.pt", Generator()).requires_grad_()
     train_generator(args, "unet", model, last=0.75, lr=2.5e-3)
 

@@ -418,7 +418,11 @@ def seeds_from(generator: Any, count: int, wanted: int) -> list[int]:
 
 
 def begun_set(home: ImageSetFolder, empty: ImageSet) -> ImageSet:
-    """Return the set in a folder, if it agrees with an empty one, or the empty one if the folder has no set."""
+    """Return the set that a folder has begun, or `empty` if it has none.
+
+    Raises:
+        ValueError: If the set in the folder has another prompt or other settings than `empty`.
+    """
     if not home.begun:
         home.check_free()
         return empty
