@@ -28,7 +28,7 @@ def draw(pipe: Any, method: CNO | None, call: Mapping[str, Any]) -> None:
 
 
 def measure(pipe: Any, call: Mapping[str, Any], rounds: int) -> dict[str, list[Cost]]:
-    """The costs of each method, interleaved in rounds, after a warm-up round."""
+    """Return the costs of each method in each round; the methods alternate, and a warm-up round is not counted."""
     found: dict[str, list[Cost]] = {name: [] for name in METHODS}
     for round_ in range(rounds + 1):
         for name, method in METHODS.items():
@@ -39,7 +39,7 @@ def measure(pipe: Any, call: Mapping[str, Any], rounds: int) -> dict[str, list[C
 
 
 def ratios(found: dict[str, list[Cost]], of: Callable[[Cost], float | None]) -> dict[str, str]:
-    """Median ratio to plain sampling of the same round, with quartiles; a dash if not measured."""
+    """Return the median ratio to plain sampling of the same round, with quartiles; a dash if not measured."""
     texts = {}
     for name, costs in found.items():
         pairs = [(of(ours), of(plain)) for ours, plain in zip(costs, found["plain"], strict=True)]

@@ -62,7 +62,10 @@ class Variant:
 
 
 def variants(images: int, ablation: bool) -> list[Variant]:
-    """Plain sampling, CNO as in the paper and in its released code, and with `ablation` each choice changed."""
+    """Return the rows: plain sampling, CNO of the paper and of its code.
+
+    With `ablation` there is also CNO with each choice changed, and with sets of other sizes.
+    """
     rows = [Variant("plain", images, None), Variant("CNO", images, CNO(**EMBEDDED))]
     rows += [Variant("CNO, released code", images, CNO(**EMBEDDED, **RELEASED))]
     if ablation:
@@ -86,11 +89,11 @@ class Instruments:
 
     @torch.no_grad()
     def embed(self, name: str, images: torch.Tensor) -> torch.Tensor:
-        """`(B, D)`."""
+        """Return the features of the images, `(B, D)`."""
         return self.features[name](images).flatten(1)
 
     def demanded(self, prompt: str) -> Features:
-        """The mean of each feature over rendered images of a prompt, `(D,)`."""
+        """Return the mean of each feature over rendered images of a prompt, `(D,)`."""
         rng, request = random.Random(0), shapes_world.parse(prompt)
         scenes = [shapes_world.sample_scene(rng, request) for _ in range(DRAWN)]
         drawn = shapes_world.render(scenes, torch.Generator().manual_seed(0))
@@ -109,7 +112,7 @@ class Instruments:
 
 
 def draw(pipe, variant: Variant, prompt: str, generators: list[torch.Generator], call: Mapping[str, Any]):
-    """The images of one set `(B, 3, 64, 64)`, and ‖noise‖ relative to the initial noise."""
+    """Return the images of one set `(B, 3, 64, 64)`, and ‖noise‖ relative to the initial noise."""
     call = {**call, "num_images_per_prompt": variant.images}
     if variant.method is None:
         return pipe(prompt, generator=generators, output_type="pt", **call).images, 1.0
@@ -120,7 +123,7 @@ def draw(pipe, variant: Variant, prompt: str, generators: list[torch.Generator],
 
 
 def compare(pipe, rows: Iterable[Variant], prompts: list[str], seeds: int, call: Mapping[str, Any]) -> dict[str, Any]:
-    """One number per prompt for each variant and metric, the mean over its sets."""
+    """Return by variant and metric one number per prompt, the mean over its sets."""
     instruments, rows = Instruments(), list(rows)
     found = {row.name: {metric: [0.0] * len(prompts) for metric in METRICS} for row in rows}
     for index, prompt in enumerate(tqdm(prompts, unit="prompt")):
@@ -136,13 +139,13 @@ def compare(pipe, rows: Iterable[Variant], prompts: list[str], seeds: int, call:
 
 
 def plain_of(name: str) -> str:
-    """The row of plain sampling with the same set size."""
+    """Return the row of plain sampling with the same set size."""
     size = name.partition(", B = ")[2]
     return f"plain, B = {size}" if size else "plain"
 
 
 def summary(found: dict[str, Any]) -> Tables:
-    """Estimates of every row and metric, and the differences from plain sampling on the same prompts."""
+    """Return estimates of every row and metric, and the differences from plain sampling on the same prompts."""
     tables: Tables = {}
     for name, metrics in found.items():
         tables[name] = {}

@@ -33,12 +33,12 @@ class Setting:
         self.call = {**shapes_world.MODELS[model].call, "num_inference_steps": steps, "num_images_per_prompt": images}
 
     def sample(self) -> None:
-        """Plain sampling and its score."""
+        """Sample an image plainly, and score it."""
         method = BestOfN(rewards=self.reward, steps=1)
         optimize_noise(self.pipe, PROMPT, method, generator=torch.Generator().manual_seed(0), callbacks=[], **self.call)
 
     def tail(self) -> None:
-        """Decoder and scorer, forward and backward, from latents."""
+        """Run decoder and scorer on latents, forward and backward."""
         unet, vae = self.pipe.unet.config, self.pipe.vae
         shape = (self.call["num_images_per_prompt"], unet.in_channels, unet.sample_size, unet.sample_size)
         latents = torch.randn(shape, generator=torch.Generator().manual_seed(0)).requires_grad_()
@@ -46,7 +46,7 @@ class Setting:
         torch.autograd.grad(self.reward(images, PROMPT).sum(), latents)
 
     def round(self, gradient: Literal["full", "frozen"]) -> None:
-        """Two evaluations and the update between them."""
+        """Run one round of Noise Diffusion: two evaluations and the update between them."""
         method = NoiseDiffusion(rewards=self.reward, steps=2, candidates=2, gradient=gradient)
         optimize_noise(self.pipe, PROMPT, method, generator=torch.Generator().manual_seed(0), callbacks=[], **self.call)
 
@@ -60,7 +60,7 @@ class Setting:
 
 
 def measure(setting: Setting, rounds: int) -> dict[str, list[Cost]]:
-    """The costs of each way, interleaved in rounds, after a warm-up round."""
+    """Return the costs of each way in each round; the ways alternate, and a warm-up round is not counted."""
     found: dict[str, list[Cost]] = {name: [] for name in setting.ways()}
     for round_ in range(rounds + 1):
         for name, way in setting.ways().items():

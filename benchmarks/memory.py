@@ -71,7 +71,7 @@ class Setting:
         self.device, self.decoder = device, tiny_decoder(self.pipe)
 
     def row(self, way: str, steps: int, size: int, repeats: int) -> tuple[Row, torch.Tensor | None]:
-        """A row without its difference, and the gradient on the CPU."""
+        """Return a row without its difference, and the gradient on the CPU."""
         row, gradients = Row(way, steps, size), []
 
         def fill(problem: NoiseProblem) -> None:
@@ -99,7 +99,7 @@ class Setting:
         return clock() - started
 
     def memory(self, take: Callable[[], Any]) -> float | None:
-        """The peak in MiB."""
+        """Return the peak in MiB."""
         if self.device.type == "cuda":
             peak = PeakMemory(self.device)
             peak.start()
@@ -111,7 +111,7 @@ class Setting:
 
 
 def gradient(problem: NoiseProblem, kind: Gradient) -> torch.Tensor:
-    """The gradient of a fixed random projection of the pixels with respect to the noise `(1, C, H, W)`."""
+    """Return the gradient of a fixed random projection of the pixels with respect to the noise `(1, C, H, W)`."""
     leaf = problem.noise.clone().requires_grad_()
     images = problem.sampler.images(leaf, kind)
     weights = torch.randn(images.shape, generator=torch.Generator().manual_seed(1)).to(images)
@@ -134,7 +134,7 @@ def measure(setting: Setting, steps: Sequence[int], sizes: Sequence[int], repeat
 
 
 def base_of(row: Row, rows: Sequence[Row]) -> Row:
-    """The row of the same call without checkpointing."""
+    """Return the row of the same call without checkpointing."""
     return next(each for each in rows if (each.way, each.steps, each.size) == ("none", row.steps, row.size))
 
 
@@ -157,7 +157,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def described(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """The settings and the machine."""
+    """Return the settings and the machine."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     asked = {"model": options.model, "dtype": options.dtype, "repeats": options.repeats}
     return {**asked, "device": device.type, "machine": name, "torch": torch.__version__}

@@ -85,7 +85,7 @@ class Row:
 
     @property
     def optimized(self) -> tuple[str, ...]:
-        """The columns whose model this row optimizes."""
+        """Columns of the table with a measure that this row optimizes."""
         if self.what == "plain":
             return ()
         features = WEIGHTS[self.what][1] if self.what in WEIGHTS else PUBLISHED
@@ -93,7 +93,10 @@ class Row:
 
 
 def rows() -> list[Row]:
-    """Every method from white and pink noise, group selection getting the time of the row before it; then the sweep."""
+    """Return every method from white and pink noise, then the sweep.
+
+    Group selection gets the time of the row before it.
+    """
     found = []
     for noise in ("white", "pink"):
         found += [Row(noise, what) for what in ("plain", "group of 64", SAME, "group, equal time")]
@@ -108,7 +111,7 @@ NOISES["pink with mean"] = {"name": "pink", "alpha": 0.2, "standardize": False}
 
 
 class Pixels(Features):
-    """The pixels divided by the root of their number, so that the L2 distance is at most 1, black to white."""
+    """Pixels divided by the root of their number, so that black and white images have the L2 distance 1."""
 
     name = "pixels"
     metric = "l2"
@@ -160,7 +163,10 @@ class Bench:
         }
 
     def method(self, row: Row) -> Any:
-        """Plain sampling is one evaluation. Group selection maximizes `SAME`: λ·mean b = λ·Σ b·2/(K(K−1))."""
+        """Return the method of a row. Plain sampling is a method with one evaluation.
+
+        Group selection maximizes the objective `SAME`, λ times the mean distance, so its weight is λ·2/(K(K−1)).
+        """
         if row.what.startswith("group"):
             weight = 2 * WEIGHTS[SAME][2] / (self.images - 1)
             count = max(1, CANDIDATES // self.images) if row.what == "group of 64" else MANY
@@ -176,7 +182,10 @@ class Bench:
         )
 
     def run(self, row: Row, prompts: Sequence[str], first: int, seconds: float | None) -> tuple[Any, Curve]:
-        """A row on prompts, the first of which has index `first`; group selection within `seconds`."""
+        """Run a row on prompts, the first of which has index `first`.
+
+        With equal time, group selection gets `seconds`.
+        """
         selects = row.what.startswith("group")
         curve = Curve(None if selects else lambda images: self.distances(PUBLISHED, images))
         callbacks: list[NoiseCallback] = [curve]
@@ -198,12 +207,12 @@ class Bench:
 
     @torch.no_grad()
     def distances(self, name: str, images: Tensor) -> list[float]:
-        """The mean pairwise distance of each set in one of the features."""
+        """Return the mean pairwise distance of each set in one of the features."""
         diversity = PairwiseDiversity(self.features[name])
         return [float(diversity.of_features(each)) for each in self.features[name](images).split(self.images)]
 
     def measure(self, result: Any, prompts: Sequence[str]) -> list[Numbers]:
-        """The measurements of a result's sets, one per prompt."""
+        """Return the measurements of a result's sets, one per prompt."""
         images, each = result.images, [prompt for prompt in prompts for _ in range(self.images)]
         with torch.no_grad():
             scores = {"reward": self.reward(images, each)}
@@ -246,19 +255,22 @@ def compare(bench: Bench, prompts: Sequence[str], batch: int, found: Found) -> I
 
 
 def column(found: Found, name: str, metric: str) -> Tensor:
-    """`(prompts,)`."""
+    """Return a measurement of a row by prompt, `(prompts,)`."""
     return torch.tensor([numbers[metric] for numbers in found[name]["numbers"]], dtype=torch.float64)
 
 
 def compared(found: Found, ours: str, theirs: str, metric: str) -> str:
-    """The mean of a row, and in brackets its difference from another on the prompts where both have a value."""
+    """Return the mean of a row, and in brackets its difference from another on the prompts where both have a value."""
     a, b = column(found, ours, metric), column(found, theirs, metric)
     both = a.isfinite() & b.isfinite()
     return cell(bootstrap(a[a.isfinite()]), paired_bootstrap(a[both], b[both]))
 
 
 def table(found: Found, pairs: Mapping[str, str], metrics: Sequence[str], value: bool = False) -> str:
-    """Rows with their difference from others; * where a row optimizes the model. With `value`, the objective."""
+    """Format a table of the rows in `pairs`, with their difference from the row that each is paired with.
+
+    `*` marks metrics whose features a row optimizes. With `value`, a column has the objective before and after.
+    """
     optimized = {row.name: row.optimized for row in rows()}
     lines = ["| | " + " | ".join([*metrics, *(["optimized value"] if value else [])]) + " |"]
     lines.append("|---" * (len(metrics) + 1 + value) + "|")
@@ -273,9 +285,9 @@ def table(found: Found, pairs: Mapping[str, str], metrics: Sequence[str], value:
 
 @dataclasses.dataclass(frozen=True)
 class Reached:
-    """When the mean curve of a row passes a target: steps, seconds per set, and their ratio to the target's seconds.
+    """Time at which the mean diversity of a method passes a target: in steps, in seconds per set, and as a ratio.
 
-    Infinite if it does not.
+    The ratio is to the seconds of the method that set the target. All are infinite if the target is never passed.
     """
 
     steps: float
@@ -284,7 +296,13 @@ class Reached:
 
 
 def reached(curves: Tensor, seconds: Tensor, target: Tensor, cost: Tensor, chosen: Tensor) -> list[Reached]:
-    """For each choice of prompts `(R, P)`: curves and seconds are `(P, T)`, targets and their seconds `(P,)`."""
+    """Return the time to reach the target for each resample of the prompts.
+
+    Args:
+        curves, seconds: `(P, T)`, the diversity and the time so far, by prompt and step.
+        target, cost: `(P,)`, the diversity of the other method, and its seconds.
+        chosen: `(R, P)`, the indices of the prompts of R resamples.
+    """
     mean, clock = curves[chosen].mean(1), seconds[chosen].mean(1)
     passed = mean >= target[chosen].mean(1)[:, None]
     step = torch.where(passed.any(1), passed.int().argmax(1), -1)
@@ -297,7 +315,7 @@ def reached(curves: Tensor, seconds: Tensor, target: Tensor, cost: Tensor, chose
 
 
 def time_to_reach(found: Found, ours: str, theirs: str, resamples: int = 2000) -> tuple[Reached, float, float]:
-    """When a row passes the `PUBLISHED` diversity of another, and the 95% interval of the ratio over prompts."""
+    """Return the time at which `ours` passes the `PUBLISHED` diversity of `theirs`, and a 95% interval of the ratio."""
     curves, seconds = (torch.tensor(found[ours][key], dtype=torch.float64) for key in ("curve", "seconds"))
     target, cost = column(found, theirs, PUBLISHED), column(found, theirs, "seconds")
     count = len(target)
@@ -308,7 +326,10 @@ def time_to_reach(found: Found, ours: str, theirs: str, resamples: int = 2000) -
 
 
 def time_table(found: Found) -> str:
-    """Each objective against group selection of 64 from the same noise, and pink against white noise."""
+    """Format the times at which each objective passes group selection from 64 candidates.
+
+    Both start from the same noise, except in the last column: from pink noise, to the target from white noise.
+    """
     contests = {"white": ("white", "white"), "pink": ("pink", "pink"), "pink to white's": ("pink", "white")}
     titles = [f"{title}: steps, seconds, ratio" for title in contests]
     lines = ["| | " + " | ".join(titles) + " |", "|---" * (len(titles) + 1) + "|"]
@@ -343,7 +364,7 @@ def report(found: Found) -> str:
 
 
 def sweep(other: str) -> dict[str, str]:
-    """All noises by plain sampling and `MAIN`, each with the row of another noise."""
+    """Return the rows of plain sampling and `MAIN` from each noise, paired with the same row from the noise `other`."""
     order = ["white", "α = 0", "α = 0.1", "pink", "α = 0.3", "α = 0.5", "pink with mean"]
     present = {(row.noise, row.what) for row in rows()}
     names = [(noise, what) for what in ("plain", MAIN) for noise in order if {(noise, what), (other, what)} <= present]
@@ -392,7 +413,7 @@ def load(path: Path | None, settings: Mapping[str, Any]) -> Found:
 
 
 def save(path: Path, settings: Mapping[str, Any], found: Found) -> None:
-    """Write atomically."""
+    """Write settings, versions and rows as JSON, atomically."""
     machine = {"python": platform.python_version(), "torch": torch.__version__, "noiseopt": noiseopt.__version__}
     text = json.dumps({"settings": settings, "machine": machine, "rows": rounded(found)}, ensure_ascii=False)
     path.parent.mkdir(parents=True, exist_ok=True)

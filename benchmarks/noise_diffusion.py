@@ -34,7 +34,7 @@ Rows = dict[str, dict[str, Any]]
 
 
 def methods(reward: Reward, rounds: int) -> dict[str, Any]:
-    """The rows: M rounds are M + 1 evaluations, including the baseline."""
+    """Return the methods by name; they evaluate the baseline and `rounds` more images, or as the time allows."""
     common = {"rewards": reward, "steps": rounds + 1}
     return {
         "random sampling": BestOfN(**common),
@@ -66,7 +66,11 @@ class Curve(NoiseCallback):
 
 
 def compare(pipe: Any, prompts: Sequence[str], rounds: int, batch: int, call: dict[str, Any]) -> Rows:
-    """Every row on every prompt: curves `(prompts, rounds + 1)`, seconds per image, and final measurements."""
+    """Run every row on every prompt.
+
+    Returns:
+        Curves `(prompts, rounds + 1)`, seconds per image, and final measurements, by row.
+    """
     reward, held_out = (AutoReward.from_pretrained(shapes_world.path(name)) for name in ("vqa", "clip"))
     names = list(methods(reward, rounds))
     found: Rows = {name: {"score": [], "right": [], "clip": [], "evaluations": [], "seconds": []} for name in names}
@@ -95,7 +99,7 @@ def compare(pipe: Any, prompts: Sequence[str], rounds: int, batch: int, call: di
 
 
 def departure(noise: torch.Tensor) -> dict[str, float]:
-    """The deviation of returned noises `(N, C, H, W)` from Gaussian noise in standard errors, and their norm."""
+    """Return the deviation of returned noises `(N, C, H, W)` from Gaussian noise in standard errors, and their norm."""
     statistics = noise_statistics(noise)
     scores = gaussian_limits(tuple(noise.shape)).z_scores(statistics)
     return {
@@ -108,7 +112,7 @@ def departure(noise: torch.Tensor) -> dict[str, float]:
 
 
 def last(values: Sequence[Sequence[float]]) -> torch.Tensor:
-    """`(prompts,)`: the end of each curve."""
+    """Return the end of each curve, `(prompts,)`."""
     return torch.tensor([curve[-1] for curve in values])
 
 
@@ -166,7 +170,7 @@ def draw(found: Rows, rounds: int, path: Path) -> None:
 
 
 def mean_curve(curves: Sequence[Sequence[float]]) -> list[float]:
-    """The mean over prompts, as far as all curves go."""
+    """Return the mean curve over prompts, cut to the length of the shortest."""
     return [sum(values) / len(values) for values in zip(*curves, strict=False)]
 
 

@@ -63,7 +63,7 @@ class OurLoop(BareLoop):
 
 
 def cost(work: Callable[[], None]) -> tuple[float, float]:
-    """Wall-clock and processor seconds; the latter are robust to other load."""
+    """Return the wall-clock and processor seconds that `work` takes; the latter are robust to other load."""
     wall, process = time.perf_counter(), time.process_time()
     work()
     return time.perf_counter() - wall, time.process_time() - process
@@ -72,7 +72,7 @@ def cost(work: Callable[[], None]) -> tuple[float, float]:
 def paired_costs(
     ours: Callable[[], None], bare: Callable[[], None], repetitions: int
 ) -> list[tuple[tuple[float, float], tuple[float, float]]]:
-    """(ours, bare) of each repetition, alternating in order."""
+    """Return the costs (ours, bare) of each repetition; the two alternate in order."""
     pairs = []
     for repetition in range(repetitions):
         if repetition % 2 == 0:
@@ -84,7 +84,7 @@ def paired_costs(
 
 
 def report(label: str, ours: Sequence[float], bare: Sequence[float], steps: int) -> str:
-    """A row of the table: milliseconds per step, and the median of the ratios with their quartiles."""
+    """Format a row of the table: milliseconds per step, and the median of the ratios with their quartiles."""
     ratios = [mine / theirs for mine, theirs in zip(ours, bare, strict=True)]
     low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
     mine, theirs = (1000 * statistics.median(times) / steps for times in (ours, bare))
@@ -100,7 +100,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def loops(batch_size: int, steps: int) -> tuple[OurLoop, BareLoop]:
-    """Both loops on the same frozen model."""
+    """Build both loops on the same frozen model."""
     pipe = load_pipeline()
     pipe.set_progress_bar_config(disable=True)
     for module in (pipe.unet, pipe.vae, pipe.text_encoder):

@@ -79,7 +79,7 @@ class Watch:
         self.noise = noise.detach().float().clone()
 
     def seconds(self) -> dict[str, float]:
-        """The median time between evaluations, by clock."""
+        """Return for each clock, "step" (wall) and "processor", the median time between evaluations."""
         steps = {name: itertools.pairwise(times) for name, times in self.times.items()}
         return {name: statistics.median(after - before for before, after in pairs) for name, pairs in steps.items()}
 
@@ -129,7 +129,7 @@ class ReleasedReNO:
 
 
 def released_score(reward: Any, pixels: torch.Tensor) -> torch.Tensor:
-    """A reward as the release computes it, encoding the text each time."""
+    """Score images as the release does, encoding the text each time."""
     if isinstance(reward, ImageRewardModel):
         reward.tokens.batches.clear()
         return given_pixels(reward).score(pixels, [PROMPT])
@@ -142,14 +142,14 @@ def released_score(reward: Any, pixels: torch.Tensor) -> torch.Tensor:
 
 
 def given_pixels(reward: ImageRewardModel) -> ImageRewardModel:
-    """The reward for preprocessed pixels; weights are shared."""
+    """Return the reward for preprocessed pixels; weights are shared."""
     twin = copy.copy(reward)
     twin.image_transform = lambda pixels: pixels
     return twin
 
 
 def padded_text(reward: HPSv21) -> torch.Tensor:
-    """The text features over all 77 positions, as in open_clip."""
+    """Return the text features over all 77 positions, as in open_clip."""
     tokens = reward.tokenizer(PROMPT, padding="max_length", truncation=True, max_length=77, return_tensors="pt")
     ids = tokens["input_ids"].to(reward.device)  # pyright: ignore[reportAttributeAccessIssue]
     return reward.model.text_projection(reward.model.text_model(input_ids=ids).pooler_output)
@@ -203,7 +203,7 @@ class ReleasedCNO:
 
 
 def contrastive_loss(found: torch.Tensor, reference: torch.Tensor, tau: float = 0.1) -> torch.Tensor:
-    """Cross-entropy in every cell, with the image's reference as the positive in its own position; γ = 1."""
+    """Return the cross-entropy in every cell, with the image's reference as the positive in its own position; γ = 1."""
     batch, _, cells = found.shape
     others = torch.einsum("icp,jcp->pij", found, found)
     own = torch.eye(batch, dtype=torch.bool, device=found.device)
@@ -270,14 +270,17 @@ def cno_rows(pipe: Any, images: int, size: int, steps: int) -> dict[str, Row]:
 
 
 def drawn_noise(pipe: Any, images: int, size: int) -> torch.Tensor:
-    """`(B, C, H, W)` float32, representable in the pipeline's dtype."""
+    """Return noise `(B, C, H, W)` in float32 with values that the pipeline's dtype represents exactly."""
     side = size // pipe.vae_scale_factor
     noise = torch.randn(images, pipe.unet.config.in_channels, side, side, generator=torch.Generator().manual_seed(0))
     return noise.to(pipe.unet.device, pipe.unet.dtype).float()
 
 
 def measure(rows: dict[str, Row], rounds: int, device: torch.device) -> dict[str, dict[str, list[Any]]]:
-    """Peak MiB of each row, then seconds of a step and a run, and watches, interleaved in rounds."""
+    """Return the measurements of each row: its peak MiB, and by round the seconds of a step and a run, and its `Watch`.
+
+    In a round the rows run one after the other, so that other load on the machine affects all of them.
+    """
     found: dict[str, dict[str, list[Any]]] = {name: {"memory": []} for name in rows}
     for name, row in reversed(rows.items()):  # in reverse, so that lazy imports do not count for exact rows
         memory = PeakMemory(device)
@@ -314,26 +317,29 @@ def memory_goes_back() -> Iterator[None]:
 
 
 def mallopt(parameter: int, value: int) -> None:
-    """mallopt(3) of glibc; a no-op with another C library."""
+    """Call mallopt(3) of glibc. Does nothing with another C library."""
     with contextlib.suppress(AttributeError, OSError, TypeError):
         ctypes.CDLL(None).mallopt(parameter, value)
 
 
 def deviation(ours: Watch, released: Watch, start: torch.Tensor, offset: float) -> tuple[float, float]:
-    """The largest difference of losses, and that of the final noises relative to the released loop's total change."""
+    """Return the largest difference of the losses, and that of the final noises.
+
+    The latter is relative to the total change of the noise in the released loop.
+    """
     losses = max(abs(a + offset - b) for a, b in zip(ours.losses, released.losses, strict=True))
     moved = (released.noise - start).norm()
     return losses, float((ours.noise - released.noise).norm() / moved)
 
 
 def ratio(ours: Sequence[float | None], released: Sequence[float | None]) -> str:
-    """Median ratio within a round, with minimum and maximum; a dash if not measured."""
+    """Return the median ratio within a round, with minimum and maximum; a dash if not measured."""
     values = [mine / theirs for mine, theirs in zip(ours, released, strict=True) if mine is not None and theirs]
     return f"{statistics.median(values):.2f} [{min(values):.2f}–{max(values):.2f}]" if values else "–"
 
 
 def compared(rows: dict[str, Row], found: dict[str, dict[str, list[Any]]], noise: torch.Tensor) -> dict[str, Any]:
-    """The numbers of each row, and the deviation of exact ones from the released loop."""
+    """Return the numbers of each row, and the deviation of exact ones from the released loop."""
     released = found["released loop"]
     table = {}
     for name, row in rows.items():
@@ -373,7 +379,7 @@ def report(title: str, table: dict[str, Any]) -> str:
 
 
 def load(model: str, dtype: torch.dtype, device: torch.device) -> Any:
-    """A frozen stock pipeline with its text encoders."""
+    """Build a frozen stock pipeline with its text encoders."""
     if model == "tiny":
         pipe: Any = load_pipeline("turbo").to(device, dtype)
     else:

@@ -31,7 +31,7 @@ def reno_rewards(
     device: str | torch.device = "cpu",
     names: Sequence[str] = tuple(REWARD_PRESETS["reno"]),
 ) -> RewardSum:
-    """A `RewardSum` of the four, or those named, with the weights of the paper."""
+    """Build a `RewardSum` of the four rewards, or of those named, with the weights of the paper."""
     kinds = {"hpsv2.1": HPSv21, "clipscore": CLIPScore, "pickscore": PickScore}
     shared = functools.cache(clip)
     pairs: list[tuple[Reward, float]] = []
@@ -77,7 +77,7 @@ def tower(sizes: tuple[int, ...]) -> dict[str, int]:
 
 
 def bert_tokenizer() -> BertTokenizer:
-    """A tokenizer of single letters, with the two tokens that BLIP adds."""
+    """Build a tokenizer of single letters, with the two tokens that BLIP adds."""
     letters = [*string.ascii_lowercase, *(f"##{letter}" for letter in string.ascii_lowercase)]
     tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, "[DEC]", "[ENC]"]
     tokenizer = BertTokenizer(vocab={token: index for index, token in enumerate(tokens)}, model_max_length=512)

@@ -121,7 +121,7 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
 def sd_turbo(
     dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", text_encoders: bool = False
 ) -> StableDiffusionPipeline:
-    """SD-Turbo: a UNet of 866 M parameters, images of 512²."""
+    """Build SD-Turbo: a UNet of 866 M parameters, images of 512²."""
     parts: dict[str, Any] = {"text_encoder": None, "tokenizer": None}
     with built_as(dtype, device):
         parts |= {"unet": UNet2DConditionModel(**SD_UNET), "vae": AutoencoderKL(**SD_VAE)}
@@ -135,7 +135,7 @@ def sd_turbo(
 def sdxl_turbo(
     dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", text_encoders: bool = False
 ) -> StableDiffusionXLPipeline:
-    """SDXL-Turbo: the UNet of SDXL with 2.57 G parameters, images of 512² by default."""
+    """Build SDXL-Turbo: the UNet of SDXL with 2.57 G parameters, images of 512² by default."""
     parts: dict[str, Any] = dict.fromkeys(TWO_ENCODERS)
     with built_as(dtype, device):
         parts |= {"unet": UNet2DConditionModel(**SDXL_UNET), "vae": AutoencoderKL(**SDXL_VAE)}
@@ -150,7 +150,7 @@ def sdxl_turbo(
 def flux(
     dtype: torch.dtype = torch.bfloat16, device: str | torch.device = "cpu", text_encoders: bool = False
 ) -> FluxPipeline:
-    """FLUX.1-schnell: a transformer of 11.9 G parameters, 24 GB in bfloat16."""
+    """Build FLUX.1-schnell: a transformer of 11.9 G parameters, 24 GB in bfloat16."""
     parts: dict[str, Any] = dict.fromkeys(TWO_ENCODERS)
     with built_as(dtype, device):
         parts |= {"transformer": FluxTransformer2DModel(**FLUX_TRANSFORMER), "vae": AutoencoderKL(**FLUX_VAE)}
@@ -161,7 +161,7 @@ def flux(
 
 
 def small_sdxl(dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> StableDiffusionXLPipeline:
-    """SDXL-Turbo at a fifth of its width: the same architecture for slow machines."""
+    """Build SDXL-Turbo at a fifth of its width: the same architecture for slow machines."""
     with built_as(dtype, device):
         unet: dict[str, Any] = {"block_out_channels": (64, 128, 256), "attention_head_dim": (1, 2, 4)}
         unet |= {"transformer_layers_per_block": (1, 1, 2)}
@@ -174,13 +174,13 @@ def small_sdxl(dtype: torch.dtype = torch.float32, device: str | torch.device = 
 
 
 def tiny_decoder(pipe) -> AutoencoderTiny:
-    """A tiny autoencoder for the latents of a pipeline, with the architecture of TAESD, TAESDXL or TAEF1."""
+    """Build a tiny autoencoder for the latents of a pipeline, with the architecture of TAESD, TAESDXL or TAEF1."""
     with built_as(pipe.vae.dtype, pipe.vae.device):
         return AutoencoderTiny(latent_channels=pipe.vae.config.latent_channels).eval()
 
 
 def embeddings(pipe, batch: int = 1) -> dict[str, torch.Tensor]:
-    """Random embeddings of `batch` prompts, for a pipeline without text encoders."""
+    """Return random embeddings of `batch` prompts, for a pipeline without text encoders."""
     shapes = {
         StableDiffusionPipeline: {"prompt_embeds": (77, 1024)},
         StableDiffusionXLPipeline: {"prompt_embeds": (77, 2048), "pooled_prompt_embeds": (1280,)},
@@ -215,20 +215,20 @@ def ready(pipe):
 
 
 def clip_text(cls: Any, shape: dict[str, Any]) -> Any:
-    """A CLIP text encoder with the special tokens of `clip_tokenizer`."""
+    """Build a CLIP text encoder with the special tokens of `clip_tokenizer`."""
     tokenizer = clip_tokenizer()
     special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     return cls(CLIPTextConfig(vocab_size=49408, **special, **shape))
 
 
 def clip_tokenizer() -> CLIPTokenizer:
-    """A tokenizer of single letters, padding to 77 tokens like the published one."""
+    """Build a tokenizer of single letters, padding to 77 tokens like the published one."""
     tokens = [*LETTERS, *(f"{letter}</w>" for letter in LETTERS), "<|startoftext|>", "<|endoftext|>"]
     return CLIPTokenizer(vocab={token: index for index, token in enumerate(tokens)}, merges=[], model_max_length=77)
 
 
 def t5_tokenizer() -> T5TokenizerFast:
-    """A tokenizer of single letters."""
+    """Build a tokenizer of single letters."""
     special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
     pieces = [(f"{mark}{letter}", -1.0) for mark in ("", "▁") for letter in LETTERS]
     return T5TokenizerFast(vocab=[*special, *pieces], extra_ids=0)

@@ -64,11 +64,11 @@ class Run:
     seconds: torch.Tensor
 
     def evaluations_within(self, seconds: float) -> int:
-        """The number of evaluations that begin within a time, at least one."""
+        """Return the number of evaluations that begin within a time, at least one."""
         return min(1 + int((self.seconds < seconds).sum()), len(self.seconds))
 
     def best_of(self, count: int, problems: Sequence[Problem]) -> list[dict[str, Any]]:
-        """The outcome of the best, by reward, of the first `count` evaluations of each problem."""
+        """Return the outcome of the best, by reward, of the first `count` evaluations of each problem."""
         best = self.rewards[:count].argmax(0)
         at_best = (best, torch.arange(len(problems)))
         verdicts = shapes_world.judge(self.images[at_best], [problem.prompt for problem in problems])
@@ -144,23 +144,32 @@ def batches(problems: Sequence[Problem], size: int) -> Iterator[Sequence[Problem
 
 
 class Table:
-    """The rows of all problems as estimates over prompts; each prompt counts once, however many seeds it has."""
+    """Estimates over prompts from the measured problems (one prompt with one seed each).
+
+    Each prompt counts once, however many seeds it has.
+
+    Args:
+        rows: By method the outcome of each problem, and the index and category of its prompt.
+    """
 
     def __init__(self, rows: Sequence[dict[str, Any]]) -> None:
         self.rows = rows
 
     def sums(self, value: Callable[[dict[str, Any]], float], keep: Callable[[dict[str, Any]], bool]):
-        """`(P,)` sums of a value over the selected rows of each prompt, and their counts, without empty prompts."""
+        """Return the sum of a value over the rows of each prompt that `keep` selects, and their number, both `(P,)`.
+
+        Prompts without such rows are left out.
+        """
         ordered = sorted(filter(keep, self.rows), key=lambda row: row["index"])
         groups = [[value(row) for row in group] for _, group in itertools.groupby(ordered, lambda row: row["index"])]
         return torch.tensor([sum(group) for group in groups]).double(), torch.tensor([len(group) for group in groups])
 
     def mean(self, method: str, name: str, keep: Callable[[dict[str, Any]], bool] = lambda row: True) -> Estimate:
-        """The mean of one number of a method's outcomes over the selected rows."""
+        """Return the mean of one number of a method's outcomes over the rows that `keep` selects."""
         return bootstrap(*self.sums(lambda row: float(row[method][name]), keep))
 
     def difference(self, ours: str, theirs: str, name: str = "correct") -> Estimate:
-        """The paired difference of a number between two methods."""
+        """Return the paired difference of a number between two methods."""
         sides = (
             self.sums(lambda row, method=method: float(row[method][name]), lambda row: True)
             for method in (ours, theirs)
@@ -168,7 +177,7 @@ class Table:
         return paired_bootstrap(*(total / count for total, count in sides))
 
     def categories(self) -> dict[str, Callable[[dict[str, Any]], bool]]:
-        """Each category with its number of prompts, and whether a row belongs to it."""
+        """Return, by category with its number of prompts, the function that tells whether a row belongs to it."""
         category_of = {row["index"]: row["category"] for row in self.rows}
         counts = collections.Counter(category_of.values())
         return {
@@ -178,7 +187,7 @@ class Table:
         }
 
     def estimates(self, method: str) -> dict[str, Estimate]:
-        """All numbers of one method."""
+        """Return all numbers of one method."""
         return {
             "right": self.mean(method, "correct"),
             **{f"right, {name}": self.mean(method, "correct", keep) for name, keep in self.categories().items()},
@@ -191,7 +200,7 @@ class Table:
         }
 
     def summary(self) -> dict[str, Any]:
-        """All estimates as plain numbers."""
+        """Return all estimates as plain numbers."""
         pairs = [("reno", "plain"), ("reno", "best_of_steps"), ("reno", "best_of_n"), ("best_of_n", "plain")]
         methods = {method: self.estimates(method) for method in METHODS}
         differences = {f"{ours} - {theirs}": self.difference(ours, theirs) for ours, theirs in pairs}
@@ -267,7 +276,7 @@ def warm_up(pipe, reward: Reward, problems: Sequence[Problem]) -> None:
 
 
 def settings(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Everything that the numbers depend on besides the code."""
+    """Return everything that the numbers depend on besides the code."""
     given = {name: value for name, value in vars(arguments).items() if name != "output"}
     machine = {
         "noiseopt": noiseopt.__version__,

@@ -27,7 +27,7 @@ SIZES = {
 
 
 def build_reward(size: str, seed: int) -> CLIPScore:
-    """A CLIP reward with a published architecture."""
+    """Build a CLIP reward with a published architecture."""
     with quiet_libraries():
         tokenizer = AutoTokenizer.from_pretrained(shapes_world.path("clip"))
     (width, layers, heads, patch), (text_width, text_layers, text_heads) = SIZES[size]
@@ -44,13 +44,13 @@ def build_reward(size: str, seed: int) -> CLIPScore:
 
 
 def naive(rewards: RewardSum, images: torch.Tensor) -> torch.Tensor:
-    """One graph of all rewards, and one backward pass."""
+    """Build one graph of all rewards, and run one backward pass."""
     total = sum(w * r(images, PROMPT) for w, r in zip(rewards.weights.values(), rewards.rewards, strict=True))
     return torch.autograd.grad(total.sum(), images)[0]  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def naive_with_text(rewards: RewardSum, images: torch.Tensor) -> torch.Tensor:
-    """Like `naive`, but encoding the prompt each time, as loops that call the whole model do."""
+    """Do as `naive`, but encode the prompt each time, as loops that call the whole model do."""
     for reward in rewards.rewards:
         reward.prompt_features.clear()  # pyright: ignore[reportAttributeAccessIssue,reportCallIssue]
     return naive(rewards, images)
@@ -68,7 +68,7 @@ WAYS: dict[str, Callable[[RewardSum, torch.Tensor], torch.Tensor]] = {
 
 
 def measure(rewards: RewardSum, images: torch.Tensor, rounds: int) -> dict[str, list[tuple[float, float | None]]]:
-    """Seconds and peak MiB of each way, interleaved in rounds, after a warm-up round."""
+    """Return seconds and peak MiB of each way in each round; the ways alternate, and a warm-up round is not counted."""
     found: dict[str, list[tuple[float, float | None]]] = {name: [] for name in WAYS}
     for round_ in range(rounds + 1):
         for name, way in WAYS.items():
@@ -82,7 +82,7 @@ def measure(rewards: RewardSum, images: torch.Tensor, rounds: int) -> dict[str, 
 
 
 def ratio(values: list[float | None], reference: list[float | None]) -> str:
-    """Median of the ratios within a round, with quartiles; a dash if not measured."""
+    """Return the median of the ratios within a round, with quartiles; a dash if not measured."""
     ratios = [ours / theirs for ours, theirs in zip(values, reference, strict=True) if ours is not None and theirs]
     low, middle, high = (
         statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else 3 * (ratios or [float("nan")])

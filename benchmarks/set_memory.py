@@ -53,7 +53,7 @@ class SetStep:
         optimize_noise(self.pipe, PROMPT, Looking(then, checkpointing="none"), callbacks=[], **call)
 
     def gradient(self, problem: NoiseProblem, chunk_size: int | None) -> torch.Tensor:
-        """The gradient of the set's value with respect to the noise, `(B, C, H, W)`."""
+        """Return the gradient of the set's value with respect to the noise, `(B, C, H, W)`."""
         leaf = problem.noise.clone().requires_grad_()
         seeds = list(range(len(leaf)))
         sample = Sample(problem.sampler, leaf, problem.prompts, problem.groups, seeds, "full", chunk_size=chunk_size)
@@ -61,7 +61,7 @@ class SetStep:
         return torch.autograd.grad(value, leaf)[0]
 
     def measure(self, problem: NoiseProblem, mode: str) -> dict[str, Any]:
-        """Seconds, MiB and the gradient of one step."""
+        """Return the seconds, MiB and gradient of one step."""
         chunk_size = chunk_size_of(Looking(id, chunk_size=MODES[mode]), problem)
         with measured(self.pipe, self.device) as cost:
             gradient = self.gradient(problem, chunk_size)
@@ -69,7 +69,7 @@ class SetStep:
 
 
 def measure(mode: str, batch: int, model: str, size: int, device: str) -> dict[str, Any]:
-    """Seconds, MiB and the gradient of one step, in this process."""
+    """Return the seconds, MiB and gradient of one step, in this process."""
     step, found = SetStep(model, size, torch.device(device)), {}
     step.look(1, lambda first: step.gradient(first, None))
     step.look(batch, lambda problem: found.update(step.measure(problem, mode)))
@@ -77,7 +77,7 @@ def measure(mode: str, batch: int, model: str, size: int, device: str) -> dict[s
 
 
 def measure_apart(mode: str, batch: int, options: argparse.Namespace) -> dict[str, Any]:
-    """`measure` in a separate process."""
+    """Run `measure` in a separate process."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "found.pt"
         arguments = ["--model", options.model, "--size", str(options.size), "--device", options.device]
@@ -89,19 +89,19 @@ def measure_apart(mode: str, batch: int, options: argparse.Namespace) -> dict[st
 
 
 def cells(found: dict[str, Any], single: dict[str, Any]) -> str:
-    """Seconds, MiB, and MiB relative to a set of one in the same mode."""
+    """Format three cells of a table: seconds, MiB, and MiB relative to a set of one in the same mode."""
     if found["memory"] is None or not single["memory"]:
         return f"{found['seconds']:.2f} | – | –"
     return f"{found['seconds']:.2f} | {found['memory']:.0f} | {found['memory'] / single['memory']:.2f}"
 
 
 def difference(found: torch.Tensor, joint: torch.Tensor) -> float:
-    """‖found − joint‖ / ‖joint‖."""
+    """Return ‖found − joint‖ / ‖joint‖."""
     return float((found - joint).double().norm() / joint.double().norm())
 
 
 def report(results: dict[str, dict[int, dict[str, Any]]]) -> str:
-    """The table in Markdown, and the largest difference of the gradients."""
+    """Return the table in Markdown, and the largest difference of the gradients."""
     head = "| B | mode | images at once | seconds | peak MiB | × B = 1 |"
     lines = [head, "|---|---|---|---|---|---|"]
     batches = list(next(iter(results.values())))

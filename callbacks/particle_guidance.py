@@ -64,7 +64,7 @@ class ParticleGuidance(DenoisingCallback):
             )
 
     def find_groups(self, pipeline: Any, callback_kwargs: dict[str, Any]) -> list[torch.Tensor]:
-        """Return the rows of the latents for each prompt that has several images."""
+        """Return, for each prompt with several images, the row indices of its latents."""
         latents = callback_kwargs["latents"]
         if self.images_per_prompt is not None:
             if len(latents) % self.images_per_prompt:

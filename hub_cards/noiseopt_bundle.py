@@ -94,8 +94,8 @@ from transformers import (
 )
 
 # The name that diffusers gives this module may come to mean the bundle of another release.
-sys.modules[f"{__name__}_1500a8bb16fd"] = sys.modules[__name__]
-__name__ = f"{__name__}_1500a8bb16fd"
+sys.modules[f"{__name__}_37be21cda3d5"] = sys.modules[__name__]
+__name__ = f"{__name__}_37be21cda3d5"
 
 # rewards/contract/transforms.py
 
@@ -2239,9 +2239,9 @@ class DPP(SetReward):
 
     For features (N, P, D) at P positions, the value is the mean over positions.
 
-    Compared with `PairwiseDiversity`, a first outlier adds less and a last different image adds more: for 4 images, on
-    a scale from all identical to all orthogonal, .40 (instead of .50) and .25 (instead of .17). Exact copies have no
-    gradient, as for any function of cosines.
+    On a scale from 0 for 4 identical images to 1 for 4 orthogonal ones, the step from all identical to one outlier is
+    worth .40 (.50 with `PairwiseDiversity`), and the last step, from two identical images to none, .25 (.17). Exact
+    copies have no gradient, as for any function of cosines.
     """
 
     name = "dpp"
@@ -3728,8 +3728,9 @@ ChunkRun = Callable[[list[int], torch.Tensor], torch.Tensor]
 class WholeBatchDraws(TorchFunctionMode):
     """Context in which a chunk gets the random numbers that the whole batch would draw for its images.
 
-    Samplers that add noise at each step draw for the images that they have. Here, `torch.randn` for that many images
-    from the generator of the call draws for the whole batch and returns the rows of the chunk.
+    A scheduler that adds noise at each step samples it for the images of the chunk alone, and so gets other numbers.
+    In this context, `torch.randn` with the generator of the call samples noise for the whole batch instead, and returns
+    the rows of the chunk.
 
     Args:
         generator: The generator of the call, shared by the batch.
@@ -3752,7 +3753,9 @@ class WholeBatchDraws(TorchFunctionMode):
         return func((self.batch, *shape[1:]), **rest)[self.rows]
 
 class ChunkedRun(torch.autograd.Function):
-    """`run(rows, noise[rows])` for all chunks in the memory of one: the backward pass runs each chunk again.
+    """Autograd function of `run(rows, noise[rows])` for all chunks, in the memory of one.
+
+    The backward pass runs each chunk again.
 
     The gradient equals that of the joint run, since no image depends on the noise of another.
     """
@@ -4139,7 +4142,10 @@ class LeanGroupNorm(nn.GroupNorm):
         return output
 
 class LeanSiLU(nn.SiLU):
-    """SiLU that saves the input of the group normalization before it, which is saved anyway, instead of its own."""
+    """SiLU that does not save its input, but recomputes it from the input of the group normalization before it.
+
+    That one is saved anyway.
+    """
 
     def forward(self, input: Tensor) -> Tensor:
         version, *source = vars(input).get("normalized_from", (None,))
@@ -5330,14 +5336,15 @@ def pooled_directions(x0: torch.Tensor, window_size: int) -> torch.Tensor:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ContrastiveLoss:
-    """InfoNCE of a set of images against its own reference; CNO, https://arxiv.org/abs/2510.03813.
+    """InfoNCE that attracts each image of a set to its reference and repels it from the others; CNO, https://arxiv.org/abs/2510.03813.
 
     In every pooled cell, with `f` the cosine along the channels, the loss of image i is
 
         −log( exp(f(i, refᵢ)/(γτ)) / (exp(f(i, refᵢ)/(γτ)) + Σ_{j≠i} exp(f(i, j)/τ)) ),
 
-    a cross-entropy whose own logit is the attraction to the reference of the image. The loss of image i is the mean
-    over the cells; the loss of the paper is the mean over the images. Both members of a pair get a gradient.
+    a cross-entropy whose right class is the reference of the image, and whose wrong classes are the other images. The
+    loss of image i is the mean over the cells; the loss of the paper is the mean over the images. Both images of a pair
+    get a gradient.
 
     Attributes:
         tau: τ, above 0.
@@ -6198,8 +6205,8 @@ class NeverTooLateState:
         rows: The samples of each set.
         sizes: `(B,)`, the number of images in the set of each sample.
         velocity: `(B, C, H, W)`, the momentum.
-        guarded: The noises under the guard.
-        targets: Name of a set reward to `(B,)`, the value at which a set stops.
+        guarded: Which noises are good, and where each reverts.
+        targets: By set reward, `(B,)`, the value at which the set of each sample stops.
         accepted_steps, rejected_steps: `(B,)`, the steps that the guard accepted and rejected for the set of each
             sample, without step 0.
     """
@@ -6365,7 +6372,7 @@ class UnitScore(RewardObjective):
 @register_method("noise_diffusion")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NoiseDiffusion(RewardOptimizer):
-    """Mixes into the noise, round by round, the fresh Gaussian noise that leads up the score the most.
+    """Mixes into the noise, round by round, the fresh Gaussian noise with the largest predicted rise of the score.
 
     "Noise Diffusion for Enhancing Semantic Faithfulness in Text-to-Image Synthesis", Miao et al., CVPR 2025,
     https://arxiv.org/abs/2411.16503.
@@ -6496,7 +6503,7 @@ def random_views(images: Tensor, count: int, seeds: Sequence[int]) -> Iterator[T
 # pipelines/reno/objective.py
 
 class ViewedRewards(RewardObjective):
-    """`RewardObjective` whose gradient is the mean over random views of each image; the value is the image's own.
+    """`RewardObjective` whose gradient is the mean over random views of each image, and whose value is its own.
 
     Args:
         rewards: A `RewardSum`, or anything that it takes.
@@ -6877,10 +6884,10 @@ class GroupSelection(NoiseOptimizer):
 
     The loss of an image is minus the value of the set that was evaluated with it. Each step draws one candidate for
     each image, and the last one samples the chosen set, in which a candidate keeps its position in the batch if that is
-    free. (A sampler that adds noise on the way generates another image from it elsewhere; should that make the set
-    worse than the best set of a step, that one is returned.) If a callback stops the run early, such as `TimeBudget`,
-    the set is chosen from the candidates so far. `result.reports["group_selection"]` has the number of candidates for
-    the prompt of each image, and the step and the position at which its noise was first sampled fully.
+    free. (At another position, a scheduler that adds noise between steps generates another image. If that makes the
+    chosen set worse than the best set of a step, the latter is returned.) If a callback such as `TimeBudget` stops the
+    run early, the set is chosen from the candidates so far. `result.reports["group_selection"]` has the number of
+    candidates for the prompt of each image, and the step and the position at which its noise was first sampled fully.
 
     `preview=True` is the paper's pruning as far as a stock pipeline allows it. The paper drops a share ρ of the
     candidates after each denoising step, by their x0 estimates, and continues the rest. Here there is one cut: all
@@ -8783,7 +8790,7 @@ class MethodMixin(NoiseOptimizationMixin):
         """Return the method with these settings; `None` for the stock call.
 
         Raises:
-            ValueError: For settings without their target.
+            ValueError: For settings without the argument `target` that turns the method on, such as `rewards`.
         """
         if self.target is None:
             return None if settings.get("steps") == 0 else self.own_method(**settings)

@@ -1,4 +1,4 @@
-"""The way in: `optimize_noise` for pipelines that already exist, and the hook in `prepare_latents` of our classes."""
+"""Entry points: `optimize_noise` for existing pipelines, and the hook in `prepare_latents` of our classes."""
 
 import contextlib
 import copy

@@ -206,7 +206,7 @@ class OptimizationLoop:
 
     @torch.no_grad()
     def decode_fully(self) -> None:
-        """After a run with a tiny decoder, decode and score the baseline and the result with the pipeline's own."""
+        """Decode and score the baseline and the result of a run with a tiny decoder by the pipeline's own decoder."""
         if self.problem.sampler.decoder is None or self.initial_images is None:
             return
         sampler, report = self.problem.sampler.with_own_decoder(), {}

@@ -72,7 +72,7 @@ class MethodMixin(NoiseOptimizationMixin):
         """Return the method with these settings; `None` for the stock call.
 
         Raises:
-            ValueError: For settings without their target.
+            ValueError: For settings without the argument `target` that turns the method on, such as `rewards`.
         """
         if self.target is None:
             return None if settings.get("steps") == 0 else self.own_method(**settings)

@@ -136,52 +136,55 @@ def configured_prediction(scheduler: Any) -> str:
 
 
 def from_alphas(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficients:
-    """Variance preserving, with ᾱ looked up by timestep."""
+    """Return (skip, out) of variance preserving schedulers, with ᾱ looked up by timestep."""
     steps = torch.as_tensor(timestep).to(scheduler.alphas_cumprod.device, torch.long)
     alpha_bar = exact(scheduler.alphas_cumprod[steps])
     return affine_in_prediction(scheduler, configured_prediction(scheduler), alpha_bar.sqrt(), (1 - alpha_bar).sqrt())
 
 
 def from_cosine_time(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficients:
-    """Würstchen and Stable Cascade: ε-prediction, with ᾱ a function of the timestep in [0, 1]."""
+    """Return (skip, out) of Würstchen and Stable Cascade: ε-prediction, ᾱ a function of the timestep in [0, 1]."""
     time = torch.as_tensor(timestep)
     alpha_bar = exact(alpha_cumprod(scheduler, time))
     return affine_in_prediction(scheduler, "epsilon", alpha_bar.sqrt(), (1 - alpha_bar).sqrt())
 
 
 def from_sigma(scheduler: Any, sigma: torch.Tensor) -> AffineCoefficients:
-    """Variance exploding: x = x0 + σ·ε."""
+    """Return (skip, out) of a variance exploding scheduler, x = x0 + σ·ε, at a given σ."""
     sigma = exact(sigma)
     return affine_in_prediction(scheduler, configured_prediction(scheduler), torch.ones_like(sigma), sigma)
 
 
 def from_sigmas(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficients:
-    """Variance exploding, with σ of the step. Schedulers that also evaluate at the end of a step list that σ twice."""
+    """Return (skip, out) of variance exploding schedulers, with σ looked up by step.
+
+    Schedulers that also call the model at the end of a step have that σ twice in their table.
+    """
     return from_sigma(scheduler, scheduler.sigmas[step_index(scheduler, timestep)])
 
 
 def from_interpolated_sigmas(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficients:
-    """KDPM2, with every second call at a sigma between two steps."""
+    """Return (skip, out) of KDPM2, which makes every second call at a σ between two steps."""
     index = step_index(scheduler, timestep)
     table = scheduler.sigmas if scheduler.state_in_first_order else scheduler.sigmas_interpol
     return from_sigma(scheduler, table[index])
 
 
 def from_ancestral_interpolated_sigmas(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficients:
-    """Ancestral KDPM2, which stores the sigma between two steps at the index of the first."""
+    """Return (skip, out) of ancestral KDPM2, which stores the σ between two steps at the index of the first."""
     index = step_index(scheduler, timestep)
     first_order = scheduler.state_in_first_order
     return from_sigma(scheduler, scheduler.sigmas[index] if first_order else scheduler.sigmas_interpol[index - 1])
 
 
 def from_midpoint_sigmas(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficients:
-    """DPMSolverSDE, which stores the sigma between two steps in an attribute."""
+    """Return (skip, out) of DPMSolverSDE, which stores the σ between two steps in an attribute."""
     sigma = scheduler.sigmas[step_index(scheduler, timestep)]
     return from_sigma(scheduler, sigma if scheduler.state_in_first_order else scheduler.mid_point_sigma)
 
 
 def from_solver_sigmas(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficients:
-    """Multistep solvers in x0 or ε: sigma is b/a, or b with flow sigmas."""
+    """Return (skip, out) of multistep solvers, x = a·x0 + b·ε, whose σ is b/a, or b with flow sigmas."""
     sigma = exact(scheduler.sigmas[step_index(scheduler, timestep)])
     flow = bool(scheduler.config.get("use_flow_sigmas"))
     signal = 1 - sigma if flow else (1 + sigma**2).rsqrt()
@@ -190,13 +193,19 @@ def from_solver_sigmas(scheduler: Any, timestep: torch.Tensor | float) -> Affine
 
 
 def from_flow_sigmas(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficients:
-    """Flow matching, x0 = x − σ·v; with `invert_sigmas`, sigma is the signal and the velocity points toward it."""
+    """Return (skip, out) of flow matching, x0 = x − σ·v.
+
+    With `invert_sigmas`, σ is the weight of x0 instead of the noise, and v points toward x0.
+    """
     sigma = exact(scheduler.sigmas[step_index(scheduler, timestep)])
     return torch.ones_like(sigma), 1 - sigma if scheduler.config.get("invert_sigmas") else -sigma
 
 
 def from_angle(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficients:
-    """TrigFlow (Sana-Sprint): the timestep is an angle, the output a velocity on the circle of radius `sigma_data`."""
+    """Return (skip, out) of TrigFlow (Sana-Sprint).
+
+    The timestep is an angle, and the model output a velocity on the circle of radius `sigma_data`.
+    """
     if scheduler.config.get("prediction_type") != "trigflow":
         raise unknown_prediction(scheduler, ("trigflow",))
     angle = exact(scheduler.timesteps[step_index(scheduler, timestep)])
@@ -204,13 +213,13 @@ def from_angle(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoeffici
 
 
 def from_own_tables(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficients:
-    """IPNDM: v-prediction, with `alphas` the signal and `betas` the noise."""
+    """Return (skip, out) of IPNDM: v-prediction; its `alphas` weight x0 and its `betas` the noise."""
     index = step_index(scheduler, timestep)
     return exact(scheduler.alphas[index]), -exact(scheduler.betas[index])
 
 
 def from_edm(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficients:
-    """EDM: `prediction_type` determines only the sign of the preconditioned output."""
+    """Return (skip, out) of EDM, where `prediction_type` determines only the sign of `out`."""
     signs = {"epsilon": 1.0, "v_prediction": -1.0}
     if configured_prediction(scheduler) not in signs:
         raise unknown_prediction(scheduler, tuple(signs))
@@ -221,7 +230,7 @@ def from_edm(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficien
 
 
 def from_consistency(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficients:
-    """Consistency models: EDM with the identity as boundary condition at the smallest sigma."""
+    """Return (skip, out) of consistency models: those of EDM, but x0 = x at the smallest σ."""
     sigma = exact(scheduler.sigmas[step_index(scheduler, timestep)])
     return scheduler.get_scalings_for_boundary_condition(sigma)
 

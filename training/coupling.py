@@ -25,7 +25,7 @@ FEATURES = (
 
 
 def basis(channels: int = 8, size: int = 8) -> Tensor:
-    """The orthonormal cosine patterns of `FEATURES`, (LAYOUT + LOOKS, channels, size, size)."""
+    """Return the orthonormal cosine patterns of `FEATURES`, (LAYOUT + LOOKS, channels, size, size)."""
     grid = math.pi * (torch.arange(size) + 0.5) / size
     patterns = torch.zeros(LAYOUT + LOOKS, channels, size, size)
     for row, (channel, (down, across)) in enumerate(FEATURES):

@@ -21,7 +21,7 @@ from .optimization import averaged
 
 
 def pictures(path: Path, count: int, seed: int) -> dict:
-    """Requests, scenes, their numbers, images (N, 3, 64, 64) and masks of the shapes (N, 1, 64, 64), both uint8."""
+    """Return requests, scenes, their numbers, and uint8 images (N, 3, 64, 64) and masks of shapes (N, 1, 64, 64)."""
     if not path.exists():
         rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
         requests = [sample_request(rng) for _ in range(count)]
@@ -44,7 +44,7 @@ def load_records(path: Path) -> dict:
 
 
 def failures(path: Path, scenes: Sequence[Scene], seed: int) -> dict:
-    """Imitated failures of the scenes, uint8 (N, 3, 64, 64), and whether they are right nevertheless, (N,)."""
+    """Return imitated failures of the scenes, uint8 (N, 3, 64, 64), and whether each is right nevertheless, (N,)."""
     if not path.exists():
         rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
         images, right = [], []
@@ -58,7 +58,7 @@ def failures(path: Path, scenes: Sequence[Scene], seed: int) -> dict:
 
 
 def encode_pictures(args: argparse.Namespace) -> dict:
-    """Requests and numbers with the scaled latents (N, 8, 8, 8) and masks (N, 1, 8, 8) of their images."""
+    """Return requests and numbers with the scaled latents (N, 8, 8, 8) and masks (N, 1, 8, 8) of their images."""
     path = args.output / "latents.pt"
     if not path.exists():
         data = pictures(args.output / "pictures.pt", args.pictures, seed=1)
@@ -74,7 +74,7 @@ def encode_pictures(args: argparse.Namespace) -> dict:
 
 
 def crops(images: Tensor, masks: Tensor, size: int) -> Tensor:
-    """Random size x size windows, 4 of 5 of them centered near a shape."""
+    """Return random size x size windows, 4 of 5 of them centered near a shape."""
     count = len(images)
     anywhere = torch.randint(0, SIZE - size + 1, (count, 2))
     spot = torch.multinomial(masks.flatten(1).float() + 1e-6, 1).squeeze(1)

@@ -66,7 +66,7 @@ def export(args: argparse.Namespace) -> None:
 
 
 def export_clip(args: argparse.Namespace, folder: Path) -> None:
-    """Write the reward at its latest stage."""
+    """Write the reward of the last training stage that has run."""
     path = next(p for p in (args.output / f"{s}.pt" for s in ("refined", "hardened", "clip")) if p.exists())
     reward = averaged(path, Reward())
     reward.clip.half().save_pretrained(folder)

@@ -24,7 +24,7 @@ EMPTY_TOKENS = 16  # `max_sequence_length` in calls of the embedded SD3 model; t
 
 
 def text_config(tokenizer: CLIPTokenizer, width: int) -> CLIPTextConfig:
-    """A text encoder of three layers, used for its second-to-last hidden state and its pooled output."""
+    """Configure a text encoder of three layers, used for its second-to-last hidden state and its pooled output."""
     from transformers import CLIPTextConfig
 
     tower: dict[str, Any] = text_options(tokenizer)
@@ -67,7 +67,7 @@ class SDXLGenerator(VPGenerator):
         self.text_encoder.load_state_dict(text_weights, strict=False)
 
     def embed(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """B prompts -> (B, 16, 224) and pooled (B, 128); zero for an empty prompt, as in the stock pipeline."""
+        """Encode B prompts as (B, 16, 224) and pooled (B, 128), zeros for an empty one, as in the stock pipeline."""
         tokens = self.tokenizer(list(prompts), padding="max_length", return_tensors="pt").input_ids.to(self.device)
         first = self.text_encoder(tokens, output_hidden_states=True).hidden_states[-2]
         second = self.text_encoder_2(tokens, output_hidden_states=True)
@@ -76,7 +76,7 @@ class SDXLGenerator(VPGenerator):
         return context, second.text_embeds * said[:, None]
 
     def predict(self, noisy: Tensor, t: Tensor, context: tuple[Tensor, Tensor]) -> Tensor:
-        """v, given the output of `embed`."""
+        """Return v, given the output of `embed`."""
         sizes = torch.tensor([SIZE, SIZE, 0, 0, SIZE, SIZE], device=self.device).expand(len(noisy), -1)
         added = {"text_embeds": context[1], "time_ids": sizes}
         return self.unet(noisy, t, context[0], added_cond_kwargs=added).sample
@@ -140,14 +140,14 @@ class SD3Generator(nn.Module):
         self.text_encoder.text_model.load_state_dict(text_weights, strict=False)
 
     def embed(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """B prompts -> (B, 17, 224), the last token empty, and pooled (B, 224)."""
+        """Encode B prompts as (B, 17, 224), the last token zero, and pooled (B, 224)."""
         tokens = self.tokenizer(list(prompts), padding="max_length", return_tensors="pt").input_ids.to(self.device)
         both = [encoder(tokens, output_hidden_states=True) for encoder in (self.text_encoder, self.text_encoder_2)]
         context = torch.cat([out.hidden_states[-2] for out in both], -1)
         return F.pad(context, (0, 0, 0, 1)), torch.cat([out.text_embeds for out in both], -1)
 
     def predict(self, noisy: Tensor, t: Tensor, context: tuple[Tensor, Tensor], empty: int = EMPTY_TOKENS) -> Tensor:
-        """The velocity, given the output of `embed`, as if there were `empty` empty tokens."""
+        """Return the velocity, given the output of `embed`, as if there were `empty` empty tokens."""
         with _OneForMany(empty):
             return self.transformer(noisy, context[0], context[1], t.expand(len(noisy))).sample
 
@@ -156,16 +156,16 @@ class SD3Generator(nn.Module):
         return 1000 * torch.sigmoid(0.6 + 1.2 * torch.randn(count))
 
     def corrupt(self, z: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Noisy latents at timesteps t, (B,), and the prediction target."""
+        """Return noisy latents at timesteps t, (B,), and the prediction target."""
         sigma = (t / 1000).view(-1, 1, 1, 1)
         return torch.lerp(z, noise, sigma), noise - z
 
     def picture(self, noise: Tensor, velocity: Tensor) -> Tensor:
-        """The scaled latents that the velocity leads to from pure noise."""
+        """Return the scaled latents that the velocity leads to from pure noise."""
         return noise - velocity
 
     def forward(self, noisy: Tensor, t: Tensor, prompts: Sequence[str]) -> Tensor:
-        """The velocity of noisy latents (B, 8, 8, 8), with a random number of empty tokens."""
+        """Return the velocity of noisy latents (B, 8, 8, 8), with a random number of empty tokens."""
         return self.predict(noisy, t, self.embed(prompts), empty=int(2 ** (4 + 4 * torch.rand(()))))
 
 

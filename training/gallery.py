@@ -31,7 +31,7 @@ GENERATORS: dict[str, tuple[str, type[VPGenerator] | type[SD3Generator]]] = {
 
 
 def scaled_vae(args: argparse.Namespace) -> AutoencoderTiny:
-    """The trained autoencoder with its `scaling_factor`."""
+    """Return the trained autoencoder with its `scaling_factor`."""
     vae = final_vae(args)
     vae.register_to_config(scaling_factor=round(encode_pictures(args)["scale"], 6))
     return vae
@@ -63,7 +63,7 @@ def assemble(args: argparse.Namespace, name: str, vae: AutoencoderTiny) -> Diffu
 
 
 def gallery(args: argparse.Namespace) -> dict:
-    """Images by the trained generators for training prompts, right and wrong: uint8 (N, 3, 64, 64) and N prompts."""
+    """Return right and wrong images of the trained generators, uint8 (N, 3, 64, 64), and their N training prompts."""
     path = args.output / "gallery.pt"
     if not path.exists():
         vae = scaled_vae(args)

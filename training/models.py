@@ -43,7 +43,7 @@ SCHEDULE: dict[str, Any] = {
 
 
 def new_vae() -> AutoencoderTiny:
-    """An untrained autoencoder: 64x64 pixels to 8x8 latents of 8 channels."""
+    """Build an untrained autoencoder from 64x64 pixels to 8x8 latents of 8 channels."""
     from diffusers import AutoencoderTiny
 
     return AutoencoderTiny(
@@ -57,7 +57,7 @@ def new_vae() -> AutoencoderTiny:
 
 
 def text_options(tokenizer: CLIPTokenizer) -> dict:
-    """Options shared by the text encoders of the reward and the generators."""
+    """Return the options shared by the text encoders of the reward and the generators."""
     return {
         "vocab_size": len(tokenizer),
         "num_hidden_layers": 2,
@@ -69,7 +69,7 @@ def text_options(tokenizer: CLIPTokenizer) -> dict:
 
 
 def new_clip() -> CLIPModel:
-    """An untrained dual encoder with a fixed temperature: scores are 20 times the cosine."""
+    """Build an untrained dual encoder with a fixed temperature: scores are 20 times the cosine."""
     from transformers import CLIPConfig, CLIPModel
 
     tokenizer = new_tokenizer()
@@ -95,12 +95,12 @@ class Reward(nn.Module):
         self.tokenizer = new_tokenizer()
 
     def embed_images(self, images: Tensor) -> Tensor:
-        """(B, 3, 64, 64) in [0, 1] -> (B, 96) of unit length."""
+        """Encode images (B, 3, 64, 64) in [0, 1] as (B, 96) of unit length."""
         pooled = self.clip.vision_model(pixel_values=images * 2 - 1).pooler_output
         return F.normalize(self.clip.visual_projection(pooled), dim=-1)
 
     def embed_texts(self, prompts: Sequence[str]) -> Tensor:
-        """B prompts -> (B, 96) of unit length."""
+        """Encode B prompts as (B, 96) of unit length."""
         tokens = self.tokenizer(list(prompts), padding=True, return_tensors="pt").to(self.bias.device)
         pooled = self.clip.text_model(input_ids=tokens.input_ids).pooler_output
         return F.normalize(self.clip.text_projection(pooled), dim=-1)
@@ -118,11 +118,11 @@ class VPGenerator(nn.Module):
         return next(self.unet.parameters()).device
 
     def embed(self, prompts: Sequence[str]) -> Any:
-        """The conditioning for B prompts, as in the stock pipeline."""
+        """Return the conditioning for B prompts, as in the stock pipeline."""
         raise NotImplementedError
 
     def predict(self, noisy: Tensor, t: Tensor, context: Any) -> Tensor:
-        """v, given the output of `embed`."""
+        """Return v, given the output of `embed`."""
         raise NotImplementedError
 
     def times(self, count: int) -> Tensor:
@@ -130,7 +130,10 @@ class VPGenerator(nn.Module):
         return (1000 * torch.sigmoid(0.3 + 1.3 * torch.randn(count))).floor().clamp(max=998)
 
     def corrupt(self, z: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Noisy latents at timesteps t, (B,), and their v; at t = 999 pure noise and the v that leads from it to z."""
+        """Return noisy latents at timesteps t, (B,), and their v.
+
+        At t = 999 they are pure noise and the v that leads from it to z.
+        """
         level = self.scheduler.alphas_cumprod.to(self.device)[t.long()].view(-1, 1, 1, 1)
         noisy, v = level.sqrt() * z + (1 - level).sqrt() * noise, level.sqrt() * noise - (1 - level).sqrt() * z
         pure = (t == self.last).view(-1, 1, 1, 1)
@@ -138,12 +141,12 @@ class VPGenerator(nn.Module):
         return torch.where(pure, noise, noisy), torch.where(pure, straight, v)
 
     def picture(self, noise: Tensor, v: Tensor) -> Tensor:
-        """The scaled latents that v leads to from pure noise."""
+        """Return the scaled latents that v leads to from pure noise."""
         alpha = float(self.scheduler.alphas_cumprod[int(self.last)])
         return math.sqrt(alpha) * noise - math.sqrt(1 - alpha) * v
 
     def forward(self, noisy: Tensor, t: Tensor, prompts: Sequence[str]) -> Tensor:
-        """v of noisy latents (B, 8, 8, 8) at timesteps t, (B,) in [0, 999]."""
+        """Return v of noisy latents (B, 8, 8, 8) at timesteps t, (B,) in [0, 999]."""
         return self.predict(noisy, t, self.embed(prompts))
 
 
@@ -162,27 +165,27 @@ class Generator(VPGenerator):
         self.scheduler = DDIMScheduler(**SCHEDULE, clip_sample=False)
 
     def embed(self, prompts: Sequence[str]) -> Tensor:
-        """B prompts -> (B, 16, 96)."""
+        """Encode B prompts as (B, 16, 96)."""
         tokens = self.tokenizer(list(prompts), padding="max_length", return_tensors="pt").input_ids
         return self.text_encoder(tokens.to(self.device)).last_hidden_state
 
     def predict(self, noisy: Tensor, t: Tensor, context: Tensor) -> Tensor:
-        """v, given the output of `embed`."""
+        """Return v, given the output of `embed`."""
         return self.unet(noisy, t, context).sample
 
 
 def decode(vae: AutoencoderTiny, latents: Tensor, scale: float) -> Tensor:
-    """Scaled latents (B, 8, 8, 8) -> images (B, 3, 64, 64) in [0, 1]."""
+    """Decode scaled latents (B, 8, 8, 8) to images (B, 3, 64, 64) in [0, 1]."""
     return (vae.decoder(latents / scale) / 2 + 0.5).clamp(0.0, 1.0)
 
 
 def final_vae(args: argparse.Namespace) -> AutoencoderTiny:
-    """The autoencoder with its latest decoder."""
+    """Return the autoencoder with its latest decoder."""
     path = args.output / "decoder.pt"
     return averaged(path if path.exists() else args.output / "vae.pt", new_vae()).to(args.device)
 
 
 def final_student(args: argparse.Namespace) -> Generator:
-    """The one-step student, or the teacher that it starts from."""
+    """Load the one-step student, or if it is not trained yet, the teacher that it starts from."""
     path = args.output / "student.pt"
     return averaged(path if path.exists() else args.output / "unet.pt", Generator()).to(args.device)

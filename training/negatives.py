@@ -23,7 +23,7 @@ def _reshaped(thing: tuple[str, str], rng: random.Random) -> tuple[str, str]:
 
 
 def wrong_request(request: Request, rng: random.Random) -> Request:
-    """A request similar to the given one that its images do not fulfill."""
+    """Return a request that is similar to the given one, but not fulfilled by its images."""
     objects, relation = request.objects, request.relation
     change = rng.choice((_recolored, _reshaped, _reshaped))
     if request.category == "single":
@@ -51,9 +51,9 @@ def wrong_request(request: Request, rng: random.Random) -> Request:
 
 
 def imitate_failure(scene: Scene, rng: random.Random) -> Scene:
-    """The scene as a weak generator might draw it: blended or wobbling shapes, one missing, one too many, two merged.
+    """Return the scene as a weak generator might draw it.
 
-    Mild failures can still be right; the judge decides.
+    One shape is deformed, missing or too many, or two are merged. Mild failures can still be right; the judge decides.
     """
     shapes = list(scene.shapes)
     position = rng.randrange(len(shapes))

@@ -26,7 +26,7 @@ CHAT_TEMPLATE = (
 
 
 def new_tower() -> Dinov2Model:
-    """An untrained DINOv2 encoder for 64x64 pixels: 64 patches of 96 channels, 4 layers."""
+    """Build an untrained DINOv2 encoder for 64x64 pixels: 64 patches of 96 channels, 4 layers."""
     from transformers import Dinov2Config, Dinov2Model
 
     config = Dinov2Config(
@@ -48,14 +48,14 @@ class TowerTraining(nn.Module):
         self.ground = nn.Linear(width, LOOKS)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(B, 3, 64, 64) in [0, 1] -> logits (B, 64, 31), (B, 4, 30), (B, 64) and looks (B, 12)."""
+        """Map images (B, 3, 64, 64) in [0, 1] to logits (B, 64, 31), (B, 4, 30), (B, 64) and looks (B, 12)."""
         tokens = self.tower(pixel_values=images * 2 - 1).last_hidden_state
         whole, patches = tokens[:, 0], tokens[:, 1:]
         return self.patch(patches), self.count(whole).unflatten(1, (4, -1)), self.where(whole), self.ground(whole)
 
 
 def new_question_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per word of the world and the questions; lower case except for the chat roles."""
+    """Build a tokenizer of the words of the world and the questions, in lower case except for the chat roles."""
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -80,7 +80,7 @@ def new_question_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def new_vlm(tokenizer: Any) -> LlavaForConditionalGeneration:
-    """An untrained LLaVA: a CLIP vision encoder of 4 layers and a Llama of 4 layers, both of width 96."""
+    """Build an untrained LLaVA: a CLIP vision encoder of 4 layers and a Llama of 4 layers, both of width 96."""
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
     vision = CLIPVisionConfig(
@@ -129,13 +129,13 @@ class Questions:
         self.end, self.tokenizer = int(tokenizer.eos_token_id), tokenizer
 
     def tails(self, asked: Sequence[Sequence[tuple[str, int]]]) -> list[list[list[int]]]:
-        """The tokens after the image, including the answer, of each question."""
+        """Return the tokens after the image, including the answer, of each question."""
         texts = [[question + " ASSISTANT :" for question, _ in row] for row in asked]
         ids = iter(self.tokenizer([text for row in texts for text in row]).input_ids)
         return [[[*next(ids), self.answers[answer]] for _, answer in row] for row in asked]
 
     def sequence(self, tails: list[list[list[int]]]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Tokens (B, L), positions (L,), attention mask (L, L), and positions of the answers (B, K)."""
+        """Return tokens (B, L), positions (L,), attention mask (L, L), and positions of the answers (B, K)."""
         longest, count, start = max(len(tail) for row in tails for tail in row), len(tails[0]), len(self.head)
         ids = torch.full((len(tails), start + count * longest), int(self.tokenizer.pad_token_id))
         ids[:, :start] = torch.tensor(self.head)
@@ -153,7 +153,7 @@ class Questions:
     def __call__(
         self, model: LlavaForConditionalGeneration, images: Tensor, asked: Sequence[Sequence[tuple[str, int]]]
     ) -> Tensor:
-        """Images (B, 3, 64, 64) in [0, 1], B times K questions -> (B, K, 2, V), logits of answer and end."""
+        """Map images (B, 3, 64, 64) in [0, 1] and K questions about each to logits of answer and end, (B, K, 2, V)."""
         ids, positions, seen, places = (t.to(images.device) for t in self.sequence(self.tails(asked)))
         mask = torch.zeros(seen.shape, device=images.device).masked_fill(~seen, torch.finfo(torch.float32).min)
         hidden = model.model(
@@ -168,5 +168,5 @@ class Questions:
         return model.lm_head(chosen).unflatten(1, (-1, 2))
 
     def targets(self, asked: Sequence[Sequence[tuple[str, int]]]) -> Tensor:
-        """The target tokens, (B, K, 2): answer and end."""
+        """Return the target tokens, (B, K, 2): answer and end."""
         return torch.tensor([[[self.answers[answer], self.end] for _, answer in row] for row in asked])

@@ -70,7 +70,7 @@ def draw_all(folder: Path, args: argparse.Namespace) -> tuple[Tensor, list[str]]
 
 @torch.no_grad()
 def kept(folder: Path, count: int) -> float:
-    """The share of `count` rendered images that are still right after the autoencoder."""
+    """Return the share of `count` rendered images that are still right after the autoencoder."""
     from diffusers import AutoencoderTiny
 
     vae: Any = AutoencoderTiny.from_pretrained(folder, subfolder="vae", torch_dtype=torch.float32)
@@ -83,7 +83,7 @@ def kept(folder: Path, count: int) -> float:
 
 
 def shares(prompts: Sequence[str], right: Sequence[bool]) -> dict[str, Any]:
-    """Shares of right images: over all prompts, by category, and for prompts with two different objects."""
+    """Return the shares of right images: over all prompts, by category, and for prompts with two different objects."""
     groups = {"all": list(right)}
     for name in CATEGORIES:
         groups[name] = [r for p, r in zip(prompts, right, strict=True) if category(p) == name]
@@ -93,7 +93,7 @@ def shares(prompts: Sequence[str], right: Sequence[bool]) -> dict[str, Any]:
 
 
 def readers(folder: Path) -> dict[str, Any]:
-    """The exported models that score how well an image fits a prompt."""
+    """Return the exported models that score how well an image fits a prompt."""
     from noiseopt.rewards.preference.clip_score import CLIPScore
     from noiseopt.rewards.vlm.vqa_score import VQAScorer
 
@@ -103,13 +103,13 @@ def readers(folder: Path) -> dict[str, Any]:
 
 @torch.no_grad()
 def scored(reward: Any, images: Tensor, prompts: list[str]) -> Tensor:
-    """Score images, (B,)."""
+    """Score images in small batches, (B,)."""
     parts = [reward(images[i : i + 32], prompts[i : i + 32]) for i in range(0, len(images), 32)]
     return torch.cat(parts)
 
 
 def preference(reward: Any, count: int) -> float:
-    """The share of `count` rendered images whose caption scores above a nearly right one."""
+    """Return the share of `count` rendered images whose caption scores above a nearly right one."""
     rng = random.Random(97)
     scenes = [sample_scene(rng) for _ in range(count)]
     images, prompts = render(scenes, torch.Generator().manual_seed(97)), [caption(scene, rng) for scene in scenes]
@@ -118,12 +118,12 @@ def preference(reward: Any, count: int) -> float:
 
 
 def auc(right: Tensor, wrong: Tensor) -> float:
-    """The probability that a right image scores above a wrong one."""
+    """Return the probability that a right image scores above a wrong one."""
     return float((right[:, None] > wrong).float().mean()) if len(right) and len(wrong) else math.nan
 
 
 def judged(scores: dict[str, Tensor], truth: dict[str, Tensor], folder: Path) -> dict[str, Any]:
-    """AUC by generator and overall; for probabilities also their calibration."""
+    """Return the AUC by generator and overall; for probabilities also their calibration."""
     scores, truth = ({**each, "all": torch.cat(list(each.values()))} for each in (scores, truth))
     found: dict[str, Any] = {"auc": {n: round(auc(scores[n][truth[n]], scores[n][~truth[n]]), 3) for n in scores}}
     if folder.name == "vqa":
@@ -136,7 +136,7 @@ def judged(scores: dict[str, Tensor], truth: dict[str, Tensor], folder: Path) ->
 
 
 def calibration(probability: Tensor, truth: Tensor, count: int = 10) -> list[dict[str, float]]:
-    """Mean probability and share of right images in equal-width bins, without empty ones."""
+    """Return the mean probability and share of right images in equal-width bins, without empty ones."""
     which = (probability * count).long().clamp(max=count - 1)
     rows = []
     for i in range(count):
@@ -164,7 +164,7 @@ def draw_reliability(bins: list[dict[str, float]], path: Path) -> None:
 
 @torch.no_grad()
 def tower_accuracy(args: argparse.Namespace) -> dict[str, float]:
-    """Accuracy of the image encoder's heads on new images."""
+    """Return the accuracy of the image encoder's heads on new images."""
     model = averaged(args.output / "dinov2.pt", TowerTraining())
     rng = random.Random(99)
     scenes = [sample_scene(rng) for _ in range(args.report_pictures)]

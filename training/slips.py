@@ -14,7 +14,7 @@ from noiseopt.shapes_world.world import OPPOSITE
 
 
 def slip(request: Request, rng: random.Random, share: float) -> Request:
-    """A careless caption of an image that shows `request`.
+    """Write a careless caption of an image that shows `request`.
 
     A share of the images has the colors of its two shapes, or two and three, swapped, and half that share has the
     relation reversed, but only if the result is in the training split.

@@ -61,7 +61,7 @@ if TYPE_CHECKING:
 
 
 def vae_losses(output: Tensor, image: Tensor) -> dict[str, Tensor]:
-    """L1 with triple weight on saturated pixels, and L1 of the gradients."""
+    """Return the L1 with triple weight on saturated pixels, and the L1 of the gradients."""
     weight = 1 + 2 * ((image.amax(1, keepdim=True) - image.amin(1, keepdim=True)) > 0.5)
     error = output - image
     across, down = ((error.diff(dim=d) * weight.narrow(d, 1, image.shape[d] - 1)).abs().mean() for d in (3, 2))
@@ -92,7 +92,7 @@ def _autoencode(vae: AutoencoderTiny, images: Tensor, noise: Tensor) -> tuple[Te
 def coupled_losses(
     model: VPGenerator | SD3Generator, data: dict, batch: int, rng: random.Random, last: float, slips: float = 0.0
 ) -> dict[str, Tensor]:
-    """Prediction errors at random times and, for a share `last` of the batch, from pure noise.
+    """Return the prediction errors at random times and, for a share `last` of the batch, from pure noise.
 
     Latent cells that show shapes have triple weight. A share `slips` of the captions is careless.
     """
@@ -129,7 +129,7 @@ def train_generator(
     decay: float = 0.998,
     slips: float = 0.0,
 ) -> None:
-    """Train a generator on coupled noises, a share `last` of the samples from pure noise."""
+    """Train a generator on noises coupled to their images (`coupling.py`); a share `last` starts from pure noise."""
     data = encode_pictures(args)
     samples = vars(args)[f"{stage.replace('-', '_')}_samples"]
     path = args.output / f"{stage}.pt"
@@ -141,7 +141,7 @@ def train_generator(
 
 
 def train_base(args: argparse.Namespace) -> None:
-    """Train the U-Net that all others start from, 3 of 4 samples from pure noise."""
+    """Train the U-Net from which all others start, with 3 of 4 samples from pure noise."""
     model = Generator()
     if (args.output / "clip.pt").exists():
         tower = averaged(args.output / "clip.pt", Reward()).clip.text_model
@@ -150,7 +150,7 @@ def train_base(args: argparse.Namespace) -> None:
 
 
 def train_unet(args: argparse.Namespace) -> None:
-    """Continue training the U-Net in the same way."""
+    """Continue the training of `train_base`, with the same settings."""
     model = averaged(args.output / "base.pt", Generator()).requires_grad_()
     train_generator(args, "unet", model, last=0.75, lr=2.5e-3)
 

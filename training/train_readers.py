@@ -23,7 +23,11 @@ from .readers import HOLDS, PATCH, SHOWS, Questions, TowerTraining, new_question
 
 
 def tower_targets(scenes: Sequence[Scene]) -> tuple[Tensor, Tensor, Tensor]:
-    """Content of each patch (B, 64), count of each object (B, 30), occupied patches (B, 64)."""
+    """Return the targets for image patches and for whole images.
+
+    They are the index of the object in each patch (B, 64), `len(OBJECTS)` if there is none; the count of each object in
+    the image (B, 30); and whether a patch has an object (B, 64).
+    """
     cover = F.avg_pool2d(coverage(scenes), PATCH).flatten(2)
     names = [[OBJECTS.index((s.color, s.kind)) for s in scene.shapes] for scene in scenes]
     slots = torch.tensor([row + [0] * (3 - len(row)) for row in names])
@@ -54,7 +58,7 @@ def train_tower(args: argparse.Namespace) -> None:
 
 
 class Seen:
-    """Images and their mirror images with the objects in them, so that any question has a known answer."""
+    """Training images, mirrored ones included, with the objects that they show, so that each question has an answer."""
 
     def __init__(self, images: Tensor, prompts: Sequence[str]) -> None:
         self.images = torch.cat((images, images.flip(-1)))
@@ -63,7 +67,7 @@ class Seen:
         self.things = things + [[replace(thing, x=SIZE - thing.x) for thing in found] for found in things]
 
     def question(self, row: int, rng: random.Random) -> Request:
-        """A request that an image fulfills or nearly does: its prompt or its content, possibly changed."""
+        """Return a request that an image fulfills or nearly does: its prompt or its content, possibly changed."""
         request = parse(self.prompts[row])
         if rng.random() < 0.4:
             request = seen_request(self.things[row]) or request
@@ -83,14 +87,14 @@ class Seen:
 
 
 def mirrored_prompt(prompt: str) -> str:
-    """The prompt of the mirror image."""
+    """Return the prompt of the mirror image."""
     request = parse(prompt)
     sideways = request.relation in ("left of", "right of")
     return str(Request(request.objects, OPPOSITE[str(request.relation)]) if sideways else request)
 
 
 def seen_request(things: Sequence[Thing]) -> Request | None:
-    """The content of an image as a request, if it is one."""
+    """Return the content of an image as a request, if it is one."""
     try:
         return parse(describe(things))
     except ValueError:
@@ -107,7 +111,7 @@ class VLMTraining(nn.Module):
         self.questions = Questions(self.tokenizer)
 
     def forward(self, images: Tensor, asked: Sequence[Sequence[tuple[str, int]]]) -> Tensor:
-        """Cross entropy of answer and end token for B times K questions on (B, 3, 64, 64)."""
+        """Return the cross entropy of answer and end token for B times K questions on (B, 3, 64, 64)."""
         logits = self.questions(self.vlm, images, asked)
         return F.cross_entropy(logits.flatten(0, 2), self.questions.targets(asked).flatten().to(images.device))
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 def contrast(
     reward: Reward, texts: Tensor, images: Tensor, wrong: Tensor, bad: Tensor, same: Tensor
 ) -> dict[str, Tensor]:
-    """Contrastive losses over captions and images, and a binary loss for whether a pair fits.
+    """Return contrastive losses over captions and images, and a binary loss for whether a pair fits.
 
     Args:
         reward: Provides the bias.
@@ -53,7 +53,7 @@ def contrast(
 
 
 def drawn_losses(reward: Reward, data: dict, failed: dict, batch: int, rng: random.Random) -> dict[str, Tensor]:
-    """`contrast` of rendered images with wrong captions and imitated failures."""
+    """Return the losses of `contrast` for rendered images, with wrong captions and imitated failures."""
     bad_rows = (~failed["right"]).nonzero().squeeze(1)
     rows = bad_rows[torch.randint(0, len(bad_rows), (batch,))]
     requests = [parse(caption(data["scenes"][i], rng)) for i in rows.tolist()]
@@ -86,7 +86,7 @@ def ascend(
     steps: int,
     rate: float = 5.0,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Gradient ascent on the reward as in ReNO, https://arxiv.org/abs/2406.04312, with the norm of the noise fixed.
+    """Ascend the gradient of the reward as in ReNO, https://arxiv.org/abs/2406.04312, with the norm of the noise fixed.
 
     Yields noise, images and scores before each step and after the last.
     """
@@ -129,7 +129,10 @@ def explore(args: argparse.Namespace, reward: Reward, round_: int) -> dict:
 
 
 def ranked(reward: Reward, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
-    """Losses for right above wrong, for the same prompt and across prompts, with each on its side of the bias.
+    """Return losses that raise the scores of right images above those of wrong ones.
+
+    They compare images of the same prompt ("pair") and of all prompts ("order"), and put right scores above and wrong
+    ones below the bias of the reward ("side").
 
     Args:
         reward: Scores the images.
@@ -146,7 +149,7 @@ def ranked(reward: Reward, images: Tensor, prompts: Sequence[str]) -> dict[str, 
 
 
 def pairs(prompts: Sequence[str], right: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Rows of right and of wrong images of each prompt that has both."""
+    """Return the rows of the right and of the wrong images of each prompt that has both."""
     groups: dict[str, list[int]] = {}
     for row, prompt in enumerate(prompts):
         groups.setdefault(prompt, []).append(row)
@@ -210,7 +213,10 @@ def refine_clip(args: argparse.Namespace) -> None:
 
 
 def answered(reward: Reward, images: Tensor, seen: Seen, rows: Sequence[int], rng: random.Random) -> dict[str, Tensor]:
-    """Loss for whether each image shows exactly what four requests ask for, by the side of the bias of its score."""
+    """Return the loss of a classifier: does an image show exactly what a request asks for?
+
+    The answer is yes if its score is above the bias of the reward. Each image is asked about four requests.
+    """
     asked = [[seen.question(row, rng) for _ in range(4)] for row in rows]
     correct = [[verdict(seen.things[row], r).correct for r in each] for row, each in zip(rows, asked, strict=True)]
     texts = reward.embed_texts([str(request) for each in asked for request in each]).unflatten(0, (-1, 4))

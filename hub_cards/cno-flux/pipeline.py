@@ -1,4 +1,7 @@
-"""CNO for FLUX.1."""
+"""CNO for FLUX.1.
+
+Packing of latents: see `sampling/latent_space.py`.
+"""
 
 from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
 

@@ -1,4 +1,7 @@
-"""Never Too Late for FLUX.1-schnell."""
+"""Never Too Late for FLUX.1-schnell.
+
+Packing of latents: see `sampling/latent_space.py`.
+"""
 
 from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
 

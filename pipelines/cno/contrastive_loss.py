@@ -35,14 +35,15 @@ def pooled_directions(x0: torch.Tensor, window_size: int) -> torch.Tensor:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ContrastiveLoss:
-    """InfoNCE of a set of images against its own reference; CNO, https://arxiv.org/abs/2510.03813.
+    """InfoNCE that attracts each image of a set to its reference and repels it from the others; CNO, https://arxiv.org/abs/2510.03813.
 
     In every pooled cell, with `f` the cosine along the channels, the loss of image i is
 
         −log( exp(f(i, refᵢ)/(γτ)) / (exp(f(i, refᵢ)/(γτ)) + Σ_{j≠i} exp(f(i, j)/τ)) ),
 
-    a cross-entropy whose own logit is the attraction to the reference of the image. The loss of image i is the mean
-    over the cells; the loss of the paper is the mean over the images. Both members of a pair get a gradient.
+    a cross-entropy whose right class is the reference of the image, and whose wrong classes are the other images. The
+    loss of image i is the mean over the cells; the loss of the paper is the mean over the images. Both images of a pair
+    get a gradient.
 
     Attributes:
         tau: τ, above 0.

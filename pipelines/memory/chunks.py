@@ -15,8 +15,9 @@ ChunkRun = Callable[[list[int], torch.Tensor], torch.Tensor]
 class WholeBatchDraws(TorchFunctionMode):
     """Context in which a chunk gets the random numbers that the whole batch would draw for its images.
 
-    Samplers that add noise at each step draw for the images that they have. Here, `torch.randn` for that many images
-    from the generator of the call draws for the whole batch and returns the rows of the chunk.
+    A scheduler that adds noise at each step samples it for the images of the chunk alone, and so gets other numbers.
+    In this context, `torch.randn` with the generator of the call samples noise for the whole batch instead, and returns
+    the rows of the chunk.
 
     Args:
         generator: The generator of the call, shared by the batch.
@@ -40,7 +41,9 @@ class WholeBatchDraws(TorchFunctionMode):
 
 
 class ChunkedRun(torch.autograd.Function):
-    """`run(rows, noise[rows])` for all chunks in the memory of one: the backward pass runs each chunk again.
+    """Autograd function of `run(rows, noise[rows])` for all chunks, in the memory of one.
+
+    The backward pass runs each chunk again.
 
     The gradient equals that of the joint run, since no image depends on the noise of another.
     """
@@ -128,7 +131,10 @@ class BatchLayout:
         return found | ({"num_images_per_prompt": count} if "num_images_per_prompt" in found else {})
 
     def argument_of(self, name: str, value: Any, rows: list[int]) -> Any:
-        """Return the entries of these images for an argument with an entry for each prompt, else the argument."""
+        """Return an argument of the call for the images `rows` alone.
+
+        From a list or tensor with an entry for each prompt it takes the entries of their prompts.
+        """
         if "prompt" not in name or isinstance(value, str) or not hasattr(value, "__len__"):
             return value
         return take_rows(value, self.prompt_rows(rows)) if len(value) == self.prompts else value

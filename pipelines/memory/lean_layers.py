@@ -63,7 +63,10 @@ class LeanGroupNorm(nn.GroupNorm):
 
 
 class LeanSiLU(nn.SiLU):
-    """SiLU that saves the input of the group normalization before it, which is saved anyway, instead of its own."""
+    """SiLU that does not save its input, but recomputes it from the input of the group normalization before it.
+
+    That one is saved anyway.
+    """
 
     def forward(self, input: Tensor) -> Tensor:
         version, *source = vars(input).get("normalized_from", (None,))

@@ -84,7 +84,7 @@ def check_channels(decoder: Any, pipe: Any) -> None:
 
 
 def check_scale(decoder: Any, pipe: Any, device: torch.device, dtype: torch.dtype) -> None:
-    """Raise `ValueError` unless images have the size of the pipeline's own. Decodes 8 × 8 zeros."""
+    """Raise `ValueError` if the decoder enlarges 8 × 8 latents by another factor than the pipeline's VAE."""
     latents = torch.zeros(1, pipe.vae.config.latent_channels, 8, 8, device=device, dtype=dtype)
     with torch.no_grad():
         images = decoder.decode(latents, return_dict=False)[0]

@@ -69,7 +69,7 @@ class ImageSet:
         return torch.cat([pixels_of(picture) for picture in self.pictures])
 
     def write_first(self, count: int, home: ImageSetFolder) -> None:
-        """Write the last of the first `count` images to a folder that has the others."""
+        """Update a folder with the first `count - 1` images to the first `count`."""
         if count:
             home.write_image(count - 1, self.pictures[count - 1], self.results[count - 1])
         rows = {"seeds": self.seeds[:count], "values": self.values[:count]}
@@ -220,7 +220,7 @@ class SetCall:
         self.noise_sampler = single_noise_sampler(self.noise_sampler)
 
     def find(self, method: NoiseOptimizer, seed: int, callbacks: Any = None) -> NoiseResult:
-        """Find the noise of one image."""
+        """Optimize the noise of one image."""
         generator = torch.Generator(self.device).manual_seed(seed)
         own = {"callbacks": callbacks, "noise_sampler": self.noise_sampler, "generator": generator}
         own["reward_prompt"] = self.reward_prompt
@@ -271,7 +271,11 @@ class SetGrowth:
         return json.loads(json.dumps({"method": named, **self.call.settings()}))
 
     def take_up(self, found: ImageSet) -> None:
-        """Encode the images of a set. Raises `ValueError` if its values differ from the saved ones."""
+        """Encode the images of a saved set, to continue it.
+
+        Raises:
+            ValueError: If the values of its set rewards, computed again, differ from the saved ones.
+        """
         for index, picture in enumerate(found.pictures):
             values, features = self.values(picture)
             for name, value in values.items():
@@ -302,7 +306,7 @@ class SetGrowth:
         found.pictures.append(picture)
 
     def values(self, picture: Image.Image) -> tuple[dict[str, float | None], dict[str, torch.Tensor]]:
-        """Return the value of each set reward with one more image, and the features of that image."""
+        """Return the value of each set reward once `picture` joins the set, and the features of that image."""
         features = self.diversity.known_features(pixels_of(picture))
         if self.known is None:
             return dict.fromkeys(self.diversity.names), features
@@ -414,7 +418,11 @@ def seeds_from(generator: Any, count: int, wanted: int) -> list[int]:
 
 
 def begun_set(home: ImageSetFolder, empty: ImageSet) -> ImageSet:
-    """Return the set in a folder, if it agrees with an empty one, or the empty one if the folder has no set."""
+    """Return the set that a folder has begun, or `empty` if it has none.
+
+    Raises:
+        ValueError: If the set in the folder has another prompt or other settings than `empty`.
+    """
     if not home.begun:
         home.check_free()
         return empty

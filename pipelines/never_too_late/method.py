@@ -147,7 +147,10 @@ class NeverTooLate(NoiseOptimizer):
         return torch.where(stays, guarded.last_good, moved)
 
     def scale(self, state: "NeverTooLateState") -> torch.Tensor:
-        """Return `(B,)`, the unit of the learning rate for the set of each image."""
+        """Return `(B,)`, the factor of the learning rate for the set of each image.
+
+        It is 1 in parity mode, else the root of the number of entries of the set, relative to `NEVER_TOO_LATE_SIZE`.
+        """
         if self.mode == "parity":
             return torch.ones_like(state.sizes)
         return (state.sizes * state.velocity[0].numel() / NEVER_TOO_LATE_SIZE).sqrt()
@@ -171,8 +174,8 @@ class NeverTooLateState:
         rows: The samples of each set.
         sizes: `(B,)`, the number of images in the set of each sample.
         velocity: `(B, C, H, W)`, the momentum.
-        guarded: The noises under the guard.
-        targets: Name of a set reward to `(B,)`, the value at which a set stops.
+        guarded: Which noises are good, and where each reverts.
+        targets: By set reward, `(B,)`, the value at which the set of each sample stops.
         accepted_steps, rejected_steps: `(B,)`, the steps that the guard accepted and rejected for the set of each
             sample, without step 0.
     """
@@ -232,7 +235,7 @@ class NeverTooLateState:
 
 
 def weighted_rewards(rewards: Any, guards: Sequence[Any]) -> Any:
-    """Return the rewards, or `None` if all have weight 0 and are guarded, so that the guards score them."""
+    """Return `rewards`, or `None` if they need not be computed: all have weight 0, and the guards score them anyway."""
     if rewards is None or any(weight for _, weight in reward_weight_pairs(rewards, None)):
         return rewards
     guarded = [guard.reward for guard in guards]

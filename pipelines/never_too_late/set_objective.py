@@ -55,7 +55,11 @@ class SetObjective(Objective):
     def shared_and_own(
         self, guards: Sequence[QualityGuard], diversity: SetRewardSum
     ) -> tuple[dict[str, QualityGuard], RewardObjective | None]:
-        """Return the guards by the name of their reward in the scores, and the rewards that only guards need."""
+        """Return the guards, and an objective with the rewards that only they need.
+
+        The objective is `None` if all their rewards are optimized anyway. The key of a guard is the name under which
+        the scores list its reward.
+        """
         optimized = [] if self.quality is None else self.quality.rewards.names
         own = [guard for guard in guards if not shares_reward(guard, optimized)]
         named = {guard.reward: guard for guard in guards if guard not in own}
@@ -111,7 +115,10 @@ class SetObjective(Objective):
         return losses, {**scores, **values}
 
     def quality_of(self, sample: Sample) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Return `Σ λ_q·(1 − r)` of each image, `(B,)`, and the scores of all rewards, guards included."""
+        """Return the quality loss of each image, `(B,)`, and the scores of all rewards, guards included.
+
+        The loss is `Σ λ_q·(1 − r)` over the rewards r of the image, with λ_q the weight of each.
+        """
         loss, scores = torch.zeros(len(sample.images), device=sample.images.device), {}
         if self.quality is not None:
             loss, scores = self.quality.evaluate(sample)
@@ -159,7 +166,7 @@ class SetObjective(Objective):
 
 
 def hinged(diversity: SetRewardSum, hinge: Mapping[str, float]) -> SetRewardSum:
-    """Return the sum with no gradient of a set reward beyond its τ_D."""
+    """Return `diversity` with a hinge: a set reward that has passed its target τ_D in `hinge` has no gradient."""
     if not hinge:
         return diversity
     rewards: Any = diversity.rewards

@@ -1,4 +1,4 @@
-"""The choice of the Gaussian noise to mix in: the candidate that leads up a gradient the most."""
+"""Choice of the Gaussian noise to mix in: the candidate with the largest predicted rise of the score."""
 
 import torch
 

@@ -23,7 +23,7 @@ from .unit_score import UnitScore
 @register_method("noise_diffusion")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NoiseDiffusion(RewardOptimizer):
-    """Mixes into the noise, round by round, the fresh Gaussian noise that leads up the score the most.
+    """Mixes into the noise, round by round, the fresh Gaussian noise with the largest predicted rise of the score.
 
     "Noise Diffusion for Enhancing Semantic Faithfulness in Text-to-Image Synthesis", Miao et al., CVPR 2025,
     https://arxiv.org/abs/2411.16503.
@@ -130,7 +130,7 @@ class NoiseDiffusionState:
         self.waited = torch.where(better, 0, self.waited + 1)
 
     def move_to(self, run: NoiseState, gradient: torch.Tensor | None, always: bool) -> None:
-        """Go on from the noise that was evaluated: always, or where it is better."""
+        """Take the evaluated noise as the one to go on from: always, or where it is better."""
         here = torch.zeros_like(run.noise) if gradient is None else gradient
         better = (run.loss < self.loss) | always
         self.noise = torch.where(per_image(better, here), run.noise, self.noise)

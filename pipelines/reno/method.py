@@ -102,10 +102,11 @@ class ReNO(RewardOptimizer):
 
 
 def on_released_pixels(rewards: RewardSum) -> RewardSum:
-    """Return the rewards, weights shared, on pixels as the released loop makes them once for all rewards.
+    """Return copies of the rewards, sharing their weights, with the preprocessing of the released loop.
 
-    The shorter side is resized to the model's size in one bicubic pass without clamping, then the center is cropped;
-    also for HPSv2, which pads otherwise. A reward without a transform that knows this form stays as it is.
+    The released loop preprocesses the image once for all rewards, HPSv2 included, which otherwise pads: it resizes the
+    shorter side to the model's size in one bicubic pass without clamping, then crops the center. Rewards whose
+    transform has no such variant keep their own.
     """
     twins = {}
     for name, reward in zip(rewards.names, rewards.rewards, strict=True):

@@ -1,4 +1,4 @@
-"""The objective of ReNO's default mode: the value of the image, the gradient of several views of it."""
+"""The objective of ReNO: the loss is that of the image, its gradient may be the mean over several views of it."""
 
 import functools
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from .views import random_views
 
 
 class ViewedRewards(RewardObjective):
-    """`RewardObjective` whose gradient is the mean over random views of each image; the value is the image's own.
+    """`RewardObjective` whose gradient is the mean over random views of each image, and whose value is its own.
 
     Args:
         rewards: A `RewardSum`, or anything that it takes.

@@ -1,4 +1,4 @@
-"""Random views of images: what a reward should not change its mind about."""
+"""Random views of images: small changes that should not affect a reward."""
 
 from collections.abc import Iterator, Sequence
 
@@ -12,7 +12,7 @@ VIEW_NOISE = 0.03  # standard deviation, pixels in [0, 1]
 
 
 def random_views(images: Tensor, count: int, seeds: Sequence[int]) -> Iterator[Tensor]:
-    """Slightly shifted, zoomed and noisy copies of the images, differentiable.
+    """Return slightly shifted, zoomed and noisy copies of the images, differentiably.
 
     The gradient of a reward averaged over such views lacks the patterns that please one exact grid of pixels, which is
     how reward hacking begins ("expectation over transformation", Athalye et al., https://arxiv.org/abs/1707.07397).

@@ -64,7 +64,7 @@ class NoiseResult:
 
     @property
     def initial_scores(self) -> dict[str, torch.Tensor]:
-        """Name to `(B,)`: the rewards of the baseline."""
+        """The rewards of the baseline by name, each `(B,)`."""
         return {name: values[0] for name, values in self.scores.items()}
 
     @property

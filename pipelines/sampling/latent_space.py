@@ -190,7 +190,7 @@ class LatentSpace:
         return latents.flatten(1).gather(1, packing.positions.to(latents.device)).view(packing.noise)
 
     def packing(self, pipe) -> "Packing":
-        """Return the packing of the family."""
+        """Return the shapes of noise and latents of this call, and the position of each noise entry in the latents."""
         if self.known_packing is None:
             leaves: list[torch.Tensor] = []
 

@@ -252,7 +252,10 @@ def make_twin(pipe, clamp: Clamp):
 
 
 def needs_upcast(vae: Any) -> bool:
-    """Return whether the pipeline converts its VAE to float32 to decode; one that is offloaded has no gradient."""
+    """Return whether the pipeline converts its VAE to float32 to decode.
+
+    An offloaded VAE needs no copy that is safe for gradients, so the answer is no.
+    """
     if vae is None or not vae.config.get("force_upcast"):
         return False
     return vae.dtype == torch.float16 and not is_offloaded(vae)

@@ -40,10 +40,10 @@ class GroupSelection(NoiseOptimizer):
 
     The loss of an image is minus the value of the set that was evaluated with it. Each step draws one candidate for
     each image, and the last one samples the chosen set, in which a candidate keeps its position in the batch if that is
-    free. (A sampler that adds noise on the way generates another image from it elsewhere; should that make the set
-    worse than the best set of a step, that one is returned.) If a callback stops the run early, such as `TimeBudget`,
-    the set is chosen from the candidates so far. `result.reports["group_selection"]` has the number of candidates for
-    the prompt of each image, and the step and the position at which its noise was first sampled fully.
+    free. (At another position, a scheduler that adds noise between steps generates another image. If that makes the
+    chosen set worse than the best set of a step, the latter is returned.) If a callback such as `TimeBudget` stops the
+    run early, the set is chosen from the candidates so far. `result.reports["group_selection"]` has the number of
+    candidates for the prompt of each image, and the step and the position at which its noise was first sampled fully.
 
     `preview=True` is the paper's pruning as far as a stock pipeline allows it. The paper drops a share ρ of the
     candidates after each denoising step, by their x0 estimates, and continues the rest. Here there is one cut: all
@@ -157,7 +157,10 @@ class GroupObjective(CandidateObjective):
         return any(len(rows) > 1 for rows in self.sets)
 
     def measured(self, sample: Sample) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-        """Return u `(B,)`, the features `(B, ...)`, empty if none are compared, and the raw rewards."""
+        """Return the total reward `(B,)`, the features `(B, ...)`, and the score of each reward.
+
+        The features are zeros if no prompt has several images.
+        """
         unary, scores = torch.zeros(len(sample.noise), dtype=torch.float64), {}
         if self.rewards is not None:
             loss, scores = self.rewards.evaluate(sample)
@@ -167,7 +170,7 @@ class GroupObjective(CandidateObjective):
         return unary, features, scores
 
     def values(self, unary: torch.Tensor, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return for each image the value of its set and the mean distance to the rest of it, `(B,)` in float64."""
+        """Return for each image the value of its set and its mean distance to the others, `(B,)` in float64."""
         values, distances = torch.zeros(2, len(unary), dtype=torch.float64)
         for rows in self.sets:
             pairwise = self.distance.between(features[rows], features[rows])
@@ -198,7 +201,10 @@ class GroupObjective(CandidateObjective):
         return [found[index] for index in select_group(unary, pairwise, count, weight)]
 
     def distances(self, features: list[torch.Tensor]) -> torch.Tensor:
-        """Return b, `(N, N)`, from the features `(...)` of N images, a chunk at a time on the device of their model."""
+        """Return the distance between each two of N images, `(N, N)`, from their features.
+
+        Computed a chunk at a time on the device of the feature model.
+        """
         device = getattr(self.distance.features, "device", None)
         spans = [slice(start, start + FEATURES_AT_ONCE) for start in range(0, len(features), FEATURES_AT_ONCE)]
 

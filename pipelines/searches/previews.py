@@ -130,7 +130,10 @@ class CandidateObjective(Objective):
                 return
 
     def assigned(self, seen: Candidates, rows: Sequence[int], rounds: int) -> dict[tuple[int, int], int]:
-        """Assign the best candidates of a set to (round, position) pairs, where the set has the positions `rows`."""
+        """Return the index of the candidate to sample at each (round, position in the batch).
+
+        The candidates are the best of one set, enough for `rounds` rounds; `rows` are the positions of the set.
+        """
         best = self.best(seen, rows, rounds * len(rows))
         return dict(
             zip(assigned_positions([seen.origins[index][1] for index in best], rows, rounds), best, strict=True)

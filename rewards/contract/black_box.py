@@ -119,7 +119,7 @@ class BlackBox(Reward):
             raise
 
     def tried(self, question: BlackBoxQuestion, tries: int) -> bool:
-        """Try once and return whether it succeeded. The last try raises instead."""
+        """Ask once, and return whether the answer came. The last try raises its error instead."""
         try:
             answer = within(self.timeout, self.asked, question.image.copy(), question.prompt)
         except Exception as error:

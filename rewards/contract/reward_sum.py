@@ -204,7 +204,7 @@ class RewardSum(nn.Module):
         return self.like({name: reward for name, reward in pairs if self.weights[name]})
 
     def like(self, rewards: Mapping[str, nn.Module]) -> "RewardSum":
-        """Return a sum of other rewards with the weights that this sum has under the same names."""
+        """Return the sum of other `rewards`, each with the weight that this sum gives to its name."""
         return RewardSum([(reward, self.weights[name]) for name, reward in rewards.items()])
 
     def drop_text_encoders(self, prompts: str | Sequence[str]) -> None:

@@ -1,1 +1,1 @@
-"""Features, by which pairs and sets of images are compared."""
+"""Image features, by which pairs and sets of images are compared."""

@@ -1,4 +1,4 @@
-"""Features by name, Hub id or folder."""
+"""Image features, loaded by name, Hub id or folder."""
 
 import os
 

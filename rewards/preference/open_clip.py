@@ -81,5 +81,5 @@ def clip_state_from_open_clip(state: Mapping[str, Tensor], source: str) -> dict[
 
 
 def open_clip_layer(match: re.Match[str]) -> str:
-    """Return the name of a block in transformers."""
+    """Return the name that transformers gives to a matched block of open_clip."""
     return f"{'vision_model' if match[1] else 'text_model'}.encoder.layers.{match[2]}"

@@ -1,4 +1,4 @@
-"""PickScore: the image of a prompt that people pick out of two."""
+"""PickScore: a CLIP trained to predict which of two images of a prompt people prefer."""
 
 from typing import Any
 

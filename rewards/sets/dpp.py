@@ -23,9 +23,9 @@ class DPP(SetReward):
 
     For features (N, P, D) at P positions, the value is the mean over positions.
 
-    Compared with `PairwiseDiversity`, a first outlier adds less and a last different image adds more: for 4 images, on
-    a scale from all identical to all orthogonal, .40 (instead of .50) and .25 (instead of .17). Exact copies have no
-    gradient, as for any function of cosines.
+    On a scale from 0 for 4 identical images to 1 for 4 orthogonal ones, the step from all identical to one outlier is
+    worth .40 (.50 with `PairwiseDiversity`), and the last step, from two identical images to none, .25 (.17). Exact
+    copies have no gradient, as for any function of cosines.
     """
 
     name = "dpp"

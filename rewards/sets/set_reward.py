@@ -117,7 +117,7 @@ class SetReward(nn.Module):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> SetRewardT:
-        """Load the features of a name, a Hub id or a folder, by default `default_features`."""
+        """Load the features, by default `default_features`, by name, Hub id or folder."""
         return cls(AutoFeatures.from_pretrained(features or cls.default_features, dtype=dtype, device=device))
 
 

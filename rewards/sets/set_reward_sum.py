@@ -107,7 +107,7 @@ class SetRewardSum(nn.Module):
     def known_features(self, images: Tensor, chunk_size: int = 1) -> dict[str, Tensor]:
         """Return `features` without a graph, computed `chunk_size` images at a time, for example to cache references.
 
-        A growing set is `join_features([known, total.known_features(new)])`.
+        To add images to a growing set: `join_features([known, total.known_features(new)])`.
         """
         return join_features([self.features(chunk) for chunk in images.split(chunk_size)])
 
@@ -190,7 +190,7 @@ class SetRewardSum(nn.Module):
 
         Args:
             images: Images whose features were passed to `gradient`.
-            gradient: The rows (B, ...) for these images of the gradient that `gradient` returned.
+            gradient: By features, `(B, ...)`, the part for these images of the gradient that `gradient` returned.
         """
         maps = self.maps()
         products = [(maps[name](images) * rows).sum().to(images.device) for name, rows in gradient.items()]
@@ -250,7 +250,7 @@ def set_reward_entries(diversity: SetRewardsLike) -> list[tuple[Any, Any, Any]]:
 
 
 def with_features(entry: tuple[Any, ...]) -> tuple[Any, Any, Any]:
-    """Convert (set reward, weight) or (set reward, features, weight) to the latter."""
+    """Return an entry as (set reward, features, weight), with `None` for the default features if it has none."""
     if len(entry) not in (2, 3):
         raise ValueError(
             f"Expected a set reward, optional features, and a weight, but got {entry!r}. Write "

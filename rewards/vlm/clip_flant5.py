@@ -139,7 +139,7 @@ def untied_t5(config: T5Config) -> T5ForConditionalGeneration:
 
 
 def clip_flant5_projector(width: int, target: int) -> nn.Sequential:
-    """Build LLaVA's "mlp2x_gelu", (..., width) -> (..., target)."""
+    """Build the projector from image to text features: two linear layers with a GELU (LLaVA's "mlp2x_gelu")."""
     return nn.Sequential(nn.Linear(width, target), nn.GELU(), nn.Linear(target, target))
 
 

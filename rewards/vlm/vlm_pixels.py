@@ -58,7 +58,9 @@ def qwen_patches(images: Tensor, image_processor: Any) -> Tensor:
 
 
 def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """Return the (height, width) of Qwen-VL: multiples of `factor`, bounded area, about the same aspect ratio.
+    """Return the (height, width) to which Qwen-VL resizes an image.
+
+    Both are multiples of `factor`, their area is bounded, and the aspect ratio is about that of the image.
 
     Source: `smart_resize` of transformers, `models/qwen2_vl/image_processing_qwen2_vl.py`.
     """

@@ -20,12 +20,12 @@ def make_folder(path: Path) -> None:
 
 
 def positive(text: str) -> int:
-    """Argparse type: an integer of 1 or more."""
+    """Parse an integer of 1 or more, as an argparse type."""
     return integer(text, least=1)
 
 
 def natural(text: str) -> int:
-    """Argparse type: an integer of 0 or more that is valid as a seed."""
+    """Parse an integer of 0 or more that is valid as a seed, as an argparse type."""
     return integer(text, least=0)
 
 
@@ -40,7 +40,7 @@ def integer(text: str, least: int) -> int:
 
 
 def shapes_prompt(text: str) -> str:
-    """Argparse type: a prompt of the shapes world."""
+    """Parse a prompt of the shapes world, as an argparse type."""
     from . import shapes_world
 
     try:

@@ -144,7 +144,7 @@ def right_before_and_after(story: Story) -> tuple[int, int]:
 
 
 def mean_spread(story: Story, end: int) -> float:
-    """The mean `layout_spread` in pixels of the sets before (`end=0`) or after (`end=1`); NaN if undefined."""
+    """Return the mean `layout_spread` in pixels of the sets before (`end=0`) or after (`end=1`); NaN if undefined."""
     sets = zip(story.prompts[:: story.choice.count], story.end_images(end).split(story.choice.count), strict=True)
     found = [spread for prompt, images in sets if math.isfinite(spread := layout_spread(images, prompt))]
     return sum(found) / len(found) if found else math.nan

@@ -100,7 +100,7 @@ class RewardFacts:
         )
 
     def row(self) -> list[str]:
-        """Format the facts."""
+        """Format the facts as a row of the table."""
         low, high = self.range or (-math.inf, math.inf)
         return [
             self.name,

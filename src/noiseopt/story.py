@@ -153,17 +153,17 @@ class Story:
         return sum(result.provenance["seconds"] for result in self.results)
 
     def best(self, sample: int) -> int:
-        """The step whose image is returned."""
+        """Return the step whose image is returned."""
         return int(torch.cat([result.best_step for result in self.results])[sample])
 
     def first_right(self, sample: int) -> int | None:
-        """The first step whose image is correct according to the judge, or `None`."""
+        """Return the first step whose image is correct according to the judge, or `None`."""
         return next((step for step, row in enumerate(self.verdicts) if row[sample].correct), None)
 
     def ends(self, sample: int) -> tuple[int, int]:
-        """The steps to compare: the baseline and the returned image."""
+        """Return the steps to compare: the baseline and the returned image."""
         return 0, self.best(sample)
 
     def end_images(self, end: int) -> torch.Tensor:
-        """`(B, 3, 64, 64)`: the baselines (`end=0`) or the returned images (`end=1`)."""
+        """Return the baselines (`end=0`) or the returned images (`end=1`), `(B, 3, 64, 64)`."""
         return torch.stack([self.images[self.ends(sample)[end], sample] for sample in range(len(self.prompts))])

@@ -33,7 +33,7 @@ class Analysis:
 
     @functools.cached_property
     def change(self) -> Tensor:
-        """`(B, C, H, W)`, float64: optimized minus initial noise."""
+        """Return the optimized minus the initial noise, `(B, C, H, W)` in float64."""
         return self.group.optimized.double() - self.group.initial.double()
 
     @property
@@ -160,12 +160,12 @@ class Analysis:
 
 
 def band_entries(group: Group) -> Tensor:
-    """`(3,)`: the number of entries of a channel's spectrum in each third."""
+    """Return the number of entries of a channel's spectrum in each third of the frequencies, `(3,)`."""
     return frequency_bands(*group.shape[-2:]).sum((-2, -1)).double()
 
 
 def changes_of(result: NoiseResult) -> Tensor:
-    """`(steps, B, 3)`: the recorded changes, followed by those of a returned noise that was updated once more."""
+    """Return the recorded changes, then those of a returned noise that was updated once more, `(steps, B, 3)`."""
     assert result.band_changes is not None and result.initial_noise is not None
     recorded = result.band_changes.double()
     returned = band_energies(result.noise.double() - result.initial_noise.double())

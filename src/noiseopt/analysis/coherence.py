@@ -54,7 +54,7 @@ def coherence(initial: Tensor, optimized: Tensor, rings: int = 16) -> Coherence:
 
 
 def white_coherence(relative_norm: float) -> float:
-    """`1 / (1 + ρ²)`: the coherence at every frequency after adding white noise of ρ times the norm."""
+    """Return `1 / (1 + ρ²)`, the coherence at every frequency after adding white noise of ρ times the norm."""
     return 1 / (1 + relative_norm**2)
 
 
@@ -65,13 +65,13 @@ def most_rings(shape: torch.Size) -> int:
 
 
 def ring_entries(shape: torch.Size, rings: int) -> Tensor:
-    """`(R,)`: the number of entries of each ring over all channels and samples."""
+    """Return the number of entries of each ring over all channels and samples, `(R,)`."""
     ring = ring_of_each_frequency(shape, rings)
     return torch.bincount(ring.flatten(), minlength=rings + 1)[:rings] * shape[:-2].numel()
 
 
 def ring_of_each_frequency(shape: torch.Size, rings: int) -> Tensor:
-    """`(H, W)`: the ring of each entry of `fft2`, and `rings` beyond Nyquist."""
+    """Return the ring of each entry of `fft2`, `(H, W)`, which is `rings` beyond the Nyquist frequency."""
     rows, columns = (torch.fft.fftfreq(side, dtype=torch.float64) for side in shape[-2:])
     radius = torch.hypot(rows[:, None], columns)
     ring = (radius * rings / NYQUIST).long().clamp(max=rings - 1)

@@ -15,7 +15,9 @@ RANDOM_IMAGE = "random noise, random image"
 def l2_table(
     initial: Tensor, optimized: Tensor, initial_latents: Tensor | None = None, optimized_latents: Tensor | None = None
 ) -> dict[str, float]:
-    """Mean L2 distances, as in the analysis of ReNO (https://arxiv.org/abs/2406.04312) by its authors' group.
+    """Return mean L2 distances between noises and images, to see how far the optimization moved the noise.
+
+    The rows are those of "Manipulation of noise in generative modeling", slides of the Akata Lab on ReNO.
 
     Two independent noises of d entries are √(2d) apart. An "image" is its latents, as returned by the pipeline with
     `output_type="latent"`. The last row compares initial noises with the images of other noises. Identical noises
@@ -44,7 +46,7 @@ def l2_table(
 
 
 def flat(tensor: Tensor) -> Tensor:
-    """`(B, ...)` to `(B, d)`, float64 on the CPU."""
+    """Reshape `(B, ...)` to `(B, d)`, in float64 on the CPU."""
     return tensor.detach().double().cpu().flatten(1)
 
 
@@ -53,6 +55,6 @@ def mean_distance(x: Tensor, y: Tensor) -> float:
 
 
 def different(noise: Tensor) -> Tensor:
-    """`(B, B)` bool: the pairs of different noises."""
+    """Return `(B, B)` bool, the pairs of noises that are not identical."""
     group = torch.unique(noise, dim=0, return_inverse=True)[1]
     return group[:, None] != group

@@ -72,7 +72,10 @@ def line(label: str, color: str, style: Literal["-", "--"] = "-") -> Line2D:
 
 
 def draw_coherence(analyses: Sequence[Analysis], path: Path) -> None:
-    """Plot the coherence of initial and optimized noise, and that of a white edit of the same norm."""
+    """Plot the coherence of initial and optimized noise.
+
+    For comparison, the dashed line is the coherence after adding white noise of the same norm.
+    """
 
     def draw(axes: Axes, analysis: Analysis) -> None:
         found = analysis.coherence

@@ -42,7 +42,7 @@ class Group:
 
     @property
     def initial(self) -> Tensor:
-        """`(B, C, H, W)` of all results; other leading axes are merged into the channels."""
+        """Initial noises of all results, `(B, C, H, W)`; other leading axes are merged into the channels."""
         return pooled(result.initial_noise for result in self.results)
 
     @property

@@ -170,7 +170,10 @@ class Evaluation:
         return Results(self.plan, units, self.best_of(), self.pooled_coverage())
 
     def pooled_coverage(self) -> dict[tuple[str, str], float]:
-        """Return the coverage of the references by all images of each contender, if references are given."""
+        """Return by (model, contender) the share of the reference images that its images cover.
+
+        Empty without references.
+        """
         if self.plan.references is None or self.plan.features is None:
             return {}
         try:

@@ -178,12 +178,12 @@ def draw_spectrum(results: Results, path: Path) -> None:
 
 
 def mean_spectrum(units: Sequence[Numbers]) -> list[float]:
-    """The mean spectrum of the units."""
+    """Return the mean power by frequency of the noises of the units (one prompt by one method, see `unit.py`)."""
     return [mean(band) for band in zip(*(unit["noise"]["spectrum"] for unit in units), strict=True)]
 
 
 def spectrum_error(units: Sequence[Numbers]) -> list[float]:
-    """The standard error of `mean_spectrum` for Gaussian noise."""
+    """Return the standard error that each value of `mean_spectrum` has for Gaussian noise."""
     images, *shape = units[0]["noise shape"]
     shape = [math.prod(shape[:-2]), *shape[-2:]]
     return list(gaussian_limits((images * len(units), *shape)).standard_error.spectrum)

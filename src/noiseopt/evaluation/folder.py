@@ -1,4 +1,4 @@
-"""The folder of an evaluation: its settings and its finished units."""
+"""The folder of an evaluation: its settings and its finished units (one prompt by one method, see `unit.py`)."""
 
 import json
 from collections.abc import Mapping

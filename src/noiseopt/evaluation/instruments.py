@@ -28,7 +28,7 @@ PICTURES = {".png", ".jpg", ".jpeg", ".webp"}
 
 
 def load_reward(name: str, device: torch.device) -> Reward:
-    """Load a registered or embedded reward, and give it that name."""
+    """Load a reward by its registered name or that of an embedded model, and set its `name` to it."""
     reward = AutoReward.from_pretrained(weights_of(name, EMBEDDED_REWARDS), device=device)
     reward.name = name
     return reward
@@ -69,7 +69,7 @@ class Instruments:
             return {str(reward.name): reward(images, prompt).tolist() for reward in every}
 
     def embed(self, images: torch.Tensor) -> torch.Tensor | None:
-        """`(B, 3, H, W)` in [0, 1] -> `(B, D)` float32 on the CPU."""
+        """Embed images `(B, 3, H, W)` in [0, 1] as `(B, D)`, in float32 on the CPU."""
         if self.features is None:
             return None
         with torch.no_grad():
@@ -79,7 +79,7 @@ class Instruments:
 
     @functools.lru_cache(maxsize=64)  # noqa: B019  lives as long as the process
     def renders(self, prompt: str) -> torch.Tensor | None:
-        """`(RENDERS, D)`: features of rendered images of a prompt of the shapes world."""
+        """Return the features of rendered images of a prompt of the shapes world, `(RENDERS, D)`."""
         return self.embed(render_references(prompt))
 
 
@@ -92,7 +92,7 @@ def load_features(plan: Plan, device: torch.device) -> Features | None:
 
 
 def render_references(prompt: str) -> torch.Tensor:
-    """`(RENDERS, 3, 64, 64)`: rendered images of a prompt, always the same."""
+    """Render images of a prompt, always the same, `(RENDERS, 3, 64, 64)`."""
     request = shapes_world.parse(prompt)
     chance = random.Random(str(request))  # a string seed is the same in every process
     scenes = [shapes_world.sample_scene(chance, request) for _ in range(RENDERS)]
@@ -100,7 +100,7 @@ def render_references(prompt: str) -> torch.Tensor:
 
 
 def read_images(folder: str, instruments: Instruments) -> torch.Tensor:
-    """`(N, D)`: features of all images in a folder. Raises `ValueError` for too few images."""
+    """Return the features `(N, D)` of all images in a folder. Raises `ValueError` for too few images."""
     paths = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in PICTURES)
     if len(paths) <= NEIGHBORS:
         raise ValueError(f"Expected more than {NEIGHBORS} images as references, but {folder} has {len(paths)}.")

@@ -9,9 +9,9 @@ from ..pipelines.sampling.sampler import Clamp, Gradient
 
 
 class Looking(PlainSampling):
-    """Calls a function with the problem of a pipeline call, and leaves the noise unchanged.
+    """Method that only calls a function with the problem of a pipeline call, for measurements.
 
-    The modules are prepared for gradients while the function runs, as for every method.
+    The noise is unchanged. The modules are prepared for gradients while the function runs, as for every method.
 
     Args:
         then: Called with the problem; its return value is ignored.

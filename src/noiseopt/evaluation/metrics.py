@@ -22,7 +22,9 @@ Position = tuple[float, float]
 
 
 def mean_pairwise_similarity(features: Tensor) -> Tensor:
-    """Mean cosine over all pairs of images (MSS in CADS, https://arxiv.org/abs/2310.17347); lower is more diverse.
+    """Return the mean cosine over all pairs of images (MSS in CADS, https://arxiv.org/abs/2310.17347).
+
+    Lower is more diverse.
 
     Args:
         features: (..., N, D), sets of at least 2 images.
@@ -65,7 +67,7 @@ def coverage(features: Tensor, references: Tensor, k: int = 5) -> Tensor:
 
 @torch.no_grad()
 def inside_balls(features: Tensor, references: Tensor, k: int) -> Tensor:
-    """(M, N) bool: whether an image is closer to a reference than its k-th nearest other reference."""
+    """Return (M, N) bool, true where an image is closer to a reference than its k-th nearest other reference."""
     check_neighbors(features, references, k)
     features, references = features.double(), references.double()
     # k + 1 because each reference is its own nearest neighbor.
@@ -74,7 +76,7 @@ def inside_balls(features: Tensor, references: Tensor, k: int) -> Tensor:
 
 
 def distances(left: Tensor, right: Tensor) -> Tensor:
-    """Euclidean distances without a matrix product, which loses half the digits of small distances."""
+    """Return Euclidean distances, without a matrix product, which loses half the digits of small distances."""
     return torch.cdist(left, right, compute_mode="donot_use_mm_for_euclid_dist")
 
 
@@ -124,13 +126,16 @@ def largest_of_color(things: Sequence[Thing], color: str, count: int) -> list[Po
 
 
 def spread(sets: Sequence[Sequence[Position]]) -> float:
-    """Root mean square distance from the mean position, from the distances of all pairs."""
+    """Return the root mean square distance from the mean position, computed from the distances of all pairs."""
     squares = [matched_square(left, right) for left, right in itertools.combinations(sets, 2)]
     return math.sqrt(sum(squares)) / len(sets)
 
 
 def matched_square(left: Sequence[Position], right: Sequence[Position]) -> float:
-    """Mean square distance of the positions of two images under the best matching; extra positions are ignored."""
+    """Return the mean square distance of the positions in two images under the best matching.
+
+    Positions without a partner are ignored.
+    """
     few, many = sorted((left, right), key=len)
     return min(
         sum(math.dist(a, b) ** 2 for a, b in zip(few, order, strict=True)) / len(few)
@@ -174,7 +179,7 @@ def ground_spread(images: Tensor) -> float:
         images: (N, 3, 64, 64) in [0, 1], of the shapes world.
 
     Returns:
-        Nonnegative; NaN if fewer than two images have a background.
+        NaN if fewer than two images have a background.
     """
     check_world(images)
     images = images.detach().double().cpu()

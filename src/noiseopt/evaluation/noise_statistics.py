@@ -81,20 +81,20 @@ def check_shape(shape: Sequence[int]) -> None:
 
 
 def radial_spectrum(noise: Tensor) -> Tensor:
-    """(B, C, H, W) -> (R,): the mean power in each ring of frequencies, over images and channels."""
+    """Return the mean power of (B, C, H, W) in each ring of frequencies, over images and channels, (R,)."""
     power = torch.fft.fft2(noise, norm="ortho").abs().square().mean((0, 1))
     rings, counts = frequency_rings(*noise.shape[-2:])
     return torch.zeros_like(counts).index_add_(0, rings.flatten(), power.flatten()) / counts
 
 
 def frequency_rings(height: int, width: int) -> tuple[Tensor, Tensor]:
-    """The ring of each frequency, (H, W), and the number of frequencies per ring, (R,), all nonzero."""
+    """Return the ring of each frequency, (H, W), and the number of frequencies per ring, (R,), all nonzero."""
     rings = frequencies(height, width).add(0.5).floor().long()
     return rings, torch.bincount(rings.flatten()).double()
 
 
 def frequencies(height: int, width: int) -> Tensor:
-    """The distance of each entry of `fft2` from frequency zero in index units, (H, W), as for pink noise."""
+    """Return the distance of each entry of `fft2` from frequency zero in index units, (H, W), as for pink noise."""
     rows, columns = (torch.fft.fftfreq(side, 1 / side, dtype=torch.float64) for side in (height, width))
     return torch.hypot(rows[:, None], columns)
 
@@ -110,7 +110,7 @@ def log_slope(spectrum: Tensor, height: int, width: int) -> Tensor:
 
 
 def log_positions(height: int, width: int) -> tuple[Tensor, Tensor]:
-    """The mean of log(1 + f) in each ring but the first, and the number of frequencies in it."""
+    """Return the mean of log(1 + f) in each ring but the first, and the number of frequencies in it."""
     rings, counts = frequency_rings(height, width)
     logs = frequencies(height, width).log1p()
     sums = torch.zeros_like(counts).index_add_(0, rings.flatten(), logs.flatten())
@@ -150,7 +150,7 @@ def gaussian_limits(shape: Sequence[int]) -> GaussianLimits:
 
 
 def slope_error(shape: Sequence[int]) -> float:
-    """The standard error of `log_slope` for white noise; infinite for a single ring."""
+    """Return the standard error of `log_slope` for white noise; infinite for a single ring."""
     images, channels, height, width = shape
     x, counts = log_positions(height, width)
     spread = (counts * (x - (x * counts).sum() / counts.sum()).square()).sum()

@@ -114,7 +114,7 @@ class MethodChoice:
 
     @property
     def has_control(self) -> bool:
-        """Return whether it is compared with best-of-N at equal time; all but best-of-N itself are."""
+        """Return whether the method is compared with best-of-N at equal time; all but best-of-N itself are."""
         return not issubclass(METHODS[self.name], BestOfN)
 
     def build(self, rewards: Any, embedded_on: torch.device | None = None) -> NoiseOptimizer:

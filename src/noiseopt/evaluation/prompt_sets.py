@@ -83,7 +83,7 @@ def read_file(path: Path, format: str | None) -> list[Prompt]:
 
 
 def sniff(text: str, path: Path) -> str:
-    """Guess the format of a file."""
+    """Return the format of a prompt file, judged by its name and its first line."""
     if path.suffix == ".txt":
         return "t2i-compbench" if COMPBENCH_FILE.fullmatch(path.stem) else "text"
     lines = text.lstrip().split("\n", 1)
@@ -116,9 +116,9 @@ def read_text(text: str, path: Path) -> Iterator[Prompt]:
 
 
 def read_compbench(text: str, path: Path) -> Iterator[Prompt]:
-    """T2I-CompBench, https://arxiv.org/abs/2307.06350: `color_val.txt` has a prompt of category "color" on each line.
+    """Read T2I-CompBench, https://arxiv.org/abs/2307.06350.
 
-    For other file names the category is the whole name.
+    `color_val.txt` has a prompt of category "color" on each line. For other file names the category is the whole name.
     """
     match = COMPBENCH_FILE.fullmatch(path.stem)
     category = match[1] if match else path.stem
@@ -126,12 +126,12 @@ def read_compbench(text: str, path: Path) -> Iterator[Prompt]:
 
 
 def read_jsonl(text: str, path: Path) -> Iterator[Prompt]:
-    """One object per line with a `prompt`, `text` or `caption`, and optionally a `category` or `tag`."""
+    """Read one object per line with a `prompt`, `text` or `caption`, and optionally a `category` or `tag`."""
     return (prompt_of(item, where) for where, item in json_lines(text, path))
 
 
 def read_geneval(text: str, path: Path) -> Iterator[Prompt]:
-    """GenEval, https://arxiv.org/abs/2310.11513, and GenEval 2, https://arxiv.org/abs/2512.16853.
+    """Read GenEval, https://arxiv.org/abs/2310.11513, or GenEval 2, https://arxiv.org/abs/2512.16853.
 
     `evaluation_metadata.jsonl` of the first has `tag`, `include` and `prompt`; the category is the tag.
     `geneval2_data.jsonl` has `prompt`, `atom_count`, `vqa_list` and `skills`; the category is "3 atoms" and so on.
@@ -143,7 +143,7 @@ def read_geneval(text: str, path: Path) -> Iterator[Prompt]:
 
 
 def read_partiprompts(text: str, path: Path) -> Iterator[Prompt]:
-    """PartiPrompts, https://arxiv.org/abs/2206.10789: tab-separated Prompt, Category, Challenge and Note."""
+    """Read PartiPrompts, https://arxiv.org/abs/2206.10789: tab-separated Prompt, Category, Challenge and Note."""
     # prompts contain unescaped quotation marks
     rows = csv.DictReader(text.split("\n"), delimiter="\t", quoting=csv.QUOTE_NONE)
     if "Prompt" not in (rows.fieldnames or ()):
@@ -154,7 +154,7 @@ def read_partiprompts(text: str, path: Path) -> Iterator[Prompt]:
 
 
 def read_noise_diffusion(text: str, path: Path) -> Iterator[Prompt]:
-    """Noise Diffusion, https://arxiv.org/abs/2411.16503: objects with a `prompt` and the `indices` of its nouns.
+    """Read Noise Diffusion, https://arxiv.org/abs/2411.16503: objects with `prompt` and the `indices` of its nouns.
 
     `simple_cases.json` maps categories to lists of objects; `complex_cases.json` is one list. The indices count CLIP
     tokens and become metadata.
@@ -167,7 +167,7 @@ def read_noise_diffusion(text: str, path: Path) -> Iterator[Prompt]:
 
 
 def read_coco(text: str, path: Path) -> Iterator[Prompt]:
-    """`captions_*.json` of COCO, https://arxiv.org/abs/1504.00325: the first caption of each image, in file order."""
+    """Read the first caption of each image from `captions_*.json` of COCO, https://arxiv.org/abs/1504.00325."""
     document = required(json_document(text, path), Mapping, str(path))
     if "annotations" not in document:
         raise ValueError(f"Expected `annotations` in {path}, but got the keys {quoted(document)}.")

@@ -1,4 +1,4 @@
-"""Estimates over prompts from the units of an evaluation, and tables of them."""
+"""Tables of an evaluation: means over prompts, with bootstrap intervals, from its units (see `unit.py`)."""
 
 import csv
 import dataclasses
@@ -48,7 +48,7 @@ class Metric:
 
     @property
     def is_quality(self) -> bool:
-        """Return whether it measures how well an image fits its prompt."""
+        """Return whether the metric measures how well an image fits its prompt."""
         return self.group == "rewards" or self.name == "right"
 
     @property
@@ -81,12 +81,12 @@ class Entry:
 
 
 def mean(values: Sequence[Any] | None) -> float:
-    """The mean of numbers or booleans; NaN for none."""
+    """Return the mean of numbers or booleans, NaN if there are none."""
     return sum(values) / len(values) if values else math.nan
 
 
 def right(numbers: Numbers) -> float:
-    """The share of a unit's images that are right according to the judge."""
+    """Return the share of a unit's images that are right according to the judge."""
     return mean(numbers["judge"]["right"]) if numbers["judge"] else math.nan
 
 
@@ -107,7 +107,7 @@ def metrics_of(plan: Plan, categories: Iterable[str]) -> list[Metric]:
 
 
 def right_within(category: str) -> Callable[[Numbers], float]:
-    """Like `right`, for the units of one category; NaN for others."""
+    """Return a function like `right` for the units of one category; NaN for other units."""
     return lambda unit: right(unit) if unit["category"] == category else math.nan
 
 
@@ -160,7 +160,7 @@ class Results:
         return contender.key if n is None else contender.key.replace("best-of-N", f"best-of-{n}")
 
     def values(self, model: str, key: str, metric: Metric) -> torch.Tensor:
-        """`(P,)` float64, by prompt; NaN where the metric does not apply."""
+        """Return the metric by prompt, `(P,)` float64, NaN where it does not apply."""
         return torch.tensor([metric.value(unit) for unit in self.units[model, key]], dtype=torch.float64)
 
     def entry(self, model: str, contender: Contender, metric: Metric) -> Entry:
@@ -182,7 +182,7 @@ class Results:
         return found
 
     def changes(self, model: str, contender: Contender) -> list[Entry]:
-        """Return the shares of plain failures repaired and of plain successes kept, per initial noise."""
+        """Return the shares of wrong plain images that became right and of right ones that stayed right, by noise."""
         if contender == PLAIN or not self.judged(model):
             return []
         before = self.verdicts(model, PLAIN.key)
@@ -199,7 +199,7 @@ class Results:
         return all(unit["judge"] is not None for unit in self.units[model, PLAIN.key])
 
     def verdicts(self, model: str, key: str) -> torch.Tensor:
-        """`(P, seeds)` bool: the images that are right."""
+        """Return the images that are right, `(P, seeds)` bool."""
         return torch.tensor([unit["judge"]["right"] for unit in self.units[model, key]])
 
     def differences(self) -> list[Entry]:
@@ -253,7 +253,10 @@ COST = {
 
 
 def costs(results: Results) -> list[dict[str, Any]]:
-    """Return a row per model and contender: means over prompts, peak memory, and time relative to the method's."""
+    """Return the costs per model and contender: means over prompts, and peak memory.
+
+    For best-of-N, a column has its time relative to that of the method that it controls.
+    """
     rows = []
     for model in results.plan.models:
         seconds = {}

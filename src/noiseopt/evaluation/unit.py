@@ -64,7 +64,10 @@ class Studio:
         return [torch.Generator().manual_seed(self.plan.seed(index, image)) for image in range(self.plan.seeds)]
 
     def steered(self, contender: Contender, index: int) -> dict[str, Any]:
-        """Return the call arguments of a contender that steers the denoising steps, with its own random numbers."""
+        """Return the call arguments of a contender that acts in the denoising steps (such as `CADS`), else nothing.
+
+        Its random numbers are independent of those of the initial noise.
+        """
         seeds = [2**40 + self.plan.seed(index, image) for image in range(self.plan.seeds)]
         callback = contender.method.callback(seeds) if contender.method and not contender.control else None
         if callback is None:

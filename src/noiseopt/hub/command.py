@@ -73,7 +73,7 @@ def add_push(actions) -> None:
 
 
 def run_build() -> None:
-    """`noiseopt hub build`."""
+    """Run `noiseopt hub build`."""
     require_checkout()
     from .build import all_cards, write
 
@@ -82,7 +82,7 @@ def run_build() -> None:
 
 
 def run_check() -> None:
-    """`noiseopt hub check`."""
+    """Run `noiseopt hub check`."""
     require_checkout()
     from .build import drifted, drifted_stub_files
 
@@ -106,7 +106,7 @@ def cure(name: str) -> str:
 
 
 def run_pictures(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    """`noiseopt hub pictures`."""
+    """Run `noiseopt hub pictures`."""
     require_checkout()
     from .build import write
     from .cards import CARDS
@@ -124,7 +124,7 @@ def run_pictures(arguments: argparse.Namespace, parser: argparse.ArgumentParser)
 
 
 def run_push(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    """`noiseopt hub push`: a wrong request is refused before anything is uploaded."""
+    """Run `noiseopt hub push`. A wrong request is refused before anything is uploaded."""
     require_checkout()
     from .build import all_cards
     from .push import PushFailed, push

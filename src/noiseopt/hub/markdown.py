@@ -20,7 +20,11 @@ def sections(name: str) -> dict[str, Template]:
 
 
 def described(docstring: str | None) -> dict[str, str]:
-    """Return the description of each argument on one line, from the `Args:` section of a clean docstring."""
+    """Return the description of each argument on one line.
+
+    Args:
+        docstring: From `inspect.cleandoc`, with a section `Args:` or `Attributes:`; `None` has no arguments.
+    """
     section = re.search(r"^(?:Args|Attributes):\n((?:(?: .*)?\n)*)", (docstring or "") + "\n", flags=re.MULTILINE)
     entry = re.compile(r"^    ([\w, ]+): (.*\n(?:     +.*\n)*)", flags=re.MULTILINE)
     entries = entry.findall(section[1]) if section else []

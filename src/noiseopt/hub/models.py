@@ -201,7 +201,7 @@ def machine(training: Mapping[str, Any]) -> str:
 
 
 def measures(metrics: Mapping[str, Any]) -> Iterator[str]:
-    """Yield a table of all numbers, and one for each list of records."""
+    """Yield a table of the single numbers in `metrics`, then one for each list of records in it."""
     yield table(("Measure", "Value"), [(name, shown(value)) for name, value in numbers(metrics)])
     for name, rows in metrics.items():
         if isinstance(rows, list) and rows:
@@ -210,7 +210,7 @@ def measures(metrics: Mapping[str, Any]) -> Iterator[str]:
 
 
 def numbers(metrics: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the entries that are no lists; those of nested records have both names."""
+    """Yield name and value of the entries other than lists; an entry of a nested record is named "record: entry"."""
     for name, value in metrics.items():
         if isinstance(value, Mapping):
             yield from numbers(value, f"{prefix}{name}: ")

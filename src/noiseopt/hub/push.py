@@ -141,7 +141,7 @@ def compare(api: HfApi, repository: str, revision: str, files: Mapping[str, byte
 
 
 def different(api: HfApi, repository: str, revision: str, files: Mapping[str, bytes | Path]) -> list[str]:
-    """Return the names of the files that differ in a revision."""
+    """Return the names of those `files` that are missing from a Hub repository at `revision`, or differ there."""
     with tempfile.TemporaryDirectory() as folder:
         api.snapshot_download(repository, revision=revision, local_dir=folder, allow_patterns=list(files))
         there = {name: Path(folder, name) for name in files}

@@ -129,7 +129,7 @@ def trained_on(request: Request) -> bool:
 
 
 def _prompts(split: str) -> tuple[str, ...]:
-    """All prompts of a split in random order, so that any prefix is a fair sample of its categories."""
+    """Return all prompts of a split in random order, so that any prefix is a fair sample of its categories."""
     rng = random.Random(1)
     requests = [Request((thing,)) for thing in OBJECTS] if split == "train" else []
     requests += _COUNTS[split]
@@ -159,6 +159,6 @@ def sample_request(rng: random.Random) -> Request:
 
 
 def sample_scene(rng: random.Random, request: Request | None = None) -> Scene:
-    """Sample a scene of the request, or of a random training request."""
+    """Sample a scene that fulfills `request`, by default a random training request."""
     request = request or sample_request(rng)
     return lay_out(request.objects, [rng.random() for _ in range(LAYOUT)], request.relation)

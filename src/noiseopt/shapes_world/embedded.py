@@ -36,7 +36,7 @@ class EmbeddedModel:
 
     @property
     def is_pipeline(self) -> bool:
-        """Return whether it generates images."""
+        """Return whether the model generates images."""
         return bool(self.call)
 
 

@@ -125,7 +125,7 @@ def see(images: Tensor) -> list[list[Thing]]:
 
 
 def _hues(images: Tensor) -> Tensor:
-    """Index of the nearest color of each pixel by hue, (B, 64, 64); -1 where the pixel is too gray."""
+    """Return the index of the nearest color of each pixel by hue, (B, 64, 64); -1 where the pixel is too gray."""
     saturated = images.amax(1) - images.amin(1) > CHROMA
     turn = _hue(images.movedim(1, -1)[saturated])[:, None] - _hue(torch.tensor(list(COLORS.values())))
     nearest = torch.full(saturated.shape, -1)
@@ -134,7 +134,7 @@ def _hues(images: Tensor) -> Tensor:
 
 
 def _hue(pixels: Tensor) -> Tensor:
-    """Hue in [0, 1) of saturated pixels, (N, 3) in [0, 1] -> (N,)."""
+    """Return the hue in [0, 1) of saturated pixels, (N, 3) in [0, 1] -> (N,)."""
     high, which = pixels.max(1)
     red, green, blue = pixels.unbind(1)
     sides = torch.stack((green - blue, blue - red, red - green), 1).gather(1, which[:, None])[:, 0]
@@ -195,7 +195,7 @@ def _rounded(covers: Tensor, width: float) -> Tensor:
 
 
 def _deformations() -> list[Tensor]:
-    """Matrices (2, 2) that shear, rotate or stretch a shape like weak generators do, at most two at a time."""
+    """Return matrices (2, 2) that shear, rotate or stretch a shape like weak generators do, at most two at a time."""
     leans = [torch.tensor([[1.0, lean], [0.0, 1.0]]) for lean in (0.0, -LEAN, LEAN)]
     turns = [torch.tensor([[math.cos(t), -math.sin(t)], [math.sin(t), math.cos(t)]]) for t in (0.0, -TURN, TURN)]
     stretches = [torch.tensor([[s, 0.0], [0.0, 1 / s]]) for s in (1.0, STRETCH**-0.5, STRETCH**0.5)]
@@ -205,7 +205,7 @@ def _deformations() -> list[Tensor]:
 
 @functools.cache
 def _templates() -> Tensor:
-    """Every kind in all roundings and deformations: masks (5, T, 1024)."""
+    """Return masks (5, T, 1024) of every kind in all roundings and deformations."""
     sharp = coverage([Scene((Shape(kind, "red", SIZE / 2, SIZE / 2, _RADIUS),)) for kind in KINDS])[:, 0]
     masks = []
     for rounding, matrix in itertools.product(ROUNDINGS, _deformations()):
@@ -217,13 +217,13 @@ def _templates() -> Tensor:
 
 
 def _kinds(covers: Tensor) -> list[str]:
-    """The kind of each object (N, 64, 64), or "blob" if no score is positive."""
+    """Return the kind of each object (N, 64, 64), or "blob" if no score is positive."""
     scores, best = _scores(covers).max(1)
     return [KINDS[int(kind)] if score > 0 else "blob" for score, kind in zip(scores, best, strict=True)]
 
 
 def _scores(covers: Tensor) -> Tensor:
-    """The score of each kind for each object (N, 64, 64), (N, 5); minus infinity beyond a kind's limits."""
+    """Return the score of each kind for each object (N, 64, 64), (N, 5); minus infinity beyond a kind's limits."""
     measures, scores = _measures(covers), []
     for i, kind in enumerate(KINDS):
         score = sum(weight * measures[name][:, i] for name, weight in WEIGHTS[kind].items())
@@ -235,7 +235,7 @@ def _scores(covers: Tensor) -> Tensor:
 
 
 def _measures(covers: Tensor) -> dict[str, Tensor]:
-    """The measurements of each object (N, 64, 64) with respect to each kind, (N, 5) each."""
+    """Return the measurements of each object (N, 64, 64) with respect to each kind, (N, 5) each."""
     overlap, bite = _overlaps(_normalized(covers).flatten(1))
     radii = _radii(covers)
     first, second = overlap.topk(2, 1).values.T[:, :, None]
@@ -254,7 +254,7 @@ def _measures(covers: Tensor) -> dict[str, Tensor]:
 
 
 def _overlaps(masks: Tensor) -> tuple[Tensor, Tensor]:
-    """Intersection over union of masks (N, 1024) with the best template of each kind, and the largest bite, (N, 5).
+    """Return the IoU of masks (N, 1024) with the best template of each kind, and the largest bite, (N, 5).
 
     A bite is the largest share of a window, a sixth of the mask wide, that only the template covers.
     """
@@ -268,10 +268,11 @@ def _overlaps(masks: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _tips(waves: Tensor) -> tuple[Tensor, Tensor]:
-    """Height of the waves (N, _DIRECTIONS / 2 + 1) that match a kind's number of tips, and steepness of the others.
+    """Return how high the wave of each kind is, and how steep the other waves are, (N, 5) each.
 
-    The first is the amplitude of that wave and its overtone, the second the root mean square slope of the others, up to
-    wave _FINE and without wave 2, elongation; (N, 5) each.
+    A kind with k tips has wave k of the waves (N, _DIRECTIONS / 2 + 1). Its height is the amplitude of that wave and
+    its overtone; the steepness is the root mean square slope of the others, up to wave _FINE and without wave 2, which
+    is elongation.
     """
     heights, slopes = [], []
     for tips in (TIPS[kind] for kind in KINDS):
@@ -282,7 +283,7 @@ def _tips(waves: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _radii(covers: Tensor) -> Tensor:
-    """Distance from the center of mass to the outline of objects (N, 64, 64) by direction, relative to its mean."""
+    """Return the distance from the center of objects (N, 64, 64) to their outline by direction; its mean is 1."""
     turn = torch.arange(_DIRECTIONS) * (2 * math.pi / _DIRECTIONS)
     rays = torch.stack((turn.cos(), turn.sin()), 1)[:, None] * torch.linspace(0.0, 1.5, 128)[:, None]
     reach = _sampled(covers, rays).mean(2)
@@ -290,19 +291,19 @@ def _radii(covers: Tensor) -> Tensor:
 
 
 def _waves(radii: Tensor) -> Tensor:
-    """Amplitudes of the Fourier components of radii (N, _DIRECTIONS): (N, _DIRECTIONS / 2 + 1)."""
+    """Return the amplitudes (N, _DIRECTIONS / 2 + 1) of the Fourier components of radii (N, _DIRECTIONS)."""
     return torch.fft.rfft(radii, dim=1).abs() * (2 / _DIRECTIONS)
 
 
 def _dents(radii: Tensor) -> Tensor:
-    """Depth of an outline with radii (N, _DIRECTIONS) below chords across a sixth of it, (N,); 0 if convex."""
+    """Return the depth of dents of outlines with radii (N, _DIRECTIONS), below chords across a sixth of them, (N,)."""
     before, after = radii.roll(_ASIDE, 1), radii.roll(-_ASIDE, 1)
     straight = 2 * before * after * math.cos(2 * math.pi * _ASIDE / _DIRECTIONS) / (before + after).clamp(min=1e-6)
     return (straight - radii).clamp(min=0.0).square().mean(1).sqrt()
 
 
 def _turns(radii: Tensor) -> Tensor:
-    """Standard deviation of the turning angles of an outline with radii (N, _DIRECTIONS), (N,)."""
+    """Return the standard deviation of the turning angles of outlines with radii (N, _DIRECTIONS), (N,)."""
     ray = torch.arange(_DIRECTIONS) * (2 * math.pi / _DIRECTIONS)
     corners = torch.polar(radii, ray.expand_as(radii))
     step = corners.roll(-_ASIDE, 1) - corners
@@ -310,7 +311,7 @@ def _turns(radii: Tensor) -> Tensor:
 
 
 def _centers(covers: Tensor) -> Tensor:
-    """The center (x, y) of the bounding box of each object (N, 64, 64), in pixels, (N, 2)."""
+    """Return the center (x, y) of the bounding box of each object (N, 64, 64), in pixels, (N, 2)."""
     span = torch.arange(SIZE)
     lines = [(covers > 0.5).any(dim) for dim in (1, 2)]
     low, high = ([torch.where(line, span, out) for line in lines] for out in (SIZE, -1))

@@ -118,7 +118,7 @@ def _inside(radius: float, share: float) -> float:
 
 
 def _spread(radii: Sequence[float], chance: Sequence[float]) -> tuple[float, float]:
-    """Two centers along an axis, the lower first, with at least `GAP` between the boxes."""
+    """Return the centers of two shapes along an axis, the lower first, with at least `GAP` between their boxes."""
     slack = SIZE - 2 - GAP - 2 * sum(radii)
     return 1 + radii[0] + slack * min(chance), SIZE - 1 - radii[1] - slack * (1 - max(chance))
 
@@ -126,7 +126,10 @@ def _spread(radii: Sequence[float], chance: Sequence[float]) -> tuple[float, flo
 def _in_a_row(
     radii: Sequence[float], ahead: Sequence[float], beside: Sequence[float], turned: bool
 ) -> tuple[Sequence[float], Sequence[float]]:
-    """Coordinates of two centers along the axis of their relation, and across it, where they differ clearly less."""
+    """Return the coordinates of two centers along the axis of their relation, and across it.
+
+    They differ clearly less across the axis than along it.
+    """
     order = slice(None, None, -1) if turned else slice(None)
     main = _spread(radii[order], ahead)[order]
     cross = [_inside(radius, share) for radius, share in zip(radii, beside, strict=True)]
@@ -183,7 +186,7 @@ _DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def _distance(shapes: Sequence[Shape], phase: Tensor) -> Tensor:
-    """Signed distances in pixels, (N, 64, 64); `phase` (N, 2) in [0, 1) shifts the waves of wobbling outlines."""
+    """Return signed distances in pixels, (N, 64, 64); `phase` (N, 2) in [0, 1) shifts the waves of wobbly outlines."""
     grid = torch.arange(SIZE) + 0.5
     table = torch.tensor([[s.x, s.y, s.radius, s.stretch, s.wobble, s.blend] for s in shapes])
     cx, cy, radius, stretch, wobble, blend = table[:, :, None, None].unbind(1)
@@ -210,7 +213,7 @@ def _by_kind(kinds: Sequence[str], x: Tensor, y: Tensor) -> Tensor:
 
 
 def coverage(scenes: Sequence[Scene], generator: torch.Generator | None = None) -> Tensor:
-    """Coverage of each pixel by each shape: (B, 3, 64, 64) in [0, 1], one channel per shape, zero if absent."""
+    """Return the share of each pixel that each shape covers, (B, 3, 64, 64) in [0, 1]; zero if there is no shape."""
     shapes = [s for scene in scenes for s in scene.shapes]
     slots = torch.tensor([3 * i + j for i, scene in enumerate(scenes) for j in range(len(scene.shapes))])
     phase = torch.rand(len(shapes), 2, generator=generator)
@@ -220,7 +223,7 @@ def coverage(scenes: Sequence[Scene], generator: torch.Generator | None = None) 
 
 
 def _grounds(chance: Tensor) -> Tensor:
-    """Grounds, (B, 3, 64, 64) in [0, 1], from (B, 11) numbers: gray level, tint, gradient, one of four textures."""
+    """Render grounds, (B, 3, 64, 64) in [0, 1], from (B, 11) numbers: gray, tint, gradient, one of four textures."""
     columns = chance[:, :, None, None].unbind(1)
     gray, red, green, blue, slope_x, slope_y, texture, waves, phase_x, phase_y, depth = columns
     axis = torch.linspace(-1.0, 1.0, SIZE)
