@@ -12,6 +12,7 @@ import torch
 
 from ..callbacks.noise_callback import CallbackSpec, as_callbacks
 from ..schedulers.noise_samplers import NoiseSamplerSpec
+from .loading import release_rewards
 from .loop import optimize
 from .memory.tiny_decoder import as_loop_decoder
 from .method import NoiseOptimizer
@@ -241,6 +242,10 @@ class NoiseOptimizationMixin(SavedWithCode):
             return super().prepare_latents(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
         return run.prepare_latents(self, *args, **kwargs)
 
+    def release_rewards(self) -> None:
+        """Forget the rewards, features and decoders that this pipeline loaded by name, which frees their memory."""
+        release_rewards(self)
+
     @classmethod
     def own_parameters(cls) -> list[inspect.Parameter]:
         """Return the keyword parameters that the class adds to the stock call."""
@@ -346,7 +351,8 @@ def optimize_noise(
     method = as_method(method, method_kwargs)
     twin = copy.copy(pipe)
     twin.__class__ = hooked(type(pipe))
-    vars(twin)["scheduler"] = copy.deepcopy(pipe.scheduler)  # a call sets the timesteps of its scheduler
+    # a call sets the timesteps of its scheduler
+    vars(twin).update(_twin_of=pipe, scheduler=copy.deepcopy(pipe.scheduler))
     check_takes_latents(twin)
     request = bind_request(twin, (), {"prompt": prompt, **call_kwargs})
     run = NoiseRun(twin, method, request, callbacks, noise_sampler, reward_prompt, save_noise_to, render=False)

@@ -11,11 +11,13 @@ from PIL import Image
 
 from ...callbacks.noise_callback import CallbackSpec
 from ...private_names import name_or_path
+from ...rewards.contract.registry import LoadedModels
 from ...rewards.contract.reward_sum import RewardSum
 from ...rewards.sets.set_reward_sum import SetRewardSum, join_features
 from ...schedulers.noise_samplers import NoiseSamplerSpec, as_noise_sampler, describe_noise_sampler
 from ..baselines.plain_sampling import PlainSampling
 from ..hook import optimize_noise
+from ..loading import loaded_models
 from ..memory.tiny_decoder import FULL_DECODER
 from ..method import NoiseOptimizer
 from ..registry import as_method
@@ -25,7 +27,7 @@ from ..results.provenance import plain, revision_of
 from ..results.settings_diff import plain_description, settings_diff
 from .image_set_folder import ImageSetFolder
 from .method import NeverTooLate
-from .quality_guard import as_guards, shares_reward
+from .quality_guard import as_guards, loaded_guards
 
 OF_THE_SET = ("prompt", "latents", "generator", "num_images_per_prompt", "output_type", "return_dict")
 OF_THE_NOISE = ("height", "width")
@@ -255,9 +257,9 @@ class SetGrowth:
 
     def __init__(self, call: SetCall, method: NoiseOptimizer, callbacks: Any) -> None:
         self.call, self.callbacks = call, callbacks
-        device = method.device_of_rewards(call.pipe)
-        self.diversity = SetRewardSum(method.diversity, device=device)  # pyright: ignore[reportAttributeAccessIssue]
-        self.method: Any = with_loaded_parts(method, self.diversity, device)
+        device, loaded, diversity = method.device_of_rewards(call.pipe), loaded_models(call.pipe), method.diversity  # pyright: ignore[reportAttributeAccessIssue]
+        self.diversity = SetRewardSum(diversity, device=device, loaded=loaded)
+        self.method: Any = with_loaded_parts(method, self.diversity, device, loaded)
         self.method.check()
         self.method.objective(call.pipe)
         self.known: dict[str, torch.Tensor] | None = None
@@ -364,19 +366,19 @@ def sequential_settings(of_diversity: bool) -> dict[str, Any]:
     return {**diversity, "steps": 25, "learning_rate": 3.0, "max_grad_norm": 0.15}
 
 
-def with_loaded_parts(method: Any, diversity: SetRewardSum, device: Any) -> Any:
-    """Return the method with these set rewards, and with rewards and guards loaded once for all images."""
-    loaded: dict[str, Any] = {"diversity": diversity}
+def with_loaded_parts(method: Any, diversity: SetRewardSum, device: Any, loaded: LoadedModels) -> Any:
+    """Return the method with these set rewards, and with the rewards and guards that have names loaded."""
+    parts: dict[str, Any] = {"diversity": diversity}
     if (rewards := getattr(method, "rewards", None)) is not None:
-        loaded["rewards"] = RewardSum(rewards, device=device)
-    optimized = loaded["rewards"].names if "rewards" in loaded else []
+        parts["rewards"] = RewardSum(rewards, device=device, loaded=loaded)
+    optimized = parts["rewards"].names if "rewards" in parts else []
     if guards := as_guards(getattr(method, "guard", None)):
-        own = [isinstance(guard.reward, str) and not shares_reward(guard, optimized) for guard in guards]
-        loaded["guard"] = [
-            dataclasses.replace(guard, reward=RewardSum(guard.reward, device=device).rewards[0]) if load else guard
-            for guard, load in zip(guards, own, strict=True)
-        ]
-    return dataclasses.replace(method, **loaded)
+
+        def load(reward: str) -> Any:
+            return RewardSum(reward, device=device, loaded=loaded).rewards[0]
+
+        parts["guard"] = loaded_guards(guards, optimized, load)
+    return dataclasses.replace(method, **parts)
 
 
 def seed_device(generator: Seeds) -> str:
