@@ -18,17 +18,23 @@ from .memory.tiny_decoder import as_loop_decoder
 from .method import NoiseOptimizer
 from .objective import Objective
 from .problem import NoiseProblem
-from .registry import as_method
+from .registry import METHODS, as_method
 from .request import (
     bind_request,
+    check_argument_names,
     check_batch,
     check_noise_is_drawn,
+    check_noise_path,
+    check_pipeline,
+    check_request,
     check_takes_latents,
     groups_of,
     image_size,
     noise_sampler_of,
     prompts_of,
+    require_prompt_text,
     reward_prompts_of,
+    stock_errors,
 )
 from .results.noise_file import NoiseFile
 from .results.noise_result import NoiseResult
@@ -49,7 +55,6 @@ class NoiseDraw:
     """One pipeline call on noise of a noise sampler, without optimization."""
 
     def __init__(self, request: dict[str, Any], noise_sampler: NoiseSamplerSpec | None) -> None:
-        prompts_of(request)
         self.noise_sampler = noise_sampler_of(noise_sampler, request, groups_of(request))
 
     def encode_prompt(self, encode, *args, **kwargs):
@@ -81,23 +86,27 @@ class NoiseRun:
         self.method, self.request, self.render = method, request, render
         self.callbacks = as_callbacks(callbacks)
         method.check()
+        check_request(pipe, request)
         check_noise_is_drawn(pipe, request)
         if torch.is_inference_mode_enabled():
             raise ValueError("Expected a call outside `torch.inference_mode()`, where no gradient exists. Remove it.")
         refuse_unsuited(pipe, method.gradient_mode)
-        self.objective: Objective = method.objective(pipe)
         self.prompts, self.groups = prompts_of(request), groups_of(request)
-        requires_prompt = self.objective.requires_prompt
-        self.reward_prompts = reward_prompts_of(request, reward_prompt, len(self.prompts), requires_prompt)
-        self.objective.check_groups(self.groups)
+        self.reward_prompts = reward_prompts_of(request, reward_prompt, len(self.prompts))
         check_batch(request, len(self.prompts))
         self.noise_sampler = noise_sampler_of(noise_sampler, request, self.groups)
+        check_noise_path(save_noise_to)
         self.noise_file = None if save_noise_to is None else NoiseFile(save_noise_to)
+        self.objective: Objective = method.objective(pipe)
+        if self.objective.requires_prompt and reward_prompt is None:
+            require_prompt_text(request)
+        self.objective.check_groups(self.groups)
         self.size = image_size(pipe, request)
         if self.size:
             self.objective.try_out(self.reward_prompts[0], *self.size, gradient=method.gradient_mode is not None)
         self.decoder = as_loop_decoder(method.decoder, pipe, list(submodules_of(pipe, DENOISERS).values()))
         self.encoded: list[Any] = []
+        self.began = False
         self.result: NoiseResult | None = None
 
     def frozen_modules(self, pipe) -> contextlib.AbstractContextManager[None]:
@@ -110,7 +119,7 @@ class NoiseRun:
 
     def prepare_latents(self, pipe, *args, **kwargs):
         """Draw the base noise as the stock method does, optimize it, and prepare the latents of the result."""
-        method = self.method
+        method, self.began = self.method, True
         sampler = PipelineSampler(
             pipe,
             self.request,
@@ -208,17 +217,18 @@ class NoiseOptimizationMixin(SavedWithCode):
         stock = super().__call__  # pyright: ignore[reportAttributeAccessIssue]
         if method is None:
             check_nothing_beside(method_kwargs=method_kwargs, save_noise_to=save_noise_to, reward_prompt=reward_prompt)
-        if method is None and noise_sampler is None:
+        found = None if method is None else as_method(method, method_kwargs)
+        check_argument_names(self, kwargs, [parameter.name for parameter in self.own_parameters()], found)
+        if found is None and noise_sampler is None:
             return stock(*args, **kwargs)
         request = bind_request(self, args, kwargs)
-        if method is None:
+        if found is None:
+            check_request(self, request)
             with hook_on(self, NoiseDraw(request, noise_sampler)):
                 return stock(*args, **kwargs)
-        run = NoiseRun(
-            self, as_method(method, method_kwargs), request, callbacks, noise_sampler, reward_prompt, save_noise_to
-        )
+        run = NoiseRun(self, found, request, callbacks, noise_sampler, reward_prompt, save_noise_to)
         try:
-            with run.frozen_modules(self), hook_on(self, run):
+            with run.frozen_modules(self), hook_on(self, run), stock_errors(self, run):
                 output = stock(*args, **kwargs)
         except BaseException as error:
             if run.result is not None:
@@ -348,6 +358,9 @@ def optimize_noise(
         ValueError: Before any model runs, for settings or a pipeline state that cannot work.
         TypeError: For an argument that the pipeline does not take, or a pipeline without a noise to optimize.
     """
+    check_pipeline(pipe)
+    ours = list(inspect.signature(optimize_noise).parameters)
+    check_argument_names(pipe, call_kwargs, ours, METHODS.entries.get(method) if isinstance(method, str) else method)
     method = as_method(method, method_kwargs)
     twin = copy.copy(pipe)
     twin.__class__ = hooked(type(pipe))
@@ -357,6 +370,6 @@ def optimize_noise(
     request = bind_request(twin, (), {"prompt": prompt, **call_kwargs})
     run = NoiseRun(twin, method, request, callbacks, noise_sampler, reward_prompt, save_noise_to, render=False)
     vars(twin)["_noise_run"] = run
-    with run.frozen_modules(twin), torch.no_grad(), contextlib.suppress(NoiseFound):
+    with run.frozen_modules(twin), torch.no_grad(), contextlib.suppress(NoiseFound), stock_errors(twin, run):
         stock_call(type(pipe))(twin, **request)
     return run.result_of(twin)
