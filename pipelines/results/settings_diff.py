@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from .shown_text import shown
+
 
 def plain_description(value: Any) -> Any:
     """Return a setting as a JSON value that is equal for equal settings.
@@ -40,4 +42,4 @@ def settings_diff(known: Any, given: Any, name: str = "") -> list[str]:
         names = [*known, *(key for key in given if key not in known)]
         found = [settings_diff(known.get(key), given.get(key), f"{name} {key}".strip()) for key in names]
         return [difference for group in found for difference in group]
-    return [] if known == given else [f"{name} was {known!r} and is {given!r}"]
+    return [] if known == given else [f"{shown(name)} was {shown(repr(known))} and is {shown(repr(given))}"]

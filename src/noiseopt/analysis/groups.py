@@ -5,10 +5,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..pipelines.results.noise_result import NoiseResult
+from ..pipelines.results.result_file import is_result_file
 from ..shapes_world.embedded import MODELS
 
 
@@ -76,7 +76,7 @@ def result_files(path: Path) -> list[Path]:
         raise CannotAnalyze(f"Expected a result that `NoiseResult.save` wrote, but {path} does not exist.")
     if not path.is_dir():
         return [path]
-    found = [file for file in sorted(path.rglob("*.safetensors")) if is_result(file)]
+    found = [file for file in sorted(path.rglob("*.safetensors")) if is_result_file(file)]
     if found:
         return found
     if (path / "units").is_dir() and (path / "settings.json").is_file():
@@ -86,15 +86,6 @@ def result_files(path: Path) -> list[Path]:
             "`result.save(path)`, or use the folder of `noiseopt demo`."
         )
     raise CannotAnalyze(f"Expected results that `NoiseResult.save` wrote (*.safetensors), but {path} holds none.")
-
-
-def is_result(path: Path) -> bool:
-    """Return whether the header identifies a result, even of a newer version."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return "noiseopt-result-" in (file.metadata() or {}).get("noiseopt", "")
-    except (OSError, SafetensorError):
-        return False
 
 
 def load(path: Path) -> NoiseResult:
