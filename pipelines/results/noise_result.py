@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 
+from .pipeline_description import describe_pipeline
 from .result_file import LATER_TENSORS, PER_SCORE, PER_STREAM, RESULT_TENSORS, read_result_file, write_result_file
+from .settings_diff import settings_diff
 from .shown_text import shown
 
 
@@ -89,6 +91,17 @@ class NoiseResult:
             fresh.append(torch.Generator(device))
             fresh[-1].set_state(state)
         return fresh if self.provenance.get("generators") == "list" else (fresh or [None])[0]
+
+    def differences(self, pipe) -> list[str]:
+        """Return a sentence for each thing in which a pipeline differs from that of the run, if it was recorded.
+
+        Model, scheduler, and LoRA and IP-Adapters with their weights are compared: where they differ, the same noise
+        gives other images. Arguments of the call are in `provenance["arguments"]`; images and embeddings among them are
+        not recorded, only named in `provenance["unrecorded"]`.
+        """
+        given = describe_pipeline(pipe)
+        known = {name: self.provenance[name] for name in given if name in self.provenance}
+        return settings_diff(known, {name: given[name] for name in known})
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file with the provenance as JSON in its header.
