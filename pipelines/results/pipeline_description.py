@@ -12,7 +12,7 @@ from torch import nn
 
 from ...private_names import name_or_path
 
-LARGEST_ARRAY = 8000  # bytes of an array that counts as a list of numbers, not as an image or an embedding
+LONGEST_LIST = 1000  # numbers of an array that is recorded, such as sigmas
 PROBED = 16  # entries of each weight that tell one adapter from another
 
 
@@ -110,7 +110,7 @@ def portable(value: Any) -> Any:
 
 
 def plain(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the entries that are JSON values or can be written as such: tuples, numbers of numpy, small arrays."""
+    """Return the entries that are JSON values or can be written as such: tuples, numbers of numpy, lists of these."""
     found = {}
     for name, value in values.items():
         try:
@@ -122,7 +122,7 @@ def plain(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def plain_value(value: Any) -> Any:
     """Return a value as a JSON value. Raises `TypeError` for any other."""
-    if hasattr(value, "tolist") and value.nbytes <= LARGEST_ARRAY:
+    if hasattr(value, "tolist") and value.ndim <= 1 and value.nbytes <= LONGEST_LIST * value.itemsize:
         value = value.tolist()
     if isinstance(value, list | tuple):
         return [plain_value(each) for each in value]
