@@ -20,6 +20,7 @@ from ..memory.tiny_decoder import FULL_DECODER
 from ..method import NoiseOptimizer
 from ..registry import as_method
 from ..request import bind_request
+from ..result_folder import Seeds, seed_device, seeds_from
 from ..results.noise_result import NoiseResult
 from ..results.provenance import plain, revision_of
 from ..results.settings_diff import plain_description, settings_diff
@@ -29,7 +30,6 @@ from .quality_guard import as_guards, shares_reward
 
 OF_THE_SET = ("prompt", "latents", "generator", "num_images_per_prompt", "output_type", "return_dict")
 OF_THE_NOISE = ("height", "width")
-Seeds = int | Sequence[int] | torch.Generator | None
 
 
 @dataclasses.dataclass(eq=False, repr=False)
@@ -379,11 +379,6 @@ def with_loaded_parts(method: Any, diversity: SetRewardSum, device: Any) -> Any:
     return dataclasses.replace(method, **loaded)
 
 
-def seed_device(generator: Seeds) -> str:
-    """Return the device that draws noise: the CPU, for equal noise on every device, unless a generator has another."""
-    return str(generator.device) if isinstance(generator, torch.Generator) else "cpu"
-
-
 def further_seeds(generator: Seeds, count: int, known: Sequence[int]) -> list[int]:
     """Return the seeds of the images that a set lacks.
 
@@ -401,20 +396,6 @@ def further_seeds(generator: Seeds, count: int, known: Sequence[int]) -> list[in
             "those, or none to go on by 1."
         )
     return seeds[len(known) : count]
-
-
-def seeds_from(generator: Any, count: int, wanted: int) -> list[int]:
-    """Return at least `count` different seeds: `wanted` consecutive ones from a given first, or those given."""
-    first = generator.initial_seed() if isinstance(generator, torch.Generator) else generator
-    given = range(first, first + wanted) if type(first) is int else generator
-    seeds = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else []
-    valid = all(type(seed) is int and 0 <= seed < 2**64 for seed in seeds)
-    if not valid or len(seeds) < count or len(set(seeds)) < len(seeds):
-        raise ValueError(
-            f"Expected `generator` to be a seed of 0 or more, {count} different seeds, or a `torch.Generator`, but got "
-            f"{generator!r}. From the seed s image k gets s + k."
-        )
-    return seeds
 
 
 def begun_set(home: ImageSetFolder, empty: ImageSet) -> ImageSet:
