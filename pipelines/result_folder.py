@@ -1,9 +1,11 @@
 """Many prompts, each optimized by itself, with a file for the result of each."""
 
+import contextlib
 import dataclasses
 import os
 import re
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +47,39 @@ class ResultFolder:
     def file(self, index: int, prompt: str) -> Path:
         """Return the file of a prompt: that which is there already, whatever it is of, or else a new name."""
         return self.known.get(index) or self.path / f"{prompt_name(index, prompt)}.safetensors"
+
+
+@contextlib.contextmanager
+def only_writer(folder: Path) -> Iterator[None]:
+    """Create a folder, and keep other processes and threads from writing results to it in the meantime.
+
+    The lock is on the folder itself: it ends with the process, and leaves no file. (Windows cannot lock a folder.)
+
+    Raises:
+        ValueError: If the path is a file, or someone else writes to the folder.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"Expected a folder for the results, but {folder} is a file. Choose another name.")
+    folder.mkdir(parents=True, exist_ok=True)
+    if sys.platform == "win32":
+        yield
+        return
+    import fcntl
+
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"Expected a folder that nobody else writes to, but another process is writing to {folder}. Wait until "
+                "it has ended, or choose another folder."
+            ) from None
+        except OSError:  # some network file systems have no locks
+            pass
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def prompt_name(index: int, prompt: str) -> str:

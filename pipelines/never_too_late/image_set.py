@@ -20,7 +20,7 @@ from ..memory.tiny_decoder import FULL_DECODER
 from ..method import NoiseOptimizer
 from ..registry import as_method
 from ..request import bind_request
-from ..result_folder import Seeds, seed_device, seeds_from
+from ..result_folder import Seeds, only_writer, seed_device, seeds_from
 from ..results.noise_result import NoiseResult
 from ..results.provenance import plain, revision_of
 from ..results.settings_diff import plain_description, settings_diff
@@ -79,12 +79,13 @@ class ImageSet:
         """Write `image_set.json`, and for each image `image_000.png` and its noise `image_000.safetensors`.
 
         Raises:
-            ValueError: For a file, and for a folder with a set.
+            ValueError: For a file, for a folder with a set, and for one to which another process writes.
         """
         home = ImageSetFolder(folder)
-        home.check_free()
-        for count in range(len(self) + 1):
-            self.write_first(count, home)
+        with only_writer(home.path):
+            home.check_free()
+            for count in range(len(self) + 1):
+                self.write_first(count, home)
 
     @classmethod
     def load(cls, folder: str | Path) -> "ImageSet":
@@ -158,17 +159,25 @@ def grow_set(
         The set. An exception carries the images so far as its `image_set`.
 
     Raises:
-        ValueError: For settings that cannot work, and a folder that is broken or has a set with other settings.
+        ValueError: For settings that cannot work, and a folder that is broken, has a set with other settings, or is
+            written to by another process.
         TypeError: For a method without references, or an argument that the pipeline does not take.
     """
     check_count_and_prompt(count, prompt)
     device = seed_device(generator)
     call = SetCall(pipe, prompt, call_kwargs, dict(render or {}), noise_sampler, device, reward_prompt)
     growth = SetGrowth(call, sequential_method(method, method_kwargs), callbacks)
-    home = None if folder is None else ImageSetFolder(folder)
-    found = ImageSet(prompt, growth.settings())
-    if home is not None:
-        found = begun_set(home, found)
+    if folder is None:
+        return grown_set(growth, ImageSet(prompt, growth.settings()), None, generator, count)
+    home = ImageSetFolder(folder)
+    with only_writer(home.path):
+        return grown_set(growth, begun_set(home, ImageSet(prompt, growth.settings())), home, generator, count)
+
+
+def grown_set(
+    growth: "SetGrowth", found: ImageSet, home: ImageSetFolder | None, generator: Seeds, count: int
+) -> ImageSet:
+    """Grow a set to `count` images, each of which is written to its folder at once."""
     seeds = further_seeds(generator, count, found.seeds)
     if home is not None and not home.begun:
         found.write_first(0, home)
