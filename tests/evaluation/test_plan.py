@@ -11,7 +11,7 @@ from noiseopt.evaluation.command import weighted
 from noiseopt.evaluation.embedded_diversity import embedded_diversity, towers_of
 from noiseopt.evaluation.folder import differences
 from noiseopt.evaluation.plan import PLAIN, MethodChoice, ModelChoice, Plan, control_of, parse_settings, slug
-from noiseopt.evaluation.prompt_sets import Prompt, PromptSet
+from noiseopt.evaluation.prompt_sets import Prompt, PromptSet, load_prompts
 
 PROMPTS = PromptSet("two", (Prompt("a red circle"), Prompt("two blue stars", "pairs")))
 
@@ -130,9 +130,9 @@ def test_a_plan_that_cannot_be_is_refused(changes, expected):
 def test_a_prompt_outside_the_world_is_named_with_its_file_and_line(tmp_path):
     file = tmp_path / "prompts.txt"
     file.write_text("a red circle\n\na cat\n")
-    prompts = PromptSet("prompts", (Prompt("a red circle"), Prompt("a cat")))
     with pytest.raises(ValueError, match=r"prompts\.txt:3: .*'a cat'"):
-        plan(prompts=prompts, source=str(file))
+        plan(prompts=load_prompts(str(file)))
+    prompts = PromptSet("prompts", (Prompt("a red circle"), Prompt("a cat")))
     with pytest.raises(ValueError, match="prompt 2 of prompts: "):
         plan(prompts=prompts)
     assert not plan(prompts=prompts, models=(ModelChoice.parse("some/model", {}),)).of_shapes_world

@@ -233,7 +233,6 @@ class Plan:
     Attributes:
         models, methods: At least one each, without duplicates.
         prompts: The prompts in order.
-        source: Their source, for error messages.
         seeds: Images per prompt, generated in one call as a set.
         rewards: Name and weight of the optimized rewards, at least one.
         watched: Names of rewards that are only measured.
@@ -247,7 +246,6 @@ class Plan:
     models: tuple[ModelChoice, ...]
     methods: tuple[MethodChoice, ...]
     prompts: PromptSet
-    source: str = ""
     seeds: int
     rewards: tuple[tuple[str, float], ...]
     watched: tuple[str, ...] = ()
@@ -285,15 +283,7 @@ class Plan:
             try:
                 shapes_world.parse(prompt.text)
             except ValueError as error:
-                raise ValueError(f"{self.position_of(prompt.text, number)}: {error}") from None
-
-    def position_of(self, prompt: str, number: int) -> str:
-        """Return the file and line of a prompt, or its number if it is not a line of a file."""
-        if os.path.isfile(self.source):
-            lines = Path(self.source).read_text(encoding="utf-8-sig").split("\n")
-            if found := [line for line, text in enumerate(lines, 1) if prompt in text]:
-                return f"{self.source}:{found[0]}"
-        return f"prompt {number} of {self.prompts.name}"
+                raise ValueError(f"{prompt.where or f'prompt {number} of {self.prompts.name}'}: {error}") from None
 
     def category(self, index: int) -> str | None:
         """Return the category of a prompt from its source, or from the shapes world."""
