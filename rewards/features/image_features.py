@@ -8,13 +8,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModel, CLIPVisionModelWithProjection, PreTrainedModel
 
-from ..contract.transforms import ImageTransform
+from ..contract.transforms import IMAGENET_MEAN, IMAGENET_STD, ImageTransform
 from .features import Features, register_features
 
 FeatureKind = Literal["cls", "patch"]
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 # The DINOv2 input of the released code of It's Never Too Late (https://arxiv.org/abs/2601.00090): the whole image
 # resized to 256 × 256, which gives 18 × 18 patches of 14 pixels and drops the remainder. Their resize is not
 # antialiased, so only some pixels of a large image get a gradient.
