@@ -48,9 +48,9 @@ class FakeLinear(nn.Module):
 class FakeLPIPS(nn.Module):
     """Stand-in for `lpips.LPIPS`: `scaling_layer`, `net`, and `lins` whose `model` ends in a 1 × 1 convolution."""
 
-    def __init__(self, net: str = "vgg", verbose: bool = True) -> None:
+    def __init__(self, net: str = "vgg", version: str = "0.1", verbose: bool = True) -> None:
         super().__init__()
-        self.kind = net
+        self.kind, self.version = net, version
         torch.manual_seed(0)
         self.first, self.second = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 8, 3, stride=2)
         self.lins = nn.ModuleList(FakeLinear(channels) for channels in (6, 8))
