@@ -33,7 +33,10 @@ from noiseopt.rewards import (
 
 TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 SHORTEST = {"size": {"shortest_edge": 36}, "crop_size": {"height": 32, "width": 32}}
-TRANSFORM = ImageTransform(size=36, crop=(32, 32), mean=(0.4,) * 3, std=(0.3,) * 3)
+# the whole image, resized to what the processor in `publish_dinov2` crops the center of
+TRANSFORM = ImageTransform(
+    size=(36, 36), crop=None, mean=(0.4,) * 3, std=(0.3,) * 3, resample="bilinear", single_pass=True
+)
 
 
 class FakeLinear(nn.Module):

@@ -40,16 +40,23 @@ def straight_through_clamp(x: Tensor) -> Tensor:
     return x + (x.clamp(0, 1) - x).detach()
 
 
-def resize(images: Tensor, size: tuple[int, int], resample: Resample = "bicubic", single_pass: bool = False) -> Tensor:
-    """Resize (B, C, H, W) images in [0, 1] to `size` = (height, width), antialiased, in float32 or more.
+def resize(
+    images: Tensor,
+    size: tuple[int, int],
+    resample: Resample = "bicubic",
+    single_pass: bool = False,
+    antialias: bool = True,
+) -> Tensor:
+    """Resize (B, C, H, W) images in [0, 1] to `size` = (height, width), in float32 or more.
 
     By default the result agrees with Pillow to 1.13/255 in the worst case. Like Pillow, it resizes the two dimensions
     in two passes and clips after each, but without rounding to uint8. A single pass without clamping
-    (`single_pass=True`), as torchvision and ReNO do for float tensors, differs by up to 22/255 at sharp edges.
+    (`single_pass=True`), as torchvision and ReNO do for float tensors, differs by up to 22/255 at sharp edges. Without
+    `antialias`, which takes a single pass, a few pixels of a shrunk image count, and the others get no gradient.
     """
     images = at_least_float32(images)
-    if single_pass:
-        return F.interpolate(images, size, mode=resample, antialias=True, align_corners=False)
+    if single_pass or not antialias:
+        return F.interpolate(images, size, mode=resample, antialias=antialias, align_corners=False)
     # Straight-through clamps: in saturated areas the resized values are 1 plus or minus a rounding error, and a hard
     # clamp would stop the gradient of every pixel that was rounded up, so that it could never darken again.
     for target in (first_pass_size(images.shape[-2], images.shape[-1], size), size):
@@ -108,8 +115,9 @@ class ImageTransform:
         crop: (height, width) of the center crop, or None.
         mean: Mean per channel, or None for no normalization.
         std: Standard deviation per channel, or None for no normalization.
-        resample: The interpolation filter, always antialiased.
+        resample: The interpolation filter.
         single_pass: Resize as float tensor code does (one pass, no clamp) instead of as Pillow does.
+        antialias: See `resize`.
     """
 
     size: int | tuple[int, int] | None = 224
@@ -118,6 +126,7 @@ class ImageTransform:
     std: tuple[float, ...] | None = CLIP_STD
     resample: Resample = "bicubic"
     single_pass: bool = False
+    antialias: bool = True
 
     def __call__(self, images: Tensor) -> Tensor:
         images = at_least_float32(images)
@@ -128,7 +137,7 @@ class ImageTransform:
         if isinstance(size, int):
             size = shortest_edge(images.shape[-2], images.shape[-1], size)
         if size is not None:
-            images = resize(images, size, self.resample, self.single_pass)
+            images = resize(images, size, self.resample, self.single_pass, self.antialias)
         if self.crop is not None:
             images = center_crop(images, self.crop)
         if self.mean is not None and self.std is not None:
@@ -138,6 +147,11 @@ class ImageTransform:
     def as_in_reno(self) -> "ImageTransform":
         """Return the transform that ReNO's released code uses instead, with a single unclamped pass."""
         return replace(self, single_pass=True)
+
+    def of_whole_image(self) -> "ImageTransform":
+        """Return a transform without a crop: the image is squeezed to the square that this one resizes a side to."""
+        size = (self.size, self.size) if isinstance(self.size, int) else self.size
+        return replace(self, size=size, crop=None, resample="bilinear", single_pass=True)
 
     @classmethod
     def from_processor_config(
