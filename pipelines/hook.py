@@ -14,6 +14,7 @@ import torch
 from ..callbacks.noise_callback import CallbackSpec, NoiseCallback, as_callbacks
 from ..private_names import execution_device
 from ..schedulers.noise_samplers import NoiseSamplerSpec
+from .loading import release_rewards
 from .loop import optimize
 from .memory.tiny_decoder import as_loop_decoder
 from .method import NoiseOptimizer
@@ -248,6 +249,10 @@ class NoiseOptimizationMixin(SavedWithCode):
             return super().prepare_latents(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
         return run.prepare_latents(self, *args, **kwargs)
 
+    def release_rewards(self) -> None:
+        """Forget the rewards, features and decoders that this pipeline loaded by name, which frees their memory."""
+        release_rewards(self)
+
     @classmethod
     def own_parameters(cls) -> list[inspect.Parameter]:
         """Return the keyword parameters that the class adds to the stock call."""
@@ -433,7 +438,8 @@ def hooked_call(pipe, prompt: Any, call_kwargs: Mapping[str, Any]) -> tuple[Any,
     """Return a twin of a pipeline with the hook, and the arguments of its call by name."""
     twin = copy.copy(pipe)
     twin.__class__ = hooked(type(pipe))
-    vars(twin)["scheduler"] = copy.deepcopy(pipe.scheduler)  # a call sets the timesteps of its scheduler
+    # a call sets the timesteps of its scheduler
+    vars(twin).update(_twin_of=pipe, scheduler=copy.deepcopy(pipe.scheduler))
     check_takes_latents(twin)
     return twin, bind_request(twin, (), {"prompt": prompt, **call_kwargs})
 

@@ -42,6 +42,11 @@ def interrupt(pipe) -> None:
     pipe._interrupt = True
 
 
+def progress_bar_is_off(pipe) -> bool:
+    """Return whether `pipe.set_progress_bar_config(disable=True)` turned off the progress bar of a pipeline."""
+    return bool(getattr(pipe, "_progress_bar_config", {}).get("disable"))
+
+
 def own_timestep_count(pipe) -> int | None:
     """Return the number of timesteps of the last call, if the pipeline records it."""
     return getattr(pipe, "_num_timesteps", None)
