@@ -98,8 +98,15 @@ def checkpoint_blocks(module: nn.Module, function: Callable[..., Any]) -> None:
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Return whether a module was compiled by `torch.compile(module)` or `module.compile()`."""
-    return private(module, "_compiled_call_impl", "torch") is not None or hasattr(module, "_orig_mod")
+    """Return whether a module was compiled by `torch.compile(module)` or `module.compile()`, or one of its methods."""
+    whole = private(module, "_compiled_call_impl", "torch") is not None or hasattr(module, "_orig_mod")
+    return whole or any(map(is_compiled_function, vars(module).values()))
+
+
+def is_compiled_function(function: Any) -> bool:
+    """Return whether a function or method was compiled by `torch.compile`."""
+    function = getattr(function, "func", function)  # of a partial one
+    return isinstance(function, Callable) and hasattr(function, "_torchdynamo_orig_callable")
 
 
 def base_of_view(tensor: torch.Tensor) -> torch.Tensor | None:
