@@ -2,7 +2,10 @@
 
 import sys
 import types
+from collections.abc import Callable
 from typing import Any
+
+from ...private_names import is_context_decorated
 
 
 def replaced_methods(thing: Any) -> list[str]:
@@ -28,3 +31,21 @@ def is_stock_function(module: types.ModuleType, name: str) -> bool:
 def is_written_in(module: types.ModuleType, function: Any, qualified_name: str) -> bool:
     written_there = getattr(function, "__globals__", None) is vars(module)
     return written_there and function.__qualname__ == qualified_name
+
+
+def with_gradient(function: Callable[..., Any], name: str) -> Any:
+    """Return a function without the decorators of torch that turn gradients off.
+
+    Raises:
+        TypeError: For another wrapper, which could not be told from what it wraps.
+    """
+    while hasattr(function, "__wrapped__"):
+        if not is_context_decorated(function):
+            wrapper = getattr(function, "__code__", None)
+            where = f"{wrapper.co_filename}:{wrapper.co_firstlineno}" if wrapper else type(function).__name__
+            raise TypeError(
+                f"Expected `{name}` as its class defines it, but it is wrapped by code of others ({where}), which a "
+                "run would bypass. Undo that first, or define it in a subclass of the pipeline."
+            )
+        function = function.__wrapped__  # pyright: ignore[reportFunctionMemberAccess]
+    return function

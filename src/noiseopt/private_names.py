@@ -109,6 +109,16 @@ def is_compiled_function(function: Any) -> bool:
     return isinstance(function, Callable) and hasattr(function, "_torchdynamo_orig_callable")
 
 
+def has_forward_hooks(module: nn.Module) -> bool:
+    """Return whether a module has hooks that run before or after its forward pass."""
+    return bool(private(module, "_forward_hooks", "torch") or private(module, "_forward_pre_hooks", "torch"))
+
+
+def is_context_decorated(function: Callable[..., Any]) -> bool:
+    """Return whether a function was decorated by a context manager of torch, such as `torch.no_grad()`."""
+    return getattr(function, "__globals__", {}).get("__name__") == "torch.utils._contextlib"
+
+
 def base_of_view(tensor: torch.Tensor) -> torch.Tensor | None:
     """Return the tensor that `tensor` is a view of, or `None`."""
     return tensor._base
