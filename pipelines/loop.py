@@ -20,6 +20,7 @@ from .problem import NoiseProblem
 from .results.frequency_bands import band_energies
 from .results.noise_file import NoiseFile
 from .results.noise_result import NoiseResult
+from .results.pipeline_description import portable
 from .results.provenance import provenance_of
 from .sampling.sample import Sample
 from .sampling.sampler import Gradient, PipelineSampler
@@ -269,7 +270,7 @@ class OptimizationLoop:
             best_step=torch.full_like(best.step, best.evaluations - 1) if last else best.step,
             provenance={
                 "method": type(self.method).__name__,
-                "settings": self.method.settings(),
+                "settings": portable(self.method.settings()),
                 **provenance_of(problem, self.objective, run),
                 "steps": best.evaluations,
             },

@@ -88,7 +88,7 @@ class Evaluation:
             raise CannotEvaluate(one_line(error)) from None
 
     def tasks(self, model: ModelChoice) -> list[tuple[Contender, int]]:
-        """Return the units of this process in order; contenders alternate in going first, on cold caches."""
+        """Return the units of this process in order; the contenders take turns in going first, with cold caches."""
         contenders, found = self.plan.contenders, []
         for index in range(self.processes.process_index, len(self.plan.prompts.prompts), self.processes.num_processes):
             turn = index % len(contenders)
