@@ -1,5 +1,6 @@
 """Methods and functions that somebody replaced, on an object, on its class or in a library."""
 
+import inspect
 import sys
 import types
 from collections.abc import Callable
@@ -39,13 +40,19 @@ def with_gradient(function: Callable[..., Any], name: str) -> Any:
     Raises:
         TypeError: For another wrapper, which could not be told from what it wraps.
     """
-    while hasattr(function, "__wrapped__"):
-        if not is_context_decorated(function):
-            wrapper = getattr(function, "__code__", None)
-            where = f"{wrapper.co_filename}:{wrapper.co_firstlineno}" if wrapper else type(function).__name__
-            raise TypeError(
-                f"Expected `{name}` as its class defines it, but it is wrapped by code of others ({where}), which a "
-                "run would bypass. Undo that first, or define it in a subclass of the pipeline."
-            )
+    while is_context_decorated(function):
         function = function.__wrapped__  # pyright: ignore[reportFunctionMemberAccess]
+    if hasattr(function, "__wrapped__") or takes_anything(function):
+        code = getattr(function, "__code__", None)
+        where = f"{code.co_filename}:{code.co_firstlineno}" if code else type(function).__name__
+        raise TypeError(
+            f"Expected `{name}` as its class defines it, but it is wrapped by code of others ({where}), which a run "
+            "would bypass. Undo that first, or define it in a subclass of the pipeline."
+        )
     return function
+
+
+def takes_anything(function: Callable[..., Any]) -> bool:
+    """Return whether a function hands its arguments on without a look at them."""
+    kinds = {parameter.kind for parameter in inspect.signature(function).parameters.values()}
+    return inspect.Parameter.VAR_POSITIONAL in kinds

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -9,7 +10,10 @@ import torch
 from torch import nn
 
 from ...private_names import has_forward_hooks
+from ..memory.lean_layers import LEAN_LAYERS
 from ..memory.replaced import replaced_methods
+
+LIBRARIES = ("builtins", "torch", "diffusers", "transformers", "accelerate", "peft")
 
 
 class KeptScheduler:
@@ -67,15 +71,31 @@ def with_attributes(thing: Any, attributes: dict[str, Any]) -> Iterator[None]:
 def is_patched(pipe: Any) -> bool:
     """Return whether code of others runs in the calls of a pipeline, and so may refer to it or to its scheduler.
 
-    These are methods replaced on the pipeline, its scheduler, its models or the modules in them, and forward hooks. (A
-    replaced `encode_prompt` runs outside of evaluations.)
+    These are methods replaced on the pipeline, its scheduler, its models or the modules in them, forward hooks, and
+    modules and attention processors that are defined elsewhere. (A replaced `encode_prompt` runs outside of
+    evaluations.)
     """
     models = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
     own = plain_attributes(pipe)
     replaced = [name for name in replaced_methods(pipe) if name in own and name != "encode_prompt"]
     if replaced or any(map(replaced_methods, (pipe.scheduler, *models))):
         return True
-    return any("forward" in vars(module) or has_forward_hooks(module) for model in models for module in model.modules())
+    return any(runs_code_of_others(module) for model in models for module in model.modules())
+
+
+def runs_code_of_others(module: nn.Module) -> bool:
+    if "forward" in vars(module) or has_forward_hooks(module):
+        return True
+    kinds = {type(module), type(module).forward, type(getattr(module, "processor", None))}
+    return not all(map(is_of_a_library, kinds - set(LEAN_LAYERS.values())))
+
+
+@functools.cache
+def is_of_a_library(thing: Any) -> bool:
+    """Return whether a class or function is one of the libraries that models are made with."""
+    names = getattr(thing, "__globals__", None)
+    name = getattr(thing, "__module__", "") if names is None else names.get("__name__", "")
+    return name.split(".")[0] in LIBRARIES
 
 
 class Hook:
