@@ -37,15 +37,16 @@ class NeverTooLate(NoiseOptimizer):
     with one clip of their joint gradient, and the set of noises with the lowest loss (without the prior) is returned.
     Start from `noise_sampler="pink"` for more diversity.
 
-    The learning rate is in units of √(H·W) / 64, with H × W the size of the noise: at 512 px the steps are
-    those of the released code on all its models. `mode="parity"` has its clamp of pixels as well; in `mode="default"`
-    saturated pixels keep their gradient. Both modes follow the paper where the released code differs from it: that
-    takes the loss and the guard of HPS from the first image of a set alone (`torch.diagonal` of a `(B, 1)` matrix), so
-    that its mode "freeze" ends a set once image 0 falls; here the loss is the mean over the set, each image has its own
-    guard, and a set ends once all its images are frozen. Other differences: noise, momentum and norms are float32; a
-    step in which the guard rejected an image does not count as the best, so noises and images always belong together; a
-    guard needs no reward that is optimized; the rewards count for the best during the warm-up too; a set stops as a
-    whole.
+    The learning rate is in units of √(H·W) / 64, with H × W the size of the noise: at 512 px the steps are those of the
+    released code on all its models. `mode="parity"` has its pixels as well: its clamp, DINOv2 and `tiny_image` resized
+    without antialiasing, rewards as in `ReNO(mode="parity")`; in `mode="default"` saturated pixels keep their gradient.
+
+    Both modes follow the paper where the released code differs from it: that takes the loss and the guard of HPS from
+    the first image of a set alone (`torch.diagonal` of a `(B, 1)` matrix), so that its mode "freeze" ends a set once
+    image 0 falls; here the loss is the mean over the set, each image has its own guard, and a set ends once all its
+    images are frozen. Other differences: noise, momentum and norms are float32; a step in which the guard rejected an
+    image does not count as the best, so noises and images always belong together; a guard needs no reward that is
+    optimized; the rewards count for the best during the warm-up too; a set stops as a whole.
 
     Args:
         diversity: Set rewards as `SetRewardSum` takes them, with the weights λ_div: a name ("dpp", "dpp_patch",
@@ -117,6 +118,7 @@ class NeverTooLate(NoiseOptimizer):
             stop_at=stop_at,
             references=self.references,
             warm_up=self.warm_up,
+            released=self.mode == "parity",
         )
 
     def regularizer(self, noise: torch.Tensor) -> torch.Tensor:
