@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ..callbacks.noise_callback import CallbackSpec, as_callbacks
+from ..private_names import execution_device
 from ..schedulers.noise_samplers import NoiseSamplerSpec
 from .loop import optimize
 from .memory.tiny_decoder import as_loop_decoder
@@ -21,7 +22,9 @@ from .registry import as_method
 from .request import (
     bind_request,
     check_batch,
+    check_noise_batch,
     check_noise_is_drawn,
+    check_pipeline,
     check_takes_latents,
     groups_of,
     image_size,
@@ -35,6 +38,8 @@ from .results.pipeline_code import SavedWithCode
 from .sampling.first_call import stock_call, submodules_of
 from .sampling.latent_space import LatentSpace
 from .sampling.module_state import DENOISERS, frozen_modules, refuse_unsuited
+from .sampling.random_state import CallStart
+from .sampling.redraw import check_redraw
 from .sampling.sampler import PipelineSampler
 
 Callbacks = CallbackSpec | Iterable[CallbackSpec] | None
@@ -98,6 +103,7 @@ class NoiseRun:
         self.decoder = as_loop_decoder(method.decoder, pipe, list(submodules_of(pipe, DENOISERS).values()))
         self.encoded: list[Any] = []
         self.result: NoiseResult | None = None
+        self.start = CallStart(request.get("generator"), execution_device(pipe))
 
     def frozen_modules(self, pipe) -> contextlib.AbstractContextManager[None]:
         return frozen_modules(pipe, self.method.gradient_mode, self.decoder, self.size)
@@ -119,7 +125,11 @@ class NoiseRun:
             decoder=self.decoder,
             checkpointing=method.checkpointing,
             through_denoiser=method.gradient_mode == "full",
+            start=self.start,
         )
+        check_noise_batch(sampler.base_noise, len(self.prompts))
+        if not self.render:
+            check_redraw(sampler, pipe)
         problem = NoiseProblem(pipe, sampler, self.prompts, self.reward_prompts, self.groups, self.request)
         with torch.enable_grad(), sampler.checkpoints:
             self.result = optimize(method, problem, self.objective, self.callbacks, self.noise_file)
@@ -209,6 +219,7 @@ class NoiseOptimizationMixin(SavedWithCode):
             check_nothing_beside(method_kwargs=method_kwargs, save_noise_to=save_noise_to, reward_prompt=reward_prompt)
         if method is None and noise_sampler is None:
             return stock(*args, **kwargs)
+        check_pipeline(type(self))
         request = bind_request(self, args, kwargs)
         if method is None:
             with hook_on(self, NoiseDraw(request, noise_sampler)):
@@ -344,6 +355,7 @@ def optimize_noise(
         TypeError: For an argument that the pipeline does not take, or a pipeline without a noise to optimize.
     """
     method = as_method(method, method_kwargs)
+    check_pipeline(type(pipe))
     twin = copy.copy(pipe)
     twin.__class__ = hooked(type(pipe))
     vars(twin)["scheduler"] = copy.deepcopy(pipe.scheduler)  # a call sets the timesteps of its scheduler

@@ -273,7 +273,7 @@ class OptimizationLoop:
                 **provenance_of(problem, self.objective, run),
                 "steps": best.evaluations,
             },
-            generator_states=problem.sampler.states_after_draw(),
+            generator_states=problem.sampler.states_for_redraw(),
             reports=dict(run.reports),
             initial_noise=problem.noise.detach(),
             band_changes=torch.stack([row.bands for row in rows]),
