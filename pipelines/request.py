@@ -23,7 +23,8 @@ def bind_request(pipe, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
 
 def check_noise_is_drawn(pipe, request: dict[str, Any]) -> None:
     """Raise `TypeError` or `ValueError` for a pipeline that draws no noise of its own in this call, or no image."""
-    part = next((name for name in ("denoising_start", "denoising_end") if request.get(name) is not None), None)
+    whole = {"denoising_start": (None,), "denoising_end": (None, 1.0)}
+    part = next((name for name, values in whole.items() if request.get(name) not in values), None)
     if part is not None:
         raise ValueError(
             f"Expected a call that goes from noise to image, but `{part}` leaves out a part of the way. Leave it out "
