@@ -1,7 +1,7 @@
 """Objectives: what a noise optimization minimizes."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -15,9 +15,12 @@ class Objective:
 
     Attributes:
         requires_prompt: Whether the objective reads the prompts.
+        continues: Names of attributes, tensors and numbers, with which the objective goes on in a resumed run; `None`
+            if it cannot.
     """
 
     requires_prompt: bool = False
+    continues: ClassVar[tuple[str, ...] | None] = ()
 
     def evaluate(self, sample: Sample) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Return the loss `(B,)` with its graph, and the raw scores `(B,)` by name without a graph."""

@@ -301,7 +301,7 @@ class SetGrowth:
         baseline_values = {f"baseline {name}": item_or_none(baseline_scores.get(name)) for name in values}
         self.join(features)
         found.seeds.append(seed)
-        found.results.append(without_images(result))
+        found.results.append(result.without_images())
         found.values.append({**values, **baseline_values})
         found.pictures.append(picture)
 
@@ -436,13 +436,6 @@ def pixels_of(picture: Image.Image) -> torch.Tensor:
     width, height = picture.size
     pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(1, height, width, 3)
     return pixels.permute(0, 3, 1, 2).contiguous().float() / 255
-
-
-def without_images(result: NoiseResult) -> NoiseResult:
-    """Return a result on the CPU without its images, as a saved result is."""
-    named = {name: getattr(result, name).cpu() for name in ("noise", "latents", "losses", "norms", "best_step")}
-    scores = {name: values.cpu() for name, values in result.scores.items()}
-    return dataclasses.replace(result, **named, scores=scores, images=None, initial_images=None)
 
 
 def baseline_scores_of(result: NoiseResult) -> dict[str, torch.Tensor]:

@@ -30,6 +30,8 @@ class SetObjective(Objective):
         warm_up: The number of first evaluations without a gradient of the rewards.
     """
 
+    continues = ("evaluations",)
+
     def __init__(
         self,
         diversity: SetRewardSum,

@@ -11,8 +11,8 @@ import torch
 def plain_description(value: Any) -> Any:
     """Return a setting as a JSON value that is equal for equal settings.
 
-    Tensors become the hash of their bytes. Other objects become what their `describe()` returns, or else their type and
-    name.
+    Tensors, images and arrays become the hash of their bytes. Other objects become what their `describe()` returns, or
+    else their type and name.
     """
     if value is None or isinstance(value, bool | int | float | str):
         return value
@@ -22,6 +22,11 @@ def plain_description(value: Any) -> Any:
         return [plain_description(each) for each in value]
     if isinstance(value, torch.Tensor):
         return tensor_description(value)
+    if isinstance(value, torch.Generator):
+        state = tensor_description(value.get_state())["sha256"]
+        return {"device": value.device.type, "seed": value.initial_seed(), "state": state[:16]}
+    if hasattr(value, "tobytes"):  # of images and arrays
+        return {"type": type(value).__qualname__, "sha256": hashlib.sha256(value.tobytes()).hexdigest()}
     if hasattr(value, "describe"):
         return plain_description(value.describe())
     if dataclasses.is_dataclass(value) and not isinstance(value, type):

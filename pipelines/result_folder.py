@@ -1,0 +1,157 @@
+"""Many prompts, each optimized by itself, with a file for the result of each."""
+
+import dataclasses
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..callbacks.noise_state import NoiseState
+from ..callbacks.progress import ProgressBar
+
+MOST_SLUG_CHARACTERS = 40
+RESULT_NAME = re.compile(r"(\d{4,})(-.*)?\.safetensors")
+Seeds = int | Sequence[int] | torch.Generator | None
+
+
+class ResultFolder:
+    """A folder with one result file for each prompt, such as `0007-a-red-square.safetensors`.
+
+    Args:
+        path: The folder. It is created when the first file is written.
+
+    Raises:
+        ValueError: For a path that is no folder, and for two files of one prompt.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        if self.path.exists() and not self.path.is_dir():
+            raise ValueError(f"Expected a folder for the results, but {self.path} is a file. Choose another name.")
+        self.known: dict[int, Path] = {}
+        for file in sorted(self.path.iterdir()) if self.path.is_dir() else ():
+            if found := RESULT_NAME.fullmatch(file.name):
+                index = int(found[1])
+                if index in self.known:
+                    raise ValueError(
+                        f"Expected one file for each prompt, but {self.path} has {self.known[index].name} and "
+                        f"{file.name}. Move one of them away."
+                    )
+                self.known[index] = file
+
+    def file(self, index: int, prompt: str) -> Path:
+        """Return the file of a prompt: that which is there already, whatever it is of, or else a new name."""
+        return self.known.get(index) or self.path / f"{prompt_name(index, prompt)}.safetensors"
+
+
+def prompt_name(index: int, prompt: str) -> str:
+    """Return a name for the files of a prompt: its index from 0 and its first words."""
+    slug = re.sub(r"[\W_]+", "-", prompt.lower())[:MOST_SLUG_CHARACTERS].strip("-")
+    return f"{index:04d}-{slug}" if slug else f"{index:04d}"
+
+
+class FolderBar(ProgressBar):
+    """One progress bar over the steps of several runs.
+
+    Args:
+        pipe: The pipeline, whose progress bar it is.
+        runs: The number of runs.
+        steps: The number of steps of each.
+    """
+
+    def __init__(self, pipe, runs: int, steps: int) -> None:
+        self.runs, self.steps, self.run = runs, steps, 0
+        self.bar = pipe.progress_bar(total=runs * steps)
+
+    def on_run_start(self, state: NoiseState) -> None:
+        self.go_to(self.run * self.steps + state.step + 1)
+
+    def on_step_end(self, state: NoiseState) -> None:
+        self.go_to(self.run * self.steps + min(state.step + 1, self.steps))
+
+    def on_run_end(self, state: NoiseState) -> None:
+        pass
+
+    def close(self) -> None:
+        self.bar.close()
+
+    def next_run(self) -> None:
+        self.run += 1
+        self.go_to(self.run * self.steps)
+
+    def go_to(self, step: int) -> None:
+        self.bar.set_description(f"Optimizing noise {min(self.run + 1, self.runs)} of {self.runs}", refresh=False)
+        self.bar.update(step - self.bar.n)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PromptEntry:
+    """One prompt of a folder: what its call has of its own, and its file."""
+
+    prompt: str
+    arguments: dict[str, Any]
+    reward_prompt: str | None
+    file: Path
+
+
+def prompt_entries(
+    prompts: Any,
+    folder: str | os.PathLike[str],
+    generator: Seeds = None,
+    reward_prompt: str | Sequence[str] | None = None,
+) -> list[PromptEntry]:
+    """Return the calls of prompts whose results are in a folder.
+
+    Args:
+        prompts: The prompts, a list of texts.
+        folder: See `ResultFolder`.
+        generator: See `generators_of`.
+        reward_prompt: One text for all prompts, or one for each.
+
+    Raises:
+        ValueError: For anything else.
+    """
+    if isinstance(prompts, str) or not isinstance(prompts, Sequence) or not all(isinstance(p, str) for p in prompts):
+        raise ValueError(f"Expected a list of prompts beside `folder`, but got {prompts!r}. Pass `[prompt]` for one.")
+    texts = [reward_prompt] * len(prompts) if reward_prompt is None or isinstance(reward_prompt, str) else reward_prompt
+    if len(texts) != len(prompts):
+        raise ValueError(
+            f"Expected `reward_prompt` to be one text, or one for each of {len(prompts)} prompts, but got {len(texts)}."
+        )
+    home, generators = ResultFolder(folder), generators_of(generator, len(prompts))
+    return [
+        PromptEntry(
+            prompt=prompt,
+            arguments={} if each is None else {"generator": each},
+            reward_prompt=text,
+            file=home.file(index, prompt),
+        )
+        for index, (prompt, each, text) in enumerate(zip(prompts, generators, texts, strict=True))
+    ]
+
+
+def generators_of(generator: Seeds, count: int) -> list[torch.Generator | None]:
+    """Return a random stream for each of `count` prompts, which does not depend on the other prompts.
+
+    Args:
+        generator: A seed s, from which prompt k gets s + k, one seed for each prompt, or a generator for its seed and
+            device; `None` for streams that continue the global one, so that each start draws others.
+
+    Raises:
+        ValueError: For anything else.
+    """
+    if generator is None:
+        return [None] * count
+    device = generator.device if isinstance(generator, torch.Generator) else torch.device("cpu")
+    first = generator.initial_seed() if isinstance(generator, torch.Generator) else generator
+    seeds = [(first + index) % 2**64 for index in range(count)] if type(first) is int else first
+    valid = isinstance(seeds, Sequence) and all(type(seed) is int and 0 <= seed < 2**64 for seed in seeds)
+    if not valid or len(seeds) != count:
+        raise ValueError(
+            f"Expected `generator` to be a seed of 0 or more, {count} seeds, or a `torch.Generator`, but got "
+            f"{generator!r}. From the seed s prompt k gets s + k."
+        )
+    return [torch.Generator(device).manual_seed(seed) for seed in seeds]
