@@ -23,12 +23,13 @@ from ..pipelines.baselines.plain_sampling import PlainSampling
 from ..pipelines.method import NoiseOptimizer
 from ..pipelines.registry import METHODS, list_methods
 from ..pipelines.searches.best_of_n import BestOfN
+from ..registry import did_you_mean
 from ..rewards.contract.registry import find_reward
 from ..rewards.features.auto_features import find_features
 from ..rewards.features.features import FEATURES, import_optional
 from ..rewards.sets.set_reward_sum import check_set_reward_entry, set_reward_entries
 from ..shapes_world.embedded import WEIGHTS
-from .embedded_diversity import embedded_diversity, features_of
+from .embedded_diversity import TOWERS, embedded_diversity, features_of, tower, towers_of
 from .prompt_sets import PromptSet
 
 HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
@@ -91,7 +92,7 @@ class ModelChoice:
         pipelines = [model.name for model in shapes_world.MODELS.values() if model.is_pipeline]
         raise ValueError(
             f"Expected a model out of {', '.join(pipelines)}, a Hub id such as 'org/name', or a folder, but got "
-            f"{name!r}."
+            f"{name!r}.{did_you_mean(name, pipelines)}"
         )
 
 
@@ -113,6 +114,18 @@ class MethodChoice:
         return self.settings.get("diversity", getattr(METHODS[self.name], "diversity", None))
 
     @property
+    def features(self) -> str | None:
+        """The features by which the method compares images, if there is an embedded tower for them."""
+        found = self.settings.get("features", getattr(METHODS[self.name], "features", None))
+        return found if isinstance(found, str) and found in TOWERS else None
+
+    @property
+    def towers(self) -> set[str]:
+        """The embedded models that replace the method's features on embedded models."""
+        found = set() if self.diversity is None else towers_of(self.diversity)
+        return found | ({TOWERS[self.features][0]} if self.features else set())
+
+    @property
     def has_control(self) -> bool:
         """Return whether the method is compared with best-of-N at equal time; all but best-of-N itself are."""
         return not issubclass(METHODS[self.name], BestOfN)
@@ -122,11 +135,13 @@ class MethodChoice:
 
         Args:
             rewards: Anything that `RewardSum` takes.
-            embedded_on: For embedded models, their device: `diversity` then uses the embedded towers.
+            embedded_on: For embedded models, their device: `diversity` and `features` then use the embedded towers.
         """
         settings = {**self.settings, **({"rewards": rewards} if self.takes_rewards else {})}
         if embedded_on is not None and self.diversity is not None:
             settings["diversity"] = embedded_diversity(self.diversity, embedded_on)
+        if embedded_on is not None and self.features is not None:
+            settings["features"] = tower(self.features, embedded_on)
         return METHODS[self.name](**settings)
 
     def callback(self, seeds: Sequence[int]) -> DenoisingCallback | None:
@@ -138,8 +153,10 @@ class MethodChoice:
         """Parse `"reno"` or `"cno:gradient=full,gamma=1.0"`. Raises `ValueError` for invalid methods or settings."""
         name, _, settings = text.partition(":")
         if name not in METHODS and name not in CALLBACKS:
-            known = ", ".join([*list_methods(), *CALLBACKS])
-            raise ValueError(f"Expected a method out of {known}, but got {name!r}.")
+            known = [*list_methods(), *CALLBACKS]
+            raise ValueError(
+                f"Expected a method out of {', '.join(known)}, but got {name!r}.{did_you_mean(name, known)}"
+            )
         choice = (CallbackChoice if name in CALLBACKS else cls)(text, name, parse_settings(settings))
         choice.check()
         return choice
@@ -150,7 +167,10 @@ class MethodChoice:
             raise ValueError(f"Expected no rewards in {self.label!r}. Pass them as `--reward`, for all methods.")
         if unknown := [name for name in self.settings if name not in fields]:
             known = ", ".join(name for name in fields if name != "rewards")
-            raise ValueError(f"Expected settings of {self.name} out of {known}, but got {unknown[0]!r}.")
+            raise ValueError(
+                f"Expected settings of {self.name} out of {known}, but got {unknown[0]!r}."
+                f"{did_you_mean(unknown[0], fields)}"
+            )
         try:
             if self.diversity is not None:
                 check_diversity(self.diversity)
@@ -169,6 +189,10 @@ class CallbackChoice(MethodChoice):
 
     @property
     def diversity(self) -> Any:
+        return None
+
+    @property
+    def features(self) -> str | None:
         return None
 
     @property
