@@ -48,7 +48,9 @@ def pair(record: Mapping[str, Any], image: int) -> str:
     """Return one image before and after, with its rewards and its seed."""
     figures = []
     for files, rewards, word in (("before", "rewards before", "before"), ("images", "rewards", "after")):
-        scores = [f"{name} {values[image]:.4g}" for name, values in record[rewards].items() if values[image] is not None]
+        scores = [
+            f"{name} {values[image]:.4g}" for name, values in record[rewards].items() if values[image] is not None
+        ]
         caption = ", ".join([f"{word}, seed {record['seeds'][image]}", *scores])
         figures.append(
             f'<figure><img src="{escape(quote(record[files][image]))}" loading="lazy" alt="{word}">'

@@ -91,8 +91,8 @@ def add_generate(commands) -> None:
         type=duration,
         metavar="TIME",
         help="time for the optimization of each prompt, such as 20s, 1.5m or 2h; the step in which it ends is "
-        "finished. Loading the model and drawing the images are not counted, nor what an interrupted run took "
-        "(default: all steps of the method)",
+        "finished. Loading the model, encoding the prompt and drawing the images are not counted (default: all steps "
+        "of the method)",
     )
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: an accelerator if available)")
     parser.add_argument(
@@ -143,7 +143,7 @@ def generate(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> 
 def request_of(arguments: argparse.Namespace) -> "Request":
     """Build the request. Raises `ValueError` or `OSError` for invalid arguments."""
     from .evaluation.command import weighted
-    from .evaluation.plan import MethodChoice, ModelChoice, check_device, check_reward, parse_settings
+    from .evaluation.plan import MethodChoice, ModelChoice, parse_settings
     from .evaluation.prompt_sets import load_prompts
     from .generation import Request
 
@@ -151,14 +151,10 @@ def request_of(arguments: argparse.Namespace) -> "Request":
     method = MethodChoice.parse(arguments.method)
     default = ["clip"] if model.embedded and method.takes_rewards else []
     rewards = dict(pair for text in arguments.rewards or default for pair in weighted(text))
-    for name in rewards:
-        check_reward(name)
-    check_device(arguments.device)
     return Request(
         model=model,
         method=method,
         prompts=load_prompts(arguments.prompts, limit=arguments.limit),
-        source=arguments.prompts,
         rewards=tuple(rewards.items()),
         images=arguments.images,
         seed=arguments.seed,

@@ -1,10 +1,11 @@
-"""Generation: the images of each prompt before and after the optimization of its noise, in a folder that is resumable."""
+"""Generation: images of each prompt before and after the optimization of its noise, in a folder; resumable."""
 
 import dataclasses
 import datetime
 import functools
 import hashlib
 import json
+import math
 import re
 import sys
 import time
@@ -23,12 +24,20 @@ from .callbacks.early_stopping import TimeBudget
 from .evaluation.evaluate import check_call, load_pipeline, one_line
 from .evaluation.folder import CannotEvaluate, read_object
 from .evaluation.instruments import load_reward
-from .evaluation.plan import CallbackChoice, MethodChoice, ModelChoice
+from .evaluation.plan import (
+    EMBEDDED_REWARDS,
+    CallbackChoice,
+    MethodChoice,
+    ModelChoice,
+    check_device,
+    check_reward,
+)
 from .evaluation.prompt_sets import PromptSet
 from .evaluation.unit import write_json
 from .gallery import page
 from .pipelines.hook import optimize_noise
 from .pipelines.method import NoiseOptimizer
+from .pipelines.registry import METHODS
 from .pipelines.results.atomic_write import atomic_write
 from .pipelines.results.noise_result import NoiseResult
 from .pipelines.results.settings_diff import settings_diff
@@ -45,7 +54,6 @@ class Request:
     Attributes:
         model, method: The model with the arguments of its call, and the method.
         prompts: The prompts in order.
-        source: Where they come from, for messages.
         rewards: Name and weight of each optimized reward.
         images: Images of each prompt, generated in one call as a set.
         seed: The seed of the first image of a prompt; each next one has the next seed.
@@ -56,7 +64,6 @@ class Request:
     model: ModelChoice
     method: MethodChoice
     prompts: PromptSet
-    source: str = ""
     rewards: tuple[tuple[str, float], ...] = ()
     images: int = 1
     seed: int = 0
@@ -70,10 +77,18 @@ class Request:
             raise ValueError(f"Expected a method that optimizes noise, but got {name!r}, which steers the sampling.")
         if self.rewards and not self.method.takes_rewards:
             raise ValueError(f"Expected no `--reward` for {name}, which takes none. Leave it out.")
-        if not self.rewards and self.method.requires_rewards:
+        if not self.rewards and requires_rewards(self.method):
             raise ValueError(f"Expected a `--reward` for {name} to optimize. `noiseopt rewards` lists them.")
-        if not all(weight > 0 for _, weight in self.rewards):
-            raise ValueError("Expected weights above 0. Leave out rewards that are not to be optimized.")
+        if not all(0 < weight < math.inf for _, weight in self.rewards):
+            raise ValueError("Expected finite weights above 0. Leave out rewards that are not to be optimized.")
+        for name, _ in self.rewards:
+            check_reward(name)
+            if name in EMBEDDED_REWARDS and not self.model.embedded:
+                raise ValueError(
+                    f"Expected a reward for photos and pictures of {self.model.name}, but {name!r} is that of the "
+                    f"embedded models. Did you mean {'clipscore' if name == 'clip' else 'vqascore'!r}?"
+                )
+        check_device(self.device)
 
     def settings(self) -> dict[str, Any]:
         """Return everything that the images of a prompt depend on, as JSON values."""
@@ -95,7 +110,7 @@ class Request:
         found = []
         for number, prompt in enumerate(self.prompts.prompts, 1):
             first = self.seed + before[prompt.text] * self.images
-            where = f"{self.source}:{prompt.line}" if prompt.line else f"prompt {number} of {self.prompts.name}"
+            where = prompt.where or f"prompt {number} of {self.prompts.name}"
             found.append(Job(prompt.text, before[prompt.text], tuple(range(first, first + self.images)), where))
             before[prompt.text] += 1
         return found
@@ -174,18 +189,16 @@ class ImageFolder:
         pictures = (self.picture(job, image, before) for image in range(len(job.seeds)) for before in (True, False))
         return all(path.is_file() for path in (self.noise(job), *pictures))
 
-    def half_done(self, job: Job) -> NoiseResult | None:
-        """Return the noise that was found for a job, complete or not; `None` if there is none or it is of other seeds."""
+    def remove_damaged_noise(self, job: Job) -> None:
+        """Remove the noise of a job if it cannot be read, so that it is optimized anew."""
         try:
-            found = NoiseResult.load(self.noise(job))
-        except (OSError, ValueError):
-            return None
-        of = (found.provenance.get("prompts"), found.provenance.get("seeds"))
-        return found if of == ([job.prompt] * len(job.seeds), list(job.seeds)) else None
+            NoiseResult.load(self.noise(job))
+        except FileNotFoundError:
+            pass
+        except ValueError:
+            self.noise(job).unlink()
 
-    def save(
-        self, job: Job, result: NoiseResult, before: Sequence[Image.Image], after: Sequence[Image.Image]
-    ) -> None:
+    def save(self, job: Job, result: NoiseResult, before: Sequence[Image.Image], after: Sequence[Image.Image]) -> None:
         """Write the images of a job and its record; its noise was written while it was optimized."""
         for pictures, is_before in ((before, True), (after, False)):
             for image, picture in enumerate(pictures):
@@ -267,46 +280,46 @@ class Generation:
         try:
             self.generate_all(missing, len(mine))
             self.processes.wait_for_everyone()
-        finally:
+        except BaseException:
             if self.is_main:
-                records = self.report()
-        if not self.is_main:
-            return 0
-        return self.summarize(records) + len(self.request.prompts.skipped)
+                self.report()
+            raise
+        return self.summarize(self.report()) + len(self.request.prompts.problems) if self.is_main else 0
 
     def generate_all(self, missing: Sequence[Job], count: int) -> None:
-        for message in self.request.prompts.skipped if self.is_main else ():
-            print(message, file=sys.stderr)
-        studio = self.load() if any(self.is_drawable(job) for job in missing) else None
-        with tqdm(
-            total=count,
-            initial=count - len(missing),
-            desc=self.request.method.name,
-            unit="prompt",
-            disable=None if self.is_main else True,
-            dynamic_ncols=True,
-        ) as bar:
-            for job in missing:
+        """Generate the missing jobs of `count`. What cannot be drawn is named first, before anything is loaded."""
+        for problem in self.request.prompts.problems if self.is_main else ():
+            print(problem, file=sys.stderr)
+        errors = {job: error for job in missing if (error := self.refusal(job))}
+        for job, error in errors.items():
+            self.fail(job, error)
+        todo = [job for job in missing if job not in errors]
+        if not todo:
+            return
+        pipe, method = self.load()
+        show = {"unit": "prompt", "dynamic_ncols": True, "disable": None if self.is_main else True}
+        with tqdm(desc=self.request.method.name, total=count, initial=count - len(todo), **show) as bar:
+            for job in todo:
                 try:
-                    if self.is_drawable(job, check=True) and studio is not None:
-                        self.generate(job, *studio)
-                except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
-                    self.folder.save_error(job, one_line(error))
-                    bar.write(f"{job.where}: {one_line(error)}", file=sys.stderr)
+                    self.generate(job, pipe, method)
+                except (ValueError, TypeError, RuntimeError) as error:
+                    self.fail(job, one_line(error))
                 bar.update()
                 if self.is_main and time.monotonic() >= self.next_report:
                     self.report()
 
-    def is_drawable(self, job: Job, check: bool = False) -> bool:
-        """Return whether the model can draw a prompt at all; with `check` raise `ValueError` instead."""
+    def refusal(self, job: Job) -> str:
+        """Return why the model cannot draw a prompt, or an empty string."""
         try:
             if self.request.model.embedded:
                 shapes_world.parse(job.prompt)
-        except ValueError:
-            if check:
-                raise
-            return False
-        return True
+        except ValueError as error:
+            return one_line(error)
+        return ""
+
+    def fail(self, job: Job, error: str) -> None:
+        self.folder.save_error(job, error)
+        tqdm.write(f"{job.where}: {error}", file=sys.stderr)
 
     def load(self) -> tuple[Any, NoiseOptimizer]:
         """Load the model and the method. Raises `CannotEvaluate` for what cannot be loaded or cannot work."""
@@ -316,7 +329,8 @@ class Generation:
                 pipe = load_pipeline(model, request.dtype, self.device)
                 check_call(pipe, model)
                 rewards = [(load_reward(name, self.device), weight) for name, weight in request.rewards]
-                method = request.method.build(rewards, self.device if model.embedded else None)
+                given = rewards or getattr(METHODS[request.method.name], "rewards", None)
+                method = request.method.build(given, self.device if model.embedded else None)
                 method.objective(pipe)
         except (OSError, ValueError, TypeError, ImportError) as error:
             raise CannotEvaluate(f"Cannot run {request.method.label} on {model.name}: {one_line(error)}") from error
@@ -327,17 +341,17 @@ class Generation:
     def generate(self, job: Job, pipe: Any, method: NoiseOptimizer) -> None:
         """Optimize the noise of a prompt, unless that was done before, and draw its images with the stock pipeline."""
         call = {**self.request.model.call, "num_images_per_prompt": len(job.seeds)}
-        result = self.folder.half_done(job)
-        if result is None or not result.complete:
-            result = optimize_noise(
-                pipe,
-                job.prompt,
-                method,
-                callbacks=TimeBudget(self.request.budget) if self.request.budget else None,
-                generator=generators(job.seeds),
-                save_noise_to=self.folder.noise(job),
-                **call,
-            )
+        self.folder.remove_damaged_noise(job)
+        files: dict[str, Any] = dict.fromkeys(("save_noise_to", "resume_from"), self.folder.noise(job))
+        result = optimize_noise(
+            pipe,
+            job.prompt,
+            method,
+            callbacks=TimeBudget(self.request.budget) if self.request.budget else None,
+            generator=generators(job.seeds),
+            **files,
+            **call,
+        )
         before = pipe(job.prompt, generator=generators(job.seeds), **call).images
         after = pipe(job.prompt, latents=result.latents.to(pipe.device), generator=result.generator(), **call).images
         self.folder.save(job, result, before, after)
@@ -356,8 +370,16 @@ class Generation:
         for name in done[0]["rewards"] if done else ():
             before, after = (mean([record[key].get(name) for record in done]) for key in ("rewards before", "rewards"))
             print(f"{name}: {before:.4g} → {after:.4g}, mean of {len(done) * self.request.images} images, optimized")
-        print(f"wrote {len(done)} of {len(self.jobs)} prompts: {self.folder.path / 'index.html'}, results.jsonl, images/")
+        print(
+            f"wrote {len(done)} of {len(self.jobs)} prompts: {self.folder.path / 'index.html'}, results.jsonl, images/"
+        )
         return len(self.jobs) - len(done)
+
+
+def requires_rewards(method: MethodChoice) -> bool:
+    """Return whether a method cannot run without rewards of the user."""
+    fields = {field.name: field for field in dataclasses.fields(METHODS[method.name])}
+    return method.takes_rewards and fields["rewards"].default is dataclasses.MISSING
 
 
 def generators(seeds: Sequence[int]) -> list[torch.Generator]:
@@ -366,5 +388,5 @@ def generators(seeds: Sequence[int]) -> list[torch.Generator]:
 
 
 def mean(rows: Sequence[Sequence[float] | None]) -> float:
-    values = [value for row in rows for value in row or ()]
+    values = [value for row in rows for value in row or () if value is not None]  # `None` is what was not finite
     return sum(values) / len(values) if values else float("nan")
