@@ -6,6 +6,7 @@ import functools
 import inspect
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, overload
 
 import torch
@@ -30,7 +31,7 @@ from .request import (
     prompts_of,
     reward_prompts_of,
 )
-from .result_folder import FolderBar, PromptEntry, prompt_entries
+from .result_folder import FolderBar, PromptEntry, only_writer, prompt_entries
 from .results.noise_file import NoiseFile
 from .results.noise_result import NoiseResult
 from .results.pipeline_code import SavedWithCode
@@ -404,15 +405,18 @@ def optimize_noise(
     method = as_method(method, method_kwargs)
     if folder is not None:
         check_not_beside_folder(save_noise_to=save_noise_to, resume_from=resume_from)
-        entries = prompt_entries(prompt, folder, call_kwargs.pop("generator", None), reward_prompt)
-        return optimize_entries(pipe, entries, method, as_callbacks(callbacks), noise_sampler, call_kwargs)
+        with only_writer(Path(folder)):
+            entries = prompt_entries(prompt, folder, call_kwargs.pop("generator", None), reward_prompt)
+            return optimize_entries(pipe, entries, method, as_callbacks(callbacks), noise_sampler, call_kwargs)
     twin, request = hooked_call(pipe, prompt, call_kwargs)
     call, known = call_description(twin, method, request, noise_sampler, reward_prompt), None
     if resume_from is not None:
         known = known_run(resume_from, save_noise_to, call)
     if known is not None and known.complete:
+        if save_noise_to is not None and Path(save_noise_to) != Path(resume_from or ""):
+            known.save(save_noise_to)
         return known
-    if known is not None and not {"generator", "latents"} & request.keys():
+    if known is not None and request.get("generator") is None and request.get("latents") is None:
         request |= first_generator(known, execution_device(twin))
     run = NoiseRun(
         twin,

@@ -1,9 +1,11 @@
 """Many prompts, each optimized by itself, with a file for the result of each."""
 
+import contextlib
 import dataclasses
 import os
 import re
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +47,39 @@ class ResultFolder:
     def file(self, index: int, prompt: str) -> Path:
         """Return the file of a prompt: that which is there already, whatever it is of, or else a new name."""
         return self.known.get(index) or self.path / f"{prompt_name(index, prompt)}.safetensors"
+
+
+@contextlib.contextmanager
+def only_writer(folder: Path) -> Iterator[None]:
+    """Create a folder, and keep other processes and threads from writing results to it in the meantime.
+
+    The lock is on the folder itself: it ends with the process, and leaves no file. (Windows cannot lock a folder.)
+
+    Raises:
+        ValueError: If the path is a file, or someone else writes to the folder.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"Expected a folder for the results, but {folder} is a file. Choose another name.")
+    folder.mkdir(parents=True, exist_ok=True)
+    if sys.platform == "win32":
+        yield
+        return
+    import fcntl
+
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"Expected a folder that nobody else writes to, but another process is writing to {folder}. Wait until "
+                "it has ended, or choose another folder."
+            ) from None
+        except OSError:  # some network file systems have no locks
+            pass
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def prompt_name(index: int, prompt: str) -> str:
@@ -136,22 +171,37 @@ def prompt_entries(
 def generators_of(generator: Seeds, count: int) -> list[torch.Generator | None]:
     """Return a random stream for each of `count` prompts, which does not depend on the other prompts.
 
-    Args:
-        generator: A seed s, from which prompt k gets s + k, one seed for each prompt, or a generator for its seed and
-            device; `None` for streams that continue the global one, so that each start draws others.
-
-    Raises:
-        ValueError: For anything else.
+    `None` gives none: then each prompt draws from the global stream, another noise at each start. See `seeds_from`.
     """
     if generator is None:
         return [None] * count
-    device = generator.device if isinstance(generator, torch.Generator) else torch.device("cpu")
+    device = seed_device(generator)
+    return [torch.Generator(device).manual_seed(seed) for seed in seeds_from(generator, count)[:count]]
+
+
+def seed_device(generator: Seeds) -> str:
+    """Return the device that draws noise: the CPU, for equal noise on every device, unless a generator has another."""
+    return str(generator.device) if isinstance(generator, torch.Generator) else "cpu"
+
+
+def seeds_from(generator: Any, count: int, wanted: int | None = None) -> list[int]:
+    """Return at least `count` different seeds.
+
+    Args:
+        generator: A seed s, from which number k gets s + k, a seed for each, or a generator for its seed.
+        count: The least number of seeds.
+        wanted: The number of seeds from a first one, `count` by default.
+
+    Raises:
+        ValueError: For too few seeds, and invalid or repeated ones.
+    """
     first = generator.initial_seed() if isinstance(generator, torch.Generator) else generator
-    seeds = [(first + index) % 2**64 for index in range(count)] if type(first) is int else first
-    valid = isinstance(seeds, Sequence) and all(type(seed) is int and 0 <= seed < 2**64 for seed in seeds)
-    if not valid or len(seeds) != count:
+    given = range(first, first + (count if wanted is None else wanted)) if type(first) is int else generator
+    seeds = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else []
+    valid = all(type(seed) is int and 0 <= seed < 2**64 for seed in seeds)
+    if not valid or len(seeds) < count or len(set(seeds)) < len(seeds):
         raise ValueError(
-            f"Expected `generator` to be a seed of 0 or more, {count} seeds, or a `torch.Generator`, but got "
-            f"{generator!r}. From the seed s prompt k gets s + k."
+            f"Expected `generator` to be a seed of 0 or more, {count} different seeds, or a `torch.Generator`, but got "
+            f"{generator!r}. From the seed s number k gets s + k."
         )
-    return [torch.Generator(device).manual_seed(seed) for seed in seeds]
+    return seeds

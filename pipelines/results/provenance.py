@@ -1,5 +1,6 @@
 """Provenance of a noise: the record that makes a result reproducible."""
 
+import functools
 import importlib.metadata
 import platform
 import re
@@ -17,7 +18,6 @@ def provenance_of(problem: NoiseProblem, objective: Objective, state: NoiseState
     """Return the provenance of a result as JSON values, without the method and its settings."""
     pipe, scheduler, sampler = problem.pipe, problem.pipe.scheduler, problem.sampler
     arguments = {name: value for name, value in problem.request.items() if name not in ("prompt", "latents")}
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "transformers")}
     return {
         "objective": objective.describe(),
         "prompts": problem.prompts,
@@ -35,8 +35,15 @@ def provenance_of(problem: NoiseProblem, objective: Objective, state: NoiseState
         "checkpointing": sampler.checkpoints.policy,
         "stopped": state.stopped,
         "seconds": round(state.elapsed, 3),
-        "versions": {"python": platform.python_version(), **versions},
+        "versions": dict(versions()),
     }
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the libraries that compute the images."""
+    libraries = {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "transformers")}
+    return {"python": platform.python_version(), **libraries}
 
 
 def plain(values: dict[str, Any]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from .result_file import FLOAT_DTYPES
 from .settings_diff import plain_description, settings_diff
 
 HOW_NOT_WHAT = ("chunk_size", "checkpointing", "reward_device")  # settings that do not change what a run finds
+PLAIN = (bool, int, float, str, type(None))
 ADAM_STATE = {"step", "exp_avg", "exp_avg_sq"}
 DEEPEST = 8
 MOST_DIFFERENCES, MOST_CHARACTERS = 5, 200
@@ -199,7 +200,7 @@ def stored(value: Any, tensors: dict[str, torch.Tensor], where: str, depth: int 
     def part(each: Any, name: Any) -> Any:
         return stored(each, tensors, f"{where}.{name}", depth + 1)
 
-    if value is None or type(value) in (bool, int, float, str):
+    if type(value) in PLAIN:
         return value
     if isinstance(value, torch.Tensor):
         name = str(len(tensors))
@@ -230,7 +231,7 @@ class Restoration:
     Args:
         progress: What was stored.
         noise: `(B, ...)`: tensors that the run does not have yet are `(B, ...)` too, and on its device.
-        names: The keys of dicts that are still empty.
+        names: The keys of dicts that are still empty: tensors `(B,)` by the name of a score.
     """
 
     def __init__(self, progress: Progress, noise: torch.Tensor, names: Sequence[str]) -> None:
@@ -243,7 +244,7 @@ class Restoration:
             NotTheState: If the structure, a shape or a type is another.
         """
         if not isinstance(saved, dict):
-            self.require(begun is None or saved is None or type(begun) is type(saved), where)
+            self.require(type(saved) in PLAIN and (begun is None or type(begun) is type(saved)), where)
             return saved
         ((kind, content),) = saved.items() if len(saved) == 1 else (("", None),)
         restore: Callable[..., Any] | None = getattr(self, f"restored_{kind}", None)
@@ -298,7 +299,7 @@ class Restoration:
 
     def restored_dict(self, begun: Any, saved: Any, where: str) -> dict[str, Any]:
         self.require(isinstance(begun, Mapping | None) and isinstance(saved, dict), where)
-        likes = begun or dict.fromkeys(saved)
+        likes = begun or dict.fromkeys(saved, self.noise.new_empty(len(self.noise)))
         self.require(saved.keys() == begun.keys() if begun else saved.keys() <= set(self.names), where)
         return {name: self.restored(likes[name], each, f"{where}.{name}") for name, each in saved.items()}
 

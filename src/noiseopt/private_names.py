@@ -18,14 +18,15 @@ def private(owner: Any, name: str, library: str) -> Any:
     Raises:
         ImportError: If this version of the library has no such name.
     """
-    if not hasattr(owner, name):
+    try:
+        return getattr(owner, name)
+    except AttributeError:
         version = importlib.metadata.version(library)
         raise ImportError(
             f"Expected {library} to have the private name `{name}`, but version {version} has none on "
             f"{getattr(owner, '__name__', type(owner).__name__)}. Install a version that noiseopt was tested with, or "
             "update noiseopt."
-        )
-    return getattr(owner, name)
+        ) from None
 
 
 def execution_device(pipe) -> torch.device:
