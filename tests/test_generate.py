@@ -282,6 +282,19 @@ def test_methods_of_sets_and_those_that_need_settings(method, tmp_path, capsys):
     assert ("clip" in record["rewards"]) == (method != "cno")
 
 
+def test_another_distribution_of_the_noise(tmp_path):
+    """The image before is that of its first noise, and not that of the pipeline's own."""
+    prompts, pictures = write_prompts(tmp_path, PROMPTS[0]), {}
+    for setting in ("", ",noise_sampler=pink"):
+        folder = tmp_path / f"folder{setting}"
+        main([*command(prompts, folder), "--method", f"best_of_n:steps=1{setting}"])
+        (record,) = records(folder)
+        assert record["rewards"] == record["rewards before"]
+        pictures[setting] = [(folder / name).read_bytes() for name in record["before"]]
+        assert pictures[setting] == [(folder / name).read_bytes() for name in record["images"]]
+    assert not set(pictures[""]) & set(pictures[",noise_sampler=pink"])
+
+
 def test_a_model_and_rewards_of_the_real_world(tmp_path):
     tiny_pipeline("sd").save_pretrained(tmp_path / "model")
     (tmp_path / "prompts.csv").write_text('prompt,category\n"a cat, asleep",animals\n')
@@ -301,8 +314,8 @@ def test_a_model_and_rewards_of_the_real_world(tmp_path):
         (["--method", "rnoe"], "Did you mean 'reno'"),
         (["--method", "cads"], "Expected a method that optimizes noise, but got 'cads'"),
         (["--method", "cno", "--reward", "red"], "Expected no `--reward` for cno"),
-        (["--reward", "red=inf"], "Expected a reward as NAME or NAME=WEIGHT with a finite number"),
-        (["--reward", "red=nan"], "Expected a reward as NAME or NAME=WEIGHT with a finite number"),
+        (["--reward", "red=inf"], "Expected a finite weight, but got 'red=inf'"),
+        (["--reward", "red=nan"], "Expected a finite weight, but got 'red=nan'"),
         (["--reward", "red=0"], "Expected finite weights above 0"),
         (["--reward", "clipscor"], "Did you mean 'clipscore'"),
         (["--model", "org/model"], "Expected a `--reward` for reno"),
@@ -312,6 +325,8 @@ def test_a_model_and_rewards_of_the_real_world(tmp_path):
         (["--budget", "0s"], "Expected a time above 0"),
         (["--images", "0"], "Expected an integer of 1 or more"),
         (["--prompts", "none.txt"], "none.txt"),
+        (["--call", "noise_sampler=pink"], "Expected `--call` without noise_sampler. Pass it as a setting"),
+        (["--method", "reno:noise_sampler=pnik"], "noise_sampler"),
         (["--call", "num_images_per_prompt=2"], "Expected `--call` without num_images_per_prompt"),
     ],
 )

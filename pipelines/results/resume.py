@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 
-from ...private_names import name_or_path
 from ...schedulers.noise_samplers import as_noise_sampler, describe_noise_sampler
 from .noise_result import NoiseResult, Progress
-from .provenance import plain, revision_of
+from .pipeline_description import describe_pipeline, portable
 from .result_file import FLOAT_DTYPES
 from .settings_diff import plain_description, settings_diff
 
@@ -42,13 +41,11 @@ def call_description(
     found = {
         "prompt": request.get("prompt"),
         "reward_prompt": reward_prompt,
-        "method": {"name": type(method).__name__, **plain_description(chosen)},
+        "method": portable({"name": type(method).__name__, **plain_description(chosen)}),
         "arguments": plain_description(arguments),
         "noise_sampler": plain_description(describe_noise_sampler(as_noise_sampler(noise_sampler))),
         "pipeline": type(pipe).__name__,
-        "model": name_or_path(pipe),
-        "revision": revision_of(pipe),
-        "scheduler": {"class": type(pipe.scheduler).__name__, **plain(dict(pipe.scheduler.config))},
+        **describe_pipeline(pipe),
         "dtype": str(pipe.dtype).removeprefix("torch."),
     }
     return json.loads(json.dumps(found))

@@ -57,7 +57,7 @@ def optimize_and_judge(choice: Choice, prompts: Sequence[str], seed: int) -> Sto
             groups, unit="set", leave=False, dynamic_ncols=True, disable=None if len(groups) > 1 else True
         ):
             generators = seeded(seed, len(group) * choice.count)
-            parts.append(optimize(pipe, group, method, {**call, "generator": generators}))
+            parts.append(optimize(pipe, group, method, {**call, "generator": generators}, choice.noise_sampler))
             seed += len(generators)
     every = [prompt for prompt in prompts for _ in range(choice.count)]
     images = torch.cat([images for _, images in parts], dim=1)
@@ -66,14 +66,14 @@ def optimize_and_judge(choice: Choice, prompts: Sequence[str], seed: int) -> Sto
 
 
 def optimize(
-    pipe, prompts: list[str], method: NoiseOptimizer, call: dict[str, Any]
+    pipe, prompts: list[str], method: NoiseOptimizer, call: dict[str, Any], noise_sampler: Any = None
 ) -> tuple[NoiseResult, torch.Tensor]:
     """Optimize the noises of one call and return the result with the images of each step, `(steps, B, 3, 64, 64)`.
 
     A method that returns its last noise updates it once more after the last evaluation; the last row shows that noise.
     """
     frames, noises = StepImages(), StepNoises()
-    result = optimize_noise(pipe, prompts, method, callbacks=[frames, noises], **call)
+    result = optimize_noise(pipe, prompts, method, callbacks=[frames, noises], noise_sampler=noise_sampler, **call)
     if method.returns == "last":
         noises.noises[-1] = result.noise
     elif not method.previews and len(frames.images) == len(noises.noises):

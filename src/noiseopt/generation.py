@@ -10,7 +10,7 @@ import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +35,14 @@ from .evaluation.plan import (
 from .evaluation.prompt_sets import PromptSet
 from .evaluation.unit import write_json
 from .gallery import page
+from .pipelines.baselines.plain_sampling import PlainSampling
 from .pipelines.hook import optimize_noise
 from .pipelines.method import NoiseOptimizer
 from .pipelines.registry import METHODS
 from .pipelines.results.atomic_write import atomic_write
 from .pipelines.results.noise_result import NoiseResult
 from .pipelines.results.settings_diff import settings_diff
+from .pipelines.results.shown_text import shown
 from .quiet import quiet_libraries
 
 SECONDS_BETWEEN_REPORTS = 10.0
@@ -75,6 +77,8 @@ class Request:
         name = self.method.name
         if isinstance(self.method, CallbackChoice):
             raise ValueError(f"Expected a method that optimizes noise, but got {name!r}, which steers the sampling.")
+        if "noise_sampler" in self.model.call:
+            raise ValueError("Expected `--call` without noise_sampler. Pass it as a setting of the method.")
         if self.rewards and not self.method.takes_rewards:
             raise ValueError(f"Expected no `--reward` for {name}, which takes none. Leave it out.")
         if not self.rewards and requires_rewards(self.method):
@@ -289,7 +293,7 @@ class Generation:
     def generate_all(self, missing: Sequence[Job], count: int) -> None:
         """Generate the missing jobs of `count`. What cannot be drawn is named first, before anything is loaded."""
         for problem in self.request.prompts.problems if self.is_main else ():
-            print(problem, file=sys.stderr)
+            print(shown(problem, 1000), file=sys.stderr)
         errors = {job: error for job in missing if (error := self.refusal(job))}
         for job, error in errors.items():
             self.fail(job, error)
@@ -319,7 +323,7 @@ class Generation:
 
     def fail(self, job: Job, error: str) -> None:
         self.folder.save_error(job, error)
-        tqdm.write(f"{job.where}: {error}", file=sys.stderr)
+        tqdm.write(f"{shown(job.where)}: {shown(error, 1000)}", file=sys.stderr)
 
     def load(self) -> tuple[Any, NoiseOptimizer]:
         """Load the model and the method. Raises `CannotEvaluate` for what cannot be loaded or cannot work."""
@@ -349,12 +353,25 @@ class Generation:
             method,
             callbacks=TimeBudget(self.request.budget) if self.request.budget else None,
             generator=generators(job.seeds),
+            noise_sampler=self.noise_sampler,
             **files,
             **call,
         )
-        before = pipe(job.prompt, generator=generators(job.seeds), **call).images
+        before = pipe(job.prompt, generator=generators(job.seeds), **call, **self.first_latents(job, pipe, call)).images
         after = pipe(job.prompt, latents=result.latents.to(pipe.device), generator=result.generator(), **call).images
         self.folder.save(job, result, before, after)
+
+    @property
+    def noise_sampler(self) -> Any:
+        """The distribution of the initial noise; `None` for that of the pipeline."""
+        return self.request.method.settings.get("noise_sampler")
+
+    def first_latents(self, job: Job, pipe: Any, call: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the argument `latents` of the images before, for noise that the pipeline does not draw itself."""
+        if self.noise_sampler is None:
+            return {}
+        drawn = {"generator": generators(job.seeds), "noise_sampler": self.noise_sampler}
+        return {"latents": optimize_noise(pipe, job.prompt, PlainSampling(), **drawn, **call).latents}
 
     def report(self) -> list[dict[str, Any]]:
         """Write the report; the next one is due after at least 20 times the seconds that this one took."""

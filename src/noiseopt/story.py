@@ -126,6 +126,11 @@ class Choice:
         return self.settings["steps"]
 
     @property
+    def noise_sampler(self) -> Any:
+        """The distribution of the initial noise; `None` for that of the pipeline."""
+        return self.settings.get("noise_sampler")
+
+    @property
     def note(self) -> str:
         """What a reader has to know about the outcome, if anything."""
         return RECIPES.get(self.method, Recipe()).note

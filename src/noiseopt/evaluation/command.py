@@ -199,10 +199,10 @@ def weighted(text: str) -> list[tuple[str, float]]:
     name, equals, weight = text.rpartition("=")
     try:
         name, factor = (name, float(weight)) if equals else (text, 1.0)
-        if not math.isfinite(factor):
-            raise ValueError
     except ValueError:
-        raise ValueError(f"Expected a reward as NAME or NAME=WEIGHT with a finite number, but got {text!r}.") from None
+        raise ValueError(f"Expected a reward as NAME or NAME=WEIGHT, but got {text!r}.") from None
+    if not math.isfinite(factor):
+        raise ValueError(f"Expected a finite weight, but got {text!r}.")
     return [(member, factor * of) for member, of in REWARD_PRESETS.get(name, {name: 1.0}).items()]
 
 
