@@ -61,6 +61,12 @@ class NoiseFound(Exception):
         self.run = run
 
 
+class OutputTuple(tuple):
+    """The output of a call with `return_dict=False`, and the `noise_result` that a plain tuple cannot have."""
+
+    noise_result: NoiseResult
+
+
 class NoiseDraw:
     """One pipeline call on noise of a noise sampler, without optimization."""
 
@@ -236,8 +242,8 @@ class NoiseOptimizationMixin(SavedWithCode):
                 `optimize_noise`.
 
         Returns:
-            The output of the stock pipeline, with a `noise_result` attribute unless `return_dict=False`. An exception,
-            Ctrl-C included, carries the best so far as its `noise_result`.
+            The output of the stock pipeline, with a `noise_result` attribute. An exception, Ctrl-C included, carries
+            the best so far as its `noise_result`.
 
         Raises:
             ValueError: For settings that cannot work, before any model runs.
@@ -270,8 +276,9 @@ class NoiseOptimizationMixin(SavedWithCode):
                 vars(error)["noise_result"] = run.result
             raise
         result = run.result_of(self)
-        if not isinstance(output, tuple):
-            output.noise_result = result
+        if isinstance(output, tuple):
+            output = OutputTuple(output)
+        output.noise_result = result
         return output
 
     def release_rewards(self) -> None:
