@@ -25,7 +25,7 @@ class Redraw(NamedTuple):
     certain: bool
 
 
-def find_redraw(sampler, pipe) -> Redraw | None:
+def find_redraw(sampler, twin) -> Redraw | None:
     """Return the way to draw the images of a `PipelineSampler` again, or `None`. No denoiser runs.
 
     A call with `latents=` draws no noise. What else it draws comes from other places of the stream, unless it draws
@@ -33,7 +33,7 @@ def find_redraw(sampler, pipe) -> Redraw | None:
     first.
     """
     space, noise, generator = sampler.space, sampler.base_noise, sampler.random_state.generator()
-    target = sampler.prepare(pipe, noise, generator)
+    target = sampler.prepare_on(twin, noise, generator)
     prepared, after = first_of(target), RandomState(generator, sampler.device)
     early = sampler.draws_early or not sampler.drew
     starts = [(sampler.start.own, sampler.random_state)] if early else [(after, after), (sampler.start.own,) * 2]
@@ -44,7 +44,7 @@ def find_redraw(sampler, pipe) -> Redraw | None:
         for form, latents in forms.items():
             generator = at_preparation.generator()
             with contextlib.suppress(Exception):  # stock code that cannot take this form fails anywhere
-                returned = space.on(pipe, space.draw_noise, latents, generator=generator)
+                returned = space.on(twin, space.draw_noise, latents, generator=generator)
                 if equal(returned, target):
                     same = after.equals(RandomState(generator, sampler.device))
                     return Redraw(form, stream, same and not sampler.draws_globally)
@@ -60,7 +60,7 @@ def equal(one: Any, other: Any) -> bool:
     return type(one) is type(other)
 
 
-def check_redraw(sampler, pipe) -> None:
+def check_redraw(sampler) -> None:
     """Raise `TypeError` for a call whose images a plain call with `latents=` would not draw again.
 
     Where the preparation of the latents leaves it open, the baseline is drawn in both ways.
@@ -68,10 +68,10 @@ def check_redraw(sampler, pipe) -> None:
     redraw = sampler.redraw
     if redraw is not None and not redraw.certain:
         noise = sampler.base_noise
-        drawn, again = sampler.images(noise), sampler.images_of_latents(sampler.to_latents(pipe, noise))
+        drawn, again = sampler.images(noise), sampler.images_of_latents(sampler.to_latents(noise))
         redraw = redraw if torch.allclose(drawn, again, rtol=0, atol=CLOSE) else None
     if redraw is None:
-        name = type(pipe).__name__
+        name = type(sampler.pipe).__name__
         raise TypeError(
             f"Expected a call that draws the same image from `latents`, but {name} draws other random numbers then, or "
             f"takes no such latents, and the noise that is found could not be handed back. {in_the_same_call(name)}"
