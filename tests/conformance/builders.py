@@ -3,6 +3,7 @@
 import functools
 import inspect
 import re
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -38,6 +39,7 @@ from diffusers import (
     VQModel,
 )
 from diffusers.pipelines.deprecated.wuerstchen import PaellaVQModel, WuerstchenDiffNeXt
+from PIL import Image
 from tiny_families import (
     FAMILY_BUILDERS,
     FAMILY_CALLS,
@@ -70,6 +72,8 @@ from tiny_pipelines import (
 )
 from transformers import BertConfig, BertModel, BertTokenizer, CLIPTextModelWithProjection, Qwen3Config, Qwen3Model
 
+from noiseopt.pipelines.sampling.latent_space import with_globals
+
 Parts = dict[str, Any]
 TRAILING = {"timestep_spacing": "trailing", "steps_offset": 1}
 FLUX = {
@@ -95,6 +99,18 @@ def mask_image() -> torch.Tensor:
     mask = torch.zeros(1, 1, *SIZE.values())
     mask[..., SIZE["width"] // 2 :] = 1
     return mask
+
+
+def pil_image() -> Image.Image:
+    return Image.fromarray(random_image(4)[0].permute(1, 2, 0).mul(255).byte().numpy())
+
+
+def with_small_images(cls: Any) -> type:
+    """Return a pipeline class that resizes its images to 32 × 32 pixels instead of a megapixel."""
+    call = inspect.unwrap(cls.__call__)
+    stock = call.__globals__["calculate_dimensions"]
+    small = with_globals(call, calculate_dimensions=lambda area, ratio: stock(32 * 32, ratio), VAE_IMAGE_SIZE=32 * 32)
+    return type(cls.__name__, (cls,), {"__call__": torch.no_grad()(small), "__module__": cls.__module__})
 
 
 def has(cls: type, word: str) -> bool:
@@ -420,10 +436,17 @@ def kandinsky5_parts(cls: type) -> Parts:
     return {"transformer": denoiser, "vae": tiny_vae(4, (8, 8, 8, 8), layers_per_block=1), "scheduler": FLOW()}
 
 
+class NoProcessor:
+    """Processor of a text encoder that is left out; the pipeline reads its image processor."""
+
+    image_processor = None
+
+
 def long_cat_parts(cls: type) -> Parts:
     sizes = {**FLUX, "axes_dims_rope": [4, 4, 8]}
     denoiser = diffusers.LongCatImageTransformer2DModel(in_channels=64, **sizes)
-    return {"transformer": denoiser, "vae": tiny_vae(16, shift_factor=0.06, **NO_QUANT), "scheduler": FLOW()}
+    vae = tiny_vae(16, shift_factor=0.06, **NO_QUANT)
+    return {"transformer": denoiser, "vae": vae, "scheduler": FLOW(), "text_processor": NoProcessor()}
 
 
 def flux2_parts(cls: type) -> Parts:
@@ -520,6 +543,7 @@ def z_image_parts(cls: type) -> Parts:
 
 TEXT, MASK = embeds(1, 8, 16), torch.ones(1, 8)
 EMBEDDED: dict[str, Callable[[Any], Any]] = {
+    "QwenImageEdit": lambda pipe: (TEXT, MASK.long()),
     "Krea2": lambda pipe: (embeds(1, 8, 2, 16), MASK.bool()),
     "HunyuanImage": lambda pipe: (TEXT, MASK, TEXT, MASK),
     "Kandinsky5": lambda pipe: (TEXT, embeds(1, 16), torch.tensor([0, 8], dtype=torch.int32)),
@@ -557,20 +581,21 @@ RECIPES: dict[str, Callable[[type], Parts]] = {
     "Krea2": krea_parts,
     "HunyuanImagePipeline": hunyuan_image_parts,
     "Kandinsky5[TI]2I": kandinsky5_parts,
-    "LongCatImagePipeline": long_cat_parts,
+    "LongCatImage": long_cat_parts,
     "Flux2Pipeline": flux2_parts,
     "PRX": prx_parts,
     "NucleusMoE": nucleus_parts,
     "HiDream": hidream_parts,
-    "BriaFiboPipeline": bria_fibo_parts,
+    "BriaFibo(?!2)": bria_fibo_parts,
 }
 """Parts of a family by the beginning of its classes' names; the first that matches counts."""
 
-NOT_HERE = "GLIGEN|LDM3D|AttendAndExcite|Pix2PixZero|DiffEdit|LatentUpscale|XS|UnCLIP|QwenImageEdit|Panorama"
+NOT_HERE = "GLIGEN|LDM3D|AttendAndExcite|Pix2PixZero|DiffEdit|LatentUpscale|XS|UnCLIP|Panorama"
 BROKEN_IN_DIFFUSERS = ("ChromaInpaintPipeline", "StableDiffusionParadigmsPipeline")
 """Classes whose stock call raises an error that no argument avoids."""
 WHY_NOT = {
-    "QwenImageEdit|JoyImageEdit|GlmImage": "enlarges its image to a megapixel",
+    "JoyImageEdit|GlmImage": "enlarges its image to a megapixel",
+    "QwenImageLayered": "returns several layers",
     "OmniGen|DreamLite|BriaFibo2|QwenImage21": "needs a processor of torchvision",
     "Cosmos2TextToImage": "needs cosmos_guardrail",
     "BlipDiffusion|AltDiffusion|Kandinsky|CycleDiffusion|VersatileDiffusion": "an older family without a recipe",
@@ -581,9 +606,16 @@ CALLS: dict[str, dict[str, Any]] = {
     "Flux2Klein(?!Inpaint)": {**FAMILY_CALLS["flux2_klein"], "image": None},
     "Flux2Klein": FAMILY_CALLS["flux2_klein"],
     "Flux2Pipeline": {"image": None},
-    "LongCat": {"enable_prompt_rewrite": False},
+    "LongCat": {"enable_prompt_rewrite": False, "image": pil_image()},
     "Flux": {**SHORT_TEXT, "max_area": 32 * 32, "_auto_resize": False},
+    "BriaFiboEdit": {
+        **SHORT_TEXT,
+        "prompt": '{"edit_instruction": "a b"}',
+        "image": pil_image(),
+        "_auto_resize": False,
+    },
     "Chroma|Bria": SHORT_TEXT,
+    "QwenImageEdit": {**FAMILY_CALLS["qwen_image"], "image": pil_image()},
     "QwenImage": {**FAMILY_CALLS["qwen_image"]},
     "ZImage": {**FAMILY_CALLS["z_image"]},
     "Lumina": {"negative_prompt": "b", "system_prompt": "", "max_sequence_length": 32, "clean_caption": False},
@@ -623,6 +655,8 @@ def build(cls: type) -> Any:
     torch.manual_seed(0)
     given, parts = inspect.signature(cls.__init__).parameters, matching(RECIPES, cls)(cls)
     flags = {"requires_safety_checker": False, "add_watermarker": False, "pag_applied_layers": layers_of(cls)}
+    if hasattr(sys.modules[cls.__module__], "calculate_dimensions"):
+        cls = with_small_images(cls)
     if encoded := matching(EMBEDDED, cls):
         cls = type(cls.__name__, (cls,), {"encode_prompt": lambda pipe, *_, **__: encoded(pipe)})
     wanted = {name: {**flags, **parts}.get(name) for name in given if name in parts or name in flags}
