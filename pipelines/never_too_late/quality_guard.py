@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -76,6 +76,18 @@ def shares_reward(guard: QualityGuard, names: Sequence[str]) -> bool:
     return isinstance(guard.reward, str) and guard.reward in names
 
 
+def loaded_guards(
+    guards: Sequence[QualityGuard], names: Sequence[str], load: Callable[[str], Any]
+) -> list[QualityGuard]:
+    """Return guards whose rewards given by name are loaded, but for those that mean optimized ones with `names`."""
+    return [
+        dataclasses.replace(guard, reward=load(guard.reward))
+        if isinstance(guard.reward, str) and not shares_reward(guard, names)
+        else guard
+        for guard in guards
+    ]
+
+
 def as_guards(guard: Any) -> list[QualityGuard]:
     """Return the guards of a `guard` argument.
 
@@ -145,6 +157,11 @@ class GuardedNoise:
             self.limits = {name: guard.limits(run.scores[name]) for name, guard in guards.items()}
             self.frozen = self.fallen(run, guards)
             return
+        if self.limits.keys() != guards.keys():
+            raise ValueError(
+                f"Expected limits of {list(guards)} from the interrupted run, but got those of {list(self.limits)}. "
+                "Start anew without `resume_from`."
+            )
         fallen = self.fallen(run, guards) & ~self.frozen
         self.good = ~fallen
         freezing = {name: guard for name, guard in guards.items() if guard.mode == "freeze"}

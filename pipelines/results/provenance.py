@@ -1,5 +1,6 @@
 """Provenance of a noise: the record that makes a result reproducible."""
 
+import functools
 import importlib.metadata
 import platform
 from typing import Any
@@ -23,7 +24,6 @@ def provenance_of(problem: NoiseProblem, objective: Objective, state: NoiseState
     pipe, sampler = problem.pipe, problem.sampler
     given = {name: value for name, value in problem.request.items() if name not in NOT_ARGUMENTS}
     arguments = plain(given)
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "transformers")}
     return {
         "objective": portable(objective.describe()),
         "prompts": problem.prompts,
@@ -40,5 +40,12 @@ def provenance_of(problem: NoiseProblem, objective: Objective, state: NoiseState
         "checkpointing": sampler.checkpoints.policy,
         "stopped": state.stopped,
         "seconds": round(state.elapsed, 3),
-        "versions": {"python": platform.python_version(), **versions},
+        "versions": dict(versions()),
     }
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the libraries that compute the images."""
+    libraries = {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "transformers")}
+    return {"python": platform.python_version(), **libraries}

@@ -1,5 +1,6 @@
 """Weighted sum of set rewards, built from a `diversity=` argument."""
 
+import copy
 import math
 import numbers
 import os
@@ -10,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..contract.registry import LoadedModels
 from ..contract.reward import NonDifferentiableReward
 from ..contract.reward_sum import AttachedGradient, distinct_names
 from ..features.auto_features import AutoFeatures, find_features
-from ..features.features import Features
 from .set_reward import SetReward, find_set_reward
 
 SetRewardsLike = str | SetReward | nn.Module | Mapping[Any, Any] | Sequence[Any]
@@ -58,6 +59,7 @@ class SetRewardSum(nn.Module):
             set reward of weight 0 is evaluated and reported, but not optimized.
         dtype: The weights' dtype of features that are loaded by name.
         device: The device of features that are loaded by name.
+        loaded: The features that were loaded before, to which those that are loaded now are added.
 
     Attributes:
         rewards: The set rewards, in the given order.
@@ -65,6 +67,7 @@ class SetRewardSum(nn.Module):
         weights: Name -> weight.
         feature_maps: The distinct features of the set rewards.
         feature_names: The names of the features, which are the keys of `features(images)`.
+        released: Whether the features are computed `as_released()`.
 
     Raises:
         TypeError: For an object that is not a set reward.
@@ -78,12 +81,11 @@ class SetRewardSum(nn.Module):
         *,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        loaded: LoadedModels | None = None,
     ) -> None:
         super().__init__()
-        entries = set_reward_entries(diversity)
-        for entry in entries:
-            check_set_reward_entry(*entry)
-        rewards = build_set_rewards(entries, dtype, device)
+        entries = checked_set_reward_entries(diversity)
+        rewards = build_set_rewards(entries, dtype, device, loaded or LoadedModels())
         self.rewards = nn.ModuleList(rewards)
         self.names = distinct_names([str(reward.name) for reward in rewards])
         self.weights = {name: float(weight) for name, (_, _, weight) in zip(self.names, entries, strict=True)}
@@ -91,6 +93,7 @@ class SetRewardSum(nn.Module):
         self.feature_maps = nn.ModuleList(maps)
         self.feature_names = distinct_names([str(each.name) for each in maps])
         names_of = {id(each): name for each, name in zip(maps, self.feature_names, strict=True)}
+        self.released = bool(getattr(diversity, "released", False))
         self.features_of = {
             name: names_of[id(reward.features)] for name, reward in zip(self.names, rewards, strict=True)
         }
@@ -198,7 +201,16 @@ class SetRewardSum(nn.Module):
 
     def maps(self) -> dict[str, nn.Module]:
         """Return the feature maps by name."""
-        return dict(zip(self.feature_names, self.feature_maps, strict=True))
+        maps: list[Any] = list(self.feature_maps)
+        if self.released:
+            maps = [each.as_released() if hasattr(each, "as_released") else each for each in maps]
+        return dict(zip(self.feature_names, maps, strict=True))
+
+    def as_released(self) -> "SetRewardSum":
+        """Return the sum on features that see images as in the released code of It's Never Too Late."""
+        released = copy.copy(self)
+        released.released = True
+        return released
 
     def check_feature_names(self, features: Mapping[str, Tensor]) -> None:
         """Raise `ValueError` if features of a feature map are missing."""
@@ -230,6 +242,14 @@ class SetRewardSum(nn.Module):
 def join_features(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Concatenate the features of several batches by name."""
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def checked_set_reward_entries(diversity: SetRewardsLike) -> list[tuple[Any, Any, Any]]:
+    """Return `set_reward_entries`, after a check of all names and weights. Nothing is loaded."""
+    entries = set_reward_entries(diversity)
+    for entry in entries:
+        check_set_reward_entry(*entry)
+    return entries
 
 
 def set_reward_entries(diversity: SetRewardsLike) -> list[tuple[Any, Any, Any]]:
@@ -294,18 +314,17 @@ def check_set_reward(reward: Any, features: Any) -> None:
 
 
 def build_set_rewards(
-    entries: Sequence[tuple[Any, Any, Any]], dtype: torch.dtype | None, device: torch.device | str | None
+    entries: Sequence[tuple[Any, Any, Any]],
+    dtype: torch.dtype | None,
+    device: torch.device | str | None,
+    loaded: LoadedModels,
 ) -> list[SetReward]:
     """Build the set rewards, loading each of the features once."""
-    loaded: dict[str, Features] = {}
 
     def load(features: Any) -> Any:
         if not isinstance(features, (str, os.PathLike)):
             return features
-        path = os.fspath(features)
-        if path not in loaded:
-            loaded[path] = AutoFeatures.from_pretrained(path, dtype=dtype, device=device)
-        return loaded[path]
+        return loaded.load("features", AutoFeatures.from_pretrained, features, dtype, device)
 
     classes = [find_set_reward(reward) if isinstance(reward, str) else None for reward, _, _ in entries]
     return [

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
         grow_set,
         list_methods,
         optimize_noise,
+        release_rewards,
     )
     from .rewards import AutoReward, BlackBox, RewardSum, list_rewards
     from .schedulers import PinkNoise
@@ -81,6 +82,7 @@ __all__ = [
     "list_methods",
     "list_rewards",
     "optimize_noise",
+    "release_rewards",
 ]
 
 

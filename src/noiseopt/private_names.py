@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from diffusers.models import attention_dispatch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 BLOCK_SETTINGS = ("gradient_checkpointing", "_gradient_checkpointing_func")  # of a diffusers block
 MODULE_CONTENTS = ("_modules", "_parameters", "_buffers")  # of a torch module
@@ -18,14 +20,15 @@ def private(owner: Any, name: str, library: str) -> Any:
     Raises:
         ImportError: If this version of the library has no such name.
     """
-    if not hasattr(owner, name):
+    try:
+        return getattr(owner, name)
+    except AttributeError:
         version = importlib.metadata.version(library)
         raise ImportError(
             f"Expected {library} to have the private name `{name}`, but version {version} has none on "
             f"{getattr(owner, '__name__', type(owner).__name__)}. Install a version that noiseopt was tested with, or "
             "update noiseopt."
-        )
-    return getattr(owner, name)
+        ) from None
 
 
 def execution_device(pipe) -> torch.device:
@@ -37,6 +40,11 @@ def interrupt(pipe) -> None:
     """Let a pipeline whose loop checks `pipe.interrupt` skip the remaining steps."""
     private(pipe, "_interrupt", "diffusers")
     pipe._interrupt = True
+
+
+def progress_bar_is_off(pipe) -> bool:
+    """Return whether `pipe.set_progress_bar_config(disable=True)` turned off the progress bar of a pipeline."""
+    return bool(getattr(pipe, "_progress_bar_config", {}).get("disable"))
 
 
 def own_timestep_count(pipe) -> int | None:
@@ -98,8 +106,25 @@ def checkpoint_blocks(module: nn.Module, function: Callable[..., Any]) -> None:
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Return whether a module was compiled by `torch.compile(module)` or `module.compile()`."""
-    return private(module, "_compiled_call_impl", "torch") is not None or hasattr(module, "_orig_mod")
+    """Return whether a module was compiled by `torch.compile(module)` or `module.compile()`, or one of its methods."""
+    whole = private(module, "_compiled_call_impl", "torch") is not None or hasattr(module, "_orig_mod")
+    return whole or any(map(is_compiled_function, vars(module).values()))
+
+
+def is_compiled_function(function: Any) -> bool:
+    """Return whether a function or method was compiled by `torch.compile`."""
+    function = getattr(function, "func", function)  # of a partial one
+    return isinstance(function, Callable) and hasattr(function, "_torchdynamo_orig_callable")
+
+
+def has_forward_hooks(module: nn.Module) -> bool:
+    """Return whether a module has hooks that run before or after its forward pass."""
+    return bool(private(module, "_forward_hooks", "torch") or private(module, "_forward_pre_hooks", "torch"))
+
+
+def is_context_decorated(function: Callable[..., Any]) -> bool:
+    """Return whether a function was decorated by a context manager of torch, such as `torch.no_grad()`."""
+    return getattr(function, "__globals__", {}).get("__name__") == "torch.utils._contextlib"
 
 
 def base_of_view(tensor: torch.Tensor) -> torch.Tensor | None:
@@ -110,6 +135,16 @@ def base_of_view(tensor: torch.Tensor) -> torch.Tensor | None:
 def version_of(tensor: torch.Tensor) -> int:
     """Return the number of in-place writes to a tensor."""
     return tensor._version
+
+
+def tensors_in(values: Any) -> list[torch.Tensor]:
+    """Return the tensors in nested tuples, lists and dicts."""
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)]
+
+
+def storage_key(storage: torch.UntypedStorage) -> int:
+    """Return a number that is the same for all tensors on a storage, and its own as long as the storage lives."""
+    return storage._cdata
 
 
 def default_mps_generator() -> torch.Generator:
