@@ -441,7 +441,7 @@ def optimize_noise(
             known = known_run(resume_from, save_noise_to, call)
         if known is not None and known.complete:
             if save_noise_to is not None and Path(save_noise_to) != Path(resume_from or ""):
-                known.save(save_noise_to)
+                known.save(Path(save_noise_to))
             return known
         if known is not None and request.get("generator") is None and request.get("latents") is None:
             request |= first_generator(known, execution_device(twin))
