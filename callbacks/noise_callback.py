@@ -1,6 +1,7 @@
 """Base class of callbacks of a noise optimization."""
 
 from collections.abc import Callable, Iterable
+from typing import ClassVar
 
 from .noise_state import NoiseState
 
@@ -10,7 +11,12 @@ class NoiseCallback:
 
     (diffusers' `callback_on_step_end` is per denoising step.) Subclasses override the hooks that they need. A function
     `(state) -> bool | None` is accepted as `on_step_end`.
+
+    Attributes:
+        continues: Names of attributes, tensors and numbers, with which the callback goes on in a resumed run.
     """
+
+    continues: ClassVar[tuple[str, ...]] = ()
 
     def on_run_start(self, state: NoiseState) -> None:
         """Called once, before the first evaluation."""

@@ -12,6 +12,7 @@ class ProgressBar(NoiseCallback):
     def on_run_start(self, state: NoiseState) -> None:
         self.bar = state.pipeline.progress_bar(total=state.steps)
         self.bar.set_description("Optimizing noise")
+        self.bar.update(state.step + 1)  # of a resumed run
 
     def on_step_end(self, state: NoiseState) -> None:
         if self.bar is None:

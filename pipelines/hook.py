@@ -6,11 +6,13 @@ import functools
 import inspect
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, overload
 
 import torch
 
-from ..callbacks.noise_callback import CallbackSpec, as_callbacks
+from ..callbacks.noise_callback import CallbackSpec, NoiseCallback, as_callbacks
+from ..private_names import execution_device
 from ..schedulers.noise_samplers import NoiseSamplerSpec
 from .loop import optimize
 from .memory.tiny_decoder import as_loop_decoder
@@ -29,9 +31,11 @@ from .request import (
     prompts_of,
     reward_prompts_of,
 )
+from .result_folder import FolderBar, PromptEntry, only_writer, prompt_entries
 from .results.noise_file import NoiseFile
 from .results.noise_result import NoiseResult
 from .results.pipeline_code import SavedWithCode
+from .results.resume import call_description, first_generator, known_run
 from .sampling.first_call import stock_call, submodules_of
 from .sampling.latent_space import LatentSpace
 from .sampling.module_state import DENOISERS, frozen_modules, refuse_unsuited
@@ -76,8 +80,11 @@ class NoiseRun:
         reward_prompt: str | Sequence[str] | None = None,
         save_noise_to: str | os.PathLike[str] | None = None,
         render: bool = True,
+        known: NoiseResult | None = None,
+        call: dict[str, Any] | None = None,
     ) -> None:
-        self.method, self.request, self.render = method, request, render
+        self.method, self.request, self.render, self.known = method, request, render, known
+        self.call = call or call_description(pipe, method, request, noise_sampler, reward_prompt)
         self.callbacks = as_callbacks(callbacks)
         method.check()
         check_noise_is_drawn(pipe, request)
@@ -120,9 +127,9 @@ class NoiseRun:
             checkpointing=method.checkpointing,
             through_denoiser=method.gradient_mode == "full",
         )
-        problem = NoiseProblem(pipe, sampler, self.prompts, self.reward_prompts, self.groups, self.request)
+        problem = NoiseProblem(pipe, sampler, self.prompts, self.reward_prompts, self.groups, self.request, self.call)
         with torch.enable_grad(), sampler.checkpoints:
-            self.result = optimize(method, problem, self.objective, self.callbacks, self.noise_file)
+            self.result = optimize(method, problem, self.objective, self.callbacks, self.noise_file, self.known)
         if not self.render:
             raise NoiseFound
         return sampler.prepare(pipe, self.result.noise.to(problem.dtype))
@@ -305,6 +312,7 @@ def hooked(cls: type) -> type:
     return type(cls.__name__, (NoiseOptimizationMixin, cls), {"__module__": cls.__module__})
 
 
+@overload
 def optimize_noise(
     pipe,
     prompt: str | list[str] | None,
@@ -315,8 +323,41 @@ def optimize_noise(
     noise_sampler: NoiseSamplerSpec | None = None,
     reward_prompt: str | Sequence[str] | None = None,
     save_noise_to: str | os.PathLike[str] | None = None,
+    resume_from: str | os.PathLike[str] | None = None,
+    folder: None = None,
     **call_kwargs,
-) -> NoiseResult:
+) -> NoiseResult: ...
+
+
+@overload
+def optimize_noise(
+    pipe,
+    prompt: list[str],
+    method: NoiseOptimizer | str,
+    *,
+    folder: str | os.PathLike[str],
+    method_kwargs: Mapping[str, Any] | None = None,
+    callbacks: Callbacks = None,
+    noise_sampler: NoiseSamplerSpec | None = None,
+    reward_prompt: str | Sequence[str] | None = None,
+    **call_kwargs,
+) -> list[NoiseResult]: ...
+
+
+def optimize_noise(
+    pipe,
+    prompt: str | list[str] | None,
+    method: NoiseOptimizer | str,
+    *,
+    method_kwargs: Mapping[str, Any] | None = None,
+    callbacks: Callbacks = None,
+    noise_sampler: NoiseSamplerSpec | None = None,
+    reward_prompt: str | Sequence[str] | None = None,
+    save_noise_to: str | os.PathLike[str] | None = None,
+    resume_from: str | os.PathLike[str] | None = None,
+    folder: str | os.PathLike[str] | None = None,
+    **call_kwargs,
+) -> NoiseResult | list[NoiseResult]:
     """Find the initial noise of a call to any diffusers text-to-image pipeline. The pipeline stays unmodified.
 
     Args:
@@ -331,26 +372,100 @@ def optimize_noise(
         reward_prompt: The prompt that rewards are asked about instead of the prompt of the call: one, or one for each
             image.
         save_noise_to: A file for the best noise so far, to be read by `NoiseResult.load`. It is written after the first
-            step, every few seconds, and when the run ends in any way; it is always complete. An existing file is
-            replaced.
+            step, every few seconds, and when the run ends in any way; it is always whole. An existing file is replaced.
+        resume_from: The file of a run of the same call that was interrupted. The run goes on where it stopped, and its
+            result equals that of one that was never interrupted. A complete one is returned at once, without its
+            images. With the path of `save_noise_to`, a missing file and a half-done one of a method whose state cannot
+            be stored start anew; so a loop over prompts that gives both can be started again at any time.
+        folder: A folder for the results of a list of prompts, each of which is optimized by itself: files such as
+            `0007-a-red-square.safetensors`. Finished prompts are not run again, and half-done ones go on, as with
+            `resume_from`. `generator` is then a seed s, from which prompt k gets s + k, one seed for each prompt, or a
+            generator for its seed and device.
         call_kwargs: The other arguments of `pipe(prompt, ...)`: steps, guidance, size, generator, latents ...
 
     Returns:
         The result; `pipe(prompt, latents=result.latents, **call_kwargs)` generates its images. An exception, Ctrl-C
-        included, leaves the pipeline as it was, and carries the best so far as its `noise_result`.
+        included, leaves the pipeline as it was, and carries the best so far as its `noise_result`. With `folder` a list
+        of results on the CPU without images, one for each prompt; an exception carries the complete ones as its
+        `noise_results` too.
 
     Raises:
-        ValueError: Before any model runs, for settings or a pipeline state that cannot work.
+        ValueError: Before any model runs, for settings or a pipeline state that cannot work, and for a file of another
+            call, with the differences.
+        FileNotFoundError: If there is no file `resume_from`.
         TypeError: For an argument that the pipeline does not take, or a pipeline without a noise to optimize.
     """
     method = as_method(method, method_kwargs)
-    twin = copy.copy(pipe)
-    twin.__class__ = hooked(type(pipe))
-    vars(twin)["scheduler"] = copy.deepcopy(pipe.scheduler)  # a call sets the timesteps of its scheduler
-    check_takes_latents(twin)
-    request = bind_request(twin, (), {"prompt": prompt, **call_kwargs})
-    run = NoiseRun(twin, method, request, callbacks, noise_sampler, reward_prompt, save_noise_to, render=False)
+    if folder is not None:
+        check_not_beside_folder(save_noise_to=save_noise_to, resume_from=resume_from)
+        with only_writer(Path(folder)):
+            entries = prompt_entries(prompt, folder, call_kwargs.pop("generator", None), reward_prompt)
+            return optimize_entries(pipe, entries, method, as_callbacks(callbacks), noise_sampler, call_kwargs)
+    twin, request = hooked_call(pipe, prompt, call_kwargs)
+    call, known = call_description(twin, method, request, noise_sampler, reward_prompt), None
+    if resume_from is not None:
+        known = known_run(resume_from, save_noise_to, call)
+    if known is not None and known.complete:
+        if save_noise_to is not None and Path(save_noise_to) != Path(resume_from or ""):
+            known.save(save_noise_to)
+        return known
+    if known is not None and request.get("generator") is None and request.get("latents") is None:
+        request |= first_generator(known, execution_device(twin))
+    run = NoiseRun(
+        twin,
+        method,
+        request,
+        callbacks,
+        noise_sampler,
+        reward_prompt,
+        save_noise_to,
+        render=False,
+        known=known,
+        call=call,
+    )
     vars(twin)["_noise_run"] = run
     with run.frozen_modules(twin), torch.no_grad(), contextlib.suppress(NoiseFound):
         stock_call(type(pipe))(twin, **request)
     return run.result_of(twin)
+
+
+def hooked_call(pipe, prompt: Any, call_kwargs: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Return a twin of a pipeline with the hook, and the arguments of its call by name."""
+    twin = copy.copy(pipe)
+    twin.__class__ = hooked(type(pipe))
+    vars(twin)["scheduler"] = copy.deepcopy(pipe.scheduler)  # a call sets the timesteps of its scheduler
+    check_takes_latents(twin)
+    return twin, bind_request(twin, (), {"prompt": prompt, **call_kwargs})
+
+
+def optimize_entries(
+    pipe,
+    entries: Sequence[PromptEntry],
+    method: NoiseOptimizer,
+    callbacks: Sequence[NoiseCallback],
+    noise_sampler: NoiseSamplerSpec | None,
+    call_kwargs: dict[str, Any],
+) -> list[NoiseResult]:
+    """Optimize each prompt of a folder by itself, after its files were found to be of the same calls."""
+    for entry in entries:
+        twin, request = hooked_call(pipe, entry.prompt, call_kwargs | entry.arguments)
+        known_run(entry.file, entry.file, call_description(twin, method, request, noise_sampler, entry.reward_prompt))
+    bar, results = FolderBar(pipe, len(entries), method.steps), []
+    own: dict[str, Any] = {"callbacks": [bar, *callbacks], "noise_sampler": noise_sampler}
+    try:
+        for entry in entries:
+            files = {"save_noise_to": entry.file, "resume_from": entry.file, "reward_prompt": entry.reward_prompt}
+            result = optimize_noise(pipe, entry.prompt, method, **own, **files, **call_kwargs, **entry.arguments)
+            results.append(result.without_images())
+            bar.next_run()
+    except BaseException as error:
+        vars(error)["noise_results"] = results
+        raise
+    finally:
+        bar.close()
+    return results
+
+
+def check_not_beside_folder(**arguments: Any) -> None:
+    if given := [name for name, value in arguments.items() if value is not None]:
+        raise ValueError(f"Expected `folder` or `{given[0]}`, but got both. A folder has a file for each prompt.")

@@ -81,6 +81,8 @@ class ContrastiveObjective(Objective):
         window_size: The number of cells down and across of the pooled grid, at most the latent's.
     """
 
+    continues = ("reference",)
+
     def __init__(self, loss: ContrastiveLoss, window_size: int) -> None:
         self.loss, self.window_size = loss, window_size
         self.reference: torch.Tensor | None = None
@@ -96,6 +98,11 @@ class ContrastiveObjective(Objective):
         directions = pooled_directions(sample.x0, self.window_size)
         if self.reference is None:
             self.reference = directions.detach()
+        if self.reference.shape != directions.shape:
+            raise ValueError(
+                f"Expected first estimates of shape {tuple(directions.shape)}, but the interrupted run had "
+                f"{tuple(self.reference.shape)}. Start anew without `resume_from`."
+            )
         losses, similarities = directions.new_zeros(2, len(directions))
         for rows in sets(sample.groups):
             part = directions[rows]

@@ -31,9 +31,7 @@ class ImageSetFolder:
         return self.path / f"image_{index:03d}{suffix}"
 
     def check_free(self) -> None:
-        """Raise `ValueError` for a file, or for a folder that already has images of a set."""
-        if self.path.exists() and not self.path.is_dir():
-            raise ValueError(f"Expected a folder for the set, but {self.path} is a file. Choose another name.")
+        """Raise `ValueError` for a folder that already has images of a set."""
         if self.begun or self.file(0, ".png").exists() or self.file(0, ".safetensors").exists():
             raise ValueError(
                 f"Expected a folder without images of another set, but {self.path} has some. Choose another one."

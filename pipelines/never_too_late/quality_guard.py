@@ -145,6 +145,11 @@ class GuardedNoise:
             self.limits = {name: guard.limits(run.scores[name]) for name, guard in guards.items()}
             self.frozen = self.fallen(run, guards)
             return
+        if self.limits.keys() != guards.keys():
+            raise ValueError(
+                f"Expected limits of {list(guards)} from the interrupted run, but got those of {list(self.limits)}. "
+                "Start anew without `resume_from`."
+            )
         fallen = self.fallen(run, guards) & ~self.frozen
         self.good = ~fallen
         freezing = {name: guard for name, guard in guards.items() if guard.mode == "freeze"}

@@ -14,7 +14,8 @@ def band_energies(change: torch.Tensor) -> torch.Tensor:
     `frequency_bands`.
     """
     power = torch.fft.fft2(change, norm="ortho").abs().square().flatten(1, -3).sum(1)
-    return (power[:, None] * frequency_bands(*change.shape[-2:]).to(power)).sum((-2, -1))
+    bands = frequency_bands(*change.shape[-2:]).to(change.device)
+    return torch.where(bands, power[:, None], 0.0).sum((-2, -1))
 
 
 @functools.cache

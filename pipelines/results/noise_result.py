@@ -6,7 +6,32 @@ from typing import Any
 
 import torch
 
-from .result_file import LATER_TENSORS, PER_SCORE, PER_STREAM, RESULT_TENSORS, read_result_file, write_result_file
+from .pipeline_description import describe_pipeline
+from .result_file import (
+    LATER_TENSORS,
+    PER_PROGRESS,
+    PER_SCORE,
+    PER_STREAM,
+    RESULT_TENSORS,
+    read_result_file,
+    write_result_file,
+)
+from .settings_diff import settings_diff
+from .shown_text import shown
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Progress:
+    """Where a run was interrupted, for `resume_from`.
+
+    Attributes:
+        parts: "run" has the state of the run and its method as JSON values, with the names of tensors in their places,
+            and "reports" the reports so far.
+        tensors: The tensors by name.
+    """
+
+    parts: dict[str, Any]
+    tensors: dict[str, torch.Tensor]
 
 
 @dataclasses.dataclass(eq=False, repr=False)
@@ -35,6 +60,8 @@ class NoiseResult:
             of versions that did not store it.
         images: `(B, 3, H, W)` in [0, 1], the images of `noise`, if the run generated them. Not saved.
         initial_images: `(B, 3, H, W)`, the baseline images. Not saved.
+        progress: Where an interrupted run goes on; `None` for a complete one, and for a method whose state cannot be
+            stored.
     """
 
     noise: torch.Tensor
@@ -50,12 +77,25 @@ class NoiseResult:
     band_changes: torch.Tensor | None = None
     images: torch.Tensor | None = None
     initial_images: torch.Tensor | None = None
+    progress: Progress | None = None
 
     def __repr__(self) -> str:
         shape = "×".join(map(str, self.noise.shape))
-        best = ", ".join(f"{name} {values.mean():.4g}" for name, values in self.best_scores.items())
-        by = f", by {decoder['class']}" if (decoder := self.provenance.get("decoder")) else ""
-        return f"NoiseResult({shape}, best of {len(self.losses)} steps at {self.best_step.tolist()}: {best}{by})"
+        best = ", ".join(f"{shown(name)} {values.mean():.4g}" for name, values in self.best_scores.items())
+        decoder = self.provenance.get("decoder")
+        by = f", by {shown(decoder.get('class'))}" if isinstance(decoder, dict) else ""
+        steps, planned = len(self.losses), shown(self.provenance.get("settings", {}).get("steps"))
+        found = f"best of {steps} steps" if self.complete else f"interrupted at step {steps} of {planned}, best"
+        return f"NoiseResult({shape}, {found} at {self.best_step.tolist()}: {best}{by})"
+
+    @property
+    def complete(self) -> bool:
+        """Whether the run ended as it was asked to: after its steps, or by a callback or a stop rule.
+
+        A run that was interrupted by Ctrl-C or an error, or whose process died, is not complete. Files of versions that
+        did not record it count as complete.
+        """
+        return self.provenance.get("complete", True)
 
     @property
     def best_scores(self) -> dict[str, torch.Tensor]:
@@ -88,10 +128,32 @@ class NoiseResult:
             fresh[-1].set_state(state)
         return fresh if self.provenance.get("generators") == "list" else (fresh or [None])[0]
 
+    def differences(self, pipe) -> list[str]:
+        """Return a sentence for each thing in which a pipeline differs from that of the run, if it was recorded.
+
+        Model, scheduler, and LoRA and IP-Adapters with their weights are compared: where they differ, the same noise
+        gives other images. Arguments of the call are in `provenance["arguments"]`; images and embeddings among them are
+        not recorded, only named in `provenance["unrecorded"]`.
+        """
+        given = describe_pipeline(pipe)
+        known = {name: self.provenance[name] for name in given if name in self.provenance}
+        return settings_diff(known, {name: given[name] for name in known})
+
+    def without_images(self) -> "NoiseResult":
+        """Return the result as a file of it reads: on the CPU, without images."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        moved = {name: value.cpu() for name, value in values.items() if isinstance(value, torch.Tensor)}
+        scores = {name: values.cpu() for name, values in self.scores.items()}
+        return dataclasses.replace(self, **moved | {"scores": scores, "images": None, "initial_images": None})
+
     def save(self, path: str | Path) -> None:
         """Write one safetensors file with the provenance as JSON in its header.
 
-        The write is atomic: if it is interrupted, a previous file stays as it was.
+        The write is atomic: if it is interrupted or the disk is full, a previous file stays as it was.
+
+        Raises:
+            ValueError: For a folder or a device, and for reports that are no JSON values or too large.
+            OSError: If the file cannot be written.
         """
         own = {name: getattr(self, name) for name in RESULT_TENSORS + LATER_TENSORS}
         tensors = {name: tensor for name, tensor in own.items() if tensor is not None}
@@ -99,6 +161,9 @@ class NoiseResult:
         tensors |= {f"{PER_STREAM}{index}": state for index, (_, state) in enumerate(self.generator_states)}
         devices = [device for device, _ in self.generator_states]
         header = {"provenance": self.provenance, "generator_devices": devices, "reports": self.reports}
+        if self.progress is not None:
+            header["progress"] = self.progress.parts
+            tensors |= {f"{PER_PROGRESS}{name}": tensor for name, tensor in self.progress.tensors.items()}
         write_result_file(Path(path), tensors, header)
 
     @classmethod
@@ -107,13 +172,17 @@ class NoiseResult:
 
         Raises:
             FileNotFoundError: If there is no such file.
-            ValueError: If the file is damaged, foreign, inconsistent, or written by a newer version.
+            ValueError: If the file cannot be read, is damaged, foreign or inconsistent, or was written by a newer
+                version.
         """
         header, tensors = read_result_file(Path(path))
         streams = enumerate(header["generator_devices"])
         states = [(kind, tensors.pop(f"{PER_STREAM}{index}")) for index, kind in streams]
+        parts = {name: tensors.pop(name) for name in list(tensors) if name.startswith(PER_PROGRESS)}
+        parts = {name.removeprefix(PER_PROGRESS): tensor for name, tensor in parts.items()}
         tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
         names = [name for name in tensors if name.startswith(PER_SCORE)]
         scores = {name.removeprefix(PER_SCORE): tensors.pop(name) for name in names}
         records = {name: header[name] for name in ("provenance", "reports")}
-        return cls(**tensors, **records, scores=scores, generator_states=states)
+        progress = Progress(header["progress"], parts) if header["progress"] else None
+        return cls(**tensors, **records, scores=scores, generator_states=states, progress=progress)

@@ -45,7 +45,7 @@ class Candidates:
                 self.forget(row)
 
     def forget(self, row: int) -> None:
-        """Drop the candidate with the lowest reward of a position above the limit; of ties the latest."""
+        """Drop the candidate with the lowest reward if a position has more than the limit; of equal ones the latest."""
         found = self.of([row])
         if self.limit is not None and len(found) > self.limit:
             worst = self.highest(found)[-1]
@@ -80,6 +80,7 @@ class CandidateObjective(Objective):
     """
 
     sets: list[list[int]]
+    continues = None
 
     def __init__(self, rewards: RewardObjective | None, preview: bool, limit: int | None = None) -> None:
         self.rewards, self.preview = rewards, preview

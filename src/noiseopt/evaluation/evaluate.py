@@ -106,7 +106,7 @@ class Evaluation:
             raise CannotEvaluate(one_line(error)) from None
 
     def cells(self, model: ModelChoice, first: int = 0, every: int = 1) -> list[Cell]:
-        """Return the units of a model in order; contenders alternate in going first, on cold caches."""
+        """Return the units of a model in order; the contenders take turns in going first, with cold caches."""
         contenders, best_of, found = self.plan.contenders, self.best_of(), []
         for index in range(first, len(self.plan.prompts.prompts), every):
             turn = index % len(contenders)
