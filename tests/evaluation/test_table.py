@@ -3,40 +3,13 @@
 import io
 
 import pytest
+from evaluations import results
 from rich.console import Console
 
-from noiseopt.evaluation.plan import MethodChoice, ModelChoice, Plan
-from noiseopt.evaluation.prompt_sets import Prompt, PromptSet
-from noiseopt.evaluation.table import Results, cost_csv, cost_markdown, markdown, table_csv
+from noiseopt.evaluation.table import cost_csv, cost_markdown, markdown, table_csv
 from noiseopt.evaluation.terminal import print_results
 
 LONG = "never_too_late:diversity={'dpp': ('clip', 50.0)},warm_up=3,steps=12,learning_rate=0.5"
-
-
-def results(count: int, category: str = "single", names: tuple[str, ...] = ("turbo",), method: str = "reno") -> Results:
-    """An evaluation of prompts whose plain images are all wrong, and those of the method right but for the last."""
-    prompts = PromptSet("made", tuple(Prompt("a red star", category) for _ in range(count)), ("one problem",))
-    choice = MethodChoice.parse(method)
-    models = tuple(ModelChoice.parse(name, {}) for name in names)
-    plan = Plan(models=models, methods=(choice,), prompts=prompts, seeds=2, rewards=(("red", 1.0),), watched=("blue",))
-    units = [
-        {
-            "model": model.name,
-            "method": contender.key,
-            "index": index,
-            "category": category,
-            "seeds": [0, 1],
-            "judge": {"right": [bool(gain) and index + 1 < count] * 2},
-            "rewards": {"red": [gain + 0.01 * index] * 2, "blue": [-gain, None if index == 0 else -gain]},
-            "set": {"layout spread": 1.5},
-            "noise": {"norm": 1.0},
-            "cost": {"seconds": 2.0, "model_calls": 4, "memory": None},
-        }
-        for model in models
-        for gain, contender in zip((0.0, 0.5, 1.0), plan.contenders, strict=True)
-        for index in range(count)
-    ]
-    return Results(plan, units, {(name, method): 7 for name in names})
 
 
 def line(text: str, *words: str) -> list[str]:
@@ -76,7 +49,7 @@ def test_every_table_has_its_number_of_prompts():
 
 
 def test_text_is_no_markup():
-    text = markdown(results(5, category="<b>*x*</b>|$y$", method="reno:noise_sampler={'name': 'pink', 'alpha': 0.3}"))
+    text = markdown(results(5, "reno:noise_sampler={'name': 'pink', 'alpha': 0.3}", category="<b>*x*</b>|$y$"))
     assert r"right: &lt;b&gt;\*x\*&lt;/b&gt;\|\$y\$, %" in text and "<b>" not in text
     width = {row.replace(r"\|", "").count("|") for row in text.split("\n\n")[3].split("\n")}
     assert len(width) == 1
@@ -85,7 +58,7 @@ def test_text_is_no_markup():
 @pytest.mark.parametrize("width", [80, 100])
 def test_what_is_printed_fits_the_terminal(width):
     out = io.StringIO()
-    found = results(12, names=("turbo", "sdxl-turbo"), method=LONG, category="a category of many words")
+    found = results(12, LONG, names=("turbo", "sdxl-turbo"), category="a category of many words")
     print_results(found, Console(file=out, width=width, force_terminal=False))
     lines = out.getvalue().split("\n")
     assert max(map(len, lines)) <= width and "\033" not in out.getvalue()
