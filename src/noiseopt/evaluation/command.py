@@ -219,8 +219,9 @@ def run(evaluation: "Evaluation", output: Path) -> None:
             print(f"\nInterrupted. Finished units are in {output}; the same command continues.", file=sys.stderr)
         raise
     if results is not None:
-        print((output / "table.md").read_text(encoding="utf-8"))
-        print((output / "cost.md").read_text(encoding="utf-8"))
+        from .terminal import print_results
+
+        print_results(results)
         for path in sorted(path for path in output.iterdir() if path.is_file() and not path.name.startswith(".")):
             print(f"wrote {path}")
 
