@@ -21,6 +21,7 @@ from .problem import NoiseProblem
 from .results.frequency_bands import band_energies
 from .results.noise_file import NoiseFile
 from .results.noise_result import NoiseResult, Progress
+from .results.pipeline_description import portable
 from .results.provenance import provenance_of
 from .results.resume import (
     NotStorable,
@@ -344,7 +345,7 @@ class OptimizationLoop:
             best_step=torch.full_like(best.step, best.evaluations - 1) if last else best.step,
             provenance={
                 "method": type(self.method).__name__,
-                "settings": self.method.settings(),
+                "settings": portable(self.method.settings()),
                 **provenance_of(problem, self.objective, run),
                 "steps": best.evaluations,
                 "complete": self.complete,

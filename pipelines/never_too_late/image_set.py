@@ -10,7 +10,6 @@ import torch
 from PIL import Image
 
 from ...callbacks.noise_callback import CallbackSpec
-from ...private_names import name_or_path
 from ...rewards.contract.reward_sum import RewardSum
 from ...rewards.sets.set_reward_sum import SetRewardSum, join_features
 from ...schedulers.noise_samplers import NoiseSamplerSpec, as_noise_sampler, describe_noise_sampler
@@ -22,8 +21,9 @@ from ..registry import as_method
 from ..request import bind_request
 from ..result_folder import Seeds, only_writer, seed_device, seeds_from
 from ..results.noise_result import NoiseResult
-from ..results.provenance import plain, revision_of
+from ..results.pipeline_description import describe_pipeline
 from ..results.settings_diff import plain_description, settings_diff
+from ..results.shown_text import shown
 from .image_set_folder import ImageSetFolder
 from .method import NeverTooLate
 from .quality_guard import as_guards, shares_reward
@@ -59,7 +59,7 @@ class ImageSet:
 
     def __repr__(self) -> str:
         last = ", ".join(f"{name} {value:.4g}" for name, value in (self.values or [{}])[-1].items() if value)
-        return f"ImageSet({len(self)} images of {self.prompt!r}{': ' if last else ''}{last})"
+        return f"ImageSet({len(self)} images of {shown(repr(self.prompt))}{': ' if last else ''}{last})"
 
     @property
     def images(self) -> torch.Tensor:
@@ -241,17 +241,14 @@ class SetCall:
         return self.pipe(prompt=self.prompt, **own, **{**self.arguments, **self.render}).images[0].convert("RGB")
 
     def settings(self) -> dict[str, Any]:
-        pipe, scheduler = self.pipe, self.pipe.scheduler
         return {
             "arguments": plain_description(self.arguments),
             "render": plain_description(self.render),
             "noise_sampler": plain_description(describe_noise_sampler(self.noise_sampler)),
             "generator_device": self.device,
             "reward_prompt": self.reward_prompt,
-            "model": name_or_path(pipe),
-            "revision": revision_of(pipe),
-            "scheduler": {"class": type(scheduler).__name__, **plain(dict(scheduler.config))},
-            "dtype": str(pipe.dtype).removeprefix("torch."),
+            **describe_pipeline(self.pipe),
+            "dtype": str(self.pipe.dtype).removeprefix("torch."),
         }
 
 

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-from .atomic_write import temporary_path
+from .atomic_write import check_replaceable, part_beside
 from .noise_result import NoiseResult
 
 SECONDS_BETWEEN_WRITES = 10.0
@@ -28,15 +28,13 @@ class NoiseFile:
             raise ValueError(f"Expected `save_noise_to` to be the path of a file, but got {path!r}.")
         self.path = Path(path)
         self.next_write = -math.inf
-        if os.path.isdir(self.path):
-            raise ValueError(f"Expected `save_noise_to` to be a file, but {path} is a folder. Add a name to it.")
-        temporary = temporary_path(self.path)
         try:
+            check_replaceable(self.path)
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.touch()
-            temporary.unlink()
+            with part_beside(self.path):
+                pass
         except (OSError, ValueError) as error:
-            raise ValueError(f"Expected `save_noise_to` to be a file that can be written, but got {error}.") from None
+            raise ValueError(f"Expected `save_noise_to` to be a file that can be written, but got: {error}") from None
 
     def keep(self, result: Callable[[], NoiseResult]) -> None:
         """Write `result()`, at most every `SECONDS_BETWEEN_WRITES`."""

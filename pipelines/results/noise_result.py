@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from .pipeline_description import describe_pipeline
 from .result_file import (
     LATER_TENSORS,
     PER_PROGRESS,
@@ -15,6 +16,8 @@ from .result_file import (
     read_result_file,
     write_result_file,
 )
+from .settings_diff import settings_diff
+from .shown_text import shown
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -78,10 +81,11 @@ class NoiseResult:
 
     def __repr__(self) -> str:
         shape = "×".join(map(str, self.noise.shape))
-        best = ", ".join(f"{name} {values.mean():.4g}" for name, values in self.best_scores.items())
-        by = f", by {decoder['class']}" if (decoder := self.provenance.get("decoder")) else ""
+        best = ", ".join(f"{shown(name)} {values.mean():.4g}" for name, values in self.best_scores.items())
+        decoder = self.provenance.get("decoder")
+        by = f", by {shown(decoder.get('class'))}" if isinstance(decoder, dict) else ""
         steps, planned = len(self.losses), self.provenance.get("settings", {}).get("steps")
-        found = f"best of {steps} steps" if self.complete else f"interrupted at step {steps} of {planned}, best"
+        found = f"best of {steps} steps" if self.complete else f"interrupted at step {steps} of {shown(planned)}, best"
         return f"NoiseResult({shape}, {found} at {self.best_step.tolist()}: {best}{by})"
 
     @property
@@ -124,6 +128,17 @@ class NoiseResult:
             fresh[-1].set_state(state)
         return fresh if self.provenance.get("generators") == "list" else (fresh or [None])[0]
 
+    def differences(self, pipe) -> list[str]:
+        """Return a sentence for each thing in which a pipeline differs from that of the run, if it was recorded.
+
+        Model, scheduler, and LoRA and IP-Adapters with their weights are compared: where they differ, the same noise
+        gives other images. Arguments of the call are in `provenance["arguments"]`; images and embeddings among them are
+        not recorded, only named in `provenance["unrecorded"]`.
+        """
+        given = describe_pipeline(pipe)
+        known = {name: self.provenance[name] for name in given if name in self.provenance}
+        return settings_diff(known, {name: given[name] for name in known})
+
     def without_images(self) -> "NoiseResult":
         """Return the result as a file of it reads: on the CPU, without images."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
@@ -134,7 +149,11 @@ class NoiseResult:
     def save(self, path: str | Path) -> None:
         """Write one safetensors file with the provenance as JSON in its header.
 
-        The write is atomic: if it is interrupted, a previous file stays as it was.
+        The write is atomic: if it is interrupted or the disk is full, a previous file stays as it was.
+
+        Raises:
+            ValueError: For a folder or a device, and for reports that are no JSON values or too large.
+            OSError: If the file cannot be written.
         """
         own = {name: getattr(self, name) for name in RESULT_TENSORS + LATER_TENSORS}
         tensors = {name: tensor for name, tensor in own.items() if tensor is not None}
@@ -153,7 +172,8 @@ class NoiseResult:
 
         Raises:
             FileNotFoundError: If there is no such file.
-            ValueError: If the file is damaged, foreign, inconsistent, or written by a newer version.
+            ValueError: If the file cannot be read, is damaged, foreign or inconsistent, or was written by a newer
+                version.
         """
         header, tensors = read_result_file(Path(path))
         streams = enumerate(header["generator_devices"])

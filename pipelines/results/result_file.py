@@ -1,15 +1,18 @@
 """Result files: safetensors with JSON in the header. Files are untrusted and checked completely before use."""
 
 import json
+import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
 
 from .atomic_write import atomic_write
+from .shown_text import shown
 
 RESULT_FORMAT = "noiseopt-result-1"
 RESULT_HEADER = {"format": str, "provenance": dict, "generator_devices": list, "reports": dict}
@@ -18,12 +21,18 @@ RESULT_TENSORS = ("noise", "latents", "losses", "norms", "best_step")
 PROVENANCE: dict[str, type] = {"method": str, "pipeline": str, "generators": str, "dtype": str}
 PROVENANCE |= {"settings": dict, "scheduler": dict, "arguments": dict, "prompts": list, "seeds": list}
 PROVENANCE |= {"complete": bool, "call": dict}
+NAMES_OR_NONE = ("model", "revision")
+CLASS_NAMES = ("method", "pipeline")  # and the entry "class" of the scheduler and the decoder
 LATER_TENSORS = ("initial_noise", "band_changes")  # missing in files of older versions
 PER_SCORE, PER_STREAM, PER_PROGRESS = "scores.", "generator_states.", "progress."
 NOISE_DTYPES = (torch.float32, torch.float64)
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, *NOISE_DTYPES)
 CUDA_STATE_BYTES, MOST_STATE_BYTES = 16, 1024  # accelerators have counters; the CPU state has 5056 bytes
 TORCH_FILES = (b"PK\x03\x04", *(b"\x80" + bytes([protocol]) for protocol in range(6)))  # zip and pickle
+MOST_NAME_CHARACTERS = 100
+LENGTH_BYTES = 8  # of the length of the header, at the start of a safetensors file
+MOST_HEADER_BYTES = 4 * 2**20  # a header of one second's parsing
+MOST_BYTES = 2 * 2**30  # the noises of 2700 images at 1024 px
 
 Header = dict[str, Any]
 Tensors = dict[str, torch.Tensor]
@@ -34,12 +43,36 @@ class UnusableResult(Exception):
 
 
 def write_result_file(path: Path, tensors: Tensors, header: Header) -> None:
-    """Write tensors and header atomically; the format is added to the header."""
-    metadata = {"noiseopt": json.dumps({"format": RESULT_FORMAT, **header})}
+    """Write tensors and header atomically; the format is added to the header.
+
+    Raises:
+        ValueError: For a header that is no JSON, a result that is too large to be read again, and a path where there is
+            something that is not a file.
+        OSError: If the file cannot be written.
+    """
+    metadata = {"noiseopt": json_of({"format": RESULT_FORMAT, **header})}
     # cloned, since safetensors refuses tensors that share memory, as noise and latents do in float32
     copies = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+    content = save_tensors(copies, metadata=metadata)
+    if header_length(content) > MOST_HEADER_BYTES or len(content) > MOST_BYTES:
+        raise ValueError(
+            f"Expected a result of at most {MOST_BYTES:,} bytes with provenance and reports of {MOST_HEADER_BYTES:,}, "
+            f"but got {len(content):,} and {header_length(content):,}. Put less into `reports`, or fewer images into a "
+            "run."
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(path, lambda temporary: save_file(copies, temporary, metadata=metadata))
+    atomic_write(path, lambda part: part.write_bytes(content))
+
+
+def json_of(header: Header) -> str:
+    """Return a header as JSON, with the numbers and arrays of numpy and torch as numbers and lists."""
+    try:
+        return json.dumps(header, default=lambda value: value.tolist())
+    except (AttributeError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(
+            f"Expected provenance and reports as JSON values, but got others: {error}. Convert what a callback puts "
+            "into `reports` to numbers, texts, lists and dicts."
+        ) from None
 
 
 def read_result_file(path: Path) -> tuple[Header, Tensors]:
@@ -47,42 +80,88 @@ def read_result_file(path: Path) -> tuple[Header, Tensors]:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is no valid result file, with the reason.
+        ValueError: If it is no valid result file or cannot be read, with the reason.
     """
     if not path.exists():
         raise FileNotFoundError(f"Expected a file that `NoiseResult.save` wrote, but there is no {path}.")
     try:
-        header, tensors = read_checked(path)
+        if not path.is_file():
+            raise UnusableResult("is a folder" if path.is_dir() else "is not a regular file")
+        with path.open("rb") as file:  # once: another process may replace the file at any time
+            header, tensors = read_checked(file)
+    except OSError as error:
+        raise ValueError(f"Expected a file that can be read, but got {path}: {error.strerror}.") from None
     except UnusableResult as problem:
         raise ValueError(f"Expected a file that `NoiseResult.save` wrote, but {path} {problem}.") from None
     return header, tensors
 
 
-def read_checked(path: Path) -> tuple[Header, Tensors]:
-    if not path.is_file():
-        raise UnusableResult("is a folder" if path.is_dir() else "is not a regular file")
+def is_result_file(path: Path) -> bool:
+    """Return whether the header of a file identifies a result, even of a newer version."""
     try:
-        with safe_open(path, framework="pt") as file:
-            header = parsed_header(file.metadata() or {})
-            check_names(set(file.keys()), header)  # before reading tensors, which may be large
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, RuntimeError, ValueError, TypeError, OverflowError) as error:
-        raise UnusableResult(unreadable_reason(path, error)) from None
+        with path.open("rb") as file:
+            found = metadata_of(tensor_index(read_index(file)))
+    except (OSError, UnusableResult):
+        return False
+    return "noiseopt-result-" in found.get("noiseopt", "")
+
+
+def read_checked(file: BinaryIO) -> tuple[Header, Tensors]:
+    """Read and check an open file, its header first."""
+    start = read_index(file)
+    index = tensor_index(start)
+    header = parsed_header(metadata_of(index))
+    check_names(index.keys() - {"__metadata__"}, header)
+    if os.fstat(file.fileno()).st_size > MOST_BYTES:
+        raise UnusableResult(f"has more than the {MOST_BYTES:,} bytes that a result may have")
+    try:
+        tensors = load_tensors(start + file.read())
+    except (SafetensorError, LookupError, RuntimeError, ValueError, TypeError, OverflowError) as error:
+        raise UnusableResult(f"is not a complete safetensors file ({shown(error).rstrip('.')})") from None
     check_tensors(tensors)
-    check_streams(tensors, header)
     check_provenance(header["provenance"], tensors)
+    check_streams(tensors, header)
     return header, tensors
 
 
-def unreadable_reason(path: Path, error: Exception) -> str:
-    """Return the reason why a file cannot be read, from its first bytes."""
-    with path.open("rb") as file:
-        start = file.read(4)
+def header_length(start: bytes) -> int:
+    return int.from_bytes(start[:LENGTH_BYTES], "little")
+
+
+def read_index(file: BinaryIO) -> bytes:
+    """Read the first part of a safetensors file: the length of its header, and the header."""
+    start = file.read(LENGTH_BYTES)
+    size, length = os.fstat(file.fileno()).st_size, header_length(start)
     if not start:
-        return "is empty"
-    if start.startswith(TORCH_FILES) and isinstance(error, SafetensorError):
-        return "is a pickle or a file of `torch.save`, which can run arbitrary code and is not loaded"
-    return f"is not a complete safetensors file ({str(error).strip().partition(chr(10))[0].rstrip('.')})"
+        raise UnusableResult("is empty")
+    if len(start) < LENGTH_BYTES or length > size - LENGTH_BYTES:
+        if start.startswith(TORCH_FILES):
+            raise UnusableResult(
+                "is a pickle or a file of `torch.save`, which can run arbitrary code and is not loaded"
+            )
+        raise UnusableResult("is not a complete safetensors file (its header is longer than the file)")
+    if length > MOST_HEADER_BYTES:
+        raise UnusableResult(f"has a header of {length:,} bytes, where a result has at most {MOST_HEADER_BYTES:,}")
+    return start + file.read(length)
+
+
+def tensor_index(start: bytes) -> dict[str, Any]:
+    """Return the header of a safetensors file: the entry of each tensor by name, and `__metadata__`."""
+    try:
+        index = json.loads(start[LENGTH_BYTES:].decode("utf-8"))
+    except (ValueError, RecursionError):
+        raise UnusableResult("is not a complete safetensors file (its header is not JSON)") from None
+    if not isinstance(index, dict):
+        raise UnusableResult("is not a complete safetensors file (its header is no JSON object)")
+    return index
+
+
+def metadata_of(index: dict[str, Any]) -> dict[str, str]:
+    found = index.get("__metadata__", {})
+    texts = isinstance(found, dict) and all(isinstance(text, str) for text in found.values())
+    if not texts:
+        raise UnusableResult("is not a complete safetensors file (its metadata are not texts)")
+    return found
 
 
 def parsed_header(metadata: dict[str, str]) -> Header:
@@ -91,7 +170,7 @@ def parsed_header(metadata: dict[str, str]) -> Header:
     except (ValueError, RecursionError):
         raise UnusableResult("has a header that is not JSON") from None
     found = header.get("format") if isinstance(header, dict) else None
-    if isinstance(found, str) and re.fullmatch(r"noiseopt-result-[2-9]|noiseopt-result-[1-9]\d+", found):
+    if isinstance(found, str) and re.fullmatch(r"noiseopt-result-([2-9]|[1-9]\d{1,5})", found, re.ASCII):
         raise UnusableResult(f"was written by a newer noiseopt, in the format {found}. Update noiseopt")
     if found != RESULT_FORMAT:
         raise UnusableResult(f"has no {RESULT_FORMAT} header")
@@ -120,22 +199,26 @@ def check_tensors(tensors: Tensors) -> None:
     """Require dtypes and shapes that agree on the number of images and steps, and finite noise."""
     noise, steps = tensors["noise"], tensors["losses"].shape[:1]
     if noise.ndim < 2 or not noise.numel() or not steps or not steps[0]:
-        losses = tuple(tensors["losses"].shape)
-        raise UnusableResult(f"has a noise of shape {tuple(noise.shape)} and losses of shape {losses}")
+        raise UnusableResult(
+            f"has a noise of shape {shape_of(noise)} and losses of shape {shape_of(tensors['losses'])}"
+        )
     batch, rows = noise.shape[:1], (*steps, *noise.shape[:1])
     shapes = {"losses": rows, "norms": rows, "best_step": batch, "initial_noise": noise.shape}
     shapes |= {"band_changes": (*rows, 3)} | {name: rows for name in tensors if name.startswith(PER_SCORE)}
     for name, tensor in tensors.items():
         if name in shapes and tensor.shape != torch.Size(shapes[name]):
-            raise UnusableResult(
-                f"has '{name}' of shape {tuple(tensor.shape)}, where {tuple(shapes[name])} is expected"
-            )
+            expected = shown(tuple(shapes[name]))
+            raise UnusableResult(f"has '{shown(name)}' of shape {shape_of(tensor)}, where {expected} is expected")
         if not name.startswith((PER_STREAM, PER_PROGRESS)) and tensor.dtype not in dtypes_of(name):
-            raise UnusableResult(f"has '{name}' of {tensor.dtype}")
+            raise UnusableResult(f"has '{shown(name)}' of {tensor.dtype}")
     latents = tensors["latents"]
     if latents.shape[:1] != batch or latents.ndim < 2 or not latents.numel():
-        raise UnusableResult(f"has latents of shape {tuple(latents.shape)} for noise of {tuple(noise.shape)}")
+        raise UnusableResult(f"has latents of shape {shape_of(latents)} for noise of {shape_of(noise)}")
     check_values(tensors, steps[0])
+
+
+def shape_of(tensor: torch.Tensor) -> str:
+    return shown(tuple(tensor.shape))
 
 
 def dtypes_of(name: str) -> tuple[torch.dtype, ...]:
@@ -163,7 +246,7 @@ def check_streams(tensors: Tensors, header: Header) -> None:
     for index, device in enumerate(devices):
         state = tensors[f"{PER_STREAM}{index}"]
         if not isinstance(device, str) or not fits_generator(device, state):
-            raise UnusableResult(f"has a generator state that is invalid on {device!r}")
+            raise UnusableResult(f"has a generator state that is invalid on {shown(repr(device))}")
 
 
 def fits_generator(device: str, state: torch.Tensor) -> bool:
@@ -192,20 +275,38 @@ def check_provenance(provenance: dict[str, Any], tensors: Tensors) -> None:
     """Require the types and lengths that `provenance_of` writes for those entries that are present."""
     batch = len(tensors["noise"])
     wrong = [name for name, kind in PROVENANCE.items() if not isinstance(provenance.get(name, kind()), kind)]
-    wrong += [name for name in ("model", "revision") if not isinstance(provenance.get(name), str | None)]
+    wrong += [name for name in NAMES_OR_NONE if not isinstance(provenance.get(name), str | None)]
     if not wrong:
         prompts, seeds = provenance.get("prompts", [""] * batch), provenance.get("seeds", [])
         checks = {
             "prompts": len(prompts) == batch and all(isinstance(each, str) for each in prompts),
             "seeds": len(seeds) in (0, 1, batch) and all(type(each) is int for each in seeds),
             "dtype": isinstance(getattr(torch, provenance.get("dtype", "float32"), None), torch.dtype),
+            "generators": provenance.get("generators", "list") in ("list", "single"),
+            "scheduler": is_class_name(provenance.get("scheduler", {}).get("class", "unknown")),
+            "decoder": is_described(provenance.get("decoder")),
         }
+        checks |= {name: is_class_name(provenance.get(name, "unknown")) for name in CLASS_NAMES}
         wrong = [name for name, right in checks.items() if not right]
     if wrong:
         raise UnusableResult(f"has a provenance whose {brief(wrong)} does not match its noise")
 
 
+def is_class_name(name: Any) -> bool:
+    return isinstance(name, str) and name.isidentifier() and len(name) <= MOST_NAME_CHARACTERS
+
+
+def is_described(decoder: Any) -> bool:
+    """Return whether a value is what `describe_decoder` returns."""
+    if decoder is None:
+        return True
+    return (
+        isinstance(decoder, dict)
+        and is_class_name(decoder.get("class"))
+        and isinstance(decoder.get("name"), str | None)
+    )
+
+
 def brief(values: list[Any]) -> str:
     """Return the first few values as text of limited length, since the file is untrusted."""
-    text = ", ".join(str(value) for value in values[:5])
-    return text if len(text) <= 200 else text[:200] + "…"
+    return shown(", ".join(shown(value) for value in values[:5]))

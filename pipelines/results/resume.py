@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 
-from ...private_names import name_or_path
 from ...schedulers.noise_samplers import as_noise_sampler, describe_noise_sampler
 from .noise_result import NoiseResult, Progress
-from .provenance import plain, revision_of
+from .pipeline_description import describe_pipeline, portable
 from .result_file import FLOAT_DTYPES
 from .settings_diff import plain_description, settings_diff
 
@@ -21,7 +20,7 @@ HOW_NOT_WHAT = ("chunk_size", "checkpointing", "reward_device")  # settings that
 PLAIN = (bool, int, float, str, type(None))
 ADAM_STATE = {"step", "exp_avg", "exp_avg_sq"}
 DEEPEST = 8
-MOST_DIFFERENCES, MOST_CHARACTERS = 5, 200
+MOST_DIFFERENCES = 5  # that are named
 
 
 class NotStorable(Exception):
@@ -42,13 +41,11 @@ def call_description(
     found = {
         "prompt": request.get("prompt"),
         "reward_prompt": reward_prompt,
-        "method": {"name": type(method).__name__, **plain_description(chosen)},
+        "method": {"name": type(method).__name__, **portable(plain_description(chosen))},
         "arguments": plain_description(arguments),
         "noise_sampler": plain_description(describe_noise_sampler(as_noise_sampler(noise_sampler))),
         "pipeline": type(pipe).__name__,
-        "model": name_or_path(pipe),
-        "revision": revision_of(pipe),
-        "scheduler": {"class": type(pipe.scheduler).__name__, **plain(dict(pipe.scheduler.config))},
+        **describe_pipeline(pipe),
         "dtype": str(pipe.dtype).removeprefix("torch."),
     }
     return json.loads(json.dumps(found))
@@ -88,8 +85,7 @@ def check_same_call(found: NoiseResult, call: dict[str, Any], path: Path) -> Non
         raise ValueError(
             f"Expected a result that records its call, but {path} does not. Choose another path, or move it away."
         )
-    changed = [text[:MOST_CHARACTERS] for text in settings_diff(known, call)]
-    if changed:
+    if changed := settings_diff(known, call):
         more = f"; and {len(changed) - MOST_DIFFERENCES} more" if len(changed) > MOST_DIFFERENCES else ""
         raise ValueError(
             f"Expected the call that {path} is of, but got another one: {'; '.join(changed[:MOST_DIFFERENCES])}{more}. "

@@ -5,15 +5,20 @@ import hashlib
 from collections.abc import Mapping
 from typing import Any
 
+import numpy
 import torch
+
+from .shown_text import shown
 
 
 def plain_description(value: Any) -> Any:
     """Return a setting as a JSON value that is equal for equal settings.
 
-    Tensors, images and arrays become the hash of their bytes. Other objects become what their `describe()` returns, or
+    Tensors, arrays and images become the hash of their bytes. Other objects become what their `describe()` returns, or
     else their type and name.
     """
+    if isinstance(value, numpy.generic):
+        value = value.item()
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, Mapping):
@@ -25,10 +30,11 @@ def plain_description(value: Any) -> Any:
     if isinstance(value, torch.Generator):
         state = tensor_description(value.get_state())["sha256"]
         return {"device": value.device.type, "seed": value.initial_seed(), "state": state[:16]}
-    if hasattr(value, "tobytes"):  # of images and arrays
-        return {"type": type(value).__qualname__, "sha256": hashlib.sha256(value.tobytes()).hexdigest()}
     if hasattr(value, "describe"):
         return plain_description(value.describe())
+    if hasattr(value, "tobytes"):
+        numbers = f"{getattr(value, 'size', '')} {getattr(value, 'mode', '')}".encode() + value.tobytes()
+        return {"type": type(value).__qualname__, "sha256": hashlib.sha256(numbers).hexdigest()}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: plain_description(getattr(value, field.name)) for field in dataclasses.fields(value)}
     return {"type": type(value).__qualname__, "name": str(getattr(value, "name", getattr(value, "__qualname__", "")))}
@@ -45,4 +51,4 @@ def settings_diff(known: Any, given: Any, name: str = "") -> list[str]:
         names = [*known, *(key for key in given if key not in known)]
         found = [settings_diff(known.get(key), given.get(key), f"{name} {key}".strip()) for key in names]
         return [difference for group in found for difference in group]
-    return [] if known == given else [f"{name} was {known!r} and is {given!r}"]
+    return [] if known == given else [f"{shown(name)} was {shown(repr(known))} and is {shown(repr(given))}"]

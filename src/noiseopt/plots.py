@@ -33,7 +33,7 @@ class Page:
 
     def text(self, left: float, top: float, text: str, size: float = 10, color: str = INK, **style) -> None:
         x, y = left / self.width, 1 - top / self.height
-        self.figure.text(x, y, text, size=size, color=color, **{"va": "top", **style})
+        self.figure.text(x, y, text, size=size, color=color, **{"va": "top", "parse_math": False, **style})
 
     def title(self, left: float, bottom: float, prompt: str) -> None:
         """Draw a prompt over as many lines as needed, ending at `bottom`."""

@@ -130,7 +130,9 @@ def test_latents_are_those_that_the_stock_pipeline_draws(family):
 
 def test_texts_are_repeated_for_each_image():
     assert repeated("a", 4) == ["a"] * 4 and repeated(["a", "b"], 4) == ["a", "a", "b", "b"]
-    assert repeated(None, 4) is None
+    for texts in ([], ["a", "b", "c"]):
+        with pytest.raises(ValueError, match="Expected a text for each of 4 images"):
+            repeated(texts, 4)
 
 
 def test_a_result_of_embeddings_or_without_a_model_cannot_be_drawn():

@@ -267,7 +267,7 @@ def test_a_disk_that_is_full_does_not_end_a_run(tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError("no space left")
 
-    monkeypatch.setattr("noiseopt.pipelines.results.result_file.save_file", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     method = ReNO(rewards="red", steps=3)
     with pytest.warns(UserWarning, match="cannot be written"), pytest.raises(OSError, match="no space") as raised:
         optimize_noise(model(), "a b", method, save_noise_to=tmp_path / "x", **ONE)

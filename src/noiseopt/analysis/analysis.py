@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
+import html
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,9 +14,12 @@ from torch import Tensor
 from ..evaluation.noise_statistics import NoiseStatistics, noise_statistics, slope_error
 from ..pipelines.results.frequency_bands import BANDS, band_energies, frequency_bands
 from ..pipelines.results.noise_result import NoiseResult
+from ..pipelines.results.shown_text import shown
 from .coherence import Coherence, coherence, most_rings, white_coherence
 from .distances import l2_table
 from .groups import Group
+
+LONGEST_PATH = 4096  # characters
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -116,7 +121,7 @@ class Analysis:
             "method": self.group.method,
             "model": self.group.model,
             "shape": list(self.group.shape),
-            "files": [str(path) for path in self.group.paths],
+            "files": [shown(path, LONGEST_PATH) for path in self.group.paths],
             "noises": len(self.change),
             "unchanged": self.unchanged,
             "l2": self.distances,
@@ -179,6 +184,11 @@ def markdown(analyses: Sequence[Analysis]) -> str:
     """Format a table with a column per group; rows that a group lacks show a dash."""
     columns = [analysis.column() for analysis in analyses]
     names = list(dict.fromkeys(row for column in columns for row in column))
-    lines = [["", *(analysis.group.title for analysis in analyses)], ["---"] * (len(columns) + 1)]
+    lines = [["", *(escaped(analysis.group.title) for analysis in analyses)], ["---"] * (len(columns) + 1)]
     lines += [[row, *(column.get(row, "–") for column in columns)] for row in names]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def escaped(text: str) -> str:
+    """Return a text for Markdown in which nothing is markup: no HTML, link, picture, code or cell."""
+    return re.sub(r"[\\`*|\[\]()!~$]", r"\\\g<0>", html.escape(text, quote=False))

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from .analysis import Analysis
     from .groups import Group
 
+LONGEST_MESSAGE = 4096  # characters
+
 DESCRIPTION = """\
 Compare optimized noise with the initial noise: L2 distances, coherence and power by spatial frequency, and the change
 of each third of the frequencies over the steps. Reads files written by `NoiseResult.save` or `noiseopt demo`, grouped
@@ -28,7 +30,7 @@ results, in the folder given by --output:
 examples:
   noiseopt demo --output demo && noiseopt analyze demo
   noiseopt analyze reno/ cno/ --output comparison
-  noiseopt analyze noise.safetensors --draw
+  noiseopt analyze noise.safetensors --draw --model stabilityai/sdxl-turbo
 """
 
 
@@ -48,32 +50,46 @@ def add_analyze(commands) -> None:
     parser.add_argument(
         "--draw",
         action="store_true",
-        help="load each result's model and sample its images, for distances between noises and images (as latents)",
+        help="sample the images of the results, for distances between noises and images (as latents)",
+    )
+    parser.add_argument(
+        "--model",
+        action="append",
+        default=[],
+        dest="models",
+        metavar="MODEL",
+        help="Hub id or folder of the model of the results, for --draw, with @REVISION for another than the main one; "
+        "repeatable. Nothing is loaded because a file names it, but for the models in this package",
     )
     parser.add_argument(
         "--rings",
         type=positive,
         help="number of frequency rings of the coherence (default: as many as fit, at most 16)",
     )
-    parser.set_defaults(run=analyze)
+    parser.set_defaults(run=lambda arguments: analyze(arguments, parser))
 
 
-def analyze(arguments: argparse.Namespace) -> None:
+def analyze(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     """Run `noiseopt analyze`; the results are checked before anything is written."""
+    if arguments.models and not arguments.draw:
+        parser.error("Expected --draw beside --model, which names the model that draws.")
     require_plots("noiseopt analyze")
     from ..quiet import quiet_libraries
 
     with quiet_libraries():  # transformers prints notices on import
+        from ..pipelines.results.shown_text import shown
         from .groups import CannotAnalyze, load_groups
     try:
-        analyses = analyses_of(load_groups(arguments.results), arguments.rings, arguments.draw)
+        analyses = analyses_of(load_groups(arguments.results), arguments.rings, arguments.draw, arguments.models)
     except CannotAnalyze as error:
-        raise SystemExit(str(error)) from None
+        raise SystemExit(shown(error, LONGEST_MESSAGE)) from None
     make_folder(arguments.output)
     write(analyses, arguments.output)
 
 
-def analyses_of(groups: "Sequence[Group]", rings: int | None, draw: bool) -> "list[Analysis]":
+def analyses_of(
+    groups: "Sequence[Group]", rings: int | None, draw: bool, models: "Sequence[str]" = ()
+) -> "list[Analysis]":
     """Analyze each group that changed. Raises `CannotAnalyze` if none did, or a group is too small to pool."""
     from .analysis import Analysis
     from .groups import CannotAnalyze
@@ -95,7 +111,7 @@ def analyses_of(groups: "Sequence[Group]", rings: int | None, draw: bool) -> "li
             _ = analysis.coherence
     except ValueError as error:
         raise CannotAnalyze(f"{error} Pass more results, or --rings.") from None
-    return [Analysis(each.group, rings, sample_latents(each.group)) if draw else each for each in found]
+    return [Analysis(each.group, rings, sample_latents(each.group, models)) if draw else each for each in found]
 
 
 def write(analyses: "Sequence[Analysis]", folder: Path) -> None:

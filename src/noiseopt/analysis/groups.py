@@ -5,11 +5,14 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..pipelines.results.noise_result import NoiseResult
+from ..pipelines.results.result_file import is_result_file
+from ..pipelines.results.shown_text import shown
 from ..shapes_world.embedded import MODELS
+
+LONGEST_NAME = 60  # characters of a model's name in a table or a figure
 
 
 class CannotAnalyze(Exception):
@@ -21,7 +24,8 @@ class Group:
     """Results of one method on one model with noise of one shape.
 
     Attributes:
-        method, model: Their names; the model is "unknown" if its results do not name it.
+        method, model: Their names on one line, without control characters; the model is "unknown" if its results do not
+            name it.
         paths: The files.
         results: Their contents.
     """
@@ -76,7 +80,7 @@ def result_files(path: Path) -> list[Path]:
         raise CannotAnalyze(f"Expected a result that `NoiseResult.save` wrote, but {path} does not exist.")
     if not path.is_dir():
         return [path]
-    found = [file for file in sorted(path.rglob("*.safetensors")) if is_result(file)]
+    found = [file for file in sorted(path.rglob("*.safetensors")) if is_result_file(file)]
     if found:
         return found
     if (path / "units").is_dir() and (path / "settings.json").is_file():
@@ -86,15 +90,6 @@ def result_files(path: Path) -> list[Path]:
             "`result.save(path)`, or use the folder of `noiseopt demo`."
         )
     raise CannotAnalyze(f"Expected results that `NoiseResult.save` wrote (*.safetensors), but {path} holds none.")
-
-
-def is_result(path: Path) -> bool:
-    """Return whether the header identifies a result, even of a newer version."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return "noiseopt-result-" in (file.metadata() or {}).get("noiseopt", "")
-    except (OSError, SafetensorError):
-        return False
 
 
 def load(path: Path) -> NoiseResult:
@@ -112,14 +107,14 @@ def load(path: Path) -> NoiseResult:
 
 def model_name(result: NoiseResult) -> str:
     """Return the name of an embedded model, or the last component of a Hub id or path."""
-    return embedded_name(result) or Path(result.provenance.get("model") or "unknown").name
+    return embedded_name(result) or shown(Path(result.provenance.get("model") or "unknown").name, LONGEST_NAME)
 
 
 def embedded_name(result: NoiseResult) -> str | None:
     """Return the name of the embedded model that produced a result, by its folder or Hub id, or `None`."""
     model = Path(result.provenance.get("model") or "")
     for known in MODELS.values():
-        if model.parts[-3:] == ("shapes_world", "weights", known.name) or model.as_posix().endswith(known.hub_id):
+        if model.parts[-3:] == ("shapes_world", "weights", known.name) or model.as_posix() == known.hub_id:
             return known.name
         if f"models--{known.hub_id.replace('/', '--')}" in model.parts:  # the Hub's cache
             return known.name

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import save as save_tensors
 
 from .. import shapes_world
 from ..pipelines.baselines.plain_sampling import PlainSampling
@@ -148,7 +148,7 @@ class Unit:
         for image, pixels in enumerate(self.images):
             write_whole(image_path(path, image), picture(pixels).save)
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.tensors.items()}
-        write_whole(path.with_suffix(".safetensors"), lambda part: save_file(tensors, part))
+        write_whole(path.with_suffix(".safetensors"), lambda part: part.write_bytes(save_tensors(tensors)))
         write_json(path, self.numbers)
 
 

@@ -11,7 +11,7 @@ from tiers import slow_except
 from tiny_pipelines import BUILDERS, call_arguments, quiet, sd_pipeline, sdxl_pipeline
 from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from noiseopt import ReNO, optimize_noise
+from noiseopt import NoiseResult, ReNO, optimize_noise
 
 LORA = {  # family -> argument that scales adapters in a call, function that saves them, name of the denoiser
     "sdxl": ("cross_attention_kwargs", StableDiffusionXLPipeline.save_lora_weights, "unet"),
@@ -74,6 +74,34 @@ def test_lora_scales_are_honored_and_kept(adapted, family):
     check_composition(adapted, **arguments)
     pairs = [(a, b) for a in drawn for b in drawn if a < b]
     assert not [pair for pair in pairs if torch.equal(*(drawn[name] for name in pair))]
+
+
+def test_a_result_records_its_adapters_and_tells_a_pipeline_without_them(adapted, family, tmp_path):
+    """Another weight, another adapter, another adapter of the same name, none, and a fused one."""
+    denoiser, arguments = LORA[family][2], call_arguments(family)
+    adapted.set_adapters(["one", "two"], [0.5, 2.0])
+    optimize_noise(adapted, "a b", ReNO(rewards="red", steps=1), **arguments).save(tmp_path / "x")
+    result = NoiseResult.load(tmp_path / "x")
+    found = result.provenance["adapters"]
+    assert {part: {name: each["weight"] for name, each in found[part].items()} for part in found} == {
+        part: {"one": 0.5, "two": 2.0} for part in (denoiser, "text_encoder")
+    }
+    assert result.differences(adapted) == []
+    adapted.set_adapters(["one", "two"], [0.5, 1.0])
+    assert f"adapters {denoiser} two weight was 2.0 and is 1.0" in result.differences(adapted)
+    adapted.set_adapters(["one"])
+    assert any(told.startswith(f"adapters {denoiser} two was") for told in result.differences(adapted))
+    adapted.set_adapters(["one", "two"], [0.5, 2.0])
+    layer = next(value for name, value in getattr(adapted, denoiser).named_parameters() if ".lora_B.one." in name)
+    with torch.no_grad():
+        layer += 1
+    (told,) = result.differences(adapted)
+    assert told.startswith(f"adapters {denoiser} one sha256 was")
+    adapted.disable_lora()
+    assert any(told.startswith(f"adapters {denoiser} was") for told in result.differences(adapted))
+    adapted.enable_lora()
+    adapted.fuse_lora(adapter_names=["one"])
+    assert "fused_adapters was [] and is ['one']" in result.differences(adapted)
 
 
 def test_fused_lora_is_the_loaded_one_and_is_unfused_to_the_weights_before(adapted, family):

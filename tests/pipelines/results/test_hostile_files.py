@@ -4,8 +4,13 @@ import ast
 import json
 import pickle
 import random
+import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from problems import redness
@@ -86,9 +91,22 @@ def provenance(**changes):
 
 
 def declaring(length: int):
-    """Write a file whose one tensor claims this length."""
-    text = json.dumps({"noise": {"dtype": "F32", "shape": [length], "data_offsets": [0, 4 * length]}}).encode()
-    return of_bytes(lambda _: len(text).to_bytes(8, "little") + text + bytes(64))
+    """Write a file whose noise claims this length."""
+
+    def write(path: Path, saved: Path) -> None:
+        whole = saved.read_bytes()
+        end = 8 + int.from_bytes(whole[:8], "little")
+        index = json.loads(whole[8:end])
+        index["noise"] = {"dtype": "F32", "shape": [length], "data_offsets": [0, 4 * length]}
+        path.write_bytes(framed(index) + whole[end:])
+
+    return write
+
+
+def framed(index) -> bytes:
+    """Return a safetensors file of this header alone."""
+    text = json.dumps(index).encode()
+    return len(text).to_bytes(8, "little") + text
 
 
 def other(tensor):
@@ -107,6 +125,12 @@ FOREIGN = {
     "all but a byte": (of_bytes(lambda found: found[:-1]), NO_PART),
     "more at the end": (of_bytes(lambda found: found + b"PK"), NO_PART),
     "a header that is huge": (of_bytes(lambda found: (2**62).to_bytes(8, "little") + found[8:]), NO_PART),
+    "a header that is a list": (of_bytes(lambda _: (2).to_bytes(8, "little") + b"[]"), NO_PART),
+    "metadata that are numbers": (of_bytes(lambda _: framed({"__metadata__": {"noiseopt": 1}})), NO_PART),
+    "a header of many lists": (
+        of_bytes(lambda _: framed([[]] * 3_000_000)),
+        "a header of .* where a result has at most",
+    ),
     "a tensor that is huge": (declaring(2**40), NO_PART),
     "a tensor that overflows": (declaring(2**62), NO_PART),
     "a pickle": (of_bytes(lambda _: pickle.dumps(Planted(), protocol=4)), "pickle"),
@@ -147,6 +171,10 @@ HEADERS = {
         "invalid on 'ipu'",
     ),
     "a device that is a number": (header(lambda found: {**found, "generator_devices": ["cpu", 3]}), "invalid on 3"),
+    "a device of many characters": (
+        header(lambda found: {**found, "generator_devices": ["cpu", "x" * 10_000]}),
+        "invalid on 'xxx.*…",
+    ),
     "one stream for all": (provenance(generators="single"), "2 generator states, where 1"),
     "prompts of another batch": (provenance(prompts=["a"]), "provenance whose prompts"),
     "prompts that are numbers": (provenance(prompts=[1, 2]), "provenance whose prompts"),
@@ -157,6 +185,14 @@ HEADERS = {
     "a method that is a number": (provenance(method=3), "provenance whose method"),
     "a dtype that is a function": (provenance(dtype="load"), "provenance whose dtype"),
     "a dtype that is a number": (provenance(dtype=3), "provenance whose dtype"),
+    "a method that is markup": (provenance(method="<script>alert(1)</script>"), "provenance whose method"),
+    "a method that is an escape": (provenance(method="\x1b[2J"), "provenance whose method"),
+    "a method of many characters": (provenance(method="a" * 1000), "provenance whose method"),
+    "a pipeline that is a path": (provenance(pipeline="../../evil"), "provenance whose pipeline"),
+    "a scheduler of another package": (provenance(scheduler={"class": "os.system"}), "provenance whose scheduler"),
+    "a decoder that is text": (provenance(decoder="evil/decoder"), "provenance whose decoder"),
+    "a decoder without a class": (provenance(decoder={"name": "evil/decoder"}), "provenance whose decoder"),
+    "generators of another kind": (provenance(generators="many"), "provenance whose generators"),
     "a scheduler that is text": (provenance(scheduler="Euler"), "provenance whose scheduler"),
 }
 TENSORS = {
@@ -213,6 +249,99 @@ def test_a_hostile_file_is_refused_by_name(case, saved, tmp_path):
     ) as error:
         NoiseResult.load(path)
     assert len(str(error.value)) < 700 + len(str(path))
+
+
+def test_many_lists_are_refused_at_once(saved, tmp_path):
+    """50 MB of `[],[],…` take 45 seconds to parse."""
+    bomb = ('{"a": [' + "[]," * 16_000_000 + "[]]}").encode()
+    (tmp_path / "bomb").write_bytes(len(bomb).to_bytes(8, "little") + bomb + bytes(64))
+    start = time.perf_counter()
+    with pytest.raises(ValueError, match="a header of 48,000,011 bytes, where a result has at most 4,194,304"):
+        NoiseResult.load(tmp_path / "bomb")
+    assert time.perf_counter() - start < 1
+
+
+@pytest.mark.parametrize("hide", ["noise", "the name of a score", "the shape of a score", "metadata"])
+def test_an_error_has_no_control_characters_and_is_short(hide, saved, tmp_path):
+    found, path = content(saved), tmp_path / "x"
+    evil = "\x1b]0;owned\x07\u202e" + "y" * 1000
+    metadata = {"noiseopt": json.dumps(found[1])}
+    extra = {
+        "noise": {f"noise{evil}": torch.zeros(1)},
+        "the name of a score": {f"scores.{evil}": torch.zeros(1)},
+        "the shape of a score": {"scores.x": torch.zeros([1] * 900)},
+        "metadata": {},
+    }[hide]
+    save_file({**found[0], **extra}, path, metadata=metadata | ({evil: "x"} if hide == "metadata" else {}))
+    with pytest.raises(ValueError, match="NoiseResult.save") as error:
+        NoiseResult.load(path)
+    assert str(error.value).isprintable() and len(str(error.value)) < 800
+
+
+def test_the_name_of_a_score_is_shown_without_control_characters(saved, tmp_path):
+    tensors(**{"scores__\x1b[31mred\n": lambda _: torch.zeros(STEPS, BATCH)})(tmp_path / "x", saved)
+    assert r"\x1b[31mred\n 0" in repr(NoiseResult.load(tmp_path / "x"))
+
+
+def test_a_result_made_by_hand_has_a_repr(saved):
+    found = NoiseResult.load(saved)
+    for decoder in ("text", {}, ["x"], None):
+        found.provenance["decoder"] = decoder
+        assert repr(found).startswith("NoiseResult(2×4×16×16, best of 3 steps")
+
+
+def test_a_file_that_may_not_be_read_is_a_value_error(saved, tmp_path, monkeypatch):
+    def closed(*_, **__):
+        raise PermissionError(13, "Permission denied", "x")
+
+    monkeypatch.setattr(Path, "open", closed)  # root may read every file
+    with pytest.raises(ValueError, match="Expected a file that can be read, but got .*Permission denied"):
+        NoiseResult.load(saved)
+
+
+def test_what_another_process_replaces_is_read_from_one_of_the_two(saved, tmp_path):
+    """The steps of the provenance and the losses are those of one file."""
+    path, sources = tmp_path / "shared", []
+    for steps in (1, 2):
+        found = NoiseResult.load(saved)
+        found.provenance["steps"], found.losses, found.norms = steps, found.losses[:steps], found.norms[:steps]
+        found.scores = {"a": found.losses}
+        found.best_step, found.band_changes = found.best_step * 0, None
+        found.save(tmp_path / f"{steps}")
+        sources.append(str(tmp_path / f"{steps}"))
+    shutil.copy(sources[0], path)
+    swap = (
+        "import itertools, os, sys\n"
+        "for source in itertools.cycle(sys.argv[2:]):\n"
+        "    os.link(source, sys.argv[1] + '.next')\n"
+        "    os.replace(sys.argv[1] + '.next', sys.argv[1])\n"
+    )
+    process = subprocess.Popen([sys.executable, "-S", "-c", swap, str(path), *sources])
+    try:
+        loaded = [NoiseResult.load(path) for _ in range(1000)]
+    finally:
+        process.kill()
+        process.wait()
+    assert {(found.provenance["steps"], len(found.losses)) for found in loaded} == {(1, 1), (2, 2)}
+
+
+def test_numbers_of_numpy_and_torch_are_saved_and_other_objects_are_named(saved, tmp_path):
+    found = NoiseResult.load(saved)
+    found.reports["mine"] = {"best": numpy.float32(0.5), "rows": torch.tensor([1, 2]), "count": numpy.int64(3)}
+    found.save(tmp_path / "x")
+    assert NoiseResult.load(tmp_path / "x").reports["mine"] == {"best": 0.5, "rows": [1, 2], "count": 3}
+    for wrong in (object(), {numpy.int64(1): 2}, {1j}):
+        found.reports["mine"] = wrong
+        with pytest.raises(ValueError, match="Expected provenance and reports as JSON values, but got .*`reports`"):
+            found.save(tmp_path / "x")
+
+
+def test_reports_that_could_not_be_read_again_are_not_written(saved, tmp_path):
+    found = NoiseResult.load(saved)
+    found.reports["log"] = ["step"] * 500_000
+    with pytest.raises(ValueError, match="Expected a result of at most .* Put less into `reports`"):
+        found.save(tmp_path / "x")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_file_that_is_not_there_is_not_found(tmp_path):
@@ -290,16 +419,17 @@ def test_a_file_is_replaced_atomically(saved, tmp_path):
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
 def test_a_write_that_is_interrupted_leaves_what_was_there(error, saved, tmp_path, monkeypatch):
-    def half(tensors, path, metadata):
-        Path(path).write_bytes(saved.read_bytes()[:1000])
+    def half(path, content):
+        with path.open("wb") as file:
+            file.write(content[:1000])
         raise error("half")
 
     found, path = NoiseResult.load(saved), tmp_path / "result.safetensors"
-    monkeypatch.setattr("noiseopt.pipelines.results.result_file.save_file", half)
+    monkeypatch.setattr(Path, "write_bytes", half)
     with pytest.raises(error):
         found.save(path)
     assert not list(tmp_path.iterdir())
-    path.write_bytes(saved.read_bytes())
+    shutil.copy(saved, path)
     with pytest.raises(error):
         found.save(path)
     assert [each.name for each in tmp_path.iterdir()] == [path.name] and path.read_bytes() == saved.read_bytes()

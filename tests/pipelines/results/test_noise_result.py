@@ -1,13 +1,20 @@
 """Results on disk, and runs with non-finite numbers."""
 
+import copy
+from pathlib import Path
+
+import numpy
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import AutoencoderTiny, EulerDiscreteScheduler, StableDiffusionPipeline
+from PIL import Image
 from problems import generator, redness
 from safetensors.torch import save_file
 from tiny_pipelines import SIZE, call_arguments, save_tiny_clip, tiny_pipeline
 
 from noiseopt import NoiseResult, ReNO, ReNOStableDiffusionPipeline, optimize_noise
+from noiseopt.pipelines.results.pipeline_description import plain, portable_name
+from noiseopt.pipelines.results.settings_diff import plain_description, settings_diff
 
 ARGUMENTS = {"num_inference_steps": 1, "guidance_scale": 0.0, **SIZE}
 
@@ -53,7 +60,87 @@ def test_a_pipeline_loaded_from_a_path_names_its_model(tmp_path):
     pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "model", safety_checker=None)
     result = optimize_noise(pipe, "a", ReNO(rewards="red", steps=1), **ARGUMENTS)
     result.save(tmp_path / "result.safetensors")
-    assert NoiseResult.load(tmp_path / "result.safetensors").provenance["model"] == str(tmp_path / "model")
+    found = NoiseResult.load(tmp_path / "result.safetensors").provenance
+    assert found["model"] == "model" and str(tmp_path) not in str(found)
+
+
+def test_no_place_on_this_machine_is_recorded(tmp_path, monkeypatch):
+    """Neither that of the model and its scheduler, nor those of rewards, features and decoder."""
+    clip = save_tiny_clip(tmp_path / "clip")
+    tiny_pipeline("sd").save_pretrained(tmp_path / "model")
+    channels = {"encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8)}
+    blocks = {"num_encoder_blocks": (1, 1), "num_decoder_blocks": (1, 1)}
+    AutoencoderTiny(**channels, **blocks).save_pretrained(tmp_path / "decoder")
+    pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "model", safety_checker=None)
+    method = ReNO(rewards=clip, steps=1, decoder=str(tmp_path / "decoder"))
+    result = optimize_noise(pipe, "/imagine a cat", method, **ARGUMENTS)
+    assert str(tmp_path) not in str(result.provenance) and str(tmp_path) not in str(result.reports)
+    assert result.provenance["prompts"] == ["/imagine a cat"]  # a text, not a path
+    assert (
+        result.provenance["settings"]["rewards"] == Path(clip).name
+        and result.provenance["decoder"]["name"] == "decoder"
+    )
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("stabilityai/sdxl-turbo", "stabilityai/sdxl-turbo"),
+        ("models/mine", "models/mine"),
+        ("/home/me/models/mine/", "mine"),
+        ("C:\\Users\\me\\mine", "mine"),
+        ("~/mine", "mine"),
+        ("/home/me/.cache/huggingface/hub/models--stabilityai--sdxl-turbo/snapshots/0a1b", "stabilityai/sdxl-turbo"),
+        ("/x/noiseopt/shapes_world/weights/turbo", "shapes_world/weights/turbo"),
+        (None, None),
+    ],
+)
+def test_a_model_is_named_without_its_place(source, name):
+    assert portable_name(source) == name
+
+
+def test_arguments_of_numpy_are_recorded_as_numbers_and_the_others_are_named():
+    arguments = {**ARGUMENTS, "guidance_scale": numpy.float32(0), "num_inference_steps": numpy.int64(1)}
+    arguments |= {"timesteps": None, "cross_attention_kwargs": {"scale": numpy.float64(0.5)}, "eta": torch.tensor(0.0)}
+    embeddings = {"prompt_embeds": torch.zeros(1, 77, 16), "negative_prompt_embeds": torch.zeros(1, 77, 16)}
+    result = optimize_noise(tiny_pipeline("sd"), None, ReNO(rewards="red", steps=1), **arguments, **embeddings)
+    found = result.provenance
+    expected = {"guidance_scale": 0.0, "num_inference_steps": 1, "eta": 0.0, "cross_attention_kwargs": {"scale": 0.5}}
+    assert found["arguments"] == {**SIZE, **expected, "timesteps": None}
+    assert {type(found["arguments"][name]) for name in expected} == {float, int, dict}
+    assert found["unrecorded"] == ["prompt_embeds", "negative_prompt_embeds"]
+
+
+def test_small_arrays_are_lists_and_large_ones_are_not_recorded():
+    values = {"sigmas": numpy.array([1.0, 0.5]), "size": (numpy.int64(64), 64), "image": numpy.zeros((64, 64, 3))}
+    assert plain({**values, "callback": print}) == {"sigmas": [1.0, 0.5], "size": [64, 64]}
+
+
+def test_settings_of_different_numbers_arrays_and_images_differ():
+    for one, other in (
+        (numpy.int64(3), numpy.int64(4)),
+        (numpy.zeros(3), numpy.ones(3)),
+        (Image.new("RGB", (8, 4)), Image.new("RGB", (4, 8))),
+        (Image.new("RGB", (8, 8)), Image.new("RGB", (8, 8), "red")),
+    ):
+        assert plain_description(one) == plain_description(copy.copy(one)) != plain_description(other)
+    assert plain_description(numpy.int64(3)) == 3
+
+
+def test_a_difference_is_short_and_without_control_characters():
+    (found,) = settings_diff({"a": "\x1b[2J" + "x" * 5000}, {"a": "y"})
+    assert found.isprintable() and len(found) < 300
+
+
+def test_a_scheduler_that_was_changed_is_told(tmp_path):
+    pipe = tiny_pipeline("sd")
+    result = optimize_noise(pipe, "a", ReNO(rewards="red", steps=1), **ARGUMENTS)
+    result.save(tmp_path / "x")
+    found = NoiseResult.load(tmp_path / "x")
+    assert found.differences(pipe) == []
+    pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config, timestep_spacing="leading")
+    (told,) = found.differences(pipe)
+    assert "scheduler timestep_spacing was" in told and "is 'leading'" in told
 
 
 def test_scores_are_raw_and_a_reward_of_weight_zero_is_reported_only():
