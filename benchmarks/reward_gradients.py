@@ -68,7 +68,7 @@ WAYS: dict[str, Callable[[RewardSum, torch.Tensor], torch.Tensor]] = {
 
 
 def measure(rewards: RewardSum, images: torch.Tensor, rounds: int) -> dict[str, list[tuple[float, float | None]]]:
-    """Return seconds and peak MiB of each way in each round; the ways alternate, and a warm-up round is not counted."""
+    """Return the seconds and peak MiB of each of `WAYS` in each round. The ways take turns after a warm-up."""
     found: dict[str, list[tuple[float, float | None]]] = {name: [] for name in WAYS}
     for round_ in range(rounds + 1):
         for name, way in WAYS.items():

@@ -94,8 +94,8 @@ from transformers import (
 )
 
 # The name that diffusers gives this module may come to mean the bundle of another release.
-sys.modules[f"{__name__}_37be21cda3d5"] = sys.modules[__name__]
-__name__ = f"{__name__}_37be21cda3d5"
+sys.modules[f"{__name__}_2681ca0b323f"] = sys.modules[__name__]
+__name__ = f"{__name__}_2681ca0b323f"
 
 # rewards/contract/transforms.py
 
@@ -3180,14 +3180,15 @@ BLOCK_SETTINGS = ("gradient_checkpointing", "_gradient_checkpointing_func")  # o
 MODULE_CONTENTS = ("_modules", "_parameters", "_buffers")  # of a torch module
 
 def private(owner: Any, name: str, library: str) -> Any:
-    if not hasattr(owner, name):
+    try:
+        return getattr(owner, name)
+    except AttributeError:
         version = importlib.metadata.version(library)
         raise ImportError(
             f"Expected {library} to have the private name `{name}`, but version {version} has none on "
             f"{getattr(owner, '__name__', type(owner).__name__)}. Install a version that noiseopt was tested with, or "
             "update noiseopt."
-        )
-    return getattr(owner, name)
+        ) from None
 
 def execution_device(pipe) -> torch.device:
     return private(pipe, "_execution_device", "diffusers")
@@ -7643,7 +7644,8 @@ BANDS = ("lowest third", "middle third", "highest third")
 
 def band_energies(change: torch.Tensor) -> torch.Tensor:
     power = torch.fft.fft2(change, norm="ortho").abs().square().flatten(1, -3).sum(1)
-    return (power[:, None] * frequency_bands(*change.shape[-2:]).to(power)).sum((-2, -1))
+    bands = frequency_bands(*change.shape[-2:]).to(change.device)
+    return torch.where(bands, power[:, None], 0.0).sum((-2, -1))
 
 @functools.cache
 def frequency_bands(height: int, width: int) -> torch.Tensor:
@@ -7974,7 +7976,6 @@ class NoiseFile:
 def provenance_of(problem: NoiseProblem, objective: Objective, state: NoiseState) -> dict[str, Any]:
     pipe, scheduler, sampler = problem.pipe, problem.pipe.scheduler, problem.sampler
     arguments = {name: value for name, value in problem.request.items() if name not in ("prompt", "latents")}
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "transformers")}
     return {
         "objective": objective.describe(),
         "prompts": problem.prompts,
@@ -7992,8 +7993,13 @@ def provenance_of(problem: NoiseProblem, objective: Objective, state: NoiseState
         "checkpointing": sampler.checkpoints.policy,
         "stopped": state.stopped,
         "seconds": round(state.elapsed, 3),
-        "versions": {"python": platform.python_version(), **versions},
+        "versions": dict(versions()),
     }
+
+@functools.cache
+def versions() -> dict[str, str]:
+    libraries = {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "transformers")}
+    return {"python": platform.python_version(), **libraries}
 
 def plain(values: dict[str, Any]) -> dict[str, Any]:
     scalar = (bool, int, float, str, type(None))
@@ -9421,7 +9427,7 @@ class NeverTooLateMixin(
         return {**settings, "rewards": rewards, "guard": guard, "diversity": self.load_diversity(entries, device)}
 
     def load_guard(self, guard: QualityGuard, rewards: Any, device: Any) -> QualityGuard:
-        """Return the guard with its reward loaded, unless it means an optimized one."""
+        """Return the guard with its reward loaded, unless it is an optimized one, loaded already."""
         if not isinstance(guard.reward, str) or shares_reward(guard, getattr(rewards, "names", ())):
             return guard
         (reward,) = self.load_rewards(guard.reward, device).rewards

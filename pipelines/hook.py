@@ -109,6 +109,16 @@ class NoiseRun:
     def frozen_modules(self, pipe) -> contextlib.AbstractContextManager[None]:
         return frozen_modules(pipe, self.method.gradient_mode, self.decoder, self.size)
 
+    @contextlib.contextmanager
+    def rescuing(self) -> Iterator[None]:
+        """Attach the result of the optimization to an exception that comes after it."""
+        try:
+            yield
+        except BaseException as error:
+            if self.result is not None:
+                vars(error)["noise_result"] = self.result
+            raise
+
     def encode_prompt(self, encode, *args, **kwargs):
         """Record the output of the stock method, which the inner runs replay."""
         self.encoded.append(encode(*args, **kwargs))
@@ -223,13 +233,8 @@ class NoiseOptimizationMixin(SavedWithCode):
         run = NoiseRun(
             self, as_method(method, method_kwargs), request, callbacks, noise_sampler, reward_prompt, save_noise_to
         )
-        try:
-            with run.frozen_modules(self), hook_on(self, run):
-                output = stock(*args, **kwargs)
-        except BaseException as error:
-            if run.result is not None:
-                vars(error)["noise_result"] = run.result
-            raise
+        with run.rescuing(), run.frozen_modules(self), hook_on(self, run):
+            output = stock(*args, **kwargs)
         result = run.result_of(self)
         if not isinstance(output, tuple):
             output.noise_result = result
@@ -407,7 +412,7 @@ def optimize_noise(
         known = known_run(resume_from, save_noise_to, call)
     if known is not None and known.complete:
         if save_noise_to is not None and Path(save_noise_to) != Path(resume_from or ""):
-            known.save(save_noise_to)
+            known.save(Path(save_noise_to))
         return known
     if known is not None and request.get("generator") is None and request.get("latents") is None:
         request |= first_generator(known, execution_device(twin))
@@ -424,7 +429,7 @@ def optimize_noise(
         call=call,
     )
     vars(twin)["_noise_run"] = run
-    with run.frozen_modules(twin), torch.no_grad(), contextlib.suppress(NoiseFound):
+    with run.rescuing(), run.frozen_modules(twin), torch.no_grad(), contextlib.suppress(NoiseFound):
         stock_call(type(pipe))(twin, **request)
     return run.result_of(twin)
 

@@ -1,5 +1,6 @@
 """Objectives: what a noise optimization minimizes."""
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -83,3 +84,19 @@ class RewardObjective(Objective):
 
     def describe(self) -> dict[str, Any]:
         return self.rewards.describe()
+
+
+def on_released_pixels(rewards: RewardSum) -> RewardSum:
+    """Return copies of the rewards, sharing their weights, with the preprocessing of ReNO's released loop.
+
+    That loop, which It's Never Too Late shares, preprocesses the image once for all rewards, HPSv2 included, which
+    otherwise pads: it resizes the shorter side to the model's size in one bicubic pass without clamping, then crops the
+    center. Rewards whose transform has no such variant keep their own.
+    """
+    twins = {}
+    for name, reward in zip(rewards.names, rewards.rewards, strict=True):
+        twin = copy.copy(reward)
+        if as_in_reno := getattr(getattr(reward, "image_transform", None), "as_in_reno", None):
+            twin.image_transform = as_in_reno()
+        twins[name] = twin
+    return rewards.like(twins)

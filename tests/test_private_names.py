@@ -1,5 +1,8 @@
 """Private names of libraries: each one exists in the installed versions, and a missing one is reported by name."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
@@ -82,3 +85,21 @@ def test_modules_and_tensors_of_torch():
     assert private_names.base_of_view(x[:2]) is x and private_names.base_of_view(x) is None
     version = private_names.version_of(x)
     assert private_names.version_of(x.add_(1)) == version + 1
+
+
+def test_tensors_and_storages():
+    x, y = torch.zeros(3), torch.zeros(2)
+    assert [id(tensor) for tensor in private_names.tensors_in(({"a": x}, [y, "b"], 1))] == [id(x), id(y)]
+    key = private_names.storage_key(x.untyped_storage())
+    assert key == private_names.storage_key(x[1:].untyped_storage()) != private_names.storage_key(y.untyped_storage())
+    with private_names.TorchDispatchMode() as mode:
+        assert isinstance(mode, private_names.TorchDispatchMode)
+
+
+def test_only_this_module_imports_private_modules():
+    root = Path(private_names.__file__).parents[2]
+    folders = ("src/noiseopt", "pipelines", "rewards", "callbacks", "schedulers", "benchmarks", "training")
+    files = {file.resolve() for folder in folders for file in (root / folder).rglob("*.py")}
+    private = re.compile(r"^\s*(?:from|import) \w[\w.]*\._[a-z]", re.MULTILINE)
+    found = {file.name for file in files if private.search(file.read_text(encoding="utf-8"))}
+    assert found == {"private_names.py"}

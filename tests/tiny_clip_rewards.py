@@ -74,9 +74,9 @@ def build_aesthetic_v1() -> AestheticV1:
     return AestheticV1(build_vision_tower(), randomized(lambda: torch.nn.Linear(16, 1)))
 
 
-def build_vision_tower() -> CLIPVisionModelWithProjection:
-    """That of `build_clip(seed=4)`."""
-    clip = build_clip(seed=4)
+def build_vision_tower(seed: int = 4) -> CLIPVisionModelWithProjection:
+    """That of `build_clip(seed)`."""
+    clip = build_clip(seed=seed)
     tower = CLIPVisionModelWithProjection(clip.config.vision_config).eval()
     tower.load_state_dict({key: value for key, value in clip.state_dict().items() if key.startswith("vis")})
     return tower

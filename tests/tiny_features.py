@@ -33,7 +33,10 @@ from noiseopt.rewards import (
 
 TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 SHORTEST = {"size": {"shortest_edge": 36}, "crop_size": {"height": 32, "width": 32}}
-TRANSFORM = ImageTransform(size=36, crop=(32, 32), mean=(0.4,) * 3, std=(0.3,) * 3)
+# the whole image, resized to what the processor in `publish_dinov2` crops the center of
+TRANSFORM = ImageTransform(
+    size=(36, 36), crop=None, mean=(0.4,) * 3, std=(0.3,) * 3, resample="bilinear", single_pass=True
+)
 
 
 class FakeLinear(nn.Module):
@@ -48,9 +51,9 @@ class FakeLinear(nn.Module):
 class FakeLPIPS(nn.Module):
     """Stand-in for `lpips.LPIPS`: `scaling_layer`, `net`, and `lins` whose `model` ends in a 1 × 1 convolution."""
 
-    def __init__(self, net: str = "vgg", verbose: bool = True) -> None:
+    def __init__(self, net: str = "vgg", version: str = "0.1", verbose: bool = True) -> None:
         super().__init__()
-        self.kind = net
+        self.kind, self.version = net, version
         torch.manual_seed(0)
         self.first, self.second = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 8, 3, stride=2)
         self.lins = nn.ModuleList(FakeLinear(channels) for channels in (6, 8))

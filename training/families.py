@@ -147,7 +147,7 @@ class SD3Generator(nn.Module):
         return F.pad(context, (0, 0, 0, 1)), torch.cat([out.text_embeds for out in both], -1)
 
     def predict(self, noisy: Tensor, t: Tensor, context: tuple[Tensor, Tensor], empty: int = EMPTY_TOKENS) -> Tensor:
-        """Return the velocity, given the output of `embed`, as if there were `empty` empty tokens."""
+        """Return the velocity, given the output of `embed`. Its one empty token stands for `empty` equal ones."""
         with _OneForMany(empty):
             return self.transformer(noisy, context[0], context[1], t.expand(len(noisy))).sample
 

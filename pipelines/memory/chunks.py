@@ -179,7 +179,7 @@ def take_rows(value: Any, rows: Sequence[int]) -> Any:
 
 
 def check_for_all(name: str, value: Any) -> None:
-    """Raise `ValueError` for an argument other than prompts that may have an entry for each image."""
+    """Raise `ValueError` if an argument, prompts aside, may have an entry for each image."""
     if "prompt" in name or name in SAME_FOR_ALL:
         return
     if (name.startswith("ip_adapter") and value is not None) or holds_several(value):

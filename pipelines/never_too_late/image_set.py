@@ -262,7 +262,8 @@ class SetGrowth:
     def __init__(self, call: SetCall, method: NoiseOptimizer, callbacks: Any) -> None:
         self.call, self.callbacks = call, callbacks
         device = method.device_of_rewards(call.pipe)
-        self.diversity = SetRewardSum(method.diversity, device=device)  # pyright: ignore[reportAttributeAccessIssue]
+        diversity = SetRewardSum(method.diversity, device=device)  # pyright: ignore[reportAttributeAccessIssue]
+        self.diversity = diversity.as_released() if getattr(method, "mode", None) == "parity" else diversity
         self.method: Any = with_loaded_parts(method, self.diversity, device)
         self.method.check()
         self.method.objective(call.pipe)

@@ -37,8 +37,9 @@ class NeverTooLate(NoiseOptimizer):
     with one clip of their joint gradient, and the set of noises with the lowest loss (without the prior) is returned.
     Start from `noise_sampler="pink"` for more diversity.
 
-    `mode="parity"` takes the steps of the released code; `mode="default"` takes them in units of √(entries of the set /
-    65536), so that one learning rate suits any latent and set size, and saturated pixels keep their gradient. Both
+    `mode="parity"` takes the steps of the released code, on its pixels: DINOv2 and `tiny_image` resize without
+    antialiasing, rewards as in `ReNO(mode="parity")`. `mode="default"` takes the steps in units of √(entries of the set
+    / 65536), so that one learning rate suits any latent and set size, and saturated pixels keep their gradient. Both
     modes differ from the released code in this: noise, momentum and norms are float32; a step in which the guard
     rejected an image does not count as the best, so noises and images always belong together; a guard needs no reward
     that is optimized; the rewards count for the best during the warm-up too; a set stops as a whole.
@@ -108,6 +109,7 @@ class NeverTooLate(NoiseOptimizer):
             stop_at=stop_at,
             references=self.references,
             warm_up=self.warm_up,
+            released=self.mode == "parity",
         )
 
     def regularizer(self, noise: torch.Tensor) -> torch.Tensor:

@@ -105,7 +105,7 @@ class NeverTooLateMixin(
         return {**settings, "rewards": rewards, "guard": guard, "diversity": self.load_diversity(entries, device)}
 
     def load_guard(self, guard: QualityGuard, rewards: Any, device: Any) -> QualityGuard:
-        """Return the guard with its reward loaded, unless it means an optimized one."""
+        """Return the guard with its reward loaded, unless it is an optimized one, loaded already."""
         if not isinstance(guard.reward, str) or shares_reward(guard, getattr(rewards, "names", ())):
             return guard
         (reward,) = self.load_rewards(guard.reward, device).rewards

@@ -9,7 +9,7 @@ from ...rewards.contract.reward_sum import RewardSum
 from ...rewards.sets.hinged_set_reward import HingedSetReward
 from ...rewards.sets.set_reward_sum import SetRewardSum
 from ..noise_math import sets
-from ..objective import Objective, RewardObjective
+from ..objective import Objective, RewardObjective, on_released_pixels
 from ..sampling.sample import Sample
 from .quality_guard import QualityGuard, shares_reward
 
@@ -28,6 +28,7 @@ class SetObjective(Objective):
         references: `(M, 3, H, W)` fixed images in [0, 1] that belong to every set, or their features from
             `diversity.known_features`.
         warm_up: The number of first evaluations without a gradient of the rewards.
+        released: Whether features and rewards see the images as in the released code.
     """
 
     continues = ("evaluations",)
@@ -41,10 +42,13 @@ class SetObjective(Objective):
         stop_at: Mapping[str, float] | None = None,
         references: torch.Tensor | Mapping[str, torch.Tensor] | None = None,
         warm_up: int = 0,
+        released: bool = False,
     ) -> None:
         self.hinge, self.stop_at = dict(hinge or {}), dict(stop_at or {})
+        self.released = released
         self.diversity = hinged(diversity, self.hinge)
-        self.quality = None if rewards is None else RewardObjective(rewards)
+        self.diversity = self.diversity.as_released() if released else self.diversity
+        self.quality = None if rewards is None else RewardObjective(self.on_pixels(rewards))
         self.guards, self.watched = self.shared_and_own(guards, diversity)
         self.references, self.warm_up = references, warm_up
         self.known: Mapping[str, torch.Tensor] | None = None
@@ -69,9 +73,13 @@ class SetObjective(Objective):
             return named, None
         maps: Any = diversity.feature_maps
         device = next((each.device for each in maps if each.device), None)
-        watched = RewardObjective(RewardSum([(guard.reward, 1.0) for guard in own], device=device))
+        watched = RewardObjective(self.on_pixels(RewardSum([(guard.reward, 1.0) for guard in own], device=device)))
         names = [f"guard {name}" for name in watched.rewards.names]
         return {**named, **dict(zip(names, own, strict=True))}, watched
+
+    def on_pixels(self, rewards: RewardSum) -> RewardSum:
+        """Return the rewards with the preprocessing of this objective."""
+        return on_released_pixels(rewards) if self.released else rewards
 
     @property
     def reference_count(self) -> int:

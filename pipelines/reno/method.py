@@ -1,6 +1,5 @@
 """ReNO: reward-based noise optimization of one-step models."""
 
-import copy
 import dataclasses
 import math
 from typing import Literal
@@ -9,9 +8,9 @@ import torch
 
 from ...callbacks.noise_state import NoiseState
 from ...checked_fields import checked
-from ...rewards.contract.reward_sum import RewardSum
 from ..method import RewardOptimizer
 from ..noise_math import ChiPrior, clip_per_sample, per_image, per_sample_norm
+from ..objective import on_released_pixels
 from ..problem import NoiseProblem
 from ..registry import register_method
 from .objective import ViewedRewards
@@ -99,19 +98,3 @@ class ReNO(RewardOptimizer):
         """Return η, scaled to the size of the noise in default mode."""
         scale = 1.0 if self.mode == "parity" else math.sqrt(noise[0].numel() / RENO_SIZE)
         return self.learning_rate * scale
-
-
-def on_released_pixels(rewards: RewardSum) -> RewardSum:
-    """Return copies of the rewards, sharing their weights, with the preprocessing of the released loop.
-
-    The released loop preprocesses the image once for all rewards, HPSv2 included, which otherwise pads: it resizes the
-    shorter side to the model's size in one bicubic pass without clamping, then crops the center. Rewards whose
-    transform has no such variant keep their own.
-    """
-    twins = {}
-    for name, reward in zip(rewards.names, rewards.rewards, strict=True):
-        twin = copy.copy(reward)
-        if as_in_reno := getattr(getattr(reward, "image_transform", None), "as_in_reno", None):
-            twin.image_transform = as_in_reno()
-        twins[name] = twin
-    return rewards.like(twins)

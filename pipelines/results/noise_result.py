@@ -84,8 +84,8 @@ class NoiseResult:
         best = ", ".join(f"{shown(name)} {values.mean():.4g}" for name, values in self.best_scores.items())
         decoder = self.provenance.get("decoder")
         by = f", by {shown(decoder.get('class'))}" if isinstance(decoder, dict) else ""
-        steps, planned = len(self.losses), self.provenance.get("settings", {}).get("steps")
-        found = f"best of {steps} steps" if self.complete else f"interrupted at step {steps} of {shown(planned)}, best"
+        steps, planned = len(self.losses), shown(self.provenance.get("settings", {}).get("steps"))
+        found = f"best of {steps} steps" if self.complete else f"interrupted at step {steps} of {planned}, best"
         return f"NoiseResult({shape}, {found} at {self.best_step.tolist()}: {best}{by})"
 
     @property

@@ -41,7 +41,7 @@ def call_description(
     found = {
         "prompt": request.get("prompt"),
         "reward_prompt": reward_prompt,
-        "method": {"name": type(method).__name__, **portable(plain_description(chosen))},
+        "method": portable({"name": type(method).__name__, **plain_description(chosen)}),
         "arguments": plain_description(arguments),
         "noise_sampler": plain_description(describe_noise_sampler(as_noise_sampler(noise_sampler))),
         "pipeline": type(pipe).__name__,

@@ -45,7 +45,7 @@ class Candidates:
                 self.forget(row)
 
     def forget(self, row: int) -> None:
-        """Drop the candidate with the lowest reward of a position above the limit; of ties the latest."""
+        """Drop the candidate with the lowest reward if a position has more than the limit; of equal ones the latest."""
         found = self.of([row])
         if self.limit is not None and len(found) > self.limit:
             worst = self.highest(found)[-1]

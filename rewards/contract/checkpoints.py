@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 ModelT = TypeVar("ModelT", bound=PreTrainedModel)
+IMAGE_PROCESSOR_FILE = "preprocessor_config.json"
 
 
 def is_checkpoint(name_or_path: str) -> bool:
@@ -94,9 +95,21 @@ def holder_of(filename: str, checkpoint: str, companion: str, hub: Mapping[str, 
     Returns:
         `checkpoint` or `companion`, and the arguments to load from it. `revision` applies to `checkpoint` only.
     """
-    if os.path.isfile(os.path.join(checkpoint, filename)):
+    if is_in_folder(filename, checkpoint):
         return checkpoint, dict(hub)
     return companion, {**hub, "revision": None}
+
+
+def is_in_folder(filename: str, folder: str) -> bool:
+    """Return whether a folder has a file, or its content in the file of a whole processor.
+
+    transformers 5 saves the image processor of a `CLIPProcessor` as part of `processor_config.json`. Older files of
+    that name have no such part.
+    """
+    if os.path.isfile(os.path.join(folder, filename)):
+        return True
+    whole = Path(folder) / "processor_config.json"
+    return filename == IMAGE_PROCESSOR_FILE and whole.is_file() and "image_processor" in read_settings(whole)
 
 
 def load_pretrained(model_class: type[ModelT], checkpoint: str, hub: Mapping[str, Any]) -> ModelT:

@@ -7,14 +7,27 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
-from transformers import ImageProcessingMixin
+from transformers import AutoImageProcessor, ImageProcessingMixin
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
 
 Resample = Literal["bicubic", "bilinear"]
 PIL_RESAMPLE: dict[int, Resample] = {2: "bilinear", 3: "bicubic"}
+PROBE_SIZES = ((512, 512), (480, 640))
+GRAY_LEVELS = 2.5  # Pillow rounds to whole ones after each of two passes, which makes 1.13, and 1.4 with another order
+# Needs torchvision, so it cannot be compared everywhere. It resizes without rounding to gray levels.
+DINOV3_PROCESSOR = "DINOv3ViTImageProcessor"
+DINOV3_SETTINGS = {
+    "size": {"height": 224, "width": 224},
+    "resample": 2,
+    "image_mean": IMAGENET_MEAN,
+    "image_std": IMAGENET_STD,
+}
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -27,16 +40,23 @@ def straight_through_clamp(x: Tensor) -> Tensor:
     return x + (x.clamp(0, 1) - x).detach()
 
 
-def resize(images: Tensor, size: tuple[int, int], resample: Resample = "bicubic", single_pass: bool = False) -> Tensor:
-    """Resize (B, C, H, W) images in [0, 1] to `size` = (height, width), antialiased, in float32 or more.
+def resize(
+    images: Tensor,
+    size: tuple[int, int],
+    resample: Resample = "bicubic",
+    single_pass: bool = False,
+    antialias: bool = True,
+) -> Tensor:
+    """Resize (B, C, H, W) images in [0, 1] to `size` = (height, width), in float32 or more.
 
     By default the result agrees with Pillow to 1.13/255 in the worst case. Like Pillow, it resizes the two dimensions
     in two passes and clips after each, but without rounding to uint8. A single pass without clamping
-    (`single_pass=True`), as torchvision and ReNO do for float tensors, differs by up to 22/255 at sharp edges.
+    (`single_pass=True`), as torchvision and ReNO do for float tensors, differs by up to 22/255 at sharp edges. Without
+    `antialias`, which takes a single pass, a few pixels of a shrunk image count, and the others get no gradient.
     """
     images = at_least_float32(images)
-    if single_pass:
-        return F.interpolate(images, size, mode=resample, antialias=True, align_corners=False)
+    if single_pass or not antialias:
+        return F.interpolate(images, size, mode=resample, antialias=antialias, align_corners=False)
     # Straight-through clamps: in saturated areas the resized values are 1 plus or minus a rounding error, and a hard
     # clamp would stop the gradient of every pixel that was rounded up, so that it could never darken again.
     for target in (first_pass_size(images.shape[-2], images.shape[-1], size), size):
@@ -95,8 +115,9 @@ class ImageTransform:
         crop: (height, width) of the center crop, or None.
         mean: Mean per channel, or None for no normalization.
         std: Standard deviation per channel, or None for no normalization.
-        resample: The interpolation filter, always antialiased.
+        resample: The interpolation filter.
         single_pass: Resize as float tensor code does (one pass, no clamp) instead of as Pillow does.
+        antialias: See `resize`.
     """
 
     size: int | tuple[int, int] | None = 224
@@ -105,6 +126,7 @@ class ImageTransform:
     std: tuple[float, ...] | None = CLIP_STD
     resample: Resample = "bicubic"
     single_pass: bool = False
+    antialias: bool = True
 
     def __call__(self, images: Tensor) -> Tensor:
         images = at_least_float32(images)
@@ -115,7 +137,7 @@ class ImageTransform:
         if isinstance(size, int):
             size = shortest_edge(images.shape[-2], images.shape[-1], size)
         if size is not None:
-            images = resize(images, size, self.resample, self.single_pass)
+            images = resize(images, size, self.resample, self.single_pass, self.antialias)
         if self.crop is not None:
             images = center_crop(images, self.crop)
         if self.mean is not None and self.std is not None:
@@ -125,6 +147,11 @@ class ImageTransform:
     def as_in_reno(self) -> "ImageTransform":
         """Return the transform that ReNO's released code uses instead, with a single unclamped pass."""
         return replace(self, single_pass=True)
+
+    def of_whole_image(self) -> "ImageTransform":
+        """Return a transform without a crop: the image is squeezed to the square that this one resizes a side to."""
+        size = (self.size, self.size) if isinstance(self.size, int) else self.size
+        return replace(self, size=size, crop=None, resample="bilinear", single_pass=True)
 
     @classmethod
     def from_processor_config(
@@ -136,29 +163,27 @@ class ImageTransform:
         token: str | bool | None = None,
         local_files_only: bool = False,
     ) -> "ImageTransform":
-        """Build the transform from the settings of an image processor, with defaults from transformers' CLIP processor.
+        """Build the transform of an image processor.
 
         Args:
-            config: The settings as a dict, or the Hub id or folder with `preprocessor_config.json`.
+            config: The settings of the processor as a dict, `processor.to_dict()`, with defaults from transformers'
+                CLIP processor. Or the Hub id or folder of a checkpoint: then its processor is loaded, and its pixels of
+                a 512 × 512 and a 640 × 480 image are compared with those of the transform.
 
         Raises:
-            ValueError: For a `size` or `resample` without a differentiable equivalent here.
-            OSError: If there is no such file.
+            ValueError: For a processor without a differentiable equivalent here.
+            OSError: If there are no settings of a processor.
         """
-        if not isinstance(config, Mapping):
-            config, _ = ImageProcessingMixin.get_image_processor_dict(
-                config, revision=revision, cache_dir=cache_dir, token=token, local_files_only=local_files_only
-            )
-        size = processor_size(config.get("size", 224))
-        # Processors that resize to an exact size (BLIP, SigLIP) omit `do_center_crop` and do not crop.
-        cropped = config.get("do_center_crop", isinstance(size, int))
-        return cls(
-            size=size if config.get("do_resize", True) else None,
-            crop=processor_crop(config.get("crop_size", 224)) if cropped else None,
-            mean=tuple(config.get("image_mean", CLIP_MEAN)) if config.get("do_normalize", True) else None,
-            std=tuple(config.get("image_std", CLIP_STD)) if config.get("do_normalize", True) else None,
-            resample=processor_resample(config.get("resample", 3)),
-        )
+        if isinstance(config, Mapping):
+            return cls(**geometry_of(config), **normalization_of(config))
+        hub = {"revision": revision, "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
+        settings, _ = ImageProcessingMixin.get_image_processor_dict(config, **hub)
+        if str(settings.get("image_processor_type")).removesuffix("Fast") == DINOV3_PROCESSOR:
+            return cls.from_processor_config({**DINOV3_SETTINGS, **settings})
+        processor = AutoImageProcessor.from_pretrained(config, backend="pil", **hub)
+        transform = cls.from_processor_config(processor.to_dict())
+        check_pixels(transform, processor)
+        return transform
 
 
 @dataclass(frozen=True)
@@ -181,6 +206,55 @@ class PadTransform:
     def as_in_reno(self) -> ImageTransform:
         """Return the transform that ReNO's released code uses instead: a crop, as for every other reward."""
         return ImageTransform(self.size, (self.size, self.size), self.mean, self.std, single_pass=True)
+
+
+def geometry_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `size`, `crop` and `resample` of the transform for the settings of an image processor."""
+    size: int | tuple[int, int] | None = processor_size(config.get("size", 224))
+    # Processors that resize to an exact size (BLIP, SigLIP, ViT) omit `do_center_crop` and do not crop.
+    cropped = config.get("do_center_crop", isinstance(size, int))
+    crop = processor_crop(config.get("crop_size", 224)) if cropped else None
+    kind = str(config.get("image_processor_type")).removesuffix("Pil").removesuffix("Fast")
+    # ConvNeXT, whose processor is that of ResNet too, LeViT and PoolFormer: the size is that of the crop.
+    if isinstance(size, int) and kind == "ConvNextImageProcessor":
+        size, crop = (size, size) if size >= 384 else int(size / config.get("crop_pct", 224 / 256)), (size, size)
+    elif isinstance(size, int) and kind == "LevitImageProcessor":
+        size = int(256 / 224 * size)
+    elif isinstance(size, int) and config.get("crop_pct"):
+        size = int(size / config["crop_pct"])
+    if not config.get("do_resize", True):
+        size = None
+    return {"size": size, "crop": crop, "resample": processor_resample(config.get("resample", 3))}
+
+
+def normalization_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `mean` and `std` of the transform, relative to images in [0, 1]: a processor may see [0, 255]."""
+    white = 255 * config.get("rescale_factor", 1 / 255) if config.get("do_rescale", True) else 255.0
+    if not config.get("do_normalize", True):
+        return {"mean": None, "std": None} if white == 1 else {"mean": (0.0,) * 3, "std": (1 / white,) * 3}
+    mean, std = config.get("image_mean", CLIP_MEAN), config.get("image_std", CLIP_STD)
+    return {"mean": tuple(value / white for value in mean), "std": tuple(value / white for value in std)}
+
+
+def check_pixels(transform: ImageTransform, processor: Any) -> None:
+    """Compare a transform with its image processor on noise, to which every detail of a resize matters.
+
+    Raises:
+        ValueError: If the two differ by more than the rounding of gray levels.
+    """
+    scale = 1.0 if transform.std is None else torch.tensor(transform.std)[:, None, None]
+    for height, width in PROBE_SIZES:
+        noise = torch.randint(256, (height, width, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+        output = processor(Image.fromarray(noise.numpy()), return_tensors="pt")
+        theirs = output.get("pixel_values", torch.empty(0))
+        ours = transform(noise.movedim(-1, 0)[None] / 255)
+        error = float(((ours - theirs).abs() * scale).max()) if ours.shape == theirs.shape else float("inf")
+        if not error * 255 <= GRAY_LEVELS:  # NaN too
+            raise ValueError(
+                f"Expected the pixels of {type(processor).__name__}, {tuple(theirs.shape)} for {width} × {height}, but "
+                f"ours, {tuple(ours.shape)}, differ by {error * 255:.3g} of 255 gray levels. Load the model yourself "
+                "and pass `image_transform=`, a function from images (B, 3, H, W) in [0, 1] to what the model expects."
+            )
 
 
 def processor_size(size: int | Mapping[str, int | None]) -> int | tuple[int, int]:

@@ -33,7 +33,7 @@ class AutoFeatures:
         not on the Hub and use `cache_dir` at most.
 
         Raises:
-            ValueError: For an unknown name.
+            ValueError: For an unknown name, or a checkpoint whose image processor has no differentiable equivalent.
             ImportError: If a package is not installed.
         """
         path = os.fspath(name_or_path)

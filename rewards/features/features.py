@@ -63,6 +63,10 @@ class Features(FrozenModule):
         """Map (B, 3, H, W) float32 images in [0, 1], on the device of the weights, to (B, D) or (B, P, D)."""
         raise NotImplementedError(f"`{type(self).__name__}` does not implement `encode`.")
 
+    def as_released(self: FeaturesT) -> FeaturesT:
+        """Return these features as the released code of It's Never Too Late computes them, with the same weights."""
+        return self
+
     @classmethod
     def from_pretrained(
         cls: type[FeaturesT],

@@ -1,5 +1,7 @@
 """Features from any vision model of transformers."""
 
+import copy
+import dataclasses
 import os
 from collections.abc import Callable
 from typing import Any, Literal, get_args
@@ -8,16 +10,13 @@ import torch
 from torch import Tensor
 from transformers import AutoModel, CLIPVisionModelWithProjection, PreTrainedModel
 
-from ..contract.transforms import ImageTransform
+from ..contract.transforms import IMAGENET_MEAN, IMAGENET_STD, ImageTransform
 from .features import Features, register_features
 
 FeatureKind = Literal["cls", "patch"]
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
-# The DINOv2 input of the released code of It's Never Too Late (https://arxiv.org/abs/2601.00090): the whole image
-# resized to 256 × 256, which gives 18 × 18 patches of 14 pixels and drops the remainder. Their resize is not
-# antialiased, so only some pixels of a large image get a gradient.
+# The DINOv2 input of It's Never Too Late (https://arxiv.org/abs/2601.00090): the whole image resized to 256 × 256,
+# which gives 18 × 18 patches of 14 pixels and drops the remainder. The released code does not antialias.
 NEVER_TOO_LATE_TRANSFORM = ImageTransform(
     size=(256, 256), crop=None, mean=IMAGENET_MEAN, std=IMAGENET_STD, resample="bilinear", single_pass=True
 )
@@ -130,21 +129,37 @@ def checked_kind(kind: FeatureKind) -> FeatureKind:
 
 @register_features("dinov2")
 class DINOv2Features(ImageFeatures):
-    """Class token of DINOv2-base, (B, 768): https://arxiv.org/abs/2304.07193."""
+    """Class token of DINOv2-base, (B, 768): https://arxiv.org/abs/2304.07193.
+
+    The whole image is resized to 256 × 256, as in It's Never Too Late. The checkpoint's own preprocessing crops the
+    central 224 × 224 of 256: 23% of a square image and more of others would have no gradient. For that one,
+    `ImageFeatures.from_pretrained("facebook/dinov2-base")`.
+    """
 
     name = "dinov2"
     license = "apache-2.0"
     default_checkpoint = "facebook/dinov2-base"
     parameter_count = 86_580_480
 
+    def as_released(self) -> "DINOv2Features":
+        released = copy.copy(self)
+        if isinstance(self.image_transform, ImageTransform):
+            released.image_transform = dataclasses.replace(self.image_transform, antialias=False)
+        return released
+
+    @classmethod
+    def load(cls, checkpoint: str | None, hub: dict[str, Any]) -> "ImageFeatures":
+        features = super().load(checkpoint, hub)
+        assert isinstance(features.image_transform, ImageTransform)
+        features.image_transform = features.image_transform.of_whole_image()
+        return features
+
 
 @register_features("dinov2_patch")
 class DINOv2PatchFeatures(DINOv2Features):
-    """Patch tokens of DINOv2-base, (B, 256, 768): the layout-aware features of It's Never Too Late.
+    """Patch tokens of DINOv2-base, (B, 324, 768): the layout-aware features of It's Never Too Late.
 
-    The default preprocessing is that of the checkpoint, whose center crop ignores the ends of an image that is not
-    square. `features.image_transform = NEVER_TOO_LATE_TRANSFORM` resizes the whole image instead, as the released code
-    does, and gives (B, 324, 768).
+    Preprocessed as for `DINOv2Features`: 18 × 18 patches of the whole image.
     """
 
     name = "dinov2_patch"

@@ -51,7 +51,10 @@ class LPIPSFeatures(Features):
 
     def encode(self, images: Tensor) -> Tensor:
         model: Any = self.model
-        activations = model.net(model.scaling_layer(2 * images - 1).to(self.dtype))
+        pixels = 2 * images - 1
+        # Version 0.0 was trained without the normalization of the trunk's own training.
+        pixels = pixels if getattr(model, "version", "0.1") == "0.0" else model.scaling_layer(pixels)
+        activations = model.net(pixels.to(self.dtype))
         layers = []
         for activation, weight in zip(activations, self.channel_weights(), strict=True):
             unit = F.normalize(at_least_float32(activation), dim=1, eps=1e-10)

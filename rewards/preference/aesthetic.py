@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, cast
 
 import torch.nn.functional as F
@@ -9,7 +10,15 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import CLIPVisionModelWithProjection
 
-from ..contract.checkpoints import checkpoint_path, holder_of, load_pretrained, load_strictly, read_state_dict
+from ..contract.checkpoints import (
+    IMAGE_PROCESSOR_FILE,
+    checkpoint_path,
+    is_in_folder,
+    load_pretrained,
+    load_strictly,
+    read_settings,
+    read_state_dict,
+)
 from ..contract.registry import register_reward
 from ..contract.reward import Reward
 from ..contract.transforms import ImageTransform, at_least_float32
@@ -53,12 +62,18 @@ class AestheticHead(nn.Module):
         return self.layers(embeddings)
 
 
+def has_clip(folder: str) -> bool:
+    """Return whether a folder has a CLIP or its vision tower; a Hub repository is not searched."""
+    config = Path(folder) / "config.json"
+    return config.is_file() and read_settings(config).get("model_type") in ("clip", "clip_vision_model")
+
+
 @register_reward("aesthetic")
 class Aesthetic(Reward):
     """LAION's aesthetic score v2, "sac+logos+ava1": from 1 to 10, mostly 4.5 to 7. No prompt.
 
     A head on the normalized image embedding of CLIP ViT-L/14, computed in float32 whatever the dtype of the weights.
-    A local folder may contain the head as published by its authors, `sac+logos+ava1-l14-linearMSE.pth`.
+    A local folder may contain the head as published, `sac+logos+ava1-l14-linearMSE.pth`, and a CLIP of its own.
 
     Args:
         model: The vision tower of CLIP; it is frozen.
@@ -97,11 +112,13 @@ class Aesthetic(Reward):
     @classmethod
     def load(cls, checkpoint: str, hub: dict[str, Any]) -> "Aesthetic":
         path = checkpoint_path(checkpoint, cls.head_file(checkpoint), hub)
-        source, source_hub = holder_of("preprocessor_config.json", checkpoint, CLIP_VIT_L, hub)
+        source, source_hub = (checkpoint, hub) if has_clip(checkpoint) else (CLIP_VIT_L, {**hub, "revision": None})
         model = load_pretrained(CLIPVisionTower, source, source_hub)
         head = cls.build_head(model.config.projection_dim)
         load_strictly(head, read_state_dict(path), path.name)
-        return cls(model, head, ImageTransform.from_processor_config(source, **source_hub))
+        without_processor = os.path.isdir(source) and not is_in_folder(IMAGE_PROCESSOR_FILE, source)
+        transform = None if without_processor else ImageTransform.from_processor_config(source, **source_hub)
+        return cls(model, head, transform)
 
     @classmethod
     def head_file(cls, checkpoint: str) -> str:

@@ -4,7 +4,7 @@ from typing import Any
 
 from transformers import AutoTokenizer, CLIPModel
 
-from ..contract.checkpoints import holder_of, load_pretrained
+from ..contract.checkpoints import IMAGE_PROCESSOR_FILE, holder_of, load_pretrained
 from ..contract.registry import register_reward
 from ..contract.transforms import ImageTransform
 from .clip_score import CLIP_VIT_H, CLIPScore
@@ -27,6 +27,6 @@ class PickScore(CLIPScore):
         # As on the model card, tokenizer and preprocessing come from the CLIP that was fine-tuned.
         source, source_hub = holder_of("tokenizer_config.json", checkpoint, CLIP_VIT_H, hub)
         tokenizer = AutoTokenizer.from_pretrained(source, **source_hub)
-        source, source_hub = holder_of("preprocessor_config.json", checkpoint, CLIP_VIT_H, hub)
+        source, source_hub = holder_of(IMAGE_PROCESSOR_FILE, checkpoint, CLIP_VIT_H, hub)
         transform = ImageTransform.from_processor_config(source, **source_hub)
         return cls(load_pretrained(CLIPModel, checkpoint, hub), tokenizer, transform)

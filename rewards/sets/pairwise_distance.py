@@ -3,10 +3,10 @@
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..features.features import FeatureMetric, Features
+from .cosine_kernel import unit_vectors
 
 
 class PairwiseDistance(nn.Module):
@@ -52,11 +52,11 @@ class PairwiseDistance(nn.Module):
 def cosine_distance(features_a: Tensor, features_b: Tensor) -> Tensor:
     """Return 1 - cos, (N, M) in [0, 2], of (N, D) and (M, D), or the mean over P of (N, P, D) and (M, P, D).
 
-    A single matrix product, without an intermediate of size (N, M, P, D).
+    A single matrix product, without an intermediate of size (N, M, P, D). For features of zero length see
+    `unit_vectors`.
     """
-    units_a, units_b = (F.normalize(features, dim=-1).flatten(1) for features in (features_a, features_b))
-    positions = units_a.shape[1] // features_a.shape[-1]
-    return 1 - units_a @ units_b.mT / positions
+    units_a, units_b = unit_vectors(features_a), unit_vectors(features_b)
+    return 1 - units_a.flatten(1) @ units_b.flatten(1).mT / units_a[0, ..., 0].numel()
 
 
 def l2_distance(features_a: Tensor, features_b: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Weighted sum of set rewards, built from a `diversity=` argument."""
 
+import copy
 import math
 import numbers
 import os
@@ -65,6 +66,7 @@ class SetRewardSum(nn.Module):
         weights: Name -> weight.
         feature_maps: The distinct features of the set rewards.
         feature_names: The names of the features, which are the keys of `features(images)`.
+        released: Whether the features are computed `as_released()`.
 
     Raises:
         TypeError: For an object that is not a set reward.
@@ -91,6 +93,7 @@ class SetRewardSum(nn.Module):
         self.feature_maps = nn.ModuleList(maps)
         self.feature_names = distinct_names([str(each.name) for each in maps])
         names_of = {id(each): name for each, name in zip(maps, self.feature_names, strict=True)}
+        self.released = bool(getattr(diversity, "released", False))
         self.features_of = {
             name: names_of[id(reward.features)] for name, reward in zip(self.names, rewards, strict=True)
         }
@@ -198,7 +201,16 @@ class SetRewardSum(nn.Module):
 
     def maps(self) -> dict[str, nn.Module]:
         """Return the feature maps by name."""
-        return dict(zip(self.feature_names, self.feature_maps, strict=True))
+        maps: list[Any] = list(self.feature_maps)
+        if self.released:
+            maps = [each.as_released() if hasattr(each, "as_released") else each for each in maps]
+        return dict(zip(self.feature_names, maps, strict=True))
+
+    def as_released(self) -> "SetRewardSum":
+        """Return the sum on features that see images as in the released code of It's Never Too Late."""
+        released = copy.copy(self)
+        released.released = True
+        return released
 
     def check_feature_names(self, features: Mapping[str, Tensor]) -> None:
         """Raise `ValueError` if features of a feature map are missing."""

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from diffusers.models import attention_dispatch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 BLOCK_SETTINGS = ("gradient_checkpointing", "_gradient_checkpointing_func")  # of a diffusers block
 MODULE_CONTENTS = ("_modules", "_parameters", "_buffers")  # of a torch module
@@ -111,6 +113,16 @@ def base_of_view(tensor: torch.Tensor) -> torch.Tensor | None:
 def version_of(tensor: torch.Tensor) -> int:
     """Return the number of in-place writes to a tensor."""
     return tensor._version
+
+
+def tensors_in(values: Any) -> list[torch.Tensor]:
+    """Return the tensors in nested tuples, lists and dicts."""
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)]
+
+
+def storage_key(storage: torch.UntypedStorage) -> int:
+    """Return a number that is the same for all tensors on a storage, and its own as long as the storage lives."""
+    return storage._cdata
 
 
 def default_mps_generator() -> torch.Generator:

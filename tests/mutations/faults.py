@@ -192,7 +192,7 @@ FAULTS = (
     Fault(
         "kernel of unnormalized features",
         "rewards/sets/cosine_kernel.py",
-        "F.normalize(features.to(device).double(), dim=-1)",
+        "unit_vectors(features.to(device).double())",
         "features.to(device).double()",
     ),
     Fault(

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -75,8 +76,8 @@ def add_subject(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--prompts",
         metavar="SOURCE",
-        help="train, validation or held-out of the shapes world, or a file: text, JSONL or a benchmark's format "
-        "(default: validation)",
+        help="train, validation or held-out of the shapes world, or a file: text, CSV, TSV, JSON, JSON lines or a "
+        "benchmark's format (default: validation)",
     )
     group.add_argument(
         "--limit",
@@ -178,7 +179,6 @@ def plan_of(arguments: argparse.Namespace) -> "Plan":
         models=models,
         methods=tuple(MethodChoice.parse(text) for text in arguments.methods or ["reno"]),
         prompts=load_prompts(arguments.prompts or "validation", limit=limit),
-        source=arguments.prompts or "",
         seeds=arguments.seeds,
         rewards=tuple(pair for text in rewards for pair in weighted(text)),
         watched=tuple(name for name in watched if name not in rewards),
@@ -206,6 +206,7 @@ def weighted(text: str) -> list[tuple[str, float]]:
 def run(evaluation: "Evaluation", output: Path) -> None:
     plan = evaluation.plan
     if evaluation.is_main:
+        print_problems(plan.prompts.problems)
         prompts, seeds = len(plan.prompts.prompts), plan.seeds
         print(f"Evaluating {names(plan)} on {prompts} prompts of {plan.prompts.name} × {seeds} seeds ...", flush=True)
     try:
@@ -219,6 +220,13 @@ def run(evaluation: "Evaluation", output: Path) -> None:
         print((output / "cost.md").read_text(encoding="utf-8"))
         for path in sorted(path for path in output.iterdir() if path.is_file() and not path.name.startswith(".")):
             print(f"wrote {path}")
+
+
+def print_problems(problems: Sequence[str], shown: int = 10) -> None:
+    """Print the entries of a prompt file that are left out."""
+    more = [f"... and {len(problems) - shown} more."] * (len(problems) > shown)
+    for sentence in [*problems[:shown], *more]:
+        print(f"Skipped: {sentence}", file=sys.stderr)
 
 
 def names(plan: "Plan") -> str:

@@ -218,7 +218,8 @@ def draw_grid(results: Results, folder: ResultFolder, model: ModelChoice, path: 
         prompt = textwrap.shorten(results.plan.prompts.prompts[index].text, int(80 * side), placeholder=" …")
         page.text(MARGIN, top + side / 2, "\n".join(textwrap.wrap(prompt, 20)), size=8.5, va="center")
         for column, contender in enumerate(contenders):
-            unit, file = results.units[model.name, contender.key][index], folder.unit_path(model.name, contender, index)
+            unit = results.units[model.name, contender.key][index]
+            file = folder.unit_path(results.plan.cell(model, contender, index, results.best_of))
             for image in range(images):
                 left = MARGIN + text + column * group + image * side
                 right = unit["judge"]["right"][image] if unit["judge"] else None

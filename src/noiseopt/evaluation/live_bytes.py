@@ -4,8 +4,8 @@ import weakref
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+
+from ..private_names import TorchDispatchMode, storage_key, tensors_in
 
 
 class LiveBytes(TorchDispatchMode):
@@ -25,14 +25,14 @@ class LiveBytes(TorchDispatchMode):
         self.known: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {storage_of(tensor)._cdata for tensor in tensors_in((args, kwargs))}
+        given = {storage_key(tensor.untyped_storage()) for tensor in tensors_in((args, kwargs))}
         output = func(*args, **(kwargs or {}))
         for tensor in tensors_in(output):
-            self.see(storage_of(tensor), given)
+            self.see(tensor.untyped_storage(), given)
         return output
 
     def see(self, storage: torch.UntypedStorage, given: set[int]) -> None:
-        place, size = storage._cdata, storage.nbytes()
+        place, size = storage_key(storage), storage.nbytes()
         if place in self.known or place in given:  # a view, or written in place
             return
         self.known.add(place)
@@ -43,11 +43,3 @@ class LiveBytes(TorchDispatchMode):
     def release(self, place: int, size: int) -> None:
         self.known.discard(place)
         self.held -= size
-
-
-def tensors_in(values: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)]
-
-
-def storage_of(tensor: torch.Tensor) -> torch.UntypedStorage:
-    return tensor.untyped_storage()

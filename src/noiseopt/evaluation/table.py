@@ -81,8 +81,8 @@ class Entry:
 
 
 def mean(values: Sequence[Any] | None) -> float:
-    """Return the mean of numbers or booleans, NaN if there are none."""
-    return sum(values) / len(values) if values else math.nan
+    """Return the mean of numbers or booleans; NaN if there are none, or one is `None`, which stands for NaN."""
+    return sum(math.nan if value is None else value for value in values) / len(values) if values else math.nan
 
 
 def right(numbers: Numbers) -> float:

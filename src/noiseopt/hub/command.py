@@ -161,7 +161,7 @@ def listing(card: "AnyCard", namespace: str) -> str:
 
 @contextlib.contextmanager
 def refusals(*kinds: type[Exception]) -> Iterator[None]:
-    """Exit with a message and status 1 instead of a traceback, for `Refused` and for `kinds`."""
+    """Exit with the message and status 1, without a traceback, for `Refused` and errors of the given kinds."""
     from .bundle import Refused
 
     try:

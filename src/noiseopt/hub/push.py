@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class PushFailed(RuntimeError):
-    """A card was not uploaded, or not as it is here; the message says why, and the remedy."""
+    """Raised if a card was not uploaded, or the upload differs from the local card. The message names the remedy."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -254,9 +254,10 @@ def _measures(covers: Tensor) -> dict[str, Tensor]:
 
 
 def _overlaps(masks: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the IoU of masks (N, 1024) with the best template of each kind, and the largest bite, (N, 5).
+    """Return the IoU of masks (N, 1024) with the best template of each kind of shape, and their bites, (N, 5) each.
 
-    A bite is the largest share of a window, a sixth of the mask wide, that only the template covers.
+    The bite shows whether a piece is missing: in the window (a sixth of the mask wide) where most of the template is
+    not covered by the mask, the share of the window that is not covered.
     """
     templates = _templates()
     both = masks @ templates.flatten(0, 1).T

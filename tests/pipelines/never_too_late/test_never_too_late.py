@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from diffusers import StableDiffusionPipeline
 from problems import generator, redness
 from tiers import slow_except
+from tiny_clip_rewards import build_clip_score, build_hpsv2
 from tiny_features import TINY_FEATURES, publish_dinov2
 from tiny_pipelines import (
     BUILDERS,
@@ -41,7 +42,16 @@ from noiseopt.demo import ONE_STEP, load_pipeline
 from noiseopt.pipelines import QualityGuard
 from noiseopt.pipelines.never_too_late.method import NeverTooLateState
 from noiseopt.pipelines.never_too_late.quality_guard import GUARD_REPORT
-from noiseopt.rewards import DPP, AutoFeatures, NonDifferentiableReward, PairwiseDiversity, SetRewardSum
+from noiseopt.rewards import (
+    DPP,
+    AutoFeatures,
+    DPPPatch,
+    ImageTransform,
+    NonDifferentiableReward,
+    PadTransform,
+    PairwiseDiversity,
+    SetRewardSum,
+)
 from noiseopt.rewards.sets.hinged_set_reward import HingedSetReward
 
 ARGUMENTS = {"num_inference_steps": 1, "guidance_scale": 0.0, **SIZE}
@@ -105,10 +115,32 @@ def released_loop(pipe, value, quality: float, diversity: float, steps: int, war
     return losses, noises, noises[losses.index(min(losses))]
 
 
+def released_patches(images) -> torch.Tensor:
+    """As released: the whole image resized without antialiasing, here to 36 pixels, and the patches after the class."""
+    resized = F.interpolate(images, (36, 36), mode="bilinear")
+    return TINY_FEATURES["dinov2_patch"]().model((resized - 0.4) / 0.3).last_hidden_state[:, 1:]
+
+
 def patch_distance(images) -> torch.Tensor:
-    patches = F.normalize(TINY_FEATURES["dinov2_patch"]()(images), dim=-1)
+    patches = F.normalize(released_patches(images), dim=-1)
     pairs = [(i, j) for i in range(4) for j in range(i)]
     return torch.stack([1 - (patches[i] * patches[j]).sum(-1) for i, j in pairs]).mean()
+
+
+@pytest.mark.parametrize("mode", ["parity", "default"])
+def test_parity_mode_sees_the_released_pixels_in_every_part(mode):
+    """In features, also under a hinge, in optimized rewards, and in rewards that only a guard needs."""
+    images = torch.rand(1, 3, 100, 140, generator=generator())
+    parts = {"diversity": {DPPPatch(TINY_FEATURES["dinov2_patch"]()): 1.0}, "hinge": 0.99}
+    parts |= {"rewards": {build_hpsv2(): 1.0}, "guard": [QualityGuard(reward=build_clip_score(), drop=0.1)]}
+    objective: Any = NeverTooLate(mode=mode, **parts).objective(tiny_pipeline("sd"))
+    (features,) = objective.diversity.features(images).values()
+    assert torch.allclose(features, released_patches(images), atol=1e-3) is (mode == "parity")
+    own = {"hpsv2.1": PadTransform(32), "clipscore": ImageTransform(size=32, crop=(32, 32))}
+    for rewards in (objective.quality.rewards, objective.watched.rewards):
+        transform = own[rewards.names[0]]
+        expected = transform.as_in_reno() if mode == "parity" else transform
+        assert rewards.rewards[0].image_transform == expected
 
 
 OBJECTIVES = {
@@ -187,9 +219,8 @@ def test_beyond_the_hinge_rewards_go_on():
 def test_a_set_ends_at_the_first_step_that_reaches(by):
     free, noises = find(method(steps=10), ["a", "b"])
     values = free.scores["dpp"][:, [0, 4]]
-    target = values[5].max().item()
     reference = values[0] if by == "stop_ratio" else torch.ones(2)
-    given = (target / reference.mean()).item()
+    given = (values[5] / reference).mean().item()  # which one of the two sets has reached by then
     first = [int((column >= given * unit).nonzero()[0]) for column, unit in zip(values.T, reference, strict=True)]
     assert first[0] != first[1] and min(first) > 0
     stopped, _ = find(method(steps=10, **{by: given}), ["a", "b"])

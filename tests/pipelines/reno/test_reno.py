@@ -16,7 +16,7 @@ from noiseopt import AutoReward, BestOfN, ReNO, optimize_noise
 from noiseopt.callbacks import NoiseState
 from noiseopt.pipelines import ChiPrior
 from noiseopt.pipelines.noise_math import clip_per_sample
-from noiseopt.pipelines.reno.method import on_released_pixels
+from noiseopt.pipelines.objective import on_released_pixels
 from noiseopt.rewards import RewardSum
 
 ARGUMENTS = {"num_inference_steps": 1, "guidance_scale": 0.0, **SIZE}

@@ -16,6 +16,7 @@ from noiseopt.rewards.contract.checkpoints import (
     check_weights,
     checkpoint_path,
     holder_of,
+    is_in_folder,
     load_strictly,
     read_settings,
     read_state_dict,
@@ -107,6 +108,16 @@ def test_a_part_is_read_from_a_folder_that_has_it_and_else_from_the_companion(tm
     assert holder_of("tokenizer_config.json", str(tmp_path), "org/clip", hub) == (str(tmp_path), hub)
     assert holder_of("config.json", str(tmp_path), "org/clip", hub) == ("org/clip", HUB)
     assert holder_of("config.json", "org/finetuned", "org/clip", hub) == ("org/clip", HUB)
+
+
+@pytest.mark.parametrize(
+    ("text", "found"), [('{"processor_class": "CLIPProcessor"}', False), ('{"image_processor": {}}', True)]
+)
+def test_an_image_processor_may_be_part_of_the_file_of_a_whole_processor(tmp_path: Path, text: str, found: bool):
+    assert not is_in_folder("preprocessor_config.json", str(tmp_path))
+    (tmp_path / "processor_config.json").write_text(text)
+    assert is_in_folder("preprocessor_config.json", str(tmp_path)) is found
+    assert not is_in_folder("tokenizer_config.json", str(tmp_path))
 
 
 def test_weights_are_checked_against_a_module_without_storage():

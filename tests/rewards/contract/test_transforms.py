@@ -1,6 +1,7 @@
 """The differentiable preprocessing against the PIL image processors of transformers."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ import PIL
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import BlipImageProcessorPil, CLIPImageProcessorPil, SiglipImageProcessorPil
+from transformers import AutoImageProcessor, BlipImageProcessorPil, CLIPImageProcessorPil, SiglipImageProcessorPil
 
 from noiseopt.rewards import (
     ImageTransform,
@@ -131,14 +132,64 @@ def test_normalize_and_center_crop():
     assert torch.equal(normalize(images, [1, 0, 0], [2, 1, 1])[0, :2, 0, 3], torch.tensor([1.0, 3.0]))
 
 
-def test_reads_old_and_new_configs_and_folders(tmp_path: Path):
+def test_reads_old_and_new_settings():
     assert ImageTransform.from_processor_config({}) == ImageTransform()
     assert ImageTransform.from_processor_config({"size": 64, "crop_size": 64}) == ImageTransform(size=64, crop=(64, 64))
     assert ImageTransform.from_processor_config({"do_normalize": False, "do_center_crop": False}) == ImageTransform(
         crop=None, mean=None, std=None
     )
-    (tmp_path / "preprocessor_config.json").write_text('{"size": {"height": 8, "width": 6}, "image_mean": [0, 0, 0]}')
-    assert ImageTransform.from_processor_config(tmp_path) == ImageTransform(size=(8, 6), crop=None, mean=(0, 0, 0))
+
+
+# As published: settings that are left out, or an integer size, mean what the class of the processor says.
+CHECKPOINTS = {
+    "vit": {"image_processor_type": "ViTImageProcessor", "size": 56},
+    "swin": {"image_processor_type": "ViTImageProcessor", "size": {"height": 56, "width": 56}},
+    "deit": {"image_processor_type": "DeiTImageProcessor", "size": 64, "crop_size": 56, "resample": 3},
+    "beit": {"image_processor_type": "BeitImageProcessor", "size": 56, "crop_size": 56, "do_center_crop": False},
+    "convnext": {"image_processor_type": "ConvNextImageProcessor", "size": 56, "crop_pct": 0.875},
+    "resnet": {"feature_extractor_type": "ConvNextFeatureExtractor", "size": 56},
+    "convnext-384": {"image_processor_type": "ConvNextImageProcessor", "size": 384},
+    "levit": {"image_processor_type": "LevitImageProcessor", "size": 56, "crop_size": 56},
+    "poolformer": {"image_processor_type": "PoolFormerImageProcessor", "size": 56, "crop_size": 56, "crop_pct": 0.9},
+    "mobilenet": {"image_processor_type": "MobileNetV2ImageProcessor", "size": 64, "crop_size": 56},
+    "dinov2": {"image_processor_type": "BitImageProcessor", "size": {"shortest_edge": 64}, "crop_size": 56},
+    "not rescaled": {"image_processor_type": "BitImageProcessor", "do_rescale": False},
+    "not normalized": {"image_processor_type": "BitImageProcessor", "do_rescale": False, "do_normalize": False},
+}
+
+
+@pytest.mark.parametrize("size", [(512, 512), (480, 640), (97, 60)], ids=str)
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_the_transform_of_a_checkpoint_gives_the_pixels_of_its_own_processor(name, size, tmp_path: Path):
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(CHECKPOINTS[name]))
+    processor = AutoImageProcessor.from_pretrained(tmp_path, backend="pil")
+    transform, image = ImageTransform.from_processor_config(tmp_path), make_image("noise", *size)
+    theirs = processor(image, return_tensors="pt")["pixel_values"]
+    ours = transform(to_batch(image))
+    assert ours.shape == theirs.shape
+    height = 1 if transform.std is None else torch.tensor(transform.std)[:, None, None]
+    assert ((ours - theirs) * height * 255).abs().max() < ROUNDING + 0.15
+
+
+@pytest.mark.parametrize("kind", ["MobileViT", "EfficientNet", "Perceiver", "VideoMAE", "Siglip2"])
+def test_a_processor_whose_pixels_differ_is_refused_with_both_shapes(kind, tmp_path: Path):
+    """Such as one that swaps the channels, subtracts an offset, crops first, or cuts patches."""
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_processor_type": f"{kind}ImageProcessor"}))
+    expected = f"Expected the pixels of {kind}ImageProcessor.*, but ours, .* differ by .* Load the model yourself"
+    with pytest.raises(ValueError, match=expected):
+        ImageTransform.from_processor_config(tmp_path)
+
+
+def test_dinov3_resizes_what_is_rescaled(tmp_path: Path):
+    """Its processor needs torchvision: rescale, resize with antialiasing, normalize, in this order."""
+    settings = {"image_processor_type": "DINOv3ViTImageProcessorFast", "do_center_crop": None, "crop_size": None}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    image = to_batch(make_image("noise", 300, 171))
+    resized = F.interpolate(image, (224, 224), mode="bilinear", antialias=True)
+    expected = (resized - torch.tensor([0.485, 0.456, 0.406])[:, None, None]) / torch.tensor([0.229, 0.224, 0.225])[
+        :, None, None
+    ]
+    torch.testing.assert_close(ImageTransform.from_processor_config(tmp_path)(image), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_refuses_what_it_cannot_reproduce(tmp_path: Path):

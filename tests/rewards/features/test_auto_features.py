@@ -44,6 +44,12 @@ def test_a_folder_gives_one_vector_an_image_of_the_model_there(tmp_path: Path):
     torch.testing.assert_close(tower(IMAGES), exact(IMAGES), rtol=1e-5, atol=1e-5)
 
 
+def test_a_folder_whose_images_would_be_processed_otherwise_is_refused_before_its_weights_are_read(tmp_path: Path):
+    (tmp_path / "preprocessor_config.json").write_text('{"image_processor_type": "MobileViTImageProcessor"}')
+    with pytest.raises(ValueError, match="Expected the pixels of MobileViTImageProcessorPil.* Load the model yourself"):
+        AutoFeatures.from_pretrained(tmp_path)
+
+
 def test_a_name_wins_over_a_folder_of_the_same_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tiny_image").mkdir()

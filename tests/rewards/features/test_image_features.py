@@ -1,5 +1,6 @@
 """Image features against the model of transformers on what its PIL image processor makes of the same pictures."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -173,20 +174,47 @@ def test_wrong_arguments_are_refused(folders):
             features(torch.full((1, 3, 8, 8), bad))
 
 
-def test_the_transform_of_never_too_late_squashes_to_18_by_18_patches():
-    """As released, but antialiased: where the picture shrinks, more of its pixels count."""
-    features = DINOv2PatchFeatures(random_weights(Dinov2Model(Dinov2Config(**TOWER, patch_size=14))), PLAIN)
-    features.image_transform = NEVER_TOO_LATE_TRANSFORM
-    images = as_batch(pictures(200, 310))
-    assert features(images).shape == (2, 18 * 18, 32)
-    released = torch.nn.functional.interpolate(images * 2 - 1, (256, 256), mode="bilinear") * 0.5 + 0.5
+BASE = {"image_processor_type": "BitImageProcessor", "size": {"shortest_edge": 256}, "crop_size": 224, "resample": 3}
+IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> str:
+    """A small model with the patches and the processor of facebook/dinov2-base."""
+    folder = tmp_path_factory.mktemp("base")
+    random_weights(Dinov2Model(Dinov2Config(**TOWER, patch_size=14))).save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps({**BASE, **IMAGENET}))
+    return str(folder)
+
+
+def test_dinov2_sees_the_whole_image_in_18_by_18_patches(base: str):
+    """Its own processor would crop the center, and the border of an image could not be optimized."""
+    features = DINOv2PatchFeatures.from_pretrained(base)
+    assert features.image_transform == DINOv2Features.from_pretrained(base).image_transform == NEVER_TOO_LATE_TRANSFORM
+    images = as_batch(pictures(200, 310)).requires_grad_()
+    found = features(images)
+    assert found.shape == (2, 18 * 18, 32)
+    (gradient,) = torch.autograd.grad(found.square().sum(), images)
+    # 18 patches of 14 pixels are 252 of 256: the last 1.6% are no whole patch
+    assert gradient[..., :196, :305].abs().sum(1).bool().float().mean() > 0.999
+    cropped = ImageFeatures.from_pretrained(base, "patch")
+    (gradient,) = torch.autograd.grad(cropped(images).square().sum(), images)
+    assert not gradient[..., :50].any()
+
+
+def test_released_features_resize_without_antialiasing(base: str):
+    features = DINOv2PatchFeatures.from_pretrained(base)
+    released = features.as_released()
+    images = as_batch(pictures(400, 510))
+    resized = torch.nn.functional.interpolate(images * 2 - 1, (256, 256), mode="bilinear") * 0.5 + 0.5
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-    expected = (released - mean[:, None, None]) / std[:, None, None]
-    assert (NEVER_TOO_LATE_TRANSFORM(images) - expected).abs().mean() < 0.02
-    enlarged = as_batch(pictures(100, 120))  # where nothing is averaged they are one
-    released = torch.nn.functional.interpolate(enlarged, (256, 256), mode="bilinear")
-    expected = (released - mean[:, None, None]) / std[:, None, None]
-    torch.testing.assert_close(NEVER_TOO_LATE_TRANSFORM(enlarged), expected, rtol=1e-4, atol=1e-4)
+    expected = (resized - mean[:, None, None]) / std[:, None, None]
+    torch.testing.assert_close(released.image_transform(images), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        released(images), features.model(expected).last_hidden_state[:, 1:], rtol=1e-3, atol=1e-3
+    )
+    assert released.model is features.model and features.image_transform == NEVER_TOO_LATE_TRANSFORM
+    assert 1e-3 < (features.image_transform(images) - expected).abs().mean() < 0.2
 
 
 def test_parameter_counts_are_those_of_the_published_configurations():

@@ -17,18 +17,24 @@ from noiseopt.rewards import AutoFeatures, LPIPSAlexFeatures, LPIPSFeatures, Pai
 
 
 def published(model: FakeLPIPS, image_a: torch.Tensor, image_b: torch.Tensor) -> torch.Tensor:
-    """`d(x, x0) = Σ_l 1/(H_l W_l) Σ_hw ‖w_l ⊙ (ŷ_hw − ŷ0_hw)‖²`, equation 1, with weights that are squares already."""
+    """`d(x, x0) = Σ_l 1/(H_l W_l) Σ_hw ‖w_l ⊙ (ŷ_hw − ŷ0_hw)‖²`, equation 1, with weights that are squares already.
+
+    As in the package, version 0.0 has no scaling layer.
+    """
     total = torch.zeros(())
-    pairs = zip(*(model.net(model.scaling_layer(2 * image[None] - 1)) for image in (image_a, image_b)), strict=True)
+    pixels = [2 * image[None] - 1 for image in (image_a, image_b)]
+    scaled = pixels if model.version == "0.0" else [model.scaling_layer(each) for each in pixels]
+    pairs = zip(*(model.net(each) for each in scaled), strict=True)
     for lin, (a, b) in zip(model.lins, pairs, strict=True):
         a, b = (y / (y.square().sum(1, keepdim=True).sqrt() + 1e-10) for y in (a, b))
         total = total + lin.model((a - b).square()).mean()
     return total
 
 
+@pytest.mark.parametrize("version", ["0.1", "0.0"])
 @pytest.mark.parametrize("size", [(40, 56), (57, 33)], ids=str)
-def test_squared_distance_of_the_features_is_lpips(size: tuple[int, int]):
-    model = FakeLPIPS().eval()
+def test_squared_distance_of_the_features_is_lpips(size: tuple[int, int], version: str):
+    model = FakeLPIPS(version=version).eval()
     images = torch.rand(4, 3, *size, generator=torch.Generator().manual_seed(0))
     found = PairwiseDistance(LPIPSFeatures(model))(images[:2], images[2:])
     expected = torch.stack([torch.stack([published(model, a, b) for b in images[2:]]) for a in images[:2]])

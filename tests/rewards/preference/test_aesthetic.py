@@ -11,14 +11,21 @@ from tiny_clip_rewards import (
     build_aesthetic,
     build_aesthetic_head,
     build_aesthetic_v1,
+    build_tokenizer,
     build_vision_tower,
     publish_aesthetic,
     publish_clip_score,
 )
 from torch import nn
-from transformers import CLIPImageProcessorPil, CLIPModel, CLIPVisionConfig, CLIPVisionModelWithProjection
+from transformers import (
+    CLIPImageProcessorPil,
+    CLIPModel,
+    CLIPProcessor,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+)
 
-from noiseopt.rewards import Aesthetic, AestheticHead, AestheticV1, AutoReward, RewardSum
+from noiseopt.rewards import Aesthetic, AestheticHead, AestheticV1, AutoReward, ImageTransform, RewardSum
 
 V2_FILE, V1_FILE = "sac+logos+ava1-l14-linearMSE.pth", "sa_0_4_vit_l_14_linear.pth"
 
@@ -112,13 +119,24 @@ def test_a_folder_with_the_authors_file_is_known_by_it(
     torch.testing.assert_close(loaded(images), reward(images), rtol=1e-5, atol=1e-5)
 
 
-def test_a_folder_may_hold_the_vision_tower_too(tmp_path: Path, images: torch.Tensor):
-    build_vision_tower().save_pretrained(tmp_path)
+@pytest.mark.parametrize("saved", ["image processor", "whole processor", "no processor"])
+@pytest.mark.usefixtures("clip_folder")
+def test_a_folder_may_hold_the_vision_tower_too(saved: str, tmp_path: Path, images: torch.Tensor):
+    """It is used however it was saved: transformers 5 writes one file for a whole `CLIPProcessor`."""
+    folder = tmp_path / "own"
+    tower = build_vision_tower(seed=5)
+    tower.save_pretrained(folder)
     processor = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
-    processor.save_pretrained(tmp_path)
-    torch.save(build_aesthetic_head().state_dict(), tmp_path / V2_FILE)
-    loaded = Aesthetic.from_pretrained(str(tmp_path), local_files_only=True)
-    torch.testing.assert_close(loaded(images), build_aesthetic()(images), rtol=1e-5, atol=1e-5)
+    if saved == "image processor":
+        processor.save_pretrained(folder)
+    elif saved == "whole processor":
+        CLIPProcessor(processor, build_tokenizer()).save_pretrained(folder)
+        assert not (folder / "preprocessor_config.json").exists()
+    torch.save(build_aesthetic_head().state_dict(), folder / V2_FILE)
+    loaded = Aesthetic.from_pretrained(str(folder), local_files_only=True)
+    expected = Aesthetic(tower, build_aesthetic_head(), ImageTransform(size=32, crop=(32, 32)))
+    torch.testing.assert_close(loaded(images), expected(images), rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(loaded(images), build_aesthetic()(images), rtol=1e-2)
 
 
 def test_loading_does_not_complain_about_the_half_of_clip_that_is_not_wanted(

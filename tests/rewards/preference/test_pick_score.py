@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_clip_rewards import build_clip, build_pick_score, build_tokenizer, publish_clip_score
-from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
+from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor
 
 from noiseopt.rewards import AutoReward, ImageTransform, PickScore
 
@@ -40,11 +40,17 @@ def test_a_folder_with_the_model_alone_takes_the_rest_from_clip(companion: Path,
     torch.testing.assert_close(loaded(images, "a cat"), build_pick_score()(images, "a cat"), rtol=1e-5, atol=1e-5)
 
 
-def test_a_folder_with_everything_is_read_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, images: torch.Tensor):
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_folder_with_everything_is_read_alone(
+    whole: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, images: torch.Tensor
+):
+    """transformers 5 writes one file for a whole `CLIPProcessor`."""
     monkeypatch.setattr("noiseopt.rewards.preference.pick_score.CLIP_VIT_H", "no/such-repository")
     build_clip(seed=1).save_pretrained(tmp_path)
     build_tokenizer().save_pretrained(tmp_path)
-    CLIPImageProcessorPil(size={"shortest_edge": 40}, crop_size={"height": 32, "width": 32}).save_pretrained(tmp_path)
+    processor = CLIPImageProcessorPil(size={"shortest_edge": 40}, crop_size={"height": 32, "width": 32})
+    (CLIPProcessor(processor, build_tokenizer()) if whole else processor).save_pretrained(tmp_path)
+    assert (tmp_path / "preprocessor_config.json").exists() is not whole
     loaded = PickScore.from_pretrained(str(tmp_path), local_files_only=True)
     assert loaded.image_transform == ImageTransform(size=40, crop=(32, 32))
     assert loaded(images, "a cat").shape == (2,)

@@ -8,7 +8,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from noiseopt.rewards import DPP, DPPPatch, Features, PairwiseDiversity, TinyImage, find_set_reward, list_set_rewards
+from noiseopt.rewards import (
+    DPP,
+    DPPPatch,
+    Features,
+    PairwiseDiversity,
+    TinyImage,
+    Vendi,
+    VendiOrder2,
+    VendiOrderInfinity,
+    cosine_kernel,
+    find_set_reward,
+    list_set_rewards,
+)
 
 
 def dpp() -> DPP:
@@ -46,6 +58,20 @@ def test_it_is_the_determinant_of_the_cosines(count: int):
         assert dpp().of_features(vectors.float()).item() == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.parametrize("reward", [DPP, Vendi, VendiOrder2, VendiOrderInfinity])
+def test_black_images_equal_one_another_and_no_other(reward):
+    """Their pixels have no direction. The values are those of 2 groups of 2, and a black image gets no gradient."""
+    gray = TinyImage()(torch.full((2, 3, 8, 8), 0.5))
+    black = TinyImage()(torch.zeros(2, 3, 8, 8)).requires_grad_()
+    score, expected = reward(TinyImage()).of_features, reward(TinyImage()).of_features(torch.eye(2).repeat(2, 1))
+    torch.testing.assert_close(score(torch.cat([gray, black])), expected, rtol=1e-5, atol=1e-6)
+    lowest, highest = reward(TinyImage()).bounds(2)
+    assert score(black).item() == pytest.approx(lowest, abs=1e-5)
+    assert score(torch.cat([gray[:1], black[:1]])).item() == pytest.approx(highest, abs=1e-5)
+    (gradient,) = torch.autograd.grad(score(torch.cat([gray, black])), black)
+    assert not gradient.any()
+
+
 def test_patches_are_averaged():
     patches = random_vectors(4, 7, 10)
     each = [dpp().of_features(patches[:, position]) for position in range(7)]
@@ -53,6 +79,11 @@ def test_patches_are_averaged():
     assert {"dpp", "dpp_patch"} <= set(list_set_rewards())
     assert find_set_reward("dpp_patch") is DPPPatch and DPPPatch.default_features == "dinov2_patch"
     torch.testing.assert_close(DPPPatch(TinyImage()).of_features(patches), dpp().of_features(patches))
+
+
+def test_the_diagonal_of_the_kernel_is_1():
+    features = torch.stack([torch.zeros(5), torch.full((5,), 1e-9), torch.ones(5)])
+    torch.testing.assert_close(cosine_kernel(features).diagonal(), torch.ones(3, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("shape", [(2, 5), (4, 6), (6, 3), (3, 4, 5)], ids=str)

@@ -25,6 +25,14 @@ def test_cosine_is_the_mean_over_patches(shape: tuple[int, ...]):
     torch.testing.assert_close(cosine_distance(a, -a).diagonal(), torch.full((3,), 2.0, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("shape", [(7,), (5, 7)], ids=["vectors", "patches"])
+def test_cosine_of_images_without_a_direction(shape: tuple[int, ...]):
+    """They are at 0 from one another, and at 1, a right angle, from all others."""
+    zeros, others = torch.zeros(2, *shape), vectors(3, *shape, dtype=torch.float32)
+    torch.testing.assert_close(cosine_distance(zeros, zeros), torch.zeros(2, 2))
+    torch.testing.assert_close(cosine_distance(zeros, others), torch.ones(2, 3))
+
+
 def test_l2_and_its_square():
     a, b = vectors(3, 5, 7), vectors(4, 5, 7, seed=1)
     expected = pair_by_pair(lambda x, y: (x - y).square().sum(), a, b)

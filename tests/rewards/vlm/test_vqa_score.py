@@ -163,7 +163,7 @@ def test_texts_made_in_inference_mode_serve_later_gradients():
 def test_pixels_that_are_not_the_processors_are_refused():
     model, processor = build_family("llava")
     reward = VQAScorer(model, processor)
-    processor.image_processor.rescale_factor = 1 / 128
+    processor.image_processor.rescale = lambda image, scale, **_: image / 128  # not in its settings
     with pytest.raises(
         ValueError, match=r"pixels of CLIPImageProcessorPil, \(1, 3, 32, 32\), but .* Pass `preprocess=`"
     ):
