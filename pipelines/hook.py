@@ -4,7 +4,7 @@ import contextlib
 import functools
 import inspect
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
 
@@ -148,6 +148,17 @@ class NoiseRun:
             hooks["encode_prompt"] = functools.partial(self.encode_prompt, pipe.encode_prompt)
         return hooks
 
+    @contextlib.contextmanager
+    def running(self, pipe) -> Iterator[None]:
+        """Hook the run into a call of the pipeline; an exception after the optimization carries the result."""
+        try:
+            with self.frozen_modules(pipe), hooked(pipe, **self.hooks(pipe)), stock_errors(pipe, self):
+                yield
+        except BaseException as error:
+            if self.result is not None:
+                vars(error)["noise_result"] = self.result
+            raise
+
     def encode_prompt(self, encode, *args, **kwargs):
         """Record what the call gets from its `encode_prompt`, be it replaced or not, for the inner runs to replay."""
         self.encoding += 1
@@ -279,13 +290,8 @@ class NoiseOptimizationMixin(SavedWithCode):
 
     def optimized_call(self, run: NoiseRun, stock: Callable[[], Any]) -> Any:
         """Return the output of a stock call whose noise is optimized first."""
-        try:
-            with run.frozen_modules(self), hooked(self, **run.hooks(self)), stock_errors(self, run):
-                output = stock()
-        except BaseException as error:
-            if run.result is not None:
-                vars(error)["noise_result"] = run.result
-            raise
+        with run.running(self):
+            output = stock()
         result = run.result_of(self)
         if isinstance(output, tuple):
             output = OutputTuple(output)
@@ -458,7 +464,7 @@ def optimize_noise(
             call=call,
         )
         try:
-            with stock_errors(twin, run), run.frozen_modules(twin), hooked(twin, **run.hooks(twin)), torch.no_grad():
+            with run.running(twin), torch.no_grad():
                 stock_call(type(pipe))(twin, **request)
         except NoiseFound as found:
             if found.run is not run:
