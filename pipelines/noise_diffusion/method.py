@@ -16,7 +16,9 @@ from ..problem import CandidateNoise, NoiseProblem
 from ..registry import register_method
 from ..sampling.sampler import Gradient
 from .candidate_choice import best_of_pool, guided_gaussian
-from .unit_score import UnitScore
+from .unit_score import UnitScore, check_score_range
+
+MOST_CANDIDATES = 100_000
 
 
 @register_method("noise_diffusion")
@@ -72,9 +74,16 @@ class NoiseDiffusion(RewardOptimizer):
 
     def check(self) -> None:
         super().check()
+        if self.score_range is not None:
+            check_score_range(self.score_range)
         if self.selection != "exact" and not isinstance(self.candidates, int):
             raise ValueError(
                 f'Expected `candidates` to be an integer unless `selection="exact"`, but got {self.candidates!r}.'
+            )
+        if self.selection == "pool" and self.candidates > MOST_CANDIDATES:
+            raise ValueError(
+                f"Expected at most {MOST_CANDIDATES} `candidates`, each of which is drawn, but got {self.candidates}. "
+                'Use `selection="exact"`, which draws once for any number.'
             )
 
     def objective(self, pipe) -> UnitScore:

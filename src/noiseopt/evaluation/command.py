@@ -1,6 +1,7 @@
 """The command `noiseopt evaluate` and its defaults."""
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -200,6 +201,8 @@ def weighted(text: str) -> list[tuple[str, float]]:
         name, factor = (name, float(weight)) if equals else (text, 1.0)
     except ValueError:
         raise ValueError(f"Expected a reward as NAME or NAME=WEIGHT, but got {text!r}.") from None
+    if not math.isfinite(factor):
+        raise ValueError(f"Expected a finite weight, but got {text!r}.")
     return [(member, factor * of) for member, of in REWARD_PRESETS.get(name, {name: 1.0}).items()]
 
 
@@ -216,8 +219,9 @@ def run(evaluation: "Evaluation", output: Path) -> None:
             print(f"\nInterrupted. Finished units are in {output}; the same command continues.", file=sys.stderr)
         raise
     if results is not None:
-        print((output / "table.md").read_text(encoding="utf-8"))
-        print((output / "cost.md").read_text(encoding="utf-8"))
+        from .terminal import print_results
+
+        print_results(results)
         for path in sorted(path for path in output.iterdir() if path.is_file() and not path.name.startswith(".")):
             print(f"wrote {path}")
 
