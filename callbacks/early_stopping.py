@@ -19,6 +19,8 @@ class EarlyStopping(NoiseCallback):
         ValueError: For arguments outside their ranges.
     """
 
+    continues = ("reference", "waited")
+
     def __init__(self, patience: int, min_delta: float = 0.0) -> None:
         if patience < 1 or min_delta < 0:
             raise ValueError(f"Expected patience >= 1 and min_delta >= 0, but got {patience} and {min_delta}.")

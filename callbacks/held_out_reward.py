@@ -36,6 +36,8 @@ class HeldOutReward(NoiseCallback):
             does not return one score per image.
     """
 
+    continues = ("rows", "initial_loss")
+
     def __init__(
         self,
         reward: Callable[..., Any],

@@ -1,58 +1,87 @@
 """Entry points: `optimize_noise` for existing pipelines, and the hook in `prepare_latents` of our classes."""
 
 import contextlib
-import copy
 import functools
 import inspect
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, overload
 
 import torch
 
-from ..callbacks.noise_callback import CallbackSpec, as_callbacks
+from ..callbacks.noise_callback import CallbackSpec, NoiseCallback, as_callbacks
+from ..private_names import execution_device
 from ..schedulers.noise_samplers import NoiseSamplerSpec
+from .loading import release_rewards
 from .loop import optimize
 from .memory.tiny_decoder import as_loop_decoder
 from .method import NoiseOptimizer
 from .objective import Objective
 from .problem import NoiseProblem
-from .registry import as_method
+from .registry import METHODS, as_method
 from .request import (
     bind_request,
+    check_argument_names,
     check_batch,
     check_noise_is_drawn,
+    check_noise_path,
+    check_pipeline,
+    check_request,
     check_takes_latents,
     groups_of,
     image_size,
     noise_sampler_of,
     prompts_of,
+    require_prompt_text,
     reward_prompts_of,
+    stock_errors,
 )
+from .result_folder import FolderBar, PromptEntry, only_writer, prompt_entries
 from .results.noise_file import NoiseFile
 from .results.noise_result import NoiseResult
 from .results.pipeline_code import SavedWithCode
+from .results.resume import call_description, first_generator, known_run
+from .sampling.apart import apart, hooked, set_aside
 from .sampling.first_call import stock_call, submodules_of
 from .sampling.latent_space import LatentSpace
-from .sampling.module_state import DENOISERS, frozen_modules, refuse_unsuited
+from .sampling.module_state import (
+    DENOISERS,
+    frozen_modules,
+    refuse_replaced_latents,
+    refuse_replaced_step,
+    refuse_unsuited,
+    shared_parts,
+)
 from .sampling.sampler import PipelineSampler
+from .sampling.turns import TURNS
 
 Callbacks = CallbackSpec | Iterable[CallbackSpec] | None
 
 
 class NoiseFound(Exception):
-    """Ends a pipeline call once its noise is known, when nobody asked for the final image."""
+    """Ends the pipeline call of a run once its noise is known, when nobody asked for the final image."""
+
+    def __init__(self, run: "NoiseRun") -> None:
+        super().__init__()
+        self.run = run
+
+
+class OutputTuple(tuple):
+    """The output of a call with `return_dict=False`, and the `noise_result` that a plain tuple cannot have."""
+
+    noise_result: NoiseResult
 
 
 class NoiseDraw:
     """One pipeline call on noise of a noise sampler, without optimization."""
 
-    def __init__(self, request: dict[str, Any], noise_sampler: NoiseSamplerSpec | None) -> None:
-        prompts_of(request)
+    def __init__(self, pipe, request: dict[str, Any], noise_sampler: NoiseSamplerSpec | None) -> None:
+        refuse_replaced_latents(pipe)
         self.noise_sampler = noise_sampler_of(noise_sampler, request, groups_of(request))
 
-    def encode_prompt(self, encode, *args, **kwargs):
-        return encode(*args, **kwargs)
+    def hooks(self, pipe) -> dict[str, Callable[..., Any]]:
+        return {"prepare_latents": functools.partial(self.prepare_latents, pipe)}
 
     def prepare_latents(self, pipe, *args, **kwargs):
         """Run the stock method on noise of the sampler."""
@@ -76,40 +105,74 @@ class NoiseRun:
         reward_prompt: str | Sequence[str] | None = None,
         save_noise_to: str | os.PathLike[str] | None = None,
         render: bool = True,
+        known: NoiseResult | None = None,
+        call: dict[str, Any] | None = None,
     ) -> None:
-        self.method, self.request, self.render = method, request, render
+        self.method, self.request, self.render, self.known = method, request, render, known
         self.callbacks = as_callbacks(callbacks)
         method.check()
+        check_request(pipe, request)
         check_noise_is_drawn(pipe, request)
         if torch.is_inference_mode_enabled():
             raise ValueError("Expected a call outside `torch.inference_mode()`, where no gradient exists. Remove it.")
         refuse_unsuited(pipe, method.gradient_mode)
-        self.objective: Objective = method.objective(pipe)
+        if method.previews:
+            refuse_replaced_step(pipe)
         self.prompts, self.groups = prompts_of(request), groups_of(request)
-        requires_prompt = self.objective.requires_prompt
-        self.reward_prompts = reward_prompts_of(request, reward_prompt, len(self.prompts), requires_prompt)
-        self.objective.check_groups(self.groups)
+        self.reward_prompts = reward_prompts_of(request, reward_prompt, len(self.prompts))
         check_batch(request, len(self.prompts))
         self.noise_sampler = noise_sampler_of(noise_sampler, request, self.groups)
+        self.call = call or call_description(pipe, method, request, noise_sampler, reward_prompt)
+        check_noise_path(save_noise_to)
         self.noise_file = None if save_noise_to is None else NoiseFile(save_noise_to)
+        self.objective: Objective = method.objective(pipe)
+        if self.objective.requires_prompt and reward_prompt is None:
+            require_prompt_text(request)
+        self.objective.check_groups(self.groups)
         self.size = image_size(pipe, request)
         if self.size:
             self.objective.try_out(self.reward_prompts[0], *self.size, gradient=method.gradient_mode is not None)
         self.decoder = as_loop_decoder(method.decoder, pipe, list(submodules_of(pipe, DENOISERS).values()))
         self.encoded: list[Any] = []
+        self.encoding = 0  # depth of calls of `encode_prompt` in one another
+        self.began = False
         self.result: NoiseResult | None = None
 
     def frozen_modules(self, pipe) -> contextlib.AbstractContextManager[None]:
         return frozen_modules(pipe, self.method.gradient_mode, self.decoder, self.size)
 
+    def hooks(self, pipe) -> dict[str, Callable[..., Any]]:
+        """Return the functions that take the place of methods of the pipeline during its call."""
+        hooks: dict[str, Callable[..., Any]] = {"prepare_latents": functools.partial(self.prepare_latents, pipe)}
+        if hasattr(pipe, "encode_prompt"):
+            hooks["encode_prompt"] = functools.partial(self.encode_prompt, pipe.encode_prompt)
+        return hooks
+
+    @contextlib.contextmanager
+    def running(self, pipe) -> Iterator[None]:
+        """Hook the run into a call of the pipeline; an exception after the optimization carries the result."""
+        try:
+            with self.frozen_modules(pipe), hooked(pipe, **self.hooks(pipe)), stock_errors(pipe, self):
+                yield
+        except BaseException as error:
+            if self.result is not None:
+                vars(error)["noise_result"] = self.result
+            raise
+
     def encode_prompt(self, encode, *args, **kwargs):
-        """Record the output of the stock method, which the inner runs replay."""
-        self.encoded.append(encode(*args, **kwargs))
-        return self.encoded[-1]
+        """Record what the call gets from its `encode_prompt`, be it replaced or not, for the inner runs to replay."""
+        self.encoding += 1
+        try:
+            encoded = encode(*args, **kwargs)
+        finally:
+            self.encoding -= 1
+        if not self.encoding:
+            self.encoded.append(encoded)
+        return encoded
 
     def prepare_latents(self, pipe, *args, **kwargs):
         """Draw the base noise as the stock method does, optimize it, and prepare the latents of the result."""
-        method = self.method
+        method, self.began = self.method, True
         sampler = PipelineSampler(
             pipe,
             self.request,
@@ -120,12 +183,13 @@ class NoiseRun:
             checkpointing=method.checkpointing,
             through_denoiser=method.gradient_mode == "full",
         )
-        problem = NoiseProblem(pipe, sampler, self.prompts, self.reward_prompts, self.groups, self.request)
-        with torch.enable_grad(), sampler.checkpoints:
-            self.result = optimize(method, problem, self.objective, self.callbacks, self.noise_file)
+        problem = NoiseProblem(pipe, sampler, self.prompts, self.reward_prompts, self.groups, self.request, self.call)
+        # callbacks and rewards may draw with the pipeline
+        with set_aside(pipe), torch.enable_grad(), sampler.checkpoints:
+            self.result = optimize(method, problem, self.objective, self.callbacks, self.noise_file, self.known)
         if not self.render:
-            raise NoiseFound
-        return sampler.prepare(pipe, self.result.noise.to(problem.dtype))
+            raise NoiseFound(self)
+        return sampler.prepare(self.result.noise.to(problem.dtype))
 
     def result_of(self, pipe) -> NoiseResult:
         """Return the result of a call that has ended."""
@@ -148,7 +212,7 @@ class NoiseOptimizationMixin(SavedWithCode):
     goes on with the noise that was found: only this final run fires `callback_on_step_end`.
     """
 
-    _noise_run: NoiseRun | NoiseDraw | None = None
+    _noise_run: None = None  # marks our classes among the bases of a pipeline
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Show the parameters of the stock class in `inspect.signature(cls.__call__)`, followed by ours."""
@@ -198,8 +262,8 @@ class NoiseOptimizationMixin(SavedWithCode):
                 `optimize_noise`.
 
         Returns:
-            The output of the stock pipeline, with a `noise_result` attribute unless `return_dict=False`. An exception,
-            Ctrl-C included, carries the best so far as its `noise_result`.
+            The output of the stock pipeline, with a `noise_result` attribute. An exception, Ctrl-C included, carries
+            the best so far as its `noise_result`.
 
         Raises:
             ValueError: For settings that cannot work, before any model runs.
@@ -207,39 +271,36 @@ class NoiseOptimizationMixin(SavedWithCode):
         stock = super().__call__  # pyright: ignore[reportAttributeAccessIssue]
         if method is None:
             check_nothing_beside(method_kwargs=method_kwargs, save_noise_to=save_noise_to, reward_prompt=reward_prompt)
-        if method is None and noise_sampler is None:
-            return stock(*args, **kwargs)
-        request = bind_request(self, args, kwargs)
-        if method is None:
-            with hook_on(self, NoiseDraw(request, noise_sampler)):
+        found = None if method is None else as_method(method, method_kwargs)
+        check_argument_names(self, kwargs, [parameter.name for parameter in self.own_parameters()], found)
+        if found is None and noise_sampler is None:
+            with TURNS.take([self]):  # another thread may be in a run of this pipeline
                 return stock(*args, **kwargs)
-        run = NoiseRun(
-            self, as_method(method, method_kwargs), request, callbacks, noise_sampler, reward_prompt, save_noise_to
-        )
-        try:
-            with run.frozen_modules(self), hook_on(self, run):
-                output = stock(*args, **kwargs)
-        except BaseException as error:
-            if run.result is not None:
-                vars(error)["noise_result"] = run.result
-            raise
+        request = bind_request(self, args, kwargs)
+        if found is None:
+            check_request(self, request)
+            draw = NoiseDraw(self, request, noise_sampler)
+            with TURNS.take([self]), hooked(self, **draw.hooks(self)):
+                return stock(*args, **kwargs)
+        with TURNS.take(shared_parts(self, found.decoder)):
+            return self.optimized_call(
+                NoiseRun(self, found, request, callbacks, noise_sampler, reward_prompt, save_noise_to),
+                functools.partial(stock, *args, **kwargs),
+            )
+
+    def optimized_call(self, run: NoiseRun, stock: Callable[[], Any]) -> Any:
+        """Return the output of a stock call whose noise is optimized first."""
+        with run.running(self):
+            output = stock()
         result = run.result_of(self)
-        if not isinstance(output, tuple):
-            output.noise_result = result
+        if isinstance(output, tuple):
+            output = OutputTuple(output)
+        output.noise_result = result
         return output
 
-    def encode_prompt(self, *args, **kwargs):
-        """Run the stock method; under optimization its output is recorded for the inner runs."""
-        encode = super().encode_prompt  # pyright: ignore[reportAttributeAccessIssue]
-        run = self._noise_run
-        return encode(*args, **kwargs) if run is None else run.encode_prompt(encode, *args, **kwargs)
-
-    def prepare_latents(self, *args, **kwargs):
-        """Run the stock method; under optimization the noise is optimized before it is returned."""
-        run = self._noise_run
-        if run is None:
-            return super().prepare_latents(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
-        return run.prepare_latents(self, *args, **kwargs)
+    def release_rewards(self) -> None:
+        """Forget the rewards, features and decoders that this pipeline loaded by name, which frees their memory."""
+        release_rewards(self)
 
     @classmethod
     def own_parameters(cls) -> list[inspect.Parameter]:
@@ -287,22 +348,36 @@ def call_with_signature(cls: Any) -> Any:
     return call
 
 
-@contextlib.contextmanager
-def hook_on(pipe, run: NoiseRun | NoiseDraw) -> Iterator[None]:
-    """Route the prompts and latents of a pipeline's call to a run."""
-    vars(pipe)["_noise_run"] = run
-    try:
-        yield
-    finally:
-        vars(pipe).pop("_noise_run", None)
+@overload
+def optimize_noise(
+    pipe,
+    prompt: str | list[str] | None,
+    method: NoiseOptimizer | str,
+    *,
+    method_kwargs: Mapping[str, Any] | None = None,
+    callbacks: Callbacks = None,
+    noise_sampler: NoiseSamplerSpec | None = None,
+    reward_prompt: str | Sequence[str] | None = None,
+    save_noise_to: str | os.PathLike[str] | None = None,
+    resume_from: str | os.PathLike[str] | None = None,
+    folder: None = None,
+    **call_kwargs,
+) -> NoiseResult: ...
 
 
-@functools.cache
-def hooked(cls: type) -> type:
-    """Return a subclass of a pipeline class with the hook, or the class itself if it has one."""
-    if hasattr(cls, "_noise_run"):
-        return cls
-    return type(cls.__name__, (NoiseOptimizationMixin, cls), {"__module__": cls.__module__})
+@overload
+def optimize_noise(
+    pipe,
+    prompt: list[str],
+    method: NoiseOptimizer | str,
+    *,
+    folder: str | os.PathLike[str],
+    method_kwargs: Mapping[str, Any] | None = None,
+    callbacks: Callbacks = None,
+    noise_sampler: NoiseSamplerSpec | None = None,
+    reward_prompt: str | Sequence[str] | None = None,
+    **call_kwargs,
+) -> list[NoiseResult]: ...
 
 
 def optimize_noise(
@@ -315,8 +390,10 @@ def optimize_noise(
     noise_sampler: NoiseSamplerSpec | None = None,
     reward_prompt: str | Sequence[str] | None = None,
     save_noise_to: str | os.PathLike[str] | None = None,
+    resume_from: str | os.PathLike[str] | None = None,
+    folder: str | os.PathLike[str] | None = None,
     **call_kwargs,
-) -> NoiseResult:
+) -> NoiseResult | list[NoiseResult]:
     """Find the initial noise of a call to any diffusers text-to-image pipeline. The pipeline stays unmodified.
 
     Args:
@@ -331,26 +408,106 @@ def optimize_noise(
         reward_prompt: The prompt that rewards are asked about instead of the prompt of the call: one, or one for each
             image.
         save_noise_to: A file for the best noise so far, to be read by `NoiseResult.load`. It is written after the first
-            step, every few seconds, and when the run ends in any way; it is always complete. An existing file is
-            replaced.
+            step, every few seconds, and when the run ends in any way; it is always whole. An existing file is replaced.
+        resume_from: The file of a run of the same call that was interrupted. The run goes on where it stopped, and its
+            result equals that of one that was never interrupted. A complete one is returned at once, without its
+            images. With the path of `save_noise_to`, a missing file and a half-done one of a method whose state cannot
+            be stored start anew; so a loop over prompts that gives both can be started again at any time.
+        folder: A folder for the results of a list of prompts, each of which is optimized by itself: files such as
+            `0007-a-red-square.safetensors`. Finished prompts are not run again, and half-done ones go on, as with
+            `resume_from`. `generator` is then a seed s, from which prompt k gets s + k, one seed for each prompt, or a
+            generator for its seed and device.
         call_kwargs: The other arguments of `pipe(prompt, ...)`: steps, guidance, size, generator, latents ...
 
     Returns:
         The result; `pipe(prompt, latents=result.latents, **call_kwargs)` generates its images. An exception, Ctrl-C
-        included, leaves the pipeline as it was, and carries the best so far as its `noise_result`.
+        included, leaves the pipeline as it was, and carries the best so far as its `noise_result`. With `folder` a list
+        of results on the CPU without images, one for each prompt; an exception carries the complete ones as its
+        `noise_results` too.
 
     Raises:
-        ValueError: Before any model runs, for settings or a pipeline state that cannot work.
+        ValueError: Before any model runs, for settings or a pipeline state that cannot work, and for a file of another
+            call, with the differences.
+        FileNotFoundError: If there is no file `resume_from`.
         TypeError: For an argument that the pipeline does not take, or a pipeline without a noise to optimize.
     """
+    check_pipeline(pipe)
+    ours = list(inspect.signature(optimize_noise).parameters)
+    check_argument_names(pipe, call_kwargs, ours, METHODS.entries.get(method) if isinstance(method, str) else method)
     method = as_method(method, method_kwargs)
-    twin = copy.copy(pipe)
-    twin.__class__ = hooked(type(pipe))
-    vars(twin)["scheduler"] = copy.deepcopy(pipe.scheduler)  # a call sets the timesteps of its scheduler
-    check_takes_latents(twin)
-    request = bind_request(twin, (), {"prompt": prompt, **call_kwargs})
-    run = NoiseRun(twin, method, request, callbacks, noise_sampler, reward_prompt, save_noise_to, render=False)
-    vars(twin)["_noise_run"] = run
-    with run.frozen_modules(twin), torch.no_grad(), contextlib.suppress(NoiseFound):
-        stock_call(type(pipe))(twin, **request)
-    return run.result_of(twin)
+    if folder is not None:
+        check_not_beside_folder(save_noise_to=save_noise_to, resume_from=resume_from)
+        with only_writer(Path(folder)):
+            entries = prompt_entries(prompt, folder, call_kwargs.pop("generator", None), reward_prompt)
+            return optimize_entries(pipe, entries, method, as_callbacks(callbacks), noise_sampler, call_kwargs)
+    with TURNS.take(shared_parts(pipe, method.decoder)), apart(pipe) as twin:
+        request = checked_request(twin, prompt, call_kwargs)
+        call, known = call_description(twin, method, request, noise_sampler, reward_prompt), None
+        if resume_from is not None:
+            known = known_run(resume_from, save_noise_to, call)
+        if known is not None and known.complete:
+            if save_noise_to is not None and Path(save_noise_to) != Path(resume_from or ""):
+                known.save(Path(save_noise_to))
+            return known
+        if known is not None and request.get("generator") is None and request.get("latents") is None:
+            request |= first_generator(known, execution_device(twin))
+        run = NoiseRun(
+            twin,
+            method,
+            request,
+            callbacks,
+            noise_sampler,
+            reward_prompt,
+            save_noise_to,
+            render=False,
+            known=known,
+            call=call,
+        )
+        try:
+            with run.running(twin), torch.no_grad():
+                stock_call(type(pipe))(twin, **request)
+        except NoiseFound as found:
+            if found.run is not run:
+                raise
+        return run.result_of(twin)
+
+
+def checked_request(pipe, prompt: Any, call_kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a call by name, after they were checked."""
+    check_takes_latents(pipe)
+    request = bind_request(pipe, (), {"prompt": prompt, **call_kwargs})
+    check_request(pipe, request)
+    return request
+
+
+def optimize_entries(
+    pipe,
+    entries: Sequence[PromptEntry],
+    method: NoiseOptimizer,
+    callbacks: Sequence[NoiseCallback],
+    noise_sampler: NoiseSamplerSpec | None,
+    call_kwargs: dict[str, Any],
+) -> list[NoiseResult]:
+    """Optimize each prompt of a folder by itself, after its files were found to be of the same calls."""
+    for entry in entries:
+        request = checked_request(pipe, entry.prompt, call_kwargs | entry.arguments)
+        known_run(entry.file, entry.file, call_description(pipe, method, request, noise_sampler, entry.reward_prompt))
+    bar, results = FolderBar(pipe, len(entries), method.steps), []
+    own: dict[str, Any] = {"callbacks": [bar, *callbacks], "noise_sampler": noise_sampler}
+    try:
+        for entry in entries:
+            files = {"save_noise_to": entry.file, "resume_from": entry.file, "reward_prompt": entry.reward_prompt}
+            result = optimize_noise(pipe, entry.prompt, method, **own, **files, **call_kwargs, **entry.arguments)
+            results.append(result.without_images())
+            bar.next_run()
+    except BaseException as error:
+        vars(error)["noise_results"] = results
+        raise
+    finally:
+        bar.close()
+    return results
+
+
+def check_not_beside_folder(**arguments: Any) -> None:
+    if given := [name for name, value in arguments.items() if value is not None]:
+        raise ValueError(f"Expected `folder` or `{given[0]}`, but got both. A folder has a file for each prompt.")

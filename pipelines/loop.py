@@ -4,6 +4,7 @@ import dataclasses
 import math
 import warnings
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 
@@ -19,9 +20,18 @@ from .objective import Objective
 from .problem import NoiseProblem
 from .results.frequency_bands import band_energies
 from .results.noise_file import NoiseFile
-from .results.noise_result import NoiseResult
+from .results.noise_result import NoiseResult, Progress
 from .results.pipeline_description import portable
 from .results.provenance import provenance_of
+from .results.resume import (
+    NotStorable,
+    continued_parts,
+    kept_attributes,
+    kept_of_all,
+    progress_of,
+    set_attributes,
+    step_reached,
+)
 from .sampling.sample import Sample
 from .sampling.sampler import Gradient, PipelineSampler
 
@@ -32,6 +42,7 @@ def optimize(
     objective: Objective,
     callbacks: CallbackSpec | Iterable[CallbackSpec] | None = None,
     noise_file: NoiseFile | None = None,
+    known: NoiseResult | None = None,
 ) -> NoiseResult:
     """Run a method on a problem.
 
@@ -41,15 +52,18 @@ def optimize(
         objective: The objective that the method returned for the pipeline.
         callbacks: Callbacks per optimization step.
         noise_file: The file that holds the best noise from the first step on, and the result at the end.
+        known: The result of an interrupted run of the same call, to be continued.
 
     Returns:
         The result. An exception carries what was found before it as its `noise_result`.
     """
     run = NoiseState(problem.pipe, problem.reward_prompts, method.steps, problem.noise)
-    loop = OptimizationLoop(method, problem, objective, run, [ProgressBar(), *as_callbacks(callbacks)], noise_file)
+    own = as_callbacks(callbacks)
+    bars = [] if any(isinstance(callback, ProgressBar) for callback in own) else [ProgressBar()]
+    loop = OptimizationLoop(method, problem, objective, run, [*bars, *own], noise_file)
     try:
         try:
-            loop.run_all()
+            loop.run_all(known)
         finally:
             loop.end()
         return loop.saved_result()
@@ -87,25 +101,81 @@ class OptimizationLoop:
         self.full_decoder_images: dict[str, torch.Tensor] = {}
         self.total: torch.Tensor | None = None
         self.leaf = self.evaluated = problem.noise
+        self.progress: Progress | None = None
+        self.complete = False
 
-    def run_all(self) -> None:
-        self.start()
-        for step in range(self.method.steps):
+    def run_all(self, known: NoiseResult | None = None) -> None:
+        self.start(0 if known is None else step_reached(known))
+        if known is not None:
+            self.take_up(known)
+        self.mark()
+        for step in range(len(self.rows), self.method.steps):
+            if self.run.stopped:
+                break
             self.evaluate(step)
             if self.run.stopped or not self.moves_after(step):
                 break
             self.move()
-            if self.run.stopped:
-                break
+            self.mark()
         self.finish()
         self.decode_fully()
+        self.complete = True
 
-    def start(self) -> None:
+    def start(self, step: int = 0) -> None:
+        """Prepare the method and the callbacks for a run from this step on."""
         self.chunk_size = chunk_size_of(self.method, self.problem)
         self.state = self.method.start(self.problem)
+        self.run.step = step - 1
         for callback in self.callbacks:
             if hasattr(callback, "on_run_start"):
                 callback.on_run_start(self.run)
+
+    def parts(self) -> dict[str, Any]:
+        """Return all that a run needs to go on from where it is, between two steps."""
+        run, best = self.run, self.run.best
+        return {
+            "step": len(self.rows),
+            "noise": run.noise,
+            "active": run.active,
+            "stopped": run.stopped,
+            "best": {"loss": best.loss, "step": best.step, "noise": best.noise},
+            "images": best.images is not None,
+            "state": self.state,
+            "objective": kept_attributes(self.objective),
+            "callbacks": kept_of_all(self.callbacks),
+            "streams": self.problem.sampler.random_state.generator(),
+        }
+
+    def mark(self) -> None:
+        """Remember where the run is, so that it can be continued from here."""
+        try:
+            self.progress = progress_of(self.parts(), self.run.reports)
+        except NotStorable:
+            self.progress = None
+
+    def take_up(self, known: NoiseResult) -> None:
+        """Go on from where an interrupted run was."""
+        run, parts = self.run, continued_parts(self.parts(), known, self.problem.noise)
+        assert known.band_changes is not None  # or `continued_parts` had refused it
+        for step in range(parts["step"]):
+            rows = (values[step].to(run.noise.device) for values in (known.losses, known.norms, known.band_changes))
+            scores = {name: values[step].to(run.noise.device) for name, values in known.scores.items()}
+            self.rows.append(StepRow(**dict(zip(("loss", "norm", "bands"), rows, strict=True)), scores=scores))
+        run.noise, run.active, run.stopped = parts["noise"], parts["active"], parts["stopped"]
+        run.reports, run.started = parts["reports"], run.started - parts["seconds"]
+        run.best = Best(**parts["best"], evaluations=len(self.rows))
+        self.state = parts["state"]
+        set_attributes(self.objective, parts["objective"])
+        for name, kept in parts["callbacks"].items():
+            set_attributes(self.callbacks[int(name.split()[1])], kept)
+        if parts["images"]:
+            self.initial_images, best = self.drawn(self.problem.noise), self.drawn(run.best.noise)
+            run.best = dataclasses.replace(run.best, images=best)
+
+    @torch.no_grad()
+    def drawn(self, noise: torch.Tensor) -> torch.Tensor:
+        """Return the images of a noise that was evaluated before."""
+        return self.sample_of(self.problem.sampler, noise, 0, None).images
 
     def end(self) -> None:
         for callback in self.callbacks:
@@ -165,6 +235,11 @@ class OptimizationLoop:
     def record(self, eligible: torch.Tensor | None = None) -> None:
         """Record this step, and update the best of the samples that are `eligible`, a `(B,)` bool mask."""
         run, best = self.run, self.run.best
+        if self.rows and self.rows[0].scores.keys() != run.scores.keys():
+            raise ValueError(
+                f"Expected the scores {list(self.rows[0].scores)} at each step, but got {list(run.scores)} at step "
+                f"{run.step}. An objective returns the same scores each time."
+            )
         norm = per_sample_norm(run.noise) / math.sqrt(run.noise[0].numel())
         bands = band_energies(run.noise - self.problem.noise).where(run.active[:, None], torch.nan)
         self.rows.append(StepRow(loss=run.loss, norm=norm, bands=bands, scores=run.scores))
@@ -250,7 +325,8 @@ class OptimizationLoop:
         if not self.run.best.evaluations:
             return
         result = self.result()
-        result.provenance["stopped"] = self.run.stopped or type(error).__name__
+        if not self.complete:
+            result.provenance["stopped"] = self.run.stopped or type(error).__name__
         vars(error)["noise_result"] = result
         if self.noise_file is not None:
             self.noise_file.write_if_possible(result)
@@ -260,7 +336,7 @@ class OptimizationLoop:
         problem, run, best = self.problem, self.run, self.run.best
         rows, last, noise = self.rows[: best.evaluations], self.method.returns == "last", self.returned()
         last_images = run.images if run.noise is self.evaluated else None
-        latents = problem.sampler.to_latents(problem.pipe, noise.to(problem.dtype))
+        latents = problem.sampler.to_latents(noise.to(problem.dtype))
         return NoiseResult(
             noise=noise.detach(),
             latents=latents.detach(),
@@ -273,6 +349,8 @@ class OptimizationLoop:
                 "settings": portable(self.method.settings()),
                 **provenance_of(problem, self.objective, run),
                 "steps": best.evaluations,
+                "complete": self.complete,
+                "call": problem.call,
             },
             generator_states=problem.sampler.states_after_draw(),
             reports=dict(run.reports),
@@ -280,6 +358,7 @@ class OptimizationLoop:
             band_changes=torch.stack([row.bands for row in rows]),
             images=self.full_decoder_images.get("best", last_images if last else best.images),
             initial_images=self.full_decoder_images.get("initial", self.initial_images),
+            progress=None if self.complete else self.progress,
         )
 
 

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -16,9 +16,12 @@ class Objective:
 
     Attributes:
         requires_prompt: Whether the objective reads the prompts.
+        continues: Names of attributes, tensors and numbers, with which the objective goes on in a resumed run; `None`
+            if it cannot.
     """
 
     requires_prompt: bool = False
+    continues: ClassVar[tuple[str, ...] | None] = ()
 
     def evaluate(self, sample: Sample) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Return the loss `(B,)` with its graph, and the raw scores `(B,)` by name without a graph."""
@@ -74,10 +77,20 @@ class RewardObjective(Objective):
         for name, reward in zip(self.rewards.names, self.rewards.rewards, strict=True):
             if not hasattr(reward, "function"):
                 reward.check_size(prompt, height, width)  # pyright: ignore[reportCallIssue]
-            elif gradient and self.rewards.weights[name]:
-                check_gradient(reward, prompt, height, width)  # pyright: ignore[reportArgumentType]
-            else:
-                reward(torch.rand(1, 3, height, width, generator=torch.Generator().manual_seed(0)), prompt)
+                continue
+            try:
+                if gradient and self.rewards.weights[name]:
+                    check_gradient(reward, prompt, height, width)  # pyright: ignore[reportArgumentType]
+                else:
+                    reward(torch.rand(1, 3, height, width, generator=torch.Generator().manual_seed(0)), prompt)
+            except Exception as error:
+                if not hasattr(error, "raised_by_reward"):
+                    raise
+                raise ValueError(
+                    f"Expected reward '{name}' to score a random image (1, 3, {height}, {width}), but it raised "
+                    f"{type(error).__name__}: {error}. Compute it with torch, or set `differentiable = False` on it "
+                    "and use a method without gradients, such as `BestOfN`."
+                ) from error
 
     def describe(self) -> dict[str, Any]:
         return self.rewards.describe()

@@ -20,6 +20,7 @@ class NoiseProblem:
         reward_prompts: `B` prompts that the rewards are asked about.
         groups: `B` integers, equal where images share their prompt.
         request: The arguments of the call, for the provenance.
+        call: The description of the call, which a result is compared with before the run is continued.
         noise: `(B, C, H, W)`, the base noise, float32 or better.
         space: The conversion between noise and latents.
         dtype: The dtype in which the pipeline draws its noise.
@@ -31,6 +32,7 @@ class NoiseProblem:
     reward_prompts: list[str]
     groups: list[int]
     request: dict[str, Any]
+    call: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         noise = self.sampler.base_noise

@@ -10,26 +10,28 @@ import torch
 from PIL import Image
 
 from ...callbacks.noise_callback import CallbackSpec
+from ...rewards.contract.registry import LoadedModels
 from ...rewards.contract.reward_sum import RewardSum
 from ...rewards.sets.set_reward_sum import SetRewardSum, join_features
 from ...schedulers.noise_samplers import NoiseSamplerSpec, as_noise_sampler, describe_noise_sampler
 from ..baselines.plain_sampling import PlainSampling
 from ..hook import optimize_noise
+from ..loading import loaded_models
 from ..memory.tiny_decoder import FULL_DECODER
 from ..method import NoiseOptimizer
 from ..registry import as_method
 from ..request import bind_request
+from ..result_folder import Seeds, only_writer, seed_device, seeds_from
 from ..results.noise_result import NoiseResult
 from ..results.pipeline_description import describe_pipeline
 from ..results.settings_diff import plain_description, settings_diff
 from ..results.shown_text import shown
 from .image_set_folder import ImageSetFolder
 from .method import NeverTooLate
-from .quality_guard import as_guards, shares_reward
+from .quality_guard import as_guards, loaded_guards
 
 OF_THE_SET = ("prompt", "latents", "generator", "num_images_per_prompt", "output_type", "return_dict")
 OF_THE_NOISE = ("height", "width")
-Seeds = int | Sequence[int] | torch.Generator | None
 
 
 @dataclasses.dataclass(eq=False, repr=False)
@@ -58,7 +60,7 @@ class ImageSet:
         return len(self.pictures)
 
     def __repr__(self) -> str:
-        last = ", ".join(f"{name} {value:.4g}" for name, value in (self.values or [{}])[-1].items() if value)
+        last = ", ".join(f"{shown(name)} {value:.4g}" for name, value in (self.values or [{}])[-1].items() if value)
         return f"ImageSet({len(self)} images of {shown(repr(self.prompt))}{': ' if last else ''}{last})"
 
     @property
@@ -79,12 +81,13 @@ class ImageSet:
         """Write `image_set.json`, and for each image `image_000.png` and its noise `image_000.safetensors`.
 
         Raises:
-            ValueError: For a file, and for a folder with a set.
+            ValueError: For a file, for a folder with a set, and for one to which another process writes.
         """
         home = ImageSetFolder(folder)
-        home.check_free()
-        for count in range(len(self) + 1):
-            self.write_first(count, home)
+        with only_writer(home.path):
+            home.check_free()
+            for count in range(len(self) + 1):
+                self.write_first(count, home)
 
     @classmethod
     def load(cls, folder: str | Path) -> "ImageSet":
@@ -158,17 +161,25 @@ def grow_set(
         The set. An exception carries the images so far as its `image_set`.
 
     Raises:
-        ValueError: For settings that cannot work, and a folder that is broken or has a set with other settings.
+        ValueError: For settings that cannot work, and a folder that is broken, has a set with other settings, or is
+            written to by another process.
         TypeError: For a method without references, or an argument that the pipeline does not take.
     """
     check_count_and_prompt(count, prompt)
     device = seed_device(generator)
     call = SetCall(pipe, prompt, call_kwargs, dict(render or {}), noise_sampler, device, reward_prompt)
     growth = SetGrowth(call, sequential_method(method, method_kwargs), callbacks)
-    home = None if folder is None else ImageSetFolder(folder)
-    found = ImageSet(prompt, growth.settings())
-    if home is not None:
-        found = begun_set(home, found)
+    if folder is None:
+        return grown_set(growth, ImageSet(prompt, growth.settings()), None, generator, count)
+    home = ImageSetFolder(folder)
+    with only_writer(home.path):
+        return grown_set(growth, begun_set(home, ImageSet(prompt, growth.settings())), home, generator, count)
+
+
+def grown_set(
+    growth: "SetGrowth", found: ImageSet, home: ImageSetFolder | None, generator: Seeds, count: int
+) -> ImageSet:
+    """Grow a set to `count` images, each of which is written to its folder at once."""
     seeds = further_seeds(generator, count, found.seeds)
     if home is not None and not home.begun:
         found.write_first(0, home)
@@ -252,10 +263,10 @@ class SetGrowth:
 
     def __init__(self, call: SetCall, method: NoiseOptimizer, callbacks: Any) -> None:
         self.call, self.callbacks = call, callbacks
-        device = method.device_of_rewards(call.pipe)
-        diversity = SetRewardSum(method.diversity, device=device)  # pyright: ignore[reportAttributeAccessIssue]
+        device, loaded = method.device_of_rewards(call.pipe), loaded_models(call.pipe)
+        diversity = SetRewardSum(method.diversity, device=device, loaded=loaded)  # pyright: ignore[reportAttributeAccessIssue]
         self.diversity = diversity.as_released() if getattr(method, "mode", None) == "parity" else diversity
-        self.method: Any = with_loaded_parts(method, self.diversity, device)
+        self.method: Any = with_loaded_parts(method, self.diversity, device, loaded)
         self.method.check()
         self.method.objective(call.pipe)
         self.known: dict[str, torch.Tensor] | None = None
@@ -299,7 +310,7 @@ class SetGrowth:
         baseline_values = {f"baseline {name}": item_or_none(baseline_scores.get(name)) for name in values}
         self.join(features)
         found.seeds.append(seed)
-        found.results.append(without_images(result))
+        found.results.append(result.without_images())
         found.values.append({**values, **baseline_values})
         found.pictures.append(picture)
 
@@ -362,24 +373,19 @@ def sequential_settings(of_diversity: bool) -> dict[str, Any]:
     return {**diversity, "steps": 25, "learning_rate": 3.0, "max_grad_norm": 0.15}
 
 
-def with_loaded_parts(method: Any, diversity: SetRewardSum, device: Any) -> Any:
-    """Return the method with these set rewards, and with rewards and guards loaded once for all images."""
-    loaded: dict[str, Any] = {"diversity": diversity}
+def with_loaded_parts(method: Any, diversity: SetRewardSum, device: Any, loaded: LoadedModels) -> Any:
+    """Return the method with these set rewards, and with the rewards and guards that have names loaded."""
+    parts: dict[str, Any] = {"diversity": diversity}
     if (rewards := getattr(method, "rewards", None)) is not None:
-        loaded["rewards"] = RewardSum(rewards, device=device)
-    optimized = loaded["rewards"].names if "rewards" in loaded else []
+        parts["rewards"] = RewardSum(rewards, device=device, loaded=loaded)
+    optimized = parts["rewards"].names if "rewards" in parts else []
     if guards := as_guards(getattr(method, "guard", None)):
-        own = [isinstance(guard.reward, str) and not shares_reward(guard, optimized) for guard in guards]
-        loaded["guard"] = [
-            dataclasses.replace(guard, reward=RewardSum(guard.reward, device=device).rewards[0]) if load else guard
-            for guard, load in zip(guards, own, strict=True)
-        ]
-    return dataclasses.replace(method, **loaded)
 
+        def load(reward: str) -> Any:
+            return RewardSum(reward, device=device, loaded=loaded).rewards[0]
 
-def seed_device(generator: Seeds) -> str:
-    """Return the device that draws noise: the CPU, for equal noise on every device, unless a generator has another."""
-    return str(generator.device) if isinstance(generator, torch.Generator) else "cpu"
+        parts["guard"] = loaded_guards(guards, optimized, load)
+    return dataclasses.replace(method, **parts)
 
 
 def further_seeds(generator: Seeds, count: int, known: Sequence[int]) -> list[int]:
@@ -401,20 +407,6 @@ def further_seeds(generator: Seeds, count: int, known: Sequence[int]) -> list[in
     return seeds[len(known) : count]
 
 
-def seeds_from(generator: Any, count: int, wanted: int) -> list[int]:
-    """Return at least `count` different seeds: `wanted` consecutive ones from a given first, or those given."""
-    first = generator.initial_seed() if isinstance(generator, torch.Generator) else generator
-    given = range(first, first + wanted) if type(first) is int else generator
-    seeds = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else []
-    valid = all(type(seed) is int and 0 <= seed < 2**64 for seed in seeds)
-    if not valid or len(seeds) < count or len(set(seeds)) < len(seeds):
-        raise ValueError(
-            f"Expected `generator` to be a seed of 0 or more, {count} different seeds, or a `torch.Generator`, but got "
-            f"{generator!r}. From the seed s image k gets s + k."
-        )
-    return seeds
-
-
 def begun_set(home: ImageSetFolder, empty: ImageSet) -> ImageSet:
     """Return the set that a folder has begun, or `empty` if it has none.
 
@@ -434,13 +426,6 @@ def pixels_of(picture: Image.Image) -> torch.Tensor:
     width, height = picture.size
     pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(1, height, width, 3)
     return pixels.permute(0, 3, 1, 2).contiguous().float() / 255
-
-
-def without_images(result: NoiseResult) -> NoiseResult:
-    """Return a result on the CPU without its images, as a saved result is."""
-    named = {name: getattr(result, name).cpu() for name in ("noise", "latents", "losses", "norms", "best_step")}
-    scores = {name: values.cpu() for name, values in result.scores.items()}
-    return dataclasses.replace(result, **named, scores=scores, images=None, initial_images=None)
 
 
 def baseline_scores_of(result: NoiseResult) -> dict[str, torch.Tensor]:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -42,7 +42,8 @@ class QualityGuard:
     def __post_init__(self) -> None:
         for name, low, high in (("drop", 0.0, math.inf), ("keep", 0.0, 1.0), ("threshold", -math.inf, math.inf)):
             value = getattr(self, name)
-            if value is not None and not (isinstance(value, int | float) and low < value < high):
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if value is not None and not (number and low < value < high):
                 raise ValueError(f"Expected `{name}` of a guard to be a number in ({low}, {high}), but got {value!r}.")
         if self.drop is None and self.keep is None and self.threshold is None:
             raise ValueError(
@@ -74,6 +75,18 @@ class QualityGuard:
 def shares_reward(guard: QualityGuard, names: Sequence[str]) -> bool:
     """Return whether a guard means one of the optimized rewards with these names, rather than one of its own."""
     return isinstance(guard.reward, str) and guard.reward in names
+
+
+def loaded_guards(
+    guards: Sequence[QualityGuard], names: Sequence[str], load: Callable[[str], Any]
+) -> list[QualityGuard]:
+    """Return guards whose rewards given by name are loaded, but for those that mean optimized ones with `names`."""
+    return [
+        dataclasses.replace(guard, reward=load(guard.reward))
+        if isinstance(guard.reward, str) and not shares_reward(guard, names)
+        else guard
+        for guard in guards
+    ]
 
 
 def as_guards(guard: Any) -> list[QualityGuard]:
@@ -110,7 +123,7 @@ def guard_from(reward: Any, settings: Any) -> QualityGuard:
     known = [field.name for field in dataclasses.fields(QualityGuard) if field.name != "reward"]
     if not isinstance(settings, Mapping):
         return QualityGuard(reward=reward, drop=settings)
-    if unknown := sorted(settings.keys() - set(known)):
+    if unknown := sorted(settings.keys() - set(known), key=str):
         raise ValueError(f"Expected settings of a guard out of {known}, but got {unknown}.")
     return QualityGuard(reward=reward, **settings)
 
@@ -145,6 +158,11 @@ class GuardedNoise:
             self.limits = {name: guard.limits(run.scores[name]) for name, guard in guards.items()}
             self.frozen = self.fallen(run, guards)
             return
+        if self.limits.keys() != guards.keys():
+            raise ValueError(
+                f"Expected limits of {list(guards)} from the interrupted run, but got those of {list(self.limits)}. "
+                "Start anew without `resume_from`."
+            )
         fallen = self.fallen(run, guards) & ~self.frozen
         self.good = ~fallen
         freezing = {name: guard for name, guard in guards.items() if guard.mode == "freeze"}

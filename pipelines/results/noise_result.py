@@ -1,15 +1,42 @@
 """Result of an optimization: noise, scores and provenance."""
 
+import base64
 import dataclasses
+import html
+import io
 from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.image_processor import VaeImageProcessor
+from PIL import Image
 
 from .pipeline_description import describe_pipeline
-from .result_file import LATER_TENSORS, PER_SCORE, PER_STREAM, RESULT_TENSORS, read_result_file, write_result_file
+from .result_file import (
+    LATER_TENSORS,
+    PER_PROGRESS,
+    PER_SCORE,
+    PER_STREAM,
+    RESULT_TENSORS,
+    read_result_file,
+    write_result_file,
+)
 from .settings_diff import settings_diff
 from .shown_text import shown
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Progress:
+    """Where a run was interrupted, for `resume_from`.
+
+    Attributes:
+        parts: "run" has the state of the run and its method as JSON values, with the names of tensors in their places,
+            and "reports" the reports so far.
+        tensors: The tensors by name.
+    """
+
+    parts: dict[str, Any]
+    tensors: dict[str, torch.Tensor]
 
 
 @dataclasses.dataclass(eq=False, repr=False)
@@ -38,6 +65,8 @@ class NoiseResult:
             of versions that did not store it.
         images: `(B, 3, H, W)` in [0, 1], the images of `noise`, if the run generated them. Not saved.
         initial_images: `(B, 3, H, W)`, the baseline images. Not saved.
+        progress: Where an interrupted run goes on; `None` for a complete one, and for a method whose state cannot be
+            stored.
     """
 
     noise: torch.Tensor
@@ -53,13 +82,26 @@ class NoiseResult:
     band_changes: torch.Tensor | None = None
     images: torch.Tensor | None = None
     initial_images: torch.Tensor | None = None
+    progress: Progress | None = None
 
     def __repr__(self) -> str:
         shape = "×".join(map(str, self.noise.shape))
-        best = ", ".join(f"{shown(name)} {values.mean():.4g}" for name, values in self.best_scores.items())
+        ends = ((name, values.mean(), self.best_scores[name].mean()) for name, values in self.initial_scores.items())
+        best = ", ".join(f"{shown(name)} {before:.4g} → {after:.4g}" for name, before, after in ends)
         decoder = self.provenance.get("decoder")
         by = f", by {shown(decoder.get('class'))}" if isinstance(decoder, dict) else ""
-        return f"NoiseResult({shape}, best of {len(self.losses)} steps at {self.best_step.tolist()}: {best}{by})"
+        steps, planned = len(self.losses), shown(self.provenance.get("settings", {}).get("steps"))
+        found = f"best of {steps} steps" if self.complete else f"interrupted at step {steps} of {planned}, best"
+        return f"NoiseResult({shape}, {found} at {self.best_step.tolist()}: {best}{by})"
+
+    @property
+    def complete(self) -> bool:
+        """Whether the run ended as it was asked to: after its steps, or by a callback or a stop rule.
+
+        A run that was interrupted by Ctrl-C or an error, or whose process died, is not complete. Files of versions that
+        did not record it count as complete.
+        """
+        return self.provenance.get("complete", True)
 
     @property
     def best_scores(self) -> dict[str, torch.Tensor]:
@@ -84,6 +126,27 @@ class NoiseResult:
     def at_best(self, values: torch.Tensor) -> torch.Tensor:
         return values.gather(0, self.best_step.to(values.device)[None])[0]
 
+    def pil(self) -> list[Image.Image]:
+        """Return `images` as PIL images.
+
+        Raises:
+            ValueError: If there are none: the method did not generate them, or the result was read from a file.
+        """
+        if self.images is None:
+            raise ValueError(
+                "Expected a result with images, but this one has none. Draw them with "
+                "`pipe(prompt, latents=result.latents, generator=result.generator(), ...)`."
+            )
+        return as_pil(self.images)
+
+    def _repr_html_(self) -> str:
+        """Return what notebooks show: the images before and after, if the run generated them, and the `repr`."""
+        shown = ""
+        if self.images is not None and self.initial_images is not None:
+            pairs = zip(as_pil(self.initial_images), as_pil(self.images), strict=True)
+            shown = "".join(f"<p>{html_image(before)} {html_image(after)}</p>" for before, after in pairs)
+        return f"<div>{shown}<code>{html.escape(repr(self))}</code></div>"
+
     def generator(self) -> torch.Generator | list[torch.Generator] | None:
         """Return new generators in the state after the base noise; a list if the run had one for each image."""
         fresh = []
@@ -103,6 +166,13 @@ class NoiseResult:
         known = {name: self.provenance[name] for name in given if name in self.provenance}
         return settings_diff(known, {name: given[name] for name in known})
 
+    def without_images(self) -> "NoiseResult":
+        """Return the result as a file of it reads: on the CPU, without images."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        moved = {name: value.cpu() for name, value in values.items() if isinstance(value, torch.Tensor)}
+        scores = {name: values.cpu() for name, values in self.scores.items()}
+        return dataclasses.replace(self, **moved | {"scores": scores, "images": None, "initial_images": None})
+
     def save(self, path: str | Path) -> None:
         """Write one safetensors file with the provenance as JSON in its header.
 
@@ -118,6 +188,9 @@ class NoiseResult:
         tensors |= {f"{PER_STREAM}{index}": state for index, (_, state) in enumerate(self.generator_states)}
         devices = [device for device, _ in self.generator_states]
         header = {"provenance": self.provenance, "generator_devices": devices, "reports": self.reports}
+        if self.progress is not None:
+            header["progress"] = self.progress.parts
+            tensors |= {f"{PER_PROGRESS}{name}": tensor for name, tensor in self.progress.tensors.items()}
         write_result_file(Path(path), tensors, header)
 
     @classmethod
@@ -132,8 +205,24 @@ class NoiseResult:
         header, tensors = read_result_file(Path(path))
         streams = enumerate(header["generator_devices"])
         states = [(kind, tensors.pop(f"{PER_STREAM}{index}")) for index, kind in streams]
+        parts = {name: tensors.pop(name) for name in list(tensors) if name.startswith(PER_PROGRESS)}
+        parts = {name.removeprefix(PER_PROGRESS): tensor for name, tensor in parts.items()}
         tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
         names = [name for name in tensors if name.startswith(PER_SCORE)]
         scores = {name.removeprefix(PER_SCORE): tensors.pop(name) for name in names}
         records = {name: header[name] for name in ("provenance", "reports")}
-        return cls(**tensors, **records, scores=scores, generator_states=states)
+        progress = Progress(header["progress"], parts) if header["progress"] else None
+        return cls(**tensors, **records, scores=scores, generator_states=states, progress=progress)
+
+
+def as_pil(images: torch.Tensor) -> list[Image.Image]:
+    """Return images `(B, 3, H, W)` in [0, 1] as PIL images."""
+    return VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(images.detach().clamp(0, 1)))
+
+
+def html_image(image: Image.Image, side: int = 256) -> str:
+    """Return an `img` element with the image in it, at most `side` pixels wide and high."""
+    image.thumbnail((side, side))
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return f'<img src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'

@@ -16,13 +16,15 @@ from .shown_text import shown
 
 RESULT_FORMAT = "noiseopt-result-1"
 RESULT_HEADER = {"format": str, "provenance": dict, "generator_devices": list, "reports": dict}
+RESULT_HEADER |= {"progress": dict}  # of a run that was interrupted, else empty
 RESULT_TENSORS = ("noise", "latents", "losses", "norms", "best_step")
 PROVENANCE: dict[str, type] = {"method": str, "pipeline": str, "generators": str, "dtype": str}
 PROVENANCE |= {"settings": dict, "scheduler": dict, "arguments": dict, "prompts": list, "seeds": list}
 NAMES_OR_NONE = ("model", "revision")
 CLASS_NAMES = ("method", "pipeline")  # and the entry "class" of the scheduler and the decoder
+PROVENANCE |= {"complete": bool, "call": dict}
 LATER_TENSORS = ("initial_noise", "band_changes")  # missing in files of older versions
-PER_SCORE, PER_STREAM = "scores.", "generator_states."
+PER_SCORE, PER_STREAM, PER_PROGRESS = "scores.", "generator_states.", "progress."
 NOISE_DTYPES = (torch.float32, torch.float64)
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, *NOISE_DTYPES)
 CUDA_STATE_BYTES, MOST_STATE_BYTES = 16, 1024  # accelerators have counters; the CPU state has 5056 bytes
@@ -175,7 +177,8 @@ def parsed_header(metadata: dict[str, str]) -> Header:
     unknown = sorted((metadata.keys() - {"noiseopt"}) | (header.keys() - RESULT_HEADER.keys()))
     if unknown:
         raise UnusableResult(f"has unknown metadata {brief(unknown)}")
-    header.setdefault("reports", {})  # missing in the oldest files
+    for name in ("reports", "progress"):  # missing in older files
+        header.setdefault(name, {})
     wrong = [name for name, kind in RESULT_HEADER.items() if not isinstance(header.get(name), kind)]
     if wrong:
         raise UnusableResult(f"has metadata that is missing or of the wrong type: {brief(wrong)}")
@@ -188,7 +191,7 @@ def check_names(names: set[str], header: Header) -> None:
     if missing := sorted((streams | set(RESULT_TENSORS)) - names):
         raise UnusableResult(f"lacks the tensors {brief(missing)}")
     known = {*RESULT_TENSORS, *LATER_TENSORS, *streams}
-    if unknown := sorted(name for name in names - known if not name.startswith(PER_SCORE)):
+    if unknown := sorted(name for name in names - known if not name.startswith((PER_SCORE, PER_PROGRESS))):
         raise UnusableResult(f"has unknown tensors {brief(unknown)}")
 
 
@@ -206,7 +209,7 @@ def check_tensors(tensors: Tensors) -> None:
         if name in shapes and tensor.shape != torch.Size(shapes[name]):
             expected = shown(tuple(shapes[name]))
             raise UnusableResult(f"has '{shown(name)}' of shape {shape_of(tensor)}, where {expected} is expected")
-        if not name.startswith(PER_STREAM) and tensor.dtype not in dtypes_of(name):
+        if not name.startswith((PER_STREAM, PER_PROGRESS)) and tensor.dtype not in dtypes_of(name):
             raise UnusableResult(f"has '{shown(name)}' of {tensor.dtype}")
     latents = tensors["latents"]
     if latents.shape[:1] != batch or latents.ndim < 2 or not latents.numel():

@@ -27,6 +27,9 @@ def plain_description(value: Any) -> Any:
         return [plain_description(each) for each in value]
     if isinstance(value, torch.Tensor):
         return tensor_description(value)
+    if isinstance(value, torch.Generator):
+        state = tensor_description(value.get_state())["sha256"]
+        return {"device": value.device.type, "seed": value.initial_seed(), "state": state[:16]}
     if hasattr(value, "describe"):
         return plain_description(value.describe())
     if hasattr(value, "tobytes"):

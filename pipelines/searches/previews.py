@@ -80,6 +80,7 @@ class CandidateObjective(Objective):
     """
 
     sets: list[list[int]]
+    continues = None
 
     def __init__(self, rewards: RewardObjective | None, preview: bool, limit: int | None = None) -> None:
         self.rewards, self.preview = rewards, preview

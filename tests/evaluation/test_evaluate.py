@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from PIL import Image
 from tiny_pipelines import save_tiny_clip, tiny_pipeline
 
@@ -68,7 +69,8 @@ def test_every_file_is_there_and_named(alone):
     names = ["table.md", "table.csv", "cost.md", "cost.csv", "results.json", "settings.json", "accuracy.png"]
     for name in [*names, "reward_vs_seconds.png", "spectrum.png", "grid_turbo.png"]:
         assert (folder / name).is_file() and f"wrote {folder / name}" in printed
-    assert (folder / "table.md").read_text(encoding="utf-8") in printed
+    assert max(len(line) for line in printed.split("\n") if str(folder) not in line) <= 80
+    assert "best-of-2 for reno:steps=2" in printed and "Differences on the same prompts" in printed
     assert not list(folder.rglob(".part-*"))
 
 
@@ -96,7 +98,7 @@ def test_the_table_is_the_mean_of_the_units(alone):
 
 def test_optimized_rewards_are_marked_and_only_they(alone):
     text = (alone[0] / "table.md").read_text(encoding="utf-8")
-    assert "| clip\\* | red |" in text
+    assert "| clip\\* (n = 3) | red (n = 3) |" in text
     results = json.loads((alone[0] / "results.json").read_text(encoding="utf-8"))
     marked = {entry["metric"] for entry in results["estimates"] if entry["optimized"]}
     assert "clip" in marked and not marked & {"red", "right", "layout spread"}
@@ -149,6 +151,64 @@ def test_a_finished_evaluation_loads_nothing(alone, prompts, tmp_path, monkeypat
     assert (tmp_path / "copy" / "accuracy.png").is_file()
 
 
+@pytest.mark.slow
+def test_a_plan_grows_in_its_folder(alone, prompts, tmp_path, monkeypatch, capsys):
+    """Only what is new is measured, and the table is that of the whole plan in a new folder."""
+    measure, measured = Studio.measure, []
+
+    def counted(studio, contender, index, n):
+        measured.append((contender.key, index))
+        return measure(studio, contender, index, n)
+
+    monkeypatch.setattr(Studio, "measure", counted)
+    shutil.copytree(alone[0], tmp_path / "grown")
+    (tmp_path / "four.txt").write_text("\n".join([*PROMPTS, "a red circle"]))
+    more = ["--method", "best_of_n:steps=1,noise_sampler=pink"]
+    main(command(tmp_path / "grown", tmp_path / "four.txt", *more))
+    old = ["plain", "best-of-N for reno:steps=2", "reno:steps=2"]
+    new = "best_of_n:steps=1,noise_sampler=pink"
+    assert sorted(measured) == sorted([(key, 3) for key in old] + [(new, index) for index in range(4)])
+    main(command(tmp_path / "new", tmp_path / "four.txt", *more))
+    for name in ("table.md", "table.csv"):
+        assert (tmp_path / "grown" / name).read_bytes() == (tmp_path / "new" / name).read_bytes()
+    measured.clear()
+    main(command(tmp_path / "grown", prompts))
+    assert not measured and (tmp_path / "grown" / "table.md").read_bytes() == (alone[0] / "table.md").read_bytes()
+
+
+def test_an_evaluation_does_not_start_in_a_folder_that_another_is_writing_to(alone, prompts):
+    with FileLock(alone[0] / ".lock"), pytest.raises(SystemExit, match="another process is at work in .*Wait for it"):
+        main(command(alone[0], prompts))
+
+
+def test_a_damaged_unit_is_named_before_anything_is_loaded(alone, prompts, tmp_path, monkeypatch):
+    shutil.copytree(alone[0], tmp_path / "copy")
+    path = sorted(tmp_path.glob("copy/units/turbo/plain/*.json"))[1]
+    path.write_text(path.read_text().replace('"rewards"', '"reward"'))
+    monkeypatch.delattr(evaluation, "load_pipeline")
+    with pytest.raises(SystemExit, match=f"{path.name} has wrong values: rewards. Delete"):
+        main(command(tmp_path / "copy", prompts, "--method", "cno"))
+
+
+def test_a_method_that_the_last_model_cannot_run_is_named_before_the_first_is_measured(tmp_path, monkeypatch):
+    def refuse(studio, contender):
+        if studio.model.name == "guided":
+            raise ValueError("Expected\nanother method.")
+
+    monkeypatch.delattr(Studio, "measure")
+    monkeypatch.setattr(Studio, "check", refuse)
+    options = ["--model", "turbo", "--model", "guided", "--limit", "1", "--features", "none", "--best-of", "1"]
+    with pytest.raises(SystemExit, match="Cannot run plain on guided: Expected another method."):
+        main(["evaluate", *options, "--output", str(tmp_path / "folder")])
+
+
+def test_a_method_that_needs_a_set_is_refused_for_single_images(tmp_path, monkeypatch):
+    monkeypatch.delattr(Studio, "measure")
+    options = ["--method", "cno", "--limit", "1", "--seeds", "1", "--features", "none", "--best-of", "1"]
+    with pytest.raises(SystemExit, match="Cannot run cno on turbo: Expected at least 2 images of each prompt"):
+        main(["evaluate", *options, "--output", str(tmp_path / "folder")])
+
+
 def test_another_command_is_refused_with_the_difference(alone, prompts):
     before = {path: path.stat().st_mtime_ns for path in alone[0].rglob("*")}
     with pytest.raises(SystemExit, match=r"threads was 1 and is 2.*Choose another --output, or delete that folder"):
@@ -194,7 +254,9 @@ def test_models_and_prompts_of_the_real_world(tmp_path, capsys):
     covered = row(tmp_path / "out", "plain", "Coverage")
     assert 0 <= float(covered["value"]) <= 1 and covered["low"] == ""
     assert float(row(tmp_path / "out", "reno:steps=2 − plain", reward)["value"]) >= 0
-    n = json.loads((tmp_path / "out" / "calibration.json").read_text())[str(tmp_path / "model")]["reno:steps=2"]["n"]
+    (calibrated,) = json.loads((tmp_path / "out" / "calibration.json").read_text()).values()
+    n = calibrated["n"]
+    assert (calibrated["model"], calibrated["method"]) == (str(tmp_path / "model"), "reno:steps=2")
     assert f"best-of-{n} for reno:steps=2" in text and n >= 1
 
 
@@ -207,6 +269,7 @@ def test_models_and_prompts_of_the_real_world(tmp_path, capsys):
         (["--method", "reno:learning_rate=-1"], "Expected `learning_rate`"),
         (["--reward", "clipscor"], "Did you mean 'clipscore'"),
         (["--reward", "red=many"], "Expected a reward as NAME or NAME=WEIGHT"),
+        (["--reward", "red=inf"], "Expected a finite weight, but got 'red=inf'"),
         (["--reward", "red=-1"], "Expected weights above 0"),
         (["--prompts", "missing.txt"], "missing.txt"),
         (["--prompts", "{file}"], "prompts.txt:2: Expected a prompt of the shapes world, but got 'a cat'"),

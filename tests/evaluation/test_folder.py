@@ -1,102 +1,225 @@
-"""The folder of an evaluation: damaged or foreign files are refused by name."""
+"""The folder of an evaluation: damaged or foreign files are refused by name, and one process writes at a time."""
 
+import copy
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
+from PIL import Image
 from safetensors.torch import save_file
 
 from noiseopt.evaluation.folder import CannotEvaluate, ResultFolder
-from noiseopt.evaluation.plan import PLAIN
+from noiseopt.evaluation.plan import PLAIN, Cell, MethodChoice, ModelChoice, Plan, control_of
+from noiseopt.evaluation.prompt_sets import Prompt, PromptSet
+from noiseopt.evaluation.table import Results, cost_markdown, markdown
+from noiseopt.evaluation.unit import image_path
+
+TURBO = ModelChoice.parse("turbo", {})
+CELL = Cell(TURBO, PLAIN, 0)
+
+
+def plan(**changes) -> Plan:
+    settings = {"models": (TURBO,), "methods": (MethodChoice.parse("reno"),), "seeds": 2, "best_of": 2}
+    settings |= {"prompts": PromptSet("one", (Prompt("a red star"),)), "rewards": (("red", 1.0),), "features": "clip"}
+    return Plan(**{**settings, **changes})
+
 
 GOOD = {
     "model": "turbo",
     "method": PLAIN.key,
     "index": 0,
-    "prompt": "a star",
-    "category": None,
-    "seeds": [1, 2],
-    "judge": {"right": [True, False], "found": ["a star", "a circle"]},
+    "prompt": "a red star",
+    "category": "single",
+    "seeds": [0, 1_000_003],
+    "judge": {"right": [True, False], "found": ["a star", "nothing"]},
     "rewards": {"red": [0.5, 1.5]},
-    "set": {"mss": None, "vendi": 1.5},
-    "noise": {"norm": 1.0, "spectrum": [0.5, None]},
+    "set": {"mss": 0.5, "vendi": 1.5, "coverage": 0.5, "layout spread": None},
+    "noise": {
+        name + z: [1.0, None, 1.0, 1.0, 1.0, 1.0, 1.0] if name == "spectrum" else 1.0
+        for name in ("norm", "mean", "variance", "skewness", "excess_kurtosis", "spectrum", "spectral_slope")
+        for z in ("", " z")
+    },
     "noise shape": [2, 8, 8, 8],
     "evaluations": 1,
     "cost": {"seconds": 1.0, "model_calls": 3, "memory": None},
 }
 
 
+def write(folder: ResultFolder, numbers: object, cell: Cell = CELL) -> Path:
+    path = folder.unit_path(cell)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(numbers))
+    save_file({"noise": torch.ones(2, 8, 8, 8), "features": torch.ones(2, 3)}, path.with_suffix(".safetensors"))
+    for image in range(2):
+        Image.new("RGB", (64, 64)).save(image_path(path, image))
+    folder.checked.clear()
+    return path
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> ResultFolder:
-    """A folder with one unit and its features."""
-    found = ResultFolder(tmp_path)
-    path = found.unit_path("turbo", PLAIN, 0)
-    path.parent.mkdir(parents=True)
-    path.write_text(json.dumps(GOOD))
-    save_file({"features": torch.ones(2, 3)}, path.with_suffix(".safetensors"))
-    (tmp_path / "calibration.json").write_text(json.dumps({"turbo": {"reno": {"n": 3}}}))
-    (tmp_path / "settings.json").write_text(json.dumps({"seeds": 2}))
+    """A folder with one unit and the settings of a plan."""
+    found = ResultFolder(tmp_path, plan(), "cpu")
+    write(found, GOOD)
+    found.claim()
     return found
 
 
 def test_what_is_whole_is_read(folder):
-    assert folder.numbers("turbo", PLAIN, 0) == GOOD
-    assert folder.features("turbo", PLAIN, 0).shape == (2, 3)
-    assert folder.calibration()["turbo"]["reno"]["n"] == 3
-    folder.claim({"seeds": 2})
+    assert folder.finished(CELL) and folder.numbers(CELL) == GOOD
+    assert folder.features(CELL).shape == (2, 3)
+    folder.claim()
 
 
-def without(name: str) -> str:
-    return json.dumps({key: value for key, value in GOOD.items() if key != name})
+def places(value: object, *before) -> list[tuple]:
+    """Return the keys that lead to each value in nested objects and lists."""
+    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [place for key, each in inside for place in [(*before, key), *places(each, *before, key)]]
 
 
-UNITS = {
-    "empty": ("", "cannot be read"),
-    "half": (json.dumps(GOOD)[:100], "cannot be read"),
-    "deep": ("[" * 200_000, "cannot be read"),
-    "bytes": ("\udcff", "cannot be read"),
-    "a list": ("[]", "but got list"),
-    "no prompt": (without("prompt"), "wrong values: prompt"),
-    "no rewards": (without("rewards"), "wrong values: rewards"),
-    "of another model": (json.dumps({**GOOD, "model": "guided"}), "wrong values: model"),
-    "of another method": (json.dumps({**GOOD, "method": "reno"}), "wrong values: method"),
-    "of another prompt": (json.dumps({**GOOD, "index": 1}), "wrong values: index"),
-    "seeds of text": (json.dumps({**GOOD, "seeds": "12"}), "wrong values: seeds"),
-    "rewards of text": (json.dumps({**GOOD, "rewards": {"red": ["x", "y"]}}), "wrong values: rewards"),
-    "a reward less": (json.dumps({**GOOD, "rewards": {"red": [1.0]}}), "wrong values: rewards"),
-    "rewards that are a number": (json.dumps({**GOOD, "rewards": {"red": 1.0}}), "wrong values: rewards"),
-    "a verdict less": (json.dumps({**GOOD, "judge": {"right": [True]}}), "wrong values: judge"),
-    "no verdict": (json.dumps({**GOOD, "judge": {}}), "wrong values: judge"),
-    "a verdict in words": (json.dumps({**GOOD, "judge": "right"}), "wrong values: judge"),
-    "costs of text": (json.dumps({**GOOD, "cost": {"seconds": "fast"}}), "wrong values: cost"),
-    "lists in lists": (json.dumps({**GOOD, "set": {"mss": [[1.0]]}}), "wrong values: set"),
-}
+def replaced(place: tuple, value: object, numbers: dict = GOOD) -> dict:
+    """Return the unit with another value at a place, or without it if the value is an ellipsis."""
+    found = copy.deepcopy(numbers)
+    *way, last = place
+    inside = found
+    for key in way:
+        inside = inside[key]
+    if value is ...:
+        del inside[last]
+    else:
+        inside[last] = value
+    return found
 
 
-@pytest.mark.parametrize("case", UNITS)
-def test_a_unit_that_is_none_is_refused_by_name(case, folder):
-    text, message = UNITS[case]
-    path = folder.unit_path("turbo", PLAIN, 0)
-    path.write_bytes(text.encode(errors="surrogateescape"))
-    with pytest.raises(CannotEvaluate, match=f"00000.json.*{message}.*Delete"):
-        folder.numbers("turbo", PLAIN, 0)
+OTHERS = (..., "x", [], {}, [[1.0]], True, None, 7, float("inf"))
+UNCOUNTED = {("category",), ("judge", "found", 0), ("judge", "found", 1)}
+MEASURED = ("rewards", "set", "noise", "cost")  # numbers, or `None` for NaN
 
 
-@pytest.mark.parametrize("data", [b"", b"\x80\x04K\x01.", b"PK\x03\x04", bytes(100)])
-def test_features_that_are_none_are_refused_by_name(data, folder):
-    path = folder.unit_path("turbo", PLAIN, 0).with_suffix(".safetensors")
-    path.write_bytes(data)
-    with pytest.raises(CannotEvaluate, match="image features in .*00000.safetensors.*Delete"):
-        folder.features("turbo", PLAIN, 0)
-    save_file({"noise": torch.ones(2)}, path)
-    with pytest.raises(CannotEvaluate, match="image features"):
-        folder.features("turbo", PLAIN, 0)
+def fits(place: tuple, value: object) -> bool:
+    """Return whether a unit with another value at a place is one that a run could have written."""
+    known = GOOD
+    for key in place:
+        known = known[key]
+    if place in UNCOUNTED:
+        return place == ("category",) or isinstance(value, str)
+    if place[0] in MEASURED and (known is None or isinstance(known, float | int)):
+        return value == 7 or (value is None and place[-1] not in ("seconds", "model_calls"))
+    return (isinstance(known, bool) and value is True) or (place == ("evaluations",) and value == 7)
+
+
+@pytest.mark.parametrize("place", places(GOOD), ids=str)
+def test_a_unit_is_checked_whole(place, folder):
+    """What is accepted makes a table."""
+    for value in OTHERS:
+        path = write(folder, replaced(place, value))
+        if not fits(place, value):
+            part = (
+                "judge|set" if place == ("judge",) else place[0].split()[0]
+            )  # without a judge, sets have fewer measures
+            with pytest.raises(CannotEvaluate, match=rf"(?=.*{path.stem})(?=.*({part})).*Delete"):
+                folder.finished(CELL)
+            continue
+        numbers = folder.numbers(CELL)
+        one = dataclasses.replace(folder.plan, methods=(MethodChoice.parse("best_of_n"),))
+        results = Results(one, [numbers, {**numbers, "method": "best_of_n"}], {})
+        assert markdown(results) and cost_markdown(results)
 
 
 @pytest.mark.parametrize(
-    "text", ["{", "[]", '{"turbo": 3}', '{"turbo": {"reno": {}}}', '{"turbo": {"reno": {"n": "3"}}}']
+    ("data", "message"),
+    [
+        (b"", "cannot be read"),
+        (json.dumps(GOOD).encode()[:100], "cannot be read"),
+        (b"[" * 200_000, "cannot be read"),
+        (b"\xff", "cannot be read"),
+        (b"[]", "but got list"),
+    ],
 )
+def test_a_file_that_is_no_unit_is_refused_by_name(data, message, folder):
+    path = write(folder, GOOD)
+    path.write_bytes(data)
+    with pytest.raises(CannotEvaluate, match=f"{path.name}.*{message}.*Delete"):
+        folder.finished(CELL)
+
+
+@pytest.mark.parametrize("data", [None, b"", b"\x80\x04K\x01.", b"PK\x03\x04", bytes(100)])
+@pytest.mark.parametrize(("name", "message"), [(".safetensors", "image noise in .*"), ("-1.png", "an image in .*")])
+def test_a_unit_without_its_noise_features_or_images_is_refused_by_name(name, message, data, folder):
+    path = write(folder, GOOD)
+    file = path.with_name(path.stem + name)
+    file.unlink() if data is None else file.write_bytes(data)
+    with pytest.raises(CannotEvaluate, match=f"{message}{file.name}.*Delete"):
+        folder.finished(CELL)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"noise": torch.ones(2, 8, 8, 8)}, "features"),
+        ({"noise": torch.ones(1, 8, 8, 8), "features": torch.ones(2, 3)}, r"noise of shape \[2, 8, 8, 8\]"),
+        ({"noise": torch.ones(2, 8, 8, 8), "features": torch.ones(3, 3)}, r"features of shape \[2, -1\]"),
+    ],
+)
+def test_tensors_of_other_shapes_are_refused(tensors, message, folder):
+    save_file(tensors, write(folder, GOOD).with_suffix(".safetensors"))
+    with pytest.raises(CannotEvaluate, match=f"{message}.*Delete"):
+        folder.finished(CELL)
+
+
+def test_a_unit_has_its_own_place_for_all_that_it_depends_on(tmp_path):
+    reno = MethodChoice.parse("reno")
+
+    def place(cell: Cell = CELL, device: str = "cpu", **changes) -> Path:
+        return ResultFolder(tmp_path, plan(**changes), device).unit_path(cell)
+
+    control = Cell(TURBO, control_of(reno), 0, 2)
+    others = [
+        place(Cell(ModelChoice.parse("turbo", {"num_inference_steps": 2}), PLAIN, 0)),
+        place(Cell(ModelChoice.parse("guided", {}), PLAIN, 0)),
+        place(control),
+        place(dataclasses.replace(control, best_of=3)),
+        place(device="cuda"),
+        place(prompts=PromptSet("one", (Prompt("a blue star"),))),
+        *(place(**change) for change in ({"seeds": 3}, {"rewards": (("blue", 1.0),)}, {"watched": ("blue",)})),
+        *(place(**change) for change in ({"features": None}, {"dtype": "float16"}, {"threads": 2})),
+    ]
+    assert len({place(), *others}) == 1 + len(others)
+    grown = PromptSet("two", (Prompt("a red star", "of another category"), Prompt("a blue star")))
+    more = {
+        "prompts": grown,
+        "methods": (MethodChoice.parse("cno"), reno),
+        "models": (ModelChoice.parse("sd3", {}), TURBO),
+    }
+    assert place(**more) == place() and place(control, **more) == place(control)
+
+
+def test_a_plan_may_grow_but_not_change_what_every_unit_depends_on(folder, tmp_path):
+    ResultFolder(tmp_path, plan(methods=(MethodChoice.parse("cno"),), best_of=3), "cpu").claim()
+    with pytest.raises(CannotEvaluate, match="seeds was 2 and is 3. Choose another --output"):
+        ResultFolder(tmp_path, plan(seeds=3), "cpu").claim()
+    with pytest.raises(CannotEvaluate, match="device was 'cpu' and is 'cuda'"):
+        ResultFolder(tmp_path, plan(), "cuda").claim()
+    assert folder.settings()["methods"] == {"cno": {"name": "cno"}}
+
+
+def test_the_measured_n_is_that_of_the_call_and_the_method(tmp_path):
+    reno, other = MethodChoice.parse("reno"), MethodChoice.parse("reno:steps=3")
+    folder = ResultFolder(tmp_path, plan(methods=(reno, other)), "cpu")
+    folder.save_calibration(TURBO, reno, {"n": 3})
+    folder.save_calibration(TURBO, other, {"n": 4})
+    assert {key: row["n"] for key, row in folder.calibration().items()} == {
+        ("turbo", "reno"): 3,
+        ("turbo", "reno:steps=3"): 4,
+    }
+    longer = ModelChoice.parse("turbo", {"num_inference_steps": 2})
+    assert ResultFolder(tmp_path, plan(models=(longer,)), "cpu").calibration() == {}
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"ab": 3}', '{"ab": {}}', '{"ab": {"n": "3"}}', '{"ab": {"n": 0}}'])
 def test_a_calibration_that_is_none_is_refused_by_name(text, folder):
     (folder.path / "calibration.json").write_text(text)
     with pytest.raises(CannotEvaluate, match="calibration.json.*Delete it"):
@@ -107,4 +230,20 @@ def test_a_calibration_that_is_none_is_refused_by_name(text, folder):
 def test_settings_that_are_none_are_refused_by_name(text, folder):
     (folder.path / "settings.json").write_text(text)
     with pytest.raises(CannotEvaluate, match="settings.json.*Choose another"):
-        folder.claim({"seeds": 2})
+        folder.claim()
+
+
+def test_one_evaluation_writes_at_a_time(tmp_path, monkeypatch):
+    first, second = (ResultFolder(tmp_path / "new", plan(), "cpu") for _ in range(2))
+    busy = "another process is at work in .*new. Wait for it to end, or choose"
+    with first.locked(), pytest.raises(CannotEvaluate, match=busy):
+        second.locked().__enter__()
+    with second.locked(), pytest.raises(CannotEvaluate, match=busy):
+        first.locked().__enter__()
+
+    def without_locks(lock):
+        raise NotImplementedError
+
+    monkeypatch.setattr(FileLock, "acquire", without_locks)
+    with first.locked():
+        pass

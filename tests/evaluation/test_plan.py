@@ -11,7 +11,7 @@ from noiseopt.evaluation.command import weighted
 from noiseopt.evaluation.embedded_diversity import embedded_diversity, towers_of
 from noiseopt.evaluation.folder import differences
 from noiseopt.evaluation.plan import PLAIN, MethodChoice, ModelChoice, Plan, control_of, parse_settings, slug
-from noiseopt.evaluation.prompt_sets import Prompt, PromptSet
+from noiseopt.evaluation.prompt_sets import Prompt, PromptSet, load_prompts
 
 PROMPTS = PromptSet("two", (Prompt("a red circle"), Prompt("two blue stars", "pairs")))
 
@@ -59,7 +59,7 @@ def test_a_method_is_built_with_its_settings_and_the_rewards():
     ("text", "expected"),
     [
         ("renoir", "Expected a method out of .*reno.*, but got 'renoir'"),
-        ("reno:step=3", "Expected settings of reno out of steps, chunk_size, .*, but got 'step'"),
+        ("reno:step=3", "Expected settings of reno out of steps, chunk_size, .*, but got 'step'. Did you mean 'steps'"),
         ("reno:steps=0", r"Expected `steps` to be an integer in \[1, inf\)"),
         ("reno:rewards=red", "as `--reward`"),
         ("best_of_n:gradient=full", "but got 'gradient'"),
@@ -130,9 +130,9 @@ def test_a_plan_that_cannot_be_is_refused(changes, expected):
 def test_a_prompt_outside_the_world_is_named_with_its_file_and_line(tmp_path):
     file = tmp_path / "prompts.txt"
     file.write_text("a red circle\n\na cat\n")
-    prompts = PromptSet("prompts", (Prompt("a red circle"), Prompt("a cat")))
     with pytest.raises(ValueError, match=r"prompts\.txt:3: .*'a cat'"):
-        plan(prompts=prompts, source=str(file))
+        plan(prompts=load_prompts(str(file)))
+    prompts = PromptSet("prompts", (Prompt("a red circle"), Prompt("a cat")))
     with pytest.raises(ValueError, match="prompt 2 of prompts: "):
         plan(prompts=prompts)
     assert not plan(prompts=prompts, models=(ModelChoice.parse("some/model", {}),)).of_shapes_world
@@ -216,9 +216,29 @@ def test_a_callback_per_denoising_step_is_a_contender_without_rewards_or_control
     assert [generator.initial_seed() for generator in callback.generator] == [3, 4]
     assert MethodChoice.parse("interval_guidance:low=1.0").callback([3]).low == 1.0
     assert MethodChoice.parse("reno").callback([3]) is None
-    contenders = plan(methods=(choice,)).contenders
-    assert [contender.key for contender in contenders] == ["plain", choice.label]
-    json.dumps(plan(methods=(choice,)).settings("cpu"))
+    guided = plan(models=(ModelChoice.parse("guided", {}),), methods=(choice,))
+    assert [contender.key for contender in guided.contenders] == ["plain", choice.label]
+    json.dumps(guided.settings("cpu"))
+
+
+def test_a_callback_and_a_model_of_one_step_are_refused_before_anything_is_loaded():
+    methods = (MethodChoice.parse("reno"), MethodChoice.parse("cads"))
+    with pytest.raises(ValueError, match=r"2 denoising steps for cads, .* got 1 on turbo.*num_inference_steps=2"):
+        plan(methods=methods)
+    assert plan(methods=methods, models=(ModelChoice.parse("turbo", {"num_inference_steps": 2}),))
+    assert plan(methods=methods, models=(ModelChoice.parse("some/model", {}),))
+
+
+def test_a_noise_sampler_is_a_setting_of_a_method_and_of_the_call():
+    pink = MethodChoice.parse("reno:steps=3,noise_sampler={'name': 'pink', 'alpha': 0.3}")
+    assert pink.build("red") == ReNO(rewards="red", steps=3)
+    assert MethodChoice.parse("cads:noise_sampler=pink").callback([3]).tau2 == 0.9
+    assert ModelChoice.parse("turbo", {"noise_sampler": "pink"}).arguments == ModelChoice.parse("turbo", {}).call
+    for text in ("reno:noise_sampler=pinc", "reno:noise_sampler={'name': 'pink', 'beta': 1}", "cads:noise_sampler=3"):
+        with pytest.raises(ValueError, match="Expected a noise sampler in "):
+            MethodChoice.parse(text)
+    with pytest.raises(ValueError, match="Expected a noise sampler in '--call'.*Did you mean 'pink'"):
+        ModelChoice.parse("turbo", {"noise_sampler": "pinc"})
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Prompt sets from small files in the formats of published benchmarks."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,9 @@ SIMPLE = {
     "animals": [{"prompt": "a dog and a frog", "indices": [2, 5]}],
     "objects": [{"prompt": "a pink crown and a purple bow", "indices": [3, 7]}],
 }
+DRAWBENCH = (
+    'Prompts,Category\nA red car.,Colors\n"A sign that says ""Hello, World"".",Text\n\n"Two lines\nof text",Text\n'
+)
 COCO = {
     "info": {},
     "images": [{"id": 7}, {"id": 8}],
@@ -70,6 +74,24 @@ def pairs(prompts: PromptSet) -> list[tuple[str, str | None]]:
         ("simple_cases.json", json.dumps(SIMPLE), "noise-diffusion",
          [("a dog and a frog", "animals"), ("a pink crown and a purple bow", "objects")]),
         ("complex_cases.json", json.dumps(SIMPLE["animals"]), "noise-diffusion", [("a dog and a frog", None)]),
+        ("DrawBench.csv", DRAWBENCH, "table",
+         [("A red car.", "Colors"), ('A sign that says "Hello, World".', "Text"), ("Two lines\nof text", "Text")]),
+        ("DrawBench.txt", DRAWBENCH.replace("\n", "\r\n", 2), "table",
+         [("A red car.", "Colors"), ('A sign that says "Hello, World".', "Text"), ("Two lines\nof text", "Text")]),
+        ("mine.tsv", 'id\tprompt\n7\ta\n8\t"Hi" on a wall\n', "table", [("a", None), ('"Hi" on a wall', None)]),
+        ("mine.tsv", 'tag\tCaption\nx\t"a ""b"" c"\n', "table", [('a "b" c', "x")]),
+        ("mine.csv", "prompt\na cat\n", "table", [("a cat", None)]),
+        ("mine.csv", "text;category\na cat, sitting;x\n", "table", [("a cat, sitting", "x")]),
+        ("mine", "id\tprompt\n7\ta cat\n", "table", [("a cat", None)]),
+        ("mine.txt", "caption, photo\nprompt\n", "text", [("caption, photo", None), ("prompt", None)]),
+        ("mine.txt", "a - b\n- c\n", "text", [("a - b", None), ("- c", None)]),
+        ("mine.txt", "<sks> dog\n<cat-toy>", "text", [("<sks> dog", None), ("<cat-toy>", None)]),
+        ("hpdv4.json", json.dumps({"0001": "a cat", "0002": "a dog"}), "json", [("a cat", None), ("a dog", None)]),
+        ("hpsv2.json", json.dumps(["a cat", "a dog"]), "json", [("a cat", None), ("a dog", None)]),
+        ("mjhq.json", json.dumps({"f0": {"category": "food", "prompt": "a pie"}}), "json", [("a pie", "food")]),
+        ("mine.json", json.dumps({"name": "mine", "prompts": ["a cat"]}), "json", [("a cat", None)]),
+        ("one.txt", lines({"prompt": "a", "category": "a"}), "jsonl", [("a", "a")]),
+        ("strings.jsonl", '"a cat"\n"a dog"\n', "jsonl", [("a cat", None), ("a dog", None)]),
         ("captions_val2014.json", json.dumps(COCO), "coco",
          [("A bicycle with a clock as the front wheel.", None), ("A room with blue walls.", None)]),
         ("captions_val2014.json", json.dumps(COCO, indent=1), "coco",
@@ -100,6 +122,42 @@ def test_what_else_is_known_is_metadata(tmp_path):
     assert first(tmp_path / "d.json", json.dumps(SIMPLE)).metadata == {"indices": [2, 5]}
     assert first(tmp_path / "e.json", json.dumps(COCO)).metadata == {"image_id": 8, "id": 1}
     assert first(tmp_path / "f.txt", "a cat").metadata == {}
+    assert first(tmp_path / "g.csv", "id,prompt\n7,a cat\n").metadata == {"id": "7"}
+    assert first(tmp_path / "h.json", '{"0001": "a cat"}').metadata == {"id": "0001"}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "where", "problems"),
+    [
+        ("mine.txt", "a\n\nb\n", ["mine.txt:1", "mine.txt:3"], []),
+        ("mine.csv", DRAWBENCH + "a, b,Colors\n,Colors\nlast,Colors\n",
+         ["mine.csv:2", "mine.csv:3", "mine.csv:5", "mine.csv:9"],
+         ["Expected 2 cells in .*mine.csv:7, but got 3. .*quotation marks",
+          "in .*mine.csv:8, but got the keys 'category'"]),
+        ("mine.jsonl", '{"prompt": "a"}\n\nb c\n{"prompt": "d"}\n["e"]\n{"promt": "b", "id": 3}\n{"prompt": " "}\n',
+         ["mine.jsonl:1", "mine.jsonl:4"],
+         ["Expected JSON in .*mine.jsonl:3, but got 'b c': ", r"an object in .*mine.jsonl:5, but got \['e'\]",
+          "'prompt', 'text', 'caption' in .*mine.jsonl:6, but got the keys 'promt', 'id'",
+          "mine.jsonl:7, but it is blank"]),
+        ("mine.json", '["a", "", 3, "b"]', ["mine.json, item 1", "mine.json, item 4"],
+         ["mine.json, item 2, but it is blank", "Expected an object in .*mine.json, item 3, but got 3"]),
+        ("mine.json", '{"x": "a", "y": " "}', ["mine.json, 'x'"], ["mine.json, 'y', but it is blank"]),
+    ],
+)  # fmt: skip
+def test_what_is_no_prompt_is_named_with_its_line_and_the_others_are_read(tmp_path, name, content, where, problems):
+    (tmp_path / name).write_text(content)
+    found = load_prompts(str(tmp_path / name))
+    assert [prompt.where for prompt in found.prompts] == [f"{tmp_path}/{place}" for place in where]
+    for problem, expected in zip(found.problems, problems, strict=True):
+        assert re.search(expected, problem)
+
+
+def test_a_blank_caption_is_passed_over_for_the_next_of_its_image(tmp_path):
+    blank = [{"image_id": 8, "caption": " "}, {"image_id": 9, "caption": ""}, *COCO["annotations"]]
+    (tmp_path / "captions.json").write_text(json.dumps({**COCO, "annotations": blank}))
+    found = load_prompts(str(tmp_path / "captions.json"))
+    assert pairs(found) == [("A bicycle with a clock as the front wheel.", None), ("A room with blue walls.", None)]
+    assert ["annotation 1, but it is blank" in found.problems[0], "annotation 2" in found.problems[1]] == [True] * 2
 
 
 def test_a_file_of_another_name_is_its_own_category(tmp_path):
@@ -138,19 +196,32 @@ def test_prompts_can_be_keys():
     [
         ("mine.txt", " \n\n", None, "Expected prompts in .*mine.txt, but got none"),
         ("mine.jsonl", "", None, "but got none"),
-        ("mine.jsonl", '{"prompt": "a"}\n\nb c\n', None, "Expected JSON in .*mine.jsonl:3, but got b c: "),
-        ("mine.jsonl", '{"prompt": "a"}\n["b"]\n', "jsonl", r"Expected an object in .*mine.jsonl:2, but got \['b'\]"),
-        ("mine.jsonl", '{"prompt": "a"}\n{"promt": "b", "id": 3}\n', None,
-         "'prompt', 'text', 'caption' in .*mine.jsonl:2, but got the keys 'promt', 'id'"),
+        ("mine.jsonl", 'b c\n{"promt": "b"}\n', None, "Expected JSON in .*mine.jsonl:1, but .*None of 2 entries"),
         ("mine.jsonl", '{"prompt": ["a"]}', "jsonl", "Expected a text under 'prompt'"),
         ("mine.jsonl", '{"prompt": "a"}', "geneval", "`tag` or an `atom_count` in .*mine.jsonl:1, .* keys 'prompt'"),
         ("mine.tsv", "Text\tCategory\na\tb\n", "partiprompts", "'Prompt' in .*mine.tsv, but got 'Text', 'Category'"),
-        ("mine.tsv", "Prompt\tCategory\na\tb\n\tc\n", None, "mine.tsv:3, but got the keys 'category'"),
-        ("mine.json", '{"animals": [{"indices": [2, 5]}]}', None, "item 1 of 'animals', but got the keys 'indices'"),
-        ("mine.json", '{"animals": 3}', None, "Expected a list in .*mine.json, animals, but got 3"),
+        ("mine.tsv", "Prompt\tCategory\n\tc\n", None, "mine.tsv:2, but got the keys 'category'"),
+        ("mine.tsv", "a\tb\n", None, r"a column out of 'prompt', .* in the first line of .*mine.tsv, but got 'a\\tb'"),
+        ("mine.csv", "a cat\na dog\n", None, "first line of .*mine.csv, but got 'a cat'. Name the column"),
+        ("mine.csv", 'prompt,x\na,b\n"c" d,e\n', None, "around whole cells in .*mine.csv:3, but got"),
+        ("mine.txt", "a\tb\nc\td\n", None, r"in .*mine.txt, but got cells between tabs: 'a\\tb'. Name"),
+        ("mine.txt", "- a cat\n- a dog\n", None, "but got list markers: '- a cat'. Remove"),
+        ("mine.txt", "1. a cat\n2. a dog\n", None, "but got list markers"),
+        ("mine.txt", "prompt: a cat\nprompt: a dog\n", None, "but got keys"),
+        ("mine.txt", '"a cat",\n"a dog"\n', None, "but got the items of a list"),
+        ("mine.txt", '<?xml version="1.0"?>\n<a/>\n', None, "JSON lines, but .*mine.txt starts with '<.xml"),
+        ("mine.txt", "---\na: b\n", None, "starts with '---'"),
+        ("mine.txt", "a\0b\n", None, "starts with"),
+        ("mine.txt", '[\n"a cat"\n', None, "Expected JSON in .*mine.txt:3"),
+        ("mine.yaml", "a cat\n", None, "CSV or TSV .*, but got .*mine.yaml. Export"),
+        ("mine.parquet", "PAR1", None, "but got .*mine.parquet. Export"),
+        ("mine.json", "a cat\n", None, "Expected JSON in .*mine.json:1"),
+        ("mine.json", '{"prompts": 3, "x": "a"}', None, "Expected a list in .*mine.json, 'prompts', but got 3"),
+        ("mine.json", '{"animals": [{"indices": [2, 5]}]}', None, "'animals', item 1, but got the keys 'indices'"),
+        ("mine.json", '{"animals": 3}', None, "Expected a list in .*mine.json, 'animals', but got 3"),
         ("mine.json", '{\n"animals": [\n}', "noise-diffusion", "Expected JSON in .*mine.json:3"),
-        ("mine.json", "[" * 200_000, "coco", "Expected JSON in .*mine.json, but it cannot be read"),
-        ("mine.json", "1" * 10_000, "noise-diffusion", "Expected JSON in .*mine.json, but it cannot be read"),
+        ("mine.json", "[" * 200_000, "coco", "Expected JSON in .*mine.json:1, but it cannot be read"),
+        ("mine.json", "1" * 10_000, "noise-diffusion", "Expected JSON in .*mine.json:1, but it cannot be read"),
         ("mine.json", '{"images": []}', "coco", "`annotations` in .*mine.json, but got the keys 'images'"),
         ("mine.json", '{"annotations": [{"id": 1}]}', None, "annotation 1, but got the keys 'id'"),
     ],

@@ -1,5 +1,6 @@
 """A unit has the images of the stock pipeline from a method's noise, and is written completely or not at all."""
 
+import dataclasses
 import json
 
 import pytest
@@ -13,6 +14,7 @@ from noiseopt.evaluation.instruments import Instruments, render_references
 from noiseopt.evaluation.plan import PLAIN, Contender, MethodChoice, ModelChoice, Plan, control_of
 from noiseopt.evaluation.prompt_sets import Prompt, PromptSet
 from noiseopt.evaluation.unit import Studio, Unit, write_json, write_whole
+from noiseopt.schedulers import PinkNoise
 
 PROMPT = "a red circle left of a blue star"
 CPU = torch.device("cpu")
@@ -107,6 +109,19 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path):
     assert json.loads(path.read_text()) == {"a": 1}
 
 
+def test_the_noise_sampler_of_a_method_is_that_of_its_control_too(studio, plain):
+    """Pink noise of the same generators: white noise whose spectrum is colored."""
+    method = MethodChoice.parse("reno:steps=1,noise_sampler={'name': 'pink', 'alpha': 0.3}")
+    pink = [studio.run(contender, 1, 1) for contender in (Contender("pink", method), control_of(method))]
+    expected = PinkNoise(0.3).color(studio.run(PLAIN, 1, None).result.noise)
+    for generation in pink:
+        torch.testing.assert_close(generation.result.noise, expected)
+        assert torch.equal(generation.images, pink[0].images) and not torch.equal(generation.images, plain)
+    call = ModelChoice.parse("turbo", {"noise_sampler": {"name": "pink", "alpha": 0.3}})
+    everywhere = dataclasses.replace(studio, model=call)
+    assert torch.equal(everywhere.run(PLAIN, 1, None).images, pink[0].images)
+
+
 @pytest.mark.slow
 def test_a_callback_steers_the_stock_pipeline_from_plain_noise():
     methods = ("cads:noise_scale=0.5", "particle_guidance", "interval_guidance:high=1.0", "cads:noise_scale=0")
@@ -121,7 +136,7 @@ def test_a_callback_steers_the_stock_pipeline_from_plain_noise():
     studio = Studio(plan, plan.models[0], pipe, Instruments.load(plan, CPU), CPU)
     plain = studio.measure(PLAIN, 0, None)
     for contender in plan.contenders[1:]:
-        studio.check_steering(contender)
+        studio.check(contender)
         unit = studio.measure(contender, 0, None)
         assert torch.equal(unit.images, studio.measure(contender, 0, None).images)
         assert torch.equal(unit.tensors["noise"], plain.tensors["noise"])
@@ -131,4 +146,4 @@ def test_a_callback_steers_the_stock_pipeline_from_plain_noise():
 
 def test_a_callback_is_refused_by_a_model_of_one_step(studio):
     with pytest.raises(ValueError, match="at least 2 denoising steps"):
-        studio.check_steering(Contender("cads", MethodChoice.parse("cads")))
+        studio.check(Contender("cads", MethodChoice.parse("cads")))

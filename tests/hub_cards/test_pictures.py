@@ -59,7 +59,7 @@ def test_a_picture_keeps_what_it_shows(tmp_path):
     facts.save(pictures.picture(story), tmp_path / PICTURE)
     assert BeforeAfter.read(tmp_path / PICTURE) == facts
     with Image.open(tmp_path / PICTURE) as picture:
-        assert picture.mode == "P"
+        assert picture.mode == "RGB"  # a palette leaves contours in smooth grounds
 
 
 def test_other_files_are_no_pictures_of_a_card(tmp_path):
@@ -123,7 +123,7 @@ def test_the_pictures_that_are_there(name, root):
     """They are small, of the prompts and seeds of the demo, and as many images are right as the text says."""
     card, path = BY_NAME[name], root / "hub_cards" / name / PICTURE
     shown = BeforeAfter.read(path)
-    assert shown is not None and path.stat().st_size < 60_000
+    assert shown is not None and path.stat().st_size < 250_000
     choice = Choice.of(card.room, card.shown_on)
     assert (shown.method, shown.model, shown.seed) == (card.room, card.shown_on, pictures.SEED)
     assert (shown.prompts, shown.images) == (choice.prompts, choice.count)

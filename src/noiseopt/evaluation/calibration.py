@@ -5,8 +5,7 @@ import statistics
 from typing import Any
 
 from ..callbacks.early_stopping import TimeBudget
-from ..pipelines.searches.best_of_n import BestOfN
-from .plan import Contender, MethodChoice
+from .plan import Contender, MethodChoice, control_of
 from .unit import Studio
 
 REPEATS = 3
@@ -23,26 +22,25 @@ def calibrate(studio: Studio, choice: MethodChoice) -> dict[str, Any]:
     Returns:
         "n", and lists over the repeats: "method seconds", "seconds per noise" and "ratio".
     """
-    method = studio.method(Contender(choice.label, choice), None)
+    contender = Contender(choice.label, choice)
     found: dict[str, list[float]] = {"method seconds": [], "seconds per noise": [], "ratio": []}
     seconds = None
     for repeat in range(REPEATS):
         index = repeat % len(studio.plan.prompts.prompts)
         if seconds is None or repeat % 2 == 0:
-            seconds = studio.generate(method, index).cost.seconds
-            once, each = control_seconds(studio, index, seconds)
+            seconds = studio.run(contender, index, None).cost.seconds
+            once, each = control_seconds(studio, choice, index, seconds)
         else:
-            once, each = control_seconds(studio, index, seconds)
-            seconds = studio.generate(method, index).cost.seconds
+            once, each = control_seconds(studio, choice, index, seconds)
+            seconds = studio.run(contender, index, None).cost.seconds
         for name, value in zip(found, (seconds, each, (seconds - once) / each), strict=True):
             found[name].append(value)
     return {"n": max(1, math.ceil(statistics.median(found["ratio"]))), **found}
 
 
-def control_seconds(studio: Studio, index: int, budget: float) -> tuple[float, float]:
+def control_seconds(studio: Studio, choice: MethodChoice, index: int, budget: float) -> tuple[float, float]:
     """Return the fixed seconds of best-of-N and its seconds per noise, from a run of about `budget` seconds."""
     ends: list[float] = []
-    method = BestOfN(rewards=studio.instruments.rewards, steps=WITHOUT_END)
     callbacks = [lambda state: ends.append(state.elapsed), TimeBudget(budget)]
-    total = studio.generate(method, index, callbacks=callbacks).cost.seconds
+    total = studio.run(control_of(choice), index, WITHOUT_END, callbacks).cost.seconds
     return total - ends[-1], ends[-1] / len(ends)

@@ -1,7 +1,9 @@
 """The command `noiseopt evaluate` and its defaults."""
 
 import argparse
+import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -75,8 +77,8 @@ def add_subject(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--prompts",
         metavar="SOURCE",
-        help="train, validation or held-out of the shapes world, or a file: text, JSONL or a benchmark's format "
-        "(default: validation)",
+        help="train, validation or held-out of the shapes world, or a file: text, CSV, TSV, JSON, JSON lines or a "
+        "benchmark's format (default: validation)",
     )
     group.add_argument(
         "--limit",
@@ -178,7 +180,6 @@ def plan_of(arguments: argparse.Namespace) -> "Plan":
         models=models,
         methods=tuple(MethodChoice.parse(text) for text in arguments.methods or ["reno"]),
         prompts=load_prompts(arguments.prompts or "validation", limit=limit),
-        source=arguments.prompts or "",
         seeds=arguments.seeds,
         rewards=tuple(pair for text in rewards for pair in weighted(text)),
         watched=tuple(name for name in watched if name not in rewards),
@@ -200,12 +201,15 @@ def weighted(text: str) -> list[tuple[str, float]]:
         name, factor = (name, float(weight)) if equals else (text, 1.0)
     except ValueError:
         raise ValueError(f"Expected a reward as NAME or NAME=WEIGHT, but got {text!r}.") from None
+    if not math.isfinite(factor):
+        raise ValueError(f"Expected a finite weight, but got {text!r}.")
     return [(member, factor * of) for member, of in REWARD_PRESETS.get(name, {name: 1.0}).items()]
 
 
 def run(evaluation: "Evaluation", output: Path) -> None:
     plan = evaluation.plan
     if evaluation.is_main:
+        print_problems(plan.prompts.problems)
         prompts, seeds = len(plan.prompts.prompts), plan.seeds
         print(f"Evaluating {names(plan)} on {prompts} prompts of {plan.prompts.name} × {seeds} seeds ...", flush=True)
     try:
@@ -215,10 +219,18 @@ def run(evaluation: "Evaluation", output: Path) -> None:
             print(f"\nInterrupted. Finished units are in {output}; the same command continues.", file=sys.stderr)
         raise
     if results is not None:
-        print((output / "table.md").read_text(encoding="utf-8"))
-        print((output / "cost.md").read_text(encoding="utf-8"))
+        from .terminal import print_results
+
+        print_results(results)
         for path in sorted(path for path in output.iterdir() if path.is_file() and not path.name.startswith(".")):
             print(f"wrote {path}")
+
+
+def print_problems(problems: Sequence[str], shown: int = 10) -> None:
+    """Print the entries of a prompt file that are left out."""
+    more = [f"... and {len(problems) - shown} more."] * (len(problems) > shown)
+    for sentence in [*problems[:shown], *more]:
+        print(f"Skipped: {sentence}", file=sys.stderr)
 
 
 def names(plan: "Plan") -> str:

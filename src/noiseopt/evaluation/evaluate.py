@@ -18,12 +18,12 @@ from tqdm import tqdm
 from .. import shapes_world
 from ..pipelines.sampling.first_call import stock_call
 from ..quiet import quiet_libraries
+from ..registry import did_you_mean
 from .calibration import calibrate
-from .embedded_diversity import towers_of
 from .folder import CannotEvaluate, ResultFolder
 from .instruments import NEIGHBORS, Instruments, read_images
 from .metrics import coverage
-from .plan import Contender, ModelChoice, Plan
+from .plan import Cell, ModelChoice, Plan
 from .table import Entry, Numbers, Results, cost_csv, cost_markdown, costs, markdown, table_csv
 from .unit import Studio, write_json, write_whole
 
@@ -40,10 +40,11 @@ class Evaluation:
     """
 
     def __init__(self, plan: Plan, output: Path) -> None:
-        self.plan, self.folder = plan, ResultFolder(output)
+        self.plan = plan
         # long timeout: the first process to finish waits for the last
         self.processes = PartialState(cpu=plan.device == "cpu", timeout=datetime.timedelta(days=365))
         self.device = self.device_of_process()
+        self.folder = ResultFolder(output, plan, self.device.type)
 
     def device_of_process(self) -> torch.device:
         if self.plan.device is None:
@@ -63,15 +64,31 @@ class Evaluation:
         Raises:
             CannotEvaluate: If the folder belongs to another plan, or something cannot be loaded.
         """
-        if self.is_main:
-            self.fetch_weights()
-            self.folder.claim(self.plan.settings(self.device.type))
-        self.processes.wait_for_everyone()
-        with threads(self.plan.threads), self.progress() as bar:
+        with contextlib.ExitStack() as stack:
+            if self.is_main:
+                stack.enter_context(self.folder.locked())
+                self.folder.claim()
+                self.fetch_weights()
+            stack.enter_context(threads(self.plan.threads))
+            bar = stack.enter_context(self.progress())
+            if self.is_main:
+                self.check_models()
+            self.processes.wait_for_everyone()
             for model in self.plan.models:
                 self.evaluate(model, bar)
-        self.processes.wait_for_everyone()
-        return self.report() if self.is_main else None
+            self.processes.wait_for_everyone()
+            return self.report() if self.is_main else None
+
+    def check_models(self) -> None:
+        """Check that each of several models can run what is missing, so that the last fails before the first runs.
+
+        A single one is checked when it is loaded.
+        """
+        missing = [model for model in self.plan.models if not all(map(self.folder.finished, self.cells(model)))]
+        if len(missing) > 1:
+            for model in missing:
+                self.studio(model)
+                gc.collect()
 
     def fetch_weights(self) -> None:
         """Download missing weights of embedded models before any model runs."""
@@ -79,7 +96,7 @@ class Evaluation:
         names = {model.name for model in plan.models} | {*plan.reward_names}
         names |= {plan.features} if plan.features_are_embedded else set()
         if any(model.embedded for model in plan.models):
-            names |= {name for method in plan.methods if method.diversity for name in towers_of(method.diversity)}
+            names |= {name for method in plan.methods for name in method.towers}
         try:
             for name in shapes_world.MODELS:
                 if name in names:
@@ -87,17 +104,22 @@ class Evaluation:
         except OSError as error:
             raise CannotEvaluate(one_line(error)) from None
 
-    def tasks(self, model: ModelChoice) -> list[tuple[Contender, int]]:
-        """Return the units of this process in order; the contenders take turns in going first, with cold caches."""
-        contenders, found = self.plan.contenders, []
-        for index in range(self.processes.process_index, len(self.plan.prompts.prompts), self.processes.num_processes):
+    def cells(self, model: ModelChoice, first: int = 0, every: int = 1) -> list[Cell]:
+        """Return the units of a model in order; the contenders take turns in going first, with cold caches."""
+        contenders, best_of, found = self.plan.contenders, self.best_of(), []
+        for index in range(first, len(self.plan.prompts.prompts), every):
             turn = index % len(contenders)
-            found += [(contender, index) for contender in contenders[turn:] + contenders[:turn]]
+            order = contenders[turn:] + contenders[:turn]
+            found += [self.plan.cell(model, contender, index, best_of) for contender in order]
         return found
 
+    def tasks(self, model: ModelChoice) -> list[Cell]:
+        """Return the units of this process."""
+        return self.cells(model, self.processes.process_index, self.processes.num_processes)
+
     def progress(self) -> tqdm:
-        every = [(model, task) for model in self.plan.models for task in self.tasks(model)]
-        done = sum(self.folder.finished(model.name, *task) for model, task in every)
+        every = [cell for model in self.plan.models for cell in self.tasks(model)]
+        done = sum(map(self.folder.finished, every))
         return tqdm(total=len(every), initial=done, unit="unit", disable=not self.is_main, dynamic_ncols=True)
 
     def evaluate(self, model: ModelChoice, bar: tqdm) -> None:
@@ -105,27 +127,26 @@ class Evaluation:
         load = functools.cache(lambda: self.studio(model))
         if self.is_main and self.plan.best_of is None:
             for method in self.plan.methods:
-                if method.has_control and method.label not in self.folder.calibration().get(model.name, {}):
+                if method.has_control and (model.name, method.label) not in self.folder.calibration():
                     bar.set_description(f"{model.name}: timing {method.label}")
                     found = calibrate(load(), method)
-                    self.folder.save_calibration(model.name, method.label, found)
+                    self.folder.save_calibration(model, method, found)
                     bar.write(f"{model.name}: best-of-{found['n']} takes as long as {method.label}")
         self.processes.wait_for_everyone()
-        best_of = self.best_of()
-        for contender, index in self.tasks(model):
-            if not self.folder.finished(model.name, contender, index):
-                bar.set_description(f"{model.name}: {contender.key}")
-                n = best_of[model.name, contender.method.label] if contender.control and contender.method else None
-                self.folder.save(load().measure(contender, index, n), contender)
+        for cell in self.tasks(model):
+            if not self.folder.finished(cell):
+                bar.set_description(f"{model.name}: {cell.contender.key}")
+                self.folder.save(load().measure(cell.contender, cell.index, cell.best_of), cell)
                 bar.update()
         load.cache_clear()
         gc.collect()
 
     def best_of(self) -> dict[tuple[str, str], int]:
-        """Return N of best-of-N by model and method, as given or as measured."""
-        known = self.folder.calibration()
+        """Return N of best-of-N by model and method, as given or as far as it is measured."""
+        if self.plan.best_of is None:
+            return {key: row["n"] for key, row in self.folder.calibration().items()}
         return {
-            (model.name, method.label): self.plan.best_of or known[model.name][method.label]["n"]
+            (model.name, method.label): self.plan.best_of
             for model in self.plan.models
             for method in self.plan.methods
             if method.has_control
@@ -143,11 +164,9 @@ class Evaluation:
         studio = Studio(self.plan, model, pipe, instruments, self.device)
         for contender in self.plan.contenders:
             try:
-                studio.method(contender, 1).objective(pipe)
-                studio.check_steering(contender)
+                studio.check(contender)
             except (ValueError, TypeError) as error:
                 raise CannotEvaluate(f"Cannot run {contender.key} on {model.name}: {one_line(error)}") from error
-        studio.warm_up()
         return studio
 
     @functools.cached_property
@@ -161,12 +180,7 @@ class Evaluation:
 
     def results(self) -> Results:
         """Return the results of all units, which must be finished."""
-        units = [
-            self.folder.numbers(model.name, contender, index)
-            for model in self.plan.models
-            for contender in self.plan.contenders
-            for index in range(len(self.plan.prompts.prompts))
-        ]
+        units = [self.folder.numbers(cell) for model in self.plan.models for cell in self.cells(model)]
         return Results(self.plan, units, self.best_of(), self.pooled_coverage())
 
     def pooled_coverage(self) -> dict[tuple[str, str], float]:
@@ -180,13 +194,10 @@ class Evaluation:
             references = read_images(self.plan.references, self.instruments)
         except ValueError as error:
             raise CannotEvaluate(str(error)) from None
-        found = {}
-        for model in self.plan.models:
-            for contender in self.plan.contenders:
-                indices = range(len(self.plan.prompts.prompts))
-                features = [self.folder.features(model.name, contender, index) for index in indices]
-                found[model.name, contender.key] = float(coverage(torch.cat(features), references, NEIGHBORS))
-        return found
+        features: dict[tuple[str, str], list[torch.Tensor]] = {}
+        for cell in (cell for model in self.plan.models for cell in self.cells(model)):
+            features.setdefault((cell.model.name, cell.contender.key), []).append(self.folder.features(cell))
+        return {key: float(coverage(torch.cat(found), references, NEIGHBORS)) for key, found in features.items()}
 
     def report(self) -> Results:
         """Write the tables, the numbers and the figures from the finished units."""
@@ -210,7 +221,7 @@ class Evaluation:
         return {
             "settings": self.folder.settings(),
             "machine": {"system": platform.platform(), "python": platform.python_version(), "device": str(self.device)},
-            "calibration": self.folder.calibration(),
+            "calibration": list(self.folder.calibration().values()),
             "estimates": [plain_entry(entry) for entry in results.entries()],
             "differences": [plain_entry(entry) for entry in results.differences()],
             "warnings": results.warnings(),
@@ -231,8 +242,9 @@ def write_text(text: str, path: Path) -> None:
 def check_call(pipe, model: ModelChoice) -> None:
     """Raise `ValueError` for an argument that a pipeline does not name; some accept and ignore those."""
     known = inspect.signature(stock_call(type(pipe))).parameters
-    if unknown := [name for name in model.call if name not in known]:
-        raise ValueError(f"Expected arguments of {type(pipe).__name__} as `--call`, but got {unknown[0]!r}.")
+    if unknown := [name for name in model.arguments if name not in known]:
+        hint = did_you_mean(unknown[0], known)
+        raise ValueError(f"Expected arguments of {type(pipe).__name__} as `--call`, but got {unknown[0]!r}.{hint}")
 
 
 def one_line(error: BaseException) -> str:

@@ -1,22 +1,31 @@
 """The folder of an evaluation: its settings and its finished units (one prompt by one method, see `unit.py`)."""
 
+import contextlib
+import dataclasses
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from filelock import FileLock, Timeout
+from PIL import Image
+from safetensors import SafetensorError, safe_open
 
 from ..pipelines.results.settings_diff import settings_diff as differences
-from .plan import Contender, slug
-from .unit import Unit, write_json
+from .instruments import set_measure_names
+from .measure import Cost
+from .noise_statistics import NoiseStatistics, frequency_rings
+from .plan import GROWING, Cell, MethodChoice, ModelChoice, Plan, control_of, slug
+from .unit import SIDE, Unit, image_path, write_json
 
-UNIT_FIELDS: dict[str, type] = {"prompt": str, "seeds": list, "evaluations": int}
-UNIT_FIELDS |= {"rewards": dict, "set": dict, "noise": dict, "cost": dict}
 REDO = "Delete the .json of that name; the same command computes it again."
 REMEASURE = "Delete it; the same command measures again."
+OTHER = "Choose another --output, or delete that folder."
+
+
+SPECTRA = ("spectrum", "spectrum z")
 
 
 class CannotEvaluate(Exception):
@@ -24,81 +33,177 @@ class CannotEvaluate(Exception):
 
 
 class ResultFolder:
-    """`settings.json`, `calibration.json`, and `units/<model>/<method>/<prompt>.json` with noise and images."""
+    """`settings.json`, `calibration.json`, and the units of one plan: each JSON with noise and images.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    A unit is the file `units/<model>/<method>/<prompt>-<key>.json`. The key is a hash of what the unit depends on, so a
+    folder keeps the units of changed calls, prompts and N, and a plan may grow.
 
-    def claim(self, settings: Mapping[str, Any]) -> None:
-        """Write the settings, or check that they equal those already here.
+    Args:
+        path: The folder.
+        plan: The plan whose units are asked for.
+        device: The type of the device that they are computed on, "cpu" or "cuda".
+    """
+
+    def __init__(self, path: Path, plan: Plan, device: str) -> None:
+        self.path, self.plan = path, plan
+        self.plan_settings: dict[str, Any] = json.loads(json.dumps(plan.settings(device), default=repr))
+        self.checked: set[Path] = set()
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the folder while the context is open. The system releases it if the process is killed.
+
+        Raises:
+            CannotEvaluate: If another evaluation holds it, or it cannot be written to.
+        """
+        lock = FileLock(self.path / ".lock", timeout=0)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+        except Timeout:
+            raise CannotEvaluate(
+                f"Expected a folder that no other evaluation is writing to, but another process is at work in "
+                f"{self.path}. Wait for it to end, or choose another --output. To share the work, start one evaluation "
+                "with `accelerate launch -m noiseopt evaluate ...`."
+            ) from None
+        except NotImplementedError:  # a file system without locks, as on some clusters
+            pass
+        except OSError as error:
+            raise CannotEvaluate(f"Expected a folder to write to, but got {self.path}: {error}.") from None
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def claim(self) -> None:
+        """Write the settings of the plan. Methods, models and prompts may differ from those already here.
 
         Raises:
             CannotEvaluate: If the folder belongs to another evaluation, or is not writable.
         """
         file = self.path / "settings.json"
+        if file.exists():
+            known, given = (
+                {name: value for name, value in each.items() if name not in GROWING}
+                for each in (self.settings(), self.plan_settings)
+            )
+            if changed := differences(known, given):
+                raise CannotEvaluate(
+                    f"Expected the settings that {self.path} was created with, but got others: {'; '.join(changed)}. "
+                    f"{OTHER}"
+                )
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            if not file.exists():
-                write_json(file, settings)
-                return
+            write_json(file, self.plan_settings)
         except OSError as error:
             raise CannotEvaluate(f"Expected a folder to write to, but got {self.path}: {error}.") from None
-        known = self.settings()
-        given = json.loads(json.dumps(settings))
-        if changed := differences(known, given):
-            raise CannotEvaluate(
-                f"Expected the settings that {self.path} was created with, but got others: {'; '.join(changed)}. "
-                "Choose another --output, or delete that folder."
-            )
 
     def settings(self) -> dict[str, Any]:
-        """Read the settings that the folder was created with."""
-        return read_object(self.path / "settings.json", "Choose another --output, or delete that folder.")
+        """Read the settings of the last plan."""
+        return read_object(self.path / "settings.json", OTHER)
 
-    def unit_path(self, model: str, contender: Contender, index: int) -> Path:
-        return self.path / "units" / slug(model) / contender.folder / f"{index:05d}.json"
+    def unit_path(self, cell: Cell) -> Path:
+        name = f"{cell.index:05d}-{self.plan.key(cell, self.plan_settings)}.json"
+        return self.path / "units" / slug(cell.model.name) / cell.contender.folder / name
 
-    def finished(self, model: str, contender: Contender, index: int) -> bool:
-        return self.unit_path(model, contender, index).exists()
+    def finished(self, cell: Cell) -> bool:
+        """Return whether a unit is there. Raises `CannotEvaluate` if it is, but not whole."""
+        if cell.contender.control and cell.best_of is None:  # not yet measured
+            return False
+        path = self.unit_path(cell)
+        if not path.exists():
+            return False
+        if path not in self.checked:
+            self.numbers(cell)
+        return True
 
-    def save(self, unit: Unit, contender: Contender) -> None:
+    def save(self, unit: Unit, cell: Cell) -> None:
         """Write a finished unit."""
-        unit.save(self.unit_path(unit.numbers["model"], contender, unit.numbers["index"]))
+        unit.save(self.unit_path(cell))
 
-    def numbers(self, model: str, contender: Contender, index: int) -> dict[str, Any]:
-        """Read the values of a finished unit. Raises `CannotEvaluate` if the file is not of that unit."""
-        path, asked = self.unit_path(model, contender, index), {"model": model, "method": contender.key, "index": index}
+    def numbers(self, cell: Cell) -> dict[str, Any]:
+        """Read the values of a finished unit.
+
+        Raises:
+            CannotEvaluate: If the file is not of that unit, has a value that no unit has, or lacks noise, features or
+                an image.
+        """
+        path = self.unit_path(cell)
         found = read_object(path, REDO)
-        wrong = [name for name, value in asked.items() if found.get(name) != value] + invalid_fields(found)
-        if wrong:
+        if flaws := flaws_of(found, cell, self.plan):
             raise CannotEvaluate(
-                f"Expected the unit of {model}, {contender.key} and prompt {index}, but {path} has "
-                f"wrong values: {', '.join(wrong)}. {REDO}"
+                f"Expected the unit of {cell}, but {path} has wrong values: {', '.join(flaws)}. {REDO}"
             )
+        if path not in self.checked:
+            self.check_files(path, found)
+            self.checked.add(path)
+        return {**found, "category": self.plan.category(cell.index)}
+
+    def check_files(self, path: Path, numbers: Mapping[str, Any]) -> None:
+        """Raise `CannotEvaluate` unless noise, features and images of a unit can be read."""
+        shapes = {"noise": numbers["noise shape"]}
+        if self.plan.features is not None:
+            shapes["features"] = [self.plan.seeds, -1]
+        for name, shape in shapes.items():
+            tensor = self.tensor(path, name)
+            sizes = zip(tensor.shape, shape, strict=False)
+            if tensor.ndim != len(shape) or any(size != expected != -1 for size, expected in sizes):
+                raise CannotEvaluate(
+                    f"Expected {name} of shape {shape} in {path.with_suffix('.safetensors')}, but got "
+                    f"{list(tensor.shape)}. {REDO}"
+                )
+        sizes = {self.image_size(image_path(path, image)) for image in range(self.plan.seeds)}
+        expected = {
+            "judge": (numbers["judge"] is not None) == (self.plan.of_shapes_world and sizes == {(SIDE, SIDE)}),
+            "noise": all(len(numbers["noise"][name]) == rings(numbers["noise shape"]) for name in SPECTRA),
+        }
+        if flaws := [name for name, fits in expected.items() if not fits]:
+            raise CannotEvaluate(f"{path} has wrong values: {', '.join(flaws)}. {REDO}")
+
+    def image_size(self, path: Path) -> tuple[int, int]:
+        """Return width and height of an image. Raises `CannotEvaluate` if it cannot be read."""
+        try:
+            with Image.open(path) as picture:
+                picture.load()
+                return picture.size
+        except (OSError, SyntaxError, ValueError) as error:
+            raise CannotEvaluate(f"Expected an image in {path}, but got {error}. {REDO}") from None
+
+    def features(self, cell: Cell) -> torch.Tensor:
+        """Read the features of a finished unit, `(B, D)`. Raises `CannotEvaluate` if there are none."""
+        return self.tensor(self.unit_path(cell), "features")
+
+    def tensor(self, path: Path, name: str) -> torch.Tensor:
+        file = path.with_suffix(".safetensors")
+        try:
+            with safe_open(file, "pt") as tensors:
+                return tensors.get_tensor(name)
+        except (OSError, SafetensorError) as error:
+            raise CannotEvaluate(f"Expected image {name} in {file}, but got {error!r}. {REDO}") from None
+
+    def calibration(self) -> dict[tuple[str, str], dict[str, Any]]:
+        """Read the results of `calibrate` for this plan, by model and label of the method."""
+        known, found = self.measured(), {}
+        for model in self.plan.models:
+            for method in self.plan.methods:
+                if row := known.get(self.calibration_key(model, method)):
+                    found[model.name, method.label] = row
         return found
 
-    def features(self, model: str, contender: Contender, index: int) -> torch.Tensor:
-        """Read the features of a finished unit, `(B, D)`. Raises `CannotEvaluate` if there are none."""
-        path = self.unit_path(model, contender, index).with_suffix(".safetensors")
-        try:
-            return load_file(path)["features"]
-        except (OSError, KeyError, SafetensorError) as error:
-            raise CannotEvaluate(f"Expected image features in {path}, but got {error!r}. {REDO}") from None
-
-    def calibration(self) -> dict[str, dict[str, dict[str, Any]]]:
-        """Read the results of `calibrate` by model and method."""
+    def measured(self) -> dict[str, dict[str, Any]]:
         file = self.path / "calibration.json"
         found = read_object(file, REMEASURE) if file.exists() else {}
-        rows = [row for part in found.values() for row in (part.values() if isinstance(part, dict) else [None])]
-        counts = [row.get("n") if isinstance(row, dict) else None for row in rows]
+        counts = [row.get("n") if isinstance(row, dict) else None for row in found.values()]
         if not all(type(count) is int and count > 0 for count in counts):
             raise CannotEvaluate(f"Expected the N of each method in {file}, but got other values. {REMEASURE}")
         return found
 
-    def save_calibration(self, model: str, method: str, found: Mapping[str, Any]) -> None:
-        known = self.calibration()
-        known.setdefault(model, {})[method] = dict(found)
-        write_json(self.path / "calibration.json", known)
+    def save_calibration(self, model: ModelChoice, method: MethodChoice, found: Mapping[str, Any]) -> None:
+        row = {"model": model.name, "method": method.label, **found}
+        write_json(self.path / "calibration.json", self.measured() | {self.calibration_key(model, method): row})
+
+    def calibration_key(self, model: ModelChoice, method: MethodChoice) -> str:
+        """Return the key of the control of a method on the first prompt, before its N is known."""
+        return self.plan.key(Cell(model, control_of(method), 0), self.plan_settings)
 
 
 def read_object(path: Path, remedy: str) -> dict[str, Any]:
@@ -112,23 +217,63 @@ def read_object(path: Path, remedy: str) -> dict[str, Any]:
     return found
 
 
-def invalid_fields(numbers: Mapping[str, Any]) -> list[str]:
-    """Return the names of the fields of a unit that are missing or malformed."""
-    wrong = [name for name, kind in UNIT_FIELDS.items() if not isinstance(numbers.get(name), kind)]
-    if wrong:
-        return wrong
-    count, judge = len(numbers["seeds"]), numbers.get("judge")
-    wrong += [name for name in ("set", "noise", "cost") if not all(map(is_measure, numbers[name].values()))]
-    if not all(isinstance(row, list) and len(row) == count and is_measure(row) for row in numbers["rewards"].values()):
-        wrong.append("rewards")
-    right = judge.get("right") if isinstance(judge, dict) else None
-    if judge is not None and not (isinstance(right, list) and len(right) == count and is_measure(right)):
-        wrong.append("judge")
-    return wrong
+def flaws_of(numbers: Mapping[str, Any], cell: Cell, plan: Plan) -> list[str]:
+    """Return the names of the values of a unit that are missing, malformed, or of another unit."""
+    judged, statistics = numbers.get("judge") is not None, [field.name for field in dataclasses.fields(NoiseStatistics)]
+    moments = {*statistics, *(f"{name} z" for name in statistics)}.difference(SPECTRA)
+    expected: dict[str, Callable[[Any], bool]] = {
+        "model": lambda value: value == cell.model.name,
+        "method": lambda value: value == cell.contender.key,
+        "index": lambda value: value == cell.index,
+        "prompt": lambda value: value == plan.prompts.prompts[cell.index].text,
+        "seeds": lambda value: value == [plan.seed(cell.index, image) for image in range(plan.seeds)],
+        "judge": lambda value: not judged or is_judgment(value, plan.seeds),
+        "rewards": lambda value: is_object(value, plan.reward_names, lambda each: is_list(each, is_number, plan.seeds)),
+        "set": lambda value: is_object(value, set_measure_names(plan, judged)),
+        "noise": lambda value: (
+            is_object(value, moments, ignored=SPECTRA) and all(is_list(value.get(name), is_number) for name in SPECTRA)
+        ),
+        "noise shape": lambda value: is_list(value, is_count) and len(value) > 2 and value[0] == plan.seeds,
+        "evaluations": is_count,
+        "cost": lambda value: (
+            is_object(value, [field.name for field in dataclasses.fields(Cost)])
+            and None not in (value["seconds"], value["model_calls"])
+        ),
+    }
+    return [name for name, fits in expected.items() if name not in numbers or not fits(numbers[name])]
 
 
-def is_measure(value: Any) -> bool:
-    """Return whether a value is a number, a boolean or None, or a flat list of these."""
-    if isinstance(value, list):
-        return all(not isinstance(each, list) and is_measure(each) for each in value)
-    return value is None or isinstance(value, bool | int | float)
+def rings(shape: Sequence[int]) -> int:
+    """Return the length of the spectrum of a noise."""
+    return len(frequency_rings(*shape[-2:])[1])
+
+
+def is_judgment(value: Any, count: int) -> bool:
+    return (
+        is_object(value, ["right", "found"], lambda each: isinstance(each, list))
+        and is_list(value["right"], lambda each: isinstance(each, bool), count)
+        and is_list(value["found"], lambda each: isinstance(each, str), count)
+    )
+
+
+def is_object(
+    value: Any, names: Collection[str], fits: Callable[[Any], bool] | None = None, ignored: Collection[str] = ()
+) -> bool:
+    """Return whether a value is an object of these names whose values fit; by default, are numbers."""
+    if not isinstance(value, dict):
+        return False
+    found = {name: each for name, each in value.items() if name not in ignored}
+    return found.keys() == set(names) and all(map(fits or is_number, found.values()))
+
+
+def is_list(value: Any, fits: Callable[[Any], bool], count: int | None = None) -> bool:
+    return isinstance(value, list) and count in (None, len(value)) and all(map(fits, value))
+
+
+def is_number(value: Any) -> bool:
+    """Return whether a value is a finite number, or `None`, which stands for NaN."""
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value))
+
+
+def is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0

@@ -136,6 +136,18 @@ def set_measures(
     return found
 
 
+def set_measure_names(plan: Plan, judged: bool) -> list[str]:
+    """Return the names of what `set_measures` returns for a plan and images that the judge can or cannot read."""
+    several, embedded = plan.seeds > 1, plan.features is not None
+    applies = {
+        "mss": embedded and several,
+        "vendi": embedded and several,
+        "coverage": embedded and judged,
+        "layout spread": judged and several,
+    }
+    return [name for name, holds in applies.items() if holds]
+
+
 def verdicts(images: torch.Tensor, prompt: str) -> dict[str, Any]:
     """Judge images `(B, 3, 64, 64)` in [0, 1]."""
     found: Sequence[shapes_world.Verdict] = shapes_world.judge(images, prompt)

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import importlib.metadata
 import inspect
+import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -23,18 +24,28 @@ from ..pipelines.baselines.plain_sampling import PlainSampling
 from ..pipelines.method import NoiseOptimizer
 from ..pipelines.registry import METHODS, list_methods
 from ..pipelines.searches.best_of_n import BestOfN
+from ..registry import did_you_mean
 from ..rewards.contract.registry import find_reward
 from ..rewards.features.auto_features import find_features
 from ..rewards.features.features import FEATURES, import_optional
 from ..rewards.sets.set_reward_sum import check_set_reward_entry, set_reward_entries
+from ..schedulers.noise_samplers import as_noise_sampler
 from ..shapes_world.embedded import WEIGHTS
-from .embedded_diversity import embedded_diversity, features_of
+from .embedded_diversity import TOWERS, embedded_diversity, features_of, tower, towers_of
 from .prompt_sets import PromptSet
 
 HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 EMBEDDED_REWARDS, EMBEDDED_FEATURES = ("clip", "vqa"), ("dinov2", "clip")
 HELD_OUT_FEATURES = "facebook/dinov2-base"  # for models that are not embedded
 CALLBACKS = {"cads": CADS, "interval_guidance": IntervalGuidance, "particle_guidance": ParticleGuidance}
+GROWING = (
+    "models",
+    "methods",
+    "prompts",
+    "prompts sha256",
+    "best of",
+    "references",
+)  # settings of a folder that may change
 RESERVED = ("prompt", "generator", "latents", "output_type", "num_images_per_prompt", "return_dict")
 
 
@@ -74,6 +85,16 @@ class ModelChoice:
         return self.name in shapes_world.MODELS
 
     @property
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of the pipeline's own call."""
+        return {name: value for name, value in self.call.items() if name != "noise_sampler"}
+
+    @property
+    def single_step(self) -> bool:
+        """Return whether the call is known to have a single denoising step."""
+        return self.call.get("num_inference_steps") == 1
+
+    @property
     def source(self) -> str:
         """The argument of `from_pretrained`."""
         return shapes_world.path(self.name) if self.embedded else self.name
@@ -82,7 +103,8 @@ class ModelChoice:
     def parse(cls, name: str, call: Mapping[str, Any]) -> "ModelChoice":
         """Raise `ValueError` for an invalid model, or call arguments that the evaluation sets itself."""
         if taken := [argument for argument in call if argument in RESERVED]:
-            raise ValueError(f"Expected `--call` without {taken[0]}, which the evaluation sets itself.")
+            raise ValueError(f"Expected `--call` without {taken[0]}, which the evaluation sets itself. Leave it out.")
+        check_noise_sampler(call.get("noise_sampler"), "--call")
         known = shapes_world.MODELS.get(name)
         if known is not None and known.is_pipeline:
             return cls(name, {**known.call, **call})
@@ -91,17 +113,25 @@ class ModelChoice:
         pipelines = [model.name for model in shapes_world.MODELS.values() if model.is_pipeline]
         raise ValueError(
             f"Expected a model out of {', '.join(pipelines)}, a Hub id such as 'org/name', or a folder, but got "
-            f"{name!r}."
+            f"{name!r}.{did_you_mean(name, pipelines)}"
         )
 
 
 @dataclasses.dataclass(frozen=True)
 class MethodChoice:
-    """A registered method with settings, labeled by the string that it was parsed from."""
+    """A registered method with settings, labeled by the string that it was parsed from.
+
+    The settings may have a `noise_sampler`, the distribution of the initial noise of the method and its control.
+    """
 
     label: str
     name: str
     settings: Mapping[str, Any]
+
+    @property
+    def own_settings(self) -> dict[str, Any]:
+        """The settings of the method itself."""
+        return {name: value for name, value in self.settings.items() if name != "noise_sampler"}
 
     @property
     def takes_rewards(self) -> bool:
@@ -113,6 +143,18 @@ class MethodChoice:
         return self.settings.get("diversity", getattr(METHODS[self.name], "diversity", None))
 
     @property
+    def features(self) -> str | None:
+        """The features by which the method compares images, if there is an embedded tower for them."""
+        found = self.settings.get("features", getattr(METHODS[self.name], "features", None))
+        return found if isinstance(found, str) and found in TOWERS else None
+
+    @property
+    def towers(self) -> set[str]:
+        """The embedded models that replace the method's features on embedded models."""
+        found = set() if self.diversity is None else towers_of(self.diversity)
+        return found | ({TOWERS[self.features][0]} if self.features else set())
+
+    @property
     def has_control(self) -> bool:
         """Return whether the method is compared with best-of-N at equal time; all but best-of-N itself are."""
         return not issubclass(METHODS[self.name], BestOfN)
@@ -122,11 +164,13 @@ class MethodChoice:
 
         Args:
             rewards: Anything that `RewardSum` takes.
-            embedded_on: For embedded models, their device: `diversity` then uses the embedded towers.
+            embedded_on: For embedded models, their device: `diversity` and `features` then use the embedded towers.
         """
-        settings = {**self.settings, **({"rewards": rewards} if self.takes_rewards else {})}
+        settings = {**self.own_settings, **({"rewards": rewards} if self.takes_rewards else {})}
         if embedded_on is not None and self.diversity is not None:
             settings["diversity"] = embedded_diversity(self.diversity, embedded_on)
+        if embedded_on is not None and self.features is not None:
+            settings["features"] = tower(self.features, embedded_on)
         return METHODS[self.name](**settings)
 
     def callback(self, seeds: Sequence[int]) -> DenoisingCallback | None:
@@ -138,9 +182,12 @@ class MethodChoice:
         """Parse `"reno"` or `"cno:gradient=full,gamma=1.0"`. Raises `ValueError` for invalid methods or settings."""
         name, _, settings = text.partition(":")
         if name not in METHODS and name not in CALLBACKS:
-            known = ", ".join([*list_methods(), *CALLBACKS])
-            raise ValueError(f"Expected a method out of {known}, but got {name!r}.")
+            known = [*list_methods(), *CALLBACKS]
+            raise ValueError(
+                f"Expected a method out of {', '.join(known)}, but got {name!r}.{did_you_mean(name, known)}"
+            )
         choice = (CallbackChoice if name in CALLBACKS else cls)(text, name, parse_settings(settings))
+        check_noise_sampler(choice.settings.get("noise_sampler"), text)
         choice.check()
         return choice
 
@@ -148,15 +195,22 @@ class MethodChoice:
         fields = [field.name for field in dataclasses.fields(METHODS[self.name]) if field.init]
         if "rewards" in self.settings:
             raise ValueError(f"Expected no rewards in {self.label!r}. Pass them as `--reward`, for all methods.")
-        if unknown := [name for name in self.settings if name not in fields]:
-            known = ", ".join(name for name in fields if name != "rewards")
-            raise ValueError(f"Expected settings of {self.name} out of {known}, but got {unknown[0]!r}.")
+        self.check_names([name for name in fields if name != "rewards"])
         try:
             if self.diversity is not None:
                 check_diversity(self.diversity)
             self.build(lambda images, prompts: images.mean((1, 2, 3))).check()
         except TypeError as error:
             raise ValueError(f"Expected settings that {self.name} takes, but got {self.label!r}: {error}.") from None
+
+    def check_names(self, known: Sequence[str]) -> None:
+        """Raise `ValueError` for a setting that is not known."""
+        known = [*known, "noise_sampler"]
+        if unknown := [name for name in self.settings if name not in known]:
+            hint = did_you_mean(unknown[0], known)
+            raise ValueError(
+                f"Expected settings of {self.name} out of {', '.join(known)}, but got {unknown[0]!r}.{hint}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,6 +226,10 @@ class CallbackChoice(MethodChoice):
         return None
 
     @property
+    def features(self) -> str | None:
+        return None
+
+    @property
     def has_control(self) -> bool:
         return False
 
@@ -181,12 +239,10 @@ class CallbackChoice(MethodChoice):
     def callback(self, seeds: Sequence[int]) -> DenoisingCallback:
         draws = "generator" in inspect.signature(CALLBACKS[self.name]).parameters
         generators = {"generator": [torch.Generator().manual_seed(seed) for seed in seeds]} if draws else {}
-        return CALLBACKS[self.name](**self.settings, **generators)
+        return CALLBACKS[self.name](**self.own_settings, **generators)
 
     def check(self) -> None:
-        known = [name for name in inspect.signature(CALLBACKS[self.name]).parameters if name != "generator"]
-        if unknown := [name for name in self.settings if name not in known]:
-            raise ValueError(f"Expected settings of {self.name} out of {', '.join(known)}, but got {unknown[0]!r}.")
+        self.check_names([name for name in inspect.signature(CALLBACKS[self.name]).parameters if name != "generator"])
         try:
             self.callback([0])
         except TypeError as error:
@@ -215,6 +271,25 @@ class Contender:
 PLAIN = Contender("plain")
 
 
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """A unit of an evaluation: the images of one prompt by one contender on one model.
+
+    Attributes:
+        model, contender: Those of the plan.
+        index: The place of the prompt in the plan.
+        best_of: N of best-of-N, for a control.
+    """
+
+    model: ModelChoice
+    contender: Contender
+    index: int
+    best_of: int | None = None
+
+    def __str__(self) -> str:
+        return f"{self.model.name}, {self.contender.key} and prompt {self.index}"
+
+
 def control_of(method: MethodChoice) -> Contender:
     """Return best-of-N at the time of a method."""
     return Contender(f"best-of-N for {method.label}", method, control=True)
@@ -233,7 +308,6 @@ class Plan:
     Attributes:
         models, methods: At least one each, without duplicates.
         prompts: The prompts in order.
-        source: Their source, for error messages.
         seeds: Images per prompt, generated in one call as a set.
         rewards: Name and weight of the optimized rewards, at least one.
         watched: Names of rewards that are only measured.
@@ -247,7 +321,6 @@ class Plan:
     models: tuple[ModelChoice, ...]
     methods: tuple[MethodChoice, ...]
     prompts: PromptSet
-    source: str = ""
     seeds: int
     rewards: tuple[tuple[str, float], ...]
     watched: tuple[str, ...] = ()
@@ -274,6 +347,7 @@ class Plan:
         if self.features is not None and not self.features_are_embedded:
             check_features(self.features)
         self.check_prompts()
+        self.check_pairs()
 
     def check_prompts(self) -> None:
         """Raise `ValueError` for a prompt outside the shapes world if a model is embedded."""
@@ -285,15 +359,18 @@ class Plan:
             try:
                 shapes_world.parse(prompt.text)
             except ValueError as error:
-                raise ValueError(f"{self.position_of(prompt.text, number)}: {error}") from None
+                raise ValueError(f"{prompt.where or f'prompt {number} of {self.prompts.name}'}: {error}") from None
 
-    def position_of(self, prompt: str, number: int) -> str:
-        """Return the file and line of a prompt, or its number if it is not a line of a file."""
-        if os.path.isfile(self.source):
-            lines = Path(self.source).read_text(encoding="utf-8-sig").split("\n")
-            if found := [line for line, text in enumerate(lines, 1) if prompt in text]:
-                return f"{self.source}:{found[0]}"
-        return f"prompt {number} of {self.prompts.name}"
+    def check_pairs(self) -> None:
+        """Raise `ValueError` for a method that a model cannot run, as far as that is known without loading it."""
+        for model in self.models:
+            for method in self.methods:
+                if model.single_step and isinstance(method, CallbackChoice):
+                    raise ValueError(
+                        f"Expected at least 2 denoising steps for {method.label}, which acts after a step on the next, "
+                        f"but got 1 on {model.name}. Leave out that method or that model, or pass `--call "
+                        "num_inference_steps=2`."
+                    )
 
     def category(self, index: int) -> str | None:
         """Return the category of a prompt from its source, or from the shapes world."""
@@ -341,6 +418,26 @@ class Plan:
         """Return the seed of an image's initial noise, the same for every method."""
         return 1_000_003 * image + prompt
 
+    def cell(self, model: ModelChoice, contender: Contender, index: int, n: Mapping[tuple[str, str], int]) -> Cell:
+        """Return a unit; `n` has N of best-of-N by model and label of the method, as far as it is known."""
+        control = contender.method if contender.control else None
+        return Cell(model, contender, index, n.get((model.name, control.label)) if control else None)
+
+    def key(self, cell: Cell, settings: Mapping[str, Any]) -> str:
+        """Return a hash of everything that a unit depends on; `settings` are those of the plan on its device."""
+        method = cell.contender.method
+        depends = {
+            **{name: value for name, value in settings.items() if name not in GROWING},
+            "model": [cell.model.name, dict(cell.model.call)],
+            "contender": cell.contender.key,
+            "method": method and [method.name, dict(method.settings)],
+            "best of": cell.best_of,
+            "prompt": self.prompts.prompts[cell.index].text,
+            "first seed": self.seed(cell.index, 0),
+            "of the shapes world": self.of_shapes_world,
+        }
+        return hashlib.sha256(json.dumps(depends, sort_keys=True, default=repr).encode()).hexdigest()[:8]
+
     def settings(self, device: str) -> dict[str, Any]:
         """Return everything that the results depend on, as plain values."""
         texts = "\n".join(prompt.text for prompt in self.prompts.prompts)
@@ -354,6 +451,7 @@ class Plan:
             "rewards": dict(self.rewards),
             "watched": list(self.watched),
             "features": self.features,
+            "features are embedded": self.features_are_embedded,
             "references": self.references and str(Path(self.references).resolve()),
             "best of": self.best_of,
             "device": device,
@@ -369,6 +467,14 @@ def distinct(what: str, names: Sequence[str]) -> None:
         raise ValueError(f"Expected at least one {what}.")
     if repeated := [name for name in names if names.count(name) > 1]:
         raise ValueError(f"Expected each {what} once, but got {repeated[0]!r} {names.count(repeated[0])} times.")
+
+
+def check_noise_sampler(noise_sampler: Any, place: str) -> None:
+    """Raise `ValueError` for a noise sampler that there is not."""
+    try:
+        as_noise_sampler(noise_sampler)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"Expected a noise sampler in {place!r}: {error}") from None
 
 
 def check_device(name: str | None) -> None:

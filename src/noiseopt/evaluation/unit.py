@@ -59,6 +59,11 @@ class Studio:
         embedded_on = self.device if self.model.embedded else None
         return contender.method.build(self.instruments.rewards, embedded_on)
 
+    def noise_sampler(self, contender: Contender) -> Any:
+        """Return the distribution of the noise: that of the method and its control, else that of the model's call."""
+        settings = {} if contender.method is None else contender.method.settings
+        return settings.get("noise_sampler", self.model.call.get("noise_sampler"))
+
     def generators(self, index: int) -> list[torch.Generator]:
         """Return one generator per image of a prompt; on the CPU, for equal noise on every device."""
         return [torch.Generator().manual_seed(self.plan.seed(index, image)) for image in range(self.plan.seeds)]
@@ -74,14 +79,19 @@ class Studio:
             return {}
         return {"callback_on_step_end": callback, "callback_on_step_end_tensor_inputs": callback.tensor_inputs}
 
-    def check_steering(self, contender: Contender) -> None:
-        """Generate one image with a contender that steers. Raises its callback's errors."""
+    def check(self, contender: Contender) -> None:
+        """Raise `ValueError` or `TypeError` for a contender that cannot run on this model."""
         if steered := self.steered(contender, 0):
             steered["callback_on_step_end"].check(self.pipe)
-            self.generate(PlainSampling(), 0, steered=steered)
+        self.warm_up(contender)
 
     def generate(
-        self, method: NoiseOptimizer, index: int, callbacks: Any = None, steered: Mapping[str, Any] | None = None
+        self,
+        method: NoiseOptimizer,
+        index: int,
+        callbacks: Any = None,
+        noise_sampler: Any = None,
+        steered: Mapping[str, Any] | None = None,
     ) -> Generation:
         """Optimize the noise of a prompt's images, and generate the images with the stock pipeline.
 
@@ -89,25 +99,27 @@ class Studio:
         optimized noise, or those of `steered` from initial noise.
         """
         prompt = self.plan.prompts.prompts[index].text
-        call = {**self.model.call, "num_images_per_prompt": self.plan.seeds}
+        call = {**self.model.arguments, "num_images_per_prompt": self.plan.seeds}
+        ours = {"callbacks": callbacks, "noise_sampler": noise_sampler, "generator": self.generators(index)}
         with measured(self.pipe, self.device) as cost:
-            result = optimize_noise(
-                self.pipe, prompt, method, callbacks=callbacks, generator=self.generators(index), **call
-            )
+            result = optimize_noise(self.pipe, prompt, method, **ours, **call)
             found = {"latents": result.latents, "generator": result.generator(), "output_type": "pt", **(steered or {})}
             images = self.pipe(prompt, **call, **found).images.float()
         return Generation(images, result, cost)
 
-    def warm_up(self) -> None:
-        """Run the first passes of every contender, which are slower and use more memory than later ones."""
-        for contender in self.plan.contenders:
-            steered = self.steered(contender, 0)
-            self.generate(self.method(contender, 2), 0, callbacks=lambda state: state.step < 1, steered=steered)
+    def run(self, contender: Contender, index: int, best_of: int | None, callbacks: Any = None) -> Generation:
+        """Generate the images of a prompt by a contender."""
+        steered, noise_sampler = self.steered(contender, index), self.noise_sampler(contender)
+        return self.generate(self.method(contender, best_of), index, callbacks, noise_sampler, steered)
+
+    def warm_up(self, contender: Contender) -> None:
+        """Run the first passes of a contender, which are slower and use more memory than later ones."""
+        self.run(contender, 0, 2, callbacks=lambda state: state.step < 1)
 
     def measure(self, contender: Contender, index: int, best_of: int | None) -> "Unit":
         """Compute one unit."""
         prompt = self.plan.prompts.prompts[index]
-        generation = self.generate(self.method(contender, best_of), index, steered=self.steered(contender, index))
+        generation = self.run(contender, index, best_of)
         images, cost, judged = generation.images, generation.cost, self.judged(generation.images)
         features = self.instruments.embed(images)
         references = self.instruments.renders(prompt.text) if judged else None

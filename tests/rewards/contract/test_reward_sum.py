@@ -12,13 +12,18 @@ import torch
 from torch import Tensor
 
 import noiseopt
+from noiseopt import shapes_world
 from noiseopt.rewards import (
+    DPP,
+    AutoReward,
     CLIPScore,
     ColorChannel,
     NonDifferentiableReward,
     NonFiniteReward,
     Reward,
     RewardSum,
+    SetRewardSum,
+    TinyImage,
 )
 from noiseopt.rewards.contract import registry
 
@@ -202,6 +207,10 @@ def test_names_the_component_that_is_not_finite():
         RewardSum({"red": 1.0, broken: 1.0})(IMAGES, "a cat")
 
 
+def trl_reward(images, prompts, metadata):
+    return images.mean((1, 2, 3)), {}
+
+
 @pytest.mark.parametrize(
     ("rewards", "weights", "error", "message"),
     [
@@ -217,6 +226,8 @@ def test_names_the_component_that_is_not_finite():
         (["red", 1.0], None, TypeError, r"but got 1.0. Weighted rewards are written `{reward: weight}`"),
         ([("red", 1.0, 2.0)], None, ValueError, r"Expected \(reward, weight\) pairs"),
         (CLIPScore, None, TypeError, "got the class `CLIPScore`. Pass an instance"),
+        (lambda images: images, None, TypeError, r"'reward' takes \(images\)\. Wrap it"),
+        ({trl_reward: 1.0}, None, TypeError, r"'trl_reward' takes \(images, prompts, metadata\).*TRL"),
         ({"red": 1.0}, [1.0], ValueError, "Expected weights once"),
         (["red", "blue"], [1.0], ValueError, "Expected 2 weights, one per reward, but got 1"),
     ],
@@ -251,3 +262,13 @@ def test_a_copy_of_the_code_accepts_rewards_and_sums_of_the_original(
     finally:
         for name in [name for name in sys.modules if name.startswith("copied.")]:
             del sys.modules[name]
+
+
+def test_a_sum_is_shown_in_a_line():
+    total = RewardSum({"red": 5.0, "brightness": 1.0})
+    assert repr(total) == "RewardSum({'red': 5.0, 'brightness': 1.0})"
+    assert repr(list(total.rewards)) == "[ColorChannel('red'), Brightness('brightness')]"
+    clip = AutoReward.from_pretrained(shapes_world.path("clip"))
+    assert repr(clip) == "CLIPScore('clipscore', float32 on cpu)"
+    assert repr(SetRewardSum([(DPP(TinyImage()), None, 2.0)])) == "SetRewardSum({'dpp': 2.0})"
+    assert repr(DPP(TinyImage())) == "DPP(TinyImage('tiny_image'))"
