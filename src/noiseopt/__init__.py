@@ -36,6 +36,7 @@ if TYPE_CHECKING:
         grow_set,
         list_methods,
         optimize_noise,
+        release_rewards,
     )
     from .rewards import AutoReward, BlackBox, RewardSum, list_rewards
     from .schedulers import PinkNoise
@@ -82,6 +83,7 @@ __all__ = [
     "list_methods",
     "list_rewards",
     "optimize_noise",
+    "release_rewards",
     "shapes_world",
 ]
 
