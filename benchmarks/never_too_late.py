@@ -48,7 +48,7 @@ GRADIENT_NORMS = {
     "soft colors": ("pairwise", "color_histogram", 0.118),
 }
 WEIGHTS = {name: (reward, features, PULL * 3.24 / norm) for name, (reward, features, norm) in GRADIENT_NORMS.items()}
-LEARNING_RATE = 25.0
+LEARNING_RATE = 25.0 * math.sqrt(2)
 SEEN = {"dinov2": ("dinov2", "DINO"), "DINO": ("dinov2", "DINO"), "clip": ("clip",), "tiny_image": ("pixels",)}
 GUARD = {"sharpness": {"keep": 0.8}, "complexity": {"keep": 0.8}}
 MAIN = "dpp"  # the objective of the sweep of α and of the guard

@@ -243,7 +243,8 @@ def reno_rows(pipe: Any, rewards: RewardSum, size: int, steps: int) -> dict[str,
     call = {"num_inference_steps": 1, "guidance_scale": 0.0, "height": size, "width": size}
     offset = sum(weight * LOSS_OFFSETS[name] for name, weight in rewards.weights.items())
     noise = drawn_noise(pipe, 1, size)
-    method = functools.partial(ReNO, rewards=rewards, mode="parity", steps=steps)
+    rate = 5.0 * 64 / noise.shape[-1]  # in units of the side of the noise: the released loop takes 5 at any
+    method = functools.partial(ReNO, rewards=rewards, mode="parity", steps=steps, learning_rate=rate)
     rows = {
         "released loop": Row(ReleasedReNO(pipe, rewards, call, noise, steps)),
         'ReNO(mode="parity")': Row(OurLoop(pipe, method(), call, noise), True, offset),

@@ -111,7 +111,9 @@ class Comparison:
 
     def __init__(self, pipe, reward: Reward, steps: int, mode: str) -> None:
         self.pipe = pipe
-        self.reno = ReNO(rewards=reward, steps=steps, mode=mode)  # pyright: ignore[reportArgumentType]
+        # √2: the embedded models' noise has 8 channels, so that its norm is √2 times that of the paper's models
+        rate = 5.0 * math.sqrt(2)
+        self.reno = ReNO(rewards=reward, steps=steps, mode=mode, learning_rate=rate)  # pyright: ignore[reportArgumentType]
         self.best_of_n = BestOfN(rewards=reward, steps=1_000_000)
         self.seconds_per_image: float | None = None
 

@@ -9,6 +9,7 @@ from .cno.stable_diffusion import CNOStableDiffusionPipeline
 from .cno.stable_diffusion_3 import CNOStableDiffusion3Pipeline
 from .cno.stable_diffusion_xl import CNOStableDiffusionXLPipeline
 from .hook import NoiseOptimizationMixin, optimize_noise
+from .loading import release_rewards
 from .method import NoiseOptimizer
 from .never_too_late.flux import NeverTooLateFluxPipeline
 from .never_too_late.image_set import ImageSet, grow_set
@@ -81,5 +82,6 @@ __all__ = [
     "list_methods",
     "optimize_noise",
     "register_method",
+    "release_rewards",
     "select_group",
 ]

@@ -1,11 +1,10 @@
 """Entry points: `optimize_noise` for existing pipelines, and the hook in `prepare_latents` of our classes."""
 
 import contextlib
-import copy
 import functools
 import inspect
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
 
@@ -14,6 +13,7 @@ import torch
 from ..callbacks.noise_callback import CallbackSpec, NoiseCallback, as_callbacks
 from ..private_names import execution_device
 from ..schedulers.noise_samplers import NoiseSamplerSpec
+from .loading import release_rewards
 from .loop import optimize
 from .memory.tiny_decoder import as_loop_decoder
 from .method import NoiseOptimizer
@@ -36,27 +36,47 @@ from .results.noise_file import NoiseFile
 from .results.noise_result import NoiseResult
 from .results.pipeline_code import SavedWithCode
 from .results.resume import call_description, first_generator, known_run
+from .sampling.apart import apart, hooked, set_aside
 from .sampling.first_call import stock_call, submodules_of
 from .sampling.latent_space import LatentSpace
-from .sampling.module_state import DENOISERS, frozen_modules, refuse_unsuited
+from .sampling.module_state import (
+    DENOISERS,
+    frozen_modules,
+    refuse_replaced_latents,
+    refuse_replaced_step,
+    refuse_unsuited,
+    shared_parts,
+)
 from .sampling.sampler import PipelineSampler
+from .sampling.turns import TURNS
 
 Callbacks = CallbackSpec | Iterable[CallbackSpec] | None
 
 
 class NoiseFound(Exception):
-    """Ends a pipeline call once its noise is known, when nobody asked for the final image."""
+    """Ends the pipeline call of a run once its noise is known, when nobody asked for the final image."""
+
+    def __init__(self, run: "NoiseRun") -> None:
+        super().__init__()
+        self.run = run
+
+
+class OutputTuple(tuple):
+    """The output of a call with `return_dict=False`, and the `noise_result` that a plain tuple cannot have."""
+
+    noise_result: NoiseResult
 
 
 class NoiseDraw:
     """One pipeline call on noise of a noise sampler, without optimization."""
 
-    def __init__(self, request: dict[str, Any], noise_sampler: NoiseSamplerSpec | None) -> None:
+    def __init__(self, pipe, request: dict[str, Any], noise_sampler: NoiseSamplerSpec | None) -> None:
         prompts_of(request)
+        refuse_replaced_latents(pipe)
         self.noise_sampler = noise_sampler_of(noise_sampler, request, groups_of(request))
 
-    def encode_prompt(self, encode, *args, **kwargs):
-        return encode(*args, **kwargs)
+    def hooks(self, pipe) -> dict[str, Callable[..., Any]]:
+        return {"prepare_latents": functools.partial(self.prepare_latents, pipe)}
 
     def prepare_latents(self, pipe, *args, **kwargs):
         """Run the stock method on noise of the sampler."""
@@ -91,6 +111,8 @@ class NoiseRun:
         if torch.is_inference_mode_enabled():
             raise ValueError("Expected a call outside `torch.inference_mode()`, where no gradient exists. Remove it.")
         refuse_unsuited(pipe, method.gradient_mode)
+        if method.previews:
+            refuse_replaced_step(pipe)
         self.objective: Objective = method.objective(pipe)
         self.prompts, self.groups = prompts_of(request), groups_of(request)
         requires_prompt = self.objective.requires_prompt
@@ -104,6 +126,7 @@ class NoiseRun:
             self.objective.try_out(self.reward_prompts[0], *self.size, gradient=method.gradient_mode is not None)
         self.decoder = as_loop_decoder(method.decoder, pipe, list(submodules_of(pipe, DENOISERS).values()))
         self.encoded: list[Any] = []
+        self.encoding = 0  # depth of calls of `encode_prompt` in one another
         self.result: NoiseResult | None = None
 
     def frozen_modules(self, pipe) -> contextlib.AbstractContextManager[None]:
@@ -119,10 +142,23 @@ class NoiseRun:
                 vars(error)["noise_result"] = self.result
             raise
 
+    def hooks(self, pipe) -> dict[str, Callable[..., Any]]:
+        """Return the functions that take the place of methods of the pipeline during its call."""
+        hooks: dict[str, Callable[..., Any]] = {"prepare_latents": functools.partial(self.prepare_latents, pipe)}
+        if hasattr(pipe, "encode_prompt"):
+            hooks["encode_prompt"] = functools.partial(self.encode_prompt, pipe.encode_prompt)
+        return hooks
+
     def encode_prompt(self, encode, *args, **kwargs):
-        """Record the output of the stock method, which the inner runs replay."""
-        self.encoded.append(encode(*args, **kwargs))
-        return self.encoded[-1]
+        """Record what the call gets from its `encode_prompt`, be it replaced or not, for the inner runs to replay."""
+        self.encoding += 1
+        try:
+            encoded = encode(*args, **kwargs)
+        finally:
+            self.encoding -= 1
+        if not self.encoding:
+            self.encoded.append(encoded)
+        return encoded
 
     def prepare_latents(self, pipe, *args, **kwargs):
         """Draw the base noise as the stock method does, optimize it, and prepare the latents of the result."""
@@ -138,11 +174,12 @@ class NoiseRun:
             through_denoiser=method.gradient_mode == "full",
         )
         problem = NoiseProblem(pipe, sampler, self.prompts, self.reward_prompts, self.groups, self.request, self.call)
-        with torch.enable_grad(), sampler.checkpoints:
+        # callbacks and rewards may draw with the pipeline
+        with set_aside(pipe), torch.enable_grad(), sampler.checkpoints:
             self.result = optimize(method, problem, self.objective, self.callbacks, self.noise_file, self.known)
         if not self.render:
-            raise NoiseFound
-        return sampler.prepare(pipe, self.result.noise.to(problem.dtype))
+            raise NoiseFound(self)
+        return sampler.prepare(self.result.noise.to(problem.dtype))
 
     def result_of(self, pipe) -> NoiseResult:
         """Return the result of a call that has ended."""
@@ -165,7 +202,7 @@ class NoiseOptimizationMixin(SavedWithCode):
     goes on with the noise that was found: only this final run fires `callback_on_step_end`.
     """
 
-    _noise_run: NoiseRun | NoiseDraw | None = None
+    _noise_run: None = None  # marks our classes among the bases of a pipeline
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Show the parameters of the stock class in `inspect.signature(cls.__call__)`, followed by ours."""
@@ -215,8 +252,8 @@ class NoiseOptimizationMixin(SavedWithCode):
                 `optimize_noise`.
 
         Returns:
-            The output of the stock pipeline, with a `noise_result` attribute unless `return_dict=False`. An exception,
-            Ctrl-C included, carries the best so far as its `noise_result`.
+            The output of the stock pipeline, with a `noise_result` attribute. An exception, Ctrl-C included, carries
+            the best so far as its `noise_result`.
 
         Raises:
             ValueError: For settings that cannot work, before any model runs.
@@ -225,33 +262,33 @@ class NoiseOptimizationMixin(SavedWithCode):
         if method is None:
             check_nothing_beside(method_kwargs=method_kwargs, save_noise_to=save_noise_to, reward_prompt=reward_prompt)
         if method is None and noise_sampler is None:
-            return stock(*args, **kwargs)
+            with TURNS.take([self]):  # another thread may be in a run of this pipeline
+                return stock(*args, **kwargs)
         request = bind_request(self, args, kwargs)
         if method is None:
-            with hook_on(self, NoiseDraw(request, noise_sampler)):
+            draw = NoiseDraw(self, request, noise_sampler)
+            with TURNS.take([self]), hooked(self, **draw.hooks(self)):
                 return stock(*args, **kwargs)
-        run = NoiseRun(
-            self, as_method(method, method_kwargs), request, callbacks, noise_sampler, reward_prompt, save_noise_to
-        )
-        with run.rescuing(), run.frozen_modules(self), hook_on(self, run):
-            output = stock(*args, **kwargs)
+        method = as_method(method, method_kwargs)
+        with TURNS.take(shared_parts(self, method.decoder)):
+            return self.optimized_call(
+                NoiseRun(self, method, request, callbacks, noise_sampler, reward_prompt, save_noise_to),
+                functools.partial(stock, *args, **kwargs),
+            )
+
+    def optimized_call(self, run: NoiseRun, stock: Callable[[], Any]) -> Any:
+        """Return the output of a stock call whose noise is optimized first."""
+        with run.rescuing(), run.frozen_modules(self), hooked(self, **run.hooks(self)):
+            output = stock()
         result = run.result_of(self)
-        if not isinstance(output, tuple):
-            output.noise_result = result
+        if isinstance(output, tuple):
+            output = OutputTuple(output)
+        output.noise_result = result
         return output
 
-    def encode_prompt(self, *args, **kwargs):
-        """Run the stock method; under optimization its output is recorded for the inner runs."""
-        encode = super().encode_prompt  # pyright: ignore[reportAttributeAccessIssue]
-        run = self._noise_run
-        return encode(*args, **kwargs) if run is None else run.encode_prompt(encode, *args, **kwargs)
-
-    def prepare_latents(self, *args, **kwargs):
-        """Run the stock method; under optimization the noise is optimized before it is returned."""
-        run = self._noise_run
-        if run is None:
-            return super().prepare_latents(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
-        return run.prepare_latents(self, *args, **kwargs)
+    def release_rewards(self) -> None:
+        """Forget the rewards, features and decoders that this pipeline loaded by name, which frees their memory."""
+        release_rewards(self)
 
     @classmethod
     def own_parameters(cls) -> list[inspect.Parameter]:
@@ -297,24 +334,6 @@ def call_with_signature(cls: Any) -> Any:
     vars(call)["__signature__"] = inspect.Signature([*named, *ours, *rest])
     call.__doc__ = cls.call_documentation()
     return call
-
-
-@contextlib.contextmanager
-def hook_on(pipe, run: NoiseRun | NoiseDraw) -> Iterator[None]:
-    """Route the prompts and latents of a pipeline's call to a run."""
-    vars(pipe)["_noise_run"] = run
-    try:
-        yield
-    finally:
-        vars(pipe).pop("_noise_run", None)
-
-
-@functools.cache
-def hooked(cls: type) -> type:
-    """Return a subclass of a pipeline class with the hook, or the class itself if it has one."""
-    if hasattr(cls, "_noise_run"):
-        return cls
-    return type(cls.__name__, (NoiseOptimizationMixin, cls), {"__module__": cls.__module__})
 
 
 @overload
@@ -406,41 +425,42 @@ def optimize_noise(
         with only_writer(Path(folder)):
             entries = prompt_entries(prompt, folder, call_kwargs.pop("generator", None), reward_prompt)
             return optimize_entries(pipe, entries, method, as_callbacks(callbacks), noise_sampler, call_kwargs)
-    twin, request = hooked_call(pipe, prompt, call_kwargs)
-    call, known = call_description(twin, method, request, noise_sampler, reward_prompt), None
-    if resume_from is not None:
-        known = known_run(resume_from, save_noise_to, call)
-    if known is not None and known.complete:
-        if save_noise_to is not None and Path(save_noise_to) != Path(resume_from or ""):
-            known.save(Path(save_noise_to))
-        return known
-    if known is not None and request.get("generator") is None and request.get("latents") is None:
-        request |= first_generator(known, execution_device(twin))
-    run = NoiseRun(
-        twin,
-        method,
-        request,
-        callbacks,
-        noise_sampler,
-        reward_prompt,
-        save_noise_to,
-        render=False,
-        known=known,
-        call=call,
-    )
-    vars(twin)["_noise_run"] = run
-    with run.rescuing(), run.frozen_modules(twin), torch.no_grad(), contextlib.suppress(NoiseFound):
-        stock_call(type(pipe))(twin, **request)
-    return run.result_of(twin)
+    with TURNS.take(shared_parts(pipe, method.decoder)), apart(pipe) as twin:
+        request = checked_request(twin, prompt, call_kwargs)
+        call, known = call_description(twin, method, request, noise_sampler, reward_prompt), None
+        if resume_from is not None:
+            known = known_run(resume_from, save_noise_to, call)
+        if known is not None and known.complete:
+            if save_noise_to is not None and Path(save_noise_to) != Path(resume_from or ""):
+                known.save(Path(save_noise_to))
+            return known
+        if known is not None and request.get("generator") is None and request.get("latents") is None:
+            request |= first_generator(known, execution_device(twin))
+        run = NoiseRun(
+            twin,
+            method,
+            request,
+            callbacks,
+            noise_sampler,
+            reward_prompt,
+            save_noise_to,
+            render=False,
+            known=known,
+            call=call,
+        )
+        try:
+            with run.rescuing(), run.frozen_modules(twin), hooked(twin, **run.hooks(twin)), torch.no_grad():
+                stock_call(type(pipe))(twin, **request)
+        except NoiseFound as found:
+            if found.run is not run:
+                raise
+        return run.result_of(twin)
 
 
-def hooked_call(pipe, prompt: Any, call_kwargs: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Return a twin of a pipeline with the hook, and the arguments of its call by name."""
-    twin = copy.copy(pipe)
-    twin.__class__ = hooked(type(pipe))
-    vars(twin)["scheduler"] = copy.deepcopy(pipe.scheduler)  # a call sets the timesteps of its scheduler
-    check_takes_latents(twin)
-    return twin, bind_request(twin, (), {"prompt": prompt, **call_kwargs})
+def checked_request(pipe, prompt: Any, call_kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a call by name."""
+    check_takes_latents(pipe)
+    return bind_request(pipe, (), {"prompt": prompt, **call_kwargs})
 
 
 def optimize_entries(
@@ -453,8 +473,8 @@ def optimize_entries(
 ) -> list[NoiseResult]:
     """Optimize each prompt of a folder by itself, after its files were found to be of the same calls."""
     for entry in entries:
-        twin, request = hooked_call(pipe, entry.prompt, call_kwargs | entry.arguments)
-        known_run(entry.file, entry.file, call_description(twin, method, request, noise_sampler, entry.reward_prompt))
+        request = checked_request(pipe, entry.prompt, call_kwargs | entry.arguments)
+        known_run(entry.file, entry.file, call_description(pipe, method, request, noise_sampler, entry.reward_prompt))
     bar, results = FolderBar(pipe, len(entries), method.steps), []
     own: dict[str, Any] = {"callbacks": [bar, *callbacks], "noise_sampler": noise_sampler}
     try:

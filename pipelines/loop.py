@@ -336,7 +336,7 @@ class OptimizationLoop:
         problem, run, best = self.problem, self.run, self.run.best
         rows, last, noise = self.rows[: best.evaluations], self.method.returns == "last", self.returned()
         last_images = run.images if run.noise is self.evaluated else None
-        latents = problem.sampler.to_latents(problem.pipe, noise.to(problem.dtype))
+        latents = problem.sampler.to_latents(noise.to(problem.dtype))
         return NoiseResult(
             noise=noise.detach(),
             latents=latents.detach(),

@@ -10,7 +10,8 @@ from ..callbacks.noise_state import NoiseState
 from ..checked_fields import check_fields, checked
 from ..private_names import execution_device
 from ..rewards.contract.reward import check_reward_device
-from ..rewards.contract.reward_sum import RewardSum
+from ..rewards.contract.reward_sum import RewardSum, checked_reward_pairs
+from .loading import loaded_models
 from .memory.checkpointing import Checkpointing
 from .objective import Objective, RewardObjective
 from .problem import NoiseProblem
@@ -118,12 +119,16 @@ class NoiseOptimizer:
         return torch.device(self.reward_device or execution_device(pipe))
 
     def load_rewards(self, pipe, rewards: Any) -> RewardSum:
-        """Return rewards as a `RewardSum`, names loaded; differentiable ones for a method that differentiates.
+        """Return rewards as a `RewardSum`, in which names are loaded at their first use for this pipeline."""
+        return RewardSum(rewards, device=self.device_of_rewards(pipe), loaded=loaded_models(pipe))
+
+    def differentiable_rewards(self, pipe, rewards: Any) -> RewardSum:
+        """Return `load_rewards` for a method that may differentiate.
 
         Raises:
             NonDifferentiableReward: If a reward with a weight has no gradient, but the method needs one.
         """
-        total = RewardSum(rewards, device=self.device_of_rewards(pipe))
+        total = self.load_rewards(pipe, rewards)
         if self.gradient_mode is not None:
             total.check_differentiable()
         return total
@@ -145,5 +150,9 @@ class RewardOptimizer(NoiseOptimizer):
 
     rewards: Any
 
+    def check(self) -> None:
+        super().check()
+        checked_reward_pairs(self.rewards)
+
     def objective(self, pipe) -> Objective:
-        return RewardObjective(self.load_rewards(pipe, self.rewards))
+        return RewardObjective(self.differentiable_rewards(pipe, self.rewards))

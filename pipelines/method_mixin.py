@@ -4,9 +4,6 @@ import inspect
 from collections.abc import Mapping
 from typing import Any, ClassVar, get_type_hints
 
-from ..private_names import execution_device
-from ..rewards.contract.reward import check_reward_device
-from ..rewards.contract.reward_sum import RewardSum, reward_weight_pairs
 from .hook import NoiseOptimizationMixin
 from .method import NoiseOptimizer
 
@@ -15,7 +12,7 @@ class MethodMixin(NoiseOptimizationMixin):
     """Base class of the mixins of one method: `class ReNOMixin(MethodMixin, method=ReNO, arguments=("rewards", …))`.
 
     The call of a pipeline then takes these settings of the method as arguments, and its other settings in
-    `method_kwargs`. Rewards given by name are loaded once per pipeline.
+    `method_kwargs`.
 
     Attributes:
         own_method: The method.
@@ -82,27 +79,7 @@ class MethodMixin(NoiseOptimizationMixin):
                     f"Expected `{self.target}` beside {sorted(settings)}, but got none: there is nothing to optimize."
                 )
             return None
-        return self.own_method(**self.loaded(settings))
-
-    def loaded(self, settings: dict[str, Any]) -> dict[str, Any]:
-        """Return the settings with everything given by name loaded at its first use and stored with the pipeline."""
-        return {**settings, "rewards": self.load_rewards(settings["rewards"], settings.get("reward_device"))}
-
-    def load_rewards(self, rewards: Any, device: Any = None) -> RewardSum:
-        """Return a `RewardSum` on a device, by default the pipeline's."""
-        check_reward_device(device)
-        stored = self.stored_on(device, "_loaded_rewards")
-        pairs = reward_weight_pairs(rewards, None)
-        known = [(stored.get(str(name), name), weight) for name, weight in pairs]
-        total = RewardSum(known, device=device or execution_device(self))
-        for (name, _), reward in zip(pairs, total.rewards, strict=True):
-            if isinstance(name, str):
-                stored[name] = reward
-        return total
-
-    def stored_on(self, device: Any, attribute: str) -> dict[str, Any]:
-        """Return what this pipeline has loaded by name, for its own device or another one."""
-        return vars(self).setdefault(attribute if device is None else f"{attribute}_on_{device}", {})
+        return self.own_method(**settings)
 
 
 def merged_settings(arguments: dict[str, Any], others: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -56,6 +56,16 @@ def unit(direction: torch.Tensor) -> torch.Tensor:
     return scaled / per_image(per_sample_norm(scaled).clamp_min(1), scaled)
 
 
+def rate_unit(noise: torch.Tensor) -> float:
+    """Return the unit of learning rates for noise `(B, C, H, W)`: √(H·W) / 64.
+
+    ReNO's and Never Too Late's rates were chosen at 512 px, where the noise is 64 × 64, with 4 channels (SD and SDXL)
+    and with 16 (FLUX) alike; at 1024 px ReNO's is twice as large. So the channels do not count.
+    """
+    height, width = noise.shape[-2:]
+    return math.sqrt(height * width) / 64
+
+
 def displacement(noise: torch.Tensor, sigma: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
     """Return `v = (√(1−γ) − 1)·z + √γ·σ`, the change of `noise` z when `sigma` is mixed into it.
 

@@ -17,7 +17,20 @@ def attraction_gamma(size: int, tau: float) -> float:
 
     The solution of `exp(1/(γτ)) = (size − 1)·exp(1/τ)`, `1 / (τ·ln(size − 1) + 1)`, of CNO,
     https://arxiv.org/abs/2510.03813: 0.878 for 5 images and τ = 0.1, and 1 for two. A smaller γ attracts more.
+
+    Args:
+        size: The number of images, at least 2.
+        tau: τ, above 0.
+
+    Raises:
+        ValueError: For other arguments.
     """
+    if size < 2:
+        raise ValueError(
+            f"Expected at least 2 images to contrast, but got {size}. Pass `num_images_per_prompt=5`, say."
+        )
+    if not 0 < tau < math.inf:
+        raise ValueError(f"Expected a temperature above 0, but got {tau!r}.")
     return 1 / (tau * math.log(size - 1) + 1)
 
 

@@ -36,7 +36,10 @@ class CNO(NoiseOptimizer):
     first timestep, and makes one step of Adam on the contrastive loss: away from the other images of the same prompt,
     towards the first estimate of its own. Images of different prompts do not interact. The last noise is returned.
 
-    The defaults are the paper's. The released code is `CNO(gradient="full", gamma=1.0)`.
+    The defaults are the paper's, but for one term that its formula leaves open: as in the released code, the
+    denominator has the attraction in place of the cosine of an image with itself. The released code is
+    `CNO(gradient="full", gamma=1.0)`, for SDXL with `negative_prompt=""` in the call: it encodes the empty prompt for
+    the guidance, where diffusers takes zeros.
 
     Args:
         steps: Evaluations, each one call of the denoiser followed by an update.

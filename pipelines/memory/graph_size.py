@@ -1,7 +1,7 @@
 """Size of the graphs that a gradient needs, measured rather than estimated."""
 
-from collections import Counter
-from collections.abc import Callable
+import weakref
+from collections import Counter, deque
 from typing import Any
 
 import torch
@@ -10,14 +10,12 @@ from ...private_names import base_of_view
 
 
 class SavedTensor:
-    """Tensor saved by a graph; calls `release` when the graph is freed."""
+    """Tensor saved by a graph."""
 
-    def __init__(self, tensor: torch.Tensor, release: Callable[[], None]) -> None:
-        # detached: an output of the graph would refer to the graph and keep it alive
-        self.tensor, self.release = tensor.detach(), release
+    __slots__ = ("__weakref__", "tensor")
 
-    def __del__(self) -> None:
-        self.release()
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor.detach()  # an output of the graph would refer to the graph and keep it alive
 
 
 class GraphTooLarge(Exception):
@@ -31,7 +29,6 @@ class SavedBytes:
         limit: Upper limit in bytes, `None` for no limit.
 
     Attributes:
-        held: Bytes saved now.
         peak: The most bytes saved at one time.
 
     Raises:
@@ -40,8 +37,12 @@ class SavedBytes:
 
     def __init__(self, limit: int | None = None) -> None:
         self.limit = limit
-        self.held = self.peak = 0
+        self.bytes = self.peak = 0
         self.holders: Counter[int] = Counter()
+        self.storages: dict[weakref.ref[SavedTensor], tuple[int, int]] = {}  # address and size, by what holds them
+        # A graph is freed anywhere. Code of ours that ran there could be interrupted, and Python drops exceptions from
+        # finalizers: so a freed tensor is put into this list by C code alone.
+        self.freed: deque[weakref.ref[SavedTensor]] = deque()
 
     def __enter__(self) -> "SavedBytes":
         self.hooks = torch.autograd.graph.saved_tensors_hooks(self.save, lambda saved: saved.tensor)
@@ -51,24 +52,31 @@ class SavedBytes:
     def __exit__(self, *error: Any) -> None:
         self.hooks.__exit__(*error)
 
+    @property
+    def held(self) -> int:
+        """Bytes saved now."""
+        while self.freed:
+            address, size = self.storages.pop(self.freed.popleft())
+            self.holders[address] -= 1
+            if not self.holders[address]:
+                del self.holders[address]
+                self.bytes -= size
+        return self.bytes
+
     def save(self, tensor: torch.Tensor) -> SavedTensor:
+        saved = SavedTensor(tensor)
         if isinstance(tensor, torch.nn.Parameter) or isinstance(base_of_view(tensor), torch.nn.Parameter):
-            return SavedTensor(tensor, lambda: None)
-        storage = tensor.untyped_storage()
+            return saved
+        held, storage = self.held, tensor.untyped_storage()
         address, size = storage.data_ptr(), storage.nbytes()
         if not self.holders[address]:
-            if self.limit is not None and self.held + size > self.limit:
+            if self.limit is not None and held + size > self.limit:
                 raise GraphTooLarge
-            self.held += size
-            self.peak = max(self.peak, self.held)
+            self.bytes += size
+            self.peak = max(self.peak, self.bytes)
         self.holders[address] += 1
-        return SavedTensor(tensor, lambda: self.release(address, size))
-
-    def release(self, address: int, size: int) -> None:
-        self.holders[address] -= 1
-        if not self.holders[address]:
-            del self.holders[address]
-            self.held -= size
+        self.storages[weakref.ref(saved, self.freed.append)] = (address, size)
+        return saved
 
 
 def fitting_chunk_size(batch: int, per_image: int, free: int) -> int | None:

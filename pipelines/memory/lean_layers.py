@@ -5,7 +5,8 @@ frozen. It also saves the input of each SiLU, which one cheap pass recomputes fr
 before it. Without the two, the graph of a VAE decoder is a third as large. The gates of the gated linear units (GEGLU)
 in the transformer blocks of a U-Net are recomputed from their projection in the same way.
 
-Values and gradients equal those of the stock layers up to rounding. Without a graph the stock layers run.
+Values and gradients equal those of the stock layers up to rounding. Without a graph the stock layers run. They also run
+wherever somebody replaced what a lean layer stands in for, on a layer or on its class, and inside compiled functions.
 """
 
 import contextlib
@@ -20,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.grad import conv2d_input
 
 from ...private_names import is_compiled, version_of
+from .replaced import is_stock_function, is_stock_method, replaced_methods
 
 LEAN_BYTES = 2**18  # below this size there is nothing to gain
 LEAN_PIXELS = 128 * 128  # below this size of an image lean layers cost more time than their memory is worth
@@ -69,9 +71,9 @@ class LeanSiLU(nn.SiLU):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        version, *source = vars(input).get("normalized_from", (None,))
+        version, *source = vars(input).get("normalized_from", (None,)) if is_lean(input) else (None,)
         # another input, or a normalized one that was written to since
-        if not is_lean(input) or self.inplace or version != version_of(input):
+        if self.inplace or version != version_of(input):
             return super().forward(input)
         return NormalizedSiLU.apply(input, *source)  # pyright: ignore[reportReturnType]
 
@@ -120,8 +122,9 @@ class GatedProjection(torch.autograd.Function):
         return torch.cat([gradient * F.gelu(gates), gate_gradient], dim=-1)
 
 
-def is_frozen(layer: nn.Module) -> bool:
-    return not any(parameter.requires_grad for parameter in layer.parameters())
+def is_frozen(layer: nn.Conv2d) -> bool:
+    """Return whether no gradient passes the weights, which a hook may have computed."""
+    return not any(tensor is not None and tensor.requires_grad for tensor in (layer.weight, layer.bias))
 
 
 def is_tiny(image_size: tuple[int, int] | None) -> bool:
@@ -130,7 +133,9 @@ def is_tiny(image_size: tuple[int, int] | None) -> bool:
 
 
 def is_lean(input: Tensor, dimensions: int = 4) -> bool:
-    """Return whether a layer has to build a graph for a large input outside autocast."""
+    """Return whether a layer has to build a graph for a large input outside autocast, and is not being compiled."""
+    if torch.compiler.is_compiling():
+        return False
     if input.nbytes < LEAN_BYTES or not input.requires_grad or input.ndim != dimensions:
         return False
     return torch.is_grad_enabled() and not in_autocast(input.device.type)
@@ -146,29 +151,43 @@ LEAN_LAYERS: dict[type[nn.Module], type[nn.Module]] = {
     nn.SiLU: LeanSiLU,
     GEGLU: LeanGEGLU,
 }
+STANDS_FOR: dict[type[nn.Module], tuple[tuple[str, ...], str]] = {  # methods of a layer, function of torch
+    nn.Conv2d: (("forward", "_conv_forward"), "conv2d"),
+    nn.GroupNorm: (("forward",), "group_norm"),
+    nn.SiLU: (("forward",), "silu"),
+    GEGLU: (("forward", "gelu"), "gelu"),
+}
 
 
 @contextlib.contextmanager
 def lean_layers(roots: Iterable[nn.Module]) -> Iterator[None]:
     """Make the layers of these modules lean inside the context.
 
-    Subclasses of the stock layers and compiled modules, which would be compiled again, are left alone.
+    Subclasses of the stock layers, layers with a replaced method, all layers of a class with one, and compiled modules,
+    which would be compiled again, are left alone.
     """
-    changed = [(layer, type(layer)) for root in roots for layer in stock_layers(root)]
+    kinds = {kind: lean for kind, lean in LEAN_LAYERS.items() if is_stock(kind)}
+    layers = {layer for root in roots for layer in uncompiled_modules(root) if type(layer) in kinds}
+    changed = [(layer, type(layer)) for layer in layers if not replaced_methods(layer)]
     try:
         for layer, kind in changed:
-            layer.__class__ = LEAN_LAYERS[kind]
+            layer.__class__ = kinds[kind]
         yield
     finally:
         for layer, kind in changed:
             layer.__class__ = kind
 
 
-def stock_layers(module: nn.Module) -> Iterator[nn.Module]:
-    """Yield the layers of a module that have a lean form."""
+def is_stock(kind: type[nn.Module]) -> bool:
+    """Return whether nobody replaced the methods of a layer class that its lean form stands in for."""
+    methods, function = STANDS_FOR[kind]
+    return is_stock_function(F, function) and all(is_stock_method(kind, method) for method in methods)
+
+
+def uncompiled_modules(module: nn.Module) -> Iterator[nn.Module]:
+    """Yield a module and all modules in it, but no compiled ones."""
     if is_compiled(module):
         return
-    if type(module) in LEAN_LAYERS:
-        yield module
+    yield module
     for child in module.children():
-        yield from stock_layers(child)
+        yield from uncompiled_modules(child)

@@ -9,6 +9,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import nn
 
 from ...private_names import execution_device, name_or_path
+from ..loading import loaded_models
 
 FULL_DECODER = "full_decoder"
 
@@ -35,12 +36,17 @@ def as_loop_decoder(decoder: Any, pipe: Any, denoisers: Sequence[nn.Module]) -> 
     dtype = next(next(iter(denoisers), pipe.vae).parameters()).dtype
     device = torch.empty(0, device=execution_device(pipe)).device  # with its index
     if isinstance(decoder, str | os.PathLike):
-        found: Any = AutoencoderTiny.from_pretrained(os.fspath(decoder), torch_dtype=dtype)
-        decoder = found.to(device).requires_grad_(False).eval()
+        decoder = loaded_models(pipe).load("decoder", load_tiny_decoder, decoder, dtype, device)
     check_decoder(decoder, device, dtype)
     check_channels(decoder, pipe)
     check_scale(decoder, pipe, device, dtype)
     return decoder
+
+
+def load_tiny_decoder(path: str, dtype: torch.dtype, device: torch.device) -> Any:
+    """Load an `AutoencoderTiny`, frozen."""
+    found: Any = AutoencoderTiny.from_pretrained(path, torch_dtype=dtype)
+    return found.to(device).requires_grad_(False).eval()
 
 
 def check_plain_latents(pipe: Any) -> None:

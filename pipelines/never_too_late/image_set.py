@@ -10,11 +10,13 @@ import torch
 from PIL import Image
 
 from ...callbacks.noise_callback import CallbackSpec
+from ...rewards.contract.registry import LoadedModels
 from ...rewards.contract.reward_sum import RewardSum
 from ...rewards.sets.set_reward_sum import SetRewardSum, join_features
 from ...schedulers.noise_samplers import NoiseSamplerSpec, as_noise_sampler, describe_noise_sampler
 from ..baselines.plain_sampling import PlainSampling
 from ..hook import optimize_noise
+from ..loading import loaded_models
 from ..memory.tiny_decoder import FULL_DECODER
 from ..method import NoiseOptimizer
 from ..registry import as_method
@@ -26,7 +28,7 @@ from ..results.settings_diff import plain_description, settings_diff
 from ..results.shown_text import shown
 from .image_set_folder import ImageSetFolder
 from .method import NeverTooLate
-from .quality_guard import as_guards, shares_reward
+from .quality_guard import as_guards, loaded_guards
 
 OF_THE_SET = ("prompt", "latents", "generator", "num_images_per_prompt", "output_type", "return_dict")
 OF_THE_NOISE = ("height", "width")
@@ -58,7 +60,7 @@ class ImageSet:
         return len(self.pictures)
 
     def __repr__(self) -> str:
-        last = ", ".join(f"{name} {value:.4g}" for name, value in (self.values or [{}])[-1].items() if value)
+        last = ", ".join(f"{shown(name)} {value:.4g}" for name, value in (self.values or [{}])[-1].items() if value)
         return f"ImageSet({len(self)} images of {shown(repr(self.prompt))}{': ' if last else ''}{last})"
 
     @property
@@ -261,10 +263,10 @@ class SetGrowth:
 
     def __init__(self, call: SetCall, method: NoiseOptimizer, callbacks: Any) -> None:
         self.call, self.callbacks = call, callbacks
-        device = method.device_of_rewards(call.pipe)
-        diversity = SetRewardSum(method.diversity, device=device)  # pyright: ignore[reportAttributeAccessIssue]
+        device, loaded = method.device_of_rewards(call.pipe), loaded_models(call.pipe)
+        diversity = SetRewardSum(method.diversity, device=device, loaded=loaded)  # pyright: ignore[reportAttributeAccessIssue]
         self.diversity = diversity.as_released() if getattr(method, "mode", None) == "parity" else diversity
-        self.method: Any = with_loaded_parts(method, self.diversity, device)
+        self.method: Any = with_loaded_parts(method, self.diversity, device, loaded)
         self.method.check()
         self.method.objective(call.pipe)
         self.known: dict[str, torch.Tensor] | None = None
@@ -371,19 +373,19 @@ def sequential_settings(of_diversity: bool) -> dict[str, Any]:
     return {**diversity, "steps": 25, "learning_rate": 3.0, "max_grad_norm": 0.15}
 
 
-def with_loaded_parts(method: Any, diversity: SetRewardSum, device: Any) -> Any:
-    """Return the method with these set rewards, and with rewards and guards loaded once for all images."""
-    loaded: dict[str, Any] = {"diversity": diversity}
+def with_loaded_parts(method: Any, diversity: SetRewardSum, device: Any, loaded: LoadedModels) -> Any:
+    """Return the method with these set rewards, and with the rewards and guards that have names loaded."""
+    parts: dict[str, Any] = {"diversity": diversity}
     if (rewards := getattr(method, "rewards", None)) is not None:
-        loaded["rewards"] = RewardSum(rewards, device=device)
-    optimized = loaded["rewards"].names if "rewards" in loaded else []
+        parts["rewards"] = RewardSum(rewards, device=device, loaded=loaded)
+    optimized = parts["rewards"].names if "rewards" in parts else []
     if guards := as_guards(getattr(method, "guard", None)):
-        own = [isinstance(guard.reward, str) and not shares_reward(guard, optimized) for guard in guards]
-        loaded["guard"] = [
-            dataclasses.replace(guard, reward=RewardSum(guard.reward, device=device).rewards[0]) if load else guard
-            for guard, load in zip(guards, own, strict=True)
-        ]
-    return dataclasses.replace(method, **loaded)
+
+        def load(reward: str) -> Any:
+            return RewardSum(reward, device=device, loaded=loaded).rewards[0]
+
+        parts["guard"] = loaded_guards(guards, optimized, load)
+    return dataclasses.replace(method, **parts)
 
 
 def further_seeds(generator: Seeds, count: int, known: Sequence[int]) -> list[int]:

@@ -10,17 +10,17 @@ import torch
 
 from ...callbacks.noise_state import NoiseState
 from ...checked_fields import checked
-from ...rewards.contract.reward_sum import reward_weight_pairs
-from ...rewards.sets.set_reward_sum import SetRewardSum
+from ...rewards.contract.reward_sum import checked_reward_pairs, reward_weight_pairs
+from ...rewards.sets.set_reward_sum import SetRewardSum, checked_set_reward_entries
+from ..loading import loaded_models
 from ..method import NoiseOptimizer
-from ..noise_math import ChiPrior, per_image, per_sample_norm, sets
+from ..noise_math import ChiPrior, per_image, per_sample_norm, rate_unit, sets
 from ..problem import NoiseProblem
 from ..registry import register_method
-from .quality_guard import GUARD_REPORT, GuardedNoise, as_guards
+from .quality_guard import GUARD_REPORT, GuardedNoise, as_guards, loaded_guards
 from .set_objective import SetObjective, check_reachable
 
 TARGETS = ("hinge", "stop_at", "stop_ratio")
-NEVER_TOO_LATE_SIZE = 4 * 4 * 64 * 64  # entries of a set of noises for which the paper's learning rates were chosen
 Targets = float | Mapping[str, float]
 
 
@@ -37,12 +37,16 @@ class NeverTooLate(NoiseOptimizer):
     with one clip of their joint gradient, and the set of noises with the lowest loss (without the prior) is returned.
     Start from `noise_sampler="pink"` for more diversity.
 
-    `mode="parity"` takes the steps of the released code, on its pixels: DINOv2 and `tiny_image` resize without
-    antialiasing, rewards as in `ReNO(mode="parity")`. `mode="default"` takes the steps in units of √(entries of the set
-    / 65536), so that one learning rate suits any latent and set size, and saturated pixels keep their gradient. Both
-    modes differ from the released code in this: noise, momentum and norms are float32; a step in which the guard
-    rejected an image does not count as the best, so noises and images always belong together; a guard needs no reward
-    that is optimized; the rewards count for the best during the warm-up too; a set stops as a whole.
+    The learning rate is in units of √(H·W) / 64, with H × W the size of the noise: at 512 px the steps are those of the
+    released code on all its models. `mode="parity"` has its pixels as well: its clamp, DINOv2 and `tiny_image` resized
+    without antialiasing, rewards as in `ReNO(mode="parity")`; in `mode="default"` saturated pixels keep their gradient.
+
+    Both modes follow the paper where the released code differs from it: that takes the loss and the guard of HPS from
+    the first image of a set alone (`torch.diagonal` of a `(B, 1)` matrix), so that its mode "freeze" ends a set once
+    image 0 falls; here the loss is the mean over the set, each image has its own guard, and a set ends once all its
+    images are frozen. Other differences: noise, momentum and norms are float32; a step in which the guard rejected an
+    image does not count as the best, so noises and images always belong together; a guard needs no reward that is
+    optimized; the rewards count for the best during the warm-up too; a set stops as a whole.
 
     Args:
         diversity: Set rewards as `SetRewardSum` takes them, with the weights λ_div: a name ("dpp", "dpp_patch",
@@ -53,7 +57,7 @@ class NeverTooLate(NoiseOptimizer):
             0.8}}` four fifths of it. See `QualityGuard`. The reward need not be optimized.
         steps: Evaluations, the baseline included. The paper: 50 to 150.
         mode: "default" or "parity".
-        learning_rate: The step size.
+        learning_rate: The step size, in units of √(H·W) / 64. The paper: 6 for SDXL-Turbo, 2 to 6 for FLUX.1-schnell.
         momentum: The coefficient of momentum; not Nesterov's.
         max_grad_norm: The L2 norm to which the gradient of a set is clipped; with the learning rate it sets the length
             of a step. Where the clip is active only ratios of the weights matter.
@@ -89,22 +93,26 @@ class NeverTooLate(NoiseOptimizer):
 
     def check(self) -> None:
         super().check()
-        as_guards(self.guard)
+        checked_set_reward_entries(self.diversity)
+        if (weighted := weighted_rewards(self.rewards, as_guards(self.guard))) is not None:
+            checked_reward_pairs(weighted)
 
     def objective(self, pipe) -> SetObjective:
         guards = as_guards(self.guard)
         weighted = weighted_rewards(self.rewards, guards)
-        diversity = SetRewardSum(self.diversity, device=self.device_of_rewards(pipe))
+        diversity = SetRewardSum(self.diversity, device=self.device_of_rewards(pipe), loaded=loaded_models(pipe))
         diversity.check_differentiable()
         if not any(diversity.weights.values()) and weighted is None:
             raise ValueError(
                 "Expected a set reward with a weight above 0, or `rewards`, but got neither: there is nothing to do."
             )
         hinge, stop_at, _ = (targets_by_name(getattr(self, name), diversity, name) for name in TARGETS)
+        rewards = None if weighted is None else self.differentiable_rewards(pipe, weighted)
+        optimized = [] if rewards is None else rewards.names
         return SetObjective(
             diversity,
-            None if weighted is None else self.load_rewards(pipe, weighted),
-            guards,
+            rewards,
+            loaded_guards(guards, optimized, lambda reward: self.load_rewards(pipe, reward).rewards[0]),
             hinge=hinge,
             stop_at=stop_at,
             references=self.references,
@@ -145,17 +153,8 @@ class NeverTooLate(NoiseOptimizer):
         guarded = state.guarded
         stays = per_image(~guarded.good | guarded.frozen, gradient)
         state.velocity = (self.momentum * state.velocity + gradient).where(~stays, 0)
-        moved = run.noise - self.learning_rate * per_image(self.scale(state), gradient) * state.velocity
+        moved = run.noise - self.learning_rate * rate_unit(run.noise) * state.velocity
         return torch.where(stays, guarded.last_good, moved)
-
-    def scale(self, state: "NeverTooLateState") -> torch.Tensor:
-        """Return `(B,)`, the factor of the learning rate for the set of each image.
-
-        It is 1 in parity mode, else the root of the number of entries of the set, relative to `NEVER_TOO_LATE_SIZE`.
-        """
-        if self.mode == "parity":
-            return torch.ones_like(state.sizes)
-        return (state.sizes * state.velocity[0].numel() / NEVER_TOO_LATE_SIZE).sqrt()
 
     def finish(self, run: NoiseState, objective: Any, state: "NeverTooLateState") -> Iterable[torch.Tensor]:
         """Warn about sets for which the guard accepted no step, so that the baseline is returned."""

@@ -1,22 +1,15 @@
 """The arguments of the Never Too Late pipelines, and their `grow_set`."""
 
-import dataclasses
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 
-from ...private_names import execution_device
-from ...rewards.features.auto_features import AutoFeatures
-from ...rewards.sets.set_reward import find_set_reward
-from ...rewards.sets.set_reward_sum import SetRewardSum, check_set_reward_entry, set_reward_entries
 from ...schedulers.noise_samplers import NoiseSamplerSpec
 from ..method_mixin import MethodMixin, merged_settings
 from .image_set import Seeds, grow_set, sequential_settings
-from .method import NeverTooLate, weighted_rewards
-from .quality_guard import QualityGuard, as_guards, shares_reward
+from .method import NeverTooLate
 
 
 class NeverTooLateMixin(
@@ -82,50 +75,12 @@ class NeverTooLateMixin(
         Raises:
             ValueError: For settings that cannot work, and a folder that is broken or belongs to another set.
         """
-        named = {"steps": steps, "learning_rate": learning_rate, "rewards": rewards, "guard": guard}
-        named = {name: value for name, value in named.items() if value is not None}
-        settings = {**sequential_settings(diversity is None), **merged_settings(named, method_kwargs)}
-        if diversity is not None:
-            settings["diversity"] = diversity
-        method = NeverTooLate(**self.loaded(settings))
+        named = {"diversity": diversity, "steps": steps, "learning_rate": learning_rate}
+        named |= {"rewards": rewards, "guard": guard}
+        given = merged_settings({name: value for name, value in named.items() if value is not None}, method_kwargs)
+        method = NeverTooLate(**{**sequential_settings("diversity" not in given), **given})
         own = {"render": render, "generator": generator, "noise_sampler": noise_sampler, "folder": folder}
         found = grow_set(self, prompt, count, method, callbacks=callbacks, **own, **kwargs)
         output = ImagePipelineOutput(images=list(found.pictures))
         vars(output)["image_set"] = found
         return output
-
-    def loaded(self, settings: dict[str, Any]) -> dict[str, Any]:
-        guards, device = as_guards(settings.get("guard")), settings.get("reward_device")
-        rewards = weighted_rewards(settings.get("rewards"), guards)
-        entries = set_reward_entries(settings["diversity"])
-        for entry in entries:
-            check_set_reward_entry(*entry)
-        rewards = None if rewards is None else self.load_rewards(rewards, device)
-        guard = [self.load_guard(each, rewards, device) for each in guards] or None
-        return {**settings, "rewards": rewards, "guard": guard, "diversity": self.load_diversity(entries, device)}
-
-    def load_guard(self, guard: QualityGuard, rewards: Any, device: Any) -> QualityGuard:
-        """Return the guard with its reward loaded, unless it is an optimized one, loaded already."""
-        if not isinstance(guard.reward, str) or shares_reward(guard, getattr(rewards, "names", ())):
-            return guard
-        (reward,) = self.load_rewards(guard.reward, device).rewards
-        return dataclasses.replace(guard, reward=reward)
-
-    def load_diversity(self, entries: list[tuple[Any, Any, Any]], device: Any) -> SetRewardSum:
-        """Return a `SetRewardSum` on a device, by default the pipeline's."""
-        parts = [(reward, self.load_features(reward, each, device), weight) for reward, each, weight in entries]
-        return SetRewardSum(parts)
-
-    def load_features(self, reward: Any, features: Any, device: Any) -> Any:
-        """Return the features of a set reward, loaded at the first use of their name and stored with the pipeline."""
-        if not isinstance(reward, str):
-            return features
-        name = features or find_set_reward(reward).default_features
-        if not isinstance(name, str | os.PathLike):
-            return name
-        name = os.fspath(name)
-        stored = self.stored_on(device, "_loaded_features")
-        if name not in stored:
-            device = device or execution_device(self)
-            stored[name] = AutoFeatures.from_pretrained(name, device=device)
-        return stored[name]

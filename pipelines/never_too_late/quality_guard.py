@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -74,6 +74,18 @@ class QualityGuard:
 def shares_reward(guard: QualityGuard, names: Sequence[str]) -> bool:
     """Return whether a guard means one of the optimized rewards with these names, rather than one of its own."""
     return isinstance(guard.reward, str) and guard.reward in names
+
+
+def loaded_guards(
+    guards: Sequence[QualityGuard], names: Sequence[str], load: Callable[[str], Any]
+) -> list[QualityGuard]:
+    """Return guards whose rewards given by name are loaded, but for those that mean optimized ones with `names`."""
+    return [
+        dataclasses.replace(guard, reward=load(guard.reward))
+        if isinstance(guard.reward, str) and not shares_reward(guard, names)
+        else guard
+        for guard in guards
+    ]
 
 
 def as_guards(guard: Any) -> list[QualityGuard]:

@@ -49,7 +49,7 @@ class SetObjective(Objective):
         self.diversity = hinged(diversity, self.hinge)
         self.diversity = self.diversity.as_released() if released else self.diversity
         self.quality = None if rewards is None else RewardObjective(self.on_pixels(rewards))
-        self.guards, self.watched = self.shared_and_own(guards, diversity)
+        self.guards, self.watched = self.shared_and_own(guards)
         self.references, self.warm_up = references, warm_up
         self.known: Mapping[str, torch.Tensor] | None = None
         if isinstance(references, Mapping):
@@ -58,9 +58,7 @@ class SetObjective(Objective):
         parts = (self.quality, self.watched)
         self.requires_prompt = any(part.requires_prompt for part in parts if part is not None)
 
-    def shared_and_own(
-        self, guards: Sequence[QualityGuard], diversity: SetRewardSum
-    ) -> tuple[dict[str, QualityGuard], RewardObjective | None]:
+    def shared_and_own(self, guards: Sequence[QualityGuard]) -> tuple[dict[str, QualityGuard], RewardObjective | None]:
         """Return the guards, and an objective with the rewards that only they need.
 
         The objective is `None` if all their rewards are optimized anyway. The key of a guard is the name under which
@@ -71,9 +69,7 @@ class SetObjective(Objective):
         named = {guard.reward: guard for guard in guards if guard not in own}
         if not own:
             return named, None
-        maps: Any = diversity.feature_maps
-        device = next((each.device for each in maps if each.device), None)
-        watched = RewardObjective(self.on_pixels(RewardSum([(guard.reward, 1.0) for guard in own], device=device)))
+        watched = RewardObjective(self.on_pixels(RewardSum([(guard.reward, 1.0) for guard in own])))
         names = [f"guard {name}" for name in watched.rewards.names]
         return {**named, **dict(zip(names, own, strict=True))}, watched
 

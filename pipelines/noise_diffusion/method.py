@@ -9,7 +9,6 @@ import torch
 from ...callbacks.noise_state import NoiseState
 from ...checked_fields import checked
 from ...rewards.contract.reward import NonDifferentiableReward
-from ...rewards.contract.reward_sum import RewardSum
 from ...rewards.vlm.vlm_inputs import VLM_FAMILIES
 from ..method import RewardOptimizer
 from ..noise_math import displacement, per_image
@@ -33,6 +32,11 @@ class NoiseDiffusion(RewardOptimizer):
     candidates with the largest ⟨∇s, v⟩ / ‖v‖², where v is the change of z. The model outputs are held constant for ∇s,
     so the chain is a multiple of the identity, and only decoder and scorer are differentiated. The noise of the best
     image is returned.
+
+    The paper's judge is CLIP-FlanT5-XXL, and its images have 512 px and T = 50 sampling steps: `rewards=
+    "zhiqiulin/clip-flant5-xxl"` and `pipe(..., height=512, width=512, num_inference_steps=50)`. The default judge here,
+    Qwen2-VL-2B, is a sixth of that size, and size and T are those of the call. Scores of different judges are not
+    comparable.
 
     The released code passes pixels in [-1, 1] to a scorer of [0, 1], and loses the noise of the best image: neither is
     reproduced.
@@ -74,7 +78,7 @@ class NoiseDiffusion(RewardOptimizer):
             )
 
     def objective(self, pipe) -> UnitScore:
-        rewards = RewardSum(self.rewards, device=self.device_of_rewards(pipe))
+        rewards = self.load_rewards(pipe, self.rewards)
         if self.gradient_mode is not None and (names := rewards.without_gradient()):
             raise NonDifferentiableReward(
                 f"Expected a scorer with a gradient, but {names} have none. `VQAScorer` has one for vision-language "

@@ -1,7 +1,6 @@
 """ReNO: reward-based noise optimization of one-step models."""
 
 import dataclasses
-import math
 from typing import Literal
 
 import torch
@@ -9,7 +8,7 @@ import torch
 from ...callbacks.noise_state import NoiseState
 from ...checked_fields import checked
 from ..method import RewardOptimizer
-from ..noise_math import ChiPrior, clip_per_sample, per_image, per_sample_norm
+from ..noise_math import ChiPrior, clip_per_sample, per_image, per_sample_norm, rate_unit
 from ..objective import on_released_pixels
 from ..problem import NoiseProblem
 from ..registry import register_method
@@ -17,7 +16,6 @@ from .objective import ViewedRewards
 
 RENO_PRIOR = 0.01
 RENO_VIEWS = 4
-RENO_SIZE = 4 * 64 * 64  # entries of the noise for which the paper's learning rate was chosen
 
 
 @dataclasses.dataclass
@@ -41,16 +39,19 @@ class ReNO(RewardOptimizer):
     without the prior, and rewards that see un-clamped bicubic pixels. Two differences: clip, prior and best are per
     image; noise, momentum and norms are float32.
 
-    `mode="default"` keeps the update and changes four things. The gradient is the mean over several slightly shifted
+    `mode="default"` keeps the update and changes three things. The gradient is the mean over several slightly shifted
     and noisy views of the image, which suppresses patterns that please one exact pixel grid; scores, losses and the
     choice of the best remain those of the image itself. The norm of the noise is kept by projection instead of a prior.
-    The learning rate is in units of √(d / 16384), so that one value suits any latent size: the paper's 5 at 512 px, and
-    its 10 at 1024 px. Saturated pixels keep their gradient.
+    Saturated pixels keep their gradient.
+
+    In both modes the learning rate is in units of √(H·W) / 64, with H × W the size of the noise. So the
+    default takes the steps of the released code on all its models: 5 at 512 px (SD-Turbo, SDXL-Turbo, PixArt-α DMD,
+    FLUX.1-schnell), 10 at 1024 px (Hyper-SDXL).
 
     Args:
         steps: Evaluations, the baseline included. The paper: 50.
         mode: "default" or "parity".
-        learning_rate: η.
+        learning_rate: η, in units of √(H·W) / 64.
         momentum: The coefficient of Nesterov momentum.
         max_grad_norm: The L2 norm to which the gradient of each image is clipped; with η it sets the step length.
         regularization: λ_reg, the weight of the χ prior; `None` is 0.01 for parity, and projection otherwise.
@@ -77,7 +78,7 @@ class ReNO(RewardOptimizer):
         return ChiPrior(RENO_PRIOR if self.regularization is None else self.regularization)
 
     def objective(self, pipe) -> ViewedRewards:
-        rewards, views = self.load_rewards(pipe, self.rewards), self.views
+        rewards, views = self.differentiable_rewards(pipe, self.rewards), self.views
         if self.mode == "parity":
             return ViewedRewards(on_released_pixels(rewards), views or 0)
         return ViewedRewards(rewards, RENO_VIEWS if views is None else views)
@@ -91,10 +92,6 @@ class ReNO(RewardOptimizer):
     def step(self, run: NoiseState, gradient: torch.Tensor, state: ReNOState) -> torch.Tensor:
         gradient = clip_per_sample(gradient, self.max_grad_norm)
         state.velocity = self.momentum * state.velocity + gradient
-        moved = run.noise - self.step_size(run.noise) * (gradient + self.momentum * state.velocity)
+        rate = self.learning_rate * rate_unit(run.noise)
+        moved = run.noise - rate * (gradient + self.momentum * state.velocity)
         return moved if self.prior else moved * per_image(state.radius / per_sample_norm(moved), moved)
-
-    def step_size(self, noise: torch.Tensor) -> float:
-        """Return η, scaled to the size of the noise in default mode."""
-        scale = 1.0 if self.mode == "parity" else math.sqrt(noise[0].numel() / RENO_SIZE)
-        return self.learning_rate * scale

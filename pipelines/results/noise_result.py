@@ -1,10 +1,15 @@
 """Result of an optimization: noise, scores and provenance."""
 
+import base64
 import dataclasses
+import html
+import io
 from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.image_processor import VaeImageProcessor
+from PIL import Image
 
 from .pipeline_description import describe_pipeline
 from .result_file import (
@@ -81,7 +86,8 @@ class NoiseResult:
 
     def __repr__(self) -> str:
         shape = "×".join(map(str, self.noise.shape))
-        best = ", ".join(f"{shown(name)} {values.mean():.4g}" for name, values in self.best_scores.items())
+        ends = ((name, values.mean(), self.best_scores[name].mean()) for name, values in self.initial_scores.items())
+        best = ", ".join(f"{shown(name)} {before:.4g} → {after:.4g}" for name, before, after in ends)
         decoder = self.provenance.get("decoder")
         by = f", by {shown(decoder.get('class'))}" if isinstance(decoder, dict) else ""
         steps, planned = len(self.losses), shown(self.provenance.get("settings", {}).get("steps"))
@@ -119,6 +125,27 @@ class NoiseResult:
 
     def at_best(self, values: torch.Tensor) -> torch.Tensor:
         return values.gather(0, self.best_step.to(values.device)[None])[0]
+
+    def pil(self) -> list[Image.Image]:
+        """Return `images` as PIL images.
+
+        Raises:
+            ValueError: If there are none: the method did not generate them, or the result was read from a file.
+        """
+        if self.images is None:
+            raise ValueError(
+                "Expected a result with images, but this one has none. Draw them with "
+                "`pipe(prompt, latents=result.latents, generator=result.generator(), ...)`."
+            )
+        return as_pil(self.images)
+
+    def _repr_html_(self) -> str:
+        """Return what notebooks show: the images before and after, if the run generated them, and the `repr`."""
+        shown = ""
+        if self.images is not None and self.initial_images is not None:
+            pairs = zip(as_pil(self.initial_images), as_pil(self.images), strict=True)
+            shown = "".join(f"<p>{html_image(before)} {html_image(after)}</p>" for before, after in pairs)
+        return f"<div>{shown}<code>{html.escape(repr(self))}</code></div>"
 
     def generator(self) -> torch.Generator | list[torch.Generator] | None:
         """Return new generators in the state after the base noise; a list if the run had one for each image."""
@@ -186,3 +213,16 @@ class NoiseResult:
         records = {name: header[name] for name in ("provenance", "reports")}
         progress = Progress(header["progress"], parts) if header["progress"] else None
         return cls(**tensors, **records, scores=scores, generator_states=states, progress=progress)
+
+
+def as_pil(images: torch.Tensor) -> list[Image.Image]:
+    """Return images `(B, 3, H, W)` in [0, 1] as PIL images."""
+    return VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(images.detach().clamp(0, 1)))
+
+
+def html_image(image: Image.Image, side: int = 256) -> str:
+    """Return an `img` element with the image in it, at most `side` pixels wide and high."""
+    image.thumbnail((side, side))
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return f'<img src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'

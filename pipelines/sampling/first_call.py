@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from ...private_names import interrupt, own_timestep_count
 from ...schedulers.x0_prediction import predict_x0
 from ..memory.module_copies import with_forward
+from ..memory.replaced import with_gradient
 from .module_state import DENOISERS
 
 
@@ -18,7 +18,7 @@ def stock_call(cls: type) -> Callable[..., Any]:
     """Return the `__call__` of the stock pipeline class under our hook, without its `@torch.no_grad`."""
     for base in cls.__mro__:
         if "__call__" in vars(base) and not hasattr(base, "_noise_run"):
-            return inspect.unwrap(vars(base)["__call__"])
+            return with_gradient(vars(base)["__call__"], f"{base.__name__}.__call__")
     raise TypeError(f"Expected a diffusers pipeline with a `__call__`, but {cls.__name__} has none.")
 
 

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
+from ..memory.replaced import with_gradient
+
 
 def drawing_function(cls: type) -> Callable[..., types.FunctionType]:
     """Return a function `draw -> prepare_latents`: the stock function of `cls` with `draw` instead of `randn_tensor`.
@@ -19,9 +21,11 @@ def drawing_function(cls: type) -> Callable[..., types.FunctionType]:
     Raises:
         TypeError: If the class does not sample its noise with `randn_tensor`.
     """
-    stock = next((vars(base) for base in cls.__mro__ if defines_latents(base)), {})
-    function = inspect.unwrap(stock.get("prepare_latents", lambda: None))
-    if "randn_tensor" in function.__code__.co_names:
+    base = next((base for base in cls.__mro__ if defines_latents(base)), None)
+    function = None
+    if base is not None:
+        function = with_gradient(vars(base)["prepare_latents"], f"{base.__name__}.prepare_latents")
+    if "randn_tensor" in getattr(getattr(function, "__code__", None), "co_names", ()):
         return lambda draw: with_globals(function, randn_tensor=draw)
     raise TypeError(
         "Expected a text-to-image pipeline whose `prepare_latents` samples its noise with diffusers' `randn_tensor`, "

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
 
@@ -17,6 +18,12 @@ ENCODERS = ("text_encoder", "image_encoder", "safety_checker")
 def modules_of(pipe) -> dict[str, nn.Module]:
     """Return the pipeline's components that are torch modules, by name."""
     return {name: module for name, module in pipe.components.items() if isinstance(module, nn.Module)}
+
+
+def shared_parts(pipe, decoder: Any = None) -> list[Any]:
+    """Return what no two runs may use at the same time: a pipeline, its scheduler, and all modules."""
+    roots = [*modules_of(pipe).values(), *([decoder] if isinstance(decoder, nn.Module) else [])]
+    return [pipe, pipe.scheduler, *(module for root in roots for module in root.modules())]
 
 
 @contextlib.contextmanager
@@ -54,6 +61,26 @@ def trainable_parameters(module: nn.Module) -> list[str]:
     return [name for name, parameter in module.named_parameters(recurse=False) if parameter.requires_grad]
 
 
+def refuse_replaced_latents(pipe) -> None:
+    """Raise `ValueError` for a `prepare_latents` that was replaced on the pipeline, whose noise a run could not set."""
+    if "prepare_latents" in vars(pipe):
+        raise ValueError(
+            f"Expected the `prepare_latents` of {type(pipe).__name__}, but it was replaced on the pipeline itself, and "
+            "the noise that it draws is out of reach. Define it in a subclass and draw with diffusers' `randn_tensor` "
+            "there, or pass `noise_sampler` or `latents` instead. `del pipe.prepare_latents` brings back the stock one."
+        )
+
+
+def refuse_replaced_step(pipe) -> None:
+    """Raise `ValueError` for a `scheduler.step` that was replaced on the scheduler, for methods with x0 estimates."""
+    if "step" in vars(pipe.scheduler):
+        raise ValueError(
+            f"Expected the `step` of {type(pipe.scheduler).__name__}, but it was replaced on the scheduler itself, and "
+            "the x0 estimate of one model call would bypass it. Use a method that evaluates images of the whole chain, "
+            "or `del pipe.scheduler.step` first."
+        )
+
+
 def refuse_unsuited(pipe, gradient: str | None) -> None:
     """Raise `ValueError`, with the remedy, for modules in a state that a method cannot work with.
 
@@ -63,12 +90,25 @@ def refuse_unsuited(pipe, gradient: str | None) -> None:
         pipe: The pipeline.
         gradient: Gradient mode of the method; see `PipelineSampler.images`.
     """
+    refuse_replaced_latents(pipe)
     for name, root in modules_of(pipe).items():
         refuse_cache(name, root)
+        if gradient is not None:
+            refuse_inference_tensors(name, root)
         if passes(name, gradient):
             refuse_offload(name, root)
             refuse_attention(name, root)
             refuse_casting(name, root)
+
+
+def refuse_inference_tensors(name: str, root: nn.Module) -> None:
+    """Raise `ValueError` for weights that were made in inference mode, which no gradient can pass."""
+    if any(tensor.is_inference() for tensor in (*root.parameters(), *root.buffers())):
+        raise ValueError(
+            f"Expected weights that a gradient can pass, but those of `{name}` were made under "
+            "`torch.inference_mode()`. Load the pipeline outside of it, or use a method without gradients, such as "
+            "`BestOfN`."
+        )
 
 
 def passes(name: str, gradient: str | None) -> bool:

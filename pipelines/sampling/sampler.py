@@ -3,15 +3,18 @@
 import contextlib
 import copy
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import torch
+from diffusers.image_processor import VaeImageProcessor
 
 from ...private_names import execution_device
 from ..memory.checkpointing import Checkpointing, Checkpoints, scales_lora
 from ..memory.chunks import BatchLayout, WholeBatchDraws, run_in_chunks
 from ..memory.module_copies import converted_apart, without_gradient
+from ..memory.replaced import is_stock_method
+from .apart import KeptScheduler, plain_attributes, with_attributes
 from .first_call import count_timesteps, first_step_only, stock_call, submodules_of
 from .global_draws import no_global_draws
 from .latent_space import LatentSpace
@@ -27,7 +30,8 @@ class PipelineSampler:
 
     Each evaluation runs the stock `__call__` on a shallow twin of the pipeline that shares its modules: the scheduler
     is a copy, `encode_prompt` replays what the outer call recorded, and `prepare_latents` returns our noise through the
-    stock scaling and packing.
+    stock scaling and packing. A patched pipeline has the attributes of the twin itself for the time of an evaluation,
+    since the code of others may refer to it.
 
     Args:
         pipe: The pipeline whose call is in progress, after its prompts were encoded.
@@ -71,15 +75,13 @@ class PipelineSampler:
         ours = ("latents", "generator", "output_type", "return_dict", "callback_on_step_end", "callback")
         self.request = {name: value for name, value in request.items() if name not in ours}
         self.image_embeds: list[Any] = []  # of an IP-Adapter, recorded in the first run
-        self.twin = make_twin(pipe, clamp)
+        self.pipe, self.twin = pipe, make_twin(pipe, clamp)
         self.own_decoder, self.decoder = vars(self.twin).get("vae"), decoder
         if decoder is not None:
             vars(self.twin)["vae"] = decoder
         denoisers = tuple(submodules_of(self.twin, CALLED_IN_STEPS).values()) if through_denoiser else ()
         self.checkpoints = Checkpoints(checkpointing, denoisers, vars(self.twin).get("vae"), scales_lora(self.request))
-        # a copy from before any run: schedulers refer to the graph of a run, so that each run gets its own
-        self.scheduler = copy.deepcopy(pipe.scheduler)
-        self.constants = constants_of(self.scheduler)
+        self.scheduler = KeptScheduler(pipe)
         self.batch_rows: tuple[int, list[int]] | None = None  # of a chunk: size of the whole batch, and its rows
         self.chunks: dict[tuple[int, ...], PipelineSampler] = {}
 
@@ -101,14 +103,34 @@ class PipelineSampler:
         """Return device type and state of each random stream after the base noise was sampled."""
         return [(device.type, state) for device, state, _ in self.random_state_after_draw().states]
 
-    def prepare(self, pipe, noise: torch.Tensor, generator: torch.Generator | list[torch.Generator] | None = None):
-        """Return what `prepare_latents` of the call returns for another noise and the same other random numbers."""
-        generator = generator or self.random_state.generator()
-        return self.space.prepare(pipe, noise, draw=self.drew, generator=generator)
+    @contextlib.contextmanager
+    def again(self) -> Iterator[Any]:
+        """Yield a twin for one more run of the call."""
+        twin = copy.copy(self.twin)
+        with self.scheduler.fresh() as scheduler:
+            attributes = vars(twin)
+            attributes["scheduler"] = scheduler
+            try:
+                if not self.scheduler.in_place:
+                    yield twin
+                    return
+                with with_attributes(self.pipe, attributes):
+                    yield self.pipe
+            finally:  # a reference cycle through its methods would keep the graph until the next garbage collection
+                attributes.clear()
 
-    def to_latents(self, pipe, noise: torch.Tensor) -> torch.Tensor:
+    def prepare(self, noise: torch.Tensor):
+        """Return what `prepare_latents` of the call returns for another noise and the same other random numbers."""
+        with self.again() as twin:
+            return self.prepare_on(twin, noise, self.random_state.generator())
+
+    def prepare_on(self, twin, noise: torch.Tensor, generator: torch.Generator | list[torch.Generator]):
+        return self.space.prepare(twin, noise, draw=self.drew, generator=generator)
+
+    def to_latents(self, noise: torch.Tensor) -> torch.Tensor:
         """Convert noise to what the pipeline takes as `latents=`, in its dtype."""
-        return self.space.to_latents(pipe, noise, draw=self.drew, generator=self.random_state.generator())
+        with self.again() as twin:
+            return self.space.to_latents(twin, noise, draw=self.drew, generator=self.random_state.generator())
 
     def chunk(self, rows: list[int]) -> "PipelineSampler":
         """Return the sampler of a chunk, whose images equal these rows of the whole batch up to rounding.
@@ -174,21 +196,20 @@ class PipelineSampler:
         return self.checkpoints.fitted(kind, noise.device, lambda: self.run_once(noise, gradient, preview, output_type))
 
     def run_once(self, noise: torch.Tensor, gradient: Gradient, preview: bool, output_type: str) -> torch.Tensor:
-        twin, generator = self.fresh_twin(noise, gradient)
+        generator = self.random_state.generator()
         differentiable = gradient is not None and noise.requires_grad
-        # a sampler that draws from the global stream does so in its first run
-        whole = no_global_draws(twin) if self.timesteps is None else contextlib.nullcontext([])
-        limited = first_step_only(twin) if preview else whole
         ours = {"generator": generator, "output_type": output_type, "return_dict": False}
-        try:
+        with self.again() as twin:
+            self.take_over(twin, noise, generator, gradient)
+            # a sampler that draws from the global stream does so in its first run
+            whole = no_global_draws(twin) if self.timesteps is None else contextlib.nullcontext([])
+            limited = first_step_only(twin) if preview else whole
             with limited as estimates, self.shared_draws(generator), torch.set_grad_enabled(differentiable):
                 output = self.call(twin, **self.request, **ours)[0]
             if estimates and output_type == "latent":  # families unpack and scale their output
                 output = estimates[0]
             if not preview:  # counted after the run, as some families set their timesteps after `prepare_latents`
                 self.timesteps = count_timesteps(twin)
-        finally:  # a reference cycle through its methods would keep the graph until the next garbage collection
-            vars(twin).clear()
         if differentiable and not output.requires_grad:
             raise ValueError(
                 f"Expected {type(twin).__name__} to be differentiable from image to noise, but its result carries no "
@@ -204,16 +225,18 @@ class PipelineSampler:
             return contextlib.nullcontext()
         return WholeBatchDraws(generator, *self.batch_rows)
 
-    def fresh_twin(
-        self, noise: torch.Tensor, gradient: Gradient
-    ) -> tuple[Any, torch.Generator | list[torch.Generator]]:
-        """Return a twin for one evaluation of `noise`, and its generator."""
-        twin, generator, recorded = copy.copy(self.twin), self.random_state.generator(), iter(self.encoded)
-        attributes = vars(twin)
+    def take_over(
+        self,
+        twin,
+        noise: torch.Tensor,
+        generator: torch.Generator | list[torch.Generator],
+        gradient: Gradient,
+    ) -> None:
+        """Let a twin run on `noise` and the recorded prompts."""
+        attributes, recorded = vars(twin), iter(self.encoded)
         attributes.update(
-            scheduler=copy.deepcopy(self.scheduler, dict(self.constants)),
             encode_prompt=lambda *_, **__: next(recorded),
-            prepare_latents=lambda *_, **__: self.prepare(twin, noise, generator),
+            prepare_latents=lambda *_, **__: self.prepare_on(twin, noise, generator),
         )
         if hasattr(twin, "prepare_ip_adapter_image_embeds"):
             embed = twin.prepare_ip_adapter_image_embeds
@@ -221,34 +244,27 @@ class PipelineSampler:
         wrap = {"frozen": without_gradient, "full": self.checkpoints.call_of}.get(gradient or "")
         if wrap is not None:
             attributes.update({name: wrap(model) for name, model in submodules_of(twin, CALLED_IN_STEPS).items()})
-        return twin, generator
-
-
-def constants_of(scheduler) -> dict[int, Any]:
-    """Return the parts of a scheduler that no call changes, its configuration and its training tables, by id.
-
-    Copies of the scheduler share them: copying tables takes longer than a step of a small scheduler.
-    """
-    length = scheduler.config.get("num_train_timesteps")
-    tensors = (value for value in vars(scheduler).values() if isinstance(value, torch.Tensor))
-    tables = [tensor for tensor in tensors if tensor.is_floating_point() and tensor.shape == (length,)]
-    return {id(part): part for part in (scheduler.config, *tables)}
 
 
 def make_twin(pipe, clamp: Clamp):
     """Return a shallow copy of a pipeline that is differentiable from image to noise."""
     twin = copy.copy(pipe)
-    attributes: dict[str, Any] = vars(twin)
-    attributes.pop("_noise_run", None)
+    twin.__dict__ = attributes = plain_attributes(pipe)
     twin.set_progress_bar_config(disable=True)
     # both use numpy, which has no gradient; the final run has them
     attributes.update({name: None for name in ("safety_checker", "watermark") if name in attributes})
     if "vae" in attributes and needs_upcast(attributes["vae"]):
         attributes["vae"] = converted_apart(attributes["vae"])
-    if clamp == "straight_through" and hasattr(pipe, "image_processor"):
-        attributes["image_processor"] = copy.copy(pipe.image_processor)
+    if clamp == "straight_through" and has_stock_clamp(attributes.get("image_processor")):
+        attributes["image_processor"] = copy.copy(attributes["image_processor"])
         vars(twin.image_processor)["denormalize"] = denormalize_straight_through
     return twin
+
+
+def has_stock_clamp(image_processor: Any) -> bool:
+    """Return whether an image processor clamps pixels by diffusers' own function."""
+    own = getattr(image_processor, "denormalize", None)
+    return own is VaeImageProcessor.denormalize and is_stock_method(VaeImageProcessor, "denormalize")
 
 
 def needs_upcast(vae: Any) -> bool:

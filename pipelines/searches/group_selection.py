@@ -11,8 +11,10 @@ from torch import nn
 from ...callbacks.noise_state import NoiseState
 from ...checked_fields import checked
 from ...rewards.contract.reward import NonFiniteReward
+from ...rewards.contract.reward_sum import checked_reward_pairs
 from ...rewards.features.auto_features import AutoFeatures, find_features
 from ...rewards.sets.pairwise_distance import PairwiseDistance
+from ..loading import loaded_models
 from ..method import NoiseOptimizer
 from ..noise_math import sets
 from ..objective import RewardObjective
@@ -74,6 +76,8 @@ class GroupSelection(NoiseOptimizer):
             raise ValueError(
                 "Expected `rewards` or a `weight` above 0, but got neither: there is nothing to choose by."
             )
+        if self.rewards is not None:
+            checked_reward_pairs(self.rewards)
         check_features(self.features)
 
     def objective(self, pipe) -> "GroupObjective":
@@ -81,7 +85,8 @@ class GroupSelection(NoiseOptimizer):
         if self.rewards is not None:
             rewards = RewardObjective(self.load_rewards(pipe, self.rewards))
         if isinstance(features, str | os.PathLike):
-            features = AutoFeatures.from_pretrained(features, device=self.device_of_rewards(pipe))
+            load, device = AutoFeatures.from_pretrained, self.device_of_rewards(pipe)
+            features = loaded_models(pipe).load("features", load, features, device=device)
         return GroupObjective(rewards, features, self.weight, self.preview)
 
     def start(self, problem: NoiseProblem) -> CandidateNoise:

@@ -1,11 +1,13 @@
 """Rewards by name: registration, listing and loading."""
 
+import contextlib
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
 from transformers import PretrainedConfig
+from transformers.utils import logging as transformers_logging
 
 from ...registry import Registry
 from .checkpoints import is_checkpoint
@@ -36,9 +38,11 @@ def register_reward(
     """
 
     def register(factory: RewardFactoryT) -> RewardFactoryT:
-        for kind in (loads,) if isinstance(loads, str) else loads:
-            REWARD_LOADERS.register(kind)(factory)
+        kinds = (loads,) if isinstance(loads, str) else tuple(loads)
+        REWARD_LOADERS.check_free(factory, *kinds)
         REWARDS.register(name, *aliases)(factory)
+        for kind in kinds:
+            REWARD_LOADERS.register(kind)(factory)
         return factory
 
     return register
@@ -99,6 +103,47 @@ class AutoReward:
         if isinstance(factory, type) and issubclass(factory, Reward) and factory.default_checkpoint:
             return factory.from_pretrained(dtype=dtype, device=device, **hub)
         return factory().to(device=device, dtype=dtype)
+
+
+class LoadedModels:
+    """Models that were loaded by name, each once for a device and a dtype.
+
+    Attributes:
+        bars: Whether transformers shows its progress bar "Loading weights".
+    """
+
+    def __init__(self) -> None:
+        self.bars = True
+        self.models: dict[tuple[Any, ...], Any] = {}
+
+    def load(
+        self,
+        kind: str,
+        load: Callable[..., Any],
+        name: str | os.PathLike[str],
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> Any:
+        """Return `load(name, dtype=dtype, device=device)`, called at the first use of this kind and name."""
+        path = os.fspath(name)
+        key = (kind, path, dtype, None if device is None else torch.device(device))
+        if key not in self.models:
+            with contextlib.nullcontext() if self.bars else without_loading_bars():
+                self.models[key] = load(path, dtype=dtype, device=device)
+        return self.models[key]
+
+
+@contextlib.contextmanager
+def without_loading_bars() -> Iterator[None]:
+    """Turn off the progress bars of transformers inside the context."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    if shown:
+        transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
 
 
 def published_as(path: str) -> type[Reward] | None:

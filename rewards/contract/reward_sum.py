@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .registry import AutoReward, find_reward
+from .registry import AutoReward, LoadedModels, find_reward
 from .reward import (
     CallableReward,
     NonDifferentiableReward,
@@ -79,6 +79,7 @@ class RewardSum(nn.Module):
             but not optimized.
         dtype: The weights' dtype of rewards that are loaded by name.
         device: The device of rewards that are loaded by name.
+        loaded: The rewards that were loaded before, to which those that are loaded now are added.
 
     Attributes:
         rewards: The rewards, in the given order.
@@ -98,19 +99,17 @@ class RewardSum(nn.Module):
         *,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        loaded: LoadedModels | None = None,
     ):
         super().__init__()
-        pairs = reward_weight_pairs(rewards, weights)
-        for reward, weight in pairs:
-            check_reward_pair(reward, weight)
-        if not any(weight for _, weight in pairs):
-            raise ValueError(
-                "Expected a reward with a weight above 0, but all weights are 0. Give a weight to the reward to "
-                "optimize."
-            )
-        self.rewards = nn.ModuleList(as_reward(reward, dtype, device) for reward, _ in pairs)
+        pairs = checked_reward_pairs(rewards, weights)
+        models = loaded or LoadedModels()
+        self.rewards = nn.ModuleList(as_reward(reward, dtype, device, models) for reward, _ in pairs)
         self.names = distinct_names([str(reward.name) for reward in self.rewards])
         self.weights = {name: float(weight) for name, (_, weight) in zip(self.names, pairs, strict=True)}
+
+    def __repr__(self) -> str:
+        return f"RewardSum({self.weights})"
 
     @property
     def differentiable(self) -> bool:
@@ -248,6 +247,18 @@ def reward_weight_pairs(rewards: RewardsLike, weights: Sequence[float] | None) -
     return list(zip(entries, weights, strict=True))
 
 
+def checked_reward_pairs(rewards: RewardsLike, weights: Sequence[float] | None = None) -> list[tuple[Any, Any]]:
+    """Return `reward_weight_pairs`, after a check of all names and weights. Nothing is loaded."""
+    pairs = reward_weight_pairs(rewards, weights)
+    for reward, weight in pairs:
+        check_reward_pair(reward, weight)
+    if not any(weight for _, weight in pairs):
+        raise ValueError(
+            "Expected a reward with a weight above 0, but all weights are 0. Give a weight to the reward to optimize."
+        )
+    return pairs
+
+
 def reward_entries(rewards: RewardsLike) -> list[Any]:
     """Return the entries of `rewards=`: rewards or (reward, weight) tuples."""
     if isinstance(rewards, str) and rewards in REWARD_PRESETS:
@@ -284,12 +295,14 @@ def check_reward_pair(reward: Any, weight: Any) -> None:
         )
 
 
-def as_reward(reward: RewardLike, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Reward:
+def as_reward(
+    reward: RewardLike, dtype: torch.dtype | None, device: torch.device | str | None, loaded: LoadedModels
+) -> Reward:
     """Load a name, Hub id or folder; wrap a plain callable; return a `Reward` unchanged."""
     if isinstance(reward, Reward):
         return reward
     if isinstance(reward, (str, os.PathLike)):
-        return AutoReward.from_pretrained(reward, dtype=dtype, device=device)
+        return loaded.load("reward", AutoReward.from_pretrained, reward, dtype, device)
     return CallableReward(reward)
 
 

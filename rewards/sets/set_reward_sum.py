@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..contract.registry import LoadedModels
 from ..contract.reward import NonDifferentiableReward
 from ..contract.reward_sum import AttachedGradient, distinct_names
 from ..features.auto_features import AutoFeatures, find_features
-from ..features.features import Features
 from .set_reward import SetReward, find_set_reward
 
 SetRewardsLike = str | SetReward | nn.Module | Mapping[Any, Any] | Sequence[Any]
@@ -59,6 +59,7 @@ class SetRewardSum(nn.Module):
             set reward of weight 0 is evaluated and reported, but not optimized.
         dtype: The weights' dtype of features that are loaded by name.
         device: The device of features that are loaded by name.
+        loaded: The features that were loaded before, to which those that are loaded now are added.
 
     Attributes:
         rewards: The set rewards, in the given order.
@@ -80,12 +81,11 @@ class SetRewardSum(nn.Module):
         *,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        loaded: LoadedModels | None = None,
     ) -> None:
         super().__init__()
-        entries = set_reward_entries(diversity)
-        for entry in entries:
-            check_set_reward_entry(*entry)
-        rewards = build_set_rewards(entries, dtype, device)
+        entries = checked_set_reward_entries(diversity)
+        rewards = build_set_rewards(entries, dtype, device, loaded or LoadedModels())
         self.rewards = nn.ModuleList(rewards)
         self.names = distinct_names([str(reward.name) for reward in rewards])
         self.weights = {name: float(weight) for name, (_, _, weight) in zip(self.names, entries, strict=True)}
@@ -97,6 +97,9 @@ class SetRewardSum(nn.Module):
         self.features_of = {
             name: names_of[id(reward.features)] for name, reward in zip(self.names, rewards, strict=True)
         }
+
+    def __repr__(self) -> str:
+        return f"SetRewardSum({self.weights})"
 
     def features(self, images: Tensor) -> dict[str, Tensor]:
         """Return all features (B, ...) of images (B, 3, H, W) in [0, 1], by name, with their graph.
@@ -244,6 +247,14 @@ def join_features(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
+def checked_set_reward_entries(diversity: SetRewardsLike) -> list[tuple[Any, Any, Any]]:
+    """Return `set_reward_entries`, after a check of all names and weights. Nothing is loaded."""
+    entries = set_reward_entries(diversity)
+    for entry in entries:
+        check_set_reward_entry(*entry)
+    return entries
+
+
 def set_reward_entries(diversity: SetRewardsLike) -> list[tuple[Any, Any, Any]]:
     """Convert any accepted form of `diversity=` to a list of (set reward, features or None, weight)."""
     if isinstance(diversity, Mapping):
@@ -306,18 +317,17 @@ def check_set_reward(reward: Any, features: Any) -> None:
 
 
 def build_set_rewards(
-    entries: Sequence[tuple[Any, Any, Any]], dtype: torch.dtype | None, device: torch.device | str | None
+    entries: Sequence[tuple[Any, Any, Any]],
+    dtype: torch.dtype | None,
+    device: torch.device | str | None,
+    loaded: LoadedModels,
 ) -> list[SetReward]:
     """Build the set rewards, loading each of the features once."""
-    loaded: dict[str, Features] = {}
 
     def load(features: Any) -> Any:
         if not isinstance(features, (str, os.PathLike)):
             return features
-        path = os.fspath(features)
-        if path not in loaded:
-            loaded[path] = AutoFeatures.from_pretrained(path, dtype=dtype, device=device)
-        return loaded[path]
+        return loaded.load("features", AutoFeatures.from_pretrained, features, dtype, device)
 
     classes = [find_set_reward(reward) if isinstance(reward, str) else None for reward, _, _ in entries]
     return [

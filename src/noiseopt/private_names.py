@@ -42,6 +42,11 @@ def interrupt(pipe) -> None:
     pipe._interrupt = True
 
 
+def progress_bar_is_off(pipe) -> bool:
+    """Return whether `pipe.set_progress_bar_config(disable=True)` turned off the progress bar of a pipeline."""
+    return bool(getattr(pipe, "_progress_bar_config", {}).get("disable"))
+
+
 def own_timestep_count(pipe) -> int | None:
     """Return the number of timesteps of the last call, if the pipeline records it."""
     return getattr(pipe, "_num_timesteps", None)
@@ -101,8 +106,25 @@ def checkpoint_blocks(module: nn.Module, function: Callable[..., Any]) -> None:
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Return whether a module was compiled by `torch.compile(module)` or `module.compile()`."""
-    return private(module, "_compiled_call_impl", "torch") is not None or hasattr(module, "_orig_mod")
+    """Return whether a module was compiled by `torch.compile(module)` or `module.compile()`, or one of its methods."""
+    whole = private(module, "_compiled_call_impl", "torch") is not None or hasattr(module, "_orig_mod")
+    return whole or any(map(is_compiled_function, vars(module).values()))
+
+
+def is_compiled_function(function: Any) -> bool:
+    """Return whether a function or method was compiled by `torch.compile`."""
+    function = getattr(function, "func", function)  # of a partial one
+    return isinstance(function, Callable) and hasattr(function, "_torchdynamo_orig_callable")
+
+
+def has_forward_hooks(module: nn.Module) -> bool:
+    """Return whether a module has hooks that run before or after its forward pass."""
+    return bool(private(module, "_forward_hooks", "torch") or private(module, "_forward_pre_hooks", "torch"))
+
+
+def is_context_decorated(function: Callable[..., Any]) -> bool:
+    """Return whether a function was decorated by a context manager of torch, such as `torch.no_grad()`."""
+    return getattr(function, "__globals__", {}).get("__name__") == "torch.utils._contextlib"
 
 
 def base_of_view(tensor: torch.Tensor) -> torch.Tensor | None:

@@ -32,17 +32,21 @@ class Registry(Generic[EntryT]):
         """
 
         def enter(entry: EntryT) -> EntryT:
-            for key in (name, *aliases):
-                taken_by = self.entries.get(key, entry).__qualname__
-                if taken_by != entry.__qualname__:
-                    raise ValueError(
-                        f"Expected a free {self.kind} name, but {key!r} is taken by `{taken_by}`. Choose another."
-                    )
+            self.check_free(entry, name, *aliases)
             self.entries |= dict.fromkeys((name, *aliases), entry)
             self.aliases |= dict.fromkeys(aliases, name)
             return entry
 
         return enter
+
+    def check_free(self, entry: EntryT, *names: str) -> None:
+        """Raise `ValueError` if something else than `entry`, by its qualified name, has one of the names."""
+        for name in names:
+            taken_by = self.entries.get(name, entry).__qualname__
+            if taken_by != entry.__qualname__:
+                raise ValueError(
+                    f"Expected a free {self.kind} name, but {name!r} is taken by `{taken_by}`. Choose another."
+                )
 
     def __contains__(self, name: str) -> bool:
         return name in self.entries

@@ -268,6 +268,7 @@ def test_models_and_prompts_of_the_real_world(tmp_path, capsys):
         (["--method", "reno:learning_rate=-1"], "Expected `learning_rate`"),
         (["--reward", "clipscor"], "Did you mean 'clipscore'"),
         (["--reward", "red=many"], "Expected a reward as NAME or NAME=WEIGHT"),
+        (["--reward", "red=inf"], "Expected a finite weight, but got 'red=inf'"),
         (["--reward", "red=-1"], "Expected weights above 0"),
         (["--prompts", "missing.txt"], "missing.txt"),
         (["--prompts", "{file}"], "prompts.txt:2: Expected a prompt of the shapes world, but got 'a cat'"),

@@ -1,6 +1,7 @@
 """The command `noiseopt evaluate` and its defaults."""
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -200,6 +201,8 @@ def weighted(text: str) -> list[tuple[str, float]]:
         name, factor = (name, float(weight)) if equals else (text, 1.0)
     except ValueError:
         raise ValueError(f"Expected a reward as NAME or NAME=WEIGHT, but got {text!r}.") from None
+    if not math.isfinite(factor):
+        raise ValueError(f"Expected a finite weight, but got {text!r}.")
     return [(member, factor * of) for member, of in REWARD_PRESETS.get(name, {name: 1.0}).items()]
 
 

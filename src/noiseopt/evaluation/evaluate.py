@@ -20,7 +20,6 @@ from ..pipelines.sampling.first_call import stock_call
 from ..quiet import quiet_libraries
 from ..registry import did_you_mean
 from .calibration import calibrate
-from .embedded_diversity import towers_of
 from .folder import CannotEvaluate, ResultFolder
 from .instruments import NEIGHBORS, Instruments, read_images
 from .metrics import coverage
@@ -97,7 +96,7 @@ class Evaluation:
         names = {model.name for model in plan.models} | {*plan.reward_names}
         names |= {plan.features} if plan.features_are_embedded else set()
         if any(model.embedded for model in plan.models):
-            names |= {name for method in plan.methods if method.diversity for name in towers_of(method.diversity)}
+            names |= {name for method in plan.methods for name in method.towers}
         try:
             for name in shapes_world.MODELS:
                 if name in names:

@@ -365,3 +365,9 @@ def test_a_callback_ends_the_run_with_the_noise_it_saw():
     pipe = quiet(sd_pipeline(scheduler=EulerDiscreteScheduler(steps_offset=1)))
     result = find(pipe, CNO(), callbacks=stop, **call_arguments("sd"))
     assert torch.equal(result.noise, seen[-1]) and len(seen) == 2
+
+
+@pytest.mark.parametrize(("size", "tau"), [(1, 0.1), (0, 0.1), (3, 0.0), (3, -0.1), (3, math.inf), (3, math.nan)])
+def test_gamma_has_no_value_for_one_image_or_no_temperature(size, tau):
+    with pytest.raises(ValueError, match="Expected (at least 2 images to contrast|a temperature above 0), but got"):
+        attraction_gamma(size, tau)

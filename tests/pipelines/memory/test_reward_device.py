@@ -114,7 +114,7 @@ def loaded(monkeypatch):
 def test_what_has_a_name_is_loaded_there(name, loaded):
     special = {"never_too_late": {"diversity": {"dpp": 1.0}}, "noise_diffusion": {"score_range": (0.0, 1.0)}}
     named = {"rewards": {"brightness": 1.0}, **special.get(name, {})}
-    pipe, cls = tiny_pipeline("sd"), METHODS[name]
+    pipe, cls = BUILDERS["sd"](), METHODS[name]
     cls(**named, reward_device="cuda:1").objective(pipe)
     expected = {"never_too_late": {"brightness", "dinov2"}, "group_selection": {"brightness", "dinov2_patch"}}
     assert loaded == dict.fromkeys(expected.get(name, {"brightness"}), OTHER)
@@ -125,17 +125,25 @@ def test_what_has_a_name_is_loaded_there(name, loaded):
 
 def test_pipelines_load_there_by_name_and_keep_it_apart(loaded):
     pipe = quiet(BUILDERS["sd"](ReNOStableDiffusionPipeline))
-    method = pipe.method_of({"rewards": "brightness", "reward_device": "cuda:1"})
-    assert loaded == {"brightness": OTHER} and method.reward_device == "cuda:1"
-    here = pipe.load_rewards("brightness")
-    assert loaded == {"brightness": torch.device("cpu")} and here.rewards[0] is not method.rewards.rewards[0]
-    assert pipe.load_rewards("brightness", "cuda:1").rewards[0] is method.rewards.rewards[0]
+
+    def reward_on(device):
+        loaded.clear()
+        method = pipe.method_of({"rewards": "brightness", "reward_device": device})
+        return method.objective(pipe).rewards.rewards[0]
+
+    there = reward_on("cuda:1")
+    assert loaded == {"brightness": OTHER}
+    here = reward_on(None)
+    assert loaded == {"brightness": torch.device("cpu")} and here is not there
+    assert reward_on("cuda:1") is there and not loaded
 
 
 def test_the_pipelines_of_sets_too(loaded):
     pipe = quiet(BUILDERS["sd"](NeverTooLateStableDiffusionPipeline))
     settings = {"rewards": {"brightness": 1.0}, "guard": {"red": 0.1}, "reward_device": "cuda:1"}
-    assert isinstance(pipe.method_of({"diversity": {"dpp": 1.0}, **settings}), NeverTooLate)
+    method = pipe.method_of({"diversity": {"dpp": 1.0}, **settings})
+    assert isinstance(method, NeverTooLate)
+    method.objective(pipe)
     assert loaded == dict.fromkeys(("brightness", "red", "dinov2"), OTHER)
 
 

@@ -28,6 +28,7 @@ from noiseopt import (
 )
 from noiseopt.demo import ONE_STEP, load_pipeline, seeded
 from noiseopt.pipelines import QualityGuard
+from noiseopt.pipelines.loading import loaded_models
 from noiseopt.pipelines.never_too_late import image_set_folder
 from noiseopt.pipelines.never_too_late.image_set import pixels_of, sequential_method
 from noiseopt.pipelines.result_folder import only_writer
@@ -128,7 +129,8 @@ def test_an_image_is_encoded_once_for_each_of_its_steps_and_once_as_a_reference(
 def test_the_gradient_is_that_of_the_union_with_respect_to_its_last_image():
     """One step of plain gradient descent, against the naive objective differentiated by finite differences."""
     pipe = tiny_pipeline("sd")
-    plain = method(steps=2, learning_rate=0.1, momentum=0.0, max_grad_norm=1e9, regularization=0.0, mode="parity")
+    rate = 0.1 * 64 / 16  # in units of the side of the noise
+    plain = method(steps=2, learning_rate=rate, momentum=0.0, max_grad_norm=1e9, regularization=0.0, mode="parity")
     found = grown(3, plain)
     start = optimize_noise(
         pipe, "a b", BestOfN(rewards=redness, steps=1), generator=torch.Generator().manual_seed(5), **ONE
@@ -531,10 +533,11 @@ def test_a_pipeline_grows_the_same_set_from_plain_values(cls, tmp_path):
 def test_a_pipeline_loads_what_has_a_name_once():
     pipe = quiet(NeverTooLateStableDiffusionPipeline(**sd_pipeline().components, requires_safety_checker=False))
     settings = {"diversity": {"dpp": ("tiny_image", 15.0)}, "rewards": "sharpness", "guard": {"complexity": 0.5}}
-    for _ in range(2):
-        pipe.grow_set("a b", 2, **settings, steps=2, **ONE)
-    assert list(vars(pipe)["_loaded_features"]) == ["tiny_image"]
-    assert set(vars(pipe)["_loaded_rewards"]) == {"sharpness", "complexity"}
+    pipe.grow_set("a b", 2, **settings, steps=2, **ONE)
+    loaded = dict(loaded_models(pipe).models)
+    pipe.grow_set("a b", 2, **settings, steps=2, **ONE)
+    assert {name for _, name, *_ in loaded} == {"tiny_image", "sharpness", "complexity"}
+    assert loaded_models(pipe).models == loaded
 
 
 def test_names_are_loaded_once_for_all_images_of_a_set(monkeypatch):

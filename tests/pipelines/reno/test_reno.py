@@ -20,6 +20,7 @@ from noiseopt.pipelines.objective import on_released_pixels
 from noiseopt.rewards import RewardSum
 
 ARGUMENTS = {"num_inference_steps": 1, "guidance_scale": 0.0, **SIZE}
+PAPER_SIZE = 64 / 16  # of the side of the noise: with this factor learning rates are those of 64 × 64
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +84,7 @@ def test_parity_mode_follows_the_released_loop_step_by_step(clip):
         module.requires_grad_(False)
     losses, best, last = released_loop(pipe, "a b", clip, weight, steps, seed=3)
     seen = []
-    method = ReNO(rewards=[(clip, weight)], mode="parity", steps=steps)
+    method = ReNO(rewards=[(clip, weight)], mode="parity", steps=steps, learning_rate=5.0 * PAPER_SIZE)
     result = optimize_noise(
         pipe, "a b", method, generator=generator(3), callbacks=lambda state: seen.append(state.noise), **ARGUMENTS
     )
@@ -106,6 +107,26 @@ class Steps:
         return self.noise
 
 
+@pytest.mark.parametrize(
+    ("side", "channels", "rate"),
+    [(512, 4, 5.0), (1024, 4, 10.0), (512, 16, 5.0)],
+    ids=["SD-Turbo, SDXL-Turbo and PixArt-DMD", "Hyper-SDXL", "FLUX.1-schnell"],
+)
+def test_the_default_takes_the_released_steps_on_all_models_of_the_paper(side, channels, rate):
+    noise = torch.randn(1, channels, side // 8, side // 8, generator=generator())
+    gradient = torch.randn(noise.shape, generator=generator(1))
+    released = noise.clone().requires_grad_()
+    optimizer = torch.optim.SGD([released], lr=rate, momentum=0.9, nesterov=True)
+    steps = Steps(ReNO(rewards="red", mode="parity"), noise)
+    kept_norm = Steps(ReNO(rewards="red"), noise)(gradient)
+    for _ in range(2):
+        released.grad = gradient.clone()
+        torch.nn.utils.clip_grad_norm_([released], 0.1)
+        optimizer.step()
+        torch.testing.assert_close(steps(gradient), released.detach(), rtol=0, atol=1e-6)
+    assert (kept_norm - noise).norm().item() == pytest.approx(0.19 * rate, rel=1e-3)
+
+
 def test_first_step_is_095_and_49_steps_travel_2047_at_most():
     start = torch.zeros(1, 4, 64, 64)
     steps = Steps(ReNO(rewards="red", mode="parity"), start)
@@ -120,7 +141,7 @@ def test_update_equals_torch_sgd_with_nesterov_momentum():
     gradients = torch.randn(10, 2, 4, 8, 8, generator=generator(1)) * 0.02
     expected = torch.zeros(2, 4, 8, 8, requires_grad=True)
     optimizer = torch.optim.SGD([expected], lr=3.0, momentum=0.8, nesterov=True)
-    steps = Steps(ReNO(rewards="red", mode="parity", learning_rate=3.0, momentum=0.8), torch.zeros(2, 4, 8, 8))
+    steps = Steps(ReNO(rewards="red", mode="parity", learning_rate=24.0, momentum=0.8), torch.zeros(2, 4, 8, 8))
     for gradient in gradients:
         expected.grad = clip_per_sample(gradient, 0.1)
         optimizer.step()
@@ -162,7 +183,7 @@ def test_the_clip_acts_on_the_sum_of_reward_and_prior_and_best_ignores_the_prior
     pipe = tiny_pipeline("sd")
     seen = []
     latents = torch.randn(1, 4, 16, 16, generator=generator()) * 3  # far outside: the prior alone fills the clip
-    method = ReNO(rewards=redness, mode="parity", steps=2, regularization=10.0)
+    method = ReNO(rewards=redness, mode="parity", steps=2, regularization=10.0, learning_rate=5.0 * PAPER_SIZE)
     result = optimize_noise(
         pipe, "a", method, latents=latents, callbacks=lambda state: seen.append(state.noise), **ARGUMENTS
     )
@@ -198,13 +219,10 @@ def test_n_evaluations_and_n_minus_one_updates():
     assert len(noises) == 4 and len(gradients) == 1 + 3  # one more to try the callable out
 
 
-def test_default_mode_keeps_the_norm_and_scales_its_step_with_the_size_of_the_noise():
+def test_default_mode_keeps_the_norm():
     method = ReNO(rewards=redness, steps=6)
     result = optimize_noise(tiny_pipeline("sd"), "a", method, generator=generator(), **ARGUMENTS)
     torch.testing.assert_close(result.norms, result.norms[:1].expand_as(result.norms), rtol=1e-5, atol=0)
-    assert method.step_size(torch.zeros(1, 4, 64, 64)) == 5.0
-    assert method.step_size(torch.zeros(1, 4, 128, 128)) == 10.0
-    assert method.step_size(torch.zeros(1, 8, 8, 8)) == pytest.approx(5.0 * math.sqrt(512 / 16384))
 
 
 def test_views_leave_values_alone_and_change_the_gradient():

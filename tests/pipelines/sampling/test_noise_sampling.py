@@ -8,10 +8,18 @@ from diffusers import LCMScheduler
 from problems import generator, redness
 from tiny_pipelines import BUILDERS, SIZE, call_arguments, quiet, sd_pipeline, tiny_pipeline
 
-from noiseopt import CNO, BestOfN, NoiseDiffusion, NoiseResult, PinkNoise, ReNO, optimize_noise
+from noiseopt import (
+    CNO,
+    BestOfN,
+    NoiseDiffusion,
+    NoiseOptimizationMixin,
+    NoiseResult,
+    PinkNoise,
+    ReNO,
+    optimize_noise,
+)
 from noiseopt.pipelines import CNOStableDiffusionPipeline, NoiseDiffusionStableDiffusionPipeline
 from noiseopt.pipelines import ReNOStableDiffusionPipeline as Pipeline
-from noiseopt.pipelines.hook import hooked
 from noiseopt.schedulers import CoupledNoise, as_noise_sampler
 
 FAMILIES = list(BUILDERS)
@@ -24,7 +32,8 @@ def generators(*seeds: int) -> list[torch.Generator]:
 
 def with_hook(family: str):
     """Return a pipeline of a family with the mixin, sharing the modules of the stock one."""
-    pipe = hooked(type(tiny_pipeline(family)))(**tiny_pipeline(family).components)
+    cls = type("Hooked", (NoiseOptimizationMixin, type(tiny_pipeline(family))), {})
+    pipe = cls(**tiny_pipeline(family).components)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -58,7 +58,11 @@ def test_a_taken_name_is_refused_and_nothing_is_registered():
         register_reward("glow", "red")(define_glow())
     assert "glow" not in list_rewards()
     with pytest.raises(ValueError, match="'clip' is taken by `CLIPScore`"):
-        register_reward("luma", loads="clip")(define_glow())
+        register_reward("luma", loads=("bert", "clip"))(define_glow())
+    assert "luma" not in list_rewards() and "bert" not in REWARD_LOADERS
+    with pytest.raises(ValueError, match="'red' is taken by"):
+        register_reward("red", loads="bert")(define_glow())
+    assert "bert" not in REWARD_LOADERS
 
 
 def test_a_factory_can_be_registered():
