@@ -25,6 +25,7 @@ from .request import (
     check_batch,
     check_noise_is_drawn,
     check_takes_latents,
+    check_tensors,
     groups_of,
     image_size,
     noise_sampler_of,
@@ -37,7 +38,7 @@ from .results.noise_result import NoiseResult
 from .results.pipeline_code import SavedWithCode
 from .results.resume import call_description, first_generator, known_run
 from .sampling.apart import apart, hooked, set_aside
-from .sampling.first_call import stock_call, submodules_of
+from .sampling.first_call import refuse_writes, stock_call, submodules_of
 from .sampling.latent_space import LatentSpace
 from .sampling.module_state import (
     DENOISERS,
@@ -113,12 +114,15 @@ class NoiseRun:
         refuse_unsuited(pipe, method.gradient_mode)
         if method.previews:
             refuse_replaced_step(pipe)
+        if method.gradient_mode is not None:
+            refuse_writes(type(pipe))
         self.objective: Objective = method.objective(pipe)
         self.prompts, self.groups = prompts_of(request), groups_of(request)
         requires_prompt = self.objective.requires_prompt
         self.reward_prompts = reward_prompts_of(request, reward_prompt, len(self.prompts), requires_prompt)
         self.objective.check_groups(self.groups)
         check_batch(request, len(self.prompts))
+        check_tensors(request)
         self.noise_sampler = noise_sampler_of(noise_sampler, request, self.groups)
         self.noise_file = None if save_noise_to is None else NoiseFile(save_noise_to)
         self.size = image_size(pipe, request)
