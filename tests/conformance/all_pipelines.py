@@ -25,7 +25,7 @@ from diffusers import DiffusionPipeline
 from diffusers.utils import BaseOutput
 
 from noiseopt import NoiseOptimizationMixin, ReNO, optimize_noise
-from noiseopt.pipelines.request import check_pipeline, check_takes_latents
+from noiseopt.pipelines.request import check_pipeline_class, check_takes_latents
 from noiseopt.pipelines.sampling.first_call import stock_call
 from noiseopt.pipelines.sampling.pixel_range import words_of
 
@@ -92,7 +92,7 @@ def by_rule(name: str) -> Outcome | None:
     if reason := out_of_scope(cls):
         return Outcome("out of scope", reason)
     try:
-        check_pipeline(cls)
+        check_pipeline_class(cls)
     except TypeError as error:
         return Outcome("refused", short(error, cls))
     return None

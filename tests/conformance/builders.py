@@ -590,7 +590,7 @@ RECIPES: dict[str, Callable[[type], Parts]] = {
 }
 """Parts of a family by the beginning of its classes' names; the first that matches counts."""
 
-NOT_HERE = "GLIGEN|LDM3D|AttendAndExcite|Pix2PixZero|DiffEdit|LatentUpscale|XS|UnCLIP|Panorama"
+NOT_HERE = "GLIGEN|LDM3D|AttendAndExcite|Pix2PixZero|DiffEdit|LatentUpscale|XS|UnCLIP"
 BROKEN_IN_DIFFUSERS = ("ChromaInpaintPipeline", "StableDiffusionParadigmsPipeline")
 """Classes whose stock call raises an error that no argument avoids."""
 WHY_NOT = {
