@@ -343,7 +343,8 @@ class OptimizationLoop:
         if not self.run.best.evaluations:
             return
         result = self.result()
-        result.provenance["stopped"] = self.run.stopped or type(error).__name__
+        if not self.complete:
+            result.provenance["stopped"] = self.run.stopped or type(error).__name__
         vars(error)["noise_result"] = result
         if self.noise_file is not None:
             self.noise_file.write_if_possible(result)

@@ -60,7 +60,7 @@ class ImageSet:
         return len(self.pictures)
 
     def __repr__(self) -> str:
-        last = ", ".join(f"{name} {value:.4g}" for name, value in (self.values or [{}])[-1].items() if value)
+        last = ", ".join(f"{shown(name)} {value:.4g}" for name, value in (self.values or [{}])[-1].items() if value)
         return f"ImageSet({len(self)} images of {shown(repr(self.prompt))}{': ' if last else ''}{last})"
 
     @property

@@ -28,6 +28,7 @@ from noiseopt import (
 )
 from noiseopt.pipelines import FunctionObjective, NoiseOptimizer
 from noiseopt.pipelines.registry import METHODS
+from noiseopt.pipelines.reno import method as reno
 from noiseopt.pipelines.results import noise_file
 
 CALL = {"num_images_per_prompt": 2, "num_inference_steps": 2, "guidance_scale": 0.0, **SIZE}
@@ -120,7 +121,7 @@ def test_packed_latents_and_a_generator_for_each_image(family, tmp_path):
 def test_an_interrupt_anywhere_in_a_step_loses_that_step_only(place, pipe, tmp_path, monkeypatch):
     path, method, calls = tmp_path / "noise.safetensors", method_of("reno", views=0), []
     whole = optimize_noise(pipe, "a", method, generator=generator(), **CALL)
-    owner, name = {"reward": (ReNO, "regularizer"), "step": (ReNO, "step_size"), "start": (ReNO, "start")}[place]
+    owner, name = {"reward": (ReNO, "regularizer"), "step": (reno, "rate_unit"), "start": (ReNO, "start")}[place]
     own = getattr(owner, name)
 
     def third(*args):
