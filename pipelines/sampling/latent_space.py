@@ -21,21 +21,15 @@ def drawing_function(cls: type) -> Callable[..., types.FunctionType]:
     Raises:
         TypeError: If the class does not sample its noise with `randn_tensor`.
     """
-    base = next((base for base in cls.__mro__ if defines_latents(base)), None)
-    function = None
-    if base is not None:
-        function = with_gradient(vars(base)["prepare_latents"], f"{base.__name__}.prepare_latents")
-    if "randn_tensor" in getattr(getattr(function, "__code__", None), "co_names", ()):
+    base = next((base for base in cls.__mro__ if "prepare_latents" in vars(base)), cls)
+    stock = vars(base).get("prepare_latents", lambda: None)
+    function = with_gradient(stock, f"{base.__name__}.prepare_latents")
+    if "randn_tensor" in function.__code__.co_names:
         return lambda draw: with_globals(function, randn_tensor=draw)
     raise TypeError(
         "Expected a text-to-image pipeline whose `prepare_latents` samples its noise with diffusers' `randn_tensor`, "
         f"but that of {cls.__name__} does not. Call `randn_tensor` there, and no `super()`."
     )
-
-
-def defines_latents(cls: type) -> bool:
-    """Return whether a class defines a `prepare_latents` that is not our hook."""
-    return "prepare_latents" in vars(cls) and not hasattr(cls, "_noise_run")
 
 
 def with_globals(function: types.FunctionType, **replaced: Any) -> types.FunctionType:
