@@ -201,6 +201,54 @@ FAULTS = (
         "kernel_vendi(kernels_of_set(features), self.order,",
         "kernel_vendi(kernels_of_set(features), 1.0,",
     ),
+    Fault(
+        "replaced method of a layer bypassed",
+        "pipelines/memory/lean_layers.py",
+        "if not replaced_methods(layer)]",
+        "]",
+        "tests/pipelines/composition/test_patches.py",
+    ),
+    Fault(
+        "replaced method of a layer class bypassed",
+        "pipelines/memory/lean_layers.py",
+        "if is_stock(kind)}",
+        "}",
+        "tests/pipelines/composition/test_patches.py",
+    ),
+    Fault(
+        "patched pipeline optimized as a copy",
+        "pipelines/sampling/apart.py",
+        "self.in_place = pipe.scheduler, is_patched(pipe)",
+        "self.in_place = pipe.scheduler, False",
+        "tests/pipelines/composition/test_patches.py",
+    ),
+    Fault(
+        "replaced encode_prompt bypassed",
+        "pipelines/hook.py",
+        "functools.partial(self.encode_prompt, pipe.encode_prompt)",
+        "functools.partial(self.encode_prompt, functools.partial(type(pipe).encode_prompt, pipe))",
+        "tests/pipelines/composition/test_patches.py",
+    ),
+    Fault(
+        "callbacks draw inside of the run",
+        "pipelines/hook.py",
+        "with set_aside(pipe), torch.enable_grad()",
+        "with torch.enable_grad()",
+        "tests/pipelines/composition/test_sharing.py",
+    ),
+    Fault(
+        "runs of shared modules do not wait",
+        "pipelines/sampling/turns.py",
+        "owner == thread or things.isdisjoint(others)",
+        "True",
+        "tests/pipelines/composition/test_sharing.py",
+    ),
+    Fault(
+        "CADS brings back the condition of the first step",
+        "callbacks/cads.py",
+        "self.clean(name, callback_kwargs[name])",
+        "self.conditions[name]",
+    ),
 )
 
 
