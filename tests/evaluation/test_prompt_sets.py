@@ -91,6 +91,7 @@ def pairs(prompts: PromptSet) -> list[tuple[str, str | None]]:
         ("mjhq.json", json.dumps({"f0": {"category": "food", "prompt": "a pie"}}), "json", [("a pie", "food")]),
         ("mine.json", json.dumps({"name": "mine", "prompts": ["a cat"]}), "json", [("a cat", None)]),
         ("one.txt", lines({"prompt": "a", "category": "a"}), "jsonl", [("a", "a")]),
+        ("mine.csv", "prompt,category\na cat,\x1b[31mred\n", "table", [("a cat", r"\x1b[31mred")]),  # for terminals
         ("strings.jsonl", '"a cat"\n"a dog"\n', "jsonl", [("a cat", None), ("a dog", None)]),
         ("captions_val2014.json", json.dumps(COCO), "coco",
          [("A bicycle with a clock as the front wheel.", None), ("A room with blue walls.", None)]),
