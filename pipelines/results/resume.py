@@ -20,7 +20,7 @@ HOW_NOT_WHAT = ("chunk_size", "checkpointing", "reward_device")  # settings that
 PLAIN = (bool, int, float, str, type(None))
 ADAM_STATE = {"step", "exp_avg", "exp_avg_sq"}
 DEEPEST = 8
-MOST_DIFFERENCES, MOST_CHARACTERS = 5, 200
+MOST_DIFFERENCES = 5  # that are named
 
 
 class NotStorable(Exception):
@@ -85,8 +85,7 @@ def check_same_call(found: NoiseResult, call: dict[str, Any], path: Path) -> Non
         raise ValueError(
             f"Expected a result that records its call, but {path} does not. Choose another path, or move it away."
         )
-    changed = [text[:MOST_CHARACTERS] for text in settings_diff(known, call)]
-    if changed:
+    if changed := settings_diff(known, call):
         more = f"; and {len(changed) - MOST_DIFFERENCES} more" if len(changed) > MOST_DIFFERENCES else ""
         raise ValueError(
             f"Expected the call that {path} is of, but got another one: {'; '.join(changed[:MOST_DIFFERENCES])}{more}. "
