@@ -1,8 +1,9 @@
 """Base class of callbacks of a noise optimization."""
 
 from collections.abc import Callable, Iterable
-from typing import ClassVar
+from typing import Any, ClassVar
 
+from ..checked_fields import refused_signature
 from .noise_state import NoiseState
 
 
@@ -56,11 +57,15 @@ def as_callbacks(callbacks: CallbackSpec | Iterable[CallbackSpec] | None) -> lis
     return [as_callback(callbacks)]
 
 
-def as_callback(callback: CallbackSpec) -> NoiseCallback:
-    if hasattr(callback, "on_step_end"):
-        return callback  # pyright: ignore[reportReturnType]
-    if callable(callback):
-        return FunctionCallback(callback)
-    raise TypeError(
-        f"Expected a callback with `on_step_end(state)` or a function of `state`, but got {type(callback).__name__}."
-    )
+def as_callback(callback: Any) -> NoiseCallback:
+    expected = "Expected a callback with `on_step_end(state)` or a function of `state`, but got"
+    if isinstance(callback, type) or not (hasattr(callback, "on_step_end") or callable(callback)):
+        got = f"the class {callback.__name__}" if isinstance(callback, type) else type(callback).__name__
+        raise TypeError(f"{expected} {got}.")
+    if parameters := refused_signature(getattr(callback, "on_step_end", callback), 1):
+        raise TypeError(
+            f"{expected} one that takes {parameters}. A callback of each denoising step belongs to "
+            "`callback_on_step_end=`."
+        )
+    found: Any = callback
+    return found if hasattr(callback, "on_step_end") else FunctionCallback(found)

@@ -33,11 +33,11 @@ import types
 import warnings
 import weakref
 from collections import Counter, deque
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from numbers import Real
+from numbers import Integral, Real
 from pathlib import Path
-from types import ModuleType, UnionType
+from types import ModuleType, NoneType, UnionType
 from typing import (
     Any,
     BinaryIO,
@@ -108,8 +108,8 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 # The name that diffusers gives this module may come to mean the bundle of another release.
-sys.modules[f"{__name__}_dfccb609c80c"] = sys.modules[__name__]
-__name__ = f"{__name__}_dfccb609c80c"
+sys.modules[f"{__name__}_2505507ba122"] = sys.modules[__name__]
+__name__ = f"{__name__}_2505507ba122"
 
 # rewards/contract/transforms.py
 
@@ -470,7 +470,7 @@ class Reward(FrozenModule):
         texts = prompts_per_image(prompts, len(images), self.name, self.requires_prompt)
         device = self.device or images.device
         pixels = at_least_float32(images if self.differentiable else images.detach()).to(device)
-        scores = self.score(pixels, texts)
+        scores = self.score(pixels.clone(), texts)  # a copy, as rewards may write into theirs
         check_scores(scores, len(images), self.name)
         if pixels.requires_grad and torch.is_grad_enabled() and not scores.requires_grad:
             raise NonDifferentiableReward(
@@ -549,16 +549,16 @@ class Reward(FrozenModule):
 class CallableReward(Reward):
     """Wrapper that makes any callable `(images, prompts) -> (B,)` a reward.
 
-    `name`, `differentiable`, `requires_prompt`, `range` and `license` are read from the callable if it has them. A
-    module is frozen and set to evaluation mode.
+    `name`, `differentiable`, `requires_prompt`, `range` and `license` are read from the callable if it has them. The
+    modules that it is made of are frozen and set to evaluation mode: itself, the owner of a bound method, attributes,
+    and the arguments of a `functools.partial`. (Modules that a function only mentions stay as they are.)
     """
 
     function: Callable[[Tensor, list[str]], Tensor]
 
     def __init__(self, function: Callable[[Tensor, list[str]], Tensor]):
-        super().__init__(**({"function": function} if isinstance(function, nn.Module) else {}))
-        if not isinstance(function, nn.Module):
-            self.function = function
+        super().__init__(**{f"module_{index}": module for index, module in enumerate(modules_behind(function))})
+        vars(self)["function"] = function
         self.name = callable_name(function)
         source = function.func if isinstance(function, functools.partial) else function
         self.differentiable = getattr(source, "differentiable", True)
@@ -567,7 +567,19 @@ class CallableReward(Reward):
         self.license = getattr(source, "license", None)
 
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
-        return self.function(images, prompts)
+        try:
+            return self.function(images, prompts)
+        except Exception as error:
+            vars(error)["raised_by_reward"] = self.name
+            raise
+
+def modules_behind(function: Any) -> list[nn.Module]:
+    if isinstance(function, functools.partial):
+        parts = (function.func, *function.args, *function.keywords.values())
+        return [module for part in parts for module in modules_behind(part)]
+    owner = getattr(function, "__self__", function)
+    found = [owner] if isinstance(owner, nn.Module) else getattr(owner, "__dict__", {}).values()
+    return [module for module in found if isinstance(module, nn.Module)]
 
 def callable_name(function: Any) -> str:
     if isinstance(function, functools.partial):
@@ -632,7 +644,7 @@ def check_scores(scores: Tensor, batch: int, name: str) -> None:
         got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
         raise ValueError(
             f"Expected reward '{name}' to return a tensor of shape ({batch},), one score per image, but got {got}. "
-            "Average each image's values over everything but the batch, as in `values.flatten(1).mean(1)`."
+            f"{remedy_of_scores(scores, batch)}"
         )
     finite = scores.detach().isfinite()
     if not finite.all():
@@ -641,6 +653,20 @@ def check_scores(scores: Tensor, batch: int, name: str) -> None:
             f"Expected finite scores from reward '{name}', but those of images {where} are NaN or infinite. Load "
             "it with `dtype=torch.float32` if it ran in half precision."
         )
+
+def remedy_of_scores(scores: Any, batch: int) -> str:
+    if isinstance(scores, Tensor) and scores.ndim == 0:
+        return "Average each image alone: `values.flatten(1).mean(1)` in place of `values.mean()`."
+    if isinstance(scores, Tensor) and scores.shape == (batch, 1):
+        return "Drop the last dimension: `scores.squeeze(1)`."
+    if isinstance(scores, Tensor):
+        return "Average each image's values over everything but the batch, as in `values.flatten(1).mean(1)`."
+    if isinstance(scores, tuple):
+        return "Return the scores alone: `lambda images, prompts: reward(images, prompts)[0]`."
+    return (
+        "Return `torch.as_tensor(scores)`. Scores that were not computed by torch have no gradient: set "
+        "`differentiable = False` on the reward, and use a method without gradients, such as `BestOfN`."
+    )
 
 def check_gradient(reward: Reward, prompts: str | None = "a photo", height: int = 64, width: int = 64) -> None:
     if not reward.differentiable:
@@ -3326,6 +3352,8 @@ def check_value(name: str, value: Any, hint: Any, interval: str | None) -> None:
     choices += [None] if type(None) in members else []
     if any(value is choice or (isinstance(value, str) and value == choice) for choice in choices):
         return
+    if hint is bool and not isinstance(value, bool):
+        raise ValueError(f"Expected `{name}` to be True or False, but got {value!r}.")
     if interval is None:
         if choices and not {int, float, str}.intersection(members) and len(choices) > (None in choices):
             raise ValueError(f"Expected `{name}` to be one of {tuple(choices)}, but got {value!r}.")
@@ -3335,6 +3363,17 @@ def check_value(name: str, value: Any, hint: Any, interval: str | None) -> None:
         number = "an integer" if kind is int else "a number"
         others = "".join(f" or {choice!r}" for choice in choices)
         raise ValueError(f"Expected `{name}` to be {number} in {interval}{others}, but got {value!r}.")
+
+def refused_signature(function: Callable[..., Any], count: int, *names: str) -> str | None:
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        return None
+    try:
+        signature.bind(*range(count), **dict.fromkeys(names))
+    except TypeError:
+        return str(signature.replace(return_annotation=inspect.Signature.empty))
+    return None
 
 def is_in(interval: str, value: float) -> bool:
     low, high = (float(end) for end in interval[1:-1].split(","))
@@ -3375,6 +3414,13 @@ def name_or_path(component: Any) -> str | None:
     config = getattr(component, "config", None)
     source = config.get("_name_or_path") if isinstance(config, Mapping) else getattr(component, "name_or_path", None)
     return str(source) if source else None
+
+def treat_as(cls: type, stock: type) -> None:
+    from diffusers.pipelines import auto_pipeline  # imports all pipelines: not for those who only want rewards
+
+    model_of = private(auto_pipeline, "_get_model", "diffusers")
+    if (model := model_of(stock.__name__)) and not model_of(cls.__name__):
+        auto_pipeline.SUPPORTED_TASKS_MAPPINGS.append({model: cls})
 
 def accelerate_hook(module: nn.Module) -> Any:
     return getattr(module, "_hf_hook", None)
@@ -3674,6 +3720,12 @@ def check_reward_pair(reward: Any, weight: Any) -> None:
         raise TypeError(
             f"Expected a reward name, a Hub id, a folder or a callable `(images, prompts) -> (B,)`, but got "
             f"{reward!r}. Weighted rewards are written `{{reward: weight}}` or `[(reward, weight), ...]`."
+        )
+    elif parameters := refused_signature(reward, 2):
+        raise TypeError(
+            f"Expected a reward `(images, prompts) -> (B,)`, but '{callable_name(reward)}' takes {parameters}. Wrap "
+            "it: `lambda images, prompts: reward(images)`, or `reward(images, prompts, [{}] * len(images))[0]` for one "
+            "of TRL's with metadata."
         )
     name = reward if isinstance(reward, str) else callable_name(reward)
     if not isinstance(weight, numbers.Real) or not math.isfinite(weight):
@@ -4877,10 +4929,11 @@ def drawing_with(noise_sampler: Callable[..., torch.Tensor] | None) -> Callable[
 
     def draw(shape, generator=None, device=None, dtype=None, layout=None) -> torch.Tensor:
         noise = noise_sampler(tuple(shape), generator=generator, device=device, dtype=dtype)
-        if noise.shape != torch.Size(shape):
+        if not isinstance(noise, torch.Tensor) or noise.shape != torch.Size(shape):
+            got = tuple(noise.shape) if isinstance(noise, torch.Tensor) else type(noise).__name__
             raise ValueError(
-                f"Expected the noise sampler to return noise of shape {tuple(shape)}, but got {tuple(noise.shape)}. "
-                "Return the shape that it is called with."
+                f"Expected the noise sampler to return noise of shape {tuple(shape)}, but got {got}. Return the shape "
+                "that it is called with."
             )
         return noise.to(device=device, dtype=dtype)
 
@@ -5420,10 +5473,20 @@ class RewardObjective(Objective):
         for name, reward in zip(self.rewards.names, self.rewards.rewards, strict=True):
             if not hasattr(reward, "function"):
                 reward.check_size(prompt, height, width)  # pyright: ignore[reportCallIssue]
-            elif gradient and self.rewards.weights[name]:
-                check_gradient(reward, prompt, height, width)  # pyright: ignore[reportArgumentType]
-            else:
-                reward(torch.rand(1, 3, height, width, generator=torch.Generator().manual_seed(0)), prompt)
+                continue
+            try:
+                if gradient and self.rewards.weights[name]:
+                    check_gradient(reward, prompt, height, width)  # pyright: ignore[reportArgumentType]
+                else:
+                    reward(torch.rand(1, 3, height, width, generator=torch.Generator().manual_seed(0)), prompt)
+            except Exception as error:
+                if not hasattr(error, "raised_by_reward"):
+                    raise
+                raise ValueError(
+                    f"Expected reward '{name}' to score a random image (1, 3, {height}, {width}), but it raised "
+                    f"{type(error).__name__}: {error}. Compute it with torch, or set `differentiable = False` on it "
+                    "and use a method without gradients, such as `BestOfN`."
+                ) from error
 
     def describe(self) -> dict[str, Any]:
         return self.rewards.describe()
@@ -5611,12 +5674,38 @@ METHODS: Registry[type[NoiseOptimizer]] = Registry("method")
 MethodT = TypeVar("MethodT", bound=type)
 
 def register_method(name: str) -> Callable[[MethodT], MethodT]:
-    return METHODS.register(name)
+
+    def register(cls: MethodT) -> MethodT:
+        init: Any = vars(cls)["__init__"]
+
+        @functools.wraps(init)
+        def checked_init(self: Any, *args: Any, **settings: Any) -> None:
+            check_settings(type(self), args, settings)
+            init(self, **settings)
+
+        METHODS.register(name)(cls)
+        setattr(cls, "__init__", checked_init)  # noqa: B010  a plain assignment is an error of pyright
+        return cls
+
+    return register
+
+def check_settings(cls: Any, args: tuple[Any, ...], settings: Mapping[str, Any]) -> None:
+    fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
+    if args:
+        raise TypeError(f"Expected the settings of {cls.__name__} by name, as in `steps=10`, but got {args[0]!r}.")
+    if unknown := [name for name in settings if name not in fields]:
+        hint = did_you_mean(unknown[0], fields)
+        raise TypeError(f"Expected settings of {cls.__name__} out of {list(fields)}, but got '{unknown[0]}'.{hint}")
+    for name, field in fields.items():
+        if name not in settings and field.default is field.default_factory is dataclasses.MISSING:
+            raise TypeError(f"Expected `{name}` for {cls.__name__}, but got none. Pass `{cls.__name__}({name}=...)`.")
 
 def list_methods() -> list[str]:
     return METHODS.names()
 
 def as_method(method: Any, settings: Mapping[str, Any] | None = None) -> NoiseOptimizer:
+    if settings is not None and not (isinstance(settings, Mapping) and all(isinstance(key, str) for key in settings)):
+        raise TypeError(f"Expected `method_kwargs` to be a dict of settings by name, but got {settings!r}.")
     if isinstance(method, str):
         return METHODS.find(method)(**(settings or {}))
     if settings:
@@ -6261,7 +6350,8 @@ class QualityGuard:
     def __post_init__(self) -> None:
         for name, low, high in (("drop", 0.0, math.inf), ("keep", 0.0, 1.0), ("threshold", -math.inf, math.inf)):
             value = getattr(self, name)
-            if value is not None and not (isinstance(value, int | float) and low < value < high):
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if value is not None and not (number and low < value < high):
                 raise ValueError(f"Expected `{name}` of a guard to be a number in ({low}, {high}), but got {value!r}.")
         if self.drop is None and self.keep is None and self.threshold is None:
             raise ValueError(
@@ -6321,7 +6411,7 @@ def guard_from(reward: Any, settings: Any) -> QualityGuard:
     known = [field.name for field in dataclasses.fields(QualityGuard) if field.name != "reward"]
     if not isinstance(settings, Mapping):
         return QualityGuard(reward=reward, drop=settings)
-    if unknown := sorted(settings.keys() - set(known)):
+    if unknown := sorted(settings.keys() - set(known), key=str):
         raise ValueError(f"Expected settings of a guard out of {known}, but got {unknown}.")
     return QualityGuard(reward=reward, **settings)
 
@@ -6642,6 +6732,7 @@ class NeverTooLate(NoiseOptimizer):
         checked_set_reward_entries(self.diversity)
         if (weighted := weighted_rewards(self.rewards, as_guards(self.guard))) is not None:
             checked_reward_pairs(weighted)
+        check_references(self.references)
 
     def objective(self, pipe) -> SetObjective:
         guards = as_guards(self.guard)
@@ -6771,6 +6862,14 @@ class NeverTooLateState:
             factors[rows] = (max_norm / (norm + 1e-6)).clamp(max=1).to(factors)
         return gradient * per_image(factors, gradient)
 
+def check_references(references: Any) -> None:
+    parts = list(references.values()) if isinstance(references, Mapping) else [references]
+    if references is not None and not (parts and all(isinstance(part, torch.Tensor) and part.ndim for part in parts)):
+        raise TypeError(
+            "Expected `references` to be images (M, 3, H, W) or their features by name, but got "
+            f"{type(references).__name__}."
+        )
+
 def weighted_rewards(rewards: Any, guards: Sequence[Any]) -> Any:
     if rewards is None or any(weight for _, weight in reward_weight_pairs(rewards, None)):
         return rewards
@@ -6784,7 +6883,7 @@ def targets_by_name(targets: Targets | None, diversity: Any, argument: str) -> d
     if not isinstance(targets, Mapping) and len(names) > 1:
         raise ValueError(f"Expected `{argument}` by name for the set rewards {names}, but got {targets!r}.")
     named = dict(targets) if isinstance(targets, Mapping) else {names[0]: targets}
-    if unknown := sorted(named.keys() - set(names)):
+    if unknown := sorted(named.keys() - set(names), key=str):
         raise ValueError(f"Expected `{argument}` of set rewards out of {names}, but got {unknown}.")
     for name, target in named.items():
         if not isinstance(target, int | float) or isinstance(target, bool) or not math.isfinite(target):
@@ -6836,8 +6935,8 @@ class UnitScore(RewardObjective):
         self.score_range = score_range
         if score_range is None:
             self.check_ranges()
-        elif not (len(score_range) == 2 and all(map(math.isfinite, score_range)) and score_range[0] < score_range[1]):
-            raise ValueError(f"Expected `score_range` as (low, high) with low < high, but got {score_range!r}.")
+        else:
+            check_score_range(score_range)
 
     def check_ranges(self) -> None:
         low = high = 0.0
@@ -6879,7 +6978,15 @@ class UnitScore(RewardObjective):
         low, high = score_range or (0.0, 1.0)
         return ((total - low) / (high - low)).clamp(0, 1)
 
+def check_score_range(score_range: Any) -> None:
+    ends = score_range if isinstance(score_range, list | tuple) else ()
+    numbers = [end for end in ends if isinstance(end, int | float) and not isinstance(end, bool) and math.isfinite(end)]
+    if len(ends) != 2 or len(numbers) != 2 or not numbers[0] < numbers[1]:
+        raise ValueError(f"Expected `score_range` as (low, high) with low < high, but got {score_range!r}.")
+
 # pipelines/noise_diffusion/method.py
+
+MOST_CANDIDATES = 100_000
 
 @register_method("noise_diffusion")
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -6934,9 +7041,16 @@ class NoiseDiffusion(RewardOptimizer):
 
     def check(self) -> None:
         super().check()
+        if self.score_range is not None:
+            check_score_range(self.score_range)
         if self.selection != "exact" and not isinstance(self.candidates, int):
             raise ValueError(
                 f'Expected `candidates` to be an integer unless `selection="exact"`, but got {self.candidates!r}.'
+            )
+        if self.selection == "pool" and self.candidates > MOST_CANDIDATES:
+            raise ValueError(
+                f"Expected at most {MOST_CANDIDATES} `candidates`, each of which is drawn, but got {self.candidates}. "
+                'Use `selection="exact"`, which draws once for any number.'
             )
 
     def objective(self, pipe) -> UnitScore:
@@ -7108,7 +7222,7 @@ class ReNO(RewardOptimizer):
     momentum: float = checked(0.9, "[0, 1)")
     max_grad_norm: float = checked(0.1, "(0, inf)")
     regularization: float | None = checked(None, "[0, inf)")
-    views: int | None = checked(None, "[0, inf)")
+    views: int | None = checked(None, "[0, 1000]")
     gradient: Literal["full", "frozen"] = "full"
     preview: bool = False
 
@@ -7778,14 +7892,18 @@ def as_callbacks(callbacks: CallbackSpec | Iterable[CallbackSpec] | None) -> lis
         return [as_callback(each) for each in callbacks]
     return [as_callback(callbacks)]
 
-def as_callback(callback: CallbackSpec) -> NoiseCallback:
-    if hasattr(callback, "on_step_end"):
-        return callback  # pyright: ignore[reportReturnType]
-    if callable(callback):
-        return FunctionCallback(callback)
-    raise TypeError(
-        f"Expected a callback with `on_step_end(state)` or a function of `state`, but got {type(callback).__name__}."
-    )
+def as_callback(callback: Any) -> NoiseCallback:
+    expected = "Expected a callback with `on_step_end(state)` or a function of `state`, but got"
+    if isinstance(callback, type) or not (hasattr(callback, "on_step_end") or callable(callback)):
+        got = f"the class {callback.__name__}" if isinstance(callback, type) else type(callback).__name__
+        raise TypeError(f"{expected} {got}.")
+    if parameters := refused_signature(getattr(callback, "on_step_end", callback), 1):
+        raise TypeError(
+            f"{expected} one that takes {parameters}. A callback of each denoising step belongs to "
+            "`callback_on_step_end=`."
+        )
+    found: Any = callback
+    return found if hasattr(callback, "on_step_end") else FunctionCallback(found)
 
 # schedulers/noise_samplers.py
 
@@ -7862,7 +7980,13 @@ def as_noise_sampler(sampler: NoiseSamplerSpec | None) -> Callable[..., torch.Te
     if isinstance(sampler, Mapping):
         settings = dict(sampler)
         return named_noise_sampler(str(settings.pop("name", None)), settings)
-    if sampler is None or (callable(sampler) and not isinstance(sampler, type)):
+    if sampler is None:
+        return sampler
+    if callable(sampler) and not isinstance(sampler, type):
+        if parameters := refused_signature(sampler, 1, "generator", "device", "dtype"):
+            raise TypeError(
+                f"Expected a noise sampler `(shape, generator, device, dtype)`, but got one of {parameters}."
+            )
         return sampler
     raise TypeError(
         f"Expected a noise sampler such as `PinkNoise(0.2)`, one of the names {list_noise_samplers()} or a dict such "
@@ -7872,7 +7996,7 @@ def as_noise_sampler(sampler: NoiseSamplerSpec | None) -> Callable[..., torch.Te
 def named_noise_sampler(name: str, settings: dict[str, Any]) -> "NoiseSampler":
     sampler = NOISE_SAMPLERS.find(name, ', or a dict such as {"name": "pink", "alpha": 0.3}')
     known = list(inspect.signature(sampler).parameters)
-    if unknown := sorted(settings.keys() - set(known)):
+    if unknown := sorted(settings.keys() - set(known), key=str):
         raise ValueError(f"Expected settings of the noise sampler {name!r} out of {known}, but got {unknown}.")
     return sampler(**settings)
 
@@ -7996,6 +8120,8 @@ class CoupledNoise(NoiseSampler):
         if self.group_size is not None and self.groups is not None:
             raise ValueError("Expected `group_size` or `groups`, but got both. Omit one.")
         if self.groups is not None:
+            if isinstance(self.groups, str) or not isinstance(self.groups, Sequence):
+                raise ValueError(f"Expected `groups` to be integers, one for each sample, but got {self.groups!r}.")
             object.__setattr__(self, "groups", tuple(self.groups))
 
     def color(self, white: torch.Tensor) -> torch.Tensor:
@@ -8101,11 +8227,18 @@ def as_loop_decoder(decoder: Any, pipe: Any, denoisers: Sequence[nn.Module]) -> 
     dtype = next(next(iter(denoisers), pipe.vae).parameters()).dtype
     device = torch.empty(0, device=execution_device(pipe)).device  # with its index
     if isinstance(decoder, str | os.PathLike):
+        check_decoder_name(os.fspath(decoder))
         decoder = loaded_models(pipe).load("decoder", load_tiny_decoder, decoder, dtype, device)
     check_decoder(decoder, device, dtype)
     check_channels(decoder, pipe)
     check_scale(decoder, pipe, device, dtype)
     return decoder
+
+def check_decoder_name(name: str) -> None:
+    if not is_checkpoint(name):
+        raise ValueError(
+            f"Expected `decoder` to be a folder or a Hub id such as 'madebyollin/taesdxl', but got {name!r}."
+        )
 
 def load_tiny_decoder(path: str, dtype: torch.dtype, device: torch.device) -> Any:
     found: Any = AutoencoderTiny.from_pretrained(path, torch_dtype=dtype)
@@ -8877,7 +9010,7 @@ HOW_NOT_WHAT = ("chunk_size", "checkpointing", "reward_device")  # settings that
 PLAIN = (bool, int, float, str, type(None))
 ADAM_STATE = {"step", "exp_avg", "exp_avg_sq"}
 DEEPEST = 8
-MOST_DIFFERENCES, MOST_CHARACTERS = 5, 200
+MOST_DIFFERENCES = 5  # that are named
 
 class NotStorable(Exception):
     """Reason why the state of a run cannot be stored."""
@@ -8927,8 +9060,7 @@ def check_same_call(found: NoiseResult, call: dict[str, Any], path: Path) -> Non
         raise ValueError(
             f"Expected a result that records its call, but {path} does not. Choose another path, or move it away."
         )
-    changed = [text[:MOST_CHARACTERS] for text in settings_diff(known, call)]
-    if changed:
+    if changed := settings_diff(known, call):
         more = f"; and {len(changed) - MOST_DIFFERENCES} more" if len(changed) > MOST_DIFFERENCES else ""
         raise ValueError(
             f"Expected the call that {path} is of, but got another one: {'; '.join(changed[:MOST_DIFFERENCES])}{more}. "
@@ -9373,7 +9505,8 @@ class OptimizationLoop:
         if not self.run.best.evaluations:
             return
         result = self.result()
-        result.provenance["stopped"] = self.run.stopped or type(error).__name__
+        if not self.complete:
+            result.provenance["stopped"] = self.run.stopped or type(error).__name__
         vars(error)["noise_result"] = result
         if self.noise_file is not None:
             self.noise_file.write_if_possible(result)
@@ -9434,10 +9567,162 @@ def chunk_size_of(method: NoiseOptimizer, problem: NoiseProblem) -> int | None:
 
 # pipelines/request.py
 
+# The largest values of arguments that a mistake makes so large that a call would hang.
+MOST_OF_ARGUMENT = {"num_inference_steps": 100_000, "num_images_per_prompt": 4096, "height": 65_536, "width": 65_536}
+OF_DIFFUSERS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, AssertionError)
+
+def check_pipeline(pipe: Any) -> None:
+    if not isinstance(pipe, DiffusionPipeline):
+        got = repr(pipe) if isinstance(pipe, str | os.PathLike | type(None)) else type(pipe).__name__
+        load = "Load it first: `DiffusionPipeline.from_pretrained(...)`."
+        remedy = "Pass the pipeline that it is a part of." if isinstance(pipe, torch.nn.Module) else load
+        raise TypeError(f"Expected a loaded diffusers pipeline, but got {got}. {remedy}")
+
+def stock_calls(cls: type) -> Iterator[Callable[..., Any]]:
+    for base in cls.__mro__:
+        if "__call__" in vars(base) and not hasattr(base, "_noise_run"):
+            yield inspect.unwrap(vars(base)["__call__"])
+
+@functools.cache
+def known_arguments(cls: type) -> set[str] | None:
+    known: set[str] = set()
+    for function in stock_calls(cls):
+        parameters = inspect.signature(function).parameters.values()
+        known |= {parameter.name for parameter in parameters}
+        rest = next((parameter.name for parameter in parameters if parameter.kind is parameter.VAR_KEYWORD), None)
+        if rest is None:
+            return known
+        known |= {text for text in function.__code__.co_consts if isinstance(text, str) and text.isidentifier()}
+        try:
+            source = inspect.getsource(function)
+        except (OSError, TypeError):
+            return None
+        if source.count(f"**{rest}") < 2:  # not passed on
+            return known
+        if "super().__call__(" not in source:
+            return None
+    return None
+
+def check_argument_names(pipe: Any, given: Collection[str], ours: Sequence[str] = (), method: Any = None) -> None:
+    known = known_arguments(type(pipe))
+    if known is None or not (unknown := [name for name in given if name not in known]):
+        return
+    name, settings = unknown[0], getattr(method, "__dataclass_fields__", ())
+    documented = {parameter for call in stock_calls(type(pipe)) for parameter in inspect.signature(call).parameters}
+    remedy = did_you_mean(name, [*ours, *sorted(documented - {"self", "args", "kwargs"})])
+    if name == "seed":
+        remedy = " A seed is written `generator=torch.Generator().manual_seed(0)`."
+    if name in settings:
+        own = (method if isinstance(method, type) else type(method)).__name__
+        remedy = f" It is a setting of {own}: pass `{own}({name}=...)` or `method_kwargs={{'{name}': ...}}`."
+    raise TypeError(f"Expected arguments of the call of {type(pipe).__name__}, but got '{name}'.{remedy}")
+
 def bind_request(pipe, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-    bound = dict(inspect.signature(stock_call(type(pipe))).bind(pipe, *args, **kwargs).arguments)
+    signatures = [inspect.signature(call) for call in stock_calls(type(pipe))]
+    kinds = [{parameter.kind for parameter in signature.parameters.values()} for signature in signatures]
+    named = (
+        each for each, found in zip(signatures, kinds, strict=True) if inspect.Parameter.VAR_POSITIONAL not in found
+    )
+    try:
+        bound = dict(next(named, inspect.signature(stock_call(type(pipe)))).bind(pipe, *args, **kwargs).arguments)
+    except TypeError as error:
+        raise TypeError(f"Expected arguments that {type(pipe).__name__} takes, but got others: {error}.") from None
     extra = bound.pop("kwargs", {})
     return {name: value for name, value in {**bound, **extra}.items() if name != "self"}
+
+def check_request(pipe, request: Mapping[str, Any]) -> None:
+    check_prompt(request)
+    check_scalars(pipe, request)
+    check_clip_skip(pipe, request.get("clip_skip"))
+    check_latents(request)
+    callback = request.get("callback_on_step_end")
+    if callback is not None and not callable(callback):
+        raise TypeError(f"Expected `callback_on_step_end` to be a function, but got {callback!r}.")
+    if callback is not None and (parameters := refused_signature(callback, 4)):
+        raise TypeError(
+            "Expected `callback_on_step_end` as a function `(pipe, step, timestep, callback_kwargs)`, but got one that "
+            f"takes {parameters}. A callback of each optimization step belongs to `callbacks=`."
+        )
+
+def check_prompt(request: Mapping[str, Any]) -> None:
+    prompt, embeds = request.get("prompt"), request.get("prompt_embeds")
+    if prompt is None and embeds is None:
+        raise ValueError("Expected `prompt` or `prompt_embeds`, but got neither.")
+    texts = [prompt] if isinstance(prompt, str) else prompt
+    if prompt is not None and not (
+        isinstance(texts, list | tuple) and texts and all(isinstance(text, str) for text in texts)
+    ):
+        raise TypeError(f"Expected `prompt` to be a text or a list of at least one text, but got {prompt!r}.")
+    parts = embeds if isinstance(embeds, list) else [embeds]
+    if embeds is not None and not (parts and all(isinstance(part, torch.Tensor) and part.ndim for part in parts)):
+        raise TypeError(f"Expected `prompt_embeds` to be a tensor, but got {embeds!r}.")
+
+def check_scalars(pipe, request: Mapping[str, Any]) -> None:
+    try:
+        hints = get_type_hints(stock_call(type(pipe)))
+    except (NameError, TypeError):
+        hints = {}
+    custom = request.get("timesteps") is not None or request.get("sigmas") is not None
+    for name, value in request.items():
+        if value is None and (custom or name != "num_inference_steps"):
+            continue
+        most = MOST_OF_ARGUMENT.get(name)
+        if most and not (is_number(value, Integral) and 1 <= int(value) <= most):  # pyright: ignore[reportArgumentType]
+            raise ValueError(f"Expected `{name}` to be an integer from 1 to {most}, but got {value!r}.")
+        if not matches_hint(value, hints.get(name)):
+            kinds = " or ".join(kind.__name__ for kind in types_of_hint(hints[name]) if kind is not NoneType)
+            raise TypeError(f"Expected `{name}` to be a finite {kinds}, but got {value!r}.")
+
+def check_clip_skip(pipe, clip_skip: int | None) -> None:
+    layers = getattr(getattr(getattr(pipe, "text_encoder", None), "config", None), "num_hidden_layers", None)
+    if clip_skip is not None and layers is not None and not 0 <= clip_skip < layers:
+        raise ValueError(f"Expected `clip_skip` to be an integer from 0 to {layers - 1}, but got {clip_skip}.")
+
+def types_of_hint(hint: Any) -> tuple[Any, ...]:
+    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+
+def is_number(value: Any, kind: type) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+def matches_hint(value: Any, hint: Any) -> bool:
+    kinds = set(types_of_hint(hint)) - {NoneType}
+    if not kinds or not kinds <= {int, float, str}:
+        return True
+    finite = not isinstance(value, Real) or isinstance(value, Integral) or math.isfinite(value)
+    number = float in kinds and (is_number(value, Real) or (isinstance(value, torch.Tensor) and value.numel() == 1))
+    return finite and (
+        number or (int in kinds and is_number(value, Integral)) or (str in kinds and isinstance(value, str))
+    )
+
+def check_latents(request: Mapping[str, Any]) -> None:
+    latents, generator = request.get("latents"), request.get("generator")
+    if latents is not None and not (isinstance(latents, torch.Tensor) and latents.is_floating_point() and latents.ndim):
+        got = f"{latents.dtype} {tuple(latents.shape)}" if isinstance(latents, torch.Tensor) else repr(latents)
+        raise TypeError(f"Expected `latents` to be a floating-point tensor, but got {got}.")
+    if latents is not None and not latents.isfinite().all():
+        raise ValueError("Expected finite `latents`, but some are NaN or infinite.")
+    streams = generator if isinstance(generator, list) else [generator]
+    if generator is not None and not all(isinstance(stream, torch.Generator) for stream in streams):
+        raise TypeError(
+            f"Expected `generator` to be a `torch.Generator` or a list of them, but got {generator!r}. A seed is "
+            "written `torch.Generator().manual_seed(0)`."
+        )
+
+def check_noise_path(path: Any) -> None:
+    if path is not None and not isinstance(path, str | os.PathLike):
+        raise TypeError(f"Expected `save_noise_to` to be the path of a file, but got {path!r}.")
+
+@contextlib.contextmanager
+def stock_errors(pipe, run: Any) -> Iterator[None]:
+    try:
+        yield
+    except OF_DIFFUSERS as error:
+        if run.began:
+            raise
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(
+            f"Expected arguments that {type(pipe).__name__} accepts, but it raised {type(error).__name__}: {error}"
+        ) from error
 
 def check_noise_is_drawn(pipe, request: dict[str, Any]) -> None:
     parameters = inspect.signature(drawing_function(type(pipe))(randn_tensor)).parameters
@@ -9458,28 +9743,26 @@ def images_per_prompt(request: dict[str, Any]) -> int:
 
 def prompts_of(request: dict[str, Any]) -> list[str]:
     prompt, embeds = request.get("prompt"), request.get("prompt_embeds")
-    if prompt is None and embeds is None:
-        raise ValueError("Expected `prompt` or `prompt_embeds`, but got neither.")
     if prompt is None:
         prompt = [""] * len(embeds)  # pyright: ignore[reportArgumentType]
     texts = [prompt] if isinstance(prompt, str) else list(prompt)
     return [text for text in texts for _ in range(images_per_prompt(request))]
 
-def reward_prompts_of(
-    request: dict[str, Any], reward_prompt: str | Sequence[str] | None, batch: int, required: bool
-) -> list[str]:
+def reward_prompts_of(request: dict[str, Any], reward_prompt: str | Sequence[str] | None, batch: int) -> list[str]:
     if reward_prompt is None:
-        if required and request.get("prompt") is None:
-            raise ValueError(
-                "Expected the text of the prompt for the rewards, but got `prompt_embeds` only. Pass `reward_prompt`."
-            )
         return prompts_of(request)
-    texts = [reward_prompt] * batch if isinstance(reward_prompt, str) else list(reward_prompt)
-    if len(texts) != batch or not all(isinstance(text, str) for text in texts):
+    texts = [reward_prompt] * batch if isinstance(reward_prompt, str) else reward_prompt
+    if not (isinstance(texts, list | tuple) and len(texts) == batch and all(isinstance(text, str) for text in texts)):
         raise ValueError(
             f"Expected `reward_prompt` to be one text, or one for each of {batch} images, but got {reward_prompt!r}."
         )
-    return texts
+    return list(texts)
+
+def require_prompt_text(request: dict[str, Any]) -> None:
+    if request.get("prompt") is None:
+        raise ValueError(
+            "Expected the text of the prompt for the rewards, but got `prompt_embeds` only. Pass `reward_prompt`."
+        )
 
 def groups_of(request: dict[str, Any]) -> list[int]:
     prompt, embeds = request.get("prompt"), request.get("prompt_embeds")
@@ -9684,16 +9967,20 @@ DYNAMIC_MODULES = "diffusers_modules."  # the package of what diffusers loads by
 LOCAL_MODULES = DYNAMIC_MODULES + "local"  # the package that all pipelines from local folders share
 
 class SavedWithCode:
-    """Makes `save_pretrained` and `push_to_hub` write the source of the pipeline and name it in `model_index.json`.
+    """Makes `save_pretrained` and `push_to_hub` write the source of the pipeline, and name its stock class.
 
-    `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)` then loads what was saved, and so does the class
-    itself, which needs no trust because it runs none of that code.
+    `DiffusionPipeline.from_pretrained(folder)`, the stock class and `AutoPipelineForText2Image` then load the stock
+    pipeline. `DiffusionPipeline.from_pretrained(folder, custom_pipeline="pipeline", trust_remote_code=True)` loads what
+    was saved, and so does the class itself, which needs no trust because it runs none of that code.
+    `AutoPipelineForText2Image.from_pipe(pipe)` takes it for a pipeline of the stock class.
     """
 
     _code: dict[str, str]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        if (stock := stock_class(cls)) is not None:
+            treat_as(cls, stock)
         module = cls.__module__
         if module.startswith(DYNAMIC_MODULES) and all(base.__module__ != module for base in cls.__mro__[1:]):
             own, *others = dynamic_files(module)
@@ -9721,15 +10008,12 @@ class SavedWithCode:
 
     def to_json_string(self) -> str:
         text: str = super().to_json_string()  # pyright: ignore[reportAttributeAccessIssue]
-        if not has_code(type(self)):
-            return text
-        named = json.loads(text) | {"_class_name": ["pipeline", type(self).__name__]}
+        named = json.loads(text) | {"_class_name": (stock_class(type(self)) or type(self)).__name__}
         return json.dumps(named, indent=2, sort_keys=True) + "\n"
 
-    @classmethod
-    def _dict_from_json_file(cls, json_file: str | os.PathLike) -> dict[str, Any]:
-        index = super()._dict_from_json_file(json_file)  # pyright: ignore[reportAttributeAccessIssue]
-        return index | ({"_class_name": cls.__name__} if isinstance(index.get("_class_name"), list) else {})
+def stock_class(cls: type) -> type[DiffusionPipeline] | None:
+    pipelines = (base for base in cls.__mro__ if issubclass(base, DiffusionPipeline) and base is not DiffusionPipeline)
+    return next((base for base in pipelines if not issubclass(base, SavedWithCode)), None)
 
 def check_repository(cls: type, repository: str) -> None:
     if has_code(cls) and "." in repository:
@@ -9818,7 +10102,6 @@ class NoiseDraw:
     """One pipeline call on noise of a noise sampler, without optimization."""
 
     def __init__(self, pipe, request: dict[str, Any], noise_sampler: NoiseSamplerSpec | None) -> None:
-        prompts_of(request)
         refuse_replaced_latents(pipe)
         self.noise_sampler = noise_sampler_of(noise_sampler, request, groups_of(request))
 
@@ -9849,29 +10132,33 @@ class NoiseRun:
         call: dict[str, Any] | None = None,
     ) -> None:
         self.method, self.request, self.render, self.known = method, request, render, known
-        self.call = call or call_description(pipe, method, request, noise_sampler, reward_prompt)
         self.callbacks = as_callbacks(callbacks)
         method.check()
+        check_request(pipe, request)
         check_noise_is_drawn(pipe, request)
         if torch.is_inference_mode_enabled():
             raise ValueError("Expected a call outside `torch.inference_mode()`, where no gradient exists. Remove it.")
         refuse_unsuited(pipe, method.gradient_mode)
         if method.previews:
             refuse_replaced_step(pipe)
-        self.objective: Objective = method.objective(pipe)
         self.prompts, self.groups = prompts_of(request), groups_of(request)
-        requires_prompt = self.objective.requires_prompt
-        self.reward_prompts = reward_prompts_of(request, reward_prompt, len(self.prompts), requires_prompt)
-        self.objective.check_groups(self.groups)
+        self.reward_prompts = reward_prompts_of(request, reward_prompt, len(self.prompts))
         check_batch(request, len(self.prompts))
         self.noise_sampler = noise_sampler_of(noise_sampler, request, self.groups)
+        self.call = call or call_description(pipe, method, request, noise_sampler, reward_prompt)
+        check_noise_path(save_noise_to)
         self.noise_file = None if save_noise_to is None else NoiseFile(save_noise_to)
+        self.objective: Objective = method.objective(pipe)
+        if self.objective.requires_prompt and reward_prompt is None:
+            require_prompt_text(request)
+        self.objective.check_groups(self.groups)
         self.size = image_size(pipe, request)
         if self.size:
             self.objective.try_out(self.reward_prompts[0], *self.size, gradient=method.gradient_mode is not None)
         self.decoder = as_loop_decoder(method.decoder, pipe, list(submodules_of(pipe, DENOISERS).values()))
         self.encoded: list[Any] = []
         self.encoding = 0  # depth of calls of `encode_prompt` in one another
+        self.began = False
         self.result: NoiseResult | None = None
 
     def frozen_modules(self, pipe) -> contextlib.AbstractContextManager[None]:
@@ -9882,6 +10169,16 @@ class NoiseRun:
         if hasattr(pipe, "encode_prompt"):
             hooks["encode_prompt"] = functools.partial(self.encode_prompt, pipe.encode_prompt)
         return hooks
+
+    @contextlib.contextmanager
+    def running(self, pipe) -> Iterator[None]:
+        try:
+            with self.frozen_modules(pipe), hooked(pipe, **self.hooks(pipe)), stock_errors(pipe, self):
+                yield
+        except BaseException as error:
+            if self.result is not None:
+                vars(error)["noise_result"] = self.result
+            raise
 
     def encode_prompt(self, encode, *args, **kwargs):
         self.encoding += 1
@@ -9894,7 +10191,7 @@ class NoiseRun:
         return encoded
 
     def prepare_latents(self, pipe, *args, **kwargs):
-        method = self.method
+        method, self.began = self.method, True
         sampler = PipelineSampler(
             pipe,
             self.request,
@@ -9991,30 +10288,27 @@ class NoiseOptimizationMixin(SavedWithCode):
         stock = super().__call__  # pyright: ignore[reportAttributeAccessIssue]
         if method is None:
             check_nothing_beside(method_kwargs=method_kwargs, save_noise_to=save_noise_to, reward_prompt=reward_prompt)
-        if method is None and noise_sampler is None:
+        found = None if method is None else as_method(method, method_kwargs)
+        check_argument_names(self, kwargs, [parameter.name for parameter in self.own_parameters()], found)
+        if found is None and noise_sampler is None:
             with TURNS.take([self]):  # another thread may be in a run of this pipeline
                 return stock(*args, **kwargs)
         request = bind_request(self, args, kwargs)
-        if method is None:
+        if found is None:
+            check_request(self, request)
             draw = NoiseDraw(self, request, noise_sampler)
             with TURNS.take([self]), hooked(self, **draw.hooks(self)):
                 return stock(*args, **kwargs)
-        method = as_method(method, method_kwargs)
-        with TURNS.take(shared_parts(self, method.decoder)):
+        with TURNS.take(shared_parts(self, found.decoder)):
             return self.optimized_call(
-                NoiseRun(self, method, request, callbacks, noise_sampler, reward_prompt, save_noise_to),
+                NoiseRun(self, found, request, callbacks, noise_sampler, reward_prompt, save_noise_to),
                 functools.partial(stock, *args, **kwargs),
             )
 
     def optimized_call(self, run: NoiseRun, stock: Callable[[], Any]) -> Any:
         """Return the output of a stock call whose noise is optimized first."""
-        try:
-            with run.frozen_modules(self), hooked(self, **run.hooks(self)):
-                output = stock()
-        except BaseException as error:
-            if run.result is not None:
-                vars(error)["noise_result"] = run.result
-            raise
+        with run.running(self):
+            output = stock()
         result = run.result_of(self)
         if isinstance(output, tuple):
             output = OutputTuple(output)
@@ -10109,6 +10403,9 @@ def optimize_noise(
     folder: str | os.PathLike[str] | None = None,
     **call_kwargs,
 ) -> NoiseResult | list[NoiseResult]:
+    check_pipeline(pipe)
+    ours = list(inspect.signature(optimize_noise).parameters)
+    check_argument_names(pipe, call_kwargs, ours, METHODS.entries.get(method) if isinstance(method, str) else method)
     method = as_method(method, method_kwargs)
     if folder is not None:
         check_not_beside_folder(save_noise_to=save_noise_to, resume_from=resume_from)
@@ -10122,7 +10419,7 @@ def optimize_noise(
             known = known_run(resume_from, save_noise_to, call)
         if known is not None and known.complete:
             if save_noise_to is not None and Path(save_noise_to) != Path(resume_from or ""):
-                known.save(save_noise_to)
+                known.save(Path(save_noise_to))
             return known
         if known is not None and request.get("generator") is None and request.get("latents") is None:
             request |= first_generator(known, execution_device(twin))
@@ -10139,7 +10436,7 @@ def optimize_noise(
             call=call,
         )
         try:
-            with run.frozen_modules(twin), hooked(twin, **run.hooks(twin)), torch.no_grad():
+            with run.running(twin), torch.no_grad():
                 stock_call(type(pipe))(twin, **request)
         except NoiseFound as found:
             if found.run is not run:
@@ -10148,7 +10445,9 @@ def optimize_noise(
 
 def checked_request(pipe, prompt: Any, call_kwargs: Mapping[str, Any]) -> dict[str, Any]:
     check_takes_latents(pipe)
-    return bind_request(pipe, (), {"prompt": prompt, **call_kwargs})
+    request = bind_request(pipe, (), {"prompt": prompt, **call_kwargs})
+    check_request(pipe, request)
+    return request
 
 def optimize_entries(
     pipe,
@@ -10256,6 +10555,8 @@ class MethodMixin(NoiseOptimizationMixin):
         return self.own_method(**settings)
 
 def merged_settings(arguments: dict[str, Any], others: Mapping[str, Any] | None) -> dict[str, Any]:
+    if others is not None and not isinstance(others, Mapping):
+        raise TypeError(f"Expected `method_kwargs` to be a dict of settings by name, but got {others!r}.")
     if twice := sorted(arguments.keys() & (others or {}).keys()):
         raise ValueError(f"Expected each setting once, but got {twice} as arguments and in `method_kwargs` too.")
     return {**arguments, **(others or {})}
@@ -10318,6 +10619,7 @@ class PlainSampling(NoiseOptimizer):
 
 IMAGE_SET_FORMAT = "noiseopt-image-set-1"
 IMAGE_SET_FILE = "image_set.json"
+MOST_RECORD_BYTES = 16 * 2**20  # those of some 100,000 images
 IMAGE_SET_RECORD = {"prompt": str, "settings": dict, "seeds": list, "values": list}
 
 class ImageSetFolder:
@@ -10354,13 +10656,15 @@ class ImageSetFolder:
     def read_record(self) -> dict[str, Any]:
         file = self.path / IMAGE_SET_FILE
         try:
+            if file.stat().st_size > MOST_RECORD_BYTES:
+                raise ValueError(f"it has more than {MOST_RECORD_BYTES:,} bytes")
             record = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:
-            raise self.refusal(file, str(error)) from None
+            raise self.refusal(file, shown(error)) from None
         if not isinstance(record, dict) or record.pop("format", None) != IMAGE_SET_FORMAT:
             raise self.refusal(file, f"it has no format {IMAGE_SET_FORMAT!r}")
         if unknown := sorted(record.keys() - IMAGE_SET_RECORD.keys()):
-            raise self.refusal(file, f"it has unknown entries {unknown[:3]}")
+            raise self.refusal(file, f"it has unknown entries {shown(unknown[:3])}")
         if wrong := [name for name, kind in IMAGE_SET_RECORD.items() if not isinstance(record.get(name), kind)]:
             raise self.refusal(file, f"{wrong} are missing or of another type")
         seeds, values = record["seeds"], record["values"]
@@ -10376,7 +10680,7 @@ class ImageSetFolder:
             with Image.open(file, formats=["PNG"]) as image:
                 image.load()
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise self.refusal(file, str(error)) from None
+            raise self.refusal(file, shown(error)) from None
         if image.mode != "RGB":
             raise self.refusal(file, f"its mode is {image.mode}, not RGB")
         return image.convert("RGB")
@@ -10431,7 +10735,7 @@ class ImageSet:
         return len(self.pictures)
 
     def __repr__(self) -> str:
-        last = ", ".join(f"{name} {value:.4g}" for name, value in (self.values or [{}])[-1].items() if value)
+        last = ", ".join(f"{shown(name)} {value:.4g}" for name, value in (self.values or [{}])[-1].items() if value)
         return f"ImageSet({len(self)} images of {shown(repr(self.prompt))}{': ' if last else ''}{last})"
 
     @property

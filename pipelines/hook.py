@@ -19,17 +19,23 @@ from .memory.tiny_decoder import as_loop_decoder
 from .method import NoiseOptimizer
 from .objective import Objective
 from .problem import NoiseProblem
-from .registry import as_method
+from .registry import METHODS, as_method
 from .request import (
     bind_request,
+    check_argument_names,
     check_batch,
     check_noise_is_drawn,
+    check_noise_path,
+    check_pipeline,
+    check_request,
     check_takes_latents,
     groups_of,
     image_size,
     noise_sampler_of,
     prompts_of,
+    require_prompt_text,
     reward_prompts_of,
+    stock_errors,
 )
 from .result_folder import FolderBar, PromptEntry, only_writer, prompt_entries
 from .results.noise_file import NoiseFile
@@ -71,7 +77,6 @@ class NoiseDraw:
     """One pipeline call on noise of a noise sampler, without optimization."""
 
     def __init__(self, pipe, request: dict[str, Any], noise_sampler: NoiseSamplerSpec | None) -> None:
-        prompts_of(request)
         refuse_replaced_latents(pipe)
         self.noise_sampler = noise_sampler_of(noise_sampler, request, groups_of(request))
 
@@ -104,43 +109,37 @@ class NoiseRun:
         call: dict[str, Any] | None = None,
     ) -> None:
         self.method, self.request, self.render, self.known = method, request, render, known
-        self.call = call or call_description(pipe, method, request, noise_sampler, reward_prompt)
         self.callbacks = as_callbacks(callbacks)
         method.check()
+        check_request(pipe, request)
         check_noise_is_drawn(pipe, request)
         if torch.is_inference_mode_enabled():
             raise ValueError("Expected a call outside `torch.inference_mode()`, where no gradient exists. Remove it.")
         refuse_unsuited(pipe, method.gradient_mode)
         if method.previews:
             refuse_replaced_step(pipe)
-        self.objective: Objective = method.objective(pipe)
         self.prompts, self.groups = prompts_of(request), groups_of(request)
-        requires_prompt = self.objective.requires_prompt
-        self.reward_prompts = reward_prompts_of(request, reward_prompt, len(self.prompts), requires_prompt)
-        self.objective.check_groups(self.groups)
+        self.reward_prompts = reward_prompts_of(request, reward_prompt, len(self.prompts))
         check_batch(request, len(self.prompts))
         self.noise_sampler = noise_sampler_of(noise_sampler, request, self.groups)
+        self.call = call or call_description(pipe, method, request, noise_sampler, reward_prompt)
+        check_noise_path(save_noise_to)
         self.noise_file = None if save_noise_to is None else NoiseFile(save_noise_to)
+        self.objective: Objective = method.objective(pipe)
+        if self.objective.requires_prompt and reward_prompt is None:
+            require_prompt_text(request)
+        self.objective.check_groups(self.groups)
         self.size = image_size(pipe, request)
         if self.size:
             self.objective.try_out(self.reward_prompts[0], *self.size, gradient=method.gradient_mode is not None)
         self.decoder = as_loop_decoder(method.decoder, pipe, list(submodules_of(pipe, DENOISERS).values()))
         self.encoded: list[Any] = []
         self.encoding = 0  # depth of calls of `encode_prompt` in one another
+        self.began = False
         self.result: NoiseResult | None = None
 
     def frozen_modules(self, pipe) -> contextlib.AbstractContextManager[None]:
         return frozen_modules(pipe, self.method.gradient_mode, self.decoder, self.size)
-
-    @contextlib.contextmanager
-    def rescuing(self) -> Iterator[None]:
-        """Attach the result of the optimization to an exception that comes after it."""
-        try:
-            yield
-        except BaseException as error:
-            if self.result is not None:
-                vars(error)["noise_result"] = self.result
-            raise
 
     def hooks(self, pipe) -> dict[str, Callable[..., Any]]:
         """Return the functions that take the place of methods of the pipeline during its call."""
@@ -148,6 +147,17 @@ class NoiseRun:
         if hasattr(pipe, "encode_prompt"):
             hooks["encode_prompt"] = functools.partial(self.encode_prompt, pipe.encode_prompt)
         return hooks
+
+    @contextlib.contextmanager
+    def running(self, pipe) -> Iterator[None]:
+        """Hook the run into a call of the pipeline; an exception after the optimization carries the result."""
+        try:
+            with self.frozen_modules(pipe), hooked(pipe, **self.hooks(pipe)), stock_errors(pipe, self):
+                yield
+        except BaseException as error:
+            if self.result is not None:
+                vars(error)["noise_result"] = self.result
+            raise
 
     def encode_prompt(self, encode, *args, **kwargs):
         """Record what the call gets from its `encode_prompt`, be it replaced or not, for the inner runs to replay."""
@@ -162,7 +172,7 @@ class NoiseRun:
 
     def prepare_latents(self, pipe, *args, **kwargs):
         """Draw the base noise as the stock method does, optimize it, and prepare the latents of the result."""
-        method = self.method
+        method, self.began = self.method, True
         sampler = PipelineSampler(
             pipe,
             self.request,
@@ -261,24 +271,26 @@ class NoiseOptimizationMixin(SavedWithCode):
         stock = super().__call__  # pyright: ignore[reportAttributeAccessIssue]
         if method is None:
             check_nothing_beside(method_kwargs=method_kwargs, save_noise_to=save_noise_to, reward_prompt=reward_prompt)
-        if method is None and noise_sampler is None:
+        found = None if method is None else as_method(method, method_kwargs)
+        check_argument_names(self, kwargs, [parameter.name for parameter in self.own_parameters()], found)
+        if found is None and noise_sampler is None:
             with TURNS.take([self]):  # another thread may be in a run of this pipeline
                 return stock(*args, **kwargs)
         request = bind_request(self, args, kwargs)
-        if method is None:
+        if found is None:
+            check_request(self, request)
             draw = NoiseDraw(self, request, noise_sampler)
             with TURNS.take([self]), hooked(self, **draw.hooks(self)):
                 return stock(*args, **kwargs)
-        method = as_method(method, method_kwargs)
-        with TURNS.take(shared_parts(self, method.decoder)):
+        with TURNS.take(shared_parts(self, found.decoder)):
             return self.optimized_call(
-                NoiseRun(self, method, request, callbacks, noise_sampler, reward_prompt, save_noise_to),
+                NoiseRun(self, found, request, callbacks, noise_sampler, reward_prompt, save_noise_to),
                 functools.partial(stock, *args, **kwargs),
             )
 
     def optimized_call(self, run: NoiseRun, stock: Callable[[], Any]) -> Any:
         """Return the output of a stock call whose noise is optimized first."""
-        with run.rescuing(), run.frozen_modules(self), hooked(self, **run.hooks(self)):
+        with run.running(self):
             output = stock()
         result = run.result_of(self)
         if isinstance(output, tuple):
@@ -419,6 +431,9 @@ def optimize_noise(
         FileNotFoundError: If there is no file `resume_from`.
         TypeError: For an argument that the pipeline does not take, or a pipeline without a noise to optimize.
     """
+    check_pipeline(pipe)
+    ours = list(inspect.signature(optimize_noise).parameters)
+    check_argument_names(pipe, call_kwargs, ours, METHODS.entries.get(method) if isinstance(method, str) else method)
     method = as_method(method, method_kwargs)
     if folder is not None:
         check_not_beside_folder(save_noise_to=save_noise_to, resume_from=resume_from)
@@ -449,7 +464,7 @@ def optimize_noise(
             call=call,
         )
         try:
-            with run.rescuing(), run.frozen_modules(twin), hooked(twin, **run.hooks(twin)), torch.no_grad():
+            with run.running(twin), torch.no_grad():
                 stock_call(type(pipe))(twin, **request)
         except NoiseFound as found:
             if found.run is not run:
@@ -458,9 +473,11 @@ def optimize_noise(
 
 
 def checked_request(pipe, prompt: Any, call_kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a call by name."""
+    """Return the arguments of a call by name, after they were checked."""
     check_takes_latents(pipe)
-    return bind_request(pipe, (), {"prompt": prompt, **call_kwargs})
+    request = bind_request(pipe, (), {"prompt": prompt, **call_kwargs})
+    check_request(pipe, request)
+    return request
 
 
 def optimize_entries(

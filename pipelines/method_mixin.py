@@ -83,7 +83,14 @@ class MethodMixin(NoiseOptimizationMixin):
 
 
 def merged_settings(arguments: dict[str, Any], others: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Merge settings given as arguments and in `method_kwargs`. Raises `ValueError` for one given in both."""
+    """Merge settings given as arguments and in `method_kwargs`.
+
+    Raises:
+        ValueError: For one given in both.
+        TypeError: If `method_kwargs` is no mapping.
+    """
+    if others is not None and not isinstance(others, Mapping):
+        raise TypeError(f"Expected `method_kwargs` to be a dict of settings by name, but got {others!r}.")
     if twice := sorted(arguments.keys() & (others or {}).keys()):
         raise ValueError(f"Expected each setting once, but got {twice} as arguments and in `method_kwargs` too.")
     return {**arguments, **(others or {})}

@@ -77,10 +77,20 @@ class RewardObjective(Objective):
         for name, reward in zip(self.rewards.names, self.rewards.rewards, strict=True):
             if not hasattr(reward, "function"):
                 reward.check_size(prompt, height, width)  # pyright: ignore[reportCallIssue]
-            elif gradient and self.rewards.weights[name]:
-                check_gradient(reward, prompt, height, width)  # pyright: ignore[reportArgumentType]
-            else:
-                reward(torch.rand(1, 3, height, width, generator=torch.Generator().manual_seed(0)), prompt)
+                continue
+            try:
+                if gradient and self.rewards.weights[name]:
+                    check_gradient(reward, prompt, height, width)  # pyright: ignore[reportArgumentType]
+                else:
+                    reward(torch.rand(1, 3, height, width, generator=torch.Generator().manual_seed(0)), prompt)
+            except Exception as error:
+                if not hasattr(error, "raised_by_reward"):
+                    raise
+                raise ValueError(
+                    f"Expected reward '{name}' to score a random image (1, 3, {height}, {width}), but it raised "
+                    f"{type(error).__name__}: {error}. Compute it with torch, or set `differentiable = False` on it "
+                    "and use a method without gradients, such as `BestOfN`."
+                ) from error
 
     def describe(self) -> dict[str, Any]:
         return self.rewards.describe()

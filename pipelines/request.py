@@ -1,22 +1,225 @@
 """The arguments of a pipeline call, read and refused before any model runs."""
 
+import contextlib
+import functools
 import inspect
-from collections.abc import Callable, Sequence
-from typing import Any
+import math
+import os
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from numbers import Integral, Real
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import torch
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils.torch_utils import randn_tensor
 
+from ..checked_fields import refused_signature
+from ..registry import did_you_mean
 from ..schedulers.noise_samplers import NoiseSamplerSpec, as_noise_sampler
 from .sampling.first_call import stock_call
 from .sampling.latent_space import drawing_function, latents_with_image
 
+# The largest values of arguments that a mistake makes so large that a call would hang.
+MOST_OF_ARGUMENT = {"num_inference_steps": 100_000, "num_images_per_prompt": 4096, "height": 65_536, "width": 65_536}
+OF_DIFFUSERS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, AssertionError)
+
+
+def check_pipeline(pipe: Any) -> None:
+    """Raise `TypeError` for anything but a loaded diffusers pipeline."""
+    if not isinstance(pipe, DiffusionPipeline):
+        got = repr(pipe) if isinstance(pipe, str | os.PathLike | type(None)) else type(pipe).__name__
+        load = "Load it first: `DiffusionPipeline.from_pretrained(...)`."
+        remedy = "Pass the pipeline that it is a part of." if isinstance(pipe, torch.nn.Module) else load
+        raise TypeError(f"Expected a loaded diffusers pipeline, but got {got}. {remedy}")
+
+
+def stock_calls(cls: type) -> Iterator[Callable[..., Any]]:
+    """Yield the `__call__` of a stock class and those of its base classes, without `@torch.no_grad`."""
+    for base in cls.__mro__:
+        if "__call__" in vars(base) and not hasattr(base, "_noise_run"):
+            yield inspect.unwrap(vars(base)["__call__"])
+
+
+@functools.cache
+def known_arguments(cls: type) -> set[str] | None:
+    """Return the names of arguments that the stock call of a pipeline class reads.
+
+    Many calls take `**kwargs` only for the sake of a few deprecated names, which stand in their code.
+
+    Returns:
+        The names, or `None` if the call passes any on to a function other than the call of its base class.
+    """
+    known: set[str] = set()
+    for function in stock_calls(cls):
+        parameters = inspect.signature(function).parameters.values()
+        known |= {parameter.name for parameter in parameters}
+        rest = next((parameter.name for parameter in parameters if parameter.kind is parameter.VAR_KEYWORD), None)
+        if rest is None:
+            return known
+        known |= {text for text in function.__code__.co_consts if isinstance(text, str) and text.isidentifier()}
+        try:
+            source = inspect.getsource(function)
+        except (OSError, TypeError):
+            return None
+        if source.count(f"**{rest}") < 2:  # not passed on
+            return known
+        if "super().__call__(" not in source:
+            return None
+    return None
+
+
+def check_argument_names(pipe: Any, given: Collection[str], ours: Sequence[str] = (), method: Any = None) -> None:
+    """Raise `TypeError` for arguments that the stock call of a pipeline does not know, with the closest names.
+
+    Args:
+        pipe: The pipeline.
+        given: The names of the arguments of the stock call.
+        ours: The names of other arguments that could have been meant.
+        method: The method or its class, whose settings could have been meant; `None` for the stock call.
+    """
+    known = known_arguments(type(pipe))
+    if known is None or not (unknown := [name for name in given if name not in known]):
+        return
+    name, settings = unknown[0], getattr(method, "__dataclass_fields__", ())
+    documented = {parameter for call in stock_calls(type(pipe)) for parameter in inspect.signature(call).parameters}
+    remedy = did_you_mean(name, [*ours, *sorted(documented - {"self", "args", "kwargs"})])
+    if name == "seed":
+        remedy = " A seed is written `generator=torch.Generator().manual_seed(0)`."
+    if name in settings:
+        own = (method if isinstance(method, type) else type(method)).__name__
+        remedy = f" It is a setting of {own}: pass `{own}({name}=...)` or `method_kwargs={{'{name}': ...}}`."
+    raise TypeError(f"Expected arguments of the call of {type(pipe).__name__}, but got '{name}'.{remedy}")
+
 
 def bind_request(pipe, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a stock call by name. Raises `TypeError` for an unknown one."""
-    bound = dict(inspect.signature(stock_call(type(pipe))).bind(pipe, *args, **kwargs).arguments)
+    """Return the arguments of a stock call by name. Raises `TypeError` for an unknown, missing or doubled one."""
+    signatures = [inspect.signature(call) for call in stock_calls(type(pipe))]
+    kinds = [{parameter.kind for parameter in signature.parameters.values()} for signature in signatures]
+    named = (
+        each for each, found in zip(signatures, kinds, strict=True) if inspect.Parameter.VAR_POSITIONAL not in found
+    )
+    try:
+        bound = dict(next(named, inspect.signature(stock_call(type(pipe)))).bind(pipe, *args, **kwargs).arguments)
+    except TypeError as error:
+        raise TypeError(f"Expected arguments that {type(pipe).__name__} takes, but got others: {error}.") from None
     extra = bound.pop("kwargs", {})
     return {name: value for name, value in {**bound, **extra}.items() if name != "self"}
+
+
+def check_request(pipe, request: Mapping[str, Any]) -> None:
+    """Raise `TypeError` or `ValueError` for arguments of a stock call that cannot work.
+
+    The stock call finds most of these late, or never: its own checks begin with the text encoder at the earliest.
+    """
+    check_prompt(request)
+    check_scalars(pipe, request)
+    check_clip_skip(pipe, request.get("clip_skip"))
+    check_latents(request)
+    callback = request.get("callback_on_step_end")
+    if callback is not None and not callable(callback):
+        raise TypeError(f"Expected `callback_on_step_end` to be a function, but got {callback!r}.")
+    if callback is not None and (parameters := refused_signature(callback, 4)):
+        raise TypeError(
+            "Expected `callback_on_step_end` as a function `(pipe, step, timestep, callback_kwargs)`, but got one that "
+            f"takes {parameters}. A callback of each optimization step belongs to `callbacks=`."
+        )
+
+
+def check_prompt(request: Mapping[str, Any]) -> None:
+    prompt, embeds = request.get("prompt"), request.get("prompt_embeds")
+    if prompt is None and embeds is None:
+        raise ValueError("Expected `prompt` or `prompt_embeds`, but got neither.")
+    texts = [prompt] if isinstance(prompt, str) else prompt
+    if prompt is not None and not (
+        isinstance(texts, list | tuple) and texts and all(isinstance(text, str) for text in texts)
+    ):
+        raise TypeError(f"Expected `prompt` to be a text or a list of at least one text, but got {prompt!r}.")
+    parts = embeds if isinstance(embeds, list) else [embeds]
+    if embeds is not None and not (parts and all(isinstance(part, torch.Tensor) and part.ndim for part in parts)):
+        raise TypeError(f"Expected `prompt_embeds` to be a tensor, but got {embeds!r}.")
+
+
+def check_scalars(pipe, request: Mapping[str, Any]) -> None:
+    """Raise `TypeError` or `ValueError` for numbers and texts of another kind than the stock call is annotated with."""
+    try:
+        hints = get_type_hints(stock_call(type(pipe)))
+    except (NameError, TypeError):
+        hints = {}
+    custom = request.get("timesteps") is not None or request.get("sigmas") is not None
+    for name, value in request.items():
+        if value is None and (custom or name != "num_inference_steps"):
+            continue
+        most = MOST_OF_ARGUMENT.get(name)
+        if most and not (is_number(value, Integral) and 1 <= int(value) <= most):  # pyright: ignore[reportArgumentType]
+            raise ValueError(f"Expected `{name}` to be an integer from 1 to {most}, but got {value!r}.")
+        if not matches_hint(value, hints.get(name)):
+            kinds = " or ".join(kind.__name__ for kind in types_of_hint(hints[name]) if kind is not NoneType)
+            raise TypeError(f"Expected `{name}` to be a finite {kinds}, but got {value!r}.")
+
+
+def check_clip_skip(pipe, clip_skip: int | None) -> None:
+    layers = getattr(getattr(getattr(pipe, "text_encoder", None), "config", None), "num_hidden_layers", None)
+    if clip_skip is not None and layers is not None and not 0 <= clip_skip < layers:
+        raise ValueError(f"Expected `clip_skip` to be an integer from 0 to {layers - 1}, but got {clip_skip}.")
+
+
+def types_of_hint(hint: Any) -> tuple[Any, ...]:
+    """Return the types that an annotation allows."""
+    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+
+
+def is_number(value: Any, kind: type) -> bool:
+    """Return whether a value is a number of a kind, which a bool is not."""
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def matches_hint(value: Any, hint: Any) -> bool:
+    """Return whether a value is of the kind that an annotation names; true for annotations of anything but scalars."""
+    kinds = set(types_of_hint(hint)) - {NoneType}
+    if not kinds or not kinds <= {int, float, str}:
+        return True
+    finite = not isinstance(value, Real) or isinstance(value, Integral) or math.isfinite(value)
+    number = float in kinds and (is_number(value, Real) or (isinstance(value, torch.Tensor) and value.numel() == 1))
+    return finite and (
+        number or (int in kinds and is_number(value, Integral)) or (str in kinds and isinstance(value, str))
+    )
+
+
+def check_latents(request: Mapping[str, Any]) -> None:
+    """Raise `TypeError` or `ValueError` for latents that are no finite tensor, and for what is no generator."""
+    latents, generator = request.get("latents"), request.get("generator")
+    if latents is not None and not (isinstance(latents, torch.Tensor) and latents.is_floating_point() and latents.ndim):
+        got = f"{latents.dtype} {tuple(latents.shape)}" if isinstance(latents, torch.Tensor) else repr(latents)
+        raise TypeError(f"Expected `latents` to be a floating-point tensor, but got {got}.")
+    if latents is not None and not latents.isfinite().all():
+        raise ValueError("Expected finite `latents`, but some are NaN or infinite.")
+    streams = generator if isinstance(generator, list) else [generator]
+    if generator is not None and not all(isinstance(stream, torch.Generator) for stream in streams):
+        raise TypeError(
+            f"Expected `generator` to be a `torch.Generator` or a list of them, but got {generator!r}. A seed is "
+            "written `torch.Generator().manual_seed(0)`."
+        )
+
+
+def check_noise_path(path: Any) -> None:
+    """Raise `TypeError` for a `save_noise_to` that is no path."""
+    if path is not None and not isinstance(path, str | os.PathLike):
+        raise TypeError(f"Expected `save_noise_to` to be the path of a file, but got {path!r}.")
+
+
+@contextlib.contextmanager
+def stock_errors(pipe, run: Any) -> Iterator[None]:
+    """Name the pipeline in errors that its call raises before the run began, that is, for its arguments."""
+    try:
+        yield
+    except OF_DIFFUSERS as error:
+        if run.began:
+            raise
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(
+            f"Expected arguments that {type(pipe).__name__} accepts, but it raised {type(error).__name__}: {error}"
+        ) from error
 
 
 def check_noise_is_drawn(pipe, request: dict[str, Any]) -> None:
@@ -44,40 +247,39 @@ def images_per_prompt(request: dict[str, Any]) -> int:
 def prompts_of(request: dict[str, Any]) -> list[str]:
     """Return the prompt of each image, in the order of the batch; empty strings for a call with embeddings."""
     prompt, embeds = request.get("prompt"), request.get("prompt_embeds")
-    if prompt is None and embeds is None:
-        raise ValueError("Expected `prompt` or `prompt_embeds`, but got neither.")
     if prompt is None:
         prompt = [""] * len(embeds)  # pyright: ignore[reportArgumentType]
     texts = [prompt] if isinstance(prompt, str) else list(prompt)
     return [text for text in texts for _ in range(images_per_prompt(request))]
 
 
-def reward_prompts_of(
-    request: dict[str, Any], reward_prompt: str | Sequence[str] | None, batch: int, required: bool
-) -> list[str]:
+def reward_prompts_of(request: dict[str, Any], reward_prompt: str | Sequence[str] | None, batch: int) -> list[str]:
     """Return the prompt that rewards are asked about for each image.
 
     Args:
         request: The arguments of the call.
         reward_prompt: One prompt for all images, or one for each; `None` for the prompts of the call.
         batch: The number of images.
-        required: Whether a reward reads its prompt.
 
     Raises:
-        ValueError: For another number of prompts, and for a reward that reads a prompt in a call with embeddings only.
+        ValueError: For another number of prompts.
     """
     if reward_prompt is None:
-        if required and request.get("prompt") is None:
-            raise ValueError(
-                "Expected the text of the prompt for the rewards, but got `prompt_embeds` only. Pass `reward_prompt`."
-            )
         return prompts_of(request)
-    texts = [reward_prompt] * batch if isinstance(reward_prompt, str) else list(reward_prompt)
-    if len(texts) != batch or not all(isinstance(text, str) for text in texts):
+    texts = [reward_prompt] * batch if isinstance(reward_prompt, str) else reward_prompt
+    if not (isinstance(texts, list | tuple) and len(texts) == batch and all(isinstance(text, str) for text in texts)):
         raise ValueError(
             f"Expected `reward_prompt` to be one text, or one for each of {batch} images, but got {reward_prompt!r}."
         )
-    return texts
+    return list(texts)
+
+
+def require_prompt_text(request: dict[str, Any]) -> None:
+    """Raise `ValueError` for a call with embeddings only."""
+    if request.get("prompt") is None:
+        raise ValueError(
+            "Expected the text of the prompt for the rewards, but got `prompt_embeds` only. Pass `reward_prompt`."
+        )
 
 
 def groups_of(request: dict[str, Any]) -> list[int]:

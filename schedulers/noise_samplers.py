@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
-from ..checked_fields import check_fields, checked
+from ..checked_fields import check_fields, checked, refused_signature
 from ..registry import Registry
 
 Generators = torch.Generator | list[torch.Generator] | None
@@ -101,7 +101,13 @@ def as_noise_sampler(sampler: NoiseSamplerSpec | None) -> Callable[..., torch.Te
     if isinstance(sampler, Mapping):
         settings = dict(sampler)
         return named_noise_sampler(str(settings.pop("name", None)), settings)
-    if sampler is None or (callable(sampler) and not isinstance(sampler, type)):
+    if sampler is None:
+        return sampler
+    if callable(sampler) and not isinstance(sampler, type):
+        if parameters := refused_signature(sampler, 1, "generator", "device", "dtype"):
+            raise TypeError(
+                f"Expected a noise sampler `(shape, generator, device, dtype)`, but got one of {parameters}."
+            )
         return sampler
     raise TypeError(
         f"Expected a noise sampler such as `PinkNoise(0.2)`, one of the names {list_noise_samplers()} or a dict such "
@@ -112,7 +118,7 @@ def as_noise_sampler(sampler: NoiseSamplerSpec | None) -> Callable[..., torch.Te
 def named_noise_sampler(name: str, settings: dict[str, Any]) -> "NoiseSampler":
     sampler = NOISE_SAMPLERS.find(name, ', or a dict such as {"name": "pink", "alpha": 0.3}')
     known = list(inspect.signature(sampler).parameters)
-    if unknown := sorted(settings.keys() - set(known)):
+    if unknown := sorted(settings.keys() - set(known), key=str):
         raise ValueError(f"Expected settings of the noise sampler {name!r} out of {known}, but got {unknown}.")
     return sampler(**settings)
 
@@ -253,6 +259,8 @@ class CoupledNoise(NoiseSampler):
         if self.group_size is not None and self.groups is not None:
             raise ValueError("Expected `group_size` or `groups`, but got both. Omit one.")
         if self.groups is not None:
+            if isinstance(self.groups, str) or not isinstance(self.groups, Sequence):
+                raise ValueError(f"Expected `groups` to be integers, one for each sample, but got {self.groups!r}.")
             object.__setattr__(self, "groups", tuple(self.groups))
 
     def color(self, white: torch.Tensor) -> torch.Tensor:

@@ -27,6 +27,7 @@ from noiseopt.cli import main
 from noiseopt.demo import load_pipeline
 from noiseopt.pipelines.never_too_late.image_set import ImageSet, grow_set
 
+PROMPT = "a red circle left of a blue star"
 COLORS = "color_histogram"  # features without weights
 ROOT = Path(__file__).parents[1]
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
@@ -105,7 +106,7 @@ def honest(tmp_path_factory) -> Path:
     pipe = load_pipeline()
     pipe.set_progress_bar_config(disable=True)
     call = {**shapes_world.MODELS["turbo"].call, "generator": torch.Generator().manual_seed(1)}
-    result = optimize_noise(pipe, "a red circle left of a blue star", ReNO(rewards="red", steps=2), **call)
+    result = optimize_noise(pipe, PROMPT, ReNO(rewards="red", steps=2), **call)
     path = tmp_path_factory.mktemp("honest") / "honest.safetensors"
     result.save(path)
     return path
@@ -306,15 +307,26 @@ def test_a_folder_of_a_stranger_is_written_to_only_if_its_set_is_the_one_asked_f
     (folder / "image_001.png").symlink_to(victim)
     record = {"format": "noiseopt-image-set-1", **EVIL_RECORD, "seeds": [1], "values": [{}], **changes}
     (folder / "image_set.json").write_text(json.dumps(record))
-    names, start = sorted(os.listdir(folder)), time.perf_counter()
-    with nothing_happens_outside(tmp_path / "nowhere"):
+    before, start = {path: path.read_bytes() for path in folder.iterdir()}, time.perf_counter()
+    with nothing_happens_outside(folder):
         with contextlib.suppress(ValueError):
             assert repr(ImageSet.load(folder)).isprintable()
         with pytest.raises(ValueError, match="cannot be used|other settings") as error:
             grow_set(pipe, "a", 2, NeverTooLate(diversity={"dpp": (COLORS, 1.0)}), folder=folder)
     assert str(error.value).isprintable() and len(str(error.value)) < 10_000
-    assert victim.read_text() == "precious" and sorted(os.listdir(folder)) == names
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before and (folder / "image_001.png").is_symlink()
     assert time.perf_counter() - start < 10
+
+
+def test_a_hostile_file_is_continued_only_with_the_call_of_the_user(scene, pipe):
+    """A complete one is returned, with what it says as text; one of another call is refused."""
+    call = {**shapes_world.MODELS["turbo"].call, "generator": torch.Generator().manual_seed(1)}
+    with contextlib.suppress(ValueError):
+        known = optimize_noise(pipe, PROMPT, ReNO(rewards="red", steps=2), resume_from=scene.file, **call)
+        assert repr(known).isprintable() and len(known.losses) == 2
+    with pytest.raises(ValueError, match="Expected") as error:
+        optimize_noise(pipe, PROMPT, ReNO(rewards="red", steps=3), resume_from=scene.file, **call)
+    assert str(error.value).isprintable()
 
 
 def test_a_set_is_not_written_through_a_link(honest, pipe, tmp_path):

@@ -9,6 +9,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import nn
 
 from ...private_names import execution_device, name_or_path
+from ...rewards.contract.checkpoints import is_checkpoint
 from ..loading import loaded_models
 
 FULL_DECODER = "full_decoder"
@@ -36,11 +37,19 @@ def as_loop_decoder(decoder: Any, pipe: Any, denoisers: Sequence[nn.Module]) -> 
     dtype = next(next(iter(denoisers), pipe.vae).parameters()).dtype
     device = torch.empty(0, device=execution_device(pipe)).device  # with its index
     if isinstance(decoder, str | os.PathLike):
+        check_decoder_name(os.fspath(decoder))
         decoder = loaded_models(pipe).load("decoder", load_tiny_decoder, decoder, dtype, device)
     check_decoder(decoder, device, dtype)
     check_channels(decoder, pipe)
     check_scale(decoder, pipe, device, dtype)
     return decoder
+
+
+def check_decoder_name(name: str) -> None:
+    if not is_checkpoint(name):
+        raise ValueError(
+            f"Expected `decoder` to be a folder or a Hub id such as 'madebyollin/taesdxl', but got {name!r}."
+        )
 
 
 def load_tiny_decoder(path: str, dtype: torch.dtype, device: torch.device) -> Any:

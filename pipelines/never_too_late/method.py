@@ -96,6 +96,7 @@ class NeverTooLate(NoiseOptimizer):
         checked_set_reward_entries(self.diversity)
         if (weighted := weighted_rewards(self.rewards, as_guards(self.guard))) is not None:
             checked_reward_pairs(weighted)
+        check_references(self.references)
 
     def objective(self, pipe) -> SetObjective:
         guards = as_guards(self.guard)
@@ -235,6 +236,16 @@ class NeverTooLateState:
         return gradient * per_image(factors, gradient)
 
 
+def check_references(references: Any) -> None:
+    """Raise `TypeError` unless references are images, features of images by name, or `None`."""
+    parts = list(references.values()) if isinstance(references, Mapping) else [references]
+    if references is not None and not (parts and all(isinstance(part, torch.Tensor) and part.ndim for part in parts)):
+        raise TypeError(
+            "Expected `references` to be images (M, 3, H, W) or their features by name, but got "
+            f"{type(references).__name__}."
+        )
+
+
 def weighted_rewards(rewards: Any, guards: Sequence[Any]) -> Any:
     """Return `rewards`, or `None` if they need not be computed: all have weight 0, and the guards score them anyway."""
     if rewards is None or any(weight for _, weight in reward_weight_pairs(rewards, None)):
@@ -251,7 +262,7 @@ def targets_by_name(targets: Targets | None, diversity: Any, argument: str) -> d
     if not isinstance(targets, Mapping) and len(names) > 1:
         raise ValueError(f"Expected `{argument}` by name for the set rewards {names}, but got {targets!r}.")
     named = dict(targets) if isinstance(targets, Mapping) else {names[0]: targets}
-    if unknown := sorted(named.keys() - set(names)):
+    if unknown := sorted(named.keys() - set(names), key=str):
         raise ValueError(f"Expected `{argument}` of set rewards out of {names}, but got {unknown}.")
     for name, target in named.items():
         if not isinstance(target, int | float) or isinstance(target, bool) or not math.isfinite(target):

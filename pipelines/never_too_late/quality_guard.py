@@ -42,7 +42,8 @@ class QualityGuard:
     def __post_init__(self) -> None:
         for name, low, high in (("drop", 0.0, math.inf), ("keep", 0.0, 1.0), ("threshold", -math.inf, math.inf)):
             value = getattr(self, name)
-            if value is not None and not (isinstance(value, int | float) and low < value < high):
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if value is not None and not (number and low < value < high):
                 raise ValueError(f"Expected `{name}` of a guard to be a number in ({low}, {high}), but got {value!r}.")
         if self.drop is None and self.keep is None and self.threshold is None:
             raise ValueError(
@@ -122,7 +123,7 @@ def guard_from(reward: Any, settings: Any) -> QualityGuard:
     known = [field.name for field in dataclasses.fields(QualityGuard) if field.name != "reward"]
     if not isinstance(settings, Mapping):
         return QualityGuard(reward=reward, drop=settings)
-    if unknown := sorted(settings.keys() - set(known)):
+    if unknown := sorted(settings.keys() - set(known), key=str):
         raise ValueError(f"Expected settings of a guard out of {known}, but got {unknown}.")
     return QualityGuard(reward=reward, **settings)
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import warnings
 from typing import Any, Literal
 
 import torch
@@ -16,7 +17,9 @@ from ..problem import CandidateNoise, NoiseProblem
 from ..registry import register_method
 from ..sampling.sampler import Gradient
 from .candidate_choice import best_of_pool, guided_gaussian
-from .unit_score import UnitScore
+from .unit_score import UnitScore, check_score_range
+
+MOST_CANDIDATES = 100_000
 
 
 @register_method("noise_diffusion")
@@ -53,7 +56,8 @@ class NoiseDiffusion(RewardOptimizer):
         threshold: Stop an image whose score is at least this.
         patience: Stop an image after this many rounds without a better score.
         score_range: (low, high): s is the position of the total between the two, clamped to [0, 1].
-        gradient: "frozen" holds the outputs of the denoiser constant; "full" differentiates the whole chain.
+        gradient: "frozen" holds the outputs of the denoiser constant; "full" differentiates the whole chain. With a
+            single denoising step "frozen" warns: there its gradient is unrelated to the true one.
     """
 
     rewards: Any = "vqascore"
@@ -72,9 +76,16 @@ class NoiseDiffusion(RewardOptimizer):
 
     def check(self) -> None:
         super().check()
+        if self.score_range is not None:
+            check_score_range(self.score_range)
         if self.selection != "exact" and not isinstance(self.candidates, int):
             raise ValueError(
                 f'Expected `candidates` to be an integer unless `selection="exact"`, but got {self.candidates!r}.'
+            )
+        if self.selection == "pool" and self.candidates > MOST_CANDIDATES:
+            raise ValueError(
+                f"Expected at most {MOST_CANDIDATES} `candidates`, each of which is drawn, but got {self.candidates}. "
+                'Use `selection="exact"`, which draws once for any number.'
             )
 
     def objective(self, pipe) -> UnitScore:
@@ -87,6 +98,12 @@ class NoiseDiffusion(RewardOptimizer):
         return UnitScore(rewards, self.score_range)
 
     def start(self, problem: NoiseProblem) -> "NoiseDiffusionState":
+        if self.gradient_mode == "frozen" and problem.request.get("num_inference_steps") == 1:
+            warnings.warn(
+                "A single denoising step draws these images. The gradient that holds its output constant tells nothing "
+                'about their score there: pass `gradient="full"`, or use `ReNO`.',
+                stacklevel=2,
+            )
         return NoiseDiffusionState(CandidateNoise(problem))
 
     def inspect(self, run: NoiseState, objective: Any, state: "NoiseDiffusionState") -> None:

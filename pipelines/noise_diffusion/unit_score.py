@@ -27,8 +27,8 @@ class UnitScore(RewardObjective):
         self.score_range = score_range
         if score_range is None:
             self.check_ranges()
-        elif not (len(score_range) == 2 and all(map(math.isfinite, score_range)) and score_range[0] < score_range[1]):
-            raise ValueError(f"Expected `score_range` as (low, high) with low < high, but got {score_range!r}.")
+        else:
+            check_score_range(score_range)
 
     def check_ranges(self) -> None:
         """Raise `ValueError` if the published ranges allow a total outside [0, 1]."""
@@ -71,3 +71,11 @@ class UnitScore(RewardObjective):
         """Map totals `(B,)` to scores in [0, 1], linearly in `score_range` and clamped."""
         low, high = score_range or (0.0, 1.0)
         return ((total - low) / (high - low)).clamp(0, 1)
+
+
+def check_score_range(score_range: Any) -> None:
+    """Raise `ValueError` unless a range is (low, high), two finite numbers with low < high."""
+    ends = score_range if isinstance(score_range, list | tuple) else ()
+    numbers = [end for end in ends if isinstance(end, int | float) and not isinstance(end, bool) and math.isfinite(end)]
+    if len(ends) != 2 or len(numbers) != 2 or not numbers[0] < numbers[1]:
+        raise ValueError(f"Expected `score_range` as (low, high) with low < high, but got {score_range!r}.")

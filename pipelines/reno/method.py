@@ -66,7 +66,7 @@ class ReNO(RewardOptimizer):
     momentum: float = checked(0.9, "[0, 1)")
     max_grad_norm: float = checked(0.1, "(0, inf)")
     regularization: float | None = checked(None, "[0, inf)")
-    views: int | None = checked(None, "[0, inf)")
+    views: int | None = checked(None, "[0, 1000]")
     gradient: Literal["full", "frozen"] = "full"
     preview: bool = False
 

@@ -53,10 +53,11 @@ def drawing_with(noise_sampler: Callable[..., torch.Tensor] | None) -> Callable[
 
     def draw(shape, generator=None, device=None, dtype=None, layout=None) -> torch.Tensor:
         noise = noise_sampler(tuple(shape), generator=generator, device=device, dtype=dtype)
-        if noise.shape != torch.Size(shape):
+        if not isinstance(noise, torch.Tensor) or noise.shape != torch.Size(shape):
+            got = tuple(noise.shape) if isinstance(noise, torch.Tensor) else type(noise).__name__
             raise ValueError(
-                f"Expected the noise sampler to return noise of shape {tuple(shape)}, but got {tuple(noise.shape)}. "
-                "Return the shape that it is called with."
+                f"Expected the noise sampler to return noise of shape {tuple(shape)}, but got {got}. Return the shape "
+                "that it is called with."
             )
         return noise.to(device=device, dtype=dtype)
 

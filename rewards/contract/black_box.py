@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ...checked_fields import refused_signature
 from .reward import NonFiniteReward, Reward, callable_name
 
 
@@ -76,6 +77,10 @@ class BlackBox(Reward):
         super().__init__()
         if not callable(score) or isinstance(score, type):
             raise TypeError(f"Expected a function `score(image, prompt) -> float`, but got {score!r}.")
+        if parameters := refused_signature(score, 2):
+            raise TypeError(
+                f"Expected a function `score(image, prompt) -> float`, but '{callable_name(score)}' takes {parameters}."
+            )
         check_asking(workers, retries, timeout, backoff)
         self.asked, self.name = score, name or callable_name(score)
         self.workers, self.retries, self.timeout, self.backoff = workers, retries, timeout, backoff

@@ -79,7 +79,7 @@ class Reward(FrozenModule):
         texts = prompts_per_image(prompts, len(images), self.name, self.requires_prompt)
         device = self.device or images.device
         pixels = at_least_float32(images if self.differentiable else images.detach()).to(device)
-        scores = self.score(pixels, texts)
+        scores = self.score(pixels.clone(), texts)  # a copy, as rewards may write into theirs
         check_scores(scores, len(images), self.name)
         if pixels.requires_grad and torch.is_grad_enabled() and not scores.requires_grad:
             raise NonDifferentiableReward(
@@ -188,16 +188,16 @@ class Reward(FrozenModule):
 class CallableReward(Reward):
     """Wrapper that makes any callable `(images, prompts) -> (B,)` a reward.
 
-    `name`, `differentiable`, `requires_prompt`, `range` and `license` are read from the callable if it has them. A
-    module is frozen and set to evaluation mode.
+    `name`, `differentiable`, `requires_prompt`, `range` and `license` are read from the callable if it has them. The
+    modules that it is made of are frozen and set to evaluation mode: itself, the owner of a bound method, attributes,
+    and the arguments of a `functools.partial`. (Modules that a function only mentions stay as they are.)
     """
 
     function: Callable[[Tensor, list[str]], Tensor]
 
     def __init__(self, function: Callable[[Tensor, list[str]], Tensor]):
-        super().__init__(**({"function": function} if isinstance(function, nn.Module) else {}))
-        if not isinstance(function, nn.Module):
-            self.function = function
+        super().__init__(**{f"module_{index}": module for index, module in enumerate(modules_behind(function))})
+        vars(self)["function"] = function
         self.name = callable_name(function)
         source = function.func if isinstance(function, functools.partial) else function
         self.differentiable = getattr(source, "differentiable", True)
@@ -206,7 +206,21 @@ class CallableReward(Reward):
         self.license = getattr(source, "license", None)
 
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
-        return self.function(images, prompts)
+        try:
+            return self.function(images, prompts)
+        except Exception as error:
+            vars(error)["raised_by_reward"] = self.name
+            raise
+
+
+def modules_behind(function: Any) -> list[nn.Module]:
+    """Return the modules that a callable is, belongs to, has as attributes, or was partially applied to."""
+    if isinstance(function, functools.partial):
+        parts = (function.func, *function.args, *function.keywords.values())
+        return [module for part in parts for module in modules_behind(part)]
+    owner = getattr(function, "__self__", function)
+    found = [owner] if isinstance(owner, nn.Module) else getattr(owner, "__dict__", {}).values()
+    return [module for module in found if isinstance(module, nn.Module)]
 
 
 def callable_name(function: Any) -> str:
@@ -284,7 +298,7 @@ def check_scores(scores: Tensor, batch: int, name: str) -> None:
         got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
         raise ValueError(
             f"Expected reward '{name}' to return a tensor of shape ({batch},), one score per image, but got {got}. "
-            "Average each image's values over everything but the batch, as in `values.flatten(1).mean(1)`."
+            f"{remedy_of_scores(scores, batch)}"
         )
     finite = scores.detach().isfinite()
     if not finite.all():
@@ -293,6 +307,22 @@ def check_scores(scores: Tensor, batch: int, name: str) -> None:
             f"Expected finite scores from reward '{name}', but those of images {where} are NaN or infinite. Load "
             "it with `dtype=torch.float32` if it ran in half precision."
         )
+
+
+def remedy_of_scores(scores: Any, batch: int) -> str:
+    """Return what to change in a reward that returns other `scores` than a tensor of shape (batch,)."""
+    if isinstance(scores, Tensor) and scores.ndim == 0:
+        return "Average each image alone: `values.flatten(1).mean(1)` in place of `values.mean()`."
+    if isinstance(scores, Tensor) and scores.shape == (batch, 1):
+        return "Drop the last dimension: `scores.squeeze(1)`."
+    if isinstance(scores, Tensor):
+        return "Average each image's values over everything but the batch, as in `values.flatten(1).mean(1)`."
+    if isinstance(scores, tuple):
+        return "Return the scores alone: `lambda images, prompts: reward(images, prompts)[0]`."
+    return (
+        "Return `torch.as_tensor(scores)`. Scores that were not computed by torch have no gradient: set "
+        "`differentiable = False` on the reward, and use a method without gradients, such as `BestOfN`."
+    )
 
 
 def check_gradient(reward: Reward, prompts: str | None = "a photo", height: int = 64, width: int = 64) -> None:

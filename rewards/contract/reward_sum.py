@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...checked_fields import refused_signature
 from .registry import AutoReward, LoadedModels, find_reward
 from .reward import (
     CallableReward,
@@ -284,6 +285,12 @@ def check_reward_pair(reward: Any, weight: Any) -> None:
         raise TypeError(
             f"Expected a reward name, a Hub id, a folder or a callable `(images, prompts) -> (B,)`, but got "
             f"{reward!r}. Weighted rewards are written `{{reward: weight}}` or `[(reward, weight), ...]`."
+        )
+    elif parameters := refused_signature(reward, 2):
+        raise TypeError(
+            f"Expected a reward `(images, prompts) -> (B,)`, but '{callable_name(reward)}' takes {parameters}. Wrap "
+            "it: `lambda images, prompts: reward(images)`, or `reward(images, prompts, [{}] * len(images))[0]` for one "
+            "of TRL's with metadata."
         )
     name = reward if isinstance(reward, str) else callable_name(reward)
     if not isinstance(weight, numbers.Real) or not math.isfinite(weight):

@@ -1,7 +1,9 @@
-"""Settings that check themselves: dataclass fields with an interval, and fields typed as a `Literal`."""
+"""Settings that check themselves: dataclass fields with an interval, `Literal`s, switches; and functions of users."""
 
 import dataclasses
+import inspect
 import math
+from collections.abc import Callable
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -18,7 +20,7 @@ def checked(default: Any, interval: str) -> Any:
 
 
 def check_fields(settings: Any) -> None:
-    """Check the fields of a dataclass: those made by `checked`, and those whose annotation has a `Literal`.
+    """Check the fields of a dataclass: those made by `checked`, `bool`s, and those whose annotation has a `Literal`.
 
     Raises:
         ValueError: For a value outside, naming the field and what was expected.
@@ -35,6 +37,8 @@ def check_value(name: str, value: Any, hint: Any, interval: str | None) -> None:
     choices += [None] if type(None) in members else []
     if any(value is choice or (isinstance(value, str) and value == choice) for choice in choices):
         return
+    if hint is bool and not isinstance(value, bool):
+        raise ValueError(f"Expected `{name}` to be True or False, but got {value!r}.")
     if interval is None:
         if choices and not {int, float, str}.intersection(members) and len(choices) > (None in choices):
             raise ValueError(f"Expected `{name}` to be one of {tuple(choices)}, but got {value!r}.")
@@ -44,6 +48,22 @@ def check_value(name: str, value: Any, hint: Any, interval: str | None) -> None:
         number = "an integer" if kind is int else "a number"
         others = "".join(f" or {choice!r}" for choice in choices)
         raise ValueError(f"Expected `{name}` to be {number} in {interval}{others}, but got {value!r}.")
+
+
+def refused_signature(function: Callable[..., Any], count: int, *names: str) -> str | None:
+    """Return the parameters of a function, as text, that refuses `count` arguments and some by name; else `None`.
+
+    A function whose parameters are unknown, such as one written in C, can be called.
+    """
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        return None
+    try:
+        signature.bind(*range(count), **dict.fromkeys(names))
+    except TypeError:
+        return str(signature.replace(return_annotation=inspect.Signature.empty))
+    return None
 
 
 def is_in(interval: str, value: float) -> bool:

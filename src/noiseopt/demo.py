@@ -22,9 +22,7 @@ ONE_STEP = {"num_inference_steps": 1, "guidance_scale": 0.0}
 
 def load_pipeline(name: str = "turbo") -> DiffusionPipeline:
     """Load an embedded pipeline in float32 on the CPU. Call "turbo" with the arguments `ONE_STEP`."""
-    folder, parts = shapes_world.path(name), shapes_world.MODELS[name].load
-    with quiet_libraries():
-        pipe = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32, **parts)
+    pipe = shapes_world.load(name)
     pipe.set_progress_bar_config(disable=None, leave=False)  # `None`: no bar when stderr is not a terminal
     return pipe
 

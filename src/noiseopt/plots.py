@@ -8,6 +8,7 @@ from typing import BinaryIO
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
@@ -33,7 +34,7 @@ class Page:
 
     def text(self, left: float, top: float, text: str, size: float = 10, color: str = INK, **style) -> None:
         x, y = left / self.width, 1 - top / self.height
-        self.figure.text(x, y, text, size=size, color=color, **{"va": "top", "parse_math": False, **style})
+        self.figure.text(x, y, text, size=size, color=color, **{"va": "top", **style})
 
     def title(self, left: float, bottom: float, prompt: str) -> None:
         """Draw a prompt over as many lines as needed, ending at `bottom`."""
@@ -54,7 +55,23 @@ class Page:
         color = RIGHT if correct else WRONG
         self.text(left + side / 2, top + side + 0.06, f"{mark} {text}", size=9, color=color, ha="center")
 
+    def panels(self, count: int, top: float, height: float, gap: float) -> list[tuple[float, float, float]]:
+        """Return left, top and width of panels, two in a row that is `height` high; a single one fills its row.
+
+        `gap` is the room for the labels left of each panel.
+        """
+        places = []
+        for number in range(count):
+            row, column = divmod(number, 2)
+            alone = number == count - 1 and column == 0
+            across = self.width if alone else self.width / 2
+            places.append((column * across + gap, top + row * height, across - gap - MARGIN))
+        return places
+
     def save(self, path: Path | BinaryIO) -> None:
+        """Write the figure. Text is drawn as it is: a dollar sign in a prompt starts no formula."""
+        for text in self.figure.findobj(Text):
+            text.set_parse_math(False)
         self.figure.savefig(path)
 
 

@@ -58,9 +58,24 @@ def test_a_plain_function_may_stop_the_run():
     assert len(result.losses) == 3 and result.provenance["stopped"] == "callback"
 
 
-def test_what_is_no_callback_is_refused_before_any_model_runs():
-    with pytest.raises(TypeError, match="on_step_end"):
-        run([3])
+def of_diffusers(pipe, step, timestep, callback_kwargs):
+    return callback_kwargs
+
+
+@pytest.mark.parametrize(
+    ("callback", "got"),
+    [
+        (3, "int"),
+        ([3], "int"),
+        ("stop", "str"),
+        (EarlyStopping, "the class EarlyStopping"),
+        (of_diffusers, r"one that takes \(pipe, step, timestep, callback_kwargs\).*belongs to `callback_on_step_end=`"),
+        (lambda: None, r"one that takes \(\)"),
+    ],
+)
+def test_what_is_no_callback_is_refused_before_any_model_runs(callback, got):
+    with pytest.raises(TypeError, match=rf"Expected a callback with `on_step_end\(state\)`.*but got {got}"):
+        run(callback)
 
 
 def test_early_stopping_counts_steps_without_progress():

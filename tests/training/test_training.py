@@ -204,6 +204,6 @@ def test_one_command_trains_and_exports_everything(tmp_path):
     for name in names:
         assert (tmp_path / "weights" / name / "training.json").exists()
         assert (tmp_path / "weights" / name / "metrics.json").exists()
-    pipe = DiffusionPipeline.from_pretrained(tmp_path / "weights/sd3", **shapes_world.MODELS["sd3"].load)
+    pipe = DiffusionPipeline.from_pretrained(tmp_path / "weights/sd3")
     images = pipe(PROMPTS[0], num_inference_steps=2, max_sequence_length=16, output_type="pt").images
     assert images.shape == (1, 3, 64, 64)

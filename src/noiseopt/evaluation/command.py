@@ -29,7 +29,9 @@ results, in the folder given by --output:
   *.png                  accuracy (or rewards), reward against seconds, spectrum of the noise, images side by side
   units/                 finished units: noise, images and numbers of each model, method and prompt
 
-After an interruption the same command continues. To split the prompts over processes or GPUs, with the same table:
+After an interruption the same command continues. A command with more methods, models or prompts adds to the folder
+what is missing. One command writes to a folder at a time. To split the prompts over processes or GPUs, with the same
+table:
   accelerate launch -m noiseopt evaluate ...
 N of best-of-N is measured once, before the comparison, and stored in the folder. The table depends on it: to reproduce
 a table elsewhere, pass the printed N as --best-of.
@@ -71,8 +73,8 @@ def add_subject(parser: argparse.ArgumentParser) -> None:
         action="append",
         dest="methods",
         metavar="NAME[:SETTING=VALUE,...]",
-        help="method with settings, such as 'reno:steps=20', or a denoising callback: cads, particle_guidance, "
-        "interval_guidance; repeatable (default: reno)",
+        help="method with settings, such as 'reno:steps=20' or 'reno:noise_sampler=pink', or a denoising callback: "
+        "cads, particle_guidance, interval_guidance; repeatable (default: reno)",
     )
     group.add_argument(
         "--prompts",
@@ -91,8 +93,8 @@ def add_subject(parser: argparse.ArgumentParser) -> None:
         "--call",
         default="",
         metavar="NAME=VALUE,...",
-        help="arguments of the pipeline's call, such as num_inference_steps=1,guidance_scale=0.0; embedded models "
-        "have defaults",
+        help="arguments of the pipeline's call, such as num_inference_steps=1,guidance_scale=0.0, or a noise_sampler "
+        "for all methods; embedded models have defaults",
     )
 
 
@@ -219,8 +221,9 @@ def run(evaluation: "Evaluation", output: Path) -> None:
             print(f"\nInterrupted. Finished units are in {output}; the same command continues.", file=sys.stderr)
         raise
     if results is not None:
-        print((output / "table.md").read_text(encoding="utf-8"))
-        print((output / "cost.md").read_text(encoding="utf-8"))
+        from .terminal import print_results
+
+        print_results(results)
         for path in sorted(path for path in output.iterdir() if path.is_file() and not path.name.startswith(".")):
             print(f"wrote {path}")
 

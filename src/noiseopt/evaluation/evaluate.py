@@ -254,8 +254,7 @@ def one_line(error: BaseException) -> str:
 def load_pipeline(model: ModelChoice, dtype: str | None, device: torch.device) -> Any:
     """Load a pipeline without progress bars; embedded models in float32, others in bfloat16 on CUDA by default."""
     chosen = dtype or ("bfloat16" if device.type == "cuda" and not model.embedded else "float32")
-    load = shapes_world.MODELS[model.name].load if model.embedded else {}
-    pipe = DiffusionPipeline.from_pretrained(model.source, dtype=getattr(torch, chosen), **load).to(device)
+    pipe = DiffusionPipeline.from_pretrained(model.source, dtype=getattr(torch, chosen)).to(device)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

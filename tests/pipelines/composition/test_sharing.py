@@ -7,12 +7,18 @@ from typing import Any
 import pytest
 import torch
 from compositions import Painter, draw, embeddings_of, state_of
-from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from diffusers import (
+    AutoPipelineForImage2Image,
+    AutoPipelineForText2Image,
+    DiffusionPipeline,
+    StableDiffusionPipeline,
+)
 from diffusers.utils import dynamic_modules_utils
 from problems import generator, redness
 from tiers import slow_except
 from tiny_pipelines import BUILDERS, SIZE, call_arguments, quiet, sd_pipeline, sdxl_pipeline
 
+import noiseopt
 from noiseopt import NoiseOptimizationMixin, ReNO, ReNOStableDiffusionPipeline, ReNOTurboPipeline, optimize_noise
 
 
@@ -66,11 +72,11 @@ class InANotebook:
         pass
 
 
-def test_a_class_that_nobody_can_import_is_saved_as_diffusers_does(tmp_path):
+def test_a_class_that_nobody_can_import_is_saved_as_its_stock_class(tmp_path):
     pipe = InANotebook.Painter(**sd_pipeline().components, requires_safety_checker=False)
     pipe.save_config(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["model_index.json"]
-    assert InANotebook.Painter.load_config(tmp_path)["_class_name"] == "Painter"
+    assert InANotebook.Painter.load_config(tmp_path)["_class_name"] == "StableDiffusionPipeline"
 
 
 def test_a_class_of_another_package_is_saved_as_an_import_of_it(tmp_path, monkeypatch):
@@ -81,10 +87,43 @@ def test_a_class_of_another_package_is_saved_as_an_import_of_it(tmp_path, monkey
     code = (tmp_path / "painter/pipeline.py").read_text()
     assert code.endswith("\n\nfrom compositions import Painter\n")
     with pytest.raises(ValueError, match="trust_remote_code=True"):
-        DiffusionPipeline.from_pretrained(tmp_path / "painter")
-    load = {"trust_remote_code": True, "safety_checker": None}
+        DiffusionPipeline.from_pretrained(tmp_path / "painter", custom_pipeline="pipeline")
+    load = {"custom_pipeline": "pipeline", "trust_remote_code": True, "safety_checker": None}
     assert type(DiffusionPipeline.from_pretrained(tmp_path / "painter", **load)) is Painter
     assert type(Painter.from_pretrained(tmp_path / "painter", safety_checker=None)) is Painter
+
+
+STOCK = {type(build()): family for family, build in BUILDERS.items()}
+OURS = {name: getattr(noiseopt, name) for name in noiseopt.__all__ if name.endswith("Pipeline")}
+
+
+@pytest.fixture(params=OURS)
+def ours(request) -> tuple[Any, Any, str]:
+    """A tiny pipeline of each of our classes, its stock class, and its family."""
+    stock = next(base for base in OURS[request.param].__mro__ if base in STOCK)
+    return quiet(OURS[request.param](**BUILDERS[STOCK[stock]]().components)), stock, STOCK[stock]
+
+
+def test_diffusers_converts_our_pipelines_as_those_of_the_stock_class(ours):
+    pipe, stock, family = ours
+    text = AutoPipelineForText2Image.from_pipe(pipe)
+    assert type(text) is stock and text.vae is pipe.vae
+    if family != "sd3":  # the tiny one lacks its third text encoder, which `from_pipe` asks for
+        image = AutoPipelineForImage2Image.from_pipe(pipe)
+        assert type(image).__name__ == stock.__name__.replace("Pipeline", "Img2ImgPipeline")
+        assert image.vae is pipe.vae
+
+
+@pytest.mark.slow
+def test_what_our_pipelines_save_is_loaded_by_stock_classes(ours, tmp_path):
+    pipe, stock, family = ours
+    pipe.save_pretrained(tmp_path)
+    without = {name: None for name, part in pipe.components.items() if part is None}
+    expected = draw(quiet(stock(**pipe.components)), **call_arguments(family))
+    for loader in (stock, DiffusionPipeline, AutoPipelineForText2Image):
+        loaded = loader.from_pretrained(tmp_path, **without)
+        assert type(loaded) is stock
+        torch.testing.assert_close(draw(quiet(loaded), **call_arguments(family)), expected, rtol=0, atol=1e-5)
 
 
 @pytest.fixture

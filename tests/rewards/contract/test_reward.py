@@ -3,6 +3,7 @@
 import functools
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -83,6 +84,54 @@ def test_a_module_is_frozen_and_has_no_dropout():
     assert not any(parameter.requires_grad for parameter in reward.parameters())
 
 
+class Owner:
+    """An object whose methods score with its module."""
+
+    def __init__(self, model: Head):
+        self.model = model
+
+    def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
+        return self.model(images, prompts)
+
+
+def score_with(model: Head, images: Tensor, prompts: list[str]) -> Tensor:
+    return model(images, prompts)
+
+
+@pytest.mark.parametrize(
+    "scorer",
+    [
+        lambda head: head.forward,
+        lambda head: Owner(head),
+        lambda head: Owner(head).__call__,
+        lambda head: functools.partial(score_with, head),
+        lambda head: functools.partial(Owner(head).__call__),
+    ],
+    ids=["method of a module", "object", "method of an object", "argument of a partial", "partial of a method"],
+)
+def test_a_module_behind_a_callable_is_frozen_and_has_no_dropout(scorer):
+    head = Head()
+    reward = CallableReward(scorer(head)).train()
+    assert torch.equal(reward(IMAGES, "a cat"), reward(IMAGES, "a cat"))
+    assert not head.training and list(reward.parameters()) == list(head.parameters())
+    assert not any(parameter.requires_grad for parameter in head.parameters())
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+def test_a_reward_that_writes_into_its_images_has_its_own(gradient: bool):
+    def writes(images: Tensor, prompts: list[str]) -> Tensor:
+        return images.mul_(3).clamp_(0, 1).mean((1, 2, 3))
+
+    def reads(images: Tensor, prompts: list[str]) -> Tensor:
+        return (3 * images).clamp(0, 1).mean((1, 2, 3))
+
+    images, same = (IMAGES.clone().requires_grad_(gradient) for _ in range(2))
+    found, expected = CallableReward(writes)(images, "a"), CallableReward(reads)(same, "a")
+    assert torch.equal(found, expected) and torch.equal(images, IMAGES)
+    if gradient:
+        assert torch.equal(*(torch.autograd.grad(*pair)[0] for pair in ((found.sum(), images), (expected.sum(), same))))
+
+
 @pytest.mark.parametrize(
     ("images", "got"),
     [
@@ -130,9 +179,19 @@ def test_refuses_none_for_a_callable_unless_it_allows_it():
 
 @pytest.mark.parametrize(
     ("output", "got"),
-    [(torch.zeros(2, 1), r"\(2, 1\)"), (torch.zeros(()), r"\(\)"), (torch.zeros(3), r"\(3,\)"), ([0.0, 1.0], "list")],
+    [
+        (torch.zeros(2, 1), r"\(2, 1\)\. Drop the last dimension: `scores.squeeze\(1\)`"),
+        (torch.zeros(()), r"\(\)\. Average each image alone"),
+        (torch.zeros(2, 4, 4), r"\(2, 4, 4\)\. Average each image's values over everything but the batch"),
+        (torch.zeros(3), r"\(3,\)"),
+        ([0.0, 1.0], "list. Return `torch.as_tensor"),
+        (np.zeros(2), "ndarray. Return `torch.as_tensor"),
+        (0.5, "float. Return `torch.as_tensor"),
+        (None, "NoneType"),
+        ((torch.zeros(2), {}), r"tuple\. Return the scores alone: .*\[0\]"),
+    ],
 )
-def test_refuses_scores_of_another_shape(output, got: str):
+def test_refuses_scores_of_another_shape_and_says_what_to_change(output, got: str):
     with pytest.raises(ValueError, match=rf"'reward' to return a tensor of shape \(2,\).*but got {got}"):
         CallableReward(lambda images, prompts: output)(IMAGES, "a cat")
 

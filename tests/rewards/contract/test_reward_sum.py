@@ -207,6 +207,10 @@ def test_names_the_component_that_is_not_finite():
         RewardSum({"red": 1.0, broken: 1.0})(IMAGES, "a cat")
 
 
+def trl_reward(images, prompts, metadata):
+    return images.mean((1, 2, 3)), {}
+
+
 @pytest.mark.parametrize(
     ("rewards", "weights", "error", "message"),
     [
@@ -222,6 +226,8 @@ def test_names_the_component_that_is_not_finite():
         (["red", 1.0], None, TypeError, r"but got 1.0. Weighted rewards are written `{reward: weight}`"),
         ([("red", 1.0, 2.0)], None, ValueError, r"Expected \(reward, weight\) pairs"),
         (CLIPScore, None, TypeError, "got the class `CLIPScore`. Pass an instance"),
+        (lambda images: images, None, TypeError, r"'reward' takes \(images\)\. Wrap it"),
+        ({trl_reward: 1.0}, None, TypeError, r"'trl_reward' takes \(images, prompts, metadata\).*TRL"),
         ({"red": 1.0}, [1.0], ValueError, "Expected weights once"),
         (["red", "blue"], [1.0], ValueError, "Expected 2 weights, one per reward, but got 1"),
     ],
