@@ -306,6 +306,11 @@ def grown(pipe, folder: Path, seed: int | None = 3) -> ImageSet:
     return grow_set(pipe, PROMPT, IMAGES, method, generator=seed, folder=folder, **ONE_STEP)
 
 
+def grown_unseeded(folder: Path) -> None:
+    torch.seed()  # a forked process has the random state of its parent
+    grown(load_pipeline("turbo"), folder, None)
+
+
 def set_size(folder: Path) -> int:
     return len(ImageSet.load(folder)) if (folder / "image_set.json").exists() else 0
 
@@ -390,9 +395,7 @@ def main(arguments: list[str] | None = None) -> list[Count]:
             found.append(kills(task, options.kills, place, chance))
             print(found[-1].row(), flush=True)
         if options.kills:
-            unseeded = Task(
-                "`grow_set`", lambda place: grown(load_pipeline("turbo"), place, None), set_size, set_content
-            )
+            unseeded = Task("`grow_set`", grown_unseeded, set_size, set_content)
             (Path(folder) / "races").mkdir()
             found.append(races(unseeded, options.kills, Path(folder) / "races", chance))
             print(found[-1].row(), flush=True)
