@@ -27,6 +27,7 @@ from noiseopt import (
     list_methods,
     optimize_noise,
 )
+from noiseopt.callbacks import History
 from noiseopt.pipelines import FunctionObjective, NoiseOptimizer
 from noiseopt.pipelines.registry import METHODS
 from noiseopt.pipelines.reno import method as reno
@@ -196,7 +197,7 @@ def test_callbacks_go_on_too(pipe, tmp_path):
     for step in (1, len(whole.losses) - 1):
         interrupted(pipe, method, path, step, *own())
         call = {"generator": generator(), "resume_from": path, **CALL}
-        assert_same(optimize_noise(pipe, "a", method, callbacks=own(), **call), whole)
+        assert_same(optimize_noise(pipe, "a", method, callbacks=[History(), *own()], **call), whole)
     with pytest.raises(ValueError, match="same callbacks, but the run.callbacks is of another shape"):
         optimize_noise(pipe, "a", method, generator=generator(), resume_from=path, **CALL)
 
