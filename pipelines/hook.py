@@ -29,6 +29,7 @@ from .request import (
     check_pipeline,
     check_request,
     check_takes_latents,
+    check_tensors,
     groups_of,
     image_size,
     noise_sampler_of,
@@ -43,7 +44,7 @@ from .results.noise_result import NoiseResult
 from .results.pipeline_code import SavedWithCode
 from .results.resume import call_description, first_generator, known_run
 from .sampling.apart import apart, hooked, set_aside
-from .sampling.first_call import stock_call, submodules_of
+from .sampling.first_call import refuse_writes, stock_call, submodules_of
 from .sampling.latent_space import LatentSpace
 from .sampling.module_state import (
     DENOISERS,
@@ -118,9 +119,12 @@ class NoiseRun:
         refuse_unsuited(pipe, method.gradient_mode)
         if method.previews:
             refuse_replaced_step(pipe)
+        if method.gradient_mode is not None:
+            refuse_writes(type(pipe))
         self.prompts, self.groups = prompts_of(request), groups_of(request)
         self.reward_prompts = reward_prompts_of(request, reward_prompt, len(self.prompts))
         check_batch(request, len(self.prompts))
+        check_tensors(request)
         self.noise_sampler = noise_sampler_of(noise_sampler, request, self.groups)
         self.call = call or call_description(pipe, method, request, noise_sampler, reward_prompt)
         check_noise_path(save_noise_to)

@@ -32,6 +32,7 @@ from .results.resume import (
     set_attributes,
     step_reached,
 )
+from .sampling.module_state import refuse_backward_error, refuse_lost_gradient
 from .sampling.sample import Sample
 from .sampling.sampler import Gradient, PipelineSampler
 
@@ -264,14 +265,31 @@ class OptimizationLoop:
         """Take the gradient if the method needs one, and make the step of the method."""
         run, gradient = self.run, None
         if self.leaf.requires_grad:
-            assert self.total is not None
-            (gradient,) = torch.autograd.grad(self.total.sum(), self.leaf)
+            gradient = self.differentiate()
             finite = gradient.flatten(1).isfinite().all(1)
             gradient = gradient.nan_to_num(0, 0, 0) * per_image(finite, gradient)
             self.stop_samples(run.active & ~finite)
         self.total = None
         moved = self.method.step(run, gradient, self.state).detach()
         run.noise = torch.where(per_image(run.active, moved), moved, run.noise)
+
+    def differentiate(self) -> torch.Tensor:
+        """Return the gradient of loss and regularizer, `(B, C, H, W)`.
+
+        Raises:
+            ValueError: For a gradient that torch cannot compute, or that compiled modules lose, with the remedy.
+        """
+        assert self.total is not None
+        try:
+            (gradient,) = torch.autograd.grad(self.total.sum(), self.leaf)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            refuse_backward_error(self.problem.pipe, error)
+            raise
+        if self.run.step == 0 and not gradient.any():
+            refuse_lost_gradient(self.problem.pipe)
+        return gradient
 
     def finish(self) -> None:
         """Evaluate the last noises of the method, for all samples; callbacks cannot stop them."""

@@ -305,6 +305,24 @@ def check_batch(request: dict[str, Any], batch: int) -> None:
         raise ValueError(f"Expected one generator for each of {batch} images, but got {len(generator)}.")
 
 
+def check_tensors(request: dict[str, Any]) -> None:
+    """Raise `ValueError` for tensors that are not finite, or that no gradient can pass."""
+    for name, value in request.items():
+        for tensor in value if isinstance(value, list) else [value]:
+            if not isinstance(tensor, torch.Tensor):
+                continue
+            if tensor.is_inference():
+                raise ValueError(
+                    f"Expected `{name}` as an ordinary tensor, but it was made under `torch.inference_mode()`. Pass "
+                    f"`{name}.clone()`, made outside of it."
+                )
+            if (name == "latents" or "embeds" in name) and not tensor.isfinite().all():
+                raise ValueError(
+                    f"Expected finite numbers in `{name}`, but got NaN or infinity. Look for the step that made them, "
+                    "such as a division by zero or an overflow in float16."
+                )
+
+
 def noise_sampler_of(
     noise_sampler: NoiseSamplerSpec | None, request: dict[str, Any], groups: list[int]
 ) -> Callable[..., torch.Tensor] | None:
