@@ -153,6 +153,19 @@ FAULTS = (
         'for name in ("noise", "initial_noise"):',
     ),
     Fault(
+        "state of the method not restored",
+        "pipelines/results/resume.py",
+        "vars(begun)[name] = self.restored(",
+        "self.restored(",
+    ),
+    Fault(
+        "half-done result called complete",
+        "pipelines/loop.py",
+        "        self.complete = False\n",
+        "        self.complete = True\n",
+        "tests/pipelines/results/test_resume.py",
+    ),
+    Fault(
         "settings diff without added settings",
         "pipelines/results/settings_diff.py",
         "names = [*known, *(key for key in given if key not in known)]",
