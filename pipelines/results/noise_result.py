@@ -11,6 +11,7 @@ import torch
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
+from ...shown_text import shown
 from .pipeline_description import describe_pipeline
 from .result_file import (
     LATER_TENSORS,
@@ -22,7 +23,6 @@ from .result_file import (
     write_result_file,
 )
 from .settings_diff import settings_diff
-from .shown_text import shown
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
