@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -247,3 +248,11 @@ def test_one_evaluation_writes_at_a_time(tmp_path, monkeypatch):
     monkeypatch.setattr(FileLock, "acquire", without_locks)
     with first.locked():
         pass
+
+
+def test_a_json_file_of_many_lists_is_refused_at_once(tmp_path):
+    (tmp_path / "settings.json").write_text('{"a": [' + "[]," * 6_000_000 + "[]]}")
+    start = time.perf_counter()
+    with pytest.raises(CannotEvaluate, match="settings.json.*more than 16,777,216 bytes"):
+        ResultFolder(tmp_path).settings()
+    assert time.perf_counter() - start < 1
