@@ -12,7 +12,7 @@ from filelock import FileLock
 from PIL import Image
 from safetensors.torch import save_file
 
-from noiseopt.evaluation.folder import CannotEvaluate, ResultFolder
+from noiseopt.evaluation.folder import CannotEvaluate, ResultFolder, read_object
 from noiseopt.evaluation.plan import PLAIN, Cell, MethodChoice, ModelChoice, Plan, control_of
 from noiseopt.evaluation.prompt_sets import Prompt, PromptSet
 from noiseopt.evaluation.table import Results, cost_markdown, markdown
@@ -254,5 +254,5 @@ def test_a_json_file_of_many_lists_is_refused_at_once(tmp_path):
     (tmp_path / "settings.json").write_text('{"a": [' + "[]," * 6_000_000 + "[]]}")
     start = time.perf_counter()
     with pytest.raises(CannotEvaluate, match="settings.json.*more than 16,777,216 bytes"):
-        ResultFolder(tmp_path).settings()
+        read_object(tmp_path / "settings.json", "Delete it.")
     assert time.perf_counter() - start < 1
