@@ -148,12 +148,17 @@ class NoiseResult:
         return f"<div>{shown}<code>{html.escape(repr(self))}</code></div>"
 
     def generator(self) -> torch.Generator | list[torch.Generator] | None:
-        """Return new generators in the state after the base noise; a list if the run had one for each image."""
+        """Return new generators in the state after the base noise; a list if the run had one for each image.
+
+        `None` if the states are not stored.
+        """
         fresh = []
         for device, state in self.generator_states:
             fresh.append(torch.Generator(device))
             fresh[-1].set_state(state)
-        return fresh if self.provenance.get("generators") == "list" else (fresh or [None])[0]
+        if not fresh:
+            return None
+        return fresh if self.provenance.get("generators") == "list" else fresh[0]
 
     def differences(self, pipe) -> list[str]:
         """Return a sentence for each thing in which a pipeline differs from that of the run, if it was recorded.
