@@ -10,7 +10,6 @@ resume.
 
 import argparse
 import dataclasses
-import itertools
 import json
 import math
 import platform
@@ -372,34 +371,33 @@ def sweep(other: str) -> dict[str, str]:
 
 
 def draw(found: Found, path: Path) -> None:
-    """Plot the judge's accuracy and the reward against the published diversity and that of positions."""
+    """Plot diversity, correctness and reward of each method, from white and from pink noise."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 7.8), dpi=160, layout="constrained")
-    across = {"DINO": "mean DINO patch distance", "positions": "spread of positions, pixels"}
-    up = {"right": "share right by the judge", "reward": "CLIP reward, seen by all but plain"}
-    shown = [row for row in rows() if row.noise in ("white", "pink")]
-    for axes, (y, x) in zip(figure.subplots(2, 2).flat, itertools.product(up, across), strict=True):
-        for row in shown:
-            mark(axes, row, column(found, row.name, x).nanmean().item(), column(found, row.name, y).mean().item())
-        axes.set(xlabel=across[x], ylabel=up[y])
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.tick_params(labelsize=8)
-    handles, names = figure.axes[0].get_legend_handles_labels()
-    title = "hollow: white noise, filled: pink"
-    figure.legend(handles, names, loc="outside lower center", ncols=5, fontsize=8, frameon=False, title=title)
+    columns = {
+        "DINO": "diversity:\nmean DINO patch distance",
+        "positions": "diversity:\nspread of positions, pixels",
+        "right": "share right\nby the judge",
+        "reward": "CLIP reward,\nseen by all but plain",
+    }
+    kinds = list(dict.fromkeys(row.name.partition(", ")[2] for row in rows()))
+    figure = Figure(figsize=(10, 1.3 + 0.27 * len(kinds)), dpi=160, layout="constrained")
+    for axes, (metric, title) in zip(figure.subplots(1, len(columns), sharey=True), columns.items(), strict=True):
+        for place, kind in enumerate(kinds):
+            white, pink = (column(found, f"{noise}, {kind}", metric).nanmean().item() for noise in ("white", "pink"))
+            axes.plot([white, pink], [place, place], color="#afb8c1", linewidth=2, zorder=1)
+            axes.plot(white, place, "o", color="#0969da", markerfacecolor="white", markeredgewidth=1.6, markersize=7)
+            axes.plot(pink, place, "D", color="#bc4c00", markersize=6)
+        axes.set_title(title, size=9, loc="left")
+        axes.set(yticks=range(len(kinds)), ylim=(len(kinds) - 0.5, -0.5))
+        axes.set_yticklabels(kinds)
+        axes.grid(axis="y", color="#d0d7de", linewidth=0.5)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.tick_params(labelsize=8, length=0)
+    marks = {"white noise": figure.axes[0].lines[1], "pink noise": figure.axes[0].lines[2]}
+    figure.legend(list(marks.values()), list(marks), loc="outside lower center", ncols=2, fontsize=9, frameon=False)
     figure.savefig(path)
-
-
-def mark(axes: Any, row: Row, x: float, y: float) -> None:
-    """Plot a point: color and shape encode the method; hollow is white noise, filled is pink."""
-    kind = row.name.partition(", ")[2]
-    kinds = list(dict.fromkeys(each.name.partition(", ")[2] for each in rows() if each.what in WEIGHTS))
-    color = f"C{kinds.index(kind) % 10}" if kind in kinds else "#1f2328"
-    shape = {"plain": "s", "group of 64": "v", "group, equal time": "^"}.get(row.what, "D" if row.guard else "o")
-    white = row.noise == "white"
-    style = {"markerfacecolor": "none" if white else color, "markeredgecolor": color, "markersize": 8}
-    axes.plot([x], [y], shape, linestyle="none", label=kind if white else None, **style)
 
 
 def load(path: Path | None, settings: Mapping[str, Any]) -> Found:

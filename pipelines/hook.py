@@ -4,7 +4,7 @@ import contextlib
 import functools
 import inspect
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
 
@@ -24,9 +24,12 @@ from .request import (
     bind_request,
     check_argument_names,
     check_batch,
+    check_noise_batch,
     check_noise_is_drawn,
+    check_ordinary_tensors,
     check_paths,
     check_pipeline,
+    check_pipeline_class,
     check_request,
     check_takes_latents,
     groups_of,
@@ -43,7 +46,7 @@ from .results.noise_result import NoiseResult
 from .results.pipeline_code import SavedWithCode
 from .results.resume import call_description, first_generator, known_run
 from .sampling.apart import apart, hooked, set_aside
-from .sampling.first_call import stock_call, submodules_of
+from .sampling.first_call import refuse_writes, stock_call, submodules_of
 from .sampling.latent_space import LatentSpace
 from .sampling.module_state import (
     DENOISERS,
@@ -53,6 +56,8 @@ from .sampling.module_state import (
     refuse_unsuited,
     shared_parts,
 )
+from .sampling.random_state import CallStart
+from .sampling.redraw import check_redraw
 from .sampling.sampler import PipelineSampler
 from .sampling.turns import TURNS
 
@@ -65,6 +70,12 @@ class NoiseFound(Exception):
     def __init__(self, run: "NoiseRun") -> None:
         super().__init__()
         self.run = run
+
+
+class OutputTuple(tuple):
+    """The output of a call with `return_dict=False`, and the `noise_result` that a plain tuple cannot have."""
+
+    noise_result: NoiseResult
 
 
 class NoiseDraw:
@@ -104,17 +115,20 @@ class NoiseRun:
     ) -> None:
         self.method, self.request, self.render, self.known = method, request, render, known
         self.callbacks = as_callbacks(callbacks)
-        self.call = call or call_description(pipe, method, request, noise_sampler, reward_prompt)
         check_noise_is_drawn(pipe, request)
         if torch.is_inference_mode_enabled():
             raise ValueError("Expected a call outside `torch.inference_mode()`, where no gradient exists. Remove it.")
         refuse_unsuited(pipe, method.gradient_mode)
         if method.previews:
             refuse_replaced_step(pipe)
+        if method.gradient_mode is not None:
+            refuse_writes(type(pipe))
         self.prompts, self.groups = prompts_of(request), groups_of(request)
         self.reward_prompts = reward_prompts_of(request, reward_prompt, len(self.prompts))
         check_batch(request, len(self.prompts))
+        check_ordinary_tensors(request)
         self.noise_sampler = noise_sampler_of(noise_sampler, request, self.groups)
+        self.call = call or call_description(pipe, method, request, noise_sampler, reward_prompt)
         check_paths(save_noise_to=save_noise_to)
         self.noise_file = None if save_noise_to is None else NoiseFile(save_noise_to)
         self.objective: Objective = method.objective(pipe)
@@ -129,6 +143,7 @@ class NoiseRun:
         self.encoding = 0  # depth of calls of `encode_prompt` in one another
         self.began = False
         self.result: NoiseResult | None = None
+        self.start = CallStart(request.get("generator"), execution_device(pipe))
 
     def frozen_modules(self, pipe) -> contextlib.AbstractContextManager[None]:
         return frozen_modules(pipe, self.method.gradient_mode, self.decoder, self.size)
@@ -139,6 +154,17 @@ class NoiseRun:
         if hasattr(pipe, "encode_prompt"):
             hooks["encode_prompt"] = functools.partial(self.encode_prompt, pipe.encode_prompt)
         return hooks
+
+    @contextlib.contextmanager
+    def running(self, pipe) -> Iterator[None]:
+        """Hook the run into a call of the pipeline; an exception after the optimization carries the result."""
+        try:
+            with self.frozen_modules(pipe), hooked(pipe, **self.hooks(pipe)), stock_errors(pipe, self):
+                yield
+        except BaseException as error:
+            if self.result is not None:
+                vars(error)["noise_result"] = self.result
+            raise
 
     def encode_prompt(self, encode, *args, **kwargs):
         """Record what the call gets from its `encode_prompt`, be it replaced or not, for the inner runs to replay."""
@@ -163,7 +189,11 @@ class NoiseRun:
             decoder=self.decoder,
             checkpointing=method.checkpointing,
             through_denoiser=method.gradient_mode == "full",
+            start=self.start,
         )
+        check_noise_batch(sampler.base_noise, len(self.prompts))
+        if not self.render:
+            check_redraw(sampler)
         problem = NoiseProblem(pipe, sampler, self.prompts, self.reward_prompts, self.groups, self.request, self.call)
         # callbacks and rewards may draw with the pipeline
         with set_aside(pipe), torch.enable_grad(), sampler.checkpoints:
@@ -243,8 +273,8 @@ class NoiseOptimizationMixin(SavedWithCode):
                 `optimize_noise`.
 
         Returns:
-            The output of the stock pipeline, with a `noise_result` attribute unless `return_dict=False`. An exception,
-            Ctrl-C included, carries the best so far as its `noise_result`.
+            The output of the stock pipeline, with a `noise_result` attribute. An exception, Ctrl-C included, carries
+            the best so far as its `noise_result`.
 
         Raises:
             ValueError: For settings that cannot work, before any model runs.
@@ -257,6 +287,7 @@ class NoiseOptimizationMixin(SavedWithCode):
         if found is None and noise_sampler is None:
             with TURNS.take([self]):  # another thread may be in a run of this pipeline
                 return stock(*args, **kwargs)
+        check_pipeline_class(type(self))
         request = bind_request(self, args, kwargs)
         check_request(self, request)
         if found is None:
@@ -271,16 +302,12 @@ class NoiseOptimizationMixin(SavedWithCode):
 
     def optimized_call(self, run: NoiseRun, stock: Callable[[], Any]) -> Any:
         """Return the output of a stock call whose noise is optimized first."""
-        try:
-            with run.frozen_modules(self), hooked(self, **run.hooks(self)), stock_errors(self, run):
-                output = stock()
-        except BaseException as error:
-            if run.result is not None:
-                vars(error)["noise_result"] = run.result
-            raise
+        with run.running(self):
+            output = stock()
         result = run.result_of(self)
-        if not isinstance(output, tuple):
-            output.noise_result = result
+        if isinstance(output, tuple):
+            output = OutputTuple(output)
+        output.noise_result = result
         return output
 
     def release_rewards(self) -> None:
@@ -417,6 +444,7 @@ def optimize_noise(
         TypeError: For an argument that the pipeline does not take, or a pipeline without a noise to optimize.
     """
     check_pipeline(pipe)
+    check_pipeline_class(type(pipe))
     ours = list(inspect.signature(optimize_noise).parameters)
     check_argument_names(pipe, call_kwargs, ours, METHODS.entries.get(method) if isinstance(method, str) else method)
     method = as_method(method, method_kwargs)
@@ -450,7 +478,7 @@ def optimize_noise(
             call=call,
         )
         try:
-            with run.frozen_modules(twin), hooked(twin, **run.hooks(twin)), torch.no_grad(), stock_errors(twin, run):
+            with run.running(twin), torch.no_grad():
                 stock_call(type(pipe))(twin, **request)
         except NoiseFound as found:
             if found.run is not run:
@@ -459,7 +487,7 @@ def optimize_noise(
 
 
 def checked_request(pipe, prompt: Any, call_kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a call by name, after a check of those that cannot work."""
+    """Return the arguments of a call by name, after they were checked."""
     check_takes_latents(pipe)
     request = bind_request(pipe, (), {"prompt": prompt, **call_kwargs})
     check_request(pipe, request)

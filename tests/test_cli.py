@@ -1,10 +1,15 @@
 """The command line: the output of `noiseopt demo`, and its errors."""
 
+import argparse
 import contextlib
 import dataclasses
 import io
+import os
+import shlex
 import signal
+import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar
 
@@ -15,9 +20,11 @@ from diffusers.utils import logging as diffusers_logging
 from PIL import Image
 from transformers.utils import logging as transformers_logging
 
+import noiseopt
 from noiseopt import NoiseResult, plots, shapes_world
-from noiseopt.cli import main
+from noiseopt.cli import build_parser, main
 from noiseopt.demo import ONE_STEP, load_pipeline, optimize_and_judge
+from noiseopt.evaluation.metrics import layout_spread
 from noiseopt.pipelines import FunctionObjective, NoiseOptimizer
 from noiseopt.pipelines.registry import METHODS
 from noiseopt.pipelines.sampling.sampler import Gradient
@@ -39,8 +46,8 @@ def demo(tmp_path_factory) -> tuple[Path, str]:
 
 def test_demo_says_what_happened(demo):
     folder, printed = demo
-    assert PROMPT in printed and "ReNO on turbo, the one-step student of the SD kind" in printed
-    assert printed.count("right") + printed.count("wrong: ") >= 2
+    assert PROMPT in printed and "ReNO(learning_rate=7.07) on turbo, the one-step student of the SD kind" in printed
+    assert len([line for line in printed.splitlines() if line.startswith(PROMPT)]) == 1
     assert "judge: " in printed and " of 1 right → " in printed
     for name in ("before_after.png", "trajectory.png", "noise.safetensors"):
         assert (folder / name).is_file() and f"wrote {folder / name}" in printed
@@ -80,10 +87,10 @@ def test_demo_of_another_method_and_model(tmp_path, capsys):
 def test_demo_of_a_method_of_sets_with_rewards(tmp_path, capsys):
     main(["demo", "--method", "never_too_late", "--steps", "3", "--prompt", PROMPT, "--output", str(tmp_path)])
     printed = capsys.readouterr().out
-    assert f"{SET} images of 1 prompt, 3 steps" in printed and "NeverTooLate on turbo" in printed
+    assert f"{SET} images of 1 prompt, 3 steps" in printed and "NeverTooLate(learning_rate=35.0, " in printed
     assert f" of {SET} right → " in printed and "from its mean position" in printed
     result = NoiseResult.load(tmp_path / "noise.safetensors")
-    assert result.provenance["objective"]["diversity"] == {"dpp": {"features": "dinov2", "weight": 150.0}}
+    assert result.provenance["objective"]["diversity"] == {"dpp": {"features": "dinov2", "weight": 72.0}}
     assert result.losses.shape == (3, SET) and result.best_scores["dpp"][0] > result.initial_scores["dpp"][0]
     assert {Path(path).name for path in Choice.of("never_too_late").weights()} == {"turbo", "clip", "dinov2"}
 
@@ -114,7 +121,8 @@ def test_method_without_rewards_gets_sets(neighbors):
     story = optimize_and_judge(Choice.of("neighbors"), prompts, seed=3)
     assert story.prompts == [PROMPT] * SET + ["two green circles"] * SET
     assert story.images.shape == (3, 2 * SET, 3, 64, 64) and len(story.results) == 2
-    assert story.measure == "loss" and torch.equal(story.values[:, SET:], story.results[1].losses)
+    assert story.measure == "layout" and story.values.shape == (3, 2)
+    assert story.value(0, 1) == layout_spread(story.end_images(1)[:SET], PROMPT)
     pipe = load_pipeline()
     pipe.set_progress_bar_config(disable=True)
     call = {**ONE_STEP, "num_images_per_prompt": SET, "output_type": "pt"}
@@ -155,6 +163,9 @@ def test_demo_of_sets(neighbors, tmp_path, capsys):
         ("reno", "guided", None, 20),
         ("neighbors", "turbo", None, 3),
         ("reno", "sd3", 30, 30),
+        ("reno:steps=7", "turbo", None, 7),
+        ("reno:steps=7", "turbo", 3, 3),
+        ("never_too_late", "turbo", None, 10),
     ],
 )
 def test_default_steps_suit_method_and_model(method, model, asked, steps, neighbors):
@@ -197,7 +208,12 @@ def test_default_prompts_are_the_first_of_the_validation_split():
         (["demo", "--seed", "-1"], "Expected an integer of 0 or more, but got '-1'"),
         (["demo", "--prompt", "a cat on a mat"], "It can draw 'a red circle'"),
         (["demo", "--method", "magic"], "Expected a method out of best_of_n, "),
-        (["demo", "--model", "clip"], "Expected a model out of turbo, guided, sdxl, sdxl-turbo, sd3, but got 'clip'"),
+        (["demo", "--method", "rnoe"], "Did you mean 'reno'?"),
+        (["demo", "--method", "reno:step=3"], "Did you mean 'steps'"),
+        (["demo", "--method", "cads"], "Expected a method that optimizes noise"),
+        (["demo", "--model", "clip"], "Expected a model out of turbo, guided, sdxl, sdxl-turbo, sd3, a Hub id"),
+        (["demo", "--model", "trubo"], "Did you mean 'turbo'"),
+        (["demo", "--model", "stabilityai/sdxl-turbo"], "Expected an embedded model, but got 'stabilityai/sdxl-turbo'"),
     ],
 )
 def test_bad_arguments_are_refused(arguments, expected, capsys):
@@ -206,6 +222,58 @@ def test_bad_arguments_are_refused(arguments, expected, capsys):
     message = capsys.readouterr().err
     assert refused.value.code == 2
     assert expected in message and "Traceback" not in message
+
+
+def parsers(parser: argparse.ArgumentParser, name: str = "noiseopt") -> Iterator[tuple[str, argparse.ArgumentParser]]:
+    """Yield the parser of every command and action, by what one types."""
+    yield name, parser
+    for action in parser._actions:
+        for word, other in action.choices.items() if isinstance(action, argparse._SubParsersAction) else ():
+            yield from parsers(other, f"{name} {word}")
+
+
+def test_every_command_shows_an_example_that_it_accepts():
+    parser = build_parser()
+    for name, each in parsers(parser):
+        _, _, found = each.format_help().partition("example")
+        lines = found.partition("\n")[2].replace("\\\n", " ").splitlines()
+        commands = [part for line in lines if line for part in line.split("&&")]
+        assert commands, name
+        for command in commands:
+            words = shlex.split(command)
+            assert words[0] == "noiseopt"
+            if "--help" not in words:
+                parser.parse_args(words[1:])
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"noiseopt {noiseopt.__version__}\n"
+
+
+def shell(command: str) -> subprocess.CompletedProcess[str]:
+    """Run a line of shell with the command, buffered as a shell runs it."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    line = command.replace("noiseopt", f"{shlex.quote(sys.executable)} -m noiseopt")
+    return subprocess.run(["bash", "-c", line], env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no such device")
+@pytest.mark.parametrize("command", ["noiseopt rewards", "noiseopt rewards --json", "noiseopt --help"])
+def test_output_that_cannot_be_written(command):
+    gone = shell(f"{command} | head -c 5; exit ${{PIPESTATUS[0]}}")
+    assert len(gone.stdout) == 5 and gone.stderr == ""
+    full = shell(f"{command} > /dev/full")
+    assert full.returncode == 1 and full.stderr == "noiseopt: [Errno 28] No space left on device\n"
+
+
+def test_rewards_are_listed_without_the_libraries():
+    """So that they are there in a fraction of a second."""
+    slow = {"torch", "diffusers", "transformers", "numpy"}
+    code = f"import sys; from noiseopt.cli import main; main(['rewards']); assert not {slow} & sys.modules.keys()"
+    listed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert listed.returncode == 0, listed.stderr
 
 
 def test_missing_matplotlib_is_said_before_anything_runs(monkeypatch, tmp_path):

@@ -17,7 +17,7 @@ NeverTooLateStableDiffusionPipeline NeverTooLateTurboPipeline NoiseDiffusion Noi
 NoiseDiffusionStableDiffusion3Pipeline NoiseDiffusionStableDiffusionPipeline NoiseDiffusionStableDiffusionXLPipeline
 NoiseOptimizationMixin NoiseResult PCN PinkNoise ReNO ReNOStableDiffusionPipeline ReNOStableDiffusionXLPipeline
 ReNOTurboPipeline RewardSum TimeBudget ZeroOrderSearch grow_set list_methods list_rewards optimize_noise
-release_rewards
+release_rewards shapes_world
 """
 CLASSES = [name for name in TOP.split() if name.endswith("Pipeline")]
 

@@ -10,8 +10,12 @@ from PIL import Image
 
 from noiseopt import AutoReward, list_rewards, shapes_world
 from noiseopt.cli import main
-from noiseopt.rewards import Reward
+from noiseopt.evaluation.plan import EMBEDDED_REWARDS
+from noiseopt.reward_table import ROWS, Row
+from noiseopt.rewards import Reward, find_set_reward, list_features, list_set_rewards
 from noiseopt.rewards.contract import registry
+from noiseopt.rewards.contract.reward_sum import REWARD_PRESETS
+from noiseopt.rewards.features.features import FEATURES
 
 
 @pytest.fixture
@@ -24,22 +28,41 @@ def pictures(tmp_path: Path) -> list[str]:
     return [str(tmp_path / "red.png"), str(tmp_path / "half.jpg")]
 
 
-def test_rewards_lists_every_name_with_its_facts(capsys):
+def test_rewards_lists_every_name_with_what_it_measures(capsys):
     main(["rewards"])
     printed = capsys.readouterr().out
-    assert all(any(line.split()[0] == name for line in printed.splitlines()) for name in list_rewards())
+    names = [*list_rewards(), *list_set_rewards(), *list_features(), *REWARD_PRESETS, *EMBEDDED_REWARDS]
+    assert sorted(line.split()[0] for line in printed.splitlines()[2:]) == sorted(names)
     assert "laion/CLIP-ViT-H-14-laion2B-s32B-b79K" in printed and "1.84" in printed
     main(["rewards", "--json"])
-    facts = {entry["name"]: entry for entry in json.loads(capsys.readouterr().out)}
-    assert facts.keys() == set(list_rewards())
+    found = {(entry["kind"], entry["name"]): entry for entry in json.loads(capsys.readouterr().out)}
+    assert len(found) == len(names) and all(entry["measures"] for entry in found.values())
     red = {"checkpoint": None, "range": [-2.0, 1.0], "differentiable": True, "requires_prompt": False, "gibibytes": 0}
-    assert red.items() <= facts["red"].items()
-    assert facts["clipscore"]["gibibytes"] == pytest.approx(986_109_441 * 2 / 2**30)
+    assert red.items() <= found["reward", "red"].items()
+    assert found["reward", "clipscore"]["gibibytes"] == pytest.approx(986_109_441 * 2 / 2**30)
 
 
-def test_rewards_loads_nothing(monkeypatch, capsys):
-    monkeypatch.setattr(Reward, "from_pretrained", lambda *_, **__: pytest.fail("a checkpoint was loaded"))
-    main(["rewards"])
+FACTS = ("checkpoint", "weights_file", "license", "range", "differentiable", "requires_prompt", "parameters", "package")
+ATTRIBUTES = {"checkpoint": "default_checkpoint", "parameters": "parameter_count"}
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.kind} {row.name}")
+def test_the_table_agrees_with_the_classes(row):
+    """A new reward brings its row to `src/noiseopt/reward_table.py`."""
+    if row.kind == "preset":
+        assert row.measures == " + ".join(f"{w:g} × {n}" if w != 1 else n for n, w in REWARD_PRESETS[row.name].items())
+        return
+    if row.kind == "embedded reward":
+        made = AutoReward.from_pretrained(shapes_world.path(row.name))
+        assert (made.requires_prompt, made.differentiable) == (row.requires_prompt, row.differentiable)
+        return
+    find = {"reward": registry.REWARDS.find, "set reward": find_set_reward, "features": FEATURES.find}[row.kind]
+    entry = find(row.name)
+    known = entry if isinstance(entry, type) else entry()
+    default = Row(row.name, "")
+    for fact in FACTS:
+        value = getattr(known, ATTRIBUTES.get(fact, fact), None)
+        assert getattr(row, fact) == (getattr(default, fact) if value is None else value), fact
 
 
 def test_score_prints_what_the_rewards_say(pictures, capsys):
@@ -61,6 +84,25 @@ def test_score_asks_each_image_about_its_own_prompt(pictures, capsys):
     reward = AutoReward.from_pretrained(shapes_world.path("clip"))
     red = torch.tensor([1.0, 0, 0])[:, None, None].expand(1, 3, 30, 40)
     assert found[0]["clip"] == pytest.approx(reward(red, prompts[0]).item(), abs=1e-3)
+
+
+def test_a_transparent_image_is_scored_on_white(tmp_path, capsys):
+    Image.new("RGBA", (8, 8), (255, 0, 0, 0)).save(tmp_path / "clear.png")
+    Image.new("RGBA", (8, 8), (255, 0, 0, 51)).save(tmp_path / "faint.png")
+    palette = Image.new("P", (8, 8))
+    palette.putpalette([255, 0, 0, 0, 0, 0])
+    palette.save(tmp_path / "palette.png", transparency=0)
+    Image.new("LA", (8, 8), (0, 0)).save(tmp_path / "gray.png")
+    main(["score", str(tmp_path), "--reward", "red", "--json"])
+    found = {Path(row["image"]).name: row["red"] for row in json.loads(capsys.readouterr().out)}
+    expected = {"clear.png": -1.0, "faint.png": 1 - 2 * 0.8, "gray.png": -1.0, "palette.png": -1.0}
+    assert found == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_folder_stands_for_its_images(pictures, tmp_path, capsys):
+    (tmp_path / "notes.txt").write_text("not a picture")
+    main(["score", str(tmp_path), "--reward", "red", "--json"])
+    assert [row["image"] for row in json.loads(capsys.readouterr().out)] == [pictures[1], pictures[0]]
 
 
 def test_a_rotated_photo_is_scored_upright(tmp_path, capsys):
@@ -90,7 +132,7 @@ def test_a_preset_stands_for_its_rewards(pictures, capsys, monkeypatch):
     ("arguments", "message"),
     [
         (["{folder}/none.png", "--reward", "red"], "Expected an image file, but .*none.png cannot be opened: No such"),
-        (["{folder}", "--reward", "red"], "Expected an image file, but .* cannot be opened: Is a directory"),
+        (["{folder}/empty", "--reward", "red"], "Expected image files in .*empty, but got none of .bmp, "),
         (["{folder}/text.png", "--reward", "red"], "Expected an image that Pillow can read, but .*text.png is not one"),
         (["{folder}/cut.png", "--reward", "red"], "Expected an image that Pillow can read, but .*cut.png is not one"),
         (
@@ -113,6 +155,7 @@ def test_what_cannot_be_scored_is_refused_before_anything_is_loaded(
     arguments, message, pictures, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.setattr(Reward, "from_pretrained", lambda *_, **__: pytest.fail("a checkpoint was loaded"))
+    (tmp_path / "empty").mkdir()
     (tmp_path / "text.png").write_text("not a picture")
     Image.new("I;16", (4, 4), 30_000).save(tmp_path / "deep.png")
     Image.new("1", (16_000, 12_000)).save(tmp_path / "huge.png")

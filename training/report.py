@@ -57,7 +57,7 @@ def draw_all(folder: Path, args: argparse.Namespace) -> tuple[Tensor, list[str]]
     from diffusers import DiffusionPipeline
 
     model = MODELS[folder.name]
-    pipe: Any = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32, **model.load).to(args.device)
+    pipe: Any = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32).to(args.device)
     pipe.set_progress_bar_config(disable=True)
     prompts = list(VALIDATION_PROMPTS[: args.report_prompts]) * args.report_seeds
     images = []

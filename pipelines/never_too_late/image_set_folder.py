@@ -6,11 +6,13 @@ from typing import Any
 
 from PIL import Image
 
+from ...shown_text import shown
 from ..results.atomic_write import atomic_write
 from ..results.noise_result import NoiseResult
 
 IMAGE_SET_FORMAT = "noiseopt-image-set-1"
 IMAGE_SET_FILE = "image_set.json"
+MOST_RECORD_BYTES = 16 * 2**20  # those of some 100,000 images
 IMAGE_SET_RECORD = {"prompt": str, "settings": dict, "seeds": list, "values": list}
 
 
@@ -51,13 +53,15 @@ class ImageSetFolder:
         """Read the JSON file. Raises `ValueError` for anything that `write_record` did not write."""
         file = self.path / IMAGE_SET_FILE
         try:
+            if file.stat().st_size > MOST_RECORD_BYTES:
+                raise ValueError(f"it has more than {MOST_RECORD_BYTES:,} bytes")
             record = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:
-            raise self.refusal(file, str(error)) from None
+            raise self.refusal(file, shown(error)) from None
         if not isinstance(record, dict) or record.pop("format", None) != IMAGE_SET_FORMAT:
             raise self.refusal(file, f"it has no format {IMAGE_SET_FORMAT!r}")
         if unknown := sorted(record.keys() - IMAGE_SET_RECORD.keys()):
-            raise self.refusal(file, f"it has unknown entries {unknown[:3]}")
+            raise self.refusal(file, f"it has unknown entries {shown(unknown[:3])}")
         if wrong := [name for name, kind in IMAGE_SET_RECORD.items() if not isinstance(record.get(name), kind)]:
             raise self.refusal(file, f"{wrong} are missing or of another type")
         seeds, values = record["seeds"], record["values"]
@@ -74,7 +78,7 @@ class ImageSetFolder:
             with Image.open(file, formats=["PNG"]) as image:
                 image.load()
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise self.refusal(file, str(error)) from None
+            raise self.refusal(file, shown(error)) from None
         if image.mode != "RGB":
             raise self.refusal(file, f"its mode is {image.mode}, not RGB")
         return image.convert("RGB")

@@ -1,11 +1,17 @@
 """Result of an optimization: noise, scores and provenance."""
 
+import base64
 import dataclasses
+import html
+import io
 from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.image_processor import VaeImageProcessor
+from PIL import Image
 
+from ...shown_text import shown
 from .pipeline_description import describe_pipeline
 from .result_file import (
     LATER_TENSORS,
@@ -17,7 +23,6 @@ from .result_file import (
     write_result_file,
 )
 from .settings_diff import settings_diff
-from .shown_text import shown
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -39,7 +44,7 @@ class NoiseResult:
     """Result of `optimize_noise` for `B` independent noises.
 
     `pipe(prompt, latents=result.latents, ...)` with the arguments of the run reproduces the best images. Samplers that
-    add noise at each step also need `generator=result.generator()`.
+    add noise at each step and pipelines that sample an encoded image also need `generator=result.generator()`.
 
     Attributes:
         noise: `(B, C, H, W)` float32, unit variance: the best noise, or the last for methods that return it.
@@ -53,7 +58,7 @@ class NoiseResult:
             "full_decoder": scores and losses with the pipeline's own decoder, of the baseline (`initial_scores`,
             `initial_loss`) and of the returned noise (`best_scores`, `best_loss`). `scores` and `losses` are then
             approximate: those of the images of the tiny decoder.
-        generator_states: Device type and state of each random stream after the base noise was sampled.
+        generator_states: Device type and state of each random stream from which a call with `latents` starts.
         initial_noise: `(B, C, H, W)`, the noise of the baseline; `None` in files of versions that did not store it.
         band_changes: `(steps, B, 3)`, the part of ‖noise − initial_noise‖² in the lowest, middle and highest third of
             the radial frequencies at each step; see `frequency_bands`. NaN where a sample had stopped, `None` in files
@@ -81,7 +86,8 @@ class NoiseResult:
 
     def __repr__(self) -> str:
         shape = "×".join(map(str, self.noise.shape))
-        best = ", ".join(f"{shown(name)} {values.mean():.4g}" for name, values in self.best_scores.items())
+        ends = ((name, values.mean(), self.best_scores[name].mean()) for name, values in self.initial_scores.items())
+        best = ", ".join(f"{shown(name)} {before:.4g} → {after:.4g}" for name, before, after in ends)
         decoder = self.provenance.get("decoder")
         by = f", by {shown(decoder.get('class'))}" if isinstance(decoder, dict) else ""
         steps, planned = len(self.losses), shown(self.provenance.get("settings", {}).get("steps"))
@@ -120,13 +126,39 @@ class NoiseResult:
     def at_best(self, values: torch.Tensor) -> torch.Tensor:
         return values.gather(0, self.best_step.to(values.device)[None])[0]
 
+    def pil(self) -> list[Image.Image]:
+        """Return `images` as PIL images.
+
+        Raises:
+            ValueError: If there are none: the method did not generate them, or the result was read from a file.
+        """
+        if self.images is None:
+            raise ValueError(
+                "Expected a result with images, but this one has none. Draw them with "
+                "`pipe(prompt, latents=result.latents, generator=result.generator(), ...)`."
+            )
+        return as_pil(self.images)
+
+    def _repr_html_(self) -> str:
+        """Return what notebooks show: the images before and after, if the run generated them, and the `repr`."""
+        shown = ""
+        if self.images is not None and self.initial_images is not None:
+            pairs = zip(as_pil(self.initial_images), as_pil(self.images), strict=True)
+            shown = "".join(f"<p>{html_image(before)} {html_image(after)}</p>" for before, after in pairs)
+        return f"<div>{shown}<code>{html.escape(repr(self))}</code></div>"
+
     def generator(self) -> torch.Generator | list[torch.Generator] | None:
-        """Return new generators in the state after the base noise; a list if the run had one for each image."""
+        """Return new generators for a call with `latents`; a list if the run had one for each image.
+
+        `None` if their states are not stored.
+        """
         fresh = []
         for device, state in self.generator_states:
             fresh.append(torch.Generator(device))
             fresh[-1].set_state(state)
-        return fresh if self.provenance.get("generators") == "list" else (fresh or [None])[0]
+        if not fresh:
+            return None
+        return fresh if self.provenance.get("generators") == "list" else fresh[0]
 
     def differences(self, pipe) -> list[str]:
         """Return a sentence for each thing in which a pipeline differs from that of the run, if it was recorded.
@@ -186,3 +218,16 @@ class NoiseResult:
         records = {name: header[name] for name in ("provenance", "reports")}
         progress = Progress(header["progress"], parts) if header["progress"] else None
         return cls(**tensors, **records, scores=scores, generator_states=states, progress=progress)
+
+
+def as_pil(images: torch.Tensor) -> list[Image.Image]:
+    """Return images `(B, 3, H, W)` in [0, 1] as PIL images."""
+    return VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(images.detach().clamp(0, 1)))
+
+
+def html_image(image: Image.Image, side: int = 256) -> str:
+    """Return an `img` element with the image in it, at most `side` pixels wide and high."""
+    image.thumbnail((side, side))
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return f'<img src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'

@@ -1,4 +1,4 @@
-"""The source of a pipeline class, saved beside its weights, from which diffusers can load the class again."""
+"""The source of a pipeline class, saved beside its weights: what is saved loads with this code and without it."""
 
 import importlib
 import importlib.util
@@ -10,15 +10,19 @@ from typing import Any
 
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
+from ...private_names import treat_as
+
 DYNAMIC_MODULES = "diffusers_modules."  # the package of what diffusers loads by `custom_pipeline`
 LOCAL_MODULES = DYNAMIC_MODULES + "local"  # the package that all pipelines from local folders share
 
 
 class SavedWithCode:
-    """Makes `save_pretrained` and `push_to_hub` write the source of the pipeline and name it in `model_index.json`.
+    """Makes `save_pretrained` and `push_to_hub` write the source of the pipeline, and name its stock class.
 
-    `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)` then loads what was saved, and so does the class
-    itself, which needs no trust because it runs none of that code.
+    `DiffusionPipeline.from_pretrained(folder)`, the stock class and `AutoPipelineForText2Image` then load the stock
+    pipeline. `DiffusionPipeline.from_pretrained(folder, custom_pipeline="pipeline", trust_remote_code=True)` loads what
+    was saved, and so does the class itself, which needs no trust because it runs none of that code.
+    `AutoPipelineForText2Image.from_pipe(pipe)` takes it for a pipeline of the stock class.
     """
 
     _code: dict[str, str]
@@ -26,6 +30,8 @@ class SavedWithCode:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Read the source of a class that diffusers loads from a file, before another pipeline replaces the file."""
         super().__init_subclass__(**kwargs)
+        if (stock := stock_class(cls)) is not None:
+            treat_as(cls, stock)
         module = cls.__module__
         if module.startswith(DYNAMIC_MODULES) and all(base.__module__ != module for base in cls.__mro__[1:]):
             own, *others = dynamic_files(module)
@@ -55,18 +61,16 @@ class SavedWithCode:
         super().save_config(save_directory, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
     def to_json_string(self) -> str:
-        """Return the stock configuration, with the class named as one of `pipeline.py`."""
+        """Return the stock configuration, with the stock class as the class."""
         text: str = super().to_json_string()  # pyright: ignore[reportAttributeAccessIssue]
-        if not has_code(type(self)):
-            return text
-        named = json.loads(text) | {"_class_name": ["pipeline", type(self).__name__]}
+        named = json.loads(text) | {"_class_name": (stock_class(type(self)) or type(self)).__name__}
         return json.dumps(named, indent=2, sort_keys=True) + "\n"
 
-    @classmethod
-    def _dict_from_json_file(cls, json_file: str | os.PathLike) -> dict[str, Any]:
-        """Return the configuration in a file, without the name of its source, which this class does not need."""
-        index = super()._dict_from_json_file(json_file)  # pyright: ignore[reportAttributeAccessIssue]
-        return index | ({"_class_name": cls.__name__} if isinstance(index.get("_class_name"), list) else {})
+
+def stock_class(cls: type) -> type[DiffusionPipeline] | None:
+    """Return the first pipeline class among the bases of a class that knows nothing of this code, or `None`."""
+    pipelines = (base for base in cls.__mro__ if issubclass(base, DiffusionPipeline) and base is not DiffusionPipeline)
+    return next((base for base in pipelines if not issubclass(base, SavedWithCode)), None)
 
 
 def check_repository(cls: type, repository: str) -> None:

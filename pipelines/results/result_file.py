@@ -11,8 +11,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
+from ...shown_text import shown
 from .atomic_write import atomic_write
-from .shown_text import shown
 
 RESULT_FORMAT = "noiseopt-result-1"
 RESULT_HEADER = {"format": str, "provenance": dict, "generator_devices": list, "reports": dict}
@@ -30,6 +30,7 @@ FLOAT_DTYPES = (torch.float16, torch.bfloat16, *NOISE_DTYPES)
 CUDA_STATE_BYTES, MOST_STATE_BYTES = 16, 1024  # accelerators have counters; the CPU state has 5056 bytes
 TORCH_FILES = (b"PK\x03\x04", *(b"\x80" + bytes([protocol]) for protocol in range(6)))  # zip and pickle
 MOST_NAME_CHARACTERS = 100
+MOST_LEVELS = 100  # of lists and dicts in one another
 LENGTH_BYTES = 8  # of the length of the header, at the start of a safetensors file
 MOST_HEADER_BYTES = 4 * 2**20  # a header of one second's parsing
 MOST_BYTES = 2 * 2**30  # the noises of 2700 images at 1024 px
@@ -67,7 +68,11 @@ def write_result_file(path: Path, tensors: Tensors, header: Header) -> None:
 def json_of(header: Header) -> str:
     """Return a header as JSON, with the numbers and arrays of numpy and torch as numbers and lists."""
     try:
-        return json.dumps(header, default=lambda value: value.tolist())
+        text = json.dumps(header, default=lambda value: value.tolist())
+        check_levels(json.loads(text))
+        return text
+    except UnusableResult as problem:
+        raise ValueError(f"Expected reports that can be read again, but the result {problem}.") from None
     except (AttributeError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(
             f"Expected provenance and reports as JSON values, but got others: {error}. Convert what a callback puts "
@@ -174,6 +179,7 @@ def parsed_header(metadata: dict[str, str]) -> Header:
         raise UnusableResult(f"was written by a newer noiseopt, in the format {found}. Update noiseopt")
     if found != RESULT_FORMAT:
         raise UnusableResult(f"has no {RESULT_FORMAT} header")
+    check_levels(header)
     unknown = sorted((metadata.keys() - {"noiseopt"}) | (header.keys() - RESULT_HEADER.keys()))
     if unknown:
         raise UnusableResult(f"has unknown metadata {brief(unknown)}")
@@ -183,6 +189,16 @@ def parsed_header(metadata: dict[str, str]) -> Header:
     if wrong:
         raise UnusableResult(f"has metadata that is missing or of the wrong type: {brief(wrong)}")
     return header
+
+
+def check_levels(header: Header) -> None:
+    """Require a limited depth: other code walks through these values by recursion."""
+    level: list[Any] = [header]
+    for _ in range(MOST_LEVELS):
+        parts = (each.values() if isinstance(each, dict) else each for each in level)
+        level = [part for each in parts for part in each if isinstance(part, dict | list)]
+    if level:
+        raise UnusableResult(f"has a header of more than {MOST_LEVELS} levels")
 
 
 def check_names(names: set[str], header: Header) -> None:

@@ -22,6 +22,12 @@ class FrozenModule(nn.Module):
             self.add_module(name, module.requires_grad_(False))
         self.eval()
 
+    def __repr__(self) -> str:
+        """Return one line instead of the tree of submodules, which would bury what contains this one."""
+        device = self.device
+        weights = "" if device is None else f", {str(self.dtype).removeprefix('torch.')} on {device}"
+        return f"{type(self).__name__}({getattr(self, 'name', '')!r}{weights})"
+
     def train(self: FrozenT, mode: bool = True) -> FrozenT:
         """Stay in evaluation mode, because the dropout of a scoring head would make scores random."""
         return super().train(False)

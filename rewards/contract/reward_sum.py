@@ -109,6 +109,9 @@ class RewardSum(nn.Module):
         self.names = distinct_names([str(reward.name) for reward in self.rewards])
         self.weights = {name: float(weight) for name, (_, weight) in zip(self.names, pairs, strict=True)}
 
+    def __repr__(self) -> str:
+        return f"RewardSum({self.weights})"
+
     @property
     def differentiable(self) -> bool:
         """Return whether every optimized reward has a gradient."""

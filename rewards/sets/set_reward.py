@@ -43,6 +43,9 @@ class SetReward(nn.Module):
         super().__init__()
         self.features = features
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.features!r})"
+
     def forward(self, images: Tensor, references: Tensor | None = None) -> Tensor:
         """Score the set of all images and references together.
 

@@ -98,6 +98,9 @@ class SetRewardSum(nn.Module):
             name: names_of[id(reward.features)] for name, reward in zip(self.names, rewards, strict=True)
         }
 
+    def __repr__(self) -> str:
+        return f"SetRewardSum({self.weights})"
+
     def features(self, images: Tensor) -> dict[str, Tensor]:
         """Return all features (B, ...) of images (B, 3, H, W) in [0, 1], by name, with their graph.
 

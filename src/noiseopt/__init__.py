@@ -5,6 +5,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from . import shapes_world
     from .callbacks import EarlyStopping, HeldOutReward, TimeBudget
     from .pipelines import (
         CNO,
@@ -83,11 +84,14 @@ __all__ = [
     "list_rewards",
     "optimize_noise",
     "release_rewards",
+    "shapes_world",
 ]
 
 
 def __getattr__(name: str) -> Any:
     """Import a public name at its first use: `noiseopt --help` need not wait for diffusers."""
+    if name == "shapes_world":
+        return importlib.import_module(".shapes_world", __name__)
     if name in __all__:
         for folder in ("callbacks", "schedulers", "rewards", "pipelines"):
             module = importlib.import_module(f".{folder}", __name__)

@@ -47,3 +47,8 @@ def shapes_prompt(text: str) -> str:
         return str(shapes_world.parse(text))
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def examples(*commands: str) -> str:
+    """Return the last part of a command's help: how it is called."""
+    return "\n".join([f"example{'s' * (len(commands) > 1)}:", *(f"  {command}" for command in commands)])

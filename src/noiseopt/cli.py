@@ -1,13 +1,16 @@
-"""The command line: `noiseopt demo`, `evaluate`, `analyze`, `rewards`, `score` and `hub`."""
+"""The command line: `noiseopt demo`, `generate`, `evaluate`, `analyze`, `rewards`, `score` and `hub`."""
 
 import argparse
 import contextlib
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
-from .arguments import make_folder, natural, positive, require_plots, shapes_prompt
+from . import __version__
+from .arguments import examples, make_folder, natural, positive, require_plots, shapes_prompt
+from .shown_text import shown_lines
 
 if TYPE_CHECKING:
     from .story import Choice
@@ -20,30 +23,71 @@ def main(argv: Sequence[str] | None = None) -> None:
         argv: Arguments after the program's name. Defaults to those of the process.
 
     Raises:
-        SystemExit: With code 2 for invalid arguments, code 1 and a message for a missing requirement, code 130 if
-            interrupted.
+        SystemExit: With code 2 for invalid arguments; code 1 and a message if something is missing, cannot be written,
+            or failed; code 130 if interrupted. If the reader of the output has left (`| head`): code 1, no message.
     """
     with contextlib.suppress(AttributeError):  # a terminal without an arrow prints a question mark instead of failing
         sys.stdout.reconfigure(errors="replace")  # pyright: ignore[reportAttributeAccessIssue]
     try:
-        arguments = build_parser().parse_args(argv)
-        arguments.run(arguments)
+        with checked_output():
+            arguments = build_parser().parse_args(argv)
+            arguments.run(arguments)
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+    except SystemExit as end:  # its message may quote a file from anyone
+        raise SystemExit(shown_lines(end.code)) if isinstance(end.code, str) else end from None
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose error messages have no control characters: they may quote a file from anyone."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(shown_lines(message))
+
+
+@contextlib.contextmanager
+def checked_output() -> Iterator[None]:
+    """Turn an `OSError`, such as a full disk or a closed pipe behind the output, into a `SystemExit`."""
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        drop_output()
+        raise SystemExit(1) from None
+    except OSError as error:
+        drop_output()
+        raise SystemExit(f"noiseopt: {error}") from None
+
+
+def drop_output() -> None:
+    """Drop what cannot be written, so that Python does not try it again on exit and complain."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        with contextlib.suppress(OSError, ValueError), open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Build the parser of all commands. Each sets `run`, a function of the parsed arguments."""
     from .analysis.command import add_analyze
     from .evaluation.command import add_evaluate
+    from .generate import add_generate
     from .hub.command import add_hub
     from .scoring import add_rewards, add_score
 
-    parser = argparse.ArgumentParser(
-        prog="noiseopt", description="Optimize the initial noise of text-to-image diffusion."
+    parser = Parser(
+        prog="noiseopt",
+        description="Optimize the initial noise of text-to-image diffusion.",
+        epilog=examples("noiseopt demo", "noiseopt generate --help"),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"noiseopt {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     add_demo(commands)
+    add_generate(commands)
     add_evaluate(commands)
     add_analyze(commands)
     add_rewards(commands)
@@ -58,14 +102,23 @@ def add_demo(commands) -> None:
         help="optimize the noise of an embedded model and show the effect; offline, under a minute",
         description="Sample images with an embedded model before and after optimizing the noise, and let a judge "
         "compare them with the prompts. Needs no GPU; the models turbo and guided need no download.",
+        epilog=examples(
+            "noiseopt demo", "noiseopt demo --method never_too_late", "noiseopt demo --method reno:mode=parity"
+        ),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--method", default="reno", metavar="NAME", help="method, such as best_of_n (default: reno)")
+    parser.add_argument(
+        "--method",
+        default="reno",
+        metavar="NAME[:SETTING=VALUE,...]",
+        help="method: reno, cno, noise_diffusion, never_too_late, group_selection, best_of_n, pcn, zero_order_search, "
+        "noise_pgd or mean_variance (default: reno)",
+    )
     parser.add_argument(
         "--model",
-        default="turbo",
         metavar="NAME",
         help="turbo or guided, included in the package; sdxl, sdxl-turbo or sd3, in a checkout or on the Hub "
-        "(default: turbo)",
+        "(default: that of the kind that the method is made for, turbo or guided)",
     )
     parser.add_argument(
         "--prompt",

@@ -7,15 +7,14 @@ from typing import Any
 
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from tqdm import tqdm
 
 from . import shapes_world
 from .callbacks import StepImages
 from .callbacks.noise_callback import NoiseCallback
 from .callbacks.noise_state import NoiseState
-from .evaluation.metrics import layout_spread
 from .pipelines import NoiseOptimizer, NoiseResult, optimize_noise
 from .quiet import quiet_libraries
-from .shapes_world.judge import Verdict
 from .story import Choice, Story
 
 ONE_STEP = {"num_inference_steps": 1, "guidance_scale": 0.0}
@@ -23,9 +22,7 @@ ONE_STEP = {"num_inference_steps": 1, "guidance_scale": 0.0}
 
 def load_pipeline(name: str = "turbo") -> DiffusionPipeline:
     """Load an embedded pipeline in float32 on the CPU. Call "turbo" with the arguments `ONE_STEP`."""
-    folder, parts = shapes_world.path(name), shapes_world.MODELS[name].load
-    with quiet_libraries():
-        pipe = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32, **parts)
+    pipe = shapes_world.load(name)
     pipe.set_progress_bar_config(disable=None, leave=False)  # `None`: no bar when stderr is not a terminal
     return pipe
 
@@ -54,9 +51,11 @@ def optimize_and_judge(choice: Choice, prompts: Sequence[str], seed: int) -> Sto
     groups = [list(prompts)] if choice.count == 1 else [[prompt] for prompt in prompts]
     with quiet_libraries():
         method, parts = choice.build(), []
-        for group in groups:
+        for group in tqdm(
+            groups, unit="set", leave=False, dynamic_ncols=True, disable=None if len(groups) > 1 else True
+        ):
             generators = seeded(seed, len(group) * choice.count)
-            parts.append(optimize(pipe, group, method, {**call, "generator": generators}))
+            parts.append(optimize(pipe, group, method, {**call, "generator": generators}, choice.noise_sampler))
             seed += len(generators)
     every = [prompt for prompt in prompts for _ in range(choice.count)]
     images = torch.cat([images for _, images in parts], dim=1)
@@ -65,14 +64,14 @@ def optimize_and_judge(choice: Choice, prompts: Sequence[str], seed: int) -> Sto
 
 
 def optimize(
-    pipe, prompts: list[str], method: NoiseOptimizer, call: dict[str, Any]
+    pipe, prompts: list[str], method: NoiseOptimizer, call: dict[str, Any], noise_sampler: Any = None
 ) -> tuple[NoiseResult, torch.Tensor]:
     """Optimize the noises of one call and return the result with the images of each step, `(steps, B, 3, 64, 64)`.
 
     A method that returns its last noise updates it once more after the last evaluation; the last row shows that noise.
     """
     frames, noises = StepImages(), StepNoises()
-    result = optimize_noise(pipe, prompts, method, callbacks=[frames, noises], **call)
+    result = optimize_noise(pipe, prompts, method, callbacks=[frames, noises], noise_sampler=noise_sampler, **call)
     if method.returns == "last":
         noises.noises[-1] = result.noise
     elif not method.previews and len(frames.images) == len(noises.noises):
@@ -87,7 +86,7 @@ def run_demo(choice: Choice, prompts: Sequence[str], seed: int, output: Path) ->
     from . import plots  # the rest of this file works without matplotlib
 
     images = f"{choice.count} images of " * (choice.count > 1) + plural(len(prompts), "prompt")
-    print(f"Optimizing the noise of {images}, {plural(choice.steps, 'step')}, seed {seed}: {choice} ...")
+    print(f"Optimizing the noise of {images}, {plural(choice.steps, 'step')}, seed {seed}: {choice} ...", flush=True)
     story = optimize_and_judge(choice, prompts, seed)
     print("\n" + table(story) + "\n\n" + summary(story) + "\n")
     write = {"before_after.png": lambda path: plots.draw_before_after(story, path)}
@@ -109,42 +108,50 @@ def plural(count: int, noun: str) -> str:
 
 
 def table(story: Story) -> str:
-    """Format two rows per prompt: the baseline and the returned image."""
-    rows = [("prompt", story.measure, "judge")]
-    for sample, prompt in enumerate(story.prompts):
-        for label, step in zip((prompt, ""), story.ends(sample), strict=True):
-            value = f"{'' if label else '→ '}{story.value(step, sample)}"
-            rows.append((label, value, in_words(story.verdicts[step][sample])))
-    first, second = (max(len(row[column]) for row in rows) for column in (0, 1))
-    return "\n".join(f"{prompt:<{first}}  {value:>{second}}  {verdict}" for prompt, value, verdict in rows)
+    """Format one row per prompt, and for sets their mean: the baseline and the returned images."""
+    rows = [row_of(story, row) for row in range(len(story.sets))]
+    head = ["prompt", "reward", "judge"]
+    if not story.choice.single:
+        head = ["prompt", "layout, pixels", *["mean reward"] * (len(rows[0]) == 4), f"right of {story.choice.count}"]
+        rows.append(["mean", arrow(*(f"{mean_spread(story, end):.1f}" for end in (0, 1))), *[""] * (len(head) - 2)])
+    widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in [head, *rows])
 
 
-def in_words(verdict: Verdict) -> str:
-    return "right" if verdict.correct else f"wrong: {verdict.found}"
+def row_of(story: Story, row: int) -> list[str]:
+    """Format the row of a prompt."""
+    ends = (0, 1)
+    cells = [story.prompts[story.sets[row].start], arrow(*(f"{story.value(row, end):.1f}" for end in ends))]
+    if story.choice.single:
+        return [*cells, arrow(*("right" if story.right(row, end) else "wrong" for end in ends))]
+    rewards = [reward for end in ends if (reward := story.reward(row, end)) is not None]
+    found = [arrow(*(f"{reward:.1f}" for reward in rewards))] if rewards else []
+    return [*cells, *found, arrow(*(str(story.right(row, end)) for end in ends))]
+
+
+def arrow(before: str, after: str) -> str:
+    return f"{before.replace('nan', '–')} → {after.replace('nan', '–')}"
 
 
 def summary(story: Story) -> str:
-    """Summarize how many images are correct before and after, and for sets also the spread of their layouts."""
+    """Summarize how many images are correct before and after, and explain the columns."""
     count, (before, after) = len(story.prompts), right_before_and_after(story)
     lines = [
         f"judge: {before} of {count} right → {after} of {count} right in {story.seconds:.0f} s",
         "The judge reads colors, shapes and positions off the pixels. It is not a model, and no method optimizes it.",
     ]
-    if story.choice.count > 1:
-        apart = " → ".join(f"{mean_spread(story, end):.1f}" for end in (0, 1))
-        lines.append(f"layout: each object is {apart} pixels (RMS) from its mean position over the images of a prompt")
-    return "\n".join(lines)
+    if not story.choice.single:
+        lines.append("layout: how far an object is from its mean position over the images of a prompt (RMS).")
+    return "\n".join([*lines, *([story.choice.note] if story.choice.note else [])])
 
 
 def right_before_and_after(story: Story) -> tuple[int, int]:
     """Count the correct images before and after."""
-    ends = [story.ends(sample) for sample in range(len(story.prompts))]
-    before, after = (sum(story.verdicts[pair[end]][i].correct for i, pair in enumerate(ends)) for end in (0, 1))
+    before, after = (sum(story.right(row, end) for row in range(len(story.sets))) for end in (0, 1))
     return before, after
 
 
 def mean_spread(story: Story, end: int) -> float:
     """Return the mean `layout_spread` in pixels of the sets before (`end=0`) or after (`end=1`); NaN if undefined."""
-    sets = zip(story.prompts[:: story.choice.count], story.end_images(end).split(story.choice.count), strict=True)
-    found = [spread for prompt, images in sets if math.isfinite(spread := layout_spread(images, prompt))]
+    found = [value for row in range(len(story.sets)) if math.isfinite(value := story.value(row, end))]
     return sum(found) / len(found) if found else math.nan

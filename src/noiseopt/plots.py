@@ -8,6 +8,7 @@ from typing import BinaryIO
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
@@ -33,7 +34,7 @@ class Page:
 
     def text(self, left: float, top: float, text: str, size: float = 10, color: str = INK, **style) -> None:
         x, y = left / self.width, 1 - top / self.height
-        self.figure.text(x, y, text, size=size, color=color, **{"va": "top", "parse_math": False, **style})
+        self.figure.text(x, y, text, size=size, color=color, **{"va": "top", **style})
 
     def title(self, left: float, bottom: float, prompt: str) -> None:
         """Draw a prompt over as many lines as needed, ending at `bottom`."""
@@ -54,7 +55,23 @@ class Page:
         color = RIGHT if correct else WRONG
         self.text(left + side / 2, top + side + 0.06, f"{mark} {text}", size=9, color=color, ha="center")
 
+    def panels(self, count: int, top: float, height: float, gap: float) -> list[tuple[float, float, float]]:
+        """Return left, top and width of panels, two in a row that is `height` high; a single one fills its row.
+
+        `gap` is the room for the labels left of each panel.
+        """
+        places = []
+        for number in range(count):
+            row, column = divmod(number, 2)
+            alone = number == count - 1 and column == 0
+            across = self.width if alone else self.width / 2
+            places.append((column * across + gap, top + row * height, across - gap - MARGIN))
+        return places
+
     def save(self, path: Path | BinaryIO) -> None:
+        """Write the figure. Text is drawn as it is: a dollar sign in a prompt starts no formula."""
+        for text in self.figure.findobj(Text):
+            text.set_parse_math(False)
         self.figure.savefig(path)
 
 
@@ -100,7 +117,7 @@ def draw_pairs(story: Story, path: Path | BinaryIO) -> None:
         for offset, step in zip((0, side + arrow), story.ends(sample), strict=True):
             correct = story.verdicts[step][sample].correct
             page.image(left + offset, top + title, side, story.images[step, sample], correct)
-            page.caption(left + offset, top + title, side, story.value(step, sample), correct)
+            page.caption(left + offset, top + title, side, f"{story.values[step, sample]:.1f}", correct)
         page.text(left + CELL / 2, top + title + side / 2, "→", size=13, color=MUTED, ha="center", va="center")
     page.save(path)
 
@@ -138,41 +155,41 @@ def draw_sets(story: Story, path: Path | BinaryIO) -> None:
 
 
 def draw_trajectory(story: Story, path: Path) -> None:
-    """Plot the reward or loss of each image over the steps, and film strips of up to two images."""
+    """Plot the reward of each image or the layout of each set over the steps, and film strips of up to two images."""
     height, frame, strip = 1.75, 0.98, 1.75
     shown = film_prompts(story)
     head = 0.63
-    strips_top = head + rows(story) * height + 0.1
+    strips_top = head + -(-len(story.sets) // COLUMNS) * height + 0.1
     page = Page(strips_top + len(shown) * strip)
-    curves = "best so far (bold) and each step" if story.choice.keeps_best else "the last step is returned"
+    curves = "best so far (bold) and each step" if story.choice.single else "pixels between the same objects of a set"
     page.text(MARGIN, 0.12, f"{story.choice}.", color=MUTED)
     page.text(MARGIN, 0.3, f"{story.measure.capitalize()} over the steps: {curves}.", color=MUTED)
-    page.text(WIDTH - MARGIN, 0.3, "Green: the image is right according to the judge.", color=RIGHT, ha="right")
-    for sample in range(len(story.prompts)):
-        left, top = cell(sample, head, height)
-        draw_curve(page.axes(left + 0.3, top + 0.42, CELL - 0.3, height - 0.8), story, sample)
-        page.title(left, top + 0.32, story.prompts[sample])
+    if story.choice.single:
+        page.text(WIDTH - MARGIN, 0.3, "Green: the image is right according to the judge.", color=RIGHT, ha="right")
+    for row, samples in enumerate(story.sets):
+        left, top = cell(row, head, height)
+        draw_curve(page.axes(left + 0.3, top + 0.42, CELL - 0.3, height - 0.8), story, row)
+        page.title(left, top + 0.32, story.prompts[samples.start])
     for row, sample in enumerate(shown):
         draw_strip(page, strips_top + row * strip, frame, story, sample)
     page.save(path)
 
 
-def draw_curve(axes: Axes, story: Story, sample: int) -> None:
-    values = story.values[:, sample]
-    for step, row in enumerate(story.verdicts):
-        if row[sample].correct:
+def draw_curve(axes: Axes, story: Story, row: int) -> None:
+    values, sample = story.values[:, row], story.sets[row].start
+    for step, verdicts in enumerate(story.verdicts if story.choice.single else []):
+        if verdicts[sample].correct:
             axes.axvspan(step - 0.5, step + 0.5, color=RIGHT, alpha=0.16, linewidth=0, antialiased=False)
-    if not story.choice.keeps_best:
-        axes.plot(values, color=CURVE, linewidth=1.8)
-    else:
+    if story.choice.single and story.choice.keeps_best:
         axes.plot(values, color=CURVE, linewidth=0.8, alpha=0.5)
-        better = story.direction * values
-        best = better.nan_to_num(-torch.inf).cummax(0).values
-        axes.plot(story.direction * best, color=CURVE, linewidth=1.8)
+        axes.plot(values.nan_to_num(-torch.inf).cummax(0).values, color=CURVE, linewidth=1.8)
+    else:
+        axes.plot(values, color=CURVE, linewidth=1.8)
     axes.plot(story.best(sample), values[story.best(sample)], "o", color=CURVE, markersize=4)
     known = story.values[story.values.isfinite()]
-    margin = 0.05 * float(known.max() - known.min()) + 0.01
-    axes.set(xlim=(-0.5, len(values) - 0.5), ylim=(float(known.min()) - margin, float(known.max()) + margin))
+    low, high = (float(known.min()), float(known.max())) if len(known) else (0.0, 1.0)
+    margin = 0.05 * (high - low) + 0.01
+    axes.set(xlim=(-0.5, len(values) - 0.5), ylim=(low - margin, high + margin))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
     axes.tick_params(labelsize=8, colors=MUTED, length=2)
     axes.spines[["top", "right"]].set_visible(False)

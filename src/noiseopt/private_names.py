@@ -59,6 +59,15 @@ def name_or_path(component: Any) -> str | None:
     return str(source) if source else None
 
 
+def treat_as(cls: type, stock: type) -> None:
+    """Let `AutoPipelineFor….from_pipe`, which goes by names, take pipelines of a class for those of a stock class."""
+    from diffusers.pipelines import auto_pipeline  # imports all pipelines: not for those who only want rewards
+
+    model_of = private(auto_pipeline, "_get_model", "diffusers")
+    if (model := model_of(stock.__name__)) and not model_of(cls.__name__):
+        auto_pipeline.SUPPORTED_TASKS_MAPPINGS.append({model: cls})
+
+
 def accelerate_hook(module: nn.Module) -> Any:
     """Return the accelerate hook of a module, or `None`."""
     return getattr(module, "_hf_hook", None)

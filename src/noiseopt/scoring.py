@@ -3,25 +3,30 @@
 import argparse
 import dataclasses
 import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from .arguments import examples
+from .reward_table import HEAD, ROWS
+from .shown_text import LONGEST_LINE, shown
 
 if TYPE_CHECKING:
     import torch
 
     from .rewards.contract.reward import Reward
 
-GIB = 2**30
+PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}  # of a folder
 
 
 def add_rewards(commands) -> None:
     parser = commands.add_parser(
         "rewards",
-        help="list the rewards: checkpoint, license, range, gradient, memory",
-        description="List the registered rewards. A Hub id or folder of a compatible checkpoint works wherever a name "
-        "does. Nothing is loaded or downloaded.",
+        help="list the rewards: what they measure, range, gradient, memory, checkpoint, license",
+        description="List the rewards of images, those of sets, and the features by which sets are compared. A Hub id "
+        "or folder of a compatible checkpoint works wherever a name does. Nothing is loaded or downloaded.",
+        epilog=examples("noiseopt rewards", "noiseopt rewards --json"),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=rewards)
@@ -31,10 +36,15 @@ def add_score(commands) -> None:
     parser = commands.add_parser(
         "score",
         help="score image files with rewards",
-        description="Score image files with one or more rewards. Higher is better; each reward has its own scale.",
-        epilog='example: noiseopt score a.png b.png --prompt "a red circle" --reward clip --reward brightness',
+        description="Score image files with one or more rewards. Higher is better; each reward has its own scale. "
+        "Transparent images are shown on white.",
+        epilog=examples(
+            'noiseopt score a.png b.png --prompt "a red circle" --reward clip --reward brightness',
+            "noiseopt score images/ --reward aesthetic --json",
+        ),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE")
+    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image file, or folder of image files")
     parser.add_argument(
         "--prompt", action="append", dest="prompts", metavar="TEXT", help="one prompt for all images, or one per image"
     )
@@ -46,7 +56,7 @@ def add_score(commands) -> None:
         metavar="NAME",
         help="name in `noiseopt rewards`, preset (reno), embedded model (clip, vqa), Hub id or folder; repeatable",
     )
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: cpu)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: an accelerator if available)")
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
@@ -56,76 +66,13 @@ def add_score(commands) -> None:
     parser.set_defaults(run=lambda arguments: score(arguments, parser))
 
 
-@dataclasses.dataclass(frozen=True)
-class RewardFacts:
-    """One row of `noiseopt rewards`.
-
-    Attributes:
-        name: The registered name.
-        checkpoint: The Hub id that the name loads; `None` without weights, or where a folder must be given.
-        weights_file: The file with the weights, if it is not in transformers' format.
-        license: License of the checkpoint.
-        range: Lowest and highest score, if bounded.
-        differentiable: Whether it has a gradient.
-        requires_prompt: Whether it reads a prompt.
-        gibibytes: Size of the weights in bfloat16, in GiB; twice as much in float32.
-    """
-
-    name: str
-    checkpoint: str | None
-    weights_file: str | None
-    license: str | None
-    range: tuple[float, float] | None
-    differentiable: bool
-    requires_prompt: bool
-    gibibytes: float
-
-    @classmethod
-    def of(cls, name: str) -> "RewardFacts":
-        """Return the facts of a registered reward without loading it."""
-        from .rewards.contract.registry import REWARDS
-        from .rewards.contract.reward import Reward
-
-        factory = REWARDS.find(name)
-        reward: Any = factory if isinstance(factory, type) and issubclass(factory, Reward) else factory()
-        return cls(
-            name,
-            reward.default_checkpoint,
-            reward.weights_file,
-            reward.license,
-            reward.range,
-            reward.differentiable,
-            reward.requires_prompt,
-            (reward.parameter_count or 0) * 2 / GIB,
-        )
-
-    def row(self) -> list[str]:
-        """Format the facts as a row of the table."""
-        low, high = self.range or (-math.inf, math.inf)
-        return [
-            self.name,
-            self.checkpoint or (f"file {self.weights_file}" if self.weights_file else "–"),
-            self.license or "–",
-            f"{low:g} … {high:g}".replace("inf", "∞") if self.range else "open",
-            "yes" if self.differentiable else "no",
-            "yes" if self.requires_prompt else "no",
-            f"{self.gibibytes:.2f}" if self.gibibytes else "–",
-        ]
-
-
 def rewards(arguments: argparse.Namespace) -> None:
-    """Run `noiseopt rewards`."""
-    from .quiet import quiet_libraries
-
-    with quiet_libraries():
-        from .rewards.contract.registry import list_rewards
-
-        facts = [RewardFacts.of(name) for name in list_rewards()]
+    """Run `noiseopt rewards`, without importing the rewards."""
     if arguments.json:
-        print(json.dumps([dataclasses.asdict(fact) for fact in facts], indent=2))
+        rows = [dataclasses.asdict(row) | {"gibibytes": row.gibibytes} for row in ROWS]
+        print(json.dumps(rows, indent=2, ensure_ascii=False))
         return
-    head = ["reward", "checkpoint", "license of the weights", "range", "gradient", "prompt", "GiB in bfloat16"]
-    print_table(head, [fact.row() for fact in facts])
+    print_table(HEAD, [row.cells() for row in ROWS])
 
 
 def score(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
@@ -134,21 +81,24 @@ def score(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> Non
 
     try:
         with quiet_libraries():
+            images = [file for path in arguments.images for file in image_files(path)]
             names = expanded(arguments.rewards)
-            prompts = prompts_for(arguments.images, arguments.prompts)
+            prompts = prompts_for(images, arguments.prompts)
             check_request(names, arguments.prompts, arguments.device)
-            for path in arguments.images:
+            for path in images:
                 read_image(path)
-            scores = {name: score_files(name, arguments, prompts) for name in names}
+            scores = {name: score_files(name, arguments, images, prompts) for name in names}
     except (ValueError, ImportError) as error:
         parser.error(str(error))
     except OSError as error:
         raise SystemExit(f"Cannot load the weights of a reward: {error}") from None
     if arguments.json:
-        rows = [{"image": str(path), "prompt": prompt} for path, prompt in zip(arguments.images, prompts, strict=True)]
+        rows = [{"image": str(path), "prompt": prompt} for path, prompt in zip(images, prompts, strict=True)]
         print(json.dumps([row | {name: scores[name][i] for name in scores} for i, row in enumerate(rows)], indent=2))
         return
-    rows = [[str(path), *(f"{scores[name][i]:.4f}" for name in scores)] for i, path in enumerate(arguments.images)]
+    rows = [
+        [shown(path, LONGEST_LINE), *(f"{scores[name][i]:.4f}" for name in scores)] for i, path in enumerate(images)
+    ]
     print_table(["image", *scores], rows)
 
 
@@ -171,40 +121,63 @@ def expanded(names: Sequence[str]) -> list[str]:
 def check_request(names: Sequence[str], prompts: Sequence[str] | None, device: str | None) -> None:
     """Raise `ValueError` for an unknown reward or device, or a missing prompt."""
     from .evaluation.plan import EMBEDDED_REWARDS, check_device, check_reward
-    from .rewards.contract.registry import REWARDS
 
     check_device(device)
     for name in names:
         check_reward(name)
-        reads_prompt = name in EMBEDDED_REWARDS or (name in REWARDS and RewardFacts.of(name).requires_prompt)
+        reads_prompt = name in EMBEDDED_REWARDS or reads_prompts(name)
         if prompts is None and reads_prompt:
             raise ValueError(f"Expected a prompt for reward {name!r}, but got none. Add --prompt.")
 
 
-def score_files(name: str, arguments: argparse.Namespace, prompts: Sequence[str | None]) -> list[float]:
+def reads_prompts(name: str) -> bool:
+    """Return whether a registered reward needs a prompt; `False` for a checkpoint, which is asked once it is loaded."""
+    from .rewards.contract.registry import REWARDS
+
+    if name not in REWARDS:
+        return False
+    factory = REWARDS[name]
+    return bool((factory if isinstance(factory, type) else factory()).requires_prompt)
+
+
+def image_files(path: Path) -> list[Path]:
+    """Return the path itself, or the image files of a folder by name. Raises `ValueError` for a folder without any."""
+    if not path.is_dir():
+        return [path]
+    found = sorted(file for file in path.iterdir() if file.suffix.lower() in PICTURES and file.is_file())
+    if not found:
+        raise ValueError(f"Expected image files in {path}, but got none of {', '.join(sorted(PICTURES))}.")
+    return found
+
+
+def score_files(
+    name: str, arguments: argparse.Namespace, images: Sequence[Path], prompts: Sequence[str | None]
+) -> list[float]:
     """Score the files one at a time, since their sizes differ."""
     import torch
 
     reward = load_reward(name, arguments)
     with torch.no_grad():
-        pairs = zip(arguments.images, prompts, strict=True)
+        pairs = zip(images, prompts, strict=True)
         return [reward(read_image(path), prompt).item() for path, prompt in pairs]
 
 
 def load_reward(name: str, arguments: argparse.Namespace) -> "Reward":
     """Load a registered or embedded reward."""
     import torch
+    from accelerate import PartialState
 
     from .evaluation.instruments import weights_of
     from .evaluation.plan import EMBEDDED_REWARDS
     from .rewards.contract.registry import AutoReward
 
     dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
-    return AutoReward.from_pretrained(weights_of(name, EMBEDDED_REWARDS), device=arguments.device, dtype=dtype)
+    device = arguments.device or PartialState().device
+    return AutoReward.from_pretrained(weights_of(name, EMBEDDED_REWARDS), device=device, dtype=dtype)
 
 
 def read_image(path: Path) -> "torch.Tensor":
-    """Read an image as `(1, 3, H, W)` in [0, 1], upright. Raises `ValueError` if that is impossible."""
+    """Read an image as `(1, 3, H, W)` in [0, 1], upright and on white. Raises `ValueError` if that is impossible."""
     import numpy as np
     import torch
     from PIL import Image, ImageOps, UnidentifiedImageError
@@ -212,8 +185,12 @@ def read_image(path: Path) -> "torch.Tensor":
     try:
         with Image.open(path) as picture:
             mode = picture.mode
-            pixels = np.array(ImageOps.exif_transpose(picture).convert("RGB"))
-    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
+            picture = ImageOps.exif_transpose(picture)
+            if picture.has_transparency_data:
+                shown = picture.convert("RGBA")
+                picture = Image.alpha_composite(Image.new("RGBA", shown.size, "white"), shown)
+            pixels = np.array(picture.convert("RGB"))
+    except (FileNotFoundError, PermissionError) as error:
         raise ValueError(f"Expected an image file, but {path} cannot be opened: {error.strerror}.") from None
     except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
         raise ValueError(

@@ -1,14 +1,16 @@
 """The subject of a demo: the method and model that were chosen, and the record of the run."""
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+import functools
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from . import shapes_world
-from .evaluation.embedded_diversity import embedded_diversity, towers_of
-from .evaluation.plan import MethodChoice
+from .evaluation.instruments import load_reward
+from .evaluation.metrics import layout_spread
+from .evaluation.plan import CallbackChoice, MethodChoice, ModelChoice
 from .pipelines import NoiseOptimizer, NoiseResult, list_methods
 from .pipelines.registry import METHODS
 from .shapes_world.embedded import EmbeddedModel
@@ -31,6 +33,55 @@ SCORE_RANGE = (0.0, 16.0)  # typical scores of wrong and right images under the 
 DEFAULT_PROMPTS = first_of_each(shapes_world.VALIDATION_PROMPTS, {"position": 4, "binding": 2, "counting": 2})
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What a method is shown with.
+
+    Attributes:
+        model: The embedded model of the kind that the method is made for.
+        settings: Settings that suit the 8 × 8 latents of the embedded models, where the method's own do not.
+        note: What a reader has to know about the outcome, if anything.
+    """
+
+    model: str = "turbo"
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    note: str = ""
+
+
+# Learning rates are in units of the height and width of the noise alone: these are for latents of 8 channels, twice
+# those of SD, and of benchmarks/reno_vs_best_of_n.py and benchmarks/never_too_late.py.
+RECIPES = {
+    "reno": Recipe(settings={"learning_rate": 7.07}),
+    "cno": Recipe(
+        model="guided",
+        settings={"learning_rate": 0.057, "window_size": 2},
+        note="learning_rate=0.057 moves these 8 × 8 latents as far as the paper's 0.01 moves 64 × 64. CNO is told "
+        "nothing about the prompt: what is wrong mostly stays wrong.",
+    ),
+    "never_too_late": Recipe(
+        settings={"steps": 10, "learning_rate": 35.0, "diversity": {"dpp": 72.0}, "guard": {"clip": 0.5}},
+        note="The guard takes back a step after which the reward of an image is more than 0.5 below its start.",
+    ),
+    "noise_diffusion": Recipe(
+        model="guided",
+        settings={"score_range": SCORE_RANGE},
+        note="Made for the yes of a large vision-language model. The embedded one knows too little, so the reward here "
+        "is a CLIP, and random noises (--method best_of_n) do as well.",
+    ),
+    "noise_pgd": Recipe(
+        model="guided",
+        settings={"score_range": SCORE_RANGE},
+        note="A baseline of Noise Diffusion's paper: it raises the reward most, by leaving the Gaussian, and ruins "
+        "the images.",
+    ),
+    "mean_variance": Recipe(
+        model="guided",
+        settings={"score_range": SCORE_RANGE},
+        note="A baseline of Noise Diffusion's paper: mean and variance hardly change an image.",
+    ),
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class Choice:
     """A registered method on an embedded model.
@@ -38,37 +89,63 @@ class Choice:
     Attributes:
         method: A name in `list_methods()`.
         model: An embedded pipeline.
-        steps: Evaluations of each noise. Defaults to the method's own number, capped to suit the model.
+        settings: Settings of the method, with its `steps`, the evaluations of each noise.
     """
 
     method: str
     model: EmbeddedModel
-    steps: int
+    settings: Mapping[str, Any]
 
     @classmethod
-    def of(cls, method: str = "reno", model: str = "turbo", steps: int | None = None) -> "Choice":
-        """Look up a method and a model by name. Raises `ValueError` for an unknown name."""
-        pipelines = [name for name, known in shapes_world.MODELS.items() if known.is_pipeline]
-        for what, name, names in (("method", method, list_methods()), ("model", model, pipelines)):
-            if name not in names:
-                raise ValueError(f"Expected a {what} out of {', '.join(names)}, but got {name!r}.")
-        embedded = shapes_world.MODELS[model]
-        limit = STEPS if embedded.call["num_inference_steps"] == 1 else STEPS_OF_CHAINS
-        return cls(method, embedded, steps or min(METHODS[method].steps, limit))
+    def of(cls, method: str = "reno", model: str | None = None, steps: int | None = None) -> "Choice":
+        """Look up a method, such as "reno" or "reno:learning_rate=10.0", and a model.
+
+        Args:
+            method: The method, with settings that replace those of its `Recipe`.
+            model: An embedded pipeline. Defaults to that of the recipe.
+            steps: Evaluations of each noise. Defaults to the method's own number, capped to suit the model.
+
+        Raises:
+            ValueError: For an unknown name or setting.
+        """
+        asked = MethodChoice.parse(method)
+        if isinstance(asked, CallbackChoice):
+            raise ValueError(
+                f"Expected a method that optimizes noise, one of {', '.join(list_methods())}, but got {asked.name!r}. "
+                "`noiseopt evaluate` compares denoising callbacks."
+            )
+        recipe = RECIPES.get(asked.name, Recipe())
+        embedded = ModelChoice.parse(model or recipe.model, {})
+        if not embedded.embedded:
+            raise ValueError(f"Expected an embedded model, but got {model!r}. `noiseopt generate` runs others.")
+        known = shapes_world.MODELS[embedded.name]
+        limit = STEPS if known.call["num_inference_steps"] == 1 else STEPS_OF_CHAINS
+        settings = {"steps": min(METHODS[asked.name].steps, limit), **recipe.settings, **asked.settings}
+        return cls(asked.name, known, settings | ({"steps": steps} if steps else {}))
 
     @property
-    def takes_rewards(self) -> bool:
-        return MethodChoice.parse(self.method).takes_rewards
+    def steps(self) -> int:
+        return self.settings["steps"]
 
     @property
-    def diversity(self) -> Any:
-        """The set rewards that the method maximizes, or `None`."""
-        return MethodChoice.parse(self.method).diversity
+    def noise_sampler(self) -> Any:
+        """The distribution of the initial noise; `None` for that of the pipeline."""
+        return self.settings.get("noise_sampler")
+
+    @property
+    def note(self) -> str:
+        """What a reader has to know about the outcome, if anything."""
+        return RECIPES.get(self.method, Recipe()).note
+
+    @property
+    def asked(self) -> MethodChoice:
+        """The method as other commands name it."""
+        return MethodChoice(self.method, self.method, self.settings)
 
     @property
     def single(self) -> bool:
         """Return whether each image is optimized for its own reward, rather than as part of a diverse set."""
-        return self.takes_rewards and self.diversity is None
+        return self.asked.takes_rewards and self.asked.diversity is None and self.asked.features is None
 
     @property
     def count(self) -> int:
@@ -87,20 +164,14 @@ class Choice:
 
     def build(self) -> NoiseOptimizer:
         """Build the method with the embedded reward and features that it needs."""
-        settings: dict[str, Any] = {"steps": self.steps}
-        if self.takes_rewards:
-            settings["rewards"] = shapes_world.path("clip")
-        if hasattr(METHODS[self.method], "score_range"):
-            settings["score_range"] = SCORE_RANGE
-        if self.diversity is not None:
-            settings["diversity"] = embedded_diversity(self.diversity)
-        return METHODS[self.method](**settings)
+        device = torch.device("cpu")
+        rewards = load_reward("clip", device) if self.asked.takes_rewards else None
+        return self.asked.build(rewards, device)
 
     @property
     def instruments(self) -> list[str]:
         """Names of the embedded models that the method evaluates with."""
-        names = {"clip"} if self.takes_rewards else set()
-        names |= set() if self.diversity is None else towers_of(self.diversity)
+        names = self.asked.towers | ({"clip"} if self.asked.takes_rewards else set())
         return [name for name in shapes_world.MODELS if name in names]
 
     def weights(self) -> list[str]:
@@ -108,7 +179,9 @@ class Choice:
         return [shapes_world.path(name) for name in (self.model.name, *self.instruments)]
 
     def __str__(self) -> str:
-        return f"{METHODS[self.method].__name__} on {self.model.name}, the {self.model.title}"
+        changed = ", ".join(f"{name}={value!r}" for name, value in self.settings.items() if name != "steps")
+        method = METHODS[self.method].__name__ + f"({changed})" * bool(changed)
+        return f"{method} on {self.model.name}, the {self.model.title}"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -130,23 +203,46 @@ class Story:
     verdicts: list[list[Verdict]]
 
     @property
-    def values(self) -> torch.Tensor:
-        """`(steps, B)`: the weighted sum of rewards (higher is better), or the loss of a set (lower is better)."""
-        return -self.direction * torch.cat([result.losses for result in self.results], dim=1)
+    def sets(self) -> list[range]:
+        """The noises of each row: one for methods of single images, or those of a prompt."""
+        count = self.choice.count
+        return [range(first, first + count) for first in range(0, len(self.prompts), count)]
 
-    @property
-    def direction(self) -> int:
-        """1 if higher values are better, else -1."""
-        return 1 if self.choice.single else -1
+    @functools.cached_property
+    def values(self) -> torch.Tensor:
+        """`(steps, sets)`, higher is better: the reward of each image, or how far apart the images of a set are.
+
+        That is the `layout_spread` in pixels, which no method optimizes; NaN where the judge finds no two images with
+        the objects of the prompt.
+        """
+        if self.choice.single:
+            return -torch.cat([result.losses for result in self.results], dim=1)
+        return torch.tensor([[self.spread(images, rows) for rows in self.sets] for images in self.images])
+
+    def spread(self, images: torch.Tensor, rows: range) -> float:
+        """Return the `layout_spread` of a set of the images `(B, 3, 64, 64)`."""
+        return layout_spread(images[rows.start : rows.stop], self.prompts[rows.start])
 
     @property
     def measure(self) -> str:
         """The name of `values`."""
-        return "reward" if self.choice.single else "loss"
+        return "reward" if self.choice.single else "layout"
 
-    def value(self, step: int, sample: int) -> str:
-        """Format one entry of `values`."""
-        return f"{self.values[step, sample]:.{1 if self.choice.single else 3}f}"
+    def value(self, row: int, end: int) -> float:
+        """Return the value of a row before (`end=0`) or after (`end=1`)."""
+        rows = self.sets[row]
+        if self.choice.single:
+            return float(self.values[self.ends(row)[end], row])
+        return self.spread(self.end_images(end), rows)
+
+    def right(self, row: int, end: int) -> int:
+        """Count the right images of a row before or after."""
+        return sum(self.verdicts[self.ends(sample)[end]][sample].correct for sample in self.sets[row])
+
+    def reward(self, row: int, end: int) -> float | None:
+        """Return the mean reward of a set before or after; `None` for methods without rewards."""
+        scores = [result.initial_scores if end == 0 else result.best_scores for result in self.results][row]
+        return float(scores["clip"].mean()) if "clip" in scores else None
 
     @property
     def seconds(self) -> float:

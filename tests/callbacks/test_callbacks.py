@@ -2,13 +2,15 @@
 
 import csv
 import dataclasses
+import io
+import re
 
 import pytest
 import torch
 from PIL import Image
 from tiny_pipelines import SIZE, quiet, sd_pipeline, tiny_pipeline
 
-from noiseopt import BestOfN, EarlyStopping, ReNO, TimeBudget, optimize_noise
+from noiseopt import CNO, BestOfN, EarlyStopping, ReNO, TimeBudget, optimize_noise
 from noiseopt.callbacks import History, NoiseCallback, NoiseState, StepImages
 
 ARGUMENTS = {"num_inference_steps": 1, "guidance_scale": 0.0, **SIZE}
@@ -150,3 +152,16 @@ def test_the_progress_bar_obeys_the_pipeline(capsys):
     optimize_noise(pipe, "a", method, **ARGUMENTS)
     shown = capsys.readouterr().err
     assert "Optimizing noise" in shown and "2/2" in shown and shown.count("1/1") == 0
+
+
+@pytest.mark.parametrize("method", [ReNO(rewards={"red": 2.0, "green": 1.0}, steps=4), CNO(steps=2, window_size=2)])
+def test_the_bar_shows_the_scores_of_the_best(method):
+    """In their own units; a method without scores shows its loss."""
+    pipe, text = tiny_pipeline("sd"), io.StringIO()
+    pipe.set_progress_bar_config(disable=False, file=text, mininterval=0)
+    call = {"num_inference_steps": 2, "num_images_per_prompt": 2, **SIZE}
+    result = optimize_noise(pipe, "a", method, generator=torch.Generator().manual_seed(0), **call)
+    last = text.getvalue().split("\r")[-1]
+    shown = {name: float(value) for name, value in re.findall(r"(\w+)=([-.\de]+)", last)}
+    scores = result.best_scores or {"loss": result.losses.amin(0)}
+    assert shown == pytest.approx({name: values.mean().item() for name, values in scores.items()}, rel=1e-3)

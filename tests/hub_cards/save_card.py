@@ -16,6 +16,7 @@ from tiny_pipelines import call_arguments, quiet, sd_pipeline
 
 FILES = ("pipeline.py", "noiseopt_bundle.py")
 load = functools.partial(DiffusionPipeline.from_pretrained, trust_remote_code=True, safety_checker=None)
+load_saved = functools.partial(load, custom_pipeline="pipeline")
 
 
 def generate(pipe: Any) -> torch.Tensor:
@@ -28,7 +29,7 @@ def generate(pipe: Any) -> torch.Tensor:
 def refused(folder: Path) -> bool:
     """Return whether diffusers asks for trust before it runs the code of a folder."""
     try:
-        DiffusionPipeline.from_pretrained(folder)
+        DiffusionPipeline.from_pretrained(folder, custom_pipeline="pipeline")
     except ValueError as error:
         return "trust_remote_code=True" in str(error)
     return False
@@ -55,19 +56,23 @@ def code_of(folder: Path) -> list[bytes]:
 
 def main(card: Path, other: Path, folder: Path) -> dict[str, bool]:
     """Return what is true of saved pipelines."""
-    quiet(sd_pipeline()).save_pretrained(folder / "weights")
+    stock = quiet(sd_pipeline())
+    stock.save_pretrained(folder / "weights")
     pipe = load(folder / "weights", custom_pipeline=str(card))
     images, code = generate(pipe), [(card / name).read_bytes() for name in FILES]
     load(folder / "weights", custom_pipeline=str(other))  # diffusers puts its code where that of the card was
     pipe.save_pretrained(folder / "saved")
     pipe.push_to_hub("someone/mine", token="hf_loopback")
-    again = load(folder / "saved")
+    again = load_saved(folder / "saved")
     again.save_pretrained(folder / "saved again")
     facts = {
         "the card's own code is saved": code_of(folder / "saved") == code,
         "and saved again": code_of(folder / "saved again") == code,
         "the folder generates the same": torch.equal(generate(again), images),
-        "so does the Hub": torch.equal(generate(load("someone/mine")), images),
+        "so does the Hub": torch.equal(generate(load_saved("someone/mine")), images),
+        "without its code it is the stock pipeline": all(
+            type(each) is type(stock) for each in (load(folder / "saved"), load("someone/mine"))
+        ),
         "names with a dot are refused": dot_refused(pipe, folder),
         "trust is asked for": refused(folder / "saved"),
         "the package was not needed": "noiseopt" not in sys.modules,

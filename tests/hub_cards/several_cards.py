@@ -88,7 +88,7 @@ def main(cards: Path, later: Path, folder: Path, hub: Path) -> dict[str, bool]:
         for paper in REQUESTS
         for name in ("pipeline.py", "noiseopt_bundle.py")
     )
-    saved = {paper: load(folder / paper) for paper in REQUESTS}
+    saved = {paper: load(folder / paper, custom_pipeline="pipeline") for paper in REQUESTS}
     facts["saved pipelines are used alternately"] = all(
         torch.equal(generate(saved[paper], paper, "sd"), images[paper]) for paper in REQUESTS
     )

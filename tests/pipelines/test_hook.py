@@ -127,7 +127,10 @@ def test_a_pipeline_class_returns_the_stock_output_with_the_result():
     alone = optimize_noise(tiny_pipeline("sd"), "a b", reno(), generator=generator(), **arguments)
     assert torch.equal(output.noise_result.noise, alone.noise)
     arguments |= {"steps": 3, "output_type": "pt", "return_dict": False}
-    assert torch.equal(pipe("a b", rewards=redness, generator=generator(), **arguments)[0], output.images)
+    bare = pipe("a b", rewards=redness, generator=generator(), **arguments)
+    images, _ = bare
+    assert isinstance(bare, tuple) and torch.equal(images, output.images)
+    assert torch.equal(bare.noise_result.noise, alone.noise)
 
 
 def test_denoising_callbacks_fire_only_in_the_final_run():

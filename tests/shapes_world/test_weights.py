@@ -1,6 +1,11 @@
+import contextlib
 import functools
+import io
+import logging
 import random
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +15,7 @@ from safetensors import safe_open
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
 from noiseopt import shapes_world
-from noiseopt.rewards import AutoReward, CLIPScore, ImageFeatures
+from noiseopt.rewards import AutoReward, CLIPScore, ImageFeatures, VQAScorer
 from noiseopt.shapes_world import VALIDATION_PROMPTS, judge
 from noiseopt.shapes_world.captions import WORDS
 from training.negatives import wrong_request
@@ -25,7 +30,7 @@ def drawn():
     @functools.cache
     def draw(name: str) -> tuple[torch.Tensor, list[str]]:
         model = shapes_world.MODELS[name]
-        pipe = DiffusionPipeline.from_pretrained(shapes_world.path(name), dtype=torch.float32, **model.load)
+        pipe = shapes_world.load(name)
         pipe.set_progress_bar_config(disable=True)
         prompts = list(VALIDATION_PROMPTS[:48])
         generators = [torch.Generator().manual_seed(i) for i in range(48)]
@@ -44,6 +49,57 @@ def turbo():
 def test_path_refuses_other_names():
     with pytest.raises(ValueError, match="'turbo', 'guided', .*, but got 'base'"):
         shapes_world.path("base")
+
+
+@pytest.fixture
+def notes():
+    """notes(load): load something, and return it with all that the libraries note meanwhile, bars included."""
+
+    def listen(load: Callable[[], Any]) -> tuple[Any, list[str]]:
+        stream = io.StringIO()
+        handler = logging.StreamHandler(stream)
+        libraries = [logging.getLogger(name) for name in ("diffusers", "transformers")]
+        for library in libraries:
+            library.addHandler(handler)
+        try:
+            with contextlib.redirect_stderr(stream), contextlib.redirect_stdout(stream):
+                return load(), stream.getvalue().splitlines()
+        finally:
+            for library in libraries:
+                library.removeHandler(handler)
+
+    return listen
+
+
+KINDS = {"clip": CLIPScore, "vqa": VQAScorer, "dinov2": ImageFeatures}
+
+
+@pytest.mark.parametrize("name", shapes_world.MODELS)
+def test_each_model_loads_by_itself_without_a_word(name, notes):
+    loaded, noted = notes(lambda: shapes_world.load(name))
+    assert not noted
+    assert isinstance(loaded, KINDS.get(name, DiffusionPipeline)) and loaded.dtype == torch.float32
+
+
+def test_each_pipeline_loads_without_arguments_and_notes_only_its_small_autoencoder(notes):
+    for name in [name for name, model in shapes_world.MODELS.items() if model.is_pipeline]:
+        pipe, noted = notes(lambda name=name: DiffusionPipeline.from_pretrained(shapes_world.path(name)))
+        assert pipe.dtype == torch.float32
+        words = [line for line in noted if line and "it/s]" not in line and "Loading" not in line]
+        assert len(words) == 1 and words[0].startswith("Expected types for vae:")
+
+
+def test_the_third_text_encoder_of_sd3_says_what_its_absence_says():
+    pipe = shapes_world.load("sd3")
+    arguments = {"prompt": ["a red circle", "two blue stars left of a square"], "device": "cpu"}
+    arguments |= {"prompt_2": None, "prompt_3": None, "negative_prompt": ""}
+    for length in (16, 256):
+        told = pipe.encode_prompt(**arguments, max_sequence_length=length)
+        encoder, pipe.text_encoder_3 = pipe.text_encoder_3, None
+        untold = pipe.encode_prompt(**arguments, max_sequence_length=length)
+        pipe.text_encoder_3 = encoder
+        assert all(torch.equal(*pair) for pair in zip(told, untold, strict=True))
+        assert told[0].shape == (2, 16 + length, 224)
 
 
 def test_weights_are_small_and_in_half_precision():

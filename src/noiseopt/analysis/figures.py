@@ -14,10 +14,11 @@ from ..evaluation.figures import COLORS, GROUND, quiet_axes
 from ..evaluation.noise_statistics import gaussian_limits
 from ..pipelines.results.frequency_bands import BANDS
 from ..plots import MARGIN, MUTED, Page
+from ..plots import WIDTH as PAGE
 from .analysis import Analysis
 
 BAND_COLORS = ("#cf222e", "#bf8700", "#0969da")  # from long to short wavelengths, as in light
-WIDTH, HEIGHT = 4.2, 2.6  # of a panel, in inches
+HEIGHT = 2.6  # of a panel, in inches
 
 
 def draw_analyses(analyses: Sequence[Analysis], folder: Path) -> list[Path]:
@@ -35,23 +36,20 @@ def draw_panels(
     legend: Sequence[Line2D],
     draw: Callable[[Axes, Analysis], None],
 ) -> None:
-    """Draw a panel per group, up to two in a row, below a shared title and legend."""
-    head, foot, gap = 0.35, 0.55, 0.8
-    columns = min(2, len(analyses))
-    rows = -(-len(analyses) // columns)
-    width = max(6.4, columns * (gap + WIDTH) + 2 * MARGIN)
+    """Draw a panel per group, two in a row, below a shared title and legend."""
+    head, foot = 0.35, 0.55
+    width = 6.4 if len(analyses) == 1 else PAGE
     own_scales = " Each panel has its own scale." * (len(analyses) > 1)
-    lines = textwrap.wrap(title + own_scales, int(14 * width))
+    lines = textwrap.wrap(title + own_scales, int(13 * width))
     above = 0.5 + 0.18 * len(lines)
-    page = Page(above + rows * (head + HEIGHT + foot), width)
+    page = Page(above + -(-len(analyses) // 2) * (head + HEIGHT + foot), width)
     for number, words in enumerate(lines):
         page.text(MARGIN, 0.12 + 0.18 * number, words, size=9, color=MUTED)
     draw_legend(page, legend, above - 0.36)
-    for number, analysis in enumerate(analyses):
-        row, column = divmod(number, columns)
-        left, top = column * (gap + WIDTH) + gap, above + row * (head + HEIGHT + foot) + head
-        page.text(left, top - 0.27, panel_title(analysis), size=10, weight="bold")
-        axes = page.axes(left, top, WIDTH if columns > 1 else page.width - gap - 2 * MARGIN, HEIGHT)
+    places = page.panels(len(analyses), above, head + HEIGHT + foot, gap=0.8)
+    for analysis, (left, top, across) in zip(analyses, places, strict=True):
+        page.text(left, top + head - 0.27, panel_title(analysis), size=10, weight="bold")
+        axes = page.axes(left, top + head, across, HEIGHT)
         draw(axes, analysis)
         quiet_axes(axes)
     page.save(path)

@@ -1,12 +1,14 @@
 """The command `noiseopt evaluate` and its defaults."""
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..arguments import make_folder, positive, require_plots
+from ..shown_text import shown_lines
 
 if TYPE_CHECKING:
     from .evaluate import Evaluation
@@ -28,7 +30,9 @@ results, in the folder given by --output:
   *.png                  accuracy (or rewards), reward against seconds, spectrum of the noise, images side by side
   units/                 finished units: noise, images and numbers of each model, method and prompt
 
-After an interruption the same command continues. To split the prompts over processes or GPUs, with the same table:
+After an interruption the same command continues. A command with more methods, models or prompts adds to the folder
+what is missing. One command writes to a folder at a time. To split the prompts over processes or GPUs, with the same
+table:
   accelerate launch -m noiseopt evaluate ...
 N of best-of-N is measured once, before the comparison, and stored in the folder. The table depends on it: to reproduce
 a table elsewhere, pass the printed N as --best-of.
@@ -70,8 +74,8 @@ def add_subject(parser: argparse.ArgumentParser) -> None:
         action="append",
         dest="methods",
         metavar="NAME[:SETTING=VALUE,...]",
-        help="method with settings, such as 'reno:steps=20', or a denoising callback: cads, particle_guidance, "
-        "interval_guidance; repeatable (default: reno)",
+        help="method with settings, such as 'reno:steps=20' or 'reno:noise_sampler=pink', or a denoising callback: "
+        "cads, particle_guidance, interval_guidance; repeatable (default: reno)",
     )
     group.add_argument(
         "--prompts",
@@ -90,8 +94,8 @@ def add_subject(parser: argparse.ArgumentParser) -> None:
         "--call",
         default="",
         metavar="NAME=VALUE,...",
-        help="arguments of the pipeline's call, such as num_inference_steps=1,guidance_scale=0.0; embedded models "
-        "have defaults",
+        help="arguments of the pipeline's call, such as num_inference_steps=1,guidance_scale=0.0, or a noise_sampler "
+        "for all methods; embedded models have defaults",
     )
 
 
@@ -200,6 +204,8 @@ def weighted(text: str) -> list[tuple[str, float]]:
         name, factor = (name, float(weight)) if equals else (text, 1.0)
     except ValueError:
         raise ValueError(f"Expected a reward as NAME or NAME=WEIGHT, but got {text!r}.") from None
+    if not math.isfinite(factor):
+        raise ValueError(f"Expected a finite weight, but got {text!r}.")
     return [(member, factor * of) for member, of in REWARD_PRESETS.get(name, {name: 1.0}).items()]
 
 
@@ -216,17 +222,18 @@ def run(evaluation: "Evaluation", output: Path) -> None:
             print(f"\nInterrupted. Finished units are in {output}; the same command continues.", file=sys.stderr)
         raise
     if results is not None:
-        print((output / "table.md").read_text(encoding="utf-8"))
-        print((output / "cost.md").read_text(encoding="utf-8"))
+        from .terminal import print_results
+
+        print_results(results)
         for path in sorted(path for path in output.iterdir() if path.is_file() and not path.name.startswith(".")):
             print(f"wrote {path}")
 
 
-def print_problems(problems: Sequence[str], shown: int = 10) -> None:
+def print_problems(problems: Sequence[str], most: int = 10) -> None:
     """Print the entries of a prompt file that are left out."""
-    more = [f"... and {len(problems) - shown} more."] * (len(problems) > shown)
-    for sentence in [*problems[:shown], *more]:
-        print(f"Skipped: {sentence}", file=sys.stderr)
+    more = [f"... and {len(problems) - most} more."] * (len(problems) > most)
+    for sentence in [*problems[:most], *more]:
+        print(f"Skipped: {shown_lines(sentence)}", file=sys.stderr)
 
 
 def names(plan: "Plan") -> str:

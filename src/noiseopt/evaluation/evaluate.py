@@ -20,7 +20,6 @@ from ..pipelines.sampling.first_call import stock_call
 from ..quiet import quiet_libraries
 from ..registry import did_you_mean
 from .calibration import calibrate
-from .embedded_diversity import towers_of
 from .folder import CannotEvaluate, ResultFolder
 from .instruments import NEIGHBORS, Instruments, read_images
 from .metrics import coverage
@@ -97,7 +96,7 @@ class Evaluation:
         names = {model.name for model in plan.models} | {*plan.reward_names}
         names |= {plan.features} if plan.features_are_embedded else set()
         if any(model.embedded for model in plan.models):
-            names |= {name for method in plan.methods if method.diversity for name in towers_of(method.diversity)}
+            names |= {name for method in plan.methods for name in method.towers}
         try:
             for name in shapes_world.MODELS:
                 if name in names:
@@ -255,8 +254,7 @@ def one_line(error: BaseException) -> str:
 def load_pipeline(model: ModelChoice, dtype: str | None, device: torch.device) -> Any:
     """Load a pipeline without progress bars; embedded models in float32, others in bfloat16 on CUDA by default."""
     chosen = dtype or ("bfloat16" if device.type == "cuda" and not model.embedded else "float32")
-    load = shapes_world.MODELS[model.name].load if model.embedded else {}
-    pipe = DiffusionPipeline.from_pretrained(model.source, dtype=getattr(torch, chosen), **load).to(device)
+    pipe = DiffusionPipeline.from_pretrained(model.source, dtype=getattr(torch, chosen)).to(device)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

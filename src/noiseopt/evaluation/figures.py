@@ -4,6 +4,7 @@ import math
 import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
@@ -14,10 +15,13 @@ from ..plots import INK, MARGIN, MUTED, RIGHT, WIDTH, WRONG, Page
 from .folder import ResultFolder
 from .noise_statistics import gaussian_limits
 from .plan import PLAIN, Contender, ModelChoice, slug
-from .table import COST, Entry, Metric, Numbers, Results, mean
+from .table import COST, LEAST_FOR_INTERVAL, Entry, Metric, Numbers, Results, mean
 from .unit import image_path
 
-COLORS = ("#0969da", "#bc4c00", "#8250df", "#116329", "#a40e26", "#0a7ea4")  # of methods and their controls
+# of methods; their controls have the light color beside it, and hollow marks of the same shape
+COLORS = ("#0969da", "#bc4c00", "#116329", "#8250df", "#a40e26", "#57606a")
+LIGHT = ("#54aeff", "#fb8f44", "#4ac26b", "#c297ff", "#ff8182", "#afb8c1")
+MARKERS = ("o", "D", "^", "v", "P", "X")
 GROUND = "#d0d7de"
 FACET = 1.9  # inches, the width of a small plot
 ROWS, IMAGES = 8, 3  # of a grid: prompts, and images per prompt and method
@@ -41,10 +45,30 @@ def grid_name(results: Results, model: ModelChoice) -> str:
 
 
 def color(results: Results, contender: Contender) -> str:
-    """Return the color of a contender's method, gray for plain sampling; controls are hollow or dashed."""
+    """Return the color of a contender, black for plain sampling."""
     if contender.method is None:
-        return MUTED
-    return COLORS[results.plan.methods.index(contender.method) % len(COLORS)]
+        return INK
+    shades = LIGHT if contender.control else COLORS
+    return shades[results.plan.methods.index(contender.method) % len(shades)]
+
+
+def mark(results: Results, contender: Contender) -> dict[str, Any]:
+    """Return the style of a contender's points: a shape per method, hollow for its control."""
+    ink = color(results, contender)
+    place = None if contender.method is None else results.plan.methods.index(contender.method)
+    shape = "s" if place is None else MARKERS[place % len(MARKERS)]
+    face = "white" if contender.control else ink
+    return {"marker": shape, "color": ink, "markerfacecolor": face, "markersize": 6.5, "markeredgewidth": 1.6}
+
+
+def lines(results: Results) -> list[tuple[Contender, dict[str, Any]]]:
+    """Return the contenders with the styles of their lines, the widest first, so that equal lines show each other."""
+    contenders = results.plan.contenders
+    widths = [1.4 + 1.3 * (len(contenders) - 1 - place) for place in range(len(contenders))]
+    return [
+        (contender, {"color": color(results, contender), "linewidth": width, "solid_capstyle": "butt"})
+        for contender, width in zip(contenders, widths, strict=True)
+    ]
 
 
 def labels(results: Results, model: str, width: int) -> list[str]:
@@ -66,7 +90,8 @@ def draw_estimates(results: Results, metrics: Sequence[Metric], path: Path) -> N
     height = max(0.36, 0.14 * lines + 0.08) * len(results.plan.contenders)
     block = head + height + foot
     page = Page(0.35 + block * len(results.plan.models), left + (FACET + 0.25) * len(metrics) + MARGIN)
-    page.text(MARGIN, 0.12, "Means with 95% bootstrap intervals over prompts.", size=9, color=MUTED)
+    title = f"Means with 95% bootstrap intervals over prompts, from {LEAST_FOR_INTERVAL} prompts on."
+    page.text(MARGIN, 0.12, title, size=9, color=MUTED)
     for row, model in enumerate(results.plan.models):
         top = 0.35 + row * block
         page.text(MARGIN, top + 0.15, short(model.name), size=11, weight="bold")
@@ -80,7 +105,7 @@ def draw_column(axes: Axes, results: Results, model: ModelChoice, metric: Metric
     scale = 100 if metric.percent else 1
     entries = [results.entry(model.name, contender, metric) for contender in results.plan.contenders]
     for place, (contender, entry) in enumerate(zip(results.plan.contenders, entries, strict=True)):
-        draw_point(axes, entry, place, scale, color(results, contender), contender.control)
+        draw_point(axes, entry, place, scale, mark(results, contender))
     quiet_axes(axes)
     axes.grid(axis="x", color=GROUND, linewidth=0.5)
     axes.set_axisbelow(True)
@@ -93,46 +118,42 @@ def draw_column(axes: Axes, results: Results, model: ModelChoice, metric: Metric
     axes.set_title(f"{name}\nn = {count}", size=9, color=INK, loc="left")
 
 
-def draw_point(axes: Axes, entry: Entry, place: int, scale: float, ink: str, hollow: bool) -> None:
+def draw_point(axes: Axes, entry: Entry, place: int, scale: float, style: dict[str, Any]) -> None:
     estimate = entry.estimate
     if math.isnan(estimate.value):
         return
-    axes.plot([scale * estimate.low, scale * estimate.high], [place, place], color=ink, linewidth=1.6)
-    axes.plot(scale * estimate.value, place, "o", color=ink, markersize=6, markerfacecolor="white" if hollow else ink)
+    axes.plot([scale * estimate.low, scale * estimate.high], [place, place], color=style["color"], linewidth=1.6)
+    axes.plot(scale * estimate.value, place, **style)
 
 
 def draw_panels(
-    results: Results, path: Path, title: str, draw: Callable[[Axes, ModelChoice], None], width: float = 4.2
+    results: Results, path: Path, title: str, draw: Callable[[Axes, ModelChoice], None], legend: Sequence[Line2D]
 ) -> None:
-    """Draw a panel per model, up to two in a row, above a legend of the contenders."""
-    head, height, foot, gap = 0.5, 2.6, 0.6, 0.75
+    """Draw a panel per model above a legend of the contenders."""
+    head, height, foot = 0.5, 2.6, 0.6
     models = results.plan.models
-    columns = min(2, len(models))
-    rows = -(-len(models) // columns)
-    legend = 0.22 * len(results.plan.contenders) + 0.15
-    page = Page(0.3 + rows * (head + height + foot) + legend, max(6.0, MARGIN + columns * (gap + width) + MARGIN))
-    page.text(MARGIN, 0.12, title, size=9, color=MUTED)
-    for number, model in enumerate(models):
-        row, column = divmod(number, columns)
-        top, left = 0.3 + row * (head + height + foot) + head, MARGIN + column * (gap + width) + gap - 0.1
-        page.text(left, top - 0.27, short(model.name), size=11, weight="bold")
-        axes = page.axes(left, top, width, height)
+    width = 6.4 if len(models) == 1 else WIDTH
+    words = textwrap.wrap(title, int(13 * width))
+    top, below = 0.2 + 0.18 * len(words), 0.22 * len(results.plan.contenders) + 0.15
+    page = Page(top + -(-len(models) // 2) * (head + height + foot) + below, width)
+    for number, line in enumerate(words):
+        page.text(MARGIN, 0.12 + 0.18 * number, line, size=9, color=MUTED)
+    places = page.panels(len(models), top, head + height + foot, gap=0.75)
+    for model, (left, upper, across) in zip(models, places, strict=True):
+        page.text(left, upper + head - 0.27, short(model.name), size=11, weight="bold")
+        axes = page.axes(left, upper + head, across, height)
         draw(axes, model)
         quiet_axes(axes)
-    draw_legend(page, results, page.height - legend)
+    axes = page.axes(0, page.height - below, page.width, below)
+    axes.set_axis_off()
+    axes.legend(handles=legend, loc="upper left", fontsize=8, frameon=False, borderaxespad=0.6, handlelength=2.6)
     page.save(path)
 
 
-def draw_legend(page: Page, results: Results, top: float) -> None:
-    axes = page.axes(0, top, page.width, page.height - top)
-    axes.set_axis_off()
+def names(results: Results) -> list[str]:
+    """Return the contenders' titles for a legend of all models."""
     single = results.plan.models[0].name if len(results.plan.models) == 1 else ""
-    handles = [
-        Line2D([], [], color=color(results, contender), linestyle="--" if contender.control else "-", marker="o",
-               markerfacecolor="white" if contender.control else None, label=results.title(single, contender))
-        for contender in results.plan.contenders
-    ]  # fmt: skip
-    axes.legend(handles=handles, loc="upper left", fontsize=8, frameon=False, bbox_to_anchor=(0.05, 1))
+    return [results.title(single, contender) for contender in results.plan.contenders]
 
 
 def draw_reward_vs_seconds(results: Results, path: Path) -> None:
@@ -142,10 +163,9 @@ def draw_reward_vs_seconds(results: Results, path: Path) -> None:
     def draw(axes: Axes, model: ModelChoice) -> None:
         for contender in results.plan.contenders:
             seconds = mean([COST["seconds per image"](unit) for unit in results.units[model.name, contender.key]])
-            estimate, ink = results.entry(model.name, contender, metric).estimate, color(results, contender)
-            axes.plot([seconds, seconds], [estimate.low, estimate.high], color=ink, linewidth=1.6)
-            face = "white" if contender.control else ink
-            axes.plot(seconds, estimate.value, "o", color=ink, markersize=7, markerfacecolor=face)
+            estimate, style = results.entry(model.name, contender, metric).estimate, mark(results, contender)
+            axes.plot([seconds, seconds], [estimate.low, estimate.high], color=style["color"], linewidth=1.6)
+            axes.plot(seconds, estimate.value, **style)
         axes.set_xscale("log")
         low, high = axes.get_xlim()
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high > 10 * low else (1, 1.5, 2, 3, 5, 7)))
@@ -155,7 +175,9 @@ def draw_reward_vs_seconds(results: Results, path: Path) -> None:
         axes.set_ylabel(short(metric.name), size=8, color=MUTED)
         axes.margins(x=0.15)
 
-    draw_panels(results, path, f"Optimized reward {short(metric.name)} against time per image.", draw)
+    pairs = zip(results.plan.contenders, names(results), strict=True)
+    legend = [Line2D([], [], linestyle="", label=name, **mark(results, contender)) for contender, name in pairs]
+    draw_panels(results, path, f"Optimized reward {short(metric.name)} against time per image.", draw, legend)
 
 
 def draw_spectrum(results: Results, path: Path) -> None:
@@ -165,16 +187,20 @@ def draw_spectrum(results: Results, path: Path) -> None:
         error = [2 * each for each in spectrum_error(results.units[model.name, PLAIN.key])]
         low, high = ([1 + sign * each for each in error] for sign in (-1, 1))
         axes.fill_between(range(len(error)), low, high, color=GROUND, alpha=0.5, linewidth=0)
-        for contender in results.plan.contenders:
-            power = mean_spectrum(results.units[model.name, contender.key])
-            style = "--" if contender.control else "-"
-            axes.plot(power, style, color=color(results, contender), linewidth=1.4)
+        for contender, style in lines(results):
+            axes.plot(mean_spectrum(results.units[model.name, contender.key]), **style)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("frequency, cycles across the noise", size=8, color=MUTED)
         axes.set_ylabel("power", size=8, color=MUTED)
 
-    title = "Power of the noise by frequency. Gaussian noise is in the gray band 95% of the time."
-    draw_panels(results, path, title, draw)
+    title = (
+        "Power of the noise by frequency. Gaussian noise is in the gray band 95% of the time. Narrow lines lie over "
+        "wide ones."
+    )
+    legend = [
+        Line2D([], [], label=name, **style) for name, (_, style) in zip(names(results), lines(results), strict=True)
+    ]
+    draw_panels(results, path, title, draw, legend)
 
 
 def mean_spectrum(units: Sequence[Numbers]) -> list[float]:
@@ -209,7 +235,7 @@ def draw_grid(results: Results, folder: ResultFolder, model: ModelChoice, path: 
     titles = labels(results, model.name, max(10, int(group * 12)))
     head = 0.55 + 0.16 * max(title.count("\n") + 1 for title in titles)
     page = Page(head + len(prompts) * (side + 0.1) + 0.05, max(5.0, MARGIN + text + len(contenders) * group))
-    legend = "Green: right according to the judge. " * results.judged(model.name)
+    legend = "✓ right, ✗ wrong according to the judge. " * results.judged(model.name)
     page.text(MARGIN, 0.12, f"{short(model.name)}. {legend}Same position: same initial noise.", size=9, color=MUTED)
     for column, title in enumerate(titles):
         page.text(MARGIN + text + column * group, head - 0.08, title, size=9, va="bottom")
@@ -228,13 +254,18 @@ def draw_grid(results: Results, folder: ResultFolder, model: ModelChoice, path: 
 
 
 def draw_image(page: Page, left: float, top: float, side: float, file: Path, right: bool | None) -> None:
-    """Draw an image in a frame colored by the judge's verdict, if there is one."""
+    """Draw an image, and if there is a verdict of the judge, a mark in its corner and a frame in the color of it."""
     axes = page.axes(left, top, side, side)
     with Image.open(file) as picture:
         axes.imshow(picture.convert("RGB"), interpolation="lanczos")
     axes.set(xticks=[], yticks=[])
+    ink = GROUND if right is None else RIGHT if right else WRONG
     for spine in axes.spines.values():
-        spine.set(color=GROUND if right is None else RIGHT if right else WRONG, linewidth=0.5 if right is None else 2)
+        spine.set(color=ink, linewidth=0.5 if right is None else 2, linestyle="--" if right is False else "-")
+    if right is not None:
+        box = {"facecolor": ink, "edgecolor": "none", "boxstyle": "square,pad=0.15"}
+        corner = {"transform": axes.transAxes, "ha": "left", "va": "bottom", "size": 6.5, "color": "white"}
+        axes.text(0.035, 0.045, "✓" if right else "✗", bbox=box, weight="bold", **corner)
 
 
 def short(name: str) -> str:

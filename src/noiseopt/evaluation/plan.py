@@ -31,7 +31,7 @@ from ..rewards.features.features import FEATURES, import_optional
 from ..rewards.sets.set_reward_sum import check_set_reward_entry, set_reward_entries
 from ..schedulers.noise_samplers import as_noise_sampler
 from ..shapes_world.embedded import WEIGHTS
-from .embedded_diversity import embedded_diversity, features_of
+from .embedded_diversity import TOWERS, embedded_diversity, features_of, tower, towers_of
 from .prompt_sets import PromptSet
 
 HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
@@ -143,6 +143,18 @@ class MethodChoice:
         return self.settings.get("diversity", getattr(METHODS[self.name], "diversity", None))
 
     @property
+    def features(self) -> str | None:
+        """The features by which the method compares images, if there is an embedded tower for them."""
+        found = self.settings.get("features", getattr(METHODS[self.name], "features", None))
+        return found if isinstance(found, str) and found in TOWERS else None
+
+    @property
+    def towers(self) -> set[str]:
+        """The embedded models that replace the method's features on embedded models."""
+        found = set() if self.diversity is None else towers_of(self.diversity)
+        return found | ({TOWERS[self.features][0]} if self.features else set())
+
+    @property
     def has_control(self) -> bool:
         """Return whether the method is compared with best-of-N at equal time; all but best-of-N itself are."""
         return not issubclass(METHODS[self.name], BestOfN)
@@ -152,11 +164,13 @@ class MethodChoice:
 
         Args:
             rewards: Anything that `RewardSum` takes.
-            embedded_on: For embedded models, their device: `diversity` then uses the embedded towers.
+            embedded_on: For embedded models, their device: `diversity` and `features` then use the embedded towers.
         """
         settings = {**self.own_settings, **({"rewards": rewards} if self.takes_rewards else {})}
         if embedded_on is not None and self.diversity is not None:
             settings["diversity"] = embedded_diversity(self.diversity, embedded_on)
+        if embedded_on is not None and self.features is not None:
+            settings["features"] = tower(self.features, embedded_on)
         return METHODS[self.name](**settings)
 
     def callback(self, seeds: Sequence[int]) -> DenoisingCallback | None:
@@ -209,6 +223,10 @@ class CallbackChoice(MethodChoice):
 
     @property
     def diversity(self) -> Any:
+        return None
+
+    @property
+    def features(self) -> str | None:
         return None
 
     @property

@@ -2,8 +2,10 @@
 
 import csv
 import dataclasses
+import html
 import io
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +17,7 @@ from .plan import PLAIN, Contender, Plan, control_of
 
 Numbers = Mapping[str, Any]  # the JSON of a unit
 SETS = {"mss": "MSS", "vendi": "Vendi", "coverage": "Coverage", "layout spread": "layout spread"}
+LEAST_FOR_INTERVAL, LEAST_FOR_EVIDENCE = 5, 10  # prompts
 FROM_FEATURES = ("mss", "vendi", "coverage")
 NOISE = {
     "norm": "norm / √d",
@@ -53,12 +56,15 @@ class Metric:
 
     @property
     def title(self) -> str:
-        return self.name + "\\*" * self.optimized + ", %" * self.percent
+        return self.name + "*" * self.optimized + ", %" * self.percent
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """An estimate of a metric, for a contender or the difference of two, with its number of prompts."""
+    """An estimate of a metric, for a contender or the difference of two, with its number of prompts.
+
+    Fewer than `LEAST_FOR_INTERVAL` prompts have no interval: resamples of so few do not tell their spread.
+    """
 
     model: str
     method: str
@@ -66,18 +72,30 @@ class Entry:
     estimate: Estimate
     prompts: int
 
+    def __post_init__(self) -> None:
+        if self.prompts < LEAST_FOR_INTERVAL:
+            object.__setattr__(self, "estimate", Estimate(self.estimate.value, math.nan, math.nan))
+
     def text(self, sign: str = "") -> str:
-        """Format the estimate with its interval, in percent for a share."""
+        """Format the estimate with its interval."""
+        value, interval = self.parts(sign)
+        return value + f" [{interval}]" * bool(interval)
+
+    def parts(self, sign: str = "") -> tuple[str, str]:
+        """Format the estimate and its interval, in percent for a share. A dash stands for too few prompts."""
         value, low, high = dataclasses.astuple(self.estimate)
         if math.isnan(value):
-            return "–"
+            return "–", ""
         scale, form = (100, f"{sign}.1f") if self.metric.percent else (1, f"{sign}.4g")
-        interval = "" if math.isnan(low) else f" [{scale * low:{form}}, {scale * high:{form}}]"
-        return f"{scale * value:{form}}{interval}".replace("-", "−")
+        interval = f"{scale * low:{form}}, {scale * high:{form}}"
+        if math.isnan(low):
+            interval = "–" if self.prompts < LEAST_FOR_INTERVAL else ""
+        return f"{scale * value:{form}}".replace("-", "−"), interval.replace("-", "−")
 
     @property
-    def excludes_zero(self) -> bool:
-        return self.estimate.low > 0 or self.estimate.high < 0
+    def is_evident(self) -> bool:
+        """Return whether the interval of a difference excludes 0, for enough prompts to trust it."""
+        return self.prompts >= LEAST_FOR_EVIDENCE and (self.estimate.low > 0 or self.estimate.high < 0)
 
 
 def mean(values: Sequence[Any] | None) -> float:
@@ -159,6 +177,10 @@ class Results:
         n = self.best_of.get((model, contender.method.label)) if contender.control and contender.method else None
         return contender.key if n is None else contender.key.replace("best-of-N", f"best-of-{n}")
 
+    def difference_title(self, model: str, ours: Contender, theirs: Contender) -> str:
+        """Return the name of a comparison, with the N of best-of-N."""
+        return f"{ours.key} − {self.title(model, theirs).partition(' for ')[0]}"
+
     def values(self, model: str, key: str, metric: Metric) -> torch.Tensor:
         """Return the metric by prompt, `(P,)` float64, NaN where it does not apply."""
         return torch.tensor([metric.value(unit) for unit in self.units[model, key]], dtype=torch.float64)
@@ -235,8 +257,9 @@ class Results:
                 gaps = [
                     self.difference(model.name, ours, theirs, metric) for metric in self.metrics if metric.is_quality
                 ]
-                up = [gap.metric.name for gap in gaps if gap.metric.optimized and gap.estimate.low > 0]
-                down = [gap.metric.name for gap in gaps if not gap.metric.optimized and gap.estimate.high < 0]
+                evident = [gap for gap in gaps if gap.is_evident]
+                up = [gap.metric.name for gap in evident if gap.metric.optimized and gap.estimate.value > 0]
+                down = [gap.metric.name for gap in evident if not gap.metric.optimized and gap.estimate.value < 0]
                 if theirs == PLAIN and up and down:
                     found.append(
                         f"{ours.key} on {model.name} raises {' and '.join(up)}, which it optimizes, and lowers "
@@ -245,6 +268,7 @@ class Results:
         return found
 
 
+COST_NAMES = ("model", "method")
 COST = {
     "seconds per image": lambda unit: unit["cost"]["seconds"] / len(unit["seeds"]),
     "model calls per image": lambda unit: unit["cost"]["model_calls"] / len(unit["seeds"]),
@@ -268,7 +292,7 @@ def costs(results: Results) -> list[dict[str, Any]]:
             rows.append(
                 {"model": model.name, "method": results.title(model.name, contender)}
                 | {name: mean(values) for name, values in numbers.items()}
-                | {"peak memory, MiB": peak}
+                | {"peak memory, MiB": peak, "n": len(units)}
             )
         for row, contender in zip(rows[-len(results.plan.contenders) :], results.plan.contenders, strict=True):
             of = contender.method.label if contender.control and contender.method else None
@@ -292,45 +316,59 @@ GROUPS = {
 
 def markdown(results: Results) -> str:
     """Format all estimates with a row per model and contender, and the differences."""
-    parts = [heading(results.plan)]
+    parts = ["# Evaluation", f"{escaped(heading(results.plan))} Brackets are 95% bootstrap intervals over prompts."]
     entries = results.entries()
     for group, title in GROUPS.items():
-        columns = list(dict.fromkeys(entry.metric.title for entry in entries if entry.metric.group == group))
+        ours = [entry for entry in entries if entry.metric.group == group]
+        columns = list(dict.fromkeys(entry.metric.title for entry in ours))
         if columns:
-            cells = {(entry.model, entry.method, entry.metric.title): entry.text() for entry in entries}
-            rows = [["model", "method", *columns]]
+            cells = {(entry.model, entry.method, entry.metric.title): entry.text() for entry in ours}
+            rows = [["model", "method", *(head(column, ours) for column in columns)]]
             for model in results.plan.models:
                 for contender in results.plan.contenders:
                     row = [cells.get((model.name, contender.key, column), "–") for column in columns]
-                    rows.append([model.name, results.title(model.name, contender), *row])
+                    rows.append([escaped(model.name), escaped(results.title(model.name, contender)), *row])
             parts.append(f"## {title}\n\n{grid(rows)}")
     parts.append(f"## Differences on the same prompts\n\n{difference_table(results)}")
-    return "\n\n".join([*parts, *notes(results)]) + "\n"
+    return "\n\n".join([*parts, *(escaped(note) for note in notes(results)), *warned(results)]) + "\n"
+
+
+def head(title: str, entries: Sequence[Entry]) -> str:
+    """Return the head of a column with its number of prompts, a range if it is not the same in all rows."""
+    counts = sorted({entry.prompts for entry in entries if entry.metric.title == title})
+    count = str(counts[0]) if len(counts) == 1 else f"{counts[0]}–{counts[-1]}"
+    return f"{escaped(title)} (n = {count})"
+
+
+def escaped(text: str) -> str:
+    """Return a text for Markdown in which nothing is markup: no HTML, link, picture, code or cell."""
+    return re.sub(r"[\\`*|\[\]~$]", r"\\\g<0>", html.escape(text, quote=False))
+
+
+def warned(results: Results) -> list[str]:
+    return [f"**Warning:** {escaped(warning)}" for warning in results.warnings()]
 
 
 def heading(plan: Plan) -> str:
     prompts, images = plural(len(plan.prompts.prompts), "prompt"), plural(plan.seeds, "image")
-    return (
-        f"# Evaluation\n\n{plan.prompts.name}: {prompts}, {images} each. "
-        "Brackets are 95% bootstrap intervals over prompts."
-    )
+    skipped = f" {plural(len(plan.prompts.problems), 'entry', 'entries')} without a prompt left out."
+    return f"{plan.prompts.name}: {prompts}, {images} each." + skipped * bool(plan.prompts.problems)
 
 
-def plural(count: int, noun: str) -> str:
-    return f"{count} {noun}" + "s" * (count != 1)
+def plural(count: int, noun: str, several: str = "") -> str:
+    return f"{count} {noun if count == 1 else several or noun + 's'}"
 
 
 def difference_table(results: Results) -> str:
     entries = results.differences()
     columns = list(dict.fromkeys(entry.metric.title for entry in entries))
     cells = {(entry.model, entry.method, entry.metric.title): entry for entry in entries}
-    rows = [["model", "difference", *columns]]
+    rows = [["model", "difference", *(head(column, entries) for column in columns)]]
     for model in results.plan.models:
         for ours, theirs in results.pairs():
             found = [cells[model.name, f"{ours.key} − {theirs.key}", column] for column in columns]
-            texts = [f"**{entry.text('+')}**" if entry.excludes_zero else entry.text("+") for entry in found]
-            control = results.title(model.name, theirs).partition(" for ")[0]
-            rows.append([model.name, f"{ours.key} − {control}", *texts])
+            texts = [f"**{entry.text('+')}**" if entry.is_evident else entry.text("+") for entry in found]
+            rows.append([escaped(model.name), escaped(results.difference_title(model.name, ours, theirs)), *texts])
     return grid(rows)
 
 
@@ -338,25 +376,28 @@ def notes(results: Results) -> list[str]:
     """Return the explanations below the tables."""
     plan, found = results.plan, []
     names = ", ".join(name for name, _ in plan.rewards)
-    found.append(
-        f"\\* {names}: optimized by the methods that take rewards, so higher values are no evidence of quality."
-    )
+    found.append(f"* {names}: optimized by the methods that take rewards, so higher values are no evidence of quality.")
     if plan.features is not None:
         kind = ", which are optimized too" if plan.features_are_optimized else ""
         found.append(f"MSS, Vendi and Coverage use {plan.features} features{kind}.")
-    found.append("Bold: the interval of the difference excludes 0.")
+    found.append(
+        f"Bold: the interval of the difference excludes 0, with {LEAST_FOR_EVIDENCE} prompts or more. Fewer than "
+        f"{LEAST_FOR_INTERVAL} prompts have no interval."
+    )
     found.append("Gaussian noise has norm / √d 1, variance 1 and all else 0; z is in standard errors of one set.")
-    return found + [f"**Warning:** {warning}" for warning in results.warnings()]
+    return found
 
 
 def cost_markdown(results: Results) -> str:
     rows = costs(results)
-    texts = [[value if isinstance(value, str) else plain_number(value) for value in row.values()] for row in rows]
+    texts = [[escaped(cell) for cell in cost_texts(row)] for row in rows]
     return f"## Cost\n\n{grid([list(rows[0]), *texts])}\n"
 
 
-def plain_number(value: float) -> str:
-    return "–" if math.isnan(value) else f"{value:.4g}"
+def cost_texts(row: Mapping[str, Any]) -> list[str]:
+    """Format a row of costs."""
+    numbers = {name: "–" if value != value else f"{value:.4g}" for name, value in row.items() if name not in COST_NAMES}
+    return [row[name] if name in COST_NAMES else numbers[name] for name in row]
 
 
 def table_csv(entries: Sequence[Entry]) -> str:

@@ -22,6 +22,8 @@ from .before_after import PICTURE, BeforeAfter
 from .markdown import code, described, sections, table, template
 
 REQUIREMENTS = ("torch>=2.6", "diffusers>=0.41", "transformers>=5.18", "accelerate>=1.1")
+CLEAR_DIFFERENCE = 6  # verdicts that change to one side and none to the other: p < .05 by a two-sided sign test
+VISIBLE_SPREAD = 0.1  # relative change; 12 pixels of 64 to 13
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +36,7 @@ class Card:
         base_model: Hub id of the weights that the example loads.
         model: The common name of that model.
         shown_on: The embedded model of its picture.
+        weights: Arguments of the example that the paper chose for this model, `$weights` in the template.
     """
 
     name: str
@@ -41,6 +44,7 @@ class Card:
     base_model: str
     model: str
     shown_on: str
+    weights: str = ""
 
     @property
     def room(self) -> str:
@@ -67,6 +71,12 @@ FLUX_DEV = ("black-forest-labs/FLUX.1-dev", "FLUX.1", "sd3")
 FLUX_SCHNELL = ("black-forest-labs/FLUX.1-schnell", "FLUX.1-schnell", "sd3")
 SD_TURBO = ("stabilityai/sd-turbo", "SD-Turbo", "turbo")
 SDXL_TURBO = ("stabilityai/sdxl-turbo", "SDXL-Turbo", "sdxl-turbo")
+SET_OF_TURBO = """diversity={"dpp": 150.0},
+    rewards={"hpsv2.1": 3.0},
+    guard={"sharpness": {"keep": 0.8}},
+    noise_sampler="pink","""
+SET_OF_FLUX = """diversity={"dpp": 1.5},
+    guard={"hpsv2.1": {"threshold": 0.31}},"""
 CARDS = (
     Card("reno-turbo", pipelines.ReNOTurboPipeline, *SDXL_TURBO),
     Card("reno-stable-diffusion", pipelines.ReNOStableDiffusionPipeline, *SD_TURBO),
@@ -78,9 +88,9 @@ CARDS = (
     Card("noise-diffusion-stable-diffusion-xl", pipelines.NoiseDiffusionStableDiffusionXLPipeline, *SDXL),
     Card("noise-diffusion-stable-diffusion-3", pipelines.NoiseDiffusionStableDiffusion3Pipeline, *SD35),
     Card("noise-diffusion-flux", pipelines.NoiseDiffusionFluxPipeline, *FLUX_DEV),
-    Card("never-too-late-turbo", pipelines.NeverTooLateTurboPipeline, *SDXL_TURBO),
-    Card("never-too-late-stable-diffusion", pipelines.NeverTooLateStableDiffusionPipeline, *SD_TURBO),
-    Card("never-too-late-flux", pipelines.NeverTooLateFluxPipeline, *FLUX_SCHNELL),
+    Card("never-too-late-turbo", pipelines.NeverTooLateTurboPipeline, *SDXL_TURBO, SET_OF_TURBO),
+    Card("never-too-late-stable-diffusion", pipelines.NeverTooLateStableDiffusionPipeline, *SD_TURBO, SET_OF_TURBO),
+    Card("never-too-late-flux", pipelines.NeverTooLateFluxPipeline, *FLUX_SCHNELL, SET_OF_FLUX),
 )
 
 
@@ -94,7 +104,7 @@ def readme(card: Card, namespace: str, version: str, bundle: str, shown: BeforeA
         bundle: The name of the bundle's file.
         shown: The facts of its picture, if there is one.
     """
-    names = {"model": card.model, "stock": card.stock.__name__}
+    names = {"model": card.model, "stock": card.stock.__name__, "weights": card.weights}
     texts = {title: text.safe_substitute(names) for title, text in sections(card.room).items()}
     arguments = list(call_arguments(card))
     takes_rewards = any(name == code("rewards") for name, *_ in arguments)
@@ -161,7 +171,7 @@ def origin(card: Card, shown: BeforeAfter) -> str:
     return (
         f"{card.model} is too large for pictures that anyone can reproduce. These are by the embedded model "
         f"[`{model.hub_id}`](https://huggingface.co/{model.hub_id}), a {model.title}. "
-        f"{no_flux if card.stock is FluxPipeline else ''}The pictures show what the method does, not how much it does "
+        f"{no_flux if card.stock is FluxPipeline else ''}Pictures of other models do not show how much the method does "
         f"for {card.model}. In a checkout of the repository the command below generates them."
     )
 
@@ -171,15 +181,29 @@ def finding(card: Card, shown: BeforeAfter) -> str:
     baseline = f"{shown.images} baseline images of a prompt" if several else "the baseline image"
     through = " and ".join(code(f"shapes-{name}") for name in shown.instruments)
     through = f", which sees images through {through}" if through else ""
-    effect = "The numbers are the reward."
-    if shown.spread is not None:
-        before, after = (f"{pixels:.1f}" for pixels in shown.spread)
-        effect = f"The same objects are {before} pixels from their mean position before, {after} after."
+    effect = "The numbers are the reward, which is optimized." if shown.spread is None else spread_of(shown.spread)
     return (
         f"Left of an arrow: {baseline}. Right of it: the same seed{'s' * several} after {shown.steps} steps of "
         f"{card.method.__name__}{through}. ✓ and ✗ are the verdicts "
         "of a judge that reads the pixels; it is no model, and nothing optimizes it. "
-        f"{shown.right[0]} of {shown.count} images are right before, {shown.right[1]} of {shown.count} after. {effect} "
+        f"{shown.right[0]} of {shown.count} images are right before, {shown.right[1]} of {shown.count} after"
+        f"{doubt(shown.right)}. {effect} "
         f"The prompts are the first of the validation split, and the seeds count from {shown.seed}: nothing was chosen "
         "by its outcome."
     )
+
+
+def doubt(right: list[int]) -> str:
+    """Return what a difference of right images, before and after, says if it is too small for a sign test."""
+    difference = abs(right[1] - right[0])
+    return ", a difference that may be chance in so few" if 0 < difference < CLEAR_DIFFERENCE else ""
+
+
+def spread_of(spread: list[float]) -> str:
+    """Return a sentence about the spread of the images of a prompt, in pixels, before and after."""
+    before, after = spread
+    text = f"The same objects are {before:.1f} pixels from their mean position before, {after:.1f} after: "
+    change = (after - before) / max(before, 0.1)
+    if abs(change) < VISIBLE_SPREAD:
+        return text + "on this model, with these settings, the images do not visibly differ more from one another."
+    return text + f"{abs(change):.0%} {'farther apart' if change > 0 else 'closer together'}."

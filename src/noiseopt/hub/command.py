@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from ..arguments import require_plots
+from ..arguments import examples, require_plots
 
 if TYPE_CHECKING:
     from .build import AnyCard
@@ -34,10 +34,18 @@ def add_hub(commands) -> None:
     )
     actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
     build = actions.add_parser(
-        "build", help="write the texts and code of all cards, and the stub files of the pipeline classes"
+        "build",
+        help="write the texts and code of all cards, and the stub files of the pipeline classes",
+        epilog=examples("noiseopt hub build"),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     build.set_defaults(run=lambda arguments: run_build())
-    check = actions.add_parser("check", help="exit with 1 and name the files that are out of date")
+    check = actions.add_parser(
+        "check",
+        help="exit with 1 and name the files that are out of date",
+        epilog=examples("noiseopt hub check"),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     check.set_defaults(run=lambda arguments: run_check())
     add_pictures(actions)
     add_push(actions)
@@ -49,6 +57,8 @@ def add_pictures(actions) -> None:
         help="generate the picture of a pipeline with an embedded model, and its README.md anew",
         description="Generate the pictures of pipelines: the prompts and seeds of `noiseopt demo`, before and after. "
         "Each takes up to a few minutes on two cores.",
+        epilog=examples("noiseopt hub pictures reno-turbo"),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "cards", nargs="*", metavar="CARD", help="names of folders in hub_cards/ (default: all pipelines)"
@@ -62,6 +72,11 @@ def add_push(actions) -> None:
         help="upload cards to your account on the Hub",
         description="Upload cards, generated anew for that account, with pictures and weights; download them again "
         "and compare. Unchanged files make no commit. Needs a login: `hf auth login`.",
+        epilog=examples(
+            "noiseopt hub push reno-turbo --namespace me --dry-run",
+            "noiseopt hub push --all --namespace me --tag v0.1.0",
+        ),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("cards", nargs="*", metavar="CARD", help="names of folders in hub_cards/")
     parser.add_argument("--all", action="store_true", help="all cards")
@@ -84,7 +99,7 @@ def run_build() -> None:
 def run_check() -> None:
     """Run `noiseopt hub check`."""
     require_checkout()
-    from .build import drifted, drifted_stub_files
+    from .build import all_cards, drifted, drifted_stub_files
 
     with refusals():
         wrong = [f"hub_cards/{name} is out of date: {cure(name)}" for name in drifted()]
@@ -92,6 +107,7 @@ def run_check() -> None:
     if wrong:
         print("\n".join(wrong), file=sys.stderr)
         raise SystemExit(1)
+    print(f"all {len(all_cards())} cards are up to date")
 
 
 def cure(name: str) -> str:

@@ -111,8 +111,7 @@ def readme(card: ModelCard, namespace: str) -> str:
     """Return the README of a model."""
     kind = READERS.get(card.model, PIPELINE)
     model = MODELS[card.model]
-    load = "".join(f", {argument}" for argument in arguments(model.load))
-    names = {"hub_id": f"{namespace}/{card.name}", "model": model.name, "load": load}
+    names = {"hub_id": f"{namespace}/{card.name}", "model": model.name}
     names["call"] = ", ".join(arguments(model.call))
     training, metrics = (json.loads((card.folder / name).read_text(encoding="utf-8")) for name in RECORDS)
     return template("model").substitute(

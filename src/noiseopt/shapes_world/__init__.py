@@ -1,8 +1,7 @@
 """The shapes world: a small embedded text-to-image world with a renderer, an exact judge and trained models.
 
->>> from diffusers import DiffusionPipeline
 >>> from noiseopt import shapes_world
->>> pipe = DiffusionPipeline.from_pretrained(shapes_world.path("turbo"))
+>>> pipe = shapes_world.load("turbo")
 >>> prompt = "a red circle left of a blue star"
 >>> images = pipe(prompt, num_inference_steps=1, guidance_scale=0.0, output_type="pt").images
 >>> shapes_world.judge(images, prompt)[0].correct
@@ -22,7 +21,7 @@ from .captions import (
     parse,
     sample_scene,
 )
-from .embedded import MODELS, EmbeddedModel, path
+from .embedded import MODELS, EmbeddedModel, load, path
 from .judge import Thing, Verdict, judge, see
 from .world import COLORS, KINDS, RELATIONS, SIZE, Scene, Shape, render
 
@@ -46,6 +45,7 @@ __all__ = [
     "caption",
     "category",
     "judge",
+    "load",
     "parse",
     "path",
     "render",

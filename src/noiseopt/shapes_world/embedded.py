@@ -19,14 +19,12 @@ class EmbeddedModel:
         name: Its folder under `weights`.
         title: A one-line description.
         call: Recommended arguments of its pipeline's call; empty if it is not a pipeline.
-        load: Arguments that its `from_pretrained` requires, for components without weights.
         in_wheel: Whether the wheel includes the weights; others are in a checkout or on the Hub.
     """
 
     name: str
     title: str
     call: Mapping[str, Any] = field(default_factory=dict)
-    load: Mapping[str, Any] = field(default_factory=dict)
     in_wheel: bool = False
 
     @property
@@ -52,15 +50,38 @@ MODELS = {
         EmbeddedModel(name="sdxl-turbo", title="one-step student of the SDXL kind", call=_ONE_STEP),
         EmbeddedModel(
             name="sd3",
-            title="guided flow-matching model of the SD3 kind, without its third text encoder",
+            title="guided flow-matching model of the SD3 kind, whose third text encoder says nothing",
             call=_GUIDED | {"max_sequence_length": 16},
-            load={"text_encoder_3": None, "tokenizer_3": None},
         ),
         EmbeddedModel(name="clip", title="dual encoder, the reward", in_wheel=True),
         EmbeddedModel(name="dinov2", title="image encoder that no method optimizes, for held-out features"),
         EmbeddedModel(name="vqa", title="vision-language model that answers yes or no"),
     )
 }
+
+
+def load(name: str, **kwargs: Any) -> Any:
+    """Load a trained model: a pipeline, a reward ("clip", "vqa") or features ("dinov2"), in float32 on the CPU.
+
+    Unlike `DiffusionPipeline.from_pretrained(path(name))`, it prints nothing: diffusers notes that the autoencoder is a
+    tiny one.
+
+    Args:
+        name: A key of `MODELS`.
+        kwargs: Arguments of `from_pretrained`, such as `dtype=torch.bfloat16`.
+
+    Raises:
+        ValueError, FileNotFoundError: As `path` does.
+    """
+    from diffusers import DiffusionPipeline
+
+    from ..quiet import quiet_libraries
+    from ..rewards import AutoReward, ImageFeatures
+
+    folder = path(name)
+    loader = DiffusionPipeline if MODELS[name].is_pipeline else ImageFeatures if name == "dinov2" else AutoReward
+    with quiet_libraries():
+        return loader.from_pretrained(folder, **kwargs)
 
 
 def path(name: str) -> str:

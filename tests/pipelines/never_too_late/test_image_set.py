@@ -31,6 +31,7 @@ from noiseopt.pipelines import QualityGuard
 from noiseopt.pipelines.loading import loaded_models
 from noiseopt.pipelines.never_too_late import image_set_folder
 from noiseopt.pipelines.never_too_late.image_set import pixels_of, sequential_method
+from noiseopt.pipelines.result_folder import only_writer
 from noiseopt.pipelines.results import result_file
 from noiseopt.rewards import DPP, AutoReward, CLIPFeatures, DINOv2Features, Features, SetRewardSum
 
@@ -315,6 +316,15 @@ def test_a_crash_while_files_are_written_leaves_a_valid_set(moment, tmp_path, mo
     if moment:
         assert len(ImageSet.load(tmp_path)) == (moment - 1) // 3
     assert same(grown(3, folder=tmp_path), uninterrupted(3))
+
+
+def test_a_folder_that_another_process_is_writing_to_is_refused(tmp_path):
+    whole = uninterrupted(3)
+    with only_writer(tmp_path / "set"):
+        for write in (lambda: grown(3, folder=tmp_path / "set"), lambda: whole.save(tmp_path / "set")):
+            with pytest.raises(ValueError, match="another process is writing to .*set"):
+                write()
+    assert same(grown(3, folder=tmp_path / "set"), whole)
 
 
 def test_save_and_load(tmp_path):

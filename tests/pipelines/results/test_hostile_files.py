@@ -113,6 +113,13 @@ def other(tensor):
     return tensor[:1]
 
 
+def nested(found: dict, levels: int) -> dict:
+    value: list = []
+    for _ in range(levels - 1):
+        value = [value]
+    return {**found, "reports": {"deep": value}}
+
+
 NO_PART = "not a complete safetensors file"
 FOREIGN = {
     "a folder": (lambda path, _: path.mkdir(), "is a folder"),
@@ -139,6 +146,7 @@ FOREIGN = {
     "tensors of another": (lambda path, _: save_file({"noise": torch.zeros(1)}, path), f"no {RESULT_FORMAT} header"),
     "no JSON": (header(lambda _: "{" * 10), "not JSON"),
     "deep JSON": (header(lambda _: "[" * 200_000), "not JSON"),
+    "a hundred levels": (header(lambda found: nested(found, 100)), "has a header of more than 100 levels"),
     "a number without end": (header(lambda _: "1" * 10_000), "not JSON"),
     "a list": (header(lambda _: [1]), f"no {RESULT_FORMAT} header"),
     "another format": (header(lambda found: {**found, "format": "noiseopt-image-set-1"}), f"no {RESULT_FORMAT}"),
@@ -290,6 +298,12 @@ def test_a_result_made_by_hand_has_a_repr(saved):
         assert repr(found).startswith("NoiseResult(2×4×16×16, best of 3 steps")
 
 
+def test_a_result_without_states_has_no_generator(saved):
+    found = NoiseResult.load(saved)
+    found.generator_states = []
+    assert found.provenance["generators"] == "list" and found.generator() is None
+
+
 def test_a_file_that_may_not_be_read_is_a_value_error(saved, tmp_path, monkeypatch):
     def closed(*_, **__):
         raise PermissionError(13, "Permission denied", "x")
@@ -334,6 +348,16 @@ def test_numbers_of_numpy_and_torch_are_saved_and_other_objects_are_named(saved,
         found.reports["mine"] = wrong
         with pytest.raises(ValueError, match="Expected provenance and reports as JSON values, but got .*`reports`"):
             found.save(tmp_path / "x")
+
+
+def test_deep_reports_are_read_if_they_can_be_written(saved, tmp_path):
+    found = NoiseResult.load(saved)
+    found.reports = nested({}, 98)["reports"]  # in the header, in `reports`
+    found.save(tmp_path / "x")
+    assert NoiseResult.load(tmp_path / "x").reports == found.reports
+    found.reports = nested({}, 99)["reports"]
+    with pytest.raises(ValueError, match="the result has a header of more than 100 levels"):
+        found.save(tmp_path / "x")
 
 
 def test_reports_that_could_not_be_read_again_are_not_written(saved, tmp_path):

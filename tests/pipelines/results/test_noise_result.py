@@ -1,6 +1,9 @@
 """Results on disk, and runs with non-finite numbers."""
 
+import base64
 import copy
+import io
+import re
 from pathlib import Path
 
 import numpy
@@ -40,6 +43,26 @@ def test_a_loaded_result_redraws_the_best_image_exactly(family, tmp_path):
 
 def batch(family: str) -> dict:
     return {"negative_prompt": ["b", "b"]} if family == "flux" else {}
+
+
+def test_images_as_pil_and_in_a_notebook(tmp_path):
+    pipe, arguments = tiny_pipeline("sd"), {**ARGUMENTS, "num_images_per_prompt": 2}
+    result = optimize_noise(pipe, "a", ReNO(rewards=redness, steps=2), **arguments)
+    drawn = pipe("a", latents=result.latents, **arguments).images
+    assert [image.tobytes() for image in result.pil()] == [image.tobytes() for image in drawn]
+    sources = re.findall(r'src="data:image/png;base64,([^"]+)"', result._repr_html_())
+    shown = [Image.open(io.BytesIO(base64.b64decode(source))).tobytes() for source in sources]
+    plain = (result.initial_images.permute(0, 2, 3, 1) * 255).round().to(torch.uint8)
+    assert len(shown) == 4 and shown[1::2] == [image.tobytes() for image in drawn]
+    assert shown[0::2] == [image.numpy().tobytes() for image in plain]
+    result.provenance["decoder"] = {"class": "<script>"}
+    assert "&lt;script&gt;" in result._repr_html_() and "<script" not in result._repr_html_()
+    del result.provenance["decoder"]
+    result.save(tmp_path / "result.safetensors")
+    loaded = NoiseResult.load(tmp_path / "result.safetensors")
+    assert "<img" not in loaded._repr_html_()
+    with pytest.raises(ValueError, match="Expected a result with images, .* `pipe\\(prompt, latents="):
+        loaded.pil()
 
 
 def test_provenance_says_where_a_noise_came_from():

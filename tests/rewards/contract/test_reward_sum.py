@@ -12,13 +12,18 @@ import torch
 from torch import Tensor
 
 import noiseopt
+from noiseopt import shapes_world
 from noiseopt.rewards import (
+    DPP,
+    AutoReward,
     CLIPScore,
     ColorChannel,
     NonDifferentiableReward,
     NonFiniteReward,
     Reward,
     RewardSum,
+    SetRewardSum,
+    TinyImage,
 )
 from noiseopt.rewards.contract import registry
 
@@ -257,3 +262,13 @@ def test_a_copy_of_the_code_accepts_rewards_and_sums_of_the_original(
     finally:
         for name in [name for name in sys.modules if name.startswith("copied.")]:
             del sys.modules[name]
+
+
+def test_a_sum_is_shown_in_a_line():
+    total = RewardSum({"red": 5.0, "brightness": 1.0})
+    assert repr(total) == "RewardSum({'red': 5.0, 'brightness': 1.0})"
+    assert repr(list(total.rewards)) == "[ColorChannel('red'), Brightness('brightness')]"
+    clip = AutoReward.from_pretrained(shapes_world.path("clip"))
+    assert repr(clip) == "CLIPScore('clipscore', float32 on cpu)"
+    assert repr(SetRewardSum([(DPP(TinyImage()), None, 2.0)])) == "SetRewardSum({'dpp': 2.0})"
+    assert repr(DPP(TinyImage())) == "DPP(TinyImage('tiny_image'))"
