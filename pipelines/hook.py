@@ -24,6 +24,7 @@ from .request import (
     bind_request,
     check_argument_names,
     check_batch,
+    check_given_tensors,
     check_noise_batch,
     check_noise_is_drawn,
     check_noise_path,
@@ -31,7 +32,6 @@ from .request import (
     check_pipeline_class,
     check_request,
     check_takes_latents,
-    check_tensors,
     groups_of,
     image_size,
     noise_sampler_of,
@@ -128,7 +128,7 @@ class NoiseRun:
         self.prompts, self.groups = prompts_of(request), groups_of(request)
         self.reward_prompts = reward_prompts_of(request, reward_prompt, len(self.prompts))
         check_batch(request, len(self.prompts))
-        check_tensors(request)
+        check_given_tensors(request)
         self.noise_sampler = noise_sampler_of(noise_sampler, request, self.groups)
         self.call = call or call_description(pipe, method, request, noise_sampler, reward_prompt)
         check_noise_path(save_noise_to)
