@@ -3,11 +3,13 @@
 python benchmarks/noise_diffusion.py --prompts held-out --limit 48 --output found.json --plot found.png
 
 All rows start from the same noises and maximize the same score, the P("yes") of the embedded vision-language model. The
-judge and the CLIP reward are held out. Rounds, seconds, correctness and Gaussianity are measured.
+judge and the CLIP reward are held out. Rounds, seconds, correctness and Gaussianity are measured. Two rows show what
+better predictions would give: the true gradient, through the denoiser, and an oracle that evaluates its candidates.
 """
 
 import argparse
 import json
+import math
 import platform
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,14 +25,23 @@ from noiseopt.demo import load_pipeline
 from noiseopt.evaluation.bootstrap import bootstrap, paired_bootstrap
 from noiseopt.evaluation.noise_statistics import gaussian_limits, noise_statistics
 from noiseopt.pipelines import MeanVariance, NoisePGD
+from noiseopt.pipelines.noise_diffusion.unit_score import UnitScore
+from noiseopt.pipelines.noise_math import displacement, per_image
+from noiseopt.pipelines.problem import NoiseProblem
 from noiseopt.quiet import quiet_libraries
 from noiseopt.rewards import Reward
 
 PROMPTS = {"validation": shapes_world.VALIDATION_PROMPTS, "held-out": shapes_world.HELD_OUT_PROMPTS}
 TIMED = "best-of-N, equal time"
 OURS = "Noise Diffusion"
+TRIED = 8  # candidates of the oracle in each round
 MANY = 10**6  # more than fit in any time
 Rows = dict[str, dict[str, Any]]
+
+
+def load_scorer() -> Reward:
+    """Return the embedded vision-language model, whose P("yes") all rows maximize."""
+    return AutoReward.from_pretrained(shapes_world.path("vqa"))
 
 
 def methods(reward: Reward, rounds: int) -> dict[str, Any]:
@@ -43,8 +54,31 @@ def methods(reward: Reward, rounds: int) -> dict[str, Any]:
         "random diffusion": NoiseDiffusion(**common, selection="random"),
         OURS: NoiseDiffusion(**common),
         "Noise Diffusion, exact N = 10⁶": NoiseDiffusion(**common, selection="exact", candidates=1e6),
+        "Noise Diffusion, true gradient": NoiseDiffusion(**common, gradient="full"),
+        f"oracle, best of {TRIED} candidates": Oracle(**common, selection="random", candidates=TRIED),
         TIMED: BestOfN(rewards=reward, steps=MANY),
     }
+
+
+class Oracle(NoiseDiffusion):
+    """Noise Diffusion that takes the candidate whose image does score highest, for as many evaluations a round."""
+
+    def start(self, problem: NoiseProblem) -> Any:
+        state = super().start(problem)
+        state.problem = problem  # pyright: ignore[reportAttributeAccessIssue]
+        return state
+
+    def step(self, run: NoiseState, gradient: torch.Tensor | None, state: Any) -> torch.Tensor:
+        state.move_to(run, gradient, True)
+        gamma, problem = 1 - UnitScore.score_of(-state.loss, None).sqrt(), state.problem
+        best, highest = state.noise, torch.full_like(state.loss, -math.inf)
+        for _ in range(int(self.candidates)):
+            noise = state.noise + displacement(state.noise, state.fresh.draw(), gamma)
+            with torch.no_grad():
+                score = self.rewards(problem.sampler.images(noise), problem.reward_prompts)
+            best = torch.where(per_image(score > highest, noise), noise, best)
+            highest = torch.maximum(score, highest)
+        return best
 
 
 class Curve(NoiseCallback):
@@ -71,7 +105,7 @@ def compare(pipe: Any, prompts: Sequence[str], rounds: int, batch: int, call: di
     Returns:
         Curves `(prompts, rounds + 1)`, seconds per image, and final measurements, by row.
     """
-    reward, held_out = (AutoReward.from_pretrained(shapes_world.path(name)) for name in ("vqa", "clip"))
+    reward, held_out = load_scorer(), AutoReward.from_pretrained(shapes_world.path("clip"))
     names = list(methods(reward, rounds))
     found: Rows = {name: {"score": [], "right": [], "clip": [], "evaluations": [], "seconds": []} for name in names}
     noises: dict[str, list[torch.Tensor]] = {name: [] for name in names}

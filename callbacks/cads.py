@@ -24,6 +24,9 @@ class CADS(DenoisingCallback):
     SD3 and Sana, with guidance) are annealed too, as in common implementations; embeddings that are all 0, such as
     SDXL's for an empty prompt, have no deviation and stay 0 with ψ = 1.
 
+    Beside other callbacks that change the condition, y is what they made of it. One that takes away the unconditional
+    embeddings, as diffusers' `SDCFGCutoffCallback` does, takes them from y.
+
     Args:
         tau1: τ1 in [0, 1); the condition is y for t <= τ1.
         tau2: τ2 in (τ1, 1]; the condition is pure noise for t >= τ2.
@@ -65,7 +68,8 @@ class CADS(DenoisingCallback):
         super().__init__(conditions)
         self.tau1, self.tau2, self.noise_scale, self.mixing = tau1, tau2, noise_scale, mixing
         self.statistics, self.generator = statistics, generator
-        self.conditions: dict[str, torch.Tensor] = {}
+        self.conditions: dict[str, torch.Tensor] = {}  # y
+        self.annealed: dict[str, torch.Tensor] = {}  # ŷ of the step before
 
     def gamma(self, t: float) -> float:
         """Return γ(t) in [0, 1], the fraction of the condition's variance at time t."""
@@ -90,7 +94,7 @@ class CADS(DenoisingCallback):
 
     def on_call_start(self, pipeline: Any, callback_kwargs: dict[str, Any]) -> None:
         require_training_times(pipeline.scheduler)
-        self.conditions = {name: callback_kwargs[name] for name in self.tensor_inputs}
+        self.conditions, self.annealed = {name: callback_kwargs[name] for name in self.tensor_inputs}, {}
         for name, y in self.conditions.items():
             if not isinstance(y, torch.Tensor):
                 raise TypeError(
@@ -107,9 +111,21 @@ class CADS(DenoisingCallback):
             )
 
     def on_step(self, pipeline: Any, index: int, callback_kwargs: dict[str, Any]) -> None:
-        if index < len(pipeline.scheduler.timesteps):
-            gamma = self.gamma(training_time(pipeline.scheduler, index))
-            callback_kwargs.update({name: self.anneal(y, gamma) for name, y in self.conditions.items()})
+        if index >= len(pipeline.scheduler.timesteps):
+            return
+        gamma = self.gamma(training_time(pipeline.scheduler, index))
+        for name in self.conditions:
+            y = self.conditions[name] = self.clean(name, callback_kwargs[name])
+            callback_kwargs[name] = self.annealed[name] = self.anneal(y, gamma)
+
+    def clean(self, name: str, given: torch.Tensor) -> torch.Tensor:
+        """Return y of a condition that the pipeline, or a callback before this one, gives."""
+        y, annealed = self.conditions[name], self.annealed.get(name)
+        if annealed is None or len(given) > len(annealed):
+            return given
+        if torch.equal(given, annealed[-len(given) :]):  # what this callback gave, or the last rows of it
+            return y[-len(given) :]
+        return given
 
     def on_call_end(self, pipeline: Any) -> None:
-        self.conditions = {}
+        self.conditions, self.annealed = {}, {}

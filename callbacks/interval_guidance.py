@@ -62,8 +62,11 @@ class IntervalGuidance(DenoisingCallback):
         self.switch(pipeline, True)
 
     def switch(self, pipeline: Any, guided: bool) -> None:
-        """Set the scale only when it changes, because other callbacks may set it too."""
-        if guided != self.guided:
+        """Set the scale only when it changes, because other callbacks may set it too.
+
+        One that ended guidance for good, as diffusers' `SDCFGCutoffCallback` does, took its embeddings away too.
+        """
+        if guided != self.guided and pipeline.do_classifier_free_guidance:
             set_guidance_scale(pipeline, self.scale if guided else self.off)
             self.guided = guided
 

@@ -24,11 +24,14 @@ from .request import (
     bind_request,
     check_argument_names,
     check_batch,
+    check_noise_batch,
     check_noise_is_drawn,
     check_noise_path,
     check_pipeline,
+    check_pipeline_class,
     check_request,
     check_takes_latents,
+    check_tensors,
     groups_of,
     image_size,
     noise_sampler_of,
@@ -43,7 +46,7 @@ from .results.noise_result import NoiseResult
 from .results.pipeline_code import SavedWithCode
 from .results.resume import call_description, first_generator, known_run
 from .sampling.apart import apart, hooked, set_aside
-from .sampling.first_call import stock_call, submodules_of
+from .sampling.first_call import refuse_writes, stock_call, submodules_of
 from .sampling.latent_space import LatentSpace
 from .sampling.module_state import (
     DENOISERS,
@@ -53,6 +56,8 @@ from .sampling.module_state import (
     refuse_unsuited,
     shared_parts,
 )
+from .sampling.random_state import CallStart
+from .sampling.redraw import check_redraw
 from .sampling.sampler import PipelineSampler
 from .sampling.turns import TURNS
 
@@ -118,9 +123,12 @@ class NoiseRun:
         refuse_unsuited(pipe, method.gradient_mode)
         if method.previews:
             refuse_replaced_step(pipe)
+        if method.gradient_mode is not None:
+            refuse_writes(type(pipe))
         self.prompts, self.groups = prompts_of(request), groups_of(request)
         self.reward_prompts = reward_prompts_of(request, reward_prompt, len(self.prompts))
         check_batch(request, len(self.prompts))
+        check_tensors(request)
         self.noise_sampler = noise_sampler_of(noise_sampler, request, self.groups)
         self.call = call or call_description(pipe, method, request, noise_sampler, reward_prompt)
         check_noise_path(save_noise_to)
@@ -137,6 +145,7 @@ class NoiseRun:
         self.encoding = 0  # depth of calls of `encode_prompt` in one another
         self.began = False
         self.result: NoiseResult | None = None
+        self.start = CallStart(request.get("generator"), execution_device(pipe))
 
     def frozen_modules(self, pipe) -> contextlib.AbstractContextManager[None]:
         return frozen_modules(pipe, self.method.gradient_mode, self.decoder, self.size)
@@ -182,7 +191,11 @@ class NoiseRun:
             decoder=self.decoder,
             checkpointing=method.checkpointing,
             through_denoiser=method.gradient_mode == "full",
+            start=self.start,
         )
+        check_noise_batch(sampler.base_noise, len(self.prompts))
+        if not self.render:
+            check_redraw(sampler)
         problem = NoiseProblem(pipe, sampler, self.prompts, self.reward_prompts, self.groups, self.request, self.call)
         # callbacks and rewards may draw with the pipeline
         with set_aside(pipe), torch.enable_grad(), sampler.checkpoints:
@@ -276,6 +289,7 @@ class NoiseOptimizationMixin(SavedWithCode):
         if found is None and noise_sampler is None:
             with TURNS.take([self]):  # another thread may be in a run of this pipeline
                 return stock(*args, **kwargs)
+        check_pipeline_class(type(self))
         request = bind_request(self, args, kwargs)
         if found is None:
             check_request(self, request)
@@ -432,6 +446,7 @@ def optimize_noise(
         TypeError: For an argument that the pipeline does not take, or a pipeline without a noise to optimize.
     """
     check_pipeline(pipe)
+    check_pipeline_class(type(pipe))
     ours = list(inspect.signature(optimize_noise).parameters)
     check_argument_names(pipe, call_kwargs, ours, METHODS.entries.get(method) if isinstance(method, str) else method)
     method = as_method(method, method_kwargs)

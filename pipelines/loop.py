@@ -26,12 +26,13 @@ from .results.provenance import provenance_of
 from .results.resume import (
     NotStorable,
     continued_parts,
+    continuing,
     kept_attributes,
-    kept_of_all,
     progress_of,
     set_attributes,
     step_reached,
 )
+from .sampling.module_state import refuse_backward_error, refuse_lost_gradient
 from .sampling.sample import Sample
 from .sampling.sampler import Gradient, PipelineSampler
 
@@ -142,8 +143,8 @@ class OptimizationLoop:
             "images": best.images is not None,
             "state": self.state,
             "objective": kept_attributes(self.objective),
-            "callbacks": kept_of_all(self.callbacks),
-            "streams": self.problem.sampler.random_state.generator(),
+            "callbacks": {name: kept_attributes(each) for name, each in continuing(self.callbacks).items()},
+            "streams": self.problem.sampler.start.own.generator(),
         }
 
     def mark(self) -> None:
@@ -166,8 +167,8 @@ class OptimizationLoop:
         run.best = Best(**parts["best"], evaluations=len(self.rows))
         self.state = parts["state"]
         set_attributes(self.objective, parts["objective"])
-        for name, kept in parts["callbacks"].items():
-            set_attributes(self.callbacks[int(name.split()[1])], kept)
+        for name, callback in continuing(self.callbacks).items():
+            set_attributes(callback, parts["callbacks"][name])
         if parts["images"]:
             self.initial_images, best = self.drawn(self.problem.noise), self.drawn(run.best.noise)
             run.best = dataclasses.replace(run.best, images=best)
@@ -264,14 +265,31 @@ class OptimizationLoop:
         """Take the gradient if the method needs one, and make the step of the method."""
         run, gradient = self.run, None
         if self.leaf.requires_grad:
-            assert self.total is not None
-            (gradient,) = torch.autograd.grad(self.total.sum(), self.leaf)
+            gradient = self.differentiate()
             finite = gradient.flatten(1).isfinite().all(1)
             gradient = gradient.nan_to_num(0, 0, 0) * per_image(finite, gradient)
             self.stop_samples(run.active & ~finite)
         self.total = None
         moved = self.method.step(run, gradient, self.state).detach()
         run.noise = torch.where(per_image(run.active, moved), moved, run.noise)
+
+    def differentiate(self) -> torch.Tensor:
+        """Return the gradient of loss and regularizer, `(B, C, H, W)`.
+
+        Raises:
+            ValueError: For a gradient that torch cannot compute, or that compiled modules lose, with the remedy.
+        """
+        assert self.total is not None
+        try:
+            (gradient,) = torch.autograd.grad(self.total.sum(), self.leaf)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            refuse_backward_error(self.problem.pipe, error)
+            raise
+        if self.run.step == 0 and not gradient.any():
+            refuse_lost_gradient(self.problem.pipe)
+        return gradient
 
     def finish(self) -> None:
         """Evaluate the last noises of the method, for all samples; callbacks cannot stop them."""
@@ -352,7 +370,7 @@ class OptimizationLoop:
                 "complete": self.complete,
                 "call": problem.call,
             },
-            generator_states=problem.sampler.states_after_draw(),
+            generator_states=problem.sampler.states_for_redraw(),
             reports=dict(run.reports),
             initial_noise=problem.noise.detach(),
             band_changes=torch.stack([row.bands for row in rows]),

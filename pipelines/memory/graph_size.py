@@ -6,16 +6,23 @@ from typing import Any
 
 import torch
 
-from ...private_names import base_of_view
+from ...private_names import base_of_view, version_of
 
 
 class SavedTensor:
     """Tensor saved by a graph."""
 
-    __slots__ = ("__weakref__", "tensor")
+    __slots__ = ("__weakref__", "tensor", "version")
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self.tensor = tensor.detach()  # an output of the graph would refer to the graph and keep it alive
+        self.version = version_of(tensor)
+
+    def unchanged(self) -> torch.Tensor:
+        """Return the tensor. Raises `RuntimeError` if it was written to, as autograd does without these hooks."""
+        if version_of(self.tensor) != self.version:
+            raise RuntimeError("A tensor needed for gradient computation has been modified by an inplace operation.")
+        return self.tensor
 
 
 class GraphTooLarge(Exception):
@@ -45,7 +52,7 @@ class SavedBytes:
         self.freed: deque[weakref.ref[SavedTensor]] = deque()
 
     def __enter__(self) -> "SavedBytes":
-        self.hooks = torch.autograd.graph.saved_tensors_hooks(self.save, lambda saved: saved.tensor)
+        self.hooks = torch.autograd.graph.saved_tensors_hooks(self.save, SavedTensor.unchanged)
         self.hooks.__enter__()
         return self
 

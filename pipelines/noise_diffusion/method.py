@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import warnings
 from typing import Any, Literal
 
 import torch
@@ -55,7 +56,8 @@ class NoiseDiffusion(RewardOptimizer):
         threshold: Stop an image whose score is at least this.
         patience: Stop an image after this many rounds without a better score.
         score_range: (low, high): s is the position of the total between the two, clamped to [0, 1].
-        gradient: "frozen" holds the outputs of the denoiser constant; "full" differentiates the whole chain.
+        gradient: "frozen" holds the outputs of the denoiser constant; "full" differentiates the whole chain. With a
+            single denoising step "frozen" warns: there its gradient is unrelated to the true one.
     """
 
     rewards: Any = "vqascore"
@@ -96,6 +98,12 @@ class NoiseDiffusion(RewardOptimizer):
         return UnitScore(rewards, self.score_range)
 
     def start(self, problem: NoiseProblem) -> "NoiseDiffusionState":
+        if self.gradient_mode == "frozen" and problem.request.get("num_inference_steps") == 1:
+            warnings.warn(
+                "A single denoising step draws these images. The gradient that holds its output constant tells nothing "
+                'about their score there: pass `gradient="full"`, or use `ReNO`.',
+                stacklevel=2,
+            )
         return NoiseDiffusionState(CandidateNoise(problem))
 
     def inspect(self, run: NoiseState, objective: Any, state: "NoiseDiffusionState") -> None:

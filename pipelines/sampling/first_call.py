@@ -22,6 +22,15 @@ def stock_call(cls: type) -> Callable[..., Any]:
     raise TypeError(f"Expected a diffusers pipeline with a `__call__`, but {cls.__name__} has none.")
 
 
+def refuse_writes(cls: type) -> None:
+    """Raise `ValueError` for a call that writes over its tensors at each step, as MultiDiffusion does."""
+    if "zero_" in stock_call(cls).__code__.co_names:
+        raise ValueError(
+            f"Expected a call whose tensors stay as they are until the backward pass, but that of {cls.__name__} "
+            "writes over them at each step. Use a method without gradients, such as `BestOfN`."
+        )
+
+
 def submodules_of(pipe, names: tuple[str, ...]) -> dict[str, Any]:
     """Return those of the named modules that a pipeline has."""
     return {name: module for name in names if (module := getattr(pipe, name, None)) is not None}

@@ -4,9 +4,10 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+import torch.nn.functional as F
 from torch import nn
 
-from ...private_names import accelerate_hook, attention_backend_of, diffusers_hooks, is_stateful
+from ...private_names import accelerate_hook, attention_backend_of, diffusers_hooks, is_compiled, is_stateful
 from ..memory.lean_layers import is_tiny, lean_layers
 
 DENOISERS = ("unet", "transformer", "transformer_2")
@@ -151,6 +152,12 @@ def group_offloaded(module: nn.Module) -> bool:
 
 def refuse_attention(name: str, root: nn.Module) -> None:
     """Raise `ValueError` for an attention backend without a backward pass; some of them drop the gradient silently."""
+    if "sage" in str(getattr(F.scaled_dot_product_attention, "__module__", "")):
+        raise ValueError(
+            "Expected an attention with a backward pass, but `torch.nn.functional.scaled_dot_product_attention` was "
+            "replaced by Sage attention, which has none. Put torch's own function back, or use a method without "
+            "gradients, such as `BestOfN`."
+        )
     for module in root.modules():
         backend = attention_backend_of(module)
         if backend is not None and ("sage" in backend or backend == "_flash_3"):
@@ -159,6 +166,39 @@ def refuse_attention(name: str, root: nn.Module) -> None:
                 f'Call `pipe.{name}.set_attention_backend("native")` first, outside any `attention_backend` context, '
                 "or use a method without gradients, such as `BestOfN`."
             )
+
+
+def compiled_parts(pipe) -> list[str]:
+    """Return the names of the components that `torch.compile` compiled, or parts or methods of them."""
+    return [name for name, root in modules_of(pipe).items() if any(map(is_compiled, root.modules()))]
+
+
+def refuse_lost_gradient(pipe) -> None:
+    """Raise `ValueError` for a gradient of exactly zero, if a module is compiled.
+
+    The backward pass that torch 2.13 compiles for the CPU returns zeros for some decoders.
+    """
+    if names := compiled_parts(pipe):
+        raise ValueError(
+            f"Expected a gradient from the images to the noise, but it is exactly zero, and {', '.join(names)} is "
+            "compiled, which may lose it. Load the pipeline again without `torch.compile`, or use a method without "
+            "gradients, such as `BestOfN`."
+        )
+
+
+def refuse_backward_error(pipe, error: RuntimeError) -> None:
+    """Raise `ValueError` with the remedy for an error of the backward pass that is known."""
+    remedy = "use a method without gradients, such as `BestOfN`."
+    if "inplace operation" in str(error):
+        raise ValueError(
+            f"Expected a call whose tensors stay as they are until the backward pass, but {type(pipe).__name__}, code "
+            f"that was added to it, or a reward writes into one in place. Remove that, or {remedy}"
+        ) from error
+    if names := compiled_parts(pipe):
+        raise ValueError(
+            f"Expected compiled modules with a backward pass, but with {', '.join(names)} compiled it fails "
+            f"({type(error).__name__}). Load the pipeline again without `torch.compile`, or {remedy}"
+        ) from error
 
 
 def refuse_casting(name: str, root: nn.Module) -> None:

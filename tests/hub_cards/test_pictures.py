@@ -11,7 +11,7 @@ from noiseopt import shapes_world
 from noiseopt.cli import main
 from noiseopt.hub import build, pictures
 from noiseopt.hub.before_after import PICTURE, BeforeAfter
-from noiseopt.hub.cards import CARDS
+from noiseopt.hub.cards import CARDS, finding
 from noiseopt.story import SET, Choice, Story
 
 BY_NAME = {card.name: card for card in CARDS}
@@ -87,6 +87,35 @@ def test_only_pipelines_have_pictures(capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["hub", "pictures", "shapes-turbo"])
     assert "Expected a card out of reno-turbo, " in capsys.readouterr().err
+
+
+def told(right, spread):
+    """Return what the card of CNO says about a picture."""
+    facts = BeforeAfter(
+        method="cno",
+        model="guided",
+        steps=3,
+        prompts=["two stars"] * 4,
+        images=4,
+        seed=0,
+        instruments=[],
+        right=right,
+        spread=spread,
+    )
+    return finding(BY_NAME["cno-stable-diffusion"], facts)
+
+
+def test_the_text_claims_no_effect_that_the_picture_lacks():
+    """A sign test of 6 changes to one side gives p = 2 / 2⁶ = .03, of 5 p = .06."""
+    for right, doubted in {(7, 7): False, (7, 8): True, (8, 3): True, (7, 13): False, (12, 6): False}.items():
+        text = told([*right], [12.0, 15.0])
+        assert f"{right[0]} of 16 images are right before, {right[1]} of 16 after" in text
+        assert ("may be chance" in text) is doubted
+    assert "before, 12.3 after: on this model, with these settings, the images do not visibly differ" in told(
+        [7, 7], [12.2, 12.3]
+    )
+    assert "12.0 pixels from their mean position before, 15.0 after: 25% farther apart." in told([7, 7], [12.0, 15.0])
+    assert "9.0 after: 25% closer together." in told([7, 7], [12.0, 9.0])
 
 
 @pytest.mark.parametrize("name", BY_NAME)

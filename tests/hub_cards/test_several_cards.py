@@ -2,9 +2,11 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 
+from noiseopt import shapes_world
 from noiseopt.hub.cards import CARDS
 from noiseopt.hub.push import push
 
@@ -30,3 +32,30 @@ def test_cards_of_one_process_do_not_disturb_each_other(hub, processes, root, ap
     assert run.returncode == 0, run.stderr
     facts = json.loads(run.stdout.splitlines()[-1])
     assert all(facts.values()), facts
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_every_card_loads_after_every_other_from_folders(processes, root, tmp_path):
+    """All that fit an embedded model, as in a notebook that tries one after the other, then the first again."""
+    cards = [
+        {
+            "folder": str(root / "hub_cards" / card.name),
+            "room": card.room,
+            "class": card.cls.__name__,
+            "weights": shapes_world.path(card.shown_on),
+            "call": dict(shapes_world.MODELS[card.shown_on].call),
+        }
+        for card in CARDS
+        if card.stock.__name__ == pipeline_of(card.shown_on)
+    ]
+    assert len(cards) == len(CARDS) - 3  # there is no embedded FLUX
+    run = processes.run(root / "tests/hub_cards/embedded_cards.py", json.dumps(cards), folder=tmp_path)
+    assert run.returncode == 0, run.stderr
+    facts = json.loads(run.stdout.splitlines()[-1])
+    assert all(facts.values()), facts
+
+
+def pipeline_of(name):
+    """Return the name of the pipeline class of an embedded model."""
+    return json.loads((Path(shapes_world.path(name)) / "model_index.json").read_text())["_class_name"]

@@ -288,7 +288,7 @@ def places_without_files(folder: Path) -> dict[str, Any]:
 @pytest.mark.parametrize("case", ["a folder", "no name", "a number", "below a file", "a name that is too long"])
 def test_a_place_where_no_file_can_be_is_refused_before_any_model_runs(case, tmp_path):
     place = places_without_files(tmp_path)[case]
-    with Events(model(), 0), pytest.raises(ValueError, match="Expected `save_noise_to` to be"):
+    with Events(model(), 0), pytest.raises((TypeError, ValueError), match="Expected `save_noise_to` to be"):
         optimize_noise(model(), "a b", ReNO(rewards="red"), save_noise_to=place, **ONE)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 

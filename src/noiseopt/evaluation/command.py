@@ -30,7 +30,9 @@ results, in the folder given by --output:
   *.png                  accuracy (or rewards), reward against seconds, spectrum of the noise, images side by side
   units/                 finished units: noise, images and numbers of each model, method and prompt
 
-After an interruption the same command continues. To split the prompts over processes or GPUs, with the same table:
+After an interruption the same command continues. A command with more methods, models or prompts adds to the folder
+what is missing. One command writes to a folder at a time. To split the prompts over processes or GPUs, with the same
+table:
   accelerate launch -m noiseopt evaluate ...
 N of best-of-N is measured once, before the comparison, and stored in the folder. The table depends on it: to reproduce
 a table elsewhere, pass the printed N as --best-of.
@@ -72,8 +74,8 @@ def add_subject(parser: argparse.ArgumentParser) -> None:
         action="append",
         dest="methods",
         metavar="NAME[:SETTING=VALUE,...]",
-        help="method with settings, such as 'reno:steps=20', or a denoising callback: cads, particle_guidance, "
-        "interval_guidance; repeatable (default: reno)",
+        help="method with settings, such as 'reno:steps=20' or 'reno:noise_sampler=pink', or a denoising callback: "
+        "cads, particle_guidance, interval_guidance; repeatable (default: reno)",
     )
     group.add_argument(
         "--prompts",
@@ -92,8 +94,8 @@ def add_subject(parser: argparse.ArgumentParser) -> None:
         "--call",
         default="",
         metavar="NAME=VALUE,...",
-        help="arguments of the pipeline's call, such as num_inference_steps=1,guidance_scale=0.0; embedded models "
-        "have defaults",
+        help="arguments of the pipeline's call, such as num_inference_steps=1,guidance_scale=0.0, or a noise_sampler "
+        "for all methods; embedded models have defaults",
     )
 
 

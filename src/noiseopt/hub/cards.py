@@ -22,6 +22,8 @@ from .before_after import PICTURE, BeforeAfter
 from .markdown import code, described, sections, table, template
 
 REQUIREMENTS = ("torch>=2.6", "diffusers>=0.41", "transformers>=5.18", "accelerate>=1.1")
+CLEAR_DIFFERENCE = 6  # verdicts that change to one side and none to the other: p < .05 by a two-sided sign test
+VISIBLE_SPREAD = 0.1  # relative change; 12 pixels of 64 to 13
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,7 +163,7 @@ def origin(card: Card, shown: BeforeAfter) -> str:
     return (
         f"{card.model} is too large for pictures that anyone can reproduce. These are by the embedded model "
         f"[`{model.hub_id}`](https://huggingface.co/{model.hub_id}), a {model.title}. "
-        f"{no_flux if card.stock is FluxPipeline else ''}The pictures show what the method does, not how much it does "
+        f"{no_flux if card.stock is FluxPipeline else ''}Pictures of other models do not show how much the method does "
         f"for {card.model}. In a checkout of the repository the command below generates them."
     )
 
@@ -171,15 +173,29 @@ def finding(card: Card, shown: BeforeAfter) -> str:
     baseline = f"{shown.images} baseline images of a prompt" if several else "the baseline image"
     through = " and ".join(code(f"shapes-{name}") for name in shown.instruments)
     through = f", which sees images through {through}" if through else ""
-    effect = "The numbers are the reward."
-    if shown.spread is not None:
-        before, after = (f"{pixels:.1f}" for pixels in shown.spread)
-        effect = f"The same objects are {before} pixels from their mean position before, {after} after."
+    effect = "The numbers are the reward, which is optimized." if shown.spread is None else spread_of(shown.spread)
     return (
         f"Left of an arrow: {baseline}. Right of it: the same seed{'s' * several} after {shown.steps} steps of "
         f"{card.method.__name__}{through}. ✓ and ✗ are the verdicts "
         "of a judge that reads the pixels; it is no model, and nothing optimizes it. "
-        f"{shown.right[0]} of {shown.count} images are right before, {shown.right[1]} of {shown.count} after. {effect} "
+        f"{shown.right[0]} of {shown.count} images are right before, {shown.right[1]} of {shown.count} after"
+        f"{doubt(shown.right)}. {effect} "
         f"The prompts are the first of the validation split, and the seeds count from {shown.seed}: nothing was chosen "
         "by its outcome."
     )
+
+
+def doubt(right: list[int]) -> str:
+    """Return what a difference of right images, before and after, says if it is too small for a sign test."""
+    difference = abs(right[1] - right[0])
+    return ", a difference that may be chance in so few" if 0 < difference < CLEAR_DIFFERENCE else ""
+
+
+def spread_of(spread: list[float]) -> str:
+    """Return a sentence about the spread of the images of a prompt, in pixels, before and after."""
+    before, after = spread
+    text = f"The same objects are {before:.1f} pixels from their mean position before, {after:.1f} after: "
+    change = (after - before) / max(before, 0.1)
+    if abs(change) < VISIBLE_SPREAD:
+        return text + "on this model, with these settings, the images do not visibly differ more from one another."
+    return text + f"{abs(change):.0%} {'farther apart' if change > 0 else 'closer together'}."

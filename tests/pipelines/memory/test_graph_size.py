@@ -1,6 +1,7 @@
 """Measured size of graphs, and the chunk size that follows from it."""
 
 import dataclasses
+import sys
 from typing import Literal
 
 import pytest
@@ -105,3 +106,25 @@ def test_numbers_stay_and_a_batch_of_one_is_whole(monkeypatch, setting, batch, e
     method = Watching(chunk_size=setting)
     optimize_noise(tiny_pipeline("sd"), "a", method, **call_arguments("sd"), num_images_per_prompt=batch)
     assert method.seen == [expected] * 3
+
+
+def test_a_saved_tensor_that_is_written_to_is_noticed_as_without_the_count():
+    x = torch.rand(3, requires_grad=True)
+    with SavedBytes():
+        y = x.exp()  # saves its result
+        z = y + y.detach().mul_(2)
+    with pytest.raises(RuntimeError, match="inplace operation"):
+        torch.autograd.grad(z.sum(), x)
+
+
+def test_nothing_of_ours_runs_where_a_graph_is_freed():
+    """An interrupt there would be printed and dropped: so code may run before and after, but not in finalizers."""
+    ran = []
+    with SavedBytes() as saved:
+        y = torch.rand(3, requires_grad=True).exp().exp().exp()
+    assert saved.held == 36
+    before = sys.getprofile()
+    sys.setprofile(lambda frame, event, _: ran.append(frame.f_code.co_name) if event == "call" else None)
+    del y
+    sys.setprofile(before)
+    assert ran == [] and saved.held == 0

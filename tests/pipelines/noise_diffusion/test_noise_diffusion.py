@@ -1,6 +1,7 @@
 """Noise Diffusion against its loop written down by hand, its noise against Gaussian limits, and what it refuses."""
 
 import dataclasses
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -134,6 +135,20 @@ def test_a_black_box_needs_no_gradient():
         NonDifferentiableReward, match=r"\['counter'\] have none.*VQAScorer.*llava.*selection=\"random\""
     ):
         find(NoiseDiffusion(rewards=counter))
+
+
+@pytest.mark.parametrize(
+    ("settings", "steps", "warned"),
+    [({}, 1, True), ({"gradient": "full"}, 1, False), ({"selection": "random"}, 1, False), ({}, 2, False)],
+)
+def test_a_gradient_with_the_only_output_held_constant_warns(settings, steps, warned):
+    method = NoiseDiffusion(rewards="red", score_range=(-10.0, 10.0), candidates=2, steps=2, **settings)
+    call = {**call_arguments("sd"), "num_inference_steps": steps}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        optimize_noise(tiny_pipeline("sd"), "a", method, **call)
+    told = [str(each.message) for each in caught if "single denoising step" in str(each.message)]
+    assert len(told) == warned and all('pass `gradient="full"`' in each for each in told)
 
 
 def test_another_reward_is_placed_in_a_range():
