@@ -100,8 +100,8 @@ class NoiseDiffusion(RewardOptimizer):
     def start(self, problem: NoiseProblem) -> "NoiseDiffusionState":
         if self.gradient_mode == "frozen" and problem.request.get("num_inference_steps") == 1:
             warnings.warn(
-                "A single denoising step draws these images, and the gradient that holds its output constant tells little "
-                'about their score, nothing if that is about content. Pass `gradient="full"`, or use `ReNO`.',
+                "A single denoising step draws these images, and the gradient that holds its output constant tells "
+                'little about their score, nothing if that is about content. Pass `gradient="full"`, or use `ReNO`.',
                 stacklevel=2,
             )
         return NoiseDiffusionState(CandidateNoise(problem))
