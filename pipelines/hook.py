@@ -31,7 +31,7 @@ from .request import (
     check_pipeline_class,
     check_request,
     check_takes_latents,
-    check_tensors,
+    check_tensor_arguments,
     groups_of,
     image_size,
     noise_sampler_of,
@@ -128,7 +128,7 @@ class NoiseRun:
         self.prompts, self.groups = prompts_of(request), groups_of(request)
         self.reward_prompts = reward_prompts_of(request, reward_prompt, len(self.prompts))
         check_batch(request, len(self.prompts))
-        check_tensors(request)
+        check_tensor_arguments(request)
         self.noise_sampler = noise_sampler_of(noise_sampler, request, self.groups)
         self.call = call or call_description(pipe, method, request, noise_sampler, reward_prompt)
         check_noise_path(save_noise_to)

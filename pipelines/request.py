@@ -333,7 +333,7 @@ def check_noise_batch(noise: torch.Tensor, batch: int) -> None:
         )
 
 
-def check_tensors(request: dict[str, Any]) -> None:
+def check_tensor_arguments(request: dict[str, Any]) -> None:
     """Raise `ValueError` for tensors that are not finite, or that no gradient can pass."""
     for name, value in request.items():
         for tensor in value if isinstance(value, list) else [value]:
