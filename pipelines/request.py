@@ -316,7 +316,7 @@ def check_tensors(request: dict[str, Any]) -> None:
                     f"Expected `{name}` as an ordinary tensor, but it was made under `torch.inference_mode()`. Pass "
                     f"`{name}.clone()`, made outside of it."
                 )
-            if (name == "latents" or "embeds" in name) and not tensor.isfinite().all():
+            if "embeds" in name and not tensor.isfinite().all():
                 raise ValueError(
                     f"Expected finite numbers in `{name}`, but got NaN or infinity. Look for the step that made them, "
                     "such as a division by zero or an overflow in float16."
