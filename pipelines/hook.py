@@ -24,9 +24,11 @@ from .request import (
     bind_request,
     check_argument_names,
     check_batch,
+    check_noise_batch,
     check_noise_is_drawn,
     check_noise_path,
     check_pipeline,
+    check_pipeline_class,
     check_request,
     check_takes_latents,
     check_tensors,
@@ -54,6 +56,8 @@ from .sampling.module_state import (
     refuse_unsuited,
     shared_parts,
 )
+from .sampling.random_state import CallStart
+from .sampling.redraw import check_redraw
 from .sampling.sampler import PipelineSampler
 from .sampling.turns import TURNS
 
@@ -141,6 +145,7 @@ class NoiseRun:
         self.encoding = 0  # depth of calls of `encode_prompt` in one another
         self.began = False
         self.result: NoiseResult | None = None
+        self.start = CallStart(request.get("generator"), execution_device(pipe))
 
     def frozen_modules(self, pipe) -> contextlib.AbstractContextManager[None]:
         return frozen_modules(pipe, self.method.gradient_mode, self.decoder, self.size)
@@ -186,7 +191,11 @@ class NoiseRun:
             decoder=self.decoder,
             checkpointing=method.checkpointing,
             through_denoiser=method.gradient_mode == "full",
+            start=self.start,
         )
+        check_noise_batch(sampler.base_noise, len(self.prompts))
+        if not self.render:
+            check_redraw(sampler)
         problem = NoiseProblem(pipe, sampler, self.prompts, self.reward_prompts, self.groups, self.request, self.call)
         # callbacks and rewards may draw with the pipeline
         with set_aside(pipe), torch.enable_grad(), sampler.checkpoints:
@@ -280,6 +289,7 @@ class NoiseOptimizationMixin(SavedWithCode):
         if found is None and noise_sampler is None:
             with TURNS.take([self]):  # another thread may be in a run of this pipeline
                 return stock(*args, **kwargs)
+        check_pipeline_class(type(self))
         request = bind_request(self, args, kwargs)
         if found is None:
             check_request(self, request)
@@ -436,6 +446,7 @@ def optimize_noise(
         TypeError: For an argument that the pipeline does not take, or a pipeline without a noise to optimize.
     """
     check_pipeline(pipe)
+    check_pipeline_class(type(pipe))
     ours = list(inspect.signature(optimize_noise).parameters)
     check_argument_names(pipe, call_kwargs, ours, METHODS.entries.get(method) if isinstance(method, str) else method)
     method = as_method(method, method_kwargs)

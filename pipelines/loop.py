@@ -26,8 +26,8 @@ from .results.provenance import provenance_of
 from .results.resume import (
     NotStorable,
     continued_parts,
+    continuing,
     kept_attributes,
-    kept_of_all,
     progress_of,
     set_attributes,
     step_reached,
@@ -143,8 +143,8 @@ class OptimizationLoop:
             "images": best.images is not None,
             "state": self.state,
             "objective": kept_attributes(self.objective),
-            "callbacks": kept_of_all(self.callbacks),
-            "streams": self.problem.sampler.random_state.generator(),
+            "callbacks": {name: kept_attributes(each) for name, each in continuing(self.callbacks).items()},
+            "streams": self.problem.sampler.start.own.generator(),
         }
 
     def mark(self) -> None:
@@ -167,8 +167,8 @@ class OptimizationLoop:
         run.best = Best(**parts["best"], evaluations=len(self.rows))
         self.state = parts["state"]
         set_attributes(self.objective, parts["objective"])
-        for name, kept in parts["callbacks"].items():
-            set_attributes(self.callbacks[int(name.split()[1])], kept)
+        for name, callback in continuing(self.callbacks).items():
+            set_attributes(callback, parts["callbacks"][name])
         if parts["images"]:
             self.initial_images, best = self.drawn(self.problem.noise), self.drawn(run.best.noise)
             run.best = dataclasses.replace(run.best, images=best)
@@ -370,7 +370,7 @@ class OptimizationLoop:
                 "complete": self.complete,
                 "call": problem.call,
             },
-            generator_states=problem.sampler.states_after_draw(),
+            generator_states=problem.sampler.states_for_redraw(),
             reports=dict(run.reports),
             initial_noise=problem.noise.detach(),
             band_changes=torch.stack([row.bands for row in rows]),

@@ -19,6 +19,8 @@ from ..registry import did_you_mean
 from ..schedulers.noise_samplers import NoiseSamplerSpec, as_noise_sampler
 from .sampling.first_call import stock_call
 from .sampling.latent_space import drawing_function, latents_with_image
+from .sampling.pixel_range import check_returns_tensors
+from .sampling.redraw import in_the_same_call
 
 # The largest values of arguments that a mistake makes so large that a call would hang.
 MOST_OF_ARGUMENT = {"num_inference_steps": 100_000, "num_images_per_prompt": 4096, "height": 65_536, "width": 65_536}
@@ -223,10 +225,28 @@ def stock_errors(pipe, run: Any) -> Iterator[None]:
 
 
 def check_noise_is_drawn(pipe, request: dict[str, Any]) -> None:
-    """Raise `TypeError` or `ValueError` for a pipeline that draws no noise of its own in this call."""
+    """Raise `TypeError` or `ValueError` for a pipeline that draws no noise of its own in this call, or no image."""
+    whole = {"denoising_start": (None,), "denoising_end": (None, 1.0)}
+    part = next((name for name, values in whole.items() if request.get(name) not in values), None)
+    if part is not None:
+        raise ValueError(
+            f"Expected a call that goes from noise to image, but `{part}` leaves out a part of the way. Leave it out "
+            "to find the noise, and pass `latents=result.latents` to the call that has it."
+        )
     parameters = inspect.signature(drawing_function(type(pipe))(randn_tensor)).parameters
     if request.get("latents") is not None and "latents" not in parameters:
         raise latents_with_image(pipe)
+
+
+def check_pipeline_class(cls: type) -> None:
+    """Raise `TypeError` for a pipeline class whose noise can be found in no call."""
+    if "prompt" not in inspect.signature(stock_call(cls)).parameters:
+        raise TypeError(
+            f"Expected a text-to-image pipeline, but the call of {cls.__name__} takes no `prompt`. Use a pipeline of "
+            "the family that takes one."
+        )
+    drawing_function(cls)
+    check_returns_tensors(cls)
 
 
 def check_takes_latents(pipe) -> None:
@@ -234,9 +254,8 @@ def check_takes_latents(pipe) -> None:
     if "latents" not in inspect.signature(stock_call(type(pipe))).parameters:
         name = type(pipe).__name__
         raise TypeError(
-            f"Expected a pipeline that takes `latents`, to generate from the noise that was found, but {name} takes "
-            f"none. Give it the hook, `class Ours(NoiseOptimizationMixin, {name})`, and call that with `method=...`: "
-            "it generates the image in the same call."
+            "Expected a pipeline that takes `latents`, to generate from the noise that was found, but "
+            f"{name} takes none. {in_the_same_call(name)}"
         )
 
 
@@ -303,6 +322,15 @@ def check_batch(request: dict[str, Any], batch: int) -> None:
         )
     if isinstance(generator, list) and len(generator) != batch:
         raise ValueError(f"Expected one generator for each of {batch} images, but got {len(generator)}.")
+
+
+def check_noise_batch(noise: torch.Tensor, batch: int) -> None:
+    """Raise `ValueError` for noise that has not one entry for each prompt of `prompts_of`."""
+    if len(noise) != batch:
+        raise ValueError(
+            f"Expected noise for {batch} images (prompts × `num_images_per_prompt`), but the pipeline draws some of "
+            f"shape {tuple(noise.shape)}. Pass one prompt for each image."
+        )
 
 
 def check_tensors(request: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ import torch
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
+from ...shown_text import shown
 from .pipeline_description import describe_pipeline
 from .result_file import (
     LATER_TENSORS,
@@ -22,7 +23,6 @@ from .result_file import (
     write_result_file,
 )
 from .settings_diff import settings_diff
-from .shown_text import shown
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -44,7 +44,7 @@ class NoiseResult:
     """Result of `optimize_noise` for `B` independent noises.
 
     `pipe(prompt, latents=result.latents, ...)` with the arguments of the run reproduces the best images. Samplers that
-    add noise at each step also need `generator=result.generator()`.
+    add noise at each step and pipelines that sample an encoded image also need `generator=result.generator()`.
 
     Attributes:
         noise: `(B, C, H, W)` float32, unit variance: the best noise, or the last for methods that return it.
@@ -58,7 +58,7 @@ class NoiseResult:
             "full_decoder": scores and losses with the pipeline's own decoder, of the baseline (`initial_scores`,
             `initial_loss`) and of the returned noise (`best_scores`, `best_loss`). `scores` and `losses` are then
             approximate: those of the images of the tiny decoder.
-        generator_states: Device type and state of each random stream after the base noise was sampled.
+        generator_states: Device type and state of each random stream from which a call with `latents` starts.
         initial_noise: `(B, C, H, W)`, the noise of the baseline; `None` in files of versions that did not store it.
         band_changes: `(steps, B, 3)`, the part of ‖noise − initial_noise‖² in the lowest, middle and highest third of
             the radial frequencies at each step; see `frequency_bands`. NaN where a sample had stopped, `None` in files
@@ -148,12 +148,17 @@ class NoiseResult:
         return f"<div>{shown}<code>{html.escape(repr(self))}</code></div>"
 
     def generator(self) -> torch.Generator | list[torch.Generator] | None:
-        """Return new generators in the state after the base noise; a list if the run had one for each image."""
+        """Return new generators for a call with `latents`; a list if the run had one for each image.
+
+        `None` if their states are not stored.
+        """
         fresh = []
         for device, state in self.generator_states:
             fresh.append(torch.Generator(device))
             fresh[-1].set_state(state)
-        return fresh if self.provenance.get("generators") == "list" else (fresh or [None])[0]
+        if not fresh:
+            return None
+        return fresh if self.provenance.get("generators") == "list" else fresh[0]
 
     def differences(self, pipe) -> list[str]:
         """Return a sentence for each thing in which a pipeline differs from that of the run, if it was recorded.

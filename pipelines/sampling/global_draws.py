@@ -1,4 +1,4 @@
-"""Detection of samplers that draw from torch's global random stream, so that evaluations are not repeatable."""
+"""Detection of calls that draw from torch's global random stream, so that evaluations are not repeatable."""
 
 import contextlib
 import functools
@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch.overrides import TorchFunctionMode
 
+from ...private_names import is_compiled
+
 DRAWING = (torch.randn, torch.rand, torch.randint, torch.randn_like, torch.rand_like, torch.normal)
 
 
@@ -14,42 +16,56 @@ class GlobalDraws(TorchFunctionMode):
     """Context in which random numbers without a generator raise `ValueError`, in this thread only.
 
     Args:
-        sampler: Name of the sampler for the error.
+        drawer: Name of what draws, for the error.
+        remedy: The remedy, for the error.
     """
 
-    def __init__(self, sampler: str) -> None:
+    def __init__(self, drawer: str, remedy: str) -> None:
         super().__init__()
-        self.sampler = sampler
+        self.drawer, self.remedy = drawer, remedy
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func in DRAWING and kwargs.get("generator") is None:
             raise ValueError(
-                f"Expected all noise to come from `generator`, but {self.sampler} draws from torch's global stream, so "
-                "that no two evaluations see the same noise. Use a deterministic scheduler, such as "
-                "`FlowMatchEulerDiscreteScheduler(stochastic_sampling=False)`, or one with a seed, such as "
-                "`DPMSolverSDEScheduler(noise_sampler_seed=0)`."
+                f"Expected all noise to come from `generator`, but {self.drawer} draws from torch's global stream, so "
+                f"that no two evaluations see the same noise. {self.remedy}"
             )
         return func(*args, **kwargs)
 
 
 @contextlib.contextmanager
 def no_global_draws(pipe) -> Iterator[list[torch.Tensor]]:
-    """Refuse a `scheduler.step` that draws from torch's global stream; see `GlobalDraws`.
+    """Refuse draws from torch's global stream after the latents were prepared; see `GlobalDraws`.
 
-    Evaluations start from the same state of the generators, and so see the same noise at each step. The scheduler must
-    be a copy. Yields an empty list, for the same form as `first_step_only`.
+    Evaluations start from the same state of the generators, and so see the same noise at each step; they repeat what a
+    call draws before. The scheduler must be a copy. Yields an empty list, for the same form as `first_step_only`.
     """
-    scheduler, sampler = pipe.scheduler, f"{type(pipe).__name__} with {type(pipe.scheduler).__name__}"
-    step = scheduler.step
+    scheduler, name = pipe.scheduler, type(pipe).__name__
+    step, prepare_latents = scheduler.step, pipe.prepare_latents
+    modules = [part for part in vars(pipe).values() if isinstance(part, torch.nn.Module)]
 
     @functools.wraps(step)
-    def watched(*args, **kwargs):
-        with GlobalDraws(sampler):
+    def watched_step(*args, **kwargs):
+        with GlobalDraws(f"{name} with {type(scheduler).__name__}", DETERMINISTIC):
             return step(*args, **kwargs)
 
-    vars(scheduler)["step"] = watched
-    try:
-        yield []
-    finally:
-        del scheduler.step
+    with contextlib.ExitStack() as rest_of_call:
+
+        def watch_from_here(*args, **kwargs):
+            prepared = prepare_latents(*args, **kwargs)
+            if not any(map(is_compiled, modules)):  # a mode would compile them once more
+                rest_of_call.enter_context(GlobalDraws(name, "Pass `generator` on to everything that draws there."))
+            return prepared
+
+        vars(scheduler)["step"], vars(pipe)["prepare_latents"] = watched_step, watch_from_here
+        try:
+            yield []
+        finally:
+            del scheduler.step
+
+
+DETERMINISTIC = (
+    "Use a deterministic scheduler, such as `FlowMatchEulerDiscreteScheduler(stochastic_sampling=False)`, or one with "
+    "a seed, such as `DPMSolverSDEScheduler(noise_sampler_seed=0)`."
+)

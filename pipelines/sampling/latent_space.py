@@ -21,14 +21,15 @@ def drawing_function(cls: type) -> Callable[..., types.FunctionType]:
     Raises:
         TypeError: If the class does not sample its noise with `randn_tensor`.
     """
-    base = next((base for base in cls.__mro__ if "prepare_latents" in vars(base)), cls)
-    stock = vars(base).get("prepare_latents", lambda: None)
-    function = with_gradient(stock, f"{base.__name__}.prepare_latents")
-    if "randn_tensor" in function.__code__.co_names:
+    base = next((base for base in cls.__mro__ if "prepare_latents" in vars(base)), None)
+    function: Any = None if base is None else vars(base)["prepare_latents"]
+    if base is not None:
+        function = with_gradient(function, f"{base.__name__}.prepare_latents")
+    if "randn_tensor" in getattr(getattr(function, "__code__", None), "co_names", ()):
         return lambda draw: with_globals(function, randn_tensor=draw)
     raise TypeError(
         "Expected a text-to-image pipeline whose `prepare_latents` samples its noise with diffusers' `randn_tensor`, "
-        f"but that of {cls.__name__} does not. Call `randn_tensor` there, and no `super()`."
+        f"but {cls.__name__} draws its noise elsewhere, or none. Call `randn_tensor` there, and no `super()`."
     )
 
 
@@ -119,8 +120,11 @@ class LatentSpace:
         given = {"latents": latents} if self.takes_latents else {}
         return self.with_draw(draw)(pipe, **{**self.arguments, **given, **overrides})
 
-    def draw(self, pipe) -> tuple[torch.Tensor, bool]:
-        """Return the base noise of the call, and whether it was sampled (rather than given as `latents=`)."""
+    def draw(self, pipe, **overrides) -> tuple[torch.Tensor, bool]:
+        """Return the base noise of the call, and whether it was sampled (rather than given as `latents=`).
+
+        The generator of the call advances as in the stock call; `overrides` are for checks beside it.
+        """
         drawn: list[torch.Tensor] = []
 
         def record(*args, **kwargs):
@@ -136,7 +140,7 @@ class LatentSpace:
                 "nothing to optimize. Leave out the argument that lets it start without, such as `denoising_start`."
             )
         noise = self.to_noise(pipe, self.given)
-        again = first_of(self.prepare(pipe, noise))
+        again = first_of(self.prepare(pipe, noise, **overrides))
         comparable = again.shape == prepared.shape  # families that pack return spatial latents unchanged
         if comparable and not torch.allclose(again.float(), prepared.float(), rtol=0.05, atol=0.05):
             raise latents_with_image(pipe)  # beyond the rounding of half precision
@@ -147,26 +151,16 @@ class LatentSpace:
 
         With `draw` the noise of the call is sampled and discarded, so that the generator advances as in the call.
         """
+        ours = [noise]
 
         def given(*args, **kwargs) -> torch.Tensor:
+            if not ours:  # some functions draw more than the noise
+                return self.draw_noise(*args, **kwargs)
             if draw:
                 self.draw_noise(*args, **kwargs)
-            return noise.to(kwargs.get("dtype") or noise.dtype)
+            return ours.pop().to(kwargs.get("dtype") or noise.dtype)
 
         return self.on(pipe, given, **overrides)
-
-    def to_latents(self, pipe, noise: torch.Tensor, **overrides) -> torch.Tensor:
-        """Convert noise to the `latents=` that the pipeline accepts, in its dtype."""
-        prepared = first_of(self.prepare(pipe, noise, **overrides))
-        if not self.takes_latents:  # then the pipeline uses `latents` unchanged
-            return prepared
-        for candidate in (noise.to(prepared.dtype), prepared):
-            if self.accepts(pipe, candidate, prepared):
-                return candidate
-        raise TypeError(
-            f"Expected `latents=` to accept the noise or the prepared latents of {type(pipe).__name__}, but it accepts "
-            "neither. Use a pipeline whose `prepare_latents` returns given latents in one of these forms."
-        )
 
     def to_noise(self, pipe, latents: torch.Tensor) -> torch.Tensor:
         """Convert the `latents=` of a user to noise.
@@ -202,13 +196,6 @@ class LatentSpace:
                 prepared = first_of(self.on(pipe, draw, generator=any_generator))
             self.known_packing = Packing(leaves[0].shape, prepared.shape, positions_in(prepared, leaves[0]))
         return self.known_packing
-
-    def accepts(self, pipe, latents: torch.Tensor, prepared: torch.Tensor) -> bool:
-        try:
-            returned = first_of(self.on(pipe, randn_tensor, latents))
-        except ValueError:  # the family checks the shape of given latents
-            return False
-        return returned.shape == prepared.shape and torch.equal(returned, prepared)
 
 
 class Packing(NamedTuple):

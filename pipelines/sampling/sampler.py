@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import itertools
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
@@ -15,11 +16,13 @@ from ..memory.chunks import BatchLayout, WholeBatchDraws, run_in_chunks
 from ..memory.module_copies import converted_apart, without_gradient
 from ..memory.replaced import is_stock_method
 from .apart import KeptScheduler, plain_attributes, with_attributes
-from .first_call import count_timesteps, first_step_only, stock_call, submodules_of
+from .first_call import count_timesteps, counted, first_step_only, stock_call, submodules_of
 from .global_draws import no_global_draws
-from .latent_space import LatentSpace
+from .latent_space import LatentSpace, first_of
 from .module_state import CALLED_IN_STEPS, is_offloaded
-from .random_state import RandomState
+from .pixel_range import is_centered
+from .random_state import CallStart, RandomState
+from .redraw import Redraw, find_redraw
 
 Gradient = Literal["full", "frozen"] | None
 Clamp = Literal["straight_through", "hard"]
@@ -43,6 +46,7 @@ class PipelineSampler:
         decoder: Decoder to use instead of the pipeline's VAE, or `None`.
         checkpointing: Checkpointing of the evaluations while `checkpoints` are in force.
         through_denoiser: Whether gradients pass through the denoiser, so that checkpointing it saves memory.
+        start: The random streams at the start of the call; `None` if it drew nothing since.
 
     Attributes:
         random_state: The random streams before the base noise is sampled.
@@ -66,16 +70,23 @@ class PipelineSampler:
         decoder: Any = None,
         checkpointing: Checkpointing = "none",
         through_denoiser: bool = True,
+        start: CallStart | None = None,
     ) -> None:
-        self.space, self.encoded = space, encoded
-        device = torch.device(space.arguments.get("device") or execution_device(pipe))
-        self.random_state = RandomState(request.get("generator"), device)
-        self.base_noise, self.drew = space.draw(pipe)
+        self.space, self.encoded, self.pipe = space, encoded, pipe
+        self.device = torch.device(space.arguments.get("device") or execution_device(pipe))
+        self.random_state = RandomState(request.get("generator"), self.device)
+        self.start = start or CallStart(request.get("generator"), self.device)
+        self.draws_globally = self.start.drew_from_global()
+        self.draws_early = self.draws_globally or not self.start.own.equals(self.random_state)
+        self.base_noise, self.drew = space.draw(pipe, generator=self.random_state.generator())
         self.call = stock_call(type(pipe))
         ours = ("latents", "generator", "output_type", "return_dict", "callback_on_step_end", "callback")
         self.request = {name: value for name, value in request.items() if name not in ours}
         self.image_embeds: list[Any] = []  # of an IP-Adapter, recorded in the first run
-        self.pipe, self.twin = pipe, make_twin(pipe, clamp)
+        self.postprocessed: list[int] = []  # has an entry once the pipeline's image processor converted pixels
+        self.centered: bool | None = None  # whether its pixels are in [-1, 1]; unknown before the first images
+        self.clamp: Clamp = clamp
+        self.pipe, self.twin = pipe, make_twin(pipe, clamp, self.postprocessed)
         self.own_decoder, self.decoder = vars(self.twin).get("vae"), decoder
         if decoder is not None:
             vars(self.twin)["vae"] = decoder
@@ -99,9 +110,16 @@ class PipelineSampler:
             self.space.on(self.twin, self.space.draw_noise, generator=generator)
         return RandomState(generator, torch.device("cpu"))
 
-    def states_after_draw(self) -> list[tuple[str, torch.Tensor]]:
-        """Return device type and state of each random stream after the base noise was sampled."""
-        return [(device.type, state) for device, state, _ in self.random_state_after_draw().states]
+    @functools.cached_property
+    def redraw(self) -> Redraw | None:
+        """The way to draw images again by a plain call, if there is one."""
+        with self.again() as twin:
+            return find_redraw(self, twin)
+
+    def states_for_redraw(self) -> list[tuple[str, torch.Tensor]]:
+        """Return device type and state of each random stream that a call with the found latents starts from."""
+        streams = self.start.own if self.redraw is None else self.redraw.streams
+        return [(device.type, state) for device, state, _ in streams.states]
 
     @contextlib.contextmanager
     def again(self) -> Iterator[Any]:
@@ -128,9 +146,9 @@ class PipelineSampler:
         return self.space.prepare(twin, noise, draw=self.drew, generator=generator)
 
     def to_latents(self, noise: torch.Tensor) -> torch.Tensor:
-        """Convert noise to what the pipeline takes as `latents=`, in its dtype."""
-        with self.again() as twin:
-            return self.space.to_latents(twin, noise, draw=self.drew, generator=self.random_state.generator())
+        """Convert noise to what the pipeline takes as `latents=`, in its dtype, or to the prepared latents."""
+        prepared = first_of(self.prepare(noise))
+        return noise.to(prepared.dtype) if self.redraw is not None and self.redraw.form == "noise" else prepared
 
     def chunk(self, rows: list[int]) -> "PipelineSampler":
         """Return the sampler of a chunk, whose images equal these rows of the whole batch up to rounding.
@@ -138,10 +156,15 @@ class PipelineSampler:
         Samplers that add noise at each step see the same noise if they draw it from the generator of the call.
 
         Raises:
-            ValueError: For an argument of the call that cannot be split by image, such as a list of images.
+            ValueError: For a call that cannot be split by image, such as one with a list of images.
         """
         if tuple(rows) not in self.chunks:
             batch = self.space.arguments.get("batch_size", 0)
+            if self.draws_early:
+                raise ValueError(
+                    "Expected a call whose first random numbers are its noise, to generate images in chunks, but "
+                    f"{type(self.pipe).__name__} draws others before. Use `chunk_size=None`."
+                )
             layout = BatchLayout(self.request, batch)
             chunk = copy.copy(self)
             chunk.space = self.space.for_images(len(rows))
@@ -169,7 +192,27 @@ class PipelineSampler:
             chunk_size: Generate at most this many images at a time, and generate them again with their graph in the
                 backward pass: the same gradient in less memory, for one more forward pass. `None` for all at once.
         """
-        images = self.run(noise, gradient, preview, "pt", chunk_size)
+        return self.pixels(self.run(noise, gradient, preview, "pt", chunk_size))
+
+    def images_of_latents(self, latents: torch.Tensor) -> torch.Tensor:
+        """Generate the images of a plain call with `latents=` and the generator of `redraw`."""
+        assert self.redraw is not None
+        generator = self.redraw.streams.generator()
+        again = {"latents": latents, "generator": generator, "output_type": "pt", "return_dict": False}
+        with self.again() as twin, torch.no_grad():
+            self.take_over(twin, self.base_noise, generator, None)
+            del vars(twin)["prepare_latents"]
+            images = images_in(self.call(twin, **self.request, **again), twin)
+        return self.pixels(images)
+
+    def pixels(self, images: torch.Tensor) -> torch.Tensor:
+        """Convert the images of the pipeline to [0, 1], in float32 or better."""
+        if self.centered is None:
+            self.centered = is_centered(self)
+        if self.centered and self.clamp == "straight_through":
+            images = denormalize_straight_through(images)
+        elif self.centered:
+            images = (images * 0.5 + 0.5).clamp(0, 1)
         return images.to(torch.promote_types(images.dtype, torch.float32))
 
     def x0(self, noise: torch.Tensor, gradient: Gradient = None, chunk_size: int | None = None) -> torch.Tensor:
@@ -196,16 +239,26 @@ class PipelineSampler:
         return self.checkpoints.fitted(kind, noise.device, lambda: self.run_once(noise, gradient, preview, output_type))
 
     def run_once(self, noise: torch.Tensor, gradient: Gradient, preview: bool, output_type: str) -> torch.Tensor:
-        generator = self.random_state.generator()
+        streams = self.start.own if self.draws_early else self.random_state
+        generator = streams.generator()
         differentiable = gradient is not None and noise.requires_grad
         ours = {"generator": generator, "output_type": output_type, "return_dict": False}
         with self.again() as twin:
             self.take_over(twin, noise, generator, gradient)
-            # a sampler that draws from the global stream does so in its first run
+            # what draws from the global stream does so in the first run
             whole = no_global_draws(twin) if self.timesteps is None else contextlib.nullcontext([])
             limited = first_step_only(twin) if preview else whole
-            with limited as estimates, self.shared_draws(generator), torch.set_grad_enabled(differentiable):
-                output = self.call(twin, **self.request, **ours)[0]
+            try:
+                with self.draws_of(generator), limited as estimates, torch.set_grad_enabled(differentiable):
+                    output = images_in(self.call(twin, **self.request, **ours), twin, output_type)
+            except AttributeError as error:
+                if not differentiable:
+                    raise
+                raise TypeError(
+                    f"Expected {type(twin).__name__} to be differentiable from image to noise, but its code fails "
+                    f'where gradients are recorded ({error}). Use `gradient="frozen"`, or a method without gradients, '
+                    "such as `BestOfN`."
+                ) from error
             if estimates and output_type == "latent":  # families unpack and scale their output
                 output = estimates[0]
             if not preview:  # counted after the run, as some families set their timesteps after `prepare_latents`
@@ -217,13 +270,17 @@ class PipelineSampler:
             )
         return output
 
-    def shared_draws(
-        self, generator: torch.Generator | list[torch.Generator]
-    ) -> contextlib.AbstractContextManager[Any]:
-        """Return a context in which a chunk draws from a generator that its batch shares as the whole batch does."""
-        if self.batch_rows is None or isinstance(generator, list):
-            return contextlib.nullcontext()
-        return WholeBatchDraws(generator, *self.batch_rows)
+    @contextlib.contextmanager
+    def draws_of(self, generator: torch.Generator | list[torch.Generator]) -> Iterator[None]:
+        """Let a run draw what the call draws.
+
+        A chunk draws from a generator that its batch shares as the whole batch does, and what the call drew from the
+        global streams before its latents is drawn again.
+        """
+        shared = self.batch_rows is not None and not isinstance(generator, list)
+        chunk = WholeBatchDraws(generator, *self.batch_rows) if shared else contextlib.nullcontext()  # pyright: ignore[reportArgumentType, reportOptionalIterable]
+        with chunk, self.start.replayed() if self.draws_globally else contextlib.nullcontext():
+            yield
 
     def take_over(
         self,
@@ -234,9 +291,14 @@ class PipelineSampler:
     ) -> None:
         """Let a twin run on `noise` and the recorded prompts."""
         attributes, recorded = vars(twin), iter(self.encoded)
+
+        def prepare_latents(*_, **__):
+            self.random_state.rewind(generator)
+            return self.prepare_on(twin, noise, generator)
+
         attributes.update(
             encode_prompt=lambda *_, **__: next(recorded),
-            prepare_latents=lambda *_, **__: self.prepare_on(twin, noise, generator),
+            prepare_latents=prepare_latents,
         )
         if hasattr(twin, "prepare_ip_adapter_image_embeds"):
             embed = twin.prepare_ip_adapter_image_embeds
@@ -246,8 +308,27 @@ class PipelineSampler:
             attributes.update({name: wrap(model) for name, model in submodules_of(twin, CALLED_IN_STEPS).items()})
 
 
-def make_twin(pipe, clamp: Clamp):
-    """Return a shallow copy of a pipeline that is differentiable from image to noise."""
+def images_in(output: Any, pipe, output_type: str = "pt") -> Any:
+    """Return the images that a pipeline call returned with `return_dict=False`.
+
+    Raises:
+        TypeError: If they are no tensor `(B, 3, H, W)` for `output_type="pt"`.
+    """
+    images = output[0] if isinstance(output, tuple) else output
+    if output_type == "pt" and not (isinstance(images, torch.Tensor) and images.ndim == 4 and images.shape[1] == 3):
+        got = tuple(images.shape) if isinstance(images, torch.Tensor) else type(images).__name__
+        raise TypeError(
+            f'Expected {type(pipe).__name__} to return images (B, 3, H, W) for `output_type="pt"`, but got {got}. Use '
+            "a pipeline that generates images, as tensors."
+        )
+    return images
+
+
+def make_twin(pipe, clamp: Clamp, postprocessed: list[int]):
+    """Return a shallow copy of a pipeline that is differentiable from image to noise.
+
+    Each call of its image processor leaves an entry in `postprocessed`.
+    """
     twin = copy.copy(pipe)
     twin.__dict__ = attributes = plain_attributes(pipe)
     twin.set_progress_bar_config(disable=True)
@@ -255,9 +336,11 @@ def make_twin(pipe, clamp: Clamp):
     attributes.update({name: None for name in ("safety_checker", "watermark") if name in attributes})
     if "vae" in attributes and needs_upcast(attributes["vae"]):
         attributes["vae"] = converted_apart(attributes["vae"])
-    if clamp == "straight_through" and has_stock_clamp(attributes.get("image_processor")):
-        attributes["image_processor"] = copy.copy(attributes["image_processor"])
-        vars(twin.image_processor)["denormalize"] = denormalize_straight_through
+    if hasattr(attributes.get("image_processor"), "postprocess"):
+        processor = attributes["image_processor"] = copy.copy(attributes["image_processor"])
+        vars(processor)["postprocess"] = counted(processor.postprocess, postprocessed)
+        if clamp == "straight_through" and has_stock_clamp(processor):
+            vars(processor)["denormalize"] = denormalize_straight_through
     return twin
 
 

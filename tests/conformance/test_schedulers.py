@@ -132,7 +132,7 @@ def test_what_takes_the_place_of_the_noise_is_refused_by_name():
     reno = ReNO(rewards=redness)
     with pytest.raises(ValueError, match="no `latents`, since in StableDiffusionXLImg2ImgPipeline.*Leave them out"):
         optimize_noise(pipe, "a", reno, latents=torch.zeros(1, 4, 16, 16), **arguments)
-    with pytest.raises(ValueError, match="StableDiffusionXLImg2ImgPipeline draws none.*denoising_start"):
+    with pytest.raises(ValueError, match="goes from noise to image, but `denoising_start` leaves out"):
         optimize_noise(pipe, "a", reno, denoising_start=0.5, **arguments)
 
 

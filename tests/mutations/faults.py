@@ -153,6 +153,32 @@ FAULTS = (
         'for name in ("noise", "initial_noise"):',
     ),
     Fault(
+        "state of the method not restored",
+        "pipelines/results/resume.py",
+        "vars(begun)[name] = self.restored(",
+        "self.restored(",
+    ),
+    Fault(
+        "half-done result called complete",
+        "pipelines/loop.py",
+        "        self.complete = False\n",
+        "        self.complete = True\n",
+        "tests/pipelines/results/test_resume.py",
+    ),
+    Fault(
+        "arguments of a file handed on unseen",
+        "src/noiseopt/analysis/sampling.py",
+        "if strange := [name for name in recorded if name not in known]:",
+        "if strange := [name for name in () if name not in known]:",
+        tests="tests/test_security.py",
+    ),
+    Fault(
+        "link in a folder followed",
+        "pipelines/results/atomic_write.py",
+        "os.replace(part, path)",
+        "os.replace(part, path.resolve())",
+    ),
+    Fault(
         "settings diff without added settings",
         "pipelines/results/settings_diff.py",
         "names = [*known, *(key for key in given if key not in known)]",
