@@ -24,9 +24,9 @@ from .request import (
     bind_request,
     check_argument_names,
     check_batch,
+    check_given_tensors,
     check_noise_batch,
     check_noise_is_drawn,
-    check_ordinary_tensors,
     check_paths,
     check_pipeline,
     check_pipeline_class,
@@ -123,10 +123,10 @@ class NoiseRun:
             refuse_replaced_step(pipe)
         if method.gradient_mode is not None:
             refuse_writes(type(pipe))
+        check_given_tensors(request)
         self.prompts, self.groups = prompts_of(request), groups_of(request)
         self.reward_prompts = reward_prompts_of(request, reward_prompt, len(self.prompts))
         check_batch(request, len(self.prompts))
-        check_ordinary_tensors(request)
         self.noise_sampler = noise_sampler_of(noise_sampler, request, self.groups)
         self.call = call or call_description(pipe, method, request, noise_sampler, reward_prompt)
         check_paths(save_noise_to=save_noise_to)

@@ -13,7 +13,6 @@ from typing import Any, TypeGuard, Union, get_args, get_origin, get_type_hints
 import numpy as np
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-from diffusers.utils.torch_utils import randn_tensor
 
 from ..checked_fields import refused_signature
 from ..registry import did_you_mean
@@ -233,7 +232,7 @@ def check_noise_is_drawn(pipe, request: dict[str, Any]) -> None:
             f"Expected a call that goes from noise to image, but `{part}` leaves out a part of the way. Leave it out "
             "to find the noise, and pass `latents=result.latents` to the call that has it."
         )
-    parameters = inspect.signature(drawing_function(type(pipe))(randn_tensor)).parameters
+    parameters = inspect.signature(drawing_function(type(pipe))()).parameters
     if request.get("latents") is not None and "latents" not in parameters:
         raise latents_with_image(pipe)
 
@@ -334,7 +333,7 @@ def check_noise_batch(noise: torch.Tensor, batch: int) -> None:
         )
 
 
-def check_ordinary_tensors(request: dict[str, Any]) -> None:
+def check_given_tensors(request: dict[str, Any]) -> None:
     """Raise `ValueError` for tensors that are not finite, or that no gradient can pass."""
     for name, value in request.items():
         for tensor in value if isinstance(value, list) else [value]:
@@ -345,7 +344,7 @@ def check_ordinary_tensors(request: dict[str, Any]) -> None:
                     f"Expected `{name}` as an ordinary tensor, but it was made under `torch.inference_mode()`. Pass "
                     f"`{name}.clone()`, made outside of it."
                 )
-            if (name == "latents" or "embeds" in name) and not tensor.isfinite().all():
+            if "embeds" in name and not tensor.isfinite().all():
                 raise ValueError(
                     f"Expected finite numbers in `{name}`, but got NaN or infinity. Look for the step that made them, "
                     "such as a division by zero or an overflow in float16."

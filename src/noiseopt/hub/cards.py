@@ -18,6 +18,7 @@ from .. import pipelines
 from ..pipelines.registry import METHODS
 from ..rewards.contract.registry import REWARDS
 from ..shapes_world.embedded import MODELS
+from ..story import Choice
 from .before_after import PICTURE, BeforeAfter
 from .markdown import code, described, sections, table, template
 
@@ -184,13 +185,20 @@ def finding(card: Card, shown: BeforeAfter) -> str:
     effect = "The numbers are the reward, which is optimized." if shown.spread is None else spread_of(shown.spread)
     return (
         f"Left of an arrow: {baseline}. Right of it: the same seed{'s' * several} after {shown.steps} steps of "
-        f"{card.method.__name__}{through}. ✓ and ✗ are the verdicts "
+        f"{card.method.__name__}{changed_settings(shown)}{through}. ✓ and ✗ are the verdicts "
         "of a judge that reads the pixels; it is no model, and nothing optimizes it. "
         f"{shown.right[0]} of {shown.count} images are right before, {shown.right[1]} of {shown.count} after"
         f"{doubt(shown.right)}. {effect} "
         f"The prompts are the first of the validation split, and the seeds count from {shown.seed}: nothing was chosen "
         "by its outcome."
     )
+
+
+def changed_settings(shown: BeforeAfter) -> str:
+    """Return what the picture has other than by default: settings that suit the small latents of embedded models."""
+    settings = Choice.of(shown.method, shown.model).settings
+    changed = [code(f"{name}={value!r}") for name, value in settings.items() if name != "steps"]
+    return f" with {', '.join(changed)}" if changed else ""
 
 
 def doubt(right: list[int]) -> str:
