@@ -25,7 +25,6 @@ from .evaluation.evaluate import check_call, load_pipeline, one_line
 from .evaluation.folder import CannotEvaluate, read_object
 from .evaluation.instruments import load_reward
 from .evaluation.plan import (
-    EMBEDDED_REWARDS,
     CallbackChoice,
     MethodChoice,
     ModelChoice,
@@ -86,12 +85,7 @@ class Request:
         if not all(0 < weight < math.inf for _, weight in self.rewards):
             raise ValueError("Expected finite weights above 0. Leave out rewards that are not to be optimized.")
         for name, _ in self.rewards:
-            check_reward(name)
-            if name in EMBEDDED_REWARDS and not self.model.embedded:
-                raise ValueError(
-                    f"Expected a reward for photos and pictures of {self.model.name}, but {name!r} is that of the "
-                    f"embedded models. Did you mean {'clipscore' if name == 'clip' else 'vqascore'!r}?"
-                )
+            check_reward(name, [self.model])
         check_device(self.device)
 
     def settings(self) -> dict[str, Any]:
