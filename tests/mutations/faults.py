@@ -156,7 +156,7 @@ FAULTS = (
         "state of the method not restored",
         "pipelines/results/resume.py",
         "vars(begun)[name] = self.restored(",
-        "self.restored(",
+        "_ = self.restored(",
     ),
     Fault(
         "half-done result called complete",
