@@ -260,9 +260,10 @@ def test_only_what_takes_rewards_promises_them(readmes):
             re.findall(r"`([\w.]+)`(?=[^|\n]*\|[^|\n]*\|[^|\n]*\|$)", section(text, "Rewards"), re.MULTILINE)
         )
         if "rewards" in {name for name, *_ in rows(section(text, "Arguments"))}:
-            asked = ast.literal_eval(example_call(text)["rewards"])
+            call = example_call(text)
+            named = [ast.literal_eval(call[name]) for name in ("rewards", "guard") if name in call]
             assert listed == noiseopt.list_rewards()
-            assert ({asked} if isinstance(asked, str) else set(asked)) <= set(listed)
+            assert named and all(({asked} if isinstance(asked, str) else set(asked)) <= set(listed) for asked in named)
         else:
             assert not listed and "`rewards`" not in text and "rewards=" not in example_source(text)
 
