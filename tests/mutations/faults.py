@@ -231,14 +231,14 @@ FAULTS = (
         "replaced method of a layer bypassed",
         "pipelines/memory/lean_layers.py",
         "if not replaced_methods(layer)]",
-        "]",
+        "if layer is not None]",
         "tests/pipelines/composition/test_patches.py",
     ),
     Fault(
         "replaced method of a layer class bypassed",
         "pipelines/memory/lean_layers.py",
         "if is_stock(kind)}",
-        "}",
+        "if kind is not None}",
         "tests/pipelines/composition/test_patches.py",
     ),
     Fault(
@@ -273,7 +273,7 @@ FAULTS = (
         "CADS brings back the condition of the first step",
         "callbacks/cads.py",
         "self.clean(name, callback_kwargs[name])",
-        "self.conditions[name]",
+        "self.conditions.get(name, callback_kwargs[name])",
     ),
 )
 
