@@ -258,20 +258,42 @@ def kills(task: Task, count: int, folder: Path, chance: random.Random) -> Count:
     while counted.events < count:
         process = child(functools.partial(task.run, place), log)
         status = ended(process, chance.uniform(0, seconds))
-        before = number if status is None else -1
+        before = number
         try:
             number = task.finished(place)
+            equal = status is None or task.content(place) == whole
         except Exception as error:
             counted.check(False, f"left a folder that cannot be loaded: {error}")
-            number = 0
+            number, equal = 0, True
         if status is None:
             counted.events += 1
             counted.check(number >= before, f"lost {before - number} results")
             continue
         counted.check(status == 0, f"ended with status {status}: {log.read_text()[-2000:]}")
-        counted.check(task.content(place) == whole, "came to another result than one that was never killed")
+        counted.check(equal, "came to another result than one that was never killed")
         shutil.rmtree(place)
         place, number = folder / str(counted.events), 0
+    return counted
+
+
+def races(task: Task, count: int, folder: Path, chance: random.Random) -> Count:
+    """Start a task twice at nearly the same time in one new folder: one ends well, the other is refused or waits."""
+    counted, log = Count(f"two processes of {task.name} on one new folder"), folder / "log"
+    while counted.events < count:
+        place = folder / str(counted.events)
+        first = child(functools.partial(task.run, place), log)
+        time.sleep(chance.uniform(0, 0.2))
+        second = child(functools.partial(task.run, place), log)
+        statuses = sorted([ended(first, 600), ended(second, 600)], key=str)
+        counted.events += 1
+        counted.check(statuses[0] == 0, f"both failed: {log.read_text()[-2000:]}")
+        refused = "another process is writing to" in log.read_text()
+        counted.check(statuses[1] == 0 or refused, f"failed in another way: {log.read_text()[-2000:]}")
+        try:
+            counted.check(task.finished(place) == IMAGES, "left an unfinished folder")
+        except Exception as error:
+            counted.check(False, f"left a folder that cannot be loaded: {error}")
+        log.write_text("")
     return counted
 
 
@@ -280,9 +302,14 @@ def bits(result: NoiseResult) -> Any:
     return {name: getattr(result, name).tolist() for name in ("noise", "losses", "best_step")}
 
 
-def grown(pipe, folder: Path) -> ImageSet:
+def grown(pipe, folder: Path, seed: int | None = 3) -> ImageSet:
     method = NeverTooLate(diversity={"dpp": ("tiny_image", 15.0)}, steps=4)
-    return grow_set(pipe, PROMPT, IMAGES, method, generator=3, folder=folder, **ONE_STEP)
+    return grow_set(pipe, PROMPT, IMAGES, method, generator=seed, folder=folder, **ONE_STEP)
+
+
+def grown_unseeded(folder: Path) -> None:
+    torch.seed()  # a forked process has the random state of its parent
+    grown(load_pipeline("turbo"), folder, None)
 
 
 def set_size(folder: Path) -> int:
@@ -312,17 +339,23 @@ def generated(source: Path, folder: Path) -> None:
     command(["generate", "--prompts", str(source), "--output", str(folder), *options])
 
 
+def untimed(records: list[str]) -> list[dict[str, Any]]:
+    """Parse records of prompts, without the time that they took."""
+    return [{name: value for name, value in json.loads(text).items() if name != "seconds"} for text in records]
+
+
 def records_in(folder: Path) -> list[dict[str, Any]]:
-    """Return the records of the finished prompts of `noiseopt generate`, without the time that they took."""
+    """Return the records of the finished prompts of `noiseopt generate`."""
     for path in folder.glob("images/*.safetensors"):
         NoiseResult.load(path)
-    records = [json.loads(path.read_text()) for path in sorted(folder.glob("images/*.json"))]
-    return [{name: value for name, value in record.items() if name != "seconds"} for record in records]
+    return untimed([path.read_text() for path in sorted(folder.glob("images/*.json"))])
 
 
-def images_in(folder: Path) -> Any:
-    files = {path.name: path.read_bytes() for path in sorted(folder.glob("images/*.png"))}
-    return records_in(folder), files, (folder / "index.html").exists(), len((folder / "results.jsonl").read_text())
+def generated_in(folder: Path) -> Any:
+    pictures = {path.name: path.read_bytes() for path in sorted(folder.glob("images/*.png"))}
+    noises = [bits(NoiseResult.load(path)) for path in sorted(folder.glob("images/*.safetensors"))]
+    listed = untimed((folder / "results.jsonl").read_text().splitlines())
+    return pictures, noises, listed, records_in(folder), (folder / "index.html").exists()
 
 
 def tasks(folder: Path) -> list[Task]:
@@ -340,7 +373,7 @@ def tasks(folder: Path) -> list[Task]:
             "`noiseopt generate`",
             functools.partial(generated, source),
             lambda place: len(records_in(place)),
-            images_in,
+            generated_in,
         ),
     ]
 
@@ -361,6 +394,11 @@ def main(arguments: list[str] | None = None) -> list[Count]:
             place = Path(folder) / f"task-{index}"
             place.mkdir()
             found.append(kills(task, options.kills, place, chance))
+            print(found[-1].row(), flush=True)
+        if options.kills:
+            unseeded = Task("`grow_set`", grown_unseeded, set_size, set_content)
+            (Path(folder) / "races").mkdir()
+            found.append(races(unseeded, options.kills, Path(folder) / "races", chance))
             print(found[-1].row(), flush=True)
         if options.interrupts:
             found.append(interrupts(options.interrupts, Path(folder), chance))

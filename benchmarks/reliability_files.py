@@ -264,8 +264,8 @@ def edit(value: Any, dice: random.Random) -> Any:
     """Replace, remove or add one value somewhere in nested dictionaries and lists."""
     if not isinstance(value, dict | list) or not value or dice.random() < 0.15:
         return evil(dice)
-    keys = list(value) if isinstance(value, dict) else list(range(len(value)))
-    key, found = dice.choice(keys), value.copy()
+    found: Any = value.copy()
+    key = dice.choice(list(found) if isinstance(found, dict) else list(range(len(found))))
     action = dice.random()
     if action < 0.1:
         del found[key]

@@ -26,8 +26,8 @@ from .results.provenance import provenance_of
 from .results.resume import (
     NotStorable,
     continued_parts,
+    continuing,
     kept_attributes,
-    kept_of_all,
     progress_of,
     set_attributes,
     step_reached,
@@ -143,7 +143,7 @@ class OptimizationLoop:
             "images": best.images is not None,
             "state": self.state,
             "objective": kept_attributes(self.objective),
-            "callbacks": kept_of_all(self.callbacks),
+            "callbacks": {name: kept_attributes(each) for name, each in continuing(self.callbacks).items()},
             "streams": self.problem.sampler.start.own.generator(),
         }
 
@@ -167,8 +167,8 @@ class OptimizationLoop:
         run.best = Best(**parts["best"], evaluations=len(self.rows))
         self.state = parts["state"]
         set_attributes(self.objective, parts["objective"])
-        for name, kept in parts["callbacks"].items():
-            set_attributes(self.callbacks[int(name.split()[1])], kept)
+        for name, callback in continuing(self.callbacks).items():
+            set_attributes(callback, parts["callbacks"][name])
         if parts["images"]:
             self.initial_images, best = self.drawn(self.problem.noise), self.drawn(run.best.noise)
             run.best = dataclasses.replace(run.best, images=best)

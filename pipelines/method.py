@@ -80,7 +80,11 @@ class NoiseOptimizer:
         return 0.0
 
     def start(self, problem: NoiseProblem) -> Any:
-        """Return the state that the method carries from step to step, such as momentum."""
+        """Return the state that the method carries from step to step, such as momentum.
+
+        A run can be resumed if the state has only tensors, numbers, texts, `torch.Generator`s and `torch.optim.Adam`,
+        in attributes, lists and dicts.
+        """
         return None
 
     def step(self, run: NoiseState, gradient: Any, state: Any) -> torch.Tensor:

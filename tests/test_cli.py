@@ -46,7 +46,7 @@ def demo(tmp_path_factory) -> tuple[Path, str]:
 
 def test_demo_says_what_happened(demo):
     folder, printed = demo
-    assert PROMPT in printed and "ReNO on turbo, the one-step student of the SD kind" in printed
+    assert PROMPT in printed and "ReNO(learning_rate=7.07) on turbo, the one-step student of the SD kind" in printed
     assert len([line for line in printed.splitlines() if line.startswith(PROMPT)]) == 1
     assert "judge: " in printed and " of 1 right → " in printed
     for name in ("before_after.png", "trajectory.png", "noise.safetensors"):
@@ -87,7 +87,7 @@ def test_demo_of_another_method_and_model(tmp_path, capsys):
 def test_demo_of_a_method_of_sets_with_rewards(tmp_path, capsys):
     main(["demo", "--method", "never_too_late", "--steps", "3", "--prompt", PROMPT, "--output", str(tmp_path)])
     printed = capsys.readouterr().out
-    assert f"{SET} images of 1 prompt, 3 steps" in printed and "NeverTooLate(learning_rate=25.0, " in printed
+    assert f"{SET} images of 1 prompt, 3 steps" in printed and "NeverTooLate(learning_rate=35.0, " in printed
     assert f" of {SET} right → " in printed and "from its mean position" in printed
     result = NoiseResult.load(tmp_path / "noise.safetensors")
     assert result.provenance["objective"]["diversity"] == {"dpp": {"features": "dinov2", "weight": 72.0}}

@@ -25,6 +25,8 @@ from noiseopt import NeverTooLate, NoiseResult, ReNO, optimize_noise, shapes_wor
 from noiseopt.analysis import sampling
 from noiseopt.cli import main
 from noiseopt.demo import load_pipeline
+from noiseopt.evaluation.command import print_problems
+from noiseopt.evaluation.prompt_sets import load_prompts
 from noiseopt.pipelines.never_too_late.image_set import ImageSet, grow_set
 
 PROMPT = "a red circle left of a blue star"
@@ -367,6 +369,24 @@ def test_tables_and_figures_of_hostile_files_are_text(honest, tmp_path, capsys):
 
 def rows(steps: int) -> torch.Tensor:
     return torch.zeros(steps, 1)
+
+
+def test_names_of_files_and_entries_of_prompt_files_are_printed_as_text(tmp_path, capsys):
+    """The name of a picture, that of a prompt file, its categories, and an entry that is none."""
+    pictures = tmp_path / f"pictures{ESCAPE[:-1]}"
+    pictures.mkdir()
+    Image.new("RGB", (8, 8)).save(pictures / f"one{ESCAPE[:-1]}.png")
+    assert r"one\x1b]0;owned" in told(["score", str(pictures), "--reward", "red"], capsys)
+    (pictures / "broken.png").write_bytes(b"x")
+    assert r"pictures\x1b]0;owned" in told(["score", str(pictures), "--reward", "red"], capsys)
+    prompts = tmp_path / f"prompts{ESCAPE[:-1]}.jsonl"
+    entries = [{"prompt": "a red circle", "category": ESCAPE}, {"prompt": " "}, {ESCAPE: 1}]
+    prompts.write_text("".join(json.dumps(each) + "\n" for each in entries))
+    found = load_prompts(str(prompts))
+    assert found.name.isprintable() and all((each.category or "").isprintable() for each in found.prompts)
+    print_problems(found.problems)
+    text = told(["evaluate", "--prompts", str(prompts), "--format", "coco", "--output", str(tmp_path / "o")], capsys)
+    assert "Skipped: " in text and "Expected" in text
 
 
 def test_a_model_with_code_is_not_run_although_it_is_named(honest, tmp_path, capsys):

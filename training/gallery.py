@@ -19,7 +19,7 @@ from .optimization import averaged
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderTiny, DiffusionPipeline
-    from transformers import T5EncoderModel, T5TokenizerFast
+    from transformers import T5EncoderModel, T5Tokenizer
 
 # embedded name -> (training stage, class)
 GENERATORS: dict[str, tuple[str, type[VPGenerator] | type[SD3Generator]]] = {
@@ -56,7 +56,7 @@ def assemble(args: argparse.Namespace, name: str, vae: AutoencoderTiny) -> Diffu
         return StableDiffusionPipeline(**parts, requires_safety_checker=False)
     parts |= {"text_encoder_2": model.text_encoder_2, "tokenizer_2": model.tokenizer}
     if isinstance(model, SD3Generator):
-        encoder, tokenizer = silent_encoder(model.transformer.config.joint_attention_dim)
+        encoder, tokenizer = silent_encoder(model.transformer.config["joint_attention_dim"])
         parts |= {"transformer": model.transformer, "text_encoder_3": encoder, "tokenizer_3": tokenizer}
         return StableDiffusion3Pipeline(**parts)
     if name == "sdxl-turbo":  # like SDXL-Turbo
@@ -64,19 +64,19 @@ def assemble(args: argparse.Namespace, name: str, vae: AutoencoderTiny) -> Diffu
     return StableDiffusionXLPipeline(**parts, unet=model.unet, add_watermarker=False)
 
 
-def silent_encoder(width: int) -> tuple[T5EncoderModel, T5TokenizerFast]:
+def silent_encoder(width: int) -> tuple[T5EncoderModel, T5Tokenizer]:
     """Return a T5 whose embeddings are zero, as SD3 takes them to be without its third text encoder, and a tokenizer.
 
     Without that encoder a saved pipeline loads only with `text_encoder_3=None, tokenizer_3=None`.
     """
-    from transformers import T5Config, T5EncoderModel, T5TokenizerFast
+    from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
     config = T5Config(vocab_size=3, d_model=width, d_kv=1, d_ff=1, num_layers=1, num_heads=1, use_cache=False)
     encoder = T5EncoderModel(config).eval()
     for parameter in encoder.parameters():
         torch.nn.init.zeros_(parameter)
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
-    return encoder, T5TokenizerFast(vocab=pieces, extra_ids=0, model_max_length=256)
+    return encoder, T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=256)
 
 
 def gallery(args: argparse.Namespace) -> dict:

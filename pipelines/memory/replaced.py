@@ -42,12 +42,12 @@ def with_gradient(function: Callable[..., Any], name: str) -> Any:
     """
     while is_context_decorated(function):
         function = function.__wrapped__  # pyright: ignore[reportFunctionMemberAccess]
-    if hasattr(function, "__wrapped__") or takes_anything(function):
+    if hasattr(function, "__wrapped__") or (name.endswith(".__call__") and takes_anything(function)):
         code = getattr(function, "__code__", None)
         where = f"{code.co_filename}:{code.co_firstlineno}" if code else type(function).__name__
         raise TypeError(
             f"Expected `{name}` as its class defines it, but it is wrapped by code of others ({where}), which a run "
-            "would bypass. Undo that first, or define it in a subclass of the pipeline."
+            "would bypass. Undo that first, or write the whole function out in a subclass of the pipeline."
         )
     return function
 

@@ -14,6 +14,7 @@ from ...rewards.contract.registry import LoadedModels
 from ...rewards.contract.reward_sum import RewardSum
 from ...rewards.sets.set_reward_sum import SetRewardSum, join_features
 from ...schedulers.noise_samplers import NoiseSamplerSpec, as_noise_sampler, describe_noise_sampler
+from ...shown_text import shown
 from ..baselines.plain_sampling import PlainSampling
 from ..hook import optimize_noise
 from ..loading import loaded_models
@@ -25,7 +26,6 @@ from ..result_folder import Seeds, only_writer, seed_device, seeds_from
 from ..results.noise_result import NoiseResult
 from ..results.pipeline_description import describe_pipeline
 from ..results.settings_diff import plain_description, settings_diff
-from ..results.shown_text import shown
 from .image_set_folder import ImageSetFolder
 from .method import NeverTooLate
 from .quality_guard import as_guards, loaded_guards

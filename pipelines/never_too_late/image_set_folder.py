@@ -6,9 +6,9 @@ from typing import Any
 
 from PIL import Image
 
+from ...shown_text import shown
 from ..results.atomic_write import atomic_write
 from ..results.noise_result import NoiseResult
-from ..results.shown_text import shown
 
 IMAGE_SET_FORMAT = "noiseopt-image-set-1"
 IMAGE_SET_FILE = "image_set.json"

@@ -11,6 +11,7 @@ import torch
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
+from ...shown_text import shown
 from .pipeline_description import describe_pipeline
 from .result_file import (
     LATER_TENSORS,
@@ -22,7 +23,6 @@ from .result_file import (
     write_result_file,
 )
 from .settings_diff import settings_diff
-from .shown_text import shown
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -148,12 +148,17 @@ class NoiseResult:
         return f"<div>{shown}<code>{html.escape(repr(self))}</code></div>"
 
     def generator(self) -> torch.Generator | list[torch.Generator] | None:
-        """Return new generators for a call with `latents`; a list if the run had one for each image."""
+        """Return new generators for a call with `latents`; a list if the run had one for each image.
+
+        `None` if their states are not stored.
+        """
         fresh = []
         for device, state in self.generator_states:
             fresh.append(torch.Generator(device))
             fresh[-1].set_state(state)
-        return fresh if self.provenance.get("generators") == "list" else (fresh or [None])[0]
+        if not fresh:
+            return None
+        return fresh if self.provenance.get("generators") == "list" else fresh[0]
 
     def differences(self, pipe) -> list[str]:
         """Return a sentence for each thing in which a pipeline differs from that of the run, if it was recorded.

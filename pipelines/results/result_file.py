@@ -11,8 +11,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
+from ...shown_text import shown
 from .atomic_write import atomic_write
-from .shown_text import shown
 
 RESULT_FORMAT = "noiseopt-result-1"
 RESULT_HEADER = {"format": str, "provenance": dict, "generator_devices": list, "reports": dict}

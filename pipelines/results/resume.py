@@ -35,12 +35,12 @@ def call_description(
     pipe, method: Any, request: Mapping[str, Any], noise_sampler: Any, reward_prompt: Any
 ) -> dict[str, Any]:
     """Return the call of a run as JSON values that are equal for equal calls: model, method, prompt and arguments."""
-    fields = {field.name: getattr(method, field.name) for field in dataclasses.fields(method)}
-    chosen = {name: value for name, value in fields.items() if name not in HOW_NOT_WHAT}
+    names = [field.name for field in dataclasses.fields(method) if field.name not in HOW_NOT_WHAT]
+    chosen = {name: getattr(method, name) for name in names}
     arguments = {name: value for name, value in request.items() if name != "prompt" and value is not None}
     found = {
-        "prompt": request.get("prompt"),
-        "reward_prompt": reward_prompt,
+        "prompt": plain_description(request.get("prompt")),
+        "reward_prompt": plain_description(reward_prompt),
         "method": portable({"name": type(method).__name__, **plain_description(chosen)}),
         "arguments": plain_description(arguments),
         "noise_sampler": plain_description(describe_noise_sampler(as_noise_sampler(noise_sampler))),
@@ -112,10 +112,10 @@ def kept_attributes(part: Any) -> dict[str, Any]:
     return {name: getattr(part, name, None) for name in names}
 
 
-def kept_of_all(parts: Sequence[Any]) -> dict[str, dict[str, Any]]:
-    """Return the attributes of those callbacks that go on with some, by the name and the position of each."""
-    kept = {f"{type(part).__name__} {index}": kept_attributes(part) for index, part in enumerate(parts)}
-    return {name: values for name, values in kept.items() if values}
+def continuing(callbacks: Sequence[Any]) -> dict[str, Any]:
+    """Return those callbacks that go on with some attributes, by name and number."""
+    found = [callback for callback in callbacks if getattr(callback, "continues", ())]
+    return {f"{type(callback).__name__} {number}": callback for number, callback in enumerate(found)}
 
 
 def step_reached(known: NoiseResult) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy
 import torch
 
-from .shown_text import shown
+from ...shown_text import shown
 
 
 def plain_description(value: Any) -> Any:

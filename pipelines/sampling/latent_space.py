@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
-from ..memory.replaced import is_stock_method, with_gradient
+from ..memory.replaced import with_gradient
 
 
 def drawing_function(cls: type) -> Callable[..., types.FunctionType]:
@@ -21,9 +21,9 @@ def drawing_function(cls: type) -> Callable[..., types.FunctionType]:
     Raises:
         TypeError: If the class does not sample its noise with `randn_tensor`.
     """
-    base = next((base for base in cls.__mro__ if defines_latents(base)), None)
+    base = next((base for base in cls.__mro__ if "prepare_latents" in vars(base)), None)
     function: Any = None if base is None else vars(base)["prepare_latents"]
-    if base is not None and not is_stock_method(base, "prepare_latents"):
+    if base is not None:
         function = with_gradient(function, f"{base.__name__}.prepare_latents")
     if "randn_tensor" in getattr(getattr(function, "__code__", None), "co_names", ()):
         return lambda draw: with_globals(function, randn_tensor=draw)
@@ -31,11 +31,6 @@ def drawing_function(cls: type) -> Callable[..., types.FunctionType]:
         "Expected a text-to-image pipeline whose `prepare_latents` samples its noise with diffusers' `randn_tensor`, "
         f"but {cls.__name__} draws its noise elsewhere, or none. Call `randn_tensor` there, and no `super()`."
     )
-
-
-def defines_latents(cls: type) -> bool:
-    """Return whether a class defines a `prepare_latents` that is not our hook."""
-    return "prepare_latents" in vars(cls) and not hasattr(cls, "_noise_run")
 
 
 def with_globals(function: types.FunctionType, **replaced: Any) -> types.FunctionType:

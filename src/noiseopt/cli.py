@@ -6,10 +6,11 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from . import __version__
 from .arguments import examples, make_folder, natural, positive, require_plots, shapes_prompt
+from .shown_text import shown_lines
 
 if TYPE_CHECKING:
     from .story import Choice
@@ -33,6 +34,15 @@ def main(argv: Sequence[str] | None = None) -> None:
             arguments.run(arguments)
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+    except SystemExit as end:  # its message may quote a file from anyone
+        raise SystemExit(shown_lines(end.code)) if isinstance(end.code, str) else end from None
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose error messages have no control characters: they may quote a file from anyone."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(shown_lines(message))
 
 
 @contextlib.contextmanager
@@ -68,7 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
     from .hub.command import add_hub
     from .scoring import add_rewards, add_score
 
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="noiseopt",
         description="Optimize the initial noise of text-to-image diffusion.",
         epilog=examples("noiseopt demo", "noiseopt generate --help"),

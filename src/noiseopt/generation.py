@@ -42,8 +42,8 @@ from .pipelines.registry import METHODS
 from .pipelines.results.atomic_write import atomic_write
 from .pipelines.results.noise_result import NoiseResult
 from .pipelines.results.settings_diff import settings_diff
-from .pipelines.results.shown_text import shown
 from .quiet import quiet_libraries
+from .shown_text import shown
 
 SECONDS_BETWEEN_REPORTS = 10.0
 OTHERS = "Choose another --output, or delete that folder."

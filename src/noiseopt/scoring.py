@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from .arguments import examples
 from .reward_table import HEAD, ROWS
+from .shown_text import LONGEST_LINE, shown
 
 if TYPE_CHECKING:
     import torch
@@ -95,7 +96,9 @@ def score(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> Non
         rows = [{"image": str(path), "prompt": prompt} for path, prompt in zip(images, prompts, strict=True)]
         print(json.dumps([row | {name: scores[name][i] for name in scores} for i, row in enumerate(rows)], indent=2))
         return
-    rows = [[str(path), *(f"{scores[name][i]:.4f}" for name in scores)] for i, path in enumerate(images)]
+    rows = [
+        [shown(path, LONGEST_LINE), *(f"{scores[name][i]:.4f}" for name in scores)] for i, path in enumerate(images)
+    ]
     print_table(["image", *scores], rows)
 
 

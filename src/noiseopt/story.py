@@ -48,16 +48,18 @@ class Recipe:
     note: str = ""
 
 
+# Learning rates are in units of the height and width of the noise alone: these are for latents of 8 channels, twice
+# those of SD, and of benchmarks/reno_vs_best_of_n.py and benchmarks/never_too_late.py.
 RECIPES = {
+    "reno": Recipe(settings={"learning_rate": 7.07}),
     "cno": Recipe(
         model="guided",
         settings={"learning_rate": 0.057, "window_size": 2},
         note="learning_rate=0.057 moves these 8 × 8 latents as far as the paper's 0.01 moves 64 × 64. CNO is told "
         "nothing about the prompt: what is wrong mostly stays wrong.",
     ),
-    # weight and learning rate are those of benchmarks/never_too_late.py
     "never_too_late": Recipe(
-        settings={"steps": 10, "learning_rate": 25.0, "diversity": {"dpp": 72.0}, "guard": {"clip": 0.5}},
+        settings={"steps": 10, "learning_rate": 35.0, "diversity": {"dpp": 72.0}, "guard": {"clip": 0.5}},
         note="The guard takes back a step after which the reward of an image is more than 0.5 below its start.",
     ),
     "noise_diffusion": Recipe(

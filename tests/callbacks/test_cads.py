@@ -4,10 +4,11 @@ import contextlib
 
 import pytest
 import torch
+from diffusers.callbacks import MultiPipelineCallbacks, SDCFGCutoffCallback
 from stock_calls import FAMILIES, STEPS, draw
 from tiny_pipelines import tiny_pipeline
 
-from noiseopt.callbacks import CADS
+from noiseopt.callbacks import CADS, DenoisingCallback
 
 CONDITIONS = {
     "sd": ("prompt_embeds",),
@@ -131,3 +132,46 @@ def test_generators_that_do_not_fit_the_batch_are_refused():
 def test_a_condition_in_lists_is_refused():
     with pytest.raises(TypeError, match="prompt_embeds of StableDiffusionPipeline as one tensor, but got list"):
         CADS().on_call_start(tiny_pipeline("sd"), {"prompt_embeds": [torch.zeros(3, 4)]})
+
+
+class Louder(DenoisingCallback):
+    """Callback that multiplies the condition once, after a given step."""
+
+    def __init__(self, index: int) -> None:
+        super().__init__(["prompt_embeds"])
+        self.index = index
+
+    def on_step(self, pipeline, index, callback_kwargs):
+        if index == self.index:
+            callback_kwargs["prompt_embeds"] = callback_kwargs["prompt_embeds"] * 2
+
+
+@pytest.mark.parametrize("settings", [{"noise_scale": 0.0}, {"tau1": 0.95, "tau2": 1.0}], ids=["off", "past"])
+@pytest.mark.parametrize("first", [True, False])
+def test_where_nothing_is_annealed_the_condition_of_another_callback_stays(settings, first):
+    both = [CADS(**settings), Louder(3)]
+    found = draw("sd", MultiPipelineCallbacks(both[::-1] if first else both))
+    assert found.equal(draw("sd", Louder(3))) and not found.equal(draw("sd"))
+
+
+def test_the_condition_of_another_callback_is_the_one_that_is_annealed():
+    callback = CADS(**SETTINGS, generator=(seed := torch.Generator()))
+    with conditions_given("sd") as seen:
+        draw("sd", MultiPipelineCallbacks([Louder(3), callback]), seed=seed, images=1, guidance_scale=1.0)
+    noise, (y, *_), times = torch.Generator().manual_seed(7), seen[0], tiny_pipeline("sd").scheduler.timesteps / 1000
+    drawn = [torch.randn(y.shape, generator=noise) for _ in times[1:4]]
+    assert (times[1:4] > SETTINGS["tau1"]).all()
+    annealed = 2 * seen[2][0]  # Louder is given what CADS made before
+    expected = restated(annealed, times[3], drawn[-1], **SETTINGS)
+    torch.testing.assert_close(seen[3][0].double().flatten(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_cut_of_the_guidance_cuts_the_condition(order):
+    seed = torch.Generator()
+    callbacks = [CADS(**SETTINGS, generator=seed), SDCFGCutoffCallback(cutoff_step_ratio=None, cutoff_step_index=2)]
+    with conditions_given("sd") as seen:
+        draw("sd", MultiPipelineCallbacks(callbacks[::order]), seed=seed, images=1)
+    sizes = [len(given[0]) for given in seen]
+    assert sizes == [2, 2, 2, 1, 1, 1]
+    assert seen[-1][0].equal(seen[0][0][1:])  # past τ1 the clean condition, without the unconditional one

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from diffusers import DDIMScheduler
+from diffusers.callbacks import MultiPipelineCallbacks, SDCFGCutoffCallback
 from stock_calls import STEPS, draw
 from tiny_pipelines import quiet, sd_pipeline, tiny_pipeline
 
@@ -132,3 +133,13 @@ def test_a_pipeline_with_constant_guidance_is_refused():
 def test_an_empty_interval_is_refused(settings):
     with pytest.raises(ValueError, match="0 <= low < high"):
         IntervalGuidance(**settings)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_guidance_that_another_callback_ended_stays_off(order):
+    pipe, cutoff = tiny_pipeline("sd"), SDCFGCutoffCallback(cutoff_step_ratio=None, cutoff_step_index=2)
+    expected = draw("sd", cutoff, images=1)
+    sigmas = levels(pipe)
+    interval = IntervalGuidance(low=sigmas[4], high=sigmas[0] + 1)  # would go off at call 4, and on again at the end
+    found = draw("sd", MultiPipelineCallbacks([interval, cutoff][::order]), images=1)
+    assert found.equal(expected)

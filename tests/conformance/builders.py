@@ -594,11 +594,8 @@ NOT_HERE = "GLIGEN|LDM3D|AttendAndExcite|Pix2PixZero|DiffEdit|LatentUpscale|XS|U
 BROKEN_IN_DIFFUSERS = ("ChromaInpaintPipeline", "StableDiffusionParadigmsPipeline")
 """Classes whose stock call raises an error that no argument avoids."""
 WHY_NOT = {
-    "JoyImageEdit|GlmImage": "enlarges its image to a megapixel",
     "QwenImageLayered": "returns several layers",
-    "OmniGen|DreamLite|BriaFibo2|QwenImage21": "needs a processor of torchvision",
     "Cosmos2TextToImage": "needs cosmos_guardrail",
-    "BlipDiffusion|AltDiffusion|Kandinsky|CycleDiffusion|VersatileDiffusion": "an older family without a recipe",
 }
 PLAIN = {"num_inference_steps": 2, "guidance_scale": 3.0, **SIZE}
 TEXT_IN = ("max_sequence_length", "use_resolution_binning", "clean_caption", "complex_human_instruction")

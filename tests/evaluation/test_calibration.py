@@ -5,7 +5,6 @@ from types import SimpleNamespace
 
 import pytest
 
-from noiseopt import BestOfN
 from noiseopt.evaluation.calibration import calibrate
 from noiseopt.evaluation.plan import MethodChoice
 
@@ -13,19 +12,15 @@ from noiseopt.evaluation.plan import MethodChoice
 class Machine:
     """A studio whose methods take `method` seconds, times a factor per call, and best-of-N `once + each · N`."""
 
-    instruments = SimpleNamespace(rewards="red")
     plan = SimpleNamespace(prompts=SimpleNamespace(prompts=["a", "b"]))
 
     def __init__(self, method: float, once: float, each: float, load: list[float]) -> None:
         self.seconds, self.once, self.each, self.load = method, once, each, itertools.cycle(load)
         self.order: list[str] = []
 
-    def method(self, contender, best_of):
-        return contender.method.build(self.instruments.rewards)
-
-    def generate(self, method, index, callbacks=()):
+    def run(self, contender, index, best_of, callbacks=()):
         load = next(self.load)
-        if not isinstance(method, BestOfN):
+        if not contender.control:
             self.order.append("method")
             return SimpleNamespace(cost=SimpleNamespace(seconds=load * self.seconds))
         self.order.append("control")

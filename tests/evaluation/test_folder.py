@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from filelock import FileLock
 from PIL import Image
 from safetensors.torch import save_file
 
-from noiseopt.evaluation.folder import CannotEvaluate, ResultFolder
+from noiseopt.evaluation.folder import CannotEvaluate, ResultFolder, read_object
 from noiseopt.evaluation.plan import PLAIN, Cell, MethodChoice, ModelChoice, Plan, control_of
 from noiseopt.evaluation.prompt_sets import Prompt, PromptSet
 from noiseopt.evaluation.table import Results, cost_markdown, markdown
@@ -247,3 +248,11 @@ def test_one_evaluation_writes_at_a_time(tmp_path, monkeypatch):
     monkeypatch.setattr(FileLock, "acquire", without_locks)
     with first.locked():
         pass
+
+
+def test_a_json_file_of_many_lists_is_refused_at_once(tmp_path):
+    (tmp_path / "settings.json").write_text('{"a": [' + "[]," * 6_000_000 + "[]]}")
+    start = time.perf_counter()
+    with pytest.raises(CannotEvaluate, match="settings.json.*more than 16,777,216 bytes"):
+        read_object(tmp_path / "settings.json", "Delete it.")
+    assert time.perf_counter() - start < 1

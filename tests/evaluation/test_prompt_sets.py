@@ -1,6 +1,7 @@
 """Prompt sets from small files in the formats of published benchmarks."""
 
 import json
+import random
 import re
 from pathlib import Path
 
@@ -91,6 +92,7 @@ def pairs(prompts: PromptSet) -> list[tuple[str, str | None]]:
         ("mjhq.json", json.dumps({"f0": {"category": "food", "prompt": "a pie"}}), "json", [("a pie", "food")]),
         ("mine.json", json.dumps({"name": "mine", "prompts": ["a cat"]}), "json", [("a cat", None)]),
         ("one.txt", lines({"prompt": "a", "category": "a"}), "jsonl", [("a", "a")]),
+        ("mine.csv", "prompt,category\na cat,\x1b[31mred\n", "table", [("a cat", r"\x1b[31mred")]),  # for terminals
         ("strings.jsonl", '"a cat"\n"a dog"\n', "jsonl", [("a cat", None), ("a dog", None)]),
         ("captions_val2014.json", json.dumps(COCO), "coco",
          [("A bicycle with a clock as the front wheel.", None), ("A room with blue walls.", None)]),
@@ -231,6 +233,39 @@ def test_broken_files_are_refused(tmp_path, name, content, format, message):
     path.write_text(content)
     with pytest.raises(ValueError, match=message):
         load_prompts(str(path), format)
+
+
+@pytest.mark.parametrize(
+    ("count", "seed"), [(400, 0), pytest.param(5_000, 1, marks=pytest.mark.slow)], ids=["fast", "slow"]
+)
+def test_damaged_files_give_prompts_or_a_sentence(count, seed, tmp_path):
+    """Files of every format, cut, with bytes changed or parts of others put in, under any of the names."""
+    names = ["a.txt", "a", "a.csv", "a.tsv", "a.json", "a.jsonl", "color_val.txt"]
+    contents = [lines(*GENEVAL), lines(*GENEVAL_2), PARTI, DRAWBENCH, json.dumps(SIMPLE), json.dumps(COCO, indent=1)]
+    contents += ['{"1": "a", "2": "b"}', '["a", {"prompt": "b"}]', "a red fox\n\nan owl\n", 'id\tprompt\n1\t"a\tb\n']
+    chance, refused, read = random.Random(seed), [], 0
+    for _ in range(count):
+        data = bytearray(chance.choice(contents).encode())
+        for _ in range(chance.randrange(4)):
+            place = chance.randrange(len(data) + 1)
+            other = chance.choice(contents).encode()
+            piece = other[chance.randrange(len(other)) :][: chance.randrange(30)]
+            swapped = chance.choice(
+                [bytes([chance.randrange(256)]), piece, b"", b'"', b"\n", b"\t", b"[", b"}", b"null"]
+            )
+            data[place : place + chance.choice([0, 1, 1, 5])] = swapped
+        path = tmp_path / chance.choice(names)
+        path.write_bytes(data[: chance.choice([len(data), chance.randrange(len(data) + 1)])])
+        try:
+            found = load_prompts(str(path))
+        except ValueError as error:
+            refused.append((str(path), str(error)))
+        else:
+            assert found.prompts and all(prompt.text.strip() and prompt.where for prompt in found.prompts)
+            assert all(str(path) in problem for problem in found.problems)
+            read += 1
+    assert all(path in message and len(message) < 600 for path, message in refused)
+    assert 0.2 * count < read < count
 
 
 def test_wrong_arguments_are_refused(tmp_path):

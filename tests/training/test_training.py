@@ -14,6 +14,7 @@ from noiseopt.shapes_world import Scene, Shape
 from training import train
 from training.export import export_vqa
 from training.families import SD3Generator, SDXLGenerator, from_noise
+from training.gallery import silent_encoder
 from training.models import Generator, new_vae
 from training.optimization import Run
 from training.readers import SHOWS
@@ -44,6 +45,17 @@ def test_sdxl_is_told_what_the_stock_pipeline_tells_it():
     context, summary = model.embed(["", "", *PROMPTS])
     torch.testing.assert_close(context, torch.cat((free, told)))
     torch.testing.assert_close(summary, torch.cat((free_pooled, pooled)))
+
+
+@torch.no_grad()
+def test_the_third_text_encoder_of_sd3_is_zero_and_as_embedded():
+    encoder, tokenizer = silent_encoder(224)
+    embedded = shapes_world.load("sd3")
+    kept, made = (each.state_dict() for each in (embedded.text_encoder_3, encoder))
+    assert kept.keys() == made.keys() and all(torch.equal(kept[name], made[name]) for name in made)
+    ids = [each(PROMPTS).input_ids for each in (tokenizer, embedded.tokenizer_3)]
+    assert ids[0] == ids[1]
+    assert not encoder(torch.tensor(ids[0][:1])).last_hidden_state.any()
 
 
 @torch.no_grad()

@@ -14,12 +14,10 @@ from torch import Tensor
 from ..evaluation.noise_statistics import NoiseStatistics, noise_statistics, slope_error
 from ..pipelines.results.frequency_bands import BANDS, band_energies, frequency_bands
 from ..pipelines.results.noise_result import NoiseResult
-from ..pipelines.results.shown_text import shown
+from ..shown_text import LONGEST_LINE, shown
 from .coherence import Coherence, coherence, most_rings, white_coherence
 from .distances import l2_table
 from .groups import Group
-
-LONGEST_PATH = 4096  # characters
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -121,7 +119,7 @@ class Analysis:
             "method": self.group.method,
             "model": self.group.model,
             "shape": list(self.group.shape),
-            "files": [shown(path, LONGEST_PATH) for path in self.group.paths],
+            "files": [shown(path, LONGEST_LINE) for path in self.group.paths],
             "noises": len(self.change),
             "unchanged": self.unchanged,
             "l2": self.distances,

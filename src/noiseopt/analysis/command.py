@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..arguments import make_folder, positive, require_plots
+from ..shown_text import LONGEST_LINE, shown
 
 if TYPE_CHECKING:
     from .analysis import Analysis
     from .groups import Group
-
-LONGEST_MESSAGE = 4096  # characters
 
 DESCRIPTION = """\
 Compare optimized noise with the initial noise: L2 distances, coherence and power by spatial frequency, and the change
@@ -77,12 +76,11 @@ def analyze(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> N
     from ..quiet import quiet_libraries
 
     with quiet_libraries():  # transformers prints notices on import
-        from ..pipelines.results.shown_text import shown
         from .groups import CannotAnalyze, load_groups
     try:
         analyses = analyses_of(load_groups(arguments.results), arguments.rings, arguments.draw, arguments.models)
     except CannotAnalyze as error:
-        raise SystemExit(shown(error, LONGEST_MESSAGE)) from None
+        raise SystemExit(shown(error, LONGEST_LINE)) from None
     make_folder(arguments.output)
     write(analyses, arguments.output)
 

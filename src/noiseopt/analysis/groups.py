@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ..pipelines.results.noise_result import NoiseResult
 from ..pipelines.results.result_file import is_result_file
-from ..pipelines.results.shown_text import shown
 from ..shapes_world.embedded import MODELS
+from ..shown_text import shown
 
 LONGEST_NAME = 60  # characters of a model's name in a table or a figure
 

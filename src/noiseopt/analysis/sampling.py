@@ -23,11 +23,11 @@ from ..pipelines.problem import NoiseProblem
 from ..pipelines.results.noise_result import NoiseResult
 from ..pipelines.results.pipeline_description import describe_pipeline
 from ..pipelines.results.settings_diff import settings_diff
-from ..pipelines.results.shown_text import shown
 from ..pipelines.sampling.first_call import stock_call
 from ..private_names import execution_device
 from ..quiet import quiet_libraries
 from ..shapes_world.embedded import WEIGHTS
+from ..shown_text import shown
 from .groups import CannotAnalyze, Group, embedded_name, pooled
 
 TEXTS = re.compile(r"prompt|prompt_[234]|negative_prompt|negative_prompt_[234]|complex_human_instruction")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..arguments import make_folder, positive, require_plots
+from ..shown_text import shown_lines
 
 if TYPE_CHECKING:
     from .evaluate import Evaluation
@@ -228,11 +229,11 @@ def run(evaluation: "Evaluation", output: Path) -> None:
             print(f"wrote {path}")
 
 
-def print_problems(problems: Sequence[str], shown: int = 10) -> None:
+def print_problems(problems: Sequence[str], most: int = 10) -> None:
     """Print the entries of a prompt file that are left out."""
-    more = [f"... and {len(problems) - shown} more."] * (len(problems) > shown)
-    for sentence in [*problems[:shown], *more]:
-        print(f"Skipped: {sentence}", file=sys.stderr)
+    more = [f"... and {len(problems) - most} more."] * (len(problems) > most)
+    for sentence in [*problems[:most], *more]:
+        print(f"Skipped: {shown_lines(sentence)}", file=sys.stderr)
 
 
 def names(plan: "Plan") -> str:

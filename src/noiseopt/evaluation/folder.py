@@ -20,6 +20,7 @@ from .noise_statistics import NoiseStatistics, frequency_rings
 from .plan import GROWING, Cell, MethodChoice, ModelChoice, Plan, control_of, slug
 from .unit import SIDE, Unit, image_path, write_json
 
+MOST_JSON_BYTES = 16 * 2**20
 REDO = "Delete the .json of that name; the same command computes it again."
 REMEASURE = "Delete it; the same command measures again."
 OTHER = "Choose another --output, or delete that folder."
@@ -209,6 +210,8 @@ class ResultFolder:
 def read_object(path: Path, remedy: str) -> dict[str, Any]:
     """Read a JSON object. Raises `CannotEvaluate` for anything else."""
     try:
+        if path.stat().st_size > MOST_JSON_BYTES:  # 50 MB of lists in lists would take a minute
+            raise ValueError(f"it has more than {MOST_JSON_BYTES:,} bytes")
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise CannotEvaluate(f"Expected a JSON object in {path}, but it cannot be read: {error}. {remedy}") from None

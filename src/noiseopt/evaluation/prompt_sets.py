@@ -7,11 +7,12 @@ import io
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from .. import shapes_world
+from ..shown_text import shown
 
 SPLITS = {
     "train": shapes_world.TRAIN_PROMPTS,
@@ -43,7 +44,7 @@ class Prompt:
 
     Attributes:
         text: The prompt.
-        category: The category that its results are reported under.
+        category: The category that its results are reported under, without control characters.
         metadata: Further fields of its source.
         where: The place in its file that messages name, "prompts.csv:3" or "captions.json, annotation 3".
     """
@@ -94,7 +95,8 @@ def load_prompts(source: str, format: str | None = None, limit: int | None = Non
         prompts = [Prompt(text, shapes_world.category(text)) for text in SPLITS[source][:limit]]
         return PromptSet(source, tuple(prompts))
     found = read_file(Path(source), format)
-    return PromptSet(Path(source).stem, found.prompts[:limit], found.problems)
+    prompts = [replace(each, category=each.category and shown(each.category)) for each in found.prompts[:limit]]
+    return PromptSet(shown(Path(source).stem), tuple(prompts), found.problems)
 
 
 def read_file(path: Path, format: str | None) -> PromptSet:
@@ -386,7 +388,7 @@ def prompt_of(item: Any, where: str, category: str | None = None, metadata: Mapp
         raise ValueError(f"Expected a prompt in {where}, but it is blank. Write one, or remove the entry.")
     if category is None:
         category = next((str(rest.pop(key)) for key in CATEGORY_KEYS if rest.get(key) is not None), None)
-    return Prompt(text.strip(), category, {**(metadata or {}), **rest}, where)
+    return Prompt(text.strip(), category and shown(category), {**(metadata or {}), **rest}, where)
 
 
 def is_text_key(key: str) -> bool:

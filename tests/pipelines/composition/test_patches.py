@@ -11,6 +11,7 @@ from compositions import check_composition, draw, fresh
 from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.attention_processor import AttnProcessor2_0
+from diffusers.utils.torch_utils import randn_tensor
 from problems import generator, redness
 from tiers import slow_except
 from tiny_pipelines import quiet, sd_pipeline, tiny_vae
@@ -101,7 +102,7 @@ def denoiser_in_a_module(pipe, monkeypatch):
     class Wrapper(nn.Module):
         def __init__(self, unet):
             super().__init__()
-            self.unet, self.config, self.dtype, self.add_embedding = unet, unet.config, unet.dtype, None
+            self.unet, self.config, self.dtype, self.device = unet, unet.config, unet.dtype, unet.device
 
         def forward(self, *args, **kwargs):
             return scaled(self.unet)(*args, **kwargs)
@@ -364,6 +365,28 @@ def test_what_cannot_be_honored_is_refused_before_any_model_runs(patch, monkeypa
     encoder.remove()
 
 
+def test_latents_that_a_subclass_prepares_are_those_that_are_optimized():
+    class Drawing(ReNOStableDiffusionPipeline):
+        def prepare_latents(self, batch_size, channels, height, width, dtype, device, generator, latents=None):
+            shape = (batch_size, channels, height // 8, width // 8)
+            if latents is None:
+                latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
+            return latents * 0.5
+
+    class Calling(ReNOStableDiffusionPipeline):
+        def prepare_latents(self, *args, **kwargs):
+            return super().prepare_latents(*args, **kwargs) * 0.5
+
+    pipe = pipeline(Drawing)
+    plain = draw(pipe, **CALL)
+    output = pipe("a b", rewards=redness, steps=2, generator=generator(), output_type="pt", **CALL)
+    result = output.noise_result
+    assert torch.equal(result.initial_images, plain) and torch.equal(result.images, output.images)
+    assert not torch.equal(plain, draw(pipeline(), **CALL))
+    with pytest.raises(TypeError, match="Call `randn_tensor` there"):
+        pipeline(Calling)("a b", rewards=redness, steps=2, **CALL)
+
+
 def test_an_estimate_that_would_bypass_a_replaced_step_is_refused(monkeypatch):
     pipe = pipeline()
     step_closure(pipe, monkeypatch)
@@ -386,11 +409,11 @@ def compiled_decoder(pipe):
 
 
 def compiled_denoiser(pipe):
-    pipe.unet.forward = torch.compile(pipe.unet.forward, backend="aot_eager")
+    pipe.unet.forward = torch.compile(pipe.unet.forward, backend="eager")
 
 
 def compiled_module(pipe):
-    pipe.unet = torch.compile(pipe.unet, backend="aot_eager")
+    pipe.unet = torch.compile(pipe.unet, backend="eager")
 
 
 def compiled_function_around_modules(pipe):
@@ -435,7 +458,7 @@ def test_a_gradient_that_a_compiled_module_loses_is_an_error(fails):
     def decode(latents, **kwargs):
         return (Lost.apply(stock(latents, return_dict=False)[0], fails),)
 
-    decode._torchdynamo_orig_callable = stock  # how a compiled function is told
+    vars(decode)["_torchdynamo_orig_callable"] = stock  # how a compiled function is told
     pipe.vae.decode = decode
     message = "with vae compiled it fails" if fails else "it is exactly zero, and vae is compiled"
     with pytest.raises(ValueError, match=f"{message}.*BestOfN") as error:

@@ -1,5 +1,6 @@
 """Pipelines that share modules or run at the same time do not affect one another."""
 
+import functools
 import sys
 import threading
 from typing import Any
@@ -170,14 +171,35 @@ def one_pipeline(family):
     return [pipe], [lambda: run(0, 1), lambda: run(1, 3)]
 
 
+def pipelines_that_share_modules():
+    """Return runs that switch modules to other states: with dropout that is on, and with checkpointed blocks."""
+    stock = quiet(sd_pipeline())
+    arguments = {**SIZE, **embeddings_of(stock, "sd"), "num_inference_steps": 2, "guidance_scale": 3.0}
+    for module in stock.unet.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.5
+    stock.unet.train()
+    pipes = [stock, *(type(stock)(**stock.components, requires_safety_checker=False) for _ in range(2))]
+    for pipe in pipes:
+        pipe.set_progress_bar_config(disable=True)
+
+    def run(pipe, seed, checkpointing):
+        method = ReNO(rewards=redness, steps=3, checkpointing=checkpointing)
+        return optimize_noise(pipe, None, method, reward_prompt="a b", generator=generator(seed), **arguments)
+
+    settings = zip(pipes, ("none", "blocks", "steps"), strict=True)
+    return pipes, [functools.partial(run, pipe, seed, each) for seed, (pipe, each) in enumerate(settings)]
+
+
 TOGETHER = {
+    "pipelines that share modules": pipelines_that_share_modules,
     "two pipelines of a class": pipelines_of_one_class,
     "one pipeline": lambda: one_pipeline("sdxl"),
     "one pipeline that packs": lambda: one_pipeline("flux"),
 }
 
 
-@pytest.mark.parametrize("case", slow_except(TOGETHER, "one pipeline"))
+@pytest.mark.parametrize("case", slow_except(TOGETHER, "one pipeline", "pipelines that share modules"))
 def test_runs_at_the_same_time_find_what_they_find_alone(case, turns):
     pipes, runs = TOGETHER[case]()
     state = [state_of(pipe) for pipe in pipes]
@@ -187,3 +209,107 @@ def test_runs_at_the_same_time_find_what_they_find_alone(case, turns):
         assert torch.equal(found.images, expected.images)
     assert [state_of(pipe) for pipe in pipes] == state
     assert torch.is_grad_enabled()
+
+
+class Meeting:
+    """Callback that stops at its first step until another thread is done, or 60 seconds have passed."""
+
+    def __init__(self) -> None:
+        self.began, self.go_on = threading.Event(), threading.Event()
+        self.met: bool | None = None
+
+    def __call__(self, state) -> None:
+        self.began.set()
+        if self.met is None:
+            self.met = self.go_on.wait(self.patience)
+
+    patience = 60.0
+
+
+def meet(pipe, other, meeting) -> None:
+    """Start a run of one pipeline, and a run or call of another when it is at its first step."""
+
+    def second():
+        meeting.began.wait(60)
+        other()
+        meeting.go_on.set()
+
+    thread = threading.Thread(target=second)
+    thread.start()
+    method = ReNO(rewards=redness, steps=2)
+    optimize_noise(pipe, "a b", method, callbacks=meeting, **call_arguments("sd"))
+    thread.join()
+
+
+def test_runs_of_other_modules_do_not_wait():
+    meeting, others = Meeting(), quiet(sd_pipeline())
+    meet(quiet(sd_pipeline()), lambda: draw(others, **call_arguments("sd")), meeting)
+    assert meeting.met
+    meeting = Meeting()
+    method = ReNO(rewards=redness, steps=2)
+    meet(quiet(sd_pipeline()), lambda: optimize_noise(others, "a", method, **call_arguments("sd")), meeting)
+    assert meeting.met
+
+
+def test_runs_of_shared_modules_and_calls_of_one_pipeline_wait():
+    pipe = quiet(ReNOStableDiffusionPipeline.from_pipe(sd_pipeline()))
+    twin = quiet(StableDiffusionPipeline.from_pipe(pipe))
+    method = ReNO(rewards=redness, steps=2)
+    waiting = [
+        lambda: optimize_noise(twin, "a", method, **call_arguments("sd")),
+        lambda: pipe("a", rewards=redness, steps=2, **call_arguments("sd")),
+        lambda: draw(pipe, **call_arguments("sd")),
+        lambda: draw(pipe, noise_sampler="pink", **call_arguments("sd")),
+    ]
+    for other in waiting:
+        meeting = Meeting()
+        meeting.patience = 0.3
+        meet(pipe, other, meeting)
+        assert meeting.met is False
+
+
+def own_call(pipe, callbacks=None, reward=redness, **arguments):
+    output = pipe("a b", rewards=reward, steps=3, callbacks=callbacks, output_type="pt", **arguments)
+    assert torch.equal(output.images, output.noise_result.images)
+    return output.noise_result
+
+
+def optimized(pipe, callbacks=None, reward=redness, **arguments):
+    return optimize_noise(pipe, "a b", ReNO(rewards=reward, steps=3), callbacks=callbacks, **arguments)
+
+
+@pytest.fixture(params=[own_call, optimized], ids=["own call", "optimize_noise"])
+def way(request):
+    """Return a pipeline, whose noise level depends on the number of steps, and a function that runs ReNO on it."""
+    cls = ReNOStableDiffusionPipeline if request.param is own_call else StableDiffusionPipeline
+    return quiet(sd_pipeline(cls)), request.param
+
+
+OTHER = {"num_inference_steps": 5, "guidance_scale": 1.0, "height": 48, "width": 32}
+
+
+@pytest.mark.parametrize("patched", slow_except([False, True], False))
+def test_callbacks_and_rewards_may_draw_with_the_pipeline(way, patched):
+    pipe, run = way
+    if patched:
+        step = pipe.scheduler.step
+        pipe.scheduler.step = lambda *args, **kwargs: (step(*args, **kwargs)[0] * 0.9,)
+    arguments = call_arguments("sd")
+    expected, plain = run(pipe, generator=generator(), **arguments), draw(pipe, "c", **OTHER)
+    previews, given = [], []
+
+    def preview(state):
+        previews.append(draw(state.pipeline, "c", **OTHER))
+        previews.append(draw(pipe, "c", **OTHER))
+        given.append(optimize_noise(pipe, "c", ReNO(rewards=redness, steps=2), generator=generator(3), **OTHER))
+
+    def reward(images, prompts):
+        previews.append(draw(pipe, "c", **OTHER))
+        return redness(images, prompts)
+
+    found = run(pipe, preview, reward, generator=generator(), **arguments)
+    assert torch.equal(found.noise, expected.noise) and torch.equal(found.images, expected.images)
+    assert torch.equal(found.latents, expected.latents) and torch.equal(found.losses, expected.losses)
+    assert len(previews) >= 9 and all(torch.equal(each, plain) for each in previews)
+    assert len({result.losses.sum().item() for result in given}) == 1 and len(given) == 3
+    assert torch.equal(draw(pipe, "c", **OTHER), plain)

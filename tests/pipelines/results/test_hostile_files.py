@@ -298,6 +298,12 @@ def test_a_result_made_by_hand_has_a_repr(saved):
         assert repr(found).startswith("NoiseResult(2×4×16×16, best of 3 steps")
 
 
+def test_a_result_without_states_has_no_generator(saved):
+    found = NoiseResult.load(saved)
+    found.generator_states = []
+    assert found.provenance["generators"] == "list" and found.generator() is None
+
+
 def test_a_file_that_may_not_be_read_is_a_value_error(saved, tmp_path, monkeypatch):
     def closed(*_, **__):
         raise PermissionError(13, "Permission denied", "x")

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-LONGEST_SHOWN = 200  # characters
+LONGEST_SHOWN, LONGEST_LINE = 200, 4096  # characters
 
 
 def shown(value: Any, longest: int = LONGEST_SHOWN) -> str:
@@ -14,6 +14,11 @@ def shown(value: Any, longest: int = LONGEST_SHOWN) -> str:
     text = str(value)
     escaped = "".join(each if each.isprintable() else escape(each) for each in text[: longest + 1])
     return escaped if len(escaped) <= longest else escaped[:longest] + "…"
+
+
+def shown_lines(value: Any) -> str:
+    """Return a text of several lines as `shown` does, with the lines as they are."""
+    return "\n".join(shown(line, LONGEST_LINE) for line in str(value).splitlines())
 
 
 def escape(character: str) -> str:
