@@ -23,7 +23,15 @@ from typing import Any
 
 import torch
 
-from noiseopt import ImageSet, NoiseResult, grow_set, list_methods, optimize_noise
+from noiseopt import (
+    ImageSet,
+    NoiseResult,
+    generation,  # noqa: F401  imported once, for all processes
+    grow_set,
+    list_methods,
+    optimize_noise,
+)
+from noiseopt.cli import main as noiseopt
 from noiseopt.demo import ONE_STEP, load_pipeline
 from noiseopt.pipelines import NeverTooLate, ReNO
 from noiseopt.pipelines.registry import METHODS
@@ -339,11 +347,9 @@ def results_in(folder: Path) -> list[NoiseResult]:
 
 
 def generated(source: Path, folder: Path) -> None:
-    from noiseopt.cli import main as command
-
     noise_file.SECONDS_BETWEEN_WRITES = 0.0
     options = ["--model", "turbo", "--method", "reno:steps=4", "--device", "cpu"]
-    command(["generate", "--prompts", str(source), "--output", str(folder), *options])
+    noiseopt(["generate", "--prompts", str(source), "--output", str(folder), *options])
 
 
 def untimed(records: list[str]) -> list[dict[str, Any]]:
