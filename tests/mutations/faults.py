@@ -61,6 +61,13 @@ FAULTS = (
         "gradient = gradient.clone()",
     ),
     Fault(
+        "learning rate counts the channels",
+        "pipelines/noise_math.py",
+        "return math.sqrt(height * width) / 64",
+        "return math.sqrt(noise[0].numel() / 4) / 64",
+        "tests/pipelines/reno/test_reno.py",
+    ),
+    Fault(
         "momentum not carried",
         "pipelines/reno/method.py",
         "state.velocity = self.momentum * state.velocity + gradient",
