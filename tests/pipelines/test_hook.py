@@ -4,11 +4,21 @@ import copy
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, EulerAncestralDiscreteScheduler, LCMScheduler
+from diffusers import DDIMScheduler, EulerAncestralDiscreteScheduler, LCMScheduler, StableDiffusionXLPipeline
 from problems import generator, problem_of, redness
 from tiny_pipelines import BUILDERS, SIZE, call_arguments, quiet, sd_pipeline, sdxl_pipeline, tiny_pipeline
 
-from noiseopt import BestOfN, ReNO, ReNOStableDiffusionPipeline, ReNOTurboPipeline, list_methods, optimize_noise
+from noiseopt import (
+    CNO,
+    BestOfN,
+    NeverTooLate,
+    NoiseOptimizationMixin,
+    ReNO,
+    ReNOStableDiffusionPipeline,
+    ReNOTurboPipeline,
+    list_methods,
+    optimize_noise,
+)
 
 FAMILIES = list(BUILDERS)
 PIPELINES = {ReNOStableDiffusionPipeline: sd_pipeline, ReNOTurboPipeline: sdxl_pipeline}
@@ -144,6 +154,30 @@ def test_denoising_callbacks_fire_only_in_the_final_run():
 
     pipe("a b", rewards=redness, steps=4, callback_on_step_end=on_step_end, **call_arguments("sd"))
     assert calls == [0, 1]
+
+
+@pytest.mark.parametrize(
+    "method",
+    [ReNO(rewards=redness, steps=2), CNO(steps=2), NeverTooLate(diversity={"pairwise": ("tiny_image", 5.0)}, steps=2)],
+)
+def test_a_denoising_callback_can_interrupt_the_final_run(method):
+    pipe = type("Ours", (NoiseOptimizationMixin, StableDiffusionXLPipeline), {})(**tiny_pipeline("sdxl").components)
+    pipe.set_progress_bar_config(disable=True)
+    call = {**call_arguments("sdxl"), "num_inference_steps": 3, "num_images_per_prompt": 2, "output_type": "latent"}
+    seen = []
+
+    def keep(pipe, index, timestep, kwargs):
+        seen.append(kwargs["latents"])
+        return kwargs
+
+    def interrupt(pipe, index, timestep, kwargs):
+        pipe._interrupt = index == 1
+        return kwargs
+
+    pipe("a b", method=method, generator=generator(), callback_on_step_end=keep, **call)
+    stopped = pipe("a b", method=method, generator=generator(), callback_on_step_end=interrupt, **call)
+    assert torch.equal(stopped.images, seen[1])
+    assert len(seen) == 3 and not torch.equal(stopped.images, seen[2])
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
