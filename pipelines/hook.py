@@ -408,6 +408,9 @@ def optimize_noise(
 ) -> NoiseResult | list[NoiseResult]:
     """Find the initial noise of a call to any diffusers text-to-image pipeline. The pipeline stays unmodified.
 
+    The run waits until no run in another thread uses this pipeline or one of its modules. Callbacks and rewards may
+    draw with the pipeline.
+
     Args:
         pipe: A loaded pipeline of any family whose `prepare_latents` draws Gaussian noise.
         prompt: As in the pipeline's call. Each image is optimized independently unless the method compares images.

@@ -272,8 +272,8 @@ FAULTS = (
     Fault(
         "runs of shared modules do not wait",
         "pipelines/sampling/turns.py",
-        "owner == thread or things.isdisjoint(others)",
-        "True",
+        "return self.thread != other.thread and not self.things.isdisjoint(other.things)",
+        "return False",
         "tests/pipelines/composition/test_sharing.py",
     ),
     Fault(
