@@ -163,7 +163,7 @@ FAULTS = (
         "state of the method not restored",
         "pipelines/results/resume.py",
         "vars(begun)[name] = self.restored(",
-        "self.restored(",
+        "_ = self.restored(",
     ),
     Fault(
         "half-done result called complete",
@@ -272,8 +272,8 @@ FAULTS = (
     Fault(
         "runs of shared modules do not wait",
         "pipelines/sampling/turns.py",
-        "owner == thread or things.isdisjoint(others)",
-        "True",
+        "return self.thread != other.thread and not self.things.isdisjoint(other.things)",
+        "return False",
         "tests/pipelines/composition/test_sharing.py",
     ),
     Fault(
