@@ -57,7 +57,7 @@ class NoiseDiffusion(RewardOptimizer):
         patience: Stop an image after this many rounds without a better score.
         score_range: (low, high): s is the position of the total between the two, clamped to [0, 1].
         gradient: "frozen" holds the outputs of the denoiser constant; "full" differentiates the whole chain. With a
-            single denoising step "frozen" warns: there its gradient is unrelated to the true one.
+            single denoising step "frozen" warns: there it tells little about the score.
     """
 
     rewards: Any = "vqascore"
@@ -100,8 +100,8 @@ class NoiseDiffusion(RewardOptimizer):
     def start(self, problem: NoiseProblem) -> "NoiseDiffusionState":
         if self.gradient_mode == "frozen" and problem.request.get("num_inference_steps") == 1:
             warnings.warn(
-                "A single denoising step draws these images. The gradient that holds its output constant tells nothing "
-                'about their score there: pass `gradient="full"`, or use `ReNO`.',
+                "A single denoising step draws these images, and the gradient that holds its output constant tells "
+                'little about their score, nothing if that is about content. Pass `gradient="full"`, or use `ReNO`.',
                 stacklevel=2,
             )
         return NoiseDiffusionState(CandidateNoise(problem))

@@ -30,6 +30,9 @@ class KeptScheduler:
             attributes = vars(self.scheduler)
             replaced = [attributes[name] for name in replaced_methods(self.scheduler)]
             self.constants |= {id(part): part for part in (self.scheduler, *replaced)}
+        # what users put on a scheduler, such as an open file, may have no copy
+        values = [value for value in vars(self.scheduler).values() if id(value) not in self.constants]
+        self.constants |= {id(value): value for value in values if not has_copy(value)}
         # schedulers refer to the graph of a run, so that each run gets its own
         self.kept = self.copied(vars(self.scheduler) if self.in_place else self.scheduler)
 
@@ -44,6 +47,16 @@ class KeptScheduler:
             return
         with with_attributes(self.scheduler, self.copied(self.kept)):
             yield self.scheduler
+
+
+def has_copy(value: Any) -> bool:
+    if isinstance(value, torch.Tensor | int | float | str | None):
+        return True
+    try:
+        copy.deepcopy(value)
+    except Exception:
+        return False
+    return True
 
 
 def constants_of(scheduler: Any) -> dict[int, Any]:

@@ -189,7 +189,7 @@ FAULTS = (
         "state of the method not restored",
         "pipelines/results/resume.py",
         "vars(begun)[name] = self.restored(",
-        "self.restored(",
+        "_ = self.restored(",
     ),
     Fault(
         "half-done result called complete",
@@ -264,14 +264,14 @@ FAULTS = (
         "replaced method of a layer bypassed",
         "pipelines/memory/lean_layers.py",
         "if not replaced_methods(layer)]",
-        "]",
+        "if layer is not None]",
         "tests/pipelines/composition/test_patches.py",
     ),
     Fault(
         "replaced method of a layer class bypassed",
         "pipelines/memory/lean_layers.py",
         "if is_stock(kind)}",
-        "}",
+        "if kind is not None}",
         "tests/pipelines/composition/test_patches.py",
     ),
     Fault(
@@ -306,7 +306,7 @@ FAULTS = (
         "CADS brings back the condition of the first step",
         "callbacks/cads.py",
         "self.clean(name, callback_kwargs[name])",
-        "self.conditions[name]",
+        "self.conditions.get(name, callback_kwargs[name])",
     ),
 )
 

@@ -268,8 +268,29 @@ def test_an_argument_that_the_pipeline_lacks_is_refused():
 
 
 def test_inference_mode_is_refused():
+    pipe = tiny_pipeline("sd")
     with torch.inference_mode(), pytest.raises(ValueError, match="inference_mode"):
-        optimize_noise(tiny_pipeline("sd"), "a b", reno(), **call_arguments("sd"))
+        optimize_noise(pipe, "a b", reno(), **call_arguments("sd"))
+
+
+@pytest.mark.parametrize("name", ["latents", "prompt_embeds"])
+def test_tensors_that_are_not_numbers_or_let_no_gradient_pass_are_refused(name):
+    pipe, arguments = tiny_pipeline("sd"), call_arguments("sd")
+    tensor = torch.zeros(1, 4, 16, 16) if name == "latents" else torch.zeros(1, 77, 16)
+    prompt = "a b" if name == "latents" else None
+    with torch.inference_mode():
+        inference = tensor + 1
+    for bad, message in ((tensor / 0, "finite"), (inference, "ordinary tensor.*clone")):
+        with Untouched(pipe), pytest.raises(ValueError, match=f"{message}.*{name}|{name}.*{message}"):
+            optimize_noise(pipe, prompt, reno(), reward_prompt="a b", **{name: bad}, **arguments)
+
+
+def test_noise_that_is_not_finite_is_told_as_such():
+    def broken(shape, generator=None, device=None, dtype=None):
+        return torch.full(shape, torch.nan, dtype=dtype)
+
+    with pytest.raises(ValueError, match="noise of finite numbers.*`noise_sampler`"):
+        optimize_noise(tiny_pipeline("sd"), "a b", reno(), noise_sampler=broken, **call_arguments("sd"))
 
 
 def whole_batch(images, prompts):

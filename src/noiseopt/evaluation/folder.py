@@ -24,8 +24,6 @@ MOST_JSON_BYTES = 16 * 2**20
 REDO = "Delete the .json of that name; the same command computes it again."
 REMEASURE = "Delete it; the same command measures again."
 OTHER = "Choose another --output, or delete that folder."
-
-
 SPECTRA = ("spectrum", "spectrum z")
 
 
@@ -164,9 +162,9 @@ class ResultFolder:
         """Return width and height of an image. Raises `CannotEvaluate` if it cannot be read."""
         try:
             with Image.open(path) as picture:
-                picture.load()
+                picture.verify()  # the sums of its parts, without decoding
                 return picture.size
-        except (OSError, SyntaxError, ValueError) as error:
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise CannotEvaluate(f"Expected an image in {path}, but got {error}. {REDO}") from None
 
     def features(self, cell: Cell) -> torch.Tensor:

@@ -388,7 +388,7 @@ def prompt_of(item: Any, where: str, category: str | None = None, metadata: Mapp
         raise ValueError(f"Expected a prompt in {where}, but it is blank. Write one, or remove the entry.")
     if category is None:
         category = next((str(rest.pop(key)) for key in CATEGORY_KEYS if rest.get(key) is not None), None)
-    return Prompt(text.strip(), category and shown(category), {**(metadata or {}), **rest}, where)
+    return Prompt(text.strip(), category, {**(metadata or {}), **rest}, where)
 
 
 def is_text_key(key: str) -> bool:

@@ -148,7 +148,7 @@ def test_a_gradient_with_the_only_output_held_constant_warns(settings, steps, wa
         warnings.simplefilter("always")
         optimize_noise(tiny_pipeline("sd"), "a", method, **call)
     told = [str(each.message) for each in caught if "single denoising step" in str(each.message)]
-    assert len(told) == warned and all('pass `gradient="full"`' in each for each in told)
+    assert len(told) == warned and all('Pass `gradient="full"`' in each for each in told)
 
 
 def test_another_reward_is_placed_in_a_range():
