@@ -23,7 +23,15 @@ from typing import Any
 
 import torch
 
-from noiseopt import ImageSet, NoiseResult, grow_set, list_methods, optimize_noise
+from noiseopt import (
+    ImageSet,
+    NoiseResult,
+    generation,  # noqa: F401  imported once, for all processes
+    grow_set,
+    list_methods,
+    optimize_noise,
+)
+from noiseopt.cli import main as noiseopt
 from noiseopt.demo import ONE_STEP, load_pipeline
 from noiseopt.pipelines import NeverTooLate, ReNO
 from noiseopt.pipelines.registry import METHODS
@@ -32,7 +40,7 @@ from noiseopt.pipelines.results.settings_diff import settings_diff
 
 CALL = {"num_images_per_prompt": 2, **ONE_STEP}
 PROMPT = "a red circle left of a blue square"
-PROMPTS = [PROMPT, "a green triangle above a red square", "two blue circles", "a yellow square"]
+PROMPTS = [PROMPT, "a green triangle above a red square", "a blue circle", "a red square"]
 SETTINGS: dict[str, dict[str, Any]] = {
     "cno": {},
     "group_selection": {"rewards": "red", "features": "tiny_image", "steps": 4},
@@ -40,6 +48,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "noise_diffusion": {"rewards": "red", "score_range": (-1.0, 1.0), "candidates": 3},
 }
 IMAGES = 4  # of a set that is grown
+# interrupts come last: processes cannot be forked from one whose autograd has run
+PARTS = ["set", "folder", "generate", "races", "interrupts"]
 TENSORS = ("noise", "latents", "losses", "norms", "best_step", "initial_noise", "band_changes")
 
 
@@ -324,19 +334,22 @@ def set_content(folder: Path) -> Any:
 
 def many(pipe, folder: Path) -> list[NoiseResult]:
     noise_file.SECONDS_BETWEEN_WRITES = 0.0  # each step is written, so that runs go on in the middle
-    return optimize_noise(pipe, PROMPTS, ReNO(rewards="red", steps=6, views=0), folder=folder, generator=5, **CALL)
+    return optimize_noise(pipe, PROMPTS, ReNO(rewards="red", steps=4, views=0), folder=folder, generator=5, **ONE_STEP)
+
+
+def files_in(folder: Path, pattern: str) -> list[Path]:
+    """Return files in order, without the hidden one of a write that was killed, which the next write removes."""
+    return sorted(path for path in folder.glob(pattern) if not path.name.startswith("."))
 
 
 def results_in(folder: Path) -> list[NoiseResult]:
-    return [NoiseResult.load(path) for path in sorted(folder.glob("*.safetensors"))]
+    return [NoiseResult.load(path) for path in files_in(folder, "*.safetensors")]
 
 
 def generated(source: Path, folder: Path) -> None:
-    from noiseopt.cli import main as command
-
     noise_file.SECONDS_BETWEEN_WRITES = 0.0
-    options = ["--model", "turbo", "--method", "reno:steps=6", "--images", "2", "--device", "cpu"]
-    command(["generate", "--prompts", str(source), "--output", str(folder), *options])
+    options = ["--model", "turbo", "--method", "reno:steps=4", "--device", "cpu"]
+    noiseopt(["generate", "--prompts", str(source), "--output", str(folder), *options])
 
 
 def untimed(records: list[str]) -> list[dict[str, Any]]:
@@ -346,62 +359,66 @@ def untimed(records: list[str]) -> list[dict[str, Any]]:
 
 def records_in(folder: Path) -> list[dict[str, Any]]:
     """Return the records of the finished prompts of `noiseopt generate`."""
-    for path in folder.glob("images/*.safetensors"):
+    for path in files_in(folder, "images/*.safetensors"):
         NoiseResult.load(path)
-    return untimed([path.read_text() for path in sorted(folder.glob("images/*.json"))])
+    return untimed([path.read_text() for path in files_in(folder, "images/*.json")])
 
 
 def generated_in(folder: Path) -> Any:
-    pictures = {path.name: path.read_bytes() for path in sorted(folder.glob("images/*.png"))}
-    noises = [bits(NoiseResult.load(path)) for path in sorted(folder.glob("images/*.safetensors"))]
+    pictures = {path.name: path.read_bytes() for path in files_in(folder, "images/*.png")}
+    noises = [bits(NoiseResult.load(path)) for path in files_in(folder, "images/*.safetensors")]
     listed = untimed((folder / "results.jsonl").read_text().splitlines())
     return pictures, noises, listed, records_in(folder), (folder / "index.html").exists()
 
 
-def tasks(folder: Path) -> list[Task]:
+def tasks(folder: Path) -> dict[str, Task]:
     pipe, source = load_pipeline("turbo"), folder / "prompts.txt"
-    source.write_text("\n".join([*PROMPTS[:2], "a blue circle", "a red square"]) + "\n")
-    return [
-        Task("`grow_set`", functools.partial(grown, pipe), set_size, set_content),
-        Task(
+    source.write_text("\n".join(PROMPTS) + "\n")
+    return {
+        "set": Task("`grow_set`", functools.partial(grown, pipe), set_size, set_content),
+        "folder": Task(
             "`optimize_noise(folder=…)`",
             functools.partial(many, pipe),
             lambda place: sum(result.complete for result in results_in(place)),
             lambda place: [bits(result) for result in results_in(place)],
         ),
-        Task(
+        "generate": Task(
             "`noiseopt generate`",
             functools.partial(generated, source),
             lambda place: len(records_in(place)),
             generated_in,
         ),
-    ]
+    }
+
+
+def measured(part: str, options: argparse.Namespace, folder: Path) -> Count:
+    """Run one part of the measurement in a new folder."""
+    chance, place = random.Random(options.seed), folder / part
+    place.mkdir()
+    if part == "interrupts":
+        return interrupts(options.interrupts, place, chance)
+    if part == "races":
+        task = Task("`grow_set`", grown_unseeded, set_size, set_content)
+        return races(task, options.kills, place, chance)
+    return kills(tasks(folder)[part], options.kills, place, chance)
 
 
 def main(arguments: list[str] | None = None) -> list[Count]:
     """Run the measurement and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--interrupts", type=int, default=300, help="number of interrupts (default: 300)")
-    parser.add_argument("--kills", type=int, default=50, help="number of kills of each task (default: 50)")
+    parser.add_argument(
+        "--kills", type=int, default=50, help="number of kills of each task, and of races (default: 50)"
+    )
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="default: all")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)  # a forked process has no threads of its parent
     warnings.simplefilter("ignore")
-    chance, found = random.Random(options.seed), []
+    found = []
     with tempfile.TemporaryDirectory() as folder:
-        # kills first: processes cannot be forked from one whose autograd has run
-        for index, task in enumerate(tasks(Path(folder)) if options.kills else ()):
-            place = Path(folder) / f"task-{index}"
-            place.mkdir()
-            found.append(kills(task, options.kills, place, chance))
-            print(found[-1].row(), flush=True)
-        if options.kills:
-            unseeded = Task("`grow_set`", grown_unseeded, set_size, set_content)
-            (Path(folder) / "races").mkdir()
-            found.append(races(unseeded, options.kills, Path(folder) / "races", chance))
-            print(found[-1].row(), flush=True)
-        if options.interrupts:
-            found.append(interrupts(options.interrupts, Path(folder), chance))
+        for part in sorted(options.parts, key=PARTS.index):
+            found.append(measured(part, options, Path(folder)))
             print(found[-1].row(), flush=True)
     print("\n| events | number | faults |\n|---|---:|---:|")
     print("\n".join(count.row() for count in found))

@@ -271,7 +271,7 @@ def edit(value: Any, dice: random.Random) -> Any:
         del found[key]
     elif action < 0.2 and isinstance(found, dict):
         found[dice.choice(TEXTS)] = evil(dice)
-    elif action < 0.2:
+    elif action < 0.2 and isinstance(found, list):
         found.append(evil(dice))
     else:
         found[key] = edit(found[key], dice)

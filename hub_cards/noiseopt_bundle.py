@@ -37,7 +37,7 @@ from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, 
 from dataclasses import dataclass, field, replace
 from numbers import Integral, Real
 from pathlib import Path
-from types import ModuleType, NoneType, UnionType
+from types import MethodType, ModuleType, NoneType, UnionType
 from typing import (
     Any,
     BinaryIO,
@@ -45,6 +45,7 @@ from typing import (
     Generic,
     Literal,
     NamedTuple,
+    TypeGuard,
     TypeVar,
     Union,
     cast,
@@ -55,6 +56,7 @@ from typing import (
 )
 
 import numpy
+import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, AutoencoderTiny
@@ -108,8 +110,8 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 # The name that diffusers gives this module may come to mean the bundle of another release.
-sys.modules[f"{__name__}_2505507ba122"] = sys.modules[__name__]
-__name__ = f"{__name__}_2505507ba122"
+sys.modules[f"{__name__}_6d1eb63481a8"] = sys.modules[__name__]
+__name__ = f"{__name__}_6d1eb63481a8"
 
 # rewards/contract/transforms.py
 
@@ -121,7 +123,11 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 Resample = Literal["bicubic", "bilinear"]
 PIL_RESAMPLE: dict[int, Resample] = {2: "bilinear", 3: "bicubic"}
 PROBE_SIZES = ((512, 512), (480, 640))
-GRAY_LEVELS = 2.5  # Pillow rounds to whole ones after each of two passes, which makes 1.13, and 1.4 with another order
+OWN_TRANSFORM = (
+    "Load the model yourself and pass `image_transform=`, a function from images (B, 3, H, W) in [0, 1] to the pixels "
+    "that it expects."
+)
+GRAY_LEVELS = 2.5  # twice what Pillow's rounding makes, 1.13, and little beside another filter, size or crop
 # Needs torchvision, so it cannot be compared everywhere. It resizes without rounding to gray levels.
 DINOV3_PROCESSOR = "DINOv3ViTImageProcessor"
 DINOV3_SETTINGS = {
@@ -238,7 +244,12 @@ class ImageTransform:
         settings, _ = ImageProcessingMixin.get_image_processor_dict(config, **hub)
         if str(settings.get("image_processor_type")).removesuffix("Fast") == DINOV3_PROCESSOR:
             return cls.from_processor_config({**DINOV3_SETTINGS, **settings})
-        processor = AutoImageProcessor.from_pretrained(config, backend="pil", **hub)
+        try:
+            processor = AutoImageProcessor.from_pretrained(config, backend="pil", **hub)
+        except (ImportError, ValueError) as error:
+            raise ValueError(
+                f"Expected an image processor to compare with, but got: {error} {OWN_TRANSFORM}"
+            ) from error
         transform = cls.from_processor_config(processor.to_dict())
         check_pixels(transform, processor)
         return transform
@@ -284,22 +295,27 @@ def normalization_of(config: Mapping[str, Any]) -> dict[str, Any]:
     white = 255 * config.get("rescale_factor", 1 / 255) if config.get("do_rescale", True) else 255.0
     if not config.get("do_normalize", True):
         return {"mean": None, "std": None} if white == 1 else {"mean": (0.0,) * 3, "std": (1 / white,) * 3}
-    mean, std = config.get("image_mean", CLIP_MEAN), config.get("image_std", CLIP_STD)
-    return {"mean": tuple(value / white for value in mean), "std": tuple(value / white for value in std)}
+    given = {"mean": config.get("image_mean", CLIP_MEAN), "std": config.get("image_std", CLIP_STD)}
+    each = {name: (value,) * 3 if isinstance(value, int | float) else value for name, value in given.items()}
+    return {name: tuple(value / white for value in values) for name, values in each.items()}
 
 def check_pixels(transform: ImageTransform, processor: Any) -> None:
     scale = 1.0 if transform.std is None else torch.tensor(transform.std)[:, None, None]
     for height, width in PROBE_SIZES:
         noise = torch.randint(256, (height, width, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-        output = processor(Image.fromarray(noise.numpy()), return_tensors="pt")
-        theirs = output.get("pixel_values", torch.empty(0))
+        try:
+            theirs: Tensor = dict(processor(Image.fromarray(noise.numpy()), return_tensors="pt"))["pixel_values"]
+        except Exception as error:  # of any type, from processors of pairs, videos or documents
+            raise ValueError(
+                f"Expected {type(processor).__name__} to make `pixel_values` of an image, but it fails with "
+                f"{type(error).__name__}. {OWN_TRANSFORM}"
+            ) from error
         ours = transform(noise.movedim(-1, 0)[None] / 255)
         error = float(((ours - theirs).abs() * scale).max()) if ours.shape == theirs.shape else float("inf")
         if not error * 255 <= GRAY_LEVELS:  # NaN too
             raise ValueError(
                 f"Expected the pixels of {type(processor).__name__}, {tuple(theirs.shape)} for {width} × {height}, but "
-                f"ours, {tuple(ours.shape)}, differ by {error * 255:.3g} of 255 gray levels. Load the model yourself "
-                "and pass `image_transform=`, a function from images (B, 3, H, W) in [0, 1] to what the model expects."
+                f"ours, {tuple(ours.shape)}, differ by {error * 255:.3g} of 255 gray levels. {OWN_TRANSFORM}"
             )
 
 def processor_size(size: int | Mapping[str, int | None]) -> int | tuple[int, int]:
@@ -312,17 +328,24 @@ def processor_size(size: int | Mapping[str, int | None]) -> int | tuple[int, int
         return given["height"], given["width"]
     raise ValueError(
         f"Expected the image processor's `size` to be an int, {{'shortest_edge'}} or {{'height', 'width'}}, but got "
-        f"{size}. Pass your own `image_transform` to the reward."
+        f"{size}. {OWN_TRANSFORM}"
     )
 
 def processor_crop(size: int | Mapping[str, int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (size["height"], size["width"])
+    if isinstance(size, int):
+        return size, size
+    if not {"height", "width"} <= size.keys():
+        raise ValueError(
+            f"Expected the image processor's `crop_size` to be an int or {{'height', 'width'}}, but got {dict(size)}. "
+            f"{OWN_TRANSFORM}"
+        )
+    return size["height"], size["width"]
 
 def processor_resample(resample: int) -> Resample:
     if resample not in PIL_RESAMPLE:
         raise ValueError(
-            f"Expected the image processor's `resample` to be 2 (bilinear) or 3 (bicubic), but got {resample}. Pass "
-            "your own `image_transform` to the reward."
+            f"Expected the image processor's `resample` to be 2 (bilinear) or 3 (bicubic), but got {resample}. "
+            f"{OWN_TRANSFORM}"
         )
     return PIL_RESAMPLE[resample]
 
@@ -1218,6 +1241,9 @@ REWARDS: Registry[RewardFactory] = Registry("reward")
 # the architecture or `model_type` of a config.json -> the class that loads it
 REWARD_LOADERS: Registry[Any] = Registry("model type")
 
+# What commands call the rewards of the shapes world. They are no names here: nobody wants to take them for large ones.
+EMBEDDED_REWARDS = ("clip", "vqa")
+
 def register_reward(
     name: str, *aliases: str, loads: str | Iterable[str] = ()
 ) -> Callable[[RewardFactoryT], RewardFactoryT]:
@@ -1238,7 +1264,9 @@ def list_rewards() -> list[str]:
 def find_reward(name_or_path: str) -> RewardFactory | None:
     if name_or_path not in REWARDS.entries and is_checkpoint(name_or_path):
         return None
-    factory = REWARDS.find(name_or_path, ", a Hub id such as 'org/name', a folder or a callable")
+    embedded = f" (the embedded {name_or_path!r} is in `noiseopt.shapes_world.path({name_or_path!r})`)"
+    folder = f"a folder{embedded * (name_or_path in EMBEDDED_REWARDS)}"
+    factory = REWARDS.find(name_or_path, f", a Hub id such as 'org/name', {folder} or a callable")
     if isinstance(factory, type) and issubclass(factory, Reward) and factory.published_at:
         factory.require_default_checkpoint()
     return factory
@@ -3293,7 +3321,7 @@ class NoiseState:
     """A running optimization of `B` independent noises.
 
     Attributes:
-        pipeline: The pipeline whose noise is optimized.
+        pipeline: The pipeline whose noise is optimized. Callbacks may draw with it, as with one that is not in use.
         prompts: The `B` prompts of the rewards.
         steps: The number of evaluations that the method plans.
         noise: `(B, C, H, W)`, unit variance, the noise that was evaluated in this step.
@@ -3457,8 +3485,8 @@ def is_compiled(module: nn.Module) -> bool:
     return whole or any(map(is_compiled_function, vars(module).values()))
 
 def is_compiled_function(function: Any) -> bool:
-    function = getattr(function, "func", function)  # of a partial one
-    return isinstance(function, Callable) and hasattr(function, "_torchdynamo_orig_callable")
+    partial = getattr(function, "func", None)
+    return callable(function) and any(hasattr(each, "_torchdynamo_orig_callable") for each in (function, partial))
 
 def has_forward_hooks(module: nn.Module) -> bool:
     return bool(private(module, "_forward_hooks", "torch") or private(module, "_forward_pre_hooks", "torch"))
@@ -3769,10 +3797,16 @@ def release_rewards(pipe: Any) -> None:
 class SavedTensor:
     """Tensor saved by a graph."""
 
-    __slots__ = ("__weakref__", "tensor")
+    __slots__ = ("__weakref__", "tensor", "version")
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self.tensor = tensor.detach()  # an output of the graph would refer to the graph and keep it alive
+        self.version = version_of(tensor)
+
+    def unchanged(self) -> torch.Tensor:
+        if version_of(self.tensor) != self.version:
+            raise RuntimeError("A tensor needed for gradient computation has been modified by an inplace operation.")
+        return self.tensor
 
 class GraphTooLarge(Exception):
     """A graph under construction exceeds its limit."""
@@ -3800,7 +3834,7 @@ class SavedBytes:
         self.freed: deque[weakref.ref[SavedTensor]] = deque()
 
     def __enter__(self) -> "SavedBytes":
-        self.hooks = torch.autograd.graph.saved_tensors_hooks(self.save, lambda saved: saved.tensor)
+        self.hooks = torch.autograd.graph.saved_tensors_hooks(self.save, SavedTensor.unchanged)
         self.hooks.__enter__()
         return self
 
@@ -3844,6 +3878,39 @@ def free_memory(device: torch.device) -> int:
 
     return psutil.virtual_memory().available
 
+# pipelines/memory/replaced.py
+
+def replaced_methods(thing: Any) -> list[str]:
+    kind = type(thing)
+    return [name for name, value in vars(thing).items() if callable(value) and callable(getattr(kind, name, None))]
+
+def is_stock_method(kind: type, name: str) -> bool:
+    return is_written_in(sys.modules[kind.__module__], getattr(kind, name), f"{kind.__qualname__}.{name}")
+
+def is_stock_function(module: types.ModuleType, name: str) -> bool:
+    function = getattr(module, name)
+    return isinstance(function, types.BuiltinFunctionType) or is_written_in(module, function, name)
+
+def is_written_in(module: types.ModuleType, function: Any, qualified_name: str) -> bool:
+    written_there = getattr(function, "__globals__", None) is vars(module)
+    return written_there and function.__qualname__ == qualified_name
+
+def with_gradient(function: Callable[..., Any], name: str) -> Any:
+    while is_context_decorated(function):
+        function = function.__wrapped__  # pyright: ignore[reportFunctionMemberAccess]
+    if hasattr(function, "__wrapped__") or (name.endswith(".__call__") and takes_anything(function)):
+        code = getattr(function, "__code__", None)
+        where = f"{code.co_filename}:{code.co_firstlineno}" if code else type(function).__name__
+        raise TypeError(
+            f"Expected `{name}` as its class defines it, but it is wrapped by code of others ({where}), which a run "
+            "would bypass. Undo that first, or write the whole function out in a subclass of the pipeline."
+        )
+    return function
+
+def takes_anything(function: Callable[..., Any]) -> bool:
+    kinds = {parameter.kind for parameter in inspect.signature(function).parameters.values()}
+    return inspect.Parameter.VAR_POSITIONAL in kinds
+
 # pipelines/memory/module_copies.py
 
 def without_gradient(module: nn.Module) -> nn.Module:
@@ -3854,9 +3921,16 @@ def with_forward(module: nn.Module, forward: Callable[..., Any]) -> nn.Module:
     vars(twin)["forward"] = forward
     return twin
 
+def refers_to_itself(module: nn.Module) -> bool:
+    replaced = [vars(part)[name] for part in module.modules() for name in replaced_methods(part)]
+    return not all(isinstance(function, MethodType) or is_compiled_function(function) for function in replaced)
+
 def converted_apart(module: Any) -> nn.Module:
     twin = copy.copy(module)
-    vars(twin).pop("decode", None)  # a compiled one is bound to the shared weights
+    for name in replaced_methods(module):
+        function = vars(twin).pop(name)  # a compiled one is bound to the shared weights, and left out
+        if not is_compiled_function(function):
+            vars(twin)[name] = MethodType(function.__func__, twin)
     contents: dict[torch.dtype, dict[str, Any]] = {module.dtype: vars(module)}
 
     def to(dtype: torch.dtype) -> nn.Module:
@@ -3887,7 +3961,8 @@ class Checkpoints:
     scales: diffusers resets the scale after the forward pass, and a block that is recomputed later would miss it.
 
     A graph that is built inside the context must be backpropagated inside it, as blocks read their setting then too. On
-    exit the modules are as they were. Checkpointing that the user has enabled stays on throughout.
+    exit the modules are as they were. Checkpointing that the user has enabled stays on throughout. A replaced
+    `forward` with a state of its own, such as a cache of steps, needs "none", as it may not compute the same again.
 
     Args:
         setting: A policy, or "auto": the first of "none", "blocks" and "steps" whose graph takes at most half of the
@@ -4142,39 +4217,6 @@ def holds_several(value: Any) -> bool:
         return len(value) > 1
     return isinstance(value, (list, tuple)) and len(value) > 1 and not all(isinstance(x, PLAIN_VALUES) for x in value)
 
-# pipelines/memory/replaced.py
-
-def replaced_methods(thing: Any) -> list[str]:
-    kind = type(thing)
-    return [name for name, value in vars(thing).items() if callable(value) and callable(getattr(kind, name, None))]
-
-def is_stock_method(kind: type, name: str) -> bool:
-    return is_written_in(sys.modules[kind.__module__], getattr(kind, name), f"{kind.__qualname__}.{name}")
-
-def is_stock_function(module: types.ModuleType, name: str) -> bool:
-    function = getattr(module, name)
-    return isinstance(function, types.BuiltinFunctionType) or is_written_in(module, function, name)
-
-def is_written_in(module: types.ModuleType, function: Any, qualified_name: str) -> bool:
-    written_there = getattr(function, "__globals__", None) is vars(module)
-    return written_there and function.__qualname__ == qualified_name
-
-def with_gradient(function: Callable[..., Any], name: str) -> Any:
-    while is_context_decorated(function):
-        function = function.__wrapped__  # pyright: ignore[reportFunctionMemberAccess]
-    if hasattr(function, "__wrapped__") or takes_anything(function):
-        code = getattr(function, "__code__", None)
-        where = f"{code.co_filename}:{code.co_firstlineno}" if code else type(function).__name__
-        raise TypeError(
-            f"Expected `{name}` as its class defines it, but it is wrapped by code of others ({where}), which a run "
-            "would bypass. Undo that first, or define it in a subclass of the pipeline."
-        )
-    return function
-
-def takes_anything(function: Callable[..., Any]) -> bool:
-    kinds = {parameter.kind for parameter in inspect.signature(function).parameters.values()}
-    return inspect.Parameter.VAR_POSITIONAL in kinds
-
 # pipelines/memory/lean_layers.py
 
 LEAN_BYTES = 2**18  # below this size there is nothing to gain
@@ -4339,6 +4381,9 @@ class KeptScheduler:
             attributes = vars(self.scheduler)
             replaced = [attributes[name] for name in replaced_methods(self.scheduler)]
             self.constants |= {id(part): part for part in (self.scheduler, *replaced)}
+        # what users put on a scheduler, such as an open file, may have no copy
+        values = [value for value in vars(self.scheduler).values() if id(value) not in self.constants]
+        self.constants |= {id(value): value for value in values if not has_copy(value)}
         # schedulers refer to the graph of a run, so that each run gets its own
         self.kept = self.copied(vars(self.scheduler) if self.in_place else self.scheduler)
 
@@ -4353,6 +4398,15 @@ class KeptScheduler:
         with with_attributes(self.scheduler, self.copied(self.kept)):
             yield self.scheduler
 
+def has_copy(value: Any) -> bool:
+    if isinstance(value, torch.Tensor | int | float | str | None):
+        return True
+    try:
+        copy.deepcopy(value)
+    except Exception:
+        return False
+    return True
+
 def constants_of(scheduler: Any) -> dict[int, Any]:
     length = scheduler.config.get("num_train_timesteps")
     tensors = (value for value in vars(scheduler).values() if isinstance(value, torch.Tensor))
@@ -4362,8 +4416,8 @@ def constants_of(scheduler: Any) -> dict[int, Any]:
 @contextlib.contextmanager
 def with_attributes(thing: Any, attributes: dict[str, Any]) -> Iterator[None]:
     own = vars(thing)
-    thing.__dict__ = attributes  # one step, which no interrupt divides
     try:
+        thing.__dict__ = attributes  # one step, which no interrupt divides
         yield
     finally:
         thing.__dict__ = own
@@ -4410,14 +4464,14 @@ def plain_attributes(pipe: Any) -> dict[str, Any]:
 @contextlib.contextmanager
 def hooked(pipe: Any, **functions: Callable[..., Any]) -> Iterator[None]:
     own = vars(pipe)
-    own.update({name: Hook(function, own.get(name)) for name, function in functions.items()})
+    hooks = {name: Hook(function, own.get(name)) for name, function in functions.items()}
     try:
+        own.update(hooks)
         yield
     finally:
-        for name in functions:
-            hook = own.pop(name)
-            if hook.replaced is not None:
-                own[name] = hook.replaced
+        for name in hooks:
+            own.pop(name, None)
+        own.update({name: hook.replaced for name, hook in hooks.items() if hook.replaced is not None})
 
 @contextlib.contextmanager
 def apart(pipe: Any) -> Iterator[Any]:
@@ -4734,6 +4788,18 @@ def refuse_unsuited(pipe, gradient: str | None) -> None:
             refuse_offload(name, root)
             refuse_attention(name, root)
             refuse_casting(name, root)
+            refuse_upcast(name, root)
+
+def is_upcast(vae: Any) -> bool:
+    return vae is not None and bool(vae.config.get("force_upcast")) and vae.dtype == torch.float16
+
+def refuse_upcast(name: str, root: nn.Module) -> None:
+    if name == "vae" and is_upcast(root) and refers_to_itself(root):
+        raise ValueError(
+            "Expected a VAE without replaced functions in a half-precision pipeline that converts it to float32 to "
+            "decode, since the gradient needs a copy, which they would not reach. Use bfloat16, a VAE that works in "
+            "float16, or a method without gradients, such as `BestOfN`."
+        )
 
 def refuse_inference_tensors(name: str, root: nn.Module) -> None:
     if any(tensor.is_inference() for tensor in (*root.parameters(), *root.buffers())):
@@ -4770,6 +4836,12 @@ def group_offloaded(module: nn.Module) -> bool:
     return any("group_offloading" in name for name in diffusers_hooks(module))
 
 def refuse_attention(name: str, root: nn.Module) -> None:
+    if "sage" in str(getattr(F.scaled_dot_product_attention, "__module__", "")):
+        raise ValueError(
+            "Expected an attention with a backward pass, but `torch.nn.functional.scaled_dot_product_attention` was "
+            "replaced by Sage attention, which has none. Put torch's own function back, or use a method without "
+            "gradients, such as `BestOfN`."
+        )
     for module in root.modules():
         backend = attention_backend_of(module)
         if backend is not None and ("sage" in backend or backend == "_flash_3"):
@@ -4778,6 +4850,30 @@ def refuse_attention(name: str, root: nn.Module) -> None:
                 f'Call `pipe.{name}.set_attention_backend("native")` first, outside any `attention_backend` context, '
                 "or use a method without gradients, such as `BestOfN`."
             )
+
+def compiled_parts(pipe) -> list[str]:
+    return [name for name, root in modules_of(pipe).items() if any(map(is_compiled, root.modules()))]
+
+def refuse_lost_gradient(pipe) -> None:
+    if names := compiled_parts(pipe):
+        raise ValueError(
+            f"Expected a gradient from the images to the noise, but it is exactly zero, and {', '.join(names)} is "
+            "compiled, which may lose it. Load the pipeline again without `torch.compile`, or use a method without "
+            "gradients, such as `BestOfN`."
+        )
+
+def refuse_backward_error(pipe, error: RuntimeError) -> None:
+    remedy = "use a method without gradients, such as `BestOfN`."
+    if "inplace operation" in str(error):
+        raise ValueError(
+            f"Expected a call whose tensors stay as they are until the backward pass, but {type(pipe).__name__}, code "
+            f"that was added to it, or a reward writes into one in place. Remove that, or {remedy}"
+        ) from error
+    if names := compiled_parts(pipe):
+        raise ValueError(
+            f"Expected compiled modules with a backward pass, but with {', '.join(names)} compiled it fails "
+            f"({type(error).__name__}). Load the pipeline again without `torch.compile`, or {remedy}"
+        ) from error
 
 def refuse_casting(name: str, root: nn.Module) -> None:
     for module in root.modules():
@@ -4805,6 +4901,13 @@ def stock_call(cls: type) -> Callable[..., Any]:
         if "__call__" in vars(base) and not hasattr(base, "_noise_run"):
             return with_gradient(vars(base)["__call__"], f"{base.__name__}.__call__")
     raise TypeError(f"Expected a diffusers pipeline with a `__call__`, but {cls.__name__} has none.")
+
+def refuse_writes(cls: type) -> None:
+    if "zero_" in stock_call(cls).__code__.co_names:
+        raise ValueError(
+            f"Expected a call whose tensors stay as they are until the backward pass, but that of {cls.__name__} "
+            "writes over them at each step. Use a method without gradients, such as `BestOfN`."
+        )
 
 def submodules_of(pipe, names: tuple[str, ...]) -> dict[str, Any]:
     return {name: module for name in names if (module := getattr(pipe, name, None)) is not None}
@@ -4866,56 +4969,67 @@ class GlobalDraws(TorchFunctionMode):
     """Context in which random numbers without a generator raise `ValueError`, in this thread only.
 
     Args:
-        sampler: Name of the sampler for the error.
+        drawer: Name of what draws, for the error.
+        remedy: The remedy, for the error.
     """
 
-    def __init__(self, sampler: str) -> None:
+    def __init__(self, drawer: str, remedy: str) -> None:
         super().__init__()
-        self.sampler = sampler
+        self.drawer, self.remedy = drawer, remedy
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func in DRAWING and kwargs.get("generator") is None:
             raise ValueError(
-                f"Expected all noise to come from `generator`, but {self.sampler} draws from torch's global stream, so "
-                "that no two evaluations see the same noise. Use a deterministic scheduler, such as "
-                "`FlowMatchEulerDiscreteScheduler(stochastic_sampling=False)`, or one with a seed, such as "
-                "`DPMSolverSDEScheduler(noise_sampler_seed=0)`."
+                f"Expected all noise to come from `generator`, but {self.drawer} draws from torch's global stream, so "
+                f"that no two evaluations see the same noise. {self.remedy}"
             )
         return func(*args, **kwargs)
 
 @contextlib.contextmanager
 def no_global_draws(pipe) -> Iterator[list[torch.Tensor]]:
-    scheduler, sampler = pipe.scheduler, f"{type(pipe).__name__} with {type(pipe.scheduler).__name__}"
-    step = scheduler.step
+    scheduler, name = pipe.scheduler, type(pipe).__name__
+    step, prepare_latents = scheduler.step, pipe.prepare_latents
+    modules = [part for part in vars(pipe).values() if isinstance(part, torch.nn.Module)]
 
     @functools.wraps(step)
-    def watched(*args, **kwargs):
-        with GlobalDraws(sampler):
+    def watched_step(*args, **kwargs):
+        with GlobalDraws(f"{name} with {type(scheduler).__name__}", DETERMINISTIC):
             return step(*args, **kwargs)
 
-    vars(scheduler)["step"] = watched
-    try:
-        yield []
-    finally:
-        del scheduler.step
+    with contextlib.ExitStack() as rest_of_call:
+
+        def watch_from_here(*args, **kwargs):
+            prepared = prepare_latents(*args, **kwargs)
+            if not any(map(is_compiled, modules)):  # a mode would compile them once more
+                rest_of_call.enter_context(GlobalDraws(name, "Pass `generator` on to everything that draws there."))
+            return prepared
+
+        vars(scheduler)["step"], vars(pipe)["prepare_latents"] = watched_step, watch_from_here
+        try:
+            yield []
+        finally:
+            del scheduler.step
+
+DETERMINISTIC = (
+    "Use a deterministic scheduler, such as `FlowMatchEulerDiscreteScheduler(stochastic_sampling=False)`, or one with "
+    "a seed, such as `DPMSolverSDEScheduler(noise_sampler_seed=0)`. A `step` that was "
+    "replaced needs the signature of the stock one, as by `functools.wraps`: pipelines look there for `generator`."
+)
 
 # pipelines/sampling/latent_space.py
 
 def drawing_function(cls: type) -> Callable[..., types.FunctionType]:
-    base = next((base for base in cls.__mro__ if defines_latents(base)), None)
-    function = None
+    base = next((base for base in cls.__mro__ if "prepare_latents" in vars(base)), None)
+    function: Any = None if base is None else vars(base)["prepare_latents"]
     if base is not None:
-        function = with_gradient(vars(base)["prepare_latents"], f"{base.__name__}.prepare_latents")
+        function = with_gradient(function, f"{base.__name__}.prepare_latents")
     if "randn_tensor" in getattr(getattr(function, "__code__", None), "co_names", ()):
-        return lambda draw: with_globals(function, randn_tensor=draw)
+        return lambda draw=None: function if draw is None else with_globals(function, randn_tensor=draw)
     raise TypeError(
         "Expected a text-to-image pipeline whose `prepare_latents` samples its noise with diffusers' `randn_tensor`, "
-        f"but that of {cls.__name__} does not. Call `randn_tensor` there, and no `super()`."
+        f"but {cls.__name__} draws its noise elsewhere, or none. Call `randn_tensor` there, and no `super()`."
     )
-
-def defines_latents(cls: type) -> bool:
-    return "prepare_latents" in vars(cls) and not hasattr(cls, "_noise_run")
 
 def with_globals(function: types.FunctionType, **replaced: Any) -> types.FunctionType:
     names = {**function.__globals__, **replaced}
@@ -4923,9 +5037,11 @@ def with_globals(function: types.FunctionType, **replaced: Any) -> types.Functio
     twin.__kwdefaults__ = function.__kwdefaults__
     return twin
 
-def drawing_with(noise_sampler: Callable[..., torch.Tensor] | None) -> Callable[..., torch.Tensor]:
+def drawing_with(
+    noise_sampler: Callable[..., torch.Tensor] | None, function: types.FunctionType
+) -> Callable[..., torch.Tensor]:
     if noise_sampler is None:
-        return randn_tensor
+        return function.__globals__["randn_tensor"]
 
     def draw(shape, generator=None, device=None, dtype=None, layout=None) -> torch.Tensor:
         noise = noise_sampler(tuple(shape), generator=generator, device=device, dtype=dtype)
@@ -4966,8 +5082,8 @@ class LatentSpace:
         self, pipe, args: tuple, kwargs: dict[str, Any], noise_sampler: Callable[..., torch.Tensor] | None = None
     ) -> None:
         self.with_draw = drawing_function(type(pipe))
-        self.noise_sampler, self.draw_noise = noise_sampler, drawing_with(noise_sampler)
-        signature = inspect.signature(self.with_draw(randn_tensor))
+        self.noise_sampler, self.draw_noise = noise_sampler, drawing_with(noise_sampler, self.with_draw())
+        signature = inspect.signature(self.with_draw())
         arguments = dict(signature.bind(pipe, *args, **kwargs).arguments)
         self.takes_latents = "latents" in signature.parameters
         self.given = arguments.pop("latents", None)
@@ -4992,7 +5108,7 @@ class LatentSpace:
         given = {"latents": latents} if self.takes_latents else {}
         return self.with_draw(draw)(pipe, **{**self.arguments, **given, **overrides})
 
-    def draw(self, pipe) -> tuple[torch.Tensor, bool]:
+    def draw(self, pipe, **overrides) -> tuple[torch.Tensor, bool]:
         drawn: list[torch.Tensor] = []
 
         def record(*args, **kwargs):
@@ -5008,32 +5124,23 @@ class LatentSpace:
                 "nothing to optimize. Leave out the argument that lets it start without, such as `denoising_start`."
             )
         noise = self.to_noise(pipe, self.given)
-        again = first_of(self.prepare(pipe, noise))
+        again = first_of(self.prepare(pipe, noise, **overrides))
         comparable = again.shape == prepared.shape  # families that pack return spatial latents unchanged
         if comparable and not torch.allclose(again.float(), prepared.float(), rtol=0.05, atol=0.05):
             raise latents_with_image(pipe)  # beyond the rounding of half precision
         return noise, False
 
     def prepare(self, pipe, noise: torch.Tensor, draw: bool = False, **overrides):
+        ours = [noise]
 
         def given(*args, **kwargs) -> torch.Tensor:
+            if not ours:  # some functions draw more than the noise
+                return self.draw_noise(*args, **kwargs)
             if draw:
                 self.draw_noise(*args, **kwargs)
-            return noise.to(kwargs.get("dtype") or noise.dtype)
+            return ours.pop().to(kwargs.get("dtype") or noise.dtype)
 
         return self.on(pipe, given, **overrides)
-
-    def to_latents(self, pipe, noise: torch.Tensor, **overrides) -> torch.Tensor:
-        prepared = first_of(self.prepare(pipe, noise, **overrides))
-        if not self.takes_latents:  # then the pipeline uses `latents` unchanged
-            return prepared
-        for candidate in (noise.to(prepared.dtype), prepared):
-            if self.accepts(pipe, candidate, prepared):
-                return candidate
-        raise TypeError(
-            f"Expected `latents=` to accept the noise or the prepared latents of {type(pipe).__name__}, but it accepts "
-            "neither. Use a pipeline whose `prepare_latents` returns given latents in one of these forms."
-        )
 
     def to_noise(self, pipe, latents: torch.Tensor) -> torch.Tensor:
         shape, packed = self.packing(pipe).noise, self.packing(pipe).packed
@@ -5063,13 +5170,6 @@ class LatentSpace:
             self.known_packing = Packing(leaves[0].shape, prepared.shape, positions_in(prepared, leaves[0]))
         return self.known_packing
 
-    def accepts(self, pipe, latents: torch.Tensor, prepared: torch.Tensor) -> bool:
-        try:
-            returned = first_of(self.on(pipe, randn_tensor, latents))
-        except ValueError:  # the family checks the shape of given latents
-            return False
-        return returned.shape == prepared.shape and torch.equal(returned, prepared)
-
 class Packing(NamedTuple):
     """Shapes of the noise and of the prepared latents, and the position of each noise entry in them, `(B, C·H·W)`."""
 
@@ -5094,6 +5194,41 @@ def latents_with_image(pipe) -> ValueError:
     return ValueError(
         f"Expected no `latents`, since in {type(pipe).__name__} they mix the image with the noise, and only the noise "
         "is optimized. Leave them out, and choose the noise by `generator` or `noise_sampler`."
+    )
+
+# pipelines/sampling/pixel_range.py
+
+def mentions(cls: type, *names: str) -> bool:
+    return not {*names}.isdisjoint(words_of(stock_call(cls).__code__))
+
+def words_of(code: types.CodeType) -> set[str]:
+    words: set[Any] = set(code.co_names)
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            words |= words_of(constant)
+        words |= {constant} if isinstance(constant, str) else set()
+        words |= {each for each in constant if isinstance(each, str)} if isinstance(constant, tuple) else set()
+    return words
+
+def check_returns_tensors(cls: type) -> None:
+    if not mentions(cls, "postprocess", "pt") and mentions(cls, "numpy_to_pil"):
+        raise TypeError(
+            f'Expected a pipeline with `output_type="pt"`, but {cls.__name__} returns numpy arrays instead of tensors, '
+            "which carry no gradient. Use a pipeline whose `__call__` ends with `image_processor.postprocess`."
+        )
+
+def is_centered(sampler) -> bool:
+    if sampler.postprocessed:
+        return False
+    noise = sampler.base_noise if sampler.batch_rows is None else sampler.base_noise[sampler.batch_rows[1]]
+    tensor, array = (sampler.run(noise, None, False, output_type) for output_type in ("pt", "np"))
+    expected = torch.as_tensor(array).movedim(-1, 1).to(tensor)
+    for centered, pixels in ((False, tensor), (True, tensor * 0.5 + 0.5)):
+        if pixels.shape == expected.shape and torch.allclose(pixels.clamp(0, 1), expected, rtol=0, atol=0.02):
+            return centered
+    raise TypeError(
+        f'Expected {type(sampler.twin).__name__} to return the same pixels for `output_type="pt"` and "np", in [0, 1] '
+        "or in [-1, 1], but got others. Use a height and width that the pipeline does not change."
     )
 
 # pipelines/sampling/random_state.py
@@ -5122,10 +5257,45 @@ class RandomState:
             fresh[-1].set_state(state)
         return fresh if self.several else fresh[0]
 
+    def rewind(self, generator: torch.Generator | list[torch.Generator]) -> None:
+        streams = generator if isinstance(generator, list) else [generator]
+        for stream, (_, state, _) in zip(streams, self.states, strict=True):
+            stream.set_state(state)
+
+    def equals(self, other: "RandomState") -> bool:
+        pairs = zip(self.states, other.states, strict=True)
+        return all(torch.equal(own[1], theirs[1]) for own, theirs in pairs)
+
     def of_rows(self, rows: list[int]) -> "RandomState":
         found = copy.copy(self)
         found.states = [self.states[row] for row in rows] if self.several else self.states
         return found
+
+class CallStart:
+    """The random streams before a call draws anything: its own, and torch's global ones.
+
+    Some pipelines draw before their initial noise, such as a sample of the posterior of a control image, and some of
+    those from the global streams. Evaluations repeat these draws.
+    """
+
+    def __init__(self, generator: torch.Generator | list[torch.Generator] | None, device: torch.device) -> None:
+        self.device, self.own = device, RandomState(generator, device)
+        self.shared = RandomState(self.global_streams(), device)
+
+    def global_streams(self) -> list[torch.Generator]:
+        return list({torch.default_generator: None, default_generator(self.device): None})
+
+    def drew_from_global(self) -> bool:
+        return not self.shared.equals(RandomState(self.global_streams(), self.device))
+
+    @contextlib.contextmanager
+    def replayed(self) -> Iterator[None]:
+        now = RandomState(self.global_streams(), self.device)
+        self.shared.rewind(self.global_streams())
+        try:
+            yield
+        finally:
+            now.rewind(self.global_streams())
 
 def default_generator(device: torch.device) -> torch.Generator:
     if device.type == "cuda":
@@ -5133,6 +5303,68 @@ def default_generator(device: torch.device) -> torch.Generator:
     if device.type == "mps":
         return default_mps_generator()
     return torch.default_generator
+
+# pipelines/sampling/redraw.py
+
+CLOSE = 2 / 255  # of two images in [0, 1] that are drawn from the same numbers, on any device
+
+class Redraw(NamedTuple):
+    """The arguments with which a plain call draws the image of a noise again.
+
+    Attributes:
+        form: The form that the pipeline takes as `latents=`: the noise itself, or the latents prepared from it.
+        streams: The random streams that the call starts from.
+        certain: Whether all random numbers of the call are known to be the same. Otherwise only drawing can tell.
+    """
+
+    form: Literal["noise", "prepared"]
+    streams: RandomState
+    certain: bool
+
+def find_redraw(sampler, twin) -> Redraw | None:
+    space, noise, generator = sampler.space, sampler.base_noise, sampler.random_state.generator()
+    target = sampler.prepare_on(twin, noise, generator)
+    prepared, after = first_of(target), RandomState(generator, sampler.device)
+    early = sampler.draws_early or not sampler.drew
+    starts = [(sampler.start.own, sampler.random_state)] if early else [(after, after), (sampler.start.own,) * 2]
+    if not space.takes_latents:  # then the pipeline uses `latents` unchanged
+        return Redraw("prepared", starts[0][0], not early)
+    forms: dict[Any, torch.Tensor] = {"noise": noise.to(prepared.dtype), "prepared": prepared}
+    for stream, at_preparation in starts:
+        for form, latents in forms.items():
+            generator = at_preparation.generator()
+            with contextlib.suppress(Exception):  # stock code that cannot take this form fails anywhere
+                returned = space.on(twin, space.draw_noise, latents, generator=generator)
+                if equal(returned, target):
+                    same = after.equals(RandomState(generator, sampler.device))
+                    return Redraw(form, stream, same and not sampler.draws_globally)
+    return None
+
+def equal(one: Any, other: Any) -> bool:
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return one.shape == other.shape and torch.equal(one, other)
+    if isinstance(one, tuple | list) and isinstance(other, tuple | list):
+        return len(one) == len(other) and all(map(equal, one, other))
+    return type(one) is type(other)
+
+def check_redraw(sampler) -> None:
+    redraw = sampler.redraw
+    if redraw is not None and not redraw.certain:
+        noise = sampler.base_noise
+        drawn, again = sampler.images(noise), sampler.images_of_latents(sampler.to_latents(noise))
+        redraw = redraw if torch.allclose(drawn, again, rtol=0, atol=CLOSE) else None
+    if redraw is None:
+        name = type(sampler.pipe).__name__
+        raise TypeError(
+            f"Expected a call that draws the same image from `latents`, but {name} draws other random numbers then, or "
+            f"takes no such latents, and the noise that is found could not be handed back. {in_the_same_call(name)}"
+        )
+
+def in_the_same_call(name: str) -> str:
+    return (
+        f"Give it the hook, `class Ours(NoiseOptimizationMixin, {name})`, and call that with `method=...`: it "
+        "generates the image in the same call."
+    )
 
 # pipelines/sampling/sampler.py
 
@@ -5157,6 +5389,7 @@ class PipelineSampler:
         decoder: Decoder to use instead of the pipeline's VAE, or `None`.
         checkpointing: Checkpointing of the evaluations while `checkpoints` are in force.
         through_denoiser: Whether gradients pass through the denoiser, so that checkpointing it saves memory.
+        start: The random streams at the start of the call; `None` if it drew nothing since.
 
     Attributes:
         random_state: The random streams before the base noise is sampled.
@@ -5180,16 +5413,23 @@ class PipelineSampler:
         decoder: Any = None,
         checkpointing: Checkpointing = "none",
         through_denoiser: bool = True,
+        start: CallStart | None = None,
     ) -> None:
-        self.space, self.encoded = space, encoded
-        device = torch.device(space.arguments.get("device") or execution_device(pipe))
-        self.random_state = RandomState(request.get("generator"), device)
-        self.base_noise, self.drew = space.draw(pipe)
+        self.space, self.encoded, self.pipe = space, encoded, pipe
+        self.device = torch.device(space.arguments.get("device") or execution_device(pipe))
+        self.random_state = RandomState(request.get("generator"), self.device)
+        self.start = start or CallStart(request.get("generator"), self.device)
+        self.draws_globally = self.start.drew_from_global()
+        self.draws_early = self.draws_globally or not self.start.own.equals(self.random_state)
+        self.base_noise, self.drew = space.draw(pipe, generator=self.random_state.generator())
         self.call = stock_call(type(pipe))
         ours = ("latents", "generator", "output_type", "return_dict", "callback_on_step_end", "callback")
         self.request = {name: value for name, value in request.items() if name not in ours}
         self.image_embeds: list[Any] = []  # of an IP-Adapter, recorded in the first run
-        self.pipe, self.twin = pipe, make_twin(pipe, clamp)
+        self.postprocessed: list[int] = []  # has an entry once the pipeline's image processor converted pixels
+        self.centered: bool | None = None  # whether its pixels are in [-1, 1]; unknown before the first images
+        self.clamp: Clamp = clamp
+        self.pipe, self.twin = pipe, make_twin(pipe, clamp, self.postprocessed)
         self.own_decoder, self.decoder = vars(self.twin).get("vae"), decoder
         if decoder is not None:
             vars(self.twin)["vae"] = decoder
@@ -5211,8 +5451,14 @@ class PipelineSampler:
             self.space.on(self.twin, self.space.draw_noise, generator=generator)
         return RandomState(generator, torch.device("cpu"))
 
-    def states_after_draw(self) -> list[tuple[str, torch.Tensor]]:
-        return [(device.type, state) for device, state, _ in self.random_state_after_draw().states]
+    @functools.cached_property
+    def redraw(self) -> Redraw | None:
+        with self.again() as twin:
+            return find_redraw(self, twin)
+
+    def states_for_redraw(self) -> list[tuple[str, torch.Tensor]]:
+        streams = self.start.own if self.redraw is None else self.redraw.streams
+        return [(device.type, state) for device, state, _ in streams.states]
 
     @contextlib.contextmanager
     def again(self) -> Iterator[Any]:
@@ -5237,12 +5483,17 @@ class PipelineSampler:
         return self.space.prepare(twin, noise, draw=self.drew, generator=generator)
 
     def to_latents(self, noise: torch.Tensor) -> torch.Tensor:
-        with self.again() as twin:
-            return self.space.to_latents(twin, noise, draw=self.drew, generator=self.random_state.generator())
+        prepared = first_of(self.prepare(noise))
+        return noise.to(prepared.dtype) if self.redraw is not None and self.redraw.form == "noise" else prepared
 
     def chunk(self, rows: list[int]) -> "PipelineSampler":
         if tuple(rows) not in self.chunks:
             batch = self.space.arguments.get("batch_size", 0)
+            if self.draws_early:
+                raise ValueError(
+                    "Expected a call whose first random numbers are its noise, to generate images in chunks, but "
+                    f"{type(self.pipe).__name__} draws others before. Use `chunk_size=None`."
+                )
             layout = BatchLayout(self.request, batch)
             chunk = copy.copy(self)
             chunk.space = self.space.for_images(len(rows))
@@ -5260,7 +5511,25 @@ class PipelineSampler:
         preview: bool = False,
         chunk_size: int | None = None,
     ) -> torch.Tensor:
-        images = self.run(noise, gradient, preview, "pt", chunk_size)
+        return self.pixels(self.run(noise, gradient, preview, "pt", chunk_size))
+
+    def images_of_latents(self, latents: torch.Tensor) -> torch.Tensor:
+        assert self.redraw is not None
+        generator = self.redraw.streams.generator()
+        again = {"latents": latents, "generator": generator, "output_type": "pt", "return_dict": False}
+        with self.again() as twin, torch.no_grad():
+            self.take_over(twin, self.base_noise, generator, None)
+            del vars(twin)["prepare_latents"]
+            images = images_in(self.call(twin, **self.request, **again), twin)
+        return self.pixels(images)
+
+    def pixels(self, images: torch.Tensor) -> torch.Tensor:
+        if self.centered is None:
+            self.centered = is_centered(self)
+        if self.centered and self.clamp == "straight_through":
+            images = denormalize_straight_through(images)
+        elif self.centered:
+            images = (images * 0.5 + 0.5).clamp(0, 1)
         return images.to(torch.promote_types(images.dtype, torch.float32))
 
     def x0(self, noise: torch.Tensor, gradient: Gradient = None, chunk_size: int | None = None) -> torch.Tensor:
@@ -5282,16 +5551,26 @@ class PipelineSampler:
         return self.checkpoints.fitted(kind, noise.device, lambda: self.run_once(noise, gradient, preview, output_type))
 
     def run_once(self, noise: torch.Tensor, gradient: Gradient, preview: bool, output_type: str) -> torch.Tensor:
-        generator = self.random_state.generator()
+        streams = self.start.own if self.draws_early else self.random_state
+        generator = streams.generator()
         differentiable = gradient is not None and noise.requires_grad
         ours = {"generator": generator, "output_type": output_type, "return_dict": False}
         with self.again() as twin:
             self.take_over(twin, noise, generator, gradient)
-            # a sampler that draws from the global stream does so in its first run
+            # what draws from the global stream does so in the first run
             whole = no_global_draws(twin) if self.timesteps is None else contextlib.nullcontext([])
             limited = first_step_only(twin) if preview else whole
-            with limited as estimates, self.shared_draws(generator), torch.set_grad_enabled(differentiable):
-                output = self.call(twin, **self.request, **ours)[0]
+            try:
+                with self.draws_of(generator), limited as estimates, torch.set_grad_enabled(differentiable):
+                    output = images_in(self.call(twin, **self.request, **ours), twin, output_type)
+            except AttributeError as error:
+                if not differentiable:
+                    raise
+                raise TypeError(
+                    f"Expected {type(twin).__name__} to be differentiable from image to noise, but its code fails "
+                    f'where gradients are recorded ({error}). Use `gradient="frozen"`, or a method without gradients, '
+                    "such as `BestOfN`."
+                ) from error
             if estimates and output_type == "latent":  # families unpack and scale their output
                 output = estimates[0]
             if not preview:  # counted after the run, as some families set their timesteps after `prepare_latents`
@@ -5303,12 +5582,12 @@ class PipelineSampler:
             )
         return output
 
-    def shared_draws(
-        self, generator: torch.Generator | list[torch.Generator]
-    ) -> contextlib.AbstractContextManager[Any]:
-        if self.batch_rows is None or isinstance(generator, list):
-            return contextlib.nullcontext()
-        return WholeBatchDraws(generator, *self.batch_rows)
+    @contextlib.contextmanager
+    def draws_of(self, generator: torch.Generator | list[torch.Generator]) -> Iterator[None]:
+        shared = self.batch_rows is not None and not isinstance(generator, list)
+        chunk = WholeBatchDraws(generator, *self.batch_rows) if shared else contextlib.nullcontext()  # pyright: ignore[reportArgumentType, reportOptionalIterable]
+        with chunk, self.start.replayed() if self.draws_globally else contextlib.nullcontext():
+            yield
 
     def take_over(
         self,
@@ -5318,9 +5597,14 @@ class PipelineSampler:
         gradient: Gradient,
     ) -> None:
         attributes, recorded = vars(twin), iter(self.encoded)
+
+        def prepare_latents(*_, **__):
+            self.random_state.rewind(generator)
+            return self.prepare_on(twin, noise, generator)
+
         attributes.update(
             encode_prompt=lambda *_, **__: next(recorded),
-            prepare_latents=lambda *_, **__: self.prepare_on(twin, noise, generator),
+            prepare_latents=prepare_latents,
         )
         if hasattr(twin, "prepare_ip_adapter_image_embeds"):
             embed = twin.prepare_ip_adapter_image_embeds
@@ -5329,7 +5613,17 @@ class PipelineSampler:
         if wrap is not None:
             attributes.update({name: wrap(model) for name, model in submodules_of(twin, CALLED_IN_STEPS).items()})
 
-def make_twin(pipe, clamp: Clamp):
+def images_in(output: Any, pipe, output_type: str = "pt") -> Any:
+    images = output[0] if isinstance(output, tuple) else output
+    if output_type == "pt" and not (isinstance(images, torch.Tensor) and images.ndim == 4 and images.shape[1] == 3):
+        got = tuple(images.shape) if isinstance(images, torch.Tensor) else type(images).__name__
+        raise TypeError(
+            f'Expected {type(pipe).__name__} to return images (B, 3, H, W) for `output_type="pt"`, but got {got}. Use '
+            "a pipeline that generates images, as tensors."
+        )
+    return images
+
+def make_twin(pipe, clamp: Clamp, postprocessed: list[int]):
     twin = copy.copy(pipe)
     twin.__dict__ = attributes = plain_attributes(pipe)
     twin.set_progress_bar_config(disable=True)
@@ -5337,9 +5631,11 @@ def make_twin(pipe, clamp: Clamp):
     attributes.update({name: None for name in ("safety_checker", "watermark") if name in attributes})
     if "vae" in attributes and needs_upcast(attributes["vae"]):
         attributes["vae"] = converted_apart(attributes["vae"])
-    if clamp == "straight_through" and has_stock_clamp(attributes.get("image_processor")):
-        attributes["image_processor"] = copy.copy(attributes["image_processor"])
-        vars(twin.image_processor)["denormalize"] = denormalize_straight_through
+    if hasattr(attributes.get("image_processor"), "postprocess"):
+        processor = attributes["image_processor"] = copy.copy(attributes["image_processor"])
+        vars(processor)["postprocess"] = counted(processor.postprocess, postprocessed)
+        if clamp == "straight_through" and has_stock_clamp(processor):
+            vars(processor)["denormalize"] = denormalize_straight_through
     return twin
 
 def has_stock_clamp(image_processor: Any) -> bool:
@@ -5347,9 +5643,7 @@ def has_stock_clamp(image_processor: Any) -> bool:
     return own is VaeImageProcessor.denormalize and is_stock_method(VaeImageProcessor, "denormalize")
 
 def needs_upcast(vae: Any) -> bool:
-    if vae is None or not vae.config.get("force_upcast"):
-        return False
-    return vae.dtype == torch.float16 and not is_offloaded(vae)
+    return is_upcast(vae) and not is_offloaded(vae) and not refers_to_itself(vae)
 
 def replayed(function: Callable[..., Any], recorded: list[Any]) -> Callable[..., Any]:
     index = itertools.count()
@@ -5529,6 +5823,8 @@ class NoiseProblem:
 
     def __post_init__(self) -> None:
         noise = self.sampler.base_noise
+        if not noise.isfinite().all():
+            raise ValueError("Expected noise of finite numbers, but got NaN or infinity. Correct the `noise_sampler`.")
         self.noise = noise.detach().to(torch.promote_types(noise.dtype, torch.float32))
         self.space, self.dtype = self.sampler.space, noise.dtype
 
@@ -5707,13 +6003,16 @@ def as_method(method: Any, settings: Mapping[str, Any] | None = None) -> NoiseOp
     if settings is not None and not (isinstance(settings, Mapping) and all(isinstance(key, str) for key in settings)):
         raise TypeError(f"Expected `method_kwargs` to be a dict of settings by name, but got {settings!r}.")
     if isinstance(method, str):
-        return METHODS.find(method)(**(settings or {}))
+        found = METHODS.find(method)(**(settings or {}))
+        found.check()
+        return found
     if settings:
         raise ValueError("Expected `method_kwargs` beside the name of a method, but got a method object as well.")
     if isinstance(method, type) or not (hasattr(method, "objective") and hasattr(method, "step")):
         raise TypeError(
             f"Expected a method such as `ReNO(rewards=...)` or one of the names {list_methods()}, but got {method!r}."
         )
+    method.check()
     return method
 
 # pipelines/baselines/mean_variance.py
@@ -7022,7 +7321,8 @@ class NoiseDiffusion(RewardOptimizer):
         threshold: Stop an image whose score is at least this.
         patience: Stop an image after this many rounds without a better score.
         score_range: (low, high): s is the position of the total between the two, clamped to [0, 1].
-        gradient: "frozen" holds the outputs of the denoiser constant; "full" differentiates the whole chain.
+        gradient: "frozen" holds the outputs of the denoiser constant; "full" differentiates the whole chain. With a
+            single denoising step "frozen" warns: there it tells little about the score.
     """
 
     rewards: Any = "vqascore"
@@ -7063,6 +7363,12 @@ class NoiseDiffusion(RewardOptimizer):
         return UnitScore(rewards, self.score_range)
 
     def start(self, problem: NoiseProblem) -> "NoiseDiffusionState":
+        if self.gradient_mode == "frozen" and problem.request.get("num_inference_steps") == 1:
+            warnings.warn(
+                "A single denoising step draws these images, and the gradient that holds its output constant tells "
+                'little about their score, nothing if that is about content. Pass `gradient="full"`, or use `ReNO`.',
+                stacklevel=2,
+            )
         return NoiseDiffusionState(CandidateNoise(problem))
 
     def inspect(self, run: NoiseState, objective: Any, state: "NoiseDiffusionState") -> None:
@@ -8382,6 +8688,21 @@ def is_locked(file: BinaryIO, wait: bool) -> bool:
         return False
     return True
 
+# shown_text.py
+
+LONGEST_SHOWN, LONGEST_LINE = 200, 4096  # characters
+
+def shown(value: Any, longest: int = LONGEST_SHOWN) -> str:
+    text = str(value)
+    escaped = "".join(each if each.isprintable() else escape(each) for each in text[: longest + 1])
+    return escaped if len(escaped) <= longest else escaped[:longest] + "…"
+
+def shown_lines(value: Any) -> str:
+    return "\n".join(shown(line, LONGEST_LINE) for line in str(value).splitlines())
+
+def escape(character: str) -> str:
+    return character.encode("unicode_escape").decode("ascii")
+
 # pipelines/results/pipeline_description.py
 
 LONGEST_LIST = 1000  # numbers of an array that is recorded, such as sigmas
@@ -8404,26 +8725,37 @@ def describe_pipeline(pipe) -> dict[str, Any]:
 def describe_adapters(module: nn.Module) -> dict[str, dict[str, Any]]:
     weights: dict[str, dict[float, None]] = {}  # as ordered sets
     hashes: dict[str, Any] = {}
-    for place, layer, adapter in active_adapters(module):
-        rank, alpha = layer.r[adapter], layer.lora_alpha[adapter]
-        unit = alpha / (math.sqrt(rank) if layer.use_rslora.get(adapter) else rank)
-        weights.setdefault(adapter, {})[round(layer.scaling[adapter] / unit, 6) if unit else 0.0] = None
+    for place, layer, adapter, parameters in active_adapters(module):
+        weights.setdefault(adapter, {})[weight_of(layer, adapter)] = None
         digest = hashes.setdefault(adapter, hashlib.sha256())
         digest.update(place.encode())
-        for name, weight in layer.named_parameters():
-            if adapter in name.split(".") and not name.startswith("base_layer") and not weight.is_meta:
-                digest.update(weight.detach().flatten()[:PROBED].to("cpu", torch.float32).numpy().tobytes())
+        for parameter in parameters:
+            if not parameter.is_meta:
+                digest.update(parameter.detach().flatten()[:PROBED].to("cpu", torch.float32).numpy().tobytes())
     listed = {adapter: list(each) for adapter, each in weights.items()}
     return {
         adapter: {"weight": each[0] if len(each) == 1 else each, "sha256": hashes[adapter].hexdigest()}
         for adapter, each in listed.items()
     }
 
-def active_adapters(module: nn.Module) -> Iterator[tuple[str, Any, str]]:
+def weight_of(layer: Any, adapter: str) -> float:
+    scaling = getattr(layer, "scaling", {}).get(adapter)
+    alpha = getattr(layer, "lora_alpha", getattr(layer, "alpha", {})).get(adapter)  # of LoRA, and of LoHa and LoKr
+    rank = getattr(layer, "r", {}).get(adapter)
+    if scaling is None or not alpha or not rank:  # a kind of adapter without weights
+        return 1.0
+    unit = alpha / (math.sqrt(rank) if getattr(layer, "use_rslora", {}).get(adapter) else rank)
+    return round(float(scaling) / unit, 6)
+
+def active_adapters(module: nn.Module) -> Iterator[tuple[str, Any, str, list[nn.Parameter]]]:
     for place, layer in module.named_modules():
         found: Any = layer
-        if isinstance(getattr(found, "scaling", None), dict) and not getattr(found, "disable_adapters", True):
-            yield from ((place, found, name) for name in found.active_adapters if name in found.scaling)
+        if hasattr(found, "adapter_layer_names") and not found.disable_adapters:
+            named = [(name.split("."), parameter) for name, parameter in found.named_parameters()]
+            for adapter in found.active_adapters:
+                parameters = [each for parts, each in named if adapter in parts and parts[0] != "base_layer"]
+                if parameters:
+                    yield place, found, adapter, parameters
 
 def ip_adapter_scales(modules: Any) -> list[Any]:
     processors = (getattr(layer, "processor", None) for module in modules for layer in module.modules())
@@ -8476,18 +8808,6 @@ def plain_value(value: Any) -> Any:
         return value
     raise TypeError(f"Expected a JSON value, but got {type(value).__name__}.")
 
-# pipelines/results/shown_text.py
-
-LONGEST_SHOWN = 200  # characters
-
-def shown(value: Any, longest: int = LONGEST_SHOWN) -> str:
-    text = str(value)
-    escaped = "".join(each if each.isprintable() else escape(each) for each in text[: longest + 1])
-    return escaped if len(escaped) <= longest else escaped[:longest] + "…"
-
-def escape(character: str) -> str:
-    return character.encode("unicode_escape").decode("ascii")
-
 # pipelines/results/result_file.py
 
 RESULT_FORMAT = "noiseopt-result-1"
@@ -8506,6 +8826,7 @@ FLOAT_DTYPES = (torch.float16, torch.bfloat16, *NOISE_DTYPES)
 CUDA_STATE_BYTES, MOST_STATE_BYTES = 16, 1024  # accelerators have counters; the CPU state has 5056 bytes
 TORCH_FILES = (b"PK\x03\x04", *(b"\x80" + bytes([protocol]) for protocol in range(6)))  # zip and pickle
 MOST_NAME_CHARACTERS = 100
+MOST_LEVELS = 100  # of lists and dicts in one another
 LENGTH_BYTES = 8  # of the length of the header, at the start of a safetensors file
 MOST_HEADER_BYTES = 4 * 2**20  # a header of one second's parsing
 MOST_BYTES = 2 * 2**30  # the noises of 2700 images at 1024 px
@@ -8532,7 +8853,11 @@ def write_result_file(path: Path, tensors: Tensors, header: Header) -> None:
 
 def json_of(header: Header) -> str:
     try:
-        return json.dumps(header, default=lambda value: value.tolist())
+        text = json.dumps(header, default=lambda value: value.tolist())
+        check_levels(json.loads(text))
+        return text
+    except UnusableResult as problem:
+        raise ValueError(f"Expected reports that can be read again, but the result {problem}.") from None
     except (AttributeError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(
             f"Expected provenance and reports as JSON values, but got others: {error}. Convert what a callback puts "
@@ -8621,6 +8946,7 @@ def parsed_header(metadata: dict[str, str]) -> Header:
         raise UnusableResult(f"was written by a newer noiseopt, in the format {found}. Update noiseopt")
     if found != RESULT_FORMAT:
         raise UnusableResult(f"has no {RESULT_FORMAT} header")
+    check_levels(header)
     unknown = sorted((metadata.keys() - {"noiseopt"}) | (header.keys() - RESULT_HEADER.keys()))
     if unknown:
         raise UnusableResult(f"has unknown metadata {brief(unknown)}")
@@ -8630,6 +8956,14 @@ def parsed_header(metadata: dict[str, str]) -> Header:
     if wrong:
         raise UnusableResult(f"has metadata that is missing or of the wrong type: {brief(wrong)}")
     return header
+
+def check_levels(header: Header) -> None:
+    level: list[Any] = [header]
+    for _ in range(MOST_LEVELS):
+        parts = (each.values() if isinstance(each, dict) else each for each in level)
+        level = [part for each in parts for part in each if isinstance(part, dict | list)]
+    if level:
+        raise UnusableResult(f"has a header of more than {MOST_LEVELS} levels")
 
 def check_names(names: set[str], header: Header) -> None:
     streams = {f"{PER_STREAM}{index}" for index in range(len(header["generator_devices"]))}
@@ -8793,7 +9127,7 @@ class NoiseResult:
     """Result of `optimize_noise` for `B` independent noises.
 
     `pipe(prompt, latents=result.latents, ...)` with the arguments of the run reproduces the best images. Samplers that
-    add noise at each step also need `generator=result.generator()`.
+    add noise at each step and pipelines that sample an encoded image also need `generator=result.generator()`.
 
     Attributes:
         noise: `(B, C, H, W)` float32, unit variance: the best noise, or the last for methods that return it.
@@ -8807,7 +9141,7 @@ class NoiseResult:
             "full_decoder": scores and losses with the pipeline's own decoder, of the baseline (`initial_scores`,
             `initial_loss`) and of the returned noise (`best_scores`, `best_loss`). `scores` and `losses` are then
             approximate: those of the images of the tiny decoder.
-        generator_states: Device type and state of each random stream after the base noise was sampled.
+        generator_states: Device type and state of each random stream from which a call with `latents` starts.
         initial_noise: `(B, C, H, W)`, the noise of the baseline; `None` in files of versions that did not store it.
         band_changes: `(steps, B, 3)`, the part of ‖noise − initial_noise‖² in the lowest, middle and highest third of
             the radial frequencies at each step; see `frequency_bands`. NaN where a sample had stopped, `None` in files
@@ -8886,7 +9220,9 @@ class NoiseResult:
         for device, state in self.generator_states:
             fresh.append(torch.Generator(device))
             fresh[-1].set_state(state)
-        return fresh if self.provenance.get("generators") == "list" else (fresh or [None])[0]
+        if not fresh:
+            return None
+        return fresh if self.provenance.get("generators") == "list" else fresh[0]
 
     def differences(self, pipe) -> list[str]:
         given = describe_pipeline(pipe)
@@ -9011,6 +9347,7 @@ PLAIN = (bool, int, float, str, type(None))
 ADAM_STATE = {"step", "exp_avg", "exp_avg_sq"}
 DEEPEST = 8
 MOST_DIFFERENCES = 5  # that are named
+MOST_SECONDS = 1e9
 
 class NotStorable(Exception):
     """Reason why the state of a run cannot be stored."""
@@ -9021,12 +9358,12 @@ class NotTheState(Exception):
 def call_description(
     pipe, method: Any, request: Mapping[str, Any], noise_sampler: Any, reward_prompt: Any
 ) -> dict[str, Any]:
-    fields = {field.name: getattr(method, field.name) for field in dataclasses.fields(method)}
-    chosen = {name: value for name, value in fields.items() if name not in HOW_NOT_WHAT}
+    names = [field.name for field in dataclasses.fields(method) if field.name not in HOW_NOT_WHAT]
+    chosen = {name: getattr(method, name) for name in names}
     arguments = {name: value for name, value in request.items() if name != "prompt" and value is not None}
     found = {
-        "prompt": request.get("prompt"),
-        "reward_prompt": reward_prompt,
+        "prompt": plain_description(request.get("prompt")),
+        "reward_prompt": plain_description(reward_prompt),
         "method": portable({"name": type(method).__name__, **plain_description(chosen)}),
         "arguments": plain_description(arguments),
         "noise_sampler": plain_description(describe_noise_sampler(as_noise_sampler(noise_sampler))),
@@ -9039,8 +9376,8 @@ def call_description(
 def known_run(
     path: str | os.PathLike[str], save_noise_to: str | os.PathLike[str] | None, call: dict[str, Any]
 ) -> NoiseResult | None:
-    file = Path(path)
-    replaced = save_noise_to is not None and Path(save_noise_to).absolute() == file.absolute()
+    file = as_path(path, "resume_from")
+    replaced = save_noise_to is not None and as_path(save_noise_to, "save_noise_to").absolute() == file.absolute()
     if replaced and not file.exists():
         return None
     found = NoiseResult.load(file)
@@ -9053,6 +9390,11 @@ def known_run(
         f"Expected a run that can be continued, but the state of {call['method']['name']} is not stored in {file}. "
         "Leave out `resume_from` to start anew."
     )
+
+def as_path(value: Any, argument: str) -> Path:
+    if not isinstance(value, str | os.PathLike):
+        raise TypeError(f"Expected `{argument}` to be a path, but got {value!r}. Pass a text or a `pathlib.Path`.")
+    return Path(value)
 
 def check_same_call(found: NoiseResult, call: dict[str, Any], path: Path) -> None:
     known = found.provenance.get("call")
@@ -9078,9 +9420,9 @@ def kept_attributes(part: Any) -> dict[str, Any]:
         raise NotStorable(f"{type(part).__name__} keeps candidates")
     return {name: getattr(part, name, None) for name in names}
 
-def kept_of_all(parts: Sequence[Any]) -> dict[str, dict[str, Any]]:
-    kept = {f"{type(part).__name__} {index}": kept_attributes(part) for index, part in enumerate(parts)}
-    return {name: values for name, values in kept.items() if values}
+def continuing(callbacks: Sequence[Any]) -> dict[str, Any]:
+    found = [callback for callback in callbacks if getattr(callback, "continues", ())]
+    return {f"{type(callback).__name__} {number}": callback for number, callback in enumerate(found)}
 
 def step_reached(known: NoiseResult) -> int:
     parts = {} if known.progress is None else known.progress.parts
@@ -9112,7 +9454,7 @@ def continued_parts(begun: dict[str, Any], known: NoiseResult, noise: torch.Tens
     return {
         **parts,
         "reports": copy.deepcopy(known.progress.parts["reports"]),
-        "seconds": seconds if isinstance(seconds, int | float) else 0.0,
+        "seconds": seconds if isinstance(seconds, int | float) and 0 <= seconds <= MOST_SECONDS else 0.0,
     }
 
 def first_generator(known: NoiseResult, device: torch.device) -> dict[str, torch.Generator]:
@@ -9337,8 +9679,8 @@ class OptimizationLoop:
             "images": best.images is not None,
             "state": self.state,
             "objective": kept_attributes(self.objective),
-            "callbacks": kept_of_all(self.callbacks),
-            "streams": self.problem.sampler.random_state.generator(),
+            "callbacks": {name: kept_attributes(each) for name, each in continuing(self.callbacks).items()},
+            "streams": self.problem.sampler.start.own.generator(),
         }
 
     def mark(self) -> None:
@@ -9359,8 +9701,8 @@ class OptimizationLoop:
         run.best = Best(**parts["best"], evaluations=len(self.rows))
         self.state = parts["state"]
         set_attributes(self.objective, parts["objective"])
-        for name, kept in parts["callbacks"].items():
-            set_attributes(self.callbacks[int(name.split()[1])], kept)
+        for name, callback in continuing(self.callbacks).items():
+            set_attributes(callback, parts["callbacks"][name])
         if parts["images"]:
             self.initial_images, best = self.drawn(self.problem.noise), self.drawn(run.best.noise)
             run.best = dataclasses.replace(run.best, images=best)
@@ -9451,14 +9793,26 @@ class OptimizationLoop:
     def move(self) -> None:
         run, gradient = self.run, None
         if self.leaf.requires_grad:
-            assert self.total is not None
-            (gradient,) = torch.autograd.grad(self.total.sum(), self.leaf)
+            gradient = self.differentiate()
             finite = gradient.flatten(1).isfinite().all(1)
             gradient = gradient.nan_to_num(0, 0, 0) * per_image(finite, gradient)
             self.stop_samples(run.active & ~finite)
         self.total = None
         moved = self.method.step(run, gradient, self.state).detach()
         run.noise = torch.where(per_image(run.active, moved), moved, run.noise)
+
+    def differentiate(self) -> torch.Tensor:
+        assert self.total is not None
+        try:
+            (gradient,) = torch.autograd.grad(self.total.sum(), self.leaf)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            refuse_backward_error(self.problem.pipe, error)
+            raise
+        if self.run.step == 0 and not gradient.any():
+            refuse_lost_gradient(self.problem.pipe)
+        return gradient
 
     def finish(self) -> None:
         for noise in self.method.finish(self.run, self.objective, self.state):
@@ -9531,7 +9885,7 @@ class OptimizationLoop:
                 "complete": self.complete,
                 "call": problem.call,
             },
-            generator_states=problem.sampler.states_after_draw(),
+            generator_states=problem.sampler.states_for_redraw(),
             reports=dict(run.reports),
             initial_noise=problem.noise.detach(),
             band_changes=torch.stack([row.bands for row in rows]),
@@ -9632,7 +9986,7 @@ def bind_request(pipe, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
 
 def check_request(pipe, request: Mapping[str, Any]) -> None:
     check_prompt(request)
-    check_scalars(pipe, request)
+    check_types(pipe, request)
     check_clip_skip(pipe, request.get("clip_skip"))
     check_latents(request)
     callback = request.get("callback_on_step_end")
@@ -9652,65 +10006,66 @@ def check_prompt(request: Mapping[str, Any]) -> None:
     if prompt is not None and not (
         isinstance(texts, list | tuple) and texts and all(isinstance(text, str) for text in texts)
     ):
-        raise TypeError(f"Expected `prompt` to be a text or a list of at least one text, but got {prompt!r}.")
+        raise TypeError(f"Expected `prompt` to be a text or a list of at least one text, but got {prompt!r:.200}.")
     parts = embeds if isinstance(embeds, list) else [embeds]
     if embeds is not None and not (parts and all(isinstance(part, torch.Tensor) and part.ndim for part in parts)):
-        raise TypeError(f"Expected `prompt_embeds` to be a tensor, but got {embeds!r}.")
+        raise TypeError(f"Expected `prompt_embeds` to be a tensor, but got {embeds!r:.200}.")
 
-def check_scalars(pipe, request: Mapping[str, Any]) -> None:
+def check_types(pipe, request: Mapping[str, Any]) -> None:
+    function = stock_call(type(pipe))
     try:
-        hints = get_type_hints(stock_call(type(pipe)))
+        hints = get_type_hints(function)
     except (NameError, TypeError):
         hints = {}
+    defaults = {name: each.default for name, each in inspect.signature(function).parameters.items()}
     custom = request.get("timesteps") is not None or request.get("sigmas") is not None
     for name, value in request.items():
-        if value is None and (custom or name != "num_inference_steps"):
+        if value is defaults.get(name) or (name == "num_inference_steps" and value is None and custom):
             continue
-        most = MOST_OF_ARGUMENT.get(name)
-        if most and not (is_number(value, Integral) and 1 <= int(value) <= most):  # pyright: ignore[reportArgumentType]
-            raise ValueError(f"Expected `{name}` to be an integer from 1 to {most}, but got {value!r}.")
-        if not matches_hint(value, hints.get(name)):
-            kinds = " or ".join(kind.__name__ for kind in types_of_hint(hints[name]) if kind is not NoneType)
-            raise TypeError(f"Expected `{name}` to be a finite {kinds}, but got {value!r}.")
+        most, hint = MOST_OF_ARGUMENT.get(name), hints.get(name, Any)
+        if most and value is not None and not (is_number(value, Integral) and 1 <= int(value) <= most):
+            raise ValueError(f"Expected `{name}` to be an integer from 1 to {most}, but got {value!r:.200}.")
+        if not fits_hint(value, hint):
+            kind = inspect.formatannotation(hint)
+            raise TypeError(f"Expected `{name}` as {kind}, with finite numbers, but got {value!r:.200}.")
 
 def check_clip_skip(pipe, clip_skip: int | None) -> None:
     layers = getattr(getattr(getattr(pipe, "text_encoder", None), "config", None), "num_hidden_layers", None)
     if clip_skip is not None and layers is not None and not 0 <= clip_skip < layers:
         raise ValueError(f"Expected `clip_skip` to be an integer from 0 to {layers - 1}, but got {clip_skip}.")
 
-def types_of_hint(hint: Any) -> tuple[Any, ...]:
-    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+def fits_hint(value: Any, hint: Any) -> bool:
+    if get_origin(hint) in (Union, UnionType):
+        return any(fits_hint(value, kind) for kind in get_args(hint))
+    if get_origin(hint) in (list, tuple):
+        each = float if get_args(hint)[0] is int else get_args(hint)[0]
+        parts = value.tolist() if isinstance(value, torch.Tensor | np.ndarray) else value
+        return isinstance(parts, list | tuple) and all(fits_hint(part, each) for part in parts)
+    if hint is float and isinstance(value, torch.Tensor):
+        return value.numel() == 1
+    if hint in (int, float):
+        return is_number(value, Integral) or (hint is float and is_number(value, Real) and math.isfinite(value))
+    return value is None if hint is NoneType else hint is not str or isinstance(value, str)
 
-def is_number(value: Any, kind: type) -> bool:
+def is_number(value: Any, kind: type) -> TypeGuard[Any]:
     return isinstance(value, kind) and not isinstance(value, bool)
-
-def matches_hint(value: Any, hint: Any) -> bool:
-    kinds = set(types_of_hint(hint)) - {NoneType}
-    if not kinds or not kinds <= {int, float, str}:
-        return True
-    finite = not isinstance(value, Real) or isinstance(value, Integral) or math.isfinite(value)
-    number = float in kinds and (is_number(value, Real) or (isinstance(value, torch.Tensor) and value.numel() == 1))
-    return finite and (
-        number or (int in kinds and is_number(value, Integral)) or (str in kinds and isinstance(value, str))
-    )
 
 def check_latents(request: Mapping[str, Any]) -> None:
     latents, generator = request.get("latents"), request.get("generator")
     if latents is not None and not (isinstance(latents, torch.Tensor) and latents.is_floating_point() and latents.ndim):
-        got = f"{latents.dtype} {tuple(latents.shape)}" if isinstance(latents, torch.Tensor) else repr(latents)
+        got = f"{latents.dtype} {tuple(latents.shape)}" if isinstance(latents, torch.Tensor) else f"{latents!r:.200}"
         raise TypeError(f"Expected `latents` to be a floating-point tensor, but got {got}.")
-    if latents is not None and not latents.isfinite().all():
-        raise ValueError("Expected finite `latents`, but some are NaN or infinite.")
     streams = generator if isinstance(generator, list) else [generator]
     if generator is not None and not all(isinstance(stream, torch.Generator) for stream in streams):
         raise TypeError(
-            f"Expected `generator` to be a `torch.Generator` or a list of them, but got {generator!r}. A seed is "
+            f"Expected `generator` to be a `torch.Generator` or a list of them, but got {generator!r:.200}. A seed is "
             "written `torch.Generator().manual_seed(0)`."
         )
 
-def check_noise_path(path: Any) -> None:
-    if path is not None and not isinstance(path, str | os.PathLike):
-        raise TypeError(f"Expected `save_noise_to` to be the path of a file, but got {path!r}.")
+def check_paths(**paths: Any) -> None:
+    for name, path in paths.items():
+        if path is not None and not isinstance(path, str | os.PathLike):
+            raise TypeError(f"Expected `{name}` to be a path, but got {path!r}.")
 
 @contextlib.contextmanager
 def stock_errors(pipe, run: Any) -> Iterator[None]:
@@ -9725,17 +10080,32 @@ def stock_errors(pipe, run: Any) -> Iterator[None]:
         ) from error
 
 def check_noise_is_drawn(pipe, request: dict[str, Any]) -> None:
-    parameters = inspect.signature(drawing_function(type(pipe))(randn_tensor)).parameters
+    whole = {"denoising_start": (None,), "denoising_end": (None, 1.0)}
+    part = next((name for name, values in whole.items() if request.get(name) not in values), None)
+    if part is not None:
+        raise ValueError(
+            f"Expected a call that goes from noise to image, but `{part}` leaves out a part of the way. Leave it out "
+            "to find the noise, and pass `latents=result.latents` to the call that has it."
+        )
+    parameters = inspect.signature(drawing_function(type(pipe))()).parameters
     if request.get("latents") is not None and "latents" not in parameters:
         raise latents_with_image(pipe)
+
+def check_pipeline_class(cls: type) -> None:
+    if "prompt" not in inspect.signature(stock_call(cls)).parameters:
+        raise TypeError(
+            f"Expected a text-to-image pipeline, but the call of {cls.__name__} takes no `prompt`. Use a pipeline of "
+            "the family that takes one."
+        )
+    drawing_function(cls)
+    check_returns_tensors(cls)
 
 def check_takes_latents(pipe) -> None:
     if "latents" not in inspect.signature(stock_call(type(pipe))).parameters:
         name = type(pipe).__name__
         raise TypeError(
-            f"Expected a pipeline that takes `latents`, to generate from the noise that was found, but {name} takes "
-            f"none. Give it the hook, `class Ours(NoiseOptimizationMixin, {name})`, and call that with `method=...`: "
-            "it generates the image in the same call."
+            "Expected a pipeline that takes `latents`, to generate from the noise that was found, but "
+            f"{name} takes none. {in_the_same_call(name)}"
         )
 
 def images_per_prompt(request: dict[str, Any]) -> int:
@@ -9754,7 +10124,8 @@ def reward_prompts_of(request: dict[str, Any], reward_prompt: str | Sequence[str
     texts = [reward_prompt] * batch if isinstance(reward_prompt, str) else reward_prompt
     if not (isinstance(texts, list | tuple) and len(texts) == batch and all(isinstance(text, str) for text in texts)):
         raise ValueError(
-            f"Expected `reward_prompt` to be one text, or one for each of {batch} images, but got {reward_prompt!r}."
+            f"Expected `reward_prompt` to be one text, or one for each of {batch} images, but got "
+            f"{reward_prompt!r:.200}."
         )
     return list(texts)
 
@@ -9782,6 +10153,29 @@ def check_batch(request: dict[str, Any], batch: int) -> None:
         )
     if isinstance(generator, list) and len(generator) != batch:
         raise ValueError(f"Expected one generator for each of {batch} images, but got {len(generator)}.")
+
+def check_noise_batch(noise: torch.Tensor, batch: int) -> None:
+    if len(noise) != batch:
+        raise ValueError(
+            f"Expected noise for {batch} images (prompts × `num_images_per_prompt`), but the pipeline draws some of "
+            f"shape {tuple(noise.shape)}. Pass one prompt for each image."
+        )
+
+def check_given_tensors(request: dict[str, Any]) -> None:
+    for name, value in request.items():
+        for tensor in value if isinstance(value, list) else [value]:
+            if not isinstance(tensor, torch.Tensor):
+                continue
+            if tensor.is_inference():
+                raise ValueError(
+                    f"Expected `{name}` as an ordinary tensor, but it was made under `torch.inference_mode()`. Pass "
+                    f"`{name}.clone()`, made outside of it."
+                )
+            if "embeds" in name and not tensor.isfinite().all():
+                raise ValueError(
+                    f"Expected finite numbers in `{name}`, but got NaN or infinity. Look for the step that made them, "
+                    "such as a division by zero or an overflow in float16."
+                )
 
 def noise_sampler_of(
     noise_sampler: NoiseSamplerSpec | None, request: dict[str, Any], groups: list[int]
@@ -10053,6 +10447,15 @@ def code_of(cls: type) -> dict[str, str]:
 
 # pipelines/sampling/turns.py
 
+class Turn:
+    """The turn of a thread with some objects, by their ids."""
+
+    def __init__(self, thread: int, things: frozenset[int]) -> None:
+        self.thread, self.things = thread, things
+
+    def waits_for(self, other: "Turn") -> bool:
+        return self.thread != other.thread and not self.things.isdisjoint(other.things)
+
 class Turns:
     """Turns of threads with sets of objects.
 
@@ -10062,23 +10465,20 @@ class Turns:
 
     def __init__(self) -> None:
         self.changed = threading.Condition()
-        self.taken: list[tuple[int, frozenset[int]]] = []  # thread and objects of each turn
+        self.taken: list[Turn] = []
 
     @contextlib.contextmanager
     def take(self, things: Iterable[Any]) -> Iterator[None]:
-        turn = (threading.get_ident(), frozenset(map(id, things)))
-        with self.changed:
-            self.changed.wait_for(lambda: self.is_free(*turn))
-            self.taken.append(turn)
+        turn = Turn(threading.get_ident(), frozenset(map(id, things)))
         try:
-            yield
-        finally:
             with self.changed:
-                self.taken.remove(turn)
+                self.changed.wait_for(lambda: not any(map(turn.waits_for, self.taken)))
+                self.taken.append(turn)
+            yield
+        finally:  # also of a thread that was interrupted while it waited
+            with self.changed:
+                self.taken = [other for other in self.taken if other is not turn]
                 self.changed.notify_all()
-
-    def is_free(self, thread: int, things: frozenset[int]) -> bool:
-        return all(owner == thread or things.isdisjoint(others) for owner, others in self.taken)
 
 TURNS = Turns()
 
@@ -10133,20 +10533,21 @@ class NoiseRun:
     ) -> None:
         self.method, self.request, self.render, self.known = method, request, render, known
         self.callbacks = as_callbacks(callbacks)
-        method.check()
-        check_request(pipe, request)
         check_noise_is_drawn(pipe, request)
         if torch.is_inference_mode_enabled():
             raise ValueError("Expected a call outside `torch.inference_mode()`, where no gradient exists. Remove it.")
         refuse_unsuited(pipe, method.gradient_mode)
         if method.previews:
             refuse_replaced_step(pipe)
+        if method.gradient_mode is not None:
+            refuse_writes(type(pipe))
+        check_given_tensors(request)
         self.prompts, self.groups = prompts_of(request), groups_of(request)
         self.reward_prompts = reward_prompts_of(request, reward_prompt, len(self.prompts))
         check_batch(request, len(self.prompts))
         self.noise_sampler = noise_sampler_of(noise_sampler, request, self.groups)
         self.call = call or call_description(pipe, method, request, noise_sampler, reward_prompt)
-        check_noise_path(save_noise_to)
+        check_paths(save_noise_to=save_noise_to)
         self.noise_file = None if save_noise_to is None else NoiseFile(save_noise_to)
         self.objective: Objective = method.objective(pipe)
         if self.objective.requires_prompt and reward_prompt is None:
@@ -10160,6 +10561,7 @@ class NoiseRun:
         self.encoding = 0  # depth of calls of `encode_prompt` in one another
         self.began = False
         self.result: NoiseResult | None = None
+        self.start = CallStart(request.get("generator"), execution_device(pipe))
 
     def frozen_modules(self, pipe) -> contextlib.AbstractContextManager[None]:
         return frozen_modules(pipe, self.method.gradient_mode, self.decoder, self.size)
@@ -10201,7 +10603,11 @@ class NoiseRun:
             decoder=self.decoder,
             checkpointing=method.checkpointing,
             through_denoiser=method.gradient_mode == "full",
+            start=self.start,
         )
+        check_noise_batch(sampler.base_noise, len(self.prompts))
+        if not self.render:
+            check_redraw(sampler)
         problem = NoiseProblem(pipe, sampler, self.prompts, self.reward_prompts, self.groups, self.request, self.call)
         # callbacks and rewards may draw with the pipeline
         with set_aside(pipe), torch.enable_grad(), sampler.checkpoints:
@@ -10293,9 +10699,10 @@ class NoiseOptimizationMixin(SavedWithCode):
         if found is None and noise_sampler is None:
             with TURNS.take([self]):  # another thread may be in a run of this pipeline
                 return stock(*args, **kwargs)
+        check_pipeline_class(type(self))
         request = bind_request(self, args, kwargs)
+        check_request(self, request)
         if found is None:
-            check_request(self, request)
             draw = NoiseDraw(self, request, noise_sampler)
             with TURNS.take([self]), hooked(self, **draw.hooks(self)):
                 return stock(*args, **kwargs)
@@ -10404,12 +10811,14 @@ def optimize_noise(
     **call_kwargs,
 ) -> NoiseResult | list[NoiseResult]:
     check_pipeline(pipe)
+    check_pipeline_class(type(pipe))
     ours = list(inspect.signature(optimize_noise).parameters)
     check_argument_names(pipe, call_kwargs, ours, METHODS.entries.get(method) if isinstance(method, str) else method)
     method = as_method(method, method_kwargs)
+    check_paths(save_noise_to=save_noise_to, resume_from=resume_from, folder=folder)
     if folder is not None:
         check_not_beside_folder(save_noise_to=save_noise_to, resume_from=resume_from)
-        with only_writer(Path(folder)):
+        with only_writer(as_path(folder, "folder")):
             entries = prompt_entries(prompt, folder, call_kwargs.pop("generator", None), reward_prompt)
             return optimize_entries(pipe, entries, method, as_callbacks(callbacks), noise_sampler, call_kwargs)
     with TURNS.take(shared_parts(pipe, method.decoder)), apart(pipe) as twin:
@@ -10545,7 +10954,8 @@ class MethodMixin(NoiseOptimizationMixin):
             ValueError: For settings without the argument `target` that turns the method on, such as `rewards`.
         """
         if self.target is None:
-            return None if settings.get("steps") == 0 else self.own_method(**settings)
+            steps = settings.get("steps")
+            return None if type(steps) is int and steps == 0 else self.own_method(**settings)
         if self.target not in settings:
             if settings:
                 raise ValueError(

@@ -24,14 +24,14 @@ from .request import (
     bind_request,
     check_argument_names,
     check_batch,
+    check_given_tensors,
     check_noise_batch,
     check_noise_is_drawn,
-    check_noise_path,
+    check_paths,
     check_pipeline,
     check_pipeline_class,
     check_request,
     check_takes_latents,
-    check_tensors,
     groups_of,
     image_size,
     noise_sampler_of,
@@ -44,7 +44,7 @@ from .result_folder import FolderBar, PromptEntry, only_writer, prompt_entries
 from .results.noise_file import NoiseFile
 from .results.noise_result import NoiseResult
 from .results.pipeline_code import SavedWithCode
-from .results.resume import call_description, first_generator, known_run
+from .results.resume import as_path, call_description, first_generator, known_run
 from .sampling.apart import apart, hooked, set_aside
 from .sampling.first_call import refuse_writes, stock_call, submodules_of
 from .sampling.latent_space import LatentSpace
@@ -115,8 +115,6 @@ class NoiseRun:
     ) -> None:
         self.method, self.request, self.render, self.known = method, request, render, known
         self.callbacks = as_callbacks(callbacks)
-        method.check()
-        check_request(pipe, request)
         check_noise_is_drawn(pipe, request)
         if torch.is_inference_mode_enabled():
             raise ValueError("Expected a call outside `torch.inference_mode()`, where no gradient exists. Remove it.")
@@ -125,13 +123,13 @@ class NoiseRun:
             refuse_replaced_step(pipe)
         if method.gradient_mode is not None:
             refuse_writes(type(pipe))
+        check_given_tensors(request)
         self.prompts, self.groups = prompts_of(request), groups_of(request)
         self.reward_prompts = reward_prompts_of(request, reward_prompt, len(self.prompts))
         check_batch(request, len(self.prompts))
-        check_tensors(request)
         self.noise_sampler = noise_sampler_of(noise_sampler, request, self.groups)
         self.call = call or call_description(pipe, method, request, noise_sampler, reward_prompt)
-        check_noise_path(save_noise_to)
+        check_paths(save_noise_to=save_noise_to)
         self.noise_file = None if save_noise_to is None else NoiseFile(save_noise_to)
         self.objective: Objective = method.objective(pipe)
         if self.objective.requires_prompt and reward_prompt is None:
@@ -291,8 +289,8 @@ class NoiseOptimizationMixin(SavedWithCode):
                 return stock(*args, **kwargs)
         check_pipeline_class(type(self))
         request = bind_request(self, args, kwargs)
+        check_request(self, request)
         if found is None:
-            check_request(self, request)
             draw = NoiseDraw(self, request, noise_sampler)
             with TURNS.take([self]), hooked(self, **draw.hooks(self)):
                 return stock(*args, **kwargs)
@@ -410,6 +408,9 @@ def optimize_noise(
 ) -> NoiseResult | list[NoiseResult]:
     """Find the initial noise of a call to any diffusers text-to-image pipeline. The pipeline stays unmodified.
 
+    The run waits until no run in another thread uses this pipeline or one of its modules. Callbacks and rewards may
+    draw with the pipeline.
+
     Args:
         pipe: A loaded pipeline of any family whose `prepare_latents` draws Gaussian noise.
         prompt: As in the pipeline's call. Each image is optimized independently unless the method compares images.
@@ -450,9 +451,10 @@ def optimize_noise(
     ours = list(inspect.signature(optimize_noise).parameters)
     check_argument_names(pipe, call_kwargs, ours, METHODS.entries.get(method) if isinstance(method, str) else method)
     method = as_method(method, method_kwargs)
+    check_paths(save_noise_to=save_noise_to, resume_from=resume_from, folder=folder)
     if folder is not None:
         check_not_beside_folder(save_noise_to=save_noise_to, resume_from=resume_from)
-        with only_writer(Path(folder)):
+        with only_writer(as_path(folder, "folder")):
             entries = prompt_entries(prompt, folder, call_kwargs.pop("generator", None), reward_prompt)
             return optimize_entries(pipe, entries, method, as_callbacks(callbacks), noise_sampler, call_kwargs)
     with TURNS.take(shared_parts(pipe, method.decoder)), apart(pipe) as twin:

@@ -72,7 +72,8 @@ class MethodMixin(NoiseOptimizationMixin):
             ValueError: For settings without the argument `target` that turns the method on, such as `rewards`.
         """
         if self.target is None:
-            return None if settings.get("steps") == 0 else self.own_method(**settings)
+            steps = settings.get("steps")
+            return None if type(steps) is int and steps == 0 else self.own_method(**settings)
         if self.target not in settings:
             if settings:
                 raise ValueError(

@@ -53,20 +53,23 @@ def list_methods() -> list[str]:
 
 
 def as_method(method: Any, settings: Mapping[str, Any] | None = None) -> NoiseOptimizer:
-    """Return a method given by name and settings, or a method object as it is.
+    """Return a method given by name and settings, or a method object as it is, with its settings checked.
 
     Raises:
-        ValueError: For an unknown name, or settings beside a method object.
+        ValueError: For an unknown name, a setting that cannot work, or settings beside a method object.
         TypeError: For an unknown or missing setting, and for anything that is not a method.
     """
     if settings is not None and not (isinstance(settings, Mapping) and all(isinstance(key, str) for key in settings)):
         raise TypeError(f"Expected `method_kwargs` to be a dict of settings by name, but got {settings!r}.")
     if isinstance(method, str):
-        return METHODS.find(method)(**(settings or {}))
+        found = METHODS.find(method)(**(settings or {}))
+        found.check()
+        return found
     if settings:
         raise ValueError("Expected `method_kwargs` beside the name of a method, but got a method object as well.")
     if isinstance(method, type) or not (hasattr(method, "objective") and hasattr(method, "step")):
         raise TypeError(
             f"Expected a method such as `ReNO(rewards=...)` or one of the names {list_methods()}, but got {method!r}."
         )
+    method.check()
     return method

@@ -8,11 +8,11 @@ import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from numbers import Integral, Real
 from types import NoneType, UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeGuard, Union, get_args, get_origin, get_type_hints
 
+import numpy as np
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-from diffusers.utils.torch_utils import randn_tensor
 
 from ..checked_fields import refused_signature
 from ..registry import did_you_mean
@@ -115,7 +115,7 @@ def check_request(pipe, request: Mapping[str, Any]) -> None:
     The stock call finds most of these late, or never: its own checks begin with the text encoder at the earliest.
     """
     check_prompt(request)
-    check_scalars(pipe, request)
+    check_types(pipe, request)
     check_clip_skip(pipe, request.get("clip_skip"))
     check_latents(request)
     callback = request.get("callback_on_step_end")
@@ -136,28 +136,30 @@ def check_prompt(request: Mapping[str, Any]) -> None:
     if prompt is not None and not (
         isinstance(texts, list | tuple) and texts and all(isinstance(text, str) for text in texts)
     ):
-        raise TypeError(f"Expected `prompt` to be a text or a list of at least one text, but got {prompt!r}.")
+        raise TypeError(f"Expected `prompt` to be a text or a list of at least one text, but got {prompt!r:.200}.")
     parts = embeds if isinstance(embeds, list) else [embeds]
     if embeds is not None and not (parts and all(isinstance(part, torch.Tensor) and part.ndim for part in parts)):
-        raise TypeError(f"Expected `prompt_embeds` to be a tensor, but got {embeds!r}.")
+        raise TypeError(f"Expected `prompt_embeds` to be a tensor, but got {embeds!r:.200}.")
 
 
-def check_scalars(pipe, request: Mapping[str, Any]) -> None:
-    """Raise `TypeError` or `ValueError` for numbers and texts of another kind than the stock call is annotated with."""
+def check_types(pipe, request: Mapping[str, Any]) -> None:
+    """Raise `TypeError` or `ValueError` for arguments that do not fit the annotations of the stock call."""
+    function = stock_call(type(pipe))
     try:
-        hints = get_type_hints(stock_call(type(pipe)))
+        hints = get_type_hints(function)
     except (NameError, TypeError):
         hints = {}
+    defaults = {name: each.default for name, each in inspect.signature(function).parameters.items()}
     custom = request.get("timesteps") is not None or request.get("sigmas") is not None
     for name, value in request.items():
-        if value is None and (custom or name != "num_inference_steps"):
+        if value is defaults.get(name) or (name == "num_inference_steps" and value is None and custom):
             continue
-        most = MOST_OF_ARGUMENT.get(name)
-        if most and not (is_number(value, Integral) and 1 <= int(value) <= most):  # pyright: ignore[reportArgumentType]
-            raise ValueError(f"Expected `{name}` to be an integer from 1 to {most}, but got {value!r}.")
-        if not matches_hint(value, hints.get(name)):
-            kinds = " or ".join(kind.__name__ for kind in types_of_hint(hints[name]) if kind is not NoneType)
-            raise TypeError(f"Expected `{name}` to be a finite {kinds}, but got {value!r}.")
+        most, hint = MOST_OF_ARGUMENT.get(name), hints.get(name, Any)
+        if most and value is not None and not (is_number(value, Integral) and 1 <= int(value) <= most):
+            raise ValueError(f"Expected `{name}` to be an integer from 1 to {most}, but got {value!r:.200}.")
+        if not fits_hint(value, hint):
+            kind = inspect.formatannotation(hint)
+            raise TypeError(f"Expected `{name}` as {kind}, with finite numbers, but got {value!r:.200}.")
 
 
 def check_clip_skip(pipe, clip_skip: int | None) -> None:
@@ -166,48 +168,45 @@ def check_clip_skip(pipe, clip_skip: int | None) -> None:
         raise ValueError(f"Expected `clip_skip` to be an integer from 0 to {layers - 1}, but got {clip_skip}.")
 
 
-def types_of_hint(hint: Any) -> tuple[Any, ...]:
-    """Return the types that an annotation allows."""
-    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+def fits_hint(value: Any, hint: Any) -> bool:
+    """Return whether a value is one that an annotation names; true for annotations of anything but plain values."""
+    if get_origin(hint) in (Union, UnionType):
+        return any(fits_hint(value, kind) for kind in get_args(hint))
+    if get_origin(hint) in (list, tuple):
+        each = float if get_args(hint)[0] is int else get_args(hint)[0]
+        parts = value.tolist() if isinstance(value, torch.Tensor | np.ndarray) else value
+        return isinstance(parts, list | tuple) and all(fits_hint(part, each) for part in parts)
+    if hint is float and isinstance(value, torch.Tensor):
+        return value.numel() == 1
+    if hint in (int, float):
+        return is_number(value, Integral) or (hint is float and is_number(value, Real) and math.isfinite(value))
+    return value is None if hint is NoneType else hint is not str or isinstance(value, str)
 
 
-def is_number(value: Any, kind: type) -> bool:
+def is_number(value: Any, kind: type) -> TypeGuard[Any]:
     """Return whether a value is a number of a kind, which a bool is not."""
     return isinstance(value, kind) and not isinstance(value, bool)
 
 
-def matches_hint(value: Any, hint: Any) -> bool:
-    """Return whether a value is of the kind that an annotation names; true for annotations of anything but scalars."""
-    kinds = set(types_of_hint(hint)) - {NoneType}
-    if not kinds or not kinds <= {int, float, str}:
-        return True
-    finite = not isinstance(value, Real) or isinstance(value, Integral) or math.isfinite(value)
-    number = float in kinds and (is_number(value, Real) or (isinstance(value, torch.Tensor) and value.numel() == 1))
-    return finite and (
-        number or (int in kinds and is_number(value, Integral)) or (str in kinds and isinstance(value, str))
-    )
-
-
 def check_latents(request: Mapping[str, Any]) -> None:
-    """Raise `TypeError` or `ValueError` for latents that are no finite tensor, and for what is no generator."""
+    """Raise `TypeError` or `ValueError` for latents that are no tensor, and for what is no generator."""
     latents, generator = request.get("latents"), request.get("generator")
     if latents is not None and not (isinstance(latents, torch.Tensor) and latents.is_floating_point() and latents.ndim):
-        got = f"{latents.dtype} {tuple(latents.shape)}" if isinstance(latents, torch.Tensor) else repr(latents)
+        got = f"{latents.dtype} {tuple(latents.shape)}" if isinstance(latents, torch.Tensor) else f"{latents!r:.200}"
         raise TypeError(f"Expected `latents` to be a floating-point tensor, but got {got}.")
-    if latents is not None and not latents.isfinite().all():
-        raise ValueError("Expected finite `latents`, but some are NaN or infinite.")
     streams = generator if isinstance(generator, list) else [generator]
     if generator is not None and not all(isinstance(stream, torch.Generator) for stream in streams):
         raise TypeError(
-            f"Expected `generator` to be a `torch.Generator` or a list of them, but got {generator!r}. A seed is "
+            f"Expected `generator` to be a `torch.Generator` or a list of them, but got {generator!r:.200}. A seed is "
             "written `torch.Generator().manual_seed(0)`."
         )
 
 
-def check_noise_path(path: Any) -> None:
-    """Raise `TypeError` for a `save_noise_to` that is no path."""
-    if path is not None and not isinstance(path, str | os.PathLike):
-        raise TypeError(f"Expected `save_noise_to` to be the path of a file, but got {path!r}.")
+def check_paths(**paths: Any) -> None:
+    """Raise `TypeError` for arguments that are no paths."""
+    for name, path in paths.items():
+        if path is not None and not isinstance(path, str | os.PathLike):
+            raise TypeError(f"Expected `{name}` to be a path, but got {path!r}.")
 
 
 @contextlib.contextmanager
@@ -233,7 +232,7 @@ def check_noise_is_drawn(pipe, request: dict[str, Any]) -> None:
             f"Expected a call that goes from noise to image, but `{part}` leaves out a part of the way. Leave it out "
             "to find the noise, and pass `latents=result.latents` to the call that has it."
         )
-    parameters = inspect.signature(drawing_function(type(pipe))(randn_tensor)).parameters
+    parameters = inspect.signature(drawing_function(type(pipe))()).parameters
     if request.get("latents") is not None and "latents" not in parameters:
         raise latents_with_image(pipe)
 
@@ -288,7 +287,8 @@ def reward_prompts_of(request: dict[str, Any], reward_prompt: str | Sequence[str
     texts = [reward_prompt] * batch if isinstance(reward_prompt, str) else reward_prompt
     if not (isinstance(texts, list | tuple) and len(texts) == batch and all(isinstance(text, str) for text in texts)):
         raise ValueError(
-            f"Expected `reward_prompt` to be one text, or one for each of {batch} images, but got {reward_prompt!r}."
+            f"Expected `reward_prompt` to be one text, or one for each of {batch} images, but got "
+            f"{reward_prompt!r:.200}."
         )
     return list(texts)
 
@@ -333,7 +333,7 @@ def check_noise_batch(noise: torch.Tensor, batch: int) -> None:
         )
 
 
-def check_tensors(request: dict[str, Any]) -> None:
+def check_given_tensors(request: dict[str, Any]) -> None:
     """Raise `ValueError` for tensors that are not finite, or that no gradient can pass."""
     for name, value in request.items():
         for tensor in value if isinstance(value, list) else [value]:
@@ -344,7 +344,7 @@ def check_tensors(request: dict[str, Any]) -> None:
                     f"Expected `{name}` as an ordinary tensor, but it was made under `torch.inference_mode()`. Pass "
                     f"`{name}.clone()`, made outside of it."
                 )
-            if (name == "latents" or "embeds" in name) and not tensor.isfinite().all():
+            if "embeds" in name and not tensor.isfinite().all():
                 raise ValueError(
                     f"Expected finite numbers in `{name}`, but got NaN or infinity. Look for the step that made them, "
                     "such as a division by zero or an overflow in float16."

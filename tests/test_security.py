@@ -27,6 +27,8 @@ from noiseopt.cli import main
 from noiseopt.demo import load_pipeline
 from noiseopt.evaluation.command import print_problems
 from noiseopt.evaluation.prompt_sets import load_prompts
+from noiseopt.gallery import page
+from noiseopt.generation import ImageFolder, Job
 from noiseopt.pipelines.never_too_late.image_set import ImageSet, grow_set
 
 PROMPT = "a red circle left of a blue star"
@@ -387,6 +389,34 @@ def test_names_of_files_and_entries_of_prompt_files_are_printed_as_text(tmp_path
     print_problems(found.problems)
     text = told(["evaluate", "--prompts", str(prompts), "--format", "coco", "--output", str(tmp_path / "o")], capsys)
     assert "Skipped: " in text and "Expected" in text
+
+
+def test_a_record_of_generated_images_counts_only_if_it_is_whole(tmp_path):
+    """What is missing or foreign is generated anew; the page of the folder shows files of the folder alone."""
+    job, folder = Job("a red circle", 0, (1, 2), "prompt 1"), ImageFolder(tmp_path)
+    rewards = {"red": [0.5, None]}
+    whole = {"prompt": job.prompt, "seeds": [1, 2], **folder.files(job), "rewards before": rewards, "rewards": rewards}
+    folder.record_path(job).parent.mkdir()
+
+    def known(record: Any) -> bool:
+        folder.record_path(job).write_text(json.dumps(record))
+        return folder.record(job) is not None
+
+    assert (
+        known(whole) and "<img" in page([whole], "x") and known({"prompt": job.prompt, "seeds": [1, 2], "error": "x"})
+    )
+    for name in whole:
+        assert not known({key: value for key, value in whole.items() if key != name})
+    for changes in (
+        {"images": ["http://evil/x.png"] * 2},
+        {"before": ["../../../x.png"] * 2},
+        {"noise": "/x"},
+        {"rewards": {"red": [0.5]}},
+        {"rewards": {"red": ["x", "y"]}},
+        {"rewards": []},
+        {"error": ["x"]},
+    ):
+        assert not known({**whole, **changes})
 
 
 def test_a_model_with_code_is_not_run_although_it_is_named(honest, tmp_path, capsys):

@@ -2,12 +2,14 @@
 
 import copy
 from collections.abc import Callable
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import nn
 
-from ...private_names import MODULE_CONTENTS
+from ...private_names import MODULE_CONTENTS, is_compiled_function
+from .replaced import replaced_methods
 
 
 def without_gradient(module: nn.Module) -> nn.Module:
@@ -22,6 +24,15 @@ def with_forward(module: nn.Module, forward: Callable[..., Any]) -> nn.Module:
     return twin
 
 
+def refers_to_itself(module: nn.Module) -> bool:
+    """Return whether functions on a module may refer to it, so that a copy of the module would run the module itself.
+
+    Methods are bound to the copy when they are copied, and compiled functions are left out.
+    """
+    replaced = [vars(part)[name] for part in module.modules() for name in replaced_methods(part)]
+    return not all(isinstance(function, MethodType) or is_compiled_function(function) for function in replaced)
+
+
 def converted_apart(module: Any) -> nn.Module:
     """Return a shallow copy of a VAE that shares its weights until `to(dtype)`, which converts a copy of them.
 
@@ -29,7 +40,10 @@ def converted_apart(module: Any) -> nn.Module:
     weights under the graph. This copy converts its own weights and leaves the shared VAE alone.
     """
     twin = copy.copy(module)
-    vars(twin).pop("decode", None)  # a compiled one is bound to the shared weights
+    for name in replaced_methods(module):
+        function = vars(twin).pop(name)  # a compiled one is bound to the shared weights, and left out
+        if not is_compiled_function(function):
+            vars(twin)[name] = MethodType(function.__func__, twin)
     contents: dict[torch.dtype, dict[str, Any]] = {module.dtype: vars(module)}
 
     def to(dtype: torch.dtype) -> nn.Module:

@@ -30,6 +30,9 @@ class KeptScheduler:
             attributes = vars(self.scheduler)
             replaced = [attributes[name] for name in replaced_methods(self.scheduler)]
             self.constants |= {id(part): part for part in (self.scheduler, *replaced)}
+        # what users put on a scheduler, such as an open file, may have no copy
+        values = [value for value in vars(self.scheduler).values() if id(value) not in self.constants]
+        self.constants |= {id(value): value for value in values if not has_copy(value)}
         # schedulers refer to the graph of a run, so that each run gets its own
         self.kept = self.copied(vars(self.scheduler) if self.in_place else self.scheduler)
 
@@ -44,6 +47,16 @@ class KeptScheduler:
             return
         with with_attributes(self.scheduler, self.copied(self.kept)):
             yield self.scheduler
+
+
+def has_copy(value: Any) -> bool:
+    if isinstance(value, torch.Tensor | int | float | str | None):
+        return True
+    try:
+        copy.deepcopy(value)
+    except Exception:
+        return False
+    return True
 
 
 def constants_of(scheduler: Any) -> dict[int, Any]:
@@ -61,8 +74,8 @@ def constants_of(scheduler: Any) -> dict[int, Any]:
 def with_attributes(thing: Any, attributes: dict[str, Any]) -> Iterator[None]:
     """Give an object these attributes alone, and its own again on exit."""
     own = vars(thing)
-    thing.__dict__ = attributes  # one step, which no interrupt divides
     try:
+        thing.__dict__ = attributes  # one step, which no interrupt divides
         yield
     finally:
         thing.__dict__ = own
@@ -124,14 +137,14 @@ def plain_attributes(pipe: Any) -> dict[str, Any]:
 def hooked(pipe: Any, **functions: Callable[..., Any]) -> Iterator[None]:
     """Put functions in the place of a pipeline's methods, on the pipeline itself."""
     own = vars(pipe)
-    own.update({name: Hook(function, own.get(name)) for name, function in functions.items()})
+    hooks = {name: Hook(function, own.get(name)) for name, function in functions.items()}
     try:
+        own.update(hooks)
         yield
     finally:
-        for name in functions:
-            hook = own.pop(name)
-            if hook.replaced is not None:
-                own[name] = hook.replaced
+        for name in hooks:
+            own.pop(name, None)
+        own.update({name: hook.replaced for name, hook in hooks.items() if hook.replaced is not None})
 
 
 @contextlib.contextmanager

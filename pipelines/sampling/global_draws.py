@@ -67,5 +67,6 @@ def no_global_draws(pipe) -> Iterator[list[torch.Tensor]]:
 
 DETERMINISTIC = (
     "Use a deterministic scheduler, such as `FlowMatchEulerDiscreteScheduler(stochastic_sampling=False)`, or one with "
-    "a seed, such as `DPMSolverSDEScheduler(noise_sampler_seed=0)`."
+    "a seed, such as `DPMSolverSDEScheduler(noise_sampler_seed=0)`. A `step` that was "
+    "replaced needs the signature of the stock one, as by `functools.wraps`: pipelines look there for `generator`."
 )

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from diffusers.utils.torch_utils import randn_tensor
 
 from ..memory.replaced import with_gradient
 
@@ -16,7 +15,7 @@ def drawing_function(cls: type) -> Callable[..., types.FunctionType]:
     """Return a function `draw -> prepare_latents`: the stock function of `cls` with `draw` instead of `randn_tensor`.
 
     A copy of the function with that one global replaced passes our noise through the stock scaling and packing, without
-    a global patch and differentiably.
+    a global patch and differentiably. Without `draw` it is the stock function.
 
     Raises:
         TypeError: If the class does not sample its noise with `randn_tensor`.
@@ -26,7 +25,7 @@ def drawing_function(cls: type) -> Callable[..., types.FunctionType]:
     if base is not None:
         function = with_gradient(function, f"{base.__name__}.prepare_latents")
     if "randn_tensor" in getattr(getattr(function, "__code__", None), "co_names", ()):
-        return lambda draw: with_globals(function, randn_tensor=draw)
+        return lambda draw=None: function if draw is None else with_globals(function, randn_tensor=draw)
     raise TypeError(
         "Expected a text-to-image pipeline whose `prepare_latents` samples its noise with diffusers' `randn_tensor`, "
         f"but {cls.__name__} draws its noise elsewhere, or none. Call `randn_tensor` there, and no `super()`."
@@ -41,10 +40,15 @@ def with_globals(function: types.FunctionType, **replaced: Any) -> types.Functio
     return twin
 
 
-def drawing_with(noise_sampler: Callable[..., torch.Tensor] | None) -> Callable[..., torch.Tensor]:
-    """Return the replacement of `randn_tensor`: a noise sampler with its shape checked, or `randn_tensor` itself."""
+def drawing_with(
+    noise_sampler: Callable[..., torch.Tensor] | None, function: types.FunctionType
+) -> Callable[..., torch.Tensor]:
+    """Return the replacement of `randn_tensor`: a noise sampler with its shape checked, or that of a stock function.
+
+    Its module may have another one than diffusers, such as a user's that draws as another program does.
+    """
     if noise_sampler is None:
-        return randn_tensor
+        return function.__globals__["randn_tensor"]
 
     def draw(shape, generator=None, device=None, dtype=None, layout=None) -> torch.Tensor:
         noise = noise_sampler(tuple(shape), generator=generator, device=device, dtype=dtype)
@@ -88,8 +92,8 @@ class LatentSpace:
         self, pipe, args: tuple, kwargs: dict[str, Any], noise_sampler: Callable[..., torch.Tensor] | None = None
     ) -> None:
         self.with_draw = drawing_function(type(pipe))
-        self.noise_sampler, self.draw_noise = noise_sampler, drawing_with(noise_sampler)
-        signature = inspect.signature(self.with_draw(randn_tensor))
+        self.noise_sampler, self.draw_noise = noise_sampler, drawing_with(noise_sampler, self.with_draw())
+        signature = inspect.signature(self.with_draw())
         arguments = dict(signature.bind(pipe, *args, **kwargs).arguments)
         self.takes_latents = "latents" in signature.parameters
         self.given = arguments.pop("latents", None)

@@ -4,11 +4,13 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import nn
 
 from ...private_names import accelerate_hook, attention_backend_of, diffusers_hooks, is_compiled, is_stateful
 from ..memory.lean_layers import is_tiny, lean_layers
+from ..memory.module_copies import refers_to_itself
 
 DENOISERS = ("unet", "transformer", "transformer_2")
 CALLED_IN_STEPS = (*DENOISERS, "controlnet")
@@ -100,6 +102,22 @@ def refuse_unsuited(pipe, gradient: str | None) -> None:
             refuse_offload(name, root)
             refuse_attention(name, root)
             refuse_casting(name, root)
+            refuse_upcast(name, root)
+
+
+def is_upcast(vae: Any) -> bool:
+    """Return whether pipelines convert a VAE to float32 to decode, and back."""
+    return vae is not None and bool(vae.config.get("force_upcast")) and vae.dtype == torch.float16
+
+
+def refuse_upcast(name: str, root: nn.Module) -> None:
+    """Raise `ValueError` for a VAE that is converted to decode, with functions on it that may refer to it."""
+    if name == "vae" and is_upcast(root) and refers_to_itself(root):
+        raise ValueError(
+            "Expected a VAE without replaced functions in a half-precision pipeline that converts it to float32 to "
+            "decode, since the gradient needs a copy, which they would not reach. Use bfloat16, a VAE that works in "
+            "float16, or a method without gradients, such as `BestOfN`."
+        )
 
 
 def refuse_inference_tensors(name: str, root: nn.Module) -> None:

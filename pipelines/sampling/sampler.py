@@ -13,13 +13,13 @@ from diffusers.image_processor import VaeImageProcessor
 from ...private_names import execution_device
 from ..memory.checkpointing import Checkpointing, Checkpoints, scales_lora
 from ..memory.chunks import BatchLayout, WholeBatchDraws, run_in_chunks
-from ..memory.module_copies import converted_apart, without_gradient
+from ..memory.module_copies import converted_apart, refers_to_itself, without_gradient
 from ..memory.replaced import is_stock_method
 from .apart import KeptScheduler, plain_attributes, with_attributes
 from .first_call import count_timesteps, counted, first_step_only, stock_call, submodules_of
 from .global_draws import no_global_draws
 from .latent_space import LatentSpace, first_of
-from .module_state import CALLED_IN_STEPS, is_offloaded
+from .module_state import CALLED_IN_STEPS, is_offloaded, is_upcast
 from .pixel_range import is_centered
 from .random_state import CallStart, RandomState
 from .redraw import Redraw, find_redraw
@@ -353,11 +353,10 @@ def has_stock_clamp(image_processor: Any) -> bool:
 def needs_upcast(vae: Any) -> bool:
     """Return whether the pipeline converts its VAE to float32 to decode.
 
-    An offloaded VAE needs no copy that is safe for gradients, so the answer is no.
+    An offloaded VAE and one that runs without a gradient only need no copy that is safe for gradients, so the answer is
+    no.
     """
-    if vae is None or not vae.config.get("force_upcast"):
-        return False
-    return vae.dtype == torch.float16 and not is_offloaded(vae)
+    return is_upcast(vae) and not is_offloaded(vae) and not refers_to_itself(vae)
 
 
 def replayed(function: Callable[..., Any], recorded: list[Any]) -> Callable[..., Any]:

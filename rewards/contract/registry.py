@@ -20,6 +20,9 @@ REWARDS: Registry[RewardFactory] = Registry("reward")
 # the architecture or `model_type` of a config.json -> the class that loads it
 REWARD_LOADERS: Registry[Any] = Registry("model type")
 
+# What commands call the rewards of the shapes world. They are no names here: nobody wants to take them for large ones.
+EMBEDDED_REWARDS = ("clip", "vqa")
+
 
 def register_reward(
     name: str, *aliases: str, loads: str | Iterable[str] = ()
@@ -61,7 +64,9 @@ def find_reward(name_or_path: str) -> RewardFactory | None:
     """
     if name_or_path not in REWARDS.entries and is_checkpoint(name_or_path):
         return None
-    factory = REWARDS.find(name_or_path, ", a Hub id such as 'org/name', a folder or a callable")
+    embedded = f" (the embedded {name_or_path!r} is in `noiseopt.shapes_world.path({name_or_path!r})`)"
+    folder = f"a folder{embedded * (name_or_path in EMBEDDED_REWARDS)}"
+    factory = REWARDS.find(name_or_path, f", a Hub id such as 'org/name', {folder} or a callable")
     if isinstance(factory, type) and issubclass(factory, Reward) and factory.published_at:
         factory.require_default_checkpoint()
     return factory

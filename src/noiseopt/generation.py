@@ -25,7 +25,6 @@ from .evaluation.evaluate import check_call, load_pipeline, one_line
 from .evaluation.folder import CannotEvaluate, read_object
 from .evaluation.instruments import load_reward
 from .evaluation.plan import (
-    EMBEDDED_REWARDS,
     CallbackChoice,
     MethodChoice,
     ModelChoice,
@@ -86,12 +85,7 @@ class Request:
         if not all(0 < weight < math.inf for _, weight in self.rewards):
             raise ValueError("Expected finite weights above 0. Leave out rewards that are not to be optimized.")
         for name, _ in self.rewards:
-            check_reward(name)
-            if name in EMBEDDED_REWARDS and not self.model.embedded:
-                raise ValueError(
-                    f"Expected a reward for photos and pictures of {self.model.name}, but {name!r} is that of the "
-                    f"embedded models. Did you mean {'clipscore' if name == 'clip' else 'vqascore'!r}?"
-                )
+            check_reward(name, [self.model])
         check_device(self.device)
 
     def settings(self) -> dict[str, Any]:
@@ -183,7 +177,27 @@ class ImageFolder:
         except (OSError, ValueError, RecursionError):
             return None
         known = isinstance(found, dict) and (found.get("prompt"), found.get("seeds")) == (job.prompt, list(job.seeds))
-        return found if known else None
+        return found if known and self.is_whole(found, job) else None
+
+    def is_whole(self, record: Mapping[str, Any], job: Job) -> bool:
+        """Return whether a record has an error, or the files of its job and each reward of each image."""
+        if "error" in record:
+            return isinstance(record["error"], str)
+        rewards = [record.get(name) for name in ("rewards before", "rewards")]
+        rows = [row for each in rewards if isinstance(each, dict) for row in each.values()]
+        whole = all(isinstance(row, list) and len(row) == len(job.seeds) for row in rows)
+        whole = whole and all(isinstance(score, int | float | None) for row in rows for score in row)
+        files = self.files(job)
+        return whole and all(isinstance(each, dict) for each in rewards) and {**record, **files} == record
+
+    def files(self, job: Job) -> dict[str, Any]:
+        """Return the names of the files of a job, relative to the folder."""
+        numbers = range(len(job.seeds))
+        return {
+            "images": [self.relative(self.picture(job, image, False)) for image in numbers],
+            "before": [self.relative(self.picture(job, image, True)) for image in numbers],
+            "noise": self.relative(self.noise(job)),
+        }
 
     def finished(self, job: Job) -> bool:
         """Return whether a job is done: its record has no error, and none of its files was deleted."""
@@ -208,13 +222,10 @@ class ImageFolder:
             for image, picture in enumerate(pictures):
                 path = self.picture(job, image, is_before)
                 atomic_write(path, functools.partial(picture.save, format="PNG"))
-        numbers = range(len(after))
         record = {
             "prompt": job.prompt,
             "seeds": list(job.seeds),
-            "images": [self.relative(self.picture(job, image, False)) for image in numbers],
-            "before": [self.relative(self.picture(job, image, True)) for image in numbers],
-            "noise": self.relative(self.noise(job)),
+            **self.files(job),
             "rewards before": {name: values.tolist() for name, values in result.initial_scores.items()},
             "rewards": {name: values.tolist() for name, values in result.best_scores.items()},
             "evaluations": len(result.losses),

@@ -122,8 +122,8 @@ def is_compiled(module: nn.Module) -> bool:
 
 def is_compiled_function(function: Any) -> bool:
     """Return whether a function or method was compiled by `torch.compile`."""
-    function = getattr(function, "func", function)  # of a partial one
-    return isinstance(function, Callable) and hasattr(function, "_torchdynamo_orig_callable")
+    partial = getattr(function, "func", None)
+    return callable(function) and any(hasattr(each, "_torchdynamo_orig_callable") for each in (function, partial))
 
 
 def has_forward_hooks(module: nn.Module) -> bool:

@@ -269,6 +269,8 @@ def test_models_and_prompts_of_the_real_world(tmp_path, capsys):
         (["--method", "reno:learning_rate=-1"], "Expected `learning_rate`"),
         (["--reward", "clipscor"], "Did you mean 'clipscore'"),
         (["--reward", "red=many"], "Expected a reward as NAME or NAME=WEIGHT"),
+        (["--model", "org/model", "--reward", "clip"], "Did you mean 'clipscore'"),
+        (["--model", "org/model", "--reward", "red", "--watch", "vqa"], "Did you mean 'vqascore'"),
         (["--reward", "red=inf"], "Expected a finite weight, but got 'red=inf'"),
         (["--reward", "red=-1"], "Expected weights above 0"),
         (["--prompts", "missing.txt"], "missing.txt"),

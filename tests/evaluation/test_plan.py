@@ -135,7 +135,9 @@ def test_a_prompt_outside_the_world_is_named_with_its_file_and_line(tmp_path):
     prompts = PromptSet("prompts", (Prompt("a red circle"), Prompt("a cat")))
     with pytest.raises(ValueError, match="prompt 2 of prompts: "):
         plan(prompts=prompts)
-    assert not plan(prompts=prompts, models=(ModelChoice.parse("some/model", {}),)).of_shapes_world
+    assert not plan(
+        prompts=prompts, rewards=(("red", 1.0),), models=(ModelChoice.parse("some/model", {}),)
+    ).of_shapes_world
 
 
 def test_settings_tell_plans_apart():
@@ -158,7 +160,7 @@ def test_names_of_folders_are_safe_and_distinct():
 def test_the_embedded_towers_have_their_names_among_embedded_models_only():
     real = (ModelChoice.parse("some/model", {}),)
     assert plan(features="dinov2").features_are_embedded and plan(features="clip").features_are_embedded
-    assert not plan(features="dinov2", models=real).features_are_embedded
+    assert not plan(features="dinov2", models=real, rewards=(("red", 1.0),)).features_are_embedded
     assert not plan(features="dinov2_patch").features_are_embedded
     assert not plan(features="facebook/dinov2-base").features_are_embedded
 
@@ -226,7 +228,7 @@ def test_a_callback_and_a_model_of_one_step_are_refused_before_anything_is_loade
     with pytest.raises(ValueError, match=r"2 denoising steps for cads, .* got 1 on turbo.*num_inference_steps=2"):
         plan(methods=methods)
     assert plan(methods=methods, models=(ModelChoice.parse("turbo", {"num_inference_steps": 2}),))
-    assert plan(methods=methods, models=(ModelChoice.parse("some/model", {}),))
+    assert plan(methods=methods, rewards=(("red", 1.0),), models=(ModelChoice.parse("some/model", {}),))
 
 
 def test_a_noise_sampler_is_a_setting_of_a_method_and_of_the_call():

@@ -61,6 +61,13 @@ FAULTS = (
         "gradient = gradient.clone()",
     ),
     Fault(
+        "learning rate counts the channels",
+        "pipelines/noise_math.py",
+        "return math.sqrt(height * width) / 64",
+        "return math.sqrt(noise[0].numel() / 4) / 64",
+        "tests/pipelines/reno/test_reno.py",
+    ),
+    Fault(
         "momentum not carried",
         "pipelines/reno/method.py",
         "state.velocity = self.momentum * state.velocity + gradient",
@@ -156,7 +163,7 @@ FAULTS = (
         "state of the method not restored",
         "pipelines/results/resume.py",
         "vars(begun)[name] = self.restored(",
-        "self.restored(",
+        "_ = self.restored(",
     ),
     Fault(
         "half-done result called complete",
@@ -231,14 +238,14 @@ FAULTS = (
         "replaced method of a layer bypassed",
         "pipelines/memory/lean_layers.py",
         "if not replaced_methods(layer)]",
-        "]",
+        "if layer is not None]",
         "tests/pipelines/composition/test_patches.py",
     ),
     Fault(
         "replaced method of a layer class bypassed",
         "pipelines/memory/lean_layers.py",
         "if is_stock(kind)}",
-        "}",
+        "if kind is not None}",
         "tests/pipelines/composition/test_patches.py",
     ),
     Fault(
@@ -265,15 +272,15 @@ FAULTS = (
     Fault(
         "runs of shared modules do not wait",
         "pipelines/sampling/turns.py",
-        "owner == thread or things.isdisjoint(others)",
-        "True",
+        "return self.thread != other.thread and not self.things.isdisjoint(other.things)",
+        "return False",
         "tests/pipelines/composition/test_sharing.py",
     ),
     Fault(
         "CADS brings back the condition of the first step",
         "callbacks/cads.py",
         "self.clean(name, callback_kwargs[name])",
-        "self.conditions[name]",
+        "self.conditions.get(name, callback_kwargs[name])",
     ),
 )
 

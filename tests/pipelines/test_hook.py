@@ -4,11 +4,21 @@ import copy
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, EulerAncestralDiscreteScheduler, LCMScheduler
+from diffusers import DDIMScheduler, EulerAncestralDiscreteScheduler, LCMScheduler, StableDiffusionXLPipeline
 from problems import generator, problem_of, redness
 from tiny_pipelines import BUILDERS, SIZE, call_arguments, quiet, sd_pipeline, sdxl_pipeline, tiny_pipeline
 
-from noiseopt import BestOfN, ReNO, ReNOStableDiffusionPipeline, ReNOTurboPipeline, list_methods, optimize_noise
+from noiseopt import (
+    CNO,
+    BestOfN,
+    NeverTooLate,
+    NoiseOptimizationMixin,
+    ReNO,
+    ReNOStableDiffusionPipeline,
+    ReNOTurboPipeline,
+    list_methods,
+    optimize_noise,
+)
 
 FAMILIES = list(BUILDERS)
 PIPELINES = {ReNOStableDiffusionPipeline: sd_pipeline, ReNOTurboPipeline: sdxl_pipeline}
@@ -146,6 +156,30 @@ def test_denoising_callbacks_fire_only_in_the_final_run():
     assert calls == [0, 1]
 
 
+@pytest.mark.parametrize(
+    "method",
+    [ReNO(rewards=redness, steps=2), CNO(steps=2), NeverTooLate(diversity={"pairwise": ("tiny_image", 5.0)}, steps=2)],
+)
+def test_a_denoising_callback_can_interrupt_the_final_run(method):
+    pipe = type("Ours", (NoiseOptimizationMixin, StableDiffusionXLPipeline), {})(**tiny_pipeline("sdxl").components)
+    pipe.set_progress_bar_config(disable=True)
+    call = {**call_arguments("sdxl"), "num_inference_steps": 3, "num_images_per_prompt": 2, "output_type": "latent"}
+    seen = []
+
+    def keep(pipe, index, timestep, kwargs):
+        seen.append(kwargs["latents"])
+        return kwargs
+
+    def interrupt(pipe, index, timestep, kwargs):
+        pipe._interrupt = index == 1
+        return kwargs
+
+    pipe("a b", method=method, generator=generator(), callback_on_step_end=keep, **call)
+    stopped = pipe("a b", method=method, generator=generator(), callback_on_step_end=interrupt, **call)
+    assert torch.equal(stopped.images, seen[1])
+    assert len(seen) == 3 and not torch.equal(stopped.images, seen[2])
+
+
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_an_interrupted_run_leaves_no_trace_and_hands_out_its_best(error):
     pipe = ReNOTurboPipeline(**tiny_pipeline("sdxl").components)
@@ -234,8 +268,29 @@ def test_an_argument_that_the_pipeline_lacks_is_refused():
 
 
 def test_inference_mode_is_refused():
+    pipe = tiny_pipeline("sd")
     with torch.inference_mode(), pytest.raises(ValueError, match="inference_mode"):
-        optimize_noise(tiny_pipeline("sd"), "a b", reno(), **call_arguments("sd"))
+        optimize_noise(pipe, "a b", reno(), **call_arguments("sd"))
+
+
+@pytest.mark.parametrize("name", ["latents", "prompt_embeds"])
+def test_tensors_that_are_not_numbers_or_let_no_gradient_pass_are_refused(name):
+    pipe, arguments = tiny_pipeline("sd"), call_arguments("sd")
+    tensor = torch.zeros(1, 4, 16, 16) if name == "latents" else torch.zeros(1, 77, 16)
+    prompt = "a b" if name == "latents" else None
+    with torch.inference_mode():
+        inference = tensor + 1
+    for bad, message in ((tensor / 0, "finite"), (inference, "ordinary tensor.*clone")):
+        with Untouched(pipe), pytest.raises(ValueError, match=f"{message}.*{name}|{name}.*{message}"):
+            optimize_noise(pipe, prompt, reno(), reward_prompt="a b", **{name: bad}, **arguments)
+
+
+def test_noise_that_is_not_finite_is_told_as_such():
+    def broken(shape, generator=None, device=None, dtype=None):
+        return torch.full(shape, torch.nan, dtype=dtype)
+
+    with pytest.raises(ValueError, match="noise of finite numbers.*`noise_sampler`"):
+        optimize_noise(tiny_pipeline("sd"), "a b", reno(), noise_sampler=broken, **call_arguments("sd"))
 
 
 def whole_batch(images, prompts):

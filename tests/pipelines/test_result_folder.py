@@ -1,6 +1,7 @@
 """A list of prompts, each optimized by itself, with its result in a folder."""
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -177,3 +178,17 @@ def test_wrong_arguments_are_refused(changes, message, pipe, tmp_path, monkeypat
     monkeypatch.setattr(torch.nn.Module, "__call__", None)
     with pytest.raises(ValueError, match=re.escape(message)):
         optimize_noise(pipe, **{"prompt": PROMPTS, "method": METHOD, "folder": tmp_path, **CALL, **changes})
+
+
+def test_the_loop_of_the_documentation_can_be_started_again(pipe, tmp_path, monkeypatch):
+    text = (Path(__file__).parents[2] / "docs" / "reliability.md").read_text(encoding="utf-8")
+    (program,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    names = {"torch": torch, "optimize_noise": optimize_noise, "pipe": pipe, "prompts": PROMPTS, "method": METHOD}
+    exec(program, names | {"call": CALL})
+    loop, folder = (
+        [NoiseResult.load(path) for path in sorted(tmp_path.glob(f"{name}/*"))] for name in ("noises", "results")
+    )
+    assert len(loop) == 3 and all(torch.equal(a.noise, b.noise) for a, b in zip(loop, folder, strict=True))
+    monkeypatch.setattr(torch.nn.Module, "__call__", None)
+    exec(program, names | {"call": CALL})

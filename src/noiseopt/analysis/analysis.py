@@ -2,9 +2,7 @@
 
 import dataclasses
 import functools
-import html
 import math
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..evaluation.noise_statistics import NoiseStatistics, noise_statistics, slope_error
+from ..evaluation.table import escaped
 from ..pipelines.results.frequency_bands import BANDS, band_energies, frequency_bands
 from ..pipelines.results.noise_result import NoiseResult
 from ..shown_text import LONGEST_LINE, shown
@@ -185,8 +184,3 @@ def markdown(analyses: Sequence[Analysis]) -> str:
     lines = [["", *(escaped(analysis.group.title) for analysis in analyses)], ["---"] * (len(columns) + 1)]
     lines += [[row, *(column.get(row, "–") for column in columns)] for row in names]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
-
-
-def escaped(text: str) -> str:
-    """Return a text for Markdown in which nothing is markup: no HTML, link, picture, code or cell."""
-    return re.sub(r"[\\`*|\[\]()!~$]", r"\\\g<0>", html.escape(text, quote=False))

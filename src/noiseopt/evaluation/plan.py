@@ -25,7 +25,7 @@ from ..pipelines.method import NoiseOptimizer
 from ..pipelines.registry import METHODS, list_methods
 from ..pipelines.searches.best_of_n import BestOfN
 from ..registry import did_you_mean
-from ..rewards.contract.registry import find_reward
+from ..rewards.contract.registry import EMBEDDED_REWARDS, find_reward
 from ..rewards.features.auto_features import find_features
 from ..rewards.features.features import FEATURES, import_optional
 from ..rewards.sets.set_reward_sum import check_set_reward_entry, set_reward_entries
@@ -35,7 +35,7 @@ from .embedded_diversity import TOWERS, embedded_diversity, features_of, tower, 
 from .prompt_sets import PromptSet
 
 HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
-EMBEDDED_REWARDS, EMBEDDED_FEATURES = ("clip", "vqa"), ("dinov2", "clip")
+EMBEDDED_FEATURES = ("dinov2", "clip")
 HELD_OUT_FEATURES = "facebook/dinov2-base"  # for models that are not embedded
 CALLBACKS = {"cads": CADS, "interval_guidance": IntervalGuidance, "particle_guidance": ParticleGuidance}
 GROWING = (
@@ -336,7 +336,7 @@ class Plan:
         distinct("method", [method.label for method in self.methods])
         distinct("reward", [*(name for name, _ in self.rewards), *self.watched])
         for name in (*(name for name, _ in self.rewards), *self.watched):
-            check_reward(name)
+            check_reward(name, self.models)
         if not all(weight > 0 for _, weight in self.rewards):
             raise ValueError("Expected weights above 0. Pass rewards that are only measured as `--watch`.")
         if not self.rewards:
@@ -498,10 +498,15 @@ def checkpoint_of(features: Any) -> Any:
     return (known and known.default_checkpoint) or features
 
 
-def check_reward(name: str) -> None:
-    """Raise `ValueError` unless the name is an embedded or registered reward, a Hub id or a folder."""
+def check_reward(name: str, models: Sequence[ModelChoice] = ()) -> None:
+    """Raise `ValueError` unless the name is a registered reward, a Hub id, a folder, or one for the embedded models."""
     if name not in EMBEDDED_REWARDS:
         find_reward(name)
+    elif others := [model.name for model in models if not model.embedded]:
+        large = {"clip": "clipscore", "vqa": "vqascore"}[name]
+        raise ValueError(
+            f"Expected a reward for images of {others[0]}, but {name!r} is of the shapes world. Did you mean {large!r}?"
+        )
 
 
 def check_features(name: str) -> None:

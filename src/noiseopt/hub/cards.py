@@ -18,6 +18,7 @@ from .. import pipelines
 from ..pipelines.registry import METHODS
 from ..rewards.contract.registry import REWARDS
 from ..shapes_world.embedded import MODELS
+from ..story import Choice
 from .before_after import PICTURE, BeforeAfter
 from .markdown import code, described, sections, table, template
 
@@ -36,6 +37,7 @@ class Card:
         base_model: Hub id of the weights that the example loads.
         model: The common name of that model.
         shown_on: The embedded model of its picture.
+        weights: Arguments of the example that the paper chose for this model, `$weights` in the template.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Card:
     base_model: str
     model: str
     shown_on: str
+    weights: str = ""
 
     @property
     def room(self) -> str:
@@ -69,6 +72,12 @@ FLUX_DEV = ("black-forest-labs/FLUX.1-dev", "FLUX.1", "sd3")
 FLUX_SCHNELL = ("black-forest-labs/FLUX.1-schnell", "FLUX.1-schnell", "sd3")
 SD_TURBO = ("stabilityai/sd-turbo", "SD-Turbo", "turbo")
 SDXL_TURBO = ("stabilityai/sdxl-turbo", "SDXL-Turbo", "sdxl-turbo")
+SET_OF_TURBO = """diversity={"dpp": 150.0},
+    rewards={"hpsv2.1": 3.0},
+    guard={"sharpness": {"keep": 0.8}},
+    noise_sampler="pink","""
+SET_OF_FLUX = """diversity={"dpp": 1.5},
+    guard={"hpsv2.1": {"threshold": 0.31}},"""
 CARDS = (
     Card("reno-turbo", pipelines.ReNOTurboPipeline, *SDXL_TURBO),
     Card("reno-stable-diffusion", pipelines.ReNOStableDiffusionPipeline, *SD_TURBO),
@@ -80,9 +89,9 @@ CARDS = (
     Card("noise-diffusion-stable-diffusion-xl", pipelines.NoiseDiffusionStableDiffusionXLPipeline, *SDXL),
     Card("noise-diffusion-stable-diffusion-3", pipelines.NoiseDiffusionStableDiffusion3Pipeline, *SD35),
     Card("noise-diffusion-flux", pipelines.NoiseDiffusionFluxPipeline, *FLUX_DEV),
-    Card("never-too-late-turbo", pipelines.NeverTooLateTurboPipeline, *SDXL_TURBO),
-    Card("never-too-late-stable-diffusion", pipelines.NeverTooLateStableDiffusionPipeline, *SD_TURBO),
-    Card("never-too-late-flux", pipelines.NeverTooLateFluxPipeline, *FLUX_SCHNELL),
+    Card("never-too-late-turbo", pipelines.NeverTooLateTurboPipeline, *SDXL_TURBO, SET_OF_TURBO),
+    Card("never-too-late-stable-diffusion", pipelines.NeverTooLateStableDiffusionPipeline, *SD_TURBO, SET_OF_TURBO),
+    Card("never-too-late-flux", pipelines.NeverTooLateFluxPipeline, *FLUX_SCHNELL, SET_OF_FLUX),
 )
 
 
@@ -96,7 +105,7 @@ def readme(card: Card, namespace: str, version: str, bundle: str, shown: BeforeA
         bundle: The name of the bundle's file.
         shown: The facts of its picture, if there is one.
     """
-    names = {"model": card.model, "stock": card.stock.__name__}
+    names = {"model": card.model, "stock": card.stock.__name__, "weights": card.weights}
     texts = {title: text.safe_substitute(names) for title, text in sections(card.room).items()}
     arguments = list(call_arguments(card))
     takes_rewards = any(name == code("rewards") for name, *_ in arguments)
@@ -176,13 +185,20 @@ def finding(card: Card, shown: BeforeAfter) -> str:
     effect = "The numbers are the reward, which is optimized." if shown.spread is None else spread_of(shown.spread)
     return (
         f"Left of an arrow: {baseline}. Right of it: the same seed{'s' * several} after {shown.steps} steps of "
-        f"{card.method.__name__}{through}. ✓ and ✗ are the verdicts "
+        f"{card.method.__name__}{changed_settings(shown)}{through}. ✓ and ✗ are the verdicts "
         "of a judge that reads the pixels; it is no model, and nothing optimizes it. "
         f"{shown.right[0]} of {shown.count} images are right before, {shown.right[1]} of {shown.count} after"
         f"{doubt(shown.right)}. {effect} "
         f"The prompts are the first of the validation split, and the seeds count from {shown.seed}: nothing was chosen "
         "by its outcome."
     )
+
+
+def changed_settings(shown: BeforeAfter) -> str:
+    """Return what the picture has other than by default: settings that suit the small latents of embedded models."""
+    settings = Choice.of(shown.method, shown.model).settings
+    changed = [code(f"{name}={value!r}") for name, value in settings.items() if name != "steps"]
+    return f" with {', '.join(changed)}" if changed else ""
 
 
 def doubt(right: list[int]) -> str:

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..registry import did_you_mean
+
 WEIGHTS = Path(__file__).parent / "weights"
 NAMESPACE = "noiseopt"
 
@@ -95,7 +97,9 @@ def path(name: str) -> str:
         FileNotFoundError: If the weights are neither in the package nor in the Hub's cache and cannot be downloaded.
     """
     if name not in MODELS:
-        raise ValueError(f"Expected one of {', '.join(map(repr, MODELS))}, but got {name!r}.")
+        raise ValueError(
+            f"Expected one of {', '.join(map(repr, MODELS))}, but got {name!r}.{did_you_mean(name, MODELS)}"
+        )
     folder = WEIGHTS / name
     return str(folder) if folder.is_dir() else download(MODELS[name])
 

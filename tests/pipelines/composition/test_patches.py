@@ -1,6 +1,8 @@
 """Pipelines patched, wrapped and compiled by their users, at a size at which lean layers act: honored, or refused."""
 
 import functools
+import sys
+import threading
 import types
 from typing import Any
 
@@ -14,7 +16,7 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 from diffusers.utils.torch_utils import randn_tensor
 from problems import generator, redness
 from tiers import slow_except
-from tiny_pipelines import quiet, sd_pipeline, tiny_vae
+from tiny_pipelines import quiet, sd_pipeline, sdxl_pipeline, tiny_vae
 from torch import nn
 
 from noiseopt import CNO, BestOfN, ReNO, ReNOStableDiffusionPipeline, optimize_noise
@@ -209,6 +211,21 @@ def timesteps(pipe, monkeypatch):
     scheduler.set_timesteps = set_timesteps
 
 
+def scheduler_with_a_lock(pipe, monkeypatch):
+    step_method(pipe, monkeypatch)
+    pipe.scheduler.lock = threading.Lock()  # which has no copy
+
+
+def noise_of_the_module(pipe, monkeypatch):
+    """Draw in another order, as scripts do that reproduce the images of another program."""
+    module = sys.modules[StableDiffusionPipeline.__module__]
+
+    def draw_backwards(shape, generator=None, device=None, dtype=None, layout=None):
+        return randn_tensor(shape, generator, torch.device("cpu"), dtype).flip(-1)
+
+    monkeypatch.setattr(module, "randn_tensor", draw_backwards)
+
+
 def louder(encode):
     def encode_prompt(*args, **kwargs):
         text, negative = encode(*args, **kwargs)
@@ -259,13 +276,13 @@ HONORED = [
     *(denoiser_in_a_module, hooks, hook_that_reads_the_pipeline, attention_processor, merged_tokens, cached_steps),
     *(decoder_closure, decoder_method, step_closure, step_method, step_of_a_multistep_solver, step_of_a_subclass),
     *(scaling_of_inputs, timesteps, prompt_closure, prompt_method, prompt_class, postprocessing, denormalization),
-    *(weight_norms, parametrizations),
+    *(weight_norms, parametrizations, scheduler_with_a_lock, noise_of_the_module),
 ]
 PATCHES = {patch.__name__.replace("_", " "): patch for patch in HONORED}
 FAST = (
     *("tiling on instances", "tiling on the class", "normalization on the class", "convolution of torch"),
     *("denoiser closure", "hook that reads the pipeline", "attention processor", "cached steps", "step closure"),
-    *("prompt closure", "denormalization"),
+    *("prompt closure", "denormalization", "scheduler with a lock", "noise of the module"),
 )
 
 
@@ -393,6 +410,37 @@ def test_an_estimate_that_would_bypass_a_replaced_step_is_refused(monkeypatch):
     for method in (CNO(steps=2), ReNO(rewards=redness, steps=2, preview=True)):
         with pytest.raises(ValueError, match="the `step` of EulerDiscreteScheduler, but it was replaced"):
             optimize_noise(pipe, "a b", method, num_images_per_prompt=2, **CALL)
+
+
+def half_precision(patch):
+    pipe = quiet(sdxl_pipeline(force_upcast=True)).to(torch.float16)
+    patch(pipe)
+    return pipe, {"num_inference_steps": 1, "guidance_scale": 1.0, "height": 32, "width": 32}
+
+
+def test_a_replaced_decoder_of_a_vae_that_is_converted_is_run_or_refused():
+    def scale(pipe):
+        pipe.vae.decode = scaled(pipe.vae.decode, 0.5)
+
+    pipe, arguments = half_precision(scale)
+    plain = draw(pipe, **arguments)
+    with pytest.raises(ValueError, match="converts it to float32.*bfloat16.*BestOfN"):
+        optimize_noise(pipe, "a b", ReNO(rewards=redness, steps=2), **arguments)
+    result = optimize_noise(pipe, "a b", BestOfN(rewards=redness, steps=2), generator=generator(), **arguments)
+    assert torch.equal(result.initial_images, plain) and pipe.vae.dtype == torch.float16
+    assert not torch.equal(plain, draw(half_precision(lambda pipe: None)[0], **arguments))
+
+
+@pytest.mark.parametrize("part", ["decode", "convolutions"])
+def test_methods_on_a_vae_that_is_converted_are_those_of_the_copy(part):
+    def bind(pipe):
+        if part == "decode":
+            pipe.vae.decode = types.MethodType(scaled(type(pipe.vae).decode, 0.5), pipe.vae)
+        else:
+            tiling_on_instances(pipe, None)
+
+    pipe, arguments = half_precision(bind)
+    check_composition(pipe, oracle=None, **arguments)
 
 
 def test_modules_of_inference_mode_work_without_a_gradient(monkeypatch):

@@ -144,3 +144,8 @@ def test_a_class_without_a_checkpoint_says_so():
         define_glow().from_pretrained()
     with pytest.raises(NotImplementedError, match="`Glow` has no weights to load"):
         define_glow().from_pretrained("org/name")
+
+
+def test_the_name_of_an_embedded_reward_in_commands_is_told_where_it_is():
+    with pytest.raises(ValueError, match=r"the embedded 'clip' is in `noiseopt.shapes_world.path\('clip'\)`"):
+        AutoReward.from_pretrained("clip")
