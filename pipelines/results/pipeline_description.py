@@ -42,15 +42,13 @@ def describe_adapters(module: nn.Module) -> dict[str, dict[str, Any]]:
     """Return the weight of each active LoRA adapter of a module, or those of its layers, and a hash of the adapter."""
     weights: dict[str, dict[float, None]] = {}  # as ordered sets
     hashes: dict[str, Any] = {}
-    for place, layer, adapter in active_adapters(module):
-        rank, alpha = layer.r[adapter], layer.lora_alpha[adapter]
-        unit = alpha / (math.sqrt(rank) if layer.use_rslora.get(adapter) else rank)
-        weights.setdefault(adapter, {})[round(layer.scaling[adapter] / unit, 6) if unit else 0.0] = None
+    for place, layer, adapter, parameters in active_adapters(module):
+        weights.setdefault(adapter, {})[weight_of(layer, adapter)] = None
         digest = hashes.setdefault(adapter, hashlib.sha256())
         digest.update(place.encode())
-        for name, weight in layer.named_parameters():
-            if adapter in name.split(".") and not name.startswith("base_layer") and not weight.is_meta:
-                digest.update(weight.detach().flatten()[:PROBED].to("cpu", torch.float32).numpy().tobytes())
+        for parameter in parameters:
+            if not parameter.is_meta:
+                digest.update(parameter.detach().flatten()[:PROBED].to("cpu", torch.float32).numpy().tobytes())
     listed = {adapter: list(each) for adapter, each in weights.items()}
     return {
         adapter: {"weight": each[0] if len(each) == 1 else each, "sha256": hashes[adapter].hexdigest()}
@@ -58,12 +56,27 @@ def describe_adapters(module: nn.Module) -> dict[str, dict[str, Any]]:
     }
 
 
-def active_adapters(module: nn.Module) -> Iterator[tuple[str, Any, str]]:
-    """Yield (name of a layer, layer, adapter) for the layers that PEFT has put into a module."""
+def weight_of(layer: Any, adapter: str) -> float:
+    """Return the weight of an adapter in a layer, by which PEFT multiplies α/r, or α/√r."""
+    scaling = getattr(layer, "scaling", {}).get(adapter)
+    alpha = getattr(layer, "lora_alpha", getattr(layer, "alpha", {})).get(adapter)  # of LoRA, and of LoHa and LoKr
+    rank = getattr(layer, "r", {}).get(adapter)
+    if scaling is None or not alpha or not rank:  # a kind of adapter without weights
+        return 1.0
+    unit = alpha / (math.sqrt(rank) if getattr(layer, "use_rslora", {}).get(adapter) else rank)
+    return round(float(scaling) / unit, 6)
+
+
+def active_adapters(module: nn.Module) -> Iterator[tuple[str, Any, str, list[nn.Parameter]]]:
+    """Yield (name of a layer, layer, adapter, its parameters) for the layers that PEFT has put into a module."""
     for place, layer in module.named_modules():
         found: Any = layer
-        if isinstance(getattr(found, "scaling", None), dict) and not getattr(found, "disable_adapters", True):
-            yield from ((place, found, name) for name in found.active_adapters if name in found.scaling)
+        if hasattr(found, "adapter_layer_names") and not found.disable_adapters:
+            named = [(name.split("."), parameter) for name, parameter in found.named_parameters()]
+            for adapter in found.active_adapters:
+                parameters = [each for parts, each in named if adapter in parts and parts[0] != "base_layer"]
+                if parameters:
+                    yield place, found, adapter, parameters
 
 
 def ip_adapter_scales(modules: Any) -> list[Any]:

@@ -19,7 +19,11 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 Resample = Literal["bicubic", "bilinear"]
 PIL_RESAMPLE: dict[int, Resample] = {2: "bilinear", 3: "bicubic"}
 PROBE_SIZES = ((512, 512), (480, 640))
-GRAY_LEVELS = 2.5  # Pillow rounds to whole ones after each of two passes, which makes 1.13, and 1.4 with another order
+OWN_TRANSFORM = (
+    "Load the model yourself and pass `image_transform=`, a function from images (B, 3, H, W) in [0, 1] to the pixels "
+    "that it expects."
+)
+GRAY_LEVELS = 2.5  # twice what Pillow's rounding makes, 1.13, and little beside another filter, size or crop
 # Needs torchvision, so it cannot be compared everywhere. It resizes without rounding to gray levels.
 DINOV3_PROCESSOR = "DINOv3ViTImageProcessor"
 DINOV3_SETTINGS = {
@@ -180,7 +184,12 @@ class ImageTransform:
         settings, _ = ImageProcessingMixin.get_image_processor_dict(config, **hub)
         if str(settings.get("image_processor_type")).removesuffix("Fast") == DINOV3_PROCESSOR:
             return cls.from_processor_config({**DINOV3_SETTINGS, **settings})
-        processor = AutoImageProcessor.from_pretrained(config, backend="pil", **hub)
+        try:
+            processor = AutoImageProcessor.from_pretrained(config, backend="pil", **hub)
+        except (ImportError, ValueError) as error:
+            raise ValueError(
+                f"Expected an image processor to compare with, but got: {error} {OWN_TRANSFORM}"
+            ) from error
         transform = cls.from_processor_config(processor.to_dict())
         check_pixels(transform, processor)
         return transform
@@ -232,8 +241,9 @@ def normalization_of(config: Mapping[str, Any]) -> dict[str, Any]:
     white = 255 * config.get("rescale_factor", 1 / 255) if config.get("do_rescale", True) else 255.0
     if not config.get("do_normalize", True):
         return {"mean": None, "std": None} if white == 1 else {"mean": (0.0,) * 3, "std": (1 / white,) * 3}
-    mean, std = config.get("image_mean", CLIP_MEAN), config.get("image_std", CLIP_STD)
-    return {"mean": tuple(value / white for value in mean), "std": tuple(value / white for value in std)}
+    given = {"mean": config.get("image_mean", CLIP_MEAN), "std": config.get("image_std", CLIP_STD)}
+    each = {name: (value,) * 3 if isinstance(value, int | float) else value for name, value in given.items()}
+    return {name: tuple(value / white for value in values) for name, values in each.items()}
 
 
 def check_pixels(transform: ImageTransform, processor: Any) -> None:
@@ -245,15 +255,19 @@ def check_pixels(transform: ImageTransform, processor: Any) -> None:
     scale = 1.0 if transform.std is None else torch.tensor(transform.std)[:, None, None]
     for height, width in PROBE_SIZES:
         noise = torch.randint(256, (height, width, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-        output = processor(Image.fromarray(noise.numpy()), return_tensors="pt")
-        theirs = output.get("pixel_values", torch.empty(0))
+        try:
+            theirs: Tensor = dict(processor(Image.fromarray(noise.numpy()), return_tensors="pt"))["pixel_values"]
+        except Exception as error:  # of any type, from processors of pairs, videos or documents
+            raise ValueError(
+                f"Expected {type(processor).__name__} to make `pixel_values` of an image, but it fails with "
+                f"{type(error).__name__}. {OWN_TRANSFORM}"
+            ) from error
         ours = transform(noise.movedim(-1, 0)[None] / 255)
         error = float(((ours - theirs).abs() * scale).max()) if ours.shape == theirs.shape else float("inf")
         if not error * 255 <= GRAY_LEVELS:  # NaN too
             raise ValueError(
                 f"Expected the pixels of {type(processor).__name__}, {tuple(theirs.shape)} for {width} × {height}, but "
-                f"ours, {tuple(ours.shape)}, differ by {error * 255:.3g} of 255 gray levels. Load the model yourself "
-                "and pass `image_transform=`, a function from images (B, 3, H, W) in [0, 1] to what the model expects."
+                f"ours, {tuple(ours.shape)}, differ by {error * 255:.3g} of 255 gray levels. {OWN_TRANSFORM}"
             )
 
 
@@ -268,20 +282,27 @@ def processor_size(size: int | Mapping[str, int | None]) -> int | tuple[int, int
         return given["height"], given["width"]
     raise ValueError(
         f"Expected the image processor's `size` to be an int, {{'shortest_edge'}} or {{'height', 'width'}}, but got "
-        f"{size}. Pass your own `image_transform` to the reward."
+        f"{size}. {OWN_TRANSFORM}"
     )
 
 
 def processor_crop(size: int | Mapping[str, int]) -> tuple[int, int]:
     """Convert the `crop_size` of a processor config to (height, width)."""
-    return (size, size) if isinstance(size, int) else (size["height"], size["width"])
+    if isinstance(size, int):
+        return size, size
+    if not {"height", "width"} <= size.keys():
+        raise ValueError(
+            f"Expected the image processor's `crop_size` to be an int or {{'height', 'width'}}, but got {dict(size)}. "
+            f"{OWN_TRANSFORM}"
+        )
+    return size["height"], size["width"]
 
 
 def processor_resample(resample: int) -> Resample:
     """Convert Pillow's `resample` code to a mode of `torch.nn.functional.interpolate`."""
     if resample not in PIL_RESAMPLE:
         raise ValueError(
-            f"Expected the image processor's `resample` to be 2 (bilinear) or 3 (bicubic), but got {resample}. Pass "
-            "your own `image_transform` to the reward."
+            f"Expected the image processor's `resample` to be 2 (bilinear) or 3 (bicubic), but got {resample}. "
+            f"{OWN_TRANSFORM}"
         )
     return PIL_RESAMPLE[resample]

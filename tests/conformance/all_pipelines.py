@@ -103,7 +103,7 @@ def outcome_of(name: str) -> Outcome:
     if found := by_rule(name):
         return found
     if not can_build(cls):
-        return Outcome("not built", matching(WHY_NOT, cls) or "")
+        return Outcome("not built", matching(WHY_NOT, cls) or "no recipe yet")
     if name in BROKEN_IN_DIFFUSERS:
         with pytest.raises((AttributeError, TypeError)) as failed:
             plain_images(tiny_pipeline_of(cls), **arguments_of(cls))

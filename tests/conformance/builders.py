@@ -565,7 +565,7 @@ RECIPES: dict[str, Callable[[type], Parts]] = {
     "Chroma": chroma_parts,
     "BriaPipeline": bria_parts,
     "QwenImage(?!21|Layered)": qwen_parts,
-    "ZImage(?!Omni)": z_image_parts,
+    "ZImage": z_image_parts,
     "Lumina2": family_parts("lumina2"),
     "Lumina": lumina_parts,
     "PixArt": pixart_parts,
@@ -594,11 +594,8 @@ NOT_HERE = "GLIGEN|LDM3D|AttendAndExcite|Pix2PixZero|DiffEdit|LatentUpscale|XS|U
 BROKEN_IN_DIFFUSERS = ("ChromaInpaintPipeline", "StableDiffusionParadigmsPipeline")
 """Classes whose stock call raises an error that no argument avoids."""
 WHY_NOT = {
-    "JoyImageEdit|GlmImage": "enlarges its image to a megapixel",
     "QwenImageLayered": "returns several layers",
-    "OmniGen|DreamLite|BriaFibo2|QwenImage21": "needs a processor of torchvision",
     "Cosmos2TextToImage": "needs cosmos_guardrail",
-    "BlipDiffusion|AltDiffusion|Kandinsky|CycleDiffusion|VersatileDiffusion": "an older family without a recipe",
 }
 PLAIN = {"num_inference_steps": 2, "guidance_scale": 3.0, **SIZE}
 TEXT_IN = ("max_sequence_length", "use_resolution_binning", "clean_caption", "complex_human_instruction")
@@ -617,6 +614,7 @@ CALLS: dict[str, dict[str, Any]] = {
     "Chroma|Bria": SHORT_TEXT,
     "QwenImageEdit": {**FAMILY_CALLS["qwen_image"], "image": pil_image()},
     "QwenImage": {**FAMILY_CALLS["qwen_image"]},
+    "ZImageOmni": {**FAMILY_CALLS["z_image"], "image": None},
     "ZImage": {**FAMILY_CALLS["z_image"]},
     "Lumina": {"negative_prompt": "b", "system_prompt": "", "max_sequence_length": 32, "clean_caption": False},
     "PixArt": {"use_resolution_binning": False, "clean_caption": False, **SHORT_TEXT},

@@ -214,9 +214,11 @@ def build_pipeline(folder):
 @pytest.mark.parametrize("offline", [True, False])
 def test_weights_that_are_nowhere_are_said_to_be(offline, hub, root, tmp_path):
     """In offline mode, and where the Hub has no such repository: the module alone, with no weights beside it."""
-    shutil.copy(root / "src/noiseopt/shapes_world/embedded.py", tmp_path)
+    (tmp_path / "alone/shapes_world").mkdir(parents=True)
+    for module in ("registry.py", "shapes_world/embedded.py"):
+        shutil.copy(root / "src/noiseopt" / module, tmp_path / "alone" / module)
     program = """
-import embedded
+from alone.shapes_world import embedded
 try:
     embedded.path("sd3")
 except FileNotFoundError as error:
@@ -228,7 +230,7 @@ except FileNotFoundError as error:
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
     assert run.returncode == 0, run.stderr
     (message,) = run.stdout.splitlines()
-    places = f"in {tmp_path / 'weights/sd3'} or on the Hub as noiseopt/shapes-sd3"
+    places = f"in {tmp_path / 'alone/shapes_world/weights/sd3'} or on the Hub as noiseopt/shapes-sd3"
     assert f"Expected the weights of 'sd3' {places}" in message
     assert "use a checkout of the repository" in message and "`hf download noiseopt/shapes-sd3`" in message
     assert bool(hub.requests) != offline

@@ -10,13 +10,14 @@ import numpy
 import pytest
 import torch
 from diffusers import AutoencoderTiny, EulerDiscreteScheduler, StableDiffusionPipeline
+from peft import IA3Config, LoHaConfig, LoKrConfig, LoraConfig, OFTConfig, inject_adapter_in_model
 from PIL import Image
 from problems import generator, redness
 from safetensors.torch import save_file
 from tiny_pipelines import SIZE, call_arguments, save_tiny_clip, tiny_pipeline
 
 from noiseopt import NoiseResult, ReNO, ReNOStableDiffusionPipeline, optimize_noise
-from noiseopt.pipelines.results.pipeline_description import plain, portable_name
+from noiseopt.pipelines.results.pipeline_description import describe_adapters, plain, portable_name
 from noiseopt.pipelines.results.settings_diff import plain_description, settings_diff
 
 ARGUMENTS = {"num_inference_steps": 1, "guidance_scale": 0.0, **SIZE}
@@ -236,3 +237,30 @@ def test_settings_without_rewards_and_rewards_beside_a_method_are_refused():
         pipe("a", rewards="red", method=ReNO(rewards="red"), **ARGUMENTS)
     with pytest.raises(ValueError, match="once"):
         pipe("a", rewards="red", steps=3, method_kwargs={"steps": 4}, **ARGUMENTS)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoraConfig(r=4, lora_alpha=2, target_modules=["0"]),
+        LoraConfig(r=4, lora_alpha=2, target_modules=["0"], use_rslora=True),
+        LoraConfig(r=4, lora_alpha=2, target_modules=["0"], use_dora=True),
+        LoHaConfig(r=4, alpha=2, target_modules=["0"]),
+        LoKrConfig(r=4, alpha=2, target_modules=["0"]),
+        OFTConfig(r=4, oft_block_size=0, target_modules=["0"]),
+        IA3Config(target_modules=["0"], feedforward_modules=[]),
+    ],
+    ids=["LoRA", "rsLoRA", "DoRA", "LoHa", "LoKr", "OFT", "IA3"],
+)
+def test_adapters_of_each_kind_are_described(config):
+    """Their weight is 1 as they are added; another seed is another adapter."""
+    found = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        module = inject_adapter_in_model(config, torch.nn.Sequential(torch.nn.Linear(16, 16)), "mine")
+        for name, parameter in module.named_parameters():
+            if "mine" in name:
+                torch.nn.init.normal_(parameter)
+        found.append(describe_adapters(module))
+    assert [each["mine"]["weight"] for each in found] == [1.0, 1.0]
+    assert found[0]["mine"]["sha256"] != found[1]["mine"]["sha256"]

@@ -171,6 +171,31 @@ def test_the_transform_of_a_checkpoint_gives_the_pixels_of_its_own_processor(nam
     assert ((ours - theirs) * height * 255).abs().max() < ROUNDING + 0.15
 
 
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        *{
+            "BridgeTower": "`crop_size` to be an int or",
+            "Chameleon": "`resample` to be 2",
+            "Detr": "`size` to be an int",
+            "Idefics": "IdeficsImageProcessorPil to make `pixel_values` of an image, but it fails with ",
+            "Sam2": "an image processor to compare with, but got: Could not load any image processor class",
+            "SuperGlue": "SuperGlueImageProcessorPil to make `pixel_values` of an image, but it fails with ValueError",
+            "VitMatte": "VitMatteImageProcessorPil to make `pixel_values` of an image, but it fails with TypeError",
+        }.items()
+    ],
+)
+def test_a_processor_that_cannot_be_compared_is_refused(kind, reason, tmp_path: Path):
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_processor_type": f"{kind}ImageProcessor"}))
+    with pytest.raises(ValueError, match=f"Expected .*{reason}.*`image_transform="):
+        ImageTransform.from_processor_config(tmp_path)
+
+
+def test_a_mean_may_be_one_number():
+    transform = ImageTransform.from_processor_config({"image_mean": 0.5, "image_std": 0.25})
+    assert transform == ImageTransform(mean=(0.5,) * 3, std=(0.25,) * 3)
+
+
 @pytest.mark.parametrize("kind", ["MobileViT", "EfficientNet", "Perceiver", "VideoMAE", "Siglip2"])
 def test_a_processor_whose_pixels_differ_is_refused_with_both_shapes(kind, tmp_path: Path):
     """Such as one that swaps the channels, subtracts an offset, crops first, or cuts patches."""
