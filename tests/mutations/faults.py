@@ -196,7 +196,7 @@ FAULTS = (
         "state of the method not restored",
         "pipelines/results/resume.py",
         "vars(begun)[name] = self.restored(",
-        "_ = self.restored(",
+        "ignored = self.restored(",
     ),
     Fault(
         "half-done result called complete",
