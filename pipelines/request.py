@@ -328,12 +328,14 @@ def check_batch(request: dict[str, Any], batch: int) -> None:
 
 
 def check_noise_batch(noise: torch.Tensor, batch: int) -> None:
-    """Raise `ValueError` for noise that has not one entry for each prompt of `prompts_of`."""
+    """Raise `ValueError` for noise that is not finite, or has not one entry for each prompt of `prompts_of`."""
     if len(noise) != batch:
         raise ValueError(
             f"Expected noise for {batch} images (prompts × `num_images_per_prompt`), but the pipeline draws some of "
             f"shape {tuple(noise.shape)}. Pass one prompt for each image."
         )
+    if not noise.isfinite().all():
+        raise ValueError("Expected noise of finite numbers, but got NaN or infinity. Correct the `noise_sampler`.")
 
 
 def check_given_tensors(request: dict[str, Any]) -> None:
@@ -347,7 +349,7 @@ def check_given_tensors(request: dict[str, Any]) -> None:
                     f"Expected `{name}` as an ordinary tensor, but it was made under `torch.inference_mode()`. Pass "
                     f"`{name}.clone()`, made outside of it."
                 )
-            if "embeds" in name and not tensor.isfinite().all():
+            if (name == "latents" or "embeds" in name) and not tensor.isfinite().all():
                 raise ValueError(
                     f"Expected finite numbers in `{name}`, but got NaN or infinity. Look for the step that made them, "
                     "such as a division by zero or an overflow in float16."
