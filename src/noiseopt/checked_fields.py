@@ -56,7 +56,7 @@ def refused_signature(function: Callable[..., Any], count: int, *names: str) -> 
     A function whose parameters are unknown, such as one written in C, can be called.
     """
     try:
-        signature = inspect.signature(function)
+        signature = inspect.signature(getattr(function, "forward", function))  # of a module, whose call shows none
     except (TypeError, ValueError):
         return None
     try:
