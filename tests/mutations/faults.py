@@ -135,6 +135,39 @@ FAULTS = (
         "return latents.flatten(1).view(packing.noise)",
     ),
     Fault(
+        "redraw judged by its latents alone",
+        "pipelines/sampling/redraw.py",
+        "if equal(returned, target):",
+        "if equal(first_of(returned), prepared):",
+    ),
+    Fault(
+        "doubtful redraw taken for certain",
+        "pipelines/sampling/redraw.py",
+        "return Redraw(form, stream, same and not sampler.draws_globally)",
+        "return Redraw(form, stream, True)",
+    ),
+    Fault(
+        "draws before the noise not repeated",
+        "pipelines/sampling/sampler.py",
+        "streams = self.start.own if self.draws_early else self.random_state",
+        "streams = self.random_state",
+        "tests/pipelines/sampling/test_redraw.py",
+    ),
+    Fault(
+        "global draws before the noise not repeated",
+        "pipelines/sampling/sampler.py",
+        "self.start.replayed() if self.draws_globally else contextlib.nullcontext()",
+        "contextlib.nullcontext()",
+        "tests/pipelines/sampling/test_redraw.py",
+    ),
+    Fault(
+        "pixels around zero taken as they are",
+        "pipelines/sampling/pixel_range.py",
+        "return centered",
+        "return False",
+        "tests/pipelines/sampling/test_redraw.py",
+    ),
+    Fault(
         "modules left frozen",
         "pipelines/sampling/module_state.py",
         "finally:\n        switch(True)",
@@ -163,7 +196,7 @@ FAULTS = (
         "state of the method not restored",
         "pipelines/results/resume.py",
         "vars(begun)[name] = self.restored(",
-        "_ = self.restored(",
+        "ignored = self.restored(",
     ),
     Fault(
         "half-done result called complete",
