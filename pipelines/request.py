@@ -159,7 +159,8 @@ def check_types(pipe, request: Mapping[str, Any]) -> None:
         most, hint = MOST_OF_ARGUMENT.get(name), hints.get(name, Any)
         if most and value is not None and not (is_number(value, Integral) and 1 <= int(value) <= most):
             raise ValueError(f"Expected `{name}` to be an integer from 1 to {most}, but got {value!r:.200}.")
-        if not fits_hint(value, hint):
+        plain = value is not None or hint in (int, float)  # many calls take `None` for a text or a list
+        if plain and not fits_hint(value, hint):
             kind = inspect.formatannotation(hint)
             raise TypeError(f"Expected `{name}` as {kind}, with finite numbers, but got {value!r:.200}.")
 
