@@ -1,11 +1,9 @@
-"""Memory and direction of the gradient of Noise Diffusion: sampling without a graph, then backward through the scorer.
+"""Memory of the gradient of Noise Diffusion: sampling without a graph, then backward through decoder and scorer.
 
 python benchmarks/frozen_gradient.py --steps 20
-python benchmarks/frozen_gradient.py --cosines
 """
 
 import argparse
-import dataclasses
 import statistics
 from collections.abc import Callable
 from typing import Any, Literal
@@ -15,51 +13,10 @@ import torch
 from noiseopt import AutoReward, BestOfN, NoiseDiffusion, optimize_noise, shapes_world
 from noiseopt.demo import load_pipeline
 from noiseopt.evaluation.measure import Cost, measured
-from noiseopt.pipelines.method import RewardOptimizer
 from noiseopt.quiet import quiet_libraries
 from noiseopt.rewards import Reward
 
 PROMPT = shapes_world.VALIDATION_PROMPTS[0]
-
-
-MODELS = ("guided", "sdxl", "sd3", "turbo", "sdxl-turbo")
-PROMPTS = shapes_world.VALIDATION_PROMPTS[:24]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class KeepGradient(RewardOptimizer):
-    """Keeps the gradient of the baseline, `(B, C, H, W)`, and stays there."""
-
-    steps: int = 2
-    gradient: Literal["full", "frozen"] = "full"
-    kept: list[torch.Tensor] = dataclasses.field(default_factory=list)
-
-    def step(self, run: Any, gradient: torch.Tensor, state: Any) -> torch.Tensor:
-        self.kept.append(gradient)
-        return run.noise
-
-
-def cosine(model: str, reward: Reward) -> float:
-    """Return the mean cosine of the gradients with held model outputs and through the whole chain, one noise each."""
-    pipe, found = load_pipeline(model), {}
-    pipe.set_progress_bar_config(disable=True)
-    seeds = [torch.Generator().manual_seed(seed) for seed in range(len(PROMPTS))]
-    states = [seed.get_state() for seed in seeds]
-    for gradient in ("full", "frozen"):
-        for seed, state in zip(seeds, states, strict=True):
-            seed.set_state(state)
-        method = KeepGradient(rewards=reward, gradient=gradient, chunk_size=4)
-        optimize_noise(pipe, list(PROMPTS), method, generator=seeds, **shapes_world.MODELS[model].call)
-        found[gradient] = method.kept[0].flatten(1)
-    return torch.nn.functional.cosine_similarity(found["full"], found["frozen"]).mean().item()
-
-
-def print_cosines() -> None:
-    with quiet_libraries():
-        rewards = {name: AutoReward.from_pretrained(shapes_world.path(name)) for name in ("vqa", "clip")}
-    print("| cosine of the frozen to the full gradient | " + " | ".join(rewards) + " |\n|---|---|---|")
-    for model in MODELS:
-        print(f"| {model} | " + " | ".join(f"{cosine(model, reward):.2f}" for reward in rewards.values()) + " |")
 
 
 class Setting:
@@ -115,15 +72,11 @@ def measure(setting: Setting, rounds: int) -> dict[str, list[Cost]]:
 
 def main(arguments: list[str] | None = None) -> dict[str, list[Cost]]:
     parser = argparse.ArgumentParser(description="Memory of the gradient of Noise Diffusion.")
-    parser.add_argument("--cosines", action="store_true", help="print its cosine to the true gradient instead")
     parser.add_argument("--model", default="guided", help="an embedded multi-step model")
     parser.add_argument("--steps", type=int, default=20, help="sampling steps")
     parser.add_argument("--images", type=int, default=16, help="images per call")
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args(arguments)
-    if options.cosines:
-        print_cosines()
-        return {}
     found = measure(Setting(options.model, options.steps, options.images), options.rounds)
     print("| | peak memory above the models, MiB | of the largest |\n|---|---|---|")
     memory = {name: [cost.memory for cost in costs if cost.memory is not None] for name, costs in found.items()}

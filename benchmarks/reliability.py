@@ -23,7 +23,15 @@ from typing import Any
 
 import torch
 
-from noiseopt import ImageSet, NoiseResult, grow_set, list_methods, optimize_noise
+from noiseopt import (
+    ImageSet,
+    NoiseResult,
+    generation,  # noqa: F401  imported once, for all processes
+    grow_set,
+    list_methods,
+    optimize_noise,
+)
+from noiseopt.cli import main as noiseopt
 from noiseopt.demo import ONE_STEP, load_pipeline
 from noiseopt.pipelines import NeverTooLate, ReNO
 from noiseopt.pipelines.registry import METHODS
@@ -329,16 +337,19 @@ def many(pipe, folder: Path) -> list[NoiseResult]:
     return optimize_noise(pipe, PROMPTS, ReNO(rewards="red", steps=4, views=0), folder=folder, generator=5, **ONE_STEP)
 
 
+def files_in(folder: Path, pattern: str) -> list[Path]:
+    """Return files in order, without the hidden one of a write that was killed, which the next write removes."""
+    return sorted(path for path in folder.glob(pattern) if not path.name.startswith("."))
+
+
 def results_in(folder: Path) -> list[NoiseResult]:
-    return [NoiseResult.load(path) for path in sorted(folder.glob("*.safetensors"))]
+    return [NoiseResult.load(path) for path in files_in(folder, "*.safetensors")]
 
 
 def generated(source: Path, folder: Path) -> None:
-    from noiseopt.cli import main as command
-
     noise_file.SECONDS_BETWEEN_WRITES = 0.0
     options = ["--model", "turbo", "--method", "reno:steps=4", "--device", "cpu"]
-    command(["generate", "--prompts", str(source), "--output", str(folder), *options])
+    noiseopt(["generate", "--prompts", str(source), "--output", str(folder), *options])
 
 
 def untimed(records: list[str]) -> list[dict[str, Any]]:
@@ -348,14 +359,14 @@ def untimed(records: list[str]) -> list[dict[str, Any]]:
 
 def records_in(folder: Path) -> list[dict[str, Any]]:
     """Return the records of the finished prompts of `noiseopt generate`."""
-    for path in folder.glob("images/*.safetensors"):
+    for path in files_in(folder, "images/*.safetensors"):
         NoiseResult.load(path)
-    return untimed([path.read_text() for path in sorted(folder.glob("images/*.json"))])
+    return untimed([path.read_text() for path in files_in(folder, "images/*.json")])
 
 
 def generated_in(folder: Path) -> Any:
-    pictures = {path.name: path.read_bytes() for path in sorted(folder.glob("images/*.png"))}
-    noises = [bits(NoiseResult.load(path)) for path in sorted(folder.glob("images/*.safetensors"))]
+    pictures = {path.name: path.read_bytes() for path in files_in(folder, "images/*.png")}
+    noises = [bits(NoiseResult.load(path)) for path in files_in(folder, "images/*.safetensors")]
     listed = untimed((folder / "results.jsonl").read_text().splitlines())
     return pictures, noises, listed, records_in(folder), (folder / "index.html").exists()
 

@@ -77,30 +77,32 @@ def kill_evaluations(count: int, folder: Path, limit: int = 24, seed: int = 0) -
     """Kill `count` evaluations of `limit` prompts in one folder, and return what was counted.
 
     Returns:
-        "killed"; "while measuring" and "while reporting", the kills before and after the last unit; "units"; "units
-        lost" and "units changed" by a later run; "temporary files left" at the end; and "differences" of the end from
-        that of an uninterrupted evaluation.
+        "killed"; "while measuring" and "while reporting", the kills of runs that began with missing units and without;
+        "units"; "units lost" and "units changed" by a later run; "temporary files left" at the end; and "differences"
+        of the end from that of an uninterrupted evaluation.
     """
     seconds = finish(folder / "uninterrupted", limit)
     expected, place, chance = end_of(folder / "uninterrupted"), folder / "killed", random.Random(seed)
     total = sum(name.endswith(".json") for name in expected)
     counts = {"killed": 0, "while measuring": 0, "while reporting": 0, "units": total}
     counts |= {"units lost": 0, "units changed": 0}
+    longest = seconds / 3  # of a run until it is killed
     with tqdm(total=count, unit="kill") as bar:
         before: dict[str, tuple[int, bytes]] = {}
         while counts["killed"] < count:
-            process = start(place, limit)
-            process.join(chance.uniform(0, seconds / 4))
+            started, process = time.perf_counter(), start(place, limit)
+            process.join(chance.uniform(0, longest))
             if process.exitcode is None:
                 process.kill()
                 process.join()
             elif process.exitcode:
                 raise SystemExit(f"The evaluation failed:\n{place.with_suffix('.log').read_text()}")
-            else:
+            else:  # all units are there: from now on it only writes the tables and figures
+                longest = time.perf_counter() - started
                 continue
             after = finished(place)
             counts["killed"] += 1
-            counts["while reporting" if len(after) == total else "while measuring"] += 1
+            counts["while reporting" if len(before) == total else "while measuring"] += 1
             counts["units lost"] += len(before.keys() - after.keys())
             counts["units changed"] += sum(after[name] != before[name] for name in before.keys() & after.keys())
             before = after

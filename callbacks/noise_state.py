@@ -31,7 +31,7 @@ class NoiseState:
     """A running optimization of `B` independent noises.
 
     Attributes:
-        pipeline: The pipeline whose noise is optimized.
+        pipeline: The pipeline whose noise is optimized. Callbacks may draw with it, as with one that is not in use.
         prompts: The `B` prompts of the rewards.
         steps: The number of evaluations that the method plans.
         noise: `(B, C, H, W)`, unit variance, the noise that was evaluated in this step.

@@ -110,8 +110,8 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 # The name that diffusers gives this module may come to mean the bundle of another release.
-sys.modules[f"{__name__}_884817eb7dfa"] = sys.modules[__name__]
-__name__ = f"{__name__}_884817eb7dfa"
+sys.modules[f"{__name__}_6d1eb63481a8"] = sys.modules[__name__]
+__name__ = f"{__name__}_6d1eb63481a8"
 
 # rewards/contract/transforms.py
 
@@ -123,7 +123,11 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 Resample = Literal["bicubic", "bilinear"]
 PIL_RESAMPLE: dict[int, Resample] = {2: "bilinear", 3: "bicubic"}
 PROBE_SIZES = ((512, 512), (480, 640))
-GRAY_LEVELS = 2.5  # Pillow rounds to whole ones after each of two passes, which makes 1.13, and 1.4 with another order
+OWN_TRANSFORM = (
+    "Load the model yourself and pass `image_transform=`, a function from images (B, 3, H, W) in [0, 1] to the pixels "
+    "that it expects."
+)
+GRAY_LEVELS = 2.5  # twice what Pillow's rounding makes, 1.13, and little beside another filter, size or crop
 # Needs torchvision, so it cannot be compared everywhere. It resizes without rounding to gray levels.
 DINOV3_PROCESSOR = "DINOv3ViTImageProcessor"
 DINOV3_SETTINGS = {
@@ -240,7 +244,12 @@ class ImageTransform:
         settings, _ = ImageProcessingMixin.get_image_processor_dict(config, **hub)
         if str(settings.get("image_processor_type")).removesuffix("Fast") == DINOV3_PROCESSOR:
             return cls.from_processor_config({**DINOV3_SETTINGS, **settings})
-        processor = AutoImageProcessor.from_pretrained(config, backend="pil", **hub)
+        try:
+            processor = AutoImageProcessor.from_pretrained(config, backend="pil", **hub)
+        except (ImportError, ValueError) as error:
+            raise ValueError(
+                f"Expected an image processor to compare with, but got: {error} {OWN_TRANSFORM}"
+            ) from error
         transform = cls.from_processor_config(processor.to_dict())
         check_pixels(transform, processor)
         return transform
@@ -286,22 +295,27 @@ def normalization_of(config: Mapping[str, Any]) -> dict[str, Any]:
     white = 255 * config.get("rescale_factor", 1 / 255) if config.get("do_rescale", True) else 255.0
     if not config.get("do_normalize", True):
         return {"mean": None, "std": None} if white == 1 else {"mean": (0.0,) * 3, "std": (1 / white,) * 3}
-    mean, std = config.get("image_mean", CLIP_MEAN), config.get("image_std", CLIP_STD)
-    return {"mean": tuple(value / white for value in mean), "std": tuple(value / white for value in std)}
+    given = {"mean": config.get("image_mean", CLIP_MEAN), "std": config.get("image_std", CLIP_STD)}
+    each = {name: (value,) * 3 if isinstance(value, int | float) else value for name, value in given.items()}
+    return {name: tuple(value / white for value in values) for name, values in each.items()}
 
 def check_pixels(transform: ImageTransform, processor: Any) -> None:
     scale = 1.0 if transform.std is None else torch.tensor(transform.std)[:, None, None]
     for height, width in PROBE_SIZES:
         noise = torch.randint(256, (height, width, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-        output = processor(Image.fromarray(noise.numpy()), return_tensors="pt")
-        theirs = output.get("pixel_values", torch.empty(0))
+        try:
+            theirs: Tensor = dict(processor(Image.fromarray(noise.numpy()), return_tensors="pt"))["pixel_values"]
+        except Exception as error:  # of any type, from processors of pairs, videos or documents
+            raise ValueError(
+                f"Expected {type(processor).__name__} to make `pixel_values` of an image, but it fails with "
+                f"{type(error).__name__}. {OWN_TRANSFORM}"
+            ) from error
         ours = transform(noise.movedim(-1, 0)[None] / 255)
         error = float(((ours - theirs).abs() * scale).max()) if ours.shape == theirs.shape else float("inf")
         if not error * 255 <= GRAY_LEVELS:  # NaN too
             raise ValueError(
                 f"Expected the pixels of {type(processor).__name__}, {tuple(theirs.shape)} for {width} × {height}, but "
-                f"ours, {tuple(ours.shape)}, differ by {error * 255:.3g} of 255 gray levels. Load the model yourself "
-                "and pass `image_transform=`, a function from images (B, 3, H, W) in [0, 1] to what the model expects."
+                f"ours, {tuple(ours.shape)}, differ by {error * 255:.3g} of 255 gray levels. {OWN_TRANSFORM}"
             )
 
 def processor_size(size: int | Mapping[str, int | None]) -> int | tuple[int, int]:
@@ -314,17 +328,24 @@ def processor_size(size: int | Mapping[str, int | None]) -> int | tuple[int, int
         return given["height"], given["width"]
     raise ValueError(
         f"Expected the image processor's `size` to be an int, {{'shortest_edge'}} or {{'height', 'width'}}, but got "
-        f"{size}. Pass your own `image_transform` to the reward."
+        f"{size}. {OWN_TRANSFORM}"
     )
 
 def processor_crop(size: int | Mapping[str, int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (size["height"], size["width"])
+    if isinstance(size, int):
+        return size, size
+    if not {"height", "width"} <= size.keys():
+        raise ValueError(
+            f"Expected the image processor's `crop_size` to be an int or {{'height', 'width'}}, but got {dict(size)}. "
+            f"{OWN_TRANSFORM}"
+        )
+    return size["height"], size["width"]
 
 def processor_resample(resample: int) -> Resample:
     if resample not in PIL_RESAMPLE:
         raise ValueError(
-            f"Expected the image processor's `resample` to be 2 (bilinear) or 3 (bicubic), but got {resample}. Pass "
-            "your own `image_transform` to the reward."
+            f"Expected the image processor's `resample` to be 2 (bilinear) or 3 (bicubic), but got {resample}. "
+            f"{OWN_TRANSFORM}"
         )
     return PIL_RESAMPLE[resample]
 
@@ -3300,7 +3321,7 @@ class NoiseState:
     """A running optimization of `B` independent noises.
 
     Attributes:
-        pipeline: The pipeline whose noise is optimized.
+        pipeline: The pipeline whose noise is optimized. Callbacks may draw with it, as with one that is not in use.
         prompts: The `B` prompts of the rewards.
         steps: The number of evaluations that the method plans.
         noise: `(B, C, H, W)`, unit variance, the noise that was evaluated in this step.
@@ -3940,7 +3961,8 @@ class Checkpoints:
     scales: diffusers resets the scale after the forward pass, and a block that is recomputed later would miss it.
 
     A graph that is built inside the context must be backpropagated inside it, as blocks read their setting then too. On
-    exit the modules are as they were. Checkpointing that the user has enabled stays on throughout.
+    exit the modules are as they were. Checkpointing that the user has enabled stays on throughout. A replaced
+    `forward` with a state of its own, such as a cache of steps, needs "none", as it may not compute the same again.
 
     Args:
         setting: A policy, or "auto": the first of "none", "blocks" and "steps" whose graph takes at most half of the
@@ -4394,8 +4416,8 @@ def constants_of(scheduler: Any) -> dict[int, Any]:
 @contextlib.contextmanager
 def with_attributes(thing: Any, attributes: dict[str, Any]) -> Iterator[None]:
     own = vars(thing)
-    thing.__dict__ = attributes  # one step, which no interrupt divides
     try:
+        thing.__dict__ = attributes  # one step, which no interrupt divides
         yield
     finally:
         thing.__dict__ = own
@@ -4442,14 +4464,14 @@ def plain_attributes(pipe: Any) -> dict[str, Any]:
 @contextlib.contextmanager
 def hooked(pipe: Any, **functions: Callable[..., Any]) -> Iterator[None]:
     own = vars(pipe)
-    own.update({name: Hook(function, own.get(name)) for name, function in functions.items()})
+    hooks = {name: Hook(function, own.get(name)) for name, function in functions.items()}
     try:
+        own.update(hooks)
         yield
     finally:
-        for name in functions:
-            hook = own.pop(name)
-            if hook.replaced is not None:
-                own[name] = hook.replaced
+        for name in hooks:
+            own.pop(name, None)
+        own.update({name: hook.replaced for name, hook in hooks.items() if hook.replaced is not None})
 
 @contextlib.contextmanager
 def apart(pipe: Any) -> Iterator[Any]:
@@ -8703,26 +8725,37 @@ def describe_pipeline(pipe) -> dict[str, Any]:
 def describe_adapters(module: nn.Module) -> dict[str, dict[str, Any]]:
     weights: dict[str, dict[float, None]] = {}  # as ordered sets
     hashes: dict[str, Any] = {}
-    for place, layer, adapter in active_adapters(module):
-        rank, alpha = layer.r[adapter], layer.lora_alpha[adapter]
-        unit = alpha / (math.sqrt(rank) if layer.use_rslora.get(adapter) else rank)
-        weights.setdefault(adapter, {})[round(layer.scaling[adapter] / unit, 6) if unit else 0.0] = None
+    for place, layer, adapter, parameters in active_adapters(module):
+        weights.setdefault(adapter, {})[weight_of(layer, adapter)] = None
         digest = hashes.setdefault(adapter, hashlib.sha256())
         digest.update(place.encode())
-        for name, weight in layer.named_parameters():
-            if adapter in name.split(".") and not name.startswith("base_layer") and not weight.is_meta:
-                digest.update(weight.detach().flatten()[:PROBED].to("cpu", torch.float32).numpy().tobytes())
+        for parameter in parameters:
+            if not parameter.is_meta:
+                digest.update(parameter.detach().flatten()[:PROBED].to("cpu", torch.float32).numpy().tobytes())
     listed = {adapter: list(each) for adapter, each in weights.items()}
     return {
         adapter: {"weight": each[0] if len(each) == 1 else each, "sha256": hashes[adapter].hexdigest()}
         for adapter, each in listed.items()
     }
 
-def active_adapters(module: nn.Module) -> Iterator[tuple[str, Any, str]]:
+def weight_of(layer: Any, adapter: str) -> float:
+    scaling = getattr(layer, "scaling", {}).get(adapter)
+    alpha = getattr(layer, "lora_alpha", getattr(layer, "alpha", {})).get(adapter)  # of LoRA, and of LoHa and LoKr
+    rank = getattr(layer, "r", {}).get(adapter)
+    if scaling is None or not alpha or not rank:  # a kind of adapter without weights
+        return 1.0
+    unit = alpha / (math.sqrt(rank) if getattr(layer, "use_rslora", {}).get(adapter) else rank)
+    return round(float(scaling) / unit, 6)
+
+def active_adapters(module: nn.Module) -> Iterator[tuple[str, Any, str, list[nn.Parameter]]]:
     for place, layer in module.named_modules():
         found: Any = layer
-        if isinstance(getattr(found, "scaling", None), dict) and not getattr(found, "disable_adapters", True):
-            yield from ((place, found, name) for name in found.active_adapters if name in found.scaling)
+        if hasattr(found, "adapter_layer_names") and not found.disable_adapters:
+            named = [(name.split("."), parameter) for name, parameter in found.named_parameters()]
+            for adapter in found.active_adapters:
+                parameters = [each for parts, each in named if adapter in parts and parts[0] != "base_layer"]
+                if parameters:
+                    yield place, found, adapter, parameters
 
 def ip_adapter_scales(modules: Any) -> list[Any]:
     processors = (getattr(layer, "processor", None) for module in modules for layer in module.modules())
@@ -9314,6 +9347,7 @@ PLAIN = (bool, int, float, str, type(None))
 ADAM_STATE = {"step", "exp_avg", "exp_avg_sq"}
 DEEPEST = 8
 MOST_DIFFERENCES = 5  # that are named
+MOST_SECONDS = 1e9
 
 class NotStorable(Exception):
     """Reason why the state of a run cannot be stored."""
@@ -9342,8 +9376,8 @@ def call_description(
 def known_run(
     path: str | os.PathLike[str], save_noise_to: str | os.PathLike[str] | None, call: dict[str, Any]
 ) -> NoiseResult | None:
-    file = Path(path)
-    replaced = save_noise_to is not None and Path(save_noise_to).absolute() == file.absolute()
+    file = as_path(path, "resume_from")
+    replaced = save_noise_to is not None and as_path(save_noise_to, "save_noise_to").absolute() == file.absolute()
     if replaced and not file.exists():
         return None
     found = NoiseResult.load(file)
@@ -9356,6 +9390,11 @@ def known_run(
         f"Expected a run that can be continued, but the state of {call['method']['name']} is not stored in {file}. "
         "Leave out `resume_from` to start anew."
     )
+
+def as_path(value: Any, argument: str) -> Path:
+    if not isinstance(value, str | os.PathLike):
+        raise TypeError(f"Expected `{argument}` to be a path, but got {value!r}. Pass a text or a `pathlib.Path`.")
+    return Path(value)
 
 def check_same_call(found: NoiseResult, call: dict[str, Any], path: Path) -> None:
     known = found.provenance.get("call")
@@ -9415,7 +9454,7 @@ def continued_parts(begun: dict[str, Any], known: NoiseResult, noise: torch.Tens
     return {
         **parts,
         "reports": copy.deepcopy(known.progress.parts["reports"]),
-        "seconds": seconds if isinstance(seconds, int | float) else 0.0,
+        "seconds": seconds if isinstance(seconds, int | float) and 0 <= seconds <= MOST_SECONDS else 0.0,
     }
 
 def first_generator(known: NoiseResult, device: torch.device) -> dict[str, torch.Generator]:
@@ -10408,6 +10447,15 @@ def code_of(cls: type) -> dict[str, str]:
 
 # pipelines/sampling/turns.py
 
+class Turn:
+    """The turn of a thread with some objects, by their ids."""
+
+    def __init__(self, thread: int, things: frozenset[int]) -> None:
+        self.thread, self.things = thread, things
+
+    def waits_for(self, other: "Turn") -> bool:
+        return self.thread != other.thread and not self.things.isdisjoint(other.things)
+
 class Turns:
     """Turns of threads with sets of objects.
 
@@ -10417,23 +10465,20 @@ class Turns:
 
     def __init__(self) -> None:
         self.changed = threading.Condition()
-        self.taken: list[tuple[int, frozenset[int]]] = []  # thread and objects of each turn
+        self.taken: list[Turn] = []
 
     @contextlib.contextmanager
     def take(self, things: Iterable[Any]) -> Iterator[None]:
-        turn = (threading.get_ident(), frozenset(map(id, things)))
-        with self.changed:
-            self.changed.wait_for(lambda: self.is_free(*turn))
-            self.taken.append(turn)
+        turn = Turn(threading.get_ident(), frozenset(map(id, things)))
         try:
-            yield
-        finally:
             with self.changed:
-                self.taken.remove(turn)
+                self.changed.wait_for(lambda: not any(map(turn.waits_for, self.taken)))
+                self.taken.append(turn)
+            yield
+        finally:  # also of a thread that was interrupted while it waited
+            with self.changed:
+                self.taken = [other for other in self.taken if other is not turn]
                 self.changed.notify_all()
-
-    def is_free(self, thread: int, things: frozenset[int]) -> bool:
-        return all(owner == thread or things.isdisjoint(others) for owner, others in self.taken)
 
 TURNS = Turns()
 
@@ -10773,7 +10818,7 @@ def optimize_noise(
     check_paths(save_noise_to=save_noise_to, resume_from=resume_from, folder=folder)
     if folder is not None:
         check_not_beside_folder(save_noise_to=save_noise_to, resume_from=resume_from)
-        with only_writer(Path(folder)):
+        with only_writer(as_path(folder, "folder")):
             entries = prompt_entries(prompt, folder, call_kwargs.pop("generator", None), reward_prompt)
             return optimize_entries(pipe, entries, method, as_callbacks(callbacks), noise_sampler, call_kwargs)
     with TURNS.take(shared_parts(pipe, method.decoder)), apart(pipe) as twin:

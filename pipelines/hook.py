@@ -44,7 +44,7 @@ from .result_folder import FolderBar, PromptEntry, only_writer, prompt_entries
 from .results.noise_file import NoiseFile
 from .results.noise_result import NoiseResult
 from .results.pipeline_code import SavedWithCode
-from .results.resume import call_description, first_generator, known_run
+from .results.resume import as_path, call_description, first_generator, known_run
 from .sampling.apart import apart, hooked, set_aside
 from .sampling.first_call import refuse_writes, stock_call, submodules_of
 from .sampling.latent_space import LatentSpace
@@ -408,6 +408,9 @@ def optimize_noise(
 ) -> NoiseResult | list[NoiseResult]:
     """Find the initial noise of a call to any diffusers text-to-image pipeline. The pipeline stays unmodified.
 
+    The run waits until no run in another thread uses this pipeline or one of its modules. Callbacks and rewards may
+    draw with the pipeline.
+
     Args:
         pipe: A loaded pipeline of any family whose `prepare_latents` draws Gaussian noise.
         prompt: As in the pipeline's call. Each image is optimized independently unless the method compares images.
@@ -451,7 +454,7 @@ def optimize_noise(
     check_paths(save_noise_to=save_noise_to, resume_from=resume_from, folder=folder)
     if folder is not None:
         check_not_beside_folder(save_noise_to=save_noise_to, resume_from=resume_from)
-        with only_writer(Path(folder)):
+        with only_writer(as_path(folder, "folder")):
             entries = prompt_entries(prompt, folder, call_kwargs.pop("generator", None), reward_prompt)
             return optimize_entries(pipe, entries, method, as_callbacks(callbacks), noise_sampler, call_kwargs)
     with TURNS.take(shared_parts(pipe, method.decoder)), apart(pipe) as twin:

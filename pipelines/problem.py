@@ -36,8 +36,6 @@ class NoiseProblem:
 
     def __post_init__(self) -> None:
         noise = self.sampler.base_noise
-        if not noise.isfinite().all():
-            raise ValueError("Expected noise of finite numbers, but got NaN or infinity. Correct the `noise_sampler`.")
         self.noise = noise.detach().to(torch.promote_types(noise.dtype, torch.float32))
         self.space, self.dtype = self.sampler.space, noise.dtype
 

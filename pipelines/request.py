@@ -5,6 +5,7 @@ import functools
 import inspect
 import math
 import os
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from numbers import Integral, Real
 from types import NoneType, UnionType
@@ -24,6 +25,7 @@ from .sampling.redraw import in_the_same_call
 
 # The largest values of arguments that a mistake makes so large that a call would hang.
 MOST_OF_ARGUMENT = {"num_inference_steps": 100_000, "num_images_per_prompt": 4096, "height": 65_536, "width": 65_536}
+VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 OF_DIFFUSERS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, AssertionError)
 
 
@@ -55,15 +57,16 @@ def known_arguments(cls: type) -> set[str] | None:
     known: set[str] = set()
     for function in stock_calls(cls):
         parameters = inspect.signature(function).parameters.values()
-        known |= {parameter.name for parameter in parameters}
+        known |= {parameter.name for parameter in parameters if parameter.kind not in VARIADIC} - {"self"}
         rest = next((parameter.name for parameter in parameters if parameter.kind is parameter.VAR_KEYWORD), None)
         if rest is None:
             return known
-        known |= {text for text in function.__code__.co_consts if isinstance(text, str) and text.isidentifier()}
         try:
             source = inspect.getsource(function)
         except (OSError, TypeError):
             return None
+        known |= set(re.findall(rf"""\b{rest}(?:\.pop\(|\.get\(|\[)\s*["'](\w+)""", source))
+        known |= set(re.findall(rf"""["'](\w+)["'] (?:not )?in {rest}\b""", source))
         if source.count(f"**{rest}") < 2:  # not passed on
             return known
         if "super().__call__(" not in source:
@@ -84,8 +87,7 @@ def check_argument_names(pipe: Any, given: Collection[str], ours: Sequence[str] 
     if known is None or not (unknown := [name for name in given if name not in known]):
         return
     name, settings = unknown[0], getattr(method, "__dataclass_fields__", ())
-    documented = {parameter for call in stock_calls(type(pipe)) for parameter in inspect.signature(call).parameters}
-    remedy = did_you_mean(name, [*ours, *sorted(documented - {"self", "args", "kwargs"})])
+    remedy = did_you_mean(name, [*ours, *sorted(known)])
     if name == "seed":
         remedy = " A seed is written `generator=torch.Generator().manual_seed(0)`."
     if name in settings:
@@ -325,12 +327,14 @@ def check_batch(request: dict[str, Any], batch: int) -> None:
 
 
 def check_noise_batch(noise: torch.Tensor, batch: int) -> None:
-    """Raise `ValueError` for noise that has not one entry for each prompt of `prompts_of`."""
+    """Raise `ValueError` for noise that is not finite, or has not one entry for each prompt of `prompts_of`."""
     if len(noise) != batch:
         raise ValueError(
             f"Expected noise for {batch} images (prompts × `num_images_per_prompt`), but the pipeline draws some of "
             f"shape {tuple(noise.shape)}. Pass one prompt for each image."
         )
+    if not noise.isfinite().all():
+        raise ValueError("Expected noise of finite numbers, but got NaN or infinity. Correct the `noise_sampler`.")
 
 
 def check_given_tensors(request: dict[str, Any]) -> None:
@@ -344,7 +348,7 @@ def check_given_tensors(request: dict[str, Any]) -> None:
                     f"Expected `{name}` as an ordinary tensor, but it was made under `torch.inference_mode()`. Pass "
                     f"`{name}.clone()`, made outside of it."
                 )
-            if "embeds" in name and not tensor.isfinite().all():
+            if (name == "latents" or "embeds" in name) and not tensor.isfinite().all():
                 raise ValueError(
                     f"Expected finite numbers in `{name}`, but got NaN or infinity. Look for the step that made them, "
                     "such as a division by zero or an overflow in float16."

@@ -59,6 +59,10 @@ def export(args: argparse.Namespace) -> None:
         export_vqa(averaged(args.output / "vqa.pt", VLMTraining()), folder / "vqa")
     for path in folder.glob("**/config.json"):  # weights are stored in half, but run in single precision
         path.write_text(path.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
+    for path in folder.glob("*/vae/config.json"):
+        config = json.loads(path.read_text())
+        config.pop("block_out_channels", None)  # which `AutoencoderTiny` saves, and calls unexpected when it is loaded
+        path.write_text(json.dumps(config, indent=2) + "\n")
     for path in folder.iterdir():
         training = training_of(args, path.name)
         write_json(path / "training.json", training)

@@ -30,7 +30,8 @@ class Checkpoints:
     scales: diffusers resets the scale after the forward pass, and a block that is recomputed later would miss it.
 
     A graph that is built inside the context must be backpropagated inside it, as blocks read their setting then too. On
-    exit the modules are as they were. Checkpointing that the user has enabled stays on throughout.
+    exit the modules are as they were. Checkpointing that the user has enabled stays on throughout. A replaced
+    `forward` with a state of its own, such as a cache of steps, needs "none", as it may not compute the same again.
 
     Args:
         setting: A policy, or "auto": the first of "none", "blocks" and "steps" whose graph takes at most half of the

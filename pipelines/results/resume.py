@@ -21,6 +21,7 @@ PLAIN = (bool, int, float, str, type(None))
 ADAM_STATE = {"step", "exp_avg", "exp_avg_sq"}
 DEEPEST = 8
 MOST_DIFFERENCES = 5  # that are named
+MOST_SECONDS = 1e9
 
 
 class NotStorable(Exception):
@@ -62,8 +63,8 @@ def known_run(
         FileNotFoundError: If there is no such file.
         ValueError: For a file of another call, with the differences, and for one that cannot be continued.
     """
-    file = Path(path)
-    replaced = save_noise_to is not None and Path(save_noise_to).absolute() == file.absolute()
+    file = as_path(path, "resume_from")
+    replaced = save_noise_to is not None and as_path(save_noise_to, "save_noise_to").absolute() == file.absolute()
     if replaced and not file.exists():
         return None
     found = NoiseResult.load(file)
@@ -76,6 +77,13 @@ def known_run(
         f"Expected a run that can be continued, but the state of {call['method']['name']} is not stored in {file}. "
         "Leave out `resume_from` to start anew."
     )
+
+
+def as_path(value: Any, argument: str) -> Path:
+    """Return a path. Raises `TypeError`, naming the argument, for anything else."""
+    if not isinstance(value, str | os.PathLike):
+        raise TypeError(f"Expected `{argument}` to be a path, but got {value!r}. Pass a text or a `pathlib.Path`.")
+    return Path(value)
 
 
 def check_same_call(found: NoiseResult, call: dict[str, Any], path: Path) -> None:
@@ -160,7 +168,7 @@ def continued_parts(begun: dict[str, Any], known: NoiseResult, noise: torch.Tens
     return {
         **parts,
         "reports": copy.deepcopy(known.progress.parts["reports"]),
-        "seconds": seconds if isinstance(seconds, int | float) else 0.0,
+        "seconds": seconds if isinstance(seconds, int | float) and 0 <= seconds <= MOST_SECONDS else 0.0,
     }
 
 

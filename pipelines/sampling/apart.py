@@ -74,8 +74,8 @@ def constants_of(scheduler: Any) -> dict[int, Any]:
 def with_attributes(thing: Any, attributes: dict[str, Any]) -> Iterator[None]:
     """Give an object these attributes alone, and its own again on exit."""
     own = vars(thing)
-    thing.__dict__ = attributes  # one step, which no interrupt divides
     try:
+        thing.__dict__ = attributes  # one step, which no interrupt divides
         yield
     finally:
         thing.__dict__ = own
@@ -137,14 +137,14 @@ def plain_attributes(pipe: Any) -> dict[str, Any]:
 def hooked(pipe: Any, **functions: Callable[..., Any]) -> Iterator[None]:
     """Put functions in the place of a pipeline's methods, on the pipeline itself."""
     own = vars(pipe)
-    own.update({name: Hook(function, own.get(name)) for name, function in functions.items()})
+    hooks = {name: Hook(function, own.get(name)) for name, function in functions.items()}
     try:
+        own.update(hooks)
         yield
     finally:
-        for name in functions:
-            hook = own.pop(name)
-            if hook.replaced is not None:
-                own[name] = hook.replaced
+        for name in hooks:
+            own.pop(name, None)
+        own.update({name: hook.replaced for name, hook in hooks.items() if hook.replaced is not None})
 
 
 @contextlib.contextmanager

@@ -6,6 +6,16 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 
+class Turn:
+    """The turn of a thread with some objects, by their ids."""
+
+    def __init__(self, thread: int, things: frozenset[int]) -> None:
+        self.thread, self.things = thread, things
+
+    def waits_for(self, other: "Turn") -> bool:
+        return self.thread != other.thread and not self.things.isdisjoint(other.things)
+
+
 class Turns:
     """Turns of threads with sets of objects.
 
@@ -15,24 +25,21 @@ class Turns:
 
     def __init__(self) -> None:
         self.changed = threading.Condition()
-        self.taken: list[tuple[int, frozenset[int]]] = []  # thread and objects of each turn
+        self.taken: list[Turn] = []
 
     @contextlib.contextmanager
     def take(self, things: Iterable[Any]) -> Iterator[None]:
         """Hold these objects inside the context."""
-        turn = (threading.get_ident(), frozenset(map(id, things)))
-        with self.changed:
-            self.changed.wait_for(lambda: self.is_free(*turn))
-            self.taken.append(turn)
+        turn = Turn(threading.get_ident(), frozenset(map(id, things)))
         try:
-            yield
-        finally:
             with self.changed:
-                self.taken.remove(turn)
+                self.changed.wait_for(lambda: not any(map(turn.waits_for, self.taken)))
+                self.taken.append(turn)
+            yield
+        finally:  # also of a thread that was interrupted while it waited
+            with self.changed:
+                self.taken = [other for other in self.taken if other is not turn]
                 self.changed.notify_all()
-
-    def is_free(self, thread: int, things: frozenset[int]) -> bool:
-        return all(owner == thread or things.isdisjoint(others) for owner, others in self.taken)
 
 
 TURNS = Turns()

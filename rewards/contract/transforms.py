@@ -185,7 +185,7 @@ class ImageTransform:
         if str(settings.get("image_processor_type")).removesuffix("Fast") == DINOV3_PROCESSOR:
             return cls.from_processor_config({**DINOV3_SETTINGS, **settings})
         try:
-            processor = AutoImageProcessor.from_pretrained(config, backend="pil", **hub)
+            processor = AutoImageProcessor.from_pretrained(config, backend="pil", trust_remote_code=False, **hub)
         except (ImportError, ValueError) as error:
             raise ValueError(
                 f"Expected an image processor to compare with, but got: {error} {OWN_TRANSFORM}"

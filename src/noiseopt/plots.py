@@ -161,7 +161,11 @@ def draw_trajectory(story: Story, path: Path) -> None:
     head = 0.63
     strips_top = head + -(-len(story.sets) // COLUMNS) * height + 0.1
     page = Page(strips_top + len(shown) * strip)
-    curves = "best so far (bold) and each step" if story.choice.single else "pixels between the same objects of a set"
+    curves = (
+        "best so far (bold) and each step"
+        if story.choice.single
+        else "pixels from an object to its mean position in the set"
+    )
     page.text(MARGIN, 0.12, f"{story.choice}.", color=MUTED)
     page.text(MARGIN, 0.3, f"{story.measure.capitalize()} over the steps: {curves}.", color=MUTED)
     if story.choice.single:

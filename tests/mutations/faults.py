@@ -61,6 +61,13 @@ FAULTS = (
         "gradient = gradient.clone()",
     ),
     Fault(
+        "learning rate counts the channels",
+        "pipelines/noise_math.py",
+        "return math.sqrt(height * width) / 64",
+        "return math.sqrt(noise[0].numel() / 4) / 64",
+        "tests/pipelines/reno/test_reno.py",
+    ),
+    Fault(
         "momentum not carried",
         "pipelines/reno/method.py",
         "state.velocity = self.momentum * state.velocity + gradient",
@@ -189,7 +196,7 @@ FAULTS = (
         "state of the method not restored",
         "pipelines/results/resume.py",
         "vars(begun)[name] = self.restored(",
-        "_ = self.restored(",
+        "ignored = self.restored(",
     ),
     Fault(
         "half-done result called complete",
@@ -298,8 +305,8 @@ FAULTS = (
     Fault(
         "runs of shared modules do not wait",
         "pipelines/sampling/turns.py",
-        "owner == thread or things.isdisjoint(others)",
-        "True",
+        "return self.thread != other.thread and not self.things.isdisjoint(other.things)",
+        "return False",
         "tests/pipelines/composition/test_sharing.py",
     ),
     Fault(

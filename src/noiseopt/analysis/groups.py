@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..pipelines.results.atomic_write import PART_NAME
 from ..pipelines.results.noise_result import NoiseResult
 from ..pipelines.results.result_file import is_result_file
 from ..shapes_world.embedded import MODELS
@@ -80,7 +81,8 @@ def result_files(path: Path) -> list[Path]:
         raise CannotAnalyze(f"Expected a result that `NoiseResult.save` wrote, but {path} does not exist.")
     if not path.is_dir():
         return [path]
-    found = [file for file in sorted(path.rglob("*.safetensors")) if is_result_file(file)]
+    files = (file for file in sorted(path.rglob("*.safetensors")) if not PART_NAME.fullmatch(file.name))
+    found = [file for file in files if is_result_file(file)]
     if found:
         return found
     if (path / "units").is_dir() and (path / "settings.json").is_file():

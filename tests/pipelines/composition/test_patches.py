@@ -384,8 +384,10 @@ def test_what_cannot_be_honored_is_refused_before_any_model_runs(patch, monkeypa
 
 def test_latents_that_a_subclass_prepares_are_those_that_are_optimized():
     class Drawing(ReNOStableDiffusionPipeline):
-        def prepare_latents(self, batch_size, channels, height, width, dtype, device, generator, latents=None):
-            shape = (batch_size, channels, height // 8, width // 8)
+        def prepare_latents(
+            self, batch_size, num_channels_latents, height, width, dtype, device, generator, latents=None
+        ):
+            shape = (batch_size, num_channels_latents, height // 8, width // 8)
             if latents is None:
                 latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
             return latents * 0.5

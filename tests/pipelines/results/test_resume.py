@@ -292,6 +292,22 @@ def test_a_complete_file_is_returned_and_no_model_runs(pipe, tmp_path, monkeypat
     assert_same(NoiseResult.load(other), whole)
 
 
+def test_arguments_that_are_no_paths_are_refused(pipe, tmp_path):
+    for name in ("resume_from", "folder"):
+        with pytest.raises(TypeError, match=f"Expected `{name}` to be a path, but got 3"):
+            optimize_noise(pipe, ["a"], method_of("best_of_n"), **{name: 3}, **CALL)
+
+
+@pytest.mark.parametrize("seconds", [10**400, -1.0, float("nan"), "x"])
+def test_seconds_that_cannot_be_are_none(seconds, pipe, tmp_path):
+    path, method = tmp_path / "noise.safetensors", method_of("best_of_n")
+    found = interrupted(pipe, method, path, 1)
+    found.provenance["seconds"] = seconds
+    found.save(path)
+    resumed = optimize_noise(pipe, "a", method, generator=generator(), resume_from=path, **CALL)
+    assert 0 < resumed.provenance["seconds"] < 100
+
+
 def test_a_missing_file_is_refused_unless_it_is_the_one_to_write(pipe, tmp_path):
     path = tmp_path / "noise.safetensors"
     for arguments in ({}, {"save_noise_to": tmp_path / "other"}):

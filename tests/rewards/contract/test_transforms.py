@@ -191,6 +191,15 @@ def test_a_processor_that_cannot_be_compared_is_refused(kind, reason, tmp_path: 
         ImageTransform.from_processor_config(tmp_path)
 
 
+def test_no_code_of_a_checkpoint_is_run(tmp_path: Path):
+    settings = {"image_processor_type": "Theirs", "auto_map": {"AutoImageProcessor": "theirs.Theirs"}}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    (tmp_path / "theirs.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    with pytest.raises(ValueError, match="Expected an image processor to compare with, but got: .*custom code"):
+        ImageTransform.from_processor_config(tmp_path)
+    assert not (tmp_path / "ran").exists()
+
+
 def test_a_mean_may_be_one_number():
     transform = ImageTransform.from_processor_config({"image_mean": 0.5, "image_std": 0.25})
     assert transform == ImageTransform(mean=(0.5,) * 3, std=(0.25,) * 3)
