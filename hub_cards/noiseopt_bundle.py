@@ -110,8 +110,8 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 # The name that diffusers gives this module may come to mean the bundle of another release.
-sys.modules[f"{__name__}_6d1eb63481a8"] = sys.modules[__name__]
-__name__ = f"{__name__}_6d1eb63481a8"
+sys.modules[f"{__name__}_fa5543bec723"] = sys.modules[__name__]
+__name__ = f"{__name__}_fa5543bec723"
 
 # rewards/contract/transforms.py
 
@@ -245,7 +245,7 @@ class ImageTransform:
         if str(settings.get("image_processor_type")).removesuffix("Fast") == DINOV3_PROCESSOR:
             return cls.from_processor_config({**DINOV3_SETTINGS, **settings})
         try:
-            processor = AutoImageProcessor.from_pretrained(config, backend="pil", **hub)
+            processor = AutoImageProcessor.from_pretrained(config, backend="pil", trust_remote_code=False, **hub)
         except (ImportError, ValueError) as error:
             raise ValueError(
                 f"Expected an image processor to compare with, but got: {error} {OWN_TRANSFORM}"
@@ -5823,8 +5823,6 @@ class NoiseProblem:
 
     def __post_init__(self) -> None:
         noise = self.sampler.base_noise
-        if not noise.isfinite().all():
-            raise ValueError("Expected noise of finite numbers, but got NaN or infinity. Correct the `noise_sampler`.")
         self.noise = noise.detach().to(torch.promote_types(noise.dtype, torch.float32))
         self.space, self.dtype = self.sampler.space, noise.dtype
 
@@ -9923,6 +9921,7 @@ def chunk_size_of(method: NoiseOptimizer, problem: NoiseProblem) -> int | None:
 
 # The largest values of arguments that a mistake makes so large that a call would hang.
 MOST_OF_ARGUMENT = {"num_inference_steps": 100_000, "num_images_per_prompt": 4096, "height": 65_536, "width": 65_536}
+VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 OF_DIFFUSERS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, AssertionError)
 
 def check_pipeline(pipe: Any) -> None:
@@ -9942,15 +9941,16 @@ def known_arguments(cls: type) -> set[str] | None:
     known: set[str] = set()
     for function in stock_calls(cls):
         parameters = inspect.signature(function).parameters.values()
-        known |= {parameter.name for parameter in parameters}
+        known |= {parameter.name for parameter in parameters if parameter.kind not in VARIADIC} - {"self"}
         rest = next((parameter.name for parameter in parameters if parameter.kind is parameter.VAR_KEYWORD), None)
         if rest is None:
             return known
-        known |= {text for text in function.__code__.co_consts if isinstance(text, str) and text.isidentifier()}
         try:
             source = inspect.getsource(function)
         except (OSError, TypeError):
             return None
+        known |= set(re.findall(rf"""\b{rest}(?:\.pop\(|\.get\(|\[)\s*["'](\w+)""", source))
+        known |= set(re.findall(rf"""["'](\w+)["'] (?:not )?in {rest}\b""", source))
         if source.count(f"**{rest}") < 2:  # not passed on
             return known
         if "super().__call__(" not in source:
@@ -9962,8 +9962,7 @@ def check_argument_names(pipe: Any, given: Collection[str], ours: Sequence[str] 
     if known is None or not (unknown := [name for name in given if name not in known]):
         return
     name, settings = unknown[0], getattr(method, "__dataclass_fields__", ())
-    documented = {parameter for call in stock_calls(type(pipe)) for parameter in inspect.signature(call).parameters}
-    remedy = did_you_mean(name, [*ours, *sorted(documented - {"self", "args", "kwargs"})])
+    remedy = did_you_mean(name, [*ours, *sorted(known)])
     if name == "seed":
         remedy = " A seed is written `generator=torch.Generator().manual_seed(0)`."
     if name in settings:
@@ -10160,6 +10159,8 @@ def check_noise_batch(noise: torch.Tensor, batch: int) -> None:
             f"Expected noise for {batch} images (prompts × `num_images_per_prompt`), but the pipeline draws some of "
             f"shape {tuple(noise.shape)}. Pass one prompt for each image."
         )
+    if not noise.isfinite().all():
+        raise ValueError("Expected noise of finite numbers, but got NaN or infinity. Correct the `noise_sampler`.")
 
 def check_given_tensors(request: dict[str, Any]) -> None:
     for name, value in request.items():
@@ -10171,7 +10172,7 @@ def check_given_tensors(request: dict[str, Any]) -> None:
                     f"Expected `{name}` as an ordinary tensor, but it was made under `torch.inference_mode()`. Pass "
                     f"`{name}.clone()`, made outside of it."
                 )
-            if "embeds" in name and not tensor.isfinite().all():
+            if (name == "latents" or "embeds" in name) and not tensor.isfinite().all():
                 raise ValueError(
                     f"Expected finite numbers in `{name}`, but got NaN or infinity. Look for the step that made them, "
                     "such as a division by zero or an overflow in float16."
