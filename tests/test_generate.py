@@ -196,7 +196,7 @@ def test_nothing_is_lost_wherever_it_is_killed(tmp_path, monkeypatch):
     """At each replacement of a file: the next start ends with the files of a run in one piece."""
     prompts, whole = write_prompts(tmp_path, *PROMPTS), tmp_path / "whole"
     main(command(prompts, whole, "--images", "1"))
-    expected = contents(whole)
+    expected, point, kept = contents(whole), 0, {}
     for point in itertools.count():
         folder = tmp_path / str(point)
         try:

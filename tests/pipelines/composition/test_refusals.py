@@ -6,10 +6,12 @@ import torch
 from accelerate import cpu_offload
 from compositions import draw, state_of
 from diffusers import (
+    DDIMScheduler,
     FasterCacheConfig,
     FirstBlockCacheConfig,
     MagCacheConfig,
     PyramidAttentionBroadcastConfig,
+    StableDiffusionPanoramaPipeline,
     TaylorSeerCacheConfig,
 )
 from diffusers.hooks import apply_first_block_cache, apply_group_offloading
@@ -207,6 +209,14 @@ def test_convolutions_that_are_cast_layer_by_layer_are_refused_and_linear_layers
     rounded = quiet(sd_pipeline())
     rounded.unet.load_state_dict({name: value.float() for name, value in linear.unet.state_dict().items()})
     assert torch.equal(run(linear, reno(), **arguments).noise, run(rounded, reno(), **arguments).noise)
+
+
+def test_a_call_that_writes_over_its_tensors_is_refused_for_gradients():
+    parts = sd_pipeline(scheduler=DDIMScheduler(clip_sample=False, steps_offset=1)).components
+    panorama = quiet(StableDiffusionPanoramaPipeline(**parts, requires_safety_checker=False))
+    arguments = {"num_inference_steps": 2, "height": 32, "width": 64}
+    refused(panorama, "StableDiffusionPanoramaPipeline writes over them.*BestOfN", **arguments)
+    assert torch.equal(run(panorama, best_of_n(), **arguments).initial_images, draw(panorama, **arguments))
 
 
 @pytest.mark.parametrize("method", [reno(), best_of_n()], ids=["gradient", "no gradient"])
