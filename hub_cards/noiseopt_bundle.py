@@ -110,8 +110,8 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 # The name that diffusers gives this module may come to mean the bundle of another release.
-sys.modules[f"{__name__}_9a46b4c6facc"] = sys.modules[__name__]
-__name__ = f"{__name__}_9a46b4c6facc"
+sys.modules[f"{__name__}_e40fd21b0159"] = sys.modules[__name__]
+__name__ = f"{__name__}_e40fd21b0159"
 
 # rewards/contract/transforms.py
 
@@ -3394,7 +3394,7 @@ def check_value(name: str, value: Any, hint: Any, interval: str | None) -> None:
 
 def refused_signature(function: Callable[..., Any], count: int, *names: str) -> str | None:
     try:
-        signature = inspect.signature(function)
+        signature = inspect.signature(getattr(function, "forward", function))  # of a module, whose call shows none
     except (TypeError, ValueError):
         return None
     try:
@@ -10024,7 +10024,8 @@ def check_types(pipe, request: Mapping[str, Any]) -> None:
         most, hint = MOST_OF_ARGUMENT.get(name), hints.get(name, Any)
         if most and value is not None and not (is_number(value, Integral) and 1 <= int(value) <= most):
             raise ValueError(f"Expected `{name}` to be an integer from 1 to {most}, but got {value!r:.200}.")
-        plain = value is not None or hint in (int, float)  # many calls take `None` for a text or a list
+        # many calls take `None` for a text or a list
+        plain = value is not None or hint in (int, float) or get_origin(hint) is tuple
         if plain and not fits_hint(value, hint):
             kind = inspect.formatannotation(hint)
             raise TypeError(f"Expected `{name}` as {kind}, with finite numbers, but got {value!r:.200}.")
