@@ -179,8 +179,9 @@ def fits_hint(value: Any, hint: Any) -> bool:
     if get_origin(hint) in (list, tuple):
         each = float if get_args(hint)[0] is int else get_args(hint)[0]
         parts = value.tolist() if isinstance(value, torch.Tensor | np.ndarray) else value
-        # `None` switches a list off, as Sana's `complex_human_instruction`, whatever the annotation says
-        return value is None or (isinstance(parts, list | tuple) and all(fits_hint(part, each) for part in parts))
+        if value is None:  # switches a list off, as Sana's `complex_human_instruction`, whatever the annotation says
+            return get_origin(hint) is list
+        return isinstance(parts, list | tuple) and all(fits_hint(part, each) for part in parts)
     if hint is float and isinstance(value, torch.Tensor):
         return value.numel() == 1
     if hint in (int, float):

@@ -9,7 +9,6 @@ from tiny_features import PUBLISHED_FEATURES
 from tiny_rewards import PUBLISHED
 
 from noiseopt.hub.cards import CARDS
-from noiseopt.hub.markdown import sections
 from noiseopt.hub.push import push
 
 ROOT = Path(__file__).parents[2]
@@ -59,8 +58,8 @@ def test_all_cards_are_loaded():
 def test_card_draws_what_the_package_draws_and_runs_its_programs(name, publish, hub, processes, api, tmp_path):
     card = next(card for card in CARDS if card.name == name)
     push(card, "someone", tag="v0.1.0", api=api)
-    publish(sections(card.room)["example"].template)
     folder, repository = ROOT / "hub_cards" / name, f"someone/{name}"
+    publish((folder / "README.md").read_text("utf-8"))
     arguments = [card.cls.__name__, FAMILIES[name], card.room, card.cls.__module__]
     arguments += [folder, repository, "v0.1.0", card.base_model, hub.root]
     run = processes.run(ROOT / "tests/hub_cards/load_card.py", *arguments, folder=tmp_path)

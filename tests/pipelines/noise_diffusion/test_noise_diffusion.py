@@ -181,7 +181,8 @@ class Walk:
 
     def __post_init__(self):
         seeds = [seed_from(image) for image in self.noise]
-        problem = SimpleNamespace(noise=self.noise, seeds=seeds, space=SimpleNamespace(draw_noise=randn_tensor))
+        space, request = SimpleNamespace(draw_noise=randn_tensor), {"num_inference_steps": 30}
+        problem = SimpleNamespace(noise=self.noise, seeds=seeds, space=space, request=request)
         self.memory = self.method.start(problem)
 
     def step(self, score: float, gradient: torch.Tensor) -> None:
