@@ -15,6 +15,8 @@ from torch import Tensor
 from ...checked_fields import refused_signature
 from .reward import NonFiniteReward, Reward, callable_name
 
+LONGEST_WAIT = 1.0  # seconds until Ctrl-C is noticed
+
 
 @dataclass(frozen=True)
 class BlackBoxQuestion:
@@ -104,7 +106,9 @@ class BlackBox(Reward):
         pool = ThreadPoolExecutor(self.workers, thread_name_prefix=f"black box {self.name}")
         try:
             futures = [pool.submit(self.ask, question, over) for question in questions]
-            wait(futures, return_when=FIRST_EXCEPTION)
+            waiting: set[Future[None]] = set(futures)
+            while waiting and not over.is_set():  # in turns, as a signal can come just before a wait that it would end
+                waiting = wait(waiting, LONGEST_WAIT, FIRST_EXCEPTION).not_done
             for future in futures:
                 if future.done():
                     future.result()
