@@ -84,8 +84,12 @@ def only_writer(folder: Path) -> Iterator[None]:
 
 def prompt_name(index: int, prompt: str) -> str:
     """Return a name for the files of a prompt: its index from 0 and its first words."""
-    slug = re.sub(r"[\W_]+", "-", prompt.lower())[:MOST_SLUG_CHARACTERS].strip("-")
-    return f"{index:04d}-{slug}" if slug else f"{index:04d}"
+    return "-".join(filter(None, (f"{index:04d}", prompt_slug(prompt))))
+
+
+def prompt_slug(prompt: str) -> str:
+    """Return the first words of a prompt for the name of a file; an empty string without letters and digits."""
+    return re.sub(r"[\W_]+", "-", prompt.lower()).strip("-")[:MOST_SLUG_CHARACTERS].strip("-")
 
 
 class FolderBar(ProgressBar):

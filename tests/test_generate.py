@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from filelock import FileLock
 from PIL import Image
 from tiny_pipelines import tiny_pipeline
 
@@ -106,6 +107,13 @@ def test_the_page_shows_every_image_that_is_there(generated):
     assert {path.name for path in (folder / "images").glob("*.png")} == {Path(each).name for each in shown.sources}
 
 
+@pytest.mark.parametrize(
+    ("prompt", "words"), [("!!!", ""), (" A_red  cube!", "a-red-cube-"), ("x" * 39 + " y", "x" * 39 + "-")]
+)
+def test_names_of_files_begin_with_words_and_never_with_a_dash(prompt, words):
+    assert re.fullmatch(re.escape(words) + "[0-9a-f]{10}", generation.Job(prompt, 0, (0,), "").name)
+
+
 def test_text_of_others_is_text_on_the_page():
     prompt = '<script>alert("&")</script><img src=x onerror=alert(1)>'
     numbers = {"seeds": [0], "rewards before": {"<i>": [None]}, "rewards": {"<i>": [1.0]}}
@@ -169,10 +177,22 @@ def test_a_prompt_that_fails_is_tried_again(tmp_path, capsys, monkeypatch):
 
 def test_other_settings_are_refused_with_the_difference(generated, tmp_path):
     prompts, folder, _ = generated
-    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("[!.]*")}
     with pytest.raises(SystemExit, match=r"seed was 0 and is 5. Choose another --output, or delete that folder"):
         main(command(prompts, folder, "--seed", "5"))
-    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("[!.]*")} == before
+
+
+def test_it_does_not_start_in_a_folder_that_another_is_writing_to(tmp_path, monkeypatch):
+    prompts = write_prompts(tmp_path, *PROMPTS)
+    (tmp_path / "folder").mkdir()
+    monkeypatch.delattr(generation, "load_pipeline")
+    with (
+        FileLock(tmp_path / "folder" / ".lock"),
+        pytest.raises(SystemExit, match="another process is at work in .*Wai"),
+    ):
+        main(command(prompts, tmp_path / "folder"))
+    assert [path.name for path in (tmp_path / "folder").iterdir()] in ([], [".lock"])
 
 
 class Killed(BaseException):
@@ -227,7 +247,7 @@ def test_it_goes_on_after_kill_9(tmp_path):
     assert 1 <= len(kept) <= 3
     main(arguments)
     assert len(records(folder)) == 3 and all(path.stat().st_mtime_ns == when for path, when in kept.items())
-    assert not [path.name for path in folder.rglob(".*")]
+    assert {path.name for path in folder.rglob(".*")} <= {".lock"}
 
 
 def test_ctrl_c_says_how_to_go_on_and_a_half_done_prompt_does(tmp_path, capsys, monkeypatch):

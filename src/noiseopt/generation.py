@@ -1,12 +1,12 @@
 """Generation: images of each prompt before and after the optimization of its noise, in a folder; resumable."""
 
+import contextlib
 import dataclasses
 import datetime
 import functools
 import hashlib
 import json
 import math
-import re
 import sys
 import time
 from collections import Counter
@@ -22,7 +22,7 @@ from tqdm import tqdm
 from . import shapes_world
 from .callbacks.early_stopping import TimeBudget
 from .evaluation.evaluate import check_call, load_pipeline, one_line
-from .evaluation.folder import CannotEvaluate, read_object
+from .evaluation.folder import CannotEvaluate, locked, read_object
 from .evaluation.instruments import load_reward
 from .evaluation.plan import (
     CallbackChoice,
@@ -38,6 +38,7 @@ from .pipelines.baselines.plain_sampling import PlainSampling
 from .pipelines.hook import optimize_noise
 from .pipelines.method import NoiseOptimizer
 from .pipelines.registry import METHODS
+from .pipelines.result_folder import prompt_slug
 from .pipelines.results.atomic_write import atomic_write
 from .pipelines.results.noise_result import NoiseResult
 from .pipelines.results.settings_diff import settings_diff
@@ -135,8 +136,8 @@ class Job:
     @property
     def name(self) -> str:
         """The common part of the names of its files: the first words of the prompt, and a hash."""
-        words = re.sub(r"\W+", "-", self.prompt.lower()).strip("-")[:40]
-        return f"{words}-{hashlib.sha256(f'{self.repeat} {self.prompt}'.encode()).hexdigest()[:10]}"
+        digest = hashlib.sha256(f"{self.repeat} {self.prompt}".encode()).hexdigest()[:10]
+        return "-".join(filter(None, (prompt_slug(self.prompt), digest)))
 
 
 class ImageFolder:
@@ -284,22 +285,24 @@ class Generation:
         """Generate what is missing, and write all files. Return the number of failed prompts, 0 on other processes.
 
         Raises:
-            CannotEvaluate: If the folder has other settings, or something cannot be loaded.
+            CannotEvaluate: If another process writes to the folder, it has other settings, or something cannot load.
         """
-        if self.is_main:
-            self.folder.claim(self.request.settings())
-            self.report()
-        self.processes.wait_for_everyone()
-        mine = self.jobs[self.processes.process_index :: self.processes.num_processes]
-        missing = [job for job in mine if not self.folder.finished(job)]
-        try:
-            self.generate_all(missing, len(mine))
-            self.processes.wait_for_everyone()
-        except BaseException:
+        with contextlib.ExitStack() as stack:
             if self.is_main:
+                stack.enter_context(locked(self.folder.path))
+                self.folder.claim(self.request.settings())
                 self.report()
-            raise
-        return self.summarize(self.report()) + len(self.request.prompts.problems) if self.is_main else 0
+            self.processes.wait_for_everyone()
+            mine = self.jobs[self.processes.process_index :: self.processes.num_processes]
+            missing = [job for job in mine if not self.folder.finished(job)]
+            try:
+                self.generate_all(missing, len(mine))
+                self.processes.wait_for_everyone()
+            except BaseException:
+                if self.is_main:
+                    self.report()
+                raise
+            return self.summarize(self.report()) + len(self.request.prompts.problems) if self.is_main else 0
 
     def generate_all(self, missing: Sequence[Job], count: int) -> None:
         """Generate the missing jobs of `count`. What cannot be drawn is named first, before anything is loaded."""

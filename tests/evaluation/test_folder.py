@@ -12,7 +12,7 @@ from filelock import FileLock
 from PIL import Image
 from safetensors.torch import save_file
 
-from noiseopt.evaluation.folder import CannotEvaluate, ResultFolder, read_object
+from noiseopt.evaluation.folder import CannotEvaluate, ResultFolder, locked, read_object
 from noiseopt.evaluation.plan import PLAIN, Cell, MethodChoice, ModelChoice, Plan, control_of
 from noiseopt.evaluation.prompt_sets import Prompt, PromptSet
 from noiseopt.evaluation.table import Results, cost_markdown, markdown
@@ -238,18 +238,17 @@ def test_settings_that_are_none_are_refused_by_name(text, folder):
 
 
 def test_one_evaluation_writes_at_a_time(tmp_path, monkeypatch):
-    first, second = (ResultFolder(tmp_path / "new", plan(), "cpu") for _ in range(2))
+    folder = tmp_path / "new"
     busy = "another process is at work in .*new. Wait for it to end, or choose"
-    with first.locked(), pytest.raises(CannotEvaluate, match=busy):
-        second.locked().__enter__()
-    with second.locked(), pytest.raises(CannotEvaluate, match=busy):
-        first.locked().__enter__()
+    for _ in range(2):
+        with locked(folder), pytest.raises(CannotEvaluate, match=busy):
+            locked(folder).__enter__()
 
     def without_locks(lock):
         raise NotImplementedError
 
     monkeypatch.setattr(FileLock, "acquire", without_locks)
-    with first.locked():
+    with locked(folder):
         pass
 
 

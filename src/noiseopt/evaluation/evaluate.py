@@ -20,7 +20,7 @@ from ..pipelines.sampling.first_call import stock_call
 from ..quiet import quiet_libraries
 from ..registry import did_you_mean
 from .calibration import calibrate
-from .folder import CannotEvaluate, ResultFolder
+from .folder import CannotEvaluate, ResultFolder, locked
 from .instruments import NEIGHBORS, Instruments, read_images
 from .metrics import coverage
 from .plan import Cell, ModelChoice, Plan
@@ -66,7 +66,7 @@ class Evaluation:
         """
         with contextlib.ExitStack() as stack:
             if self.is_main:
-                stack.enter_context(self.folder.locked())
+                stack.enter_context(locked(self.folder.path))
                 self.folder.claim()
                 self.fetch_weights()
             stack.enter_context(threads(self.plan.threads))

@@ -48,32 +48,6 @@ class ResultFolder:
         self.plan_settings: dict[str, Any] = json.loads(json.dumps(plan.settings(device), default=repr))
         self.checked: set[Path] = set()
 
-    @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
-        """Hold the folder while the context is open. The system releases it if the process is killed.
-
-        Raises:
-            CannotEvaluate: If another evaluation holds it, or it cannot be written to.
-        """
-        lock = FileLock(self.path / ".lock", timeout=0)
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            lock.acquire()
-        except Timeout:
-            raise CannotEvaluate(
-                f"Expected a folder that no other evaluation is writing to, but another process is at work in "
-                f"{self.path}. Wait for it to end, or choose another --output. To share the work, start one evaluation "
-                "with `accelerate launch -m noiseopt evaluate ...`."
-            ) from None
-        except NotImplementedError:  # a file system without locks, as on some clusters
-            pass
-        except OSError as error:
-            raise CannotEvaluate(f"Expected a folder to write to, but got {self.path}: {error}.") from None
-        try:
-            yield
-        finally:
-            lock.release()
-
     def claim(self) -> None:
         """Write the settings of the plan. Methods, models and prompts may differ from those already here.
 
@@ -203,6 +177,33 @@ class ResultFolder:
     def calibration_key(self, model: ModelChoice, method: MethodChoice) -> str:
         """Return the key of the control of a method on the first prompt, before its N is known."""
         return self.plan.key(Cell(model, control_of(method), 0), self.plan_settings)
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Create a folder, and hold it while the context is open. The system releases it if the process is killed.
+
+    Raises:
+        CannotEvaluate: If another process holds it, or it cannot be written to.
+    """
+    lock = FileLock(folder / ".lock", timeout=0)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout:
+        raise CannotEvaluate(
+            f"Expected a folder that no other process writes to, but another process is at work in {folder}. Wait for "
+            "it to end, or choose another --output. To share the work of one command, start it with `accelerate launch "
+            "-m noiseopt ...`."
+        ) from None
+    except NotImplementedError:  # a file system without locks, as on some clusters
+        pass
+    except OSError as error:
+        raise CannotEvaluate(f"Expected a folder to write to, but got {folder}: {error}.") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def read_object(path: Path, remedy: str) -> dict[str, Any]:
