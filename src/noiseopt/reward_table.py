@@ -7,8 +7,6 @@ classes.
 import dataclasses
 
 GIB = 2**30
-CLIP_H, BLIP_ITM = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K", "Salesforce/blip-itm-base-coco"
-RED, SHARE, COSINE = (-2.0, 1.0), (0.0, 1.0), (-1.0, 1.0)
 
 
 @dataclasses.dataclass(frozen=True)
