@@ -1,5 +1,6 @@
 """The versions: what `pyproject.toml` allows, and the two ends of it that CI installs."""
 
+import ast
 import sys
 from pathlib import Path
 
@@ -15,6 +16,8 @@ else:
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS = ("plots", "lpips", "dreamsim")
+BROUGHT_ALONG = {"numpy", "pil", "psutil", "huggingface-hub"}  # required by diffusers, accelerate and transformers
 UNTESTED = {"torch"}  # one release of it alone has a CPU build where the tests run
 
 
@@ -34,6 +37,22 @@ def pins(name: str) -> dict[str, Version]:
 def lower_bound(requirement: Requirement) -> Version:
     (bound,) = (each.version for each in requirement.specifier if each.operator == ">=")
     return Version(bound)
+
+
+def imported_packages() -> set[str]:
+    """Return the packages that modules of noiseopt import, but those of the standard library."""
+    folders = ("src/noiseopt", "pipelines", "rewards", "callbacks", "schedulers")
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
+    nodes = [node for path in files for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))]
+    names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    names += [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom) and not node.level]
+    return set(map(canonicalize_name, {name.partition(".")[0] for name in names} - sys.stdlib_module_names))
+
+
+def test_what_is_imported_is_declared():
+    extras = [Requirement(line) for name in EXTRAS for line in PROJECT["optional-dependencies"][name]]
+    declared = allowed().keys() | {canonicalize_name(each.name) for each in extras}
+    assert imported_packages() <= declared | BROUGHT_ALONG
 
 
 def test_the_oldest_versions_that_are_allowed_are_those_that_are_tested():

@@ -27,7 +27,7 @@ else:
     import tomli as tomllib
 
 # Packages that the declared dependencies require.
-BROUGHT_ALONG = {"numpy", "PIL", "psutil", "tqdm", "huggingface_hub"}
+BROUGHT_ALONG = {"numpy", "PIL", "psutil", "huggingface_hub"}
 
 
 def card_folders(root):
