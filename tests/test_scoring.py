@@ -101,6 +101,7 @@ def test_a_transparent_image_is_scored_on_white(tmp_path, capsys):
 
 def test_a_folder_stands_for_its_images(pictures, tmp_path, capsys):
     (tmp_path / "notes.txt").write_text("not a picture")
+    (tmp_path / ".noiseopt-0123456789abcdef.part.png").write_bytes(b"\x89PNG")  # still being written
     main(["score", str(tmp_path), "--reward", "red", "--json"])
     assert [row["image"] for row in json.loads(capsys.readouterr().out)] == [pictures[1], pictures[0]]
 

@@ -8,15 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .arguments import examples
+from .image_files import image_files, read_image
 from .reward_table import HEAD, ROWS
 from .shown_text import LONGEST_LINE, shown
 
 if TYPE_CHECKING:
-    import torch
-
     from .rewards.contract.reward import Reward
-
-PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}  # of a folder
 
 
 def add_rewards(commands) -> None:
@@ -140,16 +137,6 @@ def reads_prompts(name: str) -> bool:
     return bool((factory if isinstance(factory, type) else factory()).requires_prompt)
 
 
-def image_files(path: Path) -> list[Path]:
-    """Return the path itself, or the image files of a folder by name. Raises `ValueError` for a folder without any."""
-    if not path.is_dir():
-        return [path]
-    found = sorted(file for file in path.iterdir() if file.suffix.lower() in PICTURES and file.is_file())
-    if not found:
-        raise ValueError(f"Expected image files in {path}, but got none of {', '.join(sorted(PICTURES))}.")
-    return found
-
-
 def score_files(
     name: str, arguments: argparse.Namespace, images: Sequence[Path], prompts: Sequence[str | None]
 ) -> list[float]:
@@ -174,31 +161,6 @@ def load_reward(name: str, arguments: argparse.Namespace) -> "Reward":
     dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
     device = arguments.device or PartialState().device
     return AutoReward.from_pretrained(weights_of(name, EMBEDDED_REWARDS), device=device, dtype=dtype)
-
-
-def read_image(path: Path) -> "torch.Tensor":
-    """Read an image as `(1, 3, H, W)` in [0, 1], upright and on white. Raises `ValueError` if that is impossible."""
-    import numpy as np
-    import torch
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
-    try:
-        with Image.open(path) as picture:
-            mode = picture.mode
-            picture = ImageOps.exif_transpose(picture)
-            if picture.has_transparency_data:
-                shown = picture.convert("RGBA")
-                picture = Image.alpha_composite(Image.new("RGBA", shown.size, "white"), shown)
-            pixels = np.array(picture.convert("RGB"))
-    except (FileNotFoundError, PermissionError) as error:
-        raise ValueError(f"Expected an image file, but {path} cannot be opened: {error.strerror}.") from None
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
-        raise ValueError(
-            f"Expected an image that Pillow can read, but {path} is not one or is damaged: {error}"
-        ) from None
-    if mode[0] in "IF":  # 16 or 32 bits, which Pillow would clip at 255
-        raise ValueError(f"Expected an image with 8 bits per channel, but {path} has mode {mode}. Convert it first.")
-    return torch.from_numpy(pixels).movedim(2, 0)[None].float() / 255
 
 
 def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

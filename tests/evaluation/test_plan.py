@@ -2,15 +2,27 @@
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from noiseopt import BestOfN, ReNO, shapes_world
 from noiseopt.evaluation.command import weighted
 from noiseopt.evaluation.embedded_diversity import embedded_diversity, towers_of
-from noiseopt.evaluation.folder import differences
-from noiseopt.evaluation.plan import PLAIN, MethodChoice, ModelChoice, Plan, control_of, parse_settings, slug
+from noiseopt.evaluation.evaluate import Evaluation
+from noiseopt.evaluation.folder import CannotEvaluate, differences
+from noiseopt.evaluation.plan import (
+    PLAIN,
+    MethodChoice,
+    ModelChoice,
+    Plan,
+    control_of,
+    parse_settings,
+    reference_files,
+    slug,
+)
 from noiseopt.evaluation.prompt_sets import Prompt, PromptSet, load_prompts
 
 PROMPTS = PromptSet("two", (Prompt("a red circle"), Prompt("two blue stars", "pairs")))
@@ -104,6 +116,40 @@ def test_seeds_depend_on_prompt_and_image_only():
 
 def test_the_world_says_the_category_where_the_source_does_not():
     assert [plan().category(index) for index in range(2)] == ["single", "pairs"]
+
+
+def write_references(folder: Path, count: int = 6) -> Path:
+    (folder / "below").mkdir()
+    for index in range(count):
+        Image.new("RGB", (8, 8), (40 * index, 0, 0)).save(folder / "below" / f"{index}.png")
+    return folder
+
+
+def test_references_are_enough_pictures_that_can_be_read(tmp_path):
+    folder = write_references(tmp_path, count=5)
+    (folder / "notes.txt").write_text("no picture")
+    (folder / ".noiseopt-0123456789abcdef.part.png").write_bytes(b"\x89PNG")  # still being written
+    with pytest.raises(ValueError, match="Expected more than 5 images as references, but got 5 in .*Add more"):
+        plan(references=str(folder), features="dinov2")
+    Image.new("L", (8, 8)).save(folder / "gray.jpg")
+    assert len(reference_files(plan(references=str(folder), features="dinov2").references)) == 6
+    with pytest.raises(ValueError, match="Expected features beside `--references`.*but got none. Pass `--features"):
+        plan(references=str(folder), features=None)
+    whole = (folder / "gray.jpg").read_bytes()
+    (folder / "gray.jpg").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"Expected an image that Pillow can read, but .*gray.jpg is not one"):
+        plan(references=str(folder), features="dinov2")
+
+
+def test_references_that_are_lost_meanwhile_are_named(tmp_path):
+    asked = plan(references=str(write_references(tmp_path)), features="dinov2", device="cpu")
+    evaluation = Evaluation(asked, tmp_path / "output")
+    (tmp_path / "below" / "0.png").write_bytes(b"")
+    with pytest.raises(CannotEvaluate, match=r"below/0.png is not one or is damaged"):
+        evaluation.pooled_coverage()
+    (tmp_path / "below" / "0.png").unlink()
+    with pytest.raises(CannotEvaluate, match="Expected more than 5 images"):
+        evaluation.pooled_coverage()
 
 
 @pytest.mark.parametrize(

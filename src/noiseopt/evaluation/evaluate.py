@@ -21,9 +21,9 @@ from ..quiet import quiet_libraries
 from ..registry import did_you_mean
 from .calibration import calibrate
 from .folder import CannotEvaluate, ResultFolder, locked
-from .instruments import NEIGHBORS, Instruments, read_images
+from .instruments import Instruments, read_images
 from .metrics import coverage
-from .plan import Cell, ModelChoice, Plan
+from .plan import NEIGHBORS, Cell, ModelChoice, Plan
 from .table import Entry, Numbers, Results, cost_csv, cost_markdown, costs, markdown, table_csv
 from .unit import Studio, write_json, write_whole
 
@@ -192,7 +192,7 @@ class Evaluation:
             return {}
         try:
             references = read_images(self.plan.references, self.instruments)
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             raise CannotEvaluate(str(error)) from None
         features: dict[tuple[str, str], list[torch.Tensor]] = {}
         for cell in (cell for model in self.plan.models for cell in self.cells(model)):

@@ -4,14 +4,13 @@ import dataclasses
 import functools
 import random
 from collections.abc import Collection, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 
 from .. import shapes_world
+from ..image_files import read_image
 from ..pipelines.results.noise_result import NoiseResult
 from ..rewards.contract.registry import AutoReward
 from ..rewards.contract.reward import Reward
@@ -20,11 +19,9 @@ from ..rewards.features.auto_features import AutoFeatures
 from ..rewards.features.features import Features
 from .metrics import coverage, layout_spread, mean_pairwise_similarity, vendi_score
 from .noise_statistics import gaussian_limits, noise_statistics
-from .plan import EMBEDDED_REWARDS, Plan
+from .plan import EMBEDDED_REWARDS, NEIGHBORS, Plan, reference_files
 
 RENDERS = 16  # references per prompt, for coverage
-NEIGHBORS = 5
-PICTURES = {".png", ".jpg", ".jpeg", ".webp"}
 
 
 def load_reward(name: str, device: torch.device) -> Reward:
@@ -100,17 +97,9 @@ def render_references(prompt: str) -> torch.Tensor:
 
 
 def read_images(folder: str, instruments: Instruments) -> torch.Tensor:
-    """Return the features `(N, D)` of all images in a folder. Raises `ValueError` for too few images."""
-    paths = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in PICTURES)
-    if len(paths) <= NEIGHBORS:
-        raise ValueError(f"Expected more than {NEIGHBORS} images as references, but {folder} has {len(paths)}.")
-    found = []
-    for path in paths:
-        with Image.open(path) as picture:
-            image = torch.frombuffer(bytearray(picture.convert("RGB").tobytes()), dtype=torch.uint8)
-            image = image.view(picture.height, picture.width, 3).movedim(2, 0)[None] / 255
-        found.append(instruments.embed(image))
-    return torch.cat(found)
+    """Return the features `(N, D)` of all images in a folder. Raises `ValueError` for too few, or an unreadable one."""
+    found = (instruments.embed(read_image(path)) for path in reference_files(folder))
+    return torch.cat([features for features in found if features is not None])
 
 
 def set_measures(

@@ -20,6 +20,7 @@ from ..callbacks.cads import CADS
 from ..callbacks.denoising_callback import DenoisingCallback
 from ..callbacks.interval_guidance import IntervalGuidance
 from ..callbacks.particle_guidance import ParticleGuidance
+from ..image_files import is_picture, read_image
 from ..pipelines.baselines.plain_sampling import PlainSampling
 from ..pipelines.method import NoiseOptimizer
 from ..pipelines.registry import METHODS, list_methods
@@ -46,6 +47,7 @@ GROWING = (
     "best of",
     "references",
 )  # settings of a folder that may change
+NEIGHBORS = 5  # of a reference, for coverage
 RESERVED = ("prompt", "generator", "latents", "output_type", "num_images_per_prompt", "return_dict")
 
 
@@ -342,12 +344,23 @@ class Plan:
         if not self.rewards:
             raise ValueError("Expected at least one `--reward`: best-of-N, the control, needs it.")
         check_device(self.device)
-        if self.references is not None and not os.path.isdir(self.references):
-            raise ValueError(f"Expected a folder of images as references, but got {self.references!r}.")
+        self.check_references()
         if self.features is not None and not self.features_are_embedded:
             check_features(self.features)
         self.check_prompts()
         self.check_pairs()
+
+    def check_references(self) -> None:
+        """Raise `ValueError` unless there are no references, or enough that can be read, and features to compare."""
+        if self.references is None:
+            return
+        for path in reference_files(self.references):
+            read_image(path)
+        if self.features is None:
+            raise ValueError(
+                "Expected features beside `--references`, to compare images with them, but got none. Pass `--features "
+                "dinov2`, or leave out the references."
+            )
 
     def check_prompts(self) -> None:
         """Raise `ValueError` for a prompt outside the shapes world if a model is embedded."""
@@ -459,6 +472,19 @@ class Plan:
             "threads": self.threads,
             "versions": {"noiseopt": __version__, **versions},
         }
+
+
+def reference_files(folder: str) -> list[Path]:
+    """Return the image files in a folder and those below it, by name. Raises `ValueError` for too few."""
+    if not os.path.isdir(folder):
+        raise ValueError(f"Expected a folder of images as references, but got {folder!r}. Pass an existing folder.")
+    found = sorted(path for path in Path(folder).rglob("*") if is_picture(path))
+    if len(found) <= NEIGHBORS:
+        raise ValueError(
+            f"Expected more than {NEIGHBORS} images as references, but got {len(found)} in {folder}. Add more images, "
+            "or choose another folder."
+        )
+    return found
 
 
 def distinct(what: str, names: Sequence[str]) -> None:
