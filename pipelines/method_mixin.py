@@ -77,7 +77,8 @@ class MethodMixin(NoiseOptimizationMixin):
         if self.target not in settings:
             if settings:
                 raise ValueError(
-                    f"Expected `{self.target}` beside {sorted(settings)}, but got none: there is nothing to optimize."
+                    f"Expected `{self.target}` beside {sorted(settings)}, but got none: there is nothing to optimize. "
+                    f"Pass `{self.target}` too, or leave these out."
                 )
             return None
         return self.own_method(**settings)
@@ -91,7 +92,12 @@ def merged_settings(arguments: dict[str, Any], others: Mapping[str, Any] | None)
         TypeError: If `method_kwargs` is no mapping.
     """
     if others is not None and not isinstance(others, Mapping):
-        raise TypeError(f"Expected `method_kwargs` to be a dict of settings by name, but got {others!r}.")
+        raise TypeError(
+            f"Expected `method_kwargs` to be a dict of settings by name, but got {others!r}. Pass "
+            "`method_kwargs={...}`."
+        )
     if twice := sorted(arguments.keys() & (others or {}).keys()):
-        raise ValueError(f"Expected each setting once, but got {twice} as arguments and in `method_kwargs` too.")
+        raise ValueError(
+            f"Expected each setting once, but got {twice} as arguments and in `method_kwargs` too. Leave one out."
+        )
     return {**arguments, **(others or {})}

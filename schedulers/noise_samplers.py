@@ -106,7 +106,8 @@ def as_noise_sampler(sampler: NoiseSamplerSpec | None) -> Callable[..., torch.Te
     if callable(sampler) and not isinstance(sampler, type):
         if parameters := refused_signature(sampler, 1, "generator", "device", "dtype"):
             raise TypeError(
-                f"Expected a noise sampler `(shape, generator, device, dtype)`, but got one of {parameters}."
+                f"Expected a noise sampler `(shape, generator, device, dtype)`, but got one of {parameters}. "
+                "Define it with these parameters."
             )
         return sampler
     raise TypeError(

@@ -344,7 +344,7 @@ def test_a_model_and_rewards_of_the_real_world(tmp_path):
         (["--budget", "0s"], "Expected a time above 0"),
         (["--images", "0"], "Expected an integer of 1 or more"),
         (["--prompts", "none.txt"], "none.txt"),
-        (["--call", "noise_sampler=pink"], "Expected `--call` without noise_sampler. Pass it as a setting"),
+        (["--call", "noise_sampler=pink"], "without noise_sampler, but got 'pink'. Pass it as a setting"),
         (["--method", "reno:noise_sampler=pnik"], "noise_sampler"),
         (["--call", "num_images_per_prompt=2"], "Expected `--call` without num_images_per_prompt"),
     ],

@@ -78,4 +78,7 @@ def check_score_range(score_range: Any) -> None:
     ends = score_range if isinstance(score_range, list | tuple) else ()
     numbers = [end for end in ends if isinstance(end, int | float) and not isinstance(end, bool) and math.isfinite(end)]
     if len(ends) != 2 or len(numbers) != 2 or not numbers[0] < numbers[1]:
-        raise ValueError(f"Expected `score_range` as (low, high) with low < high, but got {score_range!r}.")
+        raise ValueError(
+            f"Expected `score_range` as (low, high) with low < high, but got {score_range!r}. Pass the totals of bad "
+            "and good images."
+        )

@@ -51,7 +51,7 @@ OTHERS = "Choose another --output, or delete that folder."
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Request:
-    """What to generate.
+    """A request: models, prompts and settings.
 
     Attributes:
         model, method: The model with the arguments of its call, and the method.
@@ -76,15 +76,28 @@ class Request:
     def __post_init__(self) -> None:
         name = self.method.name
         if isinstance(self.method, CallbackChoice):
-            raise ValueError(f"Expected a method that optimizes noise, but got {name!r}, which steers the sampling.")
+            raise ValueError(
+                f"Expected a method that optimizes noise, but got {name!r}, which steers the sampling. `noiseopt "
+                "evaluate` compares denoising callbacks."
+            )
         if "noise_sampler" in self.model.call:
-            raise ValueError("Expected `--call` without noise_sampler. Pass it as a setting of the method.")
+            raise ValueError(
+                f"Expected `--call` without noise_sampler, but got {self.model.call['noise_sampler']!r}. Pass it "
+                "as a setting of the method."
+            )
         if self.rewards and not self.method.takes_rewards:
-            raise ValueError(f"Expected no `--reward` for {name}, which takes none. Leave it out.")
+            raise ValueError(
+                f"Expected no `--reward` for {name}, which takes none, but got {self.rewards[0][0]!r}. Leave it out."
+            )
         if not self.rewards and requires_rewards(self.method):
-            raise ValueError(f"Expected a `--reward` for {name} to optimize. `noiseopt rewards` lists them.")
+            raise ValueError(
+                f"Expected a `--reward` for {name} to optimize, but got none. `noiseopt rewards` lists them."
+            )
         if not all(0 < weight < math.inf for _, weight in self.rewards):
-            raise ValueError("Expected finite weights above 0. Leave out rewards that are not to be optimized.")
+            raise ValueError(
+                f"Expected finite weights above 0, but got {dict(self.rewards)}. Leave out rewards that are not to be "
+                "optimized."
+            )
         for name, _ in self.rewards:
             check_reward(name, [self.model])
         check_device(self.device)
@@ -123,7 +136,7 @@ class Job:
 
     Attributes:
         prompt: The text.
-        repeat: How many earlier jobs have the same text.
+        repeat: The number of earlier jobs with the same text.
         seeds: One for each image.
         where: The position of the prompt, for messages.
     """

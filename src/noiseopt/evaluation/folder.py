@@ -130,7 +130,7 @@ class ResultFolder:
             "noise": all(len(numbers["noise"][name]) == rings(numbers["noise shape"]) for name in SPECTRA),
         }
         if flaws := [name for name, fits in expected.items() if not fits]:
-            raise CannotEvaluate(f"{path} has wrong values: {', '.join(flaws)}. {REDO}")
+            raise CannotEvaluate(f"Expected a whole unit, but {path} has wrong values: {', '.join(flaws)}. {REDO}")
 
     def image_size(self, path: Path) -> tuple[int, int]:
         """Return width and height of an image. Raises `CannotEvaluate` if it cannot be read."""
@@ -151,7 +151,7 @@ class ResultFolder:
             with safe_open(file, "pt") as tensors:
                 return tensors.get_tensor(name)
         except (OSError, SafetensorError) as error:
-            raise CannotEvaluate(f"Expected image {name} in {file}, but got {error!r}. {REDO}") from None
+            raise CannotEvaluate(f"Expected the tensor '{name}' in {file}, but got {error!r}. {REDO}") from None
 
     def calibration(self) -> dict[tuple[str, str], dict[str, Any]]:
         """Read the results of `calibrate` for this plan, by model and label of the method."""

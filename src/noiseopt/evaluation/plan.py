@@ -105,7 +105,10 @@ class ModelChoice:
     def parse(cls, name: str, call: Mapping[str, Any]) -> "ModelChoice":
         """Raise `ValueError` for an invalid model, or call arguments that the evaluation sets itself."""
         if taken := [argument for argument in call if argument in RESERVED]:
-            raise ValueError(f"Expected `--call` without {taken[0]}, which the evaluation sets itself. Leave it out.")
+            raise ValueError(
+                f"Expected `--call` without {taken[0]}, which the command sets itself, but got {call[taken[0]]!r}. "
+                "Leave it out."
+            )
         check_noise_sampler(call.get("noise_sampler"), "--call")
         known = shapes_world.MODELS.get(name)
         if known is not None and known.is_pipeline:
@@ -340,9 +343,15 @@ class Plan:
         for name in (*(name for name, _ in self.rewards), *self.watched):
             check_reward(name, self.models)
         if not all(weight > 0 for _, weight in self.rewards):
-            raise ValueError("Expected weights above 0. Pass rewards that are only measured as `--watch`.")
+            raise ValueError(
+                f"Expected weights above 0, but got {dict(self.rewards)}. Pass rewards that are only measured as "
+                "`--watch`."
+            )
         if not self.rewards:
-            raise ValueError("Expected at least one `--reward`: best-of-N, the control, needs it.")
+            raise ValueError(
+                "Expected at least one `--reward`, which best-of-N, the control, needs, but got none. `noiseopt "
+                "rewards` lists them."
+            )
         check_device(self.device)
         self.check_references()
         if self.features is not None and not self.features_are_embedded:
@@ -354,18 +363,19 @@ class Plan:
         """Raise `ValueError` unless there are no references, or enough that can be read, and features to compare."""
         if self.references is None:
             return
-        for path in reference_files(self.references):
-            read_image(path)
+        files = reference_files(self.references)
         if self.features is None:
             raise ValueError(
                 "Expected features beside `--references`, to compare images with them, but got none. Pass `--features "
                 "dinov2`, or leave out the references."
             )
+        for path in files:
+            read_image(path)
 
     def check_prompts(self) -> None:
         """Raise `ValueError` for a prompt outside the shapes world if a model is embedded."""
         if not self.prompts.prompts:
-            raise ValueError(f"Expected at least one prompt, but {self.prompts.name} has none.")
+            raise ValueError(f"Expected at least one prompt, but got none in {self.prompts.name}. Pass other prompts.")
         if not any(model.embedded for model in self.models):
             return
         for number, prompt in enumerate(self.prompts.prompts, 1):
@@ -490,9 +500,12 @@ def reference_files(folder: str) -> list[Path]:
 def distinct(what: str, names: Sequence[str]) -> None:
     """Raise `ValueError` unless there are names without duplicates."""
     if what != "reward" and not names:
-        raise ValueError(f"Expected at least one {what}.")
+        raise ValueError(f"Expected at least one {what}, but got none. Pass `--{what}`.")
     if repeated := [name for name in names if names.count(name) > 1]:
-        raise ValueError(f"Expected each {what} once, but got {repeated[0]!r} {names.count(repeated[0])} times.")
+        raise ValueError(
+            f"Expected each {what} once, but got {repeated[0]!r} {names.count(repeated[0])} times. Leave the "
+            "others out."
+        )
 
 
 def check_noise_sampler(noise_sampler: Any, place: str) -> None:
