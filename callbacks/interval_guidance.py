@@ -14,11 +14,12 @@ class IntervalGuidance(DenoisingCallback):
     https://arxiv.org/abs/2404.07724. σ is the ratio of noise to signal: √(1 - ᾱ)/√ᾱ, or σ/(1 - σ) in flow matching. The
     defaults are those of SDXL: training timesteps 73 to 812 of Stable Diffusion's betas, flow times 0.219 to 0.844.
 
-    To turn guidance off, the scale is set to the next number above 1, which gives the conditional prediction up to
-    rounding. The pipeline still computes its unconditional prediction, because a callback cannot remove those rows from
-    every pipeline (ControlNets, IP-Adapters, masks). So this saves no time, but works in all pipelines that read their
-    guidance scale at each step (those with `do_classifier_free_guidance`: SD, SDXL, SD3, Sana, Lumina 2, Z-Image, ...).
-    A callback runs after a step, so the first model call is always guided.
+    To turn guidance off, the scale is set to the next number above 1 (above 0 in pipelines that apply guidance from
+    there), which gives the conditional prediction up to rounding. The pipeline still computes its unconditional
+    prediction, because a callback cannot remove those rows from every pipeline (ControlNets, IP-Adapters, masks). So
+    this saves no time, but works in all pipelines that read their guidance scale at each step (those with
+    `do_classifier_free_guidance`: SD, SDXL, SD3, Sana, Lumina 2, Z-Image, ...). A callback runs after a step, so the
+    first model call is always guided.
 
     After the last step the pipeline's scale is restored. After an exception it stays off, but each call sets its own.
 

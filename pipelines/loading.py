@@ -1,4 +1,4 @@
-"""What runs load by name: rewards, features and decoders, each once for a pipeline."""
+"""Rewards, features and decoders that runs load by name, each once for a pipeline."""
 
 import weakref
 from typing import Any

@@ -63,7 +63,7 @@ class Registry(Generic[EntryT]):
 
         Args:
             name: The name.
-            otherwise: What else would have been accepted, for the error message.
+            otherwise: Other accepted values, for the error message.
 
         Raises:
             ValueError: If the name is not registered; the message lists the names and the closest ones.

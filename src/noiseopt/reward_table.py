@@ -15,7 +15,7 @@ class Row:
 
     Attributes:
         name: The name that users pass.
-        measures: What a higher value means, or what features describe.
+        measures: The meaning of a higher value, or of features.
         kind: "reward" (of an image), "preset" (several rewards with weights), "embedded reward" (of the images of
             embedded models), "set reward" (the diversity of the images of a prompt), or "features" (for set rewards).
         checkpoint: The Hub id that the name loads; `None` without weights, or where a folder must be given.

@@ -35,12 +35,12 @@ DEFAULT_PROMPTS = first_of_each(shapes_world.VALIDATION_PROMPTS, {"position": 4,
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What a method is shown with.
+    """The model, settings and note with which a method is shown.
 
     Attributes:
         model: The embedded model of the kind that the method is made for.
         settings: Settings that suit the 8 × 8 latents of the embedded models, where the method's own do not.
-        note: What a reader has to know about the outcome, if anything.
+        note: A note about the outcome, or an empty string.
     """
 
     model: str = "turbo"
@@ -134,7 +134,7 @@ class Choice:
 
     @property
     def note(self) -> str:
-        """What a reader has to know about the outcome, if anything."""
+        """A note about the outcome, or an empty string."""
         return RECIPES.get(self.method, Recipe()).note
 
     @property
@@ -241,7 +241,8 @@ class Story:
 
     def reward(self, row: int, end: int) -> float | None:
         """Return the mean reward of a set before or after; `None` for methods without rewards."""
-        scores = [result.initial_scores if end == 0 else result.best_scores for result in self.results][row]
+        result = self.results[row]
+        scores = result.initial_scores if end == 0 else result.best_scores
         return float(scores["clip"].mean()) if "clip" in scores else None
 
     @property
