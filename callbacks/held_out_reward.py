@@ -55,13 +55,14 @@ class HeldOutReward(NoiseCallback):
         self.reward, self.tolerance, self.prompts = reward, tolerance, prompts
         self.name = name or getattr(reward, "name", None) or getattr(reward, "__name__", type(reward).__name__)
         self.rows: list[torch.Tensor] = []
+        self.initial_loss: torch.Tensor | None = None
 
     @property
     def scores(self) -> torch.Tensor:
         return torch.stack(self.rows)
 
     def on_run_start(self, state: NoiseState) -> None:
-        self.rows = []
+        self.rows, self.initial_loss = [], None
 
     def on_step_end(self, state: NoiseState) -> None:
         if state.images is None:
@@ -84,6 +85,7 @@ class HeldOutReward(NoiseCallback):
         state.reports[f"held out {self.name}"] = self.report(state)
 
     def report(self, state: NoiseState) -> dict[str, Any]:
+        assert self.initial_loss is not None
         initial, best = self.rows[0], self.scores.gather(0, state.best.step[None])[0]
         change = state.best.loss - self.initial_loss
         hacked = (change < 0) & (best < initial - self.tolerance)

@@ -110,8 +110,8 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 # The name that diffusers gives this module may come to mean the bundle of another release.
-sys.modules[f"{__name__}_6bd7ee2dfe8a"] = sys.modules[__name__]
-__name__ = f"{__name__}_6bd7ee2dfe8a"
+sys.modules[f"{__name__}_9d7b3e0e05c5"] = sys.modules[__name__]
+__name__ = f"{__name__}_9d7b3e0e05c5"
 
 # rewards/contract/transforms.py
 
@@ -2314,7 +2314,7 @@ class PairwiseDistance(nn.Module):
 
 def cosine_distance(features_a: Tensor, features_b: Tensor) -> Tensor:
     units_a, units_b = unit_vectors(features_a), unit_vectors(features_b)
-    return 1 - units_a.flatten(1) @ units_b.flatten(1).mT / units_a[0, ..., 0].numel()
+    return 1 - units_a.flatten(1) @ units_b.flatten(1).mT / units_a.shape[1:-1].numel()
 
 def l2_distance(features_a: Tensor, features_b: Tensor) -> Tensor:
     return torch.cdist(features_a.flatten(1), features_b.flatten(1), compute_mode="donot_use_mm_for_euclid_dist")
@@ -3394,7 +3394,10 @@ def check_value(name: str, value: Any, hint: Any, interval: str | None) -> None:
 
 def refused_signature(function: Callable[..., Any], count: int, *names: str) -> str | None:
     try:
-        signature = inspect.signature(getattr(function, "forward", function))  # of a module, whose call shows none
+        signature = inspect.signature(function)
+        forward = getattr(function, "forward", None)
+        if forward is not None and signature_is_open(signature):  # a module, whose call shows none
+            signature = inspect.signature(forward)
     except (TypeError, ValueError):
         return None
     try:
@@ -3402,6 +3405,9 @@ def refused_signature(function: Callable[..., Any], count: int, *names: str) -> 
     except TypeError:
         return str(signature.replace(return_annotation=inspect.Signature.empty))
     return None
+
+def signature_is_open(signature: inspect.Signature) -> bool:
+    return any(each.kind is each.VAR_POSITIONAL for each in signature.parameters.values())
 
 def is_in(interval: str, value: float) -> bool:
     low, high = (float(end) for end in interval[1:-1].split(","))
@@ -4428,13 +4434,14 @@ def is_patched(pipe: Any) -> bool:
     replaced = [name for name in replaced_methods(pipe) if name in own and name != "encode_prompt"]
     if replaced or any(map(replaced_methods, (pipe.scheduler, *models))):
         return True
-    return any(runs_code_of_others(module) for model in models for module in model.modules())
+    return runs_code_of_others([module for model in models for module in model.modules()])
 
-def runs_code_of_others(module: nn.Module) -> bool:
-    if "forward" in vars(module) or has_forward_hooks(module):
+def runs_code_of_others(modules: list[nn.Module]) -> bool:
+    if any("forward" in vars(module) or has_forward_hooks(module) for module in modules):
         return True
-    kinds = {type(module), type(module).forward, type(getattr(module, "processor", None))}
-    return not all(map(is_of_a_library, kinds - set(LEAN_LAYERS.values())))
+    kinds = set(map(type, modules)) - set(LEAN_LAYERS.values())
+    processors = {type(getattr(module, "processor", None)) for module in modules}
+    return not all(map(is_of_a_library, kinds | {kind.forward for kind in kinds} | processors))
 
 @functools.cache
 def is_of_a_library(thing: Any) -> bool:
@@ -4475,8 +4482,9 @@ def hooked(pipe: Any, **functions: Callable[..., Any]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def apart(pipe: Any) -> Iterator[Any]:
-    twin = pipe if is_patched(pipe) else copy.copy(pipe)
-    with KeptScheduler(pipe).fresh() as scheduler:
+    kept = KeptScheduler(pipe)
+    twin = pipe if kept.in_place else copy.copy(pipe)
+    with kept.fresh() as scheduler:
         own = {"_twin_of": vars(pipe).get("_twin_of", pipe), "scheduler": scheduler}
         with with_attributes(twin, vars(twin) | own):
             yield twin
@@ -5429,7 +5437,7 @@ class PipelineSampler:
         self.postprocessed: list[int] = []  # has an entry once the pipeline's image processor converted pixels
         self.centered: bool | None = None  # whether its pixels are in [-1, 1]; unknown before the first images
         self.clamp: Clamp = clamp
-        self.pipe, self.twin = pipe, make_twin(pipe, clamp, self.postprocessed)
+        self.twin = make_twin(pipe, clamp, self.postprocessed)
         self.own_decoder, self.decoder = vars(self.twin).get("vae"), decoder
         if decoder is not None:
             vars(self.twin)["vae"] = decoder
@@ -5864,7 +5872,8 @@ class NoiseOptimizer:
     dataclasses whose fields are the settings; a field made by `checked` and one annotated with a `Literal` is checked
     before any model runs. A method that differentiates has a field `gradient: Literal["full", "frozen"]`.
 
-    The last four settings change how a run is computed, not what it finds, and hold for every method.
+    The last four settings hold for every method. `chunk_size`, `checkpointing` and `reward_device` change how a run is
+    computed, not what it finds.
 
     Args:
         steps: Evaluations, the baseline included.
@@ -8809,14 +8818,16 @@ def plain_value(value: Any) -> Any:
 # pipelines/results/result_file.py
 
 RESULT_FORMAT = "noiseopt-result-1"
-RESULT_HEADER = {"format": str, "provenance": dict, "generator_devices": list, "reports": dict}
-RESULT_HEADER |= {"progress": dict}  # of a run that was interrupted, else empty
+RESULT_HEADER = {"format": str, "provenance": dict, "generator_devices": list, "reports": dict, "progress": dict}
 RESULT_TENSORS = ("noise", "latents", "losses", "norms", "best_step")
-PROVENANCE: dict[str, type] = {"method": str, "pipeline": str, "generators": str, "dtype": str}
-PROVENANCE |= {"settings": dict, "scheduler": dict, "arguments": dict, "prompts": list, "seeds": list}
+PROVENANCE: dict[str, type] = {
+    **dict.fromkeys(("method", "pipeline", "generators", "dtype"), str),
+    **dict.fromkeys(("settings", "scheduler", "arguments", "call"), dict),
+    **dict.fromkeys(("prompts", "seeds"), list),
+    "complete": bool,
+}
 NAMES_OR_NONE = ("model", "revision")
 CLASS_NAMES = ("method", "pipeline")  # and the entry "class" of the scheduler and the decoder
-PROVENANCE |= {"complete": bool, "call": dict}
 LATER_TENSORS = ("initial_noise", "band_changes")  # missing in files of older versions
 PER_SCORE, PER_STREAM, PER_PROGRESS = "scores.", "generator_states.", "progress."
 NOISE_DTYPES = (torch.float32, torch.float64)
@@ -9088,7 +9099,8 @@ def plain_description(value: Any) -> Any:
     if hasattr(value, "describe"):
         return plain_description(value.describe())
     if hasattr(value, "tobytes"):
-        numbers = f"{getattr(value, 'size', '')} {getattr(value, 'mode', '')}".encode() + value.tobytes()
+        facts = [getattr(value, name, "") for name in ("size", "shape", "mode", "dtype")]
+        numbers = f"{facts}".encode() + value.tobytes()
         return {"type": type(value).__qualname__, "sha256": hashlib.sha256(numbers).hexdigest()}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: plain_description(getattr(value, field.name)) for field in dataclasses.fields(value)}
@@ -9207,11 +9219,11 @@ class NoiseResult:
         return as_pil(self.images)
 
     def _repr_html_(self) -> str:
-        shown = ""
+        pictures = ""
         if self.images is not None and self.initial_images is not None:
             pairs = zip(as_pil(self.initial_images), as_pil(self.images), strict=True)
-            shown = "".join(f"<p>{html_image(before)} {html_image(after)}</p>" for before, after in pairs)
-        return f"<div>{shown}<code>{html.escape(repr(self))}</code></div>"
+            pictures = "".join(f"<p>{html_image(before)} {html_image(after)}</p>" for before, after in pairs)
+        return f"<div>{pictures}<code>{html.escape(repr(self))}</code></div>"
 
     def generator(self) -> torch.Generator | list[torch.Generator] | None:
         fresh = []
@@ -9283,8 +9295,6 @@ class NoiseFile:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        if not isinstance(path, str | os.PathLike) or not os.fspath(path):
-            raise ValueError(f"Expected `save_noise_to` to be the path of a file, but got {path!r}.")
         self.path = Path(path)
         self.next_write = -math.inf
         try:
@@ -9374,8 +9384,8 @@ def call_description(
 def known_run(
     path: str | os.PathLike[str], save_noise_to: str | os.PathLike[str] | None, call: dict[str, Any]
 ) -> NoiseResult | None:
-    file = as_path(path, "resume_from")
-    replaced = save_noise_to is not None and as_path(save_noise_to, "save_noise_to").absolute() == file.absolute()
+    file = Path(path)
+    replaced = save_noise_to is not None and Path(save_noise_to).absolute() == file.absolute()
     if replaced and not file.exists():
         return None
     found = NoiseResult.load(file)
@@ -9388,11 +9398,6 @@ def known_run(
         f"Expected a run that can be continued, but the state of {call['method']['name']} is not stored in {file}. "
         "Leave out `resume_from` to start anew."
     )
-
-def as_path(value: Any, argument: str) -> Path:
-    if not isinstance(value, str | os.PathLike):
-        raise TypeError(f"Expected `{argument}` to be a path, but got {value!r}. Pass a text or a `pathlib.Path`.")
-    return Path(value)
 
 def check_same_call(found: NoiseResult, call: dict[str, Any], path: Path) -> None:
     known = found.provenance.get("call")
@@ -9410,7 +9415,11 @@ def check_same_call(found: NoiseResult, call: dict[str, Any], path: Path) -> Non
 def progress_of(parts: Mapping[str, Any], reports: Mapping[str, Any]) -> Progress:
     tensors: dict[str, torch.Tensor] = {}
     run = stored(parts, tensors, "the run")
-    return Progress({"run": run, "reports": copy.deepcopy(dict(reports))}, tensors)
+    try:
+        kept = copy.deepcopy(dict(reports))
+    except Exception as error:
+        raise NotStorable(f"a report has no copy: {error}") from None
+    return Progress({"run": run, "reports": kept}, tensors)
 
 def kept_attributes(part: Any) -> dict[str, Any]:
     names = getattr(part, "continues", ())
@@ -9682,18 +9691,26 @@ class OptimizationLoop:
         }
 
     def mark(self) -> None:
+        if self.noise_file is None:
+            return
         try:
             self.progress = progress_of(self.parts(), self.run.reports)
         except NotStorable:
             self.progress = None
 
     def take_up(self, known: NoiseResult) -> None:
-        run, parts = self.run, continued_parts(self.parts(), known, self.problem.noise)
+        try:
+            begun = self.parts()
+        except NotStorable as reason:
+            raise unfit(str(reason)) from None
+        run, parts = self.run, continued_parts(begun, known, self.problem.noise)
         assert known.band_changes is not None  # or `continued_parts` had refused it
         for step in range(parts["step"]):
-            rows = (values[step].to(run.noise.device) for values in (known.losses, known.norms, known.band_changes))
+            loss, norm, bands = (
+                values[step].to(run.noise.device) for values in (known.losses, known.norms, known.band_changes)
+            )
             scores = {name: values[step].to(run.noise.device) for name, values in known.scores.items()}
-            self.rows.append(StepRow(**dict(zip(("loss", "norm", "bands"), rows, strict=True)), scores=scores))
+            self.rows.append(StepRow(loss=loss, norm=norm, bands=bands, scores=scores))
         run.noise, run.active, run.stopped = parts["noise"], parts["active"], parts["stopped"]
         run.reports, run.started = parts["reports"], run.started - parts["seconds"]
         run.best = Best(**parts["best"], evaluations=len(self.rows))
@@ -10041,8 +10058,6 @@ def fits_hint(value: Any, hint: Any) -> bool:
     if get_origin(hint) in (list, tuple):
         each = float if get_args(hint)[0] is int else get_args(hint)[0]
         parts = value.tolist() if isinstance(value, torch.Tensor | np.ndarray) else value
-        if value is None:  # switches a list off, as Sana's `complex_human_instruction`, whatever the annotation says
-            return get_origin(hint) is list
         return isinstance(parts, list | tuple) and all(fits_hint(part, each) for part in parts)
     if hint is float and isinstance(value, torch.Tensor):
         return value.numel() == 1
@@ -10067,8 +10082,8 @@ def check_latents(request: Mapping[str, Any]) -> None:
 
 def check_paths(**paths: Any) -> None:
     for name, path in paths.items():
-        if path is not None and not isinstance(path, str | os.PathLike):
-            raise TypeError(f"Expected `{name}` to be a path, but got {path!r}.")
+        if path is not None and not (isinstance(path, str | os.PathLike) and os.fspath(path)):
+            raise TypeError(f"Expected `{name}` to be a path, but got {path!r}. Pass a text or a `pathlib.Path`.")
 
 @contextlib.contextmanager
 def stock_errors(pipe, run: Any) -> Iterator[None]:
@@ -10220,16 +10235,14 @@ class ResultFolder:
     """A folder with one result file for each prompt, such as `0007-a-red-square.safetensors`.
 
     Args:
-        path: The folder. It is created when the first file is written.
+        path: The folder, which `only_writer` has created.
 
     Raises:
-        ValueError: For a path that is no folder, and for two files of one prompt.
+        ValueError: For two files of one prompt.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        if self.path.exists() and not self.path.is_dir():
-            raise ValueError(f"Expected a folder for the results, but {self.path} is a file. Choose another name.")
         self.known: dict[int, Path] = {}
         for file in sorted(self.path.iterdir()) if self.path.is_dir() else ():
             if found := RESULT_NAME.fullmatch(file.name):
@@ -10315,19 +10328,26 @@ class PromptEntry:
     reward_prompt: str | None
     file: Path
 
+def reward_prompts_for(prompts: Any, reward_prompt: str | Sequence[str] | None) -> list[str | None]:
+    listed = isinstance(prompts, list | tuple) and len(prompts) > 0
+    if not listed or not all(isinstance(prompt, str) for prompt in prompts):
+        got = f"{prompts!r:.200}"
+        raise ValueError(f"Expected a list of prompts beside `folder`, but got {got}. Pass `[prompt]` for one.")
+    texts = [reward_prompt] * len(prompts) if reward_prompt is None or isinstance(reward_prompt, str) else reward_prompt
+    listed = isinstance(texts, list | tuple) and len(texts) == len(prompts)
+    if not listed or not all(isinstance(text, str | None) for text in texts):
+        raise ValueError(
+            f"Expected `reward_prompt` to be one text, or one for each of {len(prompts)} prompts, but got "
+            f"{reward_prompt!r:.200}. Pass a list of texts."
+        )
+    return list(texts)
+
 def prompt_entries(
-    prompts: Any,
+    prompts: Sequence[str],
+    reward_prompts: Sequence[str | None],
     folder: str | os.PathLike[str],
     generator: Seeds = None,
-    reward_prompt: str | Sequence[str] | None = None,
 ) -> list[PromptEntry]:
-    if isinstance(prompts, str) or not isinstance(prompts, Sequence) or not all(isinstance(p, str) for p in prompts):
-        raise ValueError(f"Expected a list of prompts beside `folder`, but got {prompts!r}. Pass `[prompt]` for one.")
-    texts = [reward_prompt] * len(prompts) if reward_prompt is None or isinstance(reward_prompt, str) else reward_prompt
-    if len(texts) != len(prompts):
-        raise ValueError(
-            f"Expected `reward_prompt` to be one text, or one for each of {len(prompts)} prompts, but got {len(texts)}."
-        )
     home, generators = ResultFolder(folder), generators_of(generator, len(prompts))
     return [
         PromptEntry(
@@ -10336,7 +10356,7 @@ def prompt_entries(
             reward_prompt=text,
             file=home.file(index, prompt),
         )
-        for index, (prompt, each, text) in enumerate(zip(prompts, generators, texts, strict=True))
+        for index, (prompt, each, text) in enumerate(zip(prompts, generators, reward_prompts, strict=True))
     ]
 
 def generators_of(generator: Seeds, count: int) -> list[torch.Generator | None]:
@@ -10698,7 +10718,12 @@ class NoiseOptimizationMixin(SavedWithCode):
         """
         stock = super().__call__  # pyright: ignore[reportAttributeAccessIssue]
         if method is None:
-            check_nothing_beside(method_kwargs=method_kwargs, save_noise_to=save_noise_to, reward_prompt=reward_prompt)
+            check_nothing_beside(
+                method_kwargs=method_kwargs,
+                callbacks=callbacks,
+                save_noise_to=save_noise_to,
+                reward_prompt=reward_prompt,
+            )
         found = None if method is None else as_method(method, method_kwargs)
         check_argument_names(self, kwargs, [parameter.name for parameter in self.own_parameters()], found)
         if found is None and noise_sampler is None:
@@ -10823,8 +10848,9 @@ def optimize_noise(
     check_paths(save_noise_to=save_noise_to, resume_from=resume_from, folder=folder)
     if folder is not None:
         check_not_beside_folder(save_noise_to=save_noise_to, resume_from=resume_from)
-        with only_writer(as_path(folder, "folder")):
-            entries = prompt_entries(prompt, folder, call_kwargs.pop("generator", None), reward_prompt)
+        texts = reward_prompts_for(prompt, reward_prompt)
+        with only_writer(Path(folder)):
+            entries = prompt_entries(prompt or (), texts, folder, call_kwargs.pop("generator", None))
             return optimize_entries(pipe, entries, method, as_callbacks(callbacks), noise_sampler, call_kwargs)
     with TURNS.take(shared_parts(pipe, method.decoder)), apart(pipe) as twin:
         request = checked_request(twin, prompt, call_kwargs)
@@ -10832,7 +10858,7 @@ def optimize_noise(
         if resume_from is not None:
             known = known_run(resume_from, save_noise_to, call)
         if known is not None and known.complete:
-            if save_noise_to is not None and Path(save_noise_to) != Path(resume_from or ""):
+            if save_noise_to is not None and Path(save_noise_to).absolute() != Path(resume_from or "").absolute():
                 known.save(Path(save_noise_to))
             return known
         if known is not None and request.get("generator") is None and request.get("latents") is None:
@@ -11061,7 +11087,6 @@ class ImageSetFolder:
 
     def write_record(self, record: dict[str, Any]) -> None:
         text = json.dumps({"format": IMAGE_SET_FORMAT, **record}, indent=1, ensure_ascii=False) + "\n"
-        self.path.mkdir(parents=True, exist_ok=True)
         atomic_write(self.path / IMAGE_SET_FILE, lambda part: part.write_text(text, encoding="utf-8"))
 
     def write_image(self, index: int, picture: Image.Image, result: NoiseResult) -> None:
@@ -11207,6 +11232,7 @@ def grow_set(
     **call_kwargs,
 ) -> ImageSet:
     check_count_and_prompt(count, prompt)
+    check_paths(folder=folder)
     device = seed_device(generator)
     call = SetCall(pipe, prompt, call_kwargs, dict(render or {}), noise_sampler, device, reward_prompt)
     growth = SetGrowth(call, sequential_method(method, method_kwargs), callbacks)
@@ -11377,7 +11403,8 @@ def single_noise_sampler(noise_sampler: NoiseSamplerSpec | None) -> Any:
 
 def sequential_method(method: Any, settings: dict[str, Any] | None) -> NoiseOptimizer:
     if method is None:
-        return NeverTooLate(**{**sequential_settings("diversity" not in (settings or {})), **(settings or {})})
+        given = merged_settings({}, settings)
+        return NeverTooLate(**{**sequential_settings("diversity" not in given), **given})
     found: Any = as_method(method, settings)
     fields = getattr(found, "__dataclass_fields__", {})
     if not {"diversity", "references"} <= fields.keys():
@@ -11393,10 +11420,12 @@ def sequential_settings(of_diversity: bool) -> dict[str, Any]:
 
 def with_loaded_parts(method: Any, diversity: SetRewardSum, device: Any, loaded: LoadedModels) -> Any:
     parts: dict[str, Any] = {"diversity": diversity}
-    if (rewards := getattr(method, "rewards", None)) is not None:
-        parts["rewards"] = RewardSum(rewards, device=device, loaded=loaded)
-    optimized = parts["rewards"].names if "rewards" in parts else []
-    if guards := as_guards(getattr(method, "guard", None)):
+    guards = as_guards(getattr(method, "guard", None))
+    rewards = weighted_rewards(getattr(method, "rewards", None), guards)
+    if hasattr(method, "rewards"):
+        parts["rewards"] = None if rewards is None else RewardSum(rewards, device=device, loaded=loaded)
+    optimized = [] if rewards is None else parts["rewards"].names
+    if guards:
 
         def load(reward: str) -> Any:
             return RewardSum(reward, device=device, loaded=loaded).rewards[0]
@@ -11506,9 +11535,8 @@ class NeverTooLateMixin(
         named = {"diversity": diversity, "steps": steps, "learning_rate": learning_rate}
         named |= {"rewards": rewards, "guard": guard}
         given = merged_settings({name: value for name, value in named.items() if value is not None}, method_kwargs)
-        method = NeverTooLate(**{**sequential_settings("diversity" not in given), **given})
         own = {"render": render, "generator": generator, "noise_sampler": noise_sampler, "folder": folder}
-        found = grow_set(self, prompt, count, method, callbacks=callbacks, **own, **kwargs)
+        found = grow_set(self, prompt, count, method_kwargs=given, callbacks=callbacks, **own, **kwargs)
         output = ImagePipelineOutput(images=list(found.pictures))
         vars(output)["image_set"] = found
         return output

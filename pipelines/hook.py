@@ -40,11 +40,11 @@ from .request import (
     reward_prompts_of,
     stock_errors,
 )
-from .result_folder import FolderBar, PromptEntry, only_writer, prompt_entries
+from .result_folder import FolderBar, PromptEntry, only_writer, prompt_entries, reward_prompts_for
 from .results.noise_file import NoiseFile
 from .results.noise_result import NoiseResult
 from .results.pipeline_code import SavedWithCode
-from .results.resume import as_path, call_description, first_generator, known_run
+from .results.resume import call_description, first_generator, known_run
 from .sampling.apart import apart, hooked, set_aside
 from .sampling.first_call import refuse_writes, stock_call, submodules_of
 from .sampling.latent_space import LatentSpace
@@ -281,7 +281,12 @@ class NoiseOptimizationMixin(SavedWithCode):
         """
         stock = super().__call__  # pyright: ignore[reportAttributeAccessIssue]
         if method is None:
-            check_nothing_beside(method_kwargs=method_kwargs, save_noise_to=save_noise_to, reward_prompt=reward_prompt)
+            check_nothing_beside(
+                method_kwargs=method_kwargs,
+                callbacks=callbacks,
+                save_noise_to=save_noise_to,
+                reward_prompt=reward_prompt,
+            )
         found = None if method is None else as_method(method, method_kwargs)
         check_argument_names(self, kwargs, [parameter.name for parameter in self.own_parameters()], found)
         if found is None and noise_sampler is None:
@@ -454,8 +459,9 @@ def optimize_noise(
     check_paths(save_noise_to=save_noise_to, resume_from=resume_from, folder=folder)
     if folder is not None:
         check_not_beside_folder(save_noise_to=save_noise_to, resume_from=resume_from)
-        with only_writer(as_path(folder, "folder")):
-            entries = prompt_entries(prompt, folder, call_kwargs.pop("generator", None), reward_prompt)
+        texts = reward_prompts_for(prompt, reward_prompt)
+        with only_writer(Path(folder)):
+            entries = prompt_entries(prompt or (), texts, folder, call_kwargs.pop("generator", None))
             return optimize_entries(pipe, entries, method, as_callbacks(callbacks), noise_sampler, call_kwargs)
     with TURNS.take(shared_parts(pipe, method.decoder)), apart(pipe) as twin:
         request = checked_request(twin, prompt, call_kwargs)
@@ -463,7 +469,7 @@ def optimize_noise(
         if resume_from is not None:
             known = known_run(resume_from, save_noise_to, call)
         if known is not None and known.complete:
-            if save_noise_to is not None and Path(save_noise_to) != Path(resume_from or ""):
+            if save_noise_to is not None and Path(save_noise_to).absolute() != Path(resume_from or "").absolute():
                 known.save(Path(save_noise_to))
             return known
         if known is not None and request.get("generator") is None and request.get("latents") is None:

@@ -31,6 +31,7 @@ from .results.resume import (
     progress_of,
     set_attributes,
     step_reached,
+    unfit,
 )
 from .sampling.module_state import refuse_backward_error, refuse_lost_gradient
 from .sampling.sample import Sample
@@ -148,7 +149,9 @@ class OptimizationLoop:
         }
 
     def mark(self) -> None:
-        """Remember where the run is, so that it can be continued from here."""
+        """Remember where the run is, so that it can be continued from here, if there is a file to continue from."""
+        if self.noise_file is None:
+            return
         try:
             self.progress = progress_of(self.parts(), self.run.reports)
         except NotStorable:
@@ -156,12 +159,18 @@ class OptimizationLoop:
 
     def take_up(self, known: NoiseResult) -> None:
         """Go on from where an interrupted run was."""
-        run, parts = self.run, continued_parts(self.parts(), known, self.problem.noise)
+        try:
+            begun = self.parts()
+        except NotStorable as reason:
+            raise unfit(str(reason)) from None
+        run, parts = self.run, continued_parts(begun, known, self.problem.noise)
         assert known.band_changes is not None  # or `continued_parts` had refused it
         for step in range(parts["step"]):
-            rows = (values[step].to(run.noise.device) for values in (known.losses, known.norms, known.band_changes))
+            loss, norm, bands = (
+                values[step].to(run.noise.device) for values in (known.losses, known.norms, known.band_changes)
+            )
             scores = {name: values[step].to(run.noise.device) for name, values in known.scores.items()}
-            self.rows.append(StepRow(**dict(zip(("loss", "norm", "bands"), rows, strict=True)), scores=scores))
+            self.rows.append(StepRow(loss=loss, norm=norm, bands=bands, scores=scores))
         run.noise, run.active, run.stopped = parts["noise"], parts["active"], parts["stopped"]
         run.reports, run.started = parts["reports"], run.started - parts["seconds"]
         run.best = Best(**parts["best"], evaluations=len(self.rows))

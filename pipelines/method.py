@@ -26,7 +26,8 @@ class NoiseOptimizer:
     dataclasses whose fields are the settings; a field made by `checked` and one annotated with a `Literal` is checked
     before any model runs. A method that differentiates has a field `gradient: Literal["full", "frozen"]`.
 
-    The last four settings change how a run is computed, not what it finds, and hold for every method.
+    The last four settings hold for every method. `chunk_size`, `checkpointing` and `reward_device` change how a run is
+    computed, not what it finds.
 
     Args:
         steps: Evaluations, the baseline included.

@@ -179,8 +179,6 @@ def fits_hint(value: Any, hint: Any) -> bool:
     if get_origin(hint) in (list, tuple):
         each = float if get_args(hint)[0] is int else get_args(hint)[0]
         parts = value.tolist() if isinstance(value, torch.Tensor | np.ndarray) else value
-        if value is None:  # switches a list off, as Sana's `complex_human_instruction`, whatever the annotation says
-            return get_origin(hint) is list
         return isinstance(parts, list | tuple) and all(fits_hint(part, each) for part in parts)
     if hint is float and isinstance(value, torch.Tensor):
         return value.numel() == 1
@@ -211,8 +209,8 @@ def check_latents(request: Mapping[str, Any]) -> None:
 def check_paths(**paths: Any) -> None:
     """Raise `TypeError` for arguments that are no paths."""
     for name, path in paths.items():
-        if path is not None and not isinstance(path, str | os.PathLike):
-            raise TypeError(f"Expected `{name}` to be a path, but got {path!r}.")
+        if path is not None and not (isinstance(path, str | os.PathLike) and os.fspath(path)):
+            raise TypeError(f"Expected `{name}` to be a path, but got {path!r}. Pass a text or a `pathlib.Path`.")
 
 
 @contextlib.contextmanager

@@ -23,16 +23,14 @@ class ResultFolder:
     """A folder with one result file for each prompt, such as `0007-a-red-square.safetensors`.
 
     Args:
-        path: The folder. It is created when the first file is written.
+        path: The folder, which `only_writer` has created.
 
     Raises:
-        ValueError: For a path that is no folder, and for two files of one prompt.
+        ValueError: For two files of one prompt.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        if self.path.exists() and not self.path.is_dir():
-            raise ValueError(f"Expected a folder for the results, but {self.path} is a file. Choose another name.")
         self.known: dict[int, Path] = {}
         for file in sorted(self.path.iterdir()) if self.path.is_dir() else ():
             if found := RESULT_NAME.fullmatch(file.name):
@@ -136,30 +134,37 @@ class PromptEntry:
     file: Path
 
 
-def prompt_entries(
-    prompts: Any,
-    folder: str | os.PathLike[str],
-    generator: Seeds = None,
-    reward_prompt: str | Sequence[str] | None = None,
-) -> list[PromptEntry]:
-    """Return the calls of prompts whose results are in a folder.
+def reward_prompts_for(prompts: Any, reward_prompt: str | Sequence[str] | None) -> list[str | None]:
+    """Return the reward prompt of each prompt.
 
     Args:
         prompts: The prompts, a list of texts.
-        folder: See `ResultFolder`.
-        generator: See `generators_of`.
         reward_prompt: One text for all prompts, or one for each.
 
     Raises:
         ValueError: For anything else.
     """
-    if isinstance(prompts, str) or not isinstance(prompts, Sequence) or not all(isinstance(p, str) for p in prompts):
-        raise ValueError(f"Expected a list of prompts beside `folder`, but got {prompts!r}. Pass `[prompt]` for one.")
+    listed = isinstance(prompts, list | tuple) and len(prompts) > 0
+    if not listed or not all(isinstance(prompt, str) for prompt in prompts):
+        got = f"{prompts!r:.200}"
+        raise ValueError(f"Expected a list of prompts beside `folder`, but got {got}. Pass `[prompt]` for one.")
     texts = [reward_prompt] * len(prompts) if reward_prompt is None or isinstance(reward_prompt, str) else reward_prompt
-    if len(texts) != len(prompts):
+    listed = isinstance(texts, list | tuple) and len(texts) == len(prompts)
+    if not listed or not all(isinstance(text, str | None) for text in texts):
         raise ValueError(
-            f"Expected `reward_prompt` to be one text, or one for each of {len(prompts)} prompts, but got {len(texts)}."
+            f"Expected `reward_prompt` to be one text, or one for each of {len(prompts)} prompts, but got "
+            f"{reward_prompt!r:.200}. Pass a list of texts."
         )
+    return list(texts)
+
+
+def prompt_entries(
+    prompts: Sequence[str],
+    reward_prompts: Sequence[str | None],
+    folder: str | os.PathLike[str],
+    generator: Seeds = None,
+) -> list[PromptEntry]:
+    """Return the calls of prompts whose results are in a folder. See `ResultFolder` and `generators_of`."""
     home, generators = ResultFolder(folder), generators_of(generator, len(prompts))
     return [
         PromptEntry(
@@ -168,7 +173,7 @@ def prompt_entries(
             reward_prompt=text,
             file=home.file(index, prompt),
         )
-        for index, (prompt, each, text) in enumerate(zip(prompts, generators, texts, strict=True))
+        for index, (prompt, each, text) in enumerate(zip(prompts, generators, reward_prompts, strict=True))
     ]
 
 

@@ -20,14 +20,15 @@ from ..hook import optimize_noise
 from ..loading import loaded_models
 from ..memory.tiny_decoder import FULL_DECODER
 from ..method import NoiseOptimizer
+from ..method_mixin import merged_settings
 from ..registry import as_method
-from ..request import bind_request
+from ..request import bind_request, check_paths
 from ..result_folder import Seeds, only_writer, seed_device, seeds_from
 from ..results.noise_result import NoiseResult
 from ..results.pipeline_description import describe_pipeline
 from ..results.settings_diff import plain_description, settings_diff
 from .image_set_folder import ImageSetFolder
-from .method import NeverTooLate
+from .method import NeverTooLate, weighted_rewards
 from .quality_guard import as_guards, loaded_guards
 
 OF_THE_SET = ("prompt", "latents", "generator", "num_images_per_prompt", "output_type", "return_dict")
@@ -166,6 +167,7 @@ def grow_set(
         TypeError: For a method without references, or an argument that the pipeline does not take.
     """
     check_count_and_prompt(count, prompt)
+    check_paths(folder=folder)
     device = seed_device(generator)
     call = SetCall(pipe, prompt, call_kwargs, dict(render or {}), noise_sampler, device, reward_prompt)
     growth = SetGrowth(call, sequential_method(method, method_kwargs), callbacks)
@@ -356,7 +358,8 @@ def single_noise_sampler(noise_sampler: NoiseSamplerSpec | None) -> Any:
 def sequential_method(method: Any, settings: dict[str, Any] | None) -> NoiseOptimizer:
     """Return the method of a growing set. Raises `TypeError` for one without references."""
     if method is None:
-        return NeverTooLate(**{**sequential_settings("diversity" not in (settings or {})), **(settings or {})})
+        given = merged_settings({}, settings)
+        return NeverTooLate(**{**sequential_settings("diversity" not in given), **given})
     found: Any = as_method(method, settings)
     fields = getattr(found, "__dataclass_fields__", {})
     if not {"diversity", "references"} <= fields.keys():
@@ -376,10 +379,12 @@ def sequential_settings(of_diversity: bool) -> dict[str, Any]:
 def with_loaded_parts(method: Any, diversity: SetRewardSum, device: Any, loaded: LoadedModels) -> Any:
     """Return the method with these set rewards, and with the rewards and guards that have names loaded."""
     parts: dict[str, Any] = {"diversity": diversity}
-    if (rewards := getattr(method, "rewards", None)) is not None:
-        parts["rewards"] = RewardSum(rewards, device=device, loaded=loaded)
-    optimized = parts["rewards"].names if "rewards" in parts else []
-    if guards := as_guards(getattr(method, "guard", None)):
+    guards = as_guards(getattr(method, "guard", None))
+    rewards = weighted_rewards(getattr(method, "rewards", None), guards)
+    if hasattr(method, "rewards"):
+        parts["rewards"] = None if rewards is None else RewardSum(rewards, device=device, loaded=loaded)
+    optimized = [] if rewards is None else parts["rewards"].names
+    if guards:
 
         def load(reward: str) -> Any:
             return RewardSum(reward, device=device, loaded=loaded).rewards[0]

@@ -42,7 +42,6 @@ class ImageSetFolder:
     def write_record(self, record: dict[str, Any]) -> None:
         """Write the JSON file from the entries named in `IMAGE_SET_RECORD`."""
         text = json.dumps({"format": IMAGE_SET_FORMAT, **record}, indent=1, ensure_ascii=False) + "\n"
-        self.path.mkdir(parents=True, exist_ok=True)
         atomic_write(self.path / IMAGE_SET_FILE, lambda part: part.write_text(text, encoding="utf-8"))
 
     def write_image(self, index: int, picture: Image.Image, result: NoiseResult) -> None:

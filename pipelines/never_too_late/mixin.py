@@ -8,7 +8,7 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 
 from ...schedulers.noise_samplers import NoiseSamplerSpec
 from ..method_mixin import MethodMixin, merged_settings
-from .image_set import Seeds, grow_set, sequential_settings
+from .image_set import Seeds, grow_set
 from .method import NeverTooLate
 
 
@@ -78,9 +78,8 @@ class NeverTooLateMixin(
         named = {"diversity": diversity, "steps": steps, "learning_rate": learning_rate}
         named |= {"rewards": rewards, "guard": guard}
         given = merged_settings({name: value for name, value in named.items() if value is not None}, method_kwargs)
-        method = NeverTooLate(**{**sequential_settings("diversity" not in given), **given})
         own = {"render": render, "generator": generator, "noise_sampler": noise_sampler, "folder": folder}
-        found = grow_set(self, prompt, count, method, callbacks=callbacks, **own, **kwargs)
+        found = grow_set(self, prompt, count, method_kwargs=given, callbacks=callbacks, **own, **kwargs)
         output = ImagePipelineOutput(images=list(found.pictures))
         vars(output)["image_set"] = found
         return output

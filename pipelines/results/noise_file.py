@@ -24,8 +24,6 @@ class NoiseFile:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        if not isinstance(path, str | os.PathLike) or not os.fspath(path):
-            raise ValueError(f"Expected `save_noise_to` to be the path of a file, but got {path!r}.")
         self.path = Path(path)
         self.next_write = -math.inf
         try:

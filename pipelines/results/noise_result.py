@@ -141,11 +141,11 @@ class NoiseResult:
 
     def _repr_html_(self) -> str:
         """Return what notebooks show: the images before and after, if the run generated them, and the `repr`."""
-        shown = ""
+        pictures = ""
         if self.images is not None and self.initial_images is not None:
             pairs = zip(as_pil(self.initial_images), as_pil(self.images), strict=True)
-            shown = "".join(f"<p>{html_image(before)} {html_image(after)}</p>" for before, after in pairs)
-        return f"<div>{shown}<code>{html.escape(repr(self))}</code></div>"
+            pictures = "".join(f"<p>{html_image(before)} {html_image(after)}</p>" for before, after in pairs)
+        return f"<div>{pictures}<code>{html.escape(repr(self))}</code></div>"
 
     def generator(self) -> torch.Generator | list[torch.Generator] | None:
         """Return new generators for a call with `latents`; a list if the run had one for each image.

@@ -15,14 +15,16 @@ from ...shown_text import shown
 from .atomic_write import atomic_write
 
 RESULT_FORMAT = "noiseopt-result-1"
-RESULT_HEADER = {"format": str, "provenance": dict, "generator_devices": list, "reports": dict}
-RESULT_HEADER |= {"progress": dict}  # of a run that was interrupted, else empty
+RESULT_HEADER = {"format": str, "provenance": dict, "generator_devices": list, "reports": dict, "progress": dict}
 RESULT_TENSORS = ("noise", "latents", "losses", "norms", "best_step")
-PROVENANCE: dict[str, type] = {"method": str, "pipeline": str, "generators": str, "dtype": str}
-PROVENANCE |= {"settings": dict, "scheduler": dict, "arguments": dict, "prompts": list, "seeds": list}
+PROVENANCE: dict[str, type] = {
+    **dict.fromkeys(("method", "pipeline", "generators", "dtype"), str),
+    **dict.fromkeys(("settings", "scheduler", "arguments", "call"), dict),
+    **dict.fromkeys(("prompts", "seeds"), list),
+    "complete": bool,
+}
 NAMES_OR_NONE = ("model", "revision")
 CLASS_NAMES = ("method", "pipeline")  # and the entry "class" of the scheduler and the decoder
-PROVENANCE |= {"complete": bool, "call": dict}
 LATER_TENSORS = ("initial_noise", "band_changes")  # missing in files of older versions
 PER_SCORE, PER_STREAM, PER_PROGRESS = "scores.", "generator_states.", "progress."
 NOISE_DTYPES = (torch.float32, torch.float64)

@@ -63,8 +63,8 @@ def known_run(
         FileNotFoundError: If there is no such file.
         ValueError: For a file of another call, with the differences, and for one that cannot be continued.
     """
-    file = as_path(path, "resume_from")
-    replaced = save_noise_to is not None and as_path(save_noise_to, "save_noise_to").absolute() == file.absolute()
+    file = Path(path)
+    replaced = save_noise_to is not None and Path(save_noise_to).absolute() == file.absolute()
     if replaced and not file.exists():
         return None
     found = NoiseResult.load(file)
@@ -77,13 +77,6 @@ def known_run(
         f"Expected a run that can be continued, but the state of {call['method']['name']} is not stored in {file}. "
         "Leave out `resume_from` to start anew."
     )
-
-
-def as_path(value: Any, argument: str) -> Path:
-    """Return a path. Raises `TypeError`, naming the argument, for anything else."""
-    if not isinstance(value, str | os.PathLike):
-        raise TypeError(f"Expected `{argument}` to be a path, but got {value!r}. Pass a text or a `pathlib.Path`.")
-    return Path(value)
 
 
 def check_same_call(found: NoiseResult, call: dict[str, Any], path: Path) -> None:
@@ -105,7 +98,11 @@ def progress_of(parts: Mapping[str, Any], reports: Mapping[str, Any]) -> Progres
     """Return a copy of the parts of a run. Raises `NotStorable` for what is neither a number nor a tensor."""
     tensors: dict[str, torch.Tensor] = {}
     run = stored(parts, tensors, "the run")
-    return Progress({"run": run, "reports": copy.deepcopy(dict(reports))}, tensors)
+    try:
+        kept = copy.deepcopy(dict(reports))
+    except Exception as error:
+        raise NotStorable(f"a report has no copy: {error}") from None
+    return Progress({"run": run, "reports": kept}, tensors)
 
 
 def kept_attributes(part: Any) -> dict[str, Any]:

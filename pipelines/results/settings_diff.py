@@ -33,7 +33,8 @@ def plain_description(value: Any) -> Any:
     if hasattr(value, "describe"):
         return plain_description(value.describe())
     if hasattr(value, "tobytes"):
-        numbers = f"{getattr(value, 'size', '')} {getattr(value, 'mode', '')}".encode() + value.tobytes()
+        facts = [getattr(value, name, "") for name in ("size", "shape", "mode", "dtype")]
+        numbers = f"{facts}".encode() + value.tobytes()
         return {"type": type(value).__qualname__, "sha256": hashlib.sha256(numbers).hexdigest()}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: plain_description(getattr(value, field.name)) for field in dataclasses.fields(value)}

@@ -93,14 +93,15 @@ def is_patched(pipe: Any) -> bool:
     replaced = [name for name in replaced_methods(pipe) if name in own and name != "encode_prompt"]
     if replaced or any(map(replaced_methods, (pipe.scheduler, *models))):
         return True
-    return any(runs_code_of_others(module) for model in models for module in model.modules())
+    return runs_code_of_others([module for model in models for module in model.modules()])
 
 
-def runs_code_of_others(module: nn.Module) -> bool:
-    if "forward" in vars(module) or has_forward_hooks(module):
+def runs_code_of_others(modules: list[nn.Module]) -> bool:
+    if any("forward" in vars(module) or has_forward_hooks(module) for module in modules):
         return True
-    kinds = {type(module), type(module).forward, type(getattr(module, "processor", None))}
-    return not all(map(is_of_a_library, kinds - set(LEAN_LAYERS.values())))
+    kinds = set(map(type, modules)) - set(LEAN_LAYERS.values())
+    processors = {type(getattr(module, "processor", None)) for module in modules}
+    return not all(map(is_of_a_library, kinds | {kind.forward for kind in kinds} | processors))
 
 
 @functools.cache
@@ -153,8 +154,9 @@ def apart(pipe: Any) -> Iterator[Any]:
 
     A patched pipeline is yielded itself, and gets its attributes back on exit.
     """
-    twin = pipe if is_patched(pipe) else copy.copy(pipe)
-    with KeptScheduler(pipe).fresh() as scheduler:
+    kept = KeptScheduler(pipe)
+    twin = pipe if kept.in_place else copy.copy(pipe)
+    with kept.fresh() as scheduler:
         own = {"_twin_of": vars(pipe).get("_twin_of", pipe), "scheduler": scheduler}
         with with_attributes(twin, vars(twin) | own):
             yield twin

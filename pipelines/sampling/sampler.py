@@ -86,7 +86,7 @@ class PipelineSampler:
         self.postprocessed: list[int] = []  # has an entry once the pipeline's image processor converted pixels
         self.centered: bool | None = None  # whether its pixels are in [-1, 1]; unknown before the first images
         self.clamp: Clamp = clamp
-        self.pipe, self.twin = pipe, make_twin(pipe, clamp, self.postprocessed)
+        self.twin = make_twin(pipe, clamp, self.postprocessed)
         self.own_decoder, self.decoder = vars(self.twin).get("vae"), decoder
         if decoder is not None:
             vars(self.twin)["vae"] = decoder

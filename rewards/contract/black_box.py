@@ -107,8 +107,10 @@ class BlackBox(Reward):
         try:
             futures = [pool.submit(self.ask, question, over) for question in questions]
             waiting: set[Future[None]] = set(futures)
-            while waiting and not over.is_set():  # in turns, as a signal can come just before a wait that it would end
-                waiting = wait(waiting, LONGEST_WAIT, FIRST_EXCEPTION).not_done
+            while waiting:  # in turns, as a signal can come just before a wait that it would end
+                done, waiting = wait(waiting, LONGEST_WAIT, FIRST_EXCEPTION)
+                if any(future.exception() for future in done):
+                    break
             for future in futures:
                 if future.done():
                     future.result()

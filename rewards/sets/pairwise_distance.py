@@ -56,7 +56,7 @@ def cosine_distance(features_a: Tensor, features_b: Tensor) -> Tensor:
     `unit_vectors`.
     """
     units_a, units_b = unit_vectors(features_a), unit_vectors(features_b)
-    return 1 - units_a.flatten(1) @ units_b.flatten(1).mT / units_a[0, ..., 0].numel()
+    return 1 - units_a.flatten(1) @ units_b.flatten(1).mT / units_a.shape[1:-1].numel()
 
 
 def l2_distance(features_a: Tensor, features_b: Tensor) -> Tensor:

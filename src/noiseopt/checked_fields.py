@@ -56,7 +56,10 @@ def refused_signature(function: Callable[..., Any], count: int, *names: str) -> 
     A function whose parameters are unknown, such as one written in C, can be called.
     """
     try:
-        signature = inspect.signature(getattr(function, "forward", function))  # of a module, whose call shows none
+        signature = inspect.signature(function)
+        forward = getattr(function, "forward", None)
+        if forward is not None and signature_is_open(signature):  # a module, whose call shows none
+            signature = inspect.signature(forward)
     except (TypeError, ValueError):
         return None
     try:
@@ -64,6 +67,11 @@ def refused_signature(function: Callable[..., Any], count: int, *names: str) -> 
     except TypeError:
         return str(signature.replace(return_annotation=inspect.Signature.empty))
     return None
+
+
+def signature_is_open(signature: inspect.Signature) -> bool:
+    """Return whether a function takes any number of arguments."""
+    return any(each.kind is each.VAR_POSITIONAL for each in signature.parameters.values())
 
 
 def is_in(interval: str, value: float) -> bool:

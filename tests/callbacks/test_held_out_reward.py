@@ -113,3 +113,10 @@ def test_a_method_without_images_and_bad_arguments_are_refused():
         HeldOutReward("pickscore")
     with pytest.raises(ValueError, match="tolerance of at least 0"):
         HeldOutReward(brightness, tolerance=-1)
+
+
+def test_one_object_may_watch_run_after_run():
+    watch = HeldOutReward(brightness)
+    run(watch)
+    watch.on_run_start(NoiseState(None, [], 1, torch.zeros(1, 4, 8, 8)))
+    assert watch.rows == [] and watch.initial_loss is None

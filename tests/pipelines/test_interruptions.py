@@ -299,3 +299,5 @@ def test_a_file_without_anything_to_optimize_is_refused(cls, tmp_path):
     with Events(model(), 0), pytest.raises(ValueError, match="Expected a method beside `save_noise_to`"):
         pipe("a b", save_noise_to=tmp_path / "noise.safetensors", **ONE)
     assert not list(tmp_path.iterdir())
+    with Events(model(), 0), pytest.raises(ValueError, match="Expected a method beside `callbacks`"):
+        pipe("a b", callbacks=[print], **ONE)

@@ -169,6 +169,9 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"save_noise_to": "x"}, "Expected `folder` or `save_noise_to`, but got both"),
     ({"resume_from": "x"}, "Expected `folder` or `resume_from`, but got both"),
     ({"reward_prompt": ["x"]}, "Expected `reward_prompt` to be one text, or one for each of 3 prompts"),
+    ({"reward_prompt": ["x", 5, "y"]}, "Expected `reward_prompt` to be one text, or one for each of 3 prompts"),
+    ({"reward_prompt": 5}, "Expected `reward_prompt` to be one text, or one for each of 3 prompts"),
+    ({"prompt": []}, "Expected a list of prompts"),
     ({"folder": __file__}, "is a file. Choose another name"),
 ]
 
@@ -178,6 +181,20 @@ def test_wrong_arguments_are_refused(changes, message, pipe, tmp_path, monkeypat
     monkeypatch.setattr(torch.nn.Module, "__call__", None)
     with pytest.raises(ValueError, match=re.escape(message)):
         optimize_noise(pipe, **{"prompt": PROMPTS, "method": METHOD, "folder": tmp_path, **CALL, **changes})
+
+
+def test_a_refused_call_leaves_no_folder(pipe, tmp_path):
+    with pytest.raises(ValueError, match="Expected a list of prompts"):
+        optimize_noise(pipe, [], METHOD, folder=tmp_path / "new", **CALL)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("name", ["folder", "save_noise_to", "resume_from"])
+@pytest.mark.parametrize("path", ["", 5])
+def test_what_is_no_path_is_refused(name, path, pipe, monkeypatch):
+    monkeypatch.setattr(torch.nn.Module, "__call__", None)
+    with pytest.raises(TypeError, match=f"Expected `{name}` to be a path, but got {path!r}"):
+        optimize_noise(pipe, PROMPTS, METHOD, **{name: path}, **CALL)
 
 
 def test_the_loop_of_the_documentation_can_be_started_again(pipe, tmp_path, monkeypatch):

@@ -540,6 +540,17 @@ def test_a_pipeline_loads_what_has_a_name_once():
     assert loaded_models(pipe).models == loaded
 
 
+def test_rewards_of_weight_0_that_are_guarded_grow_a_set_as_they_optimize_one():
+    guarded = {"rewards": {"brightness": 0.0}, "guard": {"brightness": {"keep": 0.8}}, "steps": 2}
+    assert len(grown(2, method(**guarded))) == 2
+
+
+def test_a_folder_that_is_no_path_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.nn.Module, "__call__", None)
+    with pytest.raises(TypeError, match="Expected `folder` to be a path, but got 5"):
+        grow_set(sd_pipeline(), "a b", 2, method(), folder=5, **ONE)
+
+
 def test_names_are_loaded_once_for_all_images_of_a_set(monkeypatch):
     loads: list[str] = []
     load = AutoReward.from_pretrained

@@ -149,6 +149,8 @@ def test_settings_of_different_numbers_arrays_and_images_differ():
     ):
         assert plain_description(one) == plain_description(copy.copy(one)) != plain_description(other)
     assert plain_description(numpy.int64(3)) == 3
+    arrays = [numpy.zeros((2, 3)), numpy.zeros((3, 2)), numpy.zeros((2, 3), numpy.int64), torch.zeros(2, 3)]
+    assert len({str(plain_description(array)) for array in arrays}) == 4
 
 
 def test_a_difference_is_short_and_without_control_characters():

@@ -4,6 +4,7 @@ import copy
 import json
 import random
 import re
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -328,6 +329,27 @@ class Generates(NoiseOptimizer):
 
     def step(self, run, gradient, state):
         return next(state)
+
+
+def test_a_report_that_has_no_copy_ends_no_run(pipe, tmp_path):
+    def report(run):
+        run.reports["lock"] = threading.Lock()
+        run.reports.pop("lock") if run.step == STEPS - 1 else None
+
+    path = tmp_path / "noise.safetensors"
+    with pytest.warns(UserWarning, match="cannot be written"):
+        found = optimize_noise(
+            pipe, "a", method_of("reno"), generator=generator(), callbacks=report, save_noise_to=path, **CALL
+        )
+    assert found.complete and NoiseResult.load(path).complete
+
+
+def test_a_state_forged_for_a_method_that_stores_none_is_refused(pipe, tmp_path):
+    path, method = tmp_path / "noise.safetensors", UNSTORABLE["candidates"]()
+    interrupted(pipe, method, path, 1)
+    rewritten(path, lambda header, tensors: header | {"progress": {"run": {"dict": {"step": 1}}, "reports": {}}})
+    with pytest.raises(ValueError, match="Expected the state of an interrupted run"):
+        optimize_noise(pipe, "a", method, generator=generator(), resume_from=path, **CALL)
 
 
 UNSTORABLE = {

@@ -246,3 +246,14 @@ def test_an_unfinished_subclass_says_what_is_missing():
         Reward()(IMAGES, "a cat")
     with pytest.raises(NotImplementedError, match="does not implement `encode_text`"):
         Reward().encode_prompt("a cat")
+
+
+def test_the_call_of_a_reward_counts_and_not_a_method_forward_of_its_own():
+    class Robot:
+        def __call__(self, images, prompts):
+            return images.flatten(1).mean(1)
+
+        def forward(self):
+            """Take a step."""
+
+    assert CallableReward(Robot())(torch.full((2, 3, 8, 8), 0.5), ["a", "b"]).tolist() == [0.5, 0.5]

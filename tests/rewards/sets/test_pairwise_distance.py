@@ -83,3 +83,8 @@ def test_features_that_do_not_fit_together_are_refused():
     with pytest.raises(ValueError, match=r"Expected features of the same shape for 'lpips'.*Resize the images"):
         distance(torch.rand(1, 3, 40, 40), torch.rand(1, 3, 48, 40))
     assert PairwiseDistance(TinyImage())(torch.rand(1, 3, 40, 40), torch.rand(1, 3, 48, 40)).shape == (1, 1)
+
+
+def test_an_empty_set_has_no_distances():
+    assert cosine_distance(torch.zeros(0, 5), torch.rand(2, 5)).shape == (0, 2)
+    assert cosine_distance(torch.zeros(0, 3, 5), torch.rand(2, 3, 5)).shape == (0, 2)
