@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 from diffusers.image_processor import VaeImageProcessor
+from torch.autograd.graph import get_gradient_edge
 
 from ...private_names import execution_device
 from ..memory.checkpointing import Checkpointing, Checkpoints, scales_lora
@@ -39,7 +40,7 @@ class PipelineSampler:
     Args:
         pipe: The pipeline whose call is in progress, after its prompts were encoded.
         request: The arguments of that call.
-        encoded: The return values of `encode_prompt` in call order.
+        encoded: The return values of `encode_prompt` so far, in call order.
         space: The noise and latents of the call.
         clamp: How pixels are clamped to [0, 1]. "straight_through" keeps the gradient of saturated pixels, so that they
             can recover; "hard", as in stock pipelines, has zero gradient there. The values are equal.
@@ -58,6 +59,7 @@ class PipelineSampler:
     """
 
     timesteps: int | None = None
+    differentiated = False  # whether a result was found to depend on its noise
 
     def __init__(
         self,
@@ -72,7 +74,7 @@ class PipelineSampler:
         through_denoiser: bool = True,
         start: CallStart | None = None,
     ) -> None:
-        self.space, self.encoded, self.pipe = space, encoded, pipe
+        self.space, self.encoded, self.pipe = space, list(encoded), pipe  # some calls encode after the preparation
         self.device = torch.device(space.arguments.get("device") or execution_device(pipe))
         self.random_state = RandomState(request.get("generator"), self.device)
         self.start = start or CallStart(request.get("generator"), self.device)
@@ -263,11 +265,13 @@ class PipelineSampler:
                 output = estimates[0]
             if not preview:  # counted after the run, as some families set their timesteps after `prepare_latents`
                 self.timesteps = count_timesteps(twin)
-        if differentiable and not output.requires_grad:
-            raise ValueError(
-                f"Expected {type(twin).__name__} to be differentiable from image to noise, but its result carries no "
-                "gradient. Use a method without gradients, such as `BestOfN`."
-            )
+        if differentiable and not self.differentiated:
+            if not depends_on(output, noise):
+                raise ValueError(
+                    f"Expected {type(twin).__name__} to be differentiable from image to noise, but its result carries "
+                    "no gradient. Use a method without gradients, such as `BestOfN`."
+                )
+            self.differentiated = True
         return output
 
     @contextlib.contextmanager
@@ -290,22 +294,38 @@ class PipelineSampler:
         gradient: Gradient,
     ) -> None:
         """Let a twin run on `noise` and the recorded prompts."""
-        attributes, recorded = vars(twin), iter(self.encoded)
+        attributes, ours = vars(twin), [noise]
 
         def prepare_latents(*_, **__):
+            if not ours:
+                raise TypeError(
+                    f"Expected a call that prepares its latents once, but that of {type(twin).__name__} does so for "
+                    "one model after another, such as a prior. Use the pipeline of its last model."
+                )
             self.random_state.rewind(generator)
-            return self.prepare_on(twin, noise, generator)
+            return self.prepare_on(twin, ours.pop(), generator)
 
+        recorded = {"encode_prompt": self.encoded, "prepare_ip_adapter_image_embeds": self.image_embeds}
         attributes.update(
-            encode_prompt=lambda *_, **__: next(recorded),
-            prepare_latents=prepare_latents,
+            {name: replayed(getattr(twin, name), values) for name, values in recorded.items() if hasattr(twin, name)}
         )
-        if hasattr(twin, "prepare_ip_adapter_image_embeds"):
-            embed = twin.prepare_ip_adapter_image_embeds
-            attributes["prepare_ip_adapter_image_embeds"] = replayed(embed, self.image_embeds)
+        attributes["prepare_latents"] = prepare_latents
         wrap = {"frozen": without_gradient, "full": self.checkpoints.call_of}.get(gradient or "")
         if wrap is not None:
             attributes.update({name: wrap(model) for name, model in submodules_of(twin, CALLED_IN_STEPS).items()})
+
+
+def depends_on(output: torch.Tensor, noise: torch.Tensor) -> bool:
+    """Return whether a backward pass from an output reaches a noise. Some calls start a graph of their own midway."""
+    goal, waiting, seen = get_gradient_edge(noise).node, [output.grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        if node is goal:
+            return True
+        if node is not None and node not in seen:
+            seen.add(node)
+            waiting.extend(before for before, _ in node.next_functions)
+    return False
 
 
 def images_in(output: Any, pipe, output_type: str = "pt") -> Any:
