@@ -18,6 +18,7 @@ from diffusers import (
     CogView4Transformer2DModel,
     ControlNetModel,
     ControlNetUnionModel,
+    ControlNetXSAdapter,
     DDIMScheduler,
     DDPMScheduler,
     DDPMWuerstchenScheduler,
@@ -30,15 +31,21 @@ from diffusers import (
     HunyuanDiT2DModel,
     Kandinsky3UNet,
     LuminaNextDiT2DModel,
+    PriorTransformer,
     QwenImageControlNetModel,
     SanaControlNetModel,
     SD3ControlNetModel,
     SD3Transformer2DModel,
     StableCascadeUNet,
     T2IAdapter,
+    UnCLIPScheduler,
+    UNet2DConditionModel,
     VQModel,
 )
 from diffusers.pipelines.deprecated.wuerstchen import PaellaVQModel, WuerstchenDiffNeXt
+from diffusers.pipelines.kandinsky.text_encoder import MCLIPConfig, MultilingualCLIP
+from diffusers.pipelines.stable_diffusion import CLIPImageProjection
+from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import StableUnCLIPImageNormalizer
 from PIL import Image
 from tiny_families import (
     FAMILY_BUILDERS,
@@ -70,7 +77,17 @@ from tiny_pipelines import (
     tiny_unet,
     tiny_vae,
 )
-from transformers import BertConfig, BertModel, BertTokenizer, CLIPTextModelWithProjection, Qwen3Config, Qwen3Model
+from transformers import (
+    BertConfig,
+    BertModel,
+    BertTokenizer,
+    CLIPImageProcessorPil,
+    CLIPTextModelWithProjection,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+    Qwen3Config,
+    Qwen3Model,
+)
 
 from noiseopt.pipelines.sampling.latent_space import with_globals
 
@@ -121,13 +138,47 @@ def sd_parts(cls: type) -> Parts:
     if has(cls, "LatentConsistency"):
         return lcm_pipeline().components
     parts = sd_pipeline(scheduler=DDIMScheduler(clip_sample=False, set_alpha_to_one=False, **TRAILING)).components
-    for word, count in {"Pix2Pix": 8, "Depth": 5}.items():
+    for word, count in {"InstructPix2Pix": 8, "Depth": 5}.items():
         if has(cls, word):
             parts["unet"] = tiny_unet(16, in_channels=count)
     if has(cls, "Upscale"):
         parts["unet"] = tiny_unet(16, in_channels=7, num_class_embeds=1000)
         parts["low_res_scheduler"] = DDPMScheduler()
+    if has(cls, "XS"):
+        parts["unet"] = two_layers(parts["unet"])
+    if has(cls, "LatentUpscale"):
+        parts["unet"] = tiny_unet(16, in_channels=8, out_channels=5, time_cond_proj_dim=2 * 64 + 16)
+        parts["scheduler"] = EulerDiscreteScheduler(**TRAILING)
+    if has(cls, "GLIGEN"):
+        parts["unet"] = tiny_unet(16, attention_type="gated-text-image" if has(cls, "TextImage") else "gated")
+        projection = CLIPImageProjection(16)
+        parts |= {"processor": tiny_image_processor(), "image_encoder": tiny_vision(), "image_project": projection}
     return {**parts, **additions(cls, parts["unet"])}
+
+
+def tiny_image_processor() -> CLIPImageProcessorPil:
+    return CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=SIZE)
+
+
+def tiny_vision() -> CLIPVisionModelWithProjection:
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return CLIPVisionModelWithProjection(CLIPVisionConfig(image_size=32, patch_size=8, projection_dim=16, **sizes))
+
+
+def unclip_parts(cls: type) -> Parts:
+    prior = PriorTransformer(num_layers=1, embedding_dim=16, **HEADS)
+    solver = UnCLIPScheduler(variance_type="fixed_small_log", prediction_type="sample", clip_sample_range=5.0)
+    return {
+        **sd_parts(cls),
+        "unet": tiny_unet(16, class_embed_type="projection", projection_class_embeddings_input_dim=2 * 16),
+        "prior_tokenizer": tiny_clip_tokenizer(),
+        "prior_text_encoder": CLIPTextModelWithProjection(tiny_text_config()),
+        "prior": prior,
+        "prior_scheduler": solver,
+        "image_encoder": tiny_vision(),
+        "image_normalizer": StableUnCLIPImageNormalizer(16),
+        "image_noising_scheduler": DDPMScheduler(),
+    }
 
 
 def sdxl_parts(cls: type) -> Parts:
@@ -135,13 +186,23 @@ def sdxl_parts(cls: type) -> Parts:
     if has(cls, "Pix2Pix"):
         time_ids = {"addition_embed_type": "text_time", "addition_time_embed_dim": 4}
         parts["unet"] = tiny_unet(32, in_channels=8, projection_class_embeddings_input_dim=6 * 4 + 16, **time_ids)
+    if has(cls, "XS"):
+        parts["unet"] = two_layers(parts["unet"])
     return {**parts, **additions(cls, parts["unet"])}
+
+
+def two_layers(unet: UNet2DConditionModel) -> Any:
+    """Return a UNet of two layers per block, the number that ControlNet-XS assumes."""
+    return UNet2DConditionModel.from_config({**unet.config, "layers_per_block": 2})
 
 
 def additions(cls: type, unet: Any) -> Parts:
     """Return what variants have beside the parts of their family."""
     parts = {}
-    if has(cls, "ControlNetUnion"):
+    if has(cls, "ControlNetXS"):
+        small = {"block_out_channels": [4, 8], "conditioning_embedding_out_channels": (8, 8)}
+        parts["controlnet"] = ControlNetXSAdapter.from_unet(unet, **small)
+    elif has(cls, "ControlNetUnion"):
         names = ("block_out_channels", "down_block_types", "cross_attention_dim", "attention_head_dim")
         names += ("norm_num_groups", "layers_per_block", "addition_embed_type", "addition_time_embed_dim")
         shared = {name: unet.config[name] for name in (*names, "projection_class_embeddings_input_dim")}
@@ -310,10 +371,39 @@ def cogview4_parts(cls: type) -> Parts:
     return {"transformer": denoiser, "vae": tiny_vae(), "scheduler": FLOW(base_shift=0.25, max_shift=0.75)}
 
 
-def kandinsky3_parts(cls: type) -> Parts:
-    sizes = {"time_embedding_dim": 8, "groups": 2, "attention_head_dim": 4, "layers_per_block": 3}
-    blocks = {"block_out_channels": (16, 32), "cross_attention_dim": 8, "encoder_hid_dim": 16}
-    decoder = VQModel(
+def kandinsky_parts(cls: type) -> Parts:
+    tokenizer = tiny_t5_tokenizer()
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = MCLIPConfig(transformerDimSize=16, imageDimSize=16, vocab_size=len(tokenizer), **sizes)
+    denoiser = UNet2DConditionModel(
+        in_channels=9 if has(cls, "Inpaint") else 4,
+        out_channels=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        attention_head_dim=4,
+        down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
+        mid_block_type="UNetMidBlock2DSimpleCrossAttn",
+        up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
+        resnet_time_scale_shift="scale_shift",
+        cross_attention_dim=16,
+        encoder_hid_dim=16,
+        encoder_hid_dim_type="text_image_proj",
+        addition_embed_type="text_image",
+    )
+    scheduler = DDIMScheduler(clip_sample=False, set_alpha_to_one=False, **TRAILING)
+    encoder = MultilingualCLIP(text)
+    return {
+        "unet": denoiser,
+        "movq": tiny_movq(),
+        "scheduler": scheduler,
+        "text_encoder": encoder,
+        "tokenizer": tokenizer,
+    }
+
+
+def tiny_movq() -> VQModel:
+    return VQModel(
         block_out_channels=(8, 16),
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
@@ -322,8 +412,13 @@ def kandinsky3_parts(cls: type) -> Parts:
         num_vq_embeddings=8,
         vq_embed_dim=4,
     )
+
+
+def kandinsky3_parts(cls: type) -> Parts:
+    sizes = {"time_embedding_dim": 8, "groups": 2, "attention_head_dim": 4, "layers_per_block": 3}
+    blocks = {"block_out_channels": (16, 32), "cross_attention_dim": 8, "encoder_hid_dim": 16}
     text = {"text_encoder": tiny_t5(), "tokenizer": tiny_t5_tokenizer()}
-    return {"unet": Kandinsky3UNet(**sizes, **blocks), "movq": decoder, "scheduler": DDPMScheduler(), **text}
+    return {"unet": Kandinsky3UNet(**sizes, **blocks), "movq": tiny_movq(), "scheduler": DDPMScheduler(), **text}
 
 
 def cascade_parts(cls: type) -> Parts:
@@ -559,7 +654,8 @@ EMBEDDED: dict[str, Callable[[Any], Any]] = {
 RECIPES: dict[str, Callable[[type], Parts]] = {
     "StableDiffusion3": sd3_parts,
     "StableDiffusionXL": sdxl_parts,
-    "StableDiffusion|LatentConsistency|SemanticStable": sd_parts,
+    "StableDiffusion|LatentConsistency|SemanticStable|CycleDiffusion|AltDiffusion": sd_parts,
+    "StableUnCLIP": unclip_parts,
     "Flux2Klein": family_parts("flux2_klein"),
     "Flux(?!2|Prior)": flux_parts,
     "Chroma": chroma_parts,
@@ -574,6 +670,7 @@ RECIPES: dict[str, Callable[[type], Parts]] = {
     "AuraFlow": aura_flow_parts,
     "CogView3": cogview3_parts,
     "CogView4": cogview4_parts,
+    "Kandinsky(Img2Img|Inpaint)?Pipeline": kandinsky_parts,
     "Kandinsky3": kandinsky3_parts,
     "StableCascadeDecoder": cascade_parts,
     "WuerstchenDecoder": wuerstchen_parts,
@@ -590,7 +687,7 @@ RECIPES: dict[str, Callable[[type], Parts]] = {
 }
 """Parts of a family by the beginning of its classes' names; the first that matches counts."""
 
-NOT_HERE = "GLIGEN|LDM3D|AttendAndExcite|Pix2PixZero|DiffEdit|LatentUpscale|XS|UnCLIP"
+NOT_HERE = "LDM3D"
 BROKEN_IN_DIFFUSERS = ("ChromaInpaintPipeline", "StableDiffusionParadigmsPipeline")
 """Classes whose stock call raises an error that no argument avoids."""
 WHY_NOT = {
@@ -632,6 +729,21 @@ CALLS: dict[str, dict[str, Any]] = {
     "StableCascadeDecoder|WuerstchenDecoder": {"image_embeddings": embeds(1, 4, 3, 3), "guidance_scale": 2.0},
     "StableDiffusionXLControlNetUnion": {"control_mode": 0},
     "StableDiffusionDepth": {"depth_map": embeds(1, 32, 32)},
+    "StableDiffusionGLIGEN": {
+        "gligen_phrases": ["a"],
+        "gligen_boxes": [[0.1, 0.1, 0.6, 0.8]],
+        "gligen_images": [pil_image()],
+        "gligen_scheduled_sampling_beta": 0.5,
+    },
+    "StableDiffusionAttendAndExcite": {"token_indices": [1, 2], "attn_res": (8, 8)},
+    "StableDiffusionDiffEdit": {"mask_image": mask_image()[..., ::2, ::2], "image_latents": embeds(1, 1, 4, 16, 16)},
+    "StableDiffusionPix2PixZero": {"source_embeds": embeds(2, 77, 16), "target_embeds": -embeds(2, 77, 16)},
+    "CycleDiffusion": {"source_prompt": "b"},
+    "StableUnCLIP": {"prior_num_inference_steps": 2, "noise_level": 100},
+    "Kandinsky(Img2Img|Inpaint)?Pipeline": {
+        "image_embeds": embeds(1, 16),
+        "negative_image_embeds": -embeds(1, 16),
+    },
 }
 """Arguments of a family's calls beside those of `arguments_of`."""
 
