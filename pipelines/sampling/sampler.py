@@ -80,7 +80,9 @@ class PipelineSampler:
         self.start = start or CallStart(request.get("generator"), self.device)
         self.draws_globally = self.start.drew_from_global()
         self.draws_early = self.draws_globally or not self.start.own.equals(self.random_state)
+        self.preparation = CallStart(request.get("generator"), self.device)
         self.base_noise, self.drew = space.draw(pipe, generator=self.random_state.generator())
+        self.prepares_globally = self.preparation.drew_from_global()
         self.call = stock_call(type(pipe))
         ours = ("latents", "generator", "output_type", "return_dict", "callback_on_step_end", "callback")
         self.request = {name: value for name, value in request.items() if name not in ours}
@@ -145,7 +147,9 @@ class PipelineSampler:
             return self.prepare_on(twin, noise, self.random_state.generator())
 
     def prepare_on(self, twin, noise: torch.Tensor, generator: torch.Generator | list[torch.Generator]):
-        return self.space.prepare(twin, noise, draw=self.drew, generator=generator)
+        # some functions sample the encoded image from the global stream, whatever the generator
+        with self.preparation.replayed() if self.prepares_globally else contextlib.nullcontext():
+            return self.space.prepare(twin, noise, draw=self.drew, generator=generator)
 
     def to_latents(self, noise: torch.Tensor) -> torch.Tensor:
         """Convert noise to what the pipeline takes as `latents=`, in its dtype, or to the prepared latents."""
@@ -336,7 +340,7 @@ def images_in(output: Any, pipe, output_type: str = "pt") -> Any:
     """
     images = output[0] if isinstance(output, tuple) else output
     if output_type == "pt" and not (isinstance(images, torch.Tensor) and images.ndim == 4 and images.shape[1] == 3):
-        got = tuple(images.shape) if isinstance(images, torch.Tensor) else type(images).__name__
+        got = f"some of shape {tuple(images.shape)}" if isinstance(images, torch.Tensor) else type(images).__name__
         raise TypeError(
             f'Expected {type(pipe).__name__} to return images (B, 3, H, W) for `output_type="pt"`, but got {got}. Use '
             "a pipeline that generates images, as tensors."
