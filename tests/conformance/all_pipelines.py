@@ -75,6 +75,8 @@ def out_of_scope(cls: Any) -> str | None:
     fields = output_fields(cls)
     if fields and not fields & {"images", "image"}:
         return f"returns {', '.join(sorted(fields))}"
+    if "video_length" in inspect.signature(stock_call(cls)).parameters:
+        return "returns frames"
     return None
 
 

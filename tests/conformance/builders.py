@@ -42,8 +42,14 @@ from diffusers import (
     UNet2DConditionModel,
     VQModel,
 )
+from diffusers.models.transformers.transformer_joyimage import JoyImageEditTransformer3DModel
+from diffusers.models.transformers.transformer_joyimage_edit_plus import JoyImageEditPlusTransformer3DModel
+from diffusers.models.unets.unet_dreamlite import DreamLiteUNetModel
+from diffusers.pipelines.deprecated.blip_diffusion.blip_image_processing import BlipImageProcessor
 from diffusers.pipelines.deprecated.wuerstchen import PaellaVQModel, WuerstchenDiffNeXt
+from diffusers.pipelines.joyimage.image_processor import JoyImageEditImageProcessor
 from diffusers.pipelines.kandinsky.text_encoder import MCLIPConfig, MultilingualCLIP
+from diffusers.pipelines.omnigen.processor_omnigen import OmniGenCollator, OmniGenMultiModalProcessor
 from diffusers.pipelines.stable_diffusion import CLIPImageProjection
 from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import StableUnCLIPImageNormalizer
 from PIL import Image
@@ -160,9 +166,10 @@ def tiny_image_processor() -> CLIPImageProcessorPil:
     return CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=SIZE)
 
 
-def tiny_vision() -> CLIPVisionModelWithProjection:
+def tiny_vision(patch_size: int = 8) -> CLIPVisionModelWithProjection:
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    return CLIPVisionModelWithProjection(CLIPVisionConfig(image_size=32, patch_size=8, projection_dim=16, **sizes))
+    config = CLIPVisionConfig(image_size=32, patch_size=patch_size, projection_dim=16, **sizes)
+    return CLIPVisionModelWithProjection(config)
 
 
 def unclip_parts(cls: type) -> Parts:
@@ -621,6 +628,176 @@ def bria_fibo_parts(cls: type) -> Parts:
     }
 
 
+def hunyuan_refiner_parts(cls: type) -> Parts:
+    denoiser = diffusers.HunyuanImageTransformer2DModel(
+        in_channels=16,
+        out_channels=8,
+        num_layers=1,
+        num_single_layers=1,
+        num_refiner_layers=1,
+        patch_size=(1, 1, 1),
+        guidance_embeds=True,
+        text_embed_dim=16,
+        rope_axes_dim=(4, 2, 2),
+        **HEADS,
+    )
+    sizes = {"block_out_channels": (8, 8, 8), "layers_per_block": 1, "spatial_compression_ratio": 4}
+    vae = diffusers.AutoencoderKLHunyuanImageRefiner(3, 3, 4, scaling_factor=0.5, **sizes)
+    return {"transformer": denoiser, "vae": vae, "scheduler": FLOW()}
+
+
+def ideogram_parts(cls: type) -> Parts:
+    sizes = {"in_channels": 16, "num_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2}
+    sizes |= {"intermediate_size": 16, "adaln_dim": 8, "llm_features_dim": 16, "mrope_section": (4, 2, 2)}
+    denoisers = [diffusers.Ideogram4Transformer2DModel(**sizes) for _ in range(2)]
+    both = dict(zip(("transformer", "unconditional_transformer"), denoisers, strict=True))
+    return {**both, "vae": FAMILY_BUILDERS["flux2_klein"]().vae, "scheduler": FLOW()}
+
+
+def bria_fibo2_parts(cls: type) -> Parts:
+    gist = {"min_num_gist_tokens": 4, "max_num_gist_tokens": 8, "gist_step": 2}
+    denoiser = diffusers.BriaFibo2Transformer2DModel(
+        in_channels=4,
+        dim=32,
+        n_layers=2,
+        n_refiner_layers=1,
+        n_heads=2,
+        cap_feat_dim=16,
+        injection_layer_ids=(1,),
+        perceiver_num_layers=1,
+        gist_min_text_len=4,
+        gist_max_text_len=8,
+        axes_dims=(8, 4, 4),
+        axes_lens=(64, 64, 64),
+        **gist,
+    )
+    return {"transformer": denoiser, "vae": FAMILY_BUILDERS["flux2_klein"]().vae, "scheduler": FLOW()}
+
+
+STATISTICS = {"latents_mean": [0.1, 0.0, -0.1, 0.2], "latents_std": [1.0, 2.0, 0.5, 1.5]}
+
+
+def joy_image_parts(cls: type) -> Parts:
+    kind = JoyImageEditPlusTransformer3DModel if has(cls, "Plus") else JoyImageEditTransformer3DModel
+    sizes = {"hidden_size": 32, "num_attention_heads": 2, "text_dim": 16, "num_layers": 1}
+    blocks = {"dim_mult": [1, 1, 1, 1], "num_res_blocks": 1, "temperal_downsample": [False, True, True]}
+    return {
+        "transformer": kind(in_channels=4, rope_dim_list=[8, 4, 4], **sizes),
+        "vae": diffusers.AutoencoderKLWan(base_dim=8, decoder_base_dim=8, z_dim=4, **blocks, **STATISTICS),
+        "scheduler": FLOW(),
+    }
+
+
+class SmallJoyImages(JoyImageEditImageProcessor):
+    """Resizes images to 32 × 32 pixels instead of a megapixel."""
+
+    def get_default_height_width(self, *_, **__):
+        return SIZE["height"], SIZE["width"]
+
+
+class NoTemplate:
+    """Processor of a text encoder that is left out; the pipeline counts the tokens of its template."""
+
+    def __init__(self) -> None:
+        self.tokenizer = self
+
+    def apply_chat_template(self, *_, **__):
+        return [[0]]
+
+    def encode(self, text):
+        return [0]
+
+
+def qwen_image21_parts(cls: type) -> Parts:
+    sizes = {"attention_head_dim": 16, "num_attention_heads": 2, "context_in_dim": 16, "mlp_ratio": 1}
+    blocks = {"dim_mult": [1] * 5, "num_res_blocks": 1}
+    return {
+        "transformer": diffusers.QwenImage21Transformer2DModel(
+            in_channels=4, out_channels=4, num_layers=1, axes_dims_rope=(8, 4, 4), **sizes
+        ),
+        "vae": diffusers.AutoencoderKLQwenImage21(base_dim=8, decoder_base_dim=8, z_dim=4, **blocks, **STATISTICS),
+        "processor": NoTemplate(),
+        "scheduler": FLOW(),
+    }
+
+
+def glm_image_parts(cls: type) -> Parts:
+    denoiser = diffusers.GlmImageTransformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_layers=1,
+        text_embed_dim=16,
+        time_embed_dim=8,
+        condition_dim=4,
+        prior_vq_quantizer_codebook_size=16,
+        **HEADS,
+    )
+    return {"transformer": denoiser, "vae": tiny_vae(**STATISTICS), "scheduler": FLOW()}
+
+
+def dream_lite_parts(cls: type) -> Parts:
+    denoiser = DreamLiteUNetModel(
+        block_out_channels=(8, 16, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        cross_attention_dim=16,
+        attention_head_dim=2,
+        addition_embed_type="time",
+        addition_time_embed_dim=4,
+        projection_class_embeddings_input_dim=8,
+    )
+    blocks = {"num_encoder_blocks": (1, 1), "num_decoder_blocks": (1, 1)}
+    vae = diffusers.AutoencoderTiny(encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8), **blocks)
+    return {"unet": denoiser, "vae": vae, "text_encoder": tiny_t5(), "scheduler": FLOW()}
+
+
+class TextOnly(OmniGenMultiModalProcessor):
+    """Processor of prompts without images, which needs no torchvision."""
+
+    def __init__(self, tokenizer, max_image_size):
+        self.text_tokenizer, self.max_image_size, self.collator = tokenizer, max_image_size, OmniGenCollator()
+
+
+def omni_gen_parts(cls: type) -> Parts:
+    factors = {"short_factor": [1.0] * 4, "long_factor": [1.0] * 4}
+    tokenizer = tiny_t5_tokenizer()
+    denoiser = diffusers.OmniGenTransformer2DModel(
+        hidden_size=16,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        intermediate_size=16,
+        num_layers=1,
+        pad_token_id=0,
+        vocab_size=len(tokenizer),
+        rope_scaling=factors,
+        pos_embed_max_size=8,
+        time_step_dim=8,
+    )
+    # the pipeline assumes 8 pixels a latent
+    return {"transformer": denoiser, "vae": tiny_vae(4, (8, 8, 8, 8)), "scheduler": FLOW(), "tokenizer": tokenizer}
+
+
+def versatile_parts(cls: type) -> Parts:
+    parts = {**sd_parts(cls), "text_encoder": CLIPTextModelWithProjection(tiny_text_config())}
+    if has(cls, "Dual"):
+        parts |= {"image_feature_extractor": tiny_image_processor(), "image_encoder": tiny_vision(patch_size=2)}
+    return {**parts, "image_unet": tiny_unet(16, dual_cross_attention=has(cls, "Dual"))}
+
+
+class SubjectQueries(torch.nn.Module):
+    """Stands for a Q-Former, which reads the vocabulary of BERT from the Hub."""
+
+    device, dtype = torch.device("cpu"), torch.float32
+
+    def forward(self, **_):
+        return embeds(1, 4, 16)
+
+
+def blip_parts(cls: type) -> Parts:
+    processor = BlipImageProcessor(size=SIZE, do_center_crop=False)
+    return {**sd_parts(cls), "qformer": SubjectQueries(), "image_processor": processor}
+
+
 def z_image_parts(cls: type) -> Parts:
     parts = {**FAMILY_BUILDERS["z_image"]().components}
     if has(cls, "ControlNet"):
@@ -640,7 +817,16 @@ TEXT, MASK = embeds(1, 8, 16), torch.ones(1, 8)
 EMBEDDED: dict[str, Callable[[Any], Any]] = {
     "QwenImageEdit": lambda pipe: (TEXT, MASK.long()),
     "Krea2": lambda pipe: (embeds(1, 8, 2, 16), MASK.bool()),
+    "QwenImage21": lambda pipe: (TEXT, None, MASK < 0),
+    "HunyuanImageRefiner": lambda pipe: (TEXT, MASK),
     "HunyuanImage": lambda pipe: (TEXT, MASK, TEXT, MASK),
+    "Ideogram4": lambda pipe: (torch.cat([TEXT, torch.zeros(1, 64, 16)], 1), *pipe._prepare_ids([8], 8, 8, 8, "cpu")),
+    "JoyImageEdit": lambda pipe: (TEXT, MASK),
+    "GlmImage": lambda pipe: (TEXT, -TEXT),
+    "DreamLiteMobile": lambda pipe: (TEXT, MASK),
+    "DreamLite": lambda pipe: (torch.cat([-TEXT, TEXT]), MASK.expand(2, -1)),
+    "BlipDiffusion": lambda pipe: TEXT,
+    "BriaFibo2": lambda pipe: (embeds(1, 2, 8, 16), None),
     "Kandinsky5": lambda pipe: (TEXT, embeds(1, 16), torch.tensor([0, 8], dtype=torch.int32)),
     "LongCat": lambda pipe: (TEXT, torch.zeros(8, 3)),
     "Flux2Pipeline": lambda pipe: (embeds(1, 8, 32), pipe._prepare_text_ids(embeds(1, 8, 32))),
@@ -684,11 +870,25 @@ RECIPES: dict[str, Callable[[type], Parts]] = {
     "NucleusMoE": nucleus_parts,
     "HiDream": hidream_parts,
     "BriaFibo(?!2)": bria_fibo_parts,
+    "BriaFibo2": bria_fibo2_parts,
+    "QwenImage21": qwen_image21_parts,
+    "HunyuanImageRefiner": hunyuan_refiner_parts,
+    "Ideogram4": ideogram_parts,
+    "JoyImageEdit": joy_image_parts,
+    "GlmImage": glm_image_parts,
+    "DreamLite": dream_lite_parts,
+    "OmniGen": omni_gen_parts,
+    "VersatileDiffusion(Dual|Text)": versatile_parts,
+    "BlipDiffusion": blip_parts,
 }
 """Parts of a family by the beginning of its classes' names; the first that matches counts."""
 
 NOT_HERE = "LDM3D"
-BROKEN_IN_DIFFUSERS = ("ChromaInpaintPipeline", "StableDiffusionParadigmsPipeline")
+BROKEN_IN_DIFFUSERS = (
+    "ChromaInpaintPipeline",
+    "StableDiffusionParadigmsPipeline",
+    "VersatileDiffusionDualGuidedPipeline",
+)
 """Classes whose stock call raises an error that no argument avoids."""
 WHY_NOT = {
     "QwenImageLayered": "returns several layers",
@@ -708,8 +908,22 @@ CALLS: dict[str, dict[str, Any]] = {
         "image": pil_image(),
         "_auto_resize": False,
     },
+    "BriaFibo2|DreamLite|GlmImage": {"image": None, "prior_token_ids": torch.arange(64)[None] % 16},
     "Chroma|Bria": SHORT_TEXT,
+    "Ideogram4": {"max_sequence_length": 8, "guidance_schedule": None},
+    "JoyImageEditPlus": {"images": None},
+    "JoyImageEdit": {"image": pil_image()},
+    "BlipDiffusion": {
+        "guidance_scale": 1.0,
+        "prompt_reps": 1,
+        "source_subject_category": ["a"],
+        "target_subject_category": ["b"],
+        "reference_image": pil_image(),
+        "condtioning_image": pil_image(),
+    },
+    "VersatileDiffusion": {"image": pil_image()},
     "QwenImageEdit": {**FAMILY_CALLS["qwen_image"], "image": pil_image()},
+    "QwenImage21": {**FAMILY_CALLS["qwen_image"], "image": None},
     "QwenImage": {**FAMILY_CALLS["qwen_image"]},
     "ZImageOmni": {**FAMILY_CALLS["z_image"], "image": None},
     "ZImage": {**FAMILY_CALLS["z_image"]},
@@ -748,7 +962,7 @@ CALLS: dict[str, dict[str, Any]] = {
 """Arguments of a family's calls beside those of `arguments_of`."""
 
 
-SIZES = {"resolutions": [(32, 32)], "default_sample_size": 16}
+SIZES = {"resolutions": [(32, 32)], "default_sample_size": 16, "vae_image_processor": SmallJoyImages()}
 """Attributes of pipelines that choose the size of an image themselves."""
 
 
@@ -768,7 +982,11 @@ def build(cls: type) -> Any:
     if hasattr(sys.modules[cls.__module__], "calculate_dimensions"):
         cls = with_small_images(cls)
     if encoded := matching(EMBEDDED, cls):
-        cls = type(cls.__name__, (cls,), {"encode_prompt": lambda pipe, *_, **__: encoded(pipe)})
+        named = {"encode_prompt", "encode_prompt_multiple_images"} & set(dir(cls))
+        cls = type(cls.__name__, (cls,), dict.fromkeys(named, lambda pipe, *_, **__: encoded(pipe)))
+    if has(cls, "OmniGen"):
+        start = with_globals(cls.__init__, OmniGenMultiModalProcessor=TextOnly)
+        cls = type(cls.__name__, (cls,), {"__init__": start, "__module__": cls.__module__})
     wanted = {name: {**flags, **parts}.get(name) for name in given if name in parts or name in flags}
     missing = {name: None for name, each in given.items() if each.default is each.empty and name != "self"}
     pipe = quiet(cls(**{**missing, **wanted}))
