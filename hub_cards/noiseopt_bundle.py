@@ -110,8 +110,8 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 # The name that diffusers gives this module may come to mean the bundle of another release.
-sys.modules[f"{__name__}_e40fd21b0159"] = sys.modules[__name__]
-__name__ = f"{__name__}_e40fd21b0159"
+sys.modules[f"{__name__}_6bd7ee2dfe8a"] = sys.modules[__name__]
+__name__ = f"{__name__}_6bd7ee2dfe8a"
 
 # rewards/contract/transforms.py
 
@@ -10041,8 +10041,9 @@ def fits_hint(value: Any, hint: Any) -> bool:
     if get_origin(hint) in (list, tuple):
         each = float if get_args(hint)[0] is int else get_args(hint)[0]
         parts = value.tolist() if isinstance(value, torch.Tensor | np.ndarray) else value
-        # `None` switches a list off, as Sana's `complex_human_instruction`, whatever the annotation says
-        return value is None or (isinstance(parts, list | tuple) and all(fits_hint(part, each) for part in parts))
+        if value is None:  # switches a list off, as Sana's `complex_human_instruction`, whatever the annotation says
+            return get_origin(hint) is list
+        return isinstance(parts, list | tuple) and all(fits_hint(part, each) for part in parts)
     if hint is float and isinstance(value, torch.Tensor):
         return value.numel() == 1
     if hint in (int, float):
