@@ -257,12 +257,13 @@ class PipelineSampler:
             try:
                 with self.draws_of(generator), limited as estimates, torch.set_grad_enabled(differentiable):
                     output = images_in(self.call(twin, **self.request, **ours), twin, output_type)
-            except AttributeError as error:
-                if not differentiable:
+            except (AttributeError, RuntimeError) as error:
+                why, _, _ = str(error).partition(". ")
+                if not differentiable or (isinstance(error, RuntimeError) and "requires grad" not in why):
                     raise
                 raise TypeError(
                     f"Expected {type(twin).__name__} to be differentiable from image to noise, but its code fails "
-                    f'where gradients are recorded ({error}). Use `gradient="frozen"`, or a method without gradients, '
+                    f'where gradients are recorded ({why}). Use `gradient="frozen"`, or a method without gradients, '
                     "such as `BestOfN`."
                 ) from error
             if estimates and output_type == "latent":  # families unpack and scale their output
@@ -357,7 +358,9 @@ def make_twin(pipe, clamp: Clamp, postprocessed: list[int]):
     twin.__dict__ = attributes = plain_attributes(pipe)
     twin.set_progress_bar_config(disable=True)
     # both use numpy, which has no gradient; the final run has them
-    attributes.update({name: None for name in ("safety_checker", "watermark") if name in attributes})
+    own = attributes.get("safety_checker")
+    left_out = ("watermark",) if hasattr(own, "check_text_safety") else ("watermark", "safety_checker")  # Cosmos asks
+    attributes.update({name: None for name in left_out if name in attributes})
     if "vae" in attributes and needs_upcast(attributes["vae"]):
         attributes["vae"] = converted_apart(attributes["vae"])
     if hasattr(attributes.get("image_processor"), "postprocess"):
