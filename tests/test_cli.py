@@ -26,11 +26,11 @@ from noiseopt.cli import build_parser, main
 from noiseopt.demo import ONE_STEP, load_pipeline, optimize_and_judge
 from noiseopt.evaluation.metrics import layout_spread
 from noiseopt.pipelines import FunctionObjective, NoiseOptimizer
-from noiseopt.pipelines.registry import METHODS
+from noiseopt.pipelines.registry import METHODS, list_methods
 from noiseopt.pipelines.sampling.sampler import Gradient
 from noiseopt.quiet import quiet_libraries
 from noiseopt.shapes_world import embedded
-from noiseopt.story import DEFAULT_PROMPTS, SET, Choice
+from noiseopt.story import DEFAULT_PROMPTS, RECIPES, SET, Choice
 
 PROMPT = "a red circle left of a blue star"
 
@@ -154,6 +154,17 @@ def test_demo_of_sets(neighbors, tmp_path, capsys):
     assert f" of {2 * SET} right → " in printed and "from its mean position" in printed
     names = {"before_after.png", "trajectory.png", "noise_1.safetensors", "noise_2.safetensors"}
     assert {path.name for path in tmp_path.iterdir()} == names
+
+
+@pytest.mark.parametrize("method", sorted(RECIPES.keys() | set(list_methods())))
+def test_the_method_of_each_recipe_can_be_built(method):
+    choice = Choice.of(method)
+    assert choice.build().steps == choice.steps
+
+
+def test_an_evaluation_of_what_was_chosen_is_no_step():
+    story = optimize_and_judge(Choice.of("group_selection", steps=4), [PROMPT], seed=0)
+    assert len(story.images) == 5 and story.steps == 4
 
 
 @pytest.mark.parametrize(

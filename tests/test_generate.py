@@ -335,7 +335,13 @@ def test_a_model_and_rewards_of_the_real_world(tmp_path):
         (["--method", "cno", "--reward", "red"], "Expected no `--reward` for cno"),
         (["--reward", "red=inf"], "Expected a finite weight, but got 'red=inf'"),
         (["--reward", "red=nan"], "Expected a finite weight, but got 'red=nan'"),
-        (["--reward", "red=0"], "Expected finite weights above 0"),
+        (["--reward", "red=0"], "Expected finite weights of 0 or more, and one above 0"),
+        (["--reward", "red", "--reward", "brightness=-1"], "Expected finite weights of 0 or more"),
+        (
+            ["--method", "cno", "--images", "1"],
+            "at least 2 images of each prompt for cno, which makes them differ, but got 1. Pass `--images 4`",
+        ),
+        (["--method", "never_too_late", "--images", "1"], "at least 2 images of each prompt for never_too_late"),
         (["--reward", "clipscor"], "Did you mean 'clipscore'"),
         (["--model", "org/model"], "Expected a `--reward` for reno"),
         (["--model", "org/model", "--reward", "clip"], "Did you mean 'clipscore'"),
@@ -357,6 +363,25 @@ def test_bad_arguments_are_refused_before_anything_is_loaded(arguments, expected
     message = re.sub(r"\s+", " ", capsys.readouterr().err)
     assert refused.value.code == 2 and expected in message and "Traceback" not in message
     assert not (tmp_path / "folder").exists()
+
+
+def test_a_folder_without_images_takes_other_settings(tmp_path):
+    prompts, folder = write_prompts(tmp_path, BAD, PROMPTS[0]), tmp_path / "folder"
+    with pytest.raises(SystemExit, match="num_inference_step"):
+        main(command(prompts, folder, "--call", "num_inference_step=1"))
+    with pytest.raises(SystemExit, match="1"):  # the bad prompt
+        main(command(prompts, folder))
+    assert ["error" in record for record in records(folder)] == [True, False]
+    with pytest.raises(SystemExit, match="Expected the settings that"):
+        main(command(prompts, folder, "--seed", "5"))
+
+
+def test_a_reward_of_weight_0_is_measured(tmp_path):
+    arguments = command(write_prompts(tmp_path, PROMPTS[0]), tmp_path / "folder", "--images", "1")
+    main([*arguments, "--reward", "clip", "--reward", "jpeg_compressibility=0"])
+    (record,) = records(tmp_path / "folder")
+    assert record["rewards"].keys() == {"clip", "jpeg_compressibility"}
+    assert record["rewards"]["clip"] >= record["rewards before"]["clip"]
 
 
 @pytest.mark.slow

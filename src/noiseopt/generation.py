@@ -93,14 +93,25 @@ class Request:
             raise ValueError(
                 f"Expected a `--reward` for {name} to optimize, but got none. `noiseopt rewards` lists them."
             )
-        if not all(0 < weight < math.inf for _, weight in self.rewards):
+        weights = [weight for _, weight in self.rewards]
+        if weights and not (all(0 <= weight < math.inf for weight in weights) and any(weights)):
             raise ValueError(
-                f"Expected finite weights above 0, but got {dict(self.rewards)}. Leave out rewards that are not to be "
-                "optimized."
+                f"Expected finite weights of 0 or more, and one above 0, but got {dict(self.rewards)}. Rewards of "
+                "weight 0 are only measured."
+            )
+        if self.images == 1 and self.compares_images:
+            raise ValueError(
+                f"Expected at least 2 images of each prompt for {name}, which makes them differ, but got 1. Pass "
+                "`--images 4`, say."
             )
         for name, _ in self.rewards:
             check_reward(name, [self.model])
         check_device(self.device)
+
+    @property
+    def compares_images(self) -> bool:
+        """Return whether the method optimizes the differences between the images of a prompt."""
+        return self.method.diversity is not None or self.method.name == "cno"
 
     def settings(self) -> dict[str, Any]:
         """Return everything that the images of a prompt depend on, as JSON values."""
@@ -160,11 +171,15 @@ class ImageFolder:
         self.path, self.images = path, path / "images"
 
     def claim(self, settings: dict[str, Any]) -> None:
-        """Write the settings, or check that they equal those already here. Raises `CannotEvaluate` otherwise."""
+        """Write the settings, or check that they equal those already here, if anything was generated with them.
+
+        Raises:
+            CannotEvaluate: If they do not, or the folder cannot be written to.
+        """
         file = self.path / "settings.json"
         try:
             self.images.mkdir(parents=True, exist_ok=True)
-            if not file.exists():
+            if not file.exists() or not self.has_files:
                 write_json(file, settings)
                 return
         except OSError as error:
@@ -174,6 +189,11 @@ class ImageFolder:
                 f"Expected the settings that {self.path} was created with, but got others: {'; '.join(changed)}. "
                 f"{OTHERS}"
             )
+
+    @property
+    def has_files(self) -> bool:
+        """Return whether there is a noise, which is written in each step, or an image."""
+        return any(path.suffix in (".safetensors", ".png") for path in self.images.iterdir())
 
     def noise(self, job: Job) -> Path:
         return self.images / f"{job.name}.safetensors"

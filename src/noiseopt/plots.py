@@ -124,7 +124,7 @@ def draw_pairs(story: Story, path: Path | BinaryIO) -> None:
 
 def explained(story: Story, below: str, height: float, width: float) -> tuple[Page, float]:
     """Return a page that starts with an explanation, and the top of the `height` inches below it."""
-    after = f"Baseline → after {len(story.values)} step{'s' * (len(story.values) != 1)} of {story.choice}."
+    after = f"Baseline → after {story.steps} step{'s' * (story.steps != 1)} of {story.choice}."
     explanation = textwrap.wrap(f"{after} Below: {below}.", int(13 * width))
     head = 0.27 + 0.18 * len(explanation)
     page = Page(head + height, width)

@@ -70,13 +70,11 @@ RECIPES = {
     ),
     "noise_pgd": Recipe(
         model="guided",
-        settings={"score_range": SCORE_RANGE},
         note="A baseline of Noise Diffusion's paper: it raises the reward most, by leaving the Gaussian, and ruins "
         "the images.",
     ),
     "mean_variance": Recipe(
         model="guided",
-        settings={"score_range": SCORE_RANGE},
         note="A baseline of Noise Diffusion's paper: mean and variance hardly change an image.",
     ),
 }
@@ -248,6 +246,11 @@ class Story:
     @property
     def seconds(self) -> float:
         return sum(result.provenance["seconds"] for result in self.results)
+
+    @property
+    def steps(self) -> int:
+        """The steps that were taken; a last evaluation of what they chose, as in group selection, is none."""
+        return min(len(self.images), self.choice.steps)
 
     def best(self, sample: int) -> int:
         """Return the step whose image is returned."""

@@ -103,7 +103,7 @@ class ModelChoice:
 
     @classmethod
     def parse(cls, name: str, call: Mapping[str, Any]) -> "ModelChoice":
-        """Raise `ValueError` for an invalid model, or call arguments that the evaluation sets itself."""
+        """Raise `ValueError` for an invalid model, or call arguments that the command sets itself."""
         if taken := [argument for argument in call if argument in RESERVED]:
             raise ValueError(
                 f"Expected `--call` without {taken[0]}, which the command sets itself, but got {call[taken[0]]!r}. "
