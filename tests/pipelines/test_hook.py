@@ -332,3 +332,12 @@ def test_a_compiled_denoiser_needs_no_size_in_the_call():
     pipe.unet = torch.compile(pipe.unet, backend="eager")
     found = optimize_noise(pipe, "a", ReNO(rewards="red", steps=1), generator=generator(1), num_inference_steps=1)
     torch.testing.assert_close(found.losses, plain.losses)
+
+
+def test_dropout_that_a_run_turns_off_is_told():
+    pipe = quiet(sd_pipeline())
+    pipe.unet.add_module("noise", torch.nn.Dropout(0.5))
+    pipe.unet.train()
+    with pytest.warns(UserWarning, match="The `unet` is in training mode with dropout"):
+        optimize_noise(pipe, "a", ReNO(rewards="red", steps=1), num_inference_steps=1, **SIZE)
+    assert pipe.unet.training
