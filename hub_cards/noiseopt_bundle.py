@@ -111,8 +111,8 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 # The name that diffusers gives this module may come to mean the bundle of another release.
-sys.modules[f"{__name__}_b30d061440e0"] = sys.modules[__name__]
-__name__ = f"{__name__}_b30d061440e0"
+sys.modules[f"{__name__}_9e2ede512e11"] = sys.modules[__name__]
+__name__ = f"{__name__}_9e2ede512e11"
 
 # rewards/contract/transforms.py
 
@@ -4836,7 +4836,7 @@ def refuse_unsuited(pipe, gradient: str | None) -> None:
 def warn_of_dropout(name: str, root: nn.Module) -> None:
     if any(isinstance(module, nn.Dropout) and module.training and module.p > 0 for module in root.modules()):
         warnings.warn(
-            f"The `{name}` is in training mode with dropout. The run turns it off, so that its images differ from those "
+            f"The `{name}` is in training mode with dropout. The run turns it off, and its images differ from those "
             f"of a plain call: call `pipe.{name}.eval()` before both.",
             stacklevel=3,
         )

@@ -111,7 +111,7 @@ def warn_of_dropout(name: str, root: nn.Module) -> None:
     """Warn about active dropout, which a run turns off for its time."""
     if any(isinstance(module, nn.Dropout) and module.training and module.p > 0 for module in root.modules()):
         warnings.warn(
-            f"The `{name}` is in training mode with dropout. The run turns it off, so that its images differ from those "
+            f"The `{name}` is in training mode with dropout. The run turns it off, and its images differ from those "
             f"of a plain call: call `pipe.{name}.eval()` before both.",
             stacklevel=3,
         )
