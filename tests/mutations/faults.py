@@ -50,7 +50,7 @@ FAULTS = (
     Fault(
         "stop of a callback ignored",
         "pipelines/loop.py",
-        "if callback.on_step_end(run) is False:\n                run.stop()",
+        "if asks_to_stop(callback.on_step_end(run)):\n                run.stop()",
         "callback.on_step_end(run)",
         "tests/callbacks/test_callbacks.py",
     ),

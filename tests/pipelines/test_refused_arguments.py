@@ -124,7 +124,8 @@ def test_only_a_loaded_pipeline_is_one(pipe, got):
         ({"num_images_per_prompt": -1}, "`num_images_per_prompt` to be an integer"),
         ({"num_images_per_prompt": True}, "`num_images_per_prompt` to be an integer"),
         ({"num_inference_steps": 0}, "`num_inference_steps` to be an integer from 1"),
-        ({"num_inference_steps": None}, "`num_inference_steps` as int, with finite numbers, but got None"),
+        ({"num_inference_steps": None}, "`num_inference_steps` to be an integer from 1"),
+        ({"num_images_per_prompt": None}, "`num_images_per_prompt` to be an integer from 1"),
         ({"height": "32"}, "`height` to be an integer from 1 to 65536, but got '32'"),
         (
             {"height": 33, "width": 33},
