@@ -102,17 +102,20 @@ def load_prompts(source: str, format: str | None = None, limit: int | None = Non
 def read_file(path: Path, format: str | None) -> PromptSet:
     """Read all prompts of a file."""
     if not path.is_file():
+        what = "is a folder. Pass a file in it" if path.is_dir() else "does not exist"
         raise ValueError(
-            f"Expected one of the splits {quoted(SPLITS)} or a file of prompts, but got {str(path)!r}, which does "
-            "not exist."
+            f"Expected one of the splits {quoted(SPLITS)} or a file of prompts, but got {str(path)!r}, which {what}."
         )
     if format is None and OTHER_DATA.fullmatch(path.suffix.lower()):
         raise ValueError(f"Expected {KINDS}, but got {path}. Export it to one of these.")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"Expected UTF-8 text in {path}, but got another encoding. Convert it to UTF-8.") from error
+    # bytes that are not UTF-8 become lone surrogates, so that the entries without them are read
+    text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
+    bad = sum(map(has_bad_bytes, lines := text.split("\n")))
+    if bad and ("\0" in text or 2 * bad > sum(map(bool, map(str.strip, lines)))):
+        raise ValueError(f"Expected UTF-8 text in {path}, but got another encoding. Convert it to UTF-8.")
     entries = list(FORMATS[format or sniff(text, path)](text, path))
+    if bad:
+        entries = [readable(entry) for entry in entries]
     prompts = tuple(entry for entry in entries if isinstance(entry, Prompt))
     problems = tuple(str(entry) for entry in entries if not isinstance(entry, Prompt))
     if not prompts and problems:
@@ -120,6 +123,21 @@ def read_file(path: Path, format: str | None) -> PromptSet:
     if not prompts:
         raise ValueError(f"Expected prompts in {path}, but got none. Write one per line.")
     return PromptSet(path.stem, prompts, problems)
+
+
+def has_bad_bytes(text: str) -> bool:
+    """Return whether a text has bytes that are not UTF-8, as decoded by `surrogateescape`."""
+    return re.search("[\udc80-\udcff]", text) is not None
+
+
+def readable(entry: Prompt | ValueError) -> Prompt | ValueError:
+    """Return an entry, or the error that it has bytes that are not UTF-8."""
+    if isinstance(entry, ValueError):
+        return ValueError(re.sub("[\udc80-\udcff]", "\N{REPLACEMENT CHARACTER}", str(entry)))
+    texts = [text for text in (entry.text, entry.category, *entry.metadata.values()) if isinstance(text, str)]
+    if not any(map(has_bad_bytes, texts)):
+        return entry
+    return ValueError(f"Expected UTF-8 text in {entry.where}, but got other bytes. Convert the line to UTF-8.")
 
 
 def sniff(text: str, path: Path) -> str:
@@ -383,7 +401,8 @@ def prompt_of(item: Any, where: str, category: str | None = None, metadata: Mapp
     key = text_key(rest)
     text = None if key is None else rest.pop(key)
     if not isinstance(text, str):
-        raise ValueError(f"Expected a text under {quoted(TEXT_KEYS)} in {where}, but got the keys {quoted(item)}.")
+        got = f"the keys {quoted(item)}" if key is None else f"{shortened(repr(text))} under {key!r}"
+        raise ValueError(f"Expected a text under {quoted(TEXT_KEYS)} in {where}, but got {got}.")
     if not text.strip():
         raise ValueError(f"Expected a prompt in {where}, but it is blank. Write one, or remove the entry.")
     if category is None:
