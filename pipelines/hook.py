@@ -191,7 +191,7 @@ class NoiseRun:
             through_denoiser=method.gradient_mode == "full",
             start=self.start,
         )
-        check_noise_batch(sampler.base_noise, len(self.prompts))
+        check_noise_batch(sampler.base_noise, len(self.prompts), type(pipe).__name__)
         if not self.render:
             check_redraw(sampler)
         problem = NoiseProblem(pipe, sampler, self.prompts, self.reward_prompts, self.groups, self.request, self.call)

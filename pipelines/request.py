@@ -179,6 +179,8 @@ def fits_hint(value: Any, hint: Any) -> bool:
     if get_origin(hint) in (list, tuple):
         each = float if get_args(hint)[0] is int else get_args(hint)[0]
         parts = value.tolist() if isinstance(value, torch.Tensor | np.ndarray) else value
+        if isinstance(value, str):  # calls that ask for `list[str]` make a list of one text
+            return get_args(hint)[0] is str
         return isinstance(parts, list | tuple) and all(fits_hint(part, each) for part in parts)
     if hint is float and isinstance(value, torch.Tensor):
         return value.numel() == 1
@@ -328,12 +330,17 @@ def check_batch(request: dict[str, Any], batch: int) -> None:
         raise ValueError(f"Expected one generator for each of {batch} images, but got {len(generator)}.")
 
 
-def check_noise_batch(noise: torch.Tensor, batch: int) -> None:
-    """Raise `ValueError` for noise that is not finite, or has not one entry for each prompt of `prompts_of`."""
+def check_noise_batch(noise: torch.Tensor, batch: int, name: str) -> None:
+    """Raise `ValueError` for noise that is not finite or not spatial, or has not one entry for each prompt."""
     if len(noise) != batch:
         raise ValueError(
-            f"Expected noise for {batch} images (prompts × `num_images_per_prompt`), but the pipeline draws some of "
-            f"shape {tuple(noise.shape)}. Pass one prompt for each image."
+            f"Expected noise for {batch} images (prompts × `num_images_per_prompt`), but {name} draws some of shape "
+            f"{tuple(noise.shape)}. Pass one prompt for each image, or use another pipeline of the family."
+        )
+    if noise.ndim < 4:
+        raise ValueError(
+            f"Expected noise with height and width, (B, C, H, W), but {name} draws some of shape {tuple(noise.shape)}. "
+            "Use a pipeline that draws spatial latents first."
         )
     if not noise.isfinite().all():
         raise ValueError("Expected noise of finite numbers, but got NaN or infinity. Correct the `noise_sampler`.")

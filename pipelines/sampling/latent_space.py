@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..memory.replaced import with_gradient
+from .first_call import stock_call
 
 
 def drawing_function(cls: type) -> Callable[..., types.FunctionType]:
@@ -38,6 +39,12 @@ def with_globals(function: types.FunctionType, **replaced: Any) -> types.Functio
     twin = types.FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
     twin.__kwdefaults__ = function.__kwdefaults__
     return twin
+
+
+def may_take_latents(cls: type) -> bool:
+    """Return whether the stock call of a pipeline class takes `latents`, or any keyword."""
+    parameters = inspect.signature(stock_call(cls)).parameters
+    return "latents" in parameters or any(each.kind is each.VAR_KEYWORD for each in parameters.values())
 
 
 def drawing_with(
@@ -95,8 +102,9 @@ class LatentSpace:
         self.noise_sampler, self.draw_noise = noise_sampler, drawing_with(noise_sampler, self.with_draw())
         signature = inspect.signature(self.with_draw())
         arguments = dict(signature.bind(pipe, *args, **kwargs).arguments)
-        self.takes_latents = "latents" in signature.parameters
-        self.given = arguments.pop("latents", None)
+        # those of a call that takes none are no noise: Kandinsky passes the encoded image by that name
+        self.takes_latents = "latents" in signature.parameters and may_take_latents(type(pipe))
+        self.given = arguments.pop("latents", None) if self.takes_latents else None
         extra = arguments.pop("kwargs", {})
         self.arguments = {name: value for name, value in {**arguments, **extra}.items() if name != "self"}
         self.known_packing: Packing | None = None

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 from diffusers.image_processor import VaeImageProcessor
+from torch.autograd.graph import get_gradient_edge
 
 from ...private_names import execution_device
 from ..memory.checkpointing import Checkpointing, Checkpoints, scales_lora
@@ -39,7 +40,7 @@ class PipelineSampler:
     Args:
         pipe: The pipeline whose call is in progress, after its prompts were encoded.
         request: The arguments of that call.
-        encoded: The return values of `encode_prompt` in call order.
+        encoded: The return values of `encode_prompt` so far, in call order.
         space: The noise and latents of the call.
         clamp: How pixels are clamped to [0, 1]. "straight_through" keeps the gradient of saturated pixels, so that they
             can recover; "hard", as in stock pipelines, has zero gradient there. The values are equal.
@@ -58,6 +59,7 @@ class PipelineSampler:
     """
 
     timesteps: int | None = None
+    differentiated = False  # whether a result was found to depend on its noise
 
     def __init__(
         self,
@@ -72,13 +74,15 @@ class PipelineSampler:
         through_denoiser: bool = True,
         start: CallStart | None = None,
     ) -> None:
-        self.space, self.encoded, self.pipe = space, encoded, pipe
+        self.space, self.encoded, self.pipe = space, list(encoded), pipe  # some calls encode after the preparation
         self.device = torch.device(space.arguments.get("device") or execution_device(pipe))
         self.random_state = RandomState(request.get("generator"), self.device)
         self.start = start or CallStart(request.get("generator"), self.device)
         self.draws_globally = self.start.drew_from_global()
         self.draws_early = self.draws_globally or not self.start.own.equals(self.random_state)
+        self.preparation = CallStart(request.get("generator"), self.device)
         self.base_noise, self.drew = space.draw(pipe, generator=self.random_state.generator())
+        self.prepares_globally = self.preparation.drew_from_global()
         self.call = stock_call(type(pipe))
         ours = ("latents", "generator", "output_type", "return_dict", "callback_on_step_end", "callback")
         self.request = {name: value for name, value in request.items() if name not in ours}
@@ -143,7 +147,9 @@ class PipelineSampler:
             return self.prepare_on(twin, noise, self.random_state.generator())
 
     def prepare_on(self, twin, noise: torch.Tensor, generator: torch.Generator | list[torch.Generator]):
-        return self.space.prepare(twin, noise, draw=self.drew, generator=generator)
+        # some functions sample the encoded image from the global stream, whatever the generator
+        with self.preparation.replayed() if self.prepares_globally else contextlib.nullcontext():
+            return self.space.prepare(twin, noise, draw=self.drew, generator=generator)
 
     def to_latents(self, noise: torch.Tensor) -> torch.Tensor:
         """Convert noise to what the pipeline takes as `latents=`, in its dtype, or to the prepared latents."""
@@ -251,23 +257,26 @@ class PipelineSampler:
             try:
                 with self.draws_of(generator), limited as estimates, torch.set_grad_enabled(differentiable):
                     output = images_in(self.call(twin, **self.request, **ours), twin, output_type)
-            except AttributeError as error:
-                if not differentiable:
+            except (AttributeError, RuntimeError) as error:
+                why, _, _ = str(error).partition(". ")
+                if not differentiable or (isinstance(error, RuntimeError) and "requires grad" not in why):
                     raise
                 raise TypeError(
                     f"Expected {type(twin).__name__} to be differentiable from image to noise, but its code fails "
-                    f'where gradients are recorded ({error}). Use `gradient="frozen"`, or a method without gradients, '
+                    f'where gradients are recorded ({why}). Use `gradient="frozen"`, or a method without gradients, '
                     "such as `BestOfN`."
                 ) from error
             if estimates and output_type == "latent":  # families unpack and scale their output
                 output = estimates[0]
             if not preview:  # counted after the run, as some families set their timesteps after `prepare_latents`
                 self.timesteps = count_timesteps(twin)
-        if differentiable and not output.requires_grad:
-            raise ValueError(
-                f"Expected {type(twin).__name__} to be differentiable from image to noise, but its result carries no "
-                "gradient. Use a method without gradients, such as `BestOfN`."
-            )
+        if differentiable and not self.differentiated:
+            if not depends_on(output, noise):
+                raise ValueError(
+                    f"Expected {type(twin).__name__} to be differentiable from image to noise, but its result carries "
+                    "no gradient. Use a method without gradients, such as `BestOfN`."
+                )
+            self.differentiated = True
         return output
 
     @contextlib.contextmanager
@@ -290,22 +299,38 @@ class PipelineSampler:
         gradient: Gradient,
     ) -> None:
         """Let a twin run on `noise` and the recorded prompts."""
-        attributes, recorded = vars(twin), iter(self.encoded)
+        attributes, ours = vars(twin), [noise]
 
         def prepare_latents(*_, **__):
+            if not ours:
+                raise TypeError(
+                    f"Expected a call that prepares its latents once, but that of {type(twin).__name__} does so for "
+                    "one model after another, such as a prior. Use the pipeline of its last model."
+                )
             self.random_state.rewind(generator)
-            return self.prepare_on(twin, noise, generator)
+            return self.prepare_on(twin, ours.pop(), generator)
 
+        recorded = {"encode_prompt": self.encoded, "prepare_ip_adapter_image_embeds": self.image_embeds}
         attributes.update(
-            encode_prompt=lambda *_, **__: next(recorded),
-            prepare_latents=prepare_latents,
+            {name: replayed(getattr(twin, name), values) for name, values in recorded.items() if hasattr(twin, name)}
         )
-        if hasattr(twin, "prepare_ip_adapter_image_embeds"):
-            embed = twin.prepare_ip_adapter_image_embeds
-            attributes["prepare_ip_adapter_image_embeds"] = replayed(embed, self.image_embeds)
+        attributes["prepare_latents"] = prepare_latents
         wrap = {"frozen": without_gradient, "full": self.checkpoints.call_of}.get(gradient or "")
         if wrap is not None:
             attributes.update({name: wrap(model) for name, model in submodules_of(twin, CALLED_IN_STEPS).items()})
+
+
+def depends_on(output: torch.Tensor, noise: torch.Tensor) -> bool:
+    """Return whether a backward pass from an output reaches a noise. Some calls start a graph of their own midway."""
+    goal, waiting, seen = get_gradient_edge(noise).node, [output.grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        if node is goal:
+            return True
+        if node is not None and node not in seen:
+            seen.add(node)
+            waiting.extend(before for before, _ in node.next_functions)
+    return False
 
 
 def images_in(output: Any, pipe, output_type: str = "pt") -> Any:
@@ -316,7 +341,7 @@ def images_in(output: Any, pipe, output_type: str = "pt") -> Any:
     """
     images = output[0] if isinstance(output, tuple) else output
     if output_type == "pt" and not (isinstance(images, torch.Tensor) and images.ndim == 4 and images.shape[1] == 3):
-        got = tuple(images.shape) if isinstance(images, torch.Tensor) else type(images).__name__
+        got = f"some of shape {tuple(images.shape)}" if isinstance(images, torch.Tensor) else type(images).__name__
         raise TypeError(
             f'Expected {type(pipe).__name__} to return images (B, 3, H, W) for `output_type="pt"`, but got {got}. Use '
             "a pipeline that generates images, as tensors."
@@ -333,7 +358,9 @@ def make_twin(pipe, clamp: Clamp, postprocessed: list[int]):
     twin.__dict__ = attributes = plain_attributes(pipe)
     twin.set_progress_bar_config(disable=True)
     # both use numpy, which has no gradient; the final run has them
-    attributes.update({name: None for name in ("safety_checker", "watermark") if name in attributes})
+    own = attributes.get("safety_checker")
+    left_out = ("watermark",) if hasattr(own, "check_text_safety") else ("watermark", "safety_checker")  # Cosmos asks
+    attributes.update({name: None for name in left_out if name in attributes})
     if "vae" in attributes and needs_upcast(attributes["vae"]):
         attributes["vae"] = converted_apart(attributes["vae"])
     if hasattr(attributes.get("image_processor"), "postprocess"):

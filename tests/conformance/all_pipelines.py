@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import diffusers
 import pytest
 import torch
-from conformance.builders import BROKEN_IN_DIFFUSERS, WHY_NOT, arguments_of, can_build, matching, tiny_pipeline_of
+from conformance.builders import BROKEN_IN_DIFFUSERS, arguments_of, can_build, tiny_pipeline_of
 from diffusers import DiffusionPipeline
 from diffusers.utils import BaseOutput
 
@@ -43,7 +43,7 @@ HEADINGS: dict[Kind, tuple[str, str]] = {
         "A class with the mixin, `class Ours(NoiseOptimizationMixin, <the class>)`, returns the best image itself.",
     ),
     "refused": ("Refused by name", "By both, before any step is made, with the reason in the error."),
-    "not built": ("Not built here", "They may work: no tiny pipeline of them is in the tests."),
+    "not built": ("Not built here", "Their stock calls fail, or no tiny pipeline of them is in the tests."),
     "out of scope": ("Out of scope", "No images of this package's kind, or not importable here."),
 }
 
@@ -75,6 +75,8 @@ def out_of_scope(cls: Any) -> str | None:
     fields = output_fields(cls)
     if fields and not fields & {"images", "image"}:
         return f"returns {', '.join(sorted(fields))}"
+    if "video_length" in inspect.signature(stock_call(cls)).parameters:
+        return "returns frames"
     return None
 
 
@@ -103,7 +105,7 @@ def outcome_of(name: str) -> Outcome:
     if found := by_rule(name):
         return found
     if not can_build(cls):
-        return Outcome("not built", matching(WHY_NOT, cls) or "no recipe yet")
+        return Outcome("not built", "no recipe yet")
     if name in BROKEN_IN_DIFFUSERS:
         with pytest.raises((AttributeError, TypeError)) as failed:
             plain_images(tiny_pipeline_of(cls), **arguments_of(cls))

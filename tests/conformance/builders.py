@@ -18,6 +18,7 @@ from diffusers import (
     CogView4Transformer2DModel,
     ControlNetModel,
     ControlNetUnionModel,
+    ControlNetXSAdapter,
     DDIMScheduler,
     DDPMScheduler,
     DDPMWuerstchenScheduler,
@@ -30,15 +31,28 @@ from diffusers import (
     HunyuanDiT2DModel,
     Kandinsky3UNet,
     LuminaNextDiT2DModel,
+    PriorTransformer,
     QwenImageControlNetModel,
+    QwenImageTransformer2DModel,
     SanaControlNetModel,
     SD3ControlNetModel,
     SD3Transformer2DModel,
     StableCascadeUNet,
     T2IAdapter,
+    UnCLIPScheduler,
+    UNet2DConditionModel,
     VQModel,
 )
+from diffusers.models.transformers.transformer_joyimage import JoyImageEditTransformer3DModel
+from diffusers.models.transformers.transformer_joyimage_edit_plus import JoyImageEditPlusTransformer3DModel
+from diffusers.models.unets.unet_dreamlite import DreamLiteUNetModel
+from diffusers.pipelines.deprecated.blip_diffusion.blip_image_processing import BlipImageProcessor
 from diffusers.pipelines.deprecated.wuerstchen import PaellaVQModel, WuerstchenDiffNeXt
+from diffusers.pipelines.joyimage.image_processor import JoyImageEditImageProcessor
+from diffusers.pipelines.kandinsky.text_encoder import MCLIPConfig, MultilingualCLIP
+from diffusers.pipelines.omnigen.processor_omnigen import OmniGenCollator, OmniGenMultiModalProcessor
+from diffusers.pipelines.stable_diffusion import CLIPImageProjection
+from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import StableUnCLIPImageNormalizer
 from PIL import Image
 from tiny_families import (
     FAMILY_BUILDERS,
@@ -70,7 +84,17 @@ from tiny_pipelines import (
     tiny_unet,
     tiny_vae,
 )
-from transformers import BertConfig, BertModel, BertTokenizer, CLIPTextModelWithProjection, Qwen3Config, Qwen3Model
+from transformers import (
+    BertConfig,
+    BertModel,
+    BertTokenizer,
+    CLIPImageProcessorPil,
+    CLIPTextModelWithProjection,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+    Qwen3Config,
+    Qwen3Model,
+)
 
 from noiseopt.pipelines.sampling.latent_space import with_globals
 
@@ -121,13 +145,48 @@ def sd_parts(cls: type) -> Parts:
     if has(cls, "LatentConsistency"):
         return lcm_pipeline().components
     parts = sd_pipeline(scheduler=DDIMScheduler(clip_sample=False, set_alpha_to_one=False, **TRAILING)).components
-    for word, count in {"Pix2Pix": 8, "Depth": 5}.items():
+    for word, count in {"InstructPix2Pix": 8, "Depth": 5}.items():
         if has(cls, word):
             parts["unet"] = tiny_unet(16, in_channels=count)
     if has(cls, "Upscale"):
         parts["unet"] = tiny_unet(16, in_channels=7, num_class_embeds=1000)
         parts["low_res_scheduler"] = DDPMScheduler()
+    if has(cls, "XS"):
+        parts["unet"] = two_layers(parts["unet"])
+    if has(cls, "LatentUpscale"):
+        parts["unet"] = tiny_unet(16, in_channels=8, out_channels=5, time_cond_proj_dim=2 * 64 + 16)
+        parts["scheduler"] = EulerDiscreteScheduler(**TRAILING)
+    if has(cls, "GLIGEN"):
+        parts["unet"] = tiny_unet(16, attention_type="gated-text-image" if has(cls, "TextImage") else "gated")
+        projection = CLIPImageProjection(16)
+        parts |= {"processor": tiny_image_processor(), "image_encoder": tiny_vision(), "image_project": projection}
     return {**parts, **additions(cls, parts["unet"])}
+
+
+def tiny_image_processor() -> CLIPImageProcessorPil:
+    return CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=SIZE)
+
+
+def tiny_vision(patch_size: int = 8) -> CLIPVisionModelWithProjection:
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = CLIPVisionConfig(image_size=32, patch_size=patch_size, projection_dim=16, **sizes)
+    return CLIPVisionModelWithProjection(config)
+
+
+def unclip_parts(cls: type) -> Parts:
+    prior = PriorTransformer(num_layers=1, embedding_dim=16, **HEADS)
+    solver = UnCLIPScheduler(variance_type="fixed_small_log", prediction_type="sample", clip_sample_range=5.0)
+    return {
+        **sd_parts(cls),
+        "unet": tiny_unet(16, class_embed_type="projection", projection_class_embeddings_input_dim=2 * 16),
+        "prior_tokenizer": tiny_clip_tokenizer(),
+        "prior_text_encoder": CLIPTextModelWithProjection(tiny_text_config()),
+        "prior": prior,
+        "prior_scheduler": solver,
+        "image_encoder": tiny_vision(),
+        "image_normalizer": StableUnCLIPImageNormalizer(16),
+        "image_noising_scheduler": DDPMScheduler(),
+    }
 
 
 def sdxl_parts(cls: type) -> Parts:
@@ -135,13 +194,23 @@ def sdxl_parts(cls: type) -> Parts:
     if has(cls, "Pix2Pix"):
         time_ids = {"addition_embed_type": "text_time", "addition_time_embed_dim": 4}
         parts["unet"] = tiny_unet(32, in_channels=8, projection_class_embeddings_input_dim=6 * 4 + 16, **time_ids)
+    if has(cls, "XS"):
+        parts["unet"] = two_layers(parts["unet"])
     return {**parts, **additions(cls, parts["unet"])}
+
+
+def two_layers(unet: UNet2DConditionModel) -> Any:
+    """Return a UNet of two layers per block, the number that ControlNet-XS assumes."""
+    return UNet2DConditionModel.from_config({**unet.config, "layers_per_block": 2})
 
 
 def additions(cls: type, unet: Any) -> Parts:
     """Return what variants have beside the parts of their family."""
     parts = {}
-    if has(cls, "ControlNetUnion"):
+    if has(cls, "ControlNetXS"):
+        small = {"block_out_channels": [4, 8], "conditioning_embedding_out_channels": (8, 8)}
+        parts["controlnet"] = ControlNetXSAdapter.from_unet(unet, **small)
+    elif has(cls, "ControlNetUnion"):
         names = ("block_out_channels", "down_block_types", "cross_attention_dim", "attention_head_dim")
         names += ("norm_num_groups", "layers_per_block", "addition_embed_type", "addition_time_embed_dim")
         shared = {name: unet.config[name] for name in (*names, "projection_class_embeddings_input_dim")}
@@ -200,6 +269,9 @@ def bria_parts(cls: type) -> Parts:
 
 def qwen_parts(cls: type) -> Parts:
     parts = {**FAMILY_BUILDERS["qwen_image"]().components}
+    if has(cls, "Layered"):
+        layered = {**parts["transformer"].config, "use_additional_t_cond": True, "use_layer3d_rope": True}
+        parts["transformer"] = QwenImageTransformer2DModel.from_config(layered)
     if has(cls, "ControlNet"):
         sizes = {"num_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2, "joint_attention_dim": 16}
         extra = {"extra_condition_channels": 4} if has(cls, "Inpaint") else {}
@@ -310,10 +382,39 @@ def cogview4_parts(cls: type) -> Parts:
     return {"transformer": denoiser, "vae": tiny_vae(), "scheduler": FLOW(base_shift=0.25, max_shift=0.75)}
 
 
-def kandinsky3_parts(cls: type) -> Parts:
-    sizes = {"time_embedding_dim": 8, "groups": 2, "attention_head_dim": 4, "layers_per_block": 3}
-    blocks = {"block_out_channels": (16, 32), "cross_attention_dim": 8, "encoder_hid_dim": 16}
-    decoder = VQModel(
+def kandinsky_parts(cls: type) -> Parts:
+    tokenizer = tiny_t5_tokenizer()
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = MCLIPConfig(transformerDimSize=16, imageDimSize=16, vocab_size=len(tokenizer), **sizes)
+    denoiser = UNet2DConditionModel(
+        in_channels=9 if has(cls, "Inpaint") else 4,
+        out_channels=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        attention_head_dim=4,
+        down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
+        mid_block_type="UNetMidBlock2DSimpleCrossAttn",
+        up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
+        resnet_time_scale_shift="scale_shift",
+        cross_attention_dim=16,
+        encoder_hid_dim=16,
+        encoder_hid_dim_type="text_image_proj",
+        addition_embed_type="text_image",
+    )
+    scheduler = DDIMScheduler(clip_sample=False, set_alpha_to_one=False, **TRAILING)
+    encoder = MultilingualCLIP(text)
+    return {
+        "unet": denoiser,
+        "movq": tiny_movq(),
+        "scheduler": scheduler,
+        "text_encoder": encoder,
+        "tokenizer": tokenizer,
+    }
+
+
+def tiny_movq() -> VQModel:
+    return VQModel(
         block_out_channels=(8, 16),
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
@@ -322,8 +423,13 @@ def kandinsky3_parts(cls: type) -> Parts:
         num_vq_embeddings=8,
         vq_embed_dim=4,
     )
+
+
+def kandinsky3_parts(cls: type) -> Parts:
+    sizes = {"time_embedding_dim": 8, "groups": 2, "attention_head_dim": 4, "layers_per_block": 3}
+    blocks = {"block_out_channels": (16, 32), "cross_attention_dim": 8, "encoder_hid_dim": 16}
     text = {"text_encoder": tiny_t5(), "tokenizer": tiny_t5_tokenizer()}
-    return {"unet": Kandinsky3UNet(**sizes, **blocks), "movq": decoder, "scheduler": DDPMScheduler(), **text}
+    return {"unet": Kandinsky3UNet(**sizes, **blocks), "movq": tiny_movq(), "scheduler": DDPMScheduler(), **text}
 
 
 def cascade_parts(cls: type) -> Parts:
@@ -526,6 +632,197 @@ def bria_fibo_parts(cls: type) -> Parts:
     }
 
 
+def hunyuan_refiner_parts(cls: type) -> Parts:
+    denoiser = diffusers.HunyuanImageTransformer2DModel(
+        in_channels=16,
+        out_channels=8,
+        num_layers=1,
+        num_single_layers=1,
+        num_refiner_layers=1,
+        patch_size=(1, 1, 1),
+        guidance_embeds=True,
+        text_embed_dim=16,
+        rope_axes_dim=(4, 2, 2),
+        **HEADS,
+    )
+    sizes = {"block_out_channels": (8, 8, 8), "layers_per_block": 1, "spatial_compression_ratio": 4}
+    vae = diffusers.AutoencoderKLHunyuanImageRefiner(3, 3, 4, scaling_factor=0.5, **sizes)
+    return {"transformer": denoiser, "vae": vae, "scheduler": FLOW()}
+
+
+def ideogram_parts(cls: type) -> Parts:
+    sizes = {"in_channels": 16, "num_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2}
+    sizes |= {"intermediate_size": 16, "adaln_dim": 8, "llm_features_dim": 16, "mrope_section": (4, 2, 2)}
+    denoisers = [diffusers.Ideogram4Transformer2DModel(**sizes) for _ in range(2)]
+    both = dict(zip(("transformer", "unconditional_transformer"), denoisers, strict=True))
+    return {**both, "vae": FAMILY_BUILDERS["flux2_klein"]().vae, "scheduler": FLOW()}
+
+
+def bria_fibo2_parts(cls: type) -> Parts:
+    gist = {"min_num_gist_tokens": 4, "max_num_gist_tokens": 8, "gist_step": 2}
+    denoiser = diffusers.BriaFibo2Transformer2DModel(
+        in_channels=4,
+        dim=32,
+        n_layers=2,
+        n_refiner_layers=1,
+        n_heads=2,
+        cap_feat_dim=16,
+        injection_layer_ids=(1,),
+        perceiver_num_layers=1,
+        gist_min_text_len=4,
+        gist_max_text_len=8,
+        axes_dims=(8, 4, 4),
+        axes_lens=(64, 64, 64),
+        **gist,
+    )
+    return {"transformer": denoiser, "vae": FAMILY_BUILDERS["flux2_klein"]().vae, "scheduler": FLOW()}
+
+
+STATISTICS = {"latents_mean": [0.1, 0.0, -0.1, 0.2], "latents_std": [1.0, 2.0, 0.5, 1.5]}
+
+
+def joy_image_parts(cls: type) -> Parts:
+    kind = JoyImageEditPlusTransformer3DModel if has(cls, "Plus") else JoyImageEditTransformer3DModel
+    sizes = {"hidden_size": 32, "num_attention_heads": 2, "text_dim": 16, "num_layers": 1}
+    blocks = {"dim_mult": [1, 1, 1, 1], "num_res_blocks": 1, "temperal_downsample": [False, True, True]}
+    return {
+        "transformer": kind(in_channels=4, rope_dim_list=[8, 4, 4], **sizes),
+        "vae": diffusers.AutoencoderKLWan(base_dim=8, decoder_base_dim=8, z_dim=4, **blocks, **STATISTICS),
+        "scheduler": FLOW(),
+    }
+
+
+class Guardrail(torch.nn.Module):
+    """Stands for the one that diffusers takes from another package; finds everything safe."""
+
+    device, dtype = torch.device("cpu"), torch.float32
+
+    def check_text_safety(self, text: str) -> bool:
+        return True
+
+    def check_video_safety(self, frames):
+        return frames
+
+
+def cosmos_parts(cls: type) -> Parts:
+    sizes = {"num_layers": 1, "mlp_ratio": 1.0, "text_embed_dim": 16, "adaln_lora_dim": 4, "max_size": (1, 16, 16)}
+    sizes |= {"extra_pos_embed_type": None, "concat_padding_mask": False}  # a mask would need torchvision
+    denoiser = diffusers.CosmosTransformer3DModel(
+        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=16, **sizes
+    )
+    return {**joy_image_parts(cls), "transformer": denoiser, "safety_checker": Guardrail()}
+
+
+class SmallJoyImages(JoyImageEditImageProcessor):
+    """Resizes images to 32 × 32 pixels instead of a megapixel."""
+
+    def get_default_height_width(self, *_, **__):
+        return SIZE["height"], SIZE["width"]
+
+
+class NoTemplate:
+    """Processor of a text encoder that is left out; the pipeline counts the tokens of its template."""
+
+    def __init__(self) -> None:
+        self.tokenizer = self
+
+    def apply_chat_template(self, *_, **__):
+        return [[0]]
+
+    def encode(self, text):
+        return [0]
+
+
+def qwen_image21_parts(cls: type) -> Parts:
+    sizes = {"attention_head_dim": 16, "num_attention_heads": 2, "context_in_dim": 16, "mlp_ratio": 1}
+    blocks = {"dim_mult": [1] * 5, "num_res_blocks": 1}
+    return {
+        "transformer": diffusers.QwenImage21Transformer2DModel(
+            in_channels=4, out_channels=4, num_layers=1, axes_dims_rope=(8, 4, 4), **sizes
+        ),
+        "vae": diffusers.AutoencoderKLQwenImage21(base_dim=8, decoder_base_dim=8, z_dim=4, **blocks, **STATISTICS),
+        "processor": NoTemplate(),
+        "scheduler": FLOW(),
+    }
+
+
+def glm_image_parts(cls: type) -> Parts:
+    denoiser = diffusers.GlmImageTransformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_layers=1,
+        text_embed_dim=16,
+        time_embed_dim=8,
+        condition_dim=4,
+        prior_vq_quantizer_codebook_size=16,
+        **HEADS,
+    )
+    return {"transformer": denoiser, "vae": tiny_vae(**STATISTICS), "scheduler": FLOW()}
+
+
+def dream_lite_parts(cls: type) -> Parts:
+    denoiser = DreamLiteUNetModel(
+        block_out_channels=(8, 16, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        cross_attention_dim=16,
+        attention_head_dim=2,
+        addition_embed_type="time",
+        addition_time_embed_dim=4,
+        projection_class_embeddings_input_dim=8,
+    )
+    blocks = {"num_encoder_blocks": (1, 1), "num_decoder_blocks": (1, 1)}
+    vae = diffusers.AutoencoderTiny(encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8), **blocks)
+    return {"unet": denoiser, "vae": vae, "text_encoder": tiny_t5(), "scheduler": FLOW()}
+
+
+class TextOnly(OmniGenMultiModalProcessor):
+    """Processor of prompts without images, which needs no torchvision."""
+
+    def __init__(self, tokenizer, max_image_size):
+        self.text_tokenizer, self.max_image_size, self.collator = tokenizer, max_image_size, OmniGenCollator()
+
+
+def omni_gen_parts(cls: type) -> Parts:
+    factors = {"short_factor": [1.0] * 4, "long_factor": [1.0] * 4}
+    tokenizer = tiny_t5_tokenizer()
+    denoiser = diffusers.OmniGenTransformer2DModel(
+        hidden_size=16,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        intermediate_size=16,
+        num_layers=1,
+        pad_token_id=0,
+        vocab_size=len(tokenizer),
+        rope_scaling=factors,
+        pos_embed_max_size=8,
+        time_step_dim=8,
+    )
+    # the pipeline assumes 8 pixels a latent
+    return {"transformer": denoiser, "vae": tiny_vae(4, (8, 8, 8, 8)), "scheduler": FLOW(), "tokenizer": tokenizer}
+
+
+def versatile_parts(cls: type) -> Parts:
+    parts = {**sd_parts(cls), "text_encoder": CLIPTextModelWithProjection(tiny_text_config())}
+    if has(cls, "Dual"):
+        parts |= {"image_feature_extractor": tiny_image_processor(), "image_encoder": tiny_vision(patch_size=2)}
+    return {**parts, "image_unet": tiny_unet(16, dual_cross_attention=has(cls, "Dual"))}
+
+
+class SubjectQueries(torch.nn.Module):
+    """Stands for a Q-Former, which reads the vocabulary of BERT from the Hub."""
+
+    device, dtype = torch.device("cpu"), torch.float32
+
+    def forward(self, **_):
+        return embeds(1, 4, 16)
+
+
+def blip_parts(cls: type) -> Parts:
+    processor = BlipImageProcessor(size=SIZE, do_center_crop=False)
+    return {**sd_parts(cls), "qformer": SubjectQueries(), "image_processor": processor}
+
+
 def z_image_parts(cls: type) -> Parts:
     parts = {**FAMILY_BUILDERS["z_image"]().components}
     if has(cls, "ControlNet"):
@@ -545,7 +842,16 @@ TEXT, MASK = embeds(1, 8, 16), torch.ones(1, 8)
 EMBEDDED: dict[str, Callable[[Any], Any]] = {
     "QwenImageEdit": lambda pipe: (TEXT, MASK.long()),
     "Krea2": lambda pipe: (embeds(1, 8, 2, 16), MASK.bool()),
+    "QwenImage21": lambda pipe: (TEXT, None, MASK < 0),
+    "HunyuanImageRefiner": lambda pipe: (TEXT, MASK),
     "HunyuanImage": lambda pipe: (TEXT, MASK, TEXT, MASK),
+    "Ideogram4": lambda pipe: (torch.cat([TEXT, torch.zeros(1, 64, 16)], 1), *pipe._prepare_ids([8], 8, 8, 8, "cpu")),
+    "JoyImageEdit": lambda pipe: (TEXT, MASK),
+    "GlmImage|Cosmos2Text": lambda pipe: (TEXT, -TEXT),
+    "DreamLiteMobile": lambda pipe: (TEXT, MASK),
+    "DreamLite": lambda pipe: (torch.cat([-TEXT, TEXT]), MASK.expand(2, -1)),
+    "BlipDiffusion": lambda pipe: TEXT,
+    "BriaFibo2": lambda pipe: (embeds(1, 2, 8, 16), None),
     "Kandinsky5": lambda pipe: (TEXT, embeds(1, 16), torch.tensor([0, 8], dtype=torch.int32)),
     "LongCat": lambda pipe: (TEXT, torch.zeros(8, 3)),
     "Flux2Pipeline": lambda pipe: (embeds(1, 8, 32), pipe._prepare_text_ids(embeds(1, 8, 32))),
@@ -559,12 +865,13 @@ EMBEDDED: dict[str, Callable[[Any], Any]] = {
 RECIPES: dict[str, Callable[[type], Parts]] = {
     "StableDiffusion3": sd3_parts,
     "StableDiffusionXL": sdxl_parts,
-    "StableDiffusion|LatentConsistency|SemanticStable": sd_parts,
+    "StableDiffusion|LatentConsistency|SemanticStable|CycleDiffusion|AltDiffusion": sd_parts,
+    "StableUnCLIP": unclip_parts,
     "Flux2Klein": family_parts("flux2_klein"),
     "Flux(?!2|Prior)": flux_parts,
     "Chroma": chroma_parts,
     "BriaPipeline": bria_parts,
-    "QwenImage(?!21|Layered)": qwen_parts,
+    "QwenImage(?!21)": qwen_parts,
     "ZImage": z_image_parts,
     "Lumina2": family_parts("lumina2"),
     "Lumina": lumina_parts,
@@ -574,6 +881,7 @@ RECIPES: dict[str, Callable[[type], Parts]] = {
     "AuraFlow": aura_flow_parts,
     "CogView3": cogview3_parts,
     "CogView4": cogview4_parts,
+    "Kandinsky(Img2Img|Inpaint)?Pipeline": kandinsky_parts,
     "Kandinsky3": kandinsky3_parts,
     "StableCascadeDecoder": cascade_parts,
     "WuerstchenDecoder": wuerstchen_parts,
@@ -587,16 +895,27 @@ RECIPES: dict[str, Callable[[type], Parts]] = {
     "NucleusMoE": nucleus_parts,
     "HiDream": hidream_parts,
     "BriaFibo(?!2)": bria_fibo_parts,
+    "BriaFibo2": bria_fibo2_parts,
+    "QwenImage21": qwen_image21_parts,
+    "HunyuanImageRefiner": hunyuan_refiner_parts,
+    "Ideogram4": ideogram_parts,
+    "JoyImageEdit": joy_image_parts,
+    "GlmImage": glm_image_parts,
+    "DreamLite": dream_lite_parts,
+    "OmniGen": omni_gen_parts,
+    "Cosmos2Text": cosmos_parts,
+    "VersatileDiffusion(Dual|Text)": versatile_parts,
+    "BlipDiffusion": blip_parts,
 }
 """Parts of a family by the beginning of its classes' names; the first that matches counts."""
 
-NOT_HERE = "GLIGEN|LDM3D|AttendAndExcite|Pix2PixZero|DiffEdit|LatentUpscale|XS|UnCLIP"
-BROKEN_IN_DIFFUSERS = ("ChromaInpaintPipeline", "StableDiffusionParadigmsPipeline")
+NOT_HERE = "LDM3D"
+BROKEN_IN_DIFFUSERS = (
+    "ChromaInpaintPipeline",
+    "StableDiffusionParadigmsPipeline",
+    "VersatileDiffusionDualGuidedPipeline",
+)
 """Classes whose stock call raises an error that no argument avoids."""
-WHY_NOT = {
-    "QwenImageLayered": "returns several layers",
-    "Cosmos2TextToImage": "needs cosmos_guardrail",
-}
 PLAIN = {"num_inference_steps": 2, "guidance_scale": 3.0, **SIZE}
 TEXT_IN = ("max_sequence_length", "use_resolution_binning", "clean_caption", "complex_human_instruction")
 CALLS: dict[str, dict[str, Any]] = {
@@ -611,8 +930,23 @@ CALLS: dict[str, dict[str, Any]] = {
         "image": pil_image(),
         "_auto_resize": False,
     },
+    "BriaFibo2|DreamLite|GlmImage": {"image": None, "prior_token_ids": torch.arange(64)[None] % 16},
     "Chroma|Bria": SHORT_TEXT,
+    "Ideogram4": {"max_sequence_length": 8, "guidance_schedule": None},
+    "JoyImageEditPlus": {"images": None},
+    "JoyImageEdit": {"image": pil_image()},
+    "BlipDiffusion": {
+        "guidance_scale": 1.0,
+        "prompt_reps": 1,
+        "source_subject_category": ["a"],
+        "target_subject_category": ["b"],
+        "reference_image": pil_image(),
+        "condtioning_image": pil_image(),
+    },
+    "VersatileDiffusion": {"image": pil_image()},
+    "QwenImageLayered": {**FAMILY_CALLS["qwen_image"], "image": pil_image(), "layers": 1},
     "QwenImageEdit": {**FAMILY_CALLS["qwen_image"], "image": pil_image()},
+    "QwenImage21": {**FAMILY_CALLS["qwen_image"], "image": None},
     "QwenImage": {**FAMILY_CALLS["qwen_image"]},
     "ZImageOmni": {**FAMILY_CALLS["z_image"], "image": None},
     "ZImage": {**FAMILY_CALLS["z_image"]},
@@ -632,11 +966,26 @@ CALLS: dict[str, dict[str, Any]] = {
     "StableCascadeDecoder|WuerstchenDecoder": {"image_embeddings": embeds(1, 4, 3, 3), "guidance_scale": 2.0},
     "StableDiffusionXLControlNetUnion": {"control_mode": 0},
     "StableDiffusionDepth": {"depth_map": embeds(1, 32, 32)},
+    "StableDiffusionGLIGEN": {
+        "gligen_phrases": ["a"],
+        "gligen_boxes": [[0.1, 0.1, 0.6, 0.8]],
+        "gligen_images": [pil_image()],
+        "gligen_scheduled_sampling_beta": 0.5,
+    },
+    "StableDiffusionAttendAndExcite": {"token_indices": [1, 2], "attn_res": (8, 8)},
+    "StableDiffusionDiffEdit": {"mask_image": mask_image()[..., ::2, ::2], "image_latents": embeds(1, 1, 4, 16, 16)},
+    "StableDiffusionPix2PixZero": {"source_embeds": embeds(2, 77, 16), "target_embeds": -embeds(2, 77, 16)},
+    "CycleDiffusion": {"source_prompt": "b"},
+    "StableUnCLIP": {"prior_num_inference_steps": 2, "noise_level": 100},
+    "Kandinsky(Img2Img|Inpaint)?Pipeline": {
+        "image_embeds": embeds(1, 16),
+        "negative_image_embeds": -embeds(1, 16),
+    },
 }
 """Arguments of a family's calls beside those of `arguments_of`."""
 
 
-SIZES = {"resolutions": [(32, 32)], "default_sample_size": 16}
+SIZES = {"resolutions": [(32, 32)], "default_sample_size": 16, "vae_image_processor": SmallJoyImages()}
 """Attributes of pipelines that choose the size of an image themselves."""
 
 
@@ -656,7 +1005,11 @@ def build(cls: type) -> Any:
     if hasattr(sys.modules[cls.__module__], "calculate_dimensions"):
         cls = with_small_images(cls)
     if encoded := matching(EMBEDDED, cls):
-        cls = type(cls.__name__, (cls,), {"encode_prompt": lambda pipe, *_, **__: encoded(pipe)})
+        named = {"encode_prompt", "encode_prompt_multiple_images"} & set(dir(cls))
+        cls = type(cls.__name__, (cls,), dict.fromkeys(named, lambda pipe, *_, **__: encoded(pipe)))
+    if has(cls, "OmniGen"):
+        start = with_globals(cls.__init__, OmniGenMultiModalProcessor=TextOnly)
+        cls = type(cls.__name__, (cls,), {"__init__": start, "__module__": cls.__module__})
     wanted = {name: {**flags, **parts}.get(name) for name in given if name in parts or name in flags}
     missing = {name: None for name, each in given.items() if each.default is each.empty and name != "self"}
     pipe = quiet(cls(**{**missing, **wanted}))

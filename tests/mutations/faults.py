@@ -119,8 +119,8 @@ FAULTS = (
     Fault(
         "prompts replayed in reverse order",
         "pipelines/sampling/sampler.py",
-        "iter(self.encoded)",
-        "iter(self.encoded[::-1])",
+        '{"encode_prompt": self.encoded,',
+        '{"encode_prompt": self.encoded[::-1],',
     ),
     Fault(
         "frozen gradient passes the denoiser",

@@ -42,17 +42,51 @@ def test_inpainting_that_latents_do_not_draw_again_is_refused_before_any_step(na
     assert not steps
 
 
-@pytest.mark.parametrize(("name", "strength"), [*INPAINTING, ("StableDiffusionXLInpaintPipeline", 1.0)])
-def test_inpainting_in_the_same_call_returns_its_best_and_leaves_the_generator_where_the_stock_call_does(
-    name, strength
-):
+OTHERS = [
+    ("StableDiffusionXLInpaintPipeline", 1.0),
+    ("KandinskyImg2ImgPipeline", 0.6),  # the `latents` of its preparation are those of the image
+    ("DreamLitePipeline", 1.0),  # encodes the prompt after the preparation
+    ("JoyImageEditPipeline", 1.0),  # samples the encoded image from the global stream, in the preparation
+]
+
+
+@pytest.mark.parametrize(("name", "strength"), [*INPAINTING, *OTHERS])
+def test_a_class_in_the_same_call_returns_its_best_and_leaves_the_generator_where_the_stock_call_does(name, strength):
     pipe, arguments = call_of(name, strength)
     used, plainly_used = seed(), seed()
     plain = plain_images(pipe, arguments.pop("prompt"), **{**arguments, "generator": plainly_used})
-    output = as_class(pipe)("a b", method=METHOD, output_type="pt", generator=used, **arguments)
-    assert torch.equal(output.noise_result.initial_images, plain)
-    assert torch.equal(output.images, output.noise_result.images)
+    with one_global_stream():
+        output = as_class(pipe)(prompt="a b", method=METHOD, output_type="pt", generator=used, **arguments)
+    assert torch.equal(output.noise_result.initial_images, in_unit_range(plain))
+    assert torch.equal(in_unit_range(output.images), output.noise_result.images)
     assert torch.equal(used.get_state(), plainly_used.get_state())
+
+
+class PreparesTwice(diffusers.StableDiffusionPipeline):
+    """Draws the latents of another model first."""
+
+    def check_inputs(self, *args, **kwargs):
+        self.prepare_latents(1, 4, 32, 32, torch.float32, torch.device("cpu"), seed())
+        return super().check_inputs(*args, **kwargs)
+
+
+def test_a_call_that_prepares_latents_twice_is_refused_before_any_step():
+    pipe, steps = copy.copy(tiny_pipeline_of(diffusers.StableDiffusionPipeline)), []
+    pipe.__class__ = PreparesTwice
+    arguments = arguments_of(PreparesTwice)
+    with pytest.raises(TypeError, match="prepares its latents once, but that of PreparesTwice"):
+        optimize_noise(pipe, method=METHOD, callbacks=steps.append, generator=seed(), **arguments)
+    assert not steps
+
+
+@pytest.mark.filterwarnings("ignore:torch.meshgrid")
+@pytest.mark.parametrize("name", ["StableDiffusionAttendAndExcitePipeline", "StableDiffusionPix2PixZeroPipeline"])
+def test_a_call_that_detaches_its_latents_midway_is_refused_before_any_step(name):
+    pipe, arguments = call_of(name)
+    steps = []
+    with pytest.raises(ValueError, match=f"Expected {name} to be differentiable .* carries no gradient"):
+        optimize_noise(pipe, method=METHOD, callbacks=steps.append, generator=seed(), **arguments)
+    assert not steps
 
 
 @pytest.mark.parametrize("name", ["FluxControlPipeline", "FluxFillPipeline", "FluxControlNetPipeline"])
