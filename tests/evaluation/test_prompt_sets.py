@@ -173,6 +173,15 @@ def test_bytes_that_are_not_utf_8_are_named_with_their_line(tmp_path, name, line
     problem.encode()
 
 
+def test_a_limit_leaves_out_the_problems_after_it(tmp_path):
+    (tmp_path / "mine.jsonl").write_text('["x"]\n{"prompt": "a"}\n["y"]\n{"prompt": "b"}\n["z"]\n')
+    counts = {}
+    for limit in (1, 2, 3, None):
+        found = load_prompts(str(tmp_path / "mine.jsonl"), limit=limit)
+        counts[limit] = (len(found.prompts), len(found.problems))
+    assert counts == {1: (1, 1), 2: (2, 2), 3: (2, 3), None: (2, 3)}
+
+
 def test_a_blank_caption_is_passed_over_for_the_next_of_its_image(tmp_path):
     blank = [{"image_id": 8, "caption": " "}, {"image_id": 9, "caption": ""}, *COCO["annotations"]]
     (tmp_path / "captions.json").write_text(json.dumps({**COCO, "annotations": blank}))

@@ -79,7 +79,7 @@ def load_prompts(source: str, format: str | None = None, limit: int | None = Non
     Args:
         source: "train", "validation" or "held-out" for a split of the shapes world, else a UTF-8 file.
         format: A key of `FORMATS`, for files only; guessed from name and content by default.
-        limit: Maximum number of prompts, taken from the start.
+        limit: Maximum number of prompts, taken from the start; problems after them are not reported.
 
     Raises:
         ValueError: For an unknown source or format, a file that looks structured but has no known format, one that is
@@ -94,13 +94,13 @@ def load_prompts(source: str, format: str | None = None, limit: int | None = Non
     if source in SPLITS:
         prompts = [Prompt(text, shapes_world.category(text)) for text in SPLITS[source][:limit]]
         return PromptSet(source, tuple(prompts))
-    found = read_file(Path(source), format)
-    prompts = [replace(each, category=each.category and shown(each.category)) for each in found.prompts[:limit]]
+    found = read_file(Path(source), format, limit)
+    prompts = [replace(each, category=each.category and shown(each.category)) for each in found.prompts]
     return PromptSet(shown(Path(source).stem), tuple(prompts), found.problems)
 
 
-def read_file(path: Path, format: str | None) -> PromptSet:
-    """Read all prompts of a file."""
+def read_file(path: Path, format: str | None, limit: int | None) -> PromptSet:
+    """Read the first prompts of a file."""
     if not path.is_file():
         what = "is a folder. Pass a file in it" if path.is_dir() else "does not exist"
         raise ValueError(
@@ -116,6 +116,8 @@ def read_file(path: Path, format: str | None) -> PromptSet:
     entries = list(FORMATS[format or sniff(text, path)](text, path))
     if bad:
         entries = [readable(entry) for entry in entries]
+    places = [place for place, entry in enumerate(entries, 1) if isinstance(entry, Prompt)]
+    entries = entries[: places[limit - 1]] if limit is not None and len(places) >= limit else entries
     prompts = tuple(entry for entry in entries if isinstance(entry, Prompt))
     problems = tuple(str(entry) for entry in entries if not isinstance(entry, Prompt))
     if not prompts and problems:
