@@ -136,7 +136,7 @@ def test_a_finished_folder_loads_nothing_and_writes_the_report_anew(generated, m
     main(command(prompts, folder, "--limit", "1"))
     assert records(folder)[0] == before[0] and sorted(map(str, records(folder))) == sorted(map(str, before))
     printed = capsys.readouterr().out
-    assert "wrote 0 of 1 prompts, 1 were finished before" in printed and "2 others of this folder" in printed
+    assert "wrote 0 of 1 prompts, 1 were finished before" in printed and "also shown: 2 more of this folder" in printed
 
 
 def test_bad_prompts_are_named_with_their_line_and_the_others_go_on(generated, tmp_path, capsys, monkeypatch):

@@ -465,7 +465,7 @@ class Generation:
             print(f"{name}: {before:.4g} → {after:.4g}, mean of {len(done) * self.request.images} images, optimized")
         total, before = len(self.jobs) + len(self.request.prompts.problems), self.finished_before
         earlier = f", {before} were finished before" * bool(before)
-        others = f"; {len(self.others)} others of this folder are shown too" * bool(self.others)
+        others = f"; also shown: {len(self.others)} more of this folder" * bool(self.others)
         files = f"{self.folder.path / 'index.html'}, results.jsonl, images/"
         print(f"wrote {len(done) - before} of {total} prompts{earlier}: {files}{others}")
         return total - len(done)
