@@ -1,4 +1,4 @@
-"""What the gradient of Noise Diffusion tells: its direction, and the rise of the score that it predicts for candidates.
+"""The gradient of Noise Diffusion: its direction, and the rise of the score that it predicts for candidates.
 
 python benchmarks/gradient_direction.py --limit 48
 

@@ -1,5 +1,6 @@
 """Base class of callbacks of a noise optimization."""
 
+import inspect
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
@@ -62,7 +63,10 @@ def as_callback(callback: Any) -> NoiseCallback:
     if isinstance(callback, type) or not (hasattr(callback, "on_step_end") or callable(callback)):
         got = f"the class {callback.__name__}" if isinstance(callback, type) else type(callback).__name__
         raise TypeError(f"{expected} {got}.")
-    if parameters := refused_signature(getattr(callback, "on_step_end", callback), 1):
+    function = getattr(callback, "on_step_end", callback)
+    if inspect.iscoroutinefunction(function):
+        raise TypeError(f"{expected} an `async` one, which nobody awaits. Make it a plain function.")
+    if parameters := refused_signature(function, 1):
         raise TypeError(
             f"{expected} one that takes {parameters}. A callback of each denoising step belongs to "
             "`callback_on_step_end=`."

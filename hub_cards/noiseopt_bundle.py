@@ -71,8 +71,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import load_file
 from safetensors.torch import save as save_tensors
-from torch import Tensor, nn
+from torch import Tensor, nn, overrides
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import get_gradient_edge
 from torch.func import functional_call
 from torch.nn.grad import conv2d_input
 from torch.overrides import TorchFunctionMode
@@ -110,8 +111,8 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 # The name that diffusers gives this module may come to mean the bundle of another release.
-sys.modules[f"{__name__}_9d7b3e0e05c5"] = sys.modules[__name__]
-__name__ = f"{__name__}_9d7b3e0e05c5"
+sys.modules[f"{__name__}_9e2ede512e11"] = sys.modules[__name__]
+__name__ = f"{__name__}_9e2ede512e11"
 
 # rewards/contract/transforms.py
 
@@ -573,14 +574,16 @@ class CallableReward(Reward):
     """Wrapper that makes any callable `(images, prompts) -> (B,)` a reward.
 
     `name`, `differentiable`, `requires_prompt`, `range` and `license` are read from the callable if it has them. The
-    modules that it is made of are frozen and set to evaluation mode: itself, the owner of a bound method, attributes,
-    and the arguments of a `functools.partial`. (Modules that a function only mentions stay as they are.)
+    modules that it is made of are frozen and in evaluation mode while it scores: itself, the owner of a bound method,
+    attributes, and the arguments of a `functools.partial`. (Modules that a function only mentions stay as they are.)
     """
 
     function: Callable[[Tensor, list[str]], Tensor]
 
     def __init__(self, function: Callable[[Tensor, list[str]], Tensor]):
-        super().__init__(**{f"module_{index}": module for index, module in enumerate(modules_behind(function))})
+        super().__init__()
+        for index, module in enumerate(modules_behind(function)):
+            self.add_module(f"module_{index}", module)
         vars(self)["function"] = function
         self.name = callable_name(function)
         source = function.func if isinstance(function, functools.partial) else function
@@ -591,10 +594,27 @@ class CallableReward(Reward):
 
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
         try:
-            return self.function(images, prompts)
+            with evaluated(self):
+                return self.function(images, prompts)
         except Exception as error:
             vars(error)["raised_by_reward"] = self.name
             raise
+
+@contextlib.contextmanager
+def evaluated(root: nn.Module) -> Iterator[None]:
+    training = [module for module in root.modules() if module.training]
+    trainable = [parameter for parameter in root.parameters() if parameter.requires_grad]
+    try:
+        for module in training:
+            module.training = False
+        for parameter in trainable:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for module in training:
+            module.training = True
+        for parameter in trainable:
+            parameter.requires_grad_(True)
 
 def modules_behind(function: Any) -> list[nn.Module]:
     if isinstance(function, functools.partial):
@@ -636,10 +656,11 @@ def check_images(images: Tensor, who: str) -> None:
 
 def check_reward_device(device: Any) -> None:
     try:
-        torch.device(device if device is not None else "cpu")
-    except (RuntimeError, TypeError) as error:
+        torch.empty(0, device=device if device is not None else "cpu")
+    except (RuntimeError, TypeError, AssertionError, NotImplementedError) as error:
         raise ValueError(
-            f'Expected `reward_device` to be a device such as "cuda:1" or "cpu", or `None`, but got {device!r}.'
+            'Expected `reward_device` to be a device of this machine, such as "cuda:1" or "cpu", or `None`, but got '
+            f"{device!r}: {error}"
         ) from error
 
 def prompts_per_image(prompts: str | Sequence[str] | None, batch: int, name: str, required: bool) -> list[str]:
@@ -669,6 +690,8 @@ def check_scores(scores: Tensor, batch: int, name: str) -> None:
             f"Expected reward '{name}' to return a tensor of shape ({batch},), one score per image, but got {got}. "
             f"{remedy_of_scores(scores, batch)}"
         )
+    if scores.is_complex():
+        raise ValueError(f"Expected real scores from reward '{name}', but got {scores.dtype}. Return `scores.abs()`.")
     finite = scores.detach().isfinite()
     if not finite.all():
         where = (~finite).nonzero().flatten().tolist()
@@ -3500,6 +3523,17 @@ def has_forward_hooks(module: nn.Module) -> bool:
 def is_context_decorated(function: Callable[..., Any]) -> bool:
     return getattr(function, "__globals__", {}).get("__name__") == "torch.utils._contextlib"
 
+class TorchMode(TorchFunctionMode):
+    """A torch function mode that ends in order after an interrupt.
+
+    While torch runs a function under a mode, the mode is off its stack. An interrupt then can leave it there, and the
+    exit of the mode would take another's place.
+    """
+
+    def __exit__(self, *error: Any) -> None:
+        if self in private(overrides, "_get_current_function_mode_stack", "torch")():
+            super().__exit__(*error)
+
 def base_of_view(tensor: torch.Tensor) -> torch.Tensor | None:
     return tensor._base
 
@@ -4077,7 +4111,7 @@ SAME_FOR_ALL = ("sigmas", "timesteps")  # lists that have no entry for each imag
 PLAIN_VALUES = (str, int, float, bool, type(None))
 ChunkRun = Callable[[list[int], torch.Tensor], torch.Tensor]
 
-class WholeBatchDraws(TorchFunctionMode):
+class WholeBatchDraws(TorchMode):
     """Context in which a chunk gets the random numbers that the whole batch would draw for its images.
 
     A scheduler that adds noise at each step samples it for the images of the chunk alone, and so gets other numbers.
@@ -4789,6 +4823,7 @@ def refuse_replaced_step(pipe) -> None:
 def refuse_unsuited(pipe, gradient: str | None) -> None:
     refuse_replaced_latents(pipe)
     for name, root in modules_of(pipe).items():
+        warn_of_dropout(name, root)
         refuse_cache(name, root)
         if gradient is not None:
             refuse_inference_tensors(name, root)
@@ -4797,6 +4832,14 @@ def refuse_unsuited(pipe, gradient: str | None) -> None:
             refuse_attention(name, root)
             refuse_casting(name, root)
             refuse_upcast(name, root)
+
+def warn_of_dropout(name: str, root: nn.Module) -> None:
+    if any(isinstance(module, nn.Dropout) and module.training and module.p > 0 for module in root.modules()):
+        warnings.warn(
+            f"The `{name}` is in training mode with dropout. The run turns it off, and its images differ from those "
+            f"of a plain call: call `pipe.{name}.eval()` before both.",
+            stacklevel=3,
+        )
 
 def is_upcast(vae: Any) -> bool:
     return vae is not None and bool(vae.config.get("force_upcast")) and vae.dtype == torch.float16
@@ -4973,7 +5016,7 @@ def count_timesteps(pipe) -> int:
 
 DRAWING = (torch.randn, torch.rand, torch.randint, torch.randn_like, torch.rand_like, torch.normal)
 
-class GlobalDraws(TorchFunctionMode):
+class GlobalDraws(TorchMode):
     """Context in which random numbers without a generator raise `ValueError`, in this thread only.
 
     Args:
@@ -5045,6 +5088,10 @@ def with_globals(function: types.FunctionType, **replaced: Any) -> types.Functio
     twin.__kwdefaults__ = function.__kwdefaults__
     return twin
 
+def may_take_latents(cls: type) -> bool:
+    parameters = inspect.signature(stock_call(cls)).parameters
+    return "latents" in parameters or any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+
 def drawing_with(
     noise_sampler: Callable[..., torch.Tensor] | None, function: types.FunctionType
 ) -> Callable[..., torch.Tensor]:
@@ -5093,8 +5140,9 @@ class LatentSpace:
         self.noise_sampler, self.draw_noise = noise_sampler, drawing_with(noise_sampler, self.with_draw())
         signature = inspect.signature(self.with_draw())
         arguments = dict(signature.bind(pipe, *args, **kwargs).arguments)
-        self.takes_latents = "latents" in signature.parameters
-        self.given = arguments.pop("latents", None)
+        # those of a call that takes none are no noise: Kandinsky passes the encoded image by that name
+        self.takes_latents = "latents" in signature.parameters and may_take_latents(type(pipe))
+        self.given = arguments.pop("latents", None) if self.takes_latents else None
         extra = arguments.pop("kwargs", {})
         self.arguments = {name: value for name, value in {**arguments, **extra}.items() if name != "self"}
         self.known_packing: Packing | None = None
@@ -5390,7 +5438,7 @@ class PipelineSampler:
     Args:
         pipe: The pipeline whose call is in progress, after its prompts were encoded.
         request: The arguments of that call.
-        encoded: The return values of `encode_prompt` in call order.
+        encoded: The return values of `encode_prompt` so far, in call order.
         space: The noise and latents of the call.
         clamp: How pixels are clamped to [0, 1]. "straight_through" keeps the gradient of saturated pixels, so that they
             can recover; "hard", as in stock pipelines, has zero gradient there. The values are equal.
@@ -5409,6 +5457,7 @@ class PipelineSampler:
     """
 
     timesteps: int | None = None
+    differentiated = False  # whether a result was found to depend on its noise
 
     def __init__(
         self,
@@ -5423,13 +5472,15 @@ class PipelineSampler:
         through_denoiser: bool = True,
         start: CallStart | None = None,
     ) -> None:
-        self.space, self.encoded, self.pipe = space, encoded, pipe
+        self.space, self.encoded, self.pipe = space, list(encoded), pipe  # some calls encode after the preparation
         self.device = torch.device(space.arguments.get("device") or execution_device(pipe))
         self.random_state = RandomState(request.get("generator"), self.device)
         self.start = start or CallStart(request.get("generator"), self.device)
         self.draws_globally = self.start.drew_from_global()
         self.draws_early = self.draws_globally or not self.start.own.equals(self.random_state)
+        self.preparation = CallStart(request.get("generator"), self.device)
         self.base_noise, self.drew = space.draw(pipe, generator=self.random_state.generator())
+        self.prepares_globally = self.preparation.drew_from_global()
         self.call = stock_call(type(pipe))
         ours = ("latents", "generator", "output_type", "return_dict", "callback_on_step_end", "callback")
         self.request = {name: value for name, value in request.items() if name not in ours}
@@ -5488,7 +5539,9 @@ class PipelineSampler:
             return self.prepare_on(twin, noise, self.random_state.generator())
 
     def prepare_on(self, twin, noise: torch.Tensor, generator: torch.Generator | list[torch.Generator]):
-        return self.space.prepare(twin, noise, draw=self.drew, generator=generator)
+        # some functions sample the encoded image from the global stream, whatever the generator
+        with self.preparation.replayed() if self.prepares_globally else contextlib.nullcontext():
+            return self.space.prepare(twin, noise, draw=self.drew, generator=generator)
 
     def to_latents(self, noise: torch.Tensor) -> torch.Tensor:
         prepared = first_of(self.prepare(noise))
@@ -5571,23 +5624,26 @@ class PipelineSampler:
             try:
                 with self.draws_of(generator), limited as estimates, torch.set_grad_enabled(differentiable):
                     output = images_in(self.call(twin, **self.request, **ours), twin, output_type)
-            except AttributeError as error:
-                if not differentiable:
+            except (AttributeError, RuntimeError) as error:
+                why, _, _ = str(error).partition(". ")
+                if not differentiable or (isinstance(error, RuntimeError) and "requires grad" not in why):
                     raise
                 raise TypeError(
                     f"Expected {type(twin).__name__} to be differentiable from image to noise, but its code fails "
-                    f'where gradients are recorded ({error}). Use `gradient="frozen"`, or a method without gradients, '
+                    f'where gradients are recorded ({why}). Use `gradient="frozen"`, or a method without gradients, '
                     "such as `BestOfN`."
                 ) from error
             if estimates and output_type == "latent":  # families unpack and scale their output
                 output = estimates[0]
             if not preview:  # counted after the run, as some families set their timesteps after `prepare_latents`
                 self.timesteps = count_timesteps(twin)
-        if differentiable and not output.requires_grad:
-            raise ValueError(
-                f"Expected {type(twin).__name__} to be differentiable from image to noise, but its result carries no "
-                "gradient. Use a method without gradients, such as `BestOfN`."
-            )
+        if differentiable and not self.differentiated:
+            if not depends_on(output, noise):
+                raise ValueError(
+                    f"Expected {type(twin).__name__} to be differentiable from image to noise, but its result carries "
+                    "no gradient. Use a method without gradients, such as `BestOfN`."
+                )
+            self.differentiated = True
         return output
 
     @contextlib.contextmanager
@@ -5604,27 +5660,41 @@ class PipelineSampler:
         generator: torch.Generator | list[torch.Generator],
         gradient: Gradient,
     ) -> None:
-        attributes, recorded = vars(twin), iter(self.encoded)
+        attributes, ours = vars(twin), [noise]
 
         def prepare_latents(*_, **__):
+            if not ours:
+                raise TypeError(
+                    f"Expected a call that prepares its latents once, but that of {type(twin).__name__} does so for "
+                    "one model after another, such as a prior. Use the pipeline of its last model."
+                )
             self.random_state.rewind(generator)
-            return self.prepare_on(twin, noise, generator)
+            return self.prepare_on(twin, ours.pop(), generator)
 
+        recorded = {"encode_prompt": self.encoded, "prepare_ip_adapter_image_embeds": self.image_embeds}
         attributes.update(
-            encode_prompt=lambda *_, **__: next(recorded),
-            prepare_latents=prepare_latents,
+            {name: replayed(getattr(twin, name), values) for name, values in recorded.items() if hasattr(twin, name)}
         )
-        if hasattr(twin, "prepare_ip_adapter_image_embeds"):
-            embed = twin.prepare_ip_adapter_image_embeds
-            attributes["prepare_ip_adapter_image_embeds"] = replayed(embed, self.image_embeds)
+        attributes["prepare_latents"] = prepare_latents
         wrap = {"frozen": without_gradient, "full": self.checkpoints.call_of}.get(gradient or "")
         if wrap is not None:
             attributes.update({name: wrap(model) for name, model in submodules_of(twin, CALLED_IN_STEPS).items()})
 
+def depends_on(output: torch.Tensor, noise: torch.Tensor) -> bool:
+    goal, waiting, seen = get_gradient_edge(noise).node, [output.grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        if node is goal:
+            return True
+        if node is not None and node not in seen:
+            seen.add(node)
+            waiting.extend(before for before, _ in node.next_functions)
+    return False
+
 def images_in(output: Any, pipe, output_type: str = "pt") -> Any:
     images = output[0] if isinstance(output, tuple) else output
     if output_type == "pt" and not (isinstance(images, torch.Tensor) and images.ndim == 4 and images.shape[1] == 3):
-        got = tuple(images.shape) if isinstance(images, torch.Tensor) else type(images).__name__
+        got = f"some of shape {tuple(images.shape)}" if isinstance(images, torch.Tensor) else type(images).__name__
         raise TypeError(
             f'Expected {type(pipe).__name__} to return images (B, 3, H, W) for `output_type="pt"`, but got {got}. Use '
             "a pipeline that generates images, as tensors."
@@ -5636,7 +5706,9 @@ def make_twin(pipe, clamp: Clamp, postprocessed: list[int]):
     twin.__dict__ = attributes = plain_attributes(pipe)
     twin.set_progress_bar_config(disable=True)
     # both use numpy, which has no gradient; the final run has them
-    attributes.update({name: None for name in ("safety_checker", "watermark") if name in attributes})
+    own = attributes.get("safety_checker")
+    left_out = ("watermark",) if hasattr(own, "check_text_safety") else ("watermark", "safety_checker")  # Cosmos asks
+    attributes.update({name: None for name in left_out if name in attributes})
     if "vae" in attributes and needs_upcast(attributes["vae"]):
         attributes["vae"] = converted_apart(attributes["vae"])
     if hasattr(attributes.get("image_processor"), "postprocess"):
@@ -7288,7 +7360,10 @@ def check_score_range(score_range: Any) -> None:
     ends = score_range if isinstance(score_range, list | tuple) else ()
     numbers = [end for end in ends if isinstance(end, int | float) and not isinstance(end, bool) and math.isfinite(end)]
     if len(ends) != 2 or len(numbers) != 2 or not numbers[0] < numbers[1]:
-        raise ValueError(f"Expected `score_range` as (low, high) with low < high, but got {score_range!r}.")
+        raise ValueError(
+            f"Expected `score_range` as (low, high) with low < high, but got {score_range!r}. Pass the totals of bad "
+            "and good images."
+        )
 
 # pipelines/noise_diffusion/method.py
 
@@ -8210,7 +8285,10 @@ def as_callback(callback: Any) -> NoiseCallback:
     if isinstance(callback, type) or not (hasattr(callback, "on_step_end") or callable(callback)):
         got = f"the class {callback.__name__}" if isinstance(callback, type) else type(callback).__name__
         raise TypeError(f"{expected} {got}.")
-    if parameters := refused_signature(getattr(callback, "on_step_end", callback), 1):
+    function = getattr(callback, "on_step_end", callback)
+    if inspect.iscoroutinefunction(function):
+        raise TypeError(f"{expected} an `async` one, which nobody awaits. Make it a plain function.")
+    if parameters := refused_signature(function, 1):
         raise TypeError(
             f"{expected} one that takes {parameters}. A callback of each denoising step belongs to "
             "`callback_on_step_end=`."
@@ -8298,7 +8376,8 @@ def as_noise_sampler(sampler: NoiseSamplerSpec | None) -> Callable[..., torch.Te
     if callable(sampler) and not isinstance(sampler, type):
         if parameters := refused_signature(sampler, 1, "generator", "device", "dtype"):
             raise TypeError(
-                f"Expected a noise sampler `(shape, generator, device, dtype)`, but got one of {parameters}."
+                f"Expected a noise sampler `(shape, generator, device, dtype)`, but got one of {parameters}. "
+                "Define it with these parameters."
             )
         return sampler
     raise TypeError(
@@ -8714,6 +8793,7 @@ def escape(character: str) -> str:
 
 LONGEST_LIST = 1000  # numbers of an array that is recorded, such as sigmas
 PROBED = 16  # entries of each weight that tell one adapter from another
+PROBED_WEIGHTS = 4  # weights of a module that tell one model from another
 
 def describe_pipeline(pipe) -> dict[str, Any]:
     scheduler = pipe.scheduler
@@ -8724,10 +8804,23 @@ def describe_pipeline(pipe) -> dict[str, Any]:
         "model": portable_name(name_or_path(pipe)),
         "revision": revision_of(pipe),
         "scheduler": {"class": type(scheduler).__name__, **plain(settings)},
+        "weights": {name: weights_hash(module) for name, module in modules.items()},
         "adapters": adapters,
         "fused_adapters": sorted(getattr(pipe, "fused_loras", ())),
         "ip_adapter_scale": ip_adapter_scales(modules.values()),
     }
+
+def weights_hash(module: nn.Module) -> str:
+    adapters = {name for layer in module.modules() for name in getattr(layer, "adapter_layer_names", ())}
+    weights = [
+        weight
+        for name, weight in module.named_parameters()
+        if not (weight.is_meta or adapters.intersection(name.split(".")))
+    ]
+    digest = hashlib.sha256()
+    for weight in weights[:: max(1, len(weights) // PROBED_WEIGHTS)]:
+        digest.update(weight.detach().flatten()[:PROBED].to("cpu", torch.float32).numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 def describe_adapters(module: nn.Module) -> dict[str, dict[str, Any]]:
     weights: dict[str, dict[float, None]] = {}  # as ordered sets
@@ -9121,7 +9214,7 @@ def settings_diff(known: Any, given: Any, name: str = "") -> list[str]:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Progress:
-    """Where a run was interrupted, for `resume_from`.
+    """The state in which a run was interrupted, for `resume_from`.
 
     Attributes:
         parts: "run" has the state of the run and its method as JSON values, with the names of tensors in their places,
@@ -9754,8 +9847,15 @@ class OptimizationLoop:
         run.loss = loss.detach().where(run.active, torch.nan)
         self.record(method.inspect(run, self.objective, self.state))
         for callback in self.callbacks:
-            if callback.on_step_end(run) is False:
+            kept = [each for each in (run.noise, run.images, run.best.noise, run.best.images) if each is not None]
+            versions = list(map(version_of, kept))
+            if asks_to_stop(callback.on_step_end(run)):
                 run.stop()
+            if list(map(version_of, kept)) != versions:
+                raise ValueError(
+                    f"Expected a callback that leaves noise and images as they are, but {callback_name(callback)} "
+                    "wrote into them. Change a copy: `state.noise.clone()`."
+                )
         if self.noise_file is not None:
             self.noise_file.keep(self.result)
 
@@ -9909,6 +10009,14 @@ class OptimizationLoop:
             progress=None if self.complete else self.progress,
         )
 
+def asks_to_stop(returned: Any) -> bool:
+    value = returned.item() if getattr(returned, "ndim", None) == 0 else returned
+    return value is False
+
+def callback_name(callback: Any) -> str:
+    function = getattr(callback, "function", callback)
+    return getattr(function, "__name__", type(function).__name__)
+
 def chunk_size_of(method: NoiseOptimizer, problem: NoiseProblem) -> int | None:
     setting, batch = method.chunk_size, len(problem.noise)
     if setting is None or batch == 1:
@@ -10039,7 +10147,7 @@ def check_types(pipe, request: Mapping[str, Any]) -> None:
         if value is defaults.get(name) or (name == "num_inference_steps" and value is None and custom):
             continue
         most, hint = MOST_OF_ARGUMENT.get(name), hints.get(name, Any)
-        if most and value is not None and not (is_number(value, Integral) and 1 <= int(value) <= most):
+        if most and not (is_number(value, Integral) and 1 <= int(value) <= most):
             raise ValueError(f"Expected `{name}` to be an integer from 1 to {most}, but got {value!r:.200}.")
         # many calls take `None` for a text or a list
         plain = value is not None or hint in (int, float) or get_origin(hint) is tuple
@@ -10058,6 +10166,8 @@ def fits_hint(value: Any, hint: Any) -> bool:
     if get_origin(hint) in (list, tuple):
         each = float if get_args(hint)[0] is int else get_args(hint)[0]
         parts = value.tolist() if isinstance(value, torch.Tensor | np.ndarray) else value
+        if isinstance(value, str):  # calls that ask for `list[str]` make a list of one text
+            return get_args(hint)[0] is str
         return isinstance(parts, list | tuple) and all(fits_hint(part, each) for part in parts)
     if hint is float and isinstance(value, torch.Tensor):
         return value.numel() == 1
@@ -10172,11 +10282,16 @@ def check_batch(request: dict[str, Any], batch: int) -> None:
     if isinstance(generator, list) and len(generator) != batch:
         raise ValueError(f"Expected one generator for each of {batch} images, but got {len(generator)}.")
 
-def check_noise_batch(noise: torch.Tensor, batch: int) -> None:
+def check_noise_batch(noise: torch.Tensor, batch: int, name: str) -> None:
     if len(noise) != batch:
         raise ValueError(
-            f"Expected noise for {batch} images (prompts × `num_images_per_prompt`), but the pipeline draws some of "
-            f"shape {tuple(noise.shape)}. Pass one prompt for each image."
+            f"Expected noise for {batch} images (prompts × `num_images_per_prompt`), but {name} draws some of shape "
+            f"{tuple(noise.shape)}. Pass one prompt for each image, or use another pipeline of the family."
+        )
+    if noise.ndim < 4:
+        raise ValueError(
+            f"Expected noise with height and width, (B, C, H, W), but {name} draws some of shape {tuple(noise.shape)}. "
+            "Use a pipeline that draws spatial latents first."
         )
     if not noise.isfinite().all():
         raise ValueError("Expected noise of finite numbers, but got NaN or infinity. Correct the `noise_sampler`.")
@@ -10214,7 +10329,7 @@ def image_size(pipe, request: dict[str, Any]) -> tuple[int, int] | None:
         return request["height"], request["width"]
     if request.get("image") is not None:
         return size_of_input_image(pipe, request["image"])
-    denoiser = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
+    denoiser = getattr(pipe, "unet", getattr(pipe, "transformer", None))  # a compiled module has no truth value
     side = getattr(pipe, "default_sample_size", None) or getattr(getattr(denoiser, "config", None), "sample_size", None)
     scale = getattr(pipe, "vae_scale_factor", None)
     return (side * scale, side * scale) if isinstance(side, int) and isinstance(scale, int) else None
@@ -10283,8 +10398,10 @@ def only_writer(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 def prompt_name(index: int, prompt: str) -> str:
-    slug = re.sub(r"[\W_]+", "-", prompt.lower())[:MOST_SLUG_CHARACTERS].strip("-")
-    return f"{index:04d}-{slug}" if slug else f"{index:04d}"
+    return "-".join(filter(None, (f"{index:04d}", prompt_slug(prompt))))
+
+def prompt_slug(prompt: str) -> str:
+    return re.sub(r"[\W_]+", "-", prompt.lower()).strip("-")[:MOST_SLUG_CHARACTERS].strip("-")
 
 class FolderBar(ProgressBar):
     """One progress bar over the steps of several runs.
@@ -10505,7 +10622,8 @@ class Turns:
                 self.taken = [other for other in self.taken if other is not turn]
                 self.changed.notify_all()
 
-TURNS = Turns()
+# one for all copies of this code, of which each card of a pipeline has its own
+TURNS: Turns = vars(threading).setdefault("noiseopt_turns", Turns())
 
 # pipelines/hook.py
 
@@ -10630,7 +10748,7 @@ class NoiseRun:
             through_denoiser=method.gradient_mode == "full",
             start=self.start,
         )
-        check_noise_batch(sampler.base_noise, len(self.prompts))
+        check_noise_batch(sampler.base_noise, len(self.prompts), type(pipe).__name__)
         if not self.render:
             check_redraw(sampler)
         problem = NoiseProblem(pipe, sampler, self.prompts, self.reward_prompts, self.groups, self.request, self.call)
@@ -10990,16 +11108,22 @@ class MethodMixin(NoiseOptimizationMixin):
         if self.target not in settings:
             if settings:
                 raise ValueError(
-                    f"Expected `{self.target}` beside {sorted(settings)}, but got none: there is nothing to optimize."
+                    f"Expected `{self.target}` beside {sorted(settings)}, but got none: there is nothing to optimize. "
+                    f"Pass `{self.target}` too, or leave these out."
                 )
             return None
         return self.own_method(**settings)
 
 def merged_settings(arguments: dict[str, Any], others: Mapping[str, Any] | None) -> dict[str, Any]:
     if others is not None and not isinstance(others, Mapping):
-        raise TypeError(f"Expected `method_kwargs` to be a dict of settings by name, but got {others!r}.")
+        raise TypeError(
+            f"Expected `method_kwargs` to be a dict of settings by name, but got {others!r}. Pass "
+            "`method_kwargs={...}`."
+        )
     if twice := sorted(arguments.keys() & (others or {}).keys()):
-        raise ValueError(f"Expected each setting once, but got {twice} as arguments and in `method_kwargs` too.")
+        raise ValueError(
+            f"Expected each setting once, but got {twice} as arguments and in `method_kwargs` too. Leave one out."
+        )
     return {**arguments, **(others or {})}
 
 # pipelines/reno/mixin.py

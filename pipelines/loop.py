@@ -11,6 +11,7 @@ import torch
 from ..callbacks.noise_callback import CallbackSpec, NoiseCallback, as_callbacks
 from ..callbacks.noise_state import Best, NoiseState
 from ..callbacks.progress import ProgressBar
+from ..private_names import version_of
 from ..rewards.contract.reward import NonFiniteReward
 from .memory.graph_size import SavedBytes, fitting_chunk_size, free_memory
 from .memory.tiny_decoder import FULL_DECODER
@@ -217,8 +218,15 @@ class OptimizationLoop:
         run.loss = loss.detach().where(run.active, torch.nan)
         self.record(method.inspect(run, self.objective, self.state))
         for callback in self.callbacks:
-            if callback.on_step_end(run) is False:
+            kept = [each for each in (run.noise, run.images, run.best.noise, run.best.images) if each is not None]
+            versions = list(map(version_of, kept))
+            if asks_to_stop(callback.on_step_end(run)):
                 run.stop()
+            if list(map(version_of, kept)) != versions:
+                raise ValueError(
+                    f"Expected a callback that leaves noise and images as they are, but {callback_name(callback)} "
+                    "wrote into them. Change a copy: `state.noise.clone()`."
+                )
         if self.noise_file is not None:
             self.noise_file.keep(self.result)
 
@@ -387,6 +395,17 @@ class OptimizationLoop:
             initial_images=self.full_decoder_images.get("initial", self.initial_images),
             progress=None if self.complete else self.progress,
         )
+
+
+def asks_to_stop(returned: Any) -> bool:
+    """Return whether a callback returned `False`, also that of numpy or torch."""
+    value = returned.item() if getattr(returned, "ndim", None) == 0 else returned
+    return value is False
+
+
+def callback_name(callback: Any) -> str:
+    function = getattr(callback, "function", callback)
+    return getattr(function, "__name__", type(function).__name__)
 
 
 def chunk_size_of(method: NoiseOptimizer, problem: NoiseProblem) -> int | None:

@@ -157,7 +157,7 @@ def check_types(pipe, request: Mapping[str, Any]) -> None:
         if value is defaults.get(name) or (name == "num_inference_steps" and value is None and custom):
             continue
         most, hint = MOST_OF_ARGUMENT.get(name), hints.get(name, Any)
-        if most and value is not None and not (is_number(value, Integral) and 1 <= int(value) <= most):
+        if most and not (is_number(value, Integral) and 1 <= int(value) <= most):
             raise ValueError(f"Expected `{name}` to be an integer from 1 to {most}, but got {value!r:.200}.")
         # many calls take `None` for a text or a list
         plain = value is not None or hint in (int, float) or get_origin(hint) is tuple
@@ -388,7 +388,7 @@ def image_size(pipe, request: dict[str, Any]) -> tuple[int, int] | None:
         return request["height"], request["width"]
     if request.get("image") is not None:
         return size_of_input_image(pipe, request["image"])
-    denoiser = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
+    denoiser = getattr(pipe, "unet", getattr(pipe, "transformer", None))  # a compiled module has no truth value
     side = getattr(pipe, "default_sample_size", None) or getattr(getattr(denoiser, "config", None), "sample_size", None)
     scale = getattr(pipe, "vae_scale_factor", None)
     return (side * scale, side * scale) if isinstance(side, int) and isinstance(scale, int) else None

@@ -392,7 +392,7 @@ def test_names_of_files_and_entries_of_prompt_files_are_printed_as_text(tmp_path
 
 
 def test_a_record_of_generated_images_counts_only_if_it_is_whole(tmp_path):
-    """What is missing or foreign is generated anew; the page of the folder shows files of the folder alone."""
+    """Missing and foreign images are generated anew; the page of the folder shows files of the folder alone."""
     job, folder = Job("a red circle", 0, (1, 2), "prompt 1"), ImageFolder(tmp_path)
     rewards = {"red": [0.5, None]}
     whole = {"prompt": job.prompt, "seeds": [1, 2], **folder.files(job), "rewards before": rewards, "rewards": rewards}

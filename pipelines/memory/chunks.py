@@ -5,14 +5,15 @@ from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
-from torch.overrides import TorchFunctionMode
+
+from ...private_names import TorchMode
 
 SAME_FOR_ALL = ("sigmas", "timesteps")  # lists that have no entry for each image
 PLAIN_VALUES = (str, int, float, bool, type(None))
 ChunkRun = Callable[[list[int], torch.Tensor], torch.Tensor]
 
 
-class WholeBatchDraws(TorchFunctionMode):
+class WholeBatchDraws(TorchMode):
     """Context in which a chunk gets the random numbers that the whole batch would draw for its images.
 
     A scheduler that adds noise at each step samples it for the images of the chunk alone, and so gets other numbers.

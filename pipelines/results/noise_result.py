@@ -27,7 +27,7 @@ from .settings_diff import settings_diff
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Progress:
-    """Where a run was interrupted, for `resume_from`.
+    """The state in which a run was interrupted, for `resume_from`.
 
     Attributes:
         parts: "run" has the state of the run and its method as JSON values, with the names of tensors in their places,
@@ -96,7 +96,7 @@ class NoiseResult:
 
     @property
     def complete(self) -> bool:
-        """Whether the run ended as it was asked to: after its steps, or by a callback or a stop rule.
+        """Return whether the run ended as it was asked to: after its steps, or by a callback or a stop rule.
 
         A run that was interrupted by Ctrl-C or an error, or whose process died, is not complete. Files of versions that
         did not record it count as complete.

@@ -14,15 +14,16 @@ from ...private_names import name_or_path
 
 LONGEST_LIST = 1000  # numbers of an array that is recorded, such as sigmas
 PROBED = 16  # entries of each weight that tell one adapter from another
+PROBED_WEIGHTS = 4  # weights of a module that tell one model from another
 
 
 def describe_pipeline(pipe) -> dict[str, Any]:
     """Return what a result records of its pipeline, beside its class and dtype.
 
     Returns:
-        `model`, `revision`, the class and settings of the `scheduler`, the active LoRA `adapters` by component and
-        name (weight, and a hash of their first entries), the names of `fused_adapters`, and the scales of IP-Adapters
-        as `ip_adapter_scale`.
+        `model`, `revision`, the class and settings of the `scheduler`, a hash of some `weights` by component, the
+        active LoRA `adapters` by component and name (weight, and a hash of their first entries), the names of
+        `fused_adapters`, and the scales of IP-Adapters as `ip_adapter_scale`.
     """
     scheduler = pipe.scheduler
     settings = {name: value for name, value in dict(scheduler.config).items() if not name.startswith("_")}
@@ -32,10 +33,28 @@ def describe_pipeline(pipe) -> dict[str, Any]:
         "model": portable_name(name_or_path(pipe)),
         "revision": revision_of(pipe),
         "scheduler": {"class": type(scheduler).__name__, **plain(settings)},
+        "weights": {name: weights_hash(module) for name, module in modules.items()},
         "adapters": adapters,
         "fused_adapters": sorted(getattr(pipe, "fused_loras", ())),
         "ip_adapter_scale": ip_adapter_scales(modules.values()),
     }
+
+
+def weights_hash(module: nn.Module) -> str:
+    """Return a hash of the first entries of a few weights, which training or loading others changes.
+
+    Adapters do not count, nor weights that are offloaded to meta tensors.
+    """
+    adapters = {name for layer in module.modules() for name in getattr(layer, "adapter_layer_names", ())}
+    weights = [
+        weight
+        for name, weight in module.named_parameters()
+        if not (weight.is_meta or adapters.intersection(name.split(".")))
+    ]
+    digest = hashlib.sha256()
+    for weight in weights[:: max(1, len(weights) // PROBED_WEIGHTS)]:
+        digest.update(weight.detach().flatten()[:PROBED].to("cpu", torch.float32).numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def describe_adapters(module: nn.Module) -> dict[str, dict[str, Any]]:

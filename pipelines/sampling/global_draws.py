@@ -5,14 +5,13 @@ import functools
 from collections.abc import Iterator
 
 import torch
-from torch.overrides import TorchFunctionMode
 
-from ...private_names import is_compiled
+from ...private_names import TorchMode, is_compiled
 
 DRAWING = (torch.randn, torch.rand, torch.randint, torch.randn_like, torch.rand_like, torch.normal)
 
 
-class GlobalDraws(TorchFunctionMode):
+class GlobalDraws(TorchMode):
     """Context in which random numbers without a generator raise `ValueError`, in this thread only.
 
     Args:

@@ -1,6 +1,7 @@
 """Module states that an optimization needs: frozen, in `eval()`, and none that breaks the gradient."""
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -95,6 +96,7 @@ def refuse_unsuited(pipe, gradient: str | None) -> None:
     """
     refuse_replaced_latents(pipe)
     for name, root in modules_of(pipe).items():
+        warn_of_dropout(name, root)
         refuse_cache(name, root)
         if gradient is not None:
             refuse_inference_tensors(name, root)
@@ -103,6 +105,16 @@ def refuse_unsuited(pipe, gradient: str | None) -> None:
             refuse_attention(name, root)
             refuse_casting(name, root)
             refuse_upcast(name, root)
+
+
+def warn_of_dropout(name: str, root: nn.Module) -> None:
+    """Warn about active dropout, which a run turns off for its time."""
+    if any(isinstance(module, nn.Dropout) and module.training and module.p > 0 for module in root.modules()):
+        warnings.warn(
+            f"The `{name}` is in training mode with dropout. The run turns it off, and its images differ from those "
+            f"of a plain call: call `pipe.{name}.eval()` before both.",
+            stacklevel=3,
+        )
 
 
 def is_upcast(vae: Any) -> bool:

@@ -42,4 +42,5 @@ class Turns:
                 self.changed.notify_all()
 
 
-TURNS = Turns()
+# one for all copies of this code, of which each card of a pipeline has its own
+TURNS: Turns = vars(threading).setdefault("noiseopt_turns", Turns())

@@ -1,8 +1,9 @@
 """The base class of rewards, and a wrapper for plain callables."""
 
+import contextlib
 import functools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -189,14 +190,16 @@ class CallableReward(Reward):
     """Wrapper that makes any callable `(images, prompts) -> (B,)` a reward.
 
     `name`, `differentiable`, `requires_prompt`, `range` and `license` are read from the callable if it has them. The
-    modules that it is made of are frozen and set to evaluation mode: itself, the owner of a bound method, attributes,
-    and the arguments of a `functools.partial`. (Modules that a function only mentions stay as they are.)
+    modules that it is made of are frozen and in evaluation mode while it scores: itself, the owner of a bound method,
+    attributes, and the arguments of a `functools.partial`. (Modules that a function only mentions stay as they are.)
     """
 
     function: Callable[[Tensor, list[str]], Tensor]
 
     def __init__(self, function: Callable[[Tensor, list[str]], Tensor]):
-        super().__init__(**{f"module_{index}": module for index, module in enumerate(modules_behind(function))})
+        super().__init__()
+        for index, module in enumerate(modules_behind(function)):
+            self.add_module(f"module_{index}", module)
         vars(self)["function"] = function
         self.name = callable_name(function)
         source = function.func if isinstance(function, functools.partial) else function
@@ -207,10 +210,29 @@ class CallableReward(Reward):
 
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
         try:
-            return self.function(images, prompts)
+            with evaluated(self):
+                return self.function(images, prompts)
         except Exception as error:
             vars(error)["raised_by_reward"] = self.name
             raise
+
+
+@contextlib.contextmanager
+def evaluated(root: nn.Module) -> Iterator[None]:
+    """Freeze a module and set it to evaluation mode; the previous state is restored on exit."""
+    training = [module for module in root.modules() if module.training]
+    trainable = [parameter for parameter in root.parameters() if parameter.requires_grad]
+    try:
+        for module in training:
+            module.training = False
+        for parameter in trainable:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for module in training:
+            module.training = True
+        for parameter in trainable:
+            parameter.requires_grad_(True)
 
 
 def modules_behind(function: Any) -> list[nn.Module]:
@@ -263,10 +285,11 @@ def check_images(images: Tensor, who: str) -> None:
 def check_reward_device(device: Any) -> None:
     """Raise `ValueError` unless `device` is a device, its name, or `None`."""
     try:
-        torch.device(device if device is not None else "cpu")
-    except (RuntimeError, TypeError) as error:
+        torch.empty(0, device=device if device is not None else "cpu")
+    except (RuntimeError, TypeError, AssertionError, NotImplementedError) as error:
         raise ValueError(
-            f'Expected `reward_device` to be a device such as "cuda:1" or "cpu", or `None`, but got {device!r}.'
+            'Expected `reward_device` to be a device of this machine, such as "cuda:1" or "cpu", or `None`, but got '
+            f"{device!r}: {error}"
         ) from error
 
 
@@ -300,6 +323,8 @@ def check_scores(scores: Tensor, batch: int, name: str) -> None:
             f"Expected reward '{name}' to return a tensor of shape ({batch},), one score per image, but got {got}. "
             f"{remedy_of_scores(scores, batch)}"
         )
+    if scores.is_complex():
+        raise ValueError(f"Expected real scores from reward '{name}', but got {scores.dtype}. Return `scores.abs()`.")
     finite = scores.detach().isfinite()
     if not finite.all():
         where = (~finite).nonzero().flatten().tolist()

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 from diffusers.models import attention_dispatch
-from torch import nn
+from torch import nn, overrides
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -134,6 +135,18 @@ def has_forward_hooks(module: nn.Module) -> bool:
 def is_context_decorated(function: Callable[..., Any]) -> bool:
     """Return whether a function was decorated by a context manager of torch, such as `torch.no_grad()`."""
     return getattr(function, "__globals__", {}).get("__name__") == "torch.utils._contextlib"
+
+
+class TorchMode(TorchFunctionMode):
+    """A torch function mode that ends in order after an interrupt.
+
+    While torch runs a function under a mode, the mode is off its stack. An interrupt then can leave it there, and the
+    exit of the mode would take another's place.
+    """
+
+    def __exit__(self, *error: Any) -> None:
+        if self in private(overrides, "_get_current_function_mode_stack", "torch")():
+            super().__exit__(*error)
 
 
 def base_of_view(tensor: torch.Tensor) -> torch.Tensor | None:

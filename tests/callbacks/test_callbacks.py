@@ -5,6 +5,7 @@ import dataclasses
 import io
 import re
 
+import numpy
 import pytest
 import torch
 from PIL import Image
@@ -56,6 +57,28 @@ def test_a_callback_sees_each_evaluation_and_the_ends_of_the_run():
 def test_a_plain_function_may_stop_the_run():
     result = run(lambda state: state.step < 2)
     assert len(result.losses) == 3 and result.provenance["stopped"] == "callback"
+
+
+@pytest.mark.parametrize("no", [False, numpy.bool_(False), torch.tensor(False)])
+def test_false_of_numpy_and_torch_stops_too(no):
+    assert len(run(lambda state: no).losses) == 1
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda state: state.best.noise.zero_(),
+        lambda state: state.noise.add_(1),
+        lambda state: state.images.mul_(255),
+        lambda state: state.best.images.mul_(255),
+    ],
+)
+def test_a_callback_that_writes_into_the_run_is_named(write):
+    def meddler(state):
+        write(state)
+
+    with pytest.raises(ValueError, match="leaves noise and images as they are, but meddler wrote into them"):
+        run(meddler)
 
 
 def of_diffusers(pipe, step, timestep, callback_kwargs):

@@ -49,7 +49,7 @@ HEADINGS: dict[Kind, tuple[str, str]] = {
 
 
 class Outcome(NamedTuple):
-    """What happens to a class, and why."""
+    """The outcome of a class, and its reason."""
 
     kind: Kind
     reason: str = ""

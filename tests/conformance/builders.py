@@ -860,7 +860,7 @@ EMBEDDED: dict[str, Callable[[Any], Any]] = {
     "HiDream": lambda pipe: (TEXT, -TEXT, embeds(2, 1, 8, 16), embeds(2, 1, 8, 16), embeds(1, 16), embeds(1, 16)),
     "BriaFibo": lambda pipe: (TEXT, -TEXT, torch.zeros(8, 3), MASK, MASK, [embeds(1, 8, 16)] * 2, [-TEXT] * 2),
 }
-"""What `encode_prompt` returns for families whose text encoders are left out, by the beginning of their names."""
+"""Return values of `encode_prompt` for families whose text encoders are left out, by the beginning of their names."""
 
 RECIPES: dict[str, Callable[[type], Parts]] = {
     "StableDiffusion3": sd3_parts,

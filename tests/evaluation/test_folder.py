@@ -114,7 +114,7 @@ def fits(place: tuple, value: object) -> bool:
 
 @pytest.mark.parametrize("place", places(GOOD), ids=str)
 def test_a_unit_is_checked_whole(place, folder):
-    """What is accepted makes a table."""
+    """Accepted units make a table."""
     for value in OTHERS:
         path = write(folder, replaced(place, value))
         if not fits(place, value):

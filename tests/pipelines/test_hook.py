@@ -323,3 +323,21 @@ def test_names_of_methods_are_listed():
     names = ["best_of_n", "cno", "group_selection", "mean_variance", "never_too_late", "noise_diffusion", "noise_pgd"]
     names += ["pcn", "reno", "zero_order_search"]
     assert set(names) <= set(list_methods()) and list_methods() == sorted(list_methods())
+
+
+def test_a_compiled_denoiser_needs_no_size_in_the_call():
+    """It has no truth value."""
+    pipe = quiet(sd_pipeline())
+    plain = optimize_noise(pipe, "a", ReNO(rewards="red", steps=1), generator=generator(1), num_inference_steps=1)
+    pipe.unet = torch.compile(pipe.unet, backend="eager")
+    found = optimize_noise(pipe, "a", ReNO(rewards="red", steps=1), generator=generator(1), num_inference_steps=1)
+    torch.testing.assert_close(found.losses, plain.losses)
+
+
+def test_dropout_that_a_run_turns_off_is_told():
+    pipe = quiet(sd_pipeline())
+    pipe.unet.add_module("noise", torch.nn.Dropout(0.5))
+    pipe.unet.train()
+    with pytest.warns(UserWarning, match="The `unet` is in training mode with dropout"):
+        optimize_noise(pipe, "a", ReNO(rewards="red", steps=1), num_inference_steps=1, **SIZE)
+    assert pipe.unet.training

@@ -1,4 +1,4 @@
-"""What a run loads by name is loaded once for a pipeline, whichever way the run is started."""
+"""Rewards and models by name, loaded once for a pipeline, whichever way the run is started."""
 
 import copy
 import gc

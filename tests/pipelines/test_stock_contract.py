@@ -1,4 +1,4 @@
-"""What diffusers' own tests ask of every pipeline class, asked of ours.
+"""Demands of diffusers' own tests on every pipeline class, made on ours.
 
 After `test_pipeline_call_signature`, `test_encode_prompt_works_in_isolation` and IP-Adapter's `test_pipeline_signature`
 in https://github.com/huggingface/diffusers, `tests/pipelines/test_pipelines_common.py`.

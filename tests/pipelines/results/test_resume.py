@@ -331,6 +331,17 @@ class Generates(NoiseOptimizer):
         return next(state)
 
 
+def test_a_file_of_other_weights_is_refused(tmp_path):
+    """As after more training, or another model under the same name."""
+    pipe, path = quiet(BUILDERS["sd"]()), tmp_path / "noise.safetensors"
+    interrupted(pipe, method_of("reno"), path, 1)
+    with torch.no_grad():
+        for weight in pipe.unet.parameters():
+            weight.mul_(1.05)
+    with pytest.raises(ValueError, match="weights unet was"):
+        optimize_noise(pipe, "a", method_of("reno"), generator=generator(), resume_from=path, **CALL)
+
+
 def test_a_report_that_has_no_copy_ends_no_run(pipe, tmp_path):
     def report(run):
         run.reports["lock"] = threading.Lock()

@@ -1,10 +1,12 @@
 """Turns of threads with sets of objects: whoever shares one waits, nobody else, and nobody for itself."""
 
+import runpy
 import threading
 
 import pytest
 
-from noiseopt.pipelines.sampling.turns import Turns
+from noiseopt.pipelines.sampling import turns as module
+from noiseopt.pipelines.sampling.turns import TURNS, Turns
 
 
 def waits(turns: Turns, things: list[object]) -> bool:
@@ -51,3 +53,8 @@ def test_an_error_and_an_interrupt_of_a_wait_leave_nothing_taken(monkeypatch):
             pass
         assert len(turns.taken) == 1
     assert turns.taken == []
+
+
+def test_copies_of_the_code_share_one():
+    """Each card of a pipeline has a copy."""
+    assert runpy.run_path(module.__file__)["TURNS"] is TURNS

@@ -78,10 +78,13 @@ def test_a_black_box_never_sees_a_graph():
 
 
 def test_a_module_is_frozen_and_has_no_dropout():
-    reward = CallableReward(Head()).train()
-    assert torch.equal(reward(IMAGES, "a cat"), reward(IMAGES, "a cat"))
-    assert reward.device == torch.device("cpu")
-    assert not any(parameter.requires_grad for parameter in reward.parameters())
+    head = Head()
+    reward = CallableReward(head)
+    scores = reward(IMAGES.clone().requires_grad_(), "a cat")
+    assert torch.equal(scores, reward(IMAGES, "a cat")) and reward.device == torch.device("cpu")
+    scores.sum().backward()
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in head.parameters())
+    assert head.training and head.dropout.training  # as it was
 
 
 class Owner:
@@ -111,10 +114,16 @@ def score_with(model: Head, images: Tensor, prompts: list[str]) -> Tensor:
 )
 def test_a_module_behind_a_callable_is_frozen_and_has_no_dropout(scorer):
     head = Head()
-    reward = CallableReward(scorer(head)).train()
+    reward = CallableReward(scorer(head))
     assert torch.equal(reward(IMAGES, "a cat"), reward(IMAGES, "a cat"))
-    assert not head.training and list(reward.parameters()) == list(head.parameters())
-    assert not any(parameter.requires_grad for parameter in head.parameters())
+    assert list(reward.parameters()) == list(head.parameters())
+    assert head.training and all(parameter.requires_grad for parameter in head.parameters())
+
+
+def test_complex_scores_are_refused():
+    reward = CallableReward(lambda images, prompts: torch.fft.fft2(images).mean((1, 2, 3)))
+    with pytest.raises(ValueError, match="Expected real scores from reward 'reward', but got torch.complex64"):
+        reward(IMAGES, "a cat")
 
 
 @pytest.mark.parametrize("gradient", [False, True])
