@@ -216,6 +216,7 @@ def test_default_prompts_are_the_first_of_the_validation_split():
         (["paint"], "invalid choice: 'paint'"),
         (["demo", "--steps", "0"], "Expected an integer of 1 or more, but got '0'"),
         (["demo", "--steps", "many"], "Expected an integer of 1 or more, but got 'many'"),
+        (["demo", "--seed", str(2**62)], f"Expected an integer below 2**62 = {2**62}, but got '{2**62}'"),
         (["demo", "--seed", "-1"], "Expected an integer of 0 or more, but got '-1'"),
         (["demo", "--prompt", "a cat on a mat"], "It can draw 'a red circle'"),
         (["demo", "--method", "magic"], "Expected a method out of best_of_n, "),

@@ -123,14 +123,20 @@ def test_text_of_others_is_text_on_the_page():
     assert not {"script", "i"} & shown.tags
 
 
-def test_a_finished_folder_loads_nothing_and_writes_the_report_anew(generated, monkeypatch):
+def test_a_finished_folder_loads_nothing_and_writes_the_report_anew(generated, monkeypatch, capsys):
     prompts, folder, _ = generated
     before, page_before = records(folder), (folder / "index.html").read_bytes()
     for name in ("results.jsonl", "index.html"):
         (folder / name).unlink()
     monkeypatch.delattr(generation, "load_pipeline")
+    capsys.readouterr()
     main(command(prompts, folder))
     assert records(folder) == before and (folder / "index.html").read_bytes() == page_before
+    assert "wrote 0 of 3 prompts, 3 were finished before" in capsys.readouterr().out
+    main(command(prompts, folder, "--limit", "1"))
+    assert records(folder)[0] == before[0] and sorted(map(str, records(folder))) == sorted(map(str, before))
+    printed = capsys.readouterr().out
+    assert "wrote 0 of 1 prompts, 1 were finished before" in printed and "also shown: 2 more of this folder" in printed
 
 
 def test_bad_prompts_are_named_with_their_line_and_the_others_go_on(generated, tmp_path, capsys, monkeypatch):
@@ -147,7 +153,8 @@ def test_bad_prompts_are_named_with_their_line_and_the_others_go_on(generated, t
         main(command(prompts, folder))
     assert ended.value.code == 1 and drawn == ["a yellow star"]
     assert f"{prompts}:3: Expected a prompt of the shapes world, but got '{BAD}'" in capsys.readouterr().err
-    assert [("error" in record) for record in records(folder)] == [False, True, False, False]
+    assert [("error" in record) for record in records(folder)] == [False, True, False, False, False]
+    assert records(folder)[-1]["seeds"] == [2, 3]  # of the repeated prompt, which this run does not ask for
     assert BAD in Sources((folder / "index.html").read_text(encoding="utf-8")).text
 
 
@@ -157,7 +164,10 @@ def test_a_line_that_is_no_prompt_is_named(tmp_path, capsys):
         main(command(tmp_path / "prompts.jsonl", tmp_path / "folder"))
     printed = capsys.readouterr()
     assert ended.value.code == 1 and "Expected JSON in" in printed.err and "prompts.jsonl:2" in printed.err
-    assert "wrote 1 of 1 prompts" in printed.out
+    assert "wrote 1 of 2 prompts" in printed.out
+    drawn, unread = records(tmp_path / "folder")
+    assert drawn["prompt"] == PROMPTS[0] and unread["prompt"] is None and "prompts.jsonl:2" in unread["error"]
+    assert unread["error"] in Sources((tmp_path / "folder" / "index.html").read_text(encoding="utf-8")).text
 
 
 def test_a_prompt_that_fails_is_tried_again(tmp_path, capsys, monkeypatch):
@@ -288,14 +298,15 @@ def test_durations(text, seconds):
     assert duration(text) == seconds
 
 
-@pytest.mark.parametrize("method", ["cno", "group_selection:steps=4", "never_too_late:steps=2", "noise_diffusion"])
+@pytest.mark.parametrize(
+    "method", ["cno", "group_selection:steps=4", "never_too_late:steps=2", "noise_diffusion:steps=3"]
+)
 def test_methods_of_sets_and_those_that_need_settings(method, tmp_path, capsys):
     prompts = write_prompts(tmp_path, PROMPTS[1])
     arguments = [*command(prompts, tmp_path / "folder"), "--method", method]
-    if method == "noise_diffusion":
-        with pytest.raises(SystemExit, match=r"Cannot run noise_diffusion on turbo: Expected a score in \[0, 1\]"):
-            main(arguments)
-        arguments[-1] = "noise_diffusion:steps=3,score_range=(0.0, 16.0)"
+    if method.startswith("noise_diffusion"):
+        with pytest.raises(SystemExit, match=r"Cannot run noise_diffusion.* on turbo: Expected a score in \[0, 1\]"):
+            main([*arguments, "--reward", "clip=2"])
     main([*arguments, "--output", str(tmp_path / "other")])
     (record,) = records(tmp_path / "other")
     assert ("clip" in record["rewards"]) == (method != "cno")
@@ -342,6 +353,8 @@ def test_a_model_and_rewards_of_the_real_world(tmp_path):
             "at least 2 images of each prompt for cno, which makes them differ, but got 1. Pass `--images 4`",
         ),
         (["--method", "never_too_late", "--images", "1"], "at least 2 images of each prompt for never_too_late"),
+        (["--reward", "clpi"], "Did you mean 'clip'"),
+        (["--reward", "rnoe"], "Did you mean 'reno'"),
         (["--reward", "clipscor"], "Did you mean 'clipscore'"),
         (["--model", "org/model"], "Expected a `--reward` for reno"),
         (["--model", "org/model", "--reward", "clip"], "Did you mean 'clipscore'"),

@@ -56,8 +56,12 @@ def list_rewards() -> list[str]:
     return REWARDS.names()
 
 
-def find_reward(name_or_path: str) -> RewardFactory | None:
+def find_reward(name_or_path: str, also: Iterable[str] = ()) -> RewardFactory | None:
     """Return the entry registered under a name or alias, or None for a Hub id or an existing folder.
+
+    Args:
+        name_or_path: The name, Hub id or folder.
+        also: Other names that the caller accepts, for the error message.
 
     Raises:
         ValueError: For anything else, and for a registered reward whose weights are not on the Hub.
@@ -66,7 +70,7 @@ def find_reward(name_or_path: str) -> RewardFactory | None:
         return None
     embedded = f" (the embedded {name_or_path!r} is in `noiseopt.shapes_world.path({name_or_path!r})`)"
     folder = f"a folder{embedded * (name_or_path in EMBEDDED_REWARDS)}"
-    factory = REWARDS.find(name_or_path, f", a Hub id such as 'org/name', {folder} or a callable")
+    factory = REWARDS.find(name_or_path, f", a Hub id such as 'org/name', {folder} or a callable", also)
     if isinstance(factory, type) and issubclass(factory, Reward) and factory.published_at:
         factory.require_default_checkpoint()
     return factory

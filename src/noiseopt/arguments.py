@@ -4,6 +4,8 @@ import argparse
 import importlib.util
 from pathlib import Path
 
+LIMIT = 2**62  # of integers; seeds of torch have 64 bits, and others are added to those given
+
 
 def require_plots(command: str) -> None:
     """Exit with a message if matplotlib is not installed."""
@@ -34,7 +36,9 @@ def integer(text: str, least: int) -> int:
         value = int(text)
     except ValueError:
         value = None
-    if value is None or not least <= value < 2**62:
+    if value is not None and value >= LIMIT:
+        raise argparse.ArgumentTypeError(f"Expected an integer below 2**62 = {LIMIT}, but got {text!r}.")
+    if value is None or value < least:
         raise argparse.ArgumentTypeError(f"Expected an integer of {least} or more, but got {text!r}.")
     return value
 

@@ -23,7 +23,7 @@ def page(records: Iterable[Mapping[str, Any]], title: str) -> str:
     """Return the page. All texts are escaped: prompts and names may come from anywhere.
 
     Args:
-        records: One for each prompt, as in `results.jsonl`.
+        records: One for each prompt, as in `results.jsonl`; the prompt is `None` where none could be read.
         title: The heading.
     """
     sections = "\n".join(section(record) for record in records)
@@ -37,7 +37,8 @@ def page(records: Iterable[Mapping[str, Any]], title: str) -> str:
 
 def section(record: Mapping[str, Any]) -> str:
     """Return the part of one prompt."""
-    heading = f"<section>\n<h2>{escape(str(record['prompt']))}</h2>\n"
+    prompt = "No prompt" if record["prompt"] is None else str(record["prompt"])
+    heading = f"<section>\n<h2>{escape(prompt)}</h2>\n"
     if "error" in record:
         return f'{heading}<p class="error">{escape(str(record["error"]))}</p>\n</section>'
     pairs = "\n".join(pair(record, image) for image in range(len(record["images"])))

@@ -1,6 +1,7 @@
 """The command `noiseopt generate`: its arguments, and its request."""
 
 import argparse
+import dataclasses
 import math
 import re
 import sys
@@ -21,6 +22,7 @@ EPILOG = """\
 results, in the folder given by --output:
   index.html       all images, before and after, with their rewards
   results.jsonl    one object for each prompt: files, seeds, rewards before and after, seconds; or its error
+                   (last: finished prompts of earlier runs that this one did not ask for)
   images/          PNG files, and beside them the optimized noise of each prompt, for noiseopt.NoiseResult.load
   settings.json    what the images depend on; the folder takes no others
 
@@ -146,11 +148,14 @@ def request_of(arguments: argparse.Namespace) -> "Request":
     from .evaluation.plan import MethodChoice, ModelChoice, parse_settings
     from .evaluation.prompt_sets import load_prompts
     from .generation import Request
+    from .story import SCORE_RANGE
 
     model = ModelChoice.parse(arguments.model, parse_settings(arguments.call))
     method = MethodChoice.parse(arguments.method)
     default = ["clip"] if model.embedded and method.takes_rewards else []
     rewards = dict(pair for text in arguments.rewards or default for pair in weighted(text))
+    if model.embedded and method.takes_rewards and rewards == {"clip": 1.0} and "score_range" in method.names:
+        method = dataclasses.replace(method, settings={"score_range": SCORE_RANGE, **method.settings})
     return Request(
         model=model,
         method=method,

@@ -274,11 +274,36 @@ class ImageFolder:
     def relative(self, path: Path) -> str:
         return path.relative_to(self.path).as_posix()
 
-    def report(self, jobs: Iterable[Job], title: str) -> list[dict[str, Any]]:
-        """Write `results.jsonl` and `index.html` from the records, and return these in the order of the jobs."""
-        records = [record for job in jobs if (record := self.record(job))]
-        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        for name, text in (("results.jsonl", lines), ("index.html", page(records, title))):
+    def other_jobs(self, jobs: Iterable[Job], first_seed: int) -> list[Job]:
+        """Return the finished jobs of earlier runs of the same settings that are not among `jobs`."""
+        names, found = {job.name for job in jobs}, []
+        for path in sorted(self.images.glob("*.json")):
+            try:
+                record = json.loads(path.read_text(encoding="utf-8"))
+                prompt, seeds = str(record["prompt"]), tuple(record["seeds"])
+                job = Job(prompt, (seeds[0] - first_seed) // len(seeds), seeds, path.name)
+            except (OSError, ValueError, RecursionError, LookupError, TypeError, ZeroDivisionError):
+                continue
+            if job.name == path.stem and job.name not in names and self.finished(job):
+                found.append(job)
+        return found
+
+    def report(
+        self, jobs: Iterable[Job], problems: Iterable[str], others: Iterable[Job], title: str
+    ) -> list[dict[str, Any]]:
+        """Write `results.jsonl` and `index.html`, and return the records of the jobs in their order.
+
+        Args:
+            jobs: The jobs of this run.
+            problems: The errors of entries that are no prompts.
+            others: The finished jobs of earlier runs.
+            title: The heading of the page.
+        """
+        records, earlier = ([record for job in each if (record := self.record(job))] for each in (jobs, others))
+        unread = [{"prompt": None, "error": problem} for problem in problems]
+        every = [*records, *unread, *earlier]
+        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in every)
+        for name, text in (("results.jsonl", lines), ("index.html", page(every, title))):
             atomic_write(self.path / name, lambda part, text=text: part.write_text(text, encoding="utf-8"))
         return records
 
@@ -296,6 +321,8 @@ class Generation:
         # long timeout: the first process to finish waits for the last
         self.processes = PartialState(cpu=request.device == "cpu", timeout=datetime.timedelta(days=365))
         self.next_report = 0.0
+        self.others: list[Job] = []
+        self.finished_before = 0
 
     @property
     def is_main(self) -> bool:
@@ -324,6 +351,8 @@ class Generation:
             if self.is_main:
                 stack.enter_context(locked(self.folder.path))
                 self.folder.claim(self.request.settings())
+                self.others = self.folder.other_jobs(self.jobs, self.request.seed)
+                self.finished_before = sum(map(self.folder.finished, self.jobs))
                 self.report()
             self.processes.wait_for_everyone()
             mine = self.jobs[self.processes.process_index :: self.processes.num_processes]
@@ -335,7 +364,7 @@ class Generation:
                 if self.is_main:
                     self.report()
                 raise
-            return self.summarize(self.report()) + len(self.request.prompts.problems) if self.is_main else 0
+            return self.summarize(self.report()) if self.is_main else 0
 
     def generate_all(self, missing: Sequence[Job], count: int) -> None:
         """Generate the missing jobs of `count`. What cannot be drawn is named first, before anything is loaded."""
@@ -423,7 +452,7 @@ class Generation:
     def report(self) -> list[dict[str, Any]]:
         """Write the report; the next one is due after at least 20 times the seconds that this one took."""
         began = time.monotonic()
-        records = self.folder.report(self.jobs, self.title)
+        records = self.folder.report(self.jobs, self.request.prompts.problems, self.others, self.title)
         ended = time.monotonic()
         self.next_report = ended + max(SECONDS_BETWEEN_REPORTS, 20 * (ended - began))
         return records
@@ -434,10 +463,12 @@ class Generation:
         for name in done[0]["rewards"] if done else ():
             before, after = (mean([record[key].get(name) for record in done]) for key in ("rewards before", "rewards"))
             print(f"{name}: {before:.4g} → {after:.4g}, mean of {len(done) * self.request.images} images, optimized")
-        print(
-            f"wrote {len(done)} of {len(self.jobs)} prompts: {self.folder.path / 'index.html'}, results.jsonl, images/"
-        )
-        return len(self.jobs) - len(done)
+        total, before = len(self.jobs) + len(self.request.prompts.problems), self.finished_before
+        earlier = f", {before} were finished before" * bool(before)
+        others = f"; also shown: {len(self.others)} more of this folder" * bool(self.others)
+        files = f"{self.folder.path / 'index.html'}, results.jsonl, images/"
+        print(f"wrote {len(done) - before} of {total} prompts{earlier}: {files}{others}")
+        return total - len(done)
 
 
 def requires_rewards(method: MethodChoice) -> bool:

@@ -58,19 +58,21 @@ class Registry(Generic[EntryT]):
         """Return the registered names, sorted, without aliases."""
         return sorted(self.entries.keys() - self.aliases.keys())
 
-    def find(self, name: str, otherwise: str = "") -> EntryT:
+    def find(self, name: str, otherwise: str = "", also: Iterable[str] = ()) -> EntryT:
         """Return the entry of a name or alias.
 
         Args:
             name: The name.
             otherwise: Other accepted values, for the error message.
+            also: Other names that the caller accepts, for the error message.
 
         Raises:
             ValueError: If the name is not registered; the message lists the names and the closest ones.
         """
         if name not in self.entries:
-            hint = did_you_mean(name, self.entries)
-            raise ValueError(f"Expected a {self.kind} out of {self.names()}{otherwise}, but got {name!r}.{hint}")
+            hint = did_you_mean(name, [*also, *self.entries])
+            names = sorted({*also, *self.names()})
+            raise ValueError(f"Expected a {self.kind} out of {names}{otherwise}, but got {name!r}.{hint}")
         return self.entries[name]
 
 

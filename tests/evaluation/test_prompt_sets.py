@@ -143,6 +143,8 @@ def test_what_else_is_known_is_metadata(tmp_path):
           "mine.jsonl:7, but it is blank"]),
         ("mine.json", '["a", "", 3, "b"]', ["mine.json, item 1", "mine.json, item 4"],
          ["mine.json, item 2, but it is blank", "Expected an object in .*mine.json, item 3, but got 3"]),
+        ("mine.jsonl", '{"prompt": "a"}\n{"prompt": 5}\n', ["mine.jsonl:1"],
+         ["mine.jsonl:2, but got 5 under 'prompt'"]),
         ("mine.json", '{"x": "a", "y": " "}', ["mine.json, 'x'"], ["mine.json, 'y', but it is blank"]),
     ],
 )  # fmt: skip
@@ -152,6 +154,32 @@ def test_what_is_no_prompt_is_named_with_its_line_and_the_others_are_read(tmp_pa
     assert [prompt.where for prompt in found.prompts] == [f"{tmp_path}/{place}" for place in where]
     for problem, expected in zip(found.problems, problems, strict=True):
         assert re.search(expected, problem)
+
+
+@pytest.mark.parametrize(
+    ("name", "lines"),
+    [
+        ("mine.txt", [b"a cat", b"Dal\xed", b"a dog"]),
+        ("mine.csv", [b"prompt,category", b"a cat,x", b"a caf\xe9,x", b"a dog,x"]),
+        ("mine.jsonl", [b'{"prompt": "a cat"}', b'{"prompt": "a caf\xe9"}', b'{"prompt": "a dog"}']),
+    ],
+)
+def test_bytes_that_are_not_utf_8_are_named_with_their_line(tmp_path, name, lines):
+    (tmp_path / name).write_bytes(b"\n".join(lines) + b"\n")
+    found = load_prompts(str(tmp_path / name))
+    assert [prompt.text for prompt in found.prompts] == ["a cat", "a dog"]
+    (problem,) = found.problems
+    assert re.fullmatch(rf"Expected UTF-8 text in .*{name}:{len(lines) - 1}, but got .* Convert the line.*", problem)
+    problem.encode()
+
+
+def test_a_limit_leaves_out_the_problems_after_it(tmp_path):
+    (tmp_path / "mine.jsonl").write_text('["x"]\n{"prompt": "a"}\n["y"]\n{"prompt": "b"}\n["z"]\n')
+    counts = {}
+    for limit in (1, 2, 3, None):
+        found = load_prompts(str(tmp_path / "mine.jsonl"), limit=limit)
+        counts[limit] = (len(found.prompts), len(found.problems))
+    assert counts == {1: (1, 1), 2: (2, 2), 3: (2, 3), None: (2, 3)}
 
 
 def test_a_blank_caption_is_passed_over_for_the_next_of_its_image(tmp_path):
@@ -279,6 +307,8 @@ def test_wrong_arguments_are_refused(tmp_path):
         load_prompts("train", "text")
     with pytest.raises(ValueError, match="limit of 1 prompt or more, but got 0"):
         load_prompts("train", limit=0)
+    with pytest.raises(ValueError, match="which is a folder. Pass a file in it"):
+        load_prompts(str(tmp_path))
     latin = tmp_path / "latin.txt"
     latin.write_bytes("Dalí".encode("latin-1"))
     with pytest.raises(ValueError, match="Expected UTF-8 text in .*latin.txt"):

@@ -27,6 +27,7 @@ from ..pipelines.registry import METHODS, list_methods
 from ..pipelines.searches.best_of_n import BestOfN
 from ..registry import did_you_mean
 from ..rewards.contract.registry import EMBEDDED_REWARDS, find_reward
+from ..rewards.contract.reward_sum import REWARD_PRESETS
 from ..rewards.features.auto_features import find_features
 from ..rewards.features.features import FEATURES, import_optional
 from ..rewards.sets.set_reward_sum import check_set_reward_entry, set_reward_entries
@@ -139,8 +140,13 @@ class MethodChoice:
         return {name: value for name, value in self.settings.items() if name != "noise_sampler"}
 
     @property
+    def names(self) -> list[str]:
+        """The names of the arguments of the method."""
+        return [field.name for field in dataclasses.fields(METHODS[self.name]) if field.init]
+
+    @property
     def takes_rewards(self) -> bool:
-        return any(field.name == "rewards" for field in dataclasses.fields(METHODS[self.name]) if field.init)
+        return "rewards" in self.names
 
     @property
     def diversity(self) -> Any:
@@ -197,10 +203,9 @@ class MethodChoice:
         return choice
 
     def check(self) -> None:
-        fields = [field.name for field in dataclasses.fields(METHODS[self.name]) if field.init]
         if "rewards" in self.settings:
             raise ValueError(f"Expected no rewards in {self.label!r}. Pass them as `--reward`, for all methods.")
-        self.check_names([name for name in fields if name != "rewards"])
+        self.check_names([name for name in self.names if name != "rewards"])
         try:
             if self.diversity is not None:
                 check_diversity(self.diversity)
@@ -540,7 +545,8 @@ def checkpoint_of(features: Any) -> Any:
 def check_reward(name: str, models: Sequence[ModelChoice] = ()) -> None:
     """Raise `ValueError` unless the name is a registered reward, a Hub id, a folder, or one for the embedded models."""
     if name not in EMBEDDED_REWARDS:
-        find_reward(name)
+        embedded = all(model.embedded for model in models)
+        find_reward(name, [*REWARD_PRESETS, *(EMBEDDED_REWARDS if embedded else ())])
     elif others := [model.name for model in models if not model.embedded]:
         large = {"clip": "clipscore", "vqa": "vqascore"}[name]
         raise ValueError(

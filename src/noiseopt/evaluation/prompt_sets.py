@@ -79,7 +79,7 @@ def load_prompts(source: str, format: str | None = None, limit: int | None = Non
     Args:
         source: "train", "validation" or "held-out" for a split of the shapes world, else a UTF-8 file.
         format: A key of `FORMATS`, for files only; guessed from name and content by default.
-        limit: Maximum number of prompts, taken from the start.
+        limit: Maximum number of prompts, taken from the start; problems after them are not reported.
 
     Raises:
         ValueError: For an unknown source or format, a file that looks structured but has no known format, one that is
@@ -94,25 +94,30 @@ def load_prompts(source: str, format: str | None = None, limit: int | None = Non
     if source in SPLITS:
         prompts = [Prompt(text, shapes_world.category(text)) for text in SPLITS[source][:limit]]
         return PromptSet(source, tuple(prompts))
-    found = read_file(Path(source), format)
-    prompts = [replace(each, category=each.category and shown(each.category)) for each in found.prompts[:limit]]
+    found = read_file(Path(source), format, limit)
+    prompts = [replace(each, category=each.category and shown(each.category)) for each in found.prompts]
     return PromptSet(shown(Path(source).stem), tuple(prompts), found.problems)
 
 
-def read_file(path: Path, format: str | None) -> PromptSet:
-    """Read all prompts of a file."""
+def read_file(path: Path, format: str | None, limit: int | None) -> PromptSet:
+    """Read the first prompts of a file."""
     if not path.is_file():
+        what = "is a folder. Pass a file in it" if path.is_dir() else "does not exist"
         raise ValueError(
-            f"Expected one of the splits {quoted(SPLITS)} or a file of prompts, but got {str(path)!r}, which does "
-            "not exist."
+            f"Expected one of the splits {quoted(SPLITS)} or a file of prompts, but got {str(path)!r}, which {what}."
         )
     if format is None and OTHER_DATA.fullmatch(path.suffix.lower()):
         raise ValueError(f"Expected {KINDS}, but got {path}. Export it to one of these.")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"Expected UTF-8 text in {path}, but got another encoding. Convert it to UTF-8.") from error
+    # bytes that are not UTF-8 become lone surrogates, so that the entries without them are read
+    text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
+    bad = sum(map(has_bad_bytes, lines := text.split("\n")))
+    if bad and ("\0" in text or 2 * bad > sum(map(bool, map(str.strip, lines)))):
+        raise ValueError(f"Expected UTF-8 text in {path}, but got another encoding. Convert it to UTF-8.")
     entries = list(FORMATS[format or sniff(text, path)](text, path))
+    if bad:
+        entries = [readable(entry) for entry in entries]
+    places = [place for place, entry in enumerate(entries, 1) if isinstance(entry, Prompt)]
+    entries = entries[: places[limit - 1]] if limit is not None and len(places) >= limit else entries
     prompts = tuple(entry for entry in entries if isinstance(entry, Prompt))
     problems = tuple(str(entry) for entry in entries if not isinstance(entry, Prompt))
     if not prompts and problems:
@@ -120,6 +125,21 @@ def read_file(path: Path, format: str | None) -> PromptSet:
     if not prompts:
         raise ValueError(f"Expected prompts in {path}, but got none. Write one per line.")
     return PromptSet(path.stem, prompts, problems)
+
+
+def has_bad_bytes(text: str) -> bool:
+    """Return whether a text has bytes that are not UTF-8, as decoded by `surrogateescape`."""
+    return re.search("[\udc80-\udcff]", text) is not None
+
+
+def readable(entry: Prompt | ValueError) -> Prompt | ValueError:
+    """Return an entry, or the error that it has bytes that are not UTF-8."""
+    if isinstance(entry, ValueError):
+        return ValueError(re.sub("[\udc80-\udcff]", "\N{REPLACEMENT CHARACTER}", str(entry)))
+    texts = [text for text in (entry.text, entry.category, *entry.metadata.values()) if isinstance(text, str)]
+    if not any(map(has_bad_bytes, texts)):
+        return entry
+    return ValueError(f"Expected UTF-8 text in {entry.where}, but got other bytes. Convert the line to UTF-8.")
 
 
 def sniff(text: str, path: Path) -> str:
@@ -383,7 +403,8 @@ def prompt_of(item: Any, where: str, category: str | None = None, metadata: Mapp
     key = text_key(rest)
     text = None if key is None else rest.pop(key)
     if not isinstance(text, str):
-        raise ValueError(f"Expected a text under {quoted(TEXT_KEYS)} in {where}, but got the keys {quoted(item)}.")
+        got = f"the keys {quoted(item)}" if key is None else f"{shortened(repr(text))} under {key!r}"
+        raise ValueError(f"Expected a text under {quoted(TEXT_KEYS)} in {where}, but got {got}.")
     if not text.strip():
         raise ValueError(f"Expected a prompt in {where}, but it is blank. Write one, or remove the entry.")
     if category is None:

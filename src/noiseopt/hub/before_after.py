@@ -20,7 +20,7 @@ class BeforeAfter:
     Attributes:
         method: A name of `list_methods()`.
         model: The embedded model that generated the images.
-        steps: The number of evaluations of each noise.
+        steps: The steps of the method.
         prompts: The prompts, from top left to bottom right.
         images: The number of images per prompt.
         seed: The seed of the first image; each further image has the next one.

@@ -42,7 +42,7 @@ def facts(story: Story) -> BeforeAfter:
     return BeforeAfter(
         method=choice.method,
         model=choice.model.name,
-        steps=len(story.values),
+        steps=story.steps,
         prompts=list(story.prompts[:: choice.count]),
         images=choice.count,
         seed=SEED,
