@@ -111,8 +111,8 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 # The name that diffusers gives this module may come to mean the bundle of another release.
-sys.modules[f"{__name__}_9e2ede512e11"] = sys.modules[__name__]
-__name__ = f"{__name__}_9e2ede512e11"
+sys.modules[f"{__name__}_178d7053e2ff"] = sys.modules[__name__]
+__name__ = f"{__name__}_178d7053e2ff"
 
 # rewards/contract/transforms.py
 
@@ -397,10 +397,11 @@ class Registry(Generic[EntryT]):
     def names(self) -> list[str]:
         return sorted(self.entries.keys() - self.aliases.keys())
 
-    def find(self, name: str, otherwise: str = "") -> EntryT:
+    def find(self, name: str, otherwise: str = "", also: Iterable[str] = ()) -> EntryT:
         if name not in self.entries:
-            hint = did_you_mean(name, self.entries)
-            raise ValueError(f"Expected a {self.kind} out of {self.names()}{otherwise}, but got {name!r}.{hint}")
+            hint = did_you_mean(name, [*also, *self.entries])
+            names = sorted({*also, *self.names()})
+            raise ValueError(f"Expected a {self.kind} out of {names}{otherwise}, but got {name!r}.{hint}")
         return self.entries[name]
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -1284,12 +1285,12 @@ def register_reward(
 def list_rewards() -> list[str]:
     return REWARDS.names()
 
-def find_reward(name_or_path: str) -> RewardFactory | None:
+def find_reward(name_or_path: str, also: Iterable[str] = ()) -> RewardFactory | None:
     if name_or_path not in REWARDS.entries and is_checkpoint(name_or_path):
         return None
     embedded = f" (the embedded {name_or_path!r} is in `noiseopt.shapes_world.path({name_or_path!r})`)"
     folder = f"a folder{embedded * (name_or_path in EMBEDDED_REWARDS)}"
-    factory = REWARDS.find(name_or_path, f", a Hub id such as 'org/name', {folder} or a callable")
+    factory = REWARDS.find(name_or_path, f", a Hub id such as 'org/name', {folder} or a callable", also)
     if isinstance(factory, type) and issubclass(factory, Reward) and factory.published_at:
         factory.require_default_checkpoint()
     return factory
@@ -3609,10 +3610,10 @@ class AttachedGradient(torch.autograd.Function):
 class RewardSum(nn.Module):
     """`sum_i weight_i * reward_i(images, prompts)`, higher is better.
 
-    The pixel gradient of each reward is computed together with its scores, one reward after the other, and only the
-    weighted sum of the gradients is stored. So memory holds the activations of one reward at a time, and the backward
-    pass through the decoder and the diffusion model runs once. The result equals the gradient of the sum, because the
-    score of an image depends on that image alone, but it cannot be differentiated again.
+    The pixel gradient of each of several rewards is computed together with its scores, one after the other, and only
+    the weighted sum of the gradients is stored. So memory holds the activations of one reward at a time, and the
+    backward pass through the decoder and the diffusion model runs once. The result equals the gradient of the sum,
+    since the score of an image depends on that image alone, but that of several cannot be differentiated again.
 
     Args:
         rewards: A registered name, Hub id or folder; a `Reward` or any callable `(images, prompts) -> (B,)`; a dict
@@ -3691,7 +3692,11 @@ class RewardSum(nn.Module):
         with_gradient = images.requires_grad and torch.is_grad_enabled() and self.has_gradient
         if not isinstance(prompts, (str, type(None))):
             prompts = prompts_per_image(prompts, len(images), self.names[0], False)
-        pixels, size = images.detach(), chunk_size or max(1, len(images))
+        size = chunk_size or max(1, len(images))
+        if with_gradient and len(self.rewards) == 1 and len(images) <= size:  # no other graph to make room for
+            (name, weight), scores = *self.weights.items(), self.rewards[0](images, prompts)
+            return RewardSumOutput(weight * scores, {name: scores.detach()})
+        pixels = images.detach()
         dtype = torch.promote_types(images.dtype, torch.float32)
         gradient = torch.zeros_like(pixels, dtype=dtype) if with_gradient else None
         chunks = []

@@ -67,10 +67,10 @@ class AttachedGradient(torch.autograd.Function):
 class RewardSum(nn.Module):
     """`sum_i weight_i * reward_i(images, prompts)`, higher is better.
 
-    The pixel gradient of each reward is computed together with its scores, one reward after the other, and only the
-    weighted sum of the gradients is stored. So memory holds the activations of one reward at a time, and the backward
-    pass through the decoder and the diffusion model runs once. The result equals the gradient of the sum, because the
-    score of an image depends on that image alone, but it cannot be differentiated again.
+    The pixel gradient of each of several rewards is computed together with its scores, one after the other, and only
+    the weighted sum of the gradients is stored. So memory holds the activations of one reward at a time, and the
+    backward pass through the decoder and the diffusion model runs once. The result equals the gradient of the sum,
+    since the score of an image depends on that image alone, but that of several cannot be differentiated again.
 
     Args:
         rewards: A registered name, Hub id or folder; a `Reward` or any callable `(images, prompts) -> (B,)`; a dict
@@ -171,7 +171,11 @@ class RewardSum(nn.Module):
         with_gradient = images.requires_grad and torch.is_grad_enabled() and self.has_gradient
         if not isinstance(prompts, (str, type(None))):
             prompts = prompts_per_image(prompts, len(images), self.names[0], False)
-        pixels, size = images.detach(), chunk_size or max(1, len(images))
+        size = chunk_size or max(1, len(images))
+        if with_gradient and len(self.rewards) == 1 and len(images) <= size:  # no other graph to make room for
+            (name, weight), scores = *self.weights.items(), self.rewards[0](images, prompts)
+            return RewardSumOutput(weight * scores, {name: scores.detach()})
+        pixels = images.detach()
         dtype = torch.promote_types(images.dtype, torch.float32)
         gradient = torch.zeros_like(pixels, dtype=dtype) if with_gradient else None
         chunks = []

@@ -123,7 +123,7 @@ def test_the_graph_of_one_reward_is_gone_before_the_next_begins():
 
 def test_it_cannot_be_differentiated_twice():
     images = IMAGES.clone().requires_grad_()
-    total = RewardSum("red")(images).total.sum()
+    total = RewardSum(["red", "blue"])(images).total.sum()
     with pytest.raises(RuntimeError, match="Expected a first derivative"):
         torch.autograd.grad(total, images, create_graph=True)
 
