@@ -1,9 +1,9 @@
 """Damaged and forged result files, a few hundred of them; the benchmark makes thousands."""
 
 import pytest
-import reliability_files
+import reliability_files  # pyright: ignore[reportMissingImports]
 import torch
-from reliability_files import CHANGES, check_files
+from reliability_files import CHANGES, check_files  # pyright: ignore[reportMissingImports]
 
 from noiseopt import NoiseResult
 
