@@ -114,7 +114,7 @@ class Alarm:
 def fingerprint(pipe) -> dict[str, Any]:
     """Return everything about a pipeline that a run could leave changed."""
     own = {name: id(value) for name, value in vars(pipe).items() if not name.startswith("_")}  # others are of each call
-    found: dict[str, Any] = {"own": own, "hook": "_noise_run" in vars(pipe), "class": type(pipe)}
+    found: dict[str, Any] = {"own": own, "class": type(pipe)}
     found["scheduler"] = (id(pipe.scheduler), sorted(vars(pipe.scheduler)))
     for root, model in pipe.components.items():
         if isinstance(model, torch.nn.Module):

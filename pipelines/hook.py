@@ -223,7 +223,7 @@ class NoiseOptimizationMixin(SavedWithCode):
     goes on with the noise that was found: only this final run fires `callback_on_step_end`.
     """
 
-    _noise_run: None = None  # marks our classes among the bases of a pipeline
+    _optimizes_noise = True  # marks our classes among the bases of a pipeline
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Show the parameters of the stock class in `inspect.signature(cls.__call__)`, followed by ours."""

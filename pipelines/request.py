@@ -41,7 +41,7 @@ def check_pipeline(pipe: Any) -> None:
 def stock_calls(cls: type) -> Iterator[Callable[..., Any]]:
     """Yield the `__call__` of a stock class and those of its base classes, without `@torch.no_grad`."""
     for base in cls.__mro__:
-        if "__call__" in vars(base) and not hasattr(base, "_noise_run"):
+        if "__call__" in vars(base) and not hasattr(base, "_optimizes_noise"):
             yield inspect.unwrap(vars(base)["__call__"])
 
 

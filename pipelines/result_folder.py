@@ -58,7 +58,10 @@ def only_writer(folder: Path) -> Iterator[None]:
     """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"Expected a folder for the results, but {folder} is a file. Choose another name.")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"Expected a folder to write to, but got {folder}: {error}. Choose another one.") from None
     if sys.platform == "win32":
         yield
         return
@@ -71,7 +74,8 @@ def only_writer(folder: Path) -> Iterator[None]:
         except BlockingIOError:
             raise ValueError(
                 f"Expected a folder that nobody else writes to, but another process is writing to {folder}. Wait until "
-                "it has ended, or choose another folder."
+                "it has ended, or choose another folder. To share the work of one command, start it with `accelerate "
+                "launch -m noiseopt ...`."
             ) from None
         except OSError:  # some network file systems have no locks
             pass

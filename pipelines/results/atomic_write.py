@@ -60,7 +60,7 @@ def part_beside(path: Path) -> Iterator[tuple[Path, BinaryIO]]:
         part = path.with_name(f".noiseopt-{secrets.token_hex(8)}.part{path.suffix}")
         try:
             with part.open("xb") as lock:
-                if is_locked(lock, wait=True) and not os.fstat(lock.fileno()).st_nlink:
+                if take_lock(lock, wait=True) and not os.fstat(lock.fileno()).st_nlink:
                     continue  # removed by another process before it was locked
                 yield part, lock
                 return
@@ -76,12 +76,12 @@ def remove_abandoned(folder: Path) -> None:
         with contextlib.suppress(OSError):  # another process may have finished it, or removed it
             if entry.is_file(follow_symlinks=False):
                 with open(entry.path, "r+b") as file:
-                    if is_locked(file, wait=False):
+                    if take_lock(file, wait=False):
                         os.unlink(entry.path)
 
 
-def is_locked(file: BinaryIO, wait: bool) -> bool:
-    """Lock a file for as long as it is open; return `False` if someone else has, or where files have no locks."""
+def take_lock(file: BinaryIO, wait: bool) -> bool:
+    """Lock a file for as long as it is open. Return `False` if someone else has, or where files have no locks."""
     if sys.platform == "win32":
         return False
     import fcntl

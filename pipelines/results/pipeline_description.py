@@ -15,6 +15,7 @@ from ...private_names import name_or_path
 LONGEST_LIST = 1000  # numbers of an array that is recorded, such as sigmas
 PROBED = 16  # entries of each weight that tell one adapter from another
 PROBED_WEIGHTS = 4  # weights of a module that tell one model from another
+PIPELINE_FACTS = ("model", "revision", "scheduler", "weights", "adapters", "fused_adapters", "ip_adapter_scale")
 
 
 def describe_pipeline(pipe) -> dict[str, Any]:

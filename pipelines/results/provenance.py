@@ -10,7 +10,7 @@ from ...schedulers.noise_samplers import describe_noise_sampler
 from ..memory.tiny_decoder import describe_decoder
 from ..objective import Objective
 from ..problem import NoiseProblem
-from .pipeline_description import describe_pipeline, plain, portable
+from .pipeline_description import PIPELINE_FACTS, describe_pipeline, plain, portable
 
 NOT_ARGUMENTS = ("prompt", "latents", "generator")  # recorded as prompts, noise and states
 
@@ -24,6 +24,7 @@ def provenance_of(problem: NoiseProblem, objective: Objective, state: NoiseState
     pipe, sampler = problem.pipe, problem.sampler
     given = {name: value for name, value in problem.request.items() if name not in NOT_ARGUMENTS}
     arguments = plain(given)
+    described = {name: problem.call[name] for name in PIPELINE_FACTS} if problem.call else describe_pipeline(pipe)
     return {
         "objective": portable(objective.describe()),
         "prompts": problem.prompts,
@@ -31,7 +32,7 @@ def provenance_of(problem: NoiseProblem, objective: Objective, state: NoiseState
         "seeds": sampler.random_state.seeds,
         "generators": "list" if sampler.random_state.several else "single",
         "noise_sampler": describe_noise_sampler(problem.space.noise_sampler),
-        **describe_pipeline(pipe),
+        **described,
         "pipeline": type(pipe).__name__,
         "dtype": str(problem.dtype).removeprefix("torch."),
         "arguments": arguments,

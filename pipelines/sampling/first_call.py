@@ -17,7 +17,7 @@ from .module_state import DENOISERS
 def stock_call(cls: type) -> Callable[..., Any]:
     """Return the `__call__` of the stock pipeline class under our hook, without its `@torch.no_grad`."""
     for base in cls.__mro__:
-        if "__call__" in vars(base) and not hasattr(base, "_noise_run"):
+        if "__call__" in vars(base) and not hasattr(base, "_optimizes_noise"):
             return with_gradient(vars(base)["__call__"], f"{base.__name__}.__call__")
     raise TypeError(f"Expected a diffusers pipeline with a `__call__`, but {cls.__name__} has none.")
 

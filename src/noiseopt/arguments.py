@@ -53,6 +53,16 @@ def shapes_prompt(text: str) -> str:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
+def add_device(group: argparse._ArgumentGroup) -> None:
+    """Add the arguments `--device` and `--dtype` of the models."""
+    group.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: an accelerator if available)")
+    group.add_argument(
+        "--dtype",
+        choices=("float32", "float16", "bfloat16"),
+        help="dtype of the models (default: bfloat16 on CUDA, else float32)",
+    )
+
+
 def examples(*commands: str) -> str:
     """Return the last part of a command's help: how it is called."""
     return "\n".join([f"example{'s' * (len(commands) > 1)}:", *(f"  {command}" for command in commands)])

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .arguments import examples, make_folder, natural, positive
+from .arguments import add_device, examples, make_folder, natural, positive
 
 if TYPE_CHECKING:
     from .generation import Request
@@ -47,27 +47,34 @@ def add_generate(commands) -> None:
         epilog=EPILOG + examples(*EXAMPLES),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
+    add_task(parser)
+    add_machine(parser)
+    parser.set_defaults(run=lambda arguments: generate(arguments, parser))
+
+
+def add_task(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("task")
+    group.add_argument(
         "--model",
         default="turbo",
         metavar="NAME",
         help="embedded model (turbo, guided, sdxl, sdxl-turbo, sd3), Hub id or folder (default: turbo)",
     )
-    parser.add_argument(
+    group.add_argument(
         "--prompts",
         required=True,
         metavar="SOURCE",
         help="file with a prompt in each line, or in another format that noiseopt evaluate reads; or train, validation "
         "or held-out of the shapes world",
     )
-    parser.add_argument("--limit", type=positive, metavar="COUNT", help="use only the first prompts (default: all)")
-    parser.add_argument(
+    group.add_argument("--limit", type=positive, metavar="COUNT", help="use only the first prompts (default: all)")
+    group.add_argument(
         "--method",
         default="reno",
         metavar="NAME[:SETTING=VALUE,...]",
         help="method with settings, such as 'reno:steps=20' (default: reno)",
     )
-    parser.add_argument(
+    group.add_argument(
         "--reward",
         action="append",
         dest="rewards",
@@ -75,20 +82,23 @@ def add_generate(commands) -> None:
         help="reward to optimize: a name in `noiseopt rewards`, a Hub id, a folder, or reno for all rewards of that "
         "paper; repeatable (default for embedded models: the embedded clip)",
     )
-    parser.add_argument(
-        "--images", type=positive, default=1, metavar="COUNT", help="images of each prompt (default: 1)"
-    )
-    parser.add_argument(
+    group.add_argument("--images", type=positive, default=1, metavar="COUNT", help="images of each prompt (default: 1)")
+    group.add_argument(
         "--seed", type=natural, default=0, help="seed of the first image of a prompt, plus 1 for each next (default: 0)"
     )
-    parser.add_argument(
+    group.add_argument(
         "--call",
         default="",
         metavar="NAME=VALUE,...",
         help="arguments of the pipeline's call, such as num_inference_steps=1,guidance_scale=0.0; embedded models have "
         "defaults",
     )
-    parser.add_argument(
+
+
+def add_machine(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("execution")
+    add_device(group)
+    group.add_argument(
         "--budget",
         type=duration,
         metavar="TIME",
@@ -96,16 +106,9 @@ def add_generate(commands) -> None:
         "finished. Loading the model, encoding the prompt and drawing the images are not counted (default: all steps "
         "of the method)",
     )
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: an accelerator if available)")
-    parser.add_argument(
-        "--dtype",
-        choices=("float32", "float16", "bfloat16"),
-        help="dtype of the model (default: bfloat16 on CUDA, else float32)",
-    )
-    parser.add_argument(
+    group.add_argument(
         "--output", type=Path, default=Path("noiseopt-images"), help="output folder (default: noiseopt-images)"
     )
-    parser.set_defaults(run=lambda arguments: generate(arguments, parser))
 
 
 def duration(text: str) -> float:

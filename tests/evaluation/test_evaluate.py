@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from filelock import FileLock
 from PIL import Image
 from tiny_pipelines import save_tiny_clip, tiny_pipeline
 
@@ -24,6 +23,7 @@ from noiseopt.cli import main
 from noiseopt.evaluation import evaluate as evaluation
 from noiseopt.evaluation.command import FIRST_LOOK, add_evaluate, plan_of
 from noiseopt.evaluation.unit import Studio, Unit
+from noiseopt.pipelines.result_folder import only_writer
 
 PROMPTS = ["a cyan square below a red cross", "two green circles", "a yellow star"]
 UNITS = 3 * len(PROMPTS)  # plain, best-of-N and ReNO
@@ -177,7 +177,7 @@ def test_a_plan_grows_in_its_folder(alone, prompts, tmp_path, monkeypatch, capsy
 
 
 def test_an_evaluation_does_not_start_in_a_folder_that_another_is_writing_to(alone, prompts):
-    with FileLock(alone[0] / ".lock"), pytest.raises(SystemExit, match="another process is at work in .*Wait for it"):
+    with only_writer(alone[0]), pytest.raises(SystemExit, match="another process is writing to .*Wait until it"):
         main(command(alone[0], prompts))
 
 

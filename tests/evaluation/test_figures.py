@@ -10,7 +10,7 @@ from matplotlib.text import Text
 from PIL import Image
 
 from noiseopt.evaluation import figures
-from noiseopt.evaluation.folder import ResultFolder
+from noiseopt.evaluation.folder import EvaluationFolder
 from noiseopt.evaluation.unit import image_path
 from noiseopt.plots import MARGIN, Page
 
@@ -82,7 +82,7 @@ def test_text_is_text_and_verdicts_are_signs(page, tmp_path):
     """Dollar signs would start a formula."""
     words = "a $5 sign_of $\\frac $x^{2"
     found = results(6, "reno", category=words, text=words, names=("org/model",))
-    folder = ResultFolder(tmp_path, found.plan, "cpu")
+    folder = EvaluationFolder(tmp_path, found.plan, "cpu")
     for contender in found.plan.contenders:
         for index in range(6):
             cell = found.plan.cell(found.plan.models[0], contender, index, found.best_of)

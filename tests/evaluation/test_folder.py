@@ -2,17 +2,17 @@
 
 import copy
 import dataclasses
+import errno
 import json
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from filelock import FileLock
 from PIL import Image
 from safetensors.torch import save_file
 
-from noiseopt.evaluation.folder import CannotEvaluate, ResultFolder, locked, read_object
+from noiseopt.evaluation.folder import CannotEvaluate, EvaluationFolder, locked, read_object
 from noiseopt.evaluation.plan import PLAIN, Cell, MethodChoice, ModelChoice, Plan, control_of
 from noiseopt.evaluation.prompt_sets import Prompt, PromptSet
 from noiseopt.evaluation.table import Results, cost_markdown, markdown
@@ -49,7 +49,7 @@ GOOD = {
 }
 
 
-def write(folder: ResultFolder, numbers: object, cell: Cell = CELL) -> Path:
+def write(folder: EvaluationFolder, numbers: object, cell: Cell = CELL) -> Path:
     path = folder.unit_path(cell)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(numbers))
@@ -61,9 +61,9 @@ def write(folder: ResultFolder, numbers: object, cell: Cell = CELL) -> Path:
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> ResultFolder:
+def folder(tmp_path: Path) -> EvaluationFolder:
     """A folder with one unit and the settings of a plan."""
-    found = ResultFolder(tmp_path, plan(), "cpu")
+    found = EvaluationFolder(tmp_path, plan(), "cpu")
     write(found, GOOD)
     found.claim()
     return found
@@ -180,7 +180,7 @@ def test_a_unit_has_its_own_place_for_all_that_it_depends_on(tmp_path):
     reno = MethodChoice.parse("reno")
 
     def place(cell: Cell = CELL, device: str = "cpu", **changes) -> Path:
-        return ResultFolder(tmp_path, plan(**changes), device).unit_path(cell)
+        return EvaluationFolder(tmp_path, plan(**changes), device).unit_path(cell)
 
     control = Cell(TURBO, control_of(reno), 0, 2)
     others = [
@@ -204,17 +204,17 @@ def test_a_unit_has_its_own_place_for_all_that_it_depends_on(tmp_path):
 
 
 def test_a_plan_may_grow_but_not_change_what_every_unit_depends_on(folder, tmp_path):
-    ResultFolder(tmp_path, plan(methods=(MethodChoice.parse("cno"),), best_of=3), "cpu").claim()
+    EvaluationFolder(tmp_path, plan(methods=(MethodChoice.parse("cno"),), best_of=3), "cpu").claim()
     with pytest.raises(CannotEvaluate, match="seeds was 2 and is 3. Choose another --output"):
-        ResultFolder(tmp_path, plan(seeds=3), "cpu").claim()
+        EvaluationFolder(tmp_path, plan(seeds=3), "cpu").claim()
     with pytest.raises(CannotEvaluate, match="device was 'cpu' and is 'cuda'"):
-        ResultFolder(tmp_path, plan(), "cuda").claim()
+        EvaluationFolder(tmp_path, plan(), "cuda").claim()
     assert folder.settings()["methods"] == {"cno": {"name": "cno"}}
 
 
 def test_the_measured_n_is_that_of_the_call_and_the_method(tmp_path):
     reno, other = MethodChoice.parse("reno"), MethodChoice.parse("reno:steps=3")
-    folder = ResultFolder(tmp_path, plan(methods=(reno, other)), "cpu")
+    folder = EvaluationFolder(tmp_path, plan(methods=(reno, other)), "cpu")
     folder.save_calibration(TURBO, reno, {"n": 3})
     folder.save_calibration(TURBO, other, {"n": 4})
     assert {key: row["n"] for key, row in folder.calibration().items()} == {
@@ -222,7 +222,7 @@ def test_the_measured_n_is_that_of_the_call_and_the_method(tmp_path):
         ("turbo", "reno:steps=3"): 4,
     }
     longer = ModelChoice.parse("turbo", {"num_inference_steps": 2})
-    assert ResultFolder(tmp_path, plan(models=(longer,)), "cpu").calibration() == {}
+    assert EvaluationFolder(tmp_path, plan(models=(longer,)), "cpu").calibration() == {}
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"ab": 3}', '{"ab": {}}', '{"ab": {"n": "3"}}', '{"ab": {"n": 0}}'])
@@ -241,17 +241,18 @@ def test_settings_that_are_none_are_refused_by_name(text, folder):
 
 def test_one_evaluation_writes_at_a_time(tmp_path, monkeypatch):
     folder = tmp_path / "new"
-    busy = "another process is at work in .*new. Wait for it to end, or choose"
+    busy = "another process is writing to .*new. Wait until it has ended, or choose"
     for _ in range(2):
         with locked(folder), pytest.raises(CannotEvaluate, match=busy):
             locked(folder).__enter__()
 
-    def without_locks(lock):
-        raise NotImplementedError
+    def without_locks(*_):
+        raise OSError(errno.ENOTSUP, "Operation not supported")
 
-    monkeypatch.setattr(FileLock, "acquire", without_locks)
+    monkeypatch.setattr("fcntl.flock", without_locks)
     with locked(folder):
         pass
+    assert not list(folder.iterdir())
 
 
 def test_a_json_file_of_many_lists_is_refused_at_once(tmp_path):

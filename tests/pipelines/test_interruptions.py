@@ -51,7 +51,7 @@ def state_of(pipe) -> dict[str, Any]:
     """Return everything about a pipeline that a run could leave changed."""
     found: dict[str, Any] = {"attributes": {name: id(value) for name, value in vars(pipe).items() if name[0] != "_"}}
     found["names"] = sorted(vars(pipe))
-    found["own"] = (pipe._noise_run, dict(pipe._progress_bar_config), type(pipe), id(pipe.scheduler))
+    found["own"] = (dict(pipe._progress_bar_config), type(pipe), id(pipe.scheduler))
     found["scheduler"] = sorted(vars(pipe.scheduler))
     for root in ("unet", "vae", "text_encoder"):
         for name, module in getattr(pipe, root).named_modules():

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..arguments import make_folder, positive, require_plots
+from ..arguments import add_device, make_folder, positive, require_plots
 from ..shown_text import shown_lines
 
 if TYPE_CHECKING:
@@ -132,12 +132,7 @@ def add_measures(parser: argparse.ArgumentParser) -> None:
 
 def add_machine(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("execution")
-    group.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: an accelerator if available)")
-    group.add_argument(
-        "--dtype",
-        choices=("float32", "float16", "bfloat16"),
-        help="dtype of the models (default: bfloat16 on CUDA, else float32)",
-    )
+    add_device(group)
     group.add_argument(
         "--threads", type=positive, default=1, help="CPU threads per process; affects the last digits (default: 1)"
     )

@@ -20,7 +20,7 @@ from ..pipelines.sampling.first_call import stock_call
 from ..quiet import quiet_libraries
 from ..registry import did_you_mean
 from .calibration import calibrate
-from .folder import CannotEvaluate, ResultFolder, locked
+from .folder import CannotEvaluate, EvaluationFolder, locked
 from .instruments import Instruments, read_images
 from .metrics import coverage
 from .plan import NEIGHBORS, Cell, ModelChoice, Plan
@@ -44,7 +44,7 @@ class Evaluation:
         # long timeout: the first process to finish waits for the last
         self.processes = PartialState(cpu=plan.device == "cpu", timeout=datetime.timedelta(days=365))
         self.device = self.device_of_process()
-        self.folder = ResultFolder(output, plan, self.device.type)
+        self.folder = EvaluationFolder(output, plan, self.device.type)
 
     def device_of_process(self) -> torch.device:
         if self.plan.device is None:

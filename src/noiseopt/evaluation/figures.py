@@ -12,7 +12,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from PIL import Image
 
 from ..plots import INK, MARGIN, MUTED, RIGHT, WIDTH, WRONG, Page
-from .folder import ResultFolder
+from .folder import EvaluationFolder
 from .noise_statistics import gaussian_limits
 from .plan import PLAIN, Contender, ModelChoice, slug
 from .table import COST, LEAST_FOR_INTERVAL, Entry, Metric, Numbers, Results, mean
@@ -27,7 +27,7 @@ FACET = 1.9  # inches, the width of a small plot
 ROWS, IMAGES = 8, 3  # of a grid: prompts, and images per prompt and method
 
 
-def draw_figures(results: Results, folder: ResultFolder) -> None:
+def draw_figures(results: Results, folder: EvaluationFolder) -> None:
     """Write all figures to the folder of the evaluation."""
     judged = [metric for metric in results.metrics if metric.group == "judge"]
     shown = judged or [metric for metric in results.metrics if metric.group == "rewards"]
@@ -226,7 +226,7 @@ def shown_prompts(results: Results, count: int = ROWS) -> list[int]:
     return sorted(index for _, index in sorted(order)[:count])
 
 
-def draw_grid(results: Results, folder: ResultFolder, model: ModelChoice, path: Path) -> None:
+def draw_grid(results: Results, folder: EvaluationFolder, model: ModelChoice, path: Path) -> None:
     """Draw images side by side: a row per prompt, a group of columns per contender."""
     contenders, prompts = results.plan.contenders, shown_prompts(results)
     images, text, gap = min(IMAGES, results.plan.seeds), 1.55, 0.18

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 
+from ..pipelines.result_folder import only_writer
 from ..pipelines.results.settings_diff import settings_diff as differences
 from .instruments import set_measure_names
 from .measure import Cost
@@ -31,7 +31,7 @@ class CannotEvaluate(Exception):
     """Raised when an evaluation cannot proceed; the message gives the reason and a remedy. Finished units are kept."""
 
 
-class ResultFolder:
+class EvaluationFolder:
     """`settings.json`, `calibration.json`, and the units of one plan: each JSON with noise and images.
 
     A unit is the file `units/<model>/<method>/<prompt>-<key>.json`. The key is a hash of what the unit depends on, so a
@@ -181,29 +181,13 @@ class ResultFolder:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Create a folder, and hold it while the context is open. The system releases it if the process is killed.
-
-    Raises:
-        CannotEvaluate: If another process holds it, or it cannot be written to.
-    """
-    lock = FileLock(folder / ".lock", timeout=0)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    except Timeout:
-        raise CannotEvaluate(
-            f"Expected a folder that no other process writes to, but another process is at work in {folder}. Wait for "
-            "it to end, or choose another --output. To share the work of one command, start it with `accelerate launch "
-            "-m noiseopt ...`."
-        ) from None
-    except NotImplementedError:  # a file system without locks, as on some clusters
-        pass
-    except OSError as error:
-        raise CannotEvaluate(f"Expected a folder to write to, but got {folder}: {error}.") from None
-    try:
+    """Be the `only_writer` of a folder. Raises `CannotEvaluate` if that is impossible."""
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(only_writer(folder))
+        except ValueError as error:
+            raise CannotEvaluate(str(error)) from None
         yield
-    finally:
-        lock.release()
 
 
 def read_object(path: Path, remedy: str) -> dict[str, Any]:

@@ -174,7 +174,7 @@ def test_every_pipeline_takes_a_sampler(case):
         assert output.noise_result.provenance["noise_sampler"] == PinkNoise(0.2).describe()
     else:
         assert torch.equal(output.images, pink.images) and not hasattr(output, "noise_result")
-    assert pipe._noise_run is None
+    assert "prepare_latents" not in vars(pipe)
 
 
 @pytest.mark.parametrize(
@@ -264,7 +264,7 @@ def test_bad_calls_are_refused_before_any_model_runs(case, method):
     pipe = with_hook("sd")
     with Unrun(pipe), pytest.raises(error, match=message):
         pipe(**{"prompt": "a b", "method": method, **call_arguments("sd"), **arguments})
-    assert pipe._noise_run is None
+    assert "prepare_latents" not in vars(pipe)
 
 
 def test_a_sampler_that_draws_another_shape_is_refused():
@@ -284,5 +284,5 @@ def test_prompt_embeddings_and_a_pipeline_whose_draw_fails_leave_no_trace():
 
     with pytest.raises(RuntimeError, match="no noise"):
         pipe(noise_sampler=broken, **call)
-    assert pipe._noise_run is None
+    assert "prepare_latents" not in vars(pipe)
     assert torch.equal(pipe(generator=generator(), **call).images, white)
