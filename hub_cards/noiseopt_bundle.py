@@ -111,8 +111,8 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 # The name that diffusers gives this module may come to mean the bundle of another release.
-sys.modules[f"{__name__}_178d7053e2ff"] = sys.modules[__name__]
-__name__ = f"{__name__}_178d7053e2ff"
+sys.modules[f"{__name__}_9a9a9d90e03d"] = sys.modules[__name__]
+__name__ = f"{__name__}_9a9a9d90e03d"
 
 # rewards/contract/transforms.py
 
@@ -4954,7 +4954,7 @@ def refuse_cache(name: str, root: nn.Module) -> None:
 
 def stock_call(cls: type) -> Callable[..., Any]:
     for base in cls.__mro__:
-        if "__call__" in vars(base) and not hasattr(base, "_noise_run"):
+        if "__call__" in vars(base) and not hasattr(base, "_optimizes_noise"):
             return with_gradient(vars(base)["__call__"], f"{base.__name__}.__call__")
     raise TypeError(f"Expected a diffusers pipeline with a `__call__`, but {cls.__name__} has none.")
 
@@ -8751,7 +8751,7 @@ def part_beside(path: Path) -> Iterator[tuple[Path, BinaryIO]]:
         part = path.with_name(f".noiseopt-{secrets.token_hex(8)}.part{path.suffix}")
         try:
             with part.open("xb") as lock:
-                if is_locked(lock, wait=True) and not os.fstat(lock.fileno()).st_nlink:
+                if take_lock(lock, wait=True) and not os.fstat(lock.fileno()).st_nlink:
                     continue  # removed by another process before it was locked
                 yield part, lock
                 return
@@ -8765,10 +8765,10 @@ def remove_abandoned(folder: Path) -> None:
         with contextlib.suppress(OSError):  # another process may have finished it, or removed it
             if entry.is_file(follow_symlinks=False):
                 with open(entry.path, "r+b") as file:
-                    if is_locked(file, wait=False):
+                    if take_lock(file, wait=False):
                         os.unlink(entry.path)
 
-def is_locked(file: BinaryIO, wait: bool) -> bool:
+def take_lock(file: BinaryIO, wait: bool) -> bool:
     if sys.platform == "win32":
         return False
     import fcntl
@@ -8799,6 +8799,7 @@ def escape(character: str) -> str:
 LONGEST_LIST = 1000  # numbers of an array that is recorded, such as sigmas
 PROBED = 16  # entries of each weight that tell one adapter from another
 PROBED_WEIGHTS = 4  # weights of a module that tell one model from another
+PIPELINE_FACTS = ("model", "revision", "scheduler", "weights", "adapters", "fused_adapters", "ip_adapter_scale")
 
 def describe_pipeline(pipe) -> dict[str, Any]:
     scheduler = pipe.scheduler
@@ -9422,6 +9423,7 @@ def provenance_of(problem: NoiseProblem, objective: Objective, state: NoiseState
     pipe, sampler = problem.pipe, problem.sampler
     given = {name: value for name, value in problem.request.items() if name not in NOT_ARGUMENTS}
     arguments = plain(given)
+    described = {name: problem.call[name] for name in PIPELINE_FACTS} if problem.call else describe_pipeline(pipe)
     return {
         "objective": portable(objective.describe()),
         "prompts": problem.prompts,
@@ -9429,7 +9431,7 @@ def provenance_of(problem: NoiseProblem, objective: Objective, state: NoiseState
         "seeds": sampler.random_state.seeds,
         "generators": "list" if sampler.random_state.several else "single",
         "noise_sampler": describe_noise_sampler(problem.space.noise_sampler),
-        **describe_pipeline(pipe),
+        **described,
         "pipeline": type(pipe).__name__,
         "dtype": str(problem.dtype).removeprefix("torch."),
         "arguments": arguments,
@@ -10063,7 +10065,7 @@ def check_pipeline(pipe: Any) -> None:
 
 def stock_calls(cls: type) -> Iterator[Callable[..., Any]]:
     for base in cls.__mro__:
-        if "__call__" in vars(base) and not hasattr(base, "_noise_run"):
+        if "__call__" in vars(base) and not hasattr(base, "_optimizes_noise"):
             yield inspect.unwrap(vars(base)["__call__"])
 
 @functools.cache
@@ -10381,7 +10383,10 @@ class ResultFolder:
 def only_writer(folder: Path) -> Iterator[None]:
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"Expected a folder for the results, but {folder} is a file. Choose another name.")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"Expected a folder to write to, but got {folder}: {error}. Choose another one.") from None
     if sys.platform == "win32":
         yield
         return
@@ -10394,7 +10399,8 @@ def only_writer(folder: Path) -> Iterator[None]:
         except BlockingIOError:
             raise ValueError(
                 f"Expected a folder that nobody else writes to, but another process is writing to {folder}. Wait until "
-                "it has ended, or choose another folder."
+                "it has ended, or choose another folder. To share the work of one command, start it with `accelerate "
+                "launch -m noiseopt ...`."
             ) from None
         except OSError:  # some network file systems have no locks
             pass
@@ -10783,7 +10789,7 @@ class NoiseOptimizationMixin(SavedWithCode):
     goes on with the noise that was found: only this final run fires `callback_on_step_end`.
     """
 
-    _noise_run: None = None  # marks our classes among the bases of a pipeline
+    _optimizes_noise = True  # marks our classes among the bases of a pipeline
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Show the parameters of the stock class in `inspect.signature(cls.__call__)`, followed by ours."""

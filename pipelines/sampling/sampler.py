@@ -380,8 +380,8 @@ def has_stock_clamp(image_processor: Any) -> bool:
 def needs_upcast(vae: Any) -> bool:
     """Return whether the pipeline converts its VAE to float32 to decode.
 
-    An offloaded VAE and one that runs without a gradient only need no copy that is safe for gradients, so the answer is
-    no.
+    The answer is no for a VAE that is offloaded, or that has functions of others which refer to it: neither can be
+    copied, and both run without a gradient only.
     """
     return is_upcast(vae) and not is_offloaded(vae) and not refers_to_itself(vae)
 

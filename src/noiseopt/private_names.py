@@ -165,7 +165,7 @@ def tensors_in(values: Any) -> list[torch.Tensor]:
 
 
 def storage_key(storage: torch.UntypedStorage) -> int:
-    """Return a number that is the same for all tensors on a storage, and its own as long as the storage lives."""
+    """Return a number that identifies a storage for as long as it lives."""
     return storage._cdata
 
 

@@ -200,7 +200,7 @@ Entries = Iterator[Prompt | ValueError]  # the error of an entry that is no prom
 
 
 def attempt(make: Callable[..., Prompt], *arguments: Any) -> Prompt | ValueError:
-    """Make a prompt, or return the error, so that the entries after it are read too."""
+    """Return a prompt, or the error of its entry, so that the entries after it are read too."""
     try:
         return make(*arguments)
     except ValueError as error:

@@ -202,7 +202,7 @@ def changed_settings(shown: BeforeAfter) -> str:
 
 
 def doubt(right: list[int]) -> str:
-    """Return what a difference of right images, before and after, says if it is too small for a sign test."""
+    """Return a caveat if the numbers of right images before and after differ by too few for a sign test."""
     difference = abs(right[1] - right[0])
     return ", a difference that may be chance in so few" if 0 < difference < CLEAR_DIFFERENCE else ""
 
