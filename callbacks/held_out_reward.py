@@ -17,7 +17,7 @@ class HeldOutReward(NoiseCallback):
     too. `result.reports["held out <name>"]` holds lists with one entry per image: `initial` and `best`, the held-out
     scores of the baseline and of the best image; `loss_change`, the change of the optimized loss (negative is better);
     and `reward_hacking`, a bool. A warning names the affected images. The cost is one forward pass of the reward per
-    step.
+    step. With a `patience`, an image whose held-out score no longer rises is stopped.
 
     Args:
         reward: `(images, prompts) -> (B,)`, higher is better: a reward from `AutoReward.from_pretrained`, a
@@ -26,14 +26,16 @@ class HeldOutReward(NoiseCallback):
         tolerance: The decrease of the held-out score, in its own units, that is still accepted; at least 0.
         prompts: One prompt, or one per image, for the reward to use instead of the pipeline's prompts, which do not
             exist if the pipeline is called with embeddings.
+        patience: Steps without a new highest held-out score after which an image is stopped, at least 1; `None` stops
+            none. Each image of a batch is stopped independently.
 
     Attributes:
         scores: `(steps, B)`, the held-out scores of the last run.
 
     Raises:
         TypeError: For a name instead of a loaded reward.
-        ValueError: For a tolerance below 0; at the first step, for a method that evaluates no images, or a reward that
-            does not return one score per image.
+        ValueError: For a tolerance below 0 or a patience below 1; at the first step, for a method that evaluates no
+            images, or a reward that does not return one score per image.
     """
 
     continues = ("rows", "initial_loss")
@@ -44,6 +46,7 @@ class HeldOutReward(NoiseCallback):
         name: str | None = None,
         tolerance: float = 0.0,
         prompts: str | Sequence[str] | None = None,
+        patience: int | None = None,
     ) -> None:
         if not callable(reward):
             raise TypeError(
@@ -52,7 +55,9 @@ class HeldOutReward(NoiseCallback):
             )
         if tolerance < 0:
             raise ValueError(f"Expected a tolerance of at least 0, but got {tolerance}.")
-        self.reward, self.tolerance, self.prompts = reward, tolerance, prompts
+        if patience is not None and patience < 1:
+            raise ValueError(f"Expected a patience of at least 1 step, but got {patience}.")
+        self.reward, self.tolerance, self.prompts, self.patience = reward, tolerance, prompts, patience
         self.name = name or getattr(reward, "name", None) or getattr(reward, "__name__", type(reward).__name__)
         self.rows: list[torch.Tensor] = []
         self.initial_loss: torch.Tensor | None = None
@@ -83,6 +88,8 @@ class HeldOutReward(NoiseCallback):
         if state.step == 0:
             self.initial_loss = state.loss
         state.reports[f"held out {self.name}"] = self.report(state)
+        if self.patience is not None:
+            state.stop("held out", state.step - self.scores.argmax(0) >= self.patience)
 
     def report(self, state: NoiseState) -> dict[str, Any]:
         assert self.initial_loss is not None

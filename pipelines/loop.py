@@ -61,7 +61,7 @@ def optimize(
         The result. An exception carries what was found before it as its `noise_result`.
     """
     run = NoiseState(problem.pipe, problem.reward_prompts, method.steps, problem.noise)
-    own = as_callbacks(callbacks)
+    own = [*objective.callbacks, *as_callbacks(callbacks)]
     bars = [] if any(isinstance(callback, ProgressBar) for callback in own) else [ProgressBar()]
     loop = OptimizationLoop(method, problem, objective, run, [*bars, *own], noise_file)
     try:
