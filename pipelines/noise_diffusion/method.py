@@ -11,7 +11,7 @@ from ...callbacks.noise_state import NoiseState
 from ...checked_fields import checked
 from ...rewards.contract.reward import NonDifferentiableReward
 from ...rewards.vlm.vlm_inputs import VLM_FAMILIES
-from ..method import RewardOptimizer
+from ..method import GradientOptimizer
 from ..noise_math import displacement, per_image
 from ..problem import CandidateNoise, NoiseProblem
 from ..registry import register_method
@@ -25,7 +25,7 @@ MOST_CANDIDATES = 100_000
 
 @register_method("noise_diffusion")
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class NoiseDiffusion(RewardOptimizer):
+class NoiseDiffusion(GradientOptimizer):
     """Mixes into the noise, round by round, the fresh Gaussian noise with the largest predicted rise of the score.
 
     "Noise Diffusion for Enhancing Semantic Faithfulness in Text-to-Image Synthesis", Miao et al., CVPR 2025,

@@ -7,7 +7,7 @@ import torch
 
 from ...callbacks.noise_state import NoiseState
 from ...checked_fields import checked
-from ..method import RewardOptimizer
+from ..method import GradientOptimizer
 from ..noise_math import ChiPrior, clip_per_sample, per_image, per_sample_norm, rate_unit
 from ..objective import on_released_pixels
 from ..problem import NoiseProblem
@@ -31,7 +31,7 @@ class NesterovState:
 
 @register_method("reno")
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ReNO(RewardOptimizer):
+class ReNO(GradientOptimizer):
     """Gradient ascent on rewards; returns the noise of the best image.
 
     "ReNO: Enhancing One-step Text-to-Image Models through Reward-based Noise Optimization", Eyring et al., NeurIPS
