@@ -49,7 +49,7 @@ class Recipe:
 
 
 # Learning rates are in units of the height and width of the noise alone: these are for latents of 8 channels, twice
-# those of SD, and of benchmarks/reno_vs_best_of_n.py and benchmarks/never_too_late.py.
+# those of SD, and of benchmarks/per_second.py and benchmarks/never_too_late.py.
 RECIPES = {
     "reno": Recipe(settings={"learning_rate": 7.07}),
     "cno": Recipe(
