@@ -37,6 +37,7 @@ from .searches.group_selection import GroupSelection
 from .searches.group_solver import select_group
 from .searches.pcn import PCN
 from .searches.zero_order_search import ZeroOrderSearch
+from .white_noise import WhiteNoiseProjection
 
 ReNOStableDiffusionXLPipeline = ReNOTurboPipeline
 
@@ -77,6 +78,7 @@ __all__ = [
     "RewardObjective",
     "Sample",
     "SetObjective",
+    "WhiteNoiseProjection",
     "ZeroOrderSearch",
     "grow_set",
     "list_methods",

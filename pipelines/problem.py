@@ -39,6 +39,11 @@ class NoiseProblem:
         self.noise = noise.detach().to(torch.promote_types(noise.dtype, torch.float32))
         self.space, self.dtype = self.sampler.space, noise.dtype
 
+    @property
+    def is_white(self) -> bool:
+        """Return whether the noise is drawn as white Gaussian noise."""
+        return self.space.noise_sampler is None or getattr(self.space.noise_sampler, "name", None) == "white"
+
     @functools.cached_property
     def seeds(self) -> list[int]:
         """One seed per image, a function of the bits of its base noise: independent of the rest of the batch."""
