@@ -27,7 +27,8 @@ class HeldOutReward(NoiseCallback):
         prompts: One prompt, or one per image, for the reward to use instead of the pipeline's prompts, which do not
             exist if the pipeline is called with embeddings.
         patience: Steps without a new highest held-out score after which an image is stopped, at least 1; `None` stops
-            none. Each image of a batch is stopped independently.
+            none. Each image of a batch is stopped independently. As in `EarlyStopping`, the steps of each start are
+            counted anew, and those of a search not at all.
 
     Attributes:
         scores: `(steps, B)`, the held-out scores of the last run.
@@ -38,7 +39,7 @@ class HeldOutReward(NoiseCallback):
             images, or a reward that does not return one score per image.
     """
 
-    continues = ("rows", "initial_loss")
+    continues = ("rows", "initial_loss", "stage", "first")
 
     def __init__(
         self,
@@ -67,7 +68,7 @@ class HeldOutReward(NoiseCallback):
         return torch.stack(self.rows)
 
     def on_run_start(self, state: NoiseState) -> None:
-        self.rows, self.initial_loss = [], None
+        self.rows, self.initial_loss, self.stage, self.first = [], None, state.stage, 0
 
     def on_step_end(self, state: NoiseState) -> None:
         if state.images is None:
@@ -88,8 +89,11 @@ class HeldOutReward(NoiseCallback):
         if state.step == 0:
             self.initial_loss = state.loss
         state.reports[f"held out {self.name}"] = self.report(state)
-        if self.patience is not None:
-            state.stop("held out", state.step - self.scores.argmax(0) >= self.patience)
+        if state.stage != self.stage:
+            self.stage, self.first = state.stage, len(self.rows) - 1
+        if self.patience is not None and state.stage != "search":
+            scores = self.scores[self.first :]
+            state.stop("held out", len(scores) - 1 - scores.argmax(0) >= self.patience)
 
     def report(self, state: NoiseState) -> dict[str, Any]:
         assert self.initial_loss is not None

@@ -97,6 +97,19 @@ def test_an_image_whose_score_no_longer_rises_is_stopped():
     assert after_steps(watch, losses, shades).active.all()
 
 
+def test_patience_begins_anew_with_each_start_and_not_in_the_search():
+    watch, stopped = HeldOutReward(lambda images, prompts: images[:, 0, 0, 0], patience=2), []
+    state = NoiseState(None, [""], 10, torch.zeros(1, 1, 2, 2))
+    watch.on_run_start(state)
+    stages = ["search"] * 4 + ["start 1"] * 2 + ["start 2"] * 4
+    for step, (stage, shade) in enumerate(zip(stages, [9, 8, 7, 6, 1, 0, 3, 4, 4, 2], strict=True)):
+        state.step, state.stage, state.loss = step, stage, torch.zeros(1)
+        state.images = torch.full((1, 3, 4, 4), float(shade))
+        watch.on_step_end(state)
+        stopped.append(not state.active.any())
+    assert stopped == [False] * 9 + [True]
+
+
 def test_the_result_of_a_run_reports_it_and_keeps_it_on_disk(tmp_path):
     watch = HeldOutReward(darkness)
     with pytest.warns(UserWarning, match="Reward hacking"):

@@ -92,6 +92,14 @@ def test_value_is_the_mean_over_the_views_and_the_gradient_stays(gradient):
         assert torch.equal(found, usual)
 
 
+def test_after_a_search_the_starts_are_stopped():
+    held_out = Scripted([5.0, 4.0, 3.0, 2.0, 1.0])  # lower at each step of the search, which does not count
+    method = ReNO(rewards=redness, steps=40, views=1, search=3, stop="held_out", held_out=held_out)
+    result = run(method)
+    (first,) = result.reports["search"]["first_steps"]
+    assert first >= 3 and len(result.losses) == first + 1 + PATIENCE
+
+
 class Stop(Exception):
     pass
 
