@@ -72,7 +72,8 @@ ROWS = {
     BEST_OF_N: Row("#bf8700", ("best_of_n",)),
     "zero-order search": Row("#8250df", ("zero_order_search",)),
     RELEASED: Row("#1a7f37", (f"reno:mode=parity,{RATE}",)),
-    BEFORE: Row("#cf222e", (f"reno:{RATE}",)),
+    BEFORE: Row("#cf222e", (f"reno:geometry=sphere,{RATE}",)),
+    "ReNO, views=0": Row("#54aeff", ("reno:views=0",)),
     NOW: Row("#0969da", ("reno",)),
 }
 
