@@ -10,7 +10,7 @@ from .cno.stable_diffusion_3 import CNOStableDiffusion3Pipeline
 from .cno.stable_diffusion_xl import CNOStableDiffusionXLPipeline
 from .hook import NoiseOptimizationMixin, optimize_noise
 from .loading import release_rewards
-from .method import NoiseOptimizer
+from .method import GradientOptimizer, NoiseOptimizer
 from .never_too_late.flux import NeverTooLateFluxPipeline
 from .never_too_late.image_set import ImageSet, grow_set
 from .never_too_late.method import NeverTooLate
@@ -52,6 +52,7 @@ __all__ = [
     "ChiPrior",
     "ContrastiveObjective",
     "FunctionObjective",
+    "GradientOptimizer",
     "GroupSelection",
     "ImageSet",
     "MeanVariance",

@@ -1,5 +1,6 @@
 """One pipeline call whose initial noise is to be found."""
 
+import copy
 import dataclasses
 import functools
 from typing import Any
@@ -48,6 +49,12 @@ class NoiseProblem:
     def seeds(self) -> list[int]:
         """One seed per image, a function of the bits of its base noise: independent of the rest of the batch."""
         return [seed_from(noise) for noise in self.noise]
+
+    def beginning_at(self, noise: torch.Tensor, number: int) -> "NoiseProblem":
+        """Return the problem with another noise to begin from, `(B, C, H, W)`, and random streams by a number."""
+        found = copy.copy(self)
+        vars(found).update(noise=noise, seeds=[seed_from(each) + number for each in noise])
+        return found
 
 
 class CandidateNoise:

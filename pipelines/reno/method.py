@@ -7,18 +7,18 @@ import torch
 
 from ...callbacks.noise_state import NoiseState
 from ...checked_fields import checked
-from ..method import RewardOptimizer
+from ..method import GradientOptimizer
 from ..noise_math import ChiPrior, clip_per_sample, per_image, per_sample_norm, rate_unit
 from ..objective import on_released_pixels
 from ..problem import NoiseProblem
 from ..registry import register_method
-from ..white_noise import WhiteNoiseSteps
+from ..white_noise import WHITE_RATE, WhiteNoiseSteps
 from .objective import ViewedRewards
 
 Geometry = Literal["white", "sphere", "prior"]
 RENO_PRIOR = 0.01
-RENO_VIEWS = 4
-RENO_RATE, WHITE_RATE = 5.0, 0.1
+RENO_VIEWS = 1
+RENO_RATE = 5.0
 
 
 @dataclasses.dataclass
@@ -31,7 +31,7 @@ class NesterovState:
 
 @register_method("reno")
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ReNO(RewardOptimizer):
+class ReNO(GradientOptimizer):
     """Gradient ascent on rewards; returns the noise of the best image.
 
     "ReNO: Enhancing One-step Text-to-Image Models through Reward-based Noise Optimization", Eyring et al., NeurIPS
@@ -63,7 +63,7 @@ class ReNO(RewardOptimizer):
             length of the step.
         regularization: λ_reg, the weight of the χ prior: 0.01 by default.
         views: The number of views that give the gradient, each one more pass of the rewards; 0 is the image itself;
-            `None` is 0 for parity and 4 otherwise.
+            `None` is 0 for parity and 1 otherwise.
         gradient: "full" differentiates the whole chain; "frozen" holds the model outputs constant.
         preview: Reward the x0 estimate of one model call instead of the whole chain.
 

@@ -315,6 +315,12 @@ FAULTS = (
         "self.clean(name, callback_kwargs[name])",
         "self.conditions.get(name, callback_kwargs[name])",
     ),
+    Fault(
+        "weights of the first prompt for every image",
+        "rewards/contract/weight_by_kind.py",
+        "self.by_kind[prompt_kind(text)] for text in texts",
+        "self.by_kind[prompt_kind(texts[0])] for _ in texts",
+    ),
 )
 
 
