@@ -29,8 +29,8 @@ from .registry import list_methods, register_method
 from .reno.method import ReNO
 from .reno.stable_diffusion import ReNOStableDiffusionPipeline
 from .reno.turbo import ReNOTurboPipeline
-from .reward_guidance.guidance import RewardGuidance
 from .results.noise_result import NoiseResult
+from .reward_guidance.guidance import RewardGuidance
 from .sampling.sample import Sample
 from .sampling.sampler import PipelineSampler
 from .searches.best_of_n import BestOfN

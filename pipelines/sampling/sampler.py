@@ -217,6 +217,9 @@ class PipelineSampler:
         Args:
             latents: Those of the denoiser's layout, with or without a graph.
             prepared: What `prepare_latents` of the call returned.
+
+        Raises:
+            TypeError: For a pipeline that decodes something else, which only its steps have.
         """
         generator = self.random_state.generator()
         ours = {"generator": generator, "output_type": "pt", "return_dict": False}
@@ -224,8 +227,15 @@ class PipelineSampler:
         with self.again() as twin, steps_skipped(twin):
             self.take_over(twin, self.base_noise, generator, None)
             vars(twin)["prepare_latents"] = lambda *_, **__: returned
-            with self.draws_of(generator), torch.set_grad_enabled(latents.requires_grad):
-                images = images_in(self.call(twin, **self.request, **ours), twin)
+            try:
+                with self.draws_of(generator), torch.set_grad_enabled(latents.requires_grad):
+                    images = images_in(self.call(twin, **self.request, **ours), twin)
+            except UnboundLocalError as error:
+                raise TypeError(
+                    f"Expected a pipeline that decodes its latents, but {type(twin).__name__} decodes what a step "
+                    "returns beside them. Use a pipeline of the family that does, such as `StableDiffusionPipeline` "
+                    "with the same scheduler."
+                ) from error
         return self.pixels(images)
 
     def pixels(self, images: torch.Tensor) -> torch.Tensor:
