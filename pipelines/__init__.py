@@ -29,6 +29,7 @@ from .registry import list_methods, register_method
 from .reno.method import ReNO
 from .reno.stable_diffusion import ReNOStableDiffusionPipeline
 from .reno.turbo import ReNOTurboPipeline
+from .reward_guidance.guidance import RewardGuidance
 from .results.noise_result import NoiseResult
 from .sampling.sample import Sample
 from .sampling.sampler import PipelineSampler
@@ -76,6 +77,7 @@ __all__ = [
     "ReNOStableDiffusionPipeline",
     "ReNOStableDiffusionXLPipeline",
     "ReNOTurboPipeline",
+    "RewardGuidance",
     "RewardObjective",
     "Sample",
     "SetObjective",

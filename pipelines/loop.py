@@ -64,7 +64,7 @@ def optimize(
         The result. An exception carries what was found before it as its `noise_result`.
     """
     run = NoiseState(problem.pipe, problem.reward_prompts, method.evaluations or 1, problem.noise)
-    own = as_callbacks(callbacks)
+    own = [*objective.callbacks, *as_callbacks(callbacks)]
     bars = [] if any(isinstance(callback, ProgressBar) for callback in own) else [ProgressBar()]
     budget = [] if method.seconds is None else [TimeBudget(method.seconds, min(2, method.closing))]
     loop = OptimizationLoop(method, problem, objective, run, [*bars, *own, *budget], noise_file)

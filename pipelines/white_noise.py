@@ -12,6 +12,7 @@ from .problem import NoiseProblem
 BLOCK = 16
 MEAN_SIZE = math.sqrt(math.pi) / 2  # of a complex Gaussian with mean square 1
 TOLERANCE = 1e-3  # of the norms of a block
+WHITE_RATE = 0.1  # of steps on white noise, in standard deviations
 
 
 class WhiteNoiseProjection:

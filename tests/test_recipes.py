@@ -13,7 +13,8 @@ from tiny_pipelines import SIZE, quiet, sdxl_pipeline
 
 from noiseopt import ReNO, optimize_noise
 
-PROGRAMS = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[1] / "docs/recipes.md").read_text(), re.DOTALL)
+TEXT = (Path(__file__).parents[1] / "docs/recipes.md").read_text()
+PROGRAMS = [each for each in re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL) if "\ncall = " in each]  # of models
 
 
 def hyper_sdxl():

@@ -1,7 +1,7 @@
 """ReNO: reward-based noise optimization of one-step models."""
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -12,13 +12,14 @@ from ..noise_math import ChiPrior, clip_per_sample, per_image, per_sample_norm, 
 from ..objective import on_released_pixels
 from ..problem import NoiseProblem
 from ..registry import register_method
-from ..white_noise import WhiteNoiseSteps
+from ..white_noise import WHITE_RATE, WhiteNoiseSteps
 from .objective import ViewedRewards
+from .stopping import Stop, StoppingRewards, check_stopping
 
 Geometry = Literal["white", "sphere", "prior"]
 RENO_PRIOR = 0.01
-RENO_VIEWS = 4
-RENO_RATE, WHITE_RATE = 5.0, 0.1
+RENO_VIEWS = 1
+RENO_RATE = 5.0
 
 
 @dataclasses.dataclass
@@ -63,12 +64,16 @@ class ReNO(GradientOptimizer):
             length of the step.
         regularization: λ_reg, the weight of the χ prior: 0.01 by default.
         views: The number of views that give the gradient, each one more pass of the rewards; 0 is the image itself;
-            `None` is 0 for parity and 4 otherwise.
+            `None` is 0 for parity and 1 otherwise.
         gradient: "full" differentiates the whole chain; "frozen" holds the model outputs constant.
         preview: Reward the x0 estimate of one model call instead of the whole chain.
+        stop: What ends the run of an image before it over-optimizes: "views" once the mean reward over its views has
+            not risen for 10 evaluations, "held_out" once the held-out reward has not. In both cases losses and the
+            choice of the best are by the mean over the views, if there are any. `None` makes all steps.
+        held_out: Rewards that are not optimized, as `RewardSum` takes them, for `stop="held_out"`.
 
     Raises:
-        ValueError: For `regularization` with a geometry that has no prior.
+        ValueError: For `regularization` with a geometry that has no prior; for `stop` without views or `held_out`.
     """
 
     mode: Literal["default", "parity"] = "default"
@@ -80,6 +85,14 @@ class ReNO(GradientOptimizer):
     views: int | None = checked(None, "[0, 1000]")
     gradient: Literal["full", "frozen"] = "full"
     preview: bool = False
+    stop: Stop | None = None
+    held_out: Any = None
+
+    @property
+    def views_used(self) -> int:
+        """The number of views."""
+        default = 0 if self.mode == "parity" else RENO_VIEWS
+        return default if self.views is None else self.views
 
     @property
     def geometry_used(self) -> Geometry:
@@ -89,6 +102,7 @@ class ReNO(GradientOptimizer):
 
     def check(self) -> None:
         super().check()
+        check_stopping(self.stop, self.rewards, self.held_out, self.views_used)
         if self.regularization is not None and self.geometry_used != "prior":
             raise ValueError(
                 f'Expected `regularization` with `geometry="prior"`, but got {self.geometry!r}, which keeps the noise '
@@ -96,10 +110,13 @@ class ReNO(GradientOptimizer):
             )
 
     def objective(self, pipe) -> ViewedRewards:
-        rewards, views = self.differentiable_rewards(pipe, self.rewards), self.views
+        rewards = self.differentiable_rewards(pipe, self.rewards)
         if self.mode == "parity":
-            return ViewedRewards(on_released_pixels(rewards), views or 0)
-        return ViewedRewards(rewards, RENO_VIEWS if views is None else views)
+            rewards = on_released_pixels(rewards)
+        if self.stop is None:
+            return ViewedRewards(rewards, self.views_used)
+        held_out = None if self.held_out is None else self.load_rewards(pipe, self.held_out)
+        return StoppingRewards(rewards, self.views_used, held_out)
 
     def regularizer(self, noise: torch.Tensor) -> torch.Tensor | float:
         if self.geometry_used != "prior":

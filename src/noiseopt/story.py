@@ -10,7 +10,7 @@ import torch
 from . import shapes_world
 from .evaluation.instruments import load_reward
 from .evaluation.metrics import layout_spread
-from .evaluation.plan import CallbackChoice, MethodChoice, ModelChoice
+from .evaluation.plan import MethodChoice, ModelChoice, SteeringChoice
 from .pipelines import NoiseOptimizer, NoiseResult, list_methods
 from .pipelines.registry import METHODS
 from .shapes_world.embedded import EmbeddedModel
@@ -51,9 +51,9 @@ class Recipe:
 LENGTH = ("steps", "budget")  # settings that are told apart from the others
 
 # Learning rates are in units of the height and width of the noise alone: these are for latents of 8 channels, twice
-# those of SD, and of benchmarks/reno_vs_best_of_n.py and benchmarks/never_too_late.py.
+# those of SD, and of benchmarks/never_too_late.py.
 RECIPES = {
-    "reno": Recipe(settings={"learning_rate": 7.07}),
+    "reno": Recipe(),
     "cno": Recipe(
         model="guided",
         settings={"learning_rate": 0.057, "window_size": 2},
@@ -109,10 +109,10 @@ class Choice:
             ValueError: For an unknown name or setting.
         """
         asked = MethodChoice.parse(method)
-        if isinstance(asked, CallbackChoice):
+        if isinstance(asked, SteeringChoice):
             raise ValueError(
                 f"Expected a method that optimizes noise, one of {', '.join(list_methods())}, but got {asked.name!r}. "
-                "`noiseopt evaluate` compares denoising callbacks."
+                "`noiseopt evaluate` compares what steers it."
             )
         recipe = RECIPES.get(asked.name, Recipe())
         embedded = ModelChoice.parse(model or recipe.model, {})

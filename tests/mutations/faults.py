@@ -76,7 +76,7 @@ FAULTS = (
     Fault(
         "only the first view counts",
         "pipelines/reno/objective.py",
-        "for view in views]).mean()",
+        "for view in views]).mean(0)",
         "for view in views])[0]",
     ),
     Fault(
@@ -333,6 +333,25 @@ FAULTS = (
         "callbacks/cads.py",
         "self.clean(name, callback_kwargs[name])",
         "self.conditions.get(name, callback_kwargs[name])",
+    ),
+    Fault(
+        "held-out patience one step too long",
+        "callbacks/held_out_reward.py",
+        "self.scores.argmax(0) >= self.patience",
+        "self.scores.argmax(0) > self.patience",
+    ),
+    Fault(
+        "value of the image instead of its views",
+        "pipelines/reno/objective.py",
+        "mean if self.valued_by_views else output.total",
+        "output.total",
+        "tests/pipelines/reno/test_stopping.py",
+    ),
+    Fault(
+        "weights of the first prompt for every image",
+        "rewards/contract/weight_by_kind.py",
+        "self.by_kind[prompt_kind(text)] for text in texts",
+        "self.by_kind[prompt_kind(texts[0])] for _ in texts",
     ),
 )
 
