@@ -93,6 +93,8 @@ class TimeBudget(NoiseCallback):
         if seconds <= 0:
             raise ValueError(f"Expected a time budget of more than 0 seconds, but got {seconds}.")
         self.seconds, self.closing = seconds, closing
+        self.last: float | None = None
+        self.first = 0.0
 
     def on_run_start(self, state: NoiseState) -> None:
         self.last = time.perf_counter() if state.step < 0 else None  # a resumed run draws images before its first step
