@@ -36,7 +36,7 @@ from noiseopt.quiet import quiet_libraries
 SPLITS = {"validation": "VALIDATION_PROMPTS", "held-out": "HELD_OUT_PROMPTS"}
 MODELS = ("sdxl-turbo", "turbo", "guided", "sd3")
 MANY = 10**6  # more evaluations than fit in any time
-AHEAD = 1.15  # a run lasts for this many times the seconds of `BEFORE` on the batch before
+AHEAD = 1.03  # a run lasts for this many times the seconds of `BEFORE` on the batch before
 PLAIN, BEST_OF_N, RELEASED, BEFORE, NOW = "plain", "best-of-N", "ReNO, released code", "ReNO, default before", "ReNO"
 # Rates are in units of √(H·W)/64. √2: the embedded models' noise has 8 channels, so that its norm is √2 times that of
 # the paper's models, for which 5 was chosen.
@@ -72,8 +72,10 @@ ROWS = {
     BEST_OF_N: Row("#bf8700", ("best_of_n",)),
     "zero-order search": Row("#8250df", ("zero_order_search",)),
     RELEASED: Row("#1a7f37", (f"reno:mode=parity,{RATE}",)),
-    BEFORE: Row("#cf222e", (f"reno:{RATE}",)),
+    BEFORE: Row("#cf222e", (f"reno:geometry=sphere,views=4,{RATE}",)),
     NOW: Row("#0969da", ("reno",)),
+    "ReNO, best of 16": Row("#1b7c83", ("reno:search=16",)),
+    "ReNO, 4 starts": Row("#bf3989", ("reno:search=16,starts=4,steps=25", "reno:search=16,starts=4,steps=80")),
 }
 
 

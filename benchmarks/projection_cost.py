@@ -3,8 +3,8 @@
 python benchmarks/projection_cost.py --size 256
 
 The gradient is that of one image with respect to its noise through the model of published size with random weights,
-without a reward: a lower bound of a step. ReNO projects twice per step, gradient and noise. On a CPU times are processor
-time over all threads.
+without a reward: a lower bound of a step. ReNO projects twice per step, gradient and noise. On a CPU times are of the
+processor, over all threads.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from noiseopt.evaluation.looking import Looking
 from noiseopt.pipelines.problem import NoiseProblem
 from noiseopt.pipelines.white_noise import WhiteNoiseProjection
 
-FLUX_NOISE = (1, 16, 64, 64)  # 65,536 numbers
+FLUX_NOISE = (1, 16, 64, 64)  # 65,536 numbers, at 512 px
 
 
 def gradient_seconds(setting: Setting, size: int, repeats: int) -> float:

@@ -93,15 +93,18 @@ class TimeBudget(NoiseCallback):
         if seconds <= 0:
             raise ValueError(f"Expected a time budget of more than 0 seconds, but got {seconds}.")
         self.seconds, self.closing = seconds, closing
+        self.last: float | None = None
+        self.first = 0.0
 
     def on_run_start(self, state: NoiseState) -> None:
-        self.last, self.first = time.perf_counter(), None
+        self.last = time.perf_counter() if state.step < 0 else None  # a resumed run draws images before its first step
+        self.first = 0.0
 
     def on_step_end(self, state: NoiseState) -> None:
         if state.noise.is_cuda:
             torch.cuda.synchronize(state.noise.device)
         now = time.perf_counter()
-        took, self.last = now - self.last, now
-        self.first = took if self.first is None else self.first
+        took, self.last = 0.0 if self.last is None else now - self.last, now
+        self.first = self.first or took
         if state.elapsed + took + self.closing * self.first > self.seconds:
             state.stop("time budget")

@@ -30,6 +30,7 @@ from .reno.method import ReNO
 from .reno.stable_diffusion import ReNOStableDiffusionPipeline
 from .reno.turbo import ReNOTurboPipeline
 from .results.noise_result import NoiseResult
+from .reward_guidance.guidance import RewardGuidance
 from .sampling.sample import Sample
 from .sampling.sampler import PipelineSampler
 from .searches.best_of_n import BestOfN
@@ -76,6 +77,7 @@ __all__ = [
     "ReNOStableDiffusionPipeline",
     "ReNOStableDiffusionXLPipeline",
     "ReNOTurboPipeline",
+    "RewardGuidance",
     "RewardObjective",
     "Sample",
     "SetObjective",

@@ -180,7 +180,7 @@ class NoiseRun:
     def prepare_latents(self, pipe, *args, **kwargs):
         """Draw the base noise as the stock method does, optimize it, and prepare the latents of the result."""
         method, self.began = self.method, True
-        sampler = PipelineSampler(
+        self.sampler = sampler = PipelineSampler(
             pipe,
             self.request,
             self.encoded,

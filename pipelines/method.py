@@ -225,7 +225,7 @@ class GradientOptimizer(RewardOptimizer):
     one that was found by the search, or the baseline.
 
     Args:
-        search: k, the number of scored noises; 0 for none, and a run from the given noise.
+        search: k, the number of scored noises, each an evaluation of `steps` or `budget`; 0 runs from the given noise.
         starts: The number of noises from which the method runs, at most k.
     """
 

@@ -26,8 +26,8 @@ def predict_x0(
 
     See Karras et al. (https://arxiv.org/abs/2206.00364), table 1, for the preconditioning, Salimans & Ho
     (https://arxiv.org/abs/2202.00512), appendix D, for v-prediction, Lu & Song (https://arxiv.org/abs/2410.11081),
-    section 3, for TrigFlow, and Boffi et al. (https://arxiv.org/abs/2406.07507) for flow maps, whose estimate is exact if
-    the model was asked for the mean velocity to time 0.
+    section 3, for TrigFlow, and Boffi et al. (https://arxiv.org/abs/2406.07507) for flow maps, whose estimate is the
+    map itself if the model was asked for the mean velocity to time 0.
 
     The value is the x0 that the scheduler itself uses: if its `step` clips x0 (`clip_sample`) or thresholds it
     (`thresholding`), so does this function. The gradient is that of the unclipped estimate (straight-through), because

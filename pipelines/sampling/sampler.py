@@ -17,7 +17,7 @@ from ..memory.chunks import BatchLayout, WholeBatchDraws, run_in_chunks
 from ..memory.module_copies import converted_apart, refers_to_itself, without_gradient
 from ..memory.replaced import is_stock_method
 from .apart import KeptScheduler, plain_attributes, with_attributes
-from .first_call import count_timesteps, counted, first_step_only, stock_call, submodules_of
+from .first_call import count_timesteps, counted, first_step_only, steps_skipped, stock_call, submodules_of
 from .global_draws import no_global_draws
 from .latent_space import LatentSpace, first_of
 from .module_state import CALLED_IN_STEPS, is_offloaded, is_upcast
@@ -209,6 +209,33 @@ class PipelineSampler:
             self.take_over(twin, self.base_noise, generator, None)
             del vars(twin)["prepare_latents"]
             images = images_in(self.call(twin, **self.request, **again), twin)
+        return self.pixels(images)
+
+    def decoded(self, latents: torch.Tensor, prepared: Any) -> torch.Tensor:
+        """Return the images (B, 3, H, W) in [0, 1] of clean latents, by what the call does after its steps.
+
+        Args:
+            latents: Those of the denoiser's layout, with or without a graph.
+            prepared: What `prepare_latents` of the call returned.
+
+        Raises:
+            TypeError: For a pipeline that decodes something else, which only its steps have.
+        """
+        generator = self.random_state.generator()
+        ours = {"generator": generator, "output_type": "pt", "return_dict": False}
+        returned = (latents, *prepared[1:]) if isinstance(prepared, tuple) else latents
+        with self.again() as twin, steps_skipped(twin):
+            self.take_over(twin, self.base_noise, generator, None)
+            vars(twin)["prepare_latents"] = lambda *_, **__: returned
+            try:
+                with self.draws_of(generator), torch.set_grad_enabled(latents.requires_grad):
+                    images = images_in(self.call(twin, **self.request, **ours), twin)
+            except UnboundLocalError as error:
+                raise TypeError(
+                    f"Expected a pipeline that decodes its latents, but {type(twin).__name__} decodes what a step "
+                    "returns beside them. Use a pipeline of the family that does, such as `StableDiffusionPipeline` "
+                    "with the same scheduler."
+                ) from error
         return self.pixels(images)
 
     def pixels(self, images: torch.Tensor) -> torch.Tensor:

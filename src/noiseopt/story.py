@@ -10,7 +10,7 @@ import torch
 from . import shapes_world
 from .evaluation.instruments import load_reward
 from .evaluation.metrics import layout_spread
-from .evaluation.plan import CallbackChoice, MethodChoice, ModelChoice
+from .evaluation.plan import MethodChoice, ModelChoice, SteeringChoice
 from .pipelines import NoiseOptimizer, NoiseResult, list_methods
 from .pipelines.registry import METHODS
 from .shapes_world.embedded import EmbeddedModel
@@ -109,10 +109,10 @@ class Choice:
             ValueError: For an unknown name or setting.
         """
         asked = MethodChoice.parse(method)
-        if isinstance(asked, CallbackChoice):
+        if isinstance(asked, SteeringChoice):
             raise ValueError(
                 f"Expected a method that optimizes noise, one of {', '.join(list_methods())}, but got {asked.name!r}. "
-                "`noiseopt evaluate` compares denoising callbacks."
+                "`noiseopt evaluate` compares what steers it."
             )
         recipe = RECIPES.get(asked.name, Recipe())
         embedded = ModelChoice.parse(model or recipe.model, {})

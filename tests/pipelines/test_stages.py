@@ -246,8 +246,8 @@ def test_a_reward_that_is_not_finite_ends_the_run_with_the_best_so_far(bad, stag
 def test_an_image_whose_gradient_is_not_finite_stays_with_its_best_and_others_go_on(pipe):
     def steep(images, prompts):
         score = redness(images, prompts)
-        if images.requires_grad:
-            score.register_hook(lambda gradient: gradient * torch.tensor([torch.inf, 1.0, 1.0])[: len(gradient)])
+        if images.requires_grad and len(images) == 3:  # not when it is tried out
+            score.register_hook(lambda gradient: gradient * torch.tensor([torch.inf, 1.0, 1.0]))
         return score
 
     method = ReNO(rewards=steep, steps=10, search=3, starts=2, views=0)

@@ -1,0 +1,238 @@
+"""Reward guidance: the gradient of rewards steers the denoising steps."""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+
+from ...callbacks.noise_state import NoiseState
+from ...checked_fields import check_fields, checked
+from ...rewards.contract.reward_sum import RewardsLike
+from ...schedulers.noise_samplers import NoiseSamplerSpec
+from ...schedulers.x0_prediction import predict_x0, prediction_channels, space_of
+from ..hook import NoiseRun
+from ..method import RewardOptimizer
+from ..noise_math import per_image, per_sample_norm, unit
+from ..objective import RewardObjective
+from ..problem import CandidateNoise, NoiseProblem
+from ..request import bind_request, check_argument_names, check_pipeline, check_pipeline_class, check_request
+from ..sampling.apart import apart
+from ..sampling.first_call import count_timesteps, refuse_writes, stock_call
+from ..sampling.latent_space import first_of
+from ..sampling.module_state import frozen_modules, refuse_replaced_step, refuse_unsuited, shared_parts
+from ..sampling.sample import Sample
+from ..sampling.sampler import Clamp
+from ..sampling.turns import TURNS
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RewardGuidance:
+    """Steers the denoising steps of any stock pipeline by the gradient of rewards of their x0 estimates.
+
+    "FMRG", https://arxiv.org/abs/2604.27147. In each guided step the x0 estimate of the model output m at the latents x
+    is decoded by the pipeline's own code and scored: r. Then the step is taken with
+
+        m − strength·‖m‖·g/‖g‖,   g = ∂r/∂x through the denoiser (`gradient="full"`, the paper's J)
+                                  g = ∂r/∂x0 with m held constant (`gradient="frozen"`, the paper's E)
+
+    in place of m, with norms per image, where m is ε, v or a flow velocity. (Where x0 grows with m, as where m is x0
+    itself, the sign is +.) The rest of the steps is the tail, without guidance, which removes the traces of the
+    rewards' preferences that are no image. The scheduler gets the changed output, so any scheduler with an x0 estimate
+    works, also one that adds noise or remembers outputs.
+
+    The initial noise can be chosen before ("warm-up"): `particles` noises, that of the call first, are scored by the x0
+    estimate of one model call each, and the one with the highest reward is taken for each image.
+
+    Args:
+        rewards: A reward or rewards as `RewardSum` takes them: a name, a callable, a dict of these to weights, or a
+            list of (reward, weight).
+        strength: The length of the change of m relative to m; 0 disables the guidance.
+        gradient: "full" costs a backward pass through the denoiser in each guided step, "frozen" only one through the
+            decoder.
+        guided_steps: The number of guided steps, from the first; `None` for all but the last.
+        particles: The number of initial noises to choose from; 1 for that of the call.
+        reward_device: The device on which rewards given by name are loaded; `None` is the pipeline's device.
+    """
+
+    rewards: RewardsLike
+    strength: float = checked(1.0, "[0, inf)")
+    gradient: Literal["full", "frozen"] = "full"
+    guided_steps: int | None = checked(None, "[1, inf)")
+    particles: int = checked(1, "[1, inf)")
+    reward_device: str | torch.device | None = None
+
+    def check(self) -> None:
+        """Raise `ValueError` for settings that cannot work."""
+        check_fields(self)
+        self.choice.check()
+
+    @property
+    def choice(self) -> "ParticleChoice":
+        """The method that chooses the initial noise."""
+        return ParticleChoice(rewards=self.rewards, steps=self.particles, reward_device=self.reward_device)
+
+    def generate(
+        self,
+        pipe,
+        prompt: str | list[str] | None,
+        *,
+        noise_sampler: NoiseSamplerSpec | None = None,
+        reward_prompt: str | Sequence[str] | None = None,
+        **call_kwargs,
+    ) -> Any:
+        """Run `pipe(prompt, ...)` with guidance. The pipeline stays unmodified.
+
+        Args:
+            pipe: A loaded pipeline of any family whose `prepare_latents` draws Gaussian noise.
+            prompt: As in the pipeline's call.
+            noise_sampler: The distribution of the initial noise, as in `optimize_noise`.
+            reward_prompt: The prompt that rewards are asked about instead: one, or one for each image.
+            call_kwargs: The other arguments of `pipe(prompt, ...)`.
+
+        Returns:
+            The output of the stock pipeline.
+
+        Raises:
+            ValueError: For settings or a pipeline state that cannot work, before any model runs; for a single denoising
+                step, or a gradient that is not finite.
+            TypeError: For an argument that the pipeline does not take, or a scheduler without an x0 estimate.
+        """
+        check_pipeline(pipe)
+        check_pipeline_class(type(pipe))
+        check_argument_names(pipe, call_kwargs, ("noise_sampler", "reward_prompt"), self)
+        self.check()
+        with TURNS.take(shared_parts(pipe)), apart(pipe) as twin:
+            request = bind_request(twin, (), {"prompt": prompt, **call_kwargs})
+            check_request(twin, request)
+            run = GuidedRun(twin, self, request, noise_sampler=noise_sampler, reward_prompt=reward_prompt)
+            with run.running(twin), torch.no_grad():
+                return stock_call(type(pipe))(twin, **request)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ParticleChoice(RewardOptimizer):
+    """Returns the noise, out of `steps` independent ones, whose x0 estimate has the highest reward."""
+
+    preview: bool = True
+
+    @property
+    def clamp(self) -> Clamp:
+        return "straight_through"
+
+    def objective(self, pipe) -> "ParticleRewards":
+        return ParticleRewards(self.load_rewards(pipe, self.rewards), self.steps)
+
+    def start(self, problem: NoiseProblem) -> CandidateNoise:
+        return CandidateNoise(problem)
+
+    def step(self, run: NoiseState, gradient: None, state: CandidateNoise) -> torch.Tensor:
+        return state.draw()
+
+
+class ParticleRewards(RewardObjective):
+    """The negative reward, or 0 without an evaluation if there is nothing to choose."""
+
+    def __init__(self, rewards: Any, particles: int) -> None:
+        super().__init__(rewards)
+        self.particles = particles
+
+    def evaluate(self, sample: Sample) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        if self.particles == 1:
+            return torch.zeros(len(sample.noise), device=sample.noise.device), {}
+        return super().evaluate(sample)
+
+
+class GuidedRun(NoiseRun):
+    """One pipeline call under guidance, after its initial noise was chosen."""
+
+    def __init__(self, pipe, guidance: RewardGuidance, request: dict[str, Any], **kwargs: Any) -> None:
+        self.guidance = guidance
+        self.gradient = guidance.gradient if guidance.strength else None
+        refuse_unsuited(pipe, self.gradient)
+        refuse_replaced_step(pipe)
+        if self.gradient == "full":
+            refuse_writes(type(pipe))
+        space_of(pipe.scheduler)
+        if request.get("num_inference_steps") == 1:
+            raise single_step()
+        self.rewards = guidance.choice.load_rewards(pipe, guidance.rewards)
+        super().__init__(pipe, guidance.choice, request, **kwargs)
+        if self.gradient is not None:
+            self.rewards.check_differentiable()
+            if self.size:
+                self.objective.try_out(self.reward_prompts[0], *self.size, gradient=True)
+
+    def frozen_modules(self, pipe):
+        return frozen_modules(pipe, self.gradient, self.decoder, self.size)
+
+    def prepare_latents(self, pipe, *args, **kwargs):
+        """Choose the initial noise, and let the steps that follow be guided."""
+        prepared = super().prepare_latents(pipe, *args, **kwargs)
+        if self.gradient is not None:
+            vars(pipe.scheduler)["step"] = self.guided(pipe, pipe.scheduler.step, prepared)
+            self.record(first_of(prepared))
+        return prepared
+
+    def record(self, latents: torch.Tensor) -> None:
+        """Let the next model call at these latents have a graph, if the gradient passes it.
+
+        The `torch.no_grad` around the stock call turns recording off at the end, whatever ends the call.
+        """
+        if self.gradient == "full":
+            torch.set_grad_enabled(True)
+            latents.requires_grad_()
+
+    def guided(self, pipe, step: Callable[..., Any], prepared: Any) -> Callable[..., Any]:
+        """Return the `step` of the scheduler with guidance in the first steps."""
+        calls = itertools.count(1)
+
+        @functools.wraps(step)
+        def guided_step(model_output, timestep, sample, *args, **kwargs):
+            call, most = next(calls), count_timesteps(pipe) - 1
+            if most < 1:
+                raise single_step()
+            last = min(self.guidance.guided_steps or most, most)
+            if call <= last:
+                model_output = self.steered(pipe, model_output, timestep, sample, prepared)
+            torch.set_grad_enabled(False)
+            returned = step(model_output, timestep, sample.detach(), *args, **kwargs)
+            if call < last:
+                self.record(returned[0])
+            return returned
+
+        return guided_step
+
+    def steered(
+        self, pipe, model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, prepared: Any
+    ) -> torch.Tensor:
+        """Return the model output, moved so that the reward of its x0 estimate grows."""
+        scheduler, variable = pipe.scheduler, sample
+        with torch.enable_grad():
+            x0 = predict_x0(scheduler, model_output, timestep, sample)
+            if self.gradient == "frozen":
+                variable = x0 = x0.detach().requires_grad_()
+            images = self.sampler.decoded(x0.to(model_output.dtype), prepared)
+            reward = self.rewards(images, self.reward_prompts).total
+            (gradient,) = torch.autograd.grad(reward.sum(), variable)
+        if not gradient.isfinite().all():
+            raise ValueError(
+                "Expected a finite gradient of the rewards, but got NaN or infinity. Look for a division by zero in a "
+                "reward, or use bfloat16 if the pipeline is in float16."
+            )
+        model_output = model_output.detach()
+        prediction = prediction_channels(scheduler, model_output, sample)
+        _, out = space_of(scheduler).coefficients(scheduler, timestep)
+        length = self.guidance.strength * per_sample_norm(prediction) * float(out.sign().reshape(-1)[0])
+        moved = prediction + per_image(length, gradient) * unit(gradient.float())
+        rest = model_output[:, prediction.shape[1] :]
+        return torch.cat([moved.to(model_output.dtype), rest], dim=1)
+
+
+def single_step() -> ValueError:
+    return ValueError(
+        "Expected at least 2 denoising steps for RewardGuidance, whose last step is not guided, but got 1. Pass "
+        "`num_inference_steps=2` or more, or optimize the initial noise instead, with `optimize_noise`."
+    )
