@@ -160,7 +160,7 @@ def test_without_strength_the_images_are_those_of_the_pipeline(family):
 
 
 @pytest.mark.parametrize("gradient", ["full", "frozen"])
-@pytest.mark.parametrize("family", slow_except([name for name in FAMILY_BUILDERS if name != "lcm"], *THREE))
+@pytest.mark.parametrize("family", slow_except(FAMILY_BUILDERS, *THREE))
 def test_every_family_is_steered_image_by_image(family, gradient):
     pipe, one = tiny_family(family), steps_of(family, 4)
     guidance = RewardGuidance(rewards=redness, strength=0.05, gradient=gradient)
@@ -205,11 +205,6 @@ def test_the_particle_with_the_best_preview_is_taken_for_each_image(family):
     found = guidance.generate(pipe, ["a b", "c"], generator=generator(), output_type="pt", **call).images
     expected = pipe(["a b", "c"], latents=latents, output_type="pt", **call).images
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
-
-
-def test_a_pipeline_that_decodes_what_a_step_returns_beside_the_latents_is_refused():
-    with pytest.raises(TypeError, match="decodes its latents, but LatentConsistencyModelPipeline"):
-        RewardGuidance(rewards=redness).generate(tiny_family("lcm"), "a b", **steps_of("lcm", 4))
 
 
 def test_an_exception_in_the_middle_leaves_everything_as_it_was():
