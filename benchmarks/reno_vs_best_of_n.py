@@ -103,8 +103,8 @@ class Comparison:
     """ReNO and best-of-N on one batch after another, alternating in order.
 
     One best-of-N run serves three rows: its first evaluation is the plain image, its first `steps` are best-of-N at
-    equal evaluations, and those that begin within ReNO's seconds are best-of-N at equal time. If it runs before ReNO,
-    it runs longer than ReNO's last time, and is cut once ReNO's time on this batch is known.
+    equal evaluations, and those that begin within ReNO's seconds are best-of-N at equal time. It runs longer than that,
+    or than ReNO's last time if it runs before ReNO, and is cut once ReNO's time on this batch is known.
     """
 
     ahead = 1.5
@@ -121,7 +121,7 @@ class Comparison:
         """Return one row per problem."""
         if reno_first or self.seconds_per_image is None:
             reno = run(self.pipe, self.reno, problems)
-            other = run(self.pipe, self.best_of_n, problems, budget=float(reno.seconds[-1]))
+            other = run(self.pipe, self.best_of_n, problems, self.ahead * float(reno.seconds[-1]))
         else:
             other = run(self.pipe, self.best_of_n, problems, self.ahead * self.seconds_per_image * len(problems))
             reno = run(self.pipe, self.reno, problems)

@@ -10,7 +10,7 @@ from .cno.stable_diffusion_3 import CNOStableDiffusion3Pipeline
 from .cno.stable_diffusion_xl import CNOStableDiffusionXLPipeline
 from .hook import NoiseOptimizationMixin, optimize_noise
 from .loading import release_rewards
-from .method import NoiseOptimizer
+from .method import GradientOptimizer, NoiseOptimizer
 from .never_too_late.flux import NeverTooLateFluxPipeline
 from .never_too_late.image_set import ImageSet, grow_set
 from .never_too_late.method import NeverTooLate
@@ -38,6 +38,7 @@ from .searches.group_selection import GroupSelection
 from .searches.group_solver import select_group
 from .searches.pcn import PCN
 from .searches.zero_order_search import ZeroOrderSearch
+from .white_noise import WhiteNoiseProjection
 
 ReNOStableDiffusionXLPipeline = ReNOTurboPipeline
 
@@ -52,6 +53,7 @@ __all__ = [
     "ChiPrior",
     "ContrastiveObjective",
     "FunctionObjective",
+    "GradientOptimizer",
     "GroupSelection",
     "ImageSet",
     "MeanVariance",
@@ -79,6 +81,7 @@ __all__ = [
     "RewardObjective",
     "Sample",
     "SetObjective",
+    "WhiteNoiseProjection",
     "ZeroOrderSearch",
     "grow_set",
     "list_methods",

@@ -119,7 +119,7 @@ class NoiseRun:
         if torch.is_inference_mode_enabled():
             raise ValueError("Expected a call outside `torch.inference_mode()`, where no gradient exists. Remove it.")
         refuse_unsuited(pipe, method.gradient_mode)
-        if method.previews:
+        if method.previews or method.searches:
             refuse_replaced_step(pipe)
         if method.gradient_mode is not None:
             refuse_writes(type(pipe))
@@ -515,7 +515,7 @@ def optimize_entries(
     for entry in entries:
         request = checked_request(pipe, entry.prompt, call_kwargs | entry.arguments)
         known_run(entry.file, entry.file, call_description(pipe, method, request, noise_sampler, entry.reward_prompt))
-    bar, results = FolderBar(pipe, len(entries), method.steps), []
+    bar, results = FolderBar(pipe, len(entries), method.evaluations or 100), []
     own: dict[str, Any] = {"callbacks": [bar, *callbacks], "noise_sampler": noise_sampler}
     try:
         for entry in entries:

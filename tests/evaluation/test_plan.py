@@ -40,6 +40,11 @@ def plan(**changes) -> Plan:
     [
         ("", {}),
         ("steps=20, mode=parity", {"steps": 20, "mode": "parity"}),
+        (
+            "budget=20s, steps=3,b=1.5min,c=.5h , d=500ms",
+            {"budget": "20s", "steps": 3, "b": "1.5min", "c": ".5h", "d": "500ms"},
+        ),
+        ("a='=1s',b=1e3,c=0x1f", {"a": "=1s", "b": 1000.0, "c": 31}),
         ("a=-1.5e-3,b=None,c=(1, 2),d='x,y=z'", {"a": -1.5e-3, "b": None, "c": (1, 2), "d": "x,y=z"}),
     ],
 )
@@ -72,7 +77,7 @@ def test_a_method_is_built_with_its_settings_and_the_rewards():
     ("text", "expected"),
     [
         ("renoir", "Expected a method out of .*reno.*, but got 'renoir'"),
-        ("reno:step=3", "Expected settings of reno out of steps, chunk_size, .*, but got 'step'. Did you mean 'steps'"),
+        ("reno:step=3", "Expected settings of reno out of steps, budget, .*, but got 'step'. Did you mean 'steps'"),
         ("reno:steps=0", r"Expected `steps` to be an integer in \[1, inf\)"),
         ("reno:rewards=red", "as `--reward`"),
         ("best_of_n:gradient=full", "but got 'gradient'"),

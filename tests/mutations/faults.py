@@ -76,7 +76,7 @@ FAULTS = (
     Fault(
         "only the first view counts",
         "pipelines/reno/objective.py",
-        "for view in views]).mean()",
+        "for view in views]).mean(0)",
         "for view in views])[0]",
     ),
     Fault(
@@ -310,10 +310,48 @@ FAULTS = (
         "tests/pipelines/composition/test_sharing.py",
     ),
     Fault(
+        "steps that end after the budget begin",
+        "callbacks/early_stopping.py",
+        "if state.elapsed + took + self.closing * self.first > self.seconds:",
+        "if state.elapsed > self.seconds:",
+        "tests/callbacks/test_callbacks.py",
+    ),
+    Fault(
+        "search keeps the worst noises",
+        "pipelines/stages.py",
+        "losses.argsort(dim=1, stable=True)[:, :-1]",
+        "losses.argsort(dim=1, stable=True, descending=True)[:, :-1]",
+    ),
+    Fault(
+        "next start goes on with the state of the last",
+        "pipelines/stages.py",
+        "state.inner = self.method.start(self.problem.beginning_at(noise, state.stage))",
+        "pass",
+    ),
+    Fault(
         "CADS brings back the condition of the first step",
         "callbacks/cads.py",
         "self.clean(name, callback_kwargs[name])",
         "self.conditions.get(name, callback_kwargs[name])",
+    ),
+    Fault(
+        "held-out patience one step too long",
+        "callbacks/held_out_reward.py",
+        "self.scores.argmax(0) >= self.patience",
+        "self.scores.argmax(0) > self.patience",
+    ),
+    Fault(
+        "value of the image instead of its views",
+        "pipelines/reno/objective.py",
+        "mean if self.valued_by_views else output.total",
+        "output.total",
+        "tests/pipelines/reno/test_stopping.py",
+    ),
+    Fault(
+        "weights of the first prompt for every image",
+        "rewards/contract/weight_by_kind.py",
+        "self.by_kind[prompt_kind(text)] for text in texts",
+        "self.by_kind[prompt_kind(texts[0])] for _ in texts",
     ),
 )
 

@@ -49,18 +49,20 @@ GROWING = (
     "best of",
     "references",
 )  # settings of a folder that may change
+TIME = re.compile(r"=\s*(\d+\.?\d*|\.\d+)(ms|s|m|min|h)\s*(?=,|$)")  # `budget=20s`, which is no Python
 NEIGHBORS = 5  # of a reference, for coverage
 RESERVED = ("prompt", "generator", "latents", "output_type", "num_images_per_prompt", "return_dict")
 
 
 def parse_settings(text: str) -> dict[str, Any]:
-    """Parse `"steps=20, mode=parity"` to a dictionary; values are Python literals or bare words.
+    """Parse `"steps=20, mode=parity"` to a dictionary; values are Python literals, bare words or times such as `20s`.
 
     Raises:
         ValueError: For anything else.
     """
+    quoted = TIME.sub(r'="\1\2"', text)
     try:
-        call = ast.parse(f"settings({text})", mode="eval").body
+        call = ast.parse(f"settings({quoted})", mode="eval").body
     except SyntaxError:
         call = None
     if not isinstance(call, ast.Call) or call.args or not all(keyword.arg for keyword in call.keywords):
