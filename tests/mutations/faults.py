@@ -353,6 +353,20 @@ FAULTS = (
         "self.by_kind[prompt_kind(text)] for text in texts",
         "self.by_kind[prompt_kind(texts[0])] for _ in texts",
     ),
+    Fault(
+        "guidance away from the reward",
+        "pipelines/reward_guidance/guidance.py",
+        "float(out.sign().reshape(-1)[0])",
+        "-float(out.sign().reshape(-1)[0])",
+        "tests/pipelines/reward_guidance/test_reward_guidance.py",
+    ),
+    Fault(
+        "last step guided too",
+        "pipelines/reward_guidance/guidance.py",
+        "last = min(self.guidance.guided_steps or most, most)",
+        "last = self.guidance.guided_steps or most + 1",
+        "tests/pipelines/reward_guidance/test_reward_guidance.py",
+    ),
 )
 
 
