@@ -68,12 +68,13 @@ class ReNO(GradientOptimizer):
         gradient: "full" differentiates the whole chain; "frozen" holds the model outputs constant.
         preview: Reward the x0 estimate of one model call instead of the whole chain.
         stop: What ends the run of an image before it over-optimizes: "views" once the mean reward over its views has
-            not risen for 10 evaluations, "held_out" once the held-out reward has not. In both cases losses and the
-            choice of the best are by the mean over the views, if there are any. `None` makes all steps.
+            not risen for 10 evaluations, "held_out" once the held-out reward has not. Then losses and the choice of
+            the best are by the mean over the views: those of the gradient or, for "views", 4. `None` makes all steps.
         held_out: Rewards that are not optimized, as `RewardSum` takes them, for `stop="held_out"`.
 
     Raises:
-        ValueError: For `regularization` with a geometry that has no prior; for `stop` without views or `held_out`.
+        ValueError: For `regularization` with a geometry that has no prior; for one of `held_out` and
+            `stop="held_out"` without the other.
     """
 
     mode: Literal["default", "parity"] = "default"
@@ -102,7 +103,7 @@ class ReNO(GradientOptimizer):
 
     def check(self) -> None:
         super().check()
-        check_stopping(self.stop, self.rewards, self.held_out, self.views_used)
+        check_stopping(self.stop, self.rewards, self.held_out)
         if self.regularization is not None and self.geometry_used != "prior":
             raise ValueError(
                 f'Expected `regularization` with `geometry="prior"`, but got {self.geometry!r}, which keeps the noise '
