@@ -38,7 +38,7 @@ class Costs:
     gradient: float
     single_step: bool
 
-    def settings(self, seconds: float, share: float, starts: int) -> dict[str, int] | None:
+    def settings(self, seconds: float, share: float, starts: int) -> dict[str, Any] | None:
         """Return the settings of a run of a time whose search has a share; `None` if too little is left for steps."""
         search = max(starts, int(share * seconds / self.preview))
         before = 0 if self.single_step else 1
