@@ -58,8 +58,8 @@ class RewardGuidance:
     """
 
     rewards: RewardsLike
-    strength: float = checked(1.0, "[0, inf)")
-    gradient: Literal["full", "frozen"] = "full"
+    strength: float = checked(0.05, "[0, inf)")
+    gradient: Literal["full", "frozen"] = "frozen"
     guided_steps: int | None = checked(None, "[1, inf)")
     particles: int = checked(1, "[1, inf)")
     reward_device: str | torch.device | None = None

@@ -86,24 +86,32 @@ def first_step_only(pipe) -> Iterator[list[torch.Tensor]]:
 
 
 @contextlib.contextmanager
-def steps_skipped(pipe) -> Iterator[None]:
-    """Let a pipeline, a copy with a copy of its scheduler, go from the latents that it prepares to the decoder."""
+def steps_skipped(pipe, result: torch.Tensor | None = None) -> Iterator[None]:
+    """Let a pipeline, a copy with a copy of its scheduler, go from the latents that it prepares to the decoder.
+
+    With a `result` one step is taken, which returns it, for families that decode what a step returns.
+    """
     scheduler, interruptible = pipe.scheduler, "interrupt" in stock_call(type(pipe)).__code__.co_names
     set_timesteps = scheduler.set_timesteps
 
     @functools.wraps(set_timesteps)
-    def set_none(*args, **kwargs):
+    def set_few(*args, **kwargs):
         set_timesteps(*args, **kwargs)
+        if not interruptible:
+            scheduler.timesteps = scheduler.timesteps[: 0 if result is None else 1]
+        elif result is None:
+            interrupt(pipe)
+
+    def step(*_, **__):
         if interruptible:
             interrupt(pipe)
-        else:
-            scheduler.timesteps = scheduler.timesteps[:0]
+        return (result, result)
 
-    vars(scheduler)["set_timesteps"] = set_none
+    vars(scheduler).update(set_timesteps=set_few, step=step)
     try:
         yield
     finally:
-        del scheduler.set_timesteps
+        del scheduler.set_timesteps, scheduler.step
 
 
 def counted(function: Callable[..., Any], calls: list[int]) -> Callable[..., Any]:

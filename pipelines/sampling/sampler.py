@@ -217,26 +217,22 @@ class PipelineSampler:
         Args:
             latents: Those of the denoiser's layout, with or without a graph.
             prepared: What `prepare_latents` of the call returned.
-
-        Raises:
-            TypeError: For a pipeline that decodes something else, which only its steps have.
         """
+        ended = (latents, *prepared[1:]) if isinstance(prepared, tuple) else latents
+        try:
+            return self.pixels(self.run_end(ended, None, latents.requires_grad))
+        except UnboundLocalError:  # of a family that decodes what a step returns beside the latents
+            return self.pixels(self.run_end(prepared, latents, latents.requires_grad))
+
+    def run_end(self, prepared: Any, result: torch.Tensor | None, gradient: bool) -> torch.Tensor:
+        """Run the call without its steps, or with one that has a result; see `steps_skipped`."""
         generator = self.random_state.generator()
         ours = {"generator": generator, "output_type": "pt", "return_dict": False}
-        returned = (latents, *prepared[1:]) if isinstance(prepared, tuple) else latents
-        with self.again() as twin, steps_skipped(twin):
-            self.take_over(twin, self.base_noise, generator, None)
-            vars(twin)["prepare_latents"] = lambda *_, **__: returned
-            try:
-                with self.draws_of(generator), torch.set_grad_enabled(latents.requires_grad):
-                    images = images_in(self.call(twin, **self.request, **ours), twin)
-            except UnboundLocalError as error:
-                raise TypeError(
-                    f"Expected a pipeline that decodes its latents, but {type(twin).__name__} decodes what a step "
-                    "returns beside them. Use a pipeline of the family that does, such as `StableDiffusionPipeline` "
-                    "with the same scheduler."
-                ) from error
-        return self.pixels(images)
+        with self.again() as twin, steps_skipped(twin, result):
+            self.take_over(twin, self.base_noise, generator, "frozen")
+            vars(twin)["prepare_latents"] = lambda *_, **__: prepared
+            with self.draws_of(generator), torch.set_grad_enabled(gradient):
+                return images_in(self.call(twin, **self.request, **ours), twin)
 
     def pixels(self, images: torch.Tensor) -> torch.Tensor:
         """Convert the images of the pipeline to [0, 1], in float32 or better."""

@@ -337,8 +337,8 @@ FAULTS = (
     Fault(
         "held-out patience one step too long",
         "callbacks/held_out_reward.py",
-        "self.scores.argmax(0) >= self.patience",
-        "self.scores.argmax(0) > self.patience",
+        "scores.argmax(0) >= self.patience",
+        "scores.argmax(0) > self.patience",
     ),
     Fault(
         "value of the image instead of its views",
@@ -352,6 +352,20 @@ FAULTS = (
         "rewards/contract/weight_by_kind.py",
         "self.by_kind[prompt_kind(text)] for text in texts",
         "self.by_kind[prompt_kind(texts[0])] for _ in texts",
+    ),
+    Fault(
+        "guidance away from the reward",
+        "pipelines/reward_guidance/guidance.py",
+        "float(out.sign().reshape(-1)[0])",
+        "-float(out.sign().reshape(-1)[0])",
+        "tests/pipelines/reward_guidance/test_reward_guidance.py",
+    ),
+    Fault(
+        "last step guided too",
+        "pipelines/reward_guidance/guidance.py",
+        "last = min(self.guidance.guided_steps or most, most)",
+        "last = self.guidance.guided_steps or most + 1",
+        "tests/pipelines/reward_guidance/test_reward_guidance.py",
     ),
 )
 
