@@ -9,6 +9,7 @@ batch. The judge is not counted, and no method sees it. Run it again with the sa
 import argparse
 import bisect
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -30,7 +31,7 @@ from noiseopt.callbacks import NoiseCallback, NoiseState
 from noiseopt.demo import load_pipeline
 from noiseopt.evaluation.bootstrap import Estimate, bootstrap, paired_bootstrap
 from noiseopt.evaluation.measure import synchronize
-from noiseopt.evaluation.plan import MethodChoice
+from noiseopt.evaluation.plan import GuidanceChoice, MethodChoice
 from noiseopt.quiet import quiet_libraries
 
 SPLITS = {"validation": "VALIDATION_PROMPTS", "held-out": "HELD_OUT_PROMPTS"}
@@ -50,13 +51,15 @@ class Row:
 
     Attributes:
         color: Its color in the plot.
-        methods: Registered methods with settings, as `noiseopt evaluate` takes them; none is plain sampling. A method
-            without `steps` is followed from evaluation to evaluation until the time is over. One with `steps`, because
-            its path depends on them, gives one point of the curve: the end of its run.
+        methods: Methods with settings, as `noiseopt evaluate` takes them; none is plain sampling. A method without
+            `steps` is followed from evaluation to evaluation until the time is over. One with `steps`, because its path
+            depends on them, and one that steers the denoising steps give one point of the curve each: their end.
+        chain: Whether it needs more than one denoising step.
     """
 
     color: str
     methods: tuple[str, ...] = ()
+    chain: bool = False
 
     @property
     def choices(self) -> list[MethodChoice]:
@@ -64,7 +67,8 @@ class Row:
 
     @property
     def followed(self) -> bool:
-        return bool(self.methods) and "steps" not in self.choices[0].settings
+        choices = self.choices
+        return bool(choices) and "steps" not in choices[0].settings and not isinstance(choices[0], GuidanceChoice)
 
 
 ROWS = {
@@ -76,6 +80,7 @@ ROWS = {
     NOW: Row("#0969da", ("reno",)),
     "ReNO, best of 16": Row("#1b7c83", ("reno:search=16",)),
     "ReNO, 4 starts": Row("#bf3989", ("reno:search=16,starts=4,steps=25", "reno:search=16,starts=4,steps=80")),
+    "RewardGuidance": Row("#0f1419", ("reward_guidance", "reward_guidance:particles=8"), chain=True),
 }
 
 
@@ -143,12 +148,13 @@ class Follower(NoiseCallback):
 
     Args:
         clock: The seconds of the run so far.
+        name: The reward to record.
         horizon: The time, in the same seconds.
         least: The number of evaluations before which no run is stopped.
     """
 
-    def __init__(self, clock: Callable[[], float], horizon: float, least: int) -> None:
-        self.clock, self.horizon, self.least, self.lost = clock, horizon, least, 0.0
+    def __init__(self, clock: Callable[[], float], name: str, horizon: float, least: int) -> None:
+        self.clock, self.name, self.horizon, self.least, self.lost = clock, name, horizon, least, 0.0
         self.seconds: list[float] = []
         self.rewards: list[Tensor] = []
         self.right: list[Tensor] = []
@@ -156,12 +162,15 @@ class Follower(NoiseCallback):
     def on_step_end(self, state: NoiseState) -> None:
         seconds, best = self.clock() - self.lost, state.best
         assert best.images is not None
-        verdicts = self.right[-1].clone() if self.right else torch.zeros(len(best.step))
+        rewards, verdicts = (
+            known[-1].clone() if known else torch.zeros(len(best.step)) for known in (self.rewards, self.right)
+        )
         (new,) = (best.step == state.step).cpu().nonzero(as_tuple=True)
         if len(new):
+            rewards[new] = state.scores[self.name].cpu()[new]
             verdicts[new] = right(best.images[new], [state.prompts[index] for index in new])
         self.seconds.append(seconds)
-        self.rewards.append(-best.loss.cpu())
+        self.rewards.append(rewards)
         self.right.append(verdicts)
         if seconds >= self.horizon and len(self.seconds) >= self.least:
             state.stop("time")
@@ -199,17 +208,17 @@ class Bench:
     def run(self, row: Row, problems: Sequence[Problem], horizon: float) -> Curve:
         """Run a row on a batch; `horizon` in seconds per image."""
         if not row.methods:
-            return self.sample(problems)
+            return self.sample(self.pipe, problems)
         if row.followed:
             return self.follow(row.choices[0], problems, horizon)
         ends = sorted((self.end(choice, problems) for choice in row.choices), key=lambda end: float(end.seconds))
         return Curve(*(torch.cat([getattr(end, name) for end in ends]) for name in ("seconds", "rewards", "right")))
 
-    def sample(self, problems: Sequence[Problem]) -> Curve:
-        """Draw with the pipeline itself."""
+    def sample(self, draw: Callable[..., Any], problems: Sequence[Problem]) -> Curve:
+        """Draw with the pipeline itself, or with a function of the same arguments."""
         prompts, generators = inputs(problems)
         began = self.now()
-        images = self.pipe(prompts, generator=generators, output_type="pt", **self.call).images
+        images = draw(prompts, generator=generators, output_type="pt", **self.call).images
         seconds = (self.now() - began) / len(problems)
         with torch.no_grad():
             rewards = self.reward(images, prompts).cpu()
@@ -220,22 +229,30 @@ class Bench:
         prompts, generators = inputs(problems)
         method = dataclasses.replace(choice.build(self.reward), steps=MANY)
         began = self.now()
-        follower = Follower(lambda: self.now() - began, horizon * len(problems), self.steps)
+        follower = Follower(lambda: self.now() - began, self.reward.name, horizon * len(problems), self.steps)
         optimize_noise(self.pipe, prompts, method, callbacks=follower, generator=generators, **self.call)
         return follower.curve()
 
     def end(self, choice: MethodChoice, problems: Sequence[Problem]) -> Curve:
-        """Run a method with a number of evaluations."""
+        """Run a method to its end."""
+        if isinstance(choice, GuidanceChoice):
+            return self.sample(functools.partial(choice.guidance(self.reward).generate, self.pipe), problems)
         prompts, generators = inputs(problems)
         began = self.now()
         result = optimize_noise(self.pipe, prompts, choice.build(self.reward), generator=generators, **self.call)
         seconds = (self.now() - began) / len(problems)
-        rewards = -result.at_best(result.losses).cpu()
+        rewards = result.best_scores[self.reward.name].cpu()
         return Curve(torch.tensor([seconds]), rewards[None], right(result.images, prompts)[None])
 
 
 def inputs(problems: Sequence[Problem]) -> tuple[list[str], list[torch.Generator]]:
     return [problem.prompt for problem in problems], [problem.generator() for problem in problems]
+
+
+def rows_of(call: Mapping[str, Any]) -> dict[str, Row]:
+    """Return the rows that a model can run which is called in this way."""
+    chain = call["num_inference_steps"] > 1
+    return {label: row for label, row in ROWS.items() if chain or not row.chain}
 
 
 Found = dict[str, list[dict[str, Any]]]  # row -> `Curve.packed` of each batch
@@ -246,17 +263,19 @@ def compare(bench: Bench, batches: Sequence[Sequence[Problem]], found: Found) ->
 
     Rows alternate between both orders, so that a drift of the machine cancels.
     """
-    for label in ROWS:
+    rows = rows_of(bench.call)
+    for label in rows:
         found.setdefault(label, [])
     done = len(found[PLAIN])
     if done == len(batches):
         return
-    for row in ROWS.values():  # first passes are slower
-        bench.run(row, batches[done][:1], horizon=0.0)
+    for row in rows.values():
+        if row.followed or not row.methods:  # first passes are slower
+            bench.run(row, batches[done][:1], horizon=0.0)
     horizon = AHEAD * float(bench.run(ROWS[BEFORE], batches[done], horizon=0.0).seconds[-1])
     for number, problems in enumerate(tqdm(batches[done:], unit="batch"), done):
-        for label in ROWS if number % 2 == 0 else reversed(ROWS):
-            curve = bench.run(ROWS[label], problems, horizon)
+        for label in rows if number % 2 == 0 else reversed(rows):
+            curve = bench.run(rows[label], problems, horizon)
             found[label].append(rounded(curve.packed()))
         horizon = AHEAD * found[BEFORE][-1]["seconds"][bench.steps - 1]
         yield
@@ -489,7 +508,8 @@ def main(arguments: Sequence[str] | None = None) -> Results:
     """Measure, print the table and the statements, and write all numbers."""
     options = parse(arguments)
     settings = {name: value for name, value in vars(options).items() if name not in ("output", "plot")}
-    settings |= {"rows": {label: list(row.methods) for label, row in ROWS.items()}, "threads": torch.get_num_threads()}
+    rows = rows_of(shapes_world.MODELS[options.model].call)
+    settings |= {"rows": {label: list(row.methods) for label, row in rows.items()}, "threads": torch.get_num_threads()}
     found: Any = load(options.output, settings)
     prompts = list(getattr(shapes_world, SPLITS[options.split])[: options.limit])
     problems = [Problem(prompt, i, seed) for seed in range(options.seeds) for i, prompt in enumerate(prompts)]
@@ -498,7 +518,8 @@ def main(arguments: Sequence[str] | None = None) -> Results:
         if options.output:
             save(options.output, settings, prompts, found)
     results = Results(found, len(prompts), options.steps)
-    what = f"{options.model}, {len(prompts)} {options.split} prompts × {options.seeds} noises"
+    noises = f"{options.seeds} noise{'s' * (options.seeds > 1)}"
+    what = f"{options.model}, {len(prompts)} {options.split} prompts × {noises}"
     seconds = "processor seconds per image" if options.device == "cpu" else "seconds per image"
     print(f"{what}. Right by the judge, reward, and evaluations, at equal {seconds}\n\n{table(results)}\n")
     print(*statements(results), sep="\n")

@@ -177,10 +177,19 @@ def test_an_evaluation_of_what_was_chosen_is_no_step():
         ("reno:steps=7", "turbo", None, 7),
         ("reno:steps=7", "turbo", 3, 3),
         ("never_too_late", "turbo", None, 10),
+        ("reno:budget=6", "turbo", None, 6),
+        ("reno:budget=6s", "turbo", None, None),
+        ("reno:budget=6s", "turbo", 3, 3),
     ],
 )
 def test_default_steps_suit_method_and_model(method, model, asked, steps, neighbors):
     assert Choice.of(method, model, asked).steps == steps
+
+
+def test_demo_in_a_time(tmp_path, capsys):
+    main(["demo", "--method", "best_of_n:budget=300ms", "--prompt", PROMPT, "--output", str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert "1 prompt, 300ms, seed 0: BestOfN on turbo" in printed and "of 1 right → " in printed
 
 
 def test_weights_that_are_nowhere_are_said_before_anything_runs(monkeypatch, tmp_path):

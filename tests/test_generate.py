@@ -288,6 +288,15 @@ def test_a_budget_ends_the_optimization_of_each_prompt(tmp_path, capsys):
         assert record["stopped"] == "time budget" and 0 < record["seconds"] < 5 and record["evaluations"] < 1000
 
 
+def test_a_budget_is_a_setting_of_the_method_in_the_place_of_its_steps(tmp_path):
+    prompts = write_prompts(tmp_path, PROMPTS[0])
+    for number, (method, evaluations) in enumerate([("best_of_n:budget=200ms", None), ("reno:budget=5,search=2", 5)]):
+        main([*command(prompts, tmp_path / str(number)), "--method", method])
+        (record,) = records(tmp_path / str(number))
+        assert evaluations in (None, record["evaluations"])
+        assert record["stopped"] == (None if evaluations else "time budget")
+
+
 @pytest.mark.parametrize(
     ("text", "seconds"),
     [("20s", 20), ("20", 20), ("1.5m", 90), (".5h", 1800), ("500ms", 0.5), ("2min", 120), ("2 h", 7200), ("0.2s", 0.2)],

@@ -337,8 +337,8 @@ FAULTS = (
     Fault(
         "held-out patience one step too long",
         "callbacks/held_out_reward.py",
-        "self.scores.argmax(0) >= self.patience",
-        "self.scores.argmax(0) > self.patience",
+        "scores.argmax(0) >= self.patience",
+        "scores.argmax(0) > self.patience",
     ),
     Fault(
         "value of the image instead of its views",
