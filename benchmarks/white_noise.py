@@ -106,7 +106,7 @@ ROWS: dict[str, dict[str, Any]] = {
 
 @dataclasses.dataclass
 class Found:
-    """The outcomes of a row: `(N, P)` right images and rewards of the best so far, seconds, and z-scores `(P, 4)`."""
+    """The outcomes of a row by batch: `(N, B)` right images and rewards of the best so far, seconds, and z-scores."""
 
     right: list[torch.Tensor]
     rewards: list[torch.Tensor]
@@ -151,11 +151,10 @@ def table(found: dict[str, Found], counts: Sequence[int]) -> str:
         cells = []
         for count in counts:
             value, base = row.at("right", count), found["default"].at("right", count)
-            shown = paired_bootstrap(value, base)
-            difference = "" if label == "default" else f" {100 * shown.value:+.0f} [{100 * shown.low:+.0f}, "
-            cells.append(
-                f"{100 * bootstrap(value).value:.0f}%" + difference + (difference and f"{100 * shown.high:+.0f}]")
-            )
+            cells.append(f"{100 * bootstrap(value).value:.0f}%")
+            if label != "default":
+                shown = paired_bootstrap(value, base)
+                cells[-1] += f" {100 * shown.value:+.0f} [{100 * shown.low:+.0f}, {100 * shown.high:+.0f}]"
         cells.append(f"{float(row.at('rewards', counts[-1]).mean()):.2f}")
         cells.append(f"{float(row.at('seconds', counts[-1]).mean()):.2f}")
         cells += [f"{value:.1f}" for value in torch.tensor(row.scores).square().mean(0).sqrt().tolist()]
@@ -190,9 +189,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Found]:
     counts = sorted({max(1, options.steps // 4), max(1, options.steps // 2), options.steps})
     print(f"{options.model}, {len(prompts)} {options.split} prompts, one noise each\n\n{table(found, counts)}")
     if options.output:
-        rows = {
-            label: {"right": row.at("right", options.steps).tolist(), "z": row.scores} for label, row in found.items()
-        }
+        rows = {label: {"right": row.at("right", options.steps).tolist()} for label, row in found.items()}
         options.output.write_text(json.dumps({"prompts": list(prompts), "rows": rows}) + "\n", encoding="utf-8")
     return found
 
