@@ -69,7 +69,8 @@ class ReNO(GradientOptimizer):
         preview: Reward the x0 estimate of one model call instead of the whole chain.
         stop: What ends the run of an image before it over-optimizes: "views" once the mean reward over its views has
             not risen for 10 evaluations, "held_out" once the held-out reward has not. Then losses and the choice of
-            the best are by the mean over the views: those of the gradient or, for "views", 4. `None` makes all steps.
+            the best are by the mean over the views of the gradient, for "views" and `views=0` over 4. `None` makes all
+            steps.
         held_out: Rewards that are not optimized, as `RewardSum` takes them, for `stop="held_out"`.
 
     Raises:
