@@ -43,8 +43,8 @@ class ReNO(GradientOptimizer):
     without the prior, and rewards that see un-clamped bicubic pixels. Two differences: clip, prior and best are per
     image; noise, momentum and norms are float32.
 
-    `mode="default"` moves differently: gradients are projected on white noise, their mean moves the noise, and the noise
-    is projected back, see `WhiteNoiseSteps`. So no frequency of the noise outruns the others, a step has the same
+    `mode="default"` moves differently: gradients are projected on white noise, their mean moves the noise, and that
+    is projected too, see `WhiteNoiseSteps`. So no frequency of the noise outruns the others, a step has the same
     length on all models, and the noise stays Gaussian. The gradient is that of a slightly shifted and noisy view of the
     image, another in each step, which suppresses patterns that please one exact pixel grid; scores, losses and the
     choice of the best remain those of the image itself. Saturated pixels keep their gradient.
