@@ -39,6 +39,8 @@ MODELS = ("sdxl-turbo", "turbo", "guided", "sd3")
 MANY = 10**6  # more evaluations than fit in any time
 AHEAD = 1.03  # a run lasts for this many times the seconds of `BEFORE` on the batch before
 PLAIN, BEST_OF_N, RELEASED, BEFORE, NOW = "plain", "best-of-N", "ReNO, released code", "ReNO, default before", "ReNO"
+NO_VIEWS = "ReNO, views=0"
+BANDS = (BEST_OF_N, BEFORE, NOW)  # whose intervals are drawn
 # Rates are in units of √(H·W)/64. √2: the embedded models' noise has 8 channels, so that its norm is √2 times that of
 # the paper's models, for which 5 was chosen.
 RATE = f"learning_rate={5.0 * math.sqrt(2):.4f}"
@@ -78,6 +80,7 @@ ROWS = {
     RELEASED: Row("#1a7f37", (f"reno:mode=parity,{RATE}",)),
     BEFORE: Row("#cf222e", (f"reno:geometry=sphere,views=4,{RATE}",)),
     NOW: Row("#0969da", ("reno",)),
+    NO_VIEWS: Row("#54aeff", ("reno:views=0",)),
     "ReNO, best of 16": Row("#1b7c83", ("reno:search=16",)),
     "ReNO, 4 starts": Row("#bf3989", ("reno:search=16,starts=4,steps=25", "reno:search=16,starts=4,steps=80")),
     "RewardGuidance": Row("#0f1419", ("reward_guidance", "reward_guidance:particles=8"), chain=True),
@@ -370,8 +373,11 @@ def statements(results: Results) -> list[Statement]:
     sooner = results.time_to("right", NOW, results.values(BEFORE, "right", before), before)
     above = results.difference("right", (NOW, before), (BEFORE, before))
     control, early = (results.difference("right", (NOW, time), (BEST_OF_N, time)) for time in (before, before / 5))
-    reward = results.difference("rewards", (NOW, released / 2), (RELEASED, released))
-    rewarded = results.time_to("rewards", NOW, results.values(RELEASED, "rewards", released), released)
+    target = results.values(RELEASED, "rewards", released)
+    reward, viewed = (
+        results.difference("rewards", (label, released / 2), (RELEASED, released)) for label in (NO_VIEWS, NOW)
+    )
+    rewarded = results.time_to("rewards", NO_VIEWS, target, released)
     steps = f"after {results.steps} evaluations"
     return [
         Statement(
@@ -388,8 +394,8 @@ def statements(results: Results) -> list[Statement]:
             control.value >= 0.15 and control.low > 0,
         ),
         Statement(
-            f"in half of the seconds, at least the reward of the released code {steps}",
-            f"{reward.value:+.2f} [{reward.low:+.2f}, {reward.high:+.2f}]; as much after {share(rewarded)} of them",
+            f"without views, in half of the seconds, at least the reward of the released code {steps}, which has none",
+            f"{number(reward)}; as much after {share(rewarded)} of the seconds; with the view {number(viewed)}",
             reward.value >= 0,
         ),
     ]
@@ -397,6 +403,10 @@ def statements(results: Results) -> list[Statement]:
 
 def points(estimate: Estimate) -> str:
     return f"{100 * estimate.value:+.1f} [{100 * estimate.low:+.1f}, {100 * estimate.high:+.1f}]"
+
+
+def number(estimate: Estimate) -> str:
+    return f"{estimate.value:+.2f} [{estimate.low:+.2f}, {estimate.high:+.2f}]"
 
 
 def share(estimate: Estimate) -> str:
@@ -427,7 +437,7 @@ def table(results: Results) -> str:
 
 
 def draw(results: Results, title: str, seconds: str, path: Path) -> None:
-    """Plot right images and reward of each row over the seconds, with 95% intervals over prompts.
+    """Plot right images and reward of each row over the seconds, and 95% intervals over prompts of `BANDS`.
 
     Args:
         results: The curves.
@@ -438,7 +448,7 @@ def draw(results: Results, title: str, seconds: str, path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4.4), dpi=160, layout="constrained")
-    figure.suptitle(title, size=10, color="#1f2328", x=0.01, ha="left")
+    figure.suptitle(f"{title}. Bands: 95% intervals over prompts", size=10, color="#1f2328", x=0.01, ha="left")
     kinds = {"right": ("right by the judge, %", 100.0), "rewards": ("reward, seen by all but plain", 1.0)}
     for axes, (name, (label, scale)) in zip(figure.subplots(1, 2), kinds.items(), strict=True):
         ends = {}
@@ -446,8 +456,10 @@ def draw(results: Results, title: str, seconds: str, path: Path) -> None:
             times, values = results.track(row, name)
             found = [bootstrap(each, resamples=1000) for each in values]
             mean, low, high = ([scale * getattr(each, bound) for each in found] for bound in ("value", "low", "high"))
-            axes.plot(times, mean, color=color, linewidth=2, marker="" if ROWS[row].followed else "o", markersize=5)
-            axes.fill_between(times, low, high, color=color, alpha=0.1, linewidth=0)
+            width, marker = 2.4 if row in BANDS else 1.4, "" if ROWS[row].followed else "o"
+            axes.plot(times, mean, color=color, linewidth=width, marker=marker, markersize=5)
+            if row in BANDS:
+                axes.fill_between(times, low, high, color=color, alpha=0.12, linewidth=0)
             if len(times) == 1:
                 axes.axhline(mean[0], color=color, linewidth=1, linestyle=":")
             ends[row] = mean[-1]

@@ -20,7 +20,8 @@ from noiseopt import AutoReward, ReNO, optimize_noise, shapes_world
 from noiseopt.callbacks import StepImages
 from noiseopt.demo import ONE_STEP, load_pipeline
 from noiseopt.evaluation.bootstrap import Estimate, bootstrap, paired_bootstrap
-from noiseopt.pipelines.reno.stopping import StoppingRewards
+from noiseopt.pipelines.reno.stopping import JUDGING_VIEWS, StoppingRewards
+from noiseopt.pipelines.reno.views import random_views
 from noiseopt.quiet import quiet_libraries
 from noiseopt.rewards import Reward
 
@@ -45,14 +46,14 @@ class Runs:
     Attributes:
         scores: `(T, B)` by name: "reward" of the image, "views", the mean over its views, and "held-out".
         right: `(T, B)`, whether the judge calls the image right.
-        seconds: Processor seconds of an evaluation of one image.
-        reading: Processor seconds of the held-out reward for it.
+        seconds: Processor seconds of an evaluation of one image, by the reward alone.
+        more: `seconds` of "views" and "held-out", beyond these; those of views are 0 where the gradient is theirs.
     """
 
     scores: dict[str, Tensor]
     right: Tensor
     seconds: float
-    reading: float
+    more: dict[str, float]
 
     def best(self, name: str, last: Tensor) -> Tensor:
         """Return the steps `(B,)` of the highest scores up to the steps `last` `(B,)`."""
@@ -72,10 +73,10 @@ class Runs:
         ended = waited >= patience
         return torch.where(ended.any(0), ended.int().argmax(0), len(highest) - 1)
 
-    def outcome(self, chosen_by: str, last: Tensor, read: bool) -> dict[str, Any]:
-        """Return the estimates of a rule, and of the reward alone in as many seconds."""
+    def outcome(self, chosen_by: str, last: Tensor, ended_by: str = "reward") -> dict[str, Any]:
+        """Return the estimates of a rule, and the gain over the reward alone in as many seconds."""
         count = float(last.double().mean()) + 1
-        seconds = count * (self.seconds + read * self.reading)
+        seconds = count * (self.seconds + sum(self.more.get(name, 0.0) for name in {chosen_by, ended_by}))
         usual = self.after(max(1, int(seconds / self.seconds + 1e-6)))
         ours, theirs = (
             self.right.gather(0, self.best(name, end)[None])[0].double()
@@ -90,7 +91,7 @@ class Runs:
         found = {}
         for count in (each for each in LENGTHS if each <= len(self.right)):
             for name in self.scores:
-                found[f"{count} evaluations, best {name}"] = self.outcome(name, self.after(count), name == "held-out")
+                found[f"{count} evaluations, best {name}"] = self.outcome(name, self.after(count))
         for patience in PATIENCES:
             for ends, best in (
                 ("reward", "reward"),
@@ -100,11 +101,11 @@ class Runs:
                 ("held-out", "views"),
             ):
                 name = f"{ends} not risen for {patience}, best {best}"
-                found[name] = self.outcome(best, self.patient(ends, patience), "held-out" in (ends, best))
+                found[name] = self.outcome(best, self.patient(ends, patience), ends)
         return found
 
 
-def follow(pipe, method: Followed, reader: Reward, problems: Sequence[Problem]) -> Runs:
+def follow(pipe, method: Followed, reward: Reward, reader: Reward, problems: Sequence[Problem]) -> Runs:
     """Run a batch, and read and judge all of its images afterwards."""
     frames, prompts = StepImages(), [problem.prompt for problem in problems]
     start = time.process_time()
@@ -113,22 +114,29 @@ def follow(pipe, method: Followed, reader: Reward, problems: Sequence[Problem]) 
     end, images = time.process_time(), [frames.images[step] for step in sorted(frames.images)]
     with torch.no_grad():
         read = torch.stack([reader(each, prompts) for each in images])
-    reading, count = time.process_time() - end, read.numel()
+        read_at = time.process_time()
+        for each in images * (method.views_used == 0):  # the run has scored such views, only to judge it
+            for view in random_views(each, JUDGING_VIEWS, range(len(each))):
+                reward(view, prompts)
+    seen_at, count = time.process_time(), read.numel()
+    more = {"held-out": (read_at - end) / count, "views": (seen_at - read_at) / count}
     right = torch.tensor([[each.correct for each in shapes_world.judge(batch, prompts)] for batch in images])
-    (reward,) = result.scores.values()
-    scores = {"reward": reward, "views": -result.losses, "held-out": read}
-    return Runs(scores, right, (end - start) / count, reading / count)
+    (own,) = result.scores.values()
+    scores = {"reward": own, "views": -result.losses, "held-out": read}
+    return Runs(scores, right, (end - start) / count - more["views"], more)
 
 
 def joined(parts: Sequence[Runs]) -> Runs:
     """Return the runs of several batches."""
     sizes = torch.tensor([part.right.shape[1] for part in parts]).double()
-    seconds, reading = (
-        float((torch.tensor([getattr(part, name) for part in parts]) * sizes).sum() / sizes.sum())
-        for name in ("seconds", "reading")
-    )
+
+    def mean(values: list[float]) -> float:
+        return float((torch.tensor(values) * sizes).sum() / sizes.sum())
+
+    seconds = mean([part.seconds for part in parts])
+    more = {name: mean([part.more[name] for part in parts]) for name in parts[0].more}
     scores = {name: torch.cat([part.scores[name] for part in parts], 1) for name in parts[0].scores}
-    return Runs(scores, torch.cat([part.right for part in parts], 1), seconds, reading)
+    return Runs(scores, torch.cat([part.right for part in parts], 1), seconds, more)
 
 
 def table(rules: dict[str, dict[str, Any]]) -> str:
@@ -170,7 +178,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         reward, reader = (AutoReward.from_pretrained(shapes_world.path(name)) for name in ("clip", "vqa"))
     method = Followed(rewards=reward, steps=arguments.steps, views=arguments.views)
     groups = list(batches(problems, arguments.batch_size))
-    rules = joined([follow(pipe, method, reader, batch) for batch in tqdm(groups, unit="batch")]).rules()
+    rules = joined([follow(pipe, method, reward, reader, batch) for batch in tqdm(groups, unit="batch")]).rules()
     print(f"\n{arguments.model}, {arguments.split}, {len(prompts)} prompts\n")
     print(table(rules))
     arguments.output.write_text(json.dumps({"settings": settings(arguments), "rules": rules}, indent=1) + "\n")

@@ -43,11 +43,11 @@ class ReNO(GradientOptimizer):
     without the prior, and rewards that see un-clamped bicubic pixels. Two differences: clip, prior and best are per
     image; noise, momentum and norms are float32.
 
-    `mode="default"` moves differently: the gradient is projected on white noise, Adam makes a step of it, and the noise
-    is projected back, see `WhiteNoiseProjection`. So no frequency of the noise outruns the others, the step has the
-    same length in all models, and the noise stays as Gaussian as it was drawn. The gradient is the mean over several
-    slightly shifted and noisy views of the image, which suppresses patterns that please one exact pixel grid; scores,
-    losses and the choice of the best remain those of the image itself. Saturated pixels keep their gradient.
+    `mode="default"` moves differently: gradients are projected on white noise, their mean moves the noise, and that
+    is projected too, see `WhiteNoiseSteps`. So no frequency of the noise outruns the others, a step has the same
+    length on all models, and the noise stays Gaussian. The gradient is that of a slightly shifted and noisy view of the
+    image, another in each step, which suppresses patterns that please one exact pixel grid; scores, losses and the
+    choice of the best remain those of the image itself. Saturated pixels keep their gradient.
 
     Args:
         steps: Evaluations, the baseline included. The paper: 50.
@@ -59,21 +59,22 @@ class ReNO(GradientOptimizer):
         learning_rate: η. For "white" the size of a step in standard deviations of the noise, 0.1 by default. For the
             released step in units of √(H·W) / 64, with H × W the size of the noise, 5 by default: 5 at 512 px, as in
             the released code (SD-Turbo, SDXL-Turbo, PixArt-α DMD, FLUX.1-schnell), and 10 at 1024 px (Hyper-SDXL).
-        momentum: The coefficient of Nesterov momentum, or β₁ of Adam.
+        momentum: The weight of earlier gradients: in their mean for "white", else the coefficient of Nesterov momentum.
         max_grad_norm: The L2 norm to which the released step clips the gradient of each image; with η it sets the
             length of the step.
         regularization: λ_reg, the weight of the χ prior: 0.01 by default.
-        views: The number of views that give the gradient, each one more pass of the rewards; 0 is the image itself;
-            `None` is 0 for parity and 1 otherwise.
+        views: The number of views whose mean gives the gradient, each one more pass of the rewards; 0 is the image
+            itself; `None` is 0 for parity and 1 otherwise.
         gradient: "full" differentiates the whole chain; "frozen" holds the model outputs constant.
         preview: Reward the x0 estimate of one model call instead of the whole chain.
         stop: What ends the run of an image before it over-optimizes: "views" once the mean reward over its views has
-            not risen for 10 evaluations, "held_out" once the held-out reward has not. In both cases losses and the
-            choice of the best are by the mean over the views, if there are any. `None` makes all steps.
+            not risen for 10 evaluations, "held_out" once the held-out reward has not. Then losses and the choice of
+            the best are by the mean over the views: those of the gradient or, for "views", 4. `None` makes all steps.
         held_out: Rewards that are not optimized, as `RewardSum` takes them, for `stop="held_out"`.
 
     Raises:
-        ValueError: For `regularization` with a geometry that has no prior; for `stop` without views or `held_out`.
+        ValueError: For `regularization` with a geometry that has no prior; for one of `held_out` and
+            `stop="held_out"` without the other.
     """
 
     mode: Literal["default", "parity"] = "default"
@@ -102,7 +103,7 @@ class ReNO(GradientOptimizer):
 
     def check(self) -> None:
         super().check()
-        check_stopping(self.stop, self.rewards, self.held_out, self.views_used)
+        check_stopping(self.stop, self.rewards, self.held_out)
         if self.regularization is not None and self.geometry_used != "prior":
             raise ValueError(
                 f'Expected `regularization` with `geometry="prior"`, but got {self.geometry!r}, which keeps the noise '

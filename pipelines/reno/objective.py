@@ -1,7 +1,6 @@
 """The objective of ReNO: its gradient, and if asked also its value, is the mean over several views of the image."""
 
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -34,21 +33,20 @@ class ViewedRewards(RewardObjective):
         if self.views == 0 or not (images.requires_grad or self.valued_by_views):
             return super().evaluate(sample)
         output = self.rewards(images.detach(), sample.prompts, chunk_size=sample.chunk_size)
-        mean, gradient = self.mean_of_views(images, sample.prompts, sample.seeds, sample.chunk_size or len(images))
+        mean, gradient = self.mean_of_views(sample, self.views)
         total: Any = mean if self.valued_by_views else output.total
         if images.requires_grad:
             total = AttachedGradient.apply(images, total, gradient)
         return -total, output.components
 
-    def mean_of_views(
-        self, images: torch.Tensor, prompts: Any, seeds: Sequence[int], chunk_size: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the mean over the views, a chunk at a time: `(B,)`, and its gradient `(B, 3, H, W)` in the pixels."""
-        means, gradient = [], torch.zeros_like(images)
+    def mean_of_views(self, sample: Sample, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the mean over some views, `(B,)`, and its gradient in the pixels, `(B, 3, H, W)`, chunk by chunk."""
+        images = sample.images.detach()
+        means, gradient, chunk_size = [], torch.zeros_like(images), sample.chunk_size or len(images)
         for start in range(0, len(images), chunk_size):
             rows = slice(start, start + chunk_size)
-            leaf, texts = images[rows].detach().requires_grad_(), prompts_of_rows(prompts, rows)
-            views = random_views(leaf, self.views, seeds[rows])
+            leaf, texts = images[rows].detach().requires_grad_(), prompts_of_rows(sample.prompts, rows)
+            views = random_views(leaf, count, sample.seeds[rows])
             mean = torch.stack([self.weighted(view, texts).total for view in views]).mean(0)
             if mean.requires_grad:
                 (gradient[rows],) = torch.autograd.grad(mean.sum(), leaf)

@@ -1,5 +1,6 @@
 """Reward guidance: the gradient of rewards steers the denoising steps."""
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -9,6 +10,7 @@ from typing import Any, Literal
 import torch
 
 from ...callbacks.noise_state import NoiseState
+from ...callbacks.sampling_time import noise_ratio
 from ...checked_fields import check_fields, checked
 from ...rewards.contract.reward_sum import RewardsLike
 from ...schedulers.noise_samplers import NoiseSamplerSpec
@@ -27,6 +29,8 @@ from ..sampling.sample import Sample
 from ..sampling.sampler import Clamp
 from ..sampling.turns import TURNS
 
+TAIL = 0.2  # noise over signal at which the tail begins
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RewardGuidance:
@@ -39,26 +43,32 @@ class RewardGuidance:
                                   g = ∂r/∂x0 with m held constant (`gradient="frozen"`, the paper's E)
 
     in place of m, with norms per image, where m is ε, v or a flow velocity. (Where x0 grows with m, as where m is x0
-    itself, the sign is +.) The rest of the steps is the tail, without guidance, which removes the traces of the
-    rewards' preferences that are no image. The scheduler gets the changed output, so any scheduler with an x0 estimate
-    works, also one that adds noise or remembers outputs.
+    itself, the sign is +.) The last steps, the tail, are not guided: they correct what only pleases the rewards, as
+    long as there is noise to remove. The scheduler gets the changed output, so any scheduler with an x0 estimate works,
+    also one that adds noise or remembers outputs, and all that belongs to the call is as it was: guidance of the model,
+    callbacks, LoRA. Unlike a callback it acts in the first step too.
 
     The initial noise can be chosen before ("warm-up"): `particles` noises, that of the call first, are scored by the x0
-    estimate of one model call each, and the one with the highest reward is taken for each image.
+    estimate of one model call each, and the one with the highest reward is taken for each image. This helps where that
+    estimate is a sharp image, as with models for one step or flow maps.
+
+    A guided step costs decoder and rewards with their backward pass, and with "full" that of the denoiser, whose memory
+    `pipe.transformer.enable_gradient_checkpointing()` (or `pipe.unet`) reduces.
 
     Args:
         rewards: A reward or rewards as `RewardSum` takes them: a name, a callable, a dict of these to weights, or a
             list of (reward, weight).
-        strength: The length of the change of m relative to m; 0 disables the guidance.
-        gradient: "full" costs a backward pass through the denoiser in each guided step, "frozen" only one through the
-            decoder.
-        guided_steps: The number of guided steps, from the first; `None` for all but the last.
+        strength: The length of the change of m relative to m; 0 disables the guidance. Too much lowers the reward in
+            the end, because the tail cannot correct it.
+        gradient: "full" or "frozen", as above.
+        guided_steps: The number of guided steps, from the first; the last of a call is never guided. `None` guides the
+            first, and others as long as their result has noise of at least a fifth of the signal.
         particles: The number of initial noises to choose from; 1 for that of the call.
         reward_device: The device on which rewards given by name are loaded; `None` is the pipeline's device.
     """
 
     rewards: RewardsLike
-    strength: float = checked(0.05, "[0, inf)")
+    strength: float = checked(0.2, "[0, inf)")
     gradient: Literal["full", "frozen"] = "frozen"
     guided_steps: int | None = checked(None, "[1, inf)")
     particles: int = checked(1, "[1, inf)")
@@ -191,19 +201,30 @@ class GuidedRun(NoiseRun):
 
         @functools.wraps(step)
         def guided_step(model_output, timestep, sample, *args, **kwargs):
-            call, most = next(calls), count_timesteps(pipe) - 1
-            if most < 1:
+            call = next(calls)
+            if count_timesteps(pipe) < 2:
                 raise single_step()
-            last = min(self.guidance.guided_steps or most, most)
-            if call <= last:
+            if self.is_guided(pipe, call):
                 model_output = self.steered(pipe, model_output, timestep, sample, prepared)
             torch.set_grad_enabled(False)
             returned = step(model_output, timestep, sample.detach(), *args, **kwargs)
-            if call < last:
+            if self.is_guided(pipe, call + 1):
                 self.record(returned[0])
             return returned
 
         return guided_step
+
+    def is_guided(self, pipe, call: int) -> bool:
+        """Return whether a step, counted from 1, is guided: the first always, the last never."""
+        most, count = count_timesteps(pipe), self.guidance.guided_steps
+        if call >= most or (count is not None and call > count):
+            return False
+        if call == 1 or count is not None:
+            return True
+        following = len(pipe.scheduler.timesteps) - most + call
+        with contextlib.suppress(TypeError):  # of schedulers whose noise levels are unknown
+            return noise_ratio(pipe.scheduler, following) >= TAIL
+        return True
 
     def steered(
         self, pipe, model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, prepared: Any

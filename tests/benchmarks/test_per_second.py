@@ -9,6 +9,7 @@ import torch
 from per_second import (  # pyright: ignore[reportMissingImports]
     BEFORE,
     BEST_OF_N,
+    NO_VIEWS,
     NOW,
     PLAIN,
     RELEASED,
@@ -37,7 +38,7 @@ def curve(seconds: list[float], *problems: list[tuple[float, float]]) -> Curve:
 def results(**found: list[Curve]) -> Results:
     """Return results of two prompts, the second of which is never right, and two evaluations."""
     wrong = [curve([1.0, 2.0], [(0.0, 0.0), (0.0, 0.0)], [(0.0, 0.0), (0.0, 0.0)])]
-    labels = {"before": BEFORE, "released": RELEASED, "now": NOW, "best_of_n": BEST_OF_N}
+    labels = {"before": BEFORE, "released": RELEASED, "now": NOW, "views": NO_VIEWS, "best_of_n": BEST_OF_N}
     curves = {label: found.get(name, wrong) for name, label in labels.items()}
     return Results({label: [each.packed() for each in batches] for label, batches in curves.items()}, 2, steps=2)
 
@@ -74,13 +75,15 @@ def test_statements_say_what_the_curves_do():
     before = [curve([5.0, 10.0], [(0.0, 0.0), (3.0, 1.0)], [(0.0, 0.0), (3.0, 0.0)])]
     released = [curve([2.0, 4.0], [(0.0, 0.0), (4.0, 0.0)], [(0.0, 0.0), (4.0, 0.0)])]
     now = [curve([1.0, 2.0, 8.0], [(1.0, 0.0), (4.0, 1.0), (5.0, 1.0)], [(1.0, 0.0), (4.0, 0.0), (5.0, 1.0)])]
-    soon, above, control, reward = statements(results(before=before, released=released, now=now))
+    soon, above, control, reward = statements(results(before=before, released=released, now=now, views=now))
     assert soon.holds and soon.figures == "+0.0 [+0.0, +0.0] points; as many after 0.20 [0.01, 0.20] of the seconds"
     assert above.holds and above.figures == "+50.0 [+0.0, +100.0] points"
     assert control.holds and control.figures.startswith(
         "+100.0 [+100.0, +100.0] points; at 1/5 of the seconds of both +50"
     )
-    assert reward.holds and reward.figures == "+0.00 [+0.00, +0.00]; as much after 0.50 [0.50, 0.50] of them"
+    assert reward.holds and reward.figures == (
+        "+0.00 [+0.00, +0.00]; as much after 0.50 [0.50, 0.50] of the seconds; with the view +0.00 [+0.00, +0.00]"
+    )
 
 
 def test_statements_that_do_not_hold_say_so():

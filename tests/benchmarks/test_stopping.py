@@ -12,7 +12,7 @@ RIGHT = torch.tensor([[0, 0], [1, 1], [1, 0], [0, 0], [0, 1]])
 
 
 def runs() -> Runs:
-    return Runs({"reward": REWARD, "views": REWARD, "held-out": HELD_OUT}, RIGHT, seconds=0.1, reading=0.1)
+    return Runs({"reward": REWARD, "views": REWARD, "held-out": HELD_OUT}, RIGHT, 0.1, {"held-out": 0.1, "views": 0.0})
 
 
 def test_a_run_ends_once_a_score_has_not_risen():
@@ -27,7 +27,7 @@ def test_the_best_is_chosen_up_to_the_end():
 
 
 def test_a_rule_is_compared_with_the_reward_in_as_many_seconds():
-    found = runs().outcome("reward", torch.tensor([1, 2]), read=True)
+    found = runs().outcome("reward", torch.tensor([1, 2]), "held-out")
     assert found["evaluations"] == 2.5 and found["seconds"] == pytest.approx(0.5)
     assert found["right"]["value"] == 1.0
     assert found["gain"]["value"] == pytest.approx(1.0 - 0.5)  # 5 evaluations without reading: steps 4 and 4

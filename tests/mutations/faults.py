@@ -363,8 +363,8 @@ FAULTS = (
     Fault(
         "last step guided too",
         "pipelines/reward_guidance/guidance.py",
-        "last = min(self.guidance.guided_steps or most, most)",
-        "last = self.guidance.guided_steps or most + 1",
+        "if call >= most or",
+        "if call > most or",
         "tests/pipelines/reward_guidance/test_reward_guidance.py",
     ),
 )

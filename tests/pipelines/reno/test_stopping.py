@@ -1,6 +1,7 @@
 """Runs that something else than the optimized reward ends: when, with which best, and resumed."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -52,6 +53,11 @@ def test_each_image_ends_once_its_held_out_score_has_not_risen(views):
     assert result.reports["held out scripted"]["initial"] == [1.0, 1.0]
 
 
+def test_without_views_and_with_a_held_out_reward_the_value_is_that_of_the_image():
+    result = run(ReNO(rewards=redness, steps=3, views=0, stop="held_out", held_out="blue"))
+    assert torch.equal(-result.losses, result.scores["redness"])
+
+
 def test_held_out_rewards_are_summed_with_their_weights_and_are_not_optimized():
     held_out = RewardSum({"red": 2.0, "blue": 1.0})
     method = ReNO(rewards=redness, steps=3, stop="held_out", held_out=held_out)
@@ -79,15 +85,18 @@ def test_the_best_is_that_of_the_mean_over_the_views():
 
 
 @pytest.mark.parametrize("gradient", [True, False])
-def test_value_is_the_mean_over_the_views_and_the_gradient_stays(gradient):
+@pytest.mark.parametrize("views", [4, 0])
+def test_value_is_the_mean_over_the_views_and_the_gradient_stays(views, gradient):
     images = torch.rand(3, 3, 16, 16, generator=generator())
-    sample = SimpleNamespace(images=images.requires_grad_(gradient), prompts=["a"] * 3, seeds=[1, 2, 3], chunk_size=2)
-    loss, scores = StoppingRewards({redness: 2.0, "blue": 0.0}, 4).evaluate(sample)
+    sample: Any = SimpleNamespace(
+        images=images.requires_grad_(gradient), prompts=["a"] * 3, seeds=[1, 2, 3], chunk_size=2
+    )
+    loss, scores = StoppingRewards({redness: 2.0, "blue": 0.0}, views).evaluate(sample)
     expected = torch.stack([2 * redness(view, []) for view in random_views(images, 4, sample.seeds)]).mean(0)
     torch.testing.assert_close(-loss, expected)
     torch.testing.assert_close(scores["redness"], redness(images, []))
     if gradient:
-        other, _ = ViewedRewards({redness: 2.0}, 4).evaluate(sample)
+        other, _ = ViewedRewards({redness: 2.0}, views).evaluate(sample)
         found, usual = (torch.autograd.grad(each.sum(), images)[0] for each in (loss, other))
         assert torch.equal(found, usual)
 
@@ -128,8 +137,6 @@ def test_a_resumed_run_ends_where_it_would_have(settings, tmp_path, monkeypatch)
     ("settings", "message"),
     [
         ({"stop": "view"}, r"Expected `stop` to be one of \('held_out', 'views', None\), but got 'view'"),
-        ({"stop": "views", "views": 0}, "Expected `views` of at least 1"),
-        ({"stop": "views", "mode": "parity"}, "Expected `views` of at least 1"),
         ({"stop": "held_out"}, 'Expected `stop="held_out"` and `held_out` together.*held_out=None'),
         ({"held_out": "red"}, 'Expected `stop="held_out"` and `held_out` together.*got stop=None'),
         ({"stop": "views", "held_out": "red"}, 'Expected `stop="held_out"` and `held_out` together'),

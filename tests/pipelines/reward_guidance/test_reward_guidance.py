@@ -106,6 +106,15 @@ def test_a_linear_denoiser_and_a_quadratic_reward(prediction, gradient, guided_s
     assert pipe.unet.recorded == [*full, *[False] * (STEPS - guided_steps)]
 
 
+@pytest.mark.parametrize(("spacing", "guided"), [("leading", 2), ("trailing", 3)])
+def test_the_tail_begins_where_little_noise_is_left(spacing, guided):
+    """Leading spacing ends in a step from timestep 1, whose ᾱ is 0.9998; trailing in one from 249, whose ᾱ is 0.53."""
+    pipe = linear_pipeline(DDIMScheduler(clip_sample=False, timestep_spacing=spacing, steps_offset=1))
+    call = {"num_inference_steps": STEPS, "guidance_scale": 1.0, "height": 16, "width": 16}
+    RewardGuidance(rewards=nearness, gradient="full").generate(pipe, "a", generator=generator(), **call)
+    assert pipe.unet.recorded == [*[True] * guided, *[False] * (STEPS - guided)]
+
+
 def gaussian(pipe):
     """The exact denoiser of data N(0, s²): ε = b·x / (a²·s² + b²), at the level of the timestep."""
     bars, s = pipe.scheduler.alphas_cumprod, 0.5
