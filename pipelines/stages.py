@@ -9,7 +9,7 @@ from ..callbacks.noise_state import NoiseState
 from .problem import CandidateNoise, NoiseProblem
 from .sampling.sampler import Gradient
 
-SEARCH_SHARE = 0.3  # of a time budget
+SEARCH_SHARE = 0.3  # of a time budget; half of it leaves too few steps, see benchmarks/search_and_starts.py
 
 
 class StagedMethod:
