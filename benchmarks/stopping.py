@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from reno_vs_best_of_n import SPLITS, Problem, batches, settings  # pyright: ignore[reportMissingImports]
+from per_second import SPLITS, Problem, batches, settings  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 from tqdm import tqdm
 

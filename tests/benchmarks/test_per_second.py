@@ -14,6 +14,7 @@ from per_second import (  # pyright: ignore[reportMissingImports]
     PLAIN,
     RELEASED,
     ROWS,
+    SEARCHED,
     Curve,
     Follower,
     Results,
@@ -38,7 +39,14 @@ def curve(seconds: list[float], *problems: list[tuple[float, float]]) -> Curve:
 def results(**found: list[Curve]) -> Results:
     """Return results of two prompts, the second of which is never right, and two evaluations."""
     wrong = [curve([1.0, 2.0], [(0.0, 0.0), (0.0, 0.0)], [(0.0, 0.0), (0.0, 0.0)])]
-    labels = {"before": BEFORE, "released": RELEASED, "now": NOW, "views": NO_VIEWS, "best_of_n": BEST_OF_N}
+    labels = {
+        "before": BEFORE,
+        "released": RELEASED,
+        "now": NOW,
+        "views": NO_VIEWS,
+        "searched": SEARCHED,
+        "best_of_n": BEST_OF_N,
+    }
     curves = {label: found.get(name, wrong) for name, label in labels.items()}
     return Results({label: [each.packed() for each in batches] for label, batches in curves.items()}, 2, steps=2)
 
@@ -75,7 +83,9 @@ def test_statements_say_what_the_curves_do():
     before = [curve([5.0, 10.0], [(0.0, 0.0), (3.0, 1.0)], [(0.0, 0.0), (3.0, 0.0)])]
     released = [curve([2.0, 4.0], [(0.0, 0.0), (4.0, 0.0)], [(0.0, 0.0), (4.0, 0.0)])]
     now = [curve([1.0, 2.0, 8.0], [(1.0, 0.0), (4.0, 1.0), (5.0, 1.0)], [(1.0, 0.0), (4.0, 0.0), (5.0, 1.0)])]
-    soon, above, control, reward = statements(results(before=before, released=released, now=now, views=now))
+    found = statements(results(before=before, released=released, now=now, views=now))
+    soon, above, control, *searched, reward = found
+    assert len(searched) == 3 and not any(each.holds for each in searched)  # it is never right
     assert soon.holds and soon.figures == "+0.0 [+0.0, +0.0] points; as many after 0.20 [0.01, 0.20] of the seconds"
     assert above.holds and above.figures == "+50.0 [+0.0, +100.0] points"
     assert control.holds and control.figures.startswith(
@@ -92,7 +102,8 @@ def test_statements_that_do_not_hold_say_so():
     assert not any(statement.holds for statement in found)
     assert "as many after never [never, never]" in found[0].figures and "**does not hold**" in str(found[0])
     narrow = [curve([1.0, 2.0], [(0.0, 0.0), (0.0, 1.0)], [(0.0, 0.0), (0.0, 0.0)])]
-    assert not statements(results(now=narrow))[2].holds  # 50 points more, with an interval that has 0
+    *_, searched, _ = statements(results(searched=narrow))
+    assert not searched.holds  # 50 points more, with an interval that has 0
 
 
 def test_judging_takes_no_time_and_only_new_images_are_judged(monkeypatch):
@@ -202,7 +213,7 @@ def test_a_short_run_has_every_row_and_goes_on_where_it_stopped(capsys, tmp_path
             found.values(label, "rewards", found.before) >= found.values(PLAIN, "rewards", found.before) - 1e-3
         ).all()
     printed = capsys.readouterr().out
-    assert printed.count("hold") == 4 and all(f"| {label} |" in printed for label in ONE_STEP)
+    assert printed.count("hold") == 7 and all(f"| {label} |" in printed for label in ONE_STEP)
     assert "RewardGuidance" not in printed
     assert not math.isnan(float(found.before.sum()))
     with Image.open(plot) as picture:
