@@ -111,8 +111,8 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 # The name that diffusers gives this module may come to mean the bundle of another release.
-sys.modules[f"{__name__}_4314ffd9db83"] = sys.modules[__name__]
-__name__ = f"{__name__}_4314ffd9db83"
+sys.modules[f"{__name__}_d98ee958cdc9"] = sys.modules[__name__]
+__name__ = f"{__name__}_d98ee958cdc9"
 
 # rewards/contract/transforms.py
 
@@ -6226,6 +6226,11 @@ class NoiseProblem:
         self.space, self.dtype = self.sampler.space, noise.dtype
 
     @property
+    def is_single_step(self) -> bool:
+        listed = [self.request[name] for name in ("timesteps", "sigmas") if self.request.get(name) is not None]
+        return len(listed[0]) == 1 if listed else self.request.get("num_inference_steps") == 1
+
+    @property
     def is_white(self) -> bool:
         return self.space.noise_sampler is None or getattr(self.space.noise_sampler, "name", None) == "white"
 
@@ -6263,6 +6268,8 @@ def seed_from(noise: torch.Tensor) -> int:
     return int((bits * weights).sum().item()) & (2**62 - 1)
 
 # pipelines/method.py
+
+AUTO_SEARCH, AUTO_SHARE = 16, 1 / 3  # the most noises, and their share of the evaluations
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NoiseOptimizer:
@@ -6314,9 +6321,8 @@ class NoiseOptimizer:
     def previews(self) -> bool:
         return getattr(self, "preview", False)
 
-    @property
-    def searches(self) -> bool:
-        return getattr(self, "search", 0) > 0
+    def searched(self, problem: NoiseProblem) -> int:
+        return 0
 
     @property
     def closing(self) -> int:
@@ -6426,21 +6432,29 @@ class GradientOptimizer(RewardOptimizer):
 
     Args:
         search: k, the number of scored noises, each an evaluation of `steps` or `budget`; 0 runs from the given noise.
+            "auto" is 16, and at most a third of the evaluations, if the call names a single denoising step, and else 0.
         starts: The number of noises from which the method runs, at most k.
     """
 
-    search: int = checked(0, "[0, inf)")
+    search: int | Literal["auto"] = checked(0, "[0, inf)")
     starts: int = checked(1, "[1, inf)")
+
+    def searched(self, problem: NoiseProblem) -> int:
+        if self.search != "auto":
+            return self.search
+        most = AUTO_SEARCH if self.evaluations is None else min(AUTO_SEARCH, int(AUTO_SHARE * self.evaluations))
+        return most if problem.is_single_step and most > 1 else 0
 
     def check(self) -> None:
         super().check()
-        if self.starts > max(1, self.search):
+        search = 0 if self.search == "auto" else self.search
+        if self.starts > max(1, search):
             raise ValueError(
-                f"Expected a `search` of at least as many noises as there are `starts`, but got {self.search} and "
+                f"Expected a `search` of at least as many noises as there are `starts`, but got {self.search!r} and "
                 f"{self.starts}. Pass `search={2 * self.starts}`, say."
             )
-        least = 1 + self.search + self.starts
-        if self.searches and self.evaluations is not None and self.evaluations < least:
+        least = 1 + search + self.starts
+        if search and self.evaluations is not None and self.evaluations < least:
             raise ValueError(
                 f"Expected at least {least} evaluations, for the baseline, `search={self.search}` and "
                 f"`starts={self.starts}`, but got {self.evaluations}. Pass more `steps`, or a smaller `search`."
@@ -8115,20 +8129,19 @@ class ViewedRewards(RewardObjective):
         if self.views == 0 or not (images.requires_grad or self.valued_by_views):
             return super().evaluate(sample)
         output = self.rewards(images.detach(), sample.prompts, chunk_size=sample.chunk_size)
-        mean, gradient = self.mean_of_views(images, sample.prompts, sample.seeds, sample.chunk_size or len(images))
+        mean, gradient = self.mean_of_views(sample, self.views)
         total: Any = mean if self.valued_by_views else output.total
         if images.requires_grad:
             total = AttachedGradient.apply(images, total, gradient)
         return -total, output.components
 
-    def mean_of_views(
-        self, images: torch.Tensor, prompts: Any, seeds: Sequence[int], chunk_size: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        means, gradient = [], torch.zeros_like(images)
+    def mean_of_views(self, sample: Sample, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        images = sample.images.detach()
+        means, gradient, chunk_size = [], torch.zeros_like(images), sample.chunk_size or len(images)
         for start in range(0, len(images), chunk_size):
             rows = slice(start, start + chunk_size)
-            leaf, texts = images[rows].detach().requires_grad_(), prompts_of_rows(prompts, rows)
-            views = random_views(leaf, self.views, seeds[rows])
+            leaf, texts = images[rows].detach().requires_grad_(), prompts_of_rows(sample.prompts, rows)
+            views = random_views(leaf, count, sample.seeds[rows])
             mean = torch.stack([self.weighted(view, texts).total for view in views]).mean(0)
             if mean.requires_grad:
                 (gradient[rows],) = torch.autograd.grad(mean.sum(), leaf)
@@ -8252,15 +8265,17 @@ class HeldOutReward(NoiseCallback):
 
 Stop = Literal["held_out", "views"]
 PATIENCE = 10  # evaluations without a rise
+JUDGING_VIEWS = 4
 
 class StoppingRewards(ViewedRewards):
-    """`ViewedRewards` whose value, too, is the mean over the views, and whose run ends before it over-optimizes.
+    """`ViewedRewards` whose run ends before it over-optimizes, and whose value is the mean over the views.
 
-    Without views the value is that of the image itself.
+    Where the gradient is that of the image itself, its value is the mean over `JUDGING_VIEWS` views nevertheless, or
+    with held-out rewards its own.
 
     Args:
         rewards: A `RewardSum`, or anything that it takes.
-        views: The number of views.
+        views: The number of views that give the gradient.
         held_out: The rewards whose sum ends the run of an image once it no longer rises. `None` ends it once the loss
             no longer falls.
     """
@@ -8276,14 +8291,20 @@ class StoppingRewards(ViewedRewards):
         self.requires_prompt = self.requires_prompt or self.held_out.requires_prompt
         self.callbacks = (HeldOutReward(self.held_out.rewards, name=names, patience=PATIENCE),)
 
+    def evaluate(self, sample: Sample) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        loss, scores = super().evaluate(sample)
+        if self.valued_by_views or self.held_out is not None:
+            return loss, scores
+        with torch.no_grad():
+            mean, _ = self.mean_of_views(sample, JUDGING_VIEWS)
+        return loss - loss.detach() - mean, scores
+
     def try_out(self, prompt: str, height: int, width: int, gradient: bool) -> None:
         super().try_out(prompt, height, width, gradient)
         if self.held_out is not None:
             self.held_out.try_out(prompt, height, width, False)
 
-def check_stopping(stop: Stop | None, rewards: Any, held_out: Any, views: int) -> None:
-    if stop == "views" and views == 0:
-        raise ValueError('Expected `views` of at least 1 with `stop="views"`, but got none. Pass `views=4`.')
+def check_stopping(stop: Stop | None, rewards: Any, held_out: Any) -> None:
     if (stop == "held_out") != (held_out is not None):
         raise ValueError(
             f'Expected `stop="held_out"` and `held_out` together, but got stop={stop!r} and held_out={held_out!r}. '
@@ -8326,14 +8347,17 @@ class ReNO(GradientOptimizer):
     without the prior, and rewards that see un-clamped bicubic pixels. Two differences: clip, prior and best are per
     image; noise, momentum and norms are float32.
 
-    `mode="default"` moves differently: the gradient is projected on white noise, Adam makes a step of it, and the noise
-    is projected back, see `WhiteNoiseProjection`. So no frequency of the noise outruns the others, the step has the
-    same length in all models, and the noise stays as Gaussian as it was drawn. The gradient is the mean over several
-    slightly shifted and noisy views of the image, which suppresses patterns that please one exact pixel grid; scores,
-    losses and the choice of the best remain those of the image itself. Saturated pixels keep their gradient.
+    `mode="default"` moves differently: gradients are projected on white noise, their mean moves the noise, and that
+    is projected too, see `WhiteNoiseSteps`. So no frequency of the noise outruns the others, a step has the same
+    length on all models, and the noise stays Gaussian. The gradient is that of a slightly shifted and noisy view of the
+    image, another in each step, which suppresses patterns that please one exact pixel grid; scores, losses and the
+    choice of the best remain those of the image itself. Saturated pixels keep their gradient. On one-step models the
+    steps begin at the best of a few noises.
 
     Args:
         steps: Evaluations, the baseline included. The paper: 50.
+        search: The number of noises to choose from before the first step, see `GradientOptimizer`: "auto", which is 0
+            for parity, or a number.
         mode: "default" or "parity".
         geometry: "white" is the step above; for noise that a noise sampler draws in another color, the gradient is
             projected and the noise keeps its norm. "sphere" is the released step, followed by a projection on the norm
@@ -8342,23 +8366,26 @@ class ReNO(GradientOptimizer):
         learning_rate: η. For "white" the size of a step in standard deviations of the noise, 0.1 by default. For the
             released step in units of √(H·W) / 64, with H × W the size of the noise, 5 by default: 5 at 512 px, as in
             the released code (SD-Turbo, SDXL-Turbo, PixArt-α DMD, FLUX.1-schnell), and 10 at 1024 px (Hyper-SDXL).
-        momentum: The coefficient of Nesterov momentum, or β₁ of Adam.
+        momentum: The weight of earlier gradients: in their mean for "white", else the coefficient of Nesterov momentum.
         max_grad_norm: The L2 norm to which the released step clips the gradient of each image; with η it sets the
             length of the step.
         regularization: λ_reg, the weight of the χ prior: 0.01 by default.
-        views: The number of views that give the gradient, each one more pass of the rewards; 0 is the image itself;
-            `None` is 0 for parity and 1 otherwise.
+        views: The number of views whose mean gives the gradient, each one more pass of the rewards; 0 is the image
+            itself; `None` is 0 for parity and 1 otherwise.
         gradient: "full" differentiates the whole chain; "frozen" holds the model outputs constant.
         preview: Reward the x0 estimate of one model call instead of the whole chain.
         stop: What ends the run of an image before it over-optimizes: "views" once the mean reward over its views has
-            not risen for 10 evaluations, "held_out" once the held-out reward has not. In both cases losses and the
-            choice of the best are by the mean over the views, if there are any. `None` makes all steps.
+            not risen for 10 evaluations, "held_out" once the held-out reward has not. Then losses and the choice of
+            the best are by the mean over the views of the gradient, for "views" and `views=0` over 4. `None` makes all
+            steps.
         held_out: Rewards that are not optimized, as `RewardSum` takes them, for `stop="held_out"`.
 
     Raises:
-        ValueError: For `regularization` with a geometry that has no prior; for `stop` without views or `held_out`.
+        ValueError: For `regularization` with a geometry that has no prior; for one of `held_out` and
+            `stop="held_out"` without the other.
     """
 
+    search: int | Literal["auto"] = checked("auto", "[0, inf)")
     mode: Literal["default", "parity"] = "default"
     geometry: Geometry | None = None
     learning_rate: float | None = checked(None, "[0, inf)")
@@ -8381,9 +8408,12 @@ class ReNO(GradientOptimizer):
         has_prior = self.mode == "parity" or self.regularization is not None
         return self.geometry or ("prior" if has_prior else "white")
 
+    def searched(self, problem: NoiseProblem) -> int:
+        return 0 if self.search == "auto" and self.mode == "parity" else super().searched(problem)
+
     def check(self) -> None:
         super().check()
-        check_stopping(self.stop, self.rewards, self.held_out, self.views_used)
+        check_stopping(self.stop, self.rewards, self.held_out)
         if self.regularization is not None and self.geometry_used != "prior":
             raise ValueError(
                 f'Expected `regularization` with `geometry="prior"`, but got {self.geometry!r}, which keeps the noise '
@@ -10430,7 +10460,7 @@ class Restoration:
 
 # pipelines/stages.py
 
-SEARCH_SHARE = 0.3  # of a time budget
+SEARCH_SHARE = 0.3  # of a time budget; half of it leaves too few steps, see benchmarks/search_and_starts.py
 
 class StagedMethod:
     """The stages of a method with `search`, in the place of the method. See `GradientOptimizer`.
@@ -10441,7 +10471,7 @@ class StagedMethod:
     """
 
     def __init__(self, method: Any, problem: NoiseProblem) -> None:
-        self.method, self.problem = method, problem
+        self.method, self.problem, self.searched = method, problem, method.searched(problem)
 
     def start(self, problem: NoiseProblem) -> "StagedState":
         return StagedState(problem, self.method.starts, self.method.start(problem))
@@ -10482,7 +10512,7 @@ class StagedMethod:
         method, seconds = self.method, self.method.seconds
         if not state.stage:
             late = seconds is not None and run.elapsed > SEARCH_SHARE * seconds and state.scored >= method.starts
-            return late or state.scored == method.search
+            return late or state.scored == self.searched
         return state.stage < method.starts and (run.step + 1 if seconds is None else run.elapsed) >= self.end(state)
 
     def end(self, state: "StagedState") -> float:
@@ -10591,7 +10621,7 @@ class OptimizationLoop:
         noise_file: NoiseFile | None = None,
     ) -> None:
         self.method, self.problem, self.objective = method, problem, objective
-        self.moving = StagedMethod(method, problem) if method.searches else method
+        self.moving = StagedMethod(method, problem) if method.searched(problem) else method
         self.run, self.callbacks, self.noise_file = run, callbacks, noise_file
         self.rows: list[StepRow] = []
         self.initial_images: torch.Tensor | None = None
@@ -11556,7 +11586,7 @@ class NoiseRun:
         if torch.is_inference_mode_enabled():
             raise ValueError("Expected a call outside `torch.inference_mode()`, where no gradient exists. Remove it.")
         refuse_unsuited(pipe, method.gradient_mode)
-        if method.previews or method.searches:
+        if method.previews or getattr(method, "search", "auto") not in ("auto", 0):
             refuse_replaced_step(pipe)
         if method.gradient_mode is not None:
             refuse_writes(type(pipe))
