@@ -161,7 +161,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--limit", type=int, help="use only the first prompts of the split")
     parser.add_argument("--seed", type=int, default=0, help="of the initial noises")
     parser.add_argument("--steps", type=int, default=50, help="evaluations of each run")
-    parser.add_argument("--views", type=int, default=4)
+    parser.add_argument("--views", type=int, help="that give the gradient (default: that of ReNO)")
     parser.add_argument("--batch-size", type=int, default=8, help="independent problems per call")
     parser.add_argument("--output", type=Path, default=Path("stopping.json"), help="file for all numbers")
     return parser.parse_args(argv)

@@ -102,7 +102,7 @@ class OptimizationLoop:
         noise_file: NoiseFile | None = None,
     ) -> None:
         self.method, self.problem, self.objective = method, problem, objective
-        self.moving = StagedMethod(method, problem) if method.searches else method
+        self.moving = StagedMethod(method, problem) if method.searched(problem) else method
         self.run, self.callbacks, self.noise_file = run, callbacks, noise_file
         self.rows: list[StepRow] = []
         self.initial_images: torch.Tensor | None = None

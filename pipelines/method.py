@@ -18,6 +18,8 @@ from .objective import Objective, RewardObjective
 from .problem import NoiseProblem
 from .sampling.sampler import Clamp, Gradient
 
+AUTO_SEARCH, AUTO_SHARE = 16, 1 / 3  # the most noises, and their share of the evaluations
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NoiseOptimizer:
@@ -71,10 +73,9 @@ class NoiseOptimizer:
         """Return whether the objective sees the x0 estimate of one model call instead of the whole chain."""
         return getattr(self, "preview", False)
 
-    @property
-    def searches(self) -> bool:
-        """Return whether the run begins with a search. See `GradientOptimizer`."""
-        return getattr(self, "search", 0) > 0
+    def searched(self, problem: NoiseProblem) -> int:
+        """Return the number of noises that are scored before the first step. See `GradientOptimizer`."""
+        return 0
 
     @property
     def closing(self) -> int:
@@ -226,21 +227,29 @@ class GradientOptimizer(RewardOptimizer):
 
     Args:
         search: k, the number of scored noises, each an evaluation of `steps` or `budget`; 0 runs from the given noise.
+            "auto" is 16, and at most a third of the evaluations, if the call names a single denoising step, and else 0.
         starts: The number of noises from which the method runs, at most k.
     """
 
-    search: int = checked(0, "[0, inf)")
+    search: int | Literal["auto"] = checked(0, "[0, inf)")
     starts: int = checked(1, "[1, inf)")
+
+    def searched(self, problem: NoiseProblem) -> int:
+        if self.search != "auto":
+            return self.search
+        most = AUTO_SEARCH if self.evaluations is None else min(AUTO_SEARCH, int(AUTO_SHARE * self.evaluations))
+        return most if problem.is_single_step and most > 1 else 0
 
     def check(self) -> None:
         super().check()
-        if self.starts > max(1, self.search):
+        search = 0 if self.search == "auto" else self.search
+        if self.starts > max(1, search):
             raise ValueError(
-                f"Expected a `search` of at least as many noises as there are `starts`, but got {self.search} and "
+                f"Expected a `search` of at least as many noises as there are `starts`, but got {self.search!r} and "
                 f"{self.starts}. Pass `search={2 * self.starts}`, say."
             )
-        least = 1 + self.search + self.starts
-        if self.searches and self.evaluations is not None and self.evaluations < least:
+        least = 1 + search + self.starts
+        if search and self.evaluations is not None and self.evaluations < least:
             raise ValueError(
                 f"Expected at least {least} evaluations, for the baseline, `search={self.search}` and "
                 f"`starts={self.starts}`, but got {self.evaluations}. Pass more `steps`, or a smaller `search`."

@@ -41,6 +41,12 @@ class NoiseProblem:
         self.space, self.dtype = self.sampler.space, noise.dtype
 
     @property
+    def is_single_step(self) -> bool:
+        """Return whether the call names a single denoising step."""
+        listed = [self.request[name] for name in ("timesteps", "sigmas") if self.request.get(name) is not None]
+        return len(listed[0]) == 1 if listed else self.request.get("num_inference_steps") == 1
+
+    @property
     def is_white(self) -> bool:
         """Return whether the noise is drawn as white Gaussian noise."""
         return self.space.noise_sampler is None or getattr(self.space.noise_sampler, "name", None) == "white"

@@ -9,7 +9,7 @@ from ..callbacks.noise_state import NoiseState
 from .problem import CandidateNoise, NoiseProblem
 from .sampling.sampler import Gradient
 
-SEARCH_SHARE = 0.3  # of a time budget
+SEARCH_SHARE = 0.3  # of a time budget; half of it leaves too few steps, see benchmarks/search_and_starts.py
 
 
 class StagedMethod:
@@ -21,7 +21,7 @@ class StagedMethod:
     """
 
     def __init__(self, method: Any, problem: NoiseProblem) -> None:
-        self.method, self.problem = method, problem
+        self.method, self.problem, self.searched = method, problem, method.searched(problem)
 
     def start(self, problem: NoiseProblem) -> "StagedState":
         return StagedState(problem, self.method.starts, self.method.start(problem))
@@ -66,7 +66,7 @@ class StagedMethod:
         method, seconds = self.method, self.method.seconds
         if not state.stage:
             late = seconds is not None and run.elapsed > SEARCH_SHARE * seconds and state.scored >= method.starts
-            return late or state.scored == method.search
+            return late or state.scored == self.searched
         return state.stage < method.starts and (run.step + 1 if seconds is None else run.elapsed) >= self.end(state)
 
     def end(self, state: "StagedState") -> float:

@@ -47,10 +47,13 @@ class ReNO(GradientOptimizer):
     is projected too, see `WhiteNoiseSteps`. So no frequency of the noise outruns the others, a step has the same
     length on all models, and the noise stays Gaussian. The gradient is that of a slightly shifted and noisy view of the
     image, another in each step, which suppresses patterns that please one exact pixel grid; scores, losses and the
-    choice of the best remain those of the image itself. Saturated pixels keep their gradient.
+    choice of the best remain those of the image itself. Saturated pixels keep their gradient. On one-step models the
+    steps begin at the best of a few noises.
 
     Args:
         steps: Evaluations, the baseline included. The paper: 50.
+        search: The number of noises to choose from before the first step, see `GradientOptimizer`: "auto", which is 0
+            for parity, or a number.
         mode: "default" or "parity".
         geometry: "white" is the step above; for noise that a noise sampler draws in another color, the gradient is
             projected and the noise keeps its norm. "sphere" is the released step, followed by a projection on the norm
@@ -69,7 +72,8 @@ class ReNO(GradientOptimizer):
         preview: Reward the x0 estimate of one model call instead of the whole chain.
         stop: What ends the run of an image before it over-optimizes: "views" once the mean reward over its views has
             not risen for 10 evaluations, "held_out" once the held-out reward has not. Then losses and the choice of
-            the best are by the mean over the views: those of the gradient or, for "views", 4. `None` makes all steps.
+            the best are by the mean over the views of the gradient, for "views" and `views=0` over 4. `None` makes all
+            steps.
         held_out: Rewards that are not optimized, as `RewardSum` takes them, for `stop="held_out"`.
 
     Raises:
@@ -77,6 +81,7 @@ class ReNO(GradientOptimizer):
             `stop="held_out"` without the other.
     """
 
+    search: int | Literal["auto"] = checked("auto", "[0, inf)")
     mode: Literal["default", "parity"] = "default"
     geometry: Geometry | None = None
     learning_rate: float | None = checked(None, "[0, inf)")
@@ -100,6 +105,9 @@ class ReNO(GradientOptimizer):
         """The geometry, by name where it is `None`."""
         has_prior = self.mode == "parity" or self.regularization is not None
         return self.geometry or ("prior" if has_prior else "white")
+
+    def searched(self, problem: NoiseProblem) -> int:
+        return 0 if self.search == "auto" and self.mode == "parity" else super().searched(problem)
 
     def check(self) -> None:
         super().check()

@@ -72,9 +72,10 @@ def optimize(
     """
     frames, noises = StepImages(), StepNoises()
     result = optimize_noise(pipe, prompts, method, callbacks=[frames, noises], noise_sampler=noise_sampler, **call)
+    previewed = result.reports.get("search", {}).get("previews", False)
     if method.returns == "last":
         noises.noises[-1] = result.noise
-    elif not (method.previews or method.searches) and len(frames.images) == len(noises.noises):
+    elif not (method.previews or previewed) and len(frames.images) == len(noises.noises):
         return result, torch.stack([frames.images[step] for step in sorted(frames.images)])
     # the method did not evaluate finished images: sample them; embedded models take unit noise as latents
     again = {**call, "generator": result.generator(), "output_type": "pt"}

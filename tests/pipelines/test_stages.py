@@ -288,7 +288,7 @@ def test_a_folder_holds_results_with_a_search(pipe, tmp_path):
     [
         ({"search": -1}, r"`search` to be an integer in \[0, inf\)"),
         ({"starts": 0}, r"`starts` to be an integer in \[1, inf\)"),
-        ({"starts": 2}, "a `search` of at least as many noises as there are `starts`, but got 0 and 2"),
+        ({"starts": 2}, "a `search` of at least as many noises as there are `starts`, but got 'auto' and 2"),
         ({"search": 3, "starts": 4}, "but got 3 and 4. Pass `search=8`"),
         ({"search": 40, "starts": 10}, "at least 51 evaluations, .* but got 50"),
         ({"search": 4, "starts": 2, "budget": 6}, "at least 7 evaluations, .* but got 6"),
