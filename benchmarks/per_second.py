@@ -39,7 +39,8 @@ MODELS = ("sdxl-turbo", "turbo", "guided", "sd3")
 MANY = 10**6  # more evaluations than fit in any time
 AHEAD = 1.03  # a run lasts for this many times the seconds of `BEFORE` on the batch before
 PLAIN, BEST_OF_N, RELEASED, BEFORE, NOW = "plain", "best-of-N", "ReNO, released code", "ReNO, default before", "ReNO"
-NO_VIEWS, SEARCHED = "ReNO, views=0", "ReNO, best of 16"
+UNSEARCHED, NO_VIEWS = "ReNO, search=0", "ReNO, search=0, views=0"
+LENGTHS = (6, 11, 20, 40, 84)  # of the default, whose search depends on the number of steps
 BANDS = (BEST_OF_N, BEFORE, NOW)  # whose intervals are drawn
 # Rates are in units of √(H·W)/64. √2: the embedded models' noise has 8 channels, so that its norm is √2 times that of
 # the paper's models, for which 5 was chosen.
@@ -78,10 +79,10 @@ ROWS = {
     BEST_OF_N: Row("#bf8700", ("best_of_n",)),
     "zero-order search": Row("#8250df", ("zero_order_search",)),
     RELEASED: Row("#1a7f37", (f"reno:mode=parity,{RATE}",)),
-    BEFORE: Row("#cf222e", (f"reno:geometry=sphere,views=4,{RATE}",)),
-    NOW: Row("#0969da", ("reno",)),
-    NO_VIEWS: Row("#54aeff", ("reno:views=0",)),
-    SEARCHED: Row("#1b7c83", ("reno:search=16",)),
+    BEFORE: Row("#cf222e", (f"reno:geometry=sphere,search=0,views=4,{RATE}",)),
+    NOW: Row("#0969da", tuple(f"reno:steps={steps}" for steps in LENGTHS)),
+    UNSEARCHED: Row("#1b7c83", ("reno:search=0",)),
+    NO_VIEWS: Row("#54aeff", ("reno:search=0,views=0",)),
     "ReNO, 4 starts": Row("#bf3989", ("reno:search=16,starts=4,steps=25", "reno:search=16,starts=4,steps=80")),
     "RewardGuidance": Row("#0f1419", ("reward_guidance", "reward_guidance:particles=8"), chain=True),
 }
@@ -371,8 +372,8 @@ class Statement:
 
 
 def statements(results: Results) -> list[Statement]:
-    """Check what is claimed of ReNO, from the given noise and after a search, and of its step."""
-    return [*(each for label in (NOW, SEARCHED) for each in claims(results, label)), claim_of_step(results)]
+    """Check what is claimed of ReNO, as it is and without its search, and of its step."""
+    return [*(each for label in (NOW, UNSEARCHED) for each in claims(results, label)), claim_of_step(results)]
 
 
 def claims(results: Results, label: str) -> list[Statement]:
@@ -402,7 +403,7 @@ def claim_of_step(results: Results) -> Statement:
     released = results.end(RELEASED)
     target = results.values(RELEASED, "rewards", released)
     reward, viewed = (
-        results.difference("rewards", (label, released / 2), (RELEASED, released)) for label in (NO_VIEWS, NOW)
+        results.difference("rewards", (label, released / 2), (RELEASED, released)) for label in (NO_VIEWS, UNSEARCHED)
     )
     reached_at = results.time_to("rewards", NO_VIEWS, target, released)
     return Statement(

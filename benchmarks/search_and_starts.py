@@ -83,9 +83,9 @@ class Bench:
     def costs(self) -> Costs:
         """Measure the costs of evaluations of all prompts, each from two runs of different length."""
         reward, single = self.reward, self.call["num_inference_steps"] == 1
-        self.run(ReNO(rewards=reward, steps=2))
+        self.run(ReNO(rewards=reward, steps=2, search=0))
         plain = self.difference(*(BestOfN(rewards=reward, steps=steps) for steps in (2, 6)))
-        gradient = self.difference(*(ReNO(rewards=reward, steps=steps) for steps in (2, 6)))
+        gradient = self.difference(*(ReNO(rewards=reward, steps=steps, search=0) for steps in (2, 6)))
         looks = (BestOfN(rewards=reward, steps=steps, preview=True, keep=2) for steps in (2, 6))
         return Costs(plain, plain if single else self.difference(*looks), gradient, single)
 
@@ -101,7 +101,7 @@ class Bench:
             "|---|---|---|---|---|---|---|",
         ]
         for count in evaluations:
-            alone = self.run(ReNO(rewards=reward, steps=count))
+            alone = self.run(ReNO(rewards=reward, steps=count, search=0))
             lines.append(row(count, "none", 1, alone, alone))
             for share, starts in TRIED:
                 if found := costs.settings(count * costs.gradient, share, starts):

@@ -176,7 +176,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     pipe.set_progress_bar_config(disable=True)
     with quiet_libraries():
         reward, reader = (AutoReward.from_pretrained(shapes_world.path(name)) for name in ("clip", "vqa"))
-    method = Followed(rewards=reward, steps=arguments.steps, views=arguments.views)
+    method = Followed(rewards=reward, steps=arguments.steps, search=0, views=arguments.views)
     groups = list(batches(problems, arguments.batch_size))
     rules = joined([follow(pipe, method, reward, reader, batch) for batch in tqdm(groups, unit="batch")]).rules()
     print(f"\n{arguments.model}, {arguments.split}, {len(prompts)} prompts\n")

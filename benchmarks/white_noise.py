@@ -44,6 +44,7 @@ class Steps(ReNO):
         update: "mean" of the gradients, or "adam", "sign" or "nesterov" in its place.
     """
 
+    search: int = 0
     order: Literal["rings", "channels first", "channels last", "packed"] = "rings"
     projected: Literal["both", "gradient", "noise"] = "both"
     update: Literal["mean", "adam", "sign", "nesterov"] = "mean"

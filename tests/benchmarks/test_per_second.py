@@ -14,7 +14,7 @@ from per_second import (  # pyright: ignore[reportMissingImports]
     PLAIN,
     RELEASED,
     ROWS,
-    SEARCHED,
+    UNSEARCHED,
     Curve,
     Follower,
     Results,
@@ -44,7 +44,7 @@ def results(**found: list[Curve]) -> Results:
         "released": RELEASED,
         "now": NOW,
         "views": NO_VIEWS,
-        "searched": SEARCHED,
+        "unsearched": UNSEARCHED,
         "best_of_n": BEST_OF_N,
     }
     curves = {label: found.get(name, wrong) for name, label in labels.items()}
@@ -84,15 +84,15 @@ def test_statements_say_what_the_curves_do():
     released = [curve([2.0, 4.0], [(0.0, 0.0), (4.0, 0.0)], [(0.0, 0.0), (4.0, 0.0)])]
     now = [curve([1.0, 2.0, 8.0], [(1.0, 0.0), (4.0, 1.0), (5.0, 1.0)], [(1.0, 0.0), (4.0, 0.0), (5.0, 1.0)])]
     found = statements(results(before=before, released=released, now=now, views=now))
-    soon, above, control, *searched, reward = found
-    assert len(searched) == 3 and not any(each.holds for each in searched)  # it is never right
+    soon, above, control, *unsearched, reward = found
+    assert len(unsearched) == 3 and not any(each.holds for each in unsearched)  # it is never right
     assert soon.holds and soon.figures == "+0.0 [+0.0, +0.0] points; as many after 0.20 [0.01, 0.20] of the seconds"
     assert above.holds and above.figures == "+50.0 [+0.0, +100.0] points"
     assert control.holds and control.figures.startswith(
         "+100.0 [+100.0, +100.0] points; at 1/5 of the seconds of both +50"
     )
     assert reward.holds and reward.figures == (
-        "+0.00 [+0.00, +0.00]; as much after 0.50 [0.50, 0.50] of the seconds; with the view +0.00 [+0.00, +0.00]"
+        "+0.00 [+0.00, +0.00]; as much after 0.50 [0.50, 0.50] of the seconds; with the view -2.00 [-4.00, +0.00]"
     )
 
 
@@ -102,8 +102,8 @@ def test_statements_that_do_not_hold_say_so():
     assert not any(statement.holds for statement in found)
     assert "as many after never [never, never]" in found[0].figures and "**does not hold**" in str(found[0])
     narrow = [curve([1.0, 2.0], [(0.0, 0.0), (0.0, 1.0)], [(0.0, 0.0), (0.0, 0.0)])]
-    *_, searched, _ = statements(results(searched=narrow))
-    assert not searched.holds  # 50 points more, with an interval that has 0
+    *_, unsearched, _ = statements(results(unsearched=narrow))
+    assert not unsearched.holds  # 50 points more, with an interval that has 0
 
 
 def test_judging_takes_no_time_and_only_new_images_are_judged(monkeypatch):
