@@ -47,7 +47,7 @@ def run(method: ReNO, count: int = 1, **call) -> NoiseResult:
 @pytest.mark.parametrize("views", [0, 2])
 def test_each_image_ends_once_its_held_out_score_has_not_risen(views):
     held_out = Scripted([1.0, 0.9], [1.0, 2.0, 1.5, 3.0, 2.9])
-    result = run(ReNO(rewards=redness, steps=40, views=views, stop="held_out", held_out=held_out), count=2)
+    result = run(ReNO(rewards=redness, steps=40, search=0, views=views, stop="held_out", held_out=held_out), count=2)
     assert result.losses.isfinite().sum(0).tolist() == [1 + PATIENCE, 4 + PATIENCE]
     assert result.provenance["stopped"] == "held out" and result.complete
     assert result.reports["held out scripted"]["initial"] == [1.0, 1.0]
@@ -70,7 +70,7 @@ def test_held_out_rewards_are_summed_with_their_weights_and_are_not_optimized():
 
 
 def test_views_end_a_run_whose_mean_over_them_no_longer_rises():
-    result = run(ReNO(rewards=redness, learning_rate=0.0, steps=200, stop="views", views=1))
+    result = run(ReNO(rewards=redness, learning_rate=0.0, steps=200, search=0, stop="views", views=1))
     assert result.provenance["stopped"] == "patience"
     assert len(result.losses) == result.best_step.item() + 1 + PATIENCE < 200
 
@@ -165,7 +165,7 @@ def test_a_reader_of_the_shapes_world_ends_the_run_of_its_reward():
     pipe.set_progress_bar_config(disable=True)
     rewards = {name: AutoReward.from_pretrained(shapes_world.path(name)) for name in ("clip", "vqa")}
     held_out = StepImages()
-    method = ReNO(rewards=rewards["clip"], steps=80, stop="held_out", held_out=rewards["vqa"])
+    method = ReNO(rewards=rewards["clip"], steps=80, search=0, stop="held_out", held_out=rewards["vqa"])
     prompt = "a red circle left of a blue star"
     result = optimize_noise(pipe, prompt, method, generator=generator(), callbacks=held_out, **ONE_STEP)
     steps = sorted(held_out.images)

@@ -32,9 +32,9 @@ from noiseopt import (
 from noiseopt.callbacks import History
 from noiseopt.pipelines import FunctionObjective, NoiseOptimizer
 from noiseopt.pipelines.registry import METHODS
-from noiseopt.pipelines.reno import method as reno
 from noiseopt.pipelines.results import noise_file
 from noiseopt.pipelines.stages import SEARCH_SHARE
+from noiseopt.pipelines.white_noise import WhiteNoiseSteps
 
 CALL = {"num_images_per_prompt": 2, "num_inference_steps": 1, "guidance_scale": 0.0, **SIZE}
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -172,7 +172,7 @@ def test_packed_latents_and_a_generator_for_each_image(family, tmp_path):
 def test_an_interrupt_anywhere_in_a_step_loses_that_step_only(place, pipe, tmp_path, monkeypatch):
     path, method, calls = tmp_path / "noise.safetensors", method_of("reno", views=0), []
     whole = optimize_noise(pipe, "a", method, generator=generator(), **CALL)
-    owner, name = {"reward": (ReNO, "regularizer"), "step": (reno, "rate_unit"), "start": (ReNO, "start")}[place]
+    owner, name = {"reward": (ReNO, "regularizer"), "step": (WhiteNoiseSteps, "moved"), "start": (ReNO, "start")}[place]
     own = getattr(owner, name)
 
     def third(*args):
@@ -288,7 +288,7 @@ def no_model(*_, **__):
 
 OTHERS = [
     ({"prompt": "b"}, "prompt was 'a' and is 'b'"),
-    ({"method": ReNO(rewards=redness, steps=STEPS, learning_rate=1.0)}, "method learning_rate was 5.0 and is 1.0"),
+    ({"method": ReNO(rewards=redness, steps=STEPS, learning_rate=1.0)}, "method learning_rate was None and is 1.0"),
     ({"method": BestOfN(rewards=redness, steps=STEPS)}, "method name was 'ReNO' and is 'BestOfN'"),
     ({"method": ReNO(rewards="red", steps=STEPS)}, "method rewards was "),
     ({"num_inference_steps": 3}, "arguments num_inference_steps was 1 and is 3"),
