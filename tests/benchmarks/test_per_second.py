@@ -92,7 +92,7 @@ def test_statements_say_what_the_curves_do():
         "+100.0 [+100.0, +100.0] points; at 1/5 of the seconds of both +50"
     )
     assert reward.holds and reward.figures == (
-        "+0.00 [+0.00, +0.00]; as much after 0.50 [0.50, 0.50] of the seconds; with the view -2.00 [-4.00, +0.00]"
+        "+0.00 [+0.00, +0.00]; as much after 0.50 [0.50, 0.50] of the seconds; with the view -4.00 [-4.00, -4.00]"
     )
 
 
