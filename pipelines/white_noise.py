@@ -36,7 +36,15 @@ class WhiteNoiseProjection:
         """Return the projection of `(B, ..., H, W)`, in float32 or better.
 
         Each sample is projected by itself. A sample of zeros stays zero.
+
+        Raises:
+            ValueError: For samples of fewer than two dimensions each.
         """
+        if samples.ndim < 3:
+            raise ValueError(
+                f"Expected samples of shape (B, ..., H, W), but got {tuple(samples.shape)}. Flat ones of N numbers are "
+                "projected as (B, 1, N)."
+            )
         flat = samples.flatten(1).to(torch.promote_types(samples.dtype, torch.float32))
         largest = flat.abs().amax(1, keepdim=True)
         scaled = flat / largest.clamp_min(torch.finfo(flat.dtype).tiny)  # the squares of a small gradient vanish
@@ -74,7 +82,7 @@ def rings_of(shape: tuple[int, int, int], device: torch.device) -> Rings:
     """Return the indices of the coefficients of samples `(C, H, W)`, sorted by frequency."""
     index = torch.arange(math.prod(shape)).view(shape)
     mirror = index.flip(1, 2).roll((1, 1), (1, 2)).flatten()
-    vertical, horizontal = (torch.fft.fftfreq(size).square() for size in shape[1:])
+    vertical, horizontal = (torch.fft.fftfreq(size, dtype=torch.float32).square() for size in shape[1:])
     distance = (vertical[:, None] + horizontal).expand(shape).flatten()
     index = index.flatten()
     real, half = index[index == mirror], index[index < mirror]
@@ -123,8 +131,8 @@ def nearest_block(sizes: torch.Tensor) -> torch.Tensor:
         return torch.ones_like(sizes)
     ranked, order = sizes.sort(dim=-1, descending=True, stable=True)
     nearest = nearest_ranked(ranked)
-    quantiles = (torch.arange(block, device=sizes.device) + 0.5) / block
-    expected = nearest_ranked((-quantiles.log()).sqrt().to(sizes))  # of the Rayleigh distribution
+    quantiles = (torch.arange(block, dtype=sizes.dtype, device=sizes.device) + 0.5) / block
+    expected = nearest_ranked((-quantiles.log()).sqrt())  # of the Rayleigh distribution
     found = (nearest.square().sum(-1, keepdim=True) / block - 1).abs() < TOLERANCE  # false for NaN
     return torch.empty_like(sizes).scatter(-1, order, torch.where(found, nearest, expected))
 
@@ -136,8 +144,8 @@ def nearest_ranked(ranked: torch.Tensor) -> torch.Tensor:
     with the mean and variance of those m, and P = B·π/4. The right m has λ between the m-th size and the next.
     """
     block = ranked.shape[-1]
-    least, count = MEAN_SIZE**2 * block, torch.arange(1, block + 1, device=ranked.device)
-    shift = ranked.mean(-1, keepdim=True)
+    least, shift = MEAN_SIZE**2 * block, ranked.mean(-1, keepdim=True)
+    count = torch.arange(1, block + 1, dtype=ranked.dtype, device=ranked.device)
     centered = ranked - shift  # or the small variance would be a difference of large sums
     mean = centered.cumsum(-1) / count
     variance = (centered.square().cumsum(-1) / count - mean.square()).clamp_min(0)

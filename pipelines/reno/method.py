@@ -138,9 +138,7 @@ class ReNO(GradientOptimizer):
 
     def start(self, problem: NoiseProblem) -> NesterovState | WhiteNoiseSteps:
         if self.geometry_used == "white":
-            return WhiteNoiseSteps(
-                problem, WHITE_RATE if self.learning_rate is None else self.learning_rate, self.momentum
-            )
+            return WhiteNoiseSteps(problem, self.rate_or(WHITE_RATE), self.momentum)
         return NesterovState(torch.zeros_like(problem.noise), per_sample_norm(problem.noise))
 
     def step(self, run: NoiseState, gradient: torch.Tensor, state: NesterovState | WhiteNoiseSteps) -> torch.Tensor:

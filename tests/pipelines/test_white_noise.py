@@ -33,7 +33,7 @@ def blocks_of(sample: torch.Tensor) -> list[np.ndarray]:
     real.sort(key=lambda each: round(each[0], 6))
     pairs = [(a[0], math.hypot(a[1], b[1]) / math.sqrt(2)) for a, b in zip(real[::2], real[1::2], strict=False)]
     sizes = [size for _, size in sorted(pairs + found, key=lambda each: round(each[0], 6))]
-    starts = list(range(0, max(len(sizes) - 31, 1), 16))
+    starts = list(range(0, max(len(sizes) - 15, 1), 16))
     return [np.array(sizes[start:end]) for start, end in zip(starts, [*starts[1:], len(sizes)], strict=True)]
 
 
@@ -128,3 +128,20 @@ def test_zeros_stay_zero_and_half_precision_is_projected_in_float32():
     assert project(noise).dtype == torch.float32
     assert not project(torch.zeros(2, 4, 8, 8)).any()
     assert project(drawn(1, 4, 8, 8, dtype=torch.float64)).dtype == torch.float64
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_default_dtype_does_not_matter(dtype):
+    noise = drawn(2, 4, 8, 8).square()
+    expected, usual = project(noise), torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        found = project(noise)
+    finally:
+        torch.set_default_dtype(usual)
+    assert torch.equal(found, expected)
+
+
+def test_a_sample_has_two_dimensions():
+    with pytest.raises(ValueError, match=r"Expected samples of shape \(B, ..., H, W\), but got \(2, 64\)"):
+        project(drawn(2, 64))
