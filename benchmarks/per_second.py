@@ -40,7 +40,7 @@ MANY = 10**6  # more evaluations than fit in any time
 AHEAD = 1.03  # a run lasts for this many times the seconds of `BEFORE` on the batch before
 PLAIN, BEST_OF_N, RELEASED, BEFORE, NOW = "plain", "best-of-N", "ReNO, released code", "ReNO, default before", "ReNO"
 UNSEARCHED, NO_VIEWS = "ReNO, search=0", "ReNO, search=0, views=0"
-LENGTHS = (6, 11, 20, 40, 84)  # of the default, whose search depends on the number of steps
+LENGTHS = (6, 11, 20, 40, 78)  # of the default, whose search depends on the number of steps
 BANDS = (BEST_OF_N, BEFORE, NOW)  # whose intervals are drawn
 # Rates are in units of √(H·W)/64. √2: the embedded models' noise has 8 channels, so that its norm is √2 times that of
 # the paper's models, for which 5 was chosen.
