@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from per_second import MODELS, Problem, batches, inputs, right  # pyright: ignore[reportMissingImports]
 
 from noiseopt import AutoReward, BestOfN, ReNO, optimize_noise, shapes_world
 from noiseopt.demo import load_pipeline
@@ -21,7 +22,6 @@ from noiseopt.quiet import quiet_libraries
 
 BATCH = 16
 TRIED = ((0.15, 1), (0.3, 1), (0.5, 1), (0.3, 2), (0.3, 4))  # shares of the search, and starts
-MODELS = ("sdxl-turbo", "turbo", "guided", "sd3")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,21 +64,21 @@ class Bench:
         self.pipe.set_progress_bar_config(disable=True)
         with quiet_libraries():
             self.reward = AutoReward.from_pretrained(shapes_world.path("clip"))
-        self.prompts, self.call = list(prompts), dict(shapes_world.MODELS[model].call)
+        self.problems = [Problem(prompt, index, 0) for index, prompt in enumerate(prompts)]
+        self.call = dict(shapes_world.MODELS[model].call)
 
     def run(self, method: NoiseOptimizer) -> Outcome:
         """Run a method on all prompts."""
-        right, rewards, seconds = [], [], 0.0
-        for first in range(0, len(self.prompts), BATCH):
-            part = self.prompts[first : first + BATCH]
-            generators = [torch.Generator().manual_seed(first + index) for index in range(len(part))]
+        verdicts, rewards, seconds = [], [], 0.0
+        for problems in batches(self.problems, BATCH):
+            prompts, generators = inputs(problems)
             began = time.process_time()
-            result = optimize_noise(self.pipe, part, method, generator=generators, **self.call)
+            result = optimize_noise(self.pipe, prompts, method, generator=generators, **self.call)
             seconds += time.process_time() - began
             assert result.images is not None
-            right += [float(verdict.correct) for verdict in shapes_world.judge(result.images, part)]
+            verdicts.append(right(result.images, prompts))
             rewards.append(-result.best_loss)
-        return Outcome(torch.tensor(right), torch.cat(rewards), seconds)
+        return Outcome(torch.cat(verdicts), torch.cat(rewards), seconds)
 
     def costs(self) -> Costs:
         """Measure the costs of evaluations of all prompts, each from two runs of different length."""

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from per_second import SPLITS, Follower, Problem, inputs  # pyright: ignore[reportMissingImports]
+from per_second import SPLITS, Follower, Problem, batches, inputs  # pyright: ignore[reportMissingImports]
 from tqdm import tqdm
 
 from noiseopt import AutoReward, ReNO, optimize_noise, shapes_world
@@ -26,6 +26,7 @@ from noiseopt.evaluation.noise_statistics import gaussian_limits, noise_statisti
 from noiseopt.pipelines import WhiteNoiseProjection
 from noiseopt.pipelines.noise_math import per_image, per_sample_norm, unit
 from noiseopt.pipelines.problem import NoiseProblem
+from noiseopt.pipelines.white_noise import WHITE_RATE
 from noiseopt.quiet import quiet_libraries
 
 MODELS = ("sdxl-turbo", "turbo")
@@ -67,7 +68,7 @@ class Steps(ReNO):
             "sign": gradient.sign(),
             "nesterov": (1 - self.momentum) * gradient + self.momentum * mean,
         }
-        moved = run.noise - self.rate_or(0.1) * updates[self.update]
+        moved = run.noise - self.rate_or(WHITE_RATE) * updates[self.update]
         if self.projected == "gradient":
             return moved * per_image(state["radius"] / per_sample_norm(moved), moved)
         return self.project(moved)
@@ -118,10 +119,10 @@ class Found:
         return torch.cat([each[count - 1] for each in getattr(self, name)]).double()
 
 
-def measure(pipe: Any, reward: Any, method: ReNO, batches: Sequence[Sequence[Problem]], call: Any) -> Found:
+def measure(pipe: Any, reward: Any, method: ReNO, parts: Sequence[Sequence[Problem]], call: Any) -> Found:
     """Run a method on all problems, and follow its best."""
     found = Found([], [], [], [])
-    for problems in batches:
+    for problems in parts:
         prompts, generators = inputs(problems)
         began, last = time.process_time(), {}
         clock = lambda began=began: time.process_time() - began  # noqa: E731
@@ -177,7 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Found]:
     options = parser.parse_args(arguments)
     prompts = getattr(shapes_world, SPLITS[options.split])[options.first : options.first + options.limit]
     problems = [Problem(prompt, options.first + i, 0) for i, prompt in enumerate(prompts)]
-    batches = [problems[start : start + options.batch_size] for start in range(0, len(problems), options.batch_size)]
+    parts = list(batches(problems, options.batch_size))
     with quiet_libraries():
         pipe: Any = load_pipeline(options.model)
         reward = AutoReward.from_pretrained(shapes_world.path("clip"))
@@ -186,7 +187,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Found]:
     found = {}
     for label in tqdm(labels, unit="row"):
         method = Steps(rewards=reward, steps=options.steps, **ROWS[label])
-        found[label] = measure(pipe, reward, method, batches, shapes_world.MODELS[options.model].call)
+        found[label] = measure(pipe, reward, method, parts, shapes_world.MODELS[options.model].call)
     counts = sorted({max(1, options.steps // 4), max(1, options.steps // 2), options.steps})
     print(f"{options.model}, {len(prompts)} {options.split} prompts, one noise each\n\n{table(found, counts)}")
     if options.output:

@@ -227,7 +227,8 @@ class GradientOptimizer(RewardOptimizer):
 
     Args:
         search: k, the number of scored noises, each an evaluation of `steps` or `budget`; 0 runs from the given noise.
-            "auto" is 16, and at most a third of the evaluations, if the call names a single denoising step, and else 0.
+            "auto" is 16, and at most a third of the evaluations, if the call names a single denoising step and does
+            not choose the noise by `latents`, and else 0.
         starts: The number of noises from which the method runs, at most k.
     """
 
@@ -238,7 +239,8 @@ class GradientOptimizer(RewardOptimizer):
         if self.search != "auto":
             return self.search
         most = AUTO_SEARCH if self.evaluations is None else min(AUTO_SEARCH, int(AUTO_SHARE * self.evaluations))
-        return most if problem.is_single_step and most > 1 else 0
+        chosen = problem.request.get("latents") is not None
+        return most if problem.is_single_step and not chosen and most > 1 else 0
 
     def check(self) -> None:
         super().check()

@@ -300,6 +300,24 @@ def test_searches_that_cannot_be_are_refused_before_any_model_runs(settings, exp
         optimize_noise(pipe, "a", ReNO(rewards=redness, **settings), **CALL)
 
 
+@pytest.mark.parametrize(
+    ("changes", "settings", "expected"),
+    [
+        ({}, {"steps": 60}, 16),
+        ({}, {"steps": 50, "budget": 12}, 4),
+        ({"timesteps": [999], "num_inference_steps": 3}, {"steps": 12}, 4),
+        ({}, {"steps": 5}, 0),
+        ({}, {"steps": 12, "mode": "parity"}, 0),
+        ({"num_inference_steps": 2}, {"steps": 12}, 0),
+        ({"latents": torch.randn(3, 4, 16, 16, generator=generator())}, {"steps": 12}, 0),
+    ],
+)
+def test_renos_default_searches_a_third_of_its_evaluations_before_a_single_step(changes, settings, expected, pipe):
+    """And not in the place of noise that the caller chose."""
+    problem = problem_of(pipe, **{**ONE_STEP, **changes})
+    assert ReNO(rewards=redness, **settings).searched(problem) == expected
+
+
 def test_without_a_search_nothing_is_staged(pipe):
     seen = Watch()
     result = optimize_noise(pipe, "a", Climb(steps=3), callbacks=seen, generator=generator(), **CALL)
