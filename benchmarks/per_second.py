@@ -337,14 +337,21 @@ class Results:
         counts = [1.0 + curve.at(float(seconds)) for curve, seconds in pairs]
         return sum(counts) / len(counts)
 
+    def begun(self, label: str, moment: Moment) -> bool:
+        """Return whether a row has an image for all problems at a time."""
+        return all(curve.seconds[0] <= seconds for curve, seconds in zip(self.curves[label], moment, strict=True))
+
     def difference(self, name: str, ours: tuple[str, Moment], theirs: tuple[str, Moment]) -> Estimate:
-        """Return the paired difference between two rows, each at its time."""
+        """Return the paired difference between two rows, each at its time; NaN if one has no images then."""
+        if not (self.begun(*ours) and self.begun(*theirs)):
+            return Estimate(math.nan, math.nan, math.nan)
         return paired_bootstrap(*(self.values(label, name, moment) for label, moment in (ours, theirs)))
 
     def time_to(self, name: str, ours: str, target: Tensor, cost: Moment, resamples: int = 2000) -> Estimate:
         """Return the time at which the mean of a row first is that of `target`, `(prompts,)`, in units of `cost`."""
         shares = torch.linspace(0.005, 1.0, 200, dtype=torch.float64)
         curves = torch.stack([self.values(ours, name, share * cost) for share in shares], 1)
+        curves[:, [not self.begun(ours, share * cost) for share in shares]] = -math.inf
         drawn = torch.randint(self.prompts, (resamples, self.prompts), generator=torch.Generator().manual_seed(0))
         chosen = torch.cat([torch.arange(self.prompts)[None], drawn])
         found = reached(curves, shares.expand_as(curves), target, torch.ones_like(target), chosen)
@@ -386,13 +393,13 @@ def claims(results: Results, label: str) -> list[Statement]:
     return [
         Statement(
             f"{label} in 1/5 of the seconds: at least as many right as by the default before after {steps}",
-            f"{points(soon)} points; as many after {share(sooner)} of the seconds",
+            f"{points(soon)}; as many after {share(sooner)} of the seconds",
             soon.value >= 0,
         ),
-        Statement(f"{label} in the same seconds: more right than that", f"{points(above)} points", above.value > 0),
+        Statement(f"{label} in the same seconds: more right than that", points(above), above.value > 0),
         Statement(
             f"{label} in the same seconds: at least 15 points more right than by best-of-N",
-            f"{points(control)} points; at 1/5 of the seconds of both {points(early)}",
+            f"{points(control)}; at 1/5 of the seconds of both {points(early)}",
             control.value >= 0.15 and control.low > 0,
         ),
     ]
@@ -414,10 +421,14 @@ def claim_of_step(results: Results) -> Statement:
 
 
 def points(estimate: Estimate) -> str:
-    return f"{100 * estimate.value:+.1f} [{100 * estimate.low:+.1f}, {100 * estimate.high:+.1f}]"
+    if math.isnan(estimate.value):
+        return "no image yet"
+    return f"{100 * estimate.value:+.1f} [{100 * estimate.low:+.1f}, {100 * estimate.high:+.1f}] points"
 
 
 def number(estimate: Estimate) -> str:
+    if math.isnan(estimate.value):
+        return "no image yet"
     return f"{estimate.value:+.2f} [{estimate.low:+.2f}, {estimate.high:+.2f}]"
 
 

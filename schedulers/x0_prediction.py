@@ -205,11 +205,15 @@ def from_flow_sigmas(scheduler: Any, timestep: torch.Tensor | float) -> AffineCo
 def from_flow_map(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficients:
     """Return (skip, out) of flow maps, x0 = x − σ·u with u the mean velocity from the time of the call to another.
 
-    This is the map itself if that other time is 0, else the end of the straight line along u. The timestep may be any.
+    This is the map itself if that other time is 0, else the end of the straight line along u. Timesteps need not be
+    those of the scheduler.
     """
-    time = torch.as_tensor(timestep).flatten()[0]
-    index = scheduler.index_for_timestep(time)
-    sigma = exact(time / scheduler.config["num_train_timesteps"] if index is None else scheduler.sigmas[index])
+
+    def level(time: torch.Tensor) -> torch.Tensor:
+        index = scheduler.index_for_timestep(time)
+        return exact(time / scheduler.config["num_train_timesteps"] if index is None else scheduler.sigmas[index])
+
+    sigma = torch.stack([level(time) for time in torch.as_tensor(timestep).flatten()])
     return torch.ones_like(sigma), -sigma
 
 

@@ -119,7 +119,7 @@ class RewardGuidance:
             check_request(twin, request)
             run = GuidedRun(twin, self, request, noise_sampler=noise_sampler, reward_prompt=reward_prompt)
             with run.running(twin), torch.no_grad():
-                return stock_call(type(pipe))(twin, **request)
+                return stock_call(type(pipe))(twin, **run.stock_request())
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -193,7 +193,34 @@ class GuidedRun(NoiseRun):
         """
         if self.gradient == "full":
             torch.set_grad_enabled(True)
-            latents.requires_grad_()
+            self.recorded = latents.requires_grad_()
+
+    def stock_request(self) -> dict[str, Any]:
+        """Return the request of the stock call, whose callback sees tensors without a graph."""
+        callback = self.request.get("callback_on_step_end")
+        if self.gradient != "full" or callback is None:
+            return self.request
+        request = self.request | {"callback_on_step_end": functools.partial(self.call_back, callback)}
+        if hasattr(callback, "tensor_inputs"):  # diffusers reads them from callbacks of its own classes
+            request["callback_on_step_end_tensor_inputs"] = callback.tensor_inputs
+        return request
+
+    def call_back(self, callback: Callable[..., Any], pipe, step: int, timestep: Any, tensors: dict[str, Any]) -> Any:
+        """Call the user's callback as a plain call does, and record the latents that it returns, if that was on."""
+        recording = torch.is_grad_enabled()
+        plain = {name: each.detach() if isinstance(each, torch.Tensor) else each for name, each in tensors.items()}
+        with torch.no_grad():
+            returned = callback(pipe, step, timestep, plain)
+        if not recording:
+            return returned
+        if getattr(pipe, "interrupt", False):  # no model call follows
+            torch.set_grad_enabled(False)
+            self.recorded.requires_grad_(False)
+        elif isinstance(returned, dict) and isinstance(returned.get("latents"), torch.Tensor):
+            latents = returned["latents"].detach()
+            returned["latents"] = latents.clone() if latents.is_inference() else latents
+            self.record(returned["latents"])
+        return returned
 
     def guided(self, pipe, step: Callable[..., Any], prepared: Any) -> Callable[..., Any]:
         """Return the `step` of the scheduler with guidance in the first steps."""

@@ -86,7 +86,7 @@ def test_statements_say_what_the_curves_do():
     found = statements(results(before=before, released=released, now=now, views=now))
     soon, above, control, *unsearched, reward = found
     assert len(unsearched) == 3 and not any(each.holds for each in unsearched)  # it is never right
-    assert soon.holds and soon.figures == "+0.0 [+0.0, +0.0] points; as many after 0.20 [0.01, 0.20] of the seconds"
+    assert soon.holds and soon.figures == "+0.0 [+0.0, +0.0] points; as many after 0.20 [0.10, 0.20] of the seconds"
     assert above.holds and above.figures == "+50.0 [+0.0, +100.0] points"
     assert control.holds and control.figures.startswith(
         "+100.0 [+100.0, +100.0] points; at 1/5 of the seconds of both +50"
@@ -104,6 +104,14 @@ def test_statements_that_do_not_hold_say_so():
     narrow = [curve([1.0, 2.0], [(0.0, 0.0), (0.0, 1.0)], [(0.0, 0.0), (0.0, 0.0)])]
     *_, unsearched, _ = statements(results(unsearched=narrow))
     assert not unsearched.holds  # 50 points more, with an interval that has 0
+
+
+def test_images_that_are_not_there_yet_are_no_evidence():
+    late = [curve([1.9, 2.0], [(9.0, 1.0), (9.0, 1.0)], [(9.0, 1.0), (9.0, 1.0)])]
+    soon, above, control, *_, reward = statements(results(now=late, views=late))
+    assert not soon.holds and soon.figures == "no image yet; as many after 0.95 [0.95, 0.95] of the seconds"
+    assert above.holds and control.holds and control.figures.endswith("at 1/5 of the seconds of both no image yet")
+    assert not reward.holds and reward.figures.startswith("no image yet; as much after 0.95")
 
 
 def test_judging_takes_no_time_and_only_new_images_are_judged(monkeypatch):

@@ -470,8 +470,9 @@ def test_the_multistep_solver_learns_a_variance_too():
     torch.testing.assert_close(ours, scheduler.convert_model_output(output, sample=sample), rtol=1e-4, atol=1e-4)
 
 
-def test_images_of_a_batch_may_be_at_their_own_timesteps():
-    scheduler = make("DDIM")
+@pytest.mark.parametrize("name", ["DDIM", "flow map"])
+def test_images_of_a_batch_may_be_at_their_own_timesteps(name):
+    scheduler = make(name)
     output, sample, timesteps = randn(0), randn(1), scheduler.timesteps[[1, 4]]
     both = predict_x0(scheduler, output, timesteps, sample)
     for i, timestep in enumerate(timesteps):

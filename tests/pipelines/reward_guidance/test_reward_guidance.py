@@ -6,13 +6,14 @@ import itertools
 import pytest
 import torch
 from diffusers import AmusedScheduler, DDIMScheduler, EulerDiscreteScheduler
+from diffusers.callbacks import PipelineCallback
 from diffusers.configuration_utils import FrozenDict
 from problems import generator, problem_of, redness
 from tiers import slow_except
 from tiny_families import FAMILY_BUILDERS, family_arguments, tiny_family
 from tiny_pipelines import call_arguments, quiet, sd_pipeline, tiny_pipeline
 
-from noiseopt import RewardGuidance
+from noiseopt import RewardGuidance, optimize_noise
 from noiseopt.pipelines.problem import CandidateNoise
 from noiseopt.rewards import NonDifferentiableReward
 
@@ -239,6 +240,52 @@ def test_an_exception_in_the_middle_leaves_everything_as_it_was():
     assert pipe("a", generator=generator(), **call).images.equal(plain)
 
 
+def as_arrays(pipe, step, timestep, tensors):
+    assert tensors["latents"].numpy().any()
+    return tensors
+
+
+def in_place(pipe, step, timestep, tensors):
+    tensors["latents"].mul_(1.0)
+    return {}
+
+
+def without_graph(pipe, step, timestep, tensors):
+    with torch.inference_mode():
+        return {"latents": tensors["latents"].clone()}
+
+
+class OfDiffusers(PipelineCallback):
+    tensor_inputs = ("prompt_embeds", "latents")
+
+    def callback_fn(self, pipeline, step, timestep, tensors):
+        assert not torch.is_grad_enabled()
+        return {"latents": tensors["latents"] + 0 * tensors["prompt_embeds"].sum()}
+
+
+@pytest.mark.parametrize("callback", [as_arrays, in_place, without_graph, OfDiffusers(cutoff_step_ratio=1.0)])
+def test_callbacks_that_change_nothing_change_nothing(callback):
+    pipe, call = tiny_pipeline("sd"), {**call_arguments("sd"), "num_inference_steps": 4, "output_type": "pt"}
+    guidance = RewardGuidance(rewards=redness, gradient="full")
+    expected = guidance.generate(pipe, "a", generator=generator(), **call).images
+    found = guidance.generate(pipe, "a", generator=generator(), callback_on_step_end=callback, **call).images
+    assert found.equal(expected)
+
+
+@pytest.mark.parametrize("returned", [True, False])
+@pytest.mark.parametrize("output_type", ["latent", "np"])
+def test_an_interrupted_call_returns_images_without_a_graph(returned, output_type):
+    pipe, call = tiny_pipeline("sd"), {**call_arguments("sd"), "num_inference_steps": 4, "output_type": output_type}
+
+    def interrupt(pipe, step, timestep, tensors):
+        pipe._interrupt = True
+        return tensors if returned else {}
+
+    guidance = RewardGuidance(rewards=redness, gradient="full")
+    images = guidance.generate(pipe, "a", generator=generator(), callback_on_step_end=interrupt, **call).images
+    assert not torch.as_tensor(images).requires_grad
+
+
 def test_schedulers_that_add_noise_see_the_same_noise():
     pipe, call = tiny_pipeline("sdxl"), {**call_arguments("sdxl"), "num_inference_steps": 4, "output_type": "pt"}
     guidance = RewardGuidance(rewards=redness, strength=1e-4)
@@ -264,7 +311,7 @@ UNSUITED = {
     "mode": ({"rewards": redness, "gradient": "ful"}, {}, ValueError, "`gradient`"),
     "steps": ({"rewards": redness, "guided_steps": 0}, {}, ValueError, "`guided_steps`"),
     "reward": ({"rewards": "clipscor"}, {}, ValueError, "clipscore"),
-    "argument": ({"rewards": redness}, {"strength": 2.0}, TypeError, r"RewardGuidance\(strength=...\)"),
+    "argument": ({"rewards": redness}, {"strength": 2.0}, TypeError, r"RewardGuidance\(strength=...\)`.$"),
 }
 
 
@@ -275,6 +322,11 @@ def test_what_cannot_work_is_refused_before_a_model_runs(case, monkeypatch):
     monkeypatch.setattr(type(pipe), "encode_prompt", never)
     with pytest.raises(error, match=message):
         RewardGuidance(**settings).generate(pipe, "a", **{**call_arguments("sd"), **changes})
+
+
+def test_optimize_noise_names_the_call_of_guidance():
+    with pytest.raises(TypeError, match=r"call its `generate\(pipe, prompt, ...\)`"):
+        optimize_noise(tiny_pipeline("sd"), "a", RewardGuidance(rewards=redness), **call_arguments("sd"))
 
 
 @pytest.mark.parametrize("kind", ["scheduler", "step"])
