@@ -261,7 +261,10 @@ class PipelineSampler:
             def run_chunk(rows: list[int], chunk: torch.Tensor) -> torch.Tensor:
                 return self.chunk(rows).run(chunk, gradient, preview, output_type)
 
-            return run_in_chunks(run_chunk, noise, chunk_size, differentiable)
+            output = run_in_chunks(run_chunk, noise, chunk_size, differentiable)
+            if not preview:
+                self.timesteps = self.chunk(list(range(chunk_size))).timesteps
+            return output
         if not differentiable:
             return self.run_once(noise, gradient, preview, output_type)
         kind = (preview, output_type)

@@ -156,20 +156,22 @@ def test_each_image_searches_and_starts_by_itself(method, pipe):
     assert together.losses[8:, 0].isnan().all() and together.best_step[0] <= 7
 
 
-def test_chunks_find_what_the_joint_run_finds(pipe):
+@pytest.mark.parametrize("call", [CALL, ONE_STEP], ids=["three steps", "one step"])
+def test_chunks_find_what_the_joint_run_finds(call, pipe):
     joint, split = (
         optimize_noise(
             pipe,
             "a",
             ReNO(rewards=redness, steps=10, search=4, starts=2, chunk_size=size),
             generator=generator(),
-            **CALL,
+            **call,
         )
         for size in (None, 2)
     )
     torch.testing.assert_close(split.noise, joint.noise, rtol=0, atol=1e-4)
     torch.testing.assert_close(split.losses, joint.losses, rtol=1e-4, atol=1e-5, equal_nan=True)
-    assert split.reports["search"]["found_at"] == joint.reports["search"]["found_at"]
+    for name in ("found_at", "first_steps", "previews"):
+        assert split.reports["search"][name] == joint.reports["search"][name]
 
 
 def timed(pipe, clock: Clock, method, call=ONE_STEP, seconds: float = 1.0) -> tuple[NoiseResult, list[str]]:
