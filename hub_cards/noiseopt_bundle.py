@@ -111,8 +111,8 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 # The name that diffusers gives this module may come to mean the bundle of another release.
-sys.modules[f"{__name__}_d98ee958cdc9"] = sys.modules[__name__]
-__name__ = f"{__name__}_d98ee958cdc9"
+sys.modules[f"{__name__}_e5021363d852"] = sys.modules[__name__]
+__name__ = f"{__name__}_e5021363d852"
 
 # rewards/contract/transforms.py
 
@@ -4917,9 +4917,12 @@ def from_flow_sigmas(scheduler: Any, timestep: torch.Tensor | float) -> AffineCo
     return torch.ones_like(sigma), 1 - sigma if scheduler.config.get("invert_sigmas") else -sigma
 
 def from_flow_map(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficients:
-    time = torch.as_tensor(timestep).flatten()[0]
-    index = scheduler.index_for_timestep(time)
-    sigma = exact(time / scheduler.config["num_train_timesteps"] if index is None else scheduler.sigmas[index])
+
+    def level(time: torch.Tensor) -> torch.Tensor:
+        index = scheduler.index_for_timestep(time)
+        return exact(time / scheduler.config["num_train_timesteps"] if index is None else scheduler.sigmas[index])
+
+    sigma = torch.stack([level(time) for time in torch.as_tensor(timestep).flatten()])
     return torch.ones_like(sigma), -sigma
 
 def from_angle(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficients:
@@ -5922,7 +5925,10 @@ class PipelineSampler:
             def run_chunk(rows: list[int], chunk: torch.Tensor) -> torch.Tensor:
                 return self.chunk(rows).run(chunk, gradient, preview, output_type)
 
-            return run_in_chunks(run_chunk, noise, chunk_size, differentiable)
+            output = run_in_chunks(run_chunk, noise, chunk_size, differentiable)
+            if not preview:
+                self.timesteps = self.chunk(list(range(chunk_size))).timesteps
+            return output
         if not differentiable:
             return self.run_once(noise, gradient, preview, output_type)
         kind = (preview, output_type)
@@ -6432,7 +6438,8 @@ class GradientOptimizer(RewardOptimizer):
 
     Args:
         search: k, the number of scored noises, each an evaluation of `steps` or `budget`; 0 runs from the given noise.
-            "auto" is 16, and at most a third of the evaluations, if the call names a single denoising step, and else 0.
+            "auto" is 16, and at most a third of the evaluations, if the call names a single denoising step and does
+            not choose the noise by `latents`, and else 0.
         starts: The number of noises from which the method runs, at most k.
     """
 
@@ -6443,7 +6450,8 @@ class GradientOptimizer(RewardOptimizer):
         if self.search != "auto":
             return self.search
         most = AUTO_SEARCH if self.evaluations is None else min(AUTO_SEARCH, int(AUTO_SHARE * self.evaluations))
-        return most if problem.is_single_step and most > 1 else 0
+        chosen = problem.request.get("latents") is not None
+        return most if problem.is_single_step and not chosen and most > 1 else 0
 
     def check(self) -> None:
         super().check()
@@ -6505,8 +6513,12 @@ def as_method(method: Any, settings: Mapping[str, Any] | None = None) -> NoiseOp
     if settings:
         raise ValueError("Expected `method_kwargs` beside the name of a method, but got a method object as well.")
     if isinstance(method, type) or not (hasattr(method, "objective") and hasattr(method, "step")):
+        remedy = ""
+        if type(method).__name__ == "RewardGuidance":
+            remedy = " It guides the denoising steps instead of the noise: call its `generate(pipe, prompt, ...)`."
         raise TypeError(
             f"Expected a method such as `ReNO(rewards=...)` or one of the names {list_methods()}, but got {method!r}."
+            f"{remedy}"
         )
     method.check()
     return method
@@ -7140,7 +7152,15 @@ class WhiteNoiseProjection:
         """Return the projection of `(B, ..., H, W)`, in float32 or better.
 
         Each sample is projected by itself. A sample of zeros stays zero.
+
+        Raises:
+            ValueError: For samples of fewer than two dimensions each.
         """
+        if samples.ndim < 3:
+            raise ValueError(
+                f"Expected samples of shape (B, ..., H, W), but got {tuple(samples.shape)}. Flat ones of N numbers are "
+                "projected as (B, 1, N)."
+            )
         flat = samples.flatten(1).to(torch.promote_types(samples.dtype, torch.float32))
         largest = flat.abs().amax(1, keepdim=True)
         scaled = flat / largest.clamp_min(torch.finfo(flat.dtype).tiny)  # the squares of a small gradient vanish
@@ -7175,7 +7195,7 @@ class Rings(NamedTuple):
 def rings_of(shape: tuple[int, int, int], device: torch.device) -> Rings:
     index = torch.arange(math.prod(shape)).view(shape)
     mirror = index.flip(1, 2).roll((1, 1), (1, 2)).flatten()
-    vertical, horizontal = (torch.fft.fftfreq(size).square() for size in shape[1:])
+    vertical, horizontal = (torch.fft.fftfreq(size, dtype=torch.float32).square() for size in shape[1:])
     distance = (vertical[:, None] + horizontal).expand(shape).flatten()
     index = index.flatten()
     real, half = index[index == mirror], index[index < mirror]
@@ -7213,15 +7233,15 @@ def nearest_block(sizes: torch.Tensor) -> torch.Tensor:
         return torch.ones_like(sizes)
     ranked, order = sizes.sort(dim=-1, descending=True, stable=True)
     nearest = nearest_ranked(ranked)
-    quantiles = (torch.arange(block, device=sizes.device) + 0.5) / block
-    expected = nearest_ranked((-quantiles.log()).sqrt().to(sizes))  # of the Rayleigh distribution
+    quantiles = (torch.arange(block, dtype=sizes.dtype, device=sizes.device) + 0.5) / block
+    expected = nearest_ranked((-quantiles.log()).sqrt())  # of the Rayleigh distribution
     found = (nearest.square().sum(-1, keepdim=True) / block - 1).abs() < TOLERANCE  # false for NaN
     return torch.empty_like(sizes).scatter(-1, order, torch.where(found, nearest, expected))
 
 def nearest_ranked(ranked: torch.Tensor) -> torch.Tensor:
     block = ranked.shape[-1]
-    least, count = MEAN_SIZE**2 * block, torch.arange(1, block + 1, device=ranked.device)
-    shift = ranked.mean(-1, keepdim=True)
+    least, shift = MEAN_SIZE**2 * block, ranked.mean(-1, keepdim=True)
+    count = torch.arange(1, block + 1, dtype=ranked.dtype, device=ranked.device)
     centered = ranked - shift  # or the small variance would be a difference of large sums
     mean = centered.cumsum(-1) / count
     variance = (centered.square().cumsum(-1) / count - mean.square()).clamp_min(0)
@@ -8439,9 +8459,7 @@ class ReNO(GradientOptimizer):
 
     def start(self, problem: NoiseProblem) -> NesterovState | WhiteNoiseSteps:
         if self.geometry_used == "white":
-            return WhiteNoiseSteps(
-                problem, WHITE_RATE if self.learning_rate is None else self.learning_rate, self.momentum
-            )
+            return WhiteNoiseSteps(problem, self.rate_or(WHITE_RATE), self.momentum)
         return NesterovState(torch.zeros_like(problem.noise), per_sample_norm(problem.noise))
 
     def step(self, run: NoiseState, gradient: torch.Tensor, state: NesterovState | WhiteNoiseSteps) -> torch.Tensor:
@@ -10991,7 +11009,8 @@ def check_argument_names(pipe: Any, given: Collection[str], ours: Sequence[str] 
         remedy = " A seed is written `generator=torch.Generator().manual_seed(0)`."
     if name in settings:
         own = (method if isinstance(method, type) else type(method)).__name__
-        remedy = f" It is a setting of {own}: pass `{own}({name}=...)` or `method_kwargs={{'{name}': ...}}`."
+        by_name = f" or `method_kwargs={{'{name}': ...}}`" if "method_kwargs" in ours else ""
+        remedy = f" It is a setting of {own}: pass `{own}({name}=...)`{by_name}."
     raise TypeError(f"Expected arguments of the call of {type(pipe).__name__}, but got '{name}'.{remedy}")
 
 def bind_request(pipe, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -11722,7 +11741,7 @@ class NoiseOptimizationMixin(SavedWithCode):
         Args:
             args, kwargs: The arguments of the stock pipeline.
             method: A method such as `ReNO(rewards={"clipscore": 1.0})`, or a name of `list_methods()`.
-            method_kwargs: Settings of the method, by name: `{"learning_rate": 10.0}`.
+            method_kwargs: Settings of the method, by name: `{"chunk_size": 1}`.
             callbacks: Callbacks per optimization step: functions of the state, or objects with `on_step_end(state)`;
                 returning `False` stops the run. See `NoiseCallback`.
             noise_sampler: The distribution of the initial noise, optimized or not: `"white"`, as in the stock pipeline,

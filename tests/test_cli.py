@@ -46,7 +46,7 @@ def demo(tmp_path_factory) -> tuple[Path, str]:
 
 def test_demo_says_what_happened(demo):
     folder, printed = demo
-    assert PROMPT in printed and "ReNO on turbo, the one-step student of the SD kind" in printed
+    assert PROMPT in printed and "ReNO on sdxl-turbo, the one-step student of the SDXL kind" in printed
     assert len([line for line in printed.splitlines() if line.startswith(PROMPT)]) == 1
     assert "judge: " in printed and " of 1 right → " in printed
     for name in ("before_after.png", "trajectory.png", "noise.safetensors"):

@@ -53,7 +53,7 @@ LENGTH = ("steps", "budget")  # settings that are told apart from the others
 # Learning rates are in units of the height and width of the noise alone: these are for latents of 8 channels, twice
 # those of SD, and of benchmarks/never_too_late.py.
 RECIPES = {
-    "reno": Recipe(),
+    "reno": Recipe(model="sdxl-turbo"),  # where plain sampling leaves most to repair
     "cno": Recipe(
         model="guided",
         settings={"learning_rate": 0.057, "window_size": 2},
