@@ -45,10 +45,10 @@ class ReNO(GradientOptimizer):
 
     `mode="default"` moves differently: gradients are projected on white noise, their mean moves the noise, and that
     is projected too, see `WhiteNoiseSteps`. So no frequency of the noise outruns the others, a step has the same
-    length on all models, and the noise stays Gaussian. The gradient is that of a slightly shifted and noisy view of the
-    image, another in each step, which suppresses patterns that please one exact pixel grid; scores, losses and the
-    choice of the best remain those of the image itself. Saturated pixels keep their gradient. On one-step models the
-    steps begin at the best of a few noises.
+    length on all models, and the noise keeps the norm and the spectrum of Gaussian noise. The gradient is that of a
+    slightly shifted and noisy view of the image, another in each step, which suppresses patterns that please one exact
+    pixel grid; scores, losses and the choice of the best remain those of the image itself. Saturated pixels keep their
+    gradient. On one-step models the steps begin at the best of a few noises.
 
     Args:
         steps: Evaluations, the baseline included. The paper: 50.
@@ -114,8 +114,8 @@ class ReNO(GradientOptimizer):
         check_stopping(self.stop, self.rewards, self.held_out)
         if self.regularization is not None and self.geometry_used != "prior":
             raise ValueError(
-                f'Expected `regularization` with `geometry="prior"`, but got {self.geometry!r}, which keeps the noise '
-                "Gaussian by itself. Leave one of the two out."
+                f'Expected `regularization` with `geometry="prior"`, but got {self.geometry!r}, which keeps the norm '
+                "of the noise by itself. Leave one of the two out."
             )
 
     def objective(self, pipe) -> ViewedRewards:

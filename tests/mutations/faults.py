@@ -329,6 +329,26 @@ FAULTS = (
         "pass",
     ),
     Fault(
+        "projection with the wrong number of sizes above λ",
+        "pipelines/white_noise.py",
+        "outside.argmin(-1, keepdim=True)",
+        "outside.argmax(-1, keepdim=True)",
+    ),
+    Fault(
+        "noise is not projected after its step",
+        "pipelines/white_noise.py",
+        "            return project(moved)",
+        "            return moved",
+        "tests/pipelines/reno/test_reno.py",
+    ),
+    Fault(
+        "Never Too Late keeps the mean gradient of an image that reverts",
+        "pipelines/never_too_late/method.py",
+        "state.white.mean = state.white.mean.where(~stays, 0)",
+        "pass",
+        "tests/pipelines/never_too_late/test_never_too_late.py",
+    ),
+    Fault(
         "CADS brings back the condition of the first step",
         "callbacks/cads.py",
         "self.clean(name, callback_kwargs[name])",

@@ -260,7 +260,7 @@ def test_ascent_on_a_quadratic_reaches_its_optimum_on_white_noise(shape):
 
 
 def test_white_noise_stays_gaussian_where_the_released_step_drifts():
-    """A reward that always pulls the same way, for 100 steps; in standard errors of Gaussian noise."""
+    """A reward that always pulls toward the same colored noise, for 100 steps; in standard errors of Gaussian noise."""
     noise = torch.randn(1, 4, 64, 64, generator=generator())
     pull = PinkNoise(1.0)((1, 4, 64, 64), generator(1))
     limits, found = gaussian_limits((1, 4, 64, 64)), {}
