@@ -42,15 +42,15 @@ class RewardGuidance:
         m − strength·‖m‖·g/‖g‖,   g = ∂r/∂x through the denoiser (`gradient="full"`, the paper's J)
                                   g = ∂r/∂x0 with m held constant (`gradient="frozen"`, the paper's E)
 
-    in place of m, with norms per image, where m is ε, v or a flow velocity. (Where x0 grows with m, as where m is x0
-    itself, the sign is +.) The last steps, the tail, are not guided: they correct what only pleases the rewards, as
-    long as there is noise to remove. The scheduler gets the changed output, so any scheduler with an x0 estimate works,
-    also one that adds noise or remembers outputs, and all that belongs to the call is as it was: guidance of the model,
-    callbacks, LoRA. Unlike a callback it acts in the first step too.
+    in place of m, with norms per image, where m is ε, v or a flow velocity. (Where m is x0 itself, or x0 grows with m
+    for another reason, the sign is +.) The last steps, the tail, are not guided, so that the model can correct what
+    pleases the rewards alone. The scheduler gets the changed output. So any scheduler with an x0 estimate works, also
+    one that adds noise or remembers outputs, and the rest of the call stays as it was: guidance of the model,
+    callbacks, LoRA. Unlike a callback, it acts in the first step too.
 
-    The initial noise can be chosen before ("warm-up"): `particles` noises, that of the call first, are scored by the x0
-    estimate of one model call each, and the one with the highest reward is taken for each image. This helps where that
-    estimate is a sharp image, as with models for one step or flow maps.
+    The initial noise can be chosen first ("warm-up"): `particles` noises, that of the call and fresh ones, are scored
+    by the x0 estimate of one model call each, and each image gets the noise with the highest reward. This helps where
+    that estimate is a sharp image, as with models for one step or flow maps.
 
     A guided step costs decoder and rewards with their backward pass, and with "full" that of the denoiser, whose memory
     `pipe.transformer.enable_gradient_checkpointing()` (or `pipe.unet`) reduces.
@@ -58,11 +58,11 @@ class RewardGuidance:
     Args:
         rewards: A reward or rewards as `RewardSum` takes them: a name, a callable, a dict of these to weights, or a
             list of (reward, weight).
-        strength: The length of the change of m relative to m; 0 disables the guidance. Too much lowers the reward in
-            the end, because the tail cannot correct it.
+        strength: The length of the change of m, relative to m; 0 disables the guidance. Too much of it lowers the
+            reward in the end, because the tail cannot correct it.
         gradient: "full" or "frozen", as above.
-        guided_steps: The number of guided steps, from the first; the last of a call is never guided. `None` guides the
-            first, and others as long as their result has noise of at least a fifth of the signal.
+        guided_steps: The number of guided steps, from the first on; the last of a call is never guided. `None` guides
+            the first, and each other one that leaves noise of at least a fifth of the signal.
         particles: The number of initial noises to choose from; 1 for that of the call.
         reward_device: The device on which rewards given by name are loaded; `None` is the pipeline's device.
     """
