@@ -256,11 +256,13 @@ def without_graph(pipe, step, timestep, tensors):
 
 
 class OfDiffusers(PipelineCallback):
-    tensor_inputs = ("prompt_embeds", "latents")
+    @property
+    def tensor_inputs(self) -> list[str]:
+        return ["prompt_embeds", "latents"]
 
-    def callback_fn(self, pipeline, step, timestep, tensors):
+    def callback_fn(self, pipeline, step_index, timesteps, callback_kwargs):
         assert not torch.is_grad_enabled()
-        return {"latents": tensors["latents"] + 0 * tensors["prompt_embeds"].sum()}
+        return {"latents": callback_kwargs["latents"] + 0 * callback_kwargs["prompt_embeds"].sum()}
 
 
 @pytest.mark.parametrize("callback", [as_arrays, in_place, without_graph, OfDiffusers(cutoff_step_ratio=1.0)])
