@@ -196,13 +196,14 @@ class GuidedRun(NoiseRun):
             self.recorded = latents.requires_grad_()
 
     def stock_request(self) -> dict[str, Any]:
-        """Return the request of the stock call, whose callback sees tensors without a graph."""
-        callback = self.request.get("callback_on_step_end")
-        if self.gradient != "full" or callback is None:
-            return self.request
-        request = self.request | {"callback_on_step_end": functools.partial(self.call_back, callback)}
-        if hasattr(callback, "tensor_inputs"):  # diffusers reads them from callbacks of its own classes
-            request["callback_on_step_end_tensor_inputs"] = callback.tensor_inputs
+        """Return the request of the stock call, whose callbacks see tensors without a graph."""
+        request = dict(self.request)
+        if self.gradient == "full" and (callback := request.get("callback_on_step_end")) is not None:
+            request["callback_on_step_end"] = functools.partial(self.call_back, callback)
+            if hasattr(callback, "tensor_inputs"):  # diffusers reads them from callbacks of its own classes
+                request["callback_on_step_end_tensor_inputs"] = callback.tensor_inputs
+        if self.gradient == "full" and (callback := request.get("callback")) is not None:  # PixArt has no other
+            request["callback"] = functools.partial(watched, callback)
         return request
 
     def call_back(self, callback: Callable[..., Any], pipe, step: int, timestep: Any, tensors: dict[str, Any]) -> Any:
@@ -279,8 +280,15 @@ class GuidedRun(NoiseRun):
         return torch.cat([moved.to(model_output.dtype), rest], dim=1)
 
 
+@torch.no_grad()
+def watched(callback: Callable[..., None], step: int, timestep: Any, latents: torch.Tensor) -> None:
+    """Call a callback of the older kind, which returns nothing, as a plain call does."""
+    callback(step, timestep, latents.detach())
+
+
 def single_step() -> ValueError:
     return ValueError(
-        "Expected at least 2 denoising steps for RewardGuidance, whose last step is not guided, but got 1. Pass "
-        "`num_inference_steps=2` or more, or optimize the initial noise instead, with `optimize_noise`."
+        "Expected at least 2 denoising steps for RewardGuidance, whose last step is not guided, but got 1. Pass a "
+        "larger `num_inference_steps`, for image-to-image also a larger `strength`, or optimize the initial noise "
+        "instead, with `optimize_noise`."
     )

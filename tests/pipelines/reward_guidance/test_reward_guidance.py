@@ -274,6 +274,17 @@ def test_callbacks_that_change_nothing_change_nothing(callback):
     assert found.equal(expected)
 
 
+def test_callbacks_of_the_older_kind_see_no_graph():
+    pipe, call, seen = tiny_family("pixart_sigma"), steps_of("pixart_sigma", 4), []
+
+    def keep(step, timestep, latents):
+        seen.append(latents.numpy())
+
+    guidance = RewardGuidance(rewards=redness, gradient="full")
+    guidance.generate(pipe, "a", generator=generator(), callback=keep, callback_steps=1, **call)
+    assert len(seen) == 4
+
+
 @pytest.mark.parametrize("returned", [True, False])
 @pytest.mark.parametrize("output_type", ["latent", "np"])
 def test_an_interrupted_call_returns_images_without_a_graph(returned, output_type):
@@ -341,6 +352,12 @@ def test_a_scheduler_that_cannot_be_steered_is_refused(kind, monkeypatch):
     monkeypatch.setattr(type(pipe), "encode_prompt", never)
     with pytest.raises((TypeError, ValueError), match="AmusedScheduler" if kind == "scheduler" else "replaced"):
         RewardGuidance(rewards=redness).generate(pipe, "a", **call_arguments("sd"))
+
+
+def test_a_single_step_of_image_to_image_is_refused_with_its_strength():
+    with pytest.raises(ValueError, match="image-to-image also a larger `strength`"):
+        guidance = RewardGuidance(rewards=redness)
+        guidance.generate(tiny_family("img2img_sdxl"), "a", **{**steps_of("img2img_sdxl", 3), "strength": 0.4})
 
 
 def test_a_single_step_of_given_sigmas_is_refused():
