@@ -13,6 +13,7 @@ BLOCK = 16
 MEAN_SIZE = math.sqrt(math.pi) / 2  # of a complex Gaussian with mean square 1
 TOLERANCE = 1e-3  # of the norms of a block
 WHITE_RATE = 0.1  # of steps on white noise, in standard deviations
+MOST_ERRORS = 3.0  # of the moments of noise, in standard errors
 
 
 class WhiteNoiseProjection:
@@ -156,12 +157,32 @@ def nearest_ranked(ranked: torch.Tensor) -> torch.Tensor:
     return above * (MEAN_SIZE * block / above.sum(-1, keepdim=True))
 
 
+def with_gaussian_moments(noise: torch.Tensor) -> torch.Tensor:
+    """Return white noise `(B, C, H, W)`; where its third or fourth moment is not Gaussian, it is made so.
+
+    There the entries become the quantiles of a Gaussian in the same order, and the noise is projected again.
+    """
+    flat = noise.flatten(1)
+    count = flat.shape[1]
+    centered = flat - flat.mean(1, keepdim=True)
+    unit = centered / centered.square().mean(1, keepdim=True).sqrt()
+    skewness = unit.pow(3).mean(1) * math.sqrt(count / 6)
+    kurtosis = (unit.pow(4).mean(1) - 3) * math.sqrt(count / 24)
+    beyond = torch.maximum(skewness.abs(), kurtosis.abs()) > MOST_ERRORS
+    if not beyond.any():
+        return noise
+    quantiles = (torch.arange(count, device=noise.device, dtype=flat.dtype) + 0.5) / count
+    gaussian = torch.empty_like(flat).scatter(1, flat.argsort(1), torch.special.ndtri(quantiles).expand_as(flat))
+    return torch.where(per_image(beyond, noise), WhiteNoiseProjection()(gaussian.view(noise.shape)), noise)
+
+
 class WhiteNoiseSteps:
     """Steps on white noise: the mean of projected gradients moves the noise, which is then projected.
 
-    After Hwang and Sung, see `WhiteNoiseProjection`, but without the second moments of their Adam. A projected gradient
-    has the same size everywhere already, and dividing by second moments drives all entries of the noise toward the same
-    size, so that it is no longer Gaussian.
+    After Hwang and Sung, see `WhiteNoiseProjection`, with two differences. There are no second moments, as in their
+    Adam: a projected gradient has the same size everywhere already, and dividing by second moments drives all entries
+    of the noise toward the same size. And since the projection holds norm and spectrum alone, noise whose skewness or
+    kurtosis leaves three standard errors of Gaussian noise is made Gaussian again, see `with_gaussian_moments`.
 
     Noise that a noise sampler draws in another color keeps its norm instead of being projected.
 
@@ -183,5 +204,5 @@ class WhiteNoiseSteps:
         self.mean = torch.lerp(project(gradient), self.mean, self.momentum)
         moved = noise - self.rate / (1 - self.momentum**self.steps) * self.mean
         if self.radius is None:
-            return project(moved)
+            return with_gaussian_moments(project(moved))
         return moved * per_image(self.radius / per_sample_norm(moved), moved)
