@@ -43,7 +43,9 @@ class WeightByKind(float):
     def __reduce__(self) -> tuple[type, tuple[dict[PromptKind, float]]]:
         return WeightByKind, (self.by_kind,)
 
-    def __mul__(self, factor: float) -> "WeightByKind":
+    def __mul__(self, factor: float) -> "float | WeightByKind":
+        if not 0 <= factor < math.inf:  # a plain number, which a sum of rewards refuses by the name of the reward
+            return float(self) * factor
         return WeightByKind({kind: weight * factor for kind, weight in self.by_kind.items()})
 
     __rmul__ = __mul__
