@@ -92,7 +92,7 @@ class HeldOutReward(NoiseCallback):
         if state.stage != self.stage:
             self.stage, self.first = state.stage, len(self.rows) - 1
         if self.patience is not None and state.stage != "search":
-            scores = self.scores[self.first :]
+            scores = self.scores[self.first :].nan_to_num(-torch.inf, torch.inf, -torch.inf)  # NaN is no rise
             state.stop("held out", len(scores) - 1 - scores.argmax(0) >= self.patience)
 
     def report(self, state: NoiseState) -> dict[str, Any]:

@@ -159,9 +159,10 @@ class NoiseOptimizer:
         if isinstance(budget, str):
             seconds_in(budget)
         elif budget is not None and (type(budget) is not int or budget < least):
+            noun = "evaluation" if least == 1 else "evaluations"
             more = f", of which {self.closing} are kept for the end" if self.closing else ""
             raise ValueError(
-                f"Expected `budget` to be a time such as '20s' or a number of at least {least} evaluations{more}, but "
+                f"Expected `budget` to be a time such as '20s' or a number of at least {least} {noun}{more}, but "
                 f"got {budget!r}. Seconds are written with their unit."
             )
 

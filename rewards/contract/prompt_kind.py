@@ -43,6 +43,11 @@ def prompt_kind(prompt: str) -> PromptKind:
     A prompt is of the kind of its words (`KIND_WORDS`, numbers, and actions as in "is holding"), "complex" if these are
     of several kinds, and "general" if it has none. The categories are those of https://arxiv.org/abs/2307.06350, where
     sizes are shapes and actions are "non_spatial"; the words are chosen here.
+
+    Raises:
+        TypeError: For anything but a text.
     """
+    if not isinstance(prompt, str):
+        raise TypeError(f"Expected one prompt as a text, but got {prompt!r}. Ask about one prompt at a time.")
     found: list[PromptKind] = [kind for kind, pattern in KIND_PATTERNS.items() if pattern.search(prompt)]
     return "complex" if len(found) > 1 else found[0] if found else "general"

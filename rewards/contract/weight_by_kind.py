@@ -1,5 +1,6 @@
 """Weights of rewards that depend on the kind of the prompt, and those of CARINOX."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import get_args
 
@@ -9,26 +10,42 @@ from .prompt_kind import PromptKind, prompt_kind
 class WeightByKind(float):
     """A weight that depends on the kind of the prompt; as a number it is the weight of a "general" one.
 
+    It is false, as a weight of 0 is, only if all are 0.
+
     Args:
         by_kind: The weight of each kind of prompt.
 
     Raises:
-        ValueError: For kinds that are missing or unknown.
+        TypeError: For anything but weights by kind.
+        ValueError: For kinds that are missing or unknown, and for weights that are negative or not finite.
     """
 
     by_kind: dict[PromptKind, float]
 
     def __new__(cls, by_kind: Mapping[PromptKind, float]) -> "WeightByKind":
+        if not isinstance(by_kind, Mapping):
+            raise TypeError(f"Expected a dict of weights by the kind of the prompt, but got {by_kind!r}.")
         if set(by_kind) != set(get_args(PromptKind)):
-            raise ValueError(f"Expected a weight for each of {get_args(PromptKind)}, but got {list(by_kind)}.")
+            raise ValueError(
+                f"Expected a weight for each of {get_args(PromptKind)}, but got {list(by_kind)}. Start from "
+                "`dict.fromkeys(typing.get_args(PromptKind), 1.0)`."
+            )
+        for kind, each in by_kind.items():
+            if not isinstance(each, int | float) or not 0 <= each < math.inf:
+                raise ValueError(f"Expected a finite weight of at least 0 for the kind '{kind}', but got {each!r}.")
         weight = super().__new__(cls, by_kind["general"])
         weight.by_kind = dict(by_kind)
         return weight
 
+    def __bool__(self) -> bool:
+        return any(self.by_kind.values())
+
     def __reduce__(self) -> tuple[type, tuple[dict[PromptKind, float]]]:
         return WeightByKind, (self.by_kind,)
 
-    def __mul__(self, factor: float) -> "WeightByKind":
+    def __mul__(self, factor: float) -> "float | WeightByKind":
+        if not 0 <= factor < math.inf:  # a plain number, which a sum of rewards refuses by the name of the reward
+            return float(self) * factor
         return WeightByKind({kind: weight * factor for kind, weight in self.by_kind.items()})
 
     __rmul__ = __mul__

@@ -93,6 +93,8 @@ def test_an_image_whose_score_no_longer_rises_is_stopped():
     assert after_steps(watch, losses[:3], shades[:3]).active.tolist() == [True, False]
     state = after_steps(watch, losses, shades)
     assert state.active.tolist() == [False, False] and state.stopped == "held out"
+    missing = [[float("nan"), 0.1], [0.5, float("nan")], [0.4, 0.2], [0.6, 0.3]]  # a score that is not a number
+    assert after_steps(watch, losses, missing).active.all()
     watch.patience = None
     assert after_steps(watch, losses, shades).active.all()
 

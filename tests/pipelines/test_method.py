@@ -77,7 +77,7 @@ def evaluated(pipe, name: str, settings: dict, result: bool = False):
         ("20", "Expected a time above 0 such as '20s', '1.5min', '500ms' or '2h', but got '20'"),
         ("soon", "but got 'soon'"),
         ("0s", "Expected a time above 0"),
-        (0, "a time such as '20s' or a number of at least 1 evaluations, but got 0"),
+        (0, "a time such as '20s' or a number of at least 1 evaluation, but got 0"),
         (20.0, "but got 20.0. Seconds are written with their unit"),
         (True, "but got True"),
         ([3], r"but got \[3\]"),

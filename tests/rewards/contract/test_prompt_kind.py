@@ -35,3 +35,9 @@ from noiseopt.rewards import prompt_kind
 )
 def test_the_words_tell_the_kind(prompt, kind):
     assert prompt_kind(prompt) == kind
+
+
+@pytest.mark.parametrize("prompt", [None, ["a cat", "a dog"], 3])
+def test_it_takes_one_text(prompt):
+    with pytest.raises(TypeError, match="Expected one prompt as a text, but got .*one prompt at a time"):
+        prompt_kind(prompt)

@@ -50,6 +50,24 @@ def test_it_knows_all_kinds():
         WeightByKind({"color": 1.0})
 
 
+@pytest.mark.parametrize("bad", [-1.0, float("nan"), float("inf"), "2", None])
+def test_its_weights_are_numbers_of_at_least_zero(bad):
+    with pytest.raises(ValueError, match="finite weight of at least 0 for the kind 'color', but got"):
+        WeightByKind({**BY_KIND, "color": bad})
+    with pytest.raises(TypeError, match="dict of weights by the kind of the prompt, but got 0.5"):
+        WeightByKind(0.5)
+
+
+def test_a_weight_of_zero_for_general_prompts_is_no_weight_of_zero():
+    """Neither a sum nor the gradient through views leaves the reward out."""
+    weight = WeightByKind({**dict.fromkeys(BY_KIND, 0.0), "color": 2.0})
+    assert weight and not WeightByKind(dict.fromkeys(BY_KIND, 0.0))
+    images = IMAGES.clone().requires_grad_()
+    total = RewardSum({"red": weight}).optimized()(images, [COLOR, NUMBER, PLAIN])
+    total.total.sum().backward()
+    assert [bool(each.any()) for each in images.grad] == [True, False, False]
+
+
 @pytest.mark.parametrize("more", [{}, {"blue": 0.5}], ids=["alone", "in a sum"])
 def test_each_image_has_the_weight_of_its_own_prompt(more):
     images = IMAGES.clone().requires_grad_()
