@@ -111,8 +111,8 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 # The name that diffusers gives this module may come to mean the bundle of another release.
-sys.modules[f"{__name__}_e5021363d852"] = sys.modules[__name__]
-__name__ = f"{__name__}_e5021363d852"
+sys.modules[f"{__name__}_323a876b711b"] = sys.modules[__name__]
+__name__ = f"{__name__}_323a876b711b"
 
 # rewards/contract/transforms.py
 
@@ -3753,6 +3753,8 @@ KIND_PATTERNS: dict[PromptKind, re.Pattern[str]] = {
 }
 
 def prompt_kind(prompt: str) -> PromptKind:
+    if not isinstance(prompt, str):
+        raise TypeError(f"Expected one prompt as a text, but got {prompt!r}. Ask about one prompt at a time.")
     found: list[PromptKind] = [kind for kind, pattern in KIND_PATTERNS.items() if pattern.search(prompt)]
     return "complex" if len(found) > 1 else found[0] if found else "general"
 
@@ -3761,26 +3763,42 @@ def prompt_kind(prompt: str) -> PromptKind:
 class WeightByKind(float):
     """A weight that depends on the kind of the prompt; as a number it is the weight of a "general" one.
 
+    It is false, as a weight of 0 is, only if all are 0.
+
     Args:
         by_kind: The weight of each kind of prompt.
 
     Raises:
-        ValueError: For kinds that are missing or unknown.
+        TypeError: For anything but weights by kind.
+        ValueError: For kinds that are missing or unknown, and for weights that are negative or not finite.
     """
 
     by_kind: dict[PromptKind, float]
 
     def __new__(cls, by_kind: Mapping[PromptKind, float]) -> "WeightByKind":
+        if not isinstance(by_kind, Mapping):
+            raise TypeError(f"Expected a dict of weights by the kind of the prompt, but got {by_kind!r}.")
         if set(by_kind) != set(get_args(PromptKind)):
-            raise ValueError(f"Expected a weight for each of {get_args(PromptKind)}, but got {list(by_kind)}.")
+            raise ValueError(
+                f"Expected a weight for each of {get_args(PromptKind)}, but got {list(by_kind)}. Start from "
+                "`dict.fromkeys(typing.get_args(PromptKind), 1.0)`."
+            )
+        for kind, each in by_kind.items():
+            if not isinstance(each, int | float) or not 0 <= each < math.inf:
+                raise ValueError(f"Expected a finite weight of at least 0 for the kind '{kind}', but got {each!r}.")
         weight = super().__new__(cls, by_kind["general"])
         weight.by_kind = dict(by_kind)
         return weight
 
+    def __bool__(self) -> bool:
+        return any(self.by_kind.values())
+
     def __reduce__(self) -> tuple[type, tuple[dict[PromptKind, float]]]:
         return WeightByKind, (self.by_kind,)
 
-    def __mul__(self, factor: float) -> "WeightByKind":
+    def __mul__(self, factor: float) -> "float | WeightByKind":
+        if not 0 <= factor < math.inf:  # a plain number, which a sum of rewards refuses by the name of the reward
+            return float(self) * factor
         return WeightByKind({kind: weight * factor for kind, weight in self.by_kind.items()})
 
     __rmul__ = __mul__
@@ -6380,9 +6398,10 @@ class NoiseOptimizer:
         if isinstance(budget, str):
             seconds_in(budget)
         elif budget is not None and (type(budget) is not int or budget < least):
+            noun = "evaluation" if least == 1 else "evaluations"
             more = f", of which {self.closing} are kept for the end" if self.closing else ""
             raise ValueError(
-                f"Expected `budget` to be a time such as '20s' or a number of at least {least} evaluations{more}, but "
+                f"Expected `budget` to be a time such as '20s' or a number of at least {least} {noun}{more}, but "
                 f"got {budget!r}. Seconds are written with their unit."
             )
 
@@ -7130,6 +7149,7 @@ BLOCK = 16
 MEAN_SIZE = math.sqrt(math.pi) / 2  # of a complex Gaussian with mean square 1
 TOLERANCE = 1e-3  # of the norms of a block
 WHITE_RATE = 0.1  # of steps on white noise, in standard deviations
+MOST_ERRORS = 3.0  # of the moments of noise, in standard errors
 
 class WhiteNoiseProjection:
     """Projection on the tensors whose Fourier coefficients are as large as those of white Gaussian noise.
@@ -7251,12 +7271,27 @@ def nearest_ranked(ranked: torch.Tensor) -> torch.Tensor:
     above = (centered - threshold.gather(-1, outside.argmin(-1, keepdim=True))).relu()
     return above * (MEAN_SIZE * block / above.sum(-1, keepdim=True))
 
+def with_gaussian_moments(noise: torch.Tensor) -> torch.Tensor:
+    flat = noise.flatten(1)
+    count = flat.shape[1]
+    centered = flat - flat.mean(1, keepdim=True)
+    unit = centered / centered.square().mean(1, keepdim=True).sqrt()
+    skewness = unit.pow(3).mean(1) * math.sqrt(count / 6)
+    kurtosis = (unit.pow(4).mean(1) - 3) * math.sqrt(count / 24)
+    beyond = torch.maximum(skewness.abs(), kurtosis.abs()) > MOST_ERRORS
+    if not beyond.any():
+        return noise
+    quantiles = (torch.arange(count, device=noise.device, dtype=flat.dtype) + 0.5) / count
+    gaussian = torch.empty_like(flat).scatter(1, flat.argsort(1), torch.special.ndtri(quantiles).expand_as(flat))
+    return torch.where(per_image(beyond, noise), WhiteNoiseProjection()(gaussian.view(noise.shape)), noise)
+
 class WhiteNoiseSteps:
     """Steps on white noise: the mean of projected gradients moves the noise, which is then projected.
 
-    After Hwang and Sung, see `WhiteNoiseProjection`, but without the second moments of their Adam. A projected gradient
-    has the same size everywhere already, and dividing by second moments drives all entries of the noise toward the same
-    size, so that it is no longer Gaussian.
+    After Hwang and Sung, see `WhiteNoiseProjection`, with two differences. There are no second moments, as in their
+    Adam: a projected gradient has the same size everywhere already, and dividing by second moments drives all entries
+    of the noise toward the same size. And since the projection holds norm and spectrum alone, noise whose skewness or
+    kurtosis leaves three standard errors of Gaussian noise is made Gaussian again, see `with_gaussian_moments`.
 
     Noise that a noise sampler draws in another color keeps its norm instead of being projected.
 
@@ -7277,7 +7312,7 @@ class WhiteNoiseSteps:
         self.mean = torch.lerp(project(gradient), self.mean, self.momentum)
         moved = noise - self.rate / (1 - self.momentum**self.steps) * self.mean
         if self.radius is None:
-            return project(moved)
+            return with_gaussian_moments(project(moved))
         return moved * per_image(self.radius / per_sample_norm(moved), moved)
 
 # pipelines/never_too_late/quality_guard.py
@@ -8256,7 +8291,7 @@ class HeldOutReward(NoiseCallback):
         if state.stage != self.stage:
             self.stage, self.first = state.stage, len(self.rows) - 1
         if self.patience is not None and state.stage != "search":
-            scores = self.scores[self.first :]
+            scores = self.scores[self.first :].nan_to_num(-torch.inf, torch.inf, -torch.inf)  # NaN is no rise
             state.stop("held out", len(scores) - 1 - scores.argmax(0) >= self.patience)
 
     def report(self, state: NoiseState) -> dict[str, Any]:
@@ -8369,10 +8404,10 @@ class ReNO(GradientOptimizer):
 
     `mode="default"` moves differently: gradients are projected on white noise, their mean moves the noise, and that
     is projected too, see `WhiteNoiseSteps`. So no frequency of the noise outruns the others, a step has the same
-    length on all models, and the noise stays Gaussian. The gradient is that of a slightly shifted and noisy view of the
-    image, another in each step, which suppresses patterns that please one exact pixel grid; scores, losses and the
-    choice of the best remain those of the image itself. Saturated pixels keep their gradient. On one-step models the
-    steps begin at the best of a few noises.
+    length on all models, and the noise keeps the norm and the spectrum of Gaussian noise. The gradient is that of a
+    slightly shifted and noisy view of the image, another in each step, which suppresses patterns that please one exact
+    pixel grid; scores, losses and the choice of the best remain those of the image itself. Saturated pixels keep their
+    gradient. On one-step models the steps begin at the best of a few noises.
 
     Args:
         steps: Evaluations, the baseline included. The paper: 50.
@@ -8436,8 +8471,8 @@ class ReNO(GradientOptimizer):
         check_stopping(self.stop, self.rewards, self.held_out)
         if self.regularization is not None and self.geometry_used != "prior":
             raise ValueError(
-                f'Expected `regularization` with `geometry="prior"`, but got {self.geometry!r}, which keeps the noise '
-                "Gaussian by itself. Leave one of the two out."
+                f'Expected `regularization` with `geometry="prior"`, but got {self.geometry!r}, which keeps the norm '
+                "of the noise by itself. Leave one of the two out."
             )
 
     def objective(self, pipe) -> ViewedRewards:

@@ -261,11 +261,7 @@ class NoiseOptimizationMixin(SavedWithCode):
         Args:
             args, kwargs: The arguments of the stock pipeline.
             method: A method such as `ReNO(rewards={"clipscore": 1.0})`, or a name of `list_methods()`.
-<<<<<<< HEAD
             method_kwargs: Settings of the method, by name: `{"chunk_size": 1}`.
-=======
-            method_kwargs: Settings of the method, by name: `{"learning_rate": 0.2}`.
->>>>>>> strangerA
             callbacks: Callbacks per optimization step: functions of the state, or objects with `on_step_end(state)`;
                 returning `False` stops the run. See `NoiseCallback`.
             noise_sampler: The distribution of the initial noise, optimized or not: `"white"`, as in the stock pipeline,

@@ -98,11 +98,7 @@ class Choice:
 
     @classmethod
     def of(cls, method: str = "reno", model: str | None = None, steps: int | None = None) -> "Choice":
-<<<<<<< HEAD
         """Look up a method, such as "reno" or "reno:views=4", and a model.
-=======
-        """Look up a method, such as "reno" or "reno:learning_rate=0.2", and a model.
->>>>>>> strangerA
 
         Args:
             method: The method, with settings that replace those of its `Recipe`.
