@@ -101,8 +101,8 @@ class TimeBudget(NoiseCallback):
         self.first = 0.0
 
     def on_step_end(self, state: NoiseState) -> None:
-        if state.noise.is_cuda:
-            torch.cuda.synchronize(state.noise.device)
+        if state.noise.device.type in ("cuda", "mps", "xpu"):
+            getattr(torch, state.noise.device.type).synchronize()
         now = time.perf_counter()
         took, self.last = 0.0 if self.last is None else now - self.last, now
         self.first = self.first or took

@@ -119,7 +119,7 @@ class NoiseRun:
         if torch.is_inference_mode_enabled():
             raise ValueError("Expected a call outside `torch.inference_mode()`, where no gradient exists. Remove it.")
         refuse_unsuited(pipe, method.gradient_mode)
-        if method.previews or getattr(method, "search", "auto") not in ("auto", 0):
+        if method.may_preview:
             refuse_replaced_step(pipe)
         if method.gradient_mode is not None:
             refuse_writes(type(pipe))

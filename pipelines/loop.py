@@ -225,18 +225,32 @@ class OptimizationLoop:
         self.record(self.moving.inspect(run, self.objective, self.state))
         if method.seconds is not None:
             run.steps = math.ceil(len(self.rows) * max(1, method.seconds / max(run.elapsed, 1e-9)))
-        for callback in self.callbacks:
-            kept = [each for each in (run.noise, run.images, run.best.noise, run.best.images) if each is not None]
-            versions = list(map(version_of, kept))
-            if asks_to_stop(callback.on_step_end(run)):
-                run.stop()
-            if list(map(version_of, kept)) != versions:
-                raise ValueError(
-                    f"Expected a callback that leaves noise and images as they are, but {callback_name(callback)} "
-                    "wrote into them. Change a copy: `state.noise.clone()`."
-                )
+        try:
+            for callback in self.callbacks:
+                self.call_back(callback)
+        except NonFiniteReward as error:  # of a held-out reward
+            if step == 0:
+                raise
+            self.give_up(str(error))
         if self.noise_file is not None:
             self.noise_file.keep(self.result)
+
+    def call_back(self, callback: NoiseCallback) -> None:
+        """Call a callback after a step.
+
+        Raises:
+            ValueError: For one that writes into the noise or the images.
+        """
+        run = self.run
+        kept = [each for each in (run.noise, run.images, run.best.noise, run.best.images) if each is not None]
+        versions = list(map(version_of, kept))
+        if asks_to_stop(callback.on_step_end(run)):
+            run.stop()
+        if list(map(version_of, kept)) != versions:
+            raise ValueError(
+                f"Expected a callback that leaves noise and images as they are, but {callback_name(callback)} "
+                "wrote into them. Change a copy: `state.noise.clone()`."
+            )
 
     def sample_of(
         self,

@@ -78,6 +78,11 @@ class NoiseOptimizer:
         return 0
 
     @property
+    def may_preview(self) -> bool:
+        """Return whether a run may evaluate x0 estimates of one model call."""
+        return self.previews
+
+    @property
     def closing(self) -> int:
         """The most evaluations that `finish` adds."""
         return 0
@@ -235,6 +240,10 @@ class GradientOptimizer(RewardOptimizer):
 
     search: int | Literal["auto"] = checked(0, "[0, inf)")
     starts: int = checked(1, "[1, inf)")
+
+    @property
+    def may_preview(self) -> bool:
+        return self.previews or self.search not in ("auto", 0)
 
     def searched(self, problem: NoiseProblem) -> int:
         if self.search != "auto":

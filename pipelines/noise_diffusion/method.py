@@ -102,7 +102,7 @@ class NoiseDiffusion(GradientOptimizer):
         return UnitScore(rewards, self.score_range)
 
     def start(self, problem: NoiseProblem) -> "NoiseDiffusionState":
-        if self.gradient_mode == "frozen" and problem.request.get("num_inference_steps") == 1:
+        if self.gradient_mode == "frozen" and problem.is_single_step:
             warnings.warn(
                 "A single denoising step draws these images, and the gradient that holds its output constant tells "
                 'little about their score, nothing if that is about content. Pass `gradient="full"`, or use `ReNO`.',

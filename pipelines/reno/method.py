@@ -55,10 +55,10 @@ class ReNO(GradientOptimizer):
         search: The number of noises to choose from before the first step, see `GradientOptimizer`: "auto", which is 0
             for parity, or a number.
         mode: "default" or "parity".
-        geometry: "white" is the step above; for noise that a noise sampler draws in another color, the gradient is
-            projected and the noise keeps its norm. "sphere" is the released step, followed by a projection on the norm
-            of the base noise; "prior" the released step with the χ prior. `None` is "prior" for parity and where
-            `regularization` is given, and "white" otherwise.
+        geometry: "white" is the step above; noise that a noise sampler draws in another color keeps its norm instead of
+            being projected, and noise given as `latents=` counts as white. "sphere" is the released step, followed by a
+            projection on the norm of the base noise; "prior" the released step with the χ prior. `None` is "prior" for
+            parity and where `regularization` is given, and "white" otherwise.
         learning_rate: η. For "white" the size of a step in standard deviations of the noise, 0.1 by default. For the
             released step in units of √(H·W) / 64, with H × W the size of the noise, 5 by default: 5 at 512 px, as in
             the released code (SD-Turbo, SDXL-Turbo, PixArt-α DMD, FLUX.1-schnell), and 10 at 1024 px (Hyper-SDXL).

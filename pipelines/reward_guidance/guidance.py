@@ -59,7 +59,7 @@ class RewardGuidance:
         rewards: A reward or rewards as `RewardSum` takes them: a name, a callable, a dict of these to weights, or a
             list of (reward, weight).
         strength: The length of the change of m, relative to m; 0 disables the guidance. Too much of it lowers the
-            reward in the end, because the tail cannot correct it.
+            reward in the end, because the tail cannot correct it. "full" takes less of it than "frozen".
         gradient: "full" or "frozen", as above.
         guided_steps: The number of guided steps, from the first on; the last of a call is never guided. `None` guides
             the first, and each other one that leaves noise of at least a fifth of the signal.

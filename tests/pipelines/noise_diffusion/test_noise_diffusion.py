@@ -181,8 +181,8 @@ class Walk:
 
     def __post_init__(self):
         seeds = [seed_from(image) for image in self.noise]
-        space, request = SimpleNamespace(draw_noise=randn_tensor), {"num_inference_steps": 30}
-        problem = SimpleNamespace(noise=self.noise, seeds=seeds, space=space, request=request)
+        space = SimpleNamespace(draw_noise=randn_tensor)
+        problem = SimpleNamespace(noise=self.noise, seeds=seeds, space=space, is_single_step=False)
         self.memory = self.method.start(problem)
 
     def step(self, score: float, gradient: torch.Tensor) -> None:
