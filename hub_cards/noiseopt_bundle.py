@@ -111,8 +111,8 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 # The name that diffusers gives this module may come to mean the bundle of another release.
-sys.modules[f"{__name__}_323a876b711b"] = sys.modules[__name__]
-__name__ = f"{__name__}_323a876b711b"
+sys.modules[f"{__name__}_2b649e8a6c30"] = sys.modules[__name__]
+__name__ = f"{__name__}_2b649e8a6c30"
 
 # rewards/contract/transforms.py
 
@@ -3584,8 +3584,8 @@ class TimeBudget(NoiseCallback):
         self.first = 0.0
 
     def on_step_end(self, state: NoiseState) -> None:
-        if state.noise.is_cuda:
-            torch.cuda.synchronize(state.noise.device)
+        if state.noise.device.type in ("cuda", "mps", "xpu"):
+            getattr(torch, state.noise.device.type).synchronize()
         now = time.perf_counter()
         took, self.last = 0.0 if self.last is None else now - self.last, now
         self.first = self.first or took
@@ -6349,6 +6349,10 @@ class NoiseOptimizer:
         return 0
 
     @property
+    def may_preview(self) -> bool:
+        return self.previews
+
+    @property
     def closing(self) -> int:
         return 0
 
@@ -6464,6 +6468,10 @@ class GradientOptimizer(RewardOptimizer):
 
     search: int | Literal["auto"] = checked(0, "[0, inf)")
     starts: int = checked(1, "[1, inf)")
+
+    @property
+    def may_preview(self) -> bool:
+        return self.previews or self.search not in ("auto", 0)
 
     def searched(self, problem: NoiseProblem) -> int:
         if self.search != "auto":
@@ -8084,7 +8092,7 @@ class NoiseDiffusion(GradientOptimizer):
         return UnitScore(rewards, self.score_range)
 
     def start(self, problem: NoiseProblem) -> "NoiseDiffusionState":
-        if self.gradient_mode == "frozen" and problem.request.get("num_inference_steps") == 1:
+        if self.gradient_mode == "frozen" and problem.is_single_step:
             warnings.warn(
                 "A single denoising step draws these images, and the gradient that holds its output constant tells "
                 'little about their score, nothing if that is about content. Pass `gradient="full"`, or use `ReNO`.',
@@ -8414,10 +8422,10 @@ class ReNO(GradientOptimizer):
         search: The number of noises to choose from before the first step, see `GradientOptimizer`: "auto", which is 0
             for parity, or a number.
         mode: "default" or "parity".
-        geometry: "white" is the step above; for noise that a noise sampler draws in another color, the gradient is
-            projected and the noise keeps its norm. "sphere" is the released step, followed by a projection on the norm
-            of the base noise; "prior" the released step with the χ prior. `None` is "prior" for parity and where
-            `regularization` is given, and "white" otherwise.
+        geometry: "white" is the step above; noise that a noise sampler draws in another color keeps its norm instead of
+            being projected, and noise given as `latents=` counts as white. "sphere" is the released step, followed by a
+            projection on the norm of the base noise; "prior" the released step with the χ prior. `None` is "prior" for
+            parity and where `regularization` is given, and "white" otherwise.
         learning_rate: η. For "white" the size of a step in standard deviations of the noise, 0.1 by default. For the
             released step in units of √(H·W) / 64, with H × W the size of the noise, 5 by default: 5 at 512 px, as in
             the released code (SD-Turbo, SDXL-Turbo, PixArt-α DMD, FLUX.1-schnell), and 10 at 1024 px (Hyper-SDXL).
@@ -10790,18 +10798,27 @@ class OptimizationLoop:
         self.record(self.moving.inspect(run, self.objective, self.state))
         if method.seconds is not None:
             run.steps = math.ceil(len(self.rows) * max(1, method.seconds / max(run.elapsed, 1e-9)))
-        for callback in self.callbacks:
-            kept = [each for each in (run.noise, run.images, run.best.noise, run.best.images) if each is not None]
-            versions = list(map(version_of, kept))
-            if asks_to_stop(callback.on_step_end(run)):
-                run.stop()
-            if list(map(version_of, kept)) != versions:
-                raise ValueError(
-                    f"Expected a callback that leaves noise and images as they are, but {callback_name(callback)} "
-                    "wrote into them. Change a copy: `state.noise.clone()`."
-                )
+        try:
+            for callback in self.callbacks:
+                self.call_back(callback)
+        except NonFiniteReward as error:  # of a held-out reward
+            if step == 0:
+                raise
+            self.give_up(str(error))
         if self.noise_file is not None:
             self.noise_file.keep(self.result)
+
+    def call_back(self, callback: NoiseCallback) -> None:
+        run = self.run
+        kept = [each for each in (run.noise, run.images, run.best.noise, run.best.images) if each is not None]
+        versions = list(map(version_of, kept))
+        if asks_to_stop(callback.on_step_end(run)):
+            run.stop()
+        if list(map(version_of, kept)) != versions:
+            raise ValueError(
+                f"Expected a callback that leaves noise and images as they are, but {callback_name(callback)} "
+                "wrote into them. Change a copy: `state.noise.clone()`."
+            )
 
     def sample_of(
         self,
@@ -11640,7 +11657,7 @@ class NoiseRun:
         if torch.is_inference_mode_enabled():
             raise ValueError("Expected a call outside `torch.inference_mode()`, where no gradient exists. Remove it.")
         refuse_unsuited(pipe, method.gradient_mode)
-        if method.previews or getattr(method, "search", "auto") not in ("auto", 0):
+        if method.may_preview:
             refuse_replaced_step(pipe)
         if method.gradient_mode is not None:
             refuse_writes(type(pipe))
