@@ -4,6 +4,7 @@ import itertools
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from noiseopt.evaluation.calibration import calibrate
 from noiseopt.evaluation.plan import MethodChoice
@@ -24,7 +25,7 @@ class Machine:
             self.order.append("method")
             return SimpleNamespace(cost=SimpleNamespace(seconds=load * self.seconds))
         self.order.append("control")
-        state = SimpleNamespace(elapsed=0.0, noise=SimpleNamespace(is_cuda=False), stopped=False)
+        state = SimpleNamespace(elapsed=0.0, noise=torch.zeros(1), stopped=False)
         state.stop = lambda reason: vars(state).update(stopped=True)
         while not state.stopped:
             state.elapsed += load * self.each

@@ -50,7 +50,7 @@ FAULTS = (
     Fault(
         "stop of a callback ignored",
         "pipelines/loop.py",
-        "if asks_to_stop(callback.on_step_end(run)):\n                run.stop()",
+        "if asks_to_stop(callback.on_step_end(run)):\n            run.stop()",
         "callback.on_step_end(run)",
         "tests/callbacks/test_callbacks.py",
     ),
@@ -335,9 +335,16 @@ FAULTS = (
         "outside.argmax(-1, keepdim=True)",
     ),
     Fault(
+        "moments of the noise are left as they drift",
+        "pipelines/white_noise.py",
+        "    if not beyond.any():",
+        "    if True:",
+        "tests/pipelines/reno/test_reno.py",
+    ),
+    Fault(
         "noise is not projected after its step",
         "pipelines/white_noise.py",
-        "            return project(moved)",
+        "            return with_gaussian_moments(project(moved))",
         "            return moved",
         "tests/pipelines/reno/test_reno.py",
     ),

@@ -152,7 +152,7 @@ def test_settings_that_cannot_work_are_refused_before_a_model_runs(settings, mes
 
 def test_a_held_out_score_that_is_not_finite_ends_the_run_with_its_best():
     held_out = Scripted([1.0, 2.0, float("nan")], [1.0, 2.0, 3.0])
-    with pytest.warns(UserWarning, match="stops after step 1 and keeps the best so far"):
+    with pytest.warns(UserWarning, match="stops after step 2 and keeps the best so far"):
         result = run(ReNO(rewards=redness, steps=8, search=0, stop="held_out", held_out=held_out), count=2)
     assert result.provenance["stopped"] == "non-finite reward" and len(result.losses) == 3
 
