@@ -207,6 +207,7 @@ def test_a_short_run_has_every_row_and_goes_on_where_it_stopped(capsys, tmp_path
         return run(self, row, problems, horizon)
 
     monkeypatch.setitem(ROWS, "ReNO, 4 starts", Row("black", ("reno:search=2,starts=2,steps=5",)))
+    monkeypatch.setitem(ROWS, NOW, Row("black", ("reno:steps=2", "reno:steps=4")))
     monkeypatch.setattr(per_second.Bench, "run", stopped)
     with pytest.raises(KeyboardInterrupt):
         per_second.main([*SHORT, "--model", "turbo", "--output", str(output)])

@@ -61,7 +61,10 @@ OBJECTS = [
 TENSORS = [torch.zeros(()), torch.zeros(2), torch.zeros(1, 3, 4, 4), torch.full((1, 8, 8, 8), torch.nan)]
 JUNK = [None, True, False, *NUMBERS, *TEXTS, *CONTAINERS, *FUNCTIONS, *OBJECTS, *TENSORS]
 
-ENDLESS = {"steps": lambda value: value is None or (isinstance(value, int) and value > 3)}  # right, but slow
+ENDLESS = {  # right, but slow
+    "steps": lambda value: value is None or (isinstance(value, int) and value > 3),
+    "budget": lambda value: isinstance(value, int) and value > 3,
+}
 # these are known from the first evaluation on, and say so
 OURS_TEXT = re.compile(r"Expected .*\bbut\b", re.DOTALL)
 KNOWN_LATER = re.compile(
