@@ -111,8 +111,8 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 # The name that diffusers gives this module may come to mean the bundle of another release.
-sys.modules[f"{__name__}_2b649e8a6c30"] = sys.modules[__name__]
-__name__ = f"{__name__}_2b649e8a6c30"
+sys.modules[f"{__name__}_7111f7e8ccf0"] = sys.modules[__name__]
+__name__ = f"{__name__}_7111f7e8ccf0"
 
 # rewards/contract/transforms.py
 
@@ -7803,9 +7803,10 @@ class NeverTooLate(NoiseOptimizer):
     def step(self, run: NoiseState, gradient: torch.Tensor, state: "NeverTooLateState") -> torch.Tensor:
         guarded = state.guarded
         stays = per_image(~guarded.good | guarded.frozen, gradient)
-        if state.white is not None:
-            moved = state.white.moved(run.noise, gradient)
-            state.white.mean = state.white.mean.where(~stays, 0)
+        white = state.white if self.geometry == "white" else None
+        if white is not None:
+            moved = white.moved(run.noise, gradient)
+            white.mean = white.mean.where(~stays, 0)
         else:
             gradient = state.clipped(gradient, self.max_grad_norm)
             state.velocity = (self.momentum * state.velocity + gradient).where(~stays, 0)

@@ -165,9 +165,10 @@ class NeverTooLate(NoiseOptimizer):
     def step(self, run: NoiseState, gradient: torch.Tensor, state: "NeverTooLateState") -> torch.Tensor:
         guarded = state.guarded
         stays = per_image(~guarded.good | guarded.frozen, gradient)
-        if state.white is not None:
-            moved = state.white.moved(run.noise, gradient)
-            state.white.mean = state.white.mean.where(~stays, 0)
+        white = state.white if self.geometry == "white" else None
+        if white is not None:
+            moved = white.moved(run.noise, gradient)
+            white.mean = white.mean.where(~stays, 0)
         else:
             gradient = state.clipped(gradient, self.max_grad_norm)
             state.velocity = (self.momentum * state.velocity + gradient).where(~stays, 0)

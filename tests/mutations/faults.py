@@ -351,7 +351,7 @@ FAULTS = (
     Fault(
         "Never Too Late keeps the mean gradient of an image that reverts",
         "pipelines/never_too_late/method.py",
-        "state.white.mean = state.white.mean.where(~stays, 0)",
+        "white.mean = white.mean.where(~stays, 0)",
         "pass",
         "tests/pipelines/never_too_late/test_never_too_late.py",
     ),
