@@ -26,7 +26,7 @@ from noiseopt.evaluation.noise_statistics import gaussian_limits, noise_statisti
 from noiseopt.pipelines import WhiteNoiseProjection
 from noiseopt.pipelines.noise_math import per_image, per_sample_norm, unit
 from noiseopt.pipelines.problem import NoiseProblem
-from noiseopt.pipelines.white_noise import WHITE_RATE
+from noiseopt.pipelines.white_noise import WHITE_RATE, with_gaussian_moments
 from noiseopt.quiet import quiet_libraries
 
 MODELS = ("sdxl-turbo", "turbo")
@@ -71,7 +71,7 @@ class Steps(ReNO):
         moved = run.noise - self.rate_or(WHITE_RATE) * updates[self.update]
         if self.projected == "gradient":
             return moved * per_image(state["radius"] / per_sample_norm(moved), moved)
-        return self.project(moved)
+        return with_gaussian_moments(self.project(moved))
 
     def project(self, samples: torch.Tensor) -> torch.Tensor:
         project, (batch, channels, height, width) = WhiteNoiseProjection(), samples.shape

@@ -25,6 +25,12 @@ def seconds_in(text: str) -> float:
     return seconds
 
 
+def synchronize(device: torch.device) -> None:
+    """Wait for the accelerator."""
+    if device.type in ("cuda", "mps", "xpu"):
+        getattr(torch, device.type).synchronize()
+
+
 class EarlyStopping(NoiseCallback):
     """Stop a sample when its best loss has not decreased by more than `min_delta` for `patience` steps.
 
@@ -101,8 +107,7 @@ class TimeBudget(NoiseCallback):
         self.first = 0.0
 
     def on_step_end(self, state: NoiseState) -> None:
-        if state.noise.device.type in ("cuda", "mps", "xpu"):
-            getattr(torch, state.noise.device.type).synchronize()
+        synchronize(state.noise.device)
         now = time.perf_counter()
         took, self.last = 0.0 if self.last is None else now - self.last, now
         self.first = self.first or took

@@ -111,8 +111,8 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 # The name that diffusers gives this module may come to mean the bundle of another release.
-sys.modules[f"{__name__}_7111f7e8ccf0"] = sys.modules[__name__]
-__name__ = f"{__name__}_7111f7e8ccf0"
+sys.modules[f"{__name__}_8620bcffa454"] = sys.modules[__name__]
+__name__ = f"{__name__}_8620bcffa454"
 
 # rewards/contract/transforms.py
 
@@ -3510,6 +3510,10 @@ def seconds_in(text: str) -> float:
         raise ValueError(f"Expected a time above 0 such as '20s', '1.5min', '500ms' or '2h', but got {text!r}.")
     return seconds
 
+def synchronize(device: torch.device) -> None:
+    if device.type in ("cuda", "mps", "xpu"):
+        getattr(torch, device.type).synchronize()
+
 class EarlyStopping(NoiseCallback):
     """Stop a sample when its best loss has not decreased by more than `min_delta` for `patience` steps.
 
@@ -3584,8 +3588,7 @@ class TimeBudget(NoiseCallback):
         self.first = 0.0
 
     def on_step_end(self, state: NoiseState) -> None:
-        if state.noise.device.type in ("cuda", "mps", "xpu"):
-            getattr(torch, state.noise.device.type).synchronize()
+        synchronize(state.noise.device)
         now = time.perf_counter()
         took, self.last = 0.0 if self.last is None else now - self.last, now
         self.first = self.first or took

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..callbacks.early_stopping import synchronize
 from ..pipelines.sampling.module_state import DENOISERS
 
 MEBIBYTE = 2**20
@@ -60,12 +61,6 @@ def counted_calls(pipe, cost: Cost) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait for the accelerator."""
-    if device.type in ("cuda", "mps", "xpu"):
-        getattr(torch, device.type).synchronize()
 
 
 class PeakMemory:
