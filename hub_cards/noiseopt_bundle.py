@@ -111,8 +111,8 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 # The name that diffusers gives this module may come to mean the bundle of another release.
-sys.modules[f"{__name__}_8620bcffa454"] = sys.modules[__name__]
-__name__ = f"{__name__}_8620bcffa454"
+sys.modules[f"{__name__}_63251bfba364"] = sys.modules[__name__]
+__name__ = f"{__name__}_63251bfba364"
 
 # rewards/contract/transforms.py
 
@@ -8416,10 +8416,10 @@ class ReNO(GradientOptimizer):
 
     `mode="default"` moves differently: gradients are projected on white noise, their mean moves the noise, and that
     is projected too, see `WhiteNoiseSteps`. So no frequency of the noise outruns the others, a step has the same
-    length on all models, and the noise keeps the norm and the spectrum of Gaussian noise. The gradient is that of a
-    slightly shifted and noisy view of the image, another in each step, which suppresses patterns that please one exact
-    pixel grid; scores, losses and the choice of the best remain those of the image itself. Saturated pixels keep their
-    gradient. On one-step models the steps begin at the best of a few noises.
+    length on all models, and the noise keeps the norm, the moments and the spectrum of Gaussian noise. The gradient is
+    that of a slightly shifted and noisy view of the image, another in each step, which suppresses patterns that please
+    one exact pixel grid; scores, losses and the choice of the best remain those of the image itself. Saturated pixels
+    keep their gradient. On one-step models the steps begin at the best of a few noises.
 
     Args:
         steps: Evaluations, the baseline included. The paper: 50.
