@@ -71,6 +71,8 @@ class Run(Generic[Model]):
         lr: Peak learning rate.
         decay: Decay of the moving average.
         look: Called with the averaged model and a path for sample images, after every tenth of the run.
+        dtype: The precision of `fast`, the copy of the model that is to be run; gradients, updates and weights are in
+            single precision.
     """
 
     def __init__(
@@ -82,6 +84,7 @@ class Run(Generic[Model]):
         lr: float,
         decay: float = 0.998,
         look: Callable[[Model, Path], None] | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         self.model, self.path, self.samples, self.batch, self.lr, self.decay = model, path, samples, batch, lr, decay
         self.average = copy.deepcopy(model).requires_grad_(False).eval()
@@ -91,6 +94,9 @@ class Run(Generic[Model]):
         self._sums: dict[str, float] = {}
         if path.exists():
             self.load()
+        self.fast = (
+            model if dtype == torch.float32 else copy.deepcopy(model).to(dtype, memory_format=torch.channels_last)
+        )
         torch.manual_seed(self.seen + (dist.get_rank() if dist.is_initialized() else 0))
 
     def __iter__(self) -> Iterator[int]:
@@ -115,12 +121,17 @@ class Run(Generic[Model]):
         """Update by the sum of the losses; warm-up of 100 steps, then cosine decay to 2%."""
         self.optimizer.zero_grad(set_to_none=True)
         torch.stack(list(losses.values())).sum().backward()
+        self._take_gradients()
         self._share_gradients()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         warm = min(1.0, (self.seen / self.batch + 1) / 100)
         cosine = 0.51 + 0.49 * math.cos(math.pi * min(1.0, self.seen / self.samples))
         self.optimizer.param_groups[0]["lr"] = self.lr * warm * cosine
         self.optimizer.step()
+        if self.fast is not self.model:
+            with torch.no_grad():
+                for fast, p in zip(self.fast.parameters(), self.model.parameters(), strict=True):
+                    fast.copy_(p)
         self.seen += self.batch
         decay = min(self.decay, (self.seen / self.batch + 1) / (self.seen / self.batch + 20))
         with torch.no_grad():
@@ -129,6 +140,12 @@ class Run(Generic[Model]):
         for name, loss in losses.items():
             self._sums[name] = self._sums.get(name, 0.0) + float(loss.detach())
         self._sums["updates"] = self._sums.get("updates", 0.0) + 1
+
+    def _take_gradients(self) -> None:
+        """Move the gradients of the fast copy to the model."""
+        if self.fast is not self.model:
+            for fast, p in zip(self.fast.parameters(), self.model.parameters(), strict=True):
+                p.grad, fast.grad = None if fast.grad is None else fast.grad.float(), None
 
     def _record(self) -> dict[str, float]:
         """Append the mean losses since the last record to the curve."""

@@ -1,0 +1,51 @@
+"""Train the models with one command from a checkout: `python -m training.natural.train --output DIR`.
+
+Choose stages with `--stages`; each resumes from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from .autoencoder import latents, train_decoder, train_vae
+from .teacher import train_base
+
+STAGES = {"vae": train_vae, "decoder": train_decoder, "latents": latents, "base": train_base}
+SAMPLES = {"vae": 64_000, "decoder": 32_000, "base": 600_000}  # default number of samples by stage
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Train the models of the shapes world.")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--output", type=Path, required=True, help="folder for checkpoints, samples and `weights`")
+    parser.add_argument("--stages", nargs="+", default=list(STAGES), choices=list(STAGES), metavar="STAGE")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument(
+        "--dtype",
+        default=torch.bfloat16,
+        type=lambda name: getattr(torch, name),
+        help="precision of forward and backward passes (default bfloat16)",
+    )
+    parser.add_argument("--pictures", type=int, default=10_000, help="number of pictures of the autoencoder")
+    parser.add_argument("--latents", type=int, default=30_000, help="number of pictures of the generators")
+    for stage, samples in SAMPLES.items():
+        parser.add_argument(f"--{stage}-samples", type=int, default=samples, metavar="N", help=f"default {samples}")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the stages."""
+    args = parse_arguments(argv)
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    args.output.mkdir(parents=True, exist_ok=True)
+    for stage in args.stages:
+        STAGES[stage](args)
+
+
+if __name__ == "__main__":
+    main()
