@@ -1,4 +1,4 @@
-"""Fast half-precision kernels for a CPU, where those of group norms and attention are slower than in single precision."""
+"""Fast half precision on a CPU, where group norms and attention are slower in it than in single precision."""
 
 from __future__ import annotations
 

@@ -29,11 +29,13 @@ def losses(run: Run, data: dict, rng: random.Random, slips: float = 0.0) -> dict
     asked = [slip(data["requests"][i], rng, slips) for i in rows.tolist()]
     prompts = [str(request) if rng.random() > 0.1 else "" for request in asked]
     model = run.fast
-    z = data["latents"][rows].to(model.unet.device).float()
+    z = data["latents"][rows].to(model.denoiser.device).float()
     t = model.times(run.batch).to(z.device)
     noisy, target = model.corrupt(z, torch.randn_like(z), t)
     with HalfPrecision():
-        guess = model.predict(noisy.to(model.unet.dtype, memory_format=torch.channels_last), t, model.embed(prompts))
+        guess = model.predict(
+            noisy.to(model.denoiser.dtype, memory_format=torch.channels_last), t, model.embed(prompts)
+        )
     return {"v": (guess.float() - target).square().mean()}
 
 

@@ -12,10 +12,18 @@ from pathlib import Path
 import torch
 
 from .autoencoder import latents, train_decoder, train_vae
+from .distillation import draw_pairs, train_turbo
 from .teacher import train_base
 
-STAGES = {"vae": train_vae, "decoder": train_decoder, "latents": latents, "base": train_base}
-SAMPLES = {"vae": 64_000, "decoder": 32_000, "base": 600_000}  # default number of samples by stage
+STAGES = {
+    "vae": train_vae,
+    "decoder": train_decoder,
+    "latents": latents,
+    "base": train_base,
+    "pairs": draw_pairs,
+    "turbo": train_turbo,
+}
+SAMPLES = {"vae": 64_000, "decoder": 32_000, "base": 600_000, "turbo": 200_000}  # default number of samples by stage
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -32,6 +40,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--pictures", type=int, default=10_000, help="number of pictures of the autoencoder")
     parser.add_argument("--latents", type=int, default=30_000, help="number of pictures of the generators")
+    parser.add_argument("--teacher", default="base", help="stage that the students learn from")
+    parser.add_argument("--pairs", type=int, default=16_384, help="number of images drawn by the teacher")
     for stage, samples in SAMPLES.items():
         parser.add_argument(f"--{stage}-samples", type=int, default=samples, metavar="N", help=f"default {samples}")
     return parser.parse_args(argv)

@@ -113,7 +113,7 @@ def lay_out(objects: Sequence[tuple[str, str]], chance: Sequence[float], relatio
 
 
 def usual(objects: Sequence[tuple[str, str]], relation: str | None, rng: random.Random) -> list[float]:
-    """Sample the `LAYOUT` numbers of the usual layout of objects: centered, of medium size, at most a few pixels off."""
+    """Sample the `LAYOUT` numbers of the usual layout of objects: centered, of medium size, off by a few pixels."""
     ahead, beside = ((0.25, 0.75), (0.5, 0.5)) if len(objects) < 3 else ((0.25, 0.75), (0.25, 0.75))
     if len(objects) == 1:
         ahead = (0.5, 0.5)
@@ -240,7 +240,7 @@ def coverage(scenes: Sequence[Scene], generator: torch.Generator | None = None, 
 
 
 def _grounds(chance: Tensor, size: int) -> Tensor:
-    """Render grounds, (B, 3, size, size) in [0, 1], from (B, 11) numbers: gray, tint, gradient, one of four textures."""
+    """Render grounds, (B, 3, size, size) in [0, 1], from (B, 11) numbers: gray, tint, gradient, one of 4 textures."""
     columns = chance[:, :, None, None].unbind(1)
     gray, red, green, blue, slope_x, slope_y, texture, waves, phase_x, phase_y, depth = columns
     axis = torch.linspace(-1.0, 1.0, size)
