@@ -87,7 +87,7 @@ def normalized(args: argparse.Namespace) -> AutoencoderTiny:
     if not path.exists():
         vae = averaged(args.output / "vae.pt", new_vae())
         rng = random.Random(3)
-        scenes, looks, _ = sample_pictures([sample_request(rng) for _ in range(1000)], rng)
+        scenes, looks, _ = sample_pictures([sample_request(rng) for _ in range(500)], rng)
         images = render(scenes, torch.Generator().manual_seed(3), looks, SIZE) * 2 - 1
         z = torch.cat([vae.encoder(part) for part in images.split(50)]).movedim(1, -1).flatten(0, 2)
         mean = z.mean(0)
