@@ -12,7 +12,7 @@ from diffusers import StableDiffusionXLPipeline
 from torch import nn
 
 from noiseopt import shapes_world
-from training.natural import autoencoder, distillation, report, train
+from training.natural import autoencoder, distillation, readers, report, train
 from training.natural.data import OTHER_GROUND, OTHER_LAYOUT, sample_pictures
 from training.natural.generators import SD3Generator, SDGenerator, SDXLGenerator
 from training.natural.precision import HalfPrecision
@@ -205,12 +205,28 @@ def test_spread_is_in_pixels():
     assert report.spread(images, 1) == pytest.approx(8.0)
 
 
+def test_copies_are_told_from_others():
+    unit = torch.eye(4)[[0, 0, 1, 1]]
+    same = torch.tensor([[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 1], [0, 0, 1, 1]]).bool()
+    right, wrong = (float(readers.copies(unit, each)) for each in (same, same[:, [0, 2, 1, 3]]))
+    chance = math.exp(10) / (math.exp(10) + 2)
+    assert right == pytest.approx(-math.log(chance), abs=1e-5)
+    assert wrong > right + 4
+
+
+def test_only_usual_pictures_of_a_request_are_copies():
+    a, b = map(shapes_world.parse, PROMPTS)
+    usual = torch.tensor([[1, 1], [1, 1], [1, 1], [1, 0], [1, 0]])
+    same = readers.copy_labels([a, b, a, a, a], usual)
+    assert torch.equal(same.int() - torch.eye(5).int(), F.one_hot(torch.tensor([2, 5, 0, 5, 5]), 6)[:, :5].int())
+
+
 @pytest.mark.slow
 def test_one_command_trains_every_stage(tmp_path):
-    small = ["--output", str(tmp_path), "--pictures", "250", "--latents", "250", "--pairs", "64"]
+    small = ["--output", str(tmp_path), "--pictures", "250", "--latents", "250", "--pairs", "64", "--failures", "64"]
     for stage in train.SAMPLES:
         small += [f"--{stage}-samples", "64"]
     distillation.PART = 64
     train.main(small)
-    assert all((tmp_path / f"{stage}.pt").exists() for stage in train.SAMPLES)
+    assert all((tmp_path / f"{stage}.pt").exists() for stage in {*train.SAMPLES, "dinov2"} - {"tower"})
     assert list(tmp_path.glob("turbo_*.png"))

@@ -34,14 +34,15 @@ def sample_pictures(requests: Sequence[Request], rng: random.Random) -> tuple[li
 
 
 def pictures(path: Path, count: int, seed: int) -> dict:
-    """Return requests, uint8 images (N, 3, 128, 128) and masks of shapes (N, 1, 128, 128), cached in a file."""
+    """Return requests, scenes, looks, uint8 images (N, 3, 128, 128) and masks (N, 1, 128, 128), cached in a file."""
     if not path.exists():
         rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
         requests = [sample_request(rng) for _ in range(count)]
+        scenes, looks, _ = sample_pictures(requests, rng)
         images, masks = [], []
         for i in range(0, count, 250):
-            scenes, looks, _ = sample_pictures(requests[i : i + 250], rng)
-            images.append((render(scenes, generator, looks, SIZE) * 255).round().byte())
-            masks.append((coverage(scenes, generator, SIZE).amax(1, keepdim=True) * 255).byte())
-        torch.save({"requests": requests, "images": torch.cat(images), "masks": torch.cat(masks)}, path)
+            images.append((render(scenes[i : i + 250], generator, looks[i : i + 250], SIZE) * 255).round().byte())
+            masks.append((coverage(scenes[i : i + 250], generator, SIZE).amax(1, keepdim=True) * 255).byte())
+        data = {"requests": requests, "scenes": scenes, "looks": looks}
+        torch.save(data | {"images": torch.cat(images), "masks": torch.cat(masks)}, path)
     return load_records(path)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -49,3 +51,10 @@ def attention(
     if attn_mask is not None:
         scores = scores.masked_fill(~attn_mask, -1e9) if attn_mask.dtype == torch.bool else scores + attn_mask
     return scores.softmax(-1) @ value
+
+
+@contextlib.contextmanager
+def half(device: str, dtype: torch.dtype) -> Iterator[None]:
+    """Run matrix products of modules in single precision in another one."""
+    with torch.autocast(device, dtype, enabled=dtype != torch.float32), HalfPrecision():
+        yield

@@ -13,6 +13,7 @@ import torch
 
 from .autoencoder import latents, train_decoder, train_vae
 from .distillation import draw_pairs, train_turbo
+from .readers import train_clip, train_eyes, train_tower, train_vqa
 from .teacher import train_base
 
 STAGES = {
@@ -22,8 +23,21 @@ STAGES = {
     "base": train_base,
     "pairs": draw_pairs,
     "turbo": train_turbo,
+    "eyes": train_eyes,
+    "clip": train_clip,
+    "tower": train_tower,
+    "vqa": train_vqa,
 }
-SAMPLES = {"vae": 64_000, "decoder": 32_000, "base": 600_000, "turbo": 200_000}  # default number of samples by stage
+SAMPLES = {  # default number of samples by stage
+    "vae": 64_000,
+    "decoder": 32_000,
+    "base": 600_000,
+    "turbo": 200_000,
+    "eyes": 128_000,
+    "clip": 256_000,
+    "tower": 128_000,
+    "vqa": 384_000,
+}
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -42,6 +56,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--latents", type=int, default=30_000, help="number of pictures of the generators")
     parser.add_argument("--teacher", default="base", help="stage that the students learn from")
     parser.add_argument("--pairs", type=int, default=16_384, help="number of images drawn by the teacher")
+    parser.add_argument("--failures", type=int, default=5_000, help="number of imitated failures")
     for stage, samples in SAMPLES.items():
         parser.add_argument(f"--{stage}-samples", type=int, default=samples, metavar="N", help=f"default {samples}")
     return parser.parse_args(argv)
