@@ -223,7 +223,20 @@ def test_only_usual_pictures_of_a_request_are_copies():
 
 @pytest.mark.slow
 def test_one_command_trains_every_stage(tmp_path):
-    small = ["--output", str(tmp_path), "--pictures", "250", "--latents", "250", "--pairs", "64", "--failures", "64"]
+    small = [
+        "--output",
+        str(tmp_path),
+        "--pictures",
+        "250",
+        "--latents",
+        "250",
+        "--pairs",
+        "64",
+        "--failures",
+        "64",
+        "--gallery",
+        "256",
+    ]
     for stage in train.SAMPLES:
         small += [f"--{stage}-samples", "64"]
     distillation.PART = 64

@@ -22,7 +22,7 @@ from noiseopt.shapes_world.captions import sample_request
 from ..data import load_records
 from ..optimization import Run, averaged
 from .autoencoder import final_vae
-from .generators import SIDE, Diffusion, SDGenerator
+from .generators import SIDE, Diffusion, SDGenerator, SDXLGenerator
 from .precision import HalfPrecision
 from .teacher import look
 
@@ -125,3 +125,10 @@ def train_student(args: argparse.Namespace, stage: str, model: Diffusion, lr: fl
 def train_turbo(args: argparse.Namespace) -> None:
     """Train the SD student."""
     train_student(args, "turbo", averaged(args.output / f"{args.teacher}.pt", SDGenerator()).requires_grad_())
+
+
+def train_sdxl_turbo(args: argparse.Namespace) -> None:
+    """Train the SDXL student, which starts from the SD student."""
+    model = SDXLGenerator()
+    model.begin_with(averaged(args.output / "turbo.pt", SDGenerator()))
+    train_student(args, "sdxl-turbo", model.requires_grad_())

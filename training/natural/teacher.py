@@ -16,10 +16,10 @@ from torch import Tensor
 from noiseopt.shapes_world.captions import VALIDATION_PROMPTS, sample_request
 from noiseopt.shapes_world.judge import judge
 
-from ..optimization import Run
+from ..optimization import Run, averaged
 from ..slips import slip
 from .autoencoder import final_vae, latents
-from .generators import Diffusion, SDGenerator
+from .generators import Diffusion, SD3Generator, SDGenerator, SDXLGenerator
 from .precision import HalfPrecision
 
 
@@ -40,7 +40,7 @@ def losses(run: Run, data: dict, rng: random.Random, slips: float = 0.0) -> dict
 
 
 @torch.no_grad()
-def look(args: argparse.Namespace, model: Diffusion, path: Path, **call: Any) -> None:
+def look(args: argparse.Namespace, model: Diffusion | SD3Generator, path: Path, **call: Any) -> None:
     """Draw training and validation prompts, write 48 of the pictures, and how many are right."""
     pipe = model.pipeline(final_vae(args))
     pipe.set_progress_bar_config(disable=True)
@@ -64,7 +64,9 @@ def train_generator(
 ) -> None:
     """Train a generator."""
     data, samples = latents(args), vars(args)[f"{stage.replace('-', '_')}_samples"]
-    check = functools.partial(look, args, num_inference_steps=12, guidance_scale=3.0)
+    call = {"num_inference_steps": 12, "guidance_scale": 3.0}
+    call |= {"max_sequence_length": 16} if isinstance(model, SD3Generator) else {}
+    check = functools.partial(look, args, **call)
     run = Run(
         model.to(args.device), args.output / f"{stage}.pt", samples, 64, lr, decay=0.999, look=check, dtype=args.dtype
     )
@@ -76,3 +78,23 @@ def train_generator(
 def train_base(args: argparse.Namespace) -> None:
     """Train the SD U-Net on true captions."""
     train_generator(args, "base", SDGenerator())
+
+
+def train_guided(args: argparse.Namespace) -> None:
+    """Continue on captions some of which are careless, so that the noise decides whether a prompt is followed."""
+    model = averaged(args.output / "base.pt", SDGenerator()).requires_grad_()
+    train_generator(args, "guided", model, slips=args.slips, lr=1e-3)
+
+
+def train_sdxl(args: argparse.Namespace) -> None:
+    """Train the SDXL U-Net, which starts from the SD U-Net, likewise."""
+    model = SDXLGenerator()
+    model.begin_with(averaged(args.output / "base.pt", SDGenerator()))
+    train_generator(args, "sdxl", model.requires_grad_(), slips=args.slips)
+
+
+def train_sd3(args: argparse.Namespace) -> None:
+    """Train the flow transformer likewise; only its first text encoder starts from the SD model."""
+    model = SD3Generator()
+    model.begin_with(averaged(args.output / "base.pt", SDGenerator()))
+    train_generator(args, "sd3", model.requires_grad_(), slips=args.slips)

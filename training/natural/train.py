@@ -12,17 +12,23 @@ from pathlib import Path
 import torch
 
 from .autoencoder import latents, train_decoder, train_vae
-from .distillation import draw_pairs, train_turbo
+from .distillation import draw_pairs, train_sdxl_turbo, train_turbo
+from .gallery import gallery
 from .readers import train_clip, train_eyes, train_tower, train_vqa
-from .teacher import train_base
+from .teacher import train_base, train_guided, train_sd3, train_sdxl
 
 STAGES = {
     "vae": train_vae,
     "decoder": train_decoder,
     "latents": latents,
     "base": train_base,
+    "guided": train_guided,
     "pairs": draw_pairs,
     "turbo": train_turbo,
+    "sdxl": train_sdxl,
+    "sdxl-turbo": train_sdxl_turbo,
+    "sd3": train_sd3,
+    "gallery": gallery,
     "eyes": train_eyes,
     "clip": train_clip,
     "tower": train_tower,
@@ -31,8 +37,12 @@ STAGES = {
 SAMPLES = {  # default number of samples by stage
     "vae": 64_000,
     "decoder": 32_000,
-    "base": 600_000,
+    "base": 300_000,
+    "guided": 64_000,
     "turbo": 200_000,
+    "sdxl": 128_000,
+    "sdxl-turbo": 64_000,
+    "sd3": 300_000,
     "eyes": 128_000,
     "clip": 256_000,
     "tower": 128_000,
@@ -54,9 +64,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--pictures", type=int, default=10_000, help="number of pictures of the autoencoder")
     parser.add_argument("--latents", type=int, default=30_000, help="number of pictures of the generators")
-    parser.add_argument("--teacher", default="base", help="stage that the students learn from")
+    parser.add_argument("--teacher", default="guided", help="stage that the students learn from")
     parser.add_argument("--pairs", type=int, default=16_384, help="number of images drawn by the teacher")
     parser.add_argument("--failures", type=int, default=5_000, help="number of imitated failures")
+    parser.add_argument("--slips", type=float, default=0.4, help="share of careless captions")
+    parser.add_argument("--gallery", type=int, default=12_800, help="images by each one-step model; 1/4 by others")
     for stage, samples in SAMPLES.items():
         parser.add_argument(f"--{stage}-samples", type=int, default=samples, metavar="N", help=f"default {samples}")
     return parser.parse_args(argv)
