@@ -94,9 +94,7 @@ class Run(Generic[Model]):
         self._sums: dict[str, float] = {}
         if path.exists():
             self.load()
-        self.fast = (
-            model if dtype == torch.float32 else copy.deepcopy(model).to(dtype, memory_format=torch.channels_last)
-        )
+        self.fast = model if dtype == torch.float32 else fast(copy.deepcopy(model), dtype)
         torch.manual_seed(self.seen + (dist.get_rank() if dist.is_initialized() else 0))
 
     def __iter__(self) -> Iterator[int]:
@@ -130,8 +128,8 @@ class Run(Generic[Model]):
         self.optimizer.step()
         if self.fast is not self.model:
             with torch.no_grad():
-                for fast, p in zip(self.fast.parameters(), self.model.parameters(), strict=True):
-                    fast.copy_(p)
+                for copied, p in zip(self.fast.parameters(), self.model.parameters(), strict=True):
+                    copied.copy_(p)
         self.seen += self.batch
         decay = min(self.decay, (self.seen / self.batch + 1) / (self.seen / self.batch + 20))
         with torch.no_grad():
@@ -144,8 +142,8 @@ class Run(Generic[Model]):
     def _take_gradients(self) -> None:
         """Move the gradients of the fast copy to the model."""
         if self.fast is not self.model:
-            for fast, p in zip(self.fast.parameters(), self.model.parameters(), strict=True):
-                p.grad, fast.grad = None if fast.grad is None else fast.grad.float(), None
+            for copied, p in zip(self.fast.parameters(), self.model.parameters(), strict=True):
+                p.grad, copied.grad = None if copied.grad is None else copied.grad.float(), None
 
     def _record(self) -> dict[str, float]:
         """Append the mean losses since the last record to the curve."""
@@ -188,3 +186,8 @@ def averaged(path: Path, model: Model) -> Model:
     """Load the moving average of a stage's weights."""
     model.load_state_dict(torch.load(path)["average"])
     return model.requires_grad_(False).eval()
+
+
+def fast(module: Model, dtype: torch.dtype) -> Model:
+    """Convert a module to a precision, and to the memory format in which convolutions are fast."""
+    return module.to(dtype=dtype, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]

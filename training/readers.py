@@ -29,7 +29,7 @@ def new_tower(size: int = SIZE) -> Dinov2Model:
     """Build an untrained DINOv2 encoder: 64 patches of 96 channels, 4 layers."""
     from transformers import Dinov2Config, Dinov2Model
 
-    tower = {"hidden_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4, "mlp_ratio": 3}
+    tower: dict[str, Any] = {"hidden_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4, "mlp_ratio": 3}
     config = Dinov2Config(**tower, image_size=size, patch_size=size // 8)
     return Dinov2Model(config)
 
@@ -46,8 +46,8 @@ class TowerTraining(nn.Module):
         self.where = nn.Linear(width, PATCHES)
         self.ground = nn.Linear(width, LOOKS)
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Map images (B, 3, H, H) in [0, 1] to logits (B, 64, 31), (B, 4, 30), (B, 64) and looks (B, 12)."""
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Map images (B, 3, H, H) in [0, 1] to logits (B, 64, 31), (B, 4, 30), (B, 64), looks and features."""
         tokens = self.tower(pixel_values=images * 2 - 1).last_hidden_state
         whole, patches = tokens[:, 0], tokens[:, 1:]
         counts = self.count(whole).unflatten(1, (4, -1))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import random
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from noiseopt.shapes_world.captions import sample_request
 from noiseopt.shapes_world.world import render
 
 from ..data import load_records
-from ..optimization import Run, averaged
+from ..optimization import Run, averaged, fast
 from .data import SIZE, pictures, sample_pictures
 
 if TYPE_CHECKING:
@@ -93,7 +93,8 @@ def normalized(args: argparse.Namespace) -> AutoencoderTiny:
         mean = z.mean(0)
         values, vectors = torch.linalg.eigh(z.T.cov())
         white, back = (vectors @ torch.diag(values**power) @ vectors.T for power in (-0.5, 0.5))
-        last, first = vae.encoder.layers[-1], vae.decoder.layers[0]
+        layers: Any = vae.encoder.layers[-1], vae.decoder.layers[0]
+        last, first = layers
         last.weight.copy_(torch.einsum("ij,jabc->iabc", white, last.weight))
         last.bias.copy_(white @ (last.bias - mean))
         first.bias += torch.einsum("ijab,j->i", first.weight, mean)
@@ -107,7 +108,7 @@ def train_decoder(args: argparse.Namespace) -> None:
     data = pictures(args.output / "pictures.pt", args.pictures, seed=1)
     vae = normalized(args)
     vae.decoder.requires_grad_()
-    encoder = vae.encoder.to(args.dtype, memory_format=torch.channels_last)
+    encoder = fast(vae.encoder, args.dtype)
     run = Run(vae.decoder, args.output / "decoder.pt", args.decoder_samples, batch=32, lr=1e-3, dtype=args.dtype)
     for _ in run:
         rows = torch.randint(0, len(data["images"]), (run.batch,))
@@ -123,7 +124,7 @@ def latents(args: argparse.Namespace) -> dict:
     """Return requests, latents (N, 4, 32, 32) in half precision, and which are usual, cached in a file."""
     path = args.output / "latents.pt"
     if not path.exists():
-        encoder = normalized(args).encoder.to(args.dtype, memory_format=torch.channels_last)
+        encoder = fast(normalized(args).encoder, args.dtype)
         rng, generator = random.Random(2), torch.Generator().manual_seed(2)
         requests = [sample_request(rng) for _ in range(args.latents)]
         found, usual = [], []

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from noiseopt.shapes_world.captions import sample_request
 
 from ..data import load_records
-from ..optimization import Run, averaged
+from ..optimization import Run, averaged, fast
 from .autoencoder import final_vae
 from .generators import SIDE, Diffusion, SDGenerator, SDXLGenerator
 from .precision import HalfPrecision
@@ -42,7 +42,7 @@ def halved(denoiser: nn.Module, dtype: torch.dtype) -> nn.Module:
     def after(module: nn.Module, args: tuple, output: Any) -> Any:
         return tuple(x.float() for x in output) if isinstance(output, tuple) else output.float()
 
-    denoiser.to(dtype, memory_format=torch.channels_last)
+    fast(denoiser, dtype)
     denoiser.register_forward_pre_hook(before, with_kwargs=True)
     denoiser.register_forward_hook(after)
     return denoiser

@@ -12,7 +12,7 @@ from ..readers import TowerTraining
 from ..train_readers import VLMTraining
 from .data import SIZE
 from .gallery import FAMILIES, assemble
-from .readers import new_reward
+from .readers import HalfReward
 
 _TEACHER = ("vae", "decoder", "base", "guided")
 STAGES_OF = {  # training stages of each model, in order
@@ -35,7 +35,7 @@ def export(args: argparse.Namespace) -> None:
             assemble(args, name).to(torch.float16).save_pretrained(folder / name)
     rewards = [path for path in (args.output / f"{stage}.pt" for stage in ("refined", "clip")) if path.exists()]
     if rewards:
-        export_reward(averaged(rewards[0], new_reward()), folder / "clip", SIZE)
+        export_reward(averaged(rewards[0], HalfReward()), folder / "clip", SIZE)
     if (args.output / "dinov2.pt").exists():
         averaged(args.output / "dinov2.pt", TowerTraining(SIZE)).tower.half().save_pretrained(folder / "dinov2")
         write_json(folder / "dinov2/preprocessor_config.json", processor_of(SIZE))

@@ -140,7 +140,7 @@ class SDXLGenerator(Diffusion):
 
     def embed(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Encode B prompts as (B, 16, 224) and pooled (B, 128), zeros for an empty one, as in the stock pipeline."""
-        device = self.unet.device
+        device = self.denoiser.device
         tokens = self.tokenizer(list(prompts), padding="max_length", return_tensors="pt").input_ids.to(device)
         first = self.text_encoder(tokens, output_hidden_states=True).hidden_states[-2]
         second = self.text_encoder_2(tokens, output_hidden_states=True)

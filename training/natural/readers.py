@@ -70,23 +70,32 @@ def train_eyes(args: argparse.Namespace) -> None:
         )
 
 
-def new_reward() -> Reward:
-    """Build the untrained reward."""
-    return Reward(image_size=SIZE, patch_size=SIZE // 8, num_hidden_layers=4, intermediate_size=288)
+class HalfReward(Reward):
+    """The reward, whose encoders run in half precision in training."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__(image_size=SIZE, patch_size=SIZE // 8, num_hidden_layers=4, intermediate_size=288)
+        self.dtype = dtype
+
+    def embed_images(self, images: Tensor) -> Tensor:
+        with half(images.device.type, self.dtype):
+            return super().embed_images(images).float()
+
+    def embed_texts(self, prompts: Sequence[str]) -> Tensor:
+        with half(self.bias.device.type, self.dtype):
+            return super().embed_texts(prompts).float()
 
 
 def train_clip(args: argparse.Namespace) -> None:
     """Train the reward on rendered pictures, against wrong captions and imitated failures of each."""
     data = pictures(args.output / "pictures.pt", args.pictures, seed=1)
     failed = failures(args.output / "failures.pt", data["scenes"][: args.failures], seed=2, size=SIZE)
-    reward = new_reward()
+    reward = HalfReward(args.dtype)
     reward.clip.vision_model.load_state_dict(averaged(args.output / "eyes.pt", EyesTraining()).eyes.state_dict())
     run = Run(reward.to(args.device), args.output / "clip.pt", args.clip_samples, batch=64, lr=2e-3)
     rng = random.Random(3)
     for _ in run:
-        with half(args.device, args.dtype):
-            losses = drawn_losses(run.model, data, failed, run.batch, rng)
-        run.step(losses)
+        run.step(drawn_losses(run.model, data, failed, run.batch, rng))
 
 
 def copies(features: Tensor, same: Tensor, temperature: float = 0.1) -> Tensor:

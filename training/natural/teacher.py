@@ -40,7 +40,7 @@ def losses(run: Run, data: dict, rng: random.Random, slips: float = 0.0) -> dict
 
 
 @torch.no_grad()
-def look(args: argparse.Namespace, model: Diffusion | SD3Generator, path: Path, **call: Any) -> None:
+def look(args: argparse.Namespace, model: Any, path: Path, **call: Any) -> None:
     """Draw training and validation prompts, write 48 of the pictures, and how many are right."""
     pipe = model.pipeline(final_vae(args))
     pipe.set_progress_bar_config(disable=True)
@@ -60,7 +60,7 @@ def look(args: argparse.Namespace, model: Diffusion | SD3Generator, path: Path, 
 
 
 def train_generator(
-    args: argparse.Namespace, stage: str, model: Diffusion, slips: float = 0.0, lr: float = 2e-3
+    args: argparse.Namespace, stage: str, model: Diffusion | SD3Generator, slips: float = 0.0, lr: float = 2e-3
 ) -> None:
     """Train a generator."""
     data, samples = latents(args), vars(args)[f"{stage.replace('-', '_')}_samples"]

@@ -13,8 +13,10 @@ import torch
 
 from .autoencoder import latents, train_decoder, train_vae
 from .distillation import draw_pairs, train_sdxl_turbo, train_turbo
+from .export import export
 from .gallery import gallery
 from .readers import train_clip, train_eyes, train_tower, train_vqa
+from .refinement import refine_clip
 from .teacher import train_base, train_guided, train_sd3, train_sdxl
 
 STAGES = {
@@ -31,8 +33,10 @@ STAGES = {
     "gallery": gallery,
     "eyes": train_eyes,
     "clip": train_clip,
+    "refined": refine_clip,
     "tower": train_tower,
     "vqa": train_vqa,
+    "export": export,
 }
 SAMPLES = {  # default number of samples by stage
     "vae": 64_000,
@@ -44,7 +48,8 @@ SAMPLES = {  # default number of samples by stage
     "sdxl-turbo": 64_000,
     "sd3": 300_000,
     "eyes": 128_000,
-    "clip": 256_000,
+    "clip": 128_000,
+    "refined": 384_000,
     "tower": 128_000,
     "vqa": 384_000,
 }
@@ -69,6 +74,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--failures", type=int, default=5_000, help="number of imitated failures")
     parser.add_argument("--slips", type=float, default=0.4, help="share of careless captions")
     parser.add_argument("--gallery", type=int, default=12_800, help="images by each one-step model; 1/4 by others")
+    parser.add_argument("--climbs", type=int, default=256, help="ascents per round of refinement")
+    parser.add_argument("--rounds", type=int, default=4, help="rounds of refinement")
     for stage, samples in SAMPLES.items():
         parser.add_argument(f"--{stage}-samples", type=int, default=samples, metavar="N", help=f"default {samples}")
     return parser.parse_args(argv)
