@@ -101,6 +101,7 @@ class Run(Generic[Model]):
         """Yield the number of samples seen until the stage is done, saving regularly."""
         first = not (dist.is_initialized() and dist.get_rank())
         steps, before, clock = 0, self.seconds, time.time()
+        saved = clock
         with tqdm(total=self.samples, initial=self.seen, desc=self.path.stem, disable=not first, mininterval=5) as bar:
             while self.seen < self.samples:
                 looks = 10 * self.seen // self.samples
@@ -110,7 +111,9 @@ class Run(Generic[Model]):
                 self.seconds = before + time.time() - clock
                 if first and steps % 100 == 0:
                     bar.set_postfix(self._record())
+                if first and (steps % 100 == 0 or time.time() - saved > 300):
                     self.save()
+                    saved = time.time()
                 if first and self.look and 10 * self.seen // self.samples > looks:
                     self.look(self.average, self.path.with_name(f"{self.path.stem}_{self.seen}.png"))
         self.save()
