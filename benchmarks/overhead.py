@@ -57,7 +57,7 @@ class OurLoop(BareLoop):
     """ReNO through `optimize_noise`, including hook, prompt encoding and result."""
 
     def __call__(self) -> None:
-        method = ReNO(rewards=self.reward, steps=self.steps, views=0)  # the same work as the bare loop
+        method = ReNO(rewards=self.reward, steps=self.steps, search=0, views=0)  # the same work as the bare loop
         generator = seeded(0, len(self.prompts))
         optimize_noise(self.pipe, self.prompts, method, generator=generator, **ONE_STEP)
 

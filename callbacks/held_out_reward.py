@@ -17,7 +17,7 @@ class HeldOutReward(NoiseCallback):
     too. `result.reports["held out <name>"]` holds lists with one entry per image: `initial` and `best`, the held-out
     scores of the baseline and of the best image; `loss_change`, the change of the optimized loss (negative is better);
     and `reward_hacking`, a bool. A warning names the affected images. The cost is one forward pass of the reward per
-    step.
+    step. With a `patience`, an image whose held-out score no longer rises is stopped.
 
     Args:
         reward: `(images, prompts) -> (B,)`, higher is better: a reward from `AutoReward.from_pretrained`, a
@@ -26,17 +26,20 @@ class HeldOutReward(NoiseCallback):
         tolerance: The decrease of the held-out score, in its own units, that is still accepted; at least 0.
         prompts: One prompt, or one per image, for the reward to use instead of the pipeline's prompts, which do not
             exist if the pipeline is called with embeddings.
+        patience: Steps without a new highest held-out score after which an image is stopped, at least 1; `None` stops
+            none. Each image of a batch is stopped independently. As in `EarlyStopping`, the steps of each start are
+            counted anew, and those of a search not at all.
 
     Attributes:
         scores: `(steps, B)`, the held-out scores of the last run.
 
     Raises:
         TypeError: For a name instead of a loaded reward.
-        ValueError: For a tolerance below 0; at the first step, for a method that evaluates no images, or a reward that
-            does not return one score per image.
+        ValueError: For a tolerance below 0 or a patience below 1; at the first step, for a method that evaluates no
+            images, or a reward that does not return one score per image.
     """
 
-    continues = ("rows", "initial_loss")
+    continues = ("rows", "initial_loss", "stage", "first")
 
     def __init__(
         self,
@@ -44,6 +47,7 @@ class HeldOutReward(NoiseCallback):
         name: str | None = None,
         tolerance: float = 0.0,
         prompts: str | Sequence[str] | None = None,
+        patience: int | None = None,
     ) -> None:
         if not callable(reward):
             raise TypeError(
@@ -52,7 +56,9 @@ class HeldOutReward(NoiseCallback):
             )
         if tolerance < 0:
             raise ValueError(f"Expected a tolerance of at least 0, but got {tolerance}.")
-        self.reward, self.tolerance, self.prompts = reward, tolerance, prompts
+        if patience is not None and patience < 1:
+            raise ValueError(f"Expected a patience of at least 1 step, but got {patience}.")
+        self.reward, self.tolerance, self.prompts, self.patience = reward, tolerance, prompts, patience
         self.name = name or getattr(reward, "name", None) or getattr(reward, "__name__", type(reward).__name__)
         self.rows: list[torch.Tensor] = []
         self.initial_loss: torch.Tensor | None = None
@@ -62,7 +68,7 @@ class HeldOutReward(NoiseCallback):
         return torch.stack(self.rows)
 
     def on_run_start(self, state: NoiseState) -> None:
-        self.rows, self.initial_loss = [], None
+        self.rows, self.initial_loss, self.stage, self.first = [], None, state.stage, 0
 
     def on_step_end(self, state: NoiseState) -> None:
         if state.images is None:
@@ -83,6 +89,11 @@ class HeldOutReward(NoiseCallback):
         if state.step == 0:
             self.initial_loss = state.loss
         state.reports[f"held out {self.name}"] = self.report(state)
+        if state.stage != self.stage:
+            self.stage, self.first = state.stage, len(self.rows) - 1
+        if self.patience is not None and state.stage != "search":
+            scores = self.scores[self.first :].nan_to_num(-torch.inf, torch.inf, -torch.inf)  # NaN is no rise
+            state.stop("held out", len(scores) - 1 - scores.argmax(0) >= self.patience)
 
     def report(self, state: NoiseState) -> dict[str, Any]:
         assert self.initial_loss is not None

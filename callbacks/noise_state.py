@@ -33,7 +33,7 @@ class NoiseState:
     Attributes:
         pipeline: The pipeline whose noise is optimized. Callbacks may draw with it, as with one that is not in use.
         prompts: The `B` prompts of the rewards.
-        steps: The number of evaluations that the method plans.
+        steps: The number of evaluations that the method plans; with a time budget those that fit at the present rate.
         noise: `(B, C, H, W)`, unit variance, the noise that was evaluated in this step.
         step: Index of this evaluation, from 0. Step 0 is the baseline.
         images: `(B, 3, H, W)` in [0, 1], the images of the noise; `None` if the objective asked for no images.
@@ -43,6 +43,8 @@ class NoiseState:
         active: `(B,)` bool. A sample that is not active keeps its best and is no longer recorded.
         reports: Plain values that methods and callbacks add to the result, by name.
         stopped: The reason why the run ended before its last step, or `None`.
+        stage: "search", "start 1", "start 2", ... in a run that begins with a search, see `GradientOptimizer`; empty in
+            others.
     """
 
     pipeline: Any
@@ -57,7 +59,8 @@ class NoiseState:
     reports: dict[str, Any] = dataclasses.field(default_factory=dict)
     active: torch.Tensor = dataclasses.field(init=False)
     stopped: str | None = None
-    started: float = dataclasses.field(default_factory=time.perf_counter)
+    stage: str = ""
+    started: float = dataclasses.field(default_factory=lambda: time.perf_counter())
 
     def __post_init__(self) -> None:
         batch = len(self.noise)

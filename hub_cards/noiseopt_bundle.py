@@ -111,8 +111,8 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 # The name that diffusers gives this module may come to mean the bundle of another release.
-sys.modules[f"{__name__}_9a9a9d90e03d"] = sys.modules[__name__]
-__name__ = f"{__name__}_9a9a9d90e03d"
+sys.modules[f"{__name__}_323a876b711b"] = sys.modules[__name__]
+__name__ = f"{__name__}_323a876b711b"
 
 # rewards/contract/transforms.py
 
@@ -3347,7 +3347,7 @@ class NoiseState:
     Attributes:
         pipeline: The pipeline whose noise is optimized. Callbacks may draw with it, as with one that is not in use.
         prompts: The `B` prompts of the rewards.
-        steps: The number of evaluations that the method plans.
+        steps: The number of evaluations that the method plans; with a time budget those that fit at the present rate.
         noise: `(B, C, H, W)`, unit variance, the noise that was evaluated in this step.
         step: Index of this evaluation, from 0. Step 0 is the baseline.
         images: `(B, 3, H, W)` in [0, 1], the images of the noise; `None` if the objective asked for no images.
@@ -3357,6 +3357,8 @@ class NoiseState:
         active: `(B,)` bool. A sample that is not active keeps its best and is no longer recorded.
         reports: Plain values that methods and callbacks add to the result, by name.
         stopped: The reason why the run ended before its last step, or `None`.
+        stage: "search", "start 1", "start 2", ... in a run that begins with a search, see `GradientOptimizer`; empty in
+            others.
     """
 
     pipeline: Any
@@ -3371,7 +3373,8 @@ class NoiseState:
     reports: dict[str, Any] = dataclasses.field(default_factory=dict)
     active: torch.Tensor = dataclasses.field(init=False)
     stopped: str | None = None
-    started: float = dataclasses.field(default_factory=time.perf_counter)
+    stage: str = ""
+    started: float = dataclasses.field(default_factory=lambda: time.perf_counter())
 
     def __post_init__(self) -> None:
         batch = len(self.noise)
@@ -3438,6 +3441,156 @@ def is_in(interval: str, value: float) -> bool:
     above = value >= low if interval[0] == "[" else value > low
     below = value <= high if interval[-1] == "]" else value < high
     return math.isfinite(value) and above and below
+
+# callbacks/noise_callback.py
+
+class NoiseCallback:
+    """Base class of callbacks per *optimization* step.
+
+    (diffusers' `callback_on_step_end` is per denoising step.) Subclasses override the hooks that they need. A function
+    `(state) -> bool | None` is accepted as `on_step_end`.
+
+    Attributes:
+        continues: Names of attributes, tensors and numbers, with which the callback goes on in a resumed run.
+    """
+
+    continues: ClassVar[tuple[str, ...]] = ()
+
+    def on_run_start(self, state: NoiseState) -> None:
+        """Called once, before the first evaluation."""
+
+    def on_step_end(self, state: NoiseState) -> bool | None:
+        """Called after each evaluation. Return `False`, or call `state.stop()`, to end the run."""
+
+    def on_run_end(self, state: NoiseState) -> None:
+        """Called once at the end, also after an exception."""
+
+class FunctionCallback(NoiseCallback):
+    """Wrapper that makes a function a callback."""
+
+    def __init__(self, function: Callable[[NoiseState], bool | None]) -> None:
+        self.function = function
+
+    def on_step_end(self, state: NoiseState) -> bool | None:
+        return self.function(state)
+
+CallbackSpec = NoiseCallback | Callable[[NoiseState], bool | None]
+
+def as_callbacks(callbacks: CallbackSpec | Iterable[CallbackSpec] | None) -> list[NoiseCallback]:
+    if callbacks is None:
+        return []
+    if isinstance(callbacks, Iterable):
+        return [as_callback(each) for each in callbacks]
+    return [as_callback(callbacks)]
+
+def as_callback(callback: Any) -> NoiseCallback:
+    expected = "Expected a callback with `on_step_end(state)` or a function of `state`, but got"
+    if isinstance(callback, type) or not (hasattr(callback, "on_step_end") or callable(callback)):
+        got = f"the class {callback.__name__}" if isinstance(callback, type) else type(callback).__name__
+        raise TypeError(f"{expected} {got}.")
+    function = getattr(callback, "on_step_end", callback)
+    if inspect.iscoroutinefunction(function):
+        raise TypeError(f"{expected} an `async` one, which nobody awaits. Make it a plain function.")
+    if parameters := refused_signature(function, 1):
+        raise TypeError(
+            f"{expected} one that takes {parameters}. A callback of each denoising step belongs to "
+            "`callback_on_step_end=`."
+        )
+    found: Any = callback
+    return found if hasattr(callback, "on_step_end") else FunctionCallback(found)
+
+# callbacks/early_stopping.py
+
+SECONDS = {"ms": 0.001, "s": 1, "m": 60, "min": 60, "h": 3600}
+
+def seconds_in(text: str) -> float:
+    match = re.fullmatch(rf"(\d+\.?\d*|\.\d+)\s*({'|'.join(SECONDS)})", text.strip())
+    seconds = float(match[1]) * SECONDS[match[2]] if match else 0.0
+    if not 0 < seconds < math.inf:
+        raise ValueError(f"Expected a time above 0 such as '20s', '1.5min', '500ms' or '2h', but got {text!r}.")
+    return seconds
+
+class EarlyStopping(NoiseCallback):
+    """Stop a sample when its best loss has not decreased by more than `min_delta` for `patience` steps.
+
+    Each sample of a batch is stopped independently, so its result does not depend on the rest of the batch. In a run
+    that begins with a search, the steps of each start are counted anew and compared with each other, those of the
+    search not at all; a sample that is stopped leaves out its other starts.
+
+    Args:
+        patience: Steps without progress, at least 1.
+        min_delta: The smallest decrease of the loss that counts as progress, at least 0.
+
+    Raises:
+        ValueError: For arguments outside their ranges.
+    """
+
+    continues = ("reference", "waited", "stage")
+
+    def __init__(self, patience: int, min_delta: float = 0.0) -> None:
+        if patience < 1 or min_delta < 0:
+            raise ValueError(f"Expected patience >= 1 and min_delta >= 0, but got {patience} and {min_delta}.")
+        self.patience, self.min_delta = patience, min_delta
+
+    def on_run_start(self, state: NoiseState) -> None:
+        self.reference = torch.full((len(state.noise),), torch.inf, device=state.noise.device)
+        self.waited = torch.zeros(len(state.noise), dtype=torch.long, device=state.noise.device)
+        self.stage = state.stage
+
+    def on_step_end(self, state: NoiseState) -> None:
+        if state.stage != self.stage:
+            self.on_run_start(state)
+        if state.stage == "search":
+            return
+        loss = state.loss if state.stage else state.best.loss
+        progress = loss < self.reference - self.min_delta
+        self.reference = torch.where(progress, loss, self.reference)
+        self.waited = torch.where(progress, 0, self.waited + 1)
+        state.stop("patience", self.waited >= self.patience)
+
+class LossThreshold(NoiseCallback):
+    """Stop a sample when its best loss is at most `threshold`; each sample of a batch is stopped independently.
+
+    Args:
+        threshold: The loss to reach. With a single reward of weight 1 it is the negated target score.
+    """
+
+    def __init__(self, threshold: float) -> None:
+        self.threshold = threshold
+
+    def on_step_end(self, state: NoiseState) -> None:
+        state.stop("threshold", state.best.loss <= self.threshold)
+
+class TimeBudget(NoiseCallback):
+    """Stop before the first step that would end after the time budget, if it took as long as the last one.
+
+    Args:
+        seconds: Seconds since the start of the optimization, above 0.
+        closing: Evaluations after the last step, for each of which the time of the first step is kept.
+
+    Raises:
+        ValueError: If `seconds` is not above 0.
+    """
+
+    def __init__(self, seconds: float, closing: int = 0) -> None:
+        if seconds <= 0:
+            raise ValueError(f"Expected a time budget of more than 0 seconds, but got {seconds}.")
+        self.seconds, self.closing = seconds, closing
+        self.last: float | None = None
+        self.first = 0.0
+
+    def on_run_start(self, state: NoiseState) -> None:
+        self.last = time.perf_counter() if state.step < 0 else None  # a resumed run draws images before its first step
+        self.first = 0.0
+
+    def on_step_end(self, state: NoiseState) -> None:
+        if state.noise.is_cuda:
+            torch.cuda.synchronize(state.noise.device)
+        now = time.perf_counter()
+        took, self.last = 0.0 if self.last is None else now - self.last, now
+        self.first = self.first or took
+        if state.elapsed + took + self.closing * self.first > self.seconds:
+            state.stop("time budget")
 
 # private_names.py
 
@@ -3567,6 +3720,118 @@ def guidance_scale(pipe) -> float:
 def set_guidance_scale(pipe, scale: float) -> None:
     pipe._guidance_scale = scale
 
+# rewards/contract/prompt_kind.py
+
+PromptKind = Literal[
+    "color", "shape", "texture", "2d_spatial", "3d_spatial", "numeracy", "non_spatial", "complex", "general"
+]
+
+# Words that say what a prompt asks for; "_" is a space.
+KIND_WORDS: dict[PromptKind, str] = {
+    "color": "red orange yellow green blue purple pink brown black white gray grey golden silver beige cyan magenta "
+    "turquoise violet maroon teal colored colorful",
+    "shape": "round circular oval square rectangular triangular pentagonal hexagonal octagonal oblong cubic cubical "
+    "spherical cylindrical conical pyramidal teardrop diamond curved flat pointed big small tall short long tiny large "
+    "huge little",
+    "texture": "wooden metallic metal rubber leather glass plastic fabric fluffy woolen cotton silk velvet stone "
+    "ceramic furry smooth rough soft",
+    "2d_spatial": "left_of right_of left_side right_side top_of bottom_of side_of next_to close_to near beside above "
+    "below under underneath beneath",
+    "3d_spatial": "behind in_front_of hidden_by in_the_background in_the_foreground",
+    "numeracy": "two three four five six seven eight nine ten eleven twelve dozen",
+}
+NUMBER = r"\d+"
+ACTION = r"(?:is|are|was|were) (?:\w+ly )?\w+ing"
+
+def kind_pattern(words: str, *expressions: str) -> re.Pattern[str]:
+    escaped = [re.escape(word).replace("_", r"\s+") for word in words.split()]
+    return re.compile(rf"\b(?:{'|'.join([*escaped, *expressions])})\b", re.IGNORECASE)
+
+KIND_PATTERNS: dict[PromptKind, re.Pattern[str]] = {
+    **{kind: kind_pattern(words, *[NUMBER] * (kind == "numeracy")) for kind, words in KIND_WORDS.items()},
+    "non_spatial": kind_pattern("", ACTION),
+}
+
+def prompt_kind(prompt: str) -> PromptKind:
+    if not isinstance(prompt, str):
+        raise TypeError(f"Expected one prompt as a text, but got {prompt!r}. Ask about one prompt at a time.")
+    found: list[PromptKind] = [kind for kind, pattern in KIND_PATTERNS.items() if pattern.search(prompt)]
+    return "complex" if len(found) > 1 else found[0] if found else "general"
+
+# rewards/contract/weight_by_kind.py
+
+class WeightByKind(float):
+    """A weight that depends on the kind of the prompt; as a number it is the weight of a "general" one.
+
+    It is false, as a weight of 0 is, only if all are 0.
+
+    Args:
+        by_kind: The weight of each kind of prompt.
+
+    Raises:
+        TypeError: For anything but weights by kind.
+        ValueError: For kinds that are missing or unknown, and for weights that are negative or not finite.
+    """
+
+    by_kind: dict[PromptKind, float]
+
+    def __new__(cls, by_kind: Mapping[PromptKind, float]) -> "WeightByKind":
+        if not isinstance(by_kind, Mapping):
+            raise TypeError(f"Expected a dict of weights by the kind of the prompt, but got {by_kind!r}.")
+        if set(by_kind) != set(get_args(PromptKind)):
+            raise ValueError(
+                f"Expected a weight for each of {get_args(PromptKind)}, but got {list(by_kind)}. Start from "
+                "`dict.fromkeys(typing.get_args(PromptKind), 1.0)`."
+            )
+        for kind, each in by_kind.items():
+            if not isinstance(each, int | float) or not 0 <= each < math.inf:
+                raise ValueError(f"Expected a finite weight of at least 0 for the kind '{kind}', but got {each!r}.")
+        weight = super().__new__(cls, by_kind["general"])
+        weight.by_kind = dict(by_kind)
+        return weight
+
+    def __bool__(self) -> bool:
+        return any(self.by_kind.values())
+
+    def __reduce__(self) -> tuple[type, tuple[dict[PromptKind, float]]]:
+        return WeightByKind, (self.by_kind,)
+
+    def __mul__(self, factor: float) -> "float | WeightByKind":
+        if not 0 <= factor < math.inf:  # a plain number, which a sum of rewards refuses by the name of the reward
+            return float(self) * factor
+        return WeightByKind({kind: weight * factor for kind, weight in self.by_kind.items()})
+
+    __rmul__ = __mul__
+
+    def of(self, prompts: str | Sequence[str] | None, count: int) -> list[float]:
+        texts = [prompts or ""] * count if prompts is None or isinstance(prompts, str) else prompts
+        return [self.by_kind[prompt_kind(text)] for text in texts]
+
+# What the released code of CARINOX, https://arxiv.org/abs/2509.17458, lists as weights of rewards by the category of a
+# prompt: `assets/weights.json` of https://github.com/amirkasaei/carinox (MIT); "general" is its "overall". They are
+# about the rank correlations with the scores that people gave 300 images of each category, divided by their mean (its
+# `Compositional_Metric_Evaluation.ipynb`). The fourth reward there, DA score, is left out: a language model has to make
+# its questions about each prompt.
+CARINOX_FACTORS: dict[PromptKind, tuple[float, float, float]] = {
+    # HPSv2.1, ImageReward, VQAScore
+    "color": (0.40, 1.06, 1.14),
+    "shape": (0.95, 1.12, 0.92),
+    "texture": (0.90, 1.10, 0.93),
+    "2d_spatial": (1.06, 1.02, 1.10),
+    "3d_spatial": (0.96, 0.92, 1.43),
+    "numeracy": (1.02, 1.05, 0.93),
+    "non_spatial": (1.01, 0.96, 1.17),
+    "complex": (0.67, 1.05, 1.06),
+    "general": (0.59, 0.94, 1.34),
+}
+# What the factors multiply: the default weights 5, 5 and 1 of that code times the slopes of its maps of the rewards to
+# about [0, 1], 2·hpsv2.1 and (imagereward + 3) / 6. It also clips the gradient of each reward, which a sum does not.
+CARINOX_WEIGHTS = {"hpsv2.1": 5.0 * 2, "imagereward": 5.0 / 6, "clip_flant5": 1.0}
+AUTO_REWARDS: dict[str, float] = {
+    name: weight * WeightByKind({kind: factors[column] for kind, factors in CARINOX_FACTORS.items()})
+    for column, (name, weight) in enumerate(CARINOX_WEIGHTS.items())
+}
+
 # rewards/contract/reward_sum.py
 
 RewardLike = str | os.PathLike[str] | Callable[..., Any]
@@ -3574,7 +3839,8 @@ RewardsLike = RewardLike | Mapping[Any, float] | Sequence[Any]
 
 # Rewards and weights from the released code of a paper; ReNO is https://arxiv.org/abs/2406.04312.
 REWARD_PRESETS: dict[str, dict[str, float]] = {
-    "reno": {"hpsv2.1": 5.0, "imagereward": 1.0, "clipscore": 0.01, "pickscore": 0.05}
+    "auto": AUTO_REWARDS,
+    "reno": {"hpsv2.1": 5.0, "imagereward": 1.0, "clipscore": 0.01, "pickscore": 0.05},
 }
 
 @dataclass(frozen=True)
@@ -3617,8 +3883,9 @@ class RewardSum(nn.Module):
 
     Args:
         rewards: A registered name, Hub id or folder; a `Reward` or any callable `(images, prompts) -> (B,)`; a dict
-            that maps these to weights; a list of them, or of (reward, weight) pairs; another `RewardSum`; or the name
-            of a preset in `REWARD_PRESETS`, such as "reno" for the rewards and weights of the ReNO paper.
+            that maps these to weights; a list of them, or of (reward, weight) pairs; another `RewardSum`. The name of a
+            preset stands for its rewards: "reno" for those of the ReNO paper, "auto" for rewards whose weights depend
+            on the kind of the prompt of each image (see `prompt_kind` and `CARINOX_FACTORS`).
         weights: One per entry of a list without pairs; 1 by default. A reward of weight 0 is evaluated and reported,
             but not optimized.
         dtype: The weights' dtype of rewards that are loaded by name.
@@ -3628,7 +3895,7 @@ class RewardSum(nn.Module):
     Attributes:
         rewards: The rewards, in the given order.
         names: Their names; the second `clipscore` becomes `clipscore_2`.
-        weights: Name -> weight.
+        weights: Name -> weight, a `WeightByKind` where it depends on the prompt.
 
     Raises:
         TypeError: For an object that is not a reward.
@@ -3650,7 +3917,7 @@ class RewardSum(nn.Module):
         models = loaded or LoadedModels()
         self.rewards = nn.ModuleList(as_reward(reward, dtype, device, models) for reward, _ in pairs)
         self.names = distinct_names([str(reward.name) for reward in self.rewards])
-        self.weights = {name: float(weight) for name, (_, weight) in zip(self.names, pairs, strict=True)}
+        self.weights = {name: as_weight(weight) for name, (_, weight) in zip(self.names, pairs, strict=True)}
 
     def __repr__(self) -> str:
         return f"RewardSum({self.weights})"
@@ -3694,8 +3961,8 @@ class RewardSum(nn.Module):
             prompts = prompts_per_image(prompts, len(images), self.names[0], False)
         size = chunk_size or max(1, len(images))
         if with_gradient and len(self.rewards) == 1 and len(images) <= size:  # no other graph to make room for
-            (name, weight), scores = *self.weights.items(), self.rewards[0](images, prompts)
-            return RewardSumOutput(weight * scores, {name: scores.detach()})
+            (name,), scores = self.names, self.rewards[0](images, prompts)
+            return RewardSumOutput(self.weight_of(name, prompts, scores) * scores, {name: scores.detach()})
         pixels = images.detach()
         dtype = torch.promote_types(images.dtype, torch.float32)
         gradient = torch.zeros_like(pixels, dtype=dtype) if with_gradient else None
@@ -3706,8 +3973,8 @@ class RewardSum(nn.Module):
             chunks.append(self.scores(pixels[rows], prompts_of_rows(prompts, rows), chunk_gradient))
         components = {name: torch.cat([chunk[name] for chunk in chunks]) for name in self.names}
         total = images.new_zeros(len(images), dtype=torch.float32)
-        for name, weight in self.weights.items():
-            total = total + weight * components[name]
+        for name in self.names:
+            total = total + self.weight_of(name, prompts, total) * components[name]
         if gradient is not None:
             total = AttachedGradient.apply(images, total, gradient.to(images.dtype))
         return RewardSumOutput(total, components)  # pyright: ignore[reportArgumentType]
@@ -3717,10 +3984,18 @@ class RewardSum(nn.Module):
         for (name, weight), reward in zip(self.weights.items(), self.rewards, strict=True):
             if weight and gradient is not None and reward.differentiable:
                 components[name], pixel_gradient = score_and_gradient(reward, images, prompts)
-                gradient.add_(pixel_gradient, alpha=weight)
+                weight = self.weight_of(name, prompts, gradient)
+                if isinstance(weight, Tensor):
+                    gradient.addcmul_(pixel_gradient, weight[:, None, None, None])
+                else:
+                    gradient.add_(pixel_gradient, alpha=weight)
             else:
                 components[name] = reward(images, prompts).detach()
         return components
+
+    def weight_of(self, name: str, prompts: str | Sequence[str] | None, like: Tensor) -> float | Tensor:
+        weight = self.weights[name]
+        return like.new_tensor(weight.of(prompts, len(like))) if isinstance(weight, WeightByKind) else weight
 
     def optimized(self) -> "RewardSum":
         pairs = zip(self.names, self.rewards, strict=True)
@@ -3735,7 +4010,7 @@ class RewardSum(nn.Module):
                 drop(prompts)
 
     def describe(self) -> dict[str, Any]:
-        return dict(self.weights)
+        return {name: getattr(weight, "by_kind", weight) for name, weight in self.weights.items()}
 
 def score_and_gradient(reward: nn.Module, images: Tensor, prompts: str | Sequence[str] | None) -> tuple[Tensor, Tensor]:
     pixels = at_least_float32(images.detach()).requires_grad_()
@@ -3754,12 +4029,20 @@ def reward_weight_pairs(rewards: RewardsLike, weights: Sequence[float] | None) -
     if not entries:
         raise ValueError("Expected at least one reward, but got none. Pass for example `rewards={'clipscore': 1.0}`.")
     if weights is None:
-        return [entry if isinstance(entry, tuple) else (entry, 1.0) for entry in entries]
+        pairs = [entry if isinstance(entry, tuple) else (entry, 1.0) for entry in entries]
+        return [member for pair in pairs for member in expanded_pair(*pair)]
     if any(isinstance(entry, tuple) for entry in entries):
         raise ValueError("Expected weights once, but got them in `rewards` and as `weights`. Leave one of them out.")
     if len(weights) != len(entries):
         raise ValueError(f"Expected {len(entries)} weights, one per reward, but got {len(weights)}.")
-    return list(zip(entries, weights, strict=True))
+    return [member for pair in zip(entries, weights, strict=True) for member in expanded_pair(*pair)]
+
+def expanded_pair(reward: Any, weight: Any) -> list[tuple[Any, Any]]:
+    if not isinstance(reward, str) or reward not in REWARD_PRESETS:
+        return [(reward, weight)]
+    if not isinstance(weight, numbers.Real):
+        return [(member, weight) for member in REWARD_PRESETS[reward]]  # which is refused later
+    return [(member, float(weight) * of) for member, of in REWARD_PRESETS[reward].items()]
 
 def checked_reward_pairs(rewards: RewardsLike, weights: Sequence[float] | None = None) -> list[tuple[Any, Any]]:
     pairs = reward_weight_pairs(rewards, weights)
@@ -3772,8 +4055,6 @@ def checked_reward_pairs(rewards: RewardsLike, weights: Sequence[float] | None =
     return pairs
 
 def reward_entries(rewards: RewardsLike) -> list[Any]:
-    if isinstance(rewards, str) and rewards in REWARD_PRESETS:
-        return list(REWARD_PRESETS[rewards].items())
     if isinstance(rewards, Mapping):
         return list(rewards.items())
     if isinstance(rewards, (list, tuple)):
@@ -3786,7 +4067,7 @@ def reward_entries(rewards: RewardsLike) -> list[Any]:
 
 def check_reward_pair(reward: Any, weight: Any) -> None:
     if isinstance(reward, (str, os.PathLike)):
-        find_reward(os.fspath(reward))
+        find_reward(os.fspath(reward), also=REWARD_PRESETS)
     elif isinstance(reward, type):
         raise TypeError(f"Expected a reward, but got the class `{reward.__name__}`. Pass an instance of it.")
     elif not callable(reward):
@@ -3808,6 +4089,9 @@ def check_reward_pair(reward: Any, weight: Any) -> None:
             f"Expected a weight of at least 0 for reward '{name}', but got {weight}. To minimize it, pass a callable "
             "that returns the negated score: `lambda images, prompts: -reward(images, prompts)`."
         )
+
+def as_weight(weight: Any) -> float:
+    return WeightByKind(weight.by_kind) if hasattr(weight, "by_kind") else float(weight)
 
 def as_reward(
     reward: RewardLike, dtype: torch.dtype | None, device: torch.device | str | None, loaded: LoadedModels
@@ -4650,6 +4934,15 @@ def from_flow_sigmas(scheduler: Any, timestep: torch.Tensor | float) -> AffineCo
     sigma = exact(scheduler.sigmas[step_index(scheduler, timestep)])
     return torch.ones_like(sigma), 1 - sigma if scheduler.config.get("invert_sigmas") else -sigma
 
+def from_flow_map(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficients:
+
+    def level(time: torch.Tensor) -> torch.Tensor:
+        index = scheduler.index_for_timestep(time)
+        return exact(time / scheduler.config["num_train_timesteps"] if index is None else scheduler.sigmas[index])
+
+    sigma = torch.stack([level(time) for time in torch.as_tensor(timestep).flatten()])
+    return torch.ones_like(sigma), -sigma
+
 def from_angle(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficients:
     if scheduler.config.get("prediction_type") != "trigflow":
         raise unknown_prediction(scheduler, ("trigflow",))
@@ -4726,6 +5019,7 @@ SAMPLE_SPACES = {
     "FlowMatchEulerDiscreteScheduler": SampleSpace(from_flow_sigmas),
     "FlowMatchHeunDiscreteScheduler": SampleSpace(from_flow_sigmas),
     "FlowMatchLCMScheduler": SampleSpace(from_flow_sigmas),
+    "FlowMapEulerDiscreteScheduler": SampleSpace(from_flow_map),
     "SCMScheduler": SampleSpace(from_angle),
     "IPNDMScheduler": SampleSpace(from_own_tables),
     "EDMEulerScheduler": SampleSpace(from_edm),
@@ -4750,7 +5044,6 @@ WITHOUT_ESTIMATE = {
     "MiniMaxH3Scheduler": "is made for video",
     "RFD4ProteinaScheduler": "is made for proteins",
     "PiflowScheduler": "takes a policy over many times from its model",
-    "FlowMapEulerDiscreteScheduler": "takes a mean velocity between two times from its model",
     "ScoreSdeVeScheduler": "takes a score from its model",
     "ScoreSdeVpScheduler": "takes a score from its model",
     "KarrasVeScheduler": "takes two noise levels for a step",
@@ -5004,6 +5297,30 @@ def first_step_only(pipe) -> Iterator[list[torch.Tensor]]:
             f"Expected a pipeline that calls its denoiser ({', '.join(DENOISERS)}) before the first `scheduler.step`, "
             f"but {type(pipe).__name__} does not, and no x0 can be estimated. Use a method that evaluates images."
         )
+
+@contextlib.contextmanager
+def steps_skipped(pipe, result: torch.Tensor | None = None) -> Iterator[None]:
+    scheduler, interruptible = pipe.scheduler, "interrupt" in stock_call(type(pipe)).__code__.co_names
+    set_timesteps = scheduler.set_timesteps
+
+    @functools.wraps(set_timesteps)
+    def set_few(*args, **kwargs):
+        set_timesteps(*args, **kwargs)
+        if not interruptible:
+            scheduler.timesteps = scheduler.timesteps[: 0 if result is None else 1]
+        elif result is None:
+            interrupt(pipe)
+
+    def step(*_, **__):
+        if interruptible:
+            interrupt(pipe)
+        return (result, result)
+
+    vars(scheduler).update(set_timesteps=set_few, step=step)
+    try:
+        yield
+    finally:
+        del scheduler.set_timesteps, scheduler.step
 
 def counted(function: Callable[..., Any], calls: list[int]) -> Callable[..., Any]:
 
@@ -5589,6 +5906,22 @@ class PipelineSampler:
             images = images_in(self.call(twin, **self.request, **again), twin)
         return self.pixels(images)
 
+    def decoded(self, latents: torch.Tensor, prepared: Any) -> torch.Tensor:
+        ended = (latents, *prepared[1:]) if isinstance(prepared, tuple) else latents
+        try:
+            return self.pixels(self.run_end(ended, None, latents.requires_grad))
+        except UnboundLocalError:  # of a family that decodes what a step returns beside the latents
+            return self.pixels(self.run_end(prepared, latents, latents.requires_grad))
+
+    def run_end(self, prepared: Any, result: torch.Tensor | None, gradient: bool) -> torch.Tensor:
+        generator = self.random_state.generator()
+        ours = {"generator": generator, "output_type": "pt", "return_dict": False}
+        with self.again() as twin, steps_skipped(twin, result):
+            self.take_over(twin, self.base_noise, generator, "frozen")
+            vars(twin)["prepare_latents"] = lambda *_, **__: prepared
+            with self.draws_of(generator), torch.set_grad_enabled(gradient):
+                return images_in(self.call(twin, **self.request, **ours), twin)
+
     def pixels(self, images: torch.Tensor) -> torch.Tensor:
         if self.centered is None:
             self.centered = is_centered(self)
@@ -5610,7 +5943,10 @@ class PipelineSampler:
             def run_chunk(rows: list[int], chunk: torch.Tensor) -> torch.Tensor:
                 return self.chunk(rows).run(chunk, gradient, preview, output_type)
 
-            return run_in_chunks(run_chunk, noise, chunk_size, differentiable)
+            output = run_in_chunks(run_chunk, noise, chunk_size, differentiable)
+            if not preview:
+                self.timesteps = self.chunk(list(range(chunk_size))).timesteps
+            return output
         if not differentiable:
             return self.run_once(noise, gradient, preview, output_type)
         kind = (preview, output_type)
@@ -5801,9 +6137,11 @@ class Objective:
         requires_prompt: Whether the objective reads the prompts.
         continues: Names of attributes, tensors and numbers, with which the objective goes on in a resumed run; `None`
             if it cannot.
+        callbacks: Callbacks that belong to the method, called in each step before those of the user.
     """
 
     requires_prompt: bool = False
+    callbacks: Sequence[NoiseCallback] = ()
     continues: ClassVar[tuple[str, ...] | None] = ()
 
     def evaluate(self, sample: Sample) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -5911,9 +6249,23 @@ class NoiseProblem:
         self.noise = noise.detach().to(torch.promote_types(noise.dtype, torch.float32))
         self.space, self.dtype = self.sampler.space, noise.dtype
 
+    @property
+    def is_single_step(self) -> bool:
+        listed = [self.request[name] for name in ("timesteps", "sigmas") if self.request.get(name) is not None]
+        return len(listed[0]) == 1 if listed else self.request.get("num_inference_steps") == 1
+
+    @property
+    def is_white(self) -> bool:
+        return self.space.noise_sampler is None or getattr(self.space.noise_sampler, "name", None) == "white"
+
     @functools.cached_property
     def seeds(self) -> list[int]:
         return [seed_from(noise) for noise in self.noise]
+
+    def beginning_at(self, noise: torch.Tensor, number: int) -> "NoiseProblem":
+        found = copy.copy(self)
+        vars(found).update(noise=noise, seeds=[seed_from(each) + number for each in noise])
+        return found
 
 class CandidateNoise:
     """A stream of fresh noise for a problem, drawn by its noise sampler.
@@ -5941,6 +6293,8 @@ def seed_from(noise: torch.Tensor) -> int:
 
 # pipelines/method.py
 
+AUTO_SEARCH, AUTO_SHARE = 16, 1 / 3  # the most noises, and their share of the evaluations
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NoiseOptimizer:
     """Base class of methods. A method is its mathematics: an `objective`, and a `step` of the noise.
@@ -5949,11 +6303,14 @@ class NoiseOptimizer:
     dataclasses whose fields are the settings; a field made by `checked` and one annotated with a `Literal` is checked
     before any model runs. A method that differentiates has a field `gradient: Literal["full", "frozen"]`.
 
-    The last four settings hold for every method. `chunk_size`, `checkpointing` and `reward_device` change how a run is
-    computed, not what it finds.
+    The last four settings hold for every method, and `budget`. `chunk_size`, `checkpointing` and `reward_device` change
+    how a run is computed, not what it finds.
 
     Args:
         steps: Evaluations, the baseline included.
+        budget: Takes the place of `steps`: a number is that of all evaluations, those after the last step included; a
+            text such as "20s", "1.5min", "500ms" or "2h" is the time of a run, from its first evaluation on, in which
+            as many are done as fit: none begins that would end too late if it took as long as the last one.
         chunk_size: The number of images whose graphs are in memory at a time: the same gradient, for one more forward
             pass. "auto" measures the graph of one image and takes as many as fit into half of the free memory; `None`
             takes the whole batch.
@@ -5973,6 +6330,7 @@ class NoiseOptimizer:
     """
 
     steps: int = checked(50, "[1, inf)")
+    budget: str | int | None = None
     chunk_size: int | Literal["auto"] | None = checked(None, "[1, inf)")
     checkpointing: Checkpointing = "auto"
     decoder: Any = None
@@ -5986,6 +6344,23 @@ class NoiseOptimizer:
     @property
     def previews(self) -> bool:
         return getattr(self, "preview", False)
+
+    def searched(self, problem: NoiseProblem) -> int:
+        return 0
+
+    @property
+    def closing(self) -> int:
+        return 0
+
+    @property
+    def evaluations(self) -> int | None:
+        if isinstance(self.budget, str):
+            return None
+        return self.steps if self.budget is None else self.budget - self.closing
+
+    @property
+    def seconds(self) -> float | None:
+        return seconds_in(self.budget) if isinstance(self.budget, str) else None
 
     @property
     def clamp(self) -> Clamp:
@@ -6001,6 +6376,9 @@ class NoiseOptimizer:
     def start(self, problem: NoiseProblem) -> Any:
         return None
 
+    def needs(self, step: int, state: Any) -> tuple[Gradient, bool]:
+        return self.gradient_mode, self.previews
+
     def step(self, run: NoiseState, gradient: Any, state: Any) -> torch.Tensor:
         raise NotImplementedError(f"{type(self).__name__} must define `step(run, gradient, state)`.")
 
@@ -6013,6 +6391,19 @@ class NoiseOptimizer:
     def check(self) -> None:
         check_fields(self)
         check_reward_device(self.reward_device)
+        self.check_budget()
+
+    def check_budget(self) -> None:
+        budget, least = self.budget, 1 + self.closing
+        if isinstance(budget, str):
+            seconds_in(budget)
+        elif budget is not None and (type(budget) is not int or budget < least):
+            noun = "evaluation" if least == 1 else "evaluations"
+            more = f", of which {self.closing} are kept for the end" if self.closing else ""
+            raise ValueError(
+                f"Expected `budget` to be a time such as '20s' or a number of at least {least} {noun}{more}, but "
+                f"got {budget!r}. Seconds are written with their unit."
+            )
 
     def device_of_rewards(self, pipe) -> torch.device:
         return torch.device(self.reward_device or execution_device(pipe))
@@ -6047,6 +6438,54 @@ class RewardOptimizer(NoiseOptimizer):
 
     def objective(self, pipe) -> Objective:
         return RewardObjective(self.differentiable_rewards(pipe, self.rewards))
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GradientOptimizer(RewardOptimizer):
+    """Base class of methods that go from one noise to the next along a gradient, and may first search where to begin.
+
+    With `search` a run has stages. The given noise is evaluated as the baseline. Then k noises, the given one and fresh
+    ones, are scored without gradients, each by the x0 estimate of one model call, or by its image if the pipeline makes
+    a single step. From each of the best `starts` of them, one after the other, the method runs anew, and the best of
+    all evaluations is returned, as in CARINOX, https://arxiv.org/abs/2509.17458. The evaluations after the search are
+    shared equally among the starts. A time budget is shared in the same way, after at most `SEARCH_SHARE` of it for the
+    search. Each image of a batch has fresh noises of its own.
+
+    Losses of previews are NaN. `result.reports["search"]` has the number of `noises` that were scored and whether these
+    were `previews`; the `first_steps` of the starts; and for each image the steps `found_at` which its starts were
+    scored, their `losses`, and its `best_start`: the number, from 1, of the start that gave the returned noise; 0 for
+    one that was found by the search, or the baseline.
+
+    Args:
+        search: k, the number of scored noises, each an evaluation of `steps` or `budget`; 0 runs from the given noise.
+            "auto" is 16, and at most a third of the evaluations, if the call names a single denoising step and does
+            not choose the noise by `latents`, and else 0.
+        starts: The number of noises from which the method runs, at most k.
+    """
+
+    search: int | Literal["auto"] = checked(0, "[0, inf)")
+    starts: int = checked(1, "[1, inf)")
+
+    def searched(self, problem: NoiseProblem) -> int:
+        if self.search != "auto":
+            return self.search
+        most = AUTO_SEARCH if self.evaluations is None else min(AUTO_SEARCH, int(AUTO_SHARE * self.evaluations))
+        chosen = problem.request.get("latents") is not None
+        return most if problem.is_single_step and not chosen and most > 1 else 0
+
+    def check(self) -> None:
+        super().check()
+        search = 0 if self.search == "auto" else self.search
+        if self.starts > max(1, search):
+            raise ValueError(
+                f"Expected a `search` of at least as many noises as there are `starts`, but got {self.search!r} and "
+                f"{self.starts}. Pass `search={2 * self.starts}`, say."
+            )
+        least = 1 + search + self.starts
+        if search and self.evaluations is not None and self.evaluations < least:
+            raise ValueError(
+                f"Expected at least {least} evaluations, for the baseline, `search={self.search}` and "
+                f"`starts={self.starts}`, but got {self.evaluations}. Pass more `steps`, or a smaller `search`."
+            )
 
 # pipelines/registry.py
 
@@ -6093,8 +6532,12 @@ def as_method(method: Any, settings: Mapping[str, Any] | None = None) -> NoiseOp
     if settings:
         raise ValueError("Expected `method_kwargs` beside the name of a method, but got a method object as well.")
     if isinstance(method, type) or not (hasattr(method, "objective") and hasattr(method, "step")):
+        remedy = ""
+        if type(method).__name__ == "RewardGuidance":
+            remedy = " It guides the denoising steps instead of the noise: call its `generate(pipe, prompt, ...)`."
         raise TypeError(
             f"Expected a method such as `ReNO(rewards=...)` or one of the names {list_methods()}, but got {method!r}."
+            f"{remedy}"
         )
     method.check()
     return method
@@ -6103,7 +6546,7 @@ def as_method(method: Any, settings: Mapping[str, Any] | None = None) -> NoiseOp
 
 @register_method("mean_variance")
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MeanVariance(RewardOptimizer):
+class MeanVariance(GradientOptimizer):
     """Learns a mean and a variance for each entry of the noise, held close to 0 and 1: `z = z₀·exp(ρ/2) + μ`.
 
     InitNO's update (https://arxiv.org/abs/2404.04650) on a scalar reward instead of attention maps, as the row
@@ -6221,7 +6664,7 @@ def sets(groups: Sequence[int]) -> Iterator[torch.Tensor]:
 
 @register_method("noise_pgd")
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class NoisePGD(RewardOptimizer):
+class NoisePGD(GradientOptimizer):
     """Projected gradient ascent: steps of one length along the gradient, within a ball around the first noise.
 
     The row "PGD" of Noise Diffusion (https://arxiv.org/abs/2411.16503): `z + η∇` is no longer Gaussian, which that
@@ -6328,7 +6771,7 @@ class ContrastiveObjective(Objective):
 
     def evaluate(self, sample: Sample) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         directions = pooled_directions(sample.x0, self.window_size)
-        if self.reference is None:
+        if not isinstance(self.reference, torch.Tensor):  # a file may hold anything else
             self.reference = directions.detach()
         if self.reference.shape != directions.shape:
             raise ValueError(
@@ -6700,6 +7143,178 @@ def build_set_rewards(
         for found, (reward, features, _) in zip(classes, entries, strict=True)
     ]
 
+# pipelines/white_noise.py
+
+BLOCK = 16
+MEAN_SIZE = math.sqrt(math.pi) / 2  # of a complex Gaussian with mean square 1
+TOLERANCE = 1e-3  # of the norms of a block
+WHITE_RATE = 0.1  # of steps on white noise, in standard deviations
+MOST_ERRORS = 3.0  # of the moments of noise, in standard errors
+
+class WhiteNoiseProjection:
+    """Projection on the tensors whose Fourier coefficients are as large as those of white Gaussian noise.
+
+    "Gradient Preconditioning for Efficient and Reliable Reward-Guided Generation", Hwang and Sung, ICML 2026,
+    https://arxiv.org/abs/2602.08646. The spectrum of a sample of N numbers is N/2 complex coefficients y, independent
+    Gaussians if the sample is white noise. Each block of B = 16 neighbors in frequency is held to the two norms
+    expected of it, `‖y‖₁ = B·√π/2` and `‖y‖₂² = B`. So the sample has the norm √N, its spectrum is flat, and no
+    frequency stands out. The nearest such block has the same phases and the sizes `c·max(|y| − λ, 0)`.
+
+    The paper takes the spectrum of the flattened sample. Here it is that of each channel in two dimensions, and the
+    coefficients of all channels are sorted by their distance from the frequency zero before they are divided into
+    blocks: then a block is a ring, and the radial spectrum is flat whatever the sample was.
+
+    The coefficients that do not fill a block join the last one. Where the number of real coefficients is odd, the last
+    one has no partner, and gets size 1.
+    """
+
+    def __call__(self, samples: torch.Tensor) -> torch.Tensor:
+        """Return the projection of `(B, ..., H, W)`, in float32 or better.
+
+        Each sample is projected by itself. A sample of zeros stays zero.
+
+        Raises:
+            ValueError: For samples of fewer than two dimensions each.
+        """
+        if samples.ndim < 3:
+            raise ValueError(
+                f"Expected samples of shape (B, ..., H, W), but got {tuple(samples.shape)}. Flat ones of N numbers are "
+                "projected as (B, 1, N)."
+            )
+        flat = samples.flatten(1).to(torch.promote_types(samples.dtype, torch.float32))
+        largest = flat.abs().amax(1, keepdim=True)
+        scaled = flat / largest.clamp_min(torch.finfo(flat.dtype).tiny)  # the squares of a small gradient vanish
+        channels = scaled.view(len(samples), -1, *samples.shape[-2:])
+        rings = rings_of(tuple(channels.shape[1:]), samples.device)
+        spectrum = torch.fft.fft2(channels, norm="ortho").flatten(1)
+        values = coefficients(spectrum, rings)
+        sizes = values.abs()
+        phases = torch.where(sizes > 0, values / sizes.clamp_min(torch.finfo(flat.dtype).tiny), 1)
+        projected = spectrum_of(phases * sizes_of_white_noise(sizes), spectrum, rings).view(channels.shape)
+        noise = torch.fft.ifft2(projected, norm="ortho").real
+        return torch.where(per_image(largest > 0, noise), noise, 0).view(samples.shape)
+
+class Rings(NamedTuple):
+    """Indices of Fourier coefficients of real samples `(C, H, W)`, flattened.
+
+    Attributes:
+        first, second: Real coefficients, in pairs: the parts of one complex number each.
+        lone: The real coefficient without a partner, or none.
+        half, mirror: Complex coefficients, one of each conjugate pair, and the other.
+        order: The position by frequency of each complex number: the pairs, then `half`.
+    """
+
+    first: torch.Tensor
+    second: torch.Tensor
+    lone: torch.Tensor
+    half: torch.Tensor
+    mirror: torch.Tensor
+    order: torch.Tensor
+
+@functools.lru_cache(maxsize=8)
+def rings_of(shape: tuple[int, int, int], device: torch.device) -> Rings:
+    index = torch.arange(math.prod(shape)).view(shape)
+    mirror = index.flip(1, 2).roll((1, 1), (1, 2)).flatten()
+    vertical, horizontal = (torch.fft.fftfreq(size, dtype=torch.float32).square() for size in shape[1:])
+    distance = (vertical[:, None] + horizontal).expand(shape).flatten()
+    index = index.flatten()
+    real, half = index[index == mirror], index[index < mirror]
+    real = real[distance[real].argsort(stable=True)]
+    pairs = len(real) // 2
+    first, second, lone = real[: 2 * pairs : 2], real[1 : 2 * pairs : 2], real[2 * pairs :]
+    order = torch.cat([distance[first], distance[half]]).argsort(stable=True)
+    return Rings(*(each.to(device) for each in (first, second, lone, half, mirror[half], order)))
+
+def coefficients(spectrum: torch.Tensor, rings: Rings) -> torch.Tensor:
+    pairs = torch.complex(spectrum[:, rings.first].real, spectrum[:, rings.second].real) / math.sqrt(2)
+    return torch.cat([pairs, spectrum[:, rings.half]], 1)[:, rings.order]
+
+def spectrum_of(values: torch.Tensor, spectrum: torch.Tensor, rings: Rings) -> torch.Tensor:
+    unsorted = torch.empty_like(values)
+    unsorted[:, rings.order] = values
+    pairs, half = unsorted.split([len(rings.first), len(rings.half)], 1)
+    lone = spectrum[:, rings.lone].real
+    changed = torch.empty_like(spectrum)
+    changed[:, rings.first] = (math.sqrt(2) * pairs.real).to(values.dtype)
+    changed[:, rings.second] = (math.sqrt(2) * pairs.imag).to(values.dtype)
+    changed[:, rings.lone] = torch.where(lone < 0, -1, 1).to(values.dtype)
+    changed[:, rings.half], changed[:, rings.mirror] = half, half.conj()
+    return changed
+
+def sizes_of_white_noise(sizes: torch.Tensor) -> torch.Tensor:
+    count = sizes.shape[1]
+    full = count if count % BLOCK == 0 else max(count // BLOCK - 1, 0) * BLOCK
+    blocks = nearest_block(sizes[:, :full].unflatten(1, (full // BLOCK, BLOCK))).flatten(1)
+    return torch.cat([blocks, nearest_block(sizes[:, full:])], 1) if full < count else blocks
+
+def nearest_block(sizes: torch.Tensor) -> torch.Tensor:
+    block = sizes.shape[-1]
+    if block == 1:
+        return torch.ones_like(sizes)
+    ranked, order = sizes.sort(dim=-1, descending=True, stable=True)
+    nearest = nearest_ranked(ranked)
+    quantiles = (torch.arange(block, dtype=sizes.dtype, device=sizes.device) + 0.5) / block
+    expected = nearest_ranked((-quantiles.log()).sqrt())  # of the Rayleigh distribution
+    found = (nearest.square().sum(-1, keepdim=True) / block - 1).abs() < TOLERANCE  # false for NaN
+    return torch.empty_like(sizes).scatter(-1, order, torch.where(found, nearest, expected))
+
+def nearest_ranked(ranked: torch.Tensor) -> torch.Tensor:
+    block = ranked.shape[-1]
+    least, shift = MEAN_SIZE**2 * block, ranked.mean(-1, keepdim=True)
+    count = torch.arange(1, block + 1, dtype=ranked.dtype, device=ranked.device)
+    centered = ranked - shift  # or the small variance would be a difference of large sums
+    mean = centered.cumsum(-1) / count
+    variance = (centered.square().cumsum(-1) / count - mean.square()).clamp_min(0)
+    threshold = mean - (least * variance / (count - least).clamp_min(0)).sqrt()
+    following = torch.cat([centered[..., 1:], torch.full_like(shift, -math.inf)], -1)
+    outside = torch.maximum(following - threshold, threshold - centered).where(count > least, math.inf)
+    above = (centered - threshold.gather(-1, outside.argmin(-1, keepdim=True))).relu()
+    return above * (MEAN_SIZE * block / above.sum(-1, keepdim=True))
+
+def with_gaussian_moments(noise: torch.Tensor) -> torch.Tensor:
+    flat = noise.flatten(1)
+    count = flat.shape[1]
+    centered = flat - flat.mean(1, keepdim=True)
+    unit = centered / centered.square().mean(1, keepdim=True).sqrt()
+    skewness = unit.pow(3).mean(1) * math.sqrt(count / 6)
+    kurtosis = (unit.pow(4).mean(1) - 3) * math.sqrt(count / 24)
+    beyond = torch.maximum(skewness.abs(), kurtosis.abs()) > MOST_ERRORS
+    if not beyond.any():
+        return noise
+    quantiles = (torch.arange(count, device=noise.device, dtype=flat.dtype) + 0.5) / count
+    gaussian = torch.empty_like(flat).scatter(1, flat.argsort(1), torch.special.ndtri(quantiles).expand_as(flat))
+    return torch.where(per_image(beyond, noise), WhiteNoiseProjection()(gaussian.view(noise.shape)), noise)
+
+class WhiteNoiseSteps:
+    """Steps on white noise: the mean of projected gradients moves the noise, which is then projected.
+
+    After Hwang and Sung, see `WhiteNoiseProjection`, with two differences. There are no second moments, as in their
+    Adam: a projected gradient has the same size everywhere already, and dividing by second moments drives all entries
+    of the noise toward the same size. And since the projection holds norm and spectrum alone, noise whose skewness or
+    kurtosis leaves three standard errors of Gaussian noise is made Gaussian again, see `with_gaussian_moments`.
+
+    Noise that a noise sampler draws in another color keeps its norm instead of being projected.
+
+    Args:
+        problem: The problem whose noise is moved.
+        rate: η, in standard deviations of the noise: the length of a step along gradients that agree.
+        momentum: The weight of the gradients before, in [0, 1).
+    """
+
+    def __init__(self, problem: NoiseProblem, rate: float, momentum: float) -> None:
+        self.rate, self.momentum, self.steps = rate, momentum, 0
+        self.mean = torch.zeros_like(problem.noise)
+        self.radius = None if problem.is_white else per_sample_norm(problem.noise)
+
+    def moved(self, noise: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+        project = WhiteNoiseProjection()
+        self.steps += 1
+        self.mean = torch.lerp(project(gradient), self.mean, self.momentum)
+        moved = noise - self.rate / (1 - self.momentum**self.steps) * self.mean
+        if self.radius is None:
+            return with_gaussian_moments(project(moved))
+        return moved * per_image(self.radius / per_sample_norm(moved), moved)
+
 # pipelines/never_too_late/quality_guard.py
 
 GUARD_REPORT = "quality guard"
@@ -7040,6 +7655,7 @@ def check_reachable(
 
 # pipelines/never_too_late/method.py
 
+PAPER_RATE = 6.0
 TARGETS = ("hinge", "stop_at", "stop_ratio")
 Targets = float | Mapping[str, float]
 
@@ -7076,7 +7692,10 @@ class NeverTooLate(NoiseOptimizer):
             0.8}}` four fifths of it. See `QualityGuard`. The reward need not be optimized.
         steps: Evaluations, the baseline included. The paper: 50 to 150.
         mode: "default" or "parity".
-        learning_rate: The step size, in units of √(H·W) / 64. The paper: 6 for SDXL-Turbo, 2 to 6 for FLUX.1-schnell.
+        geometry: "white" projects the gradient of each noise and the noise after each step on white noise, as
+            `ReNO(geometry="white")` does, in place of clip and prior. `None` is the step of the paper.
+        learning_rate: The step size, in units of √(H·W) / 64, 6 by default. The paper: 6 for SDXL-Turbo, 2 to 6 for
+            FLUX.1-schnell. With `geometry="white"` in standard deviations of the noise, 0.1 by default.
         momentum: The coefficient of momentum; not Nesterov's.
         max_grad_norm: The L2 norm to which the gradient of a set is clipped; with the learning rate it sets the length
             of a step. Where the clip is active only ratios of the weights matter.
@@ -7097,7 +7716,8 @@ class NeverTooLate(NoiseOptimizer):
     rewards: Any = None
     guard: Any = None
     mode: Literal["default", "parity"] = "default"
-    learning_rate: float = checked(6.0, "[0, inf)")
+    geometry: Literal["white"] | None = None
+    learning_rate: float | None = checked(None, "[0, inf)")
     momentum: float = checked(0.9, "[0, 1)")
     max_grad_norm: float = checked(0.1, "(0, inf)")
     regularization: float = checked(0.01, "[0, inf)")
@@ -7140,11 +7760,17 @@ class NeverTooLate(NoiseOptimizer):
             released=self.mode == "parity",
         )
 
-    def regularizer(self, noise: torch.Tensor) -> torch.Tensor:
-        return ChiPrior(self.regularization)(noise)
+    def regularizer(self, noise: torch.Tensor) -> torch.Tensor | float:
+        return 0.0 if self.geometry == "white" else ChiPrior(self.regularization)(noise)
 
     def start(self, problem: NoiseProblem) -> "NeverTooLateState":
-        return NeverTooLateState(problem)
+        white = self.geometry == "white"
+        return NeverTooLateState(problem, WhiteNoiseSteps(problem, self.rate, self.momentum) if white else None)
+
+    @property
+    def rate(self) -> float:
+        default = WHITE_RATE if self.geometry == "white" else PAPER_RATE
+        return default if self.learning_rate is None else self.learning_rate
 
     def inspect(self, run: NoiseState, objective: Any, state: "NeverTooLateState") -> torch.Tensor:
         whole = state.of_whole_sets(run.active)
@@ -7167,11 +7793,15 @@ class NeverTooLate(NoiseOptimizer):
         return found
 
     def step(self, run: NoiseState, gradient: torch.Tensor, state: "NeverTooLateState") -> torch.Tensor:
-        gradient = state.clipped(gradient, self.max_grad_norm)
         guarded = state.guarded
         stays = per_image(~guarded.good | guarded.frozen, gradient)
-        state.velocity = (self.momentum * state.velocity + gradient).where(~stays, 0)
-        moved = run.noise - self.learning_rate * rate_unit(run.noise) * state.velocity
+        if state.white is not None:
+            moved = state.white.moved(run.noise, gradient)
+            state.white.mean = state.white.mean.where(~stays, 0)
+        else:
+            gradient = state.clipped(gradient, self.max_grad_norm)
+            state.velocity = (self.momentum * state.velocity + gradient).where(~stays, 0)
+            moved = run.noise - self.rate * rate_unit(run.noise) * state.velocity
         return torch.where(stays, guarded.last_good, moved)
 
     def finish(self, run: NoiseState, objective: Any, state: "NeverTooLateState") -> Iterable[torch.Tensor]:
@@ -7190,15 +7820,16 @@ class NeverTooLateState:
     Attributes:
         rows: The samples of each set.
         sizes: `(B,)`, the number of images in the set of each sample.
-        velocity: `(B, C, H, W)`, the momentum.
+        velocity: `(B, C, H, W)`, the momentum of the paper's step.
+        white: The steps on white noise, or `None` for those of the paper.
         guarded: Which noises are good, and where each reverts.
         targets: By set reward, `(B,)`, the value at which the set of each sample stops.
         accepted_steps, rejected_steps: `(B,)`, the steps that the guard accepted and rejected for the set of each
             sample, without step 0.
     """
 
-    def __init__(self, problem: NoiseProblem) -> None:
-        noise = problem.noise
+    def __init__(self, problem: NoiseProblem, white: WhiteNoiseSteps | None = None) -> None:
+        noise, self.white = problem.noise, white
         self.rows = [rows.to(noise.device) for rows in sets(problem.groups)]
         self.sizes = torch.tensor([problem.groups.count(group) for group in problem.groups]).to(noise)
         self.velocity = torch.zeros_like(noise)
@@ -7376,7 +8007,7 @@ MOST_CANDIDATES = 100_000
 
 @register_method("noise_diffusion")
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class NoiseDiffusion(RewardOptimizer):
+class NoiseDiffusion(GradientOptimizer):
     """Mixes into the noise, round by round, the fresh Gaussian noise with the largest predicted rise of the score.
 
     "Noise Diffusion for Enhancing Semantic Faithfulness in Text-to-Image Synthesis", Miao et al., CVPR 2025,
@@ -7404,6 +8035,8 @@ class NoiseDiffusion(RewardOptimizer):
         selection: "pool" draws N candidates and takes the best by the rule above; "exact" draws once from the
             distribution of the one with the largest ⟨∇s, σ⟩; "random" takes the first candidate, needs no gradient,
             and accepts black boxes.
+        geometry: "white" projects the gradient on white noise before it chooses, so that all frequencies of the noise
+            count alike. `None` is the gradient itself, as in the paper.
         accept: "always" goes on from the new noise, as in the paper; "better" from the best so far.
         threshold: Stop an image whose score is at least this.
         patience: Stop an image after this many rounds without a better score.
@@ -7416,6 +8049,7 @@ class NoiseDiffusion(RewardOptimizer):
     steps: int = checked(51, "[1, inf)")
     candidates: float = checked(50, "[1, inf)")
     selection: Literal["pool", "exact", "random"] = "pool"
+    geometry: Literal["white"] | None = None
     accept: Literal["always", "better"] = "always"
     threshold: float | None = checked(None, "[0, 1]")
     patience: int | None = checked(None, "[1, inf)")
@@ -7469,6 +8103,8 @@ class NoiseDiffusion(RewardOptimizer):
     def step(self, run: NoiseState, gradient: torch.Tensor | None, state: "NoiseDiffusionState") -> torch.Tensor:
         state.move_to(run, gradient, self.accept == "always")
         noise, ascent = state.noise, -state.gradient
+        if self.geometry == "white":
+            ascent = WhiteNoiseProjection()(ascent)
         gamma = 1 - UnitScore.score_of(-state.loss, self.score_range).sqrt()
         if self.selection == "pool":
             sigma = best_of_pool(noise, ascent, gamma, state.fresh, int(self.candidates))
@@ -7532,7 +8168,12 @@ class ViewedRewards(RewardObjective):
     Args:
         rewards: A `RewardSum`, or anything that it takes.
         views: The number of views; 0 for the gradient of the image itself. See `random_views`.
+
+    Attributes:
+        valued_by_views: Whether the value is the mean over the views too.
     """
+
+    valued_by_views: bool = False
 
     def __init__(self, rewards: Any, views: int) -> None:
         super().__init__(rewards)
@@ -7540,36 +8181,209 @@ class ViewedRewards(RewardObjective):
 
     def evaluate(self, sample: Sample) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         images = sample.images
-        if self.views == 0 or not images.requires_grad:
+        if self.views == 0 or not (images.requires_grad or self.valued_by_views):
             return super().evaluate(sample)
         output = self.rewards(images.detach(), sample.prompts, chunk_size=sample.chunk_size)
-        gradient = self.gradient_by_views(images, sample.prompts, sample.seeds, sample.chunk_size or len(images))
-        total: Any = AttachedGradient.apply(images, output.total, gradient)
+        mean, gradient = self.mean_of_views(sample, self.views)
+        total: Any = mean if self.valued_by_views else output.total
+        if images.requires_grad:
+            total = AttachedGradient.apply(images, total, gradient)
         return -total, output.components
 
-    def gradient_by_views(
-        self, images: torch.Tensor, prompts: Any, seeds: Sequence[int], chunk_size: int
-    ) -> torch.Tensor:
-        gradient = torch.empty_like(images)
+    def mean_of_views(self, sample: Sample, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        images = sample.images.detach()
+        means, gradient, chunk_size = [], torch.zeros_like(images), sample.chunk_size or len(images)
         for start in range(0, len(images), chunk_size):
             rows = slice(start, start + chunk_size)
-            leaf, texts = images[rows].detach().requires_grad_(), prompts_of_rows(prompts, rows)
-            views = random_views(leaf, self.views, seeds[rows])
-            total = torch.stack([self.weighted(view, texts).total.sum() for view in views]).mean()
-            gradient[rows] = torch.autograd.grad(total, leaf)[0] if total.requires_grad else 0
-        return gradient
+            leaf, texts = images[rows].detach().requires_grad_(), prompts_of_rows(sample.prompts, rows)
+            views = random_views(leaf, count, sample.seeds[rows])
+            mean = torch.stack([self.weighted(view, texts).total for view in views]).mean(0)
+            if mean.requires_grad:
+                (gradient[rows],) = torch.autograd.grad(mean.sum(), leaf)
+            means.append(mean.detach())
+        return torch.cat(means), gradient
 
     @functools.cached_property
     def weighted(self) -> RewardSum:
         return self.rewards.optimized()
 
+# callbacks/held_out_reward.py
+
+class HeldOutReward(NoiseCallback):
+    """Score the images of each step with a reward that is not optimized, and report reward hacking.
+
+    An image counts as reward hacking if its optimized loss decreased but the held-out score of its best image decreased
+    too. `result.reports["held out <name>"]` holds lists with one entry per image: `initial` and `best`, the held-out
+    scores of the baseline and of the best image; `loss_change`, the change of the optimized loss (negative is better);
+    and `reward_hacking`, a bool. A warning names the affected images. The cost is one forward pass of the reward per
+    step. With a `patience`, an image whose held-out score no longer rises is stopped.
+
+    Args:
+        reward: `(images, prompts) -> (B,)`, higher is better: a reward from `AutoReward.from_pretrained`, a
+            `RewardSum`, or any callable. It should share neither data nor models with the optimized rewards.
+        name: The name in the report; by default the reward's own name.
+        tolerance: The decrease of the held-out score, in its own units, that is still accepted; at least 0.
+        prompts: One prompt, or one per image, for the reward to use instead of the pipeline's prompts, which do not
+            exist if the pipeline is called with embeddings.
+        patience: Steps without a new highest held-out score after which an image is stopped, at least 1; `None` stops
+            none. Each image of a batch is stopped independently. As in `EarlyStopping`, the steps of each start are
+            counted anew, and those of a search not at all.
+
+    Attributes:
+        scores: `(steps, B)`, the held-out scores of the last run.
+
+    Raises:
+        TypeError: For a name instead of a loaded reward.
+        ValueError: For a tolerance below 0 or a patience below 1; at the first step, for a method that evaluates no
+            images, or a reward that does not return one score per image.
+    """
+
+    continues = ("rows", "initial_loss", "stage", "first")
+
+    def __init__(
+        self,
+        reward: Callable[..., Any],
+        name: str | None = None,
+        tolerance: float = 0.0,
+        prompts: str | Sequence[str] | None = None,
+        patience: int | None = None,
+    ) -> None:
+        if not callable(reward):
+            raise TypeError(
+                f"Expected a loaded reward or a callable `(images, prompts) -> (B,)`, but got {reward!r}. Load it with "
+                "`AutoReward.from_pretrained(...)`."
+            )
+        if tolerance < 0:
+            raise ValueError(f"Expected a tolerance of at least 0, but got {tolerance}.")
+        if patience is not None and patience < 1:
+            raise ValueError(f"Expected a patience of at least 1 step, but got {patience}.")
+        self.reward, self.tolerance, self.prompts, self.patience = reward, tolerance, prompts, patience
+        self.name = name or getattr(reward, "name", None) or getattr(reward, "__name__", type(reward).__name__)
+        self.rows: list[torch.Tensor] = []
+        self.initial_loss: torch.Tensor | None = None
+
+    @property
+    def scores(self) -> torch.Tensor:
+        return torch.stack(self.rows)
+
+    def on_run_start(self, state: NoiseState) -> None:
+        self.rows, self.initial_loss, self.stage, self.first = [], None, state.stage, 0
+
+    def on_step_end(self, state: NoiseState) -> None:
+        if state.images is None:
+            raise ValueError(
+                "Expected a method whose objective evaluates images, but this one evaluates only noise or x0. Score "
+                "its result instead."
+            )
+        prompts = state.prompts if self.prompts is None else self.prompts
+        with torch.no_grad():
+            scores = self.reward(state.images, prompts)
+        scores = getattr(scores, "total", scores)  # the output of a `RewardSum`
+        if scores.shape != (len(state.images),):
+            raise ValueError(
+                f"Expected the held-out reward '{self.name}' to return a tensor of shape ({len(state.images)},), one "
+                f"score per image, but got {tuple(scores.shape)}. Average over everything but the batch."
+            )
+        self.rows.append(scores.detach().float().to(state.noise.device))
+        if state.step == 0:
+            self.initial_loss = state.loss
+        state.reports[f"held out {self.name}"] = self.report(state)
+        if state.stage != self.stage:
+            self.stage, self.first = state.stage, len(self.rows) - 1
+        if self.patience is not None and state.stage != "search":
+            scores = self.scores[self.first :].nan_to_num(-torch.inf, torch.inf, -torch.inf)  # NaN is no rise
+            state.stop("held out", len(scores) - 1 - scores.argmax(0) >= self.patience)
+
+    def report(self, state: NoiseState) -> dict[str, Any]:
+        assert self.initial_loss is not None
+        initial, best = self.rows[0], self.scores.gather(0, state.best.step[None])[0]
+        change = state.best.loss - self.initial_loss
+        hacked = (change < 0) & (best < initial - self.tolerance)
+        return {
+            "initial": initial.tolist(),
+            "best": best.tolist(),
+            "loss_change": change.tolist(),
+            "reward_hacking": hacked.tolist(),
+        }
+
+    def on_run_end(self, state: NoiseState) -> None:
+        report = state.reports.get(f"held out {self.name}", {"reward_hacking": []})
+        images = [index for index, hacked in enumerate(report["reward_hacking"]) if hacked]
+        if images:
+            warnings.warn(
+                f"Reward hacking in images {images}: the optimized loss decreased, and so did the held-out reward "
+                f"'{self.name}'. Use fewer steps, a smaller learning rate, or more rewards that disagree.",
+                stacklevel=2,
+            )
+
+# pipelines/reno/stopping.py
+
+Stop = Literal["held_out", "views"]
+PATIENCE = 10  # evaluations without a rise
+JUDGING_VIEWS = 4
+
+class StoppingRewards(ViewedRewards):
+    """`ViewedRewards` whose run ends before it over-optimizes, and whose value is the mean over the views.
+
+    Where the gradient is that of the image itself, its value is the mean over `JUDGING_VIEWS` views nevertheless, or
+    with held-out rewards its own.
+
+    Args:
+        rewards: A `RewardSum`, or anything that it takes.
+        views: The number of views that give the gradient.
+        held_out: The rewards whose sum ends the run of an image once it no longer rises. `None` ends it once the loss
+            no longer falls.
+    """
+
+    def __init__(self, rewards: Any, views: int, held_out: RewardSum | None = None) -> None:
+        super().__init__(rewards, views)
+        self.valued_by_views = views > 0
+        self.held_out = None if held_out is None else RewardObjective(held_out)
+        if self.held_out is None:
+            self.callbacks = (EarlyStopping(PATIENCE),)
+            return
+        names = " + ".join(self.held_out.rewards.names)
+        self.requires_prompt = self.requires_prompt or self.held_out.requires_prompt
+        self.callbacks = (HeldOutReward(self.held_out.rewards, name=names, patience=PATIENCE),)
+
+    def evaluate(self, sample: Sample) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        loss, scores = super().evaluate(sample)
+        if self.valued_by_views or self.held_out is not None:
+            return loss, scores
+        with torch.no_grad():
+            mean, _ = self.mean_of_views(sample, JUDGING_VIEWS)
+        return loss - loss.detach() - mean, scores
+
+    def try_out(self, prompt: str, height: int, width: int, gradient: bool) -> None:
+        super().try_out(prompt, height, width, gradient)
+        if self.held_out is not None:
+            self.held_out.try_out(prompt, height, width, False)
+
+def check_stopping(stop: Stop | None, rewards: Any, held_out: Any) -> None:
+    if (stop == "held_out") != (held_out is not None):
+        raise ValueError(
+            f'Expected `stop="held_out"` and `held_out` together, but got stop={stop!r} and held_out={held_out!r}. '
+            'Pass both, such as `stop="held_out", held_out="vqascore"`, or neither.'
+        )
+    if held_out is None:
+        return
+    watched = [reward for reward, _ in checked_reward_pairs(held_out)]
+    optimized = [reward for reward, weight in reward_weight_pairs(rewards, None) if weight]
+    if both := [reward for reward in watched if any(reward is other or reward == other for other in optimized)]:
+        raise ValueError(
+            f"Expected a held-out reward that is not optimized, but {both[0]!r} is. Take another: it should share "
+            "neither data nor models with the optimized ones."
+        )
+
 # pipelines/reno/method.py
 
+Geometry = Literal["white", "sphere", "prior"]
 RENO_PRIOR = 0.01
-RENO_VIEWS = 4
+RENO_VIEWS = 1
+RENO_RATE = 5.0
 
 @dataclasses.dataclass
-class ReNOState:
+class NesterovState:
     """Momentum `(B, C, H, W)`, and the norms `(B,)` of the base noise."""
 
     velocity: torch.Tensor
@@ -7577,8 +8391,8 @@ class ReNOState:
 
 @register_method("reno")
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ReNO(RewardOptimizer):
-    """Gradient ascent on rewards with momentum; returns the noise of the best image.
+class ReNO(GradientOptimizer):
+    """Gradient ascent on rewards; returns the noise of the best image.
 
     "ReNO: Enhancing One-step Text-to-Image Models through Reward-based Noise Optimization", Eyring et al., NeurIPS
     2024, https://arxiv.org/abs/2406.04312.
@@ -7588,61 +8402,111 @@ class ReNO(RewardOptimizer):
     without the prior, and rewards that see un-clamped bicubic pixels. Two differences: clip, prior and best are per
     image; noise, momentum and norms are float32.
 
-    `mode="default"` keeps the update and changes three things. The gradient is the mean over several slightly shifted
-    and noisy views of the image, which suppresses patterns that please one exact pixel grid; scores, losses and the
-    choice of the best remain those of the image itself. The norm of the noise is kept by projection instead of a prior.
-    Saturated pixels keep their gradient.
-
-    In both modes the learning rate is in units of √(H·W) / 64, with H × W the size of the noise. So the
-    default takes the steps of the released code on all its models: 5 at 512 px (SD-Turbo, SDXL-Turbo, PixArt-α DMD,
-    FLUX.1-schnell), 10 at 1024 px (Hyper-SDXL).
+    `mode="default"` moves differently: gradients are projected on white noise, their mean moves the noise, and that
+    is projected too, see `WhiteNoiseSteps`. So no frequency of the noise outruns the others, a step has the same
+    length on all models, and the noise keeps the norm and the spectrum of Gaussian noise. The gradient is that of a
+    slightly shifted and noisy view of the image, another in each step, which suppresses patterns that please one exact
+    pixel grid; scores, losses and the choice of the best remain those of the image itself. Saturated pixels keep their
+    gradient. On one-step models the steps begin at the best of a few noises.
 
     Args:
         steps: Evaluations, the baseline included. The paper: 50.
+        search: The number of noises to choose from before the first step, see `GradientOptimizer`: "auto", which is 0
+            for parity, or a number.
         mode: "default" or "parity".
-        learning_rate: η, in units of √(H·W) / 64.
-        momentum: The coefficient of Nesterov momentum.
-        max_grad_norm: The L2 norm to which the gradient of each image is clipped; with η it sets the step length.
-        regularization: λ_reg, the weight of the χ prior; `None` is 0.01 for parity, and projection otherwise.
-        views: The number of views that give the gradient, each one more pass of the rewards; 0 is the image itself;
-            `None` is 0 for parity and 4 otherwise.
+        geometry: "white" is the step above; for noise that a noise sampler draws in another color, the gradient is
+            projected and the noise keeps its norm. "sphere" is the released step, followed by a projection on the norm
+            of the base noise; "prior" the released step with the χ prior. `None` is "prior" for parity and where
+            `regularization` is given, and "white" otherwise.
+        learning_rate: η. For "white" the size of a step in standard deviations of the noise, 0.1 by default. For the
+            released step in units of √(H·W) / 64, with H × W the size of the noise, 5 by default: 5 at 512 px, as in
+            the released code (SD-Turbo, SDXL-Turbo, PixArt-α DMD, FLUX.1-schnell), and 10 at 1024 px (Hyper-SDXL).
+        momentum: The weight of earlier gradients: in their mean for "white", else the coefficient of Nesterov momentum.
+        max_grad_norm: The L2 norm to which the released step clips the gradient of each image; with η it sets the
+            length of the step.
+        regularization: λ_reg, the weight of the χ prior: 0.01 by default.
+        views: The number of views whose mean gives the gradient, each one more pass of the rewards; 0 is the image
+            itself; `None` is 0 for parity and 1 otherwise.
         gradient: "full" differentiates the whole chain; "frozen" holds the model outputs constant.
         preview: Reward the x0 estimate of one model call instead of the whole chain.
+        stop: What ends the run of an image before it over-optimizes: "views" once the mean reward over its views has
+            not risen for 10 evaluations, "held_out" once the held-out reward has not. Then losses and the choice of
+            the best are by the mean over the views of the gradient, for "views" and `views=0` over 4. `None` makes all
+            steps.
+        held_out: Rewards that are not optimized, as `RewardSum` takes them, for `stop="held_out"`.
+
+    Raises:
+        ValueError: For `regularization` with a geometry that has no prior; for one of `held_out` and
+            `stop="held_out"` without the other.
     """
 
+    search: int | Literal["auto"] = checked("auto", "[0, inf)")
     mode: Literal["default", "parity"] = "default"
-    learning_rate: float = checked(5.0, "[0, inf)")
+    geometry: Geometry | None = None
+    learning_rate: float | None = checked(None, "[0, inf)")
     momentum: float = checked(0.9, "[0, 1)")
     max_grad_norm: float = checked(0.1, "(0, inf)")
     regularization: float | None = checked(None, "[0, inf)")
     views: int | None = checked(None, "[0, 1000]")
     gradient: Literal["full", "frozen"] = "full"
     preview: bool = False
+    stop: Stop | None = None
+    held_out: Any = None
 
     @property
-    def prior(self) -> ChiPrior | None:
-        if self.regularization is None and self.mode == "default":
-            return None
-        return ChiPrior(RENO_PRIOR if self.regularization is None else self.regularization)
+    def views_used(self) -> int:
+        default = 0 if self.mode == "parity" else RENO_VIEWS
+        return default if self.views is None else self.views
+
+    @property
+    def geometry_used(self) -> Geometry:
+        has_prior = self.mode == "parity" or self.regularization is not None
+        return self.geometry or ("prior" if has_prior else "white")
+
+    def searched(self, problem: NoiseProblem) -> int:
+        return 0 if self.search == "auto" and self.mode == "parity" else super().searched(problem)
+
+    def check(self) -> None:
+        super().check()
+        check_stopping(self.stop, self.rewards, self.held_out)
+        if self.regularization is not None and self.geometry_used != "prior":
+            raise ValueError(
+                f'Expected `regularization` with `geometry="prior"`, but got {self.geometry!r}, which keeps the norm '
+                "of the noise by itself. Leave one of the two out."
+            )
 
     def objective(self, pipe) -> ViewedRewards:
-        rewards, views = self.differentiable_rewards(pipe, self.rewards), self.views
+        rewards = self.differentiable_rewards(pipe, self.rewards)
         if self.mode == "parity":
-            return ViewedRewards(on_released_pixels(rewards), views or 0)
-        return ViewedRewards(rewards, RENO_VIEWS if views is None else views)
+            rewards = on_released_pixels(rewards)
+        if self.stop is None:
+            return ViewedRewards(rewards, self.views_used)
+        held_out = None if self.held_out is None else self.load_rewards(pipe, self.held_out)
+        return StoppingRewards(rewards, self.views_used, held_out)
 
     def regularizer(self, noise: torch.Tensor) -> torch.Tensor | float:
-        return self.prior(noise) if self.prior else 0.0
+        if self.geometry_used != "prior":
+            return 0.0
+        return ChiPrior(RENO_PRIOR if self.regularization is None else self.regularization)(noise)
 
-    def start(self, problem: NoiseProblem) -> ReNOState:
-        return ReNOState(torch.zeros_like(problem.noise), per_sample_norm(problem.noise))
+    def rate_or(self, default: float) -> float:
+        return default if self.learning_rate is None else self.learning_rate
 
-    def step(self, run: NoiseState, gradient: torch.Tensor, state: ReNOState) -> torch.Tensor:
+    def start(self, problem: NoiseProblem) -> NesterovState | WhiteNoiseSteps:
+        if self.geometry_used == "white":
+            return WhiteNoiseSteps(problem, self.rate_or(WHITE_RATE), self.momentum)
+        return NesterovState(torch.zeros_like(problem.noise), per_sample_norm(problem.noise))
+
+    def step(self, run: NoiseState, gradient: torch.Tensor, state: NesterovState | WhiteNoiseSteps) -> torch.Tensor:
+        if isinstance(state, WhiteNoiseSteps):
+            return state.moved(run.noise, gradient)
         gradient = clip_per_sample(gradient, self.max_grad_norm)
         state.velocity = self.momentum * state.velocity + gradient
-        rate = self.learning_rate * rate_unit(run.noise)
+        rate = self.rate_or(RENO_RATE) * rate_unit(run.noise)
         moved = run.noise - rate * (gradient + self.momentum * state.velocity)
-        return moved if self.prior else moved * per_image(state.radius / per_sample_norm(moved), moved)
+        if self.geometry_used == "prior":
+            return moved
+        return moved * per_image(state.radius / per_sample_norm(moved), moved)
 
 # pipelines/searches/previews.py
 
@@ -7801,8 +8665,8 @@ def assigned_positions(origins: Sequence[int], rows: Sequence[int], rounds: int)
 class BestOfN(RewardOptimizer):
     """Draws `steps` independent noises, the given one first, and returns the one with the highest reward.
 
-    Needs no gradient, so any reward works, also a black box. With a `TimeBudget` callback and many steps it is the
-    control at equal wall-clock time.
+    Needs no gradient, so any reward works, also a black box. With `budget="20s"` it is the control at equal wall-clock
+    time.
 
     `preview=True` scores all but the given noise by the x0 estimate of one model call, and samples those with the
     highest rewards fully: `keep` for each image, the given one included. Preview steps have rewards, and NaN for a
@@ -7817,6 +8681,10 @@ class BestOfN(RewardOptimizer):
 
     preview: bool = False
     keep: int = checked(4, "[2, inf)")
+
+    @property
+    def closing(self) -> int:
+        return self.keep - 1 if self.preview else 0
 
     def objective(self, pipe) -> Objective:
         rewards: Any = super().objective(pipe)
@@ -7900,7 +8768,7 @@ class GroupSelection(NoiseOptimizer):
     The loss of an image is minus the value of the set that was evaluated with it. Each step draws one candidate for
     each image, and the last one samples the chosen set, in which a candidate keeps its position in the batch if that is
     free. (At another position, a scheduler that adds noise between steps generates another image. If that makes the
-    chosen set worse than the best set of a step, the latter is returned.) If a callback such as `TimeBudget` stops the
+    chosen set worse than the best set of a step, the latter is returned.) If a time budget or a callback stops the
     run early, the set is chosen from the candidates so far. `result.reports["group_selection"]` has the number of
     candidates for the prompt of each image, and the step and the position at which its noise was first sampled fully.
 
@@ -7926,6 +8794,10 @@ class GroupSelection(NoiseOptimizer):
     weight: float = checked(1.5, "[0, inf)")
     preview: bool = False
     keep: int = checked(2, "[2, inf)")
+
+    @property
+    def closing(self) -> int:
+        return self.keep if self.preview else 1
 
     def check(self) -> None:
         super().check()
@@ -8243,63 +9115,6 @@ def neighbor(pivot: torch.Tensor, direction: torch.Tensor, cosine: float) -> tor
     along = unit(pivot)
     across = unit(direction - per_image((direction * along).flatten(1).sum(1), direction) * along)
     return per_image(per_sample_norm(pivot), pivot) * (cosine * along + math.sqrt(1 - cosine**2) * across)
-
-# callbacks/noise_callback.py
-
-class NoiseCallback:
-    """Base class of callbacks per *optimization* step.
-
-    (diffusers' `callback_on_step_end` is per denoising step.) Subclasses override the hooks that they need. A function
-    `(state) -> bool | None` is accepted as `on_step_end`.
-
-    Attributes:
-        continues: Names of attributes, tensors and numbers, with which the callback goes on in a resumed run.
-    """
-
-    continues: ClassVar[tuple[str, ...]] = ()
-
-    def on_run_start(self, state: NoiseState) -> None:
-        """Called once, before the first evaluation."""
-
-    def on_step_end(self, state: NoiseState) -> bool | None:
-        """Called after each evaluation. Return `False`, or call `state.stop()`, to end the run."""
-
-    def on_run_end(self, state: NoiseState) -> None:
-        """Called once at the end, also after an exception."""
-
-class FunctionCallback(NoiseCallback):
-    """Wrapper that makes a function a callback."""
-
-    def __init__(self, function: Callable[[NoiseState], bool | None]) -> None:
-        self.function = function
-
-    def on_step_end(self, state: NoiseState) -> bool | None:
-        return self.function(state)
-
-CallbackSpec = NoiseCallback | Callable[[NoiseState], bool | None]
-
-def as_callbacks(callbacks: CallbackSpec | Iterable[CallbackSpec] | None) -> list[NoiseCallback]:
-    if callbacks is None:
-        return []
-    if isinstance(callbacks, Iterable):
-        return [as_callback(each) for each in callbacks]
-    return [as_callback(callbacks)]
-
-def as_callback(callback: Any) -> NoiseCallback:
-    expected = "Expected a callback with `on_step_end(state)` or a function of `state`, but got"
-    if isinstance(callback, type) or not (hasattr(callback, "on_step_end") or callable(callback)):
-        got = f"the class {callback.__name__}" if isinstance(callback, type) else type(callback).__name__
-        raise TypeError(f"{expected} {got}.")
-    function = getattr(callback, "on_step_end", callback)
-    if inspect.iscoroutinefunction(function):
-        raise TypeError(f"{expected} an `async` one, which nobody awaits. Make it a plain function.")
-    if parameters := refused_signature(function, 1):
-        raise TypeError(
-            f"{expected} one that takes {parameters}. A callback of each denoising step belongs to "
-            "`callback_on_step_end=`."
-        )
-    found: Any = callback
-    return found if hasattr(callback, "on_step_end") else FunctionCallback(found)
 
 # schedulers/noise_samplers.py
 
@@ -9282,7 +10097,8 @@ class NoiseResult:
         best = ", ".join(f"{shown(name)} {before:.4g} → {after:.4g}" for name, before, after in ends)
         decoder = self.provenance.get("decoder")
         by = f", by {shown(decoder.get('class'))}" if isinstance(decoder, dict) else ""
-        steps, planned = len(self.losses), shown(self.provenance.get("settings", {}).get("steps"))
+        settings = self.provenance.get("settings", {})
+        steps, planned = len(self.losses), shown(settings.get("budget") or settings.get("steps"))
         found = f"best of {steps} steps" if self.complete else f"interrupted at step {steps} of {planned}, best"
         return f"NoiseResult({shape}, {found} at {self.best_step.tolist()}: {best}{by})"
 
@@ -9695,6 +10511,122 @@ class Restoration:
             vars(begun)[name] = self.restored(vars(begun)[name], each, f"{where}.{name}")
         return begun
 
+# pipelines/stages.py
+
+SEARCH_SHARE = 0.3  # of a time budget; half of it leaves too few steps, see benchmarks/search_and_starts.py
+
+class StagedMethod:
+    """The stages of a method with `search`, in the place of the method. See `GradientOptimizer`.
+
+    Args:
+        method: The method, a `GradientOptimizer`.
+        problem: The call.
+    """
+
+    def __init__(self, method: Any, problem: NoiseProblem) -> None:
+        self.method, self.problem, self.searched = method, problem, method.searched(problem)
+
+    def start(self, problem: NoiseProblem) -> "StagedState":
+        return StagedState(problem, self.method.starts, self.method.start(problem))
+
+    def needs(self, step: int, state: "StagedState") -> tuple[Gradient, bool]:
+        if not state.stage:
+            return None, self.method.previews or state.previews
+        ends = self.method.evaluations is not None and step + 1 == self.end(state)
+        return None if ends else self.method.gradient_mode, self.method.previews
+
+    def inspect(self, run: NoiseState, objective: Any, state: "StagedState") -> torch.Tensor | None:
+        run.stage = f"start {state.stage}" if state.stage else "search"
+        run.reports["search"] = state.report(run)
+        if state.stage:
+            return self.method.inspect(run, objective, state.inner)
+        if run.step == 0:  # a whole chain has been run by now
+            state.previews = not self.method.previews and self.problem.sampler.timesteps != 1
+        if run.step or not state.previews:
+            state.score(run)
+        if run.step and state.previews:
+            run.loss = torch.full_like(run.loss, torch.nan)
+        return None
+
+    def step(self, run: NoiseState, gradient: torch.Tensor | None, state: "StagedState") -> torch.Tensor:
+        if self.ends(run, state):
+            noise = state.begin(run)
+            state.inner = self.method.start(self.problem.beginning_at(noise, state.stage))
+            return noise
+        if state.stage:
+            return self.method.step(run, gradient, state.inner)
+        return state.fresh.draw() if state.scored else self.problem.noise
+
+    def finish(self, run: NoiseState, objective: Any, state: "StagedState") -> Iterable[torch.Tensor]:
+        run.reports["search"] = state.report(run)
+        return self.method.finish(run, objective, state.inner)
+
+    def ends(self, run: NoiseState, state: "StagedState") -> bool:
+        method, seconds = self.method, self.method.seconds
+        if not state.stage:
+            late = seconds is not None and run.elapsed > SEARCH_SHARE * seconds and state.scored >= method.starts
+            return late or state.scored == self.searched
+        return state.stage < method.starts and (run.step + 1 if seconds is None else run.elapsed) >= self.end(state)
+
+    def end(self, state: "StagedState") -> float:
+        if self.method.seconds is not None:
+            return state.seconds + (self.method.seconds - state.seconds) * state.stage / self.method.starts
+        begin, evaluations = state.first_steps[0], self.method.evaluations
+        assert evaluations is not None
+        return begin + (evaluations - begin) * state.stage // self.method.starts
+
+class StagedState:
+    """The stage of a run, the best noises of its search, and the state of the method.
+
+    Attributes:
+        stage: 0 for the search, then the number of the start.
+        fresh: The source of noises.
+        scored: The number of noises scored so far.
+        previews: Whether they are scored by previews.
+        noises: `(B, starts, C, H, W)`, the best of them so far.
+        losses, steps: `(B, starts)`, their losses, infinite where there is none yet, and when they were scored.
+        first_steps: The first step of each start that has begun.
+        seconds: The time of the search.
+        inner: The state of the method, for the present start.
+    """
+
+    def __init__(self, problem: NoiseProblem, starts: int, inner: Any) -> None:
+        noise = problem.noise
+        self.stage, self.scored, self.previews, self.seconds = 0, 0, False, 0.0
+        self.fresh, self.inner = CandidateNoise(problem), inner
+        self.noises = noise[:, None].repeat(1, starts, *[1] * (noise.ndim - 1))
+        self.losses = torch.full((len(noise), starts), torch.inf, device=noise.device)
+        self.steps = torch.zeros_like(self.losses, dtype=torch.long)
+        self.first_steps: list[int] = []
+
+    def score(self, run: NoiseState) -> None:
+        loss = torch.where(run.loss.isnan(), torch.inf, run.loss).to(self.losses)  # NaN: stopped
+        losses = torch.cat((self.losses, loss[:, None]), 1)
+        best = losses.argsort(dim=1, stable=True)[:, :-1]
+        rows = torch.arange(len(best), device=best.device)[:, None]
+        self.losses = losses[rows, best]
+        self.noises = torch.cat((self.noises, run.noise[:, None]), 1)[rows, best]
+        self.steps = torch.cat((self.steps, torch.full_like(self.steps[:, :1], run.step)), 1)[rows, best]
+        self.scored += 1
+
+    def begin(self, run: NoiseState) -> torch.Tensor:
+        if not self.stage:
+            self.seconds = run.elapsed
+        self.stage += 1
+        self.first_steps.append(run.step + 1)
+        return self.noises[:, self.stage - 1]
+
+    def report(self, run: NoiseState) -> dict[str, Any]:
+        best = [sum(first <= step for first in self.first_steps) for step in run.best.step.tolist()]
+        return {
+            "noises": self.scored,
+            "previews": self.previews,
+            "first_steps": list(self.first_steps),
+            "found_at": self.steps.tolist(),
+            "losses": self.losses.tolist(),
+            "best_start": best,
+        }
+
 # pipelines/loop.py
 
 def optimize(
@@ -9705,10 +10637,11 @@ def optimize(
     noise_file: NoiseFile | None = None,
     known: NoiseResult | None = None,
 ) -> NoiseResult:
-    run = NoiseState(problem.pipe, problem.reward_prompts, method.steps, problem.noise)
-    own = as_callbacks(callbacks)
+    run = NoiseState(problem.pipe, problem.reward_prompts, method.evaluations or 1, problem.noise)
+    own = [*objective.callbacks, *as_callbacks(callbacks)]
     bars = [] if any(isinstance(callback, ProgressBar) for callback in own) else [ProgressBar()]
-    loop = OptimizationLoop(method, problem, objective, run, [*bars, *own], noise_file)
+    budget = [] if method.seconds is None else [TimeBudget(method.seconds, min(2, method.closing))]
+    loop = OptimizationLoop(method, problem, objective, run, [*bars, *own, *budget], noise_file)
     try:
         try:
             loop.run_all(known)
@@ -9741,6 +10674,7 @@ class OptimizationLoop:
         noise_file: NoiseFile | None = None,
     ) -> None:
         self.method, self.problem, self.objective = method, problem, objective
+        self.moving = StagedMethod(method, problem) if method.searched(problem) else method
         self.run, self.callbacks, self.noise_file = run, callbacks, noise_file
         self.rows: list[StepRow] = []
         self.initial_images: torch.Tensor | None = None
@@ -9755,8 +10689,8 @@ class OptimizationLoop:
         if known is not None:
             self.take_up(known)
         self.mark()
-        for step in range(len(self.rows), self.method.steps):
-            if self.run.stopped:
+        for step in itertools.count(len(self.rows)):
+            if self.run.stopped or (self.method.evaluations is not None and step >= self.method.evaluations):
                 break
             self.evaluate(step)
             if self.run.stopped or not self.moves_after(step):
@@ -9769,7 +10703,7 @@ class OptimizationLoop:
 
     def start(self, step: int = 0) -> None:
         self.chunk_size = chunk_size_of(self.method, self.problem)
-        self.state = self.method.start(self.problem)
+        self.state = self.moving.start(self.problem)
         self.run.step = step - 1
         for callback in self.callbacks:
             if hasattr(callback, "on_run_start"):
@@ -9824,7 +10758,7 @@ class OptimizationLoop:
 
     @torch.no_grad()
     def drawn(self, noise: torch.Tensor) -> torch.Tensor:
-        return self.sample_of(self.problem.sampler, noise, 0, None).images
+        return self.sample_of(self.problem.sampler, noise, 0).images
 
     def end(self) -> None:
         for callback in self.callbacks:
@@ -9832,13 +10766,14 @@ class OptimizationLoop:
                 callback.on_run_end(self.run)
 
     def moves_after(self, step: int) -> bool:
-        return self.method.returns == "last" or step < self.method.steps - 1
+        return self.method.returns == "last" or step + 1 != self.method.evaluations
 
     def evaluate(self, step: int) -> None:
         run, method = self.run, self.method
-        gradient = method.gradient_mode if self.moves_after(step) else None
+        gradient, preview = self.moving.needs(step, self.state)
+        gradient = gradient if self.moves_after(step) else None
         self.leaf = run.noise.detach().requires_grad_(gradient is not None)
-        sample = self.sample_of(self.problem.sampler, self.leaf, step, gradient)
+        sample = self.sample_of(self.problem.sampler, self.leaf, step, gradient, preview)
         try:
             with torch.set_grad_enabled(gradient is not None):
                 loss, scores = self.objective.evaluate(sample)
@@ -9852,7 +10787,9 @@ class OptimizationLoop:
         run.step, run.images, run.scores = step, sample.generated_images, scores
         self.evaluated = run.noise
         run.loss = loss.detach().where(run.active, torch.nan)
-        self.record(method.inspect(run, self.objective, self.state))
+        self.record(self.moving.inspect(run, self.objective, self.state))
+        if method.seconds is not None:
+            run.steps = math.ceil(len(self.rows) * max(1, method.seconds / max(run.elapsed, 1e-9)))
         for callback in self.callbacks:
             kept = [each for each in (run.noise, run.images, run.best.noise, run.best.images) if each is not None]
             versions = list(map(version_of, kept))
@@ -9866,10 +10803,18 @@ class OptimizationLoop:
         if self.noise_file is not None:
             self.noise_file.keep(self.result)
 
-    def sample_of(self, sampler: PipelineSampler, noise: torch.Tensor, step: int, gradient: Gradient) -> Sample:
+    def sample_of(
+        self,
+        sampler: PipelineSampler,
+        noise: torch.Tensor,
+        step: int,
+        gradient: Gradient = None,
+        preview: bool | None = None,
+    ) -> Sample:
         seeds = [seed + step for seed in self.problem.seeds]
         groups, prompts = self.problem.groups, self.run.prompts
-        return Sample(sampler, noise, prompts, groups, seeds, gradient, self.method.previews, self.chunk_size)
+        preview = self.method.previews if preview is None else preview
+        return Sample(sampler, noise, prompts, groups, seeds, gradient, preview, self.chunk_size)
 
     def check_loss(self, loss: torch.Tensor, gradient: Gradient, step: int) -> None:
         batch = len(self.run.noise)
@@ -9920,7 +10865,7 @@ class OptimizationLoop:
             gradient = gradient.nan_to_num(0, 0, 0) * per_image(finite, gradient)
             self.stop_samples(run.active & ~finite)
         self.total = None
-        moved = self.method.step(run, gradient, self.state).detach()
+        moved = self.moving.step(run, gradient, self.state).detach()
         run.noise = torch.where(per_image(run.active, moved), moved, run.noise)
 
     def differentiate(self) -> torch.Tensor:
@@ -9937,7 +10882,7 @@ class OptimizationLoop:
         return gradient
 
     def finish(self) -> None:
-        for noise in self.method.finish(self.run, self.objective, self.state):
+        for noise in self.moving.finish(self.run, self.objective, self.state):
             self.run.noise, self.run.active = noise.detach(), torch.ones_like(self.run.active)
             self.run.steps = max(self.run.steps, len(self.rows) + 1)
             self.evaluate(len(self.rows))
@@ -9948,7 +10893,7 @@ class OptimizationLoop:
             return
         sampler, report = self.problem.sampler.with_own_decoder(), {}
         for name, noise in (("initial", self.problem.noise), ("best", self.returned())):
-            sample = self.sample_of(sampler, noise.detach(), 0, None)
+            sample = self.sample_of(sampler, noise.detach(), 0)
             loss, scores = self.objective.evaluate(sample)
             self.full_decoder_images[name] = sample.images
             report[f"{name}_scores"] = {name: values.tolist() for name, values in scores.items()}
@@ -10099,7 +11044,8 @@ def check_argument_names(pipe: Any, given: Collection[str], ours: Sequence[str] 
         remedy = " A seed is written `generator=torch.Generator().manual_seed(0)`."
     if name in settings:
         own = (method if isinstance(method, type) else type(method)).__name__
-        remedy = f" It is a setting of {own}: pass `{own}({name}=...)` or `method_kwargs={{'{name}': ...}}`."
+        by_name = f" or `method_kwargs={{'{name}': ...}}`" if "method_kwargs" in ours else ""
+        remedy = f" It is a setting of {own}: pass `{own}({name}=...)`{by_name}."
     raise TypeError(f"Expected arguments of the call of {type(pipe).__name__}, but got '{name}'.{remedy}")
 
 def bind_request(pipe, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -10420,7 +11366,7 @@ class FolderBar(ProgressBar):
     Args:
         pipe: The pipeline, whose progress bar it is.
         runs: The number of runs.
-        steps: The number of steps of each.
+        steps: The number of ticks of each, that of its steps if known.
     """
 
     def __init__(self, pipe, runs: int, steps: int) -> None:
@@ -10428,10 +11374,13 @@ class FolderBar(ProgressBar):
         self.bar = pipe.progress_bar(total=runs * steps)
 
     def on_run_start(self, state: NoiseState) -> None:
-        self.go_to(self.run * self.steps + state.step + 1)
+        self.go_to(self.run * self.steps + self.ticks(state))
 
     def on_step_end(self, state: NoiseState) -> None:
-        self.go_to(self.run * self.steps + min(state.step + 1, self.steps))
+        self.go_to(self.run * self.steps + self.ticks(state))
+
+    def ticks(self, state: NoiseState) -> int:
+        return round(self.steps * min(1, (state.step + 1) / state.steps))
 
     def on_run_end(self, state: NoiseState) -> None:
         pass
@@ -10691,7 +11640,7 @@ class NoiseRun:
         if torch.is_inference_mode_enabled():
             raise ValueError("Expected a call outside `torch.inference_mode()`, where no gradient exists. Remove it.")
         refuse_unsuited(pipe, method.gradient_mode)
-        if method.previews:
+        if method.previews or getattr(method, "search", "auto") not in ("auto", 0):
             refuse_replaced_step(pipe)
         if method.gradient_mode is not None:
             refuse_writes(type(pipe))
@@ -10748,7 +11697,7 @@ class NoiseRun:
 
     def prepare_latents(self, pipe, *args, **kwargs):
         method, self.began = self.method, True
-        sampler = PipelineSampler(
+        self.sampler = sampler = PipelineSampler(
             pipe,
             self.request,
             self.encoded,
@@ -10827,7 +11776,7 @@ class NoiseOptimizationMixin(SavedWithCode):
         Args:
             args, kwargs: The arguments of the stock pipeline.
             method: A method such as `ReNO(rewards={"clipscore": 1.0})`, or a name of `list_methods()`.
-            method_kwargs: Settings of the method, by name: `{"learning_rate": 10.0}`.
+            method_kwargs: Settings of the method, by name: `{"chunk_size": 1}`.
             callbacks: Callbacks per optimization step: functions of the state, or objects with `on_step_end(state)`;
                 returning `False` stops the run. See `NoiseCallback`.
             noise_sampler: The distribution of the initial noise, optimized or not: `"white"`, as in the stock pipeline,
@@ -11029,7 +11978,7 @@ def optimize_entries(
     for entry in entries:
         request = checked_request(pipe, entry.prompt, call_kwargs | entry.arguments)
         known_run(entry.file, entry.file, call_description(pipe, method, request, noise_sampler, entry.reward_prompt))
-    bar, results = FolderBar(pipe, len(entries), method.steps), []
+    bar, results = FolderBar(pipe, len(entries), method.evaluations or 100), []
     own: dict[str, Any] = {"callbacks": [bar, *callbacks], "noise_sampler": noise_sampler}
     try:
         for entry in entries:
@@ -11144,8 +12093,9 @@ class ReNOMixin(MethodMixin, method=ReNO, arguments=("rewards", "steps", "mode")
 
     Args:
         rewards: A name, Hub id or folder (`"clipscore"`), a callable `(images, prompts) -> (B,)`, a dict of these to
-            weights (`{"clipscore": 1.0, "red": 0.1}`), a list of (reward, weight), or `"reno"` for the rewards and
-            weights of the paper. `None` leaves the pipeline bit-identical to the stock class.
+            weights (`{"clipscore": 1.0, "red": 0.1}`), a list of (reward, weight), `"reno"` for the rewards and weights
+            of the paper, or `"auto"` for weights by the kind of the prompt. `None` leaves the pipeline bit-identical to
+            the stock class.
         steps: Evaluations of ReNO, 50 by default.
         mode: "default", or "parity" for the released loop step by step.
     """
@@ -11187,6 +12137,7 @@ class PlainSampling(NoiseOptimizer):
     """Returns the base noise without running the denoiser. The result has one loss of 0 and no scores."""
 
     steps: int = checked(1, "[1, 1]")
+    budget: Literal[1] | None = None
 
     def objective(self, pipe) -> Objective:
         return FunctionObjective(lambda sample: torch.zeros(len(sample.noise), device=sample.noise.device))

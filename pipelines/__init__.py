@@ -10,7 +10,7 @@ from .cno.stable_diffusion_3 import CNOStableDiffusion3Pipeline
 from .cno.stable_diffusion_xl import CNOStableDiffusionXLPipeline
 from .hook import NoiseOptimizationMixin, optimize_noise
 from .loading import release_rewards
-from .method import NoiseOptimizer
+from .method import GradientOptimizer, NoiseOptimizer
 from .never_too_late.flux import NeverTooLateFluxPipeline
 from .never_too_late.image_set import ImageSet, grow_set
 from .never_too_late.method import NeverTooLate
@@ -30,6 +30,7 @@ from .reno.method import ReNO
 from .reno.stable_diffusion import ReNOStableDiffusionPipeline
 from .reno.turbo import ReNOTurboPipeline
 from .results.noise_result import NoiseResult
+from .reward_guidance.guidance import RewardGuidance
 from .sampling.sample import Sample
 from .sampling.sampler import PipelineSampler
 from .searches.best_of_n import BestOfN
@@ -37,6 +38,7 @@ from .searches.group_selection import GroupSelection
 from .searches.group_solver import select_group
 from .searches.pcn import PCN
 from .searches.zero_order_search import ZeroOrderSearch
+from .white_noise import WhiteNoiseProjection
 
 ReNOStableDiffusionXLPipeline = ReNOTurboPipeline
 
@@ -51,6 +53,7 @@ __all__ = [
     "ChiPrior",
     "ContrastiveObjective",
     "FunctionObjective",
+    "GradientOptimizer",
     "GroupSelection",
     "ImageSet",
     "MeanVariance",
@@ -74,9 +77,11 @@ __all__ = [
     "ReNOStableDiffusionPipeline",
     "ReNOStableDiffusionXLPipeline",
     "ReNOTurboPipeline",
+    "RewardGuidance",
     "RewardObjective",
     "Sample",
     "SetObjective",
+    "WhiteNoiseProjection",
     "ZeroOrderSearch",
     "grow_set",
     "list_methods",

@@ -119,7 +119,7 @@ class NoiseRun:
         if torch.is_inference_mode_enabled():
             raise ValueError("Expected a call outside `torch.inference_mode()`, where no gradient exists. Remove it.")
         refuse_unsuited(pipe, method.gradient_mode)
-        if method.previews:
+        if method.previews or getattr(method, "search", "auto") not in ("auto", 0):
             refuse_replaced_step(pipe)
         if method.gradient_mode is not None:
             refuse_writes(type(pipe))
@@ -180,7 +180,7 @@ class NoiseRun:
     def prepare_latents(self, pipe, *args, **kwargs):
         """Draw the base noise as the stock method does, optimize it, and prepare the latents of the result."""
         method, self.began = self.method, True
-        sampler = PipelineSampler(
+        self.sampler = sampler = PipelineSampler(
             pipe,
             self.request,
             self.encoded,
@@ -261,7 +261,7 @@ class NoiseOptimizationMixin(SavedWithCode):
         Args:
             args, kwargs: The arguments of the stock pipeline.
             method: A method such as `ReNO(rewards={"clipscore": 1.0})`, or a name of `list_methods()`.
-            method_kwargs: Settings of the method, by name: `{"learning_rate": 10.0}`.
+            method_kwargs: Settings of the method, by name: `{"chunk_size": 1}`.
             callbacks: Callbacks per optimization step: functions of the state, or objects with `on_step_end(state)`;
                 returning `False` stops the run. See `NoiseCallback`.
             noise_sampler: The distribution of the initial noise, optimized or not: `"white"`, as in the stock pipeline,
@@ -515,7 +515,7 @@ def optimize_entries(
     for entry in entries:
         request = checked_request(pipe, entry.prompt, call_kwargs | entry.arguments)
         known_run(entry.file, entry.file, call_description(pipe, method, request, noise_sampler, entry.reward_prompt))
-    bar, results = FolderBar(pipe, len(entries), method.steps), []
+    bar, results = FolderBar(pipe, len(entries), method.evaluations or 100), []
     own: dict[str, Any] = {"callbacks": [bar, *callbacks], "noise_sampler": noise_sampler}
     try:
         for entry in entries:

@@ -1,6 +1,7 @@
 """The loop that every method shares: evaluate, keep the best, tell the callbacks, move the noise."""
 
 import dataclasses
+import itertools
 import math
 import warnings
 from collections.abc import Iterable, Sequence
@@ -8,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..callbacks.early_stopping import TimeBudget
 from ..callbacks.noise_callback import CallbackSpec, NoiseCallback, as_callbacks
 from ..callbacks.noise_state import Best, NoiseState
 from ..callbacks.progress import ProgressBar
@@ -37,6 +39,7 @@ from .results.resume import (
 from .sampling.module_state import refuse_backward_error, refuse_lost_gradient
 from .sampling.sample import Sample
 from .sampling.sampler import Gradient, PipelineSampler
+from .stages import StagedMethod
 
 
 def optimize(
@@ -60,10 +63,11 @@ def optimize(
     Returns:
         The result. An exception carries what was found before it as its `noise_result`.
     """
-    run = NoiseState(problem.pipe, problem.reward_prompts, method.steps, problem.noise)
-    own = as_callbacks(callbacks)
+    run = NoiseState(problem.pipe, problem.reward_prompts, method.evaluations or 1, problem.noise)
+    own = [*objective.callbacks, *as_callbacks(callbacks)]
     bars = [] if any(isinstance(callback, ProgressBar) for callback in own) else [ProgressBar()]
-    loop = OptimizationLoop(method, problem, objective, run, [*bars, *own], noise_file)
+    budget = [] if method.seconds is None else [TimeBudget(method.seconds, min(2, method.closing))]
+    loop = OptimizationLoop(method, problem, objective, run, [*bars, *own, *budget], noise_file)
     try:
         try:
             loop.run_all(known)
@@ -98,6 +102,7 @@ class OptimizationLoop:
         noise_file: NoiseFile | None = None,
     ) -> None:
         self.method, self.problem, self.objective = method, problem, objective
+        self.moving = StagedMethod(method, problem) if method.searched(problem) else method
         self.run, self.callbacks, self.noise_file = run, callbacks, noise_file
         self.rows: list[StepRow] = []
         self.initial_images: torch.Tensor | None = None
@@ -112,8 +117,8 @@ class OptimizationLoop:
         if known is not None:
             self.take_up(known)
         self.mark()
-        for step in range(len(self.rows), self.method.steps):
-            if self.run.stopped:
+        for step in itertools.count(len(self.rows)):
+            if self.run.stopped or (self.method.evaluations is not None and step >= self.method.evaluations):
                 break
             self.evaluate(step)
             if self.run.stopped or not self.moves_after(step):
@@ -127,7 +132,7 @@ class OptimizationLoop:
     def start(self, step: int = 0) -> None:
         """Prepare the method and the callbacks for a run from this step on."""
         self.chunk_size = chunk_size_of(self.method, self.problem)
-        self.state = self.method.start(self.problem)
+        self.state = self.moving.start(self.problem)
         self.run.step = step - 1
         for callback in self.callbacks:
             if hasattr(callback, "on_run_start"):
@@ -186,7 +191,7 @@ class OptimizationLoop:
     @torch.no_grad()
     def drawn(self, noise: torch.Tensor) -> torch.Tensor:
         """Return the images of a noise that was evaluated before."""
-        return self.sample_of(self.problem.sampler, noise, 0, None).images
+        return self.sample_of(self.problem.sampler, noise, 0).images
 
     def end(self) -> None:
         for callback in self.callbacks:
@@ -195,14 +200,15 @@ class OptimizationLoop:
 
     def moves_after(self, step: int) -> bool:
         """Return whether the noise moves after this step."""
-        return self.method.returns == "last" or step < self.method.steps - 1
+        return self.method.returns == "last" or step + 1 != self.method.evaluations
 
     def evaluate(self, step: int) -> None:
         """Score the current noise, update the best, and call the callbacks."""
         run, method = self.run, self.method
-        gradient = method.gradient_mode if self.moves_after(step) else None
+        gradient, preview = self.moving.needs(step, self.state)
+        gradient = gradient if self.moves_after(step) else None
         self.leaf = run.noise.detach().requires_grad_(gradient is not None)
-        sample = self.sample_of(self.problem.sampler, self.leaf, step, gradient)
+        sample = self.sample_of(self.problem.sampler, self.leaf, step, gradient, preview)
         try:
             with torch.set_grad_enabled(gradient is not None):
                 loss, scores = self.objective.evaluate(sample)
@@ -216,7 +222,9 @@ class OptimizationLoop:
         run.step, run.images, run.scores = step, sample.generated_images, scores
         self.evaluated = run.noise
         run.loss = loss.detach().where(run.active, torch.nan)
-        self.record(method.inspect(run, self.objective, self.state))
+        self.record(self.moving.inspect(run, self.objective, self.state))
+        if method.seconds is not None:
+            run.steps = math.ceil(len(self.rows) * max(1, method.seconds / max(run.elapsed, 1e-9)))
         for callback in self.callbacks:
             kept = [each for each in (run.noise, run.images, run.best.noise, run.best.images) if each is not None]
             versions = list(map(version_of, kept))
@@ -230,11 +238,19 @@ class OptimizationLoop:
         if self.noise_file is not None:
             self.noise_file.keep(self.result)
 
-    def sample_of(self, sampler: PipelineSampler, noise: torch.Tensor, step: int, gradient: Gradient) -> Sample:
+    def sample_of(
+        self,
+        sampler: PipelineSampler,
+        noise: torch.Tensor,
+        step: int,
+        gradient: Gradient = None,
+        preview: bool | None = None,
+    ) -> Sample:
         """Return the sample that the objective evaluates."""
         seeds = [seed + step for seed in self.problem.seeds]
         groups, prompts = self.problem.groups, self.run.prompts
-        return Sample(sampler, noise, prompts, groups, seeds, gradient, self.method.previews, self.chunk_size)
+        preview = self.method.previews if preview is None else preview
+        return Sample(sampler, noise, prompts, groups, seeds, gradient, preview, self.chunk_size)
 
     def check_loss(self, loss: torch.Tensor, gradient: Gradient, step: int) -> None:
         batch = len(self.run.noise)
@@ -287,7 +303,7 @@ class OptimizationLoop:
             gradient = gradient.nan_to_num(0, 0, 0) * per_image(finite, gradient)
             self.stop_samples(run.active & ~finite)
         self.total = None
-        moved = self.method.step(run, gradient, self.state).detach()
+        moved = self.moving.step(run, gradient, self.state).detach()
         run.noise = torch.where(per_image(run.active, moved), moved, run.noise)
 
     def differentiate(self) -> torch.Tensor:
@@ -310,7 +326,7 @@ class OptimizationLoop:
 
     def finish(self) -> None:
         """Evaluate the last noises of the method, for all samples; callbacks cannot stop them."""
-        for noise in self.method.finish(self.run, self.objective, self.state):
+        for noise in self.moving.finish(self.run, self.objective, self.state):
             self.run.noise, self.run.active = noise.detach(), torch.ones_like(self.run.active)
             self.run.steps = max(self.run.steps, len(self.rows) + 1)
             self.evaluate(len(self.rows))
@@ -322,7 +338,7 @@ class OptimizationLoop:
             return
         sampler, report = self.problem.sampler.with_own_decoder(), {}
         for name, noise in (("initial", self.problem.noise), ("best", self.returned())):
-            sample = self.sample_of(sampler, noise.detach(), 0, None)
+            sample = self.sample_of(sampler, noise.detach(), 0)
             loss, scores = self.objective.evaluate(sample)
             self.full_decoder_images[name] = sample.images
             report[f"{name}_scores"] = {name: values.tolist() for name, values in scores.items()}

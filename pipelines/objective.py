@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from ..callbacks.noise_callback import NoiseCallback
 from ..rewards.contract.reward import check_gradient
 from ..rewards.contract.reward_sum import RewardSum
 from .sampling.sample import Sample
@@ -18,9 +19,11 @@ class Objective:
         requires_prompt: Whether the objective reads the prompts.
         continues: Names of attributes, tensors and numbers, with which the objective goes on in a resumed run; `None`
             if it cannot.
+        callbacks: Callbacks that belong to the method, called in each step before those of the user.
     """
 
     requires_prompt: bool = False
+    callbacks: Sequence[NoiseCallback] = ()
     continues: ClassVar[tuple[str, ...] | None] = ()
 
     def evaluate(self, sample: Sample) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

@@ -1,5 +1,6 @@
 """One pipeline call whose initial noise is to be found."""
 
+import copy
 import dataclasses
 import functools
 from typing import Any
@@ -39,10 +40,27 @@ class NoiseProblem:
         self.noise = noise.detach().to(torch.promote_types(noise.dtype, torch.float32))
         self.space, self.dtype = self.sampler.space, noise.dtype
 
+    @property
+    def is_single_step(self) -> bool:
+        """Return whether the call names a single denoising step."""
+        listed = [self.request[name] for name in ("timesteps", "sigmas") if self.request.get(name) is not None]
+        return len(listed[0]) == 1 if listed else self.request.get("num_inference_steps") == 1
+
+    @property
+    def is_white(self) -> bool:
+        """Return whether the noise is drawn as white Gaussian noise."""
+        return self.space.noise_sampler is None or getattr(self.space.noise_sampler, "name", None) == "white"
+
     @functools.cached_property
     def seeds(self) -> list[int]:
         """One seed per image, a function of the bits of its base noise: independent of the rest of the batch."""
         return [seed_from(noise) for noise in self.noise]
+
+    def beginning_at(self, noise: torch.Tensor, number: int) -> "NoiseProblem":
+        """Return the problem with another noise to begin from, `(B, C, H, W)`, and random streams by a number."""
+        found = copy.copy(self)
+        vars(found).update(noise=noise, seeds=[seed_from(each) + number for each in noise])
+        return found
 
 
 class CandidateNoise:

@@ -68,8 +68,12 @@ def as_method(method: Any, settings: Mapping[str, Any] | None = None) -> NoiseOp
     if settings:
         raise ValueError("Expected `method_kwargs` beside the name of a method, but got a method object as well.")
     if isinstance(method, type) or not (hasattr(method, "objective") and hasattr(method, "step")):
+        remedy = ""
+        if type(method).__name__ == "RewardGuidance":
+            remedy = " It guides the denoising steps instead of the noise: call its `generate(pipe, prompt, ...)`."
         raise TypeError(
             f"Expected a method such as `ReNO(rewards=...)` or one of the names {list_methods()}, but got {method!r}."
+            f"{remedy}"
         )
     method.check()
     return method

@@ -92,7 +92,8 @@ def check_argument_names(pipe: Any, given: Collection[str], ours: Sequence[str] 
         remedy = " A seed is written `generator=torch.Generator().manual_seed(0)`."
     if name in settings:
         own = (method if isinstance(method, type) else type(method)).__name__
-        remedy = f" It is a setting of {own}: pass `{own}({name}=...)` or `method_kwargs={{'{name}': ...}}`."
+        by_name = f" or `method_kwargs={{'{name}': ...}}`" if "method_kwargs" in ours else ""
+        remedy = f" It is a setting of {own}: pass `{own}({name}=...)`{by_name}."
     raise TypeError(f"Expected arguments of the call of {type(pipe).__name__}, but got '{name}'.{remedy}")
 
 

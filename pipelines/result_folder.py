@@ -100,7 +100,7 @@ class FolderBar(ProgressBar):
     Args:
         pipe: The pipeline, whose progress bar it is.
         runs: The number of runs.
-        steps: The number of steps of each.
+        steps: The number of ticks of each, that of its steps if known.
     """
 
     def __init__(self, pipe, runs: int, steps: int) -> None:
@@ -108,10 +108,14 @@ class FolderBar(ProgressBar):
         self.bar = pipe.progress_bar(total=runs * steps)
 
     def on_run_start(self, state: NoiseState) -> None:
-        self.go_to(self.run * self.steps + state.step + 1)
+        self.go_to(self.run * self.steps + self.ticks(state))
 
     def on_step_end(self, state: NoiseState) -> None:
-        self.go_to(self.run * self.steps + min(state.step + 1, self.steps))
+        self.go_to(self.run * self.steps + self.ticks(state))
+
+    def ticks(self, state: NoiseState) -> int:
+        """Return the ticks of the present run."""
+        return round(self.steps * min(1, (state.step + 1) / state.steps))
 
     def on_run_end(self, state: NoiseState) -> None:
         pass

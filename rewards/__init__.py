@@ -1,6 +1,7 @@
 """Rewards: functions of images and prompts with one score per image, independent of any diffusion model."""
 
 from .contract.black_box import BlackBox
+from .contract.prompt_kind import prompt_kind
 from .contract.registry import AutoReward, list_rewards, register_reward
 from .contract.reward import CallableReward, NonDifferentiableReward, NonFiniteReward, Reward, check_gradient
 from .contract.reward_sum import RewardSum, RewardSumOutput
@@ -13,6 +14,7 @@ from .contract.transforms import (
     resize,
     shortest_edge,
 )
+from .contract.weight_by_kind import WeightByKind
 from .features.auto_features import AutoFeatures
 from .features.color_histogram import ColorHistogramFeatures, SoftColorHistogram, histogram_distance
 from .features.dreamsim_features import DreamSimDINOFeatures, DreamSimFeatures
@@ -106,6 +108,7 @@ __all__ = [
     "Vendi",
     "VendiOrder2",
     "VendiOrderInfinity",
+    "WeightByKind",
     "center_crop",
     "check_gradient",
     "cosine_distance",
@@ -120,6 +123,7 @@ __all__ = [
     "list_set_rewards",
     "longest_edge_pad",
     "normalize",
+    "prompt_kind",
     "register_features",
     "register_reward",
     "register_set_reward",

@@ -21,12 +21,13 @@ def predict_x0(
     * variance preserving (DDIM, DDPM, LCM, TCD, PNDM, UnCLIP, Würstchen): a = √ᾱ, b = √(1−ᾱ), by timestep;
     * sigma space (Euler, Heun, KDPM2, LMS, DPMSolverSDE): a = 1, b = σ;
     * multistep solvers (DPMSolver, UniPC, DEIS, SASolver): a = 1/√(1+σ²), b = σ·a, or a = 1−σ, b = σ with flow sigmas;
-    * flow matching: a = 1−σ, b = σ; TrigFlow (SCM): a = cos t, b = sin t; IPNDM: its own tables;
+    * flow matching and flow maps: a = 1−σ, b = σ; TrigFlow (SCM): a = cos t, b = sin t; IPNDM: its own tables;
     * EDM and consistency models: the coefficients are c_skip and c_out of the scheduler's preconditioning.
 
     See Karras et al. (https://arxiv.org/abs/2206.00364), table 1, for the preconditioning, Salimans & Ho
     (https://arxiv.org/abs/2202.00512), appendix D, for v-prediction, Lu & Song (https://arxiv.org/abs/2410.11081),
-    section 3, for TrigFlow.
+    section 3, for TrigFlow, and Boffi et al. (https://arxiv.org/abs/2406.07507) for flow maps, whose estimate is the
+    map itself if the model was asked for the mean velocity to time 0.
 
     The value is the x0 that the scheduler itself uses: if its `step` clips x0 (`clip_sample`) or thresholds it
     (`thresholding`), so does this function. The gradient is that of the unclipped estimate (straight-through), because
@@ -201,6 +202,21 @@ def from_flow_sigmas(scheduler: Any, timestep: torch.Tensor | float) -> AffineCo
     return torch.ones_like(sigma), 1 - sigma if scheduler.config.get("invert_sigmas") else -sigma
 
 
+def from_flow_map(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficients:
+    """Return (skip, out) of flow maps, x0 = x − σ·u with u the mean velocity from the time of the call to another.
+
+    This is the map itself if that other time is 0, else the end of the straight line along u. Timesteps need not be
+    those of the scheduler.
+    """
+
+    def level(time: torch.Tensor) -> torch.Tensor:
+        index = scheduler.index_for_timestep(time)
+        return exact(time / scheduler.config["num_train_timesteps"] if index is None else scheduler.sigmas[index])
+
+    sigma = torch.stack([level(time) for time in torch.as_tensor(timestep).flatten()])
+    return torch.ones_like(sigma), -sigma
+
+
 def from_angle(scheduler: Any, timestep: torch.Tensor | float) -> AffineCoefficients:
     """Return (skip, out) of TrigFlow (Sana-Sprint).
 
@@ -299,6 +315,7 @@ SAMPLE_SPACES = {
     "FlowMatchEulerDiscreteScheduler": SampleSpace(from_flow_sigmas),
     "FlowMatchHeunDiscreteScheduler": SampleSpace(from_flow_sigmas),
     "FlowMatchLCMScheduler": SampleSpace(from_flow_sigmas),
+    "FlowMapEulerDiscreteScheduler": SampleSpace(from_flow_map),
     "SCMScheduler": SampleSpace(from_angle),
     "IPNDMScheduler": SampleSpace(from_own_tables),
     "EDMEulerScheduler": SampleSpace(from_edm),
@@ -323,7 +340,6 @@ WITHOUT_ESTIMATE = {
     "MiniMaxH3Scheduler": "is made for video",
     "RFD4ProteinaScheduler": "is made for proteins",
     "PiflowScheduler": "takes a policy over many times from its model",
-    "FlowMapEulerDiscreteScheduler": "takes a mean velocity between two times from its model",
     "ScoreSdeVeScheduler": "takes a score from its model",
     "ScoreSdeVpScheduler": "takes a score from its model",
     "KarrasVeScheduler": "takes two noise levels for a step",

@@ -1,4 +1,6 @@
-"""Random streams, a reward, and the noise problem of a pipeline call, for tests of methods."""
+"""Random streams, a reward, a clock, and the noise problem of a pipeline call, for tests of methods."""
+
+import time
 
 import torch
 
@@ -23,3 +25,19 @@ def problem_of(pipe, prompt="a", *, clamp="straight_through", **call) -> NoisePr
     seen = []
     optimize_noise(pipe, prompt, Looking(seen.append, clamp=clamp), **call)
     return seen[0]
+
+
+class Clock:
+    """A clock that stands still unless it is told to go on; `monkeypatch` puts it in the place of the real one."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.now = 0.0
+        monkeypatch.setattr(time, "perf_counter", lambda: self.now)
+
+    def after(self, seconds: float):
+        """Return a hook of a module, each of whose calls takes these seconds."""
+
+        def hook(*_) -> None:
+            self.now += seconds
+
+        return hook

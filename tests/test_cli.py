@@ -46,7 +46,7 @@ def demo(tmp_path_factory) -> tuple[Path, str]:
 
 def test_demo_says_what_happened(demo):
     folder, printed = demo
-    assert PROMPT in printed and "ReNO(learning_rate=7.07) on turbo, the one-step student of the SD kind" in printed
+    assert PROMPT in printed and "ReNO on sdxl-turbo, the one-step student of the SDXL kind" in printed
     assert len([line for line in printed.splitlines() if line.startswith(PROMPT)]) == 1
     assert "judge: " in printed and " of 1 right → " in printed
     for name in ("before_after.png", "trajectory.png", "noise.safetensors"):
@@ -177,10 +177,19 @@ def test_an_evaluation_of_what_was_chosen_is_no_step():
         ("reno:steps=7", "turbo", None, 7),
         ("reno:steps=7", "turbo", 3, 3),
         ("never_too_late", "turbo", None, 10),
+        ("reno:budget=6", "turbo", None, 6),
+        ("reno:budget=6s", "turbo", None, None),
+        ("reno:budget=6s", "turbo", 3, 3),
     ],
 )
 def test_default_steps_suit_method_and_model(method, model, asked, steps, neighbors):
     assert Choice.of(method, model, asked).steps == steps
+
+
+def test_demo_in_a_time(tmp_path, capsys):
+    main(["demo", "--method", "best_of_n:budget=300ms", "--prompt", PROMPT, "--output", str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert "1 prompt, 300ms, seed 0: BestOfN on turbo" in printed and "of 1 right → " in printed
 
 
 def test_weights_that_are_nowhere_are_said_before_anything_runs(monkeypatch, tmp_path):

@@ -285,11 +285,21 @@ def test_a_budget_ends_the_optimization_of_each_prompt(tmp_path, capsys):
     prompts, folder = write_prompts(tmp_path, *PROMPTS), tmp_path / "folder"
     main([*command(prompts, folder), "--method", "best_of_n:steps=100000", "--budget", "0.2s"])
     for record in records(folder):
-        assert record["stopped"] == "time budget" and 0.2 <= record["seconds"] < 5 and record["evaluations"] < 1000
+        assert record["stopped"] == "time budget" and 0 < record["seconds"] < 5 and record["evaluations"] < 1000
+
+
+def test_a_budget_is_a_setting_of_the_method_in_the_place_of_its_steps(tmp_path):
+    prompts = write_prompts(tmp_path, PROMPTS[0])
+    for number, (method, evaluations) in enumerate([("best_of_n:budget=200ms", None), ("reno:budget=5,search=2", 5)]):
+        main([*command(prompts, tmp_path / str(number)), "--method", method])
+        (record,) = records(tmp_path / str(number))
+        assert evaluations in (None, record["evaluations"])
+        assert record["stopped"] == (None if evaluations else "time budget")
 
 
 @pytest.mark.parametrize(
-    ("text", "seconds"), [("20s", 20), ("20", 20), ("1.5m", 90), (".5h", 1800), ("2 h", 7200), ("0.2s", 0.2)]
+    ("text", "seconds"),
+    [("20s", 20), ("20", 20), ("1.5m", 90), (".5h", 1800), ("500ms", 0.5), ("2min", 120), ("2 h", 7200), ("0.2s", 0.2)],
 )
 def test_durations(text, seconds):
     assert duration(text) == seconds
@@ -356,7 +366,7 @@ def test_a_model_and_rewards_of_the_real_world(tmp_path):
         (["--model", "org/model"], "Expected a `--reward` for reno"),
         (["--model", "org/model", "--reward", "clip"], "Did you mean 'clipscore'"),
         (["--device", "warp"], "Expected a device that this machine has"),
-        (["--budget", "soon"], "Expected a time above 0 such as 20s, 1.5m or 2h, but got 'soon'"),
+        (["--budget", "soon"], "Expected a time above 0 such as '20s', '1.5min', '500ms' or '2h', but got 'soon'"),
         (["--budget", "0s"], "Expected a time above 0"),
         (["--images", "0"], "Expected an integer of 1 or more"),
         (["--prompts", "none.txt"], "none.txt"),

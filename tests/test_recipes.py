@@ -6,14 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDPMScheduler, LCMScheduler, PixArtAlphaPipeline
+from diffusers import AutoPipelineForText2Image, DDPMScheduler, LCMScheduler, PixArtAlphaPipeline
 from problems import generator, redness
 from tiny_families import pixart_sigma_pipeline
-from tiny_pipelines import SIZE, quiet, sdxl_pipeline
+from tiny_pipelines import SIZE, quiet, sd3_pipeline, sdxl_pipeline
 
-from noiseopt import ReNO, optimize_noise
+from noiseopt import ReNO, RewardGuidance, optimize_noise
 
-PROGRAMS = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[1] / "docs/recipes.md").read_text(), re.DOTALL)
+TEXT = (Path(__file__).parents[1] / "docs/recipes.md").read_text()
+PROGRAMS = [each for each in re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL) if "\ncall = " in each]  # of models
 
 
 def hyper_sdxl():
@@ -33,7 +34,7 @@ def call_of(program: str) -> dict:
     return ast.literal_eval(found)
 
 
-@pytest.mark.parametrize(("program", "build"), [*zip(PROGRAMS, (hyper_sdxl, pixart_dmd), strict=True)])
+@pytest.mark.parametrize(("program", "build"), [*zip(PROGRAMS[1:3], (hyper_sdxl, pixart_dmd), strict=True)])
 def test_a_recipe_starts_at_its_timestep_rises_and_redraws(program, build):
     pipe, seen = quiet(build()), []
     assert f"{type(pipe).__name__}.from_pretrained" in program and type(pipe.scheduler).__name__ in program
@@ -51,3 +52,27 @@ def test_a_recipe_starts_at_its_timestep_rises_and_redraws(program, build):
     torch.testing.assert_close(redness(again, None), result.scores["redness"].max(0).values, rtol=1e-4, atol=1e-5)
     plain = pipe("a b", generator=generator(), output_type="pt", **call).images
     torch.testing.assert_close(redness(plain, None), result.scores["redness"][0], rtol=1e-4, atol=1e-5)
+
+
+def test_the_recipe_of_budgets_runs_and_keeps_them(monkeypatch):
+    """On a tiny pipeline, with a reward that needs no weights and a shorter time."""
+    pipe, found = quiet(sdxl_pipeline()), {}
+    monkeypatch.setattr(AutoPipelineForText2Image, "from_pretrained", lambda *_, **__: pipe)
+    program = PROGRAMS[0].replace('.to("cuda")', "").replace('"hpsv2.1"', '"red"').replace('"20s"', '"1500ms"')
+    assert program.count('"red"') == 2 and "1500ms" in program
+    exec(program, found)
+    timed, searched = found["result"], found["searched"]
+    assert timed.provenance["stopped"] == "time budget" and timed.provenance["seconds"] < 5 and len(timed.losses) > 1
+    assert len(searched.losses) == 60 and searched.reports["search"]["noises"] == 16
+    assert len(searched.reports["search"]["first_steps"]) == 2
+
+
+def test_the_recipe_of_guidance_steers_its_pipeline():
+    (program,) = PROGRAMS[3:]
+    pipe = quiet(sd3_pipeline())
+    assert f"{type(pipe).__name__}.from_pretrained" in program
+    call = {**call_of(program), **SIZE, "num_inference_steps": 4, "output_type": "pt"}
+    (settings,) = re.findall(r"RewardGuidance\(rewards=\{.*?\}, (.*)\)$", program, re.MULTILINE)
+    strength = float(settings.removeprefix("strength="))
+    moved = RewardGuidance(rewards=redness, strength=strength).generate(pipe, "a b", generator=generator(), **call)
+    assert redness(moved.images, None) > redness(pipe("a b", generator=generator(), **call).images, None)

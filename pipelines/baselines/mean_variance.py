@@ -7,14 +7,14 @@ import torch
 
 from ...callbacks.noise_state import NoiseState
 from ...checked_fields import checked
-from ..method import RewardOptimizer
+from ..method import GradientOptimizer
 from ..problem import NoiseProblem
 from ..registry import register_method
 
 
 @register_method("mean_variance")
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MeanVariance(RewardOptimizer):
+class MeanVariance(GradientOptimizer):
     """Learns a mean and a variance for each entry of the noise, held close to 0 and 1: `z = z₀·exp(ρ/2) + μ`.
 
     InitNO's update (https://arxiv.org/abs/2404.04650) on a scalar reward instead of attention maps, as the row

@@ -8,7 +8,7 @@ import torch
 
 from ...callbacks.noise_state import NoiseState
 from ...checked_fields import checked
-from ..method import RewardOptimizer
+from ..method import GradientOptimizer
 from ..noise_math import per_image, per_sample_norm, unit
 from ..problem import NoiseProblem
 from ..registry import register_method
@@ -16,7 +16,7 @@ from ..registry import register_method
 
 @register_method("noise_pgd")
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class NoisePGD(RewardOptimizer):
+class NoisePGD(GradientOptimizer):
     """Projected gradient ascent: steps of one length along the gradient, within a ball around the first noise.
 
     The row "PGD" of Noise Diffusion (https://arxiv.org/abs/2411.16503): `z + η∇` is no longer Gaussian, which that

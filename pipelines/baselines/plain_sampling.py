@@ -1,6 +1,7 @@
 """The method that leaves the noise as it is."""
 
 import dataclasses
+from typing import Literal
 
 import torch
 
@@ -14,6 +15,7 @@ class PlainSampling(NoiseOptimizer):
     """Returns the base noise without running the denoiser. The result has one loss of 0 and no scores."""
 
     steps: int = checked(1, "[1, 1]")
+    budget: Literal[1] | None = None
 
     def objective(self, pipe) -> Objective:
         return FunctionObjective(lambda sample: torch.zeros(len(sample.noise), device=sample.noise.device))

@@ -109,7 +109,7 @@ class ContrastiveObjective(Objective):
 
     def evaluate(self, sample: Sample) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         directions = pooled_directions(sample.x0, self.window_size)
-        if self.reference is None:
+        if not isinstance(self.reference, torch.Tensor):  # a file may hold anything else
             self.reference = directions.detach()
         if self.reference.shape != directions.shape:
             raise ValueError(

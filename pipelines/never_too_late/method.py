@@ -17,9 +17,11 @@ from ..method import NoiseOptimizer
 from ..noise_math import ChiPrior, per_image, per_sample_norm, rate_unit, sets
 from ..problem import NoiseProblem
 from ..registry import register_method
+from ..white_noise import WHITE_RATE, WhiteNoiseSteps
 from .quality_guard import GUARD_REPORT, GuardedNoise, as_guards, loaded_guards
 from .set_objective import SetObjective, check_reachable
 
+PAPER_RATE = 6.0
 TARGETS = ("hinge", "stop_at", "stop_ratio")
 Targets = float | Mapping[str, float]
 
@@ -57,7 +59,10 @@ class NeverTooLate(NoiseOptimizer):
             0.8}}` four fifths of it. See `QualityGuard`. The reward need not be optimized.
         steps: Evaluations, the baseline included. The paper: 50 to 150.
         mode: "default" or "parity".
-        learning_rate: The step size, in units of √(H·W) / 64. The paper: 6 for SDXL-Turbo, 2 to 6 for FLUX.1-schnell.
+        geometry: "white" projects the gradient of each noise and the noise after each step on white noise, as
+            `ReNO(geometry="white")` does, in place of clip and prior. `None` is the step of the paper.
+        learning_rate: The step size, in units of √(H·W) / 64, 6 by default. The paper: 6 for SDXL-Turbo, 2 to 6 for
+            FLUX.1-schnell. With `geometry="white"` in standard deviations of the noise, 0.1 by default.
         momentum: The coefficient of momentum; not Nesterov's.
         max_grad_norm: The L2 norm to which the gradient of a set is clipped; with the learning rate it sets the length
             of a step. Where the clip is active only ratios of the weights matter.
@@ -78,7 +83,8 @@ class NeverTooLate(NoiseOptimizer):
     rewards: Any = None
     guard: Any = None
     mode: Literal["default", "parity"] = "default"
-    learning_rate: float = checked(6.0, "[0, inf)")
+    geometry: Literal["white"] | None = None
+    learning_rate: float | None = checked(None, "[0, inf)")
     momentum: float = checked(0.9, "[0, 1)")
     max_grad_norm: float = checked(0.1, "(0, inf)")
     regularization: float = checked(0.01, "[0, inf)")
@@ -121,11 +127,18 @@ class NeverTooLate(NoiseOptimizer):
             released=self.mode == "parity",
         )
 
-    def regularizer(self, noise: torch.Tensor) -> torch.Tensor:
-        return ChiPrior(self.regularization)(noise)
+    def regularizer(self, noise: torch.Tensor) -> torch.Tensor | float:
+        return 0.0 if self.geometry == "white" else ChiPrior(self.regularization)(noise)
 
     def start(self, problem: NoiseProblem) -> "NeverTooLateState":
-        return NeverTooLateState(problem)
+        white = self.geometry == "white"
+        return NeverTooLateState(problem, WhiteNoiseSteps(problem, self.rate, self.momentum) if white else None)
+
+    @property
+    def rate(self) -> float:
+        """The learning rate, or the default of the geometry."""
+        default = WHITE_RATE if self.geometry == "white" else PAPER_RATE
+        return default if self.learning_rate is None else self.learning_rate
 
     def inspect(self, run: NoiseState, objective: Any, state: "NeverTooLateState") -> torch.Tensor:
         """Apply the guard, stop the sets that are diverse enough, and return the samples whose whole set is good."""
@@ -150,11 +163,15 @@ class NeverTooLate(NoiseOptimizer):
         return found
 
     def step(self, run: NoiseState, gradient: torch.Tensor, state: "NeverTooLateState") -> torch.Tensor:
-        gradient = state.clipped(gradient, self.max_grad_norm)
         guarded = state.guarded
         stays = per_image(~guarded.good | guarded.frozen, gradient)
-        state.velocity = (self.momentum * state.velocity + gradient).where(~stays, 0)
-        moved = run.noise - self.learning_rate * rate_unit(run.noise) * state.velocity
+        if state.white is not None:
+            moved = state.white.moved(run.noise, gradient)
+            state.white.mean = state.white.mean.where(~stays, 0)
+        else:
+            gradient = state.clipped(gradient, self.max_grad_norm)
+            state.velocity = (self.momentum * state.velocity + gradient).where(~stays, 0)
+            moved = run.noise - self.rate * rate_unit(run.noise) * state.velocity
         return torch.where(stays, guarded.last_good, moved)
 
     def finish(self, run: NoiseState, objective: Any, state: "NeverTooLateState") -> Iterable[torch.Tensor]:
@@ -175,15 +192,16 @@ class NeverTooLateState:
     Attributes:
         rows: The samples of each set.
         sizes: `(B,)`, the number of images in the set of each sample.
-        velocity: `(B, C, H, W)`, the momentum.
+        velocity: `(B, C, H, W)`, the momentum of the paper's step.
+        white: The steps on white noise, or `None` for those of the paper.
         guarded: Which noises are good, and where each reverts.
         targets: By set reward, `(B,)`, the value at which the set of each sample stops.
         accepted_steps, rejected_steps: `(B,)`, the steps that the guard accepted and rejected for the set of each
             sample, without step 0.
     """
 
-    def __init__(self, problem: NoiseProblem) -> None:
-        noise = problem.noise
+    def __init__(self, problem: NoiseProblem, white: WhiteNoiseSteps | None = None) -> None:
+        noise, self.white = problem.noise, white
         self.rows = [rows.to(noise.device) for rows in sets(problem.groups)]
         self.sizes = torch.tensor([problem.groups.count(group) for group in problem.groups]).to(noise)
         self.velocity = torch.zeros_like(noise)

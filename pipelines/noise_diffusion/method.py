@@ -11,11 +11,12 @@ from ...callbacks.noise_state import NoiseState
 from ...checked_fields import checked
 from ...rewards.contract.reward import NonDifferentiableReward
 from ...rewards.vlm.vlm_inputs import VLM_FAMILIES
-from ..method import RewardOptimizer
+from ..method import GradientOptimizer
 from ..noise_math import displacement, per_image
 from ..problem import CandidateNoise, NoiseProblem
 from ..registry import register_method
 from ..sampling.sampler import Gradient
+from ..white_noise import WhiteNoiseProjection
 from .candidate_choice import best_of_pool, guided_gaussian
 from .unit_score import UnitScore, check_score_range
 
@@ -24,7 +25,7 @@ MOST_CANDIDATES = 100_000
 
 @register_method("noise_diffusion")
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class NoiseDiffusion(RewardOptimizer):
+class NoiseDiffusion(GradientOptimizer):
     """Mixes into the noise, round by round, the fresh Gaussian noise with the largest predicted rise of the score.
 
     "Noise Diffusion for Enhancing Semantic Faithfulness in Text-to-Image Synthesis", Miao et al., CVPR 2025,
@@ -52,6 +53,8 @@ class NoiseDiffusion(RewardOptimizer):
         selection: "pool" draws N candidates and takes the best by the rule above; "exact" draws once from the
             distribution of the one with the largest ⟨∇s, σ⟩; "random" takes the first candidate, needs no gradient,
             and accepts black boxes.
+        geometry: "white" projects the gradient on white noise before it chooses, so that all frequencies of the noise
+            count alike. `None` is the gradient itself, as in the paper.
         accept: "always" goes on from the new noise, as in the paper; "better" from the best so far.
         threshold: Stop an image whose score is at least this.
         patience: Stop an image after this many rounds without a better score.
@@ -64,6 +67,7 @@ class NoiseDiffusion(RewardOptimizer):
     steps: int = checked(51, "[1, inf)")
     candidates: float = checked(50, "[1, inf)")
     selection: Literal["pool", "exact", "random"] = "pool"
+    geometry: Literal["white"] | None = None
     accept: Literal["always", "better"] = "always"
     threshold: float | None = checked(None, "[0, 1]")
     patience: int | None = checked(None, "[1, inf)")
@@ -118,6 +122,8 @@ class NoiseDiffusion(RewardOptimizer):
     def step(self, run: NoiseState, gradient: torch.Tensor | None, state: "NoiseDiffusionState") -> torch.Tensor:
         state.move_to(run, gradient, self.accept == "always")
         noise, ascent = state.noise, -state.gradient
+        if self.geometry == "white":
+            ascent = WhiteNoiseProjection()(ascent)
         gamma = 1 - UnitScore.score_of(-state.loss, self.score_range).sqrt()
         if self.selection == "pool":
             sigma = best_of_pool(noise, ascent, gamma, state.fresh, int(self.candidates))

@@ -1,7 +1,6 @@
-"""The objective of ReNO: the loss is that of the image, its gradient may be the mean over several views of it."""
+"""The objective of ReNO: its gradient, and if asked also its value, is the mean over several views of the image."""
 
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,7 +17,12 @@ class ViewedRewards(RewardObjective):
     Args:
         rewards: A `RewardSum`, or anything that it takes.
         views: The number of views; 0 for the gradient of the image itself. See `random_views`.
+
+    Attributes:
+        valued_by_views: Whether the value is the mean over the views too.
     """
+
+    valued_by_views: bool = False
 
     def __init__(self, rewards: Any, views: int) -> None:
         super().__init__(rewards)
@@ -26,25 +30,28 @@ class ViewedRewards(RewardObjective):
 
     def evaluate(self, sample: Sample) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         images = sample.images
-        if self.views == 0 or not images.requires_grad:
+        if self.views == 0 or not (images.requires_grad or self.valued_by_views):
             return super().evaluate(sample)
         output = self.rewards(images.detach(), sample.prompts, chunk_size=sample.chunk_size)
-        gradient = self.gradient_by_views(images, sample.prompts, sample.seeds, sample.chunk_size or len(images))
-        total: Any = AttachedGradient.apply(images, output.total, gradient)
+        mean, gradient = self.mean_of_views(sample, self.views)
+        total: Any = mean if self.valued_by_views else output.total
+        if images.requires_grad:
+            total = AttachedGradient.apply(images, total, gradient)
         return -total, output.components
 
-    def gradient_by_views(
-        self, images: torch.Tensor, prompts: Any, seeds: Sequence[int], chunk_size: int
-    ) -> torch.Tensor:
-        """Return the mean gradient `(B, 3, H, W)` of the views with respect to the pixels, a chunk at a time."""
-        gradient = torch.empty_like(images)
+    def mean_of_views(self, sample: Sample, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the mean over some views, `(B,)`, and its gradient in the pixels, `(B, 3, H, W)`, chunk by chunk."""
+        images = sample.images.detach()
+        means, gradient, chunk_size = [], torch.zeros_like(images), sample.chunk_size or len(images)
         for start in range(0, len(images), chunk_size):
             rows = slice(start, start + chunk_size)
-            leaf, texts = images[rows].detach().requires_grad_(), prompts_of_rows(prompts, rows)
-            views = random_views(leaf, self.views, seeds[rows])
-            total = torch.stack([self.weighted(view, texts).total.sum() for view in views]).mean()
-            gradient[rows] = torch.autograd.grad(total, leaf)[0] if total.requires_grad else 0
-        return gradient
+            leaf, texts = images[rows].detach().requires_grad_(), prompts_of_rows(sample.prompts, rows)
+            views = random_views(leaf, count, sample.seeds[rows])
+            mean = torch.stack([self.weighted(view, texts).total for view in views]).mean(0)
+            if mean.requires_grad:
+                (gradient[rows],) = torch.autograd.grad(mean.sum(), leaf)
+            means.append(mean.detach())
+        return torch.cat(means), gradient
 
     @functools.cached_property
     def weighted(self) -> RewardSum:

@@ -90,7 +90,8 @@ class NoiseResult:
         best = ", ".join(f"{shown(name)} {before:.4g} → {after:.4g}" for name, before, after in ends)
         decoder = self.provenance.get("decoder")
         by = f", by {shown(decoder.get('class'))}" if isinstance(decoder, dict) else ""
-        steps, planned = len(self.losses), shown(self.provenance.get("settings", {}).get("steps"))
+        settings = self.provenance.get("settings", {})
+        steps, planned = len(self.losses), shown(settings.get("budget") or settings.get("steps"))
         found = f"best of {steps} steps" if self.complete else f"interrupted at step {steps} of {planned}, best"
         return f"NoiseResult({shape}, {found} at {self.best_step.tolist()}: {best}{by})"
 

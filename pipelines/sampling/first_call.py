@@ -1,4 +1,4 @@
-"""The stock `__call__` of a pipeline, and its first model call."""
+"""The stock `__call__` of a pipeline, its first model call, and its end."""
 
 import contextlib
 import functools
@@ -83,6 +83,35 @@ def first_step_only(pipe) -> Iterator[list[torch.Tensor]]:
             f"Expected a pipeline that calls its denoiser ({', '.join(DENOISERS)}) before the first `scheduler.step`, "
             f"but {type(pipe).__name__} does not, and no x0 can be estimated. Use a method that evaluates images."
         )
+
+
+@contextlib.contextmanager
+def steps_skipped(pipe, result: torch.Tensor | None = None) -> Iterator[None]:
+    """Let a pipeline, a copy with a copy of its scheduler, go from the latents that it prepares to the decoder.
+
+    With a `result` one step is taken, which returns it, for families that decode what a step returns.
+    """
+    scheduler, interruptible = pipe.scheduler, "interrupt" in stock_call(type(pipe)).__code__.co_names
+    set_timesteps = scheduler.set_timesteps
+
+    @functools.wraps(set_timesteps)
+    def set_few(*args, **kwargs):
+        set_timesteps(*args, **kwargs)
+        if not interruptible:
+            scheduler.timesteps = scheduler.timesteps[: 0 if result is None else 1]
+        elif result is None:
+            interrupt(pipe)
+
+    def step(*_, **__):
+        if interruptible:
+            interrupt(pipe)
+        return (result, result)
+
+    vars(scheduler).update(set_timesteps=set_few, step=step)
+    try:
+        yield
+    finally:
+        del scheduler.set_timesteps, scheduler.step
 
 
 def counted(function: Callable[..., Any], calls: list[int]) -> Callable[..., Any]:

@@ -17,7 +17,7 @@ from ..memory.chunks import BatchLayout, WholeBatchDraws, run_in_chunks
 from ..memory.module_copies import converted_apart, refers_to_itself, without_gradient
 from ..memory.replaced import is_stock_method
 from .apart import KeptScheduler, plain_attributes, with_attributes
-from .first_call import count_timesteps, counted, first_step_only, stock_call, submodules_of
+from .first_call import count_timesteps, counted, first_step_only, steps_skipped, stock_call, submodules_of
 from .global_draws import no_global_draws
 from .latent_space import LatentSpace, first_of
 from .module_state import CALLED_IN_STEPS, is_offloaded, is_upcast
@@ -211,6 +211,29 @@ class PipelineSampler:
             images = images_in(self.call(twin, **self.request, **again), twin)
         return self.pixels(images)
 
+    def decoded(self, latents: torch.Tensor, prepared: Any) -> torch.Tensor:
+        """Return the images (B, 3, H, W) in [0, 1] of clean latents, by what the call does after its steps.
+
+        Args:
+            latents: Those of the denoiser's layout, with or without a graph.
+            prepared: What `prepare_latents` of the call returned.
+        """
+        ended = (latents, *prepared[1:]) if isinstance(prepared, tuple) else latents
+        try:
+            return self.pixels(self.run_end(ended, None, latents.requires_grad))
+        except UnboundLocalError:  # of a family that decodes what a step returns beside the latents
+            return self.pixels(self.run_end(prepared, latents, latents.requires_grad))
+
+    def run_end(self, prepared: Any, result: torch.Tensor | None, gradient: bool) -> torch.Tensor:
+        """Run the call without its steps, or with one that has a result; see `steps_skipped`."""
+        generator = self.random_state.generator()
+        ours = {"generator": generator, "output_type": "pt", "return_dict": False}
+        with self.again() as twin, steps_skipped(twin, result):
+            self.take_over(twin, self.base_noise, generator, "frozen")
+            vars(twin)["prepare_latents"] = lambda *_, **__: prepared
+            with self.draws_of(generator), torch.set_grad_enabled(gradient):
+                return images_in(self.call(twin, **self.request, **ours), twin)
+
     def pixels(self, images: torch.Tensor) -> torch.Tensor:
         """Convert the images of the pipeline to [0, 1], in float32 or better."""
         if self.centered is None:
@@ -238,7 +261,10 @@ class PipelineSampler:
             def run_chunk(rows: list[int], chunk: torch.Tensor) -> torch.Tensor:
                 return self.chunk(rows).run(chunk, gradient, preview, output_type)
 
-            return run_in_chunks(run_chunk, noise, chunk_size, differentiable)
+            output = run_in_chunks(run_chunk, noise, chunk_size, differentiable)
+            if not preview:
+                self.timesteps = self.chunk(list(range(chunk_size))).timesteps
+            return output
         if not differentiable:
             return self.run_once(noise, gradient, preview, output_type)
         kind = (preview, output_type)

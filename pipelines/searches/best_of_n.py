@@ -20,8 +20,8 @@ from .previews import PreviewedRewards
 class BestOfN(RewardOptimizer):
     """Draws `steps` independent noises, the given one first, and returns the one with the highest reward.
 
-    Needs no gradient, so any reward works, also a black box. With a `TimeBudget` callback and many steps it is the
-    control at equal wall-clock time.
+    Needs no gradient, so any reward works, also a black box. With `budget="20s"` it is the control at equal wall-clock
+    time.
 
     `preview=True` scores all but the given noise by the x0 estimate of one model call, and samples those with the
     highest rewards fully: `keep` for each image, the given one included. Preview steps have rewards, and NaN for a
@@ -36,6 +36,10 @@ class BestOfN(RewardOptimizer):
 
     preview: bool = False
     keep: int = checked(4, "[2, inf)")
+
+    @property
+    def closing(self) -> int:
+        return self.keep - 1 if self.preview else 0
 
     def objective(self, pipe) -> Objective:
         rewards: Any = super().objective(pipe)

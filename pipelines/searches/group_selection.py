@@ -43,7 +43,7 @@ class GroupSelection(NoiseOptimizer):
     The loss of an image is minus the value of the set that was evaluated with it. Each step draws one candidate for
     each image, and the last one samples the chosen set, in which a candidate keeps its position in the batch if that is
     free. (At another position, a scheduler that adds noise between steps generates another image. If that makes the
-    chosen set worse than the best set of a step, the latter is returned.) If a callback such as `TimeBudget` stops the
+    chosen set worse than the best set of a step, the latter is returned.) If a time budget or a callback stops the
     run early, the set is chosen from the candidates so far. `result.reports["group_selection"]` has the number of
     candidates for the prompt of each image, and the step and the position at which its noise was first sampled fully.
 
@@ -69,6 +69,10 @@ class GroupSelection(NoiseOptimizer):
     weight: float = checked(1.5, "[0, inf)")
     preview: bool = False
     keep: int = checked(2, "[2, inf)")
+
+    @property
+    def closing(self) -> int:
+        return self.keep if self.preview else 1
 
     def check(self) -> None:
         super().check()

@@ -22,13 +22,15 @@ from .reward import (
     prompts_per_image,
 )
 from .transforms import at_least_float32
+from .weight_by_kind import AUTO_REWARDS, WeightByKind
 
 RewardLike = str | os.PathLike[str] | Callable[..., Any]
 RewardsLike = RewardLike | Mapping[Any, float] | Sequence[Any]
 
 # Rewards and weights from the released code of a paper; ReNO is https://arxiv.org/abs/2406.04312.
 REWARD_PRESETS: dict[str, dict[str, float]] = {
-    "reno": {"hpsv2.1": 5.0, "imagereward": 1.0, "clipscore": 0.01, "pickscore": 0.05}
+    "auto": AUTO_REWARDS,
+    "reno": {"hpsv2.1": 5.0, "imagereward": 1.0, "clipscore": 0.01, "pickscore": 0.05},
 }
 
 
@@ -74,8 +76,9 @@ class RewardSum(nn.Module):
 
     Args:
         rewards: A registered name, Hub id or folder; a `Reward` or any callable `(images, prompts) -> (B,)`; a dict
-            that maps these to weights; a list of them, or of (reward, weight) pairs; another `RewardSum`; or the name
-            of a preset in `REWARD_PRESETS`, such as "reno" for the rewards and weights of the ReNO paper.
+            that maps these to weights; a list of them, or of (reward, weight) pairs; another `RewardSum`. The name of a
+            preset stands for its rewards: "reno" for those of the ReNO paper, "auto" for rewards whose weights depend
+            on the kind of the prompt of each image (see `prompt_kind` and `CARINOX_FACTORS`).
         weights: One per entry of a list without pairs; 1 by default. A reward of weight 0 is evaluated and reported,
             but not optimized.
         dtype: The weights' dtype of rewards that are loaded by name.
@@ -85,7 +88,7 @@ class RewardSum(nn.Module):
     Attributes:
         rewards: The rewards, in the given order.
         names: Their names; the second `clipscore` becomes `clipscore_2`.
-        weights: Name -> weight.
+        weights: Name -> weight, a `WeightByKind` where it depends on the prompt.
 
     Raises:
         TypeError: For an object that is not a reward.
@@ -107,7 +110,7 @@ class RewardSum(nn.Module):
         models = loaded or LoadedModels()
         self.rewards = nn.ModuleList(as_reward(reward, dtype, device, models) for reward, _ in pairs)
         self.names = distinct_names([str(reward.name) for reward in self.rewards])
-        self.weights = {name: float(weight) for name, (_, weight) in zip(self.names, pairs, strict=True)}
+        self.weights = {name: as_weight(weight) for name, (_, weight) in zip(self.names, pairs, strict=True)}
 
     def __repr__(self) -> str:
         return f"RewardSum({self.weights})"
@@ -173,8 +176,8 @@ class RewardSum(nn.Module):
             prompts = prompts_per_image(prompts, len(images), self.names[0], False)
         size = chunk_size or max(1, len(images))
         if with_gradient and len(self.rewards) == 1 and len(images) <= size:  # no other graph to make room for
-            (name, weight), scores = *self.weights.items(), self.rewards[0](images, prompts)
-            return RewardSumOutput(weight * scores, {name: scores.detach()})
+            (name,), scores = self.names, self.rewards[0](images, prompts)
+            return RewardSumOutput(self.weight_of(name, prompts, scores) * scores, {name: scores.detach()})
         pixels = images.detach()
         dtype = torch.promote_types(images.dtype, torch.float32)
         gradient = torch.zeros_like(pixels, dtype=dtype) if with_gradient else None
@@ -185,8 +188,8 @@ class RewardSum(nn.Module):
             chunks.append(self.scores(pixels[rows], prompts_of_rows(prompts, rows), chunk_gradient))
         components = {name: torch.cat([chunk[name] for chunk in chunks]) for name in self.names}
         total = images.new_zeros(len(images), dtype=torch.float32)
-        for name, weight in self.weights.items():
-            total = total + weight * components[name]
+        for name in self.names:
+            total = total + self.weight_of(name, prompts, total) * components[name]
         if gradient is not None:
             total = AttachedGradient.apply(images, total, gradient.to(images.dtype))
         return RewardSumOutput(total, components)  # pyright: ignore[reportArgumentType]
@@ -197,10 +200,19 @@ class RewardSum(nn.Module):
         for (name, weight), reward in zip(self.weights.items(), self.rewards, strict=True):
             if weight and gradient is not None and reward.differentiable:
                 components[name], pixel_gradient = score_and_gradient(reward, images, prompts)
-                gradient.add_(pixel_gradient, alpha=weight)
+                weight = self.weight_of(name, prompts, gradient)
+                if isinstance(weight, Tensor):
+                    gradient.addcmul_(pixel_gradient, weight[:, None, None, None])
+                else:
+                    gradient.add_(pixel_gradient, alpha=weight)
             else:
                 components[name] = reward(images, prompts).detach()
         return components
+
+    def weight_of(self, name: str, prompts: str | Sequence[str] | None, like: Tensor) -> float | Tensor:
+        """Return the weight of a reward: a number, or `(B,)` for `like` `(B, ...)` if it depends on the prompts."""
+        weight = self.weights[name]
+        return like.new_tensor(weight.of(prompts, len(like))) if isinstance(weight, WeightByKind) else weight
 
     def optimized(self) -> "RewardSum":
         """Return the sum without rewards of weight 0. The models are shared, not copied."""
@@ -219,7 +231,7 @@ class RewardSum(nn.Module):
 
     def describe(self) -> dict[str, Any]:
         """Return the weights as plain values, for the provenance of a result."""
-        return dict(self.weights)
+        return {name: getattr(weight, "by_kind", weight) for name, weight in self.weights.items()}
 
 
 def score_and_gradient(reward: nn.Module, images: Tensor, prompts: str | Sequence[str] | None) -> tuple[Tensor, Tensor]:
@@ -244,12 +256,22 @@ def reward_weight_pairs(rewards: RewardsLike, weights: Sequence[float] | None) -
     if not entries:
         raise ValueError("Expected at least one reward, but got none. Pass for example `rewards={'clipscore': 1.0}`.")
     if weights is None:
-        return [entry if isinstance(entry, tuple) else (entry, 1.0) for entry in entries]
+        pairs = [entry if isinstance(entry, tuple) else (entry, 1.0) for entry in entries]
+        return [member for pair in pairs for member in expanded_pair(*pair)]
     if any(isinstance(entry, tuple) for entry in entries):
         raise ValueError("Expected weights once, but got them in `rewards` and as `weights`. Leave one of them out.")
     if len(weights) != len(entries):
         raise ValueError(f"Expected {len(entries)} weights, one per reward, but got {len(weights)}.")
-    return list(zip(entries, weights, strict=True))
+    return [member for pair in zip(entries, weights, strict=True) for member in expanded_pair(*pair)]
+
+
+def expanded_pair(reward: Any, weight: Any) -> list[tuple[Any, Any]]:
+    """Return the members of a preset, each with its weight there times `weight`; other pairs as they are."""
+    if not isinstance(reward, str) or reward not in REWARD_PRESETS:
+        return [(reward, weight)]
+    if not isinstance(weight, numbers.Real):
+        return [(member, weight) for member in REWARD_PRESETS[reward]]  # which is refused later
+    return [(member, float(weight) * of) for member, of in REWARD_PRESETS[reward].items()]
 
 
 def checked_reward_pairs(rewards: RewardsLike, weights: Sequence[float] | None = None) -> list[tuple[Any, Any]]:
@@ -266,8 +288,6 @@ def checked_reward_pairs(rewards: RewardsLike, weights: Sequence[float] | None =
 
 def reward_entries(rewards: RewardsLike) -> list[Any]:
     """Return the entries of `rewards=`: rewards or (reward, weight) tuples."""
-    if isinstance(rewards, str) and rewards in REWARD_PRESETS:
-        return list(REWARD_PRESETS[rewards].items())
     if isinstance(rewards, Mapping):
         return list(rewards.items())
     if isinstance(rewards, (list, tuple)):
@@ -282,7 +302,7 @@ def reward_entries(rewards: RewardsLike) -> list[Any]:
 def check_reward_pair(reward: Any, weight: Any) -> None:
     """Raise unless `as_reward` accepts `reward` and `weight` is a finite number of at least 0."""
     if isinstance(reward, (str, os.PathLike)):
-        find_reward(os.fspath(reward))
+        find_reward(os.fspath(reward), also=REWARD_PRESETS)
     elif isinstance(reward, type):
         raise TypeError(f"Expected a reward, but got the class `{reward.__name__}`. Pass an instance of it.")
     elif not callable(reward):
@@ -304,6 +324,11 @@ def check_reward_pair(reward: Any, weight: Any) -> None:
             f"Expected a weight of at least 0 for reward '{name}', but got {weight}. To minimize it, pass a callable "
             "that returns the negated score: `lambda images, prompts: -reward(images, prompts)`."
         )
+
+
+def as_weight(weight: Any) -> float:
+    """Return a weight as a float or, also if it is of the class of a pipeline from the Hub, as a `WeightByKind`."""
+    return WeightByKind(weight.by_kind) if hasattr(weight, "by_kind") else float(weight)
 
 
 def as_reward(

@@ -72,9 +72,10 @@ def optimize(
     """
     frames, noises = StepImages(), StepNoises()
     result = optimize_noise(pipe, prompts, method, callbacks=[frames, noises], noise_sampler=noise_sampler, **call)
+    previewed = result.reports.get("search", {}).get("previews", False)
     if method.returns == "last":
         noises.noises[-1] = result.noise
-    elif not method.previews and len(frames.images) == len(noises.noises):
+    elif not (method.previews or previewed) and len(frames.images) == len(noises.noises):
         return result, torch.stack([frames.images[step] for step in sorted(frames.images)])
     # the method did not evaluate finished images: sample them; embedded models take unit noise as latents
     again = {**call, "generator": result.generator(), "output_type": "pt"}
@@ -86,7 +87,8 @@ def run_demo(choice: Choice, prompts: Sequence[str], seed: int, output: Path) ->
     from . import plots  # the rest of this file works without matplotlib
 
     images = f"{choice.count} images of " * (choice.count > 1) + plural(len(prompts), "prompt")
-    print(f"Optimizing the noise of {images}, {plural(choice.steps, 'step')}, seed {seed}: {choice} ...", flush=True)
+    length = plural(choice.steps, "step") if choice.steps else choice.settings["budget"]
+    print(f"Optimizing the noise of {images}, {length}, seed {seed}: {choice} ...", flush=True)
     story = optimize_and_judge(choice, prompts, seed)
     print("\n" + table(story) + "\n\n" + summary(story) + "\n")
     write = {"before_after.png": lambda path: plots.draw_before_after(story, path)}

@@ -2,8 +2,6 @@
 
 import argparse
 import dataclasses
-import math
-import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -102,9 +100,9 @@ def add_machine(parser: argparse.ArgumentParser) -> None:
         "--budget",
         type=duration,
         metavar="TIME",
-        help="time for the optimization of each prompt, such as 20s, 1.5m or 2h; the step in which it ends is "
-        "finished. Loading the model, encoding the prompt and drawing the images are not counted (default: all steps "
-        "of the method)",
+        help="most time for the optimization of each prompt, such as 20s, 1.5min or 2h; no step begins that would end "
+        "later. (As a setting of the method, budget=20s takes the place of its steps.) Loading the model, encoding the "
+        "prompt and drawing the images are not counted (default: all steps of the method)",
     )
     group.add_argument(
         "--output", type=Path, default=Path("noiseopt-images"), help="output folder (default: noiseopt-images)"
@@ -112,12 +110,13 @@ def add_machine(parser: argparse.ArgumentParser) -> None:
 
 
 def duration(text: str) -> float:
-    """Parse a time such as "20s", "1.5m" or "2h" to seconds, as an argparse type. A bare number is in seconds."""
-    match = re.fullmatch(r"(\d+\.?\d*|\.\d+)\s*([smh]?)", text.strip())
-    seconds = float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]] if match else 0.0
-    if not 0 < seconds < math.inf:
-        raise argparse.ArgumentTypeError(f"Expected a time above 0 such as 20s, 1.5m or 2h, but got {text!r}.")
-    return seconds
+    """Parse a time such as "20s" or "1.5min" to seconds, as an argparse type. A bare number is in seconds."""
+    from .callbacks.early_stopping import seconds_in
+
+    try:
+        return seconds_in(text if text.strip()[-1:].isalpha() else f"{text}s")
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error).replace(f"{text}s", text)) from None
 
 
 def generate(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:

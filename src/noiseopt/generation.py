@@ -25,9 +25,9 @@ from .evaluation.evaluate import check_call, load_pipeline, one_line
 from .evaluation.folder import CannotEvaluate, locked, read_object
 from .evaluation.instruments import load_reward
 from .evaluation.plan import (
-    CallbackChoice,
     MethodChoice,
     ModelChoice,
+    SteeringChoice,
     check_device,
     check_reward,
 )
@@ -75,10 +75,10 @@ class Request:
 
     def __post_init__(self) -> None:
         name = self.method.name
-        if isinstance(self.method, CallbackChoice):
+        if isinstance(self.method, SteeringChoice):
             raise ValueError(
                 f"Expected a method that optimizes noise, but got {name!r}, which steers the sampling. `noiseopt "
-                "evaluate` compares denoising callbacks."
+                "evaluate` compares what steers it."
             )
         if "noise_sampler" in self.model.call:
             raise ValueError(

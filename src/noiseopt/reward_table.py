@@ -195,6 +195,12 @@ ROWS = (
         requires_prompt=True,
         parameters=2_208_985_600,
     ),
+    Row(
+        "auto",
+        "5.9 × hpsv2.1 + 0.783 × imagereward + 1.34 × clip_flant5; more or less by the kind of prompt",
+        "preset",
+        requires_prompt=True,
+    ),
     Row("reno", "5 × hpsv2.1 + imagereward + 0.01 × clipscore + 0.05 × pickscore", "preset", requires_prompt=True),
     Row("clip", "image and prompt agree: a CLIP of the shapes world", "embedded reward", requires_prompt=True),
     Row(

@@ -51,7 +51,7 @@ def add_score(commands) -> None:
         dest="rewards",
         required=True,
         metavar="NAME",
-        help="name in `noiseopt rewards`, preset (reno), embedded model (clip, vqa), Hub id or folder; repeatable",
+        help="name in `noiseopt rewards`, also a preset, embedded model (clip, vqa), Hub id or folder; repeatable",
     )
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: an accelerator if available)")
     parser.add_argument(

@@ -10,7 +10,7 @@ import torch
 from . import shapes_world
 from .evaluation.instruments import load_reward
 from .evaluation.metrics import layout_spread
-from .evaluation.plan import CallbackChoice, MethodChoice, ModelChoice
+from .evaluation.plan import MethodChoice, ModelChoice, SteeringChoice
 from .pipelines import NoiseOptimizer, NoiseResult, list_methods
 from .pipelines.registry import METHODS
 from .shapes_world.embedded import EmbeddedModel
@@ -48,10 +48,12 @@ class Recipe:
     note: str = ""
 
 
+LENGTH = ("steps", "budget")  # settings that are told apart from the others
+
 # Learning rates are in units of the height and width of the noise alone: these are for latents of 8 channels, twice
-# those of SD, and of benchmarks/reno_vs_best_of_n.py and benchmarks/never_too_late.py.
+# those of SD, and of benchmarks/never_too_late.py.
 RECIPES = {
-    "reno": Recipe(settings={"learning_rate": 7.07}),
+    "reno": Recipe(model="sdxl-turbo"),  # where plain sampling leaves most to repair
     "cno": Recipe(
         model="guided",
         settings={"learning_rate": 0.057, "window_size": 2},
@@ -96,7 +98,7 @@ class Choice:
 
     @classmethod
     def of(cls, method: str = "reno", model: str | None = None, steps: int | None = None) -> "Choice":
-        """Look up a method, such as "reno" or "reno:learning_rate=10.0", and a model.
+        """Look up a method, such as "reno" or "reno:views=4", and a model.
 
         Args:
             method: The method, with settings that replace those of its `Recipe`.
@@ -107,10 +109,10 @@ class Choice:
             ValueError: For an unknown name or setting.
         """
         asked = MethodChoice.parse(method)
-        if isinstance(asked, CallbackChoice):
+        if isinstance(asked, SteeringChoice):
             raise ValueError(
                 f"Expected a method that optimizes noise, one of {', '.join(list_methods())}, but got {asked.name!r}. "
-                "`noiseopt evaluate` compares denoising callbacks."
+                "`noiseopt evaluate` compares what steers it."
             )
         recipe = RECIPES.get(asked.name, Recipe())
         embedded = ModelChoice.parse(model or recipe.model, {})
@@ -119,11 +121,13 @@ class Choice:
         known = shapes_world.MODELS[embedded.name]
         limit = STEPS if known.call["num_inference_steps"] == 1 else STEPS_OF_CHAINS
         settings = {"steps": min(METHODS[asked.name].steps, limit), **recipe.settings, **asked.settings}
-        return cls(asked.name, known, settings | ({"steps": steps} if steps else {}))
+        return cls(asked.name, known, settings | ({"steps": steps, "budget": None} if steps else {}))
 
     @property
-    def steps(self) -> int:
-        return self.settings["steps"]
+    def steps(self) -> int | None:
+        """The planned evaluations of each noise; `None` for as many as a time budget allows."""
+        budget = self.settings.get("budget")
+        return self.settings["steps"] if budget is None else None if isinstance(budget, str) else budget
 
     @property
     def noise_sampler(self) -> Any:
@@ -177,7 +181,7 @@ class Choice:
         return [shapes_world.path(name) for name in (self.model.name, *self.instruments)]
 
     def __str__(self) -> str:
-        changed = ", ".join(f"{name}={value!r}" for name, value in self.settings.items() if name != "steps")
+        changed = ", ".join(f"{name}={value!r}" for name, value in self.settings.items() if name not in LENGTH)
         method = METHODS[self.method].__name__ + f"({changed})" * bool(changed)
         return f"{method} on {self.model.name}, the {self.model.title}"
 
@@ -250,7 +254,7 @@ class Story:
     @property
     def steps(self) -> int:
         """The steps that were taken; a last evaluation of what they chose, as in group selection, is none."""
-        return min(len(self.images), self.choice.steps)
+        return min(len(self.images), self.choice.steps or len(self.images))
 
     def best(self, sample: int) -> int:
         """Return the step whose image is returned."""

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import io
 import re
+import time
 
 import numpy
 import pytest
@@ -13,6 +14,7 @@ from tiny_pipelines import SIZE, quiet, sd_pipeline, tiny_pipeline
 
 from noiseopt import CNO, BestOfN, EarlyStopping, ReNO, TimeBudget, optimize_noise
 from noiseopt.callbacks import History, NoiseCallback, NoiseState, StepImages
+from noiseopt.callbacks.early_stopping import seconds_in
 
 ARGUMENTS = {"num_inference_steps": 1, "guidance_scale": 0.0, **SIZE}
 
@@ -126,11 +128,63 @@ def test_a_stopped_sample_keeps_its_best_and_does_not_disturb_the_others():
     assert stopped.best_loss[0] == stopped.losses[:2, 0].min()
 
 
-def test_time_budget_ends_the_run_after_the_step_in_which_it_is_spent():
-    result = run(TimeBudget(0.5), method=BestOfN(rewards=brightness, steps=100_000))
-    assert 1 <= len(result.losses) < 100_000
-    assert result.provenance["stopped"] == "time budget"
-    assert 0.5 <= result.provenance["seconds"] < 5
+@pytest.mark.parametrize(("seconds", "steps"), [(1.0, 1), (5.9, 1), (6.0, 2), (20.0, 6)])
+def test_a_time_budget_begins_no_step_that_would_end_later(seconds, steps, monkeypatch):
+    """Each evaluation takes 3 seconds by a clock that only they move; the first one is always made."""
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+
+    def slow(images, prompts):
+        now[0] += 3.0
+        return images.mean((1, 2, 3))
+
+    result = run(TimeBudget(seconds), method=BestOfN(rewards=slow, steps=50))
+    assert len(result.losses) == steps and result.provenance["stopped"] == "time budget"
+
+
+def test_a_time_budget_keeps_time_for_what_closes_the_run(monkeypatch):
+    """Five steps of 1 second after one of 2; the time of two more like the first is kept."""
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    budget, state = TimeBudget(11.0, closing=2), state_with(torch.zeros(1))
+    budget.on_run_start(state)
+    for took in (2.0, *[1.0] * 5):
+        assert not state.stopped
+        now[0] += took
+        budget.on_step_end(state)
+    assert state.stopped == "time budget" and state.elapsed == 7.0
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("20s", 20), ("2min", 120), ("1.5m", 90), ("500ms", 0.5), (" .5 h ", 1800), ("3.s", 3)]
+)
+def test_times(text, seconds):
+    assert seconds_in(text) == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize(
+    "text", ["20", "s", "", "0s", "-1s", "20 seconds", "1e3s", "nan s", "9" * 400 + "s", "1min 5s"]
+)
+def test_texts_that_are_no_time_are_refused(text):
+    with pytest.raises(ValueError, match="Expected a time above 0 such as '20s'"):
+        seconds_in(text)
+
+
+def test_patience_counts_in_each_start_anew_and_not_in_a_search():
+    stopping, state = EarlyStopping(patience=2), state_with(torch.tensor([1.0, 1.0]))
+    state.stage = "search"
+    stopping.on_run_start(state)
+    for stage, losses, active in [
+        *[("search", [1.0, 1.0], [1, 1])] * 5,
+        ("start 1", [3.0, 3.0], [1, 1]),
+        ("start 1", [3.0, 2.0], [1, 1]),
+        ("start 2", [9.0, 9.0], [1, 1]),
+        ("start 2", [9.0, 8.0], [1, 1]),
+        ("start 2", [9.5, 7.0], [0, 1]),
+    ]:
+        state.stage, state.loss = stage, torch.tensor(losses)
+        stopping.on_step_end(state)
+        assert state.active.tolist() == [bool(flag) for flag in active]
 
 
 @pytest.mark.parametrize("make", [lambda: TimeBudget(0), lambda: EarlyStopping(0), lambda: StepImages(every=0)])

@@ -85,6 +85,33 @@ def test_a_fall_within_the_tolerance_does_not_count():
     assert state.reports["held out red"]["reward_hacking"] == [False, True]
 
 
+def test_an_image_whose_score_no_longer_rises_is_stopped():
+    watch = HeldOutReward(lambda images, prompts: images[:, 0, 0, 0], patience=2)
+    losses = [[5.0, 5.0], [4.0, 4.0], [3.0, 3.0], [2.0, 2.0]]
+    shades = [[0.2, 0.2], [0.5, 0.1], [0.4, 0.1], [0.5, 0.3]]  # image 0 is highest at step 1, a tie is no rise
+    assert after_steps(watch, losses[:2], shades[:2]).active.tolist() == [True, True]
+    assert after_steps(watch, losses[:3], shades[:3]).active.tolist() == [True, False]
+    state = after_steps(watch, losses, shades)
+    assert state.active.tolist() == [False, False] and state.stopped == "held out"
+    missing = [[float("nan"), 0.1], [0.5, float("nan")], [0.4, 0.2], [0.6, 0.3]]  # a score that is not a number
+    assert after_steps(watch, losses, missing).active.all()
+    watch.patience = None
+    assert after_steps(watch, losses, shades).active.all()
+
+
+def test_patience_begins_anew_with_each_start_and_not_in_the_search():
+    watch, stopped = HeldOutReward(lambda images, prompts: images[:, 0, 0, 0], patience=2), []
+    state = NoiseState(None, [""], 10, torch.zeros(1, 1, 2, 2))
+    watch.on_run_start(state)
+    stages = ["search"] * 4 + ["start 1"] * 2 + ["start 2"] * 4
+    for step, (stage, shade) in enumerate(zip(stages, [9, 8, 7, 6, 1, 0, 3, 4, 4, 2], strict=True)):
+        state.step, state.stage, state.loss = step, stage, torch.zeros(1)
+        state.images = torch.full((1, 3, 4, 4), float(shade))
+        watch.on_step_end(state)
+        stopped.append(not state.active.any())
+    assert stopped == [False] * 9 + [True]
+
+
 def test_the_result_of_a_run_reports_it_and_keeps_it_on_disk(tmp_path):
     watch = HeldOutReward(darkness)
     with pytest.warns(UserWarning, match="Reward hacking"):
@@ -113,6 +140,8 @@ def test_a_method_without_images_and_bad_arguments_are_refused():
         HeldOutReward("pickscore")
     with pytest.raises(ValueError, match="tolerance of at least 0"):
         HeldOutReward(brightness, tolerance=-1)
+    with pytest.raises(ValueError, match="patience of at least 1 step, but got 0"):
+        HeldOutReward(brightness, patience=0)
 
 
 def test_one_object_may_watch_run_after_run():

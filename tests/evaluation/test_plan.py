@@ -24,6 +24,7 @@ from noiseopt.evaluation.plan import (
     slug,
 )
 from noiseopt.evaluation.prompt_sets import Prompt, PromptSet, load_prompts
+from noiseopt.pipelines.baselines.plain_sampling import PlainSampling
 
 PROMPTS = PromptSet("two", (Prompt("a red circle"), Prompt("two blue stars", "pairs")))
 
@@ -39,6 +40,11 @@ def plan(**changes) -> Plan:
     [
         ("", {}),
         ("steps=20, mode=parity", {"steps": 20, "mode": "parity"}),
+        (
+            "budget=20s, steps=3,b=1.5min,c=.5h , d=500ms",
+            {"budget": "20s", "steps": 3, "b": "1.5min", "c": ".5h", "d": "500ms"},
+        ),
+        ("a='=1s',b=1e3,c=0x1f", {"a": "=1s", "b": 1000.0, "c": 31}),
         ("a=-1.5e-3,b=None,c=(1, 2),d='x,y=z'", {"a": -1.5e-3, "b": None, "c": (1, 2), "d": "x,y=z"}),
     ],
 )
@@ -71,7 +77,7 @@ def test_a_method_is_built_with_its_settings_and_the_rewards():
     ("text", "expected"),
     [
         ("renoir", "Expected a method out of .*reno.*, but got 'renoir'"),
-        ("reno:step=3", "Expected settings of reno out of steps, chunk_size, .*, but got 'step'. Did you mean 'steps'"),
+        ("reno:step=3", "Expected settings of reno out of steps, budget, .*, but got 'step'. Did you mean 'steps'"),
         ("reno:steps=0", r"Expected `steps` to be an integer in \[1, inf\)"),
         ("reno:rewards=red", "as `--reward`"),
         ("best_of_n:gradient=full", "but got 'gradient'"),
@@ -269,6 +275,18 @@ def test_a_callback_per_denoising_step_is_a_contender_without_rewards_or_control
     json.dumps(guided.settings("cpu"))
 
 
+def test_reward_guidance_is_a_contender_by_the_rewards_of_the_plan_with_a_control():
+    choice = MethodChoice.parse("reward_guidance:strength=0.5,gradient=full,particles=2")
+    assert choice.takes_rewards and choice.has_control and choice.callback([3]) is None
+    guidance = choice.guidance("red")
+    assert (guidance.rewards, guidance.strength, guidance.gradient, guidance.particles) == ("red", 0.5, "full", 2)
+    assert isinstance(choice.build("red"), PlainSampling)
+    guided = plan(models=(ModelChoice.parse("guided", {}),), methods=(choice,))
+    assert [contender.control for contender in guided.contenders] == [False, True, False]
+    with pytest.raises(ValueError, match="2 denoising steps for reward_guidance, .* got 1 on turbo"):
+        plan(methods=(MethodChoice.parse("reward_guidance"),))
+
+
 def test_a_callback_and_a_model_of_one_step_are_refused_before_anything_is_loaded():
     methods = (MethodChoice.parse("reno"), MethodChoice.parse("cads"))
     with pytest.raises(ValueError, match=r"2 denoising steps for cads, .* got 1 on turbo.*num_inference_steps=2"):
@@ -296,6 +314,10 @@ def test_a_noise_sampler_is_a_setting_of_a_method_and_of_the_call():
         ("cads:generator=1", "out of tau1, tau2"),
         ("cads:tau1=0.95", "Expected 0 <= tau1 < tau2"),
         ("cads:tau1=high", "Expected settings that cads takes"),
+        ("reward_guidance:steps=3", "Expected settings of reward_guidance out of strength, .*, but got 'steps'"),
+        ("reward_guidance:strength=-1", "Expected `strength` to be a number"),
+        ("reward_guidance:rewards=red", "Expected no rewards in"),
+        ("reward_guidence", "Did you mean 'reward_guidance'"),
     ],
 )
 def test_settings_that_a_callback_does_not_take_are_refused(text, message):

@@ -144,6 +144,25 @@ def test_a_callback_steers_the_stock_pipeline_from_plain_noise():
         assert unit.numbers["cost"]["model_calls"] == plain.numbers["cost"]["model_calls"]
 
 
+@pytest.mark.slow
+def test_reward_guidance_steers_the_stock_pipeline_from_plain_noise_by_the_rewards_of_the_plan():
+    methods = ("reward_guidance:strength=0.0", "reward_guidance:strength=0.2")
+    plan = Plan(
+        models=(ModelChoice.parse("guided", {}),),
+        methods=tuple(MethodChoice.parse(text) for text in methods),
+        prompts=PromptSet("one", (Prompt(PROMPT),)),
+        seeds=2,
+        rewards=(("red", 1.0),),
+    )
+    pipe = load_pipeline(plan.models[0], None, CPU)
+    studio = Studio(plan, plan.models[0], pipe, Instruments.load(plan, CPU), CPU)
+    plain, off, on = (studio.measure(Contender("", method), 0, None) for method in (None, *plan.methods))
+    assert torch.equal(off.images, plain.images) and torch.equal(on.tensors["noise"], plain.tensors["noise"])
+    assert all(a > b for a, b in zip(on.numbers["rewards"]["red"], plain.numbers["rewards"]["red"], strict=True))
+    assert on.numbers["cost"]["model_calls"] == plain.numbers["cost"]["model_calls"]
+    assert torch.equal(studio.measure(plan.contenders[1], 0, 1).images, plain.images)  # the control
+
+
 def test_a_callback_is_refused_by_a_model_of_one_step(studio):
     with pytest.raises(ValueError, match="at least 2 denoising steps"):
         studio.check(Contender("cads", MethodChoice.parse("cads")))

@@ -76,7 +76,7 @@ FAULTS = (
     Fault(
         "only the first view counts",
         "pipelines/reno/objective.py",
-        "for view in views]).mean()",
+        "for view in views]).mean(0)",
         "for view in views])[0]",
     ),
     Fault(
@@ -310,10 +310,82 @@ FAULTS = (
         "tests/pipelines/composition/test_sharing.py",
     ),
     Fault(
+        "steps that end after the budget begin",
+        "callbacks/early_stopping.py",
+        "if state.elapsed + took + self.closing * self.first > self.seconds:",
+        "if state.elapsed > self.seconds:",
+        "tests/callbacks/test_callbacks.py",
+    ),
+    Fault(
+        "search keeps the worst noises",
+        "pipelines/stages.py",
+        "losses.argsort(dim=1, stable=True)[:, :-1]",
+        "losses.argsort(dim=1, stable=True, descending=True)[:, :-1]",
+    ),
+    Fault(
+        "next start goes on with the state of the last",
+        "pipelines/stages.py",
+        "state.inner = self.method.start(self.problem.beginning_at(noise, state.stage))",
+        "pass",
+    ),
+    Fault(
+        "projection with the wrong number of sizes above λ",
+        "pipelines/white_noise.py",
+        "outside.argmin(-1, keepdim=True)",
+        "outside.argmax(-1, keepdim=True)",
+    ),
+    Fault(
+        "noise is not projected after its step",
+        "pipelines/white_noise.py",
+        "            return project(moved)",
+        "            return moved",
+        "tests/pipelines/reno/test_reno.py",
+    ),
+    Fault(
+        "Never Too Late keeps the mean gradient of an image that reverts",
+        "pipelines/never_too_late/method.py",
+        "state.white.mean = state.white.mean.where(~stays, 0)",
+        "pass",
+        "tests/pipelines/never_too_late/test_never_too_late.py",
+    ),
+    Fault(
         "CADS brings back the condition of the first step",
         "callbacks/cads.py",
         "self.clean(name, callback_kwargs[name])",
         "self.conditions.get(name, callback_kwargs[name])",
+    ),
+    Fault(
+        "held-out patience one step too long",
+        "callbacks/held_out_reward.py",
+        "scores.argmax(0) >= self.patience",
+        "scores.argmax(0) > self.patience",
+    ),
+    Fault(
+        "value of the image instead of its views",
+        "pipelines/reno/objective.py",
+        "mean if self.valued_by_views else output.total",
+        "output.total",
+        "tests/pipelines/reno/test_stopping.py",
+    ),
+    Fault(
+        "weights of the first prompt for every image",
+        "rewards/contract/weight_by_kind.py",
+        "self.by_kind[prompt_kind(text)] for text in texts",
+        "self.by_kind[prompt_kind(texts[0])] for _ in texts",
+    ),
+    Fault(
+        "guidance away from the reward",
+        "pipelines/reward_guidance/guidance.py",
+        "float(out.sign().reshape(-1)[0])",
+        "-float(out.sign().reshape(-1)[0])",
+        "tests/pipelines/reward_guidance/test_reward_guidance.py",
+    ),
+    Fault(
+        "last step guided too",
+        "pipelines/reward_guidance/guidance.py",
+        "if call >= most or",
+        "if call > most or",
+        "tests/pipelines/reward_guidance/test_reward_guidance.py",
     ),
 )
 

@@ -207,6 +207,7 @@ TABLE = {
     ),
     "flow Heun": ("FlowMatchHeunDiscreteScheduler", {"shift": 3.0}, (None,), line_level, flow_output),
     "flow LCM": ("FlowMatchLCMScheduler", {"shift": 3.0}, (None,), line_level, flow_output),
+    "flow map": ("FlowMapEulerDiscreteScheduler", {"shift": 3.0}, (None,), line_level, flow_output),
     "SCM": ("SCMScheduler", {}, (None,), angle_level, velocity_output),
     "IPNDM": ("IPNDMScheduler", {}, (None,), turn_level, velocity_output),
     "EDM Euler": ("EDMEulerScheduler", {}, SIGNS, edm_level, edm_output),
@@ -469,8 +470,9 @@ def test_the_multistep_solver_learns_a_variance_too():
     torch.testing.assert_close(ours, scheduler.convert_model_output(output, sample=sample), rtol=1e-4, atol=1e-4)
 
 
-def test_images_of_a_batch_may_be_at_their_own_timesteps():
-    scheduler = make("DDIM")
+@pytest.mark.parametrize("name", ["DDIM", "flow map"])
+def test_images_of_a_batch_may_be_at_their_own_timesteps(name):
+    scheduler = make(name)
     output, sample, timesteps = randn(0), randn(1), scheduler.timesteps[[1, 4]]
     both = predict_x0(scheduler, output, timesteps, sample)
     for i, timestep in enumerate(timesteps):
@@ -527,6 +529,21 @@ def test_an_output_of_another_shape_is_refused():
     scheduler = make("Euler")
     with pytest.raises(ValueError, match=r"shape \(2, 3, 6, 6\) of the sample, but got \(2, 6, 6, 6\)"):
         predict_x0(scheduler, randn(0, (2, 6, 6, 6)), scheduler.timesteps[0], randn(1))
+
+
+@pytest.mark.parametrize("timestep", [1000.0, 333.0], ids=["on the schedule", "beside it"])
+def test_a_flow_map_to_the_end_is_the_step_of_its_scheduler(timestep):
+    scheduler, velocity, sample = make("flow map"), randn(0), randn(1)
+    ours = predict_x0(scheduler, velocity, timestep, sample)
+    torch.testing.assert_close(ours, scheduler.step(velocity, timestep, sample, r_timestep=0.0).prev_sample)
+
+
+def test_the_flow_map_of_gaussian_data_has_its_end_as_x0():
+    """For data N(μ, s²) the flow keeps (x − (1−σ)·μ)/√((1−σ)²·s² + σ²), so that x0 = μ + s·(that)."""
+    scheduler, mu, s, x = make("flow map"), 0.3, 0.7, randn(1)
+    for sigma, timestep in zip(scheduler.sigmas[:-1], scheduler.timesteps, strict=True):
+        end = mu + s * (x - (1 - sigma) * mu) / ((1 - sigma) ** 2 * s**2 + sigma**2).sqrt()
+        torch.testing.assert_close(predict_x0(scheduler, (x - end) / sigma, timestep, x), end)
 
 
 EXPORTED = [name for name in dir(diffusers.schedulers) if name.endswith("Scheduler")]

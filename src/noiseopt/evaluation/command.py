@@ -75,7 +75,7 @@ def add_subject(parser: argparse.ArgumentParser) -> None:
         dest="methods",
         metavar="NAME[:SETTING=VALUE,...]",
         help="method with settings, such as 'reno:steps=20' or 'reno:noise_sampler=pink', or a denoising callback: "
-        "cads, particle_guidance, interval_guidance; repeatable (default: reno)",
+        "cads, particle_guidance, interval_guidance, reward_guidance; repeatable (default: reno)",
     )
     group.add_argument(
         "--prompts",

@@ -24,6 +24,7 @@ from ..image_files import is_picture, read_image
 from ..pipelines.baselines.plain_sampling import PlainSampling
 from ..pipelines.method import NoiseOptimizer
 from ..pipelines.registry import METHODS, list_methods
+from ..pipelines.reward_guidance.guidance import RewardGuidance
 from ..pipelines.searches.best_of_n import BestOfN
 from ..registry import did_you_mean
 from ..rewards.contract.registry import EMBEDDED_REWARDS, find_reward
@@ -48,18 +49,20 @@ GROWING = (
     "best of",
     "references",
 )  # settings of a folder that may change
+TIME = re.compile(r"=\s*(\d+\.?\d*|\.\d+)(ms|s|m|min|h)\s*(?=,|$)")  # `budget=20s`, which is no Python
 NEIGHBORS = 5  # of a reference, for coverage
 RESERVED = ("prompt", "generator", "latents", "output_type", "num_images_per_prompt", "return_dict")
 
 
 def parse_settings(text: str) -> dict[str, Any]:
-    """Parse `"steps=20, mode=parity"` to a dictionary; values are Python literals or bare words.
+    """Parse `"steps=20, mode=parity"` to a dictionary; values are Python literals, bare words or times such as `20s`.
 
     Raises:
         ValueError: For anything else.
     """
+    quoted = TIME.sub(r'="\1\2"', text)
     try:
-        call = ast.parse(f"settings({text})", mode="eval").body
+        call = ast.parse(f"settings({quoted})", mode="eval").body
     except SyntaxError:
         call = None
     if not isinstance(call, ast.Call) or call.args or not all(keyword.arg for keyword in call.keywords):
@@ -192,12 +195,13 @@ class MethodChoice:
     def parse(cls, text: str) -> "MethodChoice":
         """Parse `"reno"` or `"cno:gradient=full,gamma=1.0"`. Raises `ValueError` for invalid methods or settings."""
         name, _, settings = text.partition(":")
-        if name not in METHODS and name not in CALLBACKS:
-            known = [*list_methods(), *CALLBACKS]
+        kinds = {**dict.fromkeys(CALLBACKS, CallbackChoice), "reward_guidance": GuidanceChoice}
+        if name not in METHODS and name not in kinds:
+            known = [*list_methods(), *kinds]
             raise ValueError(
                 f"Expected a method out of {', '.join(known)}, but got {name!r}.{did_you_mean(name, known)}"
             )
-        choice = (CallbackChoice if name in CALLBACKS else cls)(text, name, parse_settings(settings))
+        choice = kinds.get(name, cls)(text, name, parse_settings(settings))
         check_noise_sampler(choice.settings.get("noise_sampler"), text)
         choice.check()
         return choice
@@ -224,12 +228,8 @@ class MethodChoice:
 
 
 @dataclasses.dataclass(frozen=True)
-class CallbackChoice(MethodChoice):
-    """A denoising callback with settings. It takes the initial noise and optimizes nothing."""
-
-    @property
-    def takes_rewards(self) -> bool:
-        return False
+class SteeringChoice(MethodChoice):
+    """What steers the denoising steps, with settings. It takes the initial noise and optimizes none."""
 
     @property
     def diversity(self) -> Any:
@@ -239,12 +239,21 @@ class CallbackChoice(MethodChoice):
     def features(self) -> str | None:
         return None
 
+    def build(self, rewards: Any, embedded_on: torch.device | None = None) -> NoiseOptimizer:
+        return PlainSampling()
+
+
+@dataclasses.dataclass(frozen=True)
+class CallbackChoice(SteeringChoice):
+    """A denoising callback with settings."""
+
+    @property
+    def takes_rewards(self) -> bool:
+        return False
+
     @property
     def has_control(self) -> bool:
         return False
-
-    def build(self, rewards: Any, embedded_on: torch.device | None = None) -> NoiseOptimizer:
-        return PlainSampling()
 
     def callback(self, seeds: Sequence[int]) -> DenoisingCallback:
         draws = "generator" in inspect.signature(CALLBACKS[self.name]).parameters
@@ -257,6 +266,26 @@ class CallbackChoice(MethodChoice):
             self.callback([0])
         except TypeError as error:
             raise ValueError(f"Expected settings that {self.name} takes, but got {self.label!r}: {error}.") from None
+
+
+@dataclasses.dataclass(frozen=True)
+class GuidanceChoice(SteeringChoice):
+    """`RewardGuidance` with settings, by the rewards of the plan."""
+
+    @property
+    def names(self) -> list[str]:
+        return [field.name for field in dataclasses.fields(RewardGuidance)]
+
+    @property
+    def has_control(self) -> bool:
+        return True
+
+    def guidance(self, rewards: Any) -> RewardGuidance:
+        return RewardGuidance(rewards=rewards, **self.own_settings)
+
+    def build(self, rewards: Any, embedded_on: torch.device | None = None) -> NoiseOptimizer:
+        self.guidance(rewards).check()
+        return super().build(rewards, embedded_on)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -393,10 +422,10 @@ class Plan:
         """Raise `ValueError` for a method that a model cannot run, as far as that is known without loading it."""
         for model in self.models:
             for method in self.methods:
-                if model.single_step and isinstance(method, CallbackChoice):
+                if model.single_step and isinstance(method, SteeringChoice):
                     raise ValueError(
-                        f"Expected at least 2 denoising steps for {method.label}, which acts after a step on the next, "
-                        f"but got 1 on {model.name}. Leave out that method or that model, or pass `--call "
+                        f"Expected at least 2 denoising steps for {method.label}, which acts from one step on the "
+                        f"next, but got 1 on {model.name}. Leave out that method or that model, or pass `--call "
                         "num_inference_steps=2`."
                     )
 

@@ -1,9 +1,10 @@
 """The unit of an evaluation: the images of one prompt by one method, measured once and written to disk."""
 
 import dataclasses
+import functools
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from ..pipelines.results.noise_result import NoiseResult
 from ..pipelines.searches.best_of_n import BestOfN
 from .instruments import Instruments, noise_measures, set_measures, verdicts
 from .measure import Cost, measured
-from .plan import Contender, ModelChoice, Plan
+from .plan import Contender, GuidanceChoice, ModelChoice, Plan
 
 SIDE = shapes_world.SIZE
 
@@ -68,22 +69,21 @@ class Studio:
         """Return one generator per image of a prompt; on the CPU, for equal noise on every device."""
         return [torch.Generator().manual_seed(self.plan.seed(index, image)) for image in range(self.plan.seeds)]
 
-    def steered(self, contender: Contender, index: int) -> dict[str, Any]:
-        """Return the call arguments of a contender that acts in the denoising steps (such as `CADS`), else nothing.
+    def drawing(self, contender: Contender, index: int) -> Callable[..., Any]:
+        """Return the call that draws the images: that of the pipeline, steered if the contender acts in its steps.
 
-        Its random numbers are independent of those of the initial noise.
+        The random numbers of a callback are independent of those of the initial noise.
         """
+        method = None if contender.control else contender.method
+        if isinstance(method, GuidanceChoice):
+            return functools.partial(method.guidance(self.instruments.rewards).generate, self.pipe)
         seeds = [2**40 + self.plan.seed(index, image) for image in range(self.plan.seeds)]
-        callback = contender.method.callback(seeds) if contender.method and not contender.control else None
+        callback = method.callback(seeds) if method else None
         if callback is None:
-            return {}
-        return {"callback_on_step_end": callback, "callback_on_step_end_tensor_inputs": callback.tensor_inputs}
-
-    def check(self, contender: Contender) -> None:
-        """Raise `ValueError` or `TypeError` for a contender that cannot run on this model."""
-        if steered := self.steered(contender, 0):
-            steered["callback_on_step_end"].check(self.pipe)
-        self.warm_up(contender)
+            return self.pipe
+        callback.check(self.pipe)
+        inputs = callback.tensor_inputs
+        return functools.partial(self.pipe, callback_on_step_end=callback, callback_on_step_end_tensor_inputs=inputs)
 
     def generate(
         self,
@@ -91,29 +91,33 @@ class Studio:
         index: int,
         callbacks: Any = None,
         noise_sampler: Any = None,
-        steered: Mapping[str, Any] | None = None,
+        draw: Callable[..., Any] | None = None,
     ) -> Generation:
         """Optimize the noise of a prompt's images, and generate the images with the stock pipeline.
 
         Images are never taken from a method: the evaluation measures the images of the unmodified pipeline from the
-        optimized noise, or those of `steered` from initial noise.
+        optimized noise, or those of `draw` from initial noise.
         """
         prompt = self.plan.prompts.prompts[index].text
         call = {**self.model.arguments, "num_images_per_prompt": self.plan.seeds}
         ours = {"callbacks": callbacks, "noise_sampler": noise_sampler, "generator": self.generators(index)}
         with measured(self.pipe, self.device) as cost:
             result = optimize_noise(self.pipe, prompt, method, **ours, **call)
-            found = {"latents": result.latents, "generator": result.generator(), "output_type": "pt", **(steered or {})}
-            images = self.pipe(prompt, **call, **found).images.float()
+            found = {"latents": result.latents, "generator": result.generator(), "output_type": "pt"}
+            images = (draw or self.pipe)(prompt, **call, **found).images.float()
         return Generation(images, result, cost)
 
     def run(self, contender: Contender, index: int, best_of: int | None, callbacks: Any = None) -> Generation:
-        """Generate the images of a prompt by a contender."""
-        steered, noise_sampler = self.steered(contender, index), self.noise_sampler(contender)
-        return self.generate(self.method(contender, best_of), index, callbacks, noise_sampler, steered)
+        """Generate the images of a prompt by a contender.
 
-    def warm_up(self, contender: Contender) -> None:
-        """Run the first passes of a contender, which are slower and use more memory than later ones."""
+        Raises:
+            ValueError, TypeError: For a contender that cannot run on this model.
+        """
+        draw, noise_sampler = self.drawing(contender, index), self.noise_sampler(contender)
+        return self.generate(self.method(contender, best_of), index, callbacks, noise_sampler, draw)
+
+    def check(self, contender: Contender) -> None:
+        """Run the first passes of a contender, which are slower and use more memory than later ones; see `run`."""
         self.run(contender, 0, 2, callbacks=lambda state: state.step < 1)
 
     def measure(self, contender: Contender, index: int, best_of: int | None) -> "Unit":

@@ -40,7 +40,7 @@ from noiseopt import (
 )
 from noiseopt.callbacks import NoiseState
 from noiseopt.demo import ONE_STEP, load_pipeline
-from noiseopt.pipelines import QualityGuard
+from noiseopt.pipelines import QualityGuard, WhiteNoiseProjection
 from noiseopt.pipelines.never_too_late.image_set import sequential_settings
 from noiseopt.pipelines.never_too_late.method import NeverTooLateState
 from noiseopt.pipelines.never_too_late.quality_guard import GUARD_REPORT
@@ -201,13 +201,13 @@ def test_the_papers_settings_give_the_released_steps_at_512_pixels(channels, cou
     problem = type("Problem", (), {"groups": [0] * count, "noise": torch.zeros(count, channels, 64, 64)})
     run, gradient = NoiseState(None, [""] * count, 2, problem.noise), torch.ones_like(problem.noise)
     released = torch.zeros_like(problem.noise).requires_grad_()
-    optimizer = torch.optim.SGD([released], lr=how.learning_rate, momentum=0.9)
+    optimizer = torch.optim.SGD([released], lr=how.rate, momentum=0.9)
     released.grad = gradient / count  # of the mean over the set
     torch.nn.utils.clip_grad_norm_([released], how.max_grad_norm)
     optimizer.step()
     moved = how.step(run, gradient, how.start(problem))
     torch.testing.assert_close(moved, released.detach(), rtol=1e-5, atol=0)
-    assert moved.norm().item() == pytest.approx(how.learning_rate * how.max_grad_norm, rel=1e-3)
+    assert moved.norm().item() == pytest.approx(how.rate * how.max_grad_norm, rel=1e-3)
 
 
 def test_a_set_reward_beyond_its_target_has_its_value_and_no_gradient():
@@ -642,6 +642,29 @@ def test_gradient_of_a_set_is_that_of_its_mean_loss_and_is_clipped_as_a_whole():
     torch.testing.assert_close(state.clipped(gradient, max_norm=1e3), mean)
     expected = torch.cat([0.1 * rows / rows.norm() for rows in mean.split([2, 3])])
     torch.testing.assert_close(state.clipped(gradient, max_norm=0.1), expected, rtol=1e-5, atol=0)
+
+
+def test_the_white_geometry_steps_from_white_noise_to_white_noise():
+    """Against the mean of projected gradients written out; an image that reverts begins a mean anew."""
+    noise, project = torch.randn(3, 4, 16, 16, generator=generator()), WhiteNoiseProjection()
+    first, second = (torch.randn(noise.shape, generator=generator(seed)).cumsum(-1) for seed in (1, 2))
+    how, problem = method(geometry="white"), SimpleNamespace(noise=noise, groups=[0, 0, 0], is_white=True)
+    state, run = how.start(problem), NoiseState(None, ["a"] * 3, 6, noise)  # pyright: ignore[reportArgumentType]
+    run.noise = how.step(run, first, state)
+    torch.testing.assert_close(run.noise, project(noise - 0.1 * project(first)), rtol=0, atol=1e-5)
+    state.guarded.good = torch.tensor([True, False, True])
+    moved, mean = how.step(run, second, state), (0.9 * project(first) + project(second)) / 1.9
+    expected = project(run.noise - 0.1 * mean)
+    torch.testing.assert_close(moved[::2], expected[::2], rtol=0, atol=1e-5)
+    assert torch.equal(moved[1], noise[1]) and state.white is not None and not state.white.mean[1].any()
+    assert how.regularizer(noise) == 0.0
+
+
+def test_in_the_white_geometry_a_set_becomes_diverse_and_its_noises_stay_white():
+    result, noises = find(method(geometry="white"))
+    assert result.best_loss.max() < result.losses[0].max()
+    for noise in noises[1:]:
+        torch.testing.assert_close(WhiteNoiseProjection()(noise), noise, rtol=0, atol=1e-4)
 
 
 def test_pink_noise_is_where_it_starts():

@@ -24,7 +24,7 @@ from tiny_pipelines import call_arguments, quiet, sd3_pipeline, sd_pipeline, tin
 from noiseopt import NoiseDiffusion, optimize_noise
 from noiseopt.callbacks import NoiseState
 from noiseopt.evaluation.noise_statistics import gaussian_limits, noise_statistics
-from noiseopt.pipelines import MeanVariance, NoisePGD
+from noiseopt.pipelines import MeanVariance, NoisePGD, WhiteNoiseProjection
 from noiseopt.pipelines.problem import seed_from
 from noiseopt.rewards import NonDifferentiableReward, Reward
 
@@ -189,6 +189,19 @@ class Walk:
         state = NoiseState(None, [""] * len(self.noise), 60, self.noise)
         state.loss = torch.full((len(self.noise),), -score)
         self.noise = self.method.step(state, gradient, self.memory)
+
+
+@pytest.mark.parametrize("selection", ["pool", "exact"])
+def test_the_white_geometry_chooses_by_the_projected_gradient(selection):
+    noise, gradient = torch.randn(2, 1, 4, 16, 16, generator=generator()).unbind(0)
+    gradient = gradient.cumsum(-1).cumsum(-2)  # hardly more than its lowest frequencies
+    settings = {"rewards": "red", "selection": selection, "candidates": 100}
+    white, projected, usual = (
+        Walk(NoiseDiffusion(**settings, geometry=geometry), noise) for geometry in ("white", None, None)
+    )
+    for steps, given in ((white, gradient), (projected, -WhiteNoiseProjection()(-gradient)), (usual, gradient)):
+        steps.step(0.3, given)
+    assert torch.equal(white.noise, projected.noise) and not torch.equal(white.noise, usual.noise)
 
 
 def worst_z_score(noise: torch.Tensor) -> float:

@@ -3,6 +3,8 @@
 import copy
 import inspect
 import math
+import types
+from typing import Any
 
 import pytest
 import torch
@@ -14,10 +16,12 @@ from tiny_pipelines import SIZE, call_arguments, save_tiny_clip, tiny_pipeline
 
 from noiseopt import AutoReward, BestOfN, ReNO, optimize_noise
 from noiseopt.callbacks import NoiseState
-from noiseopt.pipelines import ChiPrior
+from noiseopt.evaluation.noise_statistics import gaussian_limits, noise_statistics
+from noiseopt.pipelines import ChiPrior, WhiteNoiseProjection
 from noiseopt.pipelines.noise_math import clip_per_sample
 from noiseopt.pipelines.objective import on_released_pixels
 from noiseopt.rewards import RewardSum
+from noiseopt.schedulers import PinkNoise
 
 ARGUMENTS = {"num_inference_steps": 1, "guidance_scale": 0.0, **SIZE}
 PAPER_SIZE = 64 / 16  # of the side of the noise: with this factor learning rates are those of 64 × 64
@@ -99,7 +103,7 @@ class Steps:
     """A method's own updates, fed with chosen gradients."""
 
     def __init__(self, method: ReNO, noise: torch.Tensor):
-        problem = type("Problem", (), {"noise": noise})
+        problem: Any = types.SimpleNamespace(noise=noise, is_white=True)
         self.method, self.noise, self.memory = method, noise, method.start(problem)
 
     def __call__(self, gradient: torch.Tensor) -> torch.Tensor:
@@ -112,13 +116,13 @@ class Steps:
     [(512, 4, 5.0), (1024, 4, 10.0), (512, 16, 5.0)],
     ids=["SD-Turbo, SDXL-Turbo and PixArt-DMD", "Hyper-SDXL", "FLUX.1-schnell"],
 )
-def test_the_default_takes_the_released_steps_on_all_models_of_the_paper(side, channels, rate):
+def test_the_released_step_is_that_of_the_paper_on_all_its_models(side, channels, rate):
     noise = torch.randn(1, channels, side // 8, side // 8, generator=generator())
     gradient = torch.randn(noise.shape, generator=generator(1))
     released = noise.clone().requires_grad_()
     optimizer = torch.optim.SGD([released], lr=rate, momentum=0.9, nesterov=True)
     steps = Steps(ReNO(rewards="red", mode="parity"), noise)
-    kept_norm = Steps(ReNO(rewards="red"), noise)(gradient)
+    kept_norm = Steps(ReNO(rewards="red", geometry="sphere"), noise)(gradient)
     for _ in range(2):
         released.grad = gradient.clone()
         torch.nn.utils.clip_grad_norm_([released], 0.1)
@@ -219,10 +223,68 @@ def test_n_evaluations_and_n_minus_one_updates():
     assert len(noises) == 4 and len(gradients) == 1 + 3  # one more to try the callable out
 
 
-def test_default_mode_keeps_the_norm():
-    method = ReNO(rewards=redness, steps=6)
-    result = optimize_noise(tiny_pipeline("sd"), "a", method, generator=generator(), **ARGUMENTS)
+@pytest.mark.parametrize("settings", [{"geometry": "sphere"}, {"noise_sampler": "pink"}], ids=["sphere", "pink"])
+def test_the_norm_of_the_noise_is_kept(settings):
+    arguments = {name: settings[name] for name in settings if name == "noise_sampler"}
+    method = ReNO(rewards=redness, steps=6, search=0, geometry=settings.get("geometry"))
+    result = optimize_noise(tiny_pipeline("sd"), "a", method, generator=generator(), **arguments, **ARGUMENTS)
     torch.testing.assert_close(result.norms, result.norms[:1].expand_as(result.norms), rtol=1e-5, atol=0)
+
+
+def test_a_step_of_the_default_follows_the_mean_of_projected_gradients():
+    """Against the sums written out, for gradients of very different sizes."""
+    noise, project = torch.randn(2, 4, 16, 16, generator=generator()), WhiteNoiseProjection()
+    steps = Steps(ReNO(rewards="red", learning_rate=0.2, momentum=0.8), noise)
+    gradients = [torch.randn(noise.shape, generator=generator(seed)) for seed in range(1, 5)]
+    expected = noise
+    for count, size in enumerate([1e-6, 1.0, 1e4, 1e-3], start=1):
+        weights = [0.8**age for age in reversed(range(count))]
+        mean = sum(w * project(g) for w, g in zip(weights, gradients, strict=False)) / sum(weights)
+        expected = project(expected - 0.2 * mean)
+        torch.testing.assert_close(steps(size * gradients[count - 1]), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 16, 16), (1, 16, 8, 8), (1, 4, 9, 13)], ids=str)
+def test_ascent_on_a_quadratic_reaches_its_optimum_on_white_noise(shape):
+    """For `−‖z − t‖²` the optimum is the projection of t, and on the sphere `√d·t/‖t‖`."""
+    target = 30 * torch.randn(shape, generator=generator(1))
+    for settings, optimum in [
+        ({}, WhiteNoiseProjection()(target)),
+        ({"geometry": "sphere", "learning_rate": 100.0}, target / target.square().mean().sqrt()),
+    ]:
+        noise = torch.randn(shape, generator=generator())
+        steps = Steps(ReNO(rewards="red", momentum=0.5, **settings), noise / noise.square().mean().sqrt())
+        for _ in range(200):
+            steps(2 * (steps.noise - target))
+        torch.testing.assert_close(steps.noise, optimum, rtol=0, atol=0.02)
+
+
+def pulls() -> dict[str, torch.Tensor]:
+    """Directions that no Gaussian noise has: smooth, pink, of a single entry, of one size."""
+    noise = torch.randn(1, 4, 64, 64, generator=generator(1))
+    point = torch.zeros_like(noise)
+    point[0, 0, 3, 3] = 1
+    return {
+        "smooth": noise.cumsum(-1).cumsum(-2),
+        "pink": PinkNoise(1.0).color(noise),
+        "point": point,
+        "signs": noise.sign(),
+    }
+
+
+@pytest.mark.parametrize("pull", pulls().values(), ids=pulls())
+def test_white_noise_stays_gaussian_where_the_released_step_drifts(pull):
+    """A reward that always pulls the same way, for 100 steps; in standard errors of Gaussian noise."""
+    noise = torch.randn(1, 4, 64, 64, generator=generator())
+    limits, found = gaussian_limits((1, 4, 64, 64)), {}
+    for name, settings in {"white": {}, "parity": {"mode": "parity"}}.items():
+        steps = Steps(ReNO(rewards="red", **settings), noise)
+        for _ in range(100):
+            steps(-pull)
+        found[name] = limits.z_scores(noise_statistics(steps.noise))
+    for statistic in ("norm", "mean", "variance", "skewness", "excess_kurtosis", "spectral_slope"):
+        assert abs(getattr(found["white"], statistic)) < 3.1, statistic
+    assert max(abs(value) for value in (found["parity"].norm, found["parity"].spectral_slope)) > 10
 
 
 def test_views_leave_values_alone_and_change_the_gradient():

@@ -1,5 +1,8 @@
 """Views are small changes, differentiable, and each image's own."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from problems import generator
@@ -49,12 +52,14 @@ def sharpness(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("chunk_size", [1, 2, 3])
-def test_gradient_is_the_mean_of_the_gradients_of_the_views(chunk_size):
+def test_value_and_gradient_are_the_mean_over_the_views(chunk_size):
     images, seeds = torch.rand(3, 3, 16, 16, generator=generator()), [5, 6, 7]
     objective = ViewedRewards({sharpness: 2.0}, views=4)
-    gradient = objective.gradient_by_views(images, ["a"] * 3, seeds, chunk_size)
+    sample: Any = SimpleNamespace(images=images, prompts=["a"] * 3, seeds=seeds, chunk_size=chunk_size)
+    mean, gradient = objective.mean_of_views(sample, 4)
     leaf = images.requires_grad_()
-    views = random_views(leaf, 4, seeds)
+    views = list(random_views(leaf, 4, seeds))
+    torch.testing.assert_close(mean, torch.stack([2 * sharpness(view, []) for view in views]).mean(0))
     expected = [torch.autograd.grad(2 * sharpness(view, []).sum(), leaf)[0] for view in views]
     assert not torch.allclose(expected[0], expected[1], rtol=0.1)
     torch.testing.assert_close(gradient, torch.stack(expected).mean(0))

@@ -70,7 +70,7 @@ def test_provenance_says_where_a_noise_came_from():
     arguments = {"generator": generator(7), "num_inference_steps": 1, "guidance_scale": 0.0, **SIZE}
     result = optimize_noise(tiny_pipeline("sd"), "a", ReNO(rewards={"red": 2.0, "green": 0.0}, steps=2), **arguments)
     found = result.provenance
-    assert found["method"] == "ReNO" and found["settings"]["learning_rate"] == 5.0
+    assert found["method"] == "ReNO" and found["settings"]["momentum"] == 0.9
     assert found["objective"] == {"red": 2.0, "green": 0.0}
     assert found["prompts"] == ["a"] and found["seeds"] == [7] and found["dtype"] == "float32"
     assert found["scheduler"]["class"] == "EulerDiscreteScheduler"

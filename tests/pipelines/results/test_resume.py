@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import random
 import re
 import threading
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from problems import generator, redness
+from problems import Clock, generator, redness
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tiers import slow_except
@@ -31,8 +32,9 @@ from noiseopt import (
 from noiseopt.callbacks import History
 from noiseopt.pipelines import FunctionObjective, NoiseOptimizer
 from noiseopt.pipelines.registry import METHODS
-from noiseopt.pipelines.reno import method as reno
 from noiseopt.pipelines.results import noise_file
+from noiseopt.pipelines.stages import SEARCH_SHARE
+from noiseopt.pipelines.white_noise import WhiteNoiseSteps
 
 CALL = {"num_images_per_prompt": 2, "num_inference_steps": 1, "guidance_scale": 0.0, **SIZE}
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -105,6 +107,52 @@ def test_a_run_that_goes_on_is_one_that_was_never_interrupted(name, pipe, tmp_pa
             assert (left is None and right is None) or torch.equal(left, right)
 
 
+STAGES = {
+    "reno": {"views": 0},
+    "noise_diffusion": {**SETTINGS["noise_diffusion"], "gradient": "full"},
+    "noise_pgd": {"gradient": "full"},
+    "mean_variance": {"gradient": "full"},
+}
+
+
+@pytest.mark.parametrize("name", slow_except(STAGES, "reno"))
+@pytest.mark.parametrize("denoising_steps", [1, 2])
+def test_a_run_of_several_stages_goes_on_in_each_of_them(name, denoising_steps, pipe, tmp_path):
+    """Interrupted in the baseline, in the search, and within and between the starts, each of which has two steps."""
+    method = METHODS[name](**{"rewards": redness, **STAGES[name]}, budget=8, search=3, starts=2)
+    path, call = tmp_path / "noise.safetensors", {**CALL, "num_inference_steps": denoising_steps}
+
+    def own() -> list[Any]:
+        return [EarlyStopping(2)]
+
+    whole = optimize_noise(pipe, "a", method, callbacks=own(), generator=generator(), **call)
+    assert len(whole.losses) > 5
+    for step in range(len(whole.losses)):
+        interrupted(pipe, method, path, step, *own(), **call)
+        again = {"callbacks": own(), "generator": generator(), "resume_from": path, "save_noise_to": path}
+        found = optimize_noise(pipe, "a", method, **again, **call)
+        assert_same(found, whole)
+        assert_same(NoiseResult.load(path), whole)
+
+
+def test_a_time_budget_of_the_method_counts_the_seconds_before_the_interrupt(pipe, tmp_path, monkeypatch):
+    """Evaluations take 1 second: 7 of 12 seconds are over, of which the search took 4, and 5 are left."""
+    path, clock = tmp_path / "noise.safetensors", Clock(monkeypatch)
+    method = ReNO(rewards=redness, budget="12s", search=9, starts=2, views=0)
+    handle, stages = pipe.unet.register_forward_pre_hook(clock.after(1.0)), []
+
+    def look(state) -> None:
+        stages.append(state.stage)
+
+    found = interrupted(pipe, method, path, 6, look)
+    clock.now = 1000.0
+    result = optimize_noise(pipe, "a", method, callbacks=look, generator=generator(), resume_from=path, **CALL)
+    handle.remove()
+    search = math.floor(12 * SEARCH_SHARE) + 1
+    assert found.provenance["seconds"] == 7.0 and stages[:7] == ["search"] * search + ["start 1"] * (7 - search)
+    assert 11 <= result.provenance["seconds"] <= 12 and set(stages[7:]) == {"start 1", "start 2"}
+
+
 @pytest.mark.parametrize("family", slow_except(["flux", "sdxl"], "flux"))
 def test_packed_latents_and_a_generator_for_each_image(family, tmp_path):
     pipe, method, path = tiny_pipeline(family), method_of("reno"), tmp_path / "noise.safetensors"
@@ -124,7 +172,7 @@ def test_packed_latents_and_a_generator_for_each_image(family, tmp_path):
 def test_an_interrupt_anywhere_in_a_step_loses_that_step_only(place, pipe, tmp_path, monkeypatch):
     path, method, calls = tmp_path / "noise.safetensors", method_of("reno", views=0), []
     whole = optimize_noise(pipe, "a", method, generator=generator(), **CALL)
-    owner, name = {"reward": (ReNO, "regularizer"), "step": (reno, "rate_unit"), "start": (ReNO, "start")}[place]
+    owner, name = {"reward": (ReNO, "regularizer"), "step": (WhiteNoiseSteps, "moved"), "start": (ReNO, "start")}[place]
     own = getattr(owner, name)
 
     def third(*args):
@@ -240,7 +288,7 @@ def no_model(*_, **__):
 
 OTHERS = [
     ({"prompt": "b"}, "prompt was 'a' and is 'b'"),
-    ({"method": ReNO(rewards=redness, steps=STEPS, learning_rate=1.0)}, "method learning_rate was 5.0 and is 1.0"),
+    ({"method": ReNO(rewards=redness, steps=STEPS, learning_rate=1.0)}, "method learning_rate was None and is 1.0"),
     ({"method": BestOfN(rewards=redness, steps=STEPS)}, "method name was 'ReNO' and is 'BestOfN'"),
     ({"method": ReNO(rewards="red", steps=STEPS)}, "method rewards was "),
     ({"num_inference_steps": 3}, "arguments num_inference_steps was 1 and is 3"),

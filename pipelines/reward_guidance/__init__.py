@@ -1,0 +1,1 @@
+"""Reward guidance: rewards steer the denoising steps of a stock pipeline."""
