@@ -43,14 +43,14 @@ def load_records(path: Path) -> dict:
         return torch.load(path)
 
 
-def failures(path: Path, scenes: Sequence[Scene], seed: int) -> dict:
-    """Return imitated failures of the scenes, uint8 (N, 3, 64, 64), and whether each is right nevertheless, (N,)."""
+def failures(path: Path, scenes: Sequence[Scene], seed: int, size: int = SIZE) -> dict:
+    """Return imitated failures of the scenes, uint8 (N, 3, size, size), and whether each is right even so, (N,)."""
     if not path.exists():
         rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
         images, right = [], []
         for i in range(0, len(scenes), 500):
             part = scenes[i : i + 500]
-            drawn = render([imitate_failure(scene, rng) for scene in part], generator)
+            drawn = render([imitate_failure(scene, rng) for scene in part], generator, size=size)
             right += [v.correct for v in judge(drawn, [caption(scene) for scene in part])]
             images.append((drawn * 255).round().byte())
         torch.save({"images": torch.cat(images), "right": torch.tensor(right)}, path)
@@ -86,10 +86,11 @@ def crops(images: Tensor, masks: Tensor, size: int) -> Tensor:
 
 
 def blemish(images: Tensor) -> Tensor:
-    """Augment with small shifts, blur, noise and brightness that keep correctness; (B, 3, 64, 64) in [0, 1]."""
-    count = len(images)
-    dx, dy = (int(v) for v in torch.randint(-3, 4, (2,)))
-    images = F.pad(images, (3, 3, 3, 3), mode="replicate")[..., 3 + dy : 3 + dy + SIZE, 3 + dx : 3 + dx + SIZE]
+    """Augment with small shifts, blur, noise and brightness that keep correctness; (B, 3, H, H) in [0, 1]."""
+    count, side = len(images), images.shape[-1]
+    reach = 3 * side // 64
+    x, y = (int(v) for v in torch.randint(2 * reach + 1, (2,)))
+    images = F.pad(images, (reach,) * 4, mode="replicate")[..., y : y + side, x : x + side]
     one = (count, 1, 1, 1)
     blurred = F.avg_pool2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), 3, 1)
     strength = (torch.rand(one) - 0.4).clamp(min=0.0) * 1.6

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from noiseopt.shapes_world.world import SIZE
 from .gallery import GENERATORS, assemble, scaled_vae
 from .models import Reward
 from .optimization import averaged
-from .readers import CHAT_TEMPLATE, PATCH, TowerTraining
+from .readers import CHAT_TEMPLATE, TowerTraining
 from .train_readers import VLMTraining
 
 # Training stages of each model, in order.
@@ -28,20 +29,24 @@ STAGES_OF = {
     "dinov2": ("dinov2",),
     "vqa": ("vqa",),
 }
-PROCESSOR = {
-    "image_processor_type": "CLIPImageProcessor",
-    "do_resize": True,
-    "size": {"shortest_edge": SIZE},
-    "do_center_crop": True,
-    "crop_size": {"height": SIZE, "width": SIZE},
-    "do_rescale": True,
-    "rescale_factor": 1 / 255,
-    "do_normalize": True,
-    "image_mean": [0.5, 0.5, 0.5],
-    "image_std": [0.5, 0.5, 0.5],
-    "resample": 3,
-    "do_convert_rgb": True,
-}
+
+
+def processor_of(size: int) -> dict[str, Any]:
+    """Return the configuration of the image processor of readers of a size in pixels."""
+    return {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_resize": True,
+        "size": {"shortest_edge": size},
+        "do_center_crop": True,
+        "crop_size": {"height": size, "width": size},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+        "resample": 3,
+        "do_convert_rgb": True,
+    }
 
 
 def export(args: argparse.Namespace) -> None:
@@ -54,40 +59,49 @@ def export(args: argparse.Namespace) -> None:
     if (args.output / "dinov2.pt").exists():
         tower = averaged(args.output / "dinov2.pt", TowerTraining()).tower
         tower.half().save_pretrained(folder / "dinov2")
-        write_json(folder / "dinov2/preprocessor_config.json", PROCESSOR)
+        write_json(folder / "dinov2/preprocessor_config.json", processor_of(SIZE))
     if (args.output / "vqa.pt").exists():
         export_vqa(averaged(args.output / "vqa.pt", VLMTraining()), folder / "vqa")
-    for path in folder.glob("**/config.json"):  # weights are stored in half, but run in single precision
-        path.write_text(path.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
-    for path in folder.glob("*/vae/config.json"):
-        config = json.loads(path.read_text())
-        config.pop("block_out_channels", None)  # which `AutoencoderTiny` saves, and calls unexpected when it is loaded
-        path.write_text(json.dumps(config, indent=2) + "\n")
+    finish(folder)
     for path in folder.iterdir():
         training = training_of(args, path.name)
         write_json(path / "training.json", training)
         draw_curves(training["stages"], path / "learning_curve.png")
 
 
+def finish(folder: Path) -> None:
+    """Correct the configurations of exported models."""
+    for path in folder.glob("**/config.json"):  # weights are stored in half, but run in single precision
+        path.write_text(path.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
+    for path in folder.glob("*/vae/config.json"):
+        config = json.loads(path.read_text())
+        config.pop("block_out_channels", None)  # which `AutoencoderTiny` saves, and calls unexpected when it is loaded
+        path.write_text(json.dumps(config, indent=2) + "\n")
+
+
 def export_clip(args: argparse.Namespace, folder: Path) -> None:
     """Write the reward of the last training stage that has run."""
     path = next(p for p in (args.output / f"{s}.pt" for s in ("refined", "hardened", "clip")) if p.exists())
-    reward = averaged(path, Reward())
+    export_reward(averaged(path, Reward()), folder, SIZE)
+
+
+def export_reward(reward: Reward, folder: Path, size: int) -> None:
+    """Write a reward with its processors."""
     reward.clip.half().save_pretrained(folder)
     reward.tokenizer.save_pretrained(folder)
-    write_json(folder / "preprocessor_config.json", PROCESSOR)
+    write_json(folder / "preprocessor_config.json", processor_of(size))
 
 
-def export_vqa(model: VLMTraining, folder: Path) -> None:
+def export_vqa(model: VLMTraining, folder: Path, size: int = SIZE) -> None:
     """Write the vision-language model with its processor."""
     from transformers import CLIPImageProcessorPil, LlavaProcessor
 
     model.vlm.half().save_pretrained(folder)
-    settings = {key: value for key, value in PROCESSOR.items() if key != "image_processor_type"}
+    settings = {key: value for key, value in processor_of(size).items() if key != "image_processor_type"}
     processor = LlavaProcessor(
         image_processor=CLIPImageProcessorPil(**settings),
         tokenizer=model.tokenizer,
-        patch_size=PATCH,
+        patch_size=size // 8,
         vision_feature_select_strategy="default",
         chat_template=CHAT_TEMPLATE,
         image_token="<image>",
@@ -96,10 +110,12 @@ def export_vqa(model: VLMTraining, folder: Path) -> None:
     processor.save_pretrained(folder)
 
 
-def training_of(args: argparse.Namespace, name: str) -> dict[str, Any]:
+def training_of(
+    args: argparse.Namespace, name: str, stages_of: Mapping[str, Sequence[str]] = STAGES_OF
+) -> dict[str, Any]:
     """Return the training record of a model from the checkpoints of its stages."""
     stages = []
-    for stage in STAGES_OF[name]:
+    for stage in stages_of[name]:
         path = args.output / f"{stage}.pt"
         if path.exists():
             state = torch.load(path)

@@ -82,7 +82,7 @@ class SDXLGenerator(VPGenerator):
         return self.unet(noisy, t, context[0], added_cond_kwargs=added).sample
 
 
-class _OneForMany(TorchFunctionMode):
+class OneForMany(TorchFunctionMode):
     """Makes the last key of every attention count as `many` equal ones."""
 
     def __init__(self, many: int) -> None:
@@ -148,7 +148,7 @@ class SD3Generator(nn.Module):
 
     def predict(self, noisy: Tensor, t: Tensor, context: tuple[Tensor, Tensor], empty: int = EMPTY_TOKENS) -> Tensor:
         """Return the velocity, given the output of `embed`. Its one empty token stands for `empty` equal ones."""
-        with _OneForMany(empty):
+        with OneForMany(empty):
             return self.transformer(noisy, context[0], context[1], t.expand(len(noisy))).sample
 
     def times(self, count: int) -> Tensor:

@@ -68,15 +68,18 @@ def text_options(tokenizer: CLIPTokenizer) -> dict:
     }
 
 
-def new_clip() -> CLIPModel:
-    """Build an untrained dual encoder with a fixed temperature: scores are 20 times the cosine."""
+def new_clip(**vision: int) -> CLIPModel:
+    """Build an untrained dual encoder with a fixed temperature: scores are 20 times the cosine.
+
+    Takes other settings of its image encoder than the default.
+    """
     from transformers import CLIPConfig, CLIPModel
 
     tokenizer = new_tokenizer()
     tower = {"hidden_size": 96, "intermediate_size": 256, "num_attention_heads": 4, "projection_dim": 96}
     config = CLIPConfig(
         text_config=tower | text_options(tokenizer),
-        vision_config=tower | {"num_hidden_layers": 3, "image_size": SIZE, "patch_size": 8},
+        vision_config=tower | {"num_hidden_layers": 3, "image_size": SIZE, "patch_size": 8} | vision,
         projection_dim=96,
         logit_scale_init_value=math.log(20.0),
     )
@@ -88,9 +91,9 @@ def new_clip() -> CLIPModel:
 class Reward(nn.Module):
     """A CLIP model with a bias, the threshold score of right images; only the CLIP model is exported."""
 
-    def __init__(self) -> None:
+    def __init__(self, **vision: int) -> None:
         super().__init__()
-        self.clip = new_clip()
+        self.clip = new_clip(**vision)
         self.bias = nn.Parameter(torch.tensor(10.0))
         self.tokenizer = new_tokenizer()
 

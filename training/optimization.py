@@ -71,6 +71,8 @@ class Run(Generic[Model]):
         lr: Peak learning rate.
         decay: Decay of the moving average.
         look: Called with the averaged model and a path for sample images, after every tenth of the run.
+        dtype: The precision of `fast`, the copy of the model that is to be run; gradients, updates and weights are in
+            single precision.
     """
 
     def __init__(
@@ -82,6 +84,7 @@ class Run(Generic[Model]):
         lr: float,
         decay: float = 0.998,
         look: Callable[[Model, Path], None] | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         self.model, self.path, self.samples, self.batch, self.lr, self.decay = model, path, samples, batch, lr, decay
         self.average = copy.deepcopy(model).requires_grad_(False).eval()
@@ -91,12 +94,14 @@ class Run(Generic[Model]):
         self._sums: dict[str, float] = {}
         if path.exists():
             self.load()
+        self.fast = model if dtype == torch.float32 else fast(copy.deepcopy(model), dtype)
         torch.manual_seed(self.seen + (dist.get_rank() if dist.is_initialized() else 0))
 
     def __iter__(self) -> Iterator[int]:
         """Yield the number of samples seen until the stage is done, saving regularly."""
         first = not (dist.is_initialized() and dist.get_rank())
         steps, before, clock = 0, self.seconds, time.time()
+        saved = clock
         with tqdm(total=self.samples, initial=self.seen, desc=self.path.stem, disable=not first, mininterval=5) as bar:
             while self.seen < self.samples:
                 looks = 10 * self.seen // self.samples
@@ -106,7 +111,9 @@ class Run(Generic[Model]):
                 self.seconds = before + time.time() - clock
                 if first and steps % 100 == 0:
                     bar.set_postfix(self._record())
+                if first and (steps % 100 == 0 or time.time() - saved > 300):
                     self.save()
+                    saved = time.time()
                 if first and self.look and 10 * self.seen // self.samples > looks:
                     self.look(self.average, self.path.with_name(f"{self.path.stem}_{self.seen}.png"))
         self.save()
@@ -115,12 +122,17 @@ class Run(Generic[Model]):
         """Update by the sum of the losses; warm-up of 100 steps, then cosine decay to 2%."""
         self.optimizer.zero_grad(set_to_none=True)
         torch.stack(list(losses.values())).sum().backward()
+        self._take_gradients()
         self._share_gradients()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         warm = min(1.0, (self.seen / self.batch + 1) / 100)
         cosine = 0.51 + 0.49 * math.cos(math.pi * min(1.0, self.seen / self.samples))
         self.optimizer.param_groups[0]["lr"] = self.lr * warm * cosine
         self.optimizer.step()
+        if self.fast is not self.model:
+            with torch.no_grad():
+                for copied, p in zip(self.fast.parameters(), self.model.parameters(), strict=True):
+                    copied.copy_(p)
         self.seen += self.batch
         decay = min(self.decay, (self.seen / self.batch + 1) / (self.seen / self.batch + 20))
         with torch.no_grad():
@@ -129,6 +141,12 @@ class Run(Generic[Model]):
         for name, loss in losses.items():
             self._sums[name] = self._sums.get(name, 0.0) + float(loss.detach())
         self._sums["updates"] = self._sums.get("updates", 0.0) + 1
+
+    def _take_gradients(self) -> None:
+        """Move the gradients of the fast copy to the model."""
+        if self.fast is not self.model:
+            for copied, p in zip(self.fast.parameters(), self.model.parameters(), strict=True):
+                p.grad, copied.grad = None if copied.grad is None else copied.grad.float(), None
 
     def _record(self) -> dict[str, float]:
         """Append the mean losses since the last record to the curve."""
@@ -171,3 +189,8 @@ def averaged(path: Path, model: Model) -> Model:
     """Load the moving average of a stage's weights."""
     model.load_state_dict(torch.load(path)["average"])
     return model.requires_grad_(False).eval()
+
+
+def fast(module: Model, dtype: torch.dtype) -> Model:
+    """Convert a module to a precision, and to the memory format in which convolutions are fast."""
+    return module.to(dtype=dtype, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]

@@ -25,33 +25,33 @@ CHAT_TEMPLATE = (
 )
 
 
-def new_tower() -> Dinov2Model:
-    """Build an untrained DINOv2 encoder for 64x64 pixels: 64 patches of 96 channels, 4 layers."""
+def new_tower(size: int = SIZE) -> Dinov2Model:
+    """Build an untrained DINOv2 encoder: 64 patches of 96 channels, 4 layers."""
     from transformers import Dinov2Config, Dinov2Model
 
-    config = Dinov2Config(
-        hidden_size=96, num_hidden_layers=4, num_attention_heads=4, mlp_ratio=3, image_size=SIZE, patch_size=PATCH
-    )
+    tower: dict[str, Any] = {"hidden_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4, "mlp_ratio": 3}
+    config = Dinov2Config(**tower, image_size=size, patch_size=size // 8)
     return Dinov2Model(config)
 
 
 class TowerTraining(nn.Module):
     """The image encoder with training heads: content of each patch, count of each object, occupied patches, ground."""
 
-    def __init__(self) -> None:
+    def __init__(self, size: int = SIZE) -> None:
         super().__init__()
-        self.tower = new_tower()
+        self.tower = new_tower(size)
         width = self.tower.config.hidden_size
         self.patch = nn.Linear(width, len(OBJECTS) + 1)
         self.count = nn.Linear(width, 4 * len(OBJECTS))
         self.where = nn.Linear(width, PATCHES)
         self.ground = nn.Linear(width, LOOKS)
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Map images (B, 3, 64, 64) in [0, 1] to logits (B, 64, 31), (B, 4, 30), (B, 64) and looks (B, 12)."""
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Map images (B, 3, H, H) in [0, 1] to logits (B, 64, 31), (B, 4, 30), (B, 64), looks and features."""
         tokens = self.tower(pixel_values=images * 2 - 1).last_hidden_state
         whole, patches = tokens[:, 0], tokens[:, 1:]
-        return self.patch(patches), self.count(whole).unflatten(1, (4, -1)), self.where(whole), self.ground(whole)
+        counts = self.count(whole).unflatten(1, (4, -1))
+        return self.patch(patches), counts, self.where(whole), self.ground(whole), whole
 
 
 def new_question_tokenizer() -> PreTrainedTokenizerFast:
@@ -79,7 +79,7 @@ def new_question_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def new_vlm(tokenizer: Any) -> LlavaForConditionalGeneration:
+def new_vlm(tokenizer: Any, size: int = SIZE) -> LlavaForConditionalGeneration:
     """Build an untrained LLaVA: a CLIP vision encoder of 4 layers and a Llama of 4 layers, both of width 96."""
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
@@ -88,8 +88,8 @@ def new_vlm(tokenizer: Any) -> LlavaForConditionalGeneration:
         intermediate_size=288,
         num_hidden_layers=4,
         num_attention_heads=4,
-        image_size=SIZE,
-        patch_size=PATCH,
+        image_size=size,
+        patch_size=size // 8,
         projection_dim=96,
     )
     text = LlamaConfig(
@@ -153,7 +153,7 @@ class Questions:
     def __call__(
         self, model: LlavaForConditionalGeneration, images: Tensor, asked: Sequence[Sequence[tuple[str, int]]]
     ) -> Tensor:
-        """Map images (B, 3, 64, 64) in [0, 1] and K questions about each to logits of answer and end, (B, K, 2, V)."""
+        """Map images (B, 3, H, H) in [0, 1] and K questions about each to logits of answer and end, (B, K, 2, V)."""
         ids, positions, seen, places = (t.to(images.device) for t in self.sequence(self.tails(asked)))
         mask = torch.zeros(seen.shape, device=images.device).masked_fill(~seen, torch.finfo(torch.float32).min)
         hidden = model.model(

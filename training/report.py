@@ -169,7 +169,7 @@ def tower_accuracy(args: argparse.Namespace) -> dict[str, float]:
     rng = random.Random(99)
     scenes = [sample_scene(rng) for _ in range(args.report_pictures)]
     shown, counts, where = tower_targets(scenes)
-    patch, count, place, _ = model(render(scenes, torch.Generator().manual_seed(99)))
+    patch, count, place, _, _ = model(render(scenes, torch.Generator().manual_seed(99)))
     right = {"patch accuracy": patch.argmax(-1) == shown, "place accuracy": (place > 0) == (where > 0)}
     right["pictures with all counts right"] = (count.argmax(1) == counts).all(1)
     return {name: round(float(value.float().mean()), 4) for name, value in right.items()}

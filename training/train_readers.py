@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from noiseopt.shapes_world.captions import OBJECTS, Request, parse
 from noiseopt.shapes_world.judge import Thing, describe, see, verdict
-from noiseopt.shapes_world.world import LAYOUT, OPPOSITE, SIZE, Scene, coverage
+from noiseopt.shapes_world.world import LAYOUT, OPPOSITE, SIDE, SIZE, Scene, coverage
 
 from .data import blemish, failures, pictures
 from .gallery import gallery
@@ -45,7 +45,7 @@ def train_tower(args: argparse.Namespace) -> None:
         rows = torch.randint(0, len(data["images"]), (run.batch,))
         shown, counts, where = (t.to(args.device) for t in tower_targets([data["scenes"][i] for i in rows.tolist()]))
         images = blemish(data["images"][rows].to(args.device).float() / 255)
-        patch, count, place, ground = run.model(images)
+        patch, count, place, ground, _ = run.model(images)
         looks = data["chance"][rows, LAYOUT:].to(args.device)
         run.step(
             {
@@ -64,7 +64,7 @@ class Seen:
         self.images = torch.cat((images, images.flip(-1)))
         self.prompts = [*prompts, *map(mirrored_prompt, prompts)]
         things = [found for part in images.split(256) for found in see(part.float() / 255)]
-        self.things = things + [[replace(thing, x=SIZE - thing.x) for thing in found] for found in things]
+        self.things = things + [[replace(thing, x=SIDE - thing.x) for thing in found] for found in things]
 
     def question(self, row: int, rng: random.Random) -> Request:
         """Return a request that an image fulfills or nearly does: its prompt or its content, possibly changed."""
@@ -104,10 +104,10 @@ def seen_request(things: Sequence[Thing]) -> Request | None:
 class VLMTraining(nn.Module):
     """The vision-language model with packed questions."""
 
-    def __init__(self) -> None:
+    def __init__(self, size: int = SIZE) -> None:
         super().__init__()
         self.tokenizer = new_question_tokenizer()
-        self.vlm = new_vlm(self.tokenizer)
+        self.vlm = new_vlm(self.tokenizer, size)
         self.questions = Questions(self.tokenizer)
 
     def forward(self, images: Tensor, asked: Sequence[Sequence[tuple[str, int]]]) -> Tensor:

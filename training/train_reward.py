@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import random
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -18,13 +17,10 @@ from noiseopt.shapes_world.judge import judge, verdict
 from .data import blemish, encode_pictures, failures, pictures
 from .families import from_noise
 from .gallery import gallery
-from .models import Generator, Reward, decode, final_student, final_vae
+from .models import Reward, decode, final_student, final_vae
 from .negatives import wrong_request
 from .optimization import Run, averaged
 from .train_readers import Seen
-
-if TYPE_CHECKING:
-    from diffusers import AutoencoderTiny
 
 
 def contrast(
@@ -77,9 +73,7 @@ def train_clip(args: argparse.Namespace) -> None:
 
 
 def ascend(
-    student: Generator,
-    vae: AutoencoderTiny,
-    scale: float,
+    draw: Callable[[Tensor], Tensor],
     reward: Reward,
     noise: Tensor,
     prompts: Sequence[str],
@@ -88,15 +82,15 @@ def ascend(
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Ascend the gradient of the reward as in ReNO, https://arxiv.org/abs/2406.04312, with the norm of the noise fixed.
 
-    Yields noise, images and scores before each step and after the last.
+    Yields noise, images and scores before each step and after the last. `draw` maps a noise to images in [0, 1].
     """
     with torch.no_grad():
-        context, texts = student.embed(prompts), reward.embed_texts(prompts)
+        texts = reward.embed_texts(prompts)
     noise, velocity = noise.clone(), torch.zeros_like(noise)
     for step in range(steps + 1):
         noise.requires_grad_(step < steps)
         with torch.set_grad_enabled(step < steps):
-            images = decode(vae, from_noise(student, noise, context), scale)
+            images = draw(noise)
             scores = 20.0 * (reward.embed_images(images) * texts).sum(-1)
         yield noise.detach(), images.detach(), scores.detach()
         if step == steps:
@@ -117,7 +111,11 @@ def explore(args: argparse.Namespace, reward: Reward, round_: int) -> dict:
     for _ in range(args.climbs // 32):
         prompts = [str(sample_request(rng)) for _ in range(8)] * 4
         noise = torch.randn(32, 8, 8, 8, generator=generator).to(args.device)
-        climb = ascend(student, vae, scale, reward, noise, prompts, steps=40)
+        with torch.no_grad():
+            context = student.embed(prompts)
+        climb = ascend(
+            lambda z, context=context: decode(vae, from_noise(student, z, context), scale), reward, noise, prompts, 40
+        )
         for step, (_, images, _) in enumerate(climb):
             if step in (0, 10, 20, 40):
                 found["images"].append((images.cpu() * 255).round().byte())

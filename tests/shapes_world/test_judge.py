@@ -14,11 +14,12 @@ from training.negatives import wrong_request
 module = importlib.import_module("noiseopt.shapes_world.judge")
 
 
-@pytest.fixture(scope="module")
-def drawn():
+@pytest.fixture(scope="module", params=[64, 128])
+def drawn(request):
     rng = random.Random(0)
     scenes = [shapes_world.sample_scene(rng) for _ in range(600)]
-    return render(scenes, torch.Generator().manual_seed(0)), [caption(scene, rng) for scene in scenes]
+    images = render(scenes, torch.Generator().manual_seed(0), size=request.param)
+    return images, [caption(scene, rng) for scene in scenes]
 
 
 def test_clean_pictures_are_right(drawn):
@@ -218,9 +219,24 @@ def test_regions_are_counted_one_by_one():
     }
 
 
-def test_wrong_shapes_of_input_are_refused():
-    with pytest.raises(ValueError, match=r"\(B, 3, 64, 64\)"):
-        judge(torch.zeros(1, 3, 32, 32), "a red star")
+@pytest.mark.parametrize("size", [64, 128, 192])
+def test_places_do_not_depend_on_the_number_of_pixels(size):
+    scene = Scene((Shape("star", "red", 16, 40, 12), Shape("square", "blue", 48, 20, 10)))
+    (things,) = shapes_world.see(render(scene, torch.Generator().manual_seed(0), size=size))
+    square, star = sorted(things, key=lambda thing: thing.kind)
+    assert (square.kind, star.kind) == ("square", "star")
+    assert (square.x, square.y) == (48, 20)
+    assert square.area == 18**2
+    assert max(abs(star.x - 16), abs(star.y - 40)) <= 1
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 32, 32), (1, 3, 64, 128), (1, 3, 96, 96), (3, 64, 64), (1, 1, 64, 64)])
+def test_other_sizes_are_refused(shape):
+    with pytest.raises(ValueError, match="multiple of 64"):
+        judge(torch.zeros(shape), "a red star")
+
+
+def test_wrong_numbers_of_prompts_are_refused():
     with pytest.raises(ValueError, match="Expected one prompt or 1"):
         judge(torch.zeros(1, 3, 64, 64), ["a red star"] * 2)
 

@@ -34,11 +34,12 @@ def changed(request: Request, attribute: str, rng: random.Random) -> Request | N
     return Request(objects, request.relation if len(set(objects)) > 1 else None)
 
 
-@pytest.fixture(scope="module")
-def renders() -> tuple[torch.Tensor, list[str]]:
+@pytest.fixture(scope="module", params=[64, 128])
+def renders(request) -> tuple[torch.Tensor, list[str]]:
     rng = random.Random(8)
     scenes = [shapes_world.sample_scene(rng) for _ in range(1600)]
-    return render(scenes, torch.Generator().manual_seed(8)), [caption(scene, rng) for scene in scenes]
+    images = render(scenes, torch.Generator().manual_seed(8), size=request.param)
+    return images, [caption(scene, rng) for scene in scenes]
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """A deterministic judge: reads the objects of an image, and compares them with the prompt.
 
-It uses no trained model, so optimized noise cannot exploit it. Saturated pixels get the nearest hue, and connected
+It uses no trained model, so optimized noise cannot exploit it. Images of more than 64 x 64 pixels are averaged down to
+that size first. Saturated pixels get the nearest hue, and connected
 pixels form an object. The object's mask, normalized to unit area around its center of mass, is compared with templates
 of the shapes, including rounded and deformed ones as generators draw them. Its outline, in polar coordinates around
 that center, is measured for number and height of tips, evenness of turning, dents and elongation. Each kind weighs
@@ -22,10 +23,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .captions import Request, parse
-from .world import COLORS, KINDS, OPPOSITE, SIZE, Scene, Shape, coverage, relation_of
+from .world import COLORS, KINDS, OPPOSITE, SIDE, Scene, Shape, coverage, relation_of
 
 CHROMA = 0.33  # a pixel belongs to a shape if its largest minus its smallest channel exceeds this
-AREA = 36  # pixels; smaller regions are ignored
+AREA = 36  # pixels of 64 x 64; smaller regions are ignored
 OVERLAP = 0.7  # minimum intersection over union with the best template of a kind
 TIPS = {"circle": 0, "square": 4, "triangle": 3, "star": 5, "cross": 4}
 # Weights of the measurements of `_measures`, fitted to manual labels of generated images. An object is of the kind with
@@ -52,7 +53,10 @@ _DIRECTIONS, _FINE, _ASIDE = 24, 7, 2  # rays; highest stray wave; half the widt
 
 @dataclass(frozen=True)
 class Thing:
-    """A connected region of one color: its kind ("blob" if unclear), the center of its box, and its area in pixels."""
+    """A connected region of one color: its kind ("blob" if unclear), the center of its box, and its area.
+
+    Lengths are in units of 1/64 of the side of the image, areas in their squares.
+    """
 
     color: str
     kind: str
@@ -85,14 +89,13 @@ def judge(images: Tensor, prompts: str | Sequence[str]) -> list[Verdict]:
     """Judge images.
 
     Args:
-        images: (B, 3, 64, 64) in [0, 1].
+        images: (B, 3, H, H) in [0, 1], with H a multiple of 64.
         prompts: One prompt for all images, or B prompts.
 
     Raises:
         ValueError: If a prompt is outside the world, or for wrong shapes.
     """
-    if images.ndim != 4 or images.shape[1:] != (3, SIZE, SIZE):
-        raise ValueError(f"Expected images of shape (B, 3, {SIZE}, {SIZE}), but got {tuple(images.shape)}.")
+    check_size(images)
     prompts = [prompts] * len(images) if isinstance(prompts, str) else list(prompts)
     if len(prompts) != len(images):
         raise ValueError(f"Expected one prompt or {len(images)}, one per image, but got {len(prompts)}.")
@@ -101,10 +104,19 @@ def judge(images: Tensor, prompts: str | Sequence[str]) -> list[Verdict]:
     return [verdict(found, request) for found, request in zip(things, requests, strict=True)]
 
 
+def check_size(images: Tensor) -> None:
+    """Raise a `ValueError` unless images are square, in color, and a multiple of 64 pixels wide."""
+    height = images.shape[-1]
+    if images.ndim != 4 or height == 0 or height % SIDE or images.shape[1:] != (3, height, height):
+        raise ValueError(
+            f"Expected images of shape (B, 3, H, H) with H a multiple of {SIDE}, but got {tuple(images.shape)}."
+        )
+
+
 @torch.no_grad()
 def see(images: Tensor) -> list[list[Thing]]:
-    """Find the objects of each image, largest first; images (B, 3, 64, 64) in [0, 1]."""
-    images = images.detach().float().cpu().clamp(0.0, 1.0)
+    """Find the objects of each image, largest first; images (B, 3, H, H) in [0, 1], with H a multiple of 64."""
+    images = F.avg_pool2d(images.detach().float().cpu().clamp(0.0, 1.0), images.shape[-1] // SIDE)
     colors, chroma = _hues(images), images.amax(1) - images.amin(1)
     labels = _components(colors)
     area = torch.bincount(labels.flatten(), minlength=labels.numel())
@@ -112,7 +124,7 @@ def see(images: Tensor) -> list[list[Thing]]:
     found: list[list[Thing]] = [[] for _ in images]
     if len(roots) == 0:
         return found
-    picture = roots // (SIZE * SIZE)
+    picture = roots // (SIDE * SIDE)
     inside = torch.where(labels[picture] == roots[:, None, None], chroma[picture], 0.0)
     # relative to its strongest pixel, so that a soft outline lies where a sharp one would
     covers = inside / inside.amax((1, 2), keepdim=True)
@@ -171,9 +183,9 @@ def _sampled(covers: Tensor, points: Tensor) -> Tensor:
     """
     inside = (covers > 0.5).float()
     area = inside.sum((1, 2))
-    pixel = torch.arange(SIZE) + 0.5
+    pixel = torch.arange(SIDE) + 0.5
     middle = torch.stack([(inside.sum(dim) * pixel).sum(1) / area for dim in (1, 2)], 1)
-    grid = (middle[:, None, None] + area.sqrt()[:, None, None, None] * points) * (2 / SIZE) - 1
+    grid = (middle[:, None, None] + area.sqrt()[:, None, None, None] * points) * (2 / SIDE) - 1
     return (F.grid_sample(covers[:, None], grid, align_corners=False)[:, 0] > 0.5).float()
 
 
@@ -206,12 +218,12 @@ def _deformations() -> list[Tensor]:
 @functools.cache
 def _templates() -> Tensor:
     """Return masks (5, T, 1024) of every kind in all roundings and deformations."""
-    sharp = coverage([Scene((Shape(kind, "red", SIZE / 2, SIZE / 2, _RADIUS),)) for kind in KINDS])[:, 0]
+    sharp = coverage([Scene((Shape(kind, "red", SIDE / 2, SIDE / 2, _RADIUS),)) for kind in KINDS], size=SIDE)[:, 0]
     masks = []
     for rounding, matrix in itertools.product(ROUNDINGS, _deformations()):
         shapes = _rounded(sharp, rounding * _RADIUS)
         theta = torch.cat((matrix, torch.zeros(2, 1)), 1).expand(len(KINDS), 2, 3)
-        grid = F.affine_grid(theta, [len(KINDS), 1, SIZE, SIZE], align_corners=False)
+        grid = F.affine_grid(theta, [len(KINDS), 1, SIDE, SIDE], align_corners=False)
         masks.append(_normalized(F.grid_sample(shapes[:, None], grid, align_corners=False)[:, 0]).flatten(1))
     return torch.stack(masks, 1)
 
@@ -313,9 +325,9 @@ def _turns(radii: Tensor) -> Tensor:
 
 def _centers(covers: Tensor) -> Tensor:
     """Return the center (x, y) of the bounding box of each object (N, 64, 64), in pixels, (N, 2)."""
-    span = torch.arange(SIZE)
+    span = torch.arange(SIDE)
     lines = [(covers > 0.5).any(dim) for dim in (1, 2)]
-    low, high = ([torch.where(line, span, out) for line in lines] for out in (SIZE, -1))
+    low, high = ([torch.where(line, span, out) for line in lines] for out in (SIDE, -1))
     return torch.stack([(a.amin(1) + b.amax(1) + 1) / 2 for a, b in zip(low, high, strict=True)], 1)
 
 

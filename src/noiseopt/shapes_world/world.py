@@ -1,19 +1,22 @@
 """The shapes world: scenes, and a signed-distance renderer that draws them.
 
 An image shows one to three flat shapes on a gray, faintly tinted, possibly textured ground. The scene fixes the shapes,
-their positions and sizes; color jitter and ground are free, and no caption mentions them.
+their positions and sizes; color jitter and ground are free, and no caption mentions them. Lengths are in units of 1/64
+of the side of an image, at any number of pixels.
 """
 
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-SIZE = 64
+SIDE = 64  # the side of an image in units of length
+SIZE = 64  # and in pixels, by default
 KINDS = ("circle", "square", "triangle", "star", "cross")
 COLORS = {
     "red": (0.93, 0.12, 0.12),
@@ -25,7 +28,7 @@ COLORS = {
 }
 RELATIONS = ("left of", "right of", "above", "below")
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
-GAP = 2.0  # pixels between two bounding boxes
+GAP = 2.0  # between two bounding boxes
 LAYOUT, LOOKS = 8, 12  # numbers that determine layout, and ground with brightness
 
 
@@ -36,8 +39,8 @@ class Shape:
     Args:
         kind: One of `KINDS`.
         color: One of `COLORS`.
-        x, y: Center in pixels; y grows downwards.
-        radius: Half the side of its bounding box in pixels.
+        x, y: Center, in units of 1/64 of the side of the image; y grows downwards.
+        radius: Half the side of its bounding box.
         towards, blend: Interpolates the signed distance to that of kind `towards` by `blend` in [0, 1].
         wobble: Amplitude of waves on the outline, relative to the radius. Blends and wobbles imitate the output of a
             weak generator; captions ignore them.
@@ -109,18 +112,32 @@ def lay_out(objects: Sequence[tuple[str, str]], chance: Sequence[float], relatio
     return Scene(tuple(Shape(kind, color, x, y, radius) for (color, kind), (x, y), radius in positions))
 
 
+def usual(objects: Sequence[tuple[str, str]], relation: str | None, rng: random.Random) -> list[float]:
+    """Sample the `LAYOUT` numbers of the usual layout of objects: centered, of medium size, off by a few pixels."""
+    ahead, beside = ((0.25, 0.75), (0.5, 0.5)) if len(objects) < 3 else ((0.25, 0.75), (0.25, 0.75))
+    if len(objects) == 1:
+        ahead = (0.5, 0.5)
+    x, y = (beside, ahead) if relation in ("above", "below") else (ahead, beside)
+    return [rng.gauss(mean, 0.03) for mean in (x[0], y[0], x[1], y[1], 0.6, 0.6, 0.1, 0.5)]
+
+
+def usual_looks(rng: random.Random) -> list[float]:
+    """Sample the `LOOKS` numbers of the usual ground: light, plain and neutral."""
+    return [rng.gauss(mean, 0.02) for mean in (0.5, 0.75, 0.5, 0.5, 0.5, 0.5, 0.5, 0.1, 0.5, 0.5, 0.5, 0.5)]
+
+
 def _between(low: float, high: float, share: float) -> float:
     return low + (high - low) * share
 
 
 def _inside(radius: float, share: float) -> float:
-    return _between(radius + 1, SIZE - radius - 1, share)
+    return _between(radius + 1, SIDE - radius - 1, share)
 
 
 def _spread(radii: Sequence[float], chance: Sequence[float]) -> tuple[float, float]:
     """Return the centers of two shapes along an axis, the lower first, with at least `GAP` between their boxes."""
-    slack = SIZE - 2 - GAP - 2 * sum(radii)
-    return 1 + radii[0] + slack * min(chance), SIZE - 1 - radii[1] - slack * (1 - max(chance))
+    slack = SIDE - 2 - GAP - 2 * sum(radii)
+    return 1 + radii[0] + slack * min(chance), SIDE - 1 - radii[1] - slack * (1 - max(chance))
 
 
 def _in_a_row(
@@ -141,7 +158,7 @@ def _in_a_row(
 
 
 def _clamp(center: float, radius: float) -> float:
-    return min(max(center, radius + 1), SIZE - radius - 1)
+    return min(max(center, radius + 1), SIDE - radius - 1)
 
 
 def _circle(x: Tensor, y: Tensor) -> Tensor:
@@ -185,9 +202,9 @@ _DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-def _distance(shapes: Sequence[Shape], phase: Tensor) -> Tensor:
-    """Return signed distances in pixels, (N, 64, 64); `phase` (N, 2) in [0, 1) shifts the waves of wobbly outlines."""
-    grid = torch.arange(SIZE) + 0.5
+def _distance(shapes: Sequence[Shape], phase: Tensor, size: int) -> Tensor:
+    """Return signed distances in pixels, (N, size, size); `phase` (N, 2) in [0, 1) shifts waves of wobbly outlines."""
+    grid = (torch.arange(size) + 0.5) * (SIDE / size)
     table = torch.tensor([[s.x, s.y, s.radius, s.stretch, s.wobble, s.blend] for s in shapes])
     cx, cy, radius, stretch, wobble, blend = table[:, :, None, None].unbind(1)
     x = (grid - cx) / (radius * stretch.sqrt())
@@ -201,7 +218,7 @@ def _distance(shapes: Sequence[Shape], phase: Tensor) -> Tensor:
         angle = torch.atan2(y, x)
         phase = 2 * math.pi * phase[:, :, None, None]
         distance = distance + wobble * (torch.cos(2 * angle + phase[:, 0]) + torch.cos(3 * angle + phase[:, 1])) / 2
-    return distance * radius
+    return distance * radius * (size / SIDE)
 
 
 def _by_kind(kinds: Sequence[str], x: Tensor, y: Tensor) -> Tensor:
@@ -212,21 +229,21 @@ def _by_kind(kinds: Sequence[str], x: Tensor, y: Tensor) -> Tensor:
     return distance
 
 
-def coverage(scenes: Sequence[Scene], generator: torch.Generator | None = None) -> Tensor:
-    """Return the share of each pixel that each shape covers, (B, 3, 64, 64) in [0, 1]; zero if there is no shape."""
+def coverage(scenes: Sequence[Scene], generator: torch.Generator | None = None, size: int = SIZE) -> Tensor:
+    """Return the share of each pixel that each shape covers, (B, 3, size, size) in [0, 1]; zero if there is none."""
     shapes = [s for scene in scenes for s in scene.shapes]
     slots = torch.tensor([3 * i + j for i, scene in enumerate(scenes) for j in range(len(scene.shapes))])
     phase = torch.rand(len(shapes), 2, generator=generator)
-    alpha = torch.zeros(3 * len(scenes), SIZE, SIZE)
-    alpha[slots] = (0.5 - _distance(shapes, phase)).clamp(0.0, 1.0)
-    return alpha.view(len(scenes), 3, SIZE, SIZE)
+    alpha = torch.zeros(3 * len(scenes), size, size)
+    alpha[slots] = (0.5 - _distance(shapes, phase, size)).clamp(0.0, 1.0)
+    return alpha.view(len(scenes), 3, size, size)
 
 
-def _grounds(chance: Tensor) -> Tensor:
-    """Render grounds, (B, 3, 64, 64) in [0, 1], from (B, 11) numbers: gray, tint, gradient, one of four textures."""
+def _grounds(chance: Tensor, size: int) -> Tensor:
+    """Render grounds, (B, 3, size, size) in [0, 1], from (B, 11) numbers: gray, tint, gradient, one of 4 textures."""
     columns = chance[:, :, None, None].unbind(1)
     gray, red, green, blue, slope_x, slope_y, texture, waves, phase_x, phase_y, depth = columns
-    axis = torch.linspace(-1.0, 1.0, SIZE)
+    axis = torch.linspace(-1.0, 1.0, size)
     x, y = axis, axis[:, None]
     gradient = 0.16 * ((slope_x - 0.5) * x + (slope_y - 0.5) * y)
     waves = (2.0 + 2.5 * waves) * math.pi
@@ -239,7 +256,10 @@ def _grounds(chance: Tensor) -> Tensor:
 
 
 def render(
-    scenes: Scene | Sequence[Scene], generator: torch.Generator | None = None, chance: Tensor | None = None
+    scenes: Scene | Sequence[Scene],
+    generator: torch.Generator | None = None,
+    chance: Tensor | None = None,
+    size: int = SIZE,
 ) -> Tensor:
     """Render scenes.
 
@@ -247,15 +267,16 @@ def render(
         scenes: One scene or several.
         generator: Source of ground and color jitter. Equal generator states give equal images.
         chance: (B, `LOOKS`) in [0, 1], fixes ground and brightness instead.
+        size: Side of the images in pixels.
 
     Returns:
-        (B, 3, 64, 64) in [0, 1]; B is 1 for a single scene.
+        (B, 3, size, size) in [0, 1]; B is 1 for a single scene.
     """
     scenes = [scenes] if isinstance(scenes, Scene) else list(scenes)
     if chance is None:
         chance = torch.rand(len(scenes), LOOKS, generator=generator)
-    image = _grounds(chance[:, 1:])
-    alpha = coverage(scenes, generator)
+    image = _grounds(chance[:, 1:], size)
+    alpha = coverage(scenes, generator, size)
     jitter = torch.empty(len(scenes), 3, 3).uniform_(-0.03, 0.03, generator=generator)
     black = (0.0, 0.0, 0.0)
     colors = [[COLORS[s.color] for s in scene.shapes] + [black] * (3 - len(scene.shapes)) for scene in scenes]

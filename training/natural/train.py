@@ -1,0 +1,95 @@
+"""Train the models with one command from a checkout: `python -m training.natural.train --output DIR`.
+
+Choose stages with `--stages`; each resumes from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from .autoencoder import latents, train_decoder, train_vae
+from .distillation import draw_pairs, train_sdxl_turbo, train_turbo
+from .export import export
+from .gallery import gallery
+from .readers import train_clip, train_eyes, train_tower, train_vqa
+from .refinement import refine_clip
+from .teacher import train_base, train_guided, train_sd3, train_sdxl
+
+STAGES = {
+    "vae": train_vae,
+    "decoder": train_decoder,
+    "latents": latents,
+    "base": train_base,
+    "guided": train_guided,
+    "pairs": draw_pairs,
+    "turbo": train_turbo,
+    "sdxl": train_sdxl,
+    "sdxl-turbo": train_sdxl_turbo,
+    "sd3": train_sd3,
+    "gallery": gallery,
+    "eyes": train_eyes,
+    "clip": train_clip,
+    "refined": refine_clip,
+    "tower": train_tower,
+    "vqa": train_vqa,
+    "export": export,
+}
+SAMPLES = {  # default number of samples by stage
+    "vae": 64_000,
+    "decoder": 32_000,
+    "base": 160_000,
+    "guided": 48_000,
+    "turbo": 128_000,
+    "sdxl": 96_000,
+    "sdxl-turbo": 48_000,
+    "sd3": 240_000,
+    "eyes": 128_000,
+    "clip": 128_000,
+    "refined": 384_000,
+    "tower": 128_000,
+    "vqa": 384_000,
+}
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Train the models of the shapes world.")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--output", type=Path, required=True, help="folder for checkpoints, samples and `weights`")
+    parser.add_argument("--stages", nargs="+", default=list(STAGES), choices=list(STAGES), metavar="STAGE")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument(
+        "--dtype",
+        default=torch.bfloat16,
+        type=lambda name: getattr(torch, name),
+        help="precision of forward and backward passes (default bfloat16)",
+    )
+    parser.add_argument("--pictures", type=int, default=10_000, help="number of pictures of the autoencoder")
+    parser.add_argument("--latents", type=int, default=30_000, help="number of pictures of the generators")
+    parser.add_argument("--teacher", default="guided", help="stage that the students learn from")
+    parser.add_argument("--pairs", type=int, default=10_240, help="number of images drawn by the teacher")
+    parser.add_argument("--failures", type=int, default=5_000, help="number of imitated failures")
+    parser.add_argument("--slips", type=float, default=0.4, help="share of careless captions")
+    parser.add_argument("--gallery", type=int, default=12_800, help="images by each one-step model; 1/4 by others")
+    parser.add_argument("--climbs", type=int, default=256, help="ascents per round of refinement")
+    parser.add_argument("--rounds", type=int, default=4, help="rounds of refinement")
+    for stage, samples in SAMPLES.items():
+        parser.add_argument(f"--{stage}-samples", type=int, default=samples, metavar="N", help=f"default {samples}")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the stages."""
+    args = parse_arguments(argv)
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    args.output.mkdir(parents=True, exist_ok=True)
+    for stage in args.stages:
+        STAGES[stage](args)
+
+
+if __name__ == "__main__":
+    main()
