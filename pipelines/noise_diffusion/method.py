@@ -18,6 +18,7 @@ from ..registry import register_method
 from ..sampling.sampler import Gradient
 from ..white_noise import WhiteNoiseProjection
 from .candidate_choice import best_of_pool, guided_gaussian
+from .trust_region import TrustRegion
 from .unit_score import UnitScore, check_score_range
 
 MOST_CANDIDATES = 100_000
@@ -56,6 +57,9 @@ class NoiseDiffusion(GradientOptimizer):
         geometry: "white" projects the gradient on white noise before it chooses, so that all frequencies of the noise
             count alike. `None` is the gradient itself, as in the paper.
         accept: "always" goes on from the new noise, as in the paper; "better" from the best so far.
+        trust_region: Limit γ to a radius, per image, within which the gradient tells the gain: the first radius, such
+            as 0.05. See `TrustRegion`. A step without gain is taken back, as with `accept="better"`, and drawn anew by
+            the gradient at the best noise. `None` has γ = 1 − √s always, as in the paper.
         threshold: Stop an image whose score is at least this.
         patience: Stop an image after this many rounds without a better score.
         score_range: (low, high): s is the position of the total between the two, clamped to [0, 1].
@@ -69,6 +73,7 @@ class NoiseDiffusion(GradientOptimizer):
     selection: Literal["pool", "exact", "random"] = "pool"
     geometry: Literal["white"] | None = None
     accept: Literal["always", "better"] = "always"
+    trust_region: float | None = checked(None, "(0, 1]")
     threshold: float | None = checked(None, "[0, 1]")
     patience: int | None = checked(None, "[1, inf)")
     score_range: tuple[float, float] | None = None
@@ -108,7 +113,7 @@ class NoiseDiffusion(GradientOptimizer):
                 'little about their score, nothing if that is about content. Pass `gradient="full"`, or use `ReNO`.',
                 stacklevel=2,
             )
-        return NoiseDiffusionState(CandidateNoise(problem))
+        return NoiseDiffusionState(CandidateNoise(problem), self.trust_region, self.gradient_mode != "frozen")
 
     def inspect(self, run: NoiseState, objective: Any, state: "NoiseDiffusionState") -> None:
         """Stop the images that have reached the threshold or run out of patience."""
@@ -120,18 +125,25 @@ class NoiseDiffusion(GradientOptimizer):
             run.stop("patience", state.waited >= self.patience)
 
     def step(self, run: NoiseState, gradient: torch.Tensor | None, state: "NoiseDiffusionState") -> torch.Tensor:
-        state.move_to(run, gradient, self.accept == "always")
+        if state.trust is not None:
+            state.trust.learn(state.loss - run.loss)
+        state.move_to(run, gradient, self.accept == "always" and state.trust is None)
         noise, ascent = state.noise, -state.gradient
         if self.geometry == "white":
             ascent = WhiteNoiseProjection()(ascent)
         gamma = 1 - UnitScore.score_of(-state.loss, self.score_range).sqrt()
+        if state.trust is not None:
+            gamma = torch.minimum(gamma, state.trust.radius)
         if self.selection == "pool":
             sigma = best_of_pool(noise, ascent, gamma, state.fresh, int(self.candidates))
         elif self.selection == "exact":
             sigma = guided_gaussian(ascent, state.fresh, self.candidates)
         else:
             sigma = state.fresh.draw()
-        return noise + displacement(noise, sigma, gamma)
+        v = displacement(noise, sigma, gamma)
+        if state.trust is not None:
+            state.trust.expect(gamma, -(state.gradient * v).flatten(1).sum(1))
+        return noise + v
 
 
 class NoiseDiffusionState:
@@ -142,13 +154,15 @@ class NoiseDiffusionState:
         noise, gradient: `(B, C, H, W)`; the gradient is zero for a method without.
         loss: `(B,)`.
         lowest, waited: `(B,)`, the lowest loss so far and the number of rounds since then.
+        trust: The limits of γ, if it has some.
     """
 
-    def __init__(self, fresh: CandidateNoise) -> None:
+    def __init__(self, fresh: CandidateNoise, radius: float | None = None, true: bool = True) -> None:
         self.fresh = fresh
         self.noise, self.gradient = fresh.like, torch.zeros_like(fresh.like)
         self.loss = self.lowest = torch.full((len(fresh.like),), math.inf, device=fresh.like.device)
         self.waited = torch.zeros_like(self.loss, dtype=torch.long)
+        self.trust = None if radius is None else TrustRegion(self.loss, radius, true)
 
     def count_waiting(self, loss: torch.Tensor) -> None:
         """Update the lowest loss and the number of rounds without a lower one."""

@@ -2,7 +2,6 @@
 
 import dataclasses
 import warnings
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,12 +16,10 @@ from diffusers import (
     PNDMScheduler,
     UniPCMultistepScheduler,
 )
-from diffusers.utils.torch_utils import randn_tensor
-from problems import generator
+from problems import Walk, generator
 from tiny_pipelines import call_arguments, quiet, sd3_pipeline, sd_pipeline, tiny_pipeline
 
 from noiseopt import NoiseDiffusion, optimize_noise
-from noiseopt.callbacks import NoiseState
 from noiseopt.evaluation.noise_statistics import gaussian_limits, noise_statistics
 from noiseopt.pipelines import MeanVariance, NoisePGD, WhiteNoiseProjection
 from noiseopt.pipelines.problem import seed_from
@@ -170,25 +167,6 @@ def test_an_image_stops_at_the_threshold_and_out_of_patience():
     torch.testing.assert_close(stopped.losses, plain.losses[: first + 1])
     patient = find(NoiseDiffusion(rewards=lambda images, prompts: 0 * redness(images, prompts) + 0.5, patience=3))
     assert len(patient.losses) == 4 and patient.provenance["stopped"] == "patience"
-
-
-@dataclasses.dataclass
-class Walk:
-    """A method on noise alone: its steps under scores and gradients that a test makes up."""
-
-    method: object
-    noise: torch.Tensor
-
-    def __post_init__(self):
-        seeds = [seed_from(image) for image in self.noise]
-        space = SimpleNamespace(draw_noise=randn_tensor)
-        problem = SimpleNamespace(noise=self.noise, seeds=seeds, space=space, is_single_step=False)
-        self.memory = self.method.start(problem)
-
-    def step(self, score: float, gradient: torch.Tensor) -> None:
-        state = NoiseState(None, [""] * len(self.noise), 60, self.noise)
-        state.loss = torch.full((len(self.noise),), -score)
-        self.noise = self.method.step(state, gradient, self.memory)
 
 
 @pytest.mark.parametrize("selection", ["pool", "exact"])
