@@ -1,4 +1,4 @@
-"""Random streams, a reward, a clock, the noise problem of a pipeline call, and runs without one, for tests of methods."""
+"""Random streams, a reward, a clock, and the noise problem of a pipeline call or without one, for tests of methods."""
 
 import dataclasses
 import time

@@ -10,13 +10,14 @@ class TrustRegion:
     """The largest γ in which the gradient is trusted to tell the gain, for each image.
 
     As in trust region methods (Conn, Gould and Toint, 2000, https://doi.org/10.1137/1.9780898719857, chapter 6), the
-    radius grows if the measured gain is more than 3/4 of the predicted one, ⟨∇s, v⟩, and shrinks if it is less than 1/4,
-    or none. It shrinks by a fourth of its growth, in logarithms, since much of a gain is the luck of the candidate: where
-    nothing is predicted this is the 1/5 success rule of evolution strategies, at whose rate of success the two cancel.
+    radius grows if the measured gain is more than 3/4 of the predicted one, ⟨∇s, v⟩ with v the whole change of the
+    noise, its shrinking included; it shrinks if it is less than 1/4, or no gain. A step is shrunk by a fourth of its
+    growth, in logarithms, since much of a gain is the luck of the candidate: where nothing is predicted this is the 1/5
+    success rule of evolution strategies, by whose rate of success the two cancel.
 
-    A gradient with the outputs of the denoiser held constant is that of another function. Its gains are predicted up to
-    a factor, for which the mean size of the measured gains over that of the predicted ones is taken, both relative
-    to the length of the step.
+    A gradient with the outputs of the denoiser held constant is that of another function, and predicts gains up to a
+    factor. It is taken to be the mean size of the measured gains over that of the predicted ones, both relative to the
+    length of the step √γ.
 
     Args:
         like: A tensor `(B,)`.

@@ -52,7 +52,7 @@ def test_of_a_linear_score_every_step_is_good_until_gamma_is_the_papers(selectio
 
 @pytest.mark.parametrize("first", [1e-6, 0.3])
 def test_of_a_score_that_bends_the_radius_settles_near_the_best_step(first):
-    """A step √γ along g that gains q·√γ·‖g‖ − a·γ·d gains most, and half of what is predicted, at R/2, R = q‖g‖ / (a·d).
+    """A step √γ that gains q·√γ·‖g‖ − a·γ·d gains most, and half of what is predicted, at R/2, R = q‖g‖ / (a·d).
 
     The radius grows up to R/4 and shrinks down to 3/4 R, between which three quarters of the largest gain are left.
     """
@@ -98,7 +98,7 @@ def test_the_radius_follows_the_step_that_was_made():
     assert radius_after(1.0, 1.0, gamma=0.04, radius=0.9) == 0.9
     assert radius_after(1.0, 1.0, gamma=0.5, radius=0.5) == 1.0
     assert radius_after(-1.0, 1.0, gamma=0.0, radius=0.9) == 0.9  # nothing moved: s = 1
-    assert GROWTH * SHRINKAGE**4 == pytest.approx(1.0)  # one good step in five keeps it
+    assert pytest.approx(1.0) == GROWTH * SHRINKAGE**4  # one good step in five keeps it
 
 
 @pytest.mark.parametrize(("last", "change"), [(2.2, GROWTH), (1.2, 1.0), (0.3, SHRINKAGE), (-2.2, SHRINKAGE)])
