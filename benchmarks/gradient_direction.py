@@ -10,6 +10,7 @@ candidate that they choose gains at γ, more than a random one.
 
 import argparse
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -60,27 +61,30 @@ def reach(problem: NoiseProblem, scores: Scores, gammas: list[float], draws: int
         difference, one per image.
     """
     ascents = {gradient: gradients(problem, scores, gradient) for gradient in GRADIENTS}
-    found: Numbers = {}
+    fresh, found = CandidateNoise(problem), {}
 
     @torch.no_grad()
-    def rise(sigma: torch.Tensor, gamma: float, name: str) -> torch.Tensor:
-        moved = problem.noise + displacement(problem.noise, sigma, torch.full((len(sigma),), gamma))
-        before, after = (scores[name](problem.sampler.images(z), problem.prompts) for z in (problem.noise, moved))
-        return after - before
+    def drawn(noise: torch.Tensor) -> dict[str, torch.Tensor]:
+        images = problem.sampler.images(noise)
+        return {name: score(images, problem.prompts) for name, score in scores.items()}
 
-    for name in scores:
-        for gamma in gammas:
-            streams = {way: CandidateNoise(problem) for way in ("random", *GRADIENTS)}
-            plain, more = [], {gradient: [] for gradient in GRADIENTS}
-            for _ in range(draws):
-                sigma, _ = streams["random"].draw(), streams["random"].uniform()
-                plain.append(rise(sigma, gamma, name))
-                for gradient in GRADIENTS:
-                    chosen = guided_gaussian(ascents[gradient][name], streams[gradient], candidates)
-                    more[gradient].append(rise(chosen, gamma, name) - plain[-1])
-            found[f"{name}, γ = {gamma:g}, random"] = torch.stack(plain, 1).tolist()
-            for gradient in GRADIENTS:
-                found[f"{name}, γ = {gamma:g}, {gradient}"] = torch.stack(more[gradient]).mean(0).tolist()
+    start = drawn(problem.noise)
+    for gamma in gammas:
+        length = torch.full((len(problem.noise),), gamma)
+        plain, more = ({name: [] for name in scores} for _ in range(2))
+        for _ in range(draws):
+            sigma, luck = fresh.draw(), fresh.uniform()
+            same: Any = SimpleNamespace(draw=lambda sigma=sigma: sigma, uniform=lambda luck=luck: luck)
+            after = drawn(problem.noise + displacement(problem.noise, sigma, length))
+            for name in scores:
+                chosen = [guided_gaussian(ascents[gradient][name], same, candidates) for gradient in GRADIENTS]
+                moved = [problem.noise + displacement(problem.noise, each, length) for each in chosen]
+                plain[name].append(after[name] - start[name])
+                more[name].append(torch.stack([drawn(each)[name] - after[name] for each in moved]))
+        for name in scores:
+            found[f"{name}, γ = {gamma:g}, random"] = torch.stack(plain[name], 1).tolist()
+            for gradient, gains in zip(GRADIENTS, torch.stack(more[name]).mean(0).tolist(), strict=True):
+                found[f"{name}, γ = {gamma:g}, {gradient}"] = gains
     return found
 
 

@@ -10,7 +10,6 @@ import pytest
 import torch
 from PIL import Image
 
-
 ROWS = (noise_diffusion.BEST, noise_diffusion.RANDOM, noise_diffusion.OURS, "PGD")
 
 
@@ -50,7 +49,7 @@ def row_of(scores, seconds):
 
 
 def test_rows_are_compared_with_best_of_n_after_as_many_rounds_and_seconds():
-    """Two rounds of ours take the seconds of four evaluations of best-of-N on the first prompt, of one on the second."""
+    """Two rounds of ours take the seconds of four evaluations of best-of-N on one prompt, of one on the other."""
     best = row_of([[0.1, 0.2, 0.3, 0.4, 0.6], [0.1, 0.2, 0.2, 0.8, 0.9]], [[1.0, 2.0, 3.0, 4.0, 5.0]] * 2)
     ours = row_of([[0.1, 0.5, 0.7], [0.1, 0.3, 0.4]], [[1.0, 2.5, 4.0], [0.1, 0.5, 0.9]])
     torch.testing.assert_close(noise_diffusion.after(best, "score", 2), torch.tensor([0.3, 0.2]))
