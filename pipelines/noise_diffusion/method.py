@@ -39,10 +39,10 @@ class NoiseDiffusion(GradientOptimizer):
     image is returned.
 
     With `trust_region` γ is at most a radius, and a step without gain is taken back. A mixture of independent Gaussian
-    noises is Gaussian, which holds for random candidates that are always accepted. The candidate chosen by a gradient is
-    shifted along it, 2.25 standard deviations for N = 50, of ‖z‖ = √d. Keeping noise for its score conditions on the
-    score, as best-of-N does: it shifts what the score depends on, and nothing else. So neither is exactly Gaussian; norm,
-    moments and spectrum of many noises after 50 rounds are, within their standard errors, in all three cases.
+    noises is Gaussian, which holds for random candidates that are always accepted. A candidate chosen by a gradient is
+    shifted along it, by 2.25 standard deviations for N = 50. Keeping noise for its score conditions on that score, as
+    best-of-N does: what the score depends on is shifted, nothing else. So neither is exactly Gaussian; norm, moments
+    and spectrum of many noises after 50 rounds are, within 4 standard errors, in all three cases.
 
     The paper's judge is CLIP-FlanT5-XXL, and its images have 512 px and T = 50 sampling steps: `rewards=
     "zhiqiulin/clip-flant5-xxl"` and `pipe(..., height=512, width=512, num_inference_steps=50)`. The default judge here,
