@@ -41,9 +41,10 @@ class NoiseDiffusion(GradientOptimizer):
     A mixture of independent Gaussian noises is Gaussian: so is the noise after any number of rounds with random
     candidates. One chosen by a gradient is shifted along it, by 2.25 standard deviations for N = 50, which the next
     rounds, of other gradients, wash out. With `trust_region` γ is at most a radius, and a step without gain is taken
-    back. Noise that is kept for its score is conditioned on it, as with best-of-N, and no longer Gaussian along what the
-    score depends on; all else is. After 50 rounds by the true gradient of a score of 64 directions of 1024, the root mean
-    square along these is 1.20, along the others 1.00, and the norm 1.6% larger: .7 standard errors of a single noise.
+    back. Noise that is kept for its score is conditioned on it, as with best-of-N, and no longer Gaussian along what
+    the score depends on; all else is. After 50 rounds by the true gradient of a score of 64 directions of 1024, the
+    root mean square along these is 1.20, along the others 1.00, and the norm 1.6% larger: .7 standard errors of a
+    single noise.
 
     The paper's judge is CLIP-FlanT5-XXL, and its images have 512 px and T = 50 sampling steps: `rewards=
     "zhiqiulin/clip-flant5-xxl"` and `pipe(..., height=512, width=512, num_inference_steps=50)`. The default judge here,
