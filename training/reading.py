@@ -19,14 +19,12 @@ from torch import Tensor, nn
 from noiseopt.shapes_world.captions import OBJECTS, sample_request
 from noiseopt.shapes_world.world import LOOKS, render
 
-from ..data import blemish, failures, load_records
-from ..models import Reward
-from ..optimization import Run, averaged
-from ..readers import TowerTraining
-from ..train_readers import Seen, VLMTraining, tower_targets
-from ..train_reward import drawn_losses
-from .data import SIZE, pictures, sample_pictures
+from .data import SIZE, blemish, failures, load_records, pictures, sample_pictures
+from .optimization import Run, averaged
 from .precision import half
+from .questions import Seen
+from .readers import Reward, TowerTraining, VLMTraining, tower_targets
+from .reward_losses import drawn_losses
 
 
 def new_eyes() -> Any:
@@ -70,27 +68,11 @@ def train_eyes(args: argparse.Namespace) -> None:
         )
 
 
-class HalfReward(Reward):
-    """The reward, whose encoders run in half precision in training."""
-
-    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
-        super().__init__(image_size=SIZE, patch_size=SIZE // 8, num_hidden_layers=4, intermediate_size=288)
-        self.dtype = dtype
-
-    def embed_images(self, images: Tensor) -> Tensor:
-        with half(images.device.type, self.dtype):
-            return super().embed_images(images).float()
-
-    def embed_texts(self, prompts: Sequence[str]) -> Tensor:
-        with half(self.bias.device.type, self.dtype):
-            return super().embed_texts(prompts).float()
-
-
 def train_clip(args: argparse.Namespace) -> None:
     """Train the reward on rendered pictures, against wrong captions and imitated failures of each."""
     data = pictures(args.output / "pictures.pt", args.pictures, seed=1)
     failed = failures(args.output / "failures.pt", data["scenes"][: args.failures], seed=2, size=SIZE)
-    reward = HalfReward(args.dtype)
+    reward = Reward(args.dtype)
     reward.clip.vision_model.load_state_dict(averaged(args.output / "eyes.pt", EyesTraining()).eyes.state_dict())
     run = Run(reward.to(args.device), args.output / "clip.pt", args.clip_samples, batch=64, lr=2e-3)
     rng = random.Random(3)

@@ -16,11 +16,11 @@ from torch import Tensor
 from noiseopt.shapes_world.captions import VALIDATION_PROMPTS, sample_request
 from noiseopt.shapes_world.judge import judge
 
-from ..optimization import Run, averaged
-from ..slips import slip
 from .autoencoder import final_vae, latents
 from .generators import Diffusion, SD3Generator, SDGenerator, SDXLGenerator
+from .optimization import Run, averaged
 from .precision import HalfPrecision
+from .slips import slip
 
 
 def losses(run: Run, data: dict, rng: random.Random, slips: float = 0.0) -> dict[str, Tensor]:

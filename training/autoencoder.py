@@ -15,9 +15,8 @@ from tqdm.auto import tqdm
 from noiseopt.shapes_world.captions import sample_request
 from noiseopt.shapes_world.world import render
 
-from ..data import load_records
-from ..optimization import Run, averaged, fast
-from .data import SIZE, pictures, sample_pictures
+from .data import SIZE, load_records, pictures, sample_pictures
+from .optimization import Run, averaged, fast
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderTiny

@@ -19,10 +19,10 @@ from tqdm.auto import tqdm
 
 from noiseopt.shapes_world.captions import sample_request
 
-from ..data import load_records
-from ..optimization import Run, averaged, fast
 from .autoencoder import final_vae
+from .data import load_records
 from .generators import SIDE, Diffusion, SDGenerator, SDXLGenerator
+from .optimization import Run, averaged, fast
 from .precision import HalfPrecision
 from .teacher import look
 

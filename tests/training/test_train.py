@@ -1,0 +1,43 @@
+"""One command trains, exports and reports every model."""
+
+import pytest
+from diffusers import DiffusionPipeline
+
+from noiseopt import shapes_world
+from noiseopt.rewards import AutoReward
+from training import distillation, train
+
+PROMPTS = ["a red circle", "a blue star left of a green cross"]
+
+
+@pytest.mark.slow
+def test_one_command_trains_every_stage(tmp_path):
+    small = [
+        "--output",
+        str(tmp_path),
+        "--pictures",
+        "250",
+        "--latents",
+        "250",
+        "--pairs",
+        "64",
+        "--failures",
+        "64",
+        "--gallery",
+        "256",
+    ]
+    for stage in train.SAMPLES:
+        small += [f"--{stage}-samples", "64"]
+    distillation.PART = 64
+    stages = [stage for stage in train.STAGES if stage != "refined"]  # which needs a model that can draw
+    train.main([*small, "--stages", *stages])
+    names = {path.name for path in (tmp_path / "weights").iterdir()}
+    assert names == set(shapes_world.MODELS)
+    for name in names:
+        assert (tmp_path / "weights" / name / "training.json").exists()
+    pipe = DiffusionPipeline.from_pretrained(tmp_path / "weights/sd3")
+    images = pipe(PROMPTS[0], num_inference_steps=2, max_sequence_length=16, output_type="pt").images
+    assert images.shape == (1, 3, 128, 128)
+    reward = AutoReward.from_pretrained(tmp_path / "weights/clip")
+    assert reward(images, PROMPTS[:1]).shape == (1,)
+    assert list(tmp_path.glob("turbo_*.png"))
