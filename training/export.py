@@ -19,7 +19,7 @@ _TEACHER = ("vae", "decoder", "base", "guided")
 STAGES_OF = {  # training stages of each model, in order
     "turbo": (*_TEACHER, "turbo"),
     "guided": _TEACHER,
-    "sdxl": ("vae", "decoder", "base", "sdxl"),
+    "sdxl": (*_TEACHER, "sdxl"),
     "sdxl-turbo": (*_TEACHER, "turbo", "sdxl-turbo"),
     "sd3": ("vae", "decoder", "sd3"),
     "clip": ("eyes", "clip", "refined"),

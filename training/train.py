@@ -44,7 +44,7 @@ SAMPLES = {  # default number of samples by stage
     "base": 96_000,
     "guided": 64_000,
     "turbo": 128_000,
-    "sdxl": 96_000,
+    "sdxl": 48_000,
     "sdxl-turbo": 48_000,
     "sd3": 240_000,
     "eyes": 128_000,
@@ -72,7 +72,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--teacher", default="guided", help="stage that the students learn from")
     parser.add_argument("--pairs", type=int, default=10_240, help="number of images drawn by the teacher")
     parser.add_argument("--failures", type=int, default=5_000, help="number of imitated failures")
-    parser.add_argument("--slips", type=float, default=0.4, help="share of careless captions")
+    parser.add_argument("--slips", type=float, default=0.5, help="share of careless captions")
     parser.add_argument("--gallery", type=int, default=12_800, help="images by each one-step model; 1/4 by others")
     parser.add_argument("--climbs", type=int, default=256, help="ascents per round of refinement")
     parser.add_argument("--rounds", type=int, default=4, help="rounds of refinement")
