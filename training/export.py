@@ -106,7 +106,7 @@ def training_of(args: argparse.Namespace, name: str) -> dict[str, Any]:
     for stage in STAGES_OF[name]:
         path = args.output / f"{stage}.pt"
         if path.exists():
-            state = torch.load(path)
+            state = torch.load(path, map_location="cpu")
             parameters = sum(tensor.numel() for tensor in state["model"].values() if tensor.is_floating_point())
             kept = {key: state[key] for key in ("batch", "seconds", "curve")}
             stages.append({"stage": stage, "samples": state["seen"], "parameters": parameters} | kept)

@@ -278,4 +278,4 @@ class SD3Generator(nn.Module):
             "text_encoder_2": self.text_encoder_2,
         }
         parts |= {"tokenizer": self.tokenizer, "tokenizer_2": self.tokenizer, "scheduler": self.scheduler, "vae": vae}
-        return StableDiffusion3Pipeline(**parts, text_encoder_3=encoder, tokenizer_3=tokenizer)
+        return StableDiffusion3Pipeline(**parts, text_encoder_3=encoder, tokenizer_3=tokenizer).to(self.denoiser.device)

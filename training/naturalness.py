@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from noiseopt.shapes_world.captions import parse
+from noiseopt.evaluation.metrics import mean_pairwise_similarity
+from noiseopt.shapes_world.captions import Request, parse
 from noiseopt.shapes_world.judge import judge, see
-from noiseopt.shapes_world.world import render
+from noiseopt.shapes_world.world import SIDE, Scene, render
 
 from .data import SIZE, sample_pictures
 
@@ -24,40 +25,41 @@ def draw(pipe: Any, prompts: Sequence[str], noise: Tensor, **call: Any) -> Tenso
         return plain(pipe, list(prompts), latents=noise, output_type="pt", **call).images
 
 
-def gradient_shares(
-    pipe: Any, denoiser: Any, prompts: Sequence[str], noise: Tensor, score: Callable[[Tensor], Tensor], **call: Any
-) -> dict[str, float]:
-    """Return how natural the gradient of a score of images, (B,), with respect to the noise is.
+def gradients(
+    pipe: Any,
+    denoiser: Any,
+    prompts: Sequence[str],
+    noise: Tensor,
+    score: Callable[[Tensor, list[str]], Tensor],
+    **call: Any,
+) -> tuple[Tensor, Tensor]:
+    """Return two gradients of a score of images and prompts, (B,), with respect to the noise (B, C, H, W).
 
-    They are the shares of its squared norm in the means of the channels, for the true gradient and for the one that
-    holds the outputs of the denoiser constant ("frozen"), and the cosine of the two; medians over prompts.
+    They are the true one, and the one that holds the outputs of the denoiser constant ("frozen").
     """
-    forward = denoiser.forward
-    gradients = []
-    for frozen in (False, True):
-        denoiser.forward = torch.no_grad()(forward) if frozen else forward
+    forward, found = denoiser.forward, []
+    for each in (forward, torch.no_grad()(forward)):
+        denoiser.forward = each
         z = noise.clone().requires_grad_()
-        gradients.append(torch.autograd.grad(score(draw(pipe, prompts, z, **call)).sum(), z)[0])
+        found.append(torch.autograd.grad(score(draw(pipe, prompts, z, **call), list(prompts)).sum(), z)[0])
     denoiser.forward = forward
-    full, frozen = gradients
-    return {
-        "full, channel means": _share(full),
-        "frozen, channel means": _share(frozen),
-        "cosine": float(torch.cosine_similarity(full.flatten(1), frozen.flatten(1)).median()),
-    }
+    full, frozen = found
+    return full, frozen
 
 
-def _share(gradient: Tensor) -> float:
+def gradient_shares(full: Tensor, frozen: Tensor) -> dict[str, float]:
+    """Return the shares of the squared norms of gradients in the means of the channels, and the cosine of the two.
+
+    All are medians over prompts.
+    """
+    cosine = torch.cosine_similarity(full.flatten(1), frozen.flatten(1))
+    found = {"full": _share(full), "frozen": _share(frozen), "cosine": cosine}
+    return {name: round(float(each.median()), 4) for name, each in found.items()}
+
+
+def _share(gradient: Tensor) -> Tensor:
     pixels = gradient[0, 0].numel()
-    return float((pixels * gradient.mean((2, 3)).square().sum(1) / gradient.square().sum((1, 2, 3))).median())
-
-
-def similarity(features: Tensor) -> float:
-    """Return the mean cosine over pairs of each set, (P, N, D)."""
-    unit = torch.nn.functional.normalize(features.double(), dim=-1)
-    grid = unit @ unit.mT
-    count = grid.shape[-1]
-    return float((grid.sum((1, 2)) - count).mean() / (count * (count - 1)))
+    return pixels * gradient.mean((2, 3)).square().sum(1) / gradient.square().sum((1, 2, 3))
 
 
 def spread(images: Tensor, sets: int) -> float:
@@ -76,29 +78,30 @@ def spread(images: Tensor, sets: int) -> float:
                     places.setdefault(name, []).append((thing.x, thing.y))
         for place in places.values():
             if len(place) > size // 2:
-                xy = torch.tensor(place, dtype=torch.float64) * SIZE / 64
+                xy = torch.tensor(place, dtype=torch.float64) * SIZE / SIDE
                 squares.append((xy - xy.mean(0)).square().sum(1).mean())
     return float(torch.stack(squares).mean().sqrt()) if squares else float("nan")
 
 
-def pictures_of(prompts: Sequence[str], count: int, seed: int = 0) -> Tensor:
-    """Draw `count` training pictures of each prompt, (P * count, 3, 128, 128)."""
-    rng = random.Random(seed)
-    scenes, looks, _ = sample_pictures([parse(prompt) for prompt in prompts for _ in range(count)], rng)
-    return render(scenes, torch.Generator().manual_seed(seed), looks, SIZE)
+def new_pictures(requests: Sequence[Request], seed: int) -> tuple[Tensor, list[Scene]]:
+    """Draw a training picture of each request, (N, 3, 128, 128) in [0, 1], and its scene."""
+    scenes, looks, _ = sample_pictures(requests, random.Random(seed))
+    return render(scenes, torch.Generator().manual_seed(seed), looks, SIZE), scenes
 
 
 def collapse(
     images: Tensor, prompts: Sequence[str], count: int, features: Callable[[Tensor], Tensor]
-) -> dict[str, Any]:
-    """Compare sets of `count` images of each prompt with training pictures of it."""
+) -> dict[str, dict[str, float]]:
+    """Compare sets of `count` images of each prompt, (P * count, 3, 128, 128), with training pictures of it."""
+    asked = [prompt for prompt in prompts for _ in range(count)]
     found = {}
-    for name, each in (("model", images), ("pictures", pictures_of(prompts, count))):
-        parts = torch.cat([features(part) for part in each.split(32)])
-        right = [v.correct for v in judge(each, [prompt for prompt in prompts for _ in range(count)])]
-        ground = each[:, :, :6].mean((2, 3)).view(len(prompts), count, 3)
+    for name, each in (("model", images), ("pictures", new_pictures([parse(prompt) for prompt in asked], seed=96)[0])):
+        with torch.no_grad():
+            seen = torch.cat([features(part) for part in each.split(32)]).unflatten(0, (-1, count))
+        ground = each[:, :, :6].mean((2, 3)).unflatten(0, (-1, count))
+        right = [v.correct for v in judge(each, asked)]
         found[name] = {
-            "similarity": round(similarity(parts.view(len(prompts), count, -1)), 4),
+            "similarity": round(float(mean_pairwise_similarity(seen).mean()), 4),
             "spread of places (pixels)": round(spread(each, len(prompts)), 2),
             "spread of grounds": round(float(ground.std(1).mean()), 4),
             "right": round(sum(right) / len(right), 3),

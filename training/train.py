@@ -17,6 +17,7 @@ from .drawing import gallery
 from .export import export
 from .reading import train_clip, train_eyes, train_tower, train_vqa
 from .refinement import refine_clip
+from .report import report
 from .teacher import train_base, train_guided, train_sd3, train_sdxl
 
 STAGES = {
@@ -37,6 +38,7 @@ STAGES = {
     "tower": train_tower,
     "vqa": train_vqa,
     "export": export,
+    "report": report,
 }
 SAMPLES = {  # default number of samples by stage
     "vae": 64_000,
@@ -76,6 +78,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--gallery", type=int, default=12_800, help="images by each one-step model; 1/4 by others")
     parser.add_argument("--climbs", type=int, default=256, help="ascents per round of refinement")
     parser.add_argument("--rounds", type=int, default=4, help="rounds of refinement")
+    parser.add_argument("--report-prompts", type=int, default=170, help="validation prompts")
+    parser.add_argument("--report-seeds", type=int, default=2, help="images of each of them")
+    parser.add_argument("--report-sets", type=int, default=24, help="prompts of which sets and gradients are measured")
+    parser.add_argument("--report-pictures", type=int, default=512, help="rendered pictures")
     for stage, samples in SAMPLES.items():
         parser.add_argument(f"--{stage}-samples", type=int, default=samples, metavar="N", help=f"default {samples}")
     return parser.parse_args(argv)

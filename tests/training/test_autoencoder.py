@@ -14,7 +14,7 @@ from training.data import sample_pictures
 def test_normalized_latents_have_zero_mean_and_unit_covariance(tmp_path):
     raw = autoencoder.new_vae().eval()
     torch.save({"average": raw.state_dict()}, tmp_path / "vae.pt")
-    vae = autoencoder.normalized(argparse.Namespace(output=tmp_path, device="cpu"))
+    vae = autoencoder.normalized(argparse.Namespace(output=tmp_path, device="cpu"), count=100)
     rng = random.Random(1)
     scenes, looks, _ = sample_pictures([shapes_world.captions.sample_request(rng) for _ in range(100)], rng)
     images = shapes_world.render(scenes, torch.Generator().manual_seed(1), looks, 128) * 2 - 1

@@ -28,18 +28,13 @@ def test_shares_of_the_gradient_in_closed_form():
     z = torch.randn(3, 4, 8, 8)
     left = torch.zeros(8, 8)
     left[:, :4] = 1
-    found = naturalness.gradient_shares(pipe, pipe.unet, PROMPTS, z, lambda images: (images * left).sum((1, 2, 3)))
+    full, frozen = naturalness.gradients(pipe, pipe.unet, PROMPTS, z, lambda images, _: (images * left).sum((1, 2, 3)))
+    found = naturalness.gradient_shares(full, frozen)
     # frozen: `left`, half of whose squared norm is in its mean; true: twice `left` plus its mean
-    assert found["frozen, channel means"] == pytest.approx(0.5)
+    assert found["frozen"] == pytest.approx(0.5)
     full = 2 * left + left.mean()
-    assert found["full, channel means"] == pytest.approx(float(64 * full.mean() ** 2 / full.square().sum()))
+    assert found["full"] == pytest.approx(float(64 * full.mean() ** 2 / full.square().sum()))
     assert found["cosine"] == pytest.approx(float((full * left).sum() / full.norm() / left.norm()), rel=1e-4)
-
-
-def test_similarity_is_the_mean_cosine_of_pairs():
-    same, apart = torch.ones(1, 3, 2), torch.tensor([[[1.0, 0], [0, 1], [-1, 0]]])
-    assert naturalness.similarity(same) == pytest.approx(1)
-    assert naturalness.similarity(apart) == pytest.approx(-1 / 3)
 
 
 def test_spread_is_in_pixels():
