@@ -59,14 +59,14 @@ def load_records(path: Path) -> dict:
         return torch.load(path)
 
 
-def failures(path: Path, scenes: Sequence[Scene], seed: int, size: int = SIZE) -> dict:
-    """Return imitated failures of the scenes, uint8 (N, 3, size, size), and whether each is right even so, (N,)."""
+def failures(path: Path, scenes: Sequence[Scene], seed: int) -> dict:
+    """Return imitated failures of the scenes, uint8 (N, 3, 128, 128), and whether each is right even so, (N,)."""
     if not path.exists():
         rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
         images, right = [], []
         for i in range(0, len(scenes), 500):
             part = scenes[i : i + 500]
-            drawn = render([imitate_failure(scene, rng) for scene in part], generator, size=size)
+            drawn = render([imitate_failure(scene, rng) for scene in part], generator, size=SIZE)
             right += [v.correct for v in judge(drawn, [caption(scene) for scene in part])]
             images.append((drawn * 255).round().byte())
         torch.save({"images": torch.cat(images), "right": torch.tensor(right)}, path)

@@ -111,7 +111,8 @@ def training_of(args: argparse.Namespace, name: str) -> dict[str, Any]:
             kept = {key: state[key] for key in ("batch", "seconds", "curve")}
             stages.append({"stage": stage, "samples": state["seen"], "parameters": parameters} | kept)
     machine = {"device": args.device, "threads": torch.get_num_threads(), "torch": torch.__version__.split("+")[0]}
-    return {"stages": stages, "pictures": args.pictures, "seed": 0} | machine
+    pictures = args.latents if name in FAMILIES else args.pictures
+    return {"stages": stages, "pictures": pictures, "seed": 0} | machine
 
 
 def draw_curves(stages: list[dict[str, Any]], path: Path) -> None:

@@ -70,21 +70,20 @@ class Reward(nn.Module):
             return F.normalize(self.clip.text_projection(pooled), dim=-1).float()
 
 
-def new_tower(size: int = SIZE) -> Dinov2Model:
+def new_tower() -> Dinov2Model:
     """Build an untrained DINOv2 encoder: 64 patches of 96 channels, 4 layers."""
     from transformers import Dinov2Config, Dinov2Model
 
     tower: dict[str, Any] = {"hidden_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4, "mlp_ratio": 3}
-    config = Dinov2Config(**tower, image_size=size, patch_size=size // 8)
-    return Dinov2Model(config)
+    return Dinov2Model(Dinov2Config(**tower, image_size=SIZE, patch_size=PATCH))
 
 
 class TowerTraining(nn.Module):
     """The image encoder with training heads: content of each patch, count of each object, occupied patches, ground."""
 
-    def __init__(self, size: int = SIZE) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.tower = new_tower(size)
+        self.tower = new_tower()
         width = self.tower.config.hidden_size
         self.patch = nn.Linear(width, len(OBJECTS) + 1)
         self.count = nn.Linear(width, 4 * len(OBJECTS))
@@ -92,7 +91,7 @@ class TowerTraining(nn.Module):
         self.ground = nn.Linear(width, LOOKS)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Map images (B, 3, H, H) in [0, 1] to logits (B, 64, 31), (B, 4, 30), (B, 64), looks and features."""
+        """Map images (B, 3, 128, 128) in [0, 1] to logits (B, 64, 31), (B, 4, 30), (B, 64), looks and features."""
         tokens = self.tower(pixel_values=images * 2 - 1).last_hidden_state
         whole, patches = tokens[:, 0], tokens[:, 1:]
         counts = self.count(whole).unflatten(1, (4, -1))
@@ -114,7 +113,7 @@ def tower_targets(scenes: Sequence[Scene]) -> tuple[Tensor, Tensor, Tensor]:
     return shown, counts, (most > 0.25).float()
 
 
-def new_vlm(tokenizer: Any, size: int = SIZE) -> LlavaForConditionalGeneration:
+def new_vlm(tokenizer: Any) -> LlavaForConditionalGeneration:
     """Build an untrained LLaVA: a CLIP vision encoder of 4 layers and a Llama of 4 layers, both of width 96."""
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
@@ -123,8 +122,8 @@ def new_vlm(tokenizer: Any, size: int = SIZE) -> LlavaForConditionalGeneration:
         intermediate_size=288,
         num_hidden_layers=4,
         num_attention_heads=4,
-        image_size=size,
-        patch_size=size // 8,
+        image_size=SIZE,
+        patch_size=PATCH,
         projection_dim=96,
     )
     text = LlamaConfig(
@@ -154,10 +153,10 @@ def new_vlm(tokenizer: Any, size: int = SIZE) -> LlavaForConditionalGeneration:
 class VLMTraining(nn.Module):
     """The vision-language model with packed questions."""
 
-    def __init__(self, size: int = SIZE) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.tokenizer = new_question_tokenizer()
-        self.vlm = new_vlm(self.tokenizer, size)
+        self.vlm = new_vlm(self.tokenizer)
         self.questions = Questions(self.tokenizer)
 
     def forward(self, images: Tensor, asked: Sequence[Sequence[tuple[str, int]]]) -> Tensor:

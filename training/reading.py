@@ -29,7 +29,7 @@ from .reward_losses import drawn_losses
 
 def new_eyes() -> Any:
     """Build the untrained image encoder of reward and vision-language model."""
-    return VLMTraining(SIZE).vlm.model.vision_tower
+    return VLMTraining().vlm.model.vision_tower
 
 
 class EyesTraining(nn.Module):
@@ -71,7 +71,7 @@ def train_eyes(args: argparse.Namespace) -> None:
 def train_clip(args: argparse.Namespace) -> None:
     """Train the reward on rendered pictures, against wrong captions and imitated failures of each."""
     data = pictures(args.output / "pictures.pt", args.pictures, seed=1)
-    failed = failures(args.output / "failures.pt", data["scenes"][: args.failures], seed=2, size=SIZE)
+    failed = failures(args.output / "failures.pt", data["scenes"][: args.failures], seed=2)
     reward = Reward(args.dtype)
     reward.clip.vision_model.load_state_dict(averaged(args.output / "eyes.pt", EyesTraining()).eyes.state_dict())
     run = Run(reward.to(args.device), args.output / "clip.pt", args.clip_samples, batch=64, lr=2e-3)
@@ -104,7 +104,7 @@ def copy_labels(requests: Sequence[Any], usual: Tensor) -> Tensor:
 
 def train_tower(args: argparse.Namespace) -> None:
     """Train the held-out encoder on two views of each of two pictures of each of 16 requests, without text."""
-    run = Run(TowerTraining(SIZE).to(args.device), args.output / "dinov2.pt", args.tower_samples, batch=64, lr=2e-3)
+    run = Run(TowerTraining().to(args.device), args.output / "dinov2.pt", args.tower_samples, batch=64, lr=2e-3)
     rng, generator = random.Random(torch.initial_seed()), torch.Generator().manual_seed(torch.initial_seed())
     for _ in run:
         requests = [sample_request(rng) for _ in range(run.batch // 4)] * 2
@@ -129,7 +129,7 @@ def train_tower(args: argparse.Namespace) -> None:
 def seen(args: argparse.Namespace) -> list[Seen]:
     """Return pictures, imitated failures and, once there are some, images of the generators, to ask about."""
     data = pictures(args.output / "pictures.pt", args.pictures, seed=1)
-    failed = failures(args.output / "failures.pt", data["scenes"][: args.failures], seed=2, size=SIZE)
+    failed = failures(args.output / "failures.pt", data["scenes"][: args.failures], seed=2)
     texts = [str(request) for request in data["requests"]]
     sources = [Seen(data["images"][: args.failures], texts[: args.failures])]
     sources.append(Seen(failed["images"], texts[: len(failed["images"])]))
@@ -142,7 +142,7 @@ def seen(args: argparse.Namespace) -> list[Seen]:
 def train_vqa(args: argparse.Namespace) -> None:
     """Train the vision-language model; the last 6% mostly asks images of generators about their own prompts."""
     sources = seen(args)
-    model = VLMTraining(SIZE)
+    model = VLMTraining()
     eyes = averaged(args.output / "eyes.pt", EyesTraining()).eyes
     model.vlm.model.vision_tower.load_state_dict(eyes.state_dict())
     run = Run(model.to(args.device), args.output / "vqa.pt", args.vqa_samples, batch=48, lr=2e-3)

@@ -16,7 +16,7 @@ from noiseopt.shapes_world.captions import parse, sample_request
 from noiseopt.shapes_world.judge import judge, verdict
 
 from .autoencoder import final_vae
-from .data import SIZE, blemish, failures, load_records, pictures
+from .data import blemish, failures, load_records, pictures
 from .generators import SIDE, SDGenerator
 from .optimization import Run, averaged
 from .questions import Seen
@@ -54,7 +54,7 @@ def explore(args: argparse.Namespace, reward: Reward, round_: int) -> dict[str, 
 def refine_clip(args: argparse.Namespace) -> None:
     """Train the reward to rank images of the generators, and those of ascents against it, by whether they are right."""
     data = pictures(args.output / "pictures.pt", args.pictures, seed=1)
-    failed = failures(args.output / "failures.pt", data["scenes"][: args.failures], seed=2, size=SIZE)
+    failed = failures(args.output / "failures.pt", data["scenes"][: args.failures], seed=2)
     reward = averaged(args.output / "clip.pt", Reward(args.dtype)).requires_grad_()
     reward.clip.logit_scale.requires_grad_(False)
     run = Run(reward.to(args.device), args.output / "refined.pt", args.refined_samples, batch=96, lr=1.5e-3)

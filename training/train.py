@@ -1,6 +1,7 @@
-"""Train the models with one command from a checkout: `python -m training.train --output DIR`.
+"""Train, export and report every model of the shapes world: `python -m training.train --output DIR`, in a checkout.
 
-Choose stages with `--stages`; each resumes from its last checkpoint.
+Choose stages with `--stages`. Each resumes from its last checkpoint; the generators also draw validation prompts into
+DIR after every tenth of their training.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ def test_pictures_are_stored_as_the_judge_sees_them(folder):
     assert {tile["source"] for tile in tiles} == {"turbo, 1 step, guidance 0"}
     assert len({tile["seed"] for tile in tiles}) == 3
     stored = label_sheet.pictures_in(folder / "pictures.webp")
-    assert stored.shape == (20, 3, 128, 128) and not stored[3:].any()
+    assert stored.shape == (20, 3, 128, 128)
     again = [v.correct for v in judge(stored[:3], [tile["prompt"] for tile in tiles])]
     verdicts = json.loads((folder / "verdicts.json").read_text())["verdicts"]
     assert again == [verdict["right"] for verdict in verdicts] == [tile["prompt"] == "a red star" for tile in tiles]
