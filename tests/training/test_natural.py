@@ -38,11 +38,14 @@ def test_most_pictures_are_usual():
 
 
 @pytest.mark.parametrize("kind", [SDGenerator, SDXLGenerator])
-def test_the_last_timestep_is_pure_noise(kind):
+def test_noise_levels_are_those_of_stable_diffusion(kind):
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64).square()
+    signal = (1 - betas).log().cumsum(0).exp()
     z, noise = torch.randn(2, 2, 4, 32, 32)
-    noisy, v = kind().corrupt(z, noise, torch.tensor([999, 999]))
-    torch.testing.assert_close(noisy, noise)
-    torch.testing.assert_close(v, -z)
+    noisy, v = kind().corrupt(z, noise, torch.tensor([999, 499]))
+    a, b = signal[[999, 499]].sqrt().view(2, 1, 1, 1).float(), (1 - signal[[999, 499]]).sqrt().view(2, 1, 1, 1).float()
+    torch.testing.assert_close(noisy, a * z + b * noise)
+    torch.testing.assert_close(a * noisy - b * v, z)
 
 
 def test_velocity_leads_from_noise_to_picture():
@@ -145,7 +148,7 @@ def test_a_way_keeps_the_latents_of_the_students_steps():
     for step, t in enumerate(pipe.scheduler.timesteps):
         assert way(pipe, step, t, {"latents": noise + 1 + step}) == {}
     kept = [int(x) for x in way.kept]
-    assert kept == [0, 4, 8, 12, 16], "the noise, after four, eight and twelve of sixteen steps, and the end"
+    assert kept == [0, 3, 6, 9, 12], "the noise, after three, six and nine of twelve steps, and the end"
     pipe.scheduler.set_timesteps(4)
     assert tuple(pipe.scheduler.timesteps.tolist()) == distillation.KEPT
 
