@@ -152,11 +152,11 @@ def markdown(found: Rows, rounds: int) -> str:
         cells = [name, f"{after(row, 'score', 0).mean():.3f}", f"{after(row, 'score', min(5, rounds)).mean():.3f}"]
         cells.append("{0.value:.3f} [{0.low:.3f}, {0.high:.3f}]".format(bootstrap(score)))
         best, walk = found.get(BEST), found.get(RANDOM)
-        cells.append(difference(score, best and after(best, "score", rounds)))
-        cells.append(difference(score, best and within(best, "score", seconds)))
-        cells.append(difference(score, walk and after(walk, "score", rounds)))
+        cells.append(difference(score, after(best, "score", rounds) if best else None))
+        cells.append(difference(score, within(best, "score", seconds) if best else None))
+        cells.append(difference(score, after(walk, "score", rounds) if walk else None))
         cells.append(f"{100 * truth.value:.1f}% [{100 * truth.low:.1f}, {100 * truth.high:.1f}]")
-        cells.append(difference(right, best and within(best, "right", seconds), 100, 1))
+        cells.append(difference(right, within(best, "right", seconds) if best else None, 100, 1))
         cells += [f"{torch.tensor(row['clip']).mean():.2f}", f"{seconds.mean():.2f}"]
         cells += [f"{row['noise']['norm']:.3f} ({row['noise']['norm z']:+.1f})", f"{row['noise']['kurtosis z']:+.1f}"]
         lines.append("| " + " | ".join(cells) + " |")
