@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import math
 import random
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from noiseopt.shapes_world.captions import parse, sample_request
 from noiseopt.shapes_world.judge import judge, verdict
 
-from ..data import blemish, failures, load_records
-from ..models import Reward
-from ..optimization import Run, averaged
-from ..train_readers import Seen
-from ..train_reward import answered, ascend, drawn_losses, pairs, ranked
 from .autoencoder import final_vae
-from .data import SIZE, pictures
+from .data import blemish, failures, load_records, pictures
 from .generators import SIDE, SDGenerator
-from .readers import HalfReward
+from .optimization import Run, averaged
+from .questions import Seen
+from .readers import Reward
+from .reward_losses import answered, drawn_losses, ranked
 
 STEPS = (0, 10, 20, 40)  # of the ascents, whose images are kept
 
@@ -53,8 +54,8 @@ def explore(args: argparse.Namespace, reward: Reward, round_: int) -> dict[str, 
 def refine_clip(args: argparse.Namespace) -> None:
     """Train the reward to rank images of the generators, and those of ascents against it, by whether they are right."""
     data = pictures(args.output / "pictures.pt", args.pictures, seed=1)
-    failed = failures(args.output / "failures.pt", data["scenes"][: args.failures], seed=2, size=SIZE)
-    reward = averaged(args.output / "clip.pt", HalfReward(args.dtype)).requires_grad_()
+    failed = failures(args.output / "failures.pt", data["scenes"][: args.failures], seed=2)
+    reward = averaged(args.output / "clip.pt", Reward(args.dtype)).requires_grad_()
     reward.clip.logit_scale.requires_grad_(False)
     run = Run(reward.to(args.device), args.output / "refined.pt", args.refined_samples, batch=96, lr=1.5e-3)
     rng, third, per_round = random.Random(torch.initial_seed()), run.batch // 3, args.refined_samples // args.rounds
@@ -84,3 +85,42 @@ def generated(folder: Path) -> tuple[Seen, list[tuple[torch.Tensor, torch.Tensor
     if not sides:
         raise RuntimeError("Expected generators to be right for some noises of a prompt. Train them longer.")
     return seen, sides
+
+
+def pairs(prompts: Sequence[str], right: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Return the rows of the right and of the wrong images of each prompt that has both."""
+    groups: dict[str, list[int]] = {}
+    for row, prompt in enumerate(prompts):
+        groups.setdefault(prompt, []).append(row)
+    sides = [(rows[right[rows]], rows[~right[rows]]) for rows in map(torch.tensor, groups.values())]
+    return [(yes, no) for yes, no in sides if len(yes) and len(no)]
+
+
+def ascend(
+    draw: Callable[[Tensor], Tensor],
+    reward: Reward,
+    noise: Tensor,
+    prompts: Sequence[str],
+    steps: int,
+    rate: float = 5.0,
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Ascend the gradient of the reward as in ReNO, https://arxiv.org/abs/2406.04312, with the norm of the noise fixed.
+
+    Yields noise, images and scores before each step and after the last. `draw` maps a noise to images in [0, 1].
+    """
+    with torch.no_grad():
+        texts = reward.embed_texts(prompts)
+    noise, velocity = noise.clone(), torch.zeros_like(noise)
+    for step in range(steps + 1):
+        noise.requires_grad_(step < steps)
+        with torch.set_grad_enabled(step < steps):
+            images = draw(noise)
+            scores = 20.0 * (reward.embed_images(images) * texts).sum(-1)
+        yield noise.detach(), images.detach(), scores.detach()
+        if step == steps:
+            return
+        (gradient,) = torch.autograd.grad(scores.sum(), noise)
+        gradient = gradient * (0.1 / gradient.flatten(1).norm(dim=1).view(-1, 1, 1, 1).clamp(min=0.1))
+        velocity = 0.9 * velocity + gradient
+        noise = noise.detach() + rate * (gradient + 0.9 * velocity)
+        noise = noise * (math.sqrt(noise[0].numel()) / noise.flatten(1).norm(dim=1).view(-1, 1, 1, 1))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import random
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,9 +14,8 @@ from tqdm.auto import tqdm
 from noiseopt.shapes_world.captions import sample_request
 from noiseopt.shapes_world.world import render
 
-from ..data import load_records
-from ..optimization import Run, averaged, fast
-from .data import SIZE, pictures, sample_pictures
+from .data import SIZE, load_records, pictures, sample_pictures
+from .optimization import Run, averaged, fast
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderTiny
@@ -66,7 +64,7 @@ def losses(output: Tensor, image: Tensor, latents: Tensor) -> dict[str, Tensor]:
 def train_vae(args: argparse.Namespace) -> None:
     """Train the autoencoder on windows of the pictures, with noise on the latents in place of a KL loss."""
     data = pictures(args.output / "pictures.pt", args.pictures, seed=1)
-    run = Run(new_vae(), args.output / "vae.pt", args.vae_samples, batch=32, lr=2e-3, dtype=args.dtype)
+    run = Run(new_vae().to(args.device), args.output / "vae.pt", args.vae_samples, batch=32, lr=2e-3, dtype=args.dtype)
     for _ in run:
         rows = torch.randint(0, len(data["images"]), (run.batch,))
         images = crops(data["images"][rows], data["masks"][rows], CROP).to(args.device).float() / 127.5 - 1
@@ -77,8 +75,10 @@ def train_vae(args: argparse.Namespace) -> None:
 
 
 @torch.no_grad()
-def normalized(args: argparse.Namespace) -> AutoencoderTiny:
+def normalized(args: argparse.Namespace, count: int = 500) -> AutoencoderTiny:
     """Return the autoencoder with latents of zero mean and unit covariance over channels, cached in a file.
+
+    They have it on `count` pictures.
 
     The normalization is part of the last layer of the encoder. Its inverse in the first layer of the decoder is
     approximate, because that bounds its input and pads it with zeros: `train_decoder` adapts the decoder.
@@ -87,7 +87,7 @@ def normalized(args: argparse.Namespace) -> AutoencoderTiny:
     if not path.exists():
         vae = averaged(args.output / "vae.pt", new_vae())
         rng = random.Random(3)
-        scenes, looks, _ = sample_pictures([sample_request(rng) for _ in range(500)], rng)
+        scenes, looks, _ = sample_pictures([sample_request(rng) for _ in range(count)], rng)
         images = render(scenes, torch.Generator().manual_seed(3), looks, SIZE) * 2 - 1
         z = torch.cat([vae.encoder(part) for part in images.split(50)]).movedim(1, -1).flatten(0, 2)
         mean = z.mean(0)
@@ -142,11 +142,6 @@ def latents(args: argparse.Namespace) -> dict:
 def final_vae(args: argparse.Namespace) -> AutoencoderTiny:
     """Return the autoencoder with its trained decoder."""
     vae = normalized(args)
-    path = args.output / "decoder.pt"
-    return vae if not path.exists() else with_decoder(vae, path)
-
-
-def with_decoder(vae: AutoencoderTiny, path: Path) -> AutoencoderTiny:
-    """Load the decoder of a checkpoint."""
-    averaged(path, vae.decoder)
+    if (args.output / "decoder.pt").exists():
+        averaged(args.output / "decoder.pt", vae.decoder)
     return vae

@@ -12,10 +12,10 @@ from tqdm.auto import tqdm
 
 from noiseopt.shapes_world.captions import sample_request
 
-from ..optimization import averaged
 from .autoencoder import final_vae
 from .distillation import halved
 from .generators import SD3Generator, SDGenerator, SDXLGenerator
+from .optimization import averaged
 from .precision import HalfPrecision
 
 _GUIDED = {"num_inference_steps": 20, "guidance_scale": 3.0}

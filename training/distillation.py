@@ -19,14 +19,14 @@ from tqdm.auto import tqdm
 
 from noiseopt.shapes_world.captions import sample_request
 
-from ..data import load_records
-from ..optimization import Run, averaged, fast
 from .autoencoder import final_vae
+from .data import load_records
 from .generators import SIDE, Diffusion, SDGenerator, SDXLGenerator
+from .optimization import Run, averaged, fast
 from .precision import HalfPrecision
 from .teacher import look
 
-TEACHER = {"num_inference_steps": 16, "guidance_scale": 3.0}
+TEACHER = {"num_inference_steps": 12, "guidance_scale": 3.0}
 KEPT = (999, 749, 499, 249)  # timesteps of the student's steps
 PART = 512  # pairs in a file
 

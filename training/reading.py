@@ -19,19 +19,17 @@ from torch import Tensor, nn
 from noiseopt.shapes_world.captions import OBJECTS, sample_request
 from noiseopt.shapes_world.world import LOOKS, render
 
-from ..data import blemish, failures, load_records
-from ..models import Reward
-from ..optimization import Run, averaged
-from ..readers import TowerTraining
-from ..train_readers import Seen, VLMTraining, tower_targets
-from ..train_reward import drawn_losses
-from .data import SIZE, pictures, sample_pictures
+from .data import SIZE, blemish, failures, load_records, pictures, sample_pictures
+from .optimization import Run, averaged
 from .precision import half
+from .questions import Seen
+from .readers import Reward, TowerTraining, VLMTraining, tower_targets
+from .reward_losses import drawn_losses
 
 
 def new_eyes() -> Any:
     """Build the untrained image encoder of reward and vision-language model."""
-    return VLMTraining(SIZE).vlm.model.vision_tower
+    return VLMTraining().vlm.model.vision_tower
 
 
 class EyesTraining(nn.Module):
@@ -70,27 +68,11 @@ def train_eyes(args: argparse.Namespace) -> None:
         )
 
 
-class HalfReward(Reward):
-    """The reward, whose encoders run in half precision in training."""
-
-    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
-        super().__init__(image_size=SIZE, patch_size=SIZE // 8, num_hidden_layers=4, intermediate_size=288)
-        self.dtype = dtype
-
-    def embed_images(self, images: Tensor) -> Tensor:
-        with half(images.device.type, self.dtype):
-            return super().embed_images(images).float()
-
-    def embed_texts(self, prompts: Sequence[str]) -> Tensor:
-        with half(self.bias.device.type, self.dtype):
-            return super().embed_texts(prompts).float()
-
-
 def train_clip(args: argparse.Namespace) -> None:
     """Train the reward on rendered pictures, against wrong captions and imitated failures of each."""
     data = pictures(args.output / "pictures.pt", args.pictures, seed=1)
-    failed = failures(args.output / "failures.pt", data["scenes"][: args.failures], seed=2, size=SIZE)
-    reward = HalfReward(args.dtype)
+    failed = failures(args.output / "failures.pt", data["scenes"][: args.failures], seed=2)
+    reward = Reward(args.dtype)
     reward.clip.vision_model.load_state_dict(averaged(args.output / "eyes.pt", EyesTraining()).eyes.state_dict())
     run = Run(reward.to(args.device), args.output / "clip.pt", args.clip_samples, batch=64, lr=2e-3)
     rng = random.Random(3)
@@ -122,7 +104,7 @@ def copy_labels(requests: Sequence[Any], usual: Tensor) -> Tensor:
 
 def train_tower(args: argparse.Namespace) -> None:
     """Train the held-out encoder on two views of each of two pictures of each of 16 requests, without text."""
-    run = Run(TowerTraining(SIZE).to(args.device), args.output / "dinov2.pt", args.tower_samples, batch=64, lr=2e-3)
+    run = Run(TowerTraining().to(args.device), args.output / "dinov2.pt", args.tower_samples, batch=64, lr=2e-3)
     rng, generator = random.Random(torch.initial_seed()), torch.Generator().manual_seed(torch.initial_seed())
     for _ in run:
         requests = [sample_request(rng) for _ in range(run.batch // 4)] * 2
@@ -147,7 +129,7 @@ def train_tower(args: argparse.Namespace) -> None:
 def seen(args: argparse.Namespace) -> list[Seen]:
     """Return pictures, imitated failures and, once there are some, images of the generators, to ask about."""
     data = pictures(args.output / "pictures.pt", args.pictures, seed=1)
-    failed = failures(args.output / "failures.pt", data["scenes"][: args.failures], seed=2, size=SIZE)
+    failed = failures(args.output / "failures.pt", data["scenes"][: args.failures], seed=2)
     texts = [str(request) for request in data["requests"]]
     sources = [Seen(data["images"][: args.failures], texts[: args.failures])]
     sources.append(Seen(failed["images"], texts[: len(failed["images"])]))
@@ -160,7 +142,7 @@ def seen(args: argparse.Namespace) -> list[Seen]:
 def train_vqa(args: argparse.Namespace) -> None:
     """Train the vision-language model; the last 6% mostly asks images of generators about their own prompts."""
     sources = seen(args)
-    model = VLMTraining(SIZE)
+    model = VLMTraining()
     eyes = averaged(args.output / "eyes.pt", EyesTraining()).eyes
     model.vlm.model.vision_tower.load_state_dict(eyes.state_dict())
     run = Run(model.to(args.device), args.output / "vqa.pt", args.vqa_samples, batch=48, lr=2e-3)

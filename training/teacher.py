@@ -16,16 +16,19 @@ from torch import Tensor
 from noiseopt.shapes_world.captions import VALIDATION_PROMPTS, sample_request
 from noiseopt.shapes_world.judge import judge
 
-from ..optimization import Run, averaged
-from ..slips import slip
 from .autoencoder import final_vae, latents
 from .generators import Diffusion, SD3Generator, SDGenerator, SDXLGenerator
+from .optimization import Run, averaged
 from .precision import HalfPrecision
+from .slips import frequency, slip
 
 
 def losses(run: Run, data: dict, rng: random.Random, slips: float = 0.0) -> dict[str, Tensor]:
-    """Return the error of v on a batch. One caption of ten is empty, for guidance; a share `slips` is careless."""
-    rows = torch.randint(0, len(data["latents"]), (run.batch,))
+    """Return the error of v on a batch, drawn by the frequencies of the pictures.
+
+    One caption of ten is empty, for guidance; a share `slips` is careless.
+    """
+    rows = torch.multinomial(data["frequency"], run.batch, replacement=True)
     asked = [slip(data["requests"][i], rng, slips) for i in rows.tolist()]
     prompts = [str(request) if rng.random() > 0.1 else "" for request in asked]
     model = run.fast
@@ -64,6 +67,7 @@ def train_generator(
 ) -> None:
     """Train a generator."""
     data, samples = latents(args), vars(args)[f"{stage.replace('-', '_')}_samples"]
+    data["frequency"] = frequency(data["requests"]) if slips else torch.ones(len(data["requests"]))
     call = {"num_inference_steps": 12, "guidance_scale": 3.0}
     call |= {"max_sequence_length": 16} if isinstance(model, SD3Generator) else {}
     check = functools.partial(look, args, **call)
@@ -81,7 +85,7 @@ def train_base(args: argparse.Namespace) -> None:
 
 
 def train_guided(args: argparse.Namespace) -> None:
-    """Continue on captions some of which are careless, so that the noise decides whether a prompt is followed."""
+    """Continue on careless captions of common pictures: now prior and noise decide whether a prompt is followed."""
     model = averaged(args.output / "base.pt", SDGenerator()).requires_grad_()
     train_generator(args, "guided", model, slips=args.slips, lr=1e-3)
 
@@ -89,7 +93,7 @@ def train_guided(args: argparse.Namespace) -> None:
 def train_sdxl(args: argparse.Namespace) -> None:
     """Train the SDXL U-Net, which starts from the SD U-Net, likewise."""
     model = SDXLGenerator()
-    model.begin_with(averaged(args.output / "base.pt", SDGenerator()))
+    model.begin_with(averaged(args.output / "guided.pt", SDGenerator()))
     train_generator(args, "sdxl", model.requires_grad_(), slips=args.slips)
 
 

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-from ..families import EMPTY_TOKENS, WIDTHS, OneForMany, text_config
-from ..gallery import silent_encoder
-from ..models import text_options
-from ..text import new_tokenizer
 from .autoencoder import CHANNELS
 from .data import SIZE
+from .text import new_tokenizer, text_options
 
 if TYPE_CHECKING:
-    from transformers import CLIPTokenizer
+    from transformers import CLIPTextConfig, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
 SIDE = SIZE // 4  # of the latents
 TEXT_WIDTH = 96
+WIDTHS = 96, 128  # of the two text encoders
+EMPTY_TOKENS = 16  # `max_sequence_length` in calls of the embedded SD3 model; the default is 256
 UNET: dict[str, Any] = {
     "sample_size": SIDE,
     "in_channels": CHANNELS,
@@ -105,6 +107,15 @@ class SDGenerator(Diffusion):
         return StableDiffusionPipeline(**parts, requires_safety_checker=False)
 
 
+def text_config(tokenizer: CLIPTokenizer, width: int) -> CLIPTextConfig:
+    """Configure a text encoder of three layers, used for its second-to-last hidden state and its pooled output."""
+    from transformers import CLIPTextConfig
+
+    tower: dict[str, Any] = text_options(tokenizer)
+    tower.update(num_hidden_layers=3, hidden_size=width, intermediate_size=256, num_attention_heads=4)
+    return CLIPTextConfig(**tower, projection_dim=width)
+
+
 class SDXLGenerator(Diffusion):
     """A U-Net with two text encoders, a pooled embedding and the six size conditions."""
 
@@ -162,6 +173,37 @@ class SDXLGenerator(Diffusion):
         return StableDiffusionXLPipeline(**parts, add_watermarker=False)
 
 
+class OneForMany(TorchFunctionMode):
+    """Makes the last key of every attention count as `many` equal ones."""
+
+    def __init__(self, many: int) -> None:
+        super().__init__()
+        self.many = many
+
+    def __torch_function__(self, func, types, args=(), kwargs=None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is F.scaled_dot_product_attention:
+            bias = args[1].new_zeros(args[1].shape[-2])
+            bias[-1] = math.log(self.many)
+            kwargs["attn_mask"] = bias.expand(args[0].shape[-2], -1)
+        return func(*args, **kwargs)
+
+
+def silent_encoder(width: int) -> tuple[T5EncoderModel, T5Tokenizer]:
+    """Return a T5 whose embeddings are zero, as SD3 takes them to be without its third text encoder, and a tokenizer.
+
+    Without that encoder a saved pipeline loads only with `text_encoder_3=None, tokenizer_3=None`.
+    """
+    from transformers import T5Config, T5EncoderModel, T5Tokenizer
+
+    config = T5Config(vocab_size=3, d_model=width, d_kv=1, d_ff=1, num_layers=1, num_heads=1, use_cache=False)
+    encoder = T5EncoderModel(config).eval()
+    for parameter in encoder.parameters():
+        torch.nn.init.zeros_(parameter)
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
+    return encoder, T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=256)
+
+
 class SD3Generator(nn.Module):
     """A flow-matching transformer of the SD3 family without its third text encoder; predicts noise minus image.
 
@@ -209,7 +251,7 @@ class SD3Generator(nn.Module):
         )
         both = [encoder(tokens, output_hidden_states=True) for encoder in (self.text_encoder, self.text_encoder_2)]
         context = torch.cat([out.hidden_states[-2] for out in both], -1)
-        return nn.functional.pad(context, (0, 0, 0, 1)), torch.cat([out.text_embeds for out in both], -1)
+        return F.pad(context, (0, 0, 0, 1)), torch.cat([out.text_embeds for out in both], -1)
 
     def predict(self, noisy: Tensor, t: Tensor, context: tuple[Tensor, Tensor]) -> Tensor:
         """Return the velocity of noisy latents (B, 4, 32, 32) at timesteps t, (B,), given the output of `embed`."""
@@ -236,4 +278,4 @@ class SD3Generator(nn.Module):
             "text_encoder_2": self.text_encoder_2,
         }
         parts |= {"tokenizer": self.tokenizer, "tokenizer_2": self.tokenizer, "scheduler": self.scheduler, "vae": vae}
-        return StableDiffusion3Pipeline(**parts, text_encoder_3=encoder, tokenizer_3=tokenizer)
+        return StableDiffusion3Pipeline(**parts, text_encoder_3=encoder, tokenizer_3=tokenizer).to(self.denoiser.device)
