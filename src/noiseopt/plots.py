@@ -125,8 +125,11 @@ def draw_pairs(story: Story, path: Path | BinaryIO) -> None:
 
 def headed(story: Story, below: str, height: float, width: float = WIDTH) -> tuple[Page, float]:
     """Return a page that starts with the outcome and an explanation, and the top of the `height` inches below it."""
-    steps = plural(story.steps, story.choice.recipe.unit)
-    words = f"Left of an arrow: plain seeds. Right: the same after {steps} of {story.choice}. {below}"
+    choice = story.choice
+    method = (
+        f"{plural(story.steps, choice.recipe.unit)} of {choice.name} on {choice.model.name}, the {choice.model.title}"
+    )
+    words = f"Left of an arrow: plain seeds. Right: the same after {method}. {below}"
     explanation = textwrap.wrap(words, int(13 * width))
     head = 0.5 + 0.18 * len(explanation)
     page = Page(head + height, width)
