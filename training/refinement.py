@@ -38,7 +38,9 @@ def explore(args: argparse.Namespace, reward: Reward, round_: int) -> dict[str, 
             context = student.embed(prompts)
 
         def draw(z: torch.Tensor, context: torch.Tensor = context) -> torch.Tensor:
-            latents = -student.predict(z, torch.full((len(z),), 999.0, device=z.device), context)
+            v = student.predict(z, torch.full((len(z),), 999.0, device=z.device), context)
+            level = student.scheduler.alphas_cumprod[-1]
+            latents = level.sqrt() * z - (1 - level).sqrt() * v
             return (vae.decoder(latents) / 2 + 0.5).clamp(0.0, 1.0)
 
         for step, (_, each, _) in enumerate(ascend(draw, reward, noise, prompts, STEPS[-1], rate=14.0)):
