@@ -260,8 +260,9 @@ def test_demo_of_sets(neighbors, tmp_path, capsys):
 @pytest.mark.parametrize("method", sorted(RECIPES.keys() | set(list_methods())))
 def test_each_method_fits_into_a_minute(method):
     choice = Choice.of(method)
-    assert choice.build().steps == choice.steps
-    assert choice.cost * choice.count * len(choice.prompts) * choice.steps <= recipes.MOST
+    steps = choice.build().steps
+    assert choice.steps == steps
+    assert choice.cost * choice.count * len(choice.prompts) * steps <= recipes.MOST
     build_parser().parse_args(shlex.split(following(choice))[1:])
 
 
