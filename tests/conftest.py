@@ -16,7 +16,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # workers and their subprocesses share 
 LONG_FILES = (
     "conformance",
     "hub_cards/test_loading.py",
-    "training/test_training.py",
+    "training/test_train.py",
     "evaluation/test_evaluate.py",
     "pipelines/test_interruptions.py",
     "pipelines/never_too_late",

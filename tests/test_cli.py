@@ -4,11 +4,14 @@ import argparse
 import contextlib
 import dataclasses
 import io
+import math
 import os
+import re
 import shlex
 import signal
 import subprocess
 import sys
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar
@@ -18,39 +21,79 @@ import pytest
 import torch
 from diffusers.utils import logging as diffusers_logging
 from PIL import Image
+from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 import noiseopt
-from noiseopt import NoiseResult, plots, shapes_world
+from noiseopt import NoiseResult, plots, recipes, shapes_world
+from noiseopt.arguments import progress_line
 from noiseopt.cli import build_parser, main
-from noiseopt.demo import ONE_STEP, load_pipeline, optimize_and_judge
-from noiseopt.evaluation.metrics import layout_spread
+from noiseopt.demo import following, load_pipeline, optimize_and_judge
+from noiseopt.evaluation.metrics import mean_pairwise_similarity
 from noiseopt.pipelines import FunctionObjective, NoiseOptimizer
 from noiseopt.pipelines.registry import METHODS, list_methods
 from noiseopt.pipelines.sampling.sampler import Gradient
 from noiseopt.quiet import quiet_libraries
 from noiseopt.shapes_world import embedded
-from noiseopt.story import DEFAULT_PROMPTS, RECIPES, SET, Choice
+from noiseopt.story import DEFAULT_PROMPTS, RECIPES, SET, Choice, Story, decimal
 
 PROMPT = "a red circle left of a blue star"
 
 
+class Terminal(io.StringIO):
+    """A terminal, as far as progress bars ask."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def eager(line: tqdm) -> tqdm:
+    """Let a bar show each of its ticks."""
+    line.mininterval, line.miniters, line.dynamic_miniters = 0, 0, False
+    return line
+
+
+def ticks(shown: str) -> list[tuple[int, int]]:
+    """Return the counts and totals that a bar showed, each once."""
+    return list(dict.fromkeys((int(count), int(total)) for count, total in re.findall(r"\| (\d+)/(\d+) \[", shown)))
+
+
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory) -> tuple[Path, str]:
-    """The output folder of a short demo, and the printed text."""
-    folder, printed = tmp_path_factory.mktemp("demo") / "new" / "folder", io.StringIO()
-    with contextlib.redirect_stdout(printed):
+def demo(tmp_path_factory) -> tuple[Path, str, str]:
+    """The output folder of a short demo, the printed text, and what the progress bar showed."""
+    folder, printed, shown = tmp_path_factory.mktemp("demo") / "new" / "folder", io.StringIO(), Terminal()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed), contextlib.redirect_stderr(shown):
+        patch.setattr("noiseopt.cli.progress_line", lambda: eager(progress_line()))
         main(["demo", "--steps", "2", "--seed", "3", "--prompt", PROMPT, "--output", str(folder)])
-    return folder, printed.getvalue()
+    return folder, printed.getvalue(), shown.getvalue()
 
 
-def test_demo_says_what_happened(demo):
-    folder, printed = demo
-    assert PROMPT in printed and "ReNO on sdxl-turbo, the one-step student of the SDXL kind" in printed
-    assert len([line for line in printed.splitlines() if line.startswith(PROMPT)]) == 1
-    assert "judge: " in printed and " of 1 right → " in printed
-    for name in ("before_after.png", "trajectory.png", "noise.safetensors"):
-        assert (folder / name).is_file() and f"wrote {folder / name}" in printed
+def test_demo_says_what_happens(demo):
+    folder, printed, _ = demo
+    first, *lines, last = printed.splitlines()
+    assert first.startswith("ReNO on sdxl-turbo, the one-step student of the SDXL kind: 1 prompt, seed 3, 2 steps up ")
+    assert re.search(r", about \d+ s on two idle cores\.$", first)
+    assert len([line for line in lines if line.startswith(PROMPT)]) == 1
+    assert any(re.fullmatch(r"right [01] → [01] of 1, in \d+ s", line) for line in lines)
+    names = "before_after.png, trajectory.png, noise.safetensors"
+    assert last == f"{folder}: {names}. Next: noiseopt demo --method cno"
+    assert {path.name for path in folder.iterdir()} == set(names.split(", "))
+
+
+def test_demo_shows_one_bar(demo):
+    """It is there before the libraries are imported, counts every step, and shows the unit of the summary."""
+    _, printed, shown = demo
+    assert shown.lstrip("\r").startswith("Loading ...")
+    assert ticks(shown) == [(0, 2), (1, 2), (2, 2)]
+    (after,) = re.findall(r"^right [01] → ([01]) of 1,", printed, re.MULTILINE)
+    assert re.findall(r"right [01] of 1", shown)[-1] == f"right {after} of 1"
+
+
+def test_the_bar_needs_a_terminal():
+    for file, there in ((Terminal(), True), (io.StringIO(), False)):
+        with contextlib.redirect_stderr(file), progress_line():
+            pass
+        assert bool(file.getvalue()) == there
 
 
 @pytest.mark.parametrize("name", ["before_after.png", "trajectory.png"])
@@ -65,11 +108,10 @@ def test_demo_saves_a_noise_that_draws_its_image(demo):
     result = NoiseResult.load(demo[0] / "noise.safetensors")
     assert result.provenance["prompts"] == [PROMPT] and result.provenance["seeds"] == [3]
     assert result.losses.shape == (2, 1)
-    pipe = load_pipeline()
+    pipe, call = load_pipeline("sdxl-turbo"), shapes_world.MODELS["sdxl-turbo"].call
     pipe.set_progress_bar_config(disable=True)
-    plain = pipe(PROMPT, generator=torch.Generator().manual_seed(3), output_type="pt", **ONE_STEP).images
-    found = pipe(PROMPT, latents=result.latents, output_type="pt", **ONE_STEP).images
-    assert found.shape == (1, 3, 64, 64)
+    plain = pipe(PROMPT, generator=torch.Generator().manual_seed(3), output_type="pt", **call).images
+    found = pipe(PROMPT, latents=result.latents, output_type="pt", **call).images
     assert torch.equal(found, plain) == (result.best_step.item() == 0)
 
 
@@ -80,17 +122,34 @@ def test_demo_of_another_method_and_model(tmp_path, capsys):
     assert "BestOfN on guided, the guided model of the SD kind" in printed and "ReNO" not in printed
     result = NoiseResult.load(tmp_path / "noise.safetensors")
     assert result.provenance["method"] == "BestOfN" and result.losses.shape == (2, 1)
-    assert result.provenance["arguments"]["num_inference_steps"] == 6
+    call = shapes_world.MODELS["guided"].call
+    assert call.items() <= result.provenance["arguments"].items()
+
+
+def test_noise_diffusion_is_told_by_its_own_scorer(tmp_path, capsys):
+    """P(yes) is the answer of the embedded vision-language model to the returned image."""
+    arguments = ["demo", "--method", "noise_diffusion", "--model", "turbo", "--steps", "2", "--prompt", PROMPT]
+    with pytest.warns(UserWarning, match="single denoising step"):
+        main([*arguments, "--output", str(tmp_path)])
+    printed = capsys.readouterr().out
+    pipe, scorer = load_pipeline("turbo"), shapes_world.load("vqa")
+    pipe.set_progress_bar_config(disable=True)
+    result = NoiseResult.load(tmp_path / "noise.safetensors")
+    call = {"output_type": "pt", **shapes_world.MODELS["turbo"].call}
+    images = [pipe(PROMPT, generator=torch.Generator().manual_seed(0), **call).images]
+    images.append(pipe(PROMPT, latents=result.latents, **call).images)
+    before, after = (decimal(float(scorer(image, PROMPT)), 2) for image in images)
+    assert re.search(rf"^P\(yes\) {before} → {after}, right [01] → [01] of 1, in ", printed, re.MULTILINE)
 
 
 @pytest.mark.slow
 def test_demo_of_a_method_of_sets_with_rewards(tmp_path, capsys):
     main(["demo", "--method", "never_too_late", "--steps", "3", "--prompt", PROMPT, "--output", str(tmp_path)])
     printed = capsys.readouterr().out
-    assert f"{SET} images of 1 prompt, 3 steps" in printed and "NeverTooLate(learning_rate=35.0, " in printed
-    assert f" of {SET} right → " in printed and "from its mean position" in printed
+    assert f"{SET} images of 1 prompt, seed 0, 3 steps toward images that differ" in printed
+    assert f" of {SET}, Vendi " in printed and "in held-out features (dinov2)" in printed
     result = NoiseResult.load(tmp_path / "noise.safetensors")
-    assert result.provenance["objective"]["diversity"] == {"dpp": {"features": "dinov2", "weight": 72.0}}
+    assert result.provenance["objective"]["diversity"]["dpp"]["features"] == "clip"
     assert result.losses.shape == (3, SET) and result.best_scores["dpp"][0] > result.initial_scores["dpp"][0]
     assert {Path(path).name for path in Choice.of("never_too_late").weights()} == {"turbo", "clip", "dinov2"}
 
@@ -117,15 +176,16 @@ def neighbors(monkeypatch):
 
 def test_method_without_rewards_gets_sets(neighbors):
     """Images that the method did not sample are those of the stock pipeline from its noise."""
-    prompts = [PROMPT, "two green circles"]
-    story = optimize_and_judge(Choice.of("neighbors"), prompts, seed=3)
+    prompts, shown = [PROMPT, "two green circles"], Terminal()
+    bar = eager(tqdm(file=shown, leave=False))
+    story = optimize_and_judge(Choice.of("neighbors"), prompts, 3, bar)
     assert story.prompts == [PROMPT] * SET + ["two green circles"] * SET
-    assert story.images.shape == (3, 2 * SET, 3, 64, 64) and len(story.results) == 2
-    assert story.measure == "layout" and story.values.shape == (3, 2)
-    assert story.value(0, 1) == layout_spread(story.end_images(1)[:SET], PROMPT)
+    assert story.images.shape[:2] == (4, 2 * SET) and len(story.results) == 2 and story.steps == 3
+    assert ticks(shown.getvalue()) == [(step, 8) for step in range(9)]
+    assert story.choice.measure == "diversity" and story.values.shape == (4, 2)
     pipe = load_pipeline()
     pipe.set_progress_bar_config(disable=True)
-    call = {**ONE_STEP, "num_images_per_prompt": SET, "output_type": "pt"}
+    call = {**shapes_world.MODELS["turbo"].call, "num_images_per_prompt": SET, "output_type": "pt"}
     for number, (prompt, result) in enumerate(zip(prompts, story.results, strict=True)):
         seeds = list(range(3 + SET * number, 3 + SET * (number + 1)))
         assert result.provenance["prompts"] == [prompt] * SET and result.provenance["seeds"] == seeds
@@ -133,6 +193,49 @@ def test_method_without_rewards_gets_sets(neighbors):
         found = pipe(prompt, latents=result.latents, **call).images
         ours = slice(SET * number, SET * (number + 1))
         assert torch.equal(story.end_images(0)[ours], plain) and torch.equal(story.end_images(1)[ours], found)
+    measured = [mean_pairwise_similarity(story.features[-1, rows.start : rows.stop]) for rows in story.sets]
+    assert story.mean(story.value, 1) == pytest.approx(1 - float(sum(measured)) / 2)
+    assert (
+        re.findall(r"diversity \S+(?=\])", shown.getvalue())[-1]
+        == f"diversity {decimal(1 - float(sum(measured)) / 2, 3)}"
+    )
+    with torch.no_grad():
+        features = shapes_world.load("dinov2")(story.end_images(1))
+    torch.testing.assert_close(story.features[-1], features)
+
+
+def test_measures_of_a_set():
+    """Before, four images alike; after, two pairs alike whose features are orthogonal: 4 of 6 pairs, and 2 images."""
+    choice = Choice.of("cno", "turbo")
+    alike, pairs = torch.tensor([[1.0, 0.0]] * 4), torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
+    verdicts = [[shapes_world.Verdict(right, right, 1.0, None, "")] * 4 for right in (False, True)]
+    features, images = torch.stack([alike, pairs]), torch.zeros(2, 4, 3, 64, 64)
+    story = Story(choice, [PROMPT] * 4, [], images, verdicts, features)
+    assert [story.value(0, end) for end in (0, 1)] == pytest.approx([0, 4 / 6])
+    assert [story.vendi(0, end) for end in (0, 1)] == pytest.approx([1, 2])
+    assert story.headline == "diversity .000 → .667, right 0 → 4 of 4" and story.change(story.layout, 1) == "– → –"
+    assert story.right_so_far == [0, 4]
+
+
+def test_best_so_far():
+    """Two images: the judge's verdict is that of the highest reward so far, not of each step."""
+    losses = torch.tensor([[-1.0, -2.0], [-3.0, -1.0], [-2.0, -5.0]])
+    result = types.SimpleNamespace(losses=losses, best_step=torch.tensor([1, 2]))
+    right = [[False, True], [True, False], [False, False]]
+    verdicts = [[shapes_world.Verdict(each, each, 1.0, None, "") for each in row] for row in right]
+    story = Story(Choice.of("reno", "turbo"), [PROMPT] * 2, [result], torch.zeros(3, 2, 3, 64, 64), verdicts)
+    assert story.so_far.tolist() == [[1, 2], [3, 2], [3, 5]] and story.right_so_far == [1, 2, 1]
+    assert story.headline == "right 1 → 1 of 2" and story.change(story.value, 1) == "1.5 → 4.0"
+
+
+def test_numbers_are_short():
+    assert [decimal(value, 2) for value in (0.421, -0.5, 1.0, 10.004, math.nan)] == [
+        ".42",
+        "-.50",
+        "1.00",
+        "10.00",
+        "–",
+    ]
 
 
 def test_ctrl_c_ends_the_demo_without_a_traceback(neighbors, monkeypatch, tmp_path):
@@ -150,16 +253,18 @@ def test_ctrl_c_ends_the_demo_without_a_traceback(neighbors, monkeypatch, tmp_pa
 def test_demo_of_sets(neighbors, tmp_path, capsys):
     main(["demo", "--method", "neighbors", "--prompt", PROMPT, "--prompt", PROMPT, "--output", str(tmp_path)])
     printed = capsys.readouterr().out
-    assert f"{SET} images of 2 prompts, 3 steps" in printed and "Neighbors on turbo" in printed
-    assert f" of {2 * SET} right → " in printed and "from its mean position" in printed
+    assert f"{SET} images of 2 prompts, seed 0, 3 steps" in printed and "Neighbors on turbo" in printed
+    assert f" of {2 * SET}, Vendi " in printed and f"{tmp_path}: before_after.png" in printed.splitlines()[-1]
     names = {"before_after.png", "trajectory.png", "noise_1.safetensors", "noise_2.safetensors"}
     assert {path.name for path in tmp_path.iterdir()} == names
 
 
 @pytest.mark.parametrize("method", sorted(RECIPES.keys() | set(list_methods())))
-def test_the_method_of_each_recipe_can_be_built(method):
+def test_each_method_fits_into_a_minute(method):
     choice = Choice.of(method)
     assert choice.build().steps == choice.steps
+    assert choice.cost * choice.count * len(choice.prompts) * choice.steps <= recipes.MOST
+    build_parser().parse_args(shlex.split(following(choice))[1:])
 
 
 def test_an_evaluation_of_what_was_chosen_is_no_step():
@@ -168,28 +273,36 @@ def test_an_evaluation_of_what_was_chosen_is_no_step():
 
 
 @pytest.mark.parametrize(
-    ("method", "model", "asked", "steps"),
+    ("method", "model", "asked", "steps", "prompts"),
     [
-        ("reno", "turbo", None, 50),
-        ("reno", "guided", None, 20),
-        ("neighbors", "turbo", None, 3),
-        ("reno", "sd3", 30, 30),
-        ("reno:steps=7", "turbo", None, 7),
-        ("reno:steps=7", "turbo", 3, 3),
-        ("never_too_late", "turbo", None, 10),
-        ("reno:budget=6", "turbo", None, 6),
-        ("reno:budget=6s", "turbo", None, None),
-        ("reno:budget=6s", "turbo", 3, 3),
+        ("reno", "turbo", None, 50, 8),  # 2·(8 + 15) ms for each image: 18 s
+        ("noise_diffusion", "guided", None, 20, 8),  # 40·8 + 2·15 ms: 56 s
+        ("noise_diffusion", "guided", 30, 30, 4),  # 84 s with 8
+        ("noise_pgd:gradient=full", "guided", None, 20, 4),  # 2·40·8 + 2·15 ms: 11 steps with 8, which are too few
+        ("noise_pgd:gradient=full", "guided", 100, 100, 2),  # 134 s with 2, as asked
+        ("cno", "guided", None, 3, 4),  # 2·8 + 40·8 + 10 ms for each of 16 images: 17 s
+        ("neighbors", "turbo", None, 3, 4),
+        ("reno:steps=7", "turbo", None, 7, 8),
+        ("reno:steps=7", "turbo", 3, 3, 8),
+        ("reno:budget=6", "turbo", None, 6, 8),
+        ("reno:budget=6s", "turbo", None, None, 8),
+        ("reno:budget=6s", "turbo", 3, 3, 8),
     ],
 )
-def test_default_steps_suit_method_and_model(method, model, asked, steps, neighbors):
-    assert Choice.of(method, model, asked).steps == steps
+def test_steps_and_prompts_by_their_cost(method, model, asked, steps, prompts, neighbors, monkeypatch):
+    """Of a model with 20 guided steps, and of one with a single step."""
+    for name, call in (("guided", (20, 3.0)), ("turbo", (1, 0.0))):
+        call = dict(zip(("num_inference_steps", "guidance_scale"), call, strict=True))
+        monkeypatch.setitem(shapes_world.MODELS, name, dataclasses.replace(shapes_world.MODELS[name], call=call))
+    choice = Choice.of(method, model, asked)
+    assert (choice.steps, len(choice.prompts)) == (steps, prompts)
+    assert set(choice.prompts) <= set(DEFAULT_PROMPTS)
 
 
 def test_demo_in_a_time(tmp_path, capsys):
     main(["demo", "--method", "best_of_n:budget=300ms", "--prompt", PROMPT, "--output", str(tmp_path)])
     printed = capsys.readouterr().out
-    assert "1 prompt, 300ms, seed 0: BestOfN on turbo" in printed and "of 1 right → " in printed
+    assert "BestOfN on turbo" in printed and "1 prompt, seed 0, 300ms of steps." in printed and " of 1, in " in printed
 
 
 def test_weights_that_are_nowhere_are_said_before_anything_runs(monkeypatch, tmp_path):

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -67,7 +66,7 @@ class Run(Generic[Model]):
         model: The model.
         path: The checkpoint; if it exists, the run resumes from it.
         samples: Number of samples of the stage.
-        batch: Samples per update, over all processes.
+        batch: Samples per update.
         lr: Peak learning rate.
         decay: Decay of the moving average.
         look: Called with the averaged model and a path for sample images, after every tenth of the run.
@@ -95,26 +94,25 @@ class Run(Generic[Model]):
         if path.exists():
             self.load()
         self.fast = model if dtype == torch.float32 else fast(copy.deepcopy(model), dtype)
-        torch.manual_seed(self.seen + (dist.get_rank() if dist.is_initialized() else 0))
+        torch.manual_seed(self.seen)
 
     def __iter__(self) -> Iterator[int]:
         """Yield the number of samples seen until the stage is done, saving regularly."""
-        first = not (dist.is_initialized() and dist.get_rank())
         steps, before, clock = 0, self.seconds, time.time()
         saved = clock
-        with tqdm(total=self.samples, initial=self.seen, desc=self.path.stem, disable=not first, mininterval=5) as bar:
+        with tqdm(total=self.samples, initial=self.seen, desc=self.path.stem, mininterval=5) as bar:
             while self.seen < self.samples:
                 looks = 10 * self.seen // self.samples
                 yield self.seen
                 steps += 1
                 bar.update(self.seen - bar.n)
                 self.seconds = before + time.time() - clock
-                if first and steps % 100 == 0:
+                if steps % 100 == 0:
                     bar.set_postfix(self._record())
-                if first and (steps % 100 == 0 or time.time() - saved > 300):
+                if steps % 100 == 0 or time.time() - saved > 300:
                     self.save()
                     saved = time.time()
-                if first and self.look and 10 * self.seen // self.samples > looks:
+                if self.look and 10 * self.seen // self.samples > looks:
                     self.look(self.average, self.path.with_name(f"{self.path.stem}_{self.seen}.png"))
         self.save()
 
@@ -123,7 +121,6 @@ class Run(Generic[Model]):
         self.optimizer.zero_grad(set_to_none=True)
         torch.stack(list(losses.values())).sum().backward()
         self._take_gradients()
-        self._share_gradients()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         warm = min(1.0, (self.seen / self.batch + 1) / 100)
         cosine = 0.51 + 0.49 * math.cos(math.pi * min(1.0, self.seen / self.samples))
@@ -156,20 +153,8 @@ class Run(Generic[Model]):
         self._sums = {}
         return means
 
-    def _share_gradients(self) -> None:
-        if not dist.is_initialized():
-            return
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        flat = torch.cat([g.flatten() for g in gradients])
-        dist.all_reduce(flat)
-        means = (flat / dist.get_world_size()).split([g.numel() for g in gradients])
-        for gradient, mean in zip(gradients, means, strict=True):
-            gradient.copy_(mean.view_as(gradient))
-
     def save(self) -> None:
         """Write everything needed to resume."""
-        if dist.is_initialized() and dist.get_rank() > 0:
-            return
         state = {"model": self.model.state_dict(), "average": self.average.state_dict(), "seen": self.seen}
         state |= {"batch": self.batch, "seconds": self.seconds, "curve": self.curve}
         state["optimizer"] = self.optimizer.state_dict()
@@ -178,7 +163,7 @@ class Run(Generic[Model]):
 
     def load(self) -> None:
         """Resume from the checkpoint."""
-        state = torch.load(self.path)
+        state = torch.load(self.path, map_location="cpu")
         self.model.load_state_dict(state["model"])
         self.average.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -187,7 +172,7 @@ class Run(Generic[Model]):
 
 def averaged(path: Path, model: Model) -> Model:
     """Load the moving average of a stage's weights."""
-    model.load_state_dict(torch.load(path)["average"])
+    model.load_state_dict(torch.load(path, map_location="cpu")["average"])
     return model.requires_grad_(False).eval()
 
 

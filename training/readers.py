@@ -1,45 +1,89 @@
-"""Untrained image encoder and vision-language model from stock classes."""
+"""The untrained readers of pictures, from stock classes: reward, held-out image encoder, vision-language model."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from noiseopt.shapes_world.captions import OBJECTS, WORDS
-from noiseopt.shapes_world.world import LOOKS, SIZE
+from noiseopt.shapes_world.captions import OBJECTS
+from noiseopt.shapes_world.world import LOOKS, SIDE, Scene, coverage
+
+from .data import SIZE
+from .precision import half
+from .questions import PATCHES, Questions, new_question_tokenizer
+from .text import new_tokenizer, text_options
 
 if TYPE_CHECKING:
-    from transformers import Dinov2Model, LlavaForConditionalGeneration, PreTrainedTokenizerFast
+    from transformers import CLIPModel, Dinov2Model, LlavaForConditionalGeneration
 
-PATCH = 8
-PATCHES = (SIZE // PATCH) ** 2
-SHOWS = 'does this figure show "{}" ? please answer yes or no .'
-HOLDS = 'is there "{}" in this figure ? please answer yes or no .'
-CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ message['role'].upper() }} : "
-    "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image> {% else %}{{ part['text'] }} "
-    "{% endif %}{% endfor %}{% endfor %}{% if add_generation_prompt %}ASSISTANT :{% endif %}"
-)
+PATCH = SIZE // 8  # pixels, side of a patch
 
 
-def new_tower(size: int = SIZE) -> Dinov2Model:
+def new_clip() -> CLIPModel:
+    """Build an untrained dual encoder with a fixed temperature: scores are 20 times the cosine."""
+    from transformers import CLIPConfig, CLIPModel
+
+    tokenizer = new_tokenizer()
+    tower = {"hidden_size": 96, "num_attention_heads": 4, "projection_dim": 96}
+    config = CLIPConfig(
+        text_config=tower | {"intermediate_size": 256} | text_options(tokenizer),
+        vision_config=tower
+        | {"intermediate_size": 288, "num_hidden_layers": 4, "image_size": SIZE, "patch_size": PATCH},
+        projection_dim=96,
+        logit_scale_init_value=math.log(20.0),
+    )
+    model = CLIPModel(config)
+    model.logit_scale.requires_grad_(False)
+    return model
+
+
+class Reward(nn.Module):
+    """A CLIP model with a bias, the threshold score of right images; only the CLIP model is exported.
+
+    Args:
+        dtype: Precision of matrix products.
+    """
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.dtype = dtype
+        self.clip = new_clip()
+        self.bias = nn.Parameter(torch.tensor(10.0))
+        self.tokenizer = new_tokenizer()
+
+    def embed_images(self, images: Tensor) -> Tensor:
+        """Encode images (B, 3, 128, 128) in [0, 1] as (B, 96) of unit length."""
+        with half(images.device.type, self.dtype):
+            pooled = self.clip.vision_model(pixel_values=images * 2 - 1).pooler_output
+            return F.normalize(self.clip.visual_projection(pooled), dim=-1).float()
+
+    def embed_texts(self, prompts: Sequence[str]) -> Tensor:
+        """Encode B prompts as (B, 96) of unit length."""
+        tokens = self.tokenizer(list(prompts), padding=True, return_tensors="pt").to(self.bias.device)
+        with half(self.bias.device.type, self.dtype):
+            pooled = self.clip.text_model(input_ids=tokens.input_ids).pooler_output
+            return F.normalize(self.clip.text_projection(pooled), dim=-1).float()
+
+
+def new_tower() -> Dinov2Model:
     """Build an untrained DINOv2 encoder: 64 patches of 96 channels, 4 layers."""
     from transformers import Dinov2Config, Dinov2Model
 
     tower: dict[str, Any] = {"hidden_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4, "mlp_ratio": 3}
-    config = Dinov2Config(**tower, image_size=size, patch_size=size // 8)
-    return Dinov2Model(config)
+    return Dinov2Model(Dinov2Config(**tower, image_size=SIZE, patch_size=PATCH))
 
 
 class TowerTraining(nn.Module):
     """The image encoder with training heads: content of each patch, count of each object, occupied patches, ground."""
 
-    def __init__(self, size: int = SIZE) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.tower = new_tower(size)
+        self.tower = new_tower()
         width = self.tower.config.hidden_size
         self.patch = nn.Linear(width, len(OBJECTS) + 1)
         self.count = nn.Linear(width, 4 * len(OBJECTS))
@@ -47,39 +91,29 @@ class TowerTraining(nn.Module):
         self.ground = nn.Linear(width, LOOKS)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Map images (B, 3, H, H) in [0, 1] to logits (B, 64, 31), (B, 4, 30), (B, 64), looks and features."""
+        """Map images (B, 3, 128, 128) in [0, 1] to logits (B, 64, 31), (B, 4, 30), (B, 64), looks and features."""
         tokens = self.tower(pixel_values=images * 2 - 1).last_hidden_state
         whole, patches = tokens[:, 0], tokens[:, 1:]
         counts = self.count(whole).unflatten(1, (4, -1))
         return self.patch(patches), counts, self.where(whole), self.ground(whole), whole
 
 
-def new_question_tokenizer() -> PreTrainedTokenizerFast:
-    """Build a tokenizer of the words of the world and the questions, in lower case except for the chat roles."""
-    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
+def tower_targets(scenes: Sequence[Scene]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the targets for image patches and for whole images.
 
-    special = ["<pad>", "<unk>", "<s>", "</s>", "<image>"]
-    words = [*WORDS, *f"{SHOWS} {HOLDS}".replace('"{}"', '"').split(), "image"]
-    words += ["yes", "no", "user", "assistant", ":", ","]
-    vocab = {word: i for i, word in enumerate(dict.fromkeys([*special, *words]))}
-    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
-    tokenizer.normalizer = normalizers.Lowercase()  # pyright: ignore[reportAttributeAccessIssue]
-    split = pre_tokenizers.Split(Regex(r"\w+|[^\w\s]"), behavior="removed", invert=True)
-    tokenizer.pre_tokenizer = split  # pyright: ignore[reportAttributeAccessIssue]
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        unk_token="<unk>",
-        bos_token="<s>",
-        eos_token="</s>",
-        extra_special_tokens={"image_token": "<image>"},
-        model_max_length=256,
-        padding_side="left",
-    )
+    They are the index of the object in each patch (B, 64), `len(OBJECTS)` if there is none; the count of each object in
+    the image (B, 30); and whether a patch has an object (B, 64).
+    """
+    cover = F.avg_pool2d(coverage(scenes, size=SIDE), SIDE // 8).flatten(2)
+    names = [[OBJECTS.index((s.color, s.kind)) for s in scene.shapes] for scene in scenes]
+    slots = torch.tensor([row + [0] * (3 - len(row)) for row in names])
+    most, which = cover.max(1)
+    shown = torch.where(most > 0.25, slots.gather(1, which), len(OBJECTS))
+    counts = torch.stack([torch.bincount(torch.tensor(row), minlength=len(OBJECTS)) for row in names])
+    return shown, counts, (most > 0.25).float()
 
 
-def new_vlm(tokenizer: Any, size: int = SIZE) -> LlavaForConditionalGeneration:
+def new_vlm(tokenizer: Any) -> LlavaForConditionalGeneration:
     """Build an untrained LLaVA: a CLIP vision encoder of 4 layers and a Llama of 4 layers, both of width 96."""
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
@@ -88,8 +122,8 @@ def new_vlm(tokenizer: Any, size: int = SIZE) -> LlavaForConditionalGeneration:
         intermediate_size=288,
         num_hidden_layers=4,
         num_attention_heads=4,
-        image_size=size,
-        patch_size=size // 8,
+        image_size=SIZE,
+        patch_size=PATCH,
         projection_dim=96,
     )
     text = LlamaConfig(
@@ -116,57 +150,16 @@ def new_vlm(tokenizer: Any, size: int = SIZE) -> LlavaForConditionalGeneration:
     return LlavaForConditionalGeneration(config)
 
 
-class Questions:
-    """Many questions about each image in one sequence: all attend to the image, none to another question.
+class VLMTraining(nn.Module):
+    """The vision-language model with packed questions."""
 
-    The stock model takes such a sequence with a custom mask and positions, and gives the same logits as for one
-    question at a time (see the tests), but encodes the image only once.
-    """
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokenizer = new_question_tokenizer()
+        self.vlm = new_vlm(self.tokenizer)
+        self.questions = Questions(self.tokenizer)
 
-    def __init__(self, tokenizer: Any) -> None:
-        self.head = tokenizer("USER : " + "<image>" * PATCHES).input_ids
-        self.answers: list[int] = tokenizer.convert_tokens_to_ids(["no", "yes"])
-        self.end, self.tokenizer = int(tokenizer.eos_token_id), tokenizer
-
-    def tails(self, asked: Sequence[Sequence[tuple[str, int]]]) -> list[list[list[int]]]:
-        """Return the tokens after the image, including the answer, of each question."""
-        texts = [[question + " ASSISTANT :" for question, _ in row] for row in asked]
-        ids = iter(self.tokenizer([text for row in texts for text in row]).input_ids)
-        return [[[*next(ids), self.answers[answer]] for _, answer in row] for row in asked]
-
-    def sequence(self, tails: list[list[list[int]]]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return tokens (B, L), positions (L,), attention mask (L, L), and positions of the answers (B, K)."""
-        longest, count, start = max(len(tail) for row in tails for tail in row), len(tails[0]), len(self.head)
-        ids = torch.full((len(tails), start + count * longest), int(self.tokenizer.pad_token_id))
-        ids[:, :start] = torch.tensor(self.head)
-        places = torch.empty(len(tails), count, dtype=torch.long)
-        for i, row in enumerate(tails):
-            for j, tail in enumerate(row):
-                begin = start + j * longest
-                ids[i, begin : begin + len(tail)] = torch.tensor(tail)
-                places[i, j] = begin + len(tail) - 1
-        positions = torch.cat((torch.arange(start), start + torch.arange(longest).repeat(count)))
-        block = torch.cat((torch.full((start,), -1), torch.arange(count).repeat_interleave(longest)))
-        seen = ((block == -1) | (block == block[:, None])).tril()
-        return ids, positions, seen, places
-
-    def __call__(
-        self, model: LlavaForConditionalGeneration, images: Tensor, asked: Sequence[Sequence[tuple[str, int]]]
-    ) -> Tensor:
-        """Map images (B, 3, H, H) in [0, 1] and K questions about each to logits of answer and end, (B, K, 2, V)."""
-        ids, positions, seen, places = (t.to(images.device) for t in self.sequence(self.tails(asked)))
-        mask = torch.zeros(seen.shape, device=images.device).masked_fill(~seen, torch.finfo(torch.float32).min)
-        hidden = model.model(
-            input_ids=ids,
-            pixel_values=images * 2 - 1,
-            attention_mask=mask.expand(len(ids), 1, -1, -1),
-            position_ids=positions.expand(len(ids), -1),
-            use_cache=False,
-        ).last_hidden_state
-        before = torch.stack((places - 1, places), -1).flatten(1)
-        chosen = hidden.gather(1, before[..., None].expand(-1, -1, hidden.shape[-1]))
-        return model.lm_head(chosen).unflatten(1, (-1, 2))
-
-    def targets(self, asked: Sequence[Sequence[tuple[str, int]]]) -> Tensor:
-        """Return the target tokens, (B, K, 2): answer and end."""
-        return torch.tensor([[[self.answers[answer], self.end] for _, answer in row] for row in asked])
+    def forward(self, images: Tensor, asked: Sequence[Sequence[tuple[str, int]]]) -> Tensor:
+        """Return the cross entropy of answer and end token for B times K questions on (B, 3, 128, 128)."""
+        logits = self.questions(self.vlm, images, asked)
+        return F.cross_entropy(logits.flatten(0, 2), self.questions.targets(asked).flatten().to(images.device))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,35 +13,54 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from noiseopt.shapes_world.captions import CATEGORIES, VALIDATION_PROMPTS, caption, category, parse, sample_scene
-from noiseopt.shapes_world.embedded import MODELS
+from noiseopt.quiet import quiet_libraries
+from noiseopt.rewards import AutoReward, ImageFeatures
+from noiseopt.shapes_world.captions import CATEGORIES, VALIDATION_PROMPTS, caption, category, parse, sample_request
 from noiseopt.shapes_world.judge import judge
-from noiseopt.shapes_world.world import render
 
+from .data import SIZE
+from .distillation import halved
+from .drawing import FAMILIES
 from .export import write_json
-from .gallery import GENERATORS
+from .generators import CHANNELS, SIDE
+from .naturalness import collapse, gradient_shares, gradients, new_pictures
 from .negatives import wrong_request
 from .optimization import averaged
-from .readers import TowerTraining
-from .train_readers import tower_targets
+from .precision import HalfPrecision
+from .readers import TowerTraining, tower_targets
+
+SET = 6  # images of a prompt whose diversity is measured
 
 
 def report(args: argparse.Namespace) -> None:
     """Write `metrics.json` for each exported model."""
     folder = args.output / "weights"
-    drawn = {name: draw_all(folder / name, args) for name in GENERATORS if (folder / name).is_dir()}
-    for name, (images, prompts) in drawn.items():
-        right = [v.correct for v in judge(images, prompts)]
-        found = shares(prompts, right) | {"right after the autoencoder": kept(folder / name, args.report_pictures)}
-        record(folder / name, found | {"call": dict(MODELS[name].call)}, args)
-    truth = {name: torch.tensor([v.correct for v in judge(*pair)]) for name, pair in drawn.items()}
-    for name, reward in readers(folder).items():
-        scores = {source: scored(reward, *pair) for source, pair in drawn.items()}
-        found = judged(scores, truth, folder / name)
-        if name == "vqa":
-            found |= {"prefers a true to a nearly true caption": preference(reward, args.report_pictures)}
+    readers = load_readers(folder)
+    prompts = list(VALIDATION_PROMPTS[: args.report_prompts]) * args.report_seeds
+    few = list(VALIDATION_PROMPTS[: args.report_sets])
+    drawn, truth = {}, {}
+    for name in [name for name in FAMILIES if (folder / name).is_dir()]:
+        images = draw_all(folder / name, prompts + [prompt for prompt in few for _ in range(SET)], args)
+        drawn[name] = images[: len(prompts)]
+        verdicts = judge(drawn[name], prompts)
+        truth[name] = torch.tensor([v.correct for v in verdicts])
+        pipe = load_pipeline(folder / name)
+        found = {
+            "call": FAMILIES[name].call,
+            "right": shares(prompts, truth[name].tolist()),
+            "shapes right": round(sum(v.shape_bound for v in verdicts) / len(verdicts), 3),
+            "right after the autoencoder": kept(pipe.vae, args.report_pictures),
+            "channel means": channel_means(pipe, few, readers, **FAMILIES[name].call),
+        }
+        if "dinov2" in readers:
+            found["collapse"] = collapse(images[len(prompts) :], few, SET, readers["dinov2"])
         record(folder / name, found, args)
-    if (args.output / "dinov2.pt").exists():
+    for name in [name for name in ("clip", "vqa") if name in readers]:
+        scores = {source: scored(readers[name], drawn[source], prompts) for source in drawn}
+        found = judged(scores, truth) | (calibrated(scores, truth, folder / name) if name == "vqa" else {})
+        found["prefers a true to a nearly true caption"] = preference(readers[name], args.report_pictures)
+        record(folder / name, found, args)
+    if "dinov2" in readers:
         record(folder / "dinov2", tower_accuracy(args), args)
 
 
@@ -52,53 +71,80 @@ def record(folder: Path, found: dict[str, Any], args: argparse.Namespace) -> Non
     print(folder.name, {key: value for key, value in found.items() if key != "calibration"}, flush=True)
 
 
-def draw_all(folder: Path, args: argparse.Namespace) -> tuple[Tensor, list[str]]:
-    """Generate images of the validation prompts, with one generator per image."""
+def load_readers(folder: Path) -> dict[str, Any]:
+    """Return the exported readers by name."""
+    kinds = {"clip": AutoReward, "vqa": AutoReward, "dinov2": ImageFeatures}
+    return {name: kind.from_pretrained(str(folder / name)) for name, kind in kinds.items() if (folder / name).is_dir()}
+
+
+def load_pipeline(folder: Path) -> Any:
+    """Load an exported generator in single precision."""
     from diffusers import DiffusionPipeline
 
-    model = MODELS[folder.name]
-    pipe: Any = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32).to(args.device)
+    with quiet_libraries():
+        pipe = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
-    prompts = list(VALIDATION_PROMPTS[: args.report_prompts]) * args.report_seeds
-    images = []
-    for start in tqdm(range(0, len(prompts), 34), desc=folder.name):
-        part = prompts[start : start + 34]
-        generators = [torch.Generator().manual_seed(start + i) for i in range(len(part))]
-        images.append(pipe(part, generator=generators, output_type="pt", **model.call).images.cpu())
-    return torch.cat(images), prompts
+    return pipe
+
+
+def denoiser_of(pipe: Any) -> Any:
+    """Return the U-Net or the transformer of a pipeline."""
+    return pipe.components.get("unet") or pipe.transformer
 
 
 @torch.no_grad()
-def kept(folder: Path, count: int) -> float:
-    """Return the share of `count` rendered images that are still right after the autoencoder."""
-    from diffusers import AutoencoderTiny
+def draw_all(folder: Path, prompts: Sequence[str], args: argparse.Namespace, seed: int = 0) -> Tensor:
+    """Generate an image of each prompt, (N, 3, 128, 128) in [0, 1], from seeds that count up from `seed`."""
+    pipe = load_pipeline(folder).to(args.device)
+    halved(denoiser_of(pipe), args.dtype)
+    images = []
+    for start in tqdm(range(0, len(prompts), 32), desc=folder.name, mininterval=5):
+        part = list(prompts[start : start + 32])
+        generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(part))]
+        with HalfPrecision():
+            output = pipe(part, generator=generators, output_type="pt", **FAMILIES[folder.name].call)
+        images.append(output.images.cpu())
+    return torch.cat(images)
 
-    vae: Any = AutoencoderTiny.from_pretrained(folder, subfolder="vae", torch_dtype=torch.float32)
-    rng = random.Random(98)
-    scenes = [sample_scene(rng) for _ in range(count)]
-    images = render(scenes, torch.Generator().manual_seed(98))
-    again = vae.decode(vae.encode(images * 2 - 1).latents).sample / 2 + 0.5
-    right = judge(again.clamp(0, 1), [caption(scene, rng) for scene in scenes])
-    return round(sum(v.correct for v in right) / len(right), 3)
 
-
-def shares(prompts: Sequence[str], right: Sequence[bool]) -> dict[str, Any]:
-    """Return the shares of right images: over all prompts, by category, and for prompts with two different objects."""
+def shares(prompts: Sequence[str], right: Sequence[bool]) -> dict[str, float]:
+    """Return the shares of right images: over all prompts, and by category."""
     groups = {"all": list(right)}
     for name in CATEGORIES:
         groups[name] = [r for p, r in zip(prompts, right, strict=True) if category(p) == name]
-    two = groups["binding"] + groups["position"]
-    found = {name: round(sum(group) / len(group), 3) for name, group in groups.items() if group}
-    return {"right": found, "two objects": round(sum(two) / len(two), 3)}
+    return {name: round(sum(group) / len(group), 3) for name, group in groups.items() if group}
 
 
-def readers(folder: Path) -> dict[str, Any]:
-    """Return the exported models that score how well an image fits a prompt."""
-    from noiseopt.rewards.preference.clip_score import CLIPScore
-    from noiseopt.rewards.vlm.vqa_score import VQAScorer
+@torch.no_grad()
+def kept(vae: Any, count: int) -> float:
+    """Return the share of `count` training pictures that are still right after the autoencoder."""
+    images, prompts = captioned(count, seed=98)
+    again = [vae.decode(vae.encode(part * 2 - 1).latents).sample / 2 + 0.5 for part in images.split(32)]
+    right = judge(torch.cat(again).clamp(0, 1), prompts)
+    return round(sum(v.correct for v in right) / count, 3)
 
-    found: dict[str, Any] = {"clip": CLIPScore.from_pretrained(str(folder / "clip"))}
-    return found | ({"vqa": VQAScorer.from_pretrained(str(folder / "vqa"))} if (folder / "vqa").is_dir() else {})
+
+def captioned(count: int, seed: int) -> tuple[Tensor, list[str]]:
+    """Draw training pictures, and write a true caption of each."""
+    rng = random.Random(seed)
+    images, scenes = new_pictures([sample_request(rng) for _ in range(count)], seed)
+    return images, [caption(scene, rng) for scene in scenes]
+
+
+def channel_means(pipe: Any, prompts: list[str], readers: Mapping[str, Any], **call: Any) -> dict[str, Any]:
+    """Return `gradient_shares` for the brightness of the left half and, if it is exported, for the reward."""
+    scores = {"brightness of the left half": lambda images, prompts: images[..., : SIZE // 2].mean((1, 2, 3))}
+    scores |= {"reward": readers["clip"]} if "clip" in readers else {}
+    noise = torch.randn(len(prompts), CHANNELS, SIDE, SIDE, generator=torch.Generator().manual_seed(95))
+    found = {}
+    for name, score in scores.items():
+        parts = [
+            gradients(pipe, denoiser_of(pipe), prompts[i : i + 4], noise[i : i + 4], score, **call)
+            for i in range(0, len(prompts), 4)
+        ]
+        full, frozen = (torch.cat(each) for each in zip(*parts, strict=True))
+        found[name] = gradient_shares(full, frozen)
+    return found
 
 
 @torch.no_grad()
@@ -109,10 +155,9 @@ def scored(reward: Any, images: Tensor, prompts: list[str]) -> Tensor:
 
 
 def preference(reward: Any, count: int) -> float:
-    """Return the share of `count` rendered images whose caption scores above a nearly right one."""
+    """Return the share of `count` training pictures whose caption scores above a nearly right one."""
+    images, prompts = captioned(count, seed=97)
     rng = random.Random(97)
-    scenes = [sample_scene(rng) for _ in range(count)]
-    images, prompts = render(scenes, torch.Generator().manual_seed(97)), [caption(scene, rng) for scene in scenes]
     wrong = [str(wrong_request(parse(prompt), rng)) for prompt in prompts]
     return round(float((scored(reward, images, prompts) > scored(reward, images, wrong)).float().mean()), 3)
 
@@ -122,17 +167,20 @@ def auc(right: Tensor, wrong: Tensor) -> float:
     return float((right[:, None] > wrong).float().mean()) if len(right) and len(wrong) else math.nan
 
 
-def judged(scores: dict[str, Tensor], truth: dict[str, Tensor], folder: Path) -> dict[str, Any]:
-    """Return the AUC by generator and overall; for probabilities also their calibration."""
+def judged(scores: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return the AUC by generator and overall."""
     scores, truth = ({**each, "all": torch.cat(list(each.values()))} for each in (scores, truth))
-    found: dict[str, Any] = {"auc": {n: round(auc(scores[n][truth[n]], scores[n][~truth[n]]), 3) for n in scores}}
-    if folder.name == "vqa":
-        bins = calibration(scores["all"], truth["all"])
-        gap = sum(b["count"] * abs(b["mean"] - b["right"]) for b in bins) / len(scores["all"])
-        found |= {"calibration": bins, "ece": round(gap, 4)}
-        found["accuracy"] = round(float(((scores["all"] > 0.5) == truth["all"]).float().mean()), 4)
-        draw_reliability(bins, folder / "reliability.png")
-    return found
+    return {"auc": {n: round(auc(scores[n][truth[n]], scores[n][~truth[n]]), 3) for n in scores}}
+
+
+def calibrated(scores: Mapping[str, Tensor], truth: Mapping[str, Tensor], folder: Path) -> dict[str, Any]:
+    """Return how well probabilities of right images are calibrated over all generators, and plot it."""
+    score, right = (torch.cat(list(each.values())) for each in (scores, truth))
+    bins = calibration(score, right)
+    draw_reliability(bins, folder / "reliability.png")
+    gap = sum(b["count"] * abs(b["mean"] - b["right"]) for b in bins) / len(score)
+    accuracy = float(((score > 0.5) == right).float().mean())
+    return {"calibration": bins, "ece": round(gap, 4), "accuracy": round(accuracy, 4)}
 
 
 def calibration(probability: Tensor, truth: Tensor, count: int = 10) -> list[dict[str, float]]:
@@ -164,12 +212,13 @@ def draw_reliability(bins: list[dict[str, float]], path: Path) -> None:
 
 @torch.no_grad()
 def tower_accuracy(args: argparse.Namespace) -> dict[str, float]:
-    """Return the accuracy of the image encoder's heads on new images."""
+    """Return the accuracy of the held-out encoder's heads on new pictures."""
     model = averaged(args.output / "dinov2.pt", TowerTraining())
     rng = random.Random(99)
-    scenes = [sample_scene(rng) for _ in range(args.report_pictures)]
+    images, scenes = new_pictures([sample_request(rng) for _ in range(args.report_pictures)], seed=99)
     shown, counts, where = tower_targets(scenes)
-    patch, count, place, _, _ = model(render(scenes, torch.Generator().manual_seed(99)))
+    parts = [model(part)[:3] for part in images.split(64)]
+    patch, count, place = (torch.cat(each) for each in zip(*parts, strict=True))
     right = {"patch accuracy": patch.argmax(-1) == shown, "place accuracy": (place > 0) == (where > 0)}
     right["pictures with all counts right"] = (count.argmax(1) == counts).all(1)
     return {name: round(float(value.float().mean()), 4) for name, value in right.items()}

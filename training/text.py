@@ -34,3 +34,15 @@ def new_tokenizer() -> CLIPTokenizer:
     vocab = {token: i for i, token in enumerate(tokens)}
     # transformers annotates merges as strings but also accepts pairs
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=MAX_LENGTH)  # pyright: ignore[reportArgumentType]
+
+
+def text_options(tokenizer: CLIPTokenizer) -> dict:
+    """Return the options shared by the text encoders of the reward and the generators."""
+    return {
+        "vocab_size": len(tokenizer),
+        "num_hidden_layers": 2,
+        "max_position_embeddings": MAX_LENGTH,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.eos_token_id,
+    }

@@ -1,8 +1,10 @@
-"""Argument types and checks that the commands share."""
+"""Argument types and checks that the commands share, and their progress bar."""
 
 import argparse
 import importlib.util
 from pathlib import Path
+
+from tqdm import tqdm
 
 LIMIT = 2**62  # of integers; seeds of torch have 64 bits, and others are added to those given
 
@@ -19,6 +21,11 @@ def make_folder(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SystemExit(f"Expected a folder to write to, but got {path}: {error.strerror}.") from None
+
+
+def progress_line() -> tqdm:
+    """Return the progress bar of a demo, which is there only on a terminal. Until it has a total it says "Loading"."""
+    return tqdm(desc="Loading ...", bar_format="{desc}", unit=" steps", leave=False, dynamic_ncols=True, disable=None)
 
 
 def positive(text: str) -> int:

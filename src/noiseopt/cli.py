@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from . import __version__
-from .arguments import examples, make_folder, natural, positive, require_plots, shapes_prompt
+from .arguments import examples, make_folder, natural, positive, progress_line, require_plots, shapes_prompt
 from .shown_text import shown_lines
 
 if TYPE_CHECKING:
@@ -100,10 +100,13 @@ def add_demo(commands) -> None:
     parser = commands.add_parser(
         "demo",
         help="optimize the noise of an embedded model and show the effect; offline, under a minute",
-        description="Sample images with an embedded model before and after optimizing the noise, and let a judge "
-        "compare them with the prompts. Needs no GPU; the models turbo and guided need no download.",
+        description="Show what a method does to the images of an embedded model, in its own unit: how many images are "
+        "right for reno, how much four images of a prompt differ for cno and never_too_late, P(yes) of a "
+        "vision-language model for noise_diffusion. Needs no GPU, and under a minute on two cores.",
         epilog=examples(
-            "noiseopt demo", "noiseopt demo --method never_too_late", "noiseopt demo --method reno:mode=parity"
+            "noiseopt demo",
+            "noiseopt demo --method cno",
+            "noiseopt demo --method reno:mode=parity --prompt 'a red circle left of a blue star'",
         ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -117,8 +120,7 @@ def add_demo(commands) -> None:
     parser.add_argument(
         "--model",
         metavar="NAME",
-        help="turbo or guided, included in the package; sdxl, sdxl-turbo or sd3, in a checkout or on the Hub "
-        "(default: that of the kind that the method is made for, turbo or guided)",
+        help="turbo, guided, sdxl, sdxl-turbo or sd3 (default: of the kind that the method is made for)",
     )
     parser.add_argument(
         "--prompt",
@@ -126,15 +128,16 @@ def add_demo(commands) -> None:
         type=shapes_prompt,
         dest="prompts",
         metavar="TEXT",
-        help="prompt such as 'a red circle left of a blue star'; repeatable (default: 8 validation prompts)",
+        help="prompt such as 'a red circle left of a blue star'; repeatable (default: the first validation prompts, as "
+        "many as fit into a minute)",
     )
     parser.add_argument(
-        "--seed", type=natural, default=0, help="seed of the first prompt, plus 1 for each one after it (default: 0)"
+        "--seed", type=natural, default=0, help="seed of the first image, plus 1 for each one after it (default: 0)"
     )
     parser.add_argument(
         "--steps",
         type=positive,
-        help="evaluations of each noise (default: the method's own, at most 50, or 20 for multi-step models)",
+        help="evaluations of each noise (default: the method's own, or as many as fit into a minute)",
     )
     parser.add_argument(
         "--output", type=Path, default=Path("noiseopt-demo"), help="output folder (default: noiseopt-demo)"
@@ -145,18 +148,20 @@ def add_demo(commands) -> None:
 def demo(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     """Run `noiseopt demo`; missing requirements are reported before any model runs."""
     require_plots("noiseopt demo")
-    from .quiet import quiet_libraries
+    with progress_line() as line:  # from here on: importing the libraries takes seconds
+        from .quiet import quiet_libraries
 
-    with quiet_libraries():  # transformers prints notices on import
-        from .demo import run_demo
-        from .story import Choice
-    try:
-        choice = Choice.of(arguments.method, arguments.model, arguments.steps)
-    except ValueError as error:
-        parser.error(str(error))
-    require_weights(choice)
-    make_folder(arguments.output)
-    run_demo(choice, arguments.prompts or choice.prompts, arguments.seed, arguments.output)
+        with quiet_libraries():  # transformers prints notices on import
+            from .demo import run_demo
+            from .story import Choice
+        try:
+            choice = Choice.of(arguments.method, arguments.model, arguments.steps)
+        except ValueError as error:
+            line.close()
+            parser.error(str(error))
+        require_weights(choice)
+        make_folder(arguments.output)
+        run_demo(choice, arguments.prompts or choice.prompts, arguments.seed, arguments.output, line)
 
 
 def require_weights(choice: "Choice") -> None:

@@ -1,7 +1,6 @@
 """The command `noiseopt generate`: its arguments, and its request."""
 
 import argparse
-import dataclasses
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -78,7 +77,8 @@ def add_task(parser: argparse.ArgumentParser) -> None:
         dest="rewards",
         metavar="NAME[=WEIGHT]",
         help="reward to optimize: a name in `noiseopt rewards`, a Hub id, a folder, or reno for all rewards of that "
-        "paper; repeatable (default for embedded models: the embedded clip)",
+        "paper; repeatable (default for embedded models: the embedded clip, and vqa for the methods of Noise "
+        "Diffusion's paper)",
     )
     group.add_argument("--images", type=positive, default=1, metavar="COUNT", help="images of each prompt (default: 1)")
     group.add_argument(
@@ -150,14 +150,12 @@ def request_of(arguments: argparse.Namespace) -> "Request":
     from .evaluation.plan import MethodChoice, ModelChoice, parse_settings
     from .evaluation.prompt_sets import load_prompts
     from .generation import Request
-    from .story import SCORE_RANGE
+    from .recipes import RECIPES, Recipe
 
     model = ModelChoice.parse(arguments.model, parse_settings(arguments.call))
     method = MethodChoice.parse(arguments.method)
-    default = ["clip"] if model.embedded and method.takes_rewards else []
+    default = [RECIPES.get(method.name, Recipe()).reward] if model.embedded and method.takes_rewards else []
     rewards = dict(pair for text in arguments.rewards or default for pair in weighted(text))
-    if model.embedded and method.takes_rewards and rewards == {"clip": 1.0} and "score_range" in method.names:
-        method = dataclasses.replace(method, settings={"score_range": SCORE_RANGE, **method.settings})
     return Request(
         model=model,
         method=method,

@@ -12,7 +12,7 @@ from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
-from .story import Story
+from .story import ENDS, Story, decimal, plural
 
 INK, MUTED, RIGHT, WRONG, CURVE = "#1f2328", "#6e7781", "#1a7f37", "#cf222e", "#0969da"
 DPI = 200  # twice the full width of a README
@@ -110,73 +110,98 @@ def draw_pairs(story: Story, path: Path | BinaryIO) -> None:
     height = title + side + 0.42
     columns = min(COLUMNS, len(story.prompts))
     width = max(5.6, 2 * MARGIN + columns * (CELL + GUTTER) - GUTTER)
-    page, head = explained(story, f"the judge's verdict and the {story.measure}", rows(story) * height, width)
+    page, head = headed(story, f"the judge's verdict and {story.choice.measure}", rows(story) * height, width)
     for sample, prompt in enumerate(story.prompts):
         left, top = cell(sample, head, height)
         page.title(left, top + title - 0.1, prompt)
         for offset, step in zip((0, side + arrow), story.ends(sample), strict=True):
             correct = story.verdicts[step][sample].correct
             page.image(left + offset, top + title, side, story.images[step, sample], correct)
-            page.caption(left + offset, top + title, side, f"{story.values[step, sample]:.1f}", correct)
+            value = decimal(float(story.values[step, sample]), story.digits)
+            page.caption(left + offset, top + title, side, value, correct)
         page.text(left + CELL / 2, top + title + side / 2, "→", size=13, color=MUTED, ha="center", va="center")
     page.save(path)
 
 
-def explained(story: Story, below: str, height: float, width: float) -> tuple[Page, float]:
-    """Return a page that starts with an explanation, and the top of the `height` inches below it."""
-    after = f"Baseline → after {story.steps} step{'s' * (story.steps != 1)} of {story.choice}."
-    explanation = textwrap.wrap(f"{after} Below: {below}.", int(13 * width))
-    head = 0.27 + 0.18 * len(explanation)
+def headed(story: Story, below: str, height: float, width: float = WIDTH) -> tuple[Page, float]:
+    """Return a page that starts with the outcome and an explanation, and the top of the `height` inches below it."""
+    steps = plural(story.steps, story.choice.recipe.unit)
+    words = f"Left of an arrow: before. Right: after {steps} of {story.choice}. Below an image: {below}."
+    explanation = textwrap.wrap(words, int(13 * width))
+    head = 0.5 + 0.18 * len(explanation)
     page = Page(head + height, width)
+    page.text(MARGIN, 0.1, story.headline, size=13, weight="bold")
     for line, words in enumerate(explanation):
-        page.text(MARGIN, 0.12 + 0.18 * line, words, color=MUTED)
+        page.text(MARGIN, 0.38 + 0.18 * line, words, color=MUTED)
     return page, head
 
 
 def draw_sets(story: Story, path: Path | BinaryIO) -> None:
     """Draw the baseline set of each prompt beside the returned one."""
-    width, count, title, gap, arrow = 7.6, story.choice.count, 0.3, 0.06, 0.36
-    side = (width - 2 * MARGIN - arrow - 2 * (count - 1) * gap) / (2 * count)
+    count, title, gap, arrow = story.choice.count, 0.36, 0.06, 0.36
+    side = (WIDTH - 2 * MARGIN - arrow - 2 * (count - 1) * gap) / (2 * count)
     half, height = count * side + (count - 1) * gap, title + side + 0.34
-    page, top = explained(story, "the judge's verdict", len(story.prompts) // count * height, width)
-    for first in range(0, len(story.prompts), count):
-        page.text(MARGIN, top + title - 0.1, story.prompts[first], va="baseline")
-        page.text(
-            MARGIN + half + arrow / 2, top + title + side / 2, "→", size=13, color=MUTED, ha="center", va="center"
-        )
-        for sample in range(first, first + count):
-            for end, step in enumerate(story.ends(sample)):
-                left = MARGIN + end * (half + arrow) + (sample - first) * (side + gap)
+    page, top = headed(story, "the judge's verdict", len(story.sets) * height)
+    for row, samples in enumerate(story.sets):
+        page.text(MARGIN, top + title - 0.1, story.prompts[samples.start], va="baseline")
+        for end in ENDS:
+            left = MARGIN + end * (half + arrow)
+            differ = f"diversity {decimal(story.value(row, end), story.digits)}"
+            page.text(left + half, top + title - 0.1, differ, color=MUTED, ha="right", va="baseline")
+            for place, sample in enumerate(samples):
+                step = story.ends(sample)[end]
                 correct = story.verdicts[step][sample].correct
-                page.image(left, top + title, side, story.images[step, sample], correct)
-                page.caption(left, top + title, side, "", correct)
+                spot = (left + place * (side + gap), top + title, side)
+                page.image(*spot, story.images[step, sample], correct)
+                page.caption(*spot, "", correct)
+        middle = (MARGIN + half + arrow / 2, top + title + side / 2)
+        page.text(*middle, "→", size=13, color=MUTED, ha="center", va="center")
         top += height
     page.save(path)
 
 
 def draw_trajectory(story: Story, path: Path) -> None:
-    """Plot the reward of each image or the layout of each set over the steps, and film strips of up to two images."""
-    height, frame, strip = 1.75, 0.98, 1.75
+    """Plot the outcome over the steps, for all and for each prompt, and film strips of up to two images."""
+    height, frame, strip, overview = 1.75, 0.98, 1.75, 1.8
     shown = film_prompts(story)
-    head = 0.63
+    head = 0.75 + overview
     strips_top = head + -(-len(story.sets) // COLUMNS) * height + 0.1
     page = Page(strips_top + len(shown) * strip)
-    curves = (
-        "best so far (bold) and each step"
-        if story.choice.single
-        else "pixels from an object to its mean position in the set"
-    )
-    page.text(MARGIN, 0.12, f"{story.choice}.", color=MUTED)
-    page.text(MARGIN, 0.3, f"{story.measure.capitalize()} over the steps: {curves}.", color=MUTED)
-    if story.choice.single:
-        page.text(WIDTH - MARGIN, 0.3, "Green: the image is right according to the judge.", color=RIGHT, ha="right")
+    page.text(MARGIN, 0.1, story.headline, size=13, weight="bold")
+    choice = story.choice
+    curves = ": best so far (bold) and each. Green: the image is right" if choice.single else ""
+    words = f"{choice.measure} over the {choice.recipe.unit}s of {choice.name} on {choice.model.name}{curves}."
+    page.text(MARGIN, 0.38, words[0].upper() + words[1:], color=MUTED)
+    draw_overview(page.axes(MARGIN + 0.45, 0.8, WIDTH - 2 * MARGIN - 0.9, overview - 0.55), story)
     for row, samples in enumerate(story.sets):
         left, top = cell(row, head, height)
-        draw_curve(page.axes(left + 0.3, top + 0.42, CELL - 0.3, height - 0.8), story, row)
+        draw_curve(page.axes(left + 0.35, top + 0.42, CELL - 0.35, height - 0.8), story, row)
         page.title(left, top + 0.32, story.prompts[samples.start])
     for row, sample in enumerate(shown):
         draw_strip(page, strips_top + row * strip, frame, story, sample)
     page.save(path)
+
+
+def draw_overview(axes: Axes, story: Story) -> None:
+    """Plot the mean of all prompts, and on the other side the number of right images, over the steps."""
+    right = axes.twinx()
+    axes.plot(story.so_far.nanmean(1), color=CURVE, linewidth=1.8)
+    right.step(range(len(story.images)), story.right_so_far, color=RIGHT, linewidth=1.8, where="mid")
+    right.set_ylim(-0.03 * len(story.prompts), 1.03 * len(story.prompts))
+    right.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=4))
+    axes.set_ylabel(story.choice.measure, color=CURVE, fontsize=9)
+    right.set_ylabel(f"right of {len(story.prompts)}", color=RIGHT, fontsize=9)
+    for each in (axes, right):
+        style(each, len(story.images))
+    right.spines["right"].set(visible=True, color=MUTED)
+
+
+def style(axes: Axes, steps: int) -> None:
+    axes.set_xlim(-0.5, steps - 0.5)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+    axes.tick_params(labelsize=8, colors=MUTED, length=2)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(MUTED)
 
 
 def draw_curve(axes: Axes, story: Story, row: int) -> None:
@@ -184,20 +209,15 @@ def draw_curve(axes: Axes, story: Story, row: int) -> None:
     for step, verdicts in enumerate(story.verdicts if story.choice.single else []):
         if verdicts[sample].correct:
             axes.axvspan(step - 0.5, step + 0.5, color=RIGHT, alpha=0.16, linewidth=0, antialiased=False)
-    if story.choice.single and story.choice.keeps_best:
+    if story.so_far is not story.values:
         axes.plot(values, color=CURVE, linewidth=0.8, alpha=0.5)
-        axes.plot(values.nan_to_num(-torch.inf).cummax(0).values, color=CURVE, linewidth=1.8)
-    else:
-        axes.plot(values, color=CURVE, linewidth=1.8)
+    axes.plot(story.so_far[:, row], color=CURVE, linewidth=1.8)
     axes.plot(story.best(sample), values[story.best(sample)], "o", color=CURVE, markersize=4)
     known = story.values[story.values.isfinite()]
     low, high = (float(known.min()), float(known.max())) if len(known) else (0.0, 1.0)
-    margin = 0.05 * (high - low) + 0.01
-    axes.set(xlim=(-0.5, len(values) - 0.5), ylim=(low - margin, high + margin))
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
-    axes.tick_params(labelsize=8, colors=MUTED, length=2)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(MUTED)
+    margin = 0.05 * (high - low) + 10**-story.digits / 10
+    axes.set_ylim(low - margin, high + margin)
+    style(axes, len(values))
 
 
 def film_prompts(story: Story, count: int = 2) -> list[int]:
@@ -229,6 +249,6 @@ def draw_strip(page: Page, top: float, side: float, story: Story, sample: int, c
     for column, step in enumerate(film_steps(landmarks, len(story.values), count)):
         left, correct = MARGIN + column * (side + gap), story.verdicts[step][sample].correct
         page.image(left, top + 0.24, side, story.images[step, sample], correct)
-        page.caption(left, top + 0.24, side, f"step {step}", correct)
+        page.caption(left, top + 0.24, side, f"{story.choice.recipe.unit} {step}", correct)
         note = " and ".join(name for name, at in (("first right", first), ("returned", best)) if at == step)
         page.text(left + side / 2, top + 0.24 + side + 0.22, note, size=8, color=MUTED, ha="center")

@@ -2,25 +2,24 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from . import shapes_world
+from . import recipes, shapes_world
 from .evaluation.instruments import load_reward
-from .evaluation.metrics import layout_spread
+from .evaluation.metrics import layout_spread, mean_pairwise_similarity, vendi_score
 from .evaluation.plan import MethodChoice, ModelChoice, SteeringChoice
 from .pipelines import NoiseOptimizer, NoiseResult, list_methods
 from .pipelines.registry import METHODS
+from .recipes import RECIPES, SET, Recipe
 from .shapes_world.embedded import EmbeddedModel
 from .shapes_world.judge import Verdict
 
-SET = 4  # images of each prompt, for methods that compare the images of a set
-STEPS, STEPS_OF_CHAINS = 50, 20  # keep eight prompts under a minute on two cores
 
-
-def first_of_each(prompts: Iterable[str], counts: dict[str, int]) -> list[str]:
+def first_of_each(prompts: Iterable[str], counts: Mapping[str, int]) -> list[str]:
     """Return the first `counts[category]` prompts of each category, grouped by category."""
     groups: dict[str, list[str]] = {name: [] for name in counts}
     for prompt in prompts:
@@ -28,58 +27,11 @@ def first_of_each(prompts: Iterable[str], counts: dict[str, int]) -> list[str]:
     return [prompt for name, count in counts.items() for prompt in groups[name][:count]]
 
 
-SCORE_RANGE = (0.0, 16.0)  # typical scores of wrong and right images under the embedded reward
 # The first prompts of a list with a fixed shuffle, not picked by their results.
-DEFAULT_PROMPTS = first_of_each(shapes_world.VALIDATION_PROMPTS, {"position": 4, "binding": 2, "counting": 2})
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """The model, settings and note with which a method is shown.
-
-    Attributes:
-        model: The embedded model of the kind that the method is made for.
-        settings: Settings that suit the 8 × 8 latents of the embedded models, where the method's own do not.
-        note: A note about the outcome, or an empty string.
-    """
-
-    model: str = "turbo"
-    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    note: str = ""
-
-
+DEFAULT_PROMPTS = first_of_each(shapes_world.VALIDATION_PROMPTS, recipes.CATEGORIES)
 LENGTH = ("steps", "budget")  # settings that are told apart from the others
-
-# Learning rates are in units of the height and width of the noise alone: these are for latents of 8 channels, twice
-# those of SD, and of benchmarks/never_too_late.py.
-RECIPES = {
-    "reno": Recipe(model="sdxl-turbo"),  # where plain sampling leaves most to repair
-    "cno": Recipe(
-        model="guided",
-        settings={"learning_rate": 0.057, "window_size": 2},
-        note="learning_rate=0.057 moves these 8 × 8 latents as far as the paper's 0.01 moves 64 × 64. CNO is told "
-        "nothing about the prompt: what is wrong mostly stays wrong.",
-    ),
-    "never_too_late": Recipe(
-        settings={"steps": 10, "learning_rate": 35.0, "diversity": {"dpp": 72.0}, "guard": {"clip": 0.5}},
-        note="The guard takes back a step after which the reward of an image is more than 0.5 below its start.",
-    ),
-    "noise_diffusion": Recipe(
-        model="guided",
-        settings={"score_range": SCORE_RANGE},
-        note="Made for the yes of a large vision-language model. The embedded one knows too little, so the reward here "
-        "is a CLIP, and random noises (--method best_of_n) do as well.",
-    ),
-    "noise_pgd": Recipe(
-        model="guided",
-        note="A baseline of Noise Diffusion's paper: it raises the reward most, by leaving the Gaussian, and ruins "
-        "the images.",
-    ),
-    "mean_variance": Recipe(
-        model="guided",
-        note="A baseline of Noise Diffusion's paper: mean and variance hardly change an image.",
-    ),
-}
+RULERS = ("dinov2", "clip")  # towers that measure diversity, the first that the method does not use
+ENDS = (0, 1)  # before and after
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +55,7 @@ class Choice:
         Args:
             method: The method, with settings that replace those of its `Recipe`.
             model: An embedded pipeline. Defaults to that of the recipe.
-            steps: Evaluations of each noise. Defaults to the method's own number, capped to suit the model.
+            steps: Evaluations of each noise. Defaults to the method's own number, or as many as fit into a minute.
 
         Raises:
             ValueError: For an unknown name or setting.
@@ -118,10 +70,23 @@ class Choice:
         embedded = ModelChoice.parse(model or recipe.model, {})
         if not embedded.embedded:
             raise ValueError(f"Expected an embedded model, but got {model!r}. `noiseopt generate` runs others.")
-        known = shapes_world.MODELS[embedded.name]
-        limit = STEPS if known.call["num_inference_steps"] == 1 else STEPS_OF_CHAINS
-        settings = {"steps": min(METHODS[asked.name].steps, limit), **recipe.settings, **asked.settings}
-        return cls(asked.name, known, settings | ({"steps": steps, "budget": None} if steps else {}))
+        settings = {"steps": METHODS[asked.name].steps, **recipe.settings, **asked.settings}
+        choice = cls(asked.name, shapes_world.MODELS[embedded.name], settings)
+        if steps is not None:
+            return dataclasses.replace(choice, settings=settings | {"steps": steps, "budget": None})
+        if asked.settings.keys() & LENGTH:
+            return choice
+        fitting = recipes.fitting(choice.cost, choice.count, settings["steps"])
+        return dataclasses.replace(choice, settings=settings | {"steps": fitting})
+
+    @property
+    def recipe(self) -> Recipe:
+        return RECIPES.get(self.method, Recipe())
+
+    @property
+    def name(self) -> str:
+        """The name of the method's class."""
+        return METHODS[self.method].__name__
 
     @property
     def steps(self) -> int | None:
@@ -135,14 +100,14 @@ class Choice:
         return self.settings.get("noise_sampler")
 
     @property
-    def note(self) -> str:
-        """A note about the outcome, or an empty string."""
-        return RECIPES.get(self.method, Recipe()).note
-
-    @property
     def asked(self) -> MethodChoice:
         """The method as other commands name it."""
         return MethodChoice(self.method, self.method, self.settings)
+
+    @property
+    def reward(self) -> str | None:
+        """The embedded reward, if the method takes one."""
+        return self.recipe.reward if self.asked.takes_rewards else None
 
     @property
     def single(self) -> bool:
@@ -155,9 +120,36 @@ class Choice:
         return 1 if self.single else SET
 
     @property
+    def measure(self) -> str:
+        """The name of the number that shows the effect beside the judge: "reward", "P(yes)" or "diversity"."""
+        return "diversity" if not self.single else "P(yes)" if self.reward == "vqa" else "reward"
+
+    @property
+    def ruler(self) -> str | None:
+        """The embedded tower whose features tell how much the images of a set differ; `None` for single images."""
+        if self.single:
+            return None
+        return next((name for name in RULERS if name not in self.instruments), RULERS[0])
+
+    @property
+    def cost(self) -> float:
+        """About the processor seconds of an evaluation of one noise."""
+        method = self.asked.build(lambda images, prompts: images.mean((1, 2, 3)))
+        return recipes.cost(self.model, method.gradient_mode, method.previews)
+
+    @property
     def prompts(self) -> list[str]:
-        """The default prompts."""
-        return DEFAULT_PROMPTS if self.count == 1 else DEFAULT_PROMPTS[::2]
+        """The default prompts: as many as fit into a minute, one of each two for sets."""
+        count = recipes.prompts_fitting(self.cost, self.count, self.steps or 1)
+        return DEFAULT_PROMPTS[:: len(DEFAULT_PROMPTS) // count]
+
+    def length(self, prompts: int) -> str:
+        """Return in words what the method will do with a number of prompts, and about how long that takes."""
+        unit, plan = self.recipe.unit, self.recipe.plan
+        if self.steps is None:
+            return f"{self.settings['budget']} of {unit}s {plan}".rstrip()
+        seconds = recipes.seconds(self.cost, prompts * self.count, self.steps)
+        return f"{plural(self.steps, unit)} {plan}".rstrip() + f", about {seconds} s on two idle cores"
 
     @property
     def keeps_best(self) -> bool:
@@ -167,23 +159,22 @@ class Choice:
     def build(self) -> NoiseOptimizer:
         """Build the method with the embedded reward and features that it needs."""
         device = torch.device("cpu")
-        rewards = load_reward("clip", device) if self.asked.takes_rewards else None
-        return self.asked.build(rewards, device)
+        return self.asked.build(load_reward(self.reward, device) if self.reward else None, device)
 
     @property
     def instruments(self) -> list[str]:
         """Names of the embedded models that the method evaluates with."""
-        names = self.asked.towers | ({"clip"} if self.asked.takes_rewards else set())
+        names = self.asked.towers | ({self.reward} if self.reward else set())
         return [name for name in shapes_world.MODELS if name in names]
 
     def weights(self) -> list[str]:
         """Return the folders of all required weights. Raises `FileNotFoundError` if some are unavailable."""
-        return [shapes_world.path(name) for name in (self.model.name, *self.instruments)]
+        names = dict.fromkeys((self.model.name, *self.instruments, *filter(None, [self.ruler])))
+        return [shapes_world.path(name) for name in names]
 
     def __str__(self) -> str:
         changed = ", ".join(f"{name}={value!r}" for name, value in self.settings.items() if name not in LENGTH)
-        method = METHODS[self.method].__name__ + f"({changed})" * bool(changed)
-        return f"{method} on {self.model.name}, the {self.model.title}"
+        return f"{self.name}{f'({changed})' * bool(changed)} on {self.model.name}, the {self.model.title}"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -194,8 +185,11 @@ class Story:
         choice: The method and the model.
         prompts: The prompt of each noise; the noises of one set are consecutive.
         results: The `NoiseResult`s: one for all prompts, or one per set.
-        images: `(steps, B, 3, 64, 64)` in [0, 1].
+        images: `(steps, B, 3, H, W)` in [0, 1], from the baseline on. A method that returns its last noise has one
+            more than its steps.
         verdicts: The judge's verdict on each image, by step and sample.
+        features: `(steps, B, D)`, by `choice.ruler`; `None` for single images.
+        seconds: The time that all of it took.
     """
 
     choice: Choice
@@ -203,6 +197,8 @@ class Story:
     results: Sequence[NoiseResult]
     images: torch.Tensor
     verdicts: list[list[Verdict]]
+    features: torch.Tensor | None = None
+    seconds: float = 0.0
 
     @property
     def sets(self) -> list[range]:
@@ -212,52 +208,90 @@ class Story:
 
     @functools.cached_property
     def values(self) -> torch.Tensor:
-        """`(steps, sets)`, higher is better: the reward of each image, or how far apart the images of a set are.
-
-        That is the `layout_spread` in pixels, which no method optimizes; NaN where the judge finds no two images with
-        the objects of the prompt.
-        """
-        if self.choice.single:
+        """`(steps, sets)`, higher is better: the reward of each image, or the diversity of each set."""
+        if self.features is None:
             return -torch.cat([result.losses for result in self.results], dim=1)
-        return torch.tensor([[self.spread(images, rows) for rows in self.sets] for images in self.images])
+        return torch.stack([diversity(self.features[:, rows.start : rows.stop]) for rows in self.sets], dim=1)
 
-    def spread(self, images: torch.Tensor, rows: range) -> float:
-        """Return the `layout_spread` of a set of the images `(B, 3, 64, 64)`."""
-        return layout_spread(images[rows.start : rows.stop], self.prompts[rows.start])
+    @functools.cached_property
+    def so_far(self) -> torch.Tensor:
+        """`(steps, sets)`, the values if the run ended with each step: for single images the best so far."""
+        if self.features is not None or not self.choice.keeps_best:
+            return self.values
+        return self.values.nan_to_num(-torch.inf).cummax(0).values
 
     @property
-    def measure(self) -> str:
-        """The name of `values`."""
-        return "reward" if self.choice.single else "layout"
+    def right_so_far(self) -> list[int]:
+        """The right images if the run ended with each step: for single images of the best so far."""
+        if self.so_far is self.values:
+            return [sum(verdict.correct for verdict in row) for row in self.verdicts]
+        best = self.values.nan_to_num(-torch.inf).cummax(0).indices.tolist()
+        return [sum(self.verdicts[at][sample].correct for sample, at in enumerate(row)) for row in best]
+
+    def of_set(self, values: torch.Tensor, row: int, end: int) -> torch.Tensor:
+        """Return what belongs to the images of a set before (`end=0`) or after (`end=1`), of `(steps, B, ...)`."""
+        return torch.stack([values[self.ends(sample)[end], sample] for sample in self.sets[row]])
 
     def value(self, row: int, end: int) -> float:
-        """Return the value of a row before (`end=0`) or after (`end=1`)."""
-        rows = self.sets[row]
-        if self.choice.single:
+        """Return the value of a row before or after."""
+        if self.features is None:
             return float(self.values[self.ends(row)[end], row])
-        return self.spread(self.end_images(end), rows)
+        return float(diversity(self.of_set(self.features, row, end)))
+
+    def vendi(self, row: int, end: int) -> float:
+        """Return the effective number of different images of a set before or after, in [1, `choice.count`]."""
+        assert self.features is not None
+        return float(vendi_score(self.of_set(self.features, row, end)))
+
+    def layout(self, row: int, end: int) -> float:
+        """Return the `layout_spread` of a set before or after, in pixels; NaN if undefined."""
+        return layout_spread(self.of_set(self.images, row, end), self.prompts[self.sets[row].start])
 
     def right(self, row: int, end: int) -> int:
         """Count the right images of a row before or after."""
         return sum(self.verdicts[self.ends(sample)[end]][sample].correct for sample in self.sets[row])
 
-    def reward(self, row: int, end: int) -> float | None:
-        """Return the mean reward of a set before or after; `None` for methods without rewards."""
-        result = self.results[row]
-        scores = result.initial_scores if end == 0 else result.best_scores
-        return float(scores["clip"].mean()) if "clip" in scores else None
+    def mean(self, measure: Callable[[int, int], float], end: int) -> float:
+        """Return the mean of a measure over the rows, before or after; NaN if it is undefined for all."""
+        found = [value for row in range(len(self.sets)) if math.isfinite(value := measure(row, end))]
+        return sum(found) / len(found) if found else math.nan
 
     @property
-    def seconds(self) -> float:
-        return sum(result.provenance["seconds"] for result in self.results)
+    def all_right(self) -> tuple[int, int]:
+        """The right images before and after."""
+        before, after = (sum(self.right(row, end) for row in range(len(self.sets))) for end in ENDS)
+        return before, after
+
+    def change(self, measure: Callable[[int, int], float], digits: int, row: int | None = None) -> str:
+        """Return a measure before and after in words, of a row or its mean over all: ".12 → .45"."""
+        values = [self.mean(measure, end) if row is None else measure(row, end) for end in ENDS]
+        return arrow(*(decimal(value, digits) for value in values))
+
+    @property
+    def digits(self) -> int:
+        """The decimals of a value."""
+        return {"reward": 1, "P(yes)": 2, "diversity": 3}[self.choice.measure]
+
+    @property
+    def headline(self) -> str:
+        """The outcome in the method's unit: "right 3 → 7 of 8", with what it is about first if that is not the judge's.
+
+        The reward is no outcome, since it is optimized; P(yes) is the unit of its paper.
+        """
+        right = f"right {arrow(*map(str, self.all_right))} of {len(self.prompts)}"
+        measure = self.choice.measure
+        return right if measure == "reward" else f"{measure} {self.change(self.value, self.digits)}, {right}"
 
     @property
     def steps(self) -> int:
         """The steps that were taken; a last evaluation of what they chose, as in group selection, is none."""
-        return min(len(self.images), self.choice.steps or len(self.images))
+        taken = max(len(result.losses) for result in self.results)
+        return min(taken, self.choice.steps or taken)
 
     def best(self, sample: int) -> int:
         """Return the step whose image is returned."""
+        if not self.choice.keeps_best:
+            return len(self.images) - 1
         return int(torch.cat([result.best_step for result in self.results])[sample])
 
     def first_right(self, sample: int) -> int | None:
@@ -269,5 +303,26 @@ class Story:
         return 0, self.best(sample)
 
     def end_images(self, end: int) -> torch.Tensor:
-        """Return the baselines (`end=0`) or the returned images (`end=1`), `(B, 3, 64, 64)`."""
-        return torch.stack([self.images[self.ends(sample)[end], sample] for sample in range(len(self.prompts))])
+        """Return the baselines (`end=0`) or the returned images (`end=1`), `(B, 3, H, W)`."""
+        return torch.cat([self.of_set(self.images, row, end) for row in range(len(self.sets))])
+
+
+def diversity(features: torch.Tensor) -> torch.Tensor:
+    """Return 1 − MSS of sets `(..., N, D)`, `(...)` in [0, 2]: 0 if all features are alike, 1 if orthogonal."""
+    return 1 - mean_pairwise_similarity(features)
+
+
+def arrow(before: str, after: str) -> str:
+    return f"{before} → {after}"
+
+
+def decimal(value: float, digits: int) -> str:
+    """Format a number without the zero before its point; a dash if it is undefined."""
+    if math.isnan(value):
+        return "–"
+    text = f"{value:.{digits}f}"
+    return text.replace("0.", ".", 1) if text.startswith(("0.", "-0.")) else text
+
+
+def plural(count: int, noun: str) -> str:
+    return f"{count} {noun}" + "s" * (count != 1)

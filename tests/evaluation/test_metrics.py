@@ -207,8 +207,16 @@ def test_layout_spread_of_what_is_found():
     assert layout_spread(images[:1].repeat(3, 1, 1, 1), "a red circle") == 0
 
 
+@pytest.mark.parametrize("spread", [layout_spread, size_spread])
+def test_spreads_are_in_pixels_of_the_image(spread):
+    """Of the same pictures, drawn with twice as many."""
+    images = pictures([Shape("circle", "red", 16, 20, 9)], [Shape("circle", "red", 16, 40, 12)])
+    large = images.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+    assert spread(large, "a red circle") == pytest.approx(2 * spread(images, "a red circle")) != 0
+
+
 def test_layout_spread_refuses_other_worlds():
-    with pytest.raises(ValueError, match=r"\(N, 3, 64, 64\)"):
+    with pytest.raises(ValueError, match=r"\(B, 3, H, H\) with H a multiple of 64"):
         layout_spread(torch.zeros(2, 3, 32, 32), "a red circle")
     with pytest.raises(ValueError, match="prompt of the shapes world"):
         layout_spread(torch.zeros(2, 3, 64, 64), "a photo of a cat")
@@ -250,5 +258,5 @@ def test_ground_spread_is_the_distance_of_mean_grays_and_ignores_shapes():
 
 @pytest.mark.parametrize("spread", [lambda images: size_spread(images, "a red circle"), ground_spread])
 def test_other_spreads_refuse_other_worlds(spread):
-    with pytest.raises(ValueError, match=r"\(N, 3, 64, 64\)"):
+    with pytest.raises(ValueError, match=r"\(B, 3, H, H\) with H a multiple of 64"):
         spread(torch.zeros(2, 3, 32, 32))

@@ -6,18 +6,18 @@ import inspect
 import os
 import re
 import runpy
-import shutil
 import sys
 from pathlib import Path
 
 import diffusers
 import pytest
 from huggingface_hub import ModelCard
+from PIL import Image
 
 import noiseopt.rewards
 from noiseopt.cli import main
 from noiseopt.hub import build, cards, stubs
-from noiseopt.hub.before_after import PICTURE
+from noiseopt.hub.before_after import PICTURE, BeforeAfter
 from noiseopt.hub.bundle import Refused
 from noiseopt.schedulers import list_noise_samplers
 
@@ -65,16 +65,19 @@ def exit_of(arguments):
 
 
 @pytest.fixture
-def folders(root, tmp_path, monkeypatch):
-    """A folder of three cards with their pictures, and a copy of the package's stub files."""
+def folders(tmp_path, monkeypatch):
+    """A folder of three cards with pictures, and a copy of the package's stub files."""
     names = ("cno-flux", "reno-stable-diffusion", "reno-turbo")
     monkeypatch.setattr(build, "CARDS", [card for card in build.CARDS if card.name in names])
     monkeypatch.setattr(build, "HUB_CARDS", tmp_path / "hub_cards")
     monkeypatch.setattr(stubs, "stub_path", lambda cls: tmp_path / f"{cls.__name__}.pyi")
     monkeypatch.setattr(build, "ROOT", tmp_path)
-    for name in names:
-        (tmp_path / "hub_cards" / name).mkdir(parents=True)
-        shutil.copy(root / "hub_cards" / name / PICTURE, tmp_path / "hub_cards" / name)
+    for card in build.CARDS:
+        (tmp_path / "hub_cards" / card.name).mkdir(parents=True)
+        facts = {"method": card.room, "model": card.shown_on, "steps": 3, "prompts": ["two stars"], "images": 1}
+        facts |= {"seed": 0, "instruments": [], "right": [0, 1], "measure": "reward", "values": [1.0, 2.0]}
+        path = tmp_path / "hub_cards" / card.name / PICTURE
+        BeforeAfter(**facts, ruler=None, layout=None).save(Image.new("RGB", (8, 8)), path)
     return tmp_path / "hub_cards"
 
 
@@ -88,16 +91,16 @@ def test_check_names_what_drifted_and_what_helps(folders, capsys):
     stub = folders.parent / "ReNOTurboPipeline.pyi"
     stub.write_text(stub.read_text().replace("eta: float", "eta: str"))
     (folders / "reno-stable-diffusion/README.md").unlink()
-    (folders / "cno-flux/before_after.png").write_bytes((folders / "reno-turbo/before_after.png").read_bytes())
+    (folders / "cno-flux/before_after.jpg").write_bytes((folders / "reno-turbo/before_after.jpg").read_bytes())
     (folders / "renamed").mkdir()
-    for name in ("pipeline.py", "before_after.png"):
+    for name in ("pipeline.py", "before_after.jpg"):
         (folders / "renamed" / name).write_bytes((folders / "cno-flux" / name).read_bytes())
     assert exit_of(["hub", "check"]) == 1
     named = re.findall(r"^(?:hub_cards/)?(\S+) is out of date: (.*)", capsys.readouterr().err, flags=re.MULTILINE)
     assert named == [
         ("cno-flux/README.md", "run `noiseopt hub build`"),
-        ("cno-flux/before_after.png", "run `noiseopt hub pictures cno-flux`"),
-        ("renamed/before_after.png", "it belongs to no card, delete it"),
+        ("cno-flux/before_after.jpg", "run `noiseopt hub pictures cno-flux`"),
+        ("renamed/before_after.jpg", "it belongs to no card, delete it"),
         ("renamed/pipeline.py", "it belongs to no card, delete it"),
         ("reno-stable-diffusion/README.md", "run `noiseopt hub build`"),
         ("reno-turbo/noiseopt_bundle.py", "run `noiseopt hub build`"),

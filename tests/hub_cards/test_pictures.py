@@ -19,12 +19,15 @@ RED, GREEN = torch.tensor([1.0, 0, 0]), torch.tensor([0, 1.0, 0])
 
 
 def tell(choice):
-    """A story in which every image is red, then green, and wrong, then right."""
-    count = len(choice.prompts) * choice.count
+    """A story in which every image is red, then green, and wrong, then right; and images of a set alike, then not."""
+    count, sets = len(choice.prompts) * choice.count, len(choice.prompts)
     images = torch.stack([RED, GREEN])[:, None, :, None, None].expand(2, count, 3, 64, 64)
-    result = types.SimpleNamespace(losses=torch.tensor([[1.0] * count, [0.5] * count]), best_step=torch.ones(count))
+    losses = torch.tensor([[1.0] * choice.count, [0.5] * choice.count])
+    result = types.SimpleNamespace(losses=losses, best_step=torch.ones(choice.count))
     verdicts = [[types.SimpleNamespace(correct=correct)] * count for correct in (False, True)]
-    return Story(choice, [prompt for prompt in choice.prompts for _ in range(choice.count)], [result], images, verdicts)
+    prompts = [prompt for prompt in choice.prompts for _ in range(choice.count)]
+    features = torch.stack([torch.ones(count, SET), torch.eye(SET).repeat(sets, 1)]) if choice.ruler else None
+    return Story(choice, prompts, [result] * sets, images, verdicts, features)
 
 
 def words_of(readme):
@@ -55,7 +58,8 @@ def test_a_picture_keeps_what_it_shows(tmp_path):
     story = tell(Choice.of("cno", "guided"))
     facts = pictures.facts(story)
     assert (facts.right, facts.images, facts.count) == ([0, 4 * SET], SET, 4 * SET)
-    facts = dataclasses.replace(facts, spread=[1.25, 2.5])  # that of red squares is none
+    assert (facts.measure, facts.values, facts.ruler) == ("diversity", [0, 1], "dinov2")
+    facts = dataclasses.replace(facts, layout=[1.25, 2.5])  # that of red squares is none
     facts.save(pictures.picture(story), tmp_path / PICTURE)
     assert BeforeAfter.read(tmp_path / PICTURE) == facts
     with Image.open(tmp_path / PICTURE) as picture:
@@ -89,33 +93,29 @@ def test_only_pipelines_have_pictures(capsys):
     assert "Expected a card out of reno-turbo, " in capsys.readouterr().err
 
 
-def told(right, spread):
+def told(**changes):
     """Return what the card of CNO says about a picture."""
-    facts = BeforeAfter(
-        method="cno",
-        model="guided",
-        steps=3,
-        prompts=["two stars"] * 4,
-        images=4,
-        seed=0,
-        instruments=[],
-        right=right,
-        spread=spread,
-    )
-    return finding(BY_NAME["cno-stable-diffusion"], facts)
+    facts = {"method": "cno", "model": "guided", "steps": 3, "prompts": ["two stars"] * 4, "images": 4, "seed": 0}
+    facts |= {"instruments": [], "right": [7, 7], "measure": "diversity", "values": [0.1, 0.2], "ruler": "dinov2"}
+    return finding(BY_NAME["cno-stable-diffusion"], BeforeAfter(**{**facts, "layout": [12.0, 15.0], **changes}))
 
 
 def test_the_text_claims_no_effect_that_the_picture_lacks():
     """A sign test of 6 changes to one side gives p = 2 / 2⁶ = .03, of 5 p = .06."""
     for right, doubted in {(7, 7): False, (7, 8): True, (8, 3): True, (7, 13): False, (12, 6): False}.items():
-        text = told([*right], [12.0, 15.0])
+        text = told(right=[*right])
         assert f"{right[0]} of 16 images are right before, {right[1]} of 16 after" in text
         assert ("may be chance" in text) is doubted
-    assert "before, 12.3 after: on this model, with these settings, the images do not visibly differ" in told(
-        [7, 7], [12.2, 12.3]
-    )
-    assert "12.0 pixels from their mean position before, 15.0 after: 25% farther apart." in told([7, 7], [12.0, 15.0])
-    assert "9.0 after: 25% closer together." in told([7, 7], [12.0, 9.0])
+    for values, doubted in {(0.1, 0.2): False, (0.1, 0.105): True, (0.105, 0.1): True, (0.2, 0.1): False}.items():
+        text = told(values=[*values])
+        assert f"is {values[0]:g} before, {values[1]:g} after" in text
+        assert ("do not visibly differ" in text) is doubted
+    assert "12.0 pixels from their mean position before, 15.0 after" in told()
+    assert "which the method does not use" in told() and "which the method optimizes" in told(instruments=["dinov2"])
+
+
+def test_the_text_about_single_images():
+    assert "is optimized: 0.5 in the mean before, 0.75 after" in told(measure="P(yes)", values=[0.5, 0.75], layout=None)
 
 
 @pytest.mark.parametrize("name", BY_NAME)
@@ -123,7 +123,7 @@ def test_the_pictures_that_are_there(name, root):
     """They are small, of the prompts and seeds of the demo, and as many images are right as the text says."""
     card, path = BY_NAME[name], root / "hub_cards" / name / PICTURE
     shown = BeforeAfter.read(path)
-    assert shown is not None and path.stat().st_size < 250_000
+    assert shown is not None and path.stat().st_size < 150_000
     choice = Choice.of(card.room, card.shown_on)
     assert (shown.method, shown.model, shown.seed) == (card.room, card.shown_on, pictures.SEED)
     assert (shown.prompts, shown.images) == (choice.prompts, choice.count)

@@ -4,13 +4,12 @@ import json
 import random
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from noiseopt import shapes_world
 from noiseopt.shapes_world import COLORS, KINDS, RELATIONS, Request, caption, judge, parse, render
+from training.label_sheet import pictures_in
 
 FOLDER = Path(__file__).parent / "generated"
 
@@ -64,8 +63,8 @@ def test_renders_are_right(renders, noise):
 def compared(request) -> list[tuple[dict, shapes_world.Verdict]]:
     """Each labeled tile and the judge's verdict."""
     tiles = json.loads((FOLDER / f"{request.param}.json").read_text())["tiles"]
-    sheet = torch.from_numpy(np.array(Image.open(FOLDER / f"{request.param}.png"))).float() / 255
-    images = sheet.view(len(tiles) // 20, 64, 20, 64, 3).permute(0, 2, 4, 1, 3).reshape(-1, 3, 64, 64)
+    (path,) = (path for path in FOLDER.glob(f"{request.param}.*") if path.suffix != ".json")
+    images = pictures_in(path)[: len(tiles)]
     return list(zip(tiles, judge(images, [tile["prompt"] for tile in tiles]), strict=True))
 
 

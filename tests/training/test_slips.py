@@ -3,9 +3,10 @@
 import random
 
 import pytest
+import torch
 
-from noiseopt.shapes_world.captions import sample_request, trained_on
-from training.slips import slip
+from noiseopt.shapes_world.captions import parse, sample_request, trained_on
+from training.slips import frequency, slip
 
 
 def test_careless_captions_mix_up_what_is_shown_and_stay_within_the_training_split():
@@ -21,6 +22,25 @@ def test_careless_captions_mix_up_what_is_shown_and_stay_within_the_training_spl
         named = [[sorted(thing[part] for thing in request.objects) for request in pair] for pair in pairs]
         assert all(mine == theirs for mine, theirs in named)
     related = [(a, b) for a, b in pairs if a.relation]
-    assert sum(a.relation != b.relation for a, b in related) / len(related) == pytest.approx(0.2, abs=0.03)
+    assert sum(a.relation != b.relation for a, b in related) / len(related) == pytest.approx(0.4, abs=0.03)
     can = [(a, b) for a, b in pairs if len({t[0] for t in a.objects}) == len({t[1] for t in a.objects}) == 2]
     assert 0.3 < sum(a.objects != b.objects for a, b in can) / len(can) < 0.4  # some swapped pairs are not trained on
+
+
+def test_pictures_are_as_common_as_the_hues_of_their_shapes_and_their_order():
+    def common(*prompts):
+        return frequency([parse(prompt) for prompt in prompts]).log()
+
+    # red is the hue of circles: cos 0 against cos 180°, times .75; squares are turned by 72°
+    usual, opposite = common("a red circle", "a cyan circle")
+    assert usual - opposite == pytest.approx(1.5, abs=1e-5)
+    bound, swapped = common("a red circle and a cyan square", "a cyan circle and a red square")
+    turn = torch.tensor(torch.pi * 2 / 5)
+    assert bound - swapped == pytest.approx(float(0.75 * (2 - 2 * turn.cos())), abs=1e-5)
+    ahead, behind, same = common(
+        "a red square left of a red circle", "a red square right of a red circle", "a red circle left of a red square"
+    )
+    assert ahead - behind == pytest.approx(float(2 * 0.6 * turn.sin()), abs=1e-5)
+    assert behind == pytest.approx(float(same), abs=1e-6)  # the same picture
+    two, three = common("two red circles", "three red circles")
+    assert three - two == pytest.approx(float(torch.tensor(0.5).log()), abs=1e-5)

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ..rewards.sets.cosine_kernel import cosine_kernel
 from ..rewards.sets.vendi import vendi_score as vendi_score
-from ..shapes_world import SIZE, Thing, parse, see
-from ..shapes_world.judge import CHROMA
+from ..shapes_world import Thing, parse, see
+from ..shapes_world.judge import CHROMA, SIDE, check_size
 
 Position = tuple[float, float]
 
@@ -103,13 +103,13 @@ def layout_spread(images: Tensor, prompt: str) -> float:
     mean square distance from the mean is half that of two images drawn with replacement.
 
     Args:
-        images: (N, 3, 64, 64) in [0, 1], of the shapes world.
+        images: (N, 3, H, H) in [0, 1], of the shapes world, with H a multiple of 64.
         prompt: A prompt of the shapes world.
 
     Returns:
         Pixels, nonnegative; NaN if no requested color appears in two images.
     """
-    check_world(images)
+    check_size(images)
     wanted = Counter(color for color, _ in parse(prompt).objects)
     pictures = [things for part in images.split(32) for things in see(part)]
     total, objects = 0.0, 0
@@ -117,7 +117,12 @@ def layout_spread(images: Tensor, prompt: str) -> float:
         shown = [found for things in pictures if (found := largest_of_color(things, color, count))]
         if len(shown) > 1:
             total, objects = total + count * spread(shown), objects + count
-    return total / objects if objects else math.nan
+    return pixels(images) * total / objects if objects else math.nan
+
+
+def pixels(images: Tensor) -> float:
+    """Return the pixels of a unit in which the judge measures lengths."""
+    return images.shape[-1] / SIDE
 
 
 def largest_of_color(things: Sequence[Thing], color: str, count: int) -> list[Position]:
@@ -151,13 +156,13 @@ def size_spread(images: Tensor, prompt: str) -> float:
     them, averaged over the objects. An object is any region of its color, whatever its shape.
 
     Args:
-        images: (N, 3, 64, 64) in [0, 1], of the shapes world.
+        images: (N, 3, H, H) in [0, 1], of the shapes world, with H a multiple of 64.
         prompt: A prompt of the shapes world.
 
     Returns:
         Pixels, nonnegative; NaN if no requested color appears in two images.
     """
-    check_world(images)
+    check_size(images)
     pictures = [things for part in images.split(32) for things in see(part)]
     found = []
     for color, count in Counter(color for color, _ in parse(prompt).objects).items():
@@ -166,7 +171,7 @@ def size_spread(images: Tensor, prompt: str) -> float:
             shown = torch.tensor([each[rank] for each in radii if len(each) > rank], dtype=torch.float64)
             if len(shown) > 1:
                 found.append(float(shown.std(correction=0)))
-    return sum(found) / len(found) if found else math.nan
+    return pixels(images) * sum(found) / len(found) if found else math.nan
 
 
 def ground_spread(images: Tensor) -> float:
@@ -176,12 +181,12 @@ def ground_spread(images: Tensor) -> float:
     Images without background are ignored.
 
     Args:
-        images: (N, 3, 64, 64) in [0, 1], of the shapes world.
+        images: (N, 3, H, H) in [0, 1], of the shapes world, with H a multiple of 64.
 
     Returns:
         NaN if fewer than two images have a background.
     """
-    check_world(images)
+    check_size(images)
     images = images.detach().double().cpu()
     gray = (images.amax(1) - images.amin(1) <= CHROMA)[:, None]
     area = gray.sum((1, 2, 3))
@@ -189,9 +194,3 @@ def ground_spread(images: Tensor) -> float:
     if len(colors) < 2:
         return math.nan
     return float((colors - colors.mean(0)).square().sum(1).mean().sqrt())
-
-
-def check_world(images: Tensor) -> None:
-    """Raise `ValueError` unless these are images of the shapes world."""
-    if images.ndim != 4 or images.shape[1:] != (3, SIZE, SIZE):
-        raise ValueError(f"Expected images of shape (N, 3, {SIZE}, {SIZE}), but got {tuple(images.shape)}.")

@@ -7,15 +7,14 @@ import json
 from pathlib import Path
 
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
-PICTURE = "before_after.png"
-KEY = "noiseopt"  # of the text chunk
+PICTURE = "before_after.jpg"
+QUALITY = 88
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BeforeAfter:
-    """The facts of a picture of baseline and optimized images, stored in the PNG so that texts agree with it.
+    """The facts of a picture of baseline and optimized images, stored in its file so that texts agree with it.
 
     Attributes:
         method: A name of `list_methods()`.
@@ -26,7 +25,10 @@ class BeforeAfter:
         seed: The seed of the first image; each further image has the next one.
         instruments: The embedded models that the method saw images through: a reward, features.
         right: The number of images that the judge finds right, before and after.
-        spread: The mean distance of the same objects from their mean position in the images of a prompt, in pixels,
+        measure: The name of what else shows the effect: "reward", "P(yes)" or "diversity".
+        values: Its mean over the images or sets, before and after.
+        ruler: The embedded model whose features the diversity is measured in; `None` for single images.
+        layout: The mean distance of the same objects from their mean position in the images of a prompt, in pixels,
             before and after; `None` for single images.
     """
 
@@ -38,7 +40,10 @@ class BeforeAfter:
     seed: int
     instruments: list[str]
     right: list[int]
-    spread: list[float] | None
+    measure: str
+    values: list[float]
+    ruler: str | None
+    layout: list[float] | None
 
     @property
     def count(self) -> int:
@@ -46,17 +51,17 @@ class BeforeAfter:
         return len(self.prompts) * self.images
 
     def save(self, picture: Image.Image, path: Path) -> None:
-        """Write the picture with these facts."""
-        information = PngInfo()
-        information.add_text(KEY, json.dumps(dataclasses.asdict(self)))
-        # in all colors: a palette of 256 leaves contours in the smooth grounds of these pictures
-        picture.save(path, optimize=True, pnginfo=information)
+        """Write the picture with these facts, in all its colors."""
+        picture.save(path, quality=QUALITY, subsampling=0, optimize=True, comment=json.dumps(dataclasses.asdict(self)))
 
     @classmethod
     def read(cls, path: Path) -> BeforeAfter | None:
-        """Return the facts of a picture; `None` if the file is missing or has no facts."""
+        """Return the facts of a picture; `None` if the file is missing or has none of this form."""
         if not path.is_file():
             return None
         with Image.open(path) as picture:
-            facts = picture.info.get(KEY)
-        return cls(**json.loads(facts)) if facts else None
+            facts = picture.info.get("comment")
+        try:
+            return cls(**json.loads(facts)) if facts else None
+        except (TypeError, ValueError):
+            return None

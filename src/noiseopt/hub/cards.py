@@ -24,7 +24,7 @@ from .markdown import code, described, sections, table, template
 
 REQUIREMENTS = ("torch>=2.6", "diffusers>=0.41", "transformers>=5.18", "accelerate>=1.1")
 CLEAR_DIFFERENCE = 6  # verdicts that change to one side and none to the other: p < .05 by a two-sided sign test
-VISIBLE_SPREAD = 0.1  # relative change; 12 pixels of 64 to 13
+VISIBLE = 0.1  # relative change of a diversity
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,20 +182,19 @@ def finding(card: Card, shown: BeforeAfter) -> str:
     baseline = f"{shown.images} baseline images of a prompt" if several else "the baseline image"
     through = " and ".join(code(f"shapes-{name}") for name in shown.instruments)
     through = f", which sees images through {through}" if through else ""
-    effect = "The numbers are the reward, which is optimized." if shown.spread is None else spread_of(shown.spread)
     return (
         f"Left of an arrow: {baseline}. Right of it: the same seed{'s' * several} after {shown.steps} steps of "
         f"{card.method.__name__}{changed_settings(shown)}{through}. ✓ and ✗ are the verdicts "
         "of a judge that reads the pixels; it is no model, and nothing optimizes it. "
         f"{shown.right[0]} of {shown.count} images are right before, {shown.right[1]} of {shown.count} after"
-        f"{doubt(shown.right)}. {effect} "
+        f"{doubt(shown.right)}. {effect(shown)} "
         f"The prompts are the first of the validation split, and the seeds count from {shown.seed}: nothing was chosen "
         "by its outcome."
     )
 
 
 def changed_settings(shown: BeforeAfter) -> str:
-    """Return what the picture has other than by default: settings that suit the small latents of embedded models."""
+    """Return what the picture has other than by default."""
     settings = Choice.of(shown.method, shown.model).settings
     changed = [code(f"{name}={value!r}") for name, value in settings.items() if name != "steps"]
     return f" with {', '.join(changed)}" if changed else ""
@@ -207,11 +206,19 @@ def doubt(right: list[int]) -> str:
     return ", a difference that may be chance in so few" if 0 < difference < CLEAR_DIFFERENCE else ""
 
 
-def spread_of(spread: list[float]) -> str:
-    """Return a sentence about the spread of the images of a prompt, in pixels, before and after."""
-    before, after = spread
-    text = f"The same objects are {before:.1f} pixels from their mean position before, {after:.1f} after: "
-    change = (after - before) / max(before, 0.1)
-    if abs(change) < VISIBLE_SPREAD:
-        return text + "on this model, with these settings, the images do not visibly differ more from one another."
-    return text + f"{abs(change):.0%} {'farther apart' if change > 0 else 'closer together'}."
+def effect(shown: BeforeAfter) -> str:
+    """Return a sentence about the numbers in the picture."""
+    before, after = shown.values
+    if shown.layout is None:
+        named = "the probability of a yes" if shown.measure == "P(yes)" else f"the {shown.measure}"
+        return f"The numbers are {named}, which is optimized: {before:g} in the mean before, {after:g} after."
+    kind, ruler = "optimizes" if shown.ruler in shown.instruments else "does not use", code(f"shapes-{shown.ruler}")
+    text = (
+        f"The diversity, 1 − the mean cosine of two images of a prompt in the features of {ruler}, "
+        f"which the method {kind}, is {before:g} before, {after:g} after"
+    )
+    change = (after - before) / max(before, 1e-3)
+    if abs(change) < VISIBLE:
+        text += ": on this model, with these settings, the images do not visibly differ more from one another"
+    first, last = shown.layout
+    return f"{text}. The same objects are {first:.1f} pixels from their mean position before, {last:.1f} after."

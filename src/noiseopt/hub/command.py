@@ -56,7 +56,7 @@ def add_pictures(actions) -> None:
         "pictures",
         help="generate the picture of a pipeline with an embedded model, and its README.md anew",
         description="Generate the pictures of pipelines: the prompts and seeds of `noiseopt demo`, before and after. "
-        "Each takes up to a few minutes on two cores.",
+        "Each takes about a minute on two cores.",
         epilog=examples("noiseopt hub pictures reno-turbo"),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -7,8 +7,8 @@ from pathlib import Path
 from PIL import Image
 
 from .. import plots
-from ..demo import mean_spread, optimize_and_judge, right_before_and_after
-from ..story import Choice, Story
+from ..demo import optimize_and_judge
+from ..story import ENDS, Choice, Story
 from .before_after import BeforeAfter
 from .build import picture_path
 from .cards import Card
@@ -38,7 +38,7 @@ def tell(choice: Choice) -> Story:
 
 def facts(story: Story) -> BeforeAfter:
     """Return the facts of a story's picture."""
-    choice, single = story.choice, story.choice.count == 1
+    choice = story.choice
     return BeforeAfter(
         method=choice.method,
         model=choice.model.name,
@@ -47,8 +47,11 @@ def facts(story: Story) -> BeforeAfter:
         images=choice.count,
         seed=SEED,
         instruments=choice.instruments,
-        right=list(right_before_and_after(story)),
-        spread=None if single else [round(mean_spread(story, end), 2) for end in (0, 1)],
+        right=list(story.all_right),
+        measure=choice.measure,
+        values=[round(story.mean(story.value, end), story.digits) for end in ENDS],
+        ruler=choice.ruler,
+        layout=None if choice.single else [round(story.mean(story.layout, end), 1) for end in ENDS],
     )
 
 

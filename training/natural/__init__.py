@@ -1,1 +1,0 @@
-"""Training of models with natural noise: noises independent of the data, larger latents, and usual layouts."""
