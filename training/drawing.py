@@ -24,17 +24,26 @@ _ONE_STEP = {"num_inference_steps": 1, "guidance_scale": 0.0}
 
 @dataclass(frozen=True)
 class Family:
-    """A generator: its class, the arguments of its pipeline's call, and the share of the gallery it draws."""
+    """A generator.
+
+    Attributes:
+        kind: Its class.
+        call: Arguments of its pipeline's call.
+        share: The share of the gallery it draws.
+        spacing: The spacing of the timesteps, if not that of `SCHEDULE`. "leading", as in SD and SDXL, begins below
+            999, where nothing is left of an image, so that an x0 estimate does not depend on the noise.
+    """
 
     kind: Any
     call: dict[str, Any] = field(default_factory=dict)
     share: float = 1.0
+    spacing: str | None = None
 
 
 FAMILIES = {  # by stage, which is also the name of the model
     "turbo": Family(SDGenerator, _ONE_STEP),
-    "guided": Family(SDGenerator, _GUIDED, 0.25),
-    "sdxl": Family(SDXLGenerator, _GUIDED, 0.25),
+    "guided": Family(SDGenerator, _GUIDED, 0.25, spacing="leading"),
+    "sdxl": Family(SDXLGenerator, _GUIDED, 0.25, spacing="leading"),
     "sdxl-turbo": Family(SDXLGenerator, _ONE_STEP),
     "sd3": Family(SD3Generator, _GUIDED | {"max_sequence_length": 16}, 0.25),
 }
@@ -42,8 +51,11 @@ FAMILIES = {  # by stage, which is also the name of the model
 
 def assemble(args: argparse.Namespace, name: str) -> Any:
     """Assemble the stock pipeline of a trained generator."""
-    model = averaged(args.output / f"{name}.pt", FAMILIES[name].kind()).to(args.device)
-    return model.pipeline(final_vae(args))
+    family = FAMILIES[name]
+    pipe = averaged(args.output / f"{name}.pt", family.kind()).to(args.device).pipeline(final_vae(args))
+    if family.spacing:
+        pipe.scheduler = pipe.scheduler.from_config(pipe.scheduler.config, timestep_spacing=family.spacing)
+    return pipe
 
 
 @torch.no_grad()
