@@ -37,7 +37,6 @@ SCHEDULE: dict[str, Any] = {
     "beta_start": 0.00085,
     "beta_end": 0.012,
     "beta_schedule": "scaled_linear",
-    "rescale_betas_zero_snr": True,  # sampling starts with pure noise, so training has to reach it
     "prediction_type": "v_prediction",
     "timestep_spacing": "trailing",
     "steps_offset": 1,
@@ -65,7 +64,7 @@ class Diffusion(nn.Module):
         raise NotImplementedError
 
     def corrupt(self, z: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Return noisy latents at timesteps t, (B,), and their v; pure noise at 999."""
+        """Return noisy latents at timesteps t, (B,), and their v."""
         level = self.scheduler.alphas_cumprod.to(z.device)[t.long()].view(-1, 1, 1, 1)
         keep, add = level.sqrt(), (1 - level).sqrt()
         return keep * z + add * noise, keep * noise - add * z

@@ -16,7 +16,8 @@ from noiseopt.shapes_world.captions import parse, sample_request
 from noiseopt.shapes_world.judge import judge, verdict
 
 from .autoencoder import final_vae
-from .data import blemish, failures, load_records, pictures
+from .data import blemish, failures, pictures
+from .drawing import drawn
 from .generators import SIDE, SDGenerator
 from .optimization import Run, averaged
 from .questions import Seen
@@ -38,7 +39,9 @@ def explore(args: argparse.Namespace, reward: Reward, round_: int) -> dict[str, 
             context = student.embed(prompts)
 
         def draw(z: torch.Tensor, context: torch.Tensor = context) -> torch.Tensor:
-            latents = -student.predict(z, torch.full((len(z),), 999.0, device=z.device), context)
+            v = student.predict(z, torch.full((len(z),), 999.0, device=z.device), context)
+            level = student.scheduler.alphas_cumprod[-1]
+            latents = level.sqrt() * z - (1 - level).sqrt() * v
             return (vae.decoder(latents) / 2 + 0.5).clamp(0.0, 1.0)
 
         for step, (_, each, _) in enumerate(ascend(draw, reward, noise, prompts, STEPS[-1], rate=14.0)):
@@ -78,8 +81,8 @@ def refine_clip(args: argparse.Namespace) -> None:
 
 def generated(folder: Path) -> tuple[Seen, list[tuple[torch.Tensor, torch.Tensor]]]:
     """Return all images of generators, and the rows of right and wrong ones of each prompt that has both."""
-    drawn = [load_records(path) for path in (folder / "gallery.pt", *sorted(folder.glob("climbs_*.pt")))]
-    seen = Seen(torch.cat([d["images"] for d in drawn]), [prompt for d in drawn for prompt in d["prompts"]])
+    parts = [drawn(folder, pattern) for pattern in ("gallery_*.pt", "climbs_*.pt")]
+    seen = Seen(torch.cat([images for images, _ in parts]), [prompt for _, prompts in parts for prompt in prompts])
     right = [verdict(things, parse(p)).correct for things, p in zip(seen.things, seen.prompts, strict=True)]
     sides = pairs(seen.prompts, torch.tensor(right))
     if not sides:

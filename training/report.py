@@ -18,7 +18,6 @@ from noiseopt.rewards import AutoReward, ImageFeatures
 from noiseopt.shapes_world.captions import CATEGORIES, VALIDATION_PROMPTS, caption, category, parse, sample_request
 from noiseopt.shapes_world.judge import judge
 
-from .data import SIZE
 from .distillation import halved
 from .drawing import FAMILIES
 from .export import write_json
@@ -96,7 +95,8 @@ def denoiser_of(pipe: Any) -> Any:
 def draw_all(folder: Path, prompts: Sequence[str], args: argparse.Namespace, seed: int = 0) -> Tensor:
     """Generate an image of each prompt, (N, 3, 128, 128) in [0, 1], from seeds that count up from `seed`."""
     pipe = load_pipeline(folder).to(args.device)
-    halved(denoiser_of(pipe), args.dtype)
+    with quiet_libraries():
+        halved(denoiser_of(pipe), args.dtype)
     images = []
     for start in tqdm(range(0, len(prompts), 32), desc=folder.name, mininterval=5):
         part = list(prompts[start : start + 32])
@@ -132,8 +132,8 @@ def captioned(count: int, seed: int) -> tuple[Tensor, list[str]]:
 
 
 def channel_means(pipe: Any, prompts: list[str], readers: Mapping[str, Any], **call: Any) -> dict[str, Any]:
-    """Return `gradient_shares` for the brightness of the left half and, if it is exported, for the reward."""
-    scores = {"brightness of the left half": lambda images, prompts: images[..., : SIZE // 2].mean((1, 2, 3))}
+    """Return `gradient_shares` for a score of pixels that has no mean of its own and, if exported, for the reward."""
+    scores: dict[str, Any] = {"brightness, left minus right": lambda images, _: left_minus_right(images)}
     scores |= {"reward": readers["clip"]} if "clip" in readers else {}
     noise = torch.randn(len(prompts), CHANNELS, SIDE, SIDE, generator=torch.Generator().manual_seed(95))
     found = {}
@@ -145,6 +145,12 @@ def channel_means(pipe: Any, prompts: list[str], readers: Mapping[str, Any], **c
         full, frozen = (torch.cat(each) for each in zip(*parts, strict=True))
         found[name] = gradient_shares(full, frozen)
     return found
+
+
+def left_minus_right(images: Tensor) -> Tensor:
+    """Return how much brighter the left half of images (B, 3, H, W) is than the right half, (B,)."""
+    left, right = images.chunk(2, -1)
+    return (left - right).mean((1, 2, 3))
 
 
 @torch.no_grad()

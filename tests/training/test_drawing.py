@@ -1,23 +1,15 @@
-"""The assembled pipelines: where their sampling begins."""
+"""The gallery of the generators is kept in a file for each."""
 
-import argparse
-from pathlib import Path
+import torch
 
-from training import drawing
-from training.autoencoder import new_vae
-from training.generators import SDGenerator
+from training.drawing import drawn
 
 
-def test_a_guided_model_begins_where_the_noisy_image_says_something_and_a_one_step_model_at_the_end(monkeypatch):
-    monkeypatch.setattr(drawing, "averaged", lambda path, model: model)
-    monkeypatch.setattr(drawing, "final_vae", lambda args: new_vae())
-    args = argparse.Namespace(output=Path("unused"), device="cpu")
-    assert drawing.FAMILIES["guided"].kind is drawing.FAMILIES["turbo"].kind is SDGenerator
-    first = {}
-    for name in ("guided", "turbo"):
-        scheduler = drawing.assemble(args, name).scheduler
-        scheduler.set_timesteps(drawing.FAMILIES[name].call["num_inference_steps"])
-        first[name] = int(scheduler.timesteps[0])
-        signal = float(scheduler.alphas_cumprod[first[name]])
-        assert signal > 1e-4 if name == "guided" else signal == 0
-    assert first == {"guided": 951, "turbo": 999}
+def test_images_of_all_files_are_read_in_the_order_of_their_names(tmp_path):
+    images, prompts = drawn(tmp_path)
+    assert images.shape == (0, 3, 128, 128) and prompts == []
+    for value, name in enumerate(("b", "a")):
+        part = {"images": torch.full((2, 3, 128, 128), value, dtype=torch.uint8), "prompts": [name] * 2}
+        torch.save(part, tmp_path / f"gallery_{name}.pt")
+    images, prompts = drawn(tmp_path)
+    assert prompts == ["a", "a", "b", "b"] and images[:, 0, 0, 0].tolist() == [1, 1, 0, 0]

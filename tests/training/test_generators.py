@@ -13,11 +13,14 @@ PROMPTS = ["a red circle", "a blue star left of a green cross"]
 
 
 @pytest.mark.parametrize("kind", [SDGenerator, SDXLGenerator])
-def test_the_last_timestep_is_pure_noise(kind):
+def test_noise_levels_are_those_of_stable_diffusion(kind):
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64).square()
+    signal = (1 - betas).log().cumsum(0).exp()[[999, 499]].view(2, 1, 1, 1)
+    a, b = signal.sqrt().float(), (1 - signal).sqrt().float()
     z, noise = torch.randn(2, 2, 4, 32, 32)
-    noisy, v = kind().corrupt(z, noise, torch.tensor([999, 999]))
-    torch.testing.assert_close(noisy, noise)
-    torch.testing.assert_close(v, -z)
+    noisy, v = kind().corrupt(z, noise, torch.tensor([999, 499]))
+    torch.testing.assert_close(noisy, a * z + b * noise)
+    torch.testing.assert_close(a * noisy - b * v, z)
 
 
 def test_velocity_leads_from_noise_to_picture():
