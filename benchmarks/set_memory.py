@@ -4,7 +4,7 @@ python benchmarks/set_memory.py
 python benchmarks/set_memory.py --size 512 --device cuda
 
 Each cell is one step of a set of B images (DPP of the embedded DINOv2 features, with one more given image, so that a
-set of one has a value) on the embedded SDXL model with six steps: images, value, and its gradient with respect to the
+set of one has a value) on the embedded SDXL model with a few steps: images, value, and its gradient with respect to the
 noise. Memory is the peak above the loaded models: from torch's allocator on CUDA, elsewhere the resident memory, in a
 separate process that has computed the gradient of one image before, so that one-time allocations do not count.
 """
@@ -36,14 +36,15 @@ PROMPT = shapes_world.VALIDATION_PROMPTS[0]
 
 
 class SetStep:
-    """One step of a set of `batch` images of `size`² pixels on a device."""
+    """One step of a set of `batch` images of `size`² pixels, drawn in a number of steps, on a device."""
 
-    def __init__(self, model: str, size: int, device: torch.device) -> None:
+    def __init__(self, model: str, size: int, steps: int, device: torch.device) -> None:
         with quiet_libraries():
             self.pipe: Any = load_pipeline(model).to(device)
             features = AutoFeatures.from_pretrained(shapes_world.path("dinov2"), dtype=torch.float32, device=device)
         self.total, self.device = SetRewardSum([(DPP(features), 1.0)]), device
-        self.call = {**shapes_world.MODELS[model].call, "height": size, "width": size}
+        steps = min(steps, shapes_world.MODELS[model].call["num_inference_steps"])
+        self.call = {**shapes_world.MODELS[model].call, "height": size, "width": size, "num_inference_steps": steps}
         given = torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(0))
         self.given = self.total.known_features(given.to(device))
 
@@ -68,9 +69,9 @@ class SetStep:
         return {"seconds": cost.seconds, "memory": cost.memory, "chunk_size": chunk_size, "gradient": gradient.cpu()}
 
 
-def measure(mode: str, batch: int, model: str, size: int, device: str) -> dict[str, Any]:
+def measure(mode: str, batch: int, options: argparse.Namespace) -> dict[str, Any]:
     """Return the seconds, MiB and gradient of one step, in this process."""
-    step, found = SetStep(model, size, torch.device(device)), {}
+    step, found = SetStep(options.model, options.size, options.steps, torch.device(options.device)), {}
     step.look(1, lambda first: step.gradient(first, None))
     step.look(batch, lambda problem: found.update(step.measure(problem, mode)))
     return found
@@ -80,7 +81,8 @@ def measure_apart(mode: str, batch: int, options: argparse.Namespace) -> dict[st
     """Run `measure` in a separate process."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "found.pt"
-        arguments = ["--model", options.model, "--size", str(options.size), "--device", options.device]
+        names = ("model", "size", "steps", "device")
+        arguments = [part for name in names for part in (f"--{name}", str(getattr(options, name)))]
         one = ["--one", mode, str(batch), str(path)]
         # return freed blocks to the system at once, so that they do not count
         environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
@@ -117,7 +119,8 @@ def report(results: dict[str, dict[int, dict[str, Any]]]) -> str:
 def main(arguments: Sequence[str] | None = None) -> dict[str, dict[int, dict[str, Any]]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="sdxl", help="an embedded pipeline")
-    parser.add_argument("--size", type=int, default=64, help="height and width of the images, in pixels")
+    parser.add_argument("--size", type=int, default=128, help="height and width of the images, in pixels")
+    parser.add_argument("--steps", type=int, default=6, help="sampling steps, at most those of the model's own call")
     parser.add_argument("--device", default="cpu")
     parser.add_argument(
         "--batches", type=int, nargs="+", default=[1, 2, 4, 8, 16], help="set sizes; others are compared with the first"
@@ -127,7 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, dict[int, dict[str
     options = parser.parse_args(arguments)
     if options.one:
         mode, batch, path = options.one
-        torch.save(measure(mode, int(batch), options.model, options.size, options.device), path)
+        torch.save(measure(mode, int(batch), options), path)
         return {}
     results = {mode: {batch: measure_apart(mode, batch, options) for batch in options.batches} for mode in MODES}
     print(report(results))

@@ -28,7 +28,7 @@ import noiseopt
 from noiseopt import NoiseResult, plots, recipes, shapes_world
 from noiseopt.arguments import progress_line
 from noiseopt.cli import build_parser, main
-from noiseopt.demo import following, load_pipeline, optimize_and_judge
+from noiseopt.demo import following, load_pipeline, optimize_and_judge, summary
 from noiseopt.evaluation.metrics import mean_pairwise_similarity
 from noiseopt.pipelines import FunctionObjective, NoiseOptimizer
 from noiseopt.pipelines.registry import METHODS, list_methods
@@ -126,20 +126,18 @@ def test_demo_of_another_method_and_model(tmp_path, capsys):
     assert call.items() <= result.provenance["arguments"].items()
 
 
-def test_noise_diffusion_is_told_by_its_own_scorer(tmp_path, capsys):
+def test_noise_diffusion_is_told_by_its_own_scorer():
     """P(yes) is the answer of the embedded vision-language model to the returned image."""
-    arguments = ["demo", "--method", "noise_diffusion", "--model", "turbo", "--steps", "2", "--prompt", PROMPT]
     with pytest.warns(UserWarning, match="single denoising step"):
-        main([*arguments, "--output", str(tmp_path)])
-    printed = capsys.readouterr().out
+        story = optimize_and_judge(Choice.of("noise_diffusion", "turbo", 2), [PROMPT], seed=0)
     pipe, scorer = load_pipeline("turbo"), shapes_world.load("vqa")
     pipe.set_progress_bar_config(disable=True)
-    result = NoiseResult.load(tmp_path / "noise.safetensors")
     call = {"output_type": "pt", **shapes_world.MODELS["turbo"].call}
     images = [pipe(PROMPT, generator=torch.Generator().manual_seed(0), **call).images]
-    images.append(pipe(PROMPT, latents=result.latents, **call).images)
+    images.append(pipe(PROMPT, latents=story.results[0].latents, **call).images)
     before, after = (decimal(float(scorer(image, PROMPT)), 2) for image in images)
-    assert re.search(rf"^P\(yes\) {before} → {after}, right [01] → [01] of 1, in ", printed, re.MULTILINE)
+    right = [int(shapes_world.judge(image, PROMPT)[0].correct) for image in images]
+    assert summary(story).startswith(f"P(yes) {before} → {after}, right {right[0]} → {right[1]} of 1, in ")
 
 
 @pytest.mark.slow
@@ -262,8 +260,9 @@ def test_demo_of_sets(neighbors, tmp_path, capsys):
 @pytest.mark.parametrize("method", sorted(RECIPES.keys() | set(list_methods())))
 def test_each_method_fits_into_a_minute(method):
     choice = Choice.of(method)
-    assert choice.build().steps == choice.steps
-    assert choice.cost * choice.count * len(choice.prompts) * choice.steps <= recipes.MOST
+    steps = choice.build().steps
+    assert choice.steps == steps
+    assert choice.cost * choice.count * len(choice.prompts) * steps <= recipes.MOST
     build_parser().parse_args(shlex.split(following(choice))[1:])
 
 

@@ -110,7 +110,7 @@ def draw_pairs(story: Story, path: Path | BinaryIO) -> None:
     height = title + side + 0.42
     columns = min(COLUMNS, len(story.prompts))
     width = max(5.6, 2 * MARGIN + columns * (CELL + GUTTER) - GUTTER)
-    page, head = headed(story, f"the judge's verdict and {story.choice.measure}", rows(story) * height, width)
+    page, head = headed(story, f"Below: the judge's verdict and {story.choice.measure}.", rows(story) * height, width)
     for sample, prompt in enumerate(story.prompts):
         left, top = cell(sample, head, height)
         page.title(left, top + title - 0.1, prompt)
@@ -125,8 +125,11 @@ def draw_pairs(story: Story, path: Path | BinaryIO) -> None:
 
 def headed(story: Story, below: str, height: float, width: float = WIDTH) -> tuple[Page, float]:
     """Return a page that starts with the outcome and an explanation, and the top of the `height` inches below it."""
-    steps = plural(story.steps, story.choice.recipe.unit)
-    words = f"Left of an arrow: before. Right: after {steps} of {story.choice}. Below an image: {below}."
+    choice = story.choice
+    method = (
+        f"{plural(story.steps, choice.recipe.unit)} of {choice.name} on {choice.model.name}, the {choice.model.title}"
+    )
+    words = f"Left of an arrow: plain seeds. Right: the same after {method}. {below}"
     explanation = textwrap.wrap(words, int(13 * width))
     head = 0.5 + 0.18 * len(explanation)
     page = Page(head + height, width)
@@ -141,7 +144,8 @@ def draw_sets(story: Story, path: Path | BinaryIO) -> None:
     count, title, gap, arrow = story.choice.count, 0.36, 0.06, 0.36
     side = (WIDTH - 2 * MARGIN - arrow - 2 * (count - 1) * gap) / (2 * count)
     half, height = count * side + (count - 1) * gap, title + side + 0.34
-    page, top = headed(story, "the judge's verdict", len(story.sets) * height)
+    below = f"Below: the judge's verdict. Diversity: 1 − the mean cosine of features ({story.choice.ruler})."
+    page, top = headed(story, below, len(story.sets) * height)
     for row, samples in enumerate(story.sets):
         page.text(MARGIN, top + title - 0.1, story.prompts[samples.start], va="baseline")
         for end in ENDS:
@@ -221,11 +225,15 @@ def draw_curve(axes: Axes, story: Story, row: int) -> None:
 
 
 def film_prompts(story: Story, count: int = 2) -> list[int]:
-    """Choose samples for the film strips: first those that become right, then those that stay wrong."""
+    """Choose samples for the film strips.
 
-    def order(sample: int) -> tuple[bool, bool]:
+    Of single images first those that become right, then those that stay wrong; of sets those that change most.
+    """
+    change = (story.end_images(1) - story.end_images(0)).square().mean((1, 2, 3)).tolist()
+
+    def order(sample: int) -> tuple[bool, bool] | float:
         before, after = (story.verdicts[step][sample].correct for step in story.ends(sample))
-        return before, not after
+        return (before, not after) if story.choice.single else -change[sample]
 
     return sorted(range(len(story.prompts)), key=order)[:count]
 

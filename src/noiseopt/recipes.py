@@ -33,14 +33,12 @@ class Recipe:
     following: str = ""
 
 
-# Learning rates are in units of the height and width of the noise.
 RECIPES = {
     "reno": Recipe(model="sdxl-turbo", plan="up the reward", following="cno"),
     "cno": Recipe(model="guided", plan="that push the images of a prompt apart", following="never_too_late"),
     "never_too_late": Recipe(
-        settings={"steps": 25, "diversity": {"dpp": ("clip", 150.0)}, "guard": {"clip": 0.5}},
+        settings={"steps": 20, "diversity": {"dpp": ("clip", 150.0)}},
         plan="toward images that differ",
-        note="A step after which the reward of an image is more than 0.5 below its start is taken back.",
         following="noise_diffusion",
     ),
     "noise_diffusion": Recipe(

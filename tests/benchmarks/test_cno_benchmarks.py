@@ -3,42 +3,30 @@
 import cno_cost  # pyright: ignore[reportMissingImports]
 import cno_diversity  # pyright: ignore[reportMissingImports]
 import pytest
+import sets  # pyright: ignore[reportMissingImports]
 
+from noiseopt import shapes_world
 from noiseopt.evaluation.measure import Cost
-
-
-def test_differences_are_to_plain_sampling_with_sets_of_the_same_size():
-    assert [cno_diversity.plain_of(name) for name in ("CNO", "CNO, B = 8", "plain", "plain, B = 8", "w = 1")] == [
-        "plain",
-        "plain, B = 8",
-        "plain",
-        "plain, B = 8",
-        "plain",
-    ]
-    found = {"plain": {"right": [0.5, 1.0]}, "CNO": {"right": [0.25, 0.5]}}
-    table = cno_diversity.summary(found)["CNO"]["right"]
-    assert (table["estimate"].value, table["difference"].value) == (0.375, -0.375)
-    assert (table["difference"].low, table["difference"].high) == (-0.5, -0.25)
-    assert cno_diversity.cell(**table) == "0.375 (-0.38 [-0.5, -0.25])"
 
 
 @pytest.mark.slow
 def test_a_short_comparison_has_every_row_and_metric(capsys, tmp_path):
-    tables = cno_diversity.main(["--limit", "1", "--seeds", "1", "--images", "2", "--output", str(tmp_path / "x.json")])
-    assert list(tables) == ["plain", "CNO", "CNO, released code"]
-    assert all(set(row) == set(cno_diversity.METRICS) for row in tables.values())
-    assert tables["plain"]["norm"]["estimate"].value == 1.0 != tables["CNO"]["norm"]["estimate"].value
+    found = cno_diversity.main(["--limit", "1", "--images", "2", "--output", str(tmp_path / "x.json")])
+    prompt = shapes_world.VALIDATION_PROMPTS[0]
+    assert list(found.found) == ["plain", "CNO", "CNO, released code"]
+    assert all(set(row[prompt]) == {*sets.DIVERSITY, *sets.QUALITY, *sets.COST} for row in found.found.values())
+    norms = [row[prompt]["norm"] for row in found.found.values()]
+    assert norms[0] != norms[1] == pytest.approx(norms[0], abs=0.03)
+    assert [row[prompt]["evaluations"] for row in found.found.values()] == [1, 3, 3]
     assert capsys.readouterr().out.count("| plain |") == 2
-    assert (tmp_path / "x.json").read_text().count('"right"') == 3
 
 
-def test_every_choice_of_the_ablation_is_a_method():
-    rows = cno_diversity.variants(5, ablation=True)
-    assert len({row.name for row in rows}) == len(rows) == 18
-    for row in rows:
-        if row.method:
-            row.method.check()
-            assert row.method.settings()["learning_rate"] == (0.01 if "paper" in row.name else 0.057)
+def test_every_choice_of_the_ablation_is_another_method():
+    rows = {row.name: row for row in cno_diversity.rows(ablation=True)}
+    settings = {name: str(row.make(None).settings()) for name, row in rows.items() if row.make and not row.images}
+    assert len(set(settings.values())) == len(settings) == 2 + len(cno_diversity.ABLATION)
+    assert all(row.against in rows for row in rows.values())
+    assert {row.images for name, row in rows.items() if "B = 8" in name} == {8}
 
 
 @pytest.mark.slow

@@ -1,76 +1,75 @@
-"""The benchmark of Never Too Late: its arithmetic in closed form, and a short run that is resumed."""
+"""The benchmark of Never Too Late: its rows, the weights of its objectives, and the time to reach another method."""
 
-import json
 import math
 
 import never_too_late  # pyright: ignore[reportMissingImports]
 import pytest
+import sets  # pyright: ignore[reportMissingImports]
 import torch
-from never_too_late import Row, reached, rows  # pyright: ignore[reportMissingImports]
+from never_too_late import reached, rows  # pyright: ignore[reportMissingImports]
 from PIL import Image
 
+from noiseopt import optimize_noise, shapes_world
+from noiseopt.demo import seeded
+from noiseopt.evaluation.looking import Looking
 from noiseopt.pipelines.searches.group_solver import group_value
 
-FEW = [
-    Row("white", "plain"),
-    Row("white", "group of 64"),
-    Row("white", "pairwise patches"),
-    Row("white", "group, equal time"),
-    Row("pink", "plain"),
-    Row("pink", "group of 64"),
-    Row("pink", "pairwise patches"),
-    Row("pink", "group, equal time"),
-    Row("α = 0", "plain"),
-]
-SHORT = ["--limit", "2", "--batch-size", "1", "--steps", "2", "--images", "2"]
+
+@pytest.mark.parametrize(("table", "count"), [("methods", 8), ("objectives", 10), ("pink", 39)])
+def test_rows_are_compared_with_rows_and_get_the_time_of_rows_before_them(table, count):
+    names = [row.name for row in rows(table, 3)]
+    assert len(set(names)) == len(names) == count
+    for at, row in enumerate(rows(table, 3)):
+        assert row.against in names and (row.time_of is None or row.time_of in names[:at])
+        assert table == "objectives" or never_too_late.of_white(row) in names
 
 
-def test_rows_are_what_is_compared():
-    names = [row.name for row in rows()]
-    assert len(set(names)) == len(names) == 34
-    for noise in ("white", "pink"):
-        before = names[names.index(f"{noise}, group, equal time") - 1]
-        assert before == f"{noise}, {never_too_late.SAME}"  # whose seconds it gets
-        assert {f"{noise}, {what}" for what in never_too_late.WEIGHTS} < set(names)
-    for other in ("white", "α = 0"):
-        assert len(never_too_late.sweep(other)) == 14 and set(never_too_late.sweep(other)) < set(names)
+def test_the_sweep_has_each_exponent_for_each_method():
+    swept = [row for row in rows("pink", 3) if isinstance(row.noise, dict) and row.noise.get("standardize", True)]
+    exponents = [row.noise["alpha"] for row in swept]
+    assert exponents[::3] == exponents[1::3] == exponents[2::3] == pytest.approx([0.05 * step for step in range(11)])
 
 
-def test_a_row_is_marked_where_it_optimizes_the_tower():
-    assert Row("white", "plain").optimized == () == Row("white", "soft colors").optimized
-    assert "DINO" in Row("white", "dpp").optimized and "DINO" in Row("pink", "group of 64").optimized
-    assert Row("pink", "pairwise clip").optimized == ("clip",)
-    assert Row("pink", "tiny L2").optimized == ("pixels",)
+@pytest.fixture(scope="module")
+def bench():
+    return sets.Bench("turbo", images=4)
 
 
-def test_objectives_pull_alike():
-    pulls = {weight * never_too_late.GRADIENT_NORMS[name][2] for name, (_, _, weight) in never_too_late.WEIGHTS.items()}
-    assert max(pulls) == pytest.approx(min(pulls)) == pytest.approx(1.5 * 3.24)
+@pytest.fixture
+def equal_pulls(monkeypatch):
+    """A λ of 150 for every objective, without measuring."""
+    monkeypatch.setattr(never_too_late, "weight", lambda bench, objective: 150.0)
 
 
-def test_group_selection_maximizes_what_ours_does(bench):
-    """Σ u + w Σ b over K images is K times `mean u + λ·mean b`, the negative loss of the row `SAME`."""
-    ours, group = bench.method(Row("white", never_too_late.SAME)), bench.method(Row("white", "group of 64"))
+def test_group_selection_maximizes_what_ours_does(bench, equal_pulls):
+    """Σ u + w Σ b over K images is K times `mean u + λ·mean b`, the negative loss of the objective `SAME`."""
+    ours, group = never_too_late.ours(never_too_late.SAME)(bench), never_too_late.group(64)(bench)
     generator = torch.Generator().manual_seed(0)
     u, b = (torch.rand(*size, generator=generator, dtype=torch.float64) for size in ((4,), (4, 4)))
     b = b + b.T
     upper = torch.triu_indices(4, 4, 1)
     wanted = 4 * (u.mean() + ours.diversity[0][2] * b[upper[0], upper[1]].mean())
     torch.testing.assert_close(group_value(u, b, torch.arange(4), group.weight), wanted)
-    assert group.steps == 16 and ours.steps == 3
+    assert group.steps == 16 and group.features is ours.diversity[0][1]
 
 
-@pytest.fixture(scope="module")
-def bench():
-    return never_too_late.Bench("turbo", images=4, steps=3)
+@pytest.mark.slow
+def test_a_weight_makes_the_gradient_of_diversity_a_multiple_of_the_reward_s(bench, monkeypatch):
+    monkeypatch.setattr(never_too_late, "BALANCED", 1)
+    norms = {}
 
+    def look(problem):
+        leaf = problem.noise.clone().requires_grad_()
+        units = torch.nn.functional.normalize(bench.features["clip"](problem.sampler.images(leaf, "full")), dim=1)
+        distance = 1 - ((units @ units.T).sum() - 4) / 12
+        norms["distance"] = float(torch.autograd.grad(distance, leaf)[0].norm())
+        reward = bench.reward(problem.sampler.images(leaf, "full"), problem.prompts).mean()
+        norms["reward"] = float(torch.autograd.grad(reward, leaf)[0].norm())
 
-def test_a_distance_is_the_mean_over_pairs_of_a_set(bench):
-    """Two sets of four uniform gray images: the pixel distance is the difference of gray levels."""
-    levels = torch.tensor([0.1, 0.2, 0.4, 0.8, 0.5, 0.5, 0.5, 0.9])
-    images = levels[:, None, None, None].expand(8, 3, 64, 64)
-    first = [0.1, 0.3, 0.7, 0.2, 0.6, 0.4]
-    assert bench.distances("pixels", images) == pytest.approx([sum(first) / 6, 3 * 0.4 / 6], rel=1e-3)
+    call = {**bench.call, "num_images_per_prompt": 4, "generator": seeded(0, 4)}
+    optimize_noise(bench.pipe, shapes_world.VALIDATION_PROMPTS[0], Looking(look), callbacks=[], **call)
+    wanted = never_too_late.PULL * norms["reward"] / norms["distance"]
+    assert never_too_late.weight.__wrapped__(bench, "pairwise") == pytest.approx(wanted, rel=1e-3)
 
 
 def test_time_to_reach_is_the_first_step_at_which_the_mean_curve_passes():
@@ -85,53 +84,26 @@ def test_time_to_reach_is_the_first_step_at_which_the_mean_curve_passes():
     assert never.steps == never.seconds == never.ratio == math.inf
 
 
-def test_differences_are_over_prompts_on_which_both_rows_have_a_number():
-    found = {
-        "a": {"numbers": [{"x": 2.0}, {"x": math.nan}, {"x": 4.0}]},
-        "b": {"numbers": [{"x": 1.0}, {"x": 9.0}, {"x": math.nan}]},
-    }
-    assert never_too_late.compared(found, "a", "b", "x") == "3 (+1 [+1, +1])"
-
-
 @pytest.mark.slow
-def test_a_short_run_has_every_row_and_goes_on_where_it_stopped(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(never_too_late, "rows", lambda: FEW)
+def test_a_short_run_has_every_row_and_figure(capsys, tmp_path, equal_pulls, monkeypatch):
     monkeypatch.setattr(never_too_late, "CANDIDATES", 6)
-    output, plot, run = tmp_path / "found.json", tmp_path / "found.png", never_too_late.Bench.run
-    drawn = []
-
-    def stopped(self, row, prompts, first, seconds):
-        drawn.append(first)
-        if first == 1 and len(drawn) < 12:
-            raise KeyboardInterrupt
-        return run(self, row, prompts, first, seconds)
-
-    monkeypatch.setattr(never_too_late.Bench, "run", stopped)
-    with pytest.raises(KeyboardInterrupt):
-        never_too_late.main([*SHORT, "--output", str(output)])
-    before = json.loads(output.read_text())["rows"]
-    drawn += [0] * 12
-    found = never_too_late.main([*SHORT, "--output", str(output), "--plot", str(plot)])
-    printed = capsys.readouterr().out
-    assert drawn[-len(FEW) :] == [1] * len(FEW) and len(drawn) == 2 * len(FEW) + 13
-    for row in FEW:
-        numbers = found[row.name]["numbers"]
-        assert len(numbers) == 2 and numbers[0] == before[row.name]["numbers"][0]
-        assert f"| {row.name} |" in printed
-    assert len(found["white, pairwise patches"]["curve"][0]) == 2
-    assert found["white, plain"]["curve"][0][0] == pytest.approx(
-        found["white, pairwise patches"]["curve"][0][0], rel=1e-3
-    )
-    evaluations = [found[row.name]["numbers"][0]["evaluations"] for row in FEW[:3]]
-    assert evaluations[0] == 1 and evaluations[2] == 2
-    assert evaluations[1] in (3, 4)  # 3 draws of 2 candidates, and the chosen set unless it is one of these
-    with Image.open(plot) as picture:
-        assert picture.width == 1600 and picture.height > 300
-
-
-def test_a_file_of_other_settings_is_refused(tmp_path):
-    path = tmp_path / "found.json"
-    never_too_late.save(path, {"limit": 3}, {})
-    assert never_too_late.load(path, {"limit": 3}) == {} == never_too_late.load(tmp_path / "none.json", {"limit": 3})
-    with pytest.raises(SystemExit, match="Take another file"):
-        never_too_late.load(path, {"limit": 4})
+    monkeypatch.setattr(never_too_late, "ALPHAS", (0.0, 0.2))
+    swept = {name: never_too_late.SWEPT[name] for name in ("white", "α = 0", "α = 0.2")}
+    monkeypatch.setattr(never_too_late, "SWEPT", swept)
+    prompt = shapes_world.VALIDATION_PROMPTS[0]
+    for table in ("methods", "pink"):
+        plot = tmp_path / f"{table}.png"
+        short = ["--limit", "1", "--images", "2", "--steps", "2", "--plot", str(plot), "--table", table]
+        found = never_too_late.main(short).found
+        printed = capsys.readouterr().out
+        assert [row.name for row in rows(table, 2)] == list(found)
+        assert all(f"| {name} |".replace("-", "−") in printed for name in found)
+        assert found["white, plain"][prompt]["evaluations"] == 1 and found["white, ours"][prompt]["evaluations"] == 2
+        with Image.open(plot) as picture:
+            assert picture.width == 1600 and picture.height > 300
+        if table == "methods":
+            curve = found["white, ours"][prompt]["curve"]
+            assert len(curve) == 2 and curve[0] == pytest.approx(found["white, plain"][prompt]["patches"], rel=1e-3)
+            # 3 draws of 2 candidates, and the chosen set unless it is one of these
+            assert found[never_too_late.many_of("white")][prompt]["evaluations"] in (3, 4)
+            assert "white: step" in printed
