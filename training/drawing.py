@@ -5,14 +5,17 @@ from __future__ import annotations
 import argparse
 import random
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from noiseopt.shapes_world.captions import sample_request
 
 from .autoencoder import final_vae
+from .data import SIZE, load_records
 from .distillation import halved
 from .generators import SD3Generator, SDGenerator, SDXLGenerator
 from .optimization import averaged
@@ -48,20 +51,27 @@ def assemble(args: argparse.Namespace, name: str) -> Any:
 
 @torch.no_grad()
 def gallery(args: argparse.Namespace) -> None:
-    """Draw right and wrong images of training prompts, four of each: uint8 (N, 3, 128, 128), and their N prompts."""
-    path = args.output / "gallery.pt"
-    if path.exists():
-        return
-    rng, generator = random.Random(5), torch.Generator().manual_seed(5)
-    images, asked = [], []
-    for name in [name for name in FAMILIES if (args.output / f"{name}.pt").exists()]:
-        pipe, family = assemble(args, name), FAMILIES[name]
+    """Draw images of training prompts, four of each, in a file per generator; those that exist are kept."""
+    for seed, (name, family) in enumerate(FAMILIES.items(), start=5):
+        path = args.output / f"gallery_{name}.pt"
+        if path.exists() or not (args.output / f"{name}.pt").exists():
+            continue
+        rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+        pipe = assemble(args, name)
         pipe.set_progress_bar_config(disable=True)
         halved(pipe.transformer if family.kind is SD3Generator else pipe.unet, args.dtype)
-        for _ in tqdm(range(int(args.gallery * family.share) // 64), desc=f"gallery of {name}", mininterval=5):
+        images, asked = [], []
+        for _ in tqdm(range(int(args.gallery * family.share) // 64), desc=path.stem, mininterval=5):
             prompts = [str(sample_request(rng)) for _ in range(16)] * 4
             with HalfPrecision():
                 output = pipe(prompts, generator=generator, output_type="pt", **family.call)
             images.append((output.images.cpu() * 255).round().byte())
             asked += prompts
-    torch.save({"images": torch.cat(images), "prompts": asked}, path)
+        torch.save({"images": torch.cat(images), "prompts": asked}, path)
+
+
+def drawn(folder: Path, pattern: str = "gallery_*.pt") -> tuple[Tensor, list[str]]:
+    """Return the images of all files of a pattern, uint8 (N, 3, 128, 128), and their N prompts."""
+    parts = [load_records(path) for path in sorted(folder.glob(pattern))]
+    images = torch.cat([part["images"] for part in parts]) if parts else torch.empty(0, 3, SIZE, SIZE).byte()
+    return images, [prompt for part in parts for prompt in part["prompts"]]

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from noiseopt.shapes_world.captions import OBJECTS, sample_request
 from noiseopt.shapes_world.world import LOOKS, render
 
-from .data import SIZE, blemish, failures, load_records, pictures, sample_pictures
+from .data import SIZE, blemish, failures, pictures, sample_pictures
+from .drawing import drawn
 from .optimization import Run, averaged
 from .precision import half
 from .questions import Seen
@@ -133,9 +134,9 @@ def seen(args: argparse.Namespace) -> list[Seen]:
     texts = [str(request) for request in data["requests"]]
     sources = [Seen(data["images"][: args.failures], texts[: args.failures])]
     sources.append(Seen(failed["images"], texts[: len(failed["images"])]))
-    if (args.output / "gallery.pt").exists():
-        drawn = load_records(args.output / "gallery.pt")
-        sources.append(Seen(drawn["images"], drawn["prompts"]))
+    images, prompts = drawn(args.output)
+    if prompts:
+        sources.append(Seen(images, prompts))
     return sources
 
 

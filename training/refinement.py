@@ -16,7 +16,8 @@ from noiseopt.shapes_world.captions import parse, sample_request
 from noiseopt.shapes_world.judge import judge, verdict
 
 from .autoencoder import final_vae
-from .data import blemish, failures, load_records, pictures
+from .data import blemish, failures, pictures
+from .drawing import drawn
 from .generators import SIDE, SDGenerator
 from .optimization import Run, averaged
 from .questions import Seen
@@ -80,8 +81,8 @@ def refine_clip(args: argparse.Namespace) -> None:
 
 def generated(folder: Path) -> tuple[Seen, list[tuple[torch.Tensor, torch.Tensor]]]:
     """Return all images of generators, and the rows of right and wrong ones of each prompt that has both."""
-    drawn = [load_records(path) for path in (folder / "gallery.pt", *sorted(folder.glob("climbs_*.pt")))]
-    seen = Seen(torch.cat([d["images"] for d in drawn]), [prompt for d in drawn for prompt in d["prompts"]])
+    parts = [drawn(folder, pattern) for pattern in ("gallery_*.pt", "climbs_*.pt")]
+    seen = Seen(torch.cat([images for images, _ in parts]), [prompt for _, prompts in parts for prompt in prompts])
     right = [verdict(things, parse(p)).correct for things, p in zip(seen.things, seen.prompts, strict=True)]
     sides = pairs(seen.prompts, torch.tensor(right))
     if not sides:

@@ -52,9 +52,9 @@ SAMPLES = {  # default number of samples by stage
     "sd3": 160_000,
     "eyes": 128_000,
     "clip": 128_000,
-    "refined": 384_000,
+    "refined": 192_000,
     "tower": 128_000,
-    "vqa": 384_000,
+    "vqa": 240_000,
 }
 
 
@@ -76,9 +76,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--pairs", type=int, default=10_240, help="number of images drawn by the teacher")
     parser.add_argument("--failures", type=int, default=5_000, help="number of imitated failures")
     parser.add_argument("--slips", type=float, default=0.5, help="share of careless captions")
-    parser.add_argument("--gallery", type=int, default=12_800, help="images by each one-step model; 1/4 by others")
+    parser.add_argument("--gallery", type=int, default=9_600, help="images by each one-step model; 1/4 by others")
     parser.add_argument("--climbs", type=int, default=256, help="ascents per round of refinement")
-    parser.add_argument("--rounds", type=int, default=4, help="rounds of refinement")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of refinement")
     parser.add_argument("--report-prompts", type=int, default=170, help="validation prompts")
     parser.add_argument("--report-seeds", type=int, default=2, help="images of each of them")
     parser.add_argument("--report-sets", type=int, default=24, help="prompts of which sets and gradients are measured")

@@ -38,11 +38,13 @@ class NoiseDiffusion(GradientOptimizer):
     so the chain is a multiple of the identity, and only decoder and scorer are differentiated. The noise of the best
     image is returned.
 
-    With `trust_region` γ is at most a radius, and a step without gain is taken back. A mixture of independent Gaussian
-    noises is Gaussian, which holds for random candidates that are always accepted. The candidate chosen by a gradient is
-    shifted along it, 2.25 standard deviations for N = 50, of ‖z‖ = √d. Keeping noise for its score conditions on the
-    score, as best-of-N does: it shifts what the score depends on, and nothing else. So neither is exactly Gaussian; norm,
-    moments and spectrum of many noises after 50 rounds are, within their standard errors, in all three cases.
+    A mixture of independent Gaussian noises is Gaussian: so is the noise after any number of rounds with random
+    candidates. One chosen by a gradient is shifted along it, by 2.25 standard deviations for N = 50, which the next
+    rounds, of other gradients, wash out. With `trust_region` γ is at most a radius, and a step without gain is taken
+    back. Noise that is kept for its score is conditioned on it, as with best-of-N, and no longer Gaussian along what
+    the score depends on; all else is. After 50 rounds by the true gradient of a score of 64 directions of 1024, the
+    root mean square along these is 1.20, along the others 1.00, and the norm 1.6% larger: .7 standard errors of a
+    single noise.
 
     The paper's judge is CLIP-FlanT5-XXL, and its images have 512 px and T = 50 sampling steps: `rewards=
     "zhiqiulin/clip-flant5-xxl"` and `pipe(..., height=512, width=512, num_inference_steps=50)`. The default judge here,
@@ -63,9 +65,9 @@ class NoiseDiffusion(GradientOptimizer):
         geometry: "white" projects the gradient on white noise before it chooses, so that all frequencies of the noise
             count alike. `None` is the gradient itself, as in the paper.
         accept: "always" goes on from the new noise, as in the paper; "better" from the best so far.
-        trust_region: Limit γ to a radius, per image, within which the gradient tells the gain: the first radius, such
-            as 0.05. See `TrustRegion`. A step without gain is taken back, as with `accept="better"`, and drawn anew by
-            the gradient at the best noise. `None` has γ = 1 − √s always, as in the paper.
+        trust_region: Limit γ to a radius, per image, within which the gradient tells the gain: the first radius, in
+            (0, 1]. 1 begins with the paper's γ. See `TrustRegion`. A step without gain is taken back, as with
+            `accept="better"`, and drawn anew by the gradient at the best noise. `None` has γ = 1 − √s, as in the paper.
         threshold: Stop an image whose score is at least this.
         patience: Stop an image after this many rounds without a better score.
         score_range: (low, high): s is the position of the total between the two, clamped to [0, 1].
