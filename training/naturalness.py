@@ -50,11 +50,10 @@ def gradients(
 def gradient_shares(full: Tensor, frozen: Tensor) -> dict[str, float]:
     """Return the shares of the squared norms of gradients in the means of the channels, and the cosine of the two.
 
-    All are medians over prompts. The second gradient is zero if the one step of a model begins without any signal.
+    All are medians over prompts.
     """
-    found = {"full": _share(full)}
-    if frozen.any():
-        found |= {"frozen": _share(frozen), "cosine": torch.cosine_similarity(full.flatten(1), frozen.flatten(1))}
+    cosine = torch.cosine_similarity(full.flatten(1), frozen.flatten(1))
+    found = {"full": _share(full), "frozen": _share(frozen), "cosine": cosine}
     return {name: round(float(each.median()), 4) for name, each in found.items()}
 
 

@@ -30,7 +30,6 @@ def test_shares_of_the_gradient_in_closed_form():
     left[:, :4] = 1
     full, frozen = naturalness.gradients(pipe, pipe.unet, PROMPTS, z, lambda images, _: (images * left).sum((1, 2, 3)))
     found = naturalness.gradient_shares(full, frozen)
-    assert naturalness.gradient_shares(full, torch.zeros_like(full)).keys() == {"full"}
     # frozen: `left`, half of whose squared norm is in its mean; true: twice `left` plus its mean
     assert found["frozen"] == pytest.approx(0.5)
     full = 2 * left + left.mean()
