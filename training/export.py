@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from .data import SIZE
+from noiseopt.shapes_world.world import SIZE
+
 from .drawing import FAMILIES, assemble
 from .optimization import averaged
 from .questions import CHAT_TEMPLATE
