@@ -177,8 +177,9 @@ def test_vqa_prefers_a_true_caption_to_a_close_but_wrong_one(pictures):
 
 
 @torch.no_grad()
-def test_vqa_is_calibrated_on_pictures_of_a_model(drawn):
-    images, prompts = drawn("guided")
+@pytest.mark.parametrize("name", ["turbo", pytest.param("guided", marks=pytest.mark.slow)])
+def test_vqa_is_calibrated_on_pictures_of_a_model(name, drawn):
+    images, prompts = drawn(name)
     right = torch.tensor([v.correct for v in judge(images, prompts)])
     scores = AutoReward.from_pretrained(shapes_world.path("vqa"))(images, prompts)
     assert auc(scores[right], scores[~right]) > 0.65
