@@ -104,11 +104,14 @@ def copy_labels(requests: Sequence[Any], usual: Tensor) -> Tensor:
 
 
 def train_tower(args: argparse.Namespace) -> None:
-    """Train the held-out encoder on two views of each of two pictures of each of 16 requests, without text."""
+    """Train the held-out encoder on two views of each of eight pictures of each of four requests, without text.
+
+    So most pictures that are to be told apart show the same things.
+    """
     run = Run(TowerTraining().to(args.device), args.output / "dinov2.pt", args.tower_samples, batch=64, lr=2e-3)
     rng, generator = random.Random(torch.initial_seed()), torch.Generator().manual_seed(torch.initial_seed())
     for _ in run:
-        requests = [sample_request(rng) for _ in range(run.batch // 4)] * 2
+        requests = [sample_request(rng) for _ in range(run.batch // 16)] * 8
         scenes, looks, usual = sample_pictures(requests, rng)
         images = render(scenes, generator, looks, SIZE).to(args.device)
         shown, counts, where = (t.to(args.device) for t in tower_targets(scenes + scenes))
@@ -122,7 +125,7 @@ def train_tower(args: argparse.Namespace) -> None:
                 "count": 3 * F.cross_entropy(count.float(), counts),
                 "where": F.binary_cross_entropy_with_logits(place.float(), where),
                 "ground": 3 * F.mse_loss(ground.float(), looks.repeat(2, 1).to(args.device)),
-                "copies": 0.5 * copies(whole.float(), same),
+                "copies": 2 * copies(whole.float(), same),
             }
         )
 
