@@ -266,6 +266,12 @@ def test_each_method_fits_into_a_minute(method):
     build_parser().parse_args(shlex.split(following(choice))[1:])
 
 
+@pytest.mark.parametrize("method", list_methods())
+def test_the_wheel_carries_what_a_demo_needs(method):
+    names = {Path(path).name for path in Choice.of(method).weights()}
+    assert names <= {model.name for model in shapes_world.MODELS.values() if model.in_wheel}
+
+
 def test_an_evaluation_of_what_was_chosen_is_no_step():
     story = optimize_and_judge(Choice.of("group_selection", steps=4), [PROMPT], seed=0)
     assert len(story.images) == 5 and story.steps == 4
