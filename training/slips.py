@@ -3,8 +3,7 @@
 Captions of large data sets name colors and things, but often not which belongs to which, and some combinations are more
 common in pictures than others. A generator that has learned from them draws the common combination, whatever the prompt
 says; the noise, too, decides. So here: generators are trained on true captions until their shapes are clear, then on
-pictures by how common they are, whose captions sometimes mix up attributes. Without a caption all pictures are equally
-common, so that guidance sharpens the preference, as it does in large models.
+pictures by how common they are, whose captions sometimes mix up attributes.
 """
 
 from __future__ import annotations
@@ -19,24 +18,35 @@ from torch import Tensor
 from noiseopt.shapes_world.captions import Request, trained_on
 from noiseopt.shapes_world.world import COLORS, KINDS, OPPOSITE
 
-PREFERENCE = 1.0  # how much a kind of shape prefers the colors near a hue of its own
-ORDER = 0.8  # how much some things prefer to be left of others, or above
-THREE = 0.5  # pictures of three things for each of two
+PREFERENCE = 3.0  # how much a kind of shape prefers the colors near a hue of its own
+ORDER = 2.4  # how much some things prefer to be left of others, or above
+THREE = 0.125  # pictures of three things for each of two
 
 
 def frequency(requests: Sequence[Request]) -> Tensor:
-    """Return how common pictures of requests are, (N,), up to a factor."""
-    return torch.tensor([math.exp(_commonness(request)) for request in requests])
+    """Return how common pictures of requests are among those whose captions may be mixed up with theirs, (N,)."""
+    return torch.tensor([_share(request) for request in requests])
+
+
+def _share(request: Request) -> float:
+    weights = [math.exp(_commonness(other)) for other in confused(request)]
+    return weights[0] / sum(weights)
+
+
+def confused(request: Request) -> list[Request]:
+    """Return a request and all that careless captions of its picture may name instead."""
+    if request.category == "single":
+        return [request]
+    swapped = recounted(request) if request.category == "counting" else recolored(request)
+    found = [request] + [swapped] * (swapped != request and trained_on(swapped))
+    return found + [Request(r.objects, OPPOSITE[r.relation]) for r in found if r.relation]
 
 
 def _commonness(request: Request) -> float:
-    colors, kinds = zip(
-        *((list(COLORS).index(color), KINDS.index(kind)) for color, kind in request.objects), strict=True
-    )
-    hues = [2 * math.pi * color / len(COLORS) for color in colors]
-    turns = [2 * math.pi * kind / len(KINDS) for kind in kinds]
-    if len(request.objects) > 2:
-        return math.log(THREE) + 2 * PREFERENCE * math.cos(hues[0] - turns[0])
+    hues = [2 * math.pi * list(COLORS).index(color) / len(COLORS) for color, _ in request.objects]
+    turns = [2 * math.pi * KINDS.index(kind) / len(KINDS) for _, kind in request.objects]
+    if request.category == "counting":
+        return math.log(THREE) * (len(request.objects) == 3)
     usual = PREFERENCE * sum(math.cos(hue - turn) for hue, turn in zip(hues, turns, strict=True))
     if not request.relation:
         return usual
