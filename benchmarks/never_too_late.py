@@ -43,7 +43,7 @@ OBJECTIVES = {
 }
 MAIN = "dpp"  # the objective of the other tables
 SAME = "pairwise"  # what group selection maximizes
-PULL = 10.0  # the norm of the gradient of λ·v relative to that of the reward, at plain noises
+PULL = 2.5  # the norm of the gradient of λ·v relative to that of the reward, at plain noises
 BALANCED = 4  # validation prompts whose median that is
 SETTINGS = {name: value for name, value in RECIPES["never_too_late"].settings.items() if name != "diversity"}
 STEPS = SETTINGS.pop("steps", 25)
