@@ -3,7 +3,8 @@
 Captions of large data sets name colors and things, but often not which belongs to which, and some combinations are more
 common in pictures than others. A generator that has learned from them draws the common combination, whatever the prompt
 says; the noise, too, decides. So here: generators are trained on true captions until their shapes are clear, then on
-pictures by how common they are, whose captions sometimes mix up attributes.
+pictures by how common they are, whose captions sometimes mix up attributes. Without a caption all pictures are equally
+common, so that guidance sharpens the preference, as it does in large models.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from torch import Tensor
 from noiseopt.shapes_world.captions import Request, trained_on
 from noiseopt.shapes_world.world import COLORS, KINDS, OPPOSITE
 
-PREFERENCE = 0.75  # how much a kind of shape prefers the colors near a hue of its own
-ORDER = 0.6  # how much some things prefer to be left of others, or above
+PREFERENCE = 1.0  # how much a kind of shape prefers the colors near a hue of its own
+ORDER = 0.8  # how much some things prefer to be left of others, or above
 THREE = 0.5  # pictures of three things for each of two
 
 

@@ -31,16 +31,16 @@ def test_pictures_are_as_common_as_the_hues_of_their_shapes_and_their_order():
     def common(*prompts):
         return frequency([parse(prompt) for prompt in prompts]).log()
 
-    # red is the hue of circles: cos 0 against cos 180°, times .75; squares are turned by 72°
+    # red is the hue of circles: cos 0 against cos 180°; squares are turned by 72°
     usual, opposite = common("a red circle", "a cyan circle")
-    assert usual - opposite == pytest.approx(1.5, abs=1e-5)
+    assert usual - opposite == pytest.approx(2.0, abs=1e-5)
     bound, swapped = common("a red circle and a cyan square", "a cyan circle and a red square")
     turn = torch.tensor(torch.pi * 2 / 5)
-    assert bound - swapped == pytest.approx(float(0.75 * (2 - 2 * turn.cos())), abs=1e-5)
+    assert bound - swapped == pytest.approx(float(2 - 2 * turn.cos()), abs=1e-5)
     ahead, behind, same = common(
         "a red square left of a red circle", "a red square right of a red circle", "a red circle left of a red square"
     )
-    assert ahead - behind == pytest.approx(float(2 * 0.6 * turn.sin()), abs=1e-5)
+    assert ahead - behind == pytest.approx(float(2 * 0.8 * turn.sin()), abs=1e-5)
     assert behind == pytest.approx(float(same), abs=1e-6)  # the same picture
     two, three = common("two red circles", "three red circles")
     assert three - two == pytest.approx(float(torch.tensor(0.5).log()), abs=1e-5)
