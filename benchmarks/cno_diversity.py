@@ -78,7 +78,7 @@ def main(arguments: list[str] | None = None) -> Report:
     found = run(options, rows(options.ablation))
     print(found.table(DIVERSITY), found.table([*QUALITY, *COST]), sep="\n\n")
     for row in found.rows[1:3]:
-        print(f"\n{row.name}: {found.share(row, 'MSS')}, {found.share(row, 'Vendi')}, {found.share(row, 'right')}")
+        print(f"\n{row.name}: {found.share(row, 'MSS')}, {found.share(row, 'Vendi')}, right {found.cell(row, 'right')}")
     if options.plot:
         found.plot(TITLES, options.plot)
     return found
