@@ -26,10 +26,12 @@ from .slips import frequency, slip
 def losses(run: Run, data: dict, rng: random.Random, slips: float = 0.0) -> dict[str, Tensor]:
     """Return the error of v on a batch, drawn by the frequencies of the pictures; a share `slips` is careless.
 
-    One caption of eight is empty, for guidance; its picture is any, so that guidance sharpens what is common.
+    One caption of eight is empty, for guidance; its picture is any, with nothing usual, so that guidance sharpens what
+    is common.
     """
     count = run.batch // 8
-    any_row = torch.randint(0, len(data["latents"]), (count,))
+    unusual = (~data["usual"].any(1)).nonzero()[:, 0]
+    any_row = unusual[torch.randint(0, len(unusual), (count,))]
     common = torch.multinomial(data["frequency"], run.batch - count, replacement=True)
     prompts = [str(slip(data["requests"][i], rng, slips)) for i in common.tolist()] + [""] * count
     rows = torch.cat((common, any_row))

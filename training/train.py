@@ -45,7 +45,7 @@ SAMPLES = {  # default number of samples by stage
     "vae": 64_000,
     "decoder": 32_000,
     "base": 96_000,
-    "guided": 112_000,
+    "guided": 144_000,
     "turbo": 112_000,
     "sdxl": 40_000,
     "sdxl-turbo": 40_000,
