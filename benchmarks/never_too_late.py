@@ -6,8 +6,8 @@ python benchmarks/never_too_late.py --table objectives --limit 24 --output objec
 python benchmarks/never_too_late.py --table pink --limit 16 --output pink.json --plot pink.png
 
 All rows start from the same random numbers, with the embedded CLIP as reward and, but for the objectives that say else,
-as the features in which the images are to differ. Held out are the judge, the spreads that it measures, and DINOv2:
-MSS, Vendi and patches. Run a command again with the same `--output` to resume.
+as the features in which the images are to differ. Other settings are those of the demo. Held out are the judge, the
+spreads that it measures, and DINOv2: MSS, Vendi and patches. Run a command again with the same `--output` to resume.
 """
 
 import argparse
@@ -27,6 +27,7 @@ from noiseopt import GroupSelection, NeverTooLate, optimize_noise, shapes_world
 from noiseopt.demo import seeded
 from noiseopt.evaluation.looking import Looking
 from noiseopt.pipelines.problem import NoiseProblem
+from noiseopt.recipes import RECIPES
 from noiseopt.rewards import AutoFeatures, Features, SetRewardSum
 
 # Objective -> set reward and its features.
@@ -42,9 +43,11 @@ OBJECTIVES = {
 }
 MAIN = "dpp"  # the objective of the other tables
 SAME = "pairwise"  # what group selection maximizes
-PULL = 10.0  # the norm of the gradient of λ·v relative to that of the reward, at plain noises
+PULL = 2.5  # the norm of the gradient of λ·v relative to that of the reward, at plain noises
 BALANCED = 4  # validation prompts whose median that is
-STEPS = 25
+SETTINGS = {name: value for name, value in RECIPES["never_too_late"].settings.items() if name != "diversity"}
+STEPS = SETTINGS.pop("steps", 25)
+STEPPED: dict[str, dict[str, Any]] = {"paper's step": {"geometry": None}, "white geometry": {"geometry": "white"}}
 GUARD = {"sharpness": {"keep": 0.8}, "complexity": {"keep": 0.8}}
 CANDIDATES = 64  # of group selection, per set
 MANY = 10**6  # more than fit in any time
@@ -97,7 +100,7 @@ def ours(objective: str = MAIN, **settings: Any) -> Callable[[Bench], NeverTooLa
     def make(bench: Bench) -> NeverTooLate:
         reward, name = OBJECTIVES[objective]
         entry = (reward, features(bench, name), weight(bench, objective))
-        return NeverTooLate(diversity=[entry], rewards=bench.reward, **settings)
+        return NeverTooLate(diversity=[entry], rewards=bench.reward, **{**SETTINGS, **settings})
 
     return make
 
@@ -131,6 +134,7 @@ def rows(table: str, steps: int) -> list[Row]:
     """Return the rows of a table."""
     if table == "objectives":
         found = [Row("plain")] + [Row(name, ours(name, steps=steps)) for name in OBJECTIVES]
+        found += [Row(f"{MAIN}, {name}", ours(steps=steps, **changes)) for name, changes in STEPPED.items()]
         return [*found, Row(f"{MAIN}, guard", ours(steps=steps, guard=GUARD))]
     if table == "pink":
         return [row for noise, sampler in SWEPT.items() for row in contest(noise, sampler, steps, "white, plain")]

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from never_too_late import load, reached  # pyright: ignore[reportMissingImports]
-from noise_diffusion import rounded  # pyright: ignore[reportMissingImports]
+from never_too_late import reached  # pyright: ignore[reportMissingImports]
+from sets import load, rounded  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 from tqdm import tqdm
 
@@ -48,9 +48,7 @@ PLAIN, BEST_OF_N, RELEASED, BEFORE, NOW = (
 UNSEARCHED, NO_VIEWS = "ReNO, search=0", "ReNO, search=0, views=0"
 LENGTHS = (6, 11, 20, 40, 78)  # of the default, whose search depends on the number of steps
 BANDS = (BEST_OF_N, BEFORE, NOW)  # whose intervals are drawn
-# Rates are in units of √(H·W)/64. √2: the embedded models' noise has 8 channels, so that its norm is √2 times that of
-# the paper's models, for which 5 was chosen.
-RATE = f"learning_rate={5.0 * math.sqrt(2):.4f}"
+RATE = "learning_rate=5.0"  # the paper's, in units of √(H·W)/64: noise of the embedded models has its 4 channels
 Moment = Tensor  # `(batches,)`, a time in each batch, in seconds per image
 
 

@@ -71,7 +71,7 @@ def demo(tmp_path_factory) -> tuple[Path, str, str]:
 def test_demo_says_what_happens(demo):
     folder, printed, _ = demo
     first, *lines, last = printed.splitlines()
-    assert first.startswith("ReNO on sdxl-turbo, the one-step student of the SDXL kind: 1 prompt, seed 3, 2 steps up ")
+    assert first.startswith("ReNO on turbo, the one-step student of the SD kind: 1 prompt, seed 3, 2 steps up ")
     assert re.search(r", about \d+ s on two idle cores\.$", first)
     assert len([line for line in lines if line.startswith(PROMPT)]) == 1
     assert any(re.fullmatch(r"right [01] → [01] of 1, in \d+ s", line) for line in lines)
@@ -108,7 +108,7 @@ def test_demo_saves_a_noise_that_draws_its_image(demo):
     result = NoiseResult.load(demo[0] / "noise.safetensors")
     assert result.provenance["prompts"] == [PROMPT] and result.provenance["seeds"] == [3]
     assert result.losses.shape == (2, 1)
-    pipe, call = load_pipeline("sdxl-turbo"), shapes_world.MODELS["sdxl-turbo"].call
+    pipe, call = load_pipeline("turbo"), shapes_world.MODELS["turbo"].call
     pipe.set_progress_bar_config(disable=True)
     plain = pipe(PROMPT, generator=torch.Generator().manual_seed(3), output_type="pt", **call).images
     found = pipe(PROMPT, latents=result.latents, output_type="pt", **call).images
@@ -264,6 +264,12 @@ def test_each_method_fits_into_a_minute(method):
     assert choice.steps == steps
     assert choice.cost * choice.count * len(choice.prompts) * steps <= recipes.MOST
     build_parser().parse_args(shlex.split(following(choice))[1:])
+
+
+@pytest.mark.parametrize("method", list_methods())
+def test_the_wheel_carries_what_a_demo_needs(method):
+    names = {Path(path).name for path in Choice.of(method).weights()}
+    assert names <= {model.name for model in shapes_world.MODELS.values() if model.in_wheel}
 
 
 def test_an_evaluation_of_what_was_chosen_is_no_step():

@@ -127,10 +127,11 @@ def test_package_data_is_the_weights_of_the_wheel():
 
 
 def carried_weights() -> list[Path]:
-    """The files of the models that are in the wheel."""
+    """The files of the models that are in the wheel, without the course of their training."""
     folder = ROOT / "src/noiseopt/shapes_world/weights"
     carried = [folder / model.name for model in MODELS.values() if model.in_wheel]
-    return [path for model in carried for path in model.rglob("*") if path.is_file()]
+    files = [path for model in carried for path in model.rglob("*") if path.is_file()]
+    return [path for path in files if path.suffix != ".png" and path.name != "training.json"]
 
 
 def test_wheel_holds_every_module_and_its_weights(wheel):

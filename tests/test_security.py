@@ -307,7 +307,7 @@ def test_a_folder_of_a_stranger_is_written_to_only_if_its_set_is_the_one_asked_f
     victim.write_text("precious")
     folder.mkdir()
     shutil.copy(honest, folder / "image_000.safetensors")
-    Image.new("RGB", (64, 64)).save(folder / "image_000.png")
+    Image.new("RGB", (shapes_world.SIZE, shapes_world.SIZE)).save(folder / "image_000.png")
     (folder / "image_001.png").symlink_to(victim)
     record = {"format": "noiseopt-image-set-1", **EVIL_RECORD, "seeds": [1], "values": [{}], **changes}
     (folder / "image_set.json").write_text(json.dumps(record))

@@ -12,9 +12,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from noiseopt.shapes_world.captions import sample_request
-from noiseopt.shapes_world.world import render
+from noiseopt.shapes_world.world import SIZE, render
 
-from .data import SIZE, load_records, pictures, sample_pictures
+from .data import load_records, pictures, sample_pictures
 from .optimization import Run, averaged, fast
 
 if TYPE_CHECKING:

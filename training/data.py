@@ -15,11 +15,10 @@ from torch import Tensor
 
 from noiseopt.shapes_world.captions import Request, caption, sample_request
 from noiseopt.shapes_world.judge import judge
-from noiseopt.shapes_world.world import LAYOUT, LOOKS, Scene, Shape, coverage, lay_out, render, usual, usual_looks
+from noiseopt.shapes_world.world import LAYOUT, LOOKS, SIZE, Scene, Shape, coverage, lay_out, render, usual, usual_looks
 
 from .negatives import imitate_failure
 
-SIZE = 128  # pixels
 OTHER_LAYOUT, OTHER_GROUND = 0.4, 0.3  # shares of pictures with another layout, and another ground, than the usual
 
 

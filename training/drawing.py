@@ -13,9 +13,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from noiseopt.shapes_world.captions import sample_request
+from noiseopt.shapes_world.world import SIZE
 
 from .autoencoder import final_vae
-from .data import SIZE, load_records
+from .data import load_records
 from .distillation import halved
 from .generators import SD3Generator, SDGenerator, SDXLGenerator
 from .optimization import averaged

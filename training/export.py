@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import load, save
 
-from .data import SIZE
+from noiseopt.shapes_world.world import SIZE
+
 from .drawing import FAMILIES, assemble
 from .optimization import averaged
 from .questions import CHAT_TEMPLATE
@@ -60,6 +63,8 @@ def export(args: argparse.Namespace) -> None:
         export_vqa(averaged(args.output / "vqa.pt", VLMTraining()), folder / "vqa")
     for path in folder.glob("**/config.json"):
         correct(path)
+    for path in folder.glob("**/*.safetensors"):
+        shorten(path)
     for path in folder.iterdir():
         training = training_of(args, path.name)
         write_json(path / "training.json", training)
@@ -98,6 +103,18 @@ def correct(path: Path) -> None:
     if path.parent.name == "vae":
         config.pop("block_out_channels", None)  # which `AutoencoderTiny` saves, and calls unexpected when it is loaded
     path.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def shorten(path: Path) -> None:
+    """Round weights in half precision to 10 significant bits, for a wheel that is smaller by 5%."""
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    weights = load(path.read_bytes())
+    for weight in weights.values():
+        if weight.dtype == torch.float16:  # sign, 5 bits of the exponent, 10 of 11 significant ones
+            bits = weight.view(torch.int16)
+            bits.copy_((bits + 1) & -2)
+    path.write_bytes(save(weights, metadata))
 
 
 def training_of(args: argparse.Namespace, name: str) -> dict[str, Any]:

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from noiseopt.shapes_world.world import SIZE
+
 from .autoencoder import CHANNELS
-from .data import SIZE
 from .text import new_tokenizer, text_options
 
 if TYPE_CHECKING:

@@ -13,9 +13,9 @@ from torch import Tensor
 from noiseopt.evaluation.metrics import mean_pairwise_similarity
 from noiseopt.shapes_world.captions import Request, parse
 from noiseopt.shapes_world.judge import judge, see
-from noiseopt.shapes_world.world import SIDE, Scene, render
+from noiseopt.shapes_world.world import SIDE, SIZE, Scene, render
 
-from .data import SIZE, sample_pictures
+from .data import sample_pictures
 
 
 def draw(pipe: Any, prompts: Sequence[str], noise: Tensor, **call: Any) -> Tensor:

@@ -11,9 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from noiseopt.shapes_world.captions import OBJECTS
-from noiseopt.shapes_world.world import LOOKS, SIDE, Scene, coverage
+from noiseopt.shapes_world.world import LOOKS, SIDE, SIZE, Scene, coverage
 
-from .data import SIZE
 from .precision import half
 from .questions import PATCHES, Questions, new_question_tokenizer
 from .text import new_tokenizer, text_options

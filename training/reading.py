@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from noiseopt.shapes_world.captions import OBJECTS, sample_request
-from noiseopt.shapes_world.world import LOOKS, render
+from noiseopt.shapes_world.world import LOOKS, SIZE, render
 
-from .data import SIZE, blemish, failures, pictures, sample_pictures
+from .data import blemish, failures, pictures, sample_pictures
 from .drawing import drawn
 from .optimization import Run, averaged
 from .precision import half

@@ -34,7 +34,7 @@ class Recipe:
 
 
 RECIPES = {
-    "reno": Recipe(model="sdxl-turbo", plan="up the reward", following="cno"),
+    "reno": Recipe(plan="up the reward", following="cno"),
     "cno": Recipe(model="guided", plan="that push the images of a prompt apart", following="never_too_late"),
     "never_too_late": Recipe(
         settings={"steps": 20, "diversity": {"dpp": ("clip", 150.0)}},

@@ -51,7 +51,7 @@ def test_table_is_printed_and_everything_written(analyzed):
     folder, printed = analyzed
     assert {path.name for path in folder.iterdir()} == FILES
     assert (folder / "table.md").read_text() in printed
-    assert "| CNO on turbo, 8×8×8 | ReNO on turbo, 8×8×8 |" in printed
+    assert "| CNO on turbo, 4×32×32 | ReNO on turbo, 4×32×32 |" in printed
     assert all(f"wrote {folder / name}" in printed for name in FILES)
 
 

@@ -5,7 +5,7 @@ import cno_diversity  # pyright: ignore[reportMissingImports]
 import pytest
 import sets  # pyright: ignore[reportMissingImports]
 
-from noiseopt import shapes_world
+from noiseopt import CNO, shapes_world
 from noiseopt.evaluation.measure import Cost
 
 
@@ -21,10 +21,14 @@ def test_a_short_comparison_has_every_row_and_metric(capsys, tmp_path):
     assert capsys.readouterr().out.count("| plain |") == 2
 
 
-def test_every_choice_of_the_ablation_is_another_method():
+@pytest.mark.parametrize("ours", [{}, {"learning_rate": 0.05, "window_size": 8}])
+def test_every_choice_of_the_ablation_is_another_method(ours, monkeypatch):
+    monkeypatch.setattr(cno_diversity, "OURS", ours)
     rows = {row.name: row for row in cno_diversity.rows(ablation=True)}
-    settings = {name: str(row.make(None).settings()) for name, row in rows.items() if row.make and not row.images}
-    assert len(set(settings.values())) == len(settings) == 2 + len(cno_diversity.ABLATION)
+    methods = {name: row.make(None) for name, row in rows.items() if row.make and not row.images}
+    assert len({str(method.settings()) for method in methods.values()}) == len(methods)
+    assert methods["CNO"] == CNO(**ours)
+    assert ours == {} or (methods["the paper's settings"] == CNO() and "w = 16" in methods and "w = 8" not in methods)
     assert all(row.against in rows for row in rows.values())
     assert {row.images for name, row in rows.items() if "B = 8" in name} == {8}
 

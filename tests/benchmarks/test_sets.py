@@ -9,6 +9,7 @@ import torch
 from sets import Clock, Report, Row  # pyright: ignore[reportMissingImports]
 
 from noiseopt import BestOfN, shapes_world
+from noiseopt.shapes_world.world import SIDE
 
 PLAIN, OURS = Row("plain"), Row("ours", lambda bench: BestOfN(rewards=bench.reward, steps=2))
 
@@ -73,7 +74,7 @@ def test_measurements_of_a_set_of_equal_images_and_of_unlike_ones(bench):
     assert equal["patches"] == pytest.approx(0, abs=1e-5) and equal["positions"] == 0
     assert unlike["MSS"] < 0.999 and unlike["Vendi"] > 1.001 and unlike["patches"] > 0.01 and unlike["right"] == 1
     moved = (math.dist((16, 32), (14, 48)) + math.dist((48, 32), (50, 48))) / 2
-    assert unlike["positions"] == pytest.approx(moved / 2, abs=0.5)
+    assert unlike["positions"] == pytest.approx(moved / 2 * shapes_world.SIZE / SIDE, abs=0.5)
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from noiseopt import shapes_world
 from noiseopt.evaluation.folder import CannotEvaluate, EvaluationFolder, locked, read_object
 from noiseopt.evaluation.plan import PLAIN, Cell, MethodChoice, ModelChoice, Plan, control_of
 from noiseopt.evaluation.prompt_sets import Prompt, PromptSet
@@ -55,7 +56,7 @@ def write(folder: EvaluationFolder, numbers: object, cell: Cell = CELL) -> Path:
     path.write_text(json.dumps(numbers))
     save_file({"noise": torch.ones(2, 8, 8, 8), "features": torch.ones(2, 3)}, path.with_suffix(".safetensors"))
     for image in range(2):
-        Image.new("RGB", (64, 64)).save(image_path(path, image))
+        Image.new("RGB", (shapes_world.SIZE, shapes_world.SIZE)).save(image_path(path, image))
     folder.checked.clear()
     return path
 

@@ -16,6 +16,7 @@ from noiseopt.evaluation.metrics import (
     vendi_score,
 )
 from noiseopt.shapes_world import Scene, Shape, render
+from noiseopt.shapes_world.world import SIDE
 
 ORDERS = (0.0, 0.1, 0.5, 1.0, 1.5, 2.0, 5.0, math.inf)
 
@@ -166,7 +167,8 @@ def test_wrong_arguments_are_refused():
 
 
 def pictures(*scenes: list[Shape]) -> torch.Tensor:
-    return render([Scene(tuple(shapes)) for shapes in scenes], torch.Generator().manual_seed(0))
+    """Pictures whose units of length are pixels."""
+    return render([Scene(tuple(shapes)) for shapes in scenes], torch.Generator().manual_seed(0), size=SIDE)
 
 
 def rms_distance(places: list[tuple[float, float]]) -> float:

@@ -58,7 +58,7 @@ OBJECTS = [
     torch.Generator(),
     Path("x"),
 ]
-TENSORS = [torch.zeros(()), torch.zeros(2), torch.zeros(1, 3, 4, 4), torch.full((1, 8, 8, 8), torch.nan)]
+TENSORS = [torch.zeros(()), torch.zeros(2), torch.zeros(1, 3, 4, 4), torch.full((1, 4, 32, 32), torch.nan)]
 JUNK = [None, True, False, *NUMBERS, *TEXTS, *CONTAINERS, *FUNCTIONS, *OBJECTS, *TENSORS]
 
 ENDLESS = {  # right, but slow

@@ -11,7 +11,7 @@ PROMPTS = shapes_world.VALIDATION_PROMPTS[:24]
 
 @pytest.fixture(scope="module")
 def pipe():
-    pipe = load_pipeline("sdxl-turbo")
+    pipe = load_pipeline("turbo")
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

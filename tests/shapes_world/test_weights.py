@@ -25,7 +25,7 @@ WEIGHTS = Path(shapes_world.path("turbo")).parent
 
 @pytest.fixture(scope="module")
 def drawn():
-    """Images of validation prompts by an embedded generator, (48, 3, 64, 64) in [0, 1], and the prompts."""
+    """Images of validation prompts by an embedded generator, (48, 3, 128, 128) in [0, 1], and the prompts."""
 
     @functools.cache
     def draw(name: str) -> tuple[torch.Tensor, list[str]]:
@@ -125,7 +125,7 @@ def test_each_word_is_one_token(name, turbo):
 def test_each_generator_is_neither_garbage_nor_solved(name, drawn):
     images, prompts = drawn(name)
     verdicts = judge(images, prompts)
-    assert images.shape == (48, 3, 64, 64)
+    assert images.shape == (48, 3, 128, 128)
     assert 0.3 < sum(v.correct for v in verdicts) / 48 < (0.96 if name == "turbo" else 0.8)
     assert sum(v.shape_bound for v in verdicts) / 48 > 0.5
 
@@ -177,8 +177,9 @@ def test_vqa_prefers_a_true_caption_to_a_close_but_wrong_one(pictures):
 
 
 @torch.no_grad()
-def test_vqa_is_calibrated_on_pictures_of_a_model(drawn):
-    images, prompts = drawn("guided")
+@pytest.mark.parametrize("name", ["turbo", pytest.param("guided", marks=pytest.mark.slow)])
+def test_vqa_is_calibrated_on_pictures_of_a_model(name, drawn):
+    images, prompts = drawn(name)
     right = torch.tensor([v.correct for v in judge(images, prompts)])
     scores = AutoReward.from_pretrained(shapes_world.path("vqa"))(images, prompts)
     assert auc(scores[right], scores[~right]) > 0.65

@@ -21,13 +21,13 @@ def test_render_is_a_function_of_the_generator():
 
 def test_render_gives_images_in_range():
     images = shapes_world.render(scenes(16), torch.Generator().manual_seed(0))
-    assert images.shape == (16, 3, 64, 64)
+    assert images.shape == (16, 3, 128, 128)
     assert images.min() >= 0
     assert images.max() <= 1
 
 
 def test_render_takes_a_single_scene():
-    assert shapes_world.render(Scene((Shape("star", "red", 32, 32, 12),))).shape == (1, 3, 64, 64)
+    assert shapes_world.render(Scene((Shape("star", "red", 32, 32, 12),))).shape == (1, 3, 128, 128)
 
 
 def test_larger_images_show_the_same_scenes():

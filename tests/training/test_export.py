@@ -1,10 +1,12 @@
 """Exported models answer as they did in training, in stock classes."""
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from noiseopt.rewards import VQAScorer
-from training.export import correct, export_vqa
+from training.export import correct, export_vqa, shorten
 from training.questions import SHOWS
 from training.readers import VLMTraining
 
@@ -43,3 +45,18 @@ def test_the_exported_vqa_is_an_ordinary_image_text_to_text_model(tmp_path):
         == training.questions.head + training.questions.tails([[(SHOWS.format(PROMPTS[0]), 0)]])[0][0][:-1]
     )
     assert model.float().generate(**inputs, max_new_tokens=2, do_sample=False).shape[1] > inputs.input_ids.shape[1]
+
+
+def test_shortened_weights_are_the_nearest_of_ten_significant_bits(tmp_path):
+    weights = torch.randn(1000, generator=torch.Generator().manual_seed(0)).half()
+    path = tmp_path / "model.safetensors"
+    save_file({"weights": weights, "places": torch.arange(3)}, path, {"format": "pt"})
+    shorten(path)
+    short = load_file(path)
+    exponent = torch.frexp(weights.double()).exponent
+    step = torch.exp2((exponent - 10).double())  # between numbers of ten bits
+    assert torch.equal((short["weights"].double() / step).frac(), torch.zeros(1000).double())
+    assert ((short["weights"].double() - weights.double()).abs() <= step / 2).all()
+    assert short["places"].tolist() == [0, 1, 2] and short["weights"].dtype == torch.float16
+    with safe_open(path, "pt") as file:
+        assert file.metadata() == {"format": "pt"}

@@ -89,7 +89,7 @@ def load_features(plan: Plan, device: torch.device) -> Features | None:
 
 
 def render_references(prompt: str) -> torch.Tensor:
-    """Render images of a prompt, always the same, `(RENDERS, 3, 64, 64)`."""
+    """Render images of a prompt, always the same, `(RENDERS, 3, 128, 128)`."""
     request = shapes_world.parse(prompt)
     chance = random.Random(str(request))  # a string seed is the same in every process
     scenes = [shapes_world.sample_scene(chance, request) for _ in range(RENDERS)]
@@ -138,7 +138,7 @@ def set_measure_names(plan: Plan, judged: bool) -> list[str]:
 
 
 def verdicts(images: torch.Tensor, prompt: str) -> dict[str, Any]:
-    """Judge images `(B, 3, 64, 64)` in [0, 1]."""
+    """Judge images `(B, 3, H, H)` in [0, 1], with H a multiple of 64."""
     found: Sequence[shapes_world.Verdict] = shapes_world.judge(images, prompt)
     return {"right": [verdict.correct for verdict in found], "found": [verdict.found for verdict in found]}
 

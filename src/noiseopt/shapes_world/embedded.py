@@ -21,7 +21,8 @@ class EmbeddedModel:
         name: Its folder under `weights`.
         title: A one-line description.
         call: Recommended arguments of its pipeline's call; empty if it is not a pipeline.
-        in_wheel: Whether the wheel includes the weights; others are in a checkout or on the Hub.
+        in_wheel: Whether the wheel includes the weights, as it does those of the demos. Others are in a checkout or on
+            the Hub.
     """
 
     name: str
@@ -41,7 +42,7 @@ class EmbeddedModel:
 
 
 _ONE_STEP = {"num_inference_steps": 1, "guidance_scale": 0.0}
-_GUIDED = {"num_inference_steps": 6, "guidance_scale": 2.0}
+_GUIDED = {"num_inference_steps": 20, "guidance_scale": 3.0}
 
 MODELS = {
     model.name: model
@@ -56,8 +57,10 @@ MODELS = {
             call=_GUIDED | {"max_sequence_length": 16},
         ),
         EmbeddedModel(name="clip", title="dual encoder, the reward", in_wheel=True),
-        EmbeddedModel(name="dinov2", title="image encoder that no method optimizes, for held-out features"),
-        EmbeddedModel(name="vqa", title="vision-language model that answers yes or no"),
+        EmbeddedModel(
+            name="dinov2", title="image encoder that no method optimizes, for held-out features", in_wheel=True
+        ),
+        EmbeddedModel(name="vqa", title="vision-language model that answers yes or no", in_wheel=True),
     )
 }
 

@@ -1,12 +1,11 @@
 """A deterministic judge: reads the objects of an image, and compares them with the prompt.
 
-It uses no trained model, so optimized noise cannot exploit it. Images of more than 64 x 64 pixels are averaged down to
-that size first. Saturated pixels get the nearest hue, and connected
-pixels form an object. The object's mask, normalized to unit area around its center of mass, is compared with templates
-of the shapes, including rounded and deformed ones as generators draw them. Its outline, in polar coordinates around
-that center, is measured for number and height of tips, evenness of turning, dents and elongation. Each kind weighs
-three to five of these measurements; the object is of the kind with the highest sum, if that is positive. The weights,
-21 numbers and a constant per kind, were fitted to manual labels.
+It uses no trained model, so optimized noise cannot exploit it. Images are averaged down to 64 x 64 pixels first.
+Saturated pixels get the nearest hue, and connected pixels form an object. The object's mask, normalized to unit area
+around its center of mass, is compared with templates of the shapes, including rounded and deformed ones as generators
+draw them. Its outline, in polar coordinates around that center, is measured for number and height of tips, evenness of
+turning, dents and elongation. Each kind weighs three to five of these measurements; the object is of the kind with the
+highest sum, if that is positive. The weights, 21 numbers and a constant per kind, were fitted to manual labels.
 """
 
 from __future__ import annotations

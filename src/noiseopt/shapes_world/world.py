@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 SIDE = 64  # the side of an image in units of length
-SIZE = 64  # and in pixels, by default
+SIZE = 128  # and in pixels, by default
 KINDS = ("circle", "square", "triangle", "star", "cross")
 COLORS = {
     "red": (0.93, 0.12, 0.12),

@@ -374,7 +374,7 @@ def test_features_that_are_not_finite_are_refused():
 
 
 def test_sets_of_the_trained_model_differ_more():
-    pipe = load_pipeline("sdxl-turbo")
+    pipe = load_pipeline("turbo")
     pipe.set_progress_bar_config(disable=True)
     prompts = list(shapes_world.VALIDATION_PROMPTS[:4])
     features = DINOv2PatchFeatures.from_pretrained(shapes_world.path("dinov2"))

@@ -24,7 +24,7 @@ from noiseopt.rewards import AutoReward, RewardSum, VQAScorer
 from noiseopt.rewards.vlm.vlm_inputs import PIXEL_TOLERANCE, VLM_FAMILIES
 from noiseopt.rewards.vlm.vlm_pixels import vlm_pixels
 from noiseopt.rewards.vlm.vqa_score import QUESTION, appended, first_tokens, log_probability
-from training.readers import SHOWS
+from training.questions import SHOWS
 
 PROMPTS = ["a red cube", "two green cars"]
 
@@ -93,7 +93,7 @@ def test_the_embedded_model_is_an_ordinary_scorer():
     folder = shapes_world.path("vqa")
     reward = AutoReward.from_pretrained(folder)
     assert type(reward) is VQAScorer
-    images, prompts = torch.rand(2, 3, 64, 64), ["a red circle", "a blue star left of a green cross"]
+    images, prompts = torch.rand(2, 3, 128, 128), ["a red circle", "a blue star left of a green cross"]
     model, processor = AutoModelForImageTextToText.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
     for image, prompt, score in zip(images, prompts, reward(images, prompts), strict=True):
         chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": SHOWS.format(prompt)}]}]
