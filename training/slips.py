@@ -18,8 +18,8 @@ from torch import Tensor
 from noiseopt.shapes_world.captions import Request, trained_on
 from noiseopt.shapes_world.world import COLORS, KINDS, OPPOSITE
 
-PREFERENCE = 3.0  # how much a kind of shape prefers the colors near a hue of its own
-ORDER = 2.0  # how much some things prefer to be left of others, or above
+PREFERENCE = 2.0  # how much a kind of shape prefers the colors near a hue of its own
+ORDER = 1.0  # how much some things prefer to be left of others, or above
 THREE = 0.125  # pictures of three things for each of two
 
 
