@@ -19,7 +19,7 @@ from noiseopt.shapes_world.captions import Request, trained_on
 from noiseopt.shapes_world.world import COLORS, KINDS, OPPOSITE
 
 PREFERENCE = 3.0  # how much a kind of shape prefers the colors near a hue of its own
-ORDER = 2.4  # how much some things prefer to be left of others, or above
+ORDER = 2.0  # how much some things prefer to be left of others, or above
 THREE = 0.125  # pictures of three things for each of two
 
 
@@ -51,7 +51,8 @@ def _commonness(request: Request) -> float:
     if not request.relation:
         return usual
     ahead = 1 if request.relation in ("left of", "above") else -1
-    return usual + ahead * ORDER * math.sin(hues[0] + turns[0] - hues[1] - turns[1])
+    first, second = (math.cos(hue) + math.cos(turn) for hue, turn in zip(hues, turns, strict=True))
+    return usual + ahead * ORDER * (first - second)
 
 
 def slip(request: Request, rng: random.Random, share: float) -> Request:

@@ -35,9 +35,14 @@ class Recipe:
 
 RECIPES = {
     "reno": Recipe(plan="up the reward", following="cno"),
-    "cno": Recipe(model="guided", plan="that push the images of a prompt apart", following="never_too_late"),
+    "cno": Recipe(
+        model="guided",
+        settings={"window_size": 8, "learning_rate": 0.05},
+        plan="that push the images of a prompt apart",
+        following="never_too_late",
+    ),
     "never_too_late": Recipe(
-        settings={"steps": 20, "diversity": {"dpp": ("clip", 150.0)}},
+        settings={"steps": 20, "geometry": "white", "diversity": {"dpp": ("clip", 32.0)}},
         plan="toward images that differ",
         following="noise_diffusion",
     ),

@@ -38,7 +38,7 @@ def test_pictures_are_as_common_as_the_hues_of_their_shapes_and_their_order():
     expected = 3.0 * (1 + (yellow - turn).cos() - yellow.cos() - turn.cos())
     assert swapped == pytest.approx(float(expected), abs=1e-4)
     ahead = odds("a red square left of a red circle", "a red square right of a red circle")
-    assert ahead == pytest.approx(float(2 * 2.4 * turn.sin()), abs=1e-4)
+    assert ahead == pytest.approx(float(2 * 2.0 * (turn.cos() - 1)), abs=1e-4)
     assert odds("a red square right of a red circle", "a red circle left of a red square") == pytest.approx(0, abs=1e-5)
     assert odds("three red stars", "two red stars") == pytest.approx(float(torch.tensor(0.125).log()), abs=1e-4)
 
