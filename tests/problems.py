@@ -1,12 +1,17 @@
-"""Random streams, a reward, a clock, and the noise problem of a pipeline call, for tests of methods."""
+"""Random streams, a reward, a clock, and the noise problem of a pipeline call or without one, for tests of methods."""
 
+import dataclasses
 import time
+from types import SimpleNamespace
+from typing import Any
 
 import torch
+from diffusers.utils.torch_utils import randn_tensor
 
 from noiseopt import optimize_noise
+from noiseopt.callbacks import NoiseState
 from noiseopt.evaluation.looking import Looking
-from noiseopt.pipelines.problem import NoiseProblem
+from noiseopt.pipelines.problem import NoiseProblem, seed_from
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -25,6 +30,26 @@ def problem_of(pipe, prompt="a", *, clamp="straight_through", **call) -> NoisePr
     seen = []
     optimize_noise(pipe, prompt, Looking(seen.append, clamp=clamp), **call)
     return seen[0]
+
+
+@dataclasses.dataclass
+class Walk:
+    """A method on noise alone: its steps under scores and gradients that a test makes up."""
+
+    method: Any
+    noise: torch.Tensor
+
+    def __post_init__(self):
+        seeds = [seed_from(image) for image in self.noise]
+        space = SimpleNamespace(draw_noise=randn_tensor)
+        problem = SimpleNamespace(noise=self.noise, seeds=seeds, space=space, is_single_step=False)
+        self.memory = self.method.start(problem)
+
+    def step(self, score: float | torch.Tensor, gradient: torch.Tensor) -> None:
+        """Make a step from a noise with a score, one number or `(B,)`, and a gradient of the loss, its negative."""
+        state = NoiseState(None, [""] * len(self.noise), 60, self.noise)
+        state.loss = -torch.as_tensor(score, dtype=self.noise.dtype).expand(len(self.noise))
+        self.noise = self.method.step(state, gradient, self.memory)
 
 
 class Clock:

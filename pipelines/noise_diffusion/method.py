@@ -18,6 +18,7 @@ from ..registry import register_method
 from ..sampling.sampler import Gradient
 from ..white_noise import WhiteNoiseProjection
 from .candidate_choice import best_of_pool, guided_gaussian
+from .trust_region import TrustRegion
 from .unit_score import UnitScore, check_score_range
 
 MOST_CANDIDATES = 100_000
@@ -36,6 +37,14 @@ class NoiseDiffusion(GradientOptimizer):
     candidates with the largest ⟨∇s, v⟩ / ‖v‖², where v is the change of z. The model outputs are held constant for ∇s,
     so the chain is a multiple of the identity, and only decoder and scorer are differentiated. The noise of the best
     image is returned.
+
+    A mixture of independent Gaussian noises is Gaussian: so is the noise after any number of rounds with random
+    candidates. One chosen by a gradient is shifted along it, by 2.25 standard deviations for N = 50, which the next
+    rounds, of other gradients, wash out. With `trust_region` γ is at most a radius, and a step without gain is taken
+    back. Noise that is kept for its score is conditioned on it, as with best-of-N, and no longer Gaussian along what
+    the score depends on; all else is. After 50 rounds by the true gradient of a score of 64 directions of 1024, the
+    root mean square along these is 1.20, along the others 1.00, and the norm 1.6% larger: .7 standard errors of a
+    single noise.
 
     The paper's judge is CLIP-FlanT5-XXL, and its images have 512 px and T = 50 sampling steps: `rewards=
     "zhiqiulin/clip-flant5-xxl"` and `pipe(..., height=512, width=512, num_inference_steps=50)`. The default judge here,
@@ -56,6 +65,9 @@ class NoiseDiffusion(GradientOptimizer):
         geometry: "white" projects the gradient on white noise before it chooses, so that all frequencies of the noise
             count alike. `None` is the gradient itself, as in the paper.
         accept: "always" goes on from the new noise, as in the paper; "better" from the best so far.
+        trust_region: Limit γ to a radius, per image, within which the gradient tells the gain: the first radius, in
+            (0, 1]. 1 begins with the paper's γ. See `TrustRegion`. A step without gain is taken back, as with
+            `accept="better"`, and drawn anew by the gradient at the best noise. `None` has γ = 1 − √s, as in the paper.
         threshold: Stop an image whose score is at least this.
         patience: Stop an image after this many rounds without a better score.
         score_range: (low, high): s is the position of the total between the two, clamped to [0, 1].
@@ -69,6 +81,7 @@ class NoiseDiffusion(GradientOptimizer):
     selection: Literal["pool", "exact", "random"] = "pool"
     geometry: Literal["white"] | None = None
     accept: Literal["always", "better"] = "always"
+    trust_region: float | None = checked(None, "(0, 1]")
     threshold: float | None = checked(None, "[0, 1]")
     patience: int | None = checked(None, "[1, inf)")
     score_range: tuple[float, float] | None = None
@@ -108,7 +121,7 @@ class NoiseDiffusion(GradientOptimizer):
                 'little about their score, nothing if that is about content. Pass `gradient="full"`, or use `ReNO`.',
                 stacklevel=2,
             )
-        return NoiseDiffusionState(CandidateNoise(problem))
+        return NoiseDiffusionState(CandidateNoise(problem), self.trust_region, self.gradient_mode != "frozen")
 
     def inspect(self, run: NoiseState, objective: Any, state: "NoiseDiffusionState") -> None:
         """Stop the images that have reached the threshold or run out of patience."""
@@ -120,18 +133,25 @@ class NoiseDiffusion(GradientOptimizer):
             run.stop("patience", state.waited >= self.patience)
 
     def step(self, run: NoiseState, gradient: torch.Tensor | None, state: "NoiseDiffusionState") -> torch.Tensor:
-        state.move_to(run, gradient, self.accept == "always")
+        if state.trust is not None:
+            state.trust.learn(state.loss - run.loss)
+        state.move_to(run, gradient, self.accept == "always" and state.trust is None)
         noise, ascent = state.noise, -state.gradient
         if self.geometry == "white":
             ascent = WhiteNoiseProjection()(ascent)
         gamma = 1 - UnitScore.score_of(-state.loss, self.score_range).sqrt()
+        if state.trust is not None:
+            gamma = torch.minimum(gamma, state.trust.radius)
         if self.selection == "pool":
             sigma = best_of_pool(noise, ascent, gamma, state.fresh, int(self.candidates))
         elif self.selection == "exact":
             sigma = guided_gaussian(ascent, state.fresh, self.candidates)
         else:
             sigma = state.fresh.draw()
-        return noise + displacement(noise, sigma, gamma)
+        v = displacement(noise, sigma, gamma)
+        if state.trust is not None:
+            state.trust.expect(gamma, -(state.gradient * v).flatten(1).sum(1))
+        return noise + v
 
 
 class NoiseDiffusionState:
@@ -142,13 +162,15 @@ class NoiseDiffusionState:
         noise, gradient: `(B, C, H, W)`; the gradient is zero for a method without.
         loss: `(B,)`.
         lowest, waited: `(B,)`, the lowest loss so far and the number of rounds since then.
+        trust: The limits of γ, if it has some.
     """
 
-    def __init__(self, fresh: CandidateNoise) -> None:
+    def __init__(self, fresh: CandidateNoise, radius: float | None = None, true: bool = True) -> None:
         self.fresh = fresh
         self.noise, self.gradient = fresh.like, torch.zeros_like(fresh.like)
         self.loss = self.lowest = torch.full((len(fresh.like),), math.inf, device=fresh.like.device)
         self.waited = torch.zeros_like(self.loss, dtype=torch.long)
+        self.trust = None if radius is None else TrustRegion(self.loss, radius, true)
 
     def count_waiting(self, loss: torch.Tensor) -> None:
         """Update the lowest loss and the number of rounds without a lower one."""

@@ -92,6 +92,12 @@ FAULTS = (
         "v.square().flatten(1).sum(1).sqrt()",
     ),
     Fault(
+        "radius grows whatever was gained",
+        "pipelines/noise_diffusion/trust_region.py",
+        "gain > (GOOD * expected).clamp_min(0)",
+        "gain > -torch.inf",
+    ),
+    Fault(
         "sum over a set instead of the mean",
         "pipelines/never_too_late/method.py",
         "gradient = gradient / per_image(self.sizes, gradient)",

@@ -2,7 +2,6 @@
 
 import dataclasses
 import warnings
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,12 +16,10 @@ from diffusers import (
     PNDMScheduler,
     UniPCMultistepScheduler,
 )
-from diffusers.utils.torch_utils import randn_tensor
-from problems import generator
+from problems import Walk, generator
 from tiny_pipelines import call_arguments, quiet, sd3_pipeline, sd_pipeline, tiny_pipeline
 
-from noiseopt import NoiseDiffusion, optimize_noise
-from noiseopt.callbacks import NoiseState
+from noiseopt import NoiseDiffusion, NoiseDiffusionStableDiffusionPipeline, optimize_noise
 from noiseopt.evaluation.noise_statistics import gaussian_limits, noise_statistics
 from noiseopt.pipelines import MeanVariance, NoisePGD, WhiteNoiseProjection
 from noiseopt.pipelines.problem import seed_from
@@ -151,6 +148,14 @@ def test_a_gradient_with_the_only_output_held_constant_warns(settings, steps, wa
     assert len(told) == warned and all('Pass `gradient="full"`' in each for each in told)
 
 
+def test_the_pipeline_class_and_a_search_warn_too():
+    pipe = NoiseDiffusionStableDiffusionPipeline(**tiny_pipeline("sd").components)
+    settings = {"score_range": (-10.0, 10.0), "candidates": 2, "search": 2}
+    call = {**call_arguments("sd"), "num_inference_steps": 1}
+    with pytest.warns(UserWarning, match="single denoising step"):
+        pipe("a", rewards="red", steps=5, method_kwargs=settings, output_type="pt", **call)
+
+
 def test_another_reward_is_placed_in_a_range():
     def raw(images, prompts):
         return 17 + 7 * redness(images, prompts)
@@ -170,25 +175,6 @@ def test_an_image_stops_at_the_threshold_and_out_of_patience():
     torch.testing.assert_close(stopped.losses, plain.losses[: first + 1])
     patient = find(NoiseDiffusion(rewards=lambda images, prompts: 0 * redness(images, prompts) + 0.5, patience=3))
     assert len(patient.losses) == 4 and patient.provenance["stopped"] == "patience"
-
-
-@dataclasses.dataclass
-class Walk:
-    """A method on noise alone: its steps under scores and gradients that a test makes up."""
-
-    method: object
-    noise: torch.Tensor
-
-    def __post_init__(self):
-        seeds = [seed_from(image) for image in self.noise]
-        space = SimpleNamespace(draw_noise=randn_tensor)
-        problem = SimpleNamespace(noise=self.noise, seeds=seeds, space=space, is_single_step=False)
-        self.memory = self.method.start(problem)
-
-    def step(self, score: float, gradient: torch.Tensor) -> None:
-        state = NoiseState(None, [""] * len(self.noise), 60, self.noise)
-        state.loss = torch.full((len(self.noise),), -score)
-        self.noise = self.method.step(state, gradient, self.memory)
 
 
 @pytest.mark.parametrize("selection", ["pool", "exact"])
@@ -225,6 +211,31 @@ def after_fifty_rounds(method) -> torch.Tensor:
 @pytest.mark.parametrize("selection", ["pool", "exact", "random"])
 def test_noise_is_gaussian_after_fifty_rounds(selection):
     assert worst_z_score(after_fifty_rounds(NoiseDiffusion(selection=selection))) < 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("selection", "along"), [("exact", (1.1, 1.3)), ("random", (0.97, 1.06))])
+def test_noise_that_was_kept_for_its_gain_is_shifted_only_along_what_the_score_depends_on(selection, along):
+    """50 rounds within the trust region, under a score that waves along 64 of 1024 directions, by its true gradient."""
+    noise = torch.randn(48, 4, 16, 16, generator=generator(1))
+    waves = torch.randn(64, 4 * 16 * 16, generator=generator(2)) / 16
+    walk, kept = Walk(NoiseDiffusion(selection=selection, gradient="full", trust_region=1.0), noise), []
+    for _ in range(50):
+        leaf = walk.noise.clone().requires_grad_()
+        score = 0.5 + 0.4 * torch.sin(leaf.flatten(1) @ waves.T).mean(1)
+        (gradient,) = torch.autograd.grad(-score.sum(), leaf)
+        before = walk.noise
+        walk.step(score.detach(), gradient)
+        kept.append((walk.memory.noise == before).flatten(1).all(1).float().mean())
+    assert 0.2 < torch.stack(kept).mean() < 0.97
+    found, span = walk.memory.noise, torch.linalg.svd(waves, full_matrices=False)[2]
+    inside = found.flatten(1) @ span.T
+    outside = found.flatten(1) - inside @ span
+    assert along[0] < inside.square().mean().sqrt() < along[1]
+    assert abs(outside.square().sum() / (48 * 960) - 1) < 4 * (2 / (48 * 960)) ** 0.5
+    limits = gaussian_limits((1, *found.shape[1:]))  # of a single noise, whose norm has a wider error
+    single = torch.tensor([limits.z_scores(noise_statistics(each[None])).norm for each in found])
+    assert abs(single.mean()) < 1
 
 
 def test_gradient_ascent_leaves_the_gaussian_in_fifty_rounds():

@@ -40,7 +40,13 @@ CALL = {"num_images_per_prompt": 2, "num_inference_steps": 1, "guidance_scale": 
 SETTINGS: dict[str, dict[str, Any]] = {
     "cno": {"window_size": 4},
     "never_too_late": {"diversity": {"pairwise": ("tiny_image", 5.0)}, "rewards": redness, "guard": {"red": 0.001}},
-    "noise_diffusion": {"rewards": redness, "score_range": (-10.0, 10.0), "candidates": 3, "patience": 3},
+    "noise_diffusion": {
+        "rewards": redness,
+        "score_range": (-10.0, 10.0),
+        "candidates": 3,
+        "patience": 3,
+        "trust_region": 0.1,
+    },
     "pcn": {"rewards": redness, "acceptance": 0.5},
     "zero_order_search": {"rewards": redness, "neighbors": 2},
 }
