@@ -111,8 +111,8 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 # The name that diffusers gives this module may come to mean the bundle of another release.
-sys.modules[f"{__name__}_63251bfba364"] = sys.modules[__name__]
-__name__ = f"{__name__}_63251bfba364"
+sys.modules[f"{__name__}_f4020ffacd97"] = sys.modules[__name__]
+__name__ = f"{__name__}_f4020ffacd97"
 
 # rewards/contract/transforms.py
 
@@ -7941,6 +7941,58 @@ def guided_gaussian(ascent: torch.Tensor, fresh: CandidateNoise, count: float) -
     shift = projection - (sigma * direction).flatten(1).sum(1)
     return sigma + per_image(shift, sigma) * direction
 
+# pipelines/noise_diffusion/trust_region.py
+
+BAD, GOOD = 0.25, 0.75  # of the predicted gain
+GROWTH, SHRINKAGE = 4.0, 4.0**-0.25  # of γ; of its root, the length of the step, 2 and 2^(−1/4)
+
+class TrustRegion:
+    """The largest γ in which the gradient is trusted to tell the gain, for each image.
+
+    As in trust region methods (Conn, Gould and Toint, 2000, https://doi.org/10.1137/1.9780898719857, chapter 6), the
+    radius grows if the measured gain is more than 3/4 of the predicted one, ⟨∇s, v⟩ with v the whole change of the
+    noise, its shrinking included; it shrinks if it is less than 1/4, or no gain. A step is shrunk by a fourth of its
+    growth, in logarithms, since much of a gain is the luck of the candidate: where nothing is predicted this is the 1/5
+    success rule of evolution strategies, by whose rate of success the two cancel.
+
+    A gradient with the outputs of the denoiser held constant is that of another function, and predicts gains up to a
+    factor. It is taken to be the mean size of the measured gains over that of the predicted ones, both relative to the
+    length of the step √γ.
+
+    Args:
+        like: A tensor `(B,)`.
+        radius: The first radius, in (0, 1].
+        true: Whether the gradient is that of the score itself, so that the factor is 1.
+
+    Attributes:
+        radius, gamma, predicted: `(B,)`: the radius, and γ and ⟨∇s, v⟩ of the last step.
+    """
+
+    def __init__(self, like: torch.Tensor, radius: float, true: bool) -> None:
+        self.radius, self.true = torch.full_like(like, radius), true
+        self.gamma = self.predicted = torch.zeros_like(like)
+        self.measured_sizes = self.predicted_sizes = torch.zeros_like(like)
+
+    def expect(self, gamma: torch.Tensor, predicted: torch.Tensor) -> None:
+        self.gamma, self.predicted = gamma, predicted
+
+    def learn(self, gain: torch.Tensor) -> None:
+        tried = (self.gamma > 0) & gain.isfinite()
+        length = self.gamma.sqrt()
+        self.measured_sizes = self.measured_sizes + torch.where(tried, gain.abs() / length, 0)
+        self.predicted_sizes = self.predicted_sizes + torch.where(tried, self.predicted.abs() / length, 0)
+        expected = self.expected_gain()
+        good, bad = gain > (GOOD * expected).clamp_min(0), gain <= (BAD * expected).clamp_min(0)
+        grown, shrunk = torch.maximum(self.radius, GROWTH * self.gamma).clamp(max=1), SHRINKAGE * self.gamma
+        radius = torch.where(good, grown, torch.where(bad, shrunk, self.radius))
+        self.radius = torch.where(tried, radius, self.radius)
+
+    def expected_gain(self) -> torch.Tensor:
+        if self.true:
+            return self.predicted
+        tiny = torch.finfo(self.predicted.dtype).tiny
+        return self.predicted / self.predicted_sizes.clamp_min(tiny) * self.measured_sizes
+
 # pipelines/noise_diffusion/unit_score.py
 
 SCORE_SLACK = 1e-3  # rounding error of a probability
@@ -8031,6 +8083,14 @@ class NoiseDiffusion(GradientOptimizer):
     so the chain is a multiple of the identity, and only decoder and scorer are differentiated. The noise of the best
     image is returned.
 
+    A mixture of independent Gaussian noises is Gaussian: so is the noise after any number of rounds with random
+    candidates. One chosen by a gradient is shifted along it, by 2.25 standard deviations for N = 50, which the next
+    rounds, of other gradients, wash out. With `trust_region` γ is at most a radius, and a step without gain is taken
+    back. Noise that is kept for its score is conditioned on it, as with best-of-N, and no longer Gaussian along what
+    the score depends on; all else is. After 50 rounds by the true gradient of a score of 64 directions of 1024, the
+    root mean square along these is 1.20, along the others 1.00, and the norm 1.6% larger: .7 standard errors of a
+    single noise.
+
     The paper's judge is CLIP-FlanT5-XXL, and its images have 512 px and T = 50 sampling steps: `rewards=
     "zhiqiulin/clip-flant5-xxl"` and `pipe(..., height=512, width=512, num_inference_steps=50)`. The default judge here,
     Qwen2-VL-2B, is a sixth of that size, and size and T are those of the call. Scores of different judges are not
@@ -8050,6 +8110,9 @@ class NoiseDiffusion(GradientOptimizer):
         geometry: "white" projects the gradient on white noise before it chooses, so that all frequencies of the noise
             count alike. `None` is the gradient itself, as in the paper.
         accept: "always" goes on from the new noise, as in the paper; "better" from the best so far.
+        trust_region: Limit γ to a radius, per image, within which the gradient tells the gain: the first radius, in
+            (0, 1]. 1 begins with the paper's γ. See `TrustRegion`. A step without gain is taken back, as with
+            `accept="better"`, and drawn anew by the gradient at the best noise. `None` has γ = 1 − √s, as in the paper.
         threshold: Stop an image whose score is at least this.
         patience: Stop an image after this many rounds without a better score.
         score_range: (low, high): s is the position of the total between the two, clamped to [0, 1].
@@ -8063,6 +8126,7 @@ class NoiseDiffusion(GradientOptimizer):
     selection: Literal["pool", "exact", "random"] = "pool"
     geometry: Literal["white"] | None = None
     accept: Literal["always", "better"] = "always"
+    trust_region: float | None = checked(None, "(0, 1]")
     threshold: float | None = checked(None, "[0, 1]")
     patience: int | None = checked(None, "[1, inf)")
     score_range: tuple[float, float] | None = None
@@ -8102,7 +8166,7 @@ class NoiseDiffusion(GradientOptimizer):
                 'little about their score, nothing if that is about content. Pass `gradient="full"`, or use `ReNO`.',
                 stacklevel=2,
             )
-        return NoiseDiffusionState(CandidateNoise(problem))
+        return NoiseDiffusionState(CandidateNoise(problem), self.trust_region, self.gradient_mode != "frozen")
 
     def inspect(self, run: NoiseState, objective: Any, state: "NoiseDiffusionState") -> None:
         state.count_waiting(run.loss)
@@ -8113,18 +8177,25 @@ class NoiseDiffusion(GradientOptimizer):
             run.stop("patience", state.waited >= self.patience)
 
     def step(self, run: NoiseState, gradient: torch.Tensor | None, state: "NoiseDiffusionState") -> torch.Tensor:
-        state.move_to(run, gradient, self.accept == "always")
+        if state.trust is not None:
+            state.trust.learn(state.loss - run.loss)
+        state.move_to(run, gradient, self.accept == "always" and state.trust is None)
         noise, ascent = state.noise, -state.gradient
         if self.geometry == "white":
             ascent = WhiteNoiseProjection()(ascent)
         gamma = 1 - UnitScore.score_of(-state.loss, self.score_range).sqrt()
+        if state.trust is not None:
+            gamma = torch.minimum(gamma, state.trust.radius)
         if self.selection == "pool":
             sigma = best_of_pool(noise, ascent, gamma, state.fresh, int(self.candidates))
         elif self.selection == "exact":
             sigma = guided_gaussian(ascent, state.fresh, self.candidates)
         else:
             sigma = state.fresh.draw()
-        return noise + displacement(noise, sigma, gamma)
+        v = displacement(noise, sigma, gamma)
+        if state.trust is not None:
+            state.trust.expect(gamma, -(state.gradient * v).flatten(1).sum(1))
+        return noise + v
 
 class NoiseDiffusionState:
     """The noise from which each image goes on, with its loss and gradient.
@@ -8134,13 +8205,15 @@ class NoiseDiffusionState:
         noise, gradient: `(B, C, H, W)`; the gradient is zero for a method without.
         loss: `(B,)`.
         lowest, waited: `(B,)`, the lowest loss so far and the number of rounds since then.
+        trust: The limits of γ, if it has some.
     """
 
-    def __init__(self, fresh: CandidateNoise) -> None:
+    def __init__(self, fresh: CandidateNoise, radius: float | None = None, true: bool = True) -> None:
         self.fresh = fresh
         self.noise, self.gradient = fresh.like, torch.zeros_like(fresh.like)
         self.loss = self.lowest = torch.full((len(fresh.like),), math.inf, device=fresh.like.device)
         self.waited = torch.zeros_like(self.loss, dtype=torch.long)
+        self.trust = None if radius is None else TrustRegion(self.loss, radius, true)
 
     def count_waiting(self, loss: torch.Tensor) -> None:
         better = loss < self.lowest
