@@ -22,7 +22,7 @@ from .generators import SD3Generator, SDGenerator, SDXLGenerator
 from .optimization import averaged
 from .precision import HalfPrecision
 
-_GUIDED = {"num_inference_steps": 20, "guidance_scale": 3.0}
+_GUIDED = {"num_inference_steps": 20, "guidance_scale": 5.0}
 _ONE_STEP = {"num_inference_steps": 1, "guidance_scale": 0.0}
 
 

@@ -42,7 +42,7 @@ class EmbeddedModel:
 
 
 _ONE_STEP = {"num_inference_steps": 1, "guidance_scale": 0.0}
-_GUIDED = {"num_inference_steps": 20, "guidance_scale": 3.0}
+_GUIDED = {"num_inference_steps": 20, "guidance_scale": 5.0}
 
 MODELS = {
     model.name: model
