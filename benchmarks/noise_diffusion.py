@@ -32,7 +32,7 @@ from noiseopt.quiet import quiet_libraries
 
 CPU = torch.device("cpu")
 PROMPTS = {"validation": shapes_world.VALIDATION_PROMPTS, "held-out": shapes_world.HELD_OUT_PROMPTS}
-CALL = {"num_inference_steps": 20, "guidance_scale": 3.0}  # of a model that is not embedded
+CALL = {"num_inference_steps": 20, "guidance_scale": 5.0}  # of a model that is not embedded
 RADIUS = 1.0  # the first of the trust region: it begins with the paper's γ
 RANDOM, BEST, OURS = "random diffusion", "best-of-N", "Noise Diffusion, trust region"
 LONG = 3  # times the evaluations of the others: enough for the seconds of the full gradient

@@ -35,7 +35,7 @@ from noiseopt.evaluation.plan import GuidanceChoice, MethodChoice
 from noiseopt.quiet import quiet_libraries
 
 SPLITS = {"validation": "VALIDATION_PROMPTS", "held-out": "HELD_OUT_PROMPTS"}
-MODELS = ("sdxl-turbo", "turbo", "guided", "sd3")
+MODELS = ("turbo", "sdxl-turbo", "guided", "sd3")
 MANY = 10**6  # more evaluations than fit in any time
 AHEAD = 1.03  # a run lasts for this many times the seconds of `BEFORE` on the batch before
 PLAIN, BEST_OF_N, RELEASED, BEFORE, NOW = (

@@ -1,6 +1,6 @@
 """A search before ReNO's steps, and several starts: what they give in the time of steps from the given noise alone.
 
-python benchmarks/search_and_starts.py --model sdxl-turbo --limit 96 --evaluations 16 32
+python benchmarks/search_and_starts.py --limit 96 --evaluations 16 32
 
 Times are of the processor. A search of a share of the time scores as many noises as fit, from the measured costs.
 """
@@ -124,7 +124,7 @@ def row(steps: int, search: str, starts: int, ours: Outcome, alone: Outcome) -> 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=MODELS, default="sdxl-turbo")
+    parser.add_argument("--model", choices=MODELS, default="turbo")
     parser.add_argument("--limit", type=int, help="use only the first validation prompts")
     parser.add_argument("--evaluations", type=int, nargs="+", default=[16, 32], help="of ReNO alone; they set the time")
     options = parser.parse_args(argv)

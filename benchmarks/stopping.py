@@ -156,7 +156,7 @@ def table(rules: dict[str, dict[str, Any]]) -> str:
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=("sdxl-turbo", "turbo"), default="sdxl-turbo")
+    parser.add_argument("--model", choices=("turbo", "sdxl-turbo"), default="turbo")
     parser.add_argument("--split", choices=SPLITS, default="validation")
     parser.add_argument("--limit", type=int, help="use only the first prompts of the split")
     parser.add_argument("--seed", type=int, default=0, help="of the initial noises")

@@ -29,7 +29,7 @@ from noiseopt.pipelines.problem import NoiseProblem
 from noiseopt.pipelines.white_noise import WHITE_RATE, with_gaussian_moments
 from noiseopt.quiet import quiet_libraries
 
-MODELS = ("sdxl-turbo", "turbo")
+MODELS = ("turbo", "sdxl-turbo")
 STATISTICS = ("norm", "skewness", "excess_kurtosis", "spectral_slope")
 
 
