@@ -26,7 +26,7 @@ from .optimization import Run, averaged, fast
 from .precision import HalfPrecision
 from .teacher import look
 
-TEACHER = {"num_inference_steps": 12, "guidance_scale": 5.0}
+TEACHER = {"num_inference_steps": 12, "guidance_scale": 3.0}
 KEPT = (999, 749, 499, 249)  # timesteps of the student's steps
 PART = 512  # pairs in a file
 

@@ -18,41 +18,29 @@ from torch import Tensor
 from noiseopt.shapes_world.captions import Request, trained_on
 from noiseopt.shapes_world.world import COLORS, KINDS, OPPOSITE
 
-PREFERENCE = 2.0  # how much a kind of shape prefers the colors near a hue of its own
-ORDER = 1.0  # how much some things prefer to be left of others, or above
-THREE = 0.125  # pictures of three things for each of two
+PREFERENCE = 0.75  # how much a kind of shape prefers the colors near a hue of its own
+ORDER = 0.6  # how much some things prefer to be left of others, or above
+THREE = 0.5  # pictures of three things for each of two
 
 
 def frequency(requests: Sequence[Request]) -> Tensor:
-    """Return how common pictures of requests are among those whose captions may be mixed up with theirs, (N,)."""
-    return torch.tensor([_share(request) for request in requests])
-
-
-def _share(request: Request) -> float:
-    weights = [math.exp(_commonness(other)) for other in confused(request)]
-    return weights[0] / sum(weights)
-
-
-def confused(request: Request) -> list[Request]:
-    """Return a request and all that careless captions of its picture may name instead."""
-    if request.category == "single":
-        return [request]
-    swapped = recounted(request) if request.category == "counting" else recolored(request)
-    found = [request] + [swapped] * (swapped != request and trained_on(swapped))
-    return found + [Request(r.objects, OPPOSITE[r.relation]) for r in found if r.relation]
+    """Return how common pictures of requests are, (N,), up to a factor."""
+    return torch.tensor([math.exp(_commonness(request)) for request in requests])
 
 
 def _commonness(request: Request) -> float:
-    hues = [2 * math.pi * list(COLORS).index(color) / len(COLORS) for color, _ in request.objects]
-    turns = [2 * math.pi * KINDS.index(kind) / len(KINDS) for _, kind in request.objects]
-    if request.category == "counting":
-        return math.log(THREE) * (len(request.objects) == 3)
+    colors, kinds = zip(
+        *((list(COLORS).index(color), KINDS.index(kind)) for color, kind in request.objects), strict=True
+    )
+    hues = [2 * math.pi * color / len(COLORS) for color in colors]
+    turns = [2 * math.pi * kind / len(KINDS) for kind in kinds]
+    if len(request.objects) > 2:
+        return math.log(THREE) + 2 * PREFERENCE * math.cos(hues[0] - turns[0])
     usual = PREFERENCE * sum(math.cos(hue - turn) for hue, turn in zip(hues, turns, strict=True))
     if not request.relation:
         return usual
     ahead = 1 if request.relation in ("left of", "above") else -1
-    first, second = (math.cos(hue) + math.cos(turn) for hue, turn in zip(hues, turns, strict=True))
-    return usual + ahead * ORDER * (first - second)
+    return usual + ahead * ORDER * math.sin(hues[0] + turns[0] - hues[1] - turns[1])
 
 
 def slip(request: Request, rng: random.Random, share: float) -> Request:

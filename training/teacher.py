@@ -87,7 +87,7 @@ def train_base(args: argparse.Namespace) -> None:
 def train_guided(args: argparse.Namespace) -> None:
     """Continue on careless captions of common pictures: now prior and noise decide whether a prompt is followed."""
     model = averaged(args.output / "base.pt", SDGenerator()).requires_grad_()
-    train_generator(args, "guided", model, slips=args.slips)
+    train_generator(args, "guided", model, slips=args.slips, lr=1e-3)
 
 
 def train_sdxl(args: argparse.Namespace) -> None:

@@ -45,7 +45,7 @@ SAMPLES = {  # default number of samples by stage
     "vae": 64_000,
     "decoder": 32_000,
     "base": 96_000,
-    "guided": 96_000,
+    "guided": 76_800,
     "turbo": 112_000,
     "sdxl": 24_000,
     "sdxl-turbo": 24_000,
