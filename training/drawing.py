@@ -40,7 +40,7 @@ FAMILIES = {  # by stage, which is also the name of the model
     "guided": Family(SDGenerator, _GUIDED, 0.25),
     "sdxl": Family(SDXLGenerator, _GUIDED, 0.25),
     "sdxl-turbo": Family(SDXLGenerator, _ONE_STEP),
-    "sd3": Family(SD3Generator, _GUIDED | {"max_sequence_length": 16}, 0.25),
+    "sd3": Family(SD3Generator, _GUIDED | {"guidance_scale": 3.0, "max_sequence_length": 16}, 0.25),
 }
 
 

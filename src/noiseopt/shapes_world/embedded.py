@@ -54,7 +54,7 @@ MODELS = {
         EmbeddedModel(
             name="sd3",
             title="guided flow-matching model of the SD3 kind, whose third text encoder says nothing",
-            call=_GUIDED | {"max_sequence_length": 16},
+            call=_GUIDED | {"guidance_scale": 3.0, "max_sequence_length": 16},
         ),
         EmbeddedModel(name="clip", title="dual encoder, the reward", in_wheel=True),
         EmbeddedModel(
