@@ -130,15 +130,15 @@ def compare(folder: Path, files: Sequence[Path]) -> dict[str, Any]:
         tile |= {key: [label[key] for label in labels] for key in ("right", "unsure", "notes")}
     write_json(folder / "pictures.json", data)
     judged = [verdict["right"] for verdict in json.loads((folder / "verdicts.json").read_text())["verdicts"]]
-    sure = [i for i, tile in enumerate(tiles) if not any(tile["unsure"])]
-    against = [i for i in sure if set(tiles[i]["right"]) != {judged[i]}]
+    sure = [i for i, tile in enumerate(tiles) if not any(tile["unsure"]) and len(set(tile["right"])) == 1]
+    against = [i for i in sure if tiles[i]["right"][0] != judged[i]]
     return {
         "pictures": len(tiles),
         "agreement with each reader": [
             sum(tile["right"][i] == right for tile, right in zip(tiles, judged, strict=True)) for i in range(len(files))
         ],
-        "sure": len(sure),
-        "agreement where all are sure": len(sure) - len(against),
+        "all sure of the same": len(sure),
+        "agreement there": len(sure) - len(against),
         "against": [i + 1 for i in against],
     }
 

@@ -38,23 +38,23 @@ def test_pictures_are_stored_as_the_judge_sees_them(folder):
 
 def test_labels_are_compared_with_the_judge(folder, tmp_path, capsys):
     star = [tile["prompt"] for tile in json.loads((folder / "pictures.json").read_text())["tiles"]].index("a red star")
-    words = ["right" if i == star else "wrong" for i in range(3)]
-    first, second = tmp_path / "first.txt", tmp_path / "second.txt"
+    first, second, third = (tmp_path / f"{name}.txt" for name in ("first", "second", "third"))
+    words = ["right" if i in (star, (star + 1) % 3) else "wrong" for i in range(3)]
     first.write_text("".join(f"{i + 1} {word} a note\n" for i, word in enumerate(words)))
+    third.write_text("1 right\n2 right\n3 right\n")
     words[star] = "wrong?"
-    words[(star + 1) % 3] = "right"
     second.write_text("\n".join(f"{i + 1} {words[i]}" for i in (2, 0, 1)))
     capsys.readouterr()
-    label_sheet.main(["--output", str(tmp_path), "--labels", str(first), str(second)])
+    label_sheet.main(["--output", str(tmp_path), "--labels", str(first), str(second), str(third)])
     assert json.loads(capsys.readouterr().out) == {
         "pictures": 3,
-        "agreement with each reader": [3, 1],
-        "sure": 2,
-        "agreement where all are sure": 1,
+        "agreement with each reader": [2, 1, 1],
+        "all sure of the same": 1,
+        "agreement there": 0,
         "against": [(star + 1) % 3 + 1],
     }
     tile = json.loads((folder / "pictures.json").read_text())["tiles"][star]
-    assert (tile["right"], tile["unsure"], tile["notes"]) == ([True, False], [False, True], ["a note", ""])
+    assert (tile["right"], tile["unsure"], tile["notes"]) == ([True, False, True], [False, True, False], ["a note", "", ""])
 
 
 def test_labels_that_are_not_labels_are_refused(tmp_path):
