@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import random
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from noiseopt.shapes_world.captions import sample_request
+from noiseopt.shapes_world.embedded import MODELS
 from noiseopt.shapes_world.world import SIZE
 
 from .autoencoder import final_vae
@@ -22,25 +24,22 @@ from .generators import SD3Generator, SDGenerator, SDXLGenerator
 from .optimization import averaged
 from .precision import HalfPrecision
 
-_GUIDED = {"num_inference_steps": 20, "guidance_scale": 5.0}
-_ONE_STEP = {"num_inference_steps": 1, "guidance_scale": 0.0}
-
 
 @dataclass(frozen=True)
 class Family:
     """A generator: its class, the arguments of its pipeline's call, and the share of the gallery it draws."""
 
     kind: Any
-    call: dict[str, Any] = field(default_factory=dict)
+    call: Mapping[str, Any]
     share: float = 1.0
 
 
 FAMILIES = {  # by stage, which is also the name of the model
-    "turbo": Family(SDGenerator, _ONE_STEP),
-    "guided": Family(SDGenerator, _GUIDED, 0.25),
-    "sdxl": Family(SDXLGenerator, _GUIDED, 0.25),
-    "sdxl-turbo": Family(SDXLGenerator, _ONE_STEP),
-    "sd3": Family(SD3Generator, _GUIDED | {"guidance_scale": 3.0, "max_sequence_length": 16}, 0.25),
+    "turbo": Family(SDGenerator, MODELS["turbo"].call),
+    "guided": Family(SDGenerator, MODELS["guided"].call, 0.25),
+    "sdxl": Family(SDXLGenerator, MODELS["sdxl"].call, 0.25),
+    "sdxl-turbo": Family(SDXLGenerator, MODELS["sdxl-turbo"].call),
+    "sd3": Family(SD3Generator, MODELS["sd3"].call, 0.25),
 }
 
 
