@@ -129,6 +129,8 @@ def training_of(args: argparse.Namespace, name: str) -> dict[str, Any]:
             stages.append({"stage": stage, "samples": state["seen"], "parameters": parameters} | kept)
     machine = {"device": args.device, "threads": torch.get_num_threads(), "torch": torch.__version__.split("+")[0]}
     pictures = args.latents if name in FAMILIES else args.pictures
+    if name == "dinov2":  # new ones, in two views each
+        pictures = stages[0]["samples"] // 2
     return {"stages": stages, "pictures": pictures, "seed": 0} | machine
 
 
