@@ -121,21 +121,20 @@ def train_decoder(args: argparse.Namespace) -> None:
 
 
 def latents(args: argparse.Namespace) -> dict:
-    """Return requests, latents (N, 4, 32, 32) in half precision, and which are usual, cached in a file."""
+    """Return requests and latents, (N, 4, 32, 32) in half precision, cached in a file."""
     path = args.output / "latents.pt"
     if not path.exists():
         encoder = fast(normalized(args).encoder, args.dtype)
         rng, generator = random.Random(2), torch.Generator().manual_seed(2)
         requests = [sample_request(rng) for _ in range(args.latents)]
-        found, usual = [], []
+        found = []
         for i in tqdm(range(0, len(requests), 250), desc="latents"):
-            scenes, looks, common = sample_pictures(requests[i : i + 250], rng)
+            scenes, looks, _ = sample_pictures(requests[i : i + 250], rng)
             images = render(scenes, generator, looks, SIZE).to(args.device) * 2 - 1
             images = images.to(args.dtype, memory_format=torch.channels_last)
             with torch.no_grad():
                 found += [encoder(part).cpu().half() for part in images.split(50)]
-            usual.append(common)
-        torch.save({"requests": requests, "latents": torch.cat(found), "usual": torch.cat(usual)}, path)
+        torch.save({"requests": requests, "latents": torch.cat(found)}, path)
     return load_records(path)
 
 

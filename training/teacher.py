@@ -44,7 +44,7 @@ def losses(run: Run, data: dict, rng: random.Random, slips: float = 0.0) -> dict
 
 @torch.no_grad()
 def look(args: argparse.Namespace, model: Any, path: Path, **call: Any) -> None:
-    """Draw training and validation prompts, write 48 of the pictures, and how many are right."""
+    """Draw pictures of validation and training prompts, write the former, and how many of each are right."""
     pipe = model.pipeline(final_vae(args))
     pipe.set_progress_bar_config(disable=True)
     rng = random.Random(7)
@@ -53,8 +53,9 @@ def look(args: argparse.Namespace, model: Any, path: Path, **call: Any) -> None:
     images = torch.cat(
         [pipe(prompts[i : i + 16], generator=generator, output_type="pt", **call).images for i in range(0, 96, 16)]
     ).cpu()
-    right = torch.tensor([v.correct for v in judge(images, prompts)]).float().view(2, 48).mean(1).tolist()
-    bound = sum(v.shape_bound for v in judge(images, prompts)) / 96
+    verdicts = judge(images, prompts)
+    right = torch.tensor([v.correct for v in verdicts]).float().view(2, 48).mean(1).tolist()
+    bound = sum(v.shape_bound for v in verdicts) / 96
     rows = images[:48].unflatten(0, (6, 8)).permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
     Image.fromarray((rows * 255).round().byte().numpy()).save(path)
     found = {"right, validation": right[0], "right, training": right[1], "shapes bound": bound}
@@ -65,7 +66,7 @@ def look(args: argparse.Namespace, model: Any, path: Path, **call: Any) -> None:
 def train_generator(
     args: argparse.Namespace, stage: str, model: Diffusion | SD3Generator, slips: float = 0.0, lr: float = 2e-3
 ) -> None:
-    """Train a generator."""
+    """Train a generator; with `slips` on pictures by how common they are, a share of whose captions is careless."""
     data, samples = latents(args), vars(args)[f"{stage.replace('-', '_')}_samples"]
     data["frequency"] = frequency(data["requests"]) if slips else torch.ones(len(data["requests"]))
     call = {"num_inference_steps": 12, "guidance_scale": 3.0}
