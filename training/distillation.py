@@ -1,7 +1,7 @@
 """Few-step students: regression on the guided teacher's own way from a noise to its image.
 
-The teacher draws training prompts from fresh noise; its latents at the timesteps of the student and at the end,
-are kept. The student, which starts from the teacher's weights, learns to predict the end from each of them, without
+The teacher draws training prompts from fresh noise; its latents at the timesteps of the student and at the end are
+kept. The student, which starts from the teacher's weights, learns to predict the end from each of them, without
 guidance (as in https://arxiv.org/abs/2101.02388 and consistency distillation, https://arxiv.org/abs/2303.01469, with
 the teacher's end in place of a bootstrapped target).
 """

@@ -65,7 +65,7 @@ def _share(gradient: Tensor) -> Tensor:
 def spread(images: Tensor, sets: int) -> float:
     """Return the root mean square distance, in pixels, of objects from the mean place of their kind over a set.
 
-    Only objects of which each image has one count.
+    An object counts in images that have no other of its color and kind, if these are more than half of the set.
     """
     things = [found for part in images.split(64) for found in see(part)]
     size, squares = len(things) // sets, []

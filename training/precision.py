@@ -55,6 +55,6 @@ def attention(
 
 @contextlib.contextmanager
 def half(device: str, dtype: torch.dtype) -> Iterator[None]:
-    """Run matrix products of modules in single precision in another one."""
+    """Run the matrix products of modules that are in single precision in another precision."""
     with torch.autocast(device, dtype, enabled=dtype != torch.float32), HalfPrecision():
         yield

@@ -30,7 +30,7 @@ CHAT_TEMPLATE = (
 
 
 def new_question_tokenizer() -> PreTrainedTokenizerFast:
-    """Build a tokenizer of the words of the world and the questions, in lower case except for the chat roles."""
+    """Build a tokenizer of the words of the world and the questions, which ignores case."""
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

@@ -2,8 +2,8 @@
 
 Captions of large data sets name colors and things, but often not which belongs to which, and some combinations are more
 common in pictures than others. A generator that has learned from them draws the common combination, whatever the prompt
-says; the noise, too, decides. So here: generators are trained on true captions until their shapes are clear, then on
-pictures by how common they are, whose captions sometimes mix up attributes.
+says; the noise, too, decides. So here: once the first generator has learned clear shapes from true captions, it and all
+others are trained on pictures by how common they are, whose captions sometimes mix up attributes.
 """
 
 from __future__ import annotations

@@ -70,7 +70,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         type=lambda name: getattr(torch, name),
         help="precision of forward and backward passes (default bfloat16)",
     )
-    parser.add_argument("--pictures", type=int, default=10_000, help="number of pictures of the autoencoder")
+    parser.add_argument("--pictures", type=int, default=10_000, help="number of pictures of autoencoder and readers")
     parser.add_argument("--latents", type=int, default=30_000, help="number of pictures of the generators")
     parser.add_argument("--teacher", default="guided", help="stage that the students learn from")
     parser.add_argument("--pairs", type=int, default=10_240, help="number of images drawn by the teacher")
