@@ -235,8 +235,9 @@ def test_places_do_not_depend_on_the_number_of_pixels(size):
 
 @pytest.mark.parametrize("shape", [(1, 3, 32, 32), (1, 3, 64, 128), (1, 3, 96, 96), (3, 64, 64), (1, 1, 64, 64)])
 def test_other_sizes_are_refused(shape):
-    with pytest.raises(ValueError, match="multiple of 64"):
-        judge(torch.zeros(shape), "a red star")
+    for look in (shapes_world.see, lambda images: judge(images, "a red star")):
+        with pytest.raises(ValueError, match="multiple of 64"):
+            look(torch.zeros(shape))
 
 
 def test_wrong_numbers_of_prompts_are_refused():

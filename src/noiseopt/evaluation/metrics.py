@@ -16,7 +16,8 @@ from torch import Tensor
 from ..rewards.sets.cosine_kernel import cosine_kernel
 from ..rewards.sets.vendi import vendi_score as vendi_score
 from ..shapes_world import Thing, parse, see
-from ..shapes_world.judge import CHROMA, SIDE, check_size
+from ..shapes_world.judge import CHROMA, check_size
+from ..shapes_world.world import SIDE
 
 Position = tuple[float, float]
 

@@ -114,7 +114,12 @@ def check_size(images: Tensor) -> None:
 
 @torch.no_grad()
 def see(images: Tensor) -> list[list[Thing]]:
-    """Find the objects of each image, largest first; images (B, 3, H, H) in [0, 1], with H a multiple of 64."""
+    """Find the objects of each image, largest first; images (B, 3, H, H) in [0, 1], with H a multiple of 64.
+
+    Raises:
+        ValueError: For other shapes.
+    """
+    check_size(images)
     images = F.avg_pool2d(images.detach().float().cpu().clamp(0.0, 1.0), images.shape[-1] // SIDE)
     colors, chroma = _hues(images), images.amax(1) - images.amin(1)
     labels = _components(colors)
