@@ -96,7 +96,7 @@ def cost(model: EmbeddedModel, gradient: str | None, previews: bool) -> float:
 
 
 def fitting(evaluation: float, images: int, own: int) -> int:
-    """Return as many of a method's own evaluations as fit, with as many prompts as leave `ENOUGH`."""
+    """Return as many of a method's own evaluations as fit, with the most prompts that leave `ENOUGH`."""
     fit = [int(MOST / (evaluation * images * prompts)) for prompts in PROMPTS[images]]
     return max(2, min(own, next((steps for steps in fit if steps >= min(own, ENOUGH)), fit[-1])))
 

@@ -139,7 +139,7 @@ class Choice:
 
     @property
     def prompts(self) -> list[str]:
-        """The default prompts: as many as fit into a minute, one of each two for sets."""
+        """The default prompts: as many as fit into a minute, at equal distances in the list."""
         count = recipes.prompts_fitting(self.cost, self.count, self.steps or 1)
         return DEFAULT_PROMPTS[:: len(DEFAULT_PROMPTS) // count]
 
