@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from sets import PROMPTS, rounded  # pyright: ignore[reportMissingImports]
 from tqdm import tqdm
 
 import noiseopt
@@ -31,7 +32,6 @@ from noiseopt.pipelines.results.atomic_write import atomic_write
 from noiseopt.quiet import quiet_libraries
 
 CPU = torch.device("cpu")
-PROMPTS = {"validation": shapes_world.VALIDATION_PROMPTS, "held-out": shapes_world.HELD_OUT_PROMPTS}
 CALL = {"num_inference_steps": 20, "guidance_scale": 5.0}  # of a model that is not embedded
 RADIUS = 1.0  # the first of the trust region: it begins with the paper's γ
 RANDOM, BEST, OURS = "random diffusion", "best-of-N", "Noise Diffusion, trust region"
@@ -273,15 +273,6 @@ def main(arguments: list[str] | None = None) -> dict[str, Rows]:
     if options.plot:
         draw(record.parts, options.rounds, options.plot)
     return record.parts
-
-
-def rounded(value: Any) -> Any:
-    """Round numbers to five digits."""
-    if isinstance(value, float):
-        return float(f"{value:.5g}")
-    if isinstance(value, dict):
-        return {name: rounded(each) for name, each in value.items()}
-    return [rounded(each) for each in value] if isinstance(value, list) else value
 
 
 if __name__ == "__main__":
