@@ -47,7 +47,6 @@ PULL = 2.5  # the norm of the gradient of λ·v relative to that of the reward, 
 BALANCED = 4  # validation prompts whose median that is
 SETTINGS = {name: value for name, value in RECIPES["never_too_late"].settings.items() if name != "diversity"}
 STEPS = SETTINGS.pop("steps", 25)
-STEPPED: dict[str, dict[str, Any]] = {"paper's step": {"geometry": None}, "white geometry": {"geometry": "white"}}
 GUARD = {"sharpness": {"keep": 0.8}, "complexity": {"keep": 0.8}}
 CANDIDATES = 64  # of group selection, per set
 MANY = 10**6  # more than fit in any time
@@ -134,7 +133,7 @@ def rows(table: str, steps: int) -> list[Row]:
     """Return the rows of a table."""
     if table == "objectives":
         found = [Row("plain")] + [Row(name, ours(name, steps=steps)) for name in OBJECTIVES]
-        found += [Row(f"{MAIN}, {name}", ours(steps=steps, **changes)) for name, changes in STEPPED.items()]
+        found.append(Row(f"{MAIN}, paper's step", ours(steps=steps, geometry=None)))
         return [*found, Row(f"{MAIN}, guard", ours(steps=steps, guard=GUARD))]
     if table == "pink":
         return [row for noise, sampler in SWEPT.items() for row in contest(noise, sampler, steps, "white, plain")]

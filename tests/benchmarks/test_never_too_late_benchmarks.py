@@ -15,7 +15,7 @@ from noiseopt.evaluation.looking import Looking
 from noiseopt.pipelines.searches.group_solver import group_value
 
 
-@pytest.mark.parametrize(("table", "count"), [("methods", 8), ("objectives", 12), ("pink", 39)])
+@pytest.mark.parametrize(("table", "count"), [("methods", 8), ("objectives", 11), ("pink", 39)])
 def test_rows_are_compared_with_rows_and_get_the_time_of_rows_before_them(table, count):
     names = [row.name for row in rows(table, 3)]
     assert len(set(names)) == len(names) == count
