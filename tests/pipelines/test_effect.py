@@ -41,7 +41,7 @@ def test_best_of_n_finds_a_higher_reward_for_most_prompts(pipe):
 
 
 @pytest.mark.slow
-def test_the_multi_step_model_is_optimised_through_its_chain():
+def test_the_multi_step_model_is_optimized_through_its_chain():
     pipe = ReNOStableDiffusionPipeline.from_pretrained(shapes_world.path("guided"))
     pipe.set_progress_bar_config(disable=True)
     settings = {**shapes_world.MODELS["guided"].call, "generator": seeded(0, 4)}
