@@ -254,6 +254,8 @@ class Record:
         machine = {"python": platform.python_version(), "torch": torch.__version__, "noiseopt": noiseopt.__version__}
         self.parts: dict[str, Any] = known.get("parts", {})
         self.head = {"settings": settings, "machine": machine}
+        if self.path:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
 
     def keep(self, part: str, name: str, value: Any) -> None:
         self.parts.setdefault(part, {})[name] = rounded(value)
