@@ -49,6 +49,11 @@ def assemble(args: argparse.Namespace, name: str) -> Any:
     return model.pipeline(final_vae(args))
 
 
+def denoiser_of(pipe: Any) -> Any:
+    """Return the U-Net or the transformer of a pipeline."""
+    return pipe.components.get("unet") or pipe.transformer
+
+
 @torch.no_grad()
 def gallery(args: argparse.Namespace) -> None:
     """Draw images of training prompts, four of each, in a file per generator; those that exist are kept."""
@@ -59,7 +64,7 @@ def gallery(args: argparse.Namespace) -> None:
         rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
         pipe = assemble(args, name)
         pipe.set_progress_bar_config(disable=True)
-        halved(pipe.transformer if family.kind is SD3Generator else pipe.unet, args.dtype)
+        halved(denoiser_of(pipe), args.dtype)
         images, asked = [], []
         for _ in tqdm(range(int(args.gallery * family.share) // 64), desc=path.stem, mininterval=5):
             prompts = [str(sample_request(rng)) for _ in range(16)] * 4

@@ -19,7 +19,7 @@ from noiseopt.shapes_world.captions import CATEGORIES, VALIDATION_PROMPTS, capti
 from noiseopt.shapes_world.judge import judge
 
 from .distillation import halved
-from .drawing import FAMILIES
+from .drawing import FAMILIES, denoiser_of
 from .export import write_json
 from .generators import CHANNELS, SIDE
 from .naturalness import collapse, gradient_shares, gradients, new_pictures
@@ -84,11 +84,6 @@ def load_pipeline(folder: Path) -> Any:
         pipe = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     return pipe
-
-
-def denoiser_of(pipe: Any) -> Any:
-    """Return the U-Net or the transformer of a pipeline."""
-    return pipe.components.get("unet") or pipe.transformer
 
 
 @torch.no_grad()
