@@ -28,7 +28,7 @@ class BeforeAfter:
         measure: The name of what else shows the effect: "reward", "P(yes)" or "diversity".
         values: Its mean over the images or sets, before and after.
         ruler: The embedded model whose features the diversity is measured in; `None` for single images.
-        layout: The mean distance of the same objects from their mean position in the images of a prompt, in pixels,
+        layout: The root mean square distance of an object from its mean position in the images of a prompt, in pixels,
             before and after; `None` for single images.
     """
 
