@@ -10,7 +10,6 @@ as the features in which the images are to differ. Other settings are those of t
 spreads that it measures, and DINOv2: MSS, Vendi and patches. Run a command again with the same `--output` to resume.
 """
 
-import argparse
 import dataclasses
 import functools
 import math
@@ -245,7 +244,7 @@ def main(arguments: list[str] | None = None) -> Report:
     parser = parser_of("It's Never Too Late from white and pink noise.", "turbo", images=4, limit=24)
     parser.add_argument("--table", choices=("methods", "objectives", "pink"), default="methods")
     parser.add_argument("--steps", type=at_least(2), default=STEPS, help="evaluations, the baseline included")
-    options: argparse.Namespace = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     found = run(options, rows(options.table, options.steps), curves=options.table == "methods")
     print(report(found, options.table))
     if options.plot:

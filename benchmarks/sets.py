@@ -55,7 +55,6 @@ class Row:
         time_of: The name of an earlier row whose seconds this one gets.
         against: The name of the row it is compared with.
         images: The images of a set, if not those of the `Bench`.
-        call: Arguments of the pipeline's call that this row changes.
     """
 
     name: str
@@ -64,7 +63,6 @@ class Row:
     time_of: str | None = None
     against: str = "plain"
     images: int | None = None
-    call: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 class Clock(NoiseCallback):
@@ -122,7 +120,7 @@ class Bench:
     def draw(self, row: Row, prompt: str, number: int, seconds: float) -> Numbers:
         """Draw the set of a prompt, the seeds of which its number fixes, in at most some seconds; and measure it."""
         count = row.images or self.images
-        call = {**self.call, **row.call, "num_images_per_prompt": count}
+        call = {**self.call, "num_images_per_prompt": count}
         clock = Clock(self.distance if self.curves else None, seconds)
         generator = seeded(SEEDS * number, count)
         method = PlainSampling() if row.make is None else row.make(self)
