@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from noiseopt.evaluation.metrics import mean_pairwise_similarity
@@ -83,6 +84,13 @@ def spread(images: Tensor, sets: int) -> float:
     return float(torch.stack(squares).mean().sqrt()) if squares else float("nan")
 
 
+def similarity_among(features: Tensor, chosen: Tensor) -> float:
+    """Return the mean cosine of all pairs of chosen images of a set, from features (P, N, D) and a mask (P, N)."""
+    unit = F.normalize(features, dim=-1)
+    pairs = (chosen[:, :, None] & chosen[:, None, :]).tril(-1)
+    return float((unit @ unit.mT)[pairs].mean())
+
+
 def new_pictures(requests: Sequence[Request], seed: int) -> tuple[Tensor, list[Scene]]:
     """Draw a training picture of each request, (N, 3, 128, 128) in [0, 1], and its scene."""
     scenes, looks, _ = sample_pictures(requests, random.Random(seed))
@@ -102,6 +110,9 @@ def collapse(
         right = [v.correct for v in judge(each, asked)]
         found[name] = {
             "similarity": round(float(mean_pairwise_similarity(seen).mean()), 4),
+            "similarity of right images": round(
+                similarity_among(seen, torch.tensor(right).unflatten(0, (-1, count))), 4
+            ),
             "spread of places (pixels)": round(spread(each, len(prompts)), 2),
             "spread of grounds": round(float(ground.std(1).mean()), 4),
             "right": round(sum(right) / len(right), 3),

@@ -54,7 +54,8 @@ def test_labels_are_compared_with_the_judge(folder, tmp_path, capsys):
         "against": [(star + 1) % 3 + 1],
     }
     tile = json.loads((folder / "pictures.json").read_text())["tiles"][star]
-    assert (tile["right"], tile["unsure"], tile["notes"]) == ([True, False, True], [False, True, False], ["a note", "", ""])
+    assert tile["right"] == [True, False, True] and tile["unsure"] == [False, True, False]
+    assert tile["notes"] == ["a note", "", ""]
 
 
 def test_labels_that_are_not_labels_are_refused(tmp_path):

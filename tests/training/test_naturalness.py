@@ -41,3 +41,12 @@ def test_spread_is_in_pixels():
     scenes = [shapes_world.Scene((shapes_world.Shape("square", "red", x, 32, 10),)) for x in (28, 36)]
     images = shapes_world.render(scenes, torch.Generator().manual_seed(0), size=128)
     assert naturalness.spread(images, 1) == pytest.approx(8.0)
+
+
+def test_only_pairs_of_chosen_images_count():
+    features = torch.tensor(
+        [[[1.0, 0.0], [2.0, 0.0], [0.0, 3.0], [-1.0, 0.0]], [[1.0, 1.0], [1.0, 0.0], [0.0, 1.0], [0.0, 1.0]]]
+    )
+    chosen = torch.tensor([[True, True, True, False], [True, True, False, False]])
+    expected = (1 + 0 + 0 + 0.5**0.5) / 4
+    assert naturalness.similarity_among(features, chosen) == pytest.approx(expected, abs=1e-6)
