@@ -114,7 +114,7 @@ def add_measures(parser: argparse.ArgumentParser) -> None:
         action="append",
         dest="watched",
         metavar="NAME",
-        help="reward that is only measured; repeatable (default for embedded models: vqa if available)",
+        help="reward that is only measured; repeatable (default for embedded models: vqa)",
     )
     group.add_argument(
         "--features",
@@ -163,7 +163,7 @@ def evaluate(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> 
 
 def plan_of(arguments: argparse.Namespace) -> "Plan":
     """Build the plan. Raises `ValueError` or `OSError` for invalid arguments."""
-    from .plan import HELD_OUT_FEATURES, MethodChoice, ModelChoice, Plan, has_weights, parse_settings
+    from .plan import HELD_OUT_FEATURES, MethodChoice, ModelChoice, Plan, parse_settings
     from .prompt_sets import load_prompts
 
     limit = arguments.limit or (None if arguments.prompts else FIRST_LOOK)
@@ -171,8 +171,8 @@ def plan_of(arguments: argparse.Namespace) -> "Plan":
     models = tuple(ModelChoice.parse(name, call) for name in arguments.models or ["turbo"])
     embedded = all(model.embedded for model in models)
     rewards = arguments.rewards or (["clip"] if embedded else [])
-    watched = arguments.watched if arguments.watched is not None else ["vqa"] if embedded and has_weights("vqa") else []
-    held_out = ("dinov2" if has_weights("dinov2") else "clip") if embedded else HELD_OUT_FEATURES
+    watched = arguments.watched if arguments.watched is not None else ["vqa"] if embedded else []
+    held_out = "dinov2" if embedded else HELD_OUT_FEATURES
     features = None if arguments.features == "none" else arguments.features or held_out
     return Plan(
         models=models,

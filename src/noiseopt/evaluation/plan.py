@@ -33,7 +33,6 @@ from ..rewards.features.auto_features import find_features
 from ..rewards.features.features import FEATURES, import_optional
 from ..rewards.sets.set_reward_sum import check_set_reward_entry, set_reward_entries
 from ..schedulers.noise_samplers import as_noise_sampler
-from ..shapes_world.embedded import WEIGHTS
 from .embedded_diversity import TOWERS, embedded_diversity, features_of, tower, towers_of
 from .prompt_sets import PromptSet
 
@@ -598,8 +597,3 @@ def check_features(name: str) -> None:
             import_optional(features.package)
         except ImportError as error:
             raise ValueError(str(error)) from None
-
-
-def has_weights(name: str) -> bool:
-    """Return whether the weights of an embedded model are in the package or the checkout."""
-    return (WEIGHTS / name).is_dir()
