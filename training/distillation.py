@@ -64,7 +64,7 @@ class Way:
 @torch.no_grad()
 def draw_pairs(args: argparse.Namespace) -> None:
     """Draw the teacher's ways, in files of `PART` each; those that exist are kept."""
-    model = averaged(args.output / f"{args.teacher}.pt", SDGenerator()).to(args.device)
+    model = averaged(args.output / "guided.pt", SDGenerator()).to(args.device)
     pipe = model.pipeline(final_vae(args))
     pipe.set_progress_bar_config(disable=True)
     halved(pipe.unet, args.dtype)
@@ -124,7 +124,7 @@ def train_student(args: argparse.Namespace, stage: str, model: Diffusion, lr: fl
 
 def train_turbo(args: argparse.Namespace) -> None:
     """Train the SD student."""
-    train_student(args, "turbo", averaged(args.output / f"{args.teacher}.pt", SDGenerator()).requires_grad_())
+    train_student(args, "turbo", averaged(args.output / "guided.pt", SDGenerator()).requires_grad_())
 
 
 def train_sdxl_turbo(args: argparse.Namespace) -> None:

@@ -24,7 +24,7 @@ STAGES_OF = {  # training stages of each model, in order
     "guided": _TEACHER,
     "sdxl": (*_TEACHER, "sdxl"),
     "sdxl-turbo": (*_TEACHER, "turbo", "sdxl-turbo"),
-    "sd3": ("vae", "decoder", "sd3"),
+    "sd3": ("vae", "decoder", "base", "sd3"),
     "clip": ("eyes", "clip", "refined"),
     "dinov2": ("dinov2",),
     "vqa": ("eyes", "vqa"),

@@ -64,15 +64,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, required=True, help="folder for checkpoints, samples and `weights`")
     parser.add_argument("--stages", nargs="+", default=list(STAGES), choices=list(STAGES), metavar="STAGE")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument(
-        "--dtype",
-        default=torch.bfloat16,
-        type=lambda name: getattr(torch, name),
-        help="precision of forward and backward passes (default bfloat16)",
-    )
+    precisions = {name: getattr(torch, name) for name in ("bfloat16", "float16", "float32")}
+    parser.add_argument("--dtype", default="bfloat16", choices=precisions, help="of the passes")
     parser.add_argument("--pictures", type=int, default=10_000, help="number of pictures of autoencoder and readers")
     parser.add_argument("--latents", type=int, default=30_000, help="number of pictures of the generators")
-    parser.add_argument("--teacher", default="guided", help="stage that the students learn from")
     parser.add_argument("--pairs", type=int, default=10_240, help="number of images drawn by the teacher")
     parser.add_argument("--failures", type=int, default=5_000, help="number of imitated failures")
     parser.add_argument("--slips", type=float, default=0.5, help="share of careless captions")
@@ -85,7 +80,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--report-pictures", type=int, default=512, help="rendered pictures")
     for stage, samples in SAMPLES.items():
         parser.add_argument(f"--{stage}-samples", type=int, default=samples, metavar="N", help=f"default {samples}")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.dtype = precisions[args.dtype]
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> None:
