@@ -27,7 +27,7 @@ STAGES_OF = {  # training stages of each model, in order
     "sd3": ("vae", "decoder", "base", "sd3"),
     "clip": ("eyes", "clip", "refined"),
     "dinov2": ("dinov2",),
-    "vqa": ("eyes", "vqa"),
+    "vqa": ("eyes", "vqa", "answers"),
 }
 PROCESSOR: dict[str, Any] = {  # of the pictures that readers see
     "do_resize": True,
@@ -50,17 +50,16 @@ def export(args: argparse.Namespace) -> None:
     for name in FAMILIES:
         if (args.output / f"{name}.pt").exists():
             assemble(args, name).to(torch.float16).save_pretrained(folder / name)
-    rewards = [path for path in (args.output / f"{stage}.pt" for stage in ("refined", "clip")) if path.exists()]
-    if rewards:
-        reward = averaged(rewards[0], Reward())
+    if path := last_of(args, "clip", "refined"):
+        reward = averaged(path, Reward())
         reward.clip.half().save_pretrained(folder / "clip")
         reward.tokenizer.save_pretrained(folder / "clip")
         write_processor(folder / "clip")
     if (args.output / "dinov2.pt").exists():
         averaged(args.output / "dinov2.pt", TowerTraining()).tower.half().save_pretrained(folder / "dinov2")
         write_processor(folder / "dinov2")
-    if (args.output / "vqa.pt").exists():
-        export_vqa(averaged(args.output / "vqa.pt", VLMTraining()), folder / "vqa")
+    if path := last_of(args, "vqa", "answers"):
+        export_vqa(averaged(path, VLMTraining()), folder / "vqa")
     for path in folder.glob("**/config.json"):
         correct(path)
     for path in folder.glob("**/*.safetensors"):
@@ -69,6 +68,12 @@ def export(args: argparse.Namespace) -> None:
         training = training_of(args, path.name)
         write_json(path / "training.json", training)
         draw_curves(training["stages"], path / "learning_curve.png")
+
+
+def last_of(args: argparse.Namespace, *stages: str) -> Path | None:
+    """Return the checkpoint of the last of some stages that has one."""
+    paths = [path for path in (args.output / f"{stage}.pt" for stage in stages) if path.exists()]
+    return paths[-1] if paths else None
 
 
 def export_vqa(model: VLMTraining, folder: Path) -> None:

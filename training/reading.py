@@ -144,7 +144,7 @@ def seen(args: argparse.Namespace) -> list[Seen]:
 
 
 def train_vqa(args: argparse.Namespace) -> None:
-    """Train the vision-language model; the last 6% mostly asks images of generators about their own prompts."""
+    """Train the vision-language model on many questions about rendered and generated pictures."""
     sources = seen(args)
     model = VLMTraining()
     eyes = averaged(args.output / "eyes.pt", EyesTraining()).eyes
@@ -152,11 +152,41 @@ def train_vqa(args: argparse.Namespace) -> None:
     run = Run(model.to(args.device), args.output / "vqa.pt", args.vqa_samples, batch=48, lr=2e-3)
     rng = random.Random(torch.initial_seed())
     for _ in run:
-        last = len(sources) > 2 and run.seen >= 0.94 * run.samples
-        own, count, weights = (0.9, 1, (0, 0, 1)) if last else (0.5, 5, (1, 1, 3)[: len(sources)])
-        chosen = [(s, rng.randrange(len(s.images))) for s in rng.choices(sources, weights, k=run.batch)]
-        asked = [[s.ask(row, rng, own) for _ in range(count)] for s, row in chosen]
-        images = blemish(torch.stack([s.images[row] for s, row in chosen]).to(args.device).float() / 255)
-        with half(args.device, args.dtype):
-            answer = run.model(images, asked)
-        run.step({"answer": 2 * answer.float()})
+        run.step(answers(args, run, sources, (1, 1, 3)[: len(sources)], rng, own=0.5, count=5))
+
+
+def answers(
+    args: argparse.Namespace,
+    run: Run,
+    sources: Sequence[Seen],
+    weights: Sequence[float],
+    rng: random.Random,
+    own: float,
+    count: int,
+) -> dict[str, Tensor]:
+    """Return the loss of `count` questions about each image of a batch, a share `own` of them with its own prompt."""
+    chosen = [(s, rng.randrange(len(s.images))) for s in rng.choices(sources, weights, k=run.batch)]
+    asked = [[s.ask(row, rng, own) for _ in range(count)] for s, row in chosen]
+    images = blemish(torch.stack([s.images[row] for s, row in chosen]).to(args.device).float() / 255)
+    with half(args.device, args.dtype):
+        loss = run.model(images, asked)
+    return {"answer": 2 * loss.float()}
+
+
+def refine_vqa(args: argparse.Namespace) -> None:
+    """Continue with the image encoder of the refined reward, mostly on the generators' own prompts and images.
+
+    The last quarter has the images as often as they are drawn, so that P("yes") is calibrated.
+    """
+    sources = seen(args)
+    if len(sources) < 3:
+        raise FileNotFoundError("Expected images of generators. Run the stage `gallery` first.")
+    model = averaged(args.output / "vqa.pt", VLMTraining()).requires_grad_()
+    refined = averaged(args.output / "refined.pt", Reward())
+    model.vlm.model.vision_tower.load_state_dict(refined.clip.vision_model.state_dict())
+    run = Run(model.to(args.device), args.output / "answers.pt", args.answers_samples, batch=48, lr=1e-3)
+    rng = random.Random(torch.initial_seed())
+    for _ in run:
+        last = run.seen >= 0.75 * run.samples
+        weights, own, count = ((0, 0, 1), 1.0, 1) if last else ((1, 1, 6), 0.8, 2)
+        run.step(answers(args, run, sources, weights, rng, own, count))
