@@ -40,9 +40,9 @@ OBJECTIVES = {
     "tiny L2": ("pairwise", "tiny_image"),
     "soft colors": ("pairwise", "color_histogram"),
 }
-MAIN = "dpp"  # the objective of the other tables
-SAME = "pairwise"  # what group selection maximizes
-PULL = 2.5  # the norm of the gradient of λ·v relative to that of the reward, at plain noises
+MAIN = "tiny L2"  # the objective of the other tables
+SAME = "tiny L2"  # what group selection maximizes
+PULL = 1.0  # the norm of the gradient of λ·v relative to that of the reward, at plain noises
 BALANCED = 4  # validation prompts whose median that is
 SETTINGS = {name: value for name, value in RECIPES["never_too_late"].settings.items() if name != "diversity"}
 STEPS = SETTINGS.pop("steps", 25)
