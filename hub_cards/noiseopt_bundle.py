@@ -111,8 +111,8 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 # The name that diffusers gives this module may come to mean the bundle of another release.
-sys.modules[f"{__name__}_f4020ffacd97"] = sys.modules[__name__]
-__name__ = f"{__name__}_f4020ffacd97"
+sys.modules[f"{__name__}_6cce6fdad115"] = sys.modules[__name__]
+__name__ = f"{__name__}_6cce6fdad115"
 
 # rewards/contract/transforms.py
 
@@ -9332,8 +9332,8 @@ class PinkNoise(NoiseSampler):
         band: (low, high) in the units of f, the frequencies to which the slope is limited.
         outside: The gain outside the band: "flat" continues the gain at its edges, "zero" removes other frequencies.
         standardize: `False` scales by the standard deviation of the distribution instead of that of each channel, and
-            keeps the means, that is, f = 0, so that the noise is exactly Gaussian. In small latents, such as 8 × 8, the
-            means determine much of an image: without them, images of a prompt are far more similar.
+            keeps the means, that is, f = 0, so that the noise is exactly Gaussian. The means are 1/(H·W)
+            of the variance of white noise, and more of that of pink noise.
 
     Raises:
         ValueError: For arguments outside their ranges, and for `outside="zero"` without a band.
