@@ -93,7 +93,7 @@ def test_front_matter(name, library, cards):
 def test_card_tells_the_training(cards):
     text = cards["turbo"].files()["README.md"]
     assert "| `vae` | autoencoder, on windows of pictures | 366,891 | 1,000 | 16 | 1.5 |" in text
-    assert "| `base` | U-Net of the SD kind, mostly from pure noise | 3,081,096 | 24,000 | 64 | 5.9 |" in text
+    assert "| `base` | U-Net of the SD kind, on true captions | 3,081,096 | 24,000 | 64 | 5.9 |" in text
     assert "| all |  |  | 25,000 |  | 7.4 |" in text
     assert "30,000 rendered pictures. Seed 5, device `cpu` with 2 threads, torch 2.13.0." in text
     assert "python -m training.train --output DIR\n" in text
