@@ -147,8 +147,8 @@ def test_demo_of_a_method_of_sets_with_rewards(tmp_path, capsys):
     assert f"{SET} images of 1 prompt, seed 0, 3 steps toward images that differ" in printed
     assert f" of {SET}, Vendi " in printed and "in held-out features (dinov2)" in printed
     result = NoiseResult.load(tmp_path / "noise.safetensors")
-    assert result.provenance["objective"]["diversity"]["dpp"]["features"] == "clip"
-    assert result.losses.shape == (3, SET) and result.best_scores["dpp"][0] > result.initial_scores["dpp"][0]
+    assert result.provenance["objective"]["diversity"]["pairwise"]["features"] == "tiny_image"
+    assert result.losses.shape == (3, SET) and result.best_scores["pairwise"][0] > result.initial_scores["pairwise"][0]
     assert {Path(path).name for path in Choice.of("never_too_late").weights()} == {"turbo", "clip", "dinov2"}
 
 

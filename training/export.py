@@ -14,7 +14,7 @@ from safetensors.torch import load, save
 from noiseopt.shapes_world.world import SIZE
 
 from .drawing import FAMILIES, assemble
-from .optimization import averaged
+from .optimization import averaged, last_of
 from .questions import CHAT_TEMPLATE
 from .readers import PATCH, Reward, TowerTraining, VLMTraining
 
@@ -50,7 +50,7 @@ def export(args: argparse.Namespace) -> None:
     for name in FAMILIES:
         if (args.output / f"{name}.pt").exists():
             assemble(args, name).to(torch.float16).save_pretrained(folder / name)
-    if path := last_of(args, "clip", "refined"):
+    if path := last_of(args.output, "clip", "refined"):
         reward = averaged(path, Reward())
         reward.clip.half().save_pretrained(folder / "clip")
         reward.tokenizer.save_pretrained(folder / "clip")
@@ -58,7 +58,7 @@ def export(args: argparse.Namespace) -> None:
     if (args.output / "dinov2.pt").exists():
         averaged(args.output / "dinov2.pt", TowerTraining()).tower.half().save_pretrained(folder / "dinov2")
         write_processor(folder / "dinov2")
-    if path := last_of(args, "vqa", "answers"):
+    if path := last_of(args.output, "vqa", "answers"):
         export_vqa(averaged(path, VLMTraining()), folder / "vqa")
     for path in folder.glob("**/config.json"):
         correct(path)
@@ -68,12 +68,6 @@ def export(args: argparse.Namespace) -> None:
         training = training_of(args, path.name)
         write_json(path / "training.json", training)
         draw_curves(training["stages"], path / "learning_curve.png")
-
-
-def last_of(args: argparse.Namespace, *stages: str) -> Path | None:
-    """Return the checkpoint of the last of some stages that has one."""
-    paths = [path for path in (args.output / f"{stage}.pt" for stage in stages) if path.exists()]
-    return paths[-1] if paths else None
 
 
 def export_vqa(model: VLMTraining, folder: Path) -> None:

@@ -179,3 +179,9 @@ def averaged(path: Path, model: Model) -> Model:
 def fast(module: Model, dtype: torch.dtype) -> Model:
     """Convert a module to a precision, and to the memory format in which convolutions are fast."""
     return module.to(dtype=dtype, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+
+
+def last_of(folder: Path, *stages: str) -> Path | None:
+    """Return the checkpoint of the last of some stages that has one."""
+    paths = [path for path in (folder / f"{stage}.pt" for stage in stages) if path.exists()]
+    return paths[-1] if paths else None

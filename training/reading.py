@@ -21,7 +21,7 @@ from noiseopt.shapes_world.world import LOOKS, SIZE, render
 
 from .data import blemish, failures, pictures, sample_pictures
 from .drawing import drawn
-from .optimization import Run, averaged
+from .optimization import Run, averaged, last_of
 from .precision import half
 from .questions import Seen
 from .readers import Reward, TowerTraining, VLMTraining, tower_targets
@@ -178,11 +178,13 @@ def refine_vqa(args: argparse.Namespace) -> None:
 
     The last quarter has the images as often as they are drawn, so that P("yes") is calibrated.
     """
-    sources = seen(args)
-    if len(sources) < 3:
-        raise FileNotFoundError("Expected images of generators. Run the stage `gallery` first.")
+    sources, rewarded = seen(args), last_of(args.output, "clip", "refined")
+    if len(sources) < 3 or not rewarded:
+        raise FileNotFoundError(
+            "Expected images of generators and a reward. Run the stages `gallery` and `clip` first."
+        )
     model = averaged(args.output / "vqa.pt", VLMTraining()).requires_grad_()
-    refined = averaged(args.output / "refined.pt", Reward())
+    refined = averaged(rewarded, Reward())
     model.vlm.model.vision_tower.load_state_dict(refined.clip.vision_model.state_dict())
     run = Run(model.to(args.device), args.output / "answers.pt", args.answers_samples, batch=48, lr=1e-3)
     rng = random.Random(torch.initial_seed())

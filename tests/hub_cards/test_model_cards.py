@@ -191,7 +191,7 @@ print(json.dumps([downloaded, image.size]))
     run = processes.run("\n".join([*(programs(text)[0] for text in texts), checks]), folder=tmp_path)
     assert run.returncode == 0, run.stderr
     folder, size = json.loads(run.stdout.splitlines()[-1])
-    assert size == [64, 64] and (tmp_path / "shapes.png").is_file()
+    assert size == [128, 128] and (tmp_path / "shapes.png").is_file()
     assert Path(folder).is_relative_to(hub.cache)
     assert {path.name for path in Path(folder).iterdir()} >= {"README.md", "unet", "training.json"}
     pipe = build_pipeline(cards["turbo"].folder)
