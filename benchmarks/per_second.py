@@ -17,7 +17,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from never_too_late import reached  # pyright: ignore[reportMissingImports]
@@ -49,6 +49,7 @@ UNSEARCHED, NO_VIEWS = "ReNO, search=0", "ReNO, search=0, views=0"
 LENGTHS = (6, 11, 20, 40, 78)  # of the default, whose search depends on the number of steps
 BANDS = (BEST_OF_N, BEFORE, NOW)  # whose intervals are drawn
 RATE = "learning_rate=5.0"  # the paper's, in units of √(H·W)/64: noise of the embedded models has its 4 channels
+Judge = Callable[[Tensor, Sequence[str]], Tensor]  # images and prompts to 1.0 or 0.0 of each
 Moment = Tensor  # `(batches,)`, a time in each batch, in seconds per image
 
 
@@ -151,6 +152,31 @@ def right(images: Tensor, prompts: Sequence[str]) -> Tensor:
     return torch.tensor([float(verdict.correct) for verdict in shapes_world.judge(images, prompts)])
 
 
+DARK, WEIGHT = 0.3, 20.0  # mean of a dark border of an image; the reward of a change by 1
+
+
+def border(images: Tensor) -> Tensor:
+    """Return the mean `(B,)` of the outer sixteenth on the left and on the right of images in [0, 1]."""
+    width = images.shape[-1] // 16
+    return torch.cat([images[..., :width], images[..., -width:]], -1).mean((1, 2, 3))
+
+
+def right_and_dark(images: Tensor, prompts: Sequence[str]) -> Tensor:
+    """Return 1.0 for images that are right and have a dark ground, `(B,)`, else 0.0."""
+    return right(images, prompts) * (border(images).cpu() < DARK)
+
+
+@dataclasses.dataclass(frozen=True)
+class DarkGround:
+    """A reward that also prefers a dark ground: less by `WEIGHT` times what its border is above `DARK` − 0.1."""
+
+    reward: Callable[[Tensor, Sequence[str]], Tensor]
+    name: ClassVar[str] = "clip_and_dark"
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return self.reward(images, prompts) - WEIGHT * (border(images) - DARK + 0.1).clamp_min(0)
+
+
 class Follower(NoiseCallback):
     """Record what a run would return after each evaluation, and stop it when its time is over.
 
@@ -159,10 +185,14 @@ class Follower(NoiseCallback):
         name: The reward to record.
         horizon: The time, in the same seconds.
         least: The number of evaluations before which no run is stopped.
+        judge: What says which images are right; by default the judge of the shapes world.
     """
 
-    def __init__(self, clock: Callable[[], float], name: str, horizon: float, least: int) -> None:
+    def __init__(
+        self, clock: Callable[[], float], name: str, horizon: float, least: int, judge: Judge | None = None
+    ) -> None:
         self.clock, self.name, self.horizon, self.least, self.lost = clock, name, horizon, least, 0.0
+        self.judge = judge or right
         self.seconds: list[float] = []
         self.rewards: list[Tensor] = []
         self.right: list[Tensor] = []
@@ -176,7 +206,7 @@ class Follower(NoiseCallback):
         (new,) = (best.step == state.step).cpu().nonzero(as_tuple=True)
         if len(new):
             rewards[new] = state.scores[self.name].cpu()[new]
-            verdicts[new] = right(best.images[new], [state.prompts[index] for index in new])
+            verdicts[new] = self.judge(best.images[new], [state.prompts[index] for index in new])
         self.seconds.append(seconds)
         self.rewards.append(rewards)
         self.right.append(verdicts)
@@ -196,13 +226,16 @@ class Bench:
         model: An embedded model.
         steps: The evaluations of `BEFORE` and `RELEASED` that count.
         device: Where to run it.
+        dark: Whether the ground is to be dark, too.
     """
 
-    def __init__(self, model: str, steps: int, device: str) -> None:
+    def __init__(self, model: str, steps: int, device: str, dark: bool = False) -> None:
         self.device, self.steps = torch.device(device), steps
         with quiet_libraries():
             self.pipe: Any = load_pipeline(model).to(self.device)
-            self.reward = AutoReward.from_pretrained(shapes_world.path("clip")).to(self.device)
+            reward = AutoReward.from_pretrained(shapes_world.path("clip")).to(self.device)
+        self.reward: Any = DarkGround(reward) if dark else reward
+        self.judge: Judge = right_and_dark if dark else right
         self.pipe.set_progress_bar_config(disable=True)
         self.call = dict(shapes_world.MODELS[model].call)
 
@@ -230,14 +263,16 @@ class Bench:
         seconds = (self.now() - began) / len(problems)
         with torch.no_grad():
             rewards = self.reward(images, prompts).cpu()
-        return Curve(torch.tensor([seconds]), rewards[None], right(images, prompts)[None])
+        return Curve(torch.tensor([seconds]), rewards[None], self.judge(images, prompts)[None])
 
     def follow(self, choice: MethodChoice, problems: Sequence[Problem], horizon: float) -> Curve:
         """Run a method until the time is over."""
         prompts, generators = inputs(problems)
         method = dataclasses.replace(choice.build(self.reward), steps=MANY)
         began = self.now()
-        follower = Follower(lambda: self.now() - began, self.reward.name, horizon * len(problems), self.steps)
+        follower = Follower(
+            lambda: self.now() - began, self.reward.name, horizon * len(problems), self.steps, self.judge
+        )
         optimize_noise(self.pipe, prompts, method, callbacks=follower, generator=generators, **self.call)
         return follower.curve()
 
@@ -250,7 +285,7 @@ class Bench:
         result = optimize_noise(self.pipe, prompts, choice.build(self.reward), generator=generators, **self.call)
         seconds = (self.now() - began) / len(problems)
         rewards = result.best_scores[self.reward.name].cpu()
-        return Curve(torch.tensor([seconds]), rewards[None], right(result.images, prompts)[None])
+        return Curve(torch.tensor([seconds]), rewards[None], self.judge(result.images, prompts)[None])
 
 
 def batches(problems: Sequence[Problem], size: int) -> Iterator[Sequence[Problem]]:
@@ -529,6 +564,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="initial noises per prompt")
     parser.add_argument("--steps", type=int, default=50, metavar="N", help="evaluations whose time is compared")
     parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="problems per call")
+    parser.add_argument("--dark", action="store_true", help="the ground is to be dark, too: reward and judge say so")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write all numbers as JSON, and resume from there")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the curves as an image")
@@ -563,12 +599,12 @@ def main(arguments: Sequence[str] | None = None) -> Results:
     prompts = list(getattr(shapes_world, SPLITS[options.split])[: options.limit])
     problems = [Problem(prompt, i, seed) for seed in range(options.seeds) for i, prompt in enumerate(prompts)]
     parts = list(batches(problems, options.batch_size))
-    for _ in compare(Bench(options.model, options.steps, options.device), parts, found):
+    for _ in compare(Bench(options.model, options.steps, options.device, options.dark), parts, found):
         if options.output:
             save(options.output, known, prompts, found)
     results = Results(found, len(prompts), options.steps)
     noises = f"{options.seeds} noise{'s' * (options.seeds > 1)}"
-    what = f"{options.model}, {len(prompts)} {options.split} prompts × {noises}"
+    what = f"{options.model}, {len(prompts)} {options.split} prompts × {noises}{', on a dark ground' * options.dark}"
     seconds = "processor seconds per image" if options.device == "cpu" else "seconds per image"
     print(f"{what}. Right by the judge, reward, and evaluations, at equal {seconds}\n\n{table(results)}\n")
     print(*statements(results), sep="\n")

@@ -175,6 +175,20 @@ def test_each_row_starts_from_the_plain_image(bench, label):
     torch.testing.assert_close(made.rewards[0], plain.rewards[0])
 
 
+def test_a_dark_ground_counts_for_reward_and_judge(bench):
+    images = torch.full((3, 3, 128, 128), 0.5)
+    images[1, :, :, :8] = images[1, :, :, -8:] = 0.25
+    images[2, :, :, :8] = 0.0
+    assert per_second.border(images).tolist() == pytest.approx([0.5, 0.25, 0.25])
+    reward = per_second.DarkGround(lambda images, prompts: torch.ones(len(images)))
+    assert reward(images, [""] * 3).tolist() == pytest.approx([1 - 20 * 0.3, 1 - 20 * 0.05, 1 - 20 * 0.05])
+    problems = [per_second.Problem(shapes_world.VALIDATION_PROMPTS[4], 4, 0)]
+    dark = per_second.Bench("turbo", steps=2, device="cpu", dark=True).run(ROWS[PLAIN], problems, 0.0)
+    plain = bench.run(ROWS[PLAIN], problems, 0.0)
+    assert dark.rewards < plain.rewards - 1  # its ground is light
+    assert dark.right <= plain.right
+
+
 def test_runs_with_a_number_of_evaluations_give_a_point_each(bench):
     row = Row("black", ("best_of_n:steps=9", "best_of_n:steps=1"))
     problems = [per_second.Problem(prompt, i, 0) for i, prompt in enumerate(shapes_world.VALIDATION_PROMPTS[:2])]
