@@ -181,7 +181,7 @@ def test_a_dark_ground_counts_for_reward_and_judge(bench):
     images[2, :, :, :8] = 0.0
     assert per_second.border(images).tolist() == pytest.approx([0.5, 0.25, 0.25])
     reward = per_second.DarkGround(lambda images, prompts: torch.ones(len(images)))
-    assert reward(images, [""] * 3).tolist() == pytest.approx([1 - 20 * 0.3, 1 - 20 * 0.05, 1 - 20 * 0.05])
+    assert reward(images, [""] * 3).tolist() == pytest.approx([-5.0, 0.0, 0.0], abs=1e-5)
     problems = [per_second.Problem(shapes_world.VALIDATION_PROMPTS[4], 4, 0)]
     dark = per_second.Bench("turbo", steps=2, device="cpu", dark=True).run(ROWS[PLAIN], problems, 0.0)
     plain = bench.run(ROWS[PLAIN], problems, 0.0)
