@@ -40,8 +40,7 @@ OBJECTIVES = {
     "tiny L2": ("pairwise", "tiny_image"),
     "soft colors": ("pairwise", "color_histogram"),
 }
-MAIN = "tiny L2"  # the objective of the other tables
-SAME = "tiny L2"  # what group selection maximizes
+MAIN = "tiny L2"  # the objective of the other tables, which group selection maximizes, too
 PULL = 1.0  # the norm of the gradient of λ·v relative to that of the reward, at plain noises
 BALANCED = 4  # validation prompts whose median that is
 SETTINGS = {name: value for name, value in RECIPES["never_too_late"].settings.items() if name != "diversity"}
@@ -106,13 +105,13 @@ def ours(objective: str = MAIN, **settings: Any) -> Callable[[Bench], NeverTooLa
 def group(candidates: int = MANY) -> Callable[[Bench], GroupSelection]:
     """Return the maker of group selection from a number of candidates.
 
-    It maximizes the objective `SAME`, λ times the mean distance, so its weight is λ·2/(K−1).
+    It maximizes the objective `MAIN`, λ times the mean distance, so its weight is λ·2/(K−1).
     """
 
     def make(bench: Bench) -> GroupSelection:
-        strength = 2 * weight(bench, SAME) / (bench.images - 1)
+        strength = 2 * weight(bench, MAIN) / (bench.images - 1)
         count = max(1, candidates // bench.images)
-        known = features(bench, OBJECTIVES[SAME][1])
+        known = features(bench, OBJECTIVES[MAIN][1])
         return GroupSelection(rewards=bench.reward, features=known, weight=strength, steps=count)
 
     return make

@@ -49,6 +49,7 @@ UNSEARCHED, NO_VIEWS = "ReNO, search=0", "ReNO, search=0, views=0"
 LENGTHS = (6, 11, 20, 40, 78)  # of the default, whose search depends on the number of steps
 BANDS = (BEST_OF_N, BEFORE, NOW)  # whose intervals are drawn
 RATE = "learning_rate=5.0"  # the paper's, in units of √(H·W)/64: noise of the embedded models has its 4 channels
+DARK, WEIGHT = 0.3, 20.0  # mean of a dark border of an image; the reward of a change by 1
 Judge = Callable[[Tensor, Sequence[str]], Tensor]  # images and prompts to 1.0 or 0.0 of each
 Moment = Tensor  # `(batches,)`, a time in each batch, in seconds per image
 
@@ -152,9 +153,6 @@ def right(images: Tensor, prompts: Sequence[str]) -> Tensor:
     return torch.tensor([float(verdict.correct) for verdict in shapes_world.judge(images, prompts)])
 
 
-DARK, WEIGHT = 0.3, 20.0  # mean of a dark border of an image; the reward of a change by 1
-
-
 def border(images: Tensor) -> Tensor:
     """Return the mean `(B,)` of the outer sixteenth on the left and on the right of images in [0, 1]."""
     width = images.shape[-1] // 16
@@ -185,14 +183,12 @@ class Follower(NoiseCallback):
         name: The reward to record.
         horizon: The time, in the same seconds.
         least: The number of evaluations before which no run is stopped.
-        judge: What says which images are right; by default the judge of the shapes world.
+        judge: What says which images are right.
     """
 
-    def __init__(
-        self, clock: Callable[[], float], name: str, horizon: float, least: int, judge: Judge | None = None
-    ) -> None:
+    def __init__(self, clock: Callable[[], float], name: str, horizon: float, least: int, judge: Judge = right) -> None:
         self.clock, self.name, self.horizon, self.least, self.lost = clock, name, horizon, least, 0.0
-        self.judge = judge or right
+        self.judge = judge
         self.seconds: list[float] = []
         self.rewards: list[Tensor] = []
         self.right: list[Tensor] = []

@@ -21,7 +21,7 @@ from noiseopt.shapes_world.world import LOOKS, SIZE, render
 
 from .data import blemish, failures, pictures, sample_pictures
 from .drawing import drawn
-from .optimization import Run, averaged, last_of
+from .optimization import Run, averaged
 from .precision import half
 from .questions import Seen
 from .readers import Reward, TowerTraining, VLMTraining, tower_targets
@@ -130,7 +130,7 @@ def train_tower(args: argparse.Namespace) -> None:
         )
 
 
-def seen(args: argparse.Namespace) -> list[Seen]:
+def all_seen(args: argparse.Namespace) -> list[Seen]:
     """Return pictures, imitated failures and, once there are some, images of the generators, to ask about."""
     data = pictures(args.output / "pictures.pt", args.pictures, seed=1)
     failed = failures(args.output / "failures.pt", data["scenes"][: args.failures], seed=2)
@@ -145,7 +145,7 @@ def seen(args: argparse.Namespace) -> list[Seen]:
 
 def train_vqa(args: argparse.Namespace) -> None:
     """Train the vision-language model on many questions about rendered and generated pictures."""
-    sources = seen(args)
+    sources = all_seen(args)
     model = VLMTraining()
     eyes = averaged(args.output / "eyes.pt", EyesTraining()).eyes
     model.vlm.model.vision_tower.load_state_dict(eyes.state_dict())
@@ -171,24 +171,3 @@ def answers(
     with half(args.device, args.dtype):
         loss = run.model(images, asked)
     return {"answer": 2 * loss.float()}
-
-
-def refine_vqa(args: argparse.Namespace) -> None:
-    """Continue with the image encoder of the refined reward, mostly on the generators' own prompts and images.
-
-    The last quarter has the images as often as they are drawn, so that P("yes") is calibrated.
-    """
-    sources, rewarded = seen(args), last_of(args.output, "clip", "refined")
-    if len(sources) < 3 or not rewarded:
-        raise FileNotFoundError(
-            "Expected images of generators and a reward. Run the stages `gallery` and `clip` first."
-        )
-    model = averaged(args.output / "vqa.pt", VLMTraining()).requires_grad_()
-    refined = averaged(rewarded, Reward())
-    model.vlm.model.vision_tower.load_state_dict(refined.clip.vision_model.state_dict())
-    run = Run(model.to(args.device), args.output / "answers.pt", args.answers_samples, batch=48, lr=1e-3)
-    rng = random.Random(torch.initial_seed())
-    for _ in run:
-        last = run.seen >= 0.75 * run.samples
-        weights, own, count = ((0, 0, 1), 1.0, 1) if last else ((1, 1, 6), 0.8, 2)
-        run.step(answers(args, run, sources, weights, rng, own, count))

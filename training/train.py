@@ -16,8 +16,8 @@ from .autoencoder import latents, train_decoder, train_vae
 from .distillation import draw_pairs, train_sdxl_turbo, train_turbo
 from .drawing import gallery
 from .export import export
-from .reading import refine_vqa, train_clip, train_eyes, train_tower, train_vqa
-from .refinement import refine_clip
+from .reading import train_clip, train_eyes, train_tower, train_vqa
+from .refinement import refine_clip, refine_vqa
 from .report import report
 from .teacher import train_base, train_guided, train_sd3, train_sdxl
 

@@ -114,7 +114,7 @@ def test_images_that_are_not_there_yet_are_no_evidence():
     assert not reward.holds and reward.figures.startswith("no image yet; as much after 0.95")
 
 
-def test_judging_takes_no_time_and_only_new_images_are_judged(monkeypatch):
+def test_judging_takes_no_time_and_only_new_images_are_judged():
     """Each evaluation takes 1 s, and each judgment 10 s of the clock. The third image is not better than the second."""
     clock, judged = [0.0], []
 
@@ -123,8 +123,7 @@ def test_judging_takes_no_time_and_only_new_images_are_judged(monkeypatch):
         judged.append(list(prompts))
         return torch.ones(len(images))
 
-    monkeypatch.setattr(per_second, "right", right)
-    follower = Follower(lambda: clock[0], "clip", horizon=3.0, least=2)
+    follower = Follower(lambda: clock[0], "clip", horizon=3.0, least=2, judge=right)
     state = NoiseState(None, ["a", "b"], 9, torch.zeros(2, 4, 8, 8))
     state.best.__dict__["images"] = torch.zeros(2, 3, 64, 64)
     for step, best in enumerate([[0, 0], [0, 1], [0, 1]]):

@@ -126,7 +126,8 @@ def test_each_generator_is_neither_garbage_nor_solved(name, drawn):
     images, prompts = drawn(name)
     verdicts = judge(images, prompts)
     assert images.shape == (48, 3, 128, 128)
-    assert 0.2 < sum(v.correct for v in verdicts) / 48 < 0.8
+    least = 0.3 if name in ("guided", "sdxl") else 0.2  # without guidance, and as a flow
+    assert least < sum(v.correct for v in verdicts) / 48 < 0.8
     assert sum(v.correct for v in judge(images, prompts[1:] + prompts[:1])) / 48 < 0.05
     assert sum(v.shape_bound for v in verdicts) / 48 > 0.5
 
