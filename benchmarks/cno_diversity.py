@@ -75,7 +75,7 @@ def main(arguments: list[str] | None = None) -> Report:
     parser = parser_of("CNO against plain sampling.", "guided", images=5, limit=40)
     parser.add_argument("--ablation", action="store_true", help="also change each choice of CNO")
     options = parser.parse_args(arguments)
-    found = run(options, rows(options.ablation))
+    found = run(options, rows(options.ablation), "cno")
     print(found.table(DIVERSITY), found.table([*QUALITY, *COST]), sep="\n\n")
     for row in found.rows[1:3]:
         print(f"\n{row.name}: {found.share(row, 'MSS')}, {found.share(row, 'Vendi')}, right {found.cell(row, 'right')}")

@@ -244,7 +244,7 @@ def main(arguments: list[str] | None = None) -> Report:
     parser.add_argument("--table", choices=("methods", "objectives", "pink"), default="methods")
     parser.add_argument("--steps", type=at_least(2), default=STEPS, help="evaluations, the baseline included")
     options = parser.parse_args(arguments)
-    found = run(options, rows(options.table, options.steps), curves=options.table == "methods")
+    found = run(options, rows(options.table, options.steps), "never_too_late", curves=options.table == "methods")
     print(report(found, options.table))
     if options.plot:
         draw_sweep(found, options.plot) if options.table == "pink" else found.plot(TITLES, options.plot)

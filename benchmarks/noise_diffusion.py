@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from defaults import digest_of_defaults  # pyright: ignore[reportMissingImports]
 from sets import PROMPTS, rounded  # pyright: ignore[reportMissingImports]
 from tqdm import tqdm
 
@@ -244,6 +245,7 @@ class Record:
 
     def __init__(self, options: argparse.Namespace) -> None:
         settings = {name: str(value) for name, value in vars(options).items() if name not in NOT_SETTINGS}
+        settings["defaults"] = digest_of_defaults("noise_diffusion", options.model, options.vlm)
         self.path: Path | None = options.output
         known = json.loads(self.path.read_text(encoding="utf-8")) if self.path and self.path.exists() else {}
         if known and known["settings"] != settings:

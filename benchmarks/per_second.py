@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from defaults import digest_of_defaults  # pyright: ignore[reportMissingImports]
 from never_too_late import reached  # pyright: ignore[reportMissingImports]
 from sets import load, rounded  # pyright: ignore[reportMissingImports]
 from torch import Tensor
@@ -574,7 +575,8 @@ def settings(options: argparse.Namespace) -> dict[str, Any]:
     """Return everything that the numbers depend on besides the code."""
     given = {name: value for name, value in vars(options).items() if name not in ("output", "plot")}
     versions = {"noiseopt": noiseopt.__version__, "torch": torch.__version__}
-    return given | versions | {"threads": torch.get_num_threads(), "machine": platform.machine()}
+    defaults = {"defaults": digest_of_defaults("reno", options.model, "clip")}
+    return given | defaults | versions | {"threads": torch.get_num_threads(), "machine": platform.machine()}
 
 
 def save(path: Path, settings: Mapping[str, Any], prompts: Sequence[str], found: Found) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from defaults import digest_of_defaults  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 from tqdm import tqdm
 
@@ -281,9 +282,10 @@ def at_least(least: int) -> Callable[[str], int]:
     return number
 
 
-def run(options: argparse.Namespace, rows: Sequence[Row], curves: bool = False) -> Report:
-    """Draw all rows that the file of an earlier run lacks, and save each."""
+def run(options: argparse.Namespace, rows: Sequence[Row], method: str, curves: bool = False) -> Report:
+    """Draw all rows of a benchmark of a method that the file of an earlier run lacks, and save each."""
     settings = {name: value for name, value in vars(options).items() if name not in ("output", "plot", "limit")}
+    settings["defaults"] = digest_of_defaults(method, options.model, "clip", "dinov2")
     found = load(options.output, settings)
     prompts = PROMPTS[options.prompts][: options.limit]
     if any(prompt not in found.get(row.name, {}) for row in rows for prompt in prompts):

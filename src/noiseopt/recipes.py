@@ -37,7 +37,7 @@ RECIPES = {
     "reno": Recipe(plan="up the reward", following="cno"),
     "cno": Recipe(
         model="guided",
-        settings={"window_size": 8, "learning_rate": 0.05},
+        settings={"window_size": 8, "learning_rate": 0.04},
         plan="that push the images of a prompt apart",
         following="never_too_late",
     ),

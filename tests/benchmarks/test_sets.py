@@ -1,14 +1,17 @@
 """What the benchmarks of sets share: the arithmetic of the tables, the clock, and runs that are resumed."""
 
+import dataclasses
 import json
 import math
 
 import pytest
 import sets  # pyright: ignore[reportMissingImports]
 import torch
+from defaults import digest_of_defaults  # pyright: ignore[reportMissingImports]
 from sets import Clock, Report, Row  # pyright: ignore[reportMissingImports]
 
 from noiseopt import BestOfN, shapes_world
+from noiseopt.recipes import RECIPES
 from noiseopt.shapes_world.world import SIDE
 
 PLAIN, OURS = Row("plain"), Row("ours", lambda bench: BestOfN(rewards=bench.reward, steps=2))
@@ -94,9 +97,9 @@ def test_a_run_goes_on_where_it_stopped_and_with_more_prompts(bench, monkeypatch
     monkeypatch.setattr(type(bench), "draw", counted)
     options = sets.parser_of("", "turbo", images=2, limit=2).parse_args(["--output", str(path)])
     with pytest.raises(KeyboardInterrupt):
-        sets.run(options, [PLAIN, OURS, timed])
+        sets.run(options, [PLAIN, OURS, timed], "reno")
     before = json.loads(path.read_text())["rows"]
-    result = sets.run(options, [PLAIN, OURS, timed])
+    result = sets.run(options, [PLAIN, OURS, timed], "reno")
     assert [each for each in drawn if each != "interrupted"] == [
         (row, number) for number in (0, 1) for row in ("plain", "ours", "timed")
     ]
@@ -104,7 +107,7 @@ def test_a_run_goes_on_where_it_stopped_and_with_more_prompts(bench, monkeypatch
     assert result.found["plain"][first] == before["plain"][first] and result.found["plain"][first]["evaluations"] == 1
     assert 1 <= result.found["timed"][first]["evaluations"] <= 4 and result.found["ours"][first]["evaluations"] == 2
     more = sets.parser_of("", "turbo", images=2, limit=3).parse_args(["--output", str(path)])
-    sets.run(more, [PLAIN, OURS, timed])
+    sets.run(more, [PLAIN, OURS, timed], "reno")
     assert drawn[-3:] == [("plain", 2), ("ours", 2), ("timed", 2)]
     result.plot({"right": "right", "MSS": "similarity"}, tmp_path / "found.png")
     assert (tmp_path / "found.png").stat().st_size > 1000
@@ -116,3 +119,15 @@ def test_a_file_of_other_settings_is_refused(tmp_path):
     assert sets.load(path, {"images": 3}) == {} == sets.load(tmp_path / "none.json", {"images": 3})
     with pytest.raises(SystemExit, match="Take another file"):
         sets.load(path, {"images": 4})
+
+
+def test_defaults_change_with_the_recipe_of_the_method_and_the_weights_of_the_models(monkeypatch, tmp_path):
+    before = digest_of_defaults("cno", "turbo")
+    assert before != digest_of_defaults("cno", "clip") and before == digest_of_defaults("cno", "turbo")
+    other = dataclasses.replace(RECIPES["cno"], settings={"window_size": 4})
+    monkeypatch.setitem(RECIPES, "cno", other)
+    assert digest_of_defaults("cno", "turbo") != before
+    (tmp_path / "model.safetensors").write_bytes(b"retrained")
+    monkeypatch.undo()
+    monkeypatch.setattr(shapes_world, "path", lambda name: tmp_path)
+    assert digest_of_defaults("cno", "turbo") != before
