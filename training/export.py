@@ -27,7 +27,7 @@ STAGES_OF = {  # training stages of each model, in order
     "sd3": ("vae", "decoder", "base", "sd3"),
     "clip": ("eyes", "clip", "refined"),
     "dinov2": ("dinov2",),
-    "vqa": ("eyes", "vqa", "answers"),
+    "vqa": ("eyes", "vqa"),
 }
 PROCESSOR: dict[str, Any] = {  # of the pictures that readers see
     "do_resize": True,
@@ -58,8 +58,8 @@ def export(args: argparse.Namespace) -> None:
     if (args.output / "dinov2.pt").exists():
         averaged(args.output / "dinov2.pt", TowerTraining()).tower.half().save_pretrained(folder / "dinov2")
         write_processor(folder / "dinov2")
-    if path := last_of(args.output, "vqa", "answers"):
-        export_vqa(averaged(path, VLMTraining()), folder / "vqa")
+    if (args.output / "vqa.pt").exists():
+        export_vqa(averaged(args.output / "vqa.pt", VLMTraining()), folder / "vqa")
     for path in folder.glob("**/config.json"):
         correct(path)
     for path in folder.glob("**/*.safetensors"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Sequence
 from dataclasses import replace
@@ -10,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from noiseopt.shapes_world.captions import WORDS, Request, parse
+from noiseopt.shapes_world.captions import WORDS, Request, parse, plural
 from noiseopt.shapes_world.judge import Thing, describe, see, verdict
-from noiseopt.shapes_world.world import OPPOSITE, SIDE
+from noiseopt.shapes_world.world import COLORS, KINDS, OPPOSITE, SIDE
 
 from .negatives import wrong_request
 
@@ -65,6 +66,9 @@ class Questions:
         self.head = tokenizer("USER : " + "<image>" * PATCHES).input_ids
         self.answers: list[int] = tokenizer.convert_tokens_to_ids(["no", "yes"])
         self.end, self.tokenizer = int(tokenizer.eos_token_id), tokenizer
+        ids = tokenizer.convert_tokens_to_ids
+        self.colors = {ids(color): color for color in COLORS}
+        self.kinds = {ids(word): kind for kind in KINDS for word in (kind, plural(kind))}
 
     def tails(self, asked: Sequence[Sequence[tuple[str, int]]]) -> list[list[list[int]]]:
         """Return the tokens after the image, including the answer, of each question."""
@@ -90,24 +94,48 @@ class Questions:
 
     def __call__(
         self, model: LlavaForConditionalGeneration, images: Tensor, asked: Sequence[Sequence[tuple[str, int]]]
-    ) -> Tensor:
-        """Map images (B, 3, H, H) in [0, 1] and K questions about each to logits of answer and end, (B, K, 2, V)."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Map images (B, 3, H, H) in [0, 1] and K questions about each to logits of answer and end, (B, K, 2, V).
+
+        Also returns the tokens (B, L) and the output of the last layer but one, (B, L, D).
+        """
         ids, positions, seen, places = (t.to(images.device) for t in self.sequence(self.tails(asked)))
         mask = torch.zeros(seen.shape, device=images.device).masked_fill(~seen, torch.finfo(torch.float32).min)
-        hidden = model.model(
+        output = model.model(
             input_ids=ids,
             pixel_values=images * 2 - 1,
             attention_mask=mask.expand(len(ids), 1, -1, -1),
             position_ids=positions.expand(len(ids), -1),
             use_cache=False,
-        ).last_hidden_state
+            output_hidden_states=True,
+        )
         before = torch.stack((places - 1, places), -1).flatten(1)
-        chosen = hidden.gather(1, before[..., None].expand(-1, -1, hidden.shape[-1]))
-        return model.lm_head(chosen).unflatten(1, (-1, 2))
+        rows = torch.arange(len(ids), device=ids.device)[:, None]
+        return (
+            model.lm_head(output.last_hidden_state[rows, before]).unflatten(1, (-1, 2)),
+            ids,
+            output.hidden_states[-2],
+        )
 
     def targets(self, asked: Sequence[Sequence[tuple[str, int]]]) -> Tensor:
         """Return the target tokens, (B, K, 2): answer and end."""
         return torch.tensor([[[self.answers[answer], self.end] for _, answer in row] for row in asked])
+
+    def named(self, ids: Tensor, things: Sequence[Sequence[Thing]]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return where tokens (B, L) name an object, (N, 2), how many the image shows, at most 3, (N,), and where.
+
+        The last is the mean position of these in [0, 1], (N, 2), 0 if there is none.
+        """
+        places, counts, centers = [], [], []
+        for i, row in enumerate(ids.tolist()):
+            for j, (before, word) in enumerate(itertools.pairwise(row), 1):
+                if before in self.colors and word in self.kinds:
+                    named = (self.colors[before], self.kinds[word])
+                    found = torch.tensor([(t.x, t.y) for t in things[i] if (t.color, t.kind) == named]).view(-1, 2)
+                    places.append((i, j))
+                    counts.append(min(len(found), 3))
+                    centers.append(found.sum(0) / SIDE / max(1, len(found)))
+        return torch.tensor(places), torch.tensor(counts), torch.stack(centers)
 
 
 class Seen:
@@ -126,12 +154,12 @@ class Seen:
             request = seen_request(self.things[row]) or request
         return request if rng.random() < 0.4 else wrong_request(request, rng)
 
-    def ask(self, row: int, rng: random.Random, own: float = 0.5) -> tuple[str, int]:
+    def ask(self, row: int, rng: random.Random) -> tuple[str, int]:
         """Return a question and its answer, 0 or 1: does the image show exactly a request, or contain it?
 
-        A share `own` of the questions is about the image's own prompt, as in later use.
+        Half of the questions are about the image's own prompt, as in later use.
         """
-        asks_own = rng.random() < own
+        asks_own = rng.random() < 0.5
         request = parse(self.prompts[row]) if asks_own else self.question(row, rng)
         answer = verdict(self.things[row], request)
         if asks_own or rng.random() < 0.6:

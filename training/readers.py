@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from noiseopt.shapes_world.captions import OBJECTS
+from noiseopt.shapes_world.judge import Thing
 from noiseopt.shapes_world.world import LOOKS, SIDE, SIZE, Scene, coverage
 
 from .precision import half
@@ -150,15 +151,29 @@ def new_vlm(tokenizer: Any) -> LlavaForConditionalGeneration:
 
 
 class VLMTraining(nn.Module):
-    """The vision-language model with packed questions."""
+    """The vision-language model with packed questions, and training heads for each object that a question names.
+
+    The heads tell how many of it the image shows, and where they are, so that the model learns early what to look for.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.tokenizer = new_question_tokenizer()
         self.vlm = new_vlm(self.tokenizer)
         self.questions = Questions(self.tokenizer)
+        width = self.vlm.lm_head.in_features
+        self.count, self.center = nn.Linear(width, 4), nn.Linear(width, 2)
 
-    def forward(self, images: Tensor, asked: Sequence[Sequence[tuple[str, int]]]) -> Tensor:
-        """Return the cross entropy of answer and end token for B times K questions on (B, 3, 128, 128)."""
-        logits = self.questions(self.vlm, images, asked)
-        return F.cross_entropy(logits.flatten(0, 2), self.questions.targets(asked).flatten().to(images.device))
+    def forward(
+        self, images: Tensor, asked: Sequence[Sequence[tuple[str, int]]], things: Sequence[Sequence[Thing]]
+    ) -> dict[str, Tensor]:
+        """Return the losses of answers, counts and centers for B times K questions on (B, 3, 128, 128)."""
+        logits, ids, hidden = self.questions(self.vlm, images, asked)
+        where, counts, centers = (t.to(images.device) for t in self.questions.named(ids, things))
+        named, shown = hidden[where[:, 0], where[:, 1]], counts > 0
+        targets = self.questions.targets(asked).flatten().to(images.device)
+        return {
+            "answer": 2 * F.cross_entropy(logits.float().flatten(0, 2), targets),
+            "count": F.cross_entropy(self.count(named).float(), counts),
+            "center": 10 * F.mse_loss(self.center(named).float()[shown], centers[shown]),
+        }

@@ -150,24 +150,11 @@ def train_vqa(args: argparse.Namespace) -> None:
     eyes = averaged(args.output / "eyes.pt", EyesTraining()).eyes
     model.vlm.model.vision_tower.load_state_dict(eyes.state_dict())
     run = Run(model.to(args.device), args.output / "vqa.pt", args.vqa_samples, batch=48, lr=2e-3)
-    rng = random.Random(torch.initial_seed())
+    rng, weights = random.Random(torch.initial_seed()), (1, 1, 3)[: len(sources)]
     for _ in run:
-        run.step(answers(args, run, sources, (1, 1, 3)[: len(sources)], rng, own=0.5, count=5))
-
-
-def answers(
-    args: argparse.Namespace,
-    run: Run,
-    sources: Sequence[Seen],
-    weights: Sequence[float],
-    rng: random.Random,
-    own: float,
-    count: int,
-) -> dict[str, Tensor]:
-    """Return the loss of `count` questions about each image of a batch, a share `own` of them with its own prompt."""
-    chosen = [(s, rng.randrange(len(s.images))) for s in rng.choices(sources, weights, k=run.batch)]
-    asked = [[s.ask(row, rng, own) for _ in range(count)] for s, row in chosen]
-    images = blemish(torch.stack([s.images[row] for s, row in chosen]).to(args.device).float() / 255)
-    with half(args.device, args.dtype):
-        loss = run.model(images, asked)
-    return {"answer": 2 * loss.float()}
+        chosen = [(s, rng.randrange(len(s.images))) for s in rng.choices(sources, weights, k=run.batch)]
+        asked = [[s.ask(row, rng) for _ in range(5)] for s, row in chosen]
+        images = blemish(torch.stack([s.images[row] for s, row in chosen]).to(args.device).float() / 255)
+        with half(args.device, args.dtype):
+            losses = run.model(images, asked, [s.things[row] for s, row in chosen])
+        run.step(losses)

@@ -1,4 +1,4 @@
-"""Refinement of the readers on images of the generators; of the reward in rounds, with images optimized against it."""
+"""Refinement of the reward in rounds, on images of the generators and on those optimized against it."""
 
 from __future__ import annotations
 
@@ -19,10 +19,9 @@ from .autoencoder import final_vae
 from .data import blemish, failures, pictures
 from .drawing import drawn
 from .generators import SIDE, SDGenerator
-from .optimization import Run, averaged, last_of
+from .optimization import Run, averaged
 from .questions import Seen
-from .readers import Reward, VLMTraining
-from .reading import all_seen, answers
+from .readers import Reward
 from .reward_losses import answered, drawn_losses, ranked
 
 STEPS = (0, 10, 20, 40)  # of the ascents, whose images are kept
@@ -78,27 +77,6 @@ def refine_clip(args: argparse.Namespace) -> None:
             if run.seen >= (round_ + 1) * per_round:
                 break
         run.save()
-
-
-def refine_vqa(args: argparse.Namespace) -> None:
-    """Continue with the image encoder of the refined reward, mostly on the generators' own prompts and images.
-
-    The last quarter has the images as often as they are drawn, so that P("yes") is calibrated.
-    """
-    sources, rewarded = all_seen(args), last_of(args.output, "clip", "refined")
-    if len(sources) < 3 or not rewarded:
-        raise FileNotFoundError(
-            "Expected images of generators and a reward. Run the stages `gallery` and `clip` first."
-        )
-    model = averaged(args.output / "vqa.pt", VLMTraining()).requires_grad_()
-    refined = averaged(rewarded, Reward())
-    model.vlm.model.vision_tower.load_state_dict(refined.clip.vision_model.state_dict())
-    run = Run(model.to(args.device), args.output / "answers.pt", args.answers_samples, batch=48, lr=1e-3)
-    rng = random.Random(torch.initial_seed())
-    for _ in run:
-        last = run.seen >= 0.75 * run.samples
-        weights, own, count = ((0, 0, 1), 1.0, 1) if last else ((1, 1, 6), 0.8, 2)
-        run.step(answers(args, run, sources, weights, rng, own, count))
 
 
 def generated(folder: Path) -> tuple[Seen, list[tuple[torch.Tensor, torch.Tensor]]]:

@@ -17,7 +17,7 @@ from .distillation import draw_pairs, train_sdxl_turbo, train_turbo
 from .drawing import gallery
 from .export import export
 from .reading import train_clip, train_eyes, train_tower, train_vqa
-from .refinement import refine_clip, refine_vqa
+from .refinement import refine_clip
 from .report import report
 from .teacher import train_base, train_guided, train_sd3, train_sdxl
 
@@ -38,7 +38,6 @@ STAGES = {
     "refined": refine_clip,
     "tower": train_tower,
     "vqa": train_vqa,
-    "answers": refine_vqa,
     "export": export,
     "report": report,
 }
@@ -56,7 +55,6 @@ SAMPLES = {  # default number of samples by stage
     "refined": 192_000,
     "tower": 128_000,
     "vqa": 240_000,
-    "answers": 96_000,
 }
 
 

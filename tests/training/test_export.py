@@ -19,9 +19,8 @@ def test_the_exported_vqa_answers_as_it_did_in_training(tmp_path):
     for parameter in training.vlm.parameters():  # what half precision keeps exactly
         parameter.data = parameter.data.half().float()
     with torch.no_grad():
-        expected = training.questions(training.vlm, images, asked)[:, 0, 0].softmax(-1)[
-            :, training.questions.answers[1]
-        ]
+        logits, _, _ = training.questions(training.vlm, images, asked)
+    expected = logits[:, 0, 0].softmax(-1)[:, training.questions.answers[1]]
     export_vqa(training, tmp_path)
     correct(tmp_path / "config.json")
     reward = VQAScorer.from_pretrained(str(tmp_path))

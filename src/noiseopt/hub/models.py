@@ -59,7 +59,6 @@ STAGES = {
     "refined": "the same, on pictures of the generators and on pictures optimized to please it",
     "dinov2": "image tower, on copies and on the objects in rendered pictures",
     "vqa": "vision-language model, on questions about rendered and generated pictures",
-    "answers": "the same with the image encoder of the refined reward, on pictures of the generators",
 }
 PICTURES = {
     "learning_curve.png": "Losses of each stage against its samples",

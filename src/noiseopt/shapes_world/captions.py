@@ -43,18 +43,18 @@ class Request:
             return f"a {first[0]} {first[1]}"
         if self.category == "counting":
             number = next(word for word, count in COUNTS.items() if count == len(self.objects))
-            return f"{number} {first[0]} {_plural(first[1])}"
+            return f"{number} {first[0]} {plural(first[1])}"
         (second,) = others
         return f"a {' '.join(first)} {self.relation or 'and'} a {' '.join(second)}"
 
 
-def _plural(kind: str) -> str:
+def plural(kind: str) -> str:
     return kind + ("es" if kind == "cross" else "s")
 
 
 _OBJECT = rf"a ({'|'.join(COLORS)}) ({'|'.join(KINDS)})"
 _ONE_OR_TWO = re.compile(rf"{_OBJECT}(?: (and|{'|'.join(RELATIONS)}) {_OBJECT})?")
-_COUNT = re.compile(rf"({'|'.join(COUNTS)}) ({'|'.join(COLORS)}) ({'|'.join(_plural(k) for k in KINDS)})")
+_COUNT = re.compile(rf"({'|'.join(COUNTS)}) ({'|'.join(COLORS)}) ({'|'.join(plural(k) for k in KINDS)})")
 
 
 def parse(prompt: str) -> Request:
@@ -70,7 +70,7 @@ def parse(prompt: str) -> Request:
         return Request(objects, link if link in RELATIONS else None)
     if match := _COUNT.fullmatch(words):
         number, color, kinds = match.groups()
-        return Request(((color, next(k for k in KINDS if _plural(k) == kinds)),) * COUNTS[number])
+        return Request(((color, next(k for k in KINDS if plural(k) == kinds)),) * COUNTS[number])
     raise ValueError(
         f"Expected a prompt of the shapes world, but got {prompt!r}. It can draw 'a red circle', 'two red circles', "
         f"'a red circle and a blue star' and 'a red circle left of a blue star', with the shapes {', '.join(KINDS)}, "
