@@ -41,10 +41,11 @@ OBJECTIVES = {
     "soft colors": ("pairwise", "color_histogram"),
 }
 MAIN = "tiny L2"  # the objective of the other tables, which group selection maximizes, too
-PULL = 1.0  # the norm of the gradient of λ·v relative to that of the reward, at plain noises
+PULL = 0.5  # the norm of the gradient of λ·v relative to that of the reward, at plain noises
 BALANCED = 4  # validation prompts whose median that is
 SETTINGS = {name: value for name, value in RECIPES["never_too_late"].settings.items() if name != "diversity"}
-STEPS = SETTINGS.pop("steps", 25)
+SEARCH = SETTINGS.pop("search")
+STEPS = SETTINGS.pop("steps") - SEARCH
 GUARD = {"sharpness": {"keep": 0.8}, "complexity": {"keep": 0.8}}
 CANDIDATES = 64  # of group selection, per set
 MANY = 10**6  # more than fit in any time
@@ -64,6 +65,17 @@ def pink(alpha: float) -> dict[str, Any]:
 NOISES: dict[str, Any] = {"white": None, "pink": pink(0.2)}
 SWEPT: dict[str, Any] = {"white": None} | {f"α = {alpha:g}": pink(alpha) for alpha in ALPHAS}
 SWEPT["α = 0.2 with mean"] = pink(0.2) | {"standardize": False}
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """The noises of a search at each position of a set, and the evaluations that follow."""
+
+    search: int
+    steps: int
+
+
+ALONE = Budget(0, 20)  # without a search
 
 
 @functools.cache
@@ -91,13 +103,14 @@ def weight(bench: Bench, objective: str) -> float:
     return PULL * statistics.median(ratios)
 
 
-def ours(objective: str = MAIN, **settings: Any) -> Callable[[Bench], NeverTooLate]:
+def ours(budget: Budget, objective: str = MAIN, **settings: Any) -> Callable[[Bench], NeverTooLate]:
     """Return the maker of our method with an objective and other settings."""
 
     def make(bench: Bench) -> NeverTooLate:
         reward, name = OBJECTIVES[objective]
         entry = (reward, features(bench, name), weight(bench, objective))
-        return NeverTooLate(diversity=[entry], rewards=bench.reward, **{**SETTINGS, **settings})
+        evaluations = {"search": budget.search, "steps": budget.search + budget.steps}
+        return NeverTooLate(diversity=[entry], rewards=bench.reward, **{**SETTINGS, **evaluations, **settings})
 
     return make
 
@@ -117,27 +130,29 @@ def group(candidates: int = MANY) -> Callable[[Bench], GroupSelection]:
     return make
 
 
-def contest(noise: str, sampler: Any, steps: int, against: str) -> list[Row]:
+def contest(noise: str, sampler: Any, budget: Budget, against: str) -> list[Row]:
     """Return plain sampling, ours, and group selection in the same seconds, from a noise."""
     timed = f"{noise}, group selection in the seconds of ours"
     return [
         Row(f"{noise}, plain", None, sampler, against=against),
-        Row(f"{noise}, ours", ours(steps=steps), sampler, against=timed),
+        Row(f"{noise}, ours", ours(budget), sampler, against=timed),
         Row(timed, group(), sampler, time_of=f"{noise}, ours", against=f"{noise}, plain"),
     ]
 
 
-def rows(table: str, steps: int) -> list[Row]:
+def rows(table: str, budget: Budget) -> list[Row]:
     """Return the rows of a table."""
     if table == "objectives":
-        found = [Row("plain")] + [Row(name, ours(name, steps=steps)) for name in OBJECTIVES]
-        found.append(Row(f"{MAIN}, paper's step", ours(steps=steps, geometry=None)))
-        return [*found, Row(f"{MAIN}, guard", ours(steps=steps, guard=GUARD))]
+        found = [Row("plain")] + [Row(name, ours(budget, name)) for name in OBJECTIVES]
+        found.append(Row(f"{MAIN}, paper's step", ours(budget, geometry=None)))
+        return [*found, Row(f"{MAIN}, guard", ours(budget, guard=GUARD))]
     if table == "pink":
-        return [row for noise, sampler in SWEPT.items() for row in contest(noise, sampler, steps, "white, plain")]
+        return [row for noise, sampler in SWEPT.items() for row in contest(noise, sampler, budget, "white, plain")]
     found = []
     for noise, sampler in NOISES.items():
-        found += contest(noise, sampler, steps, "white, plain")
+        found += contest(noise, sampler, budget, "white, plain")
+        if budget.search:
+            found.append(Row(f"{noise}, ours without search", ours(ALONE), sampler, against=f"{noise}, plain"))
         found.append(Row(many_of(noise), group(CANDIDATES), sampler, against=f"{noise}, plain"))
     return found
 
@@ -242,9 +257,11 @@ def draw_sweep(result: Report, path: Path) -> None:
 def main(arguments: list[str] | None = None) -> Report:
     parser = parser_of("It's Never Too Late from white and pink noise.", "turbo", images=4, limit=24)
     parser.add_argument("--table", choices=("methods", "objectives", "pink"), default="methods")
-    parser.add_argument("--steps", type=at_least(2), default=STEPS, help="evaluations, the baseline included")
+    parser.add_argument("--search", type=at_least(0), default=SEARCH, help="noises that are searched, per image")
+    parser.add_argument("--steps", type=at_least(2), default=STEPS, help="evaluations after the search")
     options = parser.parse_args(arguments)
-    found = run(options, rows(options.table, options.steps), "never_too_late", curves=options.table == "methods")
+    budget = Budget(options.search, options.steps)
+    found = run(options, rows(options.table, budget), "never_too_late", curves=options.table == "methods")
     print(report(found, options.table))
     if options.plot:
         draw_sweep(found, options.plot) if options.table == "pink" else found.plot(TITLES, options.plot)

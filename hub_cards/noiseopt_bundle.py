@@ -111,8 +111,8 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 # The name that diffusers gives this module may come to mean the bundle of another release.
-sys.modules[f"{__name__}_6cce6fdad115"] = sys.modules[__name__]
-__name__ = f"{__name__}_6cce6fdad115"
+sys.modules[f"{__name__}_ed95beec2065"] = sys.modules[__name__]
+__name__ = f"{__name__}_ed95beec2065"
 
 # rewards/contract/transforms.py
 
@@ -7515,9 +7515,16 @@ class SetObjective(Objective):
             `diversity.known_features`.
         warm_up: The number of first evaluations without a gradient of the rewards.
         released: Whether features and rewards see the images as in the released code.
+        search: Whether the first evaluations are of a search, whose candidates are kept.
+
+    Attributes:
+        evaluations: The number of evaluations after the search.
+        candidates: For each evaluation of the search the noises `(B, C, H, W)`, the quality losses `(B,)`, and the
+            features `(B, ...)` in the order of `diversity.feature_names`.
+        sets: The samples of each set.
     """
 
-    continues = ("evaluations",)
+    continues = ("evaluations", "searching", "candidates")
 
     def __init__(
         self,
@@ -7529,6 +7536,7 @@ class SetObjective(Objective):
         references: torch.Tensor | Mapping[str, torch.Tensor] | None = None,
         warm_up: int = 0,
         released: bool = False,
+        search: bool = False,
     ) -> None:
         self.hinge, self.stop_at = dict(hinge or {}), dict(stop_at or {})
         self.released = released
@@ -7540,7 +7548,8 @@ class SetObjective(Objective):
         self.known: Mapping[str, torch.Tensor] | None = None
         if isinstance(references, Mapping):
             diversity.check_feature_names(references)
-        self.evaluations = 0
+        self.evaluations, self.searching = 0, search
+        self.candidates: list[list[torch.Tensor]] = []
         parts = (self.quality, self.watched)
         self.requires_prompt = any(part.requires_prompt for part in parts if part is not None)
 
@@ -7563,6 +7572,7 @@ class SetObjective(Objective):
         return 0 if given is None else len(given if isinstance(given, torch.Tensor) else next(iter(given.values())))
 
     def check_groups(self, groups: Sequence[int]) -> None:
+        self.sets = list(sets(groups))
         for group in sorted(set(groups)):
             count = groups.count(group) + self.reference_count
             if count < 2:
@@ -7590,14 +7600,36 @@ class SetObjective(Objective):
         quality, scores = self.quality_of(sample)
         losses = torch.zeros(len(images), device=images.device)
         values = {name: torch.zeros_like(losses) for name in self.diversity.names}
-        for rows in sets(sample.groups):
+        if self.searching:
+            features = self.diversity.known_features(images, sample.chunk_size or len(images))
+            self.candidates.append([sample.noise.detach(), quality.detach(), *features.values()])
+        for rows in self.sets:
             output = self.diversity(images[rows], self.known_references(), sample.chunk_size)
             loss = self.diversity_loss(output.components) - self.carrier(output.total) + quality[rows].mean()
             losses = losses.index_put((rows,), loss.to(losses))
             for name, value in output.components.items():
                 values[name][rows] = value.to(losses)
-        self.evaluations += 1
+        self.evaluations += not self.searching
         return losses, {**scores, **values}
+
+    def refuse(self, rows: torch.Tensor) -> None:
+        quality = self.candidates[-1][1]
+        self.candidates[-1][1] = quality.masked_fill(rows.to(quality.device), torch.inf)
+
+    def loss_of_candidates(self, rows: torch.Tensor) -> Callable[[torch.Tensor], float]:
+        _, quality, *features = (
+            torch.cat([each[rows] for each in parts]) for parts in zip(*self.candidates, strict=True)
+        )
+        named, known = dict(zip(self.diversity.feature_names, features, strict=True)), self.known_references()
+
+        def loss(chosen: torch.Tensor) -> float:
+            output = self.diversity.of_features({name: each[chosen] for name, each in named.items()}, known)
+            return float(self.diversity_loss(output.components) + quality[chosen].mean().to(output.total))
+
+        return loss
+
+    def end_search(self) -> None:
+        self.searching, self.candidates = False, []
 
     def quality_of(self, sample: Sample) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         loss, scores = torch.zeros(len(sample.images), device=sample.images.device), {}
@@ -7664,6 +7696,339 @@ def check_reachable(
             f"{most}, but got {target:.4g}: it can never be reached."
         )
 
+# pipelines/searches/previews.py
+
+class Candidates:
+    """Evaluated candidates in order of evaluation, with their rewards and features, on the CPU.
+
+    Args:
+        limit: The number of candidates to store for each position, those with the highest rewards; `None` for all.
+
+    Attributes:
+        origins: The step and the position in the batch of each.
+        noises: `(C, H, W)` each.
+        unary: The reward of each.
+        features: `(...)` each; empty tensors if none were given.
+    """
+
+    def __init__(self, limit: int | None = None) -> None:
+        self.limit = limit
+        self.origins: list[tuple[int, int]] = []
+        self.noises: list[torch.Tensor] = []
+        self.unary: list[float] = []
+        self.features: list[torch.Tensor] = []
+        self.known: set[tuple[int, int]] = set()
+
+    def add(self, step: int, noise: torch.Tensor, unary: torch.Tensor, features: torch.Tensor | None = None) -> None:
+        features = noise.new_zeros(len(noise), 0) if features is None else features
+        for row, each in enumerate(noise.detach().cpu()):
+            key = (row, seed_from(each))
+            if key not in self.known:
+                self.known.add(key)
+                self.origins.append((step, row))
+                self.noises.append(each)
+                self.unary.append(float(unary[row]))
+                self.features.append(features[row].detach().cpu())
+                self.forget(row)
+
+    def forget(self, row: int) -> None:
+        found = self.of([row])
+        if self.limit is not None and len(found) > self.limit:
+            worst = self.highest(found)[-1]
+            for values in (self.origins, self.noises, self.unary, self.features):
+                del values[worst]
+
+    def of(self, rows: Sequence[int]) -> list[int]:
+        return [index for index, (_, row) in enumerate(self.origins) if row in rows]
+
+    def highest(self, found: Sequence[int]) -> list[int]:
+        return sorted(found, key=lambda index: -self.unary[index])
+
+class CandidateObjective(Objective):
+    """The objective of a choice among candidates: all sampled fully, or most of them previewed first.
+
+    An object serves one run. A preview is the x0 estimate of one model call; its loss is NaN, so that only fully
+    sampled noises are returned. A subclass defines the measure, and the best candidates of a set.
+
+    Args:
+        rewards: The rewards of candidates, or `None`.
+        preview: Preview from the second evaluation until `kept` is called. If the pipeline makes a single step, its
+            images cost no more than previews, and all are sampled fully.
+        limit: The limit of previews; see `Candidates`.
+
+    Attributes:
+        step: The number of evaluations so far.
+        sets: The positions in the batch of candidates that form one set.
+        previews: The candidates that were previewed.
+    """
+
+    sets: list[list[int]]
+    continues = None
+
+    def __init__(self, rewards: RewardObjective | None, preview: bool, limit: int | None = None) -> None:
+        self.rewards, self.preview = rewards, preview
+        self.requires_prompt = rewards is not None and rewards.requires_prompt
+        self.step, self.previewing = 0, False
+        self.previews = Candidates(limit)
+
+    def measure(self, sample: Sample) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        raise NotImplementedError(f"{type(self).__name__} must define `measure(sample)`.")
+
+    def best(self, seen: Candidates, rows: Sequence[int], count: int) -> list[int]:
+        raise NotImplementedError(f"{type(self).__name__} must define `best(seen, rows, count)`.")
+
+    def try_out(self, prompt: str, height: int, width: int, gradient: bool) -> None:
+        if self.rewards is not None:
+            self.rewards.try_out(prompt, height, width, gradient)
+
+    def evaluate(self, sample: Sample) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        sample.preview = self.previewing
+        loss, scores = self.measure(sample)
+        if self.previewing:
+            loss = torch.full_like(loss, torch.nan)
+        if self.step == 0:  # a whole chain has been run by now
+            self.previewing = self.preview and sample.sampler.timesteps != 1
+        self.step += 1
+        return loss, scores
+
+    def kept(self, run: NoiseState, rounds: int) -> Iterator[torch.Tensor]:
+        self.previewing, plan = False, {}
+        for rows in self.sets:
+            plan.update(self.assigned(self.previews, rows, rounds if run.active[rows].any() else 1))
+        going_on = torch.ones_like(run.active)
+        for turn in range(1 + max((turn for turn, _ in plan), default=-1)):
+            noise = run.best.noise.clone()
+            for row in range(len(noise)):
+                if (turn, row) in plan and going_on[row]:
+                    noise[row] = self.previews.noises[plan[turn, row]].to(noise)
+            yield noise
+            going_on = going_on & run.active
+            if not going_on.any():
+                return
+
+    def assigned(self, seen: Candidates, rows: Sequence[int], rounds: int) -> dict[tuple[int, int], int]:
+        best = self.best(seen, rows, rounds * len(rows))
+        return dict(
+            zip(assigned_positions([seen.origins[index][1] for index in best], rows, rounds), best, strict=True)
+        )
+
+class PreviewedRewards(CandidateObjective):
+    """Minus the rewards of each image; the previews with the highest rewards are kept.
+
+    Args:
+        rewards: The rewards.
+        keep: The number of previews of each image that may be sampled fully.
+    """
+
+    rewards: RewardObjective
+
+    def __init__(self, rewards: RewardObjective, keep: int) -> None:
+        super().__init__(rewards, preview=True, limit=keep)
+
+    def check_groups(self, groups: Sequence[int]) -> None:
+        self.sets = [[row] for row in range(len(groups))]
+
+    def measure(self, sample: Sample) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        loss, scores = self.rewards.evaluate(sample)
+        if self.previewing:
+            self.previews.add(self.step, sample.noise, -loss)
+        return loss, scores
+
+    def best(self, seen: Candidates, rows: Sequence[int], count: int) -> list[int]:
+        return seen.highest(seen.of(rows))[:count]
+
+    def describe(self) -> dict:
+        return self.rewards.describe()
+
+def assigned_positions(origins: Sequence[int], rows: Sequence[int], rounds: int) -> list[tuple[int, int]]:
+    free = {row: list(range(rounds)) for row in rows}
+    taken = [(free[row].pop(0), row) if free[row] else None for row in origins]
+    left = iter(sorted((turn, row) for row, turns in free.items() for turn in turns))
+    return [pair or next(left) for pair in taken]
+
+# pipelines/stages.py
+
+SEARCH_SHARE = 0.3  # of a time budget; half of it leaves too few steps, see benchmarks/search_and_starts.py
+
+class StagedMethod:
+    """The stages of a method with `search`, in the place of the method. See `GradientOptimizer`.
+
+    Args:
+        method: The method, a `GradientOptimizer`.
+        problem: The call.
+    """
+
+    def __init__(self, method: Any, problem: NoiseProblem) -> None:
+        self.method, self.problem, self.searched = method, problem, method.searched(problem)
+
+    def start(self, problem: NoiseProblem) -> "StagedState":
+        return StagedState(problem, self.method.starts, self.method.start(problem))
+
+    def needs(self, step: int, state: "StagedState") -> tuple[Gradient, bool]:
+        if not state.stage:
+            return None, self.method.previews or state.previews
+        ends = self.method.evaluations is not None and step + 1 == self.end(state)
+        return None if ends else self.method.gradient_mode, self.method.previews
+
+    def inspect(self, run: NoiseState, objective: Any, state: "StagedState") -> torch.Tensor | None:
+        run.stage = f"start {state.stage}" if state.stage else "search"
+        run.reports["search"] = state.report(run)
+        if state.stage:
+            return self.method.inspect(run, objective, state.inner)
+        if run.step == 0:  # a whole chain has been run by now
+            state.previews = not self.method.previews and self.problem.sampler.timesteps != 1
+        if run.step or not state.previews:
+            state.score(run)
+        if run.step and state.previews:
+            run.loss = torch.full_like(run.loss, torch.nan)
+        return None
+
+    def step(self, run: NoiseState, gradient: torch.Tensor | None, state: "StagedState") -> torch.Tensor:
+        if self.ends(run, state):
+            noise = state.begin(run)
+            state.inner = self.method.start(self.problem.beginning_at(noise, state.stage))
+            return noise
+        if state.stage:
+            return self.method.step(run, gradient, state.inner)
+        return state.fresh.draw() if state.scored else self.problem.noise
+
+    def finish(self, run: NoiseState, objective: Any, state: "StagedState") -> Iterable[torch.Tensor]:
+        run.reports["search"] = state.report(run)
+        return self.method.finish(run, objective, state.inner)
+
+    def ends(self, run: NoiseState, state: "StagedState") -> bool:
+        method, seconds = self.method, self.method.seconds
+        if not state.stage:
+            late = seconds is not None and run.elapsed > SEARCH_SHARE * seconds and state.scored >= method.starts
+            return late or state.scored == self.searched
+        return state.stage < method.starts and (run.step + 1 if seconds is None else run.elapsed) >= self.end(state)
+
+    def end(self, state: "StagedState") -> float:
+        if self.method.seconds is not None:
+            return state.seconds + (self.method.seconds - state.seconds) * state.stage / self.method.starts
+        begin, evaluations = state.first_steps[0], self.method.evaluations
+        assert evaluations is not None
+        return begin + (evaluations - begin) * state.stage // self.method.starts
+
+class StagedState:
+    """The stage of a run, the best noises of its search, and the state of the method.
+
+    Attributes:
+        stage: 0 for the search, then the number of the start.
+        fresh: The source of noises.
+        scored: The number of noises scored so far.
+        previews: Whether they are scored by previews.
+        noises: `(B, starts, C, H, W)`, the best of them so far.
+        losses, steps: `(B, starts)`, their losses, infinite where there is none yet, and when they were scored.
+        first_steps: The first step of each start that has begun.
+        seconds: The time of the search.
+        inner: The state of the method, for the present start.
+    """
+
+    def __init__(self, problem: NoiseProblem, starts: int, inner: Any) -> None:
+        noise = problem.noise
+        self.stage, self.scored, self.previews, self.seconds = 0, 0, False, 0.0
+        self.fresh, self.inner = CandidateNoise(problem), inner
+        self.noises = noise[:, None].repeat(1, starts, *[1] * (noise.ndim - 1))
+        self.losses = torch.full((len(noise), starts), torch.inf, device=noise.device)
+        self.steps = torch.zeros_like(self.losses, dtype=torch.long)
+        self.first_steps: list[int] = []
+
+    def score(self, run: NoiseState) -> None:
+        loss = torch.where(run.loss.isnan(), torch.inf, run.loss).to(self.losses)  # NaN: stopped
+        losses = torch.cat((self.losses, loss[:, None]), 1)
+        best = losses.argsort(dim=1, stable=True)[:, :-1]
+        rows = torch.arange(len(best), device=best.device)[:, None]
+        self.losses = losses[rows, best]
+        self.noises = torch.cat((self.noises, run.noise[:, None]), 1)[rows, best]
+        self.steps = torch.cat((self.steps, torch.full_like(self.steps[:, :1], run.step)), 1)[rows, best]
+        self.scored += 1
+
+    def begin(self, run: NoiseState) -> torch.Tensor:
+        if not self.stage:
+            self.seconds = run.elapsed
+        self.stage += 1
+        self.first_steps.append(run.step + 1)
+        return self.noises[:, self.stage - 1]
+
+    def report(self, run: NoiseState) -> dict[str, Any]:
+        best = [sum(first <= step for first in self.first_steps) for step in run.best.step.tolist()]
+        return {
+            "noises": self.scored,
+            "previews": self.previews,
+            "first_steps": list(self.first_steps),
+            "found_at": self.steps.tolist(),
+            "losses": self.losses.tolist(),
+            "best_start": best,
+        }
+
+# pipelines/never_too_late/set_search.py
+
+SWEEPS = 10  # at most, over the positions of a set
+Loss = Callable[[torch.Tensor], float]
+
+class SetSearch:
+    """The search of a run: the given noises, then fresh ones, and at the end the best set of all.
+
+    Args:
+        problem: The call.
+        count: k, the number of noises to score at each position of the batch.
+
+    Attributes:
+        searching: Whether noises are still scored.
+        scored: The number of noises scored so far.
+        chosen: `(B, C, H, W)`, the noises of the best sets, once they are known.
+    """
+
+    def __init__(self, problem: NoiseProblem, count: int) -> None:
+        self.count, self.scored, self.searching = count, 0, count > 0
+        self.fresh = CandidateNoise(problem) if count else None
+        self.chosen: torch.Tensor | None = None
+
+    def inspect(self, run: NoiseState, objective: Any, good: torch.Tensor, seconds: float | None) -> None:
+        run.stage = "search"
+        self.scored += 1
+        objective.refuse(~good)
+        late = seconds is not None and run.elapsed > SEARCH_SHARE * seconds
+        if late or self.scored == self.count:
+            self.chosen, origins = chosen_sets(objective)
+            steps, rows = zip(*origins, strict=True)
+            run.reports["search"] = {"noises": self.scored, "from_step": list(steps), "from_image": list(rows)}
+            objective.end_search()
+
+    def step(self) -> torch.Tensor:
+        if self.chosen is None:
+            assert self.fresh is not None
+            return self.fresh.draw()
+        self.searching = False
+        return self.chosen
+
+def chosen_sets(objective: Any) -> tuple[torch.Tensor, list[tuple[int, int]]]:
+    noises = torch.stack([noise for noise, *_ in objective.candidates])  # (T, B, C, H, W)
+    noise, origins = noises[0].clone(), [(0, row) for row in range(noises.shape[1])]
+    for rows in objective.sets:
+        drawn = [(step, row) for step in range(len(noises)) for row in rows.tolist()]
+        best = best_set(objective.loss_of_candidates(rows), len(drawn), len(rows))
+        places = assigned_positions([drawn[index][1] for index in best], rows.tolist(), 1)
+        for index, (_, row) in zip(best, places, strict=True):
+            origins[row] = drawn[index]
+            noise[row] = noises[drawn[index]]
+    return noise, origins
+
+def best_set(loss: Loss, count: int, size: int) -> list[int]:
+    value, best = min((loss(part), part.tolist()) for part in torch.arange(count).split(size))
+    for _ in range(SWEEPS):
+        before = value
+        for place in range(size):
+            others = best[:place] + best[place + 1 :]
+            tried = [[*best[:place], index, *best[place + 1 :]] for index in range(count) if index not in others]
+            found, group = min((loss(torch.tensor(group)), group) for group in tried)
+            if found < value:
+                value, best = found, group
+        if value == before:
+            break
+    return best
+
 # pipelines/never_too_late/method.py
 
 PAPER_RATE = 6.0
@@ -7716,7 +8081,14 @@ class NeverTooLate(NoiseOptimizer):
         stop_at: The value of v at which a set stops: 0.98 of "dpp" is the rule of the released code. A number for one
             set reward, or a dict by name, in which all must be reached.
         stop_ratio: The same as a multiple of the baseline's v. If both are given, the lower counts.
-        warm_up: The number of first steps in which the rewards give no gradient.
+        warm_up: The number of first steps, after a search, in which the rewards give no gradient.
+        search: k, the number of noises that are scored at each position of the batch before the first step, the given
+            one included, each an evaluation of `steps` or `budget`; 0 runs from the given noises. The steps begin from
+            those of them that have the lowest loss together, as group selection finds them
+            (https://arxiv.org/abs/2508.15773), here by exchanges and for any set reward. A time budget is shared: at
+            most `SEARCH_SHARE` of it is for the search. A guard excludes candidates, but never the given noises.
+            `result.reports["search"]` has the number of `noises`, and for each image `from_step` and `from_image`,
+            where its first noise was drawn.
         references: `(M, 3, H, W)` images in [0, 1] that belong to every set and are not moved, or their features from
             `SetRewardSum.known_features`. One image of a prompt is enough then.
         gradient: "full" differentiates the whole chain; "frozen" holds the model outputs constant.
@@ -7736,6 +8108,7 @@ class NeverTooLate(NoiseOptimizer):
     stop_at: Targets | None = None
     stop_ratio: Targets | None = None
     warm_up: int = checked(0, "[0, inf)")
+    search: int = checked(0, "[0, inf)")
     references: torch.Tensor | Mapping[str, torch.Tensor] | None = None
     gradient: Literal["full", "frozen"] = "full"
     preview: bool = False
@@ -7747,6 +8120,11 @@ class NeverTooLate(NoiseOptimizer):
         if (weighted := weighted_rewards(self.rewards, as_guards(self.guard))) is not None:
             checked_reward_pairs(weighted)
         check_references(self.references)
+        if self.search and self.evaluations is not None and self.evaluations <= self.search:
+            raise ValueError(
+                f"Expected at least {self.search + 1} evaluations, for `search={self.search}` and a step, but got "
+                f"{self.evaluations}. Pass more `steps`, or a smaller `search`."
+            )
 
     def objective(self, pipe) -> SetObjective:
         guards = as_guards(self.guard)
@@ -7769,6 +8147,7 @@ class NeverTooLate(NoiseOptimizer):
             references=self.references,
             warm_up=self.warm_up,
             released=self.mode == "parity",
+            search=self.search > 0,
         )
 
     def regularizer(self, noise: torch.Tensor) -> torch.Tensor | float:
@@ -7776,7 +8155,11 @@ class NeverTooLate(NoiseOptimizer):
 
     def start(self, problem: NoiseProblem) -> "NeverTooLateState":
         white = self.geometry == "white"
-        return NeverTooLateState(problem, WhiteNoiseSteps(problem, self.rate, self.momentum) if white else None)
+        steps = WhiteNoiseSteps(problem, self.rate, self.momentum) if white else None
+        return NeverTooLateState(problem, steps, self.search)
+
+    def needs(self, step: int, state: "NeverTooLateState") -> tuple[Gradient, bool]:
+        return None if state.search.searching else self.gradient, self.preview
 
     @property
     def rate(self) -> float:
@@ -7787,9 +8170,16 @@ class NeverTooLate(NoiseOptimizer):
         whole = state.of_whole_sets(run.active)
         if (run.active & ~whole).any():
             run.stop("part of the set ended", ~whole)
-        accepted = state.apply_guard(run, objective.guards) & whole
+        if state.search.searching and run.step:
+            good = ~state.guarded.fallen(run, objective.guards)
+            accepted = state.of_whole_sets(good) & whole
+        else:
+            accepted = state.apply_guard(run, objective.guards) & whole
+            good = torch.ones_like(accepted)
         if run.step == 0:
             state.targets = self.targets(run, objective, state)
+        if state.search.searching:
+            state.search.inspect(run, objective, good, self.seconds)
         state.stop_reached(run, accepted)
         return accepted
 
@@ -7805,6 +8195,11 @@ class NeverTooLate(NoiseOptimizer):
 
     def step(self, run: NoiseState, gradient: torch.Tensor, state: "NeverTooLateState") -> torch.Tensor:
         guarded = state.guarded
+        if state.search.searching:
+            noise = state.search.step()
+            if not state.search.searching:
+                guarded.last_good, run.stage = noise, "start 1"
+            return noise
         stays = per_image(~guarded.good | guarded.frozen, gradient)
         white = state.white if self.geometry == "white" else None
         if white is not None:
@@ -7834,14 +8229,15 @@ class NeverTooLateState:
         sizes: `(B,)`, the number of images in the set of each sample.
         velocity: `(B, C, H, W)`, the momentum of the paper's step.
         white: The steps on white noise, or `None` for those of the paper.
+        search: The search before the first step.
         guarded: Which noises are good, and where each reverts.
         targets: By set reward, `(B,)`, the value at which the set of each sample stops.
         accepted_steps, rejected_steps: `(B,)`, the steps that the guard accepted and rejected for the set of each
             sample, without step 0.
     """
 
-    def __init__(self, problem: NoiseProblem, white: WhiteNoiseSteps | None = None) -> None:
-        noise, self.white = problem.noise, white
+    def __init__(self, problem: NoiseProblem, white: WhiteNoiseSteps | None = None, search: int = 0) -> None:
+        noise, self.white, self.search = problem.noise, white, SetSearch(problem, search)
         self.rows = [rows.to(noise.device) for rows in sets(problem.groups)]
         self.sizes = torch.tensor([problem.groups.count(group) for group in problem.groups]).to(noise)
         self.velocity = torch.zeros_like(noise)
@@ -8592,156 +8988,6 @@ class ReNO(GradientOptimizer):
         if self.geometry_used == "prior":
             return moved
         return moved * per_image(state.radius / per_sample_norm(moved), moved)
-
-# pipelines/searches/previews.py
-
-class Candidates:
-    """Evaluated candidates in order of evaluation, with their rewards and features, on the CPU.
-
-    Args:
-        limit: The number of candidates to store for each position, those with the highest rewards; `None` for all.
-
-    Attributes:
-        origins: The step and the position in the batch of each.
-        noises: `(C, H, W)` each.
-        unary: The reward of each.
-        features: `(...)` each; empty tensors if none were given.
-    """
-
-    def __init__(self, limit: int | None = None) -> None:
-        self.limit = limit
-        self.origins: list[tuple[int, int]] = []
-        self.noises: list[torch.Tensor] = []
-        self.unary: list[float] = []
-        self.features: list[torch.Tensor] = []
-        self.known: set[tuple[int, int]] = set()
-
-    def add(self, step: int, noise: torch.Tensor, unary: torch.Tensor, features: torch.Tensor | None = None) -> None:
-        features = noise.new_zeros(len(noise), 0) if features is None else features
-        for row, each in enumerate(noise.detach().cpu()):
-            key = (row, seed_from(each))
-            if key not in self.known:
-                self.known.add(key)
-                self.origins.append((step, row))
-                self.noises.append(each)
-                self.unary.append(float(unary[row]))
-                self.features.append(features[row].detach().cpu())
-                self.forget(row)
-
-    def forget(self, row: int) -> None:
-        found = self.of([row])
-        if self.limit is not None and len(found) > self.limit:
-            worst = self.highest(found)[-1]
-            for values in (self.origins, self.noises, self.unary, self.features):
-                del values[worst]
-
-    def of(self, rows: Sequence[int]) -> list[int]:
-        return [index for index, (_, row) in enumerate(self.origins) if row in rows]
-
-    def highest(self, found: Sequence[int]) -> list[int]:
-        return sorted(found, key=lambda index: -self.unary[index])
-
-class CandidateObjective(Objective):
-    """The objective of a choice among candidates: all sampled fully, or most of them previewed first.
-
-    An object serves one run. A preview is the x0 estimate of one model call; its loss is NaN, so that only fully
-    sampled noises are returned. A subclass defines the measure, and the best candidates of a set.
-
-    Args:
-        rewards: The rewards of candidates, or `None`.
-        preview: Preview from the second evaluation until `kept` is called. If the pipeline makes a single step, its
-            images cost no more than previews, and all are sampled fully.
-        limit: The limit of previews; see `Candidates`.
-
-    Attributes:
-        step: The number of evaluations so far.
-        sets: The positions in the batch of candidates that form one set.
-        previews: The candidates that were previewed.
-    """
-
-    sets: list[list[int]]
-    continues = None
-
-    def __init__(self, rewards: RewardObjective | None, preview: bool, limit: int | None = None) -> None:
-        self.rewards, self.preview = rewards, preview
-        self.requires_prompt = rewards is not None and rewards.requires_prompt
-        self.step, self.previewing = 0, False
-        self.previews = Candidates(limit)
-
-    def measure(self, sample: Sample) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        raise NotImplementedError(f"{type(self).__name__} must define `measure(sample)`.")
-
-    def best(self, seen: Candidates, rows: Sequence[int], count: int) -> list[int]:
-        raise NotImplementedError(f"{type(self).__name__} must define `best(seen, rows, count)`.")
-
-    def try_out(self, prompt: str, height: int, width: int, gradient: bool) -> None:
-        if self.rewards is not None:
-            self.rewards.try_out(prompt, height, width, gradient)
-
-    def evaluate(self, sample: Sample) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        sample.preview = self.previewing
-        loss, scores = self.measure(sample)
-        if self.previewing:
-            loss = torch.full_like(loss, torch.nan)
-        if self.step == 0:  # a whole chain has been run by now
-            self.previewing = self.preview and sample.sampler.timesteps != 1
-        self.step += 1
-        return loss, scores
-
-    def kept(self, run: NoiseState, rounds: int) -> Iterator[torch.Tensor]:
-        self.previewing, plan = False, {}
-        for rows in self.sets:
-            plan.update(self.assigned(self.previews, rows, rounds if run.active[rows].any() else 1))
-        going_on = torch.ones_like(run.active)
-        for turn in range(1 + max((turn for turn, _ in plan), default=-1)):
-            noise = run.best.noise.clone()
-            for row in range(len(noise)):
-                if (turn, row) in plan and going_on[row]:
-                    noise[row] = self.previews.noises[plan[turn, row]].to(noise)
-            yield noise
-            going_on = going_on & run.active
-            if not going_on.any():
-                return
-
-    def assigned(self, seen: Candidates, rows: Sequence[int], rounds: int) -> dict[tuple[int, int], int]:
-        best = self.best(seen, rows, rounds * len(rows))
-        return dict(
-            zip(assigned_positions([seen.origins[index][1] for index in best], rows, rounds), best, strict=True)
-        )
-
-class PreviewedRewards(CandidateObjective):
-    """Minus the rewards of each image; the previews with the highest rewards are kept.
-
-    Args:
-        rewards: The rewards.
-        keep: The number of previews of each image that may be sampled fully.
-    """
-
-    rewards: RewardObjective
-
-    def __init__(self, rewards: RewardObjective, keep: int) -> None:
-        super().__init__(rewards, preview=True, limit=keep)
-
-    def check_groups(self, groups: Sequence[int]) -> None:
-        self.sets = [[row] for row in range(len(groups))]
-
-    def measure(self, sample: Sample) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        loss, scores = self.rewards.evaluate(sample)
-        if self.previewing:
-            self.previews.add(self.step, sample.noise, -loss)
-        return loss, scores
-
-    def best(self, seen: Candidates, rows: Sequence[int], count: int) -> list[int]:
-        return seen.highest(seen.of(rows))[:count]
-
-    def describe(self) -> dict:
-        return self.rewards.describe()
-
-def assigned_positions(origins: Sequence[int], rows: Sequence[int], rounds: int) -> list[tuple[int, int]]:
-    free = {row: list(range(rounds)) for row in rows}
-    taken = [(free[row].pop(0), row) if free[row] else None for row in origins]
-    left = iter(sorted((turn, row) for row, turns in free.items() for turn in turns))
-    return [pair or next(left) for pair in taken]
 
 # pipelines/searches/best_of_n.py
 
@@ -10595,122 +10841,6 @@ class Restoration:
         for name, each in saved.items():
             vars(begun)[name] = self.restored(vars(begun)[name], each, f"{where}.{name}")
         return begun
-
-# pipelines/stages.py
-
-SEARCH_SHARE = 0.3  # of a time budget; half of it leaves too few steps, see benchmarks/search_and_starts.py
-
-class StagedMethod:
-    """The stages of a method with `search`, in the place of the method. See `GradientOptimizer`.
-
-    Args:
-        method: The method, a `GradientOptimizer`.
-        problem: The call.
-    """
-
-    def __init__(self, method: Any, problem: NoiseProblem) -> None:
-        self.method, self.problem, self.searched = method, problem, method.searched(problem)
-
-    def start(self, problem: NoiseProblem) -> "StagedState":
-        return StagedState(problem, self.method.starts, self.method.start(problem))
-
-    def needs(self, step: int, state: "StagedState") -> tuple[Gradient, bool]:
-        if not state.stage:
-            return None, self.method.previews or state.previews
-        ends = self.method.evaluations is not None and step + 1 == self.end(state)
-        return None if ends else self.method.gradient_mode, self.method.previews
-
-    def inspect(self, run: NoiseState, objective: Any, state: "StagedState") -> torch.Tensor | None:
-        run.stage = f"start {state.stage}" if state.stage else "search"
-        run.reports["search"] = state.report(run)
-        if state.stage:
-            return self.method.inspect(run, objective, state.inner)
-        if run.step == 0:  # a whole chain has been run by now
-            state.previews = not self.method.previews and self.problem.sampler.timesteps != 1
-        if run.step or not state.previews:
-            state.score(run)
-        if run.step and state.previews:
-            run.loss = torch.full_like(run.loss, torch.nan)
-        return None
-
-    def step(self, run: NoiseState, gradient: torch.Tensor | None, state: "StagedState") -> torch.Tensor:
-        if self.ends(run, state):
-            noise = state.begin(run)
-            state.inner = self.method.start(self.problem.beginning_at(noise, state.stage))
-            return noise
-        if state.stage:
-            return self.method.step(run, gradient, state.inner)
-        return state.fresh.draw() if state.scored else self.problem.noise
-
-    def finish(self, run: NoiseState, objective: Any, state: "StagedState") -> Iterable[torch.Tensor]:
-        run.reports["search"] = state.report(run)
-        return self.method.finish(run, objective, state.inner)
-
-    def ends(self, run: NoiseState, state: "StagedState") -> bool:
-        method, seconds = self.method, self.method.seconds
-        if not state.stage:
-            late = seconds is not None and run.elapsed > SEARCH_SHARE * seconds and state.scored >= method.starts
-            return late or state.scored == self.searched
-        return state.stage < method.starts and (run.step + 1 if seconds is None else run.elapsed) >= self.end(state)
-
-    def end(self, state: "StagedState") -> float:
-        if self.method.seconds is not None:
-            return state.seconds + (self.method.seconds - state.seconds) * state.stage / self.method.starts
-        begin, evaluations = state.first_steps[0], self.method.evaluations
-        assert evaluations is not None
-        return begin + (evaluations - begin) * state.stage // self.method.starts
-
-class StagedState:
-    """The stage of a run, the best noises of its search, and the state of the method.
-
-    Attributes:
-        stage: 0 for the search, then the number of the start.
-        fresh: The source of noises.
-        scored: The number of noises scored so far.
-        previews: Whether they are scored by previews.
-        noises: `(B, starts, C, H, W)`, the best of them so far.
-        losses, steps: `(B, starts)`, their losses, infinite where there is none yet, and when they were scored.
-        first_steps: The first step of each start that has begun.
-        seconds: The time of the search.
-        inner: The state of the method, for the present start.
-    """
-
-    def __init__(self, problem: NoiseProblem, starts: int, inner: Any) -> None:
-        noise = problem.noise
-        self.stage, self.scored, self.previews, self.seconds = 0, 0, False, 0.0
-        self.fresh, self.inner = CandidateNoise(problem), inner
-        self.noises = noise[:, None].repeat(1, starts, *[1] * (noise.ndim - 1))
-        self.losses = torch.full((len(noise), starts), torch.inf, device=noise.device)
-        self.steps = torch.zeros_like(self.losses, dtype=torch.long)
-        self.first_steps: list[int] = []
-
-    def score(self, run: NoiseState) -> None:
-        loss = torch.where(run.loss.isnan(), torch.inf, run.loss).to(self.losses)  # NaN: stopped
-        losses = torch.cat((self.losses, loss[:, None]), 1)
-        best = losses.argsort(dim=1, stable=True)[:, :-1]
-        rows = torch.arange(len(best), device=best.device)[:, None]
-        self.losses = losses[rows, best]
-        self.noises = torch.cat((self.noises, run.noise[:, None]), 1)[rows, best]
-        self.steps = torch.cat((self.steps, torch.full_like(self.steps[:, :1], run.step)), 1)[rows, best]
-        self.scored += 1
-
-    def begin(self, run: NoiseState) -> torch.Tensor:
-        if not self.stage:
-            self.seconds = run.elapsed
-        self.stage += 1
-        self.first_steps.append(run.step + 1)
-        return self.noises[:, self.stage - 1]
-
-    def report(self, run: NoiseState) -> dict[str, Any]:
-        best = [sum(first <= step for first in self.first_steps) for step in run.best.step.tolist()]
-        return {
-            "noises": self.scored,
-            "previews": self.previews,
-            "first_steps": list(self.first_steps),
-            "found_at": self.steps.tolist(),
-            "losses": self.losses.tolist(),
-            "best_start": best,
-        }
 
 # pipelines/loop.py
 

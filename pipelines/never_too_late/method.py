@@ -17,9 +17,11 @@ from ..method import NoiseOptimizer
 from ..noise_math import ChiPrior, per_image, per_sample_norm, rate_unit, sets
 from ..problem import NoiseProblem
 from ..registry import register_method
+from ..sampling.sampler import Gradient
 from ..white_noise import WHITE_RATE, WhiteNoiseSteps
 from .quality_guard import GUARD_REPORT, GuardedNoise, as_guards, loaded_guards
 from .set_objective import SetObjective, check_reachable
+from .set_search import SetSearch
 
 PAPER_RATE = 6.0
 TARGETS = ("hinge", "stop_at", "stop_ratio")
@@ -72,7 +74,14 @@ class NeverTooLate(NoiseOptimizer):
         stop_at: The value of v at which a set stops: 0.98 of "dpp" is the rule of the released code. A number for one
             set reward, or a dict by name, in which all must be reached.
         stop_ratio: The same as a multiple of the baseline's v. If both are given, the lower counts.
-        warm_up: The number of first steps in which the rewards give no gradient.
+        warm_up: The number of first steps, after a search, in which the rewards give no gradient.
+        search: k, the number of noises that are scored at each position of the batch before the first step, the given
+            one included, each an evaluation of `steps` or `budget`; 0 runs from the given noises. The steps begin from
+            those of them that have the lowest loss together, as group selection finds them
+            (https://arxiv.org/abs/2508.15773), here by exchanges and for any set reward. A time budget is shared: at
+            most `SEARCH_SHARE` of it is for the search. A guard excludes candidates, but never the given noises.
+            `result.reports["search"]` has the number of `noises`, and for each image `from_step` and `from_image`,
+            where its first noise was drawn.
         references: `(M, 3, H, W)` images in [0, 1] that belong to every set and are not moved, or their features from
             `SetRewardSum.known_features`. One image of a prompt is enough then.
         gradient: "full" differentiates the whole chain; "frozen" holds the model outputs constant.
@@ -92,6 +101,7 @@ class NeverTooLate(NoiseOptimizer):
     stop_at: Targets | None = None
     stop_ratio: Targets | None = None
     warm_up: int = checked(0, "[0, inf)")
+    search: int = checked(0, "[0, inf)")
     references: torch.Tensor | Mapping[str, torch.Tensor] | None = None
     gradient: Literal["full", "frozen"] = "full"
     preview: bool = False
@@ -103,6 +113,11 @@ class NeverTooLate(NoiseOptimizer):
         if (weighted := weighted_rewards(self.rewards, as_guards(self.guard))) is not None:
             checked_reward_pairs(weighted)
         check_references(self.references)
+        if self.search and self.evaluations is not None and self.evaluations <= self.search:
+            raise ValueError(
+                f"Expected at least {self.search + 1} evaluations, for `search={self.search}` and a step, but got "
+                f"{self.evaluations}. Pass more `steps`, or a smaller `search`."
+            )
 
     def objective(self, pipe) -> SetObjective:
         guards = as_guards(self.guard)
@@ -125,6 +140,7 @@ class NeverTooLate(NoiseOptimizer):
             references=self.references,
             warm_up=self.warm_up,
             released=self.mode == "parity",
+            search=self.search > 0,
         )
 
     def regularizer(self, noise: torch.Tensor) -> torch.Tensor | float:
@@ -132,7 +148,11 @@ class NeverTooLate(NoiseOptimizer):
 
     def start(self, problem: NoiseProblem) -> "NeverTooLateState":
         white = self.geometry == "white"
-        return NeverTooLateState(problem, WhiteNoiseSteps(problem, self.rate, self.momentum) if white else None)
+        steps = WhiteNoiseSteps(problem, self.rate, self.momentum) if white else None
+        return NeverTooLateState(problem, steps, self.search)
+
+    def needs(self, step: int, state: "NeverTooLateState") -> tuple[Gradient, bool]:
+        return None if state.search.searching else self.gradient, self.preview
 
     @property
     def rate(self) -> float:
@@ -145,9 +165,16 @@ class NeverTooLate(NoiseOptimizer):
         whole = state.of_whole_sets(run.active)
         if (run.active & ~whole).any():
             run.stop("part of the set ended", ~whole)
-        accepted = state.apply_guard(run, objective.guards) & whole
+        if state.search.searching and run.step:
+            good = ~state.guarded.fallen(run, objective.guards)
+            accepted = state.of_whole_sets(good) & whole
+        else:
+            accepted = state.apply_guard(run, objective.guards) & whole
+            good = torch.ones_like(accepted)
         if run.step == 0:
             state.targets = self.targets(run, objective, state)
+        if state.search.searching:
+            state.search.inspect(run, objective, good, self.seconds)
         state.stop_reached(run, accepted)
         return accepted
 
@@ -164,6 +191,11 @@ class NeverTooLate(NoiseOptimizer):
 
     def step(self, run: NoiseState, gradient: torch.Tensor, state: "NeverTooLateState") -> torch.Tensor:
         guarded = state.guarded
+        if state.search.searching:
+            noise = state.search.step()
+            if not state.search.searching:
+                guarded.last_good, run.stage = noise, "start 1"
+            return noise
         stays = per_image(~guarded.good | guarded.frozen, gradient)
         white = state.white if self.geometry == "white" else None
         if white is not None:
@@ -195,14 +227,15 @@ class NeverTooLateState:
         sizes: `(B,)`, the number of images in the set of each sample.
         velocity: `(B, C, H, W)`, the momentum of the paper's step.
         white: The steps on white noise, or `None` for those of the paper.
+        search: The search before the first step.
         guarded: Which noises are good, and where each reverts.
         targets: By set reward, `(B,)`, the value at which the set of each sample stops.
         accepted_steps, rejected_steps: `(B,)`, the steps that the guard accepted and rejected for the set of each
             sample, without step 0.
     """
 
-    def __init__(self, problem: NoiseProblem, white: WhiteNoiseSteps | None = None) -> None:
-        noise, self.white = problem.noise, white
+    def __init__(self, problem: NoiseProblem, white: WhiteNoiseSteps | None = None, search: int = 0) -> None:
+        noise, self.white, self.search = problem.noise, white, SetSearch(problem, search)
         self.rows = [rows.to(noise.device) for rows in sets(problem.groups)]
         self.sizes = torch.tensor([problem.groups.count(group) for group in problem.groups]).to(noise)
         self.velocity = torch.zeros_like(noise)

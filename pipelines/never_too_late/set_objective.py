@@ -1,6 +1,6 @@
 """The objective of a set of images: their diversity, and the quality of each."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,9 +29,16 @@ class SetObjective(Objective):
             `diversity.known_features`.
         warm_up: The number of first evaluations without a gradient of the rewards.
         released: Whether features and rewards see the images as in the released code.
+        search: Whether the first evaluations are of a search, whose candidates are kept.
+
+    Attributes:
+        evaluations: The number of evaluations after the search.
+        candidates: For each evaluation of the search the noises `(B, C, H, W)`, the quality losses `(B,)`, and the
+            features `(B, ...)` in the order of `diversity.feature_names`.
+        sets: The samples of each set.
     """
 
-    continues = ("evaluations",)
+    continues = ("evaluations", "searching", "candidates")
 
     def __init__(
         self,
@@ -43,6 +50,7 @@ class SetObjective(Objective):
         references: torch.Tensor | Mapping[str, torch.Tensor] | None = None,
         warm_up: int = 0,
         released: bool = False,
+        search: bool = False,
     ) -> None:
         self.hinge, self.stop_at = dict(hinge or {}), dict(stop_at or {})
         self.released = released
@@ -54,7 +62,8 @@ class SetObjective(Objective):
         self.known: Mapping[str, torch.Tensor] | None = None
         if isinstance(references, Mapping):
             diversity.check_feature_names(references)
-        self.evaluations = 0
+        self.evaluations, self.searching = 0, search
+        self.candidates: list[list[torch.Tensor]] = []
         parts = (self.quality, self.watched)
         self.requires_prompt = any(part.requires_prompt for part in parts if part is not None)
 
@@ -84,6 +93,7 @@ class SetObjective(Objective):
         return 0 if given is None else len(given if isinstance(given, torch.Tensor) else next(iter(given.values())))
 
     def check_groups(self, groups: Sequence[int]) -> None:
+        self.sets = list(sets(groups))
         for group in sorted(set(groups)):
             count = groups.count(group) + self.reference_count
             if count < 2:
@@ -111,14 +121,42 @@ class SetObjective(Objective):
         quality, scores = self.quality_of(sample)
         losses = torch.zeros(len(images), device=images.device)
         values = {name: torch.zeros_like(losses) for name in self.diversity.names}
-        for rows in sets(sample.groups):
+        if self.searching:
+            features = self.diversity.known_features(images, sample.chunk_size or len(images))
+            self.candidates.append([sample.noise.detach(), quality.detach(), *features.values()])
+        for rows in self.sets:
             output = self.diversity(images[rows], self.known_references(), sample.chunk_size)
             loss = self.diversity_loss(output.components) - self.carrier(output.total) + quality[rows].mean()
             losses = losses.index_put((rows,), loss.to(losses))
             for name, value in output.components.items():
                 values[name][rows] = value.to(losses)
-        self.evaluations += 1
+        self.evaluations += not self.searching
         return losses, {**scores, **values}
+
+    def refuse(self, rows: torch.Tensor) -> None:
+        """Exclude candidates of the last evaluation, `(B,)` bool, from the choice."""
+        quality = self.candidates[-1][1]
+        self.candidates[-1][1] = quality.masked_fill(rows.to(quality.device), torch.inf)
+
+    def loss_of_candidates(self, rows: torch.Tensor) -> Callable[[torch.Tensor], float]:
+        """Return the loss of a set of candidates at the positions `rows` `(K,)` of the batch, by their indices.
+
+        The index `t·K + i` is that of the candidate at `rows[i]` in the evaluation t.
+        """
+        _, quality, *features = (
+            torch.cat([each[rows] for each in parts]) for parts in zip(*self.candidates, strict=True)
+        )
+        named, known = dict(zip(self.diversity.feature_names, features, strict=True)), self.known_references()
+
+        def loss(chosen: torch.Tensor) -> float:
+            output = self.diversity.of_features({name: each[chosen] for name, each in named.items()}, known)
+            return float(self.diversity_loss(output.components) + quality[chosen].mean().to(output.total))
+
+        return loss
+
+    def end_search(self) -> None:
+        """Forget the candidates; the steps follow."""
+        self.searching, self.candidates = False, []
 
     def quality_of(self, sample: Sample) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Return the quality loss of each image, `(B,)`, and the scores of all rewards, guards included.

@@ -42,7 +42,12 @@ RECIPES = {
         following="never_too_late",
     ),
     "never_too_late": Recipe(
-        settings={"steps": 20, "geometry": "white", "diversity": {"pairwise": ("tiny_image", 26.0)}},
+        settings={
+            "steps": 36,
+            "search": 26,
+            "geometry": "white",
+            "diversity": {"pairwise": ("tiny_image", 13.0)},
+        },
         plan="toward images that differ",
         following="noise_diffusion",
     ),

@@ -14,18 +14,20 @@ from noiseopt.demo import seeded
 from noiseopt.evaluation.looking import Looking
 from noiseopt.pipelines.searches.group_solver import group_value
 
+BUDGET = never_too_late.Budget(search=2, steps=2)
 
-@pytest.mark.parametrize(("table", "count"), [("methods", 8), ("objectives", 11), ("pink", 39)])
+
+@pytest.mark.parametrize(("table", "count"), [("methods", 10), ("objectives", 11), ("pink", 39)])
 def test_rows_are_compared_with_rows_and_get_the_time_of_rows_before_them(table, count):
-    names = [row.name for row in rows(table, 3)]
+    names = [row.name for row in rows(table, BUDGET)]
     assert len(set(names)) == len(names) == count
-    for at, row in enumerate(rows(table, 3)):
+    for at, row in enumerate(rows(table, BUDGET)):
         assert row.against in names and (row.time_of is None or row.time_of in names[:at])
         assert table == "objectives" or never_too_late.of_white(row) in names
 
 
 def test_the_sweep_has_each_exponent_for_each_method():
-    swept = [row for row in rows("pink", 3) if isinstance(row.noise, dict) and row.noise.get("standardize", True)]
+    swept = [row for row in rows("pink", BUDGET) if isinstance(row.noise, dict) and row.noise.get("standardize", True)]
     exponents = [row.noise["alpha"] for row in swept]
     assert exponents[::3] == exponents[1::3] == exponents[2::3] == pytest.approx([0.05 * step for step in range(11)])
 
@@ -43,7 +45,7 @@ def equal_pulls(monkeypatch):
 
 def test_group_selection_maximizes_what_ours_does(bench, equal_pulls):
     """Σ u + w Σ b over K images is K times `mean u + λ·mean b`, the negative loss of the objective `MAIN`."""
-    ours, group = never_too_late.ours()(bench), never_too_late.group(64)(bench)
+    ours, group = never_too_late.ours(never_too_late.ALONE)(bench), never_too_late.group(64)(bench)
     generator = torch.Generator().manual_seed(0)
     u, b = (torch.rand(*size, generator=generator, dtype=torch.float64) for size in ((4,), (4, 4)))
     b = b + b.T
@@ -93,17 +95,30 @@ def test_a_short_run_has_every_row_and_figure(capsys, tmp_path, equal_pulls, mon
     prompt = shapes_world.VALIDATION_PROMPTS[0]
     for table in ("methods", "pink"):
         plot = tmp_path / f"{table}.png"
-        short = ["--limit", "1", "--images", "2", "--steps", "2", "--plot", str(plot), "--table", table]
+        short = [
+            "--limit",
+            "1",
+            "--images",
+            "2",
+            "--search",
+            "2",
+            "--steps",
+            "2",
+            "--plot",
+            str(plot),
+            "--table",
+            table,
+        ]
         found = never_too_late.main(short).found
         printed = capsys.readouterr().out
-        assert [row.name for row in rows(table, 2)] == list(found)
+        assert [row.name for row in rows(table, BUDGET)] == list(found)
         assert all(f"| {name} |".replace("-", "−") in printed for name in found)
-        assert found["white, plain"][prompt]["evaluations"] == 1 and found["white, ours"][prompt]["evaluations"] == 2
+        assert found["white, plain"][prompt]["evaluations"] == 1 and found["white, ours"][prompt]["evaluations"] == 4
         with Image.open(plot) as picture:
             assert picture.width == 1600 and picture.height > 300
         if table == "methods":
             curve = found["white, ours"][prompt]["curve"]
-            assert len(curve) == 2 and curve[0] == pytest.approx(found["white, plain"][prompt]["patches"], rel=1e-3)
+            assert len(curve) == 4 and curve[0] == pytest.approx(found["white, plain"][prompt]["patches"], rel=1e-3)
             # 3 draws of 2 candidates, and the chosen set unless it is one of these
             assert found[never_too_late.many_of("white")][prompt]["evaluations"] in (3, 4)
             assert "white: step" in printed
