@@ -79,6 +79,7 @@ def main(arguments: list[str] | None = None) -> Report:
     print(found.table(DIVERSITY), found.table([*QUALITY, *COST]), sep="\n\n")
     for row in found.rows[1:3]:
         print(f"\n{row.name}: {found.share(row, 'MSS')}, {found.share(row, 'Vendi')}, right {found.cell(row, 'right')}")
+    print("", *(f"{row.name}, {found.by_ground(row, options.images)}" for row in found.rows[:3]), sep="\n")
     if options.plot:
         found.plot(TITLES, options.plot)
     return found

@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 import torch
 from defaults import digest_of_defaults  # pyright: ignore[reportMissingImports]
 from never_too_late import reached  # pyright: ignore[reportMissingImports]
-from sets import load, rounded  # pyright: ignore[reportMissingImports]
+from sets import border, load, rounded  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 from tqdm import tqdm
 
@@ -152,12 +152,6 @@ class Problem:
 def right(images: Tensor, prompts: Sequence[str]) -> Tensor:
     """Return the judge's verdicts, `(B,)`, 1.0 or 0.0."""
     return torch.tensor([float(verdict.correct) for verdict in shapes_world.judge(images, prompts)])
-
-
-def border(images: Tensor) -> Tensor:
-    """Return the mean `(B,)` of the outer sixteenth on the left and on the right of images in [0, 1]."""
-    width = images.shape[-1] // 16
-    return torch.cat([images[..., :width], images[..., -width:]], -1).mean((1, 2, 3))
 
 
 def right_and_dark(images: Tensor, prompts: Sequence[str]) -> Tensor:

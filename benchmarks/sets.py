@@ -37,6 +37,7 @@ from noiseopt.quiet import quiet_libraries
 from noiseopt.rewards import Features, ImageFeatures, PairwiseDiversity
 
 PROMPTS = {"validation": shapes_world.VALIDATION_PROMPTS, "held-out": shapes_world.HELD_OUT_PROMPTS}
+USUAL_GROUND = 0.7  # brightness of most training pictures at their border
 SEEDS = 1000  # apart, for the sets of two prompts
 DIVERSITY = ("MSS", "Vendi", "patches", "clip", "positions", "sizes", "grounds")
 QUALITY = ("right", "reward", "sharpness", "complexity")
@@ -149,10 +150,18 @@ class Bench:
         found |= {"MSS": float(mean_pairwise_similarity(whole)), "Vendi": float(vendi_score(whole))}
         found |= {"positions": layout_spread(images, prompt), "sizes": size_spread(images, prompt)}
         found |= {"grounds": ground_spread(images)}
-        verdicts = shapes_world.judge(images, prompt)
-        found["right"] = sum(verdict.correct for verdict in verdicts) / len(verdicts)
+        right = torch.tensor([verdict.correct for verdict in shapes_world.judge(images, prompt)])
+        usual = ((border(images) - USUAL_GROUND).abs() < 0.05).cpu()
+        found["right"] = float(right.double().mean())
+        found |= {"usual grounds": int(usual.sum()), "right on them": int((usual & right).sum())}
         scorers = {"reward": self.reward, **self.floors}
         return found | {name: float(scorer(images, prompt).mean()) for name, scorer in scorers.items()}
+
+
+def border(images: Tensor) -> Tensor:
+    """Return the mean `(B,)` of the outer sixteenth on the left and on the right of images in [0, 1]."""
+    width = images.shape[-1] // 16
+    return torch.cat([images[..., :width], images[..., -width:]], -1).mean((1, 2, 3))
 
 
 def relative_norm(noise: Tensor) -> float:
@@ -227,6 +236,13 @@ class Report:
         change = bootstrap(ours, weights=theirs)
         low, high = (100 * (each - 1) for each in (change.low, change.high))
         return f"{metric} {100 * (change.value - 1):+.0f}% [{low:+.0f}, {high:+.0f}]".replace("-", "−")
+
+    def by_ground(self, row: Row, size: int) -> str:
+        """Return the shares of right images, of `size` in a set, among those with the usual ground and among others."""
+        right, usual, both = (self.of(row.name, key).sum() for key in ("right", "usual grounds", "right on them"))
+        others = len(self.prompts) * size - usual
+        kept, changed = (f"{100 * each:.0f}%" for each in (both / usual, (size * right - both) / others))
+        return f"right: {kept} of {usual:.0f} images with the usual ground, {changed} of {others:.0f} others"
 
     def plot(self, metrics: Mapping[str, str], path: Path) -> None:
         """Plot the means of the rows as points, with the interval of the difference from the row of comparison.

@@ -35,6 +35,14 @@ def test_a_share_is_the_ratio_of_means_not_the_mean_of_ratios():
     assert result.share(OURS, "x") == "x −60% [−75, +0]"
 
 
+def test_right_images_are_counted_by_their_ground():
+    """Of 2 sets of 4 images: 3 of 4 on the usual ground are right, and 1 of 4 others."""
+    found = {"ours": {"0": {"right": 0.75, "usual grounds": 3, "right on them": 2}}}
+    found["ours"]["1"] = {"right": 0.25, "usual grounds": 1, "right on them": 1}
+    text = Report(found, [OURS], ["0", "1"]).by_ground(OURS, 4)
+    assert text == "right: 75% of 4 images with the usual ground, 25% of 4 others"
+
+
 def test_the_clock_leaves_out_the_time_of_the_measure_and_ends_the_run_in_time(monkeypatch):
     """Evaluations of 1 s, a measure of 10 s each, and 4.5 s: after three only the last one fits."""
     now = [0.0]
