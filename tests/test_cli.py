@@ -304,6 +304,23 @@ def test_steps_and_prompts_by_their_cost(method, model, asked, steps, prompts, n
     assert set(choice.prompts) <= set(DEFAULT_PROMPTS)
 
 
+@pytest.mark.parametrize(
+    ("method", "model", "asked", "steps", "search"),
+    [
+        ("never_too_late", None, None, 36, 26),
+        ("never_too_late", "guided", None, 11, 7),
+        ("never_too_late", None, 5, 5, 3),
+        ("never_too_late", None, 1, 1, 0),
+        ("never_too_late:budget=10", None, None, 10, 7),
+        ("never_too_late:budget=3s", None, None, None, 26),
+        ("never_too_late:search=3,steps=9", None, None, 9, 3),
+    ],
+)
+def test_a_search_keeps_its_share_of_the_evaluations(method, model, asked, steps, search):
+    choice = Choice.of(method, model, asked)
+    assert (choice.steps, choice.settings["search"]) == (steps, search)
+
+
 def test_demo_in_a_time(tmp_path, capsys):
     main(["demo", "--method", "best_of_n:budget=300ms", "--prompt", PROMPT, "--output", str(tmp_path)])
     printed = capsys.readouterr().out

@@ -106,6 +106,11 @@ def fitting(evaluation: float, images: int, own: int) -> int:
     return max(2, min(own, next((steps for steps in fit if steps >= min(own, ENOUGH)), fit[-1])))
 
 
+def searched(recipe: Recipe, evaluations: int) -> int:
+    """Return the share of evaluations that the search of a recipe has, and at most its own."""
+    return min(recipe.settings["search"], evaluations * recipe.settings["search"] // recipe.settings["steps"])
+
+
 def prompts_fitting(evaluation: float, images: int, steps: int) -> int:
     """Return the most prompts whose evaluations fit."""
     fit = (count for count in PROMPTS[images] if count * images * steps * evaluation <= MOST)

@@ -73,11 +73,14 @@ class Choice:
         settings = {"steps": METHODS[asked.name].steps, **recipe.settings, **asked.settings}
         choice = cls(asked.name, shapes_world.MODELS[embedded.name], settings)
         if steps is not None:
-            return dataclasses.replace(choice, settings=settings | {"steps": steps, "budget": None})
-        if asked.settings.keys() & LENGTH:
-            return choice
-        fitting = recipes.fitting(choice.cost, choice.count, settings["steps"])
-        return dataclasses.replace(choice, settings=settings | {"steps": fitting})
+            settings |= {"steps": steps, "budget": None}
+        elif not asked.settings.keys() & LENGTH:
+            settings["steps"] = recipes.fitting(choice.cost, choice.count, settings["steps"])
+        if "search" in recipe.settings and "search" not in asked.settings:
+            budget = settings.get("budget")
+            evaluations = budget if isinstance(budget, int) else settings["steps"]
+            settings["search"] = recipes.searched(recipe, evaluations)
+        return dataclasses.replace(choice, settings=settings)
 
     @property
     def recipe(self) -> Recipe:
