@@ -5,7 +5,7 @@ import torch
 from problems import generator, redness
 from tiny_pipelines import SIZE, tiny_pipeline
 
-from noiseopt import BestOfN, Vary, optimize_noise
+from noiseopt import BestOfN, NeverTooLateStableDiffusionPipeline, Vary, optimize_noise
 from noiseopt.evaluation.noise_statistics import gaussian_limits, noise_statistics
 from noiseopt.pipelines.results.frequency_bands import band_energies
 from noiseopt.schedulers import as_noise_sampler
@@ -92,6 +92,25 @@ def test_variations_of_a_result_in_a_pipeline_and_the_best_of_them():
     assert (cosine > 0.95).all() and len({noise.sum().item() for noise in near.noise}) == 4
     assert near.scores["redness"].std() > 0 and (near.scores["redness"][1:] != near.scores["redness"][0]).all()
     assert near.provenance["call"]["noise_sampler"]["strength"] == 0.1
+
+
+def test_a_pipeline_takes_a_variation_seed_and_strength():
+    pipe = NeverTooLateStableDiffusionPipeline.from_pipe(tiny_pipeline("sd"))
+    call = {"num_inference_steps": 2, "output_type": "pt", **SIZE}
+
+    def images(count=2, **arguments):
+        return pipe("a b", num_images_per_prompt=count, generator=generator(), **arguments, **call).images
+
+    plain, same, near = images(), images(variation_strength=0.0), images(variation_seed=4)
+    torch.testing.assert_close(same, plain[:1].expand_as(plain), rtol=0, atol=1e-5)
+    assert torch.equal(near, images(noise_sampler=Vary(0.2, seed=4)))
+    assert 0 < (near[0] - plain[0]).square().mean() < (near[1] - plain[1]).square().mean()
+    assert not torch.equal(near[0], near[1])
+    for argument in ("variation_seed", "variation_strength"):
+        with pytest.raises(ValueError, match=f"`noise_sampler` or `{argument}`, but got both"):
+            images(noise_sampler="pink", **{argument: 1})
+    with pytest.raises(ValueError, match="`strength` to be a number in"):
+        images(variation_strength=2.0)
 
 
 @pytest.mark.parametrize(
