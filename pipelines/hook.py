@@ -13,6 +13,7 @@ import torch
 from ..callbacks.noise_callback import CallbackSpec, NoiseCallback, as_callbacks
 from ..private_names import execution_device
 from ..schedulers.noise_samplers import NoiseSamplerSpec
+from ..schedulers.variations import Vary
 from .loading import release_rewards
 from .loop import optimize
 from .memory.tiny_decoder import as_loop_decoder
@@ -252,6 +253,8 @@ class NoiseOptimizationMixin(SavedWithCode):
         method_kwargs: Mapping[str, Any] | None = None,
         callbacks: Callbacks = None,
         noise_sampler: NoiseSamplerSpec | None = None,
+        variation_seed: int | None = None,
+        variation_strength: float | None = None,
         reward_prompt: str | Sequence[str] | None = None,
         save_noise_to: str | os.PathLike[str] | None = None,
         **kwargs,
@@ -267,6 +270,9 @@ class NoiseOptimizationMixin(SavedWithCode):
             noise_sampler: The distribution of the initial noise, optimized or not: `"white"`, as in the stock pipeline,
                 `"pink"`, `"coupled"`, a dict such as `{"name": "pink", "alpha": 0.3}`, or a function `(shape,
                 generator, device, dtype)` that returns noise of unit variance. Not beside `latents`.
+            variation_seed: The seed of variations of the noise of the first image of each prompt, one more for each
+                image. In place of `noise_sampler`; `Vary` has more settings.
+            variation_strength: From 0, the same image, to 1, another one; 0.2 by default.
             reward_prompt: The prompt that rewards are asked about instead of the prompt of the call: one, or one for
                 each image.
             save_noise_to: A file for the best noise so far, always complete, whatever ends the call. See
@@ -280,6 +286,7 @@ class NoiseOptimizationMixin(SavedWithCode):
             ValueError: For settings that cannot work, before any model runs.
         """
         stock = super().__call__  # pyright: ignore[reportAttributeAccessIssue]
+        noise_sampler = varied(noise_sampler, variation_seed, variation_strength)
         if method is None:
             check_nothing_beside(
                 method_kwargs=method_kwargs,
@@ -329,6 +336,14 @@ class NoiseOptimizationMixin(SavedWithCode):
     def call_documentation(cls) -> str:
         """Return the docstring of `__call__`."""
         return inspect.cleandoc(NoiseOptimizationMixin.__call__.__doc__ or "")
+
+
+def varied(noise_sampler: NoiseSamplerSpec | None, seed: int | None, strength: float | None) -> NoiseSamplerSpec | None:
+    """Return the noise sampler of variations, or the given one if none are asked for."""
+    asked = {name: value for name, value in {"seed": seed, "strength": strength}.items() if value is not None}
+    if asked and noise_sampler is not None:
+        raise ValueError(f"Expected `noise_sampler` or `variation_{next(iter(asked))}`, but got both. Leave one out.")
+    return Vary(**{"seed": 0, **asked}) if asked else noise_sampler
 
 
 def check_nothing_beside(**arguments: Any) -> None:

@@ -9,12 +9,14 @@ from .noise_samplers import (
     list_noise_samplers,
     register_noise_sampler,
 )
+from .variations import Vary
 from .x0_prediction import predict_x0
 
 __all__ = [
     "CoupledNoise",
     "NoiseSampler",
     "PinkNoise",
+    "Vary",
     "WhiteNoise",
     "as_noise_sampler",
     "list_noise_samplers",

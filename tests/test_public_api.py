@@ -16,8 +16,8 @@ CNOStableDiffusionXLPipeline EarlyStopping GroupSelection HeldOutReward ImageSet
 NeverTooLateStableDiffusionPipeline NeverTooLateTurboPipeline NoiseDiffusion NoiseDiffusionFluxPipeline
 NoiseDiffusionStableDiffusion3Pipeline NoiseDiffusionStableDiffusionPipeline NoiseDiffusionStableDiffusionXLPipeline
 NoiseOptimizationMixin NoiseResult PCN PinkNoise ReNO ReNOStableDiffusionPipeline ReNOStableDiffusionXLPipeline
-ReNOTurboPipeline RewardGuidance RewardSum TimeBudget ZeroOrderSearch grow_set list_methods list_rewards optimize_noise
-release_rewards shapes_world
+ReNOTurboPipeline RewardGuidance RewardSum TimeBudget Vary ZeroOrderSearch grow_set list_methods list_rewards
+optimize_noise release_rewards shapes_world
 """
 CLASSES = [name for name in TOP.split() if name.endswith("Pipeline")]
 
@@ -46,7 +46,8 @@ def test_calls_show_the_stock_parameters_and_ours(name):
     assert list(shown)[: len(names)] == names
     assert all(shown[name] == stock[name] for name in names)
     ours = list(shown)[len(names) :]
-    common = ["method", "method_kwargs", "callbacks", "noise_sampler", "reward_prompt", "save_noise_to"]
+    common = ["method", "method_kwargs", "callbacks", "noise_sampler", "variation_seed", "variation_strength"]
+    common += ["reward_prompt", "save_noise_to"]
     assert [name for name in ours if name != "kwargs"] == [*cls.own_arguments, *common]
     assert all(shown[name].kind is inspect.Parameter.KEYWORD_ONLY for name in ours if name != "kwargs")
     documented = re.findall(r"^    ([\w, ]+):", cls.__call__.__doc__, flags=re.MULTILINE)

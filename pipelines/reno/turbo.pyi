@@ -51,6 +51,8 @@ class ReNOTurboPipeline(ReNOMixin, StableDiffusionXLPipeline):
         method_kwargs: collections.abc.Mapping[str, typing.Any] | None = ...,
         callbacks: noiseopt.callbacks.noise_callback.NoiseCallback | collections.abc.Callable[..., typing.Any] | collections.abc.Iterable[noiseopt.callbacks.noise_callback.NoiseCallback | collections.abc.Callable[..., typing.Any]] | None = ...,
         noise_sampler: str | collections.abc.Mapping[str, typing.Any] | collections.abc.Callable[..., typing.Any] | None = ...,
+        variation_seed: int | None = ...,
+        variation_strength: float | None = ...,
         reward_prompt: str | collections.abc.Sequence[str] | None = ...,
         save_noise_to: str | os.PathLike[str] | None = ...,
     ) -> typing.Any: ...

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
         release_rewards,
     )
     from .rewards import AutoReward, BlackBox, RewardSum, list_rewards
-    from .schedulers import PinkNoise
+    from .schedulers import PinkNoise, Vary
 
 try:
     __version__ = version("noiseopt")
@@ -80,6 +80,7 @@ __all__ = [
     "RewardGuidance",
     "RewardSum",
     "TimeBudget",
+    "Vary",
     "ZeroOrderSearch",
     "grow_set",
     "list_methods",

@@ -77,6 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
     from .generate import add_generate
     from .hub.command import add_hub
     from .scoring import add_rewards, add_score
+    from .vary import add_vary
 
     parser = Parser(
         prog="noiseopt",
@@ -88,6 +89,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     add_demo(commands)
     add_generate(commands)
+    add_vary(commands)
     add_evaluate(commands)
     add_analyze(commands)
     add_rewards(commands)

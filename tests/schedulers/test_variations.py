@@ -1,0 +1,145 @@
+"""Variations of a noise: how near, how Gaussian, of which seed, and in pipelines."""
+
+import pytest
+import torch
+from problems import generator, redness
+from tiny_pipelines import SIZE, tiny_pipeline
+
+from noiseopt import BestOfN, NeverTooLateStableDiffusionPipeline, Vary, optimize_noise
+from noiseopt.evaluation.noise_statistics import gaussian_limits, noise_statistics
+from noiseopt.pipelines.results.frequency_bands import band_energies
+from noiseopt.schedulers import as_noise_sampler
+
+SHAPE = (3, 4, 32, 32)
+
+
+def white(seed=0, shape=SHAPE):
+    return torch.randn(shape, generator=generator(seed))
+
+
+def a1111(strength, low, high):
+    """The web UI's interpolation of two noises (C, H, W), written out entry by entry of the columns."""
+    mixed = torch.empty_like(low)
+    for channel in range(low.shape[0]):
+        for column in range(low.shape[2]):
+            one, other = low[channel, :, column].double(), high[channel, :, column].double()
+            angle = torch.arccos(one @ other / one.norm() / other.norm())
+            value = torch.sin((1 - strength) * angle) * one + torch.sin(strength * angle) * other
+            mixed[channel, :, column] = (value / torch.sin(angle)).float()
+    return mixed
+
+
+@pytest.mark.parametrize("keep", [None, "layout", "detail"])
+def test_no_strength_gives_the_same_bits_and_full_strength_nothing_of_them(keep):
+    base = white()
+    assert torch.equal(Vary(0.0, base, keep=keep).color(white(1)), base)
+    assert torch.equal(Vary(0.0, seed=3, keep=keep).color(white(1))[0], white(1)[0])
+    if keep is None:
+        torch.testing.assert_close(Vary(1.0, base).color(white(1)), white(1), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("keep", [None, "layout", "detail"])
+@pytest.mark.parametrize("strength", [0.05, 0.3, 0.7, 1.0])
+def test_variations_are_gaussian_at_every_strength(keep, strength):
+    noise = Vary(strength, white(shape=(64, 4, 32, 32)), keep=keep).color(white(1, (64, 4, 32, 32)))
+    scores = gaussian_limits(tuple(noise.shape)).z_scores(noise_statistics(noise))
+    assert max(abs(z) for z in (scores.norm, scores.variance, scores.excess_kurtosis, scores.spectral_slope)) < 4
+
+
+def test_the_distance_grows_with_the_strength():
+    base, fresh = white(), white(1)
+    far = [float((Vary(s, base).color(fresh) - base).norm()) for s in (0.0, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0)]
+    assert far == sorted(far) and far[0] == 0.0
+    cosine = torch.cosine_similarity(Vary(1 / 3, base).color(fresh).flatten(), base.flatten(), dim=0)
+    assert cosine == pytest.approx(3**0.5 / 2, abs=0.02)  # cos 30°
+
+
+@pytest.mark.parametrize(("keep", "still"), [("layout", 0), ("detail", 2)])
+def test_the_kept_frequencies_stay(keep, still):
+    changed = band_energies(Vary(1.0, white(), keep=keep).color(white(1)) - white())
+    assert changed[:, still].max() < 1e-4 and changed[:, 2 - still].min() > 100
+
+
+def test_a_seed_names_a_variation_whatever_the_batch():
+    three, one = (Vary(0.4, white()[:1], seed=5).color(white(9, (count, *SHAPE[1:]))) for count in (3, 1))
+    assert torch.equal(three[:1], one) and not torch.equal(three[0], three[1])
+    assert torch.equal(Vary(0.4, white()[:1], seed=6).color(white(9)[:1]), three[1:2])
+
+
+def test_without_a_noise_the_first_image_of_each_prompt_is_varied():
+    noise = Vary(0.0, seed=1).within([0, 0, 1]).color(white())
+    assert torch.equal(noise[1], noise[0]) and torch.equal(noise[2], white()[2])
+
+
+@pytest.mark.parametrize("strength", [0.1, 0.5, 0.9])
+def test_the_variation_seed_of_the_web_ui(strength):
+    base = white()
+    found = Vary(strength, base, seed=11, interpolation="a1111").color(base)
+    for image, noise in enumerate(found):
+        fresh = torch.randn(SHAPE[1:], generator=generator(11 + image))
+        torch.testing.assert_close(noise, a1111(strength, base[image], fresh), rtol=1e-4, atol=1e-5)
+    same = Vary(strength, torch.randn(SHAPE[1:], generator=generator(11))[None], seed=11, interpolation="a1111")
+    torch.testing.assert_close(same.color(base[:1])[0], torch.randn(SHAPE[1:], generator=generator(11)))
+
+
+def test_variations_of_a_result_in_a_pipeline_and_the_best_of_them():
+    pipe = tiny_pipeline("sd")
+    call = {"num_inference_steps": 2, **SIZE}
+    found = optimize_noise(pipe, "a b", BestOfN(rewards=redness, steps=2), generator=generator(), **call)
+    more = {"num_images_per_prompt": 4, "generator": generator(1), **call}
+    near = optimize_noise(pipe, "a b", BestOfN(rewards=redness, steps=4), noise_sampler=Vary(0.1, found), **more)
+    cosine = torch.nn.functional.cosine_similarity(near.noise.flatten(1), found.noise.flatten(1))
+    assert (cosine > 0.95).all() and len({noise.sum().item() for noise in near.noise}) == 4
+    assert near.scores["redness"].std() > 0 and (near.scores["redness"][1:] != near.scores["redness"][0]).all()
+    assert near.provenance["call"]["noise_sampler"]["strength"] == 0.1
+
+
+def test_a_pipeline_takes_a_variation_seed_and_strength():
+    pipe = NeverTooLateStableDiffusionPipeline.from_pipe(tiny_pipeline("sd"))
+    call = {"num_inference_steps": 2, "output_type": "pt", **SIZE}
+
+    def images(count=2, **arguments):
+        return pipe("a b", num_images_per_prompt=count, generator=generator(), **arguments, **call).images
+
+    plain, same, near = images(), images(variation_strength=0.0), images(variation_seed=4)
+    torch.testing.assert_close(same, plain[:1].expand_as(plain), rtol=0, atol=1e-5)
+    assert torch.equal(near, images(noise_sampler=Vary(0.2, seed=4)))
+    assert 0 < (near[0] - plain[0]).square().mean() < (near[1] - plain[1]).square().mean()
+    assert not torch.equal(near[0], near[1])
+    for argument in ("variation_seed", "variation_strength"):
+        with pytest.raises(ValueError, match=f"`noise_sampler` or `{argument}`, but got both"):
+            images(noise_sampler="pink", **{argument: 1})
+    with pytest.raises(ValueError, match="`strength` to be a number in"):
+        images(variation_strength=2.0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"strength": 1.5}, "`strength` to be a number in"),
+        ({"strength": 0.5, "seed": -1}, "`seed` to be"),
+        ({}, "`noise` or `seed`, but got neither"),
+        ({"seed": 1, "keep": "colors"}, "`keep` to be"),
+        ({"seed": 1, "keep": "layout", "interpolation": "a1111"}, "but got both"),
+    ],
+)
+def test_bad_settings_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Vary(**settings)
+    with pytest.raises(ValueError, match=message):
+        as_noise_sampler({"name": "vary", **settings})
+
+
+def test_its_description_tells_noises_apart():
+    one, other, same = (Vary(0.2, white(seed)).describe() for seed in (0, 1, 0))
+    assert one == same != other and one["strength"] == 0.2 and one["noise"]["shape"] == list(SHAPE)
+    assert as_noise_sampler(Vary(0.3, seed=4).describe()) == Vary(0.3, seed=4)
+
+
+def test_what_is_no_noise_or_does_not_fit_is_refused():
+    with pytest.raises(TypeError, match="Load a file with"):
+        Vary(0.2, "result.safetensors")
+    with pytest.raises(ValueError, match="or select one"):
+        Vary(0.2, white()[:2]).color(white())
+    with pytest.raises(ValueError, match=r"of shape \(3, 4, 16, 16\)"):
+        Vary(0.2, white()).color(white(shape=(3, 4, 16, 16)))
