@@ -41,11 +41,12 @@ OBJECTIVES = {
     "soft colors": ("pairwise", "color_histogram"),
 }
 MAIN = "tiny L2"  # the objective of the other tables, which group selection maximizes, too
-PULL = 0.5  # the norm of the gradient of λ·v relative to that of the reward, at plain noises
+PULL = 1.0  # the norm of the gradient of λ·v relative to that of the reward, at plain noises
 BALANCED = 4  # validation prompts whose median that is
 SETTINGS = {name: value for name, value in RECIPES["never_too_late"].settings.items() if name != "diversity"}
 SEARCH = SETTINGS.pop("search")
 STEPS = SETTINGS.pop("steps") - SEARCH
+FLOOR = SETTINGS.pop("guard")["clip"]  # of the reward, after a search
 GUARD = {"sharpness": {"keep": 0.8}, "complexity": {"keep": 0.8}}
 CANDIDATES = 64  # of group selection, per set
 MANY = 10**6  # more than fit in any time
@@ -110,19 +111,20 @@ def ours(budget: Budget, objective: str = MAIN, **settings: Any) -> Callable[[Be
         reward, name = OBJECTIVES[objective]
         entry = (reward, features(bench, name), weight(bench, objective))
         evaluations = {"search": budget.search, "steps": budget.search + budget.steps}
-        return NeverTooLate(diversity=[entry], rewards=bench.reward, **{**SETTINGS, **evaluations, **settings})
+        own = {"guard": {bench.reward.name: FLOOR} if budget.search else None, **evaluations}
+        return NeverTooLate(diversity=[entry], rewards=bench.reward, **{**SETTINGS, **own, **settings})
 
     return make
 
 
-def group(candidates: int = MANY) -> Callable[[Bench], GroupSelection]:
-    """Return the maker of group selection from a number of candidates.
+def group(candidates: int = MANY, times: float = 1.0) -> Callable[[Bench], GroupSelection]:
+    """Return the maker of group selection from a number of candidates, with some times the λ of ours.
 
     It maximizes the objective `MAIN`, λ times the mean distance, so its weight is λ·2/(K−1).
     """
 
     def make(bench: Bench) -> GroupSelection:
-        strength = 2 * weight(bench, MAIN) / (bench.images - 1)
+        strength = times * 2 * weight(bench, MAIN) / (bench.images - 1)
         count = max(1, candidates // bench.images)
         known = features(bench, OBJECTIVES[MAIN][1])
         return GroupSelection(rewards=bench.reward, features=known, weight=strength, steps=count)
@@ -153,6 +155,8 @@ def rows(table: str, budget: Budget) -> list[Row]:
         found += contest(noise, sampler, budget, "white, plain")
         if budget.search:
             found.append(Row(f"{noise}, ours without search", ours(ALONE), sampler, against=f"{noise}, plain"))
+        timed = {"time_of": f"{noise}, ours", "against": f"{noise}, ours"}
+        found.append(Row(f"{noise}, the same with twice the λ", group(times=2.0), sampler, **timed))
         found.append(Row(many_of(noise), group(CANDIDATES), sampler, against=f"{noise}, plain"))
     return found
 

@@ -111,8 +111,8 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 # The name that diffusers gives this module may come to mean the bundle of another release.
-sys.modules[f"{__name__}_110658dd5ad7"] = sys.modules[__name__]
-__name__ = f"{__name__}_110658dd5ad7"
+sys.modules[f"{__name__}_573e43693080"] = sys.modules[__name__]
+__name__ = f"{__name__}_573e43693080"
 
 # rewards/contract/transforms.py
 
@@ -7443,11 +7443,13 @@ class GuardedNoise:
         self.rejections = torch.zeros(len(noise), dtype=torch.long, device=noise.device)
         self.limits: dict[str, torch.Tensor] = {}
 
+    def set_limits(self, run: NoiseState, guards: Mapping[str, QualityGuard]) -> None:
+        self.limits = {name: guard.limits(run.scores[name]) for name, guard in guards.items()}
+
+    def begin(self, run: NoiseState, guards: Mapping[str, QualityGuard]) -> None:
+        self.last_good, self.frozen = run.noise, self.fallen(run, guards)
+
     def update(self, run: NoiseState, guards: Mapping[str, QualityGuard]) -> None:
-        if run.step == 0:
-            self.limits = {name: guard.limits(run.scores[name]) for name, guard in guards.items()}
-            self.frozen = self.fallen(run, guards)
-            return
         if self.limits.keys() != guards.keys():
             raise ValueError(
                 f"Expected limits of {list(guards)} from the interrupted run, but got those of {list(self.limits)}. "
@@ -7996,11 +7998,11 @@ class SetSearch:
             run.reports["search"] = {"noises": self.scored, "from_step": list(steps), "from_image": list(rows)}
             objective.end_search()
 
-    def step(self) -> torch.Tensor:
+    def step(self, run: NoiseState) -> torch.Tensor:
         if self.chosen is None:
             assert self.fresh is not None
             return self.fresh.draw()
-        self.searching = False
+        self.searching, run.stage = False, "start 1"
         return self.chosen
 
 def chosen_sets(objective: Any) -> tuple[torch.Tensor, list[tuple[int, int]]]:
@@ -8086,7 +8088,8 @@ class NeverTooLate(NoiseOptimizer):
             one included, each an evaluation of `steps` or `budget`; 0 runs from the given noises. The steps begin from
             those of them that have the lowest loss together, as group selection finds them
             (https://arxiv.org/abs/2508.15773), here by exchanges and for any set reward. A time budget is shared: at
-            most `SEARCH_SHARE` of it is for the search. A guard excludes candidates, but never the given noises.
+            most `SEARCH_SHARE` of it is for the search. A guard excludes candidates, but never the given noises, and
+            freezes what begins below its limit.
             `result.reports["search"]` has the number of `noises`, and for each image `from_step` and `from_image`,
             where its first noise was drawn.
         references: `(M, 3, H, W)` images in [0, 1] that belong to every set and are not moved, or their features from
@@ -8170,16 +8173,15 @@ class NeverTooLate(NoiseOptimizer):
         whole = state.of_whole_sets(run.active)
         if (run.active & ~whole).any():
             run.stop("part of the set ended", ~whole)
-        if state.search.searching and run.step:
-            good = ~state.guarded.fallen(run, objective.guards)
-            accepted = state.of_whole_sets(good) & whole
-        else:
-            accepted = state.apply_guard(run, objective.guards) & whole
-            good = torch.ones_like(accepted)
         if run.step == 0:
+            state.guarded.set_limits(run, objective.guards)
             state.targets = self.targets(run, objective, state)
         if state.search.searching:
+            good = ~state.guarded.fallen(run, objective.guards) | (run.step == 0)
+            accepted = state.of_whole_sets(good) & whole
             state.search.inspect(run, objective, good, self.seconds)
+        else:
+            accepted = state.apply_guard(run, objective.guards) & whole
         state.stop_reached(run, accepted)
         return accepted
 
@@ -8196,10 +8198,7 @@ class NeverTooLate(NoiseOptimizer):
     def step(self, run: NoiseState, gradient: torch.Tensor, state: "NeverTooLateState") -> torch.Tensor:
         guarded = state.guarded
         if state.search.searching:
-            noise = state.search.step()
-            if not state.search.searching:
-                guarded.last_good, run.stage = noise, "start 1"
-            return noise
+            return state.search.step(run)
         stays = per_image(~guarded.good | guarded.frozen, gradient)
         white = state.white if self.geometry == "white" else None
         if white is not None:
@@ -8247,7 +8246,10 @@ class NeverTooLateState:
         self.rejected_steps = torch.zeros_like(self.accepted_steps)
 
     def apply_guard(self, run: NoiseState, guards: Mapping[str, Any]) -> torch.Tensor:
-        self.guarded.update(run, guards)
+        if run.step == self.search.scored:
+            self.guarded.begin(run, guards)
+        else:
+            self.guarded.update(run, guards)
         accepted = self.of_whole_sets(self.guarded.good)
         if guards:
             self.report(run, accepted)

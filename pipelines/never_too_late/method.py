@@ -79,7 +79,8 @@ class NeverTooLate(NoiseOptimizer):
             one included, each an evaluation of `steps` or `budget`; 0 runs from the given noises. The steps begin from
             those of them that have the lowest loss together, as group selection finds them
             (https://arxiv.org/abs/2508.15773), here by exchanges and for any set reward. A time budget is shared: at
-            most `SEARCH_SHARE` of it is for the search. A guard excludes candidates, but never the given noises.
+            most `SEARCH_SHARE` of it is for the search. A guard excludes candidates, but never the given noises, and
+            freezes what begins below its limit.
             `result.reports["search"]` has the number of `noises`, and for each image `from_step` and `from_image`,
             where its first noise was drawn.
         references: `(M, 3, H, W)` images in [0, 1] that belong to every set and are not moved, or their features from
@@ -165,16 +166,15 @@ class NeverTooLate(NoiseOptimizer):
         whole = state.of_whole_sets(run.active)
         if (run.active & ~whole).any():
             run.stop("part of the set ended", ~whole)
-        if state.search.searching and run.step:
-            good = ~state.guarded.fallen(run, objective.guards)
-            accepted = state.of_whole_sets(good) & whole
-        else:
-            accepted = state.apply_guard(run, objective.guards) & whole
-            good = torch.ones_like(accepted)
         if run.step == 0:
+            state.guarded.set_limits(run, objective.guards)
             state.targets = self.targets(run, objective, state)
         if state.search.searching:
+            good = ~state.guarded.fallen(run, objective.guards) | (run.step == 0)
+            accepted = state.of_whole_sets(good) & whole
             state.search.inspect(run, objective, good, self.seconds)
+        else:
+            accepted = state.apply_guard(run, objective.guards) & whole
         state.stop_reached(run, accepted)
         return accepted
 
@@ -192,10 +192,7 @@ class NeverTooLate(NoiseOptimizer):
     def step(self, run: NoiseState, gradient: torch.Tensor, state: "NeverTooLateState") -> torch.Tensor:
         guarded = state.guarded
         if state.search.searching:
-            noise = state.search.step()
-            if not state.search.searching:
-                guarded.last_good, run.stage = noise, "start 1"
-            return noise
+            return state.search.step(run)
         stays = per_image(~guarded.good | guarded.frozen, gradient)
         white = state.white if self.geometry == "white" else None
         if white is not None:
@@ -246,7 +243,10 @@ class NeverTooLateState:
 
     def apply_guard(self, run: NoiseState, guards: Mapping[str, Any]) -> torch.Tensor:
         """Return `(B,)` bool, whether all images of the set are good. Stops the sets whose images are all frozen."""
-        self.guarded.update(run, guards)
+        if run.step == self.search.scored:
+            self.guarded.begin(run, guards)
+        else:
+            self.guarded.update(run, guards)
         accepted = self.of_whole_sets(self.guarded.good)
         if guards:
             self.report(run, accepted)

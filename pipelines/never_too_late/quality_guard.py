@@ -147,17 +147,21 @@ class GuardedNoise:
         self.rejections = torch.zeros(len(noise), dtype=torch.long, device=noise.device)
         self.limits: dict[str, torch.Tensor] = {}
 
+    def set_limits(self, run: NoiseState, guards: Mapping[str, QualityGuard]) -> None:
+        """Set the limits from the evaluation of the given noises."""
+        self.limits = {name: guard.limits(run.scores[name]) for name, guard in guards.items()}
+
+    def begin(self, run: NoiseState, guards: Mapping[str, QualityGuard]) -> None:
+        """Begin with the noises of an evaluation; those that are not above their limits are frozen."""
+        self.last_good, self.frozen = run.noise, self.fallen(run, guards)
+
     def update(self, run: NoiseState, guards: Mapping[str, QualityGuard]) -> None:
-        """Compare the rewards of an evaluation with their limits. Step 0 sets the limits.
+        """Compare the rewards of a later evaluation with their limits.
 
         Args:
             run: The evaluation.
             guards: Name of a reward in the scores to its guard.
         """
-        if run.step == 0:
-            self.limits = {name: guard.limits(run.scores[name]) for name, guard in guards.items()}
-            self.frozen = self.fallen(run, guards)
-            return
         if self.limits.keys() != guards.keys():
             raise ValueError(
                 f"Expected limits of {list(guards)} from the interrupted run, but got those of {list(self.limits)}. "

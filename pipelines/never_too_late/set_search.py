@@ -44,12 +44,12 @@ class SetSearch:
             run.reports["search"] = {"noises": self.scored, "from_step": list(steps), "from_image": list(rows)}
             objective.end_search()
 
-    def step(self) -> torch.Tensor:
+    def step(self, run: NoiseState) -> torch.Tensor:
         """Return the next noises to score, or those to begin with."""
         if self.chosen is None:
             assert self.fresh is not None
             return self.fresh.draw()
-        self.searching = False
+        self.searching, run.stage = False, "start 1"
         return self.chosen
 
 

@@ -46,7 +46,8 @@ RECIPES = {
             "steps": 36,
             "search": 26,
             "geometry": "white",
-            "diversity": {"pairwise": ("tiny_image", 13.0)},
+            "diversity": {"pairwise": ("tiny_image", 26.0)},
+            "guard": {"clip": {"threshold": 11.0}},  # about where the embedded reward begins to be sure
         },
         plan="toward images that differ",
         following="noise_diffusion",

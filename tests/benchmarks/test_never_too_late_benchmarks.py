@@ -17,7 +17,7 @@ from noiseopt.pipelines.searches.group_solver import group_value
 BUDGET = never_too_late.Budget(search=2, steps=2)
 
 
-@pytest.mark.parametrize(("table", "count"), [("methods", 10), ("objectives", 11), ("pink", 39)])
+@pytest.mark.parametrize(("table", "count"), [("methods", 12), ("objectives", 11), ("pink", 39)])
 def test_rows_are_compared_with_rows_and_get_the_time_of_rows_before_them(table, count):
     names = [row.name for row in rows(table, BUDGET)]
     assert len(set(names)) == len(names) == count
@@ -89,6 +89,7 @@ def test_time_to_reach_is_the_first_step_at_which_the_mean_curve_passes():
 @pytest.mark.slow
 def test_a_short_run_has_every_row_and_figure(capsys, tmp_path, equal_pulls, monkeypatch):
     monkeypatch.setattr(never_too_late, "CANDIDATES", 6)
+    monkeypatch.setattr(never_too_late, "FLOOR", {"threshold": -100.0})
     monkeypatch.setattr(never_too_late, "ALPHAS", (0.0, 0.2))
     swept = {name: never_too_late.SWEPT[name] for name in ("white", "α = 0", "α = 0.2")}
     monkeypatch.setattr(never_too_late, "SWEPT", swept)

@@ -24,6 +24,7 @@ from noiseopt import (
     NoiseResult,
     grow_set,
     optimize_noise,
+    release_rewards,
     shapes_world,
 )
 from noiseopt.demo import ONE_STEP, load_pipeline, seeded
@@ -554,6 +555,7 @@ def test_a_folder_that_is_no_path_is_refused(monkeypatch):
 def test_names_are_loaded_once_for_all_images_of_a_set(monkeypatch):
     loads: list[str] = []
     load = AutoReward.from_pretrained
+    release_rewards(tiny_pipeline("sd"))
     monkeypatch.setattr(AutoReward, "from_pretrained", lambda name, **rest: loads.append(name) or load(name, **rest))
     grown(4, method(rewards="sharpness", guard={"complexity": 0.5}, steps=2))
     assert sorted(loads) == ["complexity", "sharpness"]

@@ -11,6 +11,7 @@ from tiny_pipelines import SIZE, tiny_pipeline
 from noiseopt import NeverTooLate, optimize_noise
 from noiseopt.callbacks import NoiseCallback
 from noiseopt.pipelines import QualityGuard
+from noiseopt.pipelines.never_too_late.quality_guard import GUARD_REPORT
 from noiseopt.pipelines.never_too_late.set_search import best_set
 from noiseopt.pipelines.stages import SEARCH_SHARE
 from noiseopt.rewards import DPP, PairwiseDiversity, SetRewardSum
@@ -132,9 +133,23 @@ def test_a_guard_excludes_candidates_but_never_the_given_noises():
     def falling(images, prompts):
         return torch.full((len(images),), -float(next(times)))
 
-    with pytest.warns(UserWarning, match="accepted no step"):
-        fallen = find(guard=[QualityGuard(reward=falling, drop=0.5)])[0]
+    fallen = find(guard=[QualityGuard(reward=falling, drop=0.5)])[0]
     assert fallen.reports["search"]["from_step"] == [0, 0, 0]
+    assert fallen.reports[GUARD_REPORT]["frozen"] == [True] * 3 and len(fallen.losses) == 5  # and so the run ends
+
+
+def test_a_threshold_counts_from_the_chosen_set_on():
+    """The given noises are below it, which freezes them without a search; candidates above it may move."""
+    _, watched = find(search=0, steps=1)
+    _, searched = find()
+    values = torch.stack([redness(images, []) for images in searched.images[:4]])
+    threshold = float(max(redness(watched.images[0], []).min() + 1e-4, values.flatten().sort().values[4]))
+    found, guarded = find(guard=[QualityGuard(reward=redness, threshold=threshold)])
+    report = found.reports[GUARD_REPORT]
+    begun = redness(guarded.images[4], [])
+    assert report["frozen"] == (begun <= threshold).tolist() and not all(report["frozen"])
+    moved = (guarded.noises[5] != guarded.noises[4]).flatten(1).any(1)
+    assert moved.tolist() == (begun > threshold).tolist()
 
 
 def test_a_time_budget_is_shared(monkeypatch):
