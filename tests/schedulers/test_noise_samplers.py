@@ -256,7 +256,7 @@ BAD_INPUT = {
     "a batch of one": (lambda: CoupledNoise()((1, 4, 8, 8)), ValueError, "num_images_per_prompt=2"),
     "an incomplete group": (lambda: CoupledNoise(2)((3, 4, 8, 8)), ValueError, "groups of 2"),
     "groups of another batch": (lambda: CoupledNoise(groups=[0, 0])((3, 1, 2, 2)), ValueError, "`groups` of 3"),
-    "unknown name": (lambda: as_noise_sampler("brown"), ValueError, "'coupled', 'pink', 'white'"),
+    "unknown name": (lambda: as_noise_sampler("brown"), ValueError, "'coupled', 'pink', 'vary', 'white'"),
     "settings in the name": (lambda: as_noise_sampler("pink:0.3"), ValueError, '"alpha": 0.3'),
     "no name": (lambda: as_noise_sampler({"alpha": 0.3}), ValueError, "Expected a noise sampler out of .*got .None."),
     "unknown setting": (lambda: as_noise_sampler({"name": "pink", "alfa": 0.3}), ValueError, r"\['alfa'\]"),
