@@ -111,8 +111,8 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 # The name that diffusers gives this module may come to mean the bundle of another release.
-sys.modules[f"{__name__}_573e43693080"] = sys.modules[__name__]
-__name__ = f"{__name__}_573e43693080"
+sys.modules[f"{__name__}_29c65d3127b5"] = sys.modules[__name__]
+__name__ = f"{__name__}_29c65d3127b5"
 
 # rewards/contract/transforms.py
 
@@ -12431,7 +12431,7 @@ class MethodMixin(NoiseOptimizationMixin):
         return self.own_method(**settings)
 
 def merged_settings(arguments: dict[str, Any], others: Mapping[str, Any] | None) -> dict[str, Any]:
-    if others is not None and not isinstance(others, Mapping):
+    if others is not None and not (isinstance(others, Mapping) and all(isinstance(name, str) for name in others)):
         raise TypeError(
             f"Expected `method_kwargs` to be a dict of settings by name, but got {others!r}. Pass "
             "`method_kwargs={...}`."

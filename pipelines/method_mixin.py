@@ -89,9 +89,9 @@ def merged_settings(arguments: dict[str, Any], others: Mapping[str, Any] | None)
 
     Raises:
         ValueError: For one given in both.
-        TypeError: If `method_kwargs` is no mapping.
+        TypeError: If `method_kwargs` is no mapping of names.
     """
-    if others is not None and not isinstance(others, Mapping):
+    if others is not None and not (isinstance(others, Mapping) and all(isinstance(name, str) for name in others)):
         raise TypeError(
             f"Expected `method_kwargs` to be a dict of settings by name, but got {others!r}. Pass "
             "`method_kwargs={...}`."

@@ -14,7 +14,8 @@ def test_a_short_comparison_has_every_row_and_metric(capsys, tmp_path):
     found = cno_diversity.main(["--limit", "1", "--images", "2", "--output", str(tmp_path / "x.json")])
     prompt = shapes_world.VALIDATION_PROMPTS[0]
     assert list(found.found) == ["plain", "CNO", "CNO, released code"]
-    assert all(set(row[prompt]) == {*sets.DIVERSITY, *sets.QUALITY, *sets.COST} for row in found.found.values())
+    metrics = {*sets.DIVERSITY, *sets.QUALITY, *sets.COST, "usual grounds", "right on them"}
+    assert all(set(row[prompt]) == metrics for row in found.found.values())
     norms = [row[prompt]["norm"] for row in found.found.values()]
     assert norms[0] != norms[1] == pytest.approx(norms[0], abs=0.03)
     assert [row[prompt]["evaluations"] for row in found.found.values()] == [1, 3, 3]

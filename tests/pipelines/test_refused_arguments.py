@@ -213,3 +213,10 @@ def test_a_reward_does_not_change_the_images_of_the_others_or_of_the_result():
     alone = optimize_noise(pipe, "a", BestOfN(rewards=first, steps=1), generator=generator(), **CALL)
     assert torch.equal(found.initial_images, alone.images)
     assert found.scores["first"][0].item() == alone.scores["first"][0].item()
+
+
+def test_settings_without_names_are_refused_by_a_class():
+    pipe = ReNOStableDiffusionPipeline.from_pipe(tiny_pipeline("sd"))
+    for settings in ({3: 4}, 1):
+        with pytest.raises(TypeError, match="`method_kwargs` to be a dict of settings by name"):
+            pipe("a", rewards=redness, method_kwargs=settings, **CALL)
