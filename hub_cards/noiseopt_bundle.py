@@ -111,8 +111,8 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 # The name that diffusers gives this module may come to mean the bundle of another release.
-sys.modules[f"{__name__}_29c65d3127b5"] = sys.modules[__name__]
-__name__ = f"{__name__}_29c65d3127b5"
+sys.modules[f"{__name__}_51ed30dd2955"] = sys.modules[__name__]
+__name__ = f"{__name__}_51ed30dd2955"
 
 # rewards/contract/transforms.py
 
@@ -7446,6 +7446,9 @@ class GuardedNoise:
     def set_limits(self, run: NoiseState, guards: Mapping[str, QualityGuard]) -> None:
         self.limits = {name: guard.limits(run.scores[name]) for name, guard in guards.items()}
 
+    def carry_limits(self, rows: list[int]) -> None:
+        self.limits = {name: limits[rows] for name, limits in self.limits.items()}
+
     def begin(self, run: NoiseState, guards: Mapping[str, QualityGuard]) -> None:
         self.last_good, self.frozen = run.noise, self.fallen(run, guards)
 
@@ -8180,6 +8183,8 @@ class NeverTooLate(NoiseOptimizer):
             good = ~state.guarded.fallen(run, objective.guards) | (run.step == 0)
             accepted = state.of_whole_sets(good) & whole
             state.search.inspect(run, objective, good, self.seconds)
+            if state.search.chosen is not None:
+                state.guarded.carry_limits(run.reports["search"]["from_image"])
         else:
             accepted = state.apply_guard(run, objective.guards) & whole
         state.stop_reached(run, accepted)
@@ -9734,8 +9739,8 @@ CUT = 1 / 3  # of the largest radial frequency: what lies below is the layout, w
 class Vary(NoiseSampler):
     """Noises near a given one: each is rotated toward fresh noise, `z = cos θ·z₀ + sin θ·ε` with `θ = strength·π/2`.
 
-    The rotation keeps mean, variance and spectrum of Gaussian noise at every strength; 0 gives z₀ bit by bit, 1 noise
-    that has nothing of it. A batch is a set of different variations:
+    The rotation keeps mean, variance and spectrum of Gaussian noise at every strength; 0 gives z₀ bit by bit, 1 fresh
+    noise but for what is kept. A batch is a set of different variations:
 
         pipe(prompt, noise_sampler=Vary(0.2, result), num_images_per_prompt=8)      # of a found noise
         pipe(prompt, noise_sampler=Vary(0.2, seed=7), generator=generator)          # of the noise of a seed
@@ -9745,8 +9750,8 @@ class Vary(NoiseSampler):
         strength: From 0, no change, to 1, another image.
         noise: z₀: `(1, C, H, W)`, or one for each image, or a `NoiseResult` that has it. Without, the noise that the
             call draws, in a pipeline that of the first image of each prompt.
-        seed: The seed of the fresh noise of the first image, then one more for each; 0 or more. Without, it is the
-            noise that the call draws.
+        seed: The seed of the variation of the first image, then one more for each; 0 or more. Without, the noise that
+            the call draws names the variation.
         keep: What stays the same at any strength: the "layout", the frequencies of the noise up to a third of the
             largest, or the "detail", those above. `None` changes all.
         interpolation: "rotation", or "a1111" for the variation seed of AUTOMATIC1111's web UI, which interpolates on
@@ -9784,15 +9789,21 @@ class Vary(NoiseSampler):
         if self.strength == 0:
             return base
         exact = base.to(torch.promote_types(white.dtype, torch.float32))
-        fresh = self.fresh(white).to(exact)
+        fresh = self.fresh(white, exact).to(exact)
         mix = spherical if self.interpolation == "a1111" else self.rotated
         return mix(exact, fresh, self.strength).to(white.dtype)
 
-    def fresh(self, white: torch.Tensor) -> torch.Tensor:
-        if self.seed is None:
-            return white
-        streams = (torch.Generator().manual_seed(seed) for seed in range(self.seed, self.seed + len(white)))
-        return torch.stack([torch.randn(white.shape[1:], generator=stream) for stream in streams])
+    def fresh(self, white: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+        names = white if self.seed is None else range(self.seed, self.seed + len(white))
+        if self.interpolation == "a1111":
+            streams = None if self.seed is None else [torch.Generator().manual_seed(name) for name in names]
+        else:
+            streams = [stream_of(name, row) for name, row in zip(names, base, strict=True)]
+        return (
+            white
+            if streams is None
+            else torch.stack([torch.randn(white.shape[1:], generator=each) for each in streams])
+        )
 
     def base(self, white: torch.Tensor) -> torch.Tensor:
         if self.noise is None:
@@ -9824,6 +9835,11 @@ class Vary(NoiseSampler):
             numbers = self.noise.detach().float().cpu().numpy().tobytes()
             given = {"shape": list(self.noise.shape), "sha256": hashlib.sha256(numbers).hexdigest()}
         return {**super().describe(), "noise": given}
+
+def stream_of(name: int | torch.Tensor, base: torch.Tensor) -> torch.Generator:
+    drawn = name.detach().float().cpu().numpy().tobytes() if isinstance(name, torch.Tensor) else str(name).encode()
+    digest = hashlib.sha256(drawn + base.detach().float().cpu().numpy().tobytes()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 def frequencies(height: int, width: int) -> torch.Tensor:
     rows, columns = torch.fft.fftfreq(height), torch.fft.rfftfreq(width)

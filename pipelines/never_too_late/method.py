@@ -173,6 +173,8 @@ class NeverTooLate(NoiseOptimizer):
             good = ~state.guarded.fallen(run, objective.guards) | (run.step == 0)
             accepted = state.of_whole_sets(good) & whole
             state.search.inspect(run, objective, good, self.seconds)
+            if state.search.chosen is not None:
+                state.guarded.carry_limits(run.reports["search"]["from_image"])
         else:
             accepted = state.apply_guard(run, objective.guards) & whole
         state.stop_reached(run, accepted)

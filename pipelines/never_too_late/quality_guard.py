@@ -151,6 +151,10 @@ class GuardedNoise:
         """Set the limits from the evaluation of the given noises."""
         self.limits = {name: guard.limits(run.scores[name]) for name, guard in guards.items()}
 
+    def carry_limits(self, rows: list[int]) -> None:
+        """Give each position the limits of the position at which its noise was drawn."""
+        self.limits = {name: limits[rows] for name, limits in self.limits.items()}
+
     def begin(self, run: NoiseState, guards: Mapping[str, QualityGuard]) -> None:
         """Begin with the noises of an evaluation; those that are not above their limits are frozen."""
         self.last_good, self.frozen = run.noise, self.fallen(run, guards)

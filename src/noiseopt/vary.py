@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 DESCRIPTION = """\
 Generate variations of the image of a noise file: the same prompt, model and arguments, and a noise near the one in the
-file. Each variation has a noise file of its own, which can be varied again.
+file. Their noises are in one file, of which each can be varied again with --image.
 """
 
 

@@ -34,10 +34,10 @@ class Watched(NoiseCallback):
             raise KeyboardInterrupt
 
 
-def find(prompt="a b", count=3, watched=None, pipe=None, **settings):
+def find(prompt="a b", count=3, watched=None, pipe=None, seed=0, **settings):
     """The result, and what was evaluated."""
     settings = {"diversity": {DPP(FEATURES): 150.0}, "rewards": [(redness, 3.0)], "steps": 7, "search": 4} | settings
-    call = {"num_images_per_prompt": count, "generator": generator(0), **ARGUMENTS}
+    call = {"num_images_per_prompt": count, "generator": generator(seed), **ARGUMENTS}
     kept = {name: settings.pop(name) for name in ("save_noise_to", "resume_from") if name in settings}
     watched = watched or Watched()
     pipe = pipe or tiny_pipeline("sd")
@@ -182,3 +182,13 @@ def test_a_search_that_leaves_no_step_is_refused_before_anything_runs(settings, 
     monkeypatch.setattr(tiny_pipeline("sd").text_encoder, "forward", None)
     with pytest.raises(ValueError, match=message):
         find(**settings)
+
+
+def test_limits_follow_the_noises_to_their_new_positions():
+    free, watched = find(seed=1, search=7, steps=8)
+    rows = free.reports["search"]["from_image"]
+    found, _ = find(seed=1, search=7, steps=8, guard=[QualityGuard(reward=redness, drop=1.0)])
+    limits = (redness(watched.images[0], []) - 1.0)[rows]
+    assert rows != [0, 1, 2] and found.reports["search"]["from_image"] == rows
+    (reported,) = found.reports[GUARD_REPORT]["limits"].values()
+    torch.testing.assert_close(torch.tensor(reported), limits)
