@@ -111,8 +111,8 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 # The name that diffusers gives this module may come to mean the bundle of another release.
-sys.modules[f"{__name__}_51ed30dd2955"] = sys.modules[__name__]
-__name__ = f"{__name__}_51ed30dd2955"
+sys.modules[f"{__name__}_c2d5e7ff398c"] = sys.modules[__name__]
+__name__ = f"{__name__}_c2d5e7ff398c"
 
 # rewards/contract/transforms.py
 
@@ -7990,8 +7990,11 @@ class SetSearch:
         self.fresh = CandidateNoise(problem) if count else None
         self.chosen: torch.Tensor | None = None
 
+    @property
+    def stage(self) -> str:
+        return "search" if self.searching else "start 1" if self.scored else ""
+
     def inspect(self, run: NoiseState, objective: Any, good: torch.Tensor, seconds: float | None) -> None:
-        run.stage = "search"
         self.scored += 1
         objective.refuse(~good)
         late = seconds is not None and run.elapsed > SEARCH_SHARE * seconds
@@ -8001,11 +8004,11 @@ class SetSearch:
             run.reports["search"] = {"noises": self.scored, "from_step": list(steps), "from_image": list(rows)}
             objective.end_search()
 
-    def step(self, run: NoiseState) -> torch.Tensor:
+    def step(self) -> torch.Tensor:
         if self.chosen is None:
             assert self.fresh is not None
             return self.fresh.draw()
-        self.searching, run.stage = False, "start 1"
+        self.searching = False
         return self.chosen
 
 def chosen_sets(objective: Any) -> tuple[torch.Tensor, list[tuple[int, int]]]:
@@ -8173,6 +8176,7 @@ class NeverTooLate(NoiseOptimizer):
         return default if self.learning_rate is None else self.learning_rate
 
     def inspect(self, run: NoiseState, objective: Any, state: "NeverTooLateState") -> torch.Tensor:
+        run.stage = state.search.stage
         whole = state.of_whole_sets(run.active)
         if (run.active & ~whole).any():
             run.stop("part of the set ended", ~whole)
@@ -8203,7 +8207,7 @@ class NeverTooLate(NoiseOptimizer):
     def step(self, run: NoiseState, gradient: torch.Tensor, state: "NeverTooLateState") -> torch.Tensor:
         guarded = state.guarded
         if state.search.searching:
-            return state.search.step(run)
+            return state.search.step()
         stays = per_image(~guarded.good | guarded.frozen, gradient)
         white = state.white if self.geometry == "white" else None
         if white is not None:

@@ -163,6 +163,7 @@ class NeverTooLate(NoiseOptimizer):
 
     def inspect(self, run: NoiseState, objective: Any, state: "NeverTooLateState") -> torch.Tensor:
         """Apply the guard, stop the sets that are diverse enough, and return the samples whose whole set is good."""
+        run.stage = state.search.stage
         whole = state.of_whole_sets(run.active)
         if (run.active & ~whole).any():
             run.stop("part of the set ended", ~whole)
@@ -194,7 +195,7 @@ class NeverTooLate(NoiseOptimizer):
     def step(self, run: NoiseState, gradient: torch.Tensor, state: "NeverTooLateState") -> torch.Tensor:
         guarded = state.guarded
         if state.search.searching:
-            return state.search.step(run)
+            return state.search.step()
         stays = per_image(~guarded.good | guarded.frozen, gradient)
         white = state.white if self.geometry == "white" else None
         if white is not None:

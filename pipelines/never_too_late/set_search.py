@@ -32,9 +32,13 @@ class SetSearch:
         self.fresh = CandidateNoise(problem) if count else None
         self.chosen: torch.Tensor | None = None
 
+    @property
+    def stage(self) -> str:
+        """The stage of the run, as in runs of several stages; empty without a search."""
+        return "search" if self.searching else "start 1" if self.scored else ""
+
     def inspect(self, run: NoiseState, objective: Any, good: torch.Tensor, seconds: float | None) -> None:
         """Take in an evaluation, of which `good` `(B,)` bool may be chosen, and choose the sets if it is the last."""
-        run.stage = "search"
         self.scored += 1
         objective.refuse(~good)
         late = seconds is not None and run.elapsed > SEARCH_SHARE * seconds
@@ -44,12 +48,12 @@ class SetSearch:
             run.reports["search"] = {"noises": self.scored, "from_step": list(steps), "from_image": list(rows)}
             objective.end_search()
 
-    def step(self, run: NoiseState) -> torch.Tensor:
+    def step(self) -> torch.Tensor:
         """Return the next noises to score, or those to begin with."""
         if self.chosen is None:
             assert self.fresh is not None
             return self.fresh.draw()
-        self.searching, run.stage = False, "start 1"
+        self.searching = False
         return self.chosen
 
 

@@ -4,12 +4,12 @@ import itertools
 
 import pytest
 import torch
-from problems import generator, redness
+from problems import Clock, generator, redness
 from tiny_features import TINY_FEATURES
 from tiny_pipelines import SIZE, tiny_pipeline
 
 from noiseopt import NeverTooLate, optimize_noise
-from noiseopt.callbacks import NoiseCallback
+from noiseopt.callbacks import EarlyStopping, NoiseCallback
 from noiseopt.pipelines import QualityGuard
 from noiseopt.pipelines.never_too_late.quality_guard import GUARD_REPORT
 from noiseopt.pipelines.never_too_late.set_search import best_set
@@ -41,7 +41,8 @@ def find(prompt="a b", count=3, watched=None, pipe=None, seed=0, **settings):
     kept = {name: settings.pop(name) for name in ("save_noise_to", "resume_from") if name in settings}
     watched = watched or Watched()
     pipe = pipe or tiny_pipeline("sd")
-    return optimize_noise(pipe, prompt, NeverTooLate(**settings), callbacks=[watched], **kept, **call), watched
+    callbacks = [*settings.pop("callbacks", []), watched]
+    return optimize_noise(pipe, prompt, NeverTooLate(**settings), callbacks=callbacks, **kept, **call), watched
 
 
 def loss_of(images, settings) -> float:
@@ -152,11 +153,15 @@ def test_a_threshold_counts_from_the_chosen_set_on():
     assert moved.tolist() == (begun > threshold).tolist()
 
 
-def test_a_time_budget_is_shared(monkeypatch):
-    found, watched = find(search=1000, steps=2000, budget="2s")
-    searched = watched.stages.count("search")
-    assert 1 <= searched == found.reports["search"]["noises"] < 1000 and "start 1" in watched.stages
-    assert SEARCH_SHARE == 0.3
+@pytest.mark.parametrize(("seconds", "searched"), [(20, int(20 * SEARCH_SHARE) + 1), (2, 1)])
+def test_a_time_budget_is_shared(seconds, searched, monkeypatch):
+    """Evaluations take 1 second: the search ends after its share, and has at least the given noises."""
+    clock, pipe = Clock(monkeypatch), tiny_pipeline("sd")
+    handle = pipe.unet.register_forward_pre_hook(clock.after(1.0))
+    found, watched = find(pipe=pipe, search=1000, chunk_size=None, budget=f"{seconds}s")
+    handle.remove()
+    assert watched.stages == ["search"] * searched + ["start 1"] * (seconds - searched)
+    assert found.reports["search"]["noises"] == searched
 
 
 @pytest.mark.parametrize("stop", [1, 3, 5])
@@ -168,6 +173,22 @@ def test_an_interrupted_search_goes_on_to_the_same_result(stop, tmp_path):
     found, _ = find(resume_from=path)
     assert torch.equal(found.noise, whole.noise) and torch.equal(found.losses, whole.losses)
     assert found.reports["search"] == whole.reports["search"]
+
+
+@pytest.mark.parametrize("stop", [2, 4, 5])
+def test_a_resumed_run_knows_its_stage(stop, tmp_path):
+    """Patience ends the run three steps after the first one, interrupted or not."""
+
+    def run(**more):
+        return find(steps=12, callbacks=[EarlyStopping(3, min_delta=1000.0)], **more)
+
+    whole, watched = run()
+    assert watched.stages == ["search"] * 4 + ["start 1"] * 4
+    path = tmp_path / "noise.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        run(watched=Watched(stop), save_noise_to=path)
+    found, again = run(resume_from=path)
+    assert again.stages == watched.stages[stop:] and torch.equal(found.losses, whole.losses)
 
 
 @pytest.mark.parametrize(
