@@ -121,11 +121,16 @@ class SetObjective(Objective):
         quality, scores = self.quality_of(sample)
         losses = torch.zeros(len(images), device=images.device)
         values = {name: torch.zeros_like(losses) for name in self.diversity.names}
+        features: dict[str, torch.Tensor] = {}
         if self.searching:
             features = self.diversity.known_features(images, sample.chunk_size or len(images))
             self.candidates.append([sample.noise.detach(), quality.detach(), *features.values()])
         for rows in self.sets:
-            output = self.diversity(images[rows], self.known_references(), sample.chunk_size)
+            known = self.known_references()
+            if features:
+                output = self.diversity.of_features({name: each[rows] for name, each in features.items()}, known)
+            else:
+                output = self.diversity(images[rows], known, sample.chunk_size)
             loss = self.diversity_loss(output.components) - self.carrier(output.total) + quality[rows].mean()
             losses = losses.index_put((rows,), loss.to(losses))
             for name, value in output.components.items():
@@ -144,7 +149,8 @@ class SetObjective(Objective):
         The index `t·K + i` is that of the candidate at `rows[i]` in the evaluation t.
         """
         _, quality, *features = (
-            torch.cat([each[rows] for each in parts]) for parts in zip(*self.candidates, strict=True)
+            torch.cat([each[rows].to(parts[-1].device) for each in parts])  # a resumed run has some on another
+            for parts in zip(*self.candidates, strict=True)
         )
         named, known = dict(zip(self.diversity.feature_names, features, strict=True)), self.known_references()
 

@@ -153,6 +153,20 @@ def test_a_threshold_counts_from_the_chosen_set_on():
     assert moved.tolist() == (begun > threshold).tolist()
 
 
+def test_only_the_steps_have_a_gradient_and_features_are_computed_once():
+    differentiated, encoded = [], []
+
+    def red(images, prompts):
+        differentiated.append(images.requires_grad)
+        return redness(images, prompts)
+
+    handle = FEATURES.register_forward_hook(lambda *_: encoded.append(len(differentiated)))
+    found, _ = find(rewards=[(red, 3.0)], search=3, steps=6, chunk_size=None)
+    handle.remove()
+    assert differentiated[-6:] == [False, False, False, True, True, False]  # the last noise does not move
+    assert len(encoded) == len(set(encoded)) == len(found.losses) == 6
+
+
 @pytest.mark.parametrize(("seconds", "searched"), [(20, int(20 * SEARCH_SHARE) + 1), (2, 1)])
 def test_a_time_budget_is_shared(seconds, searched, monkeypatch):
     """Evaluations take 1 second: the search ends after its share, and has at least the given noises."""
