@@ -178,15 +178,19 @@ def test_a_time_budget_is_shared(seconds, searched, monkeypatch):
     assert found.reports["search"]["noises"] == searched
 
 
+GUARDED = {"prompt": ["a b", "c d"], "geometry": "white", "guard": [QualityGuard(reward=redness, drop=0.02)]}
+
+
+@pytest.mark.parametrize("settings", [{}, GUARDED], ids=["plain", "guarded"])
 @pytest.mark.parametrize("stop", [1, 3, 5])
-def test_an_interrupted_search_goes_on_to_the_same_result(stop, tmp_path):
-    whole, _ = find()
+def test_an_interrupted_search_goes_on_to_the_same_result(stop, settings, tmp_path):
+    whole, _ = find(**settings)
     path = tmp_path / "noise.safetensors"
     with pytest.raises(KeyboardInterrupt):
-        find(watched=Watched(stop), save_noise_to=path)
-    found, _ = find(resume_from=path)
+        find(watched=Watched(stop), save_noise_to=path, **settings)
+    found, _ = find(resume_from=path, **settings)
     assert torch.equal(found.noise, whole.noise) and torch.equal(found.losses, whole.losses)
-    assert found.reports["search"] == whole.reports["search"]
+    assert found.reports == whole.reports
 
 
 @pytest.mark.parametrize("stop", [2, 4, 5])
