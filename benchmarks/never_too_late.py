@@ -104,15 +104,18 @@ def weight(bench: Bench, objective: str) -> float:
     return PULL * statistics.median(ratios)
 
 
-def ours(budget: Budget, objective: str = MAIN, **settings: Any) -> Callable[[Bench], NeverTooLate]:
-    """Return the maker of our method with an objective and other settings."""
+def ours(
+    budget: Budget, objective: str = MAIN, guard: dict[str, Any] | None = None, **settings: Any
+) -> Callable[[Bench], NeverTooLate]:
+    """Return the maker of our method with an objective, further guards and other settings."""
 
     def make(bench: Bench) -> NeverTooLate:
         reward, name = OBJECTIVES[objective]
         entry = (reward, features(bench, name), weight(bench, objective))
         evaluations = {"search": budget.search, "steps": budget.search + budget.steps}
-        own = {"guard": {bench.reward.name: FLOOR} if budget.search else None, **evaluations}
-        return NeverTooLate(diversity=[entry], rewards=bench.reward, **{**SETTINGS, **own, **settings})
+        guards = {**({bench.reward.name: FLOOR} if budget.search else {}), **(guard or {})}
+        own = {**SETTINGS, **evaluations, **settings, "guard": guards or None}
+        return NeverTooLate(diversity=[entry], rewards=bench.reward, **own)
 
     return make
 
@@ -155,8 +158,8 @@ def rows(table: str, budget: Budget) -> list[Row]:
         found += contest(noise, sampler, budget, "white, plain")
         if budget.search:
             found.append(Row(f"{noise}, ours without search", ours(ALONE), sampler, against=f"{noise}, plain"))
-        timed = {"time_of": f"{noise}, ours", "against": f"{noise}, ours"}
-        found.append(Row(f"{noise}, the same with twice the λ", group(times=2.0), sampler, **timed))
+        twice, timed = group(times=2.0), f"{noise}, ours"
+        found.append(Row(f"{noise}, the same with twice the λ", twice, sampler, time_of=timed, against=timed))
         found.append(Row(many_of(noise), group(CANDIDATES), sampler, against=f"{noise}, plain"))
     return found
 

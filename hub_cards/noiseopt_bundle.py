@@ -111,8 +111,8 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 # The name that diffusers gives this module may come to mean the bundle of another release.
-sys.modules[f"{__name__}_ec21bb892a3a"] = sys.modules[__name__]
-__name__ = f"{__name__}_ec21bb892a3a"
+sys.modules[f"{__name__}_7f202d14cd04"] = sys.modules[__name__]
+__name__ = f"{__name__}_7f202d14cd04"
 
 # rewards/contract/transforms.py
 
@@ -5472,6 +5472,10 @@ class LatentSpace:
         self.arguments = {name: value for name, value in {**arguments, **extra}.items() if name != "self"}
         self.known_packing: Packing | None = None
 
+    def further_draw(self, drawn: torch.Tensor) -> Callable[..., torch.Tensor]:
+        further = getattr(self.noise_sampler, "further", None)
+        return self.draw_noise if further is None else drawing_with(further(drawn), self.with_draw())
+
     def for_images(self, count: int) -> "LatentSpace":
         if "batch_size" not in self.arguments or "image" in self.arguments:
             raise ValueError(
@@ -6279,7 +6283,7 @@ class CandidateNoise:
     """
 
     def __init__(self, problem: NoiseProblem) -> None:
-        self.like, self.draw_noise = problem.noise, problem.space.draw_noise
+        self.like, self.draw_noise = problem.noise, problem.space.further_draw(problem.noise)
         self.streams = [torch.Generator().manual_seed(seed) for seed in problem.seeds]
 
     def draw(self) -> torch.Tensor:
@@ -8098,10 +8102,10 @@ class NeverTooLate(NoiseOptimizer):
         warm_up: The number of first steps, after a search, in which the rewards give no gradient.
         search: k, the number of noises that are scored at each position of the batch before the first step, the given
             one included, each an evaluation of `steps` or `budget`; 0 runs from the given noises. The steps begin from
-            those of them that have the lowest loss together, as group selection finds them
-            (https://arxiv.org/abs/2508.15773), here by exchanges and for any set reward. A time budget is shared: at
-            most `SEARCH_SHARE` of it is for the search. A guard excludes candidates, but never the given noises, and
-            freezes what begins below its limit.
+            the set of them with the lowest loss that exchanges find, as in group inference
+            (https://arxiv.org/abs/2508.15773), but for any set reward. Of a time budget at most 30% is for the search.
+            A guard excludes candidates, but never the given noises; an image of the chosen set that is not above its
+            limit is frozen.
             `result.reports["search"]` has the number of `noises`, and for each image `from_step` and `from_image`,
             where its first noise was drawn.
         references: `(M, 3, H, W)` images in [0, 1] that belong to every set and are not moved, or their features from
@@ -8195,8 +8199,8 @@ class NeverTooLate(NoiseOptimizer):
             state.search.inspect(run, objective, good, self.seconds)
             if state.search.chosen is not None:
                 state.guarded.carry_limits(run.reports["search"]["from_image"])
-        else:
-            accepted = state.apply_guard(run, objective.guards) & whole
+            return accepted
+        accepted = state.apply_guard(run, objective.guards) & whole
         state.stop_reached(run, accepted)
         return accepted
 
@@ -8229,8 +8233,9 @@ class NeverTooLate(NoiseOptimizer):
         kept = run.reports.get(GUARD_REPORT, {}).get("kept_baseline", [])
         if images := [index for index, baseline in enumerate(kept) if baseline]:
             warnings.warn(
-                f"The quality guard accepted no step of the sets of images {images}: the baseline is returned. Allow a "
-                "larger drop, use a smaller learning rate, or give the guarded reward a weight.",
+                f"The quality guard accepted no step of the sets of images {images}: they are returned as they "
+                "began, from the baseline or the search. Allow a larger drop, use a smaller learning rate, or give the "
+                "guarded reward a weight.",
                 stacklevel=2,
             )
         return ()
@@ -8247,7 +8252,7 @@ class NeverTooLateState:
         guarded: Which noises are good, and where each reverts.
         targets: By set reward, `(B,)`, the value at which the set of each sample stops.
         accepted_steps, rejected_steps: `(B,)`, the steps that the guard accepted and rejected for the set of each
-            sample, without step 0.
+            sample, without the evaluation that they begin with.
     """
 
     def __init__(self, problem: NoiseProblem, white: WhiteNoiseSteps | None = None, search: int = 0) -> None:
@@ -8272,7 +8277,7 @@ class NeverTooLateState:
         return accepted
 
     def report(self, run: NoiseState, accepted: torch.Tensor) -> None:
-        if run.step > 0:
+        if run.step > self.search.scored:
             self.accepted_steps += accepted & run.active
             self.rejected_steps += ~accepted & run.active
         stuck = (self.rejected_steps > 0) | self.of_whole_sets(self.guarded.frozen)
@@ -9515,6 +9520,9 @@ class NoiseSampler:
     def within(self, groups: Sequence[int]) -> "NoiseSampler":
         return self
 
+    def further(self, drawn: torch.Tensor | None) -> "NoiseSampler":
+        return self
+
     def describe(self) -> dict[str, Any]:
         fields = dataclasses.fields(self) if dataclasses.is_dataclass(self) else ()
         values = {field.name: getattr(self, field.name) for field in fields}
@@ -9745,7 +9753,7 @@ def check_spatial(shape: Sequence[int]) -> None:
 CUT = 1 / 3  # of the largest radial frequency: what lies below is the layout, what lies above the detail
 
 @register_noise_sampler("vary")
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Vary(NoiseSampler):
     """Noises near a given one: each is rotated toward fresh noise, `z = cos θ·z₀ + sin θ·ε` with `θ = strength·π/2`.
 
@@ -9765,7 +9773,10 @@ class Vary(NoiseSampler):
         keep: What stays the same at any strength: the "layout", the frequencies of the noise up to a third of the
             largest, or the "detail", those above. `None` changes all.
         interpolation: "rotation", or "a1111" for the variation seed of AUTOMATIC1111's web UI, which interpolates on
-            a sphere in each column of the noise: its images where z₀, drawn on the CPU, is the same.
+            a sphere in each column of the noise: the same images from the same z₀, if ε is drawn on the CPU there.
+
+    A method that draws more noises, as `BestOfN` does, draws variations of `noise`, or without it of what the call
+    drew.
 
     Raises:
         ValueError: For settings outside their ranges, and a noise that does not fit the call.
@@ -9774,10 +9785,10 @@ class Vary(NoiseSampler):
     strength: float = checked(0.2, "[0, 1]")
     noise: Any = None
     _: dataclasses.KW_ONLY
-    seed: int | None = checked(None, "[0, inf)")
+    seed: int | None = checked(None, "[0, 4611686018427387904)")  # 2⁶²: images count up from it
     keep: Literal["layout", "detail"] | None = None
     interpolation: Literal["rotation", "a1111"] = "rotation"
-    groups: Sequence[int] | None = None
+    groups: tuple[int, ...] | None = dataclasses.field(default=None, init=False)
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -9805,27 +9816,25 @@ class Vary(NoiseSampler):
 
     def fresh(self, white: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
         names = white if self.seed is None else range(self.seed, self.seed + len(white))
-        if self.interpolation == "a1111":
-            streams = None if self.seed is None else [torch.Generator().manual_seed(name) for name in names]
-        else:
+        if self.interpolation == "rotation":
             streams = [stream_of(name, row) for name, row in zip(names, base, strict=True)]
-        return (
-            white
-            if streams is None
-            else torch.stack([torch.randn(white.shape[1:], generator=each) for each in streams])
-        )
+        elif self.seed is None:
+            return white
+        else:
+            streams = [torch.Generator().manual_seed(seed) for seed in names]
+        return torch.stack([torch.randn(white.shape[1:], generator=stream) for stream in streams])
 
     def base(self, white: torch.Tensor) -> torch.Tensor:
         if self.noise is None:
             groups = list(self.groups or [0] * len(white))
             return white[[groups.index(group) for group in groups]]
-        if self.noise.shape[1:] != white.shape[1:] or len(self.noise) not in (1, len(white)):
+        self.check_count(len(white))
+        if self.noise.shape[1:] != white.shape[1:]:
             raise ValueError(
-                f"Expected `noise` of shape {tuple(white.shape)}, or one for all images, but got "
-                f"{tuple(self.noise.shape)}. Call the pipeline with the height, width and number of images of the "
-                "noise, or select one: `noise[:1]`."
+                f"Expected `noise` of shape {tuple(white.shape)}, but got {tuple(self.noise.shape)}. Call the pipeline "
+                "with the height and width that the noise was drawn for."
             )
-        return self.noise.to(white).expand_as(white)
+        return self.noise.to(white).expand_as(white).clone()
 
     def rotated(self, base: torch.Tensor, fresh: torch.Tensor, strength: float) -> torch.Tensor:
         angle = strength * math.pi / 2
@@ -9837,14 +9846,30 @@ class Vary(NoiseSampler):
         return base + change
 
     def within(self, groups: Sequence[int]) -> "Vary":
-        return dataclasses.replace(self, groups=tuple(groups))
+        if self.noise is not None:
+            self.check_count(len(groups))
+        found = copy.copy(self)
+        object.__setattr__(found, "groups", tuple(groups))
+        return found
+
+    def further(self, drawn: torch.Tensor | None) -> "Vary":
+        return dataclasses.replace(self, noise=drawn if self.noise is None else self.noise, seed=None)
+
+    def check_count(self, count: int) -> None:
+        if len(self.noise) not in (1, count):
+            raise ValueError(
+                f"Expected `noise` of 1 or {count} images, as the call has, but got {len(self.noise)}. Select one: "
+                "`noise[:1]`."
+            )
 
     def describe(self) -> dict[str, Any]:
         given = None
         if self.noise is not None:
             numbers = self.noise.detach().float().cpu().numpy().tobytes()
             given = {"shape": list(self.noise.shape), "sha256": hashlib.sha256(numbers).hexdigest()}
-        return {**super().describe(), "noise": given}
+        settings = {**super().describe(), "noise": given}
+        del settings["groups"]
+        return settings
 
 def stream_of(name: int | torch.Tensor, base: torch.Tensor) -> torch.Generator:
     drawn = name.detach().float().cpu().numpy().tobytes() if isinstance(name, torch.Tensor) else str(name).encode()
@@ -11043,7 +11068,7 @@ class OptimizationLoop:
         self.total: torch.Tensor | None = None
         self.leaf = self.evaluated = problem.noise
         self.progress: Progress | None = None
-        self.complete = False
+        self.complete = self.has_gradient = False
 
     def run_all(self, known: NoiseResult | None = None) -> None:
         self.start(0 if known is None else step_reached(known))
@@ -11106,6 +11131,7 @@ class OptimizationLoop:
             )
             scores = {name: values[step].to(run.noise.device) for name, values in known.scores.items()}
             self.rows.append(StepRow(loss=loss, norm=norm, bands=bands, scores=scores))
+        self.has_gradient = True  # the interrupted run has checked it
         run.noise, run.active, run.stopped = parts["noise"], parts["active"], parts["stopped"]
         run.reports, run.started = parts["reports"], run.started - parts["seconds"]
         run.best = Best(**parts["best"], evaluations=len(self.rows))
@@ -11247,8 +11273,9 @@ class OptimizationLoop:
         except RuntimeError as error:
             refuse_backward_error(self.problem.pipe, error)
             raise
-        if self.run.step == 0 and not gradient.any():
+        if not self.has_gradient and not gradient.any():
             refuse_lost_gradient(self.problem.pipe)
+        self.has_gradient = True
         return gradient
 
     def finish(self) -> None:
@@ -12225,6 +12252,9 @@ def varied(noise_sampler: NoiseSamplerSpec | None, seed: int | None, strength: f
     asked = {name: value for name, value in {"seed": seed, "strength": strength}.items() if value is not None}
     if asked and noise_sampler is not None:
         raise ValueError(f"Expected `noise_sampler` or `variation_{next(iter(asked))}`, but got both. Leave one out.")
+    limits = {field.name: field.metadata.get("interval") for field in dataclasses.fields(Vary)}
+    for name, value in asked.items():
+        check_value(f"variation_{name}", value, int if name == "seed" else float, limits[name])
     return Vary(**{"seed": 0, **asked}) if asked else noise_sampler
 
 def check_nothing_beside(**arguments: Any) -> None:
@@ -12862,6 +12892,7 @@ def check_not_given(arguments: Mapping[str, Any], names: Sequence[str], place: s
 def single_noise_sampler(noise_sampler: NoiseSamplerSpec | None) -> Any:
     found: Any = as_noise_sampler(noise_sampler)
     try:
+        found = found.further(None) if hasattr(found, "further") else found
         return found.within([0]) if hasattr(found, "within") else found
     except ValueError as error:
         raise ValueError(

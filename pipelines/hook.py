@@ -1,6 +1,7 @@
 """Entry points: `optimize_noise` for existing pipelines, and the hook in `prepare_latents` of our classes."""
 
 import contextlib
+import dataclasses
 import functools
 import inspect
 import os
@@ -11,6 +12,7 @@ from typing import Any, overload
 import torch
 
 from ..callbacks.noise_callback import CallbackSpec, NoiseCallback, as_callbacks
+from ..checked_fields import check_value
 from ..private_names import execution_device
 from ..schedulers.noise_samplers import NoiseSamplerSpec
 from ..schedulers.variations import Vary
@@ -343,6 +345,9 @@ def varied(noise_sampler: NoiseSamplerSpec | None, seed: int | None, strength: f
     asked = {name: value for name, value in {"seed": seed, "strength": strength}.items() if value is not None}
     if asked and noise_sampler is not None:
         raise ValueError(f"Expected `noise_sampler` or `variation_{next(iter(asked))}`, but got both. Leave one out.")
+    limits = {field.name: field.metadata.get("interval") for field in dataclasses.fields(Vary)}
+    for name, value in asked.items():
+        check_value(f"variation_{name}", value, int if name == "seed" else float, limits[name])
     return Vary(**{"seed": 0, **asked}) if asked else noise_sampler
 
 

@@ -110,7 +110,7 @@ class OptimizationLoop:
         self.total: torch.Tensor | None = None
         self.leaf = self.evaluated = problem.noise
         self.progress: Progress | None = None
-        self.complete = False
+        self.complete = self.has_gradient = False
 
     def run_all(self, known: NoiseResult | None = None) -> None:
         self.start(0 if known is None else step_reached(known))
@@ -177,6 +177,7 @@ class OptimizationLoop:
             )
             scores = {name: values[step].to(run.noise.device) for name, values in known.scores.items()}
             self.rows.append(StepRow(loss=loss, norm=norm, bands=bands, scores=scores))
+        self.has_gradient = True  # the interrupted run has checked it
         run.noise, run.active, run.stopped = parts["noise"], parts["active"], parts["stopped"]
         run.reports, run.started = parts["reports"], run.started - parts["seconds"]
         run.best = Best(**parts["best"], evaluations=len(self.rows))
@@ -334,8 +335,9 @@ class OptimizationLoop:
         except RuntimeError as error:
             refuse_backward_error(self.problem.pipe, error)
             raise
-        if self.run.step == 0 and not gradient.any():
+        if not self.has_gradient and not gradient.any():
             refuse_lost_gradient(self.problem.pipe)
+        self.has_gradient = True
         return gradient
 
     def finish(self) -> None:

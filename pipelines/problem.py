@@ -72,7 +72,7 @@ class CandidateNoise:
     """
 
     def __init__(self, problem: NoiseProblem) -> None:
-        self.like, self.draw_noise = problem.noise, problem.space.draw_noise
+        self.like, self.draw_noise = problem.noise, problem.space.further_draw(problem.noise)
         self.streams = [torch.Generator().manual_seed(seed) for seed in problem.seeds]
 
     def draw(self) -> torch.Tensor:

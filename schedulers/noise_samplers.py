@@ -65,6 +65,10 @@ class NoiseSampler:
         """Return this sampler for a batch in which samples of the same prompt have the same integer in `groups`."""
         return self
 
+    def further(self, drawn: torch.Tensor | None) -> "NoiseSampler":
+        """Return the sampler of more noises, such as candidates, for a call that has drawn `(B, ...)`, if known."""
+        return self
+
     def describe(self) -> dict[str, Any]:
         """Return name and settings as plain values, which `as_noise_sampler` accepts if the sampler is registered."""
         fields = dataclasses.fields(self) if dataclasses.is_dataclass(self) else ()

@@ -1,5 +1,6 @@
 """Variations of a noise: as near to it as one wants, and as Gaussian."""
 
+import copy
 import dataclasses
 import hashlib
 import math
@@ -15,7 +16,7 @@ CUT = 1 / 3  # of the largest radial frequency: what lies below is the layout, w
 
 
 @register_noise_sampler("vary")
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Vary(NoiseSampler):
     """Noises near a given one: each is rotated toward fresh noise, `z = cos θ·z₀ + sin θ·ε` with `θ = strength·π/2`.
 
@@ -35,7 +36,10 @@ class Vary(NoiseSampler):
         keep: What stays the same at any strength: the "layout", the frequencies of the noise up to a third of the
             largest, or the "detail", those above. `None` changes all.
         interpolation: "rotation", or "a1111" for the variation seed of AUTOMATIC1111's web UI, which interpolates on
-            a sphere in each column of the noise: its images where z₀, drawn on the CPU, is the same.
+            a sphere in each column of the noise: the same images from the same z₀, if ε is drawn on the CPU there.
+
+    A method that draws more noises, as `BestOfN` does, draws variations of `noise`, or without it of what the call
+    drew.
 
     Raises:
         ValueError: For settings outside their ranges, and a noise that does not fit the call.
@@ -44,10 +48,10 @@ class Vary(NoiseSampler):
     strength: float = checked(0.2, "[0, 1]")
     noise: Any = None
     _: dataclasses.KW_ONLY
-    seed: int | None = checked(None, "[0, inf)")
+    seed: int | None = checked(None, "[0, 4611686018427387904)")  # 2⁶²: images count up from it
     keep: Literal["layout", "detail"] | None = None
     interpolation: Literal["rotation", "a1111"] = "rotation"
-    groups: Sequence[int] | None = None
+    groups: tuple[int, ...] | None = dataclasses.field(default=None, init=False)
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -80,28 +84,26 @@ class Vary(NoiseSampler):
         Its stream is named by z₀ too: z₀ may come from the same seed, and the rotation needs noise independent of it.
         """
         names = white if self.seed is None else range(self.seed, self.seed + len(white))
-        if self.interpolation == "a1111":
-            streams = None if self.seed is None else [torch.Generator().manual_seed(name) for name in names]
-        else:
+        if self.interpolation == "rotation":
             streams = [stream_of(name, row) for name, row in zip(names, base, strict=True)]
-        return (
-            white
-            if streams is None
-            else torch.stack([torch.randn(white.shape[1:], generator=each) for each in streams])
-        )
+        elif self.seed is None:
+            return white
+        else:
+            streams = [torch.Generator().manual_seed(seed) for seed in names]
+        return torch.stack([torch.randn(white.shape[1:], generator=stream) for stream in streams])
 
     def base(self, white: torch.Tensor) -> torch.Tensor:
         """Return z₀ for each image, `(B, C, H, W)`."""
         if self.noise is None:
             groups = list(self.groups or [0] * len(white))
             return white[[groups.index(group) for group in groups]]
-        if self.noise.shape[1:] != white.shape[1:] or len(self.noise) not in (1, len(white)):
+        self.check_count(len(white))
+        if self.noise.shape[1:] != white.shape[1:]:
             raise ValueError(
-                f"Expected `noise` of shape {tuple(white.shape)}, or one for all images, but got "
-                f"{tuple(self.noise.shape)}. Call the pipeline with the height, width and number of images of the "
-                "noise, or select one: `noise[:1]`."
+                f"Expected `noise` of shape {tuple(white.shape)}, but got {tuple(self.noise.shape)}. Call the pipeline "
+                "with the height and width that the noise was drawn for."
             )
-        return self.noise.to(white).expand_as(white)
+        return self.noise.to(white).expand_as(white).clone()
 
     def rotated(self, base: torch.Tensor, fresh: torch.Tensor, strength: float) -> torch.Tensor:
         """Rotate noises toward others, in all frequencies or in those that `keep` leaves."""
@@ -114,14 +116,31 @@ class Vary(NoiseSampler):
         return base + change
 
     def within(self, groups: Sequence[int]) -> "Vary":
-        return dataclasses.replace(self, groups=tuple(groups))
+        if self.noise is not None:
+            self.check_count(len(groups))
+        found = copy.copy(self)
+        object.__setattr__(found, "groups", tuple(groups))
+        return found
+
+    def further(self, drawn: torch.Tensor | None) -> "Vary":
+        return dataclasses.replace(self, noise=drawn if self.noise is None else self.noise, seed=None)
+
+    def check_count(self, count: int) -> None:
+        if len(self.noise) not in (1, count):
+            raise ValueError(
+                f"Expected `noise` of 1 or {count} images, as the call has, but got {len(self.noise)}. Select one: "
+                "`noise[:1]`."
+            )
 
     def describe(self) -> dict[str, Any]:
+        """Return the settings as plain values. A given noise is only identified, by its shape and a hash."""
         given = None
         if self.noise is not None:
             numbers = self.noise.detach().float().cpu().numpy().tobytes()
             given = {"shape": list(self.noise.shape), "sha256": hashlib.sha256(numbers).hexdigest()}
-        return {**super().describe(), "noise": given}
+        settings = {**super().describe(), "noise": given}
+        del settings["groups"]
+        return settings
 
 
 def stream_of(name: int | torch.Tensor, base: torch.Tensor) -> torch.Generator:

@@ -10,6 +10,7 @@ from noiseopt.cli import main
 from noiseopt.demo import load_pipeline
 from noiseopt.image_files import read_image
 from noiseopt.rewards import ImageFeatures
+from noiseopt.vary import model_of
 
 PROMPT = "a red circle and a blue star"
 CALL = {"num_inference_steps": 1, "guidance_scale": 0.0}
@@ -58,6 +59,20 @@ def test_bad_arguments_are_refused_before_a_model_is_loaded(arguments, message, 
     with pytest.raises(SystemExit):
         main(["vary", str(found[0]), *arguments])
     assert message in capsys.readouterr().err
+
+
+def test_a_file_of_several_prompts_and_another_model(tmp_path, capsys):
+    """The second image has its own prompt and negative prompt; another model has its own arguments."""
+    pipe, path = load_pipeline("turbo"), tmp_path / "two.safetensors"
+    call = {**CALL, "negative_prompt": ["a star", "a cross"], "generator": generator()}
+    method = BestOfN(rewards=lambda images, prompts: images.mean((1, 2, 3)), steps=1)
+    optimize_noise(pipe, [PROMPT, "two red squares"], method, callbacks=[], **call).save(path)
+    result = NoiseResult.load(path)
+    assert model_of(result, None, 2).arguments == {**CALL, "negative_prompt": "a cross"}
+    assert model_of(result, "turbo", 1).arguments == {**CALL, "negative_prompt": "a star"}
+    assert model_of(result, "guided", 2).arguments == dict(shapes_world.MODELS["guided"].call)
+    main(["vary", str(path), "--image", "2", "--images", "1", "--output", str(tmp_path / "near")])
+    assert "two red squares: 1 variation at" in capsys.readouterr().out
 
 
 def test_a_file_that_is_no_result_is_refused(tmp_path, capsys):

@@ -153,7 +153,7 @@ def new_vlm(tokenizer: Any) -> LlavaForConditionalGeneration:
 class VLMTraining(nn.Module):
     """The vision-language model with packed questions, and training heads for each object that a question names.
 
-    The heads tell how many of it the image shows, and where they are, so that the model learns early what to look for.
+    The heads tell how many of that object the image shows, and where, so that the model learns early what to look for.
     """
 
     def __init__(self) -> None:
@@ -175,5 +175,7 @@ class VLMTraining(nn.Module):
         return {
             "answer": 2 * F.cross_entropy(logits.float().flatten(0, 2), targets),
             "count": F.cross_entropy(self.count(named).float(), counts),
-            "center": 10 * F.mse_loss(self.center(named).float()[shown], centers[shown]),
+            "center": 10
+            * ((self.center(named).float() - centers)[shown]).square().sum()
+            / max(1, 2 * int(shown.sum())),
         }

@@ -347,6 +347,7 @@ def single_noise_sampler(noise_sampler: NoiseSamplerSpec | None) -> Any:
     """Return a noise sampler. Raises `ValueError` for one that needs several images at a time."""
     found: Any = as_noise_sampler(noise_sampler)
     try:
+        found = found.further(None) if hasattr(found, "further") else found
         return found.within([0]) if hasattr(found, "within") else found
     except ValueError as error:
         raise ValueError(

@@ -77,10 +77,10 @@ class NeverTooLate(NoiseOptimizer):
         warm_up: The number of first steps, after a search, in which the rewards give no gradient.
         search: k, the number of noises that are scored at each position of the batch before the first step, the given
             one included, each an evaluation of `steps` or `budget`; 0 runs from the given noises. The steps begin from
-            those of them that have the lowest loss together, as group selection finds them
-            (https://arxiv.org/abs/2508.15773), here by exchanges and for any set reward. A time budget is shared: at
-            most `SEARCH_SHARE` of it is for the search. A guard excludes candidates, but never the given noises, and
-            freezes what begins below its limit.
+            the set of them with the lowest loss that exchanges find, as in group inference
+            (https://arxiv.org/abs/2508.15773), but for any set reward. Of a time budget at most 30% is for the search.
+            A guard excludes candidates, but never the given noises; an image of the chosen set that is not above its
+            limit is frozen.
             `result.reports["search"]` has the number of `noises`, and for each image `from_step` and `from_image`,
             where its first noise was drawn.
         references: `(M, 3, H, W)` images in [0, 1] that belong to every set and are not moved, or their features from
@@ -176,8 +176,8 @@ class NeverTooLate(NoiseOptimizer):
             state.search.inspect(run, objective, good, self.seconds)
             if state.search.chosen is not None:
                 state.guarded.carry_limits(run.reports["search"]["from_image"])
-        else:
-            accepted = state.apply_guard(run, objective.guards) & whole
+            return accepted
+        accepted = state.apply_guard(run, objective.guards) & whole
         state.stop_reached(run, accepted)
         return accepted
 
@@ -208,12 +208,13 @@ class NeverTooLate(NoiseOptimizer):
         return torch.where(stays, guarded.last_good, moved)
 
     def finish(self, run: NoiseState, objective: Any, state: "NeverTooLateState") -> Iterable[torch.Tensor]:
-        """Warn about sets for which the guard accepted no step, so that the baseline is returned."""
+        """Warn about sets for which the guard accepted no step, so that they are returned as they began."""
         kept = run.reports.get(GUARD_REPORT, {}).get("kept_baseline", [])
         if images := [index for index, baseline in enumerate(kept) if baseline]:
             warnings.warn(
-                f"The quality guard accepted no step of the sets of images {images}: the baseline is returned. Allow a "
-                "larger drop, use a smaller learning rate, or give the guarded reward a weight.",
+                f"The quality guard accepted no step of the sets of images {images}: they are returned as they "
+                "began, from the baseline or the search. Allow a larger drop, use a smaller learning rate, or give the "
+                "guarded reward a weight.",
                 stacklevel=2,
             )
         return ()
@@ -231,7 +232,7 @@ class NeverTooLateState:
         guarded: Which noises are good, and where each reverts.
         targets: By set reward, `(B,)`, the value at which the set of each sample stops.
         accepted_steps, rejected_steps: `(B,)`, the steps that the guard accepted and rejected for the set of each
-            sample, without step 0.
+            sample, without the evaluation that they begin with.
     """
 
     def __init__(self, problem: NoiseProblem, white: WhiteNoiseSteps | None = None, search: int = 0) -> None:
@@ -258,7 +259,7 @@ class NeverTooLateState:
 
     def report(self, run: NoiseState, accepted: torch.Tensor) -> None:
         """Count accepted and rejected steps, and report them in the result."""
-        if run.step > 0:
+        if run.step > self.search.scored:
             self.accepted_steps += accepted & run.active
             self.rejected_steps += ~accepted & run.active
         stuck = (self.rejected_steps > 0) | self.of_whole_sets(self.guarded.frozen)

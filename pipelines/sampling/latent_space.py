@@ -109,6 +109,11 @@ class LatentSpace:
         self.arguments = {name: value for name, value in {**arguments, **extra}.items() if name != "self"}
         self.known_packing: Packing | None = None
 
+    def further_draw(self, drawn: torch.Tensor) -> Callable[..., torch.Tensor]:
+        """Return the function that draws more noises for a call that has drawn some, `(B, C, H, W)`."""
+        further = getattr(self.noise_sampler, "further", None)
+        return self.draw_noise if further is None else drawing_with(further(drawn), self.with_draw())
+
     def for_images(self, count: int) -> "LatentSpace":
         """Return the same space for another number of images.
 

@@ -80,6 +80,8 @@ class Choice:
             budget = settings.get("budget")
             evaluations = budget if isinstance(budget, int) else settings["steps"]
             settings["search"] = recipes.searched(recipe, evaluations)
+        if settings.get("search") == 0 and "guard" in recipe.settings and "guard" not in asked.settings:
+            del settings["guard"]  # it is about images that a search has chosen
         return dataclasses.replace(choice, settings=settings)
 
     @property
@@ -138,7 +140,12 @@ class Choice:
     def cost(self) -> float:
         """About the processor seconds of an evaluation of one noise."""
         method = self.asked.build(lambda images, prompts: images.mean((1, 2, 3)))
-        return recipes.cost(self.model, method.gradient_mode, method.previews)
+        step = recipes.cost(self.model, method.gradient_mode, method.previews)
+        search = self.settings.get("search")
+        if not isinstance(search, int) or not self.steps:
+            return step
+        share = min(1.0, search / self.steps)
+        return share * recipes.cost(self.model, None, False) + (1 - share) * step
 
     @property
     def prompts(self) -> list[str]:

@@ -26,7 +26,7 @@ def add_vary(commands) -> None:
         description=DESCRIPTION,
         epilog=examples(
             "noiseopt vary noiseopt-demo/noise_1.safetensors --strength 0.2 --images 8",
-            "noiseopt vary images/0001.safetensors --image 2 --keep layout --strength 0.6",
+            "noiseopt vary noise.safetensors --image 2 --keep layout --strength 0.6",
         ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -65,23 +65,27 @@ def vary(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None
         from .schedulers import Vary
     try:
         result = NoiseResult.load(arguments.result)
-        model = model_of(result, arguments.model)
+        model = model_of(result, arguments.model, arguments.image)
         noise = one_of(result.noise, arguments.image)
     except (ValueError, OSError) as error:
         parser.error(str(error))
     make_folder(arguments.output)
     sampler = Vary(arguments.strength, noise, seed=arguments.seed, keep=arguments.keep)
     prompt = result.provenance["prompts"][arguments.image - 1]
-    images, noises = drawn(model, prompt, sampler, arguments)
+    try:
+        images, noises = drawn(model, prompt, sampler, arguments)
+    except (TypeError, ValueError, OSError) as error:
+        raise SystemExit(str(error)) from None
     for number, image in enumerate(images, 1):
         picture(image).save(arguments.output / f"variation_{number}.png")
     noises.save(arguments.output / "variations.safetensors")
-    print(f"{prompt}: {len(images)} variations at strength {arguments.strength:g}, seed {arguments.seed}.")
-    print(f"{arguments.output}: variation_1.png to variation_{len(images)}.png, variations.safetensors.")
+    variations = "1 variation" if len(images) == 1 else f"{len(images)} variations"
+    print(f"{prompt}: {variations} at strength {arguments.strength:g}, seed {arguments.seed}.")
+    print(f"{arguments.output}: variation_1.png and so on, and their noises in variations.safetensors.")
 
 
-def model_of(result: "NoiseResult", name: str | None) -> "ModelChoice":
-    """Return the model of a result, or another, with the arguments of the result's call.
+def model_of(result: "NoiseResult", name: str | None, image: int) -> "ModelChoice":
+    """Return the model of a result with the arguments of its call for an image, or another with its own.
 
     Raises:
         ValueError: If the result does not name one that can be loaded, or lacks arguments of its call.
@@ -98,9 +102,13 @@ def model_of(result: "NoiseResult", name: str | None) -> "ModelChoice":
             f"Expected a result whose whole call is recorded, but {unrecorded} of this one are not. Call the pipeline "
             "yourself, with `noise_sampler=Vary(strength, result)`."
         )
-    own = ("num_images_per_prompt", "output_type", "return_dict")
-    call = {key: value for key, value in result.provenance.get("arguments", {}).items() if key not in own}
-    return ModelChoice.parse(name or recorded, call)
+    if name not in (None, recorded):
+        return ModelChoice.parse(name, {})
+    own, given = ("num_images_per_prompt", "output_type", "return_dict"), result.provenance.get("arguments", {})
+    row = (image - 1) // int(given.get("num_images_per_prompt") or 1)
+    call = {key: value for key, value in given.items() if key not in own}
+    of_prompts = {key: value for key, value in call.items() if "prompt" in key and isinstance(value, list)}
+    return ModelChoice.parse(recorded, call | {key: values[row] for key, values in of_prompts.items()})
 
 
 def one_of(noise: "torch.Tensor", number: int) -> "torch.Tensor":
@@ -120,7 +128,7 @@ def drawn(model: "ModelChoice", prompt: str, sampler: Any, arguments: argparse.N
     from .pipelines.baselines.plain_sampling import PlainSampling
     from .quiet import quiet_libraries
 
-    device = torch.device(arguments.device) if arguments.device else PartialState().device
+    device = torch.device(arguments.device or PartialState().device or "cpu")
     with quiet_libraries():
         pipe = load_pipeline(model, arguments.dtype, device)
     streams = [torch.Generator().manual_seed(arguments.seed + row) for row in range(arguments.images)]

@@ -55,6 +55,13 @@ def test_group_selection_maximizes_what_ours_does(bench, equal_pulls):
     assert group.steps == 16 and group.features is ours.diversity[0][1]
 
 
+def test_further_guards_stand_beside_that_of_the_search(bench, equal_pulls):
+    floor, both = ({"clipscore": never_too_late.FLOOR}, {"clipscore": never_too_late.FLOOR, **never_too_late.GUARD})
+    assert never_too_late.ours(BUDGET)(bench).guard == floor
+    assert never_too_late.ours(BUDGET, guard=never_too_late.GUARD)(bench).guard == both
+    assert never_too_late.ours(never_too_late.ALONE)(bench).guard is None
+
+
 @pytest.mark.slow
 def test_a_weight_makes_the_gradient_of_diversity_a_multiple_of_the_reward_s(bench, monkeypatch):
     monkeypatch.setattr(never_too_late, "BALANCED", 1)
@@ -96,20 +103,7 @@ def test_a_short_run_has_every_row_and_figure(capsys, tmp_path, equal_pulls, mon
     prompt = shapes_world.VALIDATION_PROMPTS[0]
     for table in ("methods", "pink"):
         plot = tmp_path / f"{table}.png"
-        short = [
-            "--limit",
-            "1",
-            "--images",
-            "2",
-            "--search",
-            "2",
-            "--steps",
-            "2",
-            "--plot",
-            str(plot),
-            "--table",
-            table,
-        ]
+        short = f"--limit 1 --images 2 --search 2 --steps 2 --plot {plot} --table {table}".split()
         found = never_too_late.main(short).found
         printed = capsys.readouterr().out
         assert [row.name for row in rows(table, BUDGET)] == list(found)

@@ -3,12 +3,15 @@
 import pytest
 import torch
 from problems import generator, redness
+from tiny_features import TINY_FEATURES
 from tiny_pipelines import SIZE, tiny_pipeline
 
-from noiseopt import BestOfN, NeverTooLateStableDiffusionPipeline, Vary, optimize_noise
+from noiseopt import BestOfN, NeverTooLate, NeverTooLateStableDiffusionPipeline, Vary, grow_set, optimize_noise
 from noiseopt.evaluation.noise_statistics import gaussian_limits, noise_statistics
 from noiseopt.pipelines.results.frequency_bands import band_energies
+from noiseopt.rewards import DPP
 from noiseopt.schedulers import as_noise_sampler
+from noiseopt.schedulers.noise_samplers import describe_noise_sampler
 
 SHAPE = (3, 4, 32, 32)
 
@@ -107,6 +110,45 @@ def test_variations_of_a_result_in_a_pipeline_and_the_best_of_them():
     assert near.provenance["call"]["noise_sampler"]["strength"] == 0.1
 
 
+@pytest.mark.parametrize("given", [True, False], ids=["of a result", "of what the call draws"])
+@pytest.mark.parametrize("seed", [None, 7])
+def test_each_candidate_of_a_search_is_another_variation(given, seed):
+    if not given and seed is None:
+        pytest.skip("refused")
+    noises: list[torch.Tensor] = []
+    sampler = Vary(0.2, white(shape=(1, 4, 16, 16)) if given else None, seed=seed)
+    call = {"generator": generator(3), "num_inference_steps": 1, **SIZE}
+    optimize_noise(
+        tiny_pipeline("sd"),
+        "a b",
+        BestOfN(rewards=redness, steps=4),
+        noise_sampler=sampler,
+        callbacks=lambda state: noises.append(state.noise),
+        **call,
+    )
+    center = sampler.noise if given else noises[0]
+    cosines = torch.cat([torch.cosine_similarity(noise.flatten(1), center.flatten(1)) for noise in noises[1:]])
+    assert (cosines > 0.9).all() and len({noise.sum().item() for noise in noises}) == 4
+
+
+def test_the_images_of_a_growing_set_are_different_variations():
+    pipe, call = tiny_pipeline("sd"), {"num_inference_steps": 1, "generator": 0, **SIZE}
+    method = NeverTooLate(diversity={DPP(TINY_FEATURES["dinov2"]()): 1.0}, steps=1)
+    grown = grow_set(pipe, "a b", 3, method, noise_sampler=Vary(0.2, white(shape=(1, 4, 16, 16)), seed=7), **call)
+    assert len({result.noise.sum().item() for result in grown.results}) == 3
+    with pytest.raises(ValueError, match="draws one image at a time"):
+        grow_set(pipe, "a b", 3, method, noise_sampler=Vary(0.2, seed=7), **call)
+
+
+def test_a_variation_of_half_precision_keeps_its_dtype_and_the_given_noise():
+    given = white()[:1]
+    for strength in (0.0, 0.5):
+        noise = Vary(strength, given, seed=1, keep="layout").color(white(1).half())
+        assert noise.dtype == torch.float16 and noise.isfinite().all()
+        noise.zero_()
+    assert torch.equal(given, white()[:1])
+
+
 def test_a_pipeline_takes_a_variation_seed_and_strength():
     pipe = NeverTooLateStableDiffusionPipeline.from_pipe(tiny_pipeline("sd"))
     call = {"num_inference_steps": 2, "output_type": "pt", **SIZE}
@@ -122,8 +164,10 @@ def test_a_pipeline_takes_a_variation_seed_and_strength():
     for argument in ("variation_seed", "variation_strength"):
         with pytest.raises(ValueError, match=f"`noise_sampler` or `{argument}`, but got both"):
             images(noise_sampler="pink", **{argument: 1})
-    with pytest.raises(ValueError, match="`strength` to be a number in"):
+    with pytest.raises(ValueError, match="`variation_strength` to be a number in"):
         images(variation_strength=2.0)
+    with pytest.raises(ValueError, match="`variation_seed` to be an integer in"):
+        images(variation_seed=0.5)
 
 
 @pytest.mark.parametrize(
@@ -131,6 +175,8 @@ def test_a_pipeline_takes_a_variation_seed_and_strength():
     [
         ({"strength": 1.5}, "`strength` to be a number in"),
         ({"strength": 0.5, "seed": -1}, "`seed` to be"),
+        ({"strength": 0.5, "seed": 2**63}, "`seed` to be"),
+        ({"strength": True, "seed": 1}, "`strength` to be a number in"),
         ({}, "`noise` or `seed`, but got neither"),
         ({"seed": 1, "keep": "colors"}, "`keep` to be"),
         ({"seed": 1, "keep": "layout", "interpolation": "a1111"}, "but got both"),
@@ -146,13 +192,15 @@ def test_bad_settings_are_refused(settings, message):
 def test_its_description_tells_noises_apart():
     one, other, same = (Vary(0.2, white(seed)).describe() for seed in (0, 1, 0))
     assert one == same != other and one["strength"] == 0.2 and one["noise"]["shape"] == list(SHAPE)
-    assert as_noise_sampler(Vary(0.3, seed=4).describe()) == Vary(0.3, seed=4)
+    described = Vary(0.3, seed=4, keep="detail").describe()
+    assert describe_noise_sampler(as_noise_sampler(described)) == described
 
 
 def test_what_is_no_noise_or_does_not_fit_is_refused():
     with pytest.raises(TypeError, match="Load a file with"):
         Vary(0.2, "result.safetensors")
-    with pytest.raises(ValueError, match="or select one"):
-        Vary(0.2, white()[:2]).color(white())
+    for refused in (Vary(0.2, white()[:2]).color, lambda noise: Vary(0.2, white()[:2]).within([0, 0, 1])):
+        with pytest.raises(ValueError, match="of 1 or 3 images, as the call has, but got 2. Select one"):
+            refused(white())
     with pytest.raises(ValueError, match=r"of shape \(3, 4, 16, 16\)"):
         Vary(0.2, white()).color(white(shape=(3, 4, 16, 16)))

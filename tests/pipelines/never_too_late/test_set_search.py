@@ -134,7 +134,9 @@ def test_a_guard_excludes_candidates_but_never_the_given_noises():
     def falling(images, prompts):
         return torch.full((len(images),), -float(next(times)))
 
-    fallen = find(guard=[QualityGuard(reward=falling, drop=0.5)])[0]
+    with pytest.warns(UserWarning, match="accepted no step .* as they began, from the baseline or the search"):
+        fallen = find(guard=[QualityGuard(reward=falling, drop=0.5)])[0]
+    assert fallen.reports[GUARD_REPORT]["accepted_steps"] == [0] * 3
     assert fallen.reports["search"]["from_step"] == [0, 0, 0]
     assert fallen.reports[GUARD_REPORT]["frozen"] == [True] * 3 and len(fallen.losses) == 5  # and so the run ends
 
@@ -231,3 +233,20 @@ def test_limits_follow_the_noises_to_their_new_positions():
     assert rows != [0, 1, 2] and found.reports["search"]["from_image"] == rows
     (reported,) = found.reports[GUARD_REPORT]["limits"].values()
     torch.testing.assert_close(torch.tensor(reported), limits)
+
+
+def test_targets_count_once_the_search_is_over():
+    """A threshold that every set passes ends the run at the chosen set, whose search is reported."""
+    found, watched = find(stop_at={"dpp": -100.0})
+    assert watched.stages == ["search"] * 4 + ["start 1"] and found.reports["search"]["noises"] == 4
+
+
+def test_a_gradient_that_is_lost_is_reported_after_a_search(monkeypatch):
+    def refuse(pipe):
+        raise ValueError("no gradient")
+
+    monkeypatch.setattr(torch.autograd, "grad", lambda outputs, inputs, **_: (torch.zeros_like(inputs),))
+    monkeypatch.setattr("noiseopt.pipelines.loop.refuse_lost_gradient", refuse)
+    for search in (0, 3):
+        with pytest.raises(ValueError, match="no gradient"):
+            find(search=search)
