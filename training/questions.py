@@ -111,11 +111,8 @@ class Questions:
         )
         before = torch.stack((places - 1, places), -1).flatten(1)
         rows = torch.arange(len(ids), device=ids.device)[:, None]
-        return (
-            model.lm_head(output.last_hidden_state[rows, before]).unflatten(1, (-1, 2)),
-            ids,
-            output.hidden_states[-2],
-        )
+        logits = model.lm_head(output.last_hidden_state[rows, before])
+        return logits.unflatten(1, (-1, 2)), ids, output.hidden_states[-2]
 
     def targets(self, asked: Sequence[Sequence[tuple[str, int]]]) -> Tensor:
         """Return the target tokens, (B, K, 2): answer and end."""

@@ -133,9 +133,7 @@ def add_demo(commands) -> None:
         help="prompt such as 'a red circle left of a blue star'; repeatable (default: the first validation prompts, as "
         "many as fit into a minute)",
     )
-    parser.add_argument(
-        "--seed", type=natural, default=0, help="seed of the first image, plus 1 for each one after it (default: 0)"
-    )
+    parser.add_argument("--seed", type=natural, default=0, help="seed of the first image, plus 1 for each (default: 0)")
     parser.add_argument(
         "--steps",
         type=positive,
