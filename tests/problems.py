@@ -41,7 +41,7 @@ class Walk:
 
     def __post_init__(self):
         seeds = [seed_from(image) for image in self.noise]
-        space = SimpleNamespace(draw_noise=randn_tensor)
+        space = SimpleNamespace(further_draw=lambda drawn: randn_tensor)
         problem = SimpleNamespace(noise=self.noise, seeds=seeds, space=space, is_single_step=False)
         self.memory = self.method.start(problem)
 

@@ -74,7 +74,8 @@ class Line:
     def __init__(self, seeming: torch.Tensor) -> None:
         self.noise = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
         self.seeming, self.prompts, self.seeds = seeming, ["a"] * 4, [3, 4, 5, 6]
-        self.sampler, self.space = SimpleNamespace(images=self.images), SimpleNamespace(draw_noise=self.draw_noise)
+        self.sampler = SimpleNamespace(images=self.images)
+        self.space = SimpleNamespace(further_draw=lambda drawn: self.draw_noise)
 
     def images(self, noise, gradient=None):
         if gradient != "frozen":

@@ -207,8 +207,8 @@ FAULTS = (
     Fault(
         "half-done result called complete",
         "pipelines/loop.py",
-        "        self.complete = False\n",
-        "        self.complete = True\n",
+        "        self.complete = self.has_gradient = False\n",
+        "        self.complete, self.has_gradient = True, False\n",
         "tests/pipelines/results/test_resume.py",
     ),
     Fault(

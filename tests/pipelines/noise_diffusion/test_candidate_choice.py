@@ -12,7 +12,7 @@ from noiseopt.pipelines.problem import CandidateNoise
 
 
 def fresh(noise: torch.Tensor, seed: int = 0) -> CandidateNoise:
-    space = SimpleNamespace(draw_noise=randn_tensor)
+    space = SimpleNamespace(further_draw=lambda drawn: randn_tensor)
     return CandidateNoise(SimpleNamespace(noise=noise, seeds=list(range(seed, seed + len(noise))), space=space))  # pyright: ignore[reportArgumentType]
 
 
