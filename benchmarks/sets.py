@@ -6,6 +6,7 @@ file ends. Seconds are those of the processor.
 
 import argparse
 import dataclasses
+import functools
 import json
 import math
 import platform
@@ -21,7 +22,7 @@ from tqdm import tqdm
 
 import noiseopt
 from noiseopt import AutoReward, optimize_noise, shapes_world
-from noiseopt.callbacks import NoiseCallback, NoiseState
+from noiseopt.callbacks import DenoisingCallback, NoiseCallback, NoiseState
 from noiseopt.demo import load_pipeline, seeded
 from noiseopt.evaluation.bootstrap import bootstrap, paired_bootstrap
 from noiseopt.evaluation.metrics import (
@@ -57,6 +58,8 @@ class Row:
         time_of: The name of an earlier row whose seconds this one gets.
         against: The name of the row it is compared with.
         images: The images of a set, if not those of the `Bench`.
+        steer: Returns what changes the denoising steps from the generators of the images: a callback, or an object with
+            `generate`.
     """
 
     name: str
@@ -65,6 +68,7 @@ class Row:
     time_of: str | None = None
     against: str = "plain"
     images: int | None = None
+    steer: Callable[[list[torch.Generator]], Any] | None = None
 
 
 class Clock(NoiseCallback):
@@ -129,13 +133,23 @@ class Bench:
         settings: dict[str, Any] = {"callbacks": [clock], "generator": generator, "noise_sampler": row.noise}
         result = optimize_noise(self.pipe, prompt, method, **settings, **call)
         images = result.images
-        if images is None or method.returns == "last":
+        if row.steer or images is None or method.returns == "last":
             drawn = {"latents": result.latents, "generator": result.generator(), "output_type": "pt"}
-            images = self.pipe(prompt, **call, **drawn).images
+            images = self.steered(row, number, count)(prompt, **call, **drawn).images
         cost = {"seconds": clock.now, "evaluations": len(clock.seconds), "norm": relative_norm(result.noise)}
         cost["slope"] = noise_statistics(result.noise).spectral_slope
         curve = {"clock": clock.seconds, "curve": clock.values} if self.curves else {}
         return {**self.measure(images, prompt), **cost, **curve}
+
+    def steered(self, row: Row, number: int, count: int) -> Callable[..., Any]:
+        """Return the call of the pipeline, changed as a row has it by random numbers of the prompt's own."""
+        if row.steer is None:
+            return self.pipe
+        tool = row.steer(seeded(2**40 + SEEDS * number, count))
+        if not isinstance(tool, DenoisingCallback):
+            return functools.partial(tool.generate, self.pipe)
+        inputs = tool.tensor_inputs
+        return functools.partial(self.pipe, callback_on_step_end=tool, callback_on_step_end_tensor_inputs=inputs)
 
     @torch.no_grad()
     def distance(self, images: Tensor, name: str = "patches") -> float:

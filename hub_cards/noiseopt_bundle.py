@@ -111,8 +111,8 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 # The name that diffusers gives this module may come to mean the bundle of another release.
-sys.modules[f"{__name__}_7f202d14cd04"] = sys.modules[__name__]
-__name__ = f"{__name__}_7f202d14cd04"
+sys.modules[f"{__name__}_1ac2f62ad08b"] = sys.modules[__name__]
+__name__ = f"{__name__}_1ac2f62ad08b"
 
 # rewards/contract/transforms.py
 
@@ -5541,6 +5541,13 @@ class LatentSpace:
             return latents
         return latents.flatten(1).gather(1, packing.positions.to(latents.device)).view(packing.noise)
 
+    def pack(self, pipe, spatial: torch.Tensor) -> torch.Tensor:
+        packing = self.packing(pipe)
+        if packing.packed == packing.noise:
+            return spatial
+        flat = spatial.new_zeros(len(spatial), packing.packed[1:].numel())
+        return flat.scatter(1, packing.positions.to(flat.device), spatial.flatten(1)).view(packing.packed)
+
     def packing(self, pipe) -> "Packing":
         if self.known_packing is None:
             leaves: list[torch.Tensor] = []
@@ -6548,8 +6555,8 @@ def as_method(method: Any, settings: Mapping[str, Any] | None = None) -> NoiseOp
         raise ValueError("Expected `method_kwargs` beside the name of a method, but got a method object as well.")
     if isinstance(method, type) or not (hasattr(method, "objective") and hasattr(method, "step")):
         remedy = ""
-        if type(method).__name__ == "RewardGuidance":
-            remedy = " It guides the denoising steps instead of the noise: call its `generate(pipe, prompt, ...)`."
+        if hasattr(method, "generate"):
+            remedy = " It changes the denoising steps instead of the noise: call its `generate(pipe, prompt, ...)`."
         raise TypeError(
             f"Expected a method such as `ReNO(rewards=...)` or one of the names {list_methods()}, but got {method!r}."
             f"{remedy}"

@@ -38,6 +38,8 @@ from .searches.group_selection import GroupSelection
 from .searches.group_solver import select_group
 from .searches.pcn import PCN
 from .searches.zero_order_search import ZeroOrderSearch
+from .seed_variance.diversity_boost import DiversityBoost
+from .seed_variance.embedding_noise import EmbeddingNoise
 from .white_noise import WhiteNoiseProjection
 
 ReNOStableDiffusionXLPipeline = ReNOTurboPipeline
@@ -52,6 +54,8 @@ __all__ = [
     "CNOStableDiffusionXLPipeline",
     "ChiPrior",
     "ContrastiveObjective",
+    "DiversityBoost",
+    "EmbeddingNoise",
     "FunctionObjective",
     "GradientOptimizer",
     "GroupSelection",

@@ -69,8 +69,8 @@ def as_method(method: Any, settings: Mapping[str, Any] | None = None) -> NoiseOp
         raise ValueError("Expected `method_kwargs` beside the name of a method, but got a method object as well.")
     if isinstance(method, type) or not (hasattr(method, "objective") and hasattr(method, "step")):
         remedy = ""
-        if type(method).__name__ == "RewardGuidance":
-            remedy = " It guides the denoising steps instead of the noise: call its `generate(pipe, prompt, ...)`."
+        if hasattr(method, "generate"):
+            remedy = " It changes the denoising steps instead of the noise: call its `generate(pipe, prompt, ...)`."
         raise TypeError(
             f"Expected a method such as `ReNO(rewards=...)` or one of the names {list_methods()}, but got {method!r}."
             f"{remedy}"

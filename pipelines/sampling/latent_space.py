@@ -199,6 +199,14 @@ class LatentSpace:
             return latents
         return latents.flatten(1).gather(1, packing.positions.to(latents.device)).view(packing.noise)
 
+    def pack(self, pipe, spatial: torch.Tensor) -> torch.Tensor:
+        """Convert latents from the spatial layout of the noise to that of the denoiser; inverse of `unpack`."""
+        packing = self.packing(pipe)
+        if packing.packed == packing.noise:
+            return spatial
+        flat = spatial.new_zeros(len(spatial), packing.packed[1:].numel())
+        return flat.scatter(1, packing.positions.to(flat.device), spatial.flatten(1)).view(packing.packed)
+
     def packing(self, pipe) -> "Packing":
         """Return the shapes of noise and latents of this call, and the position of each noise entry in the latents."""
         if self.known_packing is None:

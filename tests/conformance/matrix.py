@@ -69,6 +69,9 @@ COLUMNS = {
     "group_selection-preview": Column("group_selection", "preview", "group selection"),
 }
 
+TOOLS = {"embedding_noise": "embedding noise", "diversity_boost": "DiversityBoost"}
+"""Headings of the tools that change denoising steps; `tests/pipelines/seed_variance` has the tests of their cells."""
+
 
 def in_fast_tier(family: str, column: str) -> bool:
     """Return True for three columns of each family and at least three families of each column, as in a Latin square."""

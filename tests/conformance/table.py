@@ -6,7 +6,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from conformance.matrix import COLUMNS, FAMILIES, GRADIENTS, REFUSED, SCHEDULERS
+from conformance.matrix import COLUMNS, FAMILIES, GRADIENTS, REFUSED, SCHEDULERS, TOOLS
 
 README = Path(__file__).parents[2] / "README.md"
 BEGIN, END = "<!-- conformance:begin -->\n", "<!-- conformance:end -->\n"
@@ -19,6 +19,7 @@ def line(cells: Iterable[str]) -> str:
 def family_table() -> str:
     """Return the table with families in rows, methods and their gradient modes in columns."""
     headings = [f"{column.heading}<br>{column.gradient}" for column in COLUMNS.values()]
+    headings += [f"{heading}<br>none" for heading in TOOLS.values()]
     text = line(["pipeline", *headings]) + line(["---", *[":-:"] * len(headings)])
     for row in FAMILIES.values():
         scheduler = row.scheduler.removesuffix("Scheduler")

@@ -265,11 +265,11 @@ def test_features_whose_tower_is_optimized_are_known(method, features, expected)
 def test_a_callback_per_denoising_step_is_a_contender_without_rewards_or_control():
     choice = MethodChoice.parse("cads:tau2=0.8,conditions=('prompt_embeds','add_text_embeds')")
     assert not (choice.takes_rewards or choice.has_control or choice.diversity)
-    callback = choice.callback([3, 4])
+    callback = choice.make([3, 4])
     assert callback.tau2 == 0.8 and callback.tensor_inputs == ["prompt_embeds", "add_text_embeds"]
     assert [generator.initial_seed() for generator in callback.generator] == [3, 4]
-    assert MethodChoice.parse("interval_guidance:low=1.0").callback([3]).low == 1.0
-    assert MethodChoice.parse("reno").callback([3]) is None
+    assert MethodChoice.parse("interval_guidance:low=1.0").make([3]).low == 1.0
+    assert MethodChoice.parse("reno").drawing("the pipeline", "red", [3]) == "the pipeline"
     guided = plan(models=(ModelChoice.parse("guided", {}),), methods=(choice,))
     assert [contender.key for contender in guided.contenders] == ["plain", choice.label]
     json.dumps(guided.settings("cpu"))
@@ -277,7 +277,7 @@ def test_a_callback_per_denoising_step_is_a_contender_without_rewards_or_control
 
 def test_reward_guidance_is_a_contender_by_the_rewards_of_the_plan_with_a_control():
     choice = MethodChoice.parse("reward_guidance:strength=0.5,gradient=full,particles=2")
-    assert choice.takes_rewards and choice.has_control and choice.callback([3]) is None
+    assert choice.takes_rewards and choice.has_control
     guidance = choice.guidance("red")
     assert (guidance.rewards, guidance.strength, guidance.gradient, guidance.particles) == ("red", 0.5, "full", 2)
     assert isinstance(choice.build("red"), PlainSampling)
@@ -295,10 +295,27 @@ def test_a_callback_and_a_model_of_one_step_are_refused_before_anything_is_loade
     assert plan(methods=methods, rewards=(("red", 1.0),), models=(ModelChoice.parse("some/model", {}),))
 
 
+def test_tools_that_act_in_the_first_call_are_contenders_also_on_a_model_of_one_step():
+    choice = MethodChoice.parse("embedding_noise:strength=2.0,protect_first=0.1")
+    assert not (choice.takes_rewards or choice.has_control or choice.diversity)
+    tool = choice.make([3, 4])
+    assert (tool.strength, tool.protect_first) == (2.0, 0.1)
+    assert [generator.initial_seed() for generator in tool.generator] == [3, 4]
+    assert getattr(choice.drawing("the pipeline", "red", [3]), "args", None) == ("the pipeline",)
+    sharp = MethodChoice.parse("diversity_boost:attenuation=0.0")
+    assert [contender.key for contender in plan(methods=(choice, sharp)).contenders] == [
+        "plain",
+        choice.label,
+        sharp.label,
+    ]
+    with pytest.raises(ValueError, match="2 denoising steps for diversity_boost, .* got 1 on turbo"):
+        plan(methods=(MethodChoice.parse("diversity_boost"),))
+
+
 def test_a_noise_sampler_is_a_setting_of_a_method_and_of_the_call():
     pink = MethodChoice.parse("reno:steps=3,noise_sampler={'name': 'pink', 'alpha': 0.3}")
     assert pink.build("red") == ReNO(rewards="red", steps=3)
-    assert MethodChoice.parse("cads:noise_sampler=pink").callback([3]).tau2 == 0.9
+    assert MethodChoice.parse("cads:noise_sampler=pink").make([3]).tau2 == 0.9
     assert ModelChoice.parse("turbo", {"noise_sampler": "pink"}).arguments == ModelChoice.parse("turbo", {}).call
     for text in ("reno:noise_sampler=pinc", "reno:noise_sampler={'name': 'pink', 'beta': 1}", "cads:noise_sampler=3"):
         with pytest.raises(ValueError, match="Expected a noise sampler in "):
@@ -314,6 +331,9 @@ def test_a_noise_sampler_is_a_setting_of_a_method_and_of_the_call():
         ("cads:generator=1", "out of tau1, tau2"),
         ("cads:tau1=0.95", "Expected 0 <= tau1 < tau2"),
         ("cads:tau1=high", "Expected settings that cads takes"),
+        ("embedding_noise:strength=-1", "Expected `strength` to be a number"),
+        ("embedding_noise:generator=1", "out of strength, density, steps, protect_first, protect_last"),
+        ("diversity_boost:clamp=0", "Expected `clamp` to be a number"),
         ("reward_guidance:steps=3", "Expected settings of reward_guidance out of strength, .*, but got 'steps'"),
         ("reward_guidance:strength=-1", "Expected `strength` to be a number"),
         ("reward_guidance:rewards=red", "Expected no rewards in"),

@@ -125,6 +125,7 @@ def test_the_noise_sampler_of_a_method_is_that_of_its_control_too(studio, plain)
 @pytest.mark.slow
 def test_a_callback_steers_the_stock_pipeline_from_plain_noise():
     methods = ("cads:noise_scale=0.5", "particle_guidance", "interval_guidance:high=1.0", "cads:noise_scale=0")
+    methods += ("embedding_noise:strength=4.0", "diversity_boost", "embedding_noise:strength=0")
     plan = Plan(
         models=(ModelChoice.parse("guided", {}),),
         methods=tuple(MethodChoice.parse(text) for text in methods),

@@ -74,8 +74,9 @@ def add_subject(parser: argparse.ArgumentParser) -> None:
         action="append",
         dest="methods",
         metavar="NAME[:SETTING=VALUE,...]",
-        help="method with settings, such as 'reno:steps=20' or 'reno:noise_sampler=pink', or a denoising callback: "
-        "cads, particle_guidance, interval_guidance, reward_guidance; repeatable (default: reno)",
+        help="method with settings, such as 'reno:steps=20' or 'reno:noise_sampler=pink', or what steers the denoising "
+        "steps: cads, particle_guidance, interval_guidance, reward_guidance, embedding_noise, diversity_boost; "
+        "repeatable (default: reno)",
     )
     group.add_argument(
         "--prompts",

@@ -9,7 +9,7 @@ import inspect
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ import torch
 
 from .. import __version__, shapes_world
 from ..callbacks.cads import CADS
-from ..callbacks.denoising_callback import DenoisingCallback
 from ..callbacks.interval_guidance import IntervalGuidance
 from ..callbacks.particle_guidance import ParticleGuidance
 from ..image_files import is_picture, read_image
@@ -26,6 +25,8 @@ from ..pipelines.method import NoiseOptimizer
 from ..pipelines.registry import METHODS, list_methods
 from ..pipelines.reward_guidance.guidance import RewardGuidance
 from ..pipelines.searches.best_of_n import BestOfN
+from ..pipelines.seed_variance.diversity_boost import DiversityBoost
+from ..pipelines.seed_variance.embedding_noise import EmbeddingNoise
 from ..registry import did_you_mean
 from ..rewards.contract.registry import EMBEDDED_REWARDS, find_reward
 from ..rewards.contract.reward_sum import REWARD_PRESETS
@@ -39,7 +40,12 @@ from .prompt_sets import PromptSet
 HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 EMBEDDED_FEATURES = ("dinov2", "clip")
 HELD_OUT_FEATURES = "facebook/dinov2-base"  # for models that are not embedded
-CALLBACKS = {"cads": CADS, "interval_guidance": IntervalGuidance, "particle_guidance": ParticleGuidance}
+CALLBACKS: dict[str, Callable[..., Any]] = {
+    "cads": CADS,
+    "interval_guidance": IntervalGuidance,
+    "particle_guidance": ParticleGuidance,
+}
+STEERED: dict[str, Callable[..., Any]] = {"diversity_boost": DiversityBoost, "embedding_noise": EmbeddingNoise}
 GROWING = (
     "models",
     "methods",
@@ -186,15 +192,20 @@ class MethodChoice:
             settings["features"] = tower(self.features, embedded_on)
         return METHODS[self.name](**settings)
 
-    def callback(self, seeds: Sequence[int]) -> DenoisingCallback | None:
-        """Return the callback that steers the denoising steps, if any; `seeds` has one seed per image."""
-        return None
+    def drawing(self, pipe: Any, rewards: Any, seeds: Sequence[int]) -> Callable[..., Any]:
+        """Return the call that draws images, that of the pipeline unless this steers it; `seeds` has one per image."""
+        return pipe
+
+    def needs_steps(self) -> bool:
+        """Return whether a call of a single denoising step cannot work."""
+        return False
 
     @classmethod
     def parse(cls, text: str) -> "MethodChoice":
         """Parse `"reno"` or `"cno:gradient=full,gamma=1.0"`. Raises `ValueError` for invalid methods or settings."""
         name, _, settings = text.partition(":")
-        kinds = {**dict.fromkeys(CALLBACKS, CallbackChoice), "reward_guidance": GuidanceChoice}
+        kinds = {**dict.fromkeys(CALLBACKS, CallbackChoice), **dict.fromkeys(STEERED, SteeredChoice)}
+        kinds["reward_guidance"] = GuidanceChoice
         if name not in METHODS and name not in kinds:
             known = [*list_methods(), *kinds]
             raise ValueError(
@@ -241,10 +252,15 @@ class SteeringChoice(MethodChoice):
     def build(self, rewards: Any, embedded_on: torch.device | None = None) -> NoiseOptimizer:
         return PlainSampling()
 
+    def needs_steps(self) -> bool:
+        return True
+
 
 @dataclasses.dataclass(frozen=True)
 class CallbackChoice(SteeringChoice):
     """A denoising callback with settings."""
+
+    made_by = CALLBACKS
 
     @property
     def takes_rewards(self) -> bool:
@@ -254,17 +270,42 @@ class CallbackChoice(SteeringChoice):
     def has_control(self) -> bool:
         return False
 
-    def callback(self, seeds: Sequence[int]) -> DenoisingCallback:
-        draws = "generator" in inspect.signature(CALLBACKS[self.name]).parameters
+    def make(self, seeds: Sequence[int]) -> Any:
+        """Return what steers a call; `seeds` has one seed per image, of its random numbers."""
+        draws = "generator" in inspect.signature(self.made_by[self.name]).parameters
         generators = {"generator": [torch.Generator().manual_seed(seed) for seed in seeds]} if draws else {}
-        return CALLBACKS[self.name](**self.own_settings, **generators)
+        return self.made_by[self.name](**self.own_settings, **generators)
+
+    def drawing(self, pipe: Any, rewards: Any, seeds: Sequence[int]) -> Callable[..., Any]:
+        callback = self.make(seeds)
+        callback.check(pipe)
+        inputs = callback.tensor_inputs
+        return functools.partial(pipe, callback_on_step_end=callback, callback_on_step_end_tensor_inputs=inputs)
 
     def check(self) -> None:
-        self.check_names([name for name in inspect.signature(CALLBACKS[self.name]).parameters if name != "generator"])
+        known = inspect.signature(self.made_by[self.name]).parameters
+        self.check_names([name for name in known if name != "generator"])
         try:
-            self.callback([0])
+            self.make([0])
         except TypeError as error:
             raise ValueError(f"Expected settings that {self.name} takes, but got {self.label!r}: {error}.") from None
+
+
+@dataclasses.dataclass(frozen=True)
+class SteeredChoice(CallbackChoice):
+    """A `SteeredCall` with settings, which acts in the first model call too."""
+
+    made_by = STEERED
+
+    def needs_steps(self) -> bool:
+        return bool(getattr(self.make([0]), "attenuation", 0))
+
+    def drawing(self, pipe: Any, rewards: Any, seeds: Sequence[int]) -> Callable[..., Any]:
+        return functools.partial(self.make(seeds).generate, pipe)
+
+    def check(self) -> None:
+        super().check()
+        self.make([0]).check()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -285,6 +326,9 @@ class GuidanceChoice(SteeringChoice):
     def build(self, rewards: Any, embedded_on: torch.device | None = None) -> NoiseOptimizer:
         self.guidance(rewards).check()
         return super().build(rewards, embedded_on)
+
+    def drawing(self, pipe: Any, rewards: Any, seeds: Sequence[int]) -> Callable[..., Any]:
+        return functools.partial(self.guidance(rewards).generate, pipe)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -421,7 +465,7 @@ class Plan:
         """Raise `ValueError` for a method that a model cannot run, as far as that is known without loading it."""
         for model in self.models:
             for method in self.methods:
-                if model.single_step and isinstance(method, SteeringChoice):
+                if model.single_step and method.needs_steps():
                     raise ValueError(
                         f"Expected at least 2 denoising steps for {method.label}, which acts from one step on the "
                         f"next, but got 1 on {model.name}. Leave out that method or that model, or pass `--call "

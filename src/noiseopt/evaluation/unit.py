@@ -1,7 +1,6 @@
 """The unit of an evaluation: the images of one prompt by one method, measured once and written to disk."""
 
 import dataclasses
-import functools
 import json
 import math
 from collections.abc import Callable
@@ -21,7 +20,7 @@ from ..pipelines.results.noise_result import NoiseResult
 from ..pipelines.searches.best_of_n import BestOfN
 from .instruments import Instruments, noise_measures, set_measures, verdicts
 from .measure import Cost, measured
-from .plan import Contender, GuidanceChoice, ModelChoice, Plan
+from .plan import Contender, ModelChoice, Plan
 
 SIDE = shapes_world.SIZE
 
@@ -74,16 +73,10 @@ class Studio:
 
         The random numbers of a callback are independent of those of the initial noise.
         """
-        method = None if contender.control else contender.method
-        if isinstance(method, GuidanceChoice):
-            return functools.partial(method.guidance(self.instruments.rewards).generate, self.pipe)
-        seeds = [2**40 + self.plan.seed(index, image) for image in range(self.plan.seeds)]
-        callback = method.callback(seeds) if method else None
-        if callback is None:
+        if contender.control or contender.method is None:
             return self.pipe
-        callback.check(self.pipe)
-        inputs = callback.tensor_inputs
-        return functools.partial(self.pipe, callback_on_step_end=callback, callback_on_step_end_tensor_inputs=inputs)
+        seeds = [2**40 + self.plan.seed(index, image) for image in range(self.plan.seeds)]
+        return contender.method.drawing(self.pipe, self.instruments.rewards, seeds)
 
     def generate(
         self,
