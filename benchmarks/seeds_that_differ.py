@@ -21,7 +21,7 @@ from noiseopt.evaluation.bootstrap import paired_bootstrap
 from noiseopt.pipelines import DiversityBoost, EmbeddingNoise
 from noiseopt.recipes import RECIPES
 
-STRENGTHS = (2.0, 4.0, 8.0)  # of the embedding noise
+STRENGTHS = (4.0, 8.0, 20.0)  # of the embedding noise
 RATES = {"turbo": 0.04, "guided": 0.04}  # of CNO
 MEASURES = ("MSS", "Vendi", "patches", "positions", "right", "reward", "seconds")
 SEARCH, STEPS = 26, 10  # of It's Never Too Late on the student
