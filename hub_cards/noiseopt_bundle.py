@@ -112,8 +112,8 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 # The name that diffusers gives this module may come to mean the bundle of another release.
-sys.modules[f"{__name__}_3a68605f85c0"] = sys.modules[__name__]
-__name__ = f"{__name__}_3a68605f85c0"
+sys.modules[f"{__name__}_522fcfe849f7"] = sys.modules[__name__]
+__name__ = f"{__name__}_522fcfe849f7"
 
 # rewards/contract/transforms.py
 
@@ -11589,6 +11589,7 @@ def embedded_model(name: str, pipeline: str, call: dict[str, Any]) -> PresetMode
 def letters(text: str) -> str:
     return "".join(each for each in text.lower() if each.isalnum())
 
+# Measured figures are of the files behind the README, "Does it work?", which has the commands.
 CLIP_OF_SHAPES, VQA_OF_SHAPES = EmbeddedReward("clip"), EmbeddedReward("vqa")
 SHAPES_SETS = Advice(
     method="never_too_late",
@@ -12331,30 +12332,17 @@ def class_of_method(pipe, method: Any, call: Mapping[str, Any]) -> Any:
     name = preset_of_call(pipe, method, call).method if is_goal(method) else method
     return METHODS.entries.get(name) if isinstance(name, str) else name
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ChosenMethod:
-    """The method of a call, and what else its preset has chosen.
-
-    Attributes:
-        method: The method, with its settings checked.
-        noise_sampler: The distribution of the noise, as given or else as the preset has it.
-        callbacks: The callbacks that record the preset in the result.
-    """
-
-    method: NoiseOptimizer
-    noise_sampler: Any
-    callbacks: list[NoiseCallback] = dataclasses.field(default_factory=list)
-
 def chosen_method(
     pipe,
     method: Any,
     settings: Mapping[str, Any] | None,
     noise_sampler: Any,
+    callbacks: Any,
     call: Mapping[str, Any],
     each_alone: bool = False,
-) -> ChosenMethod:
+) -> tuple[NoiseOptimizer, Any, list[NoiseCallback]]:
     if not is_goal(method):
-        return ChosenMethod(method=as_method(method, settings), noise_sampler=noise_sampler)
+        return as_method(method, settings), noise_sampler, as_callbacks(callbacks)
     preset = preset_of_call(pipe, method, call)
     own = {**preset.settings, **settings} if isinstance(settings, Mapping) else settings
     found = as_method(preset.method, preset.settings if own is None else own)
@@ -12366,7 +12354,7 @@ def chosen_method(
     chosen = dataclasses.replace(preset, settings=own or preset.settings, noise_sampler=shown_sampler)
     changed = [*(settings or {}), *["noise_sampler"] * (shown_sampler != preset.noise_sampler)]
     say_once(notice(chosen, changed, pipe, call))
-    return ChosenMethod(method=found, noise_sampler=noise_sampler, callbacks=[PresetRecord(chosen, changed)])
+    return found, noise_sampler, [PresetRecord(chosen, changed), *as_callbacks(callbacks)]
 
 def check_makes_sets(call: Mapping[str, Any], each_alone: bool) -> None:
     prompt, images = call.get("prompt"), call.get("num_images_per_prompt") or 1
@@ -12939,10 +12927,8 @@ class NoiseOptimizationMixin(SavedWithCode):
             )
         found = None
         if method is not None:
-            given = named_arguments(type(self), args, kwargs)
-            chosen = chosen_method(self, method, method_kwargs, noise_sampler, given)
-            found, noise_sampler = chosen.method, chosen.noise_sampler
-            callbacks = [*chosen.callbacks, *as_callbacks(callbacks)]
+            given = (noise_sampler, callbacks, named_arguments(type(self), args, kwargs))
+            found, noise_sampler, callbacks = chosen_method(self, method, method_kwargs, *given)
         check_argument_names(self, kwargs, [parameter.name for parameter in self.own_parameters()], found)
         if found is None and noise_sampler is None:
             with TURNS.take([self]):  # another thread may be in a run of this pipeline
@@ -13075,10 +13061,8 @@ def optimize_noise(
     check_pipeline_class(type(pipe))
     ours = list(inspect.signature(optimize_noise).parameters)
     check_argument_names(pipe, call_kwargs, ours, class_of_method(pipe, method, call_kwargs))
-    given = {"prompt": prompt, **call_kwargs}
-    chosen = chosen_method(pipe, method, method_kwargs, noise_sampler, given, each_alone=folder is not None)
-    method, noise_sampler = chosen.method, chosen.noise_sampler
-    callbacks = [*chosen.callbacks, *as_callbacks(callbacks)]
+    given = (noise_sampler, callbacks, {"prompt": prompt, **call_kwargs}, folder is not None)
+    method, noise_sampler, callbacks = chosen_method(pipe, method, method_kwargs, *given)
     check_paths(save_noise_to=save_noise_to, resume_from=resume_from, folder=folder)
     if folder is not None:
         check_not_beside_folder(save_noise_to=save_noise_to, resume_from=resume_from)

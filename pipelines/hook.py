@@ -299,10 +299,8 @@ class NoiseOptimizationMixin(SavedWithCode):
             )
         found = None
         if method is not None:
-            given = named_arguments(type(self), args, kwargs)
-            chosen = chosen_method(self, method, method_kwargs, noise_sampler, given)
-            found, noise_sampler = chosen.method, chosen.noise_sampler
-            callbacks = [*chosen.callbacks, *as_callbacks(callbacks)]
+            given = (noise_sampler, callbacks, named_arguments(type(self), args, kwargs))
+            found, noise_sampler, callbacks = chosen_method(self, method, method_kwargs, *given)
         check_argument_names(self, kwargs, [parameter.name for parameter in self.own_parameters()], found)
         if found is None and noise_sampler is None:
             with TURNS.take([self]):  # another thread may be in a run of this pipeline
@@ -489,10 +487,8 @@ def optimize_noise(
     check_pipeline_class(type(pipe))
     ours = list(inspect.signature(optimize_noise).parameters)
     check_argument_names(pipe, call_kwargs, ours, class_of_method(pipe, method, call_kwargs))
-    given = {"prompt": prompt, **call_kwargs}
-    chosen = chosen_method(pipe, method, method_kwargs, noise_sampler, given, each_alone=folder is not None)
-    method, noise_sampler = chosen.method, chosen.noise_sampler
-    callbacks = [*chosen.callbacks, *as_callbacks(callbacks)]
+    given = (noise_sampler, callbacks, {"prompt": prompt, **call_kwargs}, folder is not None)
+    method, noise_sampler, callbacks = chosen_method(pipe, method, method_kwargs, *given)
     check_paths(save_noise_to=save_noise_to, resume_from=resume_from, folder=folder)
     if folder is not None:
         check_not_beside_folder(save_noise_to=save_noise_to, resume_from=resume_from)

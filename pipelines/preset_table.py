@@ -214,6 +214,7 @@ def letters(text: str) -> str:
     return "".join(each for each in text.lower() if each.isalnum())
 
 
+# Measured figures are of the files behind the README, "Does it work?", which has the commands.
 CLIP_OF_SHAPES, VQA_OF_SHAPES = EmbeddedReward("clip"), EmbeddedReward("vqa")
 SHAPES_SETS = Advice(
     method="never_too_late",

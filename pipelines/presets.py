@@ -10,7 +10,7 @@ from numbers import Integral
 from pathlib import Path
 from typing import Any, get_args
 
-from ..callbacks.noise_callback import NoiseCallback
+from ..callbacks.noise_callback import NoiseCallback, as_callbacks
 from ..callbacks.noise_state import NoiseState
 from ..private_names import name_or_path
 from ..registry import did_you_mean
@@ -157,36 +157,23 @@ def class_of_method(pipe, method: Any, call: Mapping[str, Any]) -> Any:
     return METHODS.entries.get(name) if isinstance(name, str) else name
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ChosenMethod:
-    """The method of a call, and what else its preset has chosen.
-
-    Attributes:
-        method: The method, with its settings checked.
-        noise_sampler: The distribution of the noise, as given or else as the preset has it.
-        callbacks: The callbacks that record the preset in the result.
-    """
-
-    method: NoiseOptimizer
-    noise_sampler: Any
-    callbacks: list[NoiseCallback] = dataclasses.field(default_factory=list)
-
-
 def chosen_method(
     pipe,
     method: Any,
     settings: Mapping[str, Any] | None,
     noise_sampler: Any,
+    callbacks: Any,
     call: Mapping[str, Any],
     each_alone: bool = False,
-) -> ChosenMethod:
-    """Return a method given as an object, by name or by goal. Says what was picked for a goal.
+) -> tuple[NoiseOptimizer, Any, list[NoiseCallback]]:
+    """Return the method, noise sampler and callbacks of a call, and say what was picked for a goal.
 
     Args:
         pipe: The pipeline.
-        method: The method.
+        method: The method as an object, by name or by goal.
         settings: The settings of a method given by name; of a goal those that differ from its preset.
         noise_sampler: The distribution of the noise; `None` for that of the preset.
+        callbacks: The callbacks, to which one is added that records the preset.
         call: The arguments of the pipeline's call by name.
         each_alone: Whether each prompt of the call is run by itself.
 
@@ -194,7 +181,7 @@ def chosen_method(
         ValueError, TypeError: As `as_method` does, and for single images with the goal "diverse".
     """
     if not is_goal(method):
-        return ChosenMethod(method=as_method(method, settings), noise_sampler=noise_sampler)
+        return as_method(method, settings), noise_sampler, as_callbacks(callbacks)
     preset = preset_of_call(pipe, method, call)
     own = {**preset.settings, **settings} if isinstance(settings, Mapping) else settings
     found = as_method(preset.method, preset.settings if own is None else own)
@@ -206,7 +193,7 @@ def chosen_method(
     chosen = dataclasses.replace(preset, settings=own or preset.settings, noise_sampler=shown_sampler)
     changed = [*(settings or {}), *["noise_sampler"] * (shown_sampler != preset.noise_sampler)]
     say_once(notice(chosen, changed, pipe, call))
-    return ChosenMethod(method=found, noise_sampler=noise_sampler, callbacks=[PresetRecord(chosen, changed)])
+    return found, noise_sampler, [PresetRecord(chosen, changed), *as_callbacks(callbacks)]
 
 
 def check_makes_sets(call: Mapping[str, Any], each_alone: bool) -> None:

@@ -1,6 +1,9 @@
 """Presets: which one is picked, that a goal runs what it says, and what is said about it."""
 
+import json
 import logging
+import statistics
+from pathlib import Path
 
 import diffusers
 import pytest
@@ -200,6 +203,23 @@ def test_every_model_has_each_goal_once():
     )
     measured = {preset.model.title for preset in list_presets() if preset.measured}
     assert measured == {"shapes-turbo", "shapes-guided"}
+
+
+def test_what_was_measured_is_in_the_results_of_the_benchmarks():
+    """Best-of-N after the evaluations of the preset, by the file behind the table of the README."""
+    preset = next(each for each in list_presets() if (each.model.title, each.goal) == ("shapes-turbo", "best"))
+    path = Path(__file__).parents[2] / "benchmarks/results/per_second_turbo_held-out.json"
+    parts = json.loads(path.read_text(encoding="utf-8"))["rows"]["best-of-N"]
+
+    def after(evaluations: int) -> tuple[float, float]:
+        """Return the share of right images and the mean reward of the best of so many seeds."""
+        rows = [problem for part in parts for problem in part["problems"]]
+        best = [[seed for seed in problem if seed[0] < evaluations][-1] for problem in rows]
+        return statistics.mean(each[2] for each in best), statistics.mean(each[1] for each in best)
+
+    (plain, reward), (right, risen) = after(1), after(preset.settings["steps"])
+    said = f"{right:.0%} of images right instead of {plain:.0%}, reward {risen:.1f} instead of {reward:.1f}"
+    assert said in preset.measured
 
 
 def test_a_goal_runs_what_its_preset_says(turbo, caplog):
