@@ -18,6 +18,7 @@ import inspect
 import io
 import itertools
 import json
+import logging
 import math
 import numbers
 import os
@@ -111,8 +112,8 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 # The name that diffusers gives this module may come to mean the bundle of another release.
-sys.modules[f"{__name__}_1ac2f62ad08b"] = sys.modules[__name__]
-__name__ = f"{__name__}_1ac2f62ad08b"
+sys.modules[f"{__name__}_4444079170f5"] = sys.modules[__name__]
+__name__ = f"{__name__}_4444079170f5"
 
 # rewards/contract/transforms.py
 
@@ -11398,6 +11399,565 @@ def chunk_size_of(method: NoiseOptimizer, problem: NoiseProblem) -> int | None:
             break
     return size
 
+# pipelines/preset_table.py
+
+Goal = Literal["diverse", "faithful", "best"]
+Length = Literal["one", "few", "many"]
+FEW_STEPS = 16  # the most denoising steps of a few-step model
+NOT_MEASURED = "not measured on this model"
+
+@dataclasses.dataclass(frozen=True)
+class EmbeddedReward:
+    """A stand-in for the reward of the shapes world with this name, whose folder is beside that of the pipeline."""
+
+    name: str
+
+    def __repr__(self) -> str:
+        return f"<embedded {self.name}>"
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PresetModel:
+    """A model, or several of one kind, and how it is recognized.
+
+    Attributes:
+        title: The name that is printed.
+        pipelines: The names of its pipeline classes; empty for any.
+        checkpoints: Parts of the names of its checkpoints, of small letters and digits alone.
+        hints: Settings in the configuration of the pipeline or its denoiser that tell it from others of its class.
+        call: The recommended arguments of the pipeline's call.
+        by_name_only: Whether only the name of a checkpoint tells it.
+    """
+
+    title: str
+    pipelines: tuple[str, ...] = ()
+    checkpoints: tuple[str, ...] = ()
+    hints: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    call: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    by_name_only: bool = False
+
+    @property
+    def length(self) -> Length:
+        return length_of(self.call["num_inference_steps"])
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Advice:
+    """A method for a goal.
+
+    Attributes:
+        method: A name of `list_methods()`.
+        settings: Its settings, those of memory and speed included; others keep their defaults.
+        noise_sampler: The distribution of the noise; `None` for that of the pipeline.
+        call: The recommended arguments of the pipeline's call.
+        reason: The reason for this method.
+        measured: The measured effect on this model, or an empty string.
+        published: The effect on this model that a paper reports, or an empty string.
+    """
+
+    method: str
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    noise_sampler: str | None = None
+    call: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    reason: str
+    measured: str = ""
+    published: str = ""
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Preset(Advice):
+    """A method for a goal on a model.
+
+    Attributes:
+        goal: "diverse": the images of a prompt differ; "faithful": each shows its prompt; "best": each has a high
+            reward for the seconds that it takes.
+        model: The model.
+    """
+
+    goal: Goal
+    model: PresetModel
+
+    @property
+    def evidence(self) -> str:
+        return self.measured or NOT_MEASURED + f"; published: {self.published}" * bool(self.published)
+
+def length_of(steps: int) -> Length:
+    return "one" if steps == 1 else "few" if steps <= FEW_STEPS else "many"
+
+def advised(model: PresetModel, **advice: Advice) -> list[Preset]:
+
+    def preset(goal: Any, found: Advice) -> Preset:
+        return Preset(goal=goal, model=model, **{**vars(found), "call": {**model.call, **found.call}})
+
+    return [preset(goal, found) for goal, found in advice.items()]
+
+def steps_and_guidance(steps: int, guidance: float | None = None, name: str = "guidance_scale") -> dict[str, Any]:
+    return {"num_inference_steps": steps, **({} if guidance is None else {name: guidance})}
+
+CNO_OF_PAPER = Advice(
+    method="cno",
+    settings={"steps": 3, "window_size": 16, "learning_rate": 0.01},
+    reason="three more calls of the denoiser, no backward pass, and the settings of CNO's paper",
+)
+CNO_OF_FEW_STEPS = Advice(
+    method="cno",
+    settings={"steps": 3, "window_size": 16, "learning_rate": 0.04},
+    reason="the first x0 estimate of a distilled model is near its image; the rate is that of the embedded models, "
+    "where the paper's hardly moved the sets",
+)
+PRUNED_GROUP = Advice(
+    method="group_selection",
+    settings={"steps": 16, "rewards": {"clipscore": 0.01}, "weight": 1.5, "preview": True, "keep": 2},
+    reason="chooses the set among 16 noises an image by one call each, without a gradient, and is worth no less than "
+    "plain sampling by its own measure; the weight is that of its paper",
+)
+SAMPLED_GROUP = dataclasses.replace(
+    PRUNED_GROUP,
+    settings={"steps": 16, "rewards": {"clipscore": 0.01}, "weight": 1.5},
+    reason="chooses the set among 16 noises an image, each a single call, without a gradient; the weight is that of "
+    "its paper",
+)
+SETS_OF_TURBO = Advice(
+    method="never_too_late",
+    settings={
+        "steps": 150,
+        "diversity": {"dpp": 150.0},
+        "rewards": {"hpsv2.1": 3.0},
+        "learning_rate": 6.0,
+        "max_grad_norm": 0.1,
+        "chunk_size": "auto",
+    },
+    noise_sampler="pink",
+    reason="a single step is cheap to differentiate; the settings of It's Never Too Late for SDXL-Turbo",
+)
+SETS_OF_FLOW = Advice(
+    method="never_too_late",
+    settings={
+        "steps": 80,
+        "diversity": {"dpp": 5.0},
+        "rewards": {"hpsv2.1": 5.0},
+        "guard": {"hpsv2.1": 0.05},
+        "warm_up": 20,
+        "learning_rate": 2.0,
+        "max_grad_norm": 0.15,
+        "chunk_size": 1,
+    },
+    noise_sampler="pink",
+    call={"num_inference_steps": 1, "height": 512, "width": 512},
+    reason="the settings of It's Never Too Late for FLUX.1-schnell, which optimize a single step, one image at a time",
+)
+RENO_OF_PAPER = Advice(
+    method="reno",
+    settings={"rewards": "reno", "steps": 50, "chunk_size": "auto"},
+    reason="the four rewards and the 50 evaluations of ReNO's paper; the gradient of a single step is cheap",
+)
+RENO_OF_ONE_STEP = dataclasses.replace(
+    RENO_OF_PAPER, reason="a single step is cheap to differentiate; rewards and evaluations are those of ReNO's paper"
+)
+JUDGED = Advice(
+    method="best_of_n",
+    settings={"rewards": "vqascore", "steps": 16},
+    reason="a vision-language model chooses among 16 seeds, without a gradient: on a FLUX flow map best-of-N beat ReNO "
+    "at equal calls",
+)
+JUDGED_MANY_STEPS = dataclasses.replace(
+    JUDGED,
+    settings={"rewards": "vqascore", "steps": 8},
+    reason="a vision-language model chooses among 8 seeds: one more costs less than a gradient through a long chain",
+)
+JUDGED_ROUNDS = Advice(
+    method="noise_diffusion",
+    settings={"rewards": "vqascore", "steps": 21, "threshold": 0.95},
+    reason="a vision-language model chooses the noise, by a gradient through decoder and judge alone; fewer rounds "
+    "than in the paper, and none after a score of .95",
+)
+ONE_STEP_BEST = Advice(
+    method="best_of_n",
+    settings={"rewards": "hpsv2.1", "steps": 50},
+    reason="no backward pass; the best of 50 seeds is 2.2 standard deviations above the mean reward",
+)
+FEW_STEPS_BEST = Advice(
+    method="best_of_n",
+    settings={"rewards": "hpsv2.1", "steps": 16},
+    reason="no backward pass; the best of 16 seeds is 1.8 standard deviations above the mean reward, of 100 only 2.5",
+)
+MANY_STEPS_BEST = Advice(
+    method="best_of_n",
+    settings={"rewards": "hpsv2.1", "steps": 8},
+    reason="no backward pass; the best of 8 seeds is 1.4 standard deviations above the mean reward",
+)
+
+def embedded_model(name: str, pipeline: str, call: dict[str, Any]) -> PresetModel:
+    return PresetModel(
+        title=f"shapes-{name}",
+        pipelines=(pipeline,),
+        checkpoints=tuple(letters(f"{place}{name}") for place in ("shapes_world/weights/", "shapes-")),
+        call=call,
+        by_name_only=True,
+    )
+
+def letters(text: str) -> str:
+    return "".join(each for each in text.lower() if each.isalnum())
+
+# Measured figures are of the files behind the README, "Does it work?", which has the commands.
+CLIP_OF_SHAPES, VQA_OF_SHAPES = EmbeddedReward("clip"), EmbeddedReward("vqa")
+SHAPES_SETS = Advice(
+    method="never_too_late",
+    settings={
+        "steps": 36,
+        "search": 26,
+        "geometry": "white",
+        "diversity": {"pairwise": ("tiny_image", 26.0)},
+        "rewards": CLIP_OF_SHAPES,
+        "guard": {"clipscore": {"threshold": 11.0}},  # what the embedded reward calls itself
+    },
+    reason="a search finds a good set, and ten steps on white noise make it differ",
+)
+SHAPES_CNO = Advice(
+    method="cno",
+    settings={"steps": 3, "window_size": 8, "learning_rate": 0.04},
+    reason="three more calls of the denoiser; at the paper's rate the sets hardly change",
+)
+SHAPES_SEEDS = Advice(
+    method="best_of_n",
+    settings={"rewards": CLIP_OF_SHAPES, "steps": 50},
+    reason="the reward tells right from wrong, and most prompts have a right image among a few seeds",
+)
+SHAPES_JUDGED = Advice(
+    method="best_of_n",
+    settings={"rewards": VQA_OF_SHAPES, "steps": 21},
+    reason="no gradient; Noise Diffusion gains nothing over it here",
+)
+SHAPES_FEW_SEEDS = dataclasses.replace(SHAPES_SEEDS, settings={"rewards": CLIP_OF_SHAPES, "steps": 16})
+SHAPES_MEASURED = "on 32 held-out prompts 100% of images right instead of 34%, reward 14.4 instead of 7.8, in .7 s each"
+EMBEDDED_PRESETS = [
+    *advised(
+        embedded_model("turbo", "StableDiffusionPipeline", steps_and_guidance(1, 0.0)),
+        diverse=dataclasses.replace(
+            SHAPES_SETS, measured="on 40 held-out prompts MSS .71 → .38 and right 41% → 88%, against plain sampling"
+        ),
+        faithful=dataclasses.replace(SHAPES_SEEDS, measured=SHAPES_MEASURED),
+        best=dataclasses.replace(SHAPES_SEEDS, measured=SHAPES_MEASURED),
+    ),
+    *advised(
+        embedded_model("guided", "StableDiffusionPipeline", steps_and_guidance(20, 5.0)),
+        diverse=dataclasses.replace(
+            SHAPES_CNO, measured="on 165 held-out prompts MSS .70 → .49 and right 45% → 41%, against plain sampling"
+        ),
+        faithful=dataclasses.replace(
+            SHAPES_JUDGED, measured="on 64 held-out prompts right 42% → 94% at 10 sampling steps, Noise Diffusion 92%"
+        ),
+        best=SHAPES_FEW_SEEDS,
+    ),
+    *advised(
+        embedded_model("sdxl-turbo", "StableDiffusionXLPipeline", steps_and_guidance(1, 0.0)),
+        diverse=SHAPES_SETS,
+        faithful=SHAPES_SEEDS,
+        best=SHAPES_SEEDS,
+    ),
+    *advised(
+        embedded_model("sdxl", "StableDiffusionXLPipeline", steps_and_guidance(20, 5.0)),
+        diverse=SHAPES_CNO,
+        faithful=SHAPES_JUDGED,
+        best=SHAPES_FEW_SEEDS,
+    ),
+    *advised(
+        embedded_model("sd3", "StableDiffusion3Pipeline", steps_and_guidance(20, 3.0) | {"max_sequence_length": 16}),
+        diverse=SHAPES_CNO,
+        faithful=SHAPES_JUDGED,
+        best=SHAPES_FEW_SEEDS,
+    ),
+]
+
+HYPERNOISE = "in the table of HyperNoise's paper"
+STABLE_DIFFUSION_PRESETS = [
+    *advised(
+        PresetModel(
+            title="Stable Diffusion 1.5",
+            pipelines=("StableDiffusionPipeline",),
+            checkpoints=("stablediffusionv1", "stablediffusion15", "sd15", "sdv15"),
+            call=steps_and_guidance(50, 7.5),
+        ),
+        diverse=dataclasses.replace(
+            CNO_OF_PAPER,
+            call={"guidance_scale": 6.0},
+            published="MSS .166 → .132 and Vendi 4.69 → 4.79 of 5, CNO's paper",
+        ),
+        faithful=dataclasses.replace(
+            JUDGED_ROUNDS,
+            published="VQA score .70 → .98 of its own judge in 50 rounds on Stable Diffusion, Noise Diffusion's paper",
+        ),
+        best=MANY_STEPS_BEST,
+    ),
+    *advised(
+        PresetModel(
+            title="Stable Diffusion 2.1",
+            pipelines=("StableDiffusionPipeline",),
+            checkpoints=("stablediffusion2", "stablediffusionv2", "sd21"),
+            call=steps_and_guidance(50, 7.5),
+        ),
+        diverse=CNO_OF_PAPER,
+        faithful=JUDGED_ROUNDS,
+        best=MANY_STEPS_BEST,
+    ),
+    *advised(
+        PresetModel(
+            title="SD-Turbo",
+            pipelines=("StableDiffusionPipeline",),
+            checkpoints=("sdturbo",),
+            call=steps_and_guidance(1, 0.0),
+        ),
+        diverse=SETS_OF_TURBO,
+        faithful=dataclasses.replace(
+            RENO_OF_PAPER, published=f"GenEval .49 → .63 in 20 s, best-of-N .60 in 10 s, {HYPERNOISE}"
+        ),
+        best=dataclasses.replace(
+            ONE_STEP_BEST, published=f"GenEval .49 → .60 in 10 s by other rewards, ReNO .63 in 20 s, {HYPERNOISE}"
+        ),
+    ),
+    *advised(
+        PresetModel(
+            title="SDXL",
+            pipelines=("StableDiffusionXLPipeline",),
+            checkpoints=("stablediffusionxl", "sdxlbase"),
+            call=steps_and_guidance(50, 5.0),
+        ),
+        diverse=dataclasses.replace(
+            CNO_OF_PAPER, call={"guidance_scale": 6.0}, published="MSS .217 → .162, CNO's paper"
+        ),
+        faithful=JUDGED_MANY_STEPS,
+        best=MANY_STEPS_BEST,
+    ),
+    *advised(
+        PresetModel(
+            title="SDXL of few steps (Lightning, Hyper-SD, LCM)",
+            pipelines=("StableDiffusionXLPipeline",),
+            checkpoints=("sdxllightning", "hypersd", "lcmsdxl"),
+            call=steps_and_guidance(4, 0.0),
+        ),
+        diverse=CNO_OF_FEW_STEPS,
+        faithful=JUDGED,
+        best=FEW_STEPS_BEST,
+    ),
+    *advised(
+        PresetModel(
+            title="SDXL-Turbo",
+            pipelines=("StableDiffusionXLPipeline",),
+            checkpoints=("sdxlturbo",),
+            call=steps_and_guidance(1, 0.0),
+        ),
+        diverse=dataclasses.replace(
+            SETS_OF_TURBO, published="DreamSim .26 → .47 and HPSv2 .284 → .288, It's Never Too Late"
+        ),
+        faithful=dataclasses.replace(RENO_OF_PAPER, published="GenEval .54 → .65, ReNO's paper"),
+        best=ONE_STEP_BEST,
+    ),
+    *advised(
+        PresetModel(
+            title="Stable Diffusion 3",
+            pipelines=("StableDiffusion3Pipeline",),
+            checkpoints=("stablediffusion3medium", "sd3medium"),
+            call=steps_and_guidance(28, 7.0),
+        ),
+        diverse=dataclasses.replace(CNO_OF_PAPER, published="Vendi 4.22 → 4.26 of 5, CNO's paper"),
+        faithful=JUDGED_MANY_STEPS,
+        best=MANY_STEPS_BEST,
+    ),
+    *advised(
+        PresetModel(
+            title="Stable Diffusion 3.5",
+            pipelines=("StableDiffusion3Pipeline",),
+            checkpoints=("stablediffusion35", "sd35"),
+            call=steps_and_guidance(40, 4.5),
+        ),
+        diverse=CNO_OF_PAPER,
+        faithful=JUDGED_MANY_STEPS,
+        best=MANY_STEPS_BEST,
+    ),
+    *advised(
+        PresetModel(
+            title="Stable Diffusion 3.5 Large Turbo",
+            pipelines=("StableDiffusion3Pipeline",),
+            checkpoints=("stablediffusion35largeturbo", "sd35largeturbo"),
+            call=steps_and_guidance(4, 0.0),
+        ),
+        diverse=PRUNED_GROUP,
+        faithful=JUDGED,
+        best=FEW_STEPS_BEST,
+    ),
+]
+FLUX_PRESETS = [
+    *advised(
+        PresetModel(
+            title="FLUX.1 [dev]",
+            pipelines=("FluxPipeline",),
+            checkpoints=("flux1dev", "flux1krea"),
+            hints={"guidance_embeds": True},
+            call=steps_and_guidance(28, 3.5),
+        ),
+        diverse=CNO_OF_PAPER,
+        faithful=JUDGED_MANY_STEPS,
+        best=MANY_STEPS_BEST,
+    ),
+    *advised(
+        PresetModel(
+            title="FLUX.1 [schnell]",
+            pipelines=("FluxPipeline",),
+            checkpoints=("flux1schnell",),
+            hints={"guidance_embeds": False},
+            call=steps_and_guidance(4, 0.0),
+        ),
+        diverse=dataclasses.replace(
+            SETS_OF_FLOW, published="DreamSim .31 → .50 and HPSv2 .304 → .279, It's Never Too Late"
+        ),
+        faithful=JUDGED,
+        best=FEW_STEPS_BEST,
+    ),
+    *advised(
+        PresetModel(
+            title="FLUX.2 [dev]",
+            pipelines=("Flux2Pipeline",),
+            checkpoints=("flux2dev",),
+            call=steps_and_guidance(50, 4.0),
+        ),
+        diverse=CNO_OF_PAPER,
+        faithful=JUDGED_MANY_STEPS,
+        best=MANY_STEPS_BEST,
+    ),
+    *advised(
+        PresetModel(
+            title="FLUX.2 [klein]",
+            pipelines=("Flux2KleinPipeline", "Flux2KleinKVPipeline"),
+            checkpoints=("flux2klein",),
+            hints={"is_distilled": True},
+            call=steps_and_guidance(4, 1.0),
+        ),
+        diverse=PRUNED_GROUP,
+        faithful=JUDGED,
+        best=FEW_STEPS_BEST,
+    ),
+    *advised(
+        PresetModel(
+            title="FLUX.2 [klein] of one step (RDM)",
+            pipelines=("Flux2KleinPipeline",),
+            checkpoints=("flux2klein1step",),
+            call=steps_and_guidance(1, 1.0) | {"height": 512, "width": 512},
+        ),
+        diverse=dataclasses.replace(
+            SETS_OF_FLOW,
+            settings={
+                "steps": 70,
+                "diversity": {"dpp_patch": 15.0},
+                "rewards": {"hpsv2.1": 5.0, "clipscore": 0.01},
+                "guard": {"hpsv2.1": 0.05},
+                "learning_rate": 3.0,
+                "max_grad_norm": 0.15,
+                "chunk_size": 1,
+            },
+            noise_sampler=None,
+            reason="a single step is cheap to differentiate; objective and rate are those of It's Never Too Late for "
+            "FLUX.2 [klein], image by image and at four steps there",
+        ),
+        faithful=dataclasses.replace(RENO_OF_ONE_STEP, settings={**RENO_OF_ONE_STEP.settings, "chunk_size": 1}),
+        best=ONE_STEP_BEST,
+    ),
+    *advised(
+        PresetModel(
+            title="FLUX.2 [klein] base",
+            pipelines=("Flux2KleinPipeline",),
+            checkpoints=("flux2kleinbase",),
+            hints={"is_distilled": False},
+            call=steps_and_guidance(50, 4.0),
+        ),
+        diverse=CNO_OF_PAPER,
+        faithful=JUDGED_MANY_STEPS,
+        best=MANY_STEPS_BEST,
+    ),
+]
+
+def few_steps(model: PresetModel, **changed: Advice) -> list[Preset]:
+    return advised(model, **{"diverse": CNO_OF_FEW_STEPS, "faithful": JUDGED, "best": FEW_STEPS_BEST, **changed})
+
+def many_steps(model: PresetModel) -> list[Preset]:
+    return advised(model, diverse=CNO_OF_PAPER, faithful=JUDGED_MANY_STEPS, best=MANY_STEPS_BEST)
+
+def model_of(title: str, pipeline: str, checkpoints: str, call: dict[str, Any], **hints: Any) -> PresetModel:
+    return PresetModel(
+        title=title, pipelines=(pipeline,), checkpoints=tuple(checkpoints.split()), call=call, hints=hints
+    )
+
+TRUE_GUIDANCE, DISTILLED_GUIDANCE = "true_cfg_scale", "distilled_guidance_scale"
+MODERN_PRESETS = [
+    *few_steps(model_of("Z-Image-Turbo", "ZImagePipeline", "zimageturbo", steps_and_guidance(9, 0.0))),
+    *many_steps(model_of("Z-Image", "ZImagePipeline", "zimage", steps_and_guidance(50, 4.0))),
+    *many_steps(model_of("Qwen-Image", "QwenImagePipeline", "qwenimage", steps_and_guidance(50, 4.0, TRUE_GUIDANCE))),
+    *few_steps(
+        model_of(
+            "Qwen-Image-Lightning",
+            "QwenImagePipeline",
+            "qwenimagelightning qwenimage2512lightning",
+            steps_and_guidance(8, 1.0, TRUE_GUIDANCE),
+        )
+    ),
+    *few_steps(model_of("Krea 2 Turbo", "Krea2Pipeline", "krea2turbo", steps_and_guidance(8, 0.0), is_distilled=True)),
+    *many_steps(model_of("Krea 2", "Krea2Pipeline", "krea2", steps_and_guidance(28, 4.5), is_distilled=False)),
+    *few_steps(
+        model_of("Sana-Sprint", "SanaSprintPipeline", "sanasprint", steps_and_guidance(2, 4.5)),
+        diverse=PRUNED_GROUP,
+        faithful=Advice(
+            method="best_of_n",
+            settings={"rewards": "reno", "steps": 50},
+            reason="no backward pass, for almost the same as ReNO in half of the time",
+            published=f"GenEval .70 → .79 in 15 s, ReNO .81 in 30 s, {HYPERNOISE}",
+        ),
+    ),
+    *many_steps(model_of("Sana", "SanaPipeline", "sana", steps_and_guidance(20, 4.5))),
+    *advised(
+        PresetModel(
+            title="PixArt-α DMD",
+            pipelines=("PixArtAlphaPipeline",),
+            checkpoints=("pixartalphadmd",),
+            call=steps_and_guidance(1, 0.0) | {"timesteps": [400], "height": 512, "width": 512},
+        ),
+        diverse=SETS_OF_TURBO,
+        faithful=dataclasses.replace(RENO_OF_PAPER, published="GenEval .45 → .59, ReNO's paper"),
+        best=ONE_STEP_BEST,
+    ),
+    *many_steps(model_of("PixArt-α", "PixArtAlphaPipeline", "pixart", steps_and_guidance(20, 4.5))),
+    *many_steps(model_of("PixArt-Σ", "PixArtSigmaPipeline", "pixartsigma", steps_and_guidance(20, 4.5))),
+    *few_steps(model_of("HiDream-I1 Fast", "HiDreamImagePipeline", "i1fast", steps_and_guidance(16, 0.0))),
+    *many_steps(model_of("HiDream-I1 Dev", "HiDreamImagePipeline", "i1dev", steps_and_guidance(28, 0.0))),
+    *many_steps(model_of("HiDream-I1 Full", "HiDreamImagePipeline", "i1full", steps_and_guidance(50, 5.0))),
+    *few_steps(
+        model_of(
+            "HunyuanImage 2.1 Distilled",
+            "HunyuanImagePipeline",
+            "hunyuanimage21distilled",
+            steps_and_guidance(8, 3.25, DISTILLED_GUIDANCE),
+            guidance_embeds=True,
+        )
+    ),
+    *many_steps(
+        model_of(
+            "HunyuanImage 2.1", "HunyuanImagePipeline", "hunyuanimage21", steps_and_guidance(50), guidance_embeds=False
+        )
+    ),
+    *few_steps(model_of("PRX distilled", "PRXPipeline", "sftdistilled", steps_and_guidance(8, 1.0))),
+    *many_steps(model_of("PRX", "PRXPipeline", "prx", steps_and_guidance(28, 5.0))),
+    *many_steps(model_of("Chroma", "ChromaPipeline", "chroma", steps_and_guidance(35, 5.0))),
+    *many_steps(model_of("Lumina 2", "Lumina2Pipeline", "lumina", steps_and_guidance(50, 4.0))),
+]
+FALLBACKS = {
+    "one": advised(
+        PresetModel(title="any model of one step", call=steps_and_guidance(1)),
+        diverse=SAMPLED_GROUP,
+        faithful=RENO_OF_ONE_STEP,
+        best=ONE_STEP_BEST,
+    ),
+    "few": few_steps(
+        PresetModel(title=f"any model of 2 to {FEW_STEPS} steps", call=steps_and_guidance(4)), diverse=PRUNED_GROUP
+    ),
+    "many": many_steps(PresetModel(title="any model of more steps", call=steps_and_guidance(50))),
+}
+MODEL_PRESETS = [*EMBEDDED_PRESETS, *STABLE_DIFFUSION_PRESETS, *FLUX_PRESETS, *MODERN_PRESETS]
+
 # pipelines/request.py
 
 # The largest values of arguments that a mistake makes so large that a call would hang.
@@ -11696,6 +12256,165 @@ def size_of_input_image(pipe, image: Any) -> tuple[int, int] | None:
     size_of = getattr(getattr(pipe, "image_processor", None), "get_default_height_width", None)
     is_latents = isinstance(image, torch.Tensor) and image.shape[-3] != 3
     return None if size_of is None or is_latents else size_of(image)
+
+# pipelines/presets.py
+
+GOALS: tuple[Goal, ...] = get_args(Goal)
+
+def list_presets() -> list[Preset]:
+    return [*MODEL_PRESETS, *(preset for presets in FALLBACKS.values() for preset in presets)]
+
+def find_preset(pipe, goal: str, **call_kwargs: Any) -> Preset:
+    check_pipeline(pipe)
+    if goal not in GOALS:
+        raise ValueError(f"Expected a goal out of {list(GOALS)}, but got {goal!r}.{did_you_mean(str(goal), GOALS)}")
+    return preset_of_call(pipe, goal, call_kwargs)
+
+def preset_of_call(pipe, goal: str, call: Mapping[str, Any]) -> Preset:
+    length = length_of_call(pipe, call)
+    ranks = [(fit(preset.model, pipe, length), preset) for preset in MODEL_PRESETS if preset.goal == goal]
+    best = max(rank for rank, _ in ranks)
+    fallback = next(preset for preset in FALLBACKS[length] if preset.goal == goal)
+    found = next(preset for rank, preset in ranks if rank == best) if any(best) else fallback
+    return dataclasses.replace(found, settings=loadable(found.settings, name_or_path(pipe) or ""))
+
+def fit(model: PresetModel, pipe, length: Length) -> tuple[int, int, int, bool]:
+    if not {cls.__name__ for cls in type(pipe).__mro__}.intersection(model.pipelines):
+        return 0, 0, 0, False
+    of_pipe, of_denoiser = (named(model, part) for part in parts_of(pipe))
+    known = [(config_value(pipe, name), value) for name, value in model.hints.items()]
+    agrees = all(found in (None, value) for found, value in known)
+    if not (of_denoiser or of_pipe) and (model.by_name_only or not agrees):
+        return 0, 0, 0, False
+    return of_denoiser, of_pipe, agrees * sum(found is not None for found, _ in known), model.length == length
+
+def named(model: PresetModel, part: Any) -> int:
+    source = re.sub(r"[/\\](unet|transformer)$", "", name_or_path(part) or "")
+    name = letters(portable_name(source) or "")
+    return max((len(each) for each in model.checkpoints if each in name), default=0)
+
+def parts_of(pipe) -> tuple[Any, Any]:
+    return pipe, getattr(pipe, "transformer", getattr(pipe, "unet", None))
+
+def config_value(pipe, name: str) -> Any:
+    configs = (getattr(part, "config", None) for part in parts_of(pipe))
+    found = (config.get(name) for config in configs if isinstance(config, Mapping))
+    return next((value for value in found if value is not None), None)
+
+def length_of_call(pipe, call: Mapping[str, Any]) -> Length:
+    for name in ("timesteps", "sigmas"):
+        if isinstance(call.get(name), Sequence) and call[name]:
+            return length_of(len(call[name]))
+    steps = call.get("num_inference_steps", default_of(pipe, "num_inference_steps"))
+    return length_of(int(steps)) if isinstance(steps, Integral) else "many"
+
+def default_of(pipe, name: str) -> Any:
+    parameter = inspect.signature(stock_call(type(pipe))).parameters.get(name)
+    return inspect.Parameter.empty if parameter is None else parameter.default
+
+def loadable(value: Any, source: str) -> Any:
+    if isinstance(value, Mapping):
+        return {name: loadable(each, source) for name, each in value.items()}
+    return embedded_reward_path(value.name, source) if isinstance(value, EmbeddedReward) else value
+
+def embedded_reward_path(name: str, source: str) -> str:
+    beside = [Path(source).parent / each for each in (name, f"shapes-{name}")]
+    if Path(source).is_dir() and (folders := [folder for folder in beside if folder.is_dir()]):
+        return str(folders[0])
+    hub = re.fullmatch(r"(\w[\w.-]*)/[\w.-]+", portable_name(source) or "")
+    return f"{hub[1] if hub else 'noiseopt'}/shapes-{name}"
+
+def is_goal(method: Any) -> bool:
+    if not isinstance(method, str) or method in METHODS:
+        return False
+    if method not in GOALS:
+        known = [*list_methods(), *GOALS]
+        raise ValueError(
+            f"Expected a method out of {list_methods()} or a goal out of {list(GOALS)}, but got {method!r}."
+            f"{did_you_mean(method, known)}"
+        )
+    return True
+
+def class_of_method(pipe, method: Any, call: Mapping[str, Any]) -> Any:
+    name = preset_of_call(pipe, method, call).method if is_goal(method) else method
+    return METHODS.entries.get(name) if isinstance(name, str) else name
+
+def chosen_method(
+    pipe,
+    method: Any,
+    settings: Mapping[str, Any] | None,
+    noise_sampler: Any,
+    callbacks: Any,
+    call: Mapping[str, Any],
+    each_alone: bool = False,
+) -> tuple[NoiseOptimizer, Any, list[NoiseCallback]]:
+    if not is_goal(method):
+        return as_method(method, settings), noise_sampler, as_callbacks(callbacks)
+    preset = preset_of_call(pipe, method, call)
+    own = {**preset.settings, **settings} if isinstance(settings, Mapping) else settings
+    found = as_method(preset.method, preset.settings if own is None else own)
+    if preset.goal == "diverse" and getattr(found, "references", None) is None:
+        check_makes_sets(call, each_alone)
+    if noise_sampler is None and call.get("latents") is None:
+        noise_sampler = preset.noise_sampler
+    shown_sampler = noise_sampler if isinstance(noise_sampler, str | None) else type(noise_sampler).__name__
+    chosen = dataclasses.replace(preset, settings=own or preset.settings, noise_sampler=shown_sampler)
+    changed = [*(settings or {}), *["noise_sampler"] * (shown_sampler != preset.noise_sampler)]
+    say_once(notice(chosen, changed, pipe, call))
+    return found, noise_sampler, [PresetRecord(chosen, changed), *as_callbacks(callbacks)]
+
+def check_makes_sets(call: Mapping[str, Any], each_alone: bool) -> None:
+    prompt, images = call.get("prompt"), call.get("num_images_per_prompt") or 1
+    texts = [prompt] if isinstance(prompt, str) else list(prompt) if isinstance(prompt, list | tuple) else []
+    if images == 1 and (alone := [text for text in texts if each_alone or texts.count(text) == 1]):
+        raise ValueError(
+            f'Expected at least 2 images of each prompt for "diverse", but got 1 of {alone[0]!r:.200}: alone it has '
+            "nothing to differ from. Pass `num_images_per_prompt=4`."
+        )
+
+def notice(preset: Preset, changed: Sequence[str], pipe, call: Mapping[str, Any]) -> str:
+    known = "the preset of" if preset.model.pipelines else "no preset for this model; that of"
+    text = (
+        f'"{preset.goal}" on {type(pipe).__name__}: {known} {preset.model.title}, {shown_method(preset)}. '
+        f"Reason: {preset.reason}. Evidence: {preset.evidence}."
+    )
+    if changed:
+        text += f" Reason and evidence are without your {', '.join(changed)}."
+    missing = {name: value for name, value in preset.call.items() if differs(pipe, call, name, value)}
+    if missing and preset.model.pipelines:
+        asked = ", ".join(f"{name}={value!r}" for name, value in missing.items())
+        text += f" It is made for calls with `{asked}`, which this call does not have, and nothing adds: pass it."
+    return text
+
+def differs(pipe, call: Mapping[str, Any], name: str, value: Any) -> bool:
+    default = default_of(pipe, name)
+    return default is not inspect.Parameter.empty and call.get(name, default) != value
+
+def shown_method(preset: Preset) -> str:
+    sampler = {} if preset.noise_sampler is None else {"noise_sampler": preset.noise_sampler}
+    settings = {**preset.settings, **sampler}
+    values = ",".join(f"{name}={portable(value)!r}" for name, value in settings.items())
+    return f"{preset.method}:{values}" if values else preset.method
+
+@functools.cache
+def say_once(text: str) -> None:
+    logging.getLogger("noiseopt").warning(text)
+
+class PresetRecord(NoiseCallback):
+    """Records in `result.reports["preset"]` what was picked, and the names of settings that the call changes."""
+
+    def __init__(self, preset: Preset, changed: Sequence[str]) -> None:
+        self.report = {
+            "goal": preset.goal,
+            "model": preset.model.title,
+            "method": shown_method(preset),
+            "changed": list(changed),
+            "reason": preset.reason,
+            "evidence": preset.evidence,
+        }
+
+    def on_run_start(self, state: NoiseState) -> None:
+        state.reports["preset"] = dict(self.report)
 
 # pipelines/result_folder.py
 
@@ -12181,7 +12900,8 @@ class NoiseOptimizationMixin(SavedWithCode):
 
         Args:
             args, kwargs: The arguments of the stock pipeline.
-            method: A method such as `ReNO(rewards={"clipscore": 1.0})`, or a name of `list_methods()`.
+            method: A method such as `ReNO(rewards={"clipscore": 1.0})`, a name of `list_methods()`, or a goal,
+                "diverse", "faithful" or "best"; see `find_preset`.
             method_kwargs: Settings of the method, by name: `{"chunk_size": 1}`.
             callbacks: Callbacks per optimization step: functions of the state, or objects with `on_step_end(state)`;
                 returning `False` stops the run. See `NoiseCallback`.
@@ -12212,7 +12932,10 @@ class NoiseOptimizationMixin(SavedWithCode):
                 save_noise_to=save_noise_to,
                 reward_prompt=reward_prompt,
             )
-        found = None if method is None else as_method(method, method_kwargs)
+        found = None
+        if method is not None:
+            given = (noise_sampler, callbacks, named_arguments(type(self), args, kwargs))
+            found, noise_sampler, callbacks = chosen_method(self, method, method_kwargs, *given)
         check_argument_names(self, kwargs, [parameter.name for parameter in self.own_parameters()], found)
         if found is None and noise_sampler is None:
             with TURNS.take([self]):  # another thread may be in a run of this pipeline
@@ -12278,6 +13001,10 @@ def has_stock_call(cls: type) -> bool:
         return False
     return True
 
+def named_arguments(cls: type, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    names = [name for name in inspect.signature(stock_call(cls)).parameters if name != "self"]
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
 def call_with_signature(cls: Any) -> Any:
     inherited = cls.__call__
 
@@ -12340,15 +13067,16 @@ def optimize_noise(
     check_pipeline(pipe)
     check_pipeline_class(type(pipe))
     ours = list(inspect.signature(optimize_noise).parameters)
-    check_argument_names(pipe, call_kwargs, ours, METHODS.entries.get(method) if isinstance(method, str) else method)
-    method = as_method(method, method_kwargs)
+    check_argument_names(pipe, call_kwargs, ours, class_of_method(pipe, method, call_kwargs))
+    given = (noise_sampler, callbacks, {"prompt": prompt, **call_kwargs}, folder is not None)
+    method, noise_sampler, callbacks = chosen_method(pipe, method, method_kwargs, *given)
     check_paths(save_noise_to=save_noise_to, resume_from=resume_from, folder=folder)
     if folder is not None:
         check_not_beside_folder(save_noise_to=save_noise_to, resume_from=resume_from)
         texts = reward_prompts_for(prompt, reward_prompt)
         with only_writer(Path(folder)):
             entries = prompt_entries(prompt or (), texts, folder, call_kwargs.pop("generator", None))
-            return optimize_entries(pipe, entries, method, as_callbacks(callbacks), noise_sampler, call_kwargs)
+            return optimize_entries(pipe, entries, method, callbacks, noise_sampler, call_kwargs)
     with TURNS.take(shared_parts(pipe, method.decoder)), apart(pipe) as twin:
         request = checked_request(twin, prompt, call_kwargs)
         call, known = call_description(twin, method, request, noise_sampler, reward_prompt), None

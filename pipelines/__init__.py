@@ -25,6 +25,8 @@ from .noise_diffusion.stable_diffusion_3 import NoiseDiffusionStableDiffusion3Pi
 from .noise_diffusion.stable_diffusion_xl import NoiseDiffusionStableDiffusionXLPipeline
 from .noise_math import ChiPrior
 from .objective import FunctionObjective, Objective, RewardObjective
+from .preset_table import Preset
+from .presets import find_preset, list_presets
 from .registry import list_methods, register_method
 from .reno.method import ReNO
 from .reno.stable_diffusion import ReNOStableDiffusionPipeline
@@ -76,6 +78,7 @@ __all__ = [
     "NoiseResult",
     "Objective",
     "PipelineSampler",
+    "Preset",
     "QualityGuard",
     "ReNO",
     "ReNOStableDiffusionPipeline",
@@ -87,8 +90,10 @@ __all__ = [
     "SetObjective",
     "WhiteNoiseProjection",
     "ZeroOrderSearch",
+    "find_preset",
     "grow_set",
     "list_methods",
+    "list_presets",
     "optimize_noise",
     "register_method",
     "release_rewards",

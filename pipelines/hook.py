@@ -21,8 +21,8 @@ from .loop import optimize
 from .memory.tiny_decoder import as_loop_decoder
 from .method import NoiseOptimizer
 from .objective import Objective
+from .presets import chosen_method, class_of_method
 from .problem import NoiseProblem
-from .registry import METHODS, as_method
 from .request import (
     bind_request,
     check_argument_names,
@@ -265,7 +265,8 @@ class NoiseOptimizationMixin(SavedWithCode):
 
         Args:
             args, kwargs: The arguments of the stock pipeline.
-            method: A method such as `ReNO(rewards={"clipscore": 1.0})`, or a name of `list_methods()`.
+            method: A method such as `ReNO(rewards={"clipscore": 1.0})`, a name of `list_methods()`, or a goal,
+                "diverse", "faithful" or "best"; see `find_preset`.
             method_kwargs: Settings of the method, by name: `{"chunk_size": 1}`.
             callbacks: Callbacks per optimization step: functions of the state, or objects with `on_step_end(state)`;
                 returning `False` stops the run. See `NoiseCallback`.
@@ -296,7 +297,10 @@ class NoiseOptimizationMixin(SavedWithCode):
                 save_noise_to=save_noise_to,
                 reward_prompt=reward_prompt,
             )
-        found = None if method is None else as_method(method, method_kwargs)
+        found = None
+        if method is not None:
+            given = (noise_sampler, callbacks, named_arguments(type(self), args, kwargs))
+            found, noise_sampler, callbacks = chosen_method(self, method, method_kwargs, *given)
         check_argument_names(self, kwargs, [parameter.name for parameter in self.own_parameters()], found)
         if found is None and noise_sampler is None:
             with TURNS.take([self]):  # another thread may be in a run of this pipeline
@@ -366,6 +370,12 @@ def has_stock_call(cls: type) -> bool:
     except TypeError:
         return False
     return True
+
+
+def named_arguments(cls: type, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a stock call by name, before they are checked."""
+    names = [name for name in inspect.signature(stock_call(cls)).parameters if name != "self"]
+    return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
 def call_with_signature(cls: Any) -> Any:
@@ -439,8 +449,10 @@ def optimize_noise(
     Args:
         pipe: A loaded pipeline of any family whose `prepare_latents` draws Gaussian noise.
         prompt: As in the pipeline's call. Each image is optimized independently unless the method compares images.
-        method: A method such as `ReNO(rewards={"pickscore": 1.0})`, or a name of `list_methods()`.
-        method_kwargs: The settings of a method given by name.
+        method: A method such as `ReNO(rewards={"pickscore": 1.0})`, a name of `list_methods()`, or a goal, "diverse",
+            "faithful" or "best": the method, settings and noise sampler that `find_preset` picks for this model. A log
+            message says which, and so does `result.reports["preset"]`; the arguments of the call remain as they are.
+        method_kwargs: The settings of a method given by name; of a goal those that differ from its preset.
         callbacks: Callbacks per optimization step. See `NoiseCallback`.
         noise_sampler: The distribution of the noise, candidates included: `"white"`, as in the pipeline itself,
             `"pink"`, `"coupled"`, a dict such as `{"name": "pink", "alpha": 0.3}`, `PinkNoise(0.3)`, or any function
@@ -474,15 +486,16 @@ def optimize_noise(
     check_pipeline(pipe)
     check_pipeline_class(type(pipe))
     ours = list(inspect.signature(optimize_noise).parameters)
-    check_argument_names(pipe, call_kwargs, ours, METHODS.entries.get(method) if isinstance(method, str) else method)
-    method = as_method(method, method_kwargs)
+    check_argument_names(pipe, call_kwargs, ours, class_of_method(pipe, method, call_kwargs))
+    given = (noise_sampler, callbacks, {"prompt": prompt, **call_kwargs}, folder is not None)
+    method, noise_sampler, callbacks = chosen_method(pipe, method, method_kwargs, *given)
     check_paths(save_noise_to=save_noise_to, resume_from=resume_from, folder=folder)
     if folder is not None:
         check_not_beside_folder(save_noise_to=save_noise_to, resume_from=resume_from)
         texts = reward_prompts_for(prompt, reward_prompt)
         with only_writer(Path(folder)):
             entries = prompt_entries(prompt or (), texts, folder, call_kwargs.pop("generator", None))
-            return optimize_entries(pipe, entries, method, as_callbacks(callbacks), noise_sampler, call_kwargs)
+            return optimize_entries(pipe, entries, method, callbacks, noise_sampler, call_kwargs)
     with TURNS.take(shared_parts(pipe, method.decoder)), apart(pipe) as twin:
         request = checked_request(twin, prompt, call_kwargs)
         call, known = call_description(twin, method, request, noise_sampler, reward_prompt), None

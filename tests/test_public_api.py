@@ -16,8 +16,8 @@ CNOStableDiffusionXLPipeline EarlyStopping GroupSelection HeldOutReward ImageSet
 NeverTooLateStableDiffusionPipeline NeverTooLateTurboPipeline NoiseDiffusion NoiseDiffusionFluxPipeline
 NoiseDiffusionStableDiffusion3Pipeline NoiseDiffusionStableDiffusionPipeline NoiseDiffusionStableDiffusionXLPipeline
 NoiseOptimizationMixin NoiseResult PCN PinkNoise ReNO ReNOStableDiffusionPipeline ReNOStableDiffusionXLPipeline
-ReNOTurboPipeline RewardGuidance RewardSum TimeBudget Vary ZeroOrderSearch grow_set list_methods list_rewards
-optimize_noise release_rewards shapes_world
+ReNOTurboPipeline RewardGuidance RewardSum TimeBudget Vary ZeroOrderSearch find_preset grow_set list_methods
+list_presets list_rewards optimize_noise release_rewards shapes_world
 """
 CLASSES = [name for name in TOP.split() if name.endswith("Pipeline")]
 

@@ -1,4 +1,4 @@
-"""The command line: `noiseopt demo`, `generate`, `evaluate`, `analyze`, `rewards`, `score` and `hub`."""
+"""The command line: `noiseopt demo`, `generate`, `evaluate`, `analyze`, `presets`, `rewards`, `score` and `hub`."""
 
 import argparse
 import contextlib
@@ -76,6 +76,7 @@ def build_parser() -> argparse.ArgumentParser:
     from .evaluation.command import add_evaluate
     from .generate import add_generate
     from .hub.command import add_hub
+    from .preset_command import add_presets
     from .scoring import add_rewards, add_score
     from .vary import add_vary
 
@@ -92,6 +93,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_vary(commands)
     add_evaluate(commands)
     add_analyze(commands)
+    add_presets(commands)
     add_rewards(commands)
     add_score(commands)
     add_hub(commands)
