@@ -1,13 +1,15 @@
 """`noiseopt presets`: the method and settings for each model and goal."""
 
 import argparse
+import itertools
 import json
+import shutil
 import sys
+import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from .arguments import examples
-from .scoring import print_table
 from .shown_text import shown
 
 if TYPE_CHECKING:
@@ -50,7 +52,19 @@ def presets(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print(json.dumps([dict(zip(COLUMNS, row, strict=True)) for row in rows], indent=2, ensure_ascii=False))
         return
-    print_table(COLUMNS, rows)
+    print("\n".join(printed(rows, shutil.get_terminal_size().columns)))
+
+
+def printed(rows: Sequence[Sequence[str]], width: int) -> list[str]:
+    """Return the lines of rows, sorted by model, wrapped to a width."""
+    lines = []
+    layout = {"subsequent_indent": " " * 12, "break_on_hyphens": False, "break_long_words": False}
+    for (model, call), each in itertools.groupby(rows, lambda row: (row[0], row[3])):
+        lines += ["", f"{model} ({call})"]
+        for _, goal, method, _, evidence, reason in each:
+            for head, text in ((goal, method), ("", f"{reason}; {evidence}")):
+                lines += textwrap.wrap(text, max(width, 60), initial_indent=f"  {head:10}", **layout)
+    return lines[1:]
 
 
 def of_model(text: str, every: "Sequence[Preset]") -> "list[Preset]":
