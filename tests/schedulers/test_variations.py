@@ -6,7 +6,16 @@ from problems import generator, redness
 from tiny_features import TINY_FEATURES
 from tiny_pipelines import SIZE, tiny_pipeline
 
-from noiseopt import BestOfN, NeverTooLate, NeverTooLateStableDiffusionPipeline, Vary, grow_set, optimize_noise
+from noiseopt import (
+    AutoReward,
+    BestOfN,
+    NeverTooLate,
+    NeverTooLateStableDiffusionPipeline,
+    Vary,
+    grow_set,
+    optimize_noise,
+    shapes_world,
+)
 from noiseopt.evaluation.noise_statistics import gaussian_limits, noise_statistics
 from noiseopt.pipelines.results.frequency_bands import band_energies
 from noiseopt.rewards import DPP
@@ -138,6 +147,29 @@ def test_the_images_of_a_growing_set_are_different_variations():
     assert len({result.noise.sum().item() for result in grown.results}) == 3
     with pytest.raises(ValueError, match="draws one image at a time"):
         grow_set(pipe, "a b", 3, method, noise_sampler=Vary(0.2, seed=7), **call)
+
+
+@pytest.mark.slow
+def test_variations_under_a_guard_keep_the_reward_of_the_picture():
+    """Of the embedded one-step model; without the guard some of them lose it."""
+    pipe, call = shapes_world.load("turbo"), dict(shapes_world.MODELS["turbo"].call)
+    prompt, reward = "a yellow cross right of a cyan cross", AutoReward.from_pretrained(shapes_world.path("clip"))
+    found = optimize_noise(pipe, prompt, BestOfN(rewards=reward, steps=16), generator=generator(), **call)
+    floor = 0.9 * found.scores[reward.name].max().item()
+    kept = NeverTooLate(
+        search=8,
+        steps=9,
+        rewards=reward,
+        diversity={"pairwise": ("tiny_image", 1.0)},
+        guard={shapes_world.path("clip"): {"threshold": floor}},
+    )
+    near, more = Vary(0.4, found), {"num_images_per_prompt": 4, "generator": generator(5), **call}
+    plain = optimize_noise(pipe, prompt, BestOfN(rewards=reward, steps=1), noise_sampler=near, **more)
+    guarded = optimize_noise(pipe, prompt, kept, noise_sampler=near, **more)
+    scores = [reward(result.images, prompt) for result in (plain, guarded)]
+    assert (scores[0] < floor).any() and (scores[1] >= floor).all()
+    verdicts = shapes_world.judge(guarded.images, prompt)
+    assert all(verdict.correct for verdict in verdicts)
 
 
 def test_a_variation_of_half_precision_keeps_its_dtype_and_the_given_noise():
