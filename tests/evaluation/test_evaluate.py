@@ -277,6 +277,9 @@ def test_models_and_prompts_of_the_real_world(tmp_path, capsys):
         (["--prompts", "{file}"], "prompts.txt:2: Expected a prompt of the shapes world, but got 'a cat'"),
         (["--seeds", "0"], "Expected an integer of 1 or more, but got '0'"),
         (["--model", "org/model", "--prompts", "{file}"], "at least one `--reward`"),
+        (["--noise-sampler", "pinc"], "Did you mean 'pink'"),
+        (["--noise-sampler", "pink", "--call", "noise_sampler=blue"], "Expected no noise_sampler in `--call`"),
+        (["--features", "clip", "--features", "none"], "Expected `--features none` alone"),
         (["--call", "steps"], "Expected settings such as"),
     ],
 )

@@ -94,7 +94,7 @@ class Evaluation:
         """Download missing weights of embedded models before any model runs."""
         plan = self.plan
         names = {model.name for model in plan.models} | {*plan.reward_names}
-        names |= {plan.features} if plan.features_are_embedded else set()
+        names |= set(filter(plan.is_tower, plan.all_features))
         if any(model.embedded for model in plan.models):
             names |= {name for method in plan.methods for name in method.towers}
         try:
