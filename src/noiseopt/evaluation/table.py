@@ -14,6 +14,7 @@ import torch
 from .. import shapes_world
 from .bootstrap import Estimate, bootstrap, paired_bootstrap
 from .plan import PLAIN, Contender, Plan, control_of, diversity_measures
+from .plane import front_notes
 
 Numbers = Mapping[str, Any]  # the JSON of a unit
 SETS = {"mss": "MSS", "vendi": "Vendi", "coverage": "Coverage", "layout spread": "layout spread"}
@@ -393,6 +394,7 @@ def notes(results: Results) -> list[str]:
         found.append(f"MSS, Vendi and Coverage use {plan.features} features{kind}.")
     if plan.more_features:
         found.append("MSS, Vendi and distance (the mean over pairs) with a name in parentheses use those features.")
+    found += front_notes(results)
     found.append(
         f"Bold: the interval of the difference excludes 0, with {LEAST_FOR_EVIDENCE} prompts or more. Fewer than "
         f"{LEAST_FOR_INTERVAL} prompts have no interval."
