@@ -27,7 +27,8 @@ results, in the folder given by --output:
                          of the noise, and paired differences, with 95% bootstrap intervals over prompts
   cost.md, cost.csv      seconds, model calls and memory, which vary between runs
   results.json           everything, including the numbers of each image
-  *.png                  accuracy (or rewards), reward against seconds, spectrum of the noise, images side by side
+  *.png                  accuracy (or rewards), quality against diversity with the Pareto front, reward against seconds,
+                         spectrum of the noise, images side by side
   units/                 finished units: noise, images and numbers of each model, method and prompt
 
 After an interruption the same command continues. A command with more methods, models or prompts adds to the folder
