@@ -104,6 +104,8 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
     ProcessorMixin,
+    ResNetConfig,
+    ResNetModel,
     SiglipModel,
     T5Config,
     T5ForConditionalGeneration,
@@ -111,8 +113,8 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 # The name that diffusers gives this module may come to mean the bundle of another release.
-sys.modules[f"{__name__}_949f90792382"] = sys.modules[__name__]
-__name__ = f"{__name__}_949f90792382"
+sys.modules[f"{__name__}_c3b729f791c2"] = sys.modules[__name__]
+__name__ = f"{__name__}_c3b729f791c2"
 
 # rewards/contract/transforms.py
 
@@ -756,6 +758,9 @@ class Features(FrozenModule):
         license: The license of the weights.
         default_checkpoint: The Hub id that `from_pretrained()` loads, or None.
         package: The optional package that provides the weights instead; noiseopt's extra has the same name.
+        weights_file: The file with the weights, if they are neither on the Hub nor of a package. A folder that contains
+            it is a checkpoint.
+        published_at: The address of that file.
         parameter_count: The number of parameters of the default weights.
     """
 
@@ -765,6 +770,8 @@ class Features(FrozenModule):
     license: str | None = None
     default_checkpoint: str | None = None
     package: str | None = None
+    weights_file: str | None = None
+    published_at: str | None = None
     parameter_count: int | None = None
 
     def forward(self, images: Tensor) -> Tensor:
@@ -1144,33 +1151,6 @@ class LPIPSAlexFeatures(LPIPSFeatures):
     parameter_count = 2_470_848
     net = "alex"
 
-# rewards/features/tiny_image.py
-
-TINY_EDGE = 32
-
-@register_features("tiny_image")
-class TinyImage(Features):
-    """The image resized to 32 × 32, divided by √3072, (B, 3072); the L2 distance is at most 1, from black to white.
-
-    `tiny_l2` of It's Never Too Late, https://arxiv.org/abs/2601.00090. Its released code, `as_released()`, resizes
-    without antialiasing: of each 16 × 16 pixels of a 512 × 512 image it reads four, and the others get no gradient.
-    Here all pixels count.
-    """
-
-    name = "tiny_image"
-    metric = "l2"
-    antialias = True
-
-    def encode(self, images: Tensor) -> Tensor:
-        size = (TINY_EDGE, TINY_EDGE)
-        pixels = resize(images, size, "bilinear", single_pass=True, antialias=self.antialias).flatten(1)
-        return pixels / math.sqrt(pixels.shape[1])
-
-    def as_released(self) -> "TinyImage":
-        released = TinyImage()
-        released.antialias = False
-        return released
-
 # rewards/contract/checkpoints.py
 
 ModelT = TypeVar("ModelT", bound=PreTrainedModel)
@@ -1255,6 +1235,126 @@ def check_weights(module: nn.Module, state: Mapping[str, Tensor], source: str) -
 def load_strictly(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
     check_weights(module, state, source)
     module.load_state_dict(state)
+
+# rewards/features/sscd_features.py
+
+GEM_POWER = 3.0
+# names in torchvision's ResNet, in which the weights are published -> names in that of transformers
+RENAMED = (
+    (r"^backbone\.fc\.", "head."),
+    (r"^backbone\.conv1\.", "trunk.embedder.embedder.convolution."),
+    (r"^backbone\.bn1\.", "trunk.embedder.embedder.normalization."),
+    (r"\.downsample\.0\.", ".shortcut.convolution."),
+    (r"\.downsample\.1\.", ".shortcut.normalization."),
+)
+COUNTED = (  # from 1 -> from 0
+    (r"\.conv(\d)\.", ".layer.{}.convolution."),
+    (r"\.bn(\d)\.", ".layer.{}.normalization."),
+    (r"^backbone\.layer(\d)\.", "trunk.encoder.stages.{}.layers."),
+)
+
+class SSCDModel(nn.Module):
+    """A ResNet with generalized mean pooling, `(mean x³)^⅓` over positions, and a linear layer.
+
+    Args:
+        config: Of the ResNet; by default a ResNet-50, with the stride in the 3 × 3 convolutions, as in torchvision.
+        dimension: The size of the descriptor.
+    """
+
+    def __init__(self, config: ResNetConfig | None = None, dimension: int = 512) -> None:
+        super().__init__()
+        config = config or ResNetConfig()
+        widths: Any = config.hidden_sizes
+        self.trunk = ResNetModel(config)
+        self.head = nn.Linear(widths[-1], dimension)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return F.normalize(at_least_float32(self.head(self.pooled(pixels).to(pixels.dtype))), dim=-1)
+
+    def pooled(self, pixels: Tensor) -> Tensor:
+        found = at_least_float32(self.trunk(pixels).last_hidden_state)
+        return found.clamp_min(1e-6).pow(GEM_POWER).mean((-2, -1)).pow(1 / GEM_POWER)
+
+    def load_published(self, state: dict[str, Tensor], source: str) -> None:
+        load_strictly(self, {renamed(name): value for name, value in state.items()}, source)
+
+def renamed(name: str) -> str:
+    for pattern, replacement in RENAMED:
+        name = re.sub(pattern, replacement, name)
+    for pattern, replacement in COUNTED:
+        if found := re.search(pattern, name):
+            name = name.replace(found[0], replacement.format(int(found[1]) - 1))
+    return name
+
+@register_features("sscd")
+class SSCDFeatures(Features):
+    """Descriptor of SSCD, (B, 512), by which copies of an image are recognized: https://arxiv.org/abs/2202.10261.
+
+    A similarity, that is, cosine, above 0.75 is a copy with a precision of 90% among photographs, so it tells whether
+    images of a set repeat each other. The model is `sscd_disc_mixup`, which its authors recommend; the shorter side is
+    resized to 288. The weights are not on the Hub: download `sscd_disc_mixup.torchvision.pt` from
+    https://dl.fbaipublicfiles.com/sscd-copy-detection/ and pass the folder that contains it. Only tensors are read
+    from it, so no code of the file runs.
+
+    Args:
+        model: The ResNet with its head.
+    """
+
+    name = "sscd"
+    license = "mit"
+    weights_file = "sscd_disc_mixup.torchvision.pt"
+    published_at = "https://dl.fbaipublicfiles.com/sscd-copy-detection/"
+    parameter_count = 24_557_120
+    model: SSCDModel
+
+    def __init__(self, model: SSCDModel) -> None:
+        super().__init__(model=model)
+        self.image_transform = ImageTransform(
+            size=288, crop=None, mean=IMAGENET_MEAN, std=IMAGENET_STD, resample="bilinear"
+        )
+
+    def encode(self, images: Tensor) -> Tensor:
+        return self.model(self.image_transform(images).to(self.dtype))
+
+    @classmethod
+    def load(cls, checkpoint: str | None, hub: dict[str, Any]) -> "SSCDFeatures":
+        if checkpoint is None:
+            raise ValueError(
+                f"Expected a folder for the features '{cls.name}', whose weights are not on the Hub, but got only the "
+                f"name. Download {cls.weights_file} from {cls.published_at} and pass the folder that contains it."
+            )
+        path = checkpoint_path(checkpoint, str(cls.weights_file), hub)
+        with torch.device("meta"):
+            model = SSCDModel()
+        model.to_empty(device="cpu").load_published(read_state_dict(path), path.name)
+        return cls(model)
+
+# rewards/features/tiny_image.py
+
+TINY_EDGE = 32
+
+@register_features("tiny_image")
+class TinyImage(Features):
+    """The image resized to 32 × 32, divided by √3072, (B, 3072); the L2 distance is at most 1, from black to white.
+
+    `tiny_l2` of It's Never Too Late, https://arxiv.org/abs/2601.00090. Its released code, `as_released()`, resizes
+    without antialiasing: of each 16 × 16 pixels of a 512 × 512 image it reads four, and the others get no gradient.
+    Here all pixels count.
+    """
+
+    name = "tiny_image"
+    metric = "l2"
+    antialias = True
+
+    def encode(self, images: Tensor) -> Tensor:
+        size = (TINY_EDGE, TINY_EDGE)
+        pixels = resize(images, size, "bilinear", single_pass=True, antialias=self.antialias).flatten(1)
+        return pixels / math.sqrt(pixels.shape[1])
+
+    def as_released(self) -> "TinyImage":
+        released = TinyImage()
+        released.antialias = False
+        return released
 
 # rewards/contract/registry.py
 
@@ -2297,8 +2397,12 @@ class AutoFeatures:
         features = find_features(path)
         if features is not None:
             return features.from_pretrained(**hub, dtype=dtype, device=device)
-        published = (entry for entry in FEATURES.entries.values() if entry.default_checkpoint == path)
+        published = (entry for entry in FEATURES.entries.values() if is_published_as(path, entry))
         return next(published, ImageFeatures).from_pretrained(path, **hub, dtype=dtype, device=device)
+
+def is_published_as(path: str, features: type[Features]) -> bool:
+    in_folder = features.weights_file is not None and os.path.isfile(os.path.join(path, features.weights_file))
+    return in_folder or path == features.default_checkpoint
 
 def find_features(name_or_path: str) -> type[Features] | None:
     if name_or_path not in FEATURES.entries and is_checkpoint(name_or_path):

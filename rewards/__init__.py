@@ -27,6 +27,7 @@ from .features.image_features import (
     ImageFeatures,
 )
 from .features.lpips_features import LPIPSAlexFeatures, LPIPSFeatures
+from .features.sscd_features import SSCDFeatures
 from .features.tiny_image import TinyImage
 from .pixels.color_channel import ColorChannel
 from .pixels.image_detail import Complexity, Sharpness
@@ -94,6 +95,7 @@ __all__ = [
     "Reward",
     "RewardSum",
     "RewardSumOutput",
+    "SSCDFeatures",
     "SetReward",
     "SetRewardSum",
     "SetRewardSumOutput",

@@ -33,6 +33,9 @@ class Features(FrozenModule):
         license: The license of the weights.
         default_checkpoint: The Hub id that `from_pretrained()` loads, or None.
         package: The optional package that provides the weights instead; noiseopt's extra has the same name.
+        weights_file: The file with the weights, if they are neither on the Hub nor of a package. A folder that contains
+            it is a checkpoint.
+        published_at: The address of that file.
         parameter_count: The number of parameters of the default weights.
     """
 
@@ -42,6 +45,8 @@ class Features(FrozenModule):
     license: str | None = None
     default_checkpoint: str | None = None
     package: str | None = None
+    weights_file: str | None = None
+    published_at: str | None = None
     parameter_count: int | None = None
 
     def forward(self, images: Tensor) -> Tensor:

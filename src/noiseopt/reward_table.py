@@ -259,5 +259,13 @@ ROWS = (
         parameters=2_470_848,
         package="lpips",
     ),
+    Row(
+        "sscd",
+        "copies of an image: SSCD",
+        "features",
+        weights_file="sscd_disc_mixup.torchvision.pt",
+        license="mit",
+        parameters=24_557_120,
+    ),
     Row("tiny_image", "colors and layout: 32 × 32 pixels", "features"),
 )

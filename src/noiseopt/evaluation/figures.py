@@ -9,6 +9,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.lines import Line2D
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from PIL import Image
 
@@ -30,7 +31,7 @@ DASHES = ((), (6, 3), (2, 2), (8, 2, 2, 2))  # on and off in points, by noise sa
 RING = {"marker": "o", "markersize": 14, "markerfacecolor": "none", "markeredgewidth": 1.0}
 GROUND = "#d0d7de"
 FACET = 1.9  # inches, the width of a small plot
-NAMED = 6  # contenders, at most, whose titles stand beside their points
+NAMED = 4  # contenders, at most, whose titles stand beside their points
 ROWS, IMAGES = 8, 3  # of a grid: prompts, and images per prompt and method
 
 
@@ -257,8 +258,8 @@ def draw_plane(axes: Axes, results: Results, plane: Plane, labels: Mapping[str, 
 
 def draw_spot(axes: Axes, spot: Spot, scale: float, style: dict[str, Any]) -> None:
     x, y, ink = spot.diversity, spot.quality, style["color"]
-    axes.plot([x.low, x.high], [scale * y.value] * 2, color=ink, linewidth=1.2, alpha=0.6)
-    axes.plot([x.value] * 2, [scale * y.low, scale * y.high], color=ink, linewidth=1.2, alpha=0.6)
+    axes.plot([x.low, x.high], [scale * y.value] * 2, color=ink, linewidth=1.2, alpha=0.4)
+    axes.plot([x.value] * 2, [scale * y.low, scale * y.high], color=ink, linewidth=1.2, alpha=0.4)
     axes.plot(x.value, scale * y.value, linestyle="", **style)
     if spot.on_front:
         axes.plot(x.value, scale * y.value, linestyle="", color=MUTED, **RING)
@@ -276,6 +277,7 @@ def label_points(axes: Axes, points: Sequence[tuple[float, float]], texts: Seque
     centers = axes.transData.transform(points).tolist()
     places = label_places(centers, sizes, axes.get_window_extent().extents, gap=8 * figure.dpi / 72)
     for text, place in zip(drawn, places, strict=True):
+        text.set_path_effects([withStroke(linewidth=2.5, foreground="white")])
         x, y = axes.transData.inverted().transform(place)
         text.set_position((x, y))
 
