@@ -113,8 +113,8 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 # The name that diffusers gives this module may come to mean the bundle of another release.
-sys.modules[f"{__name__}_c3b729f791c2"] = sys.modules[__name__]
-__name__ = f"{__name__}_c3b729f791c2"
+sys.modules[f"{__name__}_0d46914265eb"] = sys.modules[__name__]
+__name__ = f"{__name__}_0d46914265eb"
 
 # rewards/contract/transforms.py
 
@@ -820,6 +820,13 @@ def check_no_checkpoint(features: type[Features], checkpoint: str | None) -> Non
             "or get them from a package. Omit the checkpoint."
         )
 
+def check_folder(features: type[Features], checkpoint: str | None) -> None:
+    if checkpoint is None and features.weights_file is not None:
+        raise ValueError(
+            f"Expected a folder for the features '{features.name}', whose weights are not on the Hub, but got only the "
+            f"name. Download {features.weights_file} from {features.published_at} and pass the folder that contains it."
+        )
+
 def import_optional(package: str) -> ModuleType:
     try:
         return importlib.import_module(package)
@@ -1151,6 +1158,42 @@ class LPIPSAlexFeatures(LPIPSFeatures):
     parameter_count = 2_470_848
     net = "alex"
 
+# rewards/features/pe_spatial_features.py
+
+@register_features("pe_spatial")
+class PESpatialFeatures(Features):
+    """Patch tokens of PE-Spatial B/16, (B, 1024, 768): https://arxiv.org/abs/2504.13181.
+
+    Meta's Perception Encoder, tuned for where things are: the features for detection, depth and tracking. The whole
+    image is resized to 512 × 512, which gives 32 × 32 patches. Compared by cosine, patch by patch.
+
+    Args:
+        model: A vision transformer of timm, whose `forward_features` returns `num_prefix_tokens` tokens and then the
+            patches in row-major order.
+    """
+
+    name = "pe_spatial"
+    license = "apache-2.0"
+    package = "timm"
+    parameter_count = 86_433_792
+    model: nn.Module
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model=model)
+        self.image_transform = ImageTransform(size=(512, 512), crop=None, mean=(0.5,) * 3, std=(0.5,) * 3)
+
+    def encode(self, images: Tensor) -> Tensor:
+        model: Any = self.model
+        return model.forward_features(self.image_transform(images).to(self.dtype))[:, model.num_prefix_tokens :]
+
+    @classmethod
+    def load(cls, checkpoint: str | None, hub: dict[str, Any]) -> "PESpatialFeatures":
+        check_no_checkpoint(cls, checkpoint)
+        name = "vit_pe_spatial_base_patch16_512.fb"
+        return cls(
+            import_optional("timm").create_model(name, pretrained=True, num_classes=0, cache_dir=hub["cache_dir"])
+        )
+
 # rewards/contract/checkpoints.py
 
 ModelT = TypeVar("ModelT", bound=PreTrainedModel)
@@ -1318,12 +1361,8 @@ class SSCDFeatures(Features):
 
     @classmethod
     def load(cls, checkpoint: str | None, hub: dict[str, Any]) -> "SSCDFeatures":
-        if checkpoint is None:
-            raise ValueError(
-                f"Expected a folder for the features '{cls.name}', whose weights are not on the Hub, but got only the "
-                f"name. Download {cls.weights_file} from {cls.published_at} and pass the folder that contains it."
-            )
-        path = checkpoint_path(checkpoint, str(cls.weights_file), hub)
+        check_folder(cls, checkpoint)
+        path = checkpoint_path(str(checkpoint), str(cls.weights_file), hub)
         with torch.device("meta"):
             model = SSCDModel()
         model.to_empty(device="cpu").load_published(read_state_dict(path), path.name)

@@ -30,6 +30,7 @@ from noiseopt.rewards import (
     ImageTransform,
     LPIPSAlexFeatures,
     LPIPSFeatures,
+    PESpatialFeatures,
     SSCDFeatures,
 )
 from noiseopt.rewards.features.sscd_features import SSCDModel
@@ -80,6 +81,21 @@ class FakeDreamSim(nn.Module):
     def embed(self, pixels: Tensor) -> Tensor:
         assert pixels.shape[1:] == (3, 224, 224)
         return (8 * self.trunk(pixels - 0.5)).tanh().mean((-2, -1)).squeeze() + 0.3
+
+
+class FakePESpatial(nn.Module):
+    """Stand-in for timm's model: a class token, then the patches of 512²."""
+
+    num_prefix_tokens = 1
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = randomized(lambda: nn.Conv2d(3, 12, 64, stride=64))
+
+    def forward_features(self, pixels: Tensor) -> Tensor:
+        assert pixels.shape[1:] == (3, 512, 512)
+        patches = (8 * self.trunk(pixels)).tanh().flatten(2).mT
+        return torch.cat([patches.mean(1, keepdim=True), patches], 1)
 
 
 def build_dinov2() -> Dinov2Model:
@@ -149,6 +165,7 @@ TINY_FEATURES: dict[str, Callable[[], Features]] = {
     "dreamsim_dino": lambda: DreamSimDINOFeatures(FakeDreamSim()),
     "lpips": lambda: LPIPSFeatures(FakeLPIPS()),
     "lpips_alex": lambda: LPIPSAlexFeatures(FakeLPIPS()),
+    "pe_spatial": lambda: PESpatialFeatures(FakePESpatial()),
     "sscd": lambda: SSCDFeatures(build_sscd()),
 }
 

@@ -30,8 +30,8 @@ class AutoFeatures:
                 over a folder of the same name. A Hub id or folder loads its vision model, with one vector per image,
                 and a folder with the weights file of registered features (SSCD) those.
 
-        The keyword arguments are those of `Features.from_pretrained`. Features from a package (LPIPS, DreamSim) are
-        not on the Hub and use `cache_dir` at most.
+        The keyword arguments are those of `Features.from_pretrained`. Features from a package (LPIPS,
+        DreamSim, PE-Spatial) use `cache_dir` at most.
 
         Raises:
             ValueError: For an unknown name, or a checkpoint whose image processor has no differentiable equivalent.

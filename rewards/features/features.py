@@ -129,6 +129,15 @@ def check_no_checkpoint(features: type[Features], checkpoint: str | None) -> Non
         )
 
 
+def check_folder(features: type[Features], checkpoint: str | None) -> None:
+    """Raise `ValueError` if no folder is given for features whose weights are a file to download."""
+    if checkpoint is None and features.weights_file is not None:
+        raise ValueError(
+            f"Expected a folder for the features '{features.name}', whose weights are not on the Hub, but got only the "
+            f"name. Download {features.weights_file} from {features.published_at} and pass the folder that contains it."
+        )
+
+
 def import_optional(package: str) -> ModuleType:
     """Import an optional package.
 

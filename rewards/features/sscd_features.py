@@ -10,7 +10,7 @@ from transformers import ResNetConfig, ResNetModel
 
 from ..contract.checkpoints import checkpoint_path, load_strictly, read_state_dict
 from ..contract.transforms import IMAGENET_MEAN, IMAGENET_STD, ImageTransform, at_least_float32
-from .features import Features, register_features
+from .features import Features, check_folder, register_features
 
 GEM_POWER = 3.0
 # names in torchvision's ResNet, in which the weights are published -> names in that of transformers
@@ -99,12 +99,8 @@ class SSCDFeatures(Features):
 
     @classmethod
     def load(cls, checkpoint: str | None, hub: dict[str, Any]) -> "SSCDFeatures":
-        if checkpoint is None:
-            raise ValueError(
-                f"Expected a folder for the features '{cls.name}', whose weights are not on the Hub, but got only the "
-                f"name. Download {cls.weights_file} from {cls.published_at} and pass the folder that contains it."
-            )
-        path = checkpoint_path(checkpoint, str(cls.weights_file), hub)
+        check_folder(cls, checkpoint)
+        path = checkpoint_path(str(checkpoint), str(cls.weights_file), hub)
         with torch.device("meta"):
             model = SSCDModel()
         model.to_empty(device="cpu").load_published(read_state_dict(path), path.name)

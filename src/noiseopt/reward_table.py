@@ -260,6 +260,14 @@ ROWS = (
         package="lpips",
     ),
     Row(
+        "pe_spatial",
+        "layout, patches of PE-Spatial",
+        "features",
+        license="apache-2.0",
+        parameters=86_433_792,
+        package="timm",
+    ),
+    Row(
         "sscd",
         "copies of an image: SSCD",
         "features",

@@ -171,6 +171,7 @@ def test_references_that_are_lost_meanwhile_are_named(tmp_path):
         ({"features": "dino"}, "Expected a feature map out of .*but got 'dino'. Did you mean"),
         ({"features": "tiny_image"}, "compared by cosine.*'tiny_image' uses the l2 distance"),
         ({"features": "clip", "more_features": ("lpips", "clip")}, "Expected each feature map once, but got 'clip' 2"),
+        ({"more_features": ("sscd",)}, "Download sscd_disc_mixup.torchvision.pt from .* and pass the folder"),
         ({"more_features": ("dino",)}, "Expected a feature map out of .*but got 'dino'. Did you mean"),
         ({"references": "no such folder"}, "Expected a folder of images"),
         ({"device": "abacus"}, "Expected a device that this machine has, but got 'abacus'"),

@@ -38,7 +38,7 @@ def test_quality_is_what_the_judge_finds_right_and_diversity_one_minus_similarit
     """Plain images are the most diverse and all wrong; the method's are right but for one, and the least diverse."""
     found = set_of(results(6), mss=lambda gain, index: 0.2 + 0.4 * gain + 0.01 * index)
     plane = plane_of(found, "turbo")
-    assert plane is not None and (plane.diversity, plane.quality.name) == ("1 − MSS (org/features)", "right")
+    assert plane is not None and (plane.diversity, plane.quality.name) == ("1 − MSS (features)", "right")
     plain, control, reno = plane.spots
     assert [spot.contender.key for spot in plane.spots] == ["plain", "best-of-N for reno", "reno"]
     mean = 1 - (0.2 + 0.01 * 2.5)
@@ -61,7 +61,7 @@ def test_without_a_judge_the_first_reward_is_quality_and_without_an_embedding_a_
 def test_the_tables_name_the_front_of_each_model():
     found = set_of(results(4, names=("turbo", "sdxl")), mss=lambda gain, index: 0.5)
     for model in ("turbo", "sdxl"):
-        sentence = f"On the Pareto front of right, % and 1 − MSS (org/features), on {model}: best-of-7 for reno, reno."
+        sentence = f"On the Pareto front of right, % and 1 − MSS (features), on {model}: best-of-7 for reno, reno."
         assert markdown(found).count(sentence) == 1
     assert pareto_fronts(found) == {name: ["best-of-N for reno", "reno"] for name in ("turbo", "sdxl")}
     json.dumps(pareto_fronts(found))

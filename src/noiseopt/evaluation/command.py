@@ -130,9 +130,10 @@ def add_measures(parser: argparse.ArgumentParser) -> None:
         "--features",
         action="append",
         metavar="NAME",
-        help="embedding for similarity, Vendi score and coverage: dinov2, dinov2_patch, clip, dreamsim, Hub id, folder "
-        "or none; others, such as lpips, add their own similarity and Vendi score, or mean distance; repeatable "
-        "(default: facebook/dinov2-base; the embedded dinov2 if all models are embedded)",
+        help="embedding for similarity, Vendi score and coverage: dinov2, dinov2_patch, clip, dreamsim, pe_spatial, "
+        "Hub id, folder (for sscd, that of its weights) or none; others, such as lpips, add their own similarity and "
+        "Vendi score, or mean distance; repeatable (default: facebook/dinov2-base; the embedded dinov2 if all models "
+        "are embedded)",
     )
     group.add_argument(
         "--references",

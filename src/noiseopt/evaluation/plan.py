@@ -30,7 +30,7 @@ from ..registry import did_you_mean
 from ..rewards.contract.registry import EMBEDDED_REWARDS, find_reward
 from ..rewards.contract.reward_sum import REWARD_PRESETS
 from ..rewards.features.auto_features import find_features
-from ..rewards.features.features import FEATURES, FeatureMetric, import_optional
+from ..rewards.features.features import FEATURES, FeatureMetric, check_folder, import_optional
 from ..rewards.sets.set_reward_sum import check_set_reward_entry, set_reward_entries
 from ..schedulers.noise_samplers import as_noise_sampler
 from .embedded_diversity import TOWERS, embedded_diversity, features_of, tower, towers_of
@@ -659,9 +659,12 @@ def diversity_measures(features: str) -> tuple[str, ...]:
 
 
 def check_features(name: str) -> None:
-    """Raise `ValueError` for features that are unknown or not installed."""
+    """Raise `ValueError` for features that are unknown, not installed, or a name without the folder of its weights."""
     features = find_features(name)
-    if features is not None and features.package is not None:
+    if features is None:
+        return
+    check_folder(features, features.default_checkpoint)
+    if features.package is not None:
         try:
             import_optional(features.package)
         except ImportError as error:

@@ -70,8 +70,8 @@ def plane_of(results: "Results", model: str) -> Plane | None:
     front = pareto_front([(x.value, y.estimate.value) for _, x, y in found])
     spots = [Spot(who, x, y.estimate, on) for (who, x, y), on in zip(found, front, strict=True)]
     kept = tuple(spot for spot in spots if not math.isnan(spot.diversity.value + spot.quality.value))
-    of = f" ({results.plan.features})" if similar else ""
-    return Plane(f"1 − {differs.name}{of}" if similar else differs.name, quality, kept)
+    features = str(results.plan.features).rstrip("/").rpartition("/")[2]
+    return Plane(f"1 − MSS ({features})" if similar else differs.name, quality, kept)
 
 
 def opposite(similarity: Estimate) -> Estimate:
