@@ -105,6 +105,8 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
     ProcessorMixin,
+    ResNetConfig,
+    ResNetModel,
     SiglipModel,
     T5Config,
     T5ForConditionalGeneration,
@@ -112,8 +114,8 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 # The name that diffusers gives this module may come to mean the bundle of another release.
-sys.modules[f"{__name__}_4444079170f5"] = sys.modules[__name__]
-__name__ = f"{__name__}_4444079170f5"
+sys.modules[f"{__name__}_4a04bfe9c358"] = sys.modules[__name__]
+__name__ = f"{__name__}_4a04bfe9c358"
 
 # rewards/contract/transforms.py
 
@@ -757,6 +759,9 @@ class Features(FrozenModule):
         license: The license of the weights.
         default_checkpoint: The Hub id that `from_pretrained()` loads, or None.
         package: The optional package that provides the weights instead; noiseopt's extra has the same name.
+        weights_file: The file with the weights, if they are neither on the Hub nor of a package. A folder that contains
+            it is a checkpoint.
+        published_at: The address of that file.
         parameter_count: The number of parameters of the default weights.
     """
 
@@ -766,6 +771,8 @@ class Features(FrozenModule):
     license: str | None = None
     default_checkpoint: str | None = None
     package: str | None = None
+    weights_file: str | None = None
+    published_at: str | None = None
     parameter_count: int | None = None
 
     def forward(self, images: Tensor) -> Tensor:
@@ -812,6 +819,13 @@ def check_no_checkpoint(features: type[Features], checkpoint: str | None) -> Non
         raise ValueError(
             f"Expected no checkpoint for the features '{features.name}', but got {checkpoint!r}. They have no weights "
             "or get them from a package. Omit the checkpoint."
+        )
+
+def check_folder(features: type[Features], checkpoint: str | None) -> None:
+    if checkpoint is None and features.weights_file is not None:
+        raise ValueError(
+            f"Expected a folder for the features '{features.name}', whose weights are not on the Hub, but got only the "
+            f"name. Download {features.weights_file} from {features.published_at} and pass the folder that contains it."
         )
 
 def import_optional(package: str) -> ModuleType:
@@ -1145,32 +1159,41 @@ class LPIPSAlexFeatures(LPIPSFeatures):
     parameter_count = 2_470_848
     net = "alex"
 
-# rewards/features/tiny_image.py
+# rewards/features/pe_spatial_features.py
 
-TINY_EDGE = 32
+@register_features("pe_spatial")
+class PESpatialFeatures(Features):
+    """Patch tokens of PE-Spatial B/16, (B, 1024, 768): https://arxiv.org/abs/2504.13181.
 
-@register_features("tiny_image")
-class TinyImage(Features):
-    """The image resized to 32 × 32, divided by √3072, (B, 3072); the L2 distance is at most 1, from black to white.
+    Meta's Perception Encoder, tuned for where things are: the features for detection, depth and tracking. The whole
+    image is resized to 512 × 512, which gives 32 × 32 patches. Compared by cosine, patch by patch.
 
-    `tiny_l2` of It's Never Too Late, https://arxiv.org/abs/2601.00090. Its released code, `as_released()`, resizes
-    without antialiasing: of each 16 × 16 pixels of a 512 × 512 image it reads four, and the others get no gradient.
-    Here all pixels count.
+    Args:
+        model: A vision transformer of timm, whose `forward_features` returns `num_prefix_tokens` tokens and then the
+            patches in row-major order.
     """
 
-    name = "tiny_image"
-    metric = "l2"
-    antialias = True
+    name = "pe_spatial"
+    license = "apache-2.0"
+    package = "timm"
+    parameter_count = 86_433_792
+    model: nn.Module
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model=model)
+        self.image_transform = ImageTransform(size=(512, 512), crop=None, mean=(0.5,) * 3, std=(0.5,) * 3)
 
     def encode(self, images: Tensor) -> Tensor:
-        size = (TINY_EDGE, TINY_EDGE)
-        pixels = resize(images, size, "bilinear", single_pass=True, antialias=self.antialias).flatten(1)
-        return pixels / math.sqrt(pixels.shape[1])
+        model: Any = self.model
+        return model.forward_features(self.image_transform(images).to(self.dtype))[:, model.num_prefix_tokens :]
 
-    def as_released(self) -> "TinyImage":
-        released = TinyImage()
-        released.antialias = False
-        return released
+    @classmethod
+    def load(cls, checkpoint: str | None, hub: dict[str, Any]) -> "PESpatialFeatures":
+        check_no_checkpoint(cls, checkpoint)
+        name = "vit_pe_spatial_base_patch16_512.fb"
+        return cls(
+            import_optional("timm").create_model(name, pretrained=True, num_classes=0, cache_dir=hub["cache_dir"])
+        )
 
 # rewards/contract/checkpoints.py
 
@@ -1256,6 +1279,122 @@ def check_weights(module: nn.Module, state: Mapping[str, Tensor], source: str) -
 def load_strictly(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
     check_weights(module, state, source)
     module.load_state_dict(state)
+
+# rewards/features/sscd_features.py
+
+GEM_POWER = 3.0
+# names in torchvision's ResNet, in which the weights are published -> names in that of transformers
+RENAMED = (
+    (r"^backbone\.fc\.", "head."),
+    (r"^backbone\.conv1\.", "trunk.embedder.embedder.convolution."),
+    (r"^backbone\.bn1\.", "trunk.embedder.embedder.normalization."),
+    (r"\.downsample\.0\.", ".shortcut.convolution."),
+    (r"\.downsample\.1\.", ".shortcut.normalization."),
+)
+COUNTED = (  # from 1 -> from 0
+    (r"\.conv(\d)\.", ".layer.{}.convolution."),
+    (r"\.bn(\d)\.", ".layer.{}.normalization."),
+    (r"^backbone\.layer(\d)\.", "trunk.encoder.stages.{}.layers."),
+)
+
+class SSCDModel(nn.Module):
+    """A ResNet with generalized mean pooling, `(mean x³)^⅓` over positions, and a linear layer.
+
+    Args:
+        config: Of the ResNet; by default a ResNet-50, with the stride in the 3 × 3 convolutions, as in torchvision.
+        dimension: The size of the descriptor.
+    """
+
+    def __init__(self, config: ResNetConfig | None = None, dimension: int = 512) -> None:
+        super().__init__()
+        config = config or ResNetConfig()
+        widths: Any = config.hidden_sizes
+        self.trunk = ResNetModel(config)
+        self.head = nn.Linear(widths[-1], dimension)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return F.normalize(at_least_float32(self.head(self.pooled(pixels).to(pixels.dtype))), dim=-1)
+
+    def pooled(self, pixels: Tensor) -> Tensor:
+        found = at_least_float32(self.trunk(pixels).last_hidden_state)
+        return found.clamp_min(1e-6).pow(GEM_POWER).mean((-2, -1)).pow(1 / GEM_POWER)
+
+    def load_published(self, state: dict[str, Tensor], source: str) -> None:
+        load_strictly(self, {renamed(name): value for name, value in state.items()}, source)
+
+def renamed(name: str) -> str:
+    for pattern, replacement in RENAMED:
+        name = re.sub(pattern, replacement, name)
+    for pattern, replacement in COUNTED:
+        if found := re.search(pattern, name):
+            name = name.replace(found[0], replacement.format(int(found[1]) - 1))
+    return name
+
+@register_features("sscd")
+class SSCDFeatures(Features):
+    """Descriptor of SSCD, (B, 512), by which copies of an image are recognized: https://arxiv.org/abs/2202.10261.
+
+    A similarity, that is, cosine, above 0.75 is a copy with a precision of 90% among photographs, so it tells whether
+    images of a set repeat each other. The model is `sscd_disc_mixup`, which its authors recommend; the shorter side is
+    resized to 288. The weights are not on the Hub: download `sscd_disc_mixup.torchvision.pt` from
+    https://dl.fbaipublicfiles.com/sscd-copy-detection/ and pass the folder that contains it. Only tensors are read
+    from it, so no code of the file runs.
+
+    Args:
+        model: The ResNet with its head.
+    """
+
+    name = "sscd"
+    license = "mit"
+    weights_file = "sscd_disc_mixup.torchvision.pt"
+    published_at = "https://dl.fbaipublicfiles.com/sscd-copy-detection/"
+    parameter_count = 24_557_120
+    model: SSCDModel
+
+    def __init__(self, model: SSCDModel) -> None:
+        super().__init__(model=model)
+        self.image_transform = ImageTransform(
+            size=288, crop=None, mean=IMAGENET_MEAN, std=IMAGENET_STD, resample="bilinear"
+        )
+
+    def encode(self, images: Tensor) -> Tensor:
+        return self.model(self.image_transform(images).to(self.dtype))
+
+    @classmethod
+    def load(cls, checkpoint: str | None, hub: dict[str, Any]) -> "SSCDFeatures":
+        check_folder(cls, checkpoint)
+        path = checkpoint_path(str(checkpoint), str(cls.weights_file), hub)
+        with torch.device("meta"):
+            model = SSCDModel()
+        model.to_empty(device="cpu").load_published(read_state_dict(path), path.name)
+        return cls(model)
+
+# rewards/features/tiny_image.py
+
+TINY_EDGE = 32
+
+@register_features("tiny_image")
+class TinyImage(Features):
+    """The image resized to 32 × 32, divided by √3072, (B, 3072); the L2 distance is at most 1, from black to white.
+
+    `tiny_l2` of It's Never Too Late, https://arxiv.org/abs/2601.00090. Its released code, `as_released()`, resizes
+    without antialiasing: of each 16 × 16 pixels of a 512 × 512 image it reads four, and the others get no gradient.
+    Here all pixels count.
+    """
+
+    name = "tiny_image"
+    metric = "l2"
+    antialias = True
+
+    def encode(self, images: Tensor) -> Tensor:
+        size = (TINY_EDGE, TINY_EDGE)
+        pixels = resize(images, size, "bilinear", single_pass=True, antialias=self.antialias).flatten(1)
+        return pixels / math.sqrt(pixels.shape[1])
+
+    def as_released(self) -> "TinyImage":
+        released = TinyImage()
+        released.antialias = False
+        return released
 
 # rewards/contract/registry.py
 
@@ -2298,8 +2437,12 @@ class AutoFeatures:
         features = find_features(path)
         if features is not None:
             return features.from_pretrained(**hub, dtype=dtype, device=device)
-        published = (entry for entry in FEATURES.entries.values() if entry.default_checkpoint == path)
+        published = (entry for entry in FEATURES.entries.values() if is_published_as(path, entry))
         return next(published, ImageFeatures).from_pretrained(path, **hub, dtype=dtype, device=device)
+
+def is_published_as(path: str, features: type[Features]) -> bool:
+    in_folder = features.weights_file is not None and os.path.isfile(os.path.join(path, features.weights_file))
+    return in_folder or path == features.default_checkpoint
 
 def find_features(name_or_path: str) -> type[Features] | None:
     if name_or_path not in FEATURES.entries and is_checkpoint(name_or_path):
@@ -9659,6 +9802,70 @@ class PinkNoise(NoiseSampler):
         rows = torch.fft.fftfreq(height, dtype=torch.float64) * (self.reference_size or height)
         columns = torch.fft.rfftfreq(width, dtype=torch.float64) * (self.reference_size or width)
         return torch.hypot(rows[:, None], columns)
+
+@register_noise_sampler("blue")
+@dataclasses.dataclass(frozen=True)
+class BlueNoise(NoiseSampler):
+    """White noise with Fourier amplitudes scaled by (1 + f)^α, so that its power rises with frequency: `PinkNoise(-α)`.
+
+    f counts waves per side of the noise. By default each channel has mean 0 and unbiased variance 1.
+
+    Args:
+        alpha: α, at least 0. Far above f = 1 the power rises as f^2α. 0 is white noise that is still standardized.
+        reference_size: Side of the noise at which f is in waves per side, for the same spectrum per entry at all sizes;
+            above 0, or `None`, as for `PinkNoise`.
+        standardize: `False` scales by the standard deviation of the distribution, and keeps the means, so that the
+            noise is exactly Gaussian.
+
+    Raises:
+        ValueError: For arguments outside their ranges.
+    """
+
+    alpha: float = checked(0.2, "[0, inf)")
+    _: dataclasses.KW_ONLY
+    reference_size: float | None = checked(None, "(0, inf)")
+    standardize: bool = True
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    def color(self, white: torch.Tensor) -> torch.Tensor:
+        settings = {"reference_size": self.reference_size, "standardize": self.standardize}
+        return PinkNoise(-self.alpha, **settings).color(white)
+
+@register_noise_sampler("band_limited")
+@dataclasses.dataclass(frozen=True)
+class BandLimitedNoise(NoiseSampler):
+    """White noise restricted to the radial frequencies low <= ν <= high; its spectrum is flat there and 0 elsewhere.
+
+    ν = 2·√((u/H)² + (v/W)²) for u and v waves per side: 1 is the Nyquist frequency, half a wave per entry, and √2 the
+    corner of the spectrum, at any size. The phases are those of the white noise of the same generators. By default
+    each channel has mean 0 (ν = 0 is left out) and unbiased variance 1, so the power of white noise is distributed over
+    fewer frequencies.
+
+    Args:
+        low: At least 0; above 0 removes the layout.
+        high: Above `low`; the default of 1 removes the corners only, a fifth of the spectrum, and makes it isotropic.
+            Below 1 removes detail.
+        standardize: `False` scales by the standard deviation of the distribution, and keeps ν = 0 if `low` is 0, so
+            that the noise is exactly Gaussian.
+
+    Raises:
+        ValueError: For arguments outside their ranges, and in a call for sizes without frequencies in the band.
+    """
+
+    low: float = 0.0
+    high: float = 1.0
+    _: dataclasses.KW_ONLY
+    standardize: bool = True
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        checked_band((self.low, self.high))
+
+    def color(self, white: torch.Tensor) -> torch.Tensor:
+        settings = {"band": (self.low, self.high), "outside": "zero", "standardize": self.standardize}
+        return PinkNoise(0.0, reference_size=2.0, **settings).color(white)
 
 def expected_std(gain: torch.Tensor, height: int, width: int) -> torch.Tensor:
     copies = torch.full_like(gain, 2.0)  # `rfft2` omits the mirrored half of the columns

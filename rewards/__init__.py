@@ -27,6 +27,8 @@ from .features.image_features import (
     ImageFeatures,
 )
 from .features.lpips_features import LPIPSAlexFeatures, LPIPSFeatures
+from .features.pe_spatial_features import PESpatialFeatures
+from .features.sscd_features import SSCDFeatures
 from .features.tiny_image import TinyImage
 from .pixels.color_channel import ColorChannel
 from .pixels.image_detail import Complexity, Sharpness
@@ -87,6 +89,7 @@ __all__ = [
     "LPIPSFeatures",
     "NonDifferentiableReward",
     "NonFiniteReward",
+    "PESpatialFeatures",
     "PadTransform",
     "PairwiseDistance",
     "PairwiseDiversity",
@@ -94,6 +97,7 @@ __all__ = [
     "Reward",
     "RewardSum",
     "RewardSumOutput",
+    "SSCDFeatures",
     "SetReward",
     "SetRewardSum",
     "SetRewardSumOutput",

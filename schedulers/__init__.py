@@ -1,6 +1,8 @@
 """Samplers of the initial noise, and x0 prediction for every image scheduler of diffusers."""
 
 from .noise_samplers import (
+    BandLimitedNoise,
+    BlueNoise,
     CoupledNoise,
     NoiseSampler,
     PinkNoise,
@@ -13,6 +15,8 @@ from .variations import Vary
 from .x0_prediction import predict_x0
 
 __all__ = [
+    "BandLimitedNoise",
+    "BlueNoise",
     "CoupledNoise",
     "NoiseSampler",
     "PinkNoise",

@@ -1,4 +1,4 @@
-"""Samplers of the initial noise: white, pink and negatively coupled Gaussian noise."""
+"""Samplers of the initial noise: white, pink, blue, band-limited and negatively coupled Gaussian noise."""
 
 import dataclasses
 import inspect
@@ -224,6 +224,74 @@ class PinkNoise(NoiseSampler):
         rows = torch.fft.fftfreq(height, dtype=torch.float64) * (self.reference_size or height)
         columns = torch.fft.rfftfreq(width, dtype=torch.float64) * (self.reference_size or width)
         return torch.hypot(rows[:, None], columns)
+
+
+@register_noise_sampler("blue")
+@dataclasses.dataclass(frozen=True)
+class BlueNoise(NoiseSampler):
+    """White noise with Fourier amplitudes scaled by (1 + f)^α, so that its power rises with frequency: `PinkNoise(-α)`.
+
+    f counts waves per side of the noise. By default each channel has mean 0 and unbiased variance 1.
+
+    Args:
+        alpha: α, at least 0. Far above f = 1 the power rises as f^2α. 0 is white noise that is still standardized.
+        reference_size: Side of the noise at which f is in waves per side, for the same spectrum per entry at all sizes;
+            above 0, or `None`, as for `PinkNoise`.
+        standardize: `False` scales by the standard deviation of the distribution, and keeps the means, so that the
+            noise is exactly Gaussian.
+
+    Raises:
+        ValueError: For arguments outside their ranges.
+    """
+
+    alpha: float = checked(0.2, "[0, inf)")
+    _: dataclasses.KW_ONLY
+    reference_size: float | None = checked(None, "(0, inf)")
+    standardize: bool = True
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    def color(self, white: torch.Tensor) -> torch.Tensor:
+        """Map white noise `(B, C, H, W)` to blue noise, as `PinkNoise.color` does."""
+        settings = {"reference_size": self.reference_size, "standardize": self.standardize}
+        return PinkNoise(-self.alpha, **settings).color(white)
+
+
+@register_noise_sampler("band_limited")
+@dataclasses.dataclass(frozen=True)
+class BandLimitedNoise(NoiseSampler):
+    """White noise restricted to the radial frequencies low <= ν <= high; its spectrum is flat there and 0 elsewhere.
+
+    ν = 2·√((u/H)² + (v/W)²) for u and v waves per side: 1 is the Nyquist frequency, half a wave per entry, and √2 the
+    corner of the spectrum, at any size. The phases are those of the white noise of the same generators. By default
+    each channel has mean 0 (ν = 0 is left out) and unbiased variance 1, so the power of white noise is distributed over
+    fewer frequencies.
+
+    Args:
+        low: At least 0; above 0 removes the layout.
+        high: Above `low`; the default of 1 removes the corners only, a fifth of the spectrum, and makes it isotropic.
+            Below 1 removes detail.
+        standardize: `False` scales by the standard deviation of the distribution, and keeps ν = 0 if `low` is 0, so
+            that the noise is exactly Gaussian.
+
+    Raises:
+        ValueError: For arguments outside their ranges, and in a call for sizes without frequencies in the band.
+    """
+
+    low: float = 0.0
+    high: float = 1.0
+    _: dataclasses.KW_ONLY
+    standardize: bool = True
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        checked_band((self.low, self.high))
+
+    def color(self, white: torch.Tensor) -> torch.Tensor:
+        """Map white noise `(B, C, H, W)` to band-limited noise, as `PinkNoise.color` does."""
+        settings = {"band": (self.low, self.high), "outside": "zero", "standardize": self.standardize}
+        return PinkNoise(0.0, reference_size=2.0, **settings).color(white)
 
 
 def expected_std(gain: torch.Tensor, height: int, width: int) -> torch.Tensor:

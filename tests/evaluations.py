@@ -1,5 +1,8 @@
 """Evaluations made of numbers, without models."""
 
+import dataclasses
+from collections.abc import Callable
+
 from noiseopt.evaluation.plan import MethodChoice, ModelChoice, Plan
 from noiseopt.evaluation.prompt_sets import Prompt, PromptSet
 from noiseopt.evaluation.table import Results
@@ -38,3 +41,22 @@ def results(
                 for index in range(count)
             ]
     return Results(plan, units, {(name, choice.label): 7 for name in names for choice in choices})
+
+
+def set_of(
+    made: Results,
+    mss: Callable[[float, int], float] | None,
+    judge: bool = True,
+    distance: Callable[[float, int], float] | None = None,
+) -> Results:
+    """Return an evaluation of `results` with features: values by the gain of "red" and the index of the prompt."""
+    features = None if mss is None else "org/features"
+    more = () if distance is None else ("tiny_image",)
+    plan = dataclasses.replace(made.plan, features=features, more_features=more)
+    units = []
+    for unit in made.all_units():
+        gain = -unit["rewards"]["blue"][0]
+        measures = {"mss": mss, "distance tiny_image": distance}
+        found = {name: value(gain, unit["index"]) for name, value in measures.items() if value}
+        units.append({**unit, "set": {**unit["set"], **found}, "judge": unit["judge"] if judge else None})
+    return Results(plan, units, made.best_of)

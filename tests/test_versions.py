@@ -16,7 +16,7 @@ else:
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-EXTRAS = ("plots", "lpips", "dreamsim")
+EXTRAS = ("plots", "lpips", "dreamsim", "timm")
 BROUGHT_ALONG = {"numpy", "pil", "psutil", "huggingface-hub"}  # required by diffusers, accelerate and transformers
 UNTESTED = {"torch"}  # one release of it alone has a CPU build where the tests run
 

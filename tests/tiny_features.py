@@ -16,6 +16,7 @@ from transformers import (
     CLIPVisionModelWithProjection,
     Dinov2Config,
     Dinov2Model,
+    ResNetConfig,
 )
 
 from noiseopt.rewards import (
@@ -29,9 +30,13 @@ from noiseopt.rewards import (
     ImageTransform,
     LPIPSAlexFeatures,
     LPIPSFeatures,
+    PESpatialFeatures,
+    SSCDFeatures,
 )
+from noiseopt.rewards.features.sscd_features import SSCDModel
 
 TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+TINY_RESNET = ResNetConfig(embedding_size=4, hidden_sizes=[8, 16], depths=[1, 2])
 SHORTEST = {"size": {"shortest_edge": 36}, "crop_size": {"height": 32, "width": 32}}
 # the whole image, resized to what the processor in `publish_dinov2` crops the center of
 TRANSFORM = ImageTransform(
@@ -78,6 +83,21 @@ class FakeDreamSim(nn.Module):
         return (8 * self.trunk(pixels - 0.5)).tanh().mean((-2, -1)).squeeze() + 0.3
 
 
+class FakePESpatial(nn.Module):
+    """Stand-in for timm's model: a class token, then the patches of 512²."""
+
+    num_prefix_tokens = 1
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = randomized(lambda: nn.Conv2d(3, 12, 64, stride=64))
+
+    def forward_features(self, pixels: Tensor) -> Tensor:
+        assert pixels.shape[1:] == (3, 512, 512)
+        patches = (8 * self.trunk(pixels)).tanh().flatten(2).mT
+        return torch.cat([patches.mean(1, keepdim=True), patches], 1)
+
+
 def build_dinov2() -> Dinov2Model:
     return randomized(lambda: Dinov2Model(Dinov2Config(**TOWER, image_size=32, patch_size=8)))
 
@@ -96,6 +116,47 @@ def build_clip_tower() -> CLIPVisionModelWithProjection:
     return tower
 
 
+@torch.no_grad()
+def build_sscd() -> SSCDModel:
+    """The published weights, with a head that removes what all images have in common, as trained ones do."""
+    model = randomized(lambda: SSCDModel(TINY_RESNET, 12))
+    model.load_published(published_sscd(), "made weights")
+    noise = torch.randn(4, 3, 288, 288, generator=torch.Generator().manual_seed(9))
+    common = F.normalize(model.pooled(noise).mean(0), dim=0)
+    model.head.weight -= torch.outer(model.head.weight @ common, common)
+    model.head.bias.zero_()
+    return model
+
+
+def published_sscd(channels: tuple[int, ...] = (8, 16), depths: tuple[int, ...] = (1, 2), size: int = 12):
+    """Random weights of a tiny SSCD, by the names of torchvision's ResNet."""
+    generator, state = torch.Generator().manual_seed(3), {}
+
+    def convolution(name: str, norm: str, out: int, into: int, kernel: int) -> None:
+        scale = (2 / (into * kernel**2)) ** 0.5
+        state[f"{name}.weight"] = scale * torch.randn(out, into, kernel, kernel, generator=generator)
+        state[f"{norm}.weight"] = 0.5 + torch.rand(out, generator=generator)
+        state[f"{norm}.running_var"] = 0.5 + torch.rand(out, generator=generator)
+        state[f"{norm}.running_mean"] = 0.1 * torch.randn(out, generator=generator)
+        # mostly below 0, because means of many activations hardly tell noise from noise
+        state[f"{norm}.bias"] = 0.1 * torch.randn(out, generator=generator) - 0.85
+        state[f"{norm}.num_batches_tracked"] = torch.tensor(7)
+
+    convolution("backbone.conv1", "backbone.bn1", 4, 3, 7)
+    into = 4
+    for stage, (out, depth) in enumerate(zip(channels, depths, strict=True), 1):
+        for number in range(depth):
+            layer, inner = f"backbone.layer{stage}.{number}", out // 4
+            for place, (to, of, kernel) in enumerate(((inner, into, 1), (inner, inner, 3), (out, inner, 1)), 1):
+                convolution(f"{layer}.conv{place}", f"{layer}.bn{place}", to, of, kernel)
+            if into != out:
+                convolution(f"{layer}.downsample.0", f"{layer}.downsample.1", out, into, 1)
+            into = out
+    state["backbone.fc.weight"] = torch.randn(size, into, generator=generator) / into**0.5
+    state["backbone.fc.bias"] = 0.1 * torch.randn(size, generator=generator)
+    return state
+
+
 TINY_FEATURES: dict[str, Callable[[], Features]] = {
     "clip": lambda: CLIPFeatures(build_clip_tower(), ImageTransform(size=32, crop=(32, 32))),
     "dinov2": lambda: DINOv2Features(build_dinov2(), TRANSFORM),
@@ -104,6 +165,8 @@ TINY_FEATURES: dict[str, Callable[[], Features]] = {
     "dreamsim_dino": lambda: DreamSimDINOFeatures(FakeDreamSim()),
     "lpips": lambda: LPIPSFeatures(FakeLPIPS()),
     "lpips_alex": lambda: LPIPSAlexFeatures(FakeLPIPS()),
+    "pe_spatial": lambda: PESpatialFeatures(FakePESpatial()),
+    "sscd": lambda: SSCDFeatures(build_sscd()),
 }
 
 

@@ -27,10 +27,11 @@ class AutoFeatures:
 
         Args:
             name_or_path: A registered name loads those features with their default checkpoint; it takes precedence
-                over a folder of the same name. A Hub id or folder loads its vision model, with one vector per image.
+                over a folder of the same name. A Hub id or folder loads its vision model, with one vector per image,
+                and a folder with the weights file of registered features (SSCD) those.
 
-        The keyword arguments are those of `Features.from_pretrained`. Features from a package (LPIPS, DreamSim) are
-        not on the Hub and use `cache_dir` at most.
+        The keyword arguments are those of `Features.from_pretrained`. Features from a package (LPIPS,
+        DreamSim, PE-Spatial) use `cache_dir` at most.
 
         Raises:
             ValueError: For an unknown name, or a checkpoint whose image processor has no differentiable equivalent.
@@ -41,8 +42,14 @@ class AutoFeatures:
         features = find_features(path)
         if features is not None:
             return features.from_pretrained(**hub, dtype=dtype, device=device)
-        published = (entry for entry in FEATURES.entries.values() if entry.default_checkpoint == path)
+        published = (entry for entry in FEATURES.entries.values() if is_published_as(path, entry))
         return next(published, ImageFeatures).from_pretrained(path, **hub, dtype=dtype, device=device)
+
+
+def is_published_as(path: str, features: type[Features]) -> bool:
+    """Return whether a Hub id is the default checkpoint of features, or a folder has their weights file."""
+    in_folder = features.weights_file is not None and os.path.isfile(os.path.join(path, features.weights_file))
+    return in_folder or path == features.default_checkpoint
 
 
 def find_features(name_or_path: str) -> type[Features] | None:

@@ -33,6 +33,9 @@ class Features(FrozenModule):
         license: The license of the weights.
         default_checkpoint: The Hub id that `from_pretrained()` loads, or None.
         package: The optional package that provides the weights instead; noiseopt's extra has the same name.
+        weights_file: The file with the weights, if they are neither on the Hub nor of a package. A folder that contains
+            it is a checkpoint.
+        published_at: The address of that file.
         parameter_count: The number of parameters of the default weights.
     """
 
@@ -42,6 +45,8 @@ class Features(FrozenModule):
     license: str | None = None
     default_checkpoint: str | None = None
     package: str | None = None
+    weights_file: str | None = None
+    published_at: str | None = None
     parameter_count: int | None = None
 
     def forward(self, images: Tensor) -> Tensor:
@@ -121,6 +126,15 @@ def check_no_checkpoint(features: type[Features], checkpoint: str | None) -> Non
         raise ValueError(
             f"Expected no checkpoint for the features '{features.name}', but got {checkpoint!r}. They have no weights "
             "or get them from a package. Omit the checkpoint."
+        )
+
+
+def check_folder(features: type[Features], checkpoint: str | None) -> None:
+    """Raise `ValueError` if no folder is given for features whose weights are a file to download."""
+    if checkpoint is None and features.weights_file is not None:
+        raise ValueError(
+            f"Expected a folder for the features '{features.name}', whose weights are not on the Hub, but got only the "
+            f"name. Download {features.weights_file} from {features.published_at} and pass the folder that contains it."
         )
 
 

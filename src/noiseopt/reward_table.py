@@ -259,5 +259,21 @@ ROWS = (
         parameters=2_470_848,
         package="lpips",
     ),
+    Row(
+        "pe_spatial",
+        "layout, patches of PE-Spatial",
+        "features",
+        license="apache-2.0",
+        parameters=86_433_792,
+        package="timm",
+    ),
+    Row(
+        "sscd",
+        "copies of an image: SSCD",
+        "features",
+        weights_file="sscd_disc_mixup.torchvision.pt",
+        license="mit",
+        parameters=24_557_120,
+    ),
     Row("tiny_image", "colors and layout: 32 × 32 pixels", "features"),
 )

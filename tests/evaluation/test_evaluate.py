@@ -22,8 +22,10 @@ from noiseopt import shapes_world
 from noiseopt.cli import main
 from noiseopt.evaluation import evaluate as evaluation
 from noiseopt.evaluation.command import FIRST_LOOK, add_evaluate, plan_of
+from noiseopt.evaluation.plan import slug
 from noiseopt.evaluation.unit import Studio, Unit
 from noiseopt.pipelines.result_folder import only_writer
+from noiseopt.rewards import TinyImage
 
 PROMPTS = ["a cyan square below a red cross", "two green circles", "a yellow star"]
 UNITS = 3 * len(PROMPTS)  # plain, best-of-N and ReNO
@@ -67,14 +69,16 @@ def units(folder: Path) -> list[dict]:
 def test_every_file_is_there_and_named(alone):
     folder, printed = alone
     names = ["table.md", "table.csv", "cost.md", "cost.csv", "results.json", "settings.json", "accuracy.png"]
-    for name in [*names, "reward_vs_seconds.png", "spectrum.png", "grid_turbo.png"]:
+    for name in [*names, "reward_vs_seconds.png", "spectrum.png", "plane.png", "grid_turbo.png"]:
         assert (folder / name).is_file() and f"wrote {folder / name}" in printed
     assert max(len(line) for line in printed.split("\n") if str(folder) not in line) <= 80
     assert "best-of-2 for reno:steps=2" in printed and "Differences on the same prompts" in printed
     assert not list(folder.rglob(".part-*"))
 
 
-@pytest.mark.parametrize("name", ["accuracy.png", "reward_vs_seconds.png", "spectrum.png", "grid_turbo.png"])
+@pytest.mark.parametrize(
+    "name", ["accuracy.png", "reward_vs_seconds.png", "spectrum.png", "plane.png", "grid_turbo.png"]
+)
 def test_figures_show_something(alone, name):
     with Image.open(alone[0] / name) as picture:
         assert 500 < picture.width < 4000 and 300 < picture.height < 4000
@@ -111,6 +115,34 @@ def test_costs_are_those_of_the_methods(alone):
     assert calls == {"plain": 1, "best-of-2 for reno:steps=2": 3, "reno:steps=2": 3}  # one to draw the result
     assert float(costs["reno:steps=2"]["seconds per image"]) > float(costs["plain"]["seconds per image"])
     assert costs["best-of-2 for reno:steps=2"]["time / method's"] and not costs["plain"]["time / method's"]
+
+
+def test_noise_samplers_and_features_are_dimensions_of_an_evaluation(prompts, tmp_path):
+    """In the folder: each combination, measured by each of the features, from the noise of its sampler."""
+    more = ["--noise-sampler", "white", "--noise-sampler", "blue:alpha=1.0", "--limit", "1", "--seeds", "3"]
+    features = [part for name in ("tiny_image", "dinov2", "clip") for part in ("--features", name)]
+    main([*command(tmp_path / "folder", prompts), *more, *features])
+    blue = "noise_sampler={'name': 'blue', 'alpha': 1.0}"
+    keys = ["plain", f"plain:{blue}", "best-of-N for reno:steps=2", "reno:steps=2"]
+    keys += [f"best-of-N for reno:steps=2,{blue}", f"reno:steps=2,{blue}"]
+    found = {unit["method"]: unit for unit in units(tmp_path / "folder")}
+    assert sorted(found) == sorted(keys)
+    for key, unit in found.items():
+        assert (unit["noise"]["spectral_slope"] > 1) == (blue in key)
+        assert {"mss", "vendi", "distance tiny_image", "mss clip", "vendi clip"} < unit["set"].keys()
+        image = [picture(path) for path in sorted(tmp_path.glob(f"folder/units/*/{slug(key)}/*.png"))]
+        pairs = [(image[a] - image[b]).square().sum().sqrt() for a, b in ((0, 1), (0, 2), (1, 2))]
+        assert unit["set"]["distance tiny_image"] == pytest.approx(float(sum(pairs)) / 3, rel=0.02)
+    text = (tmp_path / "folder" / "table.md").read_text(encoding="utf-8")
+    assert "| MSS (n = 1) | Vendi (n = 1) |" in text and "| distance (tiny_image) (n = 1) |" in text
+    assert "On the Pareto front of right, % and 1 − MSS (dinov2), on turbo: " in text
+
+
+def picture(path: Path) -> torch.Tensor:
+    """Return an image as tiny features."""
+    with Image.open(path) as file:
+        pixels = torch.tensor(list(file.convert("RGB").tobytes())).view(1, *file.size[::-1], 3).movedim(3, 1) / 255
+    return TinyImage()(pixels)
 
 
 @pytest.mark.slow
@@ -277,6 +309,9 @@ def test_models_and_prompts_of_the_real_world(tmp_path, capsys):
         (["--prompts", "{file}"], "prompts.txt:2: Expected a prompt of the shapes world, but got 'a cat'"),
         (["--seeds", "0"], "Expected an integer of 1 or more, but got '0'"),
         (["--model", "org/model", "--prompts", "{file}"], "at least one `--reward`"),
+        (["--noise-sampler", "pinc"], "Did you mean 'pink'"),
+        (["--noise-sampler", "pink", "--call", "noise_sampler=blue"], "Expected no noise_sampler in `--call`"),
+        (["--features", "clip", "--features", "none"], "Expected `--features none` alone"),
         (["--call", "steps"], "Expected settings such as"),
     ],
 )

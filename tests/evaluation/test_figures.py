@@ -3,7 +3,7 @@
 import itertools
 
 import pytest
-from evaluations import results
+from evaluations import results, set_of
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
@@ -11,6 +11,7 @@ from PIL import Image
 
 from noiseopt.evaluation import figures
 from noiseopt.evaluation.folder import EvaluationFolder
+from noiseopt.evaluation.plane import plane_of
 from noiseopt.evaluation.unit import image_path
 from noiseopt.plots import MARGIN, Page
 
@@ -67,6 +68,41 @@ def test_panels_leave_no_hole_and_legends_show_what_the_plot_has(draw, names, pa
     shown = {(line.get_marker(), line.get_color()) for line in axes[0].lines if len(line.get_xdata()) != 2}
     (legend,) = (each.get_legend() for each in page[0].figure.axes if each.get_legend())
     assert {(line.get_marker(), line.get_color()) for line in legend.get_lines()} == shown
+    check_inside(page[0])
+
+
+SAMPLED = ("plain:noise_sampler=pink", "reno", "reno:noise_sampler=pink", "cno", "cno:noise_sampler=pink")
+
+
+def test_a_method_from_another_noise_has_its_color_and_another_shape_and_dash():
+    found = results(2, *SAMPLED)
+    styles = {contender.key: figures.mark(found, contender) for contender in found.plan.contenders}
+    for name in ("plain", "reno", "best-of-N for cno"):
+        white, pink = styles[name], styles[f"{name}:noise_sampler=pink"]
+        assert white["color"] == pink["color"] and white["marker"] != pink["marker"]
+    looks = {(style["marker"], style["color"], style["markerfacecolor"]) for style in styles.values()}
+    assert len(looks) == len(styles) == 10
+    dashes = {contender.key: style["linestyle"] for contender, style in figures.lines(found)}
+    assert dashes["reno"] == "-" and dashes["reno:noise_sampler=pink"] != "-"
+
+
+@pytest.mark.parametrize("names", [("turbo",), ("turbo", "sdxl")])
+@pytest.mark.parametrize("methods", [("reno",), SAMPLED])
+def test_the_plane_labels_each_contender_and_draws_the_front(methods, names, page, tmp_path):
+    found = set_of(results(6, *methods, names=names), mss=lambda gain, index: 0.2 + 0.3 * gain + 0.02 * index)
+    figures.draw_planes(found, tmp_path / "plane.png")
+    for axes in panels(page[0]):
+        labels = [text.get_text() for text in axes.texts]
+        assert len(labels) == len(set(labels)) == len(found.plan.contenders)
+        boxes = [text.get_window_extent() for text in axes.texts]
+        assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+        front = next(line for line in axes.lines if line.get_color() == figures.MUTED)
+        ringed = [line for line in axes.lines if line.get_markersize() == figures.RING["markersize"]]
+        spots = plane_of(found, names[0]).spots
+        expected = {(spot.diversity.value, 100 * spot.quality.value) for spot in spots if spot.on_front}
+        assert set(zip(*front.get_data(), strict=True)) == expected and len(expected) > 1
+        assert {point for line in ringed for point in zip(*line.get_data(), strict=True)} == expected
+        assert list(front.get_data()[0]) == sorted(front.get_data()[0])
     check_inside(page[0])
 
 

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from noiseopt import BestOfN, ReNO, shapes_world
-from noiseopt.evaluation.command import weighted
+from noiseopt.evaluation.command import split_features, weighted
 from noiseopt.evaluation.embedded_diversity import embedded_diversity, towers_of
 from noiseopt.evaluation.evaluate import Evaluation
 from noiseopt.evaluation.folder import CannotEvaluate, differences
@@ -22,6 +22,7 @@ from noiseopt.evaluation.plan import (
     parse_settings,
     reference_files,
     slug,
+    with_noise_samplers,
 )
 from noiseopt.evaluation.prompt_sets import Prompt, PromptSet, load_prompts
 from noiseopt.pipelines.baselines.plain_sampling import PlainSampling
@@ -169,6 +170,9 @@ def test_references_that_are_lost_meanwhile_are_named(tmp_path):
         ({"watched": ("clipscor",)}, "Did you mean 'clipscore'"),
         ({"features": "dino"}, "Expected a feature map out of .*but got 'dino'. Did you mean"),
         ({"features": "tiny_image"}, "compared by cosine.*'tiny_image' uses the l2 distance"),
+        ({"features": "clip", "more_features": ("lpips", "clip")}, "Expected each feature map once, but got 'clip' 2"),
+        ({"more_features": ("sscd",)}, "Download sscd_disc_mixup.torchvision.pt from .* and pass the folder"),
+        ({"more_features": ("dino",)}, "Expected a feature map out of .*but got 'dino'. Did you mean"),
         ({"references": "no such folder"}, "Expected a folder of images"),
         ({"device": "abacus"}, "Expected a device that this machine has, but got 'abacus'"),
         ({"prompts": PromptSet("none", ())}, "Expected at least one prompt"),
@@ -211,16 +215,16 @@ def test_names_of_folders_are_safe_and_distinct():
 
 def test_the_embedded_towers_have_their_names_among_embedded_models_only():
     real = (ModelChoice.parse("some/model", {}),)
-    assert plan(features="dinov2").features_are_embedded and plan(features="clip").features_are_embedded
-    assert not plan(features="dinov2", models=real, rewards=(("red", 1.0),)).features_are_embedded
-    assert not plan(features="dinov2_patch").features_are_embedded
-    assert not plan(features="facebook/dinov2-base").features_are_embedded
+    assert all(map(plan().is_tower, ("dinov2", "clip")))
+    assert not plan(models=real, rewards=(("red", 1.0),)).is_tower("dinov2")
+    assert not any(map(plan().is_tower, ("dinov2_patch", "facebook/dinov2-base", None)))
 
 
 def test_features_of_a_package_that_is_not_there_are_refused_before_anything_runs(monkeypatch):
     monkeypatch.setitem(sys.modules, "dreamsim", None)
-    with pytest.raises(ValueError, match=r"Expected the package `dreamsim`.*pip install noiseopt\[dreamsim\]"):
-        plan(features="dreamsim")
+    for asked in ({"features": "dreamsim"}, {"more_features": ("dreamsim",)}):
+        with pytest.raises(ValueError, match=r"Expected the package `dreamsim`.*pip install noiseopt\[dreamsim\]"):
+            plan(**asked)
 
 
 def test_diversity_is_read_and_refused_before_anything_is_loaded():
@@ -259,7 +263,7 @@ def test_on_embedded_models_diversity_is_that_of_the_embedded_towers():
     ],
 )
 def test_features_whose_tower_is_optimized_are_known(method, features, expected):
-    assert plan(methods=(MethodChoice.parse(method),), features=features).features_are_optimized is expected
+    assert plan(methods=(MethodChoice.parse(method),)).optimizes(features) is expected
 
 
 def test_a_callback_per_denoising_step_is_a_contender_without_rewards_or_control():
@@ -343,3 +347,50 @@ def test_a_noise_sampler_is_a_setting_of_a_method_and_of_the_call():
 def test_settings_that_a_callback_does_not_take_are_refused(text, message):
     with pytest.raises(ValueError, match=message):
         MethodChoice.parse(text)
+
+
+def test_noise_samplers_are_a_dimension_beside_plain_sampling_and_methods_as_they_are():
+    asked = with_noise_samplers(["cno", "best_of_n:steps=2", "reno:noise_sampler=blue"], ["white", "pink"])
+    labels = ["plain:noise_sampler=pink", "cno", "cno:noise_sampler=pink", "best_of_n:steps=2"]
+    labels += ["best_of_n:steps=2,noise_sampler=pink", "reno:noise_sampler=blue"]
+    assert [choice.label for choice in asked] == labels
+    assert asked == tuple(map(MethodChoice.parse, labels))
+    assert [choice.label for choice in with_noise_samplers(["reno"], ["white"])] == ["reno"]
+    (plain, reno) = with_noise_samplers(["reno:steps=3"], ["pink:alpha=0.3"])
+    assert plain.label == "plain:noise_sampler={'name': 'pink', 'alpha': 0.3}"
+    assert reno.settings == {"steps": 3, "noise_sampler": {"name": "pink", "alpha": 0.3}}
+
+
+def test_plain_sampling_from_another_distribution_is_a_contender_without_rewards_or_control():
+    choice = MethodChoice.parse("plain:noise_sampler=pink")
+    assert not (choice.takes_rewards or choice.has_control or choice.diversity or choice.features)
+    assert isinstance(choice.build("red"), PlainSampling) and choice.callback([3]) is None
+    contenders = plan(methods=(choice,)).contenders  # of a model of one step
+    assert contenders[0] == PLAIN and [each.key for each in contenders[1:]] == ["plain:noise_sampler=pink"]
+    for text, expected in (("plain", "which is compared anyway"), ("plain:steps=2", "settings of plain out of noise_")):
+        with pytest.raises(ValueError, match=expected):
+            MethodChoice.parse(text)
+
+
+@pytest.mark.parametrize("text", ["pinc", "pink:beta=1", "pink:alpha=x", "white:alpha=1", "band_limited:low=2,high=1"])
+def test_a_noise_sampler_that_there_is_not_is_refused(text):
+    with pytest.raises(ValueError, match="Expected a noise sampler in '--noise-sampler': Expected"):
+        with_noise_samplers(["reno"], [text])
+
+
+def test_the_first_features_that_are_compared_by_cosine_are_the_embedding():
+    assert split_features(["dinov2"]) == ("dinov2", ())
+    assert split_features(["lpips", "org/model", "clip"]) == ("org/model", ("lpips", "clip"))
+    assert split_features(["lpips", "tiny_image"]) == (None, ("lpips", "tiny_image"))
+    assert split_features(["none"]) == (None, ())
+    with pytest.raises(ValueError, match="`--features none` alone, but got none, clip"):
+        split_features(["none", "clip"])
+    with pytest.raises(ValueError, match="Did you mean 'clip'"):
+        split_features(["clipp"])
+
+
+def test_folders_of_plans_with_one_embedding_keep_their_settings():
+    settings = plan(features="dinov2").settings("cpu")
+    assert settings["features"] == "dinov2" and "more features" not in settings
+    more = plan(features="dinov2", more_features=("clip",)).settings("cpu")
+    assert differences(settings, more) == ["more features was None and is ['clip']"]

@@ -10,6 +10,8 @@ from problems import generator
 from noiseopt import PinkNoise
 from noiseopt.evaluation.noise_statistics import frequencies, gaussian_limits, noise_statistics
 from noiseopt.schedulers import (
+    BandLimitedNoise,
+    BlueNoise,
     CoupledNoise,
     NoiseSampler,
     WhiteNoise,
@@ -19,7 +21,14 @@ from noiseopt.schedulers import (
 )
 
 SHAPES = [(2, 4, 16, 16), (3, 2, 7, 10), (2, 1, 5, 9), (1, 3, 1, 8), (2, 1, 4, 8, 6)]
-SAMPLERS = [WhiteNoise(), PinkNoise(0.2), PinkNoise(-0.4, reference_size=64), CoupledNoise()]
+SAMPLERS = [
+    WhiteNoise(),
+    PinkNoise(0.2),
+    PinkNoise(-0.4, reference_size=64),
+    BlueNoise(),
+    BandLimitedNoise(0.2, 0.9),
+    CoupledNoise(),
+]
 
 
 def white(*shape: int, seed: int = 0, dtype=torch.float64) -> torch.Tensor:
@@ -144,6 +153,62 @@ def test_noise_of_a_band_alone():
     assert power[~inside].max() < 1e-20 * power[inside].mean() and power[inside].min() > 0
 
 
+def blue_power(height: int, width: int, alpha: float) -> torch.Tensor:
+    return (1 + frequencies(height, width)) ** (2 * alpha)
+
+
+def nyquists(height: int, width: int) -> torch.Tensor:
+    """Radial frequency of each entry of `fft2`, 1 for half a wave per entry."""
+    u, v = torch.fft.fftfreq(height, dtype=torch.float64), torch.fft.fftfreq(width, dtype=torch.float64)
+    return 2 * (u[:, None].square() + v.square()).sqrt()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("alpha", [0.0, 0.2, 1.5])
+def test_blue_noise_is_pink_noise_of_the_other_sign(shape, alpha):
+    noise = white(*shape)
+    torch.testing.assert_close(BlueNoise(alpha).color(noise), paper_pink(noise, -alpha))
+
+
+@pytest.mark.parametrize("size", [(16, 16), (15, 22), (9, 7)])
+@pytest.mark.parametrize("alpha", [0.3, 1.0])
+def test_power_of_blue_noise_rises_with_frequency_by_its_closed_form(size, alpha):
+    """Each of 4000 · 2 powers is exponential, so that their mean has a standard error of 1.1%."""
+    noise = BlueNoise(alpha, standardize=False)((4000, 2, *size), generator()).double()
+    power = torch.fft.fft2(noise, norm="ortho").abs().square().mean((0, 1))
+    wanted = blue_power(*size, alpha)
+    torch.testing.assert_close(power, wanted / wanted.mean(), rtol=0.08, atol=0)
+    assert float(noise.var()) == pytest.approx(1, rel=0.01)
+
+
+@pytest.mark.parametrize("shape", [(3, 2, 16, 16), (2, 3, 15, 22), (2, 2, 9, 7), (2, 1, 4, 8, 6)])
+@pytest.mark.parametrize("band", [(0.0, 1.0), (0.3, 0.9), (0.5, 2.0)])
+def test_band_limited_noise_is_white_noise_without_the_other_frequencies(shape, band):
+    noise = white(*shape)
+    found, nu = BandLimitedNoise(*band).color(noise), nyquists(*shape[-2:])
+    inside = (nu >= band[0]) & (nu <= band[1]) & (nu > 0)
+    assert 0 < inside.sum() < inside.numel()
+    kept = torch.fft.ifft2(torch.fft.fft2(noise) * inside).real
+    torch.testing.assert_close(found, kept / kept.std((-2, -1), keepdim=True))
+    torch.testing.assert_close(found.var((-2, -1)), torch.ones(shape[:-2], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("size", [(16, 16), (15, 9)])
+def test_the_spectrum_of_band_limited_noise_is_flat_at_the_power_that_gives_variance_1(size):
+    noise = BandLimitedNoise(0, 0.6, standardize=False)((4000, 2, *size), generator()).double()
+    power, inside = torch.fft.fft2(noise, norm="ortho").abs().square().mean((0, 1)), nyquists(*size) <= 0.6
+    wanted = torch.where(inside, inside.numel() / inside.sum(), 0.0).double()
+    torch.testing.assert_close(power, wanted, rtol=0.08, atol=1e-10)
+    assert inside[0, 0] and float(noise.square().mean()) == pytest.approx(1, rel=0.02)
+
+
+def test_the_band_removes_the_corners_by_default_at_any_size():
+    for side in (8, 16, 64, 65):
+        nu, gain = nyquists(side, side), BandLimitedNoise().color(white(1, 1, side, side))
+        power = torch.fft.fft2(gain).abs().square()[0, 0]
+        assert (power[(nu <= 1) & (nu > 0)] > 0).all() and power[nu > 1].max() < 1e-18 * power.max()
+
+
 @pytest.mark.parametrize("sampler", SAMPLERS, ids=lambda sampler: sampler.name)
 def test_a_seed_gives_one_noise_and_leaves_the_generator_as_white_noise_does(sampler):
     first, second, plain = generator(5), generator(5), generator(5)
@@ -154,7 +219,7 @@ def test_a_seed_gives_one_noise_and_leaves_the_generator_as_white_noise_does(sam
     assert torch.equal(first.get_state(), plain.get_state())
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS[:3], ids=lambda sampler: sampler.name)
+@pytest.mark.parametrize("sampler", SAMPLERS[:-1], ids=lambda sampler: sampler.name)
 def test_a_sample_with_a_generator_of_its_own_is_independent_of_the_batch(sampler):
     batch = sampler((3, 4, 8, 10), [generator(seed) for seed in range(3)])
     for seed in range(3):
@@ -216,7 +281,7 @@ def test_groups_are_coupled_apart_from_each_other():
 
 
 def test_samplers_are_found_by_name_and_described_as_they_are_given():
-    assert {"coupled", "pink", "white"} <= set(list_noise_samplers())
+    assert {"band_limited", "blue", "coupled", "pink", "white"} <= set(list_noise_samplers())
     assert as_noise_sampler(None) is None and as_noise_sampler("pink") == PinkNoise(0.2)
     for sampler in (*SAMPLERS, PinkNoise(0.1, band=[1, 8]), CoupledNoise(groups=[0, 0])):
         assert as_noise_sampler(sampler.describe()) == sampler and as_noise_sampler(sampler) is sampler
@@ -246,6 +311,12 @@ BAD_INPUT = {
     "outside": (lambda: PinkNoise(band=(1, 2), outside="none"), ValueError, "`outside`"),
     "outside of no band": (lambda: PinkNoise(outside="zero"), ValueError, "Expected a `band`"),
     "empty band": (lambda: PinkNoise(band=(40, 50), outside="zero")((1, 4, 8, 8)), ValueError, "Widen it"),
+    "blue of alpha below 0": (lambda: BlueNoise(-0.2), ValueError, r"`alpha` to be a number in \[0, inf\)"),
+    "reference size of blue": (lambda: BlueNoise(reference_size=-1), ValueError, "`reference_size`"),
+    "turned band": (lambda: BandLimitedNoise(0.5, 0.5), ValueError, "0 <= low < high, but got .0.5, 0.5."),
+    "text for low": (lambda: BandLimitedNoise("0", 1), ValueError, "0 <= low < high"),
+    "band below all": (lambda: BandLimitedNoise(0.01, 0.02)((1, 4, 8, 8)), ValueError, "8×8 noise, .*Widen it"),
+    "packed blue": (lambda: BlueNoise()((1, 64, 16)), ValueError, "before it is packed"),
     "packed": (lambda: PinkNoise()((1, 64, 16)), ValueError, "before it is packed"),
     "one entry": (lambda: PinkNoise()((1, 4, 1, 1)), ValueError, r"\(B, C, H, W\)"),
     "generators": (lambda: PinkNoise()((3, 4, 8, 8), [generator()] * 2), ValueError, "one for each of 3"),
@@ -256,7 +327,7 @@ BAD_INPUT = {
     "a batch of one": (lambda: CoupledNoise()((1, 4, 8, 8)), ValueError, "num_images_per_prompt=2"),
     "an incomplete group": (lambda: CoupledNoise(2)((3, 4, 8, 8)), ValueError, "groups of 2"),
     "groups of another batch": (lambda: CoupledNoise(groups=[0, 0])((3, 1, 2, 2)), ValueError, "`groups` of 3"),
-    "unknown name": (lambda: as_noise_sampler("brown"), ValueError, "'coupled', 'pink', 'vary', 'white'"),
+    "unknown name": (lambda: as_noise_sampler("brown"), ValueError, "'blue', 'coupled', 'pink', 'vary', 'white'"),
     "settings in the name": (lambda: as_noise_sampler("pink:0.3"), ValueError, '"alpha": 0.3'),
     "no name": (lambda: as_noise_sampler({"alpha": 0.3}), ValueError, "Expected a noise sampler out of .*got .None."),
     "unknown setting": (lambda: as_noise_sampler({"name": "pink", "alfa": 0.3}), ValueError, r"\['alfa'\]"),

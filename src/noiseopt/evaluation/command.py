@@ -27,7 +27,8 @@ results, in the folder given by --output:
                          of the noise, and paired differences, with 95% bootstrap intervals over prompts
   cost.md, cost.csv      seconds, model calls and memory, which vary between runs
   results.json           everything, including the numbers of each image
-  *.png                  accuracy (or rewards), reward against seconds, spectrum of the noise, images side by side
+  *.png                  accuracy (or rewards), quality against diversity with the Pareto front, reward against seconds,
+                         spectrum of the noise, images side by side
   units/                 finished units: noise, images and numbers of each model, method and prompt
 
 After an interruption the same command continues. A command with more methods, models or prompts adds to the folder
@@ -40,6 +41,7 @@ a table elsewhere, pass the printed N as --best-of.
 examples:
   noiseopt evaluate --method reno --method "cno:gradient=full,gamma=1.0" --limit 48
   noiseopt evaluate --model turbo --model guided --prompts held-out --seeds 4 --output results
+  noiseopt evaluate --method cno --noise-sampler white --noise-sampler pink --features dinov2 --features clip --seeds 4
   noiseopt evaluate --model stabilityai/sdxl-turbo --call num_inference_steps=1,guidance_scale=0.0 \\
       --prompts prompts.txt --reward clipscore --watch imagereward
 """
@@ -77,6 +79,14 @@ def add_subject(parser: argparse.ArgumentParser) -> None:
         help="method with settings, such as 'reno:steps=20' or 'reno:noise_sampler=pink', or what steers the denoising "
         "steps: cads, particle_guidance, interval_guidance, reward_guidance, embedding_noise, diversity_boost; "
         "repeatable (default: reno)",
+    )
+    group.add_argument(
+        "--noise-sampler",
+        action="append",
+        dest="noise_samplers",
+        metavar="NAME[:SETTING=VALUE,...]",
+        help="distribution of the initial noise, with which plain sampling and each method run too: white, pink, blue, "
+        "band_limited, coupled, or with settings 'pink:alpha=0.3'; repeatable (default: white)",
     )
     group.add_argument(
         "--prompts",
@@ -119,9 +129,12 @@ def add_measures(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--features",
+        action="append",
         metavar="NAME",
-        help="embedding for similarity, Vendi score and coverage: dinov2, dinov2_patch, clip, dreamsim, Hub id, folder "
-        "or none (default: facebook/dinov2-base; the embedded dinov2 if all models are embedded)",
+        help="embedding for similarity, Vendi score and coverage: dinov2, dinov2_patch, clip, dreamsim, pe_spatial, "
+        "Hub id, folder (for sscd, that of its weights) or none; others, such as lpips, add their own similarity and "
+        "Vendi score, or mean distance; repeatable (default: facebook/dinov2-base; the embedded dinov2 if all models "
+        "are embedded)",
     )
     group.add_argument(
         "--references",
@@ -164,7 +177,7 @@ def evaluate(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> 
 
 def plan_of(arguments: argparse.Namespace) -> "Plan":
     """Build the plan. Raises `ValueError` or `OSError` for invalid arguments."""
-    from .plan import HELD_OUT_FEATURES, MethodChoice, ModelChoice, Plan, parse_settings
+    from .plan import HELD_OUT_FEATURES, ModelChoice, Plan, parse_settings, with_noise_samplers
     from .prompt_sets import load_prompts
 
     limit = arguments.limit or (None if arguments.prompts else FIRST_LOOK)
@@ -174,21 +187,40 @@ def plan_of(arguments: argparse.Namespace) -> "Plan":
     rewards = arguments.rewards or (["clip"] if embedded else [])
     watched = arguments.watched if arguments.watched is not None else ["vqa"] if embedded else []
     held_out = "dinov2" if embedded else HELD_OUT_FEATURES
-    features = None if arguments.features == "none" else arguments.features or held_out
+    features, more_features = split_features(arguments.features or [held_out])
+    if arguments.noise_samplers and "noise_sampler" in call:
+        raise ValueError(
+            f"Expected no noise_sampler in `--call` beside `--noise-sampler`, but got {call['noise_sampler']!r}. Pass "
+            "all as `--noise-sampler`."
+        )
     return Plan(
         models=models,
-        methods=tuple(MethodChoice.parse(text) for text in arguments.methods or ["reno"]),
+        methods=with_noise_samplers(arguments.methods or ["reno"], arguments.noise_samplers or ["white"]),
         prompts=load_prompts(arguments.prompts or "validation", limit=limit),
         seeds=arguments.seeds,
         rewards=tuple(pair for text in rewards for pair in weighted(text)),
         watched=tuple(name for name in watched if name not in rewards),
         features=features,
+        more_features=more_features,
         references=arguments.references,
         best_of=arguments.best_of,
         device=arguments.device,
         dtype=arguments.dtype,
         threads=arguments.threads,
     )
+
+
+def split_features(names: Sequence[str]) -> tuple[str | None, tuple[str, ...]]:
+    """Return the first features that are compared by cosine, the embedding, and the others; "none" stands for none."""
+    from .plan import metric_of
+
+    if "none" in names:
+        if len(names) > 1:
+            raise ValueError(f"Expected `--features none` alone, but got {', '.join(names)}. Leave out one of them.")
+        return None, ()
+    embedding = next((name for name in names if metric_of(name) == "cosine"), None)
+    place = len(names) if embedding is None else names.index(embedding)
+    return embedding, (*names[:place], *names[place + 1 :])
 
 
 def weighted(text: str) -> list[tuple[str, float]]:

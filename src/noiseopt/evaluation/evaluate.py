@@ -24,6 +24,7 @@ from .folder import CannotEvaluate, EvaluationFolder, locked
 from .instruments import Instruments, read_images
 from .metrics import coverage
 from .plan import NEIGHBORS, Cell, ModelChoice, Plan
+from .plane import plane_of
 from .table import Entry, Numbers, Results, cost_csv, cost_markdown, costs, markdown, table_csv
 from .unit import Studio, write_json, write_whole
 
@@ -94,7 +95,7 @@ class Evaluation:
         """Download missing weights of embedded models before any model runs."""
         plan = self.plan
         names = {model.name for model in plan.models} | {*plan.reward_names}
-        names |= {plan.features} if plan.features_are_embedded else set()
+        names |= set(filter(plan.is_tower, plan.all_features))
         if any(model.embedded for model in plan.models):
             names |= {name for method in plan.methods for name in method.towers}
         try:
@@ -224,10 +225,19 @@ class Evaluation:
             "calibration": list(self.folder.calibration().values()),
             "estimates": [plain_entry(entry) for entry in results.entries()],
             "differences": [plain_entry(entry) for entry in results.differences()],
+            "pareto front": pareto_fronts(results),
             "warnings": results.warnings(),
             "cost": costs(results),
             "units": results.all_units(),
         }
+
+
+def pareto_fronts(results: Results) -> dict[str, list[str]]:
+    """Return the keys of the contenders on the Pareto front of each model that has a plane."""
+    planes = {model.name: plane_of(results, model.name) for model in results.plan.models}
+    return {
+        name: [spot.contender.key for spot in plane.spots if spot.on_front] for name, plane in planes.items() if plane
+    }
 
 
 def plain_entry(entry: Entry) -> dict[str, Any]:

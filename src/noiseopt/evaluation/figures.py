@@ -2,28 +2,36 @@
 
 import math
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.lines import Line2D
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from PIL import Image
 
 from ..plots import INK, MARGIN, MUTED, RIGHT, WIDTH, WRONG, Page
 from .folder import EvaluationFolder
+from .label_places import label_places
 from .noise_statistics import gaussian_limits
-from .plan import PLAIN, Contender, ModelChoice, slug
+from .plan import PLAIN, Contender, MethodChoice, ModelChoice, PlainChoice, slug
+from .plane import Plane, Spot, plane_of
 from .table import COST, LEAST_FOR_INTERVAL, Entry, Metric, Numbers, Results, mean
 from .unit import image_path
 
-# of methods; their controls have the light color beside it, and hollow marks of the same shape
+# of methods; their controls have the light color beside it, and hollow marks of the same shape. The same method from
+# another noise sampler has the same color, another shape and another dash.
 COLORS = ("#0969da", "#bc4c00", "#116329", "#8250df", "#a40e26", "#57606a")
 LIGHT = ("#54aeff", "#fb8f44", "#4ac26b", "#c297ff", "#ff8182", "#afb8c1")
 MARKERS = ("o", "D", "^", "v", "P", "X")
+DASHES = ((), (6, 3), (2, 2), (8, 2, 2, 2))  # on and off in points, by noise sampler
+RING = {"marker": "o", "markersize": 14, "markerfacecolor": "none", "markeredgewidth": 1.0}
 GROUND = "#d0d7de"
 FACET = 1.9  # inches, the width of a small plot
+NAMED = 4  # contenders, at most, whose titles stand beside their points
 ROWS, IMAGES = 8, 3  # of a grid: prompts, and images per prompt and method
 
 
@@ -34,6 +42,8 @@ def draw_figures(results: Results, folder: EvaluationFolder) -> None:
     draw_estimates(results, shown, folder.path / ("accuracy.png" if judged else "rewards.png"))
     draw_reward_vs_seconds(results, folder.path / "reward_vs_seconds.png")
     draw_spectrum(results, folder.path / "spectrum.png")
+    if any(plane_of(results, model.name) for model in results.plan.models):
+        draw_planes(results, folder.path / "plane.png")
     for model in results.plan.models:
         draw_grid(results, folder, model, folder.path / f"grid_{grid_name(results, model)}.png")
 
@@ -44,19 +54,36 @@ def grid_name(results: Results, model: ModelChoice) -> str:
     return slug(short(model.name) if ends.count(short(model.name)) == 1 else model.name)
 
 
+def own(method: MethodChoice) -> str:
+    """Return what a method is without its noise sampler."""
+    return f"{method.name}:{method.own_settings}"
+
+
+def place_of(results: Results, contender: Contender) -> int | None:
+    """Return the number of a contender's method, whatever its noise sampler, or `None` for plain sampling."""
+    methods = [own(method) for method in results.plan.methods if not isinstance(method, PlainChoice)]
+    if contender.method is None or isinstance(contender.method, PlainChoice):
+        return None
+    return list(dict.fromkeys(methods)).index(own(contender.method))
+
+
+def sampler_of(results: Results, contender: Contender) -> int:
+    """Return the number of a contender's noise sampler, 0 for that of the model's call."""
+    methods = [None, *results.plan.methods]
+    samplers = [repr(method and method.settings.get("noise_sampler")) for method in methods]
+    return list(dict.fromkeys(samplers)).index(samplers[methods.index(contender.method)])
+
+
 def color(results: Results, contender: Contender) -> str:
     """Return the color of a contender, black for plain sampling."""
-    if contender.method is None:
-        return INK
-    shades = LIGHT if contender.control else COLORS
-    return shades[results.plan.methods.index(contender.method) % len(shades)]
+    place, shades = place_of(results, contender), LIGHT if contender.control else COLORS
+    return INK if place is None else shades[place % len(shades)]
 
 
 def mark(results: Results, contender: Contender) -> dict[str, Any]:
-    """Return the style of a contender's points: a shape per method, hollow for its control."""
-    ink = color(results, contender)
-    place = None if contender.method is None else results.plan.methods.index(contender.method)
-    shape = "s" if place is None else MARKERS[place % len(MARKERS)]
+    """Return the style of a contender's points: a shape per method and noise sampler, hollow for its control."""
+    ink, place, sampler = color(results, contender), place_of(results, contender), sampler_of(results, contender)
+    shape = "s" if place is None and sampler == 0 else MARKERS[((place or 0) + sampler) % len(MARKERS)]
     face = "white" if contender.control else ink
     return {"marker": shape, "color": ink, "markerfacecolor": face, "markersize": 6.5, "markeredgewidth": 1.6}
 
@@ -64,11 +91,20 @@ def mark(results: Results, contender: Contender) -> dict[str, Any]:
 def lines(results: Results) -> list[tuple[Contender, dict[str, Any]]]:
     """Return the contenders with the styles of their lines, the widest first, so that equal lines show each other."""
     contenders = results.plan.contenders
-    widths = [1.4 + 1.3 * (len(contenders) - 1 - place) for place in range(len(contenders))]
+    step = min(1.3, 15 / len(contenders))
+    widths = [1.4 + step * (len(contenders) - 1 - place) for place in range(len(contenders))]
+    caps = {"solid_capstyle": "butt", "dash_capstyle": "butt"}
     return [
-        (contender, {"color": color(results, contender), "linewidth": width, "solid_capstyle": "butt"})
+        (contender, {"color": color(results, contender), "linewidth": width, "linestyle": dash(number, width), **caps})
         for contender, width in zip(contenders, widths, strict=True)
+        for number in [sampler_of(results, contender)]
     ]
+
+
+def dash(sampler: int, width: float) -> Any:
+    """Return the dashes of a noise sampler for a line of a width, as long on wide lines as on narrow ones."""
+    lengths = DASHES[sampler % len(DASHES)]
+    return (0, tuple(length / width for length in lengths)) if lengths else "-"
 
 
 def labels(results: Results, model: str, width: int) -> list[str]:
@@ -134,7 +170,7 @@ def draw_panels(
     models = results.plan.models
     width = 6.4 if len(models) == 1 else WIDTH
     words = textwrap.wrap(title, int(13 * width))
-    top, below = 0.2 + 0.18 * len(words), 0.22 * len(results.plan.contenders) + 0.15
+    top, below = 0.2 + 0.18 * len(words), 0.22 * len(legend) + 0.15
     page = Page(top + -(-len(models) // 2) * (head + height + foot) + below, width)
     for number, line in enumerate(words):
         page.text(MARGIN, 0.12 + 0.18 * number, line, size=9, color=MUTED)
@@ -178,6 +214,72 @@ def draw_reward_vs_seconds(results: Results, path: Path) -> None:
     pairs = zip(results.plan.contenders, names(results), strict=True)
     legend = [Line2D([], [], linestyle="", label=name, **mark(results, contender)) for contender, name in pairs]
     draw_panels(results, path, f"Optimized reward {short(metric.name)} against time per image.", draw, legend)
+
+
+def draw_planes(results: Results, path: Path) -> None:
+    """Plot quality against diversity, each contender with its title, or its number in the legend, and the front."""
+    contenders, titles = results.plan.contenders, names(results)
+    few = len(contenders) <= NAMED
+    numbers = titles if few else [str(number) for number in range(1, len(contenders) + 1)]
+    labels = {contender.key: number for contender, number in zip(contenders, numbers, strict=True)}
+
+    def draw(axes: Axes, model: ModelChoice) -> None:
+        plane = plane_of(results, model.name)
+        if plane is not None:
+            draw_plane(axes, results, plane, labels)
+
+    shown = titles if few else [f"{number}  {title}" for number, title in zip(numbers, titles, strict=True)]
+    legend = [
+        Line2D([], [], linestyle="", label=text, **mark(results, contender))
+        for contender, text in zip(contenders, shown, strict=True)
+    ]
+    front = "Pareto front: none is better in one mean without being worse in the other"
+    legend.append(Line2D([], [], color=MUTED, linewidth=1.0, label=front, **RING))
+    title = f"Quality against diversity, means with 95% bootstrap intervals from {LEAST_FOR_INTERVAL} prompts on."
+    draw_panels(results, path, title, draw, legend)
+
+
+def draw_plane(axes: Axes, results: Results, plane: Plane, labels: Mapping[str, str]) -> None:
+    """Draw the points of one model with their labels, and the line through those on the front."""
+    scale = 100 if plane.quality.percent else 1
+    points = [(spot.diversity.value, scale * spot.quality.value) for spot in plane.spots]
+    front = sorted(point for point, spot in zip(points, plane.spots, strict=True) if spot.on_front)
+    axes.plot(*zip(*front, strict=True), color=MUTED, linewidth=1.0, zorder=1)
+    for spot in plane.spots:
+        draw_spot(axes, spot, scale, mark(results, spot.contender))
+    axes.margins(0.12)
+    axes.autoscale_view()  # now, because labels are placed by it
+    axes.grid(color=GROUND, linewidth=0.5)
+    axes.set_axisbelow(True)
+    axes.set_xlabel(f"diversity, {plane.diversity}", size=8, color=MUTED)
+    axes.set_ylabel(short(plane.quality.title), size=8, color=MUTED)
+    label_points(axes, points, [labels[spot.contender.key] for spot in plane.spots])
+
+
+def draw_spot(axes: Axes, spot: Spot, scale: float, style: dict[str, Any]) -> None:
+    x, y, ink = spot.diversity, spot.quality, style["color"]
+    axes.plot([x.low, x.high], [scale * y.value] * 2, color=ink, linewidth=1.2, alpha=0.4)
+    axes.plot([x.value] * 2, [scale * y.low, scale * y.high], color=ink, linewidth=1.2, alpha=0.4)
+    axes.plot(x.value, scale * y.value, linestyle="", **style)
+    if spot.on_front:
+        axes.plot(x.value, scale * y.value, linestyle="", color=MUTED, **RING)
+
+
+def label_points(axes: Axes, points: Sequence[tuple[float, float]], texts: Sequence[str]) -> None:
+    """Write a text beside each point."""
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    drawn = [
+        axes.text(*point, text, size=8, ha="center", va="center") for text, point in zip(texts, points, strict=True)
+    ]
+    sizes = [(box.width, box.height) for box in (text.get_window_extent(renderer) for text in drawn)]
+    centers = axes.transData.transform(points).tolist()
+    places = label_places(centers, sizes, axes.get_window_extent().extents, gap=8 * figure.dpi / 72)
+    for text, place in zip(drawn, places, strict=True):
+        text.set_path_effects([withStroke(linewidth=2.5, foreground="white")])
+        x, y = axes.transData.inverted().transform(place)
+        text.set_position((x, y))
 
 
 def draw_spectrum(results: Results, path: Path) -> None:

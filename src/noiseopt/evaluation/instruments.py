@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import random
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,9 +17,10 @@ from ..rewards.contract.reward import Reward
 from ..rewards.contract.reward_sum import RewardSum
 from ..rewards.features.auto_features import AutoFeatures
 from ..rewards.features.features import Features
+from ..rewards.sets.set_reward import PairwiseDiversity
 from .metrics import coverage, layout_spread, mean_pairwise_similarity, vendi_score
 from .noise_statistics import gaussian_limits, noise_statistics
-from .plan import EMBEDDED_REWARDS, NEIGHBORS, Plan, reference_files
+from .plan import EMBEDDED_REWARDS, NEIGHBORS, Plan, diversity_measures, reference_files
 
 RENDERS = 16  # references per prompt, for coverage
 
@@ -44,11 +45,13 @@ class Instruments:
         rewards: The optimized rewards with their weights, as methods take them.
         watched: Rewards that are only measured.
         features: `(B, 3, H, W)` in [0, 1] -> `(B, D)` or `(B, P, D)`, compared by cosine; or `None`.
+        more_features: Others, of any distance, by name.
     """
 
     rewards: list[tuple[Reward, float]]
     watched: list[Reward]
     features: Features | None
+    more_features: Mapping[str, Features] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def load(cls, plan: Plan, device: torch.device) -> "Instruments":
@@ -57,7 +60,9 @@ class Instruments:
         if any(method.takes_rewards and method.build(rewards).gradient_mode for method in plan.methods):
             RewardSum(rewards).check_differentiable()
         watched = [load_reward(name, device) for name in plan.watched]
-        return cls(rewards, watched, load_features(plan, device))
+        loaded = {name: load_features(name, plan.is_tower(name), device) for name in plan.all_features}
+        features = None if plan.features is None else loaded.pop(plan.features)
+        return cls(rewards, watched, features, loaded)
 
     def scores(self, images: torch.Tensor, prompt: str) -> dict[str, list[float]]:
         """Return each reward of images `(B, 3, H, W)`, by name."""
@@ -67,12 +72,12 @@ class Instruments:
 
     def embed(self, images: torch.Tensor) -> torch.Tensor | None:
         """Embed images `(B, 3, H, W)` in [0, 1] as `(B, D)`, in float32 on the CPU."""
-        if self.features is None:
-            return None
-        with torch.no_grad():
-            features = self.features(images).cpu()
-        # the cosine of concatenated unit vectors is the mean of their cosines
-        return F.normalize(features, dim=-1).flatten(1) if features.ndim > 2 else features
+        return None if self.features is None else embedded(self.features, images)
+
+    def diversity(self, images: torch.Tensor) -> dict[str, float]:
+        """Measure the images of one prompt by each of the other features, as "measure features"."""
+        found = {name: diversity_by(features, images) for name, features in self.more_features.items()}
+        return {f"{measure} {name}": value for name, values in found.items() for measure, value in values.items()}
 
     @functools.lru_cache(maxsize=64)  # noqa: B019  lives as long as the process
     def renders(self, prompt: str) -> torch.Tensor | None:
@@ -80,12 +85,32 @@ class Instruments:
         return self.embed(render_references(prompt))
 
 
-def load_features(plan: Plan, device: torch.device) -> Features | None:
-    """Load the features of a plan; for embedded models, `dinov2` and `clip` are the embedded towers."""
-    if plan.features is None:
-        return None
-    name = shapes_world.path(plan.features) if plan.features_are_embedded else plan.features
-    return AutoFeatures.from_pretrained(name, device=device)
+def load_features(name: str, is_tower: bool, device: torch.device) -> Features:
+    """Load features; for embedded models, `dinov2` and `clip` are the embedded towers."""
+    return AutoFeatures.from_pretrained(shapes_world.path(name) if is_tower else name, device=device)
+
+
+@torch.no_grad()
+def embedded(features: Features, images: torch.Tensor) -> torch.Tensor:
+    """Embed images as `(B, D)`, in float32 on the CPU."""
+    found = features(images).cpu()
+    # the cosine of concatenated unit vectors is the mean of their cosines
+    return F.normalize(found, dim=-1).flatten(1) if found.ndim > 2 else found
+
+
+@torch.no_grad()
+def diversity_by(features: Features, images: torch.Tensor) -> dict[str, float]:
+    """Return MSS and Vendi score of a set, or by features of another distance its mean over pairs, "distance"."""
+    if len(images) < 2:
+        return {}
+    if features.metric != "cosine":
+        return {"distance": float(PairwiseDiversity(features)(images))}
+    return similarity_measures(embedded(features, images))
+
+
+def similarity_measures(embedding: torch.Tensor) -> dict[str, float]:
+    """Return MSS and Vendi score of two or more images `(B, D)`."""
+    return {"mss": float(mean_pairwise_similarity(embedding)), "vendi": float(vendi_score(embedding))}
 
 
 def render_references(prompt: str) -> torch.Tensor:
@@ -116,8 +141,7 @@ def set_measures(
     found = {}
     several = len(images) > 1
     if features is not None and several:
-        found["mss"] = float(mean_pairwise_similarity(features))
-        found["vendi"] = float(vendi_score(features))
+        found |= similarity_measures(features)
     if features is not None and references is not None:
         found["coverage"] = float(coverage(features, references, NEIGHBORS))
     if prompt is not None and several:
@@ -126,7 +150,7 @@ def set_measures(
 
 
 def set_measure_names(plan: Plan, judged: bool) -> list[str]:
-    """Return the names of what `set_measures` returns for a plan and images that the judge can or cannot read."""
+    """Return the names of all that is measured of a set, for images that the judge can or cannot read."""
     several, embedded = plan.seeds > 1, plan.features is not None
     applies = {
         "mss": embedded and several,
@@ -134,7 +158,8 @@ def set_measure_names(plan: Plan, judged: bool) -> list[str]:
         "coverage": embedded and judged,
         "layout spread": judged and several,
     }
-    return [name for name, holds in applies.items() if holds]
+    more = [f"{measure} {name}" for name in plan.more_features for measure in diversity_measures(name)]
+    return [name for name, holds in applies.items() if holds] + more * several
 
 
 def verdicts(images: torch.Tensor, prompt: str) -> dict[str, Any]:

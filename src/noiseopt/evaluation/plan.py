@@ -31,7 +31,7 @@ from ..registry import did_you_mean
 from ..rewards.contract.registry import EMBEDDED_REWARDS, find_reward
 from ..rewards.contract.reward_sum import REWARD_PRESETS
 from ..rewards.features.auto_features import find_features
-from ..rewards.features.features import FEATURES, import_optional
+from ..rewards.features.features import FEATURES, FeatureMetric, check_folder, import_optional
 from ..rewards.sets.set_reward_sum import check_set_reward_entry, set_reward_entries
 from ..schedulers.noise_samplers import as_noise_sampler
 from .embedded_diversity import TOWERS, embedded_diversity, features_of, tower, towers_of
@@ -205,7 +205,7 @@ class MethodChoice:
         """Parse `"reno"` or `"cno:gradient=full,gamma=1.0"`. Raises `ValueError` for invalid methods or settings."""
         name, _, settings = text.partition(":")
         kinds = {**dict.fromkeys(CALLBACKS, CallbackChoice), **dict.fromkeys(STEERED, SteeredChoice)}
-        kinds["reward_guidance"] = GuidanceChoice
+        kinds |= {"reward_guidance": GuidanceChoice, "plain": PlainChoice}
         if name not in METHODS and name not in kinds:
             known = [*list_methods(), *kinds]
             raise ValueError(
@@ -238,8 +238,8 @@ class MethodChoice:
 
 
 @dataclasses.dataclass(frozen=True)
-class SteeringChoice(MethodChoice):
-    """What steers the denoising steps, with settings. It takes the initial noise and optimizes none."""
+class NoMethodChoice(MethodChoice):
+    """What takes the initial noise and optimizes none."""
 
     @property
     def diversity(self) -> Any:
@@ -249,8 +249,34 @@ class SteeringChoice(MethodChoice):
     def features(self) -> str | None:
         return None
 
+    @property
+    def takes_rewards(self) -> bool:
+        return False
+
+    @property
+    def has_control(self) -> bool:
+        return False
+
     def build(self, rewards: Any, embedded_on: torch.device | None = None) -> NoiseOptimizer:
         return PlainSampling()
+
+
+@dataclasses.dataclass(frozen=True)
+class PlainChoice(NoMethodChoice):
+    """Plain sampling from another `noise_sampler`."""
+
+    def check(self) -> None:
+        self.check_names([])
+        if not self.settings:
+            raise ValueError(
+                f"Expected a noise_sampler for plain sampling, which is compared anyway, but got {self.label!r}. "
+                "Leave it out, or pass 'plain:noise_sampler=pink'."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class SteeringChoice(NoMethodChoice):
+    """What steers the denoising steps, with settings."""
 
     def needs_steps(self) -> bool:
         return True
@@ -261,14 +287,6 @@ class CallbackChoice(SteeringChoice):
     """A denoising callback with settings."""
 
     made_by = CALLBACKS
-
-    @property
-    def takes_rewards(self) -> bool:
-        return False
-
-    @property
-    def has_control(self) -> bool:
-        return False
 
     def make(self, seeds: Sequence[int]) -> Any:
         """Return what steers a call; `seeds` has one seed per image, of its random numbers."""
@@ -317,6 +335,10 @@ class GuidanceChoice(SteeringChoice):
         return [field.name for field in dataclasses.fields(RewardGuidance)]
 
     @property
+    def takes_rewards(self) -> bool:
+        return True
+
+    @property
     def has_control(self) -> bool:
         return True
 
@@ -329,6 +351,33 @@ class GuidanceChoice(SteeringChoice):
 
     def drawing(self, pipe: Any, rewards: Any, seeds: Sequence[int]) -> Callable[..., Any]:
         return functools.partial(self.guidance(rewards).generate, pipe)
+
+
+def with_noise_samplers(methods: Sequence[str], noise_samplers: Sequence[str]) -> tuple[MethodChoice, ...]:
+    """Parse plain sampling and methods, each with every noise sampler, such as `"pink"` or `"pink:alpha=0.3"`.
+
+    "white" stands for a method as it is. A method that names a `noise_sampler` itself keeps it.
+
+    Raises:
+        ValueError: For unknown methods, noise samplers or settings.
+    """
+    settings = [None if text == "white" else sampler_setting(text) for text in noise_samplers]
+    found = [MethodChoice.parse(f"plain:{setting}") for setting in settings if setting]
+    for text in methods:
+        choice = MethodChoice.parse(text)
+        for setting in [None] if "noise_sampler" in choice.settings else settings:
+            name, _, own = text.partition(":")
+            joined = f"{name}:{own},{setting}" if own else f"{name}:{setting}"
+            found.append(choice if setting is None else MethodChoice.parse(joined))
+    return tuple(found)
+
+
+def sampler_setting(text: str) -> str:
+    """Return a noise sampler as a setting of a method. Raises `ValueError` for one that there is not."""
+    name, _, own = text.partition(":")
+    sampler = {"name": name, **parse_settings(own)} if own else name
+    check_noise_sampler(sampler, "--noise-sampler")
+    return f"noise_sampler={sampler!r}" if own else f"noise_sampler={sampler}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -393,7 +442,8 @@ class Plan:
         seeds: Images per prompt, generated in one call as a set.
         rewards: Name and weight of the optimized rewards, at least one.
         watched: Names of rewards that are only measured.
-        features: The embedding for similarity, diversity and coverage, or `None`.
+        features: The embedding for similarity, diversity and coverage, compared by cosine, or `None`.
+        more_features: Others, by which only the images of a prompt are compared, by any distance.
         references: A folder of images for coverage, or `None`.
         best_of: N of best-of-N; `None` to measure the N that takes as long as each method.
         device, dtype: Of the models; `None` for the default.
@@ -407,6 +457,7 @@ class Plan:
     rewards: tuple[tuple[str, float], ...]
     watched: tuple[str, ...] = ()
     features: str | None = None
+    more_features: tuple[str, ...] = ()
     references: str | None = None
     best_of: int | None = None
     device: str | None = None
@@ -431,10 +482,21 @@ class Plan:
             )
         check_device(self.device)
         self.check_references()
-        if self.features is not None and not self.features_are_embedded:
-            check_features(self.features)
+        self.check_features()
         self.check_prompts()
         self.check_pairs()
+
+    def check_features(self) -> None:
+        """Raise `ValueError` for features that are unknown, not installed or repeated, or a distance as embedding."""
+        distinct("feature map", self.all_features)
+        for name in self.all_features:
+            if not self.is_tower(name):
+                check_features(name)
+        if self.features is not None and (metric := metric_of(self.features)) != "cosine":
+            raise ValueError(
+                f"Expected features that are compared by cosine, for similarity and Vendi score, but '{self.features}' "
+                f"uses the {metric} distance. Use dinov2, dinov2_patch, clip or dreamsim."
+            )
 
     def check_references(self) -> None:
         """Raise `ValueError` unless there are no references, or enough that can be read, and features to compare."""
@@ -497,17 +559,19 @@ class Plan:
         return tuple(found)
 
     @property
-    def features_are_embedded(self) -> bool:
-        """Return whether the features are an embedded tower, which shares its name with a larger model."""
-        return self.features in EMBEDDED_FEATURES and all(model.embedded for model in self.models)
+    def all_features(self) -> list[str]:
+        """The embedding, if there is one, and the other features."""
+        return [*([] if self.features is None else [self.features]), *self.more_features]
 
-    @property
-    def features_are_optimized(self) -> bool:
-        """Return whether a method optimizes the features' model, through its diversity or a reward."""
+    def is_tower(self, features: str | None) -> bool:
+        """Return whether features are an embedded tower, which shares its name with a larger model."""
+        return features in EMBEDDED_FEATURES and all(model.embedded for model in self.models)
+
+    def optimizes(self, features: str | None) -> bool:
+        """Return whether a method optimizes the model of features, through its diversity or a reward."""
         diversities = [method.diversity for method in self.methods if method.diversity is not None]
         names = {checkpoint_of(each) for diversity in diversities for each in features_of(diversity)}
-        optimized = self.features in dict(self.rewards) or checkpoint_of(self.features) in names
-        return self.features is not None and optimized
+        return features is not None and (features in dict(self.rewards) or checkpoint_of(features) in names)
 
     @property
     def reward_names(self) -> list[str]:
@@ -551,7 +615,8 @@ class Plan:
             "rewards": dict(self.rewards),
             "watched": list(self.watched),
             "features": self.features,
-            "features are embedded": self.features_are_embedded,
+            "features are embedded": self.is_tower(self.features),
+            **({"more features": list(self.more_features)} if self.more_features else {}),  # as in older folders
             "references": self.references and str(Path(self.references).resolve()),
             "best of": self.best_of,
             "device": device,
@@ -576,7 +641,7 @@ def reference_files(folder: str) -> list[Path]:
 
 def distinct(what: str, names: Sequence[str]) -> None:
     """Raise `ValueError` unless there are names without duplicates."""
-    if what != "reward" and not names:
+    if what in ("model", "method") and not names:
         raise ValueError(f"Expected at least one {what}, but got none. Pass `--{what}`.")
     if repeated := [name for name in names if names.count(name) > 1]:
         raise ValueError(
@@ -626,16 +691,23 @@ def check_reward(name: str, models: Sequence[ModelChoice] = ()) -> None:
         )
 
 
+def metric_of(features: str) -> FeatureMetric:
+    """Return the distance of features; a Hub id or folder is compared by cosine. Raises `ValueError` if unknown."""
+    found = find_features(features)
+    return "cosine" if found is None else found.metric
+
+
+def diversity_measures(features: str) -> tuple[str, ...]:
+    """Return what is measured of a set of images by features."""
+    return ("mss", "vendi") if metric_of(features) == "cosine" else ("distance",)
+
+
 def check_features(name: str) -> None:
-    """Raise `ValueError` for features that are unknown, not compared by cosine, or not installed."""
+    """Raise `ValueError` for features that are unknown, not installed, or a name without the folder of its weights."""
     features = find_features(name)
     if features is None:
         return
-    if features.metric != "cosine":
-        raise ValueError(
-            f"Expected features that are compared by cosine, for similarity and Vendi score, but '{name}' uses the "
-            f"{features.metric} distance. Use dinov2, dinov2_patch, clip or dreamsim."
-        )
+    check_folder(features, features.default_checkpoint)
     if features.package is not None:
         try:
             import_optional(features.package)

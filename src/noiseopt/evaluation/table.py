@@ -13,10 +13,12 @@ import torch
 
 from .. import shapes_world
 from .bootstrap import Estimate, bootstrap, paired_bootstrap
-from .plan import PLAIN, Contender, Plan, control_of
+from .plan import PLAIN, Contender, Plan, control_of, diversity_measures
+from .plane import front_notes
 
 Numbers = Mapping[str, Any]  # the JSON of a unit
 SETS = {"mss": "MSS", "vendi": "Vendi", "coverage": "Coverage", "layout spread": "layout spread"}
+DIVERSITY = {"mss": "MSS", "vendi": "Vendi", "distance": "distance"}
 LEAST_FOR_INTERVAL, LEAST_FOR_EVIDENCE = 5, 10  # prompts
 FROM_FEATURES = ("mss", "vendi", "coverage")
 NOISE = {
@@ -53,6 +55,11 @@ class Metric:
     def is_quality(self) -> bool:
         """Return whether the metric measures how well an image fits its prompt."""
         return self.group == "rewards" or self.name == "right"
+
+    @property
+    def is_diversity(self) -> bool:
+        """Return whether the metric measures how much the images of a prompt differ, by features."""
+        return self.group == "sets" and self.name.partition(" (")[0] in DIVERSITY.values()
 
     @property
     def title(self) -> str:
@@ -111,7 +118,7 @@ def right(numbers: Numbers) -> float:
 def metrics_of(plan: Plan, categories: Iterable[str]) -> list[Metric]:
     """Return all columns of a plan, including those without values."""
     optimized = dict(plan.rewards)
-    seen = plan.features_are_optimized
+    seen = plan.optimizes(plan.features)
     judge = [Metric("right", "judge", right, percent=True)]
     judge += [Metric(f"right: {name}", "judge", right_within(name), percent=True) for name in categories]
     rewards = [
@@ -120,6 +127,11 @@ def metrics_of(plan: Plan, categories: Iterable[str]) -> list[Metric]:
     sets = [
         Metric(title, "sets", reading("set", name), optimized=seen and name in FROM_FEATURES)
         for name, title in SETS.items()
+    ]
+    sets += [
+        Metric(f"{DIVERSITY[name]} ({of})", "sets", reading("set", f"{name} {of}"), optimized=plan.optimizes(of))
+        for of in plan.more_features
+        for name in diversity_measures(of)
     ]
     return judge + rewards + sets + [Metric(title, "noise", reading("noise", name)) for name, title in NOISE.items()]
 
@@ -226,7 +238,7 @@ class Results:
 
     def differences(self) -> list[Entry]:
         """Return each method minus plain sampling and minus its control, on the same prompts."""
-        metrics = [metric for metric in self.metrics if metric.is_quality or metric.name in ("MSS", "Vendi")]
+        metrics = [metric for metric in self.metrics if metric.is_quality or metric.is_diversity]
         return [
             self.difference(model.name, ours, theirs, metric)
             for model in self.plan.models
@@ -253,7 +265,7 @@ class Results:
         """Return a warning for each method that raises what it optimizes and lowers another quality metric."""
         found = []
         for model in self.plan.models:
-            for ours, theirs in self.pairs():
+            for ours, theirs in (pair for pair in self.pairs() if pair[0].method and pair[0].method.takes_rewards):
                 gaps = [
                     self.difference(model.name, ours, theirs, metric) for metric in self.metrics if metric.is_quality
                 ]
@@ -378,8 +390,11 @@ def notes(results: Results) -> list[str]:
     names = ", ".join(name for name, _ in plan.rewards)
     found.append(f"* {names}: optimized by the methods that take rewards, so higher values are no evidence of quality.")
     if plan.features is not None:
-        kind = ", which are optimized too" if plan.features_are_optimized else ""
+        kind = ", which are optimized too" if plan.optimizes(plan.features) else ""
         found.append(f"MSS, Vendi and Coverage use {plan.features} features{kind}.")
+    if plan.more_features:
+        found.append("MSS, Vendi and distance (the mean over pairs) with a name in parentheses use those features.")
+    found += front_notes(results)
     found.append(
         f"Bold: the interval of the difference excludes 0, with {LEAST_FOR_EVIDENCE} prompts or more. Fewer than "
         f"{LEAST_FOR_INTERVAL} prompts have no interval."

@@ -120,6 +120,7 @@ class Studio:
         images, cost, judged = generation.images, generation.cost, self.judged(generation.images)
         features = self.instruments.embed(images)
         references = self.instruments.renders(prompt.text) if judged else None
+        measures = set_measures(images, features, references, prompt.text if judged else None)
         numbers = {
             "model": self.model.name,
             "method": contender.key,
@@ -129,7 +130,7 @@ class Studio:
             "seeds": [self.plan.seed(index, image) for image in range(self.plan.seeds)],
             "judge": verdicts(images, prompt.text) if judged else None,
             "rewards": self.instruments.scores(images, prompt.text),
-            "set": set_measures(images, features, references, prompt.text if judged else None),
+            "set": measures | self.instruments.diversity(images),
             "noise": noise_measures(generation.result),
             "noise shape": list(generation.result.noise.shape),
             "evaluations": len(generation.result.losses),
