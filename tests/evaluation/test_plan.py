@@ -364,7 +364,9 @@ def test_noise_samplers_are_a_dimension_beside_plain_sampling_and_methods_as_the
 def test_plain_sampling_from_another_distribution_is_a_contender_without_rewards_or_control():
     choice = MethodChoice.parse("plain:noise_sampler=pink")
     assert not (choice.takes_rewards or choice.has_control or choice.diversity or choice.features)
-    assert isinstance(choice.build("red"), PlainSampling) and choice.callback([3]) is None
+    assert (
+        isinstance(choice.build("red"), PlainSampling) and choice.drawing("the pipeline", "red", [3]) == "the pipeline"
+    )
     contenders = plan(methods=(choice,)).contenders  # of a model of one step
     assert contenders[0] == PLAIN and [each.key for each in contenders[1:]] == ["plain:noise_sampler=pink"]
     for text, expected in (("plain", "which is compared anyway"), ("plain:steps=2", "settings of plain out of noise_")):

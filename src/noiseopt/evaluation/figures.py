@@ -276,10 +276,13 @@ def label_points(axes: Axes, points: Sequence[tuple[float, float]], texts: Seque
     sizes = [(box.width, box.height) for box in (text.get_window_extent(renderer) for text in drawn)]
     centers = axes.transData.transform(points).tolist()
     places = label_places(centers, sizes, axes.get_window_extent().extents, gap=8 * figure.dpi / 72)
-    for text, place in zip(drawn, places, strict=True):
+    limits = axes.axis()
+    for text, place, point in zip(drawn, places, points, strict=True):
         text.set_path_effects([withStroke(linewidth=2.5, foreground="white")])
         x, y = axes.transData.inverted().transform(place)
         text.set_position((x, y))
+        axes.plot([point[0], x], [point[1], y], color=MUTED, linewidth=0.5, zorder=0)
+    axes.axis(limits)
 
 
 def draw_spectrum(results: Results, path: Path) -> None:
