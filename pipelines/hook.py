@@ -20,6 +20,7 @@ from .loading import release_rewards
 from .loop import optimize
 from .memory.tiny_decoder import as_loop_decoder
 from .method import NoiseOptimizer
+from .modular import as_standard
 from .objective import Objective
 from .presets import chosen_method, class_of_method
 from .problem import NoiseProblem
@@ -484,6 +485,7 @@ def optimize_noise(
         TypeError: For an argument that the pipeline does not take, or a pipeline without a noise to optimize.
     """
     check_pipeline(pipe)
+    pipe = as_standard(pipe)
     check_pipeline_class(type(pipe))
     ours = list(inspect.signature(optimize_noise).parameters)
     check_argument_names(pipe, call_kwargs, ours, class_of_method(pipe, method, call_kwargs))

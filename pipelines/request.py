@@ -16,6 +16,7 @@ import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 from ..checked_fields import refused_signature
+from ..private_names import is_modular
 from ..registry import did_you_mean
 from ..schedulers.noise_samplers import NoiseSamplerSpec, as_noise_sampler
 from .sampling.first_call import stock_call
@@ -31,7 +32,7 @@ OF_DIFFUSERS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticEr
 
 def check_pipeline(pipe: Any) -> None:
     """Raise `TypeError` for anything but a loaded diffusers pipeline."""
-    if not isinstance(pipe, DiffusionPipeline):
+    if not (isinstance(pipe, DiffusionPipeline) or is_modular(pipe)):
         got = repr(pipe) if isinstance(pipe, str | os.PathLike | type(None)) else type(pipe).__name__
         load = "Load it first: `DiffusionPipeline.from_pretrained(...)`."
         remedy = "Pass the pipeline that it is a part of." if isinstance(pipe, torch.nn.Module) else load

@@ -1,5 +1,6 @@
 """Images of a pipeline call in chunks, and gradients through one chunk at a time."""
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -149,6 +150,8 @@ class BatchLayout:
         Raises:
             ValueError: For a tensor with neither.
         """
+        if hasattr(value, "kwargs_mapping"):
+            return self.state_of(value, rows)
         if isinstance(value, dict):
             return {name: self.encoded_of(each, rows) for name, each in value.items()}
         if isinstance(value, torch.Tensor):
@@ -160,6 +163,17 @@ class BatchLayout:
         if isinstance(value, (tuple, list)):
             return type(value)([self.encoded_of(each, rows) for each in value])
         return value
+
+    def state_of(self, state: Any, rows: list[int]) -> Any:
+        """Return the state of a modular pipeline for these images."""
+        found = copy.copy(state)
+        mine = {
+            name: take_rows(value, rows)
+            for name, value in state.values.items()
+            if isinstance(value, torch.Tensor | list) and name not in SAME_FOR_ALL and len(value) == self.batch
+        }
+        found.values = {**state.values, **mine, "batch_size": len(rows), "num_images_per_prompt": 1}
+        return found
 
     def tensor_of(self, value: torch.Tensor, rows: list[int]) -> torch.Tensor:
         if value.ndim == 0 or (value.ndim == 2 and value.shape[1] == 3):

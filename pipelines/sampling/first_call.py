@@ -66,6 +66,8 @@ def first_step_only(pipe) -> Iterator[list[torch.Tensor]]:
         stepped.append(bool(calls))
         x0 = predict_x0(scheduler, model_output, timestep, sample).to(model_output.dtype)
         estimates.append(x0)
+        if hasattr(pipe, "end_steps"):  # of a modular pipeline
+            pipe.end_steps(x0)
         if interruptible:
             interrupt(pipe)
         return (x0, x0)
@@ -91,6 +93,10 @@ def steps_skipped(pipe, result: torch.Tensor | None = None) -> Iterator[None]:
 
     With a `result` one step is taken, which returns it, for families that decode what a step returns.
     """
+    if hasattr(pipe, "end_steps"):
+        vars(pipe)["_skips_steps"] = True
+        yield
+        return
     scheduler, interruptible = pipe.scheduler, "interrupt" in stock_call(type(pipe)).__code__.co_names
     set_timesteps = scheduler.set_timesteps
 

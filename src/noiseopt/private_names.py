@@ -69,6 +69,32 @@ def treat_as(cls: type, stock: type) -> None:
         auto_pipeline.SUPPORTED_TASKS_MAPPINGS.append({model: cls})
 
 
+def is_modular(pipe: Any) -> bool:
+    """Return whether a pipeline is a modular one, by name: importing the class imports all of them."""
+    return any(cls.__name__ == "ModularPipeline" for cls in type(pipe).__mro__)
+
+
+def blocks_of(pipe: Any) -> Any:
+    """Return the blocks of a modular pipeline; the public `blocks` are a copy."""
+    return private(pipe, "_blocks", "diffusers")
+
+
+def has_loop(block: Any) -> bool:
+    """Return whether a block runs the denoising steps."""
+    return any(cls.__name__ == "LoopSequentialPipelineBlocks" for cls in type(block).__mro__)
+
+
+def new_state(pipe: Any, request: Mapping[str, Any]) -> Any:
+    """Return the state with which the call of a modular pipeline begins."""
+    from diffusers.modular_pipelines.modular_pipeline import PipelineState
+
+    state = PipelineState()
+    for each in blocks_of(pipe).inputs:
+        if each.name is not None:
+            state.set(each.name, request.get(each.name, each.default), each.kwargs_type)
+    return state
+
+
 def accelerate_hook(module: nn.Module) -> Any:
     """Return the accelerate hook of a module, or `None`."""
     return getattr(module, "_hf_hook", None)
