@@ -27,6 +27,7 @@ from noiseopt.recipes import RECIPES
 STRENGTHS = (4.0, 8.0, 20.0)  # of the embedding noise
 RATES = {"turbo": 0.04, "guided": 0.04}  # of CNO
 MEASURES = ("MSS", "Vendi", "grounds", "positions", "right", "reward", "seconds")
+CLOSE = 0.02  # similarities that count as equal
 SEARCH, STEPS = 26, 10  # of It's Never Too Late on the student
 CANDIDATES = (104, 24)  # of group selection, per set: those of that search, and fewer where each takes many steps
 
@@ -59,11 +60,11 @@ def rows(model: str) -> list[Row]:
 
 
 def beside_embedding_noise(found: Report, row: Row) -> str:
-    """Compare a row with the weakest embedding noise whose images are as different."""
+    """Compare a row with the weakest embedding noise whose images are as different, but for `CLOSE`."""
     mss = float(found.of(row.name, "MSS").mean())
     tools = [each for each in found.rows if each.name.startswith("embedding noise")]
     for tool in tools:
-        if float(found.of(tool.name, "MSS").mean()) <= mss:
+        if float(found.of(tool.name, "MSS").mean()) <= mss + CLOSE:
             change = paired_bootstrap(found.of(row.name, "right"), found.of(tool.name, "right"))
             low, value, high = (100 * each for each in (change.low, change.value, change.high))
             return f"{row.name} against {tool.name}: right {value:+.0f} points [{low:+.0f}, {high:+.0f}]"

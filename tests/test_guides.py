@@ -33,7 +33,11 @@ def test_files_and_commands_are_there(path):
 
 
 @pytest.mark.parametrize(
-    ("results", "heading"), [("seeds_that_differ", "60 held-out prompts on the embedded one-step")]
+    ("results", "heading"),
+    [
+        ("seeds_that_differ", "60 held-out prompts on the embedded one-step"),
+        ("seeds_that_differ_guided", "60 held-out prompts on the many-step"),
+    ],
 )
 def test_the_table_of_seeds_is_that_of_the_results(results, heading):
     rows = json.loads((ROOT / f"benchmarks/results/{results}.json").read_text(encoding="utf-8"))["rows"]
