@@ -65,23 +65,24 @@ class MethodMixin(NoiseOptimizationMixin):
             )
         return super().__call__(*args, method=method, method_kwargs=method_kwargs, **kwargs)
 
-    def method_of(self, settings: dict[str, Any]) -> NoiseOptimizer | None:
+    @classmethod
+    def method_of(cls, settings: dict[str, Any]) -> NoiseOptimizer | None:
         """Return the method with these settings; `None` for the stock call.
 
         Raises:
             ValueError: For settings without the argument `target` that turns the method on, such as `rewards`.
         """
-        if self.target is None:
+        if cls.target is None:
             steps = settings.get("steps")
-            return None if type(steps) is int and steps == 0 else self.own_method(**settings)
-        if self.target not in settings:
+            return None if type(steps) is int and steps == 0 else cls.own_method(**settings)
+        if cls.target not in settings:
             if settings:
                 raise ValueError(
-                    f"Expected `{self.target}` beside {sorted(settings)}, but got none: there is nothing to optimize. "
-                    f"Pass `{self.target}` too, or leave these out."
+                    f"Expected `{cls.target}` beside {sorted(settings)}, but got none: there is nothing to optimize. "
+                    f"Pass `{cls.target}` too, or leave these out."
                 )
             return None
-        return self.own_method(**settings)
+        return cls.own_method(**settings)
 
 
 def merged_settings(arguments: dict[str, Any], others: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -106,17 +106,12 @@ class StandardCall:
 
     def encode_prompt(self, request: dict[str, Any]) -> Any:
         """Run the blocks before the latents on a request, and return the state after them."""
+        if (given := vars(self).get("_given_state")) is not None:  # of a call in progress
+            return given
         state = new_state(self, request)
         blocks = blocks_of(self).get_execution_blocks(**{k: v for k, v in request.items() if v is not None}).sub_blocks
-        place = next((i for i, block in enumerate(blocks.values()) if drawing_functions(type(block))), None)
-        if place is None:
-            raise TypeError(
-                "Expected a modular pipeline with a block that draws its latents with diffusers' `randn_tensor`, but "
-                f"{type(self).__name__} has none for these inputs. Use a workflow from text to image."
-            )
-        leaves = list(blocks.values())
-        state.parts = leaves[:place], leaves[place], leaves[place + 1 :]
-        for block in leaves[:place]:
+        state.parts = parts_of(list(blocks.values()), type(self).__name__)
+        for block in state.parts[0]:
             block(self, state)
         return state
 
@@ -139,6 +134,17 @@ class StandardCall:
     def end_steps(self, latents: torch.Tensor) -> None:
         """End the loop over the steps from within."""
         raise StepsEnded(latents)
+
+
+def parts_of(blocks: list[Any], name: str) -> tuple[list[Any], Any, list[Any]]:
+    """Return the blocks before the latents, the one that draws them, and those after. `name` is the pipeline's."""
+    place = next((place for place, block in enumerate(blocks) if drawing_functions(type(block))), None)
+    if place is None:
+        raise TypeError(
+            "Expected a modular pipeline with a block that draws its latents with diffusers' `randn_tensor`, but "
+            f"{name} has none for these inputs. Use a workflow from text to image."
+        )
+    return blocks[:place], blocks[place], blocks[place + 1 :]
 
 
 def images_of(state: Any) -> int:

@@ -1,5 +1,6 @@
 """Private names of diffusers, accelerate and torch that this package relies on, all in one place for upgrades."""
 
+import copy
 import importlib.metadata
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -77,6 +78,27 @@ def is_modular(pipe: Any) -> bool:
 def blocks_of(pipe: Any) -> Any:
     """Return the blocks of a modular pipeline; the public `blocks` are a copy."""
     return private(pipe, "_blocks", "diffusers")
+
+
+def with_blocks(pipe: Any, blocks: Any) -> Any:
+    """Return a modular pipeline with the components of another one and these blocks."""
+    twin = copy.copy(pipe)
+    vars(twin).update(_blocks=blocks)
+    return twin
+
+
+def input_param(name: str, hint: Any, description: str) -> Any:
+    """Return the specification of an optional input of a block."""
+    from diffusers.modular_pipelines.modular_pipeline_utils import InputParam
+
+    return InputParam(name, type_hint=hint, description=description)
+
+
+def output_param(name: str, hint: Any, description: str) -> Any:
+    """Return the specification of an output of a block."""
+    from diffusers.modular_pipelines.modular_pipeline_utils import OutputParam
+
+    return OutputParam(name, type_hint=hint, description=description)
 
 
 def has_loop(block: Any) -> bool:
