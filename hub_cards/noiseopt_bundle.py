@@ -114,8 +114,8 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 # The name that diffusers gives this module may come to mean the bundle of another release.
-sys.modules[f"{__name__}_4a04bfe9c358"] = sys.modules[__name__]
-__name__ = f"{__name__}_4a04bfe9c358"
+sys.modules[f"{__name__}_44dd9c067143"] = sys.modules[__name__]
+__name__ = f"{__name__}_44dd9c067143"
 
 # rewards/contract/transforms.py
 
@@ -3780,6 +3780,39 @@ def treat_as(cls: type, stock: type) -> None:
     if (model := model_of(stock.__name__)) and not model_of(cls.__name__):
         auto_pipeline.SUPPORTED_TASKS_MAPPINGS.append({model: cls})
 
+def is_modular(pipe: Any) -> bool:
+    return any(cls.__name__ == "ModularPipeline" for cls in type(pipe).__mro__)
+
+def blocks_of(pipe: Any) -> Any:
+    return private(pipe, "_blocks", "diffusers")
+
+def with_blocks(pipe: Any, blocks: Any) -> Any:
+    twin = copy.copy(pipe)
+    vars(twin).update(_blocks=blocks)
+    return twin
+
+def input_param(name: str, hint: Any, description: str) -> Any:
+    from diffusers.modular_pipelines.modular_pipeline_utils import InputParam
+
+    return InputParam(name, type_hint=hint, description=description)
+
+def output_param(name: str, hint: Any, description: str) -> Any:
+    from diffusers.modular_pipelines.modular_pipeline_utils import OutputParam
+
+    return OutputParam(name, type_hint=hint, description=description)
+
+def has_loop(block: Any) -> bool:
+    return any(cls.__name__ == "LoopSequentialPipelineBlocks" for cls in type(block).__mro__)
+
+def new_state(pipe: Any, request: Mapping[str, Any]) -> Any:
+    from diffusers.modular_pipelines.modular_pipeline import PipelineState
+
+    state = PipelineState()
+    for each in blocks_of(pipe).inputs:
+        if each.name is not None:
+            state.set(each.name, request.get(each.name, each.default), each.kwargs_type)
+    return state
+
 def accelerate_hook(module: nn.Module) -> Any:
     return getattr(module, "_hf_hook", None)
 
@@ -4650,6 +4683,8 @@ class BatchLayout:
         return take_rows(value, self.prompt_rows(rows)) if len(value) == self.prompts else value
 
     def encoded_of(self, value: Any, rows: list[int]) -> Any:
+        if hasattr(value, "kwargs_mapping"):
+            return self.state_of(value, rows)
         if isinstance(value, dict):
             return {name: self.encoded_of(each, rows) for name, each in value.items()}
         if isinstance(value, torch.Tensor):
@@ -4661,6 +4696,17 @@ class BatchLayout:
         if isinstance(value, (tuple, list)):
             return type(value)([self.encoded_of(each, rows) for each in value])
         return value
+
+    def state_of(self, state: Any, rows: list[int]) -> Any:
+        found, several = copy.copy(state), (name for name in state.values if name not in SAME_FOR_ALL)
+        mine = {name: take_rows(state.values[name], rows) for name in several if self.is_one_each(state.values[name])}
+        found.values = {**state.values, **mine, "batch_size": len(rows), "num_images_per_prompt": 1}
+        return found
+
+    def is_one_each(self, value: Any) -> bool:
+        plain = isinstance(value, list) and all(isinstance(each, int | float) for each in value)
+        has_rows = isinstance(value, list) or (isinstance(value, torch.Tensor) and value.ndim > 0)
+        return has_rows and not plain and len(value) == self.batch
 
     def tensor_of(self, value: torch.Tensor, rows: list[int]) -> torch.Tensor:
         if value.ndim == 0 or (value.ndim == 2 and value.shape[1] == 3):
@@ -5427,6 +5473,8 @@ def first_step_only(pipe) -> Iterator[list[torch.Tensor]]:
         stepped.append(bool(calls))
         x0 = predict_x0(scheduler, model_output, timestep, sample).to(model_output.dtype)
         estimates.append(x0)
+        if hasattr(pipe, "end_steps"):  # of a modular pipeline
+            pipe.end_steps(x0)
         if interruptible:
             interrupt(pipe)
         return (x0, x0)
@@ -5447,6 +5495,10 @@ def first_step_only(pipe) -> Iterator[list[torch.Tensor]]:
 
 @contextlib.contextmanager
 def steps_skipped(pipe, result: torch.Tensor | None = None) -> Iterator[None]:
+    if hasattr(pipe, "end_steps"):
+        vars(pipe)["_skips_steps"] = True
+        yield
+        return
     scheduler, interruptible = pipe.scheduler, "interrupt" in stock_call(type(pipe)).__code__.co_names
     set_timesteps = scheduler.set_timesteps
 
@@ -11606,6 +11658,143 @@ def chunk_size_of(method: NoiseOptimizer, problem: NoiseProblem) -> int | None:
             break
     return size
 
+# pipelines/modular.py
+
+PLAIN_DEFAULTS = (str, int, float, bool, type(None))
+
+class StepsEnded(Exception):
+    """Ends the loop over the steps with latents."""
+
+    def __init__(self, latents: torch.Tensor) -> None:
+        super().__init__()
+        self.latents = latents
+
+def as_standard(pipe: Any) -> Any:
+    if not is_modular(pipe) or isinstance(pipe, StandardCall):
+        return pipe
+    inputs = tuple(
+        (each.name, each.default if isinstance(each.default, PLAIN_DEFAULTS) else None) for each in inputs_of(pipe)
+    )
+    found = object.__new__(standard_class(type(pipe), inputs))
+    found.__dict__ = {**vars(pipe), "_blocks": recording(blocks_of(pipe))}
+    return found
+
+def inputs_of(pipe: Any) -> list[Any]:
+    return [each for each in blocks_of(pipe).inputs if each.name is not None]
+
+@functools.cache
+def standard_class(cls: type, inputs: tuple[tuple[str, Any], ...]) -> type:
+    call: Any = with_globals(StandardCall.call)  # pyright: ignore[reportArgumentType]
+    known = {**dict(inputs), "return_dict": False}
+    parameters = [inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)]
+    parameters += [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=known[name]) for name in known]
+    call.__signature__ = inspect.Signature(parameters)
+    return type(cls.__name__, (StandardCall, cls), {"__call__": call, "__module__": cls.__module__})
+
+def recording(block: Any) -> Any:
+    twin = copy.copy(block)
+    twin.__class__ = recording_class(type(block))
+    if block.sub_blocks:
+        vars(twin)["sub_blocks"] = type(block.sub_blocks)(
+            (name, recording(each)) for name, each in block.sub_blocks.items()
+        )
+    if hasattr(twin, "set_progress_bar_config"):
+        twin.set_progress_bar_config(disable=True)
+    return twin
+
+@functools.cache
+def recording_class(kind: type) -> type:
+    call = with_gradient(kind.__call__, f"{kind.__name__} of a block")
+    replaced = {"__call__": call, **({"loop_step": loop_step} if hasattr(kind, "loop_step") else {})}
+    return type(kind.__name__, (kind,), {**replaced, "__module__": kind.__module__})
+
+def loop_step(self: Any, components: Any, state: Any, **kwargs: Any) -> tuple[Any, Any]:
+    for block in self.sub_blocks.values():
+        components, state = block(components, state, **kwargs)
+    return components, state
+
+class StandardCall:
+    """The call of a modular pipeline in the three parts of a standard one."""
+
+    progress_bar = DiffusionPipeline.progress_bar  # of a run; the bars of its blocks are off
+    set_progress_bar_config = DiffusionPipeline.set_progress_bar_config
+
+    def call(self, **request: Any) -> tuple[Any]:
+        state = self.encode_prompt(request)
+        given = {"generator": request.get("generator"), "latents": request.get("latents")}
+        latents, prepared = self.prepare_latents(state, images_of(state), **given)
+        state = copied(state)
+        state.kwargs_mapping = dict(prepared.kwargs_mapping)
+        state.values.update(prepared.values, latents=latents, output_type=request.get("output_type", "pil"))
+        for block in state.parts[2]:
+            if not (has_loop(block) and vars(self).get("_skips_steps")):
+                try:
+                    block(self, state)
+                except StepsEnded as ended:
+                    state.values["latents"] = ended.latents
+            if has_loop(block) and state.get("output_type") == "latent":
+                return (state.get("latents"),)
+        return (state.get("images"),)
+
+    def encode_prompt(self, request: dict[str, Any]) -> Any:
+        if (given := vars(self).get("_given_state")) is not None:  # of a call in progress
+            return given
+        state = new_state(self, request)
+        blocks = blocks_of(self).get_execution_blocks(**{k: v for k, v in request.items() if v is not None}).sub_blocks
+        state.parts = split_at_latents(list(blocks.values()), type(self).__name__)
+        for block in state.parts[0]:
+            block(self, state)
+        return state
+
+    def prepare_latents(self, state: Any, batch_size: int, generator: Any = None, latents: Any = None) -> Any:
+        after, counts = copied(state), {"batch_size": batch_size, "num_images_per_prompt": 1}
+        if batch_size != images_of(state):
+            after.values.update(counts)
+        after.values.update(generator=generator, latents=latents)
+        with_draw(after.parts[1], randn_tensor)(self, after)
+        changed = {name: value for name, value in after.values.items() if value is not state.values.get(name)}
+        after.values = {name: value for name, value in changed.items() if name not in counts} | {"generator": generator}
+        return after.get("latents"), after
+
+    def end_steps(self, latents: torch.Tensor) -> None:
+        raise StepsEnded(latents)
+
+def split_at_latents(blocks: list[Any], name: str) -> tuple[list[Any], Any, list[Any]]:
+    place = next((place for place, block in enumerate(blocks) if drawing_functions(type(block))), None)
+    if place is None:
+        raise TypeError(
+            "Expected a modular pipeline with a block that draws its latents with diffusers' `randn_tensor`, but "
+            f"{name} has none for these inputs. Use a workflow from text to image."
+        )
+    return blocks[:place], blocks[place], blocks[place + 1 :]
+
+def images_of(state: Any) -> int:
+    return (state.get("batch_size") or 1) * (state.get("num_images_per_prompt") or 1)
+
+def copied(state: Any) -> Any:
+    twin = copy.copy(state)
+    twin.values, twin.kwargs_mapping = dict(state.values), {k: list(v) for k, v in state.kwargs_mapping.items()}
+    return twin
+
+@functools.cache
+def drawing_functions(kind: type) -> tuple[str, ...]:
+    found = {name: inspect.getattr_static(kind, name) for name in dir(kind)}
+    functions = {name: getattr(each, "__func__", each) for name, each in found.items()}
+    codes = {
+        name: getattr(inspect.unwrap(each), "__code__", None) for name, each in functions.items() if callable(each)
+    }
+    return tuple(name for name, code in codes.items() if "randn_tensor" in getattr(code, "co_names", ()))
+
+def with_draw(block: Any, draw: Callable[..., torch.Tensor]) -> Any:
+    kind, twin = type(block), copy.copy(block)
+    replaced: dict[str, Any] = {}
+    for name in drawing_functions(kind):
+        static = inspect.getattr_static(kind, name)
+        function: Any = with_globals(getattr(static, "__func__", static), randn_tensor=draw)
+        replaced[name] = staticmethod(function) if isinstance(static, staticmethod) else function
+    twin.__class__ = type(kind.__name__, (kind,), {**replaced, "__module__": kind.__module__})
+    return twin
+
 # pipelines/preset_table.py
 
 Goal = Literal["diverse", "faithful", "best"]
@@ -12173,7 +12362,7 @@ VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 OF_DIFFUSERS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, AssertionError)
 
 def check_pipeline(pipe: Any) -> None:
-    if not isinstance(pipe, DiffusionPipeline):
+    if not (isinstance(pipe, DiffusionPipeline) or is_modular(pipe)):
         got = repr(pipe) if isinstance(pipe, str | os.PathLike | type(None)) else type(pipe).__name__
         load = "Load it first: `DiffusionPipeline.from_pretrained(...)`."
         remedy = "Pass the pipeline that it is a part of." if isinstance(pipe, torch.nn.Module) else load
@@ -13272,6 +13461,7 @@ def optimize_noise(
     **call_kwargs,
 ) -> NoiseResult | list[NoiseResult]:
     check_pipeline(pipe)
+    pipe = as_standard(pipe)
     check_pipeline_class(type(pipe))
     ours = list(inspect.signature(optimize_noise).parameters)
     check_argument_names(pipe, call_kwargs, ours, class_of_method(pipe, method, call_kwargs))
@@ -13410,23 +13600,24 @@ class MethodMixin(NoiseOptimizationMixin):
             )
         return super().__call__(*args, method=method, method_kwargs=method_kwargs, **kwargs)
 
-    def method_of(self, settings: dict[str, Any]) -> NoiseOptimizer | None:
+    @classmethod
+    def method_of(cls, settings: dict[str, Any]) -> NoiseOptimizer | None:
         """Return the method with these settings; `None` for the stock call.
 
         Raises:
             ValueError: For settings without the argument `target` that turns the method on, such as `rewards`.
         """
-        if self.target is None:
+        if cls.target is None:
             steps = settings.get("steps")
-            return None if type(steps) is int and steps == 0 else self.own_method(**settings)
-        if self.target not in settings:
+            return None if type(steps) is int and steps == 0 else cls.own_method(**settings)
+        if cls.target not in settings:
             if settings:
                 raise ValueError(
-                    f"Expected `{self.target}` beside {sorted(settings)}, but got none: there is nothing to optimize. "
-                    f"Pass `{self.target}` too, or leave these out."
+                    f"Expected `{cls.target}` beside {sorted(settings)}, but got none: there is nothing to optimize. "
+                    f"Pass `{cls.target}` too, or leave these out."
                 )
             return None
-        return self.own_method(**settings)
+        return cls.own_method(**settings)
 
 def merged_settings(arguments: dict[str, Any], others: Mapping[str, Any] | None) -> dict[str, Any]:
     if others is not None and not (isinstance(others, Mapping) and all(isinstance(name, str) for name in others)):
@@ -13981,3 +14172,93 @@ class NeverTooLateMixin(
         output = ImagePipelineOutput(images=list(found.pictures))
         vars(output)["image_set"] = found
         return output
+
+# pipelines/modular_block.py
+
+COMMON = {
+    "method_kwargs": "Settings of the method, by name.",
+    "noise_sampler": 'The distribution of the initial noise, such as "pink".',
+    "reward_prompt": "The prompt that rewards are asked about instead of the prompt of the call.",
+}
+
+class NoiseBlock:
+    """Base class of blocks that find the initial noise, to run before a modular pipeline draws its latents.
+
+    `class CNOBlock(NoiseBlock, ModularPipelineBlocks)` with a `mixin` is a block of that method, whose inputs are the
+    arguments of the pipeline classes of the method. Its outputs are `latents`, which the pipeline then starts from, and
+    `noise_result`.
+
+        pipe = block.into(pipe)
+        images = pipe(prompt="a cat", num_images_per_prompt=4, output="images")
+    """
+
+    mixin: ClassVar[type[MethodMixin]]
+
+    @property
+    def description(self) -> str:
+        return (inspect.getdoc(self.mixin) or "").partition("\n")[0]
+
+    @property
+    def inputs(self) -> list[Any]:
+        texts, hints = argument_texts(self.mixin), get_type_hints(self.mixin.own_method)
+        own = [input_param(name, hints[name], texts[name]) for name in self.mixin.own_arguments]
+        return [*own, *(input_param(name, None, text) for name, text in COMMON.items())]
+
+    @property
+    def intermediate_outputs(self) -> list[Any]:
+        return [
+            output_param("latents", torch.Tensor, "The latents of the noise that was found."),
+            output_param("noise_result", None, "The `NoiseResult`: noise, scores, and how it was found."),
+        ]
+
+    def into(self, pipe: Any, **inputs: Any) -> Any:
+        if not is_modular(pipe):
+            raise TypeError(
+                f"Expected a loaded modular pipeline, but got {type(pipe).__name__}. Load it with "
+                "`ModularPipeline.from_pretrained(...)`, or use `optimize_noise(pipe, ...)`, which takes any pipeline."
+            )
+        blocks = copy.deepcopy(blocks_of(pipe)).get_execution_blocks(**(inputs or {"prompt": True}))
+        leaves = list(blocks.sub_blocks.values())
+        before, _, _ = split_at_latents(leaves, type(pipe).__name__)
+        blocks.sub_blocks.insert("optimize_noise", self, len(before))
+        return with_blocks(pipe, blocks)
+
+    def __call__(self, components: Any, state: Any) -> tuple[Any, Any]:
+        """Find the noise of the call in progress."""
+        arguments = {name: state.get(name) for name in self.mixin.own_arguments if state.get(name) is not None}
+        method = self.mixin.method_of(merged_settings(arguments, state.get("method_kwargs")))
+        if method is not None:
+            self.find(components, state, method)
+        return components, state
+
+    def find(self, components: Any, state: Any, method: Any) -> None:
+        pipe = as_standard(with_blocks(components, self.others(components, state)))
+        given = copied(state)
+        given.parts = split_at_latents(list(blocks_of(pipe).sub_blocks.values()), type(pipe).__name__)
+        vars(pipe)["_given_state"] = given
+        request = {each.name: state.get(each.name) for each in inputs_of(pipe)}
+        request = {name: value for name, value in request.items() if value is not None}
+        ours = {name: state.get(name) for name in ("noise_sampler", "reward_prompt")}
+        result = optimize_noise(pipe, request.pop("prompt", None), method, **ours, **request)
+        state.values.update(latents=result.latents, noise_result=result)
+        state.values["generator"] = advanced(state.get("generator"), result.generator())
+
+    def others(self, components: Any, state: Any) -> Any:
+        given = {name: value for name, value in state.values.items() if value is not None}
+        blocks = blocks_of(components).get_execution_blocks(**given)
+        for name in [name for name, block in blocks.sub_blocks.items() if isinstance(block, NoiseBlock)]:
+            del blocks.sub_blocks[name]
+        return blocks
+
+def advanced(generator: Any, found: Any) -> Any:
+    if generator is None:
+        return found
+    own, others = (each if isinstance(each, list) else [each] for each in (generator, found))
+    for stream, other in zip(own, others, strict=True):
+        stream.set_state(other.get_state())
+    return generator
+
+def argument_texts(mixin: type[MethodMixin]) -> dict[str, str]:
+    section = (inspect.getdoc(mixin) or "").partition("Args:\n")[2]
+    entries = re.findall(r"^    (\w+): (.*\n?(?:     +.*\n?)*)", section, re.MULTILINE)
+    return {name: " ".join(text.split()) for name, text in entries}

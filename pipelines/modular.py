@@ -14,7 +14,7 @@ from ..private_names import blocks_of, has_loop, is_modular, new_state
 from .memory.replaced import with_gradient
 from .sampling.latent_space import with_globals
 
-PLAIN = (str, int, float, bool, type(None))
+PLAIN_DEFAULTS = (str, int, float, bool, type(None))
 
 
 class StepsEnded(Exception):
@@ -32,7 +32,9 @@ def as_standard(pipe: Any) -> Any:
     """
     if not is_modular(pipe) or isinstance(pipe, StandardCall):
         return pipe
-    inputs = tuple((each.name, each.default if isinstance(each.default, PLAIN) else None) for each in inputs_of(pipe))
+    inputs = tuple(
+        (each.name, each.default if isinstance(each.default, PLAIN_DEFAULTS) else None) for each in inputs_of(pipe)
+    )
     found = object.__new__(standard_class(type(pipe), inputs))
     found.__dict__ = {**vars(pipe), "_blocks": recording(blocks_of(pipe))}
     return found
@@ -91,9 +93,10 @@ class StandardCall:
         """Return the images, or the latents after the last step for `output_type="latent"`."""
         state = self.encode_prompt(request)
         given = {"generator": request.get("generator"), "latents": request.get("latents")}
-        latents, state = self.prepare_latents(state, images_of(state), **given)
+        latents, prepared = self.prepare_latents(state, images_of(state), **given)
         state = copied(state)
-        state.values.update(latents=latents, output_type=request.get("output_type", "pil"))
+        state.kwargs_mapping = dict(prepared.kwargs_mapping)
+        state.values.update(prepared.values, latents=latents, output_type=request.get("output_type", "pil"))
         for block in state.parts[2]:
             if not (has_loop(block) and vars(self).get("_skips_steps")):
                 try:
@@ -110,13 +113,13 @@ class StandardCall:
             return given
         state = new_state(self, request)
         blocks = blocks_of(self).get_execution_blocks(**{k: v for k, v in request.items() if v is not None}).sub_blocks
-        state.parts = parts_of(list(blocks.values()), type(self).__name__)
+        state.parts = split_at_latents(list(blocks.values()), type(self).__name__)
         for block in state.parts[0]:
             block(self, state)
         return state
 
     def prepare_latents(self, state: Any, batch_size: int, generator: Any = None, latents: Any = None) -> Any:
-        """Run the block that prepares the latents with `randn_tensor`, and return them and the state after it.
+        """Run the block that draws the latents, with `randn_tensor`, and return them and what it changed in the state.
 
         Args:
             state: The state before.
@@ -124,19 +127,21 @@ class StandardCall:
             generator: Their generator.
             latents: Latents in place of those that the block draws, or `None`.
         """
-        state = copied(state)
+        after, counts = copied(state), {"batch_size": batch_size, "num_images_per_prompt": 1}
         if batch_size != images_of(state):
-            state.values.update(batch_size=batch_size, num_images_per_prompt=1)
-        state.values.update(generator=generator, latents=latents)
-        with_draw(state.parts[1], randn_tensor)(self, state)
-        return state.get("latents"), state
+            after.values.update(counts)
+        after.values.update(generator=generator, latents=latents)
+        with_draw(after.parts[1], randn_tensor)(self, after)
+        changed = {name: value for name, value in after.values.items() if value is not state.values.get(name)}
+        after.values = {name: value for name, value in changed.items() if name not in counts} | {"generator": generator}
+        return after.get("latents"), after
 
     def end_steps(self, latents: torch.Tensor) -> None:
         """End the loop over the steps from within."""
         raise StepsEnded(latents)
 
 
-def parts_of(blocks: list[Any], name: str) -> tuple[list[Any], Any, list[Any]]:
+def split_at_latents(blocks: list[Any], name: str) -> tuple[list[Any], Any, list[Any]]:
     """Return the blocks before the latents, the one that draws them, and those after. `name` is the pipeline's."""
     place = next((place for place, block in enumerate(blocks) if drawing_functions(type(block))), None)
     if place is None:

@@ -10,7 +10,7 @@ import torch
 from ..private_names import blocks_of, input_param, is_modular, output_param, with_blocks
 from .hook import optimize_noise
 from .method_mixin import MethodMixin, merged_settings
-from .modular import as_standard, copied, inputs_of, parts_of
+from .modular import as_standard, copied, inputs_of, split_at_latents
 
 COMMON = {
     "method_kwargs": "Settings of the method, by name.",
@@ -66,7 +66,7 @@ class NoiseBlock:
             )
         blocks = copy.deepcopy(blocks_of(pipe)).get_execution_blocks(**(inputs or {"prompt": True}))
         leaves = list(blocks.sub_blocks.values())
-        before, _, _ = parts_of(leaves, type(pipe).__name__)
+        before, _, _ = split_at_latents(leaves, type(pipe).__name__)
         blocks.sub_blocks.insert("optimize_noise", self, len(before))
         return with_blocks(pipe, blocks)
 
@@ -82,7 +82,7 @@ class NoiseBlock:
         """Optimize the noise from the state, and let the pipeline go on from it."""
         pipe = as_standard(with_blocks(components, self.others(components, state)))
         given = copied(state)
-        given.parts = parts_of(list(blocks_of(pipe).sub_blocks.values()), type(pipe).__name__)
+        given.parts = split_at_latents(list(blocks_of(pipe).sub_blocks.values()), type(pipe).__name__)
         vars(pipe)["_given_state"] = given
         request = {each.name: state.get(each.name) for each in inputs_of(pipe)}
         request = {name: value for name, value in request.items() if value is not None}

@@ -166,14 +166,16 @@ class BatchLayout:
 
     def state_of(self, state: Any, rows: list[int]) -> Any:
         """Return the state of a modular pipeline for these images."""
-        found = copy.copy(state)
-        mine = {
-            name: take_rows(value, rows)
-            for name, value in state.values.items()
-            if isinstance(value, torch.Tensor | list) and name not in SAME_FOR_ALL and len(value) == self.batch
-        }
+        found, several = copy.copy(state), (name for name in state.values if name not in SAME_FOR_ALL)
+        mine = {name: take_rows(state.values[name], rows) for name in several if self.is_one_each(state.values[name])}
         found.values = {**state.values, **mine, "batch_size": len(rows), "num_images_per_prompt": 1}
         return found
+
+    def is_one_each(self, value: Any) -> bool:
+        """Return whether a value has an entry for each image; a list of numbers is a size or a place."""
+        plain = isinstance(value, list) and all(isinstance(each, int | float) for each in value)
+        has_rows = isinstance(value, list) or (isinstance(value, torch.Tensor) and value.ndim > 0)
+        return has_rows and not plain and len(value) == self.batch
 
     def tensor_of(self, value: torch.Tensor, rows: list[int]) -> torch.Tensor:
         if value.ndim == 0 or (value.ndim == 2 and value.shape[1] == 3):

@@ -159,7 +159,7 @@ def test_class_files_are_those_of_the_package(root):
 def test_generated_lines_are_few(root):
     """One bundle for all cards, to which their folders link."""
     copies = sorted((root / "hub_cards").glob(f"*/{build.BUNDLE}"))
-    assert [copy.parent.name for copy in copies] == sorted(card.name for card in build.CARDS)
+    assert [copy.parent.name for copy in copies] == sorted(card.name for card in (*build.CARDS, *build.BLOCKS))
     assert {os.readlink(copy) for copy in copies} == {f"../{build.BUNDLE}"}
     folders = [root / folder for folder in ("pipelines", "rewards", "callbacks", "schedulers")]
     sources = [path for folder in folders for path in folder.rglob("*.py")]

@@ -1,0 +1,1 @@
+../noiseopt_bundle.py
