@@ -24,6 +24,7 @@ from .noise_diffusion.stable_diffusion import NoiseDiffusionStableDiffusionPipel
 from .noise_diffusion.stable_diffusion_3 import NoiseDiffusionStableDiffusion3Pipeline
 from .noise_diffusion.stable_diffusion_xl import NoiseDiffusionStableDiffusionXLPipeline
 from .noise_math import ChiPrior
+from .noise_shape import noise_shape
 from .objective import FunctionObjective, Objective, RewardObjective
 from .preset_table import Preset
 from .presets import find_preset, list_presets
@@ -94,6 +95,7 @@ __all__ = [
     "grow_set",
     "list_methods",
     "list_presets",
+    "noise_shape",
     "optimize_noise",
     "register_method",
     "release_rewards",

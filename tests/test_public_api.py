@@ -17,7 +17,7 @@ NeverTooLateStableDiffusionPipeline NeverTooLateTurboPipeline NoiseDiffusion Noi
 NoiseDiffusionStableDiffusion3Pipeline NoiseDiffusionStableDiffusionPipeline NoiseDiffusionStableDiffusionXLPipeline
 NoiseOptimizationMixin NoiseResult PCN PinkNoise ReNO ReNOStableDiffusionPipeline ReNOStableDiffusionXLPipeline
 ReNOTurboPipeline RewardGuidance RewardSum TimeBudget Vary ZeroOrderSearch find_preset grow_set list_methods
-list_presets list_rewards optimize_noise release_rewards shapes_world
+list_presets list_rewards noise_shape optimize_noise release_rewards shapes_world
 """
 CLASSES = [name for name in TOP.split() if name.endswith("Pipeline")]
 

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
         grow_set,
         list_methods,
         list_presets,
+        noise_shape,
         optimize_noise,
         release_rewards,
     )
@@ -89,6 +90,7 @@ __all__ = [
     "list_methods",
     "list_presets",
     "list_rewards",
+    "noise_shape",
     "optimize_noise",
     "release_rewards",
     "shapes_world",
