@@ -100,8 +100,7 @@ def contents(card: AnyCard, namespace: str = NAMESPACE) -> dict[str, bytes | Pat
     files: dict[str, bytes | Path] = {name: text.encode() for name, text in generated(card, namespace).items()}
     if isinstance(card, ModelCard):
         return files | card.uploads()
-    shown = isinstance(card, Card) and shown_by(card)
-    return files | ({PICTURE: picture_path(card)} if shown else {})
+    return files | ({PICTURE: picture_path(card)} if isinstance(card, Card) and shown_by(card) else {})
 
 
 def write(cards: Iterable[AnyCard]) -> None:
