@@ -24,10 +24,10 @@ from noiseopt.evaluation.plane import pareto_front
 from noiseopt.pipelines import DiversityBoost, EmbeddingNoise
 from noiseopt.recipes import RECIPES
 
-STRENGTHS = (4.0, 8.0, 20.0)  # of the embedding noise
+STRENGTHS = (4.0, 8.0, 12.0, 20.0)  # of the embedding noise
 RATES = {"turbo": 0.04, "guided": 0.04}  # of CNO
 MEASURES = ("MSS", "Vendi", "grounds", "positions", "right", "reward", "seconds")
-CLOSE = 0.02  # similarities that count as equal
+CLOSE = 0.03  # similarities that count as equal
 SEARCH, STEPS = 26, 10  # of It's Never Too Late on the student
 CANDIDATES = (104, 24)  # of group selection, per set: those of that search, and fewer where each takes many steps
 

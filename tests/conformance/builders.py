@@ -1006,7 +1006,7 @@ def build(cls: type) -> Any:
         cls = with_small_images(cls)
     if encoded := matching(EMBEDDED, cls):
         named = {"encode_prompt", "encode_prompt_multiple_images"} & set(dir(cls))
-        cls = type(cls.__name__, (cls,), dict.fromkeys(named, lambda pipe, *_, **__: encoded(pipe)))
+        cls = type(cls.__name__, (cls,), dict.fromkeys(named, for_each_image(encoded)))
     if has(cls, "OmniGen"):
         start = with_globals(cls.__init__, OmniGenMultiModalProcessor=TextOnly)
         cls = type(cls.__name__, (cls,), {"__init__": start, "__module__": cls.__module__})
@@ -1020,6 +1020,20 @@ def build(cls: type) -> Any:
         if isinstance(part, torch.nn.Module):
             fill_zeros(part.requires_grad_(False))
     return pipe
+
+
+def for_each_image(encoded: Callable[[Any], Any]) -> Callable[..., Any]:
+    """Return an `encode_prompt` that returns the same for each image of a prompt."""
+
+    def repeated(value: Any, count: int) -> Any:
+        if isinstance(value, torch.Tensor):
+            return value.repeat_interleave(count, 0) if len(value) == 1 else value
+        return type(value)(repeated(each, count) for each in value) if isinstance(value, tuple | list) else value
+
+    def encode_prompt(pipe: Any, *_: Any, num_images_per_prompt: int | None = 1, **__: Any) -> Any:
+        return repeated(encoded(pipe), num_images_per_prompt or 1)
+
+    return encode_prompt
 
 
 def fill_zeros(module: torch.nn.Module) -> None:

@@ -6,11 +6,13 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 import torch.nn.functional as F
 from _pytest.mark import ParameterSet
-from conformance.matrix import COLUMNS, FAMILIES, Column, in_fast_tier
+from conformance.builders import arguments_of, tiny_pipeline_of
+from conformance.matrix import COLUMNS, EVERY_FAMILY, FAMILIES, OTHERS, Column, in_fast_tier
 from problems import generator, redness
 from tiny_families import family_arguments, tiny_family
 from tiny_pipelines import quiet
@@ -146,19 +148,26 @@ class Call:
 def spatial(pipe, latents: torch.Tensor) -> torch.Tensor:
     """Unpack latents to `(B, C, H, W)` with the pipeline's own function."""
     name = type(pipe).__name__
-    if name == "Flux2KleinPipeline":
+    if name in ("Flux2KleinPipeline", "Flux2Pipeline"):
         side = math.isqrt(latents.shape[1])
         return pipe._unpack_latents_with_ids(
             latents, pipe._prepare_latent_ids(latents.new_zeros(len(latents), 1, side, side))
         )
-    if name in ("FluxPipeline", "FluxImg2ImgPipeline", "QwenImagePipeline"):
+    if name in ("FluxPipeline", "FluxImg2ImgPipeline", "QwenImagePipeline", "ChromaPipeline", "LongCatImagePipeline"):
         return pipe._unpack_latents(latents, 32, 32, pipe.vae_scale_factor).flatten(1, -3)
+    if name == "Krea2Pipeline":
+        return pipe._unpack_latents(latents, 32, 32).flatten(1, -3)
     return latents
 
 
 @functools.cache
 def family_call(family: str, count: int) -> Call:
-    return Call(tiny_family(family), {**family_arguments(family), "num_images_per_prompt": count})
+    if family in FAMILIES:
+        return Call(tiny_family(family), {**family_arguments(family), "num_images_per_prompt": count})
+    cls = getattr(diffusers, OTHERS[family].pipeline)
+    arguments = {name: value for name, value in arguments_of(cls).items() if name != "prompt"}
+    several = {"num_images_per_prompt": count} if count > 1 else {}
+    return Call(tiny_pipeline_of(cls), {**arguments, **several})
 
 
 def family_cells(families: Iterable[str]) -> list[ParameterSet]:
@@ -177,7 +186,7 @@ def check_family_cell(family: str, column_name: str) -> None:
 
 def check_off_and_class(family: str) -> None:
     """Compare a class with the mixin to its stock class: equal without a method, and returning the best with one."""
-    call, row = family_call(family, 1), FAMILIES[family]
+    call, row = family_call(family, 1), EVERY_FAMILY[family]
     cls = type(call.pipe)
     assert (cls.__name__, type(call.pipe.scheduler).__name__) == (row.pipeline, row.scheduler)
     ours = quiet(type("Ours", (NoiseOptimizationMixin, cls), {})(**call.pipe.components))

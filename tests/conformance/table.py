@@ -6,7 +6,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from conformance.matrix import COLUMNS, FAMILIES, GRADIENTS, REFUSED, SCHEDULERS, TOOLS
+from conformance.matrix import COLUMNS, EVERY_FAMILY, FAMILIES, GRADIENTS, REFUSED, SCHEDULERS, TOOLS
 
 README = Path(__file__).parents[2] / "README.md"
 BEGIN, END = "<!-- conformance:begin -->\n", "<!-- conformance:end -->\n"
@@ -21,9 +21,10 @@ def family_table() -> str:
     headings = [f"{column.heading}<br>{column.gradient}" for column in COLUMNS.values()]
     headings += [f"{heading}<br>none" for heading in TOOLS.values()]
     text = line(["pipeline", *headings]) + line(["---", *[":-:"] * len(headings)])
-    for row in FAMILIES.values():
-        scheduler = row.scheduler.removesuffix("Scheduler")
-        text += line([f"`{row.pipeline}` ({row.models}), {scheduler}", *["✓"] * len(headings)])
+    for name, row in EVERY_FAMILY.items():
+        scheduler, with_tools = row.scheduler.removesuffix("Scheduler"), name in FAMILIES
+        marks = ["✓"] * len(COLUMNS) + ["✓" if with_tools else ""] * len(TOOLS)
+        text += line([f"`{row.pipeline}` ({row.models}), {scheduler}", *marks])
     return text
 
 
