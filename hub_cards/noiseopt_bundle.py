@@ -114,8 +114,8 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 # The name that diffusers gives this module may come to mean the bundle of another release.
-sys.modules[f"{__name__}_44dd9c067143"] = sys.modules[__name__]
-__name__ = f"{__name__}_44dd9c067143"
+sys.modules[f"{__name__}_2feff0caa9eb"] = sys.modules[__name__]
+__name__ = f"{__name__}_2feff0caa9eb"
 
 # rewards/contract/transforms.py
 
@@ -9844,7 +9844,7 @@ class PinkNoise(NoiseSampler):
             shaped &= (f >= low) & (f <= high)
         if not shaped.any():
             raise ValueError(
-                f"Expected a `band` with frequencies of {height}×{width} noise, which go up to {f.max():.4g}, but got "
+                f"Expected a band with frequencies of {height}×{width} noise, which go up to {f.max():.4g}, but got "
                 f"{tuple(self.band or ())}. Widen it."
             )
         logs = -self.alpha * f.clamp(low, high).log1p()
@@ -9913,7 +9913,7 @@ class BandLimitedNoise(NoiseSampler):
 
     def __post_init__(self) -> None:
         check_fields(self)
-        checked_band((self.low, self.high))
+        checked_band((self.low, self.high), "`low` and `high`")
 
     def color(self, white: torch.Tensor) -> torch.Tensor:
         settings = {"band": (self.low, self.high), "outside": "zero", "standardize": self.standardize}
@@ -10002,11 +10002,11 @@ class CoupledNoise(NoiseSampler):
         bound.coupled_rows(len(groups))
         return bound
 
-def checked_band(band: Sequence[float]) -> tuple[float, float]:
+def checked_band(band: Sequence[float], name: str = "`band`") -> tuple[float, float]:
     limits = tuple(band) if isinstance(band, Sequence) else ()
     if len(limits) == 2 and all(isinstance(limit, Real) for limit in limits) and 0 <= limits[0] < limits[1]:
         return limits
-    raise ValueError(f"Expected `band` to be (low, high) with 0 <= low < high, but got {band!r}.")
+    raise ValueError(f"Expected {name} to be (low, high) with 0 <= low < high, but got {band!r}.")
 
 def check_spatial(shape: Sequence[int]) -> None:
     if len(shape) < 4 or shape[-2] * shape[-1] < 2:
@@ -11809,7 +11809,7 @@ class EmbeddedReward:
     name: str
 
     def __repr__(self) -> str:
-        return f"<embedded {self.name}>"
+        return f"shapes_world.path({self.name!r})"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PresetModel:
@@ -12662,6 +12662,8 @@ def list_presets() -> list[Preset]:
 
 def find_preset(pipe, goal: str, **call_kwargs: Any) -> Preset:
     check_pipeline(pipe)
+    check_argument_names(pipe, call_kwargs)
+    check_types(pipe, call_kwargs)
     if goal not in GOALS:
         raise ValueError(f"Expected a goal out of {list(GOALS)}, but got {goal!r}.{did_you_mean(str(goal), GOALS)}")
     return preset_of_call(pipe, goal, call_kwargs)
@@ -12753,11 +12755,16 @@ def chosen_method(
         check_makes_sets(call, each_alone)
     if noise_sampler is None and call.get("latents") is None:
         noise_sampler = preset.noise_sampler
-    shown_sampler = noise_sampler if isinstance(noise_sampler, str | None) else type(noise_sampler).__name__
+    shown_sampler = described(noise_sampler)
     chosen = dataclasses.replace(preset, settings=own or preset.settings, noise_sampler=shown_sampler)
     changed = [*(settings or {}), *["noise_sampler"] * (shown_sampler != preset.noise_sampler)]
     say_once(notice(chosen, changed, pipe, call))
     return found, noise_sampler, [PresetRecord(chosen, changed), *as_callbacks(callbacks)]
+
+def described(noise_sampler: Any) -> Any:
+    if noise_sampler is None or isinstance(noise_sampler, str):
+        return noise_sampler
+    return describe_noise_sampler(as_noise_sampler(noise_sampler))
 
 def check_makes_sets(call: Mapping[str, Any], each_alone: bool) -> None:
     prompt, images = call.get("prompt"), call.get("num_images_per_prompt") or 1
@@ -12806,7 +12813,7 @@ class PresetRecord(NoiseCallback):
             "method": shown_method(preset),
             "changed": list(changed),
             "reason": preset.reason,
-            "evidence": preset.evidence,
+            "evidence": f"not with these settings; without them: {preset.evidence}" if changed else preset.evidence,
         }
 
     def on_run_start(self, state: NoiseState) -> None:

@@ -17,7 +17,7 @@ class EmbeddedReward:
     name: str
 
     def __repr__(self) -> str:
-        return f"<embedded {self.name}>"
+        return f"shapes_world.path({self.name!r})"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ from ..callbacks.noise_callback import NoiseCallback, as_callbacks
 from ..callbacks.noise_state import NoiseState
 from ..private_names import name_or_path
 from ..registry import did_you_mean
+from ..schedulers.noise_samplers import as_noise_sampler, describe_noise_sampler
 from .method import NoiseOptimizer
 from .preset_table import (
     FALLBACKS,
@@ -27,7 +28,7 @@ from .preset_table import (
     letters,
 )
 from .registry import METHODS, as_method, list_methods
-from .request import check_pipeline
+from .request import check_argument_names, check_pipeline, check_types
 from .results.pipeline_description import portable, portable_name
 from .sampling.first_call import stock_call
 
@@ -55,9 +56,11 @@ def find_preset(pipe, goal: str, **call_kwargs: Any) -> Preset:
 
     Raises:
         ValueError: For an unknown goal.
-        TypeError: For anything but a loaded pipeline.
+        TypeError: For anything but a loaded pipeline, and for an argument that its call does not take.
     """
     check_pipeline(pipe)
+    check_argument_names(pipe, call_kwargs)
+    check_types(pipe, call_kwargs)
     if goal not in GOALS:
         raise ValueError(f"Expected a goal out of {list(GOALS)}, but got {goal!r}.{did_you_mean(str(goal), GOALS)}")
     return preset_of_call(pipe, goal, call_kwargs)
@@ -189,11 +192,18 @@ def chosen_method(
         check_makes_sets(call, each_alone)
     if noise_sampler is None and call.get("latents") is None:
         noise_sampler = preset.noise_sampler
-    shown_sampler = noise_sampler if isinstance(noise_sampler, str | None) else type(noise_sampler).__name__
+    shown_sampler = described(noise_sampler)
     chosen = dataclasses.replace(preset, settings=own or preset.settings, noise_sampler=shown_sampler)
     changed = [*(settings or {}), *["noise_sampler"] * (shown_sampler != preset.noise_sampler)]
     say_once(notice(chosen, changed, pipe, call))
     return found, noise_sampler, [PresetRecord(chosen, changed), *as_callbacks(callbacks)]
+
+
+def described(noise_sampler: Any) -> Any:
+    """Return a noise sampler as plain values, by its name alone if that says all."""
+    if noise_sampler is None or isinstance(noise_sampler, str):
+        return noise_sampler
+    return describe_noise_sampler(as_noise_sampler(noise_sampler))
 
 
 def check_makes_sets(call: Mapping[str, Any], each_alone: bool) -> None:
@@ -260,7 +270,7 @@ class PresetRecord(NoiseCallback):
             "method": shown_method(preset),
             "changed": list(changed),
             "reason": preset.reason,
-            "evidence": preset.evidence,
+            "evidence": f"not with these settings; without them: {preset.evidence}" if changed else preset.evidence,
         }
 
     def on_run_start(self, state: NoiseState) -> None:

@@ -213,7 +213,7 @@ class PinkNoise(NoiseSampler):
             shaped &= (f >= low) & (f <= high)
         if not shaped.any():
             raise ValueError(
-                f"Expected a `band` with frequencies of {height}×{width} noise, which go up to {f.max():.4g}, but got "
+                f"Expected a band with frequencies of {height}×{width} noise, which go up to {f.max():.4g}, but got "
                 f"{tuple(self.band or ())}. Widen it."
             )
         logs = -self.alpha * f.clamp(low, high).log1p()
@@ -286,7 +286,7 @@ class BandLimitedNoise(NoiseSampler):
 
     def __post_init__(self) -> None:
         check_fields(self)
-        checked_band((self.low, self.high))
+        checked_band((self.low, self.high), "`low` and `high`")
 
     def color(self, white: torch.Tensor) -> torch.Tensor:
         """Map white noise `(B, C, H, W)` to band-limited noise, as `PinkNoise.color` does."""
@@ -388,12 +388,12 @@ class CoupledNoise(NoiseSampler):
         return bound
 
 
-def checked_band(band: Sequence[float]) -> tuple[float, float]:
-    """Return a band as a tuple. Raises `ValueError` unless it is (low, high) with 0 <= low < high."""
+def checked_band(band: Sequence[float], name: str = "`band`") -> tuple[float, float]:
+    """Return a band as a tuple. Raises `ValueError`, by its name, unless it is (low, high) with 0 <= low < high."""
     limits = tuple(band) if isinstance(band, Sequence) else ()
     if len(limits) == 2 and all(isinstance(limit, Real) for limit in limits) and 0 <= limits[0] < limits[1]:
         return limits
-    raise ValueError(f"Expected `band` to be (low, high) with 0 <= low < high, but got {band!r}.")
+    raise ValueError(f"Expected {name} to be (low, high) with 0 <= low < high, but got {band!r}.")
 
 
 def check_spatial(shape: Sequence[int]) -> None:

@@ -50,7 +50,9 @@ def test_a_model_is_found_by_checkpoint_name_or_class(name, titles, capsys):
 def test_an_unknown_model_has_the_presets_of_any_by_its_steps(capsys):
     main(["presets", "org/mine\x1b[2J", "--goal", "faithful"])
     printed = capsys.readouterr()
-    assert "no preset for org/mine\\x1b[2J; these are picked by the number of steps:" in printed.err
+    assert "no preset has the name org/mine\\x1b[2J. A pipeline of a known class is told by its class" in printed.err
+    with pytest.raises(SystemExit, match="2"):
+        main(["presets", " "])
     models = [line for line in printed.out.splitlines() if line and not line.startswith(" ")]
     kinds = {"one step": 1, "2 to 16 steps": 4, "more steps": 50}
     assert models == [f"any model of {kind} (num_inference_steps={steps})" for kind, steps in kinds.items()]

@@ -134,11 +134,10 @@ class EmbeddingNoiseRun(SteeredRun):
         return torch.stack(found) if isinstance(rows, torch.Tensor) else found
 
     def after_step(self, theirs: Any, pipe, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        """Call the user's callback, and give the pipeline y back after the last step with noise."""
-        tensors = tensors if theirs is None else {**tensors, **(theirs(pipe, step, timestep, tensors) or {})}
+        """Give the pipeline y back after the last step with noise, and call the user's callback."""
         if step + 1 == part_of(self.settings.steps, pipe.num_timesteps):
             tensors["prompt_embeds"] = replaced(tensors["prompt_embeds"], self.clean, type(pipe).__name__)
-        return tensors
+        return tensors if theirs is None else {**tensors, **(theirs(pipe, step, timestep, tensors) or {})}
 
 
 def mask_of(beside: Any, rows: Any) -> list[torch.Tensor]:

@@ -11,7 +11,14 @@ import torch
 from ...checked_fields import check_fields
 from ...schedulers.noise_samplers import Generators, NoiseSamplerSpec
 from ..hook import NoiseDraw
-from ..request import bind_request, check_argument_names, check_pipeline, check_pipeline_class, check_request
+from ..request import (
+    bind_request,
+    check_argument_names,
+    check_pipeline,
+    check_pipeline_class,
+    check_request,
+    prompts_of,
+)
 from ..sampling.apart import apart, hooked
 from ..sampling.first_call import stock_call
 from ..sampling.latent_space import LatentSpace
@@ -48,15 +55,26 @@ class SteeredCall(abc.ABC):
     generator: Generators = None
 
     def check(self) -> None:
-        """Raise `ValueError` for settings that cannot work."""
+        """Raise `ValueError` or `TypeError` for settings that cannot work."""
         check_fields(self)
+        streams = self.generator if isinstance(self.generator, list | tuple) else [self.generator]
+        if self.generator is not None and not all(isinstance(each, torch.Generator) for each in streams):
+            raise TypeError(
+                f"Expected `generator` to be a `torch.Generator` or a list of them, but got {self.generator!r:.200}. A "
+                "seed is written `torch.Generator().manual_seed(0)`."
+            )
 
     @abc.abstractmethod
     def run(self, pipe, request: dict[str, Any], noise_sampler: NoiseSamplerSpec | None) -> SteeredRun:
         """Return a run. Raises `TypeError` or `ValueError` for a pipeline or a call that it cannot change."""
 
     def generate(
-        self, pipe, prompt: str | list[str] | None, *, noise_sampler: NoiseSamplerSpec | None = None, **call_kwargs
+        self,
+        pipe,
+        prompt: str | list[str] | None = None,
+        *,
+        noise_sampler: NoiseSamplerSpec | None = None,
+        **call_kwargs,
     ) -> Any:
         """Run `pipe(prompt, ...)`, changed. The pipeline stays unmodified.
 
@@ -80,6 +98,7 @@ class SteeredCall(abc.ABC):
         with TURNS.take(shared_parts(pipe)), apart(pipe) as twin:
             request = bind_request(twin, (), {"prompt": prompt, **call_kwargs})
             check_request(twin, request)
+            self.check_count(len(prompts_of(request)))
             run = self.run(twin, request, noise_sampler)
             with hooked(twin, **run.hooks(twin)), torch.no_grad():
                 return stock_call(type(pipe))(twin, **run.request)
@@ -87,18 +106,22 @@ class SteeredCall(abc.ABC):
     def draws(self, rows: int) -> list[Callable[..., torch.Tensor]]:
         """Return for each of some images a function `(draw, *shape) -> Tensor` of `torch.rand` or `torch.randn`.
 
-        The numbers are float32 on the CPU, if the generators are. Raises `ValueError` for too few or too many
-        generators.
+        The numbers are float32 on the CPU, if the generators are.
         """
+        self.check_count(rows)
         streams = self.generator
         if streams is None or isinstance(streams, torch.Generator):
             return [drawing(streams)] * rows
-        if len(streams) != rows:
+        return [drawing(stream) for stream in streams]
+
+    def check_count(self, images: int) -> None:
+        """Raise `ValueError` for a list of generators with too few or too many for some images."""
+        streams = self.generator
+        if isinstance(streams, list | tuple) and len(streams) != images:
             raise ValueError(
-                f"Expected one generator, or one for each image, but got {len(streams)} for {rows} images. Pass as "
+                f"Expected one generator, or one for each image, but got {len(streams)} for {images} images. Pass as "
                 "many as there are images."
             )
-        return [drawing(stream) for stream in streams]
 
 
 def drawing(stream: torch.Generator | None) -> Callable[..., torch.Tensor]:

@@ -30,10 +30,19 @@ def add_presets(commands) -> None:
         epilog=examples("noiseopt presets", "noiseopt presets stabilityai/sdxl-turbo --goal diverse"),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("model", nargs="?", metavar="MODEL", help="Hub id, pipeline class, or a part of a name")
+    parser.add_argument(
+        "model", nargs="?", type=name, metavar="MODEL", help="Hub id, pipeline class, or a part of a name"
+    )
     parser.add_argument("--goal", choices=("diverse", "faithful", "best"), help="goal (default: all)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=presets)
+
+
+def name(text: str) -> str:
+    """Parse the name of a model."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("expected a name, but got nothing")
+    return text
 
 
 def presets(arguments: argparse.Namespace) -> None:
@@ -46,7 +55,11 @@ def presets(arguments: argparse.Namespace) -> None:
     every = list_presets()
     found = every if arguments.model is None else of_model(arguments.model, every)
     if not found:
-        print(f"no preset for {shown(arguments.model)}; these are picked by the number of steps:", file=sys.stderr)
+        print(
+            f"no preset has the name {shown(arguments.model)}. A pipeline of a known class is told by its class and "
+            "steps (pass the name of the class here), any other by its steps:",
+            file=sys.stderr,
+        )
         found = [preset for presets in FALLBACKS.values() for preset in presets]
     rows = [cells(preset) for preset in found if arguments.goal in (None, preset.goal)]
     if arguments.json:

@@ -11,7 +11,7 @@ import torch
 from diffusers.configuration_utils import FrozenDict
 from problems import generator
 from tiny_families import tiny_family
-from tiny_pipelines import BUILDERS, SIZE, quiet
+from tiny_pipelines import BUILDERS, SIZE, quiet, tiny_pipeline
 
 import noiseopt
 from noiseopt import BestOfN, ReNOStableDiffusionPipeline, find_preset, list_presets, optimize_noise, shapes_world
@@ -122,12 +122,11 @@ def test_a_denoiser_of_another_checkpoint_tells_it_before_the_pipeline():
         ("sdxl", {"timesteps": [999, 500]}, "SDXL of few steps (Lightning, Hyper-SD, LCM)"),
         ("sd3", {"num_inference_steps": 4}, "Stable Diffusion 3.5 Large Turbo"),
         ("flux", {"num_inference_steps": 28}, "FLUX.1 [schnell]"),  # by its configuration
-        ("sd", {"num_inference_steps": "many"}, "any model of more steps"),  # refused later, by the call
     ],
 )
 def test_a_folder_of_another_name_is_told_by_class_configuration_and_steps(family, call, model):
     found = find_preset(named(family, "/models/mine"), "best", **call).model.title
-    assert found == model or (call.get("num_inference_steps") == "many" and found == "Stable Diffusion 1.5")
+    assert found == model
 
 
 def test_hints_of_the_configuration_tell_a_distilled_model():
@@ -238,7 +237,7 @@ def test_a_goal_runs_what_its_preset_says(turbo, caplog):
         "method": "best_of_n:rewards='shapes_world/weights/clip',steps=3",
         "changed": ["steps"],
         "reason": preset.reason,
-        "evidence": preset.measured,
+        "evidence": f"not with these settings; without them: {preset.measured}",
     }
     (said,) = caplog.messages
     assert said.startswith('"best" on StableDiffusionPipeline: the preset of shapes-turbo, best_of_n:rewards=')
@@ -350,3 +349,21 @@ def test_unknown_goals_and_other_things_than_pipelines_are_refused(turbo):
     with pytest.raises(TypeError, match="a loaded diffusers pipeline"):
         find_preset("stabilityai/sd-turbo", "best")
     assert not set(GOALS) & set(noiseopt.list_methods())
+
+
+def test_arguments_that_the_call_does_not_take_are_refused_when_a_preset_is_looked_for():
+    pipe = tiny_pipeline("sd")
+    with pytest.raises(TypeError, match="but got 'num_infrence_steps'. Did you mean 'num_inference_steps'"):
+        find_preset(pipe, "best", num_infrence_steps=1)
+    with pytest.raises(ValueError, match="Expected `num_inference_steps` to be an integer from 1"):
+        find_preset(pipe, "best", num_inference_steps="x")
+
+
+def test_the_report_has_the_settings_of_the_noise_sampler_and_says_what_its_evidence_is_of():
+    pipe = shapes_world.load("turbo")
+    call = {"num_inference_steps": 1, "guidance_scale": 0.0, "noise_sampler": {"name": "pink", "alpha": 0.1}}
+    found = optimize_noise(pipe, "a red square", "best", method_kwargs={"steps": 2}, **call)
+    report = found.reports["preset"]
+    assert "noise_sampler={'name': 'pink', 'alpha': 0.1" in report["method"]
+    assert report["changed"] == ["steps", "noise_sampler"]
+    assert report["evidence"].startswith("not with these settings; without them: on 32 held-out prompts")

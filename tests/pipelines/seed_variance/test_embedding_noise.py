@@ -159,6 +159,39 @@ def test_bad_settings_are_refused(settings, message):
         draw(tiny_pipeline("sd"), EmbeddingNoise(**settings), num_images_per_prompt=2, height=32, width=32)
 
 
+@pytest.mark.parametrize("generator_", [3, ["a"], "cpu"])
+def test_what_is_no_generator_is_refused_before_anything_runs(generator_):
+    with pytest.raises(TypeError, match=r"Expected `generator` to be a `torch\.Generator` or a list of them, but got"):
+        EmbeddingNoise(generator=generator_).generate(tiny_pipeline("sd"), "a")
+
+
+def test_the_users_callback_has_the_last_word_at_the_step_that_gives_the_embedding_back():
+    pipe = tiny_pipeline("sd")
+    call = {"num_inference_steps": STEPS, "guidance_scale": 1.0, "height": 32, "width": 32}
+    asked = {"callback_on_step_end_tensor_inputs": ["latents", "prompt_embeds"]}
+
+    def zero(pipe, step, timestep, tensors):
+        return {"prompt_embeds": torch.zeros_like(tensors["prompt_embeds"])}
+
+    with embeddings_given(pipe) as seen:
+        draw(
+            pipe,
+            EmbeddingNoise(**{**SETTINGS, "steps": 0.2}, generator=generator()),
+            callback_on_step_end=zero,
+            **call,
+            **asked,
+        )
+    assert [bool(each.any()) for each in seen] == [True, False, False, False, False]
+
+
+def test_embeddings_may_come_in_place_of_the_prompt():
+    pipe = tiny_pipeline("sd")
+    embeds, _ = pipe.encode_prompt("a b", "cpu", 1, False)
+    call = {"num_inference_steps": 2, "guidance_scale": 1.0, "height": 32, "width": 32, "output_type": "latent"}
+    given = EmbeddingNoise(generator=generator(3)).generate(pipe, prompt_embeds=embeds, generator=generator(), **call)
+    assert given.images.equal(draw(pipe, EmbeddingNoise(generator=generator(3)), **call))
+
+
 def test_pipelines_that_cannot_have_it_are_refused_by_name():
     pipe = tiny_family("pixart_sigma")
     with pytest.raises(ValueError, match=r"PixArtSigmaPipeline does not\. Pass `steps=1\.0`"):
