@@ -117,6 +117,7 @@ def test_costs_are_those_of_the_methods(alone):
     assert costs["best-of-2 for reno:steps=2"]["time / method's"] and not costs["plain"]["time / method's"]
 
 
+@pytest.mark.slow
 def test_noise_samplers_and_features_are_dimensions_of_an_evaluation(prompts, tmp_path):
     """In the folder: each combination, measured by each of the features, from the noise of its sampler."""
     more = ["--noise-sampler", "white", "--noise-sampler", "blue:alpha=1.0", "--limit", "1", "--seeds", "3"]

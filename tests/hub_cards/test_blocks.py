@@ -7,7 +7,6 @@ import pytest
 import torch
 from diffusers import ClassifierFreeGuidance, StableDiffusionXLAutoBlocks
 from problems import generator, redness
-from tiers import slow_except
 from tiny_pipelines import SIZE, quiet, tiny_pipeline
 
 from noiseopt import CNOStableDiffusionXLPipeline, ReNOTurboPipeline
@@ -38,7 +37,8 @@ def modular():
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("card", slow_except(BLOCKS, BLOCKS[1]), ids=lambda card: card.name)
+@pytest.mark.slow
+@pytest.mark.parametrize("card", BLOCKS, ids=lambda card: card.name)
 def test_block_draws_what_the_package_draws_from_folder_and_hub(card, hub, processes, api, tmp_path):
     push(card, "someone", api=api)
     folder, repository = ROOT / "hub_cards" / card.name, f"someone/{card.name}"
