@@ -14,7 +14,7 @@ from ..private_names import blocks_of, has_loop, is_modular, new_state
 from .memory.replaced import with_gradient
 from .sampling.latent_space import with_globals
 
-PLAIN = (str, int, float, bool, type(None))
+PLAIN_DEFAULTS = (str, int, float, bool, type(None))
 
 
 class StepsEnded(Exception):
@@ -32,7 +32,9 @@ def as_standard(pipe: Any) -> Any:
     """
     if not is_modular(pipe) or isinstance(pipe, StandardCall):
         return pipe
-    inputs = tuple((each.name, each.default if isinstance(each.default, PLAIN) else None) for each in inputs_of(pipe))
+    inputs = tuple(
+        (each.name, each.default if isinstance(each.default, PLAIN_DEFAULTS) else None) for each in inputs_of(pipe)
+    )
     found = object.__new__(standard_class(type(pipe), inputs))
     found.__dict__ = {**vars(pipe), "_blocks": recording(blocks_of(pipe))}
     return found
