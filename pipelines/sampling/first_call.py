@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -51,6 +52,7 @@ def first_step_only(pipe) -> Iterator[list[torch.Tensor]]:
     """
     scheduler, interruptible = pipe.scheduler, "interrupt" in stock_call(type(pipe)).__code__.co_names
     set_timesteps, step = scheduler.set_timesteps, scheduler.step
+    parameters = inspect.signature(step)  # CogVideoX's multistep scheduler takes more before the sample
     calls: list[int] = []
     stepped: list[bool] = []  # for each step, whether a denoiser had been called
     estimates: list[torch.Tensor] = []
@@ -62,9 +64,11 @@ def first_step_only(pipe) -> Iterator[list[torch.Tensor]]:
             scheduler.timesteps = scheduler.timesteps[:1]
 
     @functools.wraps(step)
-    def estimate(model_output, timestep, sample, *_, **__):
+    def estimate(*args, **kwargs):
         stepped.append(bool(calls))
-        x0 = predict_x0(scheduler, model_output, timestep, sample).to(model_output.dtype)
+        given = parameters.bind(*args, **kwargs).arguments
+        output = given["model_output"]
+        x0 = predict_x0(scheduler, output, given["timestep"], given["sample"]).to(output.dtype)
         estimates.append(x0)
         if hasattr(pipe, "end_steps"):  # of a modular pipeline
             pipe.end_steps(x0)

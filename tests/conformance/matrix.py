@@ -51,6 +51,13 @@ WITH_TRANSFORMER = {
     "sana_sprint": Family("SanaSprintPipeline", "Sana-Sprint", "SCMScheduler"),
 }
 FAMILIES = {**WITH_UNET, **WITH_TRANSFORMER}
+VIDEOS = {
+    "wan": Family("WanPipeline", "Wan 2.1, 2.2", "UniPCMultistepScheduler"),
+    "cogvideox": Family("CogVideoXPipeline", "CogVideoX-2B", "CogVideoXDDIMScheduler"),
+    "cogvideox_dpm": Family("CogVideoXPipeline", "CogVideoX-5B", "CogVideoXDPMScheduler"),
+    "ltx": Family("LTXPipeline", "LTX-Video", "FlowMatchEulerDiscreteScheduler"),
+    "hunyuan_video": Family("HunyuanVideoPipeline", "HunyuanVideo", "FlowMatchEulerDiscreteScheduler"),
+}
 COLUMNS = {
     "reno-full": Column("reno", "full", "ReNO"),
     "reno-frozen": Column("reno", "frozen", "ReNO"),
@@ -75,7 +82,7 @@ TOOLS = {"embedding_noise": "embedding noise", "diversity_boost": "DiversityBoos
 
 def in_fast_tier(family: str, column: str) -> bool:
     """Return True for three columns of each family and at least three families of each column, as in a Latin square."""
-    return (list(FAMILIES).index(family) - list(COLUMNS).index(column)) % 5 == 0
+    return ([*FAMILIES, *VIDEOS].index(family) - list(COLUMNS).index(column)) % 5 == 0
 
 
 SCHEDULERS = {
@@ -115,10 +122,19 @@ NO_DEPENDENCE = (
     "with zero terminal SNR and a frozen denoiser, the first x0 estimate does not depend on the noise: refused by "
     "name; `CNO(gradient='full')` works"
 )
-NO_ESTIMATE = "made for video, with no known x0 estimate: refused by name"
+NOISE_REPLACED = (
+    "with zero terminal SNR, the first step of this stochastic solver replaces the noise, which acts through the "
+    "denoiser only: refused by name; `gradient='full'` works where the method has it"
+)
+REWARDED_FROZEN = ("reno", "noise_diffusion", "noise_pgd", "mean_variance")
 REFUSED = {
     **{("flow_euler_stochastic", gradient): OTHER_STREAM for gradient in ("full", "frozen", "none")},
     ("zero_snr", "x0"): NO_DEPENDENCE,
-    ("video", "x0"): NO_ESTIMATE,
 }
 """Reasons of refusals by scheduler and gradient mode."""
+REFUSED_VIDEOS = {
+    **{(family, "cno-frozen"): NO_DEPENDENCE for family in ("cogvideox", "cogvideox_dpm")},
+    **{("cogvideox_dpm", f"{each}-frozen"): NOISE_REPLACED for each in REWARDED_FROZEN},
+}
+"""Reasons of refusals by video pipeline and column."""
+REASONS = list(dict.fromkeys([*REFUSED.values(), *REFUSED_VIDEOS.values()]))
