@@ -59,6 +59,14 @@ def wan_pipeline() -> WanPipeline:
     return WanPipeline(transformer=transformer, vae=vae, scheduler=scheduler, **texts)
 
 
+def wan22_pipeline() -> WanPipeline:
+    """Return a pipeline with a second transformer for the later steps."""
+    second = wan_pipeline().transformer
+    for parameter in second.parameters():
+        parameter.data = parameter.data + 0.02 * torch.randn(parameter.shape)
+    return WanPipeline(**{**wan_pipeline().components, "transformer_2": second}, boundary_ratio=0.9)
+
+
 def cogvideox_pipeline(scheduler: Any = None) -> CogVideoXPipeline:
     torch.manual_seed(0)
     transformer = CogVideoXTransformer3DModel(
@@ -93,7 +101,12 @@ def cogvideox_dpm_pipeline() -> CogVideoXPipeline:
     return cogvideox_pipeline(CogVideoXDPMScheduler(**ZERO_SNR))
 
 
-def ltx_pipeline() -> LTXPipeline:
+def ltx_timed_pipeline() -> LTXPipeline:
+    """Return a pipeline whose decoder takes a timestep, and latents with noise that is drawn after the last step."""
+    return ltx_pipeline(timestep_conditioning=True)
+
+
+def ltx_pipeline(**vae_changes) -> LTXPipeline:
     torch.manual_seed(0)
     transformer = LTXVideoTransformer3DModel(
         in_channels=8,
@@ -113,6 +126,7 @@ def ltx_pipeline() -> LTXPipeline:
         spatio_temporal_scaling=(True, False, False, False),
         decoder_spatio_temporal_scaling=(True, False, False, False),
         patch_size=1,
+        **vae_changes,
     )
     texts: dict[str, Any] = {"text_encoder": tiny_t5(), "tokenizer": tiny_t5_tokenizer()}
     return LTXPipeline(transformer=transformer, vae=vae, scheduler=FlowMatchEulerDiscreteScheduler(), **texts)
@@ -154,17 +168,21 @@ def hunyuan_video_pipeline() -> HunyuanVideoPipeline:
 
 VIDEO_BUILDERS: dict[str, Callable[[], Any]] = {
     "wan": wan_pipeline,
+    "wan22": wan22_pipeline,
     "cogvideox": cogvideox_pipeline,
     "cogvideox_dpm": cogvideox_dpm_pipeline,
     "ltx": ltx_pipeline,
+    "ltx_timed": ltx_timed_pipeline,
     "hunyuan_video": hunyuan_video_pipeline,
 }
 SHORT = {"num_frames": 5, "num_inference_steps": 2, "max_sequence_length": 16}
 VIDEO_CALLS: dict[str, dict[str, Any]] = {
     "wan": {**SHORT, "guidance_scale": 2.0, **SIZE},
+    "wan22": {**SHORT, "guidance_scale": 2.0, "guidance_scale_2": 3.0, **SIZE},
     "cogvideox": {**SHORT, "guidance_scale": 2.0, **SIZE},
     "cogvideox_dpm": {**SHORT, "guidance_scale": 2.0, **SIZE},
     "ltx": {**SHORT, "guidance_scale": 2.0, **SIZE},
+    "ltx_timed": {**SHORT, "guidance_scale": 2.0, "decode_timestep": 0.05, "decode_noise_scale": 0.1, **SIZE},
     "hunyuan_video": {**SHORT, "prompt_template": {"template": "{}", "crop_start": 0}, **SIZE},
 }
 

@@ -181,8 +181,8 @@ def family_call(family: str, count: int) -> Call:
 
 @functools.cache
 def video_call(family: str, count: int) -> Call:
-    """Return a call for some videos of one prompt; CogVideoX makes one of each prompt."""
-    if count > 1 and family.startswith("cogvideox"):
+    """Return a call for some videos of one prompt, for some stock calls a prompt for each: others fail or make one."""
+    if count > 1 and family.startswith(("cogvideox", "ltx_timed")):
         return Call(tiny_video(family), VIDEO_CALLS[family], [PROMPT] * count)
     return Call(tiny_video(family), {**VIDEO_CALLS[family], "num_videos_per_prompt": count})
 
@@ -217,7 +217,8 @@ def check_off_and_class(family: str) -> None:
     call, row = (video_call if family in VIDEOS else family_call)(family, 1), {**FAMILIES, **VIDEOS}[family]
     cls = type(call.pipe)
     assert (cls.__name__, type(call.pipe.scheduler).__name__) == (row.pipeline, row.scheduler)
-    ours = quiet(type("Ours", (NoiseOptimizationMixin, cls), {})(**call.pipe.components))
+    settings = {name: call.pipe.config[name] for name in ("boundary_ratio",) if name in call.pipe.config}  # of Wan 2.2
+    ours = quiet(type("Ours", (NoiseOptimizationMixin, cls), {})(**call.pipe.components, **settings))
     assert torch.equal(Call(ours, call.arguments).plain, call.plain)
     method, before = method_of(COLUMNS["reno-full"], call.plain), state_of(ours)
     arguments = {**call.arguments, "generator": generator(), "output_type": "pt"}

@@ -52,10 +52,12 @@ WITH_TRANSFORMER = {
 }
 FAMILIES = {**WITH_UNET, **WITH_TRANSFORMER}
 VIDEOS = {
-    "wan": Family("WanPipeline", "Wan 2.1, 2.2", "UniPCMultistepScheduler"),
+    "wan": Family("WanPipeline", "Wan 2.1", "UniPCMultistepScheduler"),
+    "wan22": Family("WanPipeline", "Wan 2.2, two transformers", "UniPCMultistepScheduler"),
     "cogvideox": Family("CogVideoXPipeline", "CogVideoX-2B", "CogVideoXDDIMScheduler"),
     "cogvideox_dpm": Family("CogVideoXPipeline", "CogVideoX-5B", "CogVideoXDPMScheduler"),
-    "ltx": Family("LTXPipeline", "LTX-Video", "FlowMatchEulerDiscreteScheduler"),
+    "ltx": Family("LTXPipeline", "LTX-Video 0.9", "FlowMatchEulerDiscreteScheduler"),
+    "ltx_timed": Family("LTXPipeline", "LTX-Video from 0.9.1 on", "FlowMatchEulerDiscreteScheduler"),
     "hunyuan_video": Family("HunyuanVideoPipeline", "HunyuanVideo", "FlowMatchEulerDiscreteScheduler"),
 }
 COLUMNS = {
