@@ -263,10 +263,23 @@ def check_pipeline_class(cls: type) -> None:
     check_returns_tensors(cls)
 
 
+def makes_videos(cls: type) -> bool:
+    return mentions(cls, "postprocess_video")
+
+
+def check_makes_images(cls: type) -> None:
+    """Raise `TypeError` for a pipeline class that generates videos, for what stores images."""
+    if makes_videos(cls):
+        raise TypeError(
+            f"Expected a text-to-image pipeline, but {cls.__name__} generates videos, which a set of images does not "
+            "store. Use `optimize_noise` with `num_videos_per_prompt`, or with a list of equal prompts."
+        )
+
+
 def check_footage(cls: type) -> None:
     """Raise `TypeError` for a video pipeline that starts from given pictures too."""
     given = [name for name in FOOTAGE if name in inspect.signature(stock_call(cls)).parameters]
-    if given and mentions(cls, "postprocess_video"):
+    if given and makes_videos(cls):
         raise TypeError(
             f"Expected a text-to-video pipeline, but the call of {cls.__name__} takes `{given[0]}`: noise beside given "
             "pictures is not supported yet. Use the text-to-video pipeline of the family, such as `WanPipeline`."

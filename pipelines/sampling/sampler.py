@@ -384,8 +384,8 @@ def images_in(output: Any, pipe, output_type: str = "pt") -> Any:
     if output_type == "pt" and not pictures:
         got = f"some of shape {tuple(images.shape)}" if isinstance(images, torch.Tensor) else type(images).__name__
         raise TypeError(
-            f'Expected {type(pipe).__name__} to return images (B, 3, H, W) for `output_type="pt"`, but got {got}. Use '
-            "a pipeline that generates images, as tensors."
+            f'Expected {type(pipe).__name__} to return images (B, 3, H, W) for `output_type="pt"`, or videos '
+            f"(B, F, 3, H, W), but got {got}. Use a pipeline that generates images or videos, as tensors."
         )
     return images
 

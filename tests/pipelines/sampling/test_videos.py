@@ -9,7 +9,7 @@ from problems import generator, problem_of, redness
 from tiers import slow_except
 from tiny_videos import VIDEO_CALLS, ltx_pipeline, tiny_video
 
-from noiseopt import BestOfN, GroupSelection, NoiseResult, PinkNoise, ReNO, optimize_noise
+from noiseopt import BestOfN, GroupSelection, NoiseResult, PinkNoise, ReNO, RewardGuidance, grow_set, optimize_noise
 from noiseopt.evaluation.noise_statistics import noise_statistics
 from noiseopt.pipelines.memory.graph_size import SavedBytes
 from noiseopt.pipelines.request import check_pipeline_class
@@ -25,8 +25,7 @@ def wan(**changes) -> Call:
 
 
 def all_frames(call: Call, **kwargs) -> torch.Tensor:
-    given = {"generator": generator(), "output_type": "pt", **call.arguments, **kwargs}
-    return call.pipe(prompt=call.prompt, **given).frames
+    return call.pipe(prompt=call.prompt, **{**given(call), **kwargs}).frames
 
 
 @pytest.mark.parametrize(
@@ -153,6 +152,25 @@ def test_more_videos_than_the_pipeline_makes_of_a_prompt_are_refused():
     call = Call(tiny_video("cogvideox"), {**VIDEO_CALLS["cogvideox"], "num_videos_per_prompt": 2})
     with pytest.raises(ValueError, match="noise for 2 images.*CogVideoXPipeline draws.*one prompt for each"):
         call.optimize(reno())
+
+
+def test_a_set_that_stores_images_refuses_videos_by_name():
+    with pytest.raises(TypeError, match="WanPipeline generates videos.*`num_videos_per_prompt`"):
+        grow_set(tiny_video("wan"), PROMPT, 2, **VIDEO_CALLS["wan"])
+
+
+def test_rewards_guide_the_steps_of_a_video():
+    call = wan()
+    plain, guided = (
+        RewardGuidance(rewards=redness, strength=strength).generate(call.pipe, PROMPT, **given(call)).frames
+        for strength in (0.0, 0.2)
+    )
+    assert torch.equal(plain, all_frames(call))
+    assert redness(guided[0], None).mean() > redness(plain[0], None).mean()
+
+
+def given(call: Call) -> dict:
+    return {"generator": generator(), "output_type": "pt", **call.arguments}
 
 
 @pytest.mark.parametrize(("cls", "name"), [(LTXImageToVideoPipeline, "image"), (WanVideoToVideoPipeline, "video")])
