@@ -114,8 +114,8 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 # The name that diffusers gives this module may come to mean the bundle of another release.
-sys.modules[f"{__name__}_6a6a6a41694a"] = sys.modules[__name__]
-__name__ = f"{__name__}_6a6a6a41694a"
+sys.modules[f"{__name__}_907b6ab4899f"] = sys.modules[__name__]
+__name__ = f"{__name__}_907b6ab4899f"
 
 # rewards/contract/transforms.py
 
@@ -5538,11 +5538,15 @@ def refuse_writes(cls: type) -> None:
 def submodules_of(pipe, names: tuple[str, ...]) -> dict[str, Any]:
     return {name: module for name in names if (module := getattr(pipe, name, None)) is not None}
 
+def x0_of_step(scheduler: Any, arguments: Mapping[str, Any]) -> torch.Tensor:
+    output = arguments["model_output"]
+    return predict_x0(scheduler, output, arguments["timestep"], arguments["sample"]).to(output.dtype)
+
 @contextlib.contextmanager
 def first_step_only(pipe) -> Iterator[list[torch.Tensor]]:
     scheduler, interruptible = pipe.scheduler, "interrupt" in stock_call(type(pipe)).__code__.co_names
     set_timesteps, step = scheduler.set_timesteps, scheduler.step
-    parameters = inspect.signature(step)  # CogVideoX's multistep scheduler takes more before the sample
+    parameters = inspect.signature(step)
     calls: list[int] = []
     stepped: list[bool] = []  # for each step, whether a denoiser had been called
     estimates: list[torch.Tensor] = []
@@ -5556,9 +5560,7 @@ def first_step_only(pipe) -> Iterator[list[torch.Tensor]]:
     @functools.wraps(step)
     def estimate(*args, **kwargs):
         stepped.append(bool(calls))
-        given = parameters.bind(*args, **kwargs).arguments
-        output = given["model_output"]
-        x0 = predict_x0(scheduler, output, given["timestep"], given["sample"]).to(output.dtype)
+        x0 = x0_of_step(scheduler, parameters.bind(*args, **kwargs).arguments)
         estimates.append(x0)
         if hasattr(pipe, "end_steps"):  # of a modular pipeline
             pipe.end_steps(x0)
@@ -6345,8 +6347,8 @@ def images_in(output: Any, pipe, output_type: str = "pt") -> Any:
     if output_type == "pt" and not pictures:
         got = f"some of shape {tuple(images.shape)}" if isinstance(images, torch.Tensor) else type(images).__name__
         raise TypeError(
-            f'Expected {type(pipe).__name__} to return images (B, 3, H, W) for `output_type="pt"`, but got {got}. Use '
-            "a pipeline that generates images, as tensors."
+            f'Expected {type(pipe).__name__} to return images (B, 3, H, W) for `output_type="pt"`, or videos '
+            f"(B, F, 3, H, W), but got {got}. Use a pipeline that generates images or videos, as tensors."
         )
     return images
 
@@ -12678,9 +12680,19 @@ def check_pipeline_class(cls: type) -> None:
     drawing_function(cls)
     check_returns_tensors(cls)
 
+def makes_videos(cls: type) -> bool:
+    return mentions(cls, "postprocess_video")
+
+def check_makes_images(cls: type) -> None:
+    if makes_videos(cls):
+        raise TypeError(
+            f"Expected a text-to-image pipeline, but {cls.__name__} generates videos, which a set of images does not "
+            "store. Use `optimize_noise` with `num_videos_per_prompt`, or with a list of equal prompts."
+        )
+
 def check_footage(cls: type) -> None:
     given = [name for name in FOOTAGE if name in inspect.signature(stock_call(cls)).parameters]
-    if given and mentions(cls, "postprocess_video"):
+    if given and makes_videos(cls):
         raise TypeError(
             f"Expected a text-to-video pipeline, but the call of {cls.__name__} takes `{given[0]}`: noise beside given "
             "pictures is not supported yet. Use the text-to-video pipeline of the family, such as `WanPipeline`."
@@ -14009,6 +14021,8 @@ def grow_set(
     **call_kwargs,
 ) -> ImageSet:
     check_count_and_prompt(count, prompt)
+    check_pipeline(pipe)
+    check_makes_images(type(pipe))
     check_paths(folder=folder)
     device = seed_device(generator)
     call = SetCall(pipe, prompt, call_kwargs, dict(render or {}), noise_sampler, device, reward_prompt)
