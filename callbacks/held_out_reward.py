@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from ..frames import folded, for_each_frame, mean_of_frames
 from .noise_callback import NoiseCallback
 from .noise_state import NoiseState
 
@@ -78,8 +79,7 @@ class HeldOutReward(NoiseCallback):
             )
         prompts = state.prompts if self.prompts is None else self.prompts
         with torch.no_grad():
-            scores = self.reward(state.images, prompts)
-        scores = getattr(scores, "total", scores)  # the output of a `RewardSum`
+            scores = self.scores_of(state.images, prompts)
         if scores.shape != (len(state.images),):
             raise ValueError(
                 f"Expected the held-out reward '{self.name}' to return a tensor of shape ({len(state.images)},), one "
@@ -94,6 +94,14 @@ class HeldOutReward(NoiseCallback):
         if self.patience is not None and state.stage != "search":
             scores = self.scores[self.first :].nan_to_num(-torch.inf, torch.inf, -torch.inf)  # NaN is no rise
             state.stop("held out", len(scores) - 1 - scores.argmax(0) >= self.patience)
+
+    def scores_of(self, images: torch.Tensor, prompts: str | Sequence[str]) -> torch.Tensor:
+        """Score images `(B, 3, H, W)`, or videos `(B, F, 3, H, W)` by the mean over their frames."""
+        if images.ndim == 5:
+            count = images.shape[1]
+            return mean_of_frames(self.scores_of(folded(images), for_each_frame(prompts, count)), count)
+        scores = self.reward(images, prompts)
+        return getattr(scores, "total", scores)  # the output of a `RewardSum`
 
     def report(self, state: NoiseState) -> dict[str, Any]:
         assert self.initial_loss is not None

@@ -15,7 +15,8 @@ class Best:
         loss: `(B,)`, the lowest loss; infinite before the first evaluation. Ties go to the earliest.
         step: `(B,)`, the step of the lowest loss.
         noise: `(B, C, H, W)`, the noise of the lowest loss.
-        images: `(B, 3, H, W)` in [0, 1], its images; `None` if the objective asked for no images.
+        images: `(B, 3, H, W)` in [0, 1], its images; of videos `(B, F, 3, H, W)`, the frames
+            that rewards see; `None` if the objective asked for none.
         evaluations: The number of evaluations so far.
     """
 
@@ -36,7 +37,8 @@ class NoiseState:
         steps: The number of evaluations that the method plans; with a time budget those that fit at the present rate.
         noise: `(B, C, H, W)`, unit variance, the noise that was evaluated in this step.
         step: Index of this evaluation, from 0. Step 0 is the baseline.
-        images: `(B, 3, H, W)` in [0, 1], the images of the noise; `None` if the objective asked for no images.
+        images: `(B, 3, H, W)` in [0, 1], the images of the noise; of videos `(B, F, 3, H, W)`; `None`
+            if the objective asked for none.
         loss: `(B,)`, lower is better, without the regularizer. NaN where a sample is not active.
         scores: Name to `(B,)`, the raw rewards of this step, higher is better.
         best: The best so far.

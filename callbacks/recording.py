@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from ..frames import as_strips
 from .noise_callback import NoiseCallback
 from .noise_state import NoiseState
 
@@ -33,14 +34,14 @@ class History(NoiseCallback):
 
 
 class StepImages(NoiseCallback):
-    """Store the images of every `every`-th step in memory and, given a `folder`, as PNG files.
+    """Store the images of every `every`-th step in memory and, given a `folder`, as PNG files; videos as strips.
 
     Args:
         every: The interval in steps, at least 1.
         folder: The folder of the PNG files; it is created if needed.
 
     Attributes:
-        images: Step -> `(B, 3, H, W)` in [0, 1], float32 on the CPU.
+        images: Step -> `(B, 3, H, W)` in [0, 1], or `(B, F, 3, H, W)` of videos, float32 on the CPU.
 
     Raises:
         ValueError: If `every` is below 1.
@@ -62,6 +63,6 @@ class StepImages(NoiseCallback):
             return
         self.images[state.step] = state.images.float().cpu()
         if self.folder is not None:
-            for sample, image in enumerate(self.images[state.step]):
+            for sample, image in enumerate(as_strips(self.images[state.step])):
                 pixels = (image * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
                 Image.fromarray(pixels).save(self.folder / f"step_{state.step:03d}_sample_{sample}.png")

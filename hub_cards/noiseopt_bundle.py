@@ -114,8 +114,8 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 # The name that diffusers gives this module may come to mean the bundle of another release.
-sys.modules[f"{__name__}_2feff0caa9eb"] = sys.modules[__name__]
-__name__ = f"{__name__}_2feff0caa9eb"
+sys.modules[f"{__name__}_f6836ae052bc"] = sys.modules[__name__]
+__name__ = f"{__name__}_f6836ae052bc"
 
 # rewards/contract/transforms.py
 
@@ -352,6 +352,51 @@ def processor_resample(resample: int) -> Resample:
             f"{OWN_TRANSFORM}"
         )
     return PIL_RESAMPLE[resample]
+
+# frames.py
+
+Frames = int | Literal["first", "middle", "last", "all"] | Sequence[int]
+NAMED = {"first": 0.0, "middle": 0.5, "last": 1.0}  # as shares of the way to the last frame
+TextsT = TypeVar("TextsT")
+
+def check_frames(frames: Any, count: int | None = None) -> None:
+    listed = frames if isinstance(frames, list | tuple) else [frames]
+    numbers = bool(listed) and all(type(each) is int for each in listed)
+    least = 1 if listed is not frames and numbers else 0
+    if isinstance(frames, str) and frames in (*NAMED, "all"):
+        return
+    if not numbers or min(listed) < least:
+        raise ValueError(
+            f"Expected `frames` to be a number of evenly spaced frames, {[*NAMED, 'all']} or a list of indices from 0 "
+            f"on, but got {frames!r}."
+        )
+    if listed is frames and count is not None and max(listed) >= count:
+        raise ValueError(
+            f"Expected `frames` of a video of {count}, with indices up to {count - 1}, but got {max(listed)}. Pass a "
+            "number, such as `frames=4`, for evenly spaced ones."
+        )
+
+def frame_numbers(frames: Frames, count: int) -> list[int]:
+    check_frames(frames, count)
+    if isinstance(frames, str):
+        return list(range(count)) if frames == "all" else [round(NAMED[frames] * (count - 1))]
+    if not isinstance(frames, int):
+        return list(frames)
+    if frames >= count:
+        return list(range(count))
+    return [round((k / (frames - 1) if frames > 1 else 0.5) * (count - 1)) for k in range(frames)]
+
+def folded(videos: torch.Tensor) -> torch.Tensor:
+    return videos.flatten(0, 1)
+
+def for_each_frame(texts: TextsT, count: int) -> TextsT | list[str]:
+    return texts if texts is None or isinstance(texts, str) else [each for each in texts for _ in range(count)]  # pyright: ignore[reportGeneralTypeIssues]
+
+def mean_of_frames(values: torch.Tensor, count: int) -> torch.Tensor:
+    return values.unflatten(0, (-1, count)).mean(1)
+
+def as_strips(images: torch.Tensor) -> torch.Tensor:
+    return images if images.ndim == 4 else torch.cat(images.unbind(1), -1)
 
 # registry.py
 
@@ -776,6 +821,9 @@ class Features(FrozenModule):
     parameter_count: int | None = None
 
     def forward(self, images: Tensor) -> Tensor:
+        if isinstance(images, Tensor) and images.ndim == 5:
+            found = self(folded(images)).unflatten(0, images.shape[:2]) / math.sqrt(images.shape[1])
+            return found if found.ndim == 3 else found.flatten(1, 2)
         check_images(images, f"the features of {self.name}")
         return at_least_float32(self.encode(at_least_float32(images).to(self.device or images.device)))
 
@@ -3474,7 +3522,8 @@ class Best:
         loss: `(B,)`, the lowest loss; infinite before the first evaluation. Ties go to the earliest.
         step: `(B,)`, the step of the lowest loss.
         noise: `(B, C, H, W)`, the noise of the lowest loss.
-        images: `(B, 3, H, W)` in [0, 1], its images; `None` if the objective asked for no images.
+        images: `(B, 3, H, W)` in [0, 1], its images; of videos `(B, F, 3, H, W)`, the frames
+            that rewards see; `None` if the objective asked for none.
         evaluations: The number of evaluations so far.
     """
 
@@ -3494,7 +3543,8 @@ class NoiseState:
         steps: The number of evaluations that the method plans; with a time budget those that fit at the present rate.
         noise: `(B, C, H, W)`, unit variance, the noise that was evaluated in this step.
         step: Index of this evaluation, from 0. Step 0 is the baseline.
-        images: `(B, 3, H, W)` in [0, 1], the images of the noise; `None` if the objective asked for no images.
+        images: `(B, 3, H, W)` in [0, 1], the images of the noise; of videos `(B, F, 3, H, W)`; `None`
+            if the objective asked for none.
         loss: `(B,)`, lower is better, without the regularizer. NaN where a sample is not active.
         scores: Name to `(B,)`, the raw rewards of this step, higher is better.
         best: The best so far.
@@ -4051,7 +4101,7 @@ class AttachedGradient(torch.autograd.Function):
                 "Their gradient is precomputed and has no graph."
             )
         (gradient,) = ctx.saved_tensors
-        return gradient * grad_values.to(gradient.dtype).reshape(-1, 1, 1, 1), None, None
+        return gradient * grad_values.to(gradient.dtype).reshape(-1, *[1] * (gradient.ndim - 1)), None, None
 
 class RewardSum(nn.Module):
     """`sum_i weight_i * reward_i(images, prompts)`, higher is better.
@@ -4139,6 +4189,8 @@ class RewardSum(nn.Module):
         with_gradient = images.requires_grad and torch.is_grad_enabled() and self.has_gradient
         if not isinstance(prompts, (str, type(None))):
             prompts = prompts_per_image(prompts, len(images), self.names[0], False)
+        if images.ndim == 5:
+            return self.of_videos(images, prompts, chunk_size)
         size = chunk_size or max(1, len(images))
         if with_gradient and len(self.rewards) == 1 and len(images) <= size:  # no other graph to make room for
             (name,), scores = self.names, self.rewards[0](images, prompts)
@@ -4158,6 +4210,12 @@ class RewardSum(nn.Module):
         if gradient is not None:
             total = AttachedGradient.apply(images, total, gradient.to(images.dtype))
         return RewardSumOutput(total, components)  # pyright: ignore[reportArgumentType]
+
+    def of_videos(self, videos: Tensor, prompts: str | Sequence[str] | None, chunk_size: int | None) -> RewardSumOutput:
+        count = videos.shape[1]
+        output = self(folded(videos), for_each_frame(prompts, count), chunk_size)
+        components = {name: mean_of_frames(scores, count) for name, scores in output.components.items()}
+        return RewardSumOutput(mean_of_frames(output.total, count), components)
 
     def scores(self, images: Tensor, prompts: str | Sequence[str] | None, gradient: Tensor | None) -> dict[str, Tensor]:
         components = {}
@@ -4466,6 +4524,7 @@ class Checkpoints:
     * "steps": store the input of each denoiser call, and the block inputs of the one call that is being recomputed, so
       that the memory hardly grows with the number of steps.
 
+    A decoder without such blocks that decodes a video in chunks of frames, as Wan's, is checkpointed chunk by chunk.
     Denoisers without such blocks are checkpointed call by call with "blocks" too. So are denoisers whose LoRA the call
     scales: diffusers resets the scale after the forward pass, and a block that is recomputed later would miss it.
 
@@ -4500,6 +4559,7 @@ class Checkpoints:
         self.in_force = self.settled = False
         self.measured: set[Hashable] = set()
         self.changed: list[tuple[nn.Module, dict[str, Any]]] = []
+        self.replaced: list[nn.Module] = []
 
     def __enter__(self) -> "Checkpoints":
         self.in_force = True
@@ -4509,7 +4569,9 @@ class Checkpoints:
     def __exit__(self, *error: Any) -> None:
         for module, settings in self.changed:
             replace_block_settings(module, settings)
-        self.changed = []
+        for module in self.replaced:
+            del module.forward
+        self.changed, self.replaced = [], []
         self.policy, self.in_force, self.settled = "none", False, False
         self.measured.clear()
 
@@ -4528,6 +4590,10 @@ class Checkpoints:
             self.changed = [(block, block_settings(block)) for block in blocks]
             for block in blocks:
                 checkpoint_blocks(block, BLOCK_CHECKPOINT)
+        if policy != "none" and not self.replaced:
+            self.replaced = chunk_decoders(self.decoder)
+            for module in self.replaced:
+                vars(module)["forward"] = recomputed_by_chunk(module.forward)
 
     def has_blocks(self, model: Any) -> bool:
         return supports_block_checkpointing(model) and (model is self.decoder or not self.scaled_lora)
@@ -4559,6 +4625,33 @@ def unchecked_blocks(model: nn.Module) -> Iterator[nn.Module]:
         if getattr(module, "gradient_checkpointing", True) is False:
             yield module
 
+def chunk_decoders(decoder: Any) -> list[nn.Module]:
+    inner = getattr(decoder, "decoder", None)
+    whole = supports_block_checkpointing(decoder) or not isinstance(inner, nn.Module) or "forward" in vars(inner)
+    return [] if whole else [inner]
+
+def recomputed_by_chunk(forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+
+    @functools.wraps(forward)
+    def recomputed(*args, **kwargs):
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        lists = {id(each): each for each in (*args, *kwargs.values()) if isinstance(each, list)}
+        before, done = {key: list(each) for key, each in lists.items()}, []
+
+        def run() -> torch.Tensor:
+            own = {key: list(each) for key, each in before.items()}
+            given = [own.get(id(each), each) for each in args]
+            output = forward(*given, **{name: own.get(id(each), each) for name, each in kwargs.items()})
+            for key, each in lists.items() if not done else ():
+                each[:] = own[key]
+            done.append(True)
+            return output
+
+        return BLOCK_CHECKPOINT(run)
+
+    return recomputed
+
 def checkpointed(module: nn.Module) -> nn.Module:
     forward = module.forward
 
@@ -4576,6 +4669,7 @@ def scales_lora(request: dict[str, Any]) -> bool:
 
 # pipelines/memory/chunks.py
 
+PER_PROMPT = ("num_images_per_prompt", "num_videos_per_prompt")
 SAME_FOR_ALL = ("sigmas", "timesteps")  # lists that have no entry for each image
 PLAIN_VALUES = (str, int, float, bool, type(None))
 ChunkRun = Callable[[list[int], torch.Tensor], torch.Tensor]
@@ -4675,7 +4769,7 @@ class BatchLayout:
             found, count = dict(self.request), len(rows)
         else:
             found, count = {name: self.argument_of(name, value, rows) for name, value in self.request.items()}, 1
-        return found | ({"num_images_per_prompt": count} if "num_images_per_prompt" in found else {})
+        return found | {name: count for name in PER_PROMPT if name in found}
 
     def argument_of(self, name: str, value: Any, rows: list[int]) -> Any:
         if "prompt" not in name or isinstance(value, str) or not hasattr(value, "__len__"):
@@ -5196,6 +5290,8 @@ SAMPLE_SPACES = {
     "UnCLIPScheduler": SampleSpace(from_alphas, clipped),
     "PNDMScheduler": SampleSpace(from_alphas),
     "TCDScheduler": SampleSpace(from_alphas),
+    "CogVideoXDDIMScheduler": SampleSpace(from_alphas),
+    "CogVideoXDPMScheduler": SampleSpace(from_alphas),
     "DDPMWuerstchenScheduler": SampleSpace(from_cosine_time),
     "EulerDiscreteScheduler": SampleSpace(from_sigmas),
     "EulerAncestralDiscreteScheduler": SampleSpace(from_sigmas),
@@ -5229,8 +5325,6 @@ WITHOUT_ESTIMATE = {
     "VQDiffusionScheduler": "samples discrete tokens",
     "DDIMInverseScheduler": "runs from an image to its noise",
     "DPMSolverMultistepInverseScheduler": "runs from an image to its noise",
-    "CogVideoXDDIMScheduler": "is made for video",
-    "CogVideoXDPMScheduler": "is made for video",
     "HeliosScheduler": "is made for video",
     "HeliosDMDScheduler": "is made for video",
     "LTXEulerAncestralRFScheduler": "is made for video",
@@ -5396,7 +5490,13 @@ def refuse_attention(name: str, root: nn.Module) -> None:
 def compiled_parts(pipe) -> list[str]:
     return [name for name, root in modules_of(pipe).items() if any(map(is_compiled, root.modules()))]
 
-def refuse_lost_gradient(pipe) -> None:
+def refuse_lost_gradient(pipe, gradient: str | None = None) -> None:
+    if gradient == "frozen" and pipe.scheduler.config.get("rescale_betas_zero_snr"):
+        raise ValueError(
+            "Expected images that depend on the noise, but their gradient is zero: with zero terminal SNR, as "
+            f"{type(pipe.scheduler).__name__} has here, its first step keeps nothing of the noise once the output of "
+            'the denoiser is held constant. Use `gradient="full"`, or a method without gradients, such as `BestOfN`.'
+        )
     if names := compiled_parts(pipe):
         raise ValueError(
             f"Expected a gradient from the images to the noise, but it is exactly zero, and {', '.join(names)} is "
@@ -5454,10 +5554,15 @@ def refuse_writes(cls: type) -> None:
 def submodules_of(pipe, names: tuple[str, ...]) -> dict[str, Any]:
     return {name: module for name in names if (module := getattr(pipe, name, None)) is not None}
 
+def x0_of_step(scheduler: Any, arguments: Mapping[str, Any]) -> torch.Tensor:
+    output = arguments["model_output"]
+    return predict_x0(scheduler, output, arguments["timestep"], arguments["sample"]).to(output.dtype)
+
 @contextlib.contextmanager
 def first_step_only(pipe) -> Iterator[list[torch.Tensor]]:
     scheduler, interruptible = pipe.scheduler, "interrupt" in stock_call(type(pipe)).__code__.co_names
     set_timesteps, step = scheduler.set_timesteps, scheduler.step
+    parameters = inspect.signature(step)
     calls: list[int] = []
     stepped: list[bool] = []  # for each step, whether a denoiser had been called
     estimates: list[torch.Tensor] = []
@@ -5469,9 +5574,9 @@ def first_step_only(pipe) -> Iterator[list[torch.Tensor]]:
             scheduler.timesteps = scheduler.timesteps[:1]
 
     @functools.wraps(step)
-    def estimate(model_output, timestep, sample, *_, **__):
+    def estimate(*args, **kwargs):
         stepped.append(bool(calls))
-        x0 = predict_x0(scheduler, model_output, timestep, sample).to(model_output.dtype)
+        x0 = x0_of_step(scheduler, parameters.bind(*args, **kwargs).arguments)
         estimates.append(x0)
         if hasattr(pipe, "end_steps"):  # of a modular pipeline
             pipe.end_steps(x0)
@@ -5810,7 +5915,7 @@ def is_centered(sampler) -> bool:
         return False
     noise = sampler.base_noise if sampler.batch_rows is None else sampler.base_noise[sampler.batch_rows[1]]
     tensor, array = (sampler.run(noise, None, False, output_type) for output_type in ("pt", "np"))
-    expected = torch.as_tensor(array).movedim(-1, 1).to(tensor)
+    expected = torch.as_tensor(array).movedim(-1, -3).to(tensor)
     for centered, pixels in ((False, tensor), (True, tensor * 0.5 + 0.5)):
         if pixels.shape == expected.shape and torch.allclose(pixels.clamp(0, 1), expected, rtol=0, atol=0.02):
             return centered
@@ -5978,6 +6083,7 @@ class PipelineSampler:
         checkpointing: Checkpointing of the evaluations while `checkpoints` are in force.
         through_denoiser: Whether gradients pass through the denoiser, so that checkpointing it saves memory.
         start: The random streams at the start of the call; `None` if it drew nothing since.
+        frames: The frames of a video that are returned; see `NoiseOptimizer`.
 
     Attributes:
         random_state: The random streams before the base noise is sampled.
@@ -6003,8 +6109,10 @@ class PipelineSampler:
         checkpointing: Checkpointing = "none",
         through_denoiser: bool = True,
         start: CallStart | None = None,
+        frames: Frames = "all",
     ) -> None:
         self.space, self.encoded, self.pipe = space, list(encoded), pipe  # some calls encode after the preparation
+        self.frames: Frames = frames
         self.device = torch.device(space.arguments.get("device") or execution_device(pipe))
         self.random_state = RandomState(request.get("generator"), self.device)
         self.start = start or CallStart(request.get("generator"), self.device)
@@ -6113,7 +6221,7 @@ class PipelineSampler:
         with self.again() as twin, torch.no_grad():
             self.take_over(twin, self.base_noise, generator, None)
             del vars(twin)["prepare_latents"]
-            images = images_in(self.call(twin, **self.request, **again), twin)
+            images = self.images_in(self.call(twin, **self.request, **again), twin)
         return self.pixels(images)
 
     def decoded(self, latents: torch.Tensor, prepared: Any) -> torch.Tensor:
@@ -6130,7 +6238,7 @@ class PipelineSampler:
             self.take_over(twin, self.base_noise, generator, "frozen")
             vars(twin)["prepare_latents"] = lambda *_, **__: prepared
             with self.draws_of(generator), torch.set_grad_enabled(gradient):
-                return images_in(self.call(twin, **self.request, **ours), twin)
+                return self.images_in(self.call(twin, **self.request, **ours), twin)
 
     def pixels(self, images: torch.Tensor) -> torch.Tensor:
         if self.centered is None:
@@ -6174,7 +6282,7 @@ class PipelineSampler:
             limited = first_step_only(twin) if preview else whole
             try:
                 with self.draws_of(generator), limited as estimates, torch.set_grad_enabled(differentiable):
-                    output = images_in(self.call(twin, **self.request, **ours), twin, output_type)
+                    output = self.images_in(self.call(twin, **self.request, **ours), twin, output_type)
             except (AttributeError, RuntimeError) as error:
                 why, _, _ = str(error).partition(". ")
                 if not differentiable or (isinstance(error, RuntimeError) and "requires grad" not in why):
@@ -6196,6 +6304,13 @@ class PipelineSampler:
                 )
             self.differentiated = True
         return output
+
+    def images_in(self, output: Any, pipe, output_type: str = "pt") -> Any:
+        images = images_in(output, pipe, output_type)
+        if output_type == "latent" or getattr(images, "ndim", 4) != 5:
+            return images
+        numbers = frame_numbers(self.frames, images.shape[1])
+        return images if numbers == list(range(images.shape[1])) else images[:, numbers]
 
     @contextlib.contextmanager
     def draws_of(self, generator: torch.Generator | list[torch.Generator]) -> Iterator[None]:
@@ -6244,11 +6359,12 @@ def depends_on(output: torch.Tensor, noise: torch.Tensor) -> bool:
 
 def images_in(output: Any, pipe, output_type: str = "pt") -> Any:
     images = output[0] if isinstance(output, tuple) else output
-    if output_type == "pt" and not (isinstance(images, torch.Tensor) and images.ndim == 4 and images.shape[1] == 3):
+    pictures = isinstance(images, torch.Tensor) and images.ndim in (4, 5) and images.shape[-3] == 3
+    if output_type == "pt" and not pictures:
         got = f"some of shape {tuple(images.shape)}" if isinstance(images, torch.Tensor) else type(images).__name__
         raise TypeError(
-            f'Expected {type(pipe).__name__} to return images (B, 3, H, W) for `output_type="pt"`, but got {got}. Use '
-            "a pipeline that generates images, as tensors."
+            f'Expected {type(pipe).__name__} to return images (B, 3, H, W) for `output_type="pt"`, or videos '
+            f"(B, F, 3, H, W), but got {got}. Use a pipeline that generates images or videos, as tensors."
         )
     return images
 
@@ -6262,8 +6378,10 @@ def make_twin(pipe, clamp: Clamp, postprocessed: list[int]):
     attributes.update({name: None for name in left_out if name in attributes})
     if "vae" in attributes and needs_upcast(attributes["vae"]):
         attributes["vae"] = converted_apart(attributes["vae"])
-    if hasattr(attributes.get("image_processor"), "postprocess"):
-        processor = attributes["image_processor"] = copy.copy(attributes["image_processor"])
+    for name in ("image_processor", "video_processor"):
+        if not hasattr(attributes.get(name), "postprocess"):
+            continue
+        processor = attributes[name] = copy.copy(attributes[name])
         vars(processor)["postprocess"] = counted(processor.postprocess, postprocessed)
         if clamp == "straight_through" and has_stock_clamp(processor):
             vars(processor)["denormalize"] = denormalize_straight_through
@@ -6303,7 +6421,8 @@ class Sample:
         prompts: `B` prompts.
         groups: `B` integers, equal for images of the same prompt.
         seeds: `B` integers that differ between steps and images, for stochastic objectives.
-        images: `(B, 3, H, W)` in [0, 1]: the output of the whole chain, or of one model call for a preview.
+        images: `(B, 3, H, W)` in [0, 1]: the output of the whole chain, or of one model call for a preview; of videos
+            `(B, F, 3, H, W)`, the frames that rewards see.
         x0: `(B, C, H, W)`, the estimate of the clean latents after one model call.
         chunk_size: At most this many images have their graphs in memory at a time, `None` for all. Objectives with
             models of their own respect it.
@@ -6503,6 +6622,7 @@ def seed_from(noise: torch.Tensor) -> int:
 
 # pipelines/method.py
 
+SETTING = bool | int | float | str | None
 AUTO_SEARCH, AUTO_SHARE = 16, 1 / 3  # the most noises, and their share of the evaluations
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -6513,7 +6633,7 @@ class NoiseOptimizer:
     dataclasses whose fields are the settings; a field made by `checked` and one annotated with a `Literal` is checked
     before any model runs. A method that differentiates has a field `gradient: Literal["full", "frozen"]`.
 
-    The last four settings hold for every method, and `budget`. `chunk_size`, `checkpointing` and `reward_device` change
+    The last five settings hold for every method, and `budget`. `chunk_size`, `checkpointing` and `reward_device` change
     how a run is computed, not what it finds.
 
     Args:
@@ -6533,6 +6653,8 @@ class NoiseOptimizer:
             module. The images of the result are decoded by the pipeline's own. `None` uses that throughout.
         reward_device: The device on which rewards given by name are loaded, such as "cuda:1"; `None` is the pipeline's
             device. Loaded rewards stay where they are.
+        frames: Of a video, the frames that rewards and features see, whose values are averaged: a number of evenly
+            spaced ones, "first", "middle", "last", "all", or a list of indices. Of no effect on images.
 
     Attributes:
         returns: "best" returns the noise of the lowest loss: the noise moves `steps − 1` times. "last" returns the
@@ -6545,6 +6667,7 @@ class NoiseOptimizer:
     checkpointing: Checkpointing = "auto"
     decoder: Any = None
     reward_device: str | torch.device | None = None
+    frames: Frames = 4
     returns: ClassVar[Literal["best", "last"]] = "best"
 
     @property
@@ -6605,6 +6728,7 @@ class NoiseOptimizer:
     def check(self) -> None:
         check_fields(self)
         check_reward_device(self.reward_device)
+        check_frames(self.frames)
         self.check_budget()
 
     def check_budget(self) -> None:
@@ -6633,7 +6757,8 @@ class NoiseOptimizer:
 
     def settings(self) -> dict[str, Any]:
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {name: value for name, value in values.items() if isinstance(value, bool | int | float | str | None)}
+        values["frames"] = list(self.frames) if isinstance(self.frames, tuple) else self.frames
+        return {name: value for name, value in values.items() if isinstance(value, SETTING) or name == "frames"}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RewardOptimizer(NoiseOptimizer):
@@ -8859,11 +8984,13 @@ def random_views(images: Tensor, count: int, seeds: Sequence[int]) -> Iterator[T
     for _ in range(count):
         chance = torch.stack([torch.rand(3, generator=stream) for stream in streams]) * 2 - 1
         grain = torch.stack([torch.randn(images.shape[1:], generator=stream) for stream in streams])
+        pictures = images.flatten(0, -4)
         affine = torch.zeros(len(images), 2, 3)
         affine[:, 0, 0] = affine[:, 1, 1] = 1 + VIEW_ZOOM * chance[:, 0]
         affine[:, :, 2] = 2 * VIEW_SHIFT * chance[:, 1:]  # the grid of an image spans 2
-        grid = F.affine_grid(affine, list(images.shape), align_corners=False).to(images)
-        moved = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+        affine = affine.repeat_interleave(len(pictures) // len(images), 0)
+        grid = F.affine_grid(affine, list(pictures.shape), align_corners=False).to(images)
+        moved = F.grid_sample(pictures, grid, padding_mode="border", align_corners=False).view(images.shape)
         yield (moved + VIEW_NOISE * grain.to(images)).clamp(0, 1)
 
 # pipelines/reno/objective.py
@@ -8983,8 +9110,7 @@ class HeldOutReward(NoiseCallback):
             )
         prompts = state.prompts if self.prompts is None else self.prompts
         with torch.no_grad():
-            scores = self.reward(state.images, prompts)
-        scores = getattr(scores, "total", scores)  # the output of a `RewardSum`
+            scores = self.scores_of(state.images, prompts)
         if scores.shape != (len(state.images),):
             raise ValueError(
                 f"Expected the held-out reward '{self.name}' to return a tensor of shape ({len(state.images)},), one "
@@ -8999,6 +9125,13 @@ class HeldOutReward(NoiseCallback):
         if self.patience is not None and state.stage != "search":
             scores = self.scores[self.first :].nan_to_num(-torch.inf, torch.inf, -torch.inf)  # NaN is no rise
             state.stop("held out", len(scores) - 1 - scores.argmax(0) >= self.patience)
+
+    def scores_of(self, images: torch.Tensor, prompts: str | Sequence[str]) -> torch.Tensor:
+        if images.ndim == 5:
+            count = images.shape[1]
+            return mean_of_frames(self.scores_of(folded(images), for_each_frame(prompts, count)), count)
+        scores = self.reward(images, prompts)
+        return getattr(scores, "total", scores)  # the output of a `RewardSum`
 
     def report(self, state: NoiseState) -> dict[str, Any]:
         assert self.initial_loss is not None
@@ -9808,9 +9941,14 @@ class PinkNoise(NoiseSampler):
         standardize: `False` scales by the standard deviation of the distribution instead of that of each channel, and
             keeps the means, that is, f = 0, so that the noise is exactly Gaussian. The means are 1/(H·W)
             of the variance of white noise, and more of that of pink noise.
+        time_dim: For videos, the dimension of the noise that is time: 2 for (B, C, F, H, W), as in Wan, LTX and
+            HunyuanVideo, 1 for (B, F, C, H, W), as in CogVideoX. Space and time are then colored jointly, with
+            f = √(t² + u² + v²) for t waves per video; with a reference size, f = reference_size · √((t/F)² + (u/H)² +
+            (v/W)²). Channels are standardized over all frames. `None` colors each frame by itself.
 
     Raises:
-        ValueError: For arguments outside their ranges, and for `outside="zero"` without a band.
+        ValueError: For arguments outside their ranges, for `outside="zero"` without a band, and in a call for noise
+            without that dimension of time.
     """
 
     alpha: float = checked(0.2, "(-inf, inf)")
@@ -9819,6 +9957,7 @@ class PinkNoise(NoiseSampler):
     band: Sequence[float] | None = None
     outside: Literal["flat", "zero"] = "flat"
     standardize: bool = True
+    time_dim: int | None = checked(None, "[1, 2]")
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -9829,31 +9968,40 @@ class PinkNoise(NoiseSampler):
 
     def color(self, white: torch.Tensor) -> torch.Tensor:
         check_spatial(white.shape)
-        size = white.shape[-2:]
+        if self.time_dim is None:
+            return self.colored(white, 2)
+        check_has_time(white.shape)
+        return self.colored(white.movedim(self.time_dim, -3), 3).movedim(-3, self.time_dim)
+
+    def colored(self, white: torch.Tensor, dims: int) -> torch.Tensor:
+        size, last = white.shape[-dims:], tuple(range(-dims, 0))
         exact = white.to(torch.promote_types(white.dtype, torch.float32))
         gain = self.gain(*size).to(exact.dtype).to(exact.device)
-        pink = torch.fft.irfft2(torch.fft.rfft2(exact) * gain, s=size)
-        spread = pink.std((-2, -1), keepdim=True) if self.standardize else expected_std(gain, *size)
+        pink = torch.fft.irfftn(torch.fft.rfftn(exact, dim=last) * gain, s=size, dim=last)
+        spread = pink.std(last, keepdim=True) if self.standardize else expected_std(gain, size)
         return (pink / spread.clamp_min(torch.finfo(pink.dtype).tiny)).to(white.dtype)
 
-    def gain(self, height: int, width: int) -> torch.Tensor:
-        f = self.frequency(height, width)
+    def gain(self, *size: int) -> torch.Tensor:
+        f = self.frequency(*size)
         low, high = self.band or (0.0, math.inf)
         shaped = f > 0 if self.standardize else f >= 0
         if self.outside == "zero":
             shaped &= (f >= low) & (f <= high)
         if not shaped.any():
             raise ValueError(
-                f"Expected a band with frequencies of {height}×{width} noise, which go up to {f.max():.4g}, but got "
-                f"{tuple(self.band or ())}. Widen it."
+                f"Expected a band with frequencies of {'×'.join(map(str, size))} noise, which go up to "
+                f"{f.max():.4g}, but got {tuple(self.band or ())}. Widen it."
             )
         logs = -self.alpha * f.clamp(low, high).log1p()
         return torch.where(shaped, (logs - logs[shaped].max()).exp(), 0.0)
 
-    def frequency(self, height: int, width: int) -> torch.Tensor:
-        rows = torch.fft.fftfreq(height, dtype=torch.float64) * (self.reference_size or height)
-        columns = torch.fft.rfftfreq(width, dtype=torch.float64) * (self.reference_size or width)
-        return torch.hypot(rows[:, None], columns)
+    def frequency(self, *size: int) -> torch.Tensor:
+        *others, width = size
+        axes = [torch.fft.fftfreq(side, dtype=torch.float64) * (self.reference_size or side) for side in others]
+        f = torch.fft.rfftfreq(width, dtype=torch.float64) * (self.reference_size or width)
+        for distance, axis in enumerate(reversed(axes), start=1):
+            f = torch.hypot(axis.view(-1, *[1] * distance), f)
+        return f
 
 @register_noise_sampler("blue")
 @dataclasses.dataclass(frozen=True)
@@ -9919,11 +10067,11 @@ class BandLimitedNoise(NoiseSampler):
         settings = {"band": (self.low, self.high), "outside": "zero", "standardize": self.standardize}
         return PinkNoise(0.0, reference_size=2.0, **settings).color(white)
 
-def expected_std(gain: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    copies = torch.full_like(gain, 2.0)  # `rfft2` omits the mirrored half of the columns
-    copies[:, 0] = 1
-    copies[:, -1] = 2 - (width % 2 == 0)
-    return (gain.square() * copies).sum().div(height * width).sqrt()
+def expected_std(gain: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+    copies = torch.full_like(gain, 2.0)  # `rfftn` omits the mirrored half of the columns
+    copies[..., 0] = 1
+    copies[..., -1] = 2 - (size[-1] % 2 == 0)
+    return (gain.square() * copies).sum().div(math.prod(size)).sqrt()
 
 @register_noise_sampler("coupled")
 @dataclasses.dataclass(frozen=True)
@@ -10007,6 +10155,13 @@ def checked_band(band: Sequence[float], name: str = "`band`") -> tuple[float, fl
     if len(limits) == 2 and all(isinstance(limit, Real) for limit in limits) and 0 <= limits[0] < limits[1]:
         return limits
     raise ValueError(f"Expected {name} to be (low, high) with 0 <= low < high, but got {band!r}.")
+
+def check_has_time(shape: Sequence[int]) -> None:
+    if len(shape) != 5:
+        raise ValueError(
+            "Expected noise of videos with `time_dim`, (B, C, F, H, W) or (B, F, C, H, W), but got "
+            f"{tuple(shape)}. Leave it out for images."
+        )
 
 def check_spatial(shape: Sequence[int]) -> None:
     if len(shape) < 4 or shape[-2] * shape[-1] < 2:
@@ -10839,8 +10994,9 @@ class NoiseResult:
         band_changes: `(steps, B, 3)`, the part of ‖noise − initial_noise‖² in the lowest, middle and highest third of
             the radial frequencies at each step; see `frequency_bands`. NaN where a sample had stopped, `None` in files
             of versions that did not store it.
-        images: `(B, 3, H, W)` in [0, 1], the images of `noise`, if the run generated them. Not saved.
-        initial_images: `(B, 3, H, W)`, the baseline images. Not saved.
+        images: `(B, 3, H, W)` in [0, 1], the images of `noise`, if the run generated them; of videos
+            `(B, F, 3, H, W)`, the `frames` that rewards saw. Not saved.
+        initial_images: The baseline images. Not saved.
         progress: Where an interrupted run goes on; `None` for a complete one, and for a method whose state cannot be
             stored.
     """
@@ -10956,7 +11112,7 @@ class NoiseResult:
         return cls(**tensors, **records, scores=scores, generator_states=states, progress=progress)
 
 def as_pil(images: torch.Tensor) -> list[Image.Image]:
-    return VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(images.detach().clamp(0, 1)))
+    return VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(as_strips(images.detach().clamp(0, 1))))
 
 def html_image(image: Image.Image, side: int = 256) -> str:
     image.thumbnail((side, side))
@@ -11541,7 +11697,7 @@ class OptimizationLoop:
             refuse_backward_error(self.problem.pipe, error)
             raise
         if not self.has_gradient and not gradient.any():
-            refuse_lost_gradient(self.problem.pipe)
+            refuse_lost_gradient(self.problem.pipe, self.method.gradient_mode)
         self.has_gradient = True
         return gradient
 
@@ -12357,7 +12513,12 @@ MODEL_PRESETS = [*EMBEDDED_PRESETS, *STABLE_DIFFUSION_PRESETS, *FLUX_PRESETS, *M
 # pipelines/request.py
 
 # The largest values of arguments that a mistake makes so large that a call would hang.
-MOST_OF_ARGUMENT = {"num_inference_steps": 100_000, "num_images_per_prompt": 4096, "height": 65_536, "width": 65_536}
+MOST_OF_ARGUMENT = {
+    "num_inference_steps": 100_000,
+    **dict.fromkeys(PER_PROMPT, 4096),
+    **dict.fromkeys(("height", "width", "num_frames"), 65_536),
+}
+FOOTAGE = ("image", "video", "control_video", "conditioning_frames", "conditions", "reference_conditions", "controls")
 VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 OF_DIFFUSERS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, AssertionError)
 
@@ -12538,8 +12699,27 @@ def check_pipeline_class(cls: type) -> None:
             f"Expected a text-to-image pipeline, but the call of {cls.__name__} takes no `prompt`. Use a pipeline of "
             "the family that takes one."
         )
+    check_footage(cls)
     drawing_function(cls)
     check_returns_tensors(cls)
+
+def makes_videos(cls: type) -> bool:
+    return mentions(cls, "postprocess_video")
+
+def check_makes_images(cls: type) -> None:
+    if makes_videos(cls):
+        raise TypeError(
+            f"Expected a text-to-image pipeline, but {cls.__name__} generates videos, which a set of images does not "
+            "store. Use `optimize_noise` with `num_videos_per_prompt`, or with a list of equal prompts."
+        )
+
+def check_footage(cls: type) -> None:
+    given = [name for name in FOOTAGE if name in inspect.signature(stock_call(cls)).parameters]
+    if given and makes_videos(cls):
+        raise TypeError(
+            f"Expected a text-to-video pipeline, but the call of {cls.__name__} takes `{given[0]}`: noise beside given "
+            "pictures is not supported yet. Use the text-to-video pipeline of the family, such as `WanPipeline`."
+        )
 
 def check_takes_latents(pipe) -> None:
     if "latents" not in inspect.signature(stock_call(type(pipe))).parameters:
@@ -12550,7 +12730,7 @@ def check_takes_latents(pipe) -> None:
         )
 
 def images_per_prompt(request: dict[str, Any]) -> int:
-    return request.get("num_images_per_prompt") or 1
+    return next((count for name in PER_PROMPT if (count := request.get(name))), 1)
 
 def prompts_of(request: dict[str, Any]) -> list[str]:
     prompt, embeds = request.get("prompt"), request.get("prompt_embeds")
@@ -12767,7 +12947,7 @@ def described(noise_sampler: Any) -> Any:
     return describe_noise_sampler(as_noise_sampler(noise_sampler))
 
 def check_makes_sets(call: Mapping[str, Any], each_alone: bool) -> None:
-    prompt, images = call.get("prompt"), call.get("num_images_per_prompt") or 1
+    prompt, images = call.get("prompt"), images_per_prompt(call)
     texts = [prompt] if isinstance(prompt, str) else list(prompt) if isinstance(prompt, list | tuple) else []
     if images == 1 and (alone := [text for text in texts if each_alone or texts.count(text) == 1]):
         raise ValueError(
@@ -13171,6 +13351,7 @@ class NoiseRun:
         if method.gradient_mode is not None:
             refuse_writes(type(pipe))
         check_given_tensors(request)
+        check_frames(method.frames, request.get("num_frames"))
         self.prompts, self.groups = prompts_of(request), groups_of(request)
         self.reward_prompts = reward_prompts_of(request, reward_prompt, len(self.prompts))
         check_batch(request, len(self.prompts))
@@ -13233,6 +13414,7 @@ class NoiseRun:
             checkpointing=method.checkpointing,
             through_denoiser=method.gradient_mode == "full",
             start=self.start,
+            frames=method.frames,
         )
         check_noise_batch(sampler.base_noise, len(self.prompts), type(pipe).__name__)
         if not self.render:
@@ -13870,6 +14052,8 @@ def grow_set(
     **call_kwargs,
 ) -> ImageSet:
     check_count_and_prompt(count, prompt)
+    check_pipeline(pipe)
+    check_makes_images(type(pipe))
     check_paths(folder=folder)
     device = seed_device(generator)
     call = SetCall(pipe, prompt, call_kwargs, dict(render or {}), noise_sampler, device, reward_prompt)

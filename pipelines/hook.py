@@ -13,6 +13,7 @@ import torch
 
 from ..callbacks.noise_callback import CallbackSpec, NoiseCallback, as_callbacks
 from ..checked_fields import check_value
+from ..frames import check_frames
 from ..private_names import execution_device
 from ..schedulers.noise_samplers import NoiseSamplerSpec
 from ..schedulers.variations import Vary
@@ -128,6 +129,7 @@ class NoiseRun:
         if method.gradient_mode is not None:
             refuse_writes(type(pipe))
         check_given_tensors(request)
+        check_frames(method.frames, request.get("num_frames"))
         self.prompts, self.groups = prompts_of(request), groups_of(request)
         self.reward_prompts = reward_prompts_of(request, reward_prompt, len(self.prompts))
         check_batch(request, len(self.prompts))
@@ -194,6 +196,7 @@ class NoiseRun:
             checkpointing=method.checkpointing,
             through_denoiser=method.gradient_mode == "full",
             start=self.start,
+            frames=method.frames,
         )
         check_noise_batch(sampler.base_noise, len(self.prompts), type(pipe).__name__)
         if not self.render:

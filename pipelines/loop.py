@@ -336,7 +336,7 @@ class OptimizationLoop:
             refuse_backward_error(self.problem.pipe, error)
             raise
         if not self.has_gradient and not gradient.any():
-            refuse_lost_gradient(self.problem.pipe)
+            refuse_lost_gradient(self.problem.pipe, self.method.gradient_mode)
         self.has_gradient = True
         return gradient
 

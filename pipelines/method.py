@@ -9,6 +9,7 @@ import torch
 from ..callbacks.early_stopping import seconds_in
 from ..callbacks.noise_state import NoiseState
 from ..checked_fields import check_fields, checked
+from ..frames import Frames, check_frames
 from ..private_names import execution_device
 from ..rewards.contract.reward import check_reward_device
 from ..rewards.contract.reward_sum import RewardSum, checked_reward_pairs
@@ -18,6 +19,7 @@ from .objective import Objective, RewardObjective
 from .problem import NoiseProblem
 from .sampling.sampler import Clamp, Gradient
 
+SETTING = bool | int | float | str | None
 AUTO_SEARCH, AUTO_SHARE = 16, 1 / 3  # the most noises, and their share of the evaluations
 
 
@@ -29,7 +31,7 @@ class NoiseOptimizer:
     dataclasses whose fields are the settings; a field made by `checked` and one annotated with a `Literal` is checked
     before any model runs. A method that differentiates has a field `gradient: Literal["full", "frozen"]`.
 
-    The last four settings hold for every method, and `budget`. `chunk_size`, `checkpointing` and `reward_device` change
+    The last five settings hold for every method, and `budget`. `chunk_size`, `checkpointing` and `reward_device` change
     how a run is computed, not what it finds.
 
     Args:
@@ -49,6 +51,8 @@ class NoiseOptimizer:
             module. The images of the result are decoded by the pipeline's own. `None` uses that throughout.
         reward_device: The device on which rewards given by name are loaded, such as "cuda:1"; `None` is the pipeline's
             device. Loaded rewards stay where they are.
+        frames: Of a video, the frames that rewards and features see, whose values are averaged: a number of evenly
+            spaced ones, "first", "middle", "last", "all", or a list of indices. Of no effect on images.
 
     Attributes:
         returns: "best" returns the noise of the lowest loss: the noise moves `steps − 1` times. "last" returns the
@@ -61,6 +65,7 @@ class NoiseOptimizer:
     checkpointing: Checkpointing = "auto"
     decoder: Any = None
     reward_device: str | torch.device | None = None
+    frames: Frames = 4
     returns: ClassVar[Literal["best", "last"]] = "best"
 
     @property
@@ -156,6 +161,7 @@ class NoiseOptimizer:
         """Raise `ValueError` for settings that cannot work."""
         check_fields(self)
         check_reward_device(self.reward_device)
+        check_frames(self.frames)
         self.check_budget()
 
     def check_budget(self) -> None:
@@ -193,7 +199,8 @@ class NoiseOptimizer:
     def settings(self) -> dict[str, Any]:
         """Return the settings that are plain values, for the provenance."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {name: value for name, value in values.items() if isinstance(value, bool | int | float | str | None)}
+        values["frames"] = list(self.frames) if isinstance(self.frames, tuple) else self.frames
+        return {name: value for name, value in values.items() if isinstance(value, SETTING) or name == "frames"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

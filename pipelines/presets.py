@@ -28,7 +28,7 @@ from .preset_table import (
     letters,
 )
 from .registry import METHODS, as_method, list_methods
-from .request import check_argument_names, check_pipeline, check_types
+from .request import check_argument_names, check_pipeline, check_types, images_per_prompt
 from .results.pipeline_description import portable, portable_name
 from .sampling.first_call import stock_call
 
@@ -208,7 +208,7 @@ def described(noise_sampler: Any) -> Any:
 
 def check_makes_sets(call: Mapping[str, Any], each_alone: bool) -> None:
     """Raise `ValueError` for a call with a single image of a prompt. Prompts that are none are refused later."""
-    prompt, images = call.get("prompt"), call.get("num_images_per_prompt") or 1
+    prompt, images = call.get("prompt"), images_per_prompt(call)
     texts = [prompt] if isinstance(prompt, str) else list(prompt) if isinstance(prompt, list | tuple) else []
     if images == 1 and (alone := [text for text in texts if each_alone or texts.count(text) == 1]):
         raise ValueError(

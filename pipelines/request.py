@@ -19,13 +19,19 @@ from ..checked_fields import refused_signature
 from ..private_names import is_modular
 from ..registry import did_you_mean
 from ..schedulers.noise_samplers import NoiseSamplerSpec, as_noise_sampler
+from .memory.chunks import PER_PROMPT
 from .sampling.first_call import stock_call
 from .sampling.latent_space import drawing_function, latents_with_image
-from .sampling.pixel_range import check_returns_tensors
+from .sampling.pixel_range import check_returns_tensors, mentions
 from .sampling.redraw import in_the_same_call
 
 # The largest values of arguments that a mistake makes so large that a call would hang.
-MOST_OF_ARGUMENT = {"num_inference_steps": 100_000, "num_images_per_prompt": 4096, "height": 65_536, "width": 65_536}
+MOST_OF_ARGUMENT = {
+    "num_inference_steps": 100_000,
+    **dict.fromkeys(PER_PROMPT, 4096),
+    **dict.fromkeys(("height", "width", "num_frames"), 65_536),
+}
+FOOTAGE = ("image", "video", "control_video", "conditioning_frames", "conditions", "reference_conditions", "controls")
 VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 OF_DIFFUSERS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, AssertionError)
 
@@ -252,8 +258,32 @@ def check_pipeline_class(cls: type) -> None:
             f"Expected a text-to-image pipeline, but the call of {cls.__name__} takes no `prompt`. Use a pipeline of "
             "the family that takes one."
         )
+    check_footage(cls)
     drawing_function(cls)
     check_returns_tensors(cls)
+
+
+def makes_videos(cls: type) -> bool:
+    return mentions(cls, "postprocess_video")
+
+
+def check_makes_images(cls: type) -> None:
+    """Raise `TypeError` for a pipeline class that generates videos, for what stores images."""
+    if makes_videos(cls):
+        raise TypeError(
+            f"Expected a text-to-image pipeline, but {cls.__name__} generates videos, which a set of images does not "
+            "store. Use `optimize_noise` with `num_videos_per_prompt`, or with a list of equal prompts."
+        )
+
+
+def check_footage(cls: type) -> None:
+    """Raise `TypeError` for a video pipeline that starts from given pictures too."""
+    given = [name for name in FOOTAGE if name in inspect.signature(stock_call(cls)).parameters]
+    if given and makes_videos(cls):
+        raise TypeError(
+            f"Expected a text-to-video pipeline, but the call of {cls.__name__} takes `{given[0]}`: noise beside given "
+            "pictures is not supported yet. Use the text-to-video pipeline of the family, such as `WanPipeline`."
+        )
 
 
 def check_takes_latents(pipe) -> None:
@@ -267,7 +297,7 @@ def check_takes_latents(pipe) -> None:
 
 
 def images_per_prompt(request: dict[str, Any]) -> int:
-    return request.get("num_images_per_prompt") or 1
+    return next((count for name in PER_PROMPT if (count := request.get(name))), 1)
 
 
 def prompts_of(request: dict[str, Any]) -> list[str]:

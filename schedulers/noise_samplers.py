@@ -168,9 +168,14 @@ class PinkNoise(NoiseSampler):
         standardize: `False` scales by the standard deviation of the distribution instead of that of each channel, and
             keeps the means, that is, f = 0, so that the noise is exactly Gaussian. The means are 1/(H·W)
             of the variance of white noise, and more of that of pink noise.
+        time_dim: For videos, the dimension of the noise that is time: 2 for (B, C, F, H, W), as in Wan, LTX and
+            HunyuanVideo, 1 for (B, F, C, H, W), as in CogVideoX. Space and time are then colored jointly, with
+            f = √(t² + u² + v²) for t waves per video; with a reference size, f = reference_size · √((t/F)² + (u/H)² +
+            (v/W)²). Channels are standardized over all frames. `None` colors each frame by itself.
 
     Raises:
-        ValueError: For arguments outside their ranges, and for `outside="zero"` without a band.
+        ValueError: For arguments outside their ranges, for `outside="zero"` without a band, and in a call for noise
+            without that dimension of time.
     """
 
     alpha: float = checked(0.2, "(-inf, inf)")
@@ -179,6 +184,7 @@ class PinkNoise(NoiseSampler):
     band: Sequence[float] | None = None
     outside: Literal["flat", "zero"] = "flat"
     standardize: bool = True
+    time_dim: int | None = checked(None, "[1, 2]")
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -194,36 +200,46 @@ class PinkNoise(NoiseSampler):
             ValueError: For noise that is not spatial, and for sizes without frequencies in the band.
         """
         check_spatial(white.shape)
-        size = white.shape[-2:]
+        if self.time_dim is None:
+            return self.colored(white, 2)
+        check_has_time(white.shape)
+        return self.colored(white.movedim(self.time_dim, -3), 3).movedim(-3, self.time_dim)
+
+    def colored(self, white: torch.Tensor, dims: int) -> torch.Tensor:
+        """Map white noise to pink noise in its last two or three dimensions."""
+        size, last = white.shape[-dims:], tuple(range(-dims, 0))
         exact = white.to(torch.promote_types(white.dtype, torch.float32))
         gain = self.gain(*size).to(exact.dtype).to(exact.device)
-        pink = torch.fft.irfft2(torch.fft.rfft2(exact) * gain, s=size)
-        spread = pink.std((-2, -1), keepdim=True) if self.standardize else expected_std(gain, *size)
+        pink = torch.fft.irfftn(torch.fft.rfftn(exact, dim=last) * gain, s=size, dim=last)
+        spread = pink.std(last, keepdim=True) if self.standardize else expected_std(gain, size)
         return (pink / spread.clamp_min(torch.finfo(pink.dtype).tiny)).to(white.dtype)
 
-    def gain(self, height: int, width: int) -> torch.Tensor:
-        """Return the factor of each entry of `rfft2`, `(H, W // 2 + 1)` float64, with a maximum of 1.
+    def gain(self, *size: int) -> torch.Tensor:
+        """Return the factor of each entry of `rfftn` of `([F,] H, W)`, float64, with a maximum of 1.
 
         It is 0 at frequency zero if channels are standardized, to remove their mean before it costs precision.
         """
-        f = self.frequency(height, width)
+        f = self.frequency(*size)
         low, high = self.band or (0.0, math.inf)
         shaped = f > 0 if self.standardize else f >= 0
         if self.outside == "zero":
             shaped &= (f >= low) & (f <= high)
         if not shaped.any():
             raise ValueError(
-                f"Expected a band with frequencies of {height}×{width} noise, which go up to {f.max():.4g}, but got "
-                f"{tuple(self.band or ())}. Widen it."
+                f"Expected a band with frequencies of {'×'.join(map(str, size))} noise, which go up to "
+                f"{f.max():.4g}, but got {tuple(self.band or ())}. Widen it."
             )
         logs = -self.alpha * f.clamp(low, high).log1p()
         return torch.where(shaped, (logs - logs[shaped].max()).exp(), 0.0)
 
-    def frequency(self, height: int, width: int) -> torch.Tensor:
-        """Return f of each entry of `rfft2`, `(H, W // 2 + 1)` float64."""
-        rows = torch.fft.fftfreq(height, dtype=torch.float64) * (self.reference_size or height)
-        columns = torch.fft.rfftfreq(width, dtype=torch.float64) * (self.reference_size or width)
-        return torch.hypot(rows[:, None], columns)
+    def frequency(self, *size: int) -> torch.Tensor:
+        """Return f of each entry of `rfftn` of `([F,] H, W)`, `([F,] H, W // 2 + 1)` float64."""
+        *others, width = size
+        axes = [torch.fft.fftfreq(side, dtype=torch.float64) * (self.reference_size or side) for side in others]
+        f = torch.fft.rfftfreq(width, dtype=torch.float64) * (self.reference_size or width)
+        for distance, axis in enumerate(reversed(axes), start=1):
+            f = torch.hypot(axis.view(-1, *[1] * distance), f)
+        return f
 
 
 @register_noise_sampler("blue")
@@ -294,12 +310,12 @@ class BandLimitedNoise(NoiseSampler):
         return PinkNoise(0.0, reference_size=2.0, **settings).color(white)
 
 
-def expected_std(gain: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Return the standard deviation, a scalar, of white noise `(height, width)` whose `rfft2` is scaled by `gain`."""
-    copies = torch.full_like(gain, 2.0)  # `rfft2` omits the mirrored half of the columns
-    copies[:, 0] = 1
-    copies[:, -1] = 2 - (width % 2 == 0)
-    return (gain.square() * copies).sum().div(height * width).sqrt()
+def expected_std(gain: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+    """Return the standard deviation, a scalar, of white noise of a size whose `rfftn` is scaled by `gain`."""
+    copies = torch.full_like(gain, 2.0)  # `rfftn` omits the mirrored half of the columns
+    copies[..., 0] = 1
+    copies[..., -1] = 2 - (size[-1] % 2 == 0)
+    return (gain.square() * copies).sum().div(math.prod(size)).sqrt()
 
 
 @register_noise_sampler("coupled")
@@ -394,6 +410,14 @@ def checked_band(band: Sequence[float], name: str = "`band`") -> tuple[float, fl
     if len(limits) == 2 and all(isinstance(limit, Real) for limit in limits) and 0 <= limits[0] < limits[1]:
         return limits
     raise ValueError(f"Expected {name} to be (low, high) with 0 <= low < high, but got {band!r}.")
+
+
+def check_has_time(shape: Sequence[int]) -> None:
+    if len(shape) != 5:
+        raise ValueError(
+            "Expected noise of videos with `time_dim`, (B, C, F, H, W) or (B, F, C, H, W), but got "
+            f"{tuple(shape)}. Leave it out for images."
+        )
 
 
 def check_spatial(shape: Sequence[int]) -> None:

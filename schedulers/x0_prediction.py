@@ -18,7 +18,7 @@ def predict_x0(
     It is affine in both, x0 = skip·sample + out·model_output. The two coefficients follow from the noise level
     x = a·x0 + b·ε of the call and from the prediction type. With σ and ᾱ from the scheduler's tables, the level is
 
-    * variance preserving (DDIM, DDPM, LCM, TCD, PNDM, UnCLIP, Würstchen): a = √ᾱ, b = √(1−ᾱ), by timestep;
+    * variance preserving (DDIM, DDPM, LCM, TCD, PNDM, UnCLIP, Würstchen, CogVideoX): a = √ᾱ, b = √(1−ᾱ), by timestep;
     * sigma space (Euler, Heun, KDPM2, LMS, DPMSolverSDE): a = 1, b = σ;
     * multistep solvers (DPMSolver, UniPC, DEIS, SASolver): a = 1/√(1+σ²), b = σ·a, or a = 1−σ, b = σ with flow sigmas;
     * flow matching and flow maps: a = 1−σ, b = σ; TrigFlow (SCM): a = cos t, b = sin t; IPNDM: its own tables;
@@ -299,6 +299,8 @@ SAMPLE_SPACES = {
     "UnCLIPScheduler": SampleSpace(from_alphas, clipped),
     "PNDMScheduler": SampleSpace(from_alphas),
     "TCDScheduler": SampleSpace(from_alphas),
+    "CogVideoXDDIMScheduler": SampleSpace(from_alphas),
+    "CogVideoXDPMScheduler": SampleSpace(from_alphas),
     "DDPMWuerstchenScheduler": SampleSpace(from_cosine_time),
     "EulerDiscreteScheduler": SampleSpace(from_sigmas),
     "EulerAncestralDiscreteScheduler": SampleSpace(from_sigmas),
@@ -332,8 +334,6 @@ WITHOUT_ESTIMATE = {
     "VQDiffusionScheduler": "samples discrete tokens",
     "DDIMInverseScheduler": "runs from an image to its noise",
     "DPMSolverMultistepInverseScheduler": "runs from an image to its noise",
-    "CogVideoXDDIMScheduler": "is made for video",
-    "CogVideoXDPMScheduler": "is made for video",
     "HeliosScheduler": "is made for video",
     "HeliosDMDScheduler": "is made for video",
     "LTXEulerAncestralRFScheduler": "is made for video",

@@ -21,7 +21,7 @@ else:
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("callbacks", "pipelines", "rewards", "schedulers")
-LEAVES = ("registry", "checked_fields", "private_names", "shown_text")  # of the package; every folder may import them
+LEAVES = ("registry", "checked_fields", "private_names", "shown_text", "frames")  # every folder may import them
 PAPERS = ("reno", "cno", "noise_diffusion", "never_too_late", "reward_guidance", "seed_variance")
 MODULES = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))]
 SETUPTOOLS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]

@@ -26,6 +26,7 @@ class Checkpoints:
     * "steps": store the input of each denoiser call, and the block inputs of the one call that is being recomputed, so
       that the memory hardly grows with the number of steps.
 
+    A decoder without such blocks that decodes a video in chunks of frames, as Wan's, is checkpointed chunk by chunk.
     Denoisers without such blocks are checkpointed call by call with "blocks" too. So are denoisers whose LoRA the call
     scales: diffusers resets the scale after the forward pass, and a block that is recomputed later would miss it.
 
@@ -60,6 +61,7 @@ class Checkpoints:
         self.in_force = self.settled = False
         self.measured: set[Hashable] = set()
         self.changed: list[tuple[nn.Module, dict[str, Any]]] = []
+        self.replaced: list[nn.Module] = []
 
     def __enter__(self) -> "Checkpoints":
         self.in_force = True
@@ -69,7 +71,9 @@ class Checkpoints:
     def __exit__(self, *error: Any) -> None:
         for module, settings in self.changed:
             replace_block_settings(module, settings)
-        self.changed = []
+        for module in self.replaced:
+            del module.forward
+        self.changed, self.replaced = [], []
         self.policy, self.in_force, self.settled = "none", False, False
         self.measured.clear()
 
@@ -90,6 +94,10 @@ class Checkpoints:
             self.changed = [(block, block_settings(block)) for block in blocks]
             for block in blocks:
                 checkpoint_blocks(block, BLOCK_CHECKPOINT)
+        if policy != "none" and not self.replaced:
+            self.replaced = chunk_decoders(self.decoder)
+            for module in self.replaced:
+                vars(module)["forward"] = recomputed_by_chunk(module.forward)
 
     def has_blocks(self, model: Any) -> bool:
         """Return whether a model is checkpointed block by block."""
@@ -129,6 +137,40 @@ def unchecked_blocks(model: nn.Module) -> Iterator[nn.Module]:
     for module in model.modules():
         if getattr(module, "gradient_checkpointing", True) is False:
             yield module
+
+
+def chunk_decoders(decoder: Any) -> list[nn.Module]:
+    """Return the part of a decoder that it calls for one chunk of frames after another, if it has no blocks."""
+    inner = getattr(decoder, "decoder", None)
+    whole = supports_block_checkpointing(decoder) or not isinstance(inner, nn.Module) or "forward" in vars(inner)
+    return [] if whole else [inner]
+
+
+def recomputed_by_chunk(forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Return a forward pass that is recomputed in the backward pass, with the lists that it is given as they were.
+
+    Causal video decoders keep the last frames of a chunk in lists, for the next chunk.
+    """
+
+    @functools.wraps(forward)
+    def recomputed(*args, **kwargs):
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        lists = {id(each): each for each in (*args, *kwargs.values()) if isinstance(each, list)}
+        before, done = {key: list(each) for key, each in lists.items()}, []
+
+        def run() -> torch.Tensor:
+            own = {key: list(each) for key, each in before.items()}
+            given = [own.get(id(each), each) for each in args]
+            output = forward(*given, **{name: own.get(id(each), each) for name, each in kwargs.items()})
+            for key, each in lists.items() if not done else ():
+                each[:] = own[key]
+            done.append(True)
+            return output
+
+        return BLOCK_CHECKPOINT(run)
+
+    return recomputed
 
 
 def checkpointed(module: nn.Module) -> nn.Module:

@@ -9,6 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from ...private_names import TorchMode
 
+PER_PROMPT = ("num_images_per_prompt", "num_videos_per_prompt")
 SAME_FOR_ALL = ("sigmas", "timesteps")  # lists that have no entry for each image
 PLAIN_VALUES = (str, int, float, bool, type(None))
 ChunkRun = Callable[[list[int], torch.Tensor], torch.Tensor]
@@ -130,7 +131,7 @@ class BatchLayout:
             found, count = dict(self.request), len(rows)
         else:
             found, count = {name: self.argument_of(name, value, rows) for name, value in self.request.items()}, 1
-        return found | ({"num_images_per_prompt": count} if "num_images_per_prompt" in found else {})
+        return found | {name: count for name in PER_PROMPT if name in found}
 
     def argument_of(self, name: str, value: Any, rows: list[int]) -> Any:
         """Return an argument of the call for the images `rows` alone.

@@ -22,7 +22,7 @@ from ..memory.tiny_decoder import FULL_DECODER
 from ..method import NoiseOptimizer
 from ..method_mixin import merged_settings
 from ..registry import as_method
-from ..request import bind_request, check_paths
+from ..request import bind_request, check_makes_images, check_paths, check_pipeline
 from ..result_folder import Seeds, only_writer, seed_device, seeds_from
 from ..results.noise_result import NoiseResult
 from ..results.pipeline_description import describe_pipeline
@@ -167,6 +167,8 @@ def grow_set(
         TypeError: For a method without references, or an argument that the pipeline does not take.
     """
     check_count_and_prompt(count, prompt)
+    check_pipeline(pipe)
+    check_makes_images(type(pipe))
     check_paths(folder=folder)
     device = seed_device(generator)
     call = SetCall(pipe, prompt, call_kwargs, dict(render or {}), noise_sampler, device, reward_prompt)

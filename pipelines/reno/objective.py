@@ -40,7 +40,7 @@ class ViewedRewards(RewardObjective):
         return -total, output.components
 
     def mean_of_views(self, sample: Sample, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the mean over some views, `(B,)`, and its gradient in the pixels, `(B, 3, H, W)`, chunk by chunk."""
+        """Return the mean over some views, `(B,)`, and its gradient in the pixels, chunk by chunk."""
         images = sample.images.detach()
         means, gradient, chunk_size = [], torch.zeros_like(images), sample.chunk_size or len(images)
         for start in range(0, len(images), chunk_size):

@@ -11,6 +11,7 @@ import torch
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
+from ...frames import as_strips
 from ...shown_text import shown
 from .pipeline_description import describe_pipeline
 from .result_file import (
@@ -63,8 +64,9 @@ class NoiseResult:
         band_changes: `(steps, B, 3)`, the part of ‖noise − initial_noise‖² in the lowest, middle and highest third of
             the radial frequencies at each step; see `frequency_bands`. NaN where a sample had stopped, `None` in files
             of versions that did not store it.
-        images: `(B, 3, H, W)` in [0, 1], the images of `noise`, if the run generated them. Not saved.
-        initial_images: `(B, 3, H, W)`, the baseline images. Not saved.
+        images: `(B, 3, H, W)` in [0, 1], the images of `noise`, if the run generated them; of videos
+            `(B, F, 3, H, W)`, the `frames` that rewards saw. Not saved.
+        initial_images: The baseline images. Not saved.
         progress: Where an interrupted run goes on; `None` for a complete one, and for a method whose state cannot be
             stored.
     """
@@ -128,7 +130,7 @@ class NoiseResult:
         return values.gather(0, self.best_step.to(values.device)[None])[0]
 
     def pil(self) -> list[Image.Image]:
-        """Return `images` as PIL images.
+        """Return `images` as PIL images; of each video one with its frames side by side.
 
         Raises:
             ValueError: If there are none: the method did not generate them, or the result was read from a file.
@@ -222,8 +224,8 @@ class NoiseResult:
 
 
 def as_pil(images: torch.Tensor) -> list[Image.Image]:
-    """Return images `(B, 3, H, W)` in [0, 1] as PIL images."""
-    return VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(images.detach().clamp(0, 1)))
+    """Return images `(B, 3, H, W)` in [0, 1], or strips of videos `(B, F, 3, H, W)`, as PIL images."""
+    return VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(as_strips(images.detach().clamp(0, 1))))
 
 
 def html_image(image: Image.Image, side: int = 256) -> str:

@@ -2,7 +2,8 @@
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+import inspect
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -36,6 +37,12 @@ def submodules_of(pipe, names: tuple[str, ...]) -> dict[str, Any]:
     return {name: module for name in names if (module := getattr(pipe, name, None)) is not None}
 
 
+def x0_of_step(scheduler: Any, arguments: Mapping[str, Any]) -> torch.Tensor:
+    """Return the x0 estimate of a call of `scheduler.step`, by its arguments: their order differs in CogVideoX."""
+    output = arguments["model_output"]
+    return predict_x0(scheduler, output, arguments["timestep"], arguments["sample"]).to(output.dtype)
+
+
 @contextlib.contextmanager
 def first_step_only(pipe) -> Iterator[list[torch.Tensor]]:
     """Stop a pipeline after its first model call, with the x0 estimate as the result of `scheduler.step`.
@@ -51,6 +58,7 @@ def first_step_only(pipe) -> Iterator[list[torch.Tensor]]:
     """
     scheduler, interruptible = pipe.scheduler, "interrupt" in stock_call(type(pipe)).__code__.co_names
     set_timesteps, step = scheduler.set_timesteps, scheduler.step
+    parameters = inspect.signature(step)
     calls: list[int] = []
     stepped: list[bool] = []  # for each step, whether a denoiser had been called
     estimates: list[torch.Tensor] = []
@@ -62,9 +70,9 @@ def first_step_only(pipe) -> Iterator[list[torch.Tensor]]:
             scheduler.timesteps = scheduler.timesteps[:1]
 
     @functools.wraps(step)
-    def estimate(model_output, timestep, sample, *_, **__):
+    def estimate(*args, **kwargs):
         stepped.append(bool(calls))
-        x0 = predict_x0(scheduler, model_output, timestep, sample).to(model_output.dtype)
+        x0 = x0_of_step(scheduler, parameters.bind(*args, **kwargs).arguments)
         estimates.append(x0)
         if hasattr(pipe, "end_steps"):  # of a modular pipeline
             pipe.end_steps(x0)

@@ -203,11 +203,18 @@ def compiled_parts(pipe) -> list[str]:
     return [name for name, root in modules_of(pipe).items() if any(map(is_compiled, root.modules()))]
 
 
-def refuse_lost_gradient(pipe) -> None:
-    """Raise `ValueError` for a gradient of exactly zero, if a module is compiled.
+def refuse_lost_gradient(pipe, gradient: str | None = None) -> None:
+    """Raise `ValueError` for a gradient of exactly zero where its reason is known.
 
-    The backward pass that torch 2.13 compiles for the CPU returns zeros for some decoders.
+    The backward pass that torch 2.13 compiles for the CPU returns zeros for some decoders. With zero terminal SNR a
+    stochastic solver such as CogVideoX's replaces the noise in its first step, and it acts through the denoiser only.
     """
+    if gradient == "frozen" and pipe.scheduler.config.get("rescale_betas_zero_snr"):
+        raise ValueError(
+            "Expected images that depend on the noise, but their gradient is zero: with zero terminal SNR, as "
+            f"{type(pipe.scheduler).__name__} has here, its first step keeps nothing of the noise once the output of "
+            'the denoiser is held constant. Use `gradient="full"`, or a method without gradients, such as `BestOfN`.'
+        )
     if names := compiled_parts(pipe):
         raise ValueError(
             f"Expected a gradient from the images to the noise, but it is exactly zero, and {', '.join(names)} is "

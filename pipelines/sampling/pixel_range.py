@@ -46,7 +46,7 @@ def is_centered(sampler) -> bool:
         return False
     noise = sampler.base_noise if sampler.batch_rows is None else sampler.base_noise[sampler.batch_rows[1]]
     tensor, array = (sampler.run(noise, None, False, output_type) for output_type in ("pt", "np"))
-    expected = torch.as_tensor(array).movedim(-1, 1).to(tensor)
+    expected = torch.as_tensor(array).movedim(-1, -3).to(tensor)
     for centered, pixels in ((False, tensor), (True, tensor * 0.5 + 0.5)):
         if pixels.shape == expected.shape and torch.allclose(pixels.clamp(0, 1), expected, rtol=0, atol=0.02):
             return centered

@@ -15,7 +15,8 @@ class Sample:
         prompts: `B` prompts.
         groups: `B` integers, equal for images of the same prompt.
         seeds: `B` integers that differ between steps and images, for stochastic objectives.
-        images: `(B, 3, H, W)` in [0, 1]: the output of the whole chain, or of one model call for a preview.
+        images: `(B, 3, H, W)` in [0, 1]: the output of the whole chain, or of one model call for a preview; of videos
+            `(B, F, 3, H, W)`, the frames that rewards see.
         x0: `(B, C, H, W)`, the estimate of the clean latents after one model call.
         chunk_size: At most this many images have their graphs in memory at a time, `None` for all. Objectives with
             models of their own respect it.

@@ -11,6 +11,7 @@ import torch
 from diffusers.image_processor import VaeImageProcessor
 from torch.autograd.graph import get_gradient_edge
 
+from ...frames import Frames, frame_numbers
 from ...private_names import execution_device
 from ..memory.checkpointing import Checkpointing, Checkpoints, scales_lora
 from ..memory.chunks import BatchLayout, WholeBatchDraws, run_in_chunks
@@ -48,6 +49,7 @@ class PipelineSampler:
         checkpointing: Checkpointing of the evaluations while `checkpoints` are in force.
         through_denoiser: Whether gradients pass through the denoiser, so that checkpointing it saves memory.
         start: The random streams at the start of the call; `None` if it drew nothing since.
+        frames: The frames of a video that are returned; see `NoiseOptimizer`.
 
     Attributes:
         random_state: The random streams before the base noise is sampled.
@@ -73,8 +75,10 @@ class PipelineSampler:
         checkpointing: Checkpointing = "none",
         through_denoiser: bool = True,
         start: CallStart | None = None,
+        frames: Frames = "all",
     ) -> None:
         self.space, self.encoded, self.pipe = space, list(encoded), pipe  # some calls encode after the preparation
+        self.frames: Frames = frames
         self.device = torch.device(space.arguments.get("device") or execution_device(pipe))
         self.random_state = RandomState(request.get("generator"), self.device)
         self.start = start or CallStart(request.get("generator"), self.device)
@@ -190,6 +194,8 @@ class PipelineSampler:
     ) -> torch.Tensor:
         """Generate images (B, 3, H, W) in [0, 1] from noise (B, C, H, W), in float32 or better.
 
+        Of videos these are the chosen frames, (B, F, 3, H, W).
+
         Args:
             noise: The initial noise.
             gradient: "full" backpropagates through the whole chain. "frozen" treats the model's outputs as constants,
@@ -208,7 +214,7 @@ class PipelineSampler:
         with self.again() as twin, torch.no_grad():
             self.take_over(twin, self.base_noise, generator, None)
             del vars(twin)["prepare_latents"]
-            images = images_in(self.call(twin, **self.request, **again), twin)
+            images = self.images_in(self.call(twin, **self.request, **again), twin)
         return self.pixels(images)
 
     def decoded(self, latents: torch.Tensor, prepared: Any) -> torch.Tensor:
@@ -232,7 +238,7 @@ class PipelineSampler:
             self.take_over(twin, self.base_noise, generator, "frozen")
             vars(twin)["prepare_latents"] = lambda *_, **__: prepared
             with self.draws_of(generator), torch.set_grad_enabled(gradient):
-                return images_in(self.call(twin, **self.request, **ours), twin)
+                return self.images_in(self.call(twin, **self.request, **ours), twin)
 
     def pixels(self, images: torch.Tensor) -> torch.Tensor:
         """Convert the images of the pipeline to [0, 1], in float32 or better."""
@@ -282,7 +288,7 @@ class PipelineSampler:
             limited = first_step_only(twin) if preview else whole
             try:
                 with self.draws_of(generator), limited as estimates, torch.set_grad_enabled(differentiable):
-                    output = images_in(self.call(twin, **self.request, **ours), twin, output_type)
+                    output = self.images_in(self.call(twin, **self.request, **ours), twin, output_type)
             except (AttributeError, RuntimeError) as error:
                 why, _, _ = str(error).partition(". ")
                 if not differentiable or (isinstance(error, RuntimeError) and "requires grad" not in why):
@@ -304,6 +310,14 @@ class PipelineSampler:
                 )
             self.differentiated = True
         return output
+
+    def images_in(self, output: Any, pipe, output_type: str = "pt") -> Any:
+        """Return `images_in`, of videos the chosen frames."""
+        images = images_in(output, pipe, output_type)
+        if output_type == "latent" or getattr(images, "ndim", 4) != 5:
+            return images
+        numbers = frame_numbers(self.frames, images.shape[1])
+        return images if numbers == list(range(images.shape[1])) else images[:, numbers]
 
     @contextlib.contextmanager
     def draws_of(self, generator: torch.Generator | list[torch.Generator]) -> Iterator[None]:
@@ -363,14 +377,15 @@ def images_in(output: Any, pipe, output_type: str = "pt") -> Any:
     """Return the images that a pipeline call returned with `return_dict=False`.
 
     Raises:
-        TypeError: If they are no tensor `(B, 3, H, W)` for `output_type="pt"`.
+        TypeError: If they are no tensor `(B, 3, H, W)`, or `(B, F, 3, H, W)`, for `output_type="pt"`.
     """
     images = output[0] if isinstance(output, tuple) else output
-    if output_type == "pt" and not (isinstance(images, torch.Tensor) and images.ndim == 4 and images.shape[1] == 3):
+    pictures = isinstance(images, torch.Tensor) and images.ndim in (4, 5) and images.shape[-3] == 3
+    if output_type == "pt" and not pictures:
         got = f"some of shape {tuple(images.shape)}" if isinstance(images, torch.Tensor) else type(images).__name__
         raise TypeError(
-            f'Expected {type(pipe).__name__} to return images (B, 3, H, W) for `output_type="pt"`, but got {got}. Use '
-            "a pipeline that generates images, as tensors."
+            f'Expected {type(pipe).__name__} to return images (B, 3, H, W) for `output_type="pt"`, or videos '
+            f"(B, F, 3, H, W), but got {got}. Use a pipeline that generates images or videos, as tensors."
         )
     return images
 
@@ -378,7 +393,7 @@ def images_in(output: Any, pipe, output_type: str = "pt") -> Any:
 def make_twin(pipe, clamp: Clamp, postprocessed: list[int]):
     """Return a shallow copy of a pipeline that is differentiable from image to noise.
 
-    Each call of its image processor leaves an entry in `postprocessed`.
+    Each call of its image or video processor leaves an entry in `postprocessed`.
     """
     twin = copy.copy(pipe)
     twin.__dict__ = attributes = plain_attributes(pipe)
@@ -389,8 +404,10 @@ def make_twin(pipe, clamp: Clamp, postprocessed: list[int]):
     attributes.update({name: None for name in left_out if name in attributes})
     if "vae" in attributes and needs_upcast(attributes["vae"]):
         attributes["vae"] = converted_apart(attributes["vae"])
-    if hasattr(attributes.get("image_processor"), "postprocess"):
-        processor = attributes["image_processor"] = copy.copy(attributes["image_processor"])
+    for name in ("image_processor", "video_processor"):
+        if not hasattr(attributes.get(name), "postprocess"):
+            continue
+        processor = attributes[name] = copy.copy(attributes[name])
         vars(processor)["postprocess"] = counted(processor.postprocess, postprocessed)
         if clamp == "straight_through" and has_stock_clamp(processor):
             vars(processor)["denormalize"] = denormalize_straight_through

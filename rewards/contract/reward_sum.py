@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ...checked_fields import refused_signature
+from ...frames import folded, for_each_frame, mean_of_frames
 from .registry import AutoReward, LoadedModels, find_reward
 from .reward import (
     CallableReward,
@@ -63,7 +64,7 @@ class AttachedGradient(torch.autograd.Function):
                 "Their gradient is precomputed and has no graph."
             )
         (gradient,) = ctx.saved_tensors
-        return gradient * grad_values.to(gradient.dtype).reshape(-1, 1, 1, 1), None, None
+        return gradient * grad_values.to(gradient.dtype).reshape(-1, *[1] * (gradient.ndim - 1)), None, None
 
 
 class RewardSum(nn.Module):
@@ -164,9 +165,10 @@ class RewardSum(nn.Module):
         """Score images.
 
         Args:
-            images: (B, 3, H, W), floating point, in [0, 1], on any device.
+            images: (B, 3, H, W), floating point, in [0, 1], on any device; or videos (B, F, 3, H, W), whose score is
+                the mean over their frames.
             prompts: One per image, or a single one for all.
-            chunk_size: The number of images scored at a time, to save memory; `None` for all at once.
+            chunk_size: The number of images, or of frames, scored at a time, to save memory; `None` for all at once.
 
         Raises:
             ValueError, NonFiniteReward, NonDifferentiableReward: As `Reward.forward` does.
@@ -174,6 +176,8 @@ class RewardSum(nn.Module):
         with_gradient = images.requires_grad and torch.is_grad_enabled() and self.has_gradient
         if not isinstance(prompts, (str, type(None))):
             prompts = prompts_per_image(prompts, len(images), self.names[0], False)
+        if images.ndim == 5:
+            return self.of_videos(images, prompts, chunk_size)
         size = chunk_size or max(1, len(images))
         if with_gradient and len(self.rewards) == 1 and len(images) <= size:  # no other graph to make room for
             (name,), scores = self.names, self.rewards[0](images, prompts)
@@ -193,6 +197,13 @@ class RewardSum(nn.Module):
         if gradient is not None:
             total = AttachedGradient.apply(images, total, gradient.to(images.dtype))
         return RewardSumOutput(total, components)  # pyright: ignore[reportArgumentType]
+
+    def of_videos(self, videos: Tensor, prompts: str | Sequence[str] | None, chunk_size: int | None) -> RewardSumOutput:
+        """Score videos (B, F, 3, H, W) by the mean over their frames."""
+        count = videos.shape[1]
+        output = self(folded(videos), for_each_frame(prompts, count), chunk_size)
+        components = {name: mean_of_frames(scores, count) for name, scores in output.components.items()}
+        return RewardSumOutput(mean_of_frames(output.total, count), components)
 
     def scores(self, images: Tensor, prompts: str | Sequence[str] | None, gradient: Tensor | None) -> dict[str, Tensor]:
         """Return detached scores (B,) by name, and add the gradient of their weighted sum to `gradient` in place."""

@@ -1,6 +1,7 @@
 """The base class of features, by which pairs and sets of images are compared."""
 
 import importlib
+import math
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any, Literal, TypeVar
@@ -8,6 +9,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
+from ...frames import folded
 from ...registry import Registry
 from ..contract.frozen_module import FrozenModule
 from ..contract.reward import check_images
@@ -53,14 +55,19 @@ class Features(FrozenModule):
         """Compute features.
 
         Args:
-            images: (B, 3, H, W), floating point, in [0, 1], on any device.
+            images: (B, 3, H, W), floating point, in [0, 1], on any device; or videos (B, F, 3, H, W).
 
         Returns:
-            (B, D), or (B, P, D) for features at P positions; float32, on the device of the weights.
+            (B, D), or (B, P, D) for features at P positions; float32, on the device of the weights. The frames of a
+            video are further positions: (B, F, D), or (B, F·P, D), divided by √F, so that distances are of the scale of
+            those of images.
 
         Raises:
             ValueError: For invalid images.
         """
+        if isinstance(images, Tensor) and images.ndim == 5:
+            found = self(folded(images)).unflatten(0, images.shape[:2]) / math.sqrt(images.shape[1])
+            return found if found.ndim == 3 else found.flatten(1, 2)
         check_images(images, f"the features of {self.name}")
         return at_least_float32(self.encode(at_least_float32(images).to(self.device or images.device)))
 

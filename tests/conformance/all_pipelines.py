@@ -27,7 +27,7 @@ from diffusers.utils import BaseOutput
 from noiseopt import NoiseOptimizationMixin, ReNO, optimize_noise
 from noiseopt.pipelines.request import check_pipeline_class, check_takes_latents
 from noiseopt.pipelines.sampling.first_call import stock_call
-from noiseopt.pipelines.sampling.pixel_range import words_of
+from noiseopt.pipelines.sampling.pixel_range import mentions, words_of
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "pipelines.md"
 Kind = Literal["works", "class", "refused", "not built", "out of scope"]
@@ -73,11 +73,18 @@ def out_of_scope(cls: Any) -> str | None:
     if hasattr(cls, "_backends"):
         return f"needs {', '.join(cls._backends)}"
     fields = output_fields(cls)
+    if is_video(cls):
+        return None
     if fields and not fields & {"images", "image"}:
         return f"returns {', '.join(sorted(fields))}"
     if "video_length" in inspect.signature(stock_call(cls)).parameters:
         return "returns frames"
     return None
+
+
+def is_video(cls: type) -> bool:
+    """Return whether a class returns the frames of videos of a prompt, and nothing beside them."""
+    return output_fields(cls) == {"frames"} and mentions(cls, "postprocess_video")
 
 
 def output_fields(cls: type) -> set[str]:
@@ -97,6 +104,8 @@ def by_rule(name: str) -> Outcome | None:
         check_pipeline_class(cls)
     except TypeError as error:
         return Outcome("refused", short(error, cls))
+    if is_video(cls) and not can_build(cls):
+        return Outcome("not built", "from text to video, not tried yet")
     return None
 
 
@@ -177,7 +186,7 @@ class Redness:
         return (images[:, 0] - images[:, 2]).mean((1, 2))
 
 
-METHOD = ReNO(rewards=Redness(), steps=3)
+METHOD = ReNO(rewards=Redness(), steps=3, frames="all")
 
 
 def seed() -> torch.Generator:

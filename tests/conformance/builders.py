@@ -84,6 +84,7 @@ from tiny_pipelines import (
     tiny_unet,
     tiny_vae,
 )
+from tiny_videos import VIDEO_BUILDERS, VIDEO_CALLS
 from transformers import (
     BertConfig,
     BertModel,
@@ -862,6 +863,11 @@ EMBEDDED: dict[str, Callable[[Any], Any]] = {
 }
 """Return values of `encode_prompt` for families whose text encoders are left out, by the beginning of their names."""
 
+
+def video_parts(name: str) -> Callable[[type], Parts]:
+    return lambda cls: {**VIDEO_BUILDERS[name]().components}
+
+
 RECIPES: dict[str, Callable[[type], Parts]] = {
     "StableDiffusion3": sd3_parts,
     "StableDiffusionXL": sdxl_parts,
@@ -906,6 +912,10 @@ RECIPES: dict[str, Callable[[type], Parts]] = {
     "Cosmos2Text": cosmos_parts,
     "VersatileDiffusion(Dual|Text)": versatile_parts,
     "BlipDiffusion": blip_parts,
+    "WanPipeline": video_parts("wan"),
+    "CogVideoXPipeline": video_parts("cogvideox"),
+    "LTXPipeline": video_parts("ltx"),
+    "HunyuanVideoPipeline": video_parts("hunyuan_video"),
 }
 """Parts of a family by the beginning of its classes' names; the first that matches counts."""
 
@@ -919,6 +929,10 @@ BROKEN_IN_DIFFUSERS = (
 PLAIN = {"num_inference_steps": 2, "guidance_scale": 3.0, **SIZE}
 TEXT_IN = ("max_sequence_length", "use_resolution_binning", "clean_caption", "complex_human_instruction")
 CALLS: dict[str, dict[str, Any]] = {
+    "WanPipeline": VIDEO_CALLS["wan"],
+    "CogVideoXPipeline": VIDEO_CALLS["cogvideox"],
+    "LTXPipeline": VIDEO_CALLS["ltx"],
+    "HunyuanVideoPipeline": VIDEO_CALLS["hunyuan_video"],
     "Flux2Klein(?!Inpaint)": {**FAMILY_CALLS["flux2_klein"], "image": None},
     "Flux2Klein": FAMILY_CALLS["flux2_klein"],
     "Flux2Pipeline": {"image": None},

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import inspect
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -12,10 +13,20 @@ import torch
 import torch.nn.functional as F
 from _pytest.mark import ParameterSet
 from conformance.builders import arguments_of, tiny_pipeline_of
-from conformance.matrix import COLUMNS, EVERY_FAMILY, FAMILIES, OTHERS, Column, in_fast_tier
+from conformance.matrix import (
+    COLUMNS,
+    EVERY_FAMILY,
+    FAMILIES,
+    OTHERS,
+    REFUSED_VIDEOS,
+    VIDEOS,
+    Column,
+    in_fast_tier,
+)
 from problems import generator, redness
 from tiny_families import family_arguments, tiny_family
 from tiny_pipelines import quiet
+from tiny_videos import VIDEO_CALLS, tiny_video
 
 from noiseopt import (
     CNO,
@@ -34,6 +45,7 @@ from noiseopt.pipelines import MeanVariance, NoiseOptimizer, NoisePGD
 from noiseopt.schedulers import predict_x0
 
 PROMPT = "a b"
+FRAMES = [0, 1, 3, 4]  # four evenly spaced ones of five
 SETS = ("cno", "never_too_late", "group_selection")  # compare the images of a prompt
 
 
@@ -49,11 +61,12 @@ class Distance:
         self.plain = plain
 
     def __call__(self, images, prompts):
-        return 0.25 + (images - self.plain[:1]).abs().mean((1, 2, 3))
+        first = self.plain[:1].flatten(0, -4)  # all frames of a video
+        return 0.25 + (images - first[[row % len(first) for row in range(len(images))]]).abs().mean((1, 2, 3))
 
 
 def method_of(column: Column, plain: torch.Tensor) -> NoiseOptimizer:
-    """Return the method of a column with few steps; `plain` is the baseline, `(B, 3, H, W)`."""
+    """Return the method of a column with few steps; `plain` is the baseline, `(B, 3, H, W)` or `(B, F, 3, H, W)`."""
     preview = column.gradient == "preview"
     frozen = column.gradient == "frozen"
     makers: dict[str, Any] = {
@@ -77,10 +90,12 @@ def method_of(column: Column, plain: torch.Tensor) -> NoiseOptimizer:
 
 def plain_loss(column: Column, images: torch.Tensor) -> torch.Tensor:
     """Return the loss of a method, `(B,)`, for images of the stock pipeline, restated from its definition."""
+    if images.ndim == 5 and column.method not in ("never_too_late", "group_selection"):  # a mean over frames
+        return torch.stack([plain_loss(column, images[:, each]) for each in range(images.shape[1])]).mean(0)
     if column.method == "noise_diffusion":
         return -red_share(images, None)
     if column.gradient == "none" or column.method in ("best_of_n", "group_selection"):
-        rewards = Distance(images)(images, None)
+        rewards = Distance(images)(images.flatten(0, -4), None).view(len(images), -1).mean(1)
         if column.method == "group_selection":
             return -(rewards.sum() + 0.5 * tiny_distance(images)).expand(len(images))
         return -rewards
@@ -103,51 +118,63 @@ def contrastive_loss(x0: torch.Tensor, reference: torch.Tensor, tau: float = 0.1
 
 def cells(x0: torch.Tensor) -> torch.Tensor:
     """Pool to a grid of at most 4 × 4 and normalize along the channels, in float64."""
-    return F.normalize(F.adaptive_avg_pool2d(x0.double(), min(4, x0.shape[-1])), dim=1).flatten(2)
+    pooled = F.adaptive_avg_pool2d(x0.double().flatten(1, -3), min(4, x0.shape[-1]))  # frames count as channels
+    return F.normalize(pooled, dim=1).flatten(2)
 
 
 class Call:
     """One call of a stock pipeline, run without noiseopt as the oracle or with `optimize_noise`."""
 
-    def __init__(self, pipe, arguments: dict[str, Any]) -> None:
-        self.pipe, self.arguments = pipe, arguments
+    def __init__(self, pipe, arguments: dict[str, Any], prompt: str | list[str] = PROMPT) -> None:
+        self.pipe, self.arguments, self.prompt = pipe, arguments, prompt
 
     def sample(self, **kwargs) -> torch.Tensor:
         kwargs = {"generator": generator(), **kwargs}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # for schedulers that are passed no generator
-            return self.pipe(prompt=PROMPT, output_type="pt", **self.arguments, **kwargs).images
+            return seen(self.pipe(prompt=self.prompt, output_type="pt", **self.arguments, **kwargs)[0])
 
     @functools.cached_property
     def plain(self) -> torch.Tensor:
         return self.sample()
 
     def preview(self, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the x0 estimate of the first model call, `(B, C, H, W)`, and its decoded images.
+        """Return the x0 estimate of the first model call in the layout of the noise, and its decoded images.
 
         The stock call runs to its end, with a scheduler whose every step returns the first step's estimate.
         """
-        seen: list[torch.Tensor] = []
+        estimates: list[torch.Tensor] = []
         pipe = copy.copy(self.pipe)
         scheduler = vars(pipe)["scheduler"] = copy.deepcopy(self.pipe.scheduler)
 
+        parameters = inspect.signature(scheduler.step)
+
         @functools.wraps(scheduler.step)
-        def step(output, timestep, sample, *_, **__):
-            if not seen:
-                seen.append(predict_x0(scheduler, output, timestep, sample).to(output.dtype))
-            return seen[0], seen[0]
+        def step(*args, **kwargs):
+            given = parameters.bind(*args, **kwargs).arguments
+            output = given["model_output"]
+            if not estimates:
+                estimates.append(predict_x0(scheduler, output, given["timestep"], given["sample"]).to(output.dtype))
+            return estimates[0], estimates[0]
 
         vars(scheduler)["step"] = step
-        images = Call(pipe, self.arguments).sample(**kwargs)
-        return spatial(pipe, seen[0]), images
+        images = Call(pipe, self.arguments, self.prompt).sample(**kwargs)
+        return spatial(pipe, estimates[0]), images
 
     def optimize(self, method: NoiseOptimizer, **kwargs) -> NoiseResult:
-        return optimize_noise(self.pipe, PROMPT, method, generator=generator(), **self.arguments, **kwargs)
+        return optimize_noise(self.pipe, self.prompt, method, generator=generator(), **self.arguments, **kwargs)
+
+
+def seen(images: torch.Tensor) -> torch.Tensor:
+    """Return images, and of videos the frames that rewards see by default."""
+    return images[:, FRAMES] if images.ndim == 5 else images
 
 
 def spatial(pipe, latents: torch.Tensor) -> torch.Tensor:
-    """Unpack latents to `(B, C, H, W)` with the pipeline's own function."""
+    """Unpack latents to the layout of the noise with the pipeline's own function."""
     name = type(pipe).__name__
+    if name == "LTXPipeline":
+        return pipe._unpack_latents(latents, 3, 16, 16)
     if name in ("Flux2KleinPipeline", "Flux2Pipeline"):
         side = math.isqrt(latents.shape[1])
         return pipe._unpack_latents_with_ids(
@@ -170,6 +197,25 @@ def family_call(family: str, count: int) -> Call:
     return Call(tiny_pipeline_of(cls), {**arguments, **several})
 
 
+@functools.cache
+def video_call(family: str, count: int) -> Call:
+    """Return a call for some videos of one prompt, for some stock calls a prompt for each: others fail or make one."""
+    if count > 1 and family.startswith(("cogvideox", "ltx_timed")):
+        return Call(tiny_video(family), VIDEO_CALLS[family], [PROMPT] * count)
+    return Call(tiny_video(family), {**VIDEO_CALLS[family], "num_videos_per_prompt": count})
+
+
+def check_video_cell(family: str, column_name: str) -> None:
+    column = COLUMNS[column_name]
+    call = video_call(family, 2 if column.method in SETS else 1)
+    if (family, column_name) not in REFUSED_VIDEOS:
+        check_cell(call, column)
+        return
+    with pytest.raises(ValueError, match='zero terminal SNR.*gradient="full"'):
+        call.optimize(method_of(column, call.plain))
+    assert torch.equal(call.sample(), call.plain)
+
+
 def family_cells(families: Iterable[str]) -> list[ParameterSet]:
     """Return all pairs of family and column; those outside the fast tier are marked slow."""
     return [
@@ -186,16 +232,17 @@ def check_family_cell(family: str, column_name: str) -> None:
 
 def check_off_and_class(family: str) -> None:
     """Compare a class with the mixin to its stock class: equal without a method, and returning the best with one."""
-    call, row = family_call(family, 1), EVERY_FAMILY[family]
+    call, row = (video_call if family in VIDEOS else family_call)(family, 1), EVERY_FAMILY[family]
     cls = type(call.pipe)
     assert (cls.__name__, type(call.pipe.scheduler).__name__) == (row.pipeline, row.scheduler)
-    ours = quiet(type("Ours", (NoiseOptimizationMixin, cls), {})(**call.pipe.components))
+    settings = {name: call.pipe.config[name] for name in ("boundary_ratio",) if name in call.pipe.config}  # of Wan 2.2
+    ours = quiet(type("Ours", (NoiseOptimizationMixin, cls), {})(**call.pipe.components, **settings))
     assert torch.equal(Call(ours, call.arguments).plain, call.plain)
     method, before = method_of(COLUMNS["reno-full"], call.plain), state_of(ours)
     arguments = {**call.arguments, "generator": generator(), "output_type": "pt"}
     output = ours(prompt=PROMPT, method=method, **arguments)
     assert torch.equal(output.noise_result.initial_images, call.plain)
-    assert torch.equal(output.images, output.noise_result.images)
+    assert torch.equal(seen(output[0]), output.noise_result.images)
     after = state_of(ours)
     assert {name: after[name] for name in after if name not in ("attributes", "scheduler")} == {
         name: before[name] for name in before if name not in ("attributes", "scheduler")

@@ -61,7 +61,16 @@ OTHERS = {
     "glm_image": Family("GlmImagePipeline", "GLM-Image", FLOW),
 }
 """Families that `builders.py` builds by their class."""
-EVERY_FAMILY = {**FAMILIES, **OTHERS}
+VIDEOS = {
+    "wan": Family("WanPipeline", "Wan 2.1", "UniPCMultistepScheduler"),
+    "wan22": Family("WanPipeline", "Wan 2.2, two transformers", "UniPCMultistepScheduler"),
+    "cogvideox": Family("CogVideoXPipeline", "CogVideoX-2B", "CogVideoXDDIMScheduler"),
+    "cogvideox_dpm": Family("CogVideoXPipeline", "CogVideoX-5B", "CogVideoXDPMScheduler"),
+    "ltx": Family("LTXPipeline", "LTX-Video 0.9", "FlowMatchEulerDiscreteScheduler"),
+    "ltx_timed": Family("LTXPipeline", "LTX-Video from 0.9.1 on", "FlowMatchEulerDiscreteScheduler"),
+    "hunyuan_video": Family("HunyuanVideoPipeline", "HunyuanVideo", "FlowMatchEulerDiscreteScheduler"),
+}
+EVERY_FAMILY = {**FAMILIES, **OTHERS, **VIDEOS}
 COLUMNS = {
     "reno-full": Column("reno", "full", "ReNO"),
     "reno-frozen": Column("reno", "frozen", "ReNO"),
@@ -126,10 +135,19 @@ NO_DEPENDENCE = (
     "with zero terminal SNR and a frozen denoiser, the first x0 estimate does not depend on the noise: refused by "
     "name; `CNO(gradient='full')` works"
 )
-NO_ESTIMATE = "made for video, with no known x0 estimate: refused by name"
+NOISE_REPLACED = (
+    "with zero terminal SNR, the first step of this stochastic solver replaces the noise, which acts through the "
+    "denoiser only: refused by name; `gradient='full'` works where the method has it"
+)
+REWARDED_FROZEN = ("reno", "noise_diffusion", "noise_pgd", "mean_variance")
 REFUSED = {
     **{("flow_euler_stochastic", gradient): OTHER_STREAM for gradient in ("full", "frozen", "none")},
     ("zero_snr", "x0"): NO_DEPENDENCE,
-    ("video", "x0"): NO_ESTIMATE,
 }
 """Reasons of refusals by scheduler and gradient mode."""
+REFUSED_VIDEOS = {
+    **{(family, "cno-frozen"): NO_DEPENDENCE for family in ("cogvideox", "cogvideox_dpm")},
+    **{("cogvideox_dpm", f"{each}-frozen"): NOISE_REPLACED for each in REWARDED_FROZEN},
+}
+"""Reasons of refusals by video pipeline and column."""
+REASONS = list(dict.fromkeys([*REFUSED.values(), *REFUSED_VIDEOS.values()]))

@@ -6,7 +6,19 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from conformance.matrix import COLUMNS, EVERY_FAMILY, FAMILIES, GRADIENTS, REFUSED, SCHEDULERS, TOOLS
+from conformance.matrix import (
+    COLUMNS,
+    FAMILIES,
+    GRADIENTS,
+    OTHERS,
+    REASONS,
+    REFUSED,
+    REFUSED_VIDEOS,
+    SCHEDULERS,
+    TOOLS,
+    VIDEOS,
+    Family,
+)
 
 README = Path(__file__).parents[2] / "README.md"
 BEGIN, END = "<!-- conformance:begin -->\n", "<!-- conformance:end -->\n"
@@ -21,27 +33,43 @@ def family_table() -> str:
     headings = [f"{column.heading}<br>{column.gradient}" for column in COLUMNS.values()]
     headings += [f"{heading}<br>none" for heading in TOOLS.values()]
     text = line(["pipeline", *headings]) + line(["---", *[":-:"] * len(headings)])
-    for name, row in EVERY_FAMILY.items():
-        scheduler, with_tools = row.scheduler.removesuffix("Scheduler"), name in FAMILIES
-        marks = ["✓"] * len(COLUMNS) + ["✓" if with_tools else ""] * len(TOOLS)
-        text += line([f"`{row.pipeline}` ({row.models}), {scheduler}", *marks])
+    for name, row in {**FAMILIES, **OTHERS}.items():
+        tools = ["✓" if name in FAMILIES else ""] * len(TOOLS)
+        text += line([name_of(row), *["✓"] * len(COLUMNS), *tools])
     return text
+
+
+def name_of(row: Family) -> str:
+    return f"`{row.pipeline}` ({row.models}), {row.scheduler.removesuffix('Scheduler')}"
+
+
+def video_table() -> str:
+    """Return the table of video pipelines; refusals have the numbers of `scheduler_table`."""
+    headings = [f"{column.heading}<br>{column.gradient}" for column in COLUMNS.values()]
+    text = line(["video pipeline", *headings]) + line(["---", *[":-:"] * len(headings)])
+    for key, row in VIDEOS.items():
+        refused = [REFUSED_VIDEOS.get((key, column)) for column in COLUMNS]
+        text += line([name_of(row), *[mark(why) for why in refused]])
+    return text
+
+
+def mark(why: str | None) -> str:
+    """Return the mark of a cell, with the number of its reason if it is refused."""
+    return "✓" if why is None else f"— [{REASONS.index(why) + 1}]"
 
 
 def scheduler_table() -> str:
     """Return the table with schedulers in rows, gradient modes in columns, and numbered reasons of refusals."""
-    reasons = list(dict.fromkeys(REFUSED.values()))
     text = line(["scheduler", *GRADIENTS]) + line(["---", *[":-:"] * len(GRADIENTS)])
     for key, row in SCHEDULERS.items():
         settings = ", ".join(f"{name}={value!r}" for name, value in row.settings.items())
         refused = [REFUSED.get((key, gradient)) for gradient in GRADIENTS]
-        marks = ["✓" if why is None else f"— [{reasons.index(why) + 1}]" for why in refused]
-        text += line([f"`{row.name}{f'({settings})' if settings else ''}`", *marks])
-    return text + "".join(f"\n[{index + 1}] {why}.\n" for index, why in enumerate(reasons))
+        text += line([f"`{row.name}{f'({settings})' if settings else ''}`", *map(mark, refused)])
+    return text + "".join(f"\n[{index + 1}] {why}.\n" for index, why in enumerate(REASONS))
 
 
 def tables() -> str:
-    return f"{family_table()}\n{scheduler_table()}"
+    return f"{family_table()}\n{video_table()}\n{scheduler_table()}"
 
 
 def between_markers(text: str) -> str:

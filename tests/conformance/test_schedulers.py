@@ -24,7 +24,6 @@ COLUMN_OF = {"full": "reno-full", "frozen": "reno-frozen", "x0": "cno-frozen", "
 REFUSALS = {
     "flow_euler_stochastic": "StableDiffusion3Pipeline with FlowMatchEulerDiscreteScheduler draws",
     "zero_snr": 'zero terminal SNR.*DDIMScheduler.*gradient="full"',
-    "video": "CogVideoXDDIMScheduler, which is made for video",
 }
 
 

@@ -286,7 +286,7 @@ def test_samplers_are_found_by_name_and_described_as_they_are_given():
     for sampler in (*SAMPLERS, PinkNoise(0.1, band=[1, 8]), CoupledNoise(groups=[0, 0])):
         assert as_noise_sampler(sampler.describe()) == sampler and as_noise_sampler(sampler) is sampler
     assert as_noise_sampler({"name": "pink", "alpha": 0.3}) == PinkNoise(0.3)
-    rest = {"reference_size": None, "band": None, "outside": "flat", "standardize": True}
+    rest = {"reference_size": None, "band": None, "outside": "flat", "standardize": True, "time_dim": None}
     assert PinkNoise(0.3).describe() == {"name": "pink", "alpha": 0.3, **rest}
 
 
@@ -316,6 +316,8 @@ BAD_INPUT = {
     "turned band": (lambda: BandLimitedNoise(0.5, 0.5), ValueError, "0 <= low < high, but got .0.5, 0.5."),
     "text for low": (lambda: BandLimitedNoise("0", 1), ValueError, "0 <= low < high"),
     "band below all": (lambda: BandLimitedNoise(0.01, 0.02)((1, 4, 8, 8)), ValueError, "8×8 noise, .*Widen it"),
+    "time of images": (lambda: PinkNoise(time_dim=2)((1, 4, 8, 8)), ValueError, "noise of videos with `time_dim`"),
+    "time in space": (lambda: PinkNoise(time_dim=3), ValueError, "`time_dim` to be an integer"),
     "packed blue": (lambda: BlueNoise()((1, 64, 16)), ValueError, "before it is packed"),
     "packed": (lambda: PinkNoise()((1, 64, 16)), ValueError, "before it is packed"),
     "one entry": (lambda: PinkNoise()((1, 4, 1, 1)), ValueError, r"\(B, C, H, W\)"),
@@ -341,3 +343,46 @@ def test_bad_input_is_refused_with_the_remedy(case):
     call, error, message = BAD_INPUT[case]
     with pytest.raises(error, match=message):
         call()
+
+
+VIDEOS = [(2, 4, 6, 8, 5), (3, 2, 5, 7, 8), (2, 1, 1, 6, 6)]
+
+
+@pytest.mark.parametrize("shape", VIDEOS)
+def test_pink_noise_in_space_and_time_is_the_definition_in_three_dimensions(shape):
+    noise = white(*shape)
+    t, u, v = (torch.fft.fftfreq(side, dtype=torch.float64) * side for side in shape[2:])
+    f = (t[:, None, None] ** 2 + u[:, None] ** 2 + v**2).sqrt()
+    pink = torch.fft.ifftn(torch.fft.fftn(noise, dim=(2, 3, 4)) * (1 + f) ** -0.4, dim=(2, 3, 4)).real
+    pink = (pink - pink.mean((2, 3, 4), keepdim=True)) / pink.std((2, 3, 4), keepdim=True)
+    torch.testing.assert_close(PinkNoise(0.4, time_dim=2).color(noise), pink)
+    frames_first = PinkNoise(0.4, time_dim=1).color(noise.transpose(1, 2)).transpose(1, 2)
+    torch.testing.assert_close(frames_first, pink)
+
+
+def test_without_standardising_pink_noise_in_time_is_gaussian_with_its_spectrum():
+    shape = (3000, 1, 5, 6, 7)
+    noise = PinkNoise(0.5, time_dim=2, standardize=False)(shape, generator()).double()
+    power = torch.fft.fftn(noise, dim=(2, 3, 4)).abs().square().mean((0, 1)) / (5 * 6 * 7)
+    t, u, v = (torch.fft.fftfreq(side, dtype=torch.float64) * side for side in shape[2:])
+    wanted = 1 / (1 + (t[:, None, None] ** 2 + u[:, None] ** 2 + v**2).sqrt())
+    torch.testing.assert_close(power, wanted / wanted.mean(), rtol=0.12, atol=0)
+
+
+def test_frames_of_pink_noise_in_time_resemble_their_neighbors_more_than_those_of_white_noise():
+    def neighbors(sampler):
+        noise = sampler((8, 4, 12, 16, 16), generator())
+        return float((noise[:, :, 1:] * noise[:, :, :-1]).mean())
+
+    assert abs(neighbors(PinkNoise(0.5))) < 0.01 and neighbors(PinkNoise(0.5, time_dim=2)) > 0.08
+
+
+def test_a_reference_size_counts_frames_like_pixels():
+    frequency = PinkNoise(reference_size=64, time_dim=2).frequency(4, 32, 128)
+    assert frequency.shape == (4, 32, 65)
+    assert frequency[2, 0, 0] == frequency[0, 16, 0] == frequency[0, 0, 64] == 32
+
+
+def test_coupled_noise_of_videos_sums_to_zero():
+    noise = CoupledNoise()((3, 2, 4, 5, 6), generator())
+    torch.testing.assert_close(noise.sum(0), torch.zeros(2, 4, 5, 6), rtol=0, atol=1e-5)

@@ -8,6 +8,7 @@ import diffusers
 import diffusers.schedulers
 import pytest
 import torch
+from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 
 from noiseopt.schedulers import predict_x0
 
@@ -37,6 +38,12 @@ def alpha_bar_level(scheduler, index, timestep):
     """Trained with ᾱ = Π(1−β): float64, by the timestep."""
     alpha_bar = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0)[int(timestep)]
     return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+
+
+def snr_shifted_level(scheduler, index, timestep):
+    """CogVideoX, https://arxiv.org/abs/2408.06072, divides the signal-to-noise ratio ᾱ/(1−ᾱ) by 3."""
+    ratio = (alpha_bar_level(scheduler, index, timestep)[0] ** -2 - 1) * 3
+    return (1 / (1 + ratio)).sqrt(), (ratio / (1 + ratio)).sqrt()
 
 
 def cosine_level(scheduler, index, timestep):
@@ -156,6 +163,9 @@ TABLE = {
     "DDPMParallel": ("DDPMParallelScheduler", TIMED, CIRCLE, alpha_bar_level),
     "LCM": ("LCMScheduler", TIMED, CIRCLE, alpha_bar_level),
     "TCD": ("TCDScheduler", TIMED, CIRCLE, alpha_bar_level),
+    "CogVideoX DDIM": ("CogVideoXDDIMScheduler", {**TIMED, "snr_shift_scale": 1.0}, CIRCLE, alpha_bar_level),
+    "CogVideoX DDIM shifted": ("CogVideoXDDIMScheduler", {**TIMED, "snr_shift_scale": 3.0}, CIRCLE, snr_shifted_level),
+    "CogVideoX DPM": ("CogVideoXDPMScheduler", {**TIMED, "snr_shift_scale": 3.0}, CIRCLE, snr_shifted_level),
     "PNDM": ("PNDMScheduler", BETAS, SIGNS, alpha_bar_level),
     "PNDM PLMS": ("PNDMScheduler", {**BETAS, "skip_prk_steps": True}, SIGNS, alpha_bar_level),
     "UnCLIP": ("UnCLIPScheduler", {"clip_sample": False}, CIRCLE[:2], cosine_level),
@@ -260,6 +270,9 @@ def randn(seed, size=SIZE):
 
 def step(scheduler, output, timestep, sample, seed=0):
     torch.manual_seed(seed)
+    if type(scheduler).__name__ == "CogVideoXDPMScheduler":  # with the last x0, and the timestep before
+        previous, x0 = scheduler.step(output, None, timestep, None, sample)
+        return DDIMSchedulerOutput(prev_sample=previous, pred_original_sample=x0)
     wuerstchen = type(scheduler).__name__ == "DDPMWuerstchenScheduler"
     return scheduler.step(output, timestep.expand(len(sample)) if wuerstchen else timestep, sample)
 

@@ -242,7 +242,7 @@ def test_targets_count_once_the_search_is_over():
 
 
 def test_a_gradient_that_is_lost_is_reported_after_a_search(monkeypatch):
-    def refuse(pipe):
+    def refuse(pipe, gradient):
         raise ValueError("no gradient")
 
     monkeypatch.setattr(torch.autograd, "grad", lambda outputs, inputs, **_: (torch.zeros_like(inputs),))
