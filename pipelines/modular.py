@@ -36,8 +36,13 @@ def as_standard(pipe: Any) -> Any:
         (each.name, each.default if isinstance(each.default, PLAIN_DEFAULTS) else None) for each in inputs_of(pipe)
     )
     found = object.__new__(standard_class(type(pipe), inputs))
-    found.__dict__ = {**vars(pipe), "_blocks": recording(blocks_of(pipe))}
+    found.__dict__ = {**vars(pipe), **guiders_of(pipe), "_blocks": recording(blocks_of(pipe))}
     return found
+
+
+def guiders_of(pipe: Any) -> dict[str, Any]:
+    """Return copies of the components that remember the step that they are in."""
+    return {name: copy.copy(part) for name, part in pipe.components.items() if hasattr(part, "set_state")}
 
 
 def inputs_of(pipe: Any) -> list[Any]:

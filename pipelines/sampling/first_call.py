@@ -50,6 +50,7 @@ def first_step_only(pipe) -> Iterator[list[torch.Tensor]]:
         TypeError: If the pipeline calls `scheduler.step` not at all, or before its denoiser.
     """
     scheduler, interruptible = pipe.scheduler, "interrupt" in stock_call(type(pipe)).__code__.co_names
+    ends = getattr(pipe, "end_steps", None)  # of a modular pipeline, whose denoiser may look at the next timestep
     set_timesteps, step = scheduler.set_timesteps, scheduler.step
     calls: list[int] = []
     stepped: list[bool] = []  # for each step, whether a denoiser had been called
@@ -58,7 +59,7 @@ def first_step_only(pipe) -> Iterator[list[torch.Tensor]]:
     @functools.wraps(set_timesteps)
     def set_one(*args, **kwargs):
         set_timesteps(*args, **kwargs)
-        if not interruptible:
+        if not interruptible and ends is None:
             scheduler.timesteps = scheduler.timesteps[:1]
 
     @functools.wraps(step)
@@ -66,8 +67,8 @@ def first_step_only(pipe) -> Iterator[list[torch.Tensor]]:
         stepped.append(bool(calls))
         x0 = predict_x0(scheduler, model_output, timestep, sample).to(model_output.dtype)
         estimates.append(x0)
-        if hasattr(pipe, "end_steps"):  # of a modular pipeline
-            pipe.end_steps(x0)
+        if ends is not None:
+            ends(x0)
         if interruptible:
             interrupt(pipe)
         return (x0, x0)

@@ -1,12 +1,12 @@
 """Write the README's compatibility tables from `matrix.py`: `python tests/conformance/table.py`."""
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from conformance.matrix import COLUMNS, FAMILIES, GRADIENTS, REFUSED, SCHEDULERS, TOOLS
+from conformance.matrix import COLUMNS, FAMILIES, GRADIENTS, MODULAR, REFUSED, SCHEDULERS, TOOLS, Family
 
 README = Path(__file__).parents[2] / "README.md"
 BEGIN, END = "<!-- conformance:begin -->\n", "<!-- conformance:end -->\n"
@@ -16,12 +16,12 @@ def line(cells: Iterable[str]) -> str:
     return f"| {' | '.join(cells)} |\n"
 
 
-def family_table() -> str:
+def family_table(families: Mapping[str, Family], kind: str) -> str:
     """Return the table with families in rows, methods and their gradient modes in columns."""
     headings = [f"{column.heading}<br>{column.gradient}" for column in COLUMNS.values()]
     headings += [f"{heading}<br>none" for heading in TOOLS.values()]
-    text = line(["pipeline", *headings]) + line(["---", *[":-:"] * len(headings)])
-    for row in FAMILIES.values():
+    text = line([kind, *headings]) + line(["---", *[":-:"] * len(headings)])
+    for row in families.values():
         scheduler = row.scheduler.removesuffix("Scheduler")
         text += line([f"`{row.pipeline}` ({row.models}), {scheduler}", *["✓"] * len(headings)])
     return text
@@ -40,7 +40,8 @@ def scheduler_table() -> str:
 
 
 def tables() -> str:
-    return f"{family_table()}\n{scheduler_table()}"
+    standard, modular = family_table(FAMILIES, "pipeline"), family_table(MODULAR, "modular pipeline")
+    return f"{standard}\n{modular}\n{scheduler_table()}"
 
 
 def between_markers(text: str) -> str:
