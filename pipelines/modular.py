@@ -13,7 +13,9 @@ from diffusers.utils.torch_utils import randn_tensor
 from ..private_names import blocks_of, has_loop, is_modular, new_state
 from .memory.replaced import with_gradient
 from .sampling.latent_space import with_globals
+from .sampling.module_state import DENOISERS
 
+NECESSARY = ("scheduler", *DENOISERS, "vae", "text_encoder", "tokenizer")
 PLAIN_DEFAULTS = (str, int, float, bool, type(None))
 
 
@@ -29,15 +31,35 @@ def as_standard(pipe: Any) -> Any:
     """Return a loaded modular pipeline as one that runs can take, with the same components; any other as it is.
 
     Its blocks are copies whose calls record gradients. The pipeline itself stays as it was.
+
+    Raises:
+        ValueError: For one whose components are not loaded.
     """
     if not is_modular(pipe) or isinstance(pipe, StandardCall):
         return pipe
+    check_is_loaded(pipe)
     inputs = tuple(
         (each.name, each.default if isinstance(each.default, PLAIN_DEFAULTS) else None) for each in inputs_of(pipe)
     )
     found = object.__new__(standard_class(type(pipe), inputs))
-    found.__dict__ = {**vars(pipe), "_blocks": recording(blocks_of(pipe))}
+    found.__dict__ = {**vars(pipe), **guiders_of(pipe), "_blocks": recording(blocks_of(pipe))}
     return found
+
+
+def check_is_loaded(pipe: Any) -> None:
+    """Raise `ValueError` for a modular pipeline without a component that each call from text needs."""
+    expected = blocks_of(pipe).get_execution_blocks(prompt=True).component_names
+    missing = [name for name in expected if name in NECESSARY and getattr(pipe, name, None) is None]
+    if missing:
+        raise ValueError(
+            f"Expected a modular pipeline with its components, but {', '.join(missing)} of {type(pipe).__name__} "
+            "are not loaded. Call `pipe.load_components()`, or `pipe.update_components(...)` with your own."
+        )
+
+
+def guiders_of(pipe: Any) -> dict[str, Any]:
+    """Return copies of the components that remember the step that they are in."""
+    return {name: copy.copy(part) for name, part in pipe.components.items() if hasattr(part, "set_state")}
 
 
 def inputs_of(pipe: Any) -> list[Any]:
@@ -93,7 +115,7 @@ class StandardCall:
         """Return the images, or the latents after the last step for `output_type="latent"`."""
         state = self.encode_prompt(request)
         given = {"generator": request.get("generator"), "latents": request.get("latents")}
-        latents, prepared = self.prepare_latents(state, images_of(state), **given)
+        latents, prepared = self.prepare_latents(state, images_asked(request) or images_of(state), **given)
         state = copied(state)
         state.kwargs_mapping = dict(prepared.kwargs_mapping)
         state.values.update(prepared.values, latents=latents, output_type=request.get("output_type", "pil"))
@@ -111,12 +133,23 @@ class StandardCall:
         """Run the blocks before the latents on a request, and return the state after them."""
         if (given := vars(self).get("_given_state")) is not None:  # of a call in progress
             return given
-        state = new_state(self, request)
-        blocks = blocks_of(self).get_execution_blocks(**{k: v for k, v in request.items() if v is not None}).sub_blocks
-        state.parts = split_at_latents(list(blocks.values()), type(self).__name__)
+        # some blocks write their own texts to a list of prompts
+        state = new_state(
+            self, {name: list(each) if isinstance(each, list) else each for name, each in request.items()}
+        )
+        state.parts = self.parts_of(request)
         for block in state.parts[0]:
             block(self, state)
         return state
+
+    def parts_of(self, request: dict[str, Any]) -> tuple[list[Any], Any, list[Any]]:
+        """Return the blocks before the latents of a request, the one that draws them, and those after.
+
+        Raises:
+            TypeError: If they draw no latents, or return no images.
+        """
+        blocks = blocks_of(self).get_execution_blocks(**{k: v for k, v in request.items() if v is not None})
+        return split_at_latents(list(blocks.sub_blocks.values()), type(self).__name__)
 
     def prepare_latents(self, state: Any, batch_size: int, generator: Any = None, latents: Any = None) -> Any:
         """Run the block that draws the latents, with `randn_tensor`, and return them and what it changed in the state.
@@ -149,11 +182,25 @@ def split_at_latents(blocks: list[Any], name: str) -> tuple[list[Any], Any, list
             "Expected a modular pipeline with a block that draws its latents with diffusers' `randn_tensor`, but "
             f"{name} has none for these inputs. Use a workflow from text to image."
         )
+    outputs = {each.name for block in blocks for each in block.intermediate_outputs}
+    if "images" not in outputs:
+        last = ", ".join(each.name for each in blocks[-1].intermediate_outputs)
+        raise TypeError(
+            f"Expected a modular pipeline whose blocks return `images`, but those of {name} end with {last or 'none'}. "
+            "Use a pipeline that generates images, with the block that decodes them."
+        )
     return blocks[:place], blocks[place], blocks[place + 1 :]
 
 
+def images_asked(request: dict[str, Any]) -> int | None:
+    """Return the number of images of the prompts of a request, or `None` without prompts."""
+    prompt = request.get("prompt")
+    prompts = 1 if isinstance(prompt, str) else len(prompt or ())
+    return prompts * (request.get("num_images_per_prompt") or 1) or None
+
+
 def images_of(state: Any) -> int:
-    """Return the number of images of a state."""
+    """Return the number of images of a state, in which some blocks count them as prompts."""
     return (state.get("batch_size") or 1) * (state.get("num_images_per_prompt") or 1)
 
 

@@ -81,7 +81,8 @@ def fit(model: PresetModel, pipe, length: Length) -> tuple[int, int, int, bool]:
 
     A denoiser of another checkpoint counts more than the pipeline around it.
     """
-    if not {cls.__name__ for cls in type(pipe).__mro__}.intersection(model.pipelines):
+    names = {cls.__name__.replace("ModularPipeline", "Pipeline") for cls in type(pipe).__mro__}
+    if not names.intersection(model.pipelines):
         return 0, 0, 0, False
     of_pipe, of_denoiser = (named(model, part) for part in parts_of(pipe))
     known = [(config_value(pipe, name), value) for name, value in model.hints.items()]

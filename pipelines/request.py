@@ -32,6 +32,13 @@ MOST_OF_ARGUMENT = {
     **dict.fromkeys(("height", "width", "num_frames"), 65_536),
 }
 FOOTAGE = ("image", "video", "control_video", "conditioning_frames", "conditions", "reference_conditions", "controls")
+OF_MODULAR_CALLS = {
+    "guidance_scale": " Its guider has one: `pipe.update_components(guider=ClassifierFreeGuidance(guidance_scale=2))`.",
+    "output": " The result is returned. `pipe(latents=result.latents, output=...)` draws what you need.",
+    "state": " A run begins with the inputs of the call: pass them by name.",
+}
+"""Remedies for arguments that no block of a modular pipeline takes."""
+
 VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 OF_DIFFUSERS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, AssertionError)
 
@@ -97,6 +104,8 @@ def check_argument_names(pipe: Any, given: Collection[str], ours: Sequence[str] 
     remedy = did_you_mean(name, [*ours, *sorted(known)])
     if name == "seed":
         remedy = " A seed is written `generator=torch.Generator().manual_seed(0)`."
+    if is_modular(pipe):
+        remedy = OF_MODULAR_CALLS.get(name, remedy)
     if name in settings:
         own = (method if isinstance(method, type) else type(method)).__name__
         by_name = f" or `method_kwargs={{'{name}': ...}}`" if "method_kwargs" in ours else ""
@@ -239,6 +248,8 @@ def stock_errors(pipe, run: Any) -> Iterator[None]:
 
 def check_noise_is_drawn(pipe, request: dict[str, Any]) -> None:
     """Raise `TypeError` or `ValueError` for a pipeline that draws no noise of its own in this call, or no image."""
+    if hasattr(pipe, "parts_of"):  # a modular one
+        pipe.parts_of(request)
     whole = {"denoising_start": (None,), "denoising_end": (None, 1.0)}
     part = next((name for name, values in whole.items() if request.get(name) not in values), None)
     if part is not None:

@@ -223,7 +223,7 @@ def z_image_pipeline():
         n_kv_heads=2,
         cap_feat_dim=16,
         axes_dims=[8, 4, 4],
-        axes_lens=[64, 16, 16],
+        axes_lens=[128, 16, 16],
     )
     for token in (transformer.x_pad_token, transformer.cap_pad_token):
         torch.nn.init.normal_(token)  # uninitialized memory otherwise

@@ -17,6 +17,7 @@ from ...schedulers.noise_samplers import NoiseSamplerSpec
 from ...schedulers.x0_prediction import predict_x0, prediction_channels, space_of
 from ..hook import NoiseRun
 from ..method import RewardOptimizer
+from ..modular import as_standard
 from ..noise_math import per_image, per_sample_norm, unit
 from ..objective import RewardObjective
 from ..problem import CandidateNoise, NoiseProblem
@@ -103,7 +104,7 @@ class RewardGuidance:
             call_kwargs: The other arguments of `pipe(prompt, ...)`.
 
         Returns:
-            The output of the stock pipeline.
+            The output of the stock pipeline; for a modular one a tuple with its images.
 
         Raises:
             ValueError: For settings or a pipeline state that cannot work, before any model runs; for a single denoising
@@ -111,6 +112,7 @@ class RewardGuidance:
             TypeError: For an argument that the pipeline does not take, or a scheduler without an x0 estimate.
         """
         check_pipeline(pipe)
+        pipe = as_standard(pipe)
         check_pipeline_class(type(pipe))
         check_argument_names(pipe, call_kwargs, ("noise_sampler", "reward_prompt"), self)
         self.check()

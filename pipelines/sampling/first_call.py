@@ -57,6 +57,7 @@ def first_step_only(pipe) -> Iterator[list[torch.Tensor]]:
         TypeError: If the pipeline calls `scheduler.step` not at all, or before its denoiser.
     """
     scheduler, interruptible = pipe.scheduler, "interrupt" in stock_call(type(pipe)).__code__.co_names
+    ends = getattr(pipe, "end_steps", None)  # of a modular pipeline, whose denoiser may look at the next timestep
     set_timesteps, step = scheduler.set_timesteps, scheduler.step
     parameters = inspect.signature(step)
     calls: list[int] = []
@@ -66,7 +67,7 @@ def first_step_only(pipe) -> Iterator[list[torch.Tensor]]:
     @functools.wraps(set_timesteps)
     def set_one(*args, **kwargs):
         set_timesteps(*args, **kwargs)
-        if not interruptible:
+        if not interruptible and ends is None:
             scheduler.timesteps = scheduler.timesteps[:1]
 
     @functools.wraps(step)
@@ -74,8 +75,8 @@ def first_step_only(pipe) -> Iterator[list[torch.Tensor]]:
         stepped.append(bool(calls))
         x0 = x0_of_step(scheduler, parameters.bind(*args, **kwargs).arguments)
         estimates.append(x0)
-        if hasattr(pipe, "end_steps"):  # of a modular pipeline
-            pipe.end_steps(x0)
+        if ends is not None:
+            ends(x0)
         if interruptible:
             interrupt(pipe)
         return (x0, x0)

@@ -22,7 +22,7 @@ from .first_call import count_timesteps, counted, first_step_only, steps_skipped
 from .global_draws import no_global_draws
 from .latent_space import LatentSpace, first_of
 from .module_state import CALLED_IN_STEPS, is_offloaded, is_upcast
-from .pixel_range import is_centered
+from .pixel_range import is_centered, on_white
 from .random_state import CallStart, RandomState
 from .redraw import Redraw, find_redraw
 
@@ -241,14 +241,14 @@ class PipelineSampler:
                 return self.images_in(self.call(twin, **self.request, **ours), twin)
 
     def pixels(self, images: torch.Tensor) -> torch.Tensor:
-        """Convert the images of the pipeline to [0, 1], in float32 or better."""
+        """Convert the images of the pipeline to colors in [0, 1], in float32 or better."""
         if self.centered is None:
             self.centered = is_centered(self)
         if self.centered and self.clamp == "straight_through":
             images = denormalize_straight_through(images)
         elif self.centered:
             images = (images * 0.5 + 0.5).clamp(0, 1)
-        return images.to(torch.promote_types(images.dtype, torch.float32))
+        return on_white(images.to(torch.promote_types(images.dtype, torch.float32)))
 
     def x0(self, noise: torch.Tensor, gradient: Gradient = None, chunk_size: int | None = None) -> torch.Tensor:
         """Return the x0 estimate of the first model call in the layout of the noise (B, C, H, W); see `images`."""
@@ -377,10 +377,11 @@ def images_in(output: Any, pipe, output_type: str = "pt") -> Any:
     """Return the images that a pipeline call returned with `return_dict=False`.
 
     Raises:
-        TypeError: If they are no tensor `(B, 3, H, W)`, or `(B, F, 3, H, W)`, for `output_type="pt"`.
+        TypeError: If they are no tensor `(B, 3, H, W)`, nor one with a channel for opacity, or `(B, F, 3, H, W)`, for
+            `output_type="pt"`.
     """
     images = output[0] if isinstance(output, tuple) else output
-    pictures = isinstance(images, torch.Tensor) and images.ndim in (4, 5) and images.shape[-3] == 3
+    pictures = isinstance(images, torch.Tensor) and images.ndim in (4, 5) and images.shape[-3] in (3, 4)
     if output_type == "pt" and not pictures:
         got = f"some of shape {tuple(images.shape)}" if isinstance(images, torch.Tensor) else type(images).__name__
         raise TypeError(

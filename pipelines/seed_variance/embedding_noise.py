@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ...checked_fields import checked
+from ...private_names import is_modular
 from ...schedulers.noise_samplers import NoiseSamplerSpec
 from ..request import images_per_prompt
 from .steered_call import SteeredCall, SteeredRun, part_of
@@ -80,7 +81,7 @@ class EmbeddingNoiseRun(SteeredRun):
         super().__init__(pipe, request, noise_sampler)
         self.settings, self.encoding = settings, 0
         self.clean: Embedding | None = None  # y, once it is known
-        encode = getattr(pipe, "encode_prompt", None)
+        encode = None if is_modular(pipe) else getattr(pipe, "encode_prompt", None)  # its blocks keep the embedding
         if encode is None:
             raise TypeError(
                 f"Expected a pipeline with `encode_prompt`, but {type(pipe).__name__} has none. Optimize its initial "

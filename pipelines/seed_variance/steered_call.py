@@ -11,6 +11,7 @@ import torch
 from ...checked_fields import check_fields
 from ...schedulers.noise_samplers import Generators, NoiseSamplerSpec
 from ..hook import NoiseDraw
+from ..modular import as_standard
 from ..request import (
     bind_request,
     check_argument_names,
@@ -85,13 +86,14 @@ class SteeredCall(abc.ABC):
             call_kwargs: The other arguments of `pipe(prompt, ...)`.
 
         Returns:
-            The output of the stock pipeline.
+            The output of the stock pipeline; for a modular one a tuple with its images.
 
         Raises:
             ValueError: For settings or a call that cannot work.
             TypeError: For an argument that the pipeline does not take, or a pipeline that cannot be changed so.
         """
         check_pipeline(pipe)
+        pipe = as_standard(pipe)
         check_pipeline_class(type(pipe))
         check_argument_names(pipe, call_kwargs, ("noise_sampler",), self)
         self.check()

@@ -58,6 +58,7 @@ def name_or_path(component: Any) -> str | None:
     """Return the Hub id or folder that a pipeline or one of its components was loaded from."""
     config = getattr(component, "config", None)
     source = config.get("_name_or_path") if isinstance(config, Mapping) else getattr(component, "name_or_path", None)
+    source = source or getattr(component, "_pretrained_model_name_or_path", None)  # of a modular pipeline
     return str(source) if source else None
 
 

@@ -4,8 +4,8 @@ import copy
 import functools
 import inspect
 import math
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar
 
 import diffusers
 import pytest
@@ -21,10 +21,12 @@ from conformance.matrix import (
     REFUSED_VIDEOS,
     VIDEOS,
     Column,
+    Family,
     in_fast_tier,
 )
 from problems import generator, redness
 from tiny_families import family_arguments, tiny_family
+from tiny_modular import modular_arguments, tiny_modular
 from tiny_pipelines import quiet
 from tiny_videos import VIDEO_CALLS, tiny_video
 
@@ -158,8 +160,11 @@ class Call:
             return estimates[0], estimates[0]
 
         vars(scheduler)["step"] = step
-        images = Call(pipe, self.arguments, self.prompt).sample(**kwargs)
-        return spatial(pipe, estimates[0]), images
+        images = type(self)(pipe, self.arguments, self.prompt).sample(**kwargs)
+        return self.spatial(pipe, estimates[0]), images
+
+    def spatial(self, pipe, latents: torch.Tensor) -> torch.Tensor:
+        return spatial(pipe, latents)
 
     def optimize(self, method: NoiseOptimizer, **kwargs) -> NoiseResult:
         return optimize_noise(self.pipe, self.prompt, method, generator=generator(), **self.arguments, **kwargs)
@@ -168,6 +173,31 @@ class Call:
 def seen(images: torch.Tensor) -> torch.Tensor:
     """Return images, and of videos the frames that rewards see by default."""
     return images[:, FRAMES] if images.ndim == 5 else images
+
+
+class ModularCall(Call):
+    """One call of a modular pipeline."""
+
+    patches: ClassVar[Mapping[str, int]] = {"Flux": 2, "FluxKontext": 2, "QwenImage": 2, "Krea2": 2, "Krea2Turbo": 2}
+
+    def sample(self, **kwargs) -> torch.Tensor:
+        kwargs = {"generator": generator(), "output_type": "pt", **self.arguments, **kwargs}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return on_white(self.pipe(prompt=PROMPT, output="images", **kwargs))
+
+    def spatial(self, pipe, latents: torch.Tensor) -> torch.Tensor:
+        """Unpack tokens, which stand for a square of latents each, with a patch of `p` × `p` in the channels."""
+        if latents.ndim > 3:
+            return latents.flatten(1, -3)
+        p, side = self.patches.get(type(pipe).__name__.removesuffix("ModularPipeline"), 1), math.isqrt(latents.shape[1])
+        grid = latents.view(len(latents), side, side, -1, p, p).permute(0, 3, 1, 4, 2, 5)
+        return grid.reshape(len(latents), -1, side * p, side * p)
+
+
+def on_white(images: torch.Tensor) -> torch.Tensor:
+    """Return images with a fourth channel for opacity as they look on white."""
+    return images if images.shape[1] == 3 else images[:, :3] * images[:, 3:] + (1 - images[:, 3:])
 
 
 def spatial(pipe, latents: torch.Tensor) -> torch.Tensor:
@@ -216,10 +246,15 @@ def check_video_cell(family: str, column_name: str) -> None:
     assert torch.equal(call.sample(), call.plain)
 
 
-def family_cells(families: Iterable[str]) -> list[ParameterSet]:
-    """Return all pairs of family and column; those outside the fast tier are marked slow."""
+@functools.cache
+def modular_call(family: str, count: int) -> ModularCall:
+    return ModularCall(tiny_modular(family), {**modular_arguments(family), "num_images_per_prompt": count})
+
+
+def family_cells(families: Iterable[str], among: Mapping[str, Family] = FAMILIES) -> list[ParameterSet]:
+    """Return all pairs of family and column; those outside the fast tier of `among` are marked slow."""
     return [
-        pytest.param(family, column, marks=[] if in_fast_tier(family, column) else pytest.mark.slow)
+        pytest.param(family, column, marks=[] if in_fast_tier(family, column, among) else pytest.mark.slow)
         for family in families
         for column in COLUMNS
     ]
@@ -228,6 +263,11 @@ def family_cells(families: Iterable[str]) -> list[ParameterSet]:
 def check_family_cell(family: str, column_name: str) -> None:
     column = COLUMNS[column_name]
     check_cell(family_call(family, 2 if column.method in SETS else 1), column)
+
+
+def check_modular_cell(family: str, column_name: str) -> None:
+    column = COLUMNS[column_name]
+    check_cell(modular_call(family, 2 if column.method in SETS else 1), column)
 
 
 def check_off_and_class(family: str) -> None:
@@ -297,8 +337,22 @@ def state_of(pipe) -> dict[str, Any]:
     return {
         "attributes": {name: id(value) for name, value in vars(pipe).items()},
         "scheduler": {name: plain_value(value) for name, value in vars(pipe.scheduler).items()},
+        "guider": {name: plain_value(value) for name, value in guider_of(pipe).items()},
+        "blocks": state_of_block(getattr(pipe, "_blocks", None)),
         **{name: [state_of_module(each) for each in module.modules()] for name, module in modules.items()},
     }
+
+
+def guider_of(pipe) -> dict[str, Any]:
+    """Return the attributes of what guides a modular pipeline."""
+    guider = getattr(pipe, "guider", None)
+    return {} if guider is None else vars(guider)
+
+
+def state_of_block(block: Any) -> Any:
+    """Return the class and attributes of a block of a modular pipeline, and of those in it."""
+    inner = {name: state_of_block(each) for name, each in getattr(block, "sub_blocks", {}).items()}
+    return type(block), {name: id(value) for name, value in vars(block).items()} if block else {}, inner
 
 
 def plain_value(value: Any) -> Any:

@@ -1,7 +1,7 @@
 """Write the README's compatibility tables from `matrix.py`: `python tests/conformance/table.py`."""
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -10,6 +10,7 @@ from conformance.matrix import (
     COLUMNS,
     FAMILIES,
     GRADIENTS,
+    MODULAR,
     OTHERS,
     REASONS,
     REFUSED,
@@ -28,13 +29,13 @@ def line(cells: Iterable[str]) -> str:
     return f"| {' | '.join(cells)} |\n"
 
 
-def family_table() -> str:
+def family_table(families: Mapping[str, Family], kind: str) -> str:
     """Return the table with families in rows, methods and their gradient modes in columns."""
     headings = [f"{column.heading}<br>{column.gradient}" for column in COLUMNS.values()]
     headings += [f"{heading}<br>none" for heading in TOOLS.values()]
-    text = line(["pipeline", *headings]) + line(["---", *[":-:"] * len(headings)])
-    for name, row in {**FAMILIES, **OTHERS}.items():
-        tools = ["✓" if name in FAMILIES else ""] * len(TOOLS)
+    text = line([kind, *headings]) + line(["---", *[":-:"] * len(headings)])
+    for name, row in families.items():
+        tools = ["✓" if name in FAMILIES and families is not MODULAR else ""] * len(TOOLS)
         text += line([name_of(row), *["✓"] * len(COLUMNS), *tools])
     return text
 
@@ -69,7 +70,8 @@ def scheduler_table() -> str:
 
 
 def tables() -> str:
-    return f"{family_table()}\n{video_table()}\n{scheduler_table()}"
+    standard, modular = family_table({**FAMILIES, **OTHERS}, "pipeline"), family_table(MODULAR, "modular pipeline")
+    return f"{standard}\n{modular}\n{video_table()}\n{scheduler_table()}"
 
 
 def between_markers(text: str) -> str:
