@@ -251,7 +251,7 @@ def modular_call(family: str, count: int) -> ModularCall:
     return ModularCall(tiny_modular(family), {**modular_arguments(family), "num_images_per_prompt": count})
 
 
-def family_cells(families: Iterable[str], among: Mapping[str, Family] = FAMILIES) -> list[ParameterSet]:
+def family_cells(families: Iterable[str], among: Mapping[str, Family] = EVERY_FAMILY) -> list[ParameterSet]:
     """Return all pairs of family and column; those outside the fast tier of `among` are marked slow."""
     return [
         pytest.param(family, column, marks=[] if in_fast_tier(family, column, among) else pytest.mark.slow)
