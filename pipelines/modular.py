@@ -165,9 +165,10 @@ class StandardCall:
             after.values.update(counts)
         after.values.update(generator=generator, latents=latents)
         with_draw(after.parts[1], randn_tensor)(self, after)
+        prepared = after.get("latents")
         changed = {name: value for name, value in after.values.items() if value is not state.values.get(name)}
         after.values = {name: value for name, value in changed.items() if name not in counts} | {"generator": generator}
-        return after.get("latents"), after
+        return prepared, after
 
     def end_steps(self, latents: torch.Tensor) -> None:
         """End the loop over the steps from within."""
