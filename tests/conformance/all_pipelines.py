@@ -202,7 +202,7 @@ def one_global_stream() -> Iterator[None]:
 
 
 def in_unit_range(images: Any) -> Any:
-    """Convert images in [-1, 1], as some pipelines return them for "pt", to [0, 1], and put transparent ones on white."""
+    """Convert images in [-1, 1], as some pipelines return them for "pt", to [0, 1], and put transparent on white."""
     if not (isinstance(images, torch.Tensor) and images.ndim == 4):
         return images
     centered = images.min() < -0.01

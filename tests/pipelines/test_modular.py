@@ -3,9 +3,11 @@
 import diffusers
 import pytest
 import torch
+from accelerate.hooks import add_hook_to_module
 from conformance.checks import ModularCall, modular_call, on_white, state_of
 from conformance.matrix import MODULAR
 from diffusers import ClassifierFreeGuidance, StableDiffusionXLAutoBlocks
+from diffusers.modular_pipelines.components_manager import CustomOffloadHook
 from problems import generator, redness
 from tiers import slow_except
 from tiny_modular import build_modular, modular_arguments, tiny_modular
@@ -278,6 +280,15 @@ def test_a_pipeline_that_is_not_loaded_is_refused():
     pipe = StableDiffusionXLAutoBlocks().init_pipeline()
     with pytest.raises(ValueError, match=r"scheduler, vae, unet of .* are not loaded. Call `pipe.load_components"):
         optimize_noise(pipe, "a b", RENO)
+
+
+def test_gradients_through_offloaded_components_are_refused():
+    pipe = build_modular("sdxl")
+    add_hook_to_module(pipe.unet, CustomOffloadHook(execution_device=torch.device("cpu")))
+    call = {**modular_arguments("sdxl"), "generator": generator()}
+    with pytest.raises(ValueError, match="Expected `unet` to stay on its device, but it is offloaded"):
+        optimize_noise(pipe, "a b", RENO, **call)
+    assert optimize_noise(pipe, "a b", BestOfN(rewards=redness, steps=2), **call).losses.shape == (2, 1)
 
 
 @pytest.mark.parametrize(("left_out", "message"), [("decode", "end with latents"), ("text_encoder", "no `prompt`")])
