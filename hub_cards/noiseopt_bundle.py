@@ -114,8 +114,8 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 # The name that diffusers gives this module may come to mean the bundle of another release.
-sys.modules[f"{__name__}_0d0920c99149"] = sys.modules[__name__]
-__name__ = f"{__name__}_0d0920c99149"
+sys.modules[f"{__name__}_6f1c14b88d7b"] = sys.modules[__name__]
+__name__ = f"{__name__}_6f1c14b88d7b"
 
 # rewards/contract/transforms.py
 
@@ -5467,7 +5467,11 @@ def is_offloaded(root: nn.Module) -> bool:
 
 def offloads(hook) -> bool:
     nested = getattr(hook, "hooks", ())
-    return type(hook).__name__ == "CpuOffload" or bool(getattr(hook, "offload", False)) or any(map(offloads, nested))
+    return (
+        type(hook).__name__ in ("CpuOffload", "CustomOffloadHook")
+        or bool(getattr(hook, "offload", False))
+        or any(map(offloads, nested))
+    )
 
 def group_offloaded(module: nn.Module) -> bool:
     return any("group_offloading" in name for name in diffusers_hooks(module))
@@ -5913,8 +5917,8 @@ def check_returns_tensors(cls: type) -> None:
         )
 
 def on_white(images: torch.Tensor) -> torch.Tensor:
-    colors, opacity = images[:, :3], images[:, 3:]
-    return colors * opacity + (1 - opacity) if opacity.shape[1] else images
+    colors, opacity = images[..., :3, :, :], images[..., 3:, :, :]
+    return colors * opacity + (1 - opacity) if opacity.shape[-3] else images
 
 def is_centered(sampler) -> bool:
     if sampler.postprocessed:
@@ -11892,7 +11896,8 @@ def loop_step(self: Any, components: Any, state: Any, **kwargs: Any) -> tuple[An
 class StandardCall:
     """The call of a modular pipeline in the three parts of a standard one."""
 
-    progress_bar = DiffusionPipeline.progress_bar  # of a run; the bars of its blocks are off
+    # of a run; the bars of its blocks are off
+    progress_bar = DiffusionPipeline.progress_bar  # pyright: ignore[reportAttributeAccessIssue]
     set_progress_bar_config = DiffusionPipeline.set_progress_bar_config
 
     def call(self, **request: Any) -> tuple[Any]:
@@ -11934,9 +11939,10 @@ class StandardCall:
             after.values.update(counts)
         after.values.update(generator=generator, latents=latents)
         with_draw(after.parts[1], randn_tensor)(self, after)
+        prepared = after.get("latents")
         changed = {name: value for name, value in after.values.items() if value is not state.values.get(name)}
         after.values = {name: value for name, value in changed.items() if name not in counts} | {"generator": generator}
-        return after.get("latents"), after
+        return prepared, after
 
     def end_steps(self, latents: torch.Tensor) -> None:
         raise StepsEnded(latents)

@@ -451,7 +451,8 @@ def optimize_noise(
     draw with the pipeline.
 
     Args:
-        pipe: A loaded pipeline of any family whose `prepare_latents` draws Gaussian noise.
+        pipe: A loaded pipeline of any family whose `prepare_latents` draws Gaussian noise, or a loaded modular pipeline
+            with blocks from text to image that draw it.
         prompt: As in the pipeline's call. Each image is optimized independently unless the method compares images.
         method: A method such as `ReNO(rewards={"pickscore": 1.0})`, a name of `list_methods()`, or a goal, "diverse",
             "faithful" or "best": the method, settings and noise sampler that `find_preset` picks for this model. A log

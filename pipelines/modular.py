@@ -108,7 +108,8 @@ def loop_step(self: Any, components: Any, state: Any, **kwargs: Any) -> tuple[An
 class StandardCall:
     """The call of a modular pipeline in the three parts of a standard one."""
 
-    progress_bar = DiffusionPipeline.progress_bar  # of a run; the bars of its blocks are off
+    # of a run; the bars of its blocks are off
+    progress_bar = DiffusionPipeline.progress_bar  # pyright: ignore[reportAttributeAccessIssue]
     set_progress_bar_config = DiffusionPipeline.set_progress_bar_config
 
     def call(self, **request: Any) -> tuple[Any]:
@@ -165,9 +166,10 @@ class StandardCall:
             after.values.update(counts)
         after.values.update(generator=generator, latents=latents)
         with_draw(after.parts[1], randn_tensor)(self, after)
+        prepared = after.get("latents")
         changed = {name: value for name, value in after.values.items() if value is not state.values.get(name)}
         after.values = {name: value for name, value in changed.items() if name not in counts} | {"generator": generator}
-        return after.get("latents"), after
+        return prepared, after
 
     def end_steps(self, latents: torch.Tensor) -> None:
         """End the loop over the steps from within."""

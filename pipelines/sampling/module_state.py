@@ -170,10 +170,15 @@ def is_offloaded(root: nn.Module) -> bool:
 def offloads(hook) -> bool:
     """Return whether an accelerate hook moves weights.
 
-    These are `CpuOffload` and `AlignDevicesHook(offload=True)`, alone or in a `SequentialHook`.
+    These are `CpuOffload`, that of a `ComponentsManager`, and `AlignDevicesHook(offload=True)`, alone or in a
+    `SequentialHook`.
     """
     nested = getattr(hook, "hooks", ())
-    return type(hook).__name__ == "CpuOffload" or bool(getattr(hook, "offload", False)) or any(map(offloads, nested))
+    return (
+        type(hook).__name__ in ("CpuOffload", "CustomOffloadHook")
+        or bool(getattr(hook, "offload", False))
+        or any(map(offloads, nested))
+    )
 
 
 def group_offloaded(module: nn.Module) -> bool:

@@ -34,9 +34,9 @@ def check_returns_tensors(cls: type) -> None:
 
 
 def on_white(images: torch.Tensor) -> torch.Tensor:
-    """Return images `(B, 3 or 4, H, W)` in [0, 1] without a fourth channel, opacity: as they look on white."""
-    colors, opacity = images[:, :3], images[:, 3:]
-    return colors * opacity + (1 - opacity) if opacity.shape[1] else images
+    """Return images `(..., 3 or 4, H, W)` in [0, 1] without a fourth channel, opacity: as they look on white."""
+    colors, opacity = images[..., :3, :, :], images[..., 3:, :, :]
+    return colors * opacity + (1 - opacity) if opacity.shape[-3] else images
 
 
 def is_centered(sampler) -> bool:

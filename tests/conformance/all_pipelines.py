@@ -21,6 +21,7 @@ import diffusers
 import pytest
 import torch
 from conformance.builders import BROKEN_IN_DIFFUSERS, arguments_of, can_build, tiny_pipeline_of
+from conformance.checks import on_white
 from diffusers import DiffusionPipeline
 from diffusers.utils import BaseOutput
 
@@ -210,9 +211,11 @@ def one_global_stream() -> Iterator[None]:
 
 
 def in_unit_range(images: Any) -> Any:
-    """Convert images in [-1, 1], as some pipelines return them for "pt", to [0, 1]."""
-    centered = isinstance(images, torch.Tensor) and images.min() < -0.01
-    return (images * 0.5 + 0.5).clamp(0, 1) if centered else images
+    """Convert images in [-1, 1], as some pipelines return them for "pt", to [0, 1], and put transparent on white."""
+    if not (isinstance(images, torch.Tensor) and images.ndim == 4):
+        return images
+    centered = images.min() < -0.01
+    return on_white((images * 0.5 + 0.5).clamp(0, 1) if centered else images)
 
 
 def short(error: Exception, cls: type) -> str:

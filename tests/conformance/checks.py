@@ -197,7 +197,7 @@ class ModularCall(Call):
 
 def on_white(images: torch.Tensor) -> torch.Tensor:
     """Return images with a fourth channel for opacity as they look on white."""
-    return images if images.shape[1] == 3 else images[:, :3] * images[:, 3:] + (1 - images[:, 3:])
+    return images if images.shape[1] != 4 else images[:, :3] * images[:, 3:] + (1 - images[:, 3:])
 
 
 def spatial(pipe, latents: torch.Tensor) -> torch.Tensor:

@@ -112,7 +112,10 @@ COLUMNS = {
 }
 
 TOOLS = {"embedding_noise": "embedding noise", "diversity_boost": "DiversityBoost"}
-"""Headings of the tools that change denoising steps; `tests/pipelines/seed_variance` has the tests of their cells."""
+"""Headings of the tools that change denoising steps; `tests/pipelines/seed_variance` has the tests of their cells.
+
+Of modular pipelines `tests/pipelines/test_modular.py` has them; those have no embedding noise.
+"""
 
 
 def in_fast_tier(family: str, column: str, families: Mapping[str, Family] = EVERY_FAMILY) -> bool:

@@ -1,7 +1,7 @@
 """Write the README's compatibility tables from `matrix.py`: `python tests/conformance/table.py`."""
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -29,14 +29,17 @@ def line(cells: Iterable[str]) -> str:
     return f"| {' | '.join(cells)} |\n"
 
 
-def family_table(families: Mapping[str, Family], kind: str) -> str:
-    """Return the table with families in rows, methods and their gradient modes in columns."""
+def family_table(families: Mapping[str, Family], kind: str, tools: Mapping[str, Collection[str]]) -> str:
+    """Return the table with families in rows, methods and their gradient modes in columns.
+
+    `tools` has the headings of tools, and the families that are tested with each.
+    """
     headings = [f"{column.heading}<br>{column.gradient}" for column in COLUMNS.values()]
-    headings += [f"{heading}<br>none" for heading in TOOLS.values()]
+    headings += [f"{heading}<br>none" for heading in tools]
     text = line([kind, *headings]) + line(["---", *[":-:"] * len(headings)])
     for name, row in families.items():
-        tools = ["✓" if name in FAMILIES and families is not MODULAR else ""] * len(TOOLS)
-        text += line([name_of(row), *["✓"] * len(COLUMNS), *tools])
+        with_tools = ["✓" if name in tested else "" for tested in tools.values()]
+        text += line([name_of(row), *["✓"] * len(COLUMNS), *with_tools])
     return text
 
 
@@ -70,7 +73,8 @@ def scheduler_table() -> str:
 
 
 def tables() -> str:
-    standard, modular = family_table({**FAMILIES, **OTHERS}, "pipeline"), family_table(MODULAR, "modular pipeline")
+    standard = family_table({**FAMILIES, **OTHERS}, "pipeline", dict.fromkeys(TOOLS.values(), FAMILIES))
+    modular = family_table(MODULAR, "modular pipeline", {TOOLS["diversity_boost"]: MODULAR})
     return f"{standard}\n{modular}\n{video_table()}\n{scheduler_table()}"
 
 
