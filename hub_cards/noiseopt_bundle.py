@@ -114,8 +114,8 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 # The name that diffusers gives this module may come to mean the bundle of another release.
-sys.modules[f"{__name__}_6f1c14b88d7b"] = sys.modules[__name__]
-__name__ = f"{__name__}_6f1c14b88d7b"
+sys.modules[f"{__name__}_8537182995e8"] = sys.modules[__name__]
+__name__ = f"{__name__}_8537182995e8"
 
 # rewards/contract/transforms.py
 
@@ -12897,8 +12897,9 @@ def list_presets() -> list[Preset]:
 
 def find_preset(pipe, goal: str, **call_kwargs: Any) -> Preset:
     check_pipeline(pipe)
-    check_argument_names(pipe, call_kwargs)
-    check_types(pipe, call_kwargs)
+    standard = as_standard(pipe)
+    check_argument_names(standard, call_kwargs)
+    check_types(standard, call_kwargs)
     if goal not in GOALS:
         raise ValueError(f"Expected a goal out of {list(GOALS)}, but got {goal!r}.{did_you_mean(str(goal), GOALS)}")
     return preset_of_call(pipe, goal, call_kwargs)

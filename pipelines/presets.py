@@ -16,6 +16,7 @@ from ..private_names import name_or_path
 from ..registry import did_you_mean
 from ..schedulers.noise_samplers import as_noise_sampler, describe_noise_sampler
 from .method import NoiseOptimizer
+from .modular import as_standard
 from .preset_table import (
     FALLBACKS,
     MODEL_PRESETS,
@@ -59,8 +60,9 @@ def find_preset(pipe, goal: str, **call_kwargs: Any) -> Preset:
         TypeError: For anything but a loaded pipeline, and for an argument that its call does not take.
     """
     check_pipeline(pipe)
-    check_argument_names(pipe, call_kwargs)
-    check_types(pipe, call_kwargs)
+    standard = as_standard(pipe)
+    check_argument_names(standard, call_kwargs)
+    check_types(standard, call_kwargs)
     if goal not in GOALS:
         raise ValueError(f"Expected a goal out of {list(GOALS)}, but got {goal!r}.{did_you_mean(str(goal), GOALS)}")
     return preset_of_call(pipe, goal, call_kwargs)
