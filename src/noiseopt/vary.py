@@ -25,7 +25,7 @@ def add_vary(commands) -> None:
         help="generate images near one whose noise is in a file",
         description=DESCRIPTION,
         epilog=examples(
-            "noiseopt vary noiseopt-demo/noise_1.safetensors --strength 0.2 --images 8",
+            "noiseopt vary noiseopt-demo/noise.safetensors --strength 0.2 --images 8",
             "noiseopt vary noise.safetensors --image 2 --keep layout --strength 0.6",
         ),
         formatter_class=argparse.RawDescriptionHelpFormatter,

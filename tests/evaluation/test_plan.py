@@ -396,3 +396,10 @@ def test_folders_of_plans_with_one_embedding_keep_their_settings():
     assert settings["features"] == "dinov2" and "more features" not in settings
     more = plan(features="dinov2", more_features=("clip",)).settings("cpu")
     assert differences(settings, more) == ["more features was None and is ['clip']"]
+
+
+def test_a_goal_in_place_of_a_method_is_told_where_it_belongs():
+    with pytest.raises(
+        ValueError, match="but got 'diverse'. It is a goal of `optimize_noise`: `noiseopt presets --goal"
+    ):
+        MethodChoice.parse("diverse")

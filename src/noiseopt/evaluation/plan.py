@@ -22,6 +22,7 @@ from ..callbacks.particle_guidance import ParticleGuidance
 from ..image_files import is_picture, read_image
 from ..pipelines.baselines.plain_sampling import PlainSampling
 from ..pipelines.method import NoiseOptimizer
+from ..pipelines.presets import GOALS
 from ..pipelines.registry import METHODS, list_methods
 from ..pipelines.reward_guidance.guidance import RewardGuidance
 from ..pipelines.searches.best_of_n import BestOfN
@@ -209,7 +210,7 @@ class MethodChoice:
         if name not in METHODS and name not in kinds:
             known = [*list_methods(), *kinds]
             raise ValueError(
-                f"Expected a method out of {', '.join(known)}, but got {name!r}.{did_you_mean(name, known)}"
+                f"Expected a method out of {', '.join(known)}, but got {name!r}.{what_goals_are(name, known)}"
             )
         choice = kinds.get(name, cls)(text, name, parse_settings(settings))
         check_noise_sampler(choice.settings.get("noise_sampler"), text)
@@ -351,6 +352,13 @@ class GuidanceChoice(SteeringChoice):
 
     def drawing(self, pipe: Any, rewards: Any, seeds: Sequence[int]) -> Callable[..., Any]:
         return functools.partial(self.guidance(rewards).generate, pipe)
+
+
+def what_goals_are(name: str, known: Sequence[str]) -> str:
+    """Return the remedy for an unknown method: where the methods of a goal are listed, or the closest name."""
+    if name in GOALS:
+        return f" It is a goal of `optimize_noise`: `noiseopt presets --goal {name}` lists the methods that it picks."
+    return did_you_mean(name, known)
 
 
 def with_noise_samplers(methods: Sequence[str], noise_samplers: Sequence[str]) -> tuple[MethodChoice, ...]:
