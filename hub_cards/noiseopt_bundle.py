@@ -114,8 +114,8 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 # The name that diffusers gives this module may come to mean the bundle of another release.
-sys.modules[f"{__name__}_8537182995e8"] = sys.modules[__name__]
-__name__ = f"{__name__}_8537182995e8"
+sys.modules[f"{__name__}_f07de5001831"] = sys.modules[__name__]
+__name__ = f"{__name__}_f07de5001831"
 
 # rewards/contract/transforms.py
 
@@ -4784,9 +4784,10 @@ class BatchLayout:
             return {name: self.encoded_of(each, rows) for name, each in value.items()}
         if isinstance(value, torch.Tensor):
             return self.tensor_of(value, rows)
-        if isinstance(value, list) and len(value) == self.batch:
+        by_layer = isinstance(value, list) and all(isinstance(each, torch.Tensor) and each.ndim > 2 for each in value)
+        if isinstance(value, list) and len(value) == self.batch and not by_layer:
             return take_rows(value, rows)
-        if isinstance(value, list) and len(value) == self.prompts > 1:
+        if isinstance(value, list) and len(value) == self.prompts > 1 and not by_layer:
             return take_rows(value, self.prompt_rows(rows))
         if isinstance(value, (tuple, list)):
             return type(value)([self.encoded_of(each, rows) for each in value])
@@ -4808,6 +4809,8 @@ class BatchLayout:
             return value
         if len(value) == self.batch:
             return value[rows]
+        if value.ndim == 4 and value.shape[1] == self.batch:
+            return value[:, rows]
         if len(value) == self.prompts:
             return value if self.prompts == 1 else value[self.prompt_rows(rows)]
         raise ValueError(
@@ -5543,6 +5546,12 @@ def refuse_cache(name: str, root: nn.Module) -> None:
 
 # pipelines/sampling/first_call.py
 
+class Step(NamedTuple):
+    """What `scheduler.step` returns, as a tuple and by name, which some pipelines read."""
+
+    prev_sample: Any
+    pred_original_sample: Any
+
 def stock_call(cls: type) -> Callable[..., Any]:
     for base in cls.__mro__:
         if "__call__" in vars(base) and not hasattr(base, "_optimizes_noise"):
@@ -5588,7 +5597,7 @@ def first_step_only(pipe) -> Iterator[list[torch.Tensor]]:
             ends(x0)
         if interruptible:
             interrupt(pipe)
-        return (x0, x0)
+        return Step(x0, x0)
 
     vars(scheduler).update(set_timesteps=set_one, step=estimate)
     # copies, since a hook on shared modules would have to be removed whatever happens
@@ -5624,7 +5633,7 @@ def steps_skipped(pipe, result: torch.Tensor | None = None) -> Iterator[None]:
     def step(*_, **__):
         if interruptible:
             interrupt(pipe)
-        return (result, result)
+        return Step(result, result)
 
     vars(scheduler).update(set_timesteps=set_few, step=step)
     try:

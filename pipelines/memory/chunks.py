@@ -145,8 +145,9 @@ class BatchLayout:
     def encoded_of(self, value: Any, rows: list[int]) -> Any:
         """Return the return value of `encode_prompt` for these images.
 
-        Tensors and lists have an entry for each image, or for each prompt if the pipeline repeats them itself. Position
-        ids `(L, 3)`, as in Flux, are shared by all images.
+        Tensors and lists have an entry for each image, or for each prompt if the pipeline repeats them itself. Lists of
+        tensors `(B, L, D)` have one for each layer of the encoder, as in Bria Fibo, and so have tensors `(N, B, L, D)`,
+        as in HiDream. Position ids `(L, 3)`, as in Flux, are shared by all images.
 
         Raises:
             ValueError: For a tensor with neither.
@@ -157,9 +158,10 @@ class BatchLayout:
             return {name: self.encoded_of(each, rows) for name, each in value.items()}
         if isinstance(value, torch.Tensor):
             return self.tensor_of(value, rows)
-        if isinstance(value, list) and len(value) == self.batch:
+        by_layer = isinstance(value, list) and all(isinstance(each, torch.Tensor) and each.ndim > 2 for each in value)
+        if isinstance(value, list) and len(value) == self.batch and not by_layer:
             return take_rows(value, rows)
-        if isinstance(value, list) and len(value) == self.prompts > 1:
+        if isinstance(value, list) and len(value) == self.prompts > 1 and not by_layer:
             return take_rows(value, self.prompt_rows(rows))
         if isinstance(value, (tuple, list)):
             return type(value)([self.encoded_of(each, rows) for each in value])
@@ -183,6 +185,8 @@ class BatchLayout:
             return value
         if len(value) == self.batch:
             return value[rows]
+        if value.ndim == 4 and value.shape[1] == self.batch:
+            return value[:, rows]
         if len(value) == self.prompts:
             return value if self.prompts == 1 else value[self.prompt_rows(rows)]
         raise ValueError(

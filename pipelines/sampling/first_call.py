@@ -4,7 +4,7 @@ import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -13,6 +13,13 @@ from ...schedulers.x0_prediction import predict_x0
 from ..memory.module_copies import with_forward
 from ..memory.replaced import with_gradient
 from .module_state import DENOISERS
+
+
+class Step(NamedTuple):
+    """What `scheduler.step` returns, as a tuple and by name, which some pipelines read."""
+
+    prev_sample: Any
+    pred_original_sample: Any
 
 
 def stock_call(cls: type) -> Callable[..., Any]:
@@ -79,7 +86,7 @@ def first_step_only(pipe) -> Iterator[list[torch.Tensor]]:
             ends(x0)
         if interruptible:
             interrupt(pipe)
-        return (x0, x0)
+        return Step(x0, x0)
 
     vars(scheduler).update(set_timesteps=set_one, step=estimate)
     # copies, since a hook on shared modules would have to be removed whatever happens
@@ -120,7 +127,7 @@ def steps_skipped(pipe, result: torch.Tensor | None = None) -> Iterator[None]:
     def step(*_, **__):
         if interruptible:
             interrupt(pipe)
-        return (result, result)
+        return Step(result, result)
 
     vars(scheduler).update(set_timesteps=set_few, step=step)
     try:

@@ -839,7 +839,7 @@ def z_image_parts(cls: type) -> Parts:
     return parts
 
 
-TEXT, MASK = embeds(1, 8, 16), torch.ones(1, 8)
+TEXT, MASK, LAYERS = embeds(1, 8, 16), torch.ones(1, 8), embeds(3, 1, 8, 16)
 EMBEDDED: dict[str, Callable[[Any], Any]] = {
     "QwenImageEdit": lambda pipe: (TEXT, MASK.long()),
     "Krea2": lambda pipe: (embeds(1, 8, 2, 16), MASK.bool()),
@@ -858,7 +858,7 @@ EMBEDDED: dict[str, Callable[[Any], Any]] = {
     "Flux2Pipeline": lambda pipe: (embeds(1, 8, 32), pipe._prepare_text_ids(embeds(1, 8, 32))),
     "PRX": lambda pipe: (TEXT, MASK, -TEXT, MASK),
     "NucleusMoE": lambda pipe: (TEXT, None),
-    "HiDream": lambda pipe: (TEXT, -TEXT, embeds(2, 1, 8, 16), embeds(2, 1, 8, 16), embeds(1, 16), embeds(1, 16)),
+    "HiDream": lambda pipe: (TEXT, -TEXT, LAYERS, LAYERS, embeds(1, 16), embeds(1, 16)),
     "BriaFibo": lambda pipe: (TEXT, -TEXT, torch.zeros(8, 3), MASK, MASK, [embeds(1, 8, 16)] * 2, [-TEXT] * 2),
 }
 """Return values of `encode_prompt` for families whose text encoders are left out, by the beginning of their names."""
@@ -1041,7 +1041,8 @@ def for_each_image(encoded: Callable[[Any], Any]) -> Callable[..., Any]:
 
     def repeated(value: Any, count: int) -> Any:
         if isinstance(value, torch.Tensor):
-            return value.repeat_interleave(count, 0) if len(value) == 1 else value
+            by_layer = value.ndim == 4 and value.shape[1] == 1 < len(value)
+            return value.repeat_interleave(count, int(by_layer)) if by_layer or len(value) == 1 else value
         return type(value)(repeated(each, count) for each in value) if isinstance(value, tuple | list) else value
 
     def encode_prompt(pipe: Any, *_: Any, num_images_per_prompt: int | None = 1, **__: Any) -> Any:

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from _pytest.mark import ParameterSet
-from conformance.builders import arguments_of, tiny_pipeline_of
+from conformance.builders import SIZES, arguments_of, tiny_pipeline_of
 from conformance.matrix import (
     COLUMNS,
     EVERY_FAMILY,
@@ -47,6 +47,15 @@ from noiseopt.pipelines import MeanVariance, NoiseOptimizer, NoisePGD
 from noiseopt.schedulers import predict_x0
 
 PROMPT = "a b"
+FLUX_PACKED = (
+    "FluxPipeline",
+    "FluxImg2ImgPipeline",
+    "QwenImagePipeline",
+    "ChromaPipeline",
+    "LongCatImagePipeline",
+    "BriaPipeline",
+    "OvisImagePipeline",
+)
 FRAMES = [0, 1, 3, 4]  # four evenly spaced ones of five
 SETS = ("cno", "never_too_late", "group_selection")  # compare the images of a prompt
 
@@ -127,7 +136,7 @@ def cells(x0: torch.Tensor) -> torch.Tensor:
 class Call:
     """One call of a stock pipeline, run without noiseopt as the oracle or with `optimize_noise`."""
 
-    def __init__(self, pipe, arguments: dict[str, Any], prompt: str | list[str] = PROMPT) -> None:
+    def __init__(self, pipe, arguments: dict[str, Any], prompt: str | list[str] | None = PROMPT) -> None:
         self.pipe, self.arguments, self.prompt = pipe, arguments, prompt
 
     def sample(self, **kwargs) -> torch.Tensor:
@@ -167,7 +176,9 @@ class Call:
         return spatial(pipe, latents)
 
     def optimize(self, method: NoiseOptimizer, **kwargs) -> NoiseResult:
-        return optimize_noise(self.pipe, self.prompt, method, generator=generator(), **self.arguments, **kwargs)
+        asked = {"reward_prompt": PROMPT} if self.prompt is None else {}  # embeddings in place of it
+        given = {"generator": generator(), **asked, **self.arguments, **kwargs}
+        return optimize_noise(self.pipe, self.prompt, method, **given)
 
 
 def seen(images: torch.Tensor) -> torch.Tensor:
@@ -210,8 +221,10 @@ def spatial(pipe, latents: torch.Tensor) -> torch.Tensor:
         return pipe._unpack_latents_with_ids(
             latents, pipe._prepare_latent_ids(latents.new_zeros(len(latents), 1, side, side))
         )
-    if name in ("FluxPipeline", "FluxImg2ImgPipeline", "QwenImagePipeline", "ChromaPipeline", "LongCatImagePipeline"):
+    if name in FLUX_PACKED:
         return pipe._unpack_latents(latents, 32, 32, pipe.vae_scale_factor).flatten(1, -3)
+    if name == "BriaFiboPipeline":
+        return pipe._unpack_latents_no_patch(latents, 32, 32, pipe.vae_scale_factor)
     if name == "Krea2Pipeline":
         return pipe._unpack_latents(latents, 32, 32).flatten(1, -3)
     return latents
@@ -222,9 +235,9 @@ def family_call(family: str, count: int) -> Call:
     if family in FAMILIES:
         return Call(tiny_family(family), {**family_arguments(family), "num_images_per_prompt": count})
     cls = getattr(diffusers, OTHERS[family].pipeline)
-    arguments = {name: value for name, value in arguments_of(cls).items() if name != "prompt"}
-    several = {"num_images_per_prompt": count} if count > 1 else {}
-    return Call(tiny_pipeline_of(cls), {**arguments, **several})
+    arguments, several = arguments_of(cls), {"num_images_per_prompt": count} if count > 1 else {}
+    prompt = arguments.pop("prompt", PROMPT)
+    return Call(tiny_pipeline_of(cls), {**arguments, **several}, prompt)
 
 
 @functools.cache
@@ -277,17 +290,19 @@ def check_off_and_class(family: str) -> None:
     assert (cls.__name__, type(call.pipe.scheduler).__name__) == (row.pipeline, row.scheduler)
     settings = {name: call.pipe.config[name] for name in ("boundary_ratio",) if name in call.pipe.config}  # of Wan 2.2
     ours = quiet(type("Ours", (NoiseOptimizationMixin, cls), {})(**call.pipe.components, **settings))
-    assert torch.equal(Call(ours, call.arguments).plain, call.plain)
+    vars(ours).update({name: value for name, value in vars(call.pipe).items() if name in SIZES})
+    assert torch.equal(Call(ours, call.arguments, call.prompt).plain, call.plain)
     method, before = method_of(COLUMNS["reno-full"], call.plain), state_of(ours)
     arguments = {**call.arguments, "generator": generator(), "output_type": "pt"}
-    output = ours(prompt=PROMPT, method=method, **arguments)
+    asked = {"reward_prompt": PROMPT} if call.prompt is None else {}
+    output = ours(prompt=call.prompt, method=method, **asked, **arguments)
     assert torch.equal(output.noise_result.initial_images, call.plain)
     assert torch.equal(seen(output[0]), output.noise_result.images)
     after = state_of(ours)
     assert {name: after[name] for name in after if name not in ("attributes", "scheduler")} == {
         name: before[name] for name in before if name not in ("attributes", "scheduler")
     }
-    assert torch.equal(Call(ours, call.arguments).plain, call.plain)
+    assert torch.equal(Call(ours, call.arguments, call.prompt).plain, call.plain)
 
 
 def check_cell(call: Call, column: Column) -> None:

@@ -59,6 +59,12 @@ OTHERS = {
     "hunyuan_image": Family("HunyuanImagePipeline", "HunyuanImage 2.1", FLOW),
     "longcat": Family("LongCatImagePipeline", "LongCat-Image", FLOW),
     "glm_image": Family("GlmImagePipeline", "GLM-Image", FLOW),
+    "hidream": Family("HiDreamImagePipeline", "HiDream-I1", FLOW),
+    "bria_fibo": Family("BriaFiboPipeline", "Bria Fibo", FLOW),
+    "bria": Family("BriaPipeline", "Bria 3.2", FLOW),
+    "ovis": Family("OvisImagePipeline", "Ovis-Image", FLOW),
+    "aura_flow": Family("AuraFlowPipeline", "AuraFlow", FLOW),
+    "cogview4": Family("CogView4Pipeline", "CogView4", FLOW),
 }
 """Families that `builders.py` builds by their class."""
 VIDEOS = {

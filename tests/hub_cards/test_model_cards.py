@@ -156,6 +156,7 @@ def test_programs_compile_in_every_kind_of_card(cards):
 
 def test_card_folders_hold_the_readme_only(weights, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(build, "CARDS", ())
+    monkeypatch.setattr(build, "BLOCKS", ())
     monkeypatch.setattr(build, "recorded", lambda: models.recorded(weights))
     monkeypatch.setattr(build, "HUB_CARDS", tmp_path / "hub_cards")
     for card in build.all_cards():

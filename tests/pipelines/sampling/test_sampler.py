@@ -2,18 +2,21 @@
 
 import pytest
 import torch
+from conformance.builders import arguments_of, tiny_pipeline_of
 from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     HeunDiscreteScheduler,
     PNDMScheduler,
+    PRXPipeline,
     UniPCMultistepScheduler,
 )
-from problems import problem_of
+from problems import generator, problem_of, redness
 from tiny_families import FAMILY_BUILDERS, family_arguments
 from tiny_pipelines import SIZE, call_arguments, quiet, sd_pipeline, tiny_pipeline
 
+from noiseopt import BestOfN, optimize_noise
 from noiseopt.pipelines.sampling.latent_space import first_of
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
@@ -98,3 +101,11 @@ def test_unpacking_undoes_packing_in_half_precision(family):
     unpacked = sampler.space.unpack(sampler.twin, (moved - plain) / scale)
     torch.testing.assert_close(unpacked, noise.double(), rtol=0, atol=0.05)
     assert unpacked.shape == noise.shape
+
+
+def test_a_preview_of_a_pipeline_that_reads_the_result_of_a_step_by_name():
+    """PRX takes `scheduler.step(...).prev_sample`."""
+    arguments = {name: value for name, value in arguments_of(PRXPipeline).items() if name != "prompt"}
+    method = BestOfN(rewards=redness, steps=2, preview=True)
+    found = optimize_noise(tiny_pipeline_of(PRXPipeline), "a b", method, generator=generator(), **arguments)
+    assert found.losses[0].isfinite().all()

@@ -7,7 +7,7 @@ import pytest
 import scipy.fft
 import torch
 from conformance.matrix import FAMILIES
-from diffusers import CogVideoXDDIMScheduler, DDIMScheduler, DPMSolverMultistepScheduler
+from diffusers import DDIMInverseScheduler, DDIMScheduler, DPMSolverMultistepScheduler
 from problems import generator
 from tiers import slow_except
 from tiny_families import family_arguments, tiny_family
@@ -161,6 +161,6 @@ def test_a_blurred_single_step_and_a_scheduler_without_an_estimate_are_refused_b
     with pytest.raises(ValueError, match=r"at least 2 denoising steps .* Pass `attenuation=0\.0`"):
         draw(pipe, DiversityBoost(), num_inference_steps=1, **SIZE)
     handle.remove()
-    with pytest.raises(TypeError, match="CogVideoXDDIMScheduler, which is made for video"):
-        draw(quiet(sd_pipeline(scheduler=CogVideoXDDIMScheduler())), DiversityBoost(), **SIZE)
+    with pytest.raises(TypeError, match="DDIMInverseScheduler, which runs from an image"):
+        draw(quiet(sd_pipeline(scheduler=DDIMInverseScheduler())), DiversityBoost(), **SIZE)
     assert not calls
