@@ -8,6 +8,7 @@ from problems import generator
 from tiers import slow_except
 from tiny_families import family_arguments, tiny_family
 from tiny_pipelines import SIZE, tiny_pipeline
+from tiny_videos import VIDEO_CALLS, tiny_video
 
 from noiseopt import noise_shape, optimize_noise
 from noiseopt.pipelines.baselines.plain_sampling import PlainSampling
@@ -39,6 +40,14 @@ def test_known_shapes():
     assert noise_shape(tiny_pipeline("sd"), 64, 32) == (1, 4, 32, 16)
     side = tiny_pipeline("sd").unet.config.sample_size
     assert noise_shape(tiny_pipeline("sd")) == (1, 4, side, side)
+
+
+@pytest.mark.parametrize("name", ["wan", "ltx"])
+def test_a_video_pipeline_tells_it_with_its_frames(name):
+    pipe, call = tiny_video(name), VIDEO_CALLS[name]
+    drawn = optimize_noise(pipe, "a", PlainSampling(), generator=generator(), **call)
+    assert drawn.noise.ndim == 5 and noise_shape(pipe, **call) == drawn.noise.shape
+    assert noise_shape(pipe, num_images=2, **call)[0] == 2
 
 
 def test_a_modular_pipeline_tells_it_too():
