@@ -12,7 +12,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from _pytest.mark import ParameterSet
-from conformance.builders import SIZES, arguments_of, tiny_pipeline_of
 from conformance.matrix import (
     COLUMNS,
     EVERY_FAMILY,
@@ -26,7 +25,6 @@ from conformance.matrix import (
 )
 from problems import generator, redness
 from tiny_families import family_arguments, tiny_family
-from tiny_modular import modular_arguments, tiny_modular
 from tiny_pipelines import quiet
 from tiny_videos import VIDEO_CALLS, tiny_video
 
@@ -56,6 +54,7 @@ FLUX_PACKED = (
     "BriaPipeline",
     "OvisImagePipeline",
 )
+SET_BY_BUILDERS = ("resolutions", "default_sample_size", "vae_image_processor")  # on a pipeline itself
 FRAMES = [0, 1, 3, 4]  # four evenly spaced ones of five
 SETS = ("cno", "never_too_late", "group_selection")  # compare the images of a prompt
 
@@ -234,6 +233,8 @@ def spatial(pipe, latents: torch.Tensor) -> torch.Tensor:
 def family_call(family: str, count: int) -> Call:
     if family in FAMILIES:
         return Call(tiny_family(family), {**family_arguments(family), "num_images_per_prompt": count})
+    from conformance.builders import arguments_of, tiny_pipeline_of  # of classes that the oldest diffusers has not
+
     cls = getattr(diffusers, OTHERS[family].pipeline)
     arguments, several = arguments_of(cls), {"num_images_per_prompt": count} if count > 1 else {}
     prompt = arguments.pop("prompt", PROMPT)
@@ -261,6 +262,8 @@ def check_video_cell(family: str, column_name: str) -> None:
 
 @functools.cache
 def modular_call(family: str, count: int) -> ModularCall:
+    from tiny_modular import modular_arguments, tiny_modular  # of classes that the oldest diffusers has not
+
     return ModularCall(tiny_modular(family), {**modular_arguments(family), "num_images_per_prompt": count})
 
 
@@ -290,7 +293,7 @@ def check_off_and_class(family: str) -> None:
     assert (cls.__name__, type(call.pipe.scheduler).__name__) == (row.pipeline, row.scheduler)
     settings = {name: call.pipe.config[name] for name in ("boundary_ratio",) if name in call.pipe.config}  # of Wan 2.2
     ours = quiet(type("Ours", (NoiseOptimizationMixin, cls), {})(**call.pipe.components, **settings))
-    vars(ours).update({name: value for name, value in vars(call.pipe).items() if name in SIZES})
+    vars(ours).update({name: value for name, value in vars(call.pipe).items() if name in SET_BY_BUILDERS})
     assert torch.equal(Call(ours, call.arguments, call.prompt).plain, call.plain)
     method, before = method_of(COLUMNS["reno-full"], call.plain), state_of(ours)
     arguments = {**call.arguments, "generator": generator(), "output_type": "pt"}
