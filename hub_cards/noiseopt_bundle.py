@@ -114,8 +114,8 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 # The name that diffusers gives this module may come to mean the bundle of another release.
-sys.modules[f"{__name__}_f07de5001831"] = sys.modules[__name__]
-__name__ = f"{__name__}_f07de5001831"
+sys.modules[f"{__name__}_de0ba25f8e7b"] = sys.modules[__name__]
+__name__ = f"{__name__}_de0ba25f8e7b"
 
 # rewards/contract/transforms.py
 
@@ -4811,6 +4811,9 @@ class BatchLayout:
             return value[rows]
         if value.ndim == 4 and value.shape[1] == self.batch:
             return value[:, rows]
+        if value.ndim == 1 and len(value) == self.batch + 1 and value[0] == 0:
+            lengths = value.diff()[rows]
+            return torch.cat([value[:1], lengths.cumsum(0).to(value)])
         if len(value) == self.prompts:
             return value if self.prompts == 1 else value[self.prompt_rows(rows)]
         raise ValueError(

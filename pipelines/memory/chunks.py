@@ -147,7 +147,8 @@ class BatchLayout:
 
         Tensors and lists have an entry for each image, or for each prompt if the pipeline repeats them itself. Lists of
         tensors `(B, L, D)` have one for each layer of the encoder, as in Bria Fibo, and so have tensors `(N, B, L, D)`,
-        as in HiDream. Position ids `(L, 3)`, as in Flux, are shared by all images.
+        as in HiDream. `(B + 1,)` are cumulative lengths, as in Kandinsky 5. Position ids `(L, 3)`, as in Flux, are
+        shared by all images.
 
         Raises:
             ValueError: For a tensor with neither.
@@ -187,6 +188,9 @@ class BatchLayout:
             return value[rows]
         if value.ndim == 4 and value.shape[1] == self.batch:
             return value[:, rows]
+        if value.ndim == 1 and len(value) == self.batch + 1 and value[0] == 0:
+            lengths = value.diff()[rows]
+            return torch.cat([value[:1], lengths.cumsum(0).to(value)])
         if len(value) == self.prompts:
             return value if self.prompts == 1 else value[self.prompt_rows(rows)]
         raise ValueError(

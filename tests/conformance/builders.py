@@ -1040,6 +1040,8 @@ def for_each_image(encoded: Callable[[Any], Any]) -> Callable[..., Any]:
     """Return an `encode_prompt` that returns the same for each image of a prompt."""
 
     def repeated(value: Any, count: int) -> Any:
+        if isinstance(value, torch.Tensor) and value.ndim == 1 and value[0] == 0:  # cumulative lengths
+            return torch.cat([value[:1], value.diff().repeat(count).cumsum(0).to(value)])
         if isinstance(value, torch.Tensor):
             by_layer = value.ndim == 4 and value.shape[1] == 1 < len(value)
             return value.repeat_interleave(count, int(by_layer)) if by_layer or len(value) == 1 else value

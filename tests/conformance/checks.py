@@ -5,7 +5,7 @@ import functools
 import inspect
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import diffusers
 import pytest
@@ -132,6 +132,13 @@ def cells(x0: torch.Tensor) -> torch.Tensor:
     return F.normalize(pooled, dim=1).flatten(2)
 
 
+class Stepped(NamedTuple):
+    """The result of a step, which pipelines read by place or by name."""
+
+    prev_sample: torch.Tensor
+    pred_original_sample: torch.Tensor
+
+
 class Call:
     """One call of a stock pipeline, run without noiseopt as the oracle or with `optimize_noise`."""
 
@@ -165,7 +172,7 @@ class Call:
             output = given["model_output"]
             if not estimates:
                 estimates.append(predict_x0(scheduler, output, given["timestep"], given["sample"]).to(output.dtype))
-            return estimates[0], estimates[0]
+            return Stepped(estimates[0], estimates[0])
 
         vars(scheduler)["step"] = step
         images = type(self)(pipe, self.arguments, self.prompt).sample(**kwargs)
@@ -237,6 +244,8 @@ def family_call(family: str, count: int) -> Call:
 
     cls = getattr(diffusers, OTHERS[family].pipeline)
     arguments, several = arguments_of(cls), {"num_images_per_prompt": count} if count > 1 else {}
+    if family == "prx":  # its stock call fails with guidance for several images
+        arguments["guidance_scale"] = 1.0
     prompt = arguments.pop("prompt", PROMPT)
     return Call(tiny_pipeline_of(cls), {**arguments, **several}, prompt)
 

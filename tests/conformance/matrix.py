@@ -61,6 +61,8 @@ OTHERS = {
     "glm_image": Family("GlmImagePipeline", "GLM-Image", FLOW),
     "hidream": Family("HiDreamImagePipeline", "HiDream-I1", FLOW),
     "bria_fibo": Family("BriaFiboPipeline", "Bria Fibo", FLOW),
+    "kandinsky5": Family("Kandinsky5T2IPipeline", "Kandinsky 5", FLOW),
+    "prx": Family("PRXPipeline", "PRX", FLOW),
     "bria": Family("BriaPipeline", "Bria 3.2", FLOW),
     "ovis": Family("OvisImagePipeline", "Ovis-Image", FLOW),
     "aura_flow": Family("AuraFlowPipeline", "AuraFlow", FLOW),
